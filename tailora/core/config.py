@@ -1,0 +1,65 @@
+"""What an adapter is: rank, scale, targets. Field names are those of PEFT, which users know."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tailora.errors import ConfigError, listing, nearest
+
+ALIASES = {"lora_rank": "r", "lora_r": "r", "rank": "r", "alpha": "lora_alpha", "cutoff_len": "max_length"}
+
+
+class StrictModel(BaseModel):
+    """A frozen pydantic model whose every complaint is one `ConfigError` with the nearest names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(listing([_explain(problem, type(self)) for problem in error.errors()])) from None
+
+
+def _explain(problem: Any, model: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        alias = ALIASES.get(where)
+        hint = f"; did you mean {alias}?" if alias in model.model_fields else nearest(where, model.model_fields)
+        return f"unknown setting {where!r}{hint}"
+    return f"{where} = {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}" if where else problem["msg"]
+
+
+class LoRAConfig(StrictModel):
+    """One adapter's settings. Never changed by the library: derived values live elsewhere.
+
+    r: rank of the update, 1..min(in, out) of every target.
+    lora_alpha: numerator of the scale: alpha/r, or alpha/sqrt(r) with `use_rslora` (arXiv:2312.03732).
+    lora_dropout: probability of dropping an input of A in training.
+    target_modules: names (exact, or the end of a path after a dot), one regular expression that must match the
+        whole path, or "all-linear" (every linear layer but the output head).
+    exclude_modules: the same forms; taken away from the targets.
+    layers_to_transform: only layers with these indices (the first number in the path).
+    rank_pattern, alpha_pattern: regular expression -> value; matches like `(.*\\.)?KEY$`, the first match wins.
+    modules_to_save: modules trained whole beside the low-rank updates, and saved with them.
+    learn_scaling: the scale is a trained parameter, one per layer, starting from the value above.
+    """
+
+    r: int = Field(16, ge=1)
+    lora_alpha: float = Field(32, gt=0, allow_inf_nan=False)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | str = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    modules_to_save: list[str] | None = None
+    bias: Literal["none"] = "none"
+    use_rslora: bool = False
+    use_dora: Literal[False] = False
+    learn_scaling: bool = False
+    init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
+
+    def replaced(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return type(self)(**{**self.model_dump(), **changes})

@@ -1,0 +1,86 @@
+"""Every error that tailora raises on purpose.
+
+    TailoraError
+    ├── ConfigError(ValueError)      a setting that is unknown, out of range, or contradicts another
+    ├── TargetError(ValueError)      a selector that matches nothing, or a layer that cannot be adapted
+    ├── AdapterError(LookupError)     an adapter name that is unknown or already taken
+    ├── FormatError(ValueError)      a file that is not what it should be
+    │   └── BaseMismatchError        an adapter made for another base model
+    ├── MergeError(RuntimeError)     weights that cannot be merged or unmerged
+    ├── DataError(ValueError)        training data that cannot be learned from
+    ├── CheckpointError(RuntimeError) a checkpoint that is missing, damaged or of another run
+    ├── DivergedError(ArithmeticError) a loss or gradient that is not finite
+    ├── MemoryLimitError(MemoryError) the machine's memory is too small for what was asked
+    └── FetchError(OSError)          something that had to be downloaded and was not
+
+A message says what was asked, what there is, and what to do. All problems of one kind are gathered first.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TailoraError(Exception):
+    """Base of all errors below. `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+    def __str__(self) -> str:  # LookupError and OSError would print the repr
+        return " ".join(str(part) for part in self.args)
+
+
+class ConfigError(TailoraError, ValueError):
+    exit_code = 2
+
+
+class TargetError(TailoraError, ValueError):
+    exit_code = 2
+
+
+class AdapterError(TailoraError, LookupError):
+    exit_code = 2
+
+
+class FormatError(TailoraError, ValueError):
+    exit_code = 2
+
+
+class BaseMismatchError(FormatError):
+    pass
+
+
+class MergeError(TailoraError, RuntimeError):
+    pass
+
+
+class DataError(TailoraError, ValueError):
+    exit_code = 2
+
+
+class CheckpointError(TailoraError, RuntimeError):
+    exit_code = 2
+
+
+class DivergedError(TailoraError, ArithmeticError):
+    exit_code = 3
+
+
+class MemoryLimitError(TailoraError, MemoryError):
+    pass
+
+
+class FetchError(TailoraError, OSError):
+    pass
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """'; did you mean x, y?' for the known names closest to `name`, or '' when none is close."""
+    found = get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    return f"; did you mean {', '.join(found)}?" if found else ""
+
+
+def listing(problems: list[str]) -> str:
+    """One problem as it is; several as a counted, indented list."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)

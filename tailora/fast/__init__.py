@@ -1,0 +1,1 @@
+"""Kernels that keep the result and drop the work."""

@@ -1,0 +1,1 @@
+"""Files: the PEFT adapter folder, written atomically and read strictly."""

@@ -1,0 +1,1 @@
+"""Whether it worked: held-out loss with intervals, and answers side by side."""

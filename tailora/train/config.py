@@ -1,0 +1,62 @@
+"""Every setting of a run: the one schema of `--config run.yaml`, of the flags and of Python. Needs no torch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from tailora.core.config import LoRAConfig, StrictModel
+
+
+class TrainConfig(StrictModel):
+    """A training run. Adapter fields are those of `LoRAConfig`; the rest carry the field's usual names."""
+
+    # what
+    model: str = Field("demo", description="Hugging Face folder or Hub id, or 'demo'")
+    data: str = Field("demo", description="JSONL, JSON, CSV, Parquet, folder or Hub id, or 'demo'")
+    eval_data: str | None = Field(None, description="held-out data; without it a part of --data is held out")
+    output_dir: str = Field("outputs/run", description="folder for adapter, checkpoints, metrics")
+    adapter: str | None = Field(None, description="go on from this adapter folder instead of a new one")
+    # adapter
+    r: int = Field(16, ge=1, description="rank of the update")
+    lora_alpha: float = Field(32, gt=0, description="scale is alpha/r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
+    target_modules: list[str] | str = Field("all-linear", description="names, one regular expression, or all-linear")
+    exclude_modules: list[str] | str | None = Field(None, description="taken away from the targets")
+    layers_to_transform: list[int] | None = Field(None, description="only these layer indices")
+    rank_pattern: dict[str, int] = Field({}, description="pattern -> r")
+    alpha_pattern: dict[str, float] = Field({}, description="pattern -> alpha")
+    modules_to_save: list[str] | None = Field(None, description="modules trained whole")
+    use_rslora: bool = Field(False, description="scale alpha/sqrt(r)")
+    learn_scaling: bool = Field(False, description="train the scale of every layer")
+    init_lora_weights: Literal["kaiming", "gaussian"] = Field("kaiming", description="start of A")
+    # data
+    field: dict[str, str] = Field({}, description="rename columns: prompt=question")
+    max_length: int = Field(1024, ge=8, description="tokens; longer examples are cut and counted")
+    validation_split: float = Field(0.05, ge=0, lt=1, description="share of the rows held out")
+    packing: Literal["auto", "on", "off"] = Field("auto", description="several examples per row, attention isolated")
+    streaming: bool = Field(False, description="read the data while training; needs --max-steps")
+    # optimisation
+    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up")
+    warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps spent warming up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW decay; 0 for LoRA")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data, unless --max-steps")
+    per_device_train_batch_size: int = Field(8, ge=1, description="examples per forward")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="forwards per step")
+    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the base; adapters are float32")
+    seed: int = Field(0, ge=0, description="data order, start of A, dropout")
+    # evaluation and files
+    eval_steps: int = Field(0, ge=0, description="evaluate every N steps; 0: before and after only")
+    early_stopping_patience: int = Field(0, ge=0, description="stop after N evaluations without gain; 0: never")
+    save_steps: int = Field(0, ge=0, description="checkpoint every N steps; 0: never")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept beside the best")
+    samples: int = Field(3, ge=0, description="held-out prompts answered before and after")
+    report_to: list[str] = Field([], description="tensorboard, wandb, trackio")
+    resume_from_checkpoint: str | None = Field(None, description="checkpoint folder, or 'latest'")
+
+    def lora(self) -> LoRAConfig:
+        shared = LoRAConfig.model_fields.keys() & type(self).model_fields.keys()
+        return LoRAConfig(**{name: getattr(self, name) for name in shared})
