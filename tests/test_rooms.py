@@ -20,7 +20,9 @@ def imported_rooms(tree: ast.AST) -> Iterator[tuple[int, str]]:
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: relative import"
-            modules = [f"{node.module}.{alias.name}" if node.module == "tailora" else str(node.module) for alias in node.names]
+            modules = [
+                f"{node.module}.{alias.name}" if node.module == "tailora" else str(node.module) for alias in node.names
+            ]
         else:
             continue
         for module in modules:
@@ -33,7 +35,11 @@ def imported_rooms(tree: ast.AST) -> Iterator[tuple[int, str]]:
 def test_imports_point_down(path: Path) -> None:
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     assert room in RANK, f"{path} is in no room of the design"
-    upward = [f"line {line}: {target}" for line, target in imported_rooms(ast.parse(path.read_text())) if RANK[target] > RANK[room]]
+    upward = [
+        f"line {line}: {target}"
+        for line, target in imported_rooms(ast.parse(path.read_text()))
+        if RANK[target] > RANK[room]
+    ]
     assert not upward, f"{room} looks up at {upward}"
 
 

@@ -1,8 +1,10 @@
 """What an adapter is: rank, scale, targets. Field names are those of PEFT, which users know."""
 
+import math
+import re
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tailora.errors import ConfigError, listing, nearest
 
@@ -27,7 +29,9 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
         alias = ALIASES.get(where)
         hint = f"; did you mean {alias}?" if alias in model.model_fields else nearest(where, model.model_fields)
         return f"unknown setting {where!r}{hint}"
-    return f"{where} = {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}" if where else problem["msg"]
+    return (
+        f"{where} = {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}" if where else problem["msg"]
+    )
 
 
 class LoRAConfig(StrictModel):
@@ -59,6 +63,23 @@ class LoRAConfig(StrictModel):
     use_dora: Literal[False] = False
     learn_scaling: bool = False
     init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
+
+    @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+    @classmethod
+    def _regular(cls, value: Any) -> Any:
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _positive(cls, patterns: dict[str, float]) -> dict[str, float]:
+        if wrong := {pattern: value for pattern, value in patterns.items() if not 0 < value < math.inf}:
+            raise ValueError(f"values must be above 0; got {wrong}")
+        return patterns
 
     def replaced(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""

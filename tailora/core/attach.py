@@ -1,0 +1,104 @@
+"""How an adapter meets a layer: the layer's class becomes a cached subclass of itself, and back.
+
+The layer keeps its name, weights, hooks and `isinstance`. It reaches its adapters through an unregistered
+reference, so that the base model's parameters and state dict stay what they were.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from tailora.core.layer import LoRALayer
+
+
+class Swapped:
+    """Marks a derived class; `plain` is what it was derived from. Copies and pickles by the plain class."""
+
+    plain: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, _: Any) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        return _revive, (mixin_of(type(self)), self.plain), self.__dict__
+
+
+class Adapted(Swapped):
+    """y = W x + b + sum of s B A x over the active adapters."""
+
+    active_adapters: tuple[LoRALayer, ...]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the plain class
+        for adapter in self.active_adapters:
+            y = y + adapter(x, self, y.dtype)
+        return y
+
+
+class Substituted(Swapped):
+    """Calls a trained copy in the place of the base's module (`modules_to_save`)."""
+
+    active_adapters: tuple[nn.Module, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.active_adapters:
+            return self.active_adapters[-1](*args, **kwargs)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class CalledEncoderLayer(Swapped):
+    """nn.TransformerEncoderLayer whose inference fast path, which reads weights past the layers, is off."""
+
+    activation_relu_or_gelu = property(lambda _: 0, lambda *_: None)
+
+
+class CalledEncoder(Swapped):
+    """nn.TransformerEncoder without the nested tensors that only the fast path can take."""
+
+    use_nested_tensor = property(lambda _: False, lambda *_: None)
+
+
+FAST_PATHS: dict[type[nn.Module], type[Swapped]] = {
+    nn.TransformerEncoderLayer: CalledEncoderLayer,
+    nn.TransformerEncoder: CalledEncoder,
+}
+
+
+@cache
+def derived(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {"plain": cls, "__module__": __name__})
+
+
+def mixin_of(cls: type) -> type[Swapped]:
+    return cls.__mro__[1]
+
+
+def _revive(mixin: type[Swapped], plain: type[nn.Module]) -> nn.Module:
+    cls = derived(mixin, plain)
+    return cls.__new__(cls)
+
+
+def attach(layer: nn.Module, adapters: tuple[nn.Module, ...], mixin: type[Swapped] = Adapted) -> None:
+    """Let `layer` run with these adapters and no others; () leaves it computing as the plain layer."""
+    if not isinstance(layer, Swapped):
+        layer.__class__ = derived(mixin, type(layer))
+    layer.__dict__["active_adapters"] = adapters
+
+
+def detach(layer: nn.Module) -> None:
+    """The class that it was, and no trace."""
+    if isinstance(layer, Swapped):
+        layer.__class__ = layer.plain
+        layer.__dict__.pop("active_adapters", None)
+
+
+def encoders_around(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules whose fast path would pass by one of these layers."""
+    adapted = {id(layer) for layer in layers}
+    suspects = [module for module in model.modules() if isinstance(module, tuple(FAST_PATHS))]
+    return [module for module in suspects if any(id(child) in adapted for child in module.modules())]
+
+
+def close_fast_path(module: nn.Module) -> None:
+    if not isinstance(module, Swapped):
+        mixin = next(mixin for cls, mixin in FAST_PATHS.items() if isinstance(module, cls))
+        module.__class__ = derived(mixin, type(module))

@@ -1,0 +1,158 @@
+"""How a class of layer stores its matrix and meets its input: one row of a table per class.
+
+Every kind computes s B A x for its own idea of x, and B A in the layout of its own weight.
+Shapes: A (r, in), B (out, r); convolutions carry their kernel in A: A (r, in/groups, *kernel), B (out, r/groups).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tailora.errors import MergeError, TargetError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """dims: layer -> (in, out) of its matrix, the bounds of the rank.
+    shapes: (layer, r) -> shapes of A and B.
+    update: (layer, x, A, sB) -> s B A x, in the dtype of A; x is the layer's input.
+    delta: (layer, A, B) -> B A in the layout of the layer's weight.
+    drops: whether dropout of x has a meaning.    zero: the factor that starts at zero.
+    """
+
+    name: str
+    dims: Callable[[Any], tuple[int, int]]
+    shapes: Callable[[Any, int], tuple[Shape, Shape]]
+    update: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+    delta: Callable[[Any, Tensor, Tensor], Tensor]
+    drops: bool = True
+    zero: Literal["A", "B"] = "B"
+
+
+def _matrix_shapes(dims: Callable[[Any], tuple[int, int]]) -> Callable[[Any, int], tuple[Shape, Shape]]:
+    def shapes(layer: Any, r: int) -> tuple[Shape, Shape]:
+        in_features, out_features = dims(layer)
+        return (r, in_features), (out_features, r)
+
+    return shapes
+
+
+# ---- Linear; Conv1D of transformers, which stores the transpose
+
+
+def _linear_dims(layer: Any) -> tuple[int, int]:
+    return layer.in_features, layer.out_features
+
+
+def _conv1d_dims(layer: Any) -> tuple[int, int]:
+    return layer.nx, layer.nf
+
+
+def _linear_update(_: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return F.linear(F.linear(x, A), B)
+
+
+# ---- Embedding: x are ids, a row of the weight is a column of B A
+
+
+def _embedding_dims(layer: Any) -> tuple[int, int]:
+    return layer.num_embeddings, layer.embedding_dim
+
+
+def _embedding_update(layer: Any, ids: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    rows = F.embedding(ids, A.T, layer.padding_idx)  # (..., r)
+    update = F.linear(rows, B)
+    scale = getattr(layer, "embed_scale", None)  # Gemma and others multiply what they look up
+    return update if scale is None else update * scale
+
+
+# ---- ConvNd
+
+
+def _conv_dims(layer: Any) -> tuple[int, int]:
+    return layer.in_channels * prod(layer.kernel_size), layer.out_channels
+
+
+def _conv_shapes(layer: Any, r: int) -> tuple[Shape, Shape]:
+    if r % layer.groups:
+        raise TargetError(f"r = {r} on a convolution of {layer.groups} groups; take a multiple of {layer.groups}")
+    return (r, layer.in_channels // layer.groups, *layer.kernel_size), (layer.out_channels, r // layer.groups)
+
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _conv_update(layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    convolve = _CONVOLUTIONS[len(layer.kernel_size)]
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+    groups = layer.in_channels // A.shape[1]  # 1 for a file whose A reads all channels of a grouped layer
+    hidden = convolve(x, A, None, layer.stride, padding, layer.dilation, groups)
+    return convolve(hidden, B[(..., *[None] * len(layer.kernel_size))], None, groups=layer.groups)
+
+
+def _conv_delta(layer: Any, A: Tensor, B: Tensor) -> Tensor:
+    groups = layer.groups
+    if layer.in_channels // A.shape[1] != groups:
+        raise MergeError(
+            f"A reads all {layer.in_channels} channels, but the layer's {groups} groups read "
+            f"{layer.in_channels // groups} each: no weight of this layer can hold the update; keep it unmerged"
+        )
+    grouped_B = B.view(groups, layer.out_channels // groups, -1)
+    grouped_A = A.reshape(groups, A.shape[0] // groups, -1)
+    return torch.bmm(grouped_B, grouped_A).view(layer.weight.shape)
+
+
+LINEAR = Kind("Linear", _linear_dims, _matrix_shapes(_linear_dims), _linear_update, lambda _, A, B: B @ A)
+CONV1D = Kind("Conv1D", _conv1d_dims, _matrix_shapes(_conv1d_dims), _linear_update, lambda _, A, B: (B @ A).T)
+EMBEDDING = Kind(
+    "Embedding",
+    _embedding_dims,
+    _matrix_shapes(_embedding_dims),
+    _embedding_update,
+    lambda _, A, B: (B @ A).T,
+    drops=False,
+    zero="A",
+)
+CONVOLUTION = Kind("Conv", _conv_dims, _conv_shapes, _conv_update, _conv_delta)
+
+# By qualified name, so that transformers need not be imported to know its Conv1D.
+KINDS: dict[str, Kind] = {
+    "torch.nn.modules.linear.Linear": LINEAR,
+    "transformers.pytorch_utils.Conv1D": CONV1D,
+    "torch.nn.modules.sparse.Embedding": EMBEDDING,
+    "torch.nn.modules.conv.Conv1d": CONVOLUTION,
+    "torch.nn.modules.conv.Conv2d": CONVOLUTION,
+    "torch.nn.modules.conv.Conv3d": CONVOLUTION,
+}
+
+
+def qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """The row for this layer's class or the nearest of its parents; None for what is not in the table."""
+    return next((KINDS[name] for cls in type(layer).__mro__ if (name := qualified(cls)) in KINDS), None)
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Why this layer cannot be adapted, although a kind fits it; None when nothing is in the way."""
+    name = type(layer).__name__
+    if "forward" in vars(layer):
+        return f"its forward was replaced on the instance (an offload hook?); attach adapters before that ({name})"
+    if name == "NonDynamicallyQuantizableLinear":
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if isinstance(getattr(layer, "weight", None), nn.parameter.UninitializedParameter):
+        return f"its shape is not known yet ({name}); run one batch through the model first"
+    if getattr(layer, "max_norm", None) is not None:
+        return "max_norm rewrites its frozen weight at every look-up"
+    return None

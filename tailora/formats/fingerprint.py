@@ -1,0 +1,45 @@
+"""Which base model an adapter was made for: names, shapes and a few weights of the adapted layers.
+
+Values instead of a hash, because one checkpoint loaded in another precision must still be recognised.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SAMPLES = 8  # weights per layer
+TOLERANCE = 2.0**-7  # rounding to bfloat16, once on either side
+
+
+def fingerprint(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    """Path -> shape and evenly spaced weights of the layer."""
+    return {
+        path: {"shape": list(layer.weight.shape), "weights": _sample(layer.weight)} for path, layer in layers.items()
+    }
+
+
+def differences(stored: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> list[str]:
+    """What of the stored fingerprint does not hold for these layers; [] when the base is the same."""
+    return [
+        problem
+        for path, layer in layers.items()
+        if path in stored and (problem := _difference(path, stored[path], layer.weight))
+    ]
+
+
+def _difference(path: str, stored: Mapping[str, Any], weight: Any) -> str | None:
+    if stored["shape"] != list(weight.shape):
+        return f"{path}: made for a weight of shape {tuple(stored['shape'])}, here it is {tuple(weight.shape)}"
+    then, now = torch.tensor(stored["weights"]), torch.tensor(_sample(weight))
+    if torch.allclose(now, then, rtol=TOLERANCE, atol=1e-6):
+        return None
+    worst = int((now - then).abs().argmax())
+    return f"{path}: made for other weights (a sampled one was {then[worst]:.5g}, here it is {now[worst]:.5g})"
+
+
+def _sample(weight: Tensor) -> list[float]:
+    flat = weight.detach().reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long()
+    return [float(value) for value in flat[index.to(flat.device)].float().cpu()]

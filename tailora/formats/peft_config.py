@@ -1,0 +1,119 @@
+"""adapter_config.json: PEFT's settings of an adapter, to and from ours."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tailora.core.config import LoRAConfig
+from tailora.core.targets import matches
+from tailora.errors import ConfigError, FormatError, listing
+import re
+
+# Settings that change what the tensors mean and have no slot here yet: key -> values that change nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "bias": ("none", None),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "megatron_config": (None,),
+    "layer_replication": (None, []),
+    "arrow_config": (None,),
+    "velora_config": (None,),
+}
+SHARED = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora")
+STARTS = {"gaussian": "gaussian"}  # what else PEFT names has done its work once the tensors exist
+MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def to_peft(config: LoRAConfig, paths: Iterable[str], base_model: nn.Module) -> dict[str, Any]:
+    """The file's content. Targets are written as what they selected, so that a reader selects the same."""
+    return {
+        "peft_type": "LORA",
+        "task_type": _task_type(base_model),
+        "base_model_name_or_path": getattr(getattr(base_model, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha if config.lora_alpha % 1 else int(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "target_modules": portable_targets(list(paths), [path for path, _ in base_model.named_modules()]),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "modules_to_save": config.modules_to_save,
+        "bias": "none",
+        "use_rslora": config.use_rslora,
+        "use_dora": False,
+        "lora_bias": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
+    }
+
+
+def from_peft(settings: Mapping[str, Any], paths: list[str], source: Path) -> LoRAConfig:
+    """Our config for PEFT's settings; `paths` (those that have tensors) stand in where the file names no targets.
+
+    Raises FormatError with every setting that would make the adapter compute something else here.
+    """
+    problems = [
+        f"{key} = {settings[key]!r} is not supported; merge the adapter with the tool that wrote it"
+        for key, neutral in NEUTRAL.items()
+        if settings.get(key) not in neutral
+    ]
+    if settings.get("peft_type") != "LORA":
+        problems.append(f"peft_type = {settings.get('peft_type')!r}; this reads 'LORA'")
+    if str(settings.get("init_lora_weights")).lower().startswith(MOVED_BASES):
+        problems.append(
+            f"init_lora_weights = {settings['init_lora_weights']!r} changed the base's weights, which the folder does "
+            "not hold; convert it with PEFT (path_initial_model_for_weight_conversion)"
+        )
+    if problems:
+        raise FormatError(f"{source}: {listing(problems)}")
+    values = {key: settings[key] for key in SHARED if settings.get(key) is not None}
+    values["init_lora_weights"] = STARTS.get(str(settings.get("init_lora_weights")), "kaiming")
+    values["target_modules"] = settings.get("target_modules") or paths
+    if not settings.get("layers_pattern"):  # with it PEFT counts other numbers; the tensors say which layers
+        values["layers_to_transform"] = settings.get("layers_to_transform")
+        values["exclude_modules"] = settings.get("exclude_modules") or None
+    try:
+        return LoRAConfig(**values)
+    except ConfigError as error:
+        raise FormatError(f"{source}: {error}") from None
+
+
+def portable_targets(paths: list[str], everything: list[str]) -> list[str] | str:
+    """The shortest selector that means exactly `paths`: last names, whole paths, or a regular expression."""
+    wanted = set(paths)
+    for names in (sorted({path.rpartition(".")[2] for path in paths}), sorted(paths)):
+        if names and all(names) and {path for path in everything if matches(names, path)} == wanted:
+            return names
+    return "|".join(re.escape(path) for path in sorted(paths))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{path} does not exist; an adapter folder holds adapter_config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise FormatError(f"{path} holds a {type(settings).__name__}, not an object of settings")
+    return settings
+
+
+def _task_type(base_model: nn.Module) -> str | None:
+    name = type(base_model).__name__
+    endings = {
+        "ForCausalLM": "CAUSAL_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    }
+    return next((task for ending, task in endings.items() if name.endswith(ending)), None)

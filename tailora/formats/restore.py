@@ -1,0 +1,176 @@
+"""From a stored adapter to one that fits this base model, or to an error that lists all that does not."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tailora.core.adapter import Adapter, low_rank_layer, trained_copy
+from tailora.core.config import LoRAConfig
+from tailora.core.kinds import kind_of, obstacle
+from tailora.core.layer import LoRALayer
+from tailora.core.targets import chosen_paths, saved_modules, target_at
+from tailora.errors import BaseMismatchError, ConfigError, FormatError, TargetError, listing
+from tailora.formats.fingerprint import differences
+from tailora.formats.grouping import split_groups
+from tailora.formats.peft import FACTOR_OF, StoredAdapter
+from tailora.formats.peft_config import from_peft
+
+Modules = Mapping[str, nn.Module]
+
+
+@dataclass
+class Parts:
+    """The file's tensors by what they belong to, and all that is wrong so far."""
+
+    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> "A" / "B" -> tensor
+    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> name in the module -> tensor
+    problems: list[str] = field(default_factory=list)
+
+
+def restore(stored: StoredAdapter, base_model: nn.Module, *, allow_base_mismatch: bool = False) -> Adapter:
+    """Build the adapter for `base_model` without touching it.
+
+    Raises FormatError with all missing, unexpected, misshapen and non-finite tensors, and BaseMismatchError when
+    the adapter was made for other weights and `allow_base_mismatch` is not set.
+    """
+    modules = dict(base_model.named_modules())
+    config = from_peft(stored.settings, _paths(stored, modules), stored.folder)
+    parts = _sort(stored, modules, config)
+    parts.problems += _missing(parts, base_model, modules, config)
+    low_rank = {path: _low_rank(path, modules, config, parts) for path in parts.factors}
+    copies = {path: _copy(path, modules, parts) for path in parts.saved}
+    if parts.problems:
+        raise FormatError(f"{stored.folder} does not fit this model: {listing(parts.problems)}")
+    _check_base(stored, {path: modules[path] for path in low_rank}, allow_base_mismatch)
+    own = stored.config
+    layers = {path: layer for path, layer in low_rank.items() if layer is not None}
+    if own is not None and own.learn_scaling:
+        _learn_again(layers, stored.notes.get("scaling", {}))
+    return Adapter(own or config, layers, copies)
+
+
+def _paths(stored: StoredAdapter, modules: Modules) -> list[str]:
+    """Modules that have a factor in the file, in the model's order."""
+    there = {path for key in stored.tensors for path, factor in [_factor(key)] if factor}
+    return [path for path in modules if path in there]
+
+
+def _sort(stored: StoredAdapter, modules: Modules, config: LoRAConfig) -> Parts:
+    whole = saved_modules(modules, config)
+    parts = Parts()
+    for key, tensor in stored.tensors.items():
+        path, factor = _factor(key)
+        owner = next((name for name in whole if key.startswith(f"{name}.")), None)
+        if factor and path in modules and kind_of(modules[path]):
+            parts.factors.setdefault(path, {})[factor] = tensor
+        elif owner is not None:
+            parts.saved.setdefault(owner, {})[key.removeprefix(f"{owner}.")] = tensor
+        else:
+            parts.problems.append(f"unexpected {key} {tuple(tensor.shape)}: {_why_unexpected(path, factor, modules)}")
+        if not tensor.isfinite().all():
+            parts.problems.append(f"not finite: {key} {tuple(tensor.shape)}")
+    return parts
+
+
+def _factor(key: str) -> tuple[str, str | None]:
+    """The path before the suffix and which factor it is; None where the key ends like no factor."""
+    for suffix, factor in FACTOR_OF.items():
+        if f".{key}".endswith(suffix):
+            return f".{key}".removesuffix(suffix).removeprefix("."), factor
+    return key, None
+
+
+def _why_unexpected(path: str, factor: str | None, modules: Modules) -> str:
+    if factor is None:
+        return "neither a low-rank factor nor part of modules_to_save"
+    if path not in modules:
+        return f"the model has no module {path}"
+    return f"{type(modules[path]).__name__} has no low-rank form"
+
+
+def _missing(parts: Parts, base_model: nn.Module, modules: Modules, config: LoRAConfig) -> list[str]:
+    """What the settings name and the tensors lack, with the shape that the model would need."""
+    named = {*chosen_paths(base_model, modules, config), *parts.factors}
+    problems = []
+    for path in (path for path in modules if path in named):
+        lacking = [factor for factor in "AB" if factor not in parts.factors.get(path, {})]
+        problems += [f"missing lora_{factor} of {path} ({type(modules[path]).__name__})" for factor in lacking]
+    whole = saved_modules(modules, config)
+    return problems + [f"missing {path}, which modules_to_save names" for path in whole if path not in parts.saved]
+
+
+def _low_rank(path: str, modules: Modules, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
+    """The layer with the file's factors; None, with the reasons added to the problems, where they do not fit."""
+    found = parts.factors[path]
+    reason = obstacle(modules[path])
+    if reason or set(found) != {"A", "B"}:
+        parts.problems += [f"{path}: {reason}"] if reason else []  # a missing factor is told already
+        return None
+    try:
+        layer = low_rank_layer(target_at(path, modules[path], config), config, fresh=False)
+    except (ConfigError, TargetError) as error:
+        parts.problems.append(f"{path}: {error}")
+        return None
+    wrong = [
+        f"misshapen lora_{factor} of {path}: the file has {tuple(found[factor].shape)}, the model needs {shape}"
+        for factor, shape in zip("AB", file_shapes(layer), strict=True)
+        if tuple(found[factor].shape) != shape
+    ]
+    parts.problems += wrong
+    if not wrong:
+        _fill(layer, found["A"], found["B"])
+    return layer
+
+
+def file_shapes(layer: LoRALayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A and B in a file: all channels in A, and a trailing 1 per kernel dimension in B."""
+    r, per_group, *kernel = layer.lora_A.shape
+    return (r, per_group * layer.groups, *kernel), (*layer.lora_B.shape, *[1] * len(kernel))
+
+
+@torch.no_grad()
+def _fill(layer: LoRALayer, A: Tensor, B: Tensor) -> None:
+    blocks = split_groups(A, layer.groups)
+    if blocks is None:  # PEFT trains an A that reads all channels of a grouped convolution
+        layer.lora_A, layer.groups = nn.Parameter(A.to(layer.lora_A)), 1
+    else:
+        layer.lora_A.copy_(blocks)
+    layer.lora_B.copy_(B.view(layer.lora_B.shape))
+
+
+def _copy(path: str, modules: Modules, parts: Parts) -> nn.Module:
+    clone, found = trained_copy(modules[path]), parts.saved[path]
+    needed = clone.state_dict()
+    parts.problems += [f"missing {path}.{name} {tuple(needed[name].shape)}" for name in needed.keys() - found.keys()]
+    parts.problems += [f"unexpected {path}.{name} {tuple(found[name].shape)}" for name in found.keys() - needed.keys()]
+    wrong = [name for name in needed.keys() & found.keys() if needed[name].shape != found[name].shape]
+    parts.problems += [
+        f"misshapen {path}.{name}: the file has {tuple(found[name].shape)}, the model needs {tuple(needed[name].shape)}"
+        for name in wrong
+    ]
+    if not wrong and needed.keys() == found.keys():
+        clone.load_state_dict(found)
+    return clone
+
+
+def _check_base(stored: StoredAdapter, layers: Modules, allow: bool) -> None:
+    problems = differences(stored.notes.get("base", {}), layers)
+    if problems and not allow:
+        shown = [*problems[:5], *([f"and {len(problems) - 5} layers more"] if len(problems) > 5 else [])]
+        raise BaseMismatchError(
+            f"{stored.folder} was made for another base model than this one: {listing(shown)}\n"
+            "Load the base that it was trained on, or pass allow_base_mismatch=True to go on."
+        )
+
+
+def _learn_again(layers: Mapping[str, LoRALayer], scaling: Mapping[str, Any]) -> None:
+    """Take the learned scale, which the file folds into B for other readers, out again and make it a Parameter."""
+    for path, value in scaling.items():
+        layer = layers[path]
+        if value != 0:  # a scale of 0 has erased B: start again from the configured one
+            layer.lora_B.data.mul_(layer.configured_scaling / value)
+            layer.scaling = value
+        layer.scaling = nn.Parameter(layer.scaling.clone())
