@@ -1,0 +1,147 @@
+"""From a row to a sample: one small function per shape. Each raises DataError with the cause alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+from tailora.data.rows import Fault, Row
+from tailora.data.shapes import Conversation, Mapped, Pair, Sample, Text
+from tailora.errors import DataError, nearest
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function": "tool",
+}
+# These change what should be learned or said, so leaving them out in silence would train on something else.
+UNSUPPORTED = ("tool_calls", "function_call", "weight")
+
+
+def convert(row: Row, mapped: Mapped) -> Sample | Fault:
+    try:
+        return CONVERTERS[mapped.shape.name](mapped.values(row.fields))
+    except DataError as error:
+        return Fault(row.file, row.number, str(error))
+
+
+def from_messages(values: dict[str, Any]) -> Conversation:
+    return _with_reply(Conversation(_messages(values["messages"], "messages")))
+
+
+def from_sharegpt(values: dict[str, Any]) -> Conversation:
+    turns = _list(values["conversations"], "conversations")
+    messages = [_sharegpt_turn(turn, f"conversations[{place}]") for place, turn in enumerate(turns)]
+    if values.get("system"):
+        messages.insert(0, {"role": "system", "content": _text(values["system"], "system")})
+    return _with_reply(Conversation(messages))
+
+
+def from_prompt(values: dict[str, Any]) -> Sample:
+    prompt, completion = values["prompt"], values["completion"]
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return _with_completion(Pair(_text(prompt, "prompt"), _text(completion, "completion")))
+    before = _as_messages(prompt, "prompt", "user")
+    after = _as_messages(completion, "completion", "assistant")
+    return _with_reply(Conversation(before + after, first=len(before)))
+
+
+def from_alpaca(values: dict[str, Any]) -> Pair:
+    parts = [_text(values["instruction"], "instruction"), _text(values.get("input") or "", "input")]
+    # Base models see prompt and answer as one text, so the prompt brings the blank line between them.
+    prompt = "".join(f"{part}\n\n" for part in parts if part.strip())
+    return _with_completion(Pair(prompt, _text(values["output"], "output")))
+
+
+def from_text(values: dict[str, Any]) -> Text:
+    text = _text(values["text"], "text")
+    if not text.strip():
+        raise DataError("nothing to learn: the text is empty")
+    return Text(text)
+
+
+CONVERTERS: dict[str, Callable[[dict[str, Any]], Sample]] = {
+    "messages": from_messages,
+    "sharegpt": from_sharegpt,
+    "prompt/completion": from_prompt,
+    "alpaca": from_alpaca,
+    "text": from_text,
+}
+
+
+def _with_completion(pair: Pair) -> Pair:
+    if not pair.completion.strip():
+        raise DataError("nothing to learn: the completion is empty")
+    return pair
+
+
+def _with_reply(conversation: Conversation) -> Conversation:
+    learned = [message for message in conversation.messages[conversation.first :] if message["role"] == "assistant"]
+    if not any(message["content"].strip() for message in learned):
+        raise DataError("nothing to learn: no assistant message with content")
+    return conversation
+
+
+def _as_messages(value: Any, name: str, role: str) -> list[dict[str, str]]:
+    return _messages(value, name) if isinstance(value, list) else [{"role": role, "content": _text(value, name)}]
+
+
+def _messages(value: Any, name: str) -> list[dict[str, str]]:
+    return [_message(message, f"{name}[{place}]") for place, message in enumerate(_list(value, name))]
+
+
+def _message(message: Any, name: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise DataError(f"{name} is {_shown(message)} where an object with role and content is needed")
+    role = message.get("role")
+    if role not in ROLES:
+        raise DataError(
+            f"{name}: role {_shown(role)} is unknown{nearest(str(role), ROLES)}; roles are {', '.join(ROLES)}"
+        )
+    for key in UNSUPPORTED:
+        if message.get(key) not in (None, [], {}, 1):
+            raise DataError(f"{name}: {key} cannot be learned from yet; remove it or the row")
+    # Other text, such as reasoning_content, is the template's business.
+    extra = {key: text for key, text in message.items() if isinstance(text, str)}
+    return {**extra, "role": role, "content": _content(message.get("content"), f"{name}.content")}
+
+
+def _sharegpt_turn(turn: Any, name: str) -> dict[str, str]:
+    if isinstance(turn, dict) and "role" in turn:
+        return _message(turn, name)
+    if not isinstance(turn, dict) or "from" not in turn:
+        raise DataError(f"{name} is {_shown(turn)} where an object with from and value is needed")
+    speaker = turn["from"]
+    if speaker not in SHAREGPT_ROLES:
+        raise DataError(f"{name}: from {_shown(speaker)} is unknown; known are {', '.join(SHAREGPT_ROLES)}")
+    return {"role": SHAREGPT_ROLES[speaker], "content": _text(turn.get("value"), f"{name}.value")}
+
+
+def _content(value: Any, name: str) -> str:
+    """Text, or a list of text parts {"type": "text", "text": ...}."""
+    if not isinstance(value, list):
+        return _text(value, name)
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise DataError(f"{name} holds {_shown(part)}; only text parts can be learned from")
+    return "".join(_text(part.get("text"), name) for part in value)
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{name} is {_shown(value)} where a list of messages is needed")
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} is {_shown(value)} where text is needed")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

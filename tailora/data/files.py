@@ -1,0 +1,120 @@
+"""Readers of single files: JSON lines, JSON, CSV, Parquet. Each yields rows, and faults for what it cannot read."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from tailora.data.rows import Fault, Row
+
+Read = Iterator[Row | Fault]
+
+
+def read_lines(path: Path) -> Read:
+    """One JSON object a line; blank lines are skipped."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _parsed(str(path), number, line)
+
+
+def _parsed(file: str, number: int, line: bytes) -> Row | Fault:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return Fault(file, number, f"not UTF-8: byte {error.start} is 0x{line[error.start]:02x}")
+    except json.JSONDecodeError as error:
+        return Fault(file, number, f"not JSON: {error.msg} at column {error.colno}")
+    return _row(file, number, value)
+
+
+def _row(file: str, number: int, value: Any) -> Row | Fault:
+    if isinstance(value, dict):
+        return Row(file, number, value)
+    return Fault(file, number, f"a JSON {type(value).__name__} where an object {{...}} is needed")
+
+
+def read_json(path: Path) -> Read:
+    """A list of objects, an object that holds one such list, or JSON lines under the name .json."""
+    try:
+        value = json.loads(path.read_text("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        yield Fault(str(path), 0, f"not UTF-8: byte {error.start}")
+        return
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            yield from read_lines(path)
+        else:
+            yield Fault(str(path), error.lineno, f"not JSON: {error.msg} at column {error.colno}")
+        return
+    lists = [item for item in value.values() if _holds_objects(item)] if isinstance(value, dict) else []
+    items = lists[0] if len(lists) == 1 and len(value) == 1 else value if isinstance(value, list) else [value]
+    for number, item in enumerate(items, 1):
+        yield _row(str(path), number, item)
+
+
+def _holds_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) and "role" not in item for item in value)
+
+
+def read_table(path: Path, delimiter: str) -> Read:
+    """Separated values whose first line names the columns."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            for fields in reader:
+                yield _checked(str(path), reader.line_num, fields)
+        except UnicodeDecodeError as error:
+            yield Fault(str(path), reader.line_num + 1, f"not UTF-8: {error.reason}")
+        except csv.Error as error:
+            yield Fault(str(path), reader.line_num, f"not CSV: {error}")
+
+
+def _checked(file: str, number: int, fields: dict[Any, Any]) -> Row | Fault:
+    if None in fields:
+        return Fault(file, number, f"{len(fields[None])} more fields than the header names")
+    missing = [name for name, value in fields.items() if value is None]
+    if missing:
+        return Fault(file, number, f"no value for {', '.join(missing)}")
+    return Row(file, number, fields)
+
+
+def read_csv(path: Path) -> Read:
+    return read_table(path, ",")
+
+
+def read_tsv(path: Path) -> Read:
+    return read_table(path, "\t")
+
+
+def read_parquet(path: Path) -> Read:
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            for fields in batch.to_pylist():
+                number += 1
+                yield Row(str(path), number, fields)
+    except pyarrow.ArrowException as error:
+        yield Fault(str(path), number, f"not Parquet: {str(error).splitlines()[0]}")
+
+
+READERS: dict[str, Callable[[Path], Read]] = {
+    ".jsonl": read_lines,
+    ".ndjson": read_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+}
+
+
+def read_file(path: Path) -> Read:
+    """Rows of one file, by its suffix; a file that cannot be opened is a fault."""
+    try:
+        yield from READERS[path.suffix.lower()](path)
+    except OSError as error:
+        yield Fault(str(path), 0, error.strerror or str(error))

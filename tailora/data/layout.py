@@ -1,0 +1,142 @@
+"""From a sample to text with the spans that are learned.
+
+A chat is written by the model's own template, and its replies are found from the template too:
+  - a template with {% generation %} says where they are;
+  - any other is asked twice per reply, for the text before it (ending as `generate` would begin) and for the text
+    up to its end. Both must be prefixes of the whole; a template that rewrites earlier turns fails this for the
+    turns it rewrites, and those are read but not learned.
+A reply's span ends with its end-of-turn token; what the template writes after it is never generated.
+"""
+
+from dataclasses import dataclass
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from tailora.data.codec import Codec, Messages
+from tailora.data.shapes import Conversation, Pair, Sample, Text
+from tailora.errors import DataError
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    text: str
+    spans: list[Span]  # characters that are learned
+    plain: bool = False  # no template: the tokenizer's own first token goes before
+    add_eos: bool = False  # the text has no end of its own
+    lost: int = 0  # replies that the template rewrites, so they are not learned
+
+
+def lay_out(sample: Sample, codec: Codec) -> Layout:
+    """Raises DataError with the cause when the sample cannot be written or has nothing to learn."""
+    if isinstance(sample, Text):
+        return Layout(sample.text, [(0, len(sample.text))], plain=True, add_eos=codec.eos is not None)
+    if codec.template is None:
+        return _lay_out_pair(sample, codec)
+    return _lay_out_chat(as_chat(sample), codec)
+
+
+def as_chat(sample: Conversation | Pair) -> Conversation:
+    """A pair becomes a user turn and its reply; the white space that parted them is the template's matter now."""
+    if isinstance(sample, Conversation):
+        return sample
+    messages = [
+        {"role": "user", "content": sample.prompt.strip()},
+        {"role": "assistant", "content": sample.completion.strip()},
+    ]
+    return Conversation(messages)
+
+
+def _lay_out_pair(sample: Conversation | Pair, codec: Codec) -> Layout:
+    if isinstance(sample, Conversation):
+        raise DataError(
+            "the tokenizer has no chat template to write messages with: take the instruct version of the model, "
+            "set tokenizer.chat_template, or give the data as prompt and completion"
+        )
+    _needs_eos(codec)
+    text = sample.prompt + sample.completion
+    return Layout(text, [(len(sample.prompt), len(text))], plain=True, add_eos=True)
+
+
+def _needs_eos(codec: Codec) -> None:
+    if codec.eos_id is None:
+        raise DataError("the tokenizer has no EOS token, so the model could not learn to stop: set tokenizer.eos_token")
+
+
+def _lay_out_chat(chat: Conversation, codec: Codec) -> Layout:
+    replies = [place for place, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    marked = "generation %}" in str(codec.template) or "generation -%}" in str(codec.template)
+    text, found = _marked(chat, replies, codec) if marked else _between_prefixes(chat, replies, codec)
+    if not found:
+        raise DataError(
+            "no reply can be located: the chat template writes replies otherwise than it prompts for them; "
+            "put {% generation %} ... {% endgeneration %} around the reply in the template"
+        )
+    ends = [_end_of_turn(text, span, codec) for span in found]
+    if ends[-1] is None:
+        _needs_eos(codec)
+    spans = [(start, stop if end is None else end) for (start, stop), end in zip(found, ends, strict=True)]
+    wanted = sum(place >= chat.first for place in replies)
+    return Layout(text[: spans[-1][1]], spans, add_eos=ends[-1] is None, lost=wanted - len(spans))
+
+
+def _marked(chat: Conversation, replies: list[int], codec: Codec) -> tuple[str, list[Span]]:
+    """Text and learned spans as {% generation %} marks them."""
+    text = codec.render(chat.messages)
+    _, (spans,) = render_jinja_template(
+        conversations=[chat.messages],
+        chat_template=codec.template,
+        return_assistant_tokens_mask=True,
+        **codec.tokenizer.special_tokens_map,
+    )
+    earlier = sum(place < chat.first for place in replies)
+    if earlier and len(spans) != len(replies):
+        raise DataError(f"the chat template marks {len(spans)} replies where the conversation has {len(replies)}")
+    return text, [(start, end) for start, end in spans[earlier:]]
+
+
+def _between_prefixes(chat: Conversation, replies: list[int], codec: Codec) -> tuple[str, list[Span]]:
+    text = codec.render(chat.messages)
+    spans = (_span(chat.messages, place, text, codec) for place in replies if place >= chat.first)
+    return text, [span for span in spans if span is not None]
+
+
+def _span(messages: Messages, place: int, text: str, codec: Codec) -> Span | None:
+    """Where message `place` stands in the text of them all, or None when the template does not keep it there."""
+    if place == 0:
+        return None  # no model is ever asked to speak first
+    before = codec.render(messages[:place], reply_next=True)
+    if not text.startswith(before):
+        return None
+    if place == len(messages) - 1:
+        return len(before), len(text)
+    upto = codec.render(messages[: place + 1])
+    # Some templates close the whole chat, not the turn, with EOS.
+    for end in (upto, upto.removesuffix(codec.eos or "")):
+        if text.startswith(end) and len(end) >= len(before):
+            return len(before), len(end)
+    return None
+
+
+def _end_of_turn(text: str, span: Span, codec: Codec) -> int | None:
+    """Where the token that ends the turn ends: EOS, or else the first of the special tokens that close the span."""
+    start, stop = span
+    closing = _closing(text[start:stop], codec.stops)
+    eos = [end for token, end in closing if token == codec.eos]
+    if closing:
+        return start + min(eos or [end for _, end in closing])
+    if codec.eos and text.startswith(codec.eos, stop):
+        return stop + len(codec.eos)  # {% generation %} around the words alone
+    return None
+
+
+def _closing(reply: str, stops: tuple[str, ...]) -> list[tuple[str, int]]:
+    """The special tokens, white space between them allowed, that the reply ends with, and where each ends."""
+    found = []
+    rest = reply.rstrip()
+    while rest.endswith(stops):
+        token = max((stop for stop in stops if rest.endswith(stop)), key=len)
+        found.append((token, len(rest)))
+        rest = rest[: -len(token)].rstrip()
+    return found

@@ -1,0 +1,193 @@
+"""All of the data's way to training: rows, shape, samples, tokens, checks, split, report."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tailora.data.codec import Codec, codec_of
+from tailora.data.convert import convert
+from tailora.data.encode import Encoded, encode_all
+from tailora.data.report import DataReport, content_hash, histogram, repeats
+from tailora.data.rows import Fault, Row, refusal
+from tailora.data.shapes import Mapped, Sample, recognise
+from tailora.data.sources import read_rows
+from tailora.data.split import split
+from tailora.data.store import Example, Examples
+from tailora.errors import DataError
+
+CHUNK = 1000  # rows tokenised at a time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    train: Examples
+    eval: Examples
+    report: DataReport
+    eval_samples: list[Sample]  # eval_samples[i] became eval[i]
+
+
+class Learned(NamedTuple):
+    sample: Sample
+    encoded: Encoded
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded:
+    """One source, tokenised. `samples[i]` became `examples[i]`."""
+
+    name: str
+    mapped: Mapped
+    examples: Examples
+    samples: list[Sample]
+    rows: int
+    longest: int  # before cutting
+    truncated: int
+    cut_away: int
+    lost: int
+
+
+def prepare(
+    source: str,
+    tokenizer: Any,
+    *,
+    eval_source: str | None = None,
+    field: Mapping[str, str] | None = None,
+    max_length: int = 1024,
+    validation_split: float = 0.05,
+    seed: int = 0,
+    embedding_rows: int | None = None,
+) -> Prepared:
+    """Read, check and tokenise everything; hold a part out unless `eval_source` brings one.
+
+    embedding_rows: rows of the model's embedding, which every token id must be below.
+    Raises DataError that names every problem with file, row and cause.
+    """
+    codec = codec_of(tokenizer)
+    if embedding_rows is not None:
+        _check_vocabulary(codec, embedding_rows)
+    data = _load(source, "train", codec, field or {}, max_length)
+    if eval_source is not None:
+        other = _load(eval_source, "validation", codec, field or {}, max_length)
+        report = _report([data, other], data.examples, other.examples, codec)
+        return Prepared(data.examples, other.examples, report, other.samples)
+    train, held = split(data.examples.keys(), validation_split, seed)
+    sides = data.examples.select(train), data.examples.select(held)
+    return Prepared(*sides, _report([data], *sides, codec), [data.samples[place] for place in held])
+
+
+def stream(
+    source: str, tokenizer: Any, *, field: Mapping[str, str] | None = None, max_length: int = 1024
+) -> Iterator[Example]:
+    """Examples in order, while they are read; those whose learned tokens are all cut off are left out.
+
+    Raises DataError at the first unusable rows, or at the end when no row was usable.
+    """
+    codec = codec_of(tokenizer)
+    items = read_rows(source, streaming=True)
+    ahead = list(islice(items, CHUNK))
+    mapped = _recognised(source, ahead, field or {})
+    longest, found = 0, False
+    for one in _learned(chain(ahead, items), mapped, codec, max_length):
+        if isinstance(one, Fault):
+            raise refusal([one])
+        longest = max(longest, one.encoded.length)
+        if one.encoded.example.supervised:
+            found = True
+            yield one.encoded.example
+    if not found:
+        raise _all_cut(source, max_length, longest)
+
+
+def _load(source: str, part: str, codec: Codec, field: Mapping[str, str], max_length: int) -> Loaded:
+    items = list(read_rows(source, split=part))
+    mapped = _recognised(source, items, field)
+    outcomes = list(_learned(items, mapped, codec, max_length))
+    faults = [one for one in outcomes if isinstance(one, Fault)]
+    if faults:
+        raise refusal(faults)
+    learned = [one for one in outcomes if isinstance(one, Learned)]
+    kept = [one for one in learned if one.encoded.example.supervised]
+    if not kept:
+        raise _all_cut(source, max_length, max(one.encoded.length for one in learned))
+    return Loaded(
+        name=source,
+        mapped=mapped,
+        examples=Examples.of(one.encoded.example for one in kept),
+        samples=[one.sample for one in kept],
+        rows=len(items),
+        longest=max(one.encoded.length for one in learned),
+        truncated=sum(one.encoded.length > max_length for one in learned),
+        cut_away=len(learned) - len(kept),
+        lost=sum(one.encoded.lost for one in learned),
+    )
+
+
+def _recognised(source: str, items: Sequence[Row | Fault], field: Mapping[str, str]) -> Mapped:
+    """Raises DataError when there is no row to look at, or none of a known shape."""
+    rows = [item.fields for item in items if isinstance(item, Row)]
+    if rows:
+        return recognise(rows, field)
+    faults = [item for item in items if isinstance(item, Fault)]
+    raise refusal(faults or [Fault(source, 0, "no rows: there is nothing to learn from")])
+
+
+def _learned(items: Iterable[Row | Fault], mapped: Mapped, codec: Codec, max_length: int) -> Iterator[Learned | Fault]:
+    """What became of every item, in order."""
+    numbered = enumerate(items)
+    while chunk := list(islice(numbered, CHUNK)):
+        samples = [convert(item, mapped) if isinstance(item, Row) else item for _, item in chunk]
+        results = iter(encode_all([sample for sample in samples if not isinstance(sample, Fault)], codec, max_length))
+        for (place, item), sample in zip(chunk, samples, strict=True):
+            yield sample if isinstance(sample, Fault) else _outcome(place, item, sample, next(results))
+
+
+def _outcome(place: int, item: Row | Fault, sample: Sample, result: Encoded | DataError) -> Learned | Fault:
+    if isinstance(result, DataError):
+        return Fault(item.file, item.number, str(result))
+    return Learned(sample, replace(result, example=replace(result.example, row=place)))
+
+
+def _all_cut(source: str, max_length: int, longest: int) -> DataError:
+    return DataError(
+        f"data {source}: cutting at max_length {max_length} takes away all that would be learned, in every row; "
+        f"raise --max-length (the longest row has {longest} tokens)"
+    )
+
+
+def _check_vocabulary(codec: Codec, embedding_rows: int) -> None:
+    token, last = max(codec.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if last >= embedding_rows:
+        raise DataError(
+            f"the tokenizer is larger than the model's embedding: its last token {token!r} has the id {last}, and the "
+            f"embedding has {embedding_rows} rows; take the model's own tokenizer, or first resize the model: "
+            f"model.resize_token_embeddings({last + 1})"
+        )
+
+
+def _report(sources: list[Loaded], train: Examples, held: Examples, codec: Codec) -> DataReport:
+    lengths = np.concatenate([train.lengths, held.lengths])
+    repeated, duplicates = repeats(train.keys(), held.keys())
+    return DataReport(
+        source=sources[0].name,
+        eval_source=sources[1].name if len(sources) > 1 else None,
+        shape=sources[0].mapped.shape.name,
+        mapping=sources[0].mapped.columns,
+        ignored=list(sources[0].mapped.ignored),
+        chat_template=codec.template is not None,
+        rows=sum(source.rows for source in sources),
+        train=len(train),
+        eval=len(held),
+        tokens=int(lengths.sum()),
+        supervised_tokens=int(train.supervised.sum() + held.supervised.sum()),
+        longest=max(source.longest for source in sources),
+        truncated=sum(source.truncated for source in sources),
+        cut_away=sum(source.cut_away for source in sources),
+        replies_not_learned=sum(source.lost for source in sources),
+        repeated=repeated,
+        duplicates=duplicates,
+        lengths=histogram(lengths),
+        sha256=content_hash(train, held),
+    )
