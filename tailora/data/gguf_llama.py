@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
 # Hugging Face's setting -> GGUF's key
 SETTINGS = {
@@ -45,10 +46,9 @@ def convert(source: Path, folder: Path) -> None:
     """Write model, tokenizer, chat template and generation settings of `source` into `folder`."""
     reader = GGUFReader(source)
     config = read_config(reader)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.load_state_dict(read_weights(reader, config), strict=not config.tie_word_embeddings)
-    model.generation_config = GenerationConfig.from_model_config(config)
-    model.save_pretrained(folder)
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    save_file(read_weights(reader, config), folder / "model.safetensors", metadata={"format": "pt"})
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
 
 
@@ -56,7 +56,8 @@ def read_config(reader: GGUFReader) -> LlamaConfig:
     settings = {name: value(reader, key) for name, key in SETTINGS.items()}
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
     rope = {"rope_type": "default", "rope_theta": value(reader, "llama.rope.freq_base")}
-    return LlamaConfig(**settings, rope_parameters=rope, tie_word_embeddings=tied, dtype="bfloat16")
+    fixed = {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    return LlamaConfig(**settings, **fixed, rope_parameters=rope, tie_word_embeddings=tied)
 
 
 def read_weights(reader: GGUFReader, config: LlamaConfig) -> dict[str, torch.Tensor]:
