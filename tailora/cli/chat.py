@@ -1,0 +1,125 @@
+"""`tailora chat`: a conversation on a terminal or from a pipe. Replies go to stdout, all else to stderr."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tailora.cli.console import note
+from tailora.cli.models import Adapters, Loaded, MaxNewTokens, Model, Seed, Temperature, TopP, load
+from tailora.errors import AdapterError, ConfigError, nearest
+
+HELP = """\
+/adapter NAME [STRENGTH]   answer with this adapter; STRENGTH 0.7 turns it down to 70%
+/base                      answer without adapters
+/reset                     forget the conversation
+/help                      these lines
+/quit                      end (so does the end of the input)"""
+
+
+@dataclass
+class Talk:
+    loaded: Loaded
+    sampling: dict[str, Any]  # for `reply`
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+
+def chat(
+    *,
+    model: Model = "demo",
+    adapter: Adapters = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    seed: Seed = 0,
+) -> int:
+    """Talk to a model, with or without adapters. /help lists what can be typed."""
+    loaded = load(model, adapter or [])
+    talk = Talk(loaded, {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed})
+    note(f"{model}, adapters: {', '.join(loaded.adapters) or 'none'}; /help for commands")
+    for line in typed():
+        if line == "/quit":
+            break
+        if line.startswith("/"):
+            command(talk, line)
+        else:
+            answer(talk, line)
+    return 0
+
+
+def typed() -> Iterator[str]:
+    """What the user types, line by line, until the end of the input."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def answer(talk: Talk, text: str) -> None:
+    """Streams the reply; Ctrl-C cuts it short and keeps what was said."""
+    from tailora.measure.chat import reply
+
+    talk.messages.append({"role": "user", "content": text})
+    said = ""
+    try:
+        for piece in reply(talk.loaded.model, talk.loaded.tokenizer, talk.messages, **talk.sampling):
+            said += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        note("cut short")
+    print(flush=True)
+    talk.messages.append({"role": "assistant", "content": said})
+
+
+def command(talk: Talk, line: str) -> None:
+    """One /command; a mistake is told and changes nothing."""
+    name, *words = line.split()
+    if name not in COMMANDS:
+        note(f"{name} is not a command{nearest(name, COMMANDS)} /help lists them")
+        return
+    try:
+        note(COMMANDS[name](talk, words))
+    except (AdapterError, ConfigError) as error:
+        note(str(error))
+
+
+def _adapter(talk: Talk, words: list[str]) -> str:
+    names = talk.loaded.adapters
+    if not names:
+        raise ConfigError("no adapter is loaded: start with --adapter FOLDER")
+    if not words:
+        raise ConfigError(f"/adapter NAME [STRENGTH]; there are: {', '.join(names)}")
+    name, strength = words[0], _strength(words[1:])
+    talk.loaded.model.set_adapter(name)
+    talk.loaded.model.set_scale(name, strength)
+    return f"adapter {name} at {strength:g}"
+
+
+def _strength(words: list[str]) -> float:
+    try:
+        (strength,) = [float(word) for word in words] or [1.0]
+    except ValueError:
+        raise ConfigError(f"a strength is one number such as 0.7; got {' '.join(words)}") from None
+    return strength
+
+
+def _base(talk: Talk, _words: list[str]) -> str:
+    if talk.loaded.adapters:
+        talk.loaded.model.set_adapter(None)
+    return "no adapter"
+
+
+def _reset(talk: Talk, _words: list[str]) -> str:
+    talk.messages.clear()
+    return "the conversation starts again"
+
+
+def _help(_talk: Talk, _words: list[str]) -> str:
+    return HELP
+
+
+COMMANDS = {"/adapter": _adapter, "/base": _base, "/reset": _reset, "/help": _help}

@@ -1,0 +1,32 @@
+"""Where the command line writes: results to stdout, everything else to stderr.
+
+rich honours NO_COLOR and FORCE_COLOR. A moving bar needs more than colour: a real terminal.
+"""
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+
+
+def results() -> Console:
+    return Console(highlight=False)
+
+
+def logs() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def on_terminal(console: Console) -> bool:
+    """Whether lines can be redrawn; FORCE_COLOR makes `Console.is_terminal` true in a pipe."""
+    return console.file.isatty() and not console.is_dumb_terminal
+
+
+def print_json(payload: dict[str, Any]) -> None:
+    """One object on one line, whatever the width of the terminal."""
+    sys.stdout.write(json.dumps(payload, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def note(text: str) -> None:
+    logs().print(f"note: {text}", style="dim", markup=False, soft_wrap=True)

@@ -1,0 +1,109 @@
+"""`tailora data FILE --model M`: what training would learn from, before a step is taken."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from cyclopts.types import NonNegativeInt
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tailora.cli.console import note, print_json, results
+from tailora.cli.options import ConfigFile, Json, flags_of, settings
+
+FLAGS: Any = flags_of({}, only=["model", "eval_data", "field", "max_length", "validation_split", "seed"])
+NONE_GIVEN = FLAGS()
+BAR = 40  # characters of the longest bar
+
+Pieces = list[tuple[str, bool]]  # text, learned
+
+
+def data(
+    file: Annotated[str | None, Parameter(help="JSONL, JSON, CSV, Parquet, folder or Hub id, or 'demo'")] = None,
+    /,
+    *,
+    config: ConfigFile = None,
+    rows: Annotated[NonNegativeInt, Parameter(help="examples to show")] = 3,
+    json: Json = False,
+    flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
+) -> int:
+    """Show what training would learn from a file: columns, counts, lengths, trained and masked tokens."""
+    chosen = settings(flags, config, {}, {"data": file} if file else {})
+    for text in chosen.notes:
+        note(text)
+    from tailora.data.preview import preview
+    from tailora.train.load import load_data  # imports torch
+
+    prepared, tokenizer = load_data(chosen.config)
+    report = prepared.report.to_dict()
+    examples = [preview(prepared.train[index], tokenizer) for index in range(min(rows, len(prepared.train)))]
+    if json:
+        shown = [[{"text": text, "learned": learned} for text, learned in pieces] for pieces in examples]
+        print_json({**report, "examples": shown})
+    else:
+        show(results(), report, examples)
+    return 0
+
+
+def show(console: Console, report: dict[str, Any], examples: Sequence[Pieces]) -> None:
+    console.print(facts(report), "", histogram(report["lengths"]), sep="\n", markup=False)
+    legend = Text("learned", style="green") + Text(" and ") + Text("only read", style="dim")
+    if not coloured(console):
+        legend = Text("[[learned]] and only read")
+    for number, pieces in enumerate(examples, 1):
+        console.print(Text(f"\nexample {number}: ", style="bold") + legend)
+        console.print(painted(pieces, coloured(console)), soft_wrap=True)
+
+
+def facts(report: dict[str, Any]) -> Table:
+    mapping = ", ".join(key if key == column else f"{key} = {column}" for key, column in report["mapping"].items())
+    share = f"{report['supervised_tokens']:,} learned ({report['supervised_share']:.0%})"
+    rows = {
+        "source": report["source"],
+        "held-out source": report["eval_source"],
+        "read as": f"{report['shape']} ({mapping})",
+        "not used": ", ".join(report["ignored"]),
+        "written by": "the model's chat template"
+        if report["chat_template"]
+        else "no chat template: prompt and text as they are",
+        "rows": f"{report['rows']:,}: {report['train']:,} to train on, {report['eval']:,} held out",
+        "tokens": f"{report['tokens']:,}, {share}",
+        "longest": f"{report['longest']:,} tokens",
+        **{name: f"{report[key]:,} {what}" for key, (name, what) in COUNTED.items() if report[key]},
+        "sha256": report["sha256"],
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, Text(value))
+    return table
+
+
+COUNTED = {
+    "truncated": ("cut", "examples are longer than --max-length"),
+    "cut_away": ("left out", "examples whose learned tokens were all cut away"),
+    "replies_not_learned": ("not learned", "replies that the chat template rewrites once the chat goes on"),
+    "repeated": ("repeated", "rows are copies of an earlier row"),
+    "duplicates": ("DUPLICATES", "held-out rows are trained on too: the held-out loss will look too good"),
+}
+
+
+def histogram(bins: Sequence[dict[str, int]]) -> Table:
+    most = max(each["examples"] for each in bins)
+    table = Table("tokens", "examples", "", title="lengths", title_justify="left", box=None)
+    for each in bins:
+        width = -(-BAR * each["examples"] // most)  # rounded up: what is there is seen
+        table.add_row(f"{each['low']}-{each['high']}", f"{each['examples']:,}", "#" * width)
+    return table
+
+
+def coloured(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
+def painted(pieces: Pieces, colour: bool) -> Text:
+    """Learned text in green and the rest dim; in [[ ]] where there is no colour."""
+    if colour:
+        return Text.assemble(*((text, "green" if learned else "dim") for text, learned in pieces))
+    return Text("".join(f"[[{text}]]" if learned else text for text, learned in pieces))

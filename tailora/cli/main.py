@@ -1,0 +1,77 @@
+"""`tailora`: finds the command, runs it, and turns every failure into a message and an exit code.
+
+    0 done   1 failed   2 usage or settings   3 diverged   4 a quality gate not met   130 interrupted
+
+A message goes to stderr. With `--json` the last line on stdout is {"error": {"type", "message", "exit_code"}}.
+An exception that nobody expected is a bug of tailora and keeps its traceback.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+from cyclopts.help import DefaultFormatter
+from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
+
+from tailora import __version__
+from tailora.cli.console import logs, print_json
+from tailora.errors import TailoraError
+
+COMMANDS = {
+    "demo": "Fine-tune a small model on real chats, and see what it changed.",
+    "train": "Fine-tune a model on your data.",
+    "chat": "Talk to a model, with or without adapters.",
+    "generate": "Answer prompts once.",
+    "data": "Show what training would learn from a file.",
+    "doctor": "Show what this machine can do.",
+}
+SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
+EPILOGUE = "Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged, 4 a quality gate not met, 130 interrupted."
+HELP = DefaultFormatter(column_specs=(NameColumn.copy(renderer=NameRenderer(max_width=34)), DescriptionColumn))
+
+
+def app() -> App:
+    """The commands by name; a command's module is imported when it is called."""
+    root = App(name="tailora", help=SUMMARY, help_epilogue=EPILOGUE, help_formatter=HELP, version=__version__)
+    for order, (name, summary) in enumerate(COMMANDS.items()):
+        root.command(f"tailora.cli.{name}:{name}", name=name, help=summary, sort_key=order)
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code."""
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = app()(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+    except BrokenPipeError:  # `tailora ... | head` has seen enough; without this the interpreter complains at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (TailoraError, CycloptsError, OSError, KeyboardInterrupt) as error:
+        return failed(error, as_json="--json" in tokens)
+    except Exception:
+        logs().print("This is a bug in tailora: please report it with the lines below.", style="bold red")
+        raise
+    return int(code or 0)
+
+
+def failed(error: BaseException, as_json: bool) -> int:
+    """Says what went wrong, and returns the exit code for it."""
+    code, message = exit_code(error), str(error) or type(error).__name__
+    logs().print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    if as_json:
+        print_json({"error": {"type": type(error).__name__, "message": message, "exit_code": code}})
+    return code
+
+
+def exit_code(error: BaseException) -> int:
+    match error:
+        case TailoraError():
+            return error.exit_code
+        case KeyboardInterrupt():
+            return 130
+        case CycloptsError() | FileNotFoundError() | NotADirectoryError() | IsADirectoryError() | PermissionError():
+            return 2
+        case _:
+            return 1

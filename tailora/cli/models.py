@@ -1,0 +1,73 @@
+"""A model with its adapters, and how it samples, as `chat` and `generate` take them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
+from cyclopts.validators import Number
+
+from tailora.errors import ConfigError, listing
+
+Model = Annotated[str, Parameter(name="--model", help="Hugging Face folder or Hub id, or 'demo'")]
+Adapters = Annotated[
+    list[str] | None,
+    Parameter(name="--adapter", negative=(), metavar="NAME=FOLDER", help="folder, named or not; repeatable"),
+]
+MaxNewTokens = Annotated[PositiveInt, Parameter(help="longest answer, in tokens")]
+Temperature = Annotated[NonNegativeFloat, Parameter(help="0: always the likeliest token")]
+TopP = Annotated[float, Parameter(help="sample from this share of the probability", validator=Number(gt=0, lte=1))]
+Seed = Annotated[NonNegativeInt, Parameter(help="of the sampling")]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`model` is a LoRAModel with every adapter active, or the base itself where no adapter was given."""
+
+    model: Any
+    tokenizer: Any
+    adapters: list[str]
+
+
+def load(model: str, adapters: Sequence[str]) -> Loaded:
+    """Raises ConfigError, FormatError, BaseMismatchError."""
+    folders = named(adapters)
+    from tailora.model import LoRAModel
+    from tailora.train.load import load_base
+
+    base, tokenizer = load_base(model, "auto")
+    base.eval()
+    if not folders:
+        return Loaded(base, tokenizer, [])
+    (first, folder), *others = folders.items()
+    adapted = LoRAModel.from_pretrained(base, folder, first)
+    for name, folder in others:
+        adapted.load_adapter(folder, name)
+    adapted.set_adapter(list(folders))
+    return Loaded(adapted.eval(), tokenizer, list(folders))
+
+
+def named(adapters: Sequence[str]) -> dict[str, Path]:
+    """Name -> folder for NAME=FOLDER or FOLDER; the folder of a run stands for the adapter in it."""
+    pairs = [_named(text) for text in adapters]
+    names = [name for name, _ in pairs]
+    problems = [f"{folder} is not a folder" for _, folder in pairs if not folder.is_dir()]
+    problems += [
+        f"two adapters are called {name}: write NAME=FOLDER" for name in dict.fromkeys(names) if names.count(name) > 1
+    ]
+    if problems:
+        raise ConfigError(listing([f"--adapter: {problem}" for problem in problems]))
+    return dict(pairs)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, given, folder = ("", "", text) if Path(text).exists() else text.partition("=")
+    if not given:
+        folder = text
+    path = Path(folder)
+    inside = path / "adapter"
+    path = inside if not (path / "adapter_config.json").exists() and inside.is_dir() else path
+    own = path.resolve().parent.name if path.name == "adapter" else path.resolve().name
+    return (name if given else own), path

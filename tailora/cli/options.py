@@ -1,0 +1,137 @@
+"""The flags of `train`, `demo` and `data`, made from `TrainConfig`: names, help and defaults are written once, there.
+
+A value goes  flag or YAML -> plain Python -> `TrainConfig`, which alone decides what is valid.
+Later wins: the command's own defaults, then `--config run.yaml`, then flags.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, make_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from cyclopts import Group, Parameter
+from pydantic.fields import FieldInfo
+
+from tailora.cli.yaml12 import read_mapping
+from tailora.core.config import ALIASES
+from tailora.errors import ConfigError, listing
+from tailora.train.config import TrainConfig
+
+FIELDS = TrainConfig.model_fields
+OTHER_NAMES = {other: ours for other, ours in ALIASES.items() if ours in FIELDS}
+SECTIONS = {  # the field that opens a section of --help
+    "model": "Model and data",
+    "r": "Adapter",
+    "field": "Data",
+    "learning_rate": "Optimisation",
+    "eval_steps": "Evaluation and files",
+}
+NAMES_ONLY = re.compile(r"[\w.,-]+")  # module names; anything else is a regular expression
+
+Json = Annotated[bool, Parameter(negative=(), help="the last line on stdout is one JSON object", show_default=False)]
+ConfigFile = Annotated[Path | None, Parameter(name="--config", help="YAML file with the settings below; flags win")]
+
+
+@dataclass(frozen=True)
+class Settings:
+    config: TrainConfig
+    notes: list[str]
+
+
+def flags_of(defaults: Mapping[str, Any], only: Collection[str] = FIELDS.keys()) -> type[Any]:
+    """A dataclass with one optional flag for every field of `TrainConfig`; what was not given is None."""
+    columns: list[tuple[str, Any, Any]] = []
+    group = None
+    for name, field in FIELDS.items():
+        group = Group.create_ordered(SECTIONS[name]) if name in SECTIONS else group
+        if name in only:
+            columns.append((name, _flag(name, field, defaults.get(name, field.default), group), None))
+    hidden = Annotated[str | None, Parameter(show=False)]
+    columns += [(other, hidden, None) for other, ours in OTHER_NAMES.items() if ours in only]
+    made = make_dataclass("Flags", columns, kw_only=True, frozen=True)
+    made.__module__ = __name__  # cyclopts takes a class of the standard library for a plain value
+    return made
+
+
+def settings(
+    flags: Any, config_file: Path | None, defaults: Mapping[str, Any], arguments: Mapping[str, Any] | None = None
+) -> Settings:
+    """Merges what was given; `arguments` were typed without a flag. Raises ConfigError for all that is wrong."""
+    written = read_mapping(config_file) if config_file else {}
+    given = {field.name: getattr(flags, field.name) for field in fields(flags)}
+    given = {name: value for name, value in given.items() if value is not None}
+    notes = [f"{name} is read as {OTHER_NAMES[name]}" for name in (*written, *given) if name in OTHER_NAMES]
+    typed = {name: _plain(name, value) for name, value in _ours(given).items()}
+    config = TrainConfig(**{**defaults, **_ours(written), **typed, **(arguments or {})})
+    config.lora()  # the adapter's own checks, before anything is loaded
+    return Settings(config, notes)
+
+
+def _flag(name: str, field: FieldInfo, default: Any, group: Group | None) -> Any:
+    kind, metavar = _taken(field)
+    parameter = Parameter(
+        name=f"--{name.replace('_', '-')}",
+        help=field.description,
+        show_default=str(default) if default not in (None, {}, []) and default is not False else False,
+        metavar=metavar,
+        negative=None if kind is bool else (),
+        group=group,
+    )
+    return Annotated[kind | None, parameter]
+
+
+def _taken(field: FieldInfo) -> tuple[Any, str | None]:
+    """The type that a flag takes, and the word for it in --help. Numbers stay text: `TrainConfig` reads them."""
+    first = _members(field)[0]
+    if first is bool or get_origin(first) is Literal:
+        return first, None
+    if get_origin(first) in (list, dict):
+        return list[str], "A,B" if get_origin(first) is list else "KEY=VALUE"
+    return str, first.__name__.upper()
+
+
+def _members(field: FieldInfo) -> list[Any]:
+    """The types that a field accepts, None left out."""
+    if get_origin(field.annotation) not in (Union, UnionType):
+        return [field.annotation]
+    return [member for member in get_args(field.annotation) if member is not type(None)]
+
+
+def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Other tools' names replaced by ours."""
+    names = {name: OTHER_NAMES.get(name, name) for name in values}
+    asked = {ours: [name for name in names if names[name] == ours] for ours in names.values()}
+    twice = [f"{' and '.join(given)} are the same setting: give one" for given in asked.values() if len(given) > 1]
+    if twice:
+        raise ConfigError(listing(twice))
+    return {names[name]: value for name, value in values.items()}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """What was typed, as YAML would have it: names split at commas, key=value pairs as a mapping."""
+    members = _members(FIELDS[name])
+    if get_origin(members[0]) is dict:
+        return _pairs(name, value, split_last=get_args(members[0])[1] is not str)
+    if get_origin(members[0]) is not list:
+        return value
+    if str in members and (value == ["all-linear"] or not all(map(NAMES_ONLY.fullmatch, value))):
+        return _expression(name, value)
+    return [part for token in value for part in token.split(",") if part]
+
+
+def _expression(name: str, tokens: list[str]) -> str:
+    if len(tokens) > 1:
+        raise ConfigError(f"{name}: give names, or one regular expression, not both: {', '.join(tokens)}")
+    return tokens[0]
+
+
+def _pairs(name: str, tokens: list[str], split_last: bool) -> dict[str, str]:
+    """key=value; a pattern's key may itself hold '=', so a pattern is split at the last one."""
+    cut = str.rpartition if split_last else str.partition
+    parts = {token: cut(token, "=") for token in tokens}
+    wrong = [token for token, (key, _, value) in parts.items() if not (key and value)]
+    if wrong:
+        raise ConfigError(f"{name}: expected key=value, got {', '.join(wrong)}")
+    return {key: value for key, _, value in parts.values()}

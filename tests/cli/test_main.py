@@ -1,0 +1,110 @@
+"""Exit codes, messages, streams."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tailora import errors
+from tailora.cli.main import exit_code, main
+
+TAILORA = [sys.executable, "-m", "tailora.cli"]
+
+
+@pytest.mark.parametrize("tokens", [["--help"], [], ["train", "--help"], ["demo", "--help"], ["--version"]])
+def test_help_and_version_exit_with_0(tokens: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tokens) == 0
+    shown = capsys.readouterr()
+    assert shown.out
+    assert not shown.err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hint"),
+    [
+        (["trian"], 'Did you mean "train"'),
+        (["train", "--learning-rat", "1"], "Did you mean --learning-rate"),
+        (["demo", "--max-step", "1"], "Did you mean --max-steps"),
+        (["train", "--r", "0"], "r = '0'"),
+        (["train", "--dtype", "float16"], "float32"),
+        (["train", "--learning-rate", "fast"], "learning_rate = 'fast'"),
+        (["train", "--config", "absent.yaml"], "absent.yaml"),
+        (["train", "stray"], "stray"),
+        (["train", "--r"], "requires an argument"),
+    ],
+)
+def test_a_mistaken_command_line_exits_with_2_and_a_hint(
+    tokens: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(tokens) == 2
+    shown = capsys.readouterr()
+    assert hint in shown.err
+    assert "Traceback" not in shown.err
+    assert not shown.out
+
+
+def test_with_json_the_error_is_the_last_line_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--r", "0", "--json"]) == 2
+    error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    assert error["type"] == "ConfigError"
+    assert error["exit_code"] == 2
+    assert error["message"].startswith("r = '0'")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.TailoraError("x"), 1),
+        (errors.FetchError("x"), 1),
+        (errors.MemoryLimitError("x"), 1),
+        (errors.ConfigError("x"), 2),
+        (errors.DataError("x"), 2),
+        (errors.FormatError("x"), 2),
+        (errors.DivergedError("x"), 3),
+        (FileNotFoundError(2, "No such file"), 2),
+        (OSError(28, "No space left on device"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_each_error_has_its_exit_code(error: BaseException, code: int) -> None:
+    assert exit_code(error) == code
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from tailora.cli.main import main; assert main(['--help']) == main(['train', '--help']) == 0;"
+        "print({'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "set()"
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$@" --help | true', "bash", *TAILORA],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.returncode in (0, 1)  # 0 when the help fitted into the pipe before it closed
+
+
+def test_a_bug_keeps_its_traceback_and_asks_for_a_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setattr("tailora.cli.doctor.examined", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor"])
+    assert "report it" in capsys.readouterr().err
+
+
+def test_the_installed_command_is_the_same_program(tmp_path: Path) -> None:
+    done = subprocess.run([*TAILORA, "train", "--config", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --config")

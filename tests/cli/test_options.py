@@ -1,0 +1,161 @@
+"""Flags, YAML and their merging. None of this needs torch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cyclopts import App
+
+from tailora.cli.options import Settings, settings
+from tailora.cli.train import FLAGS
+from tailora.cli.train import train as command
+from tailora.cli.yaml12 import read_mapping
+from tailora.errors import ConfigError
+from tailora.train.config import TrainConfig
+
+
+def parsed(
+    *tokens: str, yaml: str | None = None, folder: Path | None = None, defaults: dict[str, Any] | None = None
+) -> Settings:
+    """What `tailora train TOKENS` would run."""
+    app = App()
+    app.default(command)
+    _, bound, _ = app.parse_args(list(tokens), exit_on_error=False, print_error=False)
+    path = bound.arguments.get("config")
+    if yaml is not None:
+        assert folder is not None
+        path = folder / "run.yaml"
+        path.write_text(yaml)
+    return settings(bound.arguments.get("flags", FLAGS()), path, defaults or {})
+
+
+def test_every_setting_has_a_flag_and_every_flag_a_help_text() -> None:
+    assert set(TrainConfig.model_fields) <= set(FLAGS.__dataclass_fields__)
+    assert all(field.description for field in TrainConfig.model_fields.values())
+
+
+def test_without_flags_the_settings_are_the_defaults() -> None:
+    assert parsed().config == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "name", "value"),
+    [
+        (["--r", "8"], "r", 8),
+        (["--learning-rate", "1e-4"], "learning_rate", 1e-4),
+        (["--target-modules", "q_proj,v_proj"], "target_modules", ["q_proj", "v_proj"]),
+        (["--target-modules", "q_proj", "--target-modules", "v_proj"], "target_modules", ["q_proj", "v_proj"]),
+        (["--target-modules", "q_proj"], "target_modules", ["q_proj"]),
+        (["--target-modules", "all-linear"], "target_modules", "all-linear"),
+        (["--target-modules", r".*\.(q|v)_proj"], "target_modules", r".*\.(q|v)_proj"),
+        (["--target-modules", r"layers\.\d{1,2}\.q_proj"], "target_modules", r"layers\.\d{1,2}\.q_proj"),
+        (["--layers-to-transform", "0,2"], "layers_to_transform", [0, 2]),
+        (
+            ["--field", "prompt=question", "--field", "completion=answer"],
+            "field",
+            {"prompt": "question", "completion": "answer"},
+        ),
+        (["--rank-pattern", "q_proj=8"], "rank_pattern", {"q_proj": 8}),
+        (["--alpha-pattern", "(?=.*q)q_proj=8.5"], "alpha_pattern", {"(?=.*q)q_proj": 8.5}),
+        (["--use-rslora"], "use_rslora", True),
+        (["--report-to", "tensorboard,wandb"], "report_to", ["tensorboard", "wandb"]),
+        (["--dtype", "bfloat16"], "dtype", "bfloat16"),
+        (["--resume-from-checkpoint", "latest"], "resume_from_checkpoint", "latest"),
+    ],
+)
+def test_a_flag_sets_its_field(tokens: list[str], name: str, value: Any) -> None:
+    assert parsed(*tokens).config == TrainConfig(**{name: value})
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    found = parsed("--r", "4", yaml="r: 8\nseed: 7\n", folder=tmp_path, defaults={"r": 2, "seed": 3, "max_steps": 9})
+    assert found.config == TrainConfig(r=4, seed=7, max_steps=9)
+
+
+def test_a_switch_can_be_turned_off_again(tmp_path: Path) -> None:
+    assert parsed("--no-use-rslora", yaml="use_rslora: true", folder=tmp_path).config.use_rslora is False
+
+
+@pytest.mark.parametrize("text", ["learning_rate: 1e-4", "learning-rate: 1e-4", "learning_rate: 0.0001"])
+def test_yaml_numbers_are_numbers(tmp_path: Path, text: str) -> None:
+    assert parsed(yaml=text, folder=tmp_path).config.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("-2E+3", -2000.0),
+        ("on", "on"),
+        ("no", "no"),
+        ("true", True),
+        ("08", 8.0),
+        ("12:30", "12:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("", None),
+        ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("{q_proj: 8}", {"q_proj": 8}),
+        ("'1e-4'", "1e-4"),
+    ],
+)
+def test_scalars_follow_yaml_1_2(tmp_path: Path, text: str, value: Any) -> None:
+    (tmp_path / "x.yaml").write_text(f"key: {text}\n")
+    found = read_mapping(tmp_path / "x.yaml")["key"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert parsed(yaml="# nothing yet\n", folder=tmp_path).config == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora_rnk: 8", r"lora_rnk.*did you mean"),
+        ("learning_rat: 1", "did you mean learning_rate"),
+        ("r: 8\nr: 9", "given twice: r"),
+        ("max-steps: 8\nmax_steps: 9", "given twice: max_steps"),
+        ("- r\n- 8", "found a list"),
+        ("r: [", "is not YAML"),
+        ("r: -1\nlearning_rate: fast", r"2 problems(.|\n)*r = -1(.|\n)*learning_rate = 'fast'"),
+        ("lora_rank: 8\nr: 4", "lora_rank and r are the same setting"),
+    ],
+)
+def test_bad_yaml_is_refused_with_its_cause(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parsed(yaml=text, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["--config", "absent.yaml"], "absent.yaml: No such file"),
+        (["--r", "0"], "r = '0'"),
+        (["--lora-rank", "8", "--r", "4"], "same setting"),
+        (["--lora-rank", "8", "--lora-r", "4"], "same setting"),
+        (["--rank-pattern", "q_proj"], "expected key=value"),
+        (["--rank-pattern", "q_proj=x"], "rank_pattern"),
+        (["--target-modules", "q_proj", "--target-modules", ".*v"], "not both"),
+    ],
+)
+def test_bad_flags_are_refused_with_their_cause(tokens: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parsed(*tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "changes", "note"),
+    [
+        (["--lora-rank", "8"], {"r": 8}, "lora_rank is read as r"),
+        (["--lora-r", "8"], {"r": 8}, "lora_r is read as r"),
+        (["--cutoff-len", "64"], {"max_length": 64}, "cutoff_len is read as max_length"),
+    ],
+)
+def test_names_of_other_tools_are_read_with_a_note(tokens: list[str], changes: dict[str, Any], note: str) -> None:
+    assert parsed(*tokens) == Settings(TrainConfig(**changes), [note])
+
+
+def test_names_of_other_tools_are_read_in_yaml_too(tmp_path: Path) -> None:
+    found = parsed(yaml="cutoff_len: 64", folder=tmp_path)
+    assert found == Settings(TrainConfig(max_length=64), ["cutoff_len is read as max_length"])
