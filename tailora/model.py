@@ -11,21 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter, create
-from tailora.core.attach import (
-    Adapted,
-    Substituted,
-    Swapped,
-    attach,
-    close_fast_path,
-    detach,
-    encoders_around,
-)
+from tailora.core.adapter import Adapter, create, parts_by_path, register
+from tailora.core.attach import Adapted, Substituted, Swapped, attach, become, detach, encoders_around, fast_path_mixin
 from tailora.core.config import LoRAConfig
-from tailora.core.merge import MergeReport, folded, tied, untie
+from tailora.core.merge import MergeReport, folded, settle_ties
 from tailora.core.summary import Summary, summarise
 from tailora.core.targets import default_config, select
 from tailora.errors import AdapterError, FormatError, MergeError, TargetError, nearest
@@ -48,13 +39,9 @@ class LoRAModel(nn.Module):
 
     def __init__(self, base_model: nn.Module, config: LoRAConfig | None = None, adapter_name: str = "default") -> None:
         super().__init__()
-        self._wrap(base_model)
-        try:
-            self.add_adapter(adapter_name, config or default_config(base_model))
-        except Exception:
-            self.unload()
-            raise
-        self.set_adapter(adapter_name)
+        _refuse_adapted(base_model)
+        config = config or default_config(base_model)
+        self._wrap(base_model, adapter_name, create(select(base_model, config), config))
 
     @classmethod
     def from_pretrained(
@@ -66,29 +53,27 @@ class LoRAModel(nn.Module):
         allow_base_mismatch: bool = False,
     ) -> Self:
         """The base with the adapter of `folder` active. Raises as `load_adapter`."""
+        _refuse_adapted(base_model)
+        adapter = restore(read_adapter(Path(folder)), base_model, allow_base_mismatch=allow_base_mismatch)
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model._wrap(base_model)
-        try:
-            model.load_adapter(folder, adapter_name, allow_base_mismatch=allow_base_mismatch)
-        except Exception:
-            model.unload()
-            raise
-        model.set_adapter(adapter_name)
+        model._wrap(base_model, adapter_name, adapter)
         return model
 
-    def _wrap(self, base_model: nn.Module) -> None:
-        if any(isinstance(module, Swapped) for module in base_model.modules()):
-            raise TargetError("this model has tailora adapters already; use add_adapter, or unload() the other first")
-        if hasattr(base_model, "peft_config"):
-            raise TargetError("this model carries PEFT adapters; unload or merge them first")
+    def _wrap(self, base_model: nn.Module, name: str, adapter: Adapter) -> None:
+        """All checks are done: from here on the base changes."""
         self.base_model = base_model
         self.lora_layers = nn.ModuleDict()
         self._adapters: dict[str, Adapter] = {}
         self._active: tuple[str, ...] = ()
+        self._attached: dict[str, nn.Module] = {}  # path -> layer of the base, for every adapter's layers
+        self._registers: dict[str, nn.ModuleDict] = {}  # name -> what lora_layers is while it alone is active
         self._originals: dict[str, Tensor] = {}  # weights before a merge
-        self._trained_before = [parameter.requires_grad for parameter in base_model.parameters()]
+        self._trained_before = {name: p.requires_grad for name, p in _all_parameters(base_model)}
+        self._check_new(name)
         base_model.requires_grad_(False)
+        self._install(name, adapter)
+        self.set_adapter(name)
 
     # ---- calling
 
@@ -108,9 +93,10 @@ class LoRAModel(nn.Module):
         active = {id(module) for module in self.lora_layers.modules()}
         for module in self._parts():
             if id(module) not in active:
-                module._apply(fn, recurse)
+                module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._originals = {path: fn(weight) for path, weight in self._originals.items()}
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _parts(self) -> Iterator[nn.Module]:
         return (part for adapter in self._adapters.values() for part in adapter.parts.values())
@@ -162,19 +148,24 @@ class LoRAModel(nn.Module):
         self._check_unmerged("delete an adapter")
         self.set_adapter([other for other in self._active if other != name])
         gone = self._adapters.pop(name).parts
+        del self._registers[name]
         for path in gone.keys() - {path for adapter in self._adapters.values() for path in adapter.parts}:
-            detach(self.base_model.get_submodule(path))
+            detach(self._attached.pop(path))
 
     def set_adapter(self, name: str | Iterable[str] | None) -> None:
         """Make this adapter the active one; several add up; None leaves the plain base."""
         names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name or ()))
         active = [self._find(each) for each in names]
         self._check_unmerged("switch adapters")
-        for path in {path for adapter in self._adapters.values() for path in adapter.parts}:
-            parts = tuple(adapter.parts[path] for adapter in active if path in adapter.parts)
-            self._layer(path).__dict__["active_adapters"] = parts
+        parts = parts_by_path(active)
+        for path in {path for each in self._active for path in self._adapters[each].parts} - parts.keys():
+            attach(self._attached[path], ())
+        for path, chosen in parts.items():
+            attach(self._attached[path], chosen)
         self._active = names
-        self.lora_layers = _registered(active).train(self.training)
+        self.lora_layers = self._registers[names[0]] if len(names) == 1 else register(parts)
+        if self.lora_layers.training != self.training:
+            self.lora_layers.train(self.training)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -192,23 +183,21 @@ class LoRAModel(nn.Module):
             layer.strength.fill_(strength)
 
     def _install(self, name: str, adapter: Adapter) -> None:
-        for path in adapter.low_rank:
-            self._attach(path, Adapted)
-        for path in adapter.saved:
-            self._attach(path, Substituted)
-        for encoder in encoders_around(self.base_model, map(self._layer, adapter.parts)):
-            close_fast_path(encoder)
+        layers = {path: self.base_model.get_submodule(path) for path in adapter.parts}
+        wanted = {path: Adapted if path in adapter.low_rank else Substituted for path in layers}
+        if clash := [
+            path for path in layers if isinstance(layers[path], Swapped) and not isinstance(layers[path], wanted[path])
+        ]:
+            raise TargetError(
+                f"adapted by one adapter and trained whole by another: {', '.join(clash)}; use two models"
+            )
+        for path in layers.keys() - self._attached.keys():
+            become(layers[path], wanted[path])
+        for encoder in encoders_around(self.base_model, layers.values()):
+            become(encoder, fast_path_mixin(encoder))
+        self._attached |= layers
         self._adapters[name] = adapter
-
-    def _attach(self, path: str, mixin: type[Swapped]) -> None:
-        layer = self._layer(path)
-        if not isinstance(layer, Swapped):
-            attach(layer, (), mixin)
-        elif not isinstance(layer, mixin):
-            raise TargetError(f"{path} is adapted by one adapter and trained whole by another; use two models")
-
-    def _layer(self, path: str) -> nn.Module:
-        return self.base_model.get_submodule(path)
+        self._registers[name] = register(parts_by_path([adapter]))
 
     def _find(self, name: str) -> Adapter:
         if name not in self._adapters:
@@ -238,16 +227,20 @@ class LoRAModel(nn.Module):
         Returns the rounding error of every layer relative to its update.
         """
         self._check_unmerged("merge")
-        layers = {path: (self._layer(path), parts) for path, parts in self._active_low_rank().items()}
-        if not layers and not any(self._adapters[name].saved for name in self._active):
+        if not self._active:
             raise MergeError("no adapter is active; set_adapter(name) first")
-        self._settle_ties({path: layer for path, (layer, _) in layers.items()}, untie_weights)
+        layers = {
+            path: (layer, layer.active_adapters)
+            for path, layer in self._attached.items()
+            if isinstance(layer, Adapted) and layer.active_adapters
+        }
+        settle_ties(self.base_model, {path: layer for path, (layer, _) in layers.items()}, untie_weights)
         weights, report = folded(layers)
         for path, (layer, _) in layers.items():
             weight: Any = layer.weight
             self._originals[path] = weight.data
             weight.data = weights[path]
-            layer.__dict__["active_adapters"] = ()
+            attach(layer, ())
         return report
 
     def unmerge(self) -> None:
@@ -255,7 +248,7 @@ class LoRAModel(nn.Module):
         if not self._originals:
             raise MergeError("nothing is merged")
         for path, original in self._originals.items():
-            weight: Any = self._layer(path).weight
+            weight: Any = self._attached[path].weight
             weight.data = original
         self._originals = {}
         self.set_adapter(self._active)
@@ -275,7 +268,7 @@ class LoRAModel(nn.Module):
             self.merge(untie_weights=untie_weights)
         for name in self._active:
             for path, module in self._adapters[name].saved.items():
-                self._layer(path).load_state_dict(module.state_dict())
+                self._attached[path].load_state_dict(module.state_dict())
         self._originals = {}
         return self._release()
 
@@ -288,30 +281,11 @@ class LoRAModel(nn.Module):
     def _release(self) -> nn.Module:
         for module in self.base_model.modules():
             detach(module)
-        for parameter, trained in zip(self.base_model.parameters(), self._trained_before, strict=False):
-            parameter.requires_grad = trained
-        self._adapters, self._active, self.lora_layers = {}, (), nn.ModuleDict()
+        for name, parameter in _all_parameters(self.base_model):
+            parameter.requires_grad = self._trained_before[name]
+        self._adapters, self._active, self._attached, self._registers = {}, (), {}, {}
+        self.lora_layers = nn.ModuleDict()
         return self.base_model
-
-    def _active_low_rank(self) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {}
-        for name in self._active:
-            for path, layer in self._adapters[name].low_rank.items():
-                found.setdefault(path, []).append(layer)
-        return found
-
-    def _settle_ties(self, layers: dict[str, nn.Module], untie_weights: bool) -> None:
-        shared = tied(self.base_model, layers)
-        if shared and not untie_weights:
-            pairs = ", ".join(f"{path} = {' = '.join(others)}" for path, others in shared.items())
-            raise MergeError(
-                f"merging would change a weight that another layer shares ({pairs}); pass untie_weights=True"
-            )
-        for path in shared:
-            untie(layers[path])
-        config = getattr(self.base_model, "config", None)
-        if shared and getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
 
     def _check_unmerged(self, action: str) -> None:
         if self._originals:
@@ -322,16 +296,13 @@ class LoRAModel(nn.Module):
         return summarise(self.base_model, [self._adapters[name] for name in self._active])
 
 
-def layer_key(path: str) -> str:
-    """The key of a base layer in `lora_layers`: its path with / for the dots, which ModuleDict does not take."""
-    key = path.replace(".", "/")
-    return f"/{key}" if not key or hasattr(nn.ModuleDict, key) else key
+def _refuse_adapted(base_model: nn.Module) -> None:
+    if isinstance(base_model, LoRAModel) or any(isinstance(module, Swapped) for module in base_model.modules()):
+        raise TargetError("this model has tailora adapters already; use its add_adapter, or unload() it first")
+    if hasattr(base_model, "peft_config"):
+        raise TargetError("this model carries PEFT adapters; unload or merge them first")
 
 
-def _registered(active: list[Adapter]) -> nn.ModuleDict:
-    """One entry per adapted layer: its part, or the list of its parts when several adapters are active."""
-    found: dict[str, list[nn.Module]] = {}
-    for adapter in active:
-        for path, part in adapter.parts.items():
-            found.setdefault(layer_key(path), []).append(part)
-    return nn.ModuleDict({key: parts[0] if len(parts) == 1 else nn.ModuleList(parts) for key, parts in found.items()})
+def _all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Tied ones under each of their names, since a merge may untie them."""
+    return model.named_parameters(remove_duplicate=False)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tailora.core.config import LoRAConfig
+from tailora.core.kinds import weight_of
 from tailora.core.layer import LoRALayer
 from tailora.core.targets import Selection, Target
 
@@ -31,7 +32,7 @@ def create(selection: Selection, config: LoRAConfig) -> Adapter:
 def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) -> LoRALayer:
     """An update for this layer; `fresh=False` leaves both factors zero and the random state alone, to be filled."""
     in_features, out_features = target.kind.dims(target.layer)
-    weight = target.layer.weight
+    weight = weight_of(target.layer)
     return LoRALayer(
         in_features,
         out_features,
@@ -44,8 +45,8 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
         kind=target.kind,
         shapes=target.kind.shapes(target.layer, target.r),
         groups=getattr(target.layer, "groups", 1),
-        device=weight.device,  # type: ignore[arg-type]
-        dtype=adapter_dtype(weight.dtype),  # type: ignore[arg-type]
+        device=weight.device,
+        dtype=adapter_dtype(weight.dtype),
     )
 
 
@@ -57,3 +58,24 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
 def trained_copy(module: nn.Module) -> nn.Module:
     clone = copy.deepcopy(module)
     return clone.requires_grad_()
+
+
+def layer_key(path: str) -> str:
+    """The key of a base layer in `lora_layers`: its path with / for the dots, which ModuleDict does not take."""
+    key = path.replace(".", "/")
+    return f"/{key}" if not key or hasattr(nn.ModuleDict, key) else key
+
+
+def parts_by_path(adapters: list[Adapter]) -> dict[str, tuple[nn.Module, ...]]:
+    found: dict[str, tuple[nn.Module, ...]] = {}
+    for adapter in adapters:
+        for path, part in adapter.parts.items():
+            found[path] = (*found.get(path, ()), part)
+    return found
+
+
+def register(parts: dict[str, tuple[nn.Module, ...]]) -> nn.ModuleDict:
+    """One entry per adapted layer: its part, or the list of its parts when several adapters are active."""
+    return nn.ModuleDict(
+        {layer_key(path): each[0] if len(each) == 1 else nn.ModuleList(each) for path, each in parts.items()}
+    )

@@ -6,7 +6,7 @@ reference, so that the base model's parameters and state dict stay what they wer
 
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -63,9 +63,12 @@ FAST_PATHS: dict[type[nn.Module], type[Swapped]] = {
 }
 
 
-@cache
-def derived(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
+def _derive(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {"plain": cls, "__module__": __name__})
+
+
+# One class per pair, so that layers share a type. The stub of lru_cache takes module classes for unhashable.
+derived: Callable[[type[Swapped], type[nn.Module]], type[nn.Module]] = cast(Any, cache(_derive))
 
 
 def mixin_of(cls: type) -> type[Swapped]:
@@ -77,17 +80,22 @@ def _revive(mixin: type[Swapped], plain: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def attach(layer: nn.Module, adapters: tuple[nn.Module, ...], mixin: type[Swapped] = Adapted) -> None:
-    """Let `layer` run with these adapters and no others; () leaves it computing as the plain layer."""
-    if not isinstance(layer, Swapped):
-        layer.__class__ = derived(mixin, type(layer))
-    layer.__dict__["active_adapters"] = adapters
+def become(module: nn.Module, mixin: type[Swapped]) -> None:
+    """Swap the module's class for the one derived from it; it computes as before until adapters are attached."""
+    if not isinstance(module, Swapped):
+        module.__class__ = derived(mixin, type(module))
+        attach(module, ())
+
+
+def attach(layer: nn.Module, adapters: tuple[nn.Module, ...]) -> None:
+    """Let a layer that has `become` adapted run with these adapters and no others."""
+    layer.__dict__["active_adapters"] = adapters  # past nn.Module's __setattr__: a reference, not a registration
 
 
 def detach(layer: nn.Module) -> None:
     """The class that it was, and no trace."""
     if isinstance(layer, Swapped):
-        layer.__class__ = layer.plain
+        cast(Any, layer).__class__ = layer.plain
         layer.__dict__.pop("active_adapters", None)
 
 
@@ -98,7 +106,5 @@ def encoders_around(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Mo
     return [module for module in suspects if any(id(child) in adapted for child in module.modules())]
 
 
-def close_fast_path(module: nn.Module) -> None:
-    if not isinstance(module, Swapped):
-        mixin = next(mixin for cls, mixin in FAST_PATHS.items() if isinstance(module, cls))
-        module.__class__ = derived(mixin, type(module))
+def fast_path_mixin(module: nn.Module) -> type[Swapped]:
+    return next(mixin for cls, mixin in FAST_PATHS.items() if isinstance(module, cls))

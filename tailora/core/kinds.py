@@ -35,6 +35,9 @@ class Kind:
     drops: bool = True
     zero: Literal["A", "B"] = "B"
 
+    def __reduce__(self) -> tuple[Callable[[str], "Kind"], tuple[str]]:  # copies and pickles stay the table's row
+        return kind_named, (self.name,)
+
 
 def _matrix_shapes(dims: Callable[[Any], tuple[int, int]]) -> Callable[[Any, int], tuple[Shape, Shape]]:
     def shapes(layer: Any, r: int) -> tuple[Shape, Shape]:
@@ -135,6 +138,10 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def kind_named(name: str) -> Kind:
+    return next(kind for kind in KINDS.values() if kind.name == name)
+
+
 def qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -142,6 +149,13 @@ def qualified(cls: type) -> str:
 def kind_of(layer: nn.Module) -> Kind | None:
     """The row for this layer's class or the nearest of its parents; None for what is not in the table."""
     return next((KINDS[name] for cls in type(layer).__mro__ if (name := qualified(cls)) in KINDS), None)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    if not isinstance(weight, Tensor):
+        raise TargetError(f"{type(layer).__name__}.weight is a {type(weight).__name__}, not a tensor")
+    return weight
 
 
 def obstacle(layer: nn.Module) -> str | None:

@@ -65,7 +65,8 @@ class LoRALayer(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
         self.register_buffer("strength", self._scalar(1.0), persistent=False)
-        self.scaling = nn.Parameter(self._scalar(self.configured_scaling)) if learn_scaling else self.configured_scaling
+        scaling = self._scalar(self.configured_scaling)
+        self.scaling = nn.Parameter(scaling) if learn_scaling else scaling
         if init_lora_weights is not None:
             self.reset_parameters(init_lora_weights)
 

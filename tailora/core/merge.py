@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tailora.core.attach import Swapped
-from tailora.core.kinds import KINDS, qualified
+from tailora.core.kinds import KINDS, qualified, weight_of
 from tailora.core.layer import LoRALayer
 from tailora.errors import MergeError, listing
 
@@ -28,7 +29,7 @@ class MergeReport:
 
 def fold(layer: nn.Module, adapters: Sequence[LoRALayer]) -> tuple[Tensor, float]:
     """The layer's weight with the updates in it, summed in at least float32 and rounded once; its rounding error."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = weight_of(layer)
     wide = torch.promote_types(weight.dtype, torch.float32)
     delta = torch.stack([adapter.delta(layer).to(wide) for adapter in adapters]).sum(0)
     exact = weight.to(wide) + delta
@@ -70,13 +71,26 @@ def tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[st
     return {
         path: others
         for path, layer in layers.items()
-        if (others := [user for user in users.get(id(layer.weight), []) if user != path])
+        if (others := [user for user in users.get(id(weight_of(layer)), []) if user != path])
     }
+
+
+def settle_ties(model: nn.Module, layers: Mapping[str, nn.Module], untie_weights: bool) -> None:
+    """Refuse a weight that another layer shares, or give the adapted layer its own and say so in the config."""
+    shared = tied(model, layers)
+    if shared and not untie_weights:
+        pairs = ", ".join(f"{path} = {' = '.join(others)}" for path, others in shared.items())
+        raise MergeError(f"merging would change a weight that another layer shares ({pairs}); pass untie_weights=True")
+    for path in shared:
+        untie(layers[path])
+    config: Any = getattr(model, "config", None)
+    if shared and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
 
 
 def untie(layer: nn.Module) -> None:
     """Give the layer a weight of its own, of the same value."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = weight_of(layer)
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
 
 

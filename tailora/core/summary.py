@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tailora.core.adapter import Adapter
+from tailora.core.kinds import weight_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def summarise(base_model: nn.Module, adapters: list[Adapter]) -> Summary:
     rows = []
     for adapter in adapters:
         for path, layer in adapter.low_rank.items():
-            shape = tuple(base_model.get_submodule(path).weight.shape)  # type: ignore[union-attr]
+            shape = tuple(weight_of(base_model.get_submodule(path)).shape)
             rows.append(Row(path, layer.kind.name, shape, layer.r, layer.lora_alpha, parameter_count(layer)))
         for path, module in adapter.saved.items():
             rows.append(Row(path, type(module).__name__, (), None, None, parameter_count(module)))

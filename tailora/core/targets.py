@@ -1,7 +1,7 @@
 """Which layers a config means. Strict: what matches nothing is an error, and all errors come at once."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tailora.core.kinds import weight_of
+
 SAMPLES = 8  # weights per layer
 TOLERANCE = 2.0**-7  # rounding to bfloat16, once on either side
 
@@ -16,7 +18,8 @@ TOLERANCE = 2.0**-7  # rounding to bfloat16, once on either side
 def fingerprint(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
     """Path -> shape and evenly spaced weights of the layer."""
     return {
-        path: {"shape": list(layer.weight.shape), "weights": _sample(layer.weight)} for path, layer in layers.items()
+        path: {"shape": list(weight_of(layer).shape), "weights": _sample(weight_of(layer))}
+        for path, layer in layers.items()
     }
 
 
@@ -25,11 +28,11 @@ def differences(stored: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> l
     return [
         problem
         for path, layer in layers.items()
-        if path in stored and (problem := _difference(path, stored[path], layer.weight))
+        if path in stored and (problem := _difference(path, stored[path], weight_of(layer)))
     ]
 
 
-def _difference(path: str, stored: Mapping[str, Any], weight: Any) -> str | None:
+def _difference(path: str, stored: Mapping[str, Any], weight: Tensor) -> str | None:
     if stored["shape"] != list(weight.shape):
         return f"{path}: made for a weight of shape {tuple(stored['shape'])}, here it is {tuple(weight.shape)}"
     then, now = torch.tensor(stored["weights"]), torch.tensor(_sample(weight))

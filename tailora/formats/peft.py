@@ -132,7 +132,7 @@ def _card(settings: Mapping[str, Any], adapter: Adapter) -> str:
         "---",
     ]
     body = (
-        f"LoRA adapter of {len(adapter.low_rank)} layers, r = {adapter.config.r}, alpha = {adapter.config.lora_alpha:g}. "
-        "Loads with tailora and PEFT."
+        f"LoRA adapter of {len(adapter.low_rank)} layers, r = {adapter.config.r}, "
+        f"alpha = {adapter.config.lora_alpha:g}. Loads with tailora and PEFT."
     )
     return "\n".join([*front, "", body, ""])

@@ -1,6 +1,7 @@
 """adapter_config.json: PEFT's settings of an adapter, to and from ours."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from torch import nn
 from tailora.core.config import LoRAConfig
 from tailora.core.targets import matches
 from tailora.errors import ConfigError, FormatError, listing
-import re
 
 # Settings that change what the tensors mean and have no slot here yet: key -> values that change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {

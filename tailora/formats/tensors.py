@@ -12,7 +12,7 @@ from tailora.errors import FormatError
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The file's bytes. safetensors writes its metadata in hash order, another one in every process; here it is sorted."""
+    """The file's bytes. Sorted: safetensors writes its metadata in hash order, another one in every process."""
     raw = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
