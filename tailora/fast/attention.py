@@ -57,7 +57,7 @@ def packed_attention(
         raise PackingError(f"the attention of {type(module).__name__} asks for {', '.join(refused)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     lengths = cu_seq_lens_q.diff().tolist()
-    documents = zip(*(heads.split(lengths, dim=2) for heads in (query, key, value)), strict=True)
+    documents = zip(*(torch.split(heads, lengths, dim=2) for heads in (query, key, value)), strict=True)
     outputs = [_document(q, k, v, scale, dropout, sliding_window).transpose(1, 2) for q, k, v in documents]
     return torch.cat(outputs, dim=1), None
 
@@ -67,7 +67,7 @@ def _document(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, win
     length = q.shape[2]
     windowed = window is not None and window < length
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and length <= SHORT and not dropout and not windowed:
-        output: Tensor = ShortAttention.apply(q, k, v, scale)
+        output: Tensor = ShortAttention.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
         return output
     mask = _window(length, window, q.device) if window is not None and windowed else None
     grouped = k.shape[1] != q.shape[1]

@@ -20,7 +20,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return _chunks(logits, targets, into=None)
-    losses: Tensor = _CrossEntropy.apply(logits, targets)
+    losses: Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return losses
 
 

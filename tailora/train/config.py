@@ -1,10 +1,11 @@
 """Every setting of a run: the one schema of `--config run.yaml`, of the flags and of Python. Needs no torch."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tailora.core.config import LoRAConfig, StrictModel
+from tailora.errors import ConfigError, listing
 
 
 class TrainConfig(StrictModel):
@@ -56,6 +57,30 @@ class TrainConfig(StrictModel):
     samples: int = Field(3, ge=0, description="held-out prompts answered before and after")
     report_to: list[str] = Field([], description="tensorboard, wandb, trackio")
     resume_from_checkpoint: str | None = Field(None, description="checkpoint folder, or 'latest'")
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        """Every contradiction between settings, in one complaint."""
+        held_out = bool(self.eval_data) or (self.validation_split > 0 and not self.streaming)
+        changed = [name for name in LoRAConfig.model_fields if name in self.model_fields_set and self._differs(name)]
+        rules = [
+            (self.streaming and self.max_steps is None, "streaming reads without end: give --max-steps"),
+            (
+                self.early_stopping_patience and not self.eval_steps,
+                "early stopping counts evaluations: give --eval-steps",
+            ),
+            (
+                self.eval_steps and not held_out,
+                "eval_steps needs held-out data: give --eval-data or --validation-split",
+            ),
+            (self.adapter and changed, f"--adapter brings its own {', '.join(changed)}: leave them out"),
+        ]
+        if problems := [text for broken, text in rules if broken]:
+            raise ConfigError(listing(problems))
+        return self
+
+    def _differs(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     def lora(self) -> LoRAConfig:
         shared = LoRAConfig.model_fields.keys() & type(self).model_fields.keys()

@@ -1,0 +1,79 @@
+"""Held-out loss, per example, in batches that never need more memory than training did."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from tailora.data.store import Examples
+from tailora.fast.attention import packed_rows
+from tailora.model import LoRAModel
+from tailora.train.loss import Rows, keeps_logits, token_losses
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Sums in nats and counts of supervised tokens, one of each per example."""
+
+    sums: npt.NDArray[np.float64]
+    counts: npt.NDArray[np.int64]
+
+    @property
+    def loss(self) -> float:
+        """Nats per supervised token over all examples."""
+        return float(self.sums.sum() / self.counts.sum())
+
+
+def evaluate(
+    model: LoRAModel,
+    examples: Examples,
+    *,
+    token_budget: int,
+    pad_id: int,
+    packed: bool,
+    device: torch.device | None = None,
+) -> Evaluation:
+    """Loss of every example without dropout or gradients; bitwise the same each time.
+
+    token_budget: most tokens in one forward, padding included; a longer example goes alone.
+    """
+    device = device or next(model.base_model.parameters()).device
+    rows = Rows(packed, keeps_logits(model.base_model), pad_id)
+    sums = np.zeros(len(examples))
+    attention = packed_rows(model.base_model) if packed else nullcontext()
+    with torch.no_grad(), evaluating(model), attention:
+        for batch in budgeted(examples.lengths, token_budget, packed):
+            losses, owners = token_losses(model, [examples[i] for i in batch], rows, device)
+            np.add.at(sums, batch[owners.cpu().numpy()], losses.double().cpu().numpy())
+    return Evaluation(sums, examples.supervised.astype(np.int64))
+
+
+def budgeted(lengths: npt.NDArray[np.int64], token_budget: int, packed: bool) -> Iterator[npt.NDArray[np.int64]]:
+    """Indices in batches of similar length, each within the budget; the longest come first, where memory shows."""
+    batch: list[int] = []
+    tokens = 0
+    for i in np.argsort(-lengths, kind="stable"):
+        width = int(lengths[i] if packed or not batch else lengths[batch[0]])
+        if batch and tokens + width > token_budget:
+            yield np.array(batch)
+            batch, tokens, width = [], 0, int(lengths[i])
+        batch.append(int(i))
+        tokens += width
+    if batch:
+        yield np.array(batch)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,67 @@
+"""The base model and its tokenizer, in the precision that this machine is good at."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from tailora.data.demo import resolve
+from tailora.errors import ConfigError
+
+CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 names, and Arm's
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def has_bfloat16(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; emulation is slower than float32."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device != "cpu" or not cpuinfo.exists():
+        return False
+    lines = (line for line in cpuinfo.read_text().splitlines() if line.lower().startswith(("flags", "features")))
+    return bool(CPU_FLAGS & set(next(lines, "").split()))
+
+
+def load_base(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder, a Hub id, or 'demo'. `dtype`: auto, float32 or bfloat16.
+
+    Raises ConfigError when they cannot be read; pickled weights are not.
+    """
+    source = resolve(name, "model")
+    precision = DTYPES[("bfloat16" if has_bfloat16(device) else "float32") if dtype == "auto" else dtype]
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=precision, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(_unreadable(name, source, error)) from error
+    return model, tokenizer
+
+
+def _unreadable(name: str, source: str, error: Exception) -> str:
+    folder = Path(source)
+    if folder.is_dir():
+        there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        return (
+            f"model {name!r}: transformers cannot read this folder as a causal language model: {error}. "
+            f"It holds {there}; needed are config.json, a tokenizer and weights as .safetensors"
+        )
+    return (
+        f"model {name!r} is neither a folder here nor readable from the Hub: {error}. "
+        "Give a folder, a Hub id, or 'demo'; HF_TOKEN opens gated models"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers draws a progress bar of its own while it loads; off for the block."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,266 @@
+"""The loop: step, evaluate, save, in an order that a checkpoint can be continued from to the bit.
+
+    wait for the step's examples -> count its tokens over all ranks -> forward and backward of each micro-batch
+    -> finite? -> clip -> AdamW -> due: evaluate, keep the best -> due: checkpoint -> wished: stop
+
+Loss of a step = summed loss / supervised tokens, over all micro-batches and ranks. DDP averages gradients over ranks,
+so every rank multiplies its part by their number.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event as Wish
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from tailora.data.store import Examples
+from tailora.errors import DivergedError
+from tailora.model import LoRAModel
+from tailora.train import checkpoint, rng
+from tailora.train.config import TrainConfig
+from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
+from tailora.train.evaluate import Evaluation, evaluate
+from tailora.train.events import Evaluated, Event, Interrupted, Saved, Stepped
+from tailora.train.loss import Rows, token_losses
+from tailora.train.memory import peak_bytes
+from tailora.train.optim import clip, learning_rate, take_step
+from tailora.train.record import ADAPTER, Metrics
+from tailora.train.state import Best, State
+from tailora.train.steps import MicroBatch
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What the loop works with; none of it is replaced while it runs."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    model: LoRAModel
+    forward: nn.Module  # the model as accelerate prepared it
+    parameters: dict[str, nn.Parameter]  # all that is trained
+    optimizer: torch.optim.Optimizer
+    rows: Rows
+    steps: Callable[[int], Iterator[list[MicroBatch]]]  # from a step on
+    max_steps: int
+    held_out: Examples | None
+    token_budget: int  # of an evaluation's forward
+    output_dir: Path
+    identity: dict[str, Any]  # what a checkpoint of this run must agree with
+    metrics: Metrics
+    emit: Callable[[Event], None]
+
+
+def train(bench: Bench, state: State, wish: Wish) -> Evaluation | None:
+    """Train until the last step or until evaluations stop improving; returns the held-out loss of what is kept.
+
+    Raises Interrupted when `wish` is set, after saving; DivergedError when a loss or gradient is not finite.
+    """
+    if state.before is None:
+        fresh = bench.config.adapter is None  # then the base alone is the same model, and faster
+        with bench.model.disable_adapter() if fresh else nullcontext():
+            state.before = held_out_loss(bench, state)
+    good = [parameter.detach().clone() for parameter in bench.parameters.values()]
+    steps = bench.steps(state.step)
+    while state.step < bench.max_steps and not _patience_spent(bench.config, state):
+        batches = next(steps)
+        tokens, supervised, stop = _over_ranks(bench, batches, wish)
+        if stop:
+            raise Interrupted(save(bench, state))
+        started = time.perf_counter()
+        loss, norm, rate = step(bench, state.step, batches, supervised, good)
+        _count(state, tokens, supervised, time.perf_counter() - started)
+        _report(
+            bench,
+            state,
+            Stepped(
+                step=state.step,
+                max_steps=bench.max_steps,
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=norm,
+                tokens=tokens,
+                supervised_tokens=supervised,
+                seconds=time.perf_counter() - started,
+                tokens_per_second=state.tokens / state.seconds,
+                eta_seconds=state.seconds / state.step * (bench.max_steps - state.step),
+                memory_bytes=peak_bytes(bench.accelerator.device),
+            ),
+        )
+        if _due(bench.config.eval_steps, state.step) or (bench.config.eval_steps and state.step == bench.max_steps):
+            judge(bench, state)
+        if _due(bench.config.save_steps, state.step):
+            save(bench, state)
+    if state.best is None:
+        return held_out_loss(bench, state)
+    checkpoint.set_parameters(bench.model.lora_layers, state.best.tensors)
+    return state.best.evaluation
+
+
+def step(
+    bench: Bench, number: int, batches: Sequence[MicroBatch], supervised: int, good: list[Tensor]
+) -> tuple[float, float, float]:
+    """One optimiser step: loss before it, gradient norm before clipping, learning rate.
+
+    `good` holds, afterwards, the parameters before the step, whose loss and gradient were finite.
+    """
+    config = bench.config
+    parameters: list[Tensor] = list(bench.parameters.values())
+    mean = accumulate(bench.forward, batches, supervised, bench.rows, bench.accelerator)
+    loss = float(bench.accelerator.reduce(mean, reduction="sum"))
+    norm = float(clip(parameters, config.max_grad_norm))
+    rate = learning_rate(number, bench.max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise _diverged(bench, number, batches, loss, rate, good)
+    torch._foreach_copy_(good, parameters)
+    take_step(bench.optimizer, rate)
+    return loss, norm, rate
+
+
+def accumulate(
+    model: nn.Module, batches: Sequence[MicroBatch], supervised: int, rows: Rows, accelerator: Accelerator
+) -> Tensor:
+    """Add up the gradients of a step's micro-batches; returns this rank's part of the step's loss, 0-dimensional.
+
+    supervised: tokens that the whole step learns from, over all micro-batches and ranks.
+    """
+    mean = torch.zeros((), device=accelerator.device)
+    for place, batch in enumerate(batches, 1):
+        with nullcontext() if place == len(batches) else accelerator.no_sync(model):
+            losses, _ = token_losses(model, batch.examples, rows, accelerator.device)
+            part = losses.sum() * (batch.weight / supervised)
+            accelerator.backward(part * accelerator.num_processes)
+        mean += part.detach()
+    return mean
+
+
+def judge(bench: Bench, state: State) -> None:
+    """Evaluate, and keep the adapter when it is the best so far."""
+    evaluation = held_out_loss(bench, state)
+    if evaluation is None:
+        return
+    if state.best is not None and evaluation.loss >= state.best.evaluation.loss:
+        state.since_best += 1
+        return
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in bench.model.lora_layers.state_dict().items()}
+    state.best, state.since_best = Best(state.step, evaluation, tensors), 0
+    if bench.accelerator.is_main_process:
+        bench.model.save_adapter(bench.output_dir / ADAPTER)
+
+
+def held_out_loss(bench: Bench, state: State) -> Evaluation | None:
+    """Evaluate every rank's share of the held-out examples and put the shares together. None without any."""
+    if bench.held_out is None or len(bench.held_out) == 0:
+        return None
+    started, accelerator = time.perf_counter(), bench.accelerator
+    mine = np.arange(accelerator.process_index, len(bench.held_out), accelerator.num_processes)
+    sums = torch.zeros(len(bench.held_out), dtype=torch.float64, device=accelerator.device)
+    if len(mine):
+        part = evaluate(
+            bench.model,
+            bench.held_out.select(mine),
+            token_budget=bench.token_budget,
+            pad_id=bench.rows.pad_id,
+            packed=bench.rows.packed,
+            device=accelerator.device,
+        )
+        sums[torch.from_numpy(mine).to(sums.device)] = torch.from_numpy(part.sums).to(sums.device)
+    evaluation = Evaluation(
+        accelerator.reduce(sums, reduction="sum").cpu().numpy(), bench.held_out.supervised.astype(np.int64)
+    )
+    if not math.isfinite(evaluation.loss):
+        raise DivergedError(f"the held-out loss after step {state.step} is {evaluation.loss}; {REMEDIES}")
+    best = state.step > 0 and (state.best is None or evaluation.loss < state.best.evaluation.loss)
+    state.history.append((state.step, evaluation.loss))
+    _report(bench, state, Evaluated(state.step, evaluation.loss, time.perf_counter() - started, best))
+    return evaluation
+
+
+def save(bench: Bench, state: State) -> Path:
+    """Write checkpoint-N, then drop the oldest beyond the limit; returns its folder."""
+    folder = bench.output_dir / f"checkpoint-{state.step}"
+    states = gather_object([rng.capture()])
+    if bench.accelerator.is_main_process:
+        tensors = {
+            "adapter": bench.model.lora_layers.state_dict(),
+            "optimizer": checkpoint.moments(bench.optimizer, bench.parameters),
+            "evaluations": state.evaluations(),
+            **{f"random-{rank}": random for rank, random in enumerate(states)},
+            **({"best": state.best.tensors} if state.best else {}),
+        }
+        checkpoint.save(folder, checkpoint.Checkpoint({"progress": state.counters(), "run": bench.identity}, tensors))
+        checkpoint.prune(bench.output_dir, bench.config.save_total_limit)
+    bench.accelerator.wait_for_everyone()
+    bench.emit(Saved(state.step, folder))
+    return folder
+
+
+def _over_ranks(bench: Bench, batches: Sequence[MicroBatch], wish: Wish) -> tuple[int, int, bool]:
+    """Tokens and supervised tokens of the step, and whether any rank was asked to stop."""
+    own = [sum(batch.tokens for batch in batches), sum(batch.supervised for batch in batches), int(wish.is_set())]
+    tokens, supervised, stop = bench.accelerator.reduce(
+        torch.tensor(own, device=bench.accelerator.device), reduction="sum"
+    ).tolist()
+    return tokens, supervised, stop > 0
+
+
+def _count(state: State, tokens: int, supervised: int, seconds: float) -> None:
+    state.step += 1
+    state.tokens += tokens
+    state.supervised_tokens += supervised
+    state.seconds += seconds
+
+
+def _report(bench: Bench, state: State, event: Stepped | Evaluated) -> None:
+    """The same numbers to metrics.jsonl, to the trackers and to the listener."""
+    if isinstance(event, Stepped):
+        values = {
+            "loss": event.loss,
+            "learning_rate": event.learning_rate,
+            "grad_norm": event.grad_norm,
+            "tokens": state.tokens,
+            "tokens_per_second": event.tokens_per_second,
+            "memory_bytes": event.memory_bytes,
+        }
+    else:
+        values = {"eval_loss": event.loss}
+    if bench.accelerator.is_main_process:
+        bench.metrics.write(step=event.step, **values)
+    bench.accelerator.log(values, step=event.step)
+    bench.emit(event)
+
+
+def _diverged(
+    bench: Bench, number: int, batches: Sequence[MicroBatch], loss: float, rate: float, good: list[Tensor]
+) -> DivergedError:
+    """Put the last good parameters back, save them, and say what happened."""
+    cause = broken_gradients(bench.parameters)
+    if not math.isfinite(loss):
+        cause = broken_loss(bench.model, batches, bench.rows, bench.accelerator.device)
+        with torch.no_grad():
+            torch._foreach_copy_(list(bench.parameters.values()), good)
+    folder = bench.output_dir / ADAPTER
+    kept = f"{folder} keeps the best adapter so far"
+    if not folder.exists():
+        kept = f"{folder} keeps the last weights with a finite loss"
+        if bench.accelerator.is_main_process:
+            bench.model.save_adapter(folder)
+    return DivergedError(
+        f"training diverged in step {number + 1} (learning rate {rate:.3g}): {cause}. {kept}; {REMEDIES}"
+    )
+
+
+def _patience_spent(config: TrainConfig, state: State) -> bool:
+    return 0 < config.early_stopping_patience <= state.since_best
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

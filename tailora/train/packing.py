@@ -1,0 +1,76 @@
+"""Whether this model may be given packed rows: tried on it, not assumed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tailora.data.batches import collate_packed
+from tailora.data.store import Example
+from tailora.errors import ConfigError
+from tailora.fast.attention import PackingError, packed_rows
+from tailora.train.evaluate import evaluating
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative to the logits' norm
+HALF_TOLERANCE = 5e-2  # bfloat16, float16: two orders of summation differ by about 1e-2
+LENGTHS = (9, 14)
+LONGEST = 512  # of the documents that show a sliding window
+
+
+@dataclass(frozen=True)
+class Packing:
+    on: bool
+    note: str | None = None
+
+
+def choose(model: PreTrainedModel, wanted: str) -> Packing:
+    """`wanted` is auto, on or off. Raises ConfigError for `on` where packed rows would change the results."""
+    if wanted == "off":
+        return Packing(False)
+    obstacle = obstacle_to_packing(model)
+    if obstacle is None:
+        return Packing(True)
+    if wanted == "on":
+        raise ConfigError(f"packing = 'on', but {obstacle}; take packing = 'auto' or 'off' for padded batches")
+    return Packing(False, f"padded batches instead of packed rows: {obstacle}")
+
+
+def obstacle_to_packing(model: PreTrainedModel) -> str | None:
+    """Why packed rows are not safe on this model, or None: two documents give the logits that each gives alone."""
+    window = getattr(model.config, "sliding_window", None) or 0
+    longer = window + 2 if window <= LONGEST else 0
+    documents = _documents(model.config.vocab_size, [max(length, longer) for length in LENGTHS])
+    with torch.no_grad(), evaluating(model):
+        alone = torch.cat([_logits(model, [document], packed=False) for document in documents])
+        try:
+            with packed_rows(model):
+                together = _logits(model, documents, packed=True)
+        except (PackingError, TypeError) as error:  # TypeError: forward takes no such keyword
+            return f"{type(model).__name__} does not take them ({error})"
+    difference = float((together - alone).norm() / alone.norm())
+    tolerance = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
+    if difference <= tolerance:
+        return None
+    return (
+        f"{type(model).__name__} gives other logits for packed documents (by {difference:.1e}, allowed {tolerance:.0e})"
+    )
+
+
+def _documents(vocabulary: int, lengths: list[int]) -> list[Example]:
+    random = np.random.default_rng(0)
+    ids = [random.integers(vocabulary, size=length).astype(np.int32) for length in lengths]
+    return [Example(input_ids, input_ids.copy()) for input_ids in ids]
+
+
+def _logits(model: PreTrainedModel, documents: list[Example], packed: bool) -> Tensor:
+    """(total, vocabulary) float32."""
+    batch = collate_packed(documents)
+    extra = (
+        {"position_ids": batch["position_ids"].to(model.device), "cu_seq_lens_q": batch["cu_seq_lens"]}
+        if packed
+        else {}
+    )
+    logits: Tensor = model(input_ids=batch["input_ids"].to(model.device), use_cache=False, **extra).logits[0]
+    return logits.float()

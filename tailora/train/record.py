@@ -1,0 +1,119 @@
+"""What a run leaves beside its adapter: run.json, config.yaml, metrics.jsonl. And who may write there."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+import tailora
+from tailora.errors import ConfigError
+from tailora.formats.atomic import write_file
+from tailora.train.checkpoint import found
+from tailora.train.config import TrainConfig
+
+RUN, CONFIG, METRICS, ADAPTER = "run.json", "config.yaml", "metrics.jsonl", "adapter"
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "numpy")
+
+
+def claim(config: TrainConfig) -> Path:
+    """The output folder, made and found writable, and free unless the run resumes. Raises ConfigError."""
+    output_dir = Path(config.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {output_dir} cannot be written to ({error.strerror}); give another --output-dir"
+        ) from None
+    if not config.resume_from_checkpoint and (kept := _kept(output_dir)):
+        go_on = " or go on with --resume-from-checkpoint latest," if found(output_dir) else ""
+        raise ConfigError(
+            f"{output_dir} holds {kept} of an earlier run; give another --output-dir,{go_on} or delete it"
+        )
+    return output_dir
+
+
+def _kept(output_dir: Path) -> str:
+    """What of an earlier run would be lost; '' when nothing would."""
+    names = [ADAPTER] if (output_dir / ADAPTER).exists() else []
+    return " and ".join([*names, *(path.name for path in found(output_dir)[-1:])])
+
+
+def write_settings(output_dir: Path, config: TrainConfig) -> None:
+    """config.yaml: `tailora train --config config.yaml` repeats the run."""
+    text = yaml.safe_dump(config.model_dump(exclude={"resume_from_checkpoint"}), sort_keys=False)
+    write_file(output_dir / CONFIG, text.encode())
+
+
+def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, Any] | None = None) -> None:
+    """run.json: the header, and the result once there is one."""
+    content = {**header, "finished": result is not None, "result": result}
+    write_file(output_dir / RUN, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and the state of the working folder's git repository."""
+    return {
+        "versions": {
+            "tailora": tailora.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": psutil.virtual_memory().total,
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "git": git_state(Path.cwd()),
+        "command": sys.argv,
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit, and whether anything differs from it; None outside a repository or without git."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+class Metrics:
+    """metrics.jsonl, one object a line, on the disk as soon as it is written."""
+
+    def __init__(self, output_dir: Path, *, resumed_at: int | None) -> None:
+        """`resumed_at`: lines of later steps are dropped, since those steps are done again; None starts a new file."""
+        path = output_dir / METRICS
+        kept = [] if resumed_at is None or not path.exists() else _lines_up_to(path, resumed_at)
+        write_file(path, "".join(f"{line}\n" for line in kept).encode())
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, **values: Any) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
+    return [line for line in whole if json.loads(line)["step"] <= step]

@@ -1,0 +1,83 @@
+"""Which examples each optimiser step sees: a function of the settings and the step, so that a run can be continued.
+
+A step is `accumulation` micro-batches on every rank. Where a rank has none left, it repeats one with weight 0, because
+all ranks must take part in every forward.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+
+from tailora.data.batches import plan
+from tailora.data.store import Example, Examples
+from tailora.errors import DataError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    examples: list[Example]
+    weight: float = 1.0  # 0: computed to keep step with the other ranks, not counted
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(example.input_ids) for example in self.examples) if self.weight else 0
+
+    @property
+    def supervised(self) -> int:
+        return sum(example.supervised for example in self.examples) if self.weight else 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a step, and which share of it is ours."""
+
+    batch_size: int  # examples in a micro-batch
+    accumulation: int  # micro-batches of a rank in a step
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.world
+
+
+def steps_per_epoch(examples: int, shape: Shape) -> int:
+    return math.ceil(math.ceil(examples / shape.batch_size) / (shape.accumulation * shape.world))
+
+
+def planned(examples: Examples, shape: Shape, start: int = 0) -> Iterator[list[MicroBatch]]:
+    """The steps from number `start` on, epoch after epoch, without end."""
+    first_epoch, skipped = divmod(start, steps_per_epoch(len(examples), shape))
+    size = shape.accumulation * shape.world
+    for epoch in count(first_epoch):
+        batches = plan(examples.lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=epoch)
+        groups = [batches[first : first + size] for first in range(0, len(batches), size)]
+        for group in groups[skipped if epoch == first_epoch else 0 :]:
+            yield _share([[examples[int(i)] for i in batch] for batch in group], shape)
+
+
+def streamed(read: Callable[[], Iterable[Example]], shape: Shape, start: int = 0) -> Iterator[list[MicroBatch]]:
+    """The same for data read in its own order, over and over. Raises DataError when there is none."""
+    stream = islice(_repeated(read), start * shape.examples_per_step, None)
+    while True:
+        batches = [list(islice(stream, shape.batch_size)) for _ in range(shape.accumulation * shape.world)]
+        yield _share(batches, shape)
+
+
+def _repeated(read: Callable[[], Iterable[Example]]) -> Iterator[Example]:
+    while True:
+        empty = True
+        for example in read():
+            empty = False
+            yield example
+        if empty:
+            raise DataError("the stream holds no example to learn from")
+
+
+def _share(group: list[list[Example]], shape: Shape) -> list[MicroBatch]:
+    """Our micro-batches of the step: every `world`-th one."""
+    missing = -len(group) % shape.world
+    batches = [MicroBatch(examples) for examples in group] + [MicroBatch(group[0], weight=0.0)] * missing
+    return batches[shape.rank :: shape.world]
