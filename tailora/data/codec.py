@@ -1,6 +1,5 @@
 """What the rest needs to know about a tokenizer, looked up once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,12 +10,16 @@ from tailora.errors import DataError
 Messages = list[dict[str, str]]
 
 
-class Tokens(NamedTuple):
-    """`ends[i]`: where token i ends in the text, in characters; None where the tokenizer cannot tell."""
+class Offsets(NamedTuple):
+    """Where each token begins and ends in its text, in characters."""
 
+    starts: list[int]
+    ends: list[int]
+
+
+class Tokens(NamedTuple):
     ids: list[int]
-    starts: Sequence[int] | None
-    ends: Sequence[int] | None
+    offsets: Offsets | None  # None where the tokenizer cannot tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,9 @@ class Codec:
             texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=fast, verbose=False
         )
         if not fast:
-            return [Tokens(ids, None, None) for ids in out["input_ids"]]
+            return [Tokens(ids, None) for ids in out["input_ids"]]
         pairs = zip(out["input_ids"], out["offset_mapping"], strict=True)
-        return [Tokens(ids, [start for start, _ in spans], [end for _, end in spans]) for ids, spans in pairs]
+        return [Tokens(ids, Offsets([start for start, _ in spans], [end for _, end in spans])) for ids, spans in pairs]
 
     def ids(self, text: str) -> list[int]:
         """Ids of a text that is likely to come again, such as the header of a reply."""
@@ -69,7 +72,7 @@ def codec_of(tokenizer: Any) -> Codec:
     names = {str(name) for name in tokenizer.convert_ids_to_tokens(sorted(special))}
     return Codec(
         tokenizer=tokenizer,
-        template=tokenizer.get_chat_template() if tokenizer.chat_template else None,
+        template=_template(tokenizer),
         prefix=_prefix(tokenizer),
         bos=bos,
         eos=eos,
@@ -77,6 +80,15 @@ def codec_of(tokenizer: Any) -> Codec:
         special_ids=frozenset(special),
         stops=tuple(sorted(names - ({bos} - {eos}))),
     )
+
+
+def _template(tokenizer: Any) -> str | None:
+    if not tokenizer.chat_template:
+        return None
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise DataError(f"the tokenizer has several chat templates and no default: {error}") from None
 
 
 def _prefix(tokenizer: Any) -> list[int]:

@@ -105,7 +105,7 @@ def _message(message: Any, name: str) -> dict[str, str]:
         if message.get(key) not in (None, [], {}, 1):
             raise DataError(f"{name}: {key} cannot be learned from yet; remove it or the row")
     # Other text, such as reasoning_content, is the template's business.
-    extra = {key: text for key, text in message.items() if isinstance(text, str)}
+    extra = {key: _text(value, f"{name}.{key}") for key, value in message.items() if isinstance(value, str)}
     return {**extra, "role": role, "content": _content(message.get("content"), f"{name}.content")}
 
 
@@ -139,6 +139,8 @@ def _list(value: Any, name: str) -> list[Any]:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{name} is {_shown(value)} where text is needed")
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(f"{name} holds half of a surrogate pair (a broken \\ud... escape), which no tokenizer reads")
     return value
 
 

@@ -81,26 +81,25 @@ def _encoded(layout: Layout, tokens: Tokens, codec: Codec, max_length: int) -> E
 
 def _together(layout: Layout, tokens: Tokens, codec: Codec) -> tuple[list[int], list[bool]] | None:
     """The text tokenised as one. None where that would show the model other prompt tokens than generation does."""
-    if tokens.starts is None or tokens.ends is None:
+    if tokens.offsets is None:
         return None
+    ends = tokens.offsets.ends
     learned = [False] * len(tokens.ids)
     for start, stop in layout.spans:
-        first, last = bisect_right(tokens.ends, start), bisect_right(tokens.ends, stop)
-        if not _same_alone(layout.text, start, first, tokens, codec):
+        first, last = bisect_right(ends, start), bisect_right(ends, stop)
+        if not _same_alone(layout.text[:start], tokens.ids[:first], tokens.offsets.starts, codec):
             return None
         learned[first:last] = [True] * (last - first)
     return tokens.ids, learned
 
 
-def _same_alone(text: str, start: int, first: int, tokens: Tokens, codec: Codec) -> bool:
-    """Whether text[:start] alone gives the first `first` tokens.
+def _same_alone(prompt: str, ids: list[int], starts: list[int], codec: Codec) -> bool:
+    """Whether the prompt alone gives these ids, which are its part of the whole.
 
     Special tokens cut a text before anything else is done to it, so only what follows the last one can differ.
     """
-    assert tokens.starts is not None
-    cut = next((place for place in range(first - 1, -1, -1) if tokens.ids[place] in codec.special_ids), 0)
-    begin = tokens.starts[cut] if cut else 0
-    return codec.ids(text[begin:start]) == tokens.ids[cut:first]
+    cut = next((place for place in range(len(ids) - 1, 0, -1) if ids[place] in codec.special_ids), 0)
+    return codec.ids(prompt[starts[cut] if cut else 0 :]) == ids[cut:]
 
 
 def _apart(layout: Layout, codec: Codec) -> tuple[list[int], list[bool]]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def _parsed(file: str, number: int, line: bytes) -> Row | Fault:
         return Fault(file, number, f"not UTF-8: byte {error.start} is 0x{line[error.start]:02x}")
     except json.JSONDecodeError as error:
         return Fault(file, number, f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands
+        return Fault(file, number, f"not JSON that can be read: {error}")
     return _row(file, number, value)
 
 
@@ -43,7 +46,7 @@ def read_json(path: Path) -> Read:
     try:
         value = json.loads(path.read_text("utf-8-sig"))
     except UnicodeDecodeError as error:
-        yield Fault(str(path), 0, f"not UTF-8: byte {error.start}")
+        yield Fault(str(path), 0, f"not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}")
         return
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
@@ -51,14 +54,22 @@ def read_json(path: Path) -> Read:
         else:
             yield Fault(str(path), error.lineno, f"not JSON: {error.msg} at column {error.colno}")
         return
-    lists = [item for item in value.values() if _holds_objects(item)] if isinstance(value, dict) else []
-    items = lists[0] if len(lists) == 1 and len(value) == 1 else value if isinstance(value, list) else [value]
-    for number, item in enumerate(items, 1):
+    except (ValueError, RecursionError) as error:
+        yield Fault(str(path), 0, f"not JSON that can be read: {error}")
+        return
+    for number, item in enumerate(_items(value), 1):
         yield _row(str(path), number, item)
 
 
-def _holds_objects(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) and "role" not in item for item in value)
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict) and len(value) == 1:
+        (inner,) = value.values()
+        turns = ("role", "from")  # of one conversation, which is a row
+        if isinstance(inner, list) and all(isinstance(item, dict) and not item.keys() & turns for item in inner):
+            return inner
+    return [value]
 
 
 def read_table(path: Path, delimiter: str) -> Read:
@@ -66,6 +77,10 @@ def read_table(path: Path, delimiter: str) -> Read:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
+            twice = sorted(name for name, count in Counter(reader.fieldnames or ()).items() if count > 1)
+            if twice:
+                yield Fault(str(path), 1, f"the header names {', '.join(twice)} more than once")
+                return
             for fields in reader:
                 yield _checked(str(path), reader.line_num, fields)
         except UnicodeDecodeError as error:

@@ -1,53 +1,55 @@
 """Rows through `datasets`: Hub ids and folders that it saved."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tailora.data.rows import Row
 from tailora.errors import DataError, nearest
 
 OFFLINE = (
-    "the Hub cannot be reached (HF_HUB_OFFLINE, no network, or a proxy): pass a file or folder instead, "
-    "or fetch the data once on a connected machine with `hf download --repo-type dataset {name}` and pass its folder"
+    "the Hub cannot be reached (no network, a proxy, or HF_HUB_OFFLINE): pass a file or folder instead, or fetch it "
+    "once on a connected machine with `hf download --repo-type dataset {name} --local-dir FOLDER` and pass FOLDER"
 )
+NAMES = "a configuration is asked for as owner/name:configuration, a split as owner/name[split]"
 
 
 def read_hub(source: str, split: str, streaming: bool) -> Iterator[Row]:
-    """Rows of the Hub data set `owner/name` or `owner/name:configuration`."""
+    """Rows of the Hub data set `owner/name` or `owner/name:configuration`. Raises DataError when it cannot be read."""
     import datasets
 
     name, _, configuration = source.partition(":")
-    part = _translated(
-        source, lambda: datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
-    )
-    return _numbered(f"{source}[{split}]", part)
+    with _translated(source, name):
+        rows = datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
+        for number, fields in enumerate(rows, 1):
+            yield Row(f"{source}[{split}]", number, fields)
 
 
 def read_saved(folder: Path, split: str) -> Iterator[Row]:
     """Rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     import datasets
 
-    saved = _translated(str(folder), lambda: datasets.load_from_disk(str(folder)))
-    if isinstance(saved, dict):
-        if split not in saved:
-            raise DataError(f"data {folder}: no split {split!r}, there are {', '.join(saved)}{nearest(split, saved)}")
-        return _numbered(f"{folder}[{split}]", saved[split])
-    return _numbered(str(folder), saved)
+    with _translated(str(folder), str(folder)):
+        saved = datasets.load_from_disk(str(folder))
+        if isinstance(saved, dict) and split not in saved:
+            raise DataError(f"data {folder}: no split {split!r}{nearest(split, saved)}; there are {', '.join(saved)}")
+        rows = saved[split] if isinstance(saved, dict) else saved
+        for number, fields in enumerate(rows, 1):
+            yield Row(str(folder), number, fields)
 
 
-def _translated(source: str, load: Callable[[], Any]) -> Any:
-    """What `load` returns; its many errors become one DataError that says what to do."""
+@contextmanager
+def _translated(source: str, name: str) -> Iterator[None]:
+    """Turn what `datasets` and the Hub's client raise into a DataError that says what to do."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return load()
-    except (ConnectionError, datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
-        offline = isinstance(error, ConnectionError) or "offline" in str(error).lower()
-        remedy = OFFLINE.format(name=source.partition(":")[0]) if offline else str(error).strip().splitlines()[0]
-        raise DataError(f"data {source}: neither a file here nor readable as a Hub data set: {remedy}") from None
-
-
-def _numbered(file: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
-    return (Row(file, number, fields) for number, fields in enumerate(rows, 1))
+        yield
+    except ConnectionError:
+        raise DataError(f"data {source}: no such file or folder here, and {OFFLINE.format(name=name)}") from None
+    except DataError:
+        raise
+    except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise DataError(f"data {source}: {cause} ({NAMES})") from None

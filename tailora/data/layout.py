@@ -8,6 +8,7 @@ A chat is written by the model's own template, and its replies are found from th
 A reply's span ends with its end-of-turn token; what the template writes after it is never generated.
 """
 
+import re
 from dataclasses import dataclass
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -17,6 +18,7 @@ from tailora.data.shapes import Conversation, Pair, Sample, Text
 from tailora.errors import DataError
 
 Span = tuple[int, int]
+MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Layout:
     spans: list[Span]  # characters that are learned
     plain: bool = False  # no template: the tokenizer's own first token goes before
     add_eos: bool = False  # the text has no end of its own
-    lost: int = 0  # replies that the template rewrites, so they are not learned
+    lost: int = 0  # replies that are not learned: the template rewrites them, or nothing comes before them
 
 
 def lay_out(sample: Sample, codec: Codec) -> Layout:
@@ -66,8 +68,8 @@ def _needs_eos(codec: Codec) -> None:
 
 def _lay_out_chat(chat: Conversation, codec: Codec) -> Layout:
     replies = [place for place, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    marked = "generation %}" in str(codec.template) or "generation -%}" in str(codec.template)
-    text, found = _marked(chat, replies, codec) if marked else _between_prefixes(chat, replies, codec)
+    find = _marked if MARK.search(codec.template or "") else _between_prefixes
+    text, found = find(chat, replies, codec)
     if not found:
         raise DataError(
             "no reply can be located: the chat template writes replies otherwise than it prompts for them; "
@@ -78,7 +80,7 @@ def _lay_out_chat(chat: Conversation, codec: Codec) -> Layout:
         _needs_eos(codec)
     spans = [(start, stop if end is None else end) for (start, stop), end in zip(found, ends, strict=True)]
     wanted = sum(place >= chat.first for place in replies)
-    return Layout(text[: spans[-1][1]], spans, add_eos=ends[-1] is None, lost=wanted - len(spans))
+    return Layout(text[: spans[-1][1]], spans, add_eos=ends[-1] is None, lost=max(0, wanted - len(spans)))
 
 
 def _marked(chat: Conversation, replies: list[int], codec: Codec) -> tuple[str, list[Span]]:

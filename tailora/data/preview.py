@@ -13,7 +13,8 @@ def preview(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     for learned, run in groupby(example.labels.tolist(), key=lambda label: label != IGNORED):
         end += len(list(run))
         # The whole so far, less what was shown: decoding a run alone would lose its leading space.
-        text = tokenizer.decode(example.input_ids[:end].tolist(), skip_special_tokens=False)
+        ids = example.input_ids[:end].tolist()
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         pieces.append((text[len(shown) :], learned))
         shown = text
     return pieces

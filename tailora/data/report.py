@@ -35,7 +35,7 @@ class DataReport:
     longest: int  # tokens of the longest row, before cutting
     truncated: int  # examples cut at max_length
     cut_away: int  # examples left out because the cut took all that would be learned
-    replies_not_learned: int  # the template rewrites them once the chat goes on
+    replies_not_learned: int  # the template rewrites them once the chat goes on, or nothing comes before them
     repeated: int  # rows that repeat an earlier row of the same side
     duplicates: int  # eval examples that are train examples too
     lengths: list[Bin]
@@ -50,9 +50,8 @@ class DataReport:
 
 
 def histogram(lengths: Int64, bins: int = 10) -> list[Bin]:
-    """At most `bins` bins of equal width that cover all lengths."""
-    low, high = int(lengths.min()), int(lengths.max())
-    edges = np.unique(np.linspace(low, high + 1, min(bins, high - low + 1) + 1).round().astype(np.int64))
+    """At most `bins` bins that cover all lengths, each wider than the last by the same factor: few are very long."""
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).round().astype(np.int64))
     counts, _ = np.histogram(lengths, edges)
     return [Bin(int(start), int(stop) - 1, int(n)) for start, stop, n in zip(edges, edges[1:], counts, strict=False)]
 

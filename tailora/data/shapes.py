@@ -134,8 +134,9 @@ def _check_mapping(field: Mapping[str, str], columns: list[str]) -> None:
 def _unknown(columns: list[str], field: Mapping[str, str]) -> str:
     shapes = "; ".join(f"{shape.name} ({', '.join(shape.needs)})" for shape in SHAPES)
     asked = "".join(f" --field {key}={column}" for key, column in field.items())
+    present = ", ".join(columns) or "(none)"
     return (
-        f"the rows have the keys {', '.join(columns) or '(none)'}, which fit no known shape{asked and f' with{asked}'}.\n"
+        f"the rows have the keys {present}, which fit no known shape{asked and f' with{asked}'}.\n"
         f"Known: {shapes}.\n{_hint(columns)}"
     )
 

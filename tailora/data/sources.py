@@ -32,8 +32,9 @@ def read_rows(source: str, *, split: str = "train", streaming: bool = False) -> 
         return read_file(_readable(path))
     if path.is_dir():
         return _read_folder(path, split)
-    if path.suffix.lower() in READERS or not HUB_ID.fullmatch(source):
-        raise DataError(f"data {source}: no such file or folder (and no Hub id owner/name){_neighbours(path)}")
+    neighbours = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
+    if neighbours or path.suffix.lower() in READERS or not HUB_ID.fullmatch(source):
+        raise DataError(f"data {source}: no such file or folder, and not a Hub id like owner/name{neighbours}")
     return read_hub(source, split, streaming)
 
 
@@ -70,9 +71,3 @@ def _split_of(path: Path) -> str | None:
         if found:
             return {"valid": "validation", "dev": "validation", "eval": "validation"}.get(found[1], found[1])
     return None
-
-
-def _neighbours(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"; the folder {path.parent} does not exist either"
-    return nearest(path.name, [entry.name for entry in path.parent.iterdir()])
