@@ -25,9 +25,9 @@ def read_lines(path: Path) -> Read:
 
 def _parsed(file: str, number: int, line: bytes) -> Row | Fault:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
-        return Fault(file, number, f"not UTF-8: byte {error.start} is 0x{line[error.start]:02x}")
+        return Fault(file, number, _not_utf8(error))
     except json.JSONDecodeError as error:
         return Fault(file, number, f"not JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands
@@ -46,7 +46,7 @@ def read_json(path: Path) -> Read:
     try:
         value = json.loads(path.read_text("utf-8-sig"))
     except UnicodeDecodeError as error:
-        yield Fault(str(path), 0, f"not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}")
+        yield Fault(str(path), 0, _not_utf8(error))
         return
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
@@ -73,29 +73,33 @@ def _items(value: Any) -> list[Any]:
 
 
 def read_table(path: Path, delimiter: str) -> Read:
-    """Separated values whose first line names the columns."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    """Separated values whose first line names the columns. A row's number is its last line."""
+    with path.open("rb") as file:
+        lines = (line.decode("utf-8-sig") for line in file)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
-            twice = sorted(name for name, count in Counter(reader.fieldnames or ()).items() if count > 1)
+            header = next(reader, [])
+            twice = sorted(name for name, count in Counter(header).items() if count > 1)
             if twice:
                 yield Fault(str(path), 1, f"the header names {', '.join(twice)} more than once")
                 return
-            for fields in reader:
-                yield _checked(str(path), reader.line_num, fields)
+            for values in reader:
+                if values:
+                    yield _table_row(str(path), reader.line_num, header, values)
         except UnicodeDecodeError as error:
-            yield Fault(str(path), reader.line_num + 1, f"not UTF-8: {error.reason}")
+            yield Fault(str(path), reader.line_num + 1, _not_utf8(error))
         except csv.Error as error:
             yield Fault(str(path), reader.line_num, f"not CSV: {error}")
 
 
-def _checked(file: str, number: int, fields: dict[Any, Any]) -> Row | Fault:
-    if None in fields:
-        return Fault(file, number, f"{len(fields[None])} more fields than the header names")
-    missing = [name for name, value in fields.items() if value is None]
-    if missing:
-        return Fault(file, number, f"no value for {', '.join(missing)}")
-    return Row(file, number, fields)
+def _table_row(file: str, number: int, header: list[str], values: list[str]) -> Row | Fault:
+    if len(values) != len(header):
+        return Fault(file, number, f"{len(values)} values where the header names {len(header)} columns")
+    return Row(file, number, dict(zip(header, values, strict=True)))
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}"
 
 
 def read_csv(path: Path) -> Read:

@@ -50,16 +50,16 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row | Fault]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS and path.is_file())
     if not files:
         raise DataError(f"data {folder}: the folder holds no data file; readable are {FORMS}")
-    chosen = _of_split(files, split)
+    chosen = _of_split(folder, files, split)
     if not chosen:
         names = ", ".join(str(path.relative_to(folder)) for path in files[:10])
         raise DataError(f"data {folder}: no file for the split {split!r}; there are {names}")
     return (row for path in chosen for row in read_file(path))
 
 
-def _of_split(files: list[Path], split: str) -> list[Path]:
+def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     """Files named after the split (train.jsonl, train-00000-of-2.parquet, train/x.csv); all when no file names one."""
-    named = {path: _split_of(path) for path in files}
+    named = {path: _split_of(path.relative_to(folder)) for path in files}
     if not any(named.values()):
         return files
     return [path for path in files if named[path] == split]

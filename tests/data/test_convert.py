@@ -1,0 +1,87 @@
+import pytest
+
+from tailora.data.convert import convert
+from tailora.data.rows import Fault, Row
+from tailora.data.shapes import Conversation, Pair, Text, recognise
+
+USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+
+
+def converted(fields: dict[str, object]) -> object:
+    return convert(Row("rows.jsonl", 7, fields), recognise([fields]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sample"),
+    [
+        ({"messages": [USER, REPLY]}, Conversation([USER, REPLY])),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
+                    REPLY,
+                ]
+            },
+            Conversation([USER, REPLY]),
+        ),
+        (
+            {"messages": [USER, {**REPLY, "reasoning_content": "hm", "tool_calls": None}]},
+            Conversation([USER, {**REPLY, "reasoning_content": "hm"}]),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "system": "be"},
+            Conversation([{"role": "system", "content": "be"}, USER, REPLY]),
+        ),
+        ({"conversations": [USER, REPLY]}, Conversation([USER, REPLY])),
+        (
+            {"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]},
+            Conversation([USER, REPLY]),
+        ),
+        ({"prompt": "hi", "completion": " there"}, Pair("hi", " there")),
+        ({"prompt": [USER], "completion": [REPLY]}, Conversation([USER, REPLY], first=1)),
+        ({"prompt": [USER, REPLY, USER], "completion": "hello"}, Conversation([USER, REPLY, USER, REPLY], first=3)),
+        ({"instruction": "add", "input": "1, 2", "output": "3"}, Pair("add\n\n1, 2\n\n", "3")),
+        ({"instruction": "add", "input": None, "output": "3"}, Pair("add\n\n", "3")),
+        ({"text": "a\n"}, Text("a\n")),
+    ],
+)
+def test_a_row_becomes_a_sample(fields, sample) -> None:
+    assert converted(fields) == sample
+
+
+@pytest.mark.parametrize(
+    ("fields", "cause"),
+    [
+        ({"messages": []}, "messages is [] where a list of messages is needed"),
+        ({"messages": "hi"}, "messages is 'hi' where a list of messages is needed"),
+        ({"messages": ["hi"]}, "messages[0] is 'hi' where an object with role and content is needed"),
+        (
+            {"messages": [{"role": "asistant", "content": "x"}]},
+            "messages[0]: role 'asistant' is unknown; did you mean assistant",
+        ),
+        ({"messages": [{"content": "x"}]}, "messages[0]: role None is unknown"),
+        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content is None where text is needed"),
+        ({"messages": [USER, {**REPLY, "tool_calls": [1]}]}, "messages[1]: tool_calls cannot be learned from yet"),
+        ({"messages": [USER, {**REPLY, "weight": 0}]}, "messages[1]: weight cannot be learned from yet"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]},
+            "only text parts can be learned from",
+        ),
+        ({"messages": [USER]}, "nothing to learn: no assistant message with content"),
+        ({"messages": [USER, {"role": "assistant", "content": " "}]}, "nothing to learn: no assistant message"),
+        ({"prompt": [USER, REPLY], "completion": [USER]}, "nothing to learn: no assistant message"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0]: from 'alien' is unknown; known are"),
+        ({"conversations": [{"value": "x"}]}, "conversations[0] is {'value': 'x'} where an object with from and value"),
+        ({"prompt": "a", "completion": " \n"}, "nothing to learn: the completion is empty"),
+        ({"prompt": "a", "completion": 42}, "completion is 42 where text is needed"),
+        ({"instruction": "a", "output": ""}, "nothing to learn: the completion is empty"),
+        ({"text": ""}, "nothing to learn: the text is empty"),
+        ({"text": "\ud83d"}, "text holds half of a surrogate pair"),
+        ({"text": ["x" * 99]}, "text is ['" + "x" * 55 + "... where text is needed"),
+    ],
+)
+def test_a_row_that_cannot_be_learned_from_is_a_fault_with_its_place(fields, cause) -> None:
+    fault = converted(fields)
+    assert isinstance(fault, Fault)
+    assert (fault.file, fault.number) == ("rows.jsonl", 7)
+    assert cause in fault.cause
