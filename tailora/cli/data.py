@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tailora.cli.console import note, print_json, results
+from tailora.cli.models import vocabulary
 from tailora.cli.options import ConfigFile, Json, flags_of, settings
+from tailora.train.config import TrainConfig
 
 FLAGS: Any = flags_of({}, only=["model", "eval_data", "field", "max_length", "validation_split", "seed"])
 NONE_GIVEN = FLAGS()
@@ -33,9 +35,8 @@ def data(
     for text in chosen.notes:
         note(text)
     from tailora.data.preview import preview
-    from tailora.train.load import load_data  # imports torch
 
-    prepared, tokenizer = load_data(chosen.config)
+    prepared, tokenizer = tokenised(chosen.config)
     report = prepared.report.to_dict()
     examples = [preview(prepared.train[index], tokenizer) for index in range(min(rows, len(prepared.train)))]
     if json:
@@ -46,14 +47,32 @@ def data(
     return 0
 
 
+def tokenised(config: TrainConfig) -> tuple[Any, Any]:
+    """The data as training would prepare it, and the tokenizer. Raises DataError, ConfigError."""
+    from tailora.data.demo import resolve
+    from tailora.data.prepare import prepare
+
+    tokenizer, embedding_rows = vocabulary(config.model)
+    prepared = prepare(
+        resolve(config.data, "data"),
+        tokenizer,
+        eval_source=None if config.eval_data is None else resolve(config.eval_data, "eval_data"),
+        field=config.field,
+        max_length=config.max_length,
+        validation_split=config.validation_split,
+        seed=config.seed,
+        embedding_rows=embedding_rows,
+    )
+    return prepared, tokenizer
+
+
 def show(console: Console, report: dict[str, Any], examples: Sequence[Pieces]) -> None:
     console.print(facts(report), "", histogram(report["lengths"]), sep="\n", markup=False)
-    legend = Text("learned", style="green") + Text(" and ") + Text("only read", style="dim")
-    if not coloured(console):
-        legend = Text("[[learned]] and only read")
+    colour = console.color_system is not None and not console.no_color
+    legend = painted([("learned", True), (" and only read", False)], colour)
     for number, pieces in enumerate(examples, 1):
-        console.print(Text(f"\nexample {number}: ", style="bold") + legend)
-        console.print(painted(pieces, coloured(console)), soft_wrap=True)
+        console.print(Text.assemble((f"\nexample {number}: ", "bold"), legend))
+        console.print(painted(pieces, colour), soft_wrap=True)
 
 
 def facts(report: dict[str, Any]) -> Table:
@@ -94,12 +113,9 @@ def histogram(bins: Sequence[dict[str, int]]) -> Table:
     table = Table("tokens", "examples", "", title="lengths", title_justify="left", box=None)
     for each in bins:
         width = -(-BAR * each["examples"] // most)  # rounded up: what is there is seen
-        table.add_row(f"{each['low']}-{each['high']}", f"{each['examples']:,}", "#" * width)
+        lengths = f"{each['low']}" if each["low"] == each["high"] else f"{each['low']}-{each['high']}"
+        table.add_row(lengths, f"{each['examples']:,}", "#" * width)
     return table
-
-
-def coloured(console: Console) -> bool:
-    return console.color_system is not None and not console.no_color
 
 
 def painted(pieces: Pieces, colour: bool) -> Text:

@@ -3,12 +3,15 @@
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+
+from accelerate import PartialState
 
 from tailora.cli.console import logs, note, print_json, results
 from tailora.cli.options import Settings
 from tailora.cli.progress import shown
-from tailora.cli.report import losses, show
+from tailora.cli.report import show, summary
 from tailora.formats.atomic import write_file
 from tailora.measure.answers import Answer, answers
 from tailora.train.config import TrainConfig
@@ -27,29 +30,29 @@ def fit(settings: Settings, *, as_json: bool, questions: Sequence[str] | None = 
             result = run(settings.config, on_event=listener)
     except Interrupted as stop:
         return stopped(settings.config, stop)
+    if not PartialState().is_main_process:
+        return 0
     found = answered(result, settings.config.samples, questions)
     if as_json:
-        print_json({**result.to_dict(), "intervals": losses(result)})
+        print_json(summary(result))
     else:
         show(results(), settings.config, result, found)
     return 0
 
 
 def stopped(config: TrainConfig, stop: Interrupted) -> int:
+    """Prints the command that goes on, on a line of its own."""
     command = ["tailora", "train", "--config", str(Path(config.output_dir) / "config.yaml")]
     command += ["--resume-from-checkpoint", str(stop.folder)]
-    logs().print(
-        f"Stopped; everything so far is in {stop.folder}. This goes on:\n{shlex.join(command)}",
-        markup=False,
-        soft_wrap=True,
-    )
+    text = f"Stopped. Everything so far is in {stop.folder}; to go on:\n{shlex.join(command)}"
+    logs().print(text, markup=False, soft_wrap=True)
     return INTERRUPTED
 
 
 def answered(result: TrainResult, count: int, questions: Sequence[str] | None) -> list[Answer]:
     """Base and tuned answers side by side, kept in samples.json."""
-    prompts = list(questions) if questions is not None else result.data.eval_samples
-    found = answers(result.model, result.tokenizer, prompts[:count])
-    rows = [{"prompt": answer.prompt, "base": answer.base, "tuned": answer.tuned} for answer in found]
-    write_file(Path(result.output_dir) / "samples.json", json.dumps(rows, ensure_ascii=False, indent=2).encode())
+    held_out = result.data.eval_samples if result.data else []
+    found = answers(result.model, result.tokenizer, (questions or held_out)[:count])
+    content = json.dumps([asdict(answer) for answer in found], ensure_ascii=False, indent=2)
+    write_file(Path(result.output_dir) / "samples.json", content.encode())
     return found

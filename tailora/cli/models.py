@@ -49,6 +49,23 @@ def load(model: str, adapters: Sequence[str]) -> Loaded:
     return Loaded(adapted.eval(), tokenizer, list(folders))
 
 
+def vocabulary(model: str) -> tuple[Any, int]:
+    """The tokenizer, and the rows of the model's embedding, without its weights. Raises ConfigError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from tailora.data.demo import resolve
+
+    source = resolve(model, "model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model {model!r} has no tokenizer and config that can be read: {error}") from error
+    return tokenizer, empty.get_input_embeddings().weight.shape[0]
+
+
 def named(adapters: Sequence[str]) -> dict[str, Path]:
     """Name -> folder for NAME=FOLDER or FOLDER; the folder of a run stands for the adapter in it."""
     pairs = [_named(text) for text in adapters]

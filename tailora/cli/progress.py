@@ -1,9 +1,10 @@
 """A run as it happens, on stderr: a bar on a terminal, a line every few seconds anywhere else."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from time import monotonic
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -60,9 +61,8 @@ def _bar(bar: Progress) -> Listener:
 
 def _say(console: Console, event: Event) -> None:
     match event:
-        case Prepared(header=header):
-            width = max(map(len, header), default=0)
-            text = "\n".join(f"{name:<{width}}  {value}" for name, value in header.items())
+        case Prepared():
+            text = described(event.header)
         case Evaluated():
             text = f"held-out loss {event.loss:.4f} at step {event.step}{', the best so far' if event.best else ''}"
         case Saved():
@@ -72,3 +72,21 @@ def _say(console: Console, event: Event) -> None:
         case _:
             return
     console.print(text, markup=False, soft_wrap=True)
+
+
+def described(header: Mapping[str, Any]) -> str:
+    """What is about to be trained, and why it was chosen where the settings left it open."""
+    asked, data = header["settings"], header["data"]
+    total, trained = header["total_parameters"], header["trainable_parameters"]
+    why = "what this machine is fastest with" if asked["dtype"] == "auto" else "as asked"
+    rows = "packed, attention inside each" if header["packed"] else "padded"
+    size = asked["per_device_train_batch_size"] * asked["gradient_accumulation_steps"] * header["processes"]
+    lines = {
+        "model": f"{asked['model']}, {total / 1e6:,.1f}M parameters, {header['dtype']} ({why}) on {header['device']}",
+        "adapter": f"r {asked['r']} on {header['adapted_layers']} layers, {trained:,} parameters ({trained / total:.2%})",
+        "data": f"{data['train']:,} examples, {data['eval']:,} held out; read as {data['shape']}"
+        if data
+        else "streamed",
+        "steps": f"{header['max_steps']:,} of {size} examples, {rows}",
+    }
+    return "\n".join(f"{name:<9}{text}" for name, text in lines.items())

@@ -4,31 +4,32 @@ import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tailora.measure.answers import Answer
-from tailora.measure.intervals import mean_interval, paired_difference
+from tailora.measure.intervals import Interval, mean_interval, paired_difference
 from tailora.train.config import TrainConfig
 from tailora.train.run import TrainResult
 
-Interval = tuple[float, float, float]  # estimate, low, high
 FILES = {
     "adapter": "the adapter, a PEFT folder",
-    "samples.json": "prompts answered before and after",
+    "samples.json": "the answers above",
     "metrics.jsonl": "loss, learning rate, speed of every step",
     "run.json": "settings, versions, seeds and data hash: what it takes to run it again",
     "config.yaml": "the settings, for --config",
 }
+TITLED: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 
 
 def losses(result: TrainResult) -> dict[str, Interval] | None:
-    """Held-out loss in nats per token before, after, and their difference, each with a 95% interval over examples."""
-    if result.before is None or result.after is None:
-        return None
+    """Held-out loss in nats per token before, after, and the change, each with a 95% interval over examples."""
     before, after = result.before, result.after
+    if before is None or after is None:
+        return None
     return {
         "before": mean_interval(before.sums, before.counts),
         "after": mean_interval(after.sums, after.counts),
@@ -36,86 +37,71 @@ def losses(result: TrainResult) -> dict[str, Interval] | None:
     }
 
 
+def summary(result: TrainResult) -> dict[str, Any]:
+    """The line of --json: the result's numbers, and what the evaluations say together."""
+    found = losses(result) or {}
+    spread = {f"eval_loss_{name}_95": None if math.isnan(each.low) else each[1:] for name, each in found.items()}
+    change = {"eval_loss_change": found["change"].value} if found else {}
+    return {**result.to_dict(), **change, **spread}
+
+
 def show(console: Console, config: TrainConfig, result: TrainResult, answers: Sequence[Answer]) -> None:
+    folder = Path(result.output_dir)
+    for part in (evaluation(result), side_by_side(answers), written(folder), following(config, folder)):
+        console.print("", part, sep="\n", soft_wrap=isinstance(part, Text))
+
+
+def evaluation(result: TrainResult) -> RenderableType:
     found = losses(result)
-    parts = [
-        _losses(found, len(result.after.counts))
-        if found and result.after
-        else Text("no held-out data: nothing was evaluated"),
-        *([_answers(answers)] if answers else []),
-        _files(Path(result.output_dir)),
-        _next(config, Path(result.output_dir)),
-    ]
-    for part in parts:
-        console.print()
-        console.print(part, soft_wrap=isinstance(part, Text))
-
-
-def _losses(found: dict[str, Interval], examples: int) -> Group:
-    table = Table("held-out reply", "before", "after", title="Did it work?", title_justify="left", title_style="bold")
-    table.add_row("loss, nats/token", *(_interval(found[when], "{:.3f}") for when in ("before", "after")))
-    table.add_row("perplexity", *(_interval(_exp(found[when]), "{:.1f}") for when in ("before", "after")))
-    return Group(table, Text(verdict(found["change"], examples)))
+    if found is None or result.after is None:
+        return Text("There was no held-out data, so nothing can be said about whether it worked: --eval-data FILE")
+    table = Table("held-out data", "before", "after", title="Did it work?", **TITLED)
+    for name, form, scale in (("loss, nats/token", ".3f", float), ("perplexity", ".1f", math.exp)):
+        table.add_row(name, *(_spread(found[when], form, scale) for when in ("before", "after")))
+    return Group(table, Text(verdict(found["change"], len(result.after.counts))))
 
 
 def verdict(change: Interval, examples: int) -> str:
-    """The change in words; an interval that holds 0 is no proof of any."""
+    """The change in words; an interval that holds 0 shows none."""
     value, low, high = change
+    if math.isnan(low):
+        return f"Loss changed by {value:+.3f} on the only held-out example: too little to tell whether it worked."
     where = f"95% interval {low:+.3f} to {high:+.3f}, over {examples} held-out examples"
     if low <= 0 <= high:
         return f"No change shown: {value:+.3f} nats per token ({where})."
     return f"Held-out loss went {'down' if value < 0 else 'UP'} by {abs(value):.3f} nats per token ({where})."
 
 
-def _exp(interval: Interval) -> Interval:
-    low, middle, high = map(math.exp, interval)
-    return low, middle, high
+def _spread(interval: Interval, form: str, scale: Any) -> str:
+    value, low, high = (format(scale(number), form) for number in interval)
+    return value if math.isnan(interval.low) else f"{value}  ({low} to {high})"
 
 
-def _interval(interval: Interval, form: str) -> str:
-    value, low, high = (form.format(number) for number in interval)
-    return f"{value}  ({low} to {high})"
-
-
-def _answers(answers: Sequence[Answer]) -> Table:
-    table = Table(
-        "base",
-        "tuned",
-        title="Answers before and after",
-        title_justify="left",
-        title_style="bold",
-        show_lines=True,
-        expand=True,
-    )
+def side_by_side(answers: Sequence[Answer]) -> RenderableType:
+    if not answers:
+        return Text("No answers were compared: there was no held-out prompt, or --samples is 0.")
+    table = Table(title="Answers before and after", expand=True, show_lines=True, **TITLED)
+    for name, ratio in (("asked", 2), ("base", 3), ("tuned", 3)):
+        table.add_column(name, ratio=ratio)
     for answer in answers:
-        question = Text(answer.prompt, style="bold")
-        table.add_row(Group(question, Text(answer.base)), Group(Text(), Text(answer.tuned)))
+        table.add_row(Text(answer.prompt), Text(answer.base), Text(answer.tuned))
     return table
 
 
-def _files(folder: Path) -> Table:
-    table = Table(title="Written", title_justify="left", title_style="bold", show_header=False, box=None)
-    table.add_column(no_wrap=True)
-    table.add_column()
+def written(folder: Path) -> Table:
+    table = Table("", "", title="Written", show_header=False, box=None, **TITLED)
     for name, content in FILES.items():
         if (folder / name).exists():
-            table.add_row(Text(str(folder / name)), content)
+            table.add_row(Text(str(folder / name), overflow="fold"), content)
     return table
 
 
-def _next(config: TrainConfig, folder: Path) -> Text:
+def following(config: TrainConfig, folder: Path) -> Text:
+    """Three commands to try, each on a line of its own, to be copied."""
+    model = ["--model", config.model]
     commands = [
-        ["tailora", "chat", "--model", config.model, "--adapter", str(folder)],
-        [
-            "tailora",
-            "generate",
-            "--model",
-            config.model,
-            "--adapter",
-            str(folder),
-            "--prompt",
-            "What would you do with a million dollars?",
-        ],
-        ["tailora", "data", "YOUR.jsonl", "--model", config.model],
+        ["tailora", "chat", *model, "--adapter", str(folder)],
+        ["tailora", "generate", *model, "--adapter", str(folder), "--prompt", "What would you do with a free day?"],
+        ["tailora", "data", "YOUR_DATA.jsonl", *model],
     ]
-    return Text("\n".join(["Next", *(f"  {shlex.join(command)}" for command in commands)]))
+    return Text("\n").join([Text("Next", style="bold"), *(Text(shlex.join(command)) for command in commands)])

@@ -36,16 +36,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         loader = _Loader(path.read_bytes())
         node = loader.get_single_node()
-        content = None if node is None else loader.construct_document(node)
+        content: Any = {} if node is None else loader.construct_document(node)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {path} is not YAML: {error}") from None
-    if node is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: expected `name: value` lines, found a {type(content).__name__}")
-    keys = [str(key.value).replace("-", "_") for key, _ in node.value]
+    keys = [str(key.value).replace("-", "_") for key, _ in node.value] if node else []
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ConfigError(f"--config {path}: given twice: {', '.join(twice)}")

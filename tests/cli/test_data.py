@@ -1,0 +1,113 @@
+"""`tailora data`."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tailora.cli.main import main
+
+
+def test_it_shows_mapping_counts_lengths_and_share(
+    chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", str(chats), "--model", str(tiny_model), "--validation-split", "0.25"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"read as +messages", shown)
+    assert re.search(r"rows +24: 18 to train on, 6 held out", shown)
+    assert re.search(r"tokens +\d+, \d+ learned \(\d+%\)", shown)
+    assert re.search(r"\d+ +\d+ +#+", shown)
+
+
+def test_without_colour_the_learned_text_is_in_brackets(
+    chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["data", str(chats), "--model", str(tiny_model), "--rows", "1"])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    learned = re.findall(r"\[\[(It is \w+\.<\|im_end\|>)\]\]", shown)
+    assert len(learned) == 1
+    assert "[[<|im_start|>user" not in shown
+
+
+def test_with_colour_the_learned_text_is_green(
+    chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    main(["data", str(chats), "--model", str(tiny_model), "--rows", "1"])
+    shown = capsys.readouterr().out
+    assert re.search("\x1b\\[32mIt is ", shown)
+    assert "[[" not in shown
+
+
+def test_no_color_wins_over_force_color(
+    chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1")
+    main(["data", str(chats), "--model", str(tiny_model), "--rows", "1"])
+    shown = capsys.readouterr().out
+    assert "\x1b[32m" not in shown
+    assert "[[It is " in shown
+
+
+def test_json_has_the_report_and_the_examples(
+    chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", str(chats), "--model", str(tiny_model), "--rows", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["rows"] == 24
+    assert found["supervised_share"] == pytest.approx(found["supervised_tokens"] / found["tokens"])
+    assert len(found["examples"]) == 2
+    assert any(piece["learned"] for piece in found["examples"][0])
+
+
+def test_columns_can_be_named(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "qa.jsonl"
+    path.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"a{i}"}) + "\n" for i in range(8)))
+    command = ["data", str(path), "--model", str(tiny_model), "--json"]
+    assert main(command) == 2
+    assert "--field prompt=question" in json.loads(capsys.readouterr().out)["error"]["message"]
+    assert main([*command, "--field", "prompt=question", "--field", "completion=answer"]) == 0
+    assert json.loads(capsys.readouterr().out)["mapping"] == {"prompt": "question", "completion": "answer"}
+
+
+def test_the_file_can_come_from_a_config(
+    chats: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"data: {chats}\nmodel: {tiny_model}\nmax_length: 28\n")
+    assert main(["data", "--config", str(tmp_path / "run.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["truncated"] > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ("", "no rows"),
+        ("{]\n", "chats.jsonl"),
+        ('{"messages": []}\n', "messages"),
+        ('{"a": 1}\n', "fit no known shape"),
+    ],
+)
+def test_data_that_cannot_be_learned_exits_with_2(
+    content: str, cause: str, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(content)
+    assert main(["data", str(path), "--model", str(tiny_model)]) == 2
+    assert cause in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tokens", [["absent.jsonl", "--model", "MODEL"], ["CHATS", "--model", "./absent"]], ids=["data", "model"]
+)
+def test_what_is_missing_exits_with_2(
+    tokens: list[str], chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {"MODEL": str(tiny_model), "CHATS": str(chats)}
+    assert main(["data", *(paths.get(token, token) for token in tokens)]) == 2
+    assert "absent" in capsys.readouterr().err
