@@ -126,6 +126,6 @@ class LoRALayer(nn.Module):
         return self.kind.delta(layer, self.lora_A, self.scaled_B())
 
     def extra_repr(self) -> str:
-        scaling = "learned" if self.learns_scaling else f"{float(self.scaling):g}"
+        scaling = "learned" if self.learns_scaling else f"{self.scaling.item():g}"
         dropout = f", dropout={self.lora_dropout:g}" if self.lora_dropout else ""
         return f"{self.kind.name}, {self.in_features} -> {self.out_features}, r={self.r}, scaling={scaling}{dropout}"

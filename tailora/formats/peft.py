@@ -60,7 +60,7 @@ def write_adapter(folder: Path, adapter: Adapter, base_model: nn.Module) -> None
     notes = {
         "version": 1,
         "config": adapter.config.model_dump(),
-        "scaling": {path: float(layer.scaling) for path, layer in adapter.low_rank.items() if layer.learns_scaling},
+        "scaling": {path: layer.scaling.item() for path, layer in adapter.low_rank.items() if layer.learns_scaling},
         "base": fingerprint({path: base_model.get_submodule(path) for path in adapter.low_rank}),
     }
     settings = to_peft(adapter.config, adapter.low_rank, base_model)

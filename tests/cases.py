@@ -1,0 +1,93 @@
+"""The table that the laws run over: kinds x slots."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tailora import LoRAConfig, LoRAModel
+
+
+class Net(nn.Module):
+    """One layer of the kind, between names that a path has to pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({"target": layer})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block["target"](x)
+        return y
+
+
+@dataclass(frozen=True)
+class KindCase:
+    name: str
+    layer: Callable[[], nn.Module]
+    shape: tuple[int, ...] = ()  # of x; () means ids
+    r: int = 4
+    peft_is_wrong: str = ""  # why PEFT cannot be the oracle
+
+    def net(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
+        torch.manual_seed(seed)
+        return Net(self.layer()).to(dtype)
+
+    def batch(self, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if not self.shape:
+            return torch.randint(0, 20, (3, 5), generator=generator)
+        return torch.randn(self.shape, generator=generator).to(dtype)
+
+
+KINDS = [
+    KindCase("linear", lambda: nn.Linear(12, 10), (3, 5, 12)),
+    KindCase("linear without bias", lambda: nn.Linear(12, 10, bias=False), (12,)),
+    KindCase("transformers conv1d", lambda: Conv1D(10, 12), (3, 5, 12)),
+    KindCase("embedding", lambda: nn.Embedding(20, 12, padding_idx=0)),
+    KindCase("conv1d", lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), (2, 6, 9)),
+    KindCase("conv2d", lambda: nn.Conv2d(6, 8, (3, 2), stride=(1, 2), padding=1), (2, 6, 7, 8)),
+    KindCase("conv2d same", lambda: nn.Conv2d(6, 8, 3, padding="same"), (2, 6, 7, 8)),
+    KindCase("conv3d", lambda: nn.Conv3d(4, 6, 2), (2, 4, 4, 5, 4)),
+    KindCase("conv2d grouped", lambda: nn.Conv2d(8, 12, 3, groups=4, padding=1), (2, 8, 6, 6), r=8),
+    KindCase("conv1d depthwise", lambda: nn.Conv1d(6, 6, 3, groups=6), (2, 6, 9), r=6),
+    KindCase(
+        "conv2d dilated", lambda: nn.Conv2d(6, 8, 3, dilation=2), (2, 6, 9, 9), peft_is_wrong="its A is not dilated"
+    ),
+    KindCase(
+        "conv2d reflect",
+        lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"),
+        (2, 6, 7, 7),
+        peft_is_wrong="its A pads with zeros",
+    ),
+]
+
+SLOTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "learned scale": {"learn_scaling": True},
+    "dropout": {"lora_dropout": 0.3},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "alpha pattern": {"alpha_pattern": {"target": 3}},
+}
+
+
+def config(kind: KindCase, slot: str = "plain") -> LoRAConfig:
+    return LoRAConfig(r=kind.r, lora_alpha=10, target_modules=["target"], **SLOTS[slot])
+
+
+def trained(kind: KindCase, slot: str = "plain", dtype: torch.dtype = torch.float32) -> LoRAModel:
+    """A model whose adapter does something, in eval mode."""
+    model = LoRAModel(kind.net(dtype), config(kind, slot))
+    stir(model)
+    return model.eval()
+
+
+def stir(model: LoRAModel, seed: int = 2) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.lora_layers.values():
+        for name, parameter in layer.named_parameters():
+            value = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.data = (value + 1.5 if name == "scaling" else value).to(parameter.dtype)

@@ -1,0 +1,203 @@
+"""Every law, over every kind and slot: y = W x + s B A x + b."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import KINDS, SLOTS, KindCase, config, stir, trained
+from torch import Tensor, nn
+
+from tailora import LoRAModel
+from tailora.core.attach import Swapped
+
+kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+slots = pytest.mark.parametrize("slot", SLOTS)
+
+
+@kinds
+@slots
+def test_a_fresh_adapter_computes_the_base(kind: KindCase, slot: str) -> None:
+    base, x = kind.net(), kind.batch()
+    expected = base(x)
+    model = LoRAModel(base, config(kind, slot))
+    assert torch.equal(model(x), expected)
+    assert len(model.lora_layers) == 1
+
+
+@kinds
+@slots
+def test_the_folded_weight_computes_what_the_adapted_layer_does(kind: KindCase, slot: str) -> None:
+    model, x = trained(kind, slot), kind.batch()
+    expected, plain = model(x), kind.net()(x)
+    assert (expected - plain).abs().max() > 0.05  # the adapter does something
+    with model.merged() as report:
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert 0 <= report.worst < 1e-5
+
+
+@kinds
+@slots
+def test_the_gradient_is_that_of_the_dense_weight(kind: KindCase, slot: str) -> None:
+    model, x = trained(kind, slot, torch.float64), kind.batch(torch.float64)
+    layer = model.base_model.block["target"]
+    adapter: Any = next(iter(model.lora_layers.values()))
+    parameters = list(model.lora_layers.parameters())
+    through_layer = torch.autograd.grad(model(x).square().sum(), parameters)
+
+    folded = layer.weight + adapter.delta(layer)
+    dense: Tensor = torch.func.functional_call(kind.net(torch.float64), {"block.target.weight": folded}, (x,))
+    torch.testing.assert_close(through_layer, torch.autograd.grad(dense.square().sum(), parameters), rtol=1e-9, atol=1e-9)
+
+
+@kinds
+@slots
+def test_training_moves_the_adapter_and_nothing_of_the_base(kind: KindCase, slot: str) -> None:
+    model = LoRAModel(kind.net(), config(kind, slot))
+    before = copy.deepcopy(model.base_model.state_dict())
+    start = [parameter.clone() for parameter in model.lora_layers.parameters()]
+    optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = (model(kind.batch()) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(old, new) for old, new in zip(start, model.lora_layers.parameters(), strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in model.base_model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.base_model.parameters())
+
+
+@kinds
+def test_unload_gives_back_class_bits_and_requires_grad(kind: KindCase) -> None:
+    base = kind.net()
+    base.block["target"].weight.requires_grad = False
+    reference = kind.net()
+    layer = base.block["target"]
+    cls, attributes = type(layer), set(vars(layer))
+    model = LoRAModel(base, config(kind))
+    stir(model)
+    assert isinstance(layer, cls)
+    assert model.state_dict().keys() == {f"base_model.{key}" for key in reference.state_dict()} | {
+        f"lora_layers.{key}" for key in model.lora_layers.state_dict()
+    }
+    returned = model.unload()
+    assert returned is base
+    assert type(layer) is cls
+    assert set(vars(layer)) == attributes
+    assert all(torch.equal(value, reference.state_dict()[name]) for name, value in base.state_dict().items())
+    assert [p.requires_grad for _, p in base.named_parameters()] == [
+        name != "block.target.weight" for name, _ in base.named_parameters()
+    ]
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unmerge_gives_back_the_same_bits(kind: KindCase, dtype: torch.dtype) -> None:
+    model = trained(kind, dtype=dtype)
+    weight = model.base_model.block["target"].weight
+    before = weight.detach().clone()
+    report = model.merge()
+    assert not torch.equal(weight, before)
+    if dtype != torch.float32:
+        assert 0 < report.worst < 0.2
+    model.unmerge()
+    assert torch.equal(weight, before)
+
+
+@kinds
+@slots
+def test_merge_and_unload_leaves_a_plain_module_that_computes_the_same(kind: KindCase, slot: str) -> None:
+    model, x = trained(kind, slot), kind.batch()
+    expected = model(x)
+    base = model.merge_and_unload()
+    assert not any(isinstance(module, Swapped) for module in base.modules())
+    torch.testing.assert_close(base(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@kinds
+@slots
+def test_an_adapter_survives_its_file(kind: KindCase, slot: str, tmp_path: Path) -> None:
+    model, x = trained(kind, slot), kind.batch()
+    model.save_adapter(tmp_path / "one")
+    loaded = LoRAModel.from_pretrained(kind.net(), tmp_path / "one").eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-6, atol=1e-6)
+    assert loaded.adapters == model.adapters
+    loaded.save_adapter(tmp_path / "two")
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    if slot != "learned scale":  # dividing the folded scale out and in again rounds
+        for name in files:
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@kinds
+@slots
+def test_a_copy_and_a_pickle_are_models_of_their_own(kind: KindCase, slot: str) -> None:
+    model, x = trained(kind, slot), kind.batch()
+    expected = model(x).detach()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), expected)
+        for parameter in twin.lora_layers.parameters():
+            parameter.data.zero_()
+        assert not torch.equal(twin(x), expected)
+        assert torch.equal(model(x), expected)
+
+
+@kinds
+@slots
+def test_one_graph_and_no_recompile_for_an_adapter_of_equal_shape(kind: KindCase, slot: str) -> None:
+    torch._dynamo.reset()
+    model, x = trained(kind, slot), kind.batch()
+    model.add_adapter("other", config(kind, slot))
+    graphs = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    torch.testing.assert_close(compiled(x), model(x))
+    model.set_adapter("other")
+    torch.testing.assert_close(compiled(x), kind.net()(x))
+    model.set_adapter("default")
+    torch.testing.assert_close(compiled(x), model(x))
+    assert len(graphs) == 1
+
+
+@kinds
+def test_on_a_bfloat16_base_adapters_are_float32_and_no_float32_copy_of_the_input_is_kept(kind: KindCase) -> None:
+    model, x = trained(kind, dtype=torch.bfloat16).train(), kind.batch(torch.bfloat16)
+    assert {parameter.dtype for parameter in model.lora_layers.parameters()} == {torch.float32}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    factors = {parameter.data_ptr() for parameter in model.lora_layers.parameters()}
+    wide = [tensor for tensor in kept if tensor.dtype == torch.float32 and tensor.data_ptr() not in factors]
+    assert all(tensor.numel() < max(x.numel(), 2) for tensor in wide if x.is_floating_point())
+    assert kept
+    y.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.lora_layers.parameters())
+
+
+@kinds
+def test_eval_is_deterministic_and_dropout_acts_in_training_only(kind: KindCase) -> None:
+    model, x = trained(kind, "dropout"), kind.batch()
+    assert torch.equal(model(x), model(x))
+    model.train()
+    drops = kind.name != "embedding"  # ids have nothing to drop
+    assert torch.equal(model(x), model(x)) is not drops
+
+
+def test_the_table_has_every_kind_of_the_core() -> None:
+    from tailora.core.kinds import KINDS as ROWS
+    from tailora.core.kinds import kind_of, qualified
+
+    covered = {qualified(cls) for case in KINDS for cls in type(case.layer()).__mro__ if qualified(cls) in ROWS}
+    assert covered == set(ROWS)
+    assert kind_of(nn.LayerNorm(3)) is None
