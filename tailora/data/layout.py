@@ -10,6 +10,7 @@ A reply's span ends with its end-of-turn token; what the template writes after i
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -28,6 +29,12 @@ class Layout:
     plain: bool = False  # no template: the tokenizer's own first token goes before
     add_eos: bool = False  # the text has no end of its own
     lost: int = 0  # replies that are not learned: the template rewrites them, or nothing comes before them
+
+
+class Turn(NamedTuple):
+    start: int
+    stop: int
+    ended: bool  # its last token tells generation to stop
 
 
 def lay_out(sample: Sample, codec: Codec) -> Layout:
@@ -70,17 +77,27 @@ def _lay_out_chat(chat: Conversation, codec: Codec) -> Layout:
     replies = [place for place, message in enumerate(chat.messages) if message["role"] == "assistant"]
     find = _marked if MARK.search(codec.template or "") else _between_prefixes
     text, found = find(chat, replies, codec)
-    if not found:
-        raise DataError(
-            "no reply can be located: the chat template writes replies otherwise than it prompts for them; "
-            "put {% generation %} ... {% endgeneration %} around the reply in the template"
-        )
-    ends = [_end_of_turn(text, span, codec) for span in found]
-    if ends[-1] is None:
+    turns = [turn for turn in (_turn(text, span, codec) for span in found) if turn.start < turn.stop]
+    if not turns:
+        raise DataError(_unlocated(replies))
+    if not turns[-1].ended:
         _needs_eos(codec)
-    spans = [(start, stop if end is None else end) for (start, stop), end in zip(found, ends, strict=True)]
     wanted = sum(place >= chat.first for place in replies)
-    return Layout(text[: spans[-1][1]], spans, add_eos=ends[-1] is None, lost=max(0, wanted - len(spans)))
+    return Layout(
+        text=text[: turns[-1].stop],  # what follows teaches nothing
+        spans=[(turn.start, turn.stop) for turn in turns],
+        add_eos=not turns[-1].ended,
+        lost=max(0, wanted - len(turns)),
+    )
+
+
+def _unlocated(replies: list[int]) -> str:
+    if not any(replies):
+        return "nothing to learn: the conversation has no reply, or only one that it begins with"
+    return (
+        "no reply can be located: the chat template writes replies otherwise than it prompts for them; "
+        "put {% generation %} ... {% endgeneration %} around the reply in the template"
+    )
 
 
 def _marked(chat: Conversation, replies: list[int], codec: Codec) -> tuple[str, list[Span]]:
@@ -121,16 +138,16 @@ def _span(messages: Messages, place: int, text: str, codec: Codec) -> Span | Non
     return None
 
 
-def _end_of_turn(text: str, span: Span, codec: Codec) -> int | None:
-    """Where the token that ends the turn ends: EOS, or else the first of the special tokens that close the span."""
+def _turn(text: str, span: Span, codec: Codec) -> Turn:
+    """The reply up to the token that ends it: EOS, or else the first of the special tokens that close the span."""
     start, stop = span
     closing = _closing(text[start:stop], codec.stops)
-    eos = [end for token, end in closing if token == codec.eos]
     if closing:
-        return start + min(eos or [end for _, end in closing])
+        eos = [end for token, end in closing if token == codec.eos]
+        return Turn(start, start + min(eos or [end for _, end in closing]), ended=True)
     if codec.eos and text.startswith(codec.eos, stop):
-        return stop + len(codec.eos)  # {% generation %} around the words alone
-    return None
+        return Turn(start, stop + len(codec.eos), ended=True)  # {% generation %} around the words alone
+    return Turn(start, stop, ended=False)
 
 
 def _closing(reply: str, stops: tuple[str, ...]) -> list[tuple[str, int]]:

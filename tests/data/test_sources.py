@@ -77,7 +77,9 @@ def test_a_split_that_datasets_does_not_know_is_no_traceback(hub: str) -> None:
 def test_an_unreachable_hub_says_what_to_do(monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"data owner/name:some: no such file .* the Hub cannot be reached .*hf download"):
+    with pytest.raises(
+        DataError, match=r"data owner/name:some: no such file .* the Hub cannot be reached .*hf download"
+    ):
         list(read_rows("owner/name:some"))
 
 

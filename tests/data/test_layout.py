@@ -1,0 +1,215 @@
+"""What is learned under the templates that models really have, written as text with the learned spans in [[ ]]."""
+
+import pytest
+
+from tailora.data.codec import codec_of
+from tailora.data.layout import Layout, lay_out
+from tailora.data.shapes import Conversation, Pair, Text
+from tailora.errors import DataError
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+HEADER = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{%- generation %}{{ m.content }}<|im_end|>{% endgeneration -%}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    "{{ '\n' }}{% endfor %}" + HEADER
+)
+# As MARKED, but only the words are marked, not what ends them.
+MARKED_WORDS = MARKED.replace("<|im_end|>{% endgeneration -%}", "{% endgeneration -%}<|im_end|>")
+# Llama 2: no header to prompt with, a BOS for every question, EOS after every reply.
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content | trim }} [/INST]"
+    "{% else %} {{ m.content | trim }} </s>{% endif %}{% endfor %}"
+)
+# Phi 3 closes the chat, not the turn, with EOS.
+PHI3 = CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
+# Qwen 3 drops the thoughts of earlier replies.
+THOUGHTLESS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}" + HEADER
+)
+# Mistral 0.3 moves the system message to the last question.
+LAST_SYSTEM = (
+    "{% for m in messages[1:] %}{% if m.role == 'user' %}[INST] "
+    "{{ messages[0].content ~ ' ' if loop.revindex <= 2 else '' }}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+# No special token at all.
+SECTIONS = (
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
+# DeepSeek R1 prompts with a thought that it does not write in finished chats.
+PROMPTED_THOUGHT = CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+
+
+def chat(*contents: str, system: str | None = None, first: int = 0) -> Conversation:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[place % 2], "content": content} for place, content in enumerate(contents)]
+    return Conversation([{"role": "system", "content": system}, *messages] if system else messages, first)
+
+
+def shown(layout: Layout) -> str:
+    text, done = "", 0
+    for start, stop in layout.spans:
+        text += f"{layout.text[done:start]}[[{layout.text[start:stop]}]]"
+        done = stop
+    return text + layout.text[done:] + ("[[EOS]]" if layout.add_eos else "")
+
+
+@pytest.mark.parametrize(
+    ("template", "sample", "expected"),
+    [
+        (
+            CHATML + HEADER,
+            chat("a", "b", "c", "d"),
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
+            "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]",
+        ),
+        (  # the words stand elsewhere too: no search would find the right ones
+            CHATML + HEADER,
+            chat("b", "b", "assistant\nb", "assistant"),
+            "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
+            "<|im_start|>user\nassistant\nb<|im_end|>\n<|im_start|>assistant\n[[assistant<|im_end|>]]",
+        ),
+        (  # what follows the last reply teaches nothing
+            CHATML + HEADER,
+            chat("a", "b", "c", system="s"),
+            "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]",
+        ),
+        (  # a template that takes no generation prompt: the model is to write the header itself
+            CHATML,
+            chat("a", "b"),
+            "<|im_start|>user\na<|im_end|>\n[[<|im_start|>assistant\nb<|im_end|>]]",
+        ),
+        (
+            MARKED,
+            chat("a", "b", "c", "d"),
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
+            "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]",
+        ),
+        (
+            MARKED_WORDS,
+            chat("a", "b"),
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]",
+        ),
+        (
+            PHI3,
+            chat("a", "b", "c", "d"),
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
+            "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>\n<|endoftext|>]]",
+        ),
+        (
+            SECTIONS,
+            chat("a", "b", "c", "d"),
+            "### user:\na\n\n### assistant:\n[[b\n\n]]### user:\nc\n\n### assistant:\n[[d\n\n]][[EOS]]",
+        ),
+    ],
+    ids=[
+        "chatml",
+        "words that repeat",
+        "ends with a question",
+        "no header",
+        "marked",
+        "words marked",
+        "phi3",
+        "sections",
+    ],
+)
+def test_replies_and_their_end_are_learned(bytes_tokenizer, template, sample, expected) -> None:
+    eos = "<|endoftext|>" if template == PHI3 else "<|im_end|>"
+    layout = lay_out(sample, codec_of(bytes_tokenizer(template, eos_token=eos)))
+    assert shown(layout) == expected
+    assert layout.lost == 0
+
+
+def test_llama_2_learns_every_reply_with_its_eos(words_tokenizer) -> None:
+    layout = lay_out(chat("a", " b ", "c", "d"), codec_of(words_tokenizer(LLAMA2)))
+    assert shown(layout) == "<s>[INST] a [/INST][[ b </s>]]<s>[INST] c [/INST][[ d </s>]]"
+
+
+@pytest.mark.parametrize("template", [CHATML + HEADER, MARKED])
+def test_only_the_completion_of_a_chat_pair_is_learned(bytes_tokenizer, template) -> None:
+    text = shown(lay_out(chat("a", "b", "c", "d", first=3), codec_of(bytes_tokenizer(template))))
+    assert "assistant\nb" in text
+    assert text.endswith("assistant\n[[d<|im_end|>]]")
+    assert text.count("[[") == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "sample", "expected"),
+    [
+        (
+            THOUGHTLESS,
+            chat("a", "<think>hm</think>b", "c", "<think>so</think>d"),
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+            "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[<think>so</think>d<|im_end|>]]",
+        ),
+        (LAST_SYSTEM, chat("a", "b", "c", "d", system="s"), "[INST] a[/INST] b</s>[INST] s c[/INST][[ d</s>]]"),
+    ],
+)
+def test_replies_that_the_template_rewrites_are_counted_and_not_learned(
+    bytes_tokenizer, words_tokenizer, template, sample, expected
+) -> None:
+    tokenizer = words_tokenizer(template) if "</s>" in template else bytes_tokenizer(template)
+    layout = lay_out(sample, codec_of(tokenizer))
+    assert shown(layout) == expected
+    assert layout.lost == 1
+
+
+def test_a_reply_with_nothing_before_it_is_not_learned(bytes_tokenizer) -> None:
+    opening = Conversation([{"role": "assistant", "content": "x"}, *chat("a", "b").messages])
+    layout = lay_out(opening, codec_of(bytes_tokenizer(CHATML + HEADER)))
+    assert shown(layout).endswith(
+        "assistant\nx<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]"
+    )
+    assert layout.lost == 1
+
+
+def test_a_pair_becomes_a_question_and_its_reply(bytes_tokenizer) -> None:
+    layout = lay_out(Pair("add 1, 2\n\n", " 3"), codec_of(bytes_tokenizer(CHATML + HEADER)))
+    assert shown(layout) == "<|im_start|>user\nadd 1, 2<|im_end|>\n<|im_start|>assistant\n[[3<|im_end|>]]"
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_text_stays_as_it_is(bytes_tokenizer, template) -> None:
+    assert shown(lay_out(Text("a b\n"), codec_of(bytes_tokenizer(template)))) == "[[a b\n]][[EOS]]"
+
+
+def test_a_pair_without_a_template_is_one_text(bytes_tokenizer) -> None:
+    assert shown(lay_out(Pair("a", " b"), codec_of(bytes_tokenizer()))) == "a[[ b]][[EOS]]"
+
+
+@pytest.mark.parametrize(
+    ("template", "sample", "said"),
+    [
+        (None, chat("a", "b"), "no chat template to write messages with: take the instruct version"),
+        (PROMPTED_THOUGHT, chat("a", "b"), "no reply can be located.*{% generation %}"),
+        (
+            CHATML + HEADER,
+            Conversation([{"role": "assistant", "content": "x"}]),
+            "no reply, or only one that it begins with",
+        ),
+        (STRICT, chat("a", "b", system="s"), "the chat template refuses this conversation: System role not supported"),
+        ("{{ messages[0].content + 1 }}", chat("a", "b"), "the chat template refuses this conversation"),
+    ],
+)
+def test_a_chat_that_cannot_be_written_or_learned_says_why(bytes_tokenizer, template, sample, said) -> None:
+    with pytest.raises(DataError, match=said):
+        lay_out(sample, codec_of(bytes_tokenizer(template)))
+
+
+@pytest.mark.parametrize(("template", "sample"), [(None, Pair("a", "b")), (SECTIONS, chat("a", "b"))])
+def test_without_an_eos_token_nothing_could_learn_to_stop(bytes_tokenizer, template, sample) -> None:
+    tokenizer = bytes_tokenizer(template)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no EOS token, so the model could not learn to stop"):
+        lay_out(sample, codec_of(tokenizer))
+
+
+def test_several_templates_without_a_default_are_refused(bytes_tokenizer) -> None:
+    tokenizer = bytes_tokenizer()
+    tokenizer.chat_template = {"rag": CHATML, "tools": CHATML}
+    with pytest.raises(DataError, match="several chat templates and no default"):
+        codec_of(tokenizer)

@@ -1,0 +1,204 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tailora.data.prepare import prepare, stream
+from tailora.data.shapes import Conversation, Pair
+from tailora.errors import DataError
+
+PAIRS = [{"prompt": f"hello {number}", "completion": f" {number} you"} for number in range(40)]
+
+
+def chat_row(*contents: str) -> dict[str, list[dict[str, str]]]:
+    roles = ["user", "assistant"] * len(contents)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]}
+
+
+def test_a_part_is_held_out_and_all_is_reported(bytes_tokenizer, jsonl) -> None:
+    tokenizer = bytes_tokenizer()
+    path = jsonl([{**row, "id": 1} for row in PAIRS])
+    prepared = prepare(path, tokenizer, validation_split=0.1)
+    report = prepared.report
+    assert (len(prepared.train), len(prepared.eval)) == (report.train, report.eval) == (36, 4)
+    assert (report.shape, report.mapping) == ("prompt/completion", {"prompt": "prompt", "completion": "completion"})
+    assert (report.rows, report.ignored, report.source, report.chat_template) == (40, ["id"], path, False)
+    assert report.tokens == len(prepared.train.input_ids) + len(prepared.eval.input_ids)
+    assert report.supervised_tokens == prepared.train.supervised.sum() + prepared.eval.supervised.sum()
+    assert report.longest == max(prepared.train.lengths.max(), prepared.eval.lengths.max())
+    assert sum(each.examples for each in report.lengths) == 40
+    assert json.loads(json.dumps(report.to_dict()))["supervised_share"] == report.supervised_tokens / report.tokens
+
+
+def test_the_held_out_samples_are_those_of_the_held_out_examples(bytes_tokenizer, jsonl) -> None:
+    tokenizer = bytes_tokenizer()
+    prepared = prepare(jsonl(PAIRS), tokenizer, validation_split=0.2)
+    for sample, example in zip(prepared.eval_samples, prepared.eval, strict=True):
+        assert sample == Pair(**PAIRS[example.row])
+        assert tokenizer.decode(example.input_ids.tolist()) == f"{sample.prompt}{sample.completion}<|im_end|>"
+
+
+def test_the_same_data_and_seed_give_the_same_hash_and_split(bytes_tokenizer, jsonl) -> None:
+    path, tokenizer = jsonl(PAIRS), bytes_tokenizer()
+    first, again, other = (prepare(path, tokenizer, seed=seed) for seed in (0, 0, 1))
+    assert first.report == again.report
+    assert np.array_equal(first.eval.rows, again.eval.rows)
+    assert first.report.sha256 != other.report.sha256
+
+
+def test_no_split_means_no_held_out_examples(bytes_tokenizer, jsonl) -> None:
+    prepared = prepare(jsonl(PAIRS[:1]), bytes_tokenizer(), validation_split=0)
+    assert (len(prepared.train), len(prepared.eval), prepared.eval_samples) == (1, 0, [])
+
+
+def test_copies_stay_on_one_side_and_are_counted(bytes_tokenizer, jsonl) -> None:
+    prepared = prepare(jsonl(PAIRS[:5] * 4), bytes_tokenizer(), validation_split=0.2)
+    assert (prepared.report.repeated, prepared.report.duplicates) == (15, 0)
+    assert not set(prepared.train.keys()) & set(prepared.eval.keys())
+
+
+def test_held_out_data_of_its_own_is_used_whole_and_leaks_are_counted(bytes_tokenizer, jsonl) -> None:
+    held = jsonl([*PAIRS[:2], {"prompt": "new", "completion": "one"}], "held.jsonl")
+    prepared = prepare(jsonl(PAIRS), bytes_tokenizer(), eval_source=held)
+    assert (prepared.report.train, prepared.report.eval, prepared.report.duplicates) == (40, 3, 2)
+    assert prepared.eval_samples[-1] == Pair("new", "one")
+    assert prepared.report.eval_source == held
+
+
+def test_a_folder_gives_both_its_splits(bytes_tokenizer, jsonl, tmp_path: Path) -> None:
+    jsonl(PAIRS[:3], "train.jsonl")
+    jsonl(PAIRS[3:5], "valid.jsonl")
+    prepared = prepare(str(tmp_path), bytes_tokenizer(), eval_source=str(tmp_path))
+    assert (prepared.report.train, prepared.report.eval) == (3, 2)
+
+
+def test_columns_can_be_mapped(bytes_tokenizer, jsonl) -> None:
+    rows = [{"question": row["prompt"], "answer": row["completion"]} for row in PAIRS]
+    mapping = {"prompt": "question", "completion": "answer"}
+    prepared = prepare(jsonl(rows), bytes_tokenizer(), field=mapping)
+    assert prepared.report.mapping == mapping
+    assert prepared.report.sha256 == prepare(jsonl(PAIRS), bytes_tokenizer()).report.sha256
+
+
+def test_truncation_is_counted_and_what_loses_all_is_left_out(bytes_tokenizer, jsonl) -> None:
+    rows = [
+        {"prompt": "hello", "completion": " you"},
+        {"prompt": "hello", "completion": " you" * 40},
+        {"prompt": "hello " * 40, "completion": " you"},
+    ]
+    prepared = prepare(jsonl(rows), bytes_tokenizer(), max_length=16, validation_split=0)
+    assert (prepared.report.truncated, prepared.report.cut_away) == (2, 1)
+    assert prepared.train.rows.tolist() == [0, 1]
+    assert prepared.train.lengths.max() == 16 < prepared.report.longest
+
+
+def test_replies_that_the_template_rewrites_are_reported(bytes_tokenizer, jsonl) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.content if loop.last else m.content | upper }}<|im_end|>{% endfor %}"
+    )
+    prepared = prepare(jsonl([chat_row("A", "b", "C", "d")]), bytes_tokenizer(template), validation_split=0)
+    assert prepared.report.replies_not_learned == 1
+    assert prepared.report.chat_template
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "said"),
+    [
+        ("", {}, r"rows.jsonl: no rows: there is nothing to learn from"),
+        ("\n\n", {}, r"rows.jsonl: no rows"),
+        ("nonsense\n[]\n", {}, r"2 problems:\n  - .*rows.jsonl:1: not JSON.*\n  - .*rows.jsonl:2: a JSON list"),
+        ('{"x": 1}', {}, r"the rows have the keys x, which fit no known shape"),
+        ('{"text": "a b"}\nnonsense\n', {}, r"^.*rows.jsonl:2: not JSON: Expecting value at column 1$"),
+        ('{"text": "a b"}\n{"text": ""}\n', {}, r"rows.jsonl:2: nothing to learn: the text is empty"),
+        ('{"text": "a b"}\n{"txt": ""}\n', {}, r"rows.jsonl:2: no text \(read as text\); the row has txt"),
+        ('{"text": "a b"}', {"field": {"text": "txt"}}, r"no column 'txt'; did you mean text\?"),
+        (json.dumps(chat_row("a", "b")), {}, r"rows.jsonl:1: the tokenizer has no chat template"),
+        ('{"text": "one two three"}', {"max_length": 1}, r"max_length 1 takes away all .*longest row has \d+ tokens"),
+        ('{"text": "a b"}', {}, r"none can be held out"),
+        (
+            '{"text": "a b"}',
+            {"embedding_rows": 9},
+            r"larger than the model's embedding: .*resize_token_embeddings\(\d+\)",
+        ),
+    ],
+)
+def test_data_that_cannot_be_learned_from_is_refused_with_the_reason(
+    bytes_tokenizer, tmp_path: Path, content, options, said
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=said):
+        prepare(str(path), bytes_tokenizer(), **options)
+
+
+def test_all_labels_masked_is_refused_before_training(bytes_tokenizer, jsonl) -> None:
+    tokenizer = bytes_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: no reply can be located"):
+        prepare(jsonl([chat_row("a", "b")]), tokenizer, validation_split=0)
+
+
+def test_every_problem_of_every_kind_is_named_at_once(bytes_tokenizer, tmp_path: Path, chatml) -> None:
+    template = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + chatml
+    rows = [json.dumps(chat_row(*contents)) for contents in (("a", "b"), ("a",), ("a", "b", "c", "d"))]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([rows[0], "nonsense", *rows[1:], *["more nonsense"] * 30]))
+    with pytest.raises(DataError) as caught:
+        prepare(str(path), bytes_tokenizer(template))
+    text = str(caught.value)
+    assert text.startswith("33 problems:")
+    assert f"{path}:2: not JSON" in text
+    assert f"{path}:3: nothing to learn" in text
+    assert f"{path}:4: the chat template refuses this conversation: too long" in text
+    assert text.endswith("and 13 more")
+
+
+def test_a_tokenizer_that_just_fits_the_embedding_is_accepted(bytes_tokenizer, jsonl) -> None:
+    tokenizer = bytes_tokenizer()
+    prepared = prepare(jsonl(PAIRS), tokenizer, embedding_rows=len(tokenizer))
+    assert len(prepared.train)
+
+
+def test_a_stream_gives_the_same_examples_in_order(bytes_tokenizer, jsonl) -> None:
+    tokenizer, path = bytes_tokenizer(), jsonl(PAIRS * 40)  # more than one chunk
+    streamed = list(stream(path, tokenizer))
+    prepared = prepare(path, tokenizer, validation_split=0)
+    assert [example.row for example in streamed] == prepared.train.rows.tolist() == list(range(1600))
+    assert np.array_equal(np.concatenate([example.input_ids for example in streamed]), prepared.train.input_ids)
+    assert np.array_equal(np.concatenate([example.labels for example in streamed]), prepared.train.labels)
+
+
+def test_a_stream_stops_at_a_bad_row(bytes_tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a b"}\nnonsense\n')
+    examples = stream(str(path), bytes_tokenizer())
+    assert next(examples).row == 0
+    with pytest.raises(DataError, match=r"rows.jsonl:2: not JSON"):
+        next(examples)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [([], "no rows"), ([{"text": "one two three"}], "max_length 1 takes away all that would be learned")],
+)
+def test_a_stream_of_nothing_to_learn_is_refused(bytes_tokenizer, jsonl, rows, said) -> None:
+    with pytest.raises(DataError, match=said):
+        list(stream(jsonl(rows), bytes_tokenizer(), max_length=1))
+
+
+def test_chats_in_any_form_become_the_same_examples(bytes_tokenizer, jsonl, chatml) -> None:
+    forms = [
+        chat_row("hello", "you"),
+        {"prompt": "hello", "completion": "you"},
+        {"instruction": "hello", "output": "you"},
+        {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "you"}]},
+        {"prompt": chat_row("hello")["messages"], "completion": [{"role": "assistant", "content": "you"}]},
+    ]
+    hashes = {prepare(jsonl([form]), bytes_tokenizer(chatml), validation_split=0).report.sha256 for form in forms}
+    assert len(hashes) == 1
+
+
+def test_a_conversation_is_given_back_for_the_held_out_examples(bytes_tokenizer, jsonl, chatml) -> None:
+    rows = [chat_row("hello", "you"), chat_row("hello", "today")]
+    (sample,) = prepare(jsonl(rows), bytes_tokenizer(chatml)).eval_samples
+    assert sample in [Conversation(row["messages"]) for row in rows]
