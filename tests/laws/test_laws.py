@@ -49,7 +49,9 @@ def test_the_gradient_is_that_of_the_dense_weight(kind: KindCase, slot: str) -> 
 
     folded = layer.weight + adapter.delta(layer)
     dense: Tensor = torch.func.functional_call(kind.net(torch.float64), {"block.target.weight": folded}, (x,))
-    torch.testing.assert_close(through_layer, torch.autograd.grad(dense.square().sum(), parameters), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        through_layer, torch.autograd.grad(dense.square().sum(), parameters), rtol=1e-9, atol=1e-9
+    )
 
 
 @kinds

@@ -1,0 +1,140 @@
+"""PEFT is the oracle for files, both ways, wherever it is right; the dense identity (test_laws) where it is not."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from cases import KINDS, SLOTS, KindCase, stir, trained
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.errors import MergeError
+
+RIGHT = [kind for kind in KINDS if not kind.peft_is_wrong]
+kinds = pytest.mark.parametrize("kind", RIGHT, ids=lambda kind: kind.name)
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def _peft_warns_as_it_likes() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def peft_settings(kind: KindCase, slot: str) -> dict[str, Any]:
+    names = {"init_lora_weights": "init_lora_weights", "use_rslora": "use_rslora", "alpha_pattern": "alpha_pattern"}
+    own = {names[key]: value for key, value in SLOTS[slot].items() if key in names}
+    return {"r": kind.r, "lora_alpha": 10, "target_modules": ["target"], **own}
+
+
+def randomise(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+
+
+@kinds
+@pytest.mark.parametrize("slot", SLOTS)
+def test_peft_reads_what_we_write(kind: KindCase, slot: str, tmp_path: Path) -> None:
+    model, x = trained(kind, slot), kind.batch()
+    model.save_adapter(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(kind.net(), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(x), model(x), **TOLERANCE)
+
+
+@kinds
+@pytest.mark.parametrize("slot", [slot for slot in SLOTS if slot != "learned scale"])
+def test_we_read_what_peft_writes(kind: KindCase, slot: str, tmp_path: Path) -> None:
+    theirs, x = peft.get_peft_model(kind.net(), peft.LoraConfig(**peft_settings(kind, slot))).eval(), kind.batch()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    ours = LoRAModel.from_pretrained(kind.net(), tmp_path).eval()
+    torch.testing.assert_close(ours(x), theirs(x), **TOLERANCE)
+    assert (ours(x) - kind.net()(x)).abs().max() > 0.01
+
+
+@kinds
+def test_the_keys_and_shapes_are_those_of_peft(kind: KindCase, tmp_path: Path) -> None:
+    trained(kind).save_adapter(tmp_path / "ours")
+    theirs = peft.get_peft_model(kind.net(), peft.LoraConfig(**peft_settings(kind, "plain")))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours, peft_file = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
+    own_keys = {key: tensor for key, tensor in peft_file.items() if not key.endswith("base_layer.weight")}
+    assert {key: (t.shape, t.dtype) for key, t in ours.items()} == {
+        key: (t.shape, t.dtype) for key, t in own_keys.items()
+    }
+
+
+def test_an_adapter_of_peft_that_mixes_groups_runs_and_is_not_merged(tmp_path: Path) -> None:
+    kind = next(kind for kind in KINDS if kind.name == "conv2d grouped")
+    theirs = peft.get_peft_model(kind.net(), peft.LoraConfig(**peft_settings(kind, "plain"))).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    ours = LoRAModel.from_pretrained(kind.net(), tmp_path).eval()
+    with pytest.raises(MergeError, match="no weight of this layer can hold the update"):
+        ours.merge()
+    torch.testing.assert_close(ours(kind.batch()), theirs(kind.batch()), **TOLERANCE)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**settings, num_key_value_heads=2, vocab_size=60)).eval()
+
+
+LLAMA_CONFIGS: dict[str, dict[str, Any]] = {
+    "all-linear": {"r": 4},
+    "patterns": {"r": 4, "rank_pattern": {"layers.1.*q_proj": 2, "down_proj": 6}, "alpha_pattern": {"v_proj": 3}},
+    "some layers": {"r": 4, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
+    "regular expression": {"r": 4, "target_modules": r".*layers\.1.*_proj", "exclude_modules": ["o_proj"]},
+    "head trained whole": {"r": 4, "modules_to_save": ["lm_head"]},
+    "embedding and head": {"r": 4, "target_modules": ["embed_tokens", "lm_head", "k_proj"], "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("settings", LLAMA_CONFIGS.values(), ids=LLAMA_CONFIGS)
+def test_a_language_model_s_adapter_is_the_same_in_peft(settings: dict[str, Any], tmp_path: Path) -> None:
+    ids = torch.arange(24).view(2, 12)
+    model = LoRAModel(llama(), LoRAConfig(**settings))
+    stir(model)
+    model.save_adapter(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(ids).logits, model.eval()(ids).logits, **TOLERANCE)
+    assert (model(ids).logits - llama()(ids).logits).abs().max() > 0.01
+
+    theirs.save_pretrained(str(tmp_path / "again"), save_embedding_layers=False)
+    back = LoRAModel.from_pretrained(llama(), tmp_path / "again").eval()
+    torch.testing.assert_close(back(ids).logits, model(ids).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("settings", LLAMA_CONFIGS.values(), ids=LLAMA_CONFIGS)
+def test_the_same_config_selects_the_same_layers_as_peft(settings: dict[str, Any]) -> None:
+    model = LoRAModel(llama(), LoRAConfig(**settings))
+    defaults = {"target_modules": "all-linear", "lora_alpha": 32, "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(**{**defaults, **settings}))
+    ours = {row.path: (row.r, row.lora_alpha) for row in model.summary().rows if row.r}
+    adapted = {
+        name.removeprefix("base_model.model."): (module.r["default"], module.lora_alpha["default"])
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    assert ours == adapted
+
+
+def test_a_minimal_config_of_other_tools_is_enough(tmp_path: Path) -> None:
+    model, ids = LoRAModel(llama(), LoRAConfig(r=4, target_modules=["q_proj"])), torch.arange(12)[None]
+    stir(model)
+    model.save_adapter(tmp_path)
+    minimal = {"peft_type": "LORA", "r": 4, "lora_alpha": 32}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(minimal))
+    loaded = LoRAModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
