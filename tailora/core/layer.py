@@ -95,7 +95,7 @@ class LoRALayer(nn.Module):
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ConfigError(f"scaling is one number per layer; got a tensor of shape {tuple(value.shape)}")
         if not isinstance(value, nn.Parameter):
-            value = self._scalar(float(value))
+            value = value.detach().to(self.strength).reshape(()) if isinstance(value, Tensor) else self._scalar(value)
         self._parameters.pop("scaling", None)
         self._buffers.pop("scaling", None)
         self._non_persistent_buffers_set.discard("scaling")

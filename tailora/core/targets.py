@@ -137,7 +137,7 @@ def _dead_names(modules: Mapping[str, nn.Module], config: LoRAConfig) -> list[st
 
 
 def _unmatched(field: str, selector: Selector, paths: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    if not selector:
+    if selector == []:
         return [f"{field}={selector!r} names nothing"]
     if isinstance(selector, str):
         ends = {path.rpartition(".")[2] for path in paths}

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from torch import nn
+
+from tailora import LoRALayer
+from tailora.errors import ConfigError
+
+
+def test_alone_it_is_the_update_for_x() -> None:
+    layer = LoRALayer(6, 5, rank=2, lora_alpha=3)
+    assert layer.lora_A.shape == (2, 6)
+    assert layer.lora_B.shape == (5, 2)
+    x = torch.randn(4, 6)
+    assert torch.equal(layer(x), torch.zeros(4, 5))
+    nn.init.normal_(layer.lora_B)
+    torch.testing.assert_close(layer(x), 1.5 * x @ layer.lora_A.T @ layer.lora_B.T)
+    assert torch.allclose(layer.delta() @ x[0], layer(x[0]), atol=1e-6)
+
+
+def test_a_fresh_layer_alone_trains() -> None:
+    layer, x = LoRALayer(6, 5), torch.randn(4, 6)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    first = (layer(x) - 1).square().sum()
+    first.backward()
+    assert torch.count_nonzero(layer.lora_A.grad) == 0  # B is zero, so the first gradient of A is exactly 0
+    assert torch.count_nonzero(layer.lora_B.grad) > 0
+    optimizer.step()
+    assert (layer(x) - 1).square().sum() < first
+
+
+def test_a_number_fixes_the_scale() -> None:
+    layer, x = LoRALayer(6, 5), torch.randn(4, 6)
+    nn.init.normal_(layer.lora_B)
+    before = layer(x)
+    layer.scaling = 0.01
+    assert layer.scaling == 0.01
+    torch.testing.assert_close(layer(x), before * 0.01 / 2)
+    assert [name for name, _ in layer.named_parameters()] == ["lora_A", "lora_B"]
+
+
+def test_a_parameter_makes_the_scale_learned_and_a_number_fixes_it_again() -> None:
+    layer, x = LoRALayer(6, 5), torch.randn(4, 6)
+    nn.init.normal_(layer.lora_B)
+    layer.scaling = nn.Parameter(torch.ones(1))
+    assert layer.learns_scaling
+    layer(x).sum().backward()
+    assert isinstance(layer.scaling, nn.Parameter)
+    update = x @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(layer.scaling.grad, update.sum().reshape(1), rtol=1e-4, atol=1e-4)
+    layer.scaling = 2
+    assert not layer.learns_scaling
+    torch.testing.assert_close(layer(x), 2 * update)
+
+
+def test_a_learned_scale_of_a_bfloat16_input_feels_steps_that_bfloat16_cannot_hold() -> None:
+    layer, x = LoRALayer(64, 64, rank=4, learn_scaling=True), torch.randn(8, 64, dtype=torch.bfloat16)
+    nn.init.normal_(layer.lora_B)
+    first = layer(x)
+    layer.scaling.data += 1e-3  # 2.001 rounds to 2 in bfloat16
+    assert not torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("scaling", [torch.ones(2), torch.ones(2, 1)])
+def test_a_scale_is_one_number(scaling: torch.Tensor) -> None:
+    layer = LoRALayer(6, 5)
+    with pytest.raises(ConfigError, match="one number per layer"):
+        layer.scaling = scaling
+    assert layer.scaling == 2
+
+
+@pytest.mark.parametrize("rank", [0, -1, 6])
+def test_the_rank_is_between_one_and_the_smaller_side(rank: int) -> None:
+    with pytest.raises(ConfigError, match=r"take 1\.\.5"):
+        LoRALayer(6, 5, rank=rank)
+
+
+def test_rslora_divides_by_the_root_of_the_rank() -> None:
+    assert LoRALayer(16, 16, rank=4, lora_alpha=6, use_rslora=True).scaling == 3
+
+
+def test_the_state_dict_carries_the_scale() -> None:
+    layer, other = LoRALayer(6, 5), LoRALayer(6, 5)
+    layer.scaling = 0.25
+    other.load_state_dict(layer.state_dict())
+    assert other.scaling == 0.25
+    assert set(layer.state_dict()) == {"lora_A", "lora_B", "scaling"}

@@ -1,0 +1,120 @@
+import pytest
+import torch
+from cases import stir
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.errors import MergeError
+
+
+def tied_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60, tie_word_embeddings=True)).eval()
+
+
+def test_a_weight_that_another_layer_shares_is_refused() -> None:
+    model = LoRAModel(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head"]))
+    stir(model)
+    before = model.base_model.lm_head.weight.detach().clone()
+    with pytest.raises(MergeError, match=r"lm_head = model\.embed_tokens"):
+        model.merge()
+    assert torch.equal(model.base_model.lm_head.weight, before)
+
+
+def test_untying_leaves_the_embedding_alone_and_says_so_in_the_config() -> None:
+    model = LoRAModel(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head"]))
+    stir(model)
+    ids = torch.arange(9)[None]
+    expected, embedding = model(ids).logits, model.base_model.model.embed_tokens.weight.detach().clone()
+    base = model.merge_and_unload(untie_weights=True)
+    torch.testing.assert_close(base(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(base.model.embed_tokens.weight, embedding)
+    assert base.config.tie_word_embeddings is False
+
+
+def test_both_sides_of_a_tie_are_added_once_each() -> None:
+    model = LoRAModel(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head", "embed_tokens"]))
+    stir(model)
+    ids = torch.arange(9)[None]
+    expected = model(ids).logits
+    base = model.merge_and_unload(untie_weights=True)
+    torch.testing.assert_close(base(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_written_when_one_merged_weight_is_not_finite() -> None:
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(torch.float16)
+    model = LoRAModel(base, LoRAConfig(r=4))
+    stir(model)
+    model.lora_layers["1"].lora_B.data.fill_(60000)
+    before = [layer.weight.detach().clone() for layer in base]
+    with pytest.raises(MergeError, match=r"1: the merged weight is not finite in torch\.float16"):
+        model.merge()
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(base, before, strict=True))
+    assert not model.is_merged
+
+
+def test_the_reported_rounding_error_is_that_of_the_weight() -> None:
+    base = nn.Sequential(nn.Linear(256, 256)).to(torch.bfloat16)
+    model = LoRAModel(base, LoRAConfig(r=4))
+    stir(model)
+    layer, adapter = base[0], model.lora_layers["0"]
+    adapter.scaling = 1e-2 * float(layer.weight.norm() / (adapter.lora_B @ adapter.lora_A).detach().norm())
+    delta, original = adapter.delta().detach(), layer.weight.detach().float()
+    report = model.merge()
+    expected = (layer.weight.float() - original - delta).norm() / delta.norm()
+    assert report.rounding_error["0"] == pytest.approx(expected.item(), rel=1e-3)
+    assert 0.1 < report.worst < 0.25  # science.md: 17% at ||dW|| / ||W|| = 1e-2
+
+
+def test_what_cannot_be_done_while_merged_is_refused() -> None:
+    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
+    with pytest.raises(MergeError, match="nothing is merged"):
+        model.unmerge()
+    model.merge()
+    for action in (
+        lambda: model.merge(),
+        lambda: model.set_adapter(None),
+        lambda: model.add_adapter("x", LoRAConfig(r=2)),
+        lambda: model.save_adapter("nowhere"),
+        lambda: model.delete_adapter("default"),
+    ):
+        with pytest.raises(MergeError, match="unmerge\\(\\) first"):
+            action()
+    model.unmerge()
+    model.set_adapter(None)
+    with pytest.raises(MergeError, match="no adapter is active"):
+        model.merge()
+
+
+def test_a_class_that_hides_what_it_computes_is_not_merged() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = LoRAModel(nn.Sequential(Doubled(8, 8)), LoRAConfig(r=2))
+    with pytest.raises(MergeError, match="Doubled overrides forward"):
+        model.merge()
+
+
+def test_a_parametrized_weight_is_not_merged() -> None:
+    base = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    model = LoRAModel(base, LoRAConfig(r=2))
+    with pytest.raises(MergeError, match="parametrization"):
+        model.merge()
+
+
+def test_several_adapters_merge_as_they_run() -> None:
+    model = LoRAModel(nn.Sequential(nn.Linear(8, 6)), LoRAConfig(r=2))
+    stir(model)
+    model.add_adapter("b", LoRAConfig(r=3))
+    model.set_adapter("b")
+    stir(model, seed=9)
+    model.set_adapter(["default", "b"])
+    model.set_scale("b", 0.7)
+    x = torch.randn(3, 8)
+    expected = model(x)
+    with model.merged():
+        torch.testing.assert_close(model(x), expected)
+    assert torch.equal(model(x), expected)

@@ -1,0 +1,298 @@
+"""LoRAModel: adapters by name, and what stays as it was."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import stir
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.adapter import layer_key
+from tailora.errors import AdapterError, TargetError
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
+
+
+def two() -> LoRAModel:
+    """Adapters `default` and `b`, of different ranks, both doing something; `default` is active."""
+    model = LoRAModel(net(), LoRAConfig(r=2))
+    stir(model)
+    model.add_adapter("b", LoRAConfig(r=3, target_modules=["2"]))
+    model.set_adapter("b")
+    stir(model, seed=7)
+    model.set_adapter("default")
+    return model
+
+
+def causal_lm(kind: str) -> nn.Module:
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=32))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_plain_loop_trains_a_language_model_and_leaves_the_base_bitwise_alone(kind: str) -> None:
+    base_model, batch = causal_lm(kind), torch.arange(20).view(2, 10)
+    before = {name: value.clone() for name, value in base_model.state_dict().items()}
+    model = LoRAModel(base_model)
+    for p in model.base_model.parameters():
+        p.requires_grad = False
+    optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(5):
+        output = model(batch)
+        loss = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    assert base_model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in base_model.state_dict().items())
+    assert len(model.lora_layers) == len(model.summary().rows)
+
+
+def test_the_plain_loop_trains_a_sequential() -> None:
+    base_model = net()
+    before = {name: value.clone() for name, value in base_model.state_dict().items()}
+    model = LoRAModel(base_model)
+    optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=1e-3)
+    batch, losses = torch.randn(4, 8), []
+    for _ in range(5):
+        loss = (model(batch) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    assert all(torch.equal(value, before[name]) for name, value in base_model.state_dict().items())
+    assert len(model.lora_layers) == 2
+
+
+def test_switching_is_choosing_the_function() -> None:
+    model, x = two(), torch.randn(3, 8)
+    default, base = model(x), net()(x)
+    model.set_adapter("b")
+    b = model(x)
+    assert list(model.lora_layers) == ["2"]
+    model.set_adapter(None)
+    assert torch.equal(model(x), base)
+    assert len(model.lora_layers) == 0
+    with model.disable_adapter():
+        assert torch.equal(model(x), base)
+    model.set_adapter("default")
+    assert torch.equal(model(x), default)
+    assert len(model.lora_layers) == 2
+    with model.disable_adapter():
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), default)
+    assert not torch.equal(default, b)
+
+
+def test_an_exception_within_disable_adapter_gives_the_adapter_back() -> None:
+    model = two()
+    with pytest.raises(ZeroDivisionError), model.disable_adapter():
+        raise ZeroDivisionError
+    assert model.active_adapters == ("default",)
+
+
+def test_several_active_adapters_add_up() -> None:
+    model, x = two(), torch.randn(3, 8)
+    layer: Any = model.base_model[2]
+    inner = torch.tanh(model.base_model[0](x))
+    deltas = [model._adapters[name].low_rank["2"].delta() for name in ("default", "b")]
+    model.set_adapter(["default", "b"])
+    torch.testing.assert_close(model(x), inner @ (layer.weight + sum(deltas)).T + layer.bias)
+    assert len(model.lora_layers) == 2
+    parameters = {id(parameter) for parameter in model.lora_layers.parameters()}
+    assert len(parameters) == 6  # A and B of three low-rank layers
+
+
+def test_the_strength_dial() -> None:
+    model, x = two(), torch.randn(3, 8)
+    full = model(x)
+    model.set_scale("default", 0.0)
+    assert torch.equal(model(x), net()(x))
+    model.set_scale("default", 0.5)
+    halved: Any = model.lora_layers["2"]
+    torch.testing.assert_close(halved.delta(), halved.scaling * 0.5 * halved.lora_B @ halved.lora_A)
+    model.set_scale("default", 1.0)
+    assert torch.equal(model(x), full)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_loading_and_switching_change_neither_mode_nor_requires_grad(training: bool, tmp_path: Path) -> None:
+    model = two().train(training)
+    model.base_model[0].bias.requires_grad = True  # the user's own choice
+    model.lora_layers["0"].lora_A.requires_grad = False
+    model.save_adapter(tmp_path)
+    random = torch.get_rng_state()
+    state = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    model.load_adapter(tmp_path, "c")
+    model.set_adapter("c")
+    assert {module.training for module in model.modules()} == {training}
+    model.set_adapter("default")
+    assert {module.training for module in model.modules()} == {training}
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == state
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.active_adapters == ("default",)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "0", "keys", "weight", "a.b", "base_model", "lora_A"])
+def test_a_name_never_enters_a_parameter_path(name: str, tmp_path: Path) -> None:
+    plain, named = LoRAModel(net(), LoRAConfig(r=2)), LoRAModel(net(), LoRAConfig(r=2), adapter_name=name)
+    assert [key for key, _ in named.named_parameters()] == [key for key, _ in plain.named_parameters()]
+    stir(named)
+    folder = named.save_adapter(tmp_path, name)
+    assert folder == tmp_path / name
+    x = torch.randn(2, 8)
+    assert torch.equal(LoRAModel.from_pretrained(net(), folder)(x), named(x))
+
+
+@pytest.mark.parametrize("name", ["keys", "values", "pop", "layer"])
+def test_a_layer_may_be_called_like_a_method_of_moduledict(name: str) -> None:
+    base = nn.Module()
+    base.add_module(name, nn.Linear(4, 4))
+    model = LoRAModel(base, LoRAConfig(r=2))
+    assert list(model.lora_layers) == [layer_key(name)]
+    assert model.summary().rows[0].path == name
+
+
+def test_the_base_may_be_a_single_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = LoRAModel(nn.Linear(4, 4), LoRAConfig(r=2)), torch.randn(2, 4)
+    stir(model)
+    torch.manual_seed(0)
+    again = LoRAModel.from_pretrained(nn.Linear(4, 4), model.save_adapter(tmp_path))
+    assert torch.equal(again(x), model(x))
+
+
+def test_unknown_and_taken_names_are_errors_that_name_what_there_is() -> None:
+    model = two()
+    with pytest.raises(
+        AdapterError, match="no adapter is called 'defalt'; there are: default, b; did you mean default"
+    ):
+        model.set_adapter("defalt")
+    for add in (lambda: model.add_adapter("b", LoRAConfig(r=2)), lambda: model.load_adapter("anywhere", "b")):
+        with pytest.raises(AdapterError, match="called 'b' already"):
+            add()
+    with pytest.raises(AdapterError, match="non-empty string"):
+        model.add_adapter("", LoRAConfig(r=2))
+    assert model.active_adapters == ("default",)
+
+
+def test_deleting() -> None:
+    model, x = two(), torch.randn(3, 8)
+    expected = model(x)
+    model.delete_adapter("b")
+    assert list(model.adapters) == ["default"]
+    assert torch.equal(model(x), expected)
+    model.delete_adapter("default")
+    assert torch.equal(model(x), net()(x))
+    assert type(model.base_model[0]) is nn.Linear
+
+
+def test_modules_to_save_train_a_copy_and_leave_the_base() -> None:
+    model = LoRAModel(net(), LoRAConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+    before = {name: value.clone() for name, value in model.base_model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.lora_layers.parameters(), lr=0.1)
+    x = torch.randn(4, 8)
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.base_model.state_dict().items())
+    with model.disable_adapter():
+        assert torch.equal(model(x), net()(x))
+    trained = model(x)
+    assert not torch.equal(trained, net()(x))
+    torch.testing.assert_close(model.merge_and_unload()(x), trained)
+
+
+def test_the_base_s_own_attributes_and_generate_are_there() -> None:
+    base = causal_lm("llama")
+    model = LoRAModel(base)
+    assert model.config is base.config
+    ids = torch.arange(4)[None]
+    torch.testing.assert_close(
+        model.generate(ids, max_new_tokens=4, do_sample=False), base.generate(ids, max_new_tokens=4, do_sample=False)
+    )
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = model.nothing_like_it
+
+
+def test_a_base_that_has_adapters_is_refused() -> None:
+    model = two()
+    for base in (model.base_model, model):
+        with pytest.raises(TargetError, match="has tailora adapters already"):
+            LoRAModel(base, LoRAConfig(r=2))
+
+
+def test_adapters_that_are_not_active_follow_the_model_to_another_precision() -> None:
+    model, x = two(), torch.randn(3, 8, dtype=torch.float64)
+    model.double()
+    model.set_adapter("b")
+    assert model(x).dtype == torch.float64
+    assert {parameter.dtype for parameter in model.lora_layers.parameters()} == {torch.float64}
+
+
+def test_the_encoder_s_inference_fast_path_does_not_pass_by_the_adapter() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0), 2).eval()
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 4 + [True], [False] * 5])
+    model = LoRAModel(encoder, LoRAConfig(r=4))
+    stir(model)
+    with_grad = model(x, src_key_padding_mask=mask)
+    with torch.no_grad():
+        without_grad = model(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(with_grad[~mask], without_grad[~mask])
+    with model.disable_adapter():
+        assert not torch.allclose(model(x, src_key_padding_mask=mask)[~mask], with_grad[~mask], atol=1e-3)
+    assert type(model.unload()) is nn.TransformerEncoder
+
+
+def test_hooks_keep_working() -> None:
+    model, seen = two(), []
+    handle = model.base_model[0].register_forward_hook(lambda *args: seen.append(args[2]))
+    x = torch.randn(2, 8)
+    model(x)
+    assert isinstance(seen[0], Tensor)
+    handle.remove()
+
+
+def test_attaching_takes_linear_time_and_adds_one_module_per_layer() -> None:
+    def seconds(layers: int) -> float:
+        base = nn.Sequential(*[nn.Linear(8, 8) for _ in range(layers)])
+        start = time.process_time()
+        model = LoRAModel(base, LoRAConfig(r=2))
+        model.add_adapter("second", LoRAConfig(r=2))
+        elapsed = time.process_time() - start
+        assert sum(1 for _ in model.lora_layers.modules()) == layers + 1
+        return elapsed
+
+    seconds(100)
+    small = min(seconds(500) for _ in range(3))
+    assert seconds(4000) < 8 * 3 * small  # quadratic time would be 64 times
+    assert seconds(4000) < 5
+
+
+def test_switching_does_not_grow_with_the_number_of_loaded_adapters() -> None:
+    def seconds(adapters: int) -> float:
+        model = LoRAModel(nn.Sequential(*[nn.Linear(8, 8) for _ in range(200)]), LoRAConfig(r=2))
+        for number in range(adapters):
+            model.add_adapter(str(number), LoRAConfig(r=2))
+        start = time.process_time()
+        for _ in range(50):
+            model.set_adapter("default")
+            model.set_adapter("0")
+        return time.process_time() - start
+
+    few = min(seconds(2) for _ in range(3))
+    assert min(seconds(40) for _ in range(3)) < 3 * few
+    assert few / (100 * 200) < 20e-6  # a layer takes microseconds

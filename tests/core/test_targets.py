@@ -1,0 +1,166 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.targets import layer_index
+from tailora.errors import ConfigError, TargetError
+
+
+def llama(layers: int = 2) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=60))
+
+
+def paths(model: nn.Module, **settings: Any) -> list[str]:
+    return [row.path for row in LoRAModel(model, LoRAConfig(r=2, **settings)).summary().rows]
+
+
+def test_all_linear_is_every_linear_layer_but_the_output_head() -> None:
+    found = paths(llama())
+    assert len(found) == 14
+    assert not any("lm_head" in path or "embed" in path for path in found)
+    assert len(paths(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50)))) == 8
+
+
+def test_all_linear_leaves_the_callers_config_alone_and_suits_a_deeper_model() -> None:
+    config = LoRAConfig(r=2)
+    before = config.model_dump()
+    assert len(LoRAModel(llama(1), config).lora_layers) == 7
+    assert config.model_dump() == before
+    assert len(LoRAModel(llama(3), config).lora_layers) == 21
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"target_modules": ["q_proj"]}, 2),
+        ({"target_modules": ["self_attn.q_proj", "model.layers.1.mlp.up_proj"]}, 3),
+        ({"target_modules": r".*\.1\..*(up|down)_proj"}, 2),
+        ({"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}, 2),
+        ({"layers_to_transform": 0}, 7),
+        ({"exclude_modules": ["q_proj", "up_proj"]}, 10),
+        ({"exclude_modules": r".*mlp.*"}, 8),
+        ({"target_modules": ["embed_tokens", "lm_head"]}, 2),
+    ],
+)
+def test_selectors(settings: dict[str, Any], count: int) -> None:
+    assert len(paths(llama(), **settings)) == count
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["q_proj", "kproj"]}, "'kproj' matches no layer; did you mean k_proj"),
+        ({"target_modules": ["norm"]}, "'norm' is a LlamaRMSNorm, which has no low-rank form"),
+        ({"target_modules": "q_proj"}, "matches no whole path of a layer; did you mean q_proj"),
+        ({"target_modules": []}, "names nothing"),
+        ({"exclude_modules": ["nothing_like_it"]}, "exclude_modules: 'nothing_like_it' matches no layer; there are"),
+        ({"exclude_modules": r".*"}, "leaves no layer to adapt"),
+        ({"layers_to_transform": [1, 7]}, r"layers_to_transform=\[7\]: no layer has this index; there are: 0..1"),
+        ({"rank_pattern": {"qproj": 3}}, "rank_pattern: 'qproj' matches no adapted layer; did you mean q_proj"),
+        ({"alpha_pattern": {"lm_head": 3}}, "alpha_pattern: 'lm_head' matches no adapted layer"),
+        ({"modules_to_save": ["lm_heat"]}, "modules_to_save: 'lm_heat' matches no layer; did you mean lm_head"),
+        ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "in target_modules and in modules_to_save"),
+        ({"rank_pattern": {"k_proj": 17}}, r"k_proj: r = 17 on a matrix of 32 -> 16; take 1..16"),
+    ],
+)
+def test_what_matches_nothing_is_an_error_that_names_the_nearest(settings: dict[str, Any], message: str) -> None:
+    model = llama()
+    with pytest.raises(TargetError, match=message):
+        LoRAModel(model, LoRAConfig(r=2, **settings))
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight.requires_grad  # nothing was changed
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(TargetError) as caught:
+        LoRAModel(
+            llama(), LoRAConfig(target_modules=["q_proj", "x_proj"], rank_pattern={"z": 3}, layers_to_transform=[9])
+        )
+    assert all(word in str(caught.value) for word in ("x_proj", "'z'", "[9]", "3 problems"))
+
+
+def test_the_index_is_the_first_number_of_the_path() -> None:
+    assert layer_index("model.layers.3.mlp.experts.5.w1") == 3
+    assert layer_index("lm_head") is None
+
+
+def test_without_a_config_small_layers_get_the_rank_that_fits_at_the_same_scale() -> None:
+    model = LoRAModel(nn.Sequential(nn.Linear(10, 40), nn.Linear(40, 30)))
+    assert [(row.r, row.lora_alpha) for row in model.summary().rows] == [(10, 20.0), (16, 32.0)]
+    assert {layer.scaling.item() for layer in model.lora_layers.values()} == {2.0}
+
+
+def test_layers_that_are_not_called_are_refused_or_left_out() -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    model = nn.ModuleDict({"attention": attention, "linear": nn.Linear(8, 8)})
+    assert paths(model) == ["linear"]
+    with pytest.raises(TargetError, match="MultiheadAttention reads its weight without calling it"):
+        LoRAModel(nn.ModuleDict({"attention": attention}), LoRAConfig(r=2, target_modules=["out_proj"]))
+
+
+def test_a_forward_replaced_on_the_instance_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].forward = lambda x: x
+    with pytest.raises(TargetError, match="forward was replaced on the instance"):
+        LoRAModel(model, LoRAConfig(r=2, target_modules=["0"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_rank": 4}, "unknown setting 'lora_rank'; did you mean r?"),
+        ({"target_module": ["q"]}, "unknown setting 'target_module'; did you mean target_modules"),
+        ({"r": 0}, "r = 0"),
+        ({"r": "many"}, "r = 'many'"),
+        ({"lora_alpha": -1}, "lora_alpha = -1"),
+        ({"lora_dropout": 1.0}, "lora_dropout = 1.0"),
+        ({"rank_pattern": {"q(": 2}}, "not a regular expression"),
+        ({"rank_pattern": {"q": 0}}, "values must be above 0"),
+        ({"use_dora": True}, "use_dora = True"),
+        ({"bias": "all"}, "bias = 'all'"),
+    ],
+)
+def test_a_config_is_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?").replace("(", r"\(")):
+        LoRAConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("Llama-2-7B", {"r": 8, "target_modules": ["q_proj", "v_proj"]}, 4_194_304),
+        ("Llama-2-7B", {"r": 16}, 39_976_960),
+        ("Llama-3-8B", {"r": 16}, 41_943_040),
+        ("Llama-3.2-1B", {"r": 16}, 11_272_192),
+        ("SmolLM2-135M", {"r": 8}, 2_442_240),
+    ],
+)
+def test_exact_counts_of_trainable_parameters(name: str, settings: dict[str, Any], expected: int) -> None:
+    sizes = {  # hidden, intermediate, layers, heads, key-value heads
+        "Llama-2-7B": (4096, 11008, 32, 32, 32),
+        "Llama-3-8B": (4096, 14336, 32, 32, 8),
+        "Llama-3.2-1B": (2048, 8192, 16, 32, 8),
+        "SmolLM2-135M": (576, 1536, 30, 9, 3),
+    }
+    hidden, intermediate, layers, heads, kv = sizes[name]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+    )
+    with torch.device("meta"):
+        model = LoRAModel(LlamaForCausalLM(config), LoRAConfig(**settings))
+    assert model.summary().trainable_parameters == expected
+
+
+def test_gpt2_counts() -> None:
+    with torch.device("meta"):
+        model = LoRAModel(GPT2LMHeadModel(GPT2Config()), LoRAConfig(r=8, target_modules=["c_attn"]))
+    assert model.summary().trainable_parameters == 294_912

@@ -1,0 +1,212 @@
+"""The adapter folder: whole or not at all, the same bytes, and nothing taken on trust."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import stir
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.errors import BaseMismatchError, FormatError
+
+
+def llama(layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=60))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = LoRAModel(llama(), LoRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    stir(model)
+    return model.save_adapter(tmp_path / "adapter")
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the tensors, as another tool would have written them: without our metadata."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def test_an_adapter_of_a_deeper_model_is_refused_with_every_tensor(tmp_path: Path) -> None:
+    deep = LoRAModel(llama(2), LoRAConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(FormatError) as caught:
+        LoRAModel.from_pretrained(llama(1), deep.save_adapter(tmp_path))
+    assert str(caught.value).count("unexpected") == 2
+    assert "model.layers.1.self_attn.q_proj.lora_A.weight (4, 32): the model has no module" in str(caught.value)
+
+
+def test_an_adapter_of_a_shallower_model_is_refused(tmp_path: Path) -> None:
+    shallow = LoRAModel(llama(1), LoRAConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(FormatError, match=r"missing lora_A of model\.layers\.1\.self_attn\.q_proj \(Linear\)"):
+        LoRAModel.from_pretrained(llama(2), shallow.save_adapter(tmp_path))
+
+
+def test_missing_unexpected_misshapen_and_non_finite_are_told_at_once(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[f"{Q0}.lora_A.weight"]
+        tensors["base_model.model.nonsense"] = torch.zeros(3)
+        tensors[f"{Q0.replace('0', '1')}.lora_B.weight"] = torch.zeros(32, 5)
+        tensors["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"][0, 0] = torch.nan
+
+    edit(folder, change)
+    with pytest.raises(FormatError) as caught:
+        LoRAModel.from_pretrained(llama(), folder)
+    for part in (
+        "4 problems",
+        "missing lora_A of model.layers.0.self_attn.q_proj",
+        "unexpected nonsense (3,)",
+        "misshapen lora_B of model.layers.1.self_attn.q_proj: the file has (32, 5), the model needs (32, 4)",
+        "not finite: model.layers.0.mlp.down_proj.lora_A.weight (4, 48)",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(folder: Path) -> None:
+    edit(folder, lambda tensors: tensors.pop(f"{Q0}.lora_A.weight"))
+    base = llama()
+    with pytest.raises(FormatError):
+        LoRAModel.from_pretrained(base, folder)
+    assert type(base.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    model = LoRAModel(base, LoRAConfig(r=2))
+    with pytest.raises(FormatError):
+        model.load_adapter(folder, "broken")
+    assert list(model.adapters) == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "use_dora = True is not supported"),
+        ({"bias": "all"}, "bias = 'all' is not supported"),
+        ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changed the base's weights"),
+        ({"r": 0}, "r = 0"),
+        ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, "missing lora_A of model.layers.0.self_attn.v_proj"),
+        ({"rank_pattern": {"q_proj": 3}}, r"misshapen lora_A of .*: the file has \(4, 32\), the model needs \(3, 32\)"),
+    ],
+)
+def test_settings_that_would_mean_something_else_here_are_refused(
+    folder: Path, settings: dict[str, Any], message: str
+) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    with pytest.raises(FormatError, match=message):
+        LoRAModel.from_pretrained(llama(), folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json does not exist"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "is not JSON"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "holds a list"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "not a whole safetensors file"),
+        (lambda f: os.truncate(f / "adapter_model.safetensors", 3000), "not a whole safetensors file"),
+    ],
+)
+def test_damaged_folders(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(folder)
+    with pytest.raises(FormatError, match=message):
+        LoRAModel.from_pretrained(llama(), folder)
+
+
+def test_a_pickle_is_never_opened(folder: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(folder / "ran"),)
+
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(FormatError, match="is a pickle, which can run code and is not read"):
+        LoRAModel.from_pretrained(llama(), folder)
+    assert not (folder / "ran").exists()
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="is not a folder"):
+        LoRAModel.from_pretrained(llama(), tmp_path / "nowhere")
+
+
+def test_an_adapter_for_other_weights_is_refused_unless_allowed(folder: Path) -> None:
+    with pytest.raises(BaseMismatchError, match=r"(?s)another base model.*allow_base_mismatch=True"):
+        LoRAModel.from_pretrained(llama(seed=1), folder)
+    model = LoRAModel.from_pretrained(llama(seed=1), folder, allow_base_mismatch=True)
+    assert len(model.lora_layers) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_same_base_in_another_precision_is_the_same_base(folder: Path, dtype: torch.dtype) -> None:
+    assert len(LoRAModel.from_pretrained(llama().to(dtype), folder).lora_layers) == 4
+
+
+def test_saved_in_float32_on_a_bfloat16_base(tmp_path: Path) -> None:
+    model = LoRAModel(llama().to(torch.bfloat16), LoRAConfig(r=4))
+    tensors = load_file(model.save_adapter(tmp_path) / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_a_learned_scale_comes_back_as_learned_and_an_assigned_one_as_the_same_function(tmp_path: Path) -> None:
+    ids = torch.arange(10)[None]
+    model = LoRAModel(llama(), LoRAConfig(r=4, learn_scaling=True))
+    stir(model)
+    back = LoRAModel.from_pretrained(llama(), model.save_adapter(tmp_path / "learned"))
+    for key, layer in model.lora_layers.items():
+        assert isinstance(back.lora_layers[key].scaling, nn.Parameter)
+        assert back.lora_layers[key].scaling.item() == pytest.approx(layer.scaling.item(), rel=1e-6)
+    torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+    fixed = LoRAModel(llama(), LoRAConfig(r=4))
+    stir(fixed)
+    for number, layer in enumerate(fixed.lora_layers.values()):
+        layer.scaling = 0.1 * number  # the first one is 0
+    again = LoRAModel.from_pretrained(llama(), fixed.save_adapter(tmp_path / "fixed"))
+    torch.testing.assert_close(again(ids).logits, fixed(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch; from torch import nn; from tailora import LoRAConfig, LoRAModel; torch.manual_seed(0);"
+        "LoRAModel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), LoRAConfig(r=2)).save_adapter(sys.argv[1])"
+    )
+    contents = set()
+    for hash_seed in ("1", "2", "3"):
+        target = tmp_path / hash_seed
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        subprocess.run([sys.executable, "-c", script, str(target)], check=True, env=environment)
+        contents.add(tuple(path.read_bytes() for path in sorted(target.iterdir())))
+    assert len(contents) == 1
+
+
+def test_saving_again_replaces_the_folder_and_leaves_other_files(folder: Path) -> None:
+    model = LoRAModel(llama(), LoRAConfig(r=2, target_modules=["q_proj"]))
+    (folder / "notes.txt").write_text("mine")
+    model.save_adapter(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert LoRAModel.from_pretrained(llama(), folder).adapters["default"].r == 2
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "/tmp"])
+def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2), adapter_name=name)
+    with pytest.raises(FormatError, match="cannot name a folder"):
+        model.save_adapter(tmp_path / "out", name)
+    assert not (tmp_path / "out").exists()
