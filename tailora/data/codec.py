@@ -1,9 +1,12 @@
 """What the rest needs to know about a tokenizer, looked up once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from tailora.errors import DataError
 
@@ -27,7 +30,6 @@ class Codec:
     tokenizer: Any
     template: str | None
     prefix: list[int]  # what the tokenizer writes before a plain text: [BOS] or nothing
-    bos: str | None
     eos: str | None
     eos_id: int | None
     special_ids: frozenset[int]
@@ -58,27 +60,41 @@ class Codec:
 
         Raises DataError with the template's own words when it refuses them.
         """
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_next)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"the chat template refuses this conversation: {error}") from None
-        return str(text)
+        with _refusal_as_data_error():
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_next))
+
+    def render_marked(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
+        """The template's text, and the character spans that it puts between {% generation %} and its end."""
+        with _refusal_as_data_error():
+            (text,), (spans,) = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        return str(text), [(start, end) for start, end in spans]
+
+
+@contextmanager
+def _refusal_as_data_error() -> Iterator[None]:
+    try:
+        yield
+    except (TemplateError, TypeError, ValueError) as error:
+        raise DataError(f"the chat template refuses this conversation: {error}") from None
 
 
 def codec_of(tokenizer: Any) -> Codec:
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
-    eos, bos = tokenizer.eos_token, tokenizer.bos_token
     names = {str(name) for name in tokenizer.convert_ids_to_tokens(sorted(special))}
     return Codec(
         tokenizer=tokenizer,
         template=_template(tokenizer),
         prefix=_prefix(tokenizer),
-        bos=bos,
-        eos=eos,
+        eos=tokenizer.eos_token,
         eos_id=tokenizer.eos_token_id,
         special_ids=frozenset(special),
-        stops=tuple(sorted(names - ({bos} - {eos}))),
+        stops=tuple(sorted(names)),
     )
 
 
@@ -94,5 +110,5 @@ def _template(tokenizer: Any) -> str | None:
 def _prefix(tokenizer: Any) -> list[int]:
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     framed = tokenizer("a")["input_ids"]
-    count = next(place for place in range(len(framed)) if framed[place : place + len(bare)] == bare)
+    count = next((place for place in range(len(framed)) if framed[place : place + len(bare)] == bare), 0)
     return list(framed[:count])

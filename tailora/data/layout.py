@@ -12,8 +12,6 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from tailora.data.codec import Codec, Messages
 from tailora.data.shapes import Conversation, Pair, Sample, Text
 from tailora.errors import DataError
@@ -102,17 +100,11 @@ def _unlocated(replies: list[int]) -> str:
 
 def _marked(chat: Conversation, replies: list[int], codec: Codec) -> tuple[str, list[Span]]:
     """Text and learned spans as {% generation %} marks them."""
-    text = codec.render(chat.messages)
-    _, (spans,) = render_jinja_template(
-        conversations=[chat.messages],
-        chat_template=codec.template,
-        return_assistant_tokens_mask=True,
-        **codec.tokenizer.special_tokens_map,
-    )
+    text, spans = codec.render_marked(chat.messages)
     earlier = sum(place < chat.first for place in replies)
     if earlier and len(spans) != len(replies):
         raise DataError(f"the chat template marks {len(spans)} replies where the conversation has {len(replies)}")
-    return text, [(start, end) for start, end in spans[earlier:]]
+    return text, spans[earlier:]
 
 
 def _between_prefixes(chat: Conversation, replies: list[int], codec: Codec) -> tuple[str, list[Span]]:

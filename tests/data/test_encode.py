@@ -161,6 +161,11 @@ def test_the_reply_is_what_the_sample_teaches_last(sample: Sample, reply: str) -
     assert reply_text(sample) == reply
 
 
+def test_the_first_token_is_never_learned_since_nothing_predicts_it(bytes_tokenizer) -> None:
+    example = encode(Text("hello you"), bytes_tokenizer(), 9)
+    assert (example.labels != IGNORED).tolist() == [False] + [True] * (len(example.labels) - 1)
+
+
 def test_the_prompt_of_a_chat_ends_where_the_reply_begins(bytes_tokenizer, chatml) -> None:
     tokenizer = bytes_tokenizer(chatml)
     asked = prompt_ids(CHAT, tokenizer)

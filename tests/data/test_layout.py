@@ -129,6 +129,19 @@ def test_llama_2_learns_every_reply_with_its_eos(words_tokenizer) -> None:
     assert shown(layout) == "<s>[INST] a [/INST][[ b </s>]]<s>[INST] c [/INST][[ d </s>]]"
 
 
+@pytest.mark.parametrize(
+    ("eos", "learned"),
+    [
+        ("<|im_end|>", "b<|im_end|>"),
+        ("<|endoftext|>", "b<|im_end|>\n<|endoftext|>"),
+        ("<think>", "b<|im_end|>"),  # not written by the template: the first special token has to do
+    ],
+)
+def test_the_span_ends_with_eos_or_else_with_the_first_special_token(bytes_tokenizer, eos, learned) -> None:
+    layout = lay_out(chat("a", "b"), codec_of(bytes_tokenizer(PHI3, eos_token=eos)))
+    assert shown(layout).endswith(f"assistant\n[[{learned}]]")
+
+
 @pytest.mark.parametrize("template", [CHATML + HEADER, MARKED])
 def test_only_the_completion_of_a_chat_pair_is_learned(bytes_tokenizer, template) -> None:
     text = shown(lay_out(chat("a", "b", "c", "d", first=3), codec_of(bytes_tokenizer(template))))
@@ -191,6 +204,12 @@ def test_a_pair_without_a_template_is_one_text(bytes_tokenizer) -> None:
             Conversation([{"role": "assistant", "content": "x"}]),
             "no reply, or only one that it begins with",
         ),
+        (
+            STRICT + "{% if false %}{% generation %}{% endgeneration %}{% endif %}",
+            chat("a", "b", system="s"),
+            "System role",
+        ),
+        (MARKED.replace("'assistant'", "'model'"), chat("a", "b"), "no reply can be located"),
         (STRICT, chat("a", "b", system="s"), "the chat template refuses this conversation: System role not supported"),
         ("{{ messages[0].content + 1 }}", chat("a", "b"), "the chat template refuses this conversation"),
     ],

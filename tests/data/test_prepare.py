@@ -155,8 +155,11 @@ def test_every_problem_of_every_kind_is_named_at_once(bytes_tokenizer, tmp_path:
 
 def test_a_tokenizer_that_just_fits_the_embedding_is_accepted(bytes_tokenizer, jsonl) -> None:
     tokenizer = bytes_tokenizer()
-    prepared = prepare(jsonl(PAIRS), tokenizer, embedding_rows=len(tokenizer))
-    assert len(prepared.train)
+    assert prepare(jsonl(PAIRS), tokenizer, embedding_rows=len(tokenizer)).report.rows == 40
+    with pytest.raises(
+        DataError, match=f"has the id {len(tokenizer) - 1}, and the embedding has {len(tokenizer) - 1} "
+    ):
+        prepare(jsonl(PAIRS), tokenizer, embedding_rows=len(tokenizer) - 1)
 
 
 def test_a_stream_gives_the_same_examples_in_order(bytes_tokenizer, jsonl) -> None:
