@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tailora.cli.console import note
+from tailora.cli.console import aside
 from tailora.cli.models import Adapters, Loaded, MaxNewTokens, Model, Seed, Temperature, TopP, load
 from tailora.errors import AdapterError, ConfigError, nearest
 
@@ -36,7 +36,9 @@ def chat(
     """Talk to a model, with or without adapters. /help lists what can be typed."""
     loaded = load(model, adapter or [])
     talk = Talk(loaded, {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed})
-    note(f"{model}, adapters: {', '.join(loaded.adapters) or 'none'}; /help for commands")
+    if loaded.adapters:
+        loaded.model.set_adapter(loaded.adapters[0])
+    aside(f"{model} with {' or '.join(loaded.adapters) or 'no adapter'}; /help lists the commands")
     for line in typed():
         if line == "/quit":
             break
@@ -70,7 +72,7 @@ def answer(talk: Talk, text: str) -> None:
             said += piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        note("cut short")
+        aside("cut short")
     print(flush=True)
     talk.messages.append({"role": "assistant", "content": said})
 
@@ -79,12 +81,12 @@ def command(talk: Talk, line: str) -> None:
     """One /command; a mistake is told and changes nothing."""
     name, *words = line.split()
     if name not in COMMANDS:
-        note(f"{name} is not a command{nearest(name, COMMANDS)} /help lists them")
+        aside(f"{name} is not a command{nearest(name, COMMANDS) or '; /help lists them'}")
         return
     try:
-        note(COMMANDS[name](talk, words))
+        aside(COMMANDS[name](talk, words))
     except (AdapterError, ConfigError) as error:
-        note(str(error))
+        aside(str(error))
 
 
 def _adapter(talk: Talk, words: list[str]) -> str:

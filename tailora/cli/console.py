@@ -29,4 +29,8 @@ def print_json(payload: dict[str, Any]) -> None:
 
 
 def note(text: str) -> None:
-    logs().print(f"note: {text}", style="dim", markup=False, soft_wrap=True)
+    aside(f"note: {text}")
+
+
+def aside(text: str) -> None:
+    logs().print(text, style="dim", markup=False, soft_wrap=True)

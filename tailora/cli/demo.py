@@ -11,7 +11,6 @@ from tailora.cli.options import ConfigFile, Json, flags_of, settings
 DEFAULTS: dict[str, Any] = {
     "model": "demo",
     "data": "demo",
-    "eval_data": "demo",
     "output_dir": "outputs/demo",
     "learning_rate": 1e-3,
 }

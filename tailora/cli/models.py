@@ -34,19 +34,21 @@ class Loaded:
 def load(model: str, adapters: Sequence[str]) -> Loaded:
     """Raises ConfigError, FormatError, BaseMismatchError."""
     folders = named(adapters)
+    import torch
+
     from tailora.model import LoRAModel
     from tailora.train.load import load_base
 
-    base, tokenizer = load_base(model, "auto")
-    base.eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base, tokenizer = load_base(model, "auto", device)
     if not folders:
-        return Loaded(base, tokenizer, [])
+        return Loaded(base.to(device).eval(), tokenizer, [])
     (first, folder), *others = folders.items()
     adapted = LoRAModel.from_pretrained(base, folder, first)
     for name, folder in others:
         adapted.load_adapter(folder, name)
     adapted.set_adapter(list(folders))
-    return Loaded(adapted.eval(), tokenizer, list(folders))
+    return Loaded(adapted.to(device).eval(), tokenizer, list(folders))
 
 
 def vocabulary(model: str) -> tuple[Any, int]:

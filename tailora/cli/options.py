@@ -64,9 +64,15 @@ def settings(
     given = {name: value for name, value in given.items() if value is not None}
     notes = [f"{name} is read as {OTHER_NAMES[name]}" for name in (*written, *given) if name in OTHER_NAMES]
     typed = {name: _plain(name, value) for name, value in _ours(given).items()}
-    config = TrainConfig(**{**defaults, **_ours(written), **typed, **(arguments or {})})
+    config = TrainConfig(**_with_held_out({**defaults, **_ours(written), **typed, **(arguments or {})}))
     config.lora()  # the adapter's own checks, before anything is loaded
     return Settings(config, notes)
+
+
+def _with_held_out(values: dict[str, Any]) -> dict[str, Any]:
+    """The demo's data comes with conversations to hold out."""
+    own = "eval_data" in values or "validation_split" in values
+    return values if own or values.get("data", "demo") != "demo" else {**values, "eval_data": "demo"}
 
 
 def _flag(name: str, field: FieldInfo, default: Any, group: Group | None) -> Any:

@@ -19,6 +19,7 @@ SECONDS_BETWEEN_LINES = 5.0
 def shown(console: Console) -> Iterator[Listener]:
     """What to pass to `run` as `on_event`."""
     if not on_terminal(console):
+        console.print("reading model and data")
         yield _lines(console)
         return
     columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}")
@@ -47,7 +48,7 @@ def _lines(console: Console) -> Listener:
 
 
 def _bar(bar: Progress) -> Listener:
-    task = bar.add_task("preparing", total=None, figures="")
+    task = bar.add_task("reading model and data", total=None, figures="")
 
     def show(event: Event) -> None:
         if isinstance(event, Stepped):
@@ -83,7 +84,7 @@ def described(header: Mapping[str, Any]) -> str:
     size = asked["per_device_train_batch_size"] * asked["gradient_accumulation_steps"] * header["processes"]
     lines = {
         "model": f"{asked['model']}, {total / 1e6:,.1f}M parameters, {header['dtype']} ({why}) on {header['device']}",
-        "adapter": f"r {asked['r']} on {header['adapted_layers']} layers, {trained:,} parameters ({trained / total:.2%})",
+        "adapter": f"{header['adapted_layers']} layers, {trained:,} parameters ({trained / total:.2%})",
         "data": f"{data['train']:,} examples, {data['eval']:,} held out; read as {data['shape']}"
         if data
         else "streamed",

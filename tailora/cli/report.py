@@ -47,7 +47,8 @@ def summary(result: TrainResult) -> dict[str, Any]:
 
 def show(console: Console, config: TrainConfig, result: TrainResult, answers: Sequence[Answer]) -> None:
     folder = Path(result.output_dir)
-    for part in (evaluation(result), side_by_side(answers), written(folder), following(config, folder)):
+    parts = evaluation(result), effort(result), side_by_side(answers), written(folder), following(config, folder)
+    for part in parts:
         console.print("", part, sep="\n", soft_wrap=isinstance(part, Text))
 
 
@@ -59,6 +60,12 @@ def evaluation(result: TrainResult) -> RenderableType:
     for name, form, scale in (("loss, nats/token", ".3f", float), ("perplexity", ".1f", math.exp)):
         table.add_row(name, *(_spread(found[when], form, scale) for when in ("before", "after")))
     return Group(table, Text(verdict(found["change"], len(result.after.counts))))
+
+
+def effort(result: TrainResult) -> Text:
+    tokens = f"{result.train_tokens:,} tokens, {result.tokens_per_second:,.0f} per second of training"
+    whole = f"{result.seconds:,.0f} s and at most {result.peak_memory_bytes / 1e9:.2f} GB in all"
+    return Text(f"{result.steps:,} steps, {tokens}; {whole}. Kept: the adapter of step {result.best_step}.")
 
 
 def verdict(change: Interval, examples: int) -> str:

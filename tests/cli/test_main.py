@@ -104,7 +104,7 @@ def test_a_bug_keeps_its_traceback_and_asks_for_a_report(
     assert "report it" in capsys.readouterr().err
 
 
-def test_the_installed_command_is_the_same_program(tmp_path: Path) -> None:
+def test_run_as_a_module_it_is_the_same_program(tmp_path: Path) -> None:
     done = subprocess.run([*TAILORA, "train", "--config", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --config")

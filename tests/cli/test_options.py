@@ -35,7 +35,20 @@ def test_every_setting_has_a_flag_and_every_flag_a_help_text() -> None:
 
 
 def test_without_flags_the_settings_are_the_defaults() -> None:
-    assert parsed().config == TrainConfig()
+    assert parsed("--data", "mine.jsonl").config == TrainConfig(data="mine.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "eval_data"),
+    [
+        ([], "demo"),
+        (["--data", "mine.jsonl"], None),
+        (["--validation-split", "0.1"], None),
+        (["--eval-data", "x"], "x"),
+    ],
+)
+def test_the_data_of_the_demo_brings_its_held_out_part(tokens: list[str], eval_data: str | None) -> None:
+    assert parsed(*tokens).config.eval_data == eval_data
 
 
 @pytest.mark.parametrize(
@@ -64,12 +77,12 @@ def test_without_flags_the_settings_are_the_defaults() -> None:
     ],
 )
 def test_a_flag_sets_its_field(tokens: list[str], name: str, value: Any) -> None:
-    assert parsed(*tokens).config == TrainConfig(**{name: value})
+    assert parsed("--data", "mine.jsonl", *tokens).config == TrainConfig(data="mine.jsonl", **{name: value})
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     found = parsed("--r", "4", yaml="r: 8\nseed: 7\n", folder=tmp_path, defaults={"r": 2, "seed": 3, "max_steps": 9})
-    assert found.config == TrainConfig(r=4, seed=7, max_steps=9)
+    assert found.config == TrainConfig(r=4, seed=7, max_steps=9, eval_data="demo")
 
 
 def test_a_switch_can_be_turned_off_again(tmp_path: Path) -> None:
@@ -106,7 +119,7 @@ def test_scalars_follow_yaml_1_2(tmp_path: Path, text: str, value: Any) -> None:
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
-    assert parsed(yaml="# nothing yet\n", folder=tmp_path).config == TrainConfig()
+    assert parsed(yaml="# nothing yet\n", folder=tmp_path) == parsed()
 
 
 @pytest.mark.parametrize(
@@ -153,9 +166,9 @@ def test_bad_flags_are_refused_with_their_cause(tokens: list[str], message: str)
     ],
 )
 def test_names_of_other_tools_are_read_with_a_note(tokens: list[str], changes: dict[str, Any], note: str) -> None:
-    assert parsed(*tokens) == Settings(TrainConfig(**changes), [note])
+    assert parsed(*tokens) == Settings(TrainConfig(eval_data="demo", **changes), [note])
 
 
 def test_names_of_other_tools_are_read_in_yaml_too(tmp_path: Path) -> None:
     found = parsed(yaml="cutoff_len: 64", folder=tmp_path)
-    assert found == Settings(TrainConfig(max_length=64), ["cutoff_len is read as max_length"])
+    assert found == Settings(TrainConfig(max_length=64, eval_data="demo"), ["cutoff_len is read as max_length"])

@@ -1,0 +1,36 @@
+"""`tailora doctor`."""
+
+import json
+
+import pytest
+import torch
+
+from tailora import __version__
+from tailora.cli.doctor import meaning
+from tailora.cli.main import main
+
+
+def test_json_tells_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["tailora"] == __version__
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["threads"]["torch"] == torch.get_num_threads()
+    assert 0 < found["memory"]["available"] <= found["memory"]["total"]
+
+
+def test_words_hold_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for fact in ("bfloat16", "OMP_NUM_THREADS", torch.__version__, "--dtype auto"):
+        assert fact in shown
+
+
+@pytest.mark.parametrize(("bfloat16", "size"), [(True, "2.0B"), (False, "1.0B")])
+def test_the_largest_base_follows_from_memory_and_precision(bfloat16: bool, size: str) -> None:
+    facts = {
+        "device": {"type": "cpu", "bfloat16": bfloat16},
+        "threads": {"torch": 2},
+        "memory": {"available": 8e9},
+    }
+    assert any(f"a base of {size} parameters" in line for line in meaning(facts))

@@ -1,0 +1,97 @@
+"""What a run shows while it goes on."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from tailora.cli.progress import described, shown
+from tailora.train.events import Evaluated, Event, Note, Stepped
+
+HEADER = {
+    "settings": {
+        "model": "m",
+        "dtype": "auto",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+    },
+    "data": {"train": 90, "eval": 10, "shape": "messages"},
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "packed": True,
+    "processes": 1,
+    "adapted_layers": 210,
+    "trainable_parameters": 1_000_000,
+    "total_parameters": 100_000_000,
+    "max_steps": 12,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def step(number: int) -> Stepped:
+    return Stepped(
+        step=number,
+        max_steps=50,
+        loss=3.25,
+        learning_rate=1e-3,
+        grad_norm=1.0,
+        tokens=100,
+        supervised_tokens=40,
+        seconds=0.1,
+        tokens_per_second=1234.0,
+        eta_seconds=75.0,
+        memory_bytes=2_000_000_000,
+    )
+
+
+def shown_by(file: io.StringIO, events: list[Event]) -> str:
+    with shown(Console(file=file, width=120)) as listener:
+        for event in events:
+            listener(event)
+    return file.getvalue()
+
+
+def test_without_a_terminal_quick_steps_share_a_line() -> None:
+    text = shown_by(io.StringIO(), [step(number) for number in range(1, 51)])
+    lines = [line for line in text.splitlines() if line.startswith("step ")]
+    assert lines[0] == "step 1/50  loss 3.250  1,234 tokens/s  ETA 0:01:15  memory 2.00 GB"
+    assert lines[1:] == [lines[0].replace("step 1/", "step 50/")]
+    assert "\x1b" not in text
+
+
+def test_forced_colour_draws_no_bar_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[2K" not in shown_by(io.StringIO(), [step(1), step(50)])
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    text = shown_by(Terminal(), [step(1), step(50)])
+    assert "\x1b[2K" in text
+    assert "ETA 0:01:15" in text
+
+
+def test_evaluations_and_notes_are_always_shown() -> None:
+    text = shown_by(io.StringIO(), [Evaluated(step=7, loss=3.5, seconds=1.0, best=True), Note("padded, because")])
+    assert "held-out loss 3.5000 at step 7, the best so far" in text
+    assert "note: padded, because" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({}, "100.0M parameters, bfloat16 (what this machine is fastest with) on cpu"),
+        ({"settings": {**HEADER["settings"], "dtype": "bfloat16"}}, "bfloat16 (as asked)"),  # type: ignore[dict-item]
+        ({}, "210 layers, 1,000,000 parameters (1.00%)"),
+        ({}, "90 examples, 10 held out; read as messages"),
+        ({}, "12 of 8 examples, packed"),
+        ({"packed": False, "processes": 2}, "12 of 16 examples, padded"),
+        ({"data": None}, "streamed"),
+    ],
+)
+def test_the_header_says_what_was_chosen_and_why(changes: dict[str, object], part: str) -> None:
+    assert part in described({**HEADER, **changes})

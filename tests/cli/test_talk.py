@@ -1,0 +1,154 @@
+"""`tailora chat` and `tailora generate`."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.cli.main import main
+from tailora.cli.models import named
+from tailora.errors import ConfigError
+
+
+@pytest.fixture
+def adapter(tiny_model: Path, tmp_path: Path) -> Path:
+    """A folder `run` whose adapter changes what the model says."""
+    torch.manual_seed(1)
+    model = LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=4, lora_alpha=64))
+    for parameter in model.lora_layers.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_adapter(tmp_path / "run" / "adapter")
+    return tmp_path / "run"
+
+
+def talk(lines: list[str], tokens: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    return main(["chat", "--temperature", "0", "--max-new-tokens", "6", *tokens])
+
+
+def test_replies_go_to_stdout_and_switching_changes_them(
+    tiny_model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [
+        "hello",
+        "/reset",
+        "/base",
+        "hello",
+        "/reset",
+        "/adapter run 0",
+        "hello",
+        "/reset",
+        "/adapter run",
+        "hello",
+    ]
+    assert talk(steps, ["--model", str(tiny_model), "--adapter", str(adapter)], monkeypatch) == 0
+    shown = capsys.readouterr()
+    tuned, base, switched_off, back = shown.out.split("\n")[:4]
+    assert tuned != base == switched_off
+    assert back == tuned
+    assert "adapter run at 0" in shown.err
+
+
+def test_the_conversation_is_remembered_until_reset(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert talk(["hello", "hello", "/reset", "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
+    first, second, third = capsys.readouterr().out.split("\n")[:3]
+    assert first == third != second
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("/adapter rum", "did you mean run"),
+        ("/adapter", "there are: run"),
+        ("/adapter run loud", "a strength is one number"),
+        ("/adpater run", "did you mean /adapter"),
+        ("/help", "/base"),
+    ],
+)
+def test_a_mistaken_command_is_told_and_the_chat_goes_on(
+    line: str,
+    hint: str,
+    tiny_model: Path,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert talk([line, "hello"], ["--model", str(tiny_model), "--adapter", str(adapter)], monkeypatch) == 0
+    shown = capsys.readouterr()
+    assert hint in shown.err
+    assert shown.out.strip()
+
+
+def test_quit_ends_before_the_rest_is_read(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert talk(["/quit", "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_generate_answers_every_prompt_in_order(
+    tiny_model: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = [
+        "generate",
+        "--model",
+        str(tiny_model),
+        "--max-new-tokens",
+        "4",
+        "--prompt",
+        "a",
+        "--prompt",
+        "b",
+        "--json",
+    ]
+    assert main([*tokens, "--adapter", f"mine={adapter}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["adapters"] == ["mine"]
+    assert [answer["prompt"] for answer in found["answers"]] == ["a", "b"]
+    assert main(tokens) == 0
+    assert json.loads(capsys.readouterr().out)["answers"] != found["answers"]
+
+
+def test_generate_reads_a_prompt_from_a_pipe(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
+    assert main(["generate", "--model", str(tiny_model), "--max-new-tokens", "4"]) == 0
+    piped = capsys.readouterr().out
+    assert main(["generate", "--model", str(tiny_model), "--max-new-tokens", "4", "--prompt", "two\nlines"]) == 0
+    assert piped == capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hint"),
+    [
+        (["--adapter", "absent"], "absent is not a folder"),
+        (["--adapter", "RUN", "--adapter", "RUN"], "two adapters are called run"),
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "0"], "top-p"),
+        (["--max-new-tokens", "0"], "max-new-tokens"),
+    ],
+)
+def test_mistakes_of_generate_exit_with_2(
+    tokens: list[str], hint: str, tiny_model: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(adapter) if token == "RUN" else token for token in tokens]
+    assert main(["generate", "--model", str(tiny_model), "--prompt", "a", *given]) == 2
+    assert hint in capsys.readouterr().err.lower()
+
+
+def test_an_adapter_is_called_as_asked_or_as_its_run(adapter: Path, tmp_path: Path) -> None:
+    inside = adapter / "adapter"
+    assert named([str(adapter)]) == {"run": inside}
+    assert named([str(inside)]) == {"run": inside}
+    assert named([f"law={inside}"]) == {"law": inside}
+    (tmp_path / "a=b").mkdir()
+    assert named([str(tmp_path / "a=b")]) == {"a=b": tmp_path / "a=b"}
+    with pytest.raises(ConfigError, match="2 problems"):
+        named(["nowhere", "x=nowhere"])

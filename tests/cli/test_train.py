@@ -1,0 +1,173 @@
+"""`tailora train` and `tailora demo` from the command line to the files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tailora.cli.demo import QUESTIONS, unused
+from tailora.cli.main import main
+
+TAILORA = [sys.executable, "-m", "tailora.cli"]
+PROMISED = {
+    "output_dir",
+    "steps",
+    "train_tokens",
+    "supervised_tokens",
+    "tokens_per_second",
+    "eval_loss_before",
+    "eval_loss_after",
+    "best_step",
+    "trainable_parameters",
+    "total_parameters",
+    "peak_memory_bytes",
+    "seconds",
+}
+
+
+@pytest.fixture
+def flags(chats: Path, tiny_model: Path, tmp_path: Path) -> dict[str, str]:
+    """Two steps of training that hold a quarter of the rows out."""
+    return {
+        "--model": str(tiny_model),
+        "--data": str(chats),
+        "--output-dir": str(tmp_path / "run"),
+        "--max-steps": "2",
+        "--validation-split": "0.25",
+        "--learning-rate": "1e-2",
+    }
+
+
+def line(flags: dict[str, str], changes: dict[str, str] | None = None, command: str = "train") -> list[str]:
+    """The command line with these flags."""
+    return [command, *(part for flag in {**flags, **(changes or {})}.items() for part in flag)]
+
+
+def test_it_ends_with_what_changed_and_what_comes_next(
+    flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line(flags)) == 0
+    shown = capsys.readouterr()
+    for part in ("loss, nats/token", "perplexity", "over 6 held-out examples", "base", "tuned", "tailora chat --model"):
+        assert part in shown.out
+    assert "step 2/2" in shown.err
+    assert "18 examples, 6 held out" in shown.err
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
+        "adapter",
+        "samples.json",
+        "metrics.jsonl",
+        "run.json",
+        "config.yaml",
+    }
+
+
+def test_json_is_the_only_line_on_stdout_and_has_the_promised_keys(
+    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*line(flags), "--json"]) == 0
+    (only,) = capsys.readouterr().out.splitlines()
+    found = json.loads(only)
+    assert found.keys() >= PROMISED
+    low, high = found["eval_loss_change_95"]
+    assert low <= found["eval_loss_change"] <= high
+    assert found["eval_loss_change"] == pytest.approx(found["eval_loss_after"] - found["eval_loss_before"])
+
+
+def test_samples_are_held_out_prompts_answered_by_both(flags: dict[str, str], tmp_path: Path) -> None:
+    assert main(line(flags, {"--samples": "2"})) == 0
+    samples = json.loads((tmp_path / "run" / "samples.json").read_text())
+    assert len(samples) == 2
+    assert all(sample["prompt"].startswith("What colour is thing") for sample in samples)
+    assert all(sample.keys() == {"prompt", "base", "tuned"} for sample in samples)
+
+
+def test_the_demo_asks_its_own_questions(flags: dict[str, str], tmp_path: Path) -> None:
+    assert main(line(flags, command="demo")) == 0
+    samples = json.loads((tmp_path / "run" / "samples.json").read_text())
+    assert [sample["prompt"] for sample in samples] == QUESTIONS
+    assert "What would you do with a million dollars?" in QUESTIONS
+
+
+def test_a_run_without_held_out_data_says_so(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line(flags, {"--validation-split": "0"})) == 0
+    assert "no held-out data" in capsys.readouterr().out
+
+
+def test_one_held_out_example_gives_no_interval(
+    flags: dict[str, str], chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.jsonl").write_text(chats.read_text().splitlines()[0] + "\n")
+    assert main([*line(flags, {"--eval-data": str(tmp_path / "one.jsonl")}), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval_loss_after_95"] is None
+
+
+def test_the_written_config_repeats_the_run(flags: dict[str, str], tmp_path: Path) -> None:
+    assert main(line(flags)) == 0
+    again = ["train", "--config", str(tmp_path / "run" / "config.yaml"), "--output-dir", str(tmp_path / "again")]
+    assert main(again) == 0
+    first, second = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["learning_rate"] == 1e-2
+
+
+def test_a_finished_run_is_not_overwritten(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line(flags)) == 0
+    assert main(line(flags)) == 2
+    assert "earlier run" in capsys.readouterr().err
+
+
+def test_the_demo_takes_a_fresh_folder(tmp_path: Path) -> None:
+    assert unused(tmp_path / "demo") == tmp_path / "demo"
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo-2").mkdir()
+    assert unused(tmp_path / "demo") == tmp_path / "demo-3"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "hint"),
+    [
+        ("--target-modules", "q_porj", "q_proj"),
+        ("--r", "4096", "4096"),
+        ("--adapter", "absent", "absent"),
+        ("--model", "./absent", "absent"),
+        ("--data", "absent.jsonl", "absent.jsonl"),
+        ("--resume-from-checkpoint", "latest", "checkpoint"),
+        ("--report-to", "tensorbord", "tensorboard"),
+        ("--rank-pattern", "(=4", "regular expression"),
+    ],
+)
+def test_what_cannot_be_trained_exits_with_2(
+    flag: str, value: str, hint: str, flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line(flags, {flag: value})) == 2
+    shown = capsys.readouterr()
+    assert hint in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_a_diverged_run_exits_with_3(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*line(flags, {"--learning-rate": "1e38", "--max-steps": "8"}), "--json"]) == 3
+    error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    assert error["type"] == "DivergedError"
+
+
+@pytest.mark.slow
+def test_ctrl_c_exits_with_130_and_the_printed_command_goes_on(flags: dict[str, str]) -> None:
+    started = [*TAILORA, *line(flags, {"--max-steps": "400", "--learning-rate": "1e-3"})]
+    with subprocess.Popen(started, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
+        assert running.stderr is not None
+        first = next(text for text in running.stderr if text.startswith("step "))
+        os.kill(running.pid, signal.SIGINT)
+        said = first + running.stderr.read()
+    assert running.returncode == 130, said
+    words = said.splitlines()[-1].split()
+    assert words[:2] == ["tailora", "train"]
+    assert words[-2] == "--resume-from-checkpoint"
+    resumed = subprocess.run([*TAILORA, *words[1:], "--json"], capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["steps"] == 400
