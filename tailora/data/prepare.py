@@ -79,13 +79,20 @@ def prepare(
 
 
 def stream(
-    source: str, tokenizer: Any, *, field: Mapping[str, str] | None = None, max_length: int = 1024
+    source: str,
+    tokenizer: Any,
+    *,
+    field: Mapping[str, str] | None = None,
+    max_length: int = 1024,
+    embedding_rows: int | None = None,
 ) -> Iterator[Example]:
     """Examples in order, while they are read; those whose learned tokens are all cut off are left out.
 
     Raises DataError at the first unusable rows, or at the end when no row was usable.
     """
     codec = codec_of(tokenizer)
+    if embedding_rows is not None:
+        _check_vocabulary(codec, embedding_rows)
     items = read_rows(source, streaming=True)
     ahead = list(islice(items, CHUNK))
     mapped = _recognised(source, ahead, field or {})

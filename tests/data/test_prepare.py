@@ -171,6 +171,11 @@ def test_a_stream_gives_the_same_examples_in_order(bytes_tokenizer, jsonl) -> No
     assert np.array_equal(np.concatenate([example.labels for example in streamed]), prepared.train.labels)
 
 
+def test_a_stream_checks_the_vocabulary_too(bytes_tokenizer, jsonl) -> None:
+    with pytest.raises(DataError, match="larger than the model's embedding"):
+        next(stream(jsonl(PAIRS), bytes_tokenizer(), embedding_rows=9))
+
+
 def test_a_stream_stops_at_a_bad_row(bytes_tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a b"}\nnonsense\n')
