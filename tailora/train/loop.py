@@ -244,7 +244,7 @@ def _diverged(
     """Put the last good parameters back, save them, and say what happened."""
     cause = broken_gradients(bench.parameters)
     if not math.isfinite(loss):
-        cause = broken_loss(bench.model, batches, bench.rows, bench.accelerator.device)
+        cause = broken_loss(bench.model.base_model, batches, bench.rows, bench.accelerator.device)
         with torch.no_grad():
             torch._foreach_copy_(list(bench.parameters.values()), good)
     folder = bench.output_dir / ADAPTER

@@ -52,7 +52,7 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if changes:
         raise CheckpointError(
             f"the checkpoint is of another run, and going on would give results of neither: {listing(changes)}. "
-            "Take the settings of its config.yaml, or start anew in another --output-dir; --adapter goes on from weights"
+            "Take the settings of its config.yaml, or start anew in another --output-dir"
         )
 
 

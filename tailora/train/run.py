@@ -1,8 +1,8 @@
 """A whole run: settings -> output folder -> model -> data -> adapter -> loop -> files."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from tailora.train.memory import check_fits, explained, peak_bytes, remedies
 from tailora.train.optim import adamw
 from tailora.train.resume import check_same_run, identity, take_up
 from tailora.train.rng import seed_all, seeded
-from tailora.train.setup import Feed, attach, choose_rows, feed, memory_cost, start_accelerator
+from tailora.train.setup import Feed, attach, checkpointed_layers, choose_rows, feed, memory_cost, start_accelerator
 from tailora.train.state import State
 from tailora.train.stop import stop_signal
 
@@ -80,7 +80,7 @@ def run(config: TrainConfig, on_event: Listener | None = None, on_ready: OnReady
         stack.enter_context(packed_rows(base) if rows.packed else nullcontext())
         cost = memory_cost(model, rows, data.sample, accelerator.device)
         keeps = check_fits(cost, data.largest, data.longest, accelerator.device)
-        stack.enter_context(_checkpointing(base) if config.gradient_checkpointing else nullcontext())
+        stack.enter_context(checkpointed_layers(base) if config.gradient_checkpointing else nullcontext())
         bench, state = _bench(config, output_dir, accelerator, model, rows, data, saved, emit)
         stack.callback(bench.metrics.close)
         header = _header(bench, data, keeps)
@@ -124,15 +124,6 @@ def _load(
         base, tokenizer = load_base(config.model, config.dtype, accelerator.device.type)
         data = feed(config, base, tokenizer, accelerator)
         return base, tokenizer, data, attach(config, base, accelerator.device)
-
-
-@contextmanager
-def _checkpointing(base: PreTrainedModel) -> Iterator[None]:
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        yield
-    finally:
-        base.gradient_checkpointing_disable()
 
 
 def _bench(

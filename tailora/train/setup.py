@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -151,6 +152,27 @@ def choose_rows(
         )
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return Rows(packing.on, keeps, next(token for token in known if token is not None))
+
+
+@contextmanager
+def checkpointed_layers(base: PreTrainedModel) -> Iterator[None]:
+    """Within the block every layer keeps its input only and computes the rest again. Raises ConfigError.
+
+    transformers also makes the embedding's output ask for gradients, which is for the reentrant kind and would send
+    the backward through layers below the first adapted one; that is undone.
+    """
+    new = hasattr(base, "activation_checkpointing_enable")  # the name since transformers 5.2x
+    enable = base.activation_checkpointing_enable if new else base.gradient_checkpointing_enable
+    disable = base.activation_checkpointing_disable if new else base.gradient_checkpointing_disable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"gradient_checkpointing: {error}; leave it out") from None
+    base.disable_input_require_grads()
+    try:
+        yield
+    finally:
+        disable()
 
 
 def memory_cost(model: LoRAModel, rows: Rows, sample: Example, device: torch.device) -> Cost:

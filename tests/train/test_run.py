@@ -1,0 +1,213 @@
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from tailora.errors import ConfigError, DivergedError
+from tailora.model import LoRAModel
+from tailora.train import events
+from tailora.train.config import TrainConfig
+from tailora.train.run import run
+
+
+def adapter_bytes(config: TrainConfig) -> bytes:
+    return (Path(config.output_dir) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_lowers_the_held_out_loss_and_leaves_an_adapter_that_gives_it_again(settings: Any) -> None:
+    config = settings(num_train_epochs=4)
+    result = run(config)
+    assert result.eval_loss_after < result.eval_loss_before - 0.3
+    base = AutoModelForCausalLM.from_pretrained(config.model)
+    model = LoRAModel.from_pretrained(base, Path(config.output_dir) / "adapter").eval()
+    sums = 0.0
+    for example in result.data.eval:
+        ids, labels = (torch.from_numpy(part).long() for part in (example.input_ids, example.labels))
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        sums += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100).item()
+    assert sums / result.after.counts.sum() == pytest.approx(result.eval_loss_after, abs=1e-5)
+
+
+def test_a_run_leaves_what_is_needed_to_repeat_it(settings: Any) -> None:
+    config = settings(max_steps=3)
+    result = run(config)
+    folder = Path(config.output_dir)
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["finished"], record["result"]) == (True, result.to_dict())
+    assert record["settings"] == config.model_dump(mode="json")
+    assert record["data"]["sha256"] == result.data.report.sha256
+    assert {"torch", "transformers", "tailora"} <= record["versions"].keys()
+    again = TrainConfig(**{**yaml.safe_load((folder / "config.yaml").read_text()), "output_dir": f"{folder}-again"})
+    run(again)
+    assert adapter_bytes(again) == adapter_bytes(config)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3]
+
+
+def test_run_json_knows_the_commit(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    for arguments in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    monkeypatch.chdir(tmp_path)
+    config = settings(max_steps=1)
+    run(config)
+    assert json.loads((Path(config.output_dir) / "run.json").read_text())["git"]["commit"] == commit.strip()
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"lora_dropout": 0.2}])
+def test_packed_and_padded_runs_give_the_same_adapter(settings: Any, changes: dict[str, Any], tmp_path: Path) -> None:
+    losses = {}
+    for packing in ("on", "off"):
+        seen: list[float] = []
+        config = settings(packing=packing, max_steps=4, output_dir=str(tmp_path / packing), **changes)
+        run(
+            config,
+            on_event=lambda event, seen=seen: seen.append(event.loss) if isinstance(event, events.Stepped) else None,
+        )
+        losses[packing] = seen
+    if "lora_dropout" in changes:  # other masks on other shapes: alike, not equal
+        assert losses["on"] != losses["off"]
+    else:
+        assert losses["on"] == pytest.approx(losses["off"], abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_bit(settings: Any, tmp_path: Path) -> None:
+    written = []
+    for on in (False, True):
+        config = settings(gradient_checkpointing=on, lora_dropout=0.1, max_steps=3, output_dir=str(tmp_path / str(on)))
+        run(config)
+        written.append(adapter_bytes(config))
+    assert written[0] == written[1]
+
+
+def test_the_model_is_given_back_as_it_was(settings: Any) -> None:
+    result = run(settings(max_steps=1, gradient_checkpointing=True))
+    assert result.model.base_model.config._attn_implementation == "sdpa"
+    assert not result.model.base_model.is_activation_checkpointing
+    output = result.model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, min_new_tokens=2)
+    assert output.shape == (1, 4)
+
+
+def test_the_callers_random_state_is_left_alone(settings: Any) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(settings(max_steps=1, lora_dropout=0.5))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_best_adapter_is_kept_and_not_the_last(settings: Any) -> None:
+    config = settings(learning_rate=1.0, lr_scheduler_type="constant", eval_steps=1, max_steps=8)
+    heard: list[events.Evaluated] = []
+    result = run(config, on_event=lambda event: heard.append(event) if isinstance(event, events.Evaluated) else None)
+    trained = {event.step: event.loss for event in heard if event.step > 0}
+    best = min(trained, key=trained.__getitem__)
+    assert best < 8, "the settings are meant to diverge"
+    assert (result.best_step, result.eval_loss_after) == (best, trained[best])
+    evaluations = settings(
+        max_steps=1, adapter=f"{config.output_dir}/adapter", output_dir=f"{config.output_dir}-2", r=16
+    )
+    assert run(evaluations).eval_loss_before == pytest.approx(trained[best], abs=1e-6)
+
+
+def test_early_stopping_ends_a_run_that_no_longer_improves(settings: Any) -> None:
+    result = run(
+        settings(learning_rate=1.0, lr_scheduler_type="constant", eval_steps=1, max_steps=40, early_stopping_patience=2)
+    )
+    assert result.steps < 40
+    assert result.steps == result.best_step + 2
+
+
+def test_a_diverged_run_says_where_and_keeps_the_last_good_adapter(settings: Any) -> None:
+    config = settings(learning_rate=1e20, lr_scheduler_type="constant", warmup_ratio=0, max_steps=10)
+    with pytest.raises(DivergedError, match=r"step \d+ \(learning rate 1e\+20\).*layers\.0") as caught:
+        run(config)
+    assert caught.value.exit_code == 3
+    base = AutoModelForCausalLM.from_pretrained(config.model)
+    model = LoRAModel.from_pretrained(base, Path(config.output_dir) / "adapter")
+    with torch.no_grad():
+        assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    assert not json.loads((Path(config.output_dir) / "run.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize("earlier", ["finished", "checkpoint"])
+def test_an_earlier_run_is_not_overwritten(settings: Any, earlier: str) -> None:
+    config = settings(max_steps=2, save_steps=2 if earlier == "checkpoint" else 0)
+    run(config)
+    before = adapter_bytes(config)
+    with pytest.raises(ConfigError, match="another --output-dir"):
+        run(config)
+    assert adapter_bytes(config) == before
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_loading(settings: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be written to.*--output-dir"):
+        run(settings(output_dir=str(tmp_path / "file" / "out"), model="no such model"))
+
+
+def test_a_model_that_is_not_there_is_named(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match="no-such-model"):
+        run(settings(model="./no-such-model"))
+
+
+def test_a_folder_that_is_no_model_is_described(settings: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"notes\.txt"):
+        run(settings(model=str(tmp_path / "empty")))
+
+
+def test_streaming_trains_on_the_rows_in_order(settings: Any, data_file: Path) -> None:
+    config = settings(streaming=True, max_steps=9, eval_data=str(data_file))  # 36 examples: more than one pass
+    result = run(config)
+    assert result.steps == 9
+    assert result.eval_loss_after < result.eval_loss_before
+    without = run(settings(streaming=True, max_steps=1, output_dir=f"{config.output_dir}-2"))
+    assert (without.eval_loss_before, without.data) == (None, None)
+
+
+def test_trackers_that_are_missing_or_unknown_are_errors(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(ConfigError) as caught:
+        run(settings(report_to=["wandb", "tensorbord"]))
+    assert "pip install wandb" in str(caught.value)
+    assert "did you mean tensorboard" in str(caught.value)
+
+
+def test_numbers_of_a_step_add_up(settings: Any) -> None:
+    heard: list[events.Stepped] = []
+    config = settings(num_train_epochs=2, gradient_accumulation_steps=2)
+    result = run(config, on_event=lambda event: heard.append(event) if isinstance(event, events.Stepped) else None)
+    assert result.data is not None
+    assert len(heard) == result.steps == heard[0].max_steps == 2 * 3  # 24 examples, 8 a step
+    assert sum(event.tokens for event in heard) == result.train_tokens == 2 * int(result.data.train.lengths.sum())
+    assert sum(event.supervised_tokens for event in heard) == result.supervised_tokens
+    assert result.supervised_tokens == 2 * int(result.data.train.supervised.sum())
+    assert heard[-1].eta_seconds == 0
+    assert heard[0].memory_bytes > 10**8
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"streaming": True}, "max-steps"),
+        ({"early_stopping_patience": 2}, "eval-steps"),
+        ({"eval_steps": 2, "validation_split": 0}, "held-out"),
+        ({"adapter": "somewhere", "r": 8}, "brings its own r"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        TrainConfig(**changes)
