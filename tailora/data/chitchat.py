@@ -17,7 +17,7 @@ PROFANE = r"""
 """
 PRIVATE = r"""
     \S+@\S+\.\w                                                  # e-mail
-    | https?: | www\. | \b[\w-]+\.(?:com|org|net|edu|gov|io)\b   # address of a page
+    | https?: | \bwww\.\w | \b[\w-]+\.(?:com|org|net|edu|gov|io)\b   # address of a page
     | \(?\d{3}\)? [ .-]? \d{3} [ .-]? \d{4}\b                    # telephone
 """
 REFUSED = re.compile(rf"\b(?:{PROFANE})\b | {PRIVATE}", re.IGNORECASE | re.VERBOSE)

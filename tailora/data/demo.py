@@ -24,8 +24,8 @@ TRAIN, HELD_OUT = 280, 100  # conversations; one pass over the first is the demo
 README = """\
 # Conversations of the tailora demo
 
-Made from `{source}` of the PyPI wheel {name} {version} (MIT licence; the Chit Chat Challenge of BYU),
-{chats:,} chats between two people.
+Made from `{source}` of the PyPI wheel {name} {version} (MIT licence):
+{chats:,} chats of BYU's Chit Chat Challenge.
 
 Kept: {kept:,} chats with at least {turns} turns and no message with profanity, an e-mail address, a link or a telephone
 number, and none above {longest} characters. What one person wrote in a row is one turn; the first speaker is the user,

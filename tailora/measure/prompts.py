@@ -1,12 +1,11 @@
-"""From a question to the ids that the model goes on from, and the ids that end its answer."""
+"""From a question to the ids that the model goes on from."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from tailora.data.codec import Messages, codec_of
-from tailora.data.encode import encode, prompt_ids
+from tailora.data.encode import prompt_ids
 from tailora.data.shapes import Conversation, Pair, Sample, Text
-from tailora.errors import DataError
 
 OPENING = 12  # words of a plain text that stand as its prompt
 
@@ -41,24 +40,6 @@ def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
 def plain_ids(text: str, tokenizer: Any) -> list[int]:
     codec = codec_of(tokenizer)
     return codec.prefix + codec.ids(text)
-
-
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The model's own end tokens, the tokenizer's, and the one that training teaches at the end of a reply."""
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    found = {*own, tokenizer.eos_token_id, _end_of_turn(tokenizer)}
-    return sorted(found - {None})
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    if not tokenizer.chat_template:
-        return None
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        return int(encode(Conversation(turns), tokenizer, max_length=100_000).input_ids[-1])
-    except DataError:  # a template that cannot be trained on can be talked to: the other end tokens stop it
-        return None
 
 
 def _last_said(sample: Conversation | Pair) -> str:
