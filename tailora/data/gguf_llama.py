@@ -1,7 +1,7 @@
 """A Llama in one GGUF file -> a Hugging Face folder in bfloat16.
 
-transformers reads the same file in four times the time, with progress bars and a quantisation mark that then
-forbids saving; `tests/data/test_demo.py` holds the two equal.
+transformers reads the same file in three times the time, with progress bars and a quantisation mark that then
+forbids saving; `tests/data/test_gguf_llama.py` holds the two equal.
 """
 
 from pathlib import Path
