@@ -192,8 +192,8 @@ def save(bench: Bench, state: State) -> Path:
         tensors = {
             "adapter": bench.model.lora_layers.state_dict(),
             "optimizer": checkpoint.moments(bench.optimizer, bench.parameters),
-            "evaluations": state.evaluations(),
             **{f"random-{rank}": random for rank, random in enumerate(states)},
+            **({"evaluations": kept} if (kept := state.evaluations()) else {}),
             **({"best": state.best.tensors} if state.best else {}),
         }
         checkpoint.save(folder, checkpoint.Checkpoint({"progress": state.counters(), "run": bench.identity}, tensors))

@@ -61,17 +61,32 @@ class Load:
 class Cost:
     """What the forward keeps until the backward, in bytes."""
 
+    fixed: float  # copies of the adapter in the base's precision
     per_token: float
     per_checkpointed_token: float
     per_supervised: float
 
     def of(self, load: Load) -> int:
         per_token = self.per_checkpointed_token if load.checkpointed else self.per_token
-        return int(per_token * load.tokens + self.per_supervised * load.supervised)
+        return int(self.fixed + per_token * load.tokens + self.per_supervised * load.supervised)
 
 
-def measure(forward: Callable[[], Tensor], tokens: int, model: PreTrainedModel) -> Cost:
-    """The cost of one forward over `tokens` tokens, weights not counted. `forward` must not checkpoint."""
+def measure(forward: Callable[[int], Tensor], tokens: int, model: PreTrainedModel) -> Cost:
+    """The cost, from what `forward(tokens)` and `forward(tokens // 2)` keep. `forward` must not checkpoint."""
+    whole, half = kept_bytes(lambda: forward(tokens), model), kept_bytes(lambda: forward(tokens // 2), model)
+    per_token = (whole - half) / (tokens - tokens // 2)
+    config, width = model.config.get_text_config(), model.dtype.itemsize
+    layers, hidden, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
+    return Cost(
+        fixed=max(whole - per_token * tokens, 0),
+        per_token=per_token,
+        per_checkpointed_token=per_token / layers + layers * hidden * width,
+        per_supervised=vocabulary * width,
+    )
+
+
+def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
+    """Bytes that autograd holds after the forward; the model's weights, and the logits, are not counted."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -82,12 +97,10 @@ def measure(forward: Callable[[], Tensor], tokens: int, model: PreTrainedModel) 
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
-        loss = forward()  # alive until the sizes are read: a freed address would be counted once for two tensors
-    per_token = sum(kept.values()) / tokens
+        loss = forward()  # alive while sizes are added up: a freed address could stand for two tensors
+    total = sum(kept.values())
     del loss
-    config, width = model.config.get_text_config(), model.dtype.itemsize
-    layers, hidden, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
-    return Cost(per_token, per_token / layers + layers * hidden * width, vocabulary * width)
+    return total
 
 
 def check_fits(cost: Cost, load: Load, longest: int, device: torch.device) -> int:

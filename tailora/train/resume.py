@@ -68,4 +68,4 @@ def take_up(
     checkpoint.set_parameters(model.lora_layers, tensors["adapter"])
     checkpoint.set_moments(optimizer, parameters, tensors["optimizer"])
     rng.restore(tensors[f"random-{rank}"])
-    return restored(saved.state["progress"], tensors["evaluations"], tensors.get("best"))
+    return restored(saved.state["progress"], tensors.get("evaluations", {}), tensors.get("best"))

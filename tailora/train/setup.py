@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.data.batches import plan
@@ -176,9 +177,14 @@ def checkpointed_layers(base: PreTrainedModel) -> Iterator[None]:
 
 
 def memory_cost(model: LoRAModel, rows: Rows, sample: Example, device: torch.device) -> Cost:
-    """Bytes that a forward keeps per token, measured on one example."""
+    """Bytes that a forward keeps, measured on one example."""
+
+    def forward(tokens: int) -> Tensor:
+        part = Example(sample.input_ids[:tokens], sample.labels[:tokens])
+        return token_losses(model, [part], rows, device)[0].sum()
+
     return measure(
-        lambda: token_losses(model, [sample], rows, device)[0].sum(),
+        forward,
         len(sample.input_ids),
         cast(PreTrainedModel, model.base_model),
     )

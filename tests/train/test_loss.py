@@ -1,0 +1,153 @@
+"""Accumulation, packing and padding give one gradient; the science's own example of doing it wrong."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+
+from tailora.core.config import LoRAConfig
+from tailora.data.store import Example, Examples
+from tailora.fast.attention import packed_rows
+from tailora.model import LoRAModel
+from tailora.train.evaluate import budgeted, evaluate
+from tailora.train.loop import accumulate
+from tailora.train.loss import Rows, keeps_logits, token_losses
+from tailora.train.steps import MicroBatch
+
+CPU = torch.device("cpu")
+GROUPED = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIGS = {
+    "llama": LlamaConfig(vocab_size=300, **GROUPED),
+    "qwen2": Qwen2Config(vocab_size=300, **GROUPED),
+    "gpt2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0),
+}
+PACKED, PADDED = (Rows(packed, keeps_logits=True, pad_id=0) for packed in (True, False))
+
+
+def examples(lengths: tuple[int, ...] = (3, 5, 40, 60)) -> list[Example]:
+    random = np.random.default_rng(0)
+    made = []
+    for length in lengths:
+        ids = random.integers(300, size=length).astype(np.int32)
+        labels = np.where(np.arange(length) < length // 3, -100, ids).astype(np.int32)
+        made.append(Example(ids, labels))
+    return made
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> LoRAModel:
+    torch.manual_seed(0)
+    made = LoRAModel(AutoModelForCausalLM.from_config(CONFIGS[request.param]), LoRAConfig(r=4))
+    for layer in made.lora_layers.values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    return made
+
+
+def gradient(model: LoRAModel, batches: list[list[Example]], rows: Rows) -> tuple[float, Tensor]:
+    supervised = sum(example.supervised for batch in batches for example in batch)
+    model.zero_grad()
+    mean = accumulate(model, [MicroBatch(batch) for batch in batches], supervised, rows, Accelerator())
+    return float(mean), torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
+
+
+@pytest.mark.parametrize("rows", [PACKED, PADDED], ids=["packed", "padded"])
+def test_four_batches_of_one_are_one_batch_of_four(model: LoRAModel, rows: Rows) -> None:
+    data = examples()
+    with packed_rows(model.base_model) if rows.packed else nullcontext():
+        (loss_1, one), (loss_4, four) = (
+            gradient(model, batches, rows) for batches in ([data], [[example] for example in data])
+        )
+    assert loss_1 == pytest.approx(loss_4, abs=1e-6)
+    torch.testing.assert_close(four, one, rtol=0, atol=1e-6)
+
+
+def test_packed_rows_give_the_gradient_of_padded_ones(model: LoRAModel) -> None:
+    padded_loss, padded = gradient(model, [examples()], PADDED)
+    with packed_rows(model.base_model):
+        packed_loss, packed = gradient(model, [examples()], PACKED)
+    assert packed_loss == pytest.approx(padded_loss, abs=1e-5)
+    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
+
+
+def test_the_loss_is_the_mean_over_all_tokens_and_not_the_mean_of_means(model: LoRAModel) -> None:
+    data = examples()
+    each = [token_losses(model, [example], PADDED, CPU)[0] for example in data]
+    loss, _ = gradient(model, [[example] for example in data], PADDED)
+    assert loss == pytest.approx(float(torch.cat(each).detach().mean()), abs=1e-6)
+    assert abs(loss - float(torch.stack([losses.detach().mean() for losses in each]).mean())) > 1e-3
+
+
+def test_a_batch_of_weight_zero_counts_for_nothing(model: LoRAModel) -> None:
+    data = examples()
+    _, expected = gradient(model, [data[:2]], PADDED)
+    model.zero_grad()
+    batches = [MicroBatch(data[:2]), MicroBatch(data[2:], weight=0.0)]
+    accumulate(model, batches, sum(example.supervised for example in data[:2]), PADDED, Accelerator())
+    again = torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
+    assert torch.equal(again, expected)
+
+
+def logits_asked_for(model: LoRAModel, rows: Rows) -> int:
+    """Rows of the output head that one batch computes."""
+    seen: list[int] = []
+    head = model.base_model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.numel() // output.shape[-1]))
+    token_losses(model, examples(), rows, CPU)
+    hook.remove()
+    return seen[0]
+
+
+def test_logits_exist_at_supervised_positions_only(model: LoRAModel) -> None:
+    with packed_rows(model.base_model):
+        assert logits_asked_for(model, PACKED) == sum(example.supervised for example in examples())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_model_without_logits_to_keep_gives_the_same_losses(model: LoRAModel, packed: bool) -> None:
+    results = []
+    for keeps in (True, False):
+        with packed_rows(model.base_model) if packed else nullcontext():
+            results.append(token_losses(model, examples(), Rows(packed, keeps, 0), CPU))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_taking_logits_to_keep_is_read_off_the_signature(model: LoRAModel) -> None:
+    assert keeps_logits(model.base_model)
+    assert not keeps_logits(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_evaluation_is_bitwise_repeatable_and_independent_of_its_batches(model: LoRAModel, packed: bool) -> None:
+    held = Examples.of(examples((3, 5, 40, 60, 7, 7, 21)))
+    model.train()
+    first, second, small = (
+        evaluate(model, held, token_budget=budget, pad_id=0, packed=packed) for budget in (64, 64, 8)
+    )
+    assert (first.sums == second.sums).all()
+    np.testing.assert_allclose(first.sums, small.sums, rtol=1e-5)
+    assert (first.counts == held.supervised).all()
+    assert model.training
+    losses, owners = token_losses(model.eval(), list(held), PADDED, CPU)
+    np.testing.assert_allclose(first.sums, np.bincount(owners, losses.detach().numpy()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_evaluation_keeps_to_its_budget(packed: bool) -> None:
+    lengths = np.array([5, 60, 7, 8, 30, 5, 5, 64])
+    batches = list(budgeted(lengths, 64, packed))
+    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+    for batch in batches:
+        size = lengths[batch].sum() if packed else lengths[batch].max() * len(batch)
+        assert size <= 64
+    assert list(map(len, budgeted(np.array([100]), 64, packed))) == [1]

@@ -1,0 +1,144 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tailora.core.config import LoRAConfig
+from tailora.data.store import Example
+from tailora.errors import MemoryLimitError
+from tailora.model import LoRAModel
+from tailora.train.loss import Rows
+from tailora.train.memory import (
+    Cost,
+    Load,
+    available_bytes,
+    check_fits,
+    explained,
+    is_out_of_memory,
+    peak_bytes,
+    size,
+)
+from tailora.train.setup import memory_cost
+
+CPU = torch.device("cpu")
+COST = Cost(fixed=0, per_token=1e6, per_checkpointed_token=1e5, per_supervised=1e5)
+
+STARVED = """
+import json, resource, sys
+import psutil, torch
+torch.set_num_threads(1)
+from tailora.train.config import TrainConfig
+from tailora.train.events import Prepared
+from tailora.train.run import run
+from tailora.errors import MemoryLimitError
+def starve(event):
+    if isinstance(event, Prepared):  # after the estimate was found to fit
+        limit = psutil.Process().memory_info().vms + 10_000_000
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    run(TrainConfig(**json.loads(sys.argv[1])), on_event=starve)
+except MemoryLimitError as error:
+    print(error)
+"""
+
+
+def test_a_load_beyond_the_machine_is_refused_with_three_priced_remedies() -> None:
+    load = Load(examples=8, tokens=8 * 10**9, supervised=10**9, checkpointed=False)
+    with pytest.raises(MemoryLimitError) as caught:
+        check_fits(COST, load, 1024, CPU)
+    cause, *remedies = str(caught.value).splitlines()[0:1] + str(caught.value).splitlines()[2:]
+    assert "8100000.0 GB" in cause
+    assert len(remedies) == 3
+    for remedy, flag, price in zip(
+        remedies,
+        ["--per-device-train-batch-size 4", "--gradient-checkpointing", "--max-length 512"],
+        ["4050000.0 GB", "900000.0 GB", "4050000.0 GB"],
+        strict=True,
+    ):
+        assert flag in remedy
+        assert f"{price} instead of 8100000.0 GB" in remedy
+
+
+@pytest.mark.parametrize("examples", [1, 8])
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_there_are_three_remedies_whatever_is_used_up(examples: int, checkpointed: bool) -> None:
+    load = Load(examples, tokens=10**12, supervised=0, checkpointed=checkpointed)
+    with pytest.raises(MemoryLimitError) as caught:
+        check_fits(COST, load, 1024, CPU)
+    remedies = str(caught.value).splitlines()[2:]
+    assert len(remedies) == 3
+    assert any("--gradient-checkpointing" in remedy for remedy in remedies) != checkpointed
+    assert any("--per-device-train-batch-size" in remedy for remedy in remedies) == (examples > 1)
+
+
+def test_a_load_that_fits_is_priced() -> None:
+    load = Load(examples=2, tokens=10, supervised=5, checkpointed=False)
+    assert check_fits(COST, load, 1024, CPU) == 10_500_000
+
+
+def test_the_estimate_is_what_the_forward_keeps(model_folder: Path) -> None:
+    torch.manual_seed(0)
+    model = LoRAModel(AutoModelForCausalLM.from_pretrained(model_folder), LoRAConfig(r=4)).train()
+    ids = torch.arange(100).numpy().astype("int32")
+    cost = memory_cost(model, Rows(False, True, 0), Example(ids, ids), CPU)
+    layers, hidden, inner, keys = 2, 32, 48, 16
+    least = (
+        4 * layers * (4 * hidden + 2 * keys + 3 * inner)
+    )  # norms' inputs and outputs, q, k, v, gate, up, their product
+    assert least < cost.per_token < 3 * least
+    assert cost.per_supervised == 4 * 320
+    assert cost.per_checkpointed_token < cost.per_token
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+        (MemoryLimitError("said already"), False),
+    ],
+)
+def test_running_out_of_memory_is_told_from_other_errors(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
+
+
+def test_other_errors_pass_through_unchanged() -> None:
+    with pytest.raises(RuntimeError, match=r"^shapes$"), explained("training", lambda: "advice"):
+        raise RuntimeError("shapes")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+def test_running_out_in_training_names_cause_and_remedies(settings: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": f"one {i}", "completion": "red blue green " * 300} for i in range(24)]
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(data=str(data), per_device_train_batch_size=8, max_steps=6, validation_split=0)
+    process = subprocess.run(
+        [sys.executable, "-c", STARVED, config.model_dump_json()], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert "out of memory while training" in process.stdout
+    assert "allocate" in process.stdout.splitlines()[0]
+    assert process.stdout.count("\n  - ") == 3
+    assert "--per-device-train-batch-size 4" in process.stdout
+
+
+def test_memory_is_measured() -> None:
+    before = peak_bytes(CPU)
+    block = torch.ones(30_000_000)
+    assert peak_bytes(CPU) >= max(before, block.nbytes)
+    assert 0 < available_bytes(CPU) < 2**50
+
+
+@pytest.mark.parametrize(("count", "text"), [(999, "999 bytes"), (1234, "1.2 kB"), (5e6, "5.0 MB"), (2.5e9, "2.5 GB")])
+def test_sizes_are_for_people(count: float, text: str) -> None:
+    assert size(count) == text

@@ -1,0 +1,177 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tailora.errors import CheckpointError
+from tailora.train import events
+from tailora.train.checkpoint import found
+from tailora.train.config import TrainConfig
+from tailora.train.run import run
+
+LONG = {
+    "num_train_epochs": 3,
+    "gradient_accumulation_steps": 2,
+    "lora_dropout": 0.1,
+    "eval_steps": 2,
+    "save_steps": 2,
+}  # 9 steps of 3 epochs, checkpoints at 2, 4, 6, 8
+
+KILLED = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+from tailora.train.config import TrainConfig
+from tailora.train.events import Stepped
+from tailora.train.run import run
+def kill(event):
+    if isinstance(event, Stepped) and event.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+run(TrainConfig(**json.loads(sys.argv[1])), on_event=kill)
+"""
+
+
+def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
+    return TrainConfig(**{**config.model_dump(), **changes})
+
+
+def adapter(config: TrainConfig) -> bytes:
+    return (Path(config.output_dir) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def losses(config: TrainConfig) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("loss", line.get("eval_loss"))) for line in lines]
+
+
+def stopping_at(step: int, number: int) -> Callable[[events.Event], None]:
+    def listener(event: events.Event) -> None:
+        if isinstance(event, events.Stepped) and event.step == step:
+            os.kill(os.getpid(), number)
+
+    return listener
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_bytes(settings: Any, tmp_path: Path) -> None:
+    whole, killed = (settings(output_dir=str(tmp_path / name), **LONG) for name in ("whole", "killed"))
+    result = run(whole)
+    process = subprocess.run([sys.executable, "-c", KILLED, killed.model_dump_json()], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert [path.name for path in found(Path(killed.output_dir))] == ["checkpoint-2", "checkpoint-4"]
+    resumed = run(changed(killed, resume_from_checkpoint="latest"))
+    assert adapter(killed) == adapter(whole)
+    assert losses(killed) == losses(whole)
+    same = ["steps", "train_tokens", "supervised_tokens", "eval_loss_before", "eval_loss_after", "best_step"]
+    assert [getattr(resumed, name) for name in same] == [getattr(result, name) for name in same]
+    assert (resumed.before.sums == result.before.sums).all()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_says_where_and_continues_to_the_same_bytes(
+    settings: Any, tmp_path: Path, number: int
+) -> None:
+    whole, stopped = (
+        settings(output_dir=str(tmp_path / name), max_steps=5, lora_dropout=0.1) for name in ("whole", "stopped")
+    )
+    run(whole)
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(events.Interrupted) as caught:
+        run(stopped, on_event=stopping_at(3, number))
+    assert caught.value.folder == Path(stopped.output_dir) / "checkpoint-3"
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    run(changed(stopped, resume_from_checkpoint=str(caught.value.folder)))
+    assert adapter(stopped) == adapter(whole)
+
+
+def test_a_stream_continues_where_it_was(settings: Any, tmp_path: Path) -> None:
+    stream = {"streaming": True, "max_steps": 9, "save_steps": 8, "per_device_train_batch_size": 4}
+    whole, stopped = (settings(output_dir=str(tmp_path / name), **stream) for name in ("whole", "stopped"))
+    run(whole)
+    with pytest.raises(events.Interrupted):
+        run(stopped, on_event=stopping_at(8, signal.SIGINT))  # in the second pass over 30 rows
+    run(changed(stopped, resume_from_checkpoint="latest"))
+    assert adapter(stopped) == adapter(whole)
+
+
+def test_the_newest_checkpoints_are_kept(settings: Any) -> None:
+    config = settings(max_steps=5, save_steps=1, save_total_limit=3)
+    run(config)
+    assert [path.name for path in found(Path(config.output_dir))] == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
+
+
+@pytest.fixture
+def two_checkpoints(settings: Any) -> TrainConfig:
+    config = settings(max_steps=4, save_steps=2, eval_steps=2)
+    run(config)
+    return changed(config, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", ["cut", "changed", "missing"])
+def test_a_damaged_checkpoint_is_refused_and_the_good_one_named(
+    two_checkpoints: TrainConfig, name: str, harm: str
+) -> None:
+    path = Path(two_checkpoints.output_dir) / "checkpoint-4" / name
+    content = path.read_bytes()
+    if harm == "missing":
+        path.unlink()
+    elif harm == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 is damaged.*checkpoint-2") as caught:
+        run(two_checkpoints)
+    assert name in str(caught.value)
+    before = adapter(two_checkpoints)
+    run(changed(two_checkpoints, resume_from_checkpoint=str(path.parent.parent / "checkpoint-2")))
+    assert adapter(two_checkpoints) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"learning_rate": 5e-3}, {"seed": 1}, {"per_device_train_batch_size": 2}, {"max_steps": 6}, {"packing": "off"}],
+)
+def test_a_resume_with_other_settings_is_refused_by_name(two_checkpoints: TrainConfig, changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=next(iter(changes))):
+        run(changed(two_checkpoints, **changes))
+
+
+def test_a_resume_on_other_data_is_refused(two_checkpoints: TrainConfig) -> None:
+    data = Path(two_checkpoints.data)
+    content = data.read_text()
+    try:
+        data.write_text(content.replace("red", "blue"))
+        with pytest.raises(CheckpointError, match="data was"):
+            run(two_checkpoints)
+    finally:
+        data.write_text(content)
+
+
+def test_a_run_of_constant_rate_may_be_made_longer(settings: Any, tmp_path: Path) -> None:
+    constant = {"lr_scheduler_type": "constant", "warmup_ratio": 0, "save_steps": 2}
+    whole = settings(output_dir=str(tmp_path / "whole"), max_steps=4, **constant)
+    short = settings(output_dir=str(tmp_path / "short"), max_steps=2, **constant)
+    run(whole)
+    run(short)
+    run(changed(short, max_steps=4, resume_from_checkpoint="latest"))
+    assert adapter(short) == adapter(whole)
+
+
+def test_resuming_without_a_checkpoint_says_what_to_do(settings: Any) -> None:
+    with pytest.raises(CheckpointError, match="--save-steps"):
+        run(settings(resume_from_checkpoint="latest"))
+    with pytest.raises(CheckpointError, match="not a folder"):
+        run(settings(resume_from_checkpoint="/nowhere/checkpoint-3"))
+
+
+def test_a_checkpoint_holds_no_pickle(two_checkpoints: TrainConfig) -> None:
+    for path in (Path(two_checkpoints.output_dir) / "checkpoint-4").iterdir():
+        assert path.suffix in {".safetensors", ".json"}

@@ -1,0 +1,64 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from tailora.data.store import Example, Examples
+from tailora.errors import DataError
+from tailora.train.steps import MicroBatch, Shape, planned, steps_per_epoch, streamed
+
+
+def example(number: int) -> Example:
+    ids = np.full(2 + number % 5, number, dtype=np.int32)
+    return Example(ids, ids, number)
+
+
+DATA = Examples.of(example(number) for number in range(23))
+
+
+def numbers(step: list[MicroBatch]) -> list[list[int]]:
+    return [[int(example.input_ids[0]) for example in batch.examples] for batch in step if batch.weight]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_epoch_sees_every_example_once_over_all_ranks(world: int) -> None:
+    shapes = [Shape(batch_size=2, accumulation=2, rank=rank, world=world) for rank in range(world)]
+    count = steps_per_epoch(len(DATA), shapes[0])
+    for epoch in range(2):
+        seen = [
+            number
+            for shape in shapes
+            for step in islice(planned(DATA, shape), epoch * count, (epoch + 1) * count)
+            for batch in numbers(step)
+            for number in batch
+        ]
+        assert sorted(seen) == list(range(23))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_all_ranks_take_part_in_every_forward(world: int) -> None:
+    ranks = [islice(planned(DATA, Shape(4, 2, rank=rank, world=world)), 6) for rank in range(world)]
+    for steps in zip(*ranks, strict=True):
+        assert len({len(step) for step in steps}) == 1
+
+
+@pytest.mark.parametrize("start", [1, 5, 6, 7, 13])
+def test_steps_from_the_middle_are_those_of_the_whole(start: int) -> None:
+    shape = Shape(batch_size=2, accumulation=2, seed=3)
+    whole = [numbers(step) for step in islice(planned(DATA, shape), 15)]
+    assert [numbers(step) for step in islice(planned(DATA, shape, start), 15 - start)] == whole[start:]
+    read = lambda: iter(DATA)  # noqa: E731
+    whole = [numbers(step) for step in islice(streamed(read, shape), 15)]
+    assert [numbers(step) for step in islice(streamed(read, shape, start), 15 - start)] == whole[start:]
+
+
+def test_epochs_differ_and_seeds_differ() -> None:
+    count = steps_per_epoch(len(DATA), Shape(2, 1))
+    orders = [[numbers(step) for step in islice(planned(DATA, Shape(2, 1, seed)), 2 * count)] for seed in (0, 1)]
+    assert orders[0][:count] != orders[0][count:]
+    assert orders[0] != orders[1]
+
+
+def test_an_empty_stream_is_an_error_and_not_an_endless_loop() -> None:
+    with pytest.raises(DataError, match="no example"):
+        next(streamed(lambda: iter([]), Shape(2, 1)))
