@@ -63,7 +63,7 @@ def data_folder() -> Path:
 
 
 def build_model(folder: Path) -> None:
-    from tailora.data.gguf_llama import convert  # torch, transformers and gguf: needed once, not for the names above
+    from tailora.data.gguf import convert  # torch and transformers: needed once, not for the names above
 
     source = extract(MODEL, GGUF, folder, GGUF_SHA256)
     convert(source, folder)

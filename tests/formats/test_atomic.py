@@ -20,9 +20,14 @@ def test_an_error_leaves_the_old_folder_and_no_half_of_a_new_one(tmp_path: Path)
     target = tmp_path / "folder"
     with replace_folder(target) as fresh:
         (fresh / "a").write_text("old")
-    with pytest.raises(ZeroDivisionError), replace_folder(target) as fresh:
-        (fresh / "a").write_text("half")
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with replace_folder(target) as fresh:
+            (fresh / "a").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert (target / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 

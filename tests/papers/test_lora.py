@@ -15,7 +15,7 @@ def orthogonal(rows: int, columns: int) -> Tensor:
 
 @pytest.mark.parametrize(("r", "tail"), [(1, 140.0), (2, 91.0), (4, 30.0), (8, 0.0)])
 def test_eckart_young_bounds_what_rank_r_can_learn(r: int, tail: float) -> None:
-    """A linear teacher with spectrum 8..1: the loss at rank r is the tail of the squared spectrum (Eckart, Young 1936)."""
+    """A linear teacher with spectrum 8..1: the loss is the tail of the squared spectrum (Eckart, Young 1936)."""
     torch.manual_seed(0)
     spectrum = torch.arange(8, 0, -1, dtype=torch.float64)
     teacher = orthogonal(32, 8) @ torch.diag(spectrum) @ orthogonal(48, 8).T  # (out, in)
@@ -37,7 +37,7 @@ def test_eckart_young_bounds_what_rank_r_can_learn(r: int, tail: float) -> None:
 
 @pytest.mark.parametrize(("use_rslora", "slope"), [(False, -0.5), (True, 0.0)])
 def test_rslora_keeps_the_gradient_norm_flat_in_the_rank(use_rslora: bool, slope: float) -> None:
-    """log ||grad B|| against log r at the start (rsLoRA, arXiv:2312.03732, thm. 3.2): -1/2 for alpha/r, 0 for alpha/sqrt(r)."""
+    """Slope of log ||grad B|| over log r at the start (rsLoRA, arXiv:2312.03732, thm. 3.2)."""
     ranks = [1, 4, 16, 64, 256]
     norms = []
     for r in ranks:
