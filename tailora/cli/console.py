@@ -11,11 +11,11 @@ from rich.console import Console
 
 
 def results() -> Console:
-    return Console(highlight=False)
+    return Console(highlight=False, emoji=False)
 
 
 def logs() -> Console:
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, emoji=False)
 
 
 def on_terminal(console: Console) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from tailora import __version__
 from tailora.cli.console import print_json, results
@@ -29,7 +30,7 @@ def doctor(*, json: Json = False) -> int:
     table = Table.grid(padding=(0, 2))
     for section, values in facts.items():
         for place, (name, value) in enumerate(values.items()):
-            table.add_row(section if place == 0 else "", name, _worded(name, value))
+            table.add_row(section if place == 0 else "", name, Text(_worded(name, value)))
     console = results()
     console.print(table, "", *meaning(facts), sep="\n", markup=False, soft_wrap=True)
     return 0
@@ -39,11 +40,11 @@ def examined() -> Facts:
     """Memory and disk in bytes."""
     import psutil
     import torch
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     from tailora.data.fetch import cache_folder
 
     memory = psutil.virtual_memory()
-    cache = cache_folder()
     own = {"tailora": __version__, "python": platform.python_version()}
     return {
         "device": _device(),
@@ -53,7 +54,8 @@ def examined() -> Facts:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         },
         "memory": {"total": memory.total, "available": memory.available},
-        "cache": {"folder": str(cache), "free": shutil.disk_usage(_existing(cache)).free},
+        "demo cache": _disk(cache_folder()),
+        "Hub cache": _disk(Path(HF_HUB_CACHE)),
         "packages": {**own, **{name: _version(name) for name in PACKAGES}},
     }
 
@@ -80,14 +82,22 @@ def _device() -> dict[str, Any]:
         found = torch.cuda.get_device_properties(0)
         named = {"type": "cuda", "name": found.name, "count": torch.cuda.device_count(), "memory": found.total_memory}
     elif torch.backends.mps.is_available():
-        named = {"type": "mps", "name": platform.processor()}
+        named = {"type": "mps", "name": _processor()}
     else:
-        named = {"type": "cpu", "name": platform.processor() or platform.machine()}
+        named = {"type": "cpu", "name": _processor()}
     return {**named, "bfloat16": has_bfloat16(str(named["type"]))}
 
 
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())
+def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The model where Linux tells it; `platform` knows the architecture alone there."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _disk(folder: Path) -> dict[str, Any]:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return {"folder": str(folder), "free": shutil.disk_usage(existing).free}
 
 
 def _version(package: str) -> str | None:

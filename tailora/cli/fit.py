@@ -18,18 +18,19 @@ from tailora.train.config import TrainConfig
 from tailora.train.events import Interrupted
 from tailora.train.run import TrainResult, run
 
-INTERRUPTED = 130
-
 
 def fit(settings: Settings, *, as_json: bool, questions: Sequence[str] | None = None) -> int:
-    """Trains, compares answers to `questions` (by default held-out prompts), prints, and returns the exit code."""
+    """Trains, compares answers to `questions` (by default held-out prompts), and prints.
+
+    Raises what `run` raises; KeyboardInterrupt carries the command that goes on.
+    """
     for text in settings.notes:
         note(text)
     try:
         with shown(logs()) as listener:
             result = run(settings.config, on_event=listener)
     except Interrupted as stop:
-        return stopped(settings.config, stop)
+        raise KeyboardInterrupt(to_go_on(settings.config, stop)) from stop
     if not PartialState().is_main_process:
         return 0
     found = answered(result, settings.config.samples, questions)
@@ -40,13 +41,11 @@ def fit(settings: Settings, *, as_json: bool, questions: Sequence[str] | None = 
     return 0
 
 
-def stopped(config: TrainConfig, stop: Interrupted) -> int:
-    """Prints the command that goes on, on a line of its own."""
+def to_go_on(config: TrainConfig, stop: Interrupted) -> str:
+    """The command on a line of its own, to be copied."""
     command = ["tailora", "train", "--config", str(Path(config.output_dir) / "config.yaml")]
     command += ["--resume-from-checkpoint", str(stop.folder)]
-    text = f"Stopped. Everything so far is in {stop.folder}; to go on:\n{shlex.join(command)}"
-    logs().print(text, markup=False, soft_wrap=True)
-    return INTERRUPTED
+    return f"everything so far is in {stop.folder}; to go on:\n{shlex.join(command)}"
 
 
 def answered(result: TrainResult, count: int, questions: Sequence[str] | None) -> list[Answer]:

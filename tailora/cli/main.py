@@ -26,6 +26,7 @@ COMMANDS = {
     "data": "Show what training would learn from a file.",
     "doctor": "Show what this machine can do.",
 }
+INTERRUPTED = 130
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
 EPILOGUE = "Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged, 4 a quality gate not met, 130 interrupted."
 HELP = DefaultFormatter(column_specs=(NameColumn.copy(renderer=NameRenderer(max_width=34)), DescriptionColumn))
@@ -33,7 +34,14 @@ HELP = DefaultFormatter(column_specs=(NameColumn.copy(renderer=NameRenderer(max_
 
 def app() -> App:
     """The commands by name; a command's module is imported when it is called."""
-    root = App(name="tailora", help=SUMMARY, help_epilogue=EPILOGUE, help_formatter=HELP, version=__version__)
+    root = App(
+        name="tailora",
+        help=SUMMARY,
+        help_epilogue=EPILOGUE,
+        help_formatter=HELP,
+        version=__version__,
+        suppress_keyboard_interrupt=False,  # ours says more than exit
+    )
     for order, (name, summary) in enumerate(COMMANDS.items()):
         root.command(f"tailora.cli.{name}:{name}", name=name, help=summary, sort_key=order)
     return root
@@ -60,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def failed(error: BaseException, as_json: bool) -> int:
     """Says what went wrong, and returns the exit code for it."""
-    code, message = exit_code(error), str(error) or type(error).__name__
-    logs().print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    code, message = exit_code(error), str(error)
+    label = "interrupted" if code == INTERRUPTED else "error"
+    logs().print(f"{label}: {message}" if message else label, style="red", markup=False, soft_wrap=True)
     if as_json:
         print_json({"error": {"type": type(error).__name__, "message": message, "exit_code": code}})
     return code
@@ -72,7 +81,7 @@ def exit_code(error: BaseException) -> int:
         case TailoraError():
             return error.exit_code
         case KeyboardInterrupt():
-            return 130
+            return INTERRUPTED
         case CycloptsError() | FileNotFoundError() | NotADirectoryError() | IsADirectoryError() | PermissionError():
             return 2
         case _:

@@ -158,13 +158,14 @@ def test_a_diverged_run_exits_with_3(flags: dict[str, str], capsys: pytest.Captu
 
 @pytest.mark.slow
 def test_ctrl_c_exits_with_130_and_the_printed_command_goes_on(flags: dict[str, str]) -> None:
-    started = [*TAILORA, *line(flags, {"--max-steps": "400", "--learning-rate": "1e-3"})]
-    with subprocess.Popen(started, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
+    started = [*TAILORA, *line(flags, {"--max-steps": "400", "--learning-rate": "1e-3"}), "--json"]
+    with subprocess.Popen(started, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
-        first = next(text for text in running.stderr if text.startswith("step "))
+        next(text for text in running.stderr if text.startswith("step "))
         os.kill(running.pid, signal.SIGINT)
-        said = first + running.stderr.read()
+        out, said = running.communicate()
     assert running.returncode == 130, said
+    assert json.loads(out)["error"]["exit_code"] == 130
     words = said.splitlines()[-1].split()
     assert words[:2] == ["tailora", "train"]
     assert words[-2] == "--resume-from-checkpoint"
