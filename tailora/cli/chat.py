@@ -1,5 +1,6 @@
 """`tailora chat`: a conversation on a terminal or from a pipe. Replies go to stdout, all else to stderr."""
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -105,7 +106,9 @@ def _strength(words: list[str]) -> float:
     try:
         (strength,) = [float(word) for word in words] or [1.0]
     except ValueError:
-        raise ConfigError(f"a strength is one number such as 0.7; got {' '.join(words)}") from None
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise ConfigError(f"a strength is one number such as 0.7; got {' '.join(words)}")
     return strength
 
 

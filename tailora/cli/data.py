@@ -17,6 +17,13 @@ from tailora.train.config import TrainConfig
 FLAGS: Any = flags_of({}, only=["model", "eval_data", "field", "max_length", "validation_split", "seed"])
 NONE_GIVEN = FLAGS()
 BAR = 40  # characters of the longest bar
+COUNTED = {  # what is told when there is any: key of the report -> name, meaning
+    "truncated": ("cut", "examples are longer than --max-length"),
+    "cut_away": ("left out", "examples whose learned tokens were all cut away"),
+    "replies_not_learned": ("not learned", "replies that the chat template rewrites once the chat goes on"),
+    "repeated": ("repeated", "rows are copies of an earlier row"),
+    "duplicates": ("DUPLICATES", "held-out rows are trained on too: the held-out loss will look too good"),
+}
 
 Pieces = list[tuple[str, bool]]  # text, learned
 
@@ -77,15 +84,14 @@ def show(console: Console, report: dict[str, Any], examples: Sequence[Pieces]) -
 
 def facts(report: dict[str, Any]) -> Table:
     mapping = ", ".join(key if key == column else f"{key} = {column}" for key, column in report["mapping"].items())
+    template = "the model's chat template" if report["chat_template"] else "no chat template: the texts as they are"
     share = f"{report['supervised_tokens']:,} learned ({report['supervised_share']:.0%})"
     rows = {
         "source": report["source"],
         "held-out source": report["eval_source"],
         "read as": f"{report['shape']} ({mapping})",
         "not used": ", ".join(report["ignored"]),
-        "written by": "the model's chat template"
-        if report["chat_template"]
-        else "no chat template: prompt and text as they are",
+        "written by": template,
         "rows": f"{report['rows']:,}: {report['train']:,} to train on, {report['eval']:,} held out",
         "tokens": f"{report['tokens']:,}, {share}",
         "longest": f"{report['longest']:,} tokens",
@@ -97,15 +103,6 @@ def facts(report: dict[str, Any]) -> Table:
         if value:
             table.add_row(name, Text(value))
     return table
-
-
-COUNTED = {
-    "truncated": ("cut", "examples are longer than --max-length"),
-    "cut_away": ("left out", "examples whose learned tokens were all cut away"),
-    "replies_not_learned": ("not learned", "replies that the chat template rewrites once the chat goes on"),
-    "repeated": ("repeated", "rows are copies of an earlier row"),
-    "duplicates": ("DUPLICATES", "held-out rows are trained on too: the held-out loss will look too good"),
-}
 
 
 def histogram(bins: Sequence[dict[str, int]]) -> Table:

@@ -136,8 +136,10 @@ def _expression(name: str, tokens: list[str]) -> str:
 def _pairs(name: str, tokens: list[str], split_last: bool) -> dict[str, str]:
     """key=value; a pattern's key may itself hold '=', so a pattern is split at the last one."""
     cut = str.rpartition if split_last else str.partition
-    parts = {token: cut(token, "=") for token in tokens}
-    wrong = [token for token, (key, _, value) in parts.items() if not (key and value)]
-    if wrong:
-        raise ConfigError(f"{name}: expected key=value, got {', '.join(wrong)}")
-    return {key: value for key, _, value in parts.values()}
+    parts = [cut(token, "=") for token in tokens]
+    keys = [key for key, _, _ in parts]
+    problems = [f"{name}: expected key=value, got {''.join(part)}" for part in parts if not (part[0] and part[2])]
+    problems += [f"{name}: {key} is given twice" for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    if problems:
+        raise ConfigError(listing(problems))
+    return {key: value for key, _, value in parts}

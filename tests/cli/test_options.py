@@ -149,6 +149,7 @@ def test_bad_yaml_is_refused_with_its_cause(tmp_path: Path, text: str, message: 
         (["--lora-rank", "8", "--lora-r", "4"], "same setting"),
         (["--rank-pattern", "q_proj"], "expected key=value"),
         (["--rank-pattern", "q_proj=x"], "rank_pattern"),
+        (["--rank-pattern", "q_proj=4", "--rank-pattern", "q_proj=8"], "q_proj is given twice"),
         (["--target-modules", "q_proj", "--target-modules", ".*v"], "not both"),
     ],
 )

@@ -67,6 +67,8 @@ def test_the_conversation_is_remembered_until_reset(
         ("/adapter rum", "did you mean run"),
         ("/adapter", "there are: run"),
         ("/adapter run loud", "a strength is one number"),
+        ("/adapter run nan", "a strength is one number"),
+        ("/adapter run 1 2", "a strength is one number"),
         ("/adpater run", "did you mean /adapter"),
         ("/help", "/base"),
     ],
