@@ -38,7 +38,9 @@ class KindCase:
     def batch(self, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         if not self.shape:
-            return torch.randint(0, 20, (3, 5), generator=generator)
+            ids = torch.randint(0, 20, (3, 5), generator=generator)
+            ids[0, 0] = 0  # the padding id, which has no gradient
+            return ids
         return torch.randn(self.shape, generator=generator).to(dtype)
 
 
