@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tailora import LoRAConfig, LoRAModel
+from tailora import LoRAConfig, LoRALayer, LoRAModel
+from tailora.core.kinds import EMBEDDING
 
 
 class Net(nn.Module):
@@ -93,3 +94,5 @@ def stir(model: LoRAModel, seed: int = 2) -> None:
         for name, parameter in layer.named_parameters():
             value = torch.randn(parameter.shape, generator=generator) * 0.2
             parameter.data = (value + 1.5 if name == "scaling" else value).to(parameter.dtype)
+        if isinstance(layer, LoRALayer) and layer.kind is EMBEDDING:
+            layer.lora_A.data[:, 0] = 0  # the padding id's column starts at zero and has no gradient
