@@ -48,7 +48,7 @@ def evaluate(
     with torch.no_grad(), evaluating(model), attention:
         for batch in budgeted(examples.lengths, token_budget, packed):
             losses, owners = token_losses(model, [examples[i] for i in batch], rows, device)
-            np.add.at(sums, batch[owners.cpu().numpy()], losses.double().cpu().numpy())
+            np.add.at(sums, batch[owners.cpu().numpy()], losses.cpu().double().numpy())
     return Evaluation(sums, examples.supervised.astype(np.int64))
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -35,9 +36,16 @@ def load_base(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreT
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=precision, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=precision, use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(_unreadable(name, source, error)) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"model {name!r} lacks {len(missing)} weights that {type(model).__name__} has, which would be random: "
+            f"{', '.join(missing[:3])}; give a complete causal language model"
+        )
     return model, tokenizer
 
 

@@ -29,7 +29,7 @@ from tailora.train import checkpoint, rng
 from tailora.train.config import TrainConfig
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.evaluate import Evaluation, evaluate
-from tailora.train.events import Evaluated, Event, Interrupted, Saved, Stepped
+from tailora.train.events import Evaluated, Event, Interrupted, Note, Saved, Stepped
 from tailora.train.loss import Rows, token_losses
 from tailora.train.memory import peak_bytes
 from tailora.train.optim import clip, learning_rate, take_step
@@ -55,7 +55,7 @@ class Bench:
     token_budget: int  # of an evaluation's forward
     output_dir: Path
     identity: dict[str, Any]  # what a checkpoint of this run must agree with
-    metrics: Metrics
+    metrics: Metrics | None  # of the main process
     emit: Callable[[Event], None]
 
 
@@ -99,6 +99,8 @@ def train(bench: Bench, state: State, wish: Wish) -> Evaluation | None:
             judge(bench, state)
         if _due(bench.config.save_steps, state.step):
             save(bench, state)
+    if _patience_spent(bench.config, state):
+        bench.emit(Note(f"stopped early: {state.since_best} evaluations in a row without gain"))
     if state.best is None:
         return held_out_loss(bench, state)
     checkpoint.set_parameters(bench.model.lora_layers, state.best.tensors)
@@ -232,7 +234,7 @@ def _report(bench: Bench, state: State, event: Stepped | Evaluated) -> None:
         }
     else:
         values = {"eval_loss": event.loss}
-    if bench.accelerator.is_main_process:
+    if bench.metrics is not None:
         bench.metrics.write(step=event.step, **values)
     bench.accelerator.log(values, step=event.step)
     bench.emit(event)

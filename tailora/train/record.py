@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", 
 
 
 def claim(config: TrainConfig) -> Path:
-    """The output folder, made and found writable, and free unless the run resumes. Raises ConfigError."""
+    """The output folder: writable, and empty of other runs. Raises ConfigError."""
     output_dir = Path(config.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,9 @@ def claim(config: TrainConfig) -> Path:
         raise ConfigError(
             f"output_dir {output_dir} cannot be written to ({error.strerror}); give another --output-dir"
         ) from None
-    if not config.resume_from_checkpoint and (kept := _kept(output_dir)):
+    resumed = config.resume_from_checkpoint
+    own = resumed is not None and (resumed == "latest" or Path(resumed).resolve().parent == output_dir.resolve())
+    if not own and (kept := _kept(output_dir)):
         go_on = " or go on with --resume-from-checkpoint latest," if found(output_dir) else ""
         raise ConfigError(
             f"{output_dir} holds {kept} of an earlier run; give another --output-dir,{go_on} or delete it"

@@ -1,33 +1,43 @@
 """The parts of a run, each made from the settings and the parts before it."""
 
 import importlib.util
-import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tailora.data.batches import plan
-from tailora.data.demo import resolve
-from tailora.data.prepare import Prepared, prepare, stream
-from tailora.data.store import Example, Examples
+from tailora.data.store import Example
 from tailora.errors import ConfigError, listing, nearest
+from tailora.fast.attention import packed_rows
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
+from tailora.train.feed import Feed, feed
+from tailora.train.load import load_base
 from tailora.train.loss import Rows, keeps_logits, token_losses
-from tailora.train.memory import Cost, Load, measure
+from tailora.train.memory import Cost, explained, measure
 from tailora.train.packing import choose
 from tailora.train.rng import seed_all
-from tailora.train.steps import MicroBatch, Shape, planned, steps_per_epoch, streamed
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
-PROBE_TOKENS = 512  # memory is measured on the longest example up to here
+PROBE_TOKENS = 128  # memory is measured on so much of the longest example
+LIGHTER = "what helps: --dtype bfloat16 (half the bytes of float32), a smaller --model, closing other programs"
+
+
+@dataclass(frozen=True, eq=False)
+class Kit:
+    """Everything that training needs, loaded, checked and tried."""
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    feed: Feed
+    model: LoRAModel
+    rows: Rows
+    cost: Cost
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -43,93 +53,18 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(log_with=config.report_to or None, project_dir=config.output_dir)
 
 
-@dataclass(frozen=True, eq=False)
-class Feed:
-    """What is trained on, in which steps, and what is held out."""
+def assemble(config: TrainConfig, accelerator: Accelerator, note: Callable[[str], None]) -> Kit:
+    """Model, data, adapter, form of the batches, memory: in this order. `note` hears what was decided.
 
-    prepared: Prepared | None  # None when streaming without eval_data
-    held_out: Examples | None
-    steps: Callable[[int], Iterator[list[MicroBatch]]]  # from a step on
-    max_steps: int
-    largest: Load  # micro-batch
-    longest: int  # example, in tokens
-    sample: Example  # to measure memory on
-
-
-def feed(
-    config: TrainConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
-) -> Feed:
-    """Read, check and tokenise the data. Raises DataError with all its problems."""
-    shape = Shape(
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-        config.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    rows = base.get_input_embeddings().weight.shape[0]
-    common: dict[str, Any] = {"field": config.field, "max_length": config.max_length}
-    eval_source = None if config.eval_data is None else resolve(config.eval_data, "eval_data")
-    source = resolve(config.data, "data")
-    if config.streaming:
-        read = partial(stream, source, tokenizer, **common)
-        held = (
-            None
-            if eval_source is None
-            else prepare(eval_source, tokenizer, eval_source=eval_source, embedding_rows=rows, **common)
-        )
-        return _stream_feed(config, read, held, shape)
-    data = prepare(
-        source,
-        tokenizer,
-        eval_source=eval_source,
-        validation_split=config.validation_split,
-        seed=config.seed,
-        embedding_rows=rows,
-        **common,
-    )
-    total = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch(len(data.train), shape))
-    return Feed(
-        data,
-        data.eval,
-        partial(planned, data.train, shape),
-        total,
-        _largest(data.train, config),
-        int(data.train.lengths.max()),
-        _probe(data.train),
-    )
-
-
-def _stream_feed(
-    config: TrainConfig, read: Callable[[], Iterable[Example]], held: Prepared | None, shape: Shape
-) -> Feed:
-    """Nothing is known of a stream's lengths, so its largest micro-batch is taken to be full."""
-    assert config.max_steps is not None  # TrainConfig saw to it
-    tokens = config.per_device_train_batch_size * config.max_length
-    largest = Load(config.per_device_train_batch_size, tokens, tokens, config.gradient_checkpointing)
-    return Feed(
-        held,
-        held.eval if held else None,
-        partial(streamed, read, shape),
-        config.max_steps,
-        largest,
-        config.max_length,
-        next(iter(read())),
-    )
-
-
-def _largest(examples: Examples, config: TrainConfig) -> Load:
-    """The micro-batch of the first epoch with the most tokens."""
-    batches = plan(examples.lengths, batch_size=config.per_device_train_batch_size, seed=config.seed, epoch=0)
-    lengths, supervised = examples.lengths, examples.supervised
-    batch = max(batches, key=lambda indices: int(lengths[indices].sum()))
-    return Load(len(batch), int(lengths[batch].sum()), int(supervised[batch].sum()), config.gradient_checkpointing)
-
-
-def _probe(examples: Examples) -> Example:
-    lengths = examples.lengths
-    short = [i for i in range(len(examples)) if lengths[i] <= PROBE_TOKENS]
-    return examples[max(short, key=lambda i: int(lengths[i])) if short else int(lengths.argmin())]
+    Raises ConfigError, DataError, TargetError; MemoryLimitError when the model alone is too large.
+    """
+    device = accelerator.device
+    with explained("loading", lambda: LIGHTER):
+        base, tokenizer = load_base(config.model, config.dtype, device.type)
+        data = feed(config, base, tokenizer, accelerator)
+        model = attach(config, base, device)
+        rows = choose_rows(config, base, tokenizer, note)
+        return Kit(base, tokenizer, data, model, rows, memory_cost(model, rows, data.sample, device))
 
 
 def attach(config: TrainConfig, base: PreTrainedModel, device: torch.device) -> LoRAModel:
@@ -155,6 +90,28 @@ def choose_rows(
     return Rows(packing.on, keeps, next(token for token in known if token is not None))
 
 
+def memory_cost(model: LoRAModel, rows: Rows, sample: Example, device: torch.device) -> Cost:
+    """Bytes that a forward keeps, measured on the start of one example."""
+    base = cast(PreTrainedModel, model.base_model)
+
+    def forward(tokens: int) -> Tensor:
+        part = Example(sample.input_ids[:tokens], sample.labels[:tokens])
+        return token_losses(model, [part], rows, device)[0].sum()
+
+    with packed_rows(base) if rows.packed else nullcontext():
+        return measure(forward, min(len(sample.input_ids), PROBE_TOKENS), base)
+
+
+@contextmanager
+def prepared_for_training(kit: Kit, checkpointing: bool) -> Iterator[None]:
+    """The model reads the kit's rows, and computes layers again if so wished; afterwards it is what it was."""
+    with (
+        packed_rows(kit.base) if kit.rows.packed else nullcontext(),
+        checkpointed_layers(kit.base) if checkpointing else nullcontext(),
+    ):
+        yield
+
+
 @contextmanager
 def checkpointed_layers(base: PreTrainedModel) -> Iterator[None]:
     """Within the block every layer keeps its input only and computes the rest again. Raises ConfigError.
@@ -174,17 +131,3 @@ def checkpointed_layers(base: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         disable()
-
-
-def memory_cost(model: LoRAModel, rows: Rows, sample: Example, device: torch.device) -> Cost:
-    """Bytes that a forward keeps, measured on one example."""
-
-    def forward(tokens: int) -> Tensor:
-        part = Example(sample.input_ids[:tokens], sample.labels[:tokens])
-        return token_losses(model, [part], rows, device)[0].sum()
-
-    return measure(
-        forward,
-        len(sample.input_ids),
-        cast(PreTrainedModel, model.base_model),
-    )

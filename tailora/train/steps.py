@@ -1,11 +1,12 @@
 """Which examples each optimiser step sees: a function of the settings and the step, so that a run can be continued.
 
-A step is `accumulation` micro-batches on every rank. Where a rank has none left, it repeats one with weight 0, because
-all ranks must take part in every forward.
+A step is `accumulation` batches of `batch_size` examples on every rank. A batch of more than `token_limit` tokens goes
+through the model in parts, which changes no result, since the loss is summed over the whole step. Where a rank has
+fewer parts than another, it repeats one with weight 0, because all ranks must take part in every forward.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 
@@ -32,11 +33,12 @@ class MicroBatch:
 class Shape:
     """The size of a step, and which share of it is ours."""
 
-    batch_size: int  # examples in a micro-batch
-    accumulation: int  # micro-batches of a rank in a step
+    batch_size: int  # examples in a batch
+    accumulation: int  # batches of a rank in a step
     seed: int = 0
     rank: int = 0
     world: int = 1
+    token_limit: int | None = None  # of one forward; a longer example goes alone
 
     @property
     def examples_per_step(self) -> int:
@@ -76,8 +78,33 @@ def _repeated(read: Callable[[], Iterable[Example]]) -> Iterator[Example]:
             raise DataError("the stream holds no example to learn from")
 
 
+def parts(lengths: Sequence[int], limit: int | None) -> list[range]:
+    """The places of a batch, cut into runs of at most `limit` tokens and of about the same size."""
+    total = sum(lengths)
+    if limit is None or total <= limit:
+        return [range(len(lengths))]
+    target = total / math.ceil(total / limit)
+    cut: list[range] = []
+    first, tokens = 0, 0
+    for place, length in enumerate(lengths):
+        if tokens and (tokens + length > limit or tokens + length / 2 > target):
+            cut.append(range(first, place))
+            first, tokens = place, 0
+        tokens += length
+    return [*cut, range(first, len(lengths))]
+
+
 def _share(group: list[list[Example]], shape: Shape) -> list[MicroBatch]:
-    """Our micro-batches of the step: every `world`-th one."""
-    missing = -len(group) % shape.world
-    batches = [MicroBatch(examples) for examples in group] + [MicroBatch(group[0], weight=0.0)] * missing
-    return batches[shape.rank :: shape.world]
+    """Our micro-batches of the step: every `world`-th batch, in parts."""
+    shares = [_in_parts(group[rank :: shape.world], shape.token_limit) for rank in range(shape.world)]
+    own = shares[shape.rank]
+    missing = max(map(len, shares)) - len(own)
+    return own + [MicroBatch(shares[0][0].examples, weight=0.0)] * missing
+
+
+def _in_parts(batches: list[list[Example]], limit: int | None) -> list[MicroBatch]:
+    return [
+        MicroBatch([batch[place] for place in places])
+        for batch in batches
+        for places in parts([len(example.input_ids) for example in batch], limit)
+    ]

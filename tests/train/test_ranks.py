@@ -52,6 +52,8 @@ def test_two_ranks_train_the_adapter_that_one_does(settings: Any, tmp_path: Path
     for name in ("steps", "train_tokens", "supervised_tokens", "best_step"):
         assert record["result"][name] == getattr(result, name)
     assert record["result"]["eval_loss_after"] == pytest.approx(result.eval_loss_after, abs=1e-4)
+    lines = [json.loads(line) for line in (Path(two.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, result.steps + 1))
     assert {path.name for path in (tmp_path / "two" / "checkpoint-6").iterdir()} >= {
         "random-0.safetensors",
         "random-1.safetensors",

@@ -1,11 +1,11 @@
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import pytest
 
 from tailora.data.store import Example, Examples
 from tailora.errors import DataError
-from tailora.train.steps import MicroBatch, Shape, planned, steps_per_epoch, streamed
+from tailora.train.steps import MicroBatch, Shape, parts, planned, steps_per_epoch, streamed
 
 
 def example(number: int) -> Example:
@@ -62,3 +62,26 @@ def test_epochs_differ_and_seeds_differ() -> None:
 def test_an_empty_stream_is_an_error_and_not_an_endless_loop() -> None:
     with pytest.raises(DataError, match="no example"):
         next(streamed(lambda: iter([]), Shape(2, 1)))
+
+
+@pytest.mark.parametrize("limit", [1, 10, 17, 1000, None])
+def test_parts_keep_to_the_limit_and_lose_nothing(limit: int | None) -> None:
+    lengths = [3, 9, 4, 4, 12, 5, 5, 5]
+    cut = parts(lengths, limit)
+    assert [place for places in cut for place in places] == list(range(len(lengths)))
+    assert all(len(places) == 1 or limit is None or sum(lengths[place] for place in places) <= limit for places in cut)
+
+
+def test_parts_are_of_about_one_size() -> None:
+    assert parts([200] * 8, 1024) == [range(4), range(4, 8)]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_in_parts_holds_the_same_examples(world: int) -> None:
+    for rank in range(world):
+        whole, cut = (
+            islice(planned(DATA, Shape(4, 2, rank=rank, world=world, token_limit=limit)), 6) for limit in (None, 8)
+        )
+        for one, other in zip(whole, cut, strict=True):
+            assert sorted(chain(*numbers(one))) == sorted(chain(*numbers(other)))
+            assert all(batch.tokens <= 8 for batch in other)

@@ -1,0 +1,102 @@
+"""What a run trains on, in which steps, what is held out, and how large a forward becomes."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tailora.data.batches import plan
+from tailora.data.demo import resolve
+from tailora.data.prepare import Prepared, prepare, stream
+from tailora.data.store import Example, Examples
+from tailora.train.config import TrainConfig
+from tailora.train.memory import Load
+from tailora.train.steps import MicroBatch, Shape, parts, planned, steps_per_epoch, streamed
+
+CPU_TOKENS = 1024  # of one forward on a CPU, which gains nothing from more: 430 tokens/s at 380, 480 at 730 and at 1500
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    prepared: Prepared | None  # None when streaming without eval_data
+    held_out: Examples | None
+    steps: Callable[[int], Iterator[list[MicroBatch]]]  # from a step on
+    max_steps: int
+    largest: Load  # forward, as far as it is known
+    longest: int  # tokens of an example
+    sample: Example  # that one
+
+
+def feed(
+    config: TrainConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> Feed:
+    """Read, check and tokenise the data. Raises DataError with all its problems."""
+    shape = Shape(
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        token_limit=CPU_TOKENS if accelerator.device.type == "cpu" else None,
+    )
+    rows = base.get_input_embeddings().weight.shape[0]
+    return (_streamed if config.streaming else _prepared)(config, tokenizer, rows, shape)
+
+
+def _prepared(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int, shape: Shape) -> Feed:
+    """Everything read and checked first."""
+    data = prepare(
+        resolve(config.data, "data"),
+        tokenizer,
+        eval_source=None if config.eval_data is None else resolve(config.eval_data, "eval_data"),
+        field=config.field,
+        max_length=config.max_length,
+        validation_split=config.validation_split,
+        seed=config.seed,
+        embedding_rows=rows,
+    )
+    total = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch(len(data.train), shape))
+    return _feed(config, data, partial(planned, data.train, shape), total, data.train, shape)
+
+
+def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int, shape: Shape) -> Feed:
+    """Read while training; what is known of it beforehand is its first batch."""
+    common: dict[str, Any] = {"field": config.field, "max_length": config.max_length}
+    read = partial(stream, resolve(config.data, "data"), tokenizer, **common)
+    held = None
+    if config.eval_data is not None:
+        source = resolve(config.eval_data, "eval_data")
+        held = prepare(source, tokenizer, eval_source=source, embedding_rows=rows, **common)
+    assert config.max_steps is not None  # TrainConfig saw to it
+    first = Examples.of(islice(read(), shape.batch_size))
+    return _feed(config, held, partial(streamed, read, shape), config.max_steps, first, shape)
+
+
+def _feed(
+    config: TrainConfig,
+    data: Prepared | None,
+    steps: Callable[[int], Iterator[list[MicroBatch]]],
+    max_steps: int,
+    known: Examples,
+    shape: Shape,
+) -> Feed:
+    sample = known[int(known.lengths.argmax())]
+    largest = _largest(known, shape, config.gradient_checkpointing)
+    return Feed(data, data.eval if data else None, steps, max_steps, largest, len(sample.input_ids), sample)
+
+
+def _largest(examples: Examples, shape: Shape, checkpointed: bool) -> Load:
+    """The forward of the first epoch with the most tokens."""
+    lengths, supervised = examples.lengths, examples.supervised
+    forwards = [
+        batch[list(places)]
+        for batch in plan(lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=0)
+        for places in parts(lengths[batch].tolist(), shape.token_limit)
+    ]
+    most = max(forwards, key=lambda indices: int(lengths[indices].sum()))
+    return Load(len(most), int(lengths[most].sum()), int(supervised[most].sum()), checkpointed)
