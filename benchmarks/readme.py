@@ -1,0 +1,71 @@
+"""Write the measured parts of README.md from benchmarks/results: the demo's output and the table.
+
+tailora demo > benchmarks/results/demo.txt && python benchmarks/demo.py run && python benchmarks/readme.py
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+ROWS = [  # label, key, format
+    ("held-out loss after (before: {before})", "loss_after", "{:.3f}"),
+    ("training, tokens/s", "tokens_per_second", "{:.0f}"),
+    ("training, s", "train_seconds", "{:.0f}"),
+    ("peak memory, GB", "peak_gigabytes", "{:.2f}"),
+]
+
+
+def table(results: dict[str, Any]) -> str:
+    ours, theirs, start = (results["summary"][arm] for arm in ("tailora", "peft", "startup"))
+    before = f"{ours['loss_before']['median']:.3f}"
+    lines = ["| the demo's run | tailora | PEFT, hand-written loop | ratio |", "|---|---|---|---|"]
+    for label, key, form in ROWS:
+        ratio = ours[key]["median"] / theirs[key]["median"]
+        lines.append(
+            f"| {label.format(before=before)} | {spread(ours[key], form)} | {spread(theirs[key], form)} | {ratio:.2f} |"
+        )
+    ours_start, peft_start = start["import_tailora_over_torch"], start["import_peft_over_torch"]
+    ratio = ours_start["median"] / peft_start["median"]
+    cells = f"{spread(ours_start, '{:.2f}')} | {spread(peft_start, '{:.2f}')} | {ratio:.2f}"
+    lines.append(f"| CPU time of the import, x that of torch | {cells} |")
+    return "\n".join(lines) + "\n\n" + caption(results)
+
+
+def spread(value: dict[str, float], form: str) -> str:
+    median, low, high = (form.format(value[key]) for key in ("median", "low", "high"))
+    return median if low == high else f"{median} ({low} to {high})"
+
+
+def caption(results: dict[str, Any]) -> str:
+    machine, repeats = results["machine"], len(results["runs"]["tailora"])
+    packages = machine["packages"]
+    return (
+        f"Median and range of {repeats} interleaved runs, each in a process of its own, on {machine['cores']} cores "
+        f"of an {machine['cpu']} ({', '.join(machine['bf16']) or 'no bf16'}); torch {packages['torch']}, transformers "
+        f"{packages['transformers']}, PEFT {packages['peft']}. Both arms: the same rows and order, r = 16 on every "
+        "linear layer, alpha 32, bf16 base; the PEFT loop pads batches grouped by length and computes logits at supervised "
+        "positions only. Made by [benchmarks/demo.py](benchmarks/demo.py)."
+    )
+
+
+def put(readme: str, name: str, content: str) -> str:
+    """Replace what stands between the two markers of this name."""
+    start, end = f"<!-- measured:{name} -->", f"<!-- /measured:{name} -->"
+    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    if len(pattern.findall(readme)) != 1:
+        raise SystemExit(f"README.md needs one pair of markers {start} {end}")
+    return pattern.sub(lambda _: f"{start}\n{content.strip()}\n{end}", readme)
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    output = (RESULTS / "demo.txt").read_text()
+    readme = put(path.read_text(), "demo-output", f"```\n{output.strip()}\n```")
+    path.write_text(put(readme, "table", table(json.loads((RESULTS / "demo.json").read_text()))))
+
+
+if __name__ == "__main__":
+    main()
