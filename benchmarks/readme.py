@@ -46,7 +46,7 @@ def caption(results: dict[str, Any]) -> str:
         f"Median and range of {repeats} interleaved runs, each in a process of its own, on {machine['cores']} cores "
         f"of an {machine['cpu']} ({', '.join(machine['bf16']) or 'no bf16'}); torch {packages['torch']}, transformers "
         f"{packages['transformers']}, PEFT {packages['peft']}. Both arms: the same rows and order, r = 16 on every "
-        "linear layer, alpha 32, bf16 base; the PEFT loop pads batches grouped by length and computes logits at supervised "
+        "linear layer, alpha 32, bf16 base; the PEFT loop groups by length and computes logits at supervised "
         "positions only. Made by [benchmarks/demo.py](benchmarks/demo.py)."
     )
 
