@@ -10,20 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from tailora.cli.console import note, print_json, results
+from tailora.cli.counted import counted
 from tailora.cli.models import vocabulary
 from tailora.cli.options import ConfigFile, Json, flags_of, settings
-from tailora.train.config import TrainConfig
 
 FLAGS: Any = flags_of({}, only=["model", "eval_data", "field", "max_length", "validation_split", "seed"])
 NONE_GIVEN = FLAGS()
 BAR = 40  # characters of the longest bar
-COUNTED = {  # what is told when there is any: key of the report -> name, meaning
-    "truncated": ("cut", "examples are longer than --max-length"),
-    "cut_away": ("left out", "examples whose learned tokens were all cut away"),
-    "replies_not_learned": ("not learned", "replies that the chat template rewrites once the chat goes on"),
-    "repeated": ("repeated", "rows are copies of an earlier row"),
-    "duplicates": ("DUPLICATES", "held-out rows are trained on too: the held-out loss will look too good"),
-}
 
 Pieces = list[tuple[str, bool]]  # text, learned
 
@@ -42,8 +35,10 @@ def data(
     for text in chosen.notes:
         note(text)
     from tailora.data.preview import preview
+    from tailora.train.feed import read_whole
 
-    prepared, tokenizer = tokenised(chosen.config)
+    tokenizer, embedding_rows = vocabulary(chosen.config.model)
+    prepared = read_whole(chosen.config, tokenizer, embedding_rows)
     report = prepared.report.to_dict()
     examples = [preview(prepared.train[index], tokenizer) for index in range(min(rows, len(prepared.train)))]
     if json:
@@ -52,25 +47,6 @@ def data(
     else:
         show(results(), report, examples)
     return 0
-
-
-def tokenised(config: TrainConfig) -> tuple[Any, Any]:
-    """The data as training would prepare it, and the tokenizer. Raises DataError, ConfigError."""
-    from tailora.data.demo import resolve
-    from tailora.data.prepare import prepare
-
-    tokenizer, embedding_rows = vocabulary(config.model)
-    prepared = prepare(
-        resolve(config.data, "data"),
-        tokenizer,
-        eval_source=None if config.eval_data is None else resolve(config.eval_data, "eval_data"),
-        field=config.field,
-        max_length=config.max_length,
-        validation_split=config.validation_split,
-        seed=config.seed,
-        embedding_rows=embedding_rows,
-    )
-    return prepared, tokenizer
 
 
 def show(console: Console, report: dict[str, Any], examples: Sequence[Pieces]) -> None:
@@ -95,7 +71,7 @@ def facts(report: dict[str, Any]) -> Table:
         "rows": f"{report['rows']:,}: {report['train']:,} to train on, {report['eval']:,} held out",
         "tokens": f"{report['tokens']:,}, {share}",
         "longest": f"{report['longest']:,} tokens",
-        **{name: f"{report[key]:,} {what}" for key, (name, what) in COUNTED.items() if report[key]},
+        **counted(report),
         "sha256": report["sha256"],
     }
     table = Table.grid(padding=(0, 2))

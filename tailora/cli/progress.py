@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tailora.cli.console import on_terminal
+from tailora.cli.counted import counted
 from tailora.train.events import Evaluated, Event, Listener, Note, Prepared, Saved, Stepped
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -77,7 +78,7 @@ def _say(console: Console, event: Event) -> None:
 
 def described(header: Mapping[str, Any]) -> str:
     """What is about to be trained, and why it was chosen where the settings left it open."""
-    asked, data = header["settings"], header["data"]
+    asked = header["settings"]
     total, trained = header["total_parameters"], header["trainable_parameters"]
     why = "what this machine is fastest with" if asked["dtype"] == "auto" else "as asked"
     rows = "packed, attention inside each" if header["packed"] else "padded"
@@ -85,9 +86,18 @@ def described(header: Mapping[str, Any]) -> str:
     lines = {
         "model": f"{asked['model']}, {total / 1e6:,.1f}M parameters, {header['dtype']} ({why}) on {header['device']}",
         "adapter": f"{header['adapted_layers']} layers, {trained:,} parameters ({trained / total:.2%})",
-        "data": f"{data['train']:,} examples, {data['eval']:,} held out; read as {data['shape']}"
-        if data
-        else "streamed",
+        **_read(header["data"], asked["streaming"]),
         "steps": f"{header['max_steps']:,} of {size} examples, {rows}",
     }
-    return "\n".join(f"{name:<9}{text}" for name, text in lines.items())
+    width = max(map(len, lines)) + 2
+    return "\n".join(f"{name:<{width}}{text}" for name, text in lines.items())
+
+
+def _read(data: Mapping[str, Any] | None, streaming: bool) -> dict[str, str]:
+    """What there is to learn from, and what of it was cut or left out; streamed data is not known yet."""
+    if data is None or streaming:
+        return {"data": f"streamed; {data['eval']:,} examples held out" if data else "streamed"}
+    return {
+        "data": f"{data['train']:,} examples, {data['eval']:,} held out; read as {data['shape']}",
+        **counted(data),
+    }

@@ -48,9 +48,9 @@ def feed(
     return (_streamed if config.streaming else _prepared)(config, tokenizer, rows, shape)
 
 
-def _prepared(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int, shape: Shape) -> Feed:
-    """Everything read and checked first."""
-    data = prepare(
+def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> Prepared:
+    """The data that `config` names, read, checked and tokenised. Raises DataError with all its problems."""
+    return prepare(
         resolve(config.data, "data"),
         tokenizer,
         eval_source=None if config.eval_data is None else resolve(config.eval_data, "eval_data"),
@@ -58,8 +58,12 @@ def _prepared(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int
         max_length=config.max_length,
         validation_split=config.validation_split,
         seed=config.seed,
-        embedding_rows=rows,
+        embedding_rows=embedding_rows,
     )
+
+
+def _prepared(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int, shape: Shape) -> Feed:
+    data = read_whole(config, tokenizer, rows)
     total = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch(len(data.train), shape))
     return _feed(config, data, partial(planned, data.train, shape), total, data.train, shape)
 

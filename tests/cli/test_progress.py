@@ -1,21 +1,25 @@
 """What a run shows while it goes on."""
 
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from tailora.cli.counted import MEANINGS
 from tailora.cli.progress import described, shown
 from tailora.train.events import Evaluated, Event, Note, Stepped
 
-HEADER = {
+NOTHING_DROPPED = dict.fromkeys(MEANINGS, 0)
+HEADER: dict[str, Any] = {
     "settings": {
         "model": "m",
         "dtype": "auto",
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
+        "streaming": False,
     },
-    "data": {"train": 90, "eval": 10, "shape": "messages"},
+    "data": {"train": 90, "eval": 10, "shape": "messages", **NOTHING_DROPPED},
     "device": "cpu",
     "dtype": "bfloat16",
     "packed": True,
@@ -85,7 +89,7 @@ def test_evaluations_and_notes_are_always_shown() -> None:
     ("changes", "part"),
     [
         ({}, "100.0M parameters, bfloat16 (what this machine is fastest with) on cpu"),
-        ({"settings": {**HEADER["settings"], "dtype": "bfloat16"}}, "bfloat16 (as asked)"),  # type: ignore[dict-item]
+        ({"settings": {**HEADER["settings"], "dtype": "bfloat16"}}, "bfloat16 (as asked)"),
         ({}, "210 layers, 1,000,000 parameters (1.00%)"),
         ({}, "90 examples, 10 held out; read as messages"),
         ({}, "12 of 8 examples, packed"),
@@ -95,3 +99,30 @@ def test_evaluations_and_notes_are_always_shown() -> None:
 )
 def test_the_header_says_what_was_chosen_and_why(changes: dict[str, object], part: str) -> None:
     assert part in described({**HEADER, **changes})
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("truncated", "cut 1,234 examples are longer than --max-length"),
+        ("cut_away", "left out 1,234 examples"),
+        ("replies_not_learned", "not learned 1,234 replies"),
+        ("repeated", "repeated 1,234 rows"),
+        ("duplicates", "DUPLICATES 1,234 held-out rows are trained on too"),
+    ],
+)
+def test_the_header_has_a_line_for_what_was_dropped_and_for_nothing_else(key: str, line: str) -> None:
+    dropped = {**HEADER, "data": {**HEADER["data"], key: 1234}}
+    before, after = (
+        [" ".join(each.split()) for each in described(header).splitlines()] for header in (HEADER, dropped)
+    )
+    (added,) = [each for each in after if each not in before]
+    assert added.startswith(line)
+    assert len(after) == len(before) + 1
+
+
+def test_streamed_data_is_not_counted_though_the_held_out_is() -> None:
+    data = {**HEADER["data"], "duplicates": 10}
+    text = described({**HEADER, "data": data, "settings": {**HEADER["settings"], "streaming": True}})
+    assert "streamed; 10 examples held out" in text
+    assert "DUPLICATES" not in text
