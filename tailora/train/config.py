@@ -2,14 +2,18 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from tailora.core.config import LoRAConfig, StrictModel
 from tailora.errors import ConfigError, listing
 
+COUNT = 2**31  # above any count that makes sense, and well below what numpy and torch can hold
+
 
 class TrainConfig(StrictModel):
     """A training run. Adapter fields are those of `LoRAConfig`; the rest carry the field's usual names."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     # what
     model: str = Field("demo", description="Hugging Face folder or Hub id, or 'demo'")
@@ -18,7 +22,7 @@ class TrainConfig(StrictModel):
     output_dir: str = Field("outputs/run", description="folder for adapter, checkpoints, metrics")
     adapter: str | None = Field(None, description="go on from this adapter folder instead of a new one")
     # adapter
-    r: int = Field(16, ge=1, description="rank of the update")
+    r: int = Field(16, ge=1, lt=COUNT, description="rank of the update")
     lora_alpha: float = Field(32, gt=0, description="scale is alpha/r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
     target_modules: list[str] | str = Field("all-linear", description="names, one regular expression, or all-linear")
@@ -32,7 +36,7 @@ class TrainConfig(StrictModel):
     init_lora_weights: Literal["kaiming", "gaussian"] = Field("kaiming", description="start of A")
     # data
     field: dict[str, str] = Field({}, description="rename columns: prompt=question")
-    max_length: int = Field(1024, ge=8, description="tokens; longer examples are cut and counted")
+    max_length: int = Field(1024, ge=8, lt=COUNT, description="tokens; longer examples are cut and counted")
     validation_split: float = Field(0.05, ge=0, lt=1, description="share of the rows held out")
     packing: Literal["auto", "on", "off"] = Field("auto", description="several examples per row, attention isolated")
     streaming: bool = Field(False, description="read the data while training; needs --max-steps")
@@ -42,19 +46,19 @@ class TrainConfig(StrictModel):
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps spent warming up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW decay; 0 for LoRA")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
-    max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
-    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data, unless --max-steps")
-    per_device_train_batch_size: int = Field(8, ge=1, description="examples per forward")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="forwards per step")
+    max_steps: int | None = Field(None, ge=1, lt=COUNT, description="stop after this many steps")
+    num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="passes over the data, unless --max-steps")
+    per_device_train_batch_size: int = Field(8, ge=1, lt=COUNT, description="examples per forward")
+    gradient_accumulation_steps: int = Field(1, ge=1, lt=COUNT, description="forwards per step")
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the base; adapters are float32")
-    seed: int = Field(0, ge=0, description="data order, start of A, dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="data order, start of A, dropout")
     # evaluation and files
-    eval_steps: int = Field(0, ge=0, description="evaluate every N steps; 0: before and after only")
-    early_stopping_patience: int = Field(0, ge=0, description="stop after N evaluations without gain; 0: never")
-    save_steps: int = Field(0, ge=0, description="checkpoint every N steps; 0: never")
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept beside the best")
-    samples: int = Field(3, ge=0, description="held-out prompts answered before and after")
+    eval_steps: int = Field(0, ge=0, lt=COUNT, description="evaluate every N steps; 0: before and after only")
+    early_stopping_patience: int = Field(0, ge=0, lt=COUNT, description="stop after N without gain; 0: never")
+    save_steps: int = Field(0, ge=0, lt=COUNT, description="checkpoint every N steps; 0: never")
+    save_total_limit: int = Field(2, ge=1, lt=COUNT, description="checkpoints kept beside the best")
+    samples: int = Field(3, ge=0, lt=COUNT, description="held-out prompts answered before and after")
     report_to: list[str] = Field([], description="tensorboard, wandb, trackio")
     resume_from_checkpoint: str | None = Field(None, description="checkpoint folder, or 'latest'")
 

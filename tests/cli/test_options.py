@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from cyclopts import App
 
-from tailora.cli.options import Settings, settings
+from tailora.cli.options import FIELDS, Settings, settings
 from tailora.cli.train import FLAGS
 from tailora.cli.train import train as command
 from tailora.cli.yaml12 import read_mapping
@@ -173,3 +173,22 @@ def test_names_of_other_tools_are_read_with_a_note(tokens: list[str], changes: d
 def test_names_of_other_tools_are_read_in_yaml_too(tmp_path: Path) -> None:
     found = parsed(yaml="cutoff_len: 64", folder=tmp_path)
     assert found == Settings(TrainConfig(max_length=64, eval_data="demo"), ["cutoff_len is read as max_length"])
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.annotation is float])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_no_setting_is_infinite(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} = '{value}'"):
+        parsed(f"--{name.replace('_', '-')}", value)
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.annotation in (int, int | None)])
+def test_no_count_is_larger_than_what_torch_and_numpy_hold(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} = '{2**70}'"):
+        parsed(f"--{name.replace('_', '-')}", str(2**70))
+
+
+@pytest.mark.parametrize(("name", "value"), [("alpha_pattern", {"q_proj": float("inf")}), ("seed", 2**63)])
+def test_limits_hold_in_python_too(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        TrainConfig(**{name: value})
