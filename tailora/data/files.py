@@ -13,6 +13,7 @@ import pyarrow.parquet
 from tailora.data.rows import Fault, Row
 
 Read = Iterator[Row | Fault]
+LONGEST_FIELD = 2**31 - 1  # characters of a CSV field: what a C long holds everywhere; Python's limit is 131,072
 
 
 def read_lines(path: Path) -> Read:
@@ -78,18 +79,27 @@ def read_table(path: Path, delimiter: str) -> Read:
         lines = (line.decode("utf-8-sig") for line in file)
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
-            header = next(reader, [])
+            header = _values(reader) or []
             twice = sorted(name for name, count in Counter(header).items() if count > 1)
             if twice:
                 yield Fault(str(path), 1, f"the header names {', '.join(twice)} more than once")
                 return
-            for values in reader:
+            while (values := _values(reader)) is not None:
                 if values:
                     yield _table_row(str(path), reader.line_num, header, values)
         except UnicodeDecodeError as error:
             yield Fault(str(path), reader.line_num + 1, _not_utf8(error))
         except csv.Error as error:
             yield Fault(str(path), reader.line_num, f"not CSV: {error}")
+
+
+def _values(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next line's values, of any length; None at the end. csv's limit is the whole process's, so it is put back."""
+    before = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _table_row(file: str, number: int, header: list[str], values: list[str]) -> Row | Fault:

@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 
@@ -33,6 +34,16 @@ def write_tsv(path: Path) -> None:
 
 def write_parquet(path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+def test_a_csv_field_may_be_of_any_length_and_the_csv_module_stays_as_it_is(tmp_path: Path) -> None:
+    before, long = csv.field_size_limit(), "x" * 200_000
+    (tmp_path / "long.csv").write_text(f"text\n{long}\nshort\n")
+    rows = read_file(tmp_path / "long.csv")
+    first = next(rows)
+    assert csv.field_size_limit() == before
+    assert [row.fields["text"] for row in (first, *rows) if isinstance(row, Row)] == [long, "short"]
+    assert csv.field_size_limit() == before
 
 
 @pytest.mark.parametrize(
