@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-Messages = list[dict[str, str]]
+from tailora.data.shapes import Messages
 
 TURNS = 4  # of each chat's opening: with the same tokens, many short conversations taught more than few long ones
 LONGEST = 500  # characters of a turn; beyond are pasted walls of one word

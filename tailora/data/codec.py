@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from tailora.data.shapes import Messages
 from tailora.errors import DataError
-
-Messages = list[dict[str, str]]
 
 
 class Offsets(NamedTuple):

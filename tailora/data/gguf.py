@@ -1,18 +1,18 @@
 """A GGUF file -> a Hugging Face folder in bfloat16, read by transformers."""
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+
+from tailora.data.quiet import quiet
 
 
 def convert(source: Path, folder: Path) -> None:
     """Write model, tokenizer, chat template and generation settings of `source` into `folder`."""
-    with quiet():
+    with quiet(warnings=False), redirect_stderr(io.StringIO()):  # the bar of unpacking knows no switch
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         # The weights are dense now; what says that they are quantised would forbid saving.
@@ -21,15 +21,3 @@ def convert(source: Path, folder: Path) -> None:
         model.is_quantized = False
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and its advice on packed weights; errors are raised as ever."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)

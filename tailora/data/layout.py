@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tailora.data.codec import Codec, Messages
-from tailora.data.shapes import Conversation, Pair, Sample, Text
+from tailora.data.codec import Codec
+from tailora.data.shapes import Conversation, Messages, Pair, Sample, Text
 from tailora.errors import DataError
 
 Span = tuple[int, int]

@@ -15,12 +15,14 @@ from typing import Any, TypeAlias
 
 from tailora.errors import DataError, listing, nearest
 
+Messages: TypeAlias = list[dict[str, str]]  # role and content
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """Chat messages; the assistant's are learned, from the message `first` on."""
 
-    messages: list[dict[str, str]]
+    messages: Messages
     first: int = 0
 
 

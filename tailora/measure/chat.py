@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from threading import Event
 from typing import Any
 
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
-from tailora.data.codec import Messages
+from tailora.data.shapes import Messages
 from tailora.measure.decoding import request
 from tailora.measure.prompts import chat_ids
 from tailora.train.evaluate import evaluating
+from tailora.train.rng import seeded
 
 
 def reply(
@@ -39,7 +39,7 @@ def reply(
 
     def speak() -> None:
         try:
-            with seeded(seed, model.device):
+            with seeded(seed):
                 model.generate(**asked, streamer=streamer, stopping_criteria=[lambda ids, _: stopped(ids, stop)])
         finally:
             streamer.end()
@@ -56,11 +56,3 @@ def reply(
 def stopped(ids: Tensor, stop: Event) -> Tensor:
     """The answer of generate's question, asked after every token: which rows end here. (batch,)"""
     return torch.full((ids.shape[0],), stop.is_set(), dtype=torch.bool, device=ids.device)
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's random state starts from `seed` within the block and is afterwards what it was."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

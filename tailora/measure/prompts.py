@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tailora.data.codec import Messages, codec_of
+from tailora.data.codec import codec_of
 from tailora.data.encode import prompt_ids
-from tailora.data.shapes import Conversation, Pair, Sample, Text
+from tailora.data.shapes import Conversation, Messages, Pair, Sample, Text
 
 OPENING = 12  # words of a plain text that stand as its prompt
 

@@ -1,15 +1,13 @@
 """The base model and its tokenizer, in the precision that this machine is good at."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from tailora.data.demo import resolve
+from tailora.data.quiet import quiet
 from tailora.errors import ConfigError
 
 CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 names, and Arm's
@@ -34,7 +32,7 @@ def load_base(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreT
     source = resolve(name, "model")
     precision = DTYPES[("bfloat16" if has_bfloat16(device) else "float32") if dtype == "auto" else dtype]
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
             model, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype=precision, use_safetensors=True, output_loading_info=True
@@ -61,15 +59,3 @@ def _unreadable(name: str, source: str, error: Exception) -> str:
         f"model {name!r} is neither a folder here nor readable from the Hub: {error}. "
         "Give a folder, a Hub id, or 'demo'; HF_TOKEN opens gated models"
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers draws a progress bar of its own while it loads; off for the block."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
