@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tailora.cli.console import aside
-from tailora.cli.models import Adapters, Loaded, MaxNewTokens, Model, Seed, Temperature, TopP, load
-from tailora.errors import AdapterError, ConfigError, nearest
+from tailora.cli.models import Adapters, Loaded, MaxNewTokens, Model, Seed, Temperature, TopP, enough_memory, load
+from tailora.errors import AdapterError, ConfigError, DataError, MemoryLimitError, nearest
 
 HELP = """\
 /adapter NAME [STRENGTH]   answer with this adapter; STRENGTH 0.7 turns it down to 70%
@@ -16,6 +16,7 @@ HELP = """\
 /reset                     forget the conversation
 /help                      these lines
 /quit                      end (so does the end of the input)"""
+DROPPED = "the message is dropped; /reset forgets what was said before and makes room"
 
 
 @dataclass
@@ -63,19 +64,24 @@ def typed() -> Iterator[str]:
 
 
 def answer(talk: Talk, text: str) -> None:
-    """Streams the reply; Ctrl-C cuts it short and keeps what was said."""
+    """Streams the reply; Ctrl-C cuts it short and keeps what was said. What cannot be answered is dropped."""
     from tailora.measure.chat import reply
 
-    talk.messages.append({"role": "user", "content": text})
+    asked = [*talk.messages, {"role": "user", "content": text}]
     said = ""
     try:
-        for piece in reply(talk.loaded.model, talk.loaded.tokenizer, talk.messages, **talk.sampling):
-            said += piece
-            print(piece, end="", flush=True)
+        with enough_memory():
+            for piece in reply(talk.loaded.model, talk.loaded.tokenizer, asked, **talk.sampling):
+                said += piece
+                print(piece, end="", flush=True)
     except KeyboardInterrupt:
         aside("cut short")
+    except (DataError, MemoryLimitError) as error:
+        print("\n" if said else "", end="", flush=True)
+        aside(f"error: {error}\n{DROPPED}")
+        return
     print(flush=True)
-    talk.messages.append({"role": "assistant", "content": said})
+    talk.messages[:] = [*asked, {"role": "assistant", "content": said}]
 
 
 def command(talk: Talk, line: str) -> None:

@@ -3,6 +3,7 @@
 rich honours NO_COLOR and FORCE_COLOR. A moving bar needs more than colour: a real terminal.
 """
 
+import io
 import json
 import sys
 from typing import Any
@@ -24,8 +25,15 @@ def on_terminal(console: Console) -> bool:
 
 
 def print_json(payload: dict[str, Any]) -> None:
-    """One object on one line, whatever the width of the terminal."""
-    sys.stdout.write(json.dumps(payload, ensure_ascii=False, allow_nan=False) + "\n")
+    """One object on one line, in ASCII, whatever the width and the encoding of the terminal."""
+    sys.stdout.write(json.dumps(payload, allow_nan=False) + "\n")
+
+
+def write_any_text() -> None:
+    """What the encoding of a stream lacks is written as its escape: no answer of a model is a reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def note(text: str) -> None:

@@ -16,7 +16,11 @@ from tailora.formats.atomic import write_file
 from tailora.measure.answers import Answer, answers
 from tailora.train.config import TrainConfig
 from tailora.train.events import Interrupted
-from tailora.train.run import TrainResult, run
+from tailora.train.memory import explained
+from tailora.train.result import TrainResult
+from tailora.train.run import run
+
+FEWER = "what helps: --samples 0, which compares none"
 
 
 def fit(settings: Settings, *, as_json: bool, questions: Sequence[str] | None = None) -> int:
@@ -51,7 +55,8 @@ def to_go_on(config: TrainConfig, stop: Interrupted) -> str:
 def answered(result: TrainResult, count: int, questions: Sequence[str] | None) -> list[Answer]:
     """Base and tuned answers side by side, kept in samples.json."""
     held_out = result.data.eval_samples if result.data else []
-    found = answers(result.model, result.tokenizer, (questions or held_out)[:count])
+    with explained("comparing answers", lambda: f"the adapter is whole, in {result.output_dir}; {FEWER}"):
+        found = answers(result.model, result.tokenizer, (questions or held_out)[:count])
     content = json.dumps([asdict(answer) for answer in found], ensure_ascii=False, indent=2)
     write_file(Path(result.output_dir) / "samples.json", content.encode())
     return found

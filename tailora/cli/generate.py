@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from tailora.cli.console import print_json
-from tailora.cli.models import Adapters, MaxNewTokens, Model, Seed, Temperature, TopP, load
+from tailora.cli.models import Adapters, MaxNewTokens, Model, Seed, Temperature, TopP, enough_memory, load
 from tailora.cli.options import Json
 from tailora.errors import ConfigError
 
@@ -44,7 +44,8 @@ def generate(
     for text in prompts:
         messages = [*first, {"role": "user", "content": text}]
         pieces = reply(loaded.model, loaded.tokenizer, messages, **sampling)
-        answers.append({"prompt": text, "text": "".join(pieces) if json else _streamed(pieces)})
+        with enough_memory():
+            answers.append({"prompt": text, "text": "".join(pieces) if json else _streamed(pieces)})
     if json:
         print_json({"model": model, "adapters": loaded.adapters, "answers": answers})
     return 0

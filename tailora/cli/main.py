@@ -3,7 +3,7 @@
     0 done   1 failed   2 usage or settings   3 diverged   4 a quality gate not met   130 interrupted
 
 A message goes to stderr. With `--json` the last line on stdout is {"error": {"type", "message", "exit_code"}}.
-An exception that nobody expected is a bug of tailora and keeps its traceback.
+An exception that nobody expected is a bug of tailora and keeps its traceback, on stderr.
 """
 
 import os
@@ -15,8 +15,8 @@ from cyclopts.help import DefaultFormatter
 from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
 
 from tailora import __version__
-from tailora.cli.console import logs, print_json
-from tailora.errors import TailoraError
+from tailora.cli.console import logs, print_json, write_any_text
+from tailora.errors import MemoryLimitError, TailoraError
 
 COMMANDS = {
     "demo": "Fine-tune a small model on real chats, and see what it changed.",
@@ -28,6 +28,7 @@ COMMANDS = {
 }
 INTERRUPTED = 130
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
+LIGHTER = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
 EPILOGUE = "Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged, 4 a quality gate not met, 130 interrupted."
 HELP = DefaultFormatter(column_specs=(NameColumn.copy(renderer=NameRenderer(max_width=34)), DescriptionColumn))
 
@@ -51,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     # OpenMP reads this when torch is loaded. Waiting threads spin otherwise: ten times slower beside other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    write_any_text()
     tokens = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in tokens
     try:
         code = app()(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
@@ -59,11 +62,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (TailoraError, CycloptsError, OSError, KeyboardInterrupt) as error:
-        return failed(error, as_json="--json" in tokens)
-    except Exception:
+        return failed(error, as_json)
+    except Exception as error:
+        if ran_out_of_memory(error):
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return failed(MemoryLimitError(f"out of memory: {cause}\n{LIGHTER}"), as_json)
         logs().print("This is a bug in tailora: please report it with the lines below.", style="bold red")
+        if as_json:
+            print_error(error)
         raise
     return int(code or 0)
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """As torch or Python says it; where torch was not needed it is not loaded to ask."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from tailora.train.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def failed(error: BaseException, as_json: bool) -> int:
@@ -72,8 +89,13 @@ def failed(error: BaseException, as_json: bool) -> int:
     label = "interrupted" if code == INTERRUPTED else "error"
     logs().print(f"{label}: {message}" if message else label, style="red", markup=False, soft_wrap=True)
     if as_json:
-        print_json({"error": {"type": type(error).__name__, "message": message, "exit_code": code}})
+        print_error(error)
     return code
+
+
+def print_error(error: BaseException) -> None:
+    """The line of --json."""
+    print_json({"error": {"type": type(error).__name__, "message": str(error), "exit_code": exit_code(error)}})
 
 
 def exit_code(error: BaseException) -> int:

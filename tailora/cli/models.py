@@ -1,6 +1,7 @@
 """A model with its adapters, and how it samples, as `chat` and `generate` take them."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,8 @@ Adapters = Annotated[
 MaxNewTokens = Annotated[PositiveInt, Parameter(help="longest answer, in tokens")]
 Temperature = Annotated[NonNegativeFloat, Parameter(help="0: always the likeliest token")]
 TopP = Annotated[float, Parameter(help="sample from this share of the probability", validator=Number(gt=0, lte=1))]
-Seed = Annotated[NonNegativeInt, Parameter(help="of the sampling")]
+Seed = Annotated[NonNegativeInt, Parameter(help="of the sampling", validator=Number(lt=2**63))]
+SHORTER = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,13 @@ def load(model: str, adapters: Sequence[str]) -> Loaded:
         adapted.load_adapter(folder, name)
     adapted.set_adapter(list(folders))
     return Loaded(adapted.to(device).eval(), tokenizer, list(folders))
+
+
+def enough_memory() -> AbstractContextManager[None]:
+    """Within the block, running out of memory raises MemoryLimitError with the cause and what helps."""
+    from tailora.train.memory import explained
+
+    return explained("answering", lambda: SHORTER)
 
 
 def vocabulary(model: str) -> tuple[Any, int]:

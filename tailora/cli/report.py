@@ -13,7 +13,7 @@ from rich.text import Text
 from tailora.measure.answers import Answer
 from tailora.measure.intervals import Interval, mean_interval, paired_difference
 from tailora.train.config import TrainConfig
-from tailora.train.run import TrainResult
+from tailora.train.result import TrainResult
 
 FILES = {
     "adapter": "the adapter, a PEFT folder",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tailora import errors
 from tailora.cli.main import exit_code, main
@@ -114,6 +115,56 @@ def test_a_bug_keeps_its_traceback_and_asks_for_a_report(
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
     assert "report it" in capsys.readouterr().err
+
+
+def test_with_json_a_bug_ends_stdout_with_its_error_and_keeps_its_traceback() -> None:
+    code = (
+        "import sys, tailora.cli.doctor as doctor; from tailora.cli.main import main; doctor.examined = lambda: 1 / 0;"
+        "sys.exit(main(['doctor', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    error = json.loads(done.stdout.splitlines()[-1])["error"]
+    assert error == {"type": "ZeroDivisionError", "message": "division by zero", "exit_code": 1}
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes\nmore"), "[enforce fail]"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB."), "CUDA out of memory."),
+        (MemoryError(), "MemoryError"),
+    ],
+    ids=["cpu", "cuda", "python"],
+)
+def test_out_of_memory_anywhere_is_a_message_with_what_helps(
+    error: Exception, cause: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_much() -> None:
+        raise error
+
+    monkeypatch.setattr("tailora.cli.doctor.examined", too_much)
+    assert main(["doctor", "--json"]) == 1
+    shown = capsys.readouterr()
+    assert f"out of memory: {cause}" in shown.err
+    assert "what helps" in shown.err
+    assert "Traceback" not in shown.err
+    assert json.loads(shown.out)["error"]["type"] == "MemoryLimitError"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("flags", [["--json"], []], ids=["json", "table"])
+def test_any_text_can_be_shown_in_any_encoding(
+    encoding: str, flags: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Grüße {number}", "completion": "雪 ☃"} for number in range(4)]
+    (tmp_path / "snow.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [*TAILORA, "data", str(tmp_path / "snow.jsonl"), "--model", str(tiny_model), "--rows", "4", *flags]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, encoding=encoding, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "\\u96ea" in done.stdout
 
 
 def test_run_as_a_module_it_is_the_same_program(tmp_path: Path) -> None:

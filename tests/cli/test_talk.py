@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,48 @@ def test_a_mistaken_command_is_told_and_the_chat_goes_on(
     assert shown.out.strip()
 
 
+def test_a_message_that_cannot_be_answered_is_dropped_and_the_chat_goes_on(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert talk(["hello", "x" * 600, "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
+    shown = capsys.readouterr()
+    assert "more than the model can go on from" in shown.err
+    assert "/reset" in shown.err
+    assert talk(["hello", "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
+    assert shown.out == capsys.readouterr().out
+
+
+def test_a_chat_goes_on_when_memory_ends(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate, fails = LlamaForCausalLM.generate, iter([True, False])
+
+    def once_too_much(*arguments: Any, **named: Any) -> Any:
+        if next(fails):
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
+        return generate(*arguments, **named)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", once_too_much)
+    assert talk(["hello", "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
+    shown = capsys.readouterr()
+    assert "out of memory while answering" in shown.err
+    assert len(shown.out.splitlines()) == 1
+
+
+def test_generate_exits_with_1_when_memory_ends(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_much(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", too_much)
+    assert main(["generate", "--model", str(tiny_model), "--prompt", "a"]) == 1
+    said = capsys.readouterr().err
+    assert "out of memory while answering: CUDA out of memory" in said
+    assert "--max-new-tokens" in said
+    assert "Traceback" not in said
+
+
 def test_quit_ends_before_the_rest_is_read(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +178,7 @@ def test_generate_reads_a_prompt_from_a_pipe(
         (["--temperature", "-1"], "temperature"),
         (["--top-p", "0"], "top-p"),
         (["--max-new-tokens", "0"], "max-new-tokens"),
+        (["--seed", str(2**70)], "seed"),
     ],
 )
 def test_mistakes_of_generate_exit_with_2(
