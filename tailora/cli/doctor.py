@@ -43,8 +43,8 @@ def examined() -> Facts:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from tailora.data.fetch import cache_folder
+    from tailora.train.memory import available_bytes
 
-    memory = psutil.virtual_memory()
     own = {"tailora": __version__, "python": platform.python_version()}
     return {
         "device": _device(),
@@ -53,7 +53,10 @@ def examined() -> Facts:
             "torch": torch.get_num_threads(),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         },
-        "memory": {"total": memory.total, "available": memory.available},
+        "memory": {
+            "total": psutil.virtual_memory().total,
+            "available": available_bytes(torch.device("cpu")),  # within the container's limit
+        },
         "demo cache": _disk(cache_folder()),
         "Hub cache": _disk(Path(HF_HUB_CACHE)),
         "packages": {**own, **{name: _version(name) for name in PACKAGES}},

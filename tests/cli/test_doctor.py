@@ -1,6 +1,7 @@
 """`tailora doctor`."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,17 @@ def test_json_tells_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["packages"]["torch"] == torch.__version__
     assert found["threads"]["torch"] == torch.get_num_threads()
     assert 0 < found["memory"]["available"] <= found["memory"]["total"]
+
+
+def test_memory_is_what_training_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    limit.write_text("3000000\n")
+    used.write_text("1000000\n")
+    monkeypatch.setattr("tailora.train.memory.CGROUP", ((limit, used),))
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["available"] == 2_000_000
 
 
 def test_words_hold_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:

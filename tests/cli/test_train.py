@@ -5,13 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaForCausalLM
 
-from tailora.cli.demo import QUESTIONS, unused
+from tailora.cli.demo import QUESTIONS, newest, output_folder
 from tailora.cli.main import main
+from tailora.errors import CheckpointError, ConfigError
 
 TAILORA = [sys.executable, "-m", "tailora.cli"]
 PROMISED = {
@@ -121,11 +124,69 @@ def test_a_finished_run_is_not_overwritten(flags: dict[str, str], capsys: pytest
     assert "earlier run" in capsys.readouterr().err
 
 
-def test_the_demo_takes_a_fresh_folder(tmp_path: Path) -> None:
-    assert unused(tmp_path / "demo") == tmp_path / "demo"
-    (tmp_path / "demo").mkdir()
-    (tmp_path / "demo-2").mkdir()
-    assert unused(tmp_path / "demo") == tmp_path / "demo-3"
+def test_demos_that_start_at_once_take_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(output_folder, [None] * 8))
+    assert set(map(str, taken)) == {"outputs/demo", *(f"outputs/demo-{number}" for number in range(2, 9))}
+    assert all(folder.is_dir() for folder in taken)
+
+
+def test_a_demo_of_several_processes_must_be_told_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--output-dir"):
+        output_folder(None)
+
+
+def test_the_demo_goes_on_from_the_checkpoint_that_was_written_last(tmp_path: Path) -> None:
+    demo = tmp_path / "demo"
+    with pytest.raises(CheckpointError, match="holds a checkpoint; give"):
+        newest(demo)
+    for age, name in enumerate(
+        ["demo-3/checkpoint-2", "demo-2/checkpoint-9", "demo/checkpoint-5", "other/checkpoint-9"]
+    ):
+        (tmp_path / name).mkdir(parents=True)
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    (tmp_path / "demo-4").mkdir()
+    assert newest(demo) == tmp_path / "demo-3"
+
+
+@pytest.mark.parametrize("wanted", ["latest", "outputs/demo-2/checkpoint-1"])
+def test_an_interrupted_demo_goes_on_in_its_folder(
+    wanted: str, flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    del flags["--output-dir"]
+    (tmp_path / "outputs" / "demo").mkdir(parents=True)
+    assert main(line(flags, {"--save-steps": "1"}, command="demo")) == 0
+    assert main(line(flags, {"--resume-from-checkpoint": wanted}, command="demo")) == 0
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"demo", "demo-2"}
+
+
+def test_a_mistake_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--r", "0"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_ends_while_answers_are_compared_leaves_the_adapter(
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_much(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", too_much)
+    assert main(line(flags)) == 1
+    said = capsys.readouterr().err
+    assert "out of memory while comparing answers: DefaultCPUAllocator" in said
+    assert "--samples 0" in said
+    assert "Traceback" not in said
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_what_was_cut_is_told_before_training(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line(flags, {"--max-length": "28"})) == 0
+    assert "examples are longer than --max-length" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
