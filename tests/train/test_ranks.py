@@ -28,7 +28,7 @@ print(json.dumps(result.to_dict()))
 def on_two_ranks(config: TrainConfig, folder: Path) -> None:
     script = folder / "worker.py"
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]  # on a free port
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(script), config.model_dump_json()], env=environment, capture_output=True, text=True, check=False

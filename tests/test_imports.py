@@ -1,0 +1,22 @@
+"""What it costs to import the library."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+def test_the_library_costs_at_most_a_quarter_more_cpu_time_than_torch() -> None:
+    ours = "import torch; from tailora import LoRAConfig, LoRALayer, LoRAModel"
+    pairs = [(cpu_seconds(ours), cpu_seconds("import torch")) for _ in range(3)]
+    assert min(mine for mine, _ in pairs) <= 1.25 * min(alone for _, alone in pairs)
+
+
+def cpu_seconds(code: str) -> float:
+    """Of the child alone."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
