@@ -6,6 +6,7 @@
 This file ties the core to the files that adapters live in; the work is done in those two rooms.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter, create, parts_by_path, register
+from tailora.core.adapter import Adapter, check_compatible, create, parts_by_path, register
 from tailora.core.attach import Adapted, Substituted, Swapped, attach, become, detach, encoders_around, fast_path_mixin
 from tailora.core.config import LoRAConfig
-from tailora.core.merge import MergeReport, folded, settle_ties
+from tailora.core.merge import Exchange, MergeReport, folded, moved_in, settle_ties
 from tailora.core.summary import Summary, summarise
 from tailora.core.targets import default_config, select
-from tailora.errors import AdapterError, FormatError, MergeError, TargetError, nearest
+from tailora.errors import AdapterError, ConfigError, FormatError, MergeError, TargetError, nearest
 from tailora.formats.peft import read_adapter, write_adapter
 from tailora.formats.restore import restore
 
@@ -68,7 +69,8 @@ class LoRAModel(nn.Module):
         self._active: tuple[str, ...] = ()
         self._attached: dict[str, nn.Module] = {}  # path -> layer of the base, for every adapter's layers
         self._registers: dict[str, nn.ModuleDict] = {}  # name -> what lora_layers is while it alone is active
-        self._originals: dict[str, Tensor] = {}  # weights before a merge
+        self._merged: list[Exchange] = []  # what puts the weights before a merge back
+        self._retie = False
         self._trained_before = {name: p.requires_grad for name, p in _all_parameters(base_model)}
         self._check_new(name)
         base_model.requires_grad_(False)
@@ -94,7 +96,8 @@ class LoRAModel(nn.Module):
         for module in self._parts():
             if id(module) not in active:
                 module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._originals = {path: fn(weight) for path, weight in self._originals.items()}
+        for exchange in self._merged:
+            exchange.tensor.data = fn(exchange.tensor.data)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -155,16 +158,17 @@ class LoRAModel(nn.Module):
     def set_adapter(self, name: str | Iterable[str] | None) -> None:
         """Make this adapter the active one; several add up; None leaves the plain base."""
         names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name or ()))
-        active = [self._find(each) for each in names]
+        active = {each: self._find(each) for each in names}
         self._check_unmerged("switch adapters")
-        parts = parts_by_path(active)
+        check_compatible(active)
+        parts = parts_by_path(list(active.values()))
         for path in {path for each in self._active for path in self._adapters[each].parts} - parts.keys():
             attach(self._attached[path], ())
         for path, chosen in parts.items():
             attach(self._attached[path], chosen)
         self._active = names
         self.lora_layers = self._registers[names[0]] if len(names) == 1 else register(parts)
-        if self.lora_layers.training != self.training:
+        if any(part.training != self.training for each in parts.values() for part in each):
             self.lora_layers.train(self.training)
 
     @contextmanager
@@ -179,7 +183,11 @@ class LoRAModel(nn.Module):
 
     def set_scale(self, name: str, strength: float) -> None:
         """Dial one adapter up or down: 1 is as trained, 0 is off. Holds until set again; is merged, not saved."""
-        for layer in self._find(name).low_rank.values():
+        adapter = self._find(name)
+        self._check_unmerged("change a strength")
+        if not math.isfinite(strength):
+            raise ConfigError(f"strength = {strength}; take a finite number, 1 is as trained")
+        for layer in adapter.low_rank.values():
             layer.strength.fill_(strength)
 
     def _install(self, name: str, adapter: Adapter) -> None:
@@ -217,10 +225,10 @@ class LoRAModel(nn.Module):
 
     @property
     def is_merged(self) -> bool:
-        return bool(self._originals)
+        return bool(self._merged)
 
     def merge(self, *, untie_weights: bool = False) -> MergeReport:
-        """Fold the active adapters into the base's weights, keeping the originals for `unmerge`.
+        """Put the active adapters into the base's weights, keeping the originals for `unmerge`.
 
         All merged weights are computed and found finite before the first is written. Raises MergeError; also for
         a weight that another layer shares, unless `untie_weights` gives the adapted layer its own.
@@ -229,28 +237,29 @@ class LoRAModel(nn.Module):
         self._check_unmerged("merge")
         if not self._active:
             raise MergeError("no adapter is active; set_adapter(name) first")
-        layers = {
-            path: (layer, layer.active_adapters)
-            for path, layer in self._attached.items()
-            if isinstance(layer, Adapted) and layer.active_adapters
-        }
-        settle_ties(self.base_model, {path: layer for path, (layer, _) in layers.items()}, untie_weights)
-        weights, report = folded(layers)
-        for path, (layer, _) in layers.items():
-            weight: Any = layer.weight
-            self._originals[path] = weight.data
-            weight.data = weights[path]
+        layers = {path: layer for path, layer in self._attached.items() if layer.active_adapters}
+        adapted = {path: (layer, layer.active_adapters) for path, layer in layers.items() if isinstance(layer, Adapted)}
+        exchanges, report = folded(adapted)
+        for layer in layers.values():
+            if isinstance(layer, Substituted):
+                exchanges += moved_in(layer, layer.active_adapters[0])
+        untied = settle_ties(self.base_model, exchanges, untie_weights)
+        self._merged = [exchange.make() for exchange in exchanges]
+        if untied and getattr(self._config(), "tie_word_embeddings", False):
+            self._config().tie_word_embeddings, self._retie = False, True
+        for layer in layers.values():
             attach(layer, ())
         return report
 
     def unmerge(self) -> None:
         """The base's weights as they were, bit for bit, and the adapters beside them again."""
-        if not self._originals:
+        if not self._merged:
             raise MergeError("nothing is merged")
-        for path, original in self._originals.items():
-            weight: Any = self._attached[path].weight
-            weight.data = original
-        self._originals = {}
+        for exchange in self._merged:
+            exchange.make()
+        if self._retie:
+            self._config().tie_word_embeddings = True
+        self._merged, self._retie = [], False
         self.set_adapter(self._active)
 
     @contextmanager
@@ -264,17 +273,14 @@ class LoRAModel(nn.Module):
 
     def merge_and_unload(self, *, untie_weights: bool = False) -> nn.Module:
         """The base model with the active adapters in its weights, and nothing of tailora left."""
-        if not self._originals:
+        if not self._merged:
             self.merge(untie_weights=untie_weights)
-        for name in self._active:
-            for path, module in self._adapters[name].saved.items():
-                self._attached[path].load_state_dict(module.state_dict())
-        self._originals = {}
+        self._merged = []
         return self._release()
 
     def unload(self) -> nn.Module:
         """The base model as it came: classes, weights and requires_grad."""
-        if self._originals:
+        if self._merged:
             self.unmerge()
         return self._release()
 
@@ -287,8 +293,11 @@ class LoRAModel(nn.Module):
         self.lora_layers = nn.ModuleDict()
         return self.base_model
 
+    def _config(self) -> Any:
+        return getattr(self.base_model, "config", None)
+
     def _check_unmerged(self, action: str) -> None:
-        if self._originals:
+        if self._merged:
             raise MergeError(f"cannot {action} while merged; unmerge() first")
 
     def summary(self) -> Summary:

@@ -1,15 +1,18 @@
 """One adapter: its settings and its parts, by the path of the base's module."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from tailora.core.attach import detach
 from tailora.core.config import LoRAConfig
 from tailora.core.kinds import weight_of
 from tailora.core.layer import LoRALayer
 from tailora.core.targets import Selection, Target
+from tailora.errors import AdapterError, listing
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,33 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def trained_copy(module: nn.Module) -> nn.Module:
+    """A module of its own to train whole: plain classes, and float32 where the base has 16 bits."""
     clone = copy.deepcopy(module)
+    for part in clone.modules():
+        detach(part)
+    for parameter in clone.parameters():
+        parameter.data = parameter.data.to(adapter_dtype(parameter.dtype))
     return clone.requires_grad_()
+
+
+def check_compatible(adapters: Mapping[str, Adapter]) -> None:
+    """Raises AdapterError where one adapter replaces a module that another one adapts or replaces, too."""
+    problems = [
+        f"{name} trains {whole} whole, which {other} adapts at {path}"
+        for name, adapter in adapters.items()
+        for whole in adapter.saved
+        for other in adapters
+        if other != name
+        for path in adapters[other].parts
+        if path == whole or path.startswith(f"{whole}.")
+    ]
+    if problems:
+        raise AdapterError(f"these adapters cannot be active together: {listing(problems)}")
 
 
 def layer_key(path: str) -> str:
     """The key of a base layer in `lora_layers`: its path with / for the dots, which ModuleDict does not take."""
-    key = path.replace(".", "/")
+    key = path.replace("/", "//").replace(".", "/")
     return f"/{key}" if not key or hasattr(nn.ModuleDict, key) else key
 
 

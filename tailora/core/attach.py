@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from tailora.core.layer import LoRALayer
 
@@ -35,14 +37,27 @@ class Adapted(Swapped):
 
 
 class Substituted(Swapped):
-    """Calls a trained copy in the place of the base's module (`modules_to_save`)."""
+    """Calls a trained copy in the place of the base's module (`modules_to_save`), in the copy's precision."""
 
     active_adapters: tuple[nn.Module, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.active_adapters:
-            return self.active_adapters[-1](*args, **kwargs)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not self.active_adapters:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        copy = self.active_adapters[0]
+        own, trained = _dtype(self), _dtype(copy)  # type: ignore[arg-type]
+        if own == trained:
+            return copy(*args, **kwargs)
+        y = copy(*tree_map(_cast(own, trained), args), **tree_map(_cast(own, trained), kwargs))
+        return tree_map(_cast(trained, own), y)
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((parameter.dtype for parameter in module.parameters()), None)
+
+
+def _cast(source: torch.dtype | None, to: torch.dtype | None) -> Callable[[Any], Any]:
+    return lambda value: value.to(to) if isinstance(value, Tensor) and value.dtype == source else value
 
 
 class CalledEncoderLayer(Swapped):

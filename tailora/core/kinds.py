@@ -158,15 +158,27 @@ def weight_of(layer: nn.Module) -> Tensor:
     return weight
 
 
+def is_called(layer: nn.Module) -> bool:
+    """False for the output projection of nn.MultiheadAttention, whose weight is read without calling it."""
+    return type(layer).__name__ != "NonDynamicallyQuantizableLinear"
+
+
 def obstacle(layer: nn.Module) -> str | None:
     """Why this layer cannot be adapted, although a kind fits it; None when nothing is in the way."""
     name = type(layer).__name__
     if "forward" in vars(layer):
         return f"its forward was replaced on the instance (an offload hook?); attach adapters before that ({name})"
-    if name == "NonDynamicallyQuantizableLinear":
+    if not is_called(layer):
         return "nn.MultiheadAttention reads its weight without calling it"
     if isinstance(getattr(layer, "weight", None), nn.parameter.UninitializedParameter):
         return f"its shape is not known yet ({name}); run one batch through the model first"
     if getattr(layer, "max_norm", None) is not None:
         return "max_norm rewrites its frozen weight at every look-up"
+    if kind_of(layer) is EMBEDDING and "forward" in vars(type(layer)) and not _looks_up(layer):
+        return f"{name} overrides forward, so what it looks up is not known"
     return None
+
+
+def _looks_up(layer: nn.Module) -> bool:
+    """nn.Embedding itself, our class derived from one, or one that only multiplies what it looks up."""
+    return qualified(type(layer)) in KINDS or hasattr(layer, "active_adapters") or hasattr(layer, "embed_scale")

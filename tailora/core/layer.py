@@ -96,6 +96,8 @@ class LoRALayer(nn.Module):
             raise ConfigError(f"scaling is one number per layer; got a tensor of shape {tuple(value.shape)}")
         if not isinstance(value, nn.Parameter):
             value = value.detach().to(self.strength).reshape(()) if isinstance(value, Tensor) else self._scalar(value)
+        if isinstance(value, nn.Parameter):
+            value.data = value.data.to(self.strength)  # where the layer is
         self._parameters.pop("scaling", None)
         self._buffers.pop("scaling", None)
         self._non_persistent_buffers_set.discard("scaling")

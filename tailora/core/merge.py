@@ -1,6 +1,6 @@
 """Folding updates into weights, and taking them out again with the same bits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,24 @@ class MergeReport:
         return max(self.rounding_error.values(), default=0.0)
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """A tensor of a module (parameter or buffer), and what takes its place."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+
+    def make(self) -> "Exchange":
+        """Put the tensor in; returns the exchange that puts the former object back."""
+        table: dict[str, Any] = (
+            self.module._parameters if self.name in self.module._parameters else self.module._buffers
+        )
+        former = table[self.name]
+        table[self.name] = self.tensor
+        return Exchange(self.module, self.name, former)
+
+
 def fold(layer: nn.Module, adapters: Sequence[LoRALayer]) -> tuple[Tensor, float]:
     """The layer's weight with the updates in it, summed in at least float32 and rounded once; its rounding error."""
     weight = weight_of(layer)
@@ -40,7 +58,7 @@ def fold(layer: nn.Module, adapters: Sequence[LoRALayer]) -> tuple[Tensor, float
 
 
 @torch.no_grad()
-def folded(layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]]) -> tuple[dict[str, Tensor], MergeReport]:
+def folded(layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]]) -> tuple[list[Exchange], MergeReport]:
     """The merged weight of every layer, nothing written yet.
 
     Raises MergeError with all layers whose merged weight is not finite or whose class hides what it computes.
@@ -48,50 +66,55 @@ def folded(layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]]) -> tuple
     problems = [f"{path}: {reason}" for path, (layer, _) in layers.items() if (reason := _unmergeable(layer))]
     if problems:
         raise MergeError(listing(problems))
-    weights: dict[str, Tensor] = {}
-    errors: dict[str, float] = {}
+    exchanges, errors = [], {}
     for path, (layer, adapters) in layers.items():
-        weights[path], errors[path] = fold(layer, adapters)
-        if not weights[path].isfinite().all():
-            problems.append(
-                f"{path}: the merged weight is not finite in {weights[path].dtype}; load the base in float32"
-            )
+        merged, errors[path] = fold(layer, adapters)
+        exchanges.append(Exchange(layer, "weight", nn.Parameter(merged, requires_grad=False)))
+        if not merged.isfinite().all():
+            problems.append(f"{path}: the merged weight is not finite in {merged.dtype}; load the base in float32")
     if problems:
         raise MergeError(listing(problems))
-    return weights, MergeReport(errors)
+    return exchanges, MergeReport(errors)
 
 
-def tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Path of a layer -> paths of the other modules that use its weight."""
-    users: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            users.setdefault(id(weight), []).append(path)
-    return {
-        path: others
-        for path, layer in layers.items()
-        if (others := [user for user in users.get(id(weight_of(layer)), []) if user != path])
-    }
+def moved_in(module: nn.Module, trained: nn.Module) -> Iterator[Exchange]:
+    """The tensors of a copy that was trained whole, in the precision of the module that they come to."""
+    for own, copy in zip(module.modules(), trained.modules(), strict=True):
+        for name, parameter in own._parameters.items():
+            if parameter is not None:
+                value = copy._parameters[name].detach().to(parameter.dtype, copy=True)  # type: ignore[union-attr]
+                yield Exchange(own, name, nn.Parameter(value, requires_grad=False))
+        for name, buffer in own._buffers.items():
+            if buffer is not None:
+                yield Exchange(own, name, copy._buffers[name].detach().clone())  # type: ignore[union-attr]
 
 
-def settle_ties(model: nn.Module, layers: Mapping[str, nn.Module], untie_weights: bool) -> None:
-    """Refuse a weight that another layer shares, or give the adapted layer its own and say so in the config."""
-    shared = tied(model, layers)
+def settle_ties(model: nn.Module, exchanges: Sequence[Exchange], untie_weights: bool) -> bool:
+    """Refuse weights that another layer shares; True when there are some and each layer may get its own.
+
+    An exchange replaces the parameter of one module only, so the others keep the shared one.
+    """
+    shared = list(_shared(model, exchanges))
     if shared and not untie_weights:
-        pairs = ", ".join(f"{path} = {' = '.join(others)}" for path, others in shared.items())
-        raise MergeError(f"merging would change a weight that another layer shares ({pairs}); pass untie_weights=True")
-    for path in shared:
-        untie(layers[path])
-    config: Any = getattr(model, "config", None)
-    if shared and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
+        raise MergeError(
+            f"merging would change a weight that another layer shares ({', '.join(shared)}); pass untie_weights=True"
+        )
+    return bool(shared)
 
 
-def untie(layer: nn.Module) -> None:
-    """Give the layer a weight of its own, of the same value."""
-    weight = weight_of(layer)
-    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+def _shared(model: nn.Module, exchanges: Sequence[Exchange]) -> Iterator[str]:
+    users: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append((path, module, name))
+    for exchange in exchanges:
+        parameter = exchange.module._parameters.get(exchange.name)
+        places = users.get(id(parameter), [])
+        here = [path for path, module, name in places if module is exchange.module and name == exchange.name]
+        others = [path for path, module, name in places if module is not exchange.module or name != exchange.name]
+        if others:
+            yield f"{here[0]} = {' = '.join(others)}"
 
 
 def _unmergeable(layer: nn.Module) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tailora.core.config import LoRAConfig
-from tailora.core.kinds import CONV1D, KINDS, LINEAR, Kind, kind_of, obstacle
+from tailora.core.kinds import CONV1D, KINDS, LINEAR, Kind, is_called, kind_of, obstacle
 from tailora.errors import TargetError, listing, nearest
 
 Selector = list[str] | str
@@ -105,14 +105,14 @@ def _named(name: str, path: str) -> bool:
 
 
 def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: LoRAConfig) -> list[str]:
-    """Every linear layer but the output head, what is trained whole, and what cannot be reached."""
+    """Every linear layer but the output head, what is trained whole, and what its owner reads without a call."""
     whole = (*saved_modules(modules, config), *_output_heads(model, modules))
     return [
         path
         for path in adaptable(modules)
         if kind_of(modules[path]) in (LINEAR, CONV1D)
         and not any(path == head or path.startswith(f"{head}.") for head in whole)
-        and not obstacle(modules[path])
+        and is_called(modules[path])
     ]
 
 
@@ -174,7 +174,12 @@ def _conflicts(modules: Mapping[str, nn.Module], config: LoRAConfig, paths: list
     """Layers that were named and cannot be adapted, or are to be adapted and trained whole at once."""
     saved = saved_modules(modules, config)
     problems = [f"{path}: {reason}" for path in paths if (reason := obstacle(modules[path]))]
-    problems += [f"{path} is in target_modules and in modules_to_save" for path in paths if path in saved]
+    problems += [
+        f"{path} is in target_modules and in modules_to_save ({whole})"
+        for path in paths
+        for whole in saved
+        if path == whole or path.startswith(f"{whole}.")
+    ]
     replaced = [path for path, module in saved.items() if "forward" in vars(module)]
     return problems + [
         f"{path}: its forward was replaced on the instance; it cannot be trained whole" for path in replaced

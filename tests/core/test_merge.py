@@ -118,3 +118,42 @@ def test_several_adapters_merge_as_they_run() -> None:
     with model.merged():
         torch.testing.assert_close(model(x), expected)
     assert torch.equal(model(x), expected)
+
+
+def test_a_refused_merge_leaves_the_tie_alone_and_unload_ties_again() -> None:
+    model = LoRAModel(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head"]))
+    stir(model)
+    base, B = model.base_model, model.lora_layers["lm_head"].lora_B
+    good = B.detach().clone()
+    B.data.fill_(torch.inf)
+    with pytest.raises(MergeError, match="not finite"):
+        model.merge(untie_weights=True)
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    B.data.copy_(good)
+    model.merge(untie_weights=True)
+    assert base.config.tie_word_embeddings is False
+    model.unload()
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    assert base.config.tie_word_embeddings is True
+
+
+def test_a_tied_head_that_was_trained_whole_is_refused_or_untied() -> None:
+    config = LoRAConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model, ids = LoRAModel(tied_llama(), config), torch.arange(9)[None]
+    model.lora_layers["lm_head"].weight.data.mul_(2)
+    expected = model(ids).logits
+    with pytest.raises(MergeError, match=r"lm_head = model\.embed_tokens"):
+        model.merge_and_unload()
+    torch.testing.assert_close(model.merge_and_unload(untie_weights=True)(ids).logits, expected)
+
+
+def test_a_weight_that_is_shared_under_another_name_is_seen() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.kernel = self.layer.weight
+
+    model = LoRAModel(Net(), LoRAConfig(r=2))
+    with pytest.raises(MergeError, match="layer = "):
+        model.merge()

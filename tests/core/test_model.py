@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.adapter import layer_key
-from tailora.errors import AdapterError, TargetError
+from tailora.errors import AdapterError, ConfigError, MergeError, TargetError
 
 
 def net() -> nn.Sequential:
@@ -32,8 +32,9 @@ def two() -> LoRAModel:
 
 
 def causal_lm(kind: str) -> nn.Module:
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=32))
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=32, **still))
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
     return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50))
 
@@ -296,3 +297,89 @@ def test_switching_does_not_grow_with_the_number_of_loaded_adapters() -> None:
     few = min(seconds(2) for _ in range(3))
     assert min(seconds(40) for _ in range(3)) < 3 * few
     assert few / (100 * 200) < 20e-6  # a layer takes microseconds
+
+
+def saving(*names: str) -> LoRAConfig:
+    return LoRAConfig(r=2, target_modules=["0"], modules_to_save=list(names))
+
+
+def test_two_adapters_that_train_the_same_module_whole_are_apart() -> None:
+    model, x = LoRAModel(net(), saving("2")), torch.randn(4, 8)
+    model.lora_layers["2"].weight.data.fill_(1.0)
+    first = model(x)
+    model.add_adapter("b", saving("2"))
+    model.set_adapter("b")
+    assert torch.equal(model(x), net()(x))
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.lora_layers["2"].parameters())
+    model.set_adapter("default")
+    assert torch.equal(model(x), first)
+    with pytest.raises(AdapterError, match="cannot be active together"):
+        model.set_adapter(["default", "b"])
+    assert torch.equal(model(x), first)
+
+
+def test_a_target_inside_a_module_that_is_trained_whole_is_refused() -> None:
+    base = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8))
+    with pytest.raises(TargetError, match=r"0\.0 is in target_modules and in modules_to_save \(0\)"):
+        LoRAModel(base, LoRAConfig(r=2, target_modules=["0.0", "1"], modules_to_save=["0"]))
+
+
+def test_merging_takes_the_modules_trained_whole_along_and_gives_them_back() -> None:
+    model, x = LoRAModel(net(), saving("2")), torch.randn(4, 8)
+    before = {name: value.clone() for name, value in model.base_model.state_dict().items()}
+    model.lora_layers["2"].weight.data.fill_(1.0)
+    expected = model(x)
+    with model.merged():
+        torch.testing.assert_close(model(x), expected)
+        assert torch.equal(model.base_model[2].weight, torch.ones(6, 12))
+    assert all(torch.equal(value, before[name]) for name, value in model.base_model.state_dict().items())
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_module_trained_whole_is_float32_on_a_bfloat16_base() -> None:
+    model = LoRAModel(net().to(torch.bfloat16), saving("2"))
+    y = model(torch.randn(4, 8, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model.lora_layers.parameters()} == {torch.float32}
+    y.float().sum().backward()
+    assert model.merge_and_unload()[2].weight.dtype == torch.bfloat16
+
+
+def test_the_mode_of_every_part_follows_the_model() -> None:
+    model, x = LoRAModel(net(), LoRAConfig(r=2, lora_dropout=0.5)), torch.randn(4, 8)
+    model.add_adapter("b", LoRAConfig(r=2, lora_dropout=0.5))
+    stir(model)
+    model.set_adapter(["default", "b"])
+    model.eval()
+    model.set_adapter(None)
+    model.train()
+    model.set_adapter("default")
+    assert not torch.equal(model(x), model(x))  # dropout is on
+    model.set_adapter(None)
+    model.eval()
+    model.set_adapter("default")
+    assert torch.equal(model(x), model(x))
+
+
+def test_a_strength_that_cannot_act_is_refused() -> None:
+    model = two()
+    with pytest.raises(ConfigError, match="finite number"):
+        model.set_scale("default", float("nan"))
+    model.merge()
+    with pytest.raises(MergeError, match="cannot change a strength while merged"):
+        model.set_scale("default", 0.5)
+
+
+def test_paths_that_a_slash_makes_alike_keep_their_own_entries() -> None:
+    base = nn.ModuleDict({"a/b": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
+    assert len(LoRAModel(base, LoRAConfig(r=2)).lora_layers) == 2
+
+
+def test_an_embedding_that_looks_up_something_else_is_refused() -> None:
+    class Positions(nn.Embedding):
+        def forward(self, mask: Tensor) -> Tensor:
+            return super().forward(mask.cumsum(-1))
+
+    with pytest.raises(TargetError, match="Positions overrides forward"):
+        LoRAModel(nn.Sequential(Positions(8, 4)), LoRAConfig(r=2, target_modules=["0"]))

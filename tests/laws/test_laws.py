@@ -101,14 +101,14 @@ def test_unload_gives_back_class_bits_and_requires_grad(kind: KindCase) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_unmerge_gives_back_the_same_bits(kind: KindCase, dtype: torch.dtype) -> None:
     model = trained(kind, dtype=dtype)
-    weight = model.base_model.block["target"].weight
-    before = weight.detach().clone()
+    layer = model.base_model.block["target"]
+    before = layer.weight.detach().clone()
     report = model.merge()
-    assert not torch.equal(weight, before)
+    assert not torch.equal(layer.weight, before)
     if dtype != torch.float32:
         assert 0 < report.worst < 0.2
     model.unmerge()
-    assert torch.equal(weight, before)
+    assert torch.equal(layer.weight, before)
 
 
 @kinds
