@@ -34,6 +34,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
     A folder that was there is moved aside first and deleted last, so that a crash leaves at least one of the two.
     """
+    path = path.resolve()  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
     try:
@@ -42,10 +43,10 @@ def replace_folder(path: Path) -> Iterator[Path]:
         for file in fresh.rglob("*"):
             _sync(file)
         _sync(fresh)
+        _swap(fresh, path)
     except BaseException:
         shutil.rmtree(fresh)
         raise
-    _swap(fresh, path)
     _sync(path.parent)
 
 
@@ -54,8 +55,16 @@ def _swap(fresh: Path, path: Path) -> None:
         os.replace(fresh, path)
         return
     aside = Path(mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    os.replace(path, aside)
-    os.replace(fresh, path)
+    try:
+        os.replace(path, aside)
+    except OSError:
+        aside.rmdir()
+        raise
+    try:
+        os.replace(fresh, path)
+    except OSError:
+        os.replace(aside, path)
+        raise
     shutil.rmtree(aside)
 
 

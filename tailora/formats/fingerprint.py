@@ -4,26 +4,26 @@ Values instead of a hash, because one checkpoint loaded in another precision mus
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tailora.core.kinds import weight_of
+from tailora.formats.notes import LayerPrint
 
 SAMPLES = 8  # weights per layer
 TOLERANCE = 2.0**-7  # rounding to bfloat16, once on either side
 
 
-def fingerprint(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+def fingerprint(layers: Mapping[str, nn.Module]) -> dict[str, LayerPrint]:
     """Path -> shape and evenly spaced weights of the layer."""
     return {
-        path: {"shape": list(weight_of(layer).shape), "weights": _sample(weight_of(layer))}
+        path: LayerPrint(shape=list(weight_of(layer).shape), weights=_sample(weight_of(layer)))
         for path, layer in layers.items()
     }
 
 
-def differences(stored: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> list[str]:
+def differences(stored: Mapping[str, LayerPrint], layers: Mapping[str, nn.Module]) -> list[str]:
     """What of the stored fingerprint does not hold for these layers; [] when the base is the same."""
     return [
         problem
@@ -32,10 +32,12 @@ def differences(stored: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> l
     ]
 
 
-def _difference(path: str, stored: Mapping[str, Any], weight: Tensor) -> str | None:
-    if stored["shape"] != list(weight.shape):
+def _difference(path: str, stored: LayerPrint, weight: Tensor) -> str | None:
+    if stored.shape != list(weight.shape):
         return f"{path}: made for a weight of shape {tuple(stored['shape'])}, here it is {tuple(weight.shape)}"
-    then, now = torch.tensor(stored["weights"]), torch.tensor(_sample(weight))
+    if len(stored.weights) != SAMPLES:
+        return f"{path}: its fingerprint has {len(stored.weights)} weights, not {SAMPLES}"
+    then, now = torch.tensor(stored.weights), torch.tensor(_sample(weight))
     if torch.allclose(now, then, rtol=TOLERANCE, atol=1e-6):
         return None
     worst = int((now - then).abs().argmax())

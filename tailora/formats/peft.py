@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.config import LoRAConfig
 from tailora.core.kinds import EMBEDDING
-from tailora.errors import ConfigError, FormatError
+from tailora.errors import DivergedError, FormatError
 from tailora.formats.atomic import replace_folder, write_file
 from tailora.formats.fingerprint import fingerprint
 from tailora.formats.grouping import join_groups
+from tailora.formats.notes import KEY, Notes, parse
 from tailora.formats.peft_config import read_settings, to_peft
 from tailora.formats.tensors import read, to_bytes
 
@@ -30,7 +30,6 @@ EMBEDDING_SUFFIXES = (".lora_embedding_A", ".lora_embedding_B")
 FACTOR_OF = {
     suffix: factor for ends in (SUFFIXES, EMBEDDING_SUFFIXES) for suffix, factor in zip(ends, "AB", strict=True)
 }
-METADATA = "tailora"
 
 
 @dataclass(frozen=True)
@@ -38,39 +37,21 @@ class StoredAdapter:
     """What a folder holds, checked for form but not yet against a base model."""
 
     folder: Path
-    settings: dict[str, Any]
+    settings: dict[str, Any] | None  # None where only the weights are there, which tailora's describe themselves
     tensors: dict[str, Tensor]  # keys without PREFIX
-    notes: dict[str, Any]  # our metadata; {} in a folder that another tool wrote
-
-    @property
-    def config(self) -> LoRAConfig | None:
-        """The config that it was trained with, where tailora wrote the folder."""
-        try:
-            return LoRAConfig(**self.notes["config"]) if "config" in self.notes else None
-        except ConfigError as error:
-            raise FormatError(f"{self.folder / WEIGHTS}: its metadata: {error}") from None
+    notes: Notes
 
 
 def write_adapter(folder: Path, adapter: Adapter, base_model: nn.Module) -> None:
-    """Write the folder whole or not at all; the same adapter gives the same bytes.
+    """Write a new folder whole or not at all; in one that exists the files are exchanged, the weights first.
 
-    The effective scale is in the files: what a learned or assigned scale differs from alpha/r is folded into B.
+    The weights carry their settings, so that death between two files is seen when reading. The same adapter gives
+    the same bytes. The effective scale is in the files: what a learned or assigned scale differs from alpha/r is
+    folded into B. Raises DivergedError for weights that are not finite.
     """
-    tensors = {f"{PREFIX}{key}": tensor for key, tensor in file_tensors(adapter).items()}
-    notes = {
-        "version": 1,
-        "config": adapter.config.model_dump(),
-        "scaling": {path: layer.scaling.item() for path, layer in adapter.low_rank.items() if layer.learns_scaling},
-        "base": fingerprint({path: base_model.get_submodule(path) for path in adapter.low_rank}),
-    }
-    settings = to_peft(adapter.config, adapter.low_rank, base_model)
-    files = {
-        WEIGHTS: to_bytes(tensors, {"format": "pt", METADATA: json.dumps(notes)}),
-        SETTINGS: (json.dumps(settings, indent=2) + "\n").encode(),
-        CARD: _card(settings, adapter).encode(),
-    }
-    if folder.exists() and {entry.name for entry in folder.iterdir()} - set(files):
-        for name, content in files.items():  # other things live here: exchange ours one by one
+    files = _contents(adapter, base_model)
+    if folder.exists():
+        for name, content in files.items():
             write_file(folder / name, content)
         return
     with replace_folder(folder) as fresh:
@@ -78,33 +59,37 @@ def write_adapter(folder: Path, adapter: Adapter, base_model: nn.Module) -> None
             (fresh / name).write_bytes(content)
 
 
+def _contents(adapter: Adapter, base_model: nn.Module) -> dict[str, bytes]:
+    tensors = {f"{PREFIX}{key}": tensor for key, tensor in file_tensors(adapter).items()}
+    if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise DivergedError(f"the adapter is not saved: not finite are {', '.join(broken[:5])} ({len(broken)} in all)")
+    notes = Notes(
+        config=adapter.config.model_dump(),
+        scaling={path: layer.scaling.item() for path, layer in adapter.low_rank.items() if layer.learns_scaling},
+        base=fingerprint({path: base_model.get_submodule(path) for path in adapter.low_rank}),
+    )
+    settings = to_peft(adapter.config, adapter.low_rank, base_model)
+    return {
+        WEIGHTS: to_bytes(tensors, {"format": "pt", KEY: notes.model_dump_json()}),
+        SETTINGS: (json.dumps(settings, indent=2) + "\n").encode(),
+        CARD: _card(settings, adapter).encode(),
+    }
+
+
 def read_adapter(folder: Path) -> StoredAdapter:
     """Read a folder written by tailora or PEFT. Raises FormatError; a pickle is never opened."""
     if not folder.is_dir():
         raise FormatError(f"{folder} is not a folder; an adapter is a folder with {WEIGHTS} and {SETTINGS}")
-    settings = read_settings(folder / SETTINGS)
     if not (folder / WEIGHTS).is_file():
         pickled = " (adapter_model.bin is a pickle, which can run code and is not read; save it as safetensors)"
         raise FormatError(f"{folder} has no {WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}")
     tensors, metadata = read(folder / WEIGHTS)
     if strange := [key for key in tensors if not key.startswith(PREFIX)]:
         raise FormatError(f"{folder / WEIGHTS}: keys start with {PREFIX!r}; these do not: {', '.join(strange[:5])}")
-    return StoredAdapter(
-        folder,
-        settings,
-        {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()},
-        _notes(folder, metadata),
-    )
-
-
-def _notes(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        notes = json.loads(metadata.get(METADATA, "{}"))
-    except json.JSONDecodeError as error:
-        raise FormatError(f"{folder / WEIGHTS}: its tailora metadata is not JSON: {error}") from None
-    if not isinstance(notes, dict):
-        raise FormatError(f"{folder / WEIGHTS}: its tailora metadata is not an object")
-    return notes
+    notes = parse(metadata.get(KEY), folder / WEIGHTS)
+    described = notes.config is not None and not (folder / SETTINGS).exists()
+    settings = None if described else read_settings(folder / SETTINGS)
+    return StoredAdapter(folder, settings, {key.removeprefix(PREFIX): value for key, value in tensors.items()}, notes)
 
 
 def file_tensors(adapter: Adapter) -> dict[str, Tensor]:

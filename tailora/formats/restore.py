@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from tailora.errors import BaseMismatchError, ConfigError, FormatError, TargetEr
 from tailora.formats.fingerprint import differences
 from tailora.formats.grouping import split_groups
 from tailora.formats.peft import FACTOR_OF, StoredAdapter
-from tailora.formats.peft_config import from_peft
+from tailora.formats.peft_config import SHARED, from_peft
 
 Modules = Mapping[str, nn.Module]
 
@@ -37,7 +36,7 @@ def restore(stored: StoredAdapter, base_model: nn.Module, *, allow_base_mismatch
     the adapter was made for other weights and `allow_base_mismatch` is not set.
     """
     modules = dict(base_model.named_modules())
-    config = from_peft(stored.settings, _paths(stored, modules), stored.folder)
+    own, config = stored.notes.lora(stored.folder), _config(stored, modules)
     parts = _sort(stored, modules, config)
     parts.problems += _missing(parts, base_model, modules, config)
     low_rank = {path: _low_rank(path, modules, config, parts) for path in parts.factors}
@@ -45,11 +44,24 @@ def restore(stored: StoredAdapter, base_model: nn.Module, *, allow_base_mismatch
     if parts.problems:
         raise FormatError(f"{stored.folder} does not fit this model: {listing(parts.problems)}")
     _check_base(stored, {path: modules[path] for path in low_rank}, allow_base_mismatch)
-    own = stored.config
     layers = {path: layer for path, layer in low_rank.items() if layer is not None}
-    if own is not None and own.learn_scaling:
-        _learn_again(layers, stored.notes.get("scaling", {}))
+    _learn_again(stored, layers)
     return Adapter(own or config, layers, copies)
+
+
+def _config(stored: StoredAdapter, modules: Modules) -> LoRAConfig:
+    """What adapter_config.json says; raises FormatError where the weights were saved with something else."""
+    own = stored.notes.lora(stored.folder)
+    if stored.settings is None and own is not None:
+        return own
+    config = from_peft(stored.settings or {}, _paths(stored, modules), stored.folder)
+    if own is not None and (other := [name for name in SHARED if getattr(own, name) != getattr(config, name)]):
+        pairs = (f"{name} = {getattr(config, name)!r} here, {getattr(own, name)!r} there" for name in other)
+        raise FormatError(
+            f"{stored.folder}: adapter_config.json and the settings that the weights were saved with differ: "
+            f"{', '.join(pairs)}. Save the adapter again, or delete adapter_config.json to use the weights' own"
+        )
+    return config
 
 
 def _paths(stored: StoredAdapter, modules: Modules) -> list[str]:
@@ -97,9 +109,19 @@ def _missing(parts: Parts, base_model: nn.Module, modules: Modules, config: LoRA
     problems = []
     for path in (path for path in modules if path in named):
         lacking = [factor for factor in "AB" if factor not in parts.factors.get(path, {})]
-        problems += [f"missing lora_{factor} of {path} ({type(modules[path]).__name__})" for factor in lacking]
+        shapes = _needed(path, modules, config) if lacking else {}
+        problems += [f"missing lora_{factor} of {path} {shapes.get(factor, '')}".rstrip() for factor in lacking]
     whole = saved_modules(modules, config)
     return problems + [f"missing {path}, which modules_to_save names" for path in whole if path not in parts.saved]
+
+
+def _needed(path: str, modules: Modules, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
+    """Factor -> shape; {} where the config's rank does not fit the layer."""
+    try:
+        layer = low_rank_layer(target_at(path, modules[path], config), config, fresh=False)
+    except (ConfigError, TargetError):
+        return {}
+    return dict(zip("AB", file_shapes(layer), strict=True))
 
 
 def _low_rank(path: str, modules: Modules, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
@@ -157,7 +179,7 @@ def _copy(path: str, modules: Modules, parts: Parts) -> nn.Module:
 
 
 def _check_base(stored: StoredAdapter, layers: Modules, allow: bool) -> None:
-    problems = differences(stored.notes.get("base", {}), layers)
+    problems = differences(stored.notes.base, layers)
     if problems and not allow:
         shown = [*problems[:5], *([f"and {len(problems) - 5} layers more"] if len(problems) > 5 else [])]
         raise BaseMismatchError(
@@ -166,11 +188,12 @@ def _check_base(stored: StoredAdapter, layers: Modules, allow: bool) -> None:
         )
 
 
-def _learn_again(layers: Mapping[str, LoRALayer], scaling: Mapping[str, Any]) -> None:
+def _learn_again(stored: StoredAdapter, layers: Mapping[str, LoRALayer]) -> None:
     """Take the learned scale, which the file folds into B for other readers, out again and make it a Parameter."""
-    for path, value in scaling.items():
+    if strange := stored.notes.scaling.keys() - layers.keys():
+        raise FormatError(f"{stored.folder}: a learned scale without a layer: {', '.join(sorted(strange))}")
+    for path, value in stored.notes.scaling.items():
         layer = layers[path]
-        if value != 0:  # a scale of 0 has erased B: start again from the configured one
-            layer.lora_B.data.mul_(layer.configured_scaling / value)
-            layer.scaling = value
-        layer.scaling = nn.Parameter(layer.scaling.clone())
+        scale = value or layer.configured_scaling  # a scale of 0 has erased B: start again
+        layer.lora_B.data.mul_(layer.configured_scaling / scale)
+        layer.scaling = nn.Parameter(torch.full_like(layer.scaling, scale))

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.errors import BaseMismatchError, FormatError
+from tailora.errors import BaseMismatchError, DivergedError, FormatError
 
 
 def llama(layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
@@ -53,7 +53,7 @@ def test_an_adapter_of_a_deeper_model_is_refused_with_every_tensor(tmp_path: Pat
 
 def test_an_adapter_of_a_shallower_model_is_refused(tmp_path: Path) -> None:
     shallow = LoRAModel(llama(1), LoRAConfig(r=4, target_modules=["q_proj"]))
-    with pytest.raises(FormatError, match=r"missing lora_A of model\.layers\.1\.self_attn\.q_proj \(Linear\)"):
+    with pytest.raises(FormatError, match=r"missing lora_A of model\.layers\.1\.self_attn\.q_proj \(4, 32\)"):
         LoRAModel.from_pretrained(llama(2), shallow.save_adapter(tmp_path))
 
 
@@ -98,8 +98,9 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(folder: Path) -> None:
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
         ({"init_lora_weights": "pissa_niter_4"}, "changed the base's weights"),
         ({"r": 0}, "r = 0"),
+        ({"lora_alpha": 8}, "lora_alpha = 8.0 here, 32.0 there"),
         ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, "missing lora_A of model.layers.0.self_attn.v_proj"),
-        ({"rank_pattern": {"q_proj": 3}}, r"misshapen lora_A of .*: the file has \(4, 32\), the model needs \(3, 32\)"),
+        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern = .'q_proj': 3. here"),
     ],
 )
 def test_settings_that_would_mean_something_else_here_are_refused(
@@ -114,7 +115,7 @@ def test_settings_that_would_mean_something_else_here_are_refused(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json does not exist"),
+        (lambda f: (f / "adapter_config.json").write_text("[" * 100_000), "is not JSON"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "is not JSON"),
         (lambda f: (f / "adapter_config.json").write_text("[]"), "holds a list"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
@@ -210,3 +211,70 @@ def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(FormatError, match="cannot name a folder"):
         model.save_adapter(tmp_path / "out", name)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_without_their_settings_file_describe_themselves(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+    assert LoRAModel.from_pretrained(llama(), folder).adapters["default"].r == 4
+    edit(folder, lambda tensors: tensors)  # as another tool writes them
+    with pytest.raises(FormatError, match=r"adapter_config\.json does not exist"):
+        LoRAModel.from_pretrained(llama(), folder)
+
+
+def test_death_between_the_files_of_an_exchange_is_seen(folder: Path) -> None:
+    before = (folder / "adapter_config.json").read_bytes()
+    model = LoRAModel(llama(), LoRAConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    model.save_adapter(folder)
+    (folder / "adapter_config.json").write_bytes(before)  # only the weights were exchanged
+    with pytest.raises(FormatError, match=r"delete adapter_config\.json to use the weights' own"):
+        LoRAModel.from_pretrained(llama(), folder)
+
+
+@pytest.mark.parametrize(
+    ("notes", "message"),
+    [
+        ("{", "metadata is damaged"),
+        ('{"base": {"0": {}}}', r"metadata is damaged: base\.0\.shape"),
+        ('{"scaling": {"nowhere": 1.0}}', "a learned scale without a layer: nowhere"),
+        ('{"scaling": {"model.layers.0.self_attn.q_proj": "much"}}', "metadata is damaged: scaling"),
+        ('{"scaling": {"model.layers.0.self_attn.q_proj": NaN}}', "metadata is damaged"),
+        ('{"config": [1]}', "metadata is damaged: config"),
+        ('{"config": {"nonsense": 1}}', "unknown setting 'nonsense'"),
+        ("[" * 100_000, "metadata is damaged"),
+    ],
+)
+def test_hostile_metadata_is_refused(folder: Path, notes: str, message: str) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt", "tailora": notes})
+    with pytest.raises(FormatError, match=message):
+        LoRAModel.from_pretrained(llama(), folder)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
+    model.lora_layers["0"].lora_A.data[0, 0] = torch.nan
+    with pytest.raises(DivergedError, match="lora_A"):
+        model.save_adapter(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scale_made_learned_by_hand_comes_back_learned(tmp_path: Path) -> None:
+    model = LoRAModel(llama(), LoRAConfig(r=4, target_modules=["q_proj"]))
+    stir(model)
+    first = next(iter(model.lora_layers.values()))
+    first.scaling = nn.Parameter(torch.full((1,), 3.0))
+    back = LoRAModel.from_pretrained(llama(), model.save_adapter(tmp_path))
+    assert [layer.learns_scaling for layer in back.lora_layers.values()] == [True, False]
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_saving_into_an_empty_folder_and_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    model.save_adapter(".")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    model.save_adapter(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert len(list((tmp_path / "empty").iterdir())) == 3

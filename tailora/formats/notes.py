@@ -1,0 +1,45 @@
+"""What an adapter's file says beyond PEFT's fields, in its safetensors metadata; other readers pass over it."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+
+from tailora.core.config import LoRAConfig
+from tailora.errors import ConfigError, FormatError
+
+KEY = "tailora"
+
+
+class LayerPrint(BaseModel):
+    """A layer of the base: shape, and evenly spaced weights."""
+
+    shape: list[int]
+    weights: list[float]
+
+
+class Notes(BaseModel):
+    """Empty for a file that another tool wrote."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int = 1
+    config: dict[str, Any] | None = None  # of LoRAConfig
+    scaling: dict[str, FiniteFloat] = {}  # learned scales, by path; the file's B has them folded in
+    base: dict[str, LayerPrint] = {}  # fingerprint
+
+    def lora(self, source: object) -> LoRAConfig | None:
+        """The config that the adapter was trained with. Raises FormatError."""
+        try:
+            return None if self.config is None else LoRAConfig(**self.config)
+        except (ConfigError, TypeError) as error:
+            raise FormatError(f"{source}: its tailora metadata: {error}") from None
+
+
+def parse(text: str | None, source: object) -> Notes:
+    """Raises FormatError for metadata that is not ours."""
+    try:
+        return Notes() if text is None else Notes.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise FormatError(f"{source}: its tailora metadata is damaged: {where}: {first['msg']}") from None
