@@ -34,7 +34,7 @@ def differences(stored: Mapping[str, LayerPrint], layers: Mapping[str, nn.Module
 
 def _difference(path: str, stored: LayerPrint, weight: Tensor) -> str | None:
     if stored.shape != list(weight.shape):
-        return f"{path}: made for a weight of shape {tuple(stored['shape'])}, here it is {tuple(weight.shape)}"
+        return f"{path}: made for a weight of shape {tuple(stored.shape)}, here it is {tuple(weight.shape)}"
     if len(stored.weights) != SAMPLES:
         return f"{path}: its fingerprint has {len(stored.weights)} weights, not {SAMPLES}"
     then, now = torch.tensor(stored.weights), torch.tensor(_sample(weight))
