@@ -134,14 +134,17 @@ def accumulate(
 
     supervised: tokens that the whole step learns from, over all micro-batches and ranks.
     """
-    mean = torch.zeros((), device=accelerator.device)
-    for place, batch in enumerate(batches, 1):
-        with nullcontext() if place == len(batches) else accelerator.no_sync(model):
-            losses, _ = token_losses(model, batch.examples, rows, accelerator.device)
-            part = losses.sum() * (batch.weight / supervised)
-            accelerator.backward(part * accelerator.num_processes)
-        mean += part.detach()
-    return mean
+
+    def backward(batch: MicroBatch) -> Tensor:  # a function, so that no batch's graph outlives it
+        losses, _ = token_losses(model, batch.examples, rows, accelerator.device)
+        part = losses.sum() * (batch.weight / supervised)
+        accelerator.backward(part * accelerator.num_processes)
+        return part.detach()
+
+    *others, last = batches
+    with accelerator.no_sync(model):
+        parts = [backward(batch) for batch in others]
+    return torch.stack([*parts, backward(last)]).sum()
 
 
 def judge(bench: Bench, state: State) -> None:

@@ -94,7 +94,7 @@ def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its own graph, for ever
 
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
         loss = forward()  # alive while sizes are added up: a freed address could stand for two tensors

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tailora.core.config import LoRAConfig
 from tailora.data.store import Example
@@ -38,7 +38,7 @@ from tailora.train.run import run
 from tailora.errors import MemoryLimitError
 def starve(event):
     if isinstance(event, Prepared):  # after the estimate was found to fit
-        limit = psutil.Process().memory_info().vms + 10_000_000
+        limit = psutil.Process().memory_info().vms + 1_000_000
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
     run(TrainConfig(**json.loads(sys.argv[1])), on_event=starve)
@@ -117,11 +117,14 @@ def test_other_errors_pass_through_unchanged() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
-def test_running_out_in_training_names_cause_and_remedies(settings: Any, tmp_path: Path) -> None:
+def test_running_out_in_training_names_cause_and_remedies(settings: Any, model_folder: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=320, **sizes)).save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "wide")
     rows = [{"prompt": f"one {i}", "completion": "red blue green " * 60} for i in range(24)]
     data = tmp_path / "long.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = settings(data=str(data), per_device_train_batch_size=8, max_steps=6, validation_split=0)
+    config = settings(model=str(tmp_path / "wide"), data=str(data), per_device_train_batch_size=8, validation_split=0)
     process = subprocess.run(
         [sys.executable, "-c", STARVED, config.model_dump_json()], capture_output=True, text=True, check=False
     )
