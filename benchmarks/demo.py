@@ -17,7 +17,9 @@ from typing import Any
 
 import measure
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
+from tailora.cli.main import ENVIRONMENT
+
+os.environ.update({**ENVIRONMENT, **os.environ})  # for both arms, before torch is loaded
 
 
 def tailora() -> dict[str, float]:
