@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    write_any_text()
     tokens = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in tokens
     try:
