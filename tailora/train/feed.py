@@ -73,7 +73,7 @@ def _prepared(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int
 def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int, shape: Shape) -> Feed:
     """Read while training; what is known of it beforehand is its first batch."""
     common: dict[str, Any] = {"field": config.field, "max_length": config.max_length}
-    read = partial(stream, resolve(config.data, "data"), tokenizer, **common)
+    read = partial(stream, resolve(config.data, "data"), tokenizer, embedding_rows=rows, **common)
     held = None
     if config.eval_data is not None:
         source = resolve(config.eval_data, "eval_data")
@@ -105,4 +105,4 @@ def _largest(examples: Examples, shape: Shape, checkpointed: bool) -> Load:
         for places in parts(lengths[batch].tolist(), shape.token_limit)
     ]
     most = max(forwards, key=lambda indices: int(lengths[indices].sum()))
-    return Load(len(most), int(lengths[most].sum()), int(supervised[most].sum()), checkpointed)
+    return Load(shape.batch_size, len(most), int(lengths[most].sum()), int(supervised[most].sum()), checkpointed)

@@ -67,7 +67,9 @@ def train(bench: Bench, state: State, wish: Wish) -> Evaluation | None:
     if state.before is None:
         fresh = bench.config.adapter is None  # then the base alone is the same model, and faster
         with bench.model.disable_adapter() if fresh else nullcontext():
-            state.before = held_out_loss(bench, state)
+            state.before = held_out_loss(bench, state, keep=False)
+        if state.before is not None and not math.isfinite(state.before.loss):
+            raise DivergedError(f"the held-out loss is {state.before.loss} before any training; {REMEDIES}")
     good = [parameter.detach().clone() for parameter in bench.parameters.values()]
     steps = bench.steps(state.step)
     while state.step < bench.max_steps and not _patience_spent(bench.config, state):
@@ -96,13 +98,15 @@ def train(bench: Bench, state: State, wish: Wish) -> Evaluation | None:
             ),
         )
         if _due(bench.config.eval_steps, state.step) or (bench.config.eval_steps and state.step == bench.max_steps):
-            judge(bench, state)
+            judge(bench, state, good)
         if _due(bench.config.save_steps, state.step):
             save(bench, state)
+    if not all(bool(parameter.isfinite().all()) for parameter in bench.parameters.values()):
+        raise give_up(bench, f"in step {state.step}: it left weights that are not finite", good)
     if _patience_spent(bench.config, state):
         bench.emit(Note(f"stopped early: {state.since_best} evaluations in a row without gain"))
     if state.best is None:
-        return held_out_loss(bench, state)
+        return _finite(bench, state, held_out_loss(bench, state, keep=False), good)
     checkpoint.set_parameters(bench.model.lora_layers, state.best.tensors)
     return state.best.evaluation
 
@@ -147,12 +151,12 @@ def accumulate(
     return torch.stack([*parts, backward(last)]).sum()
 
 
-def judge(bench: Bench, state: State) -> None:
+def judge(bench: Bench, state: State, good: list[Tensor]) -> None:
     """Evaluate, and keep the adapter when it is the best so far."""
-    evaluation = held_out_loss(bench, state)
+    evaluation = _finite(bench, state, held_out_loss(bench, state, keep=True), good)
     if evaluation is None:
         return
-    if state.best is not None and evaluation.loss >= state.best.evaluation.loss:
+    if not _is_best(state, evaluation):
         state.since_best += 1
         return
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in bench.model.lora_layers.state_dict().items()}
@@ -161,13 +165,17 @@ def judge(bench: Bench, state: State) -> None:
         bench.model.save_adapter(bench.output_dir / ADAPTER)
 
 
-def held_out_loss(bench: Bench, state: State) -> Evaluation | None:
-    """Evaluate every rank's share of the held-out examples and put the shares together. None without any."""
+def held_out_loss(bench: Bench, state: State, *, keep: bool) -> Evaluation | None:
+    """Evaluate every rank's share of the held-out examples and put the shares together. None without any.
+
+    keep: the adapter is kept when this is its best loss, and the listener is told so.
+    """
     if bench.held_out is None or len(bench.held_out) == 0:
         return None
     started, accelerator = time.perf_counter(), bench.accelerator
     mine = np.arange(accelerator.process_index, len(bench.held_out), accelerator.num_processes)
-    sums = torch.zeros(len(bench.held_out), dtype=torch.float64, device=accelerator.device)
+    wide = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
+    sums = torch.zeros(len(bench.held_out), dtype=wide, device=accelerator.device)
     if len(mine):
         part = evaluate(
             bench.model,
@@ -177,13 +185,10 @@ def held_out_loss(bench: Bench, state: State) -> Evaluation | None:
             packed=bench.rows.packed,
             device=accelerator.device,
         )
-        sums[torch.from_numpy(mine).to(sums.device)] = torch.from_numpy(part.sums).to(sums.device)
-    evaluation = Evaluation(
-        accelerator.reduce(sums, reduction="sum").cpu().numpy(), bench.held_out.supervised.astype(np.int64)
-    )
-    if not math.isfinite(evaluation.loss):
-        raise DivergedError(f"the held-out loss after step {state.step} is {evaluation.loss}; {REMEDIES}")
-    best = state.step > 0 and (state.best is None or evaluation.loss < state.best.evaluation.loss)
+        sums[torch.from_numpy(mine).to(sums.device)] = torch.from_numpy(part.sums).to(sums)
+    together = accelerator.reduce(sums, reduction="sum").cpu().double().numpy()
+    evaluation = Evaluation(together, bench.held_out.supervised.astype(np.int64))
+    best = keep and _is_best(state, evaluation)
     state.history.append((state.step, evaluation.loss))
     _report(bench, state, Evaluated(state.step, evaluation.loss, time.perf_counter() - started, best))
     return evaluation
@@ -246,10 +251,17 @@ def _report(bench: Bench, state: State, event: Stepped | Evaluated) -> None:
 def _diverged(
     bench: Bench, number: int, batches: Sequence[MicroBatch], loss: float, rate: float, good: list[Tensor]
 ) -> DivergedError:
-    """Put the last good parameters back, save them, and say what happened."""
-    cause = broken_gradients(bench.parameters)
-    if not math.isfinite(loss):
-        cause = broken_loss(bench.model.base_model, batches, bench.rows, bench.accelerator.device)
+    """The cause of a step whose loss or gradient is not finite."""
+    where = f"in step {number + 1} (learning rate {rate:.3g})"
+    if math.isfinite(loss):  # so the weights are good as they are
+        return give_up(bench, f"{where}: {broken_gradients(bench.parameters)}", None)
+    cause = broken_loss(bench.model.base_model, batches, bench.rows, bench.accelerator.device)
+    return give_up(bench, f"{where}: {cause}", good)
+
+
+def give_up(bench: Bench, what: str, good: list[Tensor] | None) -> DivergedError:
+    """Put the last good parameters back, save them unless a best adapter is kept, and say what happened."""
+    if good is not None:
         with torch.no_grad():
             torch._foreach_copy_(list(bench.parameters.values()), good)
     folder = bench.output_dir / ADAPTER
@@ -258,9 +270,17 @@ def _diverged(
         kept = f"{folder} keeps the last weights with a finite loss"
         if bench.accelerator.is_main_process:
             bench.model.save_adapter(folder)
-    return DivergedError(
-        f"training diverged in step {number + 1} (learning rate {rate:.3g}): {cause}. {kept}; {REMEDIES}"
-    )
+    return DivergedError(f"training diverged {what}. {kept}; {REMEDIES}")
+
+
+def _finite(bench: Bench, state: State, evaluation: Evaluation | None, good: list[Tensor]) -> Evaluation | None:
+    if evaluation is None or math.isfinite(evaluation.loss):
+        return evaluation
+    raise give_up(bench, f"in step {state.step}: the held-out loss after it is {evaluation.loss}", good)
+
+
+def _is_best(state: State, evaluation: Evaluation) -> bool:
+    return state.best is None or evaluation.loss < state.best.evaluation.loss
 
 
 def _patience_spent(config: TrainConfig, state: State) -> bool:

@@ -49,8 +49,9 @@ def available_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Load:
-    """One micro-batch at its largest."""
+    """One forward at its largest."""
 
+    batch_size: int  # as set; a forward may hold a part of it
     examples: int
     tokens: int
     supervised: int
@@ -120,7 +121,7 @@ def remedies(cost: Cost, load: Load, longest: int) -> str:
     shorter = replace(load, tokens=load.tokens // 2, supervised=load.supervised // 2)
     options = [
         (
-            f"--per-device-train-batch-size {half} with gradient accumulation doubled",
+            f"--per-device-train-batch-size {half} with gradient accumulation times {load.batch_size / half:g}",
             smaller,
             "the same result in about the same time",
         )

@@ -7,16 +7,18 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 import tailora
-from tailora.errors import ConfigError
+from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.atomic import write_file
 from tailora.train.checkpoint import found
 from tailora.train.config import TrainConfig
@@ -44,6 +46,20 @@ def claim(config: TrainConfig) -> Path:
             f"{output_dir} holds {kept} of an earlier run; give another --output-dir,{go_on} or delete it"
         )
     return output_dir
+
+
+@contextmanager
+def held(output_dir: Path) -> Iterator[None]:
+    """No other run writes to this folder meanwhile. Raises ConfigError when one does."""
+    lock = FileLock(output_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"another run is writing to {output_dir} now; give another --output-dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _kept(output_dir: Path) -> str:
@@ -118,4 +134,7 @@ class Metrics:
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
     whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
-    return [line for line in whole if json.loads(line)["step"] <= step]
+    try:
+        return [line for line in whole if json.loads(line)["step"] <= step]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise CheckpointError(f"{path} holds a line that no run wrote; move the file away to go on") from None

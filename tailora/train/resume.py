@@ -13,7 +13,7 @@ from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.state import State, restored
 
-# These say what is kept and shown, not what is computed.
+# These may differ when a run goes on: they decide what is kept and shown, not how the weights move.
 FREE = {
     "output_dir",
     "resume_from_checkpoint",

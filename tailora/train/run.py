@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def run(config: TrainConfig, on_event: Listener | None = None, on_ready: OnReady
     accelerator = start_accelerator(config)
     emit = _speaker(accelerator, on_event)
     with ExitStack() as stack:
+        stack.enter_context(record.held(output_dir) if accelerator.is_main_process else nullcontext())
         stack.enter_context(seeded(config.seed))
         kit = assemble(config, accelerator, lambda text: emit(Note(text)))
         kept = check_fits(kit.cost, kit.feed.largest, kit.feed.longest, accelerator.device)

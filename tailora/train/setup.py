@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -50,7 +51,10 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             problems.append(f"report_to {name!r} is not installed: pip install {TRACKERS[name][0]}")
     if problems:
         raise ConfigError(listing(problems))
-    return Accelerator(log_with=config.report_to or None, project_dir=config.output_dir)
+    ours = GradientAccumulationPlugin(num_steps=1)  # or an environment variable would scale our gradients
+    return Accelerator(
+        log_with=config.report_to or None, project_dir=config.output_dir, gradient_accumulation_plugin=ours
+    )
 
 
 def assemble(config: TrainConfig, accelerator: Accelerator, note: Callable[[str], None]) -> Kit:

@@ -196,7 +196,7 @@ def test_numbers_of_a_step_add_up(settings: Any) -> None:
     assert sum(event.supervised_tokens for event in heard) == result.supervised_tokens
     assert result.supervised_tokens == 2 * int(result.data.train.supervised.sum())
     assert heard[-1].eta_seconds == 0
-    assert heard[0].memory_bytes > 10**8
+    assert heard[-1].memory_bytes >= heard[0].memory_bytes > 0
 
 
 @pytest.mark.parametrize(
