@@ -20,7 +20,6 @@ from tailora.train.memory import (
     check_fits,
     explained,
     is_out_of_memory,
-    peak_bytes,
     size,
 )
 from tailora.train.setup import memory_cost
@@ -141,7 +140,7 @@ def test_memory_is_measured() -> None:
         "before = peak_bytes(cpu); block = torch.ones(250_000_000); print(peak_bytes(cpu) - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 0.9e9 < int(done.stdout) < 1.1e9
+    assert 0.7e9 < int(done.stdout) < 1.1e9  # a peak of the import may lie above what is held before
     assert 0 < available_bytes(CPU) < 2**50
 
 
