@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tailora.cli.main import COMMANDS
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -27,3 +29,7 @@ def test_the_figures_are_the_script_s() -> None:
     for name in ("demo-output", "table"):
         (content,) = re.findall(f"<!-- measured:{name} -->(.*?)<!-- /measured:{name} -->", README, re.DOTALL)
         assert content.strip(), f"run benchmarks/readme.py: {name} is empty"
+
+
+def test_every_command_is_in_the_table() -> None:
+    assert set(re.findall(r"^\| `tailora (\w+)", README, re.MULTILINE)) == set(COMMANDS)
