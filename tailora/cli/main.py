@@ -31,6 +31,7 @@ ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # of 1024 compiled shapes; each row has its own length: 2.9 GB, now 2.4
 }
 INTERRUPTED = 130
+LINES = 21  # of a message
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
 LIGHTER = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
 EPILOGUE = "Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged, 4 a quality gate not met, 130 interrupted."
@@ -91,10 +92,17 @@ def failed(error: BaseException, as_json: bool) -> int:
     """Says what went wrong, and returns the exit code for it."""
     code, message = exit_code(error), str(error)
     label = "interrupted" if code == INTERRUPTED else "error"
-    logs().print(f"{label}: {message}" if message else label, style="red", markup=False, soft_wrap=True)
+    logs().print(f"{label}: {shortened(message)}" if message else label, style="red", markup=False, soft_wrap=True)
     if as_json:
         print_error(error)
     return code
+
+
+def shortened(message: str) -> str:
+    """For a screen: hundreds of layers can have one and the same problem. JSON and Python have them all."""
+    lines = message.splitlines()
+    more = len(lines) - LINES
+    return message if more <= 1 else "\n".join([*lines[:LINES], f"  ... and {more} lines more; --json gives them all"])
 
 
 def print_error(error: BaseException) -> None:

@@ -84,7 +84,7 @@ def described(header: Mapping[str, Any]) -> str:
     rows = "packed, attention inside each" if header["packed"] else "padded"
     size = asked["per_device_train_batch_size"] * asked["gradient_accumulation_steps"] * header["processes"]
     lines = {
-        "model": f"{asked['model']}, {total / 1e6:,.1f}M parameters, {header['dtype']} ({why}) on {header['device']}",
+        "model": f"{asked['model']}, {(total - trained) / 1e6:,.1f}M parameters, {header['dtype']} ({why}) on {header['device']}",
         "adapter": f"{header['adapted_layers']} layers, {trained:,} parameters ({trained / total:.2%})",
         **_read(header["data"], asked["streaming"]),
         "steps": f"{header['max_steps']:,} of {size} examples, {rows}",

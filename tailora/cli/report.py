@@ -47,7 +47,13 @@ def summary(result: TrainResult) -> dict[str, Any]:
 
 def show(console: Console, config: TrainConfig, result: TrainResult, answers: Sequence[Answer]) -> None:
     folder = Path(result.output_dir)
-    parts = evaluation(result), effort(result), side_by_side(answers), written(folder), following(config, folder)
+    parts = (
+        evaluation(result),
+        effort(result),
+        side_by_side(answers),
+        written(folder, bool(answers)),
+        following(config, folder),
+    )
     for part in parts:
         console.print("", part, sep="\n", soft_wrap=isinstance(part, Text))
 
@@ -73,10 +79,12 @@ def verdict(change: Interval, examples: int) -> str:
     value, low, high = change
     if math.isnan(low):
         return f"Loss changed by {value:+.3f} on the only held-out example: too little to tell whether it worked."
-    where = f"95% interval {low:+.3f} to {high:+.3f}, over {examples} held-out examples"
+    where = f"over {examples} held-out examples"
     if low <= 0 <= high:
-        return f"No change shown: {value:+.3f} nats per token ({where})."
-    return f"Held-out loss went {'down' if value < 0 else 'UP'} by {abs(value):.3f} nats per token ({where})."
+        return f"No change shown: {value:+.3f} nats per token (95% interval {low:+.3f} to {high:+.3f}, {where})."
+    direction, small, large = ("down", -high, -low) if value < 0 else ("UP", low, high)
+    interval = f"95% interval {small:.3f} to {large:.3f}"
+    return f"Held-out loss went {direction} by {abs(value):.3f} nats per token ({interval}, {where})."
 
 
 def _spread(interval: Interval, form: str, scale: Any) -> str:
@@ -95,10 +103,10 @@ def side_by_side(answers: Sequence[Answer]) -> RenderableType:
     return table
 
 
-def written(folder: Path) -> Table:
+def written(folder: Path, answered: bool) -> Table:
     table = Table("", "", title="Written", show_header=False, box=None, **TITLED)
     for name, content in FILES.items():
-        if (folder / name).exists():
+        if (folder / name).exists() and (answered or name != "samples.json"):
             table.add_row(Text(str(folder / name), overflow="fold"), content)
     return table
 
@@ -109,6 +117,6 @@ def following(config: TrainConfig, folder: Path) -> Text:
     commands = [
         ["tailora", "chat", *model, "--adapter", str(folder)],
         ["tailora", "generate", *model, "--adapter", str(folder), "--prompt", "What would you do with a free day?"],
-        ["tailora", "data", "YOUR_DATA.jsonl", *model],
+        ["tailora", "data", "YOUR_DATA.jsonl" if config.data == "demo" else config.data, *model],
     ]
     return Text("\n").join([Text("Next", style="bold"), *(Text(shlex.join(command)) for command in commands)])

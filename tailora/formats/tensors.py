@@ -13,10 +13,12 @@ from tailora.errors import FormatError
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The file's bytes. Sorted: safetensors writes its metadata in hash order, another one in every process."""
-    raw = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    raw = save(plain, dict(metadata) or None)  # no tensors and {} would give a header that is not JSON
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
-    ordered = {"__metadata__": dict(sorted(metadata.items())), **_by_offset(header)}
+    described = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    ordered = {**described, **_by_offset(header)}
     text = json.dumps(ordered, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors stay aligned
     return len(text).to_bytes(8, "little") + text + raw[8 + size :]

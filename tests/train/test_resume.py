@@ -90,6 +90,21 @@ def test_an_interrupted_run_saves_says_where_and_continues_to_the_same_bytes(
     assert adapter(stopped) == adapter(whole)
 
 
+def test_a_run_interrupted_before_its_first_step_goes_on(settings: Any, tmp_path: Path) -> None:
+    whole, stopped = (settings(output_dir=str(tmp_path / name), max_steps=2) for name in ("whole", "stopped"))
+    run(whole)
+
+    def stop(event: events.Event) -> None:
+        if isinstance(event, events.Evaluated) and event.step == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(events.Interrupted) as caught:
+        run(stopped, on_event=stop)
+    assert caught.value.folder.name == "checkpoint-0"
+    run(changed(stopped, resume_from_checkpoint="latest"))
+    assert adapter(stopped) == adapter(whole)
+
+
 def test_a_stream_continues_where_it_was(settings: Any, tmp_path: Path) -> None:
     stream = {"streaming": True, "max_steps": 9, "save_steps": 8, "per_device_train_batch_size": 4}
     whole, stopped = (settings(output_dir=str(tmp_path / name), **stream) for name in ("whole", "stopped"))
