@@ -1,4 +1,4 @@
-"""Imports between the rooms point down only (docs/design.md)."""
+"""Imports between the rooms point down only (CONTRIBUTING.md, "Where things live")."""
 
 import ast
 from collections.abc import Iterator
