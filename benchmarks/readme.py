@@ -62,7 +62,7 @@ def put(readme: str, name: str, content: str) -> str:
 
 def main() -> None:
     path = ROOT / "README.md"
-    output = (RESULTS / "demo.txt").read_text().split("\nWritten ")[0]  # then come the files and the next commands
+    output = (RESULTS / "demo.txt").read_text().split("\nWritten")[0]  # then come the files and the next commands
     readme = put(path.read_text(), "demo-output", f"```\n{output.strip()}\n```")
     path.write_text(put(readme, "table", table(json.loads((RESULTS / "demo.json").read_text()))))
 
