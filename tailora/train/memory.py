@@ -22,6 +22,7 @@ CGROUP = (  # limit and use of a container, version 2 and 1
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
+STATUS = Path("/proc/self/status")
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc")
 
 
@@ -31,9 +32,8 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
-    if sys.platform == "linux":  # ru_maxrss starts at the peak of the process that started this one
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    if STATUS.exists():  # on Linux, where ru_maxrss starts at the peak of the process that started this one
+        return int(STATUS.read_text().split("VmHWM:")[1].split()[0]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
