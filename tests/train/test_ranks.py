@@ -36,7 +36,7 @@ def on_two_ranks(config: TrainConfig, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.ranks
 def test_two_ranks_train_the_adapter_that_one_does(settings: Any, tmp_path: Path) -> None:
     shared = {"num_train_epochs": 2, "per_device_train_batch_size": 3, "eval_steps": 3, "save_steps": 3}
     one = settings(output_dir=str(tmp_path / "one"), gradient_accumulation_steps=2, **shared)
