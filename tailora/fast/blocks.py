@@ -1,0 +1,157 @@
+"""Causal attention within the documents of a packed row, forward and backward, by batched products in blocks.
+
+Documents of about one length are computed together, padded at the end, where no earlier token looks. The query heads
+that share a key head are laid out as rows, so keys are never repeated. A block is BLOCK queries against the keys that
+they see, so no work is done beyond the diagonal or outside a sliding window. The backward computes the probabilities
+again (FlashAttention, arXiv:2205.14135, sec. 3.1), block by block.
+
+Shapes: q (tokens, heads, width), k and v (tokens, key heads, width).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 128  # queries: products large enough to be fast, probabilities small enough for the cache
+ROUND = 32  # lengths are rounded up to a multiple: oneDNN compiles every product's shape anew, 1 ms and .7 MB each
+
+softmax_backward = torch.ops.aten._softmax_backward_data
+
+
+@dataclass(frozen=True)
+class Together:
+    """Documents that are computed together, each padded to `length` tokens."""
+
+    count: int
+    length: int
+    read: Tensor  # (count * length,) places in the row; padding reads the document's last token
+    write: Tensor  # the same; padding writes to a place behind the row's end
+
+
+class Kept(NamedTuple):
+    """What the backward needs of documents computed together: (count, key heads, group or none, length, width)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@lru_cache(maxsize=32)  # every layer of a model asks for the same
+def arranged(lengths: tuple[int, ...], device: torch.device) -> tuple[Together, ...]:
+    """The row's documents, grouped by rounded length."""
+    starts = [sum(lengths[:place]) for place in range(len(lengths))]
+    groups: dict[int, list[int]] = {}
+    for place, length in enumerate(lengths):
+        groups.setdefault(math.ceil(length / ROUND) * ROUND, []).append(place)
+    return tuple(_together(starts, lengths, places, rounded, device) for rounded, places in groups.items())
+
+
+def _together(
+    starts: list[int], lengths: tuple[int, ...], places: list[int], rounded: int, device: torch.device
+) -> Together:
+    first = torch.tensor([starts[place] for place in places])[:, None]
+    own = torch.tensor([lengths[place] for place in places])[:, None]
+    column = torch.arange(rounded)
+    read = first + column.minimum(own - 1)  # (documents, rounded)
+    write = torch.where(column < own, read, sum(lengths))
+    return Together(len(places), rounded, read.flatten().to(device), write.flatten().to(device))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, documents: tuple[Together, ...], scale: float, window: int | None
+) -> tuple[Tensor, list[Kept]]:
+    """(tokens, heads, width), and what the backward needs."""
+    tokens, heads, width = q.shape
+    out = q.new_empty(tokens + 1, heads, width)  # the last place takes what padding computes
+    kept = [_gathered(q, k, v, each) for each in documents]
+    for each, (qs, ks, vs) in zip(documents, kept, strict=True):
+        parts = []
+        for block in _blocks(each.length, window):
+            p = _probabilities(qs, ks, block, scale, window)
+            parts.append(torch.bmm(p, vs[:, block.keys]).unflatten(1, (qs.shape[1], -1)))
+        together = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # (count * key heads, group, length, width)
+        out.index_copy_(0, each.write, _by_token(together, each))
+    return out[:tokens], kept
+
+
+def backward(
+    gradient: Tensor,  # (tokens + 1, heads, width), its last row zero
+    kept: list[Kept],
+    documents: tuple[Together, ...],
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in their shapes."""
+    rows, heads, width = gradient.shape
+    key_heads = kept[0].k.shape[0] // documents[0].count
+    dq = gradient.new_empty(rows, heads, width)
+    dk, dv = (gradient.new_empty(rows, key_heads, width) for _ in range(2))
+    for each, (qs, ks, vs) in zip(documents, kept, strict=True):
+        inner = gradient.index_select(0, each.write)  # zero for padding
+        gs = _by_head(inner, each, key_heads)
+        parts, k_gradient, v_gradient = [], torch.zeros_like(ks), torch.zeros_like(vs)
+        for block in _blocks(each.length, window):
+            p = _probabilities(qs, ks, block, scale, window)
+            g, rows_q = gs[:, :, block.queries].flatten(1, 2), qs[:, :, block.queries].flatten(1, 2)
+            dp = torch.bmm(g, vs[:, block.keys].transpose(1, 2))
+            ds = softmax_backward(dp, p, -1, p.dtype).mul_(scale)
+            parts.append(torch.bmm(ds, ks[:, block.keys]).unflatten(1, (qs.shape[1], -1)))
+            k_gradient[:, block.keys].baddbmm_(ds.transpose(1, 2), rows_q)
+            v_gradient[:, block.keys].baddbmm_(p.transpose(1, 2), g)
+        together = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        dq.index_copy_(0, each.write, _by_token(together, each))
+        dk.index_copy_(0, each.write, _by_token(k_gradient[:, None], each))
+        dv.index_copy_(0, each.write, _by_token(v_gradient[:, None], each))
+    return dq[:-1], dk[:-1], dv[:-1]
+
+
+class _Block(NamedTuple):
+    queries: slice
+    keys: slice
+
+
+def _blocks(length: int, window: int | None) -> Iterator[_Block]:
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        yield _Block(slice(start, stop), slice(0 if window is None else max(start - window + 1, 0), stop))
+
+
+def _probabilities(qs: Tensor, ks: Tensor, block: _Block, scale: float, window: int | None) -> Tensor:
+    """(count * key heads, group * queries, keys)."""
+    rows = qs[:, :, block.queries].flatten(1, 2)
+    hidden = _hidden(block.queries.start - block.keys.start, block.queries.stop - block.queries.start, window, qs)
+    mask = hidden.repeat(qs.shape[1], 1)[None]  # (1, group * queries, keys)
+    return torch.softmax(torch.baddbmm(mask, rows, ks[:, block.keys].transpose(1, 2), alpha=scale), dim=-1)
+
+
+def _hidden(offset: int, queries: int, window: int | None, like: Tensor) -> Tensor:
+    """-inf where query i, at place offset + i of the keys, may not look: (queries, offset + queries)."""
+    shape = queries, offset + queries
+    hidden = torch.full(shape, -math.inf, dtype=like.dtype, device=like.device).triu_(offset + 1)
+    if window is not None and offset + queries > window:
+        hidden += torch.full_like(hidden, -math.inf).tril_(offset - window)
+    return hidden
+
+
+def _gathered(q: Tensor, k: Tensor, v: Tensor, each: Together) -> Kept:
+    """q (count * key heads, group, length, width); k, v (count * key heads, length, width)."""
+    key_heads = k.shape[1]
+    qs, ks, vs = (_by_head(part.index_select(0, each.read), each, key_heads) for part in (q, k, v))
+    return Kept(qs, ks[:, 0], vs[:, 0])
+
+
+def _by_head(rows: Tensor, each: Together, key_heads: int) -> Tensor:
+    """(count * length, heads, width) -> (count * key heads, group, length, width), contiguous."""
+    split = rows.view(each.count, each.length, key_heads, -1, rows.shape[-1])
+    return split.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
+
+
+def _by_token(heads: Tensor, each: Together) -> Tensor:
+    """The way back: (count * length, heads, width)."""
+    split = heads.unflatten(0, (each.count, -1)).permute(0, 3, 1, 2, 4)  # (count, length, key heads, group, width)
+    return split.flatten(2, 3).flatten(0, 1)
