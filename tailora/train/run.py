@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tailora.data.prepare import Prepared
 from tailora.errors import CheckpointError
+from tailora.fast.flat import Flat, flattened
 from tailora.model import LoRAModel
 from tailora.train import checkpoint, record
 from tailora.train.checkpoint import Checkpoint
@@ -21,7 +22,7 @@ from tailora.train.events import Event, Finished, Listener, Note, Saved
 from tailora.train.events import Prepared as Ready
 from tailora.train.loop import Bench, train
 from tailora.train.memory import check_fits, explained, peak_bytes, remedies
-from tailora.train.optim import adamw
+from tailora.train.optim import adamw, groups
 from tailora.train.result import TrainResult
 from tailora.train.resume import check_same_run, identity, take_up
 from tailora.train.rng import seed_all, seeded
@@ -48,7 +49,9 @@ def run(config: TrainConfig, on_event: Listener | None = None, on_ready: OnReady
         stack.enter_context(seeded(config.seed))
         kit = assemble(config, accelerator, lambda text: emit(Note(text)))
         kept = check_fits(kit.cost, kit.feed.largest, kit.feed.longest, accelerator.device)
-        bench, state = _bench(config, output_dir, accelerator, kit, saved, emit)
+        trained = dict(kit.model.lora_layers.named_parameters())
+        flats = stack.enter_context(flattened(groups(trained, config)))
+        bench, state = _bench(config, output_dir, accelerator, kit, flats, saved, emit)
         stack.callback(_close, bench)
         header = {**_header(bench, kit), "estimated_activation_bytes": kept}
         _announce(bench, header)
@@ -58,6 +61,9 @@ def run(config: TrainConfig, on_event: Listener | None = None, on_ready: OnReady
         with prepared_for_training(kit, config.gradient_checkpointing), stop_signal() as wish:
             after = train(bench, state, wish)
         folder = _save(bench)
+        # The files are there when any rank returns. And gloo's threads drop the last collective's tensors, for which
+        # they need Python's lock: a rank that ended at once could hold that while joining them, for ever.
+        accelerator.wait_for_everyone()
     result = _result(bench, kit, state, after, time.perf_counter() - started)
     if accelerator.is_main_process:
         record.write_run(output_dir, header, result.to_dict())
@@ -88,6 +94,7 @@ def _bench(
     output_dir: Path,
     accelerator: Accelerator,
     kit: Kit,
+    flats: list[Flat],
     saved: Checkpoint | None,
     emit: Listener,
 ) -> tuple[Bench, State]:
@@ -95,11 +102,10 @@ def _bench(
     own = _identity(config, accelerator, kit)
     if saved is not None:
         check_same_run(saved.state["run"], own)
-    parameters = dict(kit.model.lora_layers.named_parameters())
-    optimizer = adamw(list(parameters.values()), config.weight_decay)
+    optimizer = adamw(flats)
     rank = accelerator.process_index
     seed_all(config.seed + rank)  # each rank drops out other activations
-    state = State() if saved is None else take_up(saved, kit.model, optimizer, parameters, rank)
+    state = State() if saved is None else take_up(saved, kit.model, optimizer, flats, rank)
     accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
     resumed_at = None if saved is None else state.step
     bench = Bench(
@@ -107,7 +113,7 @@ def _bench(
         accelerator=accelerator,
         model=kit.model,
         forward=accelerator.prepare_model(kit.model),
-        parameters=parameters,
+        flats=flats,
         optimizer=optimizer,
         rows=kit.rows,
         steps=kit.feed.steps,
