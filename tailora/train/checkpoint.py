@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from tailora.errors import CheckpointError, listing
+from tailora.fast.flat import Flat
 from tailora.formats.atomic import replace_folder
 from tailora.formats.tensors import read, to_bytes
 
 STATE = "state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
+COUNT = "step"  # AdamW's only state that is one number; the rest is shaped like the parameter
 
 
 @dataclass(frozen=True)
@@ -109,24 +111,44 @@ def prune(output_dir: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's tensors as `parameter|key`."""
+def moments(optimizer: torch.optim.Optimizer, flats: Sequence[Flat]) -> dict[str, Tensor]:
+    """The optimiser's tensors as `parameter|key`; the step count of a buffer stands under each of its parameters."""
     return {
-        f"{name}|{key}": tensor
-        for name, parameter in parameters.items()
-        for key, tensor in optimizer.state.get(parameter, {}).items()
+        f"{name}|{key}": tensor.clone() if key == COUNT else flat.part(name, tensor)
+        for flat in flats
+        for name in flat.parts
+        for key, tensor in optimizer.state.get(flat.whole, {}).items()
     }
 
 
-def set_moments(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
-) -> None:
-    states: dict[int, dict[str, Tensor]] = {}
-    index = {name: i for i, name in enumerate(parameters)}
+def set_moments(optimizer: torch.optim.Optimizer, flats: Sequence[Flat], tensors: Mapping[str, Tensor]) -> None:
+    """Put saved moments back. Raises CheckpointError when parameters of one buffer took different numbers of steps."""
+    saved: dict[str, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():
         name, key = full.rsplit("|", 1)
-        states.setdefault(index[name], {})[key] = tensor
+        saved.setdefault(name, {})[key] = tensor
+    states = {
+        i: _joined(flat, {name: saved[name] for name in flat.parts if name in saved}) for i, flat in enumerate(flats)
+    }
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _joined(flat: Flat, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The state of a whole buffer; zero for parameters that are not in `saved`, which never had a gradient."""
+    counts = {float(state[COUNT]) for state in saved.values()}
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"the checkpoint's parameters took from {min(counts):g} to {max(counts):g} optimiser steps, for an earlier "
+            "version passed over those without a gradient; this one takes all steps with all: start anew"
+        )
+    if not saved:
+        return {}
+    some = next(iter(saved.values()))
+    joined = {key: torch.zeros_like(flat.gradient) for key in some if key != COUNT}
+    for name, state in saved.items():
+        for key, buffer in joined.items():
+            flat.part(name, buffer).copy_(state[key])
+    return {COUNT: some[COUNT], **joined}
 
 
 def set_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tailora.data.store import Examples
 from tailora.errors import DivergedError
+from tailora.fast.flat import Flat
 from tailora.model import LoRAModel
 from tailora.train import checkpoint, rng
 from tailora.train.config import TrainConfig
@@ -46,7 +47,7 @@ class Bench:
     accelerator: Accelerator
     model: LoRAModel
     forward: nn.Module  # the model as accelerate prepared it
-    parameters: dict[str, nn.Parameter]  # all that is trained
+    flats: list[Flat]  # all that is trained
     optimizer: torch.optim.Optimizer
     rows: Rows
     steps: Callable[[int], Iterator[list[MicroBatch]]]  # from a step on
@@ -70,7 +71,7 @@ def train(bench: Bench, state: State, wish: Wish) -> Evaluation | None:
             state.before = held_out_loss(bench, state, keep=False)
         if state.before is not None and not math.isfinite(state.before.loss):
             raise DivergedError(f"the held-out loss is {state.before.loss} before any training; {REMEDIES}")
-    good = [parameter.detach().clone() for parameter in bench.parameters.values()]
+    good = [flat.whole.detach().clone() for flat in bench.flats]
     steps = bench.steps(state.step)
     while state.step < bench.max_steps and not _patience_spent(bench.config, state):
         batches = next(steps)
@@ -101,7 +102,7 @@ def train(bench: Bench, state: State, wish: Wish) -> Evaluation | None:
             judge(bench, state, good)
         if _due(bench.config.save_steps, state.step):
             save(bench, state)
-    if not all(bool(parameter.isfinite().all()) for parameter in bench.parameters.values()):
+    if not all(bool(flat.whole.isfinite().all()) for flat in bench.flats):
         raise give_up(bench, f"in step {state.step}: it left weights that are not finite", good)
     if _patience_spent(bench.config, state):
         bench.emit(Note(f"stopped early: {state.since_best} evaluations in a row without gain"))
@@ -119,14 +120,14 @@ def step(
     `good` holds, afterwards, the parameters before the step, whose loss and gradient were finite.
     """
     config = bench.config
-    parameters: list[Tensor] = list(bench.parameters.values())
     mean = accumulate(bench.forward, batches, supervised, bench.rows, bench.accelerator)
     loss = float(bench.accelerator.reduce(mean, reduction="sum"))
-    norm = float(clip(parameters, config.max_grad_norm))
+    norm = clip(bench.flats, config.max_grad_norm)
     rate = learning_rate(number, bench.max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise _diverged(bench, number, batches, loss, rate, good)
-    torch._foreach_copy_(good, parameters)
+    for before, flat in zip(good, bench.flats, strict=True):
+        before.copy_(flat.whole.detach())
     take_step(bench.optimizer, rate)
     return loss, norm, rate
 
@@ -201,7 +202,7 @@ def save(bench: Bench, state: State) -> Path:
     if bench.accelerator.is_main_process:
         tensors = {
             "adapter": bench.model.lora_layers.state_dict(),
-            "optimizer": checkpoint.moments(bench.optimizer, bench.parameters),
+            "optimizer": checkpoint.moments(bench.optimizer, bench.flats),
             **{f"random-{rank}": random for rank, random in enumerate(states)},
             **({"evaluations": kept} if (kept := state.evaluations()) else {}),
             **({"best": state.best.tensors} if state.best else {}),
@@ -254,7 +255,8 @@ def _diverged(
     """The cause of a step whose loss or gradient is not finite."""
     where = f"in step {number + 1} (learning rate {rate:.3g})"
     if math.isfinite(loss):  # so the weights are good as they are
-        return give_up(bench, f"{where}: {broken_gradients(bench.parameters)}", None)
+        trained = {name: parameter for flat in bench.flats for name, parameter in flat.parts.items()}
+        return give_up(bench, f"{where}: {broken_gradients(trained)}", None)
     cause = broken_loss(bench.model.base_model, batches, bench.rows, bench.accelerator.device)
     return give_up(bench, f"{where}: {cause}", good)
 
@@ -262,8 +264,8 @@ def _diverged(
 def give_up(bench: Bench, what: str, good: list[Tensor] | None) -> DivergedError:
     """Put the last good parameters back, save them unless a best adapter is kept, and say what happened."""
     if good is not None:
-        with torch.no_grad():
-            torch._foreach_copy_(list(bench.parameters.values()), good)
+        for before, flat in zip(good, bench.flats, strict=True):
+            flat.whole.detach().copy_(before)
     folder = bench.output_dir / ADAPTER
     kept = f"{folder} keeps the best adapter so far"
     if not folder.exists():

@@ -1,10 +1,13 @@
 """AdamW over the adapter, and a learning rate that is a function of the step alone."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from tailora.fast.flat import Flat, Group, norm
+from tailora.train.config import TrainConfig
 
 DECAYS: dict[str, Callable[[float], float]] = {  # share of the steps after warm-up, 0..1 -> share of the peak
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
@@ -21,18 +24,39 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, kind:
     return peak * DECAYS[kind]((step - warmup) / max(total - warmup, 1))
 
 
-def adamw(parameters: Sequence[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW in one fused pass; its learning rate is set at every step."""
-    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
+def groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> list[Group]:
+    """All that is trained, by what sets its rate and decay."""
+    return [Group(parameters, weight_decay=config.weight_decay)]
+
+
+def adamw(flats: Sequence[Flat]) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101, alg. 2), one fused pass per buffer; its learning rate is set at every step.
+
+    A parameter that a step does not use has a zero gradient there: its moments fade and move it still, as those of
+    all others do, and weight decay reaches it. One that was never used stays what it was, but for weight decay.
+    """
+    each = [
+        {"params": [flat.whole], "rate_factor": flat.rate_factor, "weight_decay": flat.weight_decay} for flat in flats
+    ]
+    return torch.optim.AdamW(each, lr=0.0, fused=True)
 
 
 def take_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """One step at `rate` times each group's factor; the gradients are zero afterwards, and still views."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_factor"]
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=False)
 
 
-def clip(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients down to `max_norm`; returns the norm that they had, 0-dimensional."""
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
+def clip(flats: Sequence[Flat], max_norm: float) -> float:
+    """Scale the gradients down to `max_norm`; returns the norm that they had.
+
+    When that is not finite they are left as they are, so that one can see which of them it came from.
+    """
+    before = float(norm(flats))
+    scale = max_norm / (before + 1e-6)  # as torch's clip_grad_norm_
+    if math.isfinite(before) and scale < 1:
+        for flat in flats:
+            flat.gradient.mul_(scale)
+    return before

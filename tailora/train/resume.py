@@ -1,12 +1,12 @@
 """Whether a checkpoint belongs to the run that is asked for, and how the run takes it up."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from tailora.errors import CheckpointError, listing
+from tailora.fast.flat import Flat
 from tailora.model import LoRAModel
 from tailora.train import checkpoint, rng
 from tailora.train.checkpoint import Checkpoint
@@ -60,12 +60,12 @@ def take_up(
     saved: Checkpoint,
     model: LoRAModel,
     optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
+    flats: Sequence[Flat],
     rank: int,
 ) -> State:
     """Adapter, optimiser and random states as they were; returns the progress. Raises CheckpointError."""
     tensors = saved.tensors
     checkpoint.set_parameters(model.lora_layers, tensors["adapter"])
-    checkpoint.set_moments(optimizer, parameters, tensors["optimizer"])
+    checkpoint.set_moments(optimizer, flats, tensors["optimizer"])
     rng.restore(tensors[f"random-{rank}"])
     return restored(saved.state["progress"], tensors.get("evaluations", {}), tensors.get("best"))

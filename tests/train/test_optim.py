@@ -1,11 +1,19 @@
 import math
+from contextlib import nullcontext
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tailora.train.optim import adamw, clip, learning_rate, take_step
+from tailora import LoRAModel
+from tailora.errors import DivergedError
+from tailora.fast.flat import Group, check_views, flattened
+from tailora.train.config import TrainConfig
+from tailora.train.divergence import broken_gradients
+from tailora.train.optim import adamw, clip, groups, learning_rate, take_step
+from tailora.train.run import run
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
@@ -29,22 +37,150 @@ def test_one_step_is_enough_for_every_schedule(warmup_ratio: float) -> None:
     assert 0 < learning_rate(0, 1, 1.0, warmup_ratio, "cosine") <= 1
 
 
-def test_clipping_returns_the_norm_that_was() -> None:
-    parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([3.0, 4.0])
-    assert float(clip([parameter], 1.0)) == pytest.approx(5.0)
-    assert float(parameter.grad.norm()) == pytest.approx(1.0, abs=1e-5)
+SHAPES = {"A": (16, 33), "B": (65, 16), "scale": (), "weight": (7, 5, 3)}
+ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
-def test_a_step_is_torchs_adamw_without_decay() -> None:
-    values = torch.randn(5)
-    ours, theirs = nn.Parameter(values.clone()), nn.Parameter(values.clone())
-    optimizer = adamw([ours], 0.0)
-    expected = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.0, fused=False, foreach=False)
-    for _ in range(3):
-        ours.grad = torch.ones(5)
-        theirs.grad = torch.ones(5)
-        take_step(optimizer, 0.1)
-        expected.step()
-    torch.testing.assert_close(ours, theirs)
-    assert ours.grad is None
+def pair(dtype: torch.dtype = torch.float32) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """The same parameters twice: to train in a buffer, and one by one with torch's own."""
+    torch.manual_seed(0)
+    values = {name: torch.randn(shape, dtype=dtype) for name, shape in SHAPES.items()}
+    ours, theirs = ({name: nn.Parameter(value.clone()) for name, value in values.items()} for _ in range(2))
+    return ours, theirs
+
+
+def set_gradients(ours: dict[str, nn.Parameter], theirs: dict[str, nn.Parameter], seed: int) -> None:
+    torch.manual_seed(seed)
+    for name, parameter in theirs.items():
+        parameter.grad = torch.randn_like(parameter) * 10.0 ** (seed % 3 - 1)  # clipped in some steps only
+        ours[name].grad.copy_(parameter.grad)
+
+
+def one_by_one(parameters: list[nn.Parameter], rate: float, weight_decay: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay, fused=False, foreach=False)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_steps_are_torchs_adamw_and_clipping_of_each_parameter(dtype: torch.dtype, weight_decay: float) -> None:
+    ours, theirs = pair(dtype)
+    expected = one_by_one(list(theirs.values()), 0.0, weight_decay)
+    norms = []
+    with flattened([Group(ours, weight_decay=weight_decay)]) as flats:
+        optimizer = adamw(flats)
+        for step in range(20):
+            set_gradients(ours, theirs, step)
+            norms.append(clip(flats, 20.0))
+            assert norms[-1] == pytest.approx(
+                float(nn.utils.clip_grad_norm_(theirs.values(), 20.0)), rel=ROUNDING[dtype]
+            )
+            for name, parameter in theirs.items():
+                torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+            rate = learning_rate(step, 20, 1e-2, 0.1, "cosine")
+            take_step(optimizer, rate)
+            expected.param_groups[0]["lr"] = rate
+            expected.step()
+    assert min(norms) < 20 < max(norms)
+    for name, parameter in theirs.items():
+        torch.testing.assert_close(ours[name], parameter, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+def test_a_step_leaves_zero_gradients_in_the_buffer_and_nothing_in_its_gaps() -> None:
+    ours, theirs = pair()
+    with flattened([Group(ours, weight_decay=0.1)]) as (flat,):
+        optimizer = adamw([flat])
+        for step in range(3):
+            set_gradients(ours, theirs, step)
+            take_step(optimizer, 0.1)
+            check_views([flat])
+            assert not flat.gradient.any()
+        gaps = torch.ones_like(flat.gradient)
+        for name in flat.parts:
+            flat.part(name, gaps).zero_()
+        assert gaps.any()
+        assert not (flat.whole * gaps).any()
+
+
+def test_groups_have_rates_and_decays_of_their_own() -> None:
+    ours, theirs = pair()
+    split = ("A", "weight"), ("B", "scale")
+    first, second = ({name: ours[name] for name in names} for names in split)
+    expected = [
+        one_by_one([theirs[name] for name in names], rate, decay)
+        for names, rate, decay in zip(split, (1e-3, 16e-3), (0.1, 0.0), strict=True)
+    ]
+    with flattened([Group(first, 1.0, 0.1), Group(second, 16.0, 0.0)]) as flats:
+        optimizer = adamw(flats)
+        for step in range(5):
+            set_gradients(ours, theirs, step)
+            assert clip(flats, 3.0) == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.values(), 3.0)), rel=1e-6)
+            take_step(optimizer, 1e-3)
+            for each in expected:
+                each.step()
+    for name, parameter in theirs.items():
+        torch.testing.assert_close(ours[name], parameter, rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_has_one_group_with_the_settings_decay() -> None:
+    ours, _ = pair()
+    (group,) = groups(ours, TrainConfig(weight_decay=0.25))
+    assert (dict(group.parameters), group.rate_factor, group.weight_decay) == (ours, 1.0, 0.25)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_gradients_that_are_not_finite_are_left_to_be_named(broken: float) -> None:
+    ours, theirs = pair()
+    with flattened([Group(ours)]) as flats:
+        set_gradients(ours, theirs, 0)
+        ours["B"].grad[3, 4] = broken
+        assert not math.isfinite(clip(flats, 1e-3))
+        assert "of 1 of 4 parameters is not finite, first B" in broken_gradients(ours)
+        assert torch.equal(ours["A"].grad, theirs["A"].grad)
+
+
+@pytest.mark.parametrize(("weight_decay", "share"), [(0.0, 1.0), (0.1, (1 - 0.01 * 0.1) ** 4)])
+def test_a_parameter_that_no_step_used_moves_by_weight_decay_only(weight_decay: float, share: float) -> None:
+    ours, theirs = pair()
+    with flattened([Group(ours, weight_decay=weight_decay)]) as flats:
+        optimizer = adamw(flats)
+        for step in range(4):
+            set_gradients(ours, theirs, step)
+            ours["B"].grad.zero_()
+            take_step(optimizer, 0.01)
+    torch.testing.assert_close(ours["B"], theirs["B"] * share, rtol=1e-6, atol=0)
+    assert not torch.allclose(ours["A"], theirs["A"] * share, rtol=1e-3)
+
+
+def test_a_parameter_that_a_step_does_not_use_moves_on_with_its_moments() -> None:
+    ours, theirs = pair()
+    expected = one_by_one(list(theirs.values()), 0.01, 0.0)
+    with flattened([Group(ours)]) as flats:
+        optimizer = adamw(flats)
+        for step in range(4):
+            set_gradients(ours, theirs, step)
+            if step > 1:
+                ours["B"].grad.zero_()
+                theirs["B"].grad.zero_()
+            before = ours["B"].detach().clone()
+            take_step(optimizer, 0.01)
+            expected.step()
+            assert not torch.equal(ours["B"], before)
+    torch.testing.assert_close(ours["B"], theirs["B"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("diverging", [False, True])
+def test_after_a_run_the_models_parameters_are_ordinary(settings: Any, diverging: bool) -> None:
+    seen: list[LoRAModel] = []
+
+    def look(model: LoRAModel, *_: Any) -> None:
+        seen.append(model)
+        storages = {parameter.untyped_storage().data_ptr() for parameter in model.lora_layers.parameters()}
+        assert len(storages) == 1
+
+    config = settings(max_steps=1, learn_scaling=True, learning_rate=1e38 if diverging else 1e-3, validation_split=0)
+    with pytest.raises(DivergedError) if diverging else nullcontext():
+        run(config, on_ready=look)
+    for parameter in seen[0].lora_layers.parameters():
+        assert parameter.untyped_storage().nbytes() == 4 * parameter.numel()
+        assert parameter.grad is None
+        assert parameter.isfinite().all()

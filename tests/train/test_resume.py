@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from tailora.errors import CheckpointError
+from tailora.fast.flat import Group, flattened
 from tailora.train import events
-from tailora.train.checkpoint import found
+from tailora.train.checkpoint import found, moments, set_moments
 from tailora.train.config import TrainConfig
+from tailora.train.optim import adamw, take_step
 from tailora.train.run import run
 
 LONG = {
@@ -190,3 +194,100 @@ def test_resuming_without_a_checkpoint_says_what_to_do(settings: Any) -> None:
 def test_a_checkpoint_holds_no_pickle(two_checkpoints: TrainConfig) -> None:
     for path in (Path(two_checkpoints.output_dir) / "checkpoint-4").iterdir():
         assert path.suffix in {".safetensors", ".json"}
+
+
+def test_learned_scales_and_whole_modules_continue_to_the_same_bytes(settings: Any, tmp_path: Path) -> None:
+    more = {"max_steps": 4, "learn_scaling": True, "modules_to_save": ["norm"], "weight_decay": 0.1}
+    whole, stopped = (settings(output_dir=str(tmp_path / name), **more) for name in ("whole", "stopped"))
+    run(whole)
+    with pytest.raises(events.Interrupted):
+        run(stopped, on_event=stopping_at(2, signal.SIGINT))
+    run(changed(stopped, resume_from_checkpoint="latest"))
+    assert adapter(stopped) == adapter(whole)
+
+
+SHAPES = {"A": (4, 9), "B": (9, 4), "scale": ()}
+
+
+def fresh() -> dict[str, nn.Parameter]:
+    torch.manual_seed(0)
+    return {name: nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
+
+
+def gradient(name: str, step: int) -> torch.Tensor:
+    torch.manual_seed(100 * step + len(name))
+    return torch.randn(SHAPES[name])
+
+
+def one_by_one(parameters: dict[str, nn.Parameter], steps: range, used: dict[str, range]) -> dict[str, torch.Tensor]:
+    """Train with torch's AdamW of single tensors; returns its moments by `parameter|key`, as checkpoints hold them."""
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.01, weight_decay=0.0)
+    for step in steps:
+        for name, parameter in parameters.items():
+            parameter.grad = gradient(name, step) if step in used.get(name, steps) else None
+        optimizer.step()
+    return {
+        f"{name}|{key}": tensor.clone()
+        for name, parameter in parameters.items()
+        for key, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def in_buffers(
+    parameters: dict[str, nn.Parameter], steps: range, saved: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Go on from saved moments in two groups; returns the moments to save."""
+    scales = {name: parameter for name, parameter in parameters.items() if name == "scale"}
+    factors = {name: parameter for name, parameter in parameters.items() if name != "scale"}
+    with flattened([Group(scales), Group(factors)]) as flats:
+        optimizer = adamw(flats)
+        set_moments(optimizer, flats, saved)
+        for step in steps:
+            for name, parameter in parameters.items():
+                parameter.grad.copy_(gradient(name, step))
+            take_step(optimizer, 0.01)
+        return {name: tensor.clone() for name, tensor in moments(optimizer, flats).items()}
+
+
+def test_moments_are_saved_by_parameter_and_go_on_to_the_same_bits() -> None:
+    whole, parts = fresh(), fresh()
+    last = in_buffers(whole, range(6), {})
+    saved = in_buffers(parts, range(3), {})
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == {
+        f"{name}|{key}": () if key == "step" else shape
+        for name, shape in SHAPES.items()
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+    again = in_buffers(parts, range(3, 6), saved)
+    assert all(torch.equal(parts[name], whole[name]) for name in SHAPES)
+    assert again.keys() == last.keys()
+    assert all(torch.equal(tensor, last[name]) for name, tensor in again.items())
+
+
+def test_a_checkpoint_of_single_tensors_goes_on_in_buffers() -> None:
+    whole, parts = fresh(), fresh()
+    last = one_by_one(whole, range(6), {})
+    saved = one_by_one(parts, range(3), {})
+    again = in_buffers(parts, range(3, 6), saved)
+    for name in SHAPES:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-6, atol=1e-6)
+    assert again.keys() == last.keys()
+    for name, tensor in last.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_moments_that_were_never_made_are_zero() -> None:
+    parameters = fresh()
+    saved = one_by_one(parameters, range(3), {"B": range(0)})
+    assert not any(name.startswith("B|") for name in saved)
+    again = in_buffers(parameters, range(0), saved)
+    assert not again["B|exp_avg"].any()
+    assert float(again["B|step"]) == 3
+    assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
+
+
+def test_moments_of_different_numbers_of_steps_are_refused() -> None:
+    parameters = fresh()
+    saved = one_by_one(parameters, range(3), {"B": range(1)})
+    with pytest.raises(CheckpointError, match="from 1 to 3 optimiser steps"):
+        in_buffers(parameters, range(3, 4), saved)
