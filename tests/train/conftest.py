@@ -7,44 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import chat_model, chat_tokenizer
 
 from tailora.train.config import TrainConfig
 
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 WORDS = ["red", "blue", "green", "north", "south", "one", "two", "three", "sun", "rain"]
 
 Settings = Callable[..., TrainConfig]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([" ".join(WORDS), "user assistant"] * 3, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    made.chat_template = TEMPLATE
-    return made
-
-
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=320, num_key_value_heads=2, initializer_range=0.2, **sizes))
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    chat_model(vocab_size=320, intermediate_size=48, initializer_range=0.2).save_pretrained(folder)
+    texts = [" ".join(WORDS), "user assistant"] * 3
+    chat_tokenizer(texts, eos_token="<|im_end|>", pad_token="<|im_end|>").save_pretrained(folder)
     return folder
 
 
