@@ -11,7 +11,8 @@
     ├── CheckpointError(RuntimeError) a checkpoint that is missing, damaged or of another run
     ├── DivergedError(ArithmeticError) a loss or gradient that is not finite
     ├── MemoryLimitError(MemoryError) the machine's memory is too small for what was asked
-    └── FetchError(OSError)          something that had to be downloaded and was not
+    ├── FetchError(OSError)          something that had to be downloaded and was not
+    └── WriteError(OSError)          a file or folder that cannot be written
 
 A message says what was asked, what there is, and what to do. All problems of one kind are gathered first.
 """
@@ -70,6 +71,10 @@ class MemoryLimitError(TailoraError, MemoryError):
 
 
 class FetchError(TailoraError, OSError):
+    pass
+
+
+class WriteError(TailoraError, OSError):
     pass
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from tailora.errors import FetchError
-from tailora.formats.atomic import replace_folder
+from tailora.errors import FetchError, WriteError
+from tailora.formats.atomic import replace_folder, writing
 
 OWN = "or go without the demo: --model FOLDER --data FILE"
 # what pip says -> (cause, remedy); the first that matches wins: an unreachable index also ends in "No matching"
@@ -59,21 +59,21 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """`folder`, filled by `build(temporary sibling)` if it is not there yet.
 
     Only a finished folder gets the name. A second process waits for the first; the lock dies with its holder.
+    Raises FetchError.
     """
     if folder.is_dir():
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():
-                for orphan in folder.parent.glob(f".{folder.name}.*.new"):  # of a killed process: we hold the lock
-                    shutil.rmtree(orphan)
-                with replace_folder(folder) as fresh:
-                    build(fresh)
-    except FetchError:
-        raise
-    except OSError as error:
-        raise FetchError(f"cannot make {folder}: {error}; set TAILORA_HOME to a folder with room") from error
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f".{folder.name}.lock")):
+                if not folder.is_dir():
+                    for orphan in folder.parent.glob(f".{folder.name}.*.new"):  # of a killed process: we hold the lock
+                        shutil.rmtree(orphan)
+                    with replace_folder(folder) as fresh:
+                        build(fresh)
+    except WriteError as error:
+        raise FetchError(f"{error}, or set TAILORA_HOME to a folder with room") from error
     return folder
 
 

@@ -1,5 +1,6 @@
 """Writing that is either whole or absent: a temporary sibling, fsync, rename."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -7,25 +8,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp, mkstemp
 
+from tailora.errors import TailoraError, WriteError
+
+IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+REMEDIES = {  # what the system refuses -> what to do
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a folder that you may write to"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or give a folder on another disk"),
+}
+
 
 def write_file(path: Path, content: bytes) -> None:
     """Put `content` at `path`; readers see the old file or the new one, never a part.
 
-    Raises OSError where the folder cannot be written to; nothing is left behind.
+    Raises WriteError where that cannot be; nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-    _sync(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+        _sync(path.parent)
 
 
 @contextmanager
@@ -33,21 +43,41 @@ def replace_folder(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path`, renamed onto it when the block ends well and removed when it does not.
 
     A folder that was there is moved aside first and deleted last, so that a crash leaves at least one of the two.
+    Raises WriteError, also for what the block could not write.
     """
-    path = path.resolve()  # a link stays a link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
+    with writing(path):
+        target = path.resolve()  # a link stays a link
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(mkdtemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent))
+        try:
+            yield fresh
+            fresh.chmod(0o777 & ~_umask())
+            for file in fresh.rglob("*"):
+                _sync(file)
+            _sync(fresh)
+            _swap(fresh, target)
+        except BaseException:
+            shutil.rmtree(fresh)
+            raise
+        _sync(target.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses within the block is told of `path`, not of a temporary sibling. Raises WriteError."""
     try:
-        yield fresh
-        fresh.chmod(0o777 & ~_umask())
-        for file in fresh.rglob("*"):
-            _sync(file)
-        _sync(fresh)
-        _swap(fresh, path)
-    except BaseException:
-        shutil.rmtree(fresh)
+        yield
+    except TailoraError:  # some of them are OSErrors
         raise
-    _sync(path.parent)
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {_cause_and_remedy(path, error)}") from error
+
+
+def _cause_and_remedy(path: Path, error: OSError) -> str:
+    obstacle = next((each for each in (*reversed(path.parents), path) if os.path.isfile(each)), None)
+    if error.errno in IN_THE_WAY and obstacle is not None:
+        return f"{obstacle} is a file, not a folder; give another path, or move that file away"
+    return f"{error.strerror or error}; {REMEDIES.get(error.errno or 0, 'give another path')}"
 
 
 def _swap(fresh: Path, path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tailora.core.adapter import Adapter
 from tailora.core.kinds import EMBEDDING
 from tailora.errors import DivergedError, FormatError
-from tailora.formats.atomic import replace_folder, write_file
+from tailora.formats.atomic import replace_folder, write_file, writing
 from tailora.formats.fingerprint import fingerprint
 from tailora.formats.grouping import join_groups
 from tailora.formats.notes import KEY, Notes, parse
@@ -47,16 +47,17 @@ def write_adapter(folder: Path, adapter: Adapter, base_model: nn.Module) -> None
 
     The weights carry their settings, so that death between two files is seen when reading. The same adapter gives
     the same bytes. The effective scale is in the files: what a learned or assigned scale differs from alpha/r is
-    folded into B. Raises DivergedError for weights that are not finite.
+    folded into B. Raises DivergedError for weights that are not finite, WriteError where the folder cannot be written.
     """
     files = _contents(adapter, base_model)
-    if folder.exists():
-        for name, content in files.items():
-            write_file(folder / name, content)
-        return
-    with replace_folder(folder) as fresh:
-        for name, content in files.items():
-            (fresh / name).write_bytes(content)
+    with writing(folder):
+        if folder.exists():
+            for name, content in files.items():
+                write_file(folder / name, content)
+            return
+        with replace_folder(folder) as fresh:
+            for name, content in files.items():
+                (fresh / name).write_bytes(content)
 
 
 def _contents(adapter: Adapter, base_model: nn.Module) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.errors import BaseMismatchError, DivergedError, FormatError
+from tailora.errors import BaseMismatchError, DivergedError, FormatError, WriteError
 
 
 def llama(layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
@@ -278,3 +278,31 @@ def test_saving_into_an_empty_folder_and_through_a_link(tmp_path: Path, monkeypa
     model.save_adapter(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert len(list((tmp_path / "empty").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("file", "HERE/file is a file, not a folder; give another path, or move that file away"),
+        ("file/deep/out", "HERE/file is a file, not a folder; give another path, or move that file away"),
+        ("x" * 300, "File name too long; give another path"),
+        ("/sys/tailora/out", "give a folder that you may write to"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named_with_cause_and_remedy(tmp_path: Path, folder: str, said: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
+    with pytest.raises(WriteError) as caught:
+        model.save_adapter(tmp_path / folder)
+    assert isinstance(caught.value, OSError)
+    assert str(caught.value).startswith(str(tmp_path / folder))
+    assert str(caught.value).endswith(said.replace("HERE", str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
+    with pytest.raises(WriteError, match=r"out cannot be written: Permission denied; give a folder that you may write"):
+        model.save_adapter(tmp_path / "out")

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tailora.errors import WriteError
 from tailora.formats.atomic import replace_folder, write_file
 
 
@@ -64,3 +66,20 @@ def test_a_writer_that_is_killed_leaves_the_old_content(tmp_path: Path) -> None:
         writer.wait()
         writer.stdout.close()
         assert target.read_bytes() in (b"old" * 1000, b"new" * 1_000_000)
+
+
+def test_a_full_disk_is_told_of_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(WriteError) as caught, replace_folder(tmp_path / "out") as fresh:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(fresh / "weights"))
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'} cannot be written: No space left on device; "
+        "free some space, or give a folder on another disk"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_cannot_take_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(WriteError, match="folder cannot be written: Is a directory; give another path"):
+        write_file(tmp_path / "folder", b"")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
