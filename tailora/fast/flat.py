@@ -73,7 +73,7 @@ def flattened(groups: Sequence[Group]) -> Iterator[list[Flat]]:
 def norm(flats: Sequence[Flat]) -> Tensor:
     """Euclidean norm of all gradients, 0-dimensional, in the precision of the first.
 
-    Row by row: one sum over 40 million float32 squares was wrong by .3%, over 5 million by 1e-4 (measured).
+    Row by row: one float32 sum over 40 million squares was wrong by .3% on a CPU, over 5 million by 1e-4.
     Raises RuntimeError as `check_views`.
     """
     check_views(flats)

@@ -128,10 +128,9 @@ def test_groups_dtypes_and_their_settings_have_buffers_of_their_own() -> None:
         assert float(norm(flats)) == pytest.approx((3 * 1 + 3 * 4 + 2 * 9) ** 0.5)
 
 
-@pytest.mark.parametrize("count", [5_000_000, 40_000_000])
-def test_the_norm_of_millions_is_right_to_a_millionth(count: int) -> None:
+def test_the_norm_of_millions_is_right_to_a_millionth() -> None:
     torch.manual_seed(0)
-    with flattened([Group({"all": nn.Parameter(torch.zeros(count))})]) as (flat,):
+    with flattened([Group({"all": nn.Parameter(torch.zeros(10_000_000))})]) as (flat,):
         flat.part("all", flat.gradient).normal_(std=1e-3)
         exact = float(torch.linalg.vector_norm(flat.gradient.double()))
         assert float(norm([flat])) == pytest.approx(exact, rel=1e-6)
