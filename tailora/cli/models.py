@@ -66,8 +66,10 @@ def vocabulary(model: str) -> tuple[Any, int]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from tailora.data.demo import resolve
+    from tailora.data.hub import check_model
 
     source = resolve(model, "model")
+    check_model(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         with torch.device("meta"):

@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.data.demo import resolve
+from tailora.data.hub import check_model
 from tailora.data.quiet import quiet
 from tailora.errors import ConfigError
 
@@ -30,6 +31,7 @@ def load_base(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreT
     Raises ConfigError when they cannot be read; pickled weights are not.
     """
     source = resolve(name, "model")
+    check_model(source)
     precision = DTYPES[("bfloat16" if has_bfloat16(device) else "float32") if dtype == "auto" else dtype]
     try:
         with quiet():
