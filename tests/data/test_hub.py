@@ -16,6 +16,8 @@ from tailora.errors import ConfigError
 
 ASK = "import sys; from tailora.data.hub import check_model; check_model(sys.argv[1])"
 
+FOUND = b'{"id": "no-such-model"}'
+
 
 @contextmanager
 def hub(status: int) -> Iterator[tuple[str, list[str]]]:
@@ -28,9 +30,9 @@ def hub(status: int) -> Iterator[tuple[str, list[str]]]:
                 asked.append(self.path.removeprefix("/api/models/"))
             self.send_response(status)
             self.send_header("X-Error-Code", "RepoNotFound" if status == 404 else "")
-            self.send_header("Content-Length", "2")
+            self.send_header("Content-Length", str(len(FOUND)))
             self.end_headers()
-            self.wfile.write(b"{}")
+            self.wfile.write(FOUND)
 
         def log_message(self, *_: object) -> None:
             pass
