@@ -28,6 +28,7 @@ SECTIONS = {  # the field that opens a section of --help
     "learning_rate": "Optimisation",
     "eval_steps": "Evaluation and files",
 }
+NEXT_PAIR = re.compile(r",(?=[\w.]+=)")  # a comma within a pattern or a column's name is not followed by KEY=
 NAMES_ONLY = re.compile(r"[\w.,-]+")  # module names; anything else is a regular expression
 
 Json = Annotated[bool, Parameter(negative=(), help="the last line on stdout is one JSON object", show_default=False)]
@@ -94,7 +95,7 @@ def _taken(field: FieldInfo) -> tuple[Any, str | None]:
     if first is bool or get_origin(first) is Literal:
         return first, None
     if get_origin(first) in (list, dict):
-        return list[str], "A,B" if get_origin(first) is list else "KEY=VALUE"
+        return list[str], "A,B" if get_origin(first) is list else "KEY=VALUE,..."
     return str, first.__name__.upper()
 
 
@@ -134,9 +135,9 @@ def _expression(name: str, tokens: list[str]) -> str:
 
 
 def _pairs(name: str, tokens: list[str], split_last: bool) -> dict[str, str]:
-    """key=value; a pattern's key may itself hold '=', so a pattern is split at the last one."""
+    """key=value,key=value; a pattern's key may itself hold '=', so a pattern is split at the last one."""
     cut = str.rpartition if split_last else str.partition
-    parts = [cut(token, "=") for token in tokens]
+    parts = [cut(pair, "=") for token in tokens for pair in NEXT_PAIR.split(token)]
     keys = [key for key, _, _ in parts]
     problems = [f"{name}: expected key=value, got {''.join(part)}" for part in parts if not (part[0] and part[2])]
     problems += [f"{name}: {key} is given twice" for key in dict.fromkeys(keys) if keys.count(key) > 1]

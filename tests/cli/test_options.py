@@ -68,7 +68,15 @@ def test_the_data_of_the_demo_brings_its_held_out_part(tokens: list[str], eval_d
             "field",
             {"prompt": "question", "completion": "answer"},
         ),
+        (
+            ["--field", "prompt=question,completion=answer"],
+            "field",
+            {"prompt": "question", "completion": "answer"},
+        ),
+        (["--field", "prompt=question, in full"], "field", {"prompt": "question, in full"}),
         (["--rank-pattern", "q_proj=8"], "rank_pattern", {"q_proj": 8}),
+        (["--rank-pattern", "0.q_proj=8,v_proj=4"], "rank_pattern", {"0.q_proj": 8, "v_proj": 4}),
+        (["--rank-pattern", r"\d{1,2}\.q_proj=8"], "rank_pattern", {r"\d{1,2}\.q_proj": 8}),
         (["--alpha-pattern", "(?=.*q)q_proj=8.5"], "alpha_pattern", {"(?=.*q)q_proj": 8.5}),
         (["--use-rslora"], "use_rslora", True),
         (["--report-to", "tensorboard,wandb"], "report_to", ["tensorboard", "wandb"]),
@@ -150,6 +158,7 @@ def test_bad_yaml_is_refused_with_its_cause(tmp_path: Path, text: str, message: 
         (["--rank-pattern", "q_proj"], "expected key=value"),
         (["--rank-pattern", "q_proj=x"], "rank_pattern"),
         (["--rank-pattern", "q_proj=4", "--rank-pattern", "q_proj=8"], "q_proj is given twice"),
+        (["--field", "prompt=a,prompt=b"], "prompt is given twice"),
         (["--target-modules", "q_proj", "--target-modules", ".*v"], "not both"),
     ],
 )
