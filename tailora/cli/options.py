@@ -65,9 +65,26 @@ def settings(
     given = {name: value for name, value in given.items() if value is not None}
     notes = [f"{name} is read as {OTHER_NAMES[name]}" for name in (*written, *given) if name in OTHER_NAMES]
     typed = {name: _plain(name, value) for name, value in _ours(given).items()}
-    config = TrainConfig(**_with_held_out({**defaults, **_ours(written), **typed, **(arguments or {})}))
-    config.lora()  # the adapter's own checks, before anything is loaded
-    return Settings(config, notes)
+    typed |= arguments or {}
+    values = {**defaults, **_ours(written, f"--config {config_file}: "), **typed}
+    if complaint := _complaint(values):
+        raise ConfigError(_origin(complaint, {**defaults, **typed}, config_file) + complaint)
+    return Settings(TrainConfig(**_with_held_out(values)), notes)
+
+
+def _complaint(values: dict[str, Any]) -> str:
+    """All that is wrong with the settings, the adapter's own checks included; '' when nothing is."""
+    try:
+        TrainConfig(**_with_held_out(values)).lora()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _origin(complaint: str, without_file: dict[str, Any], config_file: Path | None) -> str:
+    """The file, as a prefix, where the complaint would be another one without it."""
+    own = _complaint(without_file)
+    return "" if own == complaint else f"--config {config_file} and the flags: " if own else f"--config {config_file}: "
 
 
 def _with_held_out(values: dict[str, Any]) -> dict[str, Any]:
@@ -106,13 +123,13 @@ def _members(field: FieldInfo) -> list[Any]:
     return [member for member in get_args(field.annotation) if member is not type(None)]
 
 
-def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Other tools' names replaced by ours."""
+def _ours(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Other tools' names replaced by ours. Raises ConfigError that begins with `where`."""
     names = {name: OTHER_NAMES.get(name, name) for name in values}
     asked = {ours: [name for name in names if names[name] == ours] for ours in names.values()}
     twice = [f"{' and '.join(given)} are the same setting: give one" for given in asked.values() if len(given) > 1]
     if twice:
-        raise ConfigError(listing(twice))
+        raise ConfigError(where + listing(twice))
     return {names[name]: value for name, value in values.items()}
 
 

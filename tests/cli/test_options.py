@@ -144,8 +144,27 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_bad_yaml_is_refused_with_its_cause(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         parsed(yaml=text, folder=tmp_path)
+    assert str(caught.value).startswith(f"--config {tmp_path / 'run.yaml'}")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "start"),
+    [
+        ([], "streaming: true", "--config FILE: "),
+        (["--max-steps", "9"], "streaming: true\nlora_dropout: 2", "--config FILE: lora_dropout = 2"),
+        (["--r", "0"], "seed: 1", "r = '0'"),
+        (["--r", "0"], "r: -1", "r = '0'"),
+        (["--r", "0"], "seed: x", "--config FILE and the flags: 2 problems"),
+    ],
+)
+def test_the_file_is_named_where_its_settings_are_wrong(
+    tmp_path: Path, tokens: list[str], text: str, start: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parsed(*tokens, yaml=text, folder=tmp_path)
+    assert str(caught.value).startswith(start.replace("FILE", str(tmp_path / "run.yaml")))
 
 
 @pytest.mark.parametrize(
