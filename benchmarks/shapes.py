@@ -1,0 +1,131 @@
+"""Model shapes of Llama's family with random weights, the work of a LoRA step on them, what the machine can do."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RANK = 16
+SQUARE = 2048  # side of the product that shows the machine's peak
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    tied: bool
+    rows: int  # sequences in a step
+    length: int  # tokens of each
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of a layer's seven linears."""
+        keys = self.hidden // self.heads * self.key_heads
+        return {
+            "q": (self.hidden, self.hidden),
+            "k": (self.hidden, keys),
+            "v": (self.hidden, keys),
+            "o": (self.hidden, self.hidden),
+            "gate": (self.hidden, self.intermediate),
+            "up": (self.hidden, self.intermediate),
+            "down": (self.intermediate, self.hidden),
+        }
+
+
+SHAPES = {
+    "S": Shape(576, 1536, 30, 9, 3, 49152, tied=True, rows=4, length=256),  # SmolLM2-135M
+    "T": Shape(288, 768, 6, 6, 6, 32000, tied=True, rows=8, length=256),  # stories15M
+    "W": Shape(2048, 5632, 4, 32, 8, 32000, tied=False, rows=2, length=256),  # four layers of a 1B model
+}
+SMALL = replace(SHAPES["S"], layers=6)  # for what does not need depth
+
+
+def step_flops(shape: Shape, r: int = RANK) -> float:
+    """Work that no LoRA step can leave out: frozen forward and input gradients, adapters, causal attention.
+
+    Left out are the input gradients of layer 0's q, k, v, which nothing below needs. All tokens are supervised.
+    """
+    tokens, linears = shape.tokens, shape.linears()
+    frozen = shape.layers * sum(wide * high for wide, high in linears.values()) + shape.hidden * shape.vocabulary
+    first = sum(wide * high for name, (wide, high) in linears.items() if name in "qkv")
+    adapters = shape.layers * r * sum(wide + high for wide, high in linears.values())
+    attention = shape.layers * shape.rows * shape.length**2 * shape.hidden
+    return 4.0 * tokens * frozen - 2.0 * tokens * first + 6.0 * tokens * adapters + 6.0 * attention
+
+
+def peak_flops(dtype: torch.dtype, threads: int) -> float:
+    """Operations per second of a square product, median of five."""
+    clock = process_time if threads == 1 else perf_counter
+    a, b = torch.randn(SQUARE, SQUARE).to(dtype), torch.randn(SQUARE, SQUARE).to(dtype)
+    seconds = []
+    for _ in range(6):
+        started = clock()
+        F.linear(a, b)
+        seconds.append(clock() - started)
+    return 2 * SQUARE**3 / median(seconds[1:])
+
+
+def products(shape: Shape, dtype: torch.dtype) -> Callable[[], None]:
+    """The frozen products of a step alone, forward and input gradient, each at the speed of its own shape."""
+    sizes = [*shape.linears().values()] * shape.layers + [(shape.hidden, shape.vocabulary)]
+    weights = [torch.randn(high, wide).to(dtype) for wide, high in sizes]
+    buffers = {size: torch.randn(shape.tokens, size).to(dtype) for pair in sizes for size in pair}
+
+    @torch.no_grad()
+    def step() -> None:
+        for weight in weights:
+            high, wide = weight.shape
+            torch.mm(buffers[wide], weight.T, out=torch.empty(shape.tokens, high, dtype=dtype))
+            torch.mm(buffers[high], weight, out=torch.empty(shape.tokens, wide, dtype=dtype))
+
+    return step
+
+
+def write_model(shape: Shape, folder: Path) -> None:
+    """A Hugging Face folder: random weights in bfloat16, and a tokenizer whose words are w0, w1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=0,
+        dtype=torch.bfloat16,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(shape.vocabulary)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0").save_pretrained(folder)
+
+
+def write_rows(shape: Shape, path: Path, steps: int = 4) -> Tensor:
+    """JSONL of texts, every one `length` tokens with its end: (steps * rows, length) ids, for the other arms."""
+    ids = np.random.default_rng(0).integers(1, shape.vocabulary, size=(steps * shape.rows, shape.length))
+    ids[:, -1] = 0
+    rows: list[dict[str, Any]] = [{"text": " ".join(f"w{i}" for i in row[:-1])} for row in ids]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return torch.from_numpy(ids)

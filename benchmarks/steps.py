@@ -1,0 +1,56 @@
+"""Step time, and how far it is from what the machine could do, on three shapes of random weights.
+
+    python benchmarks/steps.py            writes benchmarks/results/steps.json
+    python benchmarks/steps.py --only shape=S dtype=bfloat16
+
+Arms: tailora, tailora with --fast off, PEFT, full fine-tuning, and the step's frozen products alone. One thread is
+measured in CPU time, two in wall time.
+"""
+
+import statistics
+from itertools import product
+from typing import Any
+
+import measure
+from arms import FAST_OFF, full, peft, tailora, workshop
+from shapes import DTYPES, SHAPES, peak_flops, products, step_flops
+
+
+def cells(quick: bool) -> list[measure.Cell]:
+    grid = product(*(["T"], ["bfloat16"], [1], ["default"]) if quick else (SHAPES, DTYPES, [1, 2], measure.MALLOC))
+    names = ("shape", "dtype", "threads", "malloc")
+    return [dict(zip(names, values, strict=True)) | {"rounds": 1 if quick else 3} for values in grid]
+
+
+def work(shape: str, dtype: str, threads: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a step of every arm, and of the bound by this machine's peak."""
+    sizes, precision = SHAPES[shape], DTYPES[dtype]
+    with workshop(sizes) as (stack, folder, ids):
+        ours = tailora(stack, sizes, folder, dtype)
+        plain = tailora(stack, sizes, folder, dtype, FAST_OFF)
+        arms: dict[str, Any] = {
+            "tailora": ours.step,
+            "fast off": plain.step,
+            "PEFT": peft(folder, ids, sizes, dtype),
+            "full": full(folder, ids, sizes, dtype),
+            "products": products(sizes, precision),
+        }
+        before = peak_flops(precision, threads)
+        times = measure.turns(arms, rounds, measure.clock_for(threads))
+        peak = statistics.mean([before, peak_flops(precision, threads)])
+    bound = step_flops(sizes) / peak
+    return {
+        "clock": "CPU" if threads == 1 else "wall",
+        "peak_gflops": peak / 1e9,
+        "bound_seconds": bound,
+        "seconds": {name: measure.spread(values) for name, values in times.items()},
+        "x_bound": {name: measure.spread([value / bound for value in values]) for name, values in times.items()},
+        "x_tailora": measure.ratios(times, over="tailora"),
+        "tokens_per_second": {name: sizes.tokens / statistics.median(values) for name, values in times.items()},
+        "chosen": ours.chosen,
+        "runs": times,
+    }
+
+
+if __name__ == "__main__":
+    measure.main("steps", str(__doc__), cells, work)
