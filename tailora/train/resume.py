@@ -25,6 +25,12 @@ FREE = {
     "early_stopping_patience",
 }
 LENGTH = {"max_steps", "num_train_epochs"}
+FACTS = {  # what the settings met -> its name in a message
+    "data": "content (SHA-256) of the data",
+    "packed": "packing of rows",
+    "dtype": "precision of the base",
+    "processes": "number of processes",
+}
 
 
 def identity(config: TrainConfig, **facts: Any) -> dict[str, Any]:
@@ -39,21 +45,24 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """
     then, now = saved["settings"], wanted["settings"]
     free = LENGTH if now["lr_scheduler_type"] == "constant" and now["warmup_ratio"] == 0 else set()
-    changes = [
-        f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted((then.keys() | now.keys()) - free)
-        if then.get(name) != now.get(name)
-    ]
-    changes += [
-        f"{name} was {saved.get(name)!r}, now {wanted.get(name)!r}"
-        for name in sorted((saved.keys() | wanted.keys()) - {"settings"})
-        if saved.get(name) != wanted.get(name)
-    ]
+    changes = _changes(then, now, {name: name for name in (then.keys() | now.keys()) - free})
+    facts = (saved.keys() | wanted.keys()) - {"settings"}
+    changes += _changes(saved, wanted, {name: FACTS.get(name, name) for name in facts})
     if changes:
         raise CheckpointError(
-            f"the checkpoint is of another run, and going on would give results of neither: {listing(changes)}. "
-            "Take the settings of its config.yaml, or start anew in another --output-dir"
+            f"the checkpoint was made with other settings, and going on would give results of neither: "
+            f"{listing(changes)}\nTo go on, give the earlier values (config.yaml beside the checkpoint has them: "
+            "--config); to train with the new ones, start anew in another --output-dir"
         )
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """Both values of what differs; `names`: key -> its name in the message."""
+    return [
+        f"{names[key]} was {then.get(key)!r}, now is {now.get(key)!r}"
+        for key in sorted(names)
+        if then.get(key) != now.get(key)
+    ]
 
 
 def take_up(

@@ -189,6 +189,22 @@ def test_what_was_cut_is_told_before_training(flags: dict[str, str], capsys: pyt
     assert "examples are longer than --max-length" in capsys.readouterr().err
 
 
+def test_a_resume_with_other_settings_names_each_with_both_values_and_what_to_do(
+    flags: dict[str, str], chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line(flags, {"--save-steps": "1"})) == 0
+    chats.write_text(chats.read_text().replace("red", "violet"))
+    changes = {"--resume-from-checkpoint": "latest", "--learning-rate": "5e-3", "--max-length": "64"}
+    assert main(line(flags, changes)) == 2
+    said = capsys.readouterr().err
+    assert "3 problems" in said
+    assert "learning_rate was 0.01, now is 0.005" in said
+    assert "max_length was 1024, now is 64" in said
+    assert "content (SHA-256) of the data was '" in said
+    assert "config.yaml" in said
+    assert "--output-dir" in said
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "hint"),
     [
