@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tailora.fast import blocks, dropout, projections
-from tailora.fast.pointwise import rms_norm, rms_norm_backward, rotate, standardised, swiglu, swiglu_backward
+from tailora.fast.pointwise import (
+    inverse_rms,
+    rms_norm,
+    rms_norm_backward,
+    rotate,
+    standardised,
+    swiglu,
+    swiglu_backward,
+)
 from tailora.fast.projections import Projection
 
 NAMES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -27,6 +35,14 @@ class Norm(NamedTuple):
     weight: Tensor
     eps: float
 
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Its output, and the 1 / rms(x) that leads there."""
+        inverse = inverse_rms(x, self.eps)
+        return rms_norm(x, self.weight, inverse), inverse
+
+    def backward(self, gradient: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
+        return rms_norm_backward(gradient, self.weight, standardised(x, inverse), inverse)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -35,8 +51,7 @@ class Layer:
     projections: dict[str, Projection]  # by NAMES
     input_norm: Norm
     middle_norm: Norm
-    q_norm: Norm | None  # over each head's width
-    k_norm: Norm | None
+    head_norms: tuple[Norm, Norm] | None  # of q and k, over each head's width
     width: int  # of a head
     scale: float
     window: int | None
@@ -63,10 +78,10 @@ class Kept(NamedTuple):
 
     x: Tensor
     heads: list[blocks.Kept]
-    raw_q: Tensor | None  # before its norm, where it has one
-    raw_k: Tensor | None
+    raw: tuple[tuple[Tensor, Tensor], ...]  # q and k before their norms, where they have some, and 1 / rms
     attended: Tensor
     middle: Tensor
+    inverse: tuple[Tensor, Tensor]  # 1 / rms of x and of middle
     gate: Tensor
     up: Tensor
     low_qkv: Tensor | None
@@ -114,21 +129,23 @@ class _Layer(torch.autograd.Function):
 
 
 def _forward(x: Tensor, cos: Tensor, sin: Tensor, layer: Layer) -> tuple[Tensor, Kept]:
-    n1 = rms_norm(x, *layer.input_norm)
+    n1, x_inverse = layer.input_norm(x)
     (q, k, v), low_qkv = projections.forward(n1, layer.named("q", "k", "v"), layer.noise(0, n1, "q", "k", "v"))
     q, k, v = (heads.unflatten(1, (-1, layer.width)) for heads in (q, k, v))  # (tokens, heads, width)
-    raw = q if layer.q_norm else None, k if layer.k_norm else None
-    if layer.q_norm and layer.k_norm:
-        q, k = rms_norm(q, *layer.q_norm), rms_norm(k, *layer.k_norm)
+    raw: tuple[tuple[Tensor, Tensor], ...] = ()
+    if layer.head_norms:
+        (q, q_inverse), (k, k_inverse), raw_q, raw_k = layer.head_norms[0](q), layer.head_norms[1](k), q, k
+        raw = (raw_q, q_inverse), (raw_k, k_inverse)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     attended, heads = blocks.forward(q, k, v, layer.documents, layer.scale, layer.window)
     attended = attended.flatten(1)
     (middle,), low_o = projections.forward(attended, layer.named("o"), layer.noise(1, attended, "o"), residual=x)
-    n2 = rms_norm(middle, *layer.middle_norm)
+    n2, middle_inverse = layer.middle_norm(middle)
     (gate, up), low_mlp = projections.forward(n2, layer.named("gate", "up"), layer.noise(2, n2, "gate", "up"))
     inner = swiglu(gate, up)
     (output,), low_down = projections.forward(inner, layer.named("down"), layer.noise(3, inner, "down"), middle)
-    return output, Kept(x, heads, *raw, attended, middle, gate, up, low_qkv, low_o, low_mlp, low_down)
+    inverse = x_inverse, middle_inverse
+    return output, Kept(x, heads, raw, attended, middle, inverse, gate, up, low_qkv, low_o, low_mlp, low_down)
 
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # name -> gradients of A and B
@@ -147,12 +164,12 @@ def _mlp_backward(gradient: Tensor, layer: Layer, kept: Kept, below: bool) -> tu
     inner_gradient = projections.backward_input([gradient], down, low, noise)
     inner, *gradients = swiglu_backward(inner_gradient, kept.gate, kept.up)
     pairs = _named(["down"], projections.backward_factors(inner, [gradient], down, kept.low_down, low, noise))
-    hat, inverse = standardised(kept.middle, layer.middle_norm.eps)
-    n2 = hat.to(gradient.dtype, copy=True).mul_(layer.middle_norm.weight)
-    middle, more = _shared_backward(n2, ("gate", "up"), gradients, kept.low_mlp, layer, 2, below)
-    if middle is not None:
-        middle = rms_norm_backward(middle, layer.middle_norm.weight, hat, inverse).add_(gradient).to(gradient.dtype)
-    return middle, pairs | more
+    names, norm, inverse = ("gate", "up"), layer.middle_norm, kept.inverse[1]
+    n2 = rms_norm(kept.middle, norm.weight, inverse)
+    n2_gradient, more = _shared_backward(n2, names, gradients, kept.low_mlp, layer, 2, below)
+    if n2_gradient is None:
+        return None, pairs | more
+    return gradient + norm.backward(n2_gradient, kept.middle, inverse), pairs | more
 
 
 def _attention_backward(
@@ -171,15 +188,18 @@ def _attention_backward(
     by_head = rows.unflatten(1, (-1, layer.width))
     q, k, v = blocks.backward(by_head, kept.heads, layer.documents, layer.scale, layer.window)
     q, k = rotate(q, cos, -sin), rotate(k, cos, -sin)
-    if layer.q_norm and layer.k_norm:
-        q, k = _norm_backward(q, kept.raw_q, layer.q_norm), _norm_backward(k, kept.raw_k, layer.k_norm)
-    hat, inverse = standardised(kept.x, layer.input_norm.eps)
-    n1 = hat.to(gradient.dtype, copy=True).mul_(layer.input_norm.weight)
+    if layer.head_norms:
+        q, k = (
+            norm.backward(heads, raw, inverse)
+            for norm, heads, (raw, inverse) in zip(layer.head_norms, (q, k), kept.raw, strict=True)
+        )
+    names, norm, inverse = ("q", "k", "v"), layer.input_norm, kept.inverse[0]
+    n1 = rms_norm(kept.x, norm.weight, inverse)
     gradients = [heads.flatten(1) for heads in (q, k, v)]
-    dx, more = _shared_backward(n1, ("q", "k", "v"), gradients, kept.low_qkv, layer, 0, wants_x)
-    if dx is not None:
-        dx = rms_norm_backward(dx, layer.input_norm.weight, hat, inverse).add_(gradient).to(gradient.dtype)
-    return dx, pairs | more
+    n1_gradient, more = _shared_backward(n1, names, gradients, kept.low_qkv, layer, 0, wants_x)
+    if n1_gradient is None:
+        return None, pairs | more
+    return gradient + norm.backward(n1_gradient, kept.x, inverse), pairs | more
 
 
 def _shared_backward(
@@ -197,12 +217,6 @@ def _shared_backward(
     noise = layer.noise(place, x, *names)
     pairs = _named(names, projections.backward_factors(x, gradients, group, forward_low, low, noise))
     return projections.backward_input(gradients, group, low, noise) if wants_x else None, pairs
-
-
-def _norm_backward(gradient: Tensor, raw: Tensor | None, norm: Norm) -> Tensor:
-    """Of a norm over each head."""
-    assert raw is not None  # kept wherever there is a norm
-    return rms_norm_backward(gradient, norm.weight, *standardised(raw, norm.eps)).to(gradient.dtype)
 
 
 def _named(names: Sequence[str], pairs: projections.Pairs) -> Pairs:

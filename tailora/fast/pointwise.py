@@ -11,26 +11,34 @@ from torch import Tensor
 silu_backward = torch.ops.aten.silu_backward
 
 
-def standardised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / rms(x) and 1 / rms(x) over the last dimension, in float32 or wider: (..., width), (..., 1)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-    inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return wide.mul_(inverse), inverse
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / rms(x) over the last dimension, in float32 or wider: (..., 1)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm, arXiv:1910.07467, eq. 4: weight * x / rms(x)."""
-    return standardised(x, eps)[0].to(x.dtype).mul_(weight)
+def standardised(x: Tensor, inverse: Tensor) -> Tensor:
+    """x / rms(x), a new tensor in float32 or wider."""
+    return x.to(_wide(x), copy=True).mul_(inverse)
+
+
+def rms_norm(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """RMSNorm, arXiv:1910.07467, eq. 4: weight * x / rms(x), rounded once."""
+    return standardised(x, inverse).mul_(weight).to(x.dtype)
 
 
 def rms_norm_backward(gradient: Tensor, weight: Tensor, hat: Tensor, inverse: Tensor) -> Tensor:
-    """Gradient of the input, in float32 or wider, from that of the output; `hat` is overwritten.
+    """Gradient of the input from that of the output, in its dtype, for `hat` the standardised input.
 
     d x = (g - hat mean(g hat)) / rms(x) with g = gradient * weight.
     """
-    g = (gradient * weight).to(hat.dtype)
-    mean = (g * hat).mean(dim=-1, keepdim=True)
-    return hat.mul_(mean).neg_().add_(g).mul_(inverse)
+    g = gradient.to(hat.dtype, copy=True).mul_(weight)
+    mean = torch.linalg.vecdot(g, hat)[..., None] / g.shape[-1]
+    return g.addcmul_(hat, mean, value=-1).mul_(inverse).to(gradient.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -48,11 +56,10 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up; GLU variants, arXiv:2002.05202, eq. 6."""
-    return F.silu(gate).mul_(up)
+    return F.silu(gate) * up  # in bfloat16 a product in place takes 1.6 times as long
 
 
 def swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The output again, and the gradients of gate and up; `gradient` is overwritten."""
+    """The output again, and the gradients of gate and up."""
     activated = F.silu(gate)
-    up_gradient = gradient * activated
-    return activated.mul_(up), silu_backward(gradient.mul_(up), gate), up_gradient
+    return activated * up, silu_backward(gradient * up, gate), gradient * activated
