@@ -6,7 +6,7 @@ other arms can have their turn and nothing of the product is left out.
 
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Stopped(Exception):
     """Raised inside a run that is not waited for any more."""
 
 
-def held_run(config: TrainConfig, on_ready: OnReady | None = None) -> Iterator[Event]:
+def held_run(config: TrainConfig, on_ready: OnReady | None = None) -> Generator[Event]:
     """Events of a run, which stands still until the next one is asked for. Closing the iterator ends the run."""
     events: SimpleQueue[Event | None] = SimpleQueue()
     turn, over = Semaphore(0), threading.Event()
@@ -135,7 +135,7 @@ def plain_step(model: Any, ids: Tensor, shape: Shape, *, checkpointing: bool = F
         model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
-    batches = cycle(ids.split(shape.rows))
+    batches = cycle(torch.split(ids, shape.rows))
 
     def step() -> float:
         batch = next(batches)

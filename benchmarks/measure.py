@@ -67,7 +67,7 @@ def measured(cell: Cell) -> dict[str, Any]:
     """One cell in a fresh process, which prints its result as the last line."""
     load, started = os.getloadavg()[0], time.perf_counter()
     variables = {**ENVIRONMENT, "OMP_NUM_THREADS": str(cell["threads"]), **MALLOC[cell["malloc"]]}
-    bare = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "OMP_"))}
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "OMP_", "GOMP_"))}
     command = [sys.executable, sys.argv[0], "--cell", json.dumps(cell)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**bare, **QUIET, **variables})
     return {
@@ -184,7 +184,7 @@ def machine() -> dict[str, Any]:
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "environment": {
             name: os.environ[name]
-            for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+            for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
             if name in os.environ
         },
     }

@@ -22,7 +22,7 @@ SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 TABLE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"  # id, mean rating from -4 to 4, text
 QUESTION = "Is this film review positive or negative?\n\n{text}"
-TRAIN, HELD_OUT = 400, 100
+TRAIN, HELD_OUT = 240, 100
 
 
 def snippets_folder() -> Path:

@@ -1,0 +1,225 @@
+"""Markdown tables of what benchmarks/results holds.
+
+    python benchmarks/tables.py                  all of them
+    python benchmarks/tables.py steps memory     these
+
+Medians; a range in brackets is that of the repeats.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any
+
+from measure import RESULTS
+
+Found = list[dict[str, Any]]  # cells: settings and result of each
+Rows = Iterable[list[str]]
+OURS = "tailora"
+
+
+def table(title: str, head: list[str], rows: Rows) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def grouped(cells: Found, *keys: str) -> dict[tuple[Any, ...], Found]:
+    """Cells by the values of these settings, in the order that they were measured."""
+    groups: dict[tuple[Any, ...], Found] = {}
+    for one in cells:
+        groups.setdefault(tuple(one["cell"][key] for key in keys), []).append(one)
+    return groups
+
+
+def ranged(value: dict[str, float], form: str = "{:.2f}") -> str:
+    median, low, high = (form.format(value[key]) for key in ("median", "low", "high"))
+    return median if low == high else f"{median} ({low} to {high})"
+
+
+def steps(cells: Found) -> list[str]:
+    """Step time in ms, over the bound, and over tailora's."""
+    head = ["shape", "bound, ms", "frozen products", OURS, "x bound", "fast off, x tailora", "PEFT", "full fine-tuning"]
+    tables = []
+    for (threads, malloc), group in grouped(cells, "threads", "malloc").items():
+        rows = [steps_row(one["cell"], one["result"]) for one in group]
+        clock = group[0]["result"]["clock"]
+        tables.append(table(f"Step: {threads} thread(s), {clock} time, malloc {malloc}", head, rows))
+    return tables
+
+
+def steps_row(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    others = [ranged(result["x_tailora"][arm]) for arm in ("fast off", "PEFT", "full")]
+    return [
+        f"{cell['shape']} {cell['dtype']}",
+        f"{1000 * result['bound_seconds']:.0f} at {result['peak_gflops']:.0f} GFLOP/s",
+        milliseconds(result["seconds"]["products"]),
+        milliseconds(result["seconds"][OURS]),
+        ranged(result["x_bound"][OURS]),
+        *others,
+    ]
+
+
+def memory(cells: Found) -> list[str]:
+    """MB above the steady state; in brackets what is held in all."""
+    arms = list(dict.fromkeys(one["cell"]["arm"] for one in cells))
+    head = ["", *arms, "tailora / PEFT"]
+    tables = []
+    for (malloc,), group in grouped(cells, "malloc").items():
+        rows = []
+        for (shape, dtype, checkpointing), points in grouped(group, "shape", "dtype", "checkpointing").items():
+            by_arm = {one["cell"]["arm"]: one["result"] for one in points}
+            ratio = by_arm[OURS]["above_bytes"] / by_arm["PEFT"]["above_bytes"]
+            label = f"{shape} {dtype}{', checkpointed' if checkpointing else ''}"
+            rows.append([label, *(megabytes(by_arm[arm]) if arm in by_arm else "" for arm in arms), f"{ratio:.2f}"])
+        tables.append(table(f"Peak memory above the steady state, MB (steady), malloc {malloc}", head, rows))
+    return tables
+
+
+def adapters(cells: Found) -> list[str]:
+    titles = {
+        "switch": ("Switching adapters, ms", "loaded", 1000.0),
+        "merge": ("Merging, ms per linear layer", "layers of the model", 1000.0),
+        "load": ("Attaching and loading an adapter, CPU s", "linear layers", 1.0),
+    }
+    tables = []
+    for (what,), group in grouped(cells, "what").items():
+        title, label, unit = titles[what]
+        arms = list(group[0]["result"]["seconds"])
+        rows = [
+            [
+                f"{one['cell']['value']}, {one['cell']['dtype']}",
+                *(ranged(scaled(one["result"]["seconds"][arm], unit), "{:.3f}") for arm in arms),
+                ratio_of(one["result"]["seconds"], "PEFT", OURS),
+            ]
+            for one in group
+        ]
+        tables.append(table(title, [label, *arms, "PEFT / tailora"], rows))
+    return tables
+
+
+def growth(cells: Found) -> list[str]:
+    tables = []
+    for (axis,), group in grouped(cells, "axis").items():
+        rows = [
+            [
+                str(one["cell"]["value"]),
+                milliseconds(one["result"]["seconds"][OURS]),
+                milliseconds(one["result"]["seconds"]["PEFT"]),
+                ranged(one["result"]["x_tailora"]["PEFT"]),
+            ]
+            for one in group
+        ]
+        tables.append(table(f"Step time by {axis}, ms", [axis, OURS, "PEFT", "PEFT / tailora"], rows))
+    return tables
+
+
+def real(cells: Found) -> list[str]:
+    """Time to one pass, and to the loss that every arm reached."""
+    first = ["", "training, s", "x tailora", "with start-up, s", "tokens/s"]
+    head = [*first, "loss after", "s to that loss", "x tailora", "peak, GB"]
+    tables = []
+    for (data,), group in grouped(cells, "data").items():
+        arms = grouped(group, "arm")
+        walls = {arm: statistics.median(one["result"]["wall"] for one in runs) for (arm,), runs in arms.items()}
+        curves = {arm: runs[0]["result"]["curve"] for (arm,), runs in arms.items()}
+        target = max(curve[-1]["loss"] for curve in curves.values())
+        reached = {arm: seconds_to(curve, target) for arm, curve in curves.items()}
+        rows = [
+            real_row(arm, [one["result"] for one in runs], walls, curves[arm][-1]["loss"], reached)
+            for (arm,), runs in arms.items()
+        ]
+        learned = group[0]["result"]["supervised_tokens"]
+        tables.append(table(f"{data}: one pass, {learned:,} supervised tokens; that loss: {target:.3f}", head, rows))
+    return tables
+
+
+def real_row(arm: str, results: Found, walls: dict[str, float], loss: float, reached: dict[str, float]) -> list[str]:
+    seconds = spread_of([result["wall"] for result in results])
+    return [
+        arm,
+        ranged(seconds, "{:.0f}"),
+        f"{walls[arm] / walls[OURS]:.2f}",
+        ranged(spread_of([result["whole_wall"] for result in results]), "{:.0f}"),
+        f"{results[0]['tokens'] / seconds['median']:.0f}",
+        f"{loss:.3f}",
+        f"{reached[arm]:.0f}",
+        f"{reached[arm] / reached[OURS]:.2f}",
+        f"{max(result['peak_bytes'] for result in results) / 1e9:.2f}",
+    ]
+
+
+def seconds_to(curve: Found, target: float) -> float:
+    """When the held-out loss first came down to the target, along straight lines between snapshots."""
+    if curve[0]["loss"] <= target:
+        return float(curve[0]["wall"])
+    for before, after in pairwise(curve):
+        if after["loss"] <= target:
+            share = (before["loss"] - target) / (before["loss"] - after["loss"])
+            return float(before["wall"] + share * (after["wall"] - before["wall"]))
+    raise ValueError(f"the curve ends at {curve[-1]['loss']}, above {target}")
+
+
+def startup(cells: Found) -> list[str]:
+    watched = [one["result"] for one in cells if one["cell"]["what"] == "watched"]
+    profiled = next(one["result"] for one in cells if one["cell"]["what"] == "profiled")
+    whole = [
+        [label, ranged(spread_of([run[key] for run in watched]))]
+        for label, key in [("everything loaded and checked", "ready"), ("first step done", "first_step_done")]
+    ]
+    parts = {"imports": profiled["imports"], **profiled["parts"]}
+    return [
+        table("`tailora train` on the cached demo model, CPU s until", ["", "s"], whole),
+        table("Where they go (under a profiler)", ["", "s"], [[name, f"{s:.2f}"] for name, s in parts.items()]),
+    ]
+
+
+def milliseconds(value: dict[str, float]) -> str:
+    return ranged(scaled(value, 1000), "{:.0f}")
+
+
+def megabytes(result: dict[str, Any]) -> str:
+    return f"{result['above_bytes'] / 1e6:.0f} ({result['steady_bytes'] / 1e6:.0f})"
+
+
+def scaled(value: dict[str, float], unit: float) -> dict[str, float]:
+    return {key: unit * number for key, number in value.items()}
+
+
+def spread_of(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def ratio_of(seconds: dict[str, dict[str, float]], arm: str, over: str) -> str:
+    return f"{seconds[arm]['median'] / seconds[over]['median']:.2f}"
+
+
+TABLES: dict[str, Callable[[Found], list[str]]] = {
+    "steps": steps,
+    "memory": memory,
+    "real": real,
+    "growth": growth,
+    "adapters": adapters,
+    "startup": startup,
+}
+
+
+def caption(content: dict[str, Any]) -> str:
+    machine, loads = content["machine"], [one["load_before"] for one in content["cells"]]
+    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+    return (
+        f"{machine['cores']} cores of an {machine['cpu']} ({', '.join(machine['bf16']) or 'no bf16'}); {packages}. "
+        f"Load of the machine before the cells: {min(loads):.1f} to {max(loads):.1f}."
+    )
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or [name for name in TABLES if (RESULTS / f"{name}.json").exists()]
+    for name in wanted:
+        content = json.loads((RESULTS / f"{name}.json").read_text())
+        print("\n\n".join([f"## {name}", *TABLES[name](content["cells"]), caption(content)]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
