@@ -37,7 +37,7 @@ def broken_loss(model: nn.Module, batches: Sequence[MicroBatch], rows: Rows, dev
             token_losses(model, batch.examples, rows, device)
             if found:
                 return f"the loss is not finite; the first module with such an output is {found[0]}"
-    return "the loss is not finite, though every module's output is: the logits are too large for a cross entropy"
+    return "the loss is not finite, though the output of every module that ran is: the logits are too large"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 from tailora.data.store import Examples
 from tailora.fast.attention import packed_rows
 from tailora.model import LoRAModel
-from tailora.train.loss import Rows, keeps_logits, token_losses
+from tailora.train.loss import Rows, token_losses
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +32,8 @@ def evaluate(
     model: LoRAModel,
     examples: Examples,
     *,
+    rows: Rows,
     token_budget: int,
-    pad_id: int,
-    packed: bool,
     device: torch.device | None = None,
 ) -> Evaluation:
     """Loss of every example without dropout or gradients; bitwise the same each time.
@@ -42,11 +41,10 @@ def evaluate(
     token_budget: most tokens in one forward, padding included; a longer example goes alone.
     """
     device = device or next(model.base_model.parameters()).device
-    rows = Rows(packed, keeps_logits(model.base_model), pad_id)
     sums = np.zeros(len(examples))
-    attention = packed_rows(model.base_model) if packed else nullcontext()
+    attention = packed_rows(model.base_model) if rows.packed else nullcontext()
     with torch.no_grad(), evaluating(model), attention:
-        for batch in budgeted(examples.lengths, token_budget, packed):
+        for batch in budgeted(examples.lengths, token_budget, rows.packed):
             losses, owners = token_losses(model, [examples[i] for i in batch], rows, device)
             np.add.at(sums, batch[owners.cpu().numpy()], losses.cpu().double().numpy())
     return Evaluation(sums, examples.supervised.astype(np.int64))

@@ -31,7 +31,7 @@ from tailora.train.config import TrainConfig
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.evaluate import Evaluation, evaluate
 from tailora.train.events import Evaluated, Event, Interrupted, Note, Saved, Stepped
-from tailora.train.loss import Rows, token_losses
+from tailora.train.loss import Rows
 from tailora.train.memory import peak_bytes
 from tailora.train.optim import clip, learning_rate, take_step
 from tailora.train.record import ADAPTER, Metrics
@@ -46,7 +46,7 @@ class Bench:
     config: TrainConfig
     accelerator: Accelerator
     model: LoRAModel
-    forward: nn.Module  # the model as accelerate prepared it
+    forward: nn.Module  # `Supervised`, as accelerate prepared it
     flats: list[Flat]  # all that is trained
     optimizer: torch.optim.Optimizer
     rows: Rows
@@ -120,7 +120,7 @@ def step(
     `good` holds, afterwards, the parameters before the step, whose loss and gradient were finite.
     """
     config = bench.config
-    mean = accumulate(bench.forward, batches, supervised, bench.rows, bench.accelerator)
+    mean = accumulate(bench.forward, batches, supervised, bench.accelerator)
     loss = float(bench.accelerator.reduce(mean, reduction="sum"))
     norm = clip(bench.flats, config.max_grad_norm)
     rate = learning_rate(number, bench.max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
@@ -132,22 +132,22 @@ def step(
     return loss, norm, rate
 
 
-def accumulate(
-    model: nn.Module, batches: Sequence[MicroBatch], supervised: int, rows: Rows, accelerator: Accelerator
-) -> Tensor:
+def accumulate(forward: nn.Module, batches: Sequence[MicroBatch], supervised: int, accelerator: Accelerator) -> Tensor:
     """Add up the gradients of a step's micro-batches; returns this rank's part of the step's loss, 0-dimensional.
 
+    forward: examples, the gradient that their losses will get -> losses and owners; as accelerate prepared it.
     supervised: tokens that the whole step learns from, over all micro-batches and ranks.
     """
 
     def backward(batch: MicroBatch) -> Tensor:  # a function, so that no batch's graph outlives it
-        losses, _ = token_losses(model, batch.examples, rows, accelerator.device)
-        part = losses.sum() * (batch.weight / supervised)
+        share = batch.weight / supervised
+        losses, _ = forward(batch.examples, share * accelerator.num_processes)
+        part: Tensor = losses.sum() * share
         accelerator.backward(part * accelerator.num_processes)
         return part.detach()
 
     *others, last = batches
-    with accelerator.no_sync(model):
+    with accelerator.no_sync(forward):
         parts = [backward(batch) for batch in others]
     return torch.stack([*parts, backward(last)]).sum()
 
@@ -181,9 +181,8 @@ def held_out_loss(bench: Bench, state: State, *, keep: bool) -> Evaluation | Non
         part = evaluate(
             bench.model,
             bench.held_out.select(mine),
+            rows=bench.rows,
             token_budget=bench.token_budget,
-            pad_id=bench.rows.pad_id,
-            packed=bench.rows.packed,
             device=accelerator.device,
         )
         sums[torch.from_numpy(mine).to(sums.device)] = torch.from_numpy(part.sums).to(sums)

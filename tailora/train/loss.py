@@ -1,67 +1,68 @@
-"""Losses in nats at the supervised positions, and at no other: their logits are all that is computed.
+"""Losses in nats at the supervised positions of examples.
 
 A batch is either one packed row (1, total) or padded rows (batch, longest). Position i predicts token i + 1; the first
 label of each document is -100, so no prediction crosses a boundary.
 """
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tailora.data.batches import collate_packed, collate_padded
 from tailora.data.store import IGNORED, Example
-from tailora.fast.loss import cross_entropy
+from tailora.fast.forms import FORMS, Batch
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How examples become the model's input, and whether it computes logits at chosen positions only."""
+    """How examples become the model's input, and its output becomes losses."""
 
     packed: bool
-    keeps_logits: bool
+    loss: str  # a key of FORMS: "chunked, head frozen"
     pad_id: int
 
 
-def keeps_logits(model: nn.Module) -> bool:
-    """Whether the model takes `logits_to_keep`: the positions whose logits are wanted."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+class Supervised(nn.Module):
+    """A model that is called with examples and gives losses, so that what wraps a module (DDP) sees one forward."""
+
+    def __init__(self, model: nn.Module, rows: Rows, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.rows, self.device = model, rows, device
+
+    def forward(self, examples: Sequence[Example], expected: float) -> tuple[Tensor, Tensor]:
+        return token_losses(self.model, examples, self.rows, self.device, expected)
 
 
 def token_losses(
-    model: nn.Module, examples: Sequence[Example], rows: Rows, device: torch.device
+    model: nn.Module, examples: Sequence[Example], rows: Rows, device: torch.device, expected: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Loss of every supervised token, (supervised,) float32, and the place in `examples` of each, (supervised,)."""
-    if rows.packed:
-        return _packed_losses(model, examples, rows, device)
-    batch = {name: tensor.to(device) for name, tensor in collate_padded(examples, rows.pad_id).items()}
-    targets = batch.pop("labels")[:, 1:]
-    wanted = targets != IGNORED  # (batch, longest - 1)
-    if rows.keeps_logits:
-        columns = wanted.any(dim=0).nonzero()[:, 0]
-        logits = model(**batch, use_cache=False, logits_to_keep=columns).logits[wanted[:, columns]]
-    else:
-        logits = model(**batch, use_cache=False).logits[:, :-1][wanted]  # (supervised, vocabulary)
-    return cross_entropy(logits, targets[wanted]), wanted.nonzero()[:, 0]
+    """Loss of every supervised token, (supervised,) float32, and the place in `examples` of each, (supervised,).
+
+    expected: the gradient that each loss will get, if known; half precision then rounds once less.
+    """
+    batch, owners = as_batch(examples, rows.packed, rows.pad_id, device)
+    return FORMS[rows.loss](model, replace(batch, expected=expected)), owners
 
 
-def _packed_losses(
-    model: nn.Module, examples: Sequence[Example], rows: Rows, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    batch = collate_packed(examples)
-    ends = batch["cu_seq_lens"]  # (documents + 1,), stays on the CPU, where it is read
-    targets = batch["labels"][0, 1:]
-    at = (targets != IGNORED).nonzero()[:, 0]
-    owners = torch.searchsorted(ends[1:].long(), at, right=True)
-    kept = {"logits_to_keep": at.to(device)} if rows.keeps_logits else {}
-    output = model(
-        input_ids=batch["input_ids"].to(device),
-        position_ids=batch["position_ids"].to(device),
-        cu_seq_lens_q=ends,
-        use_cache=False,
-        **kept,
-    )
-    logits = output.logits[0] if rows.keeps_logits else output.logits[0, at.to(device)]  # (supervised, vocabulary)
-    return cross_entropy(logits, targets[at].to(device)), owners.to(device)
+def as_batch(examples: Sequence[Example], packed: bool, pad_id: int, device: torch.device) -> tuple[Batch, Tensor]:
+    """The examples as the model reads them, and the place in `examples` of each supervised token, (supervised,)."""
+    if packed:
+        row = collate_packed(examples)
+        ends = row["cu_seq_lens"]  # (documents + 1,), stays on the CPU, where it is read
+        places = {"position_ids": row["position_ids"].to(device), "cu_seq_lens_q": ends}
+        batch = _judged(row, places, device)
+        at = batch.wanted[0].nonzero()[:, 0]
+        return batch, torch.searchsorted(ends[1:].to(at), at, right=True)
+    padded = collate_padded(examples, pad_id)
+    batch = _judged(padded, {"attention_mask": padded["attention_mask"].to(device)}, device)
+    return batch, batch.wanted.nonzero()[:, 0]
+
+
+def _judged(tensors: dict[str, Tensor], others: dict[str, Any], device: torch.device) -> Batch:
+    labels = F.pad(tensors["labels"][:, 1:], (0, 1), value=IGNORED).to(device)  # (batch, length), of the next token
+    wanted = labels != IGNORED
+    return Batch({"input_ids": tensors["input_ids"].to(device), **others}, wanted, labels[wanted])

@@ -1,13 +1,14 @@
 """How much memory there is, how much a step takes, and what to change when that is too much.
 
-The estimate counts what the forward keeps for the backward, measured on the user's model with one example, and adds the
-logits. It leaves out temporaries, so it is a lower bound: what does not fit by the estimate does not fit.
+The estimate counts what the forward keeps for the backward, measured on the user's model with one example. It leaves
+out temporaries, so it is a lower bound: what does not fit by the estimate does not fit.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -68,29 +69,35 @@ class Cost:
     fixed: float  # copies of the adapter in the base's precision
     per_token: float
     per_checkpointed_token: float
-    per_supervised: float
+    per_supervised: float  # on top: a row of hidden states, or of logits, as the loss's form has it
 
     def of(self, load: Load) -> int:
         per_token = self.per_checkpointed_token if load.checkpointed else self.per_token
         return int(self.fixed + per_token * load.tokens + self.per_supervised * load.supervised)
 
 
-def measure(forward: Callable[[int], Tensor], tokens: int, model: PreTrainedModel) -> Cost:
-    """The cost, from what `forward(tokens)` and `forward(tokens // 2)` keep. `forward` must not checkpoint."""
-    whole, half = kept_bytes(lambda: forward(tokens), model), kept_bytes(lambda: forward(tokens // 2), model)
+def measure(forward: Callable[[int, bool], Tensor], tokens: int, model: PreTrainedModel) -> Cost:
+    """The cost, from what three runs of `forward(tokens, all of them supervised or none)` keep.
+
+    `forward` must not checkpoint the model's layers.
+    """
+    half, whole, learned = (
+        kept_bytes(partial(forward, count, supervised), model)
+        for count, supervised in ((tokens // 2, False), (tokens, False), (tokens, True))
+    )
     per_token = (whole - half) / (tokens - tokens // 2)
     config, width = model.config.get_text_config(), model.dtype.itemsize
-    layers, hidden, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
+    layers, hidden = config.num_hidden_layers, config.hidden_size
     return Cost(
         fixed=max(whole - per_token * tokens, 0),
         per_token=per_token,
         per_checkpointed_token=per_token / layers + layers * hidden * width,
-        per_supervised=vocabulary * width,
+        per_supervised=(learned - whole) / max(tokens - 1, 1),  # nothing predicts the first token
     )
 
 
 def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
-    """Bytes that autograd holds after the forward; the model's weights, and the logits, are not counted."""
+    """Bytes that autograd holds after the forward; the model's weights are not counted."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 

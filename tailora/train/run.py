@@ -21,6 +21,7 @@ from tailora.train.evaluate import Evaluation
 from tailora.train.events import Event, Finished, Listener, Note, Saved
 from tailora.train.events import Prepared as Ready
 from tailora.train.loop import Bench, train
+from tailora.train.loss import Supervised
 from tailora.train.memory import check_fits, explained, peak_bytes, remedies
 from tailora.train.optim import adamw, groups
 from tailora.train.result import TrainResult
@@ -108,11 +109,12 @@ def _bench(
     state = State() if saved is None else take_up(saved, kit.model, optimizer, flats, rank)
     accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
     resumed_at = None if saved is None else state.step
+    losses = Supervised(kit.model, kit.rows, accelerator.device)
     bench = Bench(
         config=config,
         accelerator=accelerator,
         model=kit.model,
-        forward=accelerator.prepare_model(kit.model, device_placement=False),  # it is there: a copy leaves the buffers
+        forward=accelerator.prepare_model(losses, device_placement=False),  # it is there: a copy leaves the buffers
         flats=flats,
         optimizer=optimizer,
         rows=kit.rows,

@@ -6,20 +6,23 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tailora.data.store import Example
+from tailora.data.store import IGNORED, Example
 from tailora.errors import ConfigError, listing, nearest
 from tailora.fast.attention import packed_rows
+from tailora.fast.forms import choose_form
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
+from tailora.train.evaluate import evaluating
 from tailora.train.feed import Feed, feed
 from tailora.train.load import load_base
-from tailora.train.loss import Rows, keeps_logits, token_losses
+from tailora.train.loss import Rows, as_batch, token_losses
 from tailora.train.memory import Cost, explained, measure
 from tailora.train.packing import choose
 from tailora.train.rng import seed_all
@@ -67,7 +70,7 @@ def assemble(config: TrainConfig, accelerator: Accelerator, note: Callable[[str]
         base, tokenizer = load_base(config.model, config.dtype, device.type)
         data = feed(config, base, tokenizer, accelerator)
         model = attach(config, base, device)
-        rows = choose_rows(config, base, tokenizer, note)
+        rows = choose_rows(config, model, tokenizer, note)
         return Kit(base, tokenizer, data, model, rows, memory_cost(model, rows, data.sample, device))
 
 
@@ -79,27 +82,41 @@ def attach(config: TrainConfig, base: PreTrainedModel, device: torch.device) -> 
 
 
 def choose_rows(
-    config: TrainConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, note: Callable[[str], None]
+    config: TrainConfig, model: LoRAModel, tokenizer: PreTrainedTokenizerBase, note: Callable[[str], None]
 ) -> Rows:
-    """Packed or padded, tried on the model itself. Raises ConfigError for packing = 'on' where it changes results."""
-    packing = choose(base, config.packing)
+    """Packed or padded, and the form of the loss, tried on the model itself.
+
+    Raises ConfigError for packing = 'on' where it changes results.
+    """
+    base = cast(PreTrainedModel, model.base_model)
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_id = next(token for token in known if token is not None)
+    with evaluating(model):
+        packing = choose(base, config.packing)
+        with packed_rows(base) if packing.on else nullcontext():
+            few, _ = as_batch(_some_examples(base), packing.on, pad_id, base.device)
+            loss, obstacle = choose_form(base, few)
     if packing.note:
         note(packing.note)
-    keeps = keeps_logits(base)
-    if not keeps:
-        note(
-            f"{type(base).__name__} takes no logits_to_keep, so logits of all tokens are computed: slower, more memory"
-        )
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return Rows(packing.on, keeps, next(token for token in known if token is not None))
+    if obstacle:
+        note(f"the loss is {loss}, which takes more memory: {obstacle}")
+    return Rows(packing.on, loss, pad_id)
+
+
+def _some_examples(base: PreTrainedModel) -> list[Example]:
+    """Two short ones of random tokens, of different lengths, partly supervised."""
+    ids = np.random.default_rng(0).integers(base.config.get_text_config().vocab_size, size=24).astype(np.int32)
+    labels = np.where(np.arange(24) % 3 == 0, IGNORED, ids).astype(np.int32)
+    return [Example(ids[part], labels[part]) for part in (slice(0, 10), slice(10, 24))]
 
 
 def memory_cost(model: LoRAModel, rows: Rows, sample: Example, device: torch.device) -> Cost:
     """Bytes that a forward keeps, measured on the start of one example."""
     base = cast(PreTrainedModel, model.base_model)
 
-    def forward(tokens: int) -> Tensor:
-        part = Example(sample.input_ids[:tokens], sample.labels[:tokens])
+    def forward(tokens: int, supervised: bool) -> Tensor:
+        ids = sample.input_ids[:tokens]
+        part = Example(ids, ids if supervised else np.full_like(ids, IGNORED))
         return token_losses(model, [part], rows, device)[0].sum()
 
     with packed_rows(base) if rows.packed else nullcontext():

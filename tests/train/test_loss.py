@@ -7,15 +7,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from tailora.core.config import LoRAConfig
 from tailora.data.store import Example, Examples
 from tailora.fast.attention import packed_rows
+from tailora.fast.forms import FORMS, FROZEN, OWN, RECOMPUTED
 from tailora.model import LoRAModel
 from tailora.train.evaluate import budgeted, evaluate
 from tailora.train.loop import accumulate
-from tailora.train.loss import Rows, keeps_logits, token_losses
+from tailora.train.loss import Rows, Supervised, token_losses
 from tailora.train.steps import MicroBatch
 
 CPU = torch.device("cpu")
@@ -31,7 +33,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(vocab_size=300, **GROUPED),
     "gpt2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0),
 }
-PACKED, PADDED = (Rows(packed, keeps_logits=True, pad_id=0) for packed in (True, False))
+PACKED, PADDED = (Rows(packed, FROZEN, pad_id=0) for packed in (True, False))
 
 
 def examples(lengths: tuple[int, ...] = (3, 5, 40, 60)) -> list[Example]:
@@ -56,7 +58,8 @@ def model(request: pytest.FixtureRequest) -> LoRAModel:
 def gradient(model: LoRAModel, batches: list[list[Example]], rows: Rows) -> tuple[float, Tensor]:
     supervised = sum(example.supervised for batch in batches for example in batch)
     model.zero_grad()
-    mean = accumulate(model, [MicroBatch(batch) for batch in batches], supervised, rows, Accelerator())
+    forward = Supervised(model, rows, CPU)
+    mean = accumulate(forward, [MicroBatch(batch) for batch in batches], supervised, Accelerator())
     return float(mean), torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 
 
@@ -92,7 +95,8 @@ def test_a_batch_of_weight_zero_counts_for_nothing(model: LoRAModel) -> None:
     _, expected = gradient(model, [data[:2]], PADDED)
     model.zero_grad()
     batches = [MicroBatch(data[:2]), MicroBatch(data[2:], weight=0.0)]
-    accumulate(model, batches, sum(example.supervised for example in data[:2]), PADDED, Accelerator())
+    supervised = sum(example.supervised for example in data[:2])
+    accumulate(Supervised(model, PADDED, CPU), batches, supervised, Accelerator())
     again = torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
     assert torch.equal(again, expected)
 
@@ -107,24 +111,22 @@ def logits_asked_for(model: LoRAModel, rows: Rows) -> int:
     return seen[0]
 
 
-def test_logits_exist_at_supervised_positions_only(model: LoRAModel) -> None:
+@pytest.mark.parametrize("form", [RECOMPUTED, OWN])
+def test_logits_exist_at_supervised_positions_only(model: LoRAModel, form: str) -> None:
     with packed_rows(model.base_model):
-        assert logits_asked_for(model, PACKED) == sum(example.supervised for example in examples())
+        assert logits_asked_for(model, Rows(True, form, 0)) == sum(example.supervised for example in examples())
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_model_without_logits_to_keep_gives_the_same_losses(model: LoRAModel, packed: bool) -> None:
-    results = []
-    for keeps in (True, False):
-        with packed_rows(model.base_model) if packed else nullcontext():
-            results.append(token_losses(model, examples(), Rows(packed, keeps, 0), CPU))
-    torch.testing.assert_close(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-
-
-def test_taking_logits_to_keep_is_read_off_the_signature(model: LoRAModel) -> None:
-    assert keeps_logits(model.base_model)
-    assert not keeps_logits(nn.Linear(2, 2))
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_losses_that_each_example_has_alone(model: LoRAModel, form: str, packed: bool) -> None:
+    with packed_rows(model.base_model) if packed else nullcontext():
+        losses, owners = token_losses(model, examples(), Rows(packed, form, 0), CPU)
+    for place, example in enumerate(examples()):
+        logits = model(input_ids=torch.from_numpy(example.input_ids).long()[None]).logits[0, :-1]
+        labels = torch.from_numpy(example.labels).long()[1:]
+        alone = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)[labels != -100]
+        torch.testing.assert_close(losses[owners == place], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -132,7 +134,7 @@ def test_evaluation_is_bitwise_repeatable_and_independent_of_its_batches(model: 
     held = Examples.of(examples((3, 5, 40, 60, 7, 7, 21)))
     model.train()
     first, second, small = (
-        evaluate(model, held, token_budget=budget, pad_id=0, packed=packed) for budget in (64, 64, 8)
+        evaluate(model, held, rows=Rows(packed, FROZEN, 0), token_budget=budget) for budget in (64, 64, 8)
     )
     assert (first.sums == second.sums).all()
     np.testing.assert_allclose(first.sums, small.sums, rtol=1e-5)
