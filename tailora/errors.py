@@ -3,6 +3,7 @@
     TailoraError
     ├── ConfigError(ValueError)      a setting that is unknown, out of range, or contradicts another
     ├── TargetError(ValueError)      a selector that matches nothing, or a layer that cannot be adapted
+    ├── PatternError(ValueError)     a regular expression that takes for ever
     ├── AdapterError(LookupError)     an adapter name that is unknown or already taken
     ├── FormatError(ValueError)      a file that is not what it should be
     │   └── BaseMismatchError        an adapter made for another base model
@@ -35,6 +36,10 @@ class ConfigError(TailoraError, ValueError):
 
 
 class TargetError(TailoraError, ValueError):
+    exit_code = 2
+
+
+class PatternError(TailoraError, ValueError):
     exit_code = 2
 
 

@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import regex
 from torch import nn
 
 from tailora.core.config import LoRAConfig
 from tailora.core.kinds import CONV1D, KINDS, LINEAR, Kind, is_called, kind_of, obstacle
-from tailora.errors import TargetError, listing, nearest
+from tailora.errors import PatternError, TargetError, listing, nearest
 
 Selector = list[str] | str
 T = TypeVar("T")
+MATCH_SECONDS = 0.2  # of CPU time; honest patterns take microseconds
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,19 @@ def target_at(path: str, layer: nn.Module, config: LoRAConfig) -> Target:
 def matches(selector: Selector, path: str) -> bool:
     """A name: the path or its end after a dot. A string: a regular expression for the whole path (PEFT's rule)."""
     if isinstance(selector, str):
-        return re.fullmatch(selector, path) is not None
+        return _full_match(selector, path)
     return any(_named(name, path) for name in selector)
+
+
+def _full_match(pattern: str, path: str) -> bool:
+    """Raises PatternError, since an adapter's file may bring a pattern whose time doubles with every letter."""
+    try:
+        return regex.fullmatch(pattern, path, timeout=MATCH_SECONDS) is not None
+    except TimeoutError:
+        raise PatternError(
+            f"the regular expression {pattern!r} takes more than {MATCH_SECONDS} s to match {path!r}; "
+            "repeat no group that can match in several ways, or list the names"
+        ) from None
 
 
 def _named(name: str, path: str) -> bool:
@@ -204,7 +217,7 @@ def _dead_indices(modules: Mapping[str, nn.Module], config: LoRAConfig) -> list[
 
 
 def pattern_matches(pattern: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    return _full_match(rf"(.*\.)?({pattern})$", path)
 
 
 def by_pattern(path: str, patterns: Mapping[str, T], default: T) -> T:

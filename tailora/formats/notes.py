@@ -8,6 +8,8 @@ from tailora.core.config import LoRAConfig
 from tailora.errors import ConfigError, FormatError
 
 KEY = "tailora"
+# of LoRAConfig for what a stranger wrote; the last two are the compiler's, for parentheses and counts without end
+REFUSALS = (ConfigError, TypeError, RecursionError, OverflowError)
 
 
 class LayerPrint(BaseModel):
@@ -31,7 +33,7 @@ class Notes(BaseModel):
         """The config that the adapter was trained with. Raises FormatError."""
         try:
             return None if self.config is None else LoRAConfig(**self.config)
-        except (ConfigError, TypeError) as error:
+        except REFUSALS as error:
             raise FormatError(f"{source}: its tailora metadata: {error}") from None
 
 

@@ -1,6 +1,7 @@
 """adapter_config.json: PEFT's settings of an adapter, to and from ours."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ from torch import nn
 
 from tailora.core.config import LoRAConfig
 from tailora.core.targets import matches
-from tailora.errors import ConfigError, FormatError, listing
+from tailora.errors import FormatError, listing
+from tailora.formats.notes import REFUSALS
 
 # Settings that change what the tensors mean and have no slot here yet: key -> values that change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -28,6 +30,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 SHARED = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora")
 STARTS = {"gaussian": "gaussian"}  # what else PEFT names has done its work once the tensors exist
+BRACES, NUMBER = re.compile(r"\{[\d\s,]*\}"), re.compile(r"\d+")
+COUNTS = 1000
 MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -84,8 +88,19 @@ def from_peft(settings: Mapping[str, Any], paths: list[str], source: Path) -> Lo
         values["exclude_modules"] = settings.get("exclude_modules") or None
     try:
         return LoRAConfig(**values)
-    except ConfigError as error:
+    except REFUSALS as error:
         raise FormatError(f"{source}: {error}") from None
+
+
+def check_patterns(config: LoRAConfig, source: Path) -> None:
+    """Raises FormatError for counts such as {1000} that multiply up: a short pattern would need gigabytes."""
+    selectors = [each for each in (config.target_modules, config.exclude_modules) if isinstance(each, str)]
+    for pattern in (*selectors, *config.rank_pattern, *config.alpha_pattern):
+        counts = [max(map(int, NUMBER.findall(braces)), default=1) for braces in BRACES.findall(pattern)]
+        if math.prod(max(1, count) for count in counts) > COUNTS:
+            raise FormatError(
+                f"{source}: the counts in the regular expression {pattern!r} multiply to above {COUNTS}; list the names"
+            )
 
 
 def portable_targets(paths: list[str], everything: list[str]) -> list[str] | str:

@@ -11,11 +11,11 @@ from tailora.core.config import LoRAConfig
 from tailora.core.kinds import kind_of, obstacle
 from tailora.core.layer import LoRALayer
 from tailora.core.targets import chosen_paths, saved_modules, target_at
-from tailora.errors import BaseMismatchError, ConfigError, FormatError, TargetError, listing
+from tailora.errors import BaseMismatchError, ConfigError, FormatError, PatternError, TargetError, listing
 from tailora.formats.fingerprint import differences
 from tailora.formats.grouping import split_groups
 from tailora.formats.peft import FACTOR_OF, StoredAdapter
-from tailora.formats.peft_config import SHARED, from_peft
+from tailora.formats.peft_config import SHARED, check_patterns, from_peft
 
 Modules = Mapping[str, nn.Module]
 
@@ -32,11 +32,19 @@ class Parts:
 def restore(stored: StoredAdapter, base_model: nn.Module, *, allow_base_mismatch: bool = False) -> Adapter:
     """Build the adapter for `base_model` without touching it.
 
-    Raises FormatError with all missing, unexpected, misshapen and non-finite tensors, and BaseMismatchError when
-    the adapter was made for other weights and `allow_base_mismatch` is not set.
+    Raises FormatError with all missing, unexpected, misshapen and non-finite tensors, or for a pattern that takes for
+    ever, and BaseMismatchError when the adapter was made for other weights and `allow_base_mismatch` is not set.
     """
+    try:
+        return _restored(stored, base_model, allow_base_mismatch)
+    except PatternError as error:
+        raise FormatError(f"{stored.folder}: {error}") from None
+
+
+def _restored(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch: bool) -> Adapter:
     modules = dict(base_model.named_modules())
     own, config = stored.notes.lora(stored.folder), _config(stored, modules)
+    check_patterns(config, stored.folder)
     parts = _sort(stored, modules, config)
     parts.problems += _missing(parts, base_model, modules, config)
     low_rank = {path: _low_rank(path, modules, config, parts) for path in parts.factors}

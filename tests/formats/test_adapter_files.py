@@ -5,7 +5,9 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,33 @@ def test_settings_that_would_mean_something_else_here_are_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     with pytest.raises(FormatError, match=message):
         LoRAModel.from_pretrained(llama(), folder)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(a+)+$", ""),
+        (".*.*.*.*.*.*.*.*.*.*[^a-z]", ""),
+        ("(a|a)*$", r"regular expression .* takes more than 0\.2 s"),
+        ("((((a{100}){100}){100}){100}){100}", "counts in the regular expression .* multiply to above"),
+        ("a{99999999999}", "repetition number is too large"),
+        ("(" * 9999, "recursion"),
+    ],
+    ids=["nested", "long", "two ways", "counts", "count", "parentheses"],
+)
+@pytest.mark.parametrize("setting", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_hostile_pattern_costs_less_than_a_second(tmp_path: Path, setting: str, pattern: str, message: str) -> None:
+    base = nn.ModuleDict({"a" * 80 + "b": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
+    model = LoRAModel(base, LoRAConfig(r=2))
+    path = model.save_adapter(tmp_path) / "adapter_config.json"
+    edit(tmp_path, lambda tensors: tensors)
+    base = model.unload()
+    value = {pattern: 2} if setting.endswith("pattern") else pattern
+    path.write_text(json.dumps({**json.loads(path.read_text()), setting: value}))
+    started = time.process_time()
+    with pytest.raises(FormatError, match=message) if message else nullcontext():
+        LoRAModel.from_pretrained(base, tmp_path)
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize(
