@@ -1,6 +1,8 @@
 """Accumulation, packing and padding give one gradient; the science's own example of doing it wrong."""
 
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
 
 from tailora.core.config import LoRAConfig
 from tailora.data.store import Example, Examples
@@ -18,6 +20,7 @@ from tailora.model import LoRAModel
 from tailora.train.evaluate import budgeted, evaluate
 from tailora.train.loop import accumulate
 from tailora.train.loss import Rows, Supervised, token_losses
+from tailora.train.setup import choose_rows
 from tailora.train.steps import MicroBatch
 
 CPU = torch.device("cpu")
@@ -127,6 +130,27 @@ def test_every_form_gives_the_losses_that_each_example_has_alone(model: LoRAMode
         labels = torch.from_numpy(example.labels).long()[1:]
         alone = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)[labels != -100]
         torch.testing.assert_close(losses[owners == place], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_of_a_trained_adapter_does_not_change_what_is_chosen(settings: Any, model_folder: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    model = LoRAModel(base, LoRAConfig(r=4, lora_dropout=0.5)).train()
+    for layer in model.lora_layers.values():
+        nn.init.normal_(layer.lora_B, std=0.3)
+    notes: list[str] = []
+    rows = choose_rows(settings(), model, AutoTokenizer.from_pretrained(model_folder), notes.append)
+    assert (rows.packed, rows.loss, notes) == (True, FROZEN, [])
+    assert all(layer.training for layer in model.lora_layers.values())
+
+
+def test_a_model_that_keeps_its_logits_is_named_in_a_note(settings: Any, model_folder: Path) -> None:
+    sizes = {**GROUPED, "vocab_size": 320, "head_dim": 8}
+    model = LoRAModel(AutoModelForCausalLM.from_config(Gemma2Config(**sizes)), LoRAConfig(r=4))
+    notes: list[str] = []
+    rows = choose_rows(settings(), model, AutoTokenizer.from_pretrained(model_folder), notes.append)
+    assert (rows.packed, rows.loss) == (False, OWN)
+    assert "the loss is of the model's own logits" in notes[-1]
+    assert "Gemma2ForCausalLM changes the logits" in notes[-1]
 
 
 @pytest.mark.parametrize("packed", [True, False])
