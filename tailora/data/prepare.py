@@ -49,6 +49,21 @@ class Loaded:
     lost: int
 
 
+@dataclass(slots=True)
+class Cuts:
+    """What was cut of a stream so far. A row counts once, however often the stream is read."""
+
+    rows: int = 0
+    truncated: int = 0  # longer than max_length
+    cut_away: int = 0  # of those: left out, because the cut took all that would be learned
+
+    def count(self, encoded: Encoded, max_length: int) -> None:
+        if encoded.example.row >= self.rows:
+            self.rows = encoded.example.row + 1
+            self.truncated += encoded.length > max_length
+            self.cut_away += encoded.example.supervised == 0
+
+
 def prepare(
     source: str,
     tokenizer: Any,
@@ -85,9 +100,11 @@ def stream(
     field: Mapping[str, str] | None = None,
     max_length: int = 1024,
     embedding_rows: int | None = None,
+    cuts: Cuts | None = None,
 ) -> Iterator[Example]:
     """Examples in order, while they are read; those whose learned tokens are all cut off are left out.
 
+    cuts: counts what is cut; a stream that is read again goes on with the same one.
     Raises DataError at the first unusable rows, or at the end when no row was usable.
     """
     codec = codec_of(tokenizer)
@@ -101,6 +118,8 @@ def stream(
         if isinstance(one, Fault):
             raise refusal([one])
         longest = max(longest, one.encoded.length)
+        if cuts is not None:
+            cuts.count(one.encoded, max_length)
         if one.encoded.example.supervised:
             found = True
             yield one.encoded.example

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.data.batches import plan
 from tailora.data.demo import resolve
-from tailora.data.prepare import Prepared, prepare, stream
+from tailora.data.prepare import Cuts, Prepared, prepare, stream
 from tailora.data.store import Example, Examples
 from tailora.train.config import TrainConfig
 from tailora.train.memory import Load
@@ -32,6 +32,7 @@ class Feed:
     largest: Load  # forward, as far as it is known
     longest: int  # tokens of an example
     sample: Example  # that one
+    cuts: Cuts | None = None  # of what was streamed
 
 
 def feed(
@@ -73,14 +74,24 @@ def _prepared(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int
 def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int, shape: Shape) -> Feed:
     """Read while training; what is known of it beforehand is its first batch."""
     common: dict[str, Any] = {"field": config.field, "max_length": config.max_length}
-    read = partial(stream, resolve(config.data, "data"), tokenizer, embedding_rows=rows, **common)
+    cuts = Cuts()
+    read = partial(stream, resolve(config.data, "data"), tokenizer, embedding_rows=rows, cuts=cuts, **common)
     held = None
     if config.eval_data is not None:
         source = resolve(config.eval_data, "eval_data")
         held = prepare(source, tokenizer, eval_source=source, embedding_rows=rows, **common)
     assert config.max_steps is not None  # TrainConfig saw to it
     first = Examples.of(islice(read(), shape.batch_size))
-    return _feed(config, held, partial(streamed, read, shape), config.max_steps, first, shape)
+    return replace(_feed(config, held, partial(streamed, read, shape), config.max_steps, first, shape), cuts=cuts)
+
+
+def remarks(feed: Feed, max_length: int) -> list[str]:
+    """What is known of a stream when it was read."""
+    if feed.cuts is None or feed.cuts.truncated == 0:
+        return []
+    cuts = feed.cuts
+    lost = f"; {cuts.cut_away:,} of them were left out, with nothing to learn before the cut" if cuts.cut_away else ""
+    return [f"{cuts.truncated:,} of {cuts.rows:,} streamed rows were longer than --max-length {max_length}: cut{lost}"]
 
 
 def _feed(

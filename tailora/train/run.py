@@ -20,6 +20,7 @@ from tailora.train.config import TrainConfig
 from tailora.train.evaluate import Evaluation
 from tailora.train.events import Event, Finished, Listener, Note, Saved
 from tailora.train.events import Prepared as Ready
+from tailora.train.feed import remarks
 from tailora.train.loop import Bench, train
 from tailora.train.loss import Supervised
 from tailora.train.memory import check_fits, explained, peak_bytes, remedies
@@ -68,6 +69,8 @@ def run(config: TrainConfig, on_event: Listener | None = None, on_ready: OnReady
     result = _result(bench, kit, state, after, time.perf_counter() - started)
     if accelerator.is_main_process:
         record.write_run(output_dir, header, result.to_dict())
+    for text in remarks(kit.feed, config.max_length):
+        emit(Note(text))
     emit(Saved(result.best_step, folder))
     emit(Finished(result.to_dict()))
     return result

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -187,6 +188,12 @@ def test_memory_that_ends_while_answers_are_compared_leaves_the_adapter(
 def test_what_was_cut_is_told_before_training(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(line(flags, {"--max-length": "28"})) == 0
     assert "examples are longer than --max-length" in capsys.readouterr().err
+
+
+def test_what_was_cut_of_a_stream_is_told_at_the_end(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    four_steps = {"--max-length": "28", "--max-steps": "4"}  # of 8 examples: more than the 24 there are
+    assert main([*line(flags, four_steps), "--streaming"]) == 0
+    assert re.search(r"note: \d+ of 24 streamed rows were longer than --max-length 28: cut", capsys.readouterr().err)
 
 
 def test_a_resume_with_other_settings_names_each_with_both_values_and_what_to_do(

@@ -1,10 +1,12 @@
 import json
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tailora.data.prepare import prepare, stream
+from tailora.data.prepare import Cuts, prepare, stream
 from tailora.data.shapes import Conversation, Pair
 from tailora.errors import DataError
 
@@ -169,6 +171,17 @@ def test_a_stream_gives_the_same_examples_in_order(bytes_tokenizer, jsonl) -> No
     assert [example.row for example in streamed] == prepared.train.rows.tolist() == list(range(1600))
     assert np.array_equal(np.concatenate([example.input_ids for example in streamed]), prepared.train.input_ids)
     assert np.array_equal(np.concatenate([example.labels for example in streamed]), prepared.train.labels)
+
+
+def test_what_is_cut_of_a_stream_counts_once_however_often_it_is_read(bytes_tokenizer, jsonl) -> None:
+    pairs = [("a", "b"), ("a", "b " * 40), ("a " * 40, "b")]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    read, cuts = partial(stream, jsonl(rows), bytes_tokenizer(), max_length=16), Cuts()
+    assert [example.row for example in islice(read(cuts=cuts), 1)] == [0]
+    assert cuts == Cuts(rows=1)
+    for _ in range(2):
+        assert [example.row for example in read(cuts=cuts)] == [0, 1]
+        assert cuts == Cuts(rows=3, truncated=2, cut_away=1)
 
 
 def test_a_stream_checks_the_vocabulary_too(bytes_tokenizer, jsonl) -> None:
