@@ -51,6 +51,13 @@ def caption(results: dict[str, Any]) -> str:
     )
 
 
+def shown(output: str) -> str:
+    """Whether it worked, and the first pair of answers: not the other pairs, the files and the next commands."""
+    told = output.split("\nWritten")[0].strip()
+    first, border, _ = told.partition("\n├")
+    return f"{first}\n{told.splitlines()[-1]}" if border else told
+
+
 def put(readme: str, name: str, content: str) -> str:
     """Replace what stands between the two markers of this name."""
     start, end = f"<!-- measured:{name} -->", f"<!-- /measured:{name} -->"
@@ -62,8 +69,8 @@ def put(readme: str, name: str, content: str) -> str:
 
 def main() -> None:
     path = ROOT / "README.md"
-    output = (RESULTS / "demo.txt").read_text().split("\nWritten")[0]  # then come the files and the next commands
-    readme = put(path.read_text(), "demo-output", f"```\n{output.strip()}\n```")
+    output = shown((RESULTS / "demo.txt").read_text())
+    readme = put(path.read_text(), "demo-output", f"```\n{output}\n```")
     path.write_text(put(readme, "table", table(json.loads((RESULTS / "demo.json").read_text()))))
 
 

@@ -5,24 +5,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import chat_model
+from transformers import LlamaForCausalLM
 
 from tailora.cli.main import COMMANDS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_eight_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_eight_lines_run_and_what_they_leave_is_loaded_and_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (later,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
     assert sum(bool(line.strip()) for line in code.splitlines()) == 8
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
-    base_model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=40))
+    base_model = chat_model()
     before = {name: value.clone() for name, value in base_model.state_dict().items()}
     ids = torch.arange(12).view(2, 6)
-    exec(code, {"base_model": base_model, "batches": [{"input_ids": ids, "labels": ids}] * 2})
+    names = {"base_model": base_model, "batches": [{"input_ids": ids, "labels": ids}] * 2}
+    exec(code, names)
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
     assert all(torch.equal(value, before[name]) for name, value in base_model.state_dict().items())
+    trained = names["model"](ids).logits
+    assert not torch.equal(trained, chat_model()(ids).logits)
+    exec(later, {**names, "base_model": chat_model()})
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "my-model")
+    torch.testing.assert_close(merged(ids).logits, trained, rtol=1e-4, atol=1e-5)
 
 
 def test_the_figures_are_the_script_s() -> None:
