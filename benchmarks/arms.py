@@ -25,7 +25,7 @@ from tailora.train.events import Event, Note, Prepared, Stepped
 from tailora.train.run import OnReady, run
 
 Step = Callable[[], float]  # one optimiser step; returns the loss before it
-FAST_OFF: dict[str, Any] = {"fast": "off"} if "fast" in TrainConfig.model_fields else {"packing": "off"}
+FAST_OFF = {"fast": "off"}
 MANY = 1_000_000  # steps: the benchmark ends before the run does
 
 
@@ -96,8 +96,8 @@ def tailora(
                     return event.loss
                 case Note():
                     chosen.append(event.text)
-                case Prepared() if "fast" in event.header:
-                    chosen.append(str(event.header["fast"]))
+                case Prepared():
+                    chosen.append(event.header["kernels"])
         raise RuntimeError("the run ended before its last step")
 
     return Tailora(step, chosen)
