@@ -48,8 +48,9 @@ def main(name: str, description: str, cells: Callable[[bool], list[Cell]], work:
         print(json.dumps(work(**settings)))
         return
     path = (QUICK if options.quick else RESULTS) / f"{name}.json"
-    wanted = [cell for cell in cells(options.quick) if chosen(cell, options.only)]
-    kept = [] if options.fresh else known(path)
+    listed = cells(options.quick)
+    wanted = [cell for cell in listed if chosen(cell, options.only)]
+    kept = [one for one in known(path) if one["cell"] in listed and not (options.fresh and one["cell"] in wanted)]
     started = time.perf_counter()
     for number, cell in enumerate(wanted, start=1):
         if any(one["cell"] == cell for one in kept):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,25 @@ def work(what: str, repeat: int, threads: int) -> dict[str, Any]:
 def watched(flags: list[str], output: Path) -> dict[str, float]:
     """CPU seconds until everything is ready, and until the first step is done."""
     command = [sys.executable, "-m", "tailora.cli", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    ready = wait_for(process, lambda: (output / "run.json").exists())
-    stepped = wait_for(process, lambda: has_line(output / "metrics.jsonl"))
-    if process.wait() != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+    log = output.with_suffix(".log")
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+        ready = cpu_when(process, lambda: (output / "run.json").exists())
+        stepped = cpu_when(process, lambda: has_line(output / "metrics.jsonl"))
+        code = process.wait()
+    if code != 0 or ready is None or stepped is None:
+        raise RuntimeError(f"{' '.join(command)} ended with {code}:\n{log.read_text()}")
     return {"ready": ready, "first_step_done": stepped, "first_step": stepped - ready}
 
 
-def wait_for(process: "subprocess.Popen[bytes]", there: Any) -> float:
-    """CPU seconds of the process, its children included, at the moment when `there()` became true."""
+def cpu_when(process: "subprocess.Popen[bytes]", there: Callable[[], bool]) -> float | None:
+    """CPU seconds of the process, its ended children included, when `there()` became true; None if it ended before."""
     while not there():
         if process.poll() is not None:
-            raise RuntimeError("the run ended before its first step")
+            return None
         time.sleep(0.005)
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / TICKS  # utime, stime, and those of children that have ended
+    return sum(map(int, fields[11:15])) / TICKS  # utime, stime, and those of children
 
 
 def has_line(path: Path) -> bool:
