@@ -89,6 +89,7 @@ def described(header: Mapping[str, Any]) -> str:
         "adapter": f"{header['adapted_layers']} layers, {trained:,} parameters ({trained / total:.2%})",
         **_read(header["data"], asked["streaming"]),
         "steps": f"{header['max_steps']:,} of {size} examples, {rows}",
+        "fast": header["kernels"],
     }
     width = max(map(len, lines)) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in lines.items())

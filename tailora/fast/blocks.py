@@ -73,7 +73,7 @@ def forward(
         parts = []
         for block in _blocks(each.length, window):
             p = _probabilities(qs, ks, block, scale, window)
-            parts.append(torch.bmm(p, vs[:, block.keys]).unflatten(1, (qs.shape[1], -1)))
+            parts.append(_by_group(torch.bmm(p, vs[:, block.keys]), qs))
         together = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # (count * key heads, group, length, width)
         out.index_copy_(0, each.write, _by_token(together, each))
     return out[:tokens], kept
@@ -100,7 +100,7 @@ def backward(
             g, rows_q = gs[:, :, block.queries].flatten(1, 2), qs[:, :, block.queries].flatten(1, 2)
             dp = torch.bmm(g, vs[:, block.keys].transpose(1, 2))
             ds = softmax_backward(dp, p, -1, p.dtype).mul_(scale)
-            parts.append(torch.bmm(ds, ks[:, block.keys]).unflatten(1, (qs.shape[1], -1)))
+            parts.append(_by_group(torch.bmm(ds, ks[:, block.keys]), qs))
             k_gradient[:, block.keys].baddbmm_(ds.transpose(1, 2), rows_q)
             v_gradient[:, block.keys].baddbmm_(p.transpose(1, 2), g)
         together = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -129,6 +129,11 @@ def _probabilities(qs: Tensor, ks: Tensor, block: _Block, scale: float, window: 
     return torch.softmax(torch.baddbmm(mask, rows, ks[:, block.keys].transpose(1, 2), alpha=scale), dim=-1)
 
 
+def _by_group(rows: Tensor, qs: Tensor) -> Tensor:
+    """(count * key heads, group * queries, width) -> (count * key heads, group, queries, width)."""
+    return rows.view(qs.shape[0], qs.shape[1], -1, qs.shape[-1])
+
+
 def _hidden(offset: int, queries: int, window: int | None, like: Tensor) -> Tensor:
     """-inf where query i, at place offset + i of the keys, may not look: (queries, offset + queries)."""
     shape = queries, offset + queries
@@ -153,5 +158,6 @@ def _by_head(rows: Tensor, each: Together, key_heads: int) -> Tensor:
 
 def _by_token(heads: Tensor, each: Together) -> Tensor:
     """The way back: (count * length, heads, width)."""
-    split = heads.unflatten(0, (each.count, -1)).permute(0, 3, 1, 2, 4)  # (count, length, key heads, group, width)
-    return split.flatten(2, 3).flatten(0, 1)
+    width = heads.shape[-1]
+    split = heads.view(each.count, -1, heads.shape[1], each.length, width).permute(0, 3, 1, 2, 4)
+    return split.reshape(each.count * each.length, -1, width)  # key heads and group together

@@ -131,7 +131,7 @@ class _Layer(torch.autograd.Function):
 def _forward(x: Tensor, cos: Tensor, sin: Tensor, layer: Layer) -> tuple[Tensor, Kept]:
     n1, x_inverse = layer.input_norm(x)
     (q, k, v), low_qkv = projections.forward(n1, layer.named("q", "k", "v"), layer.noise(0, n1, "q", "k", "v"))
-    q, k, v = (heads.unflatten(1, (-1, layer.width)) for heads in (q, k, v))  # (tokens, heads, width)
+    q, k, v = (heads.view(len(x), -1, layer.width) for heads in (q, k, v))  # (tokens, heads, width)
     raw: tuple[tuple[Tensor, Tensor], ...] = ()
     if layer.head_norms:
         (q, q_inverse), (k, k_inverse), raw_q, raw_k = layer.head_norms[0](q), layer.head_norms[1](k), q, k
@@ -185,7 +185,7 @@ def _attention_backward(
     tokens, width = kept.attended.shape
     rows = gradient.new_zeros(tokens + 1, width)  # the last row is what padding reads
     projections.backward_input([gradient], o, low, noise, out=rows[:-1])
-    by_head = rows.unflatten(1, (-1, layer.width))
+    by_head = rows.view(tokens + 1, -1, layer.width)
     q, k, v = blocks.backward(by_head, kept.heads, layer.documents, layer.scale, layer.window)
     q, k = rotate(q, cos, -sin), rotate(k, cos, -sin)
     if layer.head_norms:

@@ -40,7 +40,7 @@ class FastLayer(Swapped):
 @contextmanager
 def fast_layers(model: nn.Module, *, checkpointed: bool = False) -> Iterator[int]:
     """Within the block every layer that qualifies is a `FastLayer`; yields their number."""
-    layers = [module for module in model.modules() if qualified(type(module)) in FAMILY and obstacle(module) is None]
+    layers = eligible(model)
     for layer in layers:
         layer.__class__ = derived(FastLayer, type(layer))
         layer.__dict__["checkpointed"] = checkpointed
@@ -50,6 +50,24 @@ def fast_layers(model: nn.Module, *, checkpointed: bool = False) -> Iterator[int
         for layer in layers:
             cast(Any, layer).__class__ = cast(Any, layer).plain
             del layer.__dict__["checkpointed"]
+
+
+def _family(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if qualified(type(module)) in FAMILY]
+
+
+def eligible(model: nn.Module) -> list[nn.Module]:
+    """The layers that can be computed as one Function."""
+    return [layer for layer in _family(model) if obstacle(layer) is None]
+
+
+def obstacle_to_layers(model: nn.Module) -> str | None:
+    """Why no layer of the model can be computed as one Function, or None when one can."""
+    layers = _family(model)
+    if not layers:
+        return f"{type(model).__name__} is not of the Llama family"
+    reasons = [obstacle(layer) for layer in layers]
+    return reasons[0] if all(reasons) else None
 
 
 PROJECTIONS = {

@@ -13,7 +13,7 @@ silu_backward = torch.ops.aten.silu_backward
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / rms(x) over the last dimension, in float32 or wider: (..., 1)."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
@@ -33,7 +33,7 @@ def rms_norm_backward(gradient: Tensor, weight: Tensor, hat: Tensor, inverse: Te
     d x = (g - hat mean(g hat)) / rms(x) with g = gradient * weight.
     """
     g = gradient.to(hat.dtype, copy=True).mul_(weight)
-    mean = torch.linalg.vecdot(g, hat)[..., None] / g.shape[-1]
+    mean = (g * hat).mean(dim=-1, keepdim=True)
     return g.addcmul_(hat, mean, value=-1).mul_(inverse).to(gradient.dtype)
 
 

@@ -88,13 +88,9 @@ def backward_factors(
     if forward_low is None or low is None:
         return [None] * len(projections)
     dA = torch.mm(low.t(), x if noise is None else x * noise)  # (sum of r, in)
-    ranks = [projection.r for projection in projections]
-    return [
-        (rows, torch.mm(gradient.t(), columns)) if projection.r else None
-        for projection, gradient, rows, columns in zip(
-            projections, gradients, dA.split(ranks), forward_low.split(ranks, dim=1), strict=True
-        )
-    ]
+    rows = torch.split(dA, [projection.r for projection in projections])
+    parts = zip(projections, gradients, rows, _columns(forward_low, projections), strict=True)
+    return [(own, torch.mm(gradient.t(), low_own)) if p.r else None for p, gradient, own, low_own in parts]
 
 
 def _low(x: Tensor, projections: Sequence[Projection], noise: Tensor | None) -> Tensor | None:
@@ -107,7 +103,7 @@ def _columns(low: Tensor | None, projections: Sequence[Projection]) -> Sequence[
     """Each layer's part of XA; of width 0 where it is not adapted."""
     if low is None:
         return [projection.weight for projection in projections]  # never read
-    return low.split([projection.r for projection in projections], dim=1)
+    return torch.split(low, [projection.r for projection in projections], dim=1)
 
 
 def _stacked(projections: Sequence[Projection]) -> Tensor:

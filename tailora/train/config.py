@@ -51,6 +51,7 @@ class TrainConfig(StrictModel):
     per_device_train_batch_size: int = Field(8, ge=1, lt=COUNT, description="examples per forward")
     gradient_accumulation_steps: int = Field(1, ge=1, lt=COUNT, description="forwards per step")
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
+    fast: Literal["auto", "off"] = Field("auto", description="kernels that keep the result, chosen and verified")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the base; adapters are float32")
     seed: int = Field(0, ge=0, lt=2**63, description="data order, start of A, dropout")
     # evaluation and files

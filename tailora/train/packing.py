@@ -1,6 +1,7 @@
 """Whether this model may be given packed rows: tried on it, not assumed."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,9 +40,7 @@ def choose(model: PreTrainedModel, wanted: str) -> Packing:
 
 def obstacle_to_packing(model: PreTrainedModel) -> str | None:
     """Why packed rows are not safe on this model, or None: two documents give the logits that each gives alone."""
-    window = getattr(model.config, "sliding_window", None) or 0
-    longer = window + 2 if window <= LONGEST else 0
-    documents = _documents(model.config.vocab_size, [max(length, longer) for length in LENGTHS])
+    documents = probes(model.config)
     with torch.no_grad(), evaluating(model):
         alone = torch.cat([_logits(model, [document], packed=False) for document in documents])
         try:
@@ -58,8 +57,12 @@ def obstacle_to_packing(model: PreTrainedModel) -> str | None:
     )
 
 
-def _documents(vocabulary: int, lengths: list[int]) -> list[Example]:
+def probes(config: Any) -> list[Example]:
+    """Two documents of random tokens to try a model on, long enough to show a sliding window unless that is long."""
+    window = getattr(config, "sliding_window", None) or 0
+    lengths = [max(length, window + 2 if window <= LONGEST else 0) for length in LENGTHS]
     random = np.random.default_rng(0)
+    vocabulary = config.get_text_config().vocab_size
     ids = [random.integers(vocabulary, size=length).astype(np.int32) for length in lengths]
     return [Example(input_ids, input_ids.copy()) for input_ids in ids]
 

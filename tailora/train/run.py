@@ -21,6 +21,7 @@ from tailora.train.evaluate import Evaluation
 from tailora.train.events import Event, Finished, Listener, Note, Saved
 from tailora.train.events import Prepared as Ready
 from tailora.train.feed import remarks
+from tailora.train.kernels import running
 from tailora.train.loop import Bench, train
 from tailora.train.loss import Supervised
 from tailora.train.memory import check_fits, explained, peak_bytes, remedies
@@ -28,7 +29,7 @@ from tailora.train.optim import adamw, groups
 from tailora.train.result import TrainResult
 from tailora.train.resume import check_same_run, identity, take_up
 from tailora.train.rng import seed_all, seeded
-from tailora.train.setup import Kit, assemble, prepared_for_training, start_accelerator
+from tailora.train.setup import Kit, assemble, start_accelerator
 from tailora.train.state import State
 from tailora.train.stop import stop_signal
 
@@ -60,7 +61,8 @@ def run(config: TrainConfig, on_event: Listener | None = None, on_ready: OnReady
         if on_ready is not None:
             on_ready(kit.model, kit.tokenizer, kit.feed.prepared)
         stack.enter_context(explained("training", lambda: remedies(kit.cost, kit.feed.largest, kit.feed.longest)))
-        with prepared_for_training(kit, config.gradient_checkpointing), stop_signal() as wish:
+        checkpointed = config.gradient_checkpointing
+        with running(kit.base, kit.rows, kit.kernels, checkpointed=checkpointed), stop_signal() as wish:
             after = train(bench, state, wish)
         folder = _save(bench)
         # The files are there when any rank returns. And gloo's threads drop the last collective's tensors, for which
@@ -159,6 +161,7 @@ def _header(bench: Bench, kit: Kit) -> dict[str, Any]:
         "processes": bench.accelerator.num_processes,
         "dtype": str(kit.base.dtype).removeprefix("torch."),
         "packed": kit.rows.packed,
+        "kernels": kit.kernels.words,
         "adapted_layers": len(summary.rows),
         "trainable_parameters": summary.trainable_parameters,
         "total_parameters": summary.total_parameters,

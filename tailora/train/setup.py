@@ -1,8 +1,8 @@
 """The parts of a run, each made from the settings and the parts before it."""
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +21,7 @@ from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.evaluate import evaluating
 from tailora.train.feed import Feed, feed
+from tailora.train.kernels import Kernels, choose_kernels, running
 from tailora.train.load import load_base
 from tailora.train.loss import Rows, as_batch, token_losses
 from tailora.train.memory import Cost, explained, measure
@@ -41,6 +42,7 @@ class Kit:
     feed: Feed
     model: LoRAModel
     rows: Rows
+    kernels: Kernels
     cost: Cost
 
 
@@ -71,7 +73,9 @@ def assemble(config: TrainConfig, accelerator: Accelerator, note: Callable[[str]
         data = feed(config, base, tokenizer, accelerator)
         model = attach(config, base, device)
         rows = choose_rows(config, model, tokenizer, note)
-        return Kit(base, tokenizer, data, model, rows, memory_cost(model, rows, data.sample, device))
+        kernels = choose_kernels(config.fast, model, rows, data.sample, device)
+        cost = memory_cost(model, rows, kernels, data.sample, device)
+        return Kit(base, tokenizer, data, model, rows, kernels, cost)
 
 
 def attach(config: TrainConfig, base: PreTrainedModel, device: torch.device) -> LoRAModel:
@@ -110,7 +114,7 @@ def _some_examples(base: PreTrainedModel) -> list[Example]:
     return [Example(ids[part], labels[part]) for part in (slice(0, 10), slice(10, 24))]
 
 
-def memory_cost(model: LoRAModel, rows: Rows, sample: Example, device: torch.device) -> Cost:
+def memory_cost(model: LoRAModel, rows: Rows, kernels: Kernels, sample: Example, device: torch.device) -> Cost:
     """Bytes that a forward keeps, measured on the start of one example."""
     base = cast(PreTrainedModel, model.base_model)
 
@@ -119,36 +123,5 @@ def memory_cost(model: LoRAModel, rows: Rows, sample: Example, device: torch.dev
         part = Example(ids, ids if supervised else np.full_like(ids, IGNORED))
         return token_losses(model, [part], rows, device)[0].sum()
 
-    with packed_rows(base) if rows.packed else nullcontext():
+    with running(base, rows, kernels):
         return measure(forward, min(len(sample.input_ids), PROBE_TOKENS), base)
-
-
-@contextmanager
-def prepared_for_training(kit: Kit, checkpointing: bool) -> Iterator[None]:
-    """The model reads the kit's rows, and computes layers again if so wished; afterwards it is what it was."""
-    with (
-        packed_rows(kit.base) if kit.rows.packed else nullcontext(),
-        checkpointed_layers(kit.base) if checkpointing else nullcontext(),
-    ):
-        yield
-
-
-@contextmanager
-def checkpointed_layers(base: PreTrainedModel) -> Iterator[None]:
-    """Within the block every layer keeps its input only and computes the rest again. Raises ConfigError.
-
-    transformers also makes the embedding's output ask for gradients, which is for the reentrant kind and would send
-    the backward through layers below the first adapted one; that is undone.
-    """
-    new = hasattr(base, "activation_checkpointing_enable")  # the name since transformers 5.2x
-    enable = base.activation_checkpointing_enable if new else base.gradient_checkpointing_enable
-    disable = base.activation_checkpointing_disable if new else base.gradient_checkpointing_disable
-    try:
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise ConfigError(f"gradient_checkpointing: {error}; leave it out") from None
-    base.disable_input_require_grads()
-    try:
-        yield
-    finally:
-        disable()

@@ -1,0 +1,170 @@
+"""Which kernels a run takes: what applies is tried on the user's model against the plain path, and said aloud."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tailora.core.attach import Adapted
+from tailora.core.layer import LoRALayer
+from tailora.data.store import Example
+from tailora.errors import ConfigError
+from tailora.fast.attention import SHORT, packed_rows
+from tailora.fast.llama import eligible, fast_layers, obstacle_to_layers
+from tailora.model import LoRAModel
+from tailora.train.evaluate import evaluating
+from tailora.train.loss import Rows, token_losses
+from tailora.train.packing import probes
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}  # float64: transformers computes norms in float32
+HALF_TOLERANCE = 0.1  # bfloat16, float16
+SPREAD = 0.02  # of factors that start at zero, while gradients are compared
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What was chosen, and why."""
+
+    layers: bool  # whole layers as one Function
+    words: str  # for the run's header
+
+
+def choose_kernels(fast: str, model: LoRAModel, rows: Rows, sample: Example, device: torch.device) -> Kernels:
+    """`fast` is auto or off. Where `auto` finds that the layer kernels do not apply, or differ, `words` says why.
+
+    `sample`: of the run's own data, since half precision computes random tokens with large errors in any order.
+    """
+    base = cast(PreTrainedModel, model.base_model)
+    reason = "as asked" if fast == "off" else _obstacle(base, rows, device)
+    if reason is None:
+        apart = disagreement(model, documents(sample, base.config), rows, device)
+        allowed = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
+        if not apart <= allowed:
+            reason = f"they differ from the plain path by {apart:.1e}, allowed {allowed:.0e}"
+    layers = f"Llama family, verified ({apart:.0e} apart)" if reason is None else f"off, {reason}"
+    attention = "grouped, in blocks" if reason is None else _attention(base, rows, device)
+    return Kernels(reason is None, f"layer kernels: {layers}; attention: {attention}; loss: {rows.loss}")
+
+
+def _obstacle(base: PreTrainedModel, rows: Rows, device: torch.device) -> str | None:
+    if not rows.packed:
+        return "batches are padded"
+    if device.type != "cpu":
+        return f"not measured on {device.type}"
+    return obstacle_to_layers(base)
+
+
+def _attention(base: PreTrainedModel, rows: Rows, device: torch.device) -> str:
+    if not rows.packed:
+        return f"{base.config._attn_implementation}, padded"
+    in_blocks = device.type == "cpu" and base.dtype == torch.bfloat16
+    return f"grouped bf16 up to {SHORT} tokens, else SDPA" if in_blocks else "SDPA per document"
+
+
+def documents(sample: Example, config: PretrainedConfig) -> list[Example]:
+    """Two documents from the start of the sample, long enough to show a sliding window where it is."""
+    lengths = [len(probe.input_ids) for probe in probes(config)]
+    parts = np.split(sample.input_ids[: sum(lengths)], [min(lengths[0], len(sample.input_ids) // 2)])
+    return [Example(ids, ids.copy()) for ids in parts]
+
+
+def disagreement(model: LoRAModel, examples: Sequence[Example], rows: Rows, device: torch.device) -> float:
+    """Of each layer's kernel from its own forward on the same input: the largest relative difference of all layers.
+
+    Compared are what the layer adds to its input, and the gradients of the input and of the factors.
+    """
+    base = cast(PreTrainedModel, model.base_model)
+    largest = 0.0
+    with evaluating(model), stirred(model), packed_rows(base):
+        for layer, x, given in _calls(model, examples, rows, device):
+            plain = _tried(layer, x, given)
+            with fast_layers(layer):
+                fast = _tried(layer, x, given)
+            apart = [(a - b).norm() / a.norm() for a, b in zip(plain, fast, strict=True) if a.any()]
+            largest = max(largest, *(float(each) for each in apart))
+    return largest
+
+
+Call = tuple[nn.Module, Tensor, dict[str, Any]]  # a layer, its input (1, tokens, hidden), its other arguments
+
+
+def _calls(model: LoRAModel, examples: Sequence[Example], rows: Rows, device: torch.device) -> list[Call]:
+    """What each layer that the kernels take is called with."""
+    calls: list[Call] = []
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], given: dict[str, Any]) -> None:
+        calls.append((layer, inputs[0].detach(), given))
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in eligible(model.base_model)]
+    try:
+        with torch.no_grad():
+            token_losses(model, examples, rows, device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _tried(layer: nn.Module, x: Tensor, given: dict[str, Any]) -> list[Tensor]:
+    """What the layer adds to x, and the gradients of x, likewise, and of the factors within it."""
+    adapted = [module for module in layer.modules() if isinstance(module, Adapted)]
+    factors = [parameter for module in adapted for part in module.active_adapters for parameter in part.parameters()]
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    with torch.enable_grad():
+        x = x.requires_grad_()
+        y = layer(x, **given)
+        dx, *gradients = torch.autograd.grad(y, [x, *factors], weights)
+    return [(y - x).detach().float(), (dx - weights).float(), *gradients]
+
+
+@contextmanager
+def stirred(model: LoRAModel) -> Iterator[None]:
+    """Within the block, factors that are zero are random, so that every gradient is there to be compared."""
+    layers = [layer for layer in model.lora_layers.modules() if isinstance(layer, LoRALayer)]
+    zeros = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B) if not factor.any()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for factor in zeros:
+            factor.data.copy_(torch.randn(factor.shape, generator=generator).mul_(SPREAD))
+        yield
+    finally:
+        for factor in zeros:
+            factor.data.zero_()
+
+
+@contextmanager
+def running(base: PreTrainedModel, rows: Rows, kernels: Kernels, *, checkpointed: bool = False) -> Iterator[None]:
+    """The model reads these rows by these kernels; afterwards it is what it was. Raises ConfigError."""
+    with packed_rows(base) if rows.packed else nullcontext():
+        if kernels.layers:
+            with fast_layers(base, checkpointed=checkpointed):
+                yield
+        else:
+            with checkpointed_layers(base) if checkpointed else nullcontext():
+                yield
+
+
+@contextmanager
+def checkpointed_layers(base: PreTrainedModel) -> Iterator[None]:
+    """Within the block every layer keeps its input only and computes the rest again. Raises ConfigError.
+
+    transformers also makes the embedding's output ask for gradients, which is for the reentrant kind and would send
+    the backward through layers below the first adapted one; that is undone.
+    """
+    new = hasattr(base, "activation_checkpointing_enable")  # the name since transformers 5.2x
+    enable = base.activation_checkpointing_enable if new else base.gradient_checkpointing_enable
+    disable = base.activation_checkpointing_disable if new else base.gradient_checkpointing_disable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"gradient_checkpointing: {error}; leave it out") from None
+    base.disable_input_require_grads()
+    try:
+        yield
+    finally:
+        disable()
