@@ -82,13 +82,13 @@ def obstacle(layer: nn.Module) -> str | None:
     """Why a layer of the family cannot be computed as one Function, or None."""
     attention, mlp = cast(Any, layer).self_attn, cast(Any, layer).mlp
     linears = {name: getattr(getattr(layer, owner), attribute) for name, (owner, attribute) in PROJECTIONS.items()}
+    if odd := [name for name, linear in linears.items() if _plain(linear) is not nn.Linear]:
+        return f"{', '.join(odd)} are not plain linear layers"
     norms = [module for module in layer.modules() if type(module).__name__.endswith("RMSNorm")]
     frozen = [*(linear.parameters(recurse=False) for linear in linears.values()), *(n.parameters() for n in norms)]
     hooked = [module for module in layer.modules() if module is not layer and any(map(module.__dict__.get, HOOKS))]
     replaced = [module for module in layer.modules() if "forward" in vars(module)]
-    odd = [name for name, linear in linears.items() if _plain(linear) is not nn.Linear]
     rules = [
-        (bool(odd), f"{', '.join(odd)} are not plain linear layers"),
         (len(norms) != 2 + 2 * hasattr(attention, "q_norm"), "its norms are not the family's"),
         (type(mlp.act_fn).__name__ not in ACTIVATIONS, f"its activation is {type(mlp.act_fn).__name__}"),
         (attention.attention_dropout > 0, "its attention has dropout"),

@@ -23,6 +23,7 @@ HEADER: dict[str, Any] = {
     "device": "cpu",
     "dtype": "bfloat16",
     "packed": True,
+    "kernels": "layer kernels: off, as asked",
     "processes": 1,
     "adapted_layers": 210,
     "trainable_parameters": 1_000_000,
@@ -95,6 +96,7 @@ def test_evaluations_and_notes_are_always_shown() -> None:
         ({}, "12 of 8 examples, packed"),
         ({"packed": False, "processes": 2}, "12 of 16 examples, padded"),
         ({"data": None}, "streamed"),
+        ({}, "layer kernels: off, as asked"),
     ],
 )
 def test_the_header_says_what_was_chosen_and_why(changes: dict[str, object], part: str) -> None:
