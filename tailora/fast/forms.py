@@ -61,12 +61,12 @@ def _whole(model: Model, batch: Batch) -> Tensor:
 
 FROZEN = "chunked, head frozen"
 RECOMPUTED = "chunked, head trained"
-OWN = "of the model's own logits"
-WHOLE = "of the model's own logits at all positions"
+OWN = "from the model's own logits"
+WHOLE = "from the model's own logits at all positions"
 FORMS: dict[str, Form] = {FROZEN: _frozen, RECOMPUTED: _recomputed, OWN: _own, WHOLE: _whole}
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of losses and gradients, relative to their norm
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of states, losses and gradients, relative to their norm
 HALF_TOLERANCE = 5e-2  # bfloat16, float16
 RAMP = 1e3  # logits from -RAMP to RAMP show a soft cap, a scale or a bound that small ones do not
 
@@ -76,10 +76,15 @@ def choose_form(model: Model, batch: Batch) -> tuple[str, str | None]:
 
     A few tokens are enough for `batch`. The model is in evaluation mode, without dropout.
     """
-    own = OWN if "logits_to_keep" in inspect.signature(model.forward).parameters else WHOLE
+    own = own_form(model)
     lean = FROZEN if _is_frozen(model.get_output_embeddings()) else RECOMPUTED
     obstacle = _out_of_reach(model, batch) or _changed_between(model, batch) or _difference(model, batch, lean, own)
     return (own, f"{type(model).__name__} {obstacle}") if obstacle else (lean, None)
+
+
+def own_form(model: Model) -> str:
+    """The form that holds for every model: by its own logits, at supervised positions if it computes those alone."""
+    return OWN if "logits_to_keep" in inspect.signature(model.forward).parameters else WHOLE
 
 
 def _is_frozen(head: nn.Module | None) -> bool:

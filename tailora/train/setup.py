@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tailora.data.store import IGNORED, Example
 from tailora.errors import ConfigError, listing, nearest
 from tailora.fast.attention import packed_rows
-from tailora.fast.forms import choose_form
+from tailora.fast.forms import choose_form, own_form
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.evaluate import evaluating
@@ -99,11 +99,11 @@ def choose_rows(
         packing = choose(base, config.packing)
         with packed_rows(base) if packing.on else nullcontext():
             few, _ = as_batch(_some_examples(base), packing.on, pad_id, base.device)
-            loss, obstacle = choose_form(base, few)
+            loss, obstacle = choose_form(base, few) if config.fast == "auto" else (own_form(base), None)
     if packing.note:
         note(packing.note)
     if obstacle:
-        note(f"the loss is {loss}, which takes more memory: {obstacle}")
+        note(f"the loss is computed {loss}, which takes more memory: {obstacle}")
     return Rows(packing.on, loss, pad_id)
 
 

@@ -132,14 +132,17 @@ def test_every_form_gives_the_losses_that_each_example_has_alone(model: LoRAMode
         torch.testing.assert_close(losses[owners == place], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_of_a_trained_adapter_does_not_change_what_is_chosen(settings: Any, model_folder: Path) -> None:
+@pytest.mark.parametrize(("fast", "form"), [("auto", FROZEN), ("off", OWN)])
+def test_dropout_of_a_trained_adapter_does_not_change_what_is_chosen(
+    settings: Any, model_folder: Path, fast: str, form: str
+) -> None:
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     model = LoRAModel(base, LoRAConfig(r=4, lora_dropout=0.5)).train()
     for layer in model.lora_layers.values():
         nn.init.normal_(layer.lora_B, std=0.3)
     notes: list[str] = []
-    rows = choose_rows(settings(), model, AutoTokenizer.from_pretrained(model_folder), notes.append)
-    assert (rows.packed, rows.loss, notes) == (True, FROZEN, [])
+    rows = choose_rows(settings(fast=fast), model, AutoTokenizer.from_pretrained(model_folder), notes.append)
+    assert (rows.packed, rows.loss, notes) == (True, form, [])
     assert all(layer.training for layer in model.lora_layers.values())
 
 
@@ -149,7 +152,7 @@ def test_a_model_that_keeps_its_logits_is_named_in_a_note(settings: Any, model_f
     notes: list[str] = []
     rows = choose_rows(settings(), model, AutoTokenizer.from_pretrained(model_folder), notes.append)
     assert (rows.packed, rows.loss) == (False, OWN)
-    assert "the loss is of the model's own logits" in notes[-1]
+    assert "the loss is computed from the model's own logits" in notes[-1]
     assert "Gemma2ForCausalLM changes the logits" in notes[-1]
 
 
