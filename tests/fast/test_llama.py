@@ -199,9 +199,10 @@ def test_nothing_is_kept_below_the_first_adapted_layer() -> None:
 def test_the_classes_are_what_they_were_afterwards_also_after_an_error() -> None:
     model = AutoModelForCausalLM.from_config(BASES["llama"]).requires_grad_(False)
     before = [type(module) for module in model.modules()], list(vars(model.model.layers[0]))
-    with pytest.raises(RuntimeError, match="stop"), fast_layers(model):
+    with fast_layers(model):
         assert all(isinstance(layer, FastLayer) for layer in model.model.layers)
-        raise RuntimeError("stop")
+    with pytest.raises(ZeroDivisionError), fast_layers(model):
+        _ = 1 / 0
     assert ([type(module) for module in model.modules()], list(vars(model.model.layers[0]))) == before
 
 
@@ -264,8 +265,7 @@ def spoiled(what: str) -> PreTrainedModel:
 def test_a_layer_that_computes_something_else_is_left_alone(what: str, said: str) -> None:
     model = spoiled(what)
     assert eligible(model) == []
-    reason = obstacle_to_layers(model)
-    assert reason is not None and said in reason
+    assert said in (obstacle_to_layers(model) or "")
 
 
 def test_a_plain_layer_qualifies() -> None:
