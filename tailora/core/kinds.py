@@ -1,6 +1,6 @@
 """How a class of layer stores its matrix and meets its input: one row of a table per class.
 
-Every kind computes s B A x for its own idea of x, and B A in the layout of its own weight.
+Every kind computes s B A x for its own idea of x, and says how its weight holds B A.
 Shapes: A (r, in), B (out, r); convolutions carry their kernel in A: A (r, in/groups, *kernel), B (out, r/groups).
 """
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +22,8 @@ class Kind:
     """dims: layer -> (in, out) of its matrix, the bounds of the rank.
     shapes: (layer, r) -> shapes of A and B.
     update: (layer, x, A, sB) -> s B A x, in the dtype of A; x is the layer's input.
-    delta: (layer, A, B) -> B A in the layout of the layer's weight.
+    factors: (layer, A, B) -> (groups, m, r) and (groups, r, n): their product is B A as the weight, seen as
+        (groups, m, n), holds it.
     drops: whether dropout of x has a meaning.    zero: the factor that starts at zero.
     """
 
@@ -31,7 +31,7 @@ class Kind:
     dims: Callable[[Any], tuple[int, int]]
     shapes: Callable[[Any, int], tuple[Shape, Shape]]
     update: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-    delta: Callable[[Any, Tensor, Tensor], Tensor]
+    factors: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
     drops: bool = True
     zero: Literal["A", "B"] = "B"
 
@@ -60,6 +60,14 @@ def _conv1d_dims(layer: Any) -> tuple[int, int]:
 
 def _linear_update(_: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return F.linear(F.linear(x, A), B)
+
+
+def _factors(_: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    return B[None], A[None]
+
+
+def _transposed_factors(_: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    return A.T[None], B.T[None]
 
 
 # ---- Embedding: x are ids, a row of the weight is a column of B A
@@ -102,30 +110,28 @@ def _conv_update(layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return convolve(hidden, B[(..., *[None] * len(layer.kernel_size))], None, groups=layer.groups)
 
 
-def _conv_delta(layer: Any, A: Tensor, B: Tensor) -> Tensor:
+def _conv_factors(layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     groups = layer.groups
     if layer.in_channels // A.shape[1] != groups:
         raise MergeError(
             f"A reads all {layer.in_channels} channels, but the layer's {groups} groups read "
             f"{layer.in_channels // groups} each: no weight of this layer can hold the update; keep it unmerged"
         )
-    grouped_B = B.view(groups, layer.out_channels // groups, -1)
-    grouped_A = A.reshape(groups, A.shape[0] // groups, -1)
-    return torch.bmm(grouped_B, grouped_A).view(layer.weight.shape)
+    return B.view(groups, layer.out_channels // groups, -1), A.reshape(groups, A.shape[0] // groups, -1)
 
 
-LINEAR = Kind("Linear", _linear_dims, _matrix_shapes(_linear_dims), _linear_update, lambda _, A, B: B @ A)
-CONV1D = Kind("Conv1D", _conv1d_dims, _matrix_shapes(_conv1d_dims), _linear_update, lambda _, A, B: (B @ A).T)
+LINEAR = Kind("Linear", _linear_dims, _matrix_shapes(_linear_dims), _linear_update, _factors)
+CONV1D = Kind("Conv1D", _conv1d_dims, _matrix_shapes(_conv1d_dims), _linear_update, _transposed_factors)
 EMBEDDING = Kind(
     "Embedding",
     _embedding_dims,
     _matrix_shapes(_embedding_dims),
     _embedding_update,
-    lambda _, A, B: (B @ A).T,
+    _transposed_factors,
     drops=False,
     zero="A",
 )
-CONVOLUTION = Kind("Conv", _conv_dims, _conv_shapes, _conv_update, _conv_delta)
+CONVOLUTION = Kind("Conv", _conv_dims, _conv_shapes, _conv_update, _conv_factors)
 
 # By qualified name, so that transformers need not be imported to know its Conv1D.
 KINDS: dict[str, Kind] = {

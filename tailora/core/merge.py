@@ -1,5 +1,6 @@
 """Folding updates into weights, and taking them out again with the same bits."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from tailora.core.attach import Swapped
 from tailora.core.kinds import KINDS, qualified, weight_of
 from tailora.core.layer import LoRALayer
 from tailora.errors import MergeError, listing
+
+BLOCK = 2**16  # numbers merged at a time: in float32 they stay in a core's cache from the first step to the last
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,45 @@ class Exchange:
 
 
 def fold(layer: nn.Module, adapters: Sequence[LoRALayer]) -> tuple[Tensor, float]:
-    """The layer's weight with the updates in it, summed in at least float32 and rounded once; its rounding error."""
+    """The layer's weight with the updates in it, summed in at least float32 and rounded once; its rounding error.
+
+    The error is NaN where the weight is not finite.
+    """
     weight = weight_of(layer)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    delta = torch.stack([adapter.delta(layer).to(wide) for adapter in adapters]).sum(0)
-    exact = weight.to(wide) + delta
-    rounded = exact.to(weight.dtype)
-    norm = delta.norm()
-    error = (rounded.to(wide) - exact).norm() / norm if norm > 0 else norm
-    return rounded, float(error)
+    lefts, rights = zip(*(adapter.factors(layer) for adapter in adapters), strict=True)
+    left = torch.cat(lefts, dim=2).to(wide)  # (groups, m, ranks)
+    right = torch.cat(rights, dim=1).to(wide)  # (groups, ranks, n)
+    shape = len(left), left.shape[1], right.shape[2]
+    merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    source, target = weight.reshape(shape), merged.view(shape)
+    blocks = list(_blocks(shape, BLOCK if weight.device.type == "cpu" else weight.numel()))
+    scratch = torch.empty_like(source[blocks[0]], dtype=wide)
+    errors = []
+    for groups, rows in blocks:
+        block = source[groups, rows]
+        exact = scratch[: len(block), : block.shape[1]].copy_(block).baddbmm_(left[groups, rows], right[groups])
+        rounded = target[groups, rows].copy_(exact)
+        errors.append(torch.linalg.vector_norm(exact.sub_(rounded)))
+    error, norm = float(torch.stack(errors).norm()), _norm(left, right)
+    return merged, error / norm if norm > 0 else error
+
+
+def _blocks(shape: tuple[int, int, int], numbers: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of the groups and of the rows that cut a (groups, m, n) weight into blocks of about `numbers`."""
+    groups, m, n = shape
+    if groups > 1:
+        step = max(1, numbers // (m * n))
+        yield from ((slice(start, start + step), slice(None)) for start in range(0, groups, step))
+    else:
+        step = max(1, numbers // n)
+        yield from ((slice(None), slice(start, start + step)) for start in range(0, m, step))
+
+
+def _norm(left: Tensor, right: Tensor) -> float:
+    """Of the product, without forming it: the sum of (L^T L) * (R R^T) is its square."""
+    left, right = left.cpu().double(), right.cpu().double()
+    return float(((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0).sqrt())
 
 
 @torch.no_grad()
@@ -70,7 +103,7 @@ def folded(layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]]) -> tuple
     for path, (layer, adapters) in layers.items():
         merged, errors[path] = fold(layer, adapters)
         exchanges.append(Exchange(layer, "weight", nn.Parameter(merged, requires_grad=False)))
-        if not merged.isfinite().all():
+        if not math.isfinite(errors[path]) and not merged.isfinite().all():
             problems.append(f"{path}: the merged weight is not finite in {merged.dtype}; load the base in float32")
     if problems:
         raise MergeError(listing(problems))
