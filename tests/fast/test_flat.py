@@ -207,11 +207,11 @@ with flattened([Group(dict(model.lora_layers.named_parameters()))]) as (flat,):
         for name, gradient in expected.items():
             torch.testing.assert_close(flat.part(name, flat.gradient), gradient)
         flat.gradient.zero_()
+torch.distributed.barrier()  # see docs/LOG.md: gloo must be idle when the reducer goes
 torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.ranks
 def test_two_ranks_add_up_their_gradients_in_the_buffer(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
