@@ -22,6 +22,11 @@ class Adapter:
     saved: dict[str, nn.Module] = field(default_factory=dict)  # trained copies, by path (modules_to_save)
 
     @property
+    def has_start(self) -> bool:
+        """Whether some layer's update is s (B A - B0 A0), with a frozen start."""
+        return any(layer.has_start for layer in self.low_rank.values())
+
+    @property
     def parts(self) -> dict[str, nn.Module]:
         return {**self.low_rank, **self.saved}
 

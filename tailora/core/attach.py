@@ -25,14 +25,15 @@ class Swapped:
 
 
 class Adapted(Swapped):
-    """y = W x + b + sum of s B A x over the active adapters."""
+    """y = W x + b + what each active adapter adds to that."""
 
     active_adapters: tuple[LoRALayer, ...]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the plain class
+        base: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the plain class
+        y = base
         for adapter in self.active_adapters:
-            y = y + adapter(x, self, y.dtype)
+            y = y + adapter.change(base, x, self)  # type: ignore[arg-type]
         return y
 
 

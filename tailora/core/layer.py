@@ -1,4 +1,4 @@
-"""The update s B A x of one adapter on one layer."""
+"""What one adapter adds to one layer: s (B A - B0 A0) x, and the other slots of the equation that it fills."""
 
 import math
 from typing import Any
@@ -19,13 +19,24 @@ def initial_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
+def beside(A: Tensor, other: Tensor, groups: int) -> Tensor:
+    """Two A as one of both ranks: (r, ...) and (r', ...) -> (r + r', ...), group by group."""
+    blocks = [each.reshape(groups, -1, *each.shape[1:]) for each in (A, other)]  # (groups, r/groups, ...)
+    return torch.cat(blocks, 1).flatten(0, 1)
+
+
 class LoRALayer(nn.Module):
     """A low-rank update of a layer: `LoRALayer(in, out)(x)` is s B A x. Trains on its own or within a `LoRAModel`.
 
     lora_A: Parameter (r, in).    lora_B: Parameter (out, r).
     scaling: 0-dimensional buffer, or a Parameter of one element when learned. Assigning a number fixes it,
         assigning a Parameter makes it learned.
-    strength: run-time dial, 1 unless set; multiplies the scale and is not saved.
+    strength: run-time dial, 1 unless set; multiplies all that the adapter adds and is not saved.
+
+    Slots, None where they are empty:
+    start_A, start_B: frozen copies of where A and B started (`start_from`); the update is s (B A - B0 A0).
+    lora_magnitude_vector: Parameter (out,), m of DoRA.
+    lora_bias: Parameter (out,) beside B; s times it is added.
 
     lora_alpha=None stands for 2 r, the ratio of `LoRAConfig`'s defaults.
     Raises ConfigError for a rank outside 1..min(in, out).
@@ -35,6 +46,10 @@ class LoRALayer(nn.Module):
     lora_B: nn.Parameter
     scaling: Tensor
     strength: Tensor
+    start_A: Tensor | None
+    start_B: Tensor | None
+    lora_magnitude_vector: nn.Parameter | None
+    lora_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -67,6 +82,10 @@ class LoRALayer(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
         self.register_buffer("strength", self._scalar(1.0), persistent=False)
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+        self.register_parameter("lora_magnitude_vector", None)
+        self.register_parameter("lora_bias", None)
         scaling = self._scalar(self.configured_scaling)
         self.scaling = nn.Parameter(scaling) if learn_scaling else scaling
         if init_lora_weights is not None:
@@ -74,9 +93,33 @@ class LoRALayer(nn.Module):
 
     def reset_parameters(self, init_lora_weights: str = "kaiming") -> None:
         """Start anew: one factor random, the other zero."""
+        self.start_A = self.start_B = None
         zero, random = (self.lora_B, self.lora_A) if self.kind.zero == "B" else (self.lora_A, self.lora_B)
         nn.init.zeros_(zero)
         (INITS[init_lora_weights] if self.kind.zero == "B" else standard_normal)(random, self.r)
+
+    @torch.no_grad()
+    def start_from(self, A: Tensor, B: Tensor) -> None:
+        """Start at these factors, with their product taken off again: W is never touched, and the update is zero.
+
+        A, B: shapes of lora_A and lora_B. Raises ConfigError for other shapes and for numbers that are not finite.
+        """
+        for name, given, own in (("A", A, self.lora_A), ("B", B, self.lora_B)):
+            if given.shape != own.shape or not given.isfinite().all():
+                what = f"shape {tuple(given.shape)}" if given.shape != own.shape else "numbers that are not finite"
+                raise ConfigError(f"start of {name}: {what}; take {tuple(own.shape)}, all finite")
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    @property
+    def is_plain(self) -> bool:
+        """The layer becomes W x + s (B A - B0 A0) x + b: what a product of two factors can say (`update_factors`)."""
+        return self.lora_magnitude_vector is None and self.lora_bias is None
+
+    @property
+    def has_start(self) -> bool:
+        return self.start_A is not None
 
     @property
     def configured_scaling(self) -> float:
@@ -111,12 +154,27 @@ class LoRALayer(nn.Module):
     def _scalar(self, value: float) -> Tensor:
         return torch.tensor(value, device=self.lora_A.device, dtype=self.lora_A.dtype)
 
-    def scaled_B(self) -> Tensor:
-        """s B (out, r). The scale meets B in B's own precision: in bfloat16 it would lose its small steps."""
-        return self.lora_B * (self.scaling * self.strength)
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Two factors whose product is B A - B0 A0: A and B, or of rank 2r with a frozen start.
+
+        There (B - B0) A + B0 (A - A0): differences that are exactly zero at the start, and small in low precision.
+        """
+        A, B = self.lora_A, self.lora_B
+        if self.start_A is None or self.start_B is None:
+            return A, B
+        return beside(A, A - self.start_A, self.groups), torch.cat([B - self.start_B, self.start_B], 1)
+
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """Two factors whose product is s (B A - B0 A0), by which a forward multiplies x; differentiable.
+
+        The scale meets B in B's own precision: in bfloat16 it would lose its small steps.
+        """
+        A, B = self.pair()
+        return A, B * (self.scaling * self.strength)
 
     def forward(self, x: Tensor, layer: nn.Module | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """s B A x, (..., out). `layer` is the adapted layer where the kind needs its geometry, `dtype` the result's.
+        """s (B A - B0 A0) x, (..., out). `layer` is the adapted layer where the kind needs its geometry, `dtype` the
+        result's.
 
         Computes in `dtype`, without a wider copy of x (PEFT #2421); a few rows in evaluation, where decoding one token
         is all overhead, in the factors' own precision, without a copy of those.
@@ -127,10 +185,11 @@ class LoRALayer(nn.Module):
             return self._few_rows(x, layer).to(dtype)
         if self.kind.drops:
             x = F.dropout(x.to(dtype), self.lora_dropout, self.training)  # drawn anew by each call
-        return self.kind.update(layer, x, self.lora_A.to(dtype), self.scaled_B().to(dtype))
+        A, B = self.update_factors()
+        return self.kind.update(layer, x, A.to(dtype), B.to(dtype))
 
     def _few_rows(self, x: Tensor, layer: nn.Module | None) -> Tensor:
-        A, B, scale = self.lora_A, self.lora_B, self.scaling * self.strength
+        (A, B), scale = self.pair(), self.scaling * self.strength
         if not x.is_floating_point():  # ids
             return self.kind.update(layer, x, A, B) * scale
         if x.numel() != self.in_features or A.ndim != 2:
@@ -138,15 +197,20 @@ class LoRALayer(nn.Module):
         hidden = torch.mv(A, x.reshape(-1).to(A.dtype)) * scale  # (r,)
         return torch.mv(B, hidden).view(*x.shape[:-1], -1)
 
+    def change(self, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        """What the adapter adds to the layer's output `base` = W x + b, in its dtype and shape."""
+        update: Tensor = self(x, layer, base.dtype)
+        return update
+
     def delta(self, layer: nn.Module | None = None) -> Tensor:
-        """s B A in the layout of the layer's weight, in the adapter's precision."""
+        """s (B A - B0 A0) in the layout of the layer's weight, in the adapter's precision."""
         left, right = self.factors(layer)
         product = (left @ right).flatten(0, 1)
         return product.view(-1, *self.lora_A.shape[1:]) if self.lora_A.ndim > 2 else product
 
     def factors(self, layer: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-        """The two whose product is s B A as the layer's weight holds it: (groups, m, r), (groups, r, n)."""
-        return self.kind.factors(layer, self.lora_A, self.scaled_B())
+        """The two whose product is s (B A - B0 A0) as the layer's weight holds it: (groups, m, r), (groups, r, n)."""
+        return self.kind.factors(layer, *self.update_factors())
 
     def extra_repr(self) -> str:
         scaling = "learned" if self.learns_scaling else f"{self.scaling.item():g}"

@@ -133,15 +133,16 @@ def _described(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Layer | N
 
 
 def _is_plain(adapter: nn.Module) -> bool:
-    """y = W x + s B A x, and nothing more."""
-    return type(adapter) is LoRALayer and adapter.kind is LINEAR
+    """y = W x + s (B A - B0 A0) x, and nothing more."""
+    return type(adapter) is LoRALayer and adapter.kind is LINEAR and adapter.is_plain
 
 
 def _projection(linear: nn.Linear, adapters: tuple[LoRALayer, ...], dtype: torch.dtype) -> Projection:
     if not adapters:
         return Projection(linear.weight, linear.bias)
     (adapter,) = adapters
-    return Projection(linear.weight, linear.bias, adapter.lora_A.to(dtype), adapter.scaled_B().to(dtype))
+    A, B = adapter.update_factors()
+    return Projection(linear.weight, linear.bias, A.to(dtype), B.to(dtype))
 
 
 def _norm(module: Any) -> Norm:

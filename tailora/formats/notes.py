@@ -27,6 +27,7 @@ class Notes(BaseModel):
     version: int = 1
     config: dict[str, Any] | None = None  # of LoRAConfig
     scaling: dict[str, FiniteFloat] = {}  # learned scales, by path; the file's B has them folded in
+    start: bool = False  # the second half of the file's ranks is the frozen start, with B negated
     base: dict[str, LayerPrint] = {}  # fingerprint
 
     def lora(self, source: object) -> LoRAConfig | None:

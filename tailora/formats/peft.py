@@ -14,22 +14,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.kinds import EMBEDDING
 from tailora.errors import DivergedError, FormatError
 from tailora.formats.atomic import replace_folder, write_file, writing
+from tailora.formats.factors import suffixes, to_file
 from tailora.formats.fingerprint import fingerprint
-from tailora.formats.grouping import join_groups
 from tailora.formats.notes import KEY, Notes, parse
-from tailora.formats.peft_config import read_settings, to_peft
+from tailora.formats.peft_config import doubled, read_settings, to_peft
 from tailora.formats.tensors import read, to_bytes
 
 PREFIX = "base_model.model."
 WEIGHTS, SETTINGS, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
-SUFFIXES = (".lora_A.weight", ".lora_B.weight")
-EMBEDDING_SUFFIXES = (".lora_embedding_A", ".lora_embedding_B")
-FACTOR_OF = {
-    suffix: factor for ends in (SUFFIXES, EMBEDDING_SUFFIXES) for suffix, factor in zip(ends, "AB", strict=True)
-}
 
 
 @dataclass(frozen=True)
@@ -46,8 +40,9 @@ def write_adapter(folder: Path, adapter: Adapter, base_model: nn.Module) -> None
     """Write a new folder whole or not at all; in one that exists the files are exchanged, the weights first.
 
     The weights carry their settings, so that death between two files is seen when reading. The same adapter gives
-    the same bytes. The effective scale is in the files: what a learned or assigned scale differs from alpha/r is
-    folded into B. Raises DivergedError for weights that are not finite, WriteError where the folder cannot be written.
+    the same bytes. A frozen start doubles the ranks. The effective scale is in the files: what a learned or assigned
+    scale differs from alpha/r is folded into B. Raises DivergedError for weights that are not finite, WriteError where
+    the folder cannot be written.
     """
     files = _contents(adapter, base_model)
     with writing(folder):
@@ -67,9 +62,11 @@ def _contents(adapter: Adapter, base_model: nn.Module) -> dict[str, bytes]:
     notes = Notes(
         config=adapter.config.model_dump(),
         scaling={path: layer.scaling.item() for path, layer in adapter.low_rank.items() if layer.learns_scaling},
+        start=adapter.has_start,
         base=fingerprint({path: base_model.get_submodule(path) for path in adapter.low_rank}),
     )
-    settings = to_peft(adapter.config, adapter.low_rank, base_model)
+    written = doubled(adapter.config) if adapter.has_start else adapter.config
+    settings = to_peft(written, adapter.low_rank, base_model)
     return {
         WEIGHTS: to_bytes(tensors, {"format": "pt", KEY: notes.model_dump_json()}),
         SETTINGS: (json.dumps(settings, indent=2) + "\n").encode(),
@@ -97,10 +94,8 @@ def file_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Key without prefix -> tensor as the file holds it."""
     tensors: dict[str, Tensor] = {}
     for path, layer in adapter.low_rank.items():
-        key_A, key_B = EMBEDDING_SUFFIXES if layer.kind is EMBEDDING else SUFFIXES
-        ratio = (layer.scaling / layer.configured_scaling).reshape(())
-        tensors[path + key_A] = join_groups(layer.lora_A.detach(), layer.groups)
-        tensors[path + key_B] = (layer.lora_B * ratio)[(..., *[None] * (layer.lora_A.ndim - 2))]
+        names = suffixes(layer)
+        tensors |= {path + names[slot]: tensor for slot, tensor in to_file(layer, adapter.has_start).items()}
     for path, module in adapter.saved.items():
         tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
     return {key: tensor.detach() for key, tensor in tensors.items()}
@@ -118,7 +113,7 @@ def _card(settings: Mapping[str, Any], adapter: Adapter) -> str:
         "---",
     ]
     body = (
-        f"LoRA adapter of {len(adapter.low_rank)} layers, r = {adapter.config.r}, "
-        f"alpha = {adapter.config.lora_alpha:g}. Loads with tailora and PEFT."
+        f"LoRA adapter of {len(adapter.low_rank)} layers, r = {settings['r']}, "
+        f"alpha = {settings['lora_alpha']:g}. Loads with tailora and PEFT."
     )
     return "\n".join([*front, "", body, ""])

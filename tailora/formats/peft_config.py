@@ -61,6 +61,17 @@ def to_peft(config: LoRAConfig, paths: Iterable[str], base_model: nn.Module) -> 
     }
 
 
+def doubled(config: LoRAConfig) -> LoRAConfig:
+    """The settings that give the same scales to factors of twice the rank."""
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return config.replaced(
+        r=2 * config.r,
+        lora_alpha=factor * config.lora_alpha,
+        rank_pattern={pattern: 2 * r for pattern, r in config.rank_pattern.items()},
+        alpha_pattern={pattern: factor * alpha for pattern, alpha in config.alpha_pattern.items()},
+    )
+
+
 def from_peft(settings: Mapping[str, Any], paths: list[str], source: Path) -> LoRAConfig:
     """Our config for PEFT's settings; `paths` (those that have tensors) stand in where the file names no targets.
 

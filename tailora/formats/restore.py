@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ from tailora.core.kinds import kind_of, obstacle
 from tailora.core.layer import LoRALayer
 from tailora.core.targets import chosen_paths, saved_modules, target_at
 from tailora.errors import BaseMismatchError, ConfigError, FormatError, PatternError, TargetError, listing
+from tailora.formats.factors import SLOT_OF, file_shapes, fill
 from tailora.formats.fingerprint import differences
-from tailora.formats.grouping import split_groups
-from tailora.formats.peft import FACTOR_OF, StoredAdapter
-from tailora.formats.peft_config import SHARED, check_patterns, from_peft
+from tailora.formats.peft import StoredAdapter
+from tailora.formats.peft_config import SHARED, check_patterns, doubled, from_peft
 
 Modules = Mapping[str, nn.Module]
 
@@ -46,8 +47,8 @@ def _restored(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch:
     own, config = stored.notes.lora(stored.folder), _config(stored, modules)
     check_patterns(config, stored.folder)
     parts = _sort(stored, modules, config)
-    parts.problems += _missing(parts, base_model, modules, config)
-    low_rank = {path: _low_rank(path, modules, config, parts) for path in parts.factors}
+    parts.problems += _missing(parts, base_model, modules, config, stored.notes.start)
+    low_rank = {path: _low_rank(path, modules, config, parts, stored.notes.start) for path in parts.factors}
     copies = {path: _copy(path, modules, parts) for path in parts.saved}
     if parts.problems:
         raise FormatError(f"{stored.folder} does not fit this model: {listing(parts.problems)}")
@@ -63,13 +64,20 @@ def _config(stored: StoredAdapter, modules: Modules) -> LoRAConfig:
     if stored.settings is None and own is not None:
         return own
     config = from_peft(stored.settings or {}, _paths(stored, modules), stored.folder)
-    if own is not None and (other := [name for name in SHARED if getattr(own, name) != getattr(config, name)]):
-        pairs = (f"{name} = {getattr(config, name)!r} here, {getattr(own, name)!r} there" for name in other)
+    written = doubled(own) if own is not None and stored.notes.start else own
+    if written is not None and (other := [name for name in SHARED if getattr(written, name) != getattr(config, name)]):
+        pairs = (f"{name} = {getattr(config, name)!r} here, {getattr(written, name)!r} there" for name in other)
         raise FormatError(
             f"{stored.folder}: adapter_config.json and the settings that the weights were saved with differ: "
             f"{', '.join(pairs)}. Save the adapter again, or delete adapter_config.json to use the weights' own"
         )
-    return config
+    if stored.notes.start and own is None:
+        raise FormatError(f"{stored.folder}: its tailora metadata tells of a frozen start, but not of its settings")
+    return config.replaced(**_ranks(own)) if own is not None and stored.notes.start else config
+
+
+def _ranks(config: LoRAConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
 
 
 def _paths(stored: StoredAdapter, modules: Modules) -> list[str]:
@@ -97,7 +105,7 @@ def _sort(stored: StoredAdapter, modules: Modules, config: LoRAConfig) -> Parts:
 
 def _factor(key: str) -> tuple[str, str | None]:
     """The path before the suffix and which factor it is; None where the key ends like no factor."""
-    for suffix, factor in FACTOR_OF.items():
+    for suffix, factor in SLOT_OF.items():
         if f".{key}".endswith(suffix):
             return f".{key}".removesuffix(suffix).removeprefix("."), factor
     return key, None
@@ -111,28 +119,28 @@ def _why_unexpected(path: str, factor: str | None, modules: Modules) -> str:
     return f"{type(modules[path]).__name__} has no low-rank form"
 
 
-def _missing(parts: Parts, base_model: nn.Module, modules: Modules, config: LoRAConfig) -> list[str]:
+def _missing(parts: Parts, base_model: nn.Module, modules: Modules, config: LoRAConfig, start: bool) -> list[str]:
     """What the settings name and the tensors lack, with the shape that the model would need."""
     named = {*chosen_paths(base_model, modules, config), *parts.factors}
     problems = []
     for path in (path for path in modules if path in named):
         lacking = [factor for factor in "AB" if factor not in parts.factors.get(path, {})]
-        shapes = _needed(path, modules, config) if lacking else {}
+        shapes = _needed(path, modules, config, start) if lacking else {}
         problems += [f"missing lora_{factor} of {path} {shapes.get(factor, '')}".rstrip() for factor in lacking]
     whole = saved_modules(modules, config)
     return problems + [f"missing {path}, which modules_to_save names" for path in whole if path not in parts.saved]
 
 
-def _needed(path: str, modules: Modules, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
+def _needed(path: str, modules: Modules, config: LoRAConfig, start: bool) -> dict[str, tuple[int, ...]]:
     """Factor -> shape; {} where the config's rank does not fit the layer."""
     try:
         layer = low_rank_layer(target_at(path, modules[path], config), config, fresh=False)
     except (ConfigError, TargetError):
         return {}
-    return dict(zip("AB", file_shapes(layer), strict=True))
+    return file_shapes(layer, start)
 
 
-def _low_rank(path: str, modules: Modules, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
+def _low_rank(path: str, modules: Modules, config: LoRAConfig, parts: Parts, start: bool) -> LoRALayer | None:
     """The layer with the file's factors; None, with the reasons added to the problems, where they do not fit."""
     found = parts.factors[path]
     reason = obstacle(modules[path])
@@ -146,29 +154,13 @@ def _low_rank(path: str, modules: Modules, config: LoRAConfig, parts: Parts) -> 
         return None
     wrong = [
         f"misshapen lora_{factor} of {path}: the file has {tuple(found[factor].shape)}, the model needs {shape}"
-        for factor, shape in zip("AB", file_shapes(layer), strict=True)
+        for factor, shape in file_shapes(layer, start).items()
         if tuple(found[factor].shape) != shape
     ]
     parts.problems += wrong
-    if not wrong:
-        _fill(layer, found["A"], found["B"])
+    if not wrong and all(tensor.isfinite().all() for tensor in found.values()):  # what is not is told already
+        fill(layer, found, start)
     return layer
-
-
-def file_shapes(layer: LoRALayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of A and B in a file: all channels in A, and a trailing 1 per kernel dimension in B."""
-    r, per_group, *kernel = layer.lora_A.shape
-    return (r, per_group * layer.groups, *kernel), (*layer.lora_B.shape, *[1] * len(kernel))
-
-
-@torch.no_grad()
-def _fill(layer: LoRALayer, A: Tensor, B: Tensor) -> None:
-    blocks = split_groups(A, layer.groups)
-    if blocks is None:  # PEFT trains an A that reads all channels of a grouped convolution
-        layer.lora_A, layer.groups = nn.Parameter(A.to(layer.lora_A)), 1
-    else:
-        layer.lora_A.copy_(blocks)
-    layer.lora_B.copy_(B.view(layer.lora_B.shape))
 
 
 def _copy(path: str, modules: Modules, parts: Parts) -> nn.Module:

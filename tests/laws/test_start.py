@@ -1,0 +1,120 @@
+"""A frozen start: y = W x + s (B A - B0 A0) x + b, over every kind."""
+
+import copy
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from cases import KINDS, KindCase, config, stir
+from torch import Tensor
+
+from tailora import LoRALayer, LoRAModel
+from tailora.errors import ConfigError
+
+kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+
+
+def started(kind: KindCase, dtype: torch.dtype = torch.float32) -> LoRAModel:
+    model = LoRAModel(kind.net(dtype), config(kind))
+    (layer,) = model.lora_layers.values()
+    generator = torch.Generator().manual_seed(4)
+    layer.start_from(*(torch.randn(factor.shape, generator=generator) for factor in (layer.lora_A, layer.lora_B)))
+    return model
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_update_is_exactly_zero_at_the_start(kind: KindCase, dtype: torch.dtype, training: bool) -> None:
+    model, x = started(kind, dtype).train(training), kind.batch(dtype)
+    with torch.set_grad_enabled(training):
+        assert torch.equal(model(x), kind.net(dtype)(x))
+    assert torch.count_nonzero(next(iter(model.lora_layers.values())).delta(model.base_model.block["target"])) == 0
+
+
+@kinds
+def test_the_gradients_are_those_of_s_times_ba_minus_the_start(kind: KindCase) -> None:
+    model, x = started(kind, torch.float64), kind.batch(torch.float64)
+    (layer,) = model.lora_layers.values()
+    base = model.base_model.block["target"]
+    kept = copy.deepcopy((layer.lora_A, layer.lora_B))
+    stir(model)
+    through_layer = torch.autograd.grad((model(x) - 1).square().sum(), [layer.lora_A, layer.lora_B])
+
+    def product(A: Tensor, B: Tensor) -> Tensor:
+        left, right = layer.kind.factors(base, A, B)
+        return (left @ right).reshape(base.weight.shape)
+
+    update = layer.scaling * (product(layer.lora_A, layer.lora_B) - product(*kept).detach())
+    torch.testing.assert_close(layer.delta(base), update)
+    dense: Any = torch.func.functional_call(
+        kind.net(torch.float64), {"block.target.weight": base.weight + update}, (x,)
+    )
+    torch.testing.assert_close(
+        through_layer, torch.autograd.grad((dense - 1).square().sum(), [layer.lora_A, layer.lora_B])
+    )
+    with model.merged() as report:
+        torch.testing.assert_close(model(x), dense)
+    assert report.worst < 1e-12
+
+
+@kinds
+def test_a_start_survives_copies_the_state_dict_and_a_move(kind: KindCase) -> None:
+    model, x = started(kind), kind.batch()
+    stir(model)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), started(kind)):
+        twin.load_state_dict(model.state_dict())
+        torch.testing.assert_close(twin(x), expected)
+    torch.testing.assert_close(model.double()(kind.batch(torch.float64)).float(), expected, rtol=1e-4, atol=1e-4)
+
+
+@kinds
+def test_a_start_survives_its_file_and_is_a_plain_adapter_for_peft(kind: KindCase, tmp_path: Path) -> None:
+    model, x = started(kind), kind.batch()
+    stir(model)
+    (layer,) = model.lora_layers.values()
+    model.save_adapter(tmp_path / "one")
+    loaded = LoRAModel.from_pretrained(kind.net(), tmp_path / "one")
+    (again,) = loaded.lora_layers.values()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in layer.state_dict().items())
+    assert loaded.adapters == model.adapters
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    loaded.save_adapter(tmp_path / "two")
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    if not kind.peft_is_wrong:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = peft.PeftModel.from_pretrained(kind.net(), str(tmp_path / "one")).eval()
+        torch.testing.assert_close(theirs(x), model(x), rtol=5e-5, atol=5e-5)
+
+
+def test_a_fresh_start_forgets_the_frozen_one() -> None:
+    layer = LoRALayer(6, 5)
+    layer.start_from(torch.randn(4, 6), torch.randn(5, 4))
+    assert layer.is_plain
+    layer.reset_parameters()
+    assert layer.start_A is layer.start_B is None
+    assert torch.count_nonzero(layer.lora_B) == 0
+
+
+@pytest.mark.parametrize(
+    ("A", "B"),
+    [
+        (torch.zeros(4, 5), torch.zeros(5, 4)),
+        (torch.zeros(4, 6), torch.zeros(5, 3)),
+        (torch.zeros(4, 6), torch.full((5, 4), torch.nan)),
+    ],
+)
+def test_a_start_of_another_shape_or_not_finite_is_refused_and_nothing_changes(A: Tensor, B: Tensor) -> None:
+    layer = LoRALayer(6, 5)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ConfigError, match="start of"):
+        layer.start_from(A, B)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert layer.start_A is None
