@@ -9,8 +9,10 @@ from torch import nn
 
 from tailora.core.attach import detach
 from tailora.core.config import LoRAConfig
+from tailora.core.inits import INITS
 from tailora.core.kinds import weight_of
 from tailora.core.layer import LoRALayer
+from tailora.core.starts import FROM_WEIGHT, check_fits, start_at_weight
 from tailora.core.targets import Selection, Target
 from tailora.errors import AdapterError, listing
 
@@ -32,8 +34,16 @@ class Adapter:
 
 
 def create(selection: Selection, config: LoRAConfig) -> Adapter:
-    """A fresh adapter for the selected layers, on their devices, computing nothing yet."""
+    """A fresh adapter for the selected layers, on their devices, computing nothing yet.
+
+    Raises TargetError where a layer cannot start as the config says.
+    """
+    name = config.init_lora_weights
+    check_fits(selection.targets, name)
     low_rank = {target.path: low_rank_layer(target, config) for target in selection.targets}
+    if name in FROM_WEIGHT:
+        for target in selection.targets:
+            start_at_weight(low_rank[target.path], target, name)
     return Adapter(config, low_rank, {path: trained_copy(module) for path, module in selection.to_save.items()})
 
 
@@ -49,13 +59,18 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
         config.learn_scaling,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
-        init_lora_weights=config.init_lora_weights if fresh else None,
+        init_lora_weights=_random_start(config) if fresh else None,
         kind=target.kind,
         shapes=target.kind.shapes(target.layer, target.r),
         groups=getattr(target.layer, "groups", 1),
         device=weight.device,
         dtype=adapter_dtype(weight.dtype),
     )
+
+
+def _random_start(config: LoRAConfig) -> str:
+    """How the factors are filled before the weights or the data say more."""
+    return config.init_lora_weights if config.init_lora_weights in INITS else "kaiming"
 
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:

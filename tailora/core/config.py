@@ -10,6 +10,8 @@ from tailora.errors import ConfigError, listing, nearest
 
 ALIASES = {"lora_rank": "r", "lora_r": "r", "rank": "r", "alpha": "lora_alpha", "cutoff_len": "max_length"}
 
+Start = Literal["kaiming", "gaussian", "pissa", "olora", "lora_ga", "lora_one", "eva"]
+
 
 class StrictModel(BaseModel):
     """A frozen pydantic model whose every complaint is one `ConfigError` with the nearest names."""
@@ -47,6 +49,8 @@ class LoRAConfig(StrictModel):
     rank_pattern, alpha_pattern: regular expression -> value; matches like `(.*\\.)?KEY$`, the first match wins.
     modules_to_save: modules trained whole beside the low-rank updates, and saved with them.
     learn_scaling: the scale is a trained parameter, one per layer, starting from the value above.
+    init_lora_weights: the start of A and B. kaiming, gaussian: random A, zero B. pissa, olora: read off the weights;
+        lora_ga, lora_one, eva: off the user's data, by `LoRAModel.start_from_data`. W is never changed.
     """
 
     r: int = Field(16, ge=1)
@@ -62,7 +66,7 @@ class LoRAConfig(StrictModel):
     use_rslora: bool = False
     use_dora: Literal[False] = False
     learn_scaling: bool = False
-    init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
+    init_lora_weights: Start = "kaiming"
 
     @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
     @classmethod

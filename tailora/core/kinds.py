@@ -25,6 +25,8 @@ class Kind:
     factors: (layer, A, B) -> (groups, m, r) and (groups, r, n): their product is B A as the weight, seen as
         (groups, m, n), holds it.
     drops: whether dropout of x has a meaning.    zero: the factor that starts at zero.
+    matrix: (layer, its weight) -> W as the equation has it, (groups, out/groups, n): B A, seen as (groups, out/groups,
+        r/groups) and (groups, r/groups, n), adds to it. None where a start cannot be read off the weight.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Kind:
     factors: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
     drops: bool = True
     zero: Literal["A", "B"] = "B"
+    matrix: Callable[[Any, Tensor], Tensor] | None = None
 
     def __reduce__(self) -> tuple[Callable[[str], "Kind"], tuple[str]]:  # copies and pickles stay the table's row
         return kind_named, (self.name,)
@@ -68,6 +71,14 @@ def _factors(_: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 def _transposed_factors(_: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A.T[None], B.T[None]
+
+
+def _matrix(_: Any, weight: Tensor) -> Tensor:
+    return weight[None]
+
+
+def _transposed_matrix(_: Any, weight: Tensor) -> Tensor:
+    return weight.T[None]
 
 
 # ---- Embedding: x are ids, a row of the weight is a column of B A
@@ -120,8 +131,19 @@ def _conv_factors(layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return B.view(groups, layer.out_channels // groups, -1), A.reshape(groups, A.shape[0] // groups, -1)
 
 
-LINEAR = Kind("Linear", _linear_dims, _matrix_shapes(_linear_dims), _linear_update, _factors)
-CONV1D = Kind("Conv1D", _conv1d_dims, _matrix_shapes(_conv1d_dims), _linear_update, _transposed_factors)
+def _conv_matrix(layer: Any, weight: Tensor) -> Tensor:
+    return weight.reshape(layer.groups, layer.out_channels // layer.groups, -1)
+
+
+LINEAR = Kind("Linear", _linear_dims, _matrix_shapes(_linear_dims), _linear_update, _factors, matrix=_matrix)
+CONV1D = Kind(
+    "Conv1D",
+    _conv1d_dims,
+    _matrix_shapes(_conv1d_dims),
+    _linear_update,
+    _transposed_factors,
+    matrix=_transposed_matrix,
+)
 EMBEDDING = Kind(
     "Embedding",
     _embedding_dims,
@@ -130,8 +152,9 @@ EMBEDDING = Kind(
     _transposed_factors,
     drops=False,
     zero="A",
+    matrix=_transposed_matrix,
 )
-CONVOLUTION = Kind("Conv", _conv_dims, _conv_shapes, _conv_update, _conv_factors)
+CONVOLUTION = Kind("Conv", _conv_dims, _conv_shapes, _conv_update, _conv_factors, matrix=_conv_matrix)
 
 # By qualified name, so that transformers need not be imported to know its Conv1D.
 KINDS: dict[str, Kind] = {

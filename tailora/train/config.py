@@ -33,7 +33,7 @@ class TrainConfig(StrictModel):
     modules_to_save: list[str] | None = Field(None, description="modules trained whole")
     use_rslora: bool = Field(False, description="scale alpha/sqrt(r)")
     learn_scaling: bool = Field(False, description="train the scale of every layer")
-    init_lora_weights: Literal["kaiming", "gaussian"] = Field("kaiming", description="start of A")
+    init_lora_weights: Literal["kaiming", "gaussian", "pissa", "olora"] = Field("kaiming", description="start of A, B")
     # data
     field: dict[str, str] = Field({}, description="rename columns: prompt=question")
     max_length: int = Field(1024, ge=8, lt=COUNT, description="tokens; longer examples are cut and counted")
