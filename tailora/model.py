@@ -7,16 +7,19 @@ This file ties the core to the files that adapters live in; the work is done in 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor, nn
 
+from tailora.core import algebra
+from tailora.core import shrink as shrinking
 from tailora.core.adapter import Adapter, check_compatible, create, parts_by_path, register
 from tailora.core.attach import Adapted, Substituted, Swapped, attach, become, detach, encoders_around, fast_path_mixin
 from tailora.core.config import LoRAConfig
+from tailora.core.extract import Extraction, extract
 from tailora.core.merge import Exchange, MergeReport, folded, moved_in, settle_ties
 from tailora.core.summary import Summary, summarise
 from tailora.core.targets import default_config, select
@@ -56,9 +59,30 @@ class LoRAModel(nn.Module):
         """The base with the adapter of `folder` active. Raises as `load_adapter`."""
         _refuse_adapted(base_model)
         adapter = restore(read_adapter(Path(folder)), base_model, allow_base_mismatch=allow_base_mismatch)
+        return cls._around(base_model, adapter_name, adapter)
+
+    @classmethod
+    def from_difference(
+        cls,
+        base_model: nn.Module,
+        tuned_model: nn.Module,
+        config: LoRAConfig | None = None,
+        adapter_name: str = "default",
+        *,
+        r: int | None = None,
+        energy: float | None = None,
+    ) -> tuple[Self, Extraction]:
+        """The base with the adapter that comes nearest to a fully tuned copy of it; see `core.extract.extract`."""
+        _refuse_adapted(base_model)
+        _refuse_adapted(tuned_model)
+        adapter, report = extract(base_model, tuned_model, r=r, energy=energy, config=config or LoRAConfig())
+        return cls._around(base_model, adapter_name, adapter), report
+
+    @classmethod
+    def _around(cls, base_model: nn.Module, name: str, adapter: Adapter) -> Self:
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model._wrap(base_model, adapter_name, adapter)
+        model._wrap(base_model, name, adapter)
         return model
 
     def _wrap(self, base_model: nn.Module, name: str, adapter: Adapter) -> None:
@@ -220,6 +244,84 @@ class LoRAModel(nn.Module):
             raise AdapterError(f"an adapter's name is a non-empty string; got {name!r}")
         if name in self._adapters:
             raise AdapterError(f"an adapter is called {name!r} already; delete_adapter({name!r}) or take another name")
+
+    # ---- adapters out of adapters
+
+    def combine(
+        self,
+        weights: Mapping[str, float],
+        name: str,
+        method: str = "cat",
+        *,
+        r: int | None = None,
+        density: float | None = None,
+        drop: float | None = None,
+        seed: int | None = None,
+    ) -> algebra.Truncation:
+        """Add the adapter `name`: the weighted sum of others' updates, strengths included; the active ones stay active.
+
+        method: "cat" is exact and its ranks add up; "svd" is the nearest of rank `r`; "ties" (`density`) and "dare"
+        (`drop`, `seed`) thin out the dense updates first. Defaults and sources: `core.algebra.Combination`.
+        Returns rank and relative error by layer. Raises ConfigError; AdapterError with all that cannot be combined.
+        """
+        self._check_new(name)
+        self._check_unmerged("combine adapters")
+        how = algebra.Combination(method, r, density, drop, seed)
+        sources = {each: self._find(each) for each in weights}
+        adapter, report = algebra.combine(sources, weights, self.base_model, how)
+        self._install(name, adapter)
+        return report
+
+    def shrink(
+        self,
+        source: str,
+        name: str,
+        *,
+        r: int | None = None,
+        energy: float | None = None,
+        loss: Callable[[Self], float] | None = None,
+        budget: float | None = None,
+    ) -> algebra.Truncation:
+        """Add the adapter `name`: `source` at a lower rank, by its singular values; the active ones stay active.
+
+        r: highest rank of a layer.    energy: share of the squared singular values to keep in every layer, such as .99.
+        loss, budget: `loss(model)` may rise by `budget`; it is called some log2(number of singular values) times with
+        a candidate in the place of `source` (alone, if that is not active), in the mode that the model is in.
+        Returns rank and relative error by layer. Raises ConfigError, AdapterError; DivergedError for a loss that is
+        not finite.
+        """
+        shrinking.check(r, energy, loss, budget)
+        adapter = self._find(source)
+        self._check_new(name)
+        self._check_unmerged("shrink an adapter")
+        spectra = shrinking.spectra_of(adapter)
+        if loss is None or budget is None:
+            ranks = shrinking.ranks_of(spectra, r, energy)
+        else:
+            ranks = self._ranks_by_loss(source, name, spectra, loss, budget)
+        smaller, report = shrinking.shrunk(adapter, spectra, ranks, self.base_model)
+        self._install(name, smaller)
+        return report
+
+    def _ranks_by_loss(
+        self, source: str, name: str, spectra: shrinking.Spectra, loss: Callable[[Self], float], budget: float
+    ) -> dict[str, int]:
+        """With a copy of the adapter that loses singular values, under the new name while this lasts."""
+        whole = {path: each.S.shape[1] for path, each in spectra.items()}
+        full, trial = (shrinking.shrunk(self._find(source), spectra, whole, self.base_model)[0] for _ in range(2))
+        active = self._active
+
+        def measured(ranks: shrinking.Ranks) -> float:
+            shrinking.cut(trial, full, ranks)
+            return loss(self)
+
+        self._install(name, trial)
+        try:
+            self.set_adapter([name if each == source else each for each in active] if source in active else name)
+            return shrinking.ranks_by_loss(spectra, measured, budget)
+        finally:
+            self.set_adapter(active)
+            self.delete_adapter(name)
 
     # ---- merging
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tailora.core.config import LoRAConfig
-from tailora.core.targets import matches
+from tailora.core.selectors import portable_targets
 from tailora.errors import FormatError, listing
 from tailora.formats.notes import REFUSALS
 
@@ -112,15 +112,6 @@ def check_patterns(config: LoRAConfig, source: Path) -> None:
             raise FormatError(
                 f"{source}: the counts in the regular expression {pattern!r} multiply to above {COUNTS}; list the names"
             )
-
-
-def portable_targets(paths: list[str], everything: list[str]) -> list[str] | str:
-    """The shortest selector that means exactly `paths`: last names, whole paths, or a regular expression."""
-    wanted = set(paths)
-    for names in (sorted({path.rpartition(".")[2] for path in paths}), sorted(paths)):
-        if names and all(names) and {path for path in everything if matches(names, path)} == wanted:
-            return names
-    return "|".join(re.escape(path) for path in sorted(paths))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

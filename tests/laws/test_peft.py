@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import KINDS, SLOTS, KindCase, stir, trained
+from cases import KINDS, SLOTS, KindCase, config, stir, trained
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -60,6 +60,20 @@ def test_we_read_what_peft_writes(kind: KindCase, slot: str, tmp_path: Path) -> 
     ours = LoRAModel.from_pretrained(kind.net(), tmp_path).eval()
     torch.testing.assert_close(ours(x), theirs(x), **TOLERANCE)
     assert (ours(x) - kind.net()(x)).abs().max() > 0.01
+
+
+@kinds
+@pytest.mark.parametrize("method", ["cat", "svd", "ties"])
+def test_peft_reads_what_was_combined(kind: KindCase, method: str, tmp_path: Path) -> None:
+    model, x = trained(kind, "alpha pattern"), kind.batch()
+    model.add_adapter("b", config(kind, "rslora"))
+    model.set_adapter("b")
+    stir(model, seed=3)
+    model.combine({"default": 0.7, "b": -0.3}, "mix", method)
+    model.set_adapter("mix")
+    theirs = peft.PeftModel.from_pretrained(kind.net(), str(model.save_adapter(tmp_path, "mix"))).eval()
+    torch.testing.assert_close(theirs(x), model.eval()(x), **TOLERANCE)
+    assert (model(x) - kind.net()(x)).abs().max() > 0.01
 
 
 @kinds
@@ -128,6 +142,23 @@ def test_the_same_config_selects_the_same_layers_as_peft(settings: dict[str, Any
         if isinstance(module, peft.tuners.lora.LoraLayer)
     }
     assert ours == adapted
+
+
+def test_a_combination_of_adapters_of_different_layers_and_ranks_is_the_same_in_peft(tmp_path: Path) -> None:
+    ids = torch.arange(24).view(2, 12)
+    model = LoRAModel(llama(), LoRAConfig(**LLAMA_CONFIGS["patterns"]), adapter_name="a")
+    stir(model)
+    model.add_adapter("b", LoRAConfig(**LLAMA_CONFIGS["embedding and head"]))
+    model.set_adapter("b")
+    stir(model, seed=3)
+    model.add_adapter("c", LoRAConfig(**LLAMA_CONFIGS["some layers"]))
+    model.combine({"a": 0.7, "b": 0.4, "c": 1}, "mix")
+    ranks = model.shrink("mix", "small", energy=0.9).rank
+    assert len(set(ranks.values())) > 2
+    for name in ("mix", "small"):
+        model.set_adapter(name)
+        theirs = peft.PeftModel.from_pretrained(llama(), str(model.save_adapter(tmp_path, name))).eval()
+        torch.testing.assert_close(theirs(ids).logits, model.eval()(ids).logits, **TOLERANCE)
 
 
 def test_a_minimal_config_of_other_tools_is_enough(tmp_path: Path) -> None:

@@ -1,0 +1,299 @@
+"""One adapter out of several: the exact sum, its best approximation of a lower rank, TIES and DARE.
+
+What adds up are the updates dW_i = s_i B_i A_i, never the factors by themselves: B_1 A_1 + B_2 A_2 is not
+(B_1 + B_2)(A_1 + A_2). Every result is plain LoRA with scale 1 (alpha = r in every module), strengths folded in.
+"""
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tailora.core.adapter import Adapter, check_compatible, low_rank_layer, trained_copy
+from tailora.core.config import LoRAConfig
+from tailora.core.kinds import kind_of
+from tailora.core.layer import LoRALayer
+from tailora.core.lowrank import Factors, concatenated, low_rank, product_spectrum
+from tailora.core.selectors import commonest, portable_patterns, portable_targets
+from tailora.core.targets import target_at
+from tailora.errors import AdapterError, ConfigError, listing, nearest
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """By path of the layer: the rank kept, and ||dW - B A|| / ||dW|| in the Frobenius norm, 0 where nothing is lost.
+
+    The error is that of the low rank, against the update before it was cut; rounding the factors is not in it.
+    """
+
+    rank: dict[str, int]
+    error: dict[str, float]
+
+    @property
+    def worst(self) -> float:
+        return max(self.error.values(), default=0.0)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How to combine; None is what a method does not take, or its default.
+
+    method: "cat" (exact, ranks add up), "svd" (the best of rank r), "ties" (arXiv:2306.01708) or "dare"
+        (arXiv:2311.03099), which act on the dense update of one layer at a time and then cut it to rank r.
+    r: highest rank of a layer; default: the highest that a source has there.
+    density: TIES keeps this share of the largest entries of every update; .2 as in its sec. 4.
+    drop: DARE zeroes entries with this probability and divides the others by the rest; .5.
+    seed: of DARE's choice, which is the same on every machine and for every order of the adapters; 0.
+    """
+
+    method: str = "cat"
+    r: int | None = None
+    density: float | None = None
+    drop: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one adapter brings to one layer: its update, without its weight."""
+
+    adapter: str
+    path: str
+    weight: float
+    factors: Factors
+
+    @property
+    def weighted(self) -> Factors:
+        return Factors(self.factors.B, self.weight * self.factors.A)
+
+
+Combined = tuple[Factors, float]  # and the relative error of its rank
+
+
+def combine(
+    adapters: Mapping[str, Adapter], weights: Mapping[str, float], base_model: nn.Module, how: Combination
+) -> tuple[Adapter, Truncation]:
+    """sum_i weights_i dW_i as one adapter, which shares nothing with its sources.
+
+    Raises ConfigError for settings that mean nothing, AdapterError with everything that cannot be combined.
+    """
+    check(weights, how)
+    used = {name: adapter for name, adapter in adapters.items() if weights[name] != 0}
+    check_compatible(used)
+    layers, problems = _sources(used)
+    saved, more = _saved(used, weights, base_model)
+    if problems or more:
+        raise AdapterError(f"these adapters cannot be combined: {listing([*problems, *more])}")
+    results = {}
+    with torch.no_grad():
+        for path, each in layers.items():
+            parts = [Part(name, path, weights[name], factors_of(layer)) for name, layer in each.items()]
+            results[path] = METHODS[how.method](parts, how, max(layer.r for layer in each.values()))
+    adapter = plain_adapter(
+        {path: factors for path, (factors, _) in results.items()},
+        base_model,
+        lora_dropout=_agreed([adapter.config.lora_dropout for adapter in used.values()]),
+        modules_to_save=sorted({name for adapter in used.values() for name in adapter.config.modules_to_save or []}),
+        saved=saved,
+    )
+    ranks = {path: layer.r for path, layer in adapter.low_rank.items()}
+    return adapter, Truncation(ranks, {path: error for path, (_, error) in results.items()})
+
+
+def check(weights: Mapping[str, float], how: Combination) -> None:
+    """Raises ConfigError with all settings that are out of range or that the method would ignore."""
+    problems = [
+        f"weight of {name!r} = {weight!r}; take a finite number"
+        for name, weight in weights.items()
+        if not is_number(weight)
+    ]
+    if not problems and not any(weights.values()):
+        problems.append("nothing to combine: give at least one adapter a weight other than 0")
+    if how.method not in METHODS:
+        problems.append(f"method = {how.method!r}; there are: {', '.join(METHODS)}{nearest(str(how.method), METHODS)}")
+    for field, methods, fits, wanted in SETTINGS:
+        value = getattr(how, field)
+        if value is not None and how.method in METHODS and how.method not in methods:
+            problems.append(f"{field} = {value!r} means nothing to method {how.method!r}, but to {', '.join(methods)}")
+        elif value is not None and not (is_number(value) and fits(value)):
+            problems.append(f"{field} = {value!r}; take {wanted}")
+    if problems:
+        raise ConfigError(listing(problems))
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+SETTINGS: list[tuple[str, tuple[str, ...], Callable[[float], bool], str]] = [
+    ("r", ("svd", "ties", "dare"), lambda r: r >= 1 and r == int(r), "a whole number from 1 on"),
+    ("density", ("ties",), lambda share: 0 < share <= 1, "a share above 0, at most 1"),
+    ("drop", ("dare",), lambda share: 0 <= share < 1, "a probability from 0 to below 1"),
+    ("seed", ("dare",), lambda seed: seed == int(seed), "a whole number"),
+]
+
+
+# ---- what the sources are
+
+
+def factors_of(layer: LoRALayer) -> Factors:
+    """The layer's update, its scale and strength in A; a grouped convolution's by group."""
+    A = layer.lora_A.detach() * (layer.scaling * layer.strength).detach()
+    B = layer.lora_B.detach()
+    return Factors(B.reshape(layer.groups, -1, B.shape[1]), A.reshape(layer.groups, B.shape[1], -1))
+
+
+def _sources(adapters: Mapping[str, Adapter]) -> tuple[dict[str, dict[str, LoRALayer]], list[str]]:
+    """Path -> adapter -> its layer there, in the order of the adapters; and all that stands in the way."""
+    layers: dict[str, dict[str, LoRALayer]] = {}
+    problems = []
+    for name, adapter in adapters.items():
+        for path, layer in adapter.low_rank.items():
+            layers.setdefault(path, {})[name] = layer
+            if reason := no_sum(layer):
+                problems.append(f"{path} of {name!r}: {reason}")
+    return layers, problems
+
+
+def no_sum(layer: LoRALayer) -> str | None:
+    """Why this layer's update is no product of two factors of its own; None where it is one."""
+    if layer.groups * layer.lora_B.shape[1] != layer.r:
+        return "A reads the channels of all groups, which no grouped weight can hold; keep this adapter by itself"
+    return None
+
+
+def _saved(
+    adapters: Mapping[str, Adapter], weights: Mapping[str, float], base_model: nn.Module
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """Modules trained whole, W + sum_i w_i (W_i - W), where that is the sum of what they compute."""
+    found: dict[str, nn.Module] = {}
+    problems = []
+    for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.saved):
+        holders = {name: adapter.saved[path] for name, adapter in adapters.items() if path in adapter.saved}
+        base = base_model.get_submodule(path)
+        if len(holders) == 1 and all(weights[name] == 1 for name in holders):
+            found[path] = copy.deepcopy(next(iter(holders.values())))
+        elif kind_of(base):  # linear in its weights
+            found[path] = _mixed(base, [(weights[name], module) for name, module in holders.items()])
+        else:
+            problems.append(
+                f"{path}, trained whole by {', '.join(map(repr, holders))}, is a {type(adapters[next(iter(holders))].saved[path]).__name__}, "
+                "which is not linear in its weights; take it from one adapter, with weight 1"
+            )
+    return found, problems
+
+
+@torch.no_grad()
+def _mixed(base: nn.Module, trained: list[tuple[float, nn.Module]]) -> nn.Module:
+    mix = trained_copy(base)
+    start = {name: parameter.clone() for name, parameter in mix.named_parameters()}
+    for weight, module in trained:
+        for name, parameter in module.named_parameters():
+            mix.get_parameter(name).add_(parameter - start[name], alpha=weight)
+    return mix
+
+
+def _agreed(values: list[float]) -> float:
+    return values[0] if len(set(values)) == 1 else 0.0
+
+
+# ---- methods: the parts of one layer -> factors, error
+
+
+def _cat(parts: list[Part], *_: object) -> Combined:
+    """A = [w_i s_i A_i], B = [B_i]. Where the ranks add up to more than the matrix has, the same update in fewer."""
+    total = concatenated([part.weighted for part in parts])
+    limit = min(total.B.shape[1], total.A.shape[2])
+    return (total if total.B.shape[2] <= limit else product_spectrum(total).truncated(limit)), 0.0
+
+
+def _svd(parts: list[Part], how: Combination, highest: int) -> Combined:
+    spectrum = product_spectrum(concatenated([part.weighted for part in parts]))
+    k = per_group(how.r or highest, spectrum.S)
+    return spectrum.truncated(k), spectrum.error(k)
+
+
+def _ties(parts: list[Part], how: Combination, highest: int) -> Combined:
+    """Trim, elect a sign, average what agrees (arXiv:2306.01708, alg. 1), of the weighted updates.
+
+    With one weight for all it is the paper's lambda.
+    """
+    density = 0.2 if how.density is None else how.density
+    updates = torch.stack([_trimmed(part.weighted.dense, density) for part in parts])
+    elected = updates.sum(0).sign()
+    agrees = (updates.sign() == elected) & (updates != 0)
+    return low_rank((updates * agrees).sum(0) / agrees.sum(0).clamp(min=1), how.r or highest)
+
+
+def _trimmed(update: Tensor, density: float) -> Tensor:
+    magnitude = update.abs()
+    kept = max(1, round(density * update.numel()))
+    threshold = magnitude.flatten().kthvalue(update.numel() - kept + 1).values
+    return update * (magnitude >= threshold)
+
+
+def _dare(parts: list[Part], how: Combination, highest: int) -> Combined:
+    """Drop entries with probability p, divide the others by 1 - p (arXiv:2311.03099, eq. 2 and 3), add up."""
+    p = 0.5 if how.drop is None else how.drop
+    total = torch.stack([part.weighted.dense * _kept(part, p, how.seed or 0) / (1 - p) for part in parts]).sum(0)
+    return low_rank(total, how.r or highest)
+
+
+def _kept(part: Part, p: float, seed: int) -> Tensor:
+    """Drawn on the CPU, by a generator of this adapter and layer alone."""
+    digest = hashlib.sha256(f"{int(seed)}\n{part.adapter}\n{part.path}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    B, A = part.factors.B, part.factors.A
+    return (torch.rand(len(B), B.shape[1], A.shape[2], generator=generator) >= p).to(B.device)
+
+
+METHODS: dict[str, Callable[[list[Part], Combination, int], Combined]] = {
+    "cat": _cat,
+    "svd": _svd,
+    "ties": _ties,
+    "dare": _dare,
+}
+
+
+def per_group(r: int, S: Tensor) -> int:
+    """A layer's rank as that of its groups (rounded up), at most what there is. S (groups, k)."""
+    return min(math.ceil(r / len(S)), S.shape[1])
+
+
+# ---- what comes out
+
+
+def plain_adapter(
+    factors: Mapping[str, Factors],
+    base_model: nn.Module,
+    *,
+    lora_dropout: float = 0.0,
+    modules_to_save: list[str] | None = None,
+    saved: Mapping[str, nn.Module] | None = None,
+) -> Adapter:
+    """The adapter with these updates, and the config that describes it: alpha = r everywhere, so that s = 1."""
+    ranks = {path: each.B.shape[0] * each.B.shape[2] for path, each in factors.items()}
+    r = commonest(ranks) if ranks else 1
+    config = LoRAConfig(
+        r=r,
+        lora_alpha=r,
+        lora_dropout=lora_dropout,
+        target_modules=portable_targets(list(ranks), [path for path, _ in base_model.named_modules()]),
+        rank_pattern=portable_patterns(ranks, r),
+        alpha_pattern=portable_patterns({path: float(rank) for path, rank in ranks.items()}, float(r)),
+        modules_to_save=modules_to_save or None,
+    )
+    layers = {path: _filled(path, base_model, config, each) for path, each in factors.items()}
+    return Adapter(config, layers, dict(saved or {}))
+
+
+@torch.no_grad()
+def _filled(path: str, base_model: nn.Module, config: LoRAConfig, factors: Factors) -> LoRALayer:
+    layer = low_rank_layer(target_at(path, base_model.get_submodule(path), config), config, fresh=False)
+    layer.lora_A.copy_(factors.A.reshape(layer.lora_A.shape))
+    layer.lora_B.copy_(factors.B.reshape(layer.lora_B.shape))
+    return layer

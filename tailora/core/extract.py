@@ -1,0 +1,107 @@
+"""The adapter between two models: the best low rank of W_tuned - W_base, and what it cannot hold."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tailora.core.adapter import Adapter, trained_copy
+from tailora.core.algebra import Truncation, plain_adapter
+from tailora.core.config import LoRAConfig
+from tailora.core.kinds import weight_of
+from tailora.core.lowrank import Factors, dense_for_energy, low_rank, residual
+from tailora.core.shrink import check
+from tailora.core.targets import Selection, Target, select
+from tailora.errors import AdapterError, BaseMismatchError, DivergedError, TargetError, listing
+
+
+@dataclass(frozen=True)
+class Extraction(Truncation):
+    """Rank and error of every layer that differs, and what else differs and is not in the adapter.
+
+    left_over: parameter or buffer -> ||tuned - base|| / ||base|| (inf where the base's is 0).
+    """
+
+    left_over: dict[str, float]
+
+
+def extract(
+    base: nn.Module,
+    tuned: nn.Module,
+    *,
+    r: int | None,
+    energy: float | None,
+    config: LoRAConfig,
+) -> tuple[Adapter, Extraction]:
+    """An adapter of `base` that comes nearest to `tuned`, layer by layer; equal layers are not adapted.
+
+    config: where to look (targets, and modules_to_save, which are taken over whole); its ranks are not used.
+    Raises ConfigError, TargetError; BaseMismatchError with every parameter that is missing, unexpected or of another
+    shape; AdapterError where no layer differs.
+    """
+    check(r, energy)
+    check_same_shapes(base, tuned)
+    selection = select(base, config.replaced(r=1, rank_pattern={}, alpha_pattern={}))
+    factors, errors = {}, {}
+    with torch.no_grad():
+        for target in selection.targets:
+            update = difference(target, tuned.get_submodule(target.path))
+            if update.any():
+                factors[target.path], errors[target.path] = _nearest(update, r, energy)
+    if not factors:
+        raise AdapterError("no selected layer differs between the two models; check the paths, or select other targets")
+    copies = {path: trained_copy(tuned.get_submodule(path)) for path in selection.to_save}
+    adapter = plain_adapter(factors, base, modules_to_save=config.modules_to_save, saved=copies)
+    ranks = {path: layer.r for path, layer in adapter.low_rank.items()}
+    return adapter, Extraction(ranks, errors, left_over(base, tuned, selection))
+
+
+def check_same_shapes(base: nn.Module, tuned: nn.Module) -> None:
+    """Raises BaseMismatchError with all that the two state dicts do not share."""
+    here = {name: tuple(value.shape) for name, value in base.state_dict().items()}
+    there = {name: tuple(value.shape) for name, value in tuned.state_dict().items()}
+    problems = [f"missing {name} {here[name]}" for name in here if name not in there]
+    problems += [f"unexpected {name} {there[name]}" for name in there if name not in here]
+    problems += [
+        f"misshapen {name}: tuned {there[name]}, base {here[name]}"
+        for name in here
+        if name in there and there[name] != here[name]
+    ]
+    if problems:
+        raise BaseMismatchError(f"the tuned model is not this base, trained: {listing(problems)}")
+
+
+def difference(target: Target, tuned: nn.Module) -> Tensor:
+    """W_tuned - W_base as B A sees it, (groups, out, in times kernel), in at least float32. Raises DivergedError."""
+    weight = weight_of(target.layer).detach()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    change = weight_of(tuned).detach().to(weight.device, wide) - weight.to(wide)
+    if not change.isfinite().all():
+        raise DivergedError(f"{target.path}: the difference of the two weights is not finite")
+    matrix = target.kind.matrix
+    if matrix is None:
+        raise TargetError(f"{target.path}: a {target.kind.name}'s weight is not one matrix; exclude it")
+    return matrix(target.layer, change)
+
+
+def _nearest(update: Tensor, r: int | None, energy: float | None) -> tuple[Factors, float]:
+    if energy is None:
+        return low_rank(update, r or 1)
+    spectrum, k = dense_for_energy(update, energy)
+    factors = spectrum.truncated(k)
+    return factors, residual(update, factors)
+
+
+def left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[str, float]:
+    """What differs and is neither a selected layer's weight nor in a module taken over whole."""
+    held = {f"{target.path}.weight" for target in selection.targets}
+    trained = tuned.state_dict()
+    changes = {}
+    for name, value in base.state_dict().items():
+        if name in held or any(name.startswith(f"{path}.") for path in selection.to_save):
+            continue
+        if not torch.equal(value, other := trained[name].to(value)):
+            start = float(value.double().norm())
+            changes[name] = float((other.double() - value.double()).norm()) / start if start else math.inf
+    return changes

@@ -1,0 +1,109 @@
+"""An adapter of lower rank: the singular values of every update decide what goes.
+
+How much goes is a rank, a share of the energy (the squared singular values of a layer), or a loss that may rise by
+so much: then all layers' singular values stand in one line, the largest first, and the shortest beginning of the line
+whose measured loss is within the budget is kept. A layer of which nothing is left is adapted no more.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from tailora.core.adapter import Adapter
+from tailora.core.algebra import Truncation, factors_of, is_number, no_sum, per_group, plain_adapter
+from tailora.core.lowrank import Factors, Spectrum, product_spectrum, rank_for_energy
+from tailora.errors import AdapterError, ConfigError, DivergedError, listing
+
+Ranks = Mapping[str, int]  # path -> rank per group; 0: the layer goes
+Spectra = Mapping[str, Spectrum]
+
+
+def spectra_of(adapter: Adapter) -> dict[str, Spectrum]:
+    """Path -> all singular values of the layer's update. Raises AdapterError for what has no low-rank form."""
+    problems = [f"{path}: {reason}" for path, layer in adapter.low_rank.items() if (reason := no_sum(layer))]
+    if problems:
+        raise AdapterError(f"this adapter cannot be made smaller: {listing(problems)}")
+    with torch.no_grad():
+        return {path: product_spectrum(factors_of(layer)) for path, layer in adapter.low_rank.items()}
+
+
+def check(r: int | None, energy: float | None, loss: object = None, budget: float | None = None) -> None:
+    """Raises ConfigError unless one way to choose the ranks is given, whole and in range."""
+    ways = [name for name, value in (("r", r), ("energy", energy), ("loss", loss)) if value is not None]
+    problems = [] if len(ways) == 1 else [f"give one way to choose the ranks: r, energy or loss; got {ways or 'none'}"]
+    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+        problems.append(f"r = {r!r}; take a whole number from 1 on")
+    if energy is not None and not (is_number(energy) and 0 < energy <= 1):
+        problems.append(f"energy = {energy!r}; take the share to keep, above 0, at most 1")
+    if (loss is None) != (budget is None):
+        problems.append("loss (a function of the model) and budget (how much it may rise) go together")
+    if loss is not None and not callable(loss):
+        problems.append(f"loss = {loss!r}; take a function of the model that returns a number")
+    if budget is not None and not (is_number(budget) and budget >= 0):
+        problems.append(f"budget = {budget!r}; take how much the loss may rise, from 0 on")
+    if problems:
+        raise ConfigError(listing(problems))
+
+
+def ranks_of(spectra: Spectra, r: int | None, energy: float | None) -> dict[str, int]:
+    """At most rank r, or this share of every layer's energy; at least rank 1 (a group)."""
+    if r is not None:
+        return {path: per_group(r, each.S) for path, each in spectra.items()}
+    return {path: rank_for_energy(each.S, energy or 1.0) for path, each in spectra.items()}
+
+
+def ranks_by_loss(spectra: Spectra, loss: Callable[[Ranks], float], budget: float) -> dict[str, int]:
+    """The fewest singular values whose loss is at most that of all of them plus the budget, by halving.
+
+    Takes about log2 of their number evaluations. What is returned was measured; that fewer do not suffice is only as
+    sure as the loss falls with every value kept. Raises DivergedError for a loss that is not finite.
+    """
+    line = sorted(
+        ((float(each.S[:, j].norm()), path, j) for path, each in spectra.items() for j in range(each.S.shape[1])),
+        key=lambda value: -value[0],
+    )
+
+    def kept(count: int) -> dict[str, int]:
+        ranks = dict.fromkeys(spectra, 0)
+        for _, path, _ in line[:count]:
+            ranks[path] += 1
+        return ranks
+
+    def measured(count: int) -> float:
+        value = float(loss(kept(count)))
+        if not math.isfinite(value):
+            raise DivergedError(f"the loss with {count} of {len(line)} singular values is {value}")
+        return value
+
+    low, high = 1, len(line)
+    allowed = measured(high) + budget
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if measured(middle) <= allowed else (middle + 1, high)
+    return kept(high)
+
+
+def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Module) -> tuple[Adapter, Truncation]:
+    """The adapter cut to these ranks; modules trained whole come along as copies. A layer cut to nothing has rank 0."""
+    kept: dict[str, Factors] = {path: spectra[path].truncated(k) for path, k in ranks.items() if k}
+    config = adapter.config
+    smaller = plain_adapter(
+        kept,
+        base_model,
+        lora_dropout=config.lora_dropout,
+        modules_to_save=config.modules_to_save,
+        saved=copy.deepcopy(adapter.saved),
+    )
+    sizes = {path: smaller.low_rank[path].r if k else 0 for path, k in ranks.items()}
+    return smaller, Truncation(sizes, {path: spectra[path].error(k) for path, k in ranks.items()})
+
+
+@torch.no_grad()
+def cut(trial: Adapter, full: Adapter, ranks: Ranks) -> None:
+    """Let `trial`, a copy of the `full` adapter with factors from its spectra, compute with the leading ranks only."""
+    for path, k in ranks.items():
+        columns = torch.arange(full.low_rank[path].lora_B.shape[1], device=full.low_rank[path].lora_B.device)
+        trial.low_rank[path].lora_B.copy_(full.low_rank[path].lora_B * (columns < k))

@@ -1,0 +1,347 @@
+"""Combining, shrinking and extracting on whole models: several layers, modules trained whole, what is refused."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import stir
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.lowrank import Factors, dense_for_energy, dense_spectrum, product_spectrum, residual
+from tailora.core.selectors import portable_patterns
+from tailora.core.targets import by_pattern
+from tailora.errors import AdapterError, BaseMismatchError, ConfigError, DivergedError, MergeError, TargetError
+
+
+def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6)).to(dtype)
+
+
+def two(**of_b: Any) -> LoRAModel:
+    """a adapts both layers; b, as given, the last one at rank 3 with rsLoRA."""
+    model = LoRAModel(net(), LoRAConfig(r=2, lora_dropout=0.1), adapter_name="a")
+    stir(model)
+    model.add_adapter("b", LoRAConfig(**{"r": 3, "target_modules": ["2"], "use_rslora": True, **of_b}))
+    model.set_adapter("b")
+    stir(model, seed=7)
+    return model.eval()
+
+
+def delta(model: LoRAModel, name: str, path: str) -> Tensor:
+    return model._adapters[name].low_rank[path].delta().detach()
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**{**settings, "num_key_value_heads": 2, "vocab_size": 60, **changes})).eval()
+
+
+def test_adapters_of_other_layers_are_combined_where_they_are(tmp_path: Path) -> None:
+    model, x = two(), torch.randn(3, 8, dtype=torch.float64)
+    model.combine({"a": 0.5, "b": -2}, name="mix")
+    torch.testing.assert_close(delta(model, "mix", "0"), 0.5 * delta(model, "a", "0"))
+    torch.testing.assert_close(delta(model, "mix", "2"), 0.5 * delta(model, "a", "2") - 2 * delta(model, "b", "2"))
+    model.set_adapter("mix")
+    rows = {row.path: (row.r, row.lora_alpha) for row in model.summary().rows}
+    assert rows == {"0": (2, 2), "2": (5, 5)}
+    loaded = LoRAModel.from_pretrained(net(), model.save_adapter(tmp_path, "mix")).eval()
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_a_combination_shares_nothing_with_its_sources() -> None:
+    model = two()
+    before = delta(model, "a", "2")
+    model.combine({"a": 1}, name="copy")
+    model.set_adapter("copy")
+    for parameter in model.lora_layers.parameters():
+        assert parameter.requires_grad
+        parameter.data.zero_()
+    assert torch.equal(delta(model, "a", "2"), before)
+
+
+def test_modules_trained_whole_are_mixed_where_that_is_exact() -> None:
+    x = torch.randn(3, 8, dtype=torch.float64)
+    model = LoRAModel(net(), LoRAConfig(r=2, target_modules=["0"], modules_to_save=["2"]), adapter_name="a")
+    stir(model)
+    model.add_adapter("b", LoRAConfig(r=2, target_modules=["0"]))
+    base = net()[2].weight
+    trained = model._adapters["a"].saved["2"].weight
+    model.combine({"a": 0.25, "b": 1}, name="mix")
+    torch.testing.assert_close(model._adapters["mix"].saved["2"].weight, base + 0.25 * (trained - base))
+    assert model.adapters["mix"].modules_to_save == ["2"]
+    model.combine({"a": 1}, name="same")
+    expected = model(x)
+    model.set_adapter("same")
+    torch.testing.assert_close(model(x), expected)
+    assert model._adapters["same"].saved["2"] is not model._adapters["a"].saved["2"]
+
+
+def nested() -> nn.ModuleDict:
+    block = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    return nn.ModuleDict({"block": block, "last": nn.Linear(8, 8)})
+
+
+def test_a_module_that_is_not_linear_in_its_weights_is_mixed_with_nothing() -> None:
+    model = LoRAModel(nested(), LoRAConfig(r=2, target_modules=["last"], modules_to_save=["block"]), adapter_name="a")
+    model.combine({"a": 1}, name="copy")
+    with pytest.raises(AdapterError, match=r"block, trained whole by 'a', is a Sequential, which is not linear"):
+        model.combine({"a": 0.5}, name="half")
+    assert list(model.adapters) == ["a", "copy"]
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "unknown name": ({"weights": {"c": 1}}, AdapterError, "no adapter is called 'c'; there are: a, b"),
+    "taken name": ({"name": "a"}, AdapterError, "called 'a' already"),
+    "no adapters": ({"weights": {}}, ConfigError, "nothing to combine"),
+    "all zero": ({"weights": {"a": 0, "b": 0.0}}, ConfigError, "nothing to combine"),
+    "nan": ({"weights": {"a": math.nan}}, ConfigError, "weight of 'a' = nan; take a finite number"),
+    "not a number": ({"weights": {"a": "much"}}, ConfigError, "weight of 'a' = 'much'"),
+    "method": ({"method": "tie"}, ConfigError, "there are: cat, svd, ties, dare; did you mean ties"),
+    "rank of cat": ({"r": 4}, ConfigError, "r = 4 means nothing to method 'cat', but to svd, ties, dare"),
+    "rank 0": ({"r": 0, "method": "svd"}, ConfigError, "r = 0; take a whole number from 1 on"),
+    "half a rank": ({"r": 1.5, "method": "svd"}, ConfigError, "r = 1.5"),
+    "density": ({"density": 0, "method": "ties"}, ConfigError, "density = 0; take a share above 0, at most 1"),
+    "drop": ({"drop": 1, "method": "dare"}, ConfigError, "drop = 1; take a probability"),
+    "another's": ({"drop": 0.5, "method": "ties"}, ConfigError, "drop = 0.5 means nothing to method 'ties'"),
+    "two at once": ({"weights": {"a": True}, "method": "x"}, ConfigError, "2 problems"),
+}
+
+
+@pytest.mark.parametrize(("given", "error", "message"), BAD.values(), ids=BAD)
+def test_what_means_nothing_is_refused_and_changes_nothing(given: Any, error: type[Exception], message: str) -> None:
+    model = two()
+    with pytest.raises(error, match=message):
+        model.combine(**{"weights": {"a": 1, "b": 1}, "name": "mix", **given})
+    assert list(model.adapters) == ["a", "b"]
+    assert model.active_adapters == ("b",)
+
+
+def test_nothing_is_combined_or_shrunk_while_merged() -> None:
+    model = two()
+    model.merge()
+    with pytest.raises(MergeError, match="cannot combine adapters while merged"):
+        model.combine({"a": 1}, name="mix")
+    with pytest.raises(MergeError, match="cannot shrink an adapter while merged"):
+        model.shrink("a", "small", r=1)
+
+
+def test_adapters_that_cannot_be_active_together_cannot_be_combined() -> None:
+    model = LoRAModel(nested(), LoRAConfig(r=2, target_modules=["block.2"]), adapter_name="a")
+    model.add_adapter("b", LoRAConfig(r=2, target_modules=["last"], modules_to_save=["block"]))
+    with pytest.raises(AdapterError, match=r"b trains block whole, which a adapts at block\.2"):
+        model.combine({"a": 1, "b": 1}, name="mix")
+
+
+# ---- shrinking
+
+
+def quadratic(x: Tensor, wanted: Tensor) -> Callable[[LoRAModel], float]:
+    def loss(model: LoRAModel) -> float:
+        with torch.no_grad():
+            return float((model(x) - wanted).square().mean())
+
+    return loss
+
+
+def test_a_loss_budget_keeps_the_fewest_singular_values_that_it_can() -> None:
+    model = LoRAModel(net(), LoRAConfig(r=5), adapter_name="a")
+    stir(model)
+    model.base_model[1] = nn.Identity()  # linear: the loss falls with every value kept
+    model.eval()
+    x = torch.randn(200, 8, dtype=torch.float64)
+    loss, calls = quadratic(x, model(x).detach()), []
+    allowed = 0.02
+
+    def counted(each: LoRAModel) -> float:
+        assert each.active_adapters == ("small",)
+        calls.append(loss(each))
+        return calls[-1]
+
+    report = model.shrink("a", "small", loss=counted, budget=allowed)
+    assert model.active_adapters == ("a",)
+    assert len(calls) <= 1 + math.ceil(math.log2(10))
+    model.set_adapter("small")
+    assert 0 < loss(model) <= allowed
+    assert loss(model) == pytest.approx(max(call for call in calls if call <= allowed))
+    assert sum(report.rank.values()) < 10
+
+    model.set_adapter("a")
+    everything = model.shrink("a", "all", loss=loss, budget=0)
+    assert everything.rank == {"0": 5, "2": 5}
+
+
+def test_a_layer_that_the_loss_does_not_need_is_adapted_no_more(tmp_path: Path) -> None:
+    model = LoRAModel(net(), LoRAConfig(r=2), adapter_name="a").eval()
+    stir(model)
+    model.lora_layers["0"].lora_B.data.mul_(1e-9)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    expected = model(x)
+    report = model.shrink("a", "small", loss=quadratic(x, expected.detach()), budget=1e-12)
+    assert report.rank == {"0": 0, "2": 2}
+    assert report.error["0"] == 1
+    model.set_adapter("small")
+    assert list(model.lora_layers) == ["2"]
+    loaded = LoRAModel.from_pretrained(net(), model.save_adapter(tmp_path, "small")).eval()
+    torch.testing.assert_close(loaded(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_candidate_stands_beside_the_other_active_adapters() -> None:
+    model, seen = two(), []
+
+    def loss(each: LoRAModel) -> float:
+        seen.append(each.active_adapters)
+        return 1.0
+
+    model.set_adapter(["b", "a"])
+    model.shrink("a", "small", loss=loss, budget=0.0)
+    assert set(seen) == {("b", "small")}
+    assert model.active_adapters == ("b", "a")
+
+
+@pytest.mark.parametrize("failure", [math.nan, ZeroDivisionError()])
+def test_a_loss_that_fails_leaves_the_model_as_it_was(failure: Any) -> None:
+    model = two()
+
+    def loss(_: LoRAModel) -> float:
+        if isinstance(failure, Exception):
+            raise failure
+        return float(failure)
+
+    with pytest.raises((DivergedError, ZeroDivisionError)):
+        model.shrink("a", "small", loss=loss, budget=1.0)
+    assert list(model.adapters) == ["a", "b"]
+    assert model.active_adapters == ("b",)
+
+
+def test_modules_trained_whole_come_along() -> None:
+    model = LoRAModel(net(), LoRAConfig(r=4, target_modules=["0"], modules_to_save=["2"]), adapter_name="a").eval()
+    stir(model)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    expected = model(x)
+    model.shrink("a", "same", energy=1.0)
+    model.set_adapter("same")
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "give one way"),
+        ({"r": 2, "energy": 0.9}, r"got \['r', 'energy'\]"),
+        ({"r": 0}, "r = 0"),
+        ({"r": True}, "r = True"),
+        ({"energy": 1.1}, "energy = 1.1"),
+        ({"energy": math.nan}, "energy = nan"),
+        ({"loss": len}, "go together"),
+        ({"budget": 1.0}, "go together"),
+        ({"loss": 3, "budget": 1.0}, "take a function of the model"),
+        ({"loss": len, "budget": -1}, "budget = -1"),
+    ],
+)
+def test_a_way_to_shrink_is_one_and_in_range(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        two().shrink("a", "small", **given)
+
+
+# ---- extracting
+
+
+def test_what_an_adapter_cannot_hold_is_said() -> None:
+    tuned = net()
+    with torch.no_grad():
+        tuned[0].weight += torch.outer(torch.arange(12.0), torch.arange(8.0)).double() * 0.01
+        tuned[0].bias += 0.5
+    model, report = LoRAModel.from_difference(net(), tuned, r=3)
+    assert report.rank == {"0": 3}
+    assert report.worst < 1e-10
+    start = net()[0].bias.detach()
+    expected = float((tuned[0].bias.detach() - start).norm() / start.norm())
+    assert report.left_over == {"0.bias": pytest.approx(expected)}
+    assert list(model.adapters) == ["default"]
+    whole, report = LoRAModel.from_difference(
+        net(), tuned, LoRAConfig(target_modules=["2", "0"], exclude_modules=["2"]), energy=0.99
+    )
+    assert report.rank == {"0": 1}
+    assert whole.adapters["default"].r == 1
+
+
+def test_a_tuned_language_model_comes_back_with_its_norms_and_embedding(tmp_path: Path) -> None:
+    ids, tuned = torch.arange(24).view(2, 12), llama()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "q_proj" in name or "norm" in name or "embed" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    plain, report = LoRAModel.from_difference(llama(), tuned, energy=1.0)
+    assert set(report.rank) == {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}
+    assert all("norm" in name or "embed" in name for name in report.left_over)
+    assert len(report.left_over) == 6
+    assert (plain(ids).logits - tuned(ids).logits).abs().max() > 0.01
+
+    names = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"]
+    model, report = LoRAModel.from_difference(llama(), tuned, LoRAConfig(modules_to_save=names), energy=1.0)
+    assert report.left_over == {}
+    torch.testing.assert_close(model(ids).logits, tuned(ids).logits, rtol=1e-4, atol=1e-5)
+    again = LoRAModel.from_pretrained(llama(), model.save_adapter(tmp_path))
+    torch.testing.assert_close(again(ids).logits, tuned(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_models_that_differ_in_shape_are_told_in_one_error() -> None:
+    with pytest.raises(BaseMismatchError, match="problems") as caught:
+        LoRAModel.from_difference(llama(), llama(intermediate_size=64, num_hidden_layers=3), r=2)
+    message = str(caught.value)
+    assert "misshapen model.layers.0.mlp.up_proj.weight: tuned (64, 32), base (48, 32)" in message
+    assert "unexpected model.layers.2.mlp.up_proj.weight (64, 32)" in message
+
+
+def test_what_cannot_be_extracted_is_refused() -> None:
+    broken = net()
+    broken[0].weight.data[0, 0] = math.nan
+    with pytest.raises(DivergedError, match="0: the difference of the two weights is not finite"):
+        LoRAModel.from_difference(net(), broken, r=2)
+    with pytest.raises(AdapterError, match="no selected layer differs"):
+        LoRAModel.from_difference(net(), net(), r=2)
+    with pytest.raises(TargetError, match="has tailora adapters already"):
+        LoRAModel.from_difference(net(), two(), r=2)
+    with pytest.raises(ConfigError, match="give one way"):
+        LoRAModel.from_difference(net(), broken)
+
+
+# ---- the parts
+
+
+def test_singular_values_of_a_product_are_those_of_the_dense_matrix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = Factors(torch.randn(1, 40, 6, generator=generator), torch.randn(1, 6, 30, generator=generator))
+    dense = torch.linalg.svdvals(factors.dense.double())[:, :6]
+    torch.testing.assert_close(product_spectrum(factors).S, dense, rtol=1e-6, atol=1e-6)
+
+
+def test_a_large_matrix_is_cut_near_the_optimum_and_leaves_the_random_state_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(1, 700, 600, generator=generator) / 30
+    matrix += torch.randn(1, 700, 8, generator=generator) @ torch.randn(1, 8, 600, generator=generator)
+    state = torch.get_rng_state()
+    factors = dense_spectrum(matrix, 16).truncated(16)
+    assert torch.equal(torch.get_rng_state(), state)
+    values = torch.linalg.svdvals(matrix)
+    best = float(values[:, 16:].norm() / values.norm())
+    assert best <= residual(matrix, factors) < 1.002 * best
+    spectrum, k = dense_for_energy(matrix, 0.99)
+    shares = values.square().sum(0).cumsum(0) / values.square().sum()
+    assert k == 1 + int((shares < 0.99).sum())
+    assert spectrum.S.shape[1] >= k
+
+
+def test_patterns_give_every_path_its_own_value() -> None:
+    values = {"0": 3, "block.0": 4, "a.q_proj": 8, "b.q_proj": 8, "c.q_proj": 2, "c.a.q_proj": 8, "v": 5, "w": 8}
+    patterns = portable_patterns(values, 8)
+    assert {path: by_pattern(path, patterns, 8) for path in values} == values
+    assert len(patterns) == 4

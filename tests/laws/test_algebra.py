@@ -1,0 +1,181 @@
+"""Adapters out of adapters, over every kind of layer, against the dense identity in float64."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import KINDS, SLOTS, KindCase, config, stir
+from torch import Tensor
+
+from tailora import LoRAConfig, LoRAModel
+
+kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+slots = pytest.mark.parametrize("slot", SLOTS)
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def pair(kind: KindCase, slot: str = "plain", dtype: torch.dtype = torch.float64) -> LoRAModel:
+    """Adapters a (as the slot says) and b (another rank and alpha, at a strength of its own) of one layer."""
+    model = LoRAModel(kind.net(dtype), config(kind, slot), adapter_name="a")
+    stir(model)
+    groups = getattr(model.base_model.block["target"], "groups", 1)
+    model.add_adapter("b", LoRAConfig(r=groups * (1 if groups > 1 else 3), lora_alpha=5, target_modules=["target"]))
+    model.set_adapter("b")
+    stir(model, seed=3)
+    model.set_scale("b", 0.6)
+    return model.eval()
+
+
+def update(model: LoRAModel, name: str) -> Tensor:
+    """What adapter `name` adds to the weight."""
+    layer = model.base_model.block["target"]
+    return model._adapters[name].low_rank["block.target"].delta(layer).detach()
+
+
+def matrices(model: LoRAModel, name: str) -> Tensor:
+    """The update by group, (groups, m, n): the matrices whose rank counts."""
+    layer = model.base_model.block["target"]
+    left, right = model._adapters[name].low_rank["block.target"].factors(layer)
+    return (left @ right).detach()
+
+
+@kinds
+@slots
+@pytest.mark.parametrize("weights", [{"a": 0.7, "b": 0.3}, {"a": -0.5, "b": 2}])
+def test_concatenation_is_the_sum_of_the_updates(kind: KindCase, slot: str, weights: dict[str, float]) -> None:
+    model = pair(kind, slot)
+    report = model.combine(weights, name="mix")
+    torch.testing.assert_close(
+        update(model, "mix"), sum(weight * update(model, name) for name, weight in weights.items()), **EXACT
+    )
+    assert report.worst == 0
+    assert model.active_adapters == ("b",)
+
+
+@kinds
+@slots
+def test_one_adapter_with_weight_one_is_itself(kind: KindCase, slot: str) -> None:
+    model = pair(kind, slot)
+    for method, settings in {"cat": {}, "svd": {}, "ties": {"density": 1.0}, "dare": {"drop": 0.0}}.items():
+        assert model.combine({"a": 1}, method, method, **settings).worst < 1e-10
+        torch.testing.assert_close(update(model, method), update(model, "a"), **EXACT)
+        assert model.adapters[method].r == kind.r
+
+
+@kinds
+def test_svd_of_full_rank_is_the_concatenation(kind: KindCase) -> None:
+    model, weights = pair(kind), {"a": 0.7, "b": -0.3}
+    model.combine(weights, "exact")
+    report = model.combine(weights, "full", "svd", r=100)
+    assert report.worst < 1e-12
+    torch.testing.assert_close(update(model, "full"), update(model, "exact"), **EXACT)
+    x = kind.batch(torch.float64)
+    model.set_adapter("exact")
+    expected = model(x)
+    model.set_adapter("full")
+    torch.testing.assert_close(model(x), expected, **EXACT)
+
+
+@kinds
+def test_a_lower_rank_is_the_nearest_and_its_error_is_told(kind: KindCase) -> None:
+    """Eckart and Young: no matrix of rank k is nearer than the k leading singular values."""
+    model, weights = pair(kind), {"a": 0.7, "b": 0.3}
+    groups = len(matrices(model, "a"))
+    report = model.combine(weights, "small", "svd", r=groups)
+    exact = 0.7 * matrices(model, "a") + 0.3 * matrices(model, "b")
+    tail = torch.linalg.svdvals(exact)[:, 1:].norm()
+    torch.testing.assert_close((exact - matrices(model, "small")).norm(), tail, rtol=1e-9, atol=1e-12)
+    assert report.error["block.target"] == pytest.approx(float(tail / exact.norm()), rel=1e-9, abs=1e-12)
+    assert report.rank == {"block.target": groups}
+
+
+@kinds
+def test_ties_by_hand(kind: KindCase) -> None:
+    model, weights, density = pair(kind), {"a": 0.7, "b": 0.3}, 0.4
+    trimmed = []
+    for name, weight in weights.items():
+        flat = matrices(model, name).flatten() * weight
+        keep = flat.abs().argsort(descending=True)[: round(density * len(flat))]
+        trimmed.append(torch.zeros_like(flat).index_put((keep,), flat[keep]).tolist())
+    merged = []
+    for entries in zip(*trimmed, strict=True):
+        total = sum(entries)
+        agreeing = [entry for entry in entries if entry * total > 0]
+        merged.append(sum(agreeing) / len(agreeing) if agreeing else 0.0)
+    expected = torch.tensor(merged, dtype=torch.float64).view_as(matrices(model, "a"))
+
+    model.combine(weights, "whole", "ties", r=1000, density=density)
+    torch.testing.assert_close(matrices(model, "whole"), expected, **EXACT)
+    report = model.combine(weights, "cut", "ties", density=density)
+    lost = float((matrices(model, "cut") - expected).norm() / expected.norm())
+    assert report.error["block.target"] == pytest.approx(lost, rel=1e-6, abs=1e-12)
+
+
+@kinds
+def test_dare_keeps_and_rescales_and_its_seed_decides(kind: KindCase) -> None:
+    model = pair(kind)
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        model.combine({"a": 1, "b": 1}, name, "dare", r=1000, drop=0.25, seed=seed)
+    model.combine({"b": 1, "a": 1}, "reordered", "dare", r=1000, drop=0.25, seed=1)
+    assert torch.equal(update(model, "one"), update(model, "again"))
+    torch.testing.assert_close(update(model, "one"), update(model, "reordered"), **EXACT)
+    assert not torch.allclose(update(model, "one"), update(model, "other"))
+    a, b, found = (matrices(model, name).flatten() / 0.75 for name in ("a", "b", "one"))
+    found = found * 0.75
+    choices = torch.stack([torch.zeros_like(a), a, b, a + b])
+    assert ((choices - found).abs().min(0).values < 1e-9).all()
+
+
+@kinds
+@slots
+def test_what_is_combined_survives_its_file(kind: KindCase, slot: str, tmp_path: Path) -> None:
+    model, x = pair(kind, slot, torch.float32), kind.batch()
+    model.combine({"a": 0.7, "b": 0.3}, "mix")
+    model.set_adapter("mix")
+    loaded = LoRAModel.from_pretrained(kind.net(), model.save_adapter(tmp_path, "mix")).eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-6, atol=1e-6)
+    assert loaded.adapters["default"] == model.adapters["mix"]
+
+
+@kinds
+def test_shrinking_keeps_the_leading_singular_values(kind: KindCase) -> None:
+    model = pair(kind)
+    exact, groups = matrices(model, "a"), len(matrices(model, "a"))
+    values = torch.linalg.svdvals(exact)
+    report = model.shrink("a", "small", r=groups)
+    torch.testing.assert_close((exact - matrices(model, "small")).norm(), values[:, 1:].norm(), **EXACT)
+    assert report.rank == {"block.target": groups}
+    assert model.active_adapters == ("b",)
+    model.shrink("a", "same", r=1000)
+    torch.testing.assert_close(update(model, "same"), update(model, "a"), **EXACT)
+    for energy in (0.5, 0.9, 1.0):
+        report = model.shrink("a", f"energy {energy}", energy=energy)
+        k = report.rank["block.target"] // groups
+        share = values.square().sum(0).cumsum(0) / values.square().sum()
+        assert share[k - 1] >= energy - 1e-12
+        assert k == 1 or share[k - 2] < energy
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_adapter_is_recovered_from_the_merged_model(kind: KindCase, dtype: torch.dtype) -> None:
+    model = LoRAModel(kind.net(dtype), config(kind))
+    stir(model)
+    expected = model.base_model.block["target"].weight + update(model, "default").to(dtype)
+    x = kind.batch(dtype)
+    tuned = model.merge_and_unload()
+    found, report = LoRAModel.from_difference(kind.net(dtype), tuned, only_target(), r=kind.r)
+    assert report.rank == {"block.target": kind.r}
+    assert report.left_over == {}
+    if dtype == torch.float64:
+        assert report.worst < 1e-10
+        torch.testing.assert_close(found.eval()(x), tuned(x), rtol=1e-9, atol=1e-9)
+    whole, report = LoRAModel.from_difference(kind.net(dtype), tuned, only_target(), energy=1.0)
+    change = tuned.block["target"].weight.float() - kind.net(dtype).block["target"].weight.float()
+    torch.testing.assert_close(update(whole, "default").float(), change.detach(), rtol=1e-4, atol=1e-5)
+    assert expected.shape == change.shape
+
+
+def only_target() -> Any:
+    return LoRAConfig(target_modules=["target"])
