@@ -17,7 +17,7 @@ from tailora.core.adapter import Adapter, check_compatible, low_rank_layer, trai
 from tailora.core.config import LoRAConfig
 from tailora.core.kinds import kind_of
 from tailora.core.layer import LoRALayer
-from tailora.core.lowrank import Factors, concatenated, low_rank, product_spectrum
+from tailora.core.lowrank import Factors, concatenated, low_rank, product_spectrum, tail, truncated
 from tailora.core.selectors import commonest, portable_patterns, portable_targets
 from tailora.core.targets import target_at
 from tailora.errors import AdapterError, ConfigError, listing, nearest
@@ -141,9 +141,9 @@ SETTINGS: list[tuple[str, tuple[str, ...], Callable[[float], bool], str]] = [
 
 
 def factors_of(layer: LoRALayer) -> Factors:
-    """The layer's update, its scale and strength in A; a grouped convolution's by group."""
-    A = layer.lora_A.detach() * (layer.scaling * layer.strength).detach()
-    B = layer.lora_B.detach()
+    """The layer's update, its scale and strength in A; of twice the rank with a frozen start; by group."""
+    A, B = layer.pair()
+    A, B = (A * (layer.scaling * layer.strength)).detach(), B.detach()
     return Factors(B.reshape(layer.groups, -1, B.shape[1]), A.reshape(layer.groups, B.shape[1], -1))
 
 
@@ -161,6 +161,10 @@ def _sources(adapters: Mapping[str, Adapter]) -> tuple[dict[str, dict[str, LoRAL
 
 def no_sum(layer: LoRALayer) -> str | None:
     """Why this layer's update is no product of two factors of its own; None where it is one."""
+    if layer.lora_magnitude_vector is not None:
+        return "DoRA's update is not a product of two factors"
+    if layer.lora_bias is not None:
+        return "it has a bias beside B"
     if layer.groups * layer.lora_B.shape[1] != layer.r:
         return "A reads the channels of all groups, which no grouped weight can hold; keep this adapter by itself"
     return None
@@ -180,9 +184,10 @@ def _saved(
         elif kind_of(base):  # linear in its weights
             found[path] = _mixed(base, [(weights[name], module) for name, module in holders.items()])
         else:
+            kind = type(next(iter(holders.values()))).__name__
             problems.append(
-                f"{path}, trained whole by {', '.join(map(repr, holders))}, is a {type(adapters[next(iter(holders))].saved[path]).__name__}, "
-                "which is not linear in its weights; take it from one adapter, with weight 1"
+                f"{path}, trained whole by {', '.join(map(repr, holders))}, is a {kind}, which is not linear in its "
+                "weights; take it from one adapter, with weight 1"
             )
     return found, problems
 
@@ -208,13 +213,13 @@ def _cat(parts: list[Part], *_: object) -> Combined:
     """A = [w_i s_i A_i], B = [B_i]. Where the ranks add up to more than the matrix has, the same update in fewer."""
     total = concatenated([part.weighted for part in parts])
     limit = min(total.B.shape[1], total.A.shape[2])
-    return (total if total.B.shape[2] <= limit else product_spectrum(total).truncated(limit)), 0.0
+    return (total if total.B.shape[2] <= limit else truncated(product_spectrum(total), limit)), 0.0
 
 
 def _svd(parts: list[Part], how: Combination, highest: int) -> Combined:
     spectrum = product_spectrum(concatenated([part.weighted for part in parts]))
     k = per_group(how.r or highest, spectrum.S)
-    return spectrum.truncated(k), spectrum.error(k)
+    return truncated(spectrum, k), tail(spectrum.S, k)
 
 
 def _ties(parts: list[Part], how: Combination, highest: int) -> Combined:

@@ -10,7 +10,7 @@ from tailora.core.adapter import Adapter, trained_copy
 from tailora.core.algebra import Truncation, plain_adapter
 from tailora.core.config import LoRAConfig
 from tailora.core.kinds import weight_of
-from tailora.core.lowrank import Factors, dense_for_energy, low_rank, residual
+from tailora.core.lowrank import for_energy, low_rank
 from tailora.core.shrink import check
 from tailora.core.targets import Selection, Target, select
 from tailora.errors import AdapterError, BaseMismatchError, DivergedError, TargetError, listing
@@ -48,7 +48,9 @@ def extract(
         for target in selection.targets:
             update = difference(target, tuned.get_submodule(target.path))
             if update.any():
-                factors[target.path], errors[target.path] = _nearest(update, r, energy)
+                factors[target.path], errors[target.path] = (
+                    low_rank(update, r) if r else for_energy(update, energy or 1)
+                )
     if not factors:
         raise AdapterError("no selected layer differs between the two models; check the paths, or select other targets")
     copies = {path: trained_copy(tuned.get_submodule(path)) for path in selection.to_save}
@@ -83,14 +85,6 @@ def difference(target: Target, tuned: nn.Module) -> Tensor:
     if matrix is None:
         raise TargetError(f"{target.path}: a {target.kind.name}'s weight is not one matrix; exclude it")
     return matrix(target.layer, change)
-
-
-def _nearest(update: Tensor, r: int | None, energy: float | None) -> tuple[Factors, float]:
-    if energy is None:
-        return low_rank(update, r or 1)
-    spectrum, k = dense_for_energy(update, energy)
-    factors = spectrum.truncated(k)
-    return factors, residual(update, factors)
 
 
 def left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[str, float]:

@@ -14,7 +14,8 @@ from torch import nn
 
 from tailora.core.adapter import Adapter
 from tailora.core.algebra import Truncation, factors_of, is_number, no_sum, per_group, plain_adapter
-from tailora.core.lowrank import Factors, Spectrum, product_spectrum, rank_for_energy
+from tailora.core.lowrank import Factors, product_spectrum, rank_for_energy, tail, truncated
+from tailora.core.spectra import Spectrum
 from tailora.errors import AdapterError, ConfigError, DivergedError, listing
 
 Ranks = Mapping[str, int]  # path -> rank per group; 0: the layer goes
@@ -88,7 +89,7 @@ def ranks_by_loss(spectra: Spectra, loss: Callable[[Ranks], float], budget: floa
 
 def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Module) -> tuple[Adapter, Truncation]:
     """The adapter cut to these ranks; modules trained whole come along as copies. A layer cut to nothing has rank 0."""
-    kept: dict[str, Factors] = {path: spectra[path].truncated(k) for path, k in ranks.items() if k}
+    kept: dict[str, Factors] = {path: truncated(spectra[path], k) for path, k in ranks.items() if k}
     config = adapter.config
     smaller = plain_adapter(
         kept,
@@ -98,7 +99,7 @@ def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Modu
         saved=copy.deepcopy(adapter.saved),
     )
     sizes = {path: smaller.low_rank[path].r if k else 0 for path, k in ranks.items()}
-    return smaller, Truncation(sizes, {path: spectra[path].error(k) for path, k in ranks.items()})
+    return smaller, Truncation(sizes, {path: tail(spectra[path].S, k) for path, k in ranks.items()})
 
 
 @torch.no_grad()

@@ -91,6 +91,25 @@ def test_a_lower_rank_is_the_nearest_and_its_error_is_told(kind: KindCase) -> No
 
 
 @kinds
+def test_a_frozen_start_becomes_plain_of_twice_the_rank(kind: KindCase) -> None:
+    model, x = LoRAModel(kind.net(torch.float64), config(kind)), kind.batch(torch.float64)
+    layer: Any = next(iter(model.lora_layers.values()))
+    generator = torch.Generator().manual_seed(4)
+    start = [torch.randn(each.shape, generator=generator).double() * 0.3 for each in (layer.lora_A, layer.lora_B)]
+    layer.start_from(*start)
+    stir(model)
+    expected = model(x)
+    report = model.combine({"default": 1}, "plain")
+    groups, m, n = matrices(model, "default").shape
+    assert report.rank == {"block.target": min(2 * kind.r, groups * min(m, n))}
+    model.set_adapter("plain")
+    torch.testing.assert_close(model(x), expected, **EXACT)
+    model.shrink("default", "small", energy=1.0)
+    model.set_adapter("small")
+    torch.testing.assert_close(model(x), expected, **EXACT)
+
+
+@kinds
 def test_ties_by_hand(kind: KindCase) -> None:
     model, weights, density = pair(kind), {"a": 0.7, "b": 0.3}, 0.4
     trimmed = []
