@@ -80,13 +80,15 @@ def described(header: Mapping[str, Any]) -> str:
     """What is about to be trained, and why it was chosen where the settings left it open."""
     asked = header["settings"]
     total, trained = header["total_parameters"], header["trainable_parameters"]
-    base = f"{(total - trained) / 1e6:,.1f}M"
+    full = asked["method"] == "full"
+    base = f"{(total if full else total - trained) / 1e6:,.1f}M"
+    adapter = f"{header['adapted_layers']} layers, {trained:,} parameters ({trained / total:.2%})"
     why = "what this machine is fastest with" if asked["dtype"] == "auto" else "as asked"
     rows = "packed, attention inside each" if header["packed"] else "padded"
     size = asked["per_device_train_batch_size"] * asked["gradient_accumulation_steps"] * header["processes"]
     lines = {
         "model": f"{asked['model']}, {base} parameters, {header['dtype']} ({why}) on {header['device']}",
-        "adapter": f"{header['adapted_layers']} layers, {trained:,} parameters ({trained / total:.2%})",
+        **({"trained": "all weights of the model"} if full else {"adapter": adapter}),
         **_read(header["data"], asked["streaming"]),
         "steps": f"{header['max_steps']:,} of {size} examples, {rows}",
         "fast": header["kernels"],

@@ -14,9 +14,11 @@ from tailora.measure.answers import Answer
 from tailora.measure.intervals import Interval, mean_interval, paired_difference
 from tailora.train.config import TrainConfig
 from tailora.train.result import TrainResult
+from tailora.train.subject import ADAPTER, MODEL
 
 FILES = {
-    "adapter": "the adapter, a PEFT folder",
+    ADAPTER: "the adapter, a PEFT folder",
+    MODEL: "the model, a Hugging Face folder",
     "samples.json": "the answers above",
     "metrics.jsonl": "loss, learning rate, speed of every step",
     "run.json": "settings, versions, seeds and data hash: what it takes to run it again",
@@ -49,7 +51,7 @@ def show(console: Console, config: TrainConfig, result: TrainResult, answers: Se
     folder = Path(result.output_dir)
     parts = (
         evaluation(result),
-        effort(result),
+        effort(config, result),
         side_by_side(answers),
         written(folder, bool(answers)),
         following(config, folder),
@@ -68,10 +70,11 @@ def evaluation(result: TrainResult) -> RenderableType:
     return Group(table, Text(verdict(found["change"], len(result.after.counts))))
 
 
-def effort(result: TrainResult) -> Text:
+def effort(config: TrainConfig, result: TrainResult) -> Text:
+    kept = "adapter" if config.method == "lora" else "model"
     tokens = f"{result.train_tokens:,} tokens, {result.tokens_per_second:,.0f} per second of training"
     whole = f"{result.seconds:,.0f} s and at most {result.peak_memory_bytes / 1e9:.2f} GB in all"
-    return Text(f"{result.steps:,} steps, {tokens}; {whole}. Kept: the adapter of step {result.best_step}.")
+    return Text(f"{result.steps:,} steps, {tokens}; {whole}. Kept: the {kept} of step {result.best_step}.")
 
 
 def verdict(change: Interval, examples: int) -> str:
@@ -113,10 +116,11 @@ def written(folder: Path, answered: bool) -> Table:
 
 def following(config: TrainConfig, folder: Path) -> Text:
     """Three commands to try, each on a line of its own, to be copied."""
-    model = ["--model", config.model]
+    base = ["--model", config.model]
+    tuned = [*base, "--adapter", str(folder)] if config.method == "lora" else ["--model", str(folder / MODEL)]
     commands = [
-        ["tailora", "chat", *model, "--adapter", str(folder)],
-        ["tailora", "generate", *model, "--adapter", str(folder), "--prompt", "What would you do with a free day?"],
-        ["tailora", "data", "YOUR_DATA.jsonl" if config.data == "demo" else config.data, *model],
+        ["tailora", "chat", *tuned],
+        ["tailora", "generate", *tuned, "--prompt", "What would you do with a free day?"],
+        ["tailora", "data", "YOUR_DATA.jsonl" if config.data == "demo" else config.data, *base],
     ]
     return Text("\n").join([Text("Next", style="bold"), *(Text(shlex.join(command)) for command in commands)])

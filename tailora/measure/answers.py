@@ -7,8 +7,8 @@ from typing import Any
 from tailora.data.shapes import Sample
 from tailora.measure.decoding import request, room
 from tailora.measure.prompts import prompt_of
-from tailora.model import LoRAModel
 from tailora.train.evaluate import evaluating
+from tailora.train.subject import Subject
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +19,9 @@ class Answer:
 
 
 def answers(
-    model: LoRAModel, tokenizer: Any, prompts: Sequence[str | Sample], *, max_new_tokens: int = 48
+    model: Subject, tokenizer: Any, prompts: Sequence[str | Sample], *, max_new_tokens: int = 48
 ) -> list[Answer]:
-    """Greedy answers of the base and of the active adapters, side by side.
+    """Greedy answers of the base and of what was trained, side by side.
 
     A prompt is a question, or a sample whose last reply is asked for again; one that leaves the model no positions for
     an answer is left out. Raises DataError when the chat template refuses one.

@@ -21,6 +21,7 @@ class TrainConfig(StrictModel):
     eval_data: str | None = Field(None, description="held-out data; without it a part of --data is held out")
     output_dir: str = Field("outputs/run", description="folder for adapter, checkpoints, metrics")
     adapter: str | None = Field(None, description="go on from this adapter folder instead of a new one")
+    method: Literal["lora", "full"] = Field("lora", description="an adapter, or all weights of the model")
     # adapter
     r: int = Field(16, ge=1, lt=COUNT, description="rank of the update")
     lora_alpha: float = Field(32, gt=0, description="scale is alpha/r")
@@ -77,6 +78,14 @@ class TrainConfig(StrictModel):
             (
                 self.eval_steps and not held_out,
                 "eval_steps needs held-out data: give --eval-data or --validation-split",
+            ),
+            (
+                self.method == "full" and (changed or self.adapter),
+                f"--method full has no adapter: leave out {', '.join(changed or ['adapter'])}",
+            ),
+            (
+                self.method == "full" and "learning_rate" not in self.model_fields_set,
+                "--method full needs a --learning-rate of its own, about a tenth of LoRA's: 5e-5, say",
             ),
             (self.adapter and changed, f"--adapter brings its own {', '.join(changed)}: leave them out"),
         ]

@@ -11,8 +11,8 @@ from torch import nn
 
 from tailora.data.store import Examples
 from tailora.fast.attention import packed_rows
-from tailora.model import LoRAModel
 from tailora.train.loss import Rows, token_losses
+from tailora.train.subject import Subject
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: LoRAModel,
+    model: Subject,
     examples: Examples,
     *,
     rows: Rows,
@@ -40,7 +40,7 @@ def evaluate(
 
     token_budget: most tokens in one forward, padding included; a longer example goes alone.
     """
-    device = device or next(model.base_model.parameters()).device
+    device = device or next(model.parameters()).device
     sums = np.zeros(len(examples))
     attention = packed_rows(model.base_model) if rows.packed else nullcontext()
     with torch.no_grad(), evaluating(model), attention:

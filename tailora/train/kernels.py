@@ -16,10 +16,10 @@ from tailora.data.store import Example
 from tailora.errors import ConfigError
 from tailora.fast.attention import SHORT, packed_rows
 from tailora.fast.llama import eligible, fast_layers, obstacle_to_layers
-from tailora.model import LoRAModel
 from tailora.train.evaluate import evaluating
 from tailora.train.loss import Rows, token_losses
 from tailora.train.packing import probes
+from tailora.train.subject import Subject, trained
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}  # float64: transformers computes norms in float32
 HALF_TOLERANCE = 0.1  # bfloat16, float16
@@ -34,7 +34,7 @@ class Kernels:
     words: str  # for the run's header
 
 
-def choose_kernels(fast: str, model: LoRAModel, rows: Rows, sample: Example, device: torch.device) -> Kernels:
+def choose_kernels(fast: str, model: Subject, rows: Rows, sample: Example, device: torch.device) -> Kernels:
     """`fast` is auto or off. Where `auto` finds that the layer kernels do not apply, or differ, `words` says why.
 
     `sample`: of the run's own data, since half precision computes random tokens with large errors in any order.
@@ -73,7 +73,7 @@ def documents(sample: Example, config: PretrainedConfig) -> list[Example]:
     return [Example(ids, ids.copy()) for ids in parts]
 
 
-def disagreement(model: LoRAModel, examples: Sequence[Example], rows: Rows, device: torch.device) -> float:
+def disagreement(model: Subject, examples: Sequence[Example], rows: Rows, device: torch.device) -> float:
     """Of each layer's kernel from its own forward on the same input: the largest relative difference of all layers.
 
     Compared are what the layer adds to its input, and the gradients of the input and of the factors.
@@ -93,7 +93,7 @@ def disagreement(model: LoRAModel, examples: Sequence[Example], rows: Rows, devi
 Call = tuple[nn.Module, Tensor, dict[str, Any]]  # a layer, its input (1, tokens, hidden), its other arguments
 
 
-def _calls(model: LoRAModel, examples: Sequence[Example], rows: Rows, device: torch.device) -> list[Call]:
+def _calls(model: Subject, examples: Sequence[Example], rows: Rows, device: torch.device) -> list[Call]:
     """What each layer that the kernels take is called with."""
     calls: list[Call] = []
 
@@ -123,9 +123,9 @@ def _tried(layer: nn.Module, x: Tensor, given: dict[str, Any]) -> list[Tensor]:
 
 
 @contextmanager
-def stirred(model: LoRAModel) -> Iterator[None]:
+def stirred(model: Subject) -> Iterator[None]:
     """Within the block, factors that are zero are random, so that every gradient is there to be compared."""
-    layers = [layer for layer in model.lora_layers.modules() if isinstance(layer, LoRALayer)]
+    layers = [layer for layer in trained(model).modules() if isinstance(layer, LoRALayer)]
     zeros = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B) if not factor.any()]
     generator = torch.Generator().manual_seed(0)
     try:

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from tailora.data.store import Examples
 from tailora.errors import DivergedError
 from tailora.fast.flat import Flat
-from tailora.model import LoRAModel
 from tailora.train import checkpoint, rng
 from tailora.train.config import TrainConfig
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
@@ -34,9 +33,11 @@ from tailora.train.events import Evaluated, Event, Interrupted, Note, Saved, Ste
 from tailora.train.loss import Rows
 from tailora.train.memory import peak_bytes
 from tailora.train.optim import clip, learning_rate, take_step
-from tailora.train.record import ADAPTER, Metrics
+from tailora.train.record import Metrics
 from tailora.train.state import Best, State
 from tailora.train.steps import MicroBatch
+from tailora.train.subject import Subject, folder_of, publish, trained
+from tailora.train.subject import save as save_subject
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class Bench:
 
     config: TrainConfig
     accelerator: Accelerator
-    model: LoRAModel
+    model: Subject
     forward: nn.Module  # `Supervised`, as accelerate prepared it
     flats: list[Flat]  # all that is trained
     optimizer: torch.optim.Optimizer
@@ -108,7 +109,8 @@ def train(bench: Bench, state: State, wish: Wish) -> Evaluation | None:
         bench.emit(Note(f"stopped early: {state.since_best} evaluations in a row without gain"))
     if state.best is None:
         return _finite(bench, state, held_out_loss(bench, state, keep=False), good)
-    checkpoint.set_parameters(bench.model.lora_layers, state.best.tensors)
+    checkpoint.set_parameters(trained(bench.model), state.best.tensors)
+    publish(bench.model)
     return state.best.evaluation
 
 
@@ -129,6 +131,7 @@ def step(
     for before, flat in zip(good, bench.flats, strict=True):
         before.copy_(flat.whole.detach())
     take_step(bench.optimizer, rate)
+    publish(bench.model)
     return loss, norm, rate
 
 
@@ -160,10 +163,10 @@ def judge(bench: Bench, state: State, good: list[Tensor]) -> None:
     if not _is_best(state, evaluation):
         state.since_best += 1
         return
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in bench.model.lora_layers.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in trained(bench.model).state_dict().items()}
     state.best, state.since_best = Best(state.step, evaluation, tensors), 0
     if bench.accelerator.is_main_process:
-        bench.model.save_adapter(bench.output_dir / ADAPTER)
+        save_subject(bench.model, bench.output_dir)
 
 
 def held_out_loss(bench: Bench, state: State, *, keep: bool) -> Evaluation | None:
@@ -200,7 +203,7 @@ def save(bench: Bench, state: State) -> Path:
     states = gather_object([rng.capture()])
     if bench.accelerator.is_main_process:
         tensors = {
-            "adapter": bench.model.lora_layers.state_dict(),
+            "adapter": trained(bench.model).state_dict(),
             "optimizer": checkpoint.moments(bench.optimizer, bench.flats),
             **{f"random-{rank}": random for rank, random in enumerate(states)},
             **({"evaluations": kept} if (kept := state.evaluations()) else {}),
@@ -265,12 +268,13 @@ def give_up(bench: Bench, what: str, good: list[Tensor] | None) -> DivergedError
     if good is not None:
         for before, flat in zip(good, bench.flats, strict=True):
             flat.whole.detach().copy_(before)
-    folder = bench.output_dir / ADAPTER
+        publish(bench.model)
+    folder = folder_of(bench.model, bench.output_dir)
     kept = f"{folder} keeps the best adapter so far"
     if not folder.exists():
         kept = f"{folder} keeps the last weights with a finite loss"
         if bench.accelerator.is_main_process:
-            bench.model.save_adapter(folder)
+            save_subject(bench.model, bench.output_dir)
     return DivergedError(f"training diverged {what}. {kept}; {REMEDIES}")
 
 

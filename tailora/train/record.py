@@ -22,8 +22,9 @@ from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.atomic import write_file
 from tailora.train.checkpoint import found
 from tailora.train.config import TrainConfig
+from tailora.train.subject import ADAPTER, MODEL
 
-RUN, CONFIG, METRICS, ADAPTER = "run.json", "config.yaml", "metrics.jsonl", "adapter"
+RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "numpy")
 
 
@@ -64,7 +65,7 @@ def held(output_dir: Path) -> Iterator[None]:
 
 def _kept(output_dir: Path) -> str:
     """What of an earlier run would be lost; '' when nothing would."""
-    names = [ADAPTER] if (output_dir / ADAPTER).exists() else []
+    names = [name for name in (ADAPTER, MODEL) if (output_dir / name).exists()]
     return " and ".join([*names, *(path.name for path in found(output_dir)[-1:])])
 
 

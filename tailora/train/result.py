@@ -6,8 +6,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tailora.data.prepare import Prepared
-from tailora.model import LoRAModel
 from tailora.train.evaluate import Evaluation
+from tailora.train.subject import Subject
 
 IN_MEMORY = {"in_memory": True}
 
@@ -28,7 +28,7 @@ class TrainResult:
     total_parameters: int
     peak_memory_bytes: int
     seconds: float  # of everything, loading included
-    model: LoRAModel = field(metadata=IN_MEMORY)
+    model: Subject = field(metadata=IN_MEMORY)
     tokenizer: PreTrainedTokenizerBase = field(metadata=IN_MEMORY)
     data: Prepared | None = field(metadata=IN_MEMORY)  # None when streaming without eval_data
     before: Evaluation | None = field(metadata=IN_MEMORY)

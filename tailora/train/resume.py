@@ -7,11 +7,11 @@ import torch
 
 from tailora.errors import CheckpointError, listing
 from tailora.fast.flat import Flat
-from tailora.model import LoRAModel
 from tailora.train import checkpoint, rng
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.state import State, restored
+from tailora.train.subject import Subject, publish, trained
 
 # These may differ when a run goes on: they decide what is kept and shown, not how the weights move.
 FREE = {
@@ -67,14 +67,15 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str
 
 def take_up(
     saved: Checkpoint,
-    model: LoRAModel,
+    model: Subject,
     optimizer: torch.optim.Optimizer,
     flats: Sequence[Flat],
     rank: int,
 ) -> State:
     """Adapter, optimiser and random states as they were; returns the progress. Raises CheckpointError."""
     tensors = saved.tensors
-    checkpoint.set_parameters(model.lora_layers, tensors["adapter"])
+    checkpoint.set_parameters(trained(model), tensors["adapter"])
+    publish(model)
     checkpoint.set_moments(optimizer, flats, tensors["optimizer"])
     rng.restore(tensors[f"random-{rank}"])
     return restored(saved.state["progress"], tensors.get("evaluations", {}), tensors.get("best"))

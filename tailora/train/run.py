@@ -6,14 +6,12 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from tailora.data.prepare import Prepared
 from tailora.errors import CheckpointError
 from tailora.fast.flat import Flat, flattened
-from tailora.model import LoRAModel
 from tailora.train import checkpoint, record
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
@@ -32,8 +30,9 @@ from tailora.train.rng import seed_all, seeded
 from tailora.train.setup import Kit, assemble, start_accelerator
 from tailora.train.state import State
 from tailora.train.stop import stop_signal
+from tailora.train.subject import Subject, differences, folder_of, save, trained
 
-OnReady = Callable[[LoRAModel, PreTrainedTokenizerBase, Prepared | None], None]
+OnReady = Callable[[Subject, PreTrainedTokenizerBase, Prepared | None], None]
 
 
 def run(config: TrainConfig, on_event: Listener | None = None, on_ready: OnReady | None = None) -> TrainResult:
@@ -52,8 +51,8 @@ def run(config: TrainConfig, on_event: Listener | None = None, on_ready: OnReady
         stack.enter_context(seeded(config.seed))
         kit = assemble(config, accelerator, lambda text: emit(Note(text)))
         kept = check_fits(kit.cost, kit.feed.largest, kit.feed.longest, accelerator.device)
-        trained = dict(kit.model.lora_layers.named_parameters())
-        flats = stack.enter_context(flattened(groups(trained, config)))
+        parameters = dict(trained(kit.model).named_parameters())
+        flats = stack.enter_context(flattened(groups(parameters, config)))
         bench, state = _bench(config, output_dir, accelerator, kit, flats, saved, emit)
         stack.callback(_close, bench)
         header = {**_header(bench, kit), "estimated_activation_bytes": kept}
@@ -180,24 +179,12 @@ def _announce(bench: Bench, header: dict[str, Any]) -> None:
 
 
 def _save(bench: Bench) -> Path:
-    """Write the adapter, load it again beside itself and compare. Raises CheckpointError when they differ."""
-    folder = bench.output_dir / record.ADAPTER
+    """Write what was trained, read it again and compare. Raises CheckpointError when they differ."""
+    folder = folder_of(bench.model, bench.output_dir)
     if not bench.accelerator.is_main_process:
         return folder
-    model, copy = bench.model, "read back"
-    model.save_adapter(folder)
-    model.load_adapter(folder, copy)
-    written = {path: layer.state_dict() for path, layer in model.lora_layers.items()}
-    model.set_adapter(copy)
-    different = [
-        f"{path}.{name}"
-        for path, layer in model.lora_layers.items()
-        for name, tensor in layer.state_dict().items()
-        if not torch.allclose(tensor, written[path][name], rtol=1e-5)  # a learned scale goes through B
-    ]
-    model.set_adapter("default")
-    model.delete_adapter(copy)
-    if different:
+    save(bench.model, bench.output_dir)
+    if different := differences(bench.model, folder):
         raise CheckpointError(f"{folder} reads back different in {', '.join(different[:3])}; the disk may be failing")
     return folder
 

@@ -21,12 +21,14 @@ from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.evaluate import evaluating
 from tailora.train.feed import Feed, feed
+from tailora.train.full import FullModel
 from tailora.train.kernels import Kernels, choose_kernels, running
 from tailora.train.load import load_base
 from tailora.train.loss import Rows, as_batch, token_losses
 from tailora.train.memory import Cost, explained, measure
 from tailora.train.packing import choose
 from tailora.train.rng import seed_all
+from tailora.train.subject import Subject
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 PROBE_TOKENS = 128  # memory is measured on so much of the longest example
@@ -40,7 +42,7 @@ class Kit:
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     feed: Feed
-    model: LoRAModel
+    model: Subject
     rows: Rows
     kernels: Kernels
     cost: Cost
@@ -71,11 +73,24 @@ def assemble(config: TrainConfig, accelerator: Accelerator, note: Callable[[str]
     with explained("loading", lambda: LIGHTER):
         base, tokenizer = load_base(config.model, config.dtype, device.type)
         data = feed(config, base, tokenizer, accelerator)
-        model = attach(config, base, device)
+        model = subject(config, base, tokenizer, accelerator)
         rows = choose_rows(config, model, tokenizer, note)
         kernels = choose_kernels(config.fast, model, rows, data.sample, device)
         cost = memory_cost(model, rows, kernels, data.sample, device)
         return Kit(base, tokenizer, data, model, rows, kernels, cost)
+
+
+def subject(
+    config: TrainConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> Subject:
+    """What trains, in training mode. Raises ConfigError for full fine-tuning on several ranks."""
+    if config.method == "lora":
+        return attach(config, base, accelerator.device)
+    if accelerator.num_processes > 1:
+        raise ConfigError("--method full trains in one process only; start it without torchrun")
+    seed_all(config.seed)
+    base = base.to(accelerator.device)
+    return FullModel(base, tokenizer, lambda: load_base(config.model, config.dtype, base.device.type)[0]).train()
 
 
 def attach(config: TrainConfig, base: PreTrainedModel, device: torch.device) -> LoRAModel:
@@ -86,7 +101,7 @@ def attach(config: TrainConfig, base: PreTrainedModel, device: torch.device) -> 
 
 
 def choose_rows(
-    config: TrainConfig, model: LoRAModel, tokenizer: PreTrainedTokenizerBase, note: Callable[[str], None]
+    config: TrainConfig, model: Subject, tokenizer: PreTrainedTokenizerBase, note: Callable[[str], None]
 ) -> Rows:
     """Packed or padded, and the form of the loss, tried on the model itself.
 
@@ -114,7 +129,7 @@ def _some_examples(base: PreTrainedModel) -> list[Example]:
     return [Example(ids[part], labels[part]) for part in (slice(0, 10), slice(10, 24))]
 
 
-def memory_cost(model: LoRAModel, rows: Rows, kernels: Kernels, sample: Example, device: torch.device) -> Cost:
+def memory_cost(model: Subject, rows: Rows, kernels: Kernels, sample: Example, device: torch.device) -> Cost:
     """Bytes that a forward keeps, measured on the start of one example."""
     base = cast(PreTrainedModel, model.base_model)
 

@@ -1,0 +1,149 @@
+"""Full fine-tuning, the control: all weights, the same loop, float32 masters of 16-bit weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tailora.data.store import Example
+from tailora.errors import ConfigError
+from tailora.train.config import TrainConfig
+from tailora.train.evaluate import evaluate
+from tailora.train.full import FullModel
+from tailora.train.load import load_base
+from tailora.train.loss import Rows, token_losses
+from tailora.train.run import run
+from tailora.train.subject import trained
+
+Settings = Callable[..., TrainConfig]
+PADDED = Rows(False, "from the model's own logits", 0)
+FULL: dict[str, Any] = {"method": "full", "learning_rate": 1e-3, "num_train_epochs": 3}
+
+
+@pytest.fixture
+def full(settings: Settings) -> Settings:
+    def make(**changes: Any) -> TrainConfig:
+        return TrainConfig(**{**settings().model_dump(exclude={"r"}, exclude_unset=True), **FULL, **changes})
+
+    return make
+
+
+def loaded(folder: Path, dtype: str) -> FullModel:
+    base, tokenizer = load_base(str(folder), dtype)
+    return FullModel(base, tokenizer, lambda: load_base(str(folder), dtype)[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradients_are_those_of_the_plain_model(model_folder: Path, dtype: str) -> None:
+    model = loaded(model_folder, dtype)
+    plain = load_base(str(model_folder), dtype)[0]
+    ids = np.arange(20, dtype=np.int32)
+    losses, _ = token_losses(
+        model, [Example(ids, ids)], Rows(False, "from the model's own logits", 0), torch.device("cpu")
+    )
+    losses.sum().backward()
+    tokens = torch.arange(20)[None]
+    (plain(input_ids=tokens, labels=tokens).loss * 19).backward()
+    for name, weight in plain.named_parameters():
+        master = model.trained[name.replace(".", "/")]
+        assert master.dtype == torch.float32
+        torch.testing.assert_close(
+            master.grad,
+            weight.grad.float(),
+            rtol=2e-2 if dtype == "bfloat16" else 1e-4,
+            atol=1e-2 if dtype == "bfloat16" else 1e-5,
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_improves_the_model_and_leaves_a_folder_that_transformers_reads(
+    full: Settings, model_folder: Path, dtype: str
+) -> None:
+    result = run(full(dtype=dtype))
+    assert result.eval_loss_after < result.eval_loss_before - 0.1
+    assert result.trainable_parameters == result.total_parameters
+    folder = Path(result.output_dir) / "model"
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    tuned, base = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (folder, model_folder))
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(ids).logits, result.model.eval()(ids).logits, rtol=0, atol=0)
+    moved = [
+        name
+        for name, weight in base.named_parameters()
+        if not torch.equal(weight.to(tuned.dtype), tuned.get_parameter(name))
+    ]
+    assert len(moved) == len(list(base.named_parameters()))
+
+
+def test_masters_keep_the_steps_that_16_bits_lose(full: Settings) -> None:
+    result = run(full(dtype="bfloat16", learning_rate=1e-6, max_steps=3))
+    model = result.model
+    assert isinstance(model, FullModel)
+    name = "model.layers.0.mlp.up_proj.weight"
+    master, weight = trained(model).get_parameter(name.replace(".", "/")), model.base_model.get_parameter(name)
+    now = weight.detach().clone()
+    with model.disable_adapter():
+        before = weight.detach().clone()
+    assert (now != before).float().mean() < 0.05  # only weights near 0 have bits small enough
+    assert (master != before).float().mean() > 0.95
+
+
+def test_the_base_is_back_within_the_block(full: Settings) -> None:
+    result = run(full())
+    model = result.model
+    assert result.data is not None
+    assert result.before is not None
+    assert result.after is not None
+    judged: dict[str, Any] = {
+        "examples": result.data.eval,
+        "rows": PADDED,
+        "token_budget": 256,
+    }
+    with model.disable_adapter():
+        np.testing.assert_allclose(evaluate(model, **judged).sums, result.before.sums, rtol=1e-4)
+    np.testing.assert_allclose(evaluate(model, **judged).sums, result.after.sums, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_is_the_run_to_the_bit(full: Settings, tmp_path: Path, dtype: str) -> None:
+    whole = run(full(dtype=dtype, output_dir=str(tmp_path / "whole"), max_steps=6, save_steps=3, eval_steps=2))
+    again = full(
+        dtype=dtype,
+        output_dir=str(tmp_path / "again"),
+        max_steps=6,
+        save_steps=3,
+        eval_steps=2,
+        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"),
+    )
+    resumed = run(again)
+    for name, weight in trained(whole.model).state_dict().items():
+        assert torch.equal(weight, trained(resumed.model).state_dict()[name]), name
+    assert resumed.eval_loss_after == whole.eval_loss_after
+
+
+def test_the_header_says_what_trains(full: Settings) -> None:
+    config = full(max_steps=1)
+    run(config)
+    record = json.loads((Path(config.output_dir) / "run.json").read_text())
+    assert record["settings"]["method"] == "full"
+    assert "weights of it are trained" in record["kernels"]
+    assert "head trained" in record["kernels"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"r": 8, "learning_rate": 1e-4}, "leave out r"),
+        ({"adapter": "somewhere", "learning_rate": 1e-4}, "leave out adapter"),
+        ({}, "needs a --learning-rate of its own"),
+    ],
+)
+def test_settings_that_contradict_it_are_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        TrainConfig(method="full", **changes)
