@@ -14,6 +14,7 @@ NOTHING_DROPPED = dict.fromkeys(MEANINGS, 0)
 HEADER: dict[str, Any] = {
     "settings": {
         "model": "m",
+        "method": "lora",
         "dtype": "auto",
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
