@@ -123,6 +123,9 @@ class LoRAModel(nn.Module):
         for exchange in self._merged:
             exchange.tensor.data = fn(exchange.tensor.data)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for adapter in [] if self._merged else self._adapters.values():
+            for path, layer in adapter.low_rank.items():
+                layer.refresh(self._attached[path])
         return self
 
     def _parts(self) -> Iterator[nn.Module]:

@@ -74,7 +74,32 @@ SLOTS: dict[str, dict[str, Any]] = {
     "dropout": {"lora_dropout": 0.3},
     "gaussian": {"init_lora_weights": "gaussian"},
     "alpha pattern": {"alpha_pattern": {"target": 3}},
+    "dora": {"use_dora": True},
+    "dora, learned scale, dropout": {"use_dora": True, "learn_scaling": True, "lora_dropout": 0.3},
+    "lora bias": {"lora_bias": True},
+    "biases of the adapted": {"bias": "lora_only"},
+    "dora and biases": {"use_dora": True, "bias": "lora_only"},
 }
+
+
+# Pairs without sense: what refuses them, as tests/core shows.
+NO_SENSE = {
+    ("embedding", "lora bias"): "refused: the file of an embedding has no place for it",
+    **{
+        (kind, slot): "refused: there is no bias to train"
+        for kind in ("embedding", "linear without bias")
+        for slot in ("biases of the adapted", "dora and biases")
+    },
+}
+UNMERGEABLE = {("linear without bias", "lora bias"): "refused: there is no bias to merge into"}
+# Where PEFT 0.21.2 is right in general, and fails in this slot: the update of a grouped weight is misshapen.
+PEFT_FAILS = {
+    (kind, slot)
+    for kind in ("conv2d grouped", "conv1d depthwise")
+    for slot, settings in SLOTS.items()
+    if settings.get("use_dora")
+}
+PAIRS = [(kind, slot) for kind in KINDS for slot in SLOTS if (kind.name, slot) not in NO_SENSE]
 
 
 def config(kind: KindCase, slot: str = "plain") -> LoRAConfig:
@@ -93,6 +118,8 @@ def stir(model: LoRAModel, seed: int = 2) -> None:
     for layer in model.lora_layers.values():
         for name, parameter in layer.named_parameters():
             value = torch.randn(parameter.shape, generator=generator) * 0.2
-            parameter.data = (value + 1.5 if name == "scaling" else value).to(parameter.dtype)
+            parameter.data = (value + 1.5 if name in ("scaling", "lora_magnitude_vector") else value).to(
+                parameter.dtype
+            )
         if isinstance(layer, LoRALayer) and layer.kind is EMBEDDING:
             layer.lora_A.data[:, 0] = 0  # the padding id's column starts at zero and has no gradient

@@ -51,13 +51,14 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
     """An update for this layer; `fresh=False` leaves both factors zero and the random state alone, to be filled."""
     in_features, out_features = target.kind.dims(target.layer)
     weight = weight_of(target.layer)
-    return LoRALayer(
+    layer = LoRALayer(
         in_features,
         out_features,
         target.r,
         target.lora_alpha,
         config.learn_scaling,
         lora_dropout=config.lora_dropout,
+        lora_bias=config.lora_bias,
         use_rslora=config.use_rslora,
         init_lora_weights=_random_start(config) if fresh else None,
         kind=target.kind,
@@ -66,6 +67,11 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
         device=weight.device,
         dtype=adapter_dtype(weight.dtype),
     )
+    if config.use_dora:
+        layer.magnify(target.layer)
+    if config.bias != "none":
+        layer.take_bias(target.layer)
+    return layer
 
 
 def _random_start(config: LoRAConfig) -> str:

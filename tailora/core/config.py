@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tailora.errors import ConfigError, listing, nearest
 
@@ -48,6 +48,10 @@ class LoRAConfig(StrictModel):
     layers_to_transform: only layers with these indices (the first number in the path).
     rank_pattern, alpha_pattern: regular expression -> value; matches like `(.*\\.)?KEY$`, the first match wins.
     modules_to_save: modules trained whole beside the low-rank updates, and saved with them.
+    bias: biases of the base to train, in copies of the adapter's own: "none", or those of the adapted layers
+        ("lora_only").
+    lora_bias: a bias beside B.
+    use_dora: every output row of the adapted weight gets a trained norm of its own (DoRA, arXiv:2402.09353).
     learn_scaling: the scale is a trained parameter, one per layer, starting from the value above.
     init_lora_weights: the start of A and B. kaiming, gaussian: random A, zero B. pissa, olora: read off the weights;
         lora_ga, lora_one, eva: off the user's data, by `LoRAModel.start_from_data`. W is never changed.
@@ -62,9 +66,10 @@ class LoRAConfig(StrictModel):
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     modules_to_save: list[str] | None = None
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "lora_only"] = "none"
+    lora_bias: bool = False
     use_rslora: bool = False
-    use_dora: Literal[False] = False
+    use_dora: bool = False
     learn_scaling: bool = False
     init_lora_weights: Start = "kaiming"
 
@@ -84,6 +89,14 @@ class LoRAConfig(StrictModel):
         if wrong := {pattern: value for pattern, value in patterns.items() if not 0 < value < math.inf}:
             raise ValueError(f"values must be above 0; got {wrong}")
         return patterns
+
+    @model_validator(mode="after")
+    def _slots_agree(self) -> Self:
+        if self.use_dora and self.lora_bias:
+            raise ValueError(
+                "lora_bias with use_dora: no tool reads an adapter with both; bias='lora_only' trains biases"
+            )
+        return self
 
     def replaced(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""

@@ -27,6 +27,7 @@ class Kind:
     drops: whether dropout of x has a meaning.    zero: the factor that starts at zero.
     matrix: (layer, its weight) -> W as the equation has it, (groups, out/groups, n): B A, seen as (groups, out/groups,
         r/groups) and (groups, r/groups, n), adds to it. None where a start cannot be read off the weight.
+    columns: whether an output is a column of the stored weight, (in, out), and not its row.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Kind:
     drops: bool = True
     zero: Literal["A", "B"] = "B"
     matrix: Callable[[Any, Tensor], Tensor] | None = None
+    columns: bool = False
 
     def __reduce__(self) -> tuple[Callable[[str], "Kind"], tuple[str]]:  # copies and pickles stay the table's row
         return kind_named, (self.name,)
@@ -142,6 +144,7 @@ CONV1D = Kind(
     _matrix_shapes(_conv1d_dims),
     _linear_update,
     _transposed_factors,
+    columns=True,
     matrix=_transposed_matrix,
 )
 EMBEDDING = Kind(
@@ -153,6 +156,7 @@ EMBEDDING = Kind(
     drops=False,
     zero="A",
     matrix=_transposed_matrix,
+    columns=True,
 )
 CONVOLUTION = Kind("Conv", _conv_dims, _conv_shapes, _conv_update, _conv_factors, matrix=_conv_matrix)
 

@@ -1,14 +1,15 @@
 """What one adapter adds to one layer: s (B A - B0 A0) x, and the other slots of the equation that it fills."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tailora.core import magnitude
 from tailora.core.inits import INITS, standard_normal
-from tailora.core.kinds import LINEAR, Kind, Shape
+from tailora.core.kinds import LINEAR, Kind, Shape, weight_of
 from tailora.errors import ConfigError
 
 FEW = 32  # rows; on a CPU casting both factors costs more than a wider product of up to some 40 rows (measured)
@@ -17,6 +18,10 @@ FEW = 32  # rows; on a CPU casting both factors costs more than a wider product 
 def initial_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """alpha/r (arXiv:2106.09685, sec. 4.1), or alpha/sqrt(r) (rsLoRA, arXiv:2312.03732, thm. 3.2)."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def _times(gain: Tensor | None, B: Tensor) -> Tensor:
+    return B if gain is None else B * gain[:, None]
 
 
 def beside(A: Tensor, other: Tensor, groups: int) -> Tensor:
@@ -35,8 +40,9 @@ class LoRALayer(nn.Module):
 
     Slots, None where they are empty:
     start_A, start_B: frozen copies of where A and B started (`start_from`); the update is s (B A - B0 A0).
-    lora_magnitude_vector: Parameter (out,), m of DoRA.
+    lora_magnitude_vector: Parameter (out,), m of DoRA (`magnify`).
     lora_bias: Parameter (out,) beside B; s times it is added.
+    bias: Parameter (out,), trained in the place of the layer's own (`take_bias`).
 
     lora_alpha=None stands for 2 r, the ratio of `LoRAConfig`'s defaults.
     Raises ConfigError for a rank outside 1..min(in, out).
@@ -50,6 +56,8 @@ class LoRALayer(nn.Module):
     start_B: Tensor | None
     lora_magnitude_vector: nn.Parameter | None
     lora_bias: nn.Parameter | None
+    bias: nn.Parameter | None
+    weight_squares: Tensor | None  # ||W||^2 of every output row (out,), of the layer that was magnified
 
     def __init__(
         self,
@@ -60,6 +68,7 @@ class LoRALayer(nn.Module):
         learn_scaling: bool = False,
         *,
         lora_dropout: float = 0.0,
+        lora_bias: bool = False,
         use_rslora: bool = False,
         init_lora_weights: str | None = "kaiming",
         kind: Kind = LINEAR,
@@ -86,6 +95,11 @@ class LoRALayer(nn.Module):
         self.register_buffer("start_B", None)
         self.register_parameter("lora_magnitude_vector", None)
         self.register_parameter("lora_bias", None)
+        self.register_parameter("bias", None)
+        self.register_buffer("weight_squares", None, persistent=False)
+        self._measured: object = None  # which weight `weight_squares` is of
+        if lora_bias:
+            self.lora_bias = nn.Parameter(torch.zeros(len(self.lora_B), device=device, dtype=dtype))
         scaling = self._scalar(self.configured_scaling)
         self.scaling = nn.Parameter(scaling) if learn_scaling else scaling
         if init_lora_weights is not None:
@@ -112,10 +126,22 @@ class LoRALayer(nn.Module):
         self.lora_B.copy_(B)
         self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
+    def magnify(self, layer: nn.Module) -> None:
+        """DoRA: from here on every output row of the layer's W + s (B A - B0 A0) has the norm m, which starts at
+        ||W|| and is trained (arXiv:2402.09353, eq. 5).
+        """
+        self.weight_squares = magnitude.row_squares(layer, self.kind, self._wide)
+        self.lora_magnitude_vector = nn.Parameter(self.weight_squares.sqrt().to(self.lora_A.dtype))
+
+    def take_bias(self, layer: nn.Module) -> None:
+        """Train a copy of the layer's bias. Nothing where it has none."""
+        if isinstance(bias := getattr(layer, "bias", None), Tensor):
+            self.bias = nn.Parameter(bias.detach().to(self.lora_A, copy=True))
+
     @property
     def is_plain(self) -> bool:
         """The layer becomes W x + s (B A - B0 A0) x + b: what a product of two factors can say (`update_factors`)."""
-        return self.lora_magnitude_vector is None and self.lora_bias is None
+        return self.lora_magnitude_vector is self.lora_bias is self.bias is None
 
     @property
     def has_start(self) -> bool:
@@ -172,9 +198,11 @@ class LoRALayer(nn.Module):
         A, B = self.pair()
         return A, B * (self.scaling * self.strength)
 
-    def forward(self, x: Tensor, layer: nn.Module | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """s (B A - B0 A0) x, (..., out). `layer` is the adapted layer where the kind needs its geometry, `dtype` the
-        result's.
+    def forward(
+        self, x: Tensor, layer: nn.Module | None = None, dtype: torch.dtype | None = None, gain: Tensor | None = None
+    ) -> Tensor:
+        """g s (B A - B0 A0) x, (..., out). `layer` is the adapted layer where the kind needs its geometry, `dtype` the
+        result's, `gain` g (out,), 1 without; the other slots are left out (`change`).
 
         Computes in `dtype`, without a wider copy of x (PEFT #2421); a few rows in evaluation, where decoding one token
         is all overhead, in the factors' own precision, without a copy of those.
@@ -182,14 +210,15 @@ class LoRALayer(nn.Module):
         dtype = dtype or (x.dtype if x.is_floating_point() else self.lora_A.dtype)
         few = x.numel() <= FEW * self.in_features and dtype.is_floating_point
         if few and not self.training and not torch.is_grad_enabled():
-            return self._few_rows(x, layer).to(dtype)
+            return self._few_rows(x, layer, gain).to(dtype)
         if self.kind.drops:
             x = F.dropout(x.to(dtype), self.lora_dropout, self.training)  # drawn anew by each call
         A, B = self.update_factors()
-        return self.kind.update(layer, x, A.to(dtype), B.to(dtype))
+        return self.kind.update(layer, x, A.to(dtype), _times(gain, B).to(dtype))
 
-    def _few_rows(self, x: Tensor, layer: nn.Module | None) -> Tensor:
+    def _few_rows(self, x: Tensor, layer: nn.Module | None, gain: Tensor | None) -> Tensor:
         (A, B), scale = self.pair(), self.scaling * self.strength
+        B = _times(gain, B)
         if not x.is_floating_point():  # ids
             return self.kind.update(layer, x, A, B) * scale
         if x.numel() != self.in_features or A.ndim != 2:
@@ -198,9 +227,61 @@ class LoRALayer(nn.Module):
         return torch.mv(B, hidden).view(*x.shape[:-1], -1)
 
     def change(self, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        """What the adapter adds to the layer's output `base` = W x + b, in its dtype and shape."""
-        update: Tensor = self(x, layer, base.dtype)
-        return update
+        """What the adapter adds to the layer's output `base` = W x + b: (g - 1) W x + g s (B A - B0 A0) x + b' - b.
+
+        In the dtype and shape of `base`. The strength multiplies all of it, so that 0 is off; several adapters add up.
+        """
+        gain = self.gain(layer)
+        change: Tensor = self(x, layer, base.dtype, gain)
+        shift = self.bias_change(layer)
+        if gain is not None:
+            extra = self.strength * (gain - 1)
+            change = torch.addcmul(change, base, self._spread(extra, base.dtype))
+            own = getattr(layer, "bias", None)
+            if own is not None:
+                shift = -extra * own if shift is None else shift - extra * own
+        return change if shift is None else change + self._spread(shift, base.dtype)
+
+    def gain(self, layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor | None:
+        """g = m / ||W + s (B A - B0 A0)||, (out,), or None without DoRA. No gradient flows through the norm (sec. 4.3).
+
+        dtype: of the computation, anew and from the weight; without it float32 at least, from ||W|| as it was kept.
+        """
+        if self.lora_magnitude_vector is None:
+            return None
+        with torch.no_grad():
+            self.refresh(layer)
+            squares = self.weight_squares if dtype is None else magnitude.row_squares(layer, self.kind, dtype)
+            A, B = self.pair()
+            norms = magnitude.row_norms(layer, self.kind, cast(Tensor, squares), A, B * self.scaling)
+        return magnitude.gain(self.lora_magnitude_vector, norms)
+
+    @torch.no_grad()
+    def refresh(self, layer: nn.Module) -> None:
+        """Measure ||W|| again where the weight is another than before, as far as torch tells."""
+        if self.lora_magnitude_vector is None or torch.compiler.is_compiling() or weight_of(layer).is_inference():
+            return
+        weight = weight_of(layer)
+        identity = id(weight), weight._version, weight.dtype, weight.device
+        if self._measured != identity:
+            self.weight_squares = magnitude.row_squares(layer, self.kind, self._wide)
+            self._measured = identity
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.lora_A.dtype, torch.float32)
+
+    def bias_change(self, layer: nn.Module) -> Tensor | None:
+        """What is added to the layer's bias: s lora_bias + (its trained copy - b), (out,); None where nothing is."""
+        change = None if self.lora_bias is None else self.lora_bias * self.scaling
+        if self.bias is not None:
+            moved = self.bias - cast(Tensor, layer.bias)
+            change = moved if change is None else change + moved
+        return None if change is None else change * self.strength
+
+    def _spread(self, vector: Tensor, dtype: torch.dtype) -> Tensor:
+        """(out,) -> (out, 1, ...), one dimension more per dimension of the kernel."""
+        return vector.to(dtype)[(..., *[None] * (self.lora_A.ndim - 2))]
 
     def delta(self, layer: nn.Module | None = None) -> Tensor:
         """s (B A - B0 A0) in the layout of the layer's weight, in the adapter's precision."""
@@ -208,9 +289,10 @@ class LoRALayer(nn.Module):
         product = (left @ right).flatten(0, 1)
         return product.view(-1, *self.lora_A.shape[1:]) if self.lora_A.ndim > 2 else product
 
-    def factors(self, layer: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-        """The two whose product is s (B A - B0 A0) as the layer's weight holds it: (groups, m, r), (groups, r, n)."""
-        return self.kind.factors(layer, *self.update_factors())
+    def factors(self, layer: nn.Module | None = None, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The two whose product is g s (B A - B0 A0) as the layer's weight holds it: (groups, m, r), (groups, r, n)."""
+        A, B = self.update_factors()
+        return self.kind.factors(layer, A, _times(gain, B))
 
     def extra_repr(self) -> str:
         scaling = "learned" if self.learns_scaling else f"{self.scaling.item():g}"

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,26 +51,49 @@ class Exchange:
 def fold(layer: nn.Module, adapters: Sequence[LoRALayer]) -> tuple[Tensor, float]:
     """The layer's weight with the updates in it, summed in at least float32 and rounded once; its rounding error.
 
-    The error is NaN where the weight is not finite.
+    W + sum of t ((g - 1) W + g s (B A - B0 A0)) over the adapters of strength t. The error is NaN where the weight is
+    not finite.
     """
     weight = weight_of(layer)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    lefts, rights = zip(*(adapter.factors(layer) for adapter in adapters), strict=True)
-    left = torch.cat(lefts, dim=2).to(wide)  # (groups, m, ranks)
-    right = torch.cat(rights, dim=1).to(wide)  # (groups, ranks, n)
+    left, right, own = _terms(layer, adapters, wide)
     shape = len(left), left.shape[1], right.shape[2]
     merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
     source, target = weight.reshape(shape), merged.view(shape)
     blocks = list(_blocks(shape, BLOCK if weight.device.type == "cpu" else weight.numel()))
     scratch = torch.empty_like(source[blocks[0]], dtype=wide)
-    errors = []
+    errors, changes = [], []
     for groups, rows in blocks:
         block = source[groups, rows]
-        exact = scratch[: len(block), : block.shape[1]].copy_(block).baddbmm_(left[groups, rows], right[groups])
+        exact = scratch[: len(block), : block.shape[1]].copy_(block)
+        if own is not None:
+            exact.mul_(own if own.shape[1] == 1 else own[groups, rows])
+        exact.baddbmm_(left[groups, rows], right[groups])
+        if own is not None:
+            changes.append(torch.linalg.vector_norm(exact - block))
         rounded = target[groups, rows].copy_(exact)
         errors.append(torch.linalg.vector_norm(exact.sub_(rounded)))
-    error, norm = float(torch.stack(errors).norm()), _norm(left, right)
+    error, norm = (
+        float(torch.stack(errors).norm()),
+        float(torch.stack(changes).norm()) if changes else _norm(left, right),
+    )
     return merged, error / norm if norm > 0 else error
+
+
+def _terms(layer: nn.Module, adapters: Sequence[LoRALayer], wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The merged weight is own * W + left @ right: left (groups, m, r), right (groups, r, n); own spreads over
+    (groups, m, n), and is None where no adapter has a magnitude.
+    """
+    exact = wide if weight_of(layer).device.type == "mps" else torch.float64
+    gains = [adapter.gain(layer, exact) for adapter in adapters]
+    lefts, rights = zip(*(a.factors(layer, gain) for a, gain in zip(adapters, gains, strict=True)), strict=True)
+    left, right = torch.cat([each.to(wide) for each in lefts], 2), torch.cat([each.to(wide) for each in rights], 1)
+    extra = [a.strength * (gain - 1) for a, gain in zip(adapters, gains, strict=True) if gain is not None]
+    if not extra:
+        return left, right, None
+    own = (torch.stack(extra).sum(0) + 1).to(wide)  # (out,)
+    columns = adapters[0].kind.columns
+    return left, right, own[None, None] if columns else own.view(len(left), -1, 1)
 
 
 def _blocks(shape: tuple[int, int, int], numbers: int) -> Iterator[tuple[slice, slice]]:
@@ -96,7 +119,7 @@ def folded(layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]]) -> tuple
 
     Raises MergeError with all layers whose merged weight is not finite or whose class hides what it computes.
     """
-    problems = [f"{path}: {reason}" for path, (layer, _) in layers.items() if (reason := _unmergeable(layer))]
+    problems = [f"{path}: {reason}" for path, each in layers.items() if (reason := _unmergeable(*each))]
     if problems:
         raise MergeError(listing(problems))
     exchanges, errors = [], {}
@@ -105,6 +128,8 @@ def folded(layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]]) -> tuple
         exchanges.append(Exchange(layer, "weight", nn.Parameter(merged, requires_grad=False)))
         if not math.isfinite(errors[path]) and not merged.isfinite().all():
             problems.append(f"{path}: the merged weight is not finite in {merged.dtype}; load the base in float32")
+        if (bias := merged_bias(layer, adapters)) is not None:
+            exchanges.append(Exchange(layer, "bias", nn.Parameter(bias, requires_grad=False)))
     if problems:
         raise MergeError(listing(problems))
     return exchanges, MergeReport(errors)
@@ -150,7 +175,18 @@ def _shared(model: nn.Module, exchanges: Sequence[Exchange]) -> Iterator[str]:
             yield f"{here[0]} = {' = '.join(others)}"
 
 
-def _unmergeable(layer: nn.Module) -> str | None:
+def merged_bias(layer: nn.Module, adapters: Sequence[LoRALayer]) -> Tensor | None:
+    """The layer's bias with what the adapters add to it, rounded once; None where nothing is added."""
+    changes = [change for adapter in adapters if (change := adapter.bias_change(layer)) is not None]
+    if not changes:
+        return None
+    bias = cast(Tensor, layer.bias)
+    return (bias + sum(changes)).to(bias.dtype)
+
+
+def _unmergeable(layer: nn.Module, adapters: Sequence[LoRALayer]) -> str | None:
+    if getattr(layer, "bias", None) is None and any(adapter.lora_bias is not None for adapter in adapters):
+        return "lora_bias needs a bias to merge into, and the layer has none; keep it unmerged"
     if nn.utils.parametrize.is_parametrized(layer):
         return "its weight is computed by a parametrization; remove that first"
     cls = layer.plain if isinstance(layer, Swapped) else type(layer)

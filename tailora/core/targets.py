@@ -9,7 +9,7 @@ import regex
 from torch import nn
 
 from tailora.core.config import LoRAConfig
-from tailora.core.kinds import CONV1D, KINDS, LINEAR, Kind, is_called, kind_of, obstacle
+from tailora.core.kinds import CONV1D, EMBEDDING, KINDS, LINEAR, Kind, is_called, kind_of, obstacle
 from tailora.errors import PatternError, TargetError, listing, nearest
 
 Selector = list[str] | str
@@ -46,6 +46,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     targets = [target_at(path, modules[path], config) for path in paths]
     problems = [*_dead_names(modules, config), *_dead_patterns(config, paths), *_conflicts(modules, config, paths)]
     problems += [problem for target in targets if (problem := _rank_problem(target))]
+    problems += _slot_problems(targets, config)
     if not targets and not problems:
         problems.append(
             f"target_modules={config.target_modules!r} leaves no layer to adapt; kinds here: {_kinds(modules)}"
@@ -197,6 +198,21 @@ def _conflicts(modules: Mapping[str, nn.Module], config: LoRAConfig, paths: list
     return problems + [
         f"{path}: its forward was replaced on the instance; it cannot be trained whole" for path in replaced
     ]
+
+
+def _slot_problems(targets: list[Target], config: LoRAConfig) -> list[str]:
+    """Slots of the equation that the config asks for and the chosen layers do not have."""
+    problems = []
+    if config.lora_bias:
+        names = [target.path for target in targets if target.kind is EMBEDDING]
+        problems += [f"{path}: lora_bias on an Embedding, whose file has no place for it" for path in names]
+    if config.bias == "lora_only" and targets and not any(_has_bias(target.layer) for target in targets):
+        problems.append("bias='lora_only': none of the adapted layers has a bias; take bias='none' or lora_bias=True")
+    return problems
+
+
+def _has_bias(layer: nn.Module) -> bool:
+    return isinstance(getattr(layer, "bias", None), nn.Parameter)
 
 
 def layer_index(path: str) -> int | None:

@@ -16,9 +16,6 @@ from tailora.formats.notes import REFUSALS
 
 # Settings that change what the tensors mean and have no slot here yet: key -> values that change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
@@ -28,7 +25,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "velora_config": (None,),
 }
-SHARED = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora")
+SHARED = (
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"),
+    *("use_rslora", "use_dora", "lora_bias"),
+)
 STARTS = {"gaussian": "gaussian"}  # what else PEFT names has done its work once the tensors exist
 BRACES, NUMBER = re.compile(r"\{[\d\s,]*\}"), re.compile(r"\d+")
 COUNTS = 1000
@@ -52,10 +52,10 @@ def to_peft(config: LoRAConfig, paths: Iterable[str], base_model: nn.Module) -> 
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
         "modules_to_save": config.modules_to_save,
-        "bias": "none",
+        "bias": config.bias,
         "use_rslora": config.use_rslora,
-        "use_dora": False,
-        "lora_bias": False,
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
         "fan_in_fan_out": False,
         "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
     }

@@ -25,7 +25,7 @@ Modules = Mapping[str, nn.Module]
 class Parts:
     """The file's tensors by what they belong to, and all that is wrong so far."""
 
-    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> "A" / "B" -> tensor
+    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> slot -> tensor
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> name in the module -> tensor
     problems: list[str] = field(default_factory=list)
 
@@ -124,8 +124,9 @@ def _missing(parts: Parts, base_model: nn.Module, modules: Modules, config: LoRA
     named = {*chosen_paths(base_model, modules, config), *parts.factors}
     problems = []
     for path in (path for path in modules if path in named):
-        lacking = [factor for factor in "AB" if factor not in parts.factors.get(path, {})]
-        shapes = _needed(path, modules, config, start) if lacking else {}
+        found = parts.factors.get(path, {})
+        shapes = {} if {"A", "B"} <= found.keys() else _needed(path, modules, config, start)
+        lacking = [factor for factor in "AB" if factor not in found]
         problems += [f"missing lora_{factor} of {path} {shapes.get(factor, '')}".rstrip() for factor in lacking]
     whole = saved_modules(modules, config)
     return problems + [f"missing {path}, which modules_to_save names" for path in whole if path not in parts.saved]
@@ -144,7 +145,7 @@ def _low_rank(path: str, modules: Modules, config: LoRAConfig, parts: Parts, sta
     """The layer with the file's factors; None, with the reasons added to the problems, where they do not fit."""
     found = parts.factors[path]
     reason = obstacle(modules[path])
-    if reason or set(found) != {"A", "B"}:
+    if reason or not {"A", "B"} <= found.keys():
         parts.problems += [f"{path}: {reason}"] if reason else []  # a missing factor is told already
         return None
     try:
@@ -152,15 +153,34 @@ def _low_rank(path: str, modules: Modules, config: LoRAConfig, parts: Parts, sta
     except (ConfigError, TargetError) as error:
         parts.problems.append(f"{path}: {error}")
         return None
+    needed = file_shapes(layer, start)
     wrong = [
-        f"misshapen lora_{factor} of {path}: the file has {tuple(found[factor].shape)}, the model needs {shape}"
-        for factor, shape in file_shapes(layer, start).items()
-        if tuple(found[factor].shape) != shape
+        f"misshapen {_said(slot)} of {path}: the file has {tuple(found[slot].shape)}, the model needs {shape}"
+        for slot, shape in needed.items()
+        if slot in found and tuple(found[slot].shape) != shape
     ]
+    wrong += [f"missing {_said(slot)} of {path} {needed[slot]}" for slot in needed.keys() - found.keys()]
+    wrong += [f"unexpected {_said(slot)} of {path}: {_unwanted(slot, layer)}" for slot in found.keys() - needed.keys()]
     parts.problems += wrong
     if not wrong and all(tensor.isfinite().all() for tensor in found.values()):  # what is not is told already
-        fill(layer, found, start)
+        try:
+            fill(layer, found, start)
+        except FormatError as error:
+            parts.problems.append(f"{path}: {error}")
     return layer
+
+
+def _said(slot: str) -> str:
+    return {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector"}.get(slot, slot)
+
+
+def _unwanted(slot: str, layer: LoRALayer) -> str:
+    switches = {
+        "magnitude": "use_dora is off",
+        "lora_bias": "lora_bias is off",
+        "bias": "the layer's bias is not trained",
+    }
+    return f"{switches[slot]} in the settings, or this {layer.kind.name} has no such slot"
 
 
 def _copy(path: str, modules: Modules, parts: Parts) -> nn.Module:

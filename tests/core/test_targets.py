@@ -121,8 +121,9 @@ def test_a_forward_replaced_on_the_instance_is_refused() -> None:
         ({"lora_dropout": 1.0}, "lora_dropout = 1.0"),
         ({"rank_pattern": {"q(": 2}}, "not a regular expression"),
         ({"rank_pattern": {"q": 0}}, "values must be above 0"),
-        ({"use_dora": True}, "use_dora = True"),
-        ({"bias": "all"}, "bias = 'all'"),
+        ({"use_dora": True, "lora_bias": True}, "lora_bias with use_dora"),
+        ({"use_dora": "very"}, "use_dora = 'very'"),
+        ({"bias": "every"}, "bias = 'every'"),
     ],
 )
 def test_a_config_is_checked(settings: dict[str, Any], message: str) -> None:

@@ -95,8 +95,9 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "use_dora = True is not supported"),
-        ({"bias": "all"}, "bias = 'all' is not supported"),
+        ({"use_dora": True}, "use_dora = True here, False there"),
+        ({"bias": "lora_only"}, "bias = 'lora_only' here, 'none' there"),
+        ({"use_qalora": True}, "use_qalora = True is not supported"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
         ({"init_lora_weights": "pissa_niter_4"}, "changed the base's weights"),
         ({"r": 0}, "r = 0"),
