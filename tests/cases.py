@@ -82,6 +82,8 @@ SLOTS: dict[str, dict[str, Any]] = {
 }
 
 
+PRODUCTS = [slot for slot, settings in SLOTS.items() if not {"use_dora", "lora_bias", "bias"} & settings.keys()]
+
 # Pairs without sense: what refuses them, as tests/core shows.
 NO_SENSE = {
     ("embedding", "lora bias"): "refused: the file of an embedding has no place for it",

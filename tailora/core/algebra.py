@@ -165,6 +165,8 @@ def no_sum(layer: LoRALayer) -> str | None:
         return "DoRA's update is not a product of two factors"
     if layer.lora_bias is not None:
         return "it has a bias beside B"
+    if layer.bias is not None:
+        return "it trains the layer's bias"
     if layer.groups * layer.lora_B.shape[1] != layer.r:
         return "A reads the channels of all groups, which no grouped weight can hold; keep this adapter by itself"
     return None

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KINDS, SLOTS, KindCase, config, stir
+from cases import KINDS, PRODUCTS, KindCase, config, stir
 from torch import Tensor
 
 from tailora import LoRAConfig, LoRAModel
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-slots = pytest.mark.parametrize("slot", SLOTS)
+slots = pytest.mark.parametrize("slot", PRODUCTS)  # what is more than a product of two factors is refused
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
