@@ -23,6 +23,9 @@ COMMANDS = {
     "train": "Fine-tune a model on your data.",
     "chat": "Talk to a model, with or without adapters.",
     "generate": "Answer prompts once.",
+    "combine": "Make one adapter out of several.",
+    "shrink": "Make an adapter smaller.",
+    "extract": "Get the adapter between a base and a fully tuned model.",
     "data": "Show what training would learn from a file.",
     "doctor": "Show what this machine can do.",
 }

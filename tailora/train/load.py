@@ -12,7 +12,7 @@ from tailora.data.quiet import quiet
 from tailora.errors import ConfigError
 
 CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 names, and Arm's
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype | str] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "stored": "auto"}
 
 
 def has_bfloat16(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -26,7 +26,7 @@ def has_bfloat16(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> 
 
 
 def load_base(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder, a Hub id, or 'demo'. `dtype`: auto, float32 or bfloat16.
+    """Model and tokenizer of a folder, a Hub id, or 'demo'. `dtype`: auto, float32, bfloat16, or stored (its file's).
 
     Raises ConfigError when they cannot be read; pickled weights are not.
     """

@@ -1,0 +1,158 @@
+"""`tailora combine`, `tailora shrink` and `tailora extract`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import chat_model
+from transformers import LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.cli.main import main
+
+IDS = torch.arange(20).view(2, 10)
+
+
+def base(folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture
+def adapters(tiny_model: Path, tmp_path: Path) -> Path:
+    """A folder with the adapters `one` (rank 4) and `two` (rank 2, other targets)."""
+    configs = {"one": LoRAConfig(r=4), "two": LoRAConfig(r=2, target_modules=["q_proj", "up_proj"])}
+    for seed, (name, config) in enumerate(configs.items()):
+        torch.manual_seed(seed)
+        model = LoRAModel(base(tiny_model), config, adapter_name=name)
+        for parameter in model.lora_layers.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        model.save_adapter(tmp_path, name)
+    return tmp_path
+
+
+def logits(tiny_model: Path, folder: Path) -> torch.Tensor:
+    found: torch.Tensor = LoRAModel.from_pretrained(base(tiny_model), folder)(IDS).logits
+    return found
+
+
+def run(capsys: pytest.CaptureFixture[str], *tokens: object) -> tuple[int, str, str]:
+    code = main([str(token) for token in tokens])
+    return code, *capsys.readouterr()
+
+
+def test_combining_gives_the_adapter_that_python_gives(
+    tiny_model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = adapters / "mix"
+    sources = ["--adapter", adapters / "one", "--adapter", f"b={adapters / 'two'}", "--weight", "one=.7,b=-.3"]
+    code, said, _ = run(capsys, "combine", *sources, "--output-dir", out)  # the base is the one that they name
+    assert code == 0
+    assert "combined one x 0.7, b x -0.3 by cat: 14 layers of rank 4 to 6; nothing is lost" in said
+    assert f"tailora chat --model {tiny_model} --adapter {out}" in said
+    model = LoRAModel.from_pretrained(base(tiny_model), adapters / "one", "one")
+    model.load_adapter(adapters / "two", "b")
+    model.combine({"one": 0.7, "b": -0.3}, "mix")
+    model.set_adapter("mix")
+    torch.testing.assert_close(logits(tiny_model, out), model(IDS).logits, rtol=1e-5, atol=1e-5)
+
+    code, said, _ = run(
+        capsys, "combine", *sources, "--method", "svd", "--r", 2, "--output-dir", adapters / "small", "--json"
+    )
+    assert code == 0
+    found = json.loads(said)
+    assert {each["rank"] for each in found["layers"].values()} == {2}
+    assert 0 < found["worst_error"] < 1
+    assert found["weights"] == {"one": 0.7, "b": -0.3}
+
+
+def test_shrinking_by_rank_and_by_energy(tiny_model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said, _ = run(capsys, "shrink", "--adapter", adapters / "one", "--r", 2, "--output-dir", adapters / "a")
+    assert code == 0
+    assert "14 layers of rank 2; relative error of the updates: " in said
+    code, _, _ = run(capsys, "shrink", "--adapter", adapters / "one", "--energy", 1, "--output-dir", adapters / "b")
+    assert code == 0
+    torch.testing.assert_close(
+        logits(tiny_model, adapters / "b"), logits(tiny_model, adapters / "one"), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_shrinking_within_a_loss_budget(
+    tiny_model: Path, adapters: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = adapters / "small"
+    budget = ["--max-loss-increase", 0.01, "--data", chats]
+    code, said, told = run(capsys, "shrink", "--adapter", adapters / "one", *budget, "--output-dir", out, "--json")
+    assert code == 0
+    found = json.loads(said)
+    assert found["loss_after"] <= found["loss_before"] + 0.01
+    assert sum(each["rank"] for each in found["layers"].values()) < 14 * 4
+    assert told.count("loss ") >= 5
+    assert (out / "adapter_model.safetensors").stat().st_size < (
+        adapters / "one/adapter_model.safetensors"
+    ).stat().st_size
+
+
+def test_extracting_says_what_the_adapter_cannot_hold(
+    tiny_model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = LoRAModel.from_pretrained(base(tiny_model), adapters / "one").merge_and_unload()
+    with torch.no_grad():
+        tuned.model.norm.weight.mul_(1.5)
+    tuned.save_pretrained(adapters / "tuned")
+    (adapters / "tuned" / "tokenizer.json").write_bytes((tiny_model / "tokenizer.json").read_bytes())
+    (adapters / "tuned" / "tokenizer_config.json").write_bytes((tiny_model / "tokenizer_config.json").read_bytes())
+    both = ["--model", tiny_model, "--tuned", adapters / "tuned"]
+    code, said, _ = run(capsys, "extract", *both, "--r", 4, "--output-dir", adapters / "found")
+    assert code == 0
+    assert "14 layers of rank 4; " in said
+    assert "NOT in the adapter: 1 tensors that differ" in said
+    assert "model.norm.weight: changed by up to 50.00%" in said
+    torch.testing.assert_close(
+        logits(tiny_model, adapters / "found"), logits(tiny_model, adapters / "one"), rtol=1e-4, atol=1e-4
+    )
+    whole = ["--modules-to-save", "norm", "--energy", 0.9999, "--output-dir", adapters / "all", "--json"]
+    code, said, _ = run(capsys, "extract", *both, *whole)
+    assert code == 0
+    assert json.loads(said)["left_over"] == {}
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "no way": (["shrink", "--adapter", "ONE"], "give one way to choose the ranks"),
+    "two ways": (["shrink", "--adapter", "ONE", "--r", "2", "--energy", ".9"], "give one way"),
+    "energy": (["shrink", "--adapter", "ONE", "--energy", "2"], "energy = 2.0"),
+    "half a budget": (["shrink", "--adapter", "ONE", "--data", "demo"], "go together"),
+    "no folder": (["shrink", "--adapter", "absent", "--r", "2"], "absent is not a folder"),
+    "not an adapter": (["shrink", "--adapter", "BASE", "--r", "2"], "adapter_config.json"),
+    "unknown weight": (["combine", "--adapter", "ONE", "--weight", "on=1"], "there are: one; did you mean one"),
+    "weight": (["combine", "--adapter", "ONE", "--weight", "one=much"], "'much' is not a number"),
+    "nan": (["combine", "--adapter", "ONE", "--weight", "one=nan"], "take a finite number"),
+    "method": (["combine", "--adapter", "ONE", "--method", "mean"], "mean"),
+    "useless": (["combine", "--adapter", "ONE", "--density", ".5"], "means nothing to method 'cat'"),
+    "result's name": (["combine", "--adapter", "default=ONE"], "'default' is the new adapter's name"),
+    "no adapter": (["combine"], "--adapter"),
+    "taken folder": (["combine", "--adapter", "ONE", "--output-dir", "ONE"], "holds something already"),
+    "same": (["extract", "--model", "BASE", "--tuned", "BASE", "--r", "2"], "no selected layer differs"),
+    "shapes": (["extract", "--model", "BASE", "--tuned", "OTHER", "--r", "2"], "misshapen model.layers.0.mlp.up_proj"),
+}
+
+
+@pytest.mark.parametrize(("tokens", "hint"), BAD.values(), ids=BAD)
+def test_mistakes_exit_with_2_and_write_nothing(
+    tokens: list[str], hint: str, tiny_model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "OTHER" in tokens:
+        chat_model(intermediate_size=48).save_pretrained(adapters / "other")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (adapters / "other" / name).write_bytes((tiny_model / name).read_bytes())
+    places: dict[str, Any] = {"ONE": adapters / "one", "BASE": tiny_model, "OTHER": adapters / "other"}
+    for name, place in places.items():
+        tokens = [token.replace(name, str(place)) for token in tokens]
+    out = [] if "--output-dir" in tokens else ["--output-dir", adapters / "out"]
+    code, said, told = run(capsys, *tokens, *out)
+    assert code == 2, told
+    assert hint in told
+    assert not said
+    assert "Traceback" not in told
+    assert not (adapters / "out").exists()
