@@ -33,6 +33,9 @@ class TrainConfig(StrictModel):
     alpha_pattern: dict[str, float] = Field({}, description="pattern -> alpha")
     modules_to_save: list[str] | None = Field(None, description="modules trained whole")
     use_rslora: bool = Field(False, description="scale alpha/sqrt(r)")
+    use_dora: bool = Field(False, description="train the norm of every output row (DoRA)")
+    lora_bias: bool = Field(False, description="a bias beside B")
+    bias: Literal["none", "lora_only"] = Field("none", description="biases of the base to train")
     learn_scaling: bool = Field(False, description="train the scale of every layer")
     init_lora_weights: Literal["kaiming", "gaussian", "pissa", "olora"] = Field("kaiming", description="start of A, B")
     # data

@@ -61,7 +61,7 @@ def test_merged_rows_have_the_magnitude_as_their_norm(dtype: torch.dtype) -> Non
 
 
 def test_the_norm_comes_from_the_low_rank_terms() -> None:
-    """||W||^2 + 2 <W A^T, s B> + <s B (A A^T), s B> by rows is ||W + s B A||^2, in float32 to 1e-6 on a 16-bit weight."""
+    """||W||^2 + 2 <W A^T, s B> + <s B (A A^T), s B> by rows is ||W + s B A||^2: to 1e-6 on a 16-bit weight."""
     torch.manual_seed(0)
     layer = nn.Linear(3000, 500, dtype=torch.bfloat16)
     model = LoRAModel(nn.Sequential(layer), LoRAConfig(r=8, use_dora=True))
@@ -88,7 +88,7 @@ def test_a_row_of_zeros_has_no_direction_and_breaks_nothing() -> None:
 
 def test_the_strength_dial_and_a_second_adapter_scale_and_add_what_the_weight_changes_by() -> None:
     """W + t (W' - W): off at 0, as trained at 1; several adapters add their changes, merged or not."""
-    model, base, adapter = stirred()
+    model, base, _ = stirred()
     x, plain = torch.randn(5, 24, dtype=torch.float64), base.weight @ torch.eye(24, dtype=torch.float64)
     model.add_adapter("other", LoRAConfig(r=2, use_dora=True))
     other = model._adapters["other"].low_rank["0"]
