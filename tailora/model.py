@@ -19,8 +19,11 @@ from tailora.core import shrink as shrinking
 from tailora.core.adapter import Adapter, check_compatible, create, parts_by_path, register
 from tailora.core.attach import Adapted, Substituted, Swapped, attach, become, detach, encoders_around, fast_path_mixin
 from tailora.core.config import LoRAConfig
+from tailora.core.data_starts import Loss, passes, started
 from tailora.core.extract import Extraction, extract
 from tailora.core.merge import Exchange, MergeReport, folded, moved_in, settle_ties
+from tailora.core.modes import evaluating
+from tailora.core.starts import DATA_STARTS
 from tailora.core.summary import Summary, summarise
 from tailora.core.targets import default_config, select
 from tailora.errors import AdapterError, ConfigError, FormatError, MergeError, TargetError, nearest
@@ -95,6 +98,7 @@ class LoRAModel(nn.Module):
         self._registers: dict[str, nn.ModuleDict] = {}  # name -> what lora_layers is while it alone is active
         self._merged: list[Exchange] = []  # what puts the weights before a merge back
         self._retie = False
+        self._waiting = ""  # why the active adapters cannot be trained yet
         self._trained_before = {name: p.requires_grad for name, p in _all_parameters(base_model)}
         self._check_new(name)
         base_model.requires_grad_(False)
@@ -104,6 +108,8 @@ class LoRAModel(nn.Module):
     # ---- calling
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._waiting and self.training:
+            raise AdapterError(self._waiting)
         return self.base_model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -166,11 +172,40 @@ class LoRAModel(nn.Module):
         """
         adapter = self._find(name)
         self._check_unmerged("save an adapter")
+        if adapter.waits:
+            raise AdapterError(_waiting(name, adapter))
         if name in (".", "..") or Path(name).name != name:
             raise FormatError(f"adapter name {name!r} cannot name a folder; add it under a plain name")
         target = Path(folder) if name == "default" else Path(folder) / name
         write_adapter(target, adapter, self.base_model)
         return target
+
+    def start_from_data(
+        self, batches: Iterable[Any], loss: Loss | None = None, *, name: str = "default", rho: float = 2.0
+    ) -> None:
+        """Start an adapter of init_lora_weights "lora_ga", "lora_one" or "eva" from a few batches of your data.
+
+        batches: tensors or mappings of the model's arguments, or anything that `loss` takes; all are held in memory.
+        loss: (model, batch) -> one number; without it, the `.loss` of the model's output. EVA needs none.
+        rho: EVA gives a layer up to rho times its rank, as many ranks in all, written as `rank_pattern`.
+
+        Costs 4 forwards and backwards of every batch (EVA: 3 forwards), in evaluation mode and with no adapter active,
+        and the memory of training at rank 2r + 16: full gradients are never held. Call it before making the optimizer.
+        Raises AdapterError for another start, DataError where the batches give no loss or do not reach a layer.
+        """
+        adapter = self._find(name)
+        self._check_unmerged("start from data")
+        if adapter.config.init_lora_weights not in DATA_STARTS:
+            raise AdapterError(
+                f"{name!r} starts from {adapter.config.init_lora_weights!r}, which needs no data; "
+                f"those that do: {', '.join(DATA_STARTS)}"
+            )
+        run = passes(self, batches, loss, adapter.config)
+        with self.disable_adapter(), evaluating(self):
+            fresh = started(adapter, self.base_model, run, rho)
+        self._adapters[name] = fresh
+        self._registers[name] = register(parts_by_path([fresh]))
+        self.set_adapter(self._active)
 
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter. If it was active, the others that were stay so."""
@@ -194,6 +229,7 @@ class LoRAModel(nn.Module):
         for path, chosen in parts.items():
             attach(self._attached[path], chosen)
         self._active = names
+        self._waiting = next((_waiting(each, adapter) for each, adapter in active.items() if adapter.waits), "")
         self.lora_layers = self._registers[names[0]] if len(names) == 1 else register(parts)
         if any(part.training != self.training for each in parts.values() for part in each):
             self.lora_layers.train(self.training)
@@ -408,6 +444,11 @@ class LoRAModel(nn.Module):
     def summary(self) -> Summary:
         """Path, kind, shape, r, alpha and parameters of what the active adapters adapt."""
         return summarise(self.base_model, [self._adapters[name] for name in self._active])
+
+
+def _waiting(name: str, adapter: Adapter) -> str:
+    start = adapter.config.init_lora_weights
+    return f"adapter {name!r} starts from data (init_lora_weights={start!r}): start_from_data(batches) first"
 
 
 def _refuse_adapted(base_model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from tailora.core.config import LoRAConfig
 from tailora.core.inits import INITS
 from tailora.core.kinds import weight_of
 from tailora.core.layer import LoRALayer
-from tailora.core.starts import FROM_WEIGHT, check_fits, start_at_weight
+from tailora.core.starts import DATA_STARTS, FROM_WEIGHT, check_fits, start_at_weight
 from tailora.core.targets import Selection, Target
 from tailora.errors import AdapterError, listing
 
@@ -22,6 +22,7 @@ class Adapter:
     config: LoRAConfig
     low_rank: dict[str, LoRALayer]
     saved: dict[str, nn.Module] = field(default_factory=dict)  # trained copies, by path (modules_to_save)
+    waits: bool = False  # for data to start from
 
     @property
     def has_start(self) -> bool:
@@ -44,7 +45,8 @@ def create(selection: Selection, config: LoRAConfig) -> Adapter:
     if name in FROM_WEIGHT:
         for target in selection.targets:
             start_at_weight(low_rank[target.path], target, name)
-    return Adapter(config, low_rank, {path: trained_copy(module) for path, module in selection.to_save.items()})
+    saved = {path: trained_copy(module) for path, module in selection.to_save.items()}
+    return Adapter(config, low_rank, saved, waits=name in DATA_STARTS)
 
 
 def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) -> LoRALayer:

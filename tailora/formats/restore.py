@@ -216,4 +216,6 @@ def _learn_again(stored: StoredAdapter, layers: Mapping[str, LoRALayer]) -> None
         layer = layers[path]
         scale = value or layer.configured_scaling  # a scale of 0 has erased B: start again
         layer.lora_B.data.mul_(layer.configured_scaling / scale)
+        if layer.start_B is not None:
+            layer.start_B.mul_(layer.configured_scaling / scale)
         layer.scaling = nn.Parameter(torch.full_like(layer.scaling, scale))

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tailora.core.modes import evaluating
 from tailora.data.shapes import Sample
 from tailora.measure.decoding import request, room
 from tailora.measure.prompts import prompt_of
-from tailora.train.evaluate import evaluating
 from tailora.train.subject import Subject
 
 

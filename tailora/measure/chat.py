@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
+from tailora.core.modes import evaluating
 from tailora.data.shapes import Messages
 from tailora.measure.decoding import request
 from tailora.measure.prompts import chat_ids
-from tailora.train.evaluate import evaluating
 from tailora.train.rng import seeded
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.train.evaluate import evaluating
+from tailora.core.modes import evaluating
 from tailora.train.loss import Rows, token_losses
 from tailora.train.steps import MicroBatch
 

@@ -1,14 +1,14 @@
 """Held-out loss, per example, in batches that never need more memory than training did."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
+from tailora.core.modes import evaluating
 from tailora.data.store import Examples
 from tailora.fast.attention import packed_rows
 from tailora.train.loss import Rows, token_losses
@@ -63,15 +63,3 @@ def budgeted(lengths: npt.NDArray[np.int64], token_budget: int, packed: bool) ->
         tokens += width
     if batch:
         yield np.array(batch)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -12,11 +12,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tailora.core.attach import Adapted
 from tailora.core.layer import LoRALayer
+from tailora.core.modes import evaluating
 from tailora.data.store import Example
 from tailora.errors import ConfigError
 from tailora.fast.attention import SHORT, packed_rows
 from tailora.fast.llama import eligible, fast_layers, obstacle_to_layers
-from tailora.train.evaluate import evaluating
 from tailora.train.loss import Rows, token_losses
 from tailora.train.packing import probes
 from tailora.train.subject import Subject, trained

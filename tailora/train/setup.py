@@ -13,13 +13,13 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tailora.core.modes import evaluating
 from tailora.data.store import IGNORED, Example
 from tailora.errors import ConfigError, listing, nearest
 from tailora.fast.attention import packed_rows
 from tailora.fast.forms import choose_form, own_form
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.evaluate import evaluating
 from tailora.train.feed import Feed, feed
 from tailora.train.full import FullModel
 from tailora.train.kernels import Kernels, choose_kernels, running

@@ -1,16 +1,20 @@
 """Starts over every kind: where they hold they compute the base, and where they do not they say why."""
 
 import copy
+import warnings
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from cases import KINDS, KindCase
-from torch import nn
+from tiny import chat_model
+from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRALayer, LoRAModel
 from tailora.core.spectra import EXACT, leading
-from tailora.errors import TargetError
+from tailora.errors import AdapterError, ConfigError, DataError, TargetError
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
@@ -95,3 +99,165 @@ def test_a_weight_that_is_zero_starts_at_zero() -> None:
     layer = LoRAModel(nn.Sequential(base), LoRAConfig(r=4, init_lora_weights="pissa")).lora_layers["0"]
     assert isinstance(layer, LoRALayer)
     assert not layer.lora_B.any()
+
+
+def square(model: Any, batch: Tensor) -> Tensor:
+    return (model(batch) - 1).square().sum()
+
+
+def from_data(kind: KindCase, name: str) -> LoRAModel:
+    model = LoRAModel(kind.net(), config(kind, name, r={8: 4, 6: 6}.get(kind.r, 2)))
+    model.start_from_data([kind.batch(seed=seed) for seed in range(5)], square)
+    return model
+
+
+FITS = [kind for kind in KINDS if kind.name != "conv1d depthwise"]  # one direction per group
+
+
+@pytest.mark.parametrize("kind", FITS, ids=lambda kind: kind.name)
+def test_lora_ga_takes_the_directions_of_the_whole_gradient(kind: KindCase) -> None:
+    """Against autograd's own gradient of the weight, group by group."""
+    model = from_data(kind, "lora_ga")
+    (layer,) = model.lora_layers.values()
+    plain = kind.net()
+    sum(square(plain, kind.batch(seed=seed)) for seed in range(5)).backward()
+    weight = plain.block["target"].weight
+    G = layer.kind.matrix(plain.block["target"], weight.grad)
+    groups, each = len(G), layer.r // len(G)
+    U, _, V = torch.linalg.svd(G, full_matrices=False)
+    A, B = layer.start_A.reshape(groups, each, -1), layer.start_B.reshape(groups, -1, each)
+    size = G.shape[1] ** 0.25 / 4
+    seen = [(V[:, :each] @ A.mT / size, each), (U[:, :, each : 2 * each].mT @ B / size, each)]
+    for overlap, rank in seen:  # orthogonal where they span the same space
+        torch.testing.assert_close(overlap @ overlap.mT, torch.eye(rank).expand(groups, -1, -1), rtol=1e-3, atol=1e-3)
+    assert torch.equal(model(kind.batch()), kind.net()(kind.batch()))
+
+
+@pytest.mark.parametrize("kind", FITS, ids=lambda kind: kind.name)
+def test_lora_one_lowers_the_loss_before_any_step(kind: KindCase) -> None:
+    model = from_data(kind, "lora_one")
+    batches = [kind.batch(seed=seed) for seed in range(5)]
+    after, before = (sum(square(each, batch).item() for batch in batches) for each in (model, kind.net()))
+    assert after < before
+
+
+WHOLE = [kind for kind in KINDS if kind.shape and kind.name not in ("conv1d depthwise", "conv2d grouped")]
+
+
+@pytest.mark.parametrize("kind", WHOLE, ids=lambda kind: kind.name)
+def test_eva_explains_as_much_of_the_inputs_as_their_principal_components(kind: KindCase) -> None:
+    model = from_data(kind, "eva")
+    (layer,) = model.lora_layers.values()
+    base = model.base_model.block["target"]
+    identity = torch.eye(layer.in_features).reshape(-1, *layer.lora_A.shape[1:])
+    rows = []
+    for seed in range(5):
+        x = kind.batch(seed=seed)
+        patches = layer.kind.update(base, x, identity, torch.eye(layer.in_features)) if x.ndim == len(kind.shape) else x
+        channels = -1 if layer.lora_A.ndim == 2 else 1
+        rows.append(patches.movedim(channels, -1).reshape(-1, layer.in_features))
+    x = torch.cat(rows)
+    S = torch.linalg.svdvals(x - x.mean(0))
+    A = layer.lora_A.detach().flatten(1)
+    torch.testing.assert_close(A @ A.T, torch.eye(len(A)), rtol=1e-4, atol=1e-4)
+    explained = ((x - x.mean(0)) @ A.T).square().sum()
+    torch.testing.assert_close(explained, S[: len(A)].square().sum(), rtol=1e-4, atol=1e-4)
+
+
+def batches() -> list[dict[str, Tensor]]:
+    torch.manual_seed(3)
+    ids = [torch.randint(0, 300, (2, 12)) for _ in range(5)]
+    return [{"input_ids": each, "labels": each} for each in ids]
+
+
+def language_model(name: str, **changes: Any) -> LoRAModel:
+    model = LoRAModel(chat_model(), LoRAConfig(**{"r": 4, "init_lora_weights": name, **changes}))
+    if name in ("lora_ga", "lora_one", "eva"):
+        model.start_from_data(batches())
+    return model
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "lora_ga", "lora_one", "eva"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}, {"learn_scaling": True}], ids=str
+)
+def test_peft_loads_a_started_adapter_on_the_unmodified_base_and_it_comes_back(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    model, ids = language_model(name, **changes), batches()[0]["input_ids"]
+    for parameter in model.lora_layers.parameters():  # on from the start, as training goes
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    model.eval().save_adapter(tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(chat_model(), str(tmp_path / "ours")).eval()
+        theirs.save_pretrained(str(tmp_path / "theirs"))
+    assert (model(ids).logits - chat_model().eval()(ids).logits).abs().max() > 0.01
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=2e-5, atol=2e-5)
+    for folder in ("ours", "theirs"):
+        back = LoRAModel.from_pretrained(chat_model(), tmp_path / folder).eval()
+        torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=2e-5, atol=2e-5)
+    again = LoRAModel.from_pretrained(chat_model(), tmp_path / "ours")
+    assert again.adapters == model.adapters
+    if not changes.get("learn_scaling"):
+        assert again.lora_layers.state_dict().keys() == model.lora_layers.state_dict().keys()
+        for key, value in again.lora_layers.state_dict().items():
+            assert torch.equal(value, model.lora_layers.state_dict()[key])
+
+
+def test_an_adapter_that_waits_for_data_says_so_and_computes_the_base_until_then(tmp_path: Path) -> None:
+    model, batch = LoRAModel(chat_model(), LoRAConfig(r=4, init_lora_weights="lora_ga")), batches()[0]
+    with pytest.raises(AdapterError, match=r"start_from_data\(batches\) first"):
+        model.train()(**batch)
+    with pytest.raises(AdapterError, match="start_from_data"):
+        model.save_adapter(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    assert torch.equal(model.eval()(**batch).logits, chat_model().eval()(**batch).logits)
+    with model.disable_adapter():
+        model.train()(**batch)
+    model.start_from_data(batches())
+    model.train()(**batch).loss.backward()
+    assert all(layer.lora_A.grad is not None for layer in model.lora_layers.values())
+
+
+def test_what_data_cannot_start_is_refused_and_nothing_changes() -> None:
+    model = language_model("kaiming")
+    with pytest.raises(AdapterError, match="needs no data"):
+        model.start_from_data(batches())
+    model = LoRAModel(chat_model(), LoRAConfig(r=4, init_lora_weights="lora_one")).train()
+    before = copy.deepcopy(model.lora_layers.state_dict())
+    unlabelled = [{"input_ids": batch["input_ids"]} for batch in batches()]
+    for given, error, words in (
+        ([], DataError, "no batch"),
+        (unlabelled, DataError, "returned no loss"),
+        ([("ids", "labels")], DataError, "is a tuple"),
+    ):
+        with pytest.raises(error, match=words):
+            model.start_from_data(given)
+    with pytest.raises(DataError, match="not finite"):
+        model.start_from_data(batches(), lambda model, batch: model(**batch).loss * float("nan"))
+    with pytest.raises(DataError, match="these batches say nothing"):
+        model.start_from_data(batches(), lambda model, batch: model(**batch).loss * 0)
+    with pytest.raises(ConfigError, match="rho"):
+        model.start_from_data(batches(), rho=0.5)
+    assert model.training
+    assert model.active_adapters == ("default",)
+    assert all(torch.equal(value, before[key]) for key, value in model.lora_layers.state_dict().items())
+
+
+def test_a_start_from_data_is_the_same_every_time_and_leaves_no_gradient() -> None:
+    one, two = language_model("lora_ga"), language_model("lora_ga")
+    assert all(torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items())
+    assert all(parameter.grad is None for parameter in one.parameters())
+    assert all(parameter.requires_grad for parameter in one.lora_layers.parameters())
+
+
+def test_eva_keeps_the_number_of_ranks_and_a_rho_of_one_moves_none() -> None:
+    model = language_model("eva")
+    ranks = [layer.r for layer in model.lora_layers.values()]
+    assert sum(ranks) == 4 * len(ranks)
+    assert len(set(ranks)) > 1
+    assert all(layer.scaling.item() == 8 for layer in model.lora_layers.values())
+    still = LoRAModel(chat_model(), LoRAConfig(r=4, init_lora_weights="eva"))
+    still.start_from_data(batches(), rho=1)
+    assert still.adapters["default"].rank_pattern == {}
