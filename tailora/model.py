@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
@@ -27,8 +27,12 @@ from tailora.core.starts import DATA_STARTS
 from tailora.core.summary import Summary, summarise
 from tailora.core.targets import default_config, select
 from tailora.errors import AdapterError, ConfigError, FormatError, MergeError, TargetError, nearest
-from tailora.formats.peft import read_adapter, write_adapter
+from tailora.formats.peft import write_adapter
+from tailora.formats.recognise import read_any
 from tailora.formats.restore import restore
+
+if TYPE_CHECKING:
+    from tailora.formats.export import Exported
 
 
 class LoRAModel(nn.Module):
@@ -61,7 +65,7 @@ class LoRAModel(nn.Module):
     ) -> Self:
         """The base with the adapter of `folder` active. Raises as `load_adapter`."""
         _refuse_adapted(base_model)
-        adapter = restore(read_adapter(Path(folder)), base_model, allow_base_mismatch=allow_base_mismatch)
+        adapter = restore(read_any(Path(folder), base_model), base_model, allow_base_mismatch=allow_base_mismatch)
         return cls._around(base_model, adapter_name, adapter)
 
     @classmethod
@@ -155,14 +159,14 @@ class LoRAModel(nn.Module):
         self._install(name, create(select(self.base_model, config), config))
 
     def load_adapter(self, folder: str | Path, name: str = "default", *, allow_base_mismatch: bool = False) -> None:
-        """Read an adapter folder of tailora or PEFT; the active adapters stay active.
+        """Read an adapter of tailora, PEFT, mlx-lm, Kohya's tools or diffusers; the active adapters stay active.
 
         Everything is checked before the model changes. Raises FormatError with all missing, unexpected, misshapen
         and non-finite tensors, BaseMismatchError when it was made for another base, AdapterError for a taken name.
         """
         self._check_new(name)
         self._check_unmerged("load an adapter")
-        stored = read_adapter(Path(folder))
+        stored = read_any(Path(folder), self.base_model)
         self._install(name, restore(stored, self.base_model, allow_base_mismatch=allow_base_mismatch))
 
     def save_adapter(self, folder: str | Path, name: str = "default") -> Path:
@@ -206,6 +210,19 @@ class LoRAModel(nn.Module):
         self._adapters[name] = fresh
         self._registers[name] = register(parts_by_path([fresh]))
         self.set_adapter(self._active)
+
+    def export(self, folder: str | Path, to: str, name: str = "default", *, tokenizer: Any = None) -> "Exported":
+        """Write an adapter for others into a new folder: "peft", "portable", "gguf", "mlx" or "merged".
+
+        What was written is read back, and its logits are compared with this model's; where they differ nothing is
+        left. `tokenizer` goes with a merged model. Raises as `formats.export.export`.
+        """
+        from tailora.formats.export import export  # with the formats that only this needs
+        from tailora.formats.plain import Source
+
+        adapter = self._find(name)
+        self._check_unmerged("export an adapter")
+        return export(Source(adapter, self.base_model, tokenizer), Path(folder), to)
 
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter. If it was active, the others that were stay so."""

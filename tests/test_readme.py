@@ -1,14 +1,19 @@
 """What README.md shows is what there is."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import chat_model
+from cases import stir
+from safetensors.torch import load_file
+from tiny import chat_model, chat_tokenizer
 from transformers import LlamaForCausalLM
 
-from tailora.cli.main import COMMANDS
+from tailora import LoRAConfig, LoRAModel
+from tailora.cli.main import COMMANDS, main
+from tailora.formats.export import FORMATS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -32,6 +37,24 @@ def test_the_eight_lines_run_and_what_they_leave_is_loaded_and_merged(
     exec(later, {**names, "base_model": chat_model()})
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "my-model")
     torch.testing.assert_close(merged(ids).logits, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_the_exports_run_from_first_to_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (section,) = re.findall(r"## Take it anywhere\n```sh\n(.*?)```", README, re.DOTALL)
+    chat_model().save_pretrained("base")
+    chat_tokenizer(["hello"]).save_pretrained("base")
+    model = LoRAModel(LlamaForCausalLM.from_pretrained("base"), LoRAConfig(r=4))
+    stir(model)
+    model.save_adapter("outputs/demo/adapter")
+    commands = [shlex.split(line, comments=True) for line in section.splitlines()]
+    assert {command[command.index("--to") + 1] for command in commands} == set(FORMATS)
+    for program, *tokens in commands:
+        assert program == "tailora"
+        assert main(tokens) == 0
+    with_peft = load_file("demo-peft/adapter_model.safetensors")
+    for key, tensor in load_file("demo-portable/adapter_model.safetensors").items():
+        torch.testing.assert_close(with_peft[key], tensor[: len(with_peft[key]), : with_peft[key].shape[1]])
 
 
 def test_the_figures_are_the_script_s() -> None:

@@ -53,6 +53,8 @@ def replace_folder(path: Path) -> Iterator[Path]:
             yield fresh
             fresh.chmod(0o777 & ~_umask())
             for file in fresh.rglob("*"):
+                if file.is_file():  # safetensors' own are for their owner alone
+                    file.chmod(0o666 & ~_umask())
                 _sync(file)
             _sync(fresh)
             _swap(fresh, target)

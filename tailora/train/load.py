@@ -12,7 +12,12 @@ from tailora.data.quiet import quiet
 from tailora.errors import ConfigError
 
 CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 names, and Arm's
-DTYPES: dict[str, torch.dtype | str] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "stored": "auto"}
+DTYPES: dict[str, torch.dtype | str] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "stored": "auto",  # what transformers calls it
+}
 
 
 def has_bfloat16(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -26,7 +31,9 @@ def has_bfloat16(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> 
 
 
 def load_base(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder, a Hub id, or 'demo'. `dtype`: auto, float32, bfloat16, or stored (its file's).
+    """Model and tokenizer of a folder, a Hub id, or 'demo'.
+
+    `dtype`: float32, bfloat16, float16, as the weights are "stored", or "auto", what this machine is good at.
 
     Raises ConfigError when they cannot be read; pickled weights are not.
     """

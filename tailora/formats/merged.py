@@ -1,0 +1,113 @@
+"""A merged model as a Hugging Face folder: config, generation config, safetensors, tokenizer, chat template.
+
+The base stays as it is. Merged weights go to a file as they are computed, and transformers reads them from there, so
+that a second copy of the model is never in memory.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tailora.core.merge import Exchange, folded, moved_in, settle_ties
+from tailora.errors import FormatError, MergeError
+from tailora.formats.plain import Source, refuse
+
+SHARD = "2GB"  # of a file
+SPILL = ".merged"
+KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+def problems(source: Source) -> list[str]:
+    base: Any = source.base_model
+    found = []
+    if not hasattr(base, "save_pretrained"):
+        found.append(f"a {type(base).__name__} is no transformers model; merge_and_unload() it and save its state dict")
+    if getattr(base, "hf_quantizer", None) is not None:
+        found.append("the base is quantised; load it in full precision, and merge into that")
+    return found
+
+
+def write(folder: Path, source: Source) -> list[str]:
+    """Fill `folder`; returns what differs from the base with the adapter beside it, in words. Raises FormatError."""
+    base: Any = source.base_model
+    spill = folder / SPILL
+    exchanges, worst = _merged(source, spill)
+    untied = settle_ties(base, exchanges, untie_weights=True)
+    names = {id(module): f"{path}." if path else "" for path, module in base.named_modules()}
+    state = base.state_dict() | {f"{names[id(each.module)]}{each.name}": each.tensor.data for each in exchanges}
+    with _tie_setting(base, untied):
+        base.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+    del exchanges, state
+    spill.unlink(missing_ok=True)
+    notes = [f"rounding to {_named(base.dtype)} changes the update by at most {worst:.2g} of its size in a layer"]
+    if source.tokenizer is None:
+        notes.append("no tokenizer was given, so none is in the folder")
+    else:
+        source.tokenizer.save_pretrained(folder)
+    return notes + (["tied weights are untied: tie_word_embeddings is false"] if untied else [])
+
+
+def _merged(source: Source, spill: Path) -> tuple[list[Exchange], float]:
+    """What takes the place of the base's tensors, on the disk; and the worst rounding error."""
+    found, worst, problems = [], 0.0, []
+    for path, layer in source.adapter.low_rank.items():
+        try:
+            exchanges, report = folded({path: (source.base_model.get_submodule(path), (layer,))})
+        except MergeError as error:
+            problems.append(str(error))
+            continue
+        found += [Exchange(each.module, each.name, _spilled(each.tensor, spill)) for each in exchanges]
+        worst = max(worst, report.worst)
+    refuse("merging", problems)
+    for path, trained in source.adapter.saved.items():
+        found += moved_in(source.base_model.get_submodule(path), trained)
+    return found, worst
+
+
+def _spilled(tensor: Tensor, file: Path) -> Tensor:
+    """The same numbers at the end of `file`, in pages that the system drops from memory when it needs room."""
+    raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    start = file.stat().st_size if file.exists() else 0
+    with file.open("ab") as out:
+        out.write(raw.numpy().data)
+    mapped = torch.from_numpy(np.memmap(file, np.uint8, "c", start, raw.shape))
+    return nn.Parameter(mapped.view(tensor.dtype).view(tensor.shape), requires_grad=False)
+
+
+@contextmanager
+def _tie_setting(base: Any, untied: bool) -> Iterator[None]:
+    """What the saved config says of tied weights; the model's own is put back."""
+    own = getattr(base.config, "tie_word_embeddings", False)
+    if untied:
+        base.config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        if untied:
+            base.config.tie_word_embeddings = own
+
+
+def load(folder: Path, source: Source) -> nn.Module:
+    """The folder as transformers loads it. Raises FormatError where weights or the chat template are missing."""
+    from transformers import AutoTokenizer
+
+    base: Any = source.base_model
+    settings = {"dtype": base.dtype, "attn_implementation": base.config._attn_implementation}
+    model, report = type(base).from_pretrained(folder, output_loading_info=True, use_safetensors=True, **settings)
+    wrong = [f"{kind}: {', '.join(sorted(report[kind])[:3])}" for kind in KEYS if report[kind]]
+    if source.tokenizer is not None:
+        template = AutoTokenizer.from_pretrained(folder).chat_template
+        wrong += ["the chat template did not survive"] if template != source.tokenizer.chat_template else []
+    if wrong:
+        raise FormatError(f"the merged model does not load as it was saved: {'; '.join(wrong)}")
+    loaded: nn.Module = model.to(base.device)
+    return loaded
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

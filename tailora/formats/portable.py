@@ -1,0 +1,82 @@
+"""A PEFT folder that servers read right: one rank that vLLM allows, alpha = r, nothing that one of them passes over.
+
+vLLM knows no rank or alpha patterns, SGLang and LMDeploy no rsLoRA; here the scale is 1 and lives in B.
+"""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from tailora.core.kinds import CONV1D, EMBEDDING, LINEAR
+from tailora.formats.factors import suffixes
+from tailora.formats.fingerprint import fingerprint
+from tailora.formats.notes import KEY, Notes
+from tailora.formats.peft import CARD, PREFIX, SETTINGS, WEIGHTS
+from tailora.formats.peft_config import to_peft
+from tailora.formats.plain import Source, factors, limits, padded, scale_notes
+from tailora.formats.tensors import to_bytes
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank
+CARD_TEXT = """\
+---
+library_name: peft
+{base}tags:
+- lora
+- tailora
+---
+
+Plain LoRA adapter of {layers} layers, r = alpha = {r}: the scale is in B.
+For PEFT, and for servers that read r and alpha alone: vLLM, SGLang, LMDeploy.
+"""
+
+
+def problems(source: Source) -> list[str]:
+    found = limits(source, (LINEAR, CONV1D, EMBEDDING))
+    return found or _rank_problems(source)
+
+
+def _rank_problems(source: Source) -> list[str]:
+    low_rank, plain = source.adapter.low_rank, factors(source.adapter)
+    highest = max(each.r for each in plain.values())
+    if highest > RANKS[-1]:
+        return [f"rank {highest} is above {RANKS[-1]}, the highest that vLLM takes; export to 'gguf' or 'merged'"]
+    r = next(rank for rank in RANKS if rank >= highest)
+    narrow = [path for path, layer in low_rank.items() if min(layer.in_features, layer.out_features) < r]
+    why = f"the one rank for all layers, {r}, is above its width; export to 'gguf' or 'merged'"
+    return [f"{path}: {why}" for path in narrow]
+
+
+def write(folder: Path, source: Source) -> list[str]:
+    """Fill `folder`; returns what differs from the adapter as trained, in words."""
+    plain = factors(source.adapter)
+    highest = max(each.r for each in plain.values())
+    r = next(rank for rank in RANKS if rank >= highest)
+    tensors: dict[str, Tensor] = {}
+    for path, each in plain.items():
+        keys, wide = suffixes(source.adapter.low_rank[path]), padded(each, r)
+        tensors |= {f"{PREFIX}{path}{keys['A']}": wide.A, f"{PREFIX}{path}{keys['B']}": wide.B}
+    notes = Notes(base=fingerprint({path: source.base_model.get_submodule(path) for path in plain}))
+    config = source.adapter.config.replaced(
+        r=r,
+        lora_alpha=r,
+        lora_dropout=0,
+        rank_pattern={},
+        alpha_pattern={},
+        use_rslora=False,
+        init_lora_weights="kaiming",
+    )
+    settings = to_peft(config, plain, source.base_model)
+    base = settings["base_model_name_or_path"]
+    (folder / WEIGHTS).write_bytes(to_bytes(tensors, {"format": "pt", KEY: notes.model_dump_json()}))
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    card = CARD_TEXT.format(base=f"base_model: {base}\n" if base else "", layers=len(plain), r=r)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    return [*scale_notes(source), *_rank_notes({path: each.r for path, each in plain.items()}, source, r)]
+
+
+def _rank_notes(ranks: dict[str, int], source: Source, r: int) -> list[str]:
+    started = sum(ranks[path] > layer.r for path, layer in source.adapter.low_rank.items())
+    said = [f"{started} layers' frozen starts are part of their factors, at twice the rank"] if started else []
+    below = sum(rank < r for rank in ranks.values())
+    return said + ([f"{below} of {len(ranks)} layers are filled up with zeros to rank {r}"] if below else [])

@@ -1,0 +1,100 @@
+"""`tailora export`."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from cases import stir
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.cli.main import main
+
+IDS = torch.arange(20).view(2, 10)
+
+
+@pytest.fixture
+def run(tiny_model: Path, tmp_path: Path) -> Path:
+    """A run's folder, whose adapter names its base."""
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    model = LoRAModel(base, LoRAConfig(r=4, use_rslora=True))
+    stir(model)
+    model.save_adapter(tmp_path / "run" / "adapter")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("to", ["peft", "portable", "gguf", "mlx", "merged"])
+def test_every_format_with_its_figures_and_the_next_command(
+    to: str, run: Path, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run), "--to", to, "--output", str(tmp_path / "a"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == to
+    assert found["model"] == str(tiny_model)
+    assert found["logits"]["difference"] <= found["logits"]["tolerance"] < found["logits"]["effect"]
+    assert found["files"] == {path.name: path.stat().st_size for path in (tmp_path / "a").iterdir()}
+    assert main(["export", str(run), "--to", to, "--output", str(tmp_path / "b")]) == 0
+    shown = capsys.readouterr()
+    assert "Read back: logits differ from the live model's by" in shown.out
+    programs = {"peft": "tailora", "portable": "vllm", "gguf": "ollama", "mlx": "mlx_lm.generate", "merged": "tailora"}
+    assert re.search(rf"^{programs[to]} .*{re.escape(str(tmp_path / 'b'))}", shown.out, re.MULTILINE)
+    assert "it/s" not in shown.err
+
+
+def test_a_merged_model_answers_without_tailora(run: Path, tmp_path: Path, tiny_model: Path) -> None:
+    assert main(["export", str(run), "--to", "merged", "--output", str(tmp_path / "out")]) == 0
+    live = LoRAModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), run / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(merged(IDS).logits, live(IDS).logits, rtol=1e-4, atol=1e-4)
+    chat = [{"role": "user", "content": "hello"}]
+    own, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", tiny_model))
+    assert own.apply_chat_template(chat) == theirs.apply_chat_template(chat)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "code", "hint"),
+    [
+        (["RUN", "--to", "ggml"], 2, 'Choose from: "peft", "portable", "gguf", "mlx", "merged"'),
+        (["RUN", "--to", "gguf", "--output", "OUT"], 2, "is there already; give another folder, or delete it"),
+        (["absent", "--to", "gguf"], 2, "absent is neither a folder nor a file"),
+        (["NAMELESS", "--to", "gguf"], 2, "does not name the model that it was made for; give --model"),
+        (["RUN", "--to", "gguf", "--model", "absent"], 2, "no such folder here"),
+        (["RUN"], 2, "--to"),
+    ],
+)
+def test_mistakes(
+    tokens: list[str], code: int, hint: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "nameless").mkdir()
+    places = {"RUN": str(run), "OUT": str(tmp_path / "full"), "NAMELESS": str(tmp_path / "nameless")}
+    given = [places.get(token, token) for token in tokens]
+    given += [] if "--output" in given else ["--output", str(tmp_path / "out")]
+    assert main(["export", *given]) == code
+    assert hint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+def test_what_a_format_cannot_hold_exits_with_2(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    model = LoRAModel(base, LoRAConfig(r=4, modules_to_save=["lm_head"]))
+    stir(model)
+    model.save_adapter(tmp_path / "adapter")
+    tokens = ["export", str(tmp_path / "adapter"), "--to", "gguf", "--output", str(tmp_path / "out"), "--json"]
+    assert main(tokens) == 2
+    said = json.loads(capsys.readouterr().out)["error"]
+    assert said["type"] == "FormatError"
+    assert 'modules_to_save: lm_head were trained whole; export to "merged"' in said["message"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["export", str(run), "--to", "gguf", "--output", str(tmp_path / "file" / "out")]) == 1
+    assert "is a file, not a folder" in capsys.readouterr().err
