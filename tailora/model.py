@@ -135,7 +135,8 @@ class LoRAModel(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for adapter in [] if self._merged else self._adapters.values():
             for path, layer in adapter.low_rank.items():
-                layer.refresh(self._attached[path])
+                if layer.row_norms is not None:
+                    layer.row_norms.refresh(self._attached[path])
         return self
 
     def _parts(self) -> Iterator[nn.Module]:

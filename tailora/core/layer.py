@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tailora.core import magnitude
 from tailora.core.inits import INITS, standard_normal
-from tailora.core.kinds import LINEAR, Kind, Shape, weight_of
+from tailora.core.kinds import LINEAR, Kind, Shape
 from tailora.errors import ConfigError
 
 FEW = 32  # rows; on a CPU casting both factors costs more than a wider product of up to some 40 rows (measured)
@@ -57,7 +57,6 @@ class LoRALayer(nn.Module):
     lora_magnitude_vector: nn.Parameter | None
     lora_bias: nn.Parameter | None
     bias: nn.Parameter | None
-    weight_squares: Tensor | None  # ||W||^2 of every output row (out,), of the layer that was magnified
 
     def __init__(
         self,
@@ -96,8 +95,7 @@ class LoRALayer(nn.Module):
         self.register_parameter("lora_magnitude_vector", None)
         self.register_parameter("lora_bias", None)
         self.register_parameter("bias", None)
-        self.register_buffer("weight_squares", None, persistent=False)
-        self._measured: object = None  # which weight `weight_squares` is of
+        self.row_norms: magnitude.RowNorms | None = None
         if lora_bias:
             self.lora_bias = nn.Parameter(torch.zeros(len(self.lora_B), device=device, dtype=dtype))
         scaling = self._scalar(self.configured_scaling)
@@ -130,8 +128,8 @@ class LoRALayer(nn.Module):
         """DoRA: from here on every output row of the layer's W + s (B A - B0 A0) has the norm m, which starts at
         ||W|| and is trained (arXiv:2402.09353, eq. 5).
         """
-        self.weight_squares = magnitude.row_squares(layer, self.kind, self._wide)
-        self.lora_magnitude_vector = nn.Parameter(self.weight_squares.sqrt().to(self.lora_A.dtype))
+        self.row_norms = magnitude.RowNorms(layer, self.kind, self.lora_A.dtype)
+        self.lora_magnitude_vector = nn.Parameter(self.row_norms.squares.sqrt().to(self.lora_A.dtype))
 
     def take_bias(self, layer: nn.Module) -> None:
         """Train a copy of the layer's bias. Nothing where it has none."""
@@ -242,34 +240,18 @@ class LoRALayer(nn.Module):
                 shift = -extra * own if shift is None else shift - extra * own
         return change if shift is None else change + self._spread(shift, base.dtype)
 
-    def gain(self, layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor | None:
+    def gain(self, layer: nn.Module, *, exact: bool = False) -> Tensor | None:
         """g = m / ||W + s (B A - B0 A0)||, (out,), or None without DoRA. No gradient flows through the norm (sec. 4.3).
 
-        dtype: of the computation, anew and from the weight; without it float32 at least, from ||W|| as it was kept.
+        exact: the norm in float64, for what is merged.
         """
-        if self.lora_magnitude_vector is None:
+        if self.lora_magnitude_vector is None or self.row_norms is None:
             return None
         with torch.no_grad():
-            self.refresh(layer)
-            squares = self.weight_squares if dtype is None else magnitude.row_squares(layer, self.kind, dtype)
             A, B = self.pair()
-            norms = magnitude.row_norms(layer, self.kind, cast(Tensor, squares), A, B * self.scaling)
+            B = B * self.scaling
+            norms = magnitude.exact_norms(layer, self.kind, A, B) if exact else self.row_norms(layer, A, B)
         return magnitude.gain(self.lora_magnitude_vector, norms)
-
-    @torch.no_grad()
-    def refresh(self, layer: nn.Module) -> None:
-        """Measure ||W|| again where the weight is another than before, as far as torch tells."""
-        if self.lora_magnitude_vector is None or torch.compiler.is_compiling() or weight_of(layer).is_inference():
-            return
-        weight = weight_of(layer)
-        identity = id(weight), weight._version, weight.dtype, weight.device
-        if self._measured != identity:
-            self.weight_squares = magnitude.row_squares(layer, self.kind, self._wide)
-            self._measured = identity
-
-    @property
-    def _wide(self) -> torch.dtype:
-        return torch.promote_types(self.lora_A.dtype, torch.float32)
 
     def bias_change(self, layer: nn.Module) -> Tensor | None:
         """What is added to the layer's bias: s lora_bias + (its trained copy - b), (out,); None where nothing is."""

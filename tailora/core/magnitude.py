@@ -4,8 +4,10 @@ The norm comes from the low-rank terms, row by row,
 
     ||W + s B A||^2 = ||W||^2 + 2 <W A^T, s B> + <(s B) (A A^T), s B>
 
-so neither W + s B A nor an (in x in) product is ever formed. ||W||^2 is kept (`row_squares`).
+so neither W + s B A nor an (in x in) product is ever formed.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,64 @@ def row_norms(layer: nn.Module, kind: Kind, squares: Tensor, A: Tensor, B: Tenso
         cross = (crossed * left).sum(2)
         inner = (left @ (right @ right.mT) * left).sum(2)
     return (squares + (2 * cross + inner).flatten()).clamp(min=0).sqrt()
+
+
+class Kept(NamedTuple):
+    """Norms, and copies of the factors that they were computed from."""
+
+    A: Tensor
+    B: Tensor
+    norms: Tensor
+
+    def still(self, A: Tensor, B: Tensor) -> bool:
+        """By value: an optimiser that writes to `.data` leaves no other trace."""
+        usable = torch.is_inference_mode_enabled() or not self.norms.is_inference()
+        alike = A.dtype == self.A.dtype and A.device == self.A.device
+        return usable and alike and torch.equal(A, self.A) and torch.equal(B, self.B)
+
+
+class RowNorms:
+    """||W + B A|| of every output row of one layer, in float32 at least; nothing is computed twice for nothing.
+
+    ||W|| is measured once, and again when the weight is another, as far as torch tells. On a CPU the norms are kept
+    for the next token or the next part of a batch, since comparing the factors is cheap beside a product with W.
+    """
+
+    squares: Tensor  # ||W||^2 (out,)
+
+    def __init__(self, layer: nn.Module, kind: Kind, dtype: torch.dtype) -> None:
+        self.kind, self.dtype = kind, torch.promote_types(dtype, torch.float32)
+        self._weight: object = None
+        self._kept: Kept | None = None
+        self.refresh(layer)
+
+    def __getstate__(self) -> dict[str, object]:  # of copies and pickles
+        return {**self.__dict__, "_kept": None}
+
+    @torch.no_grad()
+    def refresh(self, layer: nn.Module) -> None:
+        weight = weight_of(layer)
+        version = None if weight.is_inference() else weight._version
+        identity = id(weight), version, weight.dtype, weight.device
+        if self._weight != identity:
+            self.squares, self._weight, self._kept = row_squares(layer, self.kind, self.dtype), identity, None
+
+    @torch.no_grad()
+    def __call__(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return row_norms(layer, self.kind, self.squares, A, B)
+        self.refresh(layer)
+        if A.device.type != "cpu":  # comparing would wait for the device
+            return row_norms(layer, self.kind, self.squares, A, B)
+        if self._kept is None or not self._kept.still(A, B):
+            self._kept = Kept(A.clone(), B.clone(), row_norms(layer, self.kind, self.squares, A, B))
+        return self._kept.norms
+
+
+def exact_norms(layer: nn.Module, kind: Kind, A: Tensor, B: Tensor) -> Tensor:
+    """The same anew and in float64, where the device has it."""
+    dtype = torch.float32 if A.device.type == "mps" else torch.float64
+    return row_norms(layer, kind, row_squares(layer, kind, dtype), A, B)
 
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:

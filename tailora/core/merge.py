@@ -84,8 +84,7 @@ def _terms(layer: nn.Module, adapters: Sequence[LoRALayer], wide: torch.dtype) -
     """The merged weight is own * W + left @ right: left (groups, m, r), right (groups, r, n); own spreads over
     (groups, m, n), and is None where no adapter has a magnitude.
     """
-    exact = wide if weight_of(layer).device.type == "mps" else torch.float64
-    gains = [adapter.gain(layer, exact) for adapter in adapters]
+    gains = [adapter.gain(layer, exact=True) for adapter in adapters]
     lefts, rights = zip(*(a.factors(layer, gain) for a, gain in zip(adapters, gains, strict=True)), strict=True)
     left, right = torch.cat([each.to(wide) for each in lefts], 2), torch.cat([each.to(wide) for each in rights], 1)
     extra = [a.strength * (gain - 1) for a, gain in zip(adapters, gains, strict=True) if gain is not None]

@@ -118,3 +118,26 @@ def test_a_changed_base_is_measured_again() -> None:
     expected = model(x)
     with model.merged():
         torch.testing.assert_close(model(x), expected)
+
+
+@torch.no_grad()
+def test_a_step_that_writes_past_torch_s_notice_is_seen() -> None:
+    model, _, adapter = stirred()
+    x = torch.randn(5, 24, dtype=torch.float64)
+    with torch.inference_mode():
+        before = model.eval()(x)
+    adapter.lora_B.data.mul_(-2)
+    adapter.scaling.data.mul_(3)
+    expected = model(x)
+    assert not torch.allclose(expected, before)
+    with model.merged():
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_training_goes_on_after_inference_mode() -> None:
+    model, _, adapter = stirred(dtype=torch.float32)
+    x = torch.randn(5, 24)
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+    assert adapter.lora_magnitude_vector.grad.isfinite().all()

@@ -196,9 +196,17 @@ def test_a_checkpoint_holds_no_pickle(two_checkpoints: TrainConfig) -> None:
         assert path.suffix in {".safetensors", ".json"}
 
 
-def test_learned_scales_and_whole_modules_continue_to_the_same_bytes(settings: Any, tmp_path: Path) -> None:
-    more = {"max_steps": 4, "learn_scaling": True, "modules_to_save": ["norm"], "weight_decay": 0.1}
-    whole, stopped = (settings(output_dir=str(tmp_path / name), **more) for name in ("whole", "stopped"))
+SLOTS = {
+    "learned scales and a whole module": {"learn_scaling": True, "modules_to_save": ["norm"], "weight_decay": 0.1},
+    "dora": {"use_dora": True, "lora_dropout": 0.1},
+    "dora from a frozen start": {"use_dora": True, "init_lora_weights": "pissa"},
+    "a bias beside b": {"lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("more", SLOTS.values(), ids=SLOTS)
+def test_every_slot_continues_to_the_same_bytes(settings: Any, tmp_path: Path, more: dict[str, Any]) -> None:
+    whole, stopped = (settings(output_dir=str(tmp_path / name), max_steps=4, **more) for name in ("whole", "stopped"))
     run(whole)
     with pytest.raises(events.Interrupted):
         run(stopped, on_event=stopping_at(2, signal.SIGINT))
