@@ -103,11 +103,27 @@ def tailora(
     return Tailora(step, chosen)
 
 
-def peft(folder: Path, ids: Tensor, shape: Shape, dtype: str, *, r: int = 16, extra: int = 0, **options: Any) -> Step:
-    """PEFT as documented: all linear layers, float32 adapters. `extra`: adapters loaded beside the one that trains."""
+def peft(
+    folder: Path,
+    ids: Tensor,
+    shape: Shape,
+    dtype: str,
+    *,
+    r: int = 16,
+    extra: int = 0,
+    layers: list[int] | None = None,
+    **options: Any,
+) -> Step:
+    """PEFT as documented: all linear layers (of these decoder layers), float32 adapters.
+
+    extra: adapters loaded beside the one that trains.
+    """
     from peft import LoraConfig, get_peft_model
 
-    settings = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
+    targets = "all-linear" if layers is None else [f"{name}_proj" for name in shape.linears()]
+    settings = LoraConfig(
+        r=r, lora_alpha=2 * r, target_modules=targets, layers_to_transform=layers, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(base(folder, dtype), settings)
     for number in range(extra):
         model.add_adapter(f"extra-{number}", settings)

@@ -56,6 +56,7 @@ class TrainConfig(StrictModel):
     gradient_accumulation_steps: int = Field(1, ge=1, lt=COUNT, description="forwards per step")
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
     fast: Literal["auto", "off"] = Field("auto", description="kernels that keep the result, chosen and verified")
+    prefix_cache_gb: float | None = Field(None, ge=0, description="disk for states of frozen lower layers; 0: none")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the base; adapters are float32")
     seed: int = Field(0, ge=0, lt=2**63, description="data order, start of A, dropout")
     # evaluation and files

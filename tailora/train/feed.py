@@ -16,7 +16,7 @@ from tailora.data.prepare import Cuts, Prepared, prepare, stream
 from tailora.data.store import Example, Examples
 from tailora.train.config import TrainConfig
 from tailora.train.memory import Load
-from tailora.train.steps import MicroBatch, Shape, parts, planned, steps_per_epoch, streamed
+from tailora.train.steps import MicroBatch, Shape, first_pass, parts, planned, steps_per_epoch, streamed
 
 CPU_TOKENS = (
     768  # of one forward on a CPU: 430 tokens/s at 380, 480 at 730, and no more at 1500, which takes twice the memory
@@ -33,6 +33,7 @@ class Feed:
     longest: int  # tokens of an example
     sample: Example  # that one
     cuts: Cuts | None = None  # of what was streamed
+    first_pass: Callable[[], list[list[Example]]] = list  # forwards whose examples come again in a second one
 
 
 def feed(
@@ -67,8 +68,10 @@ def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embeddin
 
 def _prepared(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int, shape: Shape) -> Feed:
     data = read_whole(config, tokenizer, rows)
-    total = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch(len(data.train), shape))
-    return _feed(config, data, partial(planned, data.train, shape), total, data.train, shape)
+    once = steps_per_epoch(len(data.train), shape)
+    total = config.max_steps or math.ceil(config.num_train_epochs * once)
+    known = _feed(config, data, partial(planned, data.train, shape), total, data.train, shape)
+    return replace(known, first_pass=partial(first_pass, data.train, shape)) if total > once else known
 
 
 def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int, shape: Shape) -> Feed:

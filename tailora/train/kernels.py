@@ -1,7 +1,7 @@
 """Which kernels a run takes: what applies is tried on the user's model against the plain path, and said aloud."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -140,13 +140,16 @@ def stirred(model: Subject) -> Iterator[None]:
 @contextmanager
 def running(base: PreTrainedModel, rows: Rows, kernels: Kernels, *, checkpointed: bool = False) -> Iterator[None]:
     """The model reads these rows by these kernels; afterwards it is what it was. Raises ConfigError."""
-    with packed_rows(base) if rows.packed else nullcontext():
+    with ExitStack() as stack:
+        if rows.packed:
+            stack.enter_context(packed_rows(base))
         if kernels.layers:
-            with fast_layers(base, checkpointed=checkpointed):
-                yield
-        else:
-            with checkpointed_layers(base) if checkpointed else nullcontext():
-                yield
+            stack.enter_context(fast_layers(base, checkpointed=checkpointed))
+        elif checkpointed:
+            stack.enter_context(checkpointed_layers(base))
+        if rows.prefix is not None:
+            stack.enter_context(rows.prefix.serving())
+        yield
 
 
 @contextmanager

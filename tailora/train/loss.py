@@ -5,6 +5,7 @@ label of each document is -100, so no prediction crosses a boundary.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from tailora.data.batches import collate_packed, collate_padded
 from tailora.data.store import IGNORED, Example
 from tailora.fast.forms import FORMS, Batch
+from tailora.fast.prefix import Prefix
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Rows:
     packed: bool
     loss: str  # a key of FORMS: "chunked, head frozen"
     pad_id: int
+    prefix: Prefix | None = None  # states of the frozen lower layers, where they are kept
 
 
 class Supervised(nn.Module):
@@ -45,7 +48,8 @@ def token_losses(
     expected: the gradient that each loss will get, if known; half precision then rounds once less.
     """
     batch, owners = as_batch(examples, rows.packed, rows.pad_id, device)
-    return FORMS[rows.loss](model, replace(batch, expected=expected)), owners
+    with nullcontext() if rows.prefix is None else rows.prefix.start(examples, rows.packed):
+        return FORMS[rows.loss](model, replace(batch, expected=expected)), owners
 
 
 def as_batch(examples: Sequence[Example], packed: bool, pad_id: int, device: torch.device) -> tuple[Batch, Tensor]:

@@ -23,6 +23,7 @@ FREE = {
     "save_total_limit",
     "eval_steps",
     "early_stopping_patience",
+    "prefix_cache_gb",
 }
 LENGTH = {"max_steps", "num_train_epochs"}
 FACTS = {  # what the settings met -> its name in a message
@@ -30,6 +31,7 @@ FACTS = {  # what the settings met -> its name in a message
     "packed": "packing of rows",
     "dtype": "precision of the base",
     "processes": "number of processes",
+    "prefix": "training on cached states of the frozen layers",
 }
 
 

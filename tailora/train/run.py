@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def run(config: TrainConfig, on_event: Listener | None = None, on_ready: OnReady
     with ExitStack() as stack:
         stack.enter_context(record.held(output_dir) if accelerator.is_main_process else nullcontext())
         stack.enter_context(seeded(config.seed))
-        kit = assemble(config, accelerator, lambda text: emit(Note(text)))
+        recorded = None if saved is None else saved.state["run"]
+        kit = assemble(config, accelerator, lambda text: emit(Note(text)), recorded)
         kept = check_fits(kit.cost, kit.feed.largest, kit.feed.longest, accelerator.device)
         parameters = dict(trained(kit.model).named_parameters())
         flats = stack.enter_context(flattened(groups(parameters, config)))
@@ -113,7 +115,8 @@ def _bench(
     state = State() if saved is None else take_up(saved, kit.model, optimizer, flats, rank)
     accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
     resumed_at = None if saved is None else state.step
-    losses = Supervised(kit.model, kit.rows, accelerator.device)
+    rows = kit.rows if kit.kept.fact else replace(kit.rows, prefix=None)
+    losses = Supervised(kit.model, rows, accelerator.device)
     bench = Bench(
         config=config,
         accelerator=accelerator,
@@ -141,6 +144,7 @@ def _identity(config: TrainConfig, accelerator: Accelerator, kit: Kit) -> dict[s
         packed=kit.rows.packed,
         dtype=str(kit.base.dtype),
         processes=accelerator.num_processes,
+        prefix=kit.kept.fact,
     )
 
 
@@ -160,7 +164,7 @@ def _header(bench: Bench, kit: Kit) -> dict[str, Any]:
         "processes": bench.accelerator.num_processes,
         "dtype": str(kit.base.dtype).removeprefix("torch."),
         "packed": kit.rows.packed,
-        "kernels": kit.kernels.words,
+        "kernels": "; ".join(filter(None, [kit.kernels.words, kit.kept.words])),
         "adapted_layers": len(summary.rows),
         "trainable_parameters": summary.trainable_parameters,
         "total_parameters": summary.total_parameters,

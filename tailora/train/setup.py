@@ -1,10 +1,10 @@
 """The parts of a run, each made from the settings and the parts before it."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from tailora.train.load import load_base
 from tailora.train.loss import Rows, as_batch, token_losses
 from tailora.train.memory import Cost, explained, measure
 from tailora.train.packing import choose
+from tailora.train.prefix import Kept, choose_prefix
 from tailora.train.rng import seed_all
 from tailora.train.subject import Subject
 
@@ -46,6 +47,7 @@ class Kit:
     rows: Rows
     kernels: Kernels
     cost: Cost
+    kept: Kept
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -64,9 +66,15 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
-def assemble(config: TrainConfig, accelerator: Accelerator, note: Callable[[str], None]) -> Kit:
+def assemble(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    note: Callable[[str], None],
+    recorded: Mapping[str, Any] | None = None,
+) -> Kit:
     """Model, data, adapter, form of the batches, memory: in this order. `note` hears what was decided.
 
+    recorded: what was decided for the run that goes on.
     Raises ConfigError, DataError, TargetError; MemoryLimitError when the model alone is too large.
     """
     device = accelerator.device
@@ -77,7 +85,9 @@ def assemble(config: TrainConfig, accelerator: Accelerator, note: Callable[[str]
         rows = choose_rows(config, model, tokenizer, note)
         kernels = choose_kernels(config.fast, model, rows, data.sample, device)
         cost = memory_cost(model, rows, kernels, data.sample, device)
-        return Kit(base, tokenizer, data, model, rows, kernels, cost)
+        kept = choose_prefix(config, model, rows, kernels, data, accelerator, note, recorded)
+        rows = replace(rows, prefix=kept.prefix)
+        return Kit(base, tokenizer, data, model, rows, kernels, cost, kept)
 
 
 def subject(

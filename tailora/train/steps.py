@@ -60,6 +60,14 @@ def planned(examples: Examples, shape: Shape, start: int = 0) -> Iterator[list[M
             yield _share([[examples[int(i)] for i in batch] for batch in group], shape)
 
 
+def first_pass(examples: Examples, shape: Shape) -> list[list[Example]]:
+    """The examples of every forward of the first epoch, over all ranks."""
+    batches = plan(examples.lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=0)
+    return [
+        part.examples for part in _in_parts([[examples[int(i)] for i in batch] for batch in batches], shape.token_limit)
+    ]
+
+
 def streamed(read: Callable[[], Iterable[Example]], shape: Shape, start: int = 0) -> Iterator[list[MicroBatch]]:
     """The same for data read in its own order, over and over. Raises DataError when there is none."""
     stream = islice(_repeated(read), start * shape.examples_per_step, None)
