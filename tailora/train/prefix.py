@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tailora
+from tailora.core.modes import evaluating
 from tailora.data.fetch import cache_folder
 from tailora.data.store import Example, Examples
 from tailora.fast.prefix import Course, Plan, Prefix, filling, given, relayed, states_of
 from tailora.fast.store import Store, free_bytes, make_room
-from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.evaluate import budgeted, evaluating
+from tailora.train.evaluate import budgeted
 from tailora.train.feed import Feed
 from tailora.train.kernels import Kernels, documents, running
 from tailora.train.loss import Rows, as_batch
 from tailora.train.memory import size
+from tailora.train.subject import Subject
 
 LAYOUT = 1  # raised when kept states change their meaning
 SHARE = 0.2  # of the free disk, unless a limit is set
@@ -48,7 +49,7 @@ class Batches:
 
 def choose_prefix(
     config: TrainConfig,
-    model: LoRAModel,
+    model: Subject,
     rows: Rows,
     kernels: Kernels,
     feed: Feed,
@@ -102,7 +103,7 @@ def decoder_layers(base: PreTrainedModel) -> list[nn.Module] | None:
 
 
 def tried(
-    model: LoRAModel, layers: list[nn.Module], examples: list[Example], rows: Rows
+    model: Subject, layers: list[nn.Module], examples: list[Example], rows: Rows
 ) -> tuple[Course, Tensor, str | None]:
     """How many lower layers are frozen, an empty tensor like their states, and why these cannot be kept, or None.
 
@@ -125,7 +126,7 @@ def tried(
 
 
 def _obstacle(
-    model: LoRAModel, layers: list[nn.Module], examples: list[Example], rows: Rows, course: Course
+    model: Subject, layers: list[nn.Module], examples: list[Example], rows: Rows, course: Course
 ) -> str | None:
     with torch.no_grad():
         trained = [_above(course, *_observed(model, layers, examples, rows)) for _ in range(2)]
@@ -146,7 +147,7 @@ def _obstacle(
 Outputs = list[tuple[int, Any]]  # the place of a layer, and what it returned, in the order of the calls
 
 
-def _observed(model: LoRAModel, layers: list[nn.Module], examples: list[Example], rows: Rows) -> tuple[Outputs, Tensor]:
+def _observed(model: Subject, layers: list[nn.Module], examples: list[Example], rows: Rows) -> tuple[Outputs, Tensor]:
     outputs: Outputs = []
 
     def note(place: int) -> Callable[..., None]:
@@ -165,17 +166,17 @@ def _above(course: Course, outputs: Outputs, last: Tensor) -> tuple[Tensor, Tens
     return states_of(outputs[course.depth - 1][1]), last
 
 
-def _decode(model: LoRAModel, examples: Sequence[Example], rows: Rows) -> Tensor:
+def _decode(model: Subject, examples: Sequence[Example], rows: Rows) -> Tensor:
     """The decoder's states for these examples in one batch."""
     batch, _ = as_batch(examples, rows.packed, rows.pad_id, _device(model))
     return cast(Tensor, model.get_decoder()(**batch.inputs, use_cache=False)[0])
 
 
-def _device(model: LoRAModel) -> torch.device:
+def _device(model: Subject) -> torch.device:
     return cast(torch.device, cast(PreTrainedModel, model.base_model).device)
 
 
-def _computed(model: LoRAModel, course: Course, rows: Rows, examples: Sequence[Example]) -> list[Tensor]:
+def _computed(model: Subject, course: Course, rows: Rows, examples: Sequence[Example]) -> list[Tensor]:
     """The states above the prefix of each example, (tokens, hidden), computed in one batch."""
     with torch.no_grad(), filling(course) as reached:
         _decode(model, examples, rows)
@@ -190,7 +191,7 @@ def _computed(model: LoRAModel, course: Course, rows: Rows, examples: Sequence[E
 
 def _opened(
     config: TrainConfig,
-    model: LoRAModel,
+    model: Subject,
     rows: Rows,
     kernels: Kernels,
     batches: Batches,
@@ -244,7 +245,7 @@ def verify(prefix: Prefix, note: Callable[[str], None]) -> None:
 
 
 def facts(
-    model: LoRAModel, rows: Rows, kernels: Kernels, layers: Sequence[nn.Module], depth: int, plan: Plan
+    model: Subject, rows: Rows, kernels: Kernels, layers: Sequence[nn.Module], depth: int, plan: Plan
 ) -> dict[str, Any]:
     """All that the bits of the states depend on."""
     base = cast(PreTrainedModel, model.base_model)
@@ -266,7 +267,7 @@ def facts(
     }
 
 
-def _weights(model: LoRAModel, above: Sequence[nn.Module]) -> Iterator[bytes | memoryview]:
+def _weights(model: Subject, above: Sequence[nn.Module]) -> Iterator[bytes | memoryview]:
     """Names and bytes of the decoder's parameters and buffers, without the layers above the frozen ones."""
     decoder = model.get_decoder()
     left_out = {id(tensor) for layer in above for tensor in (*layer.parameters(), *layer.buffers())}
