@@ -1,7 +1,8 @@
 """One adapter out of several: the exact sum, its best approximation of a lower rank, TIES and DARE.
 
 What adds up are the updates dW_i = s_i B_i A_i, never the factors by themselves: B_1 A_1 + B_2 A_2 is not
-(B_1 + B_2)(A_1 + A_2). Every result is plain LoRA with scale 1 (alpha = r in every module), strengths folded in.
+(B_1 + B_2)(A_1 + A_2). Every result is plain LoRA with scale 1 (alpha = r in every module), strengths folded in, and
+trained biases where the sources change biases.
 """
 
 import copy
@@ -13,13 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter, check_compatible, low_rank_layer, trained_copy
-from tailora.core.config import LoRAConfig
+from tailora.core.adapter import Adapter, check_compatible, trained_copy
 from tailora.core.kinds import kind_of
 from tailora.core.layer import LoRALayer
 from tailora.core.lowrank import Factors, concatenated, low_rank, product_spectrum, tail, truncated
-from tailora.core.selectors import commonest, portable_patterns, portable_targets
-from tailora.core.targets import target_at
+from tailora.core.updates import built, dense_of, factors_of, is_product, obstacle_to_sum, place_of_biases
 from tailora.errors import AdapterError, ConfigError, listing, nearest
 
 
@@ -59,46 +58,59 @@ class Combination:
 
 @dataclass(frozen=True)
 class Part:
-    """What one adapter brings to one layer: its update, without its weight."""
+    """What one adapter brings to one layer."""
 
     adapter: str
     path: str
     weight: float
-    factors: Factors
+    layer: LoRALayer
+    base: nn.Module
 
     @property
     def weighted(self) -> Factors:
-        return Factors(self.factors.B, self.weight * self.factors.A)
+        """weight dW, where that is a product."""
+        factors = factors_of(self.layer)
+        return Factors(factors.B, self.weight * factors.A)
+
+    @property
+    def dense(self) -> Tensor:
+        """weight dW, (groups, out, n)."""
+        return self.weight * dense_of(self.layer, self.base)
 
 
 Combined = tuple[Factors, float]  # and the relative error of its rank
 
 
+@torch.no_grad()
 def combine(
     adapters: Mapping[str, Adapter], weights: Mapping[str, float], base_model: nn.Module, how: Combination
 ) -> tuple[Adapter, Truncation]:
-    """sum_i weights_i dW_i as one adapter, which shares nothing with its sources.
+    """sum_i weights_i dW_i as one adapter, which shares nothing with its sources; biases likewise.
 
     Raises ConfigError for settings that mean nothing, AdapterError with everything that cannot be combined.
     """
     check(weights, how)
     used = {name: adapter for name, adapter in adapters.items() if weights[name] != 0}
     check_compatible(used)
-    layers, problems = _sources(used)
-    saved, more = _saved(used, weights, base_model)
-    if problems or more:
-        raise AdapterError(f"these adapters cannot be combined: {listing([*problems, *more])}")
+    layers, problems = _sources(used, base_model, exact=how.method == "cat")
+    saved, unmixed = _saved(used, weights, base_model)
+    changes = _biases(layers, weights, base_model)
+    places, homeless = place_of_biases(changes, {path: base_model.get_submodule(path) for path in layers})
+    if problems := [*problems, *unmixed, *([homeless] if homeless else [])]:
+        raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")
     results = {}
-    with torch.no_grad():
-        for path, each in layers.items():
-            parts = [Part(name, path, weights[name], factors_of(layer)) for name, layer in each.items()]
-            results[path] = METHODS[how.method](parts, how, max(layer.r for layer in each.values()))
-    adapter = plain_adapter(
+    for path, each in layers.items():
+        base = base_model.get_submodule(path)
+        parts = [Part(name, path, weights[name], layer, base) for name, layer in each.items()]
+        results[path] = METHODS[how.method](parts, how, max(layer.r for layer in each.values()))
+    adapter = built(
         {path: factors for path, (factors, _) in results.items()},
         base_model,
-        lora_dropout=_agreed([adapter.config.lora_dropout for adapter in used.values()]),
-        modules_to_save=sorted({name for adapter in used.values() for name in adapter.config.modules_to_save or []}),
+        changes=changes,
         saved=saved,
+        lora_dropout=_agreed([adapter.config.lora_dropout for adapter in used.values()]),
+        modules_to_save=_united([adapter.config.modules_to_save or [] for adapter in used.values()]),
+        **places,
     )
     ranks = {path: layer.r for path, layer in adapter.low_rank.items()}
     return adapter, Truncation(ranks, {path: error for path, (_, error) in results.items()})
@@ -140,36 +152,32 @@ SETTINGS: list[tuple[str, tuple[str, ...], Callable[[float], bool], str]] = [
 # ---- what the sources are
 
 
-def factors_of(layer: LoRALayer) -> Factors:
-    """The layer's update, its scale and strength in A; of twice the rank with a frozen start; by group."""
-    A, B = layer.pair()
-    A, B = (A * (layer.scaling * layer.strength)).detach(), B.detach()
-    return Factors(B.reshape(layer.groups, -1, B.shape[1]), A.reshape(layer.groups, B.shape[1], -1))
-
-
-def _sources(adapters: Mapping[str, Adapter]) -> tuple[dict[str, dict[str, LoRALayer]], list[str]]:
+def _sources(
+    adapters: Mapping[str, Adapter], base_model: nn.Module, exact: bool
+) -> tuple[dict[str, dict[str, LoRALayer]], list[str]]:
     """Path -> adapter -> its layer there, in the order of the adapters; and all that stands in the way."""
     layers: dict[str, dict[str, LoRALayer]] = {}
     problems = []
     for name, adapter in adapters.items():
         for path, layer in adapter.low_rank.items():
             layers.setdefault(path, {})[name] = layer
-            if reason := no_sum(layer):
+            if reason := obstacle_to_sum(layer, base_model.get_submodule(path), exact):
                 problems.append(f"{path} of {name!r}: {reason}")
     return layers, problems
 
 
-def no_sum(layer: LoRALayer) -> str | None:
-    """Why this layer's update is no product of two factors of its own; None where it is one."""
-    if layer.lora_magnitude_vector is not None:
-        return "DoRA's update is not a product of two factors"
-    if layer.lora_bias is not None:
-        return "it has a bias beside B"
-    if layer.bias is not None:
-        return "it trains the layer's bias"
-    if layer.groups * layer.lora_B.shape[1] != layer.r:
-        return "A reads the channels of all groups, which no grouped weight can hold; keep this adapter by itself"
-    return None
+def _biases(
+    layers: Mapping[str, Mapping[str, LoRALayer]], weights: Mapping[str, float], base_model: nn.Module
+) -> dict[str, Tensor]:
+    """sum_i w_i db_i of every layer where something is added to the bias."""
+    sums: dict[str, Tensor] = {}
+    for path, each in layers.items():
+        base = base_model.get_submodule(path)
+        for name, layer in each.items():
+            change = layer.bias_change(base)
+            if change is not None:
+                sums[path] = sums.get(path, 0) + weights[name] * change.detach()
+    return sums
 
 
 def _saved(
@@ -194,7 +202,6 @@ def _saved(
     return found, problems
 
 
-@torch.no_grad()
 def _mixed(base: nn.Module, trained: list[tuple[float, nn.Module]]) -> nn.Module:
     mix = trained_copy(base)
     start = {name: parameter.clone() for name, parameter in mix.named_parameters()}
@@ -202,6 +209,10 @@ def _mixed(base: nn.Module, trained: list[tuple[float, nn.Module]]) -> nn.Module
         for name, parameter in module.named_parameters():
             mix.get_parameter(name).add_(parameter - start[name], alpha=weight)
     return mix
+
+
+def _united(names: list[list[str]]) -> list[str] | None:
+    return sorted({name for each in names for name in each}) or None
 
 
 def _agreed(values: list[float]) -> float:
@@ -219,6 +230,8 @@ def _cat(parts: list[Part], *_: object) -> Combined:
 
 
 def _svd(parts: list[Part], how: Combination, highest: int) -> Combined:
+    if not all(is_product(part.layer, part.base) for part in parts):
+        return low_rank(torch.stack([part.dense for part in parts]).sum(0), how.r or highest)
     spectrum = product_spectrum(concatenated([part.weighted for part in parts]))
     k = per_group(how.r or highest, spectrum.S)
     return truncated(spectrum, k), tail(spectrum.S, k)
@@ -230,7 +243,7 @@ def _ties(parts: list[Part], how: Combination, highest: int) -> Combined:
     With one weight for all it is the paper's lambda.
     """
     density = 0.2 if how.density is None else how.density
-    updates = torch.stack([_trimmed(part.weighted.dense, density) for part in parts])
+    updates = torch.stack([_trimmed(part.dense, density) for part in parts])
     elected = updates.sum(0).sign()
     agrees = (updates.sign() == elected) & (updates != 0)
     return low_rank((updates * agrees).sum(0) / agrees.sum(0).clamp(min=1), how.r or highest)
@@ -246,16 +259,18 @@ def _trimmed(update: Tensor, density: float) -> Tensor:
 def _dare(parts: list[Part], how: Combination, highest: int) -> Combined:
     """Drop entries with probability p, divide the others by 1 - p (arXiv:2311.03099, eq. 2 and 3), add up."""
     p = 0.5 if how.drop is None else how.drop
-    total = torch.stack([part.weighted.dense * _kept(part, p, how.seed or 0) / (1 - p) for part in parts]).sum(0)
+    thinned = [_thinned(part, p, how.seed or 0) for part in parts]
+    total = torch.stack(thinned).sum(0)
     return low_rank(total, how.r or highest)
 
 
-def _kept(part: Part, p: float, seed: int) -> Tensor:
-    """Drawn on the CPU, by a generator of this adapter and layer alone."""
+def _thinned(part: Part, p: float, seed: int) -> Tensor:
+    """The choice is drawn on the CPU, by a generator of this adapter and layer alone."""
     digest = hashlib.sha256(f"{int(seed)}\n{part.adapter}\n{part.path}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    B, A = part.factors.B, part.factors.A
-    return (torch.rand(len(B), B.shape[1], A.shape[2], generator=generator) >= p).to(B.device)
+    update = part.dense
+    kept = torch.rand(update.shape, generator=generator) >= p
+    return update * kept.to(update.device) / (1 - p)
 
 
 METHODS: dict[str, Callable[[list[Part], Combination, int], Combined]] = {
@@ -269,38 +284,3 @@ METHODS: dict[str, Callable[[list[Part], Combination, int], Combined]] = {
 def per_group(r: int, S: Tensor) -> int:
     """A layer's rank as that of its groups (rounded up), at most what there is. S (groups, k)."""
     return min(math.ceil(r / len(S)), S.shape[1])
-
-
-# ---- what comes out
-
-
-def plain_adapter(
-    factors: Mapping[str, Factors],
-    base_model: nn.Module,
-    *,
-    lora_dropout: float = 0.0,
-    modules_to_save: list[str] | None = None,
-    saved: Mapping[str, nn.Module] | None = None,
-) -> Adapter:
-    """The adapter with these updates, and the config that describes it: alpha = r everywhere, so that s = 1."""
-    ranks = {path: each.B.shape[0] * each.B.shape[2] for path, each in factors.items()}
-    r = commonest(ranks) if ranks else 1
-    config = LoRAConfig(
-        r=r,
-        lora_alpha=r,
-        lora_dropout=lora_dropout,
-        target_modules=portable_targets(list(ranks), [path for path, _ in base_model.named_modules()]),
-        rank_pattern=portable_patterns(ranks, r),
-        alpha_pattern=portable_patterns({path: float(rank) for path, rank in ranks.items()}, float(r)),
-        modules_to_save=modules_to_save or None,
-    )
-    layers = {path: _filled(path, base_model, config, each) for path, each in factors.items()}
-    return Adapter(config, layers, dict(saved or {}))
-
-
-@torch.no_grad()
-def _filled(path: str, base_model: nn.Module, config: LoRAConfig, factors: Factors) -> LoRALayer:
-    layer = low_rank_layer(target_at(path, base_model.get_submodule(path), config), config, fresh=False)
-    layer.lora_A.copy_(factors.A.reshape(layer.lora_A.shape))
-    layer.lora_B.copy_(factors.B.reshape(layer.lora_B.shape))
-    return layer

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, trained_copy
-from tailora.core.algebra import Truncation, plain_adapter
+from tailora.core.algebra import Truncation
 from tailora.core.config import LoRAConfig
 from tailora.core.kinds import weight_of
 from tailora.core.lowrank import for_energy, low_rank
 from tailora.core.shrink import check
 from tailora.core.targets import Selection, Target, select
+from tailora.core.updates import built
 from tailora.errors import AdapterError, BaseMismatchError, DivergedError, TargetError, listing
 
 
@@ -54,7 +55,7 @@ def extract(
     if not factors:
         raise AdapterError("no selected layer differs between the two models; check the paths, or select other targets")
     copies = {path: trained_copy(tuned.get_submodule(path)) for path in selection.to_save}
-    adapter = plain_adapter(factors, base, modules_to_save=config.modules_to_save, saved=copies)
+    adapter = built(factors, base, saved=copies, modules_to_save=config.modules_to_save)
     ranks = {path: layer.r for path, layer in adapter.low_rank.items()}
     return adapter, Extraction(ranks, errors, left_over(base, tuned, selection))
 

@@ -10,25 +10,25 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.algebra import Truncation, factors_of, is_number, no_sum, per_group, plain_adapter
+from tailora.core.algebra import Truncation, is_number, per_group
 from tailora.core.lowrank import Factors, product_spectrum, rank_for_energy, tail, truncated
 from tailora.core.spectra import Spectrum
+from tailora.core.updates import MIXED, built, factors_of, is_mixed
 from tailora.errors import AdapterError, ConfigError, DivergedError, listing
 
 Ranks = Mapping[str, int]  # path -> rank per group; 0: the layer goes
 Spectra = Mapping[str, Spectrum]
 
 
+@torch.no_grad()
 def spectra_of(adapter: Adapter) -> dict[str, Spectrum]:
-    """Path -> all singular values of the layer's update. Raises AdapterError for what has no low-rank form."""
-    problems = [f"{path}: {reason}" for path, layer in adapter.low_rank.items() if (reason := no_sum(layer))]
-    if problems:
+    """Path -> all singular values of s (B A - B0 A0), without the strength. Raises AdapterError for what has none."""
+    if problems := [f"{path}: {MIXED}" for path, layer in adapter.low_rank.items() if is_mixed(layer)]:
         raise AdapterError(f"this adapter cannot be made smaller: {listing(problems)}")
-    with torch.no_grad():
-        return {path: product_spectrum(factors_of(layer)) for path, layer in adapter.low_rank.items()}
+    return {path: product_spectrum(factors_of(layer, strength=False)) for path, layer in adapter.low_rank.items()}
 
 
 def check(r: int | None, energy: float | None, loss: object = None, budget: float | None = None) -> None:
@@ -87,19 +87,30 @@ def ranks_by_loss(spectra: Spectra, loss: Callable[[Ranks], float], budget: floa
     return kept(high)
 
 
+@torch.no_grad()
 def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Module) -> tuple[Adapter, Truncation]:
-    """The adapter cut to these ranks; modules trained whole come along as copies. A layer cut to nothing has rank 0."""
+    """The adapter cut to these ranks. Magnitudes, biases, strengths and modules trained whole come along as copies.
+
+    A layer that is cut to nothing is adapted no more and has rank 0, unless it has a magnitude or a bias to keep.
+    """
+    ranks = {path: k if k or adapter.low_rank[path].is_plain else 1 for path, k in ranks.items()}
     kept: dict[str, Factors] = {path: truncated(spectra[path], k) for path, k in ranks.items() if k}
-    config = adapter.config
-    smaller = plain_adapter(
-        kept,
-        base_model,
-        lora_dropout=config.lora_dropout,
-        modules_to_save=config.modules_to_save,
-        saved=copy.deepcopy(adapter.saved),
-    )
+    same = ("lora_dropout", "modules_to_save", "use_dora", "lora_bias", "bias")
+    settings = {name: getattr(adapter.config, name) for name in same}
+    smaller = built(kept, base_model, saved=copy.deepcopy(adapter.saved), **settings)
+    for path, layer in smaller.low_rank.items():
+        source = adapter.low_rank[path]
+        layer.strength.copy_(source.strength)
+        _copied(layer.lora_magnitude_vector, source.lora_magnitude_vector)
+        _copied(layer.bias, source.bias)
+        _copied(layer.lora_bias, None if source.lora_bias is None else source.lora_bias * source.scaling)
     sizes = {path: smaller.low_rank[path].r if k else 0 for path, k in ranks.items()}
     return smaller, Truncation(sizes, {path: tail(spectra[path].S, k) for path, k in ranks.items()})
+
+
+def _copied(slot: nn.Parameter | None, source: Tensor | None) -> None:
+    if slot is not None and source is not None:
+        slot.copy_(source)
 
 
 @torch.no_grad()

@@ -29,7 +29,9 @@ class AdapterTraining:
         trainer.__init__(model.base_model, *args, **kwargs)
         me = cast("Trainer", self)
         if me.is_fsdp_enabled or me.is_deepspeed_enabled:
-            raise ConfigError("adapter checkpoints are not written under FSDP or DeepSpeed; use DDP, or `tailora train`")
+            raise ConfigError(
+                "adapter checkpoints are not written under FSDP or DeepSpeed; use DDP, or `tailora train`"
+            )
         me._set_signature_columns_if_needed()  # of the base's forward
         me.model = me.model_wrapped = model.to(me.args.device)
         if (me.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -87,4 +89,4 @@ def _adapting(trainer: type[Any]) -> type[Any]:
 
 
 # The class `trainer`, of transformers, TRL or your own, for a LoRAModel. One per trainer, so that types compare.
-adapting: Callable[[type[Any]], type[Any]] = cache(_adapting)
+adapting: Callable[[type[Any]], type[Any]] = cast(Any, cache(_adapting))

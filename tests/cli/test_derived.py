@@ -78,9 +78,7 @@ def test_shrinking_by_rank_and_by_energy(tiny_model: Path, adapters: Path, capsy
     )
 
 
-def test_shrinking_within_a_loss_budget(
-    tiny_model: Path, adapters: Path, chats: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shrinking_within_a_loss_budget(adapters: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = adapters / "small"
     budget = ["--max-loss-increase", 0.01, "--data", chats]
     code, said, told = run(capsys, "shrink", "--adapter", adapters / "one", *budget, "--output-dir", out, "--json")

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KINDS, PRODUCTS, KindCase, config, stir
+from cases import KINDS, PAIRS, PRODUCTS, KindCase, config, stir
 from torch import Tensor
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.errors import AdapterError
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 slots = pytest.mark.parametrize("slot", PRODUCTS)  # what is more than a product of two factors is refused
@@ -88,6 +89,80 @@ def test_a_lower_rank_is_the_nearest_and_its_error_is_told(kind: KindCase) -> No
     torch.testing.assert_close((exact - matrices(model, "small")).norm(), tail, rtol=1e-9, atol=1e-12)
     assert report.error["block.target"] == pytest.approx(float(tail / exact.norm()), rel=1e-9, abs=1e-12)
     assert report.rank == {"block.target": groups}
+
+
+DORA = [(kind, slot) for kind, slot in PAIRS if "dora" in slot]
+pairs = pytest.mark.parametrize(("kind", "slot"), PAIRS, ids=lambda each: getattr(each, "name", each))
+doras = pytest.mark.parametrize(("kind", "slot"), DORA, ids=lambda each: getattr(each, "name", each))
+
+
+def outputs(model: LoRAModel, x: Tensor, *names: str | None) -> list[Tensor]:
+    found = []
+    for name in names:
+        model.set_adapter(name)
+        found.append(model(x).detach())
+    return found
+
+
+@pairs
+def test_in_every_slot_the_outputs_add_up(kind: KindCase, slot: str) -> None:
+    """DoRA by way of the dense update: at full rank nothing is lost."""
+    model, x = pair(kind, slot), kind.batch(torch.float64)
+    model.set_scale("a", 1.3)
+    method: dict[str, Any] = {"method": "svd", "r": 1000} if "dora" in slot else {}
+    report = model.combine({"a": 0.7, "b": -0.4}, "mix", **method)
+    assert report.worst < 1e-10
+    base, a, b, mix = outputs(model, x, None, "a", "b", "mix")
+    torch.testing.assert_close(mix - base, 0.7 * (a - base) - 0.4 * (b - base), rtol=1e-8, atol=1e-8)
+    plain = next(iter(model.lora_layers.values()))
+    assert plain.lora_magnitude_vector is None
+
+
+@pairs
+def test_in_every_slot_shrinking_to_the_full_rank_changes_nothing(kind: KindCase, slot: str) -> None:
+    model, x = pair(kind, slot), kind.batch(torch.float64)
+    model.set_scale("a", 1.3)
+    model.shrink("a", "same", energy=1.0)
+    a, same = outputs(model, x, "a", "same")
+    torch.testing.assert_close(same, a, rtol=1e-8, atol=1e-8)
+
+
+@pairs
+def test_in_every_slot_what_was_combined_and_shrunk_survives_its_file(
+    kind: KindCase, slot: str, tmp_path: Path
+) -> None:
+    model, x = pair(kind, slot, torch.float32), kind.batch()
+    model.combine({"a": 0.7, "b": -0.4}, "mix", "svd", r=1000)
+    model.shrink("a", "small", energy=0.9)
+    for name in ("mix", "small"):
+        expected = outputs(model, x, name)[0]
+        loaded = LoRAModel.from_pretrained(kind.net(), model.save_adapter(tmp_path, name)).eval()
+        torch.testing.assert_close(loaded(x), expected, rtol=1e-5, atol=1e-5)
+        assert loaded.adapters["default"] == model.adapters[name]
+
+
+@doras
+def test_dora_is_a_product_only_while_it_scales_nothing(kind: KindCase, slot: str) -> None:
+    model = pair(kind, slot)
+    with pytest.raises(AdapterError, match=r"block\.target of 'a': DoRA scales the rows of W"):
+        model.combine({"a": 1, "b": 1}, "mix")
+    fresh = LoRAModel(kind.net(torch.float64), config(kind, slot))
+    assert fresh.combine({"default": 1}, "plain").rank == {"block.target": kind.r}
+
+
+@doras
+def test_the_error_of_dora_at_a_low_rank_is_that_of_the_weight(kind: KindCase, slot: str) -> None:
+    model = pair(kind, slot)
+    groups = len(matrices(model, "b"))
+    report = model.combine({"a": 1}, "plain", "svd", r=groups)
+    changes = []
+    for name in ("a", "plain"):
+        model.set_adapter(name)
+        before = model.base_model.block["target"].weight.detach().clone()
+        with model.merged():
+            changes.append(model.base_model.block["target"].weight.detach() - before)
+    lost = float((changes[0] - changes[1]).norm() / changes[0].norm())
+    assert report.error["block.target"] == pytest.approx(lost, rel=1e-6, abs=1e-9)
 
 
 @kinds
