@@ -5,6 +5,7 @@
     ├── TargetError(ValueError)      a selector that matches nothing, or a layer that cannot be adapted
     ├── PatternError(ValueError)     a regular expression that takes for ever
     ├── AdapterError(LookupError)     an adapter name that is unknown or already taken
+    ├── RowsError(ValueError)        a batch that does not have the rows that adapters were chosen for
     ├── FormatError(ValueError)      a file that is not what it should be
     │   └── BaseMismatchError        an adapter made for another base model
     ├── MergeError(RuntimeError)     weights that cannot be merged or unmerged
@@ -44,6 +45,10 @@ class PatternError(TailoraError, ValueError):
 
 
 class AdapterError(TailoraError, LookupError):
+    exit_code = 2
+
+
+class RowsError(TailoraError, ValueError):
     exit_code = 2
 
 

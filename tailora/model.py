@@ -7,7 +7,7 @@ This file ties the core to the files that adapters live in; the work is done in 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,10 +23,11 @@ from tailora.core.data_starts import Loss, passes, started
 from tailora.core.extract import Extraction, extract
 from tailora.core.merge import Exchange, MergeReport, folded, moved_in, settle_ties
 from tailora.core.modes import evaluating
+from tailora.core.rows import Batch, by_rows, check_names, repeats
 from tailora.core.starts import DATA_STARTS
 from tailora.core.summary import Summary, summarise
 from tailora.core.targets import default_config, select
-from tailora.errors import AdapterError, ConfigError, FormatError, MergeError, TargetError, nearest
+from tailora.errors import AdapterError, ConfigError, FormatError, MergeError, RowsError, TargetError, nearest
 from tailora.formats.peft import write_adapter
 from tailora.formats.recognise import read_any
 from tailora.formats.restore import restore
@@ -103,6 +104,7 @@ class LoRAModel(nn.Module):
         self._merged: list[Exchange] = []  # what puts the weights before a merge back
         self._retie = False
         self._waiting = ""  # why the active adapters cannot be trained yet
+        self._rows: Batch | None = None  # within adapter_rows
         self._trained_before = {name: p.requires_grad for name, p in _all_parameters(base_model)}
         self._check_new(name)
         base_model.requires_grad_(False)
@@ -115,6 +117,16 @@ class LoRAModel(nn.Module):
         if self._waiting and self.training:
             raise AdapterError(self._waiting)
         return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's own. Within `adapter_rows` all beams and sequences of a prompt have the prompt's adapter."""
+        if self._rows is None:
+            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+        self._rows.repeats = repeats(self.base_model, args, kwargs)
+        try:
+            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            self._rows.repeats = 1
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -178,7 +190,7 @@ class LoRAModel(nn.Module):
         adapter = self._find(name)
         self._check_unmerged("save an adapter")
         if adapter.waits:
-            raise AdapterError(_waiting(name, adapter))
+            raise AdapterError(_waiting({name: adapter}))
         if name in (".", "..") or Path(name).name != name:
             raise FormatError(f"adapter name {name!r} cannot name a folder; add it under a plain name")
         target = Path(folder) if name == "default" else Path(folder) / name
@@ -229,6 +241,7 @@ class LoRAModel(nn.Module):
         """Forget an adapter. If it was active, the others that were stay so."""
         self._find(name)
         self._check_unmerged("delete an adapter")
+        self._check_no_rows("delete an adapter")
         self.set_adapter([other for other in self._active if other != name])
         gone = self._adapters.pop(name).parts
         del self._registers[name]
@@ -240,6 +253,7 @@ class LoRAModel(nn.Module):
         names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name or ()))
         active = {each: self._find(each) for each in names}
         self._check_unmerged("switch adapters")
+        self._check_no_rows("switch adapters")
         check_compatible(active)
         parts = parts_by_path(list(active.values()))
         for path in {path for each in self._active for path in self._adapters[each].parts} - parts.keys():
@@ -247,7 +261,7 @@ class LoRAModel(nn.Module):
         for path, chosen in parts.items():
             attach(self._attached[path], chosen)
         self._active = names
-        self._waiting = next((_waiting(each, adapter) for each, adapter in active.items() if adapter.waits), "")
+        self._waiting = _waiting(active)
         self.lora_layers = self._registers[names[0]] if len(names) == 1 else register(parts)
         if any(part.training != self.training for each in parts.values() for part in each):
             self.lora_layers.train(self.training)
@@ -261,6 +275,35 @@ class LoRAModel(nn.Module):
             yield
         finally:
             self.set_adapter(active)
+
+    @contextmanager
+    def adapter_rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within the block, every row of a batch (its first dimension) has the adapter named for it, None for none.
+
+        In training and inference; what was active before is active again afterwards, and `lora_layers` stays what it
+        is: `set_adapter` the names first to have all their parameters in it. With gradient checkpointing, call
+        backward within the block. In inference the factors are put together once per block, and again when a
+        parameter changes in a way that torch counts; writing through `.data` in place is not.
+
+        Raises AdapterError for names that there are none of, MergeError while merged, RowsError within another such
+        block; and at the call RowsError where a layer gets another number of rows, or where rows cannot be known.
+        """
+        chosen = check_names(names, tuple(self._adapters))
+        self._check_unmerged("choose adapters by row")
+        self._check_no_rows("choose adapters by row")
+        used = {name: self._adapters[name] for name in dict.fromkeys(chosen) if name is not None}
+        check_compatible(used, by_row=True)
+        batch = Batch(chosen, tuple(self._adapters), next(self.base_model.parameters()).device)
+        before, waiting = {path: layer.active_adapters for path, layer in self._attached.items()}, self._waiting
+        for path, part in by_rows(batch, self._adapters, self._attached).items():
+            attach(self._attached[path], (part,))
+        self._rows, self._waiting = batch, _waiting(used)
+        try:
+            yield
+        finally:
+            self._rows, self._waiting = None, waiting
+            for path, parts in before.items():
+                attach(self._attached[path], parts)  # type: ignore[arg-type]
 
     def set_scale(self, name: str, strength: float) -> None:
         """Dial one adapter up or down: 1 is as trained, 0 is off. Holds until set again; is merged, not saved."""
@@ -394,6 +437,7 @@ class LoRAModel(nn.Module):
         Returns the rounding error of every layer relative to its update.
         """
         self._check_unmerged("merge")
+        self._check_no_rows("merge")
         if not self._active:
             raise MergeError("no adapter is active; set_adapter(name) first")
         layers = {path: layer for path, layer in self._attached.items() if layer.active_adapters}
@@ -444,6 +488,7 @@ class LoRAModel(nn.Module):
         return self._release()
 
     def _release(self) -> nn.Module:
+        self._check_no_rows("unload")
         for module in self.base_model.modules():
             detach(module)
         for name, parameter in _all_parameters(self.base_model):
@@ -459,14 +504,24 @@ class LoRAModel(nn.Module):
         if self._merged:
             raise MergeError(f"cannot {action} while merged; unmerge() first")
 
+    def _check_no_rows(self, action: str) -> None:
+        if self._rows is not None:
+            raise RowsError(f"cannot {action} within adapter_rows; leave its block first")
+
     def summary(self) -> Summary:
         """Path, kind, shape, r, alpha and parameters of what the active adapters adapt."""
         return summarise(self.base_model, [self._adapters[name] for name in self._active])
 
 
-def _waiting(name: str, adapter: Adapter) -> str:
-    start = adapter.config.init_lora_weights
-    return f"adapter {name!r} starts from data (init_lora_weights={start!r}): start_from_data(batches) first"
+def _waiting(adapters: Mapping[str, Adapter]) -> str:
+    """Why the first of these that has no start yet cannot be trained or saved, or ""."""
+    reasons = (
+        f"adapter {name!r} starts from data (init_lora_weights={adapter.config.init_lora_weights!r}): "
+        "start_from_data(batches) first"
+        for name, adapter in adapters.items()
+        if adapter.waits
+    )
+    return next(reasons, "")
 
 
 def _refuse_adapted(base_model: nn.Module) -> None:

@@ -96,8 +96,11 @@ def trained_copy(module: nn.Module) -> nn.Module:
     return clone.requires_grad_()
 
 
-def check_compatible(adapters: Mapping[str, Adapter]) -> None:
-    """Raises AdapterError where one adapter replaces a module that another one adapts or replaces, too."""
+def check_compatible(adapters: Mapping[str, Adapter], *, by_row: bool = False) -> None:
+    """Raises AdapterError where one adapter replaces a module that another one adapts or replaces, too.
+
+    `by_row`: each row has one of them, so that they may replace the same module; only not one within another.
+    """
     problems = [
         f"{name} trains {whole} whole, which {other} adapts at {path}"
         for name, adapter in adapters.items()
@@ -105,7 +108,7 @@ def check_compatible(adapters: Mapping[str, Adapter]) -> None:
         for other in adapters
         if other != name
         for path in adapters[other].parts
-        if path == whole or path.startswith(f"{whole}.")
+        if (path == whole and not by_row) or path.startswith(f"{whole}.")
     ]
     if problems:
         raise AdapterError(f"these adapters cannot be active together: {listing(problems)}")

@@ -231,14 +231,21 @@ class LoRALayer(nn.Module):
         """
         gain = self.gain(layer)
         change: Tensor = self(x, layer, base.dtype, gain)
-        shift = self.bias_change(layer)
-        if gain is not None:
-            extra = self.strength * (gain - 1)
+        extra, shift = self.around(layer, gain)
+        if extra is not None:
             change = torch.addcmul(change, base, self._spread(extra, base.dtype))
-            own = getattr(layer, "bias", None)
-            if own is not None:
-                shift = -extra * own if shift is None else shift - extra * own
         return change if shift is None else change + self._spread(shift, base.dtype)
+
+    def around(self, layer: nn.Module, gain: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What is added besides the product: the layer's output times the first, and the second; (out,) each."""
+        shift = self.bias_change(layer)
+        if gain is None:
+            return None, shift
+        extra = self.strength * (gain - 1)
+        own = getattr(layer, "bias", None)
+        if own is not None:
+            shift = -extra * own if shift is None else shift - extra * own
+        return extra, shift
 
     def gain(self, layer: nn.Module, *, exact: bool = False) -> Tensor | None:
         """g = m / ||W + s (B A - B0 A0)||, (out,), or None without DoRA. No gradient flows through the norm (sec. 4.3).

@@ -1,0 +1,339 @@
+"""Another adapter for every row of a batch: what `LoRAModel.adapter_rows` attaches to the layers for its block.
+
+Every adapted layer gets one `RowLayer`, or `RowModule` where copies are trained whole, which stand where an adapter
+does. They share the `Batch`: the names, and how often `generate` repeats each row.
+
+Without gradients the factors of a block are put together once and kept until one of them changes, as torch's version
+counters and addresses tell. Under torch.compile all is in the graph, and rows are an input of it: other names for
+them compile nothing anew.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tailora.core.adapter import Adapter
+from tailora.core.kinds import EMBEDDING, Kind
+from tailora.core.layer import LoRALayer
+from tailora.core.rowforms import (
+    BLOCKS,
+    NONE,
+    Plan,
+    joined,
+    looked_up,
+    plan,
+    run_blocks,
+    run_joined,
+    stacked,
+    terms,
+    vectors_by_row,
+)
+from tailora.errors import AdapterError, RowsError
+
+
+@dataclass(eq=False)
+class Batch:
+    """The rows of one block of `adapter_rows`, and what its layers share."""
+
+    names: tuple[str | None, ...]
+    adapters: tuple[str, ...]  # all that are loaded
+    device: torch.device
+    repeats: int = 1  # beams, or sequences per prompt, while generate runs
+    n: int = field(init=False)
+    ids: Tensor = field(init=False)  # (n,) of `adapters`, their number for None
+    plans: dict[Any, Plan] = field(default_factory=dict)
+    lookups: dict[Any, Tensor] = field(default_factory=dict)
+    found: dict[Any, tuple[tuple[str, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.n = len(self.names)  # a number for the compiler, which would guard the names
+        number: dict[str | None, int] = {name: i for i, name in enumerate(self.adapters)}
+        self.ids = torch.tensor([number.get(name, len(number)) for name in self.names], device=self.device)
+
+    def times(self, x: Tensor, path: str, least: int) -> int:
+        """How many rows of x stand for each name, the same beside each other. Raises RowsError."""
+        n = self.n
+        if x.ndim >= least and x.shape[0] == n:
+            return 1
+        if x.ndim >= least and x.shape[0] == n * self.repeats:
+            return self.repeats
+        repeated = f", or {n * self.repeats} repeated by generate" if self.repeats > 1 else ""
+        packed = "; packed rows are one row: pass them apart, padded" if n > 1 and x.shape[0] == 1 else ""
+        raise RowsError(
+            f"adapter_rows names {n} rows{repeated}; {path or 'the model'} got {tuple(x.shape)}, whose first dimension "
+            f"must be the rows of the batch{packed}"
+        )
+
+    def slots(self, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Those of `names` that rows have, and of every row its place among these, or NONE."""
+        if names not in self.found:
+            chosen = set(self.names)
+            used = tuple(name for name in names if name in chosen)
+            place: dict[str | None, int] = {name: i for i, name in enumerate(used)}
+            self.found[names] = used, tuple(place.get(name, NONE) for name in self.names)
+        return self.found[names]
+
+    def lookup(self, names: tuple[str, ...]) -> Tensor:
+        """Number of an adapter -> its place among `names`, their number for all others. (loaded + 1,)"""
+        if names not in self.lookups:
+            place = {name: i for i, name in enumerate(names)}
+            found = [place.get(name, len(place)) for name in self.adapters]
+            self.lookups[names] = torch.tensor([*found, len(place)], device=self.device)
+        return self.lookups[names]
+
+    def places(self, lookup: Tensor, times: int) -> Tensor:
+        """Of every row, as a tensor that depends on the rows. (n times,)"""
+        found = lookup[self.ids]
+        return found if times == 1 else found.repeat_interleave(times)
+
+
+def check_names(names: Any, known: Sequence[str]) -> tuple[str | None, ...]:
+    """Raises AdapterError for what is no list of names, and for all names that there are none of."""
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise AdapterError(f"adapter_rows takes a list with a name, or None, for every row of the batch; got {names!r}")
+    wrong = dict.fromkeys(repr(name) for name in names if name is not None and name not in known)
+    if wrong:
+        raise AdapterError(f"no adapter is called {', '.join(wrong)}; there are: {', '.join(known) or 'none'}")
+    return tuple(names)
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """What a call multiplies by, and the state of what it was made of; while that is held, no address is used twice."""
+
+    factors: Any  # of the form that is planned
+    extra: Tensor | None  # (n, out): what the layer's output is multiplied by and added
+    shift: Tensor | None  # (n, out)
+    state: Any = None
+    held: Sequence[Tensor] = ()
+
+
+def by_rows(batch: Batch, adapters: Mapping[str, Adapter], layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """What every layer that an adapter reaches is attached to while the batch is this one, by path.
+
+    Raises RowsError for layers that see no rows.
+    """
+    if mixed := [path for path in layers if "experts" in path.split(".")]:
+        raise RowsError(f"experts see the tokens of all rows mixed, so none is a row's: {', '.join(mixed)}")
+    found: dict[str, Any] = {}
+    for path, layer in layers.items():
+        low_rank = {name: adapter.low_rank[path] for name, adapter in adapters.items() if path in adapter.low_rank}
+        saved = {name: adapter.saved[path] for name, adapter in adapters.items() if path in adapter.saved}
+        found[path] = RowLayer(path, low_rank, batch) if low_rank else RowModule(path, saved, layer, batch)
+    return found
+
+
+def repeats(base: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How often `base.generate(*args, **kwargs)` repeats every row: for its beams, or the sequences it returns."""
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    config = given or getattr(base, "generation_config", None)
+    asked = [kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
+    return max(asked)
+
+
+class RowLayer:
+    """In the place of a layer's adapter: of every row its own."""
+
+    def __init__(self, path: str, parts: Mapping[str, LoRALayer], batch: Batch) -> None:
+        self.path, self.batch = path, batch
+        self.names, self.parts = tuple(parts), tuple(parts.values())
+        self.used_names, self.slots = batch.slots(self.names)
+        self.used = tuple(parts[name] for name in self.used_names)
+        self.lookup, self.lookup_used = batch.lookup(self.names), batch.lookup(self.used_names)
+        self.kind: Kind = self.parts[0].kind
+        self.kernel = self.parts[0].lora_A.ndim - 2
+        self._kept: Ready | None = None
+
+    def change(self, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        """What the rows' adapters add to the layer's output `base`."""
+        times = self.batch.times(x, self.path, _dimensions(layer, self.kind))
+        if torch.compiler.is_compiling():
+            return self._in_graph(base, x, layer, times)
+        if not self.used:
+            return base.new_zeros(())
+        if self.kind is not EMBEDDING and self.kind.name not in BLOCKS:
+            return self._in_turn(base, x, layer, times)
+        chosen = self._plan(base.dtype, x, times)
+        ready = self._ready(chosen, layer, base.dtype, times)
+        if self.kind is EMBEDDING:
+            change = looked_up(layer, x, ready.factors, self.batch.places(self.lookup_used, times))
+            return _around(change, base, ready.extra, ready.shift, self.kernel)
+        x = self._dropped(x.to(base.dtype), layer.training, times)
+        if chosen.mask is not None:
+            change = run_joined(x, ready.factors, chosen)
+        else:
+            change = run_blocks(self.kind, layer, x, ready.factors, chosen)
+        return _around(change, base, ready.extra, ready.shift, self.kernel)
+
+    def _plan(self, dtype: torch.dtype, x: Tensor, times: int) -> Plan:
+        """Shared by all layers with the same adapters."""
+        ranks = tuple(len(part.lora_A) * (1 + part.has_start) for part in self.used)
+        tokens = x[0].numel() // self.used[0].in_features or 1
+        key = self.slots, ranks, times, tokens, dtype, x.device, self.kind.name
+        if key not in self.batch.plans:
+            slots = [slot for slot in self.slots for _ in range(times)]
+            self.batch.plans[key] = plan(self.kind, slots, ranks, tokens, dtype.itemsize == 2, x.device)
+        return self.batch.plans[key]
+
+    def _ready(self, chosen: Plan, layer: nn.Module, dtype: torch.dtype, times: int) -> Ready:
+        """Kept while no gradient is asked for and nothing that it is made of changes."""
+        if torch.is_grad_enabled():
+            self._kept = None
+            return self._made(chosen, layer, dtype, times)
+        tensors = _tensors(self.used if all(part.is_plain for part in self.used) else (*self.used, layer))
+        state = chosen, dtype, _state(tensors)
+        if self._kept is None or self._kept.state != state:
+            made = self._made(chosen, layer, dtype, times)
+            self._kept = replace(made, state=state, held=[tensor.detach() for tensor in tensors])
+        return self._kept
+
+    def _made(self, chosen: Plan, layer: nn.Module, dtype: torch.dtype, times: int) -> Ready:
+        each = [terms(part, layer, dtype) for part in self.used]
+        if chosen.mask is not None:
+            factors: Any = joined(each)
+        else:
+            stack = stacked(self.kind, each, self.used[0].groups, with_none=chosen.with_none)
+            factors = stack if chosen.which is None else stack.taken(chosen.which)
+        which = self.batch.places(self.lookup_used, times)
+        return Ready(factors, vectors_by_row(each, "extra", which), vectors_by_row(each, "shift", which))
+
+    def _dropped(self, x: Tensor, training: bool, times: int) -> Tensor:
+        """Dropout of every row by its own adapter's probability."""
+        rates = [part.lora_dropout for part in self.used]
+        if not training or not any(rates):
+            return x
+        if len(set(rates)) == 1:
+            return F.dropout(x, rates[0])
+        own = [0.0 if slot == NONE else rates[slot] for slot in self.slots for _ in range(times)]
+        return _dropped_by(x, torch.tensor(own, device=x.device))
+
+    def _in_turn(self, base: Tensor, x: Tensor, layer: nn.Module, times: int) -> Tensor:
+        """Adapter after adapter, each on its rows: what every kind can do."""
+        change = torch.zeros_like(base)
+        for slot, part in enumerate(self.used):
+            if part.training != layer.training:
+                part.train(layer.training)
+            own = [i for i, of in enumerate(of for of in self.slots for _ in range(times)) if of == slot]
+            rows = torch.tensor(own, device=x.device)
+            change = change.index_add(0, rows, part.change(base[rows], x[rows], layer))
+        return change
+
+    def _in_graph(self, base: Tensor, x: Tensor, layer: nn.Module, times: int) -> Tensor:
+        """The same shapes and operations whatever the rows' names are; with gradients, among the same names."""
+        with_gradients = torch.is_grad_enabled()
+        lookup, parts = (self.lookup_used, self.used) if with_gradients else (self.lookup, self.parts)
+        if not parts:
+            return base.new_zeros(())
+        which = self.batch.places(lookup, times).to(x.device)
+        if self.kind is not EMBEDDING and self.kind.name not in BLOCKS:
+            changes = [part.change(base, x, layer) for part in parts]
+            masks = [(which == i).view(-1, *[1] * (base.ndim - 1)) for i in range(len(parts))]
+            return torch.stack([torch.where(mask, each, 0) for mask, each in zip(masks, changes, strict=True)]).sum(0)
+        each = [terms(part, layer, base.dtype) for part in parts]
+        stack = stacked(self.kind, each, parts[0].groups, with_none=True)
+        around = vectors_by_row(each, "extra", which), vectors_by_row(each, "shift", which)
+        if self.kind is EMBEDDING:
+            return _around(looked_up(layer, x, stack, which), base, *around, self.kernel)
+        x = x.to(base.dtype)
+        rates = [part.lora_dropout for part in parts]
+        if layer.training and any(rates):
+            x = _dropped_by(x, torch.tensor([*rates, 0.0], device=x.device)[which])
+        return _around(
+            BLOCKS[self.kind.name](layer, x[:, None], stack.taken(which)).squeeze(1), base, *around, self.kernel
+        )
+
+
+def _around(change: Tensor, base: Tensor, extra: Tensor | None, shift: Tensor | None, kernel: int) -> Tensor:
+    """change + base * extra + shift, the two (n, out) by row; `kernel`: dimensions of y behind the channels."""
+    if extra is not None:
+        change = torch.addcmul(change, base, _spread(extra, base, kernel))
+    return change if shift is None else change + _spread(shift, base, kernel)
+
+
+def _spread(vectors: Tensor, y: Tensor, kernel: int) -> Tensor:
+    """(n, out) -> (n, 1, ..., out, 1, ...), for y (n, ..., out, *kernel)."""
+    n, out = vectors.shape
+    return vectors.view(n, *[1] * (y.ndim - 2 - kernel), out, *[1] * kernel)
+
+
+def _dropped_by(x: Tensor, rates: Tensor) -> Tensor:
+    """Dropout with another probability for every row, rates (n,)."""
+    rates = rates.view(-1, *[1] * (x.ndim - 1))
+    return x * ((torch.rand_like(x, dtype=torch.float32) >= rates) / (1 - rates)).to(x.dtype)
+
+
+def _dimensions(layer: Any, kind: Kind) -> int:
+    """The fewest that an input with rows has."""
+    if kind is EMBEDDING:
+        return 1
+    return 2 + len(getattr(layer, "kernel_size", ()))
+
+
+def _tensors(parts: Sequence[nn.Module]) -> list[Tensor]:
+    tables = (table for part in parts for table in (part._parameters, part._buffers))
+    return [tensor for table in tables for tensor in table.values() if tensor is not None]
+
+
+def _state(tensors: Sequence[Tensor]) -> list[Any]:
+    """Changes when one of them does, as far as torch tells."""
+    return [(tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+
+class RowModule(nn.Module):
+    """In the place of a copy that was trained whole: of every row its own copy, or the base's module."""
+
+    def __init__(self, path: str, copies: Mapping[str, nn.Module], layer: Any, batch: Batch) -> None:
+        super().__init__()
+        self.path, self.batch = path, batch
+        self.names, self.copies = tuple(copies), nn.ModuleList(copies.values())
+        self.lookup = batch.lookup(self.names)
+        self._layer = (layer,)  # a reference, not a registration
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Every tensor given has the rows as its first dimension or goes to all; so have all that come back."""
+        first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        times = self.batch.times(first, self.path, 1)
+        n = self.batch.n * times
+        if torch.compiler.is_compiling():
+            which = self.batch.places(self.lookup, times)
+            changes = [self._run(place, args, kwargs) for place in range(len(self.names) + 1)]
+            return tree_map(lambda *each: _selected(which, each), *changes)
+        place: dict[str | None, int] = {name: i for i, name in enumerate(self.names)}
+        places = [place.get(name, len(place)) for name in self.batch.names for _ in range(times)]
+        rows = {at: torch.tensor([i for i, own in enumerate(places) if own == at]) for at in sorted(set(places))}
+        parts = [
+            self._run(at, *tree_map(lambda value: _taken(value, n, own), (args, kwargs)))  # noqa: B023
+            for at, own in rows.items()
+        ]
+        back = torch.cat(list(rows.values())).argsort()
+        return tree_map(lambda *each: torch.cat(each).index_select(0, back.to(each[0].device)), *parts)
+
+    def _run(self, place: int, args: Any, kwargs: Any) -> Any:
+        """By the copy in this place, or by the base's module behind them, in its own precision."""
+        (layer,) = self._layer
+        if place < len(self.copies):
+            copy = self.copies[place]
+            if copy.training != layer.training:
+                copy.train(layer.training)
+            return copy(*args, **kwargs)
+        own, trained = (next(module.parameters()).dtype for module in (layer, self))
+        args, kwargs = tree_map(lambda value: _as(value, trained, own), (args, kwargs))
+        return tree_map(lambda value: _as(value, own, trained), layer.plain.forward(layer, *args, **kwargs))
+
+
+def _as(value: Any, source: torch.dtype, to: torch.dtype) -> Any:
+    return value.to(to) if isinstance(value, Tensor) and value.dtype == source else value
+
+
+def _taken(value: Any, n: int, rows: Tensor) -> Any:
+    has_rows = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == n
+    return value.index_select(0, rows.to(value.device)) if has_rows else value
+
+
+def _selected(which: Tensor, each: Sequence[Tensor]) -> Tensor:
+    return each[0] if len(each) == 1 else torch.stack(list(each))[which, torch.arange(len(which))]

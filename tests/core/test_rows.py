@@ -1,0 +1,500 @@
+"""Another adapter for every row: each row is what its adapter alone makes of it."""
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import KINDS, PAIRS, SLOTS, KindCase, stir
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.kinds import LINEAR
+from tailora.core.rowforms import BLOCKS, NONE, plan
+from tailora.errors import AdapterError, MergeError, RowsError
+
+ROWED = [kind for kind in KINDS if kind.shape != (12,)]  # one vector has no rows
+kinds = pytest.mark.parametrize("kind", ROWED, ids=lambda kind: kind.name)
+pairs = pytest.mark.parametrize(
+    ("kind", "slot"),
+    [pair for pair in PAIRS if pair[0] in ROWED],
+    ids=lambda each: each if isinstance(each, str) else each.name,
+)
+NAMES = ["a", None, "b", "a", "c"]
+
+
+def mixed(kind: KindCase, slot: str = "plain", dtype: torch.dtype = torch.float32) -> LoRAModel:
+    """Adapters a, b, c: the slot at two ranks and two strengths, and a plain one. In eval mode, a active."""
+    settings: dict[str, Any] = {"lora_alpha": 10, "target_modules": ["target"]}
+    model = LoRAModel(kind.net(dtype), LoRAConfig(r=kind.r, **{**settings, **SLOTS[slot]}), "a")
+    model.add_adapter(
+        "b", LoRAConfig(r=kind.r // 2 or 1, **{**settings, **SLOTS[slot]}) if halves(kind) else model.adapters["a"]
+    )
+    model.add_adapter("c", LoRAConfig(r=kind.r, **settings))
+    for seed, name in enumerate("cba"):
+        model.set_adapter(name)
+        stir(model, seed)
+    model.set_scale("b", 0.5)
+    return model.eval()
+
+
+def halves(kind: KindCase) -> bool:
+    return (kind.r // 2) % getattr(kind.layer(), "groups", 1) == 0
+
+
+def rows_of(kind: KindCase, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.cat([kind.batch(dtype, seed) for seed in range(n)])[:n]
+
+
+def one_by_one(model: LoRAModel, x: Tensor, names: list[str | None]) -> Tensor:
+    """Every row in a batch of its own, with its adapter active."""
+    outputs = []
+    before = model.active_adapters
+    for i, name in enumerate(names):
+        model.set_adapter(name)
+        outputs.append(model(x[i : i + 1]))
+    model.set_adapter(before)
+    return torch.cat(outputs)
+
+
+@pairs
+@pytest.mark.parametrize("gradients", [True, False])
+def test_every_row_is_what_its_adapter_alone_makes_of_it(kind: KindCase, slot: str, gradients: bool) -> None:
+    model, x = mixed(kind, slot, torch.float64), rows_of(kind, 5, torch.float64)
+    with torch.set_grad_enabled(gradients):
+        expected, plain = one_by_one(model, x, NAMES), one_by_one(model, x, [None] * 5)
+        with model.adapter_rows(NAMES):
+            found = model(x)
+            again = model(x)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(found, again)
+    differs = [not torch.equal(own, base) for own, base in zip(found, plain, strict=True)]
+    assert differs == [True, False, True, True, True]
+    torch.testing.assert_close(model(x), one_by_one(model, x, ["a"] * 5))  # a is active again
+
+
+@pairs
+def test_gradients_reach_every_adapter_and_are_those_of_its_rows(kind: KindCase, slot: str) -> None:
+    model, x = mixed(kind, slot, torch.float64), rows_of(kind, 5, torch.float64)
+    model.set_adapter(None)
+    parameters = [p for name in "abc" for p in model._adapters[name].low_rank["block.target"].parameters()]
+    expected = torch.autograd.grad(one_by_one(model, x, NAMES).square().sum(), parameters)
+    with model.adapter_rows(NAMES):
+        found = torch.autograd.grad(model(x).square().sum(), parameters)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    with model.adapter_rows(["a", "a", None, "a", "a"]):
+        unused = torch.autograd.grad(model(x).square().sum(), parameters, allow_unused=True)
+    assert [gradient is None for gradient in unused] == [i >= len(parameters) / 3 for i in range(len(parameters))]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("shape", [(40, 12), (40, 1, 12), (40, 9, 12), (40, 2, 3, 12)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_forms_agree_with_one_by_one(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 16)).to(dtype)
+    model = LoRAModel(base, LoRAConfig(r=3, target_modules=["0"]), "0")
+    for number in range(1, count):
+        model.add_adapter(str(number), LoRAConfig(r=1 + number % 5, target_modules=["0"]))
+    for number in range(count):
+        model.set_adapter(str(number))
+        stir(model, number)
+    names: list[str | None] = [str(i * i % count) for i in range(37)] + [None, "0", None]
+    x = torch.randn(shape, dtype=dtype)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            expected = one_by_one(model.eval(), x, names)
+            with model.adapter_rows(names):
+                found = model(x)
+        close = {"rtol": 2e-2, "atol": 4e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(found, expected, **close)
+
+
+def test_the_plan_takes_every_form() -> None:
+    cpu = torch.device("cpu")
+
+    def planned(count: int, tokens: int, half: bool) -> str:
+        one = plan(LINEAR, [i % count for i in range(64)], [4] * count, tokens, half, cpu)
+        return "joined" if one.mask is not None else f"blocks of {one.c}"
+
+    assert [planned(count, 1, True) for count in (2, 8, 32, 64)] == ["joined", "joined", "blocks of 2", "blocks of 1"]
+    assert [planned(count, 1, False) for count in (2, 8, 32, 64)] == [
+        "joined",
+        "blocks of 8",
+        "blocks of 2",
+        "blocks of 1",
+    ]
+    assert [planned(count, 16, True) for count in (2, 8, 32, 64)] == ["joined", *["blocks of 1"] * 3]
+    uneven = plan(LINEAR, [0] * 50 + [NONE] * 4 + list(range(1, 11)), [4] * 11, 1, False, cpu)
+    assert uneven.c > 1
+    assert uneven.which is not None
+    assert 11 in uneven.which.tolist()  # the zero update, for the rows with none
+
+
+def test_kinds_without_a_form_of_their_own_take_adapter_after_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    kind = KINDS[0]
+    model, x = mixed(kind, "dora and biases"), rows_of(kind, 5)
+    expected = one_by_one(model, x, NAMES)
+    monkeypatch.delitem(BLOCKS, LINEAR.name)
+    with model.adapter_rows(NAMES):
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+
+
+# ---- whole models
+
+
+def causal_lm(kind: str = "llama", **settings: Any) -> LoRAModel:
+    """Adapters q (attention), m (MLP) and all (every linear layer, rsLoRA, learned scale)."""
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        base: Any = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=64))
+        names = {"q": ["c_attn"], "m": ["c_fc"]}
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+        base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50, eos_token_id=None, bos_token_id=None))
+        names = {"q": ["q_proj", "v_proj"], "m": ["up_proj", "down_proj"]}
+    model = LoRAModel(base, LoRAConfig(r=4, target_modules=names["q"], **settings), "q")
+    model.add_adapter("m", LoRAConfig(r=8, target_modules=names["m"]))
+    model.add_adapter("all", LoRAConfig(r=2, use_rslora=True, learn_scaling=True))
+    for seed, name in enumerate(["all", "m", "q"]):
+        model.set_adapter(name)
+        stir(model, seed)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_language_model_with_padded_rows_of_adapters_with_other_targets(kind: str) -> None:
+    model = causal_lm(kind)
+    names = ["q", None, "m", "all", "q"]
+    lengths = [7, 3, 9, 1, 4]
+    ids = torch.randint(1, 50, (5, 9), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) >= 9 - torch.tensor(lengths)[:, None]).long()  # left padding
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad(), model.adapter_rows(names):
+        found = model(ids, attention_mask=mask, position_ids=positions).logits
+        generated = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    for i, (name, length) in enumerate(zip(names, lengths, strict=True)):
+        model.set_adapter(name)
+        own = ids[i : i + 1, 9 - length :]
+        with torch.no_grad():
+            torch.testing.assert_close(found[i, 9 - length :], model(own).logits[0], rtol=1e-4, atol=1e-4)
+        alone = model.generate(
+            own, attention_mask=torch.ones_like(own), max_new_tokens=5, do_sample=False, pad_token_id=0
+        )
+        assert generated[i, 9:].tolist() == alone[0, length:].tolist()
+
+
+@pytest.mark.parametrize("asked", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
+def test_beams_have_their_prompt_s_adapter(asked: dict[str, int]) -> None:
+    model, names = causal_lm(), ["q", None, "all"]
+    ids = torch.randint(1, 50, (3, 4), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **asked}
+    with model.adapter_rows(names):
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        with pytest.raises(RowsError, match="names 3 rows; model"):  # the rule holds while generate runs
+            model(torch.cat([ids] * asked["num_beams"]))
+    expected = []
+    for i, name in enumerate(names):
+        model.set_adapter(name)
+        expected.append(model.generate(ids[i : i + 1], attention_mask=torch.ones(1, 4, dtype=torch.long), **settings))
+    assert torch.equal(found, torch.cat(expected))
+
+
+def test_sampled_sequences_of_a_prompt_have_its_adapter() -> None:
+    model = causal_lm()
+    ids = torch.randint(1, 50, (2, 4), generator=torch.Generator().manual_seed(0))
+    sampled = {"max_new_tokens": 1, "do_sample": True, "num_return_sequences": 3, "pad_token_id": 0}
+    sampled |= {"return_dict_in_generate": True, "output_logits": True}
+    with model.adapter_rows(["q", "all"]):
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **sampled).logits[0]
+        with torch.no_grad():
+            torch.testing.assert_close(found[::3], model(ids).logits[:, -1])
+    torch.testing.assert_close(found, found[::3].repeat_interleave(3, 0))
+
+
+def test_an_encoder_sees_the_rows_and_its_decoder_the_beams() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 50}
+    model = LoRAModel(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)), LoRAConfig(r=4), "a")
+    stir(model)
+    model.eval()
+    ids = torch.randint(2, 50, (2, 6), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    with model.adapter_rows(["a", None]):
+        found = model.generate(ids, **settings)
+    for i, name in enumerate(["a", None]):
+        model.set_adapter(name)
+        alone = model.generate(ids[i : i + 1], **settings)[0]
+        assert found[i, : len(alone)].tolist() == alone.tolist()
+
+
+def test_training_two_adapters_in_one_batch_is_training_each_on_its_rows() -> None:
+    def train(step: Callable[[LoRAModel, Tensor], Tensor]) -> LoRAModel:
+        model = causal_lm().train()
+        model.set_adapter(["q", "m"])
+        optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=1e-2, fused=True)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            step(model, torch.randint(1, 50, (4, 6), generator=generator)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    def loss(model: LoRAModel, ids: Tensor) -> Tensor:
+        return model(ids, labels=ids).loss
+
+    def together(model: LoRAModel, ids: Tensor) -> Tensor:
+        with model.adapter_rows(["q", "m", "q", "m"]):
+            return loss(model, ids)
+
+    def apart(model: LoRAModel, ids: Tensor) -> Tensor:
+        losses = []
+        for name, rows in (("q", [0, 2]), ("m", [1, 3])):
+            model.set_adapter(name)
+            losses.append(loss(model, ids[rows]))
+        model.set_adapter(["q", "m"])
+        return sum(losses) / 2
+
+    for one, other in zip(*(train(step).lora_layers.parameters() for step in (together, apart)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_each_adapter_s_own() -> None:
+    model = LoRAModel(nn.Sequential(nn.Linear(64, 64)), LoRAConfig(r=4, lora_dropout=0.5, target_modules=["0"]), "half")
+    model.add_adapter("none", LoRAConfig(r=4, target_modules=["0"]))
+    for name in ("half", "none"):
+        model.set_adapter(name)
+        stir(model)
+    x = torch.randn(3, 4, 64)
+    with model.adapter_rows(["half", "none", None]):
+        first, second = model(x), model(x)
+        same = [torch.equal(one, other) for one, other in zip(first, second, strict=True)]
+        assert same == [False, True, True]
+        model.eval()
+        assert torch.equal(model(x), model(x))
+        mean = torch.stack([model.train()(x)[0] for _ in range(400)]).mean(0)
+        torch.testing.assert_close(mean, model.eval()(x)[0], rtol=0.3, atol=0.3)
+
+
+# ---- compiled
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_other_names_for_the_rows_compile_nothing_anew(gradients: bool) -> None:
+    torch._dynamo.reset()
+    model, graphs = causal_lm(), []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    ids = torch.randint(1, 50, (4, 5), generator=torch.Generator().manual_seed(0))
+    batches = [["q", "m", None, "all"], ["all", "q", "m", "m"], ["m", "q", None, "all"]]
+    if not gradients:
+        batches += [["q", "q", None, None], [None] * 4]  # with gradients, an adapter of no row has none
+    for names in batches:
+        with torch.set_grad_enabled(gradients), model.adapter_rows(names):
+            torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+
+
+@kinds
+def test_every_kind_compiles_and_its_gradients_are_the_same(kind: KindCase) -> None:
+    torch._dynamo.reset()
+    model, x = mixed(kind, dtype=torch.float64), rows_of(kind, 5, torch.float64)
+    parameters = [p for name in "abc" for p in model._adapters[name].low_rank["block.target"].parameters()]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with model.adapter_rows(NAMES):
+        eager, traced = model(x), compiled(x)
+        torch.testing.assert_close(traced, eager)
+        torch.testing.assert_close(
+            torch.autograd.grad(traced.square().sum(), parameters),
+            torch.autograd.grad(eager.square().sum(), parameters),
+        )
+
+
+# ---- kept factors
+
+
+def two() -> LoRAModel:
+    torch.manual_seed(0)
+    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2, target_modules=["0"]), "a")
+    model.add_adapter("b", LoRAConfig(r=2, target_modules=["0"], learn_scaling=True))
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        stir(model)
+    return model.eval()
+
+
+CHANGES: dict[str, Callable[[LoRAModel, Any], Any]] = {
+    "in place": lambda _, part: part.lora_A.mul_(2),
+    "replaced data": lambda _, part: setattr(part.lora_B, "data", torch.randn(8, 2)),
+    "loaded": lambda _, part: part.load_state_dict({k: 2 * v for k, v in part.state_dict().items()}),
+    "another scale": lambda _, part: setattr(part, "scaling", 7.0),
+    "strength": lambda model, _: model.set_scale("b", 0.25),
+    "another precision": lambda model, _: model.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_kept_factors_follow_what_changes(change: str) -> None:
+    model, x = two(), torch.randn(3, 8)
+    with model.adapter_rows(["b", None, "a"]):
+        before = model(x)
+        CHANGES[change](model, model._adapters["b"].low_rank["0"])
+        x = x.to(next(model.parameters()).dtype)
+        after = model(x)
+    assert not torch.equal(after[0].float(), before[0])
+    torch.testing.assert_close(after, one_by_one(model, x, ["b", None, "a"]))
+
+
+@torch.no_grad()
+def test_without_changes_the_factors_are_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tailora.core import rows
+
+    calls = []
+    original = rows.joined
+    monkeypatch.setattr(rows, "joined", lambda each: calls.append(each) or original(each))
+    model, x = two(), torch.randn(3, 8)
+    with model.adapter_rows(["b", None, "a"]):
+        for _ in range(3):
+            model(x)
+        assert len(calls) == 1
+        model.add_adapter("c", LoRAConfig(r=2, target_modules=["0"]))
+        model(x)
+        assert len(calls) == 1
+
+
+def test_a_fused_optimizer_s_step_which_torch_does_not_count_is_seen() -> None:
+    model, x = two(), torch.randn(3, 8)
+    optimizer = torch.optim.AdamW(model._adapters["b"].low_rank["0"].parameters(), lr=0.1, fused=True)
+    with model.adapter_rows(["b", None, "a"]):
+        with torch.no_grad():
+            before = model(x)
+        model(x).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            after = model(x)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, one_by_one(model, x, ["b", None, "a"]))
+
+
+def test_nothing_of_a_block_is_held_afterwards() -> None:
+    from tailora.core.rows import RowLayer
+
+    model = two()
+    with torch.no_grad(), model.adapter_rows(["b", None, "a"]):
+        model(torch.randn(3, 8))
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is RowLayer]
+    assert copy.deepcopy(model).active_adapters == model.active_adapters
+
+
+# ---- modules trained whole
+
+
+def test_rows_have_their_own_copies_of_modules_trained_whole() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).to(torch.bfloat16)
+    model = LoRAModel(base, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["2"]), "a")
+    model.add_adapter("b", LoRAConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+    model.add_adapter("c", LoRAConfig(r=2, target_modules=["0"]))
+    for seed, name in enumerate("cba"):
+        model.set_adapter(name)
+        stir(model, seed)
+    x, names = torch.randn(5, 8, dtype=torch.bfloat16), ["b", "c", "a", None, "b"]
+    expected = one_by_one(model, x, names)
+    with model.adapter_rows(names):
+        found = model(x)
+        torch._dynamo.reset()
+        torch.testing.assert_close(
+            torch.compile(model, fullgraph=True, backend="eager")(x), found, rtol=2e-2, atol=2e-2
+        )
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    found.float().sum().backward()
+    weights = [model._adapters[name].saved["2"].weight.grad for name in "ab"]
+    assert all(gradient.abs().sum() > 0 for gradient in weights)
+    assert torch.equal(model(x), model(x))
+
+
+# ---- what is refused
+
+
+def test_names_that_do_not_fit_are_errors() -> None:
+    model = two()
+    for wrong, message in [
+        (["a", "x", "y", "x"], r"no adapter is called 'x', 'y'; there are: a, b"),
+        ("a", "takes a list with a name, or None, for every row"),
+        ([], "takes a list"),
+        ({"a"}, "takes a list"),
+        (3, "takes a list"),
+        ([["a"]], "no adapter is called"),
+        ([0], "no adapter is called 0"),
+    ]:
+        with pytest.raises(AdapterError, match=message), model.adapter_rows(wrong):  # type: ignore[arg-type]
+            pass
+    assert model.active_adapters == ("b",)
+    assert model(torch.ones(1, 8)).shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 8), r"names 3 rows; 0 got \(2, 8\), whose first dimension must be the rows"),
+        ((6, 8), r"got \(6, 8\)"),
+        ((1, 7, 8), "packed rows are one row: pass them apart, padded"),
+        ((8,), r"got \(8,\)"),
+        ((3,), r"got \(3,\)"),
+    ],
+)
+def test_a_batch_of_other_rows_is_refused_at_the_call(shape: tuple[int, ...], message: str) -> None:
+    model = two()
+    model.base_model[0] = model.base_model[0]
+    with model.adapter_rows(["a", "b", None]), pytest.raises(RowsError, match=message):
+        model.base_model[0].active_adapters[0].change(torch.zeros(shape), torch.zeros(shape), model.base_model[0])
+
+
+def test_within_and_around_the_block() -> None:
+    model = two()
+    with model.adapter_rows(["a"]):
+        for action in (
+            lambda: model.adapter_rows(["b"]).__enter__(),
+            lambda: model.set_adapter("a"),
+            lambda: model.disable_adapter().__enter__(),
+            lambda: model.delete_adapter("b"),
+            lambda: model.merge(),
+            lambda: model.merge_and_unload(),
+            lambda: model.unload(),
+        ):
+            with pytest.raises(RowsError, match="within adapter_rows; leave its block first"):
+                action()
+    with model.merged(), pytest.raises(MergeError, match="cannot choose adapters by row while merged"):
+        model.adapter_rows(["a"]).__enter__()
+    with pytest.raises(ZeroDivisionError), model.adapter_rows(["a"]):
+        raise ZeroDivisionError
+    assert model.active_adapters == ("b",)
+    model.unload()
+    with pytest.raises(AdapterError, match="there are: none"), model.adapter_rows(["a"]):
+        pass
+
+
+def test_experts_are_refused_since_their_tokens_are_of_all_rows() -> None:
+    base = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])})
+    model = LoRAModel(base, LoRAConfig(r=2, target_modules=["experts.0"]), "a")
+    with (
+        pytest.raises(RowsError, match=r"experts see the tokens of all rows mixed.*experts\.0"),
+        model.adapter_rows(["a"]),
+    ):
+        pass
+    assert model.base_model["experts"][0].active_adapters
