@@ -42,6 +42,7 @@ class TrainConfig(StrictModel):
     field: dict[str, str] = Field({}, description="rename columns: prompt=question")
     max_length: int = Field(1024, ge=8, lt=COUNT, description="tokens; longer examples are cut and counted")
     validation_split: float = Field(0.05, ge=0, lt=1, description="share of the rows held out")
+    split_seed: int | None = Field(None, ge=0, lt=2**63, description="which rows are held out; without it, --seed")
     packing: Literal["auto", "on", "off"] = Field("auto", description="several examples per row, attention isolated")
     streaming: bool = Field(False, description="read the data while training; needs --max-steps")
     # optimisation

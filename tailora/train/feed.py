@@ -61,7 +61,7 @@ def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embeddin
         field=config.field,
         max_length=config.max_length,
         validation_split=config.validation_split,
-        seed=config.seed,
+        seed=config.seed if config.split_seed is None else config.split_seed,
         embedding_rows=embedding_rows,
     )
 

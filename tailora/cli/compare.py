@@ -1,0 +1,153 @@
+"""`tailora compare`: LoRA against full fine-tuning on the user's own model and data."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tailora.cli.console import logs, note, on_terminal, print_json, results
+from tailora.cli.options import FIELDS, ConfigFile, Json, Settings, flags_of, settings
+from tailora.cli.yaml12 import read_mapping
+from tailora.errors import ConfigError, listing
+from tailora.study.config import FULL, LORA, CompareConfig
+from tailora.study.extra import need
+
+OWN = CompareConfig.model_fields
+LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method", "learning_rate"}
+FLAGS: Any = flags_of({"output_dir": "outputs/compare"}, FIELDS.keys() - LEFT_OUT)
+NONE_GIVEN = FLAGS()
+STUDY = Group.create_ordered("Comparison")
+
+Arms = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--arm",
+        negative=(),
+        group=STUDY,
+        help="NAME:setting=value,...; repeatable; without it one arm, 'lora', with the settings below",
+    ),
+]
+
+
+def _own(name: str, kind: Any) -> Any:
+    field = OWN[name]
+    default = str(field.default) if field.default is not None else False
+    return Annotated[kind | None, Parameter(help=field.description, show_default=default, group=STUDY)]
+
+
+def compare(
+    *,
+    config: ConfigFile = None,
+    arm: Arms = None,
+    full: Annotated[bool, Parameter(group=STUDY, help="an arm of full fine-tuning, too")] = True,
+    seeds: _own("seeds", str) = None,
+    rate_tries: _own("rate_tries", str) = None,
+    minutes: _own("minutes", str) = None,
+    margin: _own("margin", str) = None,
+    forgetting_data: _own("forgetting_data", str) = None,
+    json: Json = False,
+    flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
+) -> int:
+    """Compare LoRA with full fine-tuning, each at a learning rate of its own, over several seeds.
+
+    Interrupted, the same command goes on.
+    """
+    need("scipy")
+    given = {"seeds": seeds, "rate_tries": rate_tries, "minutes": minutes, "margin": margin}
+    given["forgetting_data"] = forgetting_data
+    written = {key: value for key, value in (read_mapping(config) if config else {}).items() if key in OWN}
+    chosen = settings(flags, config, {"output_dir": "outputs/compare"}, reserved=OWN)
+    study = CompareConfig(**{**written, **_arms(arm, full, written), **_known(given)})
+    return _run(chosen, study, json)
+
+
+def _known(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _arms(typed: list[str] | None, full: bool, written: dict[str, Any]) -> dict[str, Any]:
+    """The arms that were asked for; {} leaves the file's."""
+    if typed is None and "arms" in written:
+        return {}
+    arms = dict(map(_arm, typed)) if typed else {LORA: {}}
+    if typed and len(arms) < len(typed):
+        raise ConfigError("two arms have the same name")
+    return {"arms": {**arms, **({FULL: {"method": FULL}} if full else {})}}
+
+
+def _arm(text: str) -> tuple[str, dict[str, Any]]:
+    """NAME:key=value,key=value, with the values as YAML reads them."""
+    from tailora.cli.yaml12 import read_value
+
+    name, _, rest = text.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    problems = [f"--arm {text}: expected key=value, got {''.join(pair)}" for pair in pairs if not (pair[0] and pair[2])]
+    problems += [f"--arm {text}: {key} is no setting" for key, equals, _ in pairs if equals and key not in FIELDS]
+    if not name or problems:
+        raise ConfigError(listing(problems) if problems else f"--arm {text}: expected NAME:key=value,...")
+    return name, {key: read_value(value) for key, _, value in pairs}
+
+
+def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
+    from tailora.study.compare import compare as run  # torch from here on
+
+    for text in chosen.notes:
+        note(text)
+    console = logs()
+    try:
+        comparison = run(chosen.config, study, say=lambda text: console.print(text, markup=False), progress=_bar(console))
+    except KeyboardInterrupt:
+        again = shlex.join(["tailora", *sys.argv[1:]])
+        raise KeyboardInterrupt(f"finished runs are in {chosen.config.output_dir}; to go on:\n{again}") from None
+    if as_json:
+        print_json(comparison.to_dict())
+    else:
+        show(results(), comparison)
+    return 0
+
+
+def _bar(console: Console) -> Callable[[int, int, float], None] | None:
+    """One line that is written over, on a terminal only."""
+    if not on_terminal(console):
+        return None
+
+    def show_step(step: int, steps: int, loss: float) -> None:
+        end = "\r" if step < steps else "\r\x1b[K"
+        console.print(f"  step {step}/{steps}  loss {loss:.3f}   ", end=end, style="dim")
+
+    return show_step
+
+
+def show(console: Console, comparison: Any) -> None:
+    seeds, examples = len(comparison.seeds), comparison.judged_examples
+    title = f"{comparison.steps} steps, {seeds} seed{'s' * (seeds > 1)}, judged on {examples} held-out examples"
+    heads = ("arm", "best rate", "held-out loss (95%)", f"- {comparison.reference}", "train s", "peak GB", "trained", "MB", "KL")
+    table = Table(*heads, title=title, title_justify="left", title_style="bold")
+    for arm in comparison.arms:
+        table.add_row(*(_cells(arm) if arm.outcome == "done" else [arm.name, Text(arm.outcome)]))
+    console.print(table)
+    console.print(f"The base has {comparison.base_loss:.3f}. KL: nats per token from the base on other text (forgetting).")
+    console.print("", Text(comparison.verdict, style="bold"), sep="\n", soft_wrap=True)
+    for text in comparison.notes:
+        console.print(f"Note: {text}", markup=False, soft_wrap=True)
+
+
+def _cells(arm: Any) -> list[str]:
+    low, high = arm.interval
+    apart = arm.difference
+    return [
+        arm.name,
+        f"{arm.learning_rate:.1e}{'' if arm.bracketed else ' (edge)'}",
+        f"{arm.eval_loss:.3f} ({low:.3f} to {high:.3f})",
+        f"{apart['value']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})" if apart else "",
+        f"{arm.seconds:,.0f}",
+        f"{arm.peak_memory_bytes / 1e9:.2f}",
+        f"{arm.trainable_parameters / 1e6:,.2f}M",
+        f"{arm.bytes / 1e6:,.0f}",
+        f"{arm.forgetting['kl']:.3f}" if arm.forgetting else "",
+    ]

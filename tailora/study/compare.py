@@ -1,0 +1,178 @@
+"""LoRA against full fine-tuning, or any arms against each other: same data, same order, same tokens, same seeds.
+
+    probe each arm (with --minutes) -> steps that fit
+    each arm: its own learning rate, judged on one half of the held-out examples
+    each arm, each seed: a run at that rate, judged on the other half -> differences, verdict
+
+An arm whose rate was not searched is no control, so every arm gets as many tries. The halves keep apart what chose
+the rate and what judges it, and the runs that judge have other seeds than those that chose.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from tailora.errors import ConfigError
+from tailora.formats.atomic import write_file
+from tailora.study.config import FULL, PRIORS, CompareConfig, arm_settings
+from tailora.study.outcome import Comparison, choosing, judged
+from tailora.study.rates import Rates
+from tailora.study.trial import Progress, Spec, Trial, try_out
+from tailora.train.config import TrainConfig
+
+STUDY, REPORT = "compare.json", "report.json"
+PROBE_STEPS = 4
+SAFETY = 0.85  # share of the time that is planned with: a probe is short
+FEWEST_STEPS = 8
+
+Say = Callable[[str], None]
+
+
+def compare(
+    train: TrainConfig, study: CompareConfig, say: Say = lambda _: None, progress: Progress | None = None
+) -> Comparison:
+    """Runs what is missing of the study in `train.output_dir` and judges. Interrupted, it goes on when called again.
+
+    Raises ConfigError; whatever a run raises that is neither divergence nor lack of memory.
+    """
+    folder = Path(train.output_dir)
+    settings = {
+        "train": train.model_dump(mode="json", exclude={"output_dir"}),
+        "compare": study.model_dump(mode="json"),
+    }
+    _claim(folder, settings)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            comparison = _Study(train, study, folder, say, progress).run(settings)
+    except Timeout:
+        raise ConfigError(f"another comparison is writing to {folder} now; give another --output-dir") from None
+    write_file(folder / REPORT, json.dumps({"kind": "compare", **comparison.to_dict()}, indent=1).encode())
+    return comparison
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    known = folder / STUDY
+    text = json.dumps(settings, indent=1)
+    if known.exists() and json.loads(known.read_text()) != json.loads(text):
+        raise ConfigError(f"{folder} holds a comparison with other settings; give another --output-dir")
+    if not known.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty and holds no comparison; give another --output-dir")
+        write_file(known, text.encode())
+
+
+class _Study:
+    """The runs of one comparison, in order; finished ones are read from their folders."""
+
+    def __init__(
+        self, train: TrainConfig, study: CompareConfig, folder: Path, say: Say, progress: Progress | None
+    ) -> None:
+        self.train, self.study, self.folder, self.say, self.progress = train, study, folder, say, progress
+        self.started = time.monotonic()
+        self.notes: list[str] = []
+        self.costs: dict[str, float] = {}  # seconds of an arm's last whole run
+
+    def run(self, settings: dict[str, Any]) -> Comparison:
+        steps = self._steps()
+        rates = self._search(steps)
+        finals = self._finals(steps, rates)
+        seconds = time.monotonic() - self.started
+        return judged(self.study, rates, finals, notes=self.notes, settings=settings, seconds=seconds)
+
+    def _left(self) -> float:
+        """Seconds until the time is up; infinite without --minutes."""
+        if self.study.minutes is None:
+            return np.inf
+        return self.study.minutes * 60 - (time.monotonic() - self.started)
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.say(text)
+
+    def _trial(self, arm: str, where: str, *, final: bool, **given: Any) -> Trial:
+        texts = (self.study.forgetting_data or "") if final else None
+        keep = final and self.study.method(arm) != FULL  # a whole model for every seed would fill the disk
+        spec = Spec(arm_settings(self.train, self.study, arm, **given), texts, keep)
+        started = time.monotonic()
+        trial = try_out(spec, self.folder / "runs" / arm / where, self.progress)
+        self.costs[arm] = time.monotonic() - started
+        return trial
+
+    # ---- how long
+
+    def _steps(self) -> dict[str, Any]:
+        """`max_steps` that fit into --minutes, measured on a few steps of each arm; {} leaves the settings' own."""
+        if self.study.minutes is None:
+            return {}
+        known = self.folder / "plan.json"
+        if not known.exists():
+            self.say(f"timing {PROBE_STEPS} steps of each arm")
+            fixed, each = zip(*(self._probe(arm) for arm in self.study.arms), strict=True)
+            runs = self.study.rate_tries + self.study.seeds
+            steps = int((self._left() * SAFETY / runs - sum(fixed)) / sum(each))
+            if steps < FEWEST_STEPS:
+                needs = runs * (sum(fixed) + FEWEST_STEPS * sum(each)) / SAFETY / 60
+                raise ConfigError(
+                    f"--minutes {self.study.minutes:g} is too short for {runs} runs of {len(fixed)} arms: "
+                    f"{FEWEST_STEPS} steps each take {needs:.0f} minutes; give more, or fewer --seeds or --rate-tries"
+                )
+            write_file(known, json.dumps({"max_steps": steps}).encode())
+        planned: dict[str, Any] = json.loads(known.read_text())
+        if self.train.max_steps is not None:
+            planned["max_steps"] = min(planned["max_steps"], self.train.max_steps)
+        self.say(f"{planned['max_steps']} steps in each run fit into {self.study.minutes:g} minutes")
+        return planned
+
+    def _probe(self, arm: str) -> tuple[float, float]:
+        """Seconds of a run beside its training, and of one step."""
+        rate = PRIORS[self.study.method(arm)] / 100
+        trial = self._trial(arm, "probe", final=True, learning_rate=rate, max_steps=PROBE_STEPS)
+        if not trial.done:
+            return 0.0, 0.0  # no run of it will take long
+        training = trial.numbers["train_tokens"] / trial.numbers["tokens_per_second"]
+        return self.costs[arm] - training, training / PROBE_STEPS
+
+    # ---- which rate
+
+    def _search(self, steps: Mapping[str, Any]) -> dict[str, Rates]:
+        """In turns, so that every arm has had as many tries when the time is up."""
+        searches = {
+            arm: Rates(self.study.arms[arm].get("learning_rate", PRIORS[self.study.method(arm)]), self.study.rate_tries)
+            for arm in self.study.arms
+        }
+        while asked := {arm: rate for arm, rates in searches.items() if (rate := rates.ask()) is not None}:
+            if self._left() < sum(self.costs.get(arm, 0) for arm in asked) + self._time_of_finals():
+                self._note("the search for learning rates was cut short by --minutes")
+                break
+            for arm, rate in asked.items():
+                trial = self._trial(arm, f"rate-{rate:.3g}", final=False, learning_rate=rate, **steps)
+                loss = trial.loss(choosing(trial)) if trial.done else np.inf
+                searches[arm].tell(rate, loss)
+                said = f"held-out loss {loss:.4f}" if trial.done else trial.outcome
+                self.say(f"{arm}: learning rate {rate:.2g}, {said}")
+        return searches
+
+    def _time_of_finals(self) -> float:
+        return self.study.seeds * sum(self.costs.values())
+
+    # ---- the runs that judge
+
+    def _finals(self, steps: Mapping[str, Any], rates: Mapping[str, Rates]) -> dict[str, list[Trial]]:
+        finals: dict[str, list[Trial]] = {arm: [] for arm, found in rates.items() if found.best is not None}
+        for number in range(1, self.study.seeds + 1):
+            if number > 1 and self._left() < sum(self.costs.get(arm, 0) for arm in finals):
+                self._note(f"--minutes left time for {number - 1} of {self.study.seeds} seeds")
+                break
+            for arm, trials in finals.items():
+                seed = self.train.seed + number  # the rates were found with the seed itself
+                rate = rates[arm].best
+                trial = self._trial(arm, f"seed-{seed}", final=True, learning_rate=rate, seed=seed, **steps)
+                trials.append(trial)
+                said = f"held-out loss {trial.loss():.4f}" if trial.done else trial.outcome
+                self.say(f"{arm}: seed {seed} at its best rate {rate:.2g}, {said}")
+        return finals
