@@ -5,15 +5,15 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tailora.cli.console import logs, note, on_terminal, print_json, results
-from tailora.cli.options import FIELDS, ConfigFile, Json, Settings, flags_of, settings
+from tailora.cli.options import FIELDS, ConfigFile, Json, Settings, changes, flags_beside, flags_of, given, settings
 from tailora.cli.yaml12 import read_mapping
-from tailora.errors import ConfigError, listing
+from tailora.errors import ConfigError
 from tailora.study.config import FULL, LORA, CompareConfig
 from tailora.study.extra import need
 
@@ -21,7 +21,9 @@ OWN = CompareConfig.model_fields
 LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method", "learning_rate"}
 FLAGS: Any = flags_of({"output_dir": "outputs/compare"}, FIELDS.keys() - LEFT_OUT)
 NONE_GIVEN = FLAGS()
-STUDY = Group.create_ordered("Comparison")
+STUDY = "Comparison"
+STUDY_FLAGS: Any = flags_beside(CompareConfig, STUDY, [name for name in OWN if name != "arms"])
+NO_STUDY_FLAGS = STUDY_FLAGS()
 
 Arms = Annotated[
     list[str] | None,
@@ -34,22 +36,12 @@ Arms = Annotated[
 ]
 
 
-def _own(name: str, kind: Any) -> Any:
-    field = OWN[name]
-    default = str(field.default) if field.default is not None else False
-    return Annotated[kind | None, Parameter(help=field.description, show_default=default, group=STUDY)]
-
-
 def compare(
     *,
     config: ConfigFile = None,
     arm: Arms = None,
     full: Annotated[bool, Parameter(group=STUDY, help="an arm of full fine-tuning, too")] = True,
-    seeds: _own("seeds", str) = None,
-    rate_tries: _own("rate_tries", str) = None,
-    minutes: _own("minutes", str) = None,
-    margin: _own("margin", str) = None,
-    forgetting_data: _own("forgetting_data", str) = None,
+    study: Annotated[STUDY_FLAGS, Parameter(name="*")] = NO_STUDY_FLAGS,
     json: Json = False,
     flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
 ) -> int:
@@ -58,16 +50,9 @@ def compare(
     Interrupted, the same command goes on.
     """
     need("scipy")
-    given = {"seeds": seeds, "rate_tries": rate_tries, "minutes": minutes, "margin": margin}
-    given["forgetting_data"] = forgetting_data
-    written = {key: value for key, value in (read_mapping(config) if config else {}).items() if key in OWN}
-    chosen = settings(flags, config, {"output_dir": "outputs/compare"}, reserved=OWN)
-    study = CompareConfig(**{**written, **_arms(arm, full, written), **_known(given)})
-    return _run(chosen, study, json)
-
-
-def _known(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+    written = {name: value for name, value in (read_mapping(config) if config else {}).items() if name in OWN}
+    chosen = settings(flags, config, {"output_dir": "outputs/compare"}, others=OWN)
+    return _run(chosen, CompareConfig(**{**written, **_arms(arm, full, written), **given(study)}), json)
 
 
 def _arms(typed: list[str] | None, full: bool, written: dict[str, Any]) -> dict[str, Any]:
@@ -81,16 +66,10 @@ def _arms(typed: list[str] | None, full: bool, written: dict[str, Any]) -> dict[
 
 
 def _arm(text: str) -> tuple[str, dict[str, Any]]:
-    """NAME:key=value,key=value, with the values as YAML reads them."""
-    from tailora.cli.yaml12 import read_value
-
     name, _, rest = text.partition(":")
-    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
-    problems = [f"--arm {text}: expected key=value, got {''.join(pair)}" for pair in pairs if not (pair[0] and pair[2])]
-    problems += [f"--arm {text}: {key} is no setting" for key, equals, _ in pairs if equals and key not in FIELDS]
-    if not name or problems:
-        raise ConfigError(listing(problems) if problems else f"--arm {text}: expected NAME:key=value,...")
-    return name, {key: read_value(value) for key, _, value in pairs}
+    if not name or "/" in name:
+        raise ConfigError(f"--arm {text}: expected NAME:setting=value,..., with a name that can be a folder's")
+    return name, changes(rest)
 
 
 def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
@@ -100,7 +79,9 @@ def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
         note(text)
     console = logs()
     try:
-        comparison = run(chosen.config, study, say=lambda text: console.print(text, markup=False), progress=_bar(console))
+        comparison = run(
+            chosen.config, study, say=lambda text: console.print(text, markup=False), progress=_bar(console)
+        )
     except KeyboardInterrupt:
         again = shlex.join(["tailora", *sys.argv[1:]])
         raise KeyboardInterrupt(f"finished runs are in {chosen.config.output_dir}; to go on:\n{again}") from None
@@ -126,12 +107,24 @@ def _bar(console: Console) -> Callable[[int, int, float], None] | None:
 def show(console: Console, comparison: Any) -> None:
     seeds, examples = len(comparison.seeds), comparison.judged_examples
     title = f"{comparison.steps} steps, {seeds} seed{'s' * (seeds > 1)}, judged on {examples} held-out examples"
-    heads = ("arm", "best rate", "held-out loss (95%)", f"- {comparison.reference}", "train s", "peak GB", "trained", "MB", "KL")
+    heads = (
+        "arm",
+        "best rate",
+        "held-out loss (95%)",
+        f"- {comparison.reference}",
+        "train s",
+        "peak GB",
+        "trained",
+        "MB",
+        "KL",
+    )
     table = Table(*heads, title=title, title_justify="left", title_style="bold")
     for arm in comparison.arms:
         table.add_row(*(_cells(arm) if arm.outcome == "done" else [arm.name, Text(arm.outcome)]))
     console.print(table)
-    console.print(f"The base has {comparison.base_loss:.3f}. KL: nats per token from the base on other text (forgetting).")
+    console.print(
+        f"The base has {comparison.base_loss:.3f}. KL: nats per token from the base on other text (forgetting)."
+    )
     console.print("", Text(comparison.verdict, style="bold"), sep="\n", soft_wrap=True)
     for text in comparison.notes:
         console.print(f"Note: {text}", markup=False, soft_wrap=True)

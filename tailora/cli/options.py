@@ -15,8 +15,8 @@ from cyclopts import Group, Parameter
 from pydantic.fields import FieldInfo
 
 from tailora.cli.yaml12 import read_mapping
-from tailora.core.config import ALIASES
-from tailora.errors import ConfigError, listing
+from tailora.core.config import ALIASES, StrictModel
+from tailora.errors import ConfigError, listing, nearest
 from tailora.train.config import TrainConfig
 
 FIELDS = TrainConfig.model_fields
@@ -51,25 +51,64 @@ def flags_of(defaults: Mapping[str, Any], only: Collection[str] = FIELDS.keys())
             columns.append((name, _flag(name, field, defaults.get(name, field.default), group), None))
     hidden = Annotated[str | None, Parameter(show=False)]
     columns += [(other, hidden, None) for other, ours in OTHER_NAMES.items() if ours in only]
+    return _made(columns)
+
+
+def flags_beside(model: type[StrictModel], title: str, only: Collection[str]) -> type[Any]:
+    """The same for fields of another schema, in one section of --help."""
+    group = Group.create_ordered(title)
+    return _made(
+        [(name, _flag(name, model.model_fields[name], model.model_fields[name].default, group), None) for name in only]
+    )
+
+
+def given(flags: Any) -> dict[str, Any]:
+    """What was typed."""
+    values = {field.name: getattr(flags, field.name) for field in fields(flags)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _made(columns: list[tuple[str, Any, Any]]) -> type[Any]:
     made = make_dataclass("Flags", columns, kw_only=True, frozen=True)
     made.__module__ = __name__  # cyclopts takes a class of the standard library for a plain value
     return made
 
 
 def settings(
-    flags: Any, config_file: Path | None, defaults: Mapping[str, Any], arguments: Mapping[str, Any] | None = None
+    flags: Any,
+    config_file: Path | None,
+    defaults: Mapping[str, Any],
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    others: Collection[str] = (),
 ) -> Settings:
-    """Merges what was given; `arguments` were typed without a flag. Raises ConfigError for all that is wrong."""
+    """Merges what was given; `arguments` were typed without a flag. Raises ConfigError for all that is wrong.
+
+    others: keys of the file that are not of a run, and read elsewhere.
+    """
     written = read_mapping(config_file) if config_file else {}
-    given = {field.name: getattr(flags, field.name) for field in fields(flags)}
-    given = {name: value for name, value in given.items() if value is not None}
-    notes = [f"{name} is read as {OTHER_NAMES[name]}" for name in (*written, *given) if name in OTHER_NAMES]
-    typed = {name: _plain(name, value) for name, value in _ours(given).items()}
+    written = {name: value for name, value in written.items() if name not in others}
+    typed = given(flags)
+    notes = [f"{name} is read as {OTHER_NAMES[name]}" for name in (*written, *typed) if name in OTHER_NAMES]
+    typed = {name: _plain(name, value) for name, value in _ours(typed).items()}
     typed |= arguments or {}
     values = {**defaults, **_ours(written, f"--config {config_file}: "), **typed}
     if complaint := _complaint(values):
         raise ConfigError(_origin(complaint, {**defaults, **typed}, config_file) + complaint)
     return Settings(TrainConfig(**_with_held_out(values)), notes)
+
+
+def changes(text: str) -> dict[str, Any]:
+    """Settings written as `key=value,key=value`, each as its flag would read it. Raises ConfigError."""
+    pairs = [pair.partition("=") for pair in NEXT_PAIR.split(text) if pair]
+    problems = [f"expected key=value, got {''.join(pair)}" for pair in pairs if not (pair[0] and pair[2])]
+    names = [name for name, _, value in pairs if name and value]
+    problems += [f"unknown setting {name!r}{nearest(name, FIELDS)}" for name in names if name not in FIELDS]
+    problems += [f"{name} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if problems:
+        raise ConfigError(f"{text}: {listing(problems)}")
+    several = {name for name in names if get_origin(_members(FIELDS[name])[0]) in (list, dict)}
+    return {name: _plain(name, [value] if name in several else value) for name, _, value in pairs}
 
 
 def _complaint(values: dict[str, Any]) -> str:

@@ -24,6 +24,10 @@ class StrictModel(BaseModel):
         except ValidationError as error:
             raise ConfigError(listing([_explain(problem, type(self)) for problem in error.errors()])) from None
 
+    def replaced(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again; what was not set stays so."""
+        return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
+
 
 def _explain(problem: Any, model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
@@ -97,7 +101,3 @@ class LoRAConfig(StrictModel):
                 "lora_bias with use_dora: no tool reads an adapter with both; bias='lora_only' trains biases"
             )
         return self
-
-    def replaced(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
-        return type(self)(**{**self.model_dump(), **changes})

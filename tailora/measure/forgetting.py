@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tailora.data.demo import resolve
 from tailora.data.prepare import prepare
-from tailora.train.evaluate import evaluating
+from tailora.core.modes import evaluating
 
 TEXTS, LENGTH = 16, 64  # of the base's own
 

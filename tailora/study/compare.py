@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from tailora.errors import ConfigError
 from tailora.formats.atomic import write_file
-from tailora.study.config import FULL, PRIORS, CompareConfig, arm_settings
+from tailora.study.config import FULL, CompareConfig, arm_settings
 from tailora.study.outcome import Comparison, choosing, judged
 from tailora.study.rates import Rates
 from tailora.study.trial import Progress, Spec, Trial, try_out
@@ -45,6 +45,8 @@ def compare(
         "train": train.model_dump(mode="json", exclude={"output_dir"}),
         "compare": study.model_dump(mode="json"),
     }
+    for arm in study.arms:
+        arm_settings(train, study, arm, learning_rate=study.prior(arm))  # what contradicts itself is found at once
     _claim(folder, settings)
     try:
         with FileLock(folder / ".lock", timeout=0):
@@ -130,7 +132,7 @@ class _Study:
 
     def _probe(self, arm: str) -> tuple[float, float]:
         """Seconds of a run beside its training, and of one step."""
-        rate = PRIORS[self.study.method(arm)] / 100
+        rate = self.study.prior(arm) / 100
         trial = self._trial(arm, "probe", final=True, learning_rate=rate, max_steps=PROBE_STEPS)
         if not trial.done:
             return 0.0, 0.0  # no run of it will take long
@@ -141,10 +143,7 @@ class _Study:
 
     def _search(self, steps: Mapping[str, Any]) -> dict[str, Rates]:
         """In turns, so that every arm has had as many tries when the time is up."""
-        searches = {
-            arm: Rates(self.study.arms[arm].get("learning_rate", PRIORS[self.study.method(arm)]), self.study.rate_tries)
-            for arm in self.study.arms
-        }
+        searches = {arm: Rates(self.study.prior(arm), self.study.rate_tries) for arm in self.study.arms}
         while asked := {arm: rate for arm, rates in searches.items() if (rate := rates.ask()) is not None}:
             if self._left() < sum(self.costs.get(arm, 0) for arm in asked) + self._time_of_finals():
                 self._note("the search for learning rates was cut short by --minutes")

@@ -40,6 +40,10 @@ class CompareConfig(StrictModel):
     def _shared(self) -> list[tuple[str, str]]:
         return [(name, key) for name, changes in self.arms.items() for key in changes if key in GIVEN]
 
+    def prior(self, arm: str) -> float:
+        """Where the search for the arm's learning rate begins."""
+        return float(self.arms[arm].get("learning_rate", PRIORS[self.method(arm)]))
+
     def method(self, arm: str) -> str:
         return str(self.arms[arm].get("method", LORA))
 

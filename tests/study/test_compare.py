@@ -1,0 +1,155 @@
+"""A whole comparison on a tiny model: each trial in its own process, resumed, judged."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tailora.errors import ConfigError, DataError
+from tailora.study.compare import compare
+from tailora.study.config import CompareConfig, arm_settings
+from tailora.study.outcome import choosing, judged, judging
+from tailora.study.rates import Rates
+from tailora.study.trial import Spec, Trial, try_out
+from tailora.train.config import TrainConfig
+
+SMALL = CompareConfig(seeds=2, rate_tries=1, arms={"r4": {"learning_rate": 1e-2}, "full": {"method": "full"}})
+
+
+@pytest.mark.slow
+def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: Path) -> None:
+    train = small_run.replaced(output_dir=str(tmp_path / "study"))
+    heard: list[str] = []
+    found = compare(train, SMALL, say=heard.append)
+    assert [arm.name for arm in found.arms] == ["r4", "full"]
+    assert found.reference == "full"
+    lora, full = found.arms
+    assert lora.trainable_parameters is not None
+    assert full.trainable_parameters is not None
+    assert lora.trainable_parameters < full.trainable_parameters
+    for arm in found.arms:
+        assert arm.outcome == "done"
+        assert arm.eval_loss is not None
+        assert arm.interval is not None
+        assert arm.eval_loss < found.base_loss
+        assert arm.interval[0] < arm.eval_loss < arm.interval[1]
+        assert arm.forgetting is not None
+        assert arm.forgetting["kl"] > 0
+        assert not arm.bracketed  # one try
+    assert lora.difference is not None
+    assert lora.difference["value"] == pytest.approx(lora.eval_loss - full.eval_loss)
+    assert found.verdict
+    assert "edge of those tried" in found.verdict
+    assert found.judged_examples == 9
+    assert json.loads((tmp_path / "study" / "report.json").read_text())["verdict"] == found.verdict
+    assert len(heard) == 2 + 4
+
+    started = time.monotonic()
+    again = compare(train, SMALL)
+    assert time.monotonic() - started < 2  # every trial is there
+    assert again.arms == found.arms
+    with pytest.raises(ConfigError, match="other settings"):
+        compare(train, SMALL.replaced(margin=0.5))
+
+
+@pytest.mark.slow
+def test_a_trial_that_diverges_is_a_result(small_run: TrainConfig, tmp_path: Path) -> None:
+    settings = arm_settings(small_run, SMALL, "r4", learning_rate=1e30, max_steps=4)
+    trial = try_out(Spec(settings), tmp_path / "trial")
+    assert trial.outcome == "diverged"
+    assert trial.loss() == np.inf
+    assert not (tmp_path / "trial" / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_the_data_is_raised_here(small_run: TrainConfig, tmp_path: Path) -> None:
+    settings = arm_settings(small_run.replaced(data=str(tmp_path / "none.jsonl")), SMALL, "r4", learning_rate=1e-3)
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        try_out(Spec(settings), tmp_path / "trial")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"arms": {"one": {}}}, "needs two arms"),
+        ({"arms": {"a": {"method": "full"}, "b": {"method": "full"}}}, "one full fine-tuning"),
+        ({"arms": {"a": {"data": "x"}, "b": {"seed": 1}}}, "'a' changes data.*'b' changes seed"),
+        ({"seeds": 0}, "seeds"),
+        ({"minuts": 3}, "did you mean"),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?s){told}"):
+        CompareConfig(**changes)
+
+
+def test_settings_of_an_arm_that_contradict_each_other_are_found_before_any_run(
+    small_run: TrainConfig, tmp_path: Path
+) -> None:
+    study = CompareConfig(arms={"r4": {}, "full": {"method": "full", "r": 3}})
+    with pytest.raises(ConfigError, match="leave out r"):
+        compare(small_run.replaced(output_dir=str(tmp_path / "study")), study)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_folder_with_other_things_is_left_alone(small_run: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        compare(small_run.replaced(output_dir=str(tmp_path)), SMALL)
+
+
+@pytest.mark.slow
+def test_too_little_time_is_refused_with_what_it_needs(small_run: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"too short.*give more"):
+        compare(small_run.replaced(output_dir=str(tmp_path / "study")), SMALL.replaced(minutes=0.01))
+
+
+def trial(losses: np.ndarray, counts: np.ndarray, seed: int, parameters: int) -> Trial:
+    numbers = {"train_tokens": 100, "tokens_per_second": 10.0, "peak_memory_bytes": 9, "steps": 5, "seed": seed}
+    numbers |= {"trainable_parameters": parameters, "output_dir": "there"}
+    forgotten = {"kl": 0.1, "loss_before": 1.0, "loss_after": 1.1, "tokens": 7}
+    before = (counts * 4).tolist()
+    return Trial("done", "", numbers, (losses * counts).tolist(), before, counts.tolist(), forgotten, 12)
+
+
+def rates(best: float) -> Rates:
+    found = Rates(best, 3)
+    for factor, loss in ((1, 2.0), (4, 3.0), (0.25, 3.0)):
+        found.tell(best * factor, loss)
+    return found
+
+
+def test_arms_are_judged_on_the_half_that_did_not_choose() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.integers(5, 50, size=40)
+    losses = rng.normal(3, 0.5, size=40)
+    first = trial(losses, counts, 1, 1000)
+    for_rates, for_arms = choosing(first), judging(first)
+    assert sorted([*for_rates, *for_arms]) == list(range(40))
+    better = losses.copy()
+    better[for_rates] -= 1  # on the other half there is no difference
+    study = CompareConfig(arms={"lora": {}, "full": {"method": "full"}})
+    finals = {
+        "lora": [trial(better + rng.normal(0, 0.001, 40), counts, seed, 10) for seed in (1, 2, 3)],
+        "full": [trial(losses + rng.normal(0, 0.001, 40), counts, seed, 1000) for seed in (1, 2, 3)],
+    }
+    found = judged(study, {arm: rates(1e-3) for arm in finals}, finals, notes=[], settings={}, seconds=1.0)
+    assert "No difference that matters" in found.verdict
+    assert "100x fewer" in found.verdict
+    assert found.base_loss == pytest.approx(4)
+    assert found.seeds == [1, 2, 3]
+
+
+def test_an_arm_that_failed_keeps_its_reason() -> None:
+    counts = np.full(10, 5)
+    failed = Rates(1e-3, 1)
+    failed.tell(1e-3, np.inf)
+    study = CompareConfig(arms={"lora": {}, "full": {"method": "full"}})
+    finals = {"lora": [trial(np.linspace(1, 2, 10), counts, seed, 10) for seed in (1, 2)]}
+    found = judged(study, {"lora": rates(1e-3), "full": failed}, finals, notes=[], settings={}, seconds=1.0)
+    assert found.arms[1].outcome == "failed at every rate tried, 0.001"
+    assert "full failed at every rate tried" in found.verdict
+    assert found.p_value is None
