@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tailora.core.kinds import kind_of
 from tailora.errors import FormatError, nearest
 from tailora.formats.peft import PREFIX, StoredAdapter
 from tailora.formats.plain import refuse, stored
@@ -105,8 +106,8 @@ def _split(key: str) -> tuple[str, str]:
 
 
 def _names(base_model: nn.Module) -> dict[str, str]:
-    """Path, and path with underscores for dots -> path. Raises FormatError where two layers have one flat name."""
-    paths = [path for path, _ in base_model.named_modules() if path]
+    """Path, and path with underscores for dots where only one layer has it -> path, of what can be adapted."""
+    paths = [path for path, module in base_model.named_modules() if path and kind_of(module)]
     flat: dict[str, list[str]] = {}
     for path in paths:
         flat.setdefault(path.replace(".", "_"), []).append(path)

@@ -4,6 +4,7 @@ The base stays as it is. Merged weights go to a file as they are computed, and t
 that a second copy of the model is never in memory.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ def write(folder: Path, source: Source) -> list[str]:
     state = base.state_dict() | {f"{names[id(each.module)]}{each.name}": each.tensor.data for each in exchanges}
     with _tie_setting(base, untied):
         base.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+    _write_theta(folder / "config.json")
     del exchanges, state
     spill.unlink(missing_ok=True)
     notes = [f"rounding to {_named(base.dtype)} changes the update by at most {worst:.2g} of its size in a layer"]
@@ -90,6 +92,14 @@ def _tie_setting(base: Any, untied: bool) -> Iterator[None]:
     finally:
         if untied:
             base.config.tie_word_embeddings = own
+
+
+def _write_theta(file: Path) -> None:
+    """`rope_theta` where transformers 4 and mlx-lm look for it; they take 10,000 in silence where it is not."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    theta = (settings.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None and "rope_theta" not in settings:
+        file.write_text(json.dumps({**settings, "rope_theta": theta}, indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: Path, source: Source) -> nn.Module:

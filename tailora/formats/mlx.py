@@ -72,7 +72,18 @@ def write(folder: Path, source: Source) -> list[str]:
     (folder / WEIGHTS).write_bytes(to_bytes(tensors, {"format": "mlx"}))
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     below = sum(each.r < r for each in plain.values())
-    return [*scale_notes(source), *([f"{below} layers are filled up with zeros to rank {r}"] if below else [])]
+    padding = [f"{below} layers are filled up with zeros to rank {r}"] if below else []
+    return [*scale_notes(source), *padding, *_theta_notes(config)]
+
+
+def _theta_notes(config: Any) -> list[str]:
+    """mlx-lm takes a rope_theta of 10,000 in silence where config.json says it within rope_parameters alone."""
+    file = Path(getattr(config, "_name_or_path", "")) / "config.json"
+    settings = read_settings(file) if file.is_file() else {}
+    theta = (settings.get("rope_parameters") or {}).get("rope_theta")
+    if theta is None or "rope_theta" in settings:
+        return []
+    return [f'mlx-lm needs "rope_theta": {theta} at the top of {file}, or it computes something else']
 
 
 def _key(path: str) -> str:

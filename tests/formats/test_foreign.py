@@ -1,0 +1,298 @@
+"""LoRA of other tools is told by its content, means what it means there, and converts to PEFT."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import stir
+from safetensors.torch import load_file, save_file
+from tiny import chat_model
+from torch import Tensor, nn
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.errors import FormatError
+
+IDS = torch.arange(24).view(2, 12)
+Tensors = dict[str, Tensor]
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+@pytest.fixture
+def live() -> LoRAModel:
+    """r = 4, alpha = 6, and on one layer r = 3, alpha = 7."""
+    patterns = {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"down_proj": 7}}
+    model = LoRAModel(chat_model(), LoRAConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], **patterns))
+    stir(model)
+    return model
+
+
+def factors(model: LoRAModel) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Path -> A, B, alpha."""
+    layers = {key.replace("/", "."): layer for key, layer in model.lora_layers.items()}
+    return {path: (each.lora_A.detach(), each.lora_B.detach(), each.lora_alpha) for path, each in layers.items()}
+
+
+def kohya(model: LoRAModel, prefix: str = "lora_te1_") -> Tensors:
+    found = {}
+    for path, (A, B, alpha) in factors(model).items():
+        flat = prefix + path.replace(".", "_")
+        found |= {f"{flat}.lora_down.weight": A, f"{flat}.lora_up.weight": B, f"{flat}.alpha": torch.tensor(alpha)}
+    return found
+
+
+def named(model: LoRAModel, A_end: str, B_end: str, prefix: str = "", fold: bool = True) -> Tensors:
+    """Keys with dots; without an alpha the scale is 1, so it is in B."""
+    found = {}
+    for path, (A, B, alpha) in factors(model).items():
+        scale = alpha / len(A) if fold else 1
+        found |= {f"{prefix}{path}{A_end}": A, f"{prefix}{path}{B_end}": B * scale}
+    return found
+
+
+WRITERS: dict[str, Callable[[LoRAModel], Tensors]] = {
+    "kohya": kohya,
+    "kohya, no alpha": lambda m: {
+        **{key: value for key, value in kohya(m).items() if not key.endswith(".alpha")},
+        **{
+            f"lora_te1_{path.replace('.', '_')}.lora_up.weight": B * alpha / len(A)
+            for path, (A, B, alpha) in factors(m).items()
+        },
+    },
+    "diffusers": lambda m: named(m, ".lora_A.weight", ".lora_B.weight", "text_encoder."),
+    "diffusers, before PEFT": lambda m: named(m, ".lora.down.weight", ".lora.up.weight", "unet."),
+    "diffusers, text encoder": lambda m: named(
+        m, ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", "te."
+    ),
+    "diffusers, processors": lambda m: {
+        re.sub(r"\.(\w+_proj)_lora", r".processor.\1_lora", key): value
+        for key, value in named(m, "_lora.down.weight", "_lora.up.weight", "unet.").items()
+    },
+    "no prefix": lambda m: named(m, ".lora_A.weight", ".lora_B.weight"),
+    "PEFT's keys in one file": lambda m: named(m, ".lora_A.weight", ".lora_B.weight", "base_model.model."),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_one_file_of_another_tool(tmp_path: Path, live: LoRAModel, write: Callable[[LoRAModel], Tensors]) -> None:
+    file = tmp_path / "lora.safetensors"
+    save_file({key: value.contiguous() for key, value in write(live).items()}, file)
+    model = LoRAModel.from_pretrained(chat_model(), file)
+    torch.testing.assert_close(logits(model), logits(live), rtol=1e-5, atol=1e-5)
+    model.export(tmp_path / "peft", "peft")
+    again = LoRAModel.from_pretrained(chat_model(), tmp_path / "peft")
+    torch.testing.assert_close(logits(again), logits(live), rtol=1e-5, atol=1e-5)
+    beside = LoRAModel(chat_model(), LoRAConfig(r=2), "first")
+    beside.load_adapter(file, "theirs")
+    beside.set_adapter("theirs")
+    torch.testing.assert_close(logits(beside), logits(live), rtol=1e-5, atol=1e-5)
+
+
+def test_the_settings_in_diffusers_metadata_are_read(tmp_path: Path, live: LoRAModel) -> None:
+    tensors = named(live, ".lora_A.weight", ".lora_B.weight", "transformer.", fold=False)
+    settings = {
+        "r": 4,
+        "lora_alpha": 6,
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"down_proj": 7},
+        "target_modules": ["q_proj", "down_proj"],
+        "use_rslora": False,
+        "peft_type": "LORA",
+    }
+    written = {f"transformer.{key}": value for key, value in settings.items()} | {"text_encoder.r": 99}
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(written)})
+    for place in (file, tmp_path):
+        torch.testing.assert_close(
+            logits(LoRAModel.from_pretrained(chat_model(), place)), logits(live), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_layers_of_another_model_in_the_same_file_are_left_out_with_a_warning(tmp_path: Path, live: LoRAModel) -> None:
+    other = {
+        "lora_unet_mid_block_to_q.lora_down.weight": torch.ones(4, 8),
+        "lora_unet_mid_block_to_q.alpha": torch.ones(()),
+    }
+    save_file({**kohya(live), **other}, tmp_path / "lora.safetensors")
+    with pytest.warns(UserWarning, match=r"other models, which are left out: lora_unet \(1 layers\)"):
+        model = LoRAModel.from_pretrained(chat_model(), tmp_path / "lora.safetensors")
+    torch.testing.assert_close(logits(model), logits(live), rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_of_a_unet(tmp_path: Path) -> None:
+    block = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3), "to_out": nn.ModuleList([nn.Linear(6, 6)])})
+    net = nn.ModuleDict({"down_blocks": nn.ModuleList([block])})
+    stem = "lora_unet_down_blocks_0"
+    tensors = {
+        f"{stem}_conv.lora_down.weight": torch.randn(2, 4, 3, 3),
+        f"{stem}_conv.lora_up.weight": torch.randn(6, 2, 1, 1),
+        f"{stem}_conv.alpha": torch.tensor(1.0, dtype=torch.float16),
+        "unet.down_blocks.0.processor.to_out_lora.down.weight": torch.randn(2, 6),
+        "unet.down_blocks.0.processor.to_out_lora.up.weight": torch.randn(6, 2),
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    model = LoRAModel.from_pretrained(net, tmp_path / "lora.safetensors")
+    conv = model.lora_layers["down_blocks/0/conv"]
+    up, down = tensors[f"{stem}_conv.lora_up.weight"], tensors[f"{stem}_conv.lora_down.weight"]
+    expected = 0.5 * torch.einsum("or,rikl->oikl", up[..., 0, 0], down)
+    torch.testing.assert_close(conv.delta(block["conv"]), expected)
+    assert model.lora_layers["down_blocks/0/to_out/0"].scaling == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"lora_te1_{Q.replace('.', '_')}.lora_up.weight"), rf"{Q}: factor B is missing"),
+        (
+            lambda t: t.update({"lora_te1_nowhere.lora_down.weight": torch.ones(2, 2)}),
+            "lora_te1_nowhere: the model has no",
+        ),
+        (lambda t: t.update({"lora_te1_x.hada_w1_a": torch.ones(2)}), "holds LoHa, not plain LoRA"),
+        (lambda t: t.update({"lora_te1_x.dora_scale": torch.ones(2)}), "holds DoRA, not plain LoRA"),
+        (lambda t: t.update({"something.weight": torch.ones(2)}), r"not LoRA: something\.weight \(1 of 13 keys\)"),
+        (lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.alpha": torch.ones(2)}), "alpha has 2 numbers, not one"),
+        (lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.alpha": torch.tensor(torch.nan)}), "alpha"),
+        (lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.lora_up.weight": torch.ones(5, 4)}), "misshapen lora_B"),
+        (lambda t: t.clear(), "no tensors"),
+    ],
+)
+def test_what_is_not_lora_or_fits_no_layer(
+    tmp_path: Path, live: LoRAModel, change: Callable[[Tensors], Any], message: str
+) -> None:
+    tensors = kohya(live)
+    change(tensors)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    base = chat_model()
+    with pytest.raises(FormatError, match=message):
+        LoRAModel.from_pretrained(base, tmp_path / "lora.safetensors")
+    assert type(base.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+def test_a_file_for_another_model(tmp_path: Path, live: LoRAModel) -> None:
+    save_file(kohya(live), tmp_path / "lora.safetensors")
+    with pytest.raises(FormatError, match="none of its 4 layers is in this model; the first is lora_te1_model"):
+        LoRAModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("metadata", ["{", "[1]", "[" * 100_000, '{"transformer.r": 0}', '{"transformer.r": "many"}'])
+def test_hostile_metadata(tmp_path: Path, live: LoRAModel, metadata: str) -> None:
+    tensors = named(live, ".lora_A.weight", ".lora_B.weight", "transformer.")
+    save_file(tensors, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": metadata})
+    with pytest.raises(FormatError):
+        LoRAModel.from_pretrained(chat_model(), tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x00" * 64])
+def test_a_file_that_is_no_safetensors(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "lora.safetensors").write_bytes(content)
+    with pytest.raises(FormatError, match="not a whole safetensors file"):
+        LoRAModel.from_pretrained(chat_model(), tmp_path / "lora.safetensors")
+
+
+def test_several_files_are_not_guessed_among(tmp_path: Path, live: LoRAModel) -> None:
+    for name in ("a", "b"):
+        save_file(kohya(live), tmp_path / f"{name}.safetensors")
+    with pytest.raises(FormatError, match=r"several files.*a\.safetensors, b\.safetensors"):
+        LoRAModel.from_pretrained(chat_model(), tmp_path)
+
+
+# ---- mlx-lm
+
+
+def mlx_folder(folder: Path, tensors: Tensors, settings: dict[str, Any]) -> Path:
+    folder.mkdir()
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def mlx_settings(**changes: Any) -> dict[str, Any]:
+    parameters = {"rank": 4, "scale": 20.0, "dropout": 0.0}
+    return {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": parameters, **changes}
+
+
+def mlx_tensors() -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {f"{Q}.lora_a": (32, 4), f"{Q}.lora_b": (4, 32), f"{DOWN}.lora_a": (64, 4), f"{DOWN}.lora_b": (4, 32)}
+    return {key: torch.randn(shape, generator=generator) * 0.1 for key, shape in shapes.items()}
+
+
+def test_an_adapter_that_mlx_lm_trained(tmp_path: Path) -> None:
+    """Its scale is not divided by the rank."""
+    tensors = mlx_tensors()
+    model = LoRAModel.from_pretrained(chat_model(), mlx_folder(tmp_path / "mlx", tensors, mlx_settings()))
+    delta = 20 * tensors[f"{Q}.lora_b"].T @ tensors[f"{Q}.lora_a"].T
+    torch.testing.assert_close(model.lora_layers[Q.replace(".", "/")].delta(), delta)
+    assert model.adapters["default"].lora_alpha == 80
+    model.export(tmp_path / "peft", "peft")
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert f"base_model.model.{DOWN}.lora_A.weight" in tensors
+
+
+def test_dora_that_mlx_lm_trained(tmp_path: Path) -> None:
+    tensors = mlx_tensors()
+    base = chat_model()
+    m = {path: torch.rand(32) + 0.5 for path in (Q, DOWN)}
+    tensors |= {f"{path}.m": value for path, value in m.items()}
+    model = LoRAModel.from_pretrained(base, mlx_folder(tmp_path / "mlx", tensors, mlx_settings(fine_tune_type="dora")))
+    W = base.get_submodule(Q).weight + 20 * tensors[f"{Q}.lora_b"].T @ tensors[f"{Q}.lora_a"].T
+    with model.merged():
+        merged = base.get_submodule(Q).weight
+        torch.testing.assert_close(merged, (m[Q] / W.norm(dim=1))[:, None] * W, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "message"),
+    [
+        ({}, {"fine_tune_type": "full"}, "holds whole weights"),
+        ({}, {"lora_parameters": {"rank": 4}}, r"lora_parameters\.scale is None"),
+        ({}, {"lora_parameters": {"scale": float("nan")}}, r"lora_parameters\.scale is nan"),
+        ({}, {"lora_parameters": 3}, r"lora_parameters\.scale is None"),
+        ({f"{Q}.lora_b": None}, {}, f"{Q} has lora_a; a lora layer has lora_a, lora_b"),
+        ({f"{Q}.m": torch.ones(32)}, {}, f"{Q} has lora_a, lora_b, m; a lora layer has"),
+        ({f"{Q}.lora_a": torch.ones(2, 4, 4)}, {}, "one per expert, are not read"),
+        ({f"{Q}.lora_a": torch.ones(31, 4)}, {}, "misshapen lora_A"),
+        ({"model.layers.9.x.lora_a": torch.ones(2, 4), "model.layers.9.x.lora_b": torch.ones(4, 2)}, {}, "no module"),
+    ],
+)
+def test_mlx_folders_that_hold_something_else(
+    tmp_path: Path, tensors: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    there = {key: value for key, value in (mlx_tensors() | tensors).items() if value is not None}
+    folder = mlx_folder(tmp_path / "mlx", there, mlx_settings(**settings))
+    with pytest.raises(FormatError, match=message):
+        LoRAModel.from_pretrained(chat_model(), folder)
+
+
+# ---- GGUF
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda _: b"", "not a whole GGUF file"),
+        (lambda _: b"GGUF" + b"\xff" * 200, "not a whole GGUF file"),
+        (lambda data: data[:-2000], "not a whole GGUF file"),
+        (lambda data: data.replace(b"adapter.type", b"adapter.tipe"), r"adapter\.type = None, not 'lora'"),
+        (
+            lambda data: data.replace(b"blk.1.attn_q", b"blk.7.attn_q"),
+            r"blk\.7\.attn_q\.weight\.lora_a: the model has no",
+        ),
+    ],
+)
+def test_damaged_gguf(tmp_path: Path, live: LoRAModel, damage: Callable[[bytes], bytes], message: str) -> None:
+    live.export(tmp_path / "out", "gguf")
+    file = tmp_path / "out" / "adapter.gguf"
+    torch.testing.assert_close(logits(LoRAModel.from_pretrained(chat_model(), tmp_path / "out")), logits(live))
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(FormatError, match=message):
+        LoRAModel.from_pretrained(chat_model(), tmp_path / "out")
