@@ -64,6 +64,10 @@ class MergeError(TailoraError, RuntimeError):
     pass
 
 
+class ShapeError(TailoraError, RuntimeError):
+    """Inputs of a layer that do not fit each other; torch raises RuntimeError for them, too."""
+
+
 class DataError(TailoraError, ValueError):
     exit_code = 2
 

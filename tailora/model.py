@@ -16,11 +16,22 @@ from torch import Tensor, nn
 
 from tailora.core import algebra
 from tailora.core import shrink as shrinking
-from tailora.core.adapter import Adapter, check_compatible, create, parts_by_path, register
-from tailora.core.attach import Adapted, Substituted, Swapped, attach, become, detach, encoders_around, fast_path_mixin
+from tailora.core.adapter import Adapter, by_host, check_compatible, create, parts_by_path, register
+from tailora.core.attach import (
+    Adapted,
+    Substituted,
+    Swapped,
+    attach,
+    become,
+    detach,
+    encoders_around,
+    fast_path_mixin,
+    mixin_for,
+)
 from tailora.core.config import LoRAConfig
 from tailora.core.data_starts import Loss, passes, started
 from tailora.core.extract import Extraction, extract
+from tailora.core.kinds import host_path
 from tailora.core.merge import Exchange, MergeReport, folded, moved_in, settle_ties
 from tailora.core.modes import evaluating
 from tailora.core.rows import Batch, by_rows, check_names, repeats
@@ -99,7 +110,8 @@ class LoRAModel(nn.Module):
         self.lora_layers = nn.ModuleDict()
         self._adapters: dict[str, Adapter] = {}
         self._active: tuple[str, ...] = ()
-        self._attached: dict[str, nn.Module] = {}  # path -> layer of the base, for every adapter's layers
+        self._hosts: dict[str, str] = {}  # path of an adapter's part -> that of the layer of the base that runs it
+        self._attached: dict[str, nn.Module] = {}  # the latter -> layer, for every adapter
         self._registers: dict[str, nn.ModuleDict] = {}  # name -> what lora_layers is while it alone is active
         self._merged: list[Exchange] = []  # what puts the weights before a merge back
         self._retie = False
@@ -243,9 +255,8 @@ class LoRAModel(nn.Module):
         self._check_unmerged("delete an adapter")
         self._check_no_rows("delete an adapter")
         self.set_adapter([other for other in self._active if other != name])
-        gone = self._adapters.pop(name).parts
-        del self._registers[name]
-        for path in gone.keys() - {path for adapter in self._adapters.values() for path in adapter.parts}:
+        del self._adapters[name], self._registers[name]
+        for path in self._attached.keys() - self._hosts_of(self._adapters):
             detach(self._attached.pop(path))
 
     def set_adapter(self, name: str | Iterable[str] | None) -> None:
@@ -256,9 +267,10 @@ class LoRAModel(nn.Module):
         self._check_no_rows("switch adapters")
         check_compatible(active)
         parts = parts_by_path(list(active.values()))
-        for path in {path for each in self._active for path in self._adapters[each].parts} - parts.keys():
+        changed = by_host(self._hosts, parts)
+        for path in self._hosts_of(self._active) - changed.keys():
             attach(self._attached[path], ())
-        for path, chosen in parts.items():
+        for path, chosen in changed.items():
             attach(self._attached[path], chosen)
         self._active = names
         self._waiting = _waiting(active)
@@ -315,8 +327,10 @@ class LoRAModel(nn.Module):
             layer.strength.fill_(strength)
 
     def _install(self, name: str, adapter: Adapter) -> None:
-        layers = {path: self.base_model.get_submodule(path) for path in adapter.parts}
-        wanted = {path: Adapted if path in adapter.low_rank else Substituted for path in layers}
+        self._hosts |= {path: host_path(self.base_model, path) for path in adapter.parts}
+        parts = by_host(self._hosts, parts_by_path([adapter]))
+        layers = {path: self.base_model.get_submodule(path) for path in parts}
+        wanted = {path: mixin_for(each[0]) for path, each in parts.items()}
         if clash := [
             path for path in layers if isinstance(layers[path], Swapped) and not isinstance(layers[path], wanted[path])
         ]:
@@ -330,6 +344,10 @@ class LoRAModel(nn.Module):
         self._attached |= layers
         self._adapters[name] = adapter
         self._registers[name] = register(parts_by_path([adapter]))
+
+    def _hosts_of(self, names: Iterable[str]) -> set[str]:
+        """Paths of the modules that these adapters change."""
+        return {self._hosts[path] for name in names for path in self._adapters[name].parts}
 
     def _find(self, name: str) -> Adapter:
         if name not in self._adapters:

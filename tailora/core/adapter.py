@@ -10,7 +10,6 @@ from torch import nn
 from tailora.core.attach import detach
 from tailora.core.config import LoRAConfig
 from tailora.core.inits import INITS
-from tailora.core.kinds import weight_of
 from tailora.core.layer import LoRALayer
 from tailora.core.starts import DATA_STARTS, FROM_WEIGHT, check_fits, start_at_weight
 from tailora.core.targets import Selection, Target
@@ -51,8 +50,9 @@ def create(selection: Selection, config: LoRAConfig) -> Adapter:
 
 def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) -> LoRALayer:
     """An update for this layer; `fresh=False` leaves both factors zero and the random state alone, to be filled."""
-    in_features, out_features = target.kind.dims(target.layer)
-    weight = weight_of(target.layer)
+    in_features, out_features = target.dims
+    weight = target.weight
+    shape_A, shape_B = target.kind.shapes(target.layer, target.r)
     layer = LoRALayer(
         in_features,
         out_features,
@@ -64,8 +64,9 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
         use_rslora=config.use_rslora,
         init_lora_weights=_random_start(config) if fresh else None,
         kind=target.kind,
-        shapes=target.kind.shapes(target.layer, target.r),
-        groups=getattr(target.layer, "groups", 1),
+        shapes=(shape_A, (target.rows.size, *shape_B[1:]) if target.rows else shape_B),
+        groups=target.kind.groups(target.layer),
+        rows=target.rows,
         device=weight.device,
         dtype=adapter_dtype(weight.dtype),
     )
@@ -125,6 +126,14 @@ def parts_by_path(adapters: list[Adapter]) -> dict[str, tuple[nn.Module, ...]]:
     for adapter in adapters:
         for path, part in adapter.parts.items():
             found[path] = (*found.get(path, ()), part)
+    return found
+
+
+def by_host(hosts: Mapping[str, str], parts: Mapping[str, tuple[nn.Module, ...]]) -> dict[str, tuple[nn.Module, ...]]:
+    """By the path of the module that computes with them, in the order of the paths."""
+    found: dict[str, tuple[nn.Module, ...]] = {}
+    for path, each in parts.items():
+        found[hosts[path]] = (*found.get(hosts[path], ()), *each)
     return found
 
 

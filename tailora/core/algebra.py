@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, check_compatible, trained_copy
-from tailora.core.kinds import kind_of
+from tailora.core.kinds import host_of, kind_of
 from tailora.core.layer import LoRALayer
 from tailora.core.lowrank import Factors, concatenated, low_rank, product_spectrum, tail, truncated
 from tailora.core.updates import built, dense_of, factors_of, is_product, obstacle_to_sum, place_of_biases
@@ -95,12 +95,12 @@ def combine(
     layers, problems = _sources(used, base_model, exact=how.method == "cat")
     saved, unmixed = _saved(used, weights, base_model)
     changes = _biases(layers, weights, base_model)
-    places, homeless = place_of_biases(changes, {path: base_model.get_submodule(path) for path in layers})
+    places, homeless = place_of_biases(changes, {path: host_of(base_model, path) for path in layers})
     if problems := [*problems, *unmixed, *([homeless] if homeless else [])]:
         raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")
     results = {}
     for path, each in layers.items():
-        base = base_model.get_submodule(path)
+        base = host_of(base_model, path)
         parts = [Part(name, path, weights[name], layer, base) for name, layer in each.items()]
         results[path] = METHODS[how.method](parts, how, max(layer.r for layer in each.values()))
     adapter = built(
@@ -109,6 +109,7 @@ def combine(
         changes=changes,
         saved=saved,
         lora_dropout=_agreed([adapter.config.lora_dropout for adapter in used.values()]),
+        fused_parts={name: parts for each in used.values() for name, parts in each.config.fused_parts.items()},
         modules_to_save=_united([adapter.config.modules_to_save or [] for adapter in used.values()]),
         **places,
     )
@@ -161,7 +162,7 @@ def _sources(
     for name, adapter in adapters.items():
         for path, layer in adapter.low_rank.items():
             layers.setdefault(path, {})[name] = layer
-            if reason := obstacle_to_sum(layer, base_model.get_submodule(path), exact):
+            if reason := obstacle_to_sum(layer, host_of(base_model, path), exact):
                 problems.append(f"{path} of {name!r}: {reason}")
     return layers, problems
 
@@ -172,7 +173,7 @@ def _biases(
     """sum_i w_i db_i of every layer where something is added to the bias."""
     sums: dict[str, Tensor] = {}
     for path, each in layers.items():
-        base = base_model.get_submodule(path)
+        base = host_of(base_model, path)
         for name, layer in each.items():
             change = layer.bias_change(base)
             if change is not None:

@@ -37,6 +37,16 @@ class Adapted(Swapped):
         return y
 
 
+class AdaptedWhole(Adapted):
+    """A layer that is not W x for one input x: its kind computes it, with all active adapters."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active_adapters:
+            return super(Adapted, self).forward(*args, **kwargs)  # type: ignore[misc]
+        forward = cast(Callable[..., Any], self.active_adapters[0].kind.forward)
+        return forward(self, self.active_adapters, *args, **kwargs)
+
+
 class Substituted(Swapped):
     """Calls a trained copy in the place of the base's module (`modules_to_save`), in the copy's precision."""
 
@@ -94,6 +104,13 @@ def mixin_of(cls: type) -> type[Swapped]:
 def _revive(mixin: type[Swapped], plain: type[nn.Module]) -> nn.Module:
     cls = derived(mixin, plain)
     return cls.__new__(cls)
+
+
+def mixin_for(part: nn.Module) -> type[Swapped]:
+    """What the class of a layer is derived from, too, so that it runs with this part of an adapter."""
+    if not isinstance(part, LoRALayer):
+        return Substituted
+    return AdaptedWhole if part.kind.forward else Adapted
 
 
 def become(module: nn.Module, mixin: type[Swapped]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -51,6 +51,11 @@ class LoRAConfig(StrictModel):
     exclude_modules: the same forms; taken away from the targets.
     layers_to_transform: only layers with these indices (the first number in the path).
     rank_pattern, alpha_pattern: regular expression -> value; matches like `(.*\\.)?KEY$`, the first match wins.
+    target_parameters: parameters that a module multiplies with by itself, such as the stacked weights of experts
+        (`["experts.gate_up_proj", "experts.down_proj"]`): names, exact or the end of a path after a dot.
+    fused_parts: pattern -> sizes of the parts of a fused layer in the order of its rows, repeated until they are used
+        up: `{"to_qkv": {"q": 64, "k": 64, "v": 64}}`. A part is a target: `target_modules=["to_qkv.q"]`. The parts of
+        the classes in `core.fused.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...) are known.
     modules_to_save: modules trained whole beside the low-rank updates, and saved with them.
     bias: biases of the base to train, in copies of the adapter's own: "none", or those of the adapted layers
         ("lora_only").
@@ -69,6 +74,8 @@ class LoRAConfig(StrictModel):
     layers_to_transform: list[int] | int | None = None
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
+    target_parameters: list[str] | None = None
+    fused_parts: dict[str, dict[str, Annotated[int, Field(ge=1)]]] = {}
     modules_to_save: list[str] | None = None
     bias: Literal["none", "lora_only"] = "none"
     lora_bias: bool = False
@@ -77,7 +84,7 @@ class LoRAConfig(StrictModel):
     learn_scaling: bool = False
     init_lora_weights: Start = "kaiming"
 
-    @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+    @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "fused_parts")
     @classmethod
     def _regular(cls, value: Any) -> Any:
         for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:

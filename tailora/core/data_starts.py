@@ -14,7 +14,7 @@ from tailora.core.probe import Pass, Variances, gradient_spectra, input_variance
 from tailora.core.ranks import scale_kept, with_ranks
 from tailora.core.spectra import Spectrum
 from tailora.core.starts import FROM_GRADIENT, MOVED
-from tailora.core.targets import Target
+from tailora.core.targets import Target, target_at
 from tailora.errors import ConfigError, DataError
 
 Loss = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar
@@ -29,7 +29,7 @@ def started(adapter: Adapter, base_model: nn.Module, run: Pass, rho: float) -> A
     if rho < 1:
         raise ConfigError(f"rho = {rho}: a layer may get up to rho r ranks; take 1 (none moves) or more")
     targets = {
-        path: Target(path, base_model.get_submodule(path), layer.kind, layer.r, layer.lora_alpha)
+        path: replace(target_at(base_model, path, adapter.config), r=layer.r, lora_alpha=layer.lora_alpha)
         for path, layer in adapter.low_rank.items()
     }
     name = adapter.config.init_lora_weights

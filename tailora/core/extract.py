@@ -47,7 +47,7 @@ def extract(
     factors, errors = {}, {}
     with torch.no_grad():
         for target in selection.targets:
-            update = difference(target, tuned.get_submodule(target.path))
+            update = difference(target, tuned.get_submodule(target.host))
             if update.any():
                 factors[target.path], errors[target.path] = (
                     low_rank(update, r) if r else for_energy(update, energy or 1)
@@ -55,7 +55,7 @@ def extract(
     if not factors:
         raise AdapterError("no selected layer differs between the two models; check the paths, or select other targets")
     copies = {path: trained_copy(tuned.get_submodule(path)) for path in selection.to_save}
-    adapter = built(factors, base, saved=copies, modules_to_save=config.modules_to_save)
+    adapter = built(factors, base, saved=copies, modules_to_save=config.modules_to_save, fused_parts=config.fused_parts)
     ranks = {path: layer.r for path, layer in adapter.low_rank.items()}
     return adapter, Extraction(ranks, errors, left_over(base, tuned, selection))
 
@@ -77,20 +77,20 @@ def check_same_shapes(base: nn.Module, tuned: nn.Module) -> None:
 
 def difference(target: Target, tuned: nn.Module) -> Tensor:
     """W_tuned - W_base as B A sees it, (groups, out, in times kernel), in at least float32. Raises DivergedError."""
-    weight = weight_of(target.layer).detach()
+    weight = target.weight.detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
-    change = weight_of(tuned).detach().to(weight.device, wide) - weight.to(wide)
+    change = weight_of(tuned, target.kind.weight).detach().to(weight.device, wide) - weight.to(wide)
     if not change.isfinite().all():
         raise DivergedError(f"{target.path}: the difference of the two weights is not finite")
-    matrix = target.kind.matrix
+    matrix = target.matrix(change)
     if matrix is None:
         raise TargetError(f"{target.path}: a {target.kind.name}'s weight is not one matrix; exclude it")
-    return matrix(target.layer, change)
+    return matrix
 
 
 def left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[str, float]:
     """What differs and is neither a selected layer's weight nor in a module taken over whole."""
-    held = {f"{target.path}.weight" for target in selection.targets}
+    held = {f"{target.host}.{target.kind.weight}" for target in selection.targets if target.rows is None}
     trained = tuned.state_dict()
     changes = {}
     for name, value in base.state_dict().items():

@@ -6,15 +6,17 @@ Shapes: A (r, in), B (out, r); convolutions carry their kernel in A: A (r, in/gr
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailora.errors import MergeError, TargetError
-
-Shape = tuple[int, ...]
+from tailora.core import geometry
+from tailora.core.attention import attend
+from tailora.core.experts import run_with_sums
+from tailora.core.geometry import Shape
+from tailora.errors import TargetError
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,16 @@ class Kind:
     update: (layer, x, A, sB) -> s B A x, in the dtype of A; x is the layer's input.
     factors: (layer, A, B) -> (groups, m, r) and (groups, r, n): their product is B A as the weight, seen as
         (groups, m, n), holds it.
+    groups: layer -> blocks of A and of the weight that do not meet.
+    weight: the parameter's name in the layer.
     drops: whether dropout of x has a meaning.    zero: the factor that starts at zero.
     matrix: (layer, its weight) -> W as the equation has it, (groups, out/groups, n): B A, seen as (groups, out/groups,
         r/groups) and (groups, r/groups, n), adds to it. None where a start cannot be read off the weight.
     columns: whether an output is a column of the stored weight, (in, out), and not its row.
+    linear: whether "all-linear" means it.    stacked: A and B hold one matrix per expert.
+
+    What is not W x + s B A x for one input x has `forward` in place of `update`: (layer, adapters, *args, **kwargs) ->
+    what the adapted layer computes, with all of its adapters.
     """
 
     name: str
@@ -35,130 +43,138 @@ class Kind:
     shapes: Callable[[Any, int], tuple[Shape, Shape]]
     update: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
     factors: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+    groups: Callable[[Any], int] = lambda _: 1
+    weight: str = "weight"
     drops: bool = True
     zero: Literal["A", "B"] = "B"
     matrix: Callable[[Any, Tensor], Tensor] | None = None
     columns: bool = False
+    linear: bool = False
+    stacked: bool = False
+    forward: Callable[..., Any] | None = None
 
     def __reduce__(self) -> tuple[Callable[[str], "Kind"], tuple[str]]:  # copies and pickles stay the table's row
         return kind_named, (self.name,)
 
 
-def _matrix_shapes(dims: Callable[[Any], tuple[int, int]]) -> Callable[[Any, int], tuple[Shape, Shape]]:
+# ---- nn.MultiheadAttention: q, k and v in one matrix, or three of their own, and what comes out
+
+
+def _attention_kind(weight: str, dims: Callable[[Any], tuple[int, int]]) -> Kind:
+    shapes = geometry.matrix_shapes(dims)
+    return Kind(
+        f"Attention {weight}",
+        dims,
+        shapes,
+        geometry.linear_update,
+        geometry.factors,
+        weight=weight,
+        matrix=geometry.matrix,
+        forward=attend,
+    )
+
+
+ATTENTION = {
+    "in_proj_weight": _attention_kind("in_proj_weight", lambda layer: (layer.embed_dim, 3 * layer.embed_dim)),
+    "q_proj_weight": _attention_kind("q_proj_weight", lambda layer: (layer.embed_dim, layer.embed_dim)),
+    "k_proj_weight": _attention_kind("k_proj_weight", lambda layer: (layer.kdim, layer.embed_dim)),
+    "v_proj_weight": _attention_kind("v_proj_weight", lambda layer: (layer.vdim, layer.embed_dim)),
+    "out_proj": _attention_kind("out_proj.weight", lambda layer: (layer.embed_dim, layer.embed_dim)),
+}
+
+
+# ---- A parameter that its module multiplies with by itself: (out, in), or of experts (E, out, in)
+# A (E r, in), row e r + k;  B (E out, r), row e out + i.
+
+
+@cache
+def parameter_kind(name: str) -> Kind:
+    """The row for a parameter of this name; the module's `is_transposed` says that it holds (E, in, out)."""
+
+    def transposed(layer: Any) -> bool:
+        return weight_of(layer, name).ndim == 3 and getattr(layer, "is_transposed", False)
+
+    def dims(layer: Any) -> tuple[int, int]:
+        m, n = weight_of(layer, name).shape[-2:]
+        return (m, n) if transposed(layer) else (n, m)
+
+    def experts(layer: Any) -> int:
+        return prod(weight_of(layer, name).shape[:-2])
+
     def shapes(layer: Any, r: int) -> tuple[Shape, Shape]:
-        in_features, out_features = dims(layer)
-        return (r, in_features), (out_features, r)
+        (in_features, out_features), count = dims(layer), experts(layer)
+        return (count * r, in_features), (count * out_features, r)
 
-    return shapes
+    def factors(layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        right = A.reshape(-1, B.shape[1], A.shape[1])  # (E, r, in)
+        left = B.reshape(len(right), -1, B.shape[1])  # (E, out, r)
+        return (right.mT, left.mT) if transposed(layer) else (left, right)
 
-
-# ---- Linear; Conv1D of transformers, which stores the transpose
-
-
-def _linear_dims(layer: Any) -> tuple[int, int]:
-    return layer.in_features, layer.out_features
-
-
-def _conv1d_dims(layer: Any) -> tuple[int, int]:
-    return layer.nx, layer.nf
-
-
-def _linear_update(_: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    return F.linear(F.linear(x, A), B)
-
-
-def _factors(_: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    return B[None], A[None]
+    return Kind(
+        f"Parameter {name}",
+        dims,
+        shapes,
+        _no_update,
+        factors,
+        groups=experts,
+        weight=name,
+        drops=False,
+        stacked=True,
+        forward=run_with_sums,
+    )
 
 
-def _transposed_factors(_: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    return A.T[None], B.T[None]
+def _no_update(*_: Any) -> Tensor:
+    raise TargetError("a parameter's update has no input of its own; call the module that holds it")
 
 
-def _matrix(_: Any, weight: Tensor) -> Tensor:
-    return weight[None]
+# ---- The table
 
 
-def _transposed_matrix(_: Any, weight: Tensor) -> Tensor:
-    return weight.T[None]
+def _conv_groups(layer: Any) -> int:
+    groups: int = layer.groups
+    return groups
 
 
-# ---- Embedding: x are ids, a row of the weight is a column of B A
-
-
-def _embedding_dims(layer: Any) -> tuple[int, int]:
-    return layer.num_embeddings, layer.embedding_dim
-
-
-def _embedding_update(layer: Any, ids: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    rows = F.embedding(ids, A.T, layer.padding_idx)  # (..., r)
-    update = F.linear(rows, B)
-    scale = getattr(layer, "embed_scale", None)  # Gemma and others multiply what they look up
-    return update if scale is None else update * scale
-
-
-# ---- ConvNd
-
-
-def _conv_dims(layer: Any) -> tuple[int, int]:
-    return layer.in_channels * prod(layer.kernel_size), layer.out_channels
-
-
-def _conv_shapes(layer: Any, r: int) -> tuple[Shape, Shape]:
-    if r % layer.groups:
-        raise TargetError(f"r = {r} on a convolution of {layer.groups} groups; take a multiple of {layer.groups}")
-    return (r, layer.in_channels // layer.groups, *layer.kernel_size), (layer.out_channels, r // layer.groups)
-
-
-_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-def _conv_update(layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    convolve = _CONVOLUTIONS[len(layer.kernel_size)]
-    padding = layer.padding
-    if layer.padding_mode != "zeros":
-        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
-    groups = layer.in_channels // A.shape[1]  # 1 for a file whose A reads all channels of a grouped layer
-    hidden = convolve(x, A, None, layer.stride, padding, layer.dilation, groups)
-    return convolve(hidden, B[(..., *[None] * len(layer.kernel_size))], None, groups=layer.groups)
-
-
-def _conv_factors(layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    groups = layer.groups
-    if layer.in_channels // A.shape[1] != groups:
-        raise MergeError(
-            f"A reads all {layer.in_channels} channels, but the layer's {groups} groups read "
-            f"{layer.in_channels // groups} each: no weight of this layer can hold the update; keep it unmerged"
-        )
-    return B.view(groups, layer.out_channels // groups, -1), A.reshape(groups, A.shape[0] // groups, -1)
-
-
-def _conv_matrix(layer: Any, weight: Tensor) -> Tensor:
-    return weight.reshape(layer.groups, layer.out_channels // layer.groups, -1)
-
-
-LINEAR = Kind("Linear", _linear_dims, _matrix_shapes(_linear_dims), _linear_update, _factors, matrix=_matrix)
+LINEAR = Kind(
+    "Linear",
+    geometry.linear_dims,
+    geometry.matrix_shapes(geometry.linear_dims),
+    geometry.linear_update,
+    geometry.factors,
+    linear=True,
+    matrix=geometry.matrix,
+)
 CONV1D = Kind(
     "Conv1D",
-    _conv1d_dims,
-    _matrix_shapes(_conv1d_dims),
-    _linear_update,
-    _transposed_factors,
+    geometry.conv1d_dims,
+    geometry.matrix_shapes(geometry.conv1d_dims),
+    geometry.linear_update,
+    geometry.transposed_factors,
     columns=True,
-    matrix=_transposed_matrix,
+    linear=True,
+    matrix=geometry.transposed_matrix,
 )
 EMBEDDING = Kind(
     "Embedding",
-    _embedding_dims,
-    _matrix_shapes(_embedding_dims),
-    _embedding_update,
-    _transposed_factors,
+    geometry.embedding_dims,
+    geometry.matrix_shapes(geometry.embedding_dims),
+    geometry.embedding_update,
+    geometry.transposed_factors,
     drops=False,
     zero="A",
-    matrix=_transposed_matrix,
     columns=True,
+    matrix=geometry.transposed_matrix,
 )
-CONVOLUTION = Kind("Conv", _conv_dims, _conv_shapes, _conv_update, _conv_factors, matrix=_conv_matrix)
+CONVOLUTION = Kind(
+    "Conv",
+    geometry.conv_dims,
+    geometry.conv_shapes,
+    geometry.conv_update,
+    geometry.conv_factors,
+    groups=_conv_groups,
+    matrix=geometry.conv_matrix,
+)
 
 # By qualified name, so that transformers need not be imported to know its Conv1D.
 KINDS: dict[str, Kind] = {
@@ -171,8 +187,13 @@ KINDS: dict[str, Kind] = {
 }
 
 
+MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
+
+
 def kind_named(name: str) -> Kind:
-    return next(kind for kind in KINDS.values() if kind.name == name)
+    if name.startswith("Parameter "):
+        return parameter_kind(name.removeprefix("Parameter "))
+    return next(kind for kind in (*KINDS.values(), *ATTENTION.values()) if kind.name == name)
 
 
 def qualified(cls: type) -> str:
@@ -184,11 +205,43 @@ def kind_of(layer: nn.Module) -> Kind | None:
     return next((KINDS[name] for cls in type(layer).__mro__ if (name := qualified(cls)) in KINDS), None)
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    weight = layer.weight
+def projections(layer: Any) -> dict[str, Kind]:
+    """Name -> kind of the matrices of nn.MultiheadAttention; {} for any other class."""
+    if not any(qualified(cls) == MULTIHEAD for cls in type(layer).__mro__):
+        return {}
+    separate = layer.in_proj_weight is None
+    names = (
+        ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj") if separate else ("in_proj_weight", "out_proj")
+    )
+    return {name: ATTENTION[name] for name in names}
+
+
+def weight_of(layer: nn.Module, name: str = "weight") -> Tensor:
+    module, name = holder(layer, name)
+    weight = module._parameters[name] if name in module._parameters else getattr(module, name)
     if not isinstance(weight, Tensor):
-        raise TargetError(f"{type(layer).__name__}.weight is a {type(weight).__name__}, not a tensor")
+        raise TargetError(f"{type(module).__name__}.{name} is a {type(weight).__name__}, not a tensor")
     return weight
+
+
+def host_path(model: nn.Module, path: str) -> str:
+    """The path of the module that computes with the matrix at `path`: itself, or what holds the part or parameter."""
+    parent = path.rpartition(".")[0]
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return parent
+    return parent if path and projections(model.get_submodule(parent)) else path
+
+
+def host_of(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(host_path(model, path))
+
+
+def holder(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter, and its name there."""
+    path, _, last = name.rpartition(".")
+    return layer.get_submodule(path), last
 
 
 def is_called(layer: nn.Module) -> bool:
@@ -202,14 +255,24 @@ def obstacle(layer: nn.Module) -> str | None:
     if "forward" in vars(layer):
         return f"its forward was replaced on the instance (an offload hook?); attach adapters before that ({name})"
     if not is_called(layer):
-        return "nn.MultiheadAttention reads its weight without calling it"
+        return "its weight is read without calling it"
     if isinstance(getattr(layer, "weight", None), nn.parameter.UninitializedParameter):
         return f"its shape is not known yet ({name}); run one batch through the model first"
     if getattr(layer, "max_norm", None) is not None:
         return "max_norm rewrites its frozen weight at every look-up"
     if kind_of(layer) is EMBEDDING and "forward" in vars(type(layer)) and not _looks_up(layer):
         return f"{name} overrides forward, so what it looks up is not known"
+    if projections(layer) and not hasattr(layer, "active_adapters") and qualified(type(layer)) != MULTIHEAD:
+        return (
+            f"{name} derives from nn.MultiheadAttention, so what it computes is not known"
+            if _overrides(layer)
+            else None
+        )
     return None
+
+
+def _overrides(layer: nn.Module) -> bool:
+    return qualified(next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))) != MULTIHEAD
 
 
 def _looks_up(layer: nn.Module) -> bool:

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailora.core import magnitude
+from tailora.core.fused import Rows
+from tailora.core.geometry import Shape
 from tailora.core.inits import INITS, standard_normal
-from tailora.core.kinds import LINEAR, Kind, Shape
+from tailora.core.kinds import LINEAR, Kind
 from tailora.errors import ConfigError
 
 FEW = 32  # rows; on a CPU casting both factors costs more than a wider product of up to some 40 rows (measured)
@@ -37,6 +39,8 @@ class LoRALayer(nn.Module):
     scaling: 0-dimensional buffer, or a Parameter of one element when learned. Assigning a number fixes it,
         assigning a Parameter makes it learned.
     strength: run-time dial, 1 unless set; multiplies all that the adapter adds and is not saved.
+    rows: of the layer, where the update is one of a part (q of a fused qkv): out_features are those of the part, and
+        what `forward` gives is zero in all other rows.
 
     Slots, None where they are empty:
     start_A, start_B: frozen copies of where A and B started (`start_from`); the update is s (B A - B0 A0).
@@ -73,6 +77,7 @@ class LoRALayer(nn.Module):
         kind: Kind = LINEAR,
         shapes: tuple[Shape, Shape] | None = None,
         groups: int = 1,
+        rows: Rows | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -85,7 +90,7 @@ class LoRALayer(nn.Module):
         self.lora_alpha = 2.0 * rank if lora_alpha is None else lora_alpha
         self.use_rslora = use_rslora
         self.lora_dropout = lora_dropout
-        self.kind, self.groups = kind, groups
+        self.kind, self.groups, self.rows = kind, groups, rows
         shape_A, shape_B = shapes or ((rank, in_features), (out_features, rank))
         self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
@@ -139,7 +144,7 @@ class LoRALayer(nn.Module):
     @property
     def is_plain(self) -> bool:
         """The layer becomes W x + s (B A - B0 A0) x + b: what a product of two factors can say (`update_factors`)."""
-        return self.lora_magnitude_vector is self.lora_bias is self.bias is None
+        return self.rows is None and self.lora_magnitude_vector is self.lora_bias is self.bias is None
 
     @property
     def has_start(self) -> bool:
@@ -208,11 +213,14 @@ class LoRALayer(nn.Module):
         dtype = dtype or (x.dtype if x.is_floating_point() else self.lora_A.dtype)
         few = x.numel() <= FEW * self.in_features and dtype.is_floating_point
         if few and not self.training and not torch.is_grad_enabled():
-            return self._few_rows(x, layer, gain).to(dtype)
+            return self._on_rows(self._few_rows(x, layer, gain).to(dtype))
         if self.kind.drops:
             x = F.dropout(x.to(dtype), self.lora_dropout, self.training)  # drawn anew by each call
         A, B = self.update_factors()
-        return self.kind.update(layer, x, A.to(dtype), _times(gain, B).to(dtype))
+        return self._on_rows(self.kind.update(layer, x, A.to(dtype), _times(gain, B).to(dtype)))
+
+    def _on_rows(self, update: Tensor) -> Tensor:
+        return update if self.rows is None else self.rows.spread(update)
 
     def _few_rows(self, x: Tensor, layer: nn.Module | None, gain: Tensor | None) -> Tensor:
         (A, B), scale = self.pair(), self.scaling * self.strength
@@ -275,13 +283,16 @@ class LoRALayer(nn.Module):
     def delta(self, layer: nn.Module | None = None) -> Tensor:
         """s (B A - B0 A0) in the layout of the layer's weight, in the adapter's precision."""
         left, right = self.factors(layer)
-        product = (left @ right).flatten(0, 1)
-        return product.view(-1, *self.lora_A.shape[1:]) if self.lora_A.ndim > 2 else product
+        product = left @ right  # (groups, m, n)
+        if self.kind.stacked:
+            return product if len(product) > 1 else product[0]
+        return product.flatten(0, 1).view(-1, *self.lora_A.shape[1:]) if self.lora_A.ndim > 2 else product.flatten(0, 1)
 
     def factors(self, layer: nn.Module | None = None, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The two whose product is g s (B A - B0 A0) as the layer's weight holds it: (groups, m, r), (groups, r, n)."""
         A, B = self.update_factors()
-        return self.kind.factors(layer, A, _times(gain, B))
+        B = _times(gain, B)
+        return self.kind.factors(layer, A, B if self.rows is None else self.rows.spread(B.mT).mT)
 
     def extra_repr(self) -> str:
         scaling = "learned" if self.learns_scaling else f"{self.scaling.item():g}"

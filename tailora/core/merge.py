@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.attach import Swapped
-from tailora.core.kinds import KINDS, qualified, weight_of
+from tailora.core.kinds import KINDS, holder, qualified, weight_of
 from tailora.core.layer import LoRALayer
 from tailora.errors import MergeError, listing
 
@@ -54,7 +54,7 @@ def fold(layer: nn.Module, adapters: Sequence[LoRALayer]) -> tuple[Tensor, float
     W + sum of t ((g - 1) W + g s (B A - B0 A0)) over the adapters of strength t. The error is NaN where the weight is
     not finite.
     """
-    weight = weight_of(layer)
+    weight = weight_of(layer, adapters[0].kind.weight)
     wide = torch.promote_types(weight.dtype, torch.float32)
     left, right, own = _terms(layer, adapters, wide)
     shape = len(left), left.shape[1], right.shape[2]
@@ -114,7 +114,7 @@ def _norm(left: Tensor, right: Tensor) -> float:
 
 @torch.no_grad()
 def folded(layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]]) -> tuple[list[Exchange], MergeReport]:
-    """The merged weight of every layer, nothing written yet.
+    """The merged weights of every layer, nothing written yet.
 
     Raises MergeError with all layers whose merged weight is not finite or whose class hides what it computes.
     """
@@ -122,9 +122,10 @@ def folded(layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]]) -> tuple
     if problems:
         raise MergeError(listing(problems))
     exchanges, errors = [], {}
-    for path, (layer, adapters) in layers.items():
+    for path, layer, adapters in _by_weight(layers):
         merged, errors[path] = fold(layer, adapters)
-        exchanges.append(Exchange(layer, "weight", nn.Parameter(merged, requires_grad=False)))
+        module, name = holder(layer, adapters[0].kind.weight)
+        exchanges.append(Exchange(module, name, nn.Parameter(merged, requires_grad=False)))
         if not math.isfinite(errors[path]) and not merged.isfinite().all():
             problems.append(f"{path}: the merged weight is not finite in {merged.dtype}; load the base in float32")
         if (bias := merged_bias(layer, adapters)) is not None:
@@ -132,6 +133,16 @@ def folded(layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]]) -> tuple
     if problems:
         raise MergeError(listing(problems))
     return exchanges, MergeReport(errors)
+
+
+def _by_weight(
+    layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]],
+) -> Iterator[tuple[str, nn.Module, list[LoRALayer]]]:
+    """Path, layer and the adapters of each weight: all parts of a fused one together, each of several apart."""
+    for path, (layer, adapters) in layers.items():
+        for name in dict.fromkeys(adapter.kind.weight for adapter in adapters):
+            where = path if name == "weight" else f"{path}.{name}".removeprefix(".")
+            yield where, layer, [adapter for adapter in adapters if adapter.kind.weight == name]
 
 
 def moved_in(module: nn.Module, trained: nn.Module) -> Iterator[Exchange]:
@@ -190,6 +201,6 @@ def _unmergeable(layer: nn.Module, adapters: Sequence[LoRALayer]) -> str | None:
         return "its weight is computed by a parametrization; remove that first"
     cls = layer.plain if isinstance(layer, Swapped) else type(layer)
     own = next(parent for parent in cls.__mro__ if "forward" in vars(parent))
-    if qualified(own) not in KINDS and getattr(layer, "embed_scale", None) is None:
+    if adapters[0].kind.forward is None and qualified(own) not in KINDS and getattr(layer, "embed_scale", None) is None:
         return f"{cls.__name__} overrides forward, so its weight alone does not say what it computes; keep it unmerged"
     return None

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.attach import attach
-from tailora.core.kinds import weight_of
 from tailora.core.layer import LoRALayer
 from tailora.core.spectra import EXACT, EXTRA, Spectrum, gaussian, orthonormal, within
 from tailora.core.targets import Target
@@ -79,7 +78,7 @@ def input_variances(targets: Mapping[str, Target], run: Pass, wanted: int) -> di
 def _probe(target: Target, wanted: int) -> LoRALayer:
     """An update that follows `wanted` directions per group and some more."""
     layer, kind = target.layer, target.kind
-    groups = getattr(layer, "groups", 1)
+    groups = kind.groups(layer)
     in_features, out_features = kind.dims(layer)
     k = groups * _count(min(in_features, out_features) // groups, wanted)
     return LoRALayer(
@@ -91,7 +90,7 @@ def _probe(target: Target, wanted: int) -> LoRALayer:
         kind=kind,
         shapes=kind.shapes(layer, k),
         groups=groups,
-        device=weight_of(layer).device,
+        device=target.weight.device,
         dtype=_dtype(target),
     )
 
@@ -102,7 +101,7 @@ def _count(size: int, wanted: int) -> int:
 
 
 def _dtype(target: Target) -> torch.dtype:
-    return torch.float64 if weight_of(target.layer).dtype == torch.float64 else torch.float32
+    return torch.float64 if target.weight.dtype == torch.float64 else torch.float32
 
 
 def _rows(probe: LoRALayer, A: Tensor) -> Tensor:
@@ -160,7 +159,7 @@ class _Inputs:
         self.kind = target.kind
         size = target.kind.dims(target.layer)[0]
         k = _count(size, wanted)
-        like = torch.empty((), device=weight_of(target.layer).device, dtype=_dtype(target))
+        like = torch.empty((), device=target.weight.device, dtype=_dtype(target))
         shape, _ = target.kind.shapes(target.layer, k)
         self.A = orthonormal(gaussian((size, k), like)).T.reshape(shape)
         self.one = torch.eye(k).to(like)  # the B that passes h on

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import TypeVar
 
-from tailora.core.targets import matches
+from tailora.core.matching import matches
 
 T = TypeVar("T", int, float)
 

@@ -95,7 +95,7 @@ def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Modu
     """
     ranks = {path: k if k or adapter.low_rank[path].is_plain else 1 for path, k in ranks.items()}
     kept: dict[str, Factors] = {path: truncated(spectra[path], k) for path, k in ranks.items() if k}
-    same = ("lora_dropout", "modules_to_save", "use_dora", "lora_bias", "bias")
+    same = ("lora_dropout", "fused_parts", "modules_to_save", "use_dora", "lora_bias", "bias")
     settings = {name: getattr(adapter.config, name) for name in same}
     smaller = built(kept, base_model, saved=copy.deepcopy(adapter.saved), **settings)
     for path, layer in smaller.low_rank.items():

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from tailora.core.kinds import weight_of
 from tailora.core.layer import LoRALayer
 from tailora.core.spectra import Spectrum, leading
 from tailora.core.targets import Target
@@ -64,19 +63,21 @@ def check_fits(targets: Iterable[Target], name: str) -> None:
 
 
 def _obstacle(target: Target, name: str) -> str | None:
-    kind, groups = target.kind, getattr(target.layer, "groups", 1)
+    kind, groups = target.kind, target.kind.groups(target.layer)
     if name not in STARTS:
         return None
     if kind.matrix is None:
         return f"a {kind.name} holds several matrices, or none that one start could describe; take 'kaiming'"
-    if name in FROM_WEIGHT and not weight_of(target.layer).is_floating_point():
-        return (
-            f"its weight is stored as {weight_of(target.layer).dtype}; take 'kaiming', or a base that is not quantised"
-        )
+    if name in FROM_WEIGHT and not target.weight.is_floating_point():
+        return f"its weight is stored as {target.weight.dtype}; take 'kaiming', or a base that is not quantised"
     if name == "eva" and (kind.zero == "A" or groups > 1):
         what = "an embedding reads ids, which have no variance" if kind.zero == "A" else "ranks of groups go together"
         return f"{what}; take 'kaiming', or exclude it"
-    size = min(kind.dims(target.layer)) // groups
+    if name in DATA_STARTS and (target.rows or kind.forward):
+        return (
+            "what a part of a fused layer or a projection of attention reads is not probed; take 'pissa' or 'kaiming'"
+        )
+    size = min(target.dims) // groups
     if name == "lora_ga" and 2 * target.r // groups > size:
         each = " in each group" if groups > 1 else ""
         remedy = f"r up to {groups * (size // 2)}" if size > 1 else "another start"
@@ -87,7 +88,8 @@ def _obstacle(target: Target, name: str) -> str | None:
 @torch.no_grad()
 def start_at_weight(layer: LoRALayer, target: Target, name: str) -> None:
     """Start one layer's update from its own weight, which is left as it is."""
-    assert target.kind.matrix is not None  # `check_fits` saw to it
-    W = target.kind.matrix(target.layer, weight_of(target.layer)).to(layer.lora_A.dtype)
+    matrix = target.matrix(target.weight)
+    assert matrix is not None  # `check_fits` saw to it
+    W = matrix.to(layer.lora_A.dtype)
     A, B = FROM_WEIGHT[name](W, layer.r // layer.groups, layer.configured_scaling)
     layer.start_from(A.reshape(layer.lora_A.shape), B.reshape(layer.lora_B.shape))

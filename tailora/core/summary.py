@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.kinds import weight_of
+from tailora.core.kinds import host_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def summarise(base_model: nn.Module, adapters: list[Adapter]) -> Summary:
     rows = []
     for adapter in adapters:
         for path, layer in adapter.low_rank.items():
-            shape = tuple(weight_of(base_model.get_submodule(path)).shape)
+            shape = tuple(weight_of(host_of(base_model, path), layer.kind.weight).shape)
+            shape = shape if layer.rows is None else (layer.out_features, layer.in_features)
             rows.append(Row(path, layer.kind.name, shape, layer.r, layer.lora_alpha, parameter_count(layer)))
         for path, module in adapter.saved.items():
             rows.append(Row(path, type(module).__name__, (), None, None, parameter_count(module)))

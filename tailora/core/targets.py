@@ -1,31 +1,25 @@
 """Which layers a config means. Strict: what matches nothing is an error, and all errors come at once."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import regex
 from torch import nn
 
 from tailora.core.config import LoRAConfig
-from tailora.core.kinds import CONV1D, EMBEDDING, KINDS, LINEAR, Kind, is_called, kind_of, obstacle
-from tailora.errors import PatternError, TargetError, listing, nearest
-
-Selector = list[str] | str
-T = TypeVar("T")
-MATCH_SECONDS = 0.2  # of CPU time; honest patterns take microseconds
+from tailora.core.kinds import EMBEDDING, KINDS, kind_of, obstacle, projections
+from tailora.core.matching import Selector, by_pattern, layer_index, matches, named, pattern_matches
+from tailora.core.places import Modules, Place, chosen_parameters, parameters, place_at, places
+from tailora.errors import TargetError, listing, nearest
 
 
 @dataclass(frozen=True)
-class Target:
-    """One layer to adapt, with its own rank and alpha."""
+class Target(Place):
+    """A place to adapt, with its own rank and alpha."""
 
-    path: str
-    layer: nn.Module
-    kind: Kind
-    r: int
-    lora_alpha: float
+    r: int = 1
+    lora_alpha: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,13 +35,15 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     adapted and every rank that is too large.
     """
     modules = dict(model.named_modules())
+    there = places(modules, config)
     to_save = saved_modules(modules, config)
-    paths = chosen_paths(model, modules, config)
-    targets = [target_at(path, modules[path], config) for path in paths]
-    problems = [*_dead_names(modules, config), *_dead_patterns(config, paths), *_conflicts(modules, config, paths)]
-    problems += [problem for target in targets if (problem := _rank_problem(target))]
+    chosen = chosen_places(model, modules, config)
+    problems = [*_dead_names(there, modules, config), *_dead_patterns(config, there, chosen)]
+    problems += [*_conflicts(modules, config, chosen), *_unequal_ranks(chosen, config)]
+    problems += [problem for place in chosen.values() if (problem := _rank_problem(place, config))]
+    targets = [target_of(place, config) for place in chosen.values()]
     problems += _slot_problems(targets, config)
-    if not targets and not problems:
+    if not chosen and not problems:
         problems.append(
             f"target_modules={config.target_modules!r} leaves no layer to adapt; kinds here: {_kinds(modules)}"
         )
@@ -59,117 +55,134 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
 def default_config(model: nn.Module) -> LoRAConfig:
     """The defaults, with a lower rank at the same scale for layers that are too small for theirs."""
     config = LoRAConfig()
-    modules = dict(model.named_modules())
-    limits = {path: _limit(modules[path]) for path in chosen_paths(model, modules, config)}
+    chosen = chosen_places(model, dict(model.named_modules()), config)
+    limits = {path: min(place.dims) for path, place in chosen.items()}
     low = {re.escape(path): limit for path, limit in limits.items() if limit < config.r}
     return config.replaced(
         rank_pattern=low, alpha_pattern={path: config.lora_alpha * limit / config.r for path, limit in low.items()}
     )
 
 
-def chosen_paths(model: nn.Module, modules: Mapping[str, nn.Module], config: LoRAConfig) -> list[str]:
-    """The paths that the config's targets, exclusions and layer indices leave; unmatched ones pass in silence."""
-    chosen = _all_linear(model, modules, config)
-    if config.target_modules != "all-linear":
-        chosen = [path for path in adaptable(modules) if matches(config.target_modules, path)]
+def chosen_places(model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, Place]:
+    """The places that the config's targets, exclusions and layer indices leave; unmatched ones pass in silence."""
+    there = places(modules, config)
+    if config.target_modules == "all-linear":
+        chosen = _all_linear(model, modules, there, config)
+    else:
+        chosen = [place for place in there.values() if _selects(config.target_modules, place)]
+    whole = {place.path for place in chosen if not place.rows}
+    chosen = [place for place in chosen if not (place.rows and place.host in whole)]  # a whole layer has its parts
+    chosen += chosen_parameters(modules, config).values()
     if config.exclude_modules is not None:
-        chosen = [path for path in chosen if not matches(config.exclude_modules, path)]
+        chosen = list(_without(config.exclude_modules, chosen, there))
     wanted = layer_indices(config)
-    return chosen if wanted is None else [path for path in chosen if layer_index(path) in wanted]
+    return {place.path: place for place in chosen if wanted is None or layer_index(place.path) in wanted}
 
 
-def saved_modules(modules: Mapping[str, nn.Module], config: LoRAConfig) -> dict[str, nn.Module]:
+def saved_modules(modules: Modules, config: LoRAConfig) -> dict[str, nn.Module]:
     names = config.modules_to_save or []
-    return {path: module for path, module in modules.items() if path and any(_named(name, path) for name in names)}
+    return {path: module for path, module in modules.items() if path and any(named(name, path) for name in names)}
 
 
-def adaptable(modules: Mapping[str, nn.Module]) -> list[str]:
-    return [path for path, module in modules.items() if kind_of(module)]
+def target_of(place: Place, config: LoRAConfig) -> Target:
+    """The place with the rank and alpha that the patterns give it."""
+    r = by_pattern(place.pattern_names, config.rank_pattern, config.r)
+    alpha = by_pattern(place.pattern_names, config.alpha_pattern, config.lora_alpha)
+    return Target(place.path, place.host, place.layer, place.kind, place.rows, r=r, lora_alpha=alpha)
 
 
-def target_at(path: str, layer: nn.Module, config: LoRAConfig) -> Target:
-    """The layer with the rank and alpha that the patterns give it. Raises TargetError where no kind fits."""
-    kind = kind_of(layer)
-    if kind is None:
-        raise TargetError(f"{path} is a {type(layer).__name__}, which has no low-rank form; kinds: {_known()}")
-    r = by_pattern(path, config.rank_pattern, config.r)
-    return Target(path, layer, kind, r, by_pattern(path, config.alpha_pattern, config.lora_alpha))
+def target_at(model: nn.Module, path: str, config: LoRAConfig) -> Target:
+    """The target at this path, selected or not. Raises TargetError where no kind fits."""
+    return target_of(place_at(model, path, config), config)
 
 
-def matches(selector: Selector, path: str) -> bool:
-    """A name: the path or its end after a dot. A string: a regular expression for the whole path (PEFT's rule)."""
-    if isinstance(selector, str):
-        return _full_match(selector, path)
-    return any(_named(name, path) for name in selector)
+def _selects(selector: Selector, place: Place) -> bool:
+    return any(matches(selector, name) for name in place.names)
 
 
-def _full_match(pattern: str, path: str) -> bool:
-    """Raises PatternError, since an adapter's file may bring a pattern whose time doubles with every letter."""
-    try:
-        return regex.fullmatch(pattern, path, timeout=MATCH_SECONDS) is not None
-    except TimeoutError:
-        raise PatternError(
-            f"the regular expression {pattern!r} takes more than {MATCH_SECONDS} s to match {path!r}; "
-            "repeat no group that can match in several ways, or list the names"
-        ) from None
+def _without(selector: Selector, chosen: list[Place], there: Mapping[str, Place]) -> Iterator[Place]:
+    """A layer without one of its parts is its other parts."""
+    parts: dict[str, list[Place]] = {}
+    for place in there.values():
+        if place.rows:
+            parts.setdefault(place.host, []).append(place)
+    for place in chosen:
+        if not _selects(selector, place):
+            of_it = [] if place.rows else parts.get(place.path, [])
+            rest = [part for part in of_it if not _selects(selector, part)]
+            yield from [place] if len(rest) == len(of_it) else rest
 
 
-def _named(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
-def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: LoRAConfig) -> list[str]:
-    """Every linear layer but the output head, what is trained whole, and what its owner reads without a call."""
+def _all_linear(model: nn.Module, modules: Modules, there: Mapping[str, Place], config: LoRAConfig) -> list[Place]:
+    """Every linear layer but the output head and what is trained whole; the projections of attention are linear."""
     whole = (*saved_modules(modules, config), *_output_heads(model, modules))
     return [
-        path
-        for path in adaptable(modules)
-        if kind_of(modules[path]) in (LINEAR, CONV1D)
-        and not any(path == head or path.startswith(f"{head}.") for head in whole)
-        and is_called(modules[path])
+        place
+        for place in there.values()
+        if (place.kind.linear or place.path != place.host)
+        and not place.rows
+        and not any(place.host == head or place.host.startswith(f"{head}.") for head in whole)
     ]
 
 
-def _output_heads(model: Any, modules: Mapping[str, nn.Module]) -> list[str]:
+def _output_heads(model: Any, modules: Modules) -> list[str]:
     """Paths of what turns hidden states into logits, where the model says so (transformers' convention)."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     return [path for path, module in modules.items() if module is head]
 
 
-def _dead_names(modules: Mapping[str, nn.Module], config: LoRAConfig) -> list[str]:
+def _dead_names(there: Mapping[str, Place], modules: Modules, config: LoRAConfig) -> list[str]:
     """Every entry of a selector that names nothing."""
-    there = adaptable(modules)
     problems = []
-    if config.target_modules != "all-linear":
+    if config.target_modules != "all-linear" and not (config.target_modules == [] and config.target_parameters):
         problems += _unmatched("target_modules", config.target_modules, there, modules)
+    stacks = parameters(modules) if config.target_parameters is not None else {}
     if config.exclude_modules is not None:
-        problems += _unmatched("exclude_modules", config.exclude_modules, there, modules)
+        problems += _unmatched("exclude_modules", config.exclude_modules, {**there, **stacks}, modules)
+    if config.target_parameters is not None:
+        problems += _unmatched("target_parameters", config.target_parameters, stacks, modules)
     for name in config.modules_to_save or []:
-        problems += _unmatched("modules_to_save", [name], [path for path in modules if path], modules)
-    return problems + _dead_indices(modules, config)
+        paths = [path for path in modules if path]
+        problems += [] if any(named(name, path) for path in paths) else [_no_layer("modules_to_save", name, paths)]
+    return problems + _dead_indices(there, config)
 
 
-def _unmatched(field: str, selector: Selector, paths: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+def _unmatched(field: str, selector: Selector, there: Mapping[str, Place], modules: Modules) -> list[str]:
     if selector == []:
         return [f"{field}={selector!r} names nothing"]
     if isinstance(selector, str):
-        ends = {path.rpartition(".")[2] for path in paths}
-        hint = nearest(selector, ends) or _examples(paths)
+        ends = {place.end for place in there.values()}
+        hint = nearest(selector, ends) or _examples(sorted(ends))
         return (
             []
-            if any(matches(selector, path) for path in paths)
+            if any(_selects(selector, place) for place in there.values())
             else [f"{field}={selector!r} is a regular expression that matches no whole path of a layer{hint}"]
         )
-    return [_missing(field, name, paths, modules) for name in selector if not any(_named(name, p) for p in paths)]
+    return [
+        _missing(field, name, there, modules)
+        for name in selector
+        if not any(_selects([name], place) for place in there.values())
+    ]
 
 
-def _missing(field: str, name: str, paths: list[str], modules: Mapping[str, nn.Module]) -> str:
-    unfit = next((module for path, module in modules.items() if path and _named(name, path)), None)
-    if unfit is not None and kind_of(unfit) is None:
+def _missing(field: str, name: str, there: Mapping[str, Place], modules: Modules) -> str:
+    unfit = next((module for path, module in modules.items() if path and named(name, path)), None)
+    if unfit is not None and kind_of(unfit) is None and field != "target_parameters":
         return f"{field}: {name!r} is a {type(unfit).__name__}, which has no low-rank form; kinds: {_known()}"
-    ends = {path.rpartition(".")[2] for path in paths}
-    return f"{field}: {name!r} matches no layer{nearest(name, ends | set(paths)) or _examples(sorted(ends))}"
+    whole, _, part = name.rpartition(".")
+    fused = [place for place in there.values() if whole and named(whole, place.path) and not place.rows]
+    if fused and not any(place.rows and place.host == fused[0].path for place in there.values()):
+        sizes = f'{{"{whole}": {{"{part}": its number of rows, ...}}}}'
+        return f"{field}: {name!r}: which rows of {whole} are {part} is not known; say it: fused_parts={sizes}"
+    return _no_layer(field, name, there)
+
+
+def _no_layer(field: str, name: str, paths: Iterable[str]) -> str:
+    paths = list(paths)
+    ends = {".".join(path.split(".")[-count:]) for path in paths for count in (1, 2)}
+    last = sorted({path.rpartition(".")[2] for path in paths})
+    return f"{field}: {name!r} matches no layer{nearest(name, ends | set(paths)) or _examples(last)}"
 
 
 def _examples(names: list[str]) -> str:
@@ -177,20 +190,20 @@ def _examples(names: list[str]) -> str:
 
 
 def _known() -> str:
-    return ", ".join(name.rpartition(".")[2] for name in KINDS)
+    return ", ".join([*(name.rpartition(".")[2] for name in KINDS), "MultiheadAttention"])
 
 
-def _kinds(modules: Mapping[str, nn.Module]) -> str:
+def _kinds(modules: Modules) -> str:
     return ", ".join(sorted({type(module).__name__ for module in modules.values()})) or "no modules"
 
 
-def _conflicts(modules: Mapping[str, nn.Module], config: LoRAConfig, paths: list[str]) -> list[str]:
+def _conflicts(modules: Modules, config: LoRAConfig, chosen: Mapping[str, Place]) -> list[str]:
     """Layers that were named and cannot be adapted, or are to be adapted and trained whole at once."""
     saved = saved_modules(modules, config)
-    problems = [f"{path}: {reason}" for path in paths if (reason := obstacle(modules[path]))]
+    problems = [f"{path}: {reason}" for path, place in chosen.items() if (reason := _obstacle(place, config))]
     problems += [
         f"{path} is in target_modules and in modules_to_save ({whole})"
-        for path in paths
+        for path in chosen
         for whole in saved
         if path == whole or path.startswith(f"{whole}.")
     ]
@@ -203,6 +216,11 @@ def _conflicts(modules: Mapping[str, nn.Module], config: LoRAConfig, paths: list
 def _slot_problems(targets: list[Target], config: LoRAConfig) -> list[str]:
     """Slots of the equation that the config asks for and the chosen layers do not have."""
     problems = []
+    asked = {"use_dora": config.use_dora, "lora_bias": config.lora_bias, "bias": config.bias != "none"}
+    if names := [name for name, is_asked in asked.items() if is_asked]:
+        where = [target.path for target in targets if target.rows or target.kind.forward]
+        what = "a part of a fused layer, attention and parameters have plain updates only; exclude it"
+        problems += [f"{path}: {', '.join(names)}: {what}" for path in where]
     if config.lora_bias:
         names = [target.path for target in targets if target.kind is EMBEDDING]
         problems += [f"{path}: lora_bias on an Embedding, whose file has no place for it" for path in names]
@@ -215,9 +233,10 @@ def _has_bias(layer: nn.Module) -> bool:
     return isinstance(getattr(layer, "bias", None), nn.Parameter)
 
 
-def layer_index(path: str) -> int | None:
-    """The first number in the path: `model.layers.3.mlp.experts.5` is in layer 3."""
-    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
+def _obstacle(place: Place, config: LoRAConfig) -> str | None:
+    if place.kind.stacked and config.lora_dropout:
+        return "an update of a parameter has no input that lora_dropout could drop; set lora_dropout=0"
+    return obstacle(place.layer)
 
 
 def layer_indices(config: LoRAConfig) -> set[int] | None:
@@ -225,39 +244,48 @@ def layer_indices(config: LoRAConfig) -> set[int] | None:
     return {wanted} if isinstance(wanted, int) else None if wanted is None else set(wanted)
 
 
-def _dead_indices(modules: Mapping[str, nn.Module], config: LoRAConfig) -> list[str]:
-    there = {index for path in adaptable(modules) if (index := layer_index(path)) is not None}
+def _dead_indices(paths: Iterable[str], config: LoRAConfig) -> list[str]:
+    there = {index for path in paths if (index := layer_index(path)) is not None}
     missing = sorted((layer_indices(config) or set()) - there)
     known = f"{min(there)}..{max(there)}" if there else "none"
     return [f"layers_to_transform={missing}: no layer has this index; there are: {known}"] if missing else []
 
 
-def pattern_matches(pattern: str, path: str) -> bool:
-    return _full_match(rf"(.*\.)?({pattern})$", path)
-
-
-def by_pattern(path: str, patterns: Mapping[str, T], default: T) -> T:
-    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, path)), default)
-
-
-def _dead_patterns(config: LoRAConfig, paths: list[str]) -> list[str]:
-    ends = {path.rpartition(".")[2] for path in paths}
+def _dead_patterns(config: LoRAConfig, there: Mapping[str, Place], chosen: Mapping[str, Place]) -> list[str]:
+    fields: list[tuple[str, Mapping[str, Any], Mapping[str, Place]]] = [
+        ("rank_pattern", config.rank_pattern, chosen),
+        ("alpha_pattern", config.alpha_pattern, chosen),
+        ("fused_parts", config.fused_parts, there),
+    ]
     return [
-        f"{field}: {pattern!r} matches no adapted layer{nearest(pattern, ends | set(paths)) or _examples(sorted(ends))}"
-        for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
+        f"{field}: {pattern!r} matches no adapted layer{_near(pattern, among)}"
+        for field, patterns, among in fields
         for pattern in patterns
-        if not any(pattern_matches(pattern, path) for path in paths)
+        if not any(pattern_matches(pattern, name) for place in among.values() for name in place.pattern_names)
     ]
 
 
-def _limit(layer: nn.Module) -> int:
-    kind = kind_of(layer)
-    return min(kind.dims(layer)) if kind else 0
+def _near(pattern: str, among: Mapping[str, Place]) -> str:
+    ends = {place.end for place in among.values()}
+    return nearest(pattern, ends | set(among)) or _examples(sorted(ends))
 
 
-def _rank_problem(target: Target) -> str | None:
-    limit = _limit(target.layer)
-    if 1 <= target.r <= limit:
+def _unequal_ranks(chosen: Mapping[str, Place], config: LoRAConfig) -> list[str]:
+    """PEFT's files hold one rank for both matrices of an attention."""
+    ranks: dict[str, set[int]] = {}
+    for place in chosen.values():
+        if "in_proj_weight" in projections(place.layer):
+            ranks.setdefault(place.host, set()).add(target_of(place, config).r)
+    return [
+        f"{host}: its matrices have the ranks {sorted(found)}; take one"
+        for host, found in ranks.items()
+        if len(found) > 1
+    ]
+
+
+def _rank_problem(place: Place, config: LoRAConfig) -> str | None:
+    in_features, out_features = place.dims
+    limit, r = min(place.dims), target_of(place, config).r
+    if 1 <= r <= limit:
         return None
-    in_features, out_features = target.kind.dims(target.layer)
-    return f"{target.path}: r = {target.r} on a matrix of {in_features} -> {out_features}; take 1..{limit}"
+    return f"{place.path}: r = {r} on a matrix of {in_features} -> {out_features}; take 1..{limit}"

@@ -17,6 +17,7 @@ from tailora.core.config import LoRAConfig
 from tailora.core.kinds import weight_of
 from tailora.core.layer import LoRALayer
 from tailora.core.lowrank import Factors
+from tailora.core.places import place_at
 from tailora.core.selectors import commonest, portable_patterns, portable_targets
 from tailora.core.targets import target_at
 
@@ -46,7 +47,7 @@ def dense_of(layer: LoRALayer, base: nn.Module) -> Tensor:
 
 def is_mixed(layer: LoRALayer) -> bool:
     """PEFT's A of a grouped convolution, when it reads all channels."""
-    return layer.groups * layer.lora_B.shape[1] != layer.r
+    return not layer.kind.stacked and layer.groups * layer.lora_B.shape[1] != layer.r
 
 
 def is_product(layer: LoRALayer, base: nn.Module) -> bool:
@@ -91,12 +92,18 @@ def built(
 
     changes: db by path, for which `settings` make room.    settings: of LoRAConfig.
     """
-    ranks = {path: each.B.shape[0] * each.B.shape[2] for path, each in factors.items()}
+    told = LoRAConfig(fused_parts=settings.get("fused_parts", {}))
+    stacks = {path for path in factors if place_at(base_model, path, told).kind.stacked}
+    ranks = {path: each.B.shape[2] * (1 if path in stacks else each.B.shape[0]) for path, each in factors.items()}
+    layers_only = [path for path in ranks if path not in stacks]
     r = commonest(ranks)
     config = LoRAConfig(
         r=r,
         lora_alpha=r,
-        target_modules=portable_targets(list(ranks), [path for path, _ in base_model.named_modules()]),
+        target_modules=portable_targets(layers_only, [path for path, _ in base_model.named_modules()])
+        if layers_only
+        else [],
+        target_parameters=sorted(stacks) or None,
         rank_pattern=portable_patterns(ranks, r),
         alpha_pattern=portable_patterns({path: float(rank) for path, rank in ranks.items()}, float(r)),
         **settings,
@@ -109,7 +116,7 @@ def built(
 
 @torch.no_grad()
 def _filled(path: str, base_model: nn.Module, config: LoRAConfig, factors: Factors) -> LoRALayer:
-    layer = low_rank_layer(target_at(path, base_model.get_submodule(path), config), config, fresh=False)
+    layer = low_rank_layer(target_at(base_model, path, config), config, fresh=False)
     layer.lora_A.copy_(factors.A.reshape(layer.lora_A.shape))
     layer.lora_B.copy_(factors.B.reshape(layer.lora_B.shape))
     return layer

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter
+from tailora.core.adapter import Adapter, by_host
 from tailora.core.attach import Swapped, attach
+from tailora.core.kinds import host_path
 from tailora.errors import FormatError
 
 TOLERANCE = 1e-4  # of the logits' size: float32 sums in another order
@@ -127,8 +128,9 @@ def only(base_model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
     try:
         for module in before:
             attach(module, ())
-        for path, part in parts.items():
-            attach(base_model.get_submodule(path), (part,))
+        hosts = {path: host_path(base_model, path) for path in parts}
+        for host, each in by_host(hosts, {path: (part,) for path, part in parts.items()}).items():
+            attach(base_model.get_submodule(host), each)
         with evaluating([module for part in parts.values() for module in part.modules()]):
             yield base_model
     finally:

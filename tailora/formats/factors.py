@@ -1,5 +1,6 @@
 """One layer's tensors in PEFT's file: which keys and shapes, and both ways between the file and the layer.
 
+Of stacked experts A (E r, in) has rows e r + k, and B (out, E r) columns k E + e.
 With a frozen start the file holds [A, A0] and [B, -B0], of rank 2r: for PEFT a plain adapter.
 """
 
@@ -33,7 +34,10 @@ def to_file(layer: LoRALayer, start: bool) -> dict[str, Tensor]:
     """
     ratio = (layer.scaling / layer.configured_scaling).reshape(())
     A, B = _with_start(layer) if start else (layer.lora_A, layer.lora_B)
-    tensors = {"A": join_groups(A, layer.groups), "B": (B * ratio)[(..., *_ones(layer))]}
+    if layer.kind.stacked:
+        tensors = {"A": A, "B": _columns(B * ratio, layer.groups)}
+    else:
+        tensors = {"A": join_groups(A, layer.groups), "B": (B * ratio)[(..., *_ones(layer))]}
     if layer.lora_magnitude_vector is not None:
         tensors["magnitude"] = layer.lora_magnitude_vector.view(_magnitude_shape(layer))
     if layer.lora_bias is not None:
@@ -48,6 +52,8 @@ def file_shapes(layer: LoRALayer, start: bool) -> dict[str, Shape]:
     r, per_group, *kernel = layer.lora_A.shape
     out, per_rank = layer.lora_B.shape
     times = 2 if start else 1
+    if layer.kind.stacked:
+        return {"A": (times * r, per_group), "B": (out // layer.groups, times * per_rank * layer.groups)}
     shapes = {"A": (times * r, per_group * layer.groups, *kernel), "B": (out, times * per_rank, *[1] * len(kernel))}
     if layer.lora_magnitude_vector is not None:
         shapes["magnitude"] = _magnitude_shape(layer)
@@ -65,7 +71,9 @@ def fill(layer: LoRALayer, found: Mapping[str, Tensor], start: bool) -> None:
 
 def _fill_factors(layer: LoRALayer, found: Mapping[str, Tensor], start: bool) -> None:
     A, B = found["A"].to(layer.lora_A), found["B"].to(layer.lora_B).view(found["B"].shape[:2])
-    blocks = split_groups(A, layer.groups)
+    if layer.kind.stacked:
+        B = _experts(B, layer.groups)
+    blocks = A if layer.kind.stacked else split_groups(A, layer.groups)
     if blocks is None:  # PEFT trains an A that reads all channels of a grouped convolution
         if layer.lora_magnitude_vector is not None:
             raise FormatError("its A mixes the channels of different groups, so the rows of its weight have no norm")
@@ -80,6 +88,16 @@ def _fill_factors(layer: LoRALayer, found: Mapping[str, Tensor], start: bool) ->
     layer.start_from(A0, -B0)
     layer.lora_A.copy_(A)
     layer.lora_B.copy_(B)
+
+
+def _columns(B: Tensor, experts: int) -> Tensor:
+    """(E out, r), row e out + i -> (out, E r), column k E + e."""
+    return B.reshape(experts, -1, B.shape[1]).permute(1, 2, 0).flatten(1)
+
+
+def _experts(B: Tensor, experts: int) -> Tensor:
+    """The inverse of `_columns`."""
+    return B.reshape(len(B), -1, experts).permute(2, 0, 1).flatten(0, 1)
 
 
 def _with_start(layer: LoRALayer) -> tuple[Tensor, Tensor]:

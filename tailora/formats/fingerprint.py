@@ -6,29 +6,25 @@ Values instead of a hash, because one checkpoint loaded in another precision mus
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tailora.core.kinds import weight_of
 from tailora.formats.notes import LayerPrint
 
 SAMPLES = 8  # weights per layer
 TOLERANCE = 2.0**-7  # rounding to bfloat16, once on either side
 
 
-def fingerprint(layers: Mapping[str, nn.Module]) -> dict[str, LayerPrint]:
-    """Path -> shape and evenly spaced weights of the layer."""
-    return {
-        path: LayerPrint(shape=list(weight_of(layer).shape), weights=_sample(weight_of(layer)))
-        for path, layer in layers.items()
-    }
+def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, LayerPrint]:
+    """Path -> shape and evenly spaced numbers of the layer's weight."""
+    return {path: LayerPrint(shape=list(weight.shape), weights=_sample(weight)) for path, weight in weights.items()}
 
 
-def differences(stored: Mapping[str, LayerPrint], layers: Mapping[str, nn.Module]) -> list[str]:
+def differences(stored: Mapping[str, LayerPrint], weights: Mapping[str, Tensor]) -> list[str]:
     """What of the stored fingerprint does not hold for these layers; [] when the base is the same."""
     return [
         problem
-        for path, layer in layers.items()
-        if path in stored and (problem := _difference(path, stored[path], weight_of(layer)))
+        for path, weight in weights.items()
+        if path in stored and (problem := _difference(path, stored[path], weight))
     ]
 
 

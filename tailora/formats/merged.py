@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tailora.core.kinds import host_path
 from tailora.core.merge import Exchange, folded, moved_in, settle_ties
 from tailora.errors import FormatError, MergeError
 from tailora.formats.plain import Source, refuse
@@ -57,9 +58,12 @@ def write(folder: Path, source: Source) -> list[str]:
 def _merged(source: Source, spill: Path) -> tuple[list[Exchange], float]:
     """What takes the place of the base's tensors, on the disk; and the worst rounding error."""
     found, worst, problems = [], 0.0, []
-    for path, layer in source.adapter.low_rank.items():
+    low_rank = source.adapter.low_rank
+    hosts = {path: host_path(source.base_model, path) for path in low_rank}
+    for host in dict.fromkeys(hosts.values()):
+        layers = [layer for path, layer in low_rank.items() if hosts[path] == host]
         try:
-            exchanges, report = folded({path: (source.base_model.get_submodule(path), (layer,))})
+            exchanges, report = folded({host: (source.base_model.get_submodule(host), layers)})
         except MergeError as error:
             problems.append(str(error))
             continue

@@ -14,12 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
+from tailora.core.kinds import host_of, weight_of
 from tailora.errors import DivergedError, FormatError
 from tailora.formats.atomic import replace_folder, write_file, writing
 from tailora.formats.factors import suffixes, to_file
 from tailora.formats.fingerprint import fingerprint
 from tailora.formats.notes import KEY, Notes, parse
-from tailora.formats.peft_config import doubled, read_settings, to_peft
+from tailora.formats.peft_config import doubled, read_settings, to_peft, with_patterns
+from tailora.formats.stems import stems
 from tailora.formats.tensors import read, to_bytes
 
 PREFIX = "base_model.model."
@@ -56,17 +58,20 @@ def write_adapter(folder: Path, adapter: Adapter, base_model: nn.Module) -> None
 
 
 def _contents(adapter: Adapter, base_model: nn.Module) -> dict[str, bytes]:
-    tensors = {f"{PREFIX}{key}": tensor for key, tensor in file_tensors(adapter).items()}
+    tensors = {f"{PREFIX}{key}": tensor for key, tensor in file_tensors(adapter, base_model).items()}
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise DivergedError(f"the adapter is not saved: not finite are {', '.join(broken[:5])} ({len(broken)} in all)")
     notes = Notes(
         config=adapter.config.model_dump(),
         scaling={path: layer.scaling.item() for path, layer in adapter.low_rank.items() if layer.learns_scaling},
         start=adapter.has_start,
-        base=fingerprint({path: base_model.get_submodule(path) for path in adapter.low_rank}),
+        base=fingerprint(
+            {path: weight_of(host_of(base_model, path), layer.kind.weight) for path, layer in adapter.low_rank.items()}
+        ),
     )
-    written = doubled(adapter.config) if adapter.has_start else adapter.config
-    settings = to_peft(written, adapter.low_rank, base_model)
+    wrappers = list(stems(base_model, adapter.low_rank).values())
+    written = with_patterns(adapter.config, wrappers)
+    settings = to_peft(doubled(written) if adapter.has_start else written, wrappers, base_model)
     return {
         WEIGHTS: to_bytes(tensors, {"format": "pt", KEY: notes.model_dump_json()}),
         SETTINGS: (json.dumps(settings, indent=2) + "\n").encode(),
@@ -90,12 +95,15 @@ def read_adapter(folder: Path) -> StoredAdapter:
     return StoredAdapter(folder, settings, {key.removeprefix(PREFIX): value for key, value in tensors.items()}, notes)
 
 
-def file_tensors(adapter: Adapter) -> dict[str, Tensor]:
+def file_tensors(adapter: Adapter, base_model: nn.Module) -> dict[str, Tensor]:
     """Key without prefix -> tensor as the file holds it."""
     tensors: dict[str, Tensor] = {}
-    for path, layer in adapter.low_rank.items():
-        names = suffixes(layer)
-        tensors |= {path + names[slot]: tensor for slot, tensor in to_file(layer, adapter.has_start).items()}
+    for stem in stems(base_model, adapter.low_rank).values():
+        slots = {path: to_file(layer, adapter.has_start) for path, layer in stem.members.items()}
+        for path, layer in stem.members.items():
+            for slot in slots[path]:
+                key = stem.name + suffixes(layer)[slot]
+                tensors[key] = stem.join(slot, {other: each[slot] for other, each in slots.items()})
     for path, module in adapter.saved.items():
         tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
     return {key: tensor.detach() for key, tensor in tensors.items()}

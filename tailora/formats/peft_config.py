@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from tailora.core.config import LoRAConfig
+from tailora.core.matching import by_pattern, matches
 from tailora.core.selectors import portable_targets
 from tailora.errors import FormatError, listing
 from tailora.formats.notes import REFUSALS
+from tailora.formats.stems import Stem
 
 # Settings that change what the tensors mean and have no slot here yet: key -> values that change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
@@ -35,8 +36,10 @@ COUNTS = 1000
 MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def to_peft(config: LoRAConfig, paths: Iterable[str], base_model: nn.Module) -> dict[str, Any]:
+def to_peft(config: LoRAConfig, stems: Iterable[Stem], base_model: nn.Module) -> dict[str, Any]:
     """The file's content. Targets are written as what they selected, so that a reader selects the same."""
+    modules = list(dict.fromkeys(stem.key for stem in stems if not stem.is_parameter))
+    parameters = list(dict.fromkeys(stem.key for stem in stems if stem.is_parameter))
     return {
         "peft_type": "LORA",
         "task_type": _task_type(base_model),
@@ -45,7 +48,10 @@ def to_peft(config: LoRAConfig, paths: Iterable[str], base_model: nn.Module) -> 
         "r": config.r,
         "lora_alpha": config.lora_alpha if config.lora_alpha % 1 else int(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
-        "target_modules": portable_targets(list(paths), [path for path, _ in base_model.named_modules()]),
+        "target_modules": portable_targets(modules, [path for path, _ in base_model.named_modules()])
+        if modules
+        else [],
+        "target_parameters": _parameter_names(parameters, base_model) if parameters else None,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -59,6 +65,30 @@ def to_peft(config: LoRAConfig, paths: Iterable[str], base_model: nn.Module) -> 
         "fan_in_fan_out": False,
         "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
     }
+
+
+def _parameter_names(paths: list[str], base_model: nn.Module) -> list[str]:
+    """The last two names of each, as PEFT's users write them, where they mean nothing else; whole paths otherwise."""
+    ends = sorted({".".join(path.split(".")[-2:]) for path in paths})
+    meant = {path for path, _ in base_model.named_parameters(remove_duplicate=False) if matches(ends, path)}
+    return ends if meant == set(paths) else sorted(paths)
+
+
+def with_patterns(config: LoRAConfig, stems: Iterable[Stem]) -> LoRAConfig:
+    """The settings that give each wrapper of PEFT its rank and scale, where the parts in it have their own."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for stem in stems:
+        alpha = stem.scale * (math.sqrt(stem.r) if config.use_rslora else stem.r)
+        if stem.r != by_pattern(stem.key, config.rank_pattern, config.r):
+            ranks[f"^{re.escape(stem.key)}"] = stem.r
+        if not math.isclose(alpha, by_pattern(stem.key, config.alpha_pattern, config.lora_alpha), rel_tol=1e-9):
+            alphas[f"^{re.escape(stem.key)}"] = alpha
+    return (
+        config.replaced(rank_pattern=ranks | config.rank_pattern, alpha_pattern=alphas | config.alpha_pattern)
+        if ranks or alphas
+        else config
+    )
 
 
 def doubled(config: LoRAConfig) -> LoRAConfig:
@@ -93,7 +123,8 @@ def from_peft(settings: Mapping[str, Any], paths: list[str], source: Path) -> Lo
         raise FormatError(f"{source}: {listing(problems)}")
     values = {key: settings[key] for key in SHARED if settings.get(key) is not None}
     values["init_lora_weights"] = STARTS.get(str(settings.get("init_lora_weights")), "kaiming")
-    values["target_modules"] = settings.get("target_modules") or paths
+    values["target_parameters"] = settings.get("target_parameters") or None
+    values["target_modules"] = settings.get("target_modules") or ([] if values["target_parameters"] else paths)
     if not settings.get("layers_pattern"):  # with it PEFT counts other numbers; the tensors say which layers
         values["layers_to_transform"] = settings.get("layers_to_transform")
         values["exclude_modules"] = settings.get("exclude_modules") or None

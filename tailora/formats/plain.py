@@ -55,6 +55,8 @@ def limits(source: Source, kinds: Sequence[Kind]) -> list[str]:
         problems.append(f"trained biases have no place there; {MERGED}")
     if adapter.saved:
         problems.append(f"modules_to_save: {', '.join(adapter.saved)} were trained whole; {MERGED}")
+    parts = [path for path, layer in adapter.low_rank.items() if layer.rows is not None]
+    problems += [f"{path}: a part of a fused layer has no place there; {MERGED}" for path in parts]
     unfit = {path: layer.kind for path, layer in adapter.low_rank.items() if layer.kind not in kinds}
     problems += [f"{path}: a {kind.name} has no place there; {MERGED}" for path, kind in unfit.items()]
     return problems

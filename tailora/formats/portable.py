@@ -8,13 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tailora.core.kinds import CONV1D, EMBEDDING, LINEAR
+from tailora.core.kinds import CONV1D, EMBEDDING, LINEAR, host_of, weight_of
 from tailora.formats.factors import suffixes
 from tailora.formats.fingerprint import fingerprint
 from tailora.formats.notes import KEY, Notes
 from tailora.formats.peft import CARD, PREFIX, SETTINGS, WEIGHTS
 from tailora.formats.peft_config import to_peft
 from tailora.formats.plain import Source, factors, limits, padded, scale_notes
+from tailora.formats.stems import stems
 from tailora.formats.tensors import to_bytes
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank
@@ -56,7 +57,8 @@ def write(folder: Path, source: Source) -> list[str]:
     for path, each in plain.items():
         keys, wide = suffixes(source.adapter.low_rank[path]), padded(each, r)
         tensors |= {f"{PREFIX}{path}{keys['A']}": wide.A, f"{PREFIX}{path}{keys['B']}": wide.B}
-    notes = Notes(base=fingerprint({path: source.base_model.get_submodule(path) for path in plain}))
+    weights = {path: weight_of(host_of(source.base_model, path)) for path in plain}
+    notes = Notes(base=fingerprint(weights))
     config = source.adapter.config.replaced(
         r=r,
         lora_alpha=r,
@@ -66,7 +68,7 @@ def write(folder: Path, source: Source) -> list[str]:
         use_rslora=False,
         init_lora_weights="kaiming",
     )
-    settings = to_peft(config, plain, source.base_model)
+    settings = to_peft(config, stems(source.base_model, source.adapter.low_rank).values(), source.base_model)
     base = settings["base_model_name_or_path"]
     (folder / WEIGHTS).write_bytes(to_bytes(tensors, {"format": "pt", KEY: notes.model_dump_json()}))
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,22 +1,23 @@
 """From a stored adapter to one that fits this base model, or to an error that lists all that does not."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, low_rank_layer, trained_copy
 from tailora.core.config import LoRAConfig
-from tailora.core.kinds import kind_of, obstacle
+from tailora.core.kinds import host_of, kind_of, obstacle, weight_of
 from tailora.core.layer import LoRALayer
-from tailora.core.targets import chosen_paths, saved_modules, target_at
+from tailora.core.targets import Target, chosen_places, saved_modules, target_at, target_of
 from tailora.errors import BaseMismatchError, ConfigError, FormatError, PatternError, TargetError, listing
 from tailora.formats.factors import SLOT_OF, file_shapes, fill
 from tailora.formats.fingerprint import differences
 from tailora.formats.peft import StoredAdapter
-from tailora.formats.peft_config import SHARED, check_patterns, doubled, from_peft
+from tailora.formats.peft_config import SHARED, check_patterns, doubled, from_peft, with_patterns
+from tailora.formats.stems import Stem, stems
 
 Modules = Mapping[str, nn.Module]
 
@@ -44,40 +45,69 @@ def restore(stored: StoredAdapter, base_model: nn.Module, *, allow_base_mismatch
 
 def _restored(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch: bool) -> Adapter:
     modules = dict(base_model.named_modules())
-    own, config = stored.notes.lora(stored.folder), _config(stored, modules)
-    check_patterns(config, stored.folder)
-    parts = _sort(stored, modules, config)
-    parts.problems += _missing(parts, base_model, modules, config, stored.notes.start)
-    low_rank = {path: _low_rank(path, modules, config, parts, stored.notes.start) for path in parts.factors}
+    own, told = stored.notes.lora(stored.folder), _told(stored, modules)
+    config = _config(stored, base_model, modules, own, told)
+    wanted = _wanted(base_model, modules, config)
+    hosts = {target.host for target in wanted.values()}
+    wanted |= {path: each for path, each in _wanted(base_model, modules, told).items() if each.host not in hosts}
+    parts = _sort(stored, base_model, modules, config, wanted)
+    parts.problems += _missing(parts, modules, config, wanted, stored.notes.start)
+    low_rank = {path: _low_rank(path, base_model, config, parts, stored.notes.start) for path in parts.factors}
     copies = {path: _copy(path, modules, parts) for path in parts.saved}
     if parts.problems:
         raise FormatError(f"{stored.folder} does not fit this model: {listing(parts.problems)}")
-    _check_base(stored, {path: modules[path] for path in low_rank}, allow_base_mismatch)
     layers = {path: layer for path, layer in low_rank.items() if layer is not None}
+    weights = {path: weight_of(host_of(base_model, path), layer.kind.weight) for path, layer in layers.items()}
+    _check_base(stored, weights, allow_base_mismatch)
     _learn_again(stored, layers)
     return Adapter(own or config, layers, copies)
 
 
-def _config(stored: StoredAdapter, modules: Modules) -> LoRAConfig:
-    """What adapter_config.json says; raises FormatError where the weights were saved with something else."""
+def _wanted(base_model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, Target]:
+    """What the settings name, by path."""
+    return {path: target_of(place, config) for path, place in chosen_places(base_model, modules, config).items()}
+
+
+def _empty(targets: Mapping[str, Target], config: LoRAConfig) -> dict[str, LoRALayer]:
+    """Layers to be filled, without those whose rank does not fit."""
+    layers = {}
+    for path, target in targets.items():
+        with suppress(ConfigError, TargetError):
+            layers[path] = low_rank_layer(target, config, fresh=False)
+    return layers
+
+
+def _told(stored: StoredAdapter, modules: Modules) -> LoRAConfig:
+    """What adapter_config.json says, or the weights' own settings where it is not there."""
     own = stored.notes.lora(stored.folder)
     if stored.settings is None and own is not None:
+        config = own
+    else:
+        config = from_peft(stored.settings or {}, _paths(stored, modules), stored.folder)
+    check_patterns(config, stored.folder)
+    return config
+
+
+def _config(
+    stored: StoredAdapter, base_model: nn.Module, modules: Modules, own: LoRAConfig | None, config: LoRAConfig
+) -> LoRAConfig:
+    """The settings to go by; raises FormatError where the weights were saved with others than the file tells."""
+    if own is None:
+        if stored.notes.start:
+            raise FormatError(f"{stored.folder}: its tailora metadata tells of a frozen start, but not of its settings")
+        return config
+    if stored.settings is None:
         return own
-    config = from_peft(stored.settings or {}, _paths(stored, modules), stored.folder)
-    written = doubled(own) if own is not None and stored.notes.start else own
-    if written is not None and (other := [name for name in SHARED if getattr(written, name) != getattr(config, name)]):
+    check_patterns(own, stored.folder)
+    written = with_patterns(own, stems(base_model, _empty(_wanted(base_model, modules, own), own)).values())
+    written = doubled(written) if stored.notes.start else written
+    if other := [name for name in SHARED if getattr(written, name) != getattr(config, name)]:
         pairs = (f"{name} = {getattr(config, name)!r} here, {getattr(written, name)!r} there" for name in other)
         raise FormatError(
             f"{stored.folder}: adapter_config.json and the settings that the weights were saved with differ: "
             f"{', '.join(pairs)}. Save the adapter again, or delete adapter_config.json to use the weights' own"
         )
-    if stored.notes.start and own is None:
-        raise FormatError(f"{stored.folder}: its tailora metadata tells of a frozen start, but not of its settings")
-    return config.replaced(**_ranks(own)) if own is not None and stored.notes.start else config
-
-
-def _ranks(config: LoRAConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
+    return own
 
 
 def _paths(stored: StoredAdapter, modules: Modules) -> list[str]:
@@ -86,21 +116,37 @@ def _paths(stored: StoredAdapter, modules: Modules) -> list[str]:
     return [path for path in modules if path in there]
 
 
-def _sort(stored: StoredAdapter, modules: Modules, config: LoRAConfig) -> Parts:
+def _sort(
+    stored: StoredAdapter, base_model: nn.Module, modules: Modules, config: LoRAConfig, wanted: Mapping[str, Target]
+) -> Parts:
     whole = saved_modules(modules, config)
+    wrappers = stems(base_model, _empty(wanted, config))
     parts = Parts()
     for key, tensor in stored.tensors.items():
-        path, factor = _factor(key)
-        owner = next((name for name in whole if key.startswith(f"{name}.")), None)
-        if factor and path in modules and kind_of(modules[path]):
-            parts.factors.setdefault(path, {})[factor] = tensor
+        name, factor = _factor(key)
+        owner = next((path for path in whole if key.startswith(f"{path}.")), None)
+        if factor and name in wrappers:
+            _split(wrappers[name], factor, tensor, parts, 2 if stored.notes.start else 1)
+        elif factor and name in modules and kind_of(modules[name]):
+            parts.factors.setdefault(name, {})[factor] = tensor
         elif owner is not None:
             parts.saved.setdefault(owner, {})[key.removeprefix(f"{owner}.")] = tensor
         else:
-            parts.problems.append(f"unexpected {key} {tuple(tensor.shape)}: {_why_unexpected(path, factor, modules)}")
+            parts.problems.append(f"unexpected {key} {tuple(tensor.shape)}: {_why_unexpected(name, factor, modules)}")
         if not tensor.isfinite().all():
             parts.problems.append(f"not finite: {key} {tuple(tensor.shape)}")
     return parts
+
+
+def _split(stem: Stem, factor: str, tensor: Tensor, parts: Parts, times: int) -> None:
+    pieces = stem.split(factor, tensor, times)
+    if pieces is None:
+        parts.problems.append(
+            f"misshapen lora_{factor} of {stem.name}: {tuple(tensor.shape)} is not made of the parts "
+            f"{', '.join(path.rpartition('.')[2] for path in stem.members)}"
+        )
+    for path in stem.members:
+        parts.factors.setdefault(path, {})[factor] = tensor if pieces is None else pieces[path]
 
 
 def _factor(key: str) -> tuple[str, str | None]:
@@ -119,37 +165,30 @@ def _why_unexpected(path: str, factor: str | None, modules: Modules) -> str:
     return f"{type(modules[path]).__name__} has no low-rank form"
 
 
-def _missing(parts: Parts, base_model: nn.Module, modules: Modules, config: LoRAConfig, start: bool) -> list[str]:
+def _missing(
+    parts: Parts, modules: Modules, config: LoRAConfig, wanted: Mapping[str, Target], start: bool
+) -> list[str]:
     """What the settings name and the tensors lack, with the shape that the model would need."""
-    named = {*chosen_paths(base_model, modules, config), *parts.factors}
     problems = []
-    for path in (path for path in modules if path in named):
+    for path in dict.fromkeys((*wanted, *parts.factors)):
         found = parts.factors.get(path, {})
-        shapes = {} if {"A", "B"} <= found.keys() else _needed(path, modules, config, start)
         lacking = [factor for factor in "AB" if factor not in found]
+        layers = _empty({path: wanted[path]}, config) if lacking and path in wanted else {}
+        shapes = file_shapes(layers[path], start) if layers else {}
         problems += [f"missing lora_{factor} of {path} {shapes.get(factor, '')}".rstrip() for factor in lacking]
     whole = saved_modules(modules, config)
     return problems + [f"missing {path}, which modules_to_save names" for path in whole if path not in parts.saved]
 
 
-def _needed(path: str, modules: Modules, config: LoRAConfig, start: bool) -> dict[str, tuple[int, ...]]:
-    """Factor -> shape; {} where the config's rank does not fit the layer."""
-    try:
-        layer = low_rank_layer(target_at(path, modules[path], config), config, fresh=False)
-    except (ConfigError, TargetError):
-        return {}
-    return file_shapes(layer, start)
-
-
-def _low_rank(path: str, modules: Modules, config: LoRAConfig, parts: Parts, start: bool) -> LoRALayer | None:
+def _low_rank(path: str, base_model: nn.Module, config: LoRAConfig, parts: Parts, start: bool) -> LoRALayer | None:
     """The layer with the file's factors; None, with the reasons added to the problems, where they do not fit."""
     found = parts.factors[path]
-    reason = obstacle(modules[path])
+    reason = obstacle(host_of(base_model, path))
     if reason or not {"A", "B"} <= found.keys():
         parts.problems += [f"{path}: {reason}"] if reason else []  # a missing factor is told already
         return None
     try:
-        layer = low_rank_layer(target_at(path, modules[path], config), config, fresh=False)
+        layer = low_rank_layer(target_at(base_model, path, config), config, fresh=False)
     except (ConfigError, TargetError) as error:
         parts.problems.append(f"{path}: {error}")
         return None
@@ -198,8 +237,8 @@ def _copy(path: str, modules: Modules, parts: Parts) -> nn.Module:
     return clone
 
 
-def _check_base(stored: StoredAdapter, layers: Modules, allow: bool) -> None:
-    problems = differences(stored.notes.base, layers)
+def _check_base(stored: StoredAdapter, weights: Mapping[str, Tensor], allow: bool) -> None:
+    problems = differences(stored.notes.base, weights)
     if problems and not allow:
         shown = [*problems[:5], *([f"and {len(problems) - 5} layers more"] if len(problems) > 5 else [])]
         raise BaseMismatchError(

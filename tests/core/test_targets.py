@@ -6,7 +6,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.targets import layer_index
+from tailora.core.matching import layer_index
 from tailora.errors import ConfigError, TargetError
 
 
@@ -95,12 +95,13 @@ def test_without_a_config_small_layers_get_the_rank_that_fits_at_the_same_scale(
     assert {layer.scaling.item() for layer in model.lora_layers.values()} == {2.0}
 
 
-def test_layers_that_are_not_called_are_refused_or_left_out() -> None:
-    attention = nn.MultiheadAttention(8, 2)
-    model = nn.ModuleDict({"attention": attention, "linear": nn.Linear(8, 8)})
-    assert paths(model) == ["linear"]
-    with pytest.raises(TargetError, match="MultiheadAttention reads its weight without calling it"):
-        LoRAModel(nn.ModuleDict({"attention": attention}), LoRAConfig(r=2, target_modules=["out_proj"]))
+def test_the_matrices_of_attention_are_linear_layers() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
+    both = ["attention.in_proj_weight", "attention.out_proj"]
+    assert paths(model) == [*both, "linear"]
+    assert paths(nn.MultiheadAttention(8, 2), target_modules=["out_proj"]) == ["out_proj"]
+    for names in (["attention"], r"at+ention"):
+        assert paths(nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), target_modules=names) == both
 
 
 def test_a_forward_replaced_on_the_instance_is_refused() -> None:

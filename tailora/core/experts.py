@@ -1,0 +1,116 @@
+"""Parameters that a module multiplies with by itself, above all the stacked weights of experts (E, out, in).
+
+The module's own forward runs, on a view of the module that holds W + s B A in the place of W as two summands. Products
+with it are split: x (W + L R) = x W + (x L) R. So no (E, out, in) of updates is formed, whichever of transformers'
+implementations runs (a loop over experts, batched or grouped products). Any other operation gets the dense sum.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+
+class Sum:
+    """W + L R, (..., m, n), as a module's forward sees it.  W (..., m, n), L (..., m, r), R (..., r, n)."""
+
+    def __init__(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
+        self.weight, self.left, self.right = weight, left, right
+
+    def dense(self) -> Tensor:
+        return self.weight + self.left @ self.right
+
+    def __getitem__(self, index: Any) -> Any:
+        """One expert, or a batch of them."""
+        if self.weight.ndim != 3 or isinstance(index, tuple):
+            return self.dense()[index]
+        if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
+            each = int(index)
+            return Sum(self.weight[each], self.lefts[each], self.rights[each])
+        return Sum(self.weight[index], self.left[index], self.right[index])
+
+    # Taken apart once: the gradient of an index is a whole stack of zeros, for each expert anew.
+    @cached_property
+    def lefts(self) -> Sequence[Tensor]:
+        return self.left.unbind()
+
+    @cached_property
+    def rights(self) -> Sequence[Tensor]:
+        return self.right.unbind()
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    @property
+    def mT(self) -> "Sum":
+        return Sum(self.weight.mT, self.right.mT, self.left.mT)
+
+    def transpose(self, first: int, second: int) -> Any:
+        last = {first % self.weight.ndim, second % self.weight.ndim}
+        return (
+            self.mT if last == {self.weight.ndim - 2, self.weight.ndim - 1} else self.dense().transpose(first, second)
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> "Sum":
+        return Sum(*(each.to(*args, **kwargs) for each in (self.weight, self.left, self.right)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.weight if name in SHAPE else self.dense(), name)
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        return x @ self.weight + (x @ self.left) @ self.right
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return self.weight @ x + self.left @ (self.right @ x)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and isinstance(args[1], Sum) and not isinstance(args[0], Sum):
+            x, sum_, *bias = args
+            return func(x, sum_.weight, *bias, **kwargs) + F.linear(F.linear(x, sum_.right), sum_.left)
+        if func in PRODUCTS and len(args) == 2 and not kwargs:
+            return args[0] @ args[1]
+        if _is_grouped(func) and isinstance(args[1], Sum) and not isinstance(args[0], Sum):
+            return _grouped(func, *args, **kwargs)
+        return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+
+
+SHAPE = ("shape", "ndim", "dtype", "device", "dim", "size", "numel", "is_cuda", "requires_grad", "layout")
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
+GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+ALIGNED = 8  # numbers: grouped products want rows of a multiple of 16 bytes
+
+
+def _is_grouped(func: Any) -> bool:
+    return getattr(func, "__name__", "").split(".")[0] in GROUPED
+
+
+def _grouped(func: Callable[..., Tensor], x: Tensor, sum_: Sum, *args: Any, **kwargs: Any) -> Tensor:
+    """Rows of x, sorted by expert, times each one's matrix."""
+    missing = -sum_.left.shape[-1] % ALIGNED
+    left, right = F.pad(sum_.left, (0, missing)), F.pad(sum_.right, (0, 0, 0, missing))
+    hidden = func(x, left, *args, **kwargs)
+    return func(x, sum_.weight, *args, **kwargs) + func(hidden, right, *args, **kwargs)
+
+
+def _dense(value: Any) -> Any:
+    return value.dense() if isinstance(value, Sum) else value
+
+
+def run_with_sums(layer: Any, adapters: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+    """The module's forward with W + s B A for its adapted parameters. What it assigns to itself is lost."""
+    view = cast(nn.Module, object.__new__(layer.plain))
+    view.__dict__.update(layer.__dict__)  # shares all and registers nothing; safe with other threads in the same layer
+    for name in dict.fromkeys(adapter.kind.weight for adapter in adapters):
+        weight = layer._parameters[name]
+        lefts, rights = zip(*(a.factors(layer) for a in adapters if a.kind.weight == name), strict=True)
+        left, right = torch.cat(lefts, 2).to(weight.dtype), torch.cat(rights, 1).to(weight.dtype)
+        view.__dict__[name] = Sum(weight, left, right) if weight.ndim == 3 else Sum(weight, left[0], right[0])
+    return view.forward(*args, **kwargs)

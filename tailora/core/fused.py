@@ -1,0 +1,125 @@
+"""Parts of a fused layer: which output rows of one matrix are q, k, v, or gate and up.
+
+A layout is the sizes of the parts in the order of the rows, repeated until the rows are used up: {"q": 64, "k": 64,
+"v": 64} on 192 rows is [q|k|v], on 768 rows it is four heads of [q|k|v] each.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Layout = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows start..stop of every period, of `total`."""
+
+    start: int
+    stop: int
+    period: int
+    total: int
+
+    @property
+    def size(self) -> int:
+        return (self.stop - self.start) * (self.total // self.period)
+
+    def spread(self, y: Tensor) -> Tensor:
+        """(..., size) -> (..., total), zero in all other rows."""
+        blocks = y.reshape(*y.shape[:-1], -1, self.stop - self.start)
+        return F.pad(blocks, (self.start, self.period - self.stop)).flatten(-2)
+
+    def take(self, y: Tensor) -> Tensor:
+        """(..., total) -> (..., size)."""
+        return y.reshape(*y.shape[:-1], -1, self.period)[..., self.start : self.stop].flatten(-2)
+
+
+def _thirds(_: Any, total: int) -> Layout:
+    return dict.fromkeys("qkv", total // 3)
+
+
+def _gpt2(parent: Any, total: int) -> Layout:
+    return dict.fromkeys("kv", total // 2) if parent.is_cross_attention else _thirds(parent, total)
+
+
+def _heads(parent: Any, _: int) -> Layout:
+    """Head after head, each [q|k|v]."""
+    return dict.fromkeys("qkv", getattr(parent, "head_size", None) or parent.head_dim)
+
+
+def _grouped(parent: Any, total: int) -> Layout:
+    """[q|k|v] with fewer key and value heads than query heads."""
+    kv = parent.num_key_value_heads * parent.head_dim
+    return {"q": total - 2 * kv, "k": kv, "v": kv}
+
+
+def _falcon(parent: Any, total: int) -> Layout:
+    """Key-value group after group, each [its q heads|k|v]; or all q heads and one k and v; or head after head."""
+    size = parent.head_dim
+    if parent.new_decoder_architecture:
+        return {"q": parent.num_heads // parent.num_kv_heads * size, "k": size, "v": size}
+    return {"q": parent.num_heads * size, "k": size, "v": size} if parent.multi_query else _heads(parent, total)
+
+
+def _bigcode(parent: Any, total: int) -> Layout:
+    """[q|k|v] where one k and v serve all heads; otherwise head after head."""
+    if parent.is_cross_attention:
+        return {}
+    kv = parent.kv_dim
+    return {"q": parent.embed_dim, "k": kv, "v": kv} if parent.multi_query else _heads(parent, total)
+
+
+def _halves(_: Any, total: int) -> Layout:
+    return dict.fromkeys(("gate", "up"), total // 2)
+
+
+# By class of the parent and name of the layer in it. What is missing here is described in LoRAConfig.fused_parts.
+LAYOUTS: dict[str, Callable[[Any, int], Layout]] = {
+    "GPT2Attention.c_attn": _gpt2,
+    "DecisionTransformerGPT2Attention.c_attn": _gpt2,
+    "GPTBigCodeAttention.c_attn": _bigcode,
+    "Phi3Attention.qkv_proj": _grouped,
+    "Phi3MLP.gate_up_proj": _halves,
+    "Phi4MultimodalAttention.qkv_proj": _grouped,
+    "Phi4MultimodalMLP.gate_up_proj": _halves,
+    "GlmMLP.gate_up_proj": _halves,
+    "Glm4MLP.gate_up_proj": _halves,
+    "GPTNeoXAttention.query_key_value": _heads,
+    "BloomAttention.query_key_value": _heads,
+    "PersimmonAttention.query_key_value": _heads,
+    "FalconAttention.query_key_value": _falcon,
+    "MptAttention.Wqkv": _thirds,
+    "ModernBertAttention.Wqkv": _thirds,
+}
+
+
+def layout_of(parent: nn.Module, name: str, total: int) -> Layout:
+    """The layout of the layer that `parent` calls `name`; {} where none is known or the known one does not fit."""
+    known = (LAYOUTS.get(f"{cls.__name__}.{name}") for cls in type(parent).__mro__)
+    find = next((each for each in known if each), None)
+    if find is None:
+        return {}
+    try:
+        layout = find(parent, total)
+    except AttributeError:  # another class of this name
+        return {}
+    return layout if _divides(layout, total) else {}
+
+
+def _divides(layout: Layout, total: int) -> bool:
+    period = sum(layout.values())
+    return period > 0 and total % period == 0
+
+
+def rows_of(layout: Layout, total: int) -> dict[str, Rows]:
+    """Part -> its rows. Raises ValueError where the sizes do not divide the rows."""
+    period, start, found = sum(layout.values()), 0, {}
+    if not _divides(layout, total):
+        raise ValueError(f"the parts {dict(layout)} have {period} rows, which do not divide the layer's {total}")
+    for part, size in layout.items():
+        found[part] = Rows(start, start + size, period, total)
+        start += size
+    return found

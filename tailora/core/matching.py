@@ -1,0 +1,50 @@
+"""Names, regular expressions and layer indices: which paths they mean."""
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import regex
+
+from tailora.errors import PatternError
+
+Selector = list[str] | str
+T = TypeVar("T")
+MATCH_SECONDS = 0.2  # of CPU time; honest patterns take microseconds
+
+
+def matches(selector: Selector, path: str) -> bool:
+    """A name: the path or its end after a dot. A string: a regular expression for the whole path (PEFT's rule)."""
+    if isinstance(selector, str):
+        return full_match(selector, path)
+    return any(named(name, path) for name in selector)
+
+
+def named(name: str, path: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def full_match(pattern: str, path: str) -> bool:
+    """Raises PatternError, since an adapter's file may bring a pattern whose time doubles with every letter."""
+    try:
+        return regex.fullmatch(pattern, path, timeout=MATCH_SECONDS) is not None
+    except TimeoutError:
+        raise PatternError(
+            f"the regular expression {pattern!r} takes more than {MATCH_SECONDS} s to match {path!r}; "
+            "repeat no group that can match in several ways, or list the names"
+        ) from None
+
+
+def pattern_matches(pattern: str, path: str) -> bool:
+    return full_match(rf"(.*\.)?({pattern})$", path)
+
+
+def by_pattern(paths: str | Iterable[str], patterns: Mapping[str, T], default: T) -> T:
+    """The value of the first pattern that matches one of the paths."""
+    paths = [paths] if isinstance(paths, str) else list(paths)
+    found = (value for pattern, value in patterns.items() if any(pattern_matches(pattern, path) for path in paths))
+    return next(found, default)
+
+
+def layer_index(path: str) -> int | None:
+    """The first number in the path: `model.layers.3.mlp.experts.5` is in layer 3."""
+    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
