@@ -3,7 +3,8 @@
 Documents of about one length are computed together, padded at the end, where no earlier token looks. The query heads
 that share a key head are laid out as rows, so keys are never repeated. A block is BLOCK queries against the keys that
 they see, so no work is done beyond the diagonal or outside a sliding window. The backward computes the probabilities
-again (FlashAttention, arXiv:2205.14135, sec. 3.1), block by block.
+again (FlashAttention, arXiv:2205.14135, sec. 3.1), block by block. Where torch's own attention is faster, it takes the
+place of the blocks.
 
 Shapes: q (tokens, heads, width), k and v (tokens, key heads, width).
 """
@@ -16,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from tailora.fast import flash
 
 BLOCK = 128  # queries: products large enough to be fast, probabilities small enough for the cache
 ROUND = 32  # lengths are rounded up to a multiple: oneDNN compiles every product's shape anew, 1 ms and .7 MB each
@@ -34,11 +37,16 @@ class Together:
 
 
 class Kept(NamedTuple):
-    """What the backward needs of documents computed together: (count, key heads, group or none, length, width)."""
+    """What the backward needs of documents computed together.
+
+    In blocks q is (count * key heads, group, length, width), k and v (count * key heads, length, width); by torch's
+    attention they are (count, heads or key heads, length, width).
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
+    log_sums: Tensor | None  # (count, heads, length) of torch's attention; None in blocks
 
 
 @lru_cache(maxsize=32)  # every layer of a model asks for the same
@@ -63,51 +71,105 @@ def _together(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: tuple[Together, ...], scale: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, documents: tuple[Together, ...], scale: float, window: int | None, torchs: bool
 ) -> tuple[Tensor, list[Kept]]:
-    """(tokens, heads, width), and what the backward needs."""
+    """(tokens, heads, width), and what the backward needs. `torchs`: by torch's attention, where no window cuts."""
     tokens, heads, width = q.shape
     out = q.new_empty(tokens + 1, heads, width)  # the last place takes what padding computes
-    kept = [_gathered(q, k, v, each) for each in documents]
-    for each, (qs, ks, vs) in zip(documents, kept, strict=True):
-        parts = []
-        for block in _blocks(each.length, window):
-            p = _probabilities(qs, ks, block, scale, window)
-            parts.append(_by_group(torch.bmm(p, vs[:, block.keys]), qs))
-        together = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # (count * key heads, group, length, width)
-        out.index_copy_(0, each.write, _by_token(together, each))
+    kept = []
+    for each in documents:
+        way = _flash_forward if torchs and not _cut(each, window) else _blocks_forward
+        rows, own = way(q, k, v, each, scale, window)
+        out.index_copy_(0, each.write, rows)
+        kept.append(own)
     return out[:tokens], kept
 
 
 def backward(
     gradient: Tensor,  # (tokens + 1, heads, width), its last row zero
+    output: Tensor,  # (tokens, heads, width), of the forward
     kept: list[Kept],
     documents: tuple[Together, ...],
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their shapes."""
-    rows, heads, width = gradient.shape
-    key_heads = kept[0].k.shape[0] // documents[0].count
-    dq = gradient.new_empty(rows, heads, width)
-    dk, dv = (gradient.new_empty(rows, key_heads, width) for _ in range(2))
-    for each, (qs, ks, vs) in zip(documents, kept, strict=True):
-        inner = gradient.index_select(0, each.write)  # zero for padding
-        gs = _by_head(inner, each, key_heads)
-        parts, k_gradient, v_gradient = [], torch.zeros_like(ks), torch.zeros_like(vs)
-        for block in _blocks(each.length, window):
-            p = _probabilities(qs, ks, block, scale, window)
-            g, rows_q = gs[:, :, block.queries].flatten(1, 2), qs[:, :, block.queries].flatten(1, 2)
-            dp = torch.bmm(g, vs[:, block.keys].transpose(1, 2))
-            ds = softmax_backward(dp, p, -1, p.dtype).mul_(scale)
-            parts.append(_by_group(torch.bmm(ds, ks[:, block.keys]), qs))
-            k_gradient[:, block.keys].baddbmm_(ds.transpose(1, 2), rows_q)
-            v_gradient[:, block.keys].baddbmm_(p.transpose(1, 2), g)
-        together = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        dq.index_copy_(0, each.write, _by_token(together, each))
-        dk.index_copy_(0, each.write, _by_token(k_gradient[:, None], each))
-        dv.index_copy_(0, each.write, _by_token(v_gradient[:, None], each))
+    key_heads = kept[0].k.shape[:-2].numel() // documents[0].count
+    dq = torch.empty_like(gradient)
+    dk, dv = (gradient.new_empty(len(gradient), key_heads, gradient.shape[-1]) for _ in range(2))
+    for each, own in zip(documents, kept, strict=True):
+        rows = gradient.index_select(0, each.write)  # zero for padding
+        if own.log_sums is None:
+            found = _blocks_backward(_by_head(rows, each, key_heads), own, each, scale, window)
+        else:
+            found = _flash_backward(rows, output, own, each, scale)
+        for whole, part in zip((dq, dk, dv), found, strict=True):
+            whole.index_copy_(0, each.write, part)
     return dq[:-1], dk[:-1], dv[:-1]
+
+
+def _cut(each: Together, window: int | None) -> bool:
+    return window is not None and window < each.length
+
+
+Rows = Tensor  # (count * length, heads, width)
+
+
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, each: Together, scale: float, _window: int | None
+) -> tuple[Rows, Kept]:
+    qs, ks, vs = (_apart(part.index_select(0, each.read), each) for part in (q, k, v))
+    output, log_sums = flash.forward(qs, ks, vs, scale)
+    return _joined(output), Kept(qs, ks, vs, log_sums)
+
+
+def _flash_backward(gradient: Rows, output: Tensor, own: Kept, each: Together, scale: float) -> tuple[Rows, Rows, Rows]:
+    assert own.log_sums is not None
+    before = _apart(output.index_select(0, each.read), each)
+    found = flash.backward(_apart(gradient, each), own.q, own.k, own.v, before, own.log_sums, scale)
+    dq, dk, dv = map(_joined, found)
+    return dq, dk, dv
+
+
+def _apart(rows: Rows, each: Together) -> Tensor:
+    """(count, heads, length, width), a view."""
+    return rows.view(each.count, each.length, *rows.shape[1:]).transpose(1, 2)
+
+
+def _joined(heads: Tensor) -> Rows:
+    return heads.transpose(1, 2).flatten(0, 1)
+
+
+def _blocks_forward(
+    q: Tensor, k: Tensor, v: Tensor, each: Together, scale: float, window: int | None
+) -> tuple[Rows, Kept]:
+    own = _gathered(q, k, v, each)
+    parts = []
+    for block in _blocks(each.length, window):
+        p = _probabilities(own.q, own.k, block, scale, window)
+        parts.append(_by_group(torch.bmm(p, own.v[:, block.keys]), own.q))
+    together = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # (count * key heads, group, length, width)
+    return _by_token(together, each), own
+
+
+def _blocks_backward(
+    gs: Tensor,  # (count * key heads, group, length, width)
+    own: Kept,
+    each: Together,
+    scale: float,
+    window: int | None,
+) -> tuple[Rows, Rows, Rows]:
+    parts, k_gradient, v_gradient = [], torch.zeros_like(own.k), torch.zeros_like(own.v)
+    for block in _blocks(each.length, window):
+        p = _probabilities(own.q, own.k, block, scale, window)
+        g, rows_q = gs[:, :, block.queries].flatten(1, 2), own.q[:, :, block.queries].flatten(1, 2)
+        dp = torch.bmm(g, own.v[:, block.keys].transpose(1, 2))
+        ds = softmax_backward(dp, p, -1, p.dtype).mul_(scale)
+        parts.append(_by_group(torch.bmm(ds, own.k[:, block.keys]), own.q))
+        k_gradient[:, block.keys].baddbmm_(ds.transpose(1, 2), rows_q)
+        v_gradient[:, block.keys].baddbmm_(p.transpose(1, 2), g)
+    together = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return _by_token(together, each), _by_token(k_gradient[:, None], each), _by_token(v_gradient[:, None], each)
 
 
 class _Block(NamedTuple):
@@ -147,7 +209,7 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, each: Together) -> Kept:
     """q (count * key heads, group, length, width); k, v (count * key heads, length, width)."""
     key_heads = k.shape[1]
     qs, ks, vs = (_by_head(part.index_select(0, each.read), each, key_heads) for part in (q, k, v))
-    return Kept(qs, ks[:, 0], vs[:, 0])
+    return Kept(qs, ks[:, 0], vs[:, 0], None)
 
 
 def _by_head(rows: Tensor, each: Together, key_heads: int) -> Tensor:

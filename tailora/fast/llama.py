@@ -126,6 +126,7 @@ def _described(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Layer | N
         scale=attention.scaling,
         window=_window(attention),
         documents=blocks.arranged(tuple(ends.diff().tolist()), x.device),
+        torchs_attention=x.dtype != torch.bfloat16,
         dropout=dropout,
         seed=int(torch.randint(2**62, ())) if dropout else 0,
         checkpointed=cast(Any, module).checkpointed,

@@ -23,6 +23,7 @@ from tailora.train.subject import Subject, trained
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}  # float64: transformers computes norms in float32
 HALF_TOLERANCE = 0.1  # bfloat16, float16
+ATTENTION = {torch.bfloat16: "grouped, in blocks"}  # within the layer kernels
 SPREAD = 0.02  # of factors that start at zero, while gradients are compared
 
 
@@ -47,7 +48,7 @@ def choose_kernels(fast: str, model: Subject, rows: Rows, sample: Example, devic
         if not apart <= allowed:
             reason = f"they differ from the plain path by {apart:.1e}, allowed {allowed:.0e}"
     layers = f"Llama family, verified ({apart:.0e} apart)" if reason is None else f"off, {reason}"
-    attention = "grouped, in blocks" if reason is None else _attention(base, rows, device)
+    attention = _attention(base, rows, device) if reason else ATTENTION.get(base.dtype, "torch's, by length")
     return Kernels(reason is None, f"layer kernels: {layers}; attention: {attention}; loss: {rows.loss}")
 
 

@@ -31,6 +31,7 @@ FACTS = {  # what the settings met -> its name in a message
     "packed": "packing of rows",
     "dtype": "precision of the base",
     "processes": "number of processes",
+    "layer_kernels": "use of the layer kernels",
     "prefix": "training on cached states of the frozen layers",
 }
 
@@ -48,7 +49,7 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     then, now = saved["settings"], wanted["settings"]
     free = LENGTH if now["lr_scheduler_type"] == "constant" and now["warmup_ratio"] == 0 else set()
     changes = _changes(then, now, {name: name for name in (then.keys() | now.keys()) - free})
-    facts = (saved.keys() | wanted.keys()) - {"settings"}
+    facts = (saved.keys() & wanted.keys()) - {"settings"}  # an earlier version recorded fewer
     changes += _changes(saved, wanted, {name: FACTS.get(name, name) for name in facts})
     if changes:
         raise CheckpointError(

@@ -144,6 +144,7 @@ def _identity(config: TrainConfig, accelerator: Accelerator, kit: Kit) -> dict[s
         packed=kit.rows.packed,
         dtype=str(kit.base.dtype),
         processes=accelerator.num_processes,
+        layer_kernels=kit.kernels.layers,
         prefix=kit.kept.fact,
     )
 

@@ -31,7 +31,10 @@ def by_torch(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: 
         ((129, 128, 1), 3),
     ],
 )
-def test_blocks_and_their_gradients_are_torchs_attention(lengths: tuple[int, ...], window: int | None) -> None:
+@pytest.mark.parametrize("torchs", [False, True])
+def test_both_ways_and_their_gradients_are_torchs_attention(
+    lengths: tuple[int, ...], window: int | None, torchs: bool
+) -> None:
     torch.manual_seed(0)
     tokens = sum(lengths)
     q, k, v = (torch.randn(tokens, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
@@ -40,9 +43,9 @@ def test_blocks_and_their_gradients_are_torchs_attention(lengths: tuple[int, ...
     expected.backward(gradient)
     documents = blocks.arranged(lengths, CPU)
     with torch.no_grad():
-        output, kept = blocks.forward(q, k, v, documents, 0.3, window)
+        output, kept = blocks.forward(q, k, v, documents, 0.3, window, torchs)
         with_padding = torch.cat([gradient, torch.zeros(1, 6, 8, dtype=torch.float64)])
-        gradients = blocks.backward(with_padding, kept, documents, 0.3, window)
+        gradients = blocks.backward(with_padding, output, kept, documents, 0.3, window)
     torch.testing.assert_close(output, expected.detach(), rtol=0, atol=1e-12)
     for found, tensor in zip(gradients, (q, k, v), strict=True):
         torch.testing.assert_close(found, tensor.grad, rtol=0, atol=1e-12)
