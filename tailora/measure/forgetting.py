@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tailora.core.modes import evaluating
 from tailora.data.demo import resolve
 from tailora.data.prepare import prepare
-from tailora.core.modes import evaluating
 
 TEXTS, LENGTH = 16, 64  # of the base's own
 
