@@ -60,11 +60,18 @@ class LoRAModel(nn.Module):
     base_model: nn.Module
     lora_layers: nn.ModuleDict
 
-    def __init__(self, base_model: nn.Module, config: LoRAConfig | None = None, adapter_name: str = "default") -> None:
+    def __init__(
+        self,
+        base_model: nn.Module,
+        config: LoRAConfig | None = None,
+        adapter_name: str = "default",
+        *,
+        fresh: bool = True,
+    ) -> None:
         super().__init__()
         _refuse_adapted(base_model)
         config = config or default_config(base_model)
-        self._wrap(base_model, adapter_name, create(select(base_model, config), config))
+        self._wrap(base_model, adapter_name, create(select(base_model, config), config, fresh=fresh))
 
     @classmethod
     def from_pretrained(
@@ -208,6 +215,11 @@ class LoRAModel(nn.Module):
         target = Path(folder) if name == "default" else Path(folder) / name
         write_adapter(target, adapter, self.base_model)
         return target
+
+    @property
+    def waits_for_data(self) -> bool:
+        """Whether an active adapter starts from data and has not seen any: `start_from_data`."""
+        return bool(self._waiting)
 
     def start_from_data(
         self, batches: Iterable[Any], loss: Loss | None = None, *, name: str = "default", rho: float = 2.0

@@ -88,13 +88,22 @@ def described(header: Mapping[str, Any]) -> str:
     size = asked["per_device_train_batch_size"] * asked["gradient_accumulation_steps"] * header["processes"]
     lines = {
         "model": f"{asked['model']}, {base} parameters, {header['dtype']} ({why}) on {header['device']}",
-        **({"trained": "all weights of the model"} if full else {"adapter": adapter}),
+        **({"trained": "all weights of the model"} if full else {"adapter": adapter, **_unusual(asked, header)}),
         **_read(header["data"], asked["streaming"]),
         "steps": f"{header['max_steps']:,} of {size} examples, {rows}",
         "fast": header["kernels"],
     }
     width = max(map(len, lines)) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in lines.items())
+
+
+def _unusual(asked: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, str]:
+    """What of the adapter is not the common choice."""
+    ratio = asked.get("loraplus_lr_ratio", 1)
+    return {
+        **({"start": header["start"]} if asked.get("init_lora_weights", "kaiming") != "kaiming" else {}),
+        **({"rates": f"B learns {ratio:g} times as fast as the rest (LoRA+)"} if ratio != 1 else {}),
+    }
 
 
 def _read(data: Mapping[str, Any] | None, streaming: bool) -> dict[str, str]:

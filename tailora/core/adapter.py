@@ -11,7 +11,7 @@ from tailora.core.attach import detach
 from tailora.core.config import LoRAConfig
 from tailora.core.inits import INITS
 from tailora.core.layer import LoRALayer
-from tailora.core.starts import DATA_STARTS, FROM_WEIGHT, check_fits, start_at_weight
+from tailora.core.starts import DATA_STARTS, FROM_WEIGHT, MOVED, check_fits, start_at_weight
 from tailora.core.targets import Selection, Target
 from tailora.errors import AdapterError, listing
 
@@ -33,18 +33,21 @@ class Adapter:
         return {**self.low_rank, **self.saved}
 
 
-def create(selection: Selection, config: LoRAConfig) -> Adapter:
+def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> Adapter:
     """A fresh adapter for the selected layers, on their devices, computing nothing yet.
 
+    fresh=False: factors and frozen starts are zero, for a state dict to fill.
     Raises TargetError where a layer cannot start as the config says.
     """
     name = config.init_lora_weights
     check_fits(selection.targets, name)
+    saved = {path: trained_copy(module) for path, module in selection.to_save.items()}
+    if not fresh:
+        return Adapter(config, {target.path: _empty_layer(target, config) for target in selection.targets}, saved)
     low_rank = {target.path: low_rank_layer(target, config) for target in selection.targets}
     if name in FROM_WEIGHT:
         for target in selection.targets:
             start_at_weight(low_rank[target.path], target, name)
-    saved = {path: trained_copy(module) for path, module in selection.to_save.items()}
     return Adapter(config, low_rank, saved, waits=name in DATA_STARTS)
 
 
@@ -74,6 +77,13 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
         layer.magnify(target.layer)
     if config.bias != "none":
         layer.take_bias(target.layer)
+    return layer
+
+
+def _empty_layer(target: Target, config: LoRAConfig) -> LoRALayer:
+    layer = low_rank_layer(target, config, fresh=False)
+    if config.init_lora_weights in MOVED:
+        layer.start_from(layer.lora_A, layer.lora_B)
     return layer
 
 

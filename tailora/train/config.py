@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from tailora.core.config import LoRAConfig, StrictModel
+from tailora.core.config import LoRAConfig, Start, StrictModel
 from tailora.errors import ConfigError, listing
 
 COUNT = 2**31  # above any count that makes sense, and well below what numpy and torch can hold
@@ -37,7 +37,8 @@ class TrainConfig(StrictModel):
     lora_bias: bool = Field(False, description="a bias beside B")
     bias: Literal["none", "lora_only"] = Field("none", description="biases of the base to train")
     learn_scaling: bool = Field(False, description="train the scale of every layer")
-    init_lora_weights: Literal["kaiming", "gaussian", "pissa", "olora"] = Field("kaiming", description="start of A, B")
+    init_lora_weights: Start = Field("kaiming", description="start of A and B, from weights or data; see docs")
+    init_batches: int = Field(4, ge=1, lt=COUNT, description="batches that lora_ga, lora_one and eva start from")
     # data
     field: dict[str, str] = Field({}, description="rename columns: prompt=question")
     max_length: int = Field(1024, ge=8, lt=COUNT, description="tokens; longer examples are cut and counted")
@@ -47,6 +48,7 @@ class TrainConfig(StrictModel):
     streaming: bool = Field(False, description="read the data while training; needs --max-steps")
     # optimisation
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
+    loraplus_lr_ratio: float = Field(1.0, ge=1, description="LoRA+: times the learning rate, for B")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up")
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps spent warming up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW decay; 0 for LoRA")
@@ -91,6 +93,10 @@ class TrainConfig(StrictModel):
             (
                 self.method == "full" and "learning_rate" not in self.model_fields_set,
                 "--method full needs a --learning-rate of its own, about a tenth of LoRA's: 5e-5, say",
+            ),
+            (
+                self.method == "full" and self.loraplus_lr_ratio != 1,
+                "loraplus_lr_ratio is the rate of B, which --method full has not: leave it out",
             ),
             (self.adapter and changed, f"--adapter brings its own {', '.join(changed)}: leave them out"),
         ]

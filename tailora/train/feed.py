@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tailora.core.starts import DATA_STARTS
 from tailora.data.batches import plan
 from tailora.data.demo import resolve
 from tailora.data.prepare import Cuts, Prepared, prepare, stream
@@ -32,6 +33,7 @@ class Feed:
     largest: Load  # forward, as far as it is known
     longest: int  # tokens of an example
     sample: Example  # that one
+    opening: Callable[[int], list[list[Example]]]  # the first batches, in parts; of a stream as many as were read
     cuts: Cuts | None = None  # of what was streamed
     first_pass: Callable[[], list[list[Example]]] = list  # forwards whose examples come again in a second one
 
@@ -84,7 +86,8 @@ def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int
         source = resolve(config.eval_data, "eval_data")
         held = prepare(source, tokenizer, eval_source=source, embedding_rows=rows, **common)
     assert config.max_steps is not None  # TrainConfig saw to it
-    first = Examples.of(islice(read(), shape.batch_size))
+    opening = config.init_batches if config.init_lora_weights in DATA_STARTS else 1
+    first = Examples.of(islice(read(), shape.batch_size * opening))
     return replace(_feed(config, held, partial(streamed, read, shape), config.max_steps, first, shape), cuts=cuts)
 
 
@@ -107,7 +110,18 @@ def _feed(
 ) -> Feed:
     sample = known[int(known.lengths.argmax())]
     largest = _largest(known, shape, config.gradient_checkpointing)
-    return Feed(data, data.eval if data else None, steps, max_steps, largest, len(sample.input_ids), sample)
+    opening = partial(_opening, known, shape)
+    return Feed(data, data.eval if data else None, steps, max_steps, largest, len(sample.input_ids), sample, opening)
+
+
+def _opening(examples: Examples, shape: Shape, batches: int) -> list[list[Example]]:
+    """The first batches of the first epoch, of all ranks, as they go through the model."""
+    first = plan(examples.lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=0)[:batches]
+    return [
+        [examples[int(batch[place])] for place in places]
+        for batch in first
+        for places in parts(examples.lengths[batch].tolist(), shape.token_limit)
+    ]
 
 
 def _largest(examples: Examples, shape: Shape, checkpointed: bool) -> Load:

@@ -36,7 +36,7 @@ from tailora.train.optim import clip, learning_rate, take_step
 from tailora.train.record import Metrics
 from tailora.train.state import Best, State
 from tailora.train.steps import MicroBatch
-from tailora.train.subject import Subject, folder_of, publish, trained
+from tailora.train.subject import Subject, folder_of, publish, settings_of, trained
 from tailora.train.subject import save as save_subject
 
 
@@ -209,7 +209,8 @@ def save(bench: Bench, state: State) -> Path:
             **({"evaluations": kept} if (kept := state.evaluations()) else {}),
             **({"best": state.best.tensors} if state.best else {}),
         }
-        checkpoint.save(folder, checkpoint.Checkpoint({"progress": state.counters(), "run": bench.identity}, tensors))
+        content = {"progress": state.counters(), "run": bench.identity, **settings_of(bench.model)}
+        checkpoint.save(folder, checkpoint.Checkpoint(content, tensors))
         checkpoint.prune(bench.output_dir, bench.config.save_total_limit)
     bench.accelerator.wait_for_everyone()
     bench.emit(Saved(state.step, folder))

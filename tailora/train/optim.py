@@ -1,11 +1,12 @@
 """AdamW over the adapter, and a learning rate that is a function of the step alone."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
+from tailora.core.rates import fast_names
 from tailora.fast.flat import Flat, Group, norm
 from tailora.train.config import TrainConfig
 
@@ -24,9 +25,16 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, kind:
     return peak * DECAYS[kind]((step - warmup) / max(total - warmup, 1))
 
 
-def groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> list[Group]:
-    """All that is trained, by what sets its rate and decay."""
-    return [Group(parameters, weight_decay=config.weight_decay)]
+def groups(module: nn.Module, config: TrainConfig) -> list[Group]:
+    """All that is trained, by what sets its rate and decay: with LoRA+ (arXiv:2402.12354), B has its own."""
+    named = dict(module.named_parameters())
+    fast = fast_names(module) if config.loraplus_lr_ratio != 1 else set()
+    slow = Group({name: p for name, p in named.items() if name not in fast}, weight_decay=config.weight_decay)
+    if not fast:
+        return [slow]
+    quick = {name: p for name, p in named.items() if name in fast}
+    both = [slow, Group(quick, config.loraplus_lr_ratio, config.weight_decay)]
+    return [group for group in both if group.parameters]
 
 
 def adamw(flats: Sequence[Flat]) -> torch.optim.AdamW:

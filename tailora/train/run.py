@@ -50,11 +50,9 @@ def run(config: TrainConfig, on_event: Listener | None = None, on_ready: OnReady
     with ExitStack() as stack:
         stack.enter_context(record.held(output_dir) if accelerator.is_main_process else nullcontext())
         stack.enter_context(seeded(config.seed))
-        recorded = None if saved is None else saved.state["run"]
-        kit = assemble(config, accelerator, lambda text: emit(Note(text)), recorded)
+        kit = assemble(config, accelerator, lambda text: emit(Note(text)), saved)
         kept = check_fits(kit.cost, kit.feed.largest, kit.feed.longest, accelerator.device)
-        parameters = dict(trained(kit.model).named_parameters())
-        flats = stack.enter_context(flattened(groups(parameters, config)))
+        flats = stack.enter_context(flattened(groups(trained(kit.model), config)))
         bench, state = _bench(config, output_dir, accelerator, kit, flats, saved, emit)
         stack.callback(_close, bench)
         header = {**_header(bench, kit), "estimated_activation_bytes": kept}
@@ -166,6 +164,7 @@ def _header(bench: Bench, kit: Kit) -> dict[str, Any]:
         "dtype": str(kit.base.dtype).removeprefix("torch."),
         "packed": kit.rows.packed,
         "kernels": "; ".join(filter(None, [kit.kernels.words, kit.kept.words])),
+        "start": kit.start,
         "adapted_layers": len(summary.rows),
         "trainable_parameters": summary.trainable_parameters,
         "total_parameters": summary.total_parameters,

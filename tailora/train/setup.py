@@ -1,10 +1,10 @@
 """The parts of a run, each made from the settings and the parts before it."""
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,12 +13,14 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tailora.core.config import LoRAConfig
 from tailora.core.modes import evaluating
 from tailora.data.store import IGNORED, Example
 from tailora.errors import ConfigError, listing, nearest
 from tailora.fast.attention import packed_rows
 from tailora.fast.forms import choose_form, own_form
 from tailora.model import LoRAModel
+from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.feed import Feed, feed
 from tailora.train.full import FullModel
@@ -29,6 +31,7 @@ from tailora.train.memory import Cost, explained, measure
 from tailora.train.packing import choose
 from tailora.train.prefix import Kept, choose_prefix
 from tailora.train.rng import seed_all
+from tailora.train.start import from_data, resumed, words
 from tailora.train.subject import Subject
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
@@ -48,6 +51,7 @@ class Kit:
     kernels: Kernels
     cost: Cost
     kept: Kept
+    start: str  # of the adapter, for the run's header
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -67,35 +71,38 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def assemble(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    note: Callable[[str], None],
-    recorded: Mapping[str, Any] | None = None,
+    config: TrainConfig, accelerator: Accelerator, note: Callable[[str], None], saved: Checkpoint | None = None
 ) -> Kit:
-    """Model, data, adapter, form of the batches, memory: in this order. `note` hears what was decided.
+    """Model, data, adapter, form of the batches, start, memory: in this order. `note` hears what was decided.
 
-    recorded: what was decided for the run that goes on.
+    saved: the checkpoint of the run that goes on, for what was decided then; its tensors come later.
     Raises ConfigError, DataError, TargetError; MemoryLimitError when the model alone is too large.
     """
     device = accelerator.device
     with explained("loading", lambda: LIGHTER):
         base, tokenizer = load_base(config.model, config.dtype, device.type)
         data = feed(config, base, tokenizer, accelerator)
-        model = subject(config, base, tokenizer, accelerator)
+        model = subject(config, base, tokenizer, accelerator, resumed(config, saved))
         rows = choose_rows(config, model, tokenizer, note)
+        from_data(model, data, rows, device, config.init_batches)
         kernels = choose_kernels(config.fast, model, rows, data.sample, device)
         cost = memory_cost(model, rows, kernels, data.sample, device)
+        recorded = None if saved is None else saved.state["run"]
         kept = choose_prefix(config, model, rows, kernels, data, accelerator, note, recorded)
         rows = replace(rows, prefix=kept.prefix)
-        return Kit(base, tokenizer, data, model, rows, kernels, cost, kept)
+        return Kit(base, tokenizer, data, model, rows, kernels, cost, kept, words(config))
 
 
 def subject(
-    config: TrainConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+    config: TrainConfig,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    adapter: LoRAConfig | None,
 ) -> Subject:
     """What trains, in training mode. Raises ConfigError for full fine-tuning on several ranks."""
     if config.method == "lora":
-        return attach(config, base, accelerator.device)
+        return attach(config, base, accelerator.device, adapter)
     if accelerator.num_processes > 1:
         raise ConfigError("--method full trains in one process only; start it without torchrun")
     seed_all(config.seed)
@@ -103,10 +110,18 @@ def subject(
     return FullModel(base, tokenizer, lambda: load_base(config.model, config.dtype, base.device.type)[0]).train()
 
 
-def attach(config: TrainConfig, base: PreTrainedModel, device: torch.device) -> LoRAModel:
-    """The base with a fresh adapter, or with the one to go on from, in training mode."""
+def attach(
+    config: TrainConfig, base: PreTrainedModel, device: torch.device, adapter: LoRAConfig | None = None
+) -> LoRAModel:
+    """The base with a fresh adapter, or with the one to go on from, in training mode.
+
+    adapter: settings of a checkpoint's adapter, whose tensors are still to be filled in.
+    """
     seed_all(config.seed)
-    model = LoRAModel.from_pretrained(base, config.adapter) if config.adapter else LoRAModel(base, config.lora())
+    if config.adapter:
+        model = LoRAModel.from_pretrained(base, config.adapter)
+    else:
+        model = LoRAModel(base, adapter or config.lora(), fresh=adapter is None)
     return model.to(device).train()
 
 

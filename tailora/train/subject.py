@@ -1,6 +1,7 @@
 """What a run trains: an adapter around a base, or the base itself. The loop asks here and needs not know which."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,11 @@ ADAPTER, MODEL = "adapter", "model"  # what a run leaves in its folder
 def trained(model: Subject) -> nn.Module:
     """The module whose parameters are all that is trained."""
     return model.trained if isinstance(model, FullModel) else model.lora_layers
+
+
+def settings_of(model: Subject) -> dict[str, Any]:
+    """What a checkpoint says about the adapter, whose ranks the data may have moved."""
+    return {} if isinstance(model, FullModel) else {"adapter": model.adapters["default"].model_dump(mode="json")}
 
 
 def publish(model: Subject) -> None:

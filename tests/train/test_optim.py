@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tailora import LoRAModel
+from tailora import LoRAConfig, LoRAModel
 from tailora.errors import DivergedError
 from tailora.fast.flat import Group, check_views, flattened
 from tailora.train.config import TrainConfig
@@ -122,9 +122,10 @@ def test_groups_have_rates_and_decays_of_their_own() -> None:
 
 
 def test_a_run_has_one_group_with_the_settings_decay() -> None:
-    ours, _ = pair()
-    (group,) = groups(ours, TrainConfig(weight_decay=0.25))
-    assert (dict(group.parameters), group.rate_factor, group.weight_decay) == (ours, 1.0, 0.25)
+    model = LoRAModel(nn.Sequential(nn.Linear(20, 20)), LoRAConfig(r=4))
+    (group,) = groups(model.lora_layers, TrainConfig(weight_decay=0.25))
+    named = dict(model.lora_layers.named_parameters())
+    assert (dict(group.parameters), group.rate_factor, group.weight_decay) == (named, 1.0, 0.25)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])

@@ -1,14 +1,13 @@
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import adapter, changed, losses, stopping_at
 from torch import nn
 
 from tailora.errors import CheckpointError
@@ -39,27 +38,6 @@ def kill(event):
         os.kill(os.getpid(), signal.SIGKILL)
 run(TrainConfig(**json.loads(sys.argv[1])), on_event=kill)
 """
-
-
-def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
-    return TrainConfig(**{**config.model_dump(), **changes})
-
-
-def adapter(config: TrainConfig) -> bytes:
-    return (Path(config.output_dir) / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def losses(config: TrainConfig) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line.get("loss", line.get("eval_loss"))) for line in lines]
-
-
-def stopping_at(step: int, number: int) -> Callable[[events.Event], None]:
-    def listener(event: events.Event) -> None:
-        if isinstance(event, events.Stepped) and event.step == step:
-            os.kill(os.getpid(), number)
-
-    return listener
 
 
 @pytest.mark.slow

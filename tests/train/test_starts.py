@@ -1,0 +1,68 @@
+"""Runs that start from weights or data: said aloud, continued to the same bytes, read back by PEFT."""
+
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from runs import adapter, changed, losses, stopping_at
+from transformers import AutoModelForCausalLM
+
+from tailora import LoRAModel
+from tailora.core.starts import DATA_STARTS, STARTS
+from tailora.errors import ConfigError
+from tailora.train import events
+from tailora.train.run import run
+
+SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "init_batches": 2, "lora_dropout": 0.1}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_run_starts_so_says_so_and_goes_on_to_the_same_bytes(settings: Any, tmp_path: Path, name: str) -> None:
+    whole, stopped = (
+        settings(output_dir=str(tmp_path / each), init_lora_weights=name, loraplus_lr_ratio=4, **SHORT)
+        for each in ("whole", "stopped")
+    )
+    heard: list[events.Event] = []
+    result = run(whole, on_event=heard.append)
+    header = next(event.header for event in heard if isinstance(event, events.Prepared))
+    assert header["start"].startswith(name)
+    assert ("over up to 8 examples" in header["start"]) == (name in DATA_STARTS)
+    assert result.eval_loss_after < result.eval_loss_before
+
+    with pytest.raises(events.Interrupted):
+        run(stopped, on_event=stopping_at(2, signal.SIGINT))
+    run(changed(stopped, resume_from_checkpoint="latest"))
+    assert adapter(stopped) == adapter(whole)
+    assert losses(stopped) == losses(whole)
+
+    base = AutoModelForCausalLM.from_pretrained(whole.model)
+    ids = torch.arange(3, 40)[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(base, str(Path(whole.output_dir) / "adapter")).eval()
+    expected = theirs(ids).logits
+    ours = LoRAModel.from_pretrained(AutoModelForCausalLM.from_pretrained(whole.model), f"{whole.output_dir}/adapter")
+    torch.testing.assert_close(ours.eval()(ids).logits, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_training_goes_on_from_a_started_adapter(settings: Any, tmp_path: Path) -> None:
+    first = settings(output_dir=str(tmp_path / "first"), init_lora_weights="pissa", **SHORT)
+    before = run(first)
+    again = run(settings(output_dir=str(tmp_path / "again"), adapter=f"{first.output_dir}/adapter", r=16, max_steps=4))
+    assert again.eval_loss_before == pytest.approx(before.eval_loss_after, rel=1e-5)
+    assert all(layer.has_start for layer in again.model.lora_layers.values())
+
+
+def test_a_stream_is_read_as_far_as_the_start_needs(settings: Any) -> None:
+    config = settings(init_lora_weights="eva", streaming=True, max_steps=2, init_batches=3, validation_split=0)
+    result = run(config)
+    assert len({layer.r for layer in result.model.lora_layers.values()}) > 1
+
+
+def test_a_start_that_no_run_has_names_those_there_are(settings: Any) -> None:
+    with pytest.raises(ConfigError, match="lora_ga"):
+        settings(init_lora_weights="lora-ga")
