@@ -28,11 +28,13 @@ from tailora.core.attach import (
     fast_path_mixin,
     mixin_for,
 )
+from tailora.core.bases import is_quantized, keep_as_stored, may_repack
 from tailora.core.config import LoRAConfig
 from tailora.core.data_starts import Loss, passes, started
+from tailora.core.dequantize import Change, Recast, common_dtype, whole_plain
 from tailora.core.extract import Extraction, extract
 from tailora.core.kinds import host_path
-from tailora.core.merge import Exchange, MergeReport, folded, moved_in, settle_ties
+from tailora.core.merge import MergeReport, folded, moved_in, settle_ties
 from tailora.core.modes import evaluating
 from tailora.core.rows import Batch, by_rows, check_names, repeats
 from tailora.core.starts import DATA_STARTS
@@ -120,13 +122,15 @@ class LoRAModel(nn.Module):
         self._hosts: dict[str, str] = {}  # path of an adapter's part -> that of the layer of the base that runs it
         self._attached: dict[str, nn.Module] = {}  # the latter -> layer, for every adapter
         self._registers: dict[str, nn.ModuleDict] = {}  # name -> what lora_layers is while it alone is active
-        self._merged: list[Exchange] = []  # what puts the weights before a merge back
+        self._merged: list[Change] = []  # what puts the weights before a merge back
+        self._would_repack: list[nn.Module] = []
         self._retie = False
         self._waiting = ""  # why the active adapters cannot be trained yet
         self._rows: Batch | None = None  # within adapter_rows
         self._trained_before = {name: p.requires_grad for name, p in _all_parameters(base_model)}
         self._check_new(name)
         base_model.requires_grad_(False)
+        self._would_repack = keep_as_stored(base_model)
         self._install(name, adapter)
         self.set_adapter(name)
 
@@ -157,12 +161,15 @@ class LoRAModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`to`, `cuda`, `float`... reach the adapters that are not active, too."""
+        if any(isinstance(change, Recast) for change in self._merged):
+            raise MergeError("a quantised base cannot move or change its precision while merged; unmerge() first")
         active = {id(module) for module in self.lora_layers.modules()}
         for module in self._parts():
             if id(module) not in active:
                 module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for exchange in self._merged:
-            exchange.tensor.data = fn(exchange.tensor.data)
+        for change in self._merged:
+            if not isinstance(change, Recast):
+                change.tensor.data = fn(change.tensor.data)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for adapter in [] if self._merged else self._adapters.values():
             for path, layer in adapter.low_rank.items():
@@ -464,7 +471,8 @@ class LoRAModel(nn.Module):
 
         All merged weights are computed and found finite before the first is written. Raises MergeError; also for
         a weight that another layer shares, unless `untie_weights` gives the adapted layer its own.
-        Returns the rounding error of every layer relative to its update.
+        Returns the rounding error of every layer relative to its update. A quantised base becomes a plain one as a
+        whole: its weights dequantised, its layers of the plain class, its config without a quantization_config.
         """
         self._check_unmerged("merge")
         self._check_no_rows("merge")
@@ -472,12 +480,15 @@ class LoRAModel(nn.Module):
             raise MergeError("no adapter is active; set_adapter(name) first")
         layers = {path: layer for path, layer in self._attached.items() if layer.active_adapters}
         adapted = {path: (layer, layer.active_adapters) for path, layer in layers.items() if isinstance(layer, Adapted)}
-        exchanges, report = folded(adapted)
+        others = common_dtype(self.base_model)
+        changes, report = folded(adapted, others)
+        if quantized := [layer for layer, _ in adapted.values() if is_quantized(layer)]:
+            changes += whole_plain(self.base_model, quantized, others)
         for layer in layers.values():
             if isinstance(layer, Substituted):
-                exchanges += moved_in(layer, layer.active_adapters[0])
-        untied = settle_ties(self.base_model, exchanges, untie_weights)
-        self._merged = [exchange.make() for exchange in exchanges]
+                changes += moved_in(layer, layer.active_adapters[0])
+        untied = settle_ties(self.base_model, changes, untie_weights)
+        self._merged = [change.make() for change in changes]
         if untied and getattr(self._config(), "tie_word_embeddings", False):
             self._config().tie_word_embeddings, self._retie = False, True
         for layer in layers.values():
@@ -488,8 +499,8 @@ class LoRAModel(nn.Module):
         """The base's weights as they were, bit for bit, and the adapters beside them again."""
         if not self._merged:
             raise MergeError("nothing is merged")
-        for exchange in self._merged:
-            exchange.make()
+        for change in reversed(self._merged):
+            change.make()
         if self._retie:
             self._config().tie_word_embeddings = True
         self._merged, self._retie = [], False
@@ -521,6 +532,7 @@ class LoRAModel(nn.Module):
         self._check_no_rows("unload")
         for module in self.base_model.modules():
             detach(module)
+        may_repack(self._would_repack)
         for name, parameter in _all_parameters(self.base_model):
             parameter.requires_grad = self._trained_before[name]
         self._adapters, self._active, self._attached, self._registers = {}, (), {}, {}

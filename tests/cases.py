@@ -1,11 +1,13 @@
 """The table that the laws run over: kinds x slots."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import bitsandbytes
 import torch
 from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, quantize_
 from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRALayer, LoRAModel
@@ -32,9 +34,13 @@ class KindCase:
     r: int = 4
     peft_is_wrong: str = ""  # why PEFT cannot be the oracle
 
+    store: Callable[[nn.Module], nn.Module] | None = None  # how its weight is quantised
+    apart: float = 1e-5  # of outputs in evaluation from those of the dense weight, relative
+
     def net(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
         torch.manual_seed(seed)
-        return Net(self.layer()).to(dtype)
+        layer = self.layer().to(dtype)
+        return Net(self.store(layer) if self.store else layer)
 
     def batch(self, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -66,6 +72,77 @@ KINDS = [
         peft_is_wrong="its A pads with zeros",
     ),
 ]
+
+
+# ---- bases: how the weight of a kind is stored
+
+
+def bitsandbytes_4bit(quant_type: str, double: bool) -> Callable[[nn.Module], nn.Module]:
+    def store(layer: Any) -> nn.Module:
+        weight, made = _as_linear(layer, lambda *sizes: bitsandbytes.nn.Linear4bit(*sizes, quant_type=quant_type))
+        settings = {"quant_type": quant_type, "compress_statistics": double, "module": made}
+        made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **settings)
+        return made.to("cpu")
+
+    return store
+
+
+def bitsandbytes_int8(layer: nn.Module) -> nn.Module:
+    weight, made = _as_linear(layer, lambda *sizes: bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False))
+    made.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    return made.to("cpu")
+
+
+def _as_linear(layer: Any, make: Callable[..., Any]) -> tuple[Tensor, Any]:
+    """The weight (out, in), and a layer of bitsandbytes as transformers makes it, a Conv1D's from the transpose."""
+    weight = layer.weight.detach().clone()
+    weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
+    made = make(weight.shape[1], weight.shape[0], layer.bias is not None)
+    made.bias, made.source_cls = layer.bias, type(layer)
+    return weight, made
+
+
+def torchao_weights(config: Any) -> Callable[[nn.Module], nn.Module]:
+    def store(layer: nn.Module) -> nn.Module:
+        quantize_(layer.requires_grad_(False), config)
+        del layer.extra_repr  # a method of a partial function, which no pickle takes; transformers exchanges it, too
+        return layer
+
+    return store
+
+
+@dataclass(frozen=True)
+class BaseCase:
+    """`kinds` are those that the base can hold; `others` says why it holds no others."""
+
+    name: str
+    store: Callable[[nn.Module], nn.Module]
+    kinds: tuple[str, ...]
+    others: str
+    apart: float = 1e-5
+    vectors: bool = True  # whether a layer takes a single vector
+
+
+LINEARS = ("linear", "linear without bias")
+BITSANDBYTES: dict[str, Any] = {
+    "kinds": (*LINEARS, "transformers conv1d"),
+    "others": "bitsandbytes has linear layers; its embeddings override forward and cannot be saved",
+}
+TORCHAO: dict[str, Any] = {"kinds": LINEARS, "others": "torchao quantises nn.Linear, and no other unless told so"}
+BASES = [
+    BaseCase("nf4", bitsandbytes_4bit("nf4", double=True), **BITSANDBYTES),
+    BaseCase("fp4", bitsandbytes_4bit("fp4", double=False), **BITSANDBYTES),
+    # LLM.int8 rounds the input, too, where it does not train
+    BaseCase("int8", bitsandbytes_int8, **BITSANDBYTES, apart=2e-2, vectors=False),
+    BaseCase("torchao int8", torchao_weights(Int8WeightOnlyConfig(version=2)), **TORCHAO),
+    BaseCase("torchao int4", torchao_weights(IntxWeightOnlyConfig(torch.int4, PerAxis(0))), **TORCHAO),
+]
+
+
+def quantized(kind: KindCase, base: BaseCase) -> KindCase:
+    shape = kind.shape if base.vectors or len(kind.shape) > 1 else (5, *kind.shape)
+    return replace(kind, name=f"{kind.name}, {base.name}", store=base.store, apart=base.apart, shape=shape)
+
 
 SLOTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -102,6 +179,10 @@ PEFT_FAILS = {
     if settings.get("use_dora")
 }
 PAIRS = [(kind, slot) for kind in KINDS for slot in SLOTS if (kind.name, slot) not in NO_SENSE]
+
+
+QUANTIZED = [quantized(kind, base) for base in BASES for kind in KINDS if kind.name in base.kinds]
+QUANTIZED_PAIRS = [(quantized(kind, base), slot) for base in BASES for kind, slot in PAIRS if kind.name in base.kinds]
 
 
 def config(kind: KindCase, slot: str = "plain") -> LoRAConfig:

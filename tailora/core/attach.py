@@ -101,6 +101,11 @@ def mixin_of(cls: type) -> type[Swapped]:
     return cls.__mro__[1]
 
 
+def class_on(module: nn.Module, plain: type[nn.Module]) -> type[nn.Module]:
+    """`plain`, as the module's own class is derived from its plain one."""
+    return derived(mixin_of(type(module)), plain) if isinstance(module, Swapped) else plain
+
+
 def _revive(mixin: type[Swapped], plain: type[nn.Module]) -> nn.Module:
     cls = derived(mixin, plain)
     return cls.__new__(cls)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, trained_copy
 from tailora.core.algebra import Truncation
+from tailora.core.bases import dense_weight
 from tailora.core.config import LoRAConfig
-from tailora.core.kinds import weight_of
 from tailora.core.lowrank import for_energy, low_rank
 from tailora.core.shrink import check
 from tailora.core.targets import Selection, Target, select
@@ -79,7 +79,7 @@ def difference(target: Target, tuned: nn.Module) -> Tensor:
     """W_tuned - W_base as B A sees it, (groups, out, in times kernel), in at least float32. Raises DivergedError."""
     weight = target.weight.detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
-    change = weight_of(tuned, target.kind.weight).detach().to(weight.device, wide) - weight.to(wide)
+    change = dense_weight(tuned, target.kind.weight).to(weight.device, wide) - weight.to(wide)
     if not change.isfinite().all():
         raise DivergedError(f"{target.path}: the difference of the two weights is not finite")
     matrix = target.matrix(change)

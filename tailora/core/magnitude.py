@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tailora.core.bases import dense_weight
 from tailora.core.kinds import Kind, weight_of
 
 BLOCK = 2**18  # numbers of a 16-bit weight that are widened at a time: on a CPU they stay in the cache
@@ -19,7 +20,7 @@ BLOCK = 2**18  # numbers of a 16-bit weight that are widened at a time: on a CPU
 
 def row_squares(layer: nn.Module, kind: Kind, dtype: torch.dtype) -> Tensor:
     """||W||^2 of every output row: (out,), in `dtype`."""
-    weight = weight_of(layer).detach()
+    weight = dense_weight(layer)
     flat = weight.reshape(len(weight), -1)
     if kind.columns:
         return torch.stack([part.to(dtype).square().sum(0) for part in _parts(flat)]).sum(0)
@@ -29,7 +30,7 @@ def row_squares(layer: nn.Module, kind: Kind, dtype: torch.dtype) -> Tensor:
 def row_norms(layer: nn.Module, kind: Kind, squares: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """||W + B A|| of every output row: (out,), in the dtype of `squares`, ||W||^2. The scale is in B."""
     left, right = (factor.to(squares.dtype) for factor in kind.factors(layer, A, B))  # (groups, m, r), (groups, r, n)
-    weight = weight_of(layer).detach().reshape(len(left), left.shape[1], right.shape[2])
+    weight = dense_weight(layer).reshape(len(left), left.shape[1], right.shape[2])
     if kind.columns:
         crossed = _left_product(left[0], weight[0])[None]  # (1, r, n)
         cross = (crossed * right).sum(1)

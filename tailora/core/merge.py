@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from tailora.core.attach import Swapped
-from tailora.core.kinds import KINDS, holder, qualified, weight_of
+from tailora.core.bases import dense_weight, is_quantized
+from tailora.core.dequantize import Change, Exchange, made_plain, requantizing_error
+from tailora.core.kinds import KINDS, holder, qualified
 from tailora.core.layer import LoRALayer
 from tailora.errors import MergeError, listing
 
@@ -21,40 +23,27 @@ class MergeReport:
     """Relative rounding error of every merged weight: ||W_merged - (W + dW)|| / ||dW||, 0 where dW is 0.
 
     In bfloat16 it is 17% where ||dW|| is a hundredth of ||W||, 79% at a thousandth (measured on random matrices).
+
+    quantization_error: of layers whose weight was quantised, what quantising the merged one again would cost:
+        ||Q(W_merged) - W_merged|| / ||dW||, on some rows. Near 1 the update would be lost. What is merged into is the
+        dequantised weight, and it stays so.
     """
 
     rounding_error: dict[str, float]
+    quantization_error: dict[str, float] = field(default_factory=dict)
 
     @property
     def worst(self) -> float:
         return max(self.rounding_error.values(), default=0.0)
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """A tensor of a module (parameter or buffer), and what takes its place."""
-
-    module: nn.Module
-    name: str
-    tensor: Tensor
-
-    def make(self) -> "Exchange":
-        """Put the tensor in; returns the exchange that puts the former object back."""
-        table: dict[str, Any] = (
-            self.module._parameters if self.name in self.module._parameters else self.module._buffers
-        )
-        former = table[self.name]
-        table[self.name] = self.tensor
-        return Exchange(self.module, self.name, former)
-
-
-def fold(layer: nn.Module, adapters: Sequence[LoRALayer]) -> tuple[Tensor, float]:
+def fold(layer: nn.Module, adapters: Sequence[LoRALayer], others: torch.dtype | None = None) -> tuple[Tensor, float]:
     """The layer's weight with the updates in it, summed in at least float32 and rounded once; its rounding error.
 
     W + sum of t ((g - 1) W + g s (B A - B0 A0)) over the adapters of strength t. The error is NaN where the weight is
-    not finite.
+    not finite. A quantised weight is dequantised first (`dense_weight`).
     """
-    weight = weight_of(layer, adapters[0].kind.weight)
+    weight = dense_weight(layer, adapters[0].kind.weight, others)
     wide = torch.promote_types(weight.dtype, torch.float32)
     left, right, own = _terms(layer, adapters, wide)
     shape = len(left), left.shape[1], right.shape[2]
@@ -113,26 +102,34 @@ def _norm(left: Tensor, right: Tensor) -> float:
 
 
 @torch.no_grad()
-def folded(layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]]) -> tuple[list[Exchange], MergeReport]:
-    """The merged weights of every layer, nothing written yet.
+def folded(
+    layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]], others: torch.dtype | None = None
+) -> tuple[list[Change], MergeReport]:
+    """The merged weights of every layer, nothing written yet. `others`: precision of the model's plain weights.
 
     Raises MergeError with all layers whose merged weight is not finite or whose class hides what it computes.
     """
     problems = [f"{path}: {reason}" for path, each in layers.items() if (reason := _unmergeable(*each))]
     if problems:
         raise MergeError(listing(problems))
-    exchanges, errors = [], {}
+    exchanges: list[Change] = []
+    errors: dict[str, float] = {}
+    again: dict[str, float] = {}
     for path, layer, adapters in _by_weight(layers):
-        merged, errors[path] = fold(layer, adapters)
-        module, name = holder(layer, adapters[0].kind.weight)
-        exchanges.append(Exchange(module, name, nn.Parameter(merged, requires_grad=False)))
+        merged, errors[path] = fold(layer, adapters, others)
+        if is_quantized(layer):
+            exchanges += made_plain(layer, merged)
+            again[path] = requantizing_error(layer, dense_weight(layer, others=others), merged)
+        else:
+            module, name = holder(layer, adapters[0].kind.weight)
+            exchanges.append(Exchange(module, name, nn.Parameter(merged, requires_grad=False)))
         if not math.isfinite(errors[path]) and not merged.isfinite().all():
             problems.append(f"{path}: the merged weight is not finite in {merged.dtype}; load the base in float32")
         if (bias := merged_bias(layer, adapters)) is not None:
             exchanges.append(Exchange(layer, "bias", nn.Parameter(bias, requires_grad=False)))
     if problems:
         raise MergeError(listing(problems))
-    return exchanges, MergeReport(errors)
+    return exchanges, MergeReport(errors, again)
 
 
 def _by_weight(
@@ -157,12 +154,12 @@ def moved_in(module: nn.Module, trained: nn.Module) -> Iterator[Exchange]:
                 yield Exchange(own, name, copy._buffers[name].detach().clone())  # type: ignore[union-attr]
 
 
-def settle_ties(model: nn.Module, exchanges: Sequence[Exchange], untie_weights: bool) -> bool:
+def settle_ties(model: nn.Module, changes: Sequence[Change], untie_weights: bool) -> bool:
     """Refuse weights that another layer shares; True when there are some and each layer may get its own.
 
     An exchange replaces the parameter of one module only, so the others keep the shared one.
     """
-    shared = list(_shared(model, exchanges))
+    shared = list(_shared(model, [change for change in changes if isinstance(change, Exchange)]))
     if shared and not untie_weights:
         raise MergeError(
             f"merging would change a weight that another layer shares ({', '.join(shared)}); pass untie_weights=True"
@@ -200,6 +197,8 @@ def _unmergeable(layer: nn.Module, adapters: Sequence[LoRALayer]) -> str | None:
     if nn.utils.parametrize.is_parametrized(layer):
         return "its weight is computed by a parametrization; remove that first"
     cls = layer.plain if isinstance(layer, Swapped) else type(layer)
+    if is_quantized(layer):
+        return None
     own = next(parent for parent in cls.__mro__ if "forward" in vars(parent))
     if adapters[0].kind.forward is None and qualified(own) not in KINDS and getattr(layer, "embed_scale", None) is None:
         return f"{cls.__name__} overrides forward, so its weight alone does not say what it computes; keep it unmerged"

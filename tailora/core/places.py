@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from tailora.core.bases import dense_weight
 from tailora.core.config import LoRAConfig
 from tailora.core.fused import Rows, layout_of, rows_of
-from tailora.core.kinds import Kind, host_path, kind_of, parameter_kind, projections, weight_of
+from tailora.core.kinds import Kind, host_path, kind_of, parameter_kind, projections
 from tailora.core.matching import by_pattern, named
 from tailora.errors import TargetError
 
@@ -47,8 +48,8 @@ class Place:
 
     @property
     def weight(self) -> Tensor:
-        """The parameter that holds it; of a part the whole layer's."""
-        return weight_of(self.layer, self.kind.weight)
+        """What holds it, dequantised; of a part the whole layer's."""
+        return dense_weight(self.layer, self.kind.weight)
 
     def matrix(self, weight: Tensor) -> Tensor | None:
         """W as the equation has it, (groups, out/groups, n), out of what holds it; None for what is not one matrix."""

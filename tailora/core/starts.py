@@ -68,8 +68,6 @@ def _obstacle(target: Target, name: str) -> str | None:
         return None
     if kind.matrix is None:
         return f"a {kind.name} holds several matrices, or none that one start could describe; take 'kaiming'"
-    if name in FROM_WEIGHT and not target.weight.is_floating_point():
-        return f"its weight is stored as {target.weight.dtype}; take 'kaiming', or a base that is not quantised"
     if name == "eva" and (kind.zero == "A" or groups > 1):
         what = "an embedding reads ids, which have no variance" if kind.zero == "A" else "ranks of groups go together"
         return f"{what}; take 'kaiming', or exclude it"

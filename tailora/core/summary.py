@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.kinds import host_of, weight_of
+from tailora.core.bases import dense_shape, weight_count
+from tailora.core.kinds import host_of
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ def summarise(base_model: nn.Module, adapters: list[Adapter]) -> Summary:
     rows = []
     for adapter in adapters:
         for path, layer in adapter.low_rank.items():
-            shape = tuple(weight_of(host_of(base_model, path), layer.kind.weight).shape)
+            shape = tuple(dense_shape(host_of(base_model, path), layer.kind.weight))
             shape = shape if layer.rows is None else (layer.out_features, layer.in_features)
             rows.append(Row(path, layer.kind.name, shape, layer.r, layer.lora_alpha, parameter_count(layer)))
         for path, module in adapter.saved.items():
             rows.append(Row(path, type(module).__name__, (), None, None, parameter_count(module)))
     trained = sum(row.parameters for row in rows)
-    return Summary(rows, trained, parameter_count(base_model) + trained)
+    return Summary(rows, trained, weight_count(base_model) + trained)
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tailora.core.bases import base_obstacle, quantized_layers
 from tailora.core.config import LoRAConfig
 from tailora.core.kinds import EMBEDDING, KINDS, kind_of, obstacle, projections
 from tailora.core.matching import Selector, by_pattern, layer_index, matches, named, pattern_matches
@@ -208,9 +209,12 @@ def _conflicts(modules: Modules, config: LoRAConfig, chosen: Mapping[str, Place]
         if path == whole or path.startswith(f"{whole}.")
     ]
     replaced = [path for path, module in saved.items() if "forward" in vars(module)]
-    return problems + [
-        f"{path}: its forward was replaced on the instance; it cannot be trained whole" for path in replaced
-    ]
+    problems += [f"{path}: its forward was replaced on the instance; it cannot be trained whole" for path in replaced]
+    return problems + [quantized_whole(path) for path, module in saved.items() if quantized_layers(module)]
+
+
+def quantized_whole(path: str) -> str:
+    return f"{path} is quantised and cannot be trained whole; adapt it (target_modules), or load the base unquantised"
 
 
 def _slot_problems(targets: list[Target], config: LoRAConfig) -> list[str]:
@@ -236,7 +240,7 @@ def _has_bias(layer: nn.Module) -> bool:
 def _obstacle(place: Place, config: LoRAConfig) -> str | None:
     if place.kind.stacked and config.lora_dropout:
         return "an update of a parameter has no input that lora_dropout could drop; set lora_dropout=0"
-    return obstacle(place.layer)
+    return obstacle(place.layer) or base_obstacle(place.layer)
 
 
 def layer_indices(config: LoRAConfig) -> set[int] | None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, low_rank_layer
+from tailora.core.bases import dense_weight
 from tailora.core.config import LoRAConfig
-from tailora.core.kinds import weight_of
 from tailora.core.layer import LoRALayer
 from tailora.core.lowrank import Factors
 from tailora.core.places import place_at
@@ -39,7 +39,7 @@ def dense_of(layer: LoRALayer, base: nn.Module) -> Tensor:
     gain = layer.gain(base)
     if gain is None:
         return update
-    matrix: Tensor = cast(Any, layer.kind.matrix)(base, weight_of(base).detach()).to(update)
+    matrix: Tensor = cast(Any, layer.kind.matrix)(base, dense_weight(base)).to(update)
     rows = gain.detach().to(update).view(len(update), -1, 1)
     dense: Tensor = rows * update + layer.strength * (rows - 1) * matrix
     return dense

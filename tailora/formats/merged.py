@@ -5,7 +5,7 @@ that a second copy of the model is never in memory.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tailora.core.bases import is_quantized
+from tailora.core.dequantize import Change, Exchange, common_dtype, whole_plain
 from tailora.core.kinds import host_path
-from tailora.core.merge import Exchange, folded, moved_in, settle_ties
+from tailora.core.merge import folded, moved_in, settle_ties
 from tailora.errors import FormatError, MergeError
 from tailora.formats.plain import Source, refuse
 
@@ -29,8 +31,6 @@ def problems(source: Source) -> list[str]:
     found = []
     if not hasattr(base, "save_pretrained"):
         found.append(f"a {type(base).__name__} is no transformers model; merge_and_unload() it and save its state dict")
-    if getattr(base, "hf_quantizer", None) is not None:
-        found.append("the base is quantised; load it in full precision, and merge into that")
     return found
 
 
@@ -38,16 +38,19 @@ def write(folder: Path, source: Source) -> list[str]:
     """Fill `folder`; returns what differs from the base with the adapter beside it, in words. Raises FormatError."""
     base: Any = source.base_model
     spill = folder / SPILL
-    exchanges, worst = _merged(source, spill)
-    untied = settle_ties(base, exchanges, untie_weights=True)
-    names = {id(module): f"{path}." if path else "" for path, module in base.named_modules()}
-    state = base.state_dict() | {f"{names[id(each.module)]}{each.name}": each.tensor.data for each in exchanges}
-    with _tie_setting(base, untied):
-        base.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+    changes, worst, plain = _merged(source, spill)
+    untied = settle_ties(base, changes, untie_weights=True)
+    with _made(changes), _tie_setting(base, untied):
+        base.save_pretrained(folder, max_shard_size=SHARD)
     _write_theta(folder / "config.json")
-    del exchanges, state
+    del changes
     spill.unlink(missing_ok=True)
     notes = [f"rounding to {_named(base.dtype)} changes the update by at most {worst:.2g} of its size in a layer"]
+    if plain:
+        notes.append(
+            f"the base is dequantised as a whole, to {_named(base.dtype)}: what quantising had rounded off stays lost. "
+            "Quantise the merged model again only if you must: that may round away the update, too"
+        )
     if source.tokenizer is None:
         notes.append("no tokenizer was given, so none is in the folder")
     else:
@@ -55,24 +58,46 @@ def write(folder: Path, source: Source) -> list[str]:
     return notes + (["tied weights are untied: tie_word_embeddings is false"] if untied else [])
 
 
-def _merged(source: Source, spill: Path) -> tuple[list[Exchange], float]:
-    """What takes the place of the base's tensors, on the disk; and the worst rounding error."""
-    found, worst, problems = [], 0.0, []
-    low_rank = source.adapter.low_rank
-    hosts = {path: host_path(source.base_model, path) for path in low_rank}
+def _merged(source: Source, spill: Path) -> tuple[list[Change], float, bool]:
+    """What takes the place of the base's tensors, on the disk; the worst rounding error; whether it was quantised."""
+    base, low_rank = source.base_model, source.adapter.low_rank
+    others, worst, problems = common_dtype(base), 0.0, []
+    found: list[Change] = []
+    hosts = {path: host_path(base, path) for path in low_rank}
     for host in dict.fromkeys(hosts.values()):
-        layers = [layer for path, layer in low_rank.items() if hosts[path] == host]
+        parts = [layer for path, layer in low_rank.items() if hosts[path] == host]
         try:
-            exchanges, report = folded({host: (source.base_model.get_submodule(host), layers)})
+            changes, report = folded({host: (base.get_submodule(host), parts)}, others)
         except MergeError as error:
             problems.append(str(error))
             continue
-        found += [Exchange(each.module, each.name, _spilled(each.tensor, spill)) for each in exchanges]
+        found += _all_spilled(changes, spill)
         worst = max(worst, report.worst)
     refuse("merging", problems)
+    layers = [base.get_submodule(host) for host in dict.fromkeys(hosts.values())]
+    plain = any(is_quantized(layer) for layer in layers)
+    if plain:
+        found += _all_spilled(whole_plain(base, layers, others), spill)
     for path, trained in source.adapter.saved.items():
-        found += moved_in(source.base_model.get_submodule(path), trained)
-    return found, worst
+        found += moved_in(base.get_submodule(path), trained)
+    return found, worst, plain
+
+
+def _all_spilled(changes: Iterable[Change], spill: Path) -> Iterator[Change]:
+    for each in changes:
+        yield Exchange(each.module, each.name, _spilled(each.tensor, spill)) if isinstance(each, Exchange) else each
+
+
+@contextmanager
+def _made(changes: Iterable[Change]) -> Iterator[None]:
+    """Within the block the base is the merged one; afterwards it has its own objects again."""
+    made: list[Change] = []
+    try:
+        made += (change.make() for change in changes)
+        yield
+    finally:
+        for change in reversed(made):
+            change.make()
 
 
 def _spilled(tensor: Tensor, file: Path) -> Tensor:

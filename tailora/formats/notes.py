@@ -13,10 +13,15 @@ REFUSALS = (ConfigError, TypeError, RecursionError, OverflowError)
 
 
 class LayerPrint(BaseModel):
-    """A layer of the base: shape, and evenly spaced weights."""
+    """A layer of the base: shape, and evenly spaced weights.
+
+    spread: how far each may be from the weight that was quantised; [] for a base that was not.
+    """
 
     shape: list[int]
     weights: list[float]
+    spread: list[FiniteFloat] = []
+    base: str = "plain"
 
 
 class Notes(BaseModel):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.kinds import host_of, weight_of
+from tailora.core.kinds import host_of
 from tailora.errors import DivergedError, FormatError
 from tailora.formats.atomic import replace_folder, write_file, writing
 from tailora.formats.factors import suffixes, to_file
@@ -66,7 +66,7 @@ def _contents(adapter: Adapter, base_model: nn.Module) -> dict[str, bytes]:
         scaling={path: layer.scaling.item() for path, layer in adapter.low_rank.items() if layer.learns_scaling},
         start=adapter.has_start,
         base=fingerprint(
-            {path: weight_of(host_of(base_model, path), layer.kind.weight) for path, layer in adapter.low_rank.items()}
+            {path: (host_of(base_model, path), layer.kind.weight) for path, layer in adapter.low_rank.items()}
         ),
     )
     wrappers = list(stems(base_model, adapter.low_rank).values())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tailora.core.kinds import CONV1D, EMBEDDING, LINEAR, host_of, weight_of
+from tailora.core.kinds import CONV1D, EMBEDDING, LINEAR, host_of
 from tailora.formats.factors import suffixes
 from tailora.formats.fingerprint import fingerprint
 from tailora.formats.notes import KEY, Notes
@@ -57,8 +57,8 @@ def write(folder: Path, source: Source) -> list[str]:
     for path, each in plain.items():
         keys, wide = suffixes(source.adapter.low_rank[path]), padded(each, r)
         tensors |= {f"{PREFIX}{path}{keys['A']}": wide.A, f"{PREFIX}{path}{keys['B']}": wide.B}
-    weights = {path: weight_of(host_of(source.base_model, path)) for path in plain}
-    notes = Notes(base=fingerprint(weights))
+    places = {path: (host_of(source.base_model, path), "weight") for path in plain}
+    notes = Notes(base=fingerprint(places))
     config = source.adapter.config.replaced(
         r=r,
         lora_alpha=r,

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, low_rank_layer, trained_copy
+from tailora.core.bases import base_obstacle, quantized_layers
 from tailora.core.config import LoRAConfig
-from tailora.core.kinds import host_of, kind_of, obstacle, weight_of
+from tailora.core.kinds import host_of, kind_of, obstacle
 from tailora.core.layer import LoRALayer
-from tailora.core.targets import Target, chosen_places, saved_modules, target_at, target_of
+from tailora.core.targets import Target, chosen_places, quantized_whole, saved_modules, target_at, target_of
 from tailora.errors import BaseMismatchError, ConfigError, FormatError, PatternError, TargetError, listing
 from tailora.formats.factors import SLOT_OF, file_shapes, fill
-from tailora.formats.fingerprint import differences
+from tailora.formats.fingerprint import Held, differences
 from tailora.formats.peft import StoredAdapter
 from tailora.formats.peft_config import SHARED, check_patterns, doubled, from_peft, with_patterns
 from tailora.formats.stems import Stem, stems
@@ -53,12 +54,13 @@ def _restored(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch:
     parts = _sort(stored, base_model, modules, config, wanted)
     parts.problems += _missing(parts, modules, config, wanted, stored.notes.start)
     low_rank = {path: _low_rank(path, base_model, config, parts, stored.notes.start) for path in parts.factors}
-    copies = {path: _copy(path, modules, parts) for path in parts.saved}
+    parts.problems += [quantized_whole(path) for path in parts.saved if quantized_layers(modules[path])]
+    copies = {path: _copy(path, modules, parts) for path in parts.saved if not quantized_layers(modules[path])}
     if parts.problems:
         raise FormatError(f"{stored.folder} does not fit this model: {listing(parts.problems)}")
     layers = {path: layer for path, layer in low_rank.items() if layer is not None}
-    weights = {path: weight_of(host_of(base_model, path), layer.kind.weight) for path, layer in layers.items()}
-    _check_base(stored, weights, allow_base_mismatch)
+    places = {path: (host_of(base_model, path), layer.kind.weight) for path, layer in layers.items()}
+    _check_base(stored, places, allow_base_mismatch)
     _learn_again(stored, layers)
     return Adapter(own or config, layers, copies)
 
@@ -183,7 +185,8 @@ def _missing(
 def _low_rank(path: str, base_model: nn.Module, config: LoRAConfig, parts: Parts, start: bool) -> LoRALayer | None:
     """The layer with the file's factors; None, with the reasons added to the problems, where they do not fit."""
     found = parts.factors[path]
-    reason = obstacle(host_of(base_model, path))
+    host = host_of(base_model, path)
+    reason = obstacle(host) or base_obstacle(host)
     if reason or not {"A", "B"} <= found.keys():
         parts.problems += [f"{path}: {reason}"] if reason else []  # a missing factor is told already
         return None
@@ -237,8 +240,8 @@ def _copy(path: str, modules: Modules, parts: Parts) -> nn.Module:
     return clone
 
 
-def _check_base(stored: StoredAdapter, weights: Mapping[str, Tensor], allow: bool) -> None:
-    problems = differences(stored.notes.base, weights)
+def _check_base(stored: StoredAdapter, places: Mapping[str, Held], allow: bool) -> None:
+    problems = differences(stored.notes.base, places)
     if problems and not allow:
         shown = [*problems[:5], *([f"and {len(problems) - 5} layers more"] if len(problems) > 5 else [])]
         raise BaseMismatchError(

@@ -1,0 +1,263 @@
+"""The laws on quantised bases: W is what the stored weight dequantises to; a plain layer with that is the oracle."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
+from cases import (
+    BASES,
+    KINDS,
+    QUANTIZED,
+    QUANTIZED_PAIRS,
+    UNMERGEABLE,
+    BaseCase,
+    KindCase,
+    Net,
+    bitsandbytes_4bit,
+    config,
+    stir,
+    trained,
+)
+from torch import Tensor, nn
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.bases import as_loaded, base_of, dense_weight, held_bytes, held_tensors, is_quantized, weight_count
+from tailora.errors import BaseMismatchError, FormatError, MergeError, TargetError
+from tailora.formats.fingerprint import TOLERANCE
+
+kinds = pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
+pairs = pytest.mark.parametrize(
+    ("kind", "slot"), QUANTIZED_PAIRS, ids=[f"{slot}-{kind.name}" for kind, slot in QUANTIZED_PAIRS]
+)
+MERGEABLE = [(kind, slot) for kind, slot in QUANTIZED_PAIRS if (kind.name.split(", ")[0], slot) not in UNMERGEABLE]
+mergeable = pytest.mark.parametrize(
+    ("kind", "slot"), MERGEABLE, ids=[f"{slot}-{kind.name}" for kind, slot in MERGEABLE]
+)
+
+
+def oracle(kind: KindCase, dtype: torch.dtype = torch.float32) -> Net:
+    """The kind's plain layer with the dequantised weight."""
+    stored = kind.net(dtype).block["target"]
+    plain: Any = KindCase.net(KindCase("", kind.layer), dtype)
+    plain.block["target"].weight.data = as_loaded(stored, dense_weight(stored)).to(dtype).contiguous()
+    return plain
+
+
+def held(module: nn.Module) -> list[Tensor]:
+    return [tensor.clone() for tensor in held_tensors(module)]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+@pairs
+def test_a_fresh_adapter_computes_the_base(kind: KindCase, slot: str) -> None:
+    net, x = kind.net().eval(), kind.batch()
+    assert is_quantized(net.block["target"])
+    before = held(net)
+    model = LoRAModel(net, config(kind, slot)).eval()
+    torch.testing.assert_close(model(x), oracle(kind)(x), rtol=kind.apart, atol=kind.apart)
+    assert same(held(net), before)  # evaluation repacks nothing
+
+
+@pairs
+def test_the_output_and_all_gradients_are_those_of_the_dense_weight(kind: KindCase, slot: str) -> None:
+    model, plain = trained(kind, slot), LoRAModel(oracle(kind), config(kind, slot))
+    stir(plain)
+    model(kind.batch())  # an evaluation first, as training does
+    found = []
+    for each in (model.train(), plain.train()):
+        torch.manual_seed(3)  # dropout
+        x = kind.batch().requires_grad_()
+        y = each(x)
+        found.append([y, *torch.autograd.grad((y - 1).square().sum(), [x, *each.lora_layers.parameters()])])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 2e-5 * other.norm()
+    assert found[0][1].any()
+
+
+@mergeable
+def test_the_merged_model_is_plain_and_computes_the_same_and_unmerging_gives_back_the_same_objects(
+    kind: KindCase, slot: str
+) -> None:
+    model, x = trained(kind, slot), kind.batch()
+    layer: Any = model.base_model.block["target"]
+    expected = model(x)
+    weight, cls, before, own = layer.weight, type(layer), held(model.base_model), dict(vars(layer))
+    plain = LoRAModel(oracle(kind), config(kind, slot)).eval()
+    stir(plain)
+    with model.merged() as report, plain.merged() as other:
+        torch.testing.assert_close(layer.weight, plain.base_model.block["target"].weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model(x), expected, rtol=kind.apart, atol=kind.apart * expected.abs().max().item())
+        assert model.base_model.state_dict().keys() == plain.base_model.state_dict().keys()
+        assert report.rounding_error.keys() == other.rounding_error.keys()
+        assert report.worst < 1e-5
+        assert 0 < report.quantization_error["block.target"] < 1
+    assert layer.weight is weight
+    assert type(layer) is cls
+    assert {name: value for name, value in vars(layer).items() if name != "active_adapters"} == {
+        name: value for name, value in own.items() if name != "active_adapters"
+    }
+    assert same(held(model.base_model), before)
+    assert torch.equal(model(x), expected)
+
+
+@kinds
+def test_merging_and_unloading_leaves_nothing_of_the_quantisation(kind: KindCase) -> None:
+    model, x = trained(kind), kind.batch()
+    expected = model(x)
+    net = model.merge_and_unload()
+    layer: Any = net.block["target"]  # type: ignore[index]
+    fresh = kind.layer()
+    assert type(layer) is type(fresh)
+    assert vars(layer).keys() <= vars(fresh).keys() | {"in_features", "out_features"}
+    assert not is_quantized(layer)
+    again = pickle.dumps(net)
+    assert b"bitsandbytes" not in again
+    assert b"torchao" not in again
+    torch.testing.assert_close(net(x), expected, rtol=kind.apart, atol=kind.apart * expected.abs().max().item())
+
+
+@kinds
+def test_the_merged_weight_has_the_precision_that_was_quantised(kind: KindCase) -> None:
+    model = trained(kind, dtype=torch.bfloat16)
+    report = model.merge()
+    wanted = torch.float32 if kind.name == "linear without bias, int8" else torch.bfloat16
+    assert model.base_model.block["target"].weight.dtype == wanted  # type: ignore[union-attr, index]
+    assert 0 <= report.worst < 0.2
+
+
+@pairs
+def test_training_moves_the_adapter_and_nothing_of_the_base(kind: KindCase, slot: str) -> None:
+    model = LoRAModel(kind.net(), config(kind, slot)).train()
+    before = held(model.base_model)
+    optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = (model(kind.batch()) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        model.eval()(kind.batch())
+        model.train()
+    assert losses[-1] < losses[0]
+    assert same(held(model.base_model), before)
+    assert {parameter.dtype for parameter in model.lora_layers.parameters()} == {torch.float32}
+
+
+@kinds
+def test_unload_gives_back_class_object_and_attributes(kind: KindCase) -> None:
+    net = kind.net()
+    layer: Any = net.block["target"]
+    weight, cls, own, before = layer.weight, type(layer), dict(vars(layer)), held(net)
+    assert LoRAModel(net, config(kind)).unload() is net
+    assert layer.weight is weight
+    assert type(layer) is cls
+    assert vars(layer) == own
+    assert same(held(net), before)
+
+
+@pairs
+def test_an_adapter_moves_between_the_quantised_base_and_its_original(
+    kind: KindCase, slot: str, tmp_path: Path
+) -> None:
+    model, x = trained(kind, slot), kind.batch()
+    model.save_adapter(tmp_path / "quantised")
+    loaded = LoRAModel.from_pretrained(kind.net(), tmp_path / "quantised").eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-6, atol=1e-6)
+    original = LoRAModel.from_pretrained(KindCase.net(KindCase("", kind.layer)), tmp_path / "quantised")
+    original.save_adapter(tmp_path / "original")
+    back = LoRAModel.from_pretrained(kind.net(), tmp_path / "original").eval()
+    torch.testing.assert_close(back(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+@kinds
+def test_an_adapter_of_another_base_is_told_from_one_of_the_original(kind: KindCase, tmp_path: Path) -> None:
+    trained(kind).save_adapter(tmp_path)
+    with pytest.raises(BaseMismatchError, match="quantisation explains"):
+        LoRAModel.from_pretrained(KindCase.net(KindCase("", kind.layer), seed=1), tmp_path)
+    with pytest.raises(BaseMismatchError, match="quantisation explains"):
+        LoRAModel.from_pretrained(kind.net(seed=1), tmp_path)
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_weight_is_farther_from_the_original_than_the_spread_says(base: BaseCase, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(192, 160).to(dtype)
+    plain.weight.data[0] *= 20  # a row, and single weights, that stand out
+    plain.weight.data[:, 3] *= 8
+    original = plain.weight.detach().clone().float()
+    layer = base.store(plain)
+    weight = dense_weight(layer)
+    apart = (weight.float() - original).abs()
+    spread = base_of(layer).spread(layer, weight).expand(160, 192)
+    assert (apart <= spread + (TOLERANCE if dtype == torch.bfloat16 else 1e-6) * original.abs()).all()
+    assert spread.mean() < 40 * apart.mean()  # and it is not just large
+    assert weight_count(layer) == 160 * 192 + 160
+    assert held_bytes(layer) < 0.6 * original.nbytes
+
+
+@pairs
+def test_a_copy_and_a_pickle_are_models_of_their_own(kind: KindCase, slot: str) -> None:
+    model, x = trained(kind, slot), kind.batch()
+    expected = model(x).detach()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), expected)
+        for parameter in twin.lora_layers.parameters():
+            parameter.data.zero_()
+        assert not torch.equal(twin(x), expected)
+        assert torch.equal(model(x), expected)
+
+
+def test_evaluation_repacks_nothing_while_an_adapter_is_attached() -> None:
+    net = Net(bitsandbytes_4bit("nf4", double=True)(nn.Linear(64, 32)))
+    layer: Any = net.block["target"]
+    layer.support_avx512bf16_for_cpu = True  # as on a CPU that has it
+    model = LoRAModel(net, LoRAConfig(r=2)).eval()
+    before = held(net)
+    model(torch.randn(3, 64))
+    assert same(held(net), before)
+    assert model.unload() is net
+    assert layer.support_avx512bf16_for_cpu
+
+
+def test_a_weight_that_was_repacked_already_is_refused() -> None:
+    net = Net(bitsandbytes_4bit("nf4", double=True)(nn.Linear(64, 32)))
+    weight: Any = net.block["target"].weight
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    with pytest.raises(TargetError, match="before evaluating it"):
+        LoRAModel(net, LoRAConfig(r=2))
+
+
+def test_a_quantised_layer_is_not_trained_whole(tmp_path: Path) -> None:
+    plain = Net(nn.Linear(64, 32))
+    plain.head = nn.Linear(32, 16)
+    net = copy.deepcopy(plain)
+    net.block["target"] = bitsandbytes_4bit("nf4", double=True)(net.block["target"])
+    settings = LoRAConfig(r=2, target_modules=["head"], modules_to_save=["target"])
+    with pytest.raises(TargetError, match=r"block\.target is quantised and cannot be trained whole"):
+        LoRAModel(net, settings)
+    LoRAModel(plain, settings).save_adapter(tmp_path)
+    with pytest.raises(FormatError, match=r"block\.target is quantised and cannot be trained whole"):
+        LoRAModel.from_pretrained(net, tmp_path)
+
+
+def test_a_merged_quantised_base_stays_where_it_is() -> None:
+    model = LoRAModel(Net(bitsandbytes_4bit("nf4", double=True)(nn.Linear(64, 32))), LoRAConfig(r=2))
+    model.merge()
+    with pytest.raises(MergeError, match="unmerge"):
+        model.double()
+    model.unmerge()
+
+
+def test_every_pair_of_kind_and_base_is_there_or_has_a_reason() -> None:
+    names = {kind.name for kind in KINDS}
+    assert all(set(base.kinds) <= names and base.others for base in BASES)
+    assert len(QUANTIZED) == sum(len(base.kinds) for base in BASES)
