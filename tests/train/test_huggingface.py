@@ -1,0 +1,160 @@
+"""A LoRAModel in trainers of transformers and TRL."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import chat_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.errors import ConfigError
+from tailora.train.huggingface import adapting
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+KEPT = {"adapter_model.safetensors", "adapter_config.json", "README.md", "training_args.bin", "trainer_state.json"}
+CONFIGS: dict[str, LoRAConfig] = {
+    "plain": LoRAConfig(r=4, lora_dropout=0.2),
+    "everything": LoRAConfig(r=4, learn_scaling=True, use_dora=True, modules_to_save=["lm_head"]),
+    "start": LoRAConfig(r=4, init_lora_weights="pissa"),
+}
+
+
+def rows(count: int = 16) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 40, (count, 8), generator=generator).tolist()
+    return Dataset.from_list([{"input_ids": each, "labels": each, "note": "not for the model"} for each in ids])
+
+
+def trainer(folder: Path, config: LoRAConfig = CONFIGS["plain"], **settings: Any) -> Any:
+    torch.manual_seed(0)
+    arguments = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "seed": 0}
+    arguments |= {"per_device_train_batch_size": 4, "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    return adapting(Trainer)(
+        model=LoRAModel(chat_model(), config),
+        args=TrainingArguments(output_dir=str(folder), **{**arguments, **settings}),
+        train_dataset=rows(),
+        eval_dataset=rows(4),
+    )
+
+
+def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.lora_layers.state_dict().items()}
+
+
+def losses(each: Any) -> list[float]:
+    return [entry["loss"] for entry in each.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_checkpoint_holds_the_adapter_alone_and_a_resumed_run_ends_like_a_whole_one(
+    config: LoRAConfig, tmp_path: Path
+) -> None:
+    whole = trainer(tmp_path / "whole", config)
+    before = {name: value.clone() for name, value in whole.model.base_model.state_dict().items()}
+    whole.train()
+    assert losses(whole)[-1] < losses(whole)[0]
+    after = whole.model.base_model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    files = {path.name for path in (tmp_path / "whole" / "checkpoint-2").iterdir()}
+    assert files >= KEPT
+    assert not any(name.startswith("model") for name in files)
+
+    resumed = trainer(tmp_path / "whole", config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for name, value in numbers(resumed.model).items():
+        torch.testing.assert_close(value, numbers(whole.model)[name], rtol=1e-5, atol=1e-6)
+    assert losses(resumed)[-1] == pytest.approx(losses(whole)[-1], rel=1e-4)
+
+
+def test_what_is_saved_is_a_peft_folder_of_the_active_adapters(tmp_path: Path) -> None:
+    each = trainer(tmp_path)
+    each.model.add_adapter("b", LoRAConfig(r=2, target_modules=["q_proj"]))
+    each.model.set_adapter("b")
+    each.train()
+    each.save_model(str(tmp_path / "last"))
+    assert [path.name for path in (tmp_path / "last").iterdir() if path.is_dir()] == ["b"]
+    loaded = LoRAModel.from_pretrained(chat_model(), tmp_path / "last" / "b").eval()
+    ids = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(loaded(ids).logits, each.model.eval()(ids).logits)
+    assert loaded.adapters["default"].r == 2
+
+
+def test_the_best_checkpoint_comes_back_at_the_end(tmp_path: Path) -> None:
+    each = trainer(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # so that it is not the last
+    )
+    each.train()
+    best = Path(each.state.best_model_checkpoint)
+    assert best.name != "checkpoint-4"
+    kept = LoRAModel.from_pretrained(chat_model(), best)
+    for name, value in numbers(each.model).items():
+        assert torch.equal(value, numbers(kept)[name])
+    assert each.evaluate()["eval_loss"] == pytest.approx(each.state.best_metric, rel=1e-5)
+
+
+def test_gradient_checkpointing_either_way_changes_no_loss(tmp_path: Path) -> None:
+    found = []
+    for number, reentrant in enumerate((None, True, False)):
+        on = {} if reentrant is None else {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        each = trainer(tmp_path / str(number), activation_checkpointing=reentrant is not None, **on)
+        each.train()
+        found.append(losses(each))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ConfigError, match=r"model is a LlamaForCausalLM; give LoRAModel"):
+        adapting(Trainer)(model=chat_model(), args=arguments)
+    model = LoRAModel(chat_model(), LoRAConfig(r=2))
+    model.set_adapter(None)
+    with pytest.raises(ConfigError, match="no adapter to train"):
+        adapting(Trainer)(model=model, args=arguments)
+
+
+def test_an_adapting_trainer_is_the_trainer() -> None:
+    assert adapting(Trainer) is adapting(Trainer)
+    assert issubclass(adapting(Trainer), Trainer)
+
+
+def run_example(name: str, *tokens: object) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(EXAMPLES / name), *map(str, tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_example_of_transformers_runs(model_folder: Path, tmp_path: Path) -> None:
+    given = ["--model", model_folder, "--output-dir", tmp_path, "--max-steps"]
+    assert run_example("transformers_trainer.py", *given, 4).startswith("held-out loss ")
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_example_of_trl_runs(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", exc_type=ImportError)
+    given = ["--model", model_folder, "--data", data_file, "--output-dir", tmp_path / "out", "--max-steps", 3]
+    assert run_example("trl_sft.py", *given).startswith("loss ")
+    ids = torch.arange(12).view(2, 6)
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    expected = base(ids).logits
+    loaded = LoRAModel.from_pretrained(base, tmp_path / "out")
+    assert (loaded(ids).logits - expected).abs().max() > 1e-4
