@@ -5,12 +5,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tailora.core.config import LoRAConfig
     from tailora.core.layer import LoRALayer
-    from tailora.model import LoRAModel
+    from tailora.model import LoRAModel, from_peft
 
 __version__ = "0.1.0"
-__all__ = ["LoRAConfig", "LoRALayer", "LoRAModel", "__version__"]
+__all__ = ["LoRAConfig", "LoRALayer", "LoRAModel", "__version__", "from_peft"]
 
-_HOMES = {"LoRAConfig": "tailora.core.config", "LoRALayer": "tailora.core.layer", "LoRAModel": "tailora.model"}
+_HOMES = {
+    "LoRAConfig": "tailora.core.config",
+    "LoRALayer": "tailora.core.layer",
+    "LoRAModel": "tailora.model",
+    "from_peft": "tailora.model",
+}
 
 
 def __getattr__(name: str) -> Any:  # PEP 562: `import tailora` loads nothing heavy

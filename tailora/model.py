@@ -41,6 +41,7 @@ from tailora.core.starts import DATA_STARTS
 from tailora.core.summary import Summary, summarise
 from tailora.core.targets import default_config, select
 from tailora.errors import AdapterError, ConfigError, FormatError, MergeError, RowsError, TargetError, nearest
+from tailora.formats.live import read_live, release
 from tailora.formats.peft import write_adapter
 from tailora.formats.recognise import read_any
 from tailora.formats.restore import restore
@@ -105,6 +106,24 @@ class LoRAModel(nn.Module):
         _refuse_adapted(tuned_model)
         adapter, report = extract(base_model, tuned_model, r=r, energy=energy, config=config or LoRAConfig())
         return cls._around(base_model, adapter_name, adapter), report
+
+    @classmethod
+    def from_peft(cls, peft_model: Any) -> Self:
+        """Take over a `peft.PeftModel`: its base, freed of PEFT, with all its LoRA adapters and the active ones.
+
+        The outputs stay the same; `peft_model` is not to be used again. Scales are those that PEFT computes with now.
+        A base whose weights PEFT has changed (PiSSA, OLoRA, trained biases) stays as changed. Everything is checked
+        before anything changes. Raises TargetError, FormatError with all that cannot be taken over.
+        """
+        live = read_live(peft_model)
+        base = release(peft_model)
+        (first, adapter), *others = live.adapters.items()
+        model = cls._around(base, first, adapter)
+        for name, adapter in others:
+            model._install(name, adapter)
+        model.training = base.training
+        model.set_adapter(live.active)
+        return model
 
     @classmethod
     def _around(cls, base_model: nn.Module, name: str, adapter: Adapter) -> Self:
@@ -576,3 +595,8 @@ def _refuse_adapted(base_model: nn.Module) -> None:
 def _all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Tied ones under each of their names, since a merge may untie them."""
     return model.named_parameters(remove_duplicate=False)
+
+
+def from_peft(peft_model: Any) -> LoRAModel:
+    """`LoRAModel.from_peft`."""
+    return LoRAModel.from_peft(peft_model)

@@ -1,0 +1,180 @@
+"""A PEFT model in memory becomes a LoRAModel: equal outputs, a base without PEFT, or a refusal that changes nothing."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import peft
+import pytest
+import torch
+from cases import KINDS, KindCase
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tailora
+from tailora import LoRAModel
+from tailora.errors import FormatError, TargetError
+
+IDS = torch.arange(24).view(2, 12)
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": ["q_proj", "up_proj"]},
+    "patterns": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1": 3}},
+    "rslora": {"target_modules": ["v_proj"], "use_rslora": True},
+    "dora": {"target_modules": ["o_proj", "down_proj"], "use_dora": True},
+    "bias beside B": {"target_modules": ["k_proj"], "lora_bias": True},
+    "embedding": {"target_modules": ["embed_tokens", "lm_head"]},
+    "head trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.fixture(autouse=True)
+def _peft_warns_as_it_likes() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=60)).eval()
+
+
+def stir(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.data = parameter.data + noise if "magnitude" in name or "modules_to" in name else noise
+
+
+def wrapped(*names: str) -> Any:
+    """PEFT's model with these adapters, all of which do something; the first is active."""
+    first, *others = names
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, lora_alpha=6, **ADAPTERS[first]), adapter_name=first)
+    for name in others:
+        model.add_adapter(name, peft.LoraConfig(r=3, lora_alpha=5, **ADAPTERS[name]))
+    stir(model)
+    return model.eval()
+
+
+def is_free_of_peft(base: nn.Module) -> bool:
+    modules = [type(module).__module__ for module in base.modules()]
+    return not any(name.startswith("peft") for name in modules) and not hasattr(base, "peft_config")
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_peft_model_goes_on_as_it_was(name: str) -> None:
+    theirs = wrapped(name)
+    inner, expected = theirs.get_base_model(), theirs(IDS).logits.detach()
+    model = tailora.from_peft(theirs)
+    assert isinstance(model, LoRAModel)
+    assert model.base_model is inner
+    assert list(model.adapters) == [name]
+    assert model.active_adapters == (name,)
+    torch.testing.assert_close(model(IDS).logits, expected, **TOLERANCE)
+    base = model.unload()
+    assert is_free_of_peft(base)
+    assert base.state_dict().keys() == llama().state_dict().keys()
+    torch.testing.assert_close(base(IDS).logits, llama()(IDS).logits, rtol=0, atol=0)
+
+
+def test_all_adapters_come_along_with_the_active_one_and_their_scales() -> None:
+    names = ("plain", "patterns", "rslora", "dora")
+    theirs = wrapped(*names)
+    for module in theirs.modules():
+        if isinstance(module, BaseTunerLayer) and "rslora" in module.scaling:
+            module.set_scale("rslora", 0.3)
+    expected = {}
+    for name in names:
+        theirs.set_adapter(name)
+        expected[name] = theirs(IDS).logits.detach()
+    theirs.set_adapter("rslora")
+    model = tailora.from_peft(theirs)
+    assert tuple(model.adapters) == names
+    assert model.active_adapters == ("rslora",)
+    assert model.adapters["patterns"].rank_pattern == {"q_proj": 2}
+    for name in names:
+        model.set_adapter(name)
+        torch.testing.assert_close(model(IDS).logits, expected[name], **TOLERANCE)
+
+
+def test_what_is_taken_over_trains_and_keeps_its_mode() -> None:
+    theirs = wrapped("plain").train()
+    model = tailora.from_peft(theirs)
+    assert {module.training for module in model.modules()} == {True}
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.lora_layers.parameters())
+    assert {module.training for module in tailora.from_peft(wrapped("plain")).modules()} == {False}
+
+
+def test_adapters_that_are_switched_off_stay_off() -> None:
+    theirs = wrapped("plain")
+    theirs.base_model.disable_adapter_layers()
+    model = tailora.from_peft(theirs)
+    assert model.active_adapters == ()
+    torch.testing.assert_close(model(IDS).logits, llama()(IDS).logits)
+
+
+def test_a_base_that_pissa_moved_stays_the_moved_one() -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights="pissa")
+    theirs = peft.get_peft_model(llama(), config).eval()
+    stir(theirs)
+    expected = theirs(IDS).logits.detach()
+    torch.testing.assert_close(tailora.from_peft(theirs)(IDS).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.peft_is_wrong], ids=lambda kind: kind.name)
+def test_every_kind_that_peft_knows_is_taken_over(kind: KindCase) -> None:
+    theirs = peft.get_peft_model(kind.net(), peft.LoraConfig(r=kind.r, lora_alpha=10, target_modules=["target"]))
+    stir(theirs)
+    expected = theirs.eval()(kind.batch()).detach()
+    torch.testing.assert_close(tailora.from_peft(theirs)(kind.batch()), expected, **TOLERANCE)
+
+
+def _merged() -> Any:
+    theirs = wrapped("plain")
+    theirs.merge_adapter()
+    return theirs
+
+
+def _other_method() -> Any:
+    return peft.get_peft_model(llama(), peft.IA3Config(task_type="CAUSAL_LM"))
+
+
+def _tokens() -> Any:
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]})
+    return peft.get_peft_model(llama(), config)
+
+
+def _not_finite() -> Any:
+    theirs = wrapped("plain")
+    next(value for name, value in theirs.named_parameters() if "lora_B" in name).data[0, 0] = torch.nan
+    return theirs
+
+
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "merged": (_merged, TargetError, r"adapters are merged at .*q_proj.* \(4 in all\); call unmerge_adapter"),
+    "another method": (_other_method, FormatError, "peft_type = 'IA3'; this reads 'LORA'"),
+    "a setting": (_tokens, FormatError, "trainable_token_indices"),
+    "not finite": (_not_finite, FormatError, "not finite"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_refusal_changes_nothing(make: Any, error: type[Exception], message: str) -> None:
+    theirs = make().eval()
+    modules, expected = list(theirs.modules()), theirs(IDS).logits.detach()
+    grads = [parameter.requires_grad for parameter in theirs.parameters()]
+    with pytest.raises(error, match=message):
+        tailora.from_peft(theirs)
+    assert list(theirs.modules()) == modules
+    assert [parameter.requires_grad for parameter in theirs.parameters()] == grads
+    torch.testing.assert_close(theirs(IDS).logits, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_no_peft_model_is_refused() -> None:
+    with pytest.raises(TargetError, match="a LlamaForCausalLM is no PeftModel"):
+        tailora.from_peft(llama())
