@@ -34,7 +34,7 @@ def export(
     adapter: Source, /, *, to: To, output: Output, model: Base = None, dtype: Dtype = "stored", json: Json = False
 ) -> int:
     """Write an adapter for another program. What was written is read back and must compute the same."""
-    path = adapter_path(adapter)
+    (path,) = named([f"one={adapter}"]).values()
     base = model or named_base(path)
     from tailora.data.quiet import quiet
     from tailora.formats.export import check_new
@@ -53,16 +53,6 @@ def export(
     else:
         show(results(), done, base, seconds)
     return 0
-
-
-def adapter_path(text: str) -> Path:
-    """The file, or the folder of the adapter itself. Raises ConfigError."""
-    path = Path(text)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise ConfigError(f"{text} is neither a folder nor a file here; give an adapter, or the folder of a run")
-    return named([f"one={text}"])["one"]
 
 
 def named_base(path: Path) -> str:

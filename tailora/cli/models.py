@@ -21,6 +21,7 @@ MaxNewTokens = Annotated[PositiveInt, Parameter(help="longest answer, in tokens"
 Temperature = Annotated[NonNegativeFloat, Parameter(help="0: always the likeliest token")]
 TopP = Annotated[float, Parameter(help="sample from this share of the probability", validator=Number(gt=0, lte=1))]
 Seed = Annotated[NonNegativeInt, Parameter(help="of the sampling", validator=Number(lt=2**63))]
+LORA_FILE = ".safetensors"
 SHORTER = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
 
 
@@ -80,16 +81,20 @@ def vocabulary(model: str) -> tuple[Any, int]:
 
 
 def named(adapters: Sequence[str]) -> dict[str, Path]:
-    """Name -> folder for NAME=FOLDER or FOLDER; the folder of a run stands for the adapter in it."""
+    """Name -> folder for NAME=FOLDER or FOLDER; the folder of a run stands for the adapter in it. A file is a file."""
     pairs = [_named(text) for text in adapters]
     names = [name for name, _ in pairs]
-    problems = [f"{folder} is not a folder" for _, folder in pairs if not folder.is_dir()]
+    problems = [f"{path} is not a folder" for _, path in pairs if not (path.is_dir() or is_lora_file(path))]
     problems += [
         f"two adapters are called {name}: write NAME=FOLDER" for name in dict.fromkeys(names) if names.count(name) > 1
     ]
     if problems:
         raise ConfigError(listing([f"--adapter: {problem}" for problem in problems]))
     return dict(pairs)
+
+
+def is_lora_file(path: Path) -> bool:
+    return path.is_file() and path.suffix == LORA_FILE
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -99,5 +104,5 @@ def _named(text: str) -> tuple[str, Path]:
     path = Path(folder)
     inside = path / "adapter"
     path = inside if not (path / "adapter_config.json").exists() and inside.is_dir() else path
-    own = path.resolve().parent.name if path.name == "adapter" else path.resolve().name
+    own = path.resolve().parent.name if path.name == "adapter" else path.resolve().name.removesuffix(LORA_FILE)
     return (name if given else own), path

@@ -5,7 +5,7 @@ its float32 one, which would hide what a file has wrong. A layer's weights are w
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tailora.core.adapter import Adapter, by_host
 from tailora.core.attach import Swapped, attach
 from tailora.core.kinds import host_path
+from tailora.core.modes import evaluating
 from tailora.errors import FormatError
 
 TOLERANCE = 1e-4  # of the logits' size: float32 sums in another order
@@ -73,7 +74,7 @@ def probe(base_model: Any) -> Tensor:
 @torch.no_grad()
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     """(rows, length, vocabulary), float32, in evaluation; modes and weights of all modules are put back."""
-    with evaluating(model.modules()), widened(model):
+    with evaluating(model), widened(model):
         found: Tensor = model(input_ids=ids, use_cache=False).logits
     return found.float()
 
@@ -109,18 +110,6 @@ def _narrow(narrow: dict[str, nn.Parameter | None], module: nn.Module, *_: Any) 
 
 
 @contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    modes = [(module, module.training) for module in modules]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
 def only(base_model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
     """The base with this adapter and no other within the block; its layers must be those of an adapter it has."""
     before = {module: vars(module)["active_adapters"] for module in base_model.modules() if isinstance(module, Swapped)}
@@ -131,7 +120,7 @@ def only(base_model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
         hosts = {path: host_path(base_model, path) for path in parts}
         for host, each in by_host(hosts, {path: (part,) for path, part in parts.items()}).items():
             attach(base_model.get_submodule(host), each)
-        with evaluating([module for part in parts.values() for module in part.modules()]):
+        with evaluating(nn.ModuleList(parts.values())):
             yield base_model
     finally:
         for module, active in before.items():

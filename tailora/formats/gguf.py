@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tailora.core.kinds import CONV1D, EMBEDDING, LINEAR, kind_of
 from tailora.errors import FormatError
 from tailora.formats.peft import StoredAdapter
-from tailora.formats.plain import MERGED, Factors, Source, factors, limits, refuse, scale_notes, stored
+from tailora.formats.plain import MERGED, Factors, Source, factors, hosts, limits, refuse, scale_notes, stored
 
 WEIGHTS, MODELFILE = "adapter.gguf", "Modelfile"
 EMBEDDED, HEAD = "token_embd.weight", "output.weight"
@@ -60,14 +60,14 @@ ARCHITECTURES = {  # transformers' model_type -> GGUF's; each compared with llam
 def problems(source: Source) -> list[str]:
     found = limits(source, (LINEAR, CONV1D, EMBEDDING))
     config: Any = getattr(source.base_model, "config", None)
-    kind = getattr(config, "model_type", None)
-    if kind not in ARCHITECTURES:
-        return [*found, f"model_type {kind!r} is not supported; there are: {', '.join(ARCHITECTURES)}; {MERGED}"]
+    model_type = getattr(config, "model_type", None)
+    if model_type not in ARCHITECTURES:
+        return [*found, f"model_type {model_type!r} is not supported; there are: {', '.join(ARCHITECTURES)}; {MERGED}"]
     names = tensor_names(source.base_model)
-    for path, layer in source.adapter.low_rank.items():
+    for path, kind in hosts(source).items():
         if path not in names:
             found.append(f"{path}: GGUF has no tensor for it; {MERGED}")
-        elif layer.kind is EMBEDDING and names[path] != EMBEDDED:
+        elif kind is EMBEDDING and names[path] != EMBEDDED:
             found.append(f"{path}: llama.cpp adapts no other embedding than that of the tokens; {MERGED}")
         elif names[path] in (EMBEDDED, HEAD) and getattr(config, "tie_word_embeddings", False):
             found.append(f"{path}: tied, and llama.cpp keeps one tensor for input and output; {MERGED}")
@@ -78,7 +78,7 @@ def write(folder: Path, source: Source) -> list[str]:
     """Fill `folder` with adapter.gguf and a Modelfile; returns what differs from the adapter as trained, in words."""
     from gguf import GGUFType, GGUFWriter, Keys
 
-    names, plain = tensor_names(source.base_model), factors(source.adapter)
+    names, plain = tensor_names(source.base_model), factors(source)
     alpha = max(each.r for each in plain.values())
     writer = GGUFWriter(folder / WEIGHTS, _architecture(source.base_model).name)
     writer.add_type(GGUFType.ADAPTER)

@@ -17,7 +17,7 @@ from tailora.core.kinds import EMBEDDING, LINEAR
 from tailora.errors import FormatError
 from tailora.formats.peft import StoredAdapter
 from tailora.formats.peft_config import read_settings
-from tailora.formats.plain import MERGED, Source, factors, limits, padded, refuse, scale_notes, stored
+from tailora.formats.plain import MERGED, Source, factors, hosts, limits, padded, refuse, scale_notes, stored
 from tailora.formats.tensors import read as read_tensors
 from tailora.formats.tensors import to_bytes
 
@@ -48,7 +48,7 @@ def problems(source: Source) -> list[str]:
     kind = getattr(config, "model_type", None)
     if kind not in SAME_PATHS:
         found.append(f"model_type {kind!r}: its layers' names in mlx-lm are not known; known: {', '.join(SAME_PATHS)}")
-    tied = [path for path, layer in source.adapter.low_rank.items() if layer.kind is EMBEDDING or path == "lm_head"]
+    tied = [path for path, kind in hosts(source).items() if kind is EMBEDDING or path == "lm_head"]
     if tied and getattr(config, "tie_word_embeddings", False):
         found.append(f"{', '.join(tied)}: tied, and mlx-lm would adapt input and output at once; {MERGED}")
     return found
@@ -56,7 +56,7 @@ def problems(source: Source) -> list[str]:
 
 def write(folder: Path, source: Source) -> list[str]:
     """Fill `folder`; returns what differs from the adapter as trained, in words."""
-    plain = factors(source.adapter)
+    plain = factors(source)
     r = max(each.r for each in plain.values())
     tensors: dict[str, Tensor] = {}
     for path, each in plain.items():

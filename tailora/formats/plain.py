@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.kinds import Kind
+from tailora.core.kinds import Kind, host_path
 from tailora.core.layer import LoRALayer
 from tailora.errors import FormatError, listing
 from tailora.formats.factors import SUFFIXES
@@ -55,22 +55,32 @@ def limits(source: Source, kinds: Sequence[Kind]) -> list[str]:
         problems.append(f"trained biases have no place there; {MERGED}")
     if adapter.saved:
         problems.append(f"modules_to_save: {', '.join(adapter.saved)} were trained whole; {MERGED}")
-    parts = [path for path, layer in adapter.low_rank.items() if layer.rows is not None]
-    problems += [f"{path}: a part of a fused layer has no place there; {MERGED}" for path in parts]
     unfit = {path: layer.kind for path, layer in adapter.low_rank.items() if layer.kind not in kinds}
     problems += [f"{path}: a {kind.name} has no place there; {MERGED}" for path, kind in unfit.items()]
     return problems
 
 
 @torch.no_grad()
-def factors(adapter: Adapter) -> dict[str, Factors]:
-    """Path -> factors, for kinds whose A and B are matrices."""
-    return {path: _factors(layer) for path, layer in adapter.low_rank.items()}
+def factors(source: Source) -> dict[str, Factors]:
+    """Path of a module -> factors, for kinds whose A and B are matrices. Parts of a fused layer are one product."""
+    found: dict[str, Factors] = {}
+    for path, layer in source.adapter.low_rank.items():
+        host, own = host_path(source.base_model, path), _factors(layer)
+        before = found.get(host)
+        found[host] = own if before is None else Factors(torch.cat([before.A, own.A]), torch.cat([before.B, own.B], 1))
+    return found
 
 
 def _factors(layer: LoRALayer) -> Factors:
     A, B = layer.update_factors()
-    return Factors(A.detach().float().cpu(), B.detach().float().cpu())
+    whole = B if layer.rows is None else layer.rows.spread(B.mT).mT
+    return Factors(A.detach().float().cpu(), whole.detach().float().cpu().contiguous())
+
+
+def hosts(source: Source) -> dict[str, Kind]:
+    """Path of a module -> kind of what is adapted in it."""
+    low_rank = source.adapter.low_rank.items()
+    return {host_path(source.base_model, path): layer.kind for path, layer in low_rank}
 
 
 def padded(factors: Factors, r: int) -> Factors:
@@ -126,4 +136,12 @@ def scale_notes(source: Source) -> list[str]:
         "the strength dial": any(float(layer.strength) != 1 for layer in source.adapter.low_rank.values()),
     }
     said = [name for name, there in asked.items() if there]
-    return ["the scale is multiplied into B" + (f" ({', '.join(said)})" if said else "")]
+    notes = ["the scale is multiplied into B" + (f" ({', '.join(said)})" if said else "")]
+    layers = source.adapter.low_rank.values()
+    if started := sum(layer.has_start for layer in layers):
+        notes.append(f"{started} layers' frozen starts are part of their factors, at twice the rank")
+    if parts := sum(layer.rows is not None for layer in layers):
+        notes.append(
+            f"{parts} parts of fused layers are written as factors of the whole layer, at the sum of their ranks"
+        )
+    return notes

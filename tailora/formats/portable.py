@@ -9,12 +9,12 @@ from pathlib import Path
 from torch import Tensor
 
 from tailora.core.kinds import CONV1D, EMBEDDING, LINEAR, host_of
-from tailora.formats.factors import suffixes
+from tailora.formats.factors import EMBEDDING_SUFFIXES, SUFFIXES
 from tailora.formats.fingerprint import fingerprint
 from tailora.formats.notes import KEY, Notes
 from tailora.formats.peft import CARD, PREFIX, SETTINGS, WEIGHTS
 from tailora.formats.peft_config import to_peft
-from tailora.formats.plain import Source, factors, limits, padded, scale_notes
+from tailora.formats.plain import Source, factors, hosts, limits, padded, scale_notes
 from tailora.formats.stems import stems
 from tailora.formats.tensors import to_bytes
 
@@ -38,24 +38,25 @@ def problems(source: Source) -> list[str]:
 
 
 def _rank_problems(source: Source) -> list[str]:
-    low_rank, plain = source.adapter.low_rank, factors(source.adapter)
+    plain = factors(source)
     highest = max(each.r for each in plain.values())
     if highest > RANKS[-1]:
         return [f"rank {highest} is above {RANKS[-1]}, the highest that vLLM takes; export to 'gguf' or 'merged'"]
     r = next(rank for rank in RANKS if rank >= highest)
-    narrow = [path for path, layer in low_rank.items() if min(layer.in_features, layer.out_features) < r]
+    narrow = [path for path, each in plain.items() if min(each.A.shape[1], each.B.shape[0]) < r]
     why = f"the one rank for all layers, {r}, is above its width; export to 'gguf' or 'merged'"
     return [f"{path}: {why}" for path in narrow]
 
 
 def write(folder: Path, source: Source) -> list[str]:
     """Fill `folder`; returns what differs from the adapter as trained, in words."""
-    plain = factors(source.adapter)
+    plain = factors(source)
     highest = max(each.r for each in plain.values())
     r = next(rank for rank in RANKS if rank >= highest)
     tensors: dict[str, Tensor] = {}
+    kinds = hosts(source)
     for path, each in plain.items():
-        keys, wide = suffixes(source.adapter.low_rank[path]), padded(each, r)
+        keys, wide = EMBEDDING_SUFFIXES if kinds[path] is EMBEDDING else SUFFIXES, padded(each, r)
         tensors |= {f"{PREFIX}{path}{keys['A']}": wide.A, f"{PREFIX}{path}{keys['B']}": wide.B}
     places = {path: (host_of(source.base_model, path), "weight") for path in plain}
     notes = Notes(base=fingerprint(places))
@@ -74,11 +75,6 @@ def write(folder: Path, source: Source) -> list[str]:
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     card = CARD_TEXT.format(base=f"base_model: {base}\n" if base else "", layers=len(plain), r=r)
     (folder / CARD).write_text(card, encoding="utf-8")
-    return [*scale_notes(source), *_rank_notes({path: each.r for path, each in plain.items()}, source, r)]
-
-
-def _rank_notes(ranks: dict[str, int], source: Source, r: int) -> list[str]:
-    started = sum(ranks[path] > layer.r for path, layer in source.adapter.low_rank.items())
-    said = [f"{started} layers' frozen starts are part of their factors, at twice the rank"] if started else []
-    below = sum(rank < r for rank in ranks.values())
-    return said + ([f"{below} of {len(ranks)} layers are filled up with zeros to rank {r}"] if below else [])
+    below = sum(each.r < r for each in plain.values())
+    padding = [f"{below} of {len(plain)} layers are filled up with zeros to rank {r}"] if below else []
+    return [*scale_notes(source), *padding]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import stir
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
@@ -58,7 +59,7 @@ def test_a_merged_model_answers_without_tailora(run: Path, tmp_path: Path, tiny_
     [
         (["RUN", "--to", "ggml"], 2, 'Choose from: "peft", "portable", "gguf", "mlx", "merged"'),
         (["RUN", "--to", "gguf", "--output", "OUT"], 2, "is there already; give another folder, or delete it"),
-        (["absent", "--to", "gguf"], 2, "absent is neither a folder nor a file"),
+        (["absent", "--to", "gguf"], 2, "absent is not a folder"),
         (["NAMELESS", "--to", "gguf"], 2, "does not name the model that it was made for; give --model"),
         (["RUN", "--to", "gguf", "--model", "absent"], 2, "no such folder here"),
         (["RUN"], 2, "--to"),
@@ -77,6 +78,28 @@ def test_mistakes(
     assert hint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+def test_a_lora_file_of_another_tool_becomes_a_peft_folder_and_answers(
+    run: Path, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    flat = {
+        f"lora_te_{key[len('base_model.model.') : -len('.lora_A.weight')].replace('.', '_')}.lora_{slot}.weight": value
+        for key, value in tensors.items()
+        for slot in [{"A": "down", "B": "up"}[key[-len("A.weight")]]]
+    }
+    file = tmp_path / "style.safetensors"
+    save_file(flat, file)
+    said = []
+    assert main(["export", str(file), "--model", str(tiny_model), "--to", "peft", "--output", str(tmp_path / "p")]) == 0
+    capsys.readouterr()
+    for adapter in (file, tmp_path / "p"):
+        tokens = ["--model", str(tiny_model), "--adapter", str(adapter), "--prompt", "a", "--max-new-tokens", "4"]
+        assert main(["generate", *tokens, "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert [each["adapters"] for each in said] == [["style"], ["p"]]
+    assert [each["text"] for each in said[0]["answers"]] == [each["text"] for each in said[1]["answers"]]
 
 
 def test_what_a_format_cannot_hold_exits_with_2(

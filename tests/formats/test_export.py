@@ -146,6 +146,19 @@ def test_conv1d_of_gpt2(tmp_path: Path) -> None:
         model.export(tmp_path / "mlx", "mlx")
 
 
+def test_parts_of_fused_layers_are_factors_of_the_whole(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0))
+    model = adapted({"target_modules": ["c_attn.q", "c_attn.v", "c_fc"], "rank_pattern": {"c_attn.v": 3}}, base)
+    for to in ("portable", "gguf", "merged"):
+        done = model.export(tmp_path / to, to)
+        assert done.logits.difference < 1e-4 < done.logits.effect
+    tensors = load_file(tmp_path / "portable" / "adapter_model.safetensors")
+    B = tensors["base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"]
+    assert B.shape == (96, 8)
+    assert not B[32:64].any()
+
+
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
 @pytest.mark.parametrize("to", ["gguf", "mlx"])
 def test_one_of_two_tied_weights_is_refused_where_it_would_change_both(tmp_path: Path, to: str, module: str) -> None:
@@ -263,7 +276,7 @@ def test_a_file_that_computes_something_else_is_not_left(tmp_path: Path, monkeyp
 def test_the_comparison_sees_a_scale_that_is_a_thousandth_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = portable.factors
     monkeypatch.setattr(
-        portable, "factors", lambda adapter: {k: type(f)(f.A, f.B * 1.001) for k, f in right(adapter).items()}
+        portable, "factors", lambda source: {k: type(f)(f.A, f.B * 1.001) for k, f in right(source).items()}
     )
     with pytest.raises(FormatError, match="logits differ"):
         adapted(base=chat_model().to(torch.bfloat16)).export(tmp_path / "out", "portable")
