@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tailora.cli.console import aside
-from tailora.cli.models import Adapters, Loaded, MaxNewTokens, Model, Seed, Temperature, TopP, enough_memory, load
+from tailora.cli.models import (
+    Adapters,
+    Loaded,
+    MaxNewTokens,
+    Model,
+    Quantize,
+    Seed,
+    Temperature,
+    TopP,
+    enough_memory,
+    load,
+)
 from tailora.errors import AdapterError, ConfigError, DataError, MemoryLimitError, nearest
 
 HELP = """\
@@ -30,13 +41,14 @@ def chat(
     *,
     model: Model = "demo",
     adapter: Adapters = None,
+    quantize: Quantize = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
     seed: Seed = 0,
 ) -> int:
     """Talk to a model, with or without adapters. /help lists what can be typed."""
-    loaded = load(model, adapter or [])
+    loaded = load(model, adapter or [], quantize)
     talk = Talk(loaded, {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed})
     if loaded.adapters:
         loaded.model.set_adapter(loaded.adapters[0])

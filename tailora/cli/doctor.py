@@ -22,7 +22,7 @@ Facts = dict[str, dict[str, Any]]  # section -> name -> value
 
 
 def doctor(*, json: Json = False) -> int:
-    """Show what this machine can do: device, bf16, threads, memory, disk, packages."""
+    """Show what this machine can do: device, bf16, threads, memory, disk, quantisation, packages."""
     facts = examined()
     if json:
         print_json({**facts, "meaning": meaning(facts)})
@@ -44,6 +44,7 @@ def examined() -> Facts:
 
     from tailora.data.fetch import cache_folder
     from tailora.train.memory import available_bytes
+    from tailora.train.quantize import METHODS
 
     own = {"tailora": __version__, "python": platform.python_version()}
     return {
@@ -59,6 +60,7 @@ def examined() -> Facts:
         },
         "demo cache": _disk(cache_folder()),
         "Hub cache": _disk(Path(HF_HUB_CACHE)),
+        "quantize": {name: _works(name) for name in METHODS},
         "packages": {**own, **{name: _version(name) for name in PACKAGES}},
     }
 
@@ -96,6 +98,14 @@ def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def _works(name: str) -> str:
+    import torch
+
+    from tailora.train.quantize import obstacle
+
+    return obstacle(name, "cuda" if torch.cuda.is_available() else "cpu") or "works"
 
 
 def _disk(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from tailora.cli.console import print_json
-from tailora.cli.models import Adapters, MaxNewTokens, Model, Seed, Temperature, TopP, enough_memory, load
+from tailora.cli.models import Adapters, MaxNewTokens, Model, Quantize, Seed, Temperature, TopP, enough_memory, load
 from tailora.cli.options import Json
 from tailora.errors import ConfigError
 
@@ -22,6 +22,7 @@ def generate(
     adapter: Adapters = None,
     prompt: Prompts = None,
     system: Annotated[str | None, Parameter(help="system message")] = None,
+    quantize: Quantize = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -30,7 +31,7 @@ def generate(
 ) -> int:
     """Answer prompts once; several adapters add up."""
     prompts = prompt or [_piped()]
-    loaded = load(model, adapter or [])
+    loaded = load(model, adapter or [], quantize)
     from tailora.measure.chat import reply
 
     sampling: dict[str, Any] = {

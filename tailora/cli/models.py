@@ -1,5 +1,6 @@
 """A model with its adapters, and how it samples, as `chat` and `generate` take them."""
 
+import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ Temperature = Annotated[NonNegativeFloat, Parameter(help="0: always the likelies
 TopP = Annotated[float, Parameter(help="sample from this share of the probability", validator=Number(gt=0, lte=1))]
 Seed = Annotated[NonNegativeInt, Parameter(help="of the sampling", validator=Number(lt=2**63))]
 LORA_FILE = ".safetensors"
+Quantize = Annotated[
+    str | None,
+    Parameter(help="nf4, fp4, int8, torchao-int8 or none; without it, as the adapter's run did"),
+]
 SHORTER = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
 
 
@@ -34,8 +39,11 @@ class Loaded:
     adapters: list[str]
 
 
-def load(model: str, adapters: Sequence[str]) -> Loaded:
-    """Raises ConfigError, FormatError, BaseMismatchError."""
+def load(model: str, adapters: Sequence[str], quantize: str | None = None) -> Loaded:
+    """`quantize`: a method, "none", or None for that which the adapters were trained with.
+
+    Raises ConfigError, FormatError, BaseMismatchError.
+    """
     folders = named(adapters)
     import torch
 
@@ -43,7 +51,7 @@ def load(model: str, adapters: Sequence[str]) -> Loaded:
     from tailora.train.load import load_base
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base, tokenizer = load_base(model, "auto", device)
+    base, tokenizer = load_base(model, "auto", device, chosen_method(list(folders.values()), quantize))
     if not folders:
         return Loaded(base.to(device).eval(), tokenizer, [])
     (first, folder), *others = folders.items()
@@ -52,6 +60,27 @@ def load(model: str, adapters: Sequence[str]) -> Loaded:
         adapted.load_adapter(folder, name)
     adapted.set_adapter(list(folders))
     return Loaded(adapted.to(device).eval(), tokenizer, list(folders))
+
+
+def chosen_method(folders: Sequence[Path], asked: str | None) -> str | None:
+    """How to quantise the base: as asked, or as the runs of all these adapters did. Raises ConfigError."""
+    if asked is not None:
+        return None if asked == "none" else asked
+    found = {str(folder): recorded_method(folder) for folder in folders}
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{folder} {method or 'no quantisation'}" for folder, method in found.items())
+        raise ConfigError(f"the adapters were trained on different bases: {said}; give --quantize METHOD or none")
+    return next(iter(found.values()), None)
+
+
+def recorded_method(folder: Path) -> str | None:
+    """What the run.json beside an adapter says; None where there is none, or it says nothing."""
+    try:
+        settings = json.loads((folder.resolve().parent / "run.json").read_text(encoding="utf-8"))["settings"]
+        method = settings.get("quantize")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return method if isinstance(method, str) else None
 
 
 def enough_memory() -> AbstractContextManager[None]:

@@ -84,10 +84,12 @@ def described(header: Mapping[str, Any]) -> str:
     base = f"{(total if full else total - trained) / 1e6:,.1f}M"
     adapter = f"{header['adapted_layers']} layers, {trained:,} parameters ({trained / total:.2%})"
     why = "what this machine is fastest with" if asked["dtype"] == "auto" else "as asked"
+    how = asked.get("quantize")
+    stored = f"linear layers in {how} ({header['base_bytes'] / 1e6:,.0f} MB in all), the rest in " if how else ""
     rows = "packed, attention inside each" if header["packed"] else "padded"
     size = asked["per_device_train_batch_size"] * asked["gradient_accumulation_steps"] * header["processes"]
     lines = {
-        "model": f"{asked['model']}, {base} parameters, {header['dtype']} ({why}) on {header['device']}",
+        "model": f"{asked['model']}, {base} parameters, {stored}{header['dtype']} ({why}) on {header['device']}",
         **({"trained": "all weights of the model"} if full else {"adapter": adapter, **_unusual(asked, header)}),
         **_read(header["data"], asked["streaming"]),
         "steps": f"{header['max_steps']:,} of {size} examples, {rows}",

@@ -8,6 +8,7 @@ Found by the qualified name of the weight's class, so that neither package need 
 """
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,13 +159,14 @@ def _grid_again(layer: Any, rows: Tensor) -> Tensor:
     return ((parts / step).round() * step).reshape(rows.shape)
 
 
-def _inner(tensor: Tensor) -> Iterator[Tensor]:
+def made_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a tensor of a class of its own wraps; itself where it wraps none."""
     names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
     if names is None:
         yield tensor
         return
     for name in names:
-        yield from _inner(getattr(tensor, name))
+        yield from made_of(getattr(tensor, name))
 
 
 TORCHAO = Base(
@@ -173,7 +175,7 @@ TORCHAO = Base(
     dense=lambda layer: layer.weight.dequantize(),
     spread=_grid_spread,
     again=_grid_again,
-    tensors=lambda layer: list(_inner(layer.weight)),
+    tensors=lambda layer: list(made_of(layer.weight)),
 )
 
 PLAIN = Base(
@@ -248,13 +250,17 @@ def weight_count(module: nn.Module) -> int:
     )
 
 
-def held_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """All parameters and buffers as the plain tensors that they are made of."""
+def held_parts(module: nn.Module) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+    """Name of every parameter and buffer, itself, and the plain tensors that it is made of."""
     packed = {id(layer.weight): layer for layer in module.modules() if is_quantized(layer)}
-    for parameter in module.parameters():
-        layer = packed.get(id(parameter))
-        yield from [parameter] if layer is None else base_of(layer).tensors(layer)
-    yield from module.buffers()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        layer = packed.get(id(tensor))
+        yield name, tensor, [tensor] if layer is None else base_of(layer).tensors(layer)
+
+
+def held_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """All that is in memory of it, as plain tensors."""
+    return (part for _, _, parts in held_parts(module) for part in parts)
 
 
 def held_bytes(module: nn.Module) -> int:
@@ -271,7 +277,24 @@ def base_obstacle(layer: nn.Module) -> str | None:
             "bitsandbytes repacked its weight for inference when the base was evaluated, which rounds it and lets no "
             "gradient pass; load the base again and attach the adapter before evaluating it"
         )
+    if base_of(layer) is FOUR_BITS and _misread(layer):
+        return (
+            f"bitsandbytes computes another weight than was quantised: {dense_shape(layer)[1]} inputs are no multiple "
+            f"of its block of {_state(layer).blocksize} (0.50 on a CPU); quantise in 8 bits, or leave this layer out"
+        )
     return None
+
+
+def _misread(layer: Any) -> bool:
+    """Whether blocks that go on in the next row get the largest number of another: the same codes as one row tell."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = _state(layer)
+    if state.shape[1] % state.blocksize == 0:
+        return False
+    flat = copy(state)
+    flat.shape = torch.Size((1, state.shape.numel()))
+    return not torch.equal(dequantize_4bit(layer.weight.data, flat).view(state.shape), _blocks_dense(layer))
 
 
 def keep_as_stored(model: nn.Module) -> list[nn.Module]:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tailora.core.bases import is_quantized
 from tailora.fast.loss import cross_entropy, frozen_head, recomputed_head
 
 
@@ -88,8 +89,9 @@ def own_form(model: Model) -> str:
 
 
 def _is_frozen(head: nn.Module | None) -> bool:
-    """A plain linear layer (an adapted one has a class of its own) without gradients."""
-    return type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters())
+    """A plain linear layer (an adapted one has a class of its own) of plain weights, without gradients."""
+    plain = type(head) is nn.Linear and not is_quantized(head)
+    return plain and head is not None and not any(parameter.requires_grad for parameter in head.parameters())
 
 
 def _out_of_reach(model: Model, batch: Batch) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.attach import Adapted, Swapped, derived
+from tailora.core.bases import is_quantized
 from tailora.core.kinds import LINEAR, qualified
 from tailora.core.layer import LoRALayer
 from tailora.fast import blocks, decoder
@@ -82,6 +83,8 @@ def obstacle(layer: nn.Module) -> str | None:
     """Why a layer of the family cannot be computed as one Function, or None."""
     attention, mlp = cast(Any, layer).self_attn, cast(Any, layer).mlp
     linears = {name: getattr(getattr(layer, owner), attribute) for name, (owner, attribute) in PROJECTIONS.items()}
+    if quantized := [name for name, linear in linears.items() if is_quantized(linear)]:
+        return f"{', '.join(quantized)} are quantised"
     if odd := [name for name, linear in linears.items() if _plain(linear) is not nn.Linear]:
         return f"{', '.join(odd)} are not plain linear layers"
     norms = [module for module in layer.modules() if type(module).__name__.endswith("RMSNorm")]

@@ -61,6 +61,7 @@ class TrainConfig(StrictModel):
     fast: Literal["auto", "off"] = Field("auto", description="kernels that keep the result, chosen and verified")
     prefix_cache_gb: float | None = Field(None, ge=0, description="disk for states of frozen lower layers; 0: none")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the base; adapters are float32")
+    quantize: Literal["nf4", "fp4", "int8", "torchao-int8"] | None = Field(None, description="how to store the base")
     seed: int = Field(0, ge=0, lt=2**63, description="data order, start of A, dropout")
     # evaluation and files
     eval_steps: int = Field(0, ge=0, lt=COUNT, description="evaluate every N steps; 0: before and after only")
@@ -97,6 +98,10 @@ class TrainConfig(StrictModel):
             (
                 self.method == "full" and self.loraplus_lr_ratio != 1,
                 "loraplus_lr_ratio is the rate of B, which --method full has not: leave it out",
+            ),
+            (
+                self.method == "full" and self.quantize,
+                "--method full trains the weights, which cannot be quantised: leave --quantize out",
             ),
             (self.adapter and changed, f"--adapter brings its own {', '.join(changed)}: leave them out"),
         ]

@@ -1,15 +1,18 @@
 """The base model and its tokenizer, in the precision that this machine is good at."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tailora.core.bases import base_obstacle, quantized_layers
 from tailora.data.demo import resolve
 from tailora.data.hub import check_model
 from tailora.data.quiet import quiet
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, listing
+from tailora.train.quantize import settings_for
 
 CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 names, and Arm's
 DTYPES: dict[str, torch.dtype | str] = {
@@ -30,12 +33,16 @@ def has_bfloat16(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> 
     return bool(CPU_FLAGS & set(next(lines, "").split()))
 
 
-def load_base(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(
+    name: str, dtype: str = "auto", device: str = "cpu", quantize: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder, a Hub id, or 'demo'.
 
     `dtype`: float32, bfloat16, float16, as the weights are "stored", or "auto", what this machine is good at.
 
-    Raises ConfigError when they cannot be read; pickled weights are not.
+    `quantize`: a method of `train.quantize`, for the linear layers; the rest has the dtype.
+
+    Raises ConfigError when they cannot be read, or not be quantised so; pickled weights are not read.
     """
     source = resolve(name, "model")
     check_model(source)
@@ -43,9 +50,16 @@ def load_base(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreT
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
+            more: dict[str, Any] = {}  # a None would take away the own quantisation of a quantised model
+            if quantize is not None:
+                more["quantization_config"] = _method(name, source, quantize, precision, device)
             model, report = AutoModelForCausalLM.from_pretrained(
-                source, dtype=precision, use_safetensors=True, output_loading_info=True
+                source, dtype=precision, use_safetensors=True, output_loading_info=True, **more
             )
+    except ConfigError:
+        raise
+    except ImportError as error:  # of what a quantised model was quantised with
+        raise ConfigError(f"model {name!r} needs a package: {error}") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(_unreadable(name, source, error)) from error
     if missing := sorted(report["missing_keys"]):
@@ -53,7 +67,20 @@ def load_base(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreT
             f"model {name!r} lacks {len(missing)} weights that {type(model).__name__} has, which would be random: "
             f"{', '.join(missing[:3])}; give a complete causal language model"
         )
+    if problems := [
+        f"{path}: {why}" for path, layer in quantized_layers(model).items() if (why := base_obstacle(layer))
+    ]:
+        raise ConfigError(f"model {name!r} cannot be used in this quantisation: {listing(problems)}")
     return model, tokenizer
+
+
+def _method(name: str, source: str, quantize: str, precision: torch.dtype | str, device: str) -> Any:
+    """What transformers takes. Raises ConfigError for what does not work here and for a model that is quantised."""
+    own = getattr(AutoConfig.from_pretrained(source), "quantization_config", None)
+    if own is not None:
+        how = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+        raise ConfigError(f"model {name!r} is quantised already ({how}): leave --quantize {quantize} out")
+    return settings_for(quantize, precision if isinstance(precision, torch.dtype) else torch.bfloat16, device)
 
 
 def _unreadable(name: str, source: str, error: Exception) -> str:

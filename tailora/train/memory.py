@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
+from tailora.core.bases import dense_shape, held_tensors, made_of, quantized_layers
 from tailora.errors import MemoryLimitError
 
 CGROUP = (  # limit and use of a container, version 2 and 1
@@ -66,7 +67,7 @@ class Load:
 class Cost:
     """What the forward keeps until the backward, in bytes."""
 
-    fixed: float  # copies of the adapter in the base's precision
+    fixed: float  # copies of the adapter in the base's precision, and of a quantised base the one weight in use
     per_token: float
     per_checkpointed_token: float
     per_supervised: float  # on top: a row of hidden states, or of logits, as the loss's form has it
@@ -89,22 +90,29 @@ def measure(forward: Callable[[int, bool], Tensor], tokens: int, model: PreTrain
     config, width = model.config.get_text_config(), model.dtype.itemsize
     layers, hidden = config.num_hidden_layers, config.hidden_size
     return Cost(
-        fixed=max(whole - per_token * tokens, 0),
+        fixed=max(whole - per_token * tokens, 0) + dequantized_bytes(model),
         per_token=per_token,
         per_checkpointed_token=per_token / layers + layers * hidden * width,
         per_supervised=(learned - whole) / max(tokens - 1, 1),  # nothing predicts the first token
     )
 
 
+def dequantized_bytes(model: PreTrainedModel) -> int:
+    """Of the largest quantised weight in the precision of the products: there is one at a time."""
+    sizes = (dense_shape(layer).numel() for layer in quantized_layers(model).values())
+    return int(max(sizes, default=0) * model.dtype.itemsize)
+
+
 def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
     """Bytes that autograd holds after the forward; the model's weights are not counted."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    known = {tensor.untyped_storage().data_ptr() for tensor in held_tensors(model)}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        for part in made_of(tensor):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # the tensor itself would hold its own graph, for ever
 
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
@@ -148,6 +156,7 @@ def remedies(cost: Cost, load: Load, longest: int) -> str:
     ]
     others = [
         "  - fewer --target-modules or --layers-to-transform: layers below the first adapted one keep nothing",
+        "  - --quantize nf4, where the base is not: its linear layers take a quarter of their bytes in bfloat16",
         "  - a smaller base model: memory and time fall with its layers and width",
     ]
     return "\n".join(["what helps:", *(lines + others)[:3]])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tailora
+from tailora.core.bases import held_parts
 from tailora.core.modes import evaluating
 from tailora.data.fetch import cache_folder
 from tailora.data.store import Example, Examples
@@ -271,10 +272,10 @@ def _weights(model: Subject, above: Sequence[nn.Module]) -> Iterator[bytes | mem
     """Names and bytes of the decoder's parameters and buffers, without the layers above the frozen ones."""
     decoder = model.get_decoder()
     left_out = {id(tensor) for layer in above for tensor in (*layer.parameters(), *layer.buffers())}
-    for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
-        if id(tensor) not in left_out:
-            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-            yield memoryview(cast(Any, tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    for name, tensor, parts in held_parts(decoder):
+        for part in parts if id(tensor) not in left_out else []:
+            yield f"{name} {part.dtype} {tuple(part.shape)}".encode()
+            yield memoryview(cast(Any, part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
 
 
 def _lengths_and_ids(plan: Plan) -> Iterator[bytes | memoryview]:

@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from tailora.core.bases import held_bytes
 from tailora.data.prepare import Prepared
 from tailora.errors import CheckpointError
 from tailora.fast.flat import Flat, flattened
@@ -162,6 +163,7 @@ def _header(bench: Bench, kit: Kit) -> dict[str, Any]:
         "device": str(bench.accelerator.device),
         "processes": bench.accelerator.num_processes,
         "dtype": str(kit.base.dtype).removeprefix("torch."),
+        "base_bytes": held_bytes(kit.base),
         "packed": kit.rows.packed,
         "kernels": "; ".join(filter(None, [kit.kernels.words, kit.kept.words])),
         "start": kit.start,

@@ -36,7 +36,10 @@ from tailora.train.subject import Subject
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 PROBE_TOKENS = 128  # memory is measured on so much of the longest example
-LIGHTER = "what helps: --dtype bfloat16 (half the bytes of float32), a smaller --model, closing other programs"
+LIGHTER = (
+    "what helps: --quantize nf4 (a quarter of bfloat16's bytes), --dtype bfloat16 (half the bytes of float32), "
+    "a smaller --model, closing other programs"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +83,7 @@ def assemble(
     """
     device = accelerator.device
     with explained("loading", lambda: LIGHTER):
-        base, tokenizer = load_base(config.model, config.dtype, device.type)
+        base, tokenizer = load_base(config.model, config.dtype, device.type, config.quantize)
         data = feed(config, base, tokenizer, accelerator)
         model = subject(config, base, tokenizer, accelerator, resumed(config, saved))
         rows = choose_rows(config, model, tokenizer, note)

@@ -1,0 +1,130 @@
+"""`--quantize`: how the base's linear layers are stored, by which package, and whether that works on this machine.
+
+    nf4, fp4       bitsandbytes: 4 bits, in blocks of 64; scales quantised too (QLoRA, arXiv:2305.14314)
+    int8           bitsandbytes: 8 bits a row (LLM.int8, arXiv:2208.07339); evaluation rounds the input, too
+    torchao-int8   torchao: 8 bits a row, weights alone; its backward keeps a 16-bit copy of every weight
+
+The output head and the embedding stay as they are (transformers' choice).
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tailora.core.bases import is_quantized, keep_as_stored
+from tailora.errors import ConfigError, nearest
+
+EXTRA = "pip install 'tailora[quantize]'"
+TRIED = 64  # inputs and outputs of the layer that is tried
+
+
+@dataclass(frozen=True)
+class Method:
+    package: str
+    settings: Callable[[torch.dtype], Any]  # precision of the rest -> what transformers takes
+    layer: Callable[[nn.Linear], nn.Module]  # a plain layer, stored so
+
+
+def _four_bits(quant_type: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+def _four_bit_layer(quant_type: str, plain: nn.Linear) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit
+
+    return _filled(Linear4bit(TRIED, TRIED, quant_type=quant_type), plain)
+
+
+def _int8(_: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line per layer and call
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def _int8_layer(plain: nn.Linear) -> nn.Module:
+    from bitsandbytes.nn import Linear8bitLt
+
+    return _filled(Linear8bitLt(TRIED, TRIED, has_fp16_weights=False), plain)
+
+
+def _filled(layer: nn.Module, plain: nn.Linear) -> nn.Module:
+    device = plain.weight.device
+    layer.load_state_dict({name: value.cpu() for name, value in plain.state_dict().items()})
+    return layer.to(device)
+
+
+def _torchao(_: torch.dtype) -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig(version=2))
+
+
+def _torchao_layer(plain: nn.Linear) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(plain.requires_grad_(False), Int8WeightOnlyConfig(version=2))
+    return plain
+
+
+METHODS = {
+    "nf4": Method("bitsandbytes", partial(_four_bits, "nf4"), partial(_four_bit_layer, "nf4")),
+    "fp4": Method("bitsandbytes", partial(_four_bits, "fp4"), partial(_four_bit_layer, "fp4")),
+    "int8": Method("bitsandbytes", _int8, _int8_layer),
+    "torchao-int8": Method("torchao", _torchao, _torchao_layer),
+}
+
+
+def settings_for(name: str, dtype: torch.dtype, device: str) -> Any:
+    """What `from_pretrained` takes as quantization_config. Raises ConfigError where the method does not work here."""
+    if name not in METHODS:
+        raise ConfigError(f"quantize {name!r} is unknown; there are {', '.join(METHODS)}{nearest(name, METHODS)}")
+    if (reason := obstacle(name, device)) is not None:
+        others = [other for other in METHODS if other != name and obstacle(other, device) is None]
+        raise ConfigError(f"--quantize {name} does not work here: {reason}; of the others work: {_listed(others)}")
+    return METHODS[name].settings(dtype)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def obstacle(name: str, device: str) -> str | None:
+    """Why the method does not work on this machine, or None: found out on a small layer, forward and backward."""
+    method = METHODS[name]
+    if importlib.util.find_spec(method.package) is None:
+        return f"{method.package} is not installed: {EXTRA}"
+    try:
+        return _tried(method, torch.device(device))
+    except (ImportError, OSError, RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        cause = (str(error).strip() or repr(error)).splitlines()[0]
+        return f"{method.package} cannot run on {device}: {cause}"
+
+
+def _tried(method: Method, device: torch.device) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    plain = nn.Linear(TRIED, TRIED).to(device)
+    plain.weight.data.copy_(torch.randn(TRIED, TRIED, generator=generator))
+    expected = plain.weight.detach().clone()
+    layer = method.layer(plain)
+    keep_as_stored(layer)
+    x: Tensor = torch.randn(8, TRIED, generator=generator).to(device).requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x)
+    apart = float((gradient - expected.sum(0)).norm() / (8**0.5 * expected.sum(0).norm()))
+    if not is_quantized(layer):
+        return f"{method.package} left the weight as it was"
+    return None if apart < 0.3 else f"its gradient is off by {apart:.0%}"

@@ -1,0 +1,141 @@
+"""`--quantize`: runs on quantised bases, what they refuse, and what is left to the plain path."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import chat_model, chat_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.bases import dense_weight, held_bytes, is_quantized, quantized_layers
+from tailora.data.store import Example
+from tailora.errors import ConfigError
+from tailora.fast.forms import FROZEN
+from tailora.train.events import Prepared
+from tailora.train.kernels import Kernels
+from tailora.train.load import load_base
+from tailora.train.loss import Rows
+from tailora.train.quantize import METHODS, obstacle, settings_for
+from tailora.train.run import run
+from tailora.train.setup import memory_cost
+
+CPU = torch.device("cpu")
+methods = pytest.mark.parametrize("method", METHODS)
+HIDDEN, INNER, KEYS = 64, 128, 32
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model whose widths are multiples of 64."""
+    folder = tmp_path_factory.mktemp("wide")
+    chat_model(vocab_size=320, hidden_size=HIDDEN, intermediate_size=INNER, initializer_range=0.2).save_pretrained(
+        folder
+    )
+    texts = ["red blue green north south one two three sun rain", "user assistant"] * 3
+    chat_tokenizer(texts, eos_token="<|im_end|>", pad_token="<|im_end|>").save_pretrained(folder)
+    return folder
+
+
+def test_a_weight_that_bitsandbytes_misreads_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    chat_model(vocab_size=320, hidden_size=96).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="96 inputs are no multiple of its block of 64"):
+        load_base(str(tmp_path), "float32", "cpu", "nf4")
+    load_base(str(tmp_path), "float32", "cpu", "int8")
+
+
+@methods
+def test_a_run_on_a_quantised_base(settings: Any, model_folder: Path, method: str) -> None:
+    headers: list[dict[str, Any]] = []
+    config = settings(quantize=method, max_steps=6, eval_steps=3, gradient_checkpointing=method == "fp4")
+    result = run(config, on_event=lambda event: headers.append(event.header) if isinstance(event, Prepared) else None)
+    assert result.eval_loss_after < result.eval_loss_before  # type: ignore[operator]
+    kernels = headers[0]["kernels"]
+    assert "layer kernels: off" in kernels
+    # LLM.int8 finds outliers over all rows of an evaluation, so that packed and padded rows differ
+    assert ("batches are padded" if method == "int8" else "are quantised") in kernels
+    assert f"loss: {FROZEN}" in kernels
+    written = json.loads((Path(config.output_dir) / "run.json").read_text())
+    assert written["settings"]["quantize"] == method
+    plain = AutoModelForCausalLM.from_pretrained(model_folder)
+    assert written["total_parameters"] - written["trainable_parameters"] == plain.num_parameters()
+    assert written["base_bytes"] < held_bytes(plain)
+    LoRAModel.from_pretrained(plain, Path(config.output_dir) / "adapter")  # recognised
+
+
+@methods
+def test_losses_and_gradients_are_those_of_the_dequantised_base(model_folder: Path, method: str) -> None:
+    """One step of plain descent by the run's loss, with and without the quantised storage."""
+    found = []
+    for quantised in (True, False):
+        base, _ = load_base(str(model_folder), "float32", "cpu", method)
+        if not quantised:
+            dense = {path: dense_weight(layer) for path, layer in quantized_layers(base).items()}
+            base, _ = load_base(str(model_folder), "float32")
+            for path, weight in dense.items():
+                base.get_submodule(path).weight.data = weight.clone()
+        torch.manual_seed(0)
+        model = LoRAModel(base, LoRAConfig(r=4)).train()
+        for parameter in model.lora_layers.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        ids = torch.arange(40)[None] % 320
+        loss = model(input_ids=ids, labels=ids).loss
+        gradients = torch.autograd.grad(loss, list(model.lora_layers.parameters()))
+        found.append([loss, *gradients])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+def test_a_method_that_does_not_work_here_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Any) -> Any:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(METHODS, "fp4", METHODS["fp4"].__class__("bitsandbytes", METHODS["fp4"].settings, broken))
+    with pytest.raises(ConfigError, match="fp4 does not work here: bitsandbytes cannot run on cpu: no kernel image"):
+        settings_for("fp4", torch.float32, "cpu")
+    monkeypatch.setitem(METHODS, "fp4", METHODS["fp4"].__class__("no_such_package", METHODS["fp4"].settings, broken))
+    with pytest.raises(ConfigError, match=r"no_such_package is not installed: pip install 'tailora\[quantize\]'"):
+        settings_for("fp4", torch.float32, "cpu")
+    assert obstacle("nf4", "cpu") is None
+    with pytest.raises(ConfigError, match="did you mean nf4"):
+        settings_for("nf8", torch.float32, "cpu")
+
+
+def test_a_quantised_model_keeps_its_own_way(model_folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_base(str(model_folder), "float32", "cpu", "nf4")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="is quantised already"):
+        load_base(str(tmp_path), "float32", "cpu", "int8")
+    again, _ = load_base(str(tmp_path), "float32")
+    one, other = (quantized_layers(each) for each in (model, again))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(dense_weight(one[path]), dense_weight(other[path]), rtol=1e-6) for path in one)
+
+
+def test_full_fine_tuning_has_nothing_to_quantise(settings: Any) -> None:
+    with pytest.raises(ConfigError, match="cannot be quantised"):
+        settings(method="full", learning_rate=1e-4, quantize="nf4")
+
+
+@methods
+def test_the_estimate_counts_what_a_quantised_base_keeps(model_folder: Path, method: str) -> None:
+    ids = np.arange(100, dtype=np.int32)
+    costs = []
+    for how in (None, method):
+        base, _ = load_base(str(model_folder), "float32", "cpu", how)
+        assert any(map(is_quantized, base.modules())) == (how is not None)
+        model = LoRAModel(base, LoRAConfig(r=4)).train()
+        costs.append(memory_cost(model, Rows(False, FROZEN, 0), Kernels(False, ""), Example(ids, ids), CPU))
+    plain, quantised = costs
+    dense = 4 * 2 * HIDDEN * (2 * HIDDEN + 2 * KEYS + 3 * INNER)  # all linear layers in float32
+    largest = 4 * HIDDEN * INNER
+    assert quantised.per_token == pytest.approx(plain.per_token, rel=0.3)
+    extra = quantised.fixed - plain.fixed
+    assert largest <= extra <= largest + (dense if method == "torchao-int8" else largest)
+    if method == "torchao-int8":
+        assert extra > dense / 2  # its backward keeps copies
