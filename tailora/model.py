@@ -345,15 +345,16 @@ class LoRAModel(nn.Module):
         check_compatible(used, by_row=True)
         batch = Batch(chosen, tuple(self._adapters), next(self.base_model.parameters()).device)
         before, waiting = {path: layer.active_adapters for path, layer in self._attached.items()}, self._waiting
-        for path, part in by_rows(batch, self._adapters, self._attached).items():
-            attach(self._attached[path], (part,))
+        parts = by_rows(batch, self._adapters, self._attached)
+        for path, layer in self._attached.items():
+            attach(layer, (parts[path],) if path in parts else ())
         self._rows, self._waiting = batch, _waiting(used)
         try:
             yield
         finally:
             self._rows, self._waiting = None, waiting
-            for path, parts in before.items():
-                attach(self._attached[path], parts)  # type: ignore[arg-type]
+            for path, active in before.items():
+                attach(self._attached[path], active)  # type: ignore[arg-type]
 
     def set_scale(self, name: str, strength: float) -> None:
         """Dial one adapter up or down: 1 is as trained, 0 is off. Holds until set again; is merged, not saved."""
@@ -361,8 +362,9 @@ class LoRAModel(nn.Module):
         self._check_unmerged("change a strength")
         if not math.isfinite(strength):
             raise ConfigError(f"strength = {strength}; take a finite number, 1 is as trained")
-        for layer in adapter.low_rank.values():
-            layer.strength.fill_(strength)
+        for part in (*adapter.low_rank.values(), *adapter.extras.values()):
+            if isinstance(dial := getattr(part, "strength", None), Tensor):
+                dial.fill_(strength)
 
     def _install(self, name: str, adapter: Adapter) -> None:
         self._hosts |= {path: host_path(self.base_model, path) for path in adapter.parts}
@@ -503,9 +505,10 @@ class LoRAModel(nn.Module):
         changes, report = folded(adapted, others)
         if quantized := [layer for layer, _ in adapted.values() if is_quantized(layer)]:
             changes += whole_plain(self.base_model, quantized, others)
+        made: dict[int, nn.Parameter] = {}
         for layer in layers.values():
             if isinstance(layer, Substituted):
-                changes += moved_in(layer, layer.active_adapters[0])
+                changes += moved_in(layer, layer.active_adapters[0], made)
         untied = settle_ties(self.base_model, changes, untie_weights)
         self._merged = [change.make() for change in changes]
         if untied and getattr(self._config(), "tie_word_embeddings", False):

@@ -3,13 +3,17 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from tailora.core.attach import detach
 from tailora.core.config import LoRAConfig
+from tailora.core.extra_targets import ExtraTargets
+from tailora.core.extras import TokenHead, TokenRows, TrainedBias
 from tailora.core.inits import INITS
+from tailora.core.kinds import weight_of
 from tailora.core.layer import LoRALayer
 from tailora.core.starts import DATA_STARTS, FROM_WEIGHT, MOVED, check_fits, start_at_weight
 from tailora.core.targets import Selection, Target
@@ -21,6 +25,7 @@ class Adapter:
     config: LoRAConfig
     low_rank: dict[str, LoRALayer]
     saved: dict[str, nn.Module] = field(default_factory=dict)  # trained copies, by path (modules_to_save)
+    extras: dict[str, nn.Module] = field(default_factory=dict)  # TrainedBias, TokenRows and TokenHead, by path
     waits: bool = False  # for data to start from
 
     @property
@@ -30,7 +35,7 @@ class Adapter:
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        return {**self.low_rank, **self.saved}
+        return {**self.low_rank, **self.saved, **self.extras}
 
 
 def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> Adapter:
@@ -42,13 +47,46 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
     name = config.init_lora_weights
     check_fits(selection.targets, name)
     saved = {path: trained_copy(module) for path, module in selection.to_save.items()}
+    tie(selection.to_save, saved)
+    extras = extra_parts(selection.extras, selection.modules)
     if not fresh:
-        return Adapter(config, {target.path: _empty_layer(target, config) for target in selection.targets}, saved)
+        empty = {target.path: _empty_layer(target, config) for target in selection.targets}
+        return Adapter(config, empty, saved, extras)
     low_rank = {target.path: low_rank_layer(target, config) for target in selection.targets}
     if name in FROM_WEIGHT:
         for target in selection.targets:
             start_at_weight(low_rank[target.path], target, name)
-    return Adapter(config, low_rank, saved, waits=name in DATA_STARTS)
+    return Adapter(config, low_rank, saved, extras, waits=name in DATA_STARTS)
+
+
+def extra_parts(wanted: ExtraTargets, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The parts beside the low-rank updates, computing nothing yet."""
+    parts: dict[str, nn.Module] = {}
+    for path in wanted.biases:
+        layer: Any = modules[path]
+        parts[path] = TrainedBias(layer, adapter_dtype(layer.bias.dtype))
+    rows = {
+        path: TokenRows(modules[path], indices, adapter_dtype(weight_of(modules[path]).dtype))
+        for path, indices in wanted.tokens.items()
+    }
+    return {**parts, **rows, **{head: TokenHead(rows[path]) for head, path in wanted.heads.items()}}
+
+
+def tie(modules: Mapping[str, nn.Module], copies: Mapping[str, nn.Module]) -> None:
+    """Let copies share what their modules share, as a head and its embedding do, where their values are the same."""
+    first: dict[int, tuple[nn.Module, str]] = {}
+    for path, whole in modules.items():
+        for inner, module in whole.named_modules():
+            for name, parameter in module._parameters.items():
+                owner = copies[path].get_submodule(inner)
+                there, same = first.setdefault(id(parameter), (owner, name))
+                if parameter is not None and there is not owner and _equal(there, same, owner, name):
+                    owner._parameters[name] = there._parameters[same]
+
+
+def _equal(one: nn.Module, name: str, other: nn.Module, its_name: str) -> bool:
+    a, b = one._parameters[name], other._parameters[its_name]
+    return a is not None and b is not None and torch.equal(a, b)
 
 
 def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) -> LoRALayer:

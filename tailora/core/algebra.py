@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, check_compatible, trained_copy
+from tailora.core.extras import TrainedBias
 from tailora.core.kinds import host_of, kind_of
 from tailora.core.layer import LoRALayer
 from tailora.core.lowrank import Factors, concatenated, low_rank, product_spectrum, tail, truncated
@@ -160,11 +161,16 @@ def _sources(
     layers: dict[str, dict[str, LoRALayer]] = {}
     problems = []
     for name, adapter in adapters.items():
+        problems += [f"{path} of {name!r}: {_no_update(part)}" for path, part in adapter.extras.items()]
         for path, layer in adapter.low_rank.items():
             layers.setdefault(path, {})[name] = layer
             if reason := obstacle_to_sum(layer, host_of(base_model, path), exact):
                 problems.append(f"{path} of {name!r}: {reason}")
     return layers, problems
+
+
+def _no_update(part: nn.Module) -> str:
+    return "it trains a bias" if isinstance(part, TrainedBias) else "it trains rows of an embedding"
 
 
 def _biases(

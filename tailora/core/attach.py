@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from tailora.core.extras import Extra
 from tailora.core.layer import LoRALayer
 
 
@@ -27,7 +28,7 @@ class Swapped:
 class Adapted(Swapped):
     """y = W x + b + what each active adapter adds to that."""
 
-    active_adapters: tuple[LoRALayer, ...]
+    active_adapters: tuple[LoRALayer | Extra, ...]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the plain class
@@ -43,7 +44,7 @@ class AdaptedWhole(Adapted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active_adapters:
             return super(Adapted, self).forward(*args, **kwargs)  # type: ignore[misc]
-        forward = cast(Callable[..., Any], self.active_adapters[0].kind.forward)
+        forward = cast(Callable[..., Any], cast(LoRALayer, self.active_adapters[0]).kind.forward)
         return forward(self, self.active_adapters, *args, **kwargs)
 
 
@@ -113,9 +114,9 @@ def _revive(mixin: type[Swapped], plain: type[nn.Module]) -> nn.Module:
 
 def mixin_for(part: nn.Module) -> type[Swapped]:
     """What the class of a layer is derived from, too, so that it runs with this part of an adapter."""
-    if not isinstance(part, LoRALayer):
-        return Substituted
-    return AdaptedWhole if part.kind.forward else Adapted
+    if isinstance(part, LoRALayer):
+        return AdaptedWhole if part.kind.forward else Adapted
+    return Adapted if isinstance(part, Extra) else Substituted
 
 
 def become(module: nn.Module, mixin: type[Swapped]) -> None:

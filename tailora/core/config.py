@@ -57,8 +57,10 @@ class LoRAConfig(StrictModel):
         up: `{"to_qkv": {"q": 64, "k": 64, "v": 64}}`. A part is a target: `target_modules=["to_qkv.q"]`. The parts of
         the classes in `core.fused.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...) are known.
     modules_to_save: modules trained whole beside the low-rank updates, and saved with them.
-    bias: biases of the base to train, in copies of the adapter's own: "none", or those of the adapted layers
-        ("lora_only").
+    trainable_token_indices: rows of embeddings to train, such as those of new tokens: name -> ids, or ids of the
+        input embedding. A head that is tied to it follows.
+    bias: biases of the base to train, in copies of the adapter's own: "none", those of the adapted layers
+        ("lora_only"), or those of all layers ("all").
     lora_bias: a bias beside B.
     use_dora: every output row of the adapted weight gets a trained norm of its own (DoRA, arXiv:2402.09353).
     learn_scaling: the scale is a trained parameter, one per layer, starting from the value above.
@@ -77,7 +79,8 @@ class LoRAConfig(StrictModel):
     target_parameters: list[str] | None = None
     fused_parts: dict[str, dict[str, Annotated[int, Field(ge=1)]]] = {}
     modules_to_save: list[str] | None = None
-    bias: Literal["none", "lora_only"] = "none"
+    trainable_token_indices: dict[str, list[int]] | list[int] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     use_rslora: bool = False
     use_dora: bool = False
@@ -100,6 +103,14 @@ class LoRAConfig(StrictModel):
         if wrong := {pattern: value for pattern, value in patterns.items() if not 0 < value < math.inf}:
             raise ValueError(f"values must be above 0; got {wrong}")
         return patterns
+
+    @field_validator("trainable_token_indices")
+    @classmethod
+    def _rows(cls, value: Any) -> Any:
+        for indices in value.values() if isinstance(value, dict) else [value] if value is not None else []:
+            if not indices or len(set(indices)) < len(indices) or min(indices) < 0:
+                raise ValueError("rows are distinct numbers from 0 on, at least one")
+        return value
 
     @model_validator(mode="after")
     def _slots_agree(self) -> Self:

@@ -66,7 +66,7 @@ def _eva(adapter: Adapter, targets: Mapping[str, Target], run: Pass, rho: float)
         layers[path] = low_rank_layer(resized, config, fresh=False)
         layers[path].lora_A.data.copy_(found[path].directions[: ranks[path]].reshape(layers[path].lora_A.shape))
         layers[path].train(old.training)
-    return Adapter(config, layers, adapter.saved)
+    return Adapter(config, layers, adapter.saved, adapter.extras)
 
 
 def shared_out(found: Mapping[str, Variances], ranks: Mapping[str, int], rho: float) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tailora.core.bases import dense_weight
+from tailora.core.bases import dense_weight, is_quantized
 from tailora.core.kinds import Kind, weight_of
 
 BLOCK = 2**18  # numbers of a 16-bit weight that are widened at a time: on a CPU they stay in the cache
@@ -27,10 +27,10 @@ def row_squares(layer: nn.Module, kind: Kind, dtype: torch.dtype) -> Tensor:
     return torch.cat([part.to(dtype).square().sum(1) for part in _parts(flat)])
 
 
-def row_norms(layer: nn.Module, kind: Kind, squares: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """||W + B A|| of every output row: (out,), in the dtype of `squares`, ||W||^2. The scale is in B."""
+def row_norms(layer: nn.Module, kind: Kind, weight: Tensor, squares: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """||W + B A|| of every output row: (out,), in the dtype of `squares`, ||W||^2. `weight` is W; the scale is in B."""
     left, right = (factor.to(squares.dtype) for factor in kind.factors(layer, A, B))  # (groups, m, r), (groups, r, n)
-    weight = dense_weight(layer).reshape(len(left), left.shape[1], right.shape[2])
+    weight = weight.reshape(len(left), left.shape[1], right.shape[2])
     if kind.columns:
         crossed = _left_product(left[0], weight[0])[None]  # (1, r, n)
         cross = (crossed * right).sum(1)
@@ -81,23 +81,28 @@ class RowNorms:
         identity = id(weight), version, weight.dtype, weight.device
         if self._weight != identity:
             self.squares, self._weight, self._kept = row_squares(layer, self.kind, self.dtype), identity, None
+            self._packed = is_quantized(layer)  # found out here: the compiler cannot
 
     @torch.no_grad()
     def __call__(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return row_norms(layer, self.kind, self.squares, A, B)
+            return self._computed(layer, A, B)
         self.refresh(layer)
         if A.device.type != "cpu":  # comparing would wait for the device
-            return row_norms(layer, self.kind, self.squares, A, B)
+            return self._computed(layer, A, B)
         if self._kept is None or not self._kept.still(A, B):
-            self._kept = Kept(A.clone(), B.clone(), row_norms(layer, self.kind, self.squares, A, B))
+            self._kept = Kept(A.clone(), B.clone(), self._computed(layer, A, B))
         return self._kept.norms
+
+    def _computed(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        weight = dense_weight(layer) if self._packed else weight_of(layer).detach()
+        return row_norms(layer, self.kind, weight, self.squares, A, B)
 
 
 def exact_norms(layer: nn.Module, kind: Kind, A: Tensor, B: Tensor) -> Tensor:
     """The same anew and in float64, where the device has it."""
     dtype = torch.float32 if A.device.type == "mps" else torch.float64
-    return row_norms(layer, kind, row_squares(layer, kind, dtype), A, B)
+    return row_norms(layer, kind, dense_weight(layer), row_squares(layer, kind, dtype), A, B)
 
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tailora.core.attach import Swapped
 from tailora.core.bases import dense_weight, is_quantized
 from tailora.core.dequantize import Change, Exchange, made_plain, requantizing_error
-from tailora.core.kinds import KINDS, holder, qualified
+from tailora.core.extras import TokenHead, TokenRows, TrainedBias, rows_behind
+from tailora.core.kinds import KINDS, holder, qualified, weight_of
 from tailora.core.layer import LoRALayer
 from tailora.errors import MergeError, listing
 
@@ -103,9 +104,9 @@ def _norm(left: Tensor, right: Tensor) -> float:
 
 @torch.no_grad()
 def folded(
-    layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]], others: torch.dtype | None = None
+    layers: Mapping[str, tuple[nn.Module, Sequence[nn.Module]]], others: torch.dtype | None = None
 ) -> tuple[list[Change], MergeReport]:
-    """The merged weights of every layer, nothing written yet. `others`: precision of the model's plain weights.
+    """The merged tensors of every layer, nothing written yet. `others`: precision of the model's plain weights.
 
     Raises MergeError with all layers whose merged weight is not finite or whose class hides what it computes.
     """
@@ -115,17 +116,24 @@ def folded(
     exchanges: list[Change] = []
     errors: dict[str, float] = {}
     again: dict[str, float] = {}
-    for path, layer, adapters in _by_weight(layers):
-        merged, errors[path] = fold(layer, adapters, others)
-        if is_quantized(layer):
+    tied: dict[object, nn.Parameter] = {}  # what an embedding and its head share stays shared
+    for path, layer, parts in _by_weight(layers):
+        updates = [part for part in parts if isinstance(part, LoRALayer)]
+        merged = None
+        if updates:
+            merged, errors[path] = fold(layer, updates, others)
+            if not math.isfinite(errors[path]) and not merged.isfinite().all():
+                problems.append(f"{path}: the merged weight is not finite in {merged.dtype}; load the base in float32")
+        if rows := [part for part in parts if isinstance(part, TokenRows | TokenHead)]:
+            merged = with_rows(layer, merged, rows)
+        if merged is not None and is_quantized(layer):
             exchanges += made_plain(layer, merged)
             again[path] = requantizing_error(layer, dense_weight(layer, others=others), merged)
-        else:
-            module, name = holder(layer, adapters[0].kind.weight)
-            exchanges.append(Exchange(module, name, nn.Parameter(merged, requires_grad=False)))
-        if not math.isfinite(errors[path]) and not merged.isfinite().all():
-            problems.append(f"{path}: the merged weight is not finite in {merged.dtype}; load the base in float32")
-        if (bias := merged_bias(layer, adapters)) is not None:
+        elif merged is not None:
+            module, name = holder(layer, updates[0].kind.weight if updates else "weight")
+            key = path if updates else (id(weight_of(layer)), *(id(rows_behind(part)) for part in rows))
+            exchanges.append(Exchange(module, name, tied.setdefault(key, nn.Parameter(merged, requires_grad=False))))
+        if (bias := merged_bias(layer, parts)) is not None:
             exchanges.append(Exchange(layer, "bias", nn.Parameter(bias, requires_grad=False)))
     if problems:
         raise MergeError(listing(problems))
@@ -133,22 +141,39 @@ def folded(
 
 
 def _by_weight(
-    layers: Mapping[str, tuple[nn.Module, Sequence[LoRALayer]]],
-) -> Iterator[tuple[str, nn.Module, list[LoRALayer]]]:
-    """Path, layer and the adapters of each weight: all parts of a fused one together, each of several apart."""
-    for path, (layer, adapters) in layers.items():
-        for name in dict.fromkeys(adapter.kind.weight for adapter in adapters):
+    layers: Mapping[str, tuple[nn.Module, Sequence[nn.Module]]],
+) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
+    """Path, layer and what changes each weight: all parts of a fused one together, each of several apart."""
+    for path, (layer, parts) in layers.items():
+        names = [part.kind.weight if isinstance(part, LoRALayer) else "weight" for part in parts]
+        for name in dict.fromkeys(names):
             where = path if name == "weight" else f"{path}.{name}".removeprefix(".")
-            yield where, layer, [adapter for adapter in adapters if adapter.kind.weight == name]
+            yield where, layer, [part for part, own in zip(parts, names, strict=True) if own == name]
 
 
-def moved_in(module: nn.Module, trained: nn.Module) -> Iterator[Exchange]:
-    """The tensors of a copy that was trained whole, in the precision of the module that they come to."""
+def with_rows(layer: nn.Module, merged: Tensor | None, parts: Sequence[TokenRows | TokenHead]) -> Tensor:
+    """The layer's weight, or what it is `merged` to already, with the trained rows in it."""
+    weight = (weight_of(layer) if merged is None else merged).detach().clone()
+    for part in parts:
+        indices, change = part.row_change(layer)
+        weight[indices] = (weight[indices] + change).to(weight.dtype)
+    return weight
+
+
+def moved_in(module: nn.Module, trained: nn.Module, made: dict[int, nn.Parameter] | None = None) -> Iterator[Exchange]:
+    """The tensors of a copy that was trained whole, in the precision of the module that they come to.
+
+    made: what parameters of other copies became, so that what is shared stays shared.
+    """
+    made = {} if made is None else made
     for own, copy in zip(module.modules(), trained.modules(), strict=True):
         for name, parameter in own._parameters.items():
             if parameter is not None:
-                value = copy._parameters[name].detach().to(parameter.dtype, copy=True)  # type: ignore[union-attr]
-                yield Exchange(own, name, nn.Parameter(value, requires_grad=False))
+                source = cast(nn.Parameter, copy._parameters[name])
+                if id(source) not in made:
+                    value = source.detach().to(parameter.dtype, copy=True)
+                    made[id(source)] = nn.Parameter(value, requires_grad=False)
+                yield Exchange(own, name, made[id(source)])
         for name, buffer in own._buffers.items():
             if buffer is not None:
                 yield Exchange(own, name, copy._buffers[name].detach().clone())  # type: ignore[union-attr]
@@ -173,26 +198,30 @@ def _shared(model: nn.Module, exchanges: Sequence[Exchange]) -> Iterator[str]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((path, module, name))
+    becomes = {(id(exchange.module), exchange.name): exchange.tensor for exchange in exchanges}
     for exchange in exchanges:
         parameter = exchange.module._parameters.get(exchange.name)
         places = users.get(id(parameter), [])
         here = [path for path, module, name in places if module is exchange.module and name == exchange.name]
-        others = [path for path, module, name in places if module is not exchange.module or name != exchange.name]
+        others = [path for path, module, name in places if becomes.get((id(module), name)) is not exchange.tensor]
         if others:
             yield f"{here[0]} = {' = '.join(others)}"
 
 
-def merged_bias(layer: nn.Module, adapters: Sequence[LoRALayer]) -> Tensor | None:
-    """The layer's bias with what the adapters add to it, rounded once; None where nothing is added."""
-    changes = [change for adapter in adapters if (change := adapter.bias_change(layer)) is not None]
+def merged_bias(layer: nn.Module, parts: Sequence[nn.Module]) -> Tensor | None:
+    """The layer's bias with what the parts add to it, rounded once; None where nothing is added."""
+    able = [part for part in parts if isinstance(part, LoRALayer | TrainedBias)]
+    changes = [change for part in able if (change := part.bias_change(layer)) is not None]
     if not changes:
         return None
     bias = cast(Tensor, layer.bias)
-    return (bias + sum(changes)).to(bias.dtype)
+    return (bias + torch.stack(changes).sum(0)).to(bias.dtype)
 
 
-def _unmergeable(layer: nn.Module, adapters: Sequence[LoRALayer]) -> str | None:
-    if getattr(layer, "bias", None) is None and any(adapter.lora_bias is not None for adapter in adapters):
+def _unmergeable(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
+    if all(isinstance(part, TrainedBias) for part in parts):
+        return None
+    if getattr(layer, "bias", None) is None and any(getattr(part, "lora_bias", None) is not None for part in parts):
         return "lora_bias needs a bias to merge into, and the layer has none; keep it unmerged"
     if nn.utils.parametrize.is_parametrized(layer):
         return "its weight is computed by a parametrization; remove that first"
@@ -200,6 +229,7 @@ def _unmergeable(layer: nn.Module, adapters: Sequence[LoRALayer]) -> str | None:
     if is_quantized(layer):
         return None
     own = next(parent for parent in cls.__mro__ if "forward" in vars(parent))
-    if adapters[0].kind.forward is None and qualified(own) not in KINDS and getattr(layer, "embed_scale", None) is None:
+    computed = isinstance(parts[0], LoRALayer) and parts[0].kind.forward is not None
+    if not computed and qualified(own) not in KINDS and getattr(layer, "embed_scale", None) is None:
         return f"{cls.__name__} overrides forward, so its weight alone does not say what it computes; keep it unmerged"
     return None

@@ -116,15 +116,21 @@ class Ready:
 def by_rows(batch: Batch, adapters: Mapping[str, Adapter], layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     """What every layer that an adapter reaches is attached to while the batch is this one, by path.
 
-    Raises RowsError for layers that see no rows.
+    Raises RowsError for layers that see no rows, and for what adapters of rows train beside whole layers.
     """
     if mixed := [path for path in layers if "experts" in path.split(".")]:
         raise RowsError(f"experts see the tokens of all rows mixed, so none is a row's: {', '.join(mixed)}")
+    used = {name: adapters[name] for name in dict.fromkeys(batch.names) if name is not None}
+    whole = [f"{path} of {name}" for name, adapter in used.items() for path in adapter.parts if path not in layers]
+    whole += [f"{path} of {name}" for name, adapter in used.items() for path in adapter.extras]
+    if whole:
+        raise RowsError(f"parts of layers, biases and token rows cannot be chosen by row: {', '.join(whole[:5])}")
     found: dict[str, Any] = {}
     for path, layer in layers.items():
         low_rank = {name: adapter.low_rank[path] for name, adapter in adapters.items() if path in adapter.low_rank}
         saved = {name: adapter.saved[path] for name, adapter in adapters.items() if path in adapter.saved}
-        found[path] = RowLayer(path, low_rank, batch) if low_rank else RowModule(path, saved, layer, batch)
+        if low_rank or saved:  # else what no row has
+            found[path] = RowLayer(path, low_rank, batch) if low_rank else RowModule(path, saved, layer, batch)
     return found
 
 

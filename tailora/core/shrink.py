@@ -8,6 +8,7 @@ whose measured loss is within the budget is kept. A layer of which nothing is le
 import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ from tailora.errors import AdapterError, ConfigError, DivergedError, listing
 
 Ranks = Mapping[str, int]  # path -> rank per group; 0: the layer goes
 Spectra = Mapping[str, Spectrum]
+SAME = (
+    *("lora_dropout", "fused_parts", "modules_to_save", "trainable_token_indices"),
+    *("use_dora", "lora_bias", "bias"),
+)
 
 
 @torch.no_grad()
@@ -89,15 +94,25 @@ def ranks_by_loss(spectra: Spectra, loss: Callable[[Ranks], float], budget: floa
 
 @torch.no_grad()
 def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Module) -> tuple[Adapter, Truncation]:
-    """The adapter cut to these ranks. Magnitudes, biases, strengths and modules trained whole come along as copies.
+    """The adapter cut to these ranks. Magnitudes, biases, token rows, strengths and modules trained whole come along as
+    copies.
 
     A layer that is cut to nothing is adapted no more and has rank 0, unless it has a magnitude or a bias to keep.
     """
     ranks = {path: k if k or adapter.low_rank[path].is_plain else 1 for path, k in ranks.items()}
     kept: dict[str, Factors] = {path: truncated(spectra[path], k) for path, k in ranks.items() if k}
-    same = ("lora_dropout", "fused_parts", "modules_to_save", "use_dora", "lora_bias", "bias")
+    same = (
+        "lora_dropout",
+        "fused_parts",
+        "modules_to_save",
+        "trainable_token_indices",
+        "use_dora",
+        "lora_bias",
+        "bias",
+    )
     settings = {name: getattr(adapter.config, name) for name in same}
     smaller = built(kept, base_model, saved=copy.deepcopy(adapter.saved), **settings)
+    smaller = replace(smaller, extras=copy.deepcopy(adapter.extras))
     for path, layer in smaller.low_rank.items():
         source = adapter.low_rank[path]
         layer.strength.copy_(source.strength)

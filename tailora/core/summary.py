@@ -8,6 +8,8 @@ from tailora.core.adapter import Adapter
 from tailora.core.bases import dense_shape, weight_count
 from tailora.core.kinds import host_of
 
+EXTRAS = {"bias": "bias", "trainable_tokens_delta": "token rows"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -51,6 +53,9 @@ def summarise(base_model: nn.Module, adapters: list[Adapter]) -> Summary:
             rows.append(Row(path, layer.kind.name, shape, layer.r, layer.lora_alpha, parameter_count(layer)))
         for path, module in adapter.saved.items():
             rows.append(Row(path, type(module).__name__, (), None, None, parameter_count(module)))
+        for path, part in adapter.extras.items():
+            for name, parameter in part.named_parameters():
+                rows.append(Row(path, EXTRAS[name], tuple(parameter.shape), None, None, parameter.numel()))
     trained = sum(row.parameters for row in rows)
     return Summary(rows, trained, weight_count(base_model) + trained)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from tailora.core.bases import base_obstacle, quantized_layers
 from tailora.core.config import LoRAConfig
+from tailora.core.extra_targets import ExtraTargets, extra_targets
 from tailora.core.kinds import EMBEDDING, KINDS, kind_of, obstacle, projections
 from tailora.core.matching import Selector, by_pattern, layer_index, matches, named, pattern_matches
 from tailora.core.places import Modules, Place, chosen_parameters, parameters, place_at, places
@@ -27,6 +28,8 @@ class Target(Place):
 class Selection:
     targets: list[Target]
     to_save: dict[str, nn.Module]  # path -> module trained whole
+    extras: ExtraTargets
+    modules: dict[str, nn.Module]  # of the whole model, by path
 
 
 def select(model: nn.Module, config: LoRAConfig) -> Selection:
@@ -44,13 +47,15 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     problems += [problem for place in chosen.values() if (problem := _rank_problem(place, config))]
     targets = [target_of(place, config) for place in chosen.values()]
     problems += _slot_problems(targets, config)
+    extras, more = extra_targets(model, modules, config, chosen, to_save)
+    problems += more
     if not chosen and not problems:
         problems.append(
             f"target_modules={config.target_modules!r} leaves no layer to adapt; kinds here: {_kinds(modules)}"
         )
     if problems:
         raise TargetError(listing(problems))
-    return Selection(targets, to_save)
+    return Selection(targets, to_save, extras, modules)
 
 
 def default_config(model: nn.Module) -> LoRAConfig:

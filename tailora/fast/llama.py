@@ -115,8 +115,10 @@ def _described(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Layer | N
     linears = {name: getattr(getattr(module, owner), part) for name, (owner, part) in PROJECTIONS.items()}
     adapters = {name: vars(linear).get("active_adapters", ()) for name, linear in linears.items()}
     active = [adapter for several in adapters.values() for adapter in several]
+    if not all(map(_is_plain, active)) or any(len(several) > 1 for several in adapters.values()):
+        return None
     dropouts = {adapter.lora_dropout if adapter.training else 0.0 for adapter in active} or {0.0}
-    if not all(map(_is_plain, active)) or any(len(several) > 1 for several in adapters.values()) or len(dropouts) > 1:
+    if len(dropouts) > 1:
         return None
     attention = cast(Any, module).self_attn
     dropout = dropouts.pop()

@@ -60,7 +60,7 @@ def write(folder: Path, source: Source) -> list[str]:
 
 def _merged(source: Source, spill: Path) -> tuple[list[Change], float, bool]:
     """What takes the place of the base's tensors, on the disk; the worst rounding error; whether it was quantised."""
-    base, low_rank = source.base_model, source.adapter.low_rank
+    base, low_rank = source.base_model, {**source.adapter.low_rank, **source.adapter.extras}
     others, worst, problems = common_dtype(base), 0.0, []
     found: list[Change] = []
     hosts = {path: host_path(base, path) for path in low_rank}
@@ -78,8 +78,9 @@ def _merged(source: Source, spill: Path) -> tuple[list[Change], float, bool]:
     plain = any(is_quantized(layer) for layer in layers)
     if plain:
         found += _all_spilled(whole_plain(base, layers, others), spill)
+    made: dict[int, nn.Parameter] = {}
     for path, trained in source.adapter.saved.items():
-        found += moved_in(base.get_submodule(path), trained)
+        found += moved_in(base.get_submodule(path), trained, made)
     return found, worst, plain
 
 

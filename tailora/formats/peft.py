@@ -17,6 +17,7 @@ from tailora.core.adapter import Adapter
 from tailora.core.kinds import host_of
 from tailora.errors import DivergedError, FormatError
 from tailora.formats.atomic import replace_folder, write_file, writing
+from tailora.formats.extras import extra_tensors
 from tailora.formats.factors import suffixes, to_file
 from tailora.formats.fingerprint import fingerprint
 from tailora.formats.notes import KEY, Notes, parse
@@ -106,6 +107,7 @@ def file_tensors(adapter: Adapter, base_model: nn.Module) -> dict[str, Tensor]:
                 tensors[key] = stem.join(slot, {other: each[slot] for other, each in slots.items()})
     for path, module in adapter.saved.items():
         tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+    tensors |= extra_tensors(adapter.extras)
     return {key: tensor.detach() for key, tensor in tensors.items()}
 
 

@@ -18,7 +18,6 @@ from tailora.formats.stems import Stem
 
 # Settings that change what the tensors mean and have no slot here yet: key -> values that change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
     "megatron_config": (None,),
@@ -28,7 +27,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 SHARED = (
     *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"),
-    *("use_rslora", "use_dora", "lora_bias"),
+    *("use_rslora", "use_dora", "lora_bias", "trainable_token_indices"),
 )
 STARTS = {"gaussian": "gaussian"}  # what else PEFT names has done its work once the tensors exist
 BRACES, NUMBER = re.compile(r"\{[\d\s,]*\}"), re.compile(r"\d+")
@@ -58,6 +57,7 @@ def to_peft(config: LoRAConfig, stems: Iterable[Stem], base_model: nn.Module) ->
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
         "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
         "bias": config.bias,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,

@@ -53,6 +53,8 @@ def limits(source: Source, kinds: Sequence[Kind]) -> list[str]:
         problems.append(f"use_dora: a magnitude per output is not low-rank; {MERGED}")
     if any(layer.lora_bias is not None or layer.bias is not None for layer in adapter.low_rank.values()):
         problems.append(f"trained biases have no place there; {MERGED}")
+    if adapter.extras:
+        problems.append(f"trained biases and token rows have no place there ({', '.join(adapter.extras)}); {MERGED}")
     if adapter.saved:
         problems.append(f"modules_to_save: {', '.join(adapter.saved)} were trained whole; {MERGED}")
     unfit = {path: layer.kind for path, layer in adapter.low_rank.items() if layer.kind not in kinds}

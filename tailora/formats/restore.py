@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter, low_rank_layer, trained_copy
+from tailora.core.adapter import Adapter, low_rank_layer, tie, trained_copy
 from tailora.core.bases import base_obstacle, quantized_layers
 from tailora.core.config import LoRAConfig
+from tailora.core.extra_targets import extra_targets
 from tailora.core.kinds import host_of, kind_of, obstacle
 from tailora.core.layer import LoRALayer
 from tailora.core.targets import Target, chosen_places, quantized_whole, saved_modules, target_at, target_of
 from tailora.errors import BaseMismatchError, ConfigError, FormatError, PatternError, TargetError, listing
+from tailora.formats.extras import extra_keys, filled_extras, of_the_base
 from tailora.formats.factors import SLOT_OF, file_shapes, fill
 from tailora.formats.fingerprint import Held, differences
 from tailora.formats.peft import StoredAdapter
@@ -29,6 +31,7 @@ class Parts:
 
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> slot -> tensor
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> name in the module -> tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)  # path -> a trained bias, or rows of an embedding
     problems: list[str] = field(default_factory=list)
 
 
@@ -51,18 +54,24 @@ def _restored(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch:
     wanted = _wanted(base_model, modules, config)
     hosts = {target.host for target in wanted.values()}
     wanted |= {path: each for path, each in _wanted(base_model, modules, told).items() if each.host not in hosts}
-    parts = _sort(stored, base_model, modules, config, wanted)
+    named = {*wanted, *_paths(stored, modules)}
+    extra, problems = extra_targets(base_model, modules, config, named, saved_modules(modules, config))
+    parts = _sort(stored, base_model, modules, config, wanted, extra_keys(extra))
+    parts.problems += problems
     parts.problems += _missing(parts, modules, config, wanted, stored.notes.start)
     low_rank = {path: _low_rank(path, base_model, config, parts, stored.notes.start) for path in parts.factors}
     parts.problems += [quantized_whole(path) for path in parts.saved if quantized_layers(modules[path])]
     copies = {path: _copy(path, modules, parts) for path in parts.saved if not quantized_layers(modules[path])}
+    extras, problems = filled_extras(extra, modules, parts.extras)
+    parts.problems += problems
     if parts.problems:
         raise FormatError(f"{stored.folder} does not fit this model: {listing(parts.problems)}")
     layers = {path: layer for path, layer in low_rank.items() if layer is not None}
     places = {path: (host_of(base_model, path), layer.kind.weight) for path, layer in layers.items()}
     _check_base(stored, places, allow_base_mismatch)
     _learn_again(stored, layers)
-    return Adapter(own or config, layers, copies)
+    tie({path: modules[path] for path in copies}, copies)
+    return Adapter(own or config, layers, copies, extras)
 
 
 def _wanted(base_model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, Target]:
@@ -119,7 +128,12 @@ def _paths(stored: StoredAdapter, modules: Modules) -> list[str]:
 
 
 def _sort(
-    stored: StoredAdapter, base_model: nn.Module, modules: Modules, config: LoRAConfig, wanted: Mapping[str, Target]
+    stored: StoredAdapter,
+    base_model: nn.Module,
+    modules: Modules,
+    config: LoRAConfig,
+    wanted: Mapping[str, Target],
+    extras: Mapping[str, str],
 ) -> Parts:
     whole = saved_modules(modules, config)
     wrappers = stems(base_model, _empty(wanted, config))
@@ -133,6 +147,10 @@ def _sort(
             parts.factors.setdefault(name, {})[factor] = tensor
         elif owner is not None:
             parts.saved.setdefault(owner, {})[key.removeprefix(f"{owner}.")] = tensor
+        elif key in extras:
+            parts.extras[extras[key]] = tensor
+        elif (base := of_the_base(key, tensor, modules))[0]:
+            parts.problems += [base[1]] if base[1] else []
         else:
             parts.problems.append(f"unexpected {key} {tuple(tensor.shape)}: {_why_unexpected(name, factor, modules)}")
         if not tensor.isfinite().all():
@@ -161,7 +179,7 @@ def _factor(key: str) -> tuple[str, str | None]:
 
 def _why_unexpected(path: str, factor: str | None, modules: Modules) -> str:
     if factor is None:
-        return "neither a low-rank factor nor part of modules_to_save"
+        return "neither a low-rank factor nor part of modules_to_save, bias or trainable_token_indices"
     if path not in modules:
         return f"the model has no module {path}"
     return f"{type(modules[path]).__name__} has no low-rank form"

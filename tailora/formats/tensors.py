@@ -13,7 +13,13 @@ from tailora.errors import FormatError
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The file's bytes. Sorted: safetensors writes its metadata in hash order, another one in every process."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    seen: set[tuple[int, int]] = set()  # safetensors refuses what shares memory, as a tied head does
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.data_ptr(), own.nbytes
+        plain[name] = own.clone() if place in seen else own
+        seen.add(place)
     raw = save(plain, dict(metadata) or None)  # no tensors and {} would give a header that is not JSON
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])

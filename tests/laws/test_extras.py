@@ -1,0 +1,299 @@
+"""What is trained beside the low-rank updates: biases of all layers, rows of embeddings, tied modules trained whole."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from cases import stir
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.attach import Swapped
+from tailora.errors import AdapterError, FormatError, MergeError, RowsError, TargetError
+
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def _peft_warns_as_it_likes() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Mixed(nn.Module):
+    """Every class whose bias is added to its output, and one adapted layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 6, 3, padding=1)
+        self.batch = nn.BatchNorm1d(6)
+        self.group = nn.GroupNorm(2, 6)
+        self.target = nn.Linear(8, 10)
+        self.norm = nn.LayerNorm(10)
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(self.target(self.group(self.batch(self.conv(x)).relu()))))
+        return y
+
+
+def mixed() -> nn.Module:
+    torch.manual_seed(0)
+    model = Mixed()
+    model(torch.randn(16, 4, 8))  # statistics of the batch norm
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter)
+    return model.eval()
+
+
+def llama(tied: bool, vocabulary: int = 24) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=20, tie_word_embeddings=tied)
+    model = LlamaForCausalLM(settings)
+    if vocabulary > 20:  # new words
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    return model.eval()
+
+
+def ids() -> Tensor:
+    return torch.arange(2 * 12).view(2, 12)
+
+
+ROWS = {"trainable_token_indices": [23, 3, 20]}
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, Any]]] = {
+    "all biases": (mixed, lambda: torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1)), {"bias": "all"}),
+    "all biases and dora": (
+        mixed,
+        lambda: torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1)),
+        {"bias": "all", "use_dora": True},
+    ),
+    "rows": (lambda: llama(False), ids, ROWS),
+    "rows by name": (lambda: llama(False), ids, {"trainable_token_indices": {"embed_tokens": [0, 22]}}),
+    "rows, tied head": (lambda: llama(True), ids, ROWS),
+    "rows, tied head and dora": (lambda: llama(True), ids, {**ROWS, "use_dora": True}),
+}
+cases = pytest.mark.parametrize(("base", "batch", "settings"), CASES.values(), ids=CASES)
+Base, Batch, Settings = Callable[[], nn.Module], Callable[[], Tensor], dict[str, Any]
+
+
+def targets(base: nn.Module) -> list[str]:
+    return ["target"] if isinstance(base, Mixed) else ["q_proj"]
+
+
+def adapted(base: Base, settings: Settings) -> LoRAModel:
+    plain = base()
+    return LoRAModel(plain, LoRAConfig(r=2, lora_alpha=4, target_modules=targets(plain), **settings)).eval()
+
+
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    y: Any = model(x)
+    return y if isinstance(y, Tensor) else y.logits
+
+
+@cases
+def test_a_fresh_adapter_computes_the_base_and_training_moves_it_alone(
+    base: Base, batch: Batch, settings: Settings
+) -> None:
+    model, x = adapted(base, settings), batch()
+    assert torch.equal(logits(model, x), logits(base(), x))
+    before = copy.deepcopy(model.base_model.state_dict())
+    parameters = dict(model.lora_layers.named_parameters())
+    start = {name: parameter.clone() for name, parameter in parameters.items()}
+    optimizer, losses = torch.optim.AdamW(parameters.values(), lr=1e-2), []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = (logits(model, x) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert [name for name, value in parameters.items() if torch.equal(value, start[name])] == []
+    assert all(torch.equal(value, before[name]) for name, value in model.base_model.state_dict().items())
+    assert model.summary().trainable_parameters == sum(value.numel() for value in parameters.values())
+
+
+@cases
+def test_merged_copied_compiled_and_read_again_it_computes_the_same(
+    base: Base, batch: Batch, settings: Settings, tmp_path: Path
+) -> None:
+    model, x = adapted(base, settings), batch()
+    stir(model)
+    expected = logits(model, x)
+    assert (expected - logits(base(), x)).abs().max() > 0.05
+    weights = copy.deepcopy(model.base_model.state_dict())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(logits(twin, x), expected)
+        for parameter in twin.lora_layers.parameters():
+            parameter.data.zero_()
+        torch.testing.assert_close(logits(model, x), expected)
+    with model.merged():
+        torch.testing.assert_close(logits(model, x), expected, **TOLERANCE)
+        if isinstance(model.base_model, LlamaForCausalLM):
+            tied = model.base_model.lm_head.weight is model.base_model.model.embed_tokens.weight
+            assert tied == model.base_model.config.tie_word_embeddings
+    assert all(torch.equal(value, weights[name]) for name, value in model.base_model.state_dict().items())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(logits(compiled, x), expected)
+    model.save_adapter(tmp_path / "one")
+    loaded = LoRAModel.from_pretrained(base(), tmp_path / "one").eval()
+    torch.testing.assert_close(logits(loaded, x), expected)
+    assert loaded.adapters == model.adapters
+    loaded.save_adapter(tmp_path / "two")
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, x), logits(base(), x))
+    model.set_scale("default", 0)
+    torch.testing.assert_close(logits(model, x), logits(base(), x))
+    plain = model.unload()
+    assert not any(isinstance(module, Swapped) for module in plain.modules())
+    assert torch.equal(logits(plain, x), logits(base(), x))
+
+
+@cases
+def test_peft_reads_it_and_writes_the_same(base: Base, batch: Batch, settings: Settings, tmp_path: Path) -> None:
+    model, x = adapted(base, settings), batch()
+    stir(model)
+    model.save_adapter(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(base(), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(logits(theirs, x), logits(model, x), **TOLERANCE)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours, others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in others.items()}
+    back = LoRAModel.from_pretrained(base(), tmp_path / "theirs").eval()
+    torch.testing.assert_close(logits(back, x), logits(model, x), **TOLERANCE)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_peft_trained_computes_the_same_here(tied: bool, tmp_path: Path) -> None:
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 21]})
+    theirs = peft.get_peft_model(llama(tied), settings).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(str(tmp_path))
+    ours = LoRAModel.from_pretrained(llama(tied), tmp_path).eval()
+    torch.testing.assert_close(logits(ours, ids()), logits(theirs, ids()), **TOLERANCE)
+    assert (logits(ours, ids()) - logits(llama(tied), ids())).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("names", [["embed_tokens", "lm_head"], ["embed_tokens"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_grown_vocabulary_trained_whole(names: list[str], tied: bool, tmp_path: Path) -> None:
+    model = LoRAModel(llama(tied), LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=names)).eval()
+    copies = [model.lora_layers[key] for key in model.lora_layers if "embed" in key or "head" in key]
+    assert len({id(each.weight) for each in copies}) == (1 if tied else len(names))  # tied as in the base
+    for parameter in model.lora_layers.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    expected = logits(model, ids())
+    model.save_adapter(tmp_path)
+    back = LoRAModel.from_pretrained(llama(tied), tmp_path).eval()
+    theirs = peft.PeftModel.from_pretrained(llama(tied), str(tmp_path)).eval()
+    torch.testing.assert_close(logits(back, ids()), expected)
+    torch.testing.assert_close(logits(theirs, ids()), expected, **TOLERANCE)
+    if tied and len(names) == 1:
+        with pytest.raises(MergeError, match="another layer shares"):
+            model.merge()
+        return
+    with model.merged():
+        torch.testing.assert_close(logits(model, ids()), expected)
+        base: Any = model.base_model
+        assert (base.lm_head.weight is base.model.embed_tokens.weight) == tied
+    with pytest.raises(FormatError, match=r"misshapen model.embed_tokens.weight"):
+        LoRAModel.from_pretrained(llama(tied, 20), tmp_path)
+
+
+def test_a_file_that_holds_the_base_s_embedding_is_read_where_it_is_this_base_s(tmp_path: Path) -> None:
+    """PEFT saves the weight of an adapted embedding; here the base is never changed, so it has to be the same."""
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
+    theirs = peft.get_peft_model(llama(False), settings).eval()
+    theirs.save_pretrained(str(tmp_path))
+    assert any("base_layer.weight" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    ours = LoRAModel.from_pretrained(llama(False), tmp_path).eval()
+    torch.testing.assert_close(logits(ours, ids()), logits(theirs, ids()), **TOLERANCE)
+    other = llama(False)
+    other.model.embed_tokens.weight.data[21:23] += 1
+    with pytest.raises(FormatError, match=r"other values in 2 rows of model.embed_tokens.weight \(21..22\)"):
+        LoRAModel.from_pretrained(other, tmp_path)
+    with pytest.raises(FormatError, match=r"resize_token_embeddings\(24\)"):
+        LoRAModel.from_pretrained(llama(False, 20), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "message"),
+    [
+        (lambda: llama(False), {"trainable_token_indices": [24]}, r"no rows \[24\]; there are 0..23"),
+        (lambda: llama(False), {"trainable_token_indices": {"norm": [1]}}, "a LlamaRMSNorm is no embedding"),
+        (lambda: llama(False), {"trainable_token_indices": {"embedding": [1]}}, "'embedding' matches no module"),
+        (mixed, {"trainable_token_indices": [1]}, "does not say which embedding"),
+        (lambda: llama(False), {**ROWS, "modules_to_save": ["embed_tokens"]}, "and in modules_to_save; take one"),
+        (lambda: llama(True), {**ROWS, "modules_to_save": ["lm_head"]}, "tied to model.embed_tokens is in"),
+        (lambda: llama(False), {"bias": "all"}, "the model has no bias"),
+        (lambda: llama(False), {"bias": "lora_only"}, "none of the adapted layers has a bias"),
+        (lambda: nn.Sequential(mixed(), nn.LSTM(5, 5)), {"bias": "all"}, "1 is a LSTM whose bias_ih_l0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(base: Base, settings: Settings, message: str) -> None:
+    plain = base()
+    names = ["target"] if not isinstance(plain, LlamaForCausalLM) else ["q_proj"]
+    with pytest.raises(TargetError, match=message):
+        LoRAModel(plain, LoRAConfig(r=2, target_modules=names, **settings))
+    assert not any(isinstance(module, Swapped) for module in plain.modules())
+
+
+@pytest.mark.parametrize("settings", [{"bias": "all"}, {"bias": "lora_only"}])
+def test_adapters_with_biases_add_up(settings: Settings) -> None:
+    model = adapted(mixed, settings)
+    stir(model)
+    model.add_adapter("other", LoRAConfig(r=1, target_modules=["target", "head"], bias="lora_only"))
+    model.set_adapter("other")
+    stir(model, seed=5)
+    model.set_adapter(["default", "other"])
+    x = torch.randn(3, 4, 8)
+    expected = logits(model, x)
+    with model.merged():
+        torch.testing.assert_close(logits(model, x), expected, **TOLERANCE)
+
+
+@cases
+def test_it_is_shrunk_along_and_refused_where_it_has_no_place(base: Base, batch: Batch, settings: Settings) -> None:
+    model, x = adapted(base, settings), batch()
+    stir(model)
+    model.shrink("default", "same", energy=1.0)
+    expected = logits(model, x)
+    model.set_adapter("same")
+    torch.testing.assert_close(logits(model, x), expected, **TOLERANCE)
+    model.add_adapter("plain", LoRAConfig(r=1, target_modules=targets(model.base_model)))
+    with pytest.raises(AdapterError, match="it trains"):
+        model.combine({"default": 1, "plain": 1}, "sum", "svd")
+    with pytest.raises(RowsError, match="cannot be chosen by row"), model.adapter_rows(["default", None]):
+        pass
+    with model.adapter_rows(["plain", None][: len(x)] + [None] * (len(x) - 2)):
+        torch.testing.assert_close(logits(model, x), logits(base(), x))  # a fresh one; no row has the others
+
+
+def test_rows_of_a_gemma_embedding_are_scaled_as_the_others() -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Gemma3TextScaledWordEmbedding(20, 6, padding_idx=0, embed_scale=3.0), nn.Linear(6, 4))
+    model = LoRAModel(net, LoRAConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [4, 2]}))
+    stir(model)
+    x = torch.tensor([[0, 2, 4, 7]], dtype=torch.int32)
+    expected = model(x)
+    rows = next(part for key, part in model.lora_layers.items() if key == "0").trainable_tokens_delta
+    torch.testing.assert_close(model.base_model[0](x)[0, 1], rows[1] * 3)
+    with model.merged():
+        torch.testing.assert_close(model(x), expected)
