@@ -454,7 +454,7 @@ class LoRAModel(nn.Module):
         self._check_unmerged("shrink an adapter")
         spectra = shrinking.spectra_of(adapter)
         if loss is None or budget is None:
-            ranks = shrinking.ranks_of(spectra, r, energy)
+            ranks = shrinking.ranks_of(adapter, spectra, r, energy)
         else:
             ranks = self._ranks_by_loss(source, name, spectra, loss, budget)
         smaller, report = shrinking.shrunk(adapter, spectra, ranks, self.base_model)

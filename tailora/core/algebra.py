@@ -238,9 +238,9 @@ def _cat(parts: list[Part], *_: object) -> Combined:
 
 def _svd(parts: list[Part], how: Combination, highest: int) -> Combined:
     if not all(is_product(part.layer, part.base) for part in parts):
-        return low_rank(torch.stack([part.dense for part in parts]).sum(0), how.r or highest)
+        return low_rank(torch.stack([part.dense for part in parts]).sum(0), _wanted(parts, how, highest))
     spectrum = product_spectrum(concatenated([part.weighted for part in parts]))
-    k = per_group(how.r or highest, spectrum.S)
+    k = min(_wanted(parts, how, highest), spectrum.S.shape[1])
     return truncated(spectrum, k), tail(spectrum.S, k)
 
 
@@ -253,7 +253,7 @@ def _ties(parts: list[Part], how: Combination, highest: int) -> Combined:
     updates = torch.stack([_trimmed(part.dense, density) for part in parts])
     elected = updates.sum(0).sign()
     agrees = (updates.sign() == elected) & (updates != 0)
-    return low_rank((updates * agrees).sum(0) / agrees.sum(0).clamp(min=1), how.r or highest)
+    return low_rank((updates * agrees).sum(0) / agrees.sum(0).clamp(min=1), _wanted(parts, how, highest))
 
 
 def _trimmed(update: Tensor, density: float) -> Tensor:
@@ -268,7 +268,7 @@ def _dare(parts: list[Part], how: Combination, highest: int) -> Combined:
     p = 0.5 if how.drop is None else how.drop
     thinned = [_thinned(part, p, how.seed or 0) for part in parts]
     total = torch.stack(thinned).sum(0)
-    return low_rank(total, how.r or highest)
+    return low_rank(total, _wanted(parts, how, highest))
 
 
 def _thinned(part: Part, p: float, seed: int) -> Tensor:
@@ -288,6 +288,10 @@ METHODS: dict[str, Callable[[list[Part], Combination, int], Combined]] = {
 }
 
 
-def per_group(r: int, S: Tensor) -> int:
-    """A layer's rank as that of its groups (rounded up), at most what there is. S (groups, k)."""
-    return min(math.ceil(r / len(S)), S.shape[1])
+def _wanted(parts: list[Part], how: Combination, highest: int) -> int:
+    return per_group(how.r or highest, parts[0].layer)
+
+
+def per_group(r: int, layer: LoRALayer) -> int:
+    """A layer's rank as that of each of its groups (rounded up), or of its experts, who have it each."""
+    return r if layer.kind.stacked else math.ceil(r / layer.groups)

@@ -50,7 +50,7 @@ def extract(
             update = difference(target, tuned.get_submodule(target.host))
             if update.any():
                 factors[target.path], errors[target.path] = (
-                    low_rank(update, r) if r else for_energy(update, energy or 1)
+                    low_rank(update, math.ceil(r / len(update))) if r else for_energy(update, energy or 1)
                 )
     if not factors:
         raise AdapterError("no selected layer differs between the two models; check the paths, or select other targets")
@@ -90,13 +90,27 @@ def difference(target: Target, tuned: nn.Module) -> Tensor:
 
 def left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[str, float]:
     """What differs and is neither a selected layer's weight nor in a module taken over whole."""
-    held = {f"{target.host}.{target.kind.weight}" for target in selection.targets if target.rows is None}
+    parts: dict[str, list[Target]] = {}
+    for target in selection.targets:
+        parts.setdefault(f"{target.host}.{target.kind.weight}".removeprefix("."), []).append(target)
     trained = tuned.state_dict()
     changes = {}
     for name, value in base.state_dict().items():
-        if name in held or any(name.startswith(f"{path}.") for path in selection.to_save):
+        taken = any(name.startswith(f"{path}.") for path in selection.to_save)
+        if taken or torch.equal(value, other := trained[name].to(value)):
             continue
-        if not torch.equal(value, other := trained[name].to(value)):
+        change = other.double() - value.double()
+        for target in parts.get(name, []):
+            change = _without(target, change)
+        if change.any():
             start = float(value.double().norm())
-            changes[name] = float((other.double() - value.double()).norm()) / start if start else math.inf
+            changes[name] = float(change.norm()) / start if start else math.inf
     return changes
+
+
+def _without(target: Target, change: Tensor) -> Tensor:
+    """The change of a weight but for the rows that the target adapts: all, unless it is a part of a fused layer."""
+    if target.rows is None:
+        return torch.zeros_like(change)
+    others = 1 - target.rows.spread(change.new_ones(target.rows.size))  # (out,)
+    return change * (others if target.kind.columns else others[:, None])

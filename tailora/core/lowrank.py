@@ -4,7 +4,6 @@ A grouped convolution has one product per group, so everything here is batched: 
 where m and n are the outputs and the inputs (times the kernel) of a group. Other kinds are one group.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -61,9 +60,9 @@ def rank_for_energy(S: Tensor, energy: float, total: float | None = None) -> int
     return 1 + int((reached[:-1] < wanted).sum())
 
 
-def low_rank(matrix: Tensor, r: int) -> tuple[Factors, float]:
-    """The nearest of rank r in all (rounded up to the groups) to (groups, m, n), and its relative error."""
-    k = min(math.ceil(r / len(matrix)), *matrix.shape[1:])
+def low_rank(matrix: Tensor, k: int) -> tuple[Factors, float]:
+    """The nearest to (groups, m, n) of which every group has rank k at most, and its relative error."""
+    k = min(k, *matrix.shape[1:])
     factors = truncated(leading(matrix, k), k)
     return factors, residual(matrix, factors)
 

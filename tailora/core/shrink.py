@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
 from tailora.core.algebra import Truncation, is_number, per_group
+from tailora.core.layer import LoRALayer
 from tailora.core.lowrank import Factors, product_spectrum, rank_for_energy, tail, truncated
 from tailora.core.spectra import Spectrum
 from tailora.core.updates import MIXED, built, factors_of, is_mixed
@@ -54,10 +55,11 @@ def check(r: int | None, energy: float | None, loss: object = None, budget: floa
         raise ConfigError(listing(problems))
 
 
-def ranks_of(spectra: Spectra, r: int | None, energy: float | None) -> dict[str, int]:
+def ranks_of(adapter: Adapter, spectra: Spectra, r: int | None, energy: float | None) -> dict[str, int]:
     """At most rank r, or this share of every layer's energy; at least rank 1 (a group)."""
     if r is not None:
-        return {path: per_group(r, each.S) for path, each in spectra.items()}
+        layers = adapter.low_rank
+        return {path: min(per_group(r, layers[path]), each.S.shape[1]) for path, each in spectra.items()}
     return {path: rank_for_energy(each.S, energy or 1.0) for path, each in spectra.items()}
 
 
@@ -97,9 +99,10 @@ def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Modu
     """The adapter cut to these ranks. Magnitudes, biases, token rows, strengths and modules trained whole come along as
     copies.
 
-    A layer that is cut to nothing is adapted no more and has rank 0, unless it has a magnitude or a bias to keep.
+    A layer that is cut to nothing is adapted no more and has rank 0, unless it has a magnitude or a bias to keep, or
+    is a matrix of an attention or a stack of experts, for which files need both.
     """
-    ranks = {path: k if k or adapter.low_rank[path].is_plain else 1 for path, k in ranks.items()}
+    ranks = {path: k if k or _can_go(adapter.low_rank[path]) else 1 for path, k in ranks.items()}
     kept: dict[str, Factors] = {path: truncated(spectra[path], k) for path, k in ranks.items() if k}
     same = (
         "lora_dropout",
@@ -121,6 +124,10 @@ def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Modu
         _copied(layer.lora_bias, None if source.lora_bias is None else source.lora_bias * source.scaling)
     sizes = {path: smaller.low_rank[path].r if k else 0 for path, k in ranks.items()}
     return smaller, Truncation(sizes, {path: tail(spectra[path].S, k) for path, k in ranks.items()})
+
+
+def _can_go(layer: LoRALayer) -> bool:
+    return layer.is_plain and layer.kind.forward is None
 
 
 def _copied(slot: nn.Parameter | None, source: Tensor | None) -> None:

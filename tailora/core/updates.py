@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, low_rank_layer
 from tailora.core.bases import dense_weight
 from tailora.core.config import LoRAConfig
+from tailora.core.kinds import host_path, projections
 from tailora.core.layer import LoRALayer
 from tailora.core.lowrank import Factors
 from tailora.core.places import place_at
@@ -92,6 +94,7 @@ def built(
 
     changes: db by path, for which `settings` make room.    settings: of LoRAConfig.
     """
+    factors = _one_rank_in_attention(factors, base_model)
     told = LoRAConfig(fused_parts=settings.get("fused_parts", {}))
     stacks = {path for path in factors if place_at(base_model, path, told).kind.stacked}
     ranks = {path: each.B.shape[2] * (1 if path in stacks else each.B.shape[0]) for path, each in factors.items()}
@@ -112,6 +115,21 @@ def built(
     for path, change in (changes or {}).items():
         _shifted(layers[path], change)
     return Adapter(config, layers, dict(saved or {}))
+
+
+def _one_rank_in_attention(factors: Mapping[str, Factors], base_model: nn.Module) -> dict[str, Factors]:
+    """Zeros up to the higher rank of the two matrices of an attention, for which PEFT's file has one rank."""
+    hosts = {path: host_path(base_model, path) for path in factors}
+    attentions = {host for host in hosts.values() if "in_proj_weight" in projections(base_model.get_submodule(host))}
+    ranks = {host: max(factors[path].A.shape[1] for path in factors if hosts[path] == host) for host in attentions}
+    return {
+        path: _padded(each, ranks[hosts[path]]) if hosts[path] in attentions else each for path, each in factors.items()
+    }
+
+
+def _padded(factors: Factors, k: int) -> Factors:
+    more = k - factors.A.shape[1]
+    return Factors(F.pad(factors.B, (0, more)), F.pad(factors.A, (0, 0, 0, more)))
 
 
 @torch.no_grad()
