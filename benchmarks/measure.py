@@ -27,7 +27,7 @@ from tailora.cli.main import ENVIRONMENT
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = Path(tempfile.gettempdir()) / "tailora-benchmarks"  # never over the real results
-PACKAGES = ("tailora", "torch", "transformers", "peft", "accelerate", "trl")
+PACKAGES = ("tailora", "torch", "transformers", "peft", "accelerate", "trl", "bitsandbytes", "torchao")
 MALLOC = {  # glibc's settings, read when a process starts; one arena, since arms run in threads of one process
     "default": {"MALLOC_ARENA_MAX": "1"},
     "kept": {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296"},

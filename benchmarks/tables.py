@@ -77,6 +77,29 @@ def memory(cells: Found) -> list[str]:
     return tables
 
 
+def quantized(cells: Found) -> list[str]:
+    """The demo model on bases stored in several ways."""
+    ratios = next((one["result"]["x_bf16"] for one in cells if one["cell"]["what"] == "speed"), {})
+    head = [
+        "base",
+        "weights, MB",
+        "kept for the backward, MB",
+        "peak, GB",
+        "step, x bf16",
+        "held-out loss before",
+        "after",
+    ]
+    rows = []
+    for one in cells:
+        if one["cell"]["what"] == "run":
+            arm, found = one["cell"]["arm"], one["result"]
+            sizes = [f"{found['base_bytes'] / 1e6:.0f}", f"{found['kept_bytes'] / 1e6:.0f}"]
+            losses = [f"{found[key]:.3f}" for key in ("loss_before", "loss_after")]
+            speed = ranged(ratios[arm]) if arm in ratios else ""
+            rows.append([arm, *sizes, f"{found['peak_bytes'] / 1e9:.2f}", speed, *losses])
+    return [table("The demo model on quantised bases", head, rows)]
+
+
 def adapters(cells: Found) -> list[str]:
     titles = {
         "switch": ("Switching adapters, ms", "loaded", 1000.0),
@@ -198,6 +221,7 @@ def ratio_of(seconds: dict[str, dict[str, float]], arm: str, over: str) -> str:
 TABLES: dict[str, Callable[[Found], list[str]]] = {
     "steps": steps,
     "memory": memory,
+    "quantized": quantized,
     "real": real,
     "growth": growth,
     "adapters": adapters,
