@@ -3,14 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tailora.core.config import LoRAConfig
+    from tailora.core.config import AdaLoRA, LoRAConfig
     from tailora.core.layer import LoRALayer
     from tailora.model import LoRAModel, from_peft
 
 __version__ = "0.1.0"
-__all__ = ["LoRAConfig", "LoRALayer", "LoRAModel", "__version__", "from_peft"]
+__all__ = ["AdaLoRA", "LoRAConfig", "LoRALayer", "LoRAModel", "__version__", "from_peft"]
 
 _HOMES = {
+    "AdaLoRA": "tailora.core.config",
     "LoRAConfig": "tailora.core.config",
     "LoRALayer": "tailora.core.layer",
     "LoRAModel": "tailora.model",

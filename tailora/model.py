@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from tailora.core import algebra
 from tailora.core import shrink as shrinking
+from tailora.core.adalora import RankAllocator, settled
 from tailora.core.adapter import Adapter, by_host, check_compatible, create, parts_by_path, register
 from tailora.core.attach import (
     Adapted,
@@ -144,6 +146,7 @@ class LoRAModel(nn.Module):
         self._merged: list[Change] = []  # what puts the weights before a merge back
         self._would_repack: list[nn.Module] = []
         self._retie = False
+        self._allocated: set[str] = set()  # adapters whose ranks an optimizer moves
         self._waiting = ""  # why the active adapters cannot be trained yet
         self._rows: Batch | None = None  # within adapter_rows
         self._trained_before = {name: p.requires_grad for name, p in _all_parameters(base_model)}
@@ -236,10 +239,12 @@ class LoRAModel(nn.Module):
         self._check_unmerged("save an adapter")
         if adapter.waits:
             raise AdapterError(_waiting({name: adapter}))
+        if adapter.config.adalora is not None and name not in self._allocated:
+            raise AdapterError(f"the ranks of {name!r} were never moved: allocate_ranks(optimizer, steps) and train")
         if name in (".", "..") or Path(name).name != name:
             raise FormatError(f"adapter name {name!r} cannot name a folder; add it under a plain name")
         target = Path(folder) if name == "default" else Path(folder) / name
-        write_adapter(target, adapter, self.base_model)
+        write_adapter(target, settled(adapter), self.base_model)
         return target
 
     @property
@@ -270,8 +275,30 @@ class LoRAModel(nn.Module):
         run = passes(self, batches, loss, adapter.config)
         with self.disable_adapter(), evaluating(self):
             fresh = started(adapter, self.base_model, run, rho)
-        self._adapters[name] = fresh
-        self._registers[name] = register(parts_by_path([fresh]))
+        self._exchange_adapter(name, fresh)
+
+    def allocate_ranks(
+        self, optimizer: torch.optim.Optimizer, total_steps: int, *, name: str = "default"
+    ) -> RankAllocator:
+        """AdaLoRA's one call: from here on the optimizer's steps move the ranks of this adapter.
+
+        total_steps: optimizer steps of the whole training. `save_adapter` writes plain LoRA of the ranks that are
+        left. Raises AdapterError without `adalora` in the config, ConfigError where the schedule leaves no steps.
+        """
+        adapter = self._find(name)
+        if adapter.config.adalora is None:
+            raise AdapterError(f"{name!r} has fixed ranks: make it with LoRAConfig(adalora=AdaLoRA(target_r=...))")
+        allocator = RankAllocator(adapter.low_rank, optimizer, adapter.config.adalora, total_steps)
+        self._allocated.add(name)
+        return allocator
+
+    def settle_ranks(self, name: str = "default") -> None:
+        """After training with AdaLoRA: the adapter becomes plain LoRA of the ranks that are left, as its file is."""
+        self._exchange_adapter(name, settled(self._find(name)))
+
+    def _exchange_adapter(self, name: str, adapter: Adapter) -> None:
+        self._adapters[name] = adapter
+        self._registers[name] = register(parts_by_path([adapter]))
         self.set_adapter(self._active)
 
     def export(self, folder: str | Path, to: str, name: str = "default", *, tokenizer: Any = None) -> "Exported":
@@ -285,7 +312,7 @@ class LoRAModel(nn.Module):
 
         adapter = self._find(name)
         self._check_unmerged("export an adapter")
-        return export(Source(adapter, self.base_model, tokenizer), Path(folder), to)
+        return export(Source(settled(adapter), self.base_model, tokenizer), Path(folder), to)
 
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter. If it was active, the others that were stay so."""

@@ -101,8 +101,9 @@ def described(header: Mapping[str, Any]) -> str:
 
 def _unusual(asked: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, str]:
     """What of the adapter is not the common choice."""
-    ratio = asked.get("loraplus_lr_ratio", 1)
+    ratio, target = asked.get("loraplus_lr_ratio", 1), asked.get("target_r")
     return {
+        **({"ranks": f"from {asked['r']} to {target} on average, where they matter (AdaLoRA)"} if target else {}),
         **({"start": header["start"]} if asked.get("init_lora_weights", "kaiming") != "kaiming" else {}),
         **({"rates": f"B learns {ratio:g} times as fast as the rest (LoRA+)"} if ratio != 1 else {}),
     }

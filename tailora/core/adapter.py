@@ -1,7 +1,7 @@
 """One adapter: its settings and its parts, by the path of the base's module."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from tailora.core.kinds import weight_of
 from tailora.core.layer import LoRALayer
 from tailora.core.starts import DATA_STARTS, FROM_WEIGHT, MOVED, check_fits, start_at_weight
 from tailora.core.targets import Selection, Target
-from tailora.errors import AdapterError, listing
+from tailora.errors import AdapterError, TargetError, listing
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
     """
     name = config.init_lora_weights
     check_fits(selection.targets, name)
+    if config.adalora is not None:
+        check_allocatable(selection.targets)
     saved = {path: trained_copy(module) for path, module in selection.to_save.items()}
     tie(selection.to_save, saved)
     extras = extra_parts(selection.extras, selection.modules)
@@ -111,11 +113,22 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
         device=weight.device,
         dtype=adapter_dtype(weight.dtype),
     )
+    if config.adalora is not None:
+        layer.diagonal()
     if config.use_dora:
         layer.magnify(target.layer)
     if config.bias != "none":
         layer.take_bias(target.layer)
     return layer
+
+
+def check_allocatable(targets: Iterable[Target]) -> None:
+    """Raises TargetError with every layer whose ranks cannot be taken one by one."""
+    if grouped := [target.path for target in targets if target.kind.groups(target.layer) > 1]:
+        raise TargetError(
+            f"adalora takes ranks one by one, but those of groups or experts go together: {', '.join(grouped)}; "
+            "exclude_modules"
+        )
 
 
 def _empty_layer(target: Target, config: LoRAConfig) -> LoRALayer:

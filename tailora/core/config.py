@@ -8,7 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tailora.errors import ConfigError, listing, nearest
 
-ALIASES = {"lora_rank": "r", "lora_r": "r", "rank": "r", "alpha": "lora_alpha", "cutoff_len": "max_length"}
+ALIASES = {
+    "lora_rank": "r",
+    "lora_r": "r",
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "cutoff_len": "max_length",
+    "init_r": "r",
+}
 
 Start = Literal["kaiming", "gaussian", "pissa", "olora", "lora_ga", "lora_one", "eva"]
 
@@ -40,6 +47,25 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
     )
 
 
+class AdaLoRA(StrictModel):
+    """Ranks that move between layers (arXiv:2303.10512), with PEFT's names; the adapter's r is what PEFT calls init_r.
+
+    target_r: average rank at the end.
+    tinit, tfinal: steps before ranks are taken away, and after the last is; None: a tenth and three tenths of all.
+    deltaT: steps between two allocations.
+    beta1, beta2: smoothing of the sensitivity and of its uncertainty.
+    orth_reg_weight: of the penalty that keeps A and B orthonormal.
+    """
+
+    target_r: int = Field(ge=1)
+    tinit: int | None = Field(None, ge=0)
+    tfinal: int | None = Field(None, ge=0)
+    deltaT: int = Field(1, ge=1)
+    beta1: float = Field(0.85, ge=0, lt=1)
+    beta2: float = Field(0.85, ge=0, lt=1)
+    orth_reg_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
+
+
 class LoRAConfig(StrictModel):
     """One adapter's settings. Never changed by the library: derived values live elsewhere.
 
@@ -66,6 +92,7 @@ class LoRAConfig(StrictModel):
     learn_scaling: the scale is a trained parameter, one per layer, starting from the value above.
     init_lora_weights: the start of A and B. kaiming, gaussian: random A, zero B. pissa, olora: read off the weights;
         lora_ga, lora_one, eva: off the user's data, by `LoRAModel.start_from_data`. W is never changed.
+    adalora: ranks move to the layers where they matter while the adapter trains (`LoRAModel.allocate_ranks`).
     """
 
     r: int = Field(16, ge=1)
@@ -86,6 +113,7 @@ class LoRAConfig(StrictModel):
     use_dora: bool = False
     learn_scaling: bool = False
     init_lora_weights: Start = "kaiming"
+    adalora: AdaLoRA | None = None
 
     @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "fused_parts")
     @classmethod
@@ -118,4 +146,12 @@ class LoRAConfig(StrictModel):
             raise ValueError(
                 "lora_bias with use_dora: no tool reads an adapter with both; bias='lora_only' trains biases"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_agree(self) -> Self:
+        if self.adalora is not None and self.init_lora_weights != "kaiming":
+            raise ValueError(f"adalora starts from orthonormal factors: leave out {self.init_lora_weights!r}")
+        if self.adalora is not None and self.adalora.target_r > self.r:
+            raise ValueError(f"target_r = {self.adalora.target_r} is above r = {self.r}, the rank at the start")
         return self

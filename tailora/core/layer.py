@@ -44,6 +44,7 @@ class LoRALayer(nn.Module):
 
     Slots, None where they are empty:
     start_A, start_B: frozen copies of where A and B started (`start_from`); the update is s (B A - B0 A0).
+    lora_E: Parameter (r,), trained between them: B diag(E) A of AdaLoRA (`diagonal`).
     lora_magnitude_vector: Parameter (out,), m of DoRA (`magnify`).
     lora_bias: Parameter (out,) beside B; s times it is added.
     bias: Parameter (out,), trained in the place of the layer's own (`take_bias`).
@@ -58,6 +59,7 @@ class LoRALayer(nn.Module):
     strength: Tensor
     start_A: Tensor | None
     start_B: Tensor | None
+    lora_E: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
     lora_bias: nn.Parameter | None
     bias: nn.Parameter | None
@@ -97,6 +99,7 @@ class LoRALayer(nn.Module):
         self.register_buffer("strength", self._scalar(1.0), persistent=False)
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
+        self.register_parameter("lora_E", None)
         self.register_parameter("lora_magnitude_vector", None)
         self.register_parameter("lora_bias", None)
         self.register_parameter("bias", None)
@@ -128,6 +131,15 @@ class LoRALayer(nn.Module):
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
         self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def diagonal(self) -> None:
+        """From here on the update is s B diag(E) A, with E = 0 and orthonormal A and B (arXiv:2303.10512, eq. 3).
+
+        The paper's A and B are Gaussian, and spend their first steps on its penalty for not being orthonormal.
+        """
+        for factor in (self.lora_A, self.lora_B):
+            nn.init.orthogonal_(factor)
+        self.lora_E = nn.Parameter(torch.zeros(self.r, device=self.lora_A.device, dtype=self.lora_A.dtype))
 
     def magnify(self, layer: nn.Module) -> None:
         """DoRA: from here on every output row of the layer's W + s (B A - B0 A0) has the norm m, which starts at
@@ -184,11 +196,11 @@ class LoRALayer(nn.Module):
         return torch.tensor(value, device=self.lora_A.device, dtype=self.lora_A.dtype)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Two factors whose product is B A - B0 A0: A and B, or of rank 2r with a frozen start.
+        """Two factors whose product is B A - B0 A0: A and B (or B diag(E)), or of rank 2r with a frozen start.
 
         There (B - B0) A + B0 (A - A0): differences that are exactly zero at the start, and small in low precision.
         """
-        A, B = self.lora_A, self.lora_B
+        A, B = self.lora_A, self.lora_B if self.lora_E is None else self.lora_B * self.lora_E
         if self.start_A is None or self.start_B is None:
             return A, B
         return beside(A, A - self.start_A, self.groups), torch.cat([B - self.start_B, self.start_B], 1)

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from tailora.core.config import LoRAConfig, Start, StrictModel
+from tailora.core.config import AdaLoRA, LoRAConfig, Start, StrictModel
 from tailora.errors import ConfigError, listing
 
 COUNT = 2**31  # above any count that makes sense, and well below what numpy and torch can hold
@@ -39,6 +39,13 @@ class TrainConfig(StrictModel):
     trainable_token_indices: list[int] | None = Field(None, description="rows of the embedding to train: new tokens")
     learn_scaling: bool = Field(False, description="train the scale of every layer")
     init_lora_weights: Start = Field("kaiming", description="start of A and B, from weights or data; see docs")
+    target_r: int | None = Field(None, ge=1, lt=COUNT, description="AdaLoRA: average rank to end with, from r")
+    tinit: int | None = Field(None, ge=0, lt=COUNT, description="AdaLoRA: steps before ranks go; a tenth")
+    tfinal: int | None = Field(None, ge=0, lt=COUNT, description="AdaLoRA: steps after the last goes; three tenths")
+    deltaT: int = Field(1, ge=1, lt=COUNT, description="AdaLoRA: steps between allocations")
+    beta1: float = Field(0.85, ge=0, lt=1, description="AdaLoRA: smoothing of the sensitivity")
+    beta2: float = Field(0.85, ge=0, lt=1, description="AdaLoRA: smoothing of its uncertainty")
+    orth_reg_weight: float = Field(0.5, ge=0, description="AdaLoRA: weight of the penalty that keeps A, B orthonormal")
     init_batches: int = Field(4, ge=1, lt=COUNT, description="batches that lora_ga, lora_one and eva start from")
     # data
     field: dict[str, str] = Field({}, description="rename columns: prompt=question")
@@ -77,7 +84,9 @@ class TrainConfig(StrictModel):
     def _settings_agree(self) -> Self:
         """Every contradiction between settings, in one complaint."""
         held_out = bool(self.eval_data) or (self.validation_split > 0 and not self.streaming)
-        changed = [name for name in LoRAConfig.model_fields if name in self.model_fields_set and self._differs(name)]
+        of_adapter = (*LoRAConfig.model_fields, *AdaLoRA.model_fields)
+        changed = [name for name in of_adapter if name in self.model_fields_set and self._differs(name)]
+        idle = [name for name in changed if name in AdaLoRA.model_fields]
         rules = [
             (self.streaming and self.max_steps is None, "streaming reads without end: give --max-steps"),
             (
@@ -104,6 +113,10 @@ class TrainConfig(StrictModel):
                 self.method == "full" and self.quantize,
                 "--method full trains the weights, which cannot be quantised: leave --quantize out",
             ),
+            (
+                self.target_r is None and idle,
+                f"{', '.join(idle)} belong to AdaLoRA: give --target-r",
+            ),
             (self.adapter and changed, f"--adapter brings its own {', '.join(changed)}: leave them out"),
         ]
         if problems := [text for broken, text in rules if broken]:
@@ -115,4 +128,6 @@ class TrainConfig(StrictModel):
 
     def lora(self) -> LoRAConfig:
         shared = LoRAConfig.model_fields.keys() & type(self).model_fields.keys()
-        return LoRAConfig(**{name: getattr(self, name) for name in shared})
+        allocation = {name: getattr(self, name) for name in AdaLoRA.model_fields}
+        adalora = None if self.target_r is None else AdaLoRA(**allocation)
+        return LoRAConfig(**{name: getattr(self, name) for name in shared}, adalora=adalora)

@@ -127,7 +127,8 @@ def _tried(layer: nn.Module, x: Tensor, given: dict[str, Any]) -> list[Tensor]:
 def stirred(model: Subject) -> Iterator[None]:
     """Within the block, factors that are zero are random, so that every gradient is there to be compared."""
     layers = [layer for layer in trained(model).modules() if isinstance(layer, LoRALayer)]
-    zeros = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B) if not factor.any()]
+    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B, layer.lora_E)]
+    zeros = [factor for factor in factors if factor is not None and not factor.any()]
     generator = torch.Generator().manual_seed(0)
     try:
         for factor in zeros:

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from tailora.core.adalora import RankAllocator
 from tailora.data.store import Examples
 from tailora.errors import DivergedError
 from tailora.fast.flat import Flat
@@ -57,6 +58,7 @@ class Bench:
     token_budget: int  # of an evaluation's forward
     output_dir: Path
     identity: dict[str, Any]  # what a checkpoint of this run must agree with
+    allocator: RankAllocator | None  # of AdaLoRA
     metrics: Metrics | None  # of the main process
     emit: Callable[[Event], None]
 
@@ -156,9 +158,10 @@ def accumulate(forward: nn.Module, batches: Sequence[MicroBatch], supervised: in
 
 
 def judge(bench: Bench, state: State, good: list[Tensor]) -> None:
-    """Evaluate, and keep the adapter when it is the best so far."""
-    evaluation = _finite(bench, state, held_out_loss(bench, state, keep=True), good)
-    if evaluation is None:
+    """Evaluate, and keep the adapter when it is the best so far; with AdaLoRA, of those of the final ranks."""
+    within_budget = bench.allocator is None or bench.allocator.final
+    evaluation = _finite(bench, state, held_out_loss(bench, state, keep=within_budget), good)
+    if evaluation is None or not within_budget:
         return
     if not _is_best(state, evaluation):
         state.since_best += 1
@@ -208,6 +211,7 @@ def save(bench: Bench, state: State) -> Path:
             **{f"random-{rank}": random for rank, random in enumerate(states)},
             **({"evaluations": kept} if (kept := state.evaluations()) else {}),
             **({"best": state.best.tensors} if state.best else {}),
+            **({"allocation": bench.allocator.state_dict()} if bench.allocator else {}),
         }
         content = {"progress": state.counters(), "run": bench.identity, **settings_of(bench.model)}
         checkpoint.save(folder, checkpoint.Checkpoint(content, tensors))

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from tailora.core.adalora import RankAllocator
 from tailora.errors import CheckpointError, listing
 from tailora.fast.flat import Flat
 from tailora.train import checkpoint, rng
@@ -74,11 +75,14 @@ def take_up(
     optimizer: torch.optim.Optimizer,
     flats: Sequence[Flat],
     rank: int,
+    allocator: RankAllocator | None = None,
 ) -> State:
     """Adapter, optimiser and random states as they were; returns the progress. Raises CheckpointError."""
     tensors = saved.tensors
     checkpoint.set_parameters(trained(model), tensors["adapter"])
     publish(model)
     checkpoint.set_moments(optimizer, flats, tensors["optimizer"])
+    if allocator is not None:
+        allocator.load_state_dict(tensors["allocation"])
     rng.restore(tensors[f"random-{rank}"])
     return restored(saved.state["progress"], tensors.get("evaluations", {}), tensors.get("best"))

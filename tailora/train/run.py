@@ -32,7 +32,7 @@ from tailora.train.rng import seed_all, seeded
 from tailora.train.setup import Kit, assemble, start_accelerator
 from tailora.train.state import State
 from tailora.train.stop import stop_signal
-from tailora.train.subject import Subject, differences, folder_of, save, trained
+from tailora.train.subject import Subject, allocating, differences, folder_of, save, settle, trained
 
 OnReady = Callable[[Subject, PreTrainedTokenizerBase, Prepared | None], None]
 
@@ -111,7 +111,8 @@ def _bench(
     optimizer = adamw(flats)
     rank = accelerator.process_index
     seed_all(config.seed + rank)  # each rank drops out other activations
-    state = State() if saved is None else take_up(saved, kit.model, optimizer, flats, rank)
+    allocator = allocating(kit.model, optimizer, kit.feed.max_steps)
+    state = State() if saved is None else take_up(saved, kit.model, optimizer, flats, rank, allocator)
     accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
     resumed_at = None if saved is None else state.step
     rows = kit.rows if kit.kept.fact else replace(kit.rows, prefix=None)
@@ -130,6 +131,7 @@ def _bench(
         token_budget=kit.feed.largest.tokens,
         output_dir=output_dir,
         identity=own,
+        allocator=allocator,
         metrics=record.Metrics(output_dir, resumed_at=resumed_at) if accelerator.is_main_process else None,
         emit=emit,
     )
@@ -187,6 +189,7 @@ def _announce(bench: Bench, header: dict[str, Any]) -> None:
 def _save(bench: Bench) -> Path:
     """Write what was trained, read it again and compare. Raises CheckpointError when they differ."""
     folder = folder_of(bench.model, bench.output_dir)
+    settle(bench.model)
     if not bench.accelerator.is_main_process:
         return folder
     save(bench.model, bench.output_dir)

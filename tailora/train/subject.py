@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tailora.core.adalora import RankAllocator
 from tailora.model import LoRAModel
 from tailora.train.full import FullModel
 
@@ -21,6 +22,19 @@ def trained(model: Subject) -> nn.Module:
 def settings_of(model: Subject) -> dict[str, Any]:
     """What a checkpoint says about the adapter, whose ranks the data may have moved."""
     return {} if isinstance(model, FullModel) else {"adapter": model.adapters["default"].model_dump(mode="json")}
+
+
+def allocating(model: Subject, optimizer: torch.optim.Optimizer, steps: int) -> RankAllocator | None:
+    """What moves the adapter's ranks while it trains (AdaLoRA); None where they are fixed. Raises ConfigError."""
+    if isinstance(model, FullModel) or model.adapters["default"].adalora is None:
+        return None
+    return model.allocate_ranks(optimizer, steps)
+
+
+def settle(model: Subject) -> None:
+    """Training is over: ranks that AdaLoRA has switched off go."""
+    if not isinstance(model, FullModel):
+        model.settle_ranks()
 
 
 def publish(model: Subject) -> None:

@@ -1,0 +1,184 @@
+"""AdaLoRA (arXiv:2303.10512): ranks move to the layers where they matter, while the adapter trains.
+
+The update is s B diag(E) A. After every optimizer step the E_i of least importance in all layers are set to zero, down
+to a budget that falls from the starting ranks to target_r a layer. What is left at the end is plain LoRA (`settled`).
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from tailora.core.adapter import Adapter
+from tailora.core.config import AdaLoRA
+from tailora.core.layer import LoRALayer
+from tailora.core.ranks import scale_kept, with_ranks
+from tailora.errors import CheckpointError, ConfigError
+
+FACTORS = ("lora_A", "lora_B", "lora_E")
+
+
+def budget(step: int, total: int, tinit: int, tfinal: int, start: int, target: int) -> int:
+    """Ranks in all after optimizer step `step`: start up to tinit, target from total - tfinal on, a cubic between.
+
+    Sec. 3.3. The cubic is (1 - (t - tinit) / (total - tfinal - tinit))^3, which meets both ends.
+    """
+    if step < tinit:
+        return start
+    if step >= total - tfinal:
+        return target
+    left = 1 - (step - tinit) / (total - tfinal - tinit)
+    return target + round((start - target) * left**3)
+
+
+class RankAllocator:
+    """Steers the ranks of an adapter through its optimizer's hooks; nothing needs to be called while training.
+
+    Before each step: the gradient of the penalty is added, and sensitivities are measured. After it: ranks beyond the
+    budget are switched off; they may come back until the budget is final.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, LoRALayer], optimizer: torch.optim.Optimizer, config: AdaLoRA, total_steps: int
+    ) -> None:
+        self.config, self.total, self.step = config, total_steps, 0
+        self.tinit = total_steps // 10 if config.tinit is None else config.tinit
+        self.tfinal = total_steps * 3 // 10 if config.tfinal is None else config.tfinal
+        if self.tinit + self.tfinal >= total_steps:
+            raise ConfigError(
+                f"tinit + tfinal = {self.tinit} + {self.tfinal} leaves none of {total_steps} steps to share ranks out"
+            )
+        self.layers = dict(layers)
+        self.start = sum(layer.r for layer in self.layers.values())
+        self.target = config.target_r * len(self.layers)
+        if self.target > self.start:
+            raise ConfigError(f"target_r = {config.target_r} is above the average rank at the start: raise r")
+        self.sensitivity = {name: torch.zeros_like(p) for name, p in self._parameters()}
+        self.uncertainty = {name: torch.zeros_like(p) for name, p in self._parameters()}
+        self.kept: dict[str, Tensor] = {}  # path -> (r,) bool, once the budget is final
+        optimizer.register_step_pre_hook(lambda *_: self.before_step())
+        optimizer.register_step_post_hook(lambda *_: self.after_step())
+
+    @property
+    def final(self) -> bool:
+        """Whether the ranks are what they will be."""
+        return bool(self.kept)
+
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(f"{path}.{name}", getattr(layer, name)) for path, layer in self.layers.items() for name in FACTORS]
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        for layer in self.layers.values():
+            _add_penalty(layer, self.config.orth_reg_weight)
+        if self.final:
+            return
+        beta1, beta2 = self.config.beta1, self.config.beta2
+        for name, parameter in self._parameters():
+            if parameter.grad is None:
+                continue
+            now = (parameter * parameter.grad).abs()  # |w dL/dw|
+            smooth = self.sensitivity[name].lerp_(now, 1 - beta1)
+            self.uncertainty[name].lerp_((now - smooth).abs(), 1 - beta2)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.step += 1
+        if self.final:
+            self._switch_off(self.kept)
+        elif self.step >= self.total - self.tfinal:
+            self.kept = self._best(self.target)
+            self._switch_off(self.kept)
+        elif self.step >= self.tinit and (self.step - self.tinit) % self.config.deltaT == 0:
+            ranks = budget(self.step, self.total, self.tinit, self.tfinal, self.start, self.target)
+            self._switch_off(self._best(ranks))
+
+    def importance(self, path: str) -> Tensor:
+        """(r,): s(E_i) + the means of s over row i of A and column i of B, s = sensitivity * uncertainty (sec. 3.2)."""
+        A, B, E = (self.sensitivity[f"{path}.{name}"] * self.uncertainty[f"{path}.{name}"] for name in FACTORS)
+        return E + A.flatten(1).mean(1) + B.mean(0)
+
+    def _best(self, ranks: int) -> dict[str, Tensor]:
+        scores = torch.cat([self.importance(path) for path in self.layers])
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        kept[scores.topk(ranks).indices] = True
+        parts = torch.split(kept, [layer.r for layer in self.layers.values()])
+        return dict(zip(self.layers, parts, strict=True))
+
+    def _switch_off(self, kept: Mapping[str, Tensor]) -> None:
+        for path, layer in self.layers.items():
+            _e(layer).mul_(kept[path])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors by name, all that `load_state_dict` needs to go on to the same bits."""
+        return {
+            "step": torch.tensor(self.step),
+            **{f"{name}|sensitivity": tensor for name, tensor in self.sensitivity.items()},
+            **{f"{name}|uncertainty": tensor for name, tensor in self.uncertainty.items()},
+            **{f"{path}|kept": mask for path, mask in self.kept.items()},
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError for the state of another adapter."""
+        own = self.state_dict()
+        masks = {name: tensor for name, tensor in tensors.items() if name.endswith("|kept")}
+        if {*own, *masks} != {*tensors, *(f"{path}|kept" for path in self.kept)} or any(
+            tensors[name].shape != own[name].shape for name in own.keys() & tensors.keys()
+        ):
+            raise CheckpointError("the checkpoint's rank allocation is of another adapter")
+        self.step = int(tensors["step"])
+        for name in self.sensitivity:
+            self.sensitivity[name].copy_(tensors[f"{name}|sensitivity"])
+            self.uncertainty[name].copy_(tensors[f"{name}|uncertainty"])
+        device = next(iter(self.sensitivity.values())).device
+        self.kept = {name.removesuffix("|kept"): mask.to(device) for name, mask in masks.items()}
+
+
+def penalty(layer: LoRALayer) -> Tensor:
+    """||B^T B - I||^2 + ||A A^T - I||^2, which keeps B diag(E) A near a singular value decomposition (eq. 4)."""
+    A, B = layer.lora_A.flatten(1), layer.lora_B
+    eye = torch.eye(len(A)).to(A)
+    return (B.T @ B - eye).square().sum() + (A @ A.T - eye).square().sum()
+
+
+def _add_penalty(layer: LoRALayer, weight: float) -> None:
+    """Its gradient, 4 B (B^T B - I) and 4 (A A^T - I) A, onto the factors'."""
+    A, B = layer.lora_A.flatten(1), layer.lora_B
+    eye = torch.eye(len(A)).to(A)
+    if layer.lora_A.grad is not None and layer.lora_B.grad is not None:
+        layer.lora_A.grad.add_(((A @ A.T - eye) @ A).view(layer.lora_A.shape), alpha=4 * weight)
+        layer.lora_B.grad.add_(B @ (B.T @ B - eye), alpha=4 * weight)
+
+
+def _e(layer: LoRALayer) -> nn.Parameter:
+    assert layer.lora_E is not None
+    return layer.lora_E
+
+
+def settled(adapter: Adapter) -> Adapter:
+    """The same update as plain LoRA: E in B, ranks that are off left out, the others written as `rank_pattern`.
+
+    A layer without any keeps one, which is zero.
+    """
+    if adapter.config.adalora is None:
+        return adapter
+    kept = {path: _alive(layer) for path, layer in adapter.low_rank.items()}
+    config = with_ranks(adapter.config, adapter.low_rank, {path: len(rows) for path, rows in kept.items()})
+    layers = {path: _cut(layer, kept[path]) for path, layer in adapter.low_rank.items()}
+    return replace(adapter, config=config.replaced(adalora=None), low_rank=layers)
+
+
+def _alive(layer: LoRALayer) -> Tensor:
+    rows = _e(layer).detach().nonzero().flatten()
+    return rows if len(rows) else rows.new_zeros(1)
+
+
+def _cut(layer: LoRALayer, rows: Tensor) -> LoRALayer:
+    small = copy.deepcopy(layer)
+    small.r, small.lora_alpha = len(rows), scale_kept(layer, len(rows))
+    small.lora_A = nn.Parameter(layer.lora_A.detach()[rows])
+    small.lora_B = nn.Parameter((layer.lora_B * _e(layer)).detach()[:, rows])
+    small.lora_E = None
+    return small

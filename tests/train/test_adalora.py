@@ -1,0 +1,42 @@
+"""A run with AdaLoRA: its ranks are written as rank_pattern, and it goes on to the same bytes."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import adapter, changed, losses, stopping_at
+
+from tailora.errors import ConfigError
+from tailora.train import events
+from tailora.train.run import run
+
+SHORT = {"max_steps": 10, "r": 6, "target_r": 2, "lora_dropout": 0.1, "eval_steps": 2, "save_steps": 3}
+
+
+@pytest.mark.parametrize("stop", [3, 8])
+def test_a_run_moves_ranks_and_goes_on_to_the_same_bytes(settings: Any, tmp_path: Path, stop: int) -> None:
+    whole, stopped = (settings(output_dir=str(tmp_path / name), **SHORT) for name in ("whole", "stopped"))
+    result = run(whole)
+    found = [layer.r for layer in result.model.lora_layers.values()]
+    written = json.loads((Path(whole.output_dir) / "adapter" / "adapter_config.json").read_text())
+    assert len(found) <= sum(found) <= 2 * len(found) + sum(r == 1 for r in found)
+    assert len(set(found)) > 1
+    assert sorted(written["rank_pattern"].values()) == sorted(r for r in found if r != 6)
+    assert result.best_step >= 8  # of the final ranks
+    assert result.eval_loss_after < result.eval_loss_before
+    with pytest.raises(events.Interrupted):
+        run(stopped, on_event=stopping_at(stop, signal.SIGINT))
+    run(changed(stopped, resume_from_checkpoint="latest"))
+    assert adapter(stopped) == adapter(whole)
+    assert losses(stopped) == losses(whole)
+
+
+def test_settings_of_adalora_need_a_target_and_fit_the_others(settings: Any) -> None:
+    with pytest.raises(ConfigError, match=r"tinit belong to AdaLoRA: give --target-r"):
+        settings(tinit=3)
+    with pytest.raises(ConfigError, match="target_r = 9 is above r = 4"):
+        run(settings(target_r=9))
+    with pytest.raises(ConfigError, match="leaves none of 4 steps"):
+        run(settings(target_r=2, tinit=2, tfinal=2, max_steps=4))
