@@ -1,28 +1,51 @@
 """The table that the laws run over: kinds x slots."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import bitsandbytes
 import torch
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, quantize_
+from transformers import GptOssConfig, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRALayer, LoRAModel
 from tailora.core.kinds import EMBEDDING
 
 
+def _called(layer: nn.Module, x: Tensor) -> Any:
+    return layer(x)
+
+
+def _attended(layer: nn.Module, x: Tensor) -> Any:
+    return layer(x, x, x, need_weights=False)[0]
+
+
+def _attended_apart(layer: Any, x: Tensor) -> Any:
+    return layer(x, x[..., : layer.kdim], x[..., : layer.vdim], need_weights=False)[0]
+
+
+def _routed(layer: nn.Module, x: Tensor) -> Any:
+    """Two of four experts a token, at uneven weights."""
+    first = torch.arange(len(x)) % 4
+    chosen, shares = torch.stack([first, (first + 1 + torch.arange(len(x)) // 4) % 4], 1), torch.tensor([0.7, 0.3])
+    return layer(x, chosen, shares.to(x).expand(len(x), 2))
+
+
 class Net(nn.Module):
     """One layer of the kind, between names that a path has to pass."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, call: Callable[[nn.Module, Tensor], Any] = _called) -> None:
         super().__init__()
         self.block = nn.ModuleDict({"target": layer})
+        self.call = call
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.block["target"](x)
+        y: Tensor = self.call(self.block["target"], x)
         return y
 
 
@@ -33,14 +56,26 @@ class KindCase:
     shape: tuple[int, ...] = ()  # of x; () means ids
     r: int = 4
     peft_is_wrong: str = ""  # why PEFT cannot be the oracle
-
+    call: Callable[[nn.Module, Tensor], Any] = _called
+    names: Mapping[str, Any] = field(default_factory=lambda: {"target_modules": ["target"]})
+    parameter: str = "weight"  # of the layer, that holds the adapted matrix
+    exact: bool = True  # False: torch takes another kernel where only some of the inputs have a gradient
     store: Callable[[nn.Module], nn.Module] | None = None  # how its weight is quantised
     apart: float = 1e-5  # of outputs in evaluation from those of the dense weight, relative
+
+    @property
+    def pattern(self) -> str:
+        """What a pattern for rank or alpha names it by."""
+        return f"target.{self.parameter}" if "target_parameters" in self.names else "target"
+
+    def weight(self, net: nn.Module) -> Tensor:
+        """The parameter of a net, or of the net within a model."""
+        return net.get_parameter(f"block.target.{self.parameter}")
 
     def net(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
         torch.manual_seed(seed)
         layer = self.layer().to(dtype)
-        return Net(self.store(layer) if self.store else layer)
+        return Net(self.store(layer) if self.store else layer, self.call)
 
     def batch(self, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -144,6 +179,81 @@ def quantized(kind: KindCase, base: BaseCase) -> KindCase:
     return replace(kind, name=f"{kind.name}, {base.name}", store=base.store, apart=base.apart, shape=shape)
 
 
+def _attention(**settings: Any) -> nn.MultiheadAttention:
+    return nn.MultiheadAttention(12, 3, batch_first=True, **settings)
+
+
+def _experts(is_transposed: bool = False) -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_local_experts": 4}
+    config = GptOssConfig(**sizes) if is_transposed else MixtralConfig(**sizes)
+    config._experts_implementation = "batched_mm"  # the one that float64 and the compiler take
+    experts = GptOssExperts(config) if is_transposed else MixtralExperts(config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return experts
+
+
+QKV, PAIRS_OF_QKV = {"q": 8, "k": 4, "v": 4}, {"q": 4, "k": 2, "v": 2}
+
+
+def _part(name: str, layout: dict[str, int]) -> dict[str, Any]:
+    return {"target_modules": [f"target.{name}"], "fused_parts": {"target": layout}}
+
+
+def _stack(name: str) -> dict[str, Any]:
+    return {"target_modules": [], "target_parameters": [f"target.{name}"]}
+
+
+# What its class does not call, or calls for several matrices at once.
+SPECIAL = [
+    KindCase(
+        "attention in",
+        _attention,
+        (2, 5, 12),
+        call=_attended,
+        names={"target_modules": ["target.in_proj_weight"]},
+        parameter="in_proj_weight",
+    ),
+    KindCase(
+        "attention out",
+        _attention,
+        (2, 5, 12),
+        call=_attended,
+        names={"target_modules": ["target.out_proj"]},
+        parameter="out_proj.weight",
+    ),
+    KindCase(
+        "attention value",
+        lambda: _attention(kdim=6, vdim=10),
+        (2, 5, 12),
+        call=_attended_apart,
+        names={"target_modules": ["target.v_proj_weight"]},
+        parameter="v_proj_weight",
+        exact=False,
+        peft_is_wrong="it refuses separate weights",
+    ),
+    KindCase("part", lambda: nn.Linear(12, 16), (3, 5, 12), names=_part("v", QKV)),
+    KindCase("part of every head", lambda: nn.Linear(12, 16), (12,), names=_part("q", PAIRS_OF_QKV)),
+    KindCase("part of conv1d", lambda: Conv1D(16, 12), (3, 5, 12), names=_part("k", QKV)),
+    KindCase("experts up", _experts, (9, 16), call=_routed, names=_stack("gate_up_proj"), parameter="gate_up_proj"),
+    KindCase(
+        "experts down",
+        _experts,
+        (9, 16),
+        call=_routed,
+        names=_stack("down_proj"),
+        parameter="down_proj",
+    ),
+    KindCase(
+        "experts transposed",
+        lambda: _experts(is_transposed=True),
+        (9, 16),
+        call=_routed,
+        names=_stack("gate_up_proj"),
+        parameter="gate_up_proj",
+    ),
+]
+
 SLOTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -179,6 +289,13 @@ PEFT_FAILS = {
     if settings.get("use_dora")
 }
 PAIRS = [(kind, slot) for kind in KINDS for slot in SLOTS if (kind.name, slot) not in NO_SENSE]
+# A norm, a bias beside B and trained biases are refused on these, and dropout where no input is dropped.
+SPECIAL_PAIRS = [
+    (kind, slot)
+    for kind in SPECIAL
+    for slot in PRODUCTS
+    if not (slot == "dropout" and "target_parameters" in kind.names)
+]
 
 
 QUANTIZED = [quantized(kind, base) for base in BASES for kind in KINDS if kind.name in base.kinds]
@@ -186,7 +303,10 @@ QUANTIZED_PAIRS = [(quantized(kind, base), slot) for base in BASES for kind, slo
 
 
 def config(kind: KindCase, slot: str = "plain") -> LoRAConfig:
-    return LoRAConfig(r=kind.r, lora_alpha=10, target_modules=["target"], **SLOTS[slot])
+    settings = dict(SLOTS[slot])
+    if "alpha_pattern" in settings:
+        settings["alpha_pattern"] = {kind.pattern: 3}
+    return LoRAConfig(r=kind.r, lora_alpha=10, **kind.names, **settings)
 
 
 def trained(kind: KindCase, slot: str = "plain", dtype: torch.dtype = torch.float32) -> LoRAModel:

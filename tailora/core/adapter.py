@@ -94,7 +94,7 @@ def _equal(one: nn.Module, name: str, other: nn.Module, its_name: str) -> bool:
 def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) -> LoRALayer:
     """An update for this layer; `fresh=False` leaves both factors zero and the random state alone, to be filled."""
     in_features, out_features = target.dims
-    weight = target.weight
+    weight = weight_of(target.layer, target.kind.weight)  # as it is stored: its dense value is not needed
     shape_A, shape_B = target.kind.shapes(target.layer, target.r)
     layer = LoRALayer(
         in_features,

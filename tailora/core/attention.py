@@ -1,5 +1,6 @@
 """nn.MultiheadAttention, whose two projections are read and never called: its forward with updates in their places."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,14 +38,16 @@ def attend(
     q, k, v = _project(layer, adapters, query, key, value)
     k, v, mask = _extended(layer, k, v, mask)
     dropout = layer.dropout if layer.training else 0.0
-    weights = None
+    size, weights = query.shape[1], None
     if need_weights:
-        weights, heads = _weighted(q, k, v, mask, dropout)
+        several = None if mask is None else mask.expand(size, layer.num_heads, -1, -1).flatten(0, 1)
+        weights, heads = _weighted(q, k, v, several, dropout)
+        weights = weights.view(size, layer.num_heads, *weights.shape[1:])
+        weights = weights.mean(1) if average_attn_weights else weights
     else:
-        heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=hinted)
+        q, k, v = (each.view(size, layer.num_heads, *each.shape[1:]) for each in (q, k, v))
+        heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=hinted).flatten(0, 1)
     y = _out(layer, adapters, heads)  # (L, N, E)
-    if weights is not None and average_attn_weights:
-        weights = weights.mean(1)
     if not batched:
         return y[:, 0], None if weights is None else weights[0]
     return y.transpose(0, 1) if layer.batch_first else y, weights
@@ -64,7 +67,7 @@ def _sequence_first(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> tu
 def _project(
     layer: Any, adapters: Sequence[Any], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of (N, heads, length, width)."""
+    """q, k, v of (N heads, length, width)."""
     if layer.in_proj_weight is None:
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         biases = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
@@ -107,18 +110,18 @@ def _linear(
 
 
 def _heads(layer: Any, x: Tensor) -> Tensor:
-    return x.reshape(*x.shape[:-1], layer.num_heads, layer.head_dim).permute(1, 2, 0, 3)
+    return x.reshape(len(x), -1, layer.head_dim).transpose(0, 1)
 
 
 def _extended(layer: Any, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """With the learned and the zero key and value that the layer may add; every query sees them."""
-    size, added = k.shape[0], []
+    size, added = len(k) // layer.num_heads, []
     if layer.bias_k is not None:
-        added.append([_heads(layer, bias).expand(size, -1, -1, -1) for bias in (layer.bias_k, layer.bias_v)])
+        added.append([_heads(layer, bias.expand(1, size, -1)) for bias in (layer.bias_k, layer.bias_v)])
     if layer.add_zero_attn:
-        added.append([k.new_zeros(size, layer.num_heads, 1, layer.head_dim)] * 2)
+        added.append([k.new_zeros(len(k), 1, layer.head_dim)] * 2)
     for extra_k, extra_v in added:
-        k, v = torch.cat([k, extra_k], 2), torch.cat([v, extra_v], 2)
+        k, v = torch.cat([k, extra_k], 1), torch.cat([v, extra_v], 1)
         mask = None if mask is None else F.pad(mask, (0, 1))
     return k, v, mask
 
@@ -151,13 +154,15 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _weighted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    weights = F.softmax(scores if mask is None else scores + mask, -1)
+    """The weights (N heads, L, S) and what they sum up to (N heads, L, width)."""
+    q = q * math.sqrt(1 / q.shape[-1])
+    scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
+    weights = F.softmax(scores, -1)
     weights = F.dropout(weights, dropout) if dropout else weights
-    return weights, weights @ v
+    return weights, torch.bmm(weights, v)
 
 
 def _out(layer: Any, adapters: Sequence[Any], heads: Tensor) -> Tensor:
-    """(N, heads, L, width) -> (L, N, E)."""
-    x = heads.permute(2, 0, 1, 3).flatten(2)
+    """(N heads, L, width) -> (L, N, E)."""
+    x = heads.transpose(0, 1).reshape(heads.shape[1], -1, layer.embed_dim)
     return _linear(layer, adapters, "out_proj.weight", x, layer.out_proj.weight, layer.out_proj.bias)

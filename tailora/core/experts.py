@@ -75,8 +75,9 @@ class Sum:
         if func is F.linear and isinstance(args[1], Sum) and not isinstance(args[0], Sum):
             x, sum_, *bias = args
             return func(x, sum_.weight, *bias, **kwargs) + F.linear(F.linear(x, sum_.right), sum_.left)
-        if func in PRODUCTS and len(args) == 2 and not kwargs:
-            return args[0] @ args[1]
+        if func in PRODUCTS and len(args) == 2 and not all(isinstance(each, Sum) for each in args):
+            a, b = args
+            return a.__matmul__(b) if isinstance(a, Sum) else b.__rmatmul__(a)  # by name, as the compiler needs it
         if _is_grouped(func) and isinstance(args[1], Sum) and not isinstance(args[0], Sum):
             return _grouped(func, *args, **kwargs)
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
@@ -113,4 +114,4 @@ def run_with_sums(layer: Any, adapters: Sequence[Any], *args: Any, **kwargs: Any
         lefts, rights = zip(*(a.factors(layer) for a in adapters if a.kind.weight == name), strict=True)
         left, right = torch.cat(lefts, 2).to(weight.dtype), torch.cat(rights, 1).to(weight.dtype)
         view.__dict__[name] = Sum(weight, left, right) if weight.ndim == 3 else Sum(weight, left[0], right[0])
-    return view.forward(*args, **kwargs)
+    return layer.plain.forward(view, *args, **kwargs)

@@ -32,8 +32,8 @@ class Place:
 
     @property
     def pattern_names(self) -> tuple[str, ...]:
-        """The paths that a pattern for rank or alpha may match, in this order."""
-        return tuple(dict.fromkeys((self.path, self.host)))
+        """The paths that a pattern for rank or alpha may match: of a part and a projection the whole layer's, too."""
+        return (self.path,) if self.kind.stacked else tuple(dict.fromkeys((self.path, self.host)))
 
     @property
     def end(self) -> str:

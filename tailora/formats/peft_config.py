@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from tailora.core.config import LoRAConfig
@@ -32,6 +33,7 @@ SHARED = (
 STARTS = {"gaussian": "gaussian"}  # what else PEFT names has done its work once the tensors exist
 BRACES, NUMBER = re.compile(r"\{[\d\s,]*\}"), re.compile(r"\d+")
 COUNTS = 1000
+DOUBLES_OUT_PROJ = Version("0.21.2")
 MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -65,6 +67,14 @@ def to_peft(config: LoRAConfig, stems: Iterable[Stem], base_model: nn.Module) ->
         "fan_in_fan_out": False,
         "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
     }
+
+
+def adds_twice(settings: Mapping[str, Any]) -> bool:
+    """Whether it was trained by a PEFT that adds the update of an attention's out_proj twice (0.21.2 does)."""
+    try:
+        return Version(str(settings.get("peft_version", "no version"))) <= DOUBLES_OUT_PROJ
+    except InvalidVersion:
+        return False
 
 
 def _parameter_names(paths: list[str], base_model: nn.Module) -> list[str]:

@@ -19,7 +19,7 @@ from tailora.formats.extras import extra_keys, filled_extras, of_the_base
 from tailora.formats.factors import SLOT_OF, file_shapes, fill
 from tailora.formats.fingerprint import Held, differences
 from tailora.formats.peft import StoredAdapter
-from tailora.formats.peft_config import SHARED, check_patterns, doubled, from_peft, with_patterns
+from tailora.formats.peft_config import SHARED, adds_twice, check_patterns, doubled, from_peft, with_patterns
 from tailora.formats.stems import Stem, stems
 
 Modules = Mapping[str, nn.Module]
@@ -142,6 +142,8 @@ def _sort(
         name, factor = _factor(key)
         owner = next((path for path in whole if key.startswith(f"{path}.")), None)
         if factor and name in wrappers:
+            if factor == "B" and name.endswith(".out_proj") and adds_twice(stored.settings or {}):
+                tensor = 2 * tensor
             _split(wrappers[name], factor, tensor, parts, 2 if stored.notes.start else 1)
         elif factor and name in modules and kind_of(modules[name]):
             parts.factors.setdefault(name, {})[factor] = tensor
