@@ -5,10 +5,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tailora.core.config import AdaLoRA, LoRAConfig
     from tailora.core.layer import LoRALayer
+    from tailora.core.register import register_kind, unregister_kind
     from tailora.model import LoRAModel, from_peft
 
 __version__ = "0.1.0"
-__all__ = ["AdaLoRA", "LoRAConfig", "LoRALayer", "LoRAModel", "__version__", "from_peft"]
+__all__ = [
+    "AdaLoRA",
+    "LoRAConfig",
+    "LoRALayer",
+    "LoRAModel",
+    "__version__",
+    "from_peft",
+    "register_kind",
+    "unregister_kind",
+]
 
 _HOMES = {
     "AdaLoRA": "tailora.core.config",
@@ -16,6 +26,8 @@ _HOMES = {
     "LoRALayer": "tailora.core.layer",
     "LoRAModel": "tailora.model",
     "from_peft": "tailora.model",
+    "register_kind": "tailora.core.register",
+    "unregister_kind": "tailora.core.register",
 }
 
 

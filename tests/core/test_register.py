@@ -1,0 +1,97 @@
+"""Kinds of the user's own: docs/kinds.md is run."""
+
+import copy
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import stir
+from torch import nn
+
+import tailora
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.kinds import KINDS
+from tailora.errors import ConfigError
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "kinds.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def documented() -> Iterator[dict[str, Any]]:
+    """The names that the page's code makes; its registrations end with the test."""
+    names: dict[str, Any] = {"__name__": __name__}
+    before = dict(KINDS)
+    for block in BLOCKS:
+        exec(block, names)
+    globals().update(Scaled=names["Scaled"], Pair=names["Pair"])  # where pickles look for them
+    yield names
+    for name in KINDS.keys() - before.keys():
+        del KINDS[name]
+
+
+def test_a_registered_matrix_trains_merges_and_comes_back(documented: dict[str, Any], tmp_path: Path) -> None:
+    model, x = documented["model"], torch.randn(4, 8)
+    plain = model(x)
+    stir(model)
+    y = model.eval()(x)
+    assert (y - plain).abs().max() > 0.05
+    with model.merged():
+        torch.testing.assert_close(model(x), y)
+    base = nn.Sequential(documented["Scaled"](8, 6))
+    base.load_state_dict(model.base_model.state_dict())
+    model.save_adapter(tmp_path)
+    torch.testing.assert_close(LoRAModel.from_pretrained(base, tmp_path).eval()(x), y)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), y)
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.lora_layers.parameters())
+    assert type(model.unload()[0]) is documented["Scaled"]
+
+
+def test_a_registered_forward_is_what_the_merged_layer_computes(documented: dict[str, Any]) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = documented["Pair"](5)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.pair(x, x.flip(0))
+
+    model, x = LoRAModel(Both(), LoRAConfig(r=2, target_modules=["pair"])), torch.randn(3, 5)
+    plain = model(x)
+    stir(model)
+    y = model.eval()(x)
+    assert (y - plain).abs().max() > 0.05
+    with model.merged():
+        torch.testing.assert_close(model(x), y)
+
+
+def test_all_linear_means_registered_classes_that_say_so(documented: dict[str, Any]) -> None:
+    net = nn.Sequential(documented["Scaled"](8, 6), nn.Linear(6, 6))
+    assert list(LoRAModel(net, LoRAConfig(r=2)).lora_layers) == ["1"]
+    tailora.register_kind(
+        documented["Scaled"], lambda layer: layer.kernel.shape, weight="kernel", linear=True, replace=True
+    )
+    net = nn.Sequential(documented["Scaled"](8, 6), nn.Linear(6, 6))
+    assert list(LoRAModel(net, LoRAConfig(r=2)).lora_layers) == ["0", "1"]
+
+
+def test_registering_twice_and_over_tailora_s_own_is_refused(documented: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="Scaled is registered already; pass replace=True"):
+        tailora.register_kind(documented["Scaled"], lambda layer: layer.kernel.shape)
+    for cls in (nn.Linear, nn.MultiheadAttention):
+        with pytest.raises(ConfigError, match="a kind of tailora's own"):
+            tailora.register_kind(cls, lambda _: (1, 1), replace=True)
+    with pytest.raises(ConfigError, match=r"takes a class derived from nn\.Module; got 'Linear'"):
+        tailora.register_kind("Linear", lambda _: (1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="update and forward"):
+        tailora.register_kind(nn.ReLU, lambda _: (1, 1), update=lambda *_: None, forward=lambda *_: None)  # type: ignore[arg-type,return-value]
+    tailora.unregister_kind(documented["Scaled"])
+    with pytest.raises(ConfigError, match="is not registered"):
+        tailora.unregister_kind(documented["Scaled"])
+    with pytest.raises(ConfigError, match="is not registered"):
+        tailora.unregister_kind(nn.Linear)
