@@ -451,6 +451,8 @@ class LoRAModel(nn.Module):
         """
         self._check_new(name)
         self._check_unmerged("combine adapters")
+        if not isinstance(weights, Mapping):
+            raise ConfigError(f"weights = {weights!r}; take a mapping from name to weight, such as {{'legal': 0.7}}")
         how = algebra.Combination(method, r, density, drop, seed)
         sources = {each: self._find(each) for each in weights}
         adapter, report = algebra.combine(sources, weights, self.base_model, how)

@@ -144,7 +144,7 @@ def is_number(value: object) -> bool:
 
 
 SETTINGS: list[tuple[str, tuple[str, ...], Callable[[float], bool], str]] = [
-    ("r", ("svd", "ties", "dare"), lambda r: r >= 1 and r == int(r), "a whole number from 1 on"),
+    ("r", ("svd", "ties", "dare"), lambda r: isinstance(r, int) and r >= 1, "a whole number from 1 on"),
     ("density", ("ties",), lambda share: 0 < share <= 1, "a share above 0, at most 1"),
     ("drop", ("dare",), lambda share: 0 <= share < 1, "a probability from 0 to below 1"),
     ("seed", ("dare",), lambda seed: seed == int(seed), "a whole number"),
