@@ -1,4 +1,6 @@
-"""Adapters in use: switching among 2 to 64, merging, and loading one for 1,000 layers. tailora and PEFT, turn by turn.
+"""Adapters in use: switching among 2 to 64, one for every row of a batch, merging, and loading one for 1,000 layers.
+
+tailora and PEFT, turn by turn.
 
 python benchmarks/adapters.py         writes benchmarks/results/adapters.json
 python benchmarks/adapters.py --only what=switch
@@ -19,15 +21,20 @@ from torch import nn
 from tailora import LoRAConfig, LoRAModel
 
 LOADED = [2, 8, 32, 64]
+MIXED, ROWS, FORWARDS = [1, 2, 4, 8, 16, 32, 64], 64, 12
+LENGTHS = {"decode": 1, "prefill": 16}  # tokens of a row
 LAYERS, WIDTH, LOADS = 1000, 64, 5
 SWITCHES, MERGES = 50, 5
 
 
 def cells(quick: bool) -> list[measure.Cell]:
     switching = [("switch", count, "bfloat16") for count in LOADED]
+    mixing = [(what, count, dtype) for dtype in DTYPES for what in LENGTHS for count in MIXED]
     merging = [("merge", layers, dtype) for dtype in DTYPES for layers in (SMALL.layers, SHAPES["S"].layers)]
     loading = [("load", LAYERS, "float32")]
-    points = [switching[0], merging[0], loading[0]] if quick else [*switching, *merging, *loading]
+    points = [*switching, *mixing, *merging, *loading]
+    if quick:
+        points = [switching[0], mixing[3], merging[0], loading[0]]
     names = ("what", "value", "dtype")
     return [dict(zip(names, point, strict=True)) | {"threads": 1, "malloc": "default"} for point in points]
 
@@ -60,6 +67,55 @@ def in_turn(switch_to: Callable[[str], None], count: int) -> Callable[[], None]:
         switch_to(str(at[0]))
 
     return step
+
+
+def decode(count: int, dtype: str) -> dict[str, list[float]]:
+    """Seconds of one forward of 64 rows, a token each, with `count` adapters among them."""
+    return rows(count, dtype, LENGTHS["decode"])
+
+
+def prefill(count: int, dtype: str) -> dict[str, list[float]]:
+    """The same with 16 tokens each."""
+    return rows(count, dtype, LENGTHS["prefill"])
+
+
+def rows(count: int, dtype: str, length: int) -> dict[str, list[float]]:
+    """`first call` enters the block of `adapter_rows`, too, and puts the factors together."""
+    names = [str(row % count) for row in range(ROWS)]
+    with workshop(SMALL) as (_, folder, _ids):
+        bare, ours = base(folder, dtype), LoRAModel(base(folder, dtype), LoRAConfig(), "0")
+        theirs = peft_model(base(folder, dtype), "0")
+        for name in map(str, range(1, count)):
+            ours.add_adapter(name, LoRAConfig())
+            theirs.add_adapter(name, theirs.peft_config["0"])
+        stir(ours)
+        ids = torch.randint(1, SMALL.vocabulary, (ROWS, length), generator=torch.Generator().manual_seed(0))
+
+        def first() -> None:
+            with ours.adapter_rows(names):
+                ours(ids, use_cache=False)
+
+        def held() -> None:
+            ours(ids, use_cache=False)
+
+        models = [model.eval() for model in (bare, ours, theirs)]
+        with torch.no_grad():
+            opening = measure.turns({"tailora, first call": first}, FORWARDS // 4, process_time)
+            with ours.adapter_rows(names):
+                arms = {
+                    "base": lambda: models[0](ids, use_cache=False),
+                    "tailora": held,
+                    "PEFT": lambda: models[2](ids, use_cache=False, adapter_names=names),
+                }
+                return measure.turns(arms, FORWARDS, process_time, warm=2) | opening
+
+
+def stir(model: LoRAModel) -> None:
+    """Both factors other than zero: products with zeros may be faster."""
+    for name in model.adapters:
+        model.set_adapter(name)
+        for parameter in model.lora_layers.parameters():
+            nn.init.normal_(parameter, std=0.02)
 
 
 def merge(layers: int, dtype: str) -> dict[str, list[float]]:
@@ -107,7 +163,7 @@ def peft_model(model: nn.Module, name: str) -> Any:
     return get_peft_model(model, settings, adapter_name=name)
 
 
-WORKS = {"switch": switch, "merge": merge, "load": load}
+WORKS = {"switch": switch, "decode": decode, "prefill": prefill, "merge": merge, "load": load}
 
 if __name__ == "__main__":
     measure.main("adapters", str(__doc__), cells, work)

@@ -103,6 +103,8 @@ def quantized(cells: Found) -> list[str]:
 def adapters(cells: Found) -> list[str]:
     titles = {
         "switch": ("Switching adapters, ms", "loaded", 1000.0),
+        "decode": ("One forward of 64 rows of one token, 6 layers, ms", "adapters among the rows", 1000.0),
+        "prefill": ("One forward of 64 rows of 16 tokens, 6 layers, ms", "adapters among the rows", 1000.0),
         "merge": ("Merging, ms per linear layer", "layers of the model", 1000.0),
         "load": ("Attaching and loading an adapter, CPU s", "linear layers", 1.0),
     }

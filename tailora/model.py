@@ -167,11 +167,8 @@ class LoRAModel(nn.Module):
         """As the base's own. Within `adapter_rows` all beams and sequences of a prompt have the prompt's adapter."""
         if self._rows is None:
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
-        self._rows.repeats = repeats(self.base_model, args, kwargs)
-        try:
+        with self._rows.generation(repeats(self.base_model, args, kwargs)):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
-        finally:
-            self._rows.repeats = 1
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -197,6 +194,8 @@ class LoRAModel(nn.Module):
             for path, layer in adapter.low_rank.items():
                 if layer.row_norms is not None:
                     layer.row_norms.refresh(self._attached[path])
+        if self._rows is not None:
+            self._rows.epoch += 1
         return self
 
     def _parts(self) -> Iterator[nn.Module]:
@@ -360,7 +359,7 @@ class LoRAModel(nn.Module):
         In training and inference; what was active before is active again afterwards, and `lora_layers` stays what it
         is: `set_adapter` the names first to have all their parameters in it. With gradient checkpointing, call
         backward within the block. In inference the factors are put together once per block, and again when a
-        parameter changes in a way that torch counts; writing through `.data` in place is not.
+        parameter changes in a way that torch counts: not through `.data` in place, and not in torch.inference_mode.
 
         Raises AdapterError for names that there are none of, MergeError while merged, RowsError within another such
         block; and at the call RowsError where a layer gets another number of rows, or where rows cannot be known.
@@ -372,9 +371,9 @@ class LoRAModel(nn.Module):
         check_compatible(used, by_row=True)
         batch = Batch(chosen, tuple(self._adapters), next(self.base_model.parameters()).device)
         before, waiting = {path: layer.active_adapters for path, layer in self._attached.items()}, self._waiting
-        parts = by_rows(batch, self._adapters, self._attached)
+        parts = by_rows(batch, self._adapters, self._hosts, self._attached)
         for path, layer in self._attached.items():
-            attach(layer, (parts[path],) if path in parts else ())
+            attach(layer, parts.get(path, ()))
         self._rows, self._waiting = batch, _waiting(used)
         try:
             yield
@@ -392,6 +391,8 @@ class LoRAModel(nn.Module):
         for part in (*adapter.low_rank.values(), *adapter.extras.values()):
             if isinstance(dial := getattr(part, "strength", None), Tensor):
                 dial.fill_(strength)
+        if self._rows is not None:
+            self._rows.epoch += 1
 
     def _install(self, name: str, adapter: Adapter) -> None:
         self._hosts |= {path: host_path(self.base_model, path) for path in adapter.parts}

@@ -34,7 +34,7 @@ class Adapted(Swapped):
         base: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the plain class
         y = base
         for adapter in self.active_adapters:
-            y = y + adapter.change(base, x, self)  # type: ignore[arg-type]
+            y = adapter.added(y, base, x, self)  # type: ignore[arg-type]
         return y
 
 

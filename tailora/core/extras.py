@@ -44,6 +44,9 @@ class TrainedBias(nn.Module):
         self.bias = nn.Parameter(own.detach().to(dtype, copy=True))
         self.register_buffer("strength", torch.ones((), device=own.device, dtype=dtype), persistent=False)
 
+    def added(self, y: Tensor, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        return y + self.change(base, x, layer)
+
     def change(self, base: Tensor, _: Tensor, layer: nn.Module) -> Tensor:
         change = self.bias_change(layer).to(base.dtype)
         if isinstance(layer, KERNEL):
@@ -76,6 +79,9 @@ class TokenRows(nn.Module):
         self.register_buffer("strength", torch.ones((), device=weight.device, dtype=dtype), persistent=False)
         self.trainable_tokens_delta = nn.Parameter(weight[given].to(dtype))
 
+    def added(self, y: Tensor, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        return y + self.change(base, x, layer)
+
     def change(self, base: Tensor, ids: Tensor, layer: nn.Module) -> Tensor:
         """base, (..., dim): the embedding's output for ids (...)."""
         known = self.indices[self.order]
@@ -97,6 +103,9 @@ class TokenHead(nn.Module):
     def __init__(self, rows: TokenRows) -> None:
         super().__init__()
         self.__dict__["rows"] = rows  # registered once, with the embedding
+
+    def added(self, y: Tensor, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        return y + self.change(base, x, layer)
 
     def change(self, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """base, (..., vocabulary): the head's output for x (..., dim)."""

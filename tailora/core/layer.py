@@ -244,6 +244,10 @@ class LoRALayer(nn.Module):
         hidden = torch.mv(A, x.reshape(-1).to(A.dtype)) * scale  # (r,)
         return torch.mv(B, hidden).view(*x.shape[:-1], -1)
 
+    def added(self, y: Tensor, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        """y and what the adapter changes of the layer's output."""
+        return y + self.change(base, x, layer)
+
     def change(self, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """What the adapter adds to the layer's output `base` = W x + b: (g - 1) W x + g s (B A - B0 A0) x + b' - b.
 

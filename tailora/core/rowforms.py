@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tailora.core.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, Kind
 from tailora.core.layer import LoRALayer
 
+FEW = {True: (8, 4), False: (2, 2)}  # in 16 bits, or not: up to so many adapters on rows of one token, of more: joined
 NONE = -1  # the slot of a row without an update
 
 # ---- the factors
@@ -125,11 +126,8 @@ def _convolution(layer: Any, x: Tensor, stack: Stack) -> Tensor:
     return y.view(len(y), m, -1, *y.shape[2:]).transpose(0, 1)
 
 
-BLOCKS: dict[str, Callable[[Any, Tensor, Stack], Tensor]] = {
-    LINEAR.name: _linear,
-    CONV1D.name: _linear,
-    CONVOLUTION.name: _convolution,
-}
+Blocks = Callable[[Any, Tensor, Stack], Tensor]
+BLOCKS: dict[Kind, Blocks] = {LINEAR: _linear, CONV1D: _linear, CONVOLUTION: _convolution}
 
 
 def looked_up(layer: Any, ids: Tensor, stack: Stack, which: Tensor) -> Tensor:
@@ -163,17 +161,19 @@ class Plan:
     c: int = 1
 
 
-def plan(kind: Kind, slots: Sequence[int], ranks: Sequence[int], tokens: int, half: bool, device: torch.device) -> Plan:
-    """For rows with these slots, 0..k-1 or NONE, `tokens` each; `half`: computed in 16 bits.
+def plan(
+    kind: Kind, slots: Sequence[int], ranks: Sequence[int], tokens: int, dtype: torch.dtype, device: torch.device
+) -> Plan:
+    """For rows with these slots, 0..k-1 or NONE, `tokens` each.
 
     Cost of blocks in units of one batched product's overhead (2 cores with AVX512-BF16, SmolLM2's shapes).
     """
     if kind is EMBEDDING:
         return Plan(with_none=True)
     n, k, without = len(slots), len(ranks), NONE in slots
-    few = (16 if half else 4) if tokens == 1 else (4 if half else 2)
-    if k <= few and BLOCKS[kind.name] is _linear:
-        return _joined_plan(slots, ranks, device)
+    one, more = FEW[dtype.itemsize == 2]
+    if BLOCKS[kind] is _linear and k <= (one if tokens == 1 else more):
+        return _joined_plan(slots, ranks, dtype, device)
     counts = {slot: slots.count(slot) for slot in set(slots)}
     sizes = [2**power for power in range(max(counts.values()).bit_length())]
 
@@ -185,10 +185,10 @@ def plan(kind: Kind, slots: Sequence[int], ranks: Sequence[int], tokens: int, ha
     return _blocks_plan(slots, k, c, without, device)
 
 
-def _joined_plan(slots: Sequence[int], ranks: Sequence[int], device: torch.device) -> Plan:
+def _joined_plan(slots: Sequence[int], ranks: Sequence[int], dtype: torch.dtype, device: torch.device) -> Plan:
     owner = torch.repeat_interleave(torch.tensor(ranks))  # (sum of r,): whose column
     mask = torch.tensor(slots)[:, None] == owner
-    return Plan(NONE in slots, mask=mask.to(device), is_whole=bool(mask.all()))
+    return Plan(NONE in slots, mask=mask.to(device, dtype), is_whole=bool(mask.all()))
 
 
 def _blocks_plan(slots: Sequence[int], k: int, c: int, with_none: bool, device: torch.device) -> Plan:
@@ -217,19 +217,36 @@ def _blocks_plan(slots: Sequence[int], k: int, c: int, with_none: bool, device: 
     )
 
 
-def run_joined(x: Tensor, factors: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
+def run_joined(_blocks: Blocks, _layer: Any, x: Tensor, factors: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
     """x (n, ..., in) -> (n, ..., out)."""
     A, B = factors
     hidden = F.linear(x, A)  # (n, ..., sum of r)
     if plan.mask is not None and not plan.is_whole:
-        mask = plan.mask.view(len(x), *[1] * (x.ndim - 2), -1)
-        hidden = torch.where(mask, hidden, hidden.new_zeros(()))  # not times 0: another row's overflow stays there
+        hidden = hidden * plan.mask.view(len(x), *[1] * (x.ndim - 2), -1)
     return F.linear(hidden, B)
 
 
-def run_blocks(kind: Kind, layer: Any, x: Tensor, stack: Stack, plan: Plan) -> Tensor:
+def run_blocks(blocks: Blocks, layer: Any, x: Tensor, stack: Stack, plan: Plan) -> Tensor:
     """`stack` has one update per block."""
     if plan.order is None or plan.back is None:
-        return BLOCKS[kind.name](layer, x[:, None], stack).squeeze(1)
+        return blocks(layer, x[:, None], stack).squeeze(1)
     sorted_rows = x.index_select(0, plan.order).view(-1, plan.c, *x.shape[1:])
-    return BLOCKS[kind.name](layer, sorted_rows, stack).flatten(0, 1).index_select(0, plan.back)
+    return blocks(layer, sorted_rows, stack).flatten(0, 1).index_select(0, plan.back)
+
+
+def can_add(blocks: Blocks, y: Tensor, plan: Plan) -> bool:
+    """Whether `add` knows this form."""
+    return blocks is _linear and plan.order is None and y.is_contiguous()
+
+
+def add(y: Tensor, x: Tensor, factors: Any, plan: Plan) -> Tensor:
+    """y plus the update, in y's memory: without gradients, and where y is a result that nobody else holds."""
+    if plan.mask is not None:
+        hidden = F.linear(x, factors[0])
+        if not plan.is_whole:
+            hidden *= plan.mask.view(len(x), *[1] * (x.ndim - 2), -1)
+        y.view(-1, y.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), factors[1].T)
+    else:
+        hidden = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), factors.A.mT)
+        y.view(len(x), -1, y.shape[-1]).baddbmm_(hidden, factors.B.mT)
+    return y

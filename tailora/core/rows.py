@@ -4,12 +4,15 @@ Every adapted layer gets one `RowLayer`, or `RowModule` where copies are trained
 does. They share the `Batch`: the names, and how often `generate` repeats each row.
 
 Without gradients the factors of a block are put together once and kept until one of them changes, as torch's version
-counters and addresses tell. Under torch.compile all is in the graph, and rows are an input of it: other names for
-them compile nothing anew.
+counters and addresses tell. With 64 adapters that question costs as much as their products, so it is left out where
+nothing is trained: in `generate` and in torch.inference_mode. Under torch.compile all is in the graph, and rows are an
+input of it: other names for them compile nothing anew.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ from tailora.core.rowforms import (
     BLOCKS,
     NONE,
     Plan,
+    add,
+    can_add,
     joined,
     looked_up,
     plan,
@@ -44,6 +49,8 @@ class Batch:
     adapters: tuple[str, ...]  # all that are loaded
     device: torch.device
     repeats: int = 1  # beams, or sequences per prompt, while generate runs
+    generating: bool = False
+    epoch: int = 0  # another one after `set_scale`, `to` and the like, and for each run of generate
     n: int = field(init=False)
     ids: Tensor = field(init=False)  # (n,) of `adapters`, their number for None
     plans: dict[Any, Plan] = field(default_factory=dict)
@@ -54,6 +61,16 @@ class Batch:
         self.n = len(self.names)  # a number for the compiler, which would guard the names
         number: dict[str | None, int] = {name: i for i, name in enumerate(self.adapters)}
         self.ids = torch.tensor([number.get(name, len(number)) for name in self.names], device=self.device)
+
+    @contextmanager
+    def generation(self, repeats: int) -> Iterator[None]:
+        """Within the block every name stands for so many rows, and parameters stay."""
+        self.epoch += 1
+        self.repeats, self.generating = repeats, True
+        try:
+            yield
+        finally:
+            self.repeats, self.generating = 1, False
 
     def times(self, x: Tensor, path: str, least: int) -> int:
         """How many rows of x stand for each name, the same beside each other. Raises RowsError."""
@@ -102,35 +119,55 @@ def check_names(names: Any, known: Sequence[str]) -> tuple[str | None, ...]:
     return tuple(names)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Ready:
     """What a call multiplies by, and the state of what it was made of; while that is held, no address is used twice."""
 
+    plan: Plan
+    shape: torch.Size  # of the input
     factors: Any  # of the form that is planned
     extra: Tensor | None  # (n, out): what the layer's output is multiplied by and added
     shift: Tensor | None  # (n, out)
     state: Any = None
     held: Sequence[Tensor] = ()
+    epoch: int = 0  # of the batch, when the state was looked at last
 
 
-def by_rows(batch: Batch, adapters: Mapping[str, Adapter], layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+def by_rows(
+    batch: Batch, adapters: Mapping[str, Adapter], hosts: Mapping[str, str], layers: Mapping[str, nn.Module]
+) -> dict[str, tuple[Any, ...]]:
     """What every layer that an adapter reaches is attached to while the batch is this one, by path.
 
-    Raises RowsError for layers that see no rows, and for what adapters of rows train beside whole layers.
+    hosts: path of an adapter's part -> that of its layer. Raises RowsError for layers that see no rows, and for what
+    adapters of rows train beside layers.
     """
-    if mixed := [path for path in layers if "experts" in path.split(".")]:
-        raise RowsError(f"experts see the tokens of all rows mixed, so none is a row's: {', '.join(mixed)}")
     used = {name: adapters[name] for name in dict.fromkeys(batch.names) if name is not None}
-    whole = [f"{path} of {name}" for name, adapter in used.items() for path in adapter.parts if path not in layers]
-    whole += [f"{path} of {name}" for name, adapter in used.items() for path in adapter.extras]
-    if whole:
-        raise RowsError(f"parts of layers, biases and token rows cannot be chosen by row: {', '.join(whole[:5])}")
-    found: dict[str, Any] = {}
-    for path, layer in layers.items():
-        low_rank = {name: adapter.low_rank[path] for name, adapter in adapters.items() if path in adapter.low_rank}
-        saved = {name: adapter.saved[path] for name, adapter in adapters.items() if path in adapter.saved}
-        if low_rank or saved:  # else what no row has
-            found[path] = RowLayer(path, low_rank, batch) if low_rank else RowModule(path, saved, layer, batch)
+    if extras := [f"{path} of {name}" for name, adapter in used.items() for path in adapter.extras]:
+        raise RowsError(f"trained biases and token rows cannot be chosen by row: {', '.join(extras[:5])}")
+    low_rank, saved = _by_path(adapters, "low_rank"), _by_path(adapters, "saved")
+    wholes = [path for path, parts in low_rank.items() if next(iter(parts.values())).kind.forward is not None]
+    if mixed := [path for path in low_rank if path in wholes or "experts" in path.split(".")]:
+        raise RowsError(
+            "attention as a whole may have its rows elsewhere, and experts see the tokens of all rows mixed: "
+            f"no adapter by row on {', '.join(mixed)}"
+        )
+    found: dict[str, tuple[Any, ...]] = {
+        path: (RowModule(path, copies, layers[path], batch),) for path, copies in saved.items()
+    }
+    for path, parts in low_rank.items():
+        found[hosts[path]] = (*found.get(hosts[path], ()), RowLayer(path, parts, batch))
+    for several in found.values():
+        for each in several if len(several) > 1 else ():
+            each.is_alone = False
+    return found
+
+
+def _by_path(adapters: Mapping[str, Adapter], kept: str) -> dict[str, dict[str, Any]]:
+    """Path -> name of the adapter -> its part there."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, adapter in adapters.items():
+        for path, part in getattr(adapter, kept).items():
+            found.setdefault(path, {})[name] = part
     return found
 
 
@@ -153,28 +190,52 @@ class RowLayer:
         self.lookup, self.lookup_used = batch.lookup(self.names), batch.lookup(self.used_names)
         self.kind: Kind = self.parts[0].kind
         self.kernel = self.parts[0].lora_A.ndim - 2
+        self.least = 1 if self.kind is EMBEDDING else 2 + self.kernel  # dimensions of an input with rows
+        self.blocks = BLOCKS.get(self.kind) if self.parts[0].rows is None else None  # not for parts of fused layers
+        self.is_alone = True  # on its layer, whose output it may then write to
         self._kept: Ready | None = None
 
-    def change(self, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        """What the rows' adapters add to the layer's output `base`."""
-        times = self.batch.times(x, self.path, _dimensions(layer, self.kind))
+    def added(self, y: Tensor, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        """y, and what the rows' adapters change of the layer's output `base`."""
+        times = self.batch.times(x, self.path, self.least)
         if torch.compiler.is_compiling():
-            return self._in_graph(base, x, layer, times)
+            return y + self._in_graph(base, x, layer, times)
         if not self.used:
-            return base.new_zeros(())
-        if self.kind is not EMBEDDING and self.kind.name not in BLOCKS:
-            return self._in_turn(base, x, layer, times)
-        chosen = self._plan(base.dtype, x, times)
-        ready = self._ready(chosen, layer, base.dtype, times)
-        if self.kind is EMBEDDING:
+            return y
+        if self.blocks is None and self.kind is not EMBEDDING:
+            return y + self._in_turn(base, x, layer, times)
+        ready = self._ready(x, layer, base.dtype, times)
+        if self.blocks is None:
             change = looked_up(layer, x, ready.factors, self.batch.places(self.lookup_used, times))
-            return _around(change, base, ready.extra, ready.shift, self.kernel)
+            return y + _around(change, base, ready.extra, ready.shift, self.kernel)
         x = self._dropped(x.to(base.dtype), layer.training, times)
-        if chosen.mask is not None:
-            change = run_joined(x, ready.factors, chosen)
-        else:
-            change = run_blocks(self.kind, layer, x, ready.factors, chosen)
-        return _around(change, base, ready.extra, ready.shift, self.kernel)
+        if self.is_alone and self._is_plain and not torch.is_grad_enabled() and can_add(self.blocks, y, ready.plan):
+            return add(y, x, ready.factors, ready.plan)
+        run = run_joined if ready.plan.mask is not None else run_blocks
+        change = run(self.blocks, layer, x, ready.factors, ready.plan)
+        return y + _around(change, base, ready.extra, ready.shift, self.kernel)
+
+    def _ready(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, times: int) -> Ready:
+        """Kept while no gradient is asked for and nothing that it is made of changes."""
+        kept = self._kept
+        chosen = kept.plan if kept is not None and kept.shape == x.shape else self._plan(dtype, x, times)
+        if torch.is_grad_enabled():
+            self._kept = None
+            return self._made(chosen, x, layer, dtype, times)
+        trusted = self.batch.generating or torch.is_inference_mode_enabled()
+        if trusted and kept is not None and kept.epoch == self.batch.epoch and kept.plan is chosen:
+            return kept
+        tensors = _tensors(self.used if self._is_plain else (*self.used, layer))
+        state = dtype, _state(tensors)
+        if kept is None or kept.plan is not chosen or kept.state != state:
+            kept = self._made(chosen, x, layer, dtype, times)
+            kept.state, kept.held = state, [tensor.detach() for tensor in tensors]
+        kept.epoch, self._kept = self.batch.epoch, kept
+        return kept
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        return all(part.is_plain for part in self.used)
 
     def _plan(self, dtype: torch.dtype, x: Tensor, times: int) -> Plan:
         """Shared by all layers with the same adapters."""
@@ -183,22 +244,10 @@ class RowLayer:
         key = self.slots, ranks, times, tokens, dtype, x.device, self.kind.name
         if key not in self.batch.plans:
             slots = [slot for slot in self.slots for _ in range(times)]
-            self.batch.plans[key] = plan(self.kind, slots, ranks, tokens, dtype.itemsize == 2, x.device)
+            self.batch.plans[key] = plan(self.kind, slots, ranks, tokens, dtype, x.device)
         return self.batch.plans[key]
 
-    def _ready(self, chosen: Plan, layer: nn.Module, dtype: torch.dtype, times: int) -> Ready:
-        """Kept while no gradient is asked for and nothing that it is made of changes."""
-        if torch.is_grad_enabled():
-            self._kept = None
-            return self._made(chosen, layer, dtype, times)
-        tensors = _tensors(self.used if all(part.is_plain for part in self.used) else (*self.used, layer))
-        state = chosen, dtype, _state(tensors)
-        if self._kept is None or self._kept.state != state:
-            made = self._made(chosen, layer, dtype, times)
-            self._kept = replace(made, state=state, held=[tensor.detach() for tensor in tensors])
-        return self._kept
-
-    def _made(self, chosen: Plan, layer: nn.Module, dtype: torch.dtype, times: int) -> Ready:
+    def _made(self, chosen: Plan, x: Tensor, layer: nn.Module, dtype: torch.dtype, times: int) -> Ready:
         each = [terms(part, layer, dtype) for part in self.used]
         if chosen.mask is not None:
             factors: Any = joined(each)
@@ -206,12 +255,13 @@ class RowLayer:
             stack = stacked(self.kind, each, self.used[0].groups, with_none=chosen.with_none)
             factors = stack if chosen.which is None else stack.taken(chosen.which)
         which = self.batch.places(self.lookup_used, times)
-        return Ready(factors, vectors_by_row(each, "extra", which), vectors_by_row(each, "shift", which))
+        extra, shift = vectors_by_row(each, "extra", which), vectors_by_row(each, "shift", which)
+        return Ready(chosen, x.shape, factors, extra, shift)
 
     def _dropped(self, x: Tensor, training: bool, times: int) -> Tensor:
         """Dropout of every row by its own adapter's probability."""
-        rates = [part.lora_dropout for part in self.used]
-        if not training or not any(rates):
+        rates = [part.lora_dropout for part in self.used] if training else []
+        if not any(rates):
             return x
         if len(set(rates)) == 1:
             return F.dropout(x, rates[0])
@@ -236,22 +286,20 @@ class RowLayer:
         if not parts:
             return base.new_zeros(())
         which = self.batch.places(lookup, times).to(x.device)
-        if self.kind is not EMBEDDING and self.kind.name not in BLOCKS:
+        if self.blocks is None and self.kind is not EMBEDDING:
             changes = [part.change(base, x, layer) for part in parts]
             masks = [(which == i).view(-1, *[1] * (base.ndim - 1)) for i in range(len(parts))]
             return torch.stack([torch.where(mask, each, 0) for mask, each in zip(masks, changes, strict=True)]).sum(0)
         each = [terms(part, layer, base.dtype) for part in parts]
         stack = stacked(self.kind, each, parts[0].groups, with_none=True)
         around = vectors_by_row(each, "extra", which), vectors_by_row(each, "shift", which)
-        if self.kind is EMBEDDING:
+        if self.blocks is None:
             return _around(looked_up(layer, x, stack, which), base, *around, self.kernel)
         x = x.to(base.dtype)
         rates = [part.lora_dropout for part in parts]
         if layer.training and any(rates):
             x = _dropped_by(x, torch.tensor([*rates, 0.0], device=x.device)[which])
-        return _around(
-            BLOCKS[self.kind.name](layer, x[:, None], stack.taken(which)).squeeze(1), base, *around, self.kernel
-        )
+        return _around(self.blocks(layer, x[:, None], stack.taken(which)).squeeze(1), base, *around, self.kernel)
 
 
 def _around(change: Tensor, base: Tensor, extra: Tensor | None, shift: Tensor | None, kernel: int) -> Tensor:
@@ -273,21 +321,18 @@ def _dropped_by(x: Tensor, rates: Tensor) -> Tensor:
     return x * ((torch.rand_like(x, dtype=torch.float32) >= rates) / (1 - rates)).to(x.dtype)
 
 
-def _dimensions(layer: Any, kind: Kind) -> int:
-    """The fewest that an input with rows has."""
-    if kind is EMBEDDING:
-        return 1
-    return 2 + len(getattr(layer, "kernel_size", ()))
-
-
 def _tensors(parts: Sequence[nn.Module]) -> list[Tensor]:
-    tables = (table for part in parts for table in (part._parameters, part._buffers))
+    tables = [table for part in parts for table in (part._parameters, part._buffers)]
     return [tensor for table in tables for tensor in table.values() if tensor is not None]
 
 
-def _state(tensors: Sequence[Tensor]) -> list[Any]:
-    """Changes when one of them does, as far as torch tells."""
-    return [(tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors]
+def _state(tensors: Sequence[Tensor]) -> Any:
+    """Changes when one of them does, as far as torch tells. Asked at every call, so in few steps."""
+    try:
+        versions = [tensor._version for tensor in tensors]
+    except RuntimeError:  # tensors of inference mode are not counted
+        versions = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+    return versions, [tensor.data_ptr() for tensor in tensors]
 
 
 class RowModule(nn.Module):

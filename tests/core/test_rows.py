@@ -116,19 +116,14 @@ def test_all_forms_agree_with_one_by_one(count: int, shape: tuple[int, ...], dty
 def test_the_plan_takes_every_form() -> None:
     cpu = torch.device("cpu")
 
-    def planned(count: int, tokens: int, half: bool) -> str:
-        one = plan(LINEAR, [i % count for i in range(64)], [4] * count, tokens, half, cpu)
-        return "joined" if one.mask is not None else f"blocks of {one.c}"
+    def planned(dtype: torch.dtype, tokens: int) -> list[str]:
+        plans = [plan(LINEAR, [i % k for i in range(64)], [4] * k, tokens, dtype, cpu) for k in (2, 8, 32, 64)]
+        return ["joined" if one.mask is not None else f"blocks of {one.c}" for one in plans]
 
-    assert [planned(count, 1, True) for count in (2, 8, 32, 64)] == ["joined", "joined", "blocks of 2", "blocks of 1"]
-    assert [planned(count, 1, False) for count in (2, 8, 32, 64)] == [
-        "joined",
-        "blocks of 8",
-        "blocks of 2",
-        "blocks of 1",
-    ]
-    assert [planned(count, 16, True) for count in (2, 8, 32, 64)] == ["joined", *["blocks of 1"] * 3]
-    uneven = plan(LINEAR, [0] * 50 + [NONE] * 4 + list(range(1, 11)), [4] * 11, 1, False, cpu)
+    assert planned(torch.bfloat16, 1) == ["joined", "joined", "blocks of 2", "blocks of 1"]
+    assert planned(torch.float32, 1) == ["joined", "blocks of 8", "blocks of 2", "blocks of 1"]
+    assert planned(torch.bfloat16, 16) == ["joined", *["blocks of 1"] * 3]
+    uneven = plan(LINEAR, [0] * 50 + [NONE] * 4 + list(range(1, 11)), [4] * 11, 1, torch.float32, cpu)
     assert uneven.c > 1
     assert uneven.which is not None
     assert 11 in uneven.which.tolist()  # the zero update, for the rows with none
@@ -139,7 +134,7 @@ def test_kinds_without_a_form_of_their_own_take_adapter_after_adapter(monkeypatc
     kind = KINDS[0]
     model, x = mixed(kind, "dora and biases"), rows_of(kind, 5)
     expected = one_by_one(model, x, NAMES)
-    monkeypatch.delitem(BLOCKS, LINEAR.name)
+    monkeypatch.delitem(BLOCKS, LINEAR)
     with model.adapter_rows(NAMES):
         torch.testing.assert_close(model(x), expected)
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
@@ -283,6 +278,21 @@ def test_dropout_is_each_adapter_s_own() -> None:
         assert torch.equal(model(x), model(x))
         mean = torch.stack([model.train()(x)[0] for _ in range(400)]).mean(0)
         torch.testing.assert_close(mean, model.eval()(x)[0], rtol=0.3, atol=0.3)
+
+
+def test_adapters_on_a_fused_layer_and_on_parts_of_it() -> None:
+    model = causal_lm("gpt2")
+    model.add_adapter("parts", LoRAConfig(r=4, target_modules=[r"c_attn.q", "c_attn.v"]))
+    model.set_adapter("parts")
+    stir(model, 5)
+    ids = torch.randint(1, 50, (4, 5), generator=torch.Generator().manual_seed(0))
+    names = ["q", "parts", None, "parts"]
+    with torch.no_grad():
+        with model.adapter_rows(names):
+            found = model(ids).logits
+        for i, name in enumerate(names):
+            model.set_adapter(name)
+            torch.testing.assert_close(found[i : i + 1], model(ids[i : i + 1]).logits, rtol=1e-4, atol=1e-4)
 
 
 # ---- compiled
@@ -462,7 +472,9 @@ def test_a_batch_of_other_rows_is_refused_at_the_call(shape: tuple[int, ...], me
     model = two()
     model.base_model[0] = model.base_model[0]
     with model.adapter_rows(["a", "b", None]), pytest.raises(RowsError, match=message):
-        model.base_model[0].active_adapters[0].change(torch.zeros(shape), torch.zeros(shape), model.base_model[0])
+        model.base_model[0].active_adapters[0].added(
+            torch.zeros(shape), torch.zeros(shape), torch.zeros(shape), model.base_model[0]
+        )
 
 
 def test_within_and_around_the_block() -> None:
@@ -493,8 +505,15 @@ def test_experts_are_refused_since_their_tokens_are_of_all_rows() -> None:
     base = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])})
     model = LoRAModel(base, LoRAConfig(r=2, target_modules=["experts.0"]), "a")
     with (
-        pytest.raises(RowsError, match=r"experts see the tokens of all rows mixed.*experts\.0"),
+        pytest.raises(RowsError, match=r"experts see the tokens of all rows mixed: no adapter by row on experts\.0"),
         model.adapter_rows(["a"]),
     ):
         pass
     assert model.base_model["experts"][0].active_adapters
+
+
+def test_attention_as_a_whole_is_refused() -> None:
+    base = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.Linear(8, 8)})
+    model = LoRAModel(base, LoRAConfig(r=2, target_modules=["a"]), "x")
+    with pytest.raises(RowsError, match="attention as a whole may have its rows elsewhere"), model.adapter_rows(["x"]):
+        pass
