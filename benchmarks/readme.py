@@ -1,10 +1,11 @@
-"""Write the measured parts of README.md from benchmarks/results: the demo's output and the table.
+"""Write the measured parts of README.md and docs/ from benchmarks/results.
 
 tailora demo > benchmarks/results/demo.txt && python benchmarks/demo.py run && python benchmarks/readme.py
 """
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +59,44 @@ def shown(output: str) -> str:
     return f"{first}\n{told.splitlines()[-1]}" if border else told
 
 
-def put(readme: str, name: str, content: str) -> str:
+def text(name: str) -> str:
+    """What a command printed."""
+    return (RESULTS / f"{name}.txt").read_text().strip()
+
+
+def content(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def fenced(output: str) -> str:
+    return f"```\n{output}\n```"
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what stands there
+    "README.md": {
+        "demo-output": lambda: fenced(shown(text("demo"))),
+        "table": lambda: table(content("demo")),
+    },
+}
+
+
+def put(document: str, name: str, part: str) -> str:
     """Replace what stands between the two markers of this name."""
     start, end = f"<!-- measured:{name} -->", f"<!-- /measured:{name} -->"
     pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if len(pattern.findall(readme)) != 1:
-        raise SystemExit(f"README.md needs one pair of markers {start} {end}")
-    return pattern.sub(lambda _: f"{start}\n{content.strip()}\n{end}", readme)
+    if len(pattern.findall(document)) != 1:
+        raise SystemExit(f"one pair of markers {start} {end} is needed")
+    return pattern.sub(lambda _: f"{start}\n{part.strip()}\n{end}", document)
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    output = shown((RESULTS / "demo.txt").read_text())
-    readme = put(path.read_text(), "demo-output", f"```\n{output}\n```")
-    path.write_text(put(readme, "table", table(json.loads((RESULTS / "demo.json").read_text()))))
+    for file, parts in PARTS.items():
+        path = ROOT / file
+        document = path.read_text()
+        for name, part in parts.items():
+            document = put(document, name, part())
+        path.write_text(document)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What README.md shows is what there is."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import COMMANDS, main
 from tailora.formats.export import FORMATS
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_eight_lines_run_and_what_they_leave_is_loaded_and_merged(
@@ -58,9 +60,11 @@ def test_the_exports_run_from_first_to_last(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_figures_are_the_script_s() -> None:
-    for name in ("demo-output", "table"):
-        (content,) = re.findall(f"<!-- measured:{name} -->(.*?)<!-- /measured:{name} -->", README, re.DOTALL)
-        assert content.strip(), f"run benchmarks/readme.py: {name} is empty"
+    for file, parts in runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))["PARTS"].items():
+        document = (ROOT / file).read_text()
+        for name, part in parts.items():
+            (content,) = re.findall(f"<!-- measured:{name} -->(.*?)<!-- /measured:{name} -->", document, re.DOTALL)
+            assert content.strip() == part().strip(), f"run benchmarks/readme.py: {name} of {file} is old"
 
 
 def test_every_command_is_in_the_table() -> None:
