@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tailora.cli.console import print_json, results
 from tailora.cli.derived import Base
-from tailora.cli.models import named
+from tailora.cli.models import chosen_method, named
 from tailora.cli.options import Json
 from tailora.errors import ConfigError
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 Source = Annotated[str, Parameter(name="adapter", help="folder of an adapter or of a run, or a LoRA's .safetensors")]
 To = Annotated[Literal["peft", "portable", "gguf", "mlx", "merged"], Parameter(help="for whom")]
 Output = Annotated[Path, Parameter(name=["--output", "--output-dir"], help="a new folder")]
+Quantize = Annotated[
+    str | None,
+    Parameter(help="how the base is stored: nf4, fp4, int8, torchao-int8 or none; merging: as the adapter's run did"),
+]
 Dtype = Annotated[
     Literal["stored", "float32", "bfloat16", "float16"], Parameter(help="of the base, and so of a merged model")
 ]
@@ -31,7 +35,15 @@ NAMED_IN = ("base_model_name_or_path", "model")  # by PEFT, by mlx-lm
 
 
 def export(
-    adapter: Source, /, *, to: To, output: Output, model: Base = None, dtype: Dtype = "stored", json: Json = False
+    adapter: Source,
+    /,
+    *,
+    to: To,
+    output: Output,
+    model: Base = None,
+    dtype: Dtype = "stored",
+    quantize: Quantize = None,
+    json: Json = False,
 ) -> int:
     """Write an adapter for another program. What was written is read back and must compute the same."""
     (path,) = named([f"one={adapter}"]).values()
@@ -42,7 +54,7 @@ def export(
     from tailora.train.load import load_base
 
     check_new(output)
-    loaded, tokenizer = load_base(base, dtype)
+    loaded, tokenizer = load_base(base, dtype, quantize=chosen_method([path], _asked(quantize, to)))
     adapted = LoRAModel.from_pretrained(loaded, path)
     started = time.perf_counter()
     with quiet():
@@ -53,6 +65,11 @@ def export(
     else:
         show(results(), done, base, seconds)
     return 0
+
+
+def _asked(quantize: str | None, to: str) -> str | None:
+    """Only a merge holds the base's weights: those that the adapter was trained on."""
+    return "none" if quantize is None and to != "merged" else quantize
 
 
 def named_base(path: Path) -> str:

@@ -16,6 +16,7 @@ from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
 
 from tailora import __version__
 from tailora.cli.console import logs, print_json, write_any_text
+from tailora.data.quiet import hushed
 from tailora.errors import MemoryLimitError, TailoraError
 
 COMMANDS = {
@@ -35,6 +36,7 @@ ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user
     "GOMP_SPINCOUNT": "10000",  # spins of a waiting thread: 300,000 crawl beside other work, none lose a third alone
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # of 1024 compiled shapes; each row has its own length: 2.9 GB, now 2.4
 }
+TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")  # transformers imports the first unasked; both warn
 INTERRUPTED = 130
 LINES = 21  # of a message
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
@@ -67,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in tokens
     try:
-        code = app()(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        with hushed(*TALKATIVE):
+            code = app()(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except BrokenPipeError:  # `tailora ... | head` has seen enough; without this the interpreter complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

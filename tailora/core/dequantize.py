@@ -75,6 +75,12 @@ def made_plain(layer: nn.Module, weight: Tensor) -> Iterator[Change]:
     yield Recast(layer, class_on(layer, cls), given, OF_LAYERS)
 
 
+def as_linear(layer: nn.Module) -> Iterator[Change]:
+    """The layer as nn.Linear with the dequantised weight in float32; what an adapter on it computes stays the same."""
+    yield Exchange(layer, "weight", nn.Parameter(dense_weight(layer).float(), requires_grad=False))
+    yield Recast(layer, class_on(layer, nn.Linear), {}, frozenset())
+
+
 def _plain_class(layer: nn.Module) -> type[nn.Module]:
     cls = getattr(layer, "plain", type(layer))
     return next(parent for parent in cls.__mro__ if not _is_theirs(parent))

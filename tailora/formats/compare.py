@@ -1,7 +1,8 @@
 """Whether a file computes what the live model computes: its logits, read back, against the model's.
 
 In float32, whatever the weights are in: a bfloat16 forward of the demo's model is 3% (text) to 8% (random tokens) off
-its float32 one, which would hide what a file has wrong. A layer's weights are wide while it runs, and no longer.
+its float32 one, and one of 4 bits on a CPU rounds more, which would hide what a file has wrong. A layer's weights are
+wide while it runs, and no longer; a quantised one is a plain one with the dequantised weight while its parent runs.
 """
 
 import math
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, by_host
 from tailora.core.attach import Swapped, attach
+from tailora.core.bases import quantized_layers
+from tailora.core.dequantize import Change, as_linear
 from tailora.core.kinds import host_path
 from tailora.core.modes import evaluating
 from tailora.errors import FormatError
 
 TOLERANCE = 1e-4  # of the logits' size: float32 sums in another order
-COARSE = 3e-2  # the same where a quantised base computes in 16 bits
 ROWS, LENGTH = 2, 16
 
 
@@ -46,17 +48,16 @@ class Comparison:
             )
 
 
-def compare(live: Tensor, base: Tensor, again: Tensor, *, plain: bool, rounded: bool) -> Comparison:
+def compare(live: Tensor, base: Tensor, again: Tensor, *, rounded: bool) -> Comparison:
     """Three times the logits of one batch. Raises FormatError for logits that are not finite.
 
-    plain: no quantised weights.    rounded: the update was added to weights of 16 bits; half of its effect may go.
+    rounded: the update was added to weights of 16 bits; half of its effect may go.
     """
     size = _rms(live)
     if not 0 < size < math.inf:
         raise FormatError(f"the live model's logits have a size of {size}: there is nothing to compare with")
     effect = _rms(live - base) / size
-    tolerance = max(TOLERANCE, effect / 2 if rounded else 0) if plain else COARSE
-    return Comparison(_rms(again - live) / size, effect, tolerance)
+    return Comparison(_rms(again - live) / size, effect, max(TOLERANCE, effect / 2 if rounded else 0))
 
 
 def probe(base_model: Any) -> Tensor:
@@ -79,20 +80,22 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return found.float()
 
 
-def is_plain(model: nn.Module) -> bool:
-    """Whether all weights are ordinary tensors of floating numbers, not quantised ones."""
-    return all(type(p) is nn.Parameter and p.is_floating_point() for p in model.parameters())
-
-
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
-    """Every module's own parameters are float32 while it runs. A quantised model is left as it is."""
+    """Every module's own parameters are float32 while it runs, and its quantised children plain layers of float32."""
     handles = []
-    for module in model.modules() if is_plain(model) else ():
-        if any(each is not None and each.dtype != torch.float32 for each in module._parameters.values()):
-            narrow = dict(module._parameters)
+    packed = {id(layer) for layer in quantized_layers(model).values()}
+    for module in model.modules():
+        narrow = {name: each for name, each in module._parameters.items() if each is not None}
+        if id(module) in packed:
+            del narrow["weight"]
+        if any(each.dtype != torch.float32 for each in narrow.values()):
             handles.append(module.register_forward_pre_hook(partial(_widen, narrow)))
             handles.append(module.register_forward_hook(partial(_narrow, narrow), always_call=True))
+        if children := [child for child in module.children() if id(child) in packed]:
+            undo: list[Change] = []
+            handles.append(module.register_forward_pre_hook(partial(_unpack, children, undo)))
+            handles.append(module.register_forward_hook(partial(_pack, undo), always_call=True))
     try:
         yield
     finally:
@@ -100,13 +103,22 @@ def widened(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _widen(narrow: dict[str, nn.Parameter | None], module: nn.Module, _: Any) -> None:
-    wide = {name: each if each is None else nn.Parameter(each.float(), False) for name, each in narrow.items()}
-    module._parameters.update(wide)
+def _widen(narrow: dict[str, nn.Parameter], module: nn.Module, _: Any) -> None:
+    module._parameters.update({name: nn.Parameter(each.float(), False) for name, each in narrow.items()})
 
 
-def _narrow(narrow: dict[str, nn.Parameter | None], module: nn.Module, *_: Any) -> None:
+def _narrow(narrow: dict[str, nn.Parameter], module: nn.Module, *_: Any) -> None:
     module._parameters.update(narrow)
+
+
+def _unpack(children: list[nn.Module], undo: list[Change], *_: Any) -> None:
+    for child in children:
+        undo += [change.make() for change in as_linear(child)]
+
+
+def _pack(undo: list[Change], *_: Any) -> None:
+    while undo:
+        undo.pop().make()
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import nn
 
+from tailora.core.dequantize import common_dtype
 from tailora.errors import ConfigError, nearest
 from tailora.formats import gguf, merged, mlx, portable
 from tailora.formats.atomic import replace_folder, writing
-from tailora.formats.compare import Comparison, compare, is_plain, logits, only, probe
+from tailora.formats.compare import Comparison, compare, logits, only, probe
 from tailora.formats.peft import StoredAdapter, read_adapter, write_adapter
 from tailora.formats.plain import Source, refuse
 from tailora.formats.restore import restore
@@ -72,8 +73,8 @@ def export(source: Source, folder: Path, to: str) -> Exported:
         changes = chosen.write(fresh, source)
         with chosen.again(fresh, source) as model:
             again = logits(model, ids)
-        rounded = to == "merged" and next(source.base_model.parameters()).dtype.itemsize == 2
-        found = compare(live, base, again, plain=is_plain(source.base_model), rounded=rounded)
+        rounded = to == "merged" and common_dtype(source.base_model).itemsize == 2
+        found = compare(live, base, again, rounded=rounded)
         found.check(f"{folder} ({to})", WIDER if rounded else "please report it")
         files = {path.name: path.stat().st_size for path in sorted(fresh.iterdir())}
     return Exported(folder, to, files, changes, found)

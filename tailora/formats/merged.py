@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tailora.core.bases import is_quantized
 from tailora.core.dequantize import Change, Exchange, common_dtype, whole_plain
 from tailora.core.kinds import host_path
-from tailora.core.merge import folded, moved_in, settle_ties
+from tailora.core.merge import MergeReport, folded, moved_in, settle_ties
 from tailora.errors import FormatError, MergeError
 from tailora.formats.plain import Source, refuse
 
@@ -38,18 +38,19 @@ def write(folder: Path, source: Source) -> list[str]:
     """Fill `folder`; returns what differs from the base with the adapter beside it, in words. Raises FormatError."""
     base: Any = source.base_model
     spill = folder / SPILL
-    changes, worst, plain = _merged(source, spill)
+    changes, report = _merged(source, spill)
     untied = settle_ties(base, changes, untie_weights=True)
     with _made(changes), _tie_setting(base, untied):
         base.save_pretrained(folder, max_shard_size=SHARD)
     _write_theta(folder / "config.json")
     del changes
     spill.unlink(missing_ok=True)
-    notes = [f"rounding to {_named(base.dtype)} changes the update by at most {worst:.2g} of its size in a layer"]
-    if plain:
+    kept = _named(common_dtype(base))
+    notes = [f"rounding to {kept} changes the update by at most {report.worst:.2g} of its size in a layer"]
+    if again := sorted(report.quantization_error.values()):
         notes.append(
-            f"the base is dequantised as a whole, to {_named(base.dtype)}: what quantising had rounded off stays lost. "
-            "Quantise the merged model again only if you must: that may round away the update, too"
+            f"the base is dequantised as a whole, to {kept}: what quantising had rounded off stays lost. Quantising "
+            f"the merged weights again would err by {again[0]:.2g} to {again[-1]:.2g} times the update"
         )
     if source.tokenizer is None:
         notes.append("no tokenizer was given, so none is in the folder")
@@ -58,10 +59,10 @@ def write(folder: Path, source: Source) -> list[str]:
     return notes + (["tied weights are untied: tie_word_embeddings is false"] if untied else [])
 
 
-def _merged(source: Source, spill: Path) -> tuple[list[Change], float, bool]:
-    """What takes the place of the base's tensors, on the disk; the worst rounding error; whether it was quantised."""
+def _merged(source: Source, spill: Path) -> tuple[list[Change], MergeReport]:
+    """What takes the place of the base's tensors, on the disk, and what it loses."""
     base, low_rank = source.base_model, {**source.adapter.low_rank, **source.adapter.extras}
-    others, worst, problems = common_dtype(base), 0.0, []
+    others, total, problems = common_dtype(base), MergeReport({}), []
     found: list[Change] = []
     hosts = {path: host_path(base, path) for path in low_rank}
     for host in dict.fromkeys(hosts.values()):
@@ -72,16 +73,16 @@ def _merged(source: Source, spill: Path) -> tuple[list[Change], float, bool]:
             problems.append(str(error))
             continue
         found += _all_spilled(changes, spill)
-        worst = max(worst, report.worst)
+        total.rounding_error.update(report.rounding_error)
+        total.quantization_error.update(report.quantization_error)
     refuse("merging", problems)
     layers = [base.get_submodule(host) for host in dict.fromkeys(hosts.values())]
-    plain = any(is_quantized(layer) for layer in layers)
-    if plain:
+    if any(is_quantized(layer) for layer in layers):
         found += _all_spilled(whole_plain(base, layers, others), spill)
     made: dict[int, nn.Parameter] = {}
     for path, trained in source.adapter.saved.items():
         found += moved_in(base.get_submodule(path), trained, made)
-    return found, worst, plain
+    return found, total
 
 
 def _all_spilled(changes: Iterable[Change], spill: Path) -> Iterator[Change]:

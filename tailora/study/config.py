@@ -4,13 +4,14 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from tailora.core.config import StrictModel
+from tailora.core.config import AdaLoRA, LoRAConfig, StrictModel
 from tailora.errors import ConfigError, listing
 from tailora.train.config import TrainConfig
 
 LORA, FULL = "lora", "full"
 GIVEN = {"model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "max_steps"}
 GIVEN |= {"num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps", "streaming"}
+OF_ADAPTERS = {*LoRAConfig.model_fields, *AdaLoRA.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
 PRIORS = {"lora": 5e-4, "full": 5e-5}  # where the search for a rate begins: full fine-tuning wants about a tenth
 
 
@@ -51,10 +52,8 @@ class CompareConfig(StrictModel):
 def arm_settings(train: TrainConfig, study: CompareConfig, arm: str, **given: Any) -> dict[str, Any]:
     """Settings of one run of an arm, without its output_dir. Raises ConfigError where they contradict each other."""
     common = train.model_dump(exclude_unset=True, exclude={"output_dir", "resume_from_checkpoint", "learning_rate"})
-    if study.method(arm) == FULL:  # the adapter's settings are the other arms'
-        from tailora.core.config import LoRAConfig
-
-        common = {name: value for name, value in common.items() if name not in LoRAConfig.model_fields}
+    if study.method(arm) == FULL:  # those of the adapter and of its frozen base are the other arms'
+        common = {name: value for name, value in common.items() if name not in OF_ADAPTERS}
     split = train.seed if train.split_seed is None else train.split_seed
     values = {**common, **study.arms[arm], "samples": 0, "split_seed": split, **given}
     TrainConfig(**values)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.bases import is_quantized, keep_as_stored
+from tailora.data.quiet import hushed
 from tailora.errors import ConfigError, nearest
 
 EXTRA = "pip install 'tailora[quantize]'"
@@ -51,8 +52,13 @@ def _four_bit_layer(quant_type: str, plain: nn.Linear) -> nn.Module:
 def _int8(_: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line per layer and call
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
     return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what bitsandbytes says at every call of every layer."""
+    return not record.msg.startswith("MatMul8bitLt: inputs will be cast")
 
 
 def _int8_layer(plain: nn.Linear) -> nn.Module:
@@ -109,7 +115,8 @@ def obstacle(name: str, device: str) -> str | None:
     if importlib.util.find_spec(method.package) is None:
         return f"{method.package} is not installed: {EXTRA}"
     try:
-        return _tried(method, torch.device(device))
+        with hushed(method.package):  # bitsandbytes names a kernel that it would have liked
+            return _tried(method, torch.device(device))
     except (ImportError, OSError, RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         cause = (str(error).strip() or repr(error)).splitlines()[0]
         return f"{method.package} cannot run on {device}: {cause}"

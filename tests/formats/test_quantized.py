@@ -1,6 +1,7 @@
 """A quantised transformers model, merged: what is written is a plain model; the base in memory stays what it was."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.bases import dense_weight, held_tensors, is_quantized
+from tailora.formats.compare import logits, only
 
 
 def int8_weights() -> Any:
@@ -56,13 +58,13 @@ def adapted(base: PreTrainedModel, targets: list[str] | str) -> LoRAModel:
     return model.eval()
 
 
-def plain_twin(folder: Path, model: LoRAModel) -> PreTrainedModel:
+def plain_twin(folder: Path, model: LoRAModel, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The original with the dequantised weights."""
-    twin: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    twin: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     for path, layer in model.base_model.named_modules():
         if is_quantized(layer):
             other = twin.get_submodule(path)
-            dense = dense_weight(layer, others=torch.bfloat16)
+            dense = dense_weight(layer, others=dtype).to(dtype)
             other.weight.data = (dense.T if isinstance(other, Conv1D) else dense).contiguous()
     return twin
 
@@ -74,7 +76,10 @@ def test_a_merged_export_is_a_plain_model(family: str, how: str, targets: str, t
     some = ["q_proj", "down_proj"] if family == "llama" else ["c_attn"]
     model = adapted(base, some if targets == "some" else targets)
     before, classes = [tensor.clone() for tensor in held_tensors(base)], [type(module) for module in base.modules()]
-    model.export(tmp_path / "merged", "merged")
+    done = model.export(tmp_path / "merged", "merged")
+    assert done.logits.difference <= done.logits.tolerance <= done.logits.effect
+    assert "the base is dequantised as a whole, to bfloat16" in done.changes[1]
+    assert re.search(r"would err by [\d.]+ to [\d.]+ times the update$", done.changes[1])
     assert all(map(torch.equal, before, held_tensors(base)))
     assert [type(module) for module in base.modules()] == classes
     assert base.config.quantization_config is not None
@@ -101,6 +106,28 @@ def test_what_merge_and_unload_leaves_saves_and_loads_as_a_plain_model(family: s
     base.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16).eval()
     assert torch.equal(loaded(IDS).logits, base(IDS).logits)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(("family", "how"), CASES)
+def test_logits_are_compared_by_the_dequantised_weights_in_float32(
+    family: str, how: str, use_dora: bool, tmp_path: Path
+) -> None:
+    model = LoRAModel(quantized(tmp_path / "base", family, how), LoRAConfig(r=4, use_dora=use_dora))
+    for parameter in model.lora_layers.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_adapter(tmp_path / "adapter")
+    twin = plain_twin(tmp_path / "base", model, torch.float32)
+    expected = LoRAModel.from_pretrained(twin, tmp_path / "adapter").eval()(IDS).logits
+    before, state = [tensor.clone() for tensor in held_tensors(model)], [dict(vars(m)) for m in model.modules()]
+    with only(model.base_model, model._adapters["default"]) as live:
+        found = logits(live, IDS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - model(IDS).logits).abs().max() > 1e-3  # what 16 bits would hide
+    assert all(map(torch.equal, before, held_tensors(model)))
+    assert [dict(vars(m)).keys() for m in model.modules()] == [each.keys() for each in state]
+    done = model.export(tmp_path / "peft", "peft")
+    assert done.logits.difference <= done.logits.tolerance == 1e-4
 
 
 def test_an_adapter_trained_on_nf4_is_recognised_on_the_original_and_on_int8(tmp_path: Path) -> None:

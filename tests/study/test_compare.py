@@ -95,6 +95,16 @@ def test_settings_of_an_arm_that_contradict_each_other_are_found_before_any_run(
     assert not (tmp_path / "study").exists()
 
 
+def test_full_fine_tuning_takes_nothing_of_the_adapters_and_their_frozen_base(small_run: TrainConfig) -> None:
+    asked = {"quantize": "int8", "loraplus_lr_ratio": 4, "target_r": 2, "tinit": 1, "use_dora": False, "lora_alpha": 3}
+    train = small_run.replaced(**asked)
+    of_full = arm_settings(train, SMALL, "full", learning_rate=1e-4)
+    assert not {"r", *asked} & of_full.keys()
+    assert TrainConfig(**of_full).quantize is None
+    of_lora = TrainConfig(**arm_settings(train, SMALL, "r4"))
+    assert {name: getattr(of_lora, name) for name in asked} == asked
+
+
 def test_a_folder_with_other_things_is_left_alone(small_run: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty"):
