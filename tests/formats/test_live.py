@@ -26,6 +26,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "bias beside B": {"target_modules": ["k_proj"], "lora_bias": True},
     "embedding": {"target_modules": ["embed_tokens", "lm_head"]},
     "head trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "rows of new tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 2]}},
 }
 
 
@@ -45,9 +46,9 @@ def llama() -> LlamaForCausalLM:
 def stir(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
+        if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens")):
             noise = torch.randn(parameter.shape, generator=generator) * 0.2
-            parameter.data = parameter.data + noise if "magnitude" in name or "modules_to" in name else noise
+            parameter.data = parameter.data + noise if "lora_" not in name or "magnitude" in name else noise
 
 
 def wrapped(*names: str) -> Any:
@@ -144,9 +145,8 @@ def _other_method() -> Any:
     return peft.get_peft_model(llama(), peft.IA3Config(task_type="CAUSAL_LM"))
 
 
-def _tokens() -> Any:
-    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]})
-    return peft.get_peft_model(llama(), config)
+def _replicated() -> Any:
+    return peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)]))
 
 
 def _not_finite() -> Any:
@@ -158,7 +158,7 @@ def _not_finite() -> Any:
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "merged": (_merged, TargetError, r"adapters are merged at .*q_proj.* \(4 in all\); call unmerge_adapter"),
     "another method": (_other_method, FormatError, "peft_type = 'IA3'; this reads 'LORA'"),
-    "a setting": (_tokens, FormatError, "trainable_token_indices"),
+    "a setting": (_replicated, FormatError, "layer_replication"),
     "not finite": (_not_finite, FormatError, "not finite"),
 }
 
