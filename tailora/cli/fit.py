@@ -8,12 +8,14 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from tailora.cli.closing import show, summary
 from tailora.cli.console import logs, note, print_json, results
 from tailora.cli.options import Settings
 from tailora.cli.progress import shown
-from tailora.cli.report import show, summary
 from tailora.formats.atomic import write_file
 from tailora.measure.answers import Answer, answers
+from tailora.study.report import report_if_possible
+from tailora.study.report.run_folder import gather
 from tailora.train.config import TrainConfig
 from tailora.train.events import Interrupted
 from tailora.train.memory import explained
@@ -38,6 +40,8 @@ def fit(settings: Settings, *, as_json: bool, questions: Sequence[str] | None = 
     if not PartialState().is_main_process:
         return 0
     found = answered(result, settings.config.samples, questions)
+    gather(Path(result.output_dir))
+    report_if_possible(Path(result.output_dir))
     if as_json:
         print_json(summary(result))
     else:

@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": "Fine-tune a small model on real chats, and see what it changed.",
     "train": "Fine-tune a model on your data.",
     "compare": "Is LoRA as good as full fine-tuning here? Each at its own learning rate, over several seeds.",
+    "report": "Make the page of a run or a study again.",
     "chat": "Talk to a model, with or without adapters.",
     "generate": "Answer prompts once.",
     "combine": "Make one adapter out of several.",

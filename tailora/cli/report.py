@@ -1,126 +1,29 @@
-"""What a finished run says: whether it worked, how answers changed, where everything is, and what to do next."""
+"""`tailora report`: the page of a run or a study, made again."""
 
-import math
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from cyclopts import Parameter
 
-from tailora.measure.answers import Answer
-from tailora.measure.intervals import Interval, mean_interval, paired_difference
-from tailora.train.config import TrainConfig
-from tailora.train.result import TrainResult
-from tailora.train.subject import ADAPTER, MODEL
+from tailora.cli.console import print_json, results
+from tailora.cli.options import Json
+from tailora.errors import ConfigError
+from tailora.study.report import CONTENT
+from tailora.study.report import report as make
+from tailora.study.report.run_folder import RUN, gather
 
-FILES = {
-    ADAPTER: "the adapter, a PEFT folder",
-    MODEL: "the model, a Hugging Face folder",
-    "samples.json": "the answers above",
-    "metrics.jsonl": "loss, learning rate, speed of every step",
-    "run.json": "settings, versions, seeds and data hash: what it takes to run it again",
-    "config.yaml": "the settings, for --config",
-}
-TITLED: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
+Folder = Annotated[Path, Parameter(help="of a run, comparison, search, plan or inspection")]
 
 
-def losses(result: TrainResult) -> dict[str, Interval] | None:
-    """Held-out loss in nats per token before, after, and the change, each with a 95% interval over examples."""
-    before, after = result.before, result.after
-    if before is None or after is None:
-        return None
-    return {
-        "before": mean_interval(before.sums, before.counts),
-        "after": mean_interval(after.sums, after.counts),
-        "change": paired_difference(before.sums, after.sums, after.counts),
-    }
-
-
-def summary(result: TrainResult) -> dict[str, Any]:
-    """The line of --json: the result's numbers, and what the evaluations say together."""
-    found = losses(result) or {}
-    spread = {f"eval_loss_{name}_95": None if math.isnan(each.low) else each[1:] for name, each in found.items()}
-    change = {"eval_loss_change": found["change"].value} if found else {}
-    return {**result.to_dict(), **change, **spread}
-
-
-def show(console: Console, config: TrainConfig, result: TrainResult, answers: Sequence[Answer]) -> None:
-    folder = Path(result.output_dir)
-    parts = (
-        evaluation(result),
-        effort(config, result),
-        side_by_side(answers),
-        written(folder, bool(answers)),
-        following(config, folder),
-    )
-    for part in parts:
-        console.print("", part, sep="\n", soft_wrap=isinstance(part, Text))
-
-
-def evaluation(result: TrainResult) -> RenderableType:
-    found = losses(result)
-    if found is None or result.after is None:
-        return Text("There was no held-out data, so nothing can be said about whether it worked: --eval-data FILE")
-    table = Table("held-out data", "before", "after", title="Did it work?", **TITLED)
-    for name, form, scale in (("loss, nats/token", ".3f", float), ("perplexity", ".1f", math.exp)):
-        table.add_row(name, *(_spread(found[when], form, scale) for when in ("before", "after")))
-    return Group(table, Text(verdict(found["change"], len(result.after.counts))))
-
-
-def effort(config: TrainConfig, result: TrainResult) -> Text:
-    kept = "adapter" if config.method == "lora" else "model"
-    tokens = f"{result.train_tokens:,} tokens, {result.tokens_per_second:,.0f} per second of training"
-    whole = f"{result.seconds:,.0f} s and at most {result.peak_memory_bytes / 1e9:.2f} GB in all"
-    return Text(f"{result.steps:,} steps, {tokens}; {whole}. Kept: the {kept} of step {result.best_step}.")
-
-
-def verdict(change: Interval, examples: int) -> str:
-    """The change in words; an interval that holds 0 shows none."""
-    value, low, high = change
-    if math.isnan(low):
-        return f"Loss changed by {value:+.3f} on the only held-out example: too little to tell whether it worked."
-    where = f"over {examples} held-out examples"
-    if low <= 0 <= high:
-        return f"No change shown: {value:+.3f} nats per token (95% interval {low:+.3f} to {high:+.3f}, {where})."
-    direction, small, large = ("down", -high, -low) if value < 0 else ("UP", low, high)
-    interval = f"95% interval {small:.3f} to {large:.3f}"
-    return f"Held-out loss went {direction} by {abs(value):.3f} nats per token ({interval}, {where})."
-
-
-def _spread(interval: Interval, form: str, scale: Any) -> str:
-    value, low, high = (format(scale(number), form) for number in interval)
-    return value if math.isnan(interval.low) else f"{value}  ({low} to {high})"
-
-
-def side_by_side(answers: Sequence[Answer]) -> RenderableType:
-    if not answers:
-        return Text("No answers were compared: there was no held-out prompt, or --samples is 0.")
-    table = Table(title="Answers before and after", expand=True, show_lines=True, **TITLED)
-    for name, ratio in (("asked", 2), ("base", 3), ("tuned", 3)):
-        table.add_column(name, ratio=ratio)
-    for answer in answers:
-        table.add_row(Text(answer.prompt), Text(answer.base), Text(answer.tuned))
-    return table
-
-
-def written(folder: Path, answered: bool) -> Table:
-    table = Table("", "", title="Written", show_header=False, box=None, **TITLED)
-    for name, content in FILES.items():
-        if (folder / name).exists() and (answered or name != "samples.json"):
-            table.add_row(Text(str(folder / name), overflow="fold"), content)
-    return table
-
-
-def following(config: TrainConfig, folder: Path) -> Text:
-    """Three commands to try, each on a line of its own, to be copied."""
-    base = ["--model", config.model]
-    tuned = [*base, "--adapter", str(folder)] if config.method == "lora" else ["--model", str(folder / MODEL)]
-    commands = [
-        ["tailora", "chat", *tuned],
-        ["tailora", "generate", *tuned, "--prompt", "What would you do with a free day?"],
-        ["tailora", "data", "YOUR_DATA.jsonl" if config.data == "demo" else config.data, *base],
-    ]
-    return Text("\n").join([Text("Next", style="bold"), *(Text(shlex.join(command)) for command in commands)])
+def report(folder: Folder, /, *, json: Json = False) -> int:
+    """Make report.html again, from what FOLDER holds."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder; give the output folder of a run or a study")
+    if (folder / RUN).exists():
+        gather(folder)
+    page = make(folder)
+    if json:
+        print_json({"report": str(page), "data": str(folder / CONTENT)})
+    else:
+        results().print(str(page), markup=False, soft_wrap=True)
+    return 0

@@ -22,6 +22,7 @@ from tailora.formats.atomic import write_file
 from tailora.study.config import FULL, CompareConfig, arm_settings
 from tailora.study.outcome import Comparison, choosing, judged
 from tailora.study.rates import Rates
+from tailora.study.report import report_if_possible
 from tailora.study.trial import Progress, Spec, Trial, try_out
 from tailora.train.config import TrainConfig
 
@@ -54,6 +55,7 @@ def compare(
     except Timeout:
         raise ConfigError(f"another comparison is writing to {folder} now; give another --output-dir") from None
     write_file(folder / REPORT, json.dumps({"kind": "compare", **comparison.to_dict()}, indent=1).encode())
+    report_if_possible(folder)
     return comparison
 
 

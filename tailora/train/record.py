@@ -22,9 +22,10 @@ from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.atomic import write_file
 from tailora.train.checkpoint import found
 from tailora.train.config import TrainConfig
+from tailora.train.evaluate import Evaluation
 from tailora.train.subject import ADAPTER, MODEL
 
-RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
+RUN, CONFIG, METRICS, EXAMPLES = "run.json", "config.yaml", "metrics.jsonl", "examples.jsonl"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "numpy")
 
 
@@ -79,6 +80,15 @@ def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, 
     """run.json: the header, and the result once there is one."""
     content = {**header, "finished": result is not None, "result": result}
     write_file(output_dir / RUN, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_examples(output_dir: Path, before: Evaluation | None, after: Evaluation | None) -> None:
+    """examples.jsonl: of each held-out example, tokens that count, nats before and after. Without any, no file."""
+    if before is None or after is None:
+        return
+    rows = zip(after.counts.tolist(), before.sums.tolist(), after.sums.tolist(), strict=True)
+    lines = (json.dumps({"tokens": tokens, "before": first, "after": second}) for tokens, first, second in rows)
+    write_file(output_dir / EXAMPLES, "".join(f"{line}\n" for line in lines).encode())
 
 
 def environment() -> dict[str, Any]:

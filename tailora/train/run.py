@@ -71,6 +71,7 @@ def run(config: TrainConfig, on_event: Listener | None = None, on_ready: OnReady
     result = _result(bench, kit, state, after, time.perf_counter() - started)
     if accelerator.is_main_process:
         record.write_run(output_dir, header, result.to_dict())
+        record.write_examples(output_dir, state.before, after)
     for text in remarks(kit.feed, config.max_length):
         emit(Note(text))
     emit(Saved(result.best_step, folder))

@@ -1,0 +1,133 @@
+"""A page of each kind: well-formed, whole, with nothing from outside, and taking no text as HTML."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study.reports import CONTENTS, EVIL
+
+from tailora.errors import ConfigError, FormatError
+from tailora.study.report import report
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+FIGURES = {"train": 7, "compare": 8}
+
+
+class Outline(HTMLParser):
+    """Tags that open and close in order, attributes, and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def made(content: dict[str, Any], folder: Path) -> str:
+    (folder / "report.json").write_text(json.dumps(content))
+    return report(folder).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module", params=CONTENTS)
+def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Kind and HTML."""
+    return request.param, made(CONTENTS[request.param](), tmp_path_factory.mktemp(request.param))
+
+
+def test_every_tag_closes_and_every_figure_is_there(page: tuple[str, str]) -> None:
+    kind, text = page
+    outline = Outline(text)
+    assert outline.open == []
+    assert len(outline.all("figure")) == FIGURES[kind]
+    assert len(outline.all("figcaption")) == FIGURES[kind]
+    drawn = outline.all("svg")
+    assert len(drawn) == FIGURES[kind] + sum(each.get("class") == "wide" for each in outline.all("figure"))
+    assert all(each["aria-label"] and each["viewbox"] for each in drawn)
+
+
+def test_nothing_comes_from_outside(page: tuple[str, str]) -> None:
+    _, text = page
+    outline = Outline(text)
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "@import" not in text
+    assert not outline.all("script")
+    for _, attributes in outline.tags:
+        for name in ("src", "href", "clip-path"):
+            assert re.fullmatch(r"#[\w-]+|url\(#[\w-]+\)|data:,", attributes.get(name) or "#none")
+    ids = [each["id"] for _, each in outline.tags if "id" in each]
+    assert len(ids) == len(set(ids))
+    targets = set(re.findall(r'(?:href="#|url\(#)([\w-]+)', text))
+    assert targets <= set(ids)
+
+
+def test_colours_are_the_page_s_variables(page: tuple[str, str]) -> None:
+    _, text = page
+    body = text[text.index("<body>") :]
+    assert "var(--series-0)" in body
+    assert not re.search(r"#[0-9a-f]{6}\b", body)
+    for name in set(re.findall(r"var\((--[\w-]+)\)", body)):
+        assert text.count(f"{name}:") == 2, f"{name} needs a light and a dark colour"
+
+
+def test_text_is_never_taken_as_html_or_as_mathematics(page: tuple[str, str]) -> None:
+    _, text = page
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; $x^2$ 日本" in text
+    assert "$x^2$" in Outline(text).text
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_the_same_numbers_give_the_same_page(kind: str, tmp_path: Path) -> None:
+    assert made(CONTENTS[kind](), tmp_path) == made(CONTENTS[kind](), tmp_path)
+
+
+def test_a_folder_without_a_report_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no report\.json; give the folder of a plan, compare"):
+        report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "of kind 'list'; known are plan"),
+        ('{"kind": "recipe"}', "of kind 'recipe'; known are plan"),
+        ('{"kind": "compare", "arms": [{"name": 3}]}', r"(?s)does not fit its kind, compare.*arms\.0\.name.*verdict"),
+    ],
+)
+def test_what_is_no_report_is_refused_and_nothing_written(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(FormatError, match=told):
+        report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_an_unfinished_run_has_a_page(tmp_path: Path) -> None:
+    unfinished = {**CONTENTS["train"](), "result": None, "held_out": None, "samples": [], "verdict": "not finished"}
+    text = made(unfinished, tmp_path)
+    assert "not finished" in text
+    assert "Answers" not in Outline(text).text
+    assert EVIL not in text
