@@ -39,7 +39,7 @@ class Loaded:
     adapters: list[str]
 
 
-def load(model: str, adapters: Sequence[str], quantize: str | None = None) -> Loaded:
+def load(model: str, adapters: Sequence[str], quantize: str | None = None, dtype: str = "auto") -> Loaded:
     """`quantize`: a method, "none", or None for that which the adapters were trained with.
 
     Raises ConfigError, FormatError, BaseMismatchError.
@@ -51,7 +51,7 @@ def load(model: str, adapters: Sequence[str], quantize: str | None = None) -> Lo
     from tailora.train.load import load_base
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base, tokenizer = load_base(model, "auto", device, chosen_method(list(folders.values()), quantize))
+    base, tokenizer = load_base(model, dtype, device, chosen_method(list(folders.values()), quantize))
     if not folders:
         return Loaded(base.to(device).eval(), tokenizer, [])
     (first, folder), *others = folders.items()
@@ -74,13 +74,17 @@ def chosen_method(folders: Sequence[Path], asked: str | None) -> str | None:
 
 
 def recorded_method(folder: Path) -> str | None:
+    """How the run that made an adapter stored its base."""
+    method = recorded(folder, "quantize")
+    return method if isinstance(method, str) else None
+
+
+def recorded(folder: Path, setting: str) -> Any:
     """What the run.json beside an adapter says; None where there is none, or it says nothing."""
     try:
-        settings = json.loads((folder.resolve().parent / "run.json").read_text(encoding="utf-8"))["settings"]
-        method = settings.get("quantize")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return json.loads((folder.resolve().parent / "run.json").read_text(encoding="utf-8"))["settings"][setting]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return method if isinstance(method, str) else None
 
 
 def enough_memory() -> AbstractContextManager[None]:

@@ -1,10 +1,11 @@
 """From a row to a sample: one small function per shape. Each raises DataError with the cause alone."""
 
+import string
 from collections.abc import Callable
 from typing import Any
 
 from tailora.data.rows import Fault, Row
-from tailora.data.shapes import Conversation, Mapped, Pair, Sample, Text
+from tailora.data.shapes import Choices, Conversation, Mapped, Pair, Sample, Text
 from tailora.errors import DataError, nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -21,7 +22,7 @@ SHAREGPT_ROLES = {
 UNSUPPORTED = ("tool_calls", "function_call", "weight")
 
 
-def convert(row: Row, mapped: Mapped) -> Sample | Fault:
+def convert(row: Row, mapped: Mapped) -> Sample | Choices | Fault:
     try:
         return CONVERTERS[mapped.shape.name](mapped.values(row.fields))
     except DataError as error:
@@ -63,13 +64,61 @@ def from_text(values: dict[str, Any]) -> Text:
     return Text(text)
 
 
-CONVERTERS: dict[str, Callable[[dict[str, Any]], Sample]] = {
+def from_choices(values: dict[str, Any]) -> Choices:
+    prompt = values["prompt"] if "prompt" in values else values["question"]
+    texts, labels = _choices(values["choices"])
+    place = _answer(values["answer"] if "answer" in values else values["label"], texts, labels)
+    # Base models see prompt and choice as one text: a space parts them, as in lm-evaluation-harness.
+    space = "" if isinstance(prompt, str) and prompt[-1:].isspace() else " "
+    options = (from_prompt({"prompt": prompt, "completion": space + text}) for text in texts)
+    return Choices(tuple(each for each in options if not isinstance(each, Text)), place)
+
+
+CONVERTERS: dict[str, Callable[[dict[str, Any]], Sample | Choices]] = {
     "messages": from_messages,
     "sharegpt": from_sharegpt,
     "prompt/completion": from_prompt,
     "alpaca": from_alpaca,
+    "choices": from_choices,
     "text": from_text,
 }
+
+
+def _choices(value: Any) -> tuple[list[str], list[str]]:
+    """Texts, and their labels where the row names them, as {"text": [...], "label": [...]} does."""
+    labels: Any = []
+    if isinstance(value, dict) and value.keys() == {"text", "label"}:
+        value, labels = value["text"], value["label"]
+        if not isinstance(labels, list) or not isinstance(value, list) or len(labels) != len(value):
+            raise DataError("choices has not one label for every text")
+    if not isinstance(value, list) or len(value) < 2:
+        raise DataError(f"choices is {_shown(value)} where a list of two or more texts is needed")
+    texts = [_text(str(text) if type(text) in (int, float) else text, f"choices[{n}]") for n, text in enumerate(value)]
+    if empty := [f"choices[{place}]" for place, text in enumerate(texts) if not text.strip()]:
+        raise DataError(f"{', '.join(empty)} is empty")
+    return [text.strip() for text in texts], [str(label) for label in labels]
+
+
+def _answer(value: Any, texts: list[str], labels: list[str]) -> int:
+    """The place that the answer means: by its label, its index from 0, its letter or its text.
+
+    Raises DataError where it means none, or could mean two.
+    """
+    said = str(value).strip() if type(value) in (int, str) else ""
+    if said in labels:
+        return labels.index(said)
+    indices = list(map(str, range(len(texts))))
+    readings = {"an index": indices}
+    if isinstance(value, str):
+        readings |= {"the letter": list(string.ascii_uppercase[: len(texts)]), "the text": texts}
+    found = {name: known.index(said) for name, known in readings.items() if said in known}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    if found:
+        meant = " and ".join(found)
+        raise DataError(f"answer {_shown(value)} is {meant} of different choices; write the index, from 0, as a number")
+    names = f"a label ({', '.join(labels)})" if labels else f"an index from 0 to {indices[-1]}, a letter"
+    raise DataError(f"answer {_shown(value)} is none of the choices; write {names} or the text of a choice")
 
 
 def _with_completion(pair: Pair) -> Pair:

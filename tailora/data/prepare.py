@@ -12,7 +12,7 @@ from tailora.data.convert import convert
 from tailora.data.encode import Encoded, encode_all
 from tailora.data.report import DataReport, content_hash, histogram, repeats
 from tailora.data.rows import Fault, Row, refusal
-from tailora.data.shapes import Mapped, Sample, recognise
+from tailora.data.shapes import Choices, Mapped, Sample, recognise
 from tailora.data.sources import read_rows
 from tailora.data.split import split
 from tailora.data.store import Example, Examples
@@ -32,6 +32,7 @@ class Prepared:
 class Learned(NamedTuple):
     sample: Sample
     encoded: Encoded
+    choices: Choices | None = None  # that the sample is the right one of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +83,7 @@ def prepare(
     """
     codec = codec_of(tokenizer)
     if embedding_rows is not None:
-        _check_vocabulary(codec, embedding_rows)
+        check_vocabulary(codec, embedding_rows)
     data = _load(source, "train", codec, field or {}, max_length)
     if eval_source is not None:
         other = _load(eval_source, "validation", codec, field or {}, max_length)
@@ -109,12 +110,12 @@ def stream(
     """
     codec = codec_of(tokenizer)
     if embedding_rows is not None:
-        _check_vocabulary(codec, embedding_rows)
+        check_vocabulary(codec, embedding_rows)
     items = read_rows(source, streaming=True)
     ahead = list(islice(items, CHUNK))
-    mapped = _recognised(source, ahead, field or {})
+    mapped = recognised(source, ahead, field or {})
     longest, found = 0, False
-    for one in _learned(chain(ahead, items), mapped, codec, max_length):
+    for one in taught(chain(ahead, items), mapped, codec, max_length):
         if isinstance(one, Fault):
             raise refusal([one])
         longest = max(longest, one.encoded.length)
@@ -129,8 +130,8 @@ def stream(
 
 def _load(source: str, part: str, codec: Codec, field: Mapping[str, str], max_length: int) -> Loaded:
     items = list(read_rows(source, split=part))
-    mapped = _recognised(source, items, field)
-    outcomes = list(_learned(items, mapped, codec, max_length))
+    mapped = recognised(source, items, field)
+    outcomes = list(taught(items, mapped, codec, max_length))
     faults = [one for one in outcomes if isinstance(one, Fault)]
     if faults:
         raise refusal(faults)
@@ -151,7 +152,7 @@ def _load(source: str, part: str, codec: Codec, field: Mapping[str, str], max_le
     )
 
 
-def _recognised(source: str, items: Sequence[Row | Fault], field: Mapping[str, str]) -> Mapped:
+def recognised(source: str, items: Sequence[Row | Fault], field: Mapping[str, str]) -> Mapped:
     """Raises DataError when there is no row to look at, or none of a known shape."""
     rows = [item.fields for item in items if isinstance(item, Row)]
     if rows:
@@ -160,20 +161,25 @@ def _recognised(source: str, items: Sequence[Row | Fault], field: Mapping[str, s
     raise refusal(faults or [Fault(source, 0, "no rows: there is nothing to learn from")])
 
 
-def _learned(items: Iterable[Row | Fault], mapped: Mapped, codec: Codec, max_length: int) -> Iterator[Learned | Fault]:
+def taught(items: Iterable[Row | Fault], mapped: Mapped, codec: Codec, max_length: int) -> Iterator[Learned | Fault]:
     """What became of every item, in order."""
     numbered = enumerate(items)
     while chunk := list(islice(numbered, CHUNK)):
         samples = [convert(item, mapped) if isinstance(item, Row) else item for _, item in chunk]
-        results = iter(encode_all([sample for sample in samples if not isinstance(sample, Fault)], codec, max_length))
+        results = iter(encode_all([_right(each) for each in samples if not isinstance(each, Fault)], codec, max_length))
         for (place, item), sample in zip(chunk, samples, strict=True):
             yield sample if isinstance(sample, Fault) else _outcome(place, item, sample, next(results))
 
 
-def _outcome(place: int, item: Row | Fault, sample: Sample, result: Encoded | DataError) -> Learned | Fault:
+def _right(sample: Sample | Choices) -> Sample:
+    return sample.options[sample.answer] if isinstance(sample, Choices) else sample
+
+
+def _outcome(place: int, item: Row | Fault, sample: Sample | Choices, result: Encoded | DataError) -> Learned | Fault:
     if isinstance(result, DataError):
         return Fault(item.file, item.number, str(result))
-    return Learned(sample, replace(result, example=replace(result.example, row=place)))
+    encoded = replace(result, example=replace(result.example, row=place))
+    return Learned(_right(sample), encoded, sample if isinstance(sample, Choices) else None)
 
 
 def _all_cut(source: str, max_length: int, longest: int) -> DataError:
@@ -183,7 +189,7 @@ def _all_cut(source: str, max_length: int, longest: int) -> DataError:
     )
 
 
-def _check_vocabulary(codec: Codec, embedding_rows: int) -> None:
+def check_vocabulary(codec: Codec, embedding_rows: int) -> None:
     token, last = max(codec.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     if last >= embedding_rows:
         raise DataError(

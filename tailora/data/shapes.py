@@ -5,7 +5,10 @@ messages            messages                             Conversation
 sharegpt            conversations           system       Conversation
 prompt/completion   prompt, completion                   Pair, or Conversation when the two are lists of messages
 alpaca              instruction, output     input        Pair
+choices             prompt, choices, answer              Choices: a Pair, or Conversation, for every choice
 text                text                                 Text
+
+In choices, prompt may be called question, and answer label.
 """
 
 from collections import Counter
@@ -45,6 +48,14 @@ Sample: TypeAlias = Conversation | Pair | Text
 
 
 @dataclass(frozen=True, slots=True)
+class Choices:
+    """A question with several replies to it, of which one is right. That one is what training learns."""
+
+    options: tuple[Conversation | Pair, ...]
+    answer: int  # place of the right one
+
+
+@dataclass(frozen=True, slots=True)
 class Shape:
     name: str
     needs: tuple[str, ...]
@@ -61,6 +72,7 @@ SHAPES = (
     Shape("sharegpt", ("conversations",), ("system",)),
     Shape("prompt/completion", ("prompt", "completion")),
     Shape("alpaca", ("instruction", "output"), ("input",)),
+    *(Shape("choices", (asked, "choices", right)) for asked in ("prompt", "question") for right in ("answer", "label")),
     Shape("text", ("text",)),
 )
 KNOWN = tuple(dict.fromkeys(key for shape in SHAPES for key in shape.keys))
@@ -68,8 +80,10 @@ KNOWN = tuple(dict.fromkeys(key for shape in SHAPES for key in shape.keys))
 # Only for the hint in the error: what others call the keys. Nothing is renamed without being asked.
 OFTEN_CALLED = {
     "messages": ("chat", "dialogue", "dialog", "conversation", "turns"),
-    "prompt": ("question", "query", "input", "source", "user", "problem", "instruction"),
+    "prompt": ("question", "query", "input", "source", "user", "problem", "instruction", "ctx"),
     "completion": ("answer", "response", "output", "target", "reply", "assistant", "solution", "chosen"),
+    "choices": ("options", "endings", "candidates", "alternatives"),
+    "answer": ("label", "answerkey", "answer_idx", "answer_index", "gold", "correct", "correct_answer", "target"),
     "text": ("content", "document", "body", "article", "passage"),
 }
 
@@ -134,7 +148,8 @@ def _check_mapping(field: Mapping[str, str], columns: list[str]) -> None:
 
 
 def _unknown(columns: list[str], field: Mapping[str, str]) -> str:
-    shapes = "; ".join(f"{shape.name} ({', '.join(shape.needs)})" for shape in SHAPES)
+    known = {shape.name: shape for shape in reversed(SHAPES)}  # the first of each name
+    shapes = "; ".join(f"{name} ({', '.join(shape.needs)})" for name, shape in reversed(known.items()))
     asked = "".join(f" --field {key}={column}" for key, column in field.items())
     present = ", ".join(columns) or "(none)"
     return (

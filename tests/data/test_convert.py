@@ -2,9 +2,13 @@ import pytest
 
 from tailora.data.convert import convert
 from tailora.data.rows import Fault, Row
-from tailora.data.shapes import Conversation, Pair, Text, recognise
+from tailora.data.shapes import Choices, Conversation, Pair, Text, recognise
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+
+
+def chat_reply(text: str) -> Conversation:
+    return Conversation([USER, {"role": "assistant", "content": text}], first=1)
 
 
 def converted(fields: dict[str, object]) -> object:
@@ -43,6 +47,15 @@ def converted(fields: dict[str, object]) -> object:
         ({"instruction": "add", "input": "1, 2", "output": "3"}, Pair("add\n\n1, 2\n\n", "3")),
         ({"instruction": "add", "input": None, "output": "3"}, Pair("add\n\n", "3")),
         ({"text": "a\n"}, Text("a\n")),
+        (
+            {"question": "hi", "choices": ["a", " b\n", 3], "answer": 2},
+            Choices((Pair("hi", " a"), Pair("hi", " b"), Pair("hi", " 3")), 2),
+        ),
+        ({"prompt": "hi ", "choices": ["a", "b"], "label": "1"}, Choices((Pair("hi ", "a"), Pair("hi ", "b")), 1)),
+        (
+            {"prompt": [USER], "choices": ["hello", "b"], "answer": 0},
+            Choices((chat_reply(" hello"), chat_reply(" b")), 0),
+        ),
     ],
 )
 def test_a_row_becomes_a_sample(fields, sample) -> None:
@@ -85,3 +98,48 @@ def test_a_row_that_cannot_be_learned_from_is_a_fault_with_its_place(fields, cau
     assert isinstance(fault, Fault)
     assert (fault.file, fault.number) == ("rows.jsonl", 7)
     assert cause in fault.cause
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "place"),
+    [
+        (["a", "b", "c"], 2, 2),
+        (["a", "b", "c"], "2", 2),
+        (["a", "b", "c"], "b", 1),
+        (["a", "b", "c"], "C", 2),  # a letter
+        (["x ", "y"], "y", 1),
+        (["12", "13"], "13", 1),
+        (["0", "1"], "1", 1),  # text and index agree
+        ({"text": ["x", "y"], "label": ["1", "2"]}, "1", 0),
+        ({"text": ["x", "y"], "label": ["1", "2"]}, 2, 1),
+        ({"text": ["x", "y"], "label": ["A", "B"]}, "y", 1),
+    ],
+)
+def test_an_answer_is_a_label_an_index_a_letter_or_the_text(choices, answer, place) -> None:
+    found = converted({"question": "?", "choices": choices, "answer": answer})
+    assert isinstance(found, Choices), found
+    assert found.answer == place
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "cause"),
+    [
+        (["a", "b"], 2, "answer 2 is none of the choices; write an index from 0 to 1, a letter or the text"),
+        (["a", "b"], -1, "answer -1 is none of the choices"),
+        (["a", "b"], True, "answer True is none of the choices"),
+        (["a", "b"], None, "answer None is none of the choices"),
+        (["a", "b"], [0], "answer [0] is none of the choices"),
+        (["1", "2"], "1", "answer '1' is an index and the text of different choices; write the index, from 0, as"),
+        (["B", "A"], "A", "answer 'A' is the letter and the text of different choices"),
+        ({"text": ["x", "y"], "label": ["A", "B"]}, "C", "write a label (A, B) or the text of a choice"),
+        ({"text": ["x", "y"], "label": ["A"]}, "A", "choices has not one label for every text"),
+        (["a"], 0, "choices is ['a'] where a list of two or more texts is needed"),
+        ("a,b", 0, "choices is 'a,b' where a list"),
+        (["a", " "], 0, "choices[1] is empty"),
+        (["a", None], 0, "choices[1] is None where text is needed"),
+    ],
+)
+def test_an_answer_that_says_nothing_or_two_things_is_refused(choices, answer, cause) -> None:
+    found = converted({"question": "?", "choices": choices, "answer": answer})
+    assert isinstance(found, Fault), found
+    assert cause in found.cause

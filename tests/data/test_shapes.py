@@ -18,6 +18,9 @@ def row(*keys: str) -> dict[str, str]:
         (("instruction", "input", "output", "source"), "alpaca", ("source",)),
         (("instruction", "output"), "alpaca", ()),
         (("text", "url"), "text", ("url",)),
+        (("question", "choices", "answer", "subject"), "choices", ("subject",)),
+        (("prompt", "choices", "label"), "choices", ()),
+        (("prompt", "completion", "choices", "answer"), "prompt/completion", ("answer", "choices")),
     ],
 )
 def test_a_shape_is_known_by_its_keys(keys, shape, ignored) -> None:
@@ -56,6 +59,9 @@ def test_unknown_keys_are_listed_with_the_shapes_and_a_hint() -> None:
     assert "the rows have the keys Answer, Question, id, which fit no known shape" in text
     assert "messages (messages); sharegpt (conversations); prompt/completion (prompt, completion)" in text
     assert "Perhaps: --field prompt=Question --field completion=Answer" in text
+    assert text.count("choices (") == 1
+    with pytest.raises(DataError, match="Perhaps: --field prompt=ctx --field choices=endings --field answer=label"):
+        recognise([row("ctx", "endings", "label")])
 
 
 def test_keys_that_resemble_nothing_get_the_general_hint() -> None:

@@ -1,0 +1,224 @@
+"""`tailora eval`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import chat_model
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.cli.main import main
+from tailora.measure.scores import Asked, score
+
+QUIZ = [{"question": f"thing {n}?", "choices": ["red", "green", "blue"], "answer": n % 3} for n in range(12)]
+
+
+def run(capsys: pytest.CaptureFixture[str], *tokens: object) -> tuple[int, str, str]:
+    code = main([str(token) for token in tokens])
+    return code, *capsys.readouterr()
+
+
+def found(capsys: pytest.CaptureFixture[str], *tokens: object) -> dict[str, Any]:
+    code, said, told = run(capsys, *tokens, "--json")
+    assert code == 0, told
+    payload: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return payload
+
+
+@pytest.fixture
+def adapter(tiny_model: Path, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=4))
+    for parameter in model.lora_layers.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.save_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def quiz(tmp_path: Path) -> Path:
+    path = tmp_path / "quiz.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in QUIZ))
+    return path
+
+
+def test_the_adapter_is_judged_beside_the_base_that_it_names(
+    adapter: Path, tiny_model: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = found(capsys, "eval", adapter, "--data", chats, "--dtype", "float32")
+    alone = found(capsys, "eval", "--model", tiny_model, "--data", chats, "--dtype", "float32")
+    assert both["model"] == str(tiny_model)
+    assert both["base"] == alone["metrics"]
+    assert alone["base"] is None
+    assert both["metrics"].keys() == {"loss", "perplexity"}
+    for name, one in both["metrics"].items():
+        low, high = one["interval"]
+        assert low < one["value"] < high, name
+        assert one["n"] == 24
+    change = both["change"]["loss"]
+    assert change["value"] == pytest.approx(both["metrics"]["loss"]["value"] - both["base"]["loss"]["value"])
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = LoRAModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), adapter)
+    by_hand, tokens = 0.0, 0
+    for line in chats.read_text().splitlines():
+        question, reply = json.loads(line)["messages"]
+        before = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+        context, rest = (tokenizer(text)["input_ids"] for text in (before, f"{reply['content']}<|im_end|>"))
+        with torch.no_grad():
+            logits = model(torch.tensor([context + rest])).logits[0, len(context) - 1 : -1]
+        by_hand += float(torch.nn.functional.cross_entropy(logits, torch.tensor(rest), reduction="sum"))
+        tokens += len(rest)
+    assert both["metrics"]["loss"]["value"] == pytest.approx(by_hand / tokens, rel=1e-5)
+
+
+def test_without_the_base(adapter: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = found(capsys, "eval", adapter, "--data", chats, "--no-base")
+    assert alone["base"] is alone["change"] is None
+    assert alone["metrics"] == found(capsys, "eval", adapter, "--data", chats)["metrics"]
+
+
+def test_choices_bring_accuracy(adapter: Path, quiz: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = found(capsys, "eval", adapter, "--data", quiz)
+    assert both["metrics"].keys() == {"accuracy", "accuracy_norm"} == both["change"].keys()
+    assert both["metrics"]["accuracy"]["n"] == 12
+    more = found(capsys, "eval", adapter, "--data", quiz, "--metrics", "loss,acc", "--limit", 5)
+    assert more["metrics"].keys() == {"loss", "accuracy"}
+    assert more["metrics"]["loss"]["n"] == 5
+    code, said, _ = run(capsys, "eval", adapter, "--data", quiz)
+    assert code == 0
+    assert "tuned - base" in said
+    assert "accuracy_norm" in said
+
+
+def test_gates_decide_the_exit_code(adapter: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = ["eval", adapter, "--data", chats]
+    code, said, told = run(capsys, *tokens, "--gate", "loss<100,ppl>0", "--gate", "loss_change>=-50")
+    assert code == 0
+    assert said.count("gate met: ") == 3
+    code, said, told = run(capsys, *tokens, "--gate", "loss<100", "--gate", "loss<.1", "--json")
+    assert code == 4
+    payload = json.loads(said.splitlines()[-1])
+    assert [each["met"] for each in payload["gates"]] == [True, False]
+    assert payload["gates"][1] == {"gate": "loss<0.1", "value": payload["metrics"]["loss"]["value"], "met": False}
+    assert told.splitlines()[-1].startswith("gate not met: loss<0.1 (it is ")
+    assert "loss<100" not in told
+    code, said, told = run(capsys, *tokens, "--gate", "loss<.1")
+    assert code == 4
+    assert "gate NOT MET: loss<0.1" in said
+
+
+def test_exact_match_is_of_the_answer_in_the_data(
+    adapter: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows whose reply is what the model says, one with other spaces, one in other letters, one wrong."""
+    tokens = ["generate", "--model", tiny_model, "--adapter", adapter, "--max-new-tokens", 12]
+    questions = ["hello", "what colour", "is thing 7", "it is"]
+    asked = [part for question in questions for part in ("--prompt", question)]
+    said = [each["text"] for each in found(capsys, *tokens, *asked)["answers"]]
+    replies = [said[0], f"  {said[1]}\n", said[2].swapcase(), f"x{said[3]}"]
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": asked, "completion": reply} for asked, reply in zip(questions, replies, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    judged = ["eval", adapter, "--data", path, "--metrics", "exact_match", "--max-new-tokens", 12]
+    for how, share in (("strip", 0.5), ("none", 0.25), ("strip,case", 0.75)):
+        got = found(capsys, *judged, "--normalize", how)
+        assert got["metrics"]["exact_match"]["value"] == share, how
+    assert [each["hit"] for each in got["samples"]["tuned"]] == [True] * 3
+    assert got["samples"]["tuned"][0]["answer"] == said[0].strip()
+    code, shown, _ = run(capsys, *judged)
+    assert code == 0
+    assert "The first answers" in shown
+
+
+def test_a_report_is_written_and_only_over_one_of_its_kind(
+    adapter: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ["eval", adapter, "--data", chats, "--output-dir", tmp_path / "out"]
+    first = found(capsys, *tokens)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report == {"kind": "eval", **first}
+    found(capsys, *tokens)
+    (tmp_path / "out" / "report.json").write_text('{"kind": "compare"}')
+    code, said, told = run(capsys, *tokens)
+    assert (code, said) == (2, "")
+    assert "holds a report.json of something else" in told
+
+
+def test_a_whole_model_is_judged_alone(tiny_model: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = found(capsys, "eval", tiny_model, "--data", chats)
+    assert whole["adapter"] is None
+    assert whole["metrics"] == found(capsys, "eval", "--model", tiny_model, "--data", chats)["metrics"]
+
+
+def test_a_run_is_followed_and_told_what_it_was_trained_on(
+    tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    common = ["--model", tiny_model, "--max-steps", 1, "--dtype", "float32", "--samples", 0, "--max-length", 28]
+    trained = found(capsys, "train", "--data", chats, "--eval-data", chats, "--output-dir", out, *common)
+    code, said, told = run(capsys, "eval", out, "--data", chats, "--dtype", "float32", "--json")
+    assert code == 0
+    assert f"was trained on {chats}" in told
+    payload = json.loads(said)
+    assert payload["metrics"]["loss"]["value"] == pytest.approx(trained["eval_loss_after"], rel=1e-5)
+    assert payload["base"]["loss"]["value"] == pytest.approx(trained["eval_loss_before"], rel=1e-5)
+    assert payload["data"]["truncated"] > 0  # at the run's own max_length
+
+
+def test_from_python_large_data_takes_no_more_memory(tiny_model: Path, tmp_path: Path) -> None:
+    """Chunks of a stream give what one batch gives."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"thing {n}?", "completion": "red"}) + "\n" for n in range(150)))
+    model = LoRAModel(chat_model(), LoRAConfig(r=2))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    heard: list[tuple[int, int]] = []
+    result = score(model, tokenizer, str(path), Asked(("loss",)), heard=lambda *both: heard.append(both))
+    assert result.metrics["loss"].n == 150
+    assert heard == [(64, 300), (128, 300), (192, 300), (256, 300), (278, 300), (300, 300)]
+    assert result.metrics["loss"].value == pytest.approx(result.base["loss"].value)  # type: ignore[index]
+    assert model.active_adapters == ("default",)
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "nothing": (["--data", "CHATS"], "nothing to judge: give an ADAPTER"),
+    "no data": (["ONE"], "nothing to judge by: give --data"),
+    "no folder": (["absent", "--data", "CHATS"], "absent is not a folder"),
+    "no file": (["ONE", "--data", "absent.jsonl"], "absent.jsonl: no such file"),
+    "gate": (["ONE", "--data", "CHATS", "--gate", "loss"], "write METRIC<NUMBER"),
+    "unknown gate": (["ONE", "--data", "CHATS", "--gate", "lss<1"], "did you mean loss"),
+    "unknown metric": (["ONE", "--data", "CHATS", "--metrics", "blue"], "no metric is called 'blue'"),
+    "normalize": (["ONE", "--data", "CHATS", "--normalize", "strp"], "did you mean strip"),
+    "change": (["ONE", "--data", "CHATS", "--no-base", "--gate", "loss_change<0"], "leave --no-base out"),
+    "no choices": (["ONE", "--data", "CHATS", "--gate", "acc>.5"], "accuracy needs choices; its rows are read as mess"),
+    "whole and base": (["BASE", "--model", "BASE", "--data", "CHATS"], "is a whole model"),
+    "bad rows": (["ONE", "--data", "BAD"], "bad.jsonl:2: answer 'purple' is none of the choices"),
+    "dtype": (["ONE", "--data", "CHATS", "--dtype", "float8"], "float8"),
+    "other base": (["ONE", "--model", "OTHER", "--data", "CHATS"], "base"),
+}
+
+
+@pytest.mark.parametrize(("tokens", "hint"), BAD.values(), ids=BAD)
+def test_mistakes_exit_with_2(
+    tokens: list[str], hint: str, adapter: Path, tiny_model: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = chats.with_name("bad.jsonl")
+    rows = [QUIZ[0], {**QUIZ[1], "answer": "purple"}, {**QUIZ[2], "choices": ["red"]}]
+    bad.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = chats.with_name("other")
+    if "OTHER" in tokens:
+        torch.manual_seed(5)
+        model = chat_model(max_position_embeddings=512)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+        model.save_pretrained(other)
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(other)
+    places = {"ONE": adapter, "BASE": tiny_model, "CHATS": chats, "BAD": bad, "OTHER": other}
+    code, said, told = run(capsys, "eval", *(places.get(token, token) for token in tokens))
+    assert code == 2, told
+    assert hint in told
+    assert not said
+    assert "Traceback" not in told
