@@ -185,7 +185,7 @@ def machine() -> dict[str, Any]:
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "environment": {
             name: os.environ[name]
-            for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+            for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", *ENVIRONMENT)
             if name in os.environ
         },
     }
