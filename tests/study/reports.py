@@ -69,6 +69,12 @@ def train() -> dict[str, Any]:
     }
 
 
+def apart(value: float, half: float) -> dict[str, Any]:
+    """A difference and its interval."""
+    ends = {"low": value - half, "high": value + half}
+    return {"value": value, **ends, "p_value": 0.41, "examples": 50, "seeds": 3, "from_examples": 0.6}
+
+
 def compare() -> dict[str, Any]:
     def arm(name: str, loss: float, rates: dict[str, float], **more: Any) -> dict[str, Any]:
         return {
@@ -84,10 +90,6 @@ def compare() -> dict[str, Any]:
             "runs": [],
             **more,
         }
-
-    def apart(value: float, half: float) -> dict[str, Any]:
-        ends = {"low": value - half, "high": value + half}
-        return {"value": value, **ends, "p_value": 0.41, "examples": 50, "seeds": 3, "from_examples": 0.6}
 
     lora = {
         "difference": apart(-0.004, 0.012),
@@ -127,4 +129,131 @@ def compare() -> dict[str, Any]:
     }
 
 
-CONTENTS = {"train": train, "compare": compare}
+def search() -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    trials: list[dict[str, Any]] = []
+    for number in range(24):
+        r, rate = int(rng.choice([2, 4, 8, 16, 32, 64])), float(10 ** rng.uniform(-4.3, -2))
+        where = [EVIL, "all-linear"][number % 2]
+        loss = 3.66 + 0.12 * (np.log10(rate) + 3) ** 2 + 0.02 * abs(np.log2(r / 16)) + rng.normal(0, 0.006)
+        state = {3: "diverged", 9: "pruned", 15: "pruned"}.get(number, "done")
+        steps = {"diverged": [], "pruned": [0, 9], "done": [0, 9, 18, 35]}[state]
+        curve = [[step, float(loss + 0.8 * np.exp(-step / 9))] for step in steps]
+        trials.append(
+            {
+                "number": number,
+                "state": state,
+                "settings": {"learning_rate": rate, "r": r, "lora_alpha": 2.0 * r, "target_modules": where},
+                "eval_loss": curve[-1][1] if curve else None,
+                "trainable_parameters": 305280 * r,
+                "seconds": 61.0,
+                "curve": curve,
+                "message": "",
+            }
+        )
+    done = sorted((each for each in trials if each["state"] == "done"), key=lambda each: each["eval_loss"])
+    finalists = [
+        {
+            "number": each["number"],
+            "settings": each["settings"],
+            "trainable_parameters": each["trainable_parameters"],
+            "choosing_loss": each["eval_loss"],
+            "eval_loss": each["eval_loss"] + 0.03,
+            "interval": [each["eval_loss"] - 0.1, each["eval_loss"] + 0.16],
+            "difference": apart(0.004 * place, 0.012) if place else None,
+            "p_value": 0.3 if place else None,
+            "seconds": 70.0,
+            "peak_memory_bytes": 2100000000,
+            "runs": [],
+        }
+        for place, each in enumerate(done[:3])
+    ]
+    return {
+        "kind": "search",
+        "best": finalists[0],
+        "cheapest": finalists[1],
+        "finalists": finalists,
+        "trials": trials,
+        "importances": {"learning_rate": 0.61, "r": 0.25, "target_modules": 0.14},
+        "verdict": "Cannot tell trial 1 from trial 2, the best of the search, to 0.02.",
+        "base_loss": 4.47,
+        "steps": 35,
+        "seeds": [1, 2, 3],
+        "judged_examples": 50,
+        "notes": ["r of the best lies at the edge of its space: a wider one may hold better"],
+        "settings": {"train": {"model": "demo"}, "space": {"r": [2, 4]}, "search": {"margin": 0.02, "seeds": 3}},
+        "seconds": 2900.0,
+        "config": "out/best.yaml",
+    }
+
+
+def inspect() -> dict[str, Any]:
+    rng = np.random.default_rng(2)
+    names = ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", EVIL.replace(".", "")]
+    modules = []
+    for layer in range(6):
+        for name in names:
+            values = np.sort(rng.uniform(0.1, 1, size=8) * np.exp(-np.arange(8) / 3))[::-1]
+            modules.append(
+                {
+                    "path": f"model.layers.{layer}.{name}",
+                    "r": 8,
+                    "rank": 8,
+                    "effective_rank": float(rng.uniform(3, 8)),
+                    "stable_rank": float(rng.uniform(1, 3)),
+                    "energy": float(rng.uniform(0, 1 / 12)),
+                    "relative_norm": float(rng.uniform(0.002, 0.03)),
+                    "intruders": layer,
+                    "intruders_random": 0,
+                    "scaling": 2.0,
+                    "singular_values": values.tolist(),
+                }
+            )
+    modules[5]["singular_values"] = [0.0] * 8  # a dead one
+    modules.append({**modules[0], "path": "lm_head", "relative_norm": None, "intruders": None})
+    rise = {"loss": 3.70, "rise": 0.04, "low": 0.03, "high": 0.05, "cost": 0.05, "values": 0.5}
+    return {
+        "kind": "inspect",
+        "adapter": f"outputs/{EVIL.replace('/', '')}/adapter",
+        "model": "demo",
+        "config": {"r": 8, "lora_alpha": 16.0, "rank_pattern": {}},
+        "training": {"learning_rate": 1e-3},
+        "modules": modules,
+        "left_out": {"score": "trained whole"},
+        "held_out": {
+            "data": "demo",
+            "examples": 100,
+            "tokens": 3000,
+            "base_loss": 4.47,
+            "loss": 3.66,
+            "improvement": 0.81,
+            "improvement_low": 0.71,
+            "improvement_high": 0.93,
+            "half": rise,
+            "groups": {"late MLP": rise, "early attention": {**rise, "low": None, "high": None, "cost": None}},
+        },
+        "forgetting": {
+            "kl": 0.21,
+            "loss_before": 2.9,
+            "loss_after": 3.0,
+            "tokens": 1024,
+            "text": "own text",
+        },
+        "dial": [
+            {"strength": 0.75, "loss": 3.7, "kl": 0.12, "base_text_rise": 0.05},
+            {"strength": 0.5, "loss": 3.9, "kl": 0.05, "base_text_rise": 0.02},
+        ],
+        "advice": [
+            {
+                "rule": "saturated",
+                "says": f"late MLP is saturated: raise r there; {EVIL}",
+                "evidence": {},
+                "setting": {"rank_pattern": {r"layers\.(4|5)\.mlp": 16}},
+                "command": "tailora train --model demo",
+            }
+        ],
+        "seconds": 12.0,
+    }
+
+
+CONTENTS = {"train": train, "compare": compare, "search": search, "inspect": inspect}

@@ -81,16 +81,20 @@ def estimates(
     reference: float | None = None,
     form: str = ".3f",
     colours: Sequence[int] | None = None,
+    one_colour: bool = False,
 ) -> tuple[Figure, Axes]:
-    """Dots with their intervals, one row each, first on top, and their values above them. colours: of each row."""
+    """Dots with their intervals, one row each, first on top, and their values above them.
+
+    colours: of each row, by default all differ.
+    """
     figure, axes = canvas(width, 64 + 44 * len(rows))
     for place, row in enumerate(rows):
-        colour = SERIES[(colours[place] if colours else place) % len(SERIES)]
+        colour = SERIES[0 if one_colour else (colours[place] if colours else place) % len(SERIES)]
         if row.low is not None and row.high is not None:
             axes.plot([row.low, row.high], [place, place], color=colour, linewidth=3, alpha=0.45)
         axes.plot([row.value], [place], "o", color=colour, markersize=9, markeredgecolor=PAPER, markeredgewidth=1.5)
         axes.annotate(
-            f"{row.value:{form}}",
+            f"{row.value:{form}}".replace("-", "−"),
             (row.value, place),
             (0, 9),
             textcoords="offset points",
@@ -109,16 +113,25 @@ def estimates(
     return figure, axes
 
 
-def bars(width: float, names: Sequence[str], values: Sequence[float], say: Callable[[float], str]) -> Figure:
-    """Lengths side by side, first on top, each with its value."""
+def bars(
+    width: float,
+    names: Sequence[str],
+    values: Sequence[float],
+    say: Callable[[float], str],
+    *,
+    one_colour: bool = False,
+) -> Figure:
+    """Lengths side by side, first on top, each with its value. one_colour: names are no series of other figures."""
     figure, axes = canvas(width, 24 + 30 * len(names))
-    axes.barh(range(len(names)), values, height=0.62, color=[SERIES[i % len(SERIES)] for i in range(len(names))])
-    most = max(values, default=0) or 1
+    colours = [SERIES[0 if one_colour else place % len(SERIES)] for place in range(len(names))]
+    axes.barh(range(len(names)), values, height=0.62, color=colours)
+    least, most = min(0.0, *values), max(0.0, *values)
+    room = 0.28 * (most - least or 1)
     for place, value in enumerate(values):
-        axes.annotate(say(value), (value, place), (6, 0), textcoords="offset points", va="center")
+        axes.annotate(say(value), (max(value, 0), place), (6, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(names)), [label(name, 18) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, most * 1.28)
+    axes.set_xlim(least, most + room)
     axes.set_xticks([])
     axes.grid(visible=False)
     for side in ("left", "bottom"):

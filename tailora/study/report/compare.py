@@ -1,25 +1,18 @@
 """The page of a comparison."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from matplotlib.ticker import MaxNLocator
 from pydantic import BaseModel
 
 from tailora.study.report import words
-from tailora.study.report.charts import Estimate, bars, canvas, estimates, label, legend, log_axis
+from tailora.study.report.charts import bars, canvas, label, legend, log_axis
 from tailora.study.report.parts import Drawing, Page, Picture, Points, Section, Table, Tile
-from tailora.study.report.svg import GRID, PAPER, SERIES
-
-
-class Apart(BaseModel):
-    value: float
-    low: float
-    high: float
-    p_value: float
-    examples: int
-    seeds: int
+from tailora.study.report.standings import Apart, Standing, differences, losses
+from tailora.study.report.svg import PAPER, SERIES
 
 
 class Arm(BaseModel):
@@ -68,25 +61,28 @@ class Comparison(BaseModel):
 def compare_page(content: Mapping[str, Any]) -> Page:
     found = Comparison.model_validate(content)
     seeds = words.plural(len(found.seeds), "seed")
+    standings = _standings(found)
     judged = f"judged on {found.judged_examples:,} held-out examples that chose no learning rate"
     sections = [
         Section(
             "Which is better",
             f"Each arm at its own best learning rate, {found.steps:,} steps, {seeds}, {judged}.",
-            [_losses(found), _differences(found)],
+            [losses(standings, found.base_loss), differences(standings, found.reference, found.margin)],
         ),
         Section("What it costs", "Means over the seeds; memory is the most of any.", _costs(found)),
         Section(
             "What was forgotten",
             "How far each arm is from the base on text that the task did not ask for, beside what it learned.",
-            [_forgetting(found)],
+            [_forgetting(found), _other_text(found)],
         ),
         Section(
             "Learning rates tried",
             "An arm whose rate was not searched is no control. Judged on the other half of the held-out examples.",
             [_rates(found)],
         ),
-        Section("All numbers", "", [_table(found), _rate_table(found), _settings(found), _notes(found)]),
+        Section(
+            "All numbers", "", [_quality(found), _cost(found), _rate_table(found), _settings(found), _notes(found)]
+        ),
     ]
     title = (
         " against ".join(arm.name for arm in found.arms) if len(found.arms) == 2 else f"{len(found.arms)} arms compared"
@@ -96,7 +92,11 @@ def compare_page(content: Mapping[str, Any]) -> Page:
 
 def _tiles(found: Comparison) -> list[Tile]:
     tiles = [
-        Tile(f"held-out loss, {arm.name}", f"{arm.eval_loss:.3f}", words.between(*(arm.interval or (None, None))))
+        Tile(
+            f"held-out loss, {label(arm.name, 20)}",
+            f"{arm.eval_loss:.3f}",
+            words.between(*(arm.interval or (None, None))),
+        )
         for arm in found.done[:3]
     ]
     return [
@@ -107,55 +107,11 @@ def _tiles(found: Comparison) -> list[Tile]:
     ]
 
 
-# ---- which is better
-
-
-def _losses(found: Comparison) -> Picture | None:
-    rows = [Estimate(arm.name, arm.eval_loss or 0.0, *(arm.interval or (None, None))) for arm in found.done]
-    if not rows:
-        return None
-    said = "; ".join(f"{row.name} {row.value:.3f} ({words.between(row.low, row.high)})" for row in rows)
-    return Picture(
-        "losses",
-        lambda width: Drawing(estimates(width, rows, "held-out loss, nats per token")[0]),
-        f"Held-out loss of each arm with its 95% interval: {said}.",
-        f"Held-out loss, with 95% intervals over examples and seeds; lower is better. The base: {found.base_loss:.3f}. "
-        "Arms share their examples, so overlapping intervals say little: see the differences.",
-    )
-
-
-def _differences(found: Comparison) -> Picture | None:
-    rows = [
-        Estimate(arm.name, arm.difference.value, arm.difference.low, arm.difference.high)
+def _standings(found: Comparison) -> list[Standing]:
+    return [
+        Standing(name=arm.name, loss=arm.eval_loss or 0.0, interval=arm.interval, apart=arm.difference)
         for arm in found.done
-        if arm.difference
     ]
-    if not rows:
-        return None
-    said = "; ".join(f"{row.name} {row.value:+.3f} ({words.between(row.low, row.high, '+.3f')})" for row in rows)
-    band = "" if found.margin is None else f" Shaded: within {found.margin:g}, which was said to make no difference."
-    return Picture(
-        "differences",
-        partial(_draw_differences, found, rows),
-        f"Difference of each arm from {found.reference} with its 95% interval: {said}.",
-        f"Difference from {found.reference} on the same examples and seeds, with its 95% interval; left is better."
-        f"{band}",
-    )
-
-
-def _draw_differences(found: Comparison, rows: Sequence[Estimate], width: float) -> Drawing:
-    places = [[arm.name for arm in found.done].index(row.name) for row in rows]
-    figure, axes = estimates(
-        width,
-        rows,
-        f"loss - loss of {label(found.reference, 18)}, nats per token",
-        reference=0.0,
-        form="+.3f",
-        colours=places,
-    )
-    if found.margin is not None:
-        axes.axvspan(-found.margin, found.margin, color=GRID, alpha=0.6, linewidth=0, zorder=0)
-    return Drawing(figure)
 
 
 # ---- what it costs
@@ -173,51 +129,62 @@ def _costs(found: Comparison) -> list[Picture]:
         values = {arm.name: float(getattr(arm, name)) for arm in found.done if getattr(arm, name) is not None}
         if values:
             said = ", ".join(f"{arm} {say(value)}" for arm, value in values.items())
-            draw = partial(_draw_bars, list(values), list(values.values()), say)
-            pictures.append(Picture(f"cost-{name.replace('_', '-')}", draw, f"{title}: {said}.", f"{title}."))
+            pictures.append(_bars(f"cost-{name.replace('_', '-')}", values, say, f"{title}: {said}.", f"{title}."))
     return pictures
 
 
-def _draw_bars(names: Sequence[str], values: Sequence[float], say: Any, width: float) -> Drawing:
-    return Drawing(bars(width, names, values, say))
+def _bars(name: str, values: Mapping[str, float], say: Callable[[float], str], alt: str, caption: str) -> Picture:
+    return Picture(name, lambda width: Drawing(bars(width, list(values), list(values.values()), say)), alt, caption)
 
 
 # ---- what was forgotten
 
 
 def _forgetting(found: Comparison) -> Picture | None:
-    arms = [arm for arm in found.done if arm.forgetting]
+    arms = [(place, arm) for place, arm in enumerate(found.done) if arm.forgetting]
     if not arms:
         return None
-    said = "; ".join(f"{arm.name}: KL {(arm.forgetting or {})['kl']:.3f}, loss {arm.eval_loss:.3f}" for arm in arms)
+    said = "; ".join(f"{arm.name}: KL {(arm.forgetting or {})['kl']:.3f}, loss {arm.eval_loss:.3f}" for _, arm in arms)
     return Picture(
         "forgetting",
         partial(_draw_forgetting, arms),
         f"Held-out loss against distance from the base. {said}.",
-        "Left: learned more. Low: forgot less. KL(base || tuned) in nats per token of text that is not the task's.",
-        wide=True,
+        "Left: learned more. Low: forgot less. KL(base || tuned) in nats per token of the other text.",
     )
 
 
-def _draw_forgetting(arms: Sequence[Arm], width: float) -> Drawing:
-    figure, axes = canvas(width, 280)
-    for place, arm in enumerate(arms):
-        kl = (arm.forgetting or {})["kl"]
+def _draw_forgetting(arms: Sequence[tuple[int, Arm]], width: float) -> Drawing:
+    figure, axes = canvas(width, 300)
+    for place, arm in arms:
         axes.plot(
             [arm.eval_loss or 0.0],
-            [kl],
+            [(arm.forgetting or {})["kl"]],
             "o",
             color=SERIES[place % 8],
             markersize=11,
             markeredgecolor=PAPER,
-            label=label(arm.name),
+            label=label(arm.name, 20),
         )
     axes.set_xlabel("held-out loss, nats per token")
-    axes.set_ylabel("KL from the base, nats per token")
-    axes.set_ylim(bottom=0)
+    axes.set_ylabel("KL, nats per token")
     axes.margins(x=0.15, y=0.2)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     legend(figure, axes)
     return Drawing(figure)
+
+
+def _other_text(found: Comparison) -> Picture | None:
+    rises = {
+        arm.name: arm.forgetting["loss_after"] - arm.forgetting["loss_before"]
+        for arm in found.done
+        if arm.forgetting and "loss_after" in arm.forgetting
+    }
+    if not rises:
+        return None
+    said = ", ".join(f"{name} {rise:+.3f}" for name, rise in rises.items())
+    caption = "How much the loss on that text rose, nats per token."
+    return _bars("other-text", rises, words.signed, f"Rise of the loss on other text: {said}.", caption)
 
 
 # ---- learning rates
@@ -255,23 +222,32 @@ def _draw_rates(arms: Sequence[Arm], width: float) -> Drawing:
 # ---- all numbers
 
 
-def _table(found: Comparison) -> Table:
-    heads = ("arm", "rate", "loss", "95%", f"- {found.reference}", "95%", "p", "time", "peak", "trained", "disk", "KL")
-    return Table(heads, [_row(arm, found.p_values.get(arm.name)) for arm in found.arms])
+def _quality(found: Comparison) -> Table:
+    heads = ("arm", "rate", "loss", "95% interval", f"− {label(found.reference, 18)}", "95% interval", "p")
+    return Table(heads, [_judged(arm, found.p_values.get(arm.name)) for arm in found.done])
 
 
-def _row(arm: Arm, p_value: float | None) -> list[str]:
-    if arm.eval_loss is None:
-        return [arm.name, arm.outcome, *[""] * 10]
+def _judged(arm: Arm, p_value: float | None) -> list[str]:
     apart = arm.difference
     return [
         arm.name,
-        words.rate(arm.learning_rate) if arm.learning_rate else "",
+        "" if arm.learning_rate is None else words.rate(arm.learning_rate),
         f"{arm.eval_loss:.4f}",
         words.between(*(arm.interval or (None, None))),
-        f"{apart.value:+.4f}" if apart else "",
-        words.between(apart.low, apart.high, "+.3f") if apart else "",
+        words.signed(apart.value, 4) if apart else "",
+        f"{words.signed(apart.low)} to {words.signed(apart.high)}" if apart else "",
         "" if p_value is None else words.p_value(p_value),
+    ]
+
+
+def _cost(found: Comparison) -> Table:
+    heads = ("arm", "training", "peak memory", "trained", "on disk", "KL")
+    return Table(heads, [_spent(arm) for arm in found.done])
+
+
+def _spent(arm: Arm) -> list[str]:
+    return [
+        arm.name,
         "" if arm.seconds is None else words.duration(arm.seconds),
         "" if arm.peak_memory_bytes is None else words.size(arm.peak_memory_bytes),
         "" if arm.trainable_parameters is None else words.count(arm.trainable_parameters),
@@ -301,4 +277,5 @@ def _settings(found: Comparison) -> Table | None:
 
 
 def _notes(found: Comparison) -> Points | None:
-    return Points(found.notes) if found.notes else None
+    failed = [f"{arm.name}: {arm.outcome}" for arm in found.arms if arm.eval_loss is None]
+    return Points([*failed, *found.notes]) if failed or found.notes else None

@@ -46,6 +46,16 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What follows from the numbers, and what to copy for it."""
+
+    macro: ClassVar = "finding"
+    title: str
+    text: str
+    code: str = ""
+
+
+@dataclass(frozen=True)
 class Points:
     macro: ClassVar = "points"
     items: Sequence[str]
@@ -58,7 +68,7 @@ class Code:
     folded: str = ""
 
 
-Part = Picture | Table | Answers | Points | Code
+Part = Picture | Table | Answers | Finding | Points | Code
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,11 @@ def gathered(folder: Path) -> dict[str, Any]:
 def _said(result: Any, change: Interval | None, examples: int) -> str:
     if result is None:
         return "The run has not finished: it was interrupted, failed, or is still going on."
-    if change is None:
+    if change is None and result["eval_loss_after"] is None:
         return "There was no held-out data, so nothing can be said about whether it worked."
+    if change is None:  # of a run that left no examples.jsonl
+        before, after = result["eval_loss_before"], result["eval_loss_after"]
+        return f"Held-out loss went from {before:.3f} to {after:.3f} nats per token; how sure that is was not recorded."
     return verdict(change, examples)
 
 

@@ -38,6 +38,11 @@ def share(part: float, whole: float) -> str:
     return f"{percent:.2g}%" if percent < 10 else f"{percent:.0f}%"
 
 
+def signed(number: float, digits: int = 3) -> str:
+    """With a minus as wide as the plus."""
+    return f"{number:+.{digits}f}".replace("-", "−")
+
+
 def p_value(number: float) -> str:
     return "< .001" if number < 0.001 else f"{number:.3f}"
 
@@ -49,8 +54,13 @@ def between(low: float | None, high: float | None, form: str = ".3f") -> str:
     return f"{low:{form}} to {high:{form}}"
 
 
-def plural(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
+def plural(number: int, word: str, several: str = "") -> str:
+    return f"{number:,} {word if number == 1 else several or f'{word}s'}"
+
+
+def setting(anything: object) -> str:
+    """The value of one that was searched; rates are small numbers."""
+    return rate(anything) if isinstance(anything, float) and 0 < anything < 0.01 else value(anything)
 
 
 def value(anything: object) -> str:
