@@ -212,6 +212,10 @@ class LoRAModel(nn.Module):
     def active_adapters(self) -> tuple[str, ...]:
         return self._active
 
+    def adapter(self, name: str = "default") -> Adapter:
+        """Settings and layers of one adapter by path: its own, not copies. Raises AdapterError."""
+        return self._find(name)
+
     def add_adapter(self, name: str, config: LoRAConfig) -> None:
         """A fresh adapter beside the others; the active ones stay active. Raises AdapterError, TargetError."""
         self._check_new(name)

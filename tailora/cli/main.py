@@ -30,6 +30,7 @@ COMMANDS = {
     "combine": "Make one adapter out of several.",
     "shrink": "Make an adapter smaller.",
     "extract": "Get the adapter between a base and a fully tuned model.",
+    "inspect": "Look into an adapter: where it learned what, and what follows for the next run.",
     "export": "Take an adapter to llama.cpp, Ollama, vLLM, mlx-lm, PEFT, or merge it.",
     "data": "Show what training would learn from a file.",
     "doctor": "Show what this machine can do.",

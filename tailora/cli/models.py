@@ -1,6 +1,5 @@
 """A model with its adapters, and how it samples, as `chat` and `generate` take them."""
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 
 from tailora.errors import ConfigError, listing
+from tailora.formats.folders import adapter_in, recorded_settings
 
 Model = Annotated[str, Parameter(name="--model", help="Hugging Face folder or Hub id, or 'demo'")]
 Adapters = Annotated[
@@ -81,10 +81,7 @@ def recorded_method(folder: Path) -> str | None:
 
 def recorded(folder: Path, setting: str) -> Any:
     """What the run.json beside an adapter says; None where there is none, or it says nothing."""
-    try:
-        return json.loads((folder.resolve().parent / "run.json").read_text(encoding="utf-8"))["settings"][setting]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return recorded_settings(folder).get(setting)
 
 
 def enough_memory() -> AbstractContextManager[None]:
@@ -134,8 +131,6 @@ def _named(text: str) -> tuple[str, Path]:
     name, given, folder = ("", "", text) if Path(text).exists() else text.partition("=")
     if not given:
         folder = text
-    path = Path(folder)
-    inside = path / "adapter"
-    path = inside if not (path / "adapter_config.json").exists() and inside.is_dir() else path
+    path = adapter_in(Path(folder))
     own = path.resolve().parent.name if path.name == "adapter" else path.resolve().name.removesuffix(LORA_FILE)
     return (name if given else own), path

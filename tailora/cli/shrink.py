@@ -71,26 +71,13 @@ def _device() -> str:
 
 
 def loss_on(config: "TrainConfig", model: "LoRAModel", tokenizer: Any) -> Callable[["LoRAModel"], float]:
-    """The loss of a model on all of the data, in nats per supervised token; every call is told on stderr."""
-    from tailora.data.demo import resolve
-    from tailora.data.prepare import prepare
-    from tailora.train.evaluate import evaluate
-    from tailora.train.feed import CPU_TOKENS
-    from tailora.train.setup import choose_rows
+    """The loss of this model on all of the data, in nats per supervised token; every call is told on stderr."""
+    from tailora.measure.held_out import held_out
 
-    prepared = prepare(
-        resolve(config.data, "eval_data"),
-        tokenizer,
-        field=config.field,
-        max_length=config.max_length,
-        validation_split=0.0,
-        embedding_rows=model.get_input_embeddings().weight.shape[0],
-    )
-    rows = choose_rows(config, model, tokenizer, note)
-    budget = CPU_TOKENS if _device() == "cpu" else 8 * CPU_TOKENS
+    measured = held_out(config, model, tokenizer, note)
 
-    def loss(adapted: "LoRAModel") -> float:
-        value = evaluate(adapted, prepared.train, rows=rows, token_budget=budget).loss
+    def loss(_: "LoRAModel") -> float:
+        value = measured().loss
         aside(f"loss {value:.4f}")
         return value
 

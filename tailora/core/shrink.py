@@ -7,10 +7,12 @@ whose measured loss is within the budget is kept. A layer of which nothing is le
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
@@ -104,16 +106,7 @@ def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Modu
     """
     ranks = {path: k if k or _can_go(adapter.low_rank[path]) else 1 for path, k in ranks.items()}
     kept: dict[str, Factors] = {path: truncated(spectra[path], k) for path, k in ranks.items() if k}
-    same = (
-        "lora_dropout",
-        "fused_parts",
-        "modules_to_save",
-        "trainable_token_indices",
-        "use_dora",
-        "lora_bias",
-        "bias",
-    )
-    settings = {name: getattr(adapter.config, name) for name in same}
+    settings = {name: getattr(adapter.config, name) for name in SAME}
     smaller = built(kept, base_model, saved=copy.deepcopy(adapter.saved), **settings)
     smaller = replace(smaller, extras=copy.deepcopy(adapter.extras))
     for path, layer in smaller.low_rank.items():
@@ -141,3 +134,34 @@ def cut(trial: Adapter, full: Adapter, ranks: Ranks) -> None:
     for path, k in ranks.items():
         columns = torch.arange(full.low_rank[path].lora_B.shape[1], device=full.low_rank[path].lora_B.device)
         trial.low_rank[path].lora_B.copy_(full.low_rank[path].lora_B * (columns < k))
+
+
+@contextmanager
+def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[None]:
+    """Within the block these layers compute with the leading singular values of s (B A - B0 A0) alone, in place.
+
+    ranks: path -> how many per group, at most what B holds (r); other layers stay. Afterwards all is as it was, to the
+    bit. For measuring, not for training: a frozen start is part of the spectrum and is put aside.
+    """
+    layers = {path: adapter.low_rank[path] for path in ranks if adapter.low_rank[path].scaling.item()}
+    names = ("lora_A", "lora_B", "start_A", "start_B", "lora_E")
+    before = {path: {name: getattr(layer, name) for name in names} for path, layer in layers.items()}
+    try:
+        with torch.no_grad():
+            for path, layer in layers.items():
+                _replace_factors(layer, truncated(spectra[path], ranks[path]))
+        yield
+    finally:
+        for path, layer in layers.items():
+            for name, value in before[path].items():
+                setattr(layer, name, value)
+
+
+def _replace_factors(layer: LoRALayer, factors: Factors) -> None:
+    """Fresh parameters that hold this update, filled up with zeros; what they replace is left alone."""
+    missing = layer.lora_B.shape[1] - factors.A.shape[1]
+    A = F.pad(factors.A, (0, 0, 0, missing)).reshape(layer.lora_A.shape) / layer.scaling.item()
+    B = F.pad(factors.B, (0, missing)).reshape(layer.lora_B.shape)
+    layer.lora_A = nn.Parameter(A.to(layer.lora_A), requires_grad=False)
+    layer.lora_B = nn.Parameter(B.to(layer.lora_B), requires_grad=False)
+    layer.start_A = layer.start_B = layer.lora_E = None

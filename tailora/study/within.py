@@ -1,0 +1,96 @@
+"""The same looks at an adapter within its model: beside the base's weights, and on data."""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tailora.core.shrink import spectra_of
+from tailora.errors import ConfigError
+from tailora.measure.forgetting import forgetting, own_texts, texts_of
+from tailora.measure.held_out import held_out
+from tailora.measure.modules import updates_of
+from tailora.model import LoRAModel
+from tailora.study.advice import advise
+from tailora.study.inspect import NAME, Asked, Inspection, Progress, Say, examined
+from tailora.study.places import grouped, layers_of
+from tailora.study.strengths import forgets_much
+from tailora.study.tails import dialled, tails
+from tailora.train.config import TrainConfig
+from tailora.train.load import load_base
+
+
+def loaded(folder: Path, model: str, asked: Asked, quantize: str | None, say: Say, progress: Progress) -> Inspection:
+    """Of the adapter's folder within a base that is loaded for it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base, tokenizer = load_base(model, "stored" if asked.data is None else "auto", device, quantize)
+    adapted = LoRAModel.from_pretrained(base, folder, NAME).to(device).eval()
+    return inspect_model(adapted, NAME, asked, tokenizer=tokenizer, say=say, progress=progress)
+
+
+def inspect_model(
+    model: LoRAModel,
+    name: str = NAME,
+    asked: Asked | None = None,
+    *,
+    tokenizer: Any = None,
+    say: Say = lambda _: None,
+    progress: Progress = lambda *_: None,
+) -> Inspection:
+    """An adapter of a model in memory, which is left as it is. `tokenizer`: where `asked` has data.
+
+    Raises AdapterError, ConfigError, DataError.
+    """
+    started = time.perf_counter()
+    asked = asked or Asked()
+    if asked.data is not None and tokenizer is None:
+        raise ConfigError(f"data {asked.data!r} needs the model's tokenizer: give tokenizer")
+    adapter = model.adapter(name)
+    updates, left_out = updates_of(adapter, model.base_model)
+    config = getattr(model.base_model, "config", None)
+    weights = [parameter.dtype for parameter in model.base_model.parameters() if parameter.is_floating_point()]
+    found = Inspection(
+        adapter=name,
+        model=getattr(config, "name_or_path", None),
+        named_base=None,
+        base_dtype=str(weights[0]).removeprefix("torch.") if weights else None,
+        config=adapter.config.model_dump(),
+        training={},
+        layers=getattr(config, "num_hidden_layers", None) or layers_of(updates),
+        modules=examined(updates, asked, progress),
+        left_out=left_out,
+    )
+    if asked.data is not None:
+        found = _measured(found, model, name, asked, tokenizer, say)
+    return replace(found, advice=advise(found), seconds=time.perf_counter() - started)
+
+
+def _measured(found: Inspection, model: LoRAModel, name: str, asked: Asked, tokenizer: Any, say: Say) -> Inspection:
+    """With what takes data: losses and forgetting."""
+    assert asked.data is not None
+    settings = TrainConfig(model=found.model or NAME, data=asked.data, field=asked.field, max_length=asked.max_length)
+    active = model.active_adapters
+    model.set_adapter(name)
+    try:
+        measure = held_out(settings, model, tokenizer, say)
+        adapter = model.adapter(name)
+        spectra = spectra_of(
+            replace(adapter, low_rank={module.path: adapter.low_rank[module.path] for module in found.modules})
+        )
+        groups = grouped(list(spectra), found.layers)
+        losses = tails(model, name, spectra, groups, asked.data, measure, say)
+        texts, where = _texts(model, tokenizer, asked)
+        lost = forgetting(model, texts)
+        say(f"KL from the base on {where} {lost.kl:.4f}")
+        found = replace(found, held_out=losses, forgetting={**asdict(lost), "text": where})
+        return replace(found, dial=dialled(model, name, texts, measure, say)) if forgets_much(found) else found
+    finally:
+        model.set_adapter(active)
+
+
+def _texts(model: LoRAModel, tokenizer: Any, asked: Asked) -> tuple[list[list[int]], str]:
+    if asked.forgetting_data is not None:
+        return texts_of(asked.forgetting_data, model, tokenizer), asked.forgetting_data
+    return own_texts(model, tokenizer, seed=asked.seed), "text that the base writes"

@@ -1,0 +1,113 @@
+"""`tailora inspect`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import chat_model
+from transformers import LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.cli.main import main
+
+
+def made(folder: Path, base: Path, **settings: object) -> Path:
+    torch.manual_seed(1)
+    model = LoRAModel(LlamaForCausalLM.from_pretrained(base), LoRAConfig(r=4, **settings))
+    for parameter in model.lora_layers.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model.save_adapter(folder)
+
+
+@pytest.fixture
+def adapter(tiny_model: Path, tmp_path: Path) -> Path:
+    return made(tmp_path / "one", tiny_model)
+
+
+def run(capsys: pytest.CaptureFixture[str], *tokens: object) -> tuple[int, str, str]:
+    code = main(["inspect", *map(str, tokens)])
+    return code, *capsys.readouterr()
+
+
+def test_the_table_fits_80_columns_and_says_what_more_there_is(
+    adapter: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, said, told = run(capsys, adapter)
+    assert code == 0
+    assert not told
+    assert f"{adapter}: 14 updates of rank 4, scale 8, made for {tiny_model}" in said
+    assert "No rule of docs/inspect.md asks for a change." in said
+    assert f"--model {tiny_model}" in said
+    table = [line for line in said.splitlines() if "_proj" in line]
+    assert len(table) == 14  # two layers in two thirds, seven names
+    assert all(len(line) <= 80 for line in table)
+    code, said, _ = run(capsys, adapter, "--all", "--model", tiny_model, "--no-intruders")
+    assert code == 0
+    assert "0.self_attn.q_proj" in said
+    assert "module (after model.layers.)" in said
+    assert "dW/W" in said
+
+
+def test_json_is_one_object_and_the_report_has_the_same(
+    adapter: Path, tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = ["--model", tiny_model, "--data", chats]
+    code, said, told = run(capsys, adapter, *both, "--output-dir", tmp_path / "report", "--json")
+    assert code == 0, told
+    found = json.loads(said.splitlines()[-1])
+    assert found["modules"][0].keys() >= {
+        *("path", "r", "effective_rank", "stable_rank", "energy", "relative_norm", "intruders", "scaling"),
+    }
+    assert found["held_out"]["half"]["loss"] > 0
+    assert {"kl", "loss_before", "loss_after"} <= found["forgetting"].keys()
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report.pop("kind") == "inspect"
+    assert report == found
+
+
+def test_a_run_s_folder_and_other_formats_are_taken(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter.rename(tmp_path / "adapter")
+    code, said, _ = run(capsys, tmp_path)
+    assert code == 0
+    assert f"{tmp_path}/adapter: 14 updates" in said
+    export = ["export", str(tmp_path), "--to", "mlx", "--output", str(tmp_path / "mlx")]
+    assert main(export) == 0
+    capsys.readouterr()
+    code, other, _ = run(capsys, tmp_path / "mlx")
+    assert code == 0
+    energy = [line.split()[-1] for line in said.splitlines() if "%" in line and "_proj" in line]
+    assert energy == [line.split()[-1] for line in other.splitlines() if "%" in line and "_proj" in line]
+
+
+MISTAKES = {
+    "no adapter": (["BASE"], "adapter_model.safetensors"),
+    "no folder": (["absent"], "absent is not a folder"),
+    "data without a model": (["ONE", "--data", "demo"], "give --model BASE"),
+    "another base": (["ONE", "--model", "OTHER"], "another base model"),
+    "no data": (["ONE", "--model", "BASE", "--data", "absent.jsonl"], "absent.jsonl"),
+    "taken folder": (["ONE", "--output-dir", "ONE"], "holds something already"),
+    "unknown": (["ONE", "--modle", "BASE"], "--model"),
+    "column": (["ONE", "--field", "prompt"], "field"),
+}
+
+
+@pytest.mark.parametrize(("tokens", "hint"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_exit_with_2(
+    tokens: list[str], hint: str, adapter: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "OTHER" in tokens:
+        chat_model(initializer_range=0.05).save_pretrained(tmp_path / "other")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / "other" / name).write_bytes((tiny_model / name).read_bytes())
+    places = {"ONE": adapter, "BASE": tiny_model, "OTHER": tmp_path / "other"}
+    for name, place in places.items():
+        tokens, hint = [token.replace(name, str(place)) for token in tokens], hint.replace(name, str(place))
+    code, said, told = run(capsys, *tokens)
+    assert code == 2, told
+    assert hint in told
+    assert not said
+    assert "Traceback" not in told

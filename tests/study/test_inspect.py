@@ -1,0 +1,133 @@
+"""A whole inspection of a tiny model's adapter: from its files, beside its base, on data."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import stir
+from tiny import chat_model
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.shrink import leading_only, spectra_of
+from tailora.errors import BaseMismatchError, ConfigError, FormatError
+from tailora.study.inspect import Asked, inspect, write_report
+from tailora.study.within import inspect_model
+from tailora.train.config import TrainConfig
+from tailora.train.run import run
+
+
+@pytest.fixture(scope="module")
+def tuned(small_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run that has learned something, with its adapter."""
+    folder = tmp_path_factory.mktemp("tuned") / "run"
+    config = small_run.replaced(output_dir=str(folder), learning_rate=2e-2, learn_scaling=True, samples=0)
+    run(config)
+    return config
+
+
+def test_files_alone_say_ranks_energy_and_scales(tuned: TrainConfig) -> None:
+    found = inspect(tuned.output_dir)
+    assert found.adapter == f"{tuned.output_dir}/adapter"
+    assert found.model is None
+    assert found.named_base == tuned.model
+    assert found.training["learning_rate"] == 2e-2
+    assert len(found.modules) == 14
+    assert sum(module.energy for module in found.modules) == pytest.approx(1)
+    assert all(module.relative_norm is module.intruders is None for module in found.modules)
+    assert all(module.learned_scaling and module.scaling != module.configured_scaling for module in found.modules)
+    assert [module.path for module in found.modules][:2] == [
+        "model.layers.0.mlp.down_proj",
+        "model.layers.0.mlp.gate_proj",
+    ]
+
+
+def test_beside_the_base_and_on_data(tuned: TrainConfig, tmp_path: Path) -> None:
+    heard: list[str] = []
+    counted: list[tuple[int, int]] = []
+    found = inspect(
+        tuned.output_dir, tuned.model, tuned.data, say=heard.append, progress=lambda *at: counted.append(at)
+    )
+    assert counted[-1] == (14, 14)
+    assert all(module.relative_norm is not None and module.relative_norm > 0 for module in found.modules)
+    assert all(module.intruders is not None and module.intruders_random is not None for module in found.modules)
+    held = found.held_out
+    assert held is not None
+    assert held.examples == 60
+    assert held.loss < held.base_loss
+    assert held.improvement == pytest.approx(held.base_loss - held.loss)
+    assert held.half.rise == pytest.approx(held.half.loss - held.loss)
+    assert held.half.cost == pytest.approx(held.half.rise / held.improvement)
+    assert list(held.groups) == ["early attention", "early MLP", "middle attention", "middle MLP"]
+    assert sum(rise.values for rise in held.groups.values()) == pytest.approx(1)
+    assert found.forgetting is not None
+    assert found.forgetting["kl"] > 0
+    assert len([line for line in heard if "lower half" in line]) == 5
+    assert not any(advice.rule == "no gain" for advice in found.advice)
+
+    written = json.loads(write_report(found, tmp_path).read_text())
+    assert written["kind"] == "inspect"
+    assert written["modules"][0].keys() >= {
+        *("path", "r", "effective_rank", "stable_rank", "energy", "relative_norm", "intruders", "scaling"),
+        *("singular_values", "group", "use"),
+    }
+    assert written["held_out"]["groups"]["early MLP"]["loss"] == held.groups["early MLP"].loss
+    alone = inspect(tuned.output_dir)
+    for one, other in zip(alone.modules, found.modules, strict=True):
+        assert one.effective_rank == pytest.approx(other.effective_rank, rel=1e-5)
+        assert one.norm == pytest.approx(other.norm, rel=1e-5)
+
+
+def test_a_model_in_memory_is_left_as_it_was() -> None:
+    model = LoRAModel(chat_model().eval(), LoRAConfig(r=4))
+    model.add_adapter("other", LoRAConfig(r=2, target_modules=["q_proj"]))
+    stir(model)
+    ids = torch.arange(20).view(2, 10)
+    before = model(ids).logits
+    found = inspect_model(model, "other")
+    assert [module.r for module in found.modules] == [2, 2]
+    assert {advice.rule for advice in found.advice} == {"dead"}  # no step was taken
+    assert model.active_adapters == ("default",)
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("start", ["kaiming", "pissa"])
+def test_without_the_lower_half_it_computes_as_an_adapter_shrunk_to_that(start: str) -> None:
+    config = LoRAConfig(r=4, use_rslora=True, learn_scaling=True, init_lora_weights=start)
+    model = LoRAModel(chat_model().eval(), config)
+    stir(model)
+    ids, adapter = torch.arange(20).view(2, 10), model.adapter()
+    spectra = spectra_of(adapter)
+    before = model(ids).logits
+    with leading_only(adapter, spectra, dict.fromkeys(spectra, 2)):
+        cut = model(ids).logits
+    assert torch.equal(model(ids).logits, before)
+    model.shrink("default", "small", r=2)
+    model.set_adapter("small")
+    torch.testing.assert_close(cut, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(cut, before, rtol=1e-3)
+
+
+def test_what_it_cannot_look_at_is_refused(tuned: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give --model"):
+        inspect(tuned.output_dir, data=tuned.data)
+    with pytest.raises(FormatError, match=r"adapter_model\.safetensors"):
+        inspect(tuned.model)
+    with pytest.raises(FormatError, match="is not a folder"):
+        inspect(tmp_path / "absent")
+    chat_model(intermediate_size=48).save_pretrained(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "other" / name).write_bytes((Path(tuned.model) / name).read_bytes())
+    with pytest.raises(BaseMismatchError, match="another base"):
+        inspect(tuned.output_dir, str(tmp_path / "other"))
+    model = LoRAModel(chat_model(), LoRAConfig(r=2))
+    with pytest.raises(ConfigError, match="tokenizer"):
+        inspect_model(model, asked=Asked(data="chats.jsonl"))
+
+
+def test_intruders_can_be_left_uncounted(tuned: TrainConfig) -> None:
+    found = inspect(tuned.output_dir, tuned.model, asked=Asked(intruders=False))
+    assert all(module.intruders is None and module.relative_norm for module in found.modules)
+    again = replace(found, seconds=0.0)
+    assert again.to_dict()["modules"][0]["use"] == found.modules[0].use
