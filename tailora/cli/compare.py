@@ -1,8 +1,5 @@
 """`tailora compare`: LoRA against full fine-tuning on the user's own model and data."""
 
-import shlex
-import sys
-from collections.abc import Callable
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -10,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailora.cli.console import logs, note, on_terminal, print_json, results
+from tailora.cli.console import logs, note, print_json, results
 from tailora.cli.options import FIELDS, ConfigFile, Json, Settings, changes, flags_beside, flags_of, given, settings
+from tailora.cli.studying import bar, resumable
 from tailora.cli.yaml12 import read_mapping
 from tailora.errors import ConfigError
 from tailora.study.config import FULL, LORA, CompareConfig
@@ -78,30 +76,15 @@ def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
     for text in chosen.notes:
         note(text)
     console = logs()
-    try:
+    with resumable(chosen.config.output_dir):
         comparison = run(
-            chosen.config, study, say=lambda text: console.print(text, markup=False), progress=_bar(console)
+            chosen.config, study, say=lambda text: console.print(text, markup=False), progress=bar(console)
         )
-    except KeyboardInterrupt:
-        again = shlex.join(["tailora", *sys.argv[1:]])
-        raise KeyboardInterrupt(f"finished runs are in {chosen.config.output_dir}; to go on:\n{again}") from None
     if as_json:
         print_json(comparison.to_dict())
     else:
         show(results(), comparison)
     return 0
-
-
-def _bar(console: Console) -> Callable[[int, int, float], None] | None:
-    """One line that is written over, on a terminal only."""
-    if not on_terminal(console):
-        return None
-
-    def show_step(step: int, steps: int, loss: float) -> None:
-        end = "\r" if step < steps else "\r\x1b[K"
-        console.print(f"  step {step}/{steps}  loss {loss:.3f}   ", end=end, style="dim")
-
-    return show_step
 
 
 def show(console: Console, comparison: Any) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "Fine-tune a model on your data.",
     "compare": "Is LoRA as good as full fine-tuning here? Each at its own learning rate, over several seeds.",
     "eval": "Loss, accuracy, exact match of an adapter beside its base; gates for CI.",
+    "search": "Find the best settings here, and the cheapest that are as good.",
     "report": "Make the page of a run or a study again.",
     "chat": "Talk to a model, with or without adapters.",
     "generate": "Answer prompts once.",

@@ -111,6 +111,11 @@ def changes(text: str) -> dict[str, Any]:
     return {name: _plain(name, [value] if name in several else value) for name, _, value in pairs}
 
 
+def pairs(name: str, tokens: list[str]) -> dict[str, str]:
+    """What `--name key=value,key=value` says, as text. A comma within a value is kept. Raises ConfigError."""
+    return _pairs(name, tokens, split_last=False)
+
+
 def _complaint(values: dict[str, Any]) -> str:
     """All that is wrong with the settings, the adapter's own checks included; '' when nothing is."""
     try:

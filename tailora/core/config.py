@@ -42,9 +42,8 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
         alias = ALIASES.get(where)
         hint = f"; did you mean {alias}?" if alias in model.model_fields else nearest(where, model.model_fields)
         return f"unknown setting {where!r}{hint}"
-    return (
-        f"{where} = {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}" if where else problem["msg"]
-    )
+    said = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to what our validators raise
+    return f"{where} = {problem['input']!r}: {said[:1].lower()}{said[1:]}" if where else said
 
 
 class AdaLoRA(StrictModel):

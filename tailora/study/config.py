@@ -1,4 +1,4 @@
-"""What a comparison is asked for, beside the settings of its runs. Needs no torch."""
+"""What a comparison or a search is asked for, beside the settings of its runs. Needs no torch."""
 
 from typing import Any, Self
 
@@ -6,12 +6,14 @@ from pydantic import Field, model_validator
 
 from tailora.core.config import AdaLoRA, LoRAConfig, StrictModel
 from tailora.errors import ConfigError, listing
+from tailora.study.space import read_space
 from tailora.train.config import TrainConfig
 
 LORA, FULL = "lora", "full"
 GIVEN = {"model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "max_steps"}
 GIVEN |= {"num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps", "streaming"}
 OF_ADAPTERS = {*LoRAConfig.model_fields, *AdaLoRA.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
+TRIALS = 20
 PRIORS = {"lora": 5e-4, "full": 5e-5}  # where the search for a rate begins: full fine-tuning wants about a tenth
 
 
@@ -58,3 +60,30 @@ def arm_settings(train: TrainConfig, study: CompareConfig, arm: str, **given: An
     values = {**common, **study.arms[arm], "samples": 0, "split_seed": split, **given}
     TrainConfig(**values)
     return values
+
+
+class SearchConfig(StrictModel):
+    """A search. Without trials and minutes there are 20 trials."""
+
+    trials: int | None = Field(None, ge=2, le=10**6, description="settings to try; 20 without --minutes")
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time for everything")
+    space: dict[str, Any] = Field(
+        {}, description="setting -> values 4,8,16, range 1e-4..1e-2 or one fixed value; see docs"
+    )
+    seeds: int = Field(3, ge=1, le=100, description="runs that judge each finalist")
+    finalists: int = Field(3, ge=1, le=20, description="settings that are judged: the best, and cheaper ones near it")
+    margin: float = Field(0.02, gt=0, allow_inf_nan=False, description="nats per token that make no difference")
+    storage: str | None = Field(
+        None, description="database of the study, for machines that share no folder: postgresql://..., sqlite:///..."
+    )
+    lr_only: bool = Field(False, description="find the useful learning rates by one run, and nothing else")
+
+    @model_validator(mode="after")
+    def _space_is_read(self) -> Self:
+        read_space(self.space)
+        return self
+
+    @property
+    def wanted(self) -> int | None:
+        """Number of trials; None where the time decides."""
+        return self.trials if self.trials is not None or self.minutes is not None else TRIALS

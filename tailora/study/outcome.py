@@ -5,17 +5,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tailora.errors import ConfigError
 from tailora.measure.intervals import Interval
 from tailora.measure.paired import Difference, difference, holm, loss_interval
 from tailora.study.config import FULL, CompareConfig
+from tailora.study.halves import Places, halves
 from tailora.study.rates import Rates
 from tailora.study.trial import Trial
 from tailora.study.verdict import Standing, verdict
-
-Places = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -58,20 +56,12 @@ class Comparison:
 
 def choosing(trial: Trial) -> Places:
     """The held-out examples that choose learning rates. Raises ConfigError for too few."""
-    return _halves(trial)[0]
+    return halves(len(trial.counts))[0]
 
 
 def judging(trial: Trial) -> Places:
     """The other half, by which arms are judged."""
-    return _halves(trial)[1]
-
-
-def _halves(trial: Trial) -> tuple[Places, Places]:
-    count = len(trial.counts)
-    if count < 4:
-        raise ConfigError(f"{count} held-out examples are too few to compare with; hold out at least 4")
-    shuffled = np.random.default_rng(0).permutation(count)
-    return np.sort(shuffled[: count // 2]), np.sort(shuffled[count // 2 :])
+    return halves(len(trial.counts))[1]
 
 
 def judged(

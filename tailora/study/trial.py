@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,29 @@ from numpy.typing import NDArray
 from tailora import errors
 from tailora.errors import DivergedError, MemoryLimitError, TailoraError
 from tailora.formats.atomic import write_file
+from tailora.study.halves import choosing_half
 from tailora.train.config import TrainConfig
 
+PRUNED = "pruned"
 SPEC, RESULT, RUN = "spec.json", "trial.json", "run"
 OUTCOMES = {DivergedError: "diverged", MemoryLimitError: "out of memory"}
 
 Progress = Callable[[int, int, float], None]  # step, of steps, loss
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a trial says of itself while it runs, a line of JSON each."""
+
+    step: int
+    steps: int
+    loss: float  # nats per token, of the step's examples or the held-out ones
+    held_out: bool
+    parameters: int  # trained
+    seconds: float  # of the step or the evaluation
+
+
+Judge = Callable[[Told], str | None]  # why the trial is to end now; None to go on
 
 
 @dataclass(frozen=True)
@@ -36,13 +53,16 @@ class Spec:
     settings: dict[str, Any]  # of TrainConfig, output_dir left out
     forgetting: str | None = None
     keep: bool = True  # what was trained; a fully trained model is large
+    choosing: bool = False  # evaluate the half of the held-out examples that chooses, and no more
+    rising: tuple[float, float] | None = None  # learning rates from, to, in place of the schedule
+    describe: bool = False  # say which parts the model has
 
 
 @dataclass(frozen=True)
 class Trial:
     """What came out. Without an outcome of `done` the numbers are missing."""
 
-    outcome: str  # done, diverged, out of memory
+    outcome: str  # done, diverged, out of memory, or pruned: ended by who listened
     message: str
     numbers: dict[str, Any]  # of TrainResult, and the seed
     sums: list[float]  # nats of each held-out example, afterwards
@@ -50,6 +70,10 @@ class Trial:
     counts: list[int]  # learned tokens of each
     forgetting: dict[str, Any] | None
     bytes: int  # on disk, of what was trained
+    losses: list[float] = field(default_factory=list)  # of each step's examples, before it
+    curve: list[tuple[int, float]] = field(default_factory=list)  # step, held-out loss
+    parameters: int = 0  # trained; 0 when it ended before that was known
+    evaluation_seconds: float = 0.0  # the last one's
 
     @property
     def done(self) -> bool:
@@ -64,8 +88,28 @@ class Trial:
         return float(sums[chosen].sum() / counts[chosen].sum())
 
 
-def try_out(spec: Spec, folder: Path, progress: Progress | None = None) -> Trial:
-    """The trial of this folder, made now unless it was made before.
+class Heard:
+    """What was told, gathered on either side of the pipe."""
+
+    def __init__(self) -> None:
+        self.told: list[Told] = []
+
+    def trial(self, outcome: str, message: str, **more: Any) -> Trial:
+        held_out = [told for told in self.told if told.held_out]
+        nothing: dict[str, Any] = {"numbers": {}, "sums": [], "before": [], "counts": [], "forgetting": None}
+        return Trial(
+            outcome,
+            message,
+            **{**nothing, "bytes": 0, **more},
+            losses=[told.loss for told in self.told if not told.held_out],
+            curve=[(told.step, told.loss) for told in held_out],
+            parameters=self.told[0].parameters if self.told else 0,
+            evaluation_seconds=held_out[-1].seconds if held_out else 0.0,
+        )
+
+
+def try_out(spec: Spec, folder: Path, progress: Progress | None = None, judge: Judge | None = None) -> Trial:
+    """The trial of this folder, made now unless it was made before. `judge` may end it; then its outcome is pruned.
 
     Raises ConfigError when the folder holds a trial of other settings; whatever else the run raises.
     """
@@ -74,22 +118,33 @@ def try_out(spec: Spec, folder: Path, progress: Progress | None = None) -> Trial
     shutil.rmtree(folder / RUN, ignore_errors=True)  # of a trial that was ended
     write_file(folder / SPEC, json.dumps(asdict(spec), indent=1).encode())
     command = [sys.executable, "-m", "tailora.study.trial", str(folder)]
-    log = folder / "log.txt"
+    log, heard = folder / "log.txt", Heard()
     with (
         log.open("w") as complaints,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process,
     ):
-        assert process.stdout is not None
         try:
-            for line in process.stdout:
-                if progress is not None:
-                    progress(*json.loads(line))
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode != 0:
+            ended = _listen(process, heard, progress, judge)
+        finally:
+            process.kill()  # has no effect on one that has ended
+    if ended is not None:
+        _leave(folder, heard.trial(PRUNED, ended), keep=False)
+    elif process.returncode != 0:
         raise _raised(folder, process.returncode, log.read_text())
     return _stored(spec, folder)
+
+
+def _listen(process: Any, heard: Heard, progress: Progress | None, judge: Judge | None) -> str | None:
+    """Until the trial has ended, None, or is to end: why."""
+    for line in process.stdout:
+        told = Told(**json.loads(line))
+        heard.told.append(told)
+        if progress is not None and not told.held_out:
+            progress(told.step, told.steps, told.loss)
+        if judge is not None and (why := judge(told)) is not None:
+            return why
+    process.wait()
+    return None
 
 
 def _stored(spec: Spec, folder: Path) -> Trial:
@@ -115,50 +170,76 @@ def main(folder: Path) -> int:
     """In the trial's own process."""
     spec = Spec(**json.loads((folder / SPEC).read_text()))
     config = TrainConfig(**{**spec.settings, "output_dir": str(folder / RUN)})
+    heard = Heard()
     try:
-        trial = _made(config, spec)
+        trial = _made(config, spec, heard)
     except tuple(OUTCOMES) as error:
-        nothing: dict[str, Any] = {
-            "numbers": {},
-            "sums": [],
-            "before": [],
-            "counts": [],
-            "forgetting": None,
-            "bytes": 0,
-        }
-        trial = Trial(OUTCOMES[type(error)], str(error), **nothing)
+        trial = heard.trial(OUTCOMES[type(error)], str(error))
     except TailoraError as error:
         write_file(folder / "error.json", json.dumps({"type": type(error).__name__, "message": str(error)}).encode())
         return 1
-    if not (spec.keep and trial.done):
-        shutil.rmtree(folder / RUN, ignore_errors=True)
-    write_file(folder / RESULT, json.dumps(asdict(trial)).encode())
+    _leave(folder, trial, keep=spec.keep and trial.done)
     return 0
 
 
-def _made(config: TrainConfig, spec: Spec) -> Trial:
-    from tailora.train.events import Event, Stepped  # torch from here on
+def _leave(folder: Path, trial: Trial, *, keep: bool) -> None:
+    if not keep:
+        shutil.rmtree(folder / RUN, ignore_errors=True)
+    write_file(folder / RESULT, json.dumps(asdict(trial)).encode())
+
+
+def _made(config: TrainConfig, spec: Spec, heard: Heard) -> Trial:
+    from tailora.study.parts import parts  # torch from here on
+    from tailora.train.optim import rising
     from tailora.train.run import run
     from tailora.train.subject import folder_of
 
-    def tell(event: Event) -> None:
-        if isinstance(event, Stepped):
-            print(json.dumps([event.step, event.max_steps, event.loss]), flush=True)
-
-    result = run(config, on_event=tell)
+    between = spec.rising
+    found: dict[str, Any] = {}
+    result = run(
+        config,
+        on_event=_teller(heard),
+        on_ready=lambda model, *_: found.update(parts(model.base_model) if spec.describe else {}),
+        rate_at=None if between is None else lambda step, steps: rising(step, steps, *between),
+        held_out=choosing_half if spec.choosing else None,
+    )
     if result.before is None or result.after is None:
         raise errors.ConfigError("there is no held-out data to judge by: give --eval-data or --validation-split")
     left = folder_of(result.model, Path(result.output_dir))
-    return Trial(
-        outcome="done",
-        message="",
-        numbers={**result.to_dict(), "seed": config.seed},
+    return heard.trial(
+        "done",
+        "",
+        numbers={**result.to_dict(), "seed": config.seed, "parts": found, "examples": _examples(result)},
         sums=result.after.sums.tolist(),
         before=result.before.sums.tolist(),
         counts=result.after.counts.tolist(),
         forgetting=None if spec.forgetting is None else _forgotten(result, spec.forgetting),
         bytes=sum(file.stat().st_size for file in left.rglob("*") if file.is_file()),
     )
+
+
+def _teller(heard: Heard) -> Callable[[Any], None]:
+    """Says steps and evaluations on stdout, and remembers them."""
+    from tailora.train.events import Evaluated, Event, Prepared, Stepped
+
+    known = {"steps": 0, "parameters": 0}
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Prepared):
+            known.update(steps=event.header["max_steps"], parameters=event.header["trainable_parameters"])
+        if isinstance(event, Stepped | Evaluated):
+            told = Told(
+                event.step, loss=event.loss, held_out=isinstance(event, Evaluated), seconds=event.seconds, **known
+            )
+            heard.told.append(told)
+            print(json.dumps(asdict(told)), flush=True)
+
+    return tell
+
+
+def _examples(result: Any) -> int | None:
+    """To train on; of a stream that is not known."""
+    return None if result.data is None else len(result.data.train)
 
 
 def _forgotten(result: Any, source: str) -> dict[str, Any]:

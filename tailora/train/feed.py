@@ -7,7 +7,9 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.starts import DATA_STARTS
@@ -24,6 +26,9 @@ CPU_TOKENS = (
 )
 
 
+HeldOut = Callable[[int], NDArray[np.int64]]  # number of held-out examples -> which of them are evaluated
+
+
 @dataclass(frozen=True, eq=False)
 class Feed:
     prepared: Prepared | None  # None when streaming without eval_data
@@ -36,6 +41,12 @@ class Feed:
     opening: Callable[[int], list[list[Example]]]  # the first batches, in parts; of a stream as many as were read
     cuts: Cuts | None = None  # of what was streamed
     first_pass: Callable[[], list[list[Example]]] = list  # forwards whose examples come again in a second one
+
+    def judged_by(self, choose: HeldOut | None) -> "Feed":
+        """The same with only some of the held-out examples."""
+        if choose is None or self.held_out is None:
+            return self
+        return replace(self, held_out=self.held_out.select(choose(len(self.held_out))))
 
 
 def feed(

@@ -33,7 +33,7 @@ from tailora.train.evaluate import Evaluation, evaluate
 from tailora.train.events import Evaluated, Event, Interrupted, Note, Saved, Stepped
 from tailora.train.loss import Rows
 from tailora.train.memory import peak_bytes
-from tailora.train.optim import clip, learning_rate, take_step
+from tailora.train.optim import clip, take_step
 from tailora.train.record import Metrics
 from tailora.train.state import Best, State
 from tailora.train.steps import MicroBatch
@@ -59,6 +59,7 @@ class Bench:
     output_dir: Path
     identity: dict[str, Any]  # what a checkpoint of this run must agree with
     allocator: RankAllocator | None  # of AdaLoRA
+    rate_at: Callable[[int, int], float]  # step, of steps -> learning rate
     metrics: Metrics | None  # of the main process
     emit: Callable[[Event], None]
 
@@ -127,7 +128,7 @@ def step(
     mean = accumulate(bench.forward, batches, supervised, bench.accelerator)
     loss = float(bench.accelerator.reduce(mean, reduction="sum"))
     norm = clip(bench.flats, config.max_grad_norm)
-    rate = learning_rate(number, bench.max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
+    rate = bench.rate_at(number, bench.max_steps)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise _diverged(bench, number, batches, loss, rate, good)
     for before, flat in zip(good, bench.flats, strict=True):

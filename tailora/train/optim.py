@@ -25,6 +25,18 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, kind:
     return peak * DECAYS[kind]((step - warmup) / max(total - warmup, 1))
 
 
+def scheduled(config: TrainConfig) -> Callable[[int, int], float]:
+    """step, of steps -> learning rate, as the settings say."""
+    return lambda step, total: learning_rate(
+        step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
+    )
+
+
+def rising(step: int, total: int, low: float, high: float) -> float:
+    """Rate of step `step` (0..total-1) of a range test: from low to high by one factor a step (arXiv:1506.01186)."""
+    return float(low * (high / low) ** (step / max(total - 1, 1)))
+
+
 def groups(module: nn.Module, config: TrainConfig) -> list[Group]:
     """All that is trained, by what sets its rate and decay: with LoRA+ (arXiv:2402.12354), B has its own."""
     named = dict(module.named_parameters())

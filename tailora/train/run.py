@@ -20,12 +20,12 @@ from tailora.train.config import TrainConfig
 from tailora.train.evaluate import Evaluation
 from tailora.train.events import Event, Finished, Listener, Note, Saved
 from tailora.train.events import Prepared as Ready
-from tailora.train.feed import remarks
+from tailora.train.feed import HeldOut, remarks
 from tailora.train.kernels import running
 from tailora.train.loop import Bench, train
 from tailora.train.loss import Supervised
 from tailora.train.memory import check_fits, explained, peak_bytes, remedies
-from tailora.train.optim import adamw, groups
+from tailora.train.optim import adamw, groups, scheduled
 from tailora.train.result import TrainResult
 from tailora.train.resume import check_same_run, identity, take_up
 from tailora.train.rng import seed_all, seeded
@@ -34,11 +34,21 @@ from tailora.train.state import State
 from tailora.train.stop import stop_signal
 from tailora.train.subject import Subject, allocating, differences, folder_of, save, settle, trained
 
+RateAt = Callable[[int, int], float]  # step, of steps -> learning rate
 OnReady = Callable[[Subject, PreTrainedTokenizerBase, Prepared | None], None]
 
 
-def run(config: TrainConfig, on_event: Listener | None = None, on_ready: OnReady | None = None) -> TrainResult:
+def run(
+    config: TrainConfig,
+    on_event: Listener | None = None,
+    on_ready: OnReady | None = None,
+    *,
+    rate_at: RateAt | None = None,
+    held_out: HeldOut | None = None,
+) -> TrainResult:
     """Fine-tune as `config` says. `on_event` hears what happens; `on_ready` is called before the first step.
+
+    rate_at, held_out: for studies, in place of the settings' schedule and of all held-out examples.
 
     Raises ConfigError, DataError, TargetError and CheckpointError before anything is trained; DivergedError,
     MemoryLimitError and Interrupted while it is.
@@ -51,10 +61,10 @@ def run(config: TrainConfig, on_event: Listener | None = None, on_ready: OnReady
     with ExitStack() as stack:
         stack.enter_context(record.held(output_dir) if accelerator.is_main_process else nullcontext())
         stack.enter_context(seeded(config.seed))
-        kit = assemble(config, accelerator, lambda text: emit(Note(text)), saved)
+        kit = assemble(config, accelerator, lambda text: emit(Note(text)), saved, held_out)
         kept = check_fits(kit.cost, kit.feed.largest, kit.feed.longest, accelerator.device)
         flats = stack.enter_context(flattened(groups(trained(kit.model), config)))
-        bench, state = _bench(config, output_dir, accelerator, kit, flats, saved, emit)
+        bench, state = _bench(config, output_dir, accelerator, kit, flats, saved, emit, rate_at or scheduled(config))
         stack.callback(_close, bench)
         header = {**_header(bench, kit), "estimated_activation_bytes": kept}
         _announce(bench, header)
@@ -104,6 +114,7 @@ def _bench(
     flats: list[Flat],
     saved: Checkpoint | None,
     emit: Listener,
+    rate_at: RateAt,
 ) -> tuple[Bench, State]:
     """The loop's bench, and the state to start from: fresh, or the checkpoint's. Raises CheckpointError."""
     own = _identity(config, accelerator, kit)
@@ -133,6 +144,7 @@ def _bench(
         output_dir=output_dir,
         identity=own,
         allocator=allocator,
+        rate_at=rate_at,
         metrics=record.Metrics(output_dir, resumed_at=resumed_at) if accelerator.is_main_process else None,
         emit=emit,
     )

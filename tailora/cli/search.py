@@ -1,0 +1,116 @@
+"""`tailora search`: the best settings for the user's own model and data, and the cheapest that are as good."""
+
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tailora.cli.console import logs, note, print_json, results
+from tailora.cli.options import FIELDS, ConfigFile, Json, Settings, flags_beside, flags_of, given, pairs, settings
+from tailora.cli.studying import bar, resumable
+from tailora.cli.yaml12 import read_mapping
+from tailora.study.config import SearchConfig
+from tailora.study.extra import need
+
+OWN = SearchConfig.model_fields
+DEFAULTS = {"output_dir": "outputs/search"}
+LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method", "eval_steps"}
+LEFT_OUT |= {"early_stopping_patience", "save_total_limit"}
+FLAGS: Any = flags_of(DEFAULTS, FIELDS.keys() - LEFT_OUT)
+NONE_GIVEN = FLAGS()
+STUDY = "Search"
+STUDY_FLAGS: Any = flags_beside(SearchConfig, STUDY, list(OWN))
+NO_STUDY_FLAGS = STUDY_FLAGS()
+SHOWN = 12  # trials
+
+
+def search(
+    *,
+    config: ConfigFile = None,
+    study: Annotated[STUDY_FLAGS, Parameter(name="*")] = NO_STUDY_FLAGS,
+    json: Json = False,
+    flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
+) -> int:
+    """Search learning rate, rank, alpha, targets, dropout and LoRA+ ratio; --space says what else, or which values.
+
+    A setting with a value is not searched. Interrupted, the same command goes on; started again beside itself, or on
+    another machine with the same --storage, it joins.
+    """
+    need("optuna", "scipy")
+    written = {name: value for name, value in (read_mapping(config) if config else {}).items() if name in OWN}
+    typed = given(study)
+    if "space" in typed:
+        typed["space"] = {**written.get("space", {}), **pairs("space", typed["space"])}
+    chosen = settings(flags, config, DEFAULTS, others=OWN)
+    return _run(chosen, SearchConfig(**{**written, **typed}), json)
+
+
+def _run(chosen: Settings, study: SearchConfig, as_json: bool) -> int:
+    from tailora.study.search import search as run
+
+    for text in chosen.notes:
+        note(text)
+    console = logs()
+    with resumable(chosen.config.output_dir):
+        found = run(chosen.config, study, say=lambda text: console.print(text, markup=False), progress=bar(console))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        show(results(), found)
+    return 0
+
+
+def show(console: Console, found: Any) -> None:
+    console.print(_trials(found), "")
+    console.print(_finalists(found))
+    console.print(f"The base has {found.base_loss:.3f}.")
+    if found.importances:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in found.importances.items())
+        console.print(f"What made a trial one of the best quarter (PED-ANOVA): {shares}.", soft_wrap=True)
+    console.print("", Text(found.verdict, style="bold"), sep="\n", soft_wrap=True)
+    for text in found.notes:
+        console.print(f"Note: {text}", markup=False, soft_wrap=True)
+    console.print(f"To train it at full length: tailora train --config {found.config}", markup=False, soft_wrap=True)
+
+
+def _trials(found: Any) -> Table:
+    """The best trials, one a line."""
+    ended = [each for each in found.trials if each.state != "done"]
+    done = sorted((each for each in found.trials if each.state == "done"), key=lambda each: each.eval_loss)
+    rest = f", {len(ended)} ended early" if ended else ""
+    title = f"{len(found.trials)} trials of {found.steps} steps{rest}; loss on the half that chooses"
+    names = list(done[0].settings)
+    table = Table("trial", "loss", "trained", *names, title=title, title_justify="left", title_style="bold")
+    for each in done[:SHOWN]:
+        table.add_row(str(each.number), f"{each.eval_loss:.3f}", _size(each), *map(_short, each.settings.values()))
+    return table
+
+
+def _finalists(found: Any) -> Table:
+    seeds, examples = len(found.seeds), found.judged_examples
+    title = f"Finalists: {seeds} seed{'s' * (seeds > 1)}, judged on the other {examples} held-out examples"
+    heads = ("trial", "held-out loss (95%)", "- best (95%)", "p", "trained", "train s", "peak GB")
+    table = Table(*heads, title=title, title_justify="left", title_style="bold")
+    for each in found.finalists:
+        low, high = each.interval
+        apart = each.difference
+        table.add_row(
+            str(each.number),
+            f"{each.eval_loss:.3f} ({low:.3f} to {high:.3f})",
+            f"{apart['value']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})" if apart else "best",
+            "" if each.p_value is None else f"{each.p_value:.3f}",
+            _size(each),
+            f"{each.seconds:,.0f}",
+            f"{each.peak_memory_bytes / 1e9:.2f}",
+        )
+    return table
+
+
+def _size(each: Any) -> str:
+    return f"{each.trainable_parameters / 1e6:,.2f}M"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,88 @@
+"""How long a trial of a search is, so that enough of them and the runs that judge fit into the time there is.
+
+A trial of S steps takes  fixed + S step + 4 evaluations;  a run that judges  fixed + S step + 2 evaluations of twice
+the examples. Halving ends half of the trials at a quarter of their steps and half of the rest at a half, so a trial
+makes about 5/8 of its steps.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+from tailora.errors import ConfigError
+
+RUNGS = 4  # evaluations of a whole trial, evenly spaced; halving at the first and the second
+PROBE_STEPS = 4
+FEWEST_STEPS = 8  # 2 at the first rung
+MOST, FEWEST = 16, 6  # trials, where the time decides
+SAFETY = 0.9  # share of the time that is planned with: a probe is short
+SHARE = 0.625  # of its steps that a trial makes
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds, measured on a few steps of the largest adapter of the space."""
+
+    fixed: float  # of a run beside its steps: imports, loading, the base's held-out loss
+    step: float
+    evaluation: float  # of the choosing half
+
+    def trial(self, steps: int, share: float = 1.0) -> float:
+        return self.fixed + share * (steps * self.step + RUNGS * self.evaluation)
+
+    def final(self, steps: int) -> float:
+        return self.fixed + steps * self.step + 3 * self.evaluation  # the base's on the other half, then both
+
+
+@dataclass(frozen=True)
+class Plan:
+    steps: int  # of a whole trial
+    longest: int  # that the run's settings ask for
+    costs: Costs
+
+    @property
+    def rung(self) -> int:
+        """Steps between evaluations."""
+        return math.ceil(self.steps / RUNGS)
+
+    @property
+    def trial_seconds(self) -> float:
+        return self.costs.trial(self.steps)
+
+    @property
+    def final_seconds(self) -> float:
+        return self.costs.final(self.steps)
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def read_plan(content: dict[str, object]) -> Plan:
+    costs = content.pop("costs")
+    assert isinstance(costs, dict)
+    return Plan(**content, costs=Costs(**costs))  # type: ignore[arg-type]
+
+
+def planned(costs: Costs, longest: int, seconds: float, trials: int | None, finals: int) -> Plan:
+    """seconds: that are left, or infinite.  trials: wanted, None for as many as fit.  finals: runs that judge.
+
+    Raises ConfigError for too little time.
+    """
+    if math.isinf(seconds):
+        return Plan(longest, longest, costs)
+    for number in [trials] if trials else range(MOST, FEWEST - 1, -1):
+        steps = _steps(costs, seconds * SAFETY, number, finals)
+        if steps >= min(FEWEST_STEPS, longest):
+            return Plan(min(steps, longest), longest, costs)
+    fewest = trials or FEWEST
+    shortest = min(FEWEST_STEPS, longest)
+    needs = (fewest * costs.trial(shortest, SHARE) + finals * costs.final(shortest)) / SAFETY
+    raise ConfigError(
+        f"{fewest} trials of {shortest} steps and {finals} runs that judge take about {math.ceil(needs / 60)} minutes, "
+        f"and {max(seconds, 0) / 60:.1f} are left: give more --minutes, or fewer --seeds, --finalists or --trials"
+    )
+
+
+def _steps(costs: Costs, seconds: float, trials: int, finals: int) -> int:
+    """Steps of a trial when so many fit exactly."""
+    fixed = trials * costs.trial(0, SHARE) + finals * costs.final(0)
+    return int((seconds - fixed) / (costs.step * (SHARE * trials + finals)))

@@ -1,0 +1,349 @@
+"""Which settings are the best for this model and data, and which the cheapest that are as good.
+
+    probe a few steps -> plan: steps of a trial
+    trials: Optuna's TPE proposes, a process of its own trains, halving ends the worse half, judged on the choosing half
+    finalists: several seeds each, judged on the other half -> best, cheapest, verdict
+
+Several processes may do this in one folder, or machines with one database: each takes trials as long as some are
+missing, then runs of finalists; all end with the same report. Interrupted, the same command goes on.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.pruners import SuccessiveHalvingPruner
+from optuna.trial import TrialState
+
+from tailora.errors import ConfigError, MemoryLimitError
+from tailora.formats.atomic import write_file
+from tailora.study import folder as folders
+from tailora.study.budget import PROBE_STEPS, Costs, Plan, planned, read_plan
+from tailora.study.choice import Candidate, Finalist, finalists, judge
+from tailora.study.config import SearchConfig
+from tailora.study.finals import finals, shared
+from tailora.study.sampling import axes, importances, sampler, suggest
+from tailora.study.space import Axis, at_edge, read_space, searched, settings, start
+from tailora.study.trial import RESULT, Progress, Spec, Told, Trial, try_out
+from tailora.train.config import TrainConfig
+
+STUDY, PLAN, REPORT, BEST, CHEAPEST = "search.json", "plan.json", "report.json", "best.yaml", "cheapest.yaml"
+POLL_SECONDS = 1.0
+RESERVED = 2  # finalists that time is kept for: the best, and a cheaper one
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    best: Finalist
+    cheapest: Finalist
+    finalists: list[Finalist]
+    trials: list[Candidate]
+    importances: dict[str, float]  # of each setting for being among the best quarter (PED-ANOVA); sum 1
+    verdict: str
+    base_loss: float  # before training, on the judging half
+    steps: int  # of a whole trial
+    seeds: list[int]
+    judged_examples: int
+    notes: list[str]
+    settings: dict[str, Any]
+    seconds: float
+    config: str  # best.yaml
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def search(
+    train: TrainConfig, study: SearchConfig, say: Say = lambda _: None, progress: Progress | None = None
+) -> Found:
+    """Runs what is missing of the search in `train.output_dir` and judges. Joins one that is under way.
+
+    Raises ConfigError; whatever a run raises that is neither divergence nor lack of memory.
+    """
+    folder = Path(train.output_dir)
+    space = searched(read_space(study.space), train)
+    asked = {
+        "train": train.model_dump(mode="json", exclude={"output_dir"}),
+        "space": {name: str(axis) if not isinstance(axis, tuple) else list(axis) for name, axis in space.items()},
+    }
+    with folders.claimed(folder):
+        folders.claim(folder, STUDY, asked, "search")
+    with folders.seated(folder) as seat:
+        found = _Search(train, study, space, folder, seat, say, progress).run(asked)
+    write_file(folder / REPORT, json.dumps({"kind": "search", **found.to_dict()}, indent=1).encode())
+    return found
+
+
+class _Search:
+    """One process's part of a search; what others have done is read from the study and the folder."""
+
+    def __init__(
+        self,
+        train: TrainConfig,
+        study: SearchConfig,
+        space: dict[str, Axis],
+        folder: Path,
+        seat: int,
+        say: Say,
+        progress: Progress | None,
+    ) -> None:
+        self.train, self.study, self.space, self.folder = train, study, space, folder
+        self.seat, self.say, self.progress = seat, say, progress
+        self.started = time.monotonic()
+        self.notes: list[str] = []
+        self.groups: dict[str, Any] = {}
+
+    def run(self, asked: dict[str, Any]) -> Found:
+        with folders.claimed(self.folder):
+            self.optuna, self.storage = folders.open_study(self.folder, self.study.storage, asked)
+            plan, parts = self._plan()
+            self.axes = axes(self.space, parts, read_space(self.study.space), self._note)
+            if not self.optuna.get_trials(deepcopy=False):
+                self.optuna.enqueue_trial(start(self.axes, self.train))
+        self.plan, self.groups = plan, parts
+        self.optuna.pruner = SuccessiveHalvingPruner(min_resource=plan.rung, reduction_factor=2)
+        self._trials()
+        return self._judged(asked)
+
+    def _left(self) -> float:
+        """Seconds until the time is up; infinite without --minutes."""
+        if self.study.minutes is None:
+            return math.inf
+        return self.study.minutes * 60 - (time.monotonic() - self.started)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            self.say(text)
+
+    # ---- how long
+
+    def _plan(self) -> tuple[Plan, dict[str, Any]]:
+        """Steps of a trial, and the parts of the model: from a few steps, once for all processes. Under the claim."""
+        known = self.folder / PLAN
+        if not known.exists():
+            self.say(f"timing {PROBE_STEPS} steps")
+            costs, longest, parts = self._probe()
+            finals = RESERVED * self.study.seeds
+            plan = planned(costs, longest, self._left(), self.study.wanted, finals)
+            write_file(known, json.dumps({"plan": plan.to_dict(), "parts": parts}).encode())
+        content = json.loads(known.read_text())
+        plan = read_plan(content["plan"])
+        cut = f" of the {plan.longest:,} that the settings ask for" if plan.steps < plan.longest else ""
+        self.say(f"a trial has {plan.steps:,} steps{cut} and takes up to {plan.trial_seconds:,.0f} s")
+        return plan, content["parts"]
+
+    def _probe(self) -> tuple[Costs, int, dict[str, Any]]:
+        r = self.space.get("r", (self.train.r,))
+        smallest = min(r) if isinstance(r, tuple) else self.train.r  # one that fits, if any does
+        changes: dict[str, Any] = {"learning_rate": 1e-6, "r": smallest, "max_steps": PROBE_STEPS}
+        started = time.monotonic()
+        spec = self._spec(changes, choosing=True, describe=True)
+        trial = try_out(spec, self.folder / "probe", self.progress)
+        seconds = time.monotonic() - started
+        if not trial.done:
+            raise ConfigError(f"{PROBE_STEPS} steps at the smallest rate already end so: {trial.message}")
+        training = trial.numbers["train_tokens"] / trial.numbers["tokens_per_second"]
+        costs = Costs(
+            fixed=max(seconds - training - trial.evaluation_seconds, 0.0),
+            step=training / PROBE_STEPS,
+            evaluation=trial.evaluation_seconds,
+        )
+        return costs, self._longest(trial.numbers["examples"]), trial.numbers["parts"]
+
+    def _longest(self, examples: int | None) -> int:
+        """Steps that the settings ask for."""
+        if self.train.max_steps is not None or examples is None:
+            return self.train.max_steps or 1
+        size = self.train.per_device_train_batch_size
+        epoch = math.ceil(math.ceil(examples / size) / self.train.gradient_accumulation_steps)
+        return math.ceil(self.train.num_train_epochs * epoch)
+
+    # ---- trials
+
+    def _trials(self) -> None:
+        """Until enough are finished, by whomever, or the time is up."""
+        while True:
+            with folders.claimed(self.folder):
+                if again := folders.bury(self.optuna, self.folder, self.seat):
+                    self.say(f"{again} trial{'s' * (again > 1)} of a process that ended early will be run again")
+                running, missing = self._standing()
+                late = self._left() < self.plan.trial_seconds + self._time_of_finals()
+                begun = self._begin() if missing and not late else None
+            if begun is not None:
+                self._trial(begun)
+            elif running and not late:
+                time.sleep(POLL_SECONDS)
+            else:
+                break
+        if missing and self.study.wanted is not None:
+            self._note(f"--minutes left time for {len(self._candidates())} of {self.study.wanted} trials")
+
+    def _standing(self) -> tuple[int, bool]:
+        """How many trials are running, and whether another one is wanted."""
+        running = len(self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        wanted = self.study.wanted
+        return running, wanted is None or running + len(self._candidates()) < wanted
+
+    def _candidates(self) -> list[Candidate]:
+        """The finished trials, whoever made them."""
+        trials = self.optuna.get_trials(deepcopy=False)
+        return [folders.outcome(trial) for trial in trials if folders.OUTCOME in trial.user_attrs]
+
+    def _begin(self) -> optuna.Trial:
+        trial = self.optuna.ask()
+        trial.set_user_attr(folders.WORKER, [folders.home(self.folder), self.seat])
+        return trial
+
+    def _trial(self, begun: optuna.Trial) -> None:
+        try:
+            with folders.beating(self.storage, begun._trial_id):
+                self.optuna.sampler = sampler(self.train.seed, begun.number)
+                candidate = self._tried(begun, suggest(begun, self.axes))
+        except BaseException:
+            self.optuna.tell(begun, state=TrialState.FAIL)  # and queued again when the search goes on
+            raise
+        begun.set_user_attr(folders.OUTCOME, asdict(candidate))
+        folders.close(self.optuna, candidate)
+        self.say(_line(candidate))
+
+    def _tried(self, begun: optuna.Trial, params: dict[str, Any]) -> Candidate:
+        started = time.monotonic()
+        until = started + self._left() - self._time_of_finals()
+        spec = self._spec(params, choosing=True, max_steps=self.plan.steps, eval_steps=self.plan.rung)
+
+        def judged(told: Told) -> str | None:
+            if told.held_out and 0 < told.step < told.steps:
+                begun.report(told.loss, told.step)
+                if begun.should_prune():
+                    return f"in the worse half at step {told.step}"
+            return "out of time" if time.monotonic() > until else None
+
+        try:
+            made = try_out(spec, self.folder / "trials" / f"{begun.number:04d}", self.progress, judged)
+        except MemoryLimitError as error:
+            made = Trial("out of memory", str(error), {}, [], [], [], None, 0)
+        return Candidate(
+            number=begun.number,
+            state=made.outcome,
+            settings=params,
+            eval_loss=made.curve[-1][1] if made.curve else None,
+            trainable_parameters=made.parameters or None,
+            seconds=time.monotonic() - started,
+            curve=made.curve,
+            message=made.message,
+        )
+
+    def _spec(self, params: Mapping[str, Any], *, choosing: bool, describe: bool = False, **given: Any) -> Spec:
+        """Of a trial with these values of the space."""
+        common = self.train.model_dump(exclude_unset=True, exclude={"output_dir", "resume_from_checkpoint"})
+        split = self.train.seed if self.train.split_seed is None else self.train.split_seed
+        changes = settings(params, self.groups, self.train)
+        values = {**common, **changes, "samples": 0, "split_seed": split, "save_steps": 0, **given}
+        TrainConfig(**values)
+        return Spec(values, keep=False, choosing=choosing, describe=describe)
+
+    # ---- finals
+
+    def _time_of_finals(self) -> float:
+        return RESERVED * self.study.seeds * self.plan.final_seconds
+
+    def _judged(self, asked: dict[str, Any]) -> Found:
+        candidates = self._candidates()
+        chosen = finalists(candidates, self.study.margin, self.study.finalists)
+        if not chosen:
+            ends = "; ".join(f"trial {each.number} {each.state}" for each in candidates)
+            raise ConfigError(f"no trial was finished, so there is nothing to choose from: {ends or 'none was begun'}")
+        runs = self._finals(chosen)
+        judged = judge([each for each in chosen if each.number in runs], runs, self.study.margin)
+        best = self._write(BEST, judged.best)
+        self._write(CHEAPEST, judged.cheapest)
+        shares = importances(self.optuna.get_trials(deepcopy=False))
+        return Found(
+            best=judged.best,
+            cheapest=judged.cheapest,
+            finalists=judged.finalists,
+            trials=candidates,
+            importances=shares,
+            verdict=judged.verdict,
+            base_loss=judged.base_loss,
+            steps=self.plan.steps,
+            seeds=judged.seeds,
+            judged_examples=judged.judged_examples,
+            notes=[*self.notes, *self._remarks(candidates, judged.best, shares)],
+            settings={**asked, "search": self.study.model_dump(mode="json")},
+            seconds=time.monotonic() - self.started,
+            config=str(best),
+        )
+
+    def _finals(self, chosen: Sequence[Candidate]) -> dict[int, list[Trial]]:
+        """number -> its runs, equally many of all; those that failed with a seed are left out."""
+        runs: dict[int, list[Trial]] = {each.number: [] for each in chosen}
+        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # other than the trials'
+        for round_of in finals(chosen, seeds, self.folder, RESERVED):
+            needed = len(round_of) * self.plan.final_seconds
+            if any(runs.values()) and self._left() < needed:
+                self._note("--minutes left no time for all seeds and finalists")
+                break
+            for final, trial in zip(round_of, shared(round_of, self._final), strict=True):
+                runs[final.candidate.number].append(trial)
+        failed = {number: [run for run in its if not run.done] for number, its in runs.items()}
+        for number, its in failed.items():
+            if its:
+                self._note(f"trial {number} is no finalist: {its[0].outcome} with another seed")
+        most = max(map(len, runs.values()))
+        good = {number: its for number, its in runs.items() if len(its) == most and not failed[number]}
+        if not good:
+            raise ConfigError("all finalists failed with another seed, so there is nothing to choose from")
+        return good
+
+    def _final(self, candidate: Candidate, seed: int, folder: Path) -> Trial:
+        spec = self._spec(candidate.settings, choosing=False, max_steps=self.plan.steps, seed=seed, eval_steps=0)
+        new = not (folder / RESULT).exists()
+        trial = try_out(spec, folder, self.progress)
+        if new:
+            said = f"held-out loss {trial.loss():.4f}" if trial.done else trial.outcome
+            self.say(f"trial {candidate.number} again, seed {seed}: {said}")
+        return trial
+
+    def _write(self, name: str, chosen: Finalist) -> Path:
+        """What `tailora train --config` takes: the run's settings with the chosen ones."""
+        path = self.folder / name
+        own = self.train.model_dump(exclude_unset=True, exclude={"resume_from_checkpoint"})
+        changes = settings(chosen.settings, self.groups, self.train)
+        values = {**own, **changes, "output_dir": str(self.folder / path.stem)}
+        TrainConfig(**values)
+        write_file(path, yaml.safe_dump(values, sort_keys=False).encode())
+        return path
+
+    def _remarks(self, candidates: Sequence[Candidate], best: Finalist, shares: Mapping[str, float]) -> list[str]:
+        plan = self.plan
+        edges = [name for name, value in best.settings.items() if at_edge(self.axes[name], value)]
+        rules = {
+            f"{', '.join(edges)} of the best lies at the edge of its space: a wider one may hold better": edges,
+            f"trials had {plan.steps:,} of the {plan.longest:,} steps that the settings ask for; in longer runs a "
+            "lower learning rate and a higher rank may be better": plan.steps < plan.longest,
+            f"{len(candidates)} trials are too few to say which settings matter": not shares,
+        }
+        return [text for text, holds in rules.items() if holds]
+
+
+def _line(each: Candidate) -> str:
+    """A trial in a line of the log."""
+    said = f"{each.eval_loss:.4f}" if each.eval_loss is not None else "no loss"
+    ended = "" if each.state == "done" else f", {each.state}: {each.message}"
+    return f"trial {each.number}: {said}{ended}  ({described(each.settings)})"
+
+
+def described(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
