@@ -1,7 +1,6 @@
 """A whole comparison on a tiny model: each trial in its own process, resumed, judged."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ SMALL = CompareConfig(seeds=2, rate_tries=1, arms={"r4": {"learning_rate": 1e-2}
 
 
 @pytest.mark.slow
-def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: Path) -> None:
+def test_a_comparison_runs_resumes_and_judges(
+    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
     heard: list[str] = []
     found = compare(train, SMALL, say=heard.append)
@@ -47,9 +48,8 @@ def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: 
     assert json.loads((tmp_path / "study" / "report.json").read_text())["verdict"] == found.verdict
     assert len(heard) == 2 + 4
 
-    started = time.monotonic()
+    monkeypatch.setattr("tailora.study.trial.subprocess.Popen", None)  # every trial is there
     again = compare(train, SMALL)
-    assert time.monotonic() - started < 2  # every trial is there
     assert again.arms == found.arms
     with pytest.raises(ConfigError, match="other settings"):
         compare(train, SMALL.replaced(margin=0.5))
