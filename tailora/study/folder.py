@@ -121,10 +121,19 @@ def _storage(folder: Path, url: str | None) -> BaseStorage:
 
 @contextmanager
 def _experimental() -> Iterator[None]:
-    """Optuna warns of its heartbeat, which it has had since 2.8."""
+    """Optuna warns of its heartbeat, which it has had since 2.8, and of whoever sends it without `optimize`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", "Heartbeat of storage", UserWarning)
         yield
+
+
+def begin(study: optuna.Study, home: str, seat: int) -> optuna.Trial:
+    """A new trial, or one that was queued, of this worker."""
+    with _experimental():
+        trial = study.ask()
+    trial.set_user_attr(WORKER, [home, seat])
+    return trial
 
 
 @contextmanager

@@ -199,9 +199,7 @@ class _Search:
         return [folders.outcome(trial) for trial in trials if folders.OUTCOME in trial.user_attrs]
 
     def _begin(self) -> optuna.Trial:
-        trial = self.optuna.ask()
-        trial.set_user_attr(folders.WORKER, [folders.home(self.folder), self.seat])
-        return trial
+        return folders.begin(self.optuna, folders.home(self.folder), self.seat)
 
     def _trial(self, begun: optuna.Trial) -> None:
         try:
