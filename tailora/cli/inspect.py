@@ -11,10 +11,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from tailora.cli.console import aside, logs, on_terminal, print_json, results
 from tailora.cli.derived import check_new
-from tailora.cli.models import Quantize, chosen_method, named
+from tailora.cli.models import Quantize, chosen_method, is_lora_file, recorded
 from tailora.cli.options import Json, flags_of, settings
 from tailora.errors import ConfigError
-from tailora.formats.folders import SETTINGS
+from tailora.formats.folders import SETTINGS, adapter_in
 
 FLAGS: Any = flags_of({}, only=["field", "max_length"])
 NONE_GIVEN = FLAGS()
@@ -24,6 +24,7 @@ Model = Annotated[
     str | None,
     Parameter(help="its base: folder or Hub id, or 'demo'; for ||dW|| / ||W||, intruder dimensions and --data"),
 ]
+With = Annotated[str | None, Parameter(name="--with", help="another adapter of the same base, to be compared with")]
 Data = Annotated[
     str | None, Parameter(help="held-out data, or 'demo': what the smaller singular values are worth there")
 ]
@@ -35,6 +36,7 @@ def inspect(
     adapter: Source,
     /,
     *,
+    with_: With = None,
     model: Model = None,
     data: Data = None,
     forgetting_data: Forgetting = None,
@@ -50,7 +52,8 @@ def inspect(
 
     Advice follows from stated rules, each with its numbers (docs/inspect.md).
     """
-    (folder,) = named([f"one={adapter}"]).values()
+    folder = found_at(adapter)
+    second = None if with_ is None else found_at(with_)
     if output_dir is not None:
         check_new(output_dir)
     if model is None and (data is not None or forgetting_data is not None):
@@ -59,11 +62,12 @@ def inspect(
     from tailora.study.inspect import Asked, write_report
     from tailora.study.inspect import inspect as run
 
-    read = settings(flags, None, {}, {"data": data} if data else {}).config
+    longest = recorded(folder, "max_length")
+    read = settings(flags, None, {"max_length": longest} if longest else {}, {"data": data} if data else {}).config
     asked = Asked(data, read.field, read.max_length, forgetting_data, intruders, seed)
-    method = None if model is None else chosen_method([folder], quantize)
+    method = None if model is None else chosen_method([each for each in (folder, second) if each], quantize)
     with _bar() as progress:
-        found = run(folder, model, data, asked=asked, quantize=method, say=aside, progress=progress)
+        found = run(folder, model, data, other=second, asked=asked, quantize=method, say=aside, progress=progress)
     if output_dir is not None:
         aside(f"written {write_report(found, output_dir)}")
     if json:
@@ -71,6 +75,14 @@ def inspect(
     else:
         show(results(), found, every=all_)
     return 0
+
+
+def found_at(text: str) -> Path:
+    """The adapter's own folder or file. Raises ConfigError where there is nothing."""
+    path = adapter_in(Path(text))
+    if not (path.is_dir() or is_lora_file(path)):
+        raise ConfigError(f"{text} is not a folder; give that of an adapter or of a run")
+    return path
 
 
 def _hint(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -15,13 +16,15 @@ from tailora.core.matching import layer_index
 from tailora.measure.modules import ModuleReport
 from tailora.study.inspect import Inspection
 from tailora.study.places import DEPTHS, depth_of, span
-from tailora.study.ranks import SATURATED_COST
+from tailora.study.ranks import limit_of
 from tailora.study.rule import Advice, few
 
 if TYPE_CHECKING:
+    from tailora.study.pair import Overlap, Pair
     from tailora.study.tails import HeldOut, Rise
 
 SHADES, PLAIN_SHADES = "▁▂▃▄▅▆▇█", ".:-=+*#%@"
+SUM = "sum: ||dW1 + dW2||, 1 where they do not meet, 1.41 where equal, 0 where opposite"
 WIDEST = 56  # cells of a map
 
 
@@ -33,6 +36,8 @@ def show(console: Console, found: Inspection, every: bool = False) -> None:
         console.print(f"Left out, {reason}: {few(paths)}", markup=False, soft_wrap=True)
     for note, modules in _by_reason({module.path: module.note for module in found.modules if module.note}).items():
         console.print(f"{note}: {few(modules)}", markup=False, soft_wrap=True)
+    if found.pair is not None:
+        console.print(*_pair(found, found.pair), sep="\n", soft_wrap=True)
     if found.held_out is not None:
         console.print("", _losses(found.held_out), *_forgetting(found), sep="\n", soft_wrap=True)
     _advice(console, found)
@@ -186,15 +191,42 @@ def _shade(share: float, shades: str) -> str:
 
 def _losses(held: HeldOut) -> Table:
     losses = f"loss {held.base_loss:.4f} with the base, {held.loss:.4f} with the adapter"
-    table = _table("module values left out", "loss", "rise (95%)", "of the gain", "limit")
+    table = _table("module halves left out", "loss", "rise", "95%", "of the gain", "limit")
     table.title, table.title_justify, table.title_style = f"{held.data}: {losses}, {held.examples} examples", "left", ""
-    rows: dict[str, Rise] = {"lower half, all": held.half, **held.groups}
+    rows: dict[str, Rise] = {"all modules": held.half, **held.groups}
     for name, rise in rows.items():
-        spread = "" if rise.low is None else f" ({rise.low:+.4f} to {rise.high:+.4f})"
+        spread = "" if rise.low is None else f"{rise.low:+.4f} to {rise.high:+.4f}"
         cost = "-" if rise.cost is None else f"{rise.cost:.1%}"
-        limit = f"{SATURATED_COST * rise.values:.1%}"
-        table.add_row(name, f"{rise.loss:.4f}", f"{rise.rise:+.4f}{spread}", cost, limit)
+        table.add_row(name, f"{rise.loss:.4f}", f"{rise.rise:+.4f}", spread, cost, f"{limit_of(rise):.1%}")
     return table
+
+
+def _pair(found: Inspection, pair: Pair) -> list[str | Table]:
+    """A row for each third of the layers and name of a matrix; numbers are means."""
+    if not pair.modules:
+        return ["", f"Beside {pair.other}: no matrix is adapted by both"]
+    rows: dict[tuple[str, str], list[Overlap]] = {}
+    for each in pair.modules:
+        rows.setdefault((depth_of(each.path, found.layers), _after(each.path)), []).append(each)
+    table = _table("layers", "module", "cosine", "writes", "chance", "reads", "chance", "sum")
+    table.title, table.title_justify, table.title_style = f"Beside {pair.other}: cosine {pair.cosine:+.3f}", "left", ""
+    for (depth, _), modules in sorted(rows.items(), key=lambda item: ["", *DEPTHS].index(item[0][0])):
+        names = "cosine", "writes", "writes_by_chance", "reads", "reads_by_chance"
+        means = [statistics.fmean(getattr(each, name) for each in modules) for name in names]
+        sums = [each.sum_norm / length for each in modules if (length := math.hypot(each.norm, each.other_norm))]
+        where = span([each.path for each in modules]) or depth or "-"
+        cells = [f"{means[0]:+.2f}", *(f"{mean:.2f}" for mean in means[1:])]
+        table.add_row(where, _short(modules[0].path, found), *cells, f"{statistics.fmean(sums):.2f}" if sums else "-")
+    pieces: list[str | Table] = [
+        "",
+        table,
+        "sum: ||dW1 + dW2||, 1 where they do not meet, 1.41 where equal, 0 where opposite",
+    ]
+    for what, paths in (("only in the first", pair.only_here), ("only in the other", pair.only_there)):
+        pieces += [f"{len(paths)} {what}: {few(paths)}"] * bool(paths)
+    if (both := pair.losses) is not None:
+        pieces += [f"Loss: base {both.base:.4f}, first {both.one:.4f}, other {both.other:.4f}, both {both.both:.4f}"]
+    return pieces
 
 
 def _forgetting(found: Inspection) -> list[str]:

@@ -35,29 +35,36 @@ def stable_rank(S: Tensor) -> float:
     return float((values / largest).square().sum()) if largest else 0.0
 
 
-def numerical_rank(S: Tensor) -> int:
-    """How many of S (k,), falling, are more than rounding."""
-    return int((S[:1] * NEGLIGIBLE < S).sum()) if S.numel() and float(S[0]) > 0 else 0
-
-
 def directions(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
-    """What an update of one group writes to and reads from: orthonormal (m, k) and (n, k)."""
-    k = numerical_rank(spectrum.S[0])
-    return spectrum.U[0, :, :k], spectrum.V[0, :k].mT
+    """What an update writes to and reads from: orthonormal columns (groups, m, k) and (groups, n, k).
+
+    Those of singular values that are no more than rounding are zero.
+    """
+    S = spectrum.S
+    there = ((S.max() * NEGLIGIBLE < S) & (S > 0)).to(S)[:, None]  # (groups, 1, k)
+    return spectrum.U * there, spectrum.V.mT * there
 
 
 def subspace_overlap(first: Tensor, second: Tensor) -> float:
     """||U1^T U2||_F^2 / min(k1, k2): 1 where one subspace lies in the other, 0 where they are orthogonal.
 
-    first (m, k1), second (m, k2): orthonormal columns. 0 where one is empty. LoRA (arXiv:2106.09685), eq. 4.
+    first (..., m, k1), second (..., m, k2): orthonormal columns; zero ones do not count. 0 where one has none. LoRA
+    (arXiv:2106.09685), eq. 4.
     """
-    smaller = min(first.shape[1], second.shape[1])
-    return float((first.mT @ second).square().sum()) / smaller if smaller else 0.0
+    smaller = min(_columns(first).sum(), _columns(second).sum())
+    return float((first.mT @ second).square().sum() / smaller) if smaller else 0.0
 
 
 def chance_overlap(first: Tensor, second: Tensor) -> float:
-    """The expected overlap of random subspaces of these sizes: max(k1, k2) / m."""
-    return max(first.shape[1], second.shape[1]) / first.shape[0]
+    """The expected overlap of random subspaces of these sizes: k1 k2 / (m min(k1, k2)) for one group."""
+    one, two = _columns(first), _columns(second)
+    smaller = min(one.sum(), two.sum())
+    return float((one * two).sum() / first.shape[-2] / smaller) if smaller else 0.0
+
+
+def _columns(basis: Tensor) -> Tensor:
+    """How many are not zero, (...)."""
+    return basis.square().sum((-2, -1)).round()
 
 
 def inner(first: Factors, second: Factors) -> float:

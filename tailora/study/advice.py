@@ -61,6 +61,12 @@ RULES = [
         strengths.forgetting,
     ),
     Rule(
+        "interference",
+        "both adapters together lose more on the data than the better one alone, for certain",
+        "95%, bootstrap over examples",
+        strengths.interference,
+    ),
+    Rule(
         "rounding",
         f"||dW|| / ||W|| is below {strengths.ROUNDED:g} in the middle, and the base is in 16 bits",
         "measured: 17% of the update in bfloat16 at 1e-2, 79% at 1e-3",

@@ -21,6 +21,7 @@ from tailora.formats.atomic import write_file
 from tailora.formats.folders import adapter_in, recorded_settings
 from tailora.measure.modules import ModuleReport, Update, examine, updates_alone, with_shares
 from tailora.study.advice import advise
+from tailora.study.pair import Pair, overlaps
 from tailora.study.places import group_of, in_order, layers_of
 from tailora.study.rule import Advice
 
@@ -40,6 +41,7 @@ class Inspection:
     """layers: of the model as far as the adapter names them.    left_out: what is no update, and why.
     training: what the run beside the adapter recorded of its settings, {} without one.
     forgetting: KL from the base and loss on other text (`measure.forgetting`).    dial: measured where a rule asked.
+    pair: beside another adapter.
     """
 
     adapter: str
@@ -54,6 +56,7 @@ class Inspection:
     held_out: HeldOut | None = None
     forgetting: dict[str, Any] | None = None
     dial: list[Dial] = field(default_factory=list)
+    pair: Pair | None = None
     advice: list[Advice] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -87,6 +90,7 @@ def inspect(
     model: str | None = None,
     data: str | None = None,
     *,
+    other: str | Path | None = None,
     asked: Asked | None = None,
     quantize: str | None = None,
     say: Say = lambda _: None,
@@ -95,20 +99,21 @@ def inspect(
     """Look at an adapter's files, beside the base `model` (folder, Hub id, 'demo') and on held-out `data` where given.
 
     adapter: a folder of tailora, PEFT or mlx-lm, a run's folder, or with `model` any file that `load_adapter` reads.
+    other: a second one for the same base, to be compared with.
     Nothing is written and nothing is trained. Raises ConfigError, FormatError, BaseMismatchError, DataError.
     """
     asked = replace(asked or Asked(), data=data)
-    folder = adapter_in(Path(adapter))
+    folder, second = adapter_in(Path(adapter)), None if other is None else adapter_in(Path(other))
     if model is None:
-        return _alone(folder, asked)
+        return _alone(folder, second, asked)
     from tailora.study.within import loaded  # transformers from here on
 
-    found = loaded(folder, model, asked, quantize, say, progress)
+    found = loaded(folder, second, model, asked, quantize, say, progress)
     found = replace(found, adapter=str(folder), model=model, training=_training(folder))
     return replace(found, advice=advise(found))
 
 
-def _alone(folder: Path, asked: Asked) -> Inspection:
+def _alone(folder: Path, other: Path | None, asked: Asked) -> Inspection:
     started = time.perf_counter()
     alone = read_alone(folder)
     if asked.data is not None:
@@ -125,6 +130,7 @@ def _alone(folder: Path, asked: Asked) -> Inspection:
         layers=layers_of(updates),
         modules=examined(updates, asked, lambda *_: None),
         left_out=alone.left_out,
+        pair=None if other is None else overlaps(str(other), updates, updates_alone(read_alone(other))),
     )
     return replace(found, advice=advise(found), seconds=time.perf_counter() - started)
 

@@ -64,16 +64,14 @@ def saturated(found: Inspection) -> Iterator[Advice]:
     held, live = found.held_out, _alive(found)
     if held is None or not live or not above(held.improvement, held.improvement_low):
         return
-    if not _costs(held.half, SATURATED_COST) or _use(live) <= SATURATED_USE:
+    if not costly(held.half) or _use(live) <= SATURATED_USE:
         return
     places = grouped([module.path for module in live], found.layers)
     members = {name: [module for module in live if module.path in set(paths)] for name, paths in places.items()}
     full = {
         name: modules
         for name, modules in members.items()
-        if name in held.groups
-        and _use(modules) > SATURATED_USE
-        and _costs(held.groups[name], SATURATED_COST * held.groups[name].values)
+        if name in held.groups and _use(modules) > SATURATED_USE and costly(held.groups[name])
     }
     if not full or len(full) == len(members):
         full = {"all modules": live}
@@ -90,7 +88,7 @@ def _raise_r(name: str, modules: Sequence[ModuleReport], rise: Rise, found: Insp
         if everything
         else {"rank_pattern": patterns(wanted, [module.path for module in found.modules])}
     )
-    limit, where = SATURATED_COST * rise.values, span([module.path for module in modules])
+    limit, where = limit_of(rise), span([module.path for module in modules])
     assert rise.cost is not None
     return Advice(
         "saturated",
@@ -144,8 +142,14 @@ def _use(modules: Sequence[ModuleReport]) -> float:
     return statistics.fmean(module.use for module in modules)
 
 
-def _costs(rise: Rise, limit: float) -> bool:
-    return rise.cost is not None and rise.cost > limit and above(rise.rise, rise.low)
+def limit_of(rise: Rise) -> float:
+    """What these modules may cost of the improvement: their share of the limit, by their singular values."""
+    return SATURATED_COST * rise.values
+
+
+def costly(rise: Rise) -> bool:
+    """Whether the lower half costs more than that, and anything at all for certain."""
+    return rise.cost is not None and rise.cost > limit_of(rise) and above(rise.rise, rise.low)
 
 
 def _interval(low: float | None, high: float | None) -> str:

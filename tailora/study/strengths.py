@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tailora.study.rule import Advice, command
+from tailora.study.rule import Advice, above, command
 
 if TYPE_CHECKING:
     from tailora.study.inspect import Inspection
@@ -102,6 +102,27 @@ def _kept(base_loss: float, loss: float | None, gain: float) -> float:
 def _dialled_command(found: Inspection, strength: float) -> str:
     out = f"{found.adapter}-{strength:g}"
     return command("combine", "--adapter", f"a={found.adapter}", "--weight", f"a={strength:g}", "--output-dir", out)
+
+
+def interference(found: Inspection) -> Iterator[Advice]:
+    both = None if found.pair is None else found.pair.losses
+    if found.pair is None or both is None or not above(both.worse, both.worse_low):
+        return
+    yield Advice(
+        "interference",
+        f"Added up, the two have a loss of {both.both:.4f}, {both.worse:.4f} above the better one alone: they disturb "
+        f"each other (cosine of the updates {found.pair.cosine:+.2f}). Keep them apart and switch, or choose by row.",
+        {"worse": both.worse, "low": both.worse_low, "one": both.one, "other": both.other, "cosine": found.pair.cosine},
+        command=command(
+            "chat",
+            "--model",
+            found.model or "BASE",
+            "--adapter",
+            f"one={found.adapter}",
+            "--adapter",
+            f"two={found.pair.other}",
+        ),
+    )
 
 
 def rounded(found: Inspection) -> Iterator[Advice]:

@@ -10,6 +10,7 @@ from tailora.measure.forgetting import forgetting
 from tailora.measure.intervals import Interval, paired_difference
 from tailora.model import LoRAModel
 from tailora.study.inspect import Say
+from tailora.study.ranks import costly
 from tailora.train.evaluate import Evaluation
 
 STRENGTHS = (0.75, 0.5, 0.25)  # of the dial, tried where much is forgotten
@@ -68,7 +69,9 @@ def tails(
     measure: Measure,
     say: Say,
 ) -> HeldOut:
-    """The base, the adapter, and the adapter without the lower half of its singular values: of all, of each group."""
+    """The base, the adapter, and the adapter without the lower half of its singular values: of all modules, and where
+    that costs more than the limit (`ranks.costly`) of each group.
+    """
     adapter = model.adapter(name)
     with model.disable_adapter():
         base = measure()
@@ -85,7 +88,8 @@ def tails(
         return _rise(found.loss, rise, gained.value, _count(spectra, paths) / _count(spectra, list(spectra)))
 
     half = without("all modules", list(spectra))
-    by_group = {group: without(group, paths) for group, paths in groups.items()} if len(groups) > 1 else {}
+    asked = groups if len(groups) > 1 and costly(half) else {}
+    by_group = {group: without(group, paths) for group, paths in asked.items()}
     return HeldOut(
         data,
         len(whole.counts),

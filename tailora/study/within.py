@@ -15,19 +15,35 @@ from tailora.measure.modules import updates_of
 from tailora.model import LoRAModel
 from tailora.study.advice import advise
 from tailora.study.inspect import NAME, Asked, Inspection, Progress, Say, examined
+from tailora.study.pair import overlaps, together
 from tailora.study.places import grouped, layers_of
 from tailora.study.strengths import forgets_much
 from tailora.study.tails import dialled, tails
 from tailora.train.config import TrainConfig
 from tailora.train.load import load_base
 
+OTHER = "other"
 
-def loaded(folder: Path, model: str, asked: Asked, quantize: str | None, say: Say, progress: Progress) -> Inspection:
-    """Of the adapter's folder within a base that is loaded for it."""
+
+def loaded(
+    folder: Path,
+    other: Path | None,
+    model: str,
+    asked: Asked,
+    quantize: str | None,
+    say: Say,
+    progress: Progress,
+) -> Inspection:
+    """Of adapters' folders within a base that is loaded for them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, tokenizer = load_base(model, "stored" if asked.data is None else "auto", device, quantize)
-    adapted = LoRAModel.from_pretrained(base, folder, NAME).to(device).eval()
-    return inspect_model(adapted, NAME, asked, tokenizer=tokenizer, say=say, progress=progress)
+    adapted = LoRAModel.from_pretrained(base, folder, NAME)
+    if other is not None:
+        adapted.load_adapter(other, OTHER)
+    adapted.to(device).eval()
+    beside = None if other is None else OTHER
+    found = inspect_model(adapted, NAME, asked, other=beside, tokenizer=tokenizer, say=say, progress=progress)
+    return found if found.pair is None else replace(found, pair=replace(found.pair, other=str(other)))
 
 
 def inspect_model(
@@ -35,11 +51,13 @@ def inspect_model(
     name: str = NAME,
     asked: Asked | None = None,
     *,
+    other: str | None = None,
     tokenizer: Any = None,
     say: Say = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> Inspection:
-    """An adapter of a model in memory, which is left as it is. `tokenizer`: where `asked` has data.
+    """An adapter of a model in memory, which is left as it is. other: another one of its adapters, to be
+    compared with. tokenizer: where `asked` has data.
 
     Raises AdapterError, ConfigError, DataError.
     """
@@ -61,6 +79,7 @@ def inspect_model(
         layers=getattr(config, "num_hidden_layers", None) or layers_of(updates),
         modules=examined(updates, asked, progress),
         left_out=left_out,
+        pair=None if other is None else overlaps(other, updates, updates_of(model.adapter(other), model.base_model)[0]),
     )
     if asked.data is not None:
         found = _measured(found, model, name, asked, tokenizer, say)
@@ -85,6 +104,10 @@ def _measured(found: Inspection, model: LoRAModel, name: str, asked: Asked, toke
         lost = forgetting(model, texts)
         say(f"KL from the base on {where} {lost.kl:.4f}")
         found = replace(found, held_out=losses, forgetting={**asdict(lost), "text": where})
+        if found.pair is not None:
+            both = together(model, (name, found.pair.other), measure)
+            say(f"with {found.pair.other} alone {both.other:.4f}, with both {both.both:.4f}")
+            found = replace(found, pair=replace(found.pair, losses=both))
         return replace(found, dial=dialled(model, name, texts, measure, say)) if forgets_much(found) else found
     finally:
         model.set_adapter(active)

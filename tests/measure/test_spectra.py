@@ -75,10 +75,18 @@ def test_directions_are_those_with_more_than_rounding() -> None:
     factors = of_spectrum(3.0, 2.0)
     padded = Factors(torch.cat([factors.B, torch.zeros(1, 20, 2)], 2), torch.cat([factors.A, torch.randn(1, 2, 30)], 1))
     written, read = directions(product_spectrum(padded))
-    assert written.shape == (20, 2)
-    assert read.shape == (30, 2)
+    assert [round(float(each.square().sum())) for each in (written, read)] == [2, 2]
     assert subspace_overlap(written.float(), orthonormal(20, 2)) == pytest.approx(1, abs=1e-5)
     assert subspace_overlap(read.float(), orthonormal(30, 2, 1)) == pytest.approx(1, abs=1e-5)
+    assert subspace_overlap(written, written) == pytest.approx(1)
+
+
+def test_groups_overlap_block_by_block() -> None:
+    one, two = orthonormal(20, 4), orthonormal(20, 4, 2)
+    first = torch.stack([one[:, :2], two[:, :2]])
+    second = torch.stack([one[:, :2], two[:, 2:]])  # the same in one block, orthogonal in the other
+    assert subspace_overlap(first, second) == pytest.approx(0.5)
+    assert chance_overlap(first, second) == pytest.approx(2 / 20)
 
 
 def test_the_inner_product_is_that_of_the_dense_updates() -> None:

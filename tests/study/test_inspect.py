@@ -8,11 +8,14 @@ import pytest
 import torch
 from cases import stir
 from tiny import chat_model
+from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.shrink import leading_only, spectra_of
 from tailora.errors import BaseMismatchError, ConfigError, FormatError
+from tailora.measure.modules import Update, updates_of
 from tailora.study.inspect import Asked, inspect, write_report
+from tailora.study.pair import overlaps
 from tailora.study.within import inspect_model
 from tailora.train.config import TrainConfig
 from tailora.train.run import run
@@ -59,6 +62,7 @@ def test_beside_the_base_and_on_data(tuned: TrainConfig, tmp_path: Path) -> None
     assert held.improvement == pytest.approx(held.base_loss - held.loss)
     assert held.half.rise == pytest.approx(held.half.loss - held.loss)
     assert held.half.cost == pytest.approx(held.half.rise / held.improvement)
+    assert held.half.cost > 0.03  # type: ignore[operator]
     assert list(held.groups) == ["early attention", "early MLP", "middle attention", "middle MLP"]
     assert sum(rise.values for rise in held.groups.values()) == pytest.approx(1)
     assert found.forgetting is not None
@@ -131,3 +135,88 @@ def test_intruders_can_be_left_uncounted(tuned: TrainConfig) -> None:
     assert all(module.intruders is None and module.relative_norm for module in found.modules)
     again = replace(found, seconds=0.0)
     assert again.to_dict()["modules"][0]["use"] == found.modules[0].use
+
+
+# ---- two adapters
+
+
+def updates(model: LoRAModel, name: str) -> dict[str, Update]:
+    return updates_of(model.adapter(name), model.base_model)[0]
+
+
+@pytest.fixture
+def pair() -> LoRAModel:
+    """Adapters of two layers: `same` is twice `one`, `against` is -`one`, `apart` is orthogonal to it at "a"."""
+    net = torch.nn.ModuleDict({"a": torch.nn.Linear(24, 20), "b": torch.nn.Conv1d(8, 8, 3, groups=2)})
+    config = LoRAConfig(r=4, lora_alpha=4, target_modules=["a", "b"])
+    model = LoRAModel(net, config, adapter_name="one")
+    for name in ("same", "against", "apart"):
+        model.add_adapter(name, config)
+    one = model.adapter("one").low_rank
+    for path, layer in one.items():
+        torch.nn.init.normal_(layer.lora_B)
+        for name, factor in (("same", 2.0), ("against", -1.0)):
+            other = model.adapter(name).low_rank[path]
+            other.lora_A.data, other.lora_B.data = layer.lora_A.data.clone(), factor * layer.lora_B.data
+    bases = [torch.linalg.qr(torch.randn(size, 8)).Q for size in (24, 20)]
+    for name, part in (("one", slice(0, 4)), ("apart", slice(4, 8))):
+        layer = model.adapter(name).low_rank["a"]
+        layer.lora_A.data, layer.lora_B.data = bases[0][:, part].mT.contiguous(), bases[1][:, part].contiguous()
+    for name, factor in (("same", 2.0), ("against", -1.0)):
+        layer = model.adapter(name).low_rank["a"]
+        layer.lora_A.data, layer.lora_B.data = one["a"].lora_A.data.clone(), factor * one["a"].lora_B.data
+    return model
+
+
+@pytest.mark.parametrize(("name", "factor"), [("same", 2.0), ("against", -1.0)])
+def test_equal_subspaces_overlap_by_one(pair: LoRAModel, name: str, factor: float) -> None:
+    found = overlaps(name, updates(pair, "one"), updates(pair, name))
+    assert [each.path for each in found.modules] == ["a", "b"]
+    for each in found.modules:
+        assert each.writes == pytest.approx(1, abs=1e-5)
+        assert each.reads == pytest.approx(1, abs=1e-5)
+        assert each.cosine == pytest.approx(1 if factor > 0 else -1, abs=1e-5)
+        assert each.other_norm == pytest.approx(abs(factor) * each.norm, rel=1e-5)
+        assert each.sum_norm == pytest.approx(abs(1 + factor) * each.norm, rel=1e-4, abs=1e-3)
+    assert found.cosine == pytest.approx(1 if factor > 0 else -1, abs=1e-5)
+
+
+def test_orthogonal_updates_do_not_meet(pair: LoRAModel) -> None:
+    first = overlaps("apart", updates(pair, "one"), updates(pair, "apart")).modules[0]
+    assert first.writes == pytest.approx(0, abs=1e-6)
+    assert first.reads == pytest.approx(0, abs=1e-6)
+    assert first.cosine == pytest.approx(0, abs=1e-6)
+    assert first.sum_norm == pytest.approx((first.norm**2 + first.other_norm**2) ** 0.5, rel=1e-5)
+    assert first.writes_by_chance == pytest.approx(4 / 20)
+    assert first.reads_by_chance == pytest.approx(4 / 24)
+
+
+def test_what_only_one_adapts_is_listed_and_other_models_are_refused(pair: LoRAModel) -> None:
+    pair.add_adapter("less", LoRAConfig(r=2, target_modules=["a"]))
+    found = overlaps("less", updates(pair, "one"), updates(pair, "less"))
+    assert (found.only_here, found.only_there) == (["b"], [])
+    assert found.cosine == 0  # B is zero
+    other = LoRAModel(torch.nn.ModuleDict({"a": torch.nn.Linear(24, 21)}), LoRAConfig(r=2, target_modules=["a"]))
+    with pytest.raises(ConfigError, match=r"a: \(1, 20, 24\) here, \(1, 21, 24\) there"):
+        overlaps("other", updates(pair, "one"), updates(other, "default"))
+
+
+def test_two_adapters_on_data(tuned: TrainConfig, tmp_path: Path) -> None:
+    """The second undoes the first: both together are the base."""
+    base = LlamaForCausalLM.from_pretrained(tuned.model)
+    model = LoRAModel.from_pretrained(base, Path(tuned.output_dir) / "adapter", "one")
+    model.combine({"one": -1.0}, "default")
+    against = model.save_adapter(tmp_path / "against")
+    found = inspect(tuned.output_dir, tuned.model, tuned.data, other=against, asked=Asked(intruders=False))
+    assert found.pair is not None
+    assert found.pair.cosine == pytest.approx(-1, abs=1e-5)
+    losses = found.pair.losses
+    assert losses is not None
+    assert losses.both == pytest.approx(losses.base, abs=1e-2)  # in bfloat16 where the machine has it
+    assert losses.one == found.held_out.loss  # type: ignore[union-attr]
+    assert losses.worse == pytest.approx(losses.both - min(losses.one, losses.other))
+    (advice,) = (each for each in found.advice if each.rule == "interference")
+    assert "disturb" in advice.says
+    alone = inspect(tuned.output_dir, other=against).pair
+    assert alone is not None
+    assert alone.cosine == pytest.approx(found.pair.cosine, abs=1e-5)
