@@ -207,13 +207,19 @@ def kind_of(layer: nn.Module) -> Kind | None:
 
 def projections(layer: Any) -> dict[str, Kind]:
     """Name -> kind of the matrices of nn.MultiheadAttention; {} for any other class."""
-    if not any(qualified(cls) == MULTIHEAD for cls in type(layer).__mro__):
+    cls: Any = type(layer)
+    if not _is_attention(cls):
         return {}
     separate = layer.in_proj_weight is None
     names = (
         ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj") if separate else ("in_proj_weight", "out_proj")
     )
     return {name: ATTENTION[name] for name in names}
+
+
+@cache
+def _is_attention(cls: Any) -> bool:
+    return any(qualified(parent) == MULTIHEAD for parent in cls.__mro__)
 
 
 def weight_of(layer: nn.Module, name: str = "weight") -> Tensor:

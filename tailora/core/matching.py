@@ -1,13 +1,13 @@
 """Names, regular expressions and layer indices: which paths they mean."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import regex
 
 from tailora.errors import PatternError
 
-Selector = list[str] | str
+Selector = Collection[str] | str  # names, or a regular expression
 T = TypeVar("T")
 MATCH_SECONDS = 0.2  # of CPU time; honest patterns take microseconds
 
@@ -16,11 +16,19 @@ def matches(selector: Selector, path: str) -> bool:
     """A name: the path or its end after a dot. A string: a regular expression for the whole path (PEFT's rule)."""
     if isinstance(selector, str):
         return full_match(selector, path)
-    return any(named(name, path) for name in selector)
+    return any(end in selector for end in ends_of(path))
 
 
 def named(name: str, path: str) -> bool:
     return path == name or path.endswith(f".{name}")
+
+
+def ends_of(path: str) -> Iterator[str]:
+    """The path, and what follows each of its dots: the names that mean it."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path
 
 
 def full_match(pattern: str, path: str) -> bool:

@@ -11,7 +11,7 @@ from tailora.core.bases import base_obstacle, quantized_layers
 from tailora.core.config import LoRAConfig
 from tailora.core.extra_targets import ExtraTargets, extra_targets
 from tailora.core.kinds import EMBEDDING, KINDS, kind_of, obstacle, projections
-from tailora.core.matching import Selector, by_pattern, layer_index, matches, named, pattern_matches
+from tailora.core.matching import Selector, by_pattern, ends_of, layer_index, matches, named, pattern_matches
 from tailora.core.places import Modules, Place, chosen_parameters, parameters, place_at, places
 from tailora.errors import TargetError, listing, nearest
 
@@ -75,7 +75,9 @@ def chosen_places(model: nn.Module, modules: Modules, config: LoRAConfig) -> dic
     if config.target_modules == "all-linear":
         chosen = _all_linear(model, modules, there, config)
     else:
-        chosen = [place for place in there.values() if _selects(config.target_modules, place)]
+        names = config.target_modules
+        selector = names if isinstance(names, str) else frozenset(names)  # there may be thousands
+        chosen = [place for place in there.values() if _selects(selector, place)]
     whole = {place.path for place in chosen if not place.rows}
     chosen = [place for place in chosen if not (place.rows and place.host in whole)]  # a whole layer has its parts
     chosen += chosen_parameters(modules, config).values()
@@ -165,11 +167,8 @@ def _unmatched(field: str, selector: Selector, there: Mapping[str, Place], modul
             if any(_selects(selector, place) for place in there.values())
             else [f"{field}={selector!r} is a regular expression that matches no whole path of a layer{hint}"]
         )
-    return [
-        _missing(field, name, there, modules)
-        for name in selector
-        if not any(_selects([name], place) for place in there.values())
-    ]
+    meant = {end for place in there.values() for name in place.names for end in ends_of(name)}
+    return [_missing(field, name, there, modules) for name in selector if name not in meant]
 
 
 def _missing(field: str, name: str, there: Mapping[str, Place], modules: Modules) -> str:

@@ -5,6 +5,7 @@ A quantised weight is sampled by its dense value, with how far that may be from 
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from tailora.formats.notes import LayerPrint
 
 SAMPLES = 8  # weights per layer
 TOLERANCE = 2.0**-7  # rounding to bfloat16, once on either side
+SMALL = 1e-6
 
 Held = tuple[nn.Module, str]  # a layer, and which of its parameters
 
@@ -46,10 +48,12 @@ def _difference(path: str, stored: LayerPrint, found: LayerPrint) -> str | None:
         return f"{path}: made for a weight of shape {tuple(stored.shape)}, here it is {tuple(found.shape)}"
     if len(stored.weights) != SAMPLES or len(stored.spread) not in (0, SAMPLES):
         return f"{path}: its fingerprint has {len(stored.weights)} weights, not {SAMPLES}"
+    pairs = list(zip(stored.weights, found.weights, strict=True))
+    if all(abs(now - then) <= SMALL + TOLERANCE * abs(then) for then, now in pairs):
+        return None
     then, now = torch.tensor(stored.weights), torch.tensor(found.weights)
     spread = sum(torch.tensor(each.spread) for each in (stored, found) if each.spread) + torch.zeros(SAMPLES)
-    apart = (now - then).abs()
-    excess = apart - (1e-6 + TOLERANCE * then.abs() + spread)
+    excess = (now - then).abs() - (SMALL + TOLERANCE * then.abs() + spread)
     if (excess <= 0).all():
         return None
     worst = int(excess.argmax())
@@ -61,6 +65,11 @@ def _difference(path: str, stored: LayerPrint, found: LayerPrint) -> str | None:
 
 def _sample(weight: Tensor) -> list[float]:
     """Evenly spaced over the numbers in the order of a file, without a copy of them all."""
-    index = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).long()
-    places = torch.unravel_index(index.to(weight.device), weight.shape)
-    return [float(value) for value in weight.detach()[places].float().cpu()]
+    sampled: list[float] = weight.detach()[_places(weight.shape, weight.device)].float().tolist()
+    return sampled
+
+
+@lru_cache
+def _places(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+    index = torch.linspace(0, shape.numel() - 1, SAMPLES, dtype=torch.float64).long()
+    return torch.unravel_index(index.to(device), shape)

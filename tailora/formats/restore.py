@@ -1,6 +1,6 @@
 """From a stored adapter to one that fits this base model, or to an error that lists all that does not."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -33,6 +33,7 @@ class Parts:
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> name in the module -> tensor
     extras: dict[str, Tensor] = field(default_factory=dict)  # path -> a trained bias, or rows of an embedding
     problems: list[str] = field(default_factory=list)
+    finite: bool = True
 
 
 def restore(stored: StoredAdapter, base_model: nn.Module, *, allow_base_mismatch: bool = False) -> Adapter:
@@ -50,16 +51,23 @@ def restore(stored: StoredAdapter, base_model: nn.Module, *, allow_base_mismatch
 def _restored(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch: bool) -> Adapter:
     modules = dict(base_model.named_modules())
     own, told = stored.notes.lora(stored.folder), _told(stored, modules)
-    config = _config(stored, base_model, modules, own, told)
+    config = _config(stored, own, told)
     wanted = _wanted(base_model, modules, config)
-    hosts = {target.host for target in wanted.values()}
-    wanted |= {path: each for path, each in _wanted(base_model, modules, told).items() if each.host not in hosts}
+    empty = _empty(wanted, config)
+    wrappers = stems(base_model, empty)
+    if config is not told:
+        _check_told(stored, with_patterns(config, wrappers.values()), told)
+        hosts = {target.host for target in wanted.values()}
+        others = {path: each for path, each in _wanted(base_model, modules, told).items() if each.host not in hosts}
+        if others:
+            wanted, empty = {**wanted, **others}, {**empty, **_empty(others, config)}
+            wrappers = stems(base_model, empty)
     named = {*wanted, *_paths(stored, modules)}
     extra, problems = extra_targets(base_model, modules, config, named, saved_modules(modules, config))
-    parts = _sort(stored, base_model, modules, config, wanted, extra_keys(extra))
+    parts = _sort(stored, modules, config, wrappers, extra_keys(extra))
     parts.problems += problems
-    parts.problems += _missing(parts, modules, config, wanted, stored.notes.start)
-    low_rank = {path: _low_rank(path, base_model, config, parts, stored.notes.start) for path in parts.factors}
+    parts.problems += _missing(parts, modules, config, wanted, empty, stored.notes.start)
+    low_rank = {path: _low_rank(path, base_model, config, parts, empty, stored.notes.start) for path in parts.factors}
     parts.problems += [quantized_whole(path) for path in parts.saved if quantized_layers(modules[path])]
     copies = {path: _copy(path, modules, parts) for path in parts.saved if not quantized_layers(modules[path])}
     extras, problems = filled_extras(extra, modules, parts.extras)
@@ -99,26 +107,25 @@ def _told(stored: StoredAdapter, modules: Modules) -> LoRAConfig:
     return config
 
 
-def _config(
-    stored: StoredAdapter, base_model: nn.Module, modules: Modules, own: LoRAConfig | None, config: LoRAConfig
-) -> LoRAConfig:
-    """The settings to go by; raises FormatError where the weights were saved with others than the file tells."""
+def _config(stored: StoredAdapter, own: LoRAConfig | None, told: LoRAConfig) -> LoRAConfig:
+    """The settings to go by: those that the weights were saved with, else those that the file tells."""
     if own is None:
         if stored.notes.start:
             raise FormatError(f"{stored.folder}: its tailora metadata tells of a frozen start, but not of its settings")
-        return config
-    if stored.settings is None:
-        return own
+        return told
     check_patterns(own, stored.folder)
-    written = with_patterns(own, stems(base_model, _empty(_wanted(base_model, modules, own), own)).values())
+    return own
+
+
+def _check_told(stored: StoredAdapter, written: LoRAConfig, told: LoRAConfig) -> None:
+    """Raises FormatError where the weights were saved with other settings than the file tells."""
     written = doubled(written) if stored.notes.start else written
-    if other := [name for name in SHARED if getattr(written, name) != getattr(config, name)]:
-        pairs = (f"{name} = {getattr(config, name)!r} here, {getattr(written, name)!r} there" for name in other)
+    if other := [name for name in SHARED if getattr(written, name) != getattr(told, name)]:
+        pairs = (f"{name} = {getattr(told, name)!r} here, {getattr(written, name)!r} there" for name in other)
         raise FormatError(
             f"{stored.folder}: adapter_config.json and the settings that the weights were saved with differ: "
             f"{', '.join(pairs)}. Save the adapter again, or delete adapter_config.json to use the weights' own"
         )
-    return own
 
 
 def _paths(stored: StoredAdapter, modules: Modules) -> list[str]:
@@ -128,15 +135,9 @@ def _paths(stored: StoredAdapter, modules: Modules) -> list[str]:
 
 
 def _sort(
-    stored: StoredAdapter,
-    base_model: nn.Module,
-    modules: Modules,
-    config: LoRAConfig,
-    wanted: Mapping[str, Target],
-    extras: Mapping[str, str],
+    stored: StoredAdapter, modules: Modules, config: LoRAConfig, wrappers: Mapping[str, Stem], extras: Mapping[str, str]
 ) -> Parts:
     whole = saved_modules(modules, config)
-    wrappers = stems(base_model, _empty(wanted, config))
     parts = Parts()
     for key, tensor in stored.tensors.items():
         name, factor = _factor(key)
@@ -157,6 +158,7 @@ def _sort(
             parts.problems.append(f"unexpected {key} {tuple(tensor.shape)}: {_why_unexpected(name, factor, modules)}")
         if not tensor.isfinite().all():
             parts.problems.append(f"not finite: {key} {tuple(tensor.shape)}")
+            parts.finite = False
     return parts
 
 
@@ -188,22 +190,31 @@ def _why_unexpected(path: str, factor: str | None, modules: Modules) -> str:
 
 
 def _missing(
-    parts: Parts, modules: Modules, config: LoRAConfig, wanted: Mapping[str, Target], start: bool
+    parts: Parts,
+    modules: Modules,
+    config: LoRAConfig,
+    wanted: Collection[str],
+    empty: Mapping[str, LoRALayer],
+    start: bool,
 ) -> list[str]:
     """What the settings name and the tensors lack, with the shape that the model would need."""
     problems = []
     for path in dict.fromkeys((*wanted, *parts.factors)):
         found = parts.factors.get(path, {})
         lacking = [factor for factor in "AB" if factor not in found]
-        layers = _empty({path: wanted[path]}, config) if lacking and path in wanted else {}
-        shapes = file_shapes(layers[path], start) if layers else {}
+        shapes = file_shapes(empty[path], start) if path in empty else {}
         problems += [f"missing lora_{factor} of {path} {shapes.get(factor, '')}".rstrip() for factor in lacking]
     whole = saved_modules(modules, config)
     return problems + [f"missing {path}, which modules_to_save names" for path in whole if path not in parts.saved]
 
 
-def _low_rank(path: str, base_model: nn.Module, config: LoRAConfig, parts: Parts, start: bool) -> LoRALayer | None:
-    """The layer with the file's factors; None, with the reasons added to the problems, where they do not fit."""
+def _low_rank(
+    path: str, base_model: nn.Module, config: LoRAConfig, parts: Parts, empty: Mapping[str, LoRALayer], start: bool
+) -> LoRALayer | None:
+    """The layer with the file's factors; None, with the reasons added to the problems, where they do not fit.
+
+    empty: layers made already, to be filled.
+    """
     found = parts.factors[path]
     host = host_of(base_model, path)
     reason = obstacle(host) or base_obstacle(host)
@@ -211,7 +222,7 @@ def _low_rank(path: str, base_model: nn.Module, config: LoRAConfig, parts: Parts
         parts.problems += [f"{path}: {reason}"] if reason else []  # a missing factor is told already
         return None
     try:
-        layer = low_rank_layer(target_at(base_model, path, config), config, fresh=False)
+        layer = empty.get(path) or low_rank_layer(target_at(base_model, path, config), config, fresh=False)
     except (ConfigError, TargetError) as error:
         parts.problems.append(f"{path}: {error}")
         return None
@@ -224,7 +235,7 @@ def _low_rank(path: str, base_model: nn.Module, config: LoRAConfig, parts: Parts
     wrong += [f"missing {_said(slot)} of {path} {needed[slot]}" for slot in needed.keys() - found.keys()]
     wrong += [f"unexpected {_said(slot)} of {path}: {_unwanted(slot, layer)}" for slot in found.keys() - needed.keys()]
     parts.problems += wrong
-    if not wrong and all(tensor.isfinite().all() for tensor in found.values()):  # what is not is told already
+    if not wrong and (parts.finite or all(tensor.isfinite().all() for tensor in found.values())):  # told already
         try:
             fill(layer, found, start)
         except FormatError as error:

@@ -76,15 +76,19 @@ class Stem:
 def stems(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, Stem]:
     """The wrappers that hold these layers, by name, in the order of the layers."""
     hosts = {path: host_path(model, path) for path in layers}
+    together: dict[str, list[str]] = {}
+    for path, host in hosts.items():
+        together.setdefault(host, []).append(path)
     found: dict[str, Stem] = {}
+    scales: dict[str, float] = {}
     for path, layer in layers.items():
-        host = model.get_submodule(hosts[path])
-        together = [other for other in layers if hosts[other] == hosts[path]]
-        name, key = _name(path, hosts[path], host, layer, together), path if layer.kind.stacked else hosts[path]
+        host = hosts[path]
+        name = _name(path, host, model.get_submodule(host), layer, together[host])
+        key = path if layer.kind.stacked else host
         if name in found:
             found[name].members[path] = layer
         else:
-            scale = next((stem.scale for stem in found.values() if stem.key == key), layer.configured_scaling)
+            scale = scales.setdefault(key, layer.configured_scaling)
             found[name] = Stem(name, key, {path: layer}, scale)
     return found
 
