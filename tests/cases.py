@@ -59,7 +59,6 @@ class KindCase:
     call: Callable[[nn.Module, Tensor], Any] = _called
     names: Mapping[str, Any] = field(default_factory=lambda: {"target_modules": ["target"]})
     parameter: str = "weight"  # of the layer, that holds the adapted matrix
-    exact: bool = True  # False: torch takes another kernel where only some of the inputs have a gradient
     store: Callable[[nn.Module], nn.Module] | None = None  # how its weight is quantised
     apart: float = 1e-5  # of outputs in evaluation from those of the dense weight, relative
 
@@ -229,7 +228,6 @@ SPECIAL = [
         call=_attended_apart,
         names={"target_modules": ["target.v_proj_weight"]},
         parameter="v_proj_weight",
-        exact=False,
         peft_is_wrong="it refuses separate weights",
     ),
     KindCase("part", lambda: nn.Linear(12, 16), (3, 5, 12), names=_part("v", QKV)),

@@ -57,7 +57,8 @@ def _eva(adapter: Adapter, targets: Mapping[str, Target], run: Pass, rho: float)
     """A: the first principal directions of the inputs; ranks where they explain most (arXiv:2410.07170, sec. 3)."""
     found = input_variances(targets, run, int(rho * max(target.r for target in targets.values())))
     _check_reached({path: each.along[0] for path, each in found.items()}, "varying input")
-    ranks = shared_out(found, {path: target.r for path, target in targets.items()}, rho)
+    most = {path: min(int(rho * target.r), *target.dims) for path, target in targets.items()}
+    ranks = shared_out(found, {path: target.r for path, target in targets.items()}, most)
     config = with_ranks(adapter.config, adapter.low_rank, ranks)
     layers = {}
     for path, target in targets.items():
@@ -69,15 +70,13 @@ def _eva(adapter: Adapter, targets: Mapping[str, Target], run: Pass, rho: float)
     return Adapter(config, layers, adapter.saved, adapter.extras)
 
 
-def shared_out(found: Mapping[str, Variances], ranks: Mapping[str, int], rho: float) -> dict[str, int]:
+def shared_out(found: Mapping[str, Variances], ranks: Mapping[str, int], most: Mapping[str, int]) -> dict[str, int]:
     """As many ranks in all as before, to the components that explain the largest share of their layer's variance.
 
-    arXiv:2410.07170, eq. 5 and alg. 1; a layer keeps one at least and gets rho times its own at most.
+    arXiv:2410.07170, eq. 5 and alg. 1; a layer keeps one at least and gets `most` at most.
     """
     shares = [
-        (float(variance) / found[path].total, path)
-        for path, r in ranks.items()
-        for variance in found[path].along[1 : int(rho * r)]
+        (float(variance) / found[path].total, path) for path in ranks for variance in found[path].along[1 : most[path]]
     ]
     best = sorted(shares, key=lambda share: -share[0])[: sum(ranks.values()) - len(ranks)]
     return {path: 1 + sum(owner == path for _, owner in best) for path in ranks}

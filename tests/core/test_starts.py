@@ -261,3 +261,12 @@ def test_eva_keeps_the_number_of_ranks_and_a_rho_of_one_moves_none() -> None:
     still = LoRAModel(chat_model(), LoRAConfig(r=4, init_lora_weights="eva"))
     still.start_from_data(batches(), rho=1)
     assert still.adapters["default"].rank_pattern == {}
+
+
+def test_eva_gives_a_narrow_layer_no_more_than_it_holds() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(24, 6), nn.Linear(6, 30))
+    base[0].weight.data[2:] = 0.01  # the second layer reads two directions, the first many
+    model = LoRAModel(base, LoRAConfig(r=5, init_lora_weights="eva"))
+    model.start_from_data([torch.randn(60, 24)])
+    assert {path: layer.r for path, layer in model.lora_layers.items()} == {"0": 6, "1": 4}
