@@ -256,4 +256,69 @@ def inspect() -> dict[str, Any]:
     }
 
 
-CONTENTS = {"train": train, "compare": compare, "search": search, "inspect": inspect}
+def plan() -> dict[str, Any]:
+    names = {"self_attn.q_proj": (576, 576), "mlp.up_proj": (576, 1536), EVIL.replace(".", ""): (576, 192)}
+    modules = [
+        {
+            "path": f"model.layers.{layer}.{name}",
+            "kind": "Linear",
+            "in_features": ends[0],
+            "out_features": ends[1],
+            "r": 8 + 8 * (layer > 3),
+            "alpha": 32.0,
+            "parameters": (8 + 8 * (layer > 3)) * sum(ends),
+        }
+        for layer in range(6)
+        for name, ends in names.items()
+    ]
+    memory = {"weights": 2.7e8, "adapters": 2e7, "gradients": 2e7, "optimizer": 4e7, "activations": 9e8, "logits": 3e8}
+    full = {**memory, "adapters": 0.0, "gradients": 2.7e8, "optimizer": 1.08e9}
+    return {
+        "kind": "plan",
+        "model": "HuggingFaceTB/SmolLM2-135M",
+        "trainable_parameters": 4884480,
+        "total_parameters": 139399488,
+        "modules": modules,
+        "left_alone": {"lm_head": "the output layer is tied to the embedding"},
+        "memory": {**memory, "total": sum(memory.values())},
+        "full": {"memory": {**full, "total": sum(full.values())}, "batch_size_that_fits": 6},
+        "available_bytes": 2.2e9,
+        "batch_size": 8,
+        "batch_size_that_fits": 12,
+        "steps": 35,
+        "seconds": 80.0,
+        "settings": {"model": "demo", "r": 16},
+    }
+
+
+def evaluation() -> dict[str, Any]:
+    def score(value: float, half: float) -> dict[str, Any]:
+        return {"value": value, "interval": [value - half, value + half], "n": 40}
+
+    sample = {"prompt": EVIL, "expected": "a car", "answer": "a car", "hit": True}
+    return {
+        "kind": "eval",
+        "model": "demo",
+        "adapter": "outputs/demo",
+        "metrics": {"loss": score(3.66, 0.15), "perplexity": score(38.9, 6.0), "exact_match": score(0.3, 0.14)},
+        "base": {"loss": score(4.47, 0.19), "perplexity": score(87.3, 17.0), "exact_match": score(0.1, 0.1)},
+        "change": {
+            "loss": score(-0.81, 0.1),
+            "perplexity": {"value": -48.0, "interval": None, "n": 40},
+            "exact_match": score(0.2, 0.1),
+        },
+        "data": {"source": "demo", "shape": "messages", "rows": 40, "tokens": 1070},
+        "samples": {"base": [{**sample, "answer": "", "hit": False}], "tuned": [sample]},
+        "gates": [{"gate": "loss<3", "value": 3.66, "met": False}, {"gate": "loss<5", "value": 3.66, "met": True}],
+        "seconds": 12.3,
+    }
+
+
+CONTENTS = {
+    "train": train,
+    "compare": compare,
+    "search": search,
+    "inspect": inspect,
+    "plan": plan,
+    "eval": evaluation,
+}

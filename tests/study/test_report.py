@@ -13,7 +13,7 @@ from tailora.errors import ConfigError, FormatError
 from tailora.study.report import report
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
-FIGURES = {"train": 7, "compare": 9, "search": 11, "inspect": 7}
+FIGURES = {"train": 7, "compare": 9, "search": 11, "inspect": 7, "plan": 3, "eval": 3}
 
 
 class Outline(HTMLParser):
@@ -105,7 +105,7 @@ def test_the_same_numbers_give_the_same_page(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_report_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no report\.json; give the folder of a plan, compare"):
+    with pytest.raises(ConfigError, match=r"holds no report\.json; give the folder of a plan, train"):
         report(tmp_path)
 
 

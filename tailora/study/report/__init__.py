@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tailora.study.report.parts import Page
 
 CONTENT, PAGE = "report.json", "report.html"
-KINDS = ("plan", "compare", "search", "inspect", "train")
+KINDS = ("plan", "train", "eval", "compare", "search", "inspect")
 NEEDS = ("matplotlib", "jinja2")
 
 

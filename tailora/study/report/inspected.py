@@ -29,13 +29,6 @@ class Module(BaseModel):
     def layer(self) -> int | None:
         return layer_index(self.path)
 
-    @property
-    def inner(self) -> str:
-        """The path after the number of its layer, or all of it."""
-        parts = self.path.split(".")
-        number = next((place for place, part in enumerate(parts) if part.isdecimal()), -1)
-        return ".".join(parts[number + 1 :])
-
 
 class Rise(BaseModel):
     """Of the held-out loss, without the lower half of some singular values."""

@@ -1,7 +1,6 @@
 """An adapter layer by layer: heat maps of what is where, and the spectra of its updates."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -13,6 +12,7 @@ from tailora.study.report.charts import label
 from tailora.study.report.inspected import Module
 from tailora.study.report.maps import heat, heat_map, scale
 from tailora.study.report.parts import Drawing, Picture
+from tailora.study.report.paths import short
 
 FEWEST_LAYERS = 3  # for a map
 MOST_PANELS = 12
@@ -20,13 +20,11 @@ Rows = Mapping[str, Sequence[Module]]
 
 
 def named(modules: Sequence[Module]) -> Rows:
-    """By the last name of the path, where no other matrix of a layer has it, else by the path in the layer."""
-    inner = {module.inner for module in modules}
-    last = Counter(each.rpartition(".")[2] for each in inner)
+    """By their short names."""
+    names = short(module.path for module in modules)
     rows: dict[str, list[Module]] = {}
     for module in modules:
-        short = module.inner.rpartition(".")[2]
-        rows.setdefault(short if last[short] == 1 else module.inner, []).append(module)
+        rows.setdefault(names[module.path], []).append(module)
     return rows
 
 

@@ -10,8 +10,10 @@ from markupsafe import Markup
 
 from tailora import __version__
 from tailora.study.report.compare import compare_page
+from tailora.study.report.eval import eval_page
 from tailora.study.report.inspect import inspect_page
 from tailora.study.report.parts import Page, Picture
+from tailora.study.report.plan import plan_page
 from tailora.study.report.search import search_page
 from tailora.study.report.svg import svg
 from tailora.study.report.train import train_page
@@ -19,7 +21,9 @@ from tailora.study.report.train import train_page
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 PAGES: Mapping[str, Callable[[dict[str, Any]], Page]] = {
     "compare": compare_page,
+    "eval": eval_page,
     "inspect": inspect_page,
+    "plan": plan_page,
     "search": search_page,
     "train": train_page,
 }

@@ -225,5 +225,5 @@ def _draw_surface(trials: Sequence[Trial], best: int, width: float) -> Drawing:
     axes.margins(0.06)
     log_axis(axes, "x")
     powers_axis(axes, "y", ranks)
-    scale(figure, axes, (-high, -low), lambda number: f"{-number:.3f}", "loss, and above")
+    scale(figure, axes, (-high, -low), lambda number: f"{-number:.3f}", "loss, capped")
     return Drawing(figure, {"points": [_tip(each) for each in trials]})

@@ -1,0 +1,94 @@
+"""The pages in a real browser: no errors, every figure drawn, nothing wider than a small screen, nothing fetched."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+from study.reports import CONTENTS
+
+from tailora.study.report import report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
+]
+WIDTHS = {"screen": 1100, "small": 400}
+# a figure is drawn when its marks have a place on the screen, within the figure
+DRAWN = """figures => figures.map(figure => {
+    const shown = [...figure.querySelectorAll('svg')].filter(svg => svg.getBoundingClientRect().width > 0);
+    const [svg] = shown, box = svg.getBoundingClientRect();
+    const marks = [...svg.querySelectorAll('path, use, text')].map(mark => mark.getBoundingClientRect());
+    const texts = [...svg.querySelectorAll('text')].map(text => text.getBoundingClientRect());
+    return {
+        shown: shown.length,
+        marks: marks.filter(mark => mark.width + mark.height > 0).length,
+        outside: texts.filter(each => each.left < box.left - 2 || each.right > box.right + 2).length,
+        height: box.height,
+        smallest: Math.min(...[...svg.querySelectorAll('text')].map(text =>
+            parseFloat(getComputedStyle(text).fontSize) * box.width / svg.viewBox.baseVal.width)),
+    };
+})"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium refuses root with one
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module", params=CONTENTS)
+def page_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "report.json").write_text(json.dumps(CONTENTS[request.param]()))
+    return report(folder)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_page_opens_without_a_word_and_shows_every_figure(
+    browser: Browser, page_file: Path, width: str, scheme: str
+) -> None:
+    page = browser.new_page(viewport={"width": WIDTHS[width], "height": 800}, color_scheme=scheme)
+    said: list[str] = []
+    fetched: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
+    page.on("request", lambda request: fetched.append(request.url))
+    page.goto(page_file.as_uri())
+    page.wait_for_load_state("networkidle")
+    assert said == []
+    assert [url for url in fetched if not url.startswith("data:")] == [page_file.as_uri()]
+    figures = page.eval_on_selector_all("figure", DRAWN)
+    assert figures
+    for figure in figures:
+        assert figure["shown"] == 1
+        assert figure["marks"] > 5
+        assert figure["outside"] == 0
+        assert figure["height"] > 60
+        assert figure["smallest"] > 9  # CSS pixels
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    page.close()
+
+
+def test_a_page_prints_light_on_paper_whatever_the_screen(browser: Browser, page_file: Path) -> None:
+    page = browser.new_page(color_scheme="dark")
+    page.goto(page_file.as_uri())
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(26, 30, 36)"
+    assert all(figure["shown"] == 1 for figure in page.eval_on_selector_all("figure", DRAWN))
+    pdf = page.pdf(prefer_css_page_size=True)
+    assert pdf.startswith(b"%PDF")
+    assert len(pdf) > 20_000
+    page.close()
