@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 
 from tailora.cli.console import logs, note, print_json, results
@@ -16,22 +16,24 @@ from tailora.cli.models import Quantize, load, named, recorded
 from tailora.cli.options import Json, flags_of, settings
 from tailora.cli.scored import judged, progress, refused, show
 from tailora.errors import ConfigError
-from tailora.measure.metrics import METRICS, SHELL, Gate, check_gates, parse_gates, parse_metrics
+from tailora.measure.metrics import METRICS, SHELL, Gate, check_gates, of_task, parse_gates, parse_metrics
 
 if TYPE_CHECKING:
-    from tailora.measure.scores import Scores
+    from tailora.measure.scores import Asked, Scores
+    from tailora.study.harness import Tasks
+    from tailora.train.config import TrainConfig
 
 FLAGS: Any = flags_of({}, only=["field", "max_length", "dtype"])
 NONE_GIVEN = FLAGS()
 KIND, REPORT = "eval", "report.json"
 NOT_MET = 4
+LIGHTER = "what helps: a smaller --max-length, --quantize nf4, --dtype bfloat16, closing other programs"
 
+Adapter = Annotated[str | None, Parameter(help="folder of an adapter, or of the run that made it")]
 Data = Annotated[str | None, Parameter(help="held-out data: JSONL, JSON, CSV, Parquet, folder or Hub id, or 'demo'")]
 Gates = Annotated[
     list[str] | None,
-    Parameter(
-        name="--gate", negative=(), metavar="METRIC<N", help=f"or exit code 4; <=, >, >= too; repeatable; {SHELL}"
-    ),
+    Parameter(name="--gate", negative=(), metavar="METRIC<N", help=f"else exit code 4; repeatable; {SHELL}"),
 ]
 Metrics = Annotated[
     list[str] | None,
@@ -40,6 +42,28 @@ Metrics = Annotated[
 Normalize = Annotated[
     str, Parameter(metavar="A,B", help="before answers are compared: case, punctuation, space, strip; or none")
 ]
+Limit = Annotated[PositiveInt | None, Parameter(help="only the first so many rows")]
+
+
+@Parameter(name="*", group=Group.create_ordered("lm-evaluation-harness"))
+@dataclass(frozen=True, kw_only=True)
+class Harness:
+    """Flags named as lm_eval's."""
+
+    tasks: Annotated[
+        list[str] | None, Parameter(negative=(), metavar="A,B", help="its tasks, such as hellaswag,arc_easy")
+    ] = None
+    include_path: Annotated[Path | None, Parameter(help="folder with tasks of your own")] = None
+    num_fewshot: Annotated[NonNegativeInt | None, Parameter(help="examples before a question")] = None
+    apply_chat_template: Annotated[bool, Parameter(negative=(), help="ask as in a chat")] = False
+    batch_size: Annotated[PositiveInt, Parameter(help="of its forwards")] = 8
+
+    @property
+    def names(self) -> list[str]:
+        return [name for each in self.tasks or () for name in each.split(",") if name]
+
+
+NO_HARNESS = Harness()
 
 
 @dataclass(frozen=True)
@@ -51,8 +75,20 @@ class Subject:
     folder: Path | None  # of the adapter itself
 
 
+@dataclass(frozen=True)
+class Wish:
+    """What it is judged by."""
+
+    data: str | None
+    gates: list[Gate]
+    base: bool
+    limit: int | None
+    quantize: str | None
+    run: "TrainConfig"
+
+
 def eval(
-    adapter: Annotated[str | None, Parameter(help="folder of an adapter, or of the run that made it")] = None,
+    adapter: Adapter = None,
     /,
     *,
     data: Data = None,
@@ -63,28 +99,33 @@ def eval(
     normalize: Normalize = "strip",
     max_new_tokens: Annotated[PositiveInt, Parameter(help="longest answer, for exact_match")] = 128,
     samples: Annotated[NonNegativeInt, Parameter(help="answers to show, for exact_match")] = 3,
-    limit: Annotated[PositiveInt | None, Parameter(help="only the first so many rows")] = None,
+    limit: Limit = None,
     quantize: Quantize = None,
+    harness: Harness = NO_HARNESS,
     output_dir: Annotated[Path | None, Parameter(help="folder for report.json")] = None,
     json: Json = False,
     flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
 ) -> int:
     """Judge an adapter on held-out data, beside its base. Without an adapter, judge --model alone."""
+    started = time.monotonic()
     gates, names = parse_gates(gate or []), parse_metrics(metrics or [])
     asked = subject(adapter, model)
-    check_gates(gates, base=base and asked.folder is not None)
-    if data is None:
-        raise ConfigError("nothing to judge by: give --data FILE")
+    beside = base and asked.folder is not None
+    check_gates(
+        [each for each in gates if not (harness.names and of_task(each))], list(METRICS) if data else [], base=beside
+    )
+    if data is None and not harness.names:
+        raise ConfigError("nothing to judge by: give --data FILE, or --tasks of lm-evaluation-harness")
     _check_folder(output_dir)
     longest = None if asked.folder is None else recorded(asked.folder, "max_length")
     chosen = settings(flags, None, {"max_length": longest} if longest else {}, {"model": asked.model}).config
+    wish = Wish(data, gates, beside, limit, quantize, chosen)
     from tailora.measure.exact import normaliser  # torch from here on
-    from tailora.measure.scores import Asked, bare, score
-    from tailora.train.memory import explained
+    from tailora.measure.scores import Asked
 
     how = Asked(
         metrics=tuple(names),
-        also=tuple(each.metric for each in gates),
+        also=tuple(each.metric for each in gates if not of_task(each)),
         max_length=chosen.max_length,
         max_new_tokens=max_new_tokens,
         normalize=() if normalize == "none" else tuple(normalize.split(",")),
@@ -92,27 +133,42 @@ def eval(
         shown=samples,
     )
     normaliser(how.normalize)
-    started = time.monotonic()
-    with explained("evaluating", lambda: LIGHTER):
-        loaded = load(asked.model, [] if adapter is None or asked.folder is None else [adapter], quantize, chosen.dtype)
-        _warn_of_trained_data(asked, data)
-        with progress(logs()) as heard:
-            found = score(
-                loaded.model if loaded.adapters else bare(loaded.model),
-                loaded.tokenizer,
-                data,
-                how,
-                field=chosen.field,
-                base=base,
-                note=note,
-                heard=heard,
-            )
+    found = _measured(asked, wish, how, harness)
     return _told(asked, found, gates, time.monotonic() - started, output_dir, json)
 
 
-LIGHTER = (
-    "what helps: a smaller --max-length, --quantize nf4, --dtype bfloat16, a smaller --model, closing other programs"
-)
+def _measured(asked: Subject, wish: Wish, how: "Asked", harness: Harness) -> "Scores":
+    from tailora.measure.scores import Scores, bare, score
+    from tailora.train.memory import explained
+
+    tasks = _tasks(harness, wish)
+    found = Scores({}, {} if wish.base else None, {} if wish.base else None)
+    with explained("evaluating", lambda: LIGHTER):
+        adapters = [] if asked.folder is None or asked.adapter is None else [asked.adapter]
+        loaded = load(asked.model, adapters, wish.quantize, wish.run.dtype)
+        model = loaded.model if adapters else bare(loaded.model)
+        if wish.data is not None:
+            _warn_of_trained_data(asked, wish.data)
+            with progress(logs()) as heard:
+                more: Any = {"field": wish.run.field, "base": wish.base, "note": note, "heard": heard}
+                found = found.beside(score(model, loaded.tokenizer, wish.data, how, **more))
+        if tasks is not None:
+            from tailora.study.harness import How, judge_tasks
+
+            asked_how = How(harness.num_fewshot, harness.apply_chat_template, wish.limit, harness.batch_size)
+            found = found.beside(judge_tasks(model, loaded.tokenizer, tasks, asked_how, base=wish.base))
+    return found
+
+
+def _tasks(harness: Harness, wish: Wish) -> "Tasks | None":
+    """Those asked for, with all that can be wrong found before a model is loaded."""
+    if not harness.names:
+        return None
+    from tailora.study.harness import find_tasks
+
+    tasks = find_tasks(harness.names, harness.include_path)
+    check_gates(wish.gates, [*(METRICS if wish.data else ()), *tasks.metrics], base=wish.base)
+    return tasks
 
 
 def subject(adapter: str | None, model: str | None) -> Subject:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from tailora.cli.console import on_terminal
@@ -72,13 +72,7 @@ def _worded(outcome: Mapping[str, Any]) -> str:
 
 
 def show(console: Console, name: str, found: "Scores", outcomes: Sequence[Mapping[str, Any]]) -> None:
-    data = found.data
-    console.print(
-        f"{name} on {data.source}: {data.rows:,} rows, read as {data.shape}; "
-        f"{data.supervised_tokens:,} tokens are judged",
-        markup=False,
-        soft_wrap=True,
-    )
+    console.print(f"{name}{_where(found)}", markup=False, soft_wrap=True)
     console.print(table(found), MEANING, sep="\n")
     for text in _left_out(found):
         console.print(f"Note: {text}", markup=False, soft_wrap=True)
@@ -88,11 +82,18 @@ def show(console: Console, name: str, found: "Scores", outcomes: Sequence[Mappin
         console.print(f"gate {'met' if each['met'] else 'NOT MET'}: {_worded(each)}", markup=False, soft_wrap=True)
 
 
+def _where(found: "Scores") -> str:
+    data = found.data
+    if data is None:
+        return f" in lm-evaluation-harness {found.tasks['lm_eval']}"
+    return f" on {data.source}: {data.rows:,} rows, read as {data.shape}; {data.supervised_tokens:,} tokens are judged"
+
+
 def table(found: "Scores") -> Table:
     columns = {"base": found.base, "tuned": found.metrics, "tuned - base": found.change}
     if found.base is None:
         columns = {"value": found.metrics}
-    made = Table("metric", *columns, "rows", show_lines=True)
+    made = Table(Column("metric", no_wrap=True), *columns, "rows", show_lines=True)
     for name, score in found.metrics.items():
         cells = [_spread(scores, name, "+" if head == "tuned - base" else "") for head, scores in columns.items()]
         made.add_row(name, *cells, f"{score.n:,}")
@@ -110,6 +111,8 @@ def _spread(scores: Mapping[str, "Score"] | None, name: str, sign: str) -> str:
 
 def _left_out(found: "Scores") -> Iterator[str]:
     data = found.data
+    if data is None:
+        return
     if data.truncated:
         yield f"{data.truncated:,} rows were longer than --max-length and cut; the longest has {data.longest:,} tokens"
     if data.cut_away:

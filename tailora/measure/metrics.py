@@ -67,11 +67,11 @@ def parse_gates(texts: Sequence[str]) -> list[Gate]:
     return gates
 
 
-def check_gates(gates: Sequence[Gate], *, base: bool, others: Iterable[str] = ()) -> None:
-    """Raises ConfigError for gates on what cannot be measured. base: whether there is one to compare with."""
-    changes = [f"{name}{CHANGE}" for name in METRICS if name != "perplexity"]
-    known = [*METRICS, *changes, *others]
-    problems = [f"--gate {gate}: {unknown_metric(gate.metric, known)}" for gate in gates if gate.metric not in known]
+def check_gates(gates: Sequence[Gate], known: Sequence[str], *, base: bool) -> None:
+    """Raises ConfigError for gates on what will not be measured. base: whether there is one to compare with."""
+    changes = {f"{name}{CHANGE}" for name in known if name != "perplexity"}
+    names = [*known, *sorted(changes)]
+    problems = [f"--gate {gate}: {unknown_metric(gate.metric, names)}" for gate in gates if gate.metric not in names]
     problems += [
         f"--gate {gate}: a change needs an adapter and its base beside it; leave --no-base out"
         for gate in gates
@@ -79,6 +79,11 @@ def check_gates(gates: Sequence[Gate], *, base: bool, others: Iterable[str] = ()
     ]
     if problems:
         raise ConfigError(listing(problems))
+
+
+def of_task(gate: Gate) -> bool:
+    """Whether it is on a metric of a task, TASK/METRIC."""
+    return "/" in gate.metric
 
 
 def unknown_metric(name: str, known: Iterable[str]) -> str:

@@ -67,14 +67,27 @@ class Scores:
     metrics: dict[str, Score]
     base: dict[str, Score] | None  # of the model without its adapter
     change: dict[str, Score] | None  # metrics - base, on the same rows
-    data: Judged
-    too_long: int  # rows whose choices or prompt leave no room, left out of accuracy or exact_match
+    data: Judged | None = None
+    too_long: int = 0  # rows whose choices or prompt leave no room, left out of accuracy or exact_match
     samples: dict[str, list[Match]] = field(default_factory=dict)  # answers of either side
+    tasks: dict[str, Any] = field(default_factory=dict)  # what is known of lm-evaluation-harness's tasks
 
     def values(self) -> dict[str, float]:
         """By the names that gates use."""
         changes = {f"{name}{CHANGE}": score.value for name, score in (self.change or {}).items()}
         return {name: score.value for name, score in self.metrics.items()} | changes
+
+    def beside(self, other: "Scores") -> "Scores":
+        """Both in one."""
+        return Scores(
+            metrics={**self.metrics, **other.metrics},
+            base=None if self.base is None else {**self.base, **(other.base or {})},
+            change=None if self.change is None else {**self.change, **(other.change or {})},
+            data=self.data or other.data,
+            too_long=self.too_long + other.too_long,
+            samples={**self.samples, **other.samples},
+            tasks={**self.tasks, **other.tasks},
+        )
 
 
 @dataclass(slots=True)
@@ -261,7 +274,8 @@ def plain(found: Scores) -> dict[str, Any]:
         "metrics": of(found.metrics),
         "base": of(found.base),
         "change": of(found.change),
-        "data": {**asdict(found.data), "too_long": found.too_long},
+        "data": None if found.data is None else {**asdict(found.data), "too_long": found.too_long},
+        "tasks": found.tasks or None,
         "samples": {side: [asdict(each) for each in matches] for side, matches in found.samples.items()},
     }
 

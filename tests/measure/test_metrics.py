@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from tailora.errors import ConfigError
-from tailora.measure.metrics import Gate, check_gates, parse_gates, parse_metrics
+from tailora.measure.metrics import METRICS, Gate, check_gates, parse_gates, parse_metrics
 
 
 @pytest.mark.parametrize(
@@ -48,15 +48,18 @@ def test_a_bound_is_met_or_not(sign: str, met: list[bool]) -> None:
 
 
 def test_an_unknown_metric_names_the_nearest() -> None:
+    known = list(METRICS)
     with pytest.raises(ConfigError, match=r"--gate los<1: no metric is called 'los'; did you mean loss"):
-        check_gates(parse_gates(["los<1"]), base=True)
+        check_gates(parse_gates(["los<1"]), known, base=True)
     with pytest.raises(ConfigError, match="no metric is called 'f1'; there are: loss, perplexity, exact_match"):
-        check_gates(parse_gates(["f1>.5"]), base=True)
+        check_gates(parse_gates(["f1>.5"]), known, base=True)
     with pytest.raises(ConfigError, match="--metrics: no metric is called 'acuracy'; did you mean accuracy"):
         parse_metrics(["loss,acuracy"])
     with pytest.raises(ConfigError, match="a change needs an adapter and its base"):
-        check_gates(parse_gates(["loss_change<0"]), base=False)
-    check_gates(parse_gates(["loss_change<0", "task/acc>0"]), base=True, others=["task/acc"])
+        check_gates(parse_gates(["loss_change<0"]), known, base=False)
+    with pytest.raises(ConfigError, match="no metric is called 'perplexity_change'"):
+        check_gates(parse_gates(["perplexity_change<0"]), known, base=True)
+    check_gates(parse_gates(["loss_change<0", "task/acc>0"]), [*known, "task/acc"], base=True)
 
 
 def test_names_and_their_short_forms() -> None:
