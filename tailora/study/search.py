@@ -12,24 +12,26 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import optuna
-import yaml
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.trial import TrialState
 
 from tailora.errors import ConfigError, MemoryLimitError
 from tailora.formats.atomic import write_file
 from tailora.study import folder as folders
-from tailora.study.budget import PROBE_STEPS, Costs, Plan, planned, read_plan
-from tailora.study.choice import Candidate, Finalist, finalists, judge
+from tailora.study.budget import PROBE_STEPS, Plan, planned, read_plan
+from tailora.study.choice import Candidate, finalists, judge
 from tailora.study.config import SearchConfig
 from tailora.study.finals import finals, shared
+from tailora.study.found import Found, described, remarks, write_config
+from tailora.study.probe import probe, probe_settings
+from tailora.study.report import report_if_possible
 from tailora.study.sampling import axes, importances, sampler, suggest
-from tailora.study.space import Axis, at_edge, read_space, searched, settings, start
+from tailora.study.space import Axis, read_space, searched, settings, start
 from tailora.study.trial import RESULT, Progress, Spec, Told, Trial, try_out
 from tailora.train.config import TrainConfig
 
@@ -38,27 +40,6 @@ POLL_SECONDS = 1.0
 RESERVED = 2  # finalists that time is kept for: the best, and a cheaper one
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Found:
-    best: Finalist
-    cheapest: Finalist
-    finalists: list[Finalist]
-    trials: list[Candidate]
-    importances: dict[str, float]  # of each setting for being among the best quarter (PED-ANOVA); sum 1
-    verdict: str
-    base_loss: float  # before training, on the judging half
-    steps: int  # of a whole trial
-    seeds: list[int]
-    judged_examples: int
-    notes: list[str]
-    settings: dict[str, Any]
-    seconds: float
-    config: str  # best.yaml
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def search(
@@ -79,6 +60,7 @@ def search(
     with folders.seated(folder) as seat:
         found = _Search(train, study, space, folder, seat, say, progress).run(asked)
     write_file(folder / REPORT, json.dumps({"kind": "search", **found.to_dict()}, indent=1).encode())
+    report_if_possible(folder)
     return found
 
 
@@ -131,7 +113,8 @@ class _Search:
         known = self.folder / PLAN
         if not known.exists():
             self.say(f"timing {PROBE_STEPS} steps")
-            costs, longest, parts = self._probe()
+            spec = self._spec(probe_settings(self.space, self.train), choosing=True, describe=True)
+            costs, longest, parts = probe(spec, self.folder / "probe", self.train, self.progress)
             finals = RESERVED * self.study.seeds
             plan = planned(costs, longest, self._left(), self.study.wanted, finals)
             write_file(known, json.dumps({"plan": plan.to_dict(), "parts": parts}).encode())
@@ -140,32 +123,6 @@ class _Search:
         cut = f" of the {plan.longest:,} that the settings ask for" if plan.steps < plan.longest else ""
         self.say(f"a trial has {plan.steps:,} steps{cut} and takes up to {plan.trial_seconds:,.0f} s")
         return plan, content["parts"]
-
-    def _probe(self) -> tuple[Costs, int, dict[str, Any]]:
-        r = self.space.get("r", (self.train.r,))
-        smallest = min(r) if isinstance(r, tuple) else self.train.r  # one that fits, if any does
-        changes: dict[str, Any] = {"learning_rate": 1e-6, "r": smallest, "max_steps": PROBE_STEPS}
-        started = time.monotonic()
-        spec = self._spec(changes, choosing=True, describe=True)
-        trial = try_out(spec, self.folder / "probe", self.progress)
-        seconds = time.monotonic() - started
-        if not trial.done:
-            raise ConfigError(f"{PROBE_STEPS} steps at the smallest rate already end so: {trial.message}")
-        training = trial.numbers["train_tokens"] / trial.numbers["tokens_per_second"]
-        costs = Costs(
-            fixed=max(seconds - training - trial.evaluation_seconds, 0.0),
-            step=training / PROBE_STEPS,
-            evaluation=trial.evaluation_seconds,
-        )
-        return costs, self._longest(trial.numbers["examples"]), trial.numbers["parts"]
-
-    def _longest(self, examples: int | None) -> int:
-        """Steps that the settings ask for."""
-        if self.train.max_steps is not None or examples is None:
-            return self.train.max_steps or 1
-        size = self.train.per_device_train_batch_size
-        epoch = math.ceil(math.ceil(examples / size) / self.train.gradient_accumulation_steps)
-        return math.ceil(self.train.num_train_epochs * epoch)
 
     # ---- trials
 
@@ -262,8 +219,10 @@ class _Search:
             raise ConfigError(f"no trial was finished, so there is nothing to choose from: {ends or 'none was begun'}")
         runs = self._finals(chosen)
         judged = judge([each for each in chosen if each.number in runs], runs, self.study.margin)
-        best = self._write(BEST, judged.best)
-        self._write(CHEAPEST, judged.cheapest)
+        best, _ = (
+            write_config(self.folder / name, self.train, settings(each.settings, self.groups, self.train))
+            for name, each in ((BEST, judged.best), (CHEAPEST, judged.cheapest))
+        )
         shares = importances(self.optuna.get_trials(deepcopy=False))
         return Found(
             best=judged.best,
@@ -276,7 +235,7 @@ class _Search:
             steps=self.plan.steps,
             seeds=judged.seeds,
             judged_examples=judged.judged_examples,
-            notes=[*self.notes, *self._remarks(candidates, judged.best, shares)],
+            notes=[*self.notes, *remarks(self.plan, self.axes, candidates, judged.best, shares)],
             settings={**asked, "search": self.study.model_dump(mode="json")},
             seconds=time.monotonic() - self.started,
             config=str(best),
@@ -312,36 +271,9 @@ class _Search:
             self.say(f"trial {candidate.number} again, seed {seed}: {said}")
         return trial
 
-    def _write(self, name: str, chosen: Finalist) -> Path:
-        """What `tailora train --config` takes: the run's settings with the chosen ones."""
-        path = self.folder / name
-        own = self.train.model_dump(exclude_unset=True, exclude={"resume_from_checkpoint"})
-        changes = settings(chosen.settings, self.groups, self.train)
-        values = {**own, **changes, "output_dir": str(self.folder / path.stem)}
-        TrainConfig(**values)
-        write_file(path, yaml.safe_dump(values, sort_keys=False).encode())
-        return path
-
-    def _remarks(self, candidates: Sequence[Candidate], best: Finalist, shares: Mapping[str, float]) -> list[str]:
-        plan = self.plan
-        edges = [name for name, value in best.settings.items() if at_edge(self.axes[name], value)]
-        rules = {
-            f"{', '.join(edges)} of the best lies at the edge of its space: a wider one may hold better": edges,
-            f"trials had {plan.steps:,} of the {plan.longest:,} steps that the settings ask for; in longer runs a "
-            "lower learning rate and a higher rank may be better": plan.steps < plan.longest,
-            f"{len(candidates)} trials are too few to say which settings matter": not shares,
-        }
-        return [text for text, holds in rules.items() if holds]
-
 
 def _line(each: Candidate) -> str:
     """A trial in a line of the log."""
     said = f"{each.eval_loss:.4f}" if each.eval_loss is not None else "no loss"
     ended = "" if each.state == "done" else f", {each.state}: {each.message}"
     return f"trial {each.number}: {said}{ended}  ({described(each.settings)})"
-
-
-def described(values: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
-    )
