@@ -16,6 +16,7 @@ from tailora.study.extra import need
 
 OWN = SearchConfig.model_fields
 DEFAULTS = {"output_dir": "outputs/search"}
+RATES = {"output_dir": "outputs/learning-rates"}  # of --lr-only
 LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method", "eval_steps"}
 LEFT_OUT |= {"early_stopping_patience", "save_total_limit"}
 FLAGS: Any = flags_of(DEFAULTS, FIELDS.keys() - LEFT_OUT)
@@ -24,6 +25,7 @@ STUDY = "Search"
 STUDY_FLAGS: Any = flags_beside(SearchConfig, STUDY, list(OWN))
 NO_STUDY_FLAGS = STUDY_FLAGS()
 SHOWN = 12  # trials
+TITLED: Any = {"title_justify": "left", "title_style": "bold"}
 
 
 def search(
@@ -43,23 +45,42 @@ def search(
     typed = given(study)
     if "space" in typed:
         typed["space"] = {**written.get("space", {}), **pairs("space", typed["space"])}
-    chosen = settings(flags, config, DEFAULTS, others=OWN)
-    return _run(chosen, SearchConfig(**{**written, **typed}), json)
+    asked = SearchConfig(**{**written, **typed})
+    chosen = settings(flags, config, RATES if asked.lr_only else DEFAULTS, others=OWN)
+    return _run(chosen, asked, json)
 
 
 def _run(chosen: Settings, study: SearchConfig, as_json: bool) -> int:
+    from tailora.study.range import find_range  # Optuna from here on
     from tailora.study.search import search as run
 
     for text in chosen.notes:
         note(text)
     console = logs()
+    work, display = (find_range, show_rates) if study.lr_only else (run, show)
     with resumable(chosen.config.output_dir):
-        found = run(chosen.config, study, say=lambda text: console.print(text, markup=False), progress=bar(console))
+        found: Any = work(
+            chosen.config, study, say=lambda text: console.print(text, markup=False), progress=bar(console)
+        )
     if as_json:
         print_json(found.to_dict())
     else:
-        show(results(), found)
+        display(results(), found)
     return 0
+
+
+def show_rates(console: Console, found: Any) -> None:
+    table = Table("learning rate", "held-out loss", title=f"{found.steps} steps at rising rates", **TITLED)
+    for rate, loss in found.curve:
+        table.add_row(f"{rate:.1e}", f"{loss:.3f}")
+    console.print(table)
+    ended = " and then diverged" if found.diverged else ""
+    console.print(
+        f"The loss falls from {found.low:.1e}, is lowest at {found.lowest:.1e} ({found.gain:.3f} nats per token below "
+        f"the base's {found.base_loss:.3f}), and is up again at {found.high:.1e}{ended}.",
+        soft_wrap=True,
+    )
+    console.print("", Text(f"Take --learning-rate {found.suggestion:.1e}.", style="bold"), sep="\n")
 
 
 def show(console: Console, found: Any) -> None:
@@ -82,7 +103,7 @@ def _trials(found: Any) -> Table:
     rest = f", {len(ended)} ended early" if ended else ""
     title = f"{len(found.trials)} trials of {found.steps} steps{rest}; loss on the half that chooses"
     names = list(done[0].settings)
-    table = Table("trial", "loss", "trained", *names, title=title, title_justify="left", title_style="bold")
+    table = Table("trial", "loss", "trained", *names, title=title, **TITLED)
     for each in done[:SHOWN]:
         table.add_row(str(each.number), f"{each.eval_loss:.3f}", _size(each), *map(_short, each.settings.values()))
     return table
@@ -92,7 +113,7 @@ def _finalists(found: Any) -> Table:
     seeds, examples = len(found.seeds), found.judged_examples
     title = f"Finalists: {seeds} seed{'s' * (seeds > 1)}, judged on the other {examples} held-out examples"
     heads = ("trial", "held-out loss (95%)", "- best (95%)", "p", "trained", "train s", "peak GB")
-    table = Table(*heads, title=title, title_justify="left", title_style="bold")
+    table = Table(*heads, title=title, **TITLED)
     for each in found.finalists:
         low, high = each.interval
         apart = each.difference

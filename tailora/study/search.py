@@ -49,6 +49,8 @@ def search(
 
     Raises ConfigError; whatever a run raises that is neither divergence nor lack of memory.
     """
+    if study.lr_only:
+        raise ConfigError("lr_only is for study.range.find_range, which finds the learning rates alone")
     folder = Path(train.output_dir)
     space = searched(read_space(study.space), train)
     asked = {
