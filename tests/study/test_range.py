@@ -1,0 +1,109 @@
+"""The learning-rate range finder: landmarks of a curve, and a run whose suggestion trains well."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tailora.cli.main import main
+from tailora.errors import ConfigError
+from tailora.study.config import SearchConfig
+from tailora.study.range import HIGHEST, LOWEST, STEPS, RateRange, find_range, landmarks, read_range
+from tailora.study.search import search
+from tailora.study.trial import Trial
+from tailora.train.config import TrainConfig
+from tailora.train.optim import rising
+from tailora.train.run import run
+
+
+def test_a_rate_rises_by_one_factor_from_end_to_end() -> None:
+    rates = [rising(step, 5, 1e-4, 1.0) for step in range(5)]
+    assert rates == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+
+
+def curve(noise: float, seed: int = 0) -> list[tuple[float, float]]:
+    """Falls by 1 around 1e-3, lowest at 1e-2, and is lost above 3e-2."""
+    rates = np.geomspace(LOWEST, HIGHEST, 40)
+    place = np.log10(rates)
+    losses = 4 - 1 / (1 + np.exp(-(place + 3) * 4)) + 3 / (1 + np.exp(-(place + 1.2) * 6))
+    losses += np.random.default_rng(seed).normal(0, noise, len(rates))
+    return list(zip(rates.tolist(), losses.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_useful_rates_are_found_under_noise(noise: float, seed: int) -> None:
+    low, lowest, high, gain = landmarks(curve(noise, seed), 4.0)
+    assert 8e-5 < low < 5e-4
+    assert 3e-3 < lowest < 2.1e-2
+    assert lowest < high < 6e-2
+    assert gain == pytest.approx(1, abs=0.06)
+
+
+def test_one_bad_evaluation_says_nothing() -> None:
+    broken = curve(0.0)
+    broken[20] = (broken[20][0], 1.0)
+    assert landmarks(broken, 4.0) == pytest.approx(landmarks(curve(0.0), 4.0), rel=0.5)
+
+
+def rising_run(losses: list[float]) -> Trial:
+    steps = range(3, 3 * len(losses) + 1, 3)
+    told = [(0, 4.0), *zip(steps, losses, strict=True)]
+    return Trial("pruned", "diverging", {}, [], [], [], None, 0, losses=[4.0] * steps[-1], curve=told)
+
+
+def test_rates_that_teach_nothing_are_no_range() -> None:
+    with pytest.raises(ConfigError, match=r"no learning rate from 1e-06 to 1 lowered the held-out loss of 4\.000"):
+        read_range(rising_run([4.0, 4.001, 4.2, 5.0]), STEPS, {})
+
+
+def test_a_rate_that_was_given_is_not_looked_for(small_run: TrainConfig, tmp_path: Path) -> None:
+    given = small_run.replaced(learning_rate=1e-3, output_dir=str(tmp_path / "rates"))
+    with pytest.raises(ConfigError, match="leave out learning_rate"):
+        find_range(given, SearchConfig(lr_only=True))
+    with pytest.raises(ConfigError, match="find_range"):
+        search(given, SearchConfig(lr_only=True))
+    assert not (tmp_path / "rates").exists()
+
+
+@pytest.fixture(scope="module")
+def found(small_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[RateRange, TrainConfig]:
+    train = small_run.replaced(output_dir=str(tmp_path_factory.mktemp("rates") / "study"))
+    return find_range(train, SearchConfig(lr_only=True)), train
+
+
+@pytest.mark.slow
+def test_the_suggested_rate_trains_as_well_as_the_best_of_a_grid(
+    found: tuple[RateRange, TrainConfig], tmp_path: Path
+) -> None:
+    rates, train = found
+    assert rates.low < rates.suggestion < rates.lowest <= rates.high
+    assert rates.diverged == (rates.steps < STEPS)
+
+    def loss_at(rate: float) -> float:
+        folder = str(tmp_path / f"{rate:.2g}")
+        after = run(train.replaced(learning_rate=rate, samples=0, max_steps=60, output_dir=folder)).eval_loss_after
+        assert after is not None
+        return after
+
+    grid = {rate: loss_at(rate) for rate in 10 ** np.arange(-4.5, -0.9, 0.5)}
+    assert rates.base_loss - min(grid.values()) > 1  # there is something to learn, and rates that do not
+    assert loss_at(rates.suggestion) < min(grid.values()) + 0.1 * (rates.base_loss - min(grid.values()))
+
+
+@pytest.mark.slow
+def test_the_command_shows_what_was_found_before(
+    found: tuple[RateRange, TrainConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates, train = found
+    monkeypatch.setattr("tailora.study.trial.subprocess.Popen", None)  # no run is made again
+    command = ["search", "--lr-only", "--model", train.model, "--data", train.data, "--dtype", "float32", "--r", "4"]
+    command += ["--validation-split", "0.3", "--per-device-train-batch-size", "4", "--num-train-epochs", "2"]
+    assert main([*command, "--output-dir", train.output_dir]) == 0
+    assert f"Take --learning-rate {rates.suggestion:.1e}" in capsys.readouterr().out
+    assert main([*command, "--output-dir", train.output_dir, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert math.isclose(said["suggestion"], rates.suggestion)
+    assert json.loads((Path(train.output_dir) / "learning-rates.json").read_text())["curve"] == said["curve"]
