@@ -143,7 +143,7 @@ def _sort(
         name, factor = _factor(key)
         owner = next((path for path in whole if key.startswith(f"{path}.")), None)
         if factor and name in wrappers:
-            if factor == "B" and name.endswith(".out_proj") and adds_twice(stored.settings or {}):
+            if factor == "B" and name.endswith("base_layer.out_proj") and adds_twice(stored.settings or {}):
                 tensor = 2 * tensor
             _split(wrappers[name], factor, tensor, parts, 2 if stored.notes.start else 1)
         elif factor and name in modules and kind_of(modules[name]):

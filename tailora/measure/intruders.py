@@ -6,6 +6,7 @@ threshold. They came with forgetting there; the same count for a random update s
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from tailora.core.spectra import leading
 
 LEADING = 10  # vectors looked at, the paper's k
 THRESHOLD = 0.5  # its epsilon
+WHOLE, NEAR = 1024, 64  # sizes up to which all of W's vectors are looked at; of larger ones, those looked at first
 TINY = 1e-6  # of the largest singular value: left vectors of smaller ones are rounding
 
 Cosines = Callable[[Tensor], Tensor]
+Counter = Callable[[Tensor], int]
 
 
 def cosines_with(W: Tensor) -> Cosines:
@@ -35,10 +38,27 @@ def cosines_with(W: Tensor) -> Cosines:
     return lambda u: inverse[:, None] * (V.mT @ (W.mT @ u))
 
 
-def count(cosines: Cosines, changed: Tensor, k: int = LEADING, threshold: float = THRESHOLD) -> int:
-    """Intruders among the k leading left singular vectors of `changed` (m, n), the base's weight with its update."""
-    u = leading(changed, min(k, *changed.shape)).U
-    return int((cosines(u).abs().amax(0) < threshold).sum())
+def counter(W: Tensor, k: int = LEADING, threshold: float = THRESHOLD, *, whole: int = WHOLE) -> Counter:
+    """A function from the tuned weight (m, n) to the number of intruders among its k leading left singular vectors.
+
+    whole: a W that is larger is decomposed whole only for vectors that its NEAR leading ones leave undecided. Mostly
+    one of those is near, or what is left of the vector is too short for any other to be.
+    """
+    all_of = cache(lambda: cosines_with(W))
+    near_by = leading(W, NEAR).U if min(W.shape) > whole else W.new_zeros(W.shape[0], 0)
+
+    def count(changed: Tensor) -> int:
+        u = leading(changed, min(k, *changed.shape)).U
+        shares = (near_by.mT @ u).square()  # (NEAR, k)
+        known = (shares >= threshold**2).any(0)
+        hopeless = ~known & (1 - shares.sum(0) < threshold**2)
+        open_ = ~known & ~hopeless
+        found = int(hopeless.sum())
+        if open_.any():
+            found += int((all_of()(u[:, open_]).abs().amax(0) < threshold).sum())
+        return found
+
+    return count
 
 
 def random_update(m: int, n: int, r: int, norm: float, seed: int = 0) -> Factors:

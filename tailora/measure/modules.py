@@ -201,6 +201,6 @@ def _beside(update: Update, norm: float, seed: int, look_for_intruders: bool) ->
         return _Beside(relative, None, None, f"{matrices} matrices, not one: intruders are not counted")
     change = update.factors.dense.to(W) if whole is None else whole
     by_chance = intruders.random_update(W.shape[1], W.shape[2], update.factors.B.shape[2], float(change.norm()), seed)
-    cosines = intruders.cosines_with(W[0])
-    found, random = (intruders.count(cosines, (W + each.to(W))[0]) for each in (change, by_chance.dense))
+    count = intruders.counter(W[0])
+    found, random = (count((W + each.to(W))[0]) for each in (change, by_chance.dense))
     return _Beside(relative, found, random, "")

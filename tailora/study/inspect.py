@@ -23,6 +23,7 @@ from tailora.measure.modules import ModuleReport, Update, examine, updates_alone
 from tailora.study.advice import advise
 from tailora.study.pair import Pair, overlaps
 from tailora.study.places import group_of, in_order, layers_of
+from tailora.study.report import report_if_possible
 from tailora.study.rule import Advice
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _training(folder: Path) -> dict[str, Any]:
 
 
 def write_report(found: Inspection, folder: Path) -> Path:
-    """report.json, with all that was found. Raises WriteError."""
+    """report.json, with all that was found, and report.html where the packages for it are. Raises WriteError."""
     text = json.dumps({"kind": "inspect", **found.to_dict()}, indent=1, allow_nan=False)
     write_file(folder / REPORT, text.encode())
-    return folder / REPORT
+    return report_if_possible(folder) or folder / REPORT

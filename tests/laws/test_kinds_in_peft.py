@@ -1,8 +1,10 @@
 """Attention, parts and experts in PEFT's files, both ways."""
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from transformers import (
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import FormatError
+from tailora.formats.alone import read_alone
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 RIGHT = [(kind, slot) for kind, slot in SPECIAL_PAIRS if not kind.peft_is_wrong]
@@ -201,6 +204,21 @@ def test_parts_are_one_adapter_of_the_fused_layer_in_peft(settings: dict[str, An
     assert back.adapters == model.adapters
     assert back.lora_layers.keys() == model.lora_layers.keys()
     torch.testing.assert_close(output(back.eval()), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_linear_layer_that_is_called_out_proj_is_added_once(tmp_path: Path) -> None:
+    """As in OPT and Whisper; PEFT adds only that of nn.MultiheadAttention twice."""
+    make = partial(nn.ModuleDict, {"attn": nn.ModuleDict({"out_proj": nn.Linear(8, 6)})})
+    x = torch.randn(3, 8)
+    theirs = peft.get_peft_model(copy.deepcopy(fresh(make)), peft.LoraConfig(r=2, target_modules=["out_proj"])).eval()
+    layer: Any = theirs.base_model.model["attn"]["out_proj"]
+    nn.init.normal_(layer.lora_B["default"].weight)
+    theirs.save_pretrained(str(tmp_path))
+    expected = layer(x)
+    model = LoRAModel.from_pretrained(fresh(make), tmp_path).eval()
+    torch.testing.assert_close(model.base_model["attn"]["out_proj"](x), expected, **TOLERANCE)
+    alone = read_alone(tmp_path).updates["attn.out_proj"].factors.dense[0]
+    torch.testing.assert_close(alone, model.adapter().low_rank["attn.out_proj"].delta().detach(), **TOLERANCE)
 
 
 def test_a_file_that_is_not_made_of_its_parts_is_refused(tmp_path: Path) -> None:

@@ -37,27 +37,38 @@ def test_cosines_are_those_of_the_full_decomposition(shape: tuple[int, int]) -> 
 def test_a_planted_intruder_is_found_and_only_that(shape: tuple[int, int]) -> None:
     W = weight(*shape)
     planted = 2 * spread(shape[0]) @ spread(shape[1]).mT  # above all of W's singular values
-    cosines = intruders.cosines_with(W)
-    assert intruders.count(cosines, W) == 0
-    assert intruders.count(cosines, W + planted) == 1
+    count = intruders.counter(W)
+    assert count(W) == 0
+    assert count(W + planted) == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_stronger_weights_and_small_noise_are_no_intruders(shape: tuple[int, int]) -> None:
     W = weight(*shape)
-    cosines = intruders.cosines_with(W)
-    assert intruders.count(cosines, 3 * W) == 0
+    count = intruders.counter(W)
+    assert count(3 * W) == 0
     noise = intruders.random_update(*shape, 8, norm=0.01).dense[0]
-    assert intruders.count(cosines, W + noise) == 0
+    assert count(W + noise) == 0
 
 
-def test_large_random_updates_have_intruders_and_a_full_decomposition_counts_as_many() -> None:
+@pytest.mark.parametrize("norm", [0.3, 1.0, 3.0, 10.0])
+def test_the_short_way_and_the_full_decomposition_count_as_many(norm: float) -> None:
     W = weight(EXACT + 44, EXACT + 84)
-    changed = W + intruders.random_update(*W.shape, 6, norm=3.0).dense[0]
+    changed = W + intruders.random_update(*W.shape, 6, norm=norm).dense[0]
     old, new = (torch.linalg.svd(each.double(), full_matrices=False).U for each in (W, changed))
     by_hand = int(((old.mT @ new[:, :10]).abs().amax(0) < 0.5).sum())
-    assert by_hand >= 3
-    assert intruders.count(intruders.cosines_with(W), changed) == by_hand
+    assert intruders.counter(W)(changed) == by_hand
+    assert intruders.counter(W, whole=EXACT)(changed) == by_hand
+    assert by_hand >= 3 or norm < 3
+
+
+def test_a_weight_without_intruders_is_not_decomposed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: Tensor) -> None:
+        raise AssertionError("decomposed")
+
+    monkeypatch.setattr(intruders, "cosines_with", refused)
+    W = weight(EXACT + 44, EXACT + 84)
+    assert intruders.counter(W, whole=EXACT)(W + intruders.random_update(*W.shape, 6, norm=0.1).dense[0]) == 0
 
 
 def test_a_random_update_has_the_shape_rank_and_norm_and_is_the_same_every_time() -> None:

@@ -70,7 +70,8 @@ def test_beside_the_base_and_on_data(tuned: TrainConfig, tmp_path: Path) -> None
     assert len([line for line in heard if "lower half" in line]) == 5
     assert not any(advice.rule == "no gain" for advice in found.advice)
 
-    written = json.loads(write_report(found, tmp_path).read_text())
+    assert write_report(found, tmp_path) == tmp_path / "report.html"
+    written = json.loads((tmp_path / "report.json").read_text())
     assert written["kind"] == "inspect"
     assert written["modules"][0].keys() >= {
         *("path", "r", "effective_rank", "stable_rank", "energy", "relative_norm", "intruders", "scaling"),

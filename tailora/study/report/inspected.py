@@ -69,6 +69,35 @@ class Advice(BaseModel):
     command: str = ""
 
 
+class Overlap(BaseModel):
+    """One matrix that both adapters change."""
+
+    path: str
+    cosine: float
+    writes: float
+    writes_by_chance: float
+    reads: float
+    reads_by_chance: float
+
+
+class Together(BaseModel):
+    """Held-out losses."""
+
+    base: float
+    one: float
+    other: float
+    both: float
+
+
+class Pair(BaseModel):
+    """Another adapter of the same base."""
+
+    other: str
+    modules: list[Overlap]
+    cosine: float
+    losses: Together | None = None
+
+
 class Inspection(BaseModel):
     adapter: str
     model: str | None = None
@@ -80,4 +109,5 @@ class Inspection(BaseModel):
     held_out: HeldOut | None = None
     forgetting: dict[str, Any] | None = None
     dial: list[Strength] = []
+    pair: Pair | None = None
     advice: list[Advice]
