@@ -76,7 +76,9 @@ def alone(stored: StoredAdapter) -> Alone:
     updates, problems = {}, []
     for path, found in layers.items():
         pair = _pair(found)
-        if pair is None:
+        if pair is None and (lone := [SLOT_OF[suffix] for suffix in found if SLOT_OF[suffix] in "AB"]):
+            problems.append(f"{path}: there is a lora_{lone[0]} without the other factor")
+        elif pair is None:
             left_out[path] = WHOLE
         elif reason := _no_matrix(path, *pair, config):
             left_out[path] = reason

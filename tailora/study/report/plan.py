@@ -48,7 +48,6 @@ def plan_page(content: Mapping[str, Any]) -> Page:
     lead = f"{whole}, {words.size(plan.memory['total'])} of memory are needed."
     if plan.full is not None:
         lead += f" Full fine-tuning needs {words.size(plan.full.memory['total'])}."
-    every = [_notes(plan), _modules(plan.modules), _left_alone(plan.left_alone), _settings(plan)]
     sections = [
         Section("Memory", "Estimated, at the moment when most is held.", [_memory(plan), _memory_table(plan)]),
         Section(
