@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tailora.cli.studying import page_of
 from tailora.measure.answers import Answer
 from tailora.measure.change import changes, verdict
 from tailora.measure.intervals import Interval
@@ -29,7 +30,6 @@ FILES = {
     "config.yaml": "the settings, for --config",
     CONTENT: "the numbers of report.html, for programs",
 }
-NO_PAGE = "report.html needs the extra: pip install 'tailora[study]', then: tailora report"
 TITLED: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 
 
@@ -101,7 +101,7 @@ def written(folder: Path, answered: bool) -> Table:
         if (folder / name).exists() and (answered or name != "samples.json"):
             table.add_row(Text(str(folder / name), overflow="fold"), content)
     if not (folder / PAGE).exists():
-        table.caption, table.caption_justify = f"{NO_PAGE} {shlex.quote(str(folder))}", "left"
+        table.caption, table.caption_justify = page_of(folder), "left"
     return table
 
 

@@ -1,5 +1,6 @@
 """`tailora compare`: LoRA against full fine-tuning on the user's own model and data."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -7,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailora.cli.console import logs, note, print_json, results
+from tailora.cli.console import aside, logs, note, print_json, results
 from tailora.cli.options import FIELDS, ConfigFile, Json, Settings, changes, flags_beside, flags_of, given, settings
-from tailora.cli.studying import bar, resumable
+from tailora.cli.studying import bar, page_of, resumable
 from tailora.cli.yaml12 import read_mapping
 from tailora.errors import ConfigError
 from tailora.study.config import FULL, LORA, CompareConfig
@@ -84,6 +85,7 @@ def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
         print_json(comparison.to_dict())
     else:
         show(results(), comparison)
+    aside(page_of(Path(chosen.config.output_dir)))
     return 0
 
 

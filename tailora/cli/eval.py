@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 
-from tailora.cli.console import logs, note, print_json, results
+from tailora.cli.console import aside, logs, note, print_json, results
 from tailora.cli.derived import Base, base_name
 from tailora.cli.models import Quantize, load, named, recorded
 from tailora.cli.options import Json, flags_of, settings
 from tailora.cli.scored import judged, progress, refused, show
+from tailora.cli.studying import page_of
 from tailora.errors import ConfigError
 from tailora.measure.metrics import METRICS, SHELL, Gate, check_gates, of_task, parse_gates, parse_metrics
+from tailora.study.report import report_if_possible
 
 if TYPE_CHECKING:
     from tailora.measure.scores import Asked, Scores
@@ -102,7 +104,7 @@ def eval(
     limit: Limit = None,
     quantize: Quantize = None,
     harness: Harness = NO_HARNESS,
-    output_dir: Annotated[Path | None, Parameter(help="folder for report.json")] = None,
+    output_dir: Annotated[Path | None, Parameter(help="folder for a report: page and numbers")] = None,
     json: Json = False,
     flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
 ) -> int:
@@ -229,6 +231,8 @@ def _told(
     if folder is not None:
         content = jsonlib.dumps({"kind": KIND, **payload}, indent=1, allow_nan=False)
         write_file(folder / REPORT, content.encode())
+        report_if_possible(folder)
+        aside(page_of(folder))
     if as_json:
         print_json(payload)
     else:

@@ -13,6 +13,7 @@ from tailora.cli.console import aside, logs, on_terminal, print_json, results
 from tailora.cli.derived import check_new
 from tailora.cli.models import Quantize, chosen_method, is_lora_file, recorded
 from tailora.cli.options import Json, flags_of, settings
+from tailora.cli.studying import page_of
 from tailora.errors import ConfigError
 from tailora.formats.folders import SETTINGS, adapter_in
 
@@ -69,7 +70,8 @@ def inspect(
     with _bar() as progress:
         found = run(folder, model, data, other=second, asked=asked, quantize=method, say=aside, progress=progress)
     if output_dir is not None:
-        aside(f"written {write_report(found, output_dir)}")
+        write_report(found, output_dir)
+        aside(page_of(output_dir))
     if json:
         print_json(found.to_dict())
     else:

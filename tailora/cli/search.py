@@ -1,5 +1,6 @@
 """`tailora search`: the best settings for the user's own model and data, and the cheapest that are as good."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -7,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailora.cli.console import logs, note, print_json, results
+from tailora.cli.console import aside, logs, note, print_json, results
 from tailora.cli.options import FIELDS, ConfigFile, Json, Settings, flags_beside, flags_of, given, pairs, settings
-from tailora.cli.studying import bar, resumable
+from tailora.cli.studying import bar, page_of, resumable
 from tailora.cli.yaml12 import read_mapping
 from tailora.study.config import SearchConfig
 from tailora.study.extra import need
@@ -66,6 +67,8 @@ def _run(chosen: Settings, study: SearchConfig, as_json: bool) -> int:
         print_json(found.to_dict())
     else:
         display(results(), found)
+    if not study.lr_only:
+        aside(page_of(Path(chosen.config.output_dir)))
     return 0
 
 

@@ -4,10 +4,12 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 
 from tailora.cli.console import on_terminal
+from tailora.study.report import PAGE
 
 
 def bar(console: Console) -> Callable[[int, int, float], None] | None:
@@ -20,6 +22,13 @@ def bar(console: Console) -> Callable[[int, int, float], None] | None:
         console.print(f"  step {step}/{steps}  loss {loss:.3f}   ", end=end, style="dim")
 
     return show_step
+
+
+def page_of(folder: Path) -> str:
+    """Where the page of a run or a study is, or what it takes to have one."""
+    if (folder / PAGE).exists():
+        return f"a page with all of it: {folder / PAGE}"
+    return f"a page with all of it: pip install 'tailora[study]' && tailora report {shlex.quote(str(folder))}"
 
 
 @contextmanager

@@ -243,6 +243,27 @@ def inspect() -> dict[str, Any]:
             {"strength": 0.75, "loss": 3.7, "kl": 0.12, "base_text_rise": 0.05},
             {"strength": 0.5, "loss": 3.9, "kl": 0.05, "base_text_rise": 0.02},
         ],
+        "pair": {
+            "other": "outputs/other",
+            "modules": [
+                {
+                    "path": each["path"],
+                    "norm": 1.0,
+                    "other_norm": 1.0,
+                    "sum_norm": 1.4,
+                    "cosine": 0.03,
+                    "writes": 0.2,
+                    "writes_by_chance": 0.1,
+                    "reads": 0.3,
+                    "reads_by_chance": 0.1,
+                }
+                for each in modules
+            ],
+            "only_here": ["score"],
+            "only_there": [],
+            "cosine": 0.03,
+            "losses": {"base": 4.47, "one": 3.66, "other": 3.7, "both": 3.9, "worse": 0.24, "worse_low": None},
+        },
         "advice": [
             {
                 "rule": "saturated",
@@ -271,7 +292,8 @@ def plan() -> dict[str, Any]:
         for layer in range(6)
         for name, ends in names.items()
     ]
-    memory = {"weights": 2.7e8, "adapters": 2e7, "gradients": 2e7, "optimizer": 4e7, "activations": 9e8, "logits": 3e8}
+    parts = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "copies", "process")
+    memory = dict(zip(parts, (2.7e8, 2e7, 2e7, 4e7, 9e8, 3e8, 2e7, 3e8), strict=True))
     full = {**memory, "adapters": 0.0, "gradients": 2.7e8, "optimizer": 1.08e9}
     return {
         "kind": "plan",
@@ -304,7 +326,6 @@ def evaluation() -> dict[str, Any]:
         "base": {"loss": score(4.47, 0.19), "perplexity": score(87.3, 17.0), "exact_match": score(0.1, 0.1)},
         "change": {
             "loss": score(-0.81, 0.1),
-            "perplexity": {"value": -48.0, "interval": None, "n": 40},
             "exact_match": score(0.2, 0.1),
         },
         "data": {"source": "demo", "shape": "messages", "rows": 40, "tokens": 1070},

@@ -21,7 +21,7 @@ class Score(BaseModel):
 
     @property
     def spread(self) -> str:
-        return words.between(*(self.interval or (None, None)))
+        return "" if self.interval is None else f"{_worded(self.interval[0])} to {_worded(self.interval[1])}"
 
 
 class Match(BaseModel):
@@ -43,7 +43,8 @@ class Judged(BaseModel):
     metrics: dict[str, Score]
     base: dict[str, Score] | None = None
     change: dict[str, Score] | None = None
-    data: dict[str, Any]
+    data: dict[str, Any] | None  # None where only tasks of lm-evaluation-harness were run
+    tasks: dict[str, Any] | None = None
     samples: dict[str, list[Match]] = {}
     gates: list[Met] = []
     seconds: float
@@ -53,7 +54,9 @@ def eval_page(content: Mapping[str, Any]) -> Page:
     found = Judged.model_validate(content)
     judged = found.adapter or found.model
     missed = [each.gate for each in found.gates if not each.met]
-    lead = f"{words.plural(found.data['rows'], 'row')} of {found.data['source']}."
+    lead = "Tasks of lm-evaluation-harness."
+    if found.data is not None:
+        lead = f"{words.plural(found.data['rows'], 'row')} of {found.data['source']}."
     if found.gates:
         lead += f" Gates not met: {', '.join(missed)}." if missed else f" All {len(found.gates)} gates are met."
     sections = [
@@ -67,7 +70,7 @@ def eval_page(content: Mapping[str, Any]) -> Page:
 
 def _tiles(found: Judged) -> list[Tile]:
     tiles = [
-        Tile(name.replace("_", " "), f"{score.value:.3f}", score.spread)
+        Tile(name.replace("_", " "), _worded(score.value), score.spread)
         for name, score in found.metrics.items()
         if score.value is not None
     ]
@@ -78,22 +81,23 @@ def _figures(found: Judged) -> list[Picture]:
     if found.base is None:
         return []
     pictures = []
-    for name, score in found.metrics.items():
+    for place, (name, score) in enumerate(found.metrics.items()):
         rows = [
             Estimate(side, each.value, *(each.interval or (None, None)))
-            for side, each in ((BASE, found.base[name]), (TUNED, score))
-            if each.value is not None
+            for side, each in ((BASE, found.base.get(name)), (TUNED, score))
+            if each is not None and each.value is not None
         ]
         if rows:
-            said = "; ".join(f"{row.name} {row.value:.3f} ({words.between(row.low, row.high)})" for row in rows)
+            said = "; ".join(f"{row.name} {_worded(row.value)}" for row in rows)
             meaning = METRICS.get(name, name)
             apart = (found.change or {}).get(name)
             change = ""
             if apart is not None and apart.value is not None:
-                change = f" Change on the same rows: {words.signed(apart.value)} ({apart.spread})."
+                spread = f" ({apart.spread})" if apart.spread else ""
+                change = f" Change on the same rows: {_worded(apart.value)}{spread}."
             pictures.append(
                 Picture(
-                    f"metric-{name.replace('_', '-')}",
+                    f"metric-{place}",
                     partial(_draw, rows, name.replace("_", " ")),
                     f"{name}: {said}.",
                     f"{meaning[:1].upper()}{meaning[1:]}.{change}",
@@ -103,7 +107,8 @@ def _figures(found: Judged) -> list[Picture]:
 
 
 def _draw(rows: list[Estimate], unit: str, width: float) -> Drawing:
-    return Drawing(estimates(width, rows, unit)[0])
+    form = ".3f" if all(abs(row.value) < 10 for row in rows) else ",.1f"
+    return Drawing(estimates(width, rows, unit, form=form)[0])
 
 
 def _gates(found: Judged) -> Table | None:
@@ -141,15 +146,19 @@ def _table(found: Judged) -> Table:
     for name, score in found.metrics.items():
         row = [name, _number(score), score.spread, f"{score.n:,}"]
         for scores in given.values():
-            row += [_number(scores[name]), scores[name].spread]
+            row += [_number(scores[name]), scores[name].spread] if name in scores else ["", ""]
         rows.append(row)
     return Table(heads, rows)
 
 
 def _number(score: Score) -> str:
-    return "–" if score.value is None else f"{score.value:.4f}"
+    return "–" if score.value is None else _worded(score.value)
+
+
+def _worded(value: float) -> str:
+    return words.short(value).replace("-", "−")
 
 
 def _data(found: Judged) -> Table:
-    rows = [(name, words.value(each)) for name, each in found.data.items()]
-    return Table(("", ""), [("model", found.model), *rows], words=2, folded="Data")
+    known = {"model": found.model, **(found.data or {}), **(found.tasks or {})}
+    return Table(("", ""), [(name, words.value(each)) for name, each in known.items()], words=2, folded="Data")

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tailora.study.report import words
-from tailora.study.report.inspected import Advice, Inspection, Pair
+from tailora.study.report.inspected import Advice, Inspection
 from tailora.study.report.layers import maps, spectra
 from tailora.study.report.losses import dial, forgotten, half_losses, half_table
+from tailora.study.report.pair import pair_section
 from tailora.study.report.parts import Finding, Page, Points, Section, Table, Tile
 
 ADAPTER = "adapter"  # within a run's folder
@@ -37,7 +38,7 @@ def inspect_page(content: Mapping[str, Any]) -> Page:
             [half_losses(held), half_table(held)] if held else [],
         ),
         Section("What was forgotten", forgotten(found), [dial(found)]),
-        Section("Beside another adapter", _beside(found.pair), [_overlaps(found.pair)]),
+        *([] if found.pair is None else [pair_section(found.pair)]),
         Section("All numbers", "", [_table(found), *_left_out(found.left_out), _settings(found)]),
     ]
     return Page("inspect", _title(found.adapter), f"{lead}. {said}", _tiles(found), sections)
@@ -95,29 +96,6 @@ def _setting(advice: Advice) -> str:
 
 
 # ---- two adapters
-
-
-def _beside(pair: Pair | None) -> str:
-    if pair is None:
-        return ""
-    said = f"{pair.other}: cosine of the updates {pair.cosine:+.3f}."
-    if (losses := pair.losses) is not None:
-        said += f" Held-out loss: base {losses.base:.4f}, this one {losses.one:.4f}, the other {losses.other:.4f}, "
-        said += f"both added up {losses.both:.4f}."
-    return said
-
-
-def _overlaps(pair: Pair | None) -> Table | None:
-    """Writes and reads: overlap of the spaces of outputs and of inputs; 1 where one lies in the other."""
-    if pair is None:
-        return None
-    rows = [
-        [each.path, f"{each.cosine:+.2f}"]
-        + [f"{value:.2f}" for value in (each.writes, each.writes_by_chance, each.reads, each.reads_by_chance)]
-        for each in pair.modules
-    ]
-    heads = ("module", "cosine", "writes", "by chance", "reads", "by chance")
-    return Table(heads, rows, folded=f"Overlap of {words.plural(len(rows), 'matrix', 'matrices')}")
 
 
 # ---- all numbers

@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tailora.core.matching import layer_index
+from tailora.study.report.pair import Pair
 
 
 class Module(BaseModel):
@@ -67,35 +68,6 @@ class Advice(BaseModel):
     says: str
     setting: dict[str, Any] = {}
     command: str = ""
-
-
-class Overlap(BaseModel):
-    """One matrix that both adapters change."""
-
-    path: str
-    cosine: float
-    writes: float
-    writes_by_chance: float
-    reads: float
-    reads_by_chance: float
-
-
-class Together(BaseModel):
-    """Held-out losses."""
-
-    base: float
-    one: float
-    other: float
-    both: float
-
-
-class Pair(BaseModel):
-    """Another adapter of the same base."""
-
-    other: str
-    modules: list[Overlap]
-    cosine: float
-    losses: Together | None = None
 
 
 class Inspection(BaseModel):

@@ -12,7 +12,7 @@ from tailora.study.report.parts import Drawing, Page, Picture, Points, Section, 
 from tailora.study.report.plan_modules import Module, by_matrix, map_of_ranks, parameters
 from tailora.study.report.svg import INK, SERIES
 
-PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits")  # in the order of the bars
+PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "copies", "process")
 
 
 class Full(BaseModel):
@@ -48,6 +48,7 @@ def plan_page(content: Mapping[str, Any]) -> Page:
     lead = f"{whole}, {words.size(plan.memory['total'])} of memory are needed."
     if plan.full is not None:
         lead += f" Full fine-tuning needs {words.size(plan.full.memory['total'])}."
+    numbers = [_modules(plan.modules), _left_alone(plan.left_alone), _settings(plan), _notes(plan)]
     sections = [
         Section("Memory", "Estimated, at the moment when most is held.", [_memory(plan), _memory_table(plan)]),
         Section(
@@ -55,9 +56,7 @@ def plan_page(content: Mapping[str, Any]) -> Page:
             f"{words.plural(len(plan.modules), 'matrix', 'matrices')}.",
             [parameters(plan.modules), map_of_ranks(plan.modules), by_matrix(plan.modules)],
         ),
-        Section(
-            "All numbers", "", [_modules(plan.modules), _left_alone(plan.left_alone), _settings(plan), _notes(plan)]
-        ),
+        Section("All numbers", "", numbers),
     ]
     title = str(plan.model or plan.settings.get("model", "model")).rstrip("/").rpartition("/")[2]
     return Page("plan", f"{title}, before any training", lead, _tiles(plan), sections)
@@ -105,7 +104,7 @@ def _memory(plan: Plan) -> Picture:
 
 def _draw_memory(plan: Plan, width: float) -> Drawing:
     ways = _ways(plan)
-    figure, axes = canvas(width, 118 + 46 * len(ways))
+    figure, axes = canvas(width, 128 + 46 * len(ways))
     for place, part in enumerate(PARTS):
         sizes = [memory.get(part, 0.0) / 1e9 for memory in ways.values()]
         if not any(sizes):
@@ -124,7 +123,7 @@ def _draw_memory(plan: Plan, width: float) -> Drawing:
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("GB")
-    legend(figure, axes, 6 if width > 600 else 3)
+    legend(figure, axes, 8 if width > 600 else 3)
     return Drawing(figure)
 
 
@@ -133,6 +132,7 @@ def _memory_table(plan: Plan) -> Table:
     rows = [
         [part, *(words.size(memory[part]) if part in memory else "–" for memory in ways.values())]
         for part in (*PARTS, "total")
+        if any(part in memory for memory in ways.values())
     ]
     return Table(("part", *ways), rows)
 

@@ -54,6 +54,11 @@ def between(low: float | None, high: float | None, form: str = ".3f") -> str:
     return f"{low:{form}} to {high:{form}}"
 
 
+def short(number: float) -> str:
+    """As many decimals as its size needs."""
+    return f"{number:.3f}" if abs(number) < 10 else f"{number:,.1f}"
+
+
 def plural(number: int, word: str, several: str = "") -> str:
     return f"{number:,} {word if number == 1 else several or f'{word}s'}"
 
