@@ -21,6 +21,7 @@ from tailora.errors import MemoryLimitError, TailoraError
 
 COMMANDS = {
     "demo": "Fine-tune a small model on real chats, and see what it changed.",
+    "plan": "What a run would train, whether it fits, and how long it takes.",
     "train": "Fine-tune a model on your data.",
     "compare": "Is LoRA as good as full fine-tuning here? Each at its own learning rate, over several seeds.",
     "eval": "Loss, accuracy, exact match of an adapter beside its base; gates for CI.",

@@ -77,10 +77,19 @@ def choose_form(model: Model, batch: Batch) -> tuple[str, str | None]:
 
     A few tokens are enough for `batch`. The model is in evaluation mode, without dropout.
     """
-    own = own_form(model)
-    lean = FROZEN if _is_frozen(model.get_output_embeddings()) else RECOMPUTED
+    own, lean = own_form(model), _lean_form(model)
     obstacle = _out_of_reach(model, batch) or _changed_between(model, batch) or _difference(model, batch, lean, own)
     return (own, f"{type(model).__name__} {obstacle}") if obstacle else (lean, None)
+
+
+def foreseen_form(model: Model, batch: Batch) -> tuple[str, str | None]:
+    """The same for a model without contents: what is passed on as it is shares its memory; numbers are not compared."""
+    obstacle = _out_of_reach(model, batch) or _changed_between(model, batch, _shares_memory)
+    return (own_form(model), f"{type(model).__name__} {obstacle}") if obstacle else (_lean_form(model), None)
+
+
+def _lean_form(model: Model) -> str:
+    return FROZEN if _is_frozen(model.get_output_embeddings()) else RECOMPUTED
 
 
 def own_form(model: Model) -> str:
@@ -115,7 +124,15 @@ def _hooked(module: nn.Module) -> bool:
     return "forward" in vars(module) or any(vars(module)[name] for name in HOOKS)
 
 
-def _changed_between(model: Model, batch: Batch) -> str | None:
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _shares_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage() is other.untyped_storage()
+
+
+def _changed_between(model: Model, batch: Batch, same: Callable[[Tensor, Tensor], bool] = _same) -> str | None:
     """What the model does to the decoder's states before its head, or to the logits after it; None for nothing.
 
     The head's output is exchanged for a ramp, which has to come out of the model as it is.
@@ -135,9 +152,9 @@ def _changed_between(model: Model, batch: Batch) -> str | None:
         logits = model(**batch.inputs, use_cache=False).logits
     if seen.keys() != {"states", "taken", "ramp"}:
         return "does not call its decoder and its head"
-    if not _same(seen["states"], seen["taken"]):
+    if not same(seen["states"], seen["taken"]):
         return "changes its decoder's states before the head"
-    if not _same(seen["ramp"], logits.to(seen["ramp"].dtype)):
+    if not same(seen["ramp"], logits.to(seen["ramp"].dtype)):
         return "changes the logits after its head, by a scale or a cap"
     return None
 
@@ -164,10 +181,6 @@ def _tried(model: Model, batch: Batch, form: str) -> tuple[Tensor, ...]:
         weights = torch.linspace(1, 2, len(losses), dtype=losses.dtype, device=losses.device)
         (gradient,) = torch.autograd.grad(losses @ weights, states)
     return states[0].detach(), losses.detach().to(gradient.dtype), gradient
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 @contextmanager

@@ -48,6 +48,12 @@ def restore(stored: StoredAdapter, base_model: nn.Module, *, allow_base_mismatch
         raise FormatError(f"{stored.folder}: {error}") from None
 
 
+def settings_of(stored: StoredAdapter, base_model: nn.Module) -> LoRAConfig:
+    """What the adapter was made with, without its tensors. Raises FormatError."""
+    told = _told(stored, dict(base_model.named_modules()))
+    return _config(stored, stored.notes.lora(stored.folder), told)
+
+
 def _restored(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch: bool) -> Adapter:
     modules = dict(base_model.named_modules())
     own, told = stored.notes.lora(stored.folder), _told(stored, modules)

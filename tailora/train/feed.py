@@ -1,7 +1,7 @@
 """What a run trains on, in which steps, what is held out, and how large a forward becomes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tailora.core.starts import DATA_STARTS
 from tailora.data.batches import plan
@@ -38,6 +38,7 @@ class Feed:
     largest: Load  # forward, as far as it is known
     longest: int  # tokens of an example
     sample: Example  # that one
+    heaviest: list[Example]  # of the largest forward
     opening: Callable[[int], list[list[Example]]]  # the first batches, in parts; of a stream as many as were read
     cuts: Cuts | None = None  # of what was streamed
     first_pass: Callable[[], list[list[Example]]] = list  # forwards whose examples come again in a second one
@@ -50,10 +51,16 @@ class Feed:
 
 
 def feed(
-    config: TrainConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+    config: TrainConfig, embedding_rows: int, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
 ) -> Feed:
     """Read, check and tokenise the data. Raises DataError with all its problems."""
-    shape = Shape(
+    shape = shape_of(config, accelerator)
+    return (_streamed if config.streaming else _prepared)(config, tokenizer, embedding_rows, shape)
+
+
+def shape_of(config: TrainConfig, accelerator: Accelerator) -> Shape:
+    """Of a step on this rank."""
+    return Shape(
         batch_size=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
         seed=config.seed,
@@ -61,8 +68,6 @@ def feed(
         world=accelerator.num_processes,
         token_limit=CPU_TOKENS if accelerator.device.type == "cpu" else None,
     )
-    rows = base.get_input_embeddings().weight.shape[0]
-    return (_streamed if config.streaming else _prepared)(config, tokenizer, rows, shape)
 
 
 def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> Prepared:
@@ -120,9 +125,18 @@ def _feed(
     shape: Shape,
 ) -> Feed:
     sample = known[int(known.lengths.argmax())]
-    largest = _largest(known, shape, config.gradient_checkpointing)
-    opening = partial(_opening, known, shape)
-    return Feed(data, data.eval if data else None, steps, max_steps, largest, len(sample.input_ids), sample, opening)
+    most = heaviest(known, shape)
+    return Feed(
+        prepared=data,
+        held_out=data.eval if data else None,
+        steps=steps,
+        max_steps=max_steps,
+        largest=load_of(most, config),
+        longest=len(sample.input_ids),
+        sample=sample,
+        heaviest=most,
+        opening=partial(_opening, known, shape),
+    )
 
 
 def _opening(examples: Examples, shape: Shape, batches: int) -> list[list[Example]]:
@@ -135,13 +149,24 @@ def _opening(examples: Examples, shape: Shape, batches: int) -> list[list[Exampl
     ]
 
 
-def _largest(examples: Examples, shape: Shape, checkpointed: bool) -> Load:
+def heaviest(examples: Examples, shape: Shape) -> list[Example]:
     """The forward of the first epoch with the most tokens."""
-    lengths, supervised = examples.lengths, examples.supervised
+    lengths = examples.lengths
     forwards = [
         batch[list(places)]
         for batch in plan(lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=0)
         for places in parts(lengths[batch].tolist(), shape.token_limit)
     ]
     most = max(forwards, key=lambda indices: int(lengths[indices].sum()))
-    return Load(shape.batch_size, len(most), int(lengths[most].sum()), int(supervised[most].sum()), checkpointed)
+    return [examples[int(i)] for i in most]
+
+
+def load_of(examples: Sequence[Example], config: TrainConfig) -> Load:
+    """One forward of these."""
+    return Load(
+        batch_size=config.per_device_train_batch_size,
+        examples=len(examples),
+        tokens=sum(len(example.input_ids) for example in examples),
+        supervised=sum(example.supervised for example in examples),
+        checkpointed=config.gradient_checkpointing,
+    )

@@ -41,18 +41,28 @@ def choose_kernels(fast: str, model: Subject, rows: Rows, sample: Example, devic
     `sample`: of the run's own data, since half precision computes random tokens with large errors in any order.
     """
     base = cast(PreTrainedModel, model.base_model)
-    reason = "as asked" if fast == "off" else _obstacle(base, rows, device)
+    reason = obstacle_to_kernels(fast, base, rows, device)
+    verdict = ""
     if reason is None:
         apart = disagreement(model, documents(sample, base.config), rows, device)
         allowed = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
+        verdict = f"verified ({apart:.0e} apart)"
         if not apart <= allowed:
             reason = f"they differ from the plain path by {apart:.1e}, allowed {allowed:.0e}"
-    layers = f"Llama family, verified ({apart:.0e} apart)" if reason is None else f"off, {reason}"
+    return described(base, rows, device, reason, verdict)
+
+
+def described(base: PreTrainedModel, rows: Rows, device: torch.device, reason: str | None, verdict: str) -> Kernels:
+    """reason: why the layer kernels are off, or None."""
+    layers = f"Llama family, {verdict}" if reason is None else f"off, {reason}"
     attention = _attention(base, rows, device) if reason else ATTENTION.get(base.dtype, "torch's, by length")
     return Kernels(reason is None, f"layer kernels: {layers}; attention: {attention}; loss: {rows.loss}")
 
 
-def _obstacle(base: PreTrainedModel, rows: Rows, device: torch.device) -> str | None:
+def obstacle_to_kernels(fast: str, base: PreTrainedModel, rows: Rows, device: torch.device) -> str | None:
+    """Why the layer kernels are not even tried, or None."""
+    if fast == "off":
+        return "as asked"
     if not rows.packed:
         return "batches are padded"
     if device.type != "cpu":

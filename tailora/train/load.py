@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tailora.core.bases import base_obstacle, quantized_layers
 from tailora.data.demo import resolve
@@ -33,6 +40,34 @@ def has_bfloat16(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> 
     return bool(CPU_FLAGS & set(next(lines, "").split()))
 
 
+def precision_of(dtype: str, device: str) -> torch.dtype | str:
+    """What transformers takes for one of `DTYPES`, or for "auto", what the device is good at."""
+    return DTYPES[("bfloat16" if has_bfloat16(device) else "float32") if dtype == "auto" else dtype]
+
+
+def read_config(name: str) -> PretrainedConfig:
+    """The model's shape, without its weights. Raises ConfigError when it cannot be read."""
+    source = resolve(name, "model")
+    check_model(source)
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(_unreadable(name, source, error)) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Raises ConfigError when it cannot be read."""
+    source = resolve(name, "model")
+    check_model(source)
+    try:
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+            return tokenizer
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(_unreadable(name, source, error)) from error
+
+
 def load_base(
     name: str, dtype: str = "auto", device: str = "cpu", quantize: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -46,7 +81,7 @@ def load_base(
     """
     source = resolve(name, "model")
     check_model(source)
-    precision = DTYPES[("bfloat16" if has_bfloat16(device) else "float32") if dtype == "auto" else dtype]
+    precision = precision_of(dtype, device)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -76,11 +111,16 @@ def load_base(
 
 def _method(name: str, source: str, quantize: str, precision: torch.dtype | str, device: str) -> Any:
     """What transformers takes. Raises ConfigError for what does not work here and for a model that is quantised."""
-    own = getattr(AutoConfig.from_pretrained(source), "quantization_config", None)
+    check_unquantized(AutoConfig.from_pretrained(source), name, quantize)
+    return settings_for(quantize, precision if isinstance(precision, torch.dtype) else torch.bfloat16, device)
+
+
+def check_unquantized(config: PretrainedConfig, name: str, quantize: str) -> None:
+    """Raises ConfigError for a model that is quantised already."""
+    own = getattr(config, "quantization_config", None)
     if own is not None:
         how = own.get("quant_method") if isinstance(own, dict) else own.quant_method
         raise ConfigError(f"model {name!r} is quantised already ({how}): leave --quantize {quantize} out")
-    return settings_for(quantize, precision if isinstance(precision, torch.dtype) else torch.bfloat16, device)
 
 
 def _unreadable(name: str, source: str, error: Exception) -> str:

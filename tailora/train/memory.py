@@ -41,6 +41,13 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def held_now(device: torch.device) -> int:
+    """Memory that this process holds, of the device, or on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    return int(psutil.Process().memory_info().rss)
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be taken, within the container's limit on a CPU."""
     if device.type == "cuda":

@@ -1,5 +1,6 @@
 """Whether this model may be given packed rows: tried on it, not assumed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,14 @@ class Packing:
     note: str | None = None
 
 
-def choose(model: PreTrainedModel, wanted: str) -> Packing:
-    """`wanted` is auto, on or off. Raises ConfigError for `on` where packed rows would change the results."""
+def choose(model: PreTrainedModel, wanted: str, find: Callable[[PreTrainedModel], str | None] | None = None) -> Packing:
+    """`wanted` is auto, on or off. Raises ConfigError for `on` where packed rows would change the results.
+
+    find: what tells why packed rows are not safe; by default `obstacle_to_packing`.
+    """
     if wanted == "off":
         return Packing(False)
-    obstacle = obstacle_to_packing(model)
+    obstacle = (find or obstacle_to_packing)(model)
     if obstacle is None:
         return Packing(True)
     if wanted == "on":
@@ -43,11 +47,9 @@ def obstacle_to_packing(model: PreTrainedModel) -> str | None:
     documents = probes(model.config)
     with torch.no_grad(), evaluating(model):
         alone = torch.cat([_logits(model, [document], packed=False) for document in documents])
-        try:
-            with packed_rows(model):
-                together = _logits(model, documents, packed=True)
-        except (PackingError, TypeError) as error:  # TypeError: forward takes no such keyword
-            return f"{type(model).__name__} does not take them ({error})"
+        together = packed_logits(model, documents)
+    if isinstance(together, str):
+        return together
     difference = float((together - alone).norm() / alone.norm())
     tolerance = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
     if difference <= tolerance:
@@ -55,6 +57,15 @@ def obstacle_to_packing(model: PreTrainedModel) -> str | None:
     return (
         f"{type(model).__name__} gives other logits for packed documents (by {difference:.1e}, allowed {tolerance:.0e})"
     )
+
+
+def packed_logits(model: PreTrainedModel, documents: list[Example]) -> Tensor | str:
+    """Of the documents in one row, (total, vocabulary); or why the model does not take them."""
+    try:
+        with packed_rows(model):
+            return _logits(model, documents, packed=True)
+    except (PackingError, TypeError) as error:  # TypeError: forward takes no such keyword
+        return f"{type(model).__name__} does not take them ({error})"
 
 
 def probes(config: Any) -> list[Example]:

@@ -95,6 +95,33 @@ METHODS = {
 }
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What a method's layers take, for an estimate.
+
+    bytes: plain weight -> bytes that it takes.    per_output: bytes that a forward needs for each number of its output.
+    keeps_dense: whether the backward finds the dense weight of every layer kept, and not one at a time.
+    """
+
+    bytes: Callable[[Tensor], int]
+    per_output: float = 0
+    keeps_dense: bool = False
+
+
+def _four_bit_bytes(weight: Tensor) -> int:
+    """Half a byte each, one for the largest of 64, 4 for that of 256 of those, and the two tables of codes."""
+    blocks = -(-weight.numel() // 64)
+    return weight.numel() // 2 + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
+
+
+STORED = {
+    "nf4": Stored(_four_bit_bytes),
+    "fp4": Stored(_four_bit_bytes),
+    "int8": Stored(lambda weight: weight.numel() + 4 * len(weight), per_output=4),  # sums of int8 are int32
+    "torchao-int8": Stored(lambda weight: weight.numel() + weight.itemsize * len(weight), keeps_dense=True),
+}
+
+
 def settings_for(name: str, dtype: torch.dtype, device: str) -> Any:
     """What `from_pretrained` takes as quantization_config. Raises ConfigError where the method does not work here."""
     if name not in METHODS:

@@ -89,7 +89,7 @@ def assemble(
     device = accelerator.device
     with explained("loading", lambda: LIGHTER):
         base, tokenizer = load_base(config.model, config.dtype, device.type, config.quantize)
-        data = feed(config, base, tokenizer, accelerator).judged_by(held_out)
+        data = feed(config, base.get_input_embeddings().weight.shape[0], tokenizer, accelerator).judged_by(held_out)
         model = subject(config, base, tokenizer, accelerator, resumed(config, saved))
         rows = choose_rows(config, model, tokenizer, note)
         from_data(model, data, rows, device, config.init_batches)
@@ -146,7 +146,7 @@ def choose_rows(
     with evaluating(model):
         packing = choose(base, config.packing)
         with packed_rows(base) if packing.on else nullcontext():
-            few, _ = as_batch(_some_examples(base), packing.on, pad_id, base.device)
+            few, _ = as_batch(some_examples(base), packing.on, pad_id, base.device)
             loss, obstacle = choose_form(base, few) if config.fast == "auto" else (own_form(base), None)
     if packing.note:
         note(packing.note)
@@ -155,7 +155,7 @@ def choose_rows(
     return Rows(packing.on, loss, pad_id)
 
 
-def _some_examples(base: PreTrainedModel) -> list[Example]:
+def some_examples(base: PreTrainedModel) -> list[Example]:
     """Two short ones of random tokens, of different lengths, partly supervised."""
     ids = np.random.default_rng(0).integers(base.config.get_text_config().vocab_size, size=24).astype(np.int32)
     labels = np.where(np.arange(24) % 3 == 0, IGNORED, ids).astype(np.int32)

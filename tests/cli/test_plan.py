@@ -1,0 +1,71 @@
+"""`tailora plan`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tailora.cli.main import main
+from tailora.cli.plan import bytes_of
+from tailora.errors import ConfigError
+
+PARTS = {"weights", "adapters", "gradients", "optimizer", "activations", "logits", "total"}
+
+
+def test_the_line_of_json_has_what_scripts_ask_for(
+    tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ["plan", "--model", str(tiny_model), "--data", str(chats), "--r", "4", "--dtype", "float32", "--json"]
+    assert main([*tokens, "--output-dir", str(tmp_path / "out")]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["memory"].keys() >= PARTS
+    assert found["memory"]["total"] == sum(size for part, size in found["memory"].items() if part != "total")
+    assert sum(each["parameters"] for each in found["modules"]) == found["trainable_parameters"]
+    assert found["modules"][0].keys() >= {"path", "kind", "in_features", "out_features", "r", "parameters"}
+    assert found["batch_size_that_fits"] >= 8
+    assert found["steps"] == 3
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["kind"] == "plan"
+
+
+def test_what_is_shown_fits_a_narrow_terminal(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "60")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((tiny_model / "config.json").read_text())
+    assert main(["plan", "--model", "bare", "--r", "4"]) == 0
+    shown = capsys.readouterr().out
+    table, _, words = shown.partition("It fits")
+    assert max(map(len, table.splitlines())) <= 60
+    assert "full fine-tuning" in table
+    assert "the output head" in " ".join(table.split())
+    assert "without --data" in words
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]  # nothing is written
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--model", "MODEL", "--target-modules", "q_prj"], "q_proj"),
+        (["--model", "MODEL", "--method", "full", "--r", "4", "--learning-rate", "1e-4"], "no adapter"),
+        (["--model", "MODEL", "--memory", "much"], "8GB"),
+    ],
+)
+def test_mistakes_exit_with_2(
+    tiny_model: Path, tokens: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *(str(tiny_model) if token == "MODEL" else token for token in tokens)]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GB", 8 * 10**9), ("512 MiB", 2**29), ("1e3", 1000), (".5g", 5 * 10**8)])
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "8 apples", "1.2.3GB", "-1GB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="8GB"):
+        bytes_of(text)

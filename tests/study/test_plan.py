@@ -1,0 +1,81 @@
+"""The plan of a run: what it says about the run, and that it says the same as the run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import changed
+
+from tailora.errors import ConfigError, TargetError
+from tailora.study.plan import plan
+from tailora.train.config import TrainConfig
+from tailora.train.run import run
+
+PARTS = {"weights", "adapters", "gradients", "optimizer", "activations", "logits", "total"}
+
+
+def test_counts_steps_and_forward_are_those_of_the_run(small_run: TrainConfig, tmp_path: Path) -> None:
+    planned = plan(small_run)
+    headers: list[dict[str, Any]] = []
+    run(
+        changed(small_run, output_dir=str(tmp_path / "run"), samples=0),
+        on_event=lambda event: headers.append(event.header) if hasattr(event, "header") else None,
+    )
+    (header,) = headers
+    assert planned.trainable_parameters == header["trainable_parameters"]
+    assert planned.total_parameters == header["total_parameters"]
+    assert len(planned.modules) == header["adapted_layers"]
+    assert planned.steps == header["max_steps"]
+    assert planned.largest_forward["tokens"] == header["largest_forward_tokens"]
+    assert planned.memory.weights == header["base_bytes"]
+    assert planned.kernels.split(";")[2] == header["kernels"].split(";")[2]
+
+
+def test_a_folder_with_config_json_alone_is_enough(small_run: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((Path(small_run.model) / "config.json").read_text())
+    found = plan(TrainConfig(model=str(tmp_path), r=4, max_length=64, max_steps=10)).to_dict()
+    assert found["memory"].keys() >= PARTS
+    assert found["full"]["memory"].keys() >= PARTS
+    assert found["steps"] == 10
+    assert found["seconds"] > 0
+    assert any("without --data" in text for text in found["notes"])
+    json.dumps(found, allow_nan=False)
+
+
+def test_what_is_left_alone_has_a_reason(small_run: TrainConfig) -> None:
+    found = plan(changed(small_run, target_modules=["q_proj"], layers_to_transform=[1]))
+    reasons = {each.path: each.reason for each in found.left}
+    assert "layers_to_transform" in reasons["model.layers.0.self_attn.q_proj"]
+    assert "not among" in reasons["model.layers.{0-1}.mlp.up_proj"]
+    assert [each.path for each in found.groups] == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_the_batch_that_fits_grows_with_the_room(small_run: TrainConfig) -> None:
+    alone = TrainConfig(**small_run.model_dump(exclude_unset=True, exclude={"data"}), max_length=300)
+    one, much = plan(alone, memory=10**6), plan(alone, memory=10**11)
+    assert one.batch_size_that_fits == 0
+    assert not one.fits
+    assert much.batch_size_that_fits > 1
+    assert much.fits
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"model": "no/such model"}, ConfigError, "no/such model"),
+        ({"target_modules": ["q_prj"]}, TargetError, "q_proj"),
+        ({"r": 1000}, TargetError, "1000"),
+        ({"quantize": "nf4", "method": "full", "learning_rate": 1e-4, "r": 16}, ConfigError, "quantise"),
+    ],
+)
+def test_mistakes_are_told(small_run: TrainConfig, changes: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        plan(changed(small_run, **changes))
+
+
+def test_a_report_is_written_when_asked_for(small_run: TrainConfig, tmp_path: Path) -> None:
+    found = plan(small_run, output_dir=tmp_path / "plan")
+    content = json.loads((tmp_path / "plan" / "report.json").read_text())
+    assert content["kind"] == "plan"
+    assert content["memory"]["total"] == found.memory.total

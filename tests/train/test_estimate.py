@@ -1,0 +1,197 @@
+"""Counts and memory from config.json alone, against stated ones and against real runs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import chat_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    RobertaConfig,
+)
+
+from tailora.core.bases import held_bytes
+from tailora.core.config import LoRAConfig
+from tailora.data.store import Example
+from tailora.errors import TargetError
+from tailora.fast.forms import FROZEN, OWN
+from tailora.model import LoRAModel
+from tailora.train.config import TrainConfig
+from tailora.train.estimate import memory_of, step_of
+from tailora.train.kernels import Kernels, running
+from tailora.train.ledger import without_contents
+from tailora.train.load import load_base, read_config
+from tailora.train.loss import Rows, token_losses
+from tailora.train.memory import Load
+from tailora.train.setup import memory_cost
+from tailora.train.skeleton import skeleton, subject
+
+CPU = torch.device("cpu")
+LLAMA_2_7B = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+LLAMA_3_8B = LlamaConfig(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8
+)
+LLAMA_3_1B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    tie_word_embeddings=True,
+)
+QWEN_HALF_B = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+GPT_3 = LlamaConfig(vocab_size=64, hidden_size=12288, intermediate_size=64, num_hidden_layers=96)  # its q and v
+ROBERTA = RobertaConfig(is_decoder=True)
+QV = ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "count"),
+    [  # reference/science.md, "Exact counts of trainable parameters"
+        (LLAMA_2_7B, {"r": 8, "target_modules": QV}, 4_194_304),
+        (LLAMA_2_7B, {"r": 16}, 39_976_960),
+        (LLAMA_3_8B, {"r": 16}, 41_943_040),
+        (LLAMA_3_8B, {"r": 16, "use_dora": True}, 43_319_296),
+        (LLAMA_3_1B, {"r": 16}, 11_272_192),
+        (QWEN_HALF_B, {"r": 16}, 8_798_208),
+        (SMOLLM2, {"r": 8}, 2_442_240),
+        (ROBERTA, {"r": 8, "target_modules": ["query", "value"]}, 294_912),
+        (GPT2Config(), {"r": 8, "target_modules": ["c_attn"]}, 294_912),
+        (GPT_3, {"r": 4, "target_modules": QV}, 18_874_368),
+    ],
+    ids=["2-7B qv", "2-7B", "3-8B", "3-8B dora", "3.2-1B", "qwen", "smol", "roberta", "gpt-2", "gpt-3"],
+)
+def test_counts_are_the_known_ones(shape: PretrainedConfig, settings: dict[str, Any], count: int) -> None:
+    with without_contents():
+        model, _ = subject(TrainConfig(**settings), shape, torch.device("meta"))
+        assert model.summary().trainable_parameters == count
+
+
+def example(length: int, start: int = 0) -> Example:
+    ids = (np.arange(start, start + length) % 300).astype(np.int32)
+    return Example(ids, ids)
+
+
+@pytest.mark.parametrize("fast", ["auto", "off"])
+def test_what_a_forward_keeps_is_what_the_real_one_keeps(model_folder: Path, fast: str) -> None:
+    config = TrainConfig(model=str(model_folder), r=4, fast=fast, dtype="float32")
+    shape = read_config(config.model)
+    with skeleton(config, shape, CPU) as bare:
+        step = step_of(bare, [example(100)], checkpointed=False)
+        rows, kernels = bare.rows, bare.kernels
+    model = LoRAModel(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), LoRAConfig(r=4)).train()
+    kept = memory_cost(model, rows, kernels, example(100), CPU)
+    load = Load(1, 1, 100, 99, checkpointed=False)
+    assert step.kept == pytest.approx(kept.of(load), rel=0.05)
+    assert step.kept < step.activations + step.logits  # with temporaries
+
+
+def test_longer_rows_and_checkpointing_take_what_they_should(model_folder: Path) -> None:
+    config = TrainConfig(model=str(model_folder), r=4, dtype="float32")
+    shape = read_config(config.model)
+    with skeleton(config, shape, CPU) as bare:
+        short, long = (step_of(bare, [example(n)], checkpointed=False) for n in (100, 200))
+        checkpointed = step_of(bare, [example(200)], checkpointed=True)
+    assert 1.7 < long.activations / short.activations < 2.1
+    assert 2 < long.flops / short.flops < 4  # attention grows with the square
+    assert checkpointed.kept < 0.3 * long.kept
+    assert checkpointed.held < long.held
+    assert checkpointed.flops > 1.2 * long.flops
+
+
+def test_the_work_is_that_of_the_products(model_folder: Path) -> None:
+    """Frozen forward and input gradients, without those of layer 0's q, k, v; adapters; the head of 99 rows."""
+    config = TrainConfig(model=str(model_folder), r=4, dtype="float32")
+    with skeleton(config, read_config(config.model), CPU) as bare:
+        flops = step_of(bare, [example(100)], checkpointed=False).flops
+    sizes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    frozen = 2 * sum(a * b for a, b in sizes)
+    adapters = 2 * 4 * sum(a + b for a, b in sizes)
+    attention = 2 * 3.5 * 2 * 128 * 128 * 32  # 2 layers, forward and 2.5 times that, half of the pairs, padded to 128
+    qkv = 2 * 100 * (32 * 32 + 2 * 32 * 16)
+    expected = 4 * 100 * frozen - qkv + 6 * 100 * adapters + 4 * 99 * 32 * 320 + attention
+    assert flops == pytest.approx(expected, rel=0.05)
+
+
+def test_nothing_of_the_simulation_stays_behind(model_folder: Path) -> None:
+    """What is remembered of rows is real again afterwards."""
+    config = TrainConfig(model=str(model_folder), r=4, dtype="float32")
+    with skeleton(config, read_config(config.model), CPU) as bare:
+        step_of(bare, [example(40)], checkpointed=False)
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = LoRAModel(base, LoRAConfig(r=4)).train()
+    rows = Rows(True, FROZEN, 0)
+    with running(base, rows, Kernels(True, "")):
+        losses, _ = token_losses(model, [example(40)], rows, CPU)
+        losses.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.lora_layers.parameters())
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8", "torchao-int8"])
+def test_the_bytes_of_the_base_are_those_of_the_loaded_one(tmp_path: Path, quantize: str | None) -> None:
+    shape = LlamaConfig(
+        vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    chat_tokenizer(["one"], eos_token="<|im_end|>").save_pretrained(tmp_path)
+    config = TrainConfig(model=str(tmp_path), quantize=quantize, dtype="bfloat16", r=4)
+    with without_contents():
+        _, foreseen = subject(config, read_config(config.model), CPU)
+    base, _ = load_base(str(tmp_path), "bfloat16", "cpu", quantize)
+    assert foreseen == pytest.approx(held_bytes(base), rel=0.02)
+
+
+def test_full_fine_tuning_counts_masters_where_the_base_has_16_bits(model_folder: Path) -> None:
+    parts = {}
+    for dtype in ("float32", "bfloat16"):
+        config = TrainConfig(model=str(model_folder), method="full", learning_rate=1e-4, dtype=dtype)
+        with skeleton(config, read_config(config.model), CPU) as bare:
+            count = bare.model.summary().trainable_parameters
+            parts[dtype] = memory_of(config, bare, step_of(bare, [example(20)], checkpointed=False), process=0)
+    assert parts["float32"].weights >= 4 * count
+    assert parts["float32"].adapters == 0
+    assert parts["bfloat16"].adapters == 4 * count
+    for each in parts.values():
+        assert each.gradients >= 4 * count
+        assert each.optimizer == 3 * 4 * count
+        assert each.total == sum(value for name, value in each.to_dict().items() if name != "total")
+
+
+def test_what_the_structure_tells_is_foreseen() -> None:
+    """Logits that are scaled after the head are not computed in chunks; the chunks' form would be wrong."""
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape = CohereConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, logit_scale=0.5)
+    with skeleton(TrainConfig(r=4), shape, CPU) as bare:
+        assert bare.rows.loss == OWN
+        assert "scale" in bare.notes[0]
+        assert not bare.kernels.layers
+
+
+def test_targets_that_match_nothing_are_refused_without_weights() -> None:
+    with without_contents(), pytest.raises(TargetError, match="q_prj"):
+        subject(TrainConfig(target_modules=["q_prj"]), SMOLLM2, torch.device("meta"))
