@@ -17,6 +17,7 @@ from tailora.data.encode import Encoded, encode_all, reply_text
 from tailora.data.shapes import Choices
 from tailora.data.store import IGNORED, Example, Examples
 from tailora.errors import DataError
+from tailora.measure.branches import branched, obstacle_to_branches
 from tailora.train.evaluate import evaluate
 from tailora.train.loss import Rows
 from tailora.train.subject import Subject
@@ -71,9 +72,23 @@ def _reply_alone(example: Example, codec: Codec) -> Example:
     return Example(example.input_ids[: last + 1], example.labels[: last + 1])
 
 
-def log_likelihoods(model: Subject, asked: Options, *, rows: Rows, token_budget: int) -> Floats:
-    """Nats of every reply given its prompt: (examples,)."""
-    return -evaluate(model, asked.examples, rows=rows, token_budget=token_budget).sums
+def log_likelihoods(model: Subject, asked: Options, *, rows: Rows, token_budget: int, branches: bool = False) -> Floats:
+    """Nats of every reply given its prompt: (examples,).
+
+    branches: a prompt is computed once for all its replies, where `obstacle_to_sharing` sees none.
+    """
+    if not branches:
+        return -evaluate(model, asked.examples, rows=rows, token_budget=token_budget).sums
+    places = zip(asked.starts, asked.starts[1:], strict=False)
+    questions = [[asked.examples[place] for place in range(start, stop)] for start, stop in places]
+    return -np.concatenate([np.zeros(0), *branched(model, questions, rows.loss, token_budget=token_budget)])
+
+
+def obstacle_to_sharing(model: Subject, asked: Options, *, rows: Rows, token_budget: int) -> str | None:
+    """Why this model's prompts cannot be computed once, tried on the first question; None if they can."""
+    replies = asked.examples.select(range(int(asked.starts[1])))
+    alone = evaluate(model, replies, rows=rows, token_budget=token_budget).sums
+    return obstacle_to_branches(model, list(replies), rows.loss, alone)
 
 
 def picked(asked: Options, likelihoods: Floats) -> NDArray[np.bool_]:

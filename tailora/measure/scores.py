@@ -8,7 +8,7 @@ What is kept of a row is a few numbers, so the size of the data does not matter.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from tailora.data.judged import Judged, Source, chunks, examine
 from tailora.data.prepare import Learned
 from tailora.data.store import Examples
 from tailora.errors import DataError
-from tailora.measure.choices import log_likelihoods, options, picked
+from tailora.measure.choices import Options, log_likelihoods, obstacle_to_sharing, options, picked
 from tailora.measure.exact import Match, match, normaliser
 from tailora.measure.intervals import Interval, mean_interval, paired_difference
 from tailora.measure.metrics import CHANGE, METRICS
@@ -37,6 +37,7 @@ NEEDS = {"exact_match": "a reply to compare with", "accuracy": "choices", "accur
 SHARES = tuple(NEEDS)
 
 Progress = Callable[[int, int], None]  # done, of how many
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ def score(
     *,
     field: Mapping[str, str] | None = None,
     base: bool = True,
-    note: Callable[[str], None] = lambda _: None,
+    note: Note = lambda _: None,
     heard: Progress = lambda *_: None,
 ) -> Scores:
     """Judge the active adapters on `data`, and with `base` the model without them, row by row beside it.
@@ -124,7 +125,7 @@ def score(
     judged = examine(source, model.get_input_embeddings().weight.shape[0])
     metrics = fitting(judged, asked.metrics, asked.also)
     rows = choose_rows(TrainConfig(), model, tokenizer, note)
-    judge = _Judge(model, tokenizer, asked, metrics, longest, rows)
+    judge = _Judge(model, tokenizer, replace(asked, max_length=longest), metrics, rows, note)
     sides: dict[str, Callable[[], AbstractContextManager[None]]] = {TUNED: nullcontext}
     if base and model.active_adapters:
         sides[BASE] = model.disable_adapter
@@ -170,11 +171,12 @@ class _Judge:
     """One side at a time, chunk by chunk."""
 
     def __init__(
-        self, model: LoRAModel, tokenizer: Any, asked: Asked, metrics: Sequence[str], longest: int, rows: Rows
+        self, model: LoRAModel, tokenizer: Any, asked: Asked, metrics: Sequence[str], rows: Rows, note: Note
     ) -> None:
-        self.model, self.tokenizer, self.asked, self.longest, self.rows = model, tokenizer, asked, longest, rows
+        self.model, self.tokenizer, self.asked, self.rows, self.note = model, tokenizer, asked, rows, note
         self.on_cpu = model.device.type == "cpu"
         self.budget = CPU_TOKENS if self.on_cpu else 8 * CPU_TOKENS
+        self.shared: bool | None = None  # whether choices can share their prompt, once it is known
         self.parts = [part for part, names in self._parts().items() if names & set(metrics)]
 
     def _parts(self) -> dict[Callable[[list[Learned], Tally], None], set[str]]:
@@ -196,11 +198,23 @@ class _Judge:
 
     def _choices(self, chunk: list[Learned], tally: Tally) -> None:
         questions = [one.choices for one in chunk if one.choices is not None]
-        found = options(questions, self.tokenizer, self.longest)
+        found = options(questions, self.tokenizer, self.asked.max_length)
         tally.too_long += found.left_out
-        likelihoods = log_likelihoods(self.model, found, rows=self.rows, token_budget=self.budget)
+        if not len(found.answers):
+            return
+        if self.shared is None:
+            self.shared = self._can_share(found)
+        likelihoods = log_likelihoods(
+            self.model, found, rows=self.rows, token_budget=self.budget // 2, branches=self.shared
+        )
         tally.hits["accuracy"] += picked(found, likelihoods).tolist()
         tally.hits["accuracy_norm"] += picked(found, likelihoods / found.bytes).tolist()
+
+    def _can_share(self, found: Options) -> bool:
+        obstacle = obstacle_to_sharing(self.model, found, rows=self.rows, token_budget=self.budget)
+        if obstacle is not None:
+            self.note(f"a question is computed again for each of its choices: {obstacle}")
+        return obstacle is None
 
     def _answers(self, chunk: list[Learned], tally: Tally) -> None:
         normal = normaliser(self.asked.normalize)

@@ -32,15 +32,16 @@ def plainly(model: LlamaForCausalLM, context: list[int], reply: list[int]) -> fl
     return total
 
 
+@pytest.mark.parametrize("branches", [True, False])
 @pytest.mark.parametrize("template", [True, False])
 def test_a_reply_has_the_likelihood_that_transformers_gives(
-    tiny: Make, tokenizer: PreTrainedTokenizerFast, template: bool
+    tiny: Make, tokenizer: PreTrainedTokenizerFast, template: bool, branches: bool
 ) -> None:
     if not template:
         tokenizer.chat_template = None
     model = LoRAModel(tiny().eval(), LoRAConfig(r=2))
     found = options([asked(), asked(2, "hello you")], tokenizer, 100)
-    got = log_likelihoods(model, found, rows=PADDED, token_budget=64)
+    got = log_likelihoods(model, found, rows=PADDED, token_budget=64, branches=branches)
     for question, prompt in enumerate(("how are you", "hello you")):
         for place, reply in enumerate(COLOURS):
             turn = [{"role": "user", "content": prompt}]
