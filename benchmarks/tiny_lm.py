@@ -1,0 +1,147 @@
+"""Experiment 6 of the science: LoRA's ranks, places and variants against full fine-tuning, each over learning rates.
+
+    python benchmarks/tiny_lm.py                 the grid -> benchmarks/results/tiny_lm.json, with what is stated
+    python benchmarks/tiny_lm.py --make FOLDER   model, tokenizer and data for the commands
+    python benchmarks/tiny_lm.py --compare       tailora compare on them -> benchmarks/results/tiny_lm_compare.json
+
+A cell is one arm and seed over all learning rates, 2^-11 to 2^-5. Loss: nats per predicted token of 512 held-out texts.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import claims
+import markov
+import measure
+import torch
+from transformers import LlamaForCausalLM
+
+OCTAVES = range(-11, -4)
+SEEDS = 3
+STEPS, BASE_STEPS = 200, 1600
+QUICK_STEPS = 20
+TRAIN_TEXTS, EVAL_TEXTS = STEPS * markov.BATCH, 400
+
+
+def cells(quick: bool) -> list[measure.Cell]:
+    common = {"threads": 1, "malloc": "default", "steps": QUICK_STEPS if quick else STEPS}
+    common |= {"base_steps": QUICK_STEPS if quick else BASE_STEPS, "octaves": [-7] if quick else list(OCTAVES)}
+    return [{"arm": arm, "seed": seed, **common} for seed in range(1 if quick else SEEDS) for arm in markov.ARMS]
+
+
+def work(arm: str, seed: int, steps: int, base_steps: int, octaves: list[int], threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    base = base_model(base_steps)
+    started = time.process_time()
+    losses = {
+        octave: markov.judged(markov.adapted(base, markov.ARMS[arm], 2.0**octave, steps, seed)) for octave in octaves
+    }
+    return {
+        "losses": losses,
+        "base_loss": markov.judged(base),
+        "floor": markov.floor(markov.new_table(), markov.held_out()),
+        "trainable_parameters": markov.trainable(base, markov.ARMS[arm]),
+        "cpu_seconds_each": (time.process_time() - started) / len(octaves),
+    }
+
+
+def base_model(steps: int) -> LlamaForCausalLM:
+    """Made once, and kept as long as what makes it stays the same."""
+    made_by = hashlib.sha256(Path(markov.__file__).read_bytes() + torch.__version__.encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / "tailora-benchmarks" / f"tiny-lm-{steps}-{made_by}"
+    if not folder.exists():
+        fresh = folder.with_name(f"{folder.name}-{os.getpid()}")
+        markov.pretrained(steps).save_pretrained(fresh)
+        fresh.rename(folder)
+    return LlamaForCausalLM.from_pretrained(folder).eval()
+
+
+def mean_losses(found: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Arm -> {octave: mean over seeds}."""
+    by_arm: dict[str, list[Mapping[str, float]]] = {}
+    for one in found:
+        by_arm.setdefault(one["cell"]["arm"], []).append(one["result"]["losses"])
+    return {
+        arm: {int(octave): mean(each[octave] for each in runs) for octave in runs[0]} for arm, runs in by_arm.items()
+    }
+
+
+def write_claims(path: Path) -> None:
+    """Beside the cells, what is stated and what came out: of all seeds together, and how many seeds alone agree."""
+    found = json.loads(path.read_text())["cells"]
+    seeds = sorted({one["cell"]["seed"] for one in found})
+    losses = mean_losses(found)
+    if losses.keys() != markov.ARMS.keys():
+        return  # the grid was stopped before its end
+    alone = [claims.judged(mean_losses([one for one in found if one["cell"]["seed"] == seed])) for seed in seeds]
+    judged = [
+        {**asdict(claim), "seeds_alone": sum(each[place].holds for each in alone), "seeds": len(seeds)}
+        for place, claim in enumerate(claims.judged(losses))
+    ]
+    edges = claims.at_the_edge(losses)
+    measure.write(path, {"cells": found, "claims": judged, "best_at_the_edge": edges})
+    for claim in judged:
+        measure.say(f"{'yes' if claim['holds'] else 'NO '} {claim['statement']}: {claim['found']}")
+
+
+# ---- the commands
+
+
+def make(folder: str) -> None:
+    markov.write_folder(base_model(BASE_STEPS), Path(folder), TRAIN_TEXTS, EVAL_TEXTS)
+
+
+def study(name: str, settings: dict[str, Any]) -> None:
+    """Run the command as a user does; its report and what it printed go to the results."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, output = Path(temporary), Path(temporary) / "study"
+        make(temporary)
+        common = {"model": "model", "data": "train.jsonl", "eval_data": "eval.jsonl", "num_train_epochs": 1}
+        common |= {"per_device_train_batch_size": markov.BATCH, "dtype": "float32", "lora_alpha": markov.ALPHA}
+        (folder / "study.yaml").write_text(json.dumps({**common, **settings}))
+        command = [sys.executable, "-m", "tailora.cli", name, "--config", "study.yaml", "--output-dir", str(output)]
+        started = time.perf_counter()
+        seen = {"COLUMNS": "130", "NO_COLOR": "1", "TERM": "dumb"}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **seen}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=folder)
+        seconds = time.perf_counter() - started
+        report = json.loads((output / "report.json").read_text().replace(temporary, "outputs"))
+        shown = done.stdout.replace(temporary, "outputs")
+    path = measure.write(
+        f"tiny_lm_{name}", {"settings": settings, "seconds": seconds, "shown": shown.strip(), "report": report}
+    )
+    measure.say(f"{shown}\n{path}")
+
+
+def compare() -> None:
+    arms: dict[str, dict[str, Any]] = {
+        "full": {"method": "full", "learning_rate": 2.0**-9},
+        **{name: {**(markov.ARMS[name] or {}), "learning_rate": 2.0**-7} for name in ("r1", "r8", "r64")},
+        **{name: {**(markov.ARMS[name] or {}), "learning_rate": 2.0**-7} for name in ("attention", "mlp")},
+        "dora": {"r": 8, "use_dora": True, "learning_rate": 2.0**-7},
+        "pissa": {"r": 8, "init_lora_weights": "pissa", "learning_rate": 2.0**-7},
+    }
+    study("compare", {"arms": arms, "rate_tries": 4, "seeds": 3, "forgetting_data": "old.jsonl"})
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"--make": make, "--compare": compare}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1] in COMMANDS:
+        COMMANDS[sys.argv[1]](*sys.argv[2:])
+    else:
+        measure.main("tiny_lm", str(__doc__), cells, work)
+        path = (measure.QUICK if "--quick" in sys.argv else measure.RESULTS) / "tiny_lm.json"
+        if "--cell" not in sys.argv:
+            write_claims(path)
