@@ -90,17 +90,14 @@ def held_out(count: int = 512) -> Tensor:
 def pretrained(steps: int, rate: float = 3e-3, batch: int = 2 * BATCH) -> LlamaForCausalLM:
     """A model of the first table, by plain training."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WORDS + 1,
-        **SIZES,
-        max_position_embeddings=4 * LENGTH,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=END,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(configuration())
     train(model, list(model.parameters()), table(), rate, steps, seed=0, batch=batch)
     return model.eval()
+
+
+def configuration() -> LlamaConfig:
+    more = {"max_position_embeddings": 4 * LENGTH, "tie_word_embeddings": False}
+    return LlamaConfig(vocab_size=WORDS + 1, bos_token_id=None, eos_token_id=END, **SIZES, **more)
 
 
 def train(

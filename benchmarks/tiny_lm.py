@@ -4,7 +4,7 @@
     python benchmarks/tiny_lm.py --make FOLDER   model, tokenizer and data for the commands
     python benchmarks/tiny_lm.py --compare       tailora compare on them -> benchmarks/results/tiny_lm_compare.json
 
-A cell is one arm and seed over all learning rates, 2^-11 to 2^-5. Loss: nats per predicted token of 512 held-out texts.
+A cell is one arm and seed over all learning rates, 2^-10 to 2^-5. Loss: nats per predicted token of 512 held-out texts.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ import measure
 import torch
 from transformers import LlamaForCausalLM
 
-OCTAVES = range(-11, -4)
+OCTAVES = range(-10, -4)
 SEEDS = 3
-STEPS, BASE_STEPS = 200, 1600
+STEPS, BASE_STEPS = 150, 1600
 QUICK_STEPS = 20
 TRAIN_TEXTS, EVAL_TEXTS = STEPS * markov.BATCH, 400
 

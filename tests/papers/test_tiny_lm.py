@@ -1,0 +1,102 @@
+"""Experiment 6 in small: fewer learning rates, steps and ranks than benchmarks/tiny_lm.py, which has the whole grid."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BASE_STEPS, STEPS = 300, 80
+OCTAVES = {  # of the learning rates that an arm tries
+    "r1": (-9, -7, -5),
+    "r16": (-10, -7),
+    "r64": (-9, -7, -5),
+    "full": (-11, -9, -7),
+    "attention": (-7, -6),
+    "mlp": (-7,),
+    "dora": (-7,),
+    "pissa": (-10, -8),
+}
+LIKE = {  # what the whole grid gives, about
+    "r1": {-9: 2.24, -7: 2.20, -5: 2.23},
+    "r16": {-10: 2.10, -7: 1.974, -5: 2.15},
+    "r64": {-9: 2.00, -7: 1.953, -5: 2.10},
+    "full": {-11: 2.03, -9: 1.956, -7: 1.99},
+    "attention": {-7: 2.18, -6: 2.17},
+    "mlp": {-7: 2.00},
+    "dora": {-7: 1.972},
+    "pissa": {-10: 2.01, -8: 1.979},
+}
+UNLIKE: dict[str, dict[str, dict[int, float]]] = {  # claim -> what contradicts it
+    "one_rate_for_all_ranks": {"r1": {-9: 2.19, -7: 2.20, -5: 2.23}},
+    "monotone": {"r1": {-7: 1.96}},
+    "as_good_as_full": {"full": {-9: 1.93}},
+    "attention_alone_is_worse": {"mlp": {-7: 2.03}},
+    "dora_is_equal": {"dora": {-7: 1.96}},
+    "pissa_is_ahead_at_a_low_rate": {"pissa": {-10: 2.11, -8: 1.979}},
+    "pissa_is_not_ahead_when_tuned": {"pissa": {-10: 2.01, -8: 1.96}},
+    "rate_of_lora_over_full": {"full": {-11: 2.03, -9: 2.0, -7: 1.956}},
+}
+
+
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+claims, markov = benchmark("claims"), benchmark("markov")
+
+
+@pytest.fixture(scope="module")
+def losses() -> dict[str, dict[int, float]]:
+    with torch.random.fork_rng():
+        base = markov.pretrained(BASE_STEPS)
+        return {
+            arm: {octave: markov.judged(markov.adapted(base, markov.ARMS[arm], 2.0**octave, STEPS)) for octave in rates}
+            for arm, rates in OCTAVES.items()
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.__name__)
+def test_the_tiny_lm_shows_what_is_stated(claim: Callable[..., Any], losses: dict[str, dict[int, float]]) -> None:
+    found = claim(losses)
+    assert found.holds, f"{found.statement}: found {found.found}, in {losses}"
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.__name__)
+def test_each_claim_tells_what_agrees_with_it_from_what_does_not(claim: Callable[..., Any]) -> None:
+    assert claim(LIKE).holds
+    assert not claim({**LIKE, **UNLIKE[claim.__name__]}).holds
+
+
+def test_the_texts_follow_the_table_and_a_quarter_of_its_rows_is_new() -> None:
+    old, new = markov.table(), markov.new_table()
+    torch.testing.assert_close(new.sum(-1), torch.ones(markov.WORDS, markov.WORDS))
+    share = float((old != new).any(-1).double().mean())
+    assert share == pytest.approx(markov.REPLACED, abs=0.04)
+    ids = markov.texts(new, 2000, torch.Generator().manual_seed(9))
+    assert (ids[:, -1] == markov.END).all()
+    assert ids[:, :-1].max() < markov.WORDS
+    contexts, following = (ids[:, :-3] * markov.WORDS + ids[:, 1:-2]).flatten(), ids[:, 2:-1].flatten()
+    count = torch.zeros(markov.WORDS**2, markov.WORDS)
+    count.index_put_((contexts, following), torch.ones(len(contexts)), accumulate=True)
+    p = new.flatten(0, 1)
+    expected = count.sum(1, keepdim=True) * p
+    apart = ((count - expected).square() / (expected * (1 - p)))[expected > 5]
+    assert float(apart.mean()) == pytest.approx(1, abs=0.1)
+
+
+def test_the_arms_that_are_compared_at_equal_parameters_have_as_many() -> None:
+    base = markov.LlamaForCausalLM(markov.configuration())
+    assert markov.trainable(base, markov.ARMS["attention"]) == markov.trainable(base, markov.ARMS["mlp"]) == 15360
