@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tailora
 
-CITED = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+CITED = re.compile(r"arXiv:((?:[a-z-]+/)?\d[\d.]*\d)")
 
 
 def papers(folder: Path) -> dict[str, list[str]]:

@@ -1,0 +1,81 @@
+"""What is measured of adapters and searches, by the definitions cited."""
+
+import math
+from itertools import product
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from tailora.measure.intruders import counter
+from tailora.measure.spectra import effective_rank, stable_rank, subspace_overlap
+from tailora.study.sampling import importances
+from tailora.train.optim import rising
+
+
+@pytest.mark.parametrize("planted", [0, 1, 3])
+@pytest.mark.parametrize("whole", [1024, 32])  # by all of W's vectors, and by those near first
+def test_intruders_are_leading_vectors_that_are_near_to_none_of_the_base_s(planted: int, whole: int) -> None:
+    """arXiv:2410.21228, alg. 1: of the k leading left vectors of W + dW those with max_j |<u_j, v_i>| < epsilon."""
+    torch.manual_seed(0)
+    m, n, k, epsilon = 120, 100, 10, 0.5
+    W, dW = torch.randn(m, n) / math.sqrt(n), 0.05 * torch.randn(m, n) / math.sqrt(n)
+    directions = torch.linalg.qr(torch.randn(m, planted))[0]
+    dW += 4 * directions @ torch.linalg.qr(torch.randn(n, planted))[0].T
+    old, new = (torch.linalg.svd(each, full_matrices=False)[0] for each in (W, W + dW))
+    by_definition = sum(all(abs(float(old[:, j] @ new[:, i])) < epsilon for j in range(old.shape[1])) for i in range(k))
+    assert counter(W, k, epsilon, whole=whole)(W + dW) == by_definition
+    assert by_definition >= planted
+
+
+def test_ranks_that_are_no_whole_numbers() -> None:
+    """||A||_F^2 / ||A||^2 (arXiv:math/0503442, sec. 1), exp(H(sigma / sum sigma)) (Roy and Vetterli 2007, def. 1)."""
+    S = torch.tensor([4.0, 2.0, 2.0, 0.0])
+    assert stable_rank(S) == pytest.approx((16 + 4 + 4) / 16)
+    assert effective_rank(S) == pytest.approx(math.exp(-0.5 * math.log(0.5) - 2 * 0.25 * math.log(0.25)))
+
+
+def test_subspaces_overlap_by_the_squares_of_their_cosines() -> None:
+    """phi = ||U1^T U2||_F^2 / min(i, j) (arXiv:2106.09685, eq. 4), 1 for equal spans and 0 for orthogonal ones."""
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64))[0]
+    turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    assert subspace_overlap(Q[:, :3], Q[:, :3] @ turned) == pytest.approx(1)
+    assert subspace_overlap(Q[:, :3], Q[:, 3:5]) == pytest.approx(0, abs=1e-12)
+    angle = 0.7
+    tilted = math.cos(angle) * Q[:, :1] + math.sin(angle) * Q[:, 5:6]
+    assert subspace_overlap(Q[:, :4], torch.cat([tilted, Q[:, 8:]], 1)) == pytest.approx(math.cos(angle) ** 2 / 2)
+
+
+def test_a_range_test_passes_through_all_rates_once() -> None:
+    """The rate rises from step to step over the whole range (arXiv:1506.01186, sec. 3.3), here by one factor."""
+    rates = [rising(step, 21, 1e-6, 1.0) for step in range(21)]
+    assert (rates[0], rates[-1]) == pytest.approx((1e-6, 1.0))
+    assert np.diff(np.log(rates)) == pytest.approx(math.log(1e6) / 20)
+
+
+def test_a_setting_is_important_by_how_the_best_quarter_differs_in_it() -> None:
+    """E_q[(p / q - 1)^2] of the best trials' values p from all trials' q (PED-ANOVA, arXiv:2304.10255, thm. 1)."""
+    values = {"much": "abcd", "some": "ab", "nothing": "ab"}
+    space = {name: CategoricalDistribution(tuple(each)) for name, each in values.items()}
+    best = {("a", "a"): 20, ("a", "b"): 10, ("b", "a"): 10}  # of 20 times that the two meet: 80 of 320 trials
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def trials(state_of_d: TrialState, loss_of_d: float) -> list[FrozenTrial]:
+        made = []
+        for number, (much, some, nothing) in product(range(20), product(*values.values())):
+            loss = loss_of_d if much == "d" else float(number >= best.get((much, some), 0))
+            state = state_of_d if much == "d" else TrialState.COMPLETE
+            chosen = {"much": much, "some": some, "nothing": nothing}
+            made.append(create_trial(params=chosen, distributions=space, value=loss, state=state))
+        return made
+
+    found = importances(trials(TrialState.COMPLETE, 1.0))
+    # E_q is (2^2 + 0^2 + 1 + 1) / 4 = 1.5, (.5^2 + .5^2) / 2 = .25 and 0; Optuna smooths p and q
+    assert found["much"] > 2 * found["some"] > 0.2
+    assert found["nothing"] < 0.01
+    assert sum(found.values()) == pytest.approx(1)
+    assert importances(trials(TrialState.PRUNED, 0.0)) == found  # worse, however good its last loss was
