@@ -13,11 +13,12 @@ from tailora.cli.options import FIELDS, ConfigFile, Json, Settings, changes, fla
 from tailora.cli.studying import bar, page_of, resumable
 from tailora.cli.yaml12 import read_mapping
 from tailora.errors import ConfigError
-from tailora.study.config import FULL, LORA, CompareConfig
+from tailora.study.config import AT_THE_END, FULL, LORA, CompareConfig
 from tailora.study.extra import need
 
 OWN = CompareConfig.model_fields
 LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method", "learning_rate"}
+LEFT_OUT |= AT_THE_END
 FLAGS: Any = flags_of({"output_dir": "outputs/compare"}, FIELDS.keys() - LEFT_OUT)
 NONE_GIVEN = FLAGS()
 STUDY = "Comparison"

@@ -19,14 +19,15 @@ from filelock import FileLock, Timeout
 
 from tailora.errors import ConfigError
 from tailora.formats.atomic import write_file
-from tailora.study.config import FULL, CompareConfig, arm_settings
-from tailora.study.outcome import Comparison, choosing, judged
+from tailora.study.config import AT_THE_END, FULL, CompareConfig, arm_settings
+from tailora.study.outcome import Comparison, judged
 from tailora.study.rates import Rates
 from tailora.study.report import report_if_possible
 from tailora.study.trial import Progress, Spec, Trial, try_out
 from tailora.train.config import TrainConfig
 
 STUDY, REPORT = "compare.json", "report.json"
+LATER = {"seeds", "rate_tries", "minutes", "margin"}  # what a comparison may be asked for more of
 PROBE_STEPS = 4
 SAFETY = 0.85  # share of the time that is planned with: a probe is short
 FEWEST_STEPS = 8
@@ -39,6 +40,7 @@ def compare(
 ) -> Comparison:
     """Runs what is missing of the study in `train.output_dir` and judges. Interrupted, it goes on when called again.
 
+    Called again with more seeds, tries or minutes, or with another margin, it keeps the runs that it has.
     Raises ConfigError; whatever a run raises that is neither divergence nor lack of memory.
     """
     folder = Path(train.output_dir)
@@ -46,6 +48,8 @@ def compare(
         "train": train.model_dump(mode="json", exclude={"output_dir"}),
         "compare": study.model_dump(mode="json"),
     }
+    if set_here := sorted(name for name in AT_THE_END if getattr(train, name)):
+        raise ConfigError(f"a comparison judges every run at its end: leave {' and '.join(set_here)} out")
     for arm in study.arms:
         arm_settings(train, study, arm, learning_rate=study.prior(arm))  # what contradicts itself is found at once
     _claim(folder, settings)
@@ -62,12 +66,19 @@ def compare(
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     known = folder / STUDY
     text = json.dumps(settings, indent=1)
-    if known.exists() and json.loads(known.read_text()) != json.loads(text):
-        raise ConfigError(f"{folder} holds a comparison with other settings; give another --output-dir")
-    if not known.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty and holds no comparison; give another --output-dir")
-        write_file(known, text.encode())
+    if known.exists():
+        if _lasting(json.loads(known.read_text())) != _lasting(json.loads(text)):
+            raise ConfigError(f"{folder} holds a comparison with other settings; give another --output-dir")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no comparison; give another --output-dir")
+    write_file(known, text.encode())
+
+
+def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
+    """What makes two comparisons different ones. With minutes the steps are planned, without they are the settings'."""
+    study = settings["compare"]
+    kept = {name: value for name, value in study.items() if name not in LATER}
+    return {**settings, "compare": {**kept, "planned": study["minutes"] is not None}}
 
 
 class _Study:
@@ -101,10 +112,11 @@ class _Study:
     def _trial(self, arm: str, where: str, *, final: bool, **given: Any) -> Trial:
         texts = (self.study.forgetting_data or "") if final else None
         keep = final and self.study.method(arm) != FULL  # a whole model for every seed would fill the disk
-        spec = Spec(arm_settings(self.train, self.study, arm, **given), texts, keep)
+        spec = Spec(arm_settings(self.train, self.study, arm, **given), texts, keep, choosing=not final)
         started = time.monotonic()
         trial = try_out(spec, self.folder / "runs" / arm / where, self.progress)
-        self.costs[arm] = time.monotonic() - started
+        # of a run that was made before, what it took then
+        self.costs[arm] = max(time.monotonic() - started, trial.numbers.get("seconds", 0.0))
         return trial
 
     # ---- how long
@@ -117,6 +129,10 @@ class _Study:
         if not known.exists():
             self.say(f"timing {PROBE_STEPS} steps of each arm")
             fixed, each = zip(*(self._probe(arm) for arm in self.study.arms), strict=True)
+            if not any(each):
+                raise ConfigError(
+                    f"no arm can be trained: {PROBE_STEPS} steps of each failed; see {self.folder / 'runs'}"
+                )
             runs = self.study.rate_tries + self.study.seeds
             steps = int((self._left() * SAFETY / runs - sum(fixed)) / sum(each))
             if steps < FEWEST_STEPS:
@@ -129,7 +145,7 @@ class _Study:
         planned: dict[str, Any] = json.loads(known.read_text())
         if self.train.max_steps is not None:
             planned["max_steps"] = min(planned["max_steps"], self.train.max_steps)
-        self.say(f"{planned['max_steps']} steps in each run fit into {self.study.minutes:g} minutes")
+        self.say(f"{planned['max_steps']} steps in each run, planned to fit into the minutes")
         return planned
 
     def _probe(self, arm: str) -> tuple[float, float]:
@@ -152,7 +168,7 @@ class _Study:
                 break
             for arm, rate in asked.items():
                 trial = self._trial(arm, f"rate-{rate:.3g}", final=False, learning_rate=rate, **steps)
-                loss = trial.loss(choosing(trial)) if trial.done else np.inf
+                loss = trial.loss()  # on the choosing half, all that was evaluated
                 searches[arm].tell(rate, loss)
                 said = f"held-out loss {loss:.4f}" if trial.done else trial.outcome
                 self.say(f"{arm}: learning rate {rate:.2g}, {said}")
@@ -172,7 +188,9 @@ class _Study:
             for arm, trials in finals.items():
                 seed = self.train.seed + number  # the rates were found with the seed itself
                 rate = rates[arm].best
-                trial = self._trial(arm, f"seed-{seed}", final=True, learning_rate=rate, seed=seed, **steps)
+                trial = self._trial(
+                    arm, f"seed-{seed}-rate-{rate:.3g}", final=True, learning_rate=rate, seed=seed, **steps
+                )
                 trials.append(trial)
                 said = f"held-out loss {trial.loss():.4f}" if trial.done else trial.outcome
                 self.say(f"{arm}: seed {seed} at its best rate {rate:.2g}, {said}")

@@ -12,6 +12,8 @@ from tailora.train.config import TrainConfig
 LORA, FULL = "lora", "full"
 GIVEN = {"model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "max_steps"}
 GIVEN |= {"num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps", "streaming"}
+AT_THE_END = {"eval_steps", "early_stopping_patience"}  # a step chosen by the examples that judge would flatter
+GIVEN |= AT_THE_END
 OF_ADAPTERS = {*LoRAConfig.model_fields, *AdaLoRA.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
 TRIALS = 20
 PRIORS = {"lora": 5e-4, "full": 5e-5}  # where the search for a rate begins: full fine-tuning wants about a tenth

@@ -1,5 +1,6 @@
 """What the runs of a comparison say: numbers of each arm, differences from the reference, a verdict."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from tailora.errors import ConfigError
 from tailora.measure.intervals import Interval
 from tailora.measure.paired import Difference, difference, holm, loss_interval
 from tailora.study.config import FULL, CompareConfig
-from tailora.study.halves import Places, halves
+from tailora.study.halves import halves
 from tailora.study.rates import Rates
 from tailora.study.trial import Trial
 from tailora.study.verdict import Standing, verdict
@@ -22,7 +23,7 @@ class ArmResult:
     changes: dict[str, Any]
     outcome: str  # done, or why there are no numbers
     learning_rate: float | None = None
-    rates: dict[float, float] = field(default_factory=dict)  # rate -> loss on the choosing half
+    rates: dict[float, float] = field(default_factory=dict)  # rate -> loss on the choosing half, infinite if it failed
     bracketed: bool = False
     eval_loss: float | None = None
     interval: tuple[float, float] | None = None
@@ -53,17 +54,11 @@ class Comparison:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def choosing(trial: Trial) -> Places:
-    """The held-out examples that choose learning rates. Raises ConfigError for too few."""
-    return halves(len(trial.counts))[0]
-
-
-def judging(trial: Trial) -> Places:
-    """The other half, by which arms are judged."""
-    return halves(len(trial.counts))[1]
+        """For JSON, which has no infinity: a rate that failed has the loss null."""
+        content = asdict(self)
+        for arm in content["arms"]:
+            arm["rates"] = {rate: loss if math.isfinite(loss) else None for rate, loss in arm["rates"].items()}
+        return content
 
 
 def judged(
@@ -83,7 +78,7 @@ def judged(
         raise ConfigError(f"no arm could be trained, so there is nothing to compare: {reasons}")
     reference = next((arm for arm in done if study.method(arm) == FULL), next(iter(done)))
     some = done[reference][0]
-    judges = judging(some)
+    judges = halves(len(some.counts))[1]
     counts = np.array(some.counts)[judges]
     nats = {arm: np.array([trial.sums for trial in trials])[:, judges] for arm, trials in done.items()}
     against = {arm: difference(nats[reference], nats[arm], counts) for arm in done if arm != reference}

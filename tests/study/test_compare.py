@@ -11,8 +11,11 @@ import pytest
 from tailora.errors import ConfigError, DataError
 from tailora.study.compare import compare
 from tailora.study.config import CompareConfig, arm_settings
-from tailora.study.outcome import choosing, judged, judging
+from tailora.study.halves import halves
+from tailora.study.outcome import judged
 from tailora.study.rates import Rates
+from tailora.study.report.compare import compare_page
+from tailora.study.report.page import html
 from tailora.study.trial import Spec, Trial, try_out
 from tailora.train.config import TrainConfig
 
@@ -55,8 +58,12 @@ def test_a_comparison_runs_resumes_and_judges(
     monkeypatch.setattr("tailora.study.trial.subprocess.Popen", None)  # every trial is there
     again = compare(train, SMALL)
     assert again.arms == found.arms
+    wider = compare(train, SMALL.replaced(margin=5.0))
+    assert wider.settings["compare"]["margin"] == 5.0
     with pytest.raises(ConfigError, match="other settings"):
-        compare(train, SMALL.replaced(margin=0.5))
+        compare(train, SMALL.replaced(forgetting_data="texts.jsonl"))
+    with pytest.raises(ConfigError, match="other settings"):
+        compare(train.replaced(r=2), SMALL)
 
 
 @pytest.mark.slow
@@ -109,10 +116,28 @@ def test_full_fine_tuning_takes_nothing_of_the_adapters_and_their_frozen_base(sm
     assert {name: getattr(of_lora, name) for name in asked} == asked
 
 
+def test_a_step_chosen_by_the_examples_that_judge_is_refused(small_run: TrainConfig, tmp_path: Path) -> None:
+    train = small_run.replaced(eval_steps=5, early_stopping_patience=2, output_dir=str(tmp_path / "study"))
+    with pytest.raises(ConfigError, match="leave early_stopping_patience and eval_steps out"):
+        compare(train, SMALL)
+    assert not (tmp_path / "study").exists()
+
+
 def test_a_folder_with_other_things_is_left_alone(small_run: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty"):
         compare(small_run.replaced(output_dir=str(tmp_path)), SMALL)
+
+
+@pytest.mark.slow
+def test_too_few_held_out_examples_are_found_before_any_step(small_run: TrainConfig, tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(Path(small_run.data).read_text().splitlines(keepends=True)[:3]))
+    train = small_run.replaced(eval_data=str(few), output_dir=str(tmp_path / "study"))
+    heard: list[int] = []
+    with pytest.raises(ConfigError, match="3 held-out examples are too few"):
+        compare(train, SMALL, progress=lambda step, *_: heard.append(step))
+    assert not heard
 
 
 @pytest.mark.slow
@@ -141,7 +166,7 @@ def test_arms_are_judged_on_the_half_that_did_not_choose() -> None:
     counts = rng.integers(5, 50, size=40)
     losses = rng.normal(3, 0.5, size=40)
     first = trial(losses, counts, 1, 1000)
-    for_rates, for_arms = choosing(first), judging(first)
+    for_rates, for_arms = halves(len(first.counts))
     assert sorted([*for_rates, *for_arms]) == list(range(40))
     better = losses.copy()
     better[for_rates] -= 1  # on the other half there is no difference
@@ -165,5 +190,8 @@ def test_an_arm_that_failed_keeps_its_reason() -> None:
     finals = {"lora": [trial(np.linspace(1, 2, 10), counts, seed, 10) for seed in (1, 2)]}
     found = judged(study, {"lora": rates(1e-3), "full": failed}, finals, notes=[], settings={}, seconds=1.0)
     assert found.arms[1].outcome == "failed at every rate tried, 0.001"
+    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert plain["arms"][1]["rates"] == {"0.001": None}
+    assert "failed" in html(compare_page(plain))
     assert "full failed at every rate tried" in found.verdict
     assert found.p_value is None

@@ -1,6 +1,5 @@
 """The page of a comparison."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ class Arm(BaseModel):
     changes: dict[str, Any] = {}
     outcome: str = "done"
     learning_rate: float | None = None
-    rates: dict[float, float] = {}
+    rates: dict[float, float | None] = {}  # None for one that failed
     bracketed: bool = True
     eval_loss: float | None = None
     interval: tuple[float, float] | None = None
@@ -206,7 +205,7 @@ def _other_text(found: Comparison) -> Picture | None:
 
 
 def _rates(found: Comparison) -> Picture | None:
-    tried = [arm for arm in found.arms if any(map(math.isfinite, arm.rates.values()))]
+    tried = [arm for arm in found.arms if any(loss is not None for loss in arm.rates.values())]
     if not tried:
         return None
     said = "; ".join(f"{arm.name} best at {words.rate(arm.learning_rate)}" for arm in tried if arm.learning_rate)
@@ -220,13 +219,13 @@ def _rates(found: Comparison) -> Picture | None:
 def _draw_rates(arms: Sequence[Arm], width: float) -> Drawing:
     figure, axes = canvas(width, 310)
     for place, arm in enumerate(arms):
-        points = sorted((rate, loss) for rate, loss in arm.rates.items() if math.isfinite(loss))
+        points = sorted((rate, loss) for rate, loss in arm.rates.items() if loss is not None)
         colour = SERIES[place % 8]
         axes.plot(
             *zip(*points, strict=True), "o-", color=colour, markerfacecolor=PAPER, markersize=7, label=label(arm.name)
         )
-        if arm.learning_rate in arm.rates:
-            axes.plot([arm.learning_rate], [arm.rates[arm.learning_rate]], "o", color=colour, markersize=10)
+        best = [(rate, loss) for rate, loss in points if rate == arm.learning_rate]
+        axes.plot(*zip(*best, strict=True), "o", color=colour, markersize=10)
     log_axis(axes, "x")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss, nats per token")
@@ -273,7 +272,7 @@ def _spent(arm: Arm) -> list[str]:
 
 def _rate_table(found: Comparison) -> Table | None:
     rows = [
-        [arm.name, words.rate(rate), f"{loss:.4f}" if math.isfinite(loss) else "failed"]
+        [arm.name, words.rate(rate), "failed" if loss is None else f"{loss:.4f}"]
         for arm in found.arms
         for rate, loss in sorted(arm.rates.items())
     ]
