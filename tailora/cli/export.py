@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tailora.cli.console import print_json, results
 from tailora.cli.derived import Base
-from tailora.cli.models import chosen_method, named
+from tailora.cli.models import WAYS, chosen_method, named
 from tailora.cli.options import Json
 from tailora.errors import ConfigError
 
@@ -25,7 +25,7 @@ To = Annotated[Literal["peft", "portable", "gguf", "mlx", "merged"], Parameter(h
 Output = Annotated[Path, Parameter(name=["--output", "--output-dir"], help="a new folder")]
 Quantize = Annotated[
     str | None,
-    Parameter(help="how the base is stored: nf4, fp4, int8, torchao-int8 or none; merging: as the adapter's run did"),
+    Parameter(help=f"how the base is stored: {WAYS}; without it, a merge takes that of the adapter's run"),
 ]
 Dtype = Annotated[
     Literal["stored", "float32", "bfloat16", "float16"], Parameter(help="of the base, and so of a merged model")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -12,6 +12,7 @@ from cyclopts.validators import Number
 
 from tailora.errors import ConfigError, listing
 from tailora.formats.folders import adapter_in, recorded_settings
+from tailora.train.config import Quantize as Methods
 
 Model = Annotated[str, Parameter(name="--model", help="Hugging Face folder or Hub id, or 'demo'")]
 Adapters = Annotated[
@@ -23,10 +24,8 @@ Temperature = Annotated[NonNegativeFloat, Parameter(help="0: always the likelies
 TopP = Annotated[float, Parameter(help="sample from this share of the probability", validator=Number(gt=0, lte=1))]
 Seed = Annotated[NonNegativeInt, Parameter(help="of the sampling", validator=Number(lt=2**63))]
 LORA_FILE = ".safetensors"
-Quantize = Annotated[
-    str | None,
-    Parameter(help="nf4, fp4, int8, torchao-int8 or none; without it, as the adapter's run did"),
-]
+WAYS = f"{', '.join(get_args(Methods))} or none"
+Quantize = Annotated[str | None, Parameter(help=f"how the base is stored: {WAYS}; without it, as in the adapter's run")]
 SHORTER = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
 
 

@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 from tailora.core.config import AdaLoRA, LoRAConfig, Start, StrictModel
 from tailora.errors import ConfigError, listing
 
+Quantize = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 COUNT = 2**31  # above any count that makes sense, and well below what numpy and torch can hold
 
 
@@ -69,7 +70,7 @@ class TrainConfig(StrictModel):
     fast: Literal["auto", "off"] = Field("auto", description="kernels that keep the result, chosen and verified")
     prefix_cache_gb: float | None = Field(None, ge=0, description="disk for states of frozen lower layers; 0: none")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the base; adapters are float32")
-    quantize: Literal["nf4", "fp4", "int8", "torchao-int8"] | None = Field(None, description="how to store the base")
+    quantize: Quantize | None = Field(None, description="how to store the base")
     seed: int = Field(0, ge=0, lt=2**63, description="data order, start of A, dropout")
     # evaluation and files
     eval_steps: int = Field(0, ge=0, lt=COUNT, description="evaluate every N steps; 0: before and after only")

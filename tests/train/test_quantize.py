@@ -24,7 +24,8 @@ from tailora.train.run import run
 from tailora.train.setup import memory_cost
 
 CPU = torch.device("cpu")
-methods = pytest.mark.parametrize("method", METHODS)
+NOT_HERE = {"torchao-int4"}  # no kernel for a CPU
+methods = pytest.mark.parametrize("method", [method for method in METHODS if method not in NOT_HERE])
 HIDDEN, INNER, KEYS = 64, 128, 32
 
 
@@ -100,9 +101,14 @@ def test_a_method_that_does_not_work_here_is_refused_with_the_reason(monkeypatch
     monkeypatch.setitem(METHODS, "fp4", METHODS["fp4"].__class__("no_such_package", METHODS["fp4"].settings, broken))
     with pytest.raises(ConfigError, match=r"no_such_package is not installed: pip install 'tailora\[quantize\]'"):
         settings_for("fp4", torch.float32, "cpu")
-    assert obstacle("nf4", "cpu") is None
     with pytest.raises(ConfigError, match="did you mean nf4"):
         settings_for("nf8", torch.float32, "cpu")
+
+
+def test_what_works_here_is_found_out_by_trying() -> None:
+    assert {method for method in METHODS if obstacle(method, "cpu")} == NOT_HERE
+    with pytest.raises(ConfigError, match="torchao-int4 does not work here: torchao cannot run on cpu: "):
+        settings_for("torchao-int4", torch.bfloat16, "cpu")
 
 
 def test_a_quantised_model_keeps_its_own_way(model_folder: Path, tmp_path: Path) -> None:
