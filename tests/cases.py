@@ -157,9 +157,9 @@ class BaseCase:
     vectors: bool = True  # whether a layer takes a single vector
 
 
-LINEARS = ("linear", "linear without bias")
+LINEARS = ("linear", "linear without bias", "part", "part of every head")
 BITSANDBYTES: dict[str, Any] = {
-    "kinds": (*LINEARS, "transformers conv1d"),
+    "kinds": (*LINEARS, "transformers conv1d", "part of conv1d"),
     "others": "bitsandbytes has linear layers; its embeddings override forward and cannot be saved",
 }
 TORCHAO: dict[str, Any] = {"kinds": LINEARS, "others": "torchao quantises nn.Linear, and no other unless told so"}
@@ -296,8 +296,11 @@ SPECIAL_PAIRS = [
 ]
 
 
-QUANTIZED = [quantized(kind, base) for base in BASES for kind in KINDS if kind.name in base.kinds]
-QUANTIZED_PAIRS = [(quantized(kind, base), slot) for base in BASES for kind, slot in PAIRS if kind.name in base.kinds]
+EVERY, EVERY_PAIR = [*KINDS, *SPECIAL], [*PAIRS, *SPECIAL_PAIRS]
+QUANTIZED = [quantized(kind, base) for base in BASES for kind in EVERY if kind.name in base.kinds]
+QUANTIZED_PAIRS = [
+    (quantized(kind, base), slot) for base in BASES for kind, slot in EVERY_PAIR if kind.name in base.kinds
+]
 
 
 def config(kind: KindCase, slot: str = "plain") -> LoRAConfig:

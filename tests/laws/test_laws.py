@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KINDS, PAIRS, SPECIAL, SPECIAL_PAIRS, UNMERGEABLE, KindCase, config, stir, trained
+from cases import EVERY, EVERY_PAIR, KINDS, UNMERGEABLE, KindCase, config, stir, trained
 from torch import Tensor, nn
 
 from tailora import LoRAModel
 from tailora.core.attach import Swapped
 
-EVERY, EVERY_PAIR = [*KINDS, *SPECIAL], [*PAIRS, *SPECIAL_PAIRS]
 kinds = pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.name)
 pairs = pytest.mark.parametrize(("kind", "slot"), EVERY_PAIR, ids=[f"{slot}-{kind.name}" for kind, slot in EVERY_PAIR])
 MERGEABLE = [(kind, slot) for kind, slot in EVERY_PAIR if (kind.name, slot) not in UNMERGEABLE]
