@@ -193,7 +193,7 @@ class LoRAModel(nn.Module):
         for adapter in [] if self._merged else self._adapters.values():
             for path, layer in adapter.low_rank.items():
                 if layer.row_norms is not None:
-                    layer.row_norms.refresh(self._attached[path])
+                    layer.row_norms.refresh(self._attached[self._hosts[path]])
         if self._rows is not None:
             self._rows.epoch += 1
         return self

@@ -267,7 +267,7 @@ SLOTS: dict[str, dict[str, Any]] = {
 }
 
 
-PRODUCTS = [slot for slot, settings in SLOTS.items() if not {"use_dora", "lora_bias", "bias"} & settings.keys()]
+PRODUCTS = [slot for slot, settings in SLOTS.items() if not {"lora_bias", "bias"} & settings.keys()]
 
 # Pairs without sense: what refuses them, as tests/core shows.
 NO_SENSE = {
@@ -292,7 +292,7 @@ SPECIAL_PAIRS = [
     (kind, slot)
     for kind in SPECIAL
     for slot in PRODUCTS
-    if not (slot == "dropout" and "target_parameters" in kind.names)
+    if not ("dropout" in slot and "target_parameters" in kind.names)
 ]
 
 

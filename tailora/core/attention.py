@@ -102,10 +102,13 @@ def _linear(
     bias: Tensor | None,
     rows: slice = slice(None),
 ) -> Tensor:
-    y = F.linear(x, weight, bias)
+    base = y = F.linear(x, weight, bias)
     for adapter in adapters:
         if adapter.kind.weight == name:
-            y = y + adapter(x, layer, y.dtype)[..., rows]
+            gain = adapter.gain(layer)
+            y = y + adapter(x, layer, y.dtype, gain)[..., rows]
+            if gain is not None:
+                y = y + (base if bias is None else base - bias) * adapter.excess(gain)[rows].to(y.dtype)
     return y
 
 

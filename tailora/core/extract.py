@@ -50,7 +50,9 @@ def extract(
             update = difference(target, tuned.get_submodule(target.host))
             if update.any():
                 factors[target.path], errors[target.path] = (
-                    low_rank(update, math.ceil(r / len(update))) if r else for_energy(update, energy or 1)
+                    low_rank(update, r if target.kind.stacked else math.ceil(r / len(update)))
+                    if r
+                    else for_energy(update, energy or 1)
                 )
     if not factors:
         raise AdapterError("no selected layer differs between the two models; check the paths, or select other targets")
@@ -113,4 +115,4 @@ def _without(target: Target, change: Tensor) -> Tensor:
     if target.rows is None:
         return torch.zeros_like(change)
     others = 1 - target.rows.spread(change.new_ones(target.rows.size))  # (out,)
-    return change * (others if target.kind.columns else others[:, None])
+    return change * (others if target.kind.columns(target.layer) else others[:, None])

@@ -4,10 +4,11 @@ The functions that the rows of `core.kinds.KINDS` are made of. Shapes: A (r, in)
 kernel in A: A (r, in/groups, *kernel), B (out, r/groups).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -107,3 +108,19 @@ def conv_factors(layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 def conv_matrix(layer: Any, weight: Tensor) -> Tensor:
     return weight.reshape(layer.groups, layer.out_channels // layer.groups, -1)
+
+
+# ---- What multiplies the weight where its rows have magnitudes
+
+
+def own_share(layer: Any, adapters: Sequence[Any], gains: Sequence[Tensor | None]) -> Tensor | None:
+    """1 + the sum of t (g - 1), t the adapters' strengths and g their gains: what the layer's own weight is times.
+
+    (groups, m, 1) or (groups, 1, n), which spreads over the weight as `kind.factors` has it; None without magnitudes.
+    """
+    excess = [adapter.excess(gain) for adapter, gain in zip(adapters, gains, strict=True) if gain is not None]
+    if not excess:
+        return None
+    kind = adapters[0].kind
+    own = (1 + torch.stack(excess).sum(0)).view(kind.groups(layer), -1)  # (groups, out/groups)
+    return own[:, None] if kind.columns(layer) else own[:, :, None]

@@ -31,8 +31,9 @@ class Kind:
     drops: whether dropout of x has a meaning.    zero: the factor that starts at zero.
     matrix: (layer, its weight) -> W as the equation has it, (groups, out/groups, n): B A, seen as (groups, out/groups,
         r/groups) and (groups, r/groups, n), adds to it. None where a start cannot be read off the weight.
-    columns: whether an output is a column of the stored weight, (in, out), and not its row.
+    columns: layer -> whether an output is a column of the stored weight, (in, out), and not its row.
     linear: whether "all-linear" means it.    stacked: A and B hold one matrix per expert.
+    scales: whether its rows can have magnitudes (DoRA).
 
     What is not W x + s B A x for one input x has `forward` in place of `update`: (layer, adapters, *args, **kwargs) ->
     what the adapted layer computes, with all of its adapters.
@@ -48,9 +49,10 @@ class Kind:
     drops: bool = True
     zero: Literal["A", "B"] = "B"
     matrix: Callable[[Any, Tensor], Tensor] | None = None
-    columns: bool = False
+    columns: Callable[[Any], bool] = lambda _: False
     linear: bool = False
     stacked: bool = False
+    scales: bool = True
     forward: Callable[..., Any] | None = None
 
     def __reduce__(self) -> tuple[Callable[[str], "Kind"], tuple[str]]:  # copies and pickles stay the table's row
@@ -110,6 +112,10 @@ def parameter_kind(name: str) -> Kind:
         left = B.reshape(len(right), -1, B.shape[1])  # (E, out, r)
         return (right.mT, left.mT) if transposed(layer) else (left, right)
 
+    def matrix(layer: Any, weight: Tensor) -> Tensor:
+        stack = weight.reshape(-1, *weight.shape[-2:])
+        return stack.mT if transposed(layer) else stack
+
     return Kind(
         f"Parameter {name}",
         dims,
@@ -119,6 +125,8 @@ def parameter_kind(name: str) -> Kind:
         groups=experts,
         weight=name,
         drops=False,
+        matrix=matrix,
+        columns=transposed,
         stacked=True,
         forward=run_with_sums,
     )
@@ -151,7 +159,7 @@ CONV1D = Kind(
     geometry.matrix_shapes(geometry.conv1d_dims),
     geometry.linear_update,
     geometry.transposed_factors,
-    columns=True,
+    columns=lambda _: True,
     linear=True,
     matrix=geometry.transposed_matrix,
 )
@@ -163,7 +171,7 @@ EMBEDDING = Kind(
     geometry.transposed_factors,
     drops=False,
     zero="A",
-    columns=True,
+    columns=lambda _: True,
     matrix=geometry.transposed_matrix,
 )
 CONVOLUTION = Kind(

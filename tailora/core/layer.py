@@ -145,7 +145,7 @@ class LoRALayer(nn.Module):
         """DoRA: from here on every output row of the layer's W + s (B A - B0 A0) has the norm m, which starts at
         ||W|| and is trained (arXiv:2402.09353, eq. 5).
         """
-        self.row_norms = magnitude.RowNorms(layer, self.kind, self.lora_A.dtype)
+        self.row_norms = magnitude.RowNorms(layer, self.kind, self.lora_A.dtype, self.rows)
         self.lora_magnitude_vector = nn.Parameter(self.row_norms.squares.sqrt().to(self.lora_A.dtype))
 
     def take_bias(self, layer: nn.Module) -> None:
@@ -265,11 +265,15 @@ class LoRALayer(nn.Module):
         shift = self.bias_change(layer)
         if gain is None:
             return None, shift
-        extra = self.strength * (gain - 1)
+        extra = self.excess(gain)
         own = getattr(layer, "bias", None)
         if own is not None:
             shift = -extra * own if shift is None else shift - extra * own
         return extra, shift
+
+    def excess(self, gain: Tensor) -> Tensor:
+        """By how much the rows of W are scaled beyond 1, times the strength: of all of the layer's outputs, (out,)."""
+        return self._on_rows(self.strength * (gain - 1))
 
     def gain(self, layer: nn.Module, *, exact: bool = False) -> Tensor | None:
         """g = m / ||W + s (B A - B0 A0)||, (out,), or None without DoRA. No gradient flows through the norm (sec. 4.3).
@@ -281,7 +285,7 @@ class LoRALayer(nn.Module):
         with torch.no_grad():
             A, B = self.pair()
             B = B * self.scaling
-            norms = magnitude.exact_norms(layer, self.kind, A, B) if exact else self.row_norms(layer, A, B)
+            norms = self.row_norms.exact(layer, A, B) if exact else self.row_norms(layer, A, B)
         return magnitude.gain(self.lora_magnitude_vector, norms)
 
     def bias_change(self, layer: nn.Module) -> Tensor | None:

@@ -12,6 +12,7 @@ from tailora.core.attach import Swapped
 from tailora.core.bases import dense_weight, is_quantized
 from tailora.core.dequantize import Change, Exchange, made_plain, requantizing_error
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias, rows_behind
+from tailora.core.geometry import own_share
 from tailora.core.kinds import KINDS, holder, qualified, weight_of
 from tailora.core.layer import LoRALayer
 from tailora.errors import MergeError, listing
@@ -61,7 +62,7 @@ def fold(layer: nn.Module, adapters: Sequence[LoRALayer], others: torch.dtype | 
         block = source[groups, rows]
         exact = scratch[: len(block), : block.shape[1]].copy_(block)
         if own is not None:
-            exact.mul_(own if own.shape[1] == 1 else own[groups, rows])
+            exact.mul_(own[groups] if own.shape[1] == 1 else own[groups, rows])
         exact.baddbmm_(left[groups, rows], right[groups])
         if own is not None:
             changes.append(torch.linalg.vector_norm(exact - block))
@@ -81,12 +82,8 @@ def _terms(layer: nn.Module, adapters: Sequence[LoRALayer], wide: torch.dtype) -
     gains = [adapter.gain(layer, exact=True) for adapter in adapters]
     lefts, rights = zip(*(a.factors(layer, gain) for a, gain in zip(adapters, gains, strict=True)), strict=True)
     left, right = torch.cat([each.to(wide) for each in lefts], 2), torch.cat([each.to(wide) for each in rights], 1)
-    extra = [a.strength * (gain - 1) for a, gain in zip(adapters, gains, strict=True) if gain is not None]
-    if not extra:
-        return left, right, None
-    own = (torch.stack(extra).sum(0) + 1).to(wide)  # (out,)
-    columns = adapters[0].kind.columns
-    return left, right, own[None, None] if columns else own.view(len(left), -1, 1)
+    own = own_share(layer, adapters, gains)
+    return left, right, own if own is None else own.to(wide)
 
 
 def _blocks(shape: tuple[int, int, int], numbers: int) -> Iterator[tuple[slice, slice]]:

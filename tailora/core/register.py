@@ -56,8 +56,9 @@ def register_kind(
         factors or stored,
         weight=weight,
         matrix=None if factors or shapes else matrix,
-        columns=transposed,
+        columns=lambda _: transposed,
         linear=linear,
+        scales=forward is None,
         forward=forward,
     )
 

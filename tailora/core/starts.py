@@ -67,7 +67,7 @@ def _obstacle(target: Target, name: str) -> str | None:
     if name not in STARTS:
         return None
     if kind.matrix is None:
-        return f"a {kind.name} holds several matrices, or none that one start could describe; take 'kaiming'"
+        return f"how a {kind.name} holds its matrix is not known; take 'kaiming'"
     if name == "eva" and (kind.zero == "A" or groups > 1):
         what = "an embedding reads ids, which have no variance" if kind.zero == "A" else "ranks of groups go together"
         return f"{what}; take 'kaiming', or exclude it"
@@ -75,7 +75,7 @@ def _obstacle(target: Target, name: str) -> str | None:
         return (
             "what a part of a fused layer or a projection of attention reads is not probed; take 'pissa' or 'kaiming'"
         )
-    size = min(target.dims) // groups
+    size = min(target.dims) // (1 if kind.stacked else groups)
     if name == "lora_ga" and 2 * target.r // groups > size:
         each = " in each group" if groups > 1 else ""
         remedy = f"r up to {groups * (size // 2)}" if size > 1 else "another start"
@@ -89,5 +89,5 @@ def start_at_weight(layer: LoRALayer, target: Target, name: str) -> None:
     matrix = target.matrix(target.weight)
     assert matrix is not None  # `check_fits` saw to it
     W = matrix.to(layer.lora_A.dtype)
-    A, B = FROM_WEIGHT[name](W, layer.r // layer.groups, layer.configured_scaling)
+    A, B = FROM_WEIGHT[name](W, layer.lora_B.shape[1], layer.configured_scaling)
     layer.start_from(A.reshape(layer.lora_A.shape), B.reshape(layer.lora_B.shape))

@@ -224,11 +224,14 @@ def quantized_whole(path: str) -> str:
 def _slot_problems(targets: list[Target], config: LoRAConfig) -> list[str]:
     """Slots of the equation that the config asks for and the chosen layers do not have."""
     problems = []
-    asked = {"use_dora": config.use_dora, "lora_bias": config.lora_bias, "bias": config.bias != "none"}
+    asked = {"lora_bias": config.lora_bias, "bias": config.bias != "none"}
     if names := [name for name, is_asked in asked.items() if is_asked]:
         where = [target.path for target in targets if target.rows or target.kind.forward]
-        what = "a part of a fused layer, attention and parameters have plain updates only; exclude it"
+        what = "no bias of a part of a fused layer, of attention or beside a parameter is trained; exclude it"
         problems += [f"{path}: {', '.join(names)}: {what}" for path in where]
+    if config.use_dora:
+        where = [target.path for target in targets if not target.kind.scales]
+        problems += [f"{path}: use_dora: how its rows would be scaled is not known; exclude it" for path in where]
     if config.lora_bias:
         names = [target.path for target in targets if target.kind is EMBEDDING]
         problems += [f"{path}: lora_bias on an Embedding, whose file has no place for it" for path in names]

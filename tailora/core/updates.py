@@ -41,7 +41,8 @@ def dense_of(layer: LoRALayer, base: nn.Module) -> Tensor:
     gain = layer.gain(base)
     if gain is None:
         return update
-    matrix: Tensor = cast(Any, layer.kind.matrix)(base, dense_weight(base)).to(update)
+    W = cast(Any, layer.kind.matrix)(base, dense_weight(base, layer.kind.weight)).to(update)
+    matrix: Tensor = W if layer.rows is None else layer.rows.take(W.mT).mT
     rows = gain.detach().to(update).view(len(update), -1, 1)
     dense: Tensor = rows * update + layer.strength * (rows - 1) * matrix
     return dense

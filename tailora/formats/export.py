@@ -20,7 +20,7 @@ from tailora.errors import ConfigError, nearest
 from tailora.formats import gguf, merged, mlx, portable
 from tailora.formats.atomic import replace_folder, writing
 from tailora.formats.compare import Comparison, compare, logits, only, probe
-from tailora.formats.peft import StoredAdapter, read_adapter, write_adapter
+from tailora.formats.peft import StoredAdapter, read_adapter, unknown_to_peft, write_adapter
 from tailora.formats.plain import Source, refuse
 from tailora.formats.restore import restore
 
@@ -90,7 +90,13 @@ def check_new(folder: Path) -> None:
 def _peft_problems(source: Source) -> list[str]:
     dialled = [path for path, layer in source.adapter.low_rank.items() if float(layer.strength) != 1]
     remedy = "set_scale(name, 1), or export to 'portable', which holds it"
-    return [f"the strength dial of {len(dialled)} layers is not 1; {remedy}"] if dialled else []
+    problems = [f"the strength dial of {len(dialled)} layers is not 1; {remedy}"] if dialled else []
+    if unknown := unknown_to_peft(source.adapter):
+        problems.append(
+            f"PEFT has no use_dora on attention and parameters: {', '.join(unknown[:3])} ({len(unknown)} in all); "
+            "save_adapter keeps it for tailora, and 'merged' holds it"
+        )
+    return problems
 
 
 def _write_peft(folder: Path, source: Source) -> list[str]:

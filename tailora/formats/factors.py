@@ -52,9 +52,11 @@ def file_shapes(layer: LoRALayer, start: bool) -> dict[str, Shape]:
     r, per_group, *kernel = layer.lora_A.shape
     out, per_rank = layer.lora_B.shape
     times = 2 if start else 1
+    shapes: dict[str, Shape]
     if layer.kind.stacked:
-        return {"A": (times * r, per_group), "B": (out // layer.groups, times * per_rank * layer.groups)}
-    shapes = {"A": (times * r, per_group * layer.groups, *kernel), "B": (out, times * per_rank, *[1] * len(kernel))}
+        shapes = {"A": (times * r, per_group), "B": (out // layer.groups, times * per_rank * layer.groups)}
+    else:
+        shapes = {"A": (times * r, per_group * layer.groups, *kernel), "B": (out, times * per_rank, *[1] * len(kernel))}
     if layer.lora_magnitude_vector is not None:
         shapes["magnitude"] = _magnitude_shape(layer)
     return shapes | {name: (out,) for name in ("lora_bias", "bias") if getattr(layer, name) is not None}

@@ -111,6 +111,12 @@ def file_tensors(adapter: Adapter, base_model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
+def unknown_to_peft(adapter: Adapter) -> list[str]:
+    """Paths of what PEFT has no form for: magnitudes on attention, and on parameters such as stacked experts."""
+    layers = adapter.low_rank.items()
+    return [path for path, layer in layers if layer.kind.forward and layer.lora_magnitude_vector is not None]
+
+
 def _card(settings: Mapping[str, Any], adapter: Adapter) -> str:
     base = settings["base_model_name_or_path"]
     front = [
@@ -124,6 +130,6 @@ def _card(settings: Mapping[str, Any], adapter: Adapter) -> str:
     ]
     body = (
         f"LoRA adapter of {len(adapter.low_rank)} layers, r = {settings['r']}, "
-        f"alpha = {settings['lora_alpha']:g}. Loads with tailora and PEFT."
+        f"alpha = {settings['lora_alpha']:g}. Loads with tailora{'' if unknown_to_peft(adapter) else ' and PEFT'}."
     )
     return "\n".join([*front, "", body, ""])

@@ -1,6 +1,7 @@
 """Where PEFT's file keeps what is a matrix of its own here: parts of fused layers, attention, named parameters.
 
-part q of c_attn                  rows of A and columns of B of c_attn; B is zero in the rows of other parts
+part q of c_attn                  rows of A and columns of B of c_attn; in the rows of other parts B is zero, and a
+                                  magnitude is the base's norm
 attn.in_proj_weight               attn
 attn.out_proj                     attn.base_layer.out_proj
 experts.gate_up_proj, .down_proj  experts.base_layer, experts: wrappers, the first parameter in the innermost
@@ -8,12 +9,15 @@ experts.gate_up_proj, .down_proj  experts.base_layer, experts: wrappers, the fir
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from tailora.core.fused import Rows
 from tailora.core.kinds import host_path, projections
 from tailora.core.layer import LoRALayer
+from tailora.core.magnitude import RowNorms
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Stem:
     key: str
     members: dict[str, LoRALayer]  # path -> layer; several are parts of one layer
     scale: float  # that PEFT gives it
+    norms: Tensor | None = None  # ||W|| of every row of the layer (out,), where parts of it have magnitudes
 
     @property
     def is_parameter(self) -> bool:
@@ -41,10 +46,21 @@ class Stem:
         """Path -> tensor of the slot, for every member; the wrapper's."""
         if slot == "A":
             return torch.cat(list(tensors.values()), 0)
-        if slot != "B":  # parts have no other slots
+        if slot == "magnitude" and self.norms is not None:
+            return self._with_magnitudes(self.norms, tensors)
+        if slot != "B":
             (tensor,) = tensors.values()
             return tensor
         return torch.cat([self._spread(path, B) * self.ratio(path) for path, B in tensors.items()], 1)
+
+    def _with_magnitudes(self, norms: Tensor, magnitudes: Mapping[str, Tensor]) -> Tensor:
+        norms = norms.clone()
+        for path, magnitude in magnitudes.items():
+            norms[self._rows(path).take(torch.arange(len(norms), device=norms.device))] = magnitude.to(norms)
+        return norms
+
+    def _rows(self, path: str) -> Rows:
+        return cast(Rows, self.members[path].rows)
 
     def _spread(self, path: str, B: Tensor) -> Tensor:
         rows = self.members[path].rows
@@ -55,6 +71,9 @@ class Stem:
         if len(self.members) == 1 and next(iter(self.members.values())).rows is None:
             path = next(iter(self.members))
             return {path: tensor / self.ratio(path) if slot == "B" else tensor}
+        if slot == "magnitude":
+            fits = all(tensor.shape == (self._rows(path).total,) for path in self.members)
+            return {path: self._rows(path).take(tensor) for path in self.members} if fits else None
         ranks = [times * layer.r for layer in self.members.values()]
         dim = 0 if slot == "A" else 1
         if tensor.ndim != 2 or tensor.shape[dim] != sum(ranks):
@@ -89,8 +108,14 @@ def stems(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, Stem]:
             found[name].members[path] = layer
         else:
             scale = scales.setdefault(key, layer.configured_scaling)
-            found[name] = Stem(name, key, {path: layer}, scale)
+            found[name] = Stem(name, key, {path: layer}, scale, _norms(layer, model.get_submodule(host)))
     return found
+
+
+def _norms(layer: LoRALayer, host: nn.Module) -> Tensor | None:
+    if layer.rows is None or layer.lora_magnitude_vector is None:
+        return None
+    return RowNorms(host, layer.kind, layer.lora_A.dtype).squares.sqrt()
 
 
 def _name(path: str, host_of: str, host: nn.Module, layer: LoRALayer, together: list[str]) -> str:

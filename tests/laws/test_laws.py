@@ -44,9 +44,14 @@ def as_dense(kind: KindCase, layer: Any, adapter: Any) -> dict[str, Tensor]:
     """The layer's weight and bias by the equation, formed whole, the norm a constant (arXiv:2402.09353, sec. 4.3)."""
     weight = layer.get_parameter(kind.parameter) + adapter.delta(layer)
     if adapter.lora_magnitude_vector is not None:
-        rows = weight.T if adapter.kind.columns else weight.flatten(1)
-        rows = rows * (adapter.lora_magnitude_vector / rows.detach().norm(dim=1))[:, None]
-        weight = rows.T if adapter.kind.columns else rows.view(weight.shape)
+        columns = adapter.kind.columns(layer)
+        rows = weight.mT if columns else weight if adapter.kind.stacked else weight.flatten(1)  # (..., out, n)
+        own = slice(None) if adapter.rows is None else adapter.rows.take(torch.arange(len(rows)))
+        gain = adapter.lora_magnitude_vector / rows[own].detach().norm(dim=-1).flatten()
+        scaled = torch.ones(rows.shape[:-1], dtype=gain.dtype)
+        scaled[own] = gain.view(scaled[own].shape)
+        rows = rows * scaled[..., None]
+        weight = rows.mT if columns else rows.view(weight.shape)
     if kind.parameter != "weight":
         return {f"block.target.{kind.parameter}": weight}
     bias = adapter.bias if adapter.bias is not None else getattr(layer, "bias", None)
