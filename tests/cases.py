@@ -139,7 +139,7 @@ def _as_linear(layer: Any, make: Callable[..., Any]) -> tuple[Tensor, Any]:
 def torchao_weights(config: Any) -> Callable[[nn.Module], nn.Module]:
     def store(layer: nn.Module) -> nn.Module:
         quantize_(layer.requires_grad_(False), config)
-        del layer.extra_repr  # a method of a partial function, which no pickle takes; transformers exchanges it, too
+        vars(layer).pop("extra_repr", None)  # a method of a partial function, which no pickle takes; transformers exchanges it, too
         return layer
 
     return store
@@ -267,17 +267,24 @@ SLOTS: dict[str, dict[str, Any]] = {
 }
 
 
-PRODUCTS = [slot for slot, settings in SLOTS.items() if not {"lora_bias", "bias"} & settings.keys()]
+BIASES = ("biases of the adapted", "dora and biases")
+WITHOUT_BIAS = ("embedding", "linear without bias")
 
-# Pairs without sense: what refuses them, as tests/core shows.
-NO_SENSE = {
-    ("embedding", "lora bias"): "refused: the file of an embedding has no place for it",
-    **{
-        (kind, slot): "refused: there is no bias to train"
-        for kind in ("embedding", "linear without bias")
-        for slot in ("biases of the adapted", "dora and biases")
-    },
-}
+
+def why_not(kind: KindCase, slot: str) -> str | None:
+    """Why the pair has no sense, in words that its refusal has."""
+    special = kind in SPECIAL
+    if special and (slot in BIASES or slot == "lora bias"):
+        return "no bias of a part of a fused layer, of attention or beside a parameter is trained"
+    if kind.name in WITHOUT_BIAS and slot in BIASES:
+        return "none of the adapted layers has a bias"
+    if kind.name == "embedding" and slot == "lora bias":
+        return "lora_bias on an Embedding, whose file has no place for it"
+    if "target_parameters" in kind.names and "dropout" in slot:
+        return "an update of a parameter has no input that lora_dropout could drop"
+    return None
+
+
 UNMERGEABLE = {("linear without bias", "lora bias"): "refused: there is no bias to merge into"}
 # Where PEFT 0.21.2 is right in general, and fails in this slot: the update of a grouped weight is misshapen.
 PEFT_FAILS = {
@@ -286,17 +293,10 @@ PEFT_FAILS = {
     for slot, settings in SLOTS.items()
     if settings.get("use_dora")
 }
-PAIRS = [(kind, slot) for kind in KINDS for slot in SLOTS if (kind.name, slot) not in NO_SENSE]
-# A norm, a bias beside B and trained biases are refused on these, and dropout where no input is dropped.
-SPECIAL_PAIRS = [
-    (kind, slot)
-    for kind in SPECIAL
-    for slot in PRODUCTS
-    if not ("dropout" in slot and "target_parameters" in kind.names)
-]
-
-
-EVERY, EVERY_PAIR = [*KINDS, *SPECIAL], [*PAIRS, *SPECIAL_PAIRS]
+EVERY = [*KINDS, *SPECIAL]
+EVERY_PAIR = [(kind, slot) for kind in EVERY for slot in SLOTS if why_not(kind, slot) is None]
+PAIRS = [(kind, slot) for kind, slot in EVERY_PAIR if kind in KINDS]
+SPECIAL_PAIRS = [(kind, slot) for kind, slot in EVERY_PAIR if kind in SPECIAL]
 QUANTIZED = [quantized(kind, base) for base in BASES for kind in EVERY if kind.name in base.kinds]
 QUANTIZED_PAIRS = [
     (quantized(kind, base), slot) for base in BASES for kind, slot in EVERY_PAIR if kind.name in base.kinds

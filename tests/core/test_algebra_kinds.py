@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.errors import AdapterError
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -118,11 +119,28 @@ def test_shrinking_by_each_way_gives_a_file_that_computes_the_same(
         torch.testing.assert_close(outputs(loaded, "default"), outputs(model, name), rtol=1e-8, atol=1e-8)
 
 
+@cases
+def test_dora_is_summed_by_way_of_the_weights_and_shrunk_with_its_magnitudes(
+    make: Any, a: dict[str, Any], b: dict[str, Any], tmp_path: Path
+) -> None:
+    model, base = two(make, {**a, "use_dora": True}, b), make().state_dict()
+    with pytest.raises(AdapterError, match="DoRA scales the rows of W"):
+        model.combine({"a": 0.7, "b": -0.4}, "mix")
+    assert model.combine({"a": 0.7, "b": -0.4}, "mix", "svd", r=1000).worst < 1e-10
+    model.shrink("a", "small", energy=1.0)
+    of_a, of_b, mixed = (weights(model, name) for name in ("a", "b", "mix"))
+    for key, value in base.items():
+        torch.testing.assert_close(mixed[key] - value, 0.7 * (of_a[key] - value) - 0.4 * (of_b[key] - value))
+    torch.testing.assert_close(outputs(model, "small"), outputs(model, "a"), rtol=1e-8, atol=1e-8)
+    loaded = LoRAModel.from_pretrained(make(), model.save_adapter(tmp_path, "small")).eval()
+    torch.testing.assert_close(outputs(loaded, "default"), outputs(model, "small"), rtol=1e-8, atol=1e-8)
+
+
 def outputs_now(model: LoRAModel) -> Tensor:
     return outputs(model, model.active_adapters[0])
 
 
-@pytest.mark.parametrize(("make", "a", "b"), [CASES["attention"], CASES["parts"]], ids=["attention", "parts"])
+@cases
 def test_extracting_finds_the_update_and_says_what_other_rows_lost(
     make: Any, a: dict[str, Any], b: dict[str, Any]
 ) -> None:
@@ -132,7 +150,8 @@ def test_extracting_finds_the_update_and_says_what_other_rows_lost(
     found, report = LoRAModel.from_difference(make(), tuned, LoRAConfig(**a), r=4)
     assert report.worst < 1e-9
     assert report.left_over == {}
-    torch.testing.assert_close(outputs(found.eval(), "default"), computed(tuned, make is attention))
+    expected = computed(tuned, make is attention)
+    torch.testing.assert_close(outputs(found.eval(), "default"), expected, rtol=1e-6, atol=1e-6)
     if make is gpt2:
         _, report = LoRAModel.from_difference(make(), tuned, LoRAConfig(target_modules=["c_attn.q"]), r=4)
         name = "transformer.h.0.attn.c_attn.weight"

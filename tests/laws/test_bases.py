@@ -10,7 +10,6 @@ import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from cases import (
     BASES,
-    KINDS,
     QUANTIZED,
     QUANTIZED_PAIRS,
     UNMERGEABLE,
@@ -255,9 +254,3 @@ def test_a_merged_quantised_base_stays_where_it_is() -> None:
     with pytest.raises(MergeError, match="unmerge"):
         model.double()
     model.unmerge()
-
-
-def test_every_pair_of_kind_and_base_is_there_or_has_a_reason() -> None:
-    names = {kind.name for kind in KINDS}
-    assert all(set(base.kinds) <= names and base.others for base in BASES)
-    assert len(QUANTIZED) == sum(len(base.kinds) for base in BASES)

@@ -9,13 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import KINDS, KindCase, config, stir
+from cases import EVERY, KindCase, config, stir
 from torch import Tensor
 
 from tailora import LoRALayer, LoRAModel
 from tailora.errors import ConfigError
 
-kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+kinds = pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.name)
 
 
 def started(kind: KindCase, dtype: torch.dtype = torch.float32) -> LoRAModel:
@@ -32,7 +32,7 @@ def started(kind: KindCase, dtype: torch.dtype = torch.float32) -> LoRAModel:
 def test_the_update_is_exactly_zero_at_the_start(kind: KindCase, dtype: torch.dtype, training: bool) -> None:
     model, x = started(kind, dtype).train(training), kind.batch(dtype)
     with torch.set_grad_enabled(training):
-        assert torch.equal(model(x), kind.net(dtype)(x))
+        assert torch.equal(model(x), kind.net(dtype).requires_grad_(False)(x))
     assert torch.count_nonzero(next(iter(model.lora_layers.values())).delta(model.base_model.block["target"])) == 0
 
 
@@ -40,19 +40,19 @@ def test_the_update_is_exactly_zero_at_the_start(kind: KindCase, dtype: torch.dt
 def test_the_gradients_are_those_of_s_times_ba_minus_the_start(kind: KindCase) -> None:
     model, x = started(kind, torch.float64), kind.batch(torch.float64)
     (layer,) = model.lora_layers.values()
-    base = model.base_model.block["target"]
+    base, weight = model.base_model.block["target"], kind.weight(model.base_model)
     kept = copy.deepcopy((layer.lora_A, layer.lora_B))
     stir(model)
     through_layer = torch.autograd.grad((model(x) - 1).square().sum(), [layer.lora_A, layer.lora_B])
 
     def product(A: Tensor, B: Tensor) -> Tensor:
-        left, right = layer.kind.factors(base, A, B)
-        return (left @ right).reshape(base.weight.shape)
+        left, right = layer.kind.factors(base, A, B if layer.rows is None else layer.rows.spread(B.mT).mT)
+        return (left @ right).reshape(weight.shape)
 
     update = layer.scaling * (product(layer.lora_A, layer.lora_B) - product(*kept).detach())
     torch.testing.assert_close(layer.delta(base), update)
     dense: Any = torch.func.functional_call(
-        kind.net(torch.float64), {"block.target.weight": base.weight + update}, (x,)
+        kind.net(torch.float64), {f"block.target.{kind.parameter}": weight + update}, (x,)
     )
     torch.testing.assert_close(
         through_layer, torch.autograd.grad((dense - 1).square().sum(), [layer.lora_A, layer.lora_B])
@@ -87,7 +87,7 @@ def test_a_start_survives_its_file_and_is_a_plain_adapter_for_peft(kind: KindCas
     loaded.save_adapter(tmp_path / "two")
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
-    if not kind.peft_is_wrong:
+    if not kind.peft_is_wrong and kind.name != "attention out":  # which PEFT adds twice
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = peft.PeftModel.from_pretrained(kind.net(), str(tmp_path / "one")).eval()
