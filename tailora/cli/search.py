@@ -96,7 +96,13 @@ def show(console: Console, found: Any) -> None:
     console.print("", Text(found.verdict, style="bold"), sep="\n", soft_wrap=True)
     for text in found.notes:
         console.print(f"Note: {text}", markup=False, soft_wrap=True)
-    console.print(f"To train it at full length: tailora train --config {found.config}", markup=False, soft_wrap=True)
+    both = found.cheapest.number != found.best.number
+    names = {
+        "the best": found.config,
+        **({"the cheapest": Path(found.config).with_name("cheapest.yaml")} if both else {}),
+    }
+    for name, path in names.items():
+        console.print(f"To train {name}: tailora train --config {path}", markup=False, soft_wrap=True)
 
 
 def _trials(found: Any) -> Table:

@@ -69,7 +69,7 @@ class Judged:
 
 def finalists(candidates: Sequence[Candidate], margin: float, most: int) -> list[Candidate]:
     """The best, then the cheapest within reach, then the next cheapest that are better than it; at most so many."""
-    done = sorted((each for each in candidates if each.state == "done"), key=_loss)
+    done = by_loss([each for each in candidates if each.state == "done"])
     if not done:
         return []
     best = done[0]
@@ -79,6 +79,10 @@ def finalists(candidates: Sequence[Candidate], margin: float, most: int) -> list
             front.append(each)
     cheaper = front[:0:-1]
     return [best, *cheaper[: most - 1]]
+
+
+def by_loss(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return sorted(candidates, key=_loss)
 
 
 def _loss(each: Candidate) -> float:

@@ -12,6 +12,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -161,6 +162,16 @@ def beating(storage: BaseStorage, trial: int) -> Iterator[None]:
 def outcome(trial: FrozenTrial) -> Candidate:
     """Of a finished trial."""
     return Candidate(**trial.user_attrs[OUTCOME])
+
+
+def finish(study: optuna.Study, trial: optuna.Trial, candidate: Candidate) -> bool:
+    """Notes how a trial ended. False when it was taken for dead meanwhile, and is another's now."""
+    try:
+        trial.set_user_attr(OUTCOME, asdict(candidate))
+    except optuna.exceptions.UpdateFinishedTrialError:
+        return False
+    close(study, candidate)
+    return True
 
 
 def close(study: optuna.Study, candidate: Candidate) -> None:

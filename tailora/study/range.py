@@ -94,7 +94,7 @@ def _fitting(train: TrainConfig, minutes: float, folder: Path, progress: Progres
 def _spec(train: TrainConfig, given: dict[str, Any], rising: tuple[float, float] | None = None) -> Spec:
     common = train.model_dump(exclude_unset=True, exclude={"output_dir", "resume_from_checkpoint"})
     split = train.seed if train.split_seed is None else train.split_seed
-    values = {**common, "samples": 0, "save_steps": 0, "split_seed": split, **given}
+    values = {**common, "samples": 0, "save_steps": 0, "split_seed": split, "early_stopping_patience": 0, **given}
     TrainConfig(**values)
     return Spec(values, keep=False, choosing=True, rising=rising)
 

@@ -12,7 +12,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tailora.errors import ConfigError, MemoryLimitError
 from tailora.formats.atomic import write_file
 from tailora.study import folder as folders
 from tailora.study.budget import PROBE_STEPS, Plan, planned, read_plan
-from tailora.study.choice import Candidate, finalists, judge
+from tailora.study.choice import Candidate, by_loss, finalists, judge
 from tailora.study.config import SearchConfig
 from tailora.study.finals import finals, shared
 from tailora.study.found import Found, described, remarks, write_config
@@ -166,11 +165,12 @@ class _Search:
                 self.optuna.sampler = sampler(self.train.seed, begun.number)
                 candidate = self._tried(begun, suggest(begun, self.axes))
         except BaseException:
-            self.optuna.tell(begun, state=TrialState.FAIL)  # and queued again when the search goes on
+            self.optuna.tell(begun, state=TrialState.FAIL, skip_if_finished=True)  # queued again when it goes on
             raise
-        begun.set_user_attr(folders.OUTCOME, asdict(candidate))
-        folders.close(self.optuna, candidate)
-        self.say(_line(candidate))
+        if folders.finish(self.optuna, begun, candidate):
+            self.say(_line(candidate))
+        else:
+            self._note(f"trial {begun.number} was taken for dead, since this process was still for too long")
 
     def _tried(self, begun: optuna.Trial, params: dict[str, Any]) -> Candidate:
         started = time.monotonic()
@@ -204,7 +204,8 @@ class _Search:
         common = self.train.model_dump(exclude_unset=True, exclude={"output_dir", "resume_from_checkpoint"})
         split = self.train.seed if self.train.split_seed is None else self.train.split_seed
         changes = settings(params, self.groups, self.train)
-        values = {**common, **changes, "samples": 0, "split_seed": split, "save_steps": 0, **given}
+        own = {"samples": 0, "split_seed": split, "save_steps": 0, "eval_steps": 0, "early_stopping_patience": 0}
+        values = {**common, **changes, **own, **given}
         TrainConfig(**values)
         return Spec(values, keep=False, choosing=choosing, describe=describe)
 
@@ -220,7 +221,7 @@ class _Search:
             ends = "; ".join(f"trial {each.number} {each.state}" for each in candidates)
             raise ConfigError(f"no trial was finished, so there is nothing to choose from: {ends or 'none was begun'}")
         runs = self._finals(chosen)
-        judged = judge([each for each in chosen if each.number in runs], runs, self.study.margin)
+        judged = judge([each for each in by_loss(chosen) if each.number in runs], runs, self.study.margin)
         best, _ = (
             write_config(self.folder / name, self.train, settings(each.settings, self.groups, self.train))
             for name, each in ((BEST, judged.best), (CHEAPEST, judged.cheapest))
@@ -265,7 +266,7 @@ class _Search:
         return good
 
     def _final(self, candidate: Candidate, seed: int, folder: Path) -> Trial:
-        spec = self._spec(candidate.settings, choosing=False, max_steps=self.plan.steps, seed=seed, eval_steps=0)
+        spec = self._spec(candidate.settings, choosing=False, max_steps=self.plan.steps, seed=seed)
         new = not (folder / RESULT).exists()
         trial = try_out(spec, folder, self.progress)
         if new:

@@ -371,6 +371,16 @@ def test_trials_of_the_dead_are_queued_again_and_those_of_the_living_are_not(tmp
         assert [trial.suggest_float("x", 0, 1) for trial in again] == [trial.params["x"] for trial in begun[1:3]]
 
 
+def test_a_trial_that_was_taken_for_dead_is_left_to_others(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    trial = folders.begin(study, folders.home(tmp_path), 0)
+    assert folders.bury(study, tmp_path, 0) == 1
+    assert not folders.finish(study, trial, candidate(0, 2.0, 10))
+    again = folders.begin(study, folders.home(tmp_path), 1)
+    assert folders.finish(study, again, candidate(again.number, 2.0, 10))
+    assert folders.outcome(study.trials[again.number]) == candidate(again.number, 2.0, 10)
+
+
 def test_a_database_hears_that_a_trial_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, storage = folders.open_study(tmp_path, f"sqlite:///{tmp_path}/study.db", {})
     monkeypatch.setattr(folders, "HEARTBEAT", 0.01)
