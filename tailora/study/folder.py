@@ -114,9 +114,10 @@ def _storage(folder: Path, url: str | None) -> BaseStorage:
         with _experimental():
             return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
     except (SQLAlchemyError, ImportError, ValueError) as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
         raise ConfigError(
-            f"--storage {url} cannot be used: {str(error).splitlines()[0]}. It is a database that Optuna takes, such "
-            "as sqlite:///study.db or postgresql://user:password@host/name, whose driver (psycopg2) is installed"
+            f"--storage {url} cannot be used: {cause}. It is the URL of a database as SQLAlchemy has it, such as "
+            "sqlite:///study.db or postgresql+psycopg2://user:password@host/name, with its driver installed"
         ) from None
 
 

@@ -404,8 +404,10 @@ def test_settings_that_kill_their_process_are_given_up(tmp_path: Path) -> None:
 
 
 def test_a_database_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--storage nonsense cannot be used"):
+    with pytest.raises(ConfigError, match="--storage nonsense cannot be used: Could not parse"):
         opened(tmp_path, "nonsense")
+    with pytest.raises(ConfigError, match="cannot be used: unable to open database file"):
+        opened(tmp_path, f"sqlite:///{tmp_path}/none/study.db")
 
 
 def test_the_command_says_what_is_wrong_with_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
