@@ -30,14 +30,21 @@ from tailora.study.space import DEFAULT, Range, at_edge, read_space, searched, s
 from tailora.study.trial import Spec, Told, Trial, try_out
 from tailora.train.config import TrainConfig
 
-TRIALS = 5
+TRIALS = 4
 
 
 def worker(train: TrainConfig, folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tailora.cli", "search", "--model", train.model, "--data", train.data]
     command += ["--dtype", "float32", "--validation-split", "0.3", "--per-device-train-batch-size", "4"]
     command += ["--num-train-epochs", "2", "--output-dir", str(folder), "--trials", str(TRIALS), "--seeds", "2"]
-    command += ["--margin", "0.5", "--space", "learning_rate=1e-3..3e-2,r=2,8,target_modules=all-linear,attention"]
+    command += [
+        "--margin",
+        "0.5",
+        "--finalists",
+        "2",
+        "--space",
+        "learning_rate=1e-3..3e-2,r=2,8,target_modules=all-linear,attention",
+    ]
     return subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
