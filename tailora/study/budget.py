@@ -1,8 +1,8 @@
 """How long a trial of a search is, so that enough of them and the runs that judge fit into the time there is.
 
-A trial of S steps takes  fixed + S step + 4 evaluations;  a run that judges  fixed + S step + 2 evaluations of twice
-the examples. Halving ends half of the trials at a quarter of their steps and half of the rest at a half, so a trial
-makes about 5/8 of its steps.
+A trial of S steps takes  fixed + S step + 3 evaluations;  a run that judges  fixed + S step, and an evaluation of twice
+the examples before and after. Halving ends half of the trials at a third of their steps and half of the rest at two
+thirds, so a trial makes about 7/12 of its steps.
 """
 
 import math
@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 
 from tailora.errors import ConfigError
 
-RUNGS = 4  # evaluations of a whole trial, evenly spaced; halving at the first and the second
+RUNGS = 3  # evaluations of a whole trial, evenly spaced; halving at the first and the second
 PROBE_STEPS = 4
-FEWEST_STEPS = 8  # 2 at the first rung
+FEWEST_STEPS = 9  # 3 at the first rung
 MOST, FEWEST = 16, 6  # trials, where the time decides
 SAFETY = 0.9  # share of the time that is planned with: a probe is short
-SHARE = 0.625  # of its steps that a trial makes
+SHARE = 7 / 12  # of its steps that a trial makes
 
 
 @dataclass(frozen=True)

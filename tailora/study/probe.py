@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tailora.errors import ConfigError
@@ -29,11 +30,12 @@ def probe(spec: Spec, folder: Path, train: TrainConfig, progress: Progress | Non
     seconds = time.monotonic() - started
     if not trial.done:
         raise ConfigError(f"{PROBE_STEPS} steps at a rate of {SMALL_RATE:g} already end so: {trial.message}")
-    training = trial.numbers["train_tokens"] / trial.numbers["tokens_per_second"]
+    total = max(seconds, trial.numbers["seconds"])  # it may be one that was made before
+    step, evaluation = median(trial.step_seconds), min(trial.evaluation_seconds)  # not those that something held up
     costs = Costs(
-        fixed=max(seconds, trial.numbers["seconds"]) - training - trial.evaluation_seconds,  # it may be an old one
-        step=training / PROBE_STEPS,
-        evaluation=trial.evaluation_seconds,
+        fixed=total - sum(trial.step_seconds) - sum(trial.evaluation_seconds) + evaluation,
+        step=step,
+        evaluation=evaluation,
     )
     return costs, _longest(train, trial.numbers["examples"]), trial.numbers["parts"]
 

@@ -73,7 +73,8 @@ class Trial:
     losses: list[float] = field(default_factory=list)  # of each step's examples, before it
     curve: list[tuple[int, float]] = field(default_factory=list)  # step, held-out loss
     parameters: int = 0  # trained; 0 when it ended before that was known
-    evaluation_seconds: float = 0.0  # the last one's
+    step_seconds: list[float] = field(default_factory=list)
+    evaluation_seconds: list[float] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -104,7 +105,8 @@ class Heard:
             losses=[told.loss for told in self.told if not told.held_out],
             curve=[(told.step, told.loss) for told in held_out],
             parameters=self.told[0].parameters if self.told else 0,
-            evaluation_seconds=held_out[-1].seconds if held_out else 0.0,
+            step_seconds=[told.seconds for told in self.told if not told.held_out],
+            evaluation_seconds=[told.seconds for told in held_out],
         )
 
 

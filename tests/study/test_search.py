@@ -223,18 +223,18 @@ COSTS = Costs(fixed=12, step=2, evaluation=2)
 
 def test_the_steps_of_a_trial_fill_the_time() -> None:
     plan = planned(COSTS, longest=500, seconds=1800, trials=10, finals=6)
-    expected = 10 * COSTS.trial(plan.steps, 0.625) + 6 * COSTS.final(plan.steps)
+    expected = 10 * COSTS.trial(plan.steps, 7 / 12) + 6 * COSTS.final(plan.steps)
     assert 0.85 * 1800 < expected <= 0.9 * 1800
     assert planned(COSTS, longest=20, seconds=1800, trials=10, finals=6).steps == 20
     assert planned(COSTS, longest=500, seconds=np.inf, trials=10, finals=6).steps == 500
     assert read_plan(json.loads(json.dumps(plan.to_dict()))) == plan
     fewer = planned(COSTS, longest=500, seconds=520, trials=None, finals=6)
-    assert fewer.steps >= 8
+    assert fewer.steps >= 9
 
 
 def test_too_little_time_is_refused_with_what_it_needs() -> None:
     with pytest.raises(
-        ConfigError, match=r"10 trials of 8 steps and 6 runs that judge take about 9 minutes.*--minutes"
+        ConfigError, match=r"10 trials of 9 steps and 6 runs that judge take about 9 minutes.*--minutes"
     ):
         planned(COSTS, longest=500, seconds=60, trials=10, finals=6)
 
