@@ -59,6 +59,29 @@ def shown(output: str) -> str:
     return f"{first}\n{told.splitlines()[-1]}" if border else told
 
 
+def advice(content: dict[str, Any]) -> str:
+    """What benchmarks/advice.py found, a row for each adapter."""
+    rows = [
+        "| r | rate | loss | 2r would gain | lower half costs | eff. / r | dW/W | new (random) | forgets | rules |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rate = content["cells"][0]["cell"]["octave"]
+    at_rate = {one["cell"]["r"]: one["result"]["loss"] for one in content["cells"] if one["cell"]["octave"] == rate}
+    for one in content["cells"]:
+        cell, found = one["cell"], one["result"]
+        doubled = at_rate.get(2 * cell["r"]) if cell["octave"] == rate else None
+        cost = "-" if found["cost"] is None or cell["r"] == 1 else f"{found['cost']:.1%}"
+        cells = [
+            *(str(cell["r"]), f"2^{cell['octave']}", f"{found['loss']:.3f}"),
+            *("" if doubled is None else f"{found['loss'] - doubled:.3f}", cost, f"{found['use']:.2f}"),
+            f"{found['relative_norm']:.2f}",
+            f"{found['intruders']:.1f} ({found['intruders_random']:.1f})",
+            *(f"{found['forgetting']:.3f}", ", ".join(found["rules"])),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def text(name: str) -> str:
     """What a command printed."""
     return (RESULTS / f"{name}.txt").read_text().strip()

@@ -31,7 +31,7 @@ RULES = [
         "saturated",
         f"the lower half of the singular values is worth more than {ranks.SATURATED_COST:.0%} of the improvement, "
         f"for certain, and effective rank / r is above {ranks.SATURATED_USE:g}; then the same in groups",
-        "calibrated on r = 4 (21.1%, .98), 16 (11.7%, .87) and 64 (.4%, .44)",
+        "calibrated, docs/inspect.md: doubling r gained where it fires, and next to nothing where not",
         ranks.saturated,
     ),
     Rule(
@@ -40,6 +40,12 @@ RULES = [
         f"with data, the lower half is worth at most {ranks.SATURATED_COST:.0%} of the improvement, too",
         "the same calibration; Eckart and Young for the energy",
         ranks.spare,
+    ),
+    Rule(
+        "too strong",
+        f"median ||dW|| / ||W|| is above {strengths.TOO_STRONG:g}",
+        "calibrated: all adapters of a useful rate are below .5 there, all above 1.6 are of a ruinous one",
+        strengths.too_strong,
     ),
     Rule(
         "intruders",

@@ -101,6 +101,10 @@ def _expressions(paths: Sequence[str]) -> dict[str, list[str]]:
     for (before, all_numbers), ends in names.items():
         last = before.rstrip(".").rpartition(".")[2]
         expression = rf"{re.escape(last)}\." if last else "^"
-        expression += rf"({'|'.join(all_numbers)})\.({'|'.join(map(re.escape, ends))})"
+        expression += rf"{_either(all_numbers)}\.{_either([re.escape(end) for end in ends])}"
         found[expression] = [f"{before}{number}.{end}" for end in ends for number in all_numbers]
     return found
+
+
+def _either(alternatives: Sequence[str]) -> str:
+    return alternatives[0] if len(alternatives) == 1 else f"({'|'.join(alternatives)})"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tailora.study.places import grouped, patterns, span
 from tailora.study.rule import Advice, above, command, few
@@ -27,7 +27,7 @@ def dead(found: Inspection) -> Iterator[Advice]:
         return
     middle = statistics.median(module.density for module in found.modules)
     dead = [module.path for module in found.modules if module.density <= DEAD * middle]
-    evidence = {"dead": len(dead), "modules": len(found.modules), "threshold": DEAD, "median": middle, "paths": dead}
+    evidence = {"dead": len(dead), "modules": len(found.modules), "limit": DEAD, "median": middle, "paths": dead}
     if len(dead) == len(found.modules):
         yield Advice(
             "dead",
@@ -73,39 +73,37 @@ def saturated(found: Inspection) -> Iterator[Advice]:
         for name, modules in members.items()
         if name in held.groups and _use(modules) > SATURATED_USE and costly(held.groups[name])
     }
-    if not full or len(full) == len(members):
-        full = {"all modules": live}
-    for name, modules in full.items():
-        rise = held.groups.get(name, held.half)
-        yield _raise_r(name, modules, rise, found)
+    yield _raise_r(full if 0 < len(full) < len(members) else {"all modules": live}, found)
 
 
-def _raise_r(name: str, modules: Sequence[ModuleReport], rise: Rise, found: Inspection) -> Advice:
+def _raise_r(full: Mapping[str, Sequence[ModuleReport]], found: Inspection) -> Advice:
+    """full: name of a group -> its modules; "all modules" where no group stands out."""
+    held = found.held_out
+    assert held is not None
+    modules = [module for each in full.values() for module in each]
     wanted = {module.path: min(2 * module.r, module.in_features, module.out_features) for module in modules}
-    everything = len(modules) == len(_alive(found)) and len({*wanted.values()}) == 1
-    setting = (
-        {"r": next(iter(wanted.values()))}
-        if everything
-        else {"rank_pattern": patterns(wanted, [module.path for module in found.modules])}
+    everywhere = "all modules" in full and len({*wanted.values()}) == 1
+    evidence = [_evidence(name, each, held.groups.get(name, held.half)) for name, each in full.items()]
+    said = "; ".join(
+        f"{each['group']}{_layers(each['layers'])} {each['cost']:.1%} (limit {each['cost_limit']:.1%}) at effective "
+        f"rank / r {each['use']:.2f}"
+        for each in evidence
     )
-    limit, where = limit_of(rise), span([module.path for module in modules])
-    assert rise.cost is not None
     return Advice(
         "saturated",
-        f"{name}{_layers(where)} saturated: without the lower half of the singular values "
-        f"{rise.cost:.1%} of the improvement goes (limit {limit:.1%}), and effective rank / r is {_use(modules):.2f} "
-        f"(limit {SATURATED_USE:g}). Raise r there; alpha can stay.",
-        {
-            "group": name,
-            "cost": rise.cost,
-            "cost_threshold": limit,
-            "rise": rise.rise,
-            "rise_low": rise.low,
-            "use": _use(modules),
-            "use_threshold": SATURATED_USE,
-        },
-        setting=setting,
+        f"The lower half of the singular values is worth much of the improvement, and the rank is used up (limit "
+        f"{SATURATED_USE:g}): {said}. Raise r there; alpha can stay.",
+        {"groups": evidence, "cost": held.half.cost, "cost_limit": SATURATED_COST, "use_limit": SATURATED_USE},
+        setting={"r": next(iter(wanted.values()))}
+        if everywhere
+        else {"rank_pattern": patterns(wanted, [module.path for module in found.modules])},
     )
+
+
+def _evidence(name: str, modules: Sequence[ModuleReport], rise: Rise) -> dict[str, Any]:
+    where = span([module.path for module in modules])
+    numbers = {"cost": rise.cost, "cost_limit": limit_of(rise), "rise": rise.rise, "rise_low": rise.low}
+    return {"group": name, "layers": where, **numbers, "use": _use(modules)}
 
 
 def spare(found: Inspection) -> Iterator[Advice]:
@@ -122,7 +120,7 @@ def spare(found: Inspection) -> Iterator[Advice]:
         "spare ranks",
         f"Effective rank / r is {use:.2f} in the middle (limit {SPARE_USE:g}), and 99% of the energy is in "
         f"{kept:.0%} of the singular values{loss}. The adapter can be smaller, and r = {r} would have done.",
-        {"use": use, "use_threshold": SPARE_USE, "rank_99": r, "kept": kept},
+        {"use": use, "use_limit": SPARE_USE, "rank_99": r, "kept": kept},
         setting={"r": r},
         command=command(
             "shrink", "--adapter", found.adapter, "--energy", ".99", "--output-dir", f"{found.adapter}-small"

@@ -13,8 +13,25 @@ if TYPE_CHECKING:
 
 INTRUDING = 1.0  # intruders of 10, mean over modules, above those of a random update
 MOVED = 2.0  # factor of a learned scale from its start
+TOO_STRONG = 1.0  # ||dW|| / ||W||, median
+SLOWER = 4  # the learning rate is divided by
 FORGETTING = 0.5  # rise of the loss on other text, of the improvement
 ROUNDED = 1e-2  # ||dW|| / ||W||, median, in 16 bits
+
+
+def too_strong(found: Inspection) -> Iterator[Advice]:
+    sizes = [module.relative_norm for module in found.modules if module.relative_norm is not None]
+    size = statistics.median(sizes) if sizes else 0.0
+    if size <= TOO_STRONG:
+        return
+    rate = found.training.get("learning_rate")
+    yield Advice(
+        "too strong",
+        f"||dW|| is {size:.1f} times ||W|| in the middle (limit {TOO_STRONG:g}): the base is drowned. The "
+        f"learning rate was too high; try a {SLOWER}th of it.",
+        {"relative_norm": size, "limit": TOO_STRONG},
+        setting={"learning_rate": rate / SLOWER} if isinstance(rate, float) else {},
+    )
 
 
 def intruders(found: Inspection) -> Iterator[Advice]:
@@ -32,7 +49,7 @@ def intruders(found: Inspection) -> Iterator[Advice]:
         f"{mean:.1f} of the 10 leading directions of a tuned weight are new, {random:.1f} with random updates as large "
         f"(limit: {INTRUDING:g} more); ||dW|| is {size:.2%} of ||W|| in the middle. Such directions came with "
         "forgetting: halve the learning rate, or train fewer steps.",
-        {"intruders": mean, "random": random, "threshold": INTRUDING, "relative_norm": size, "modules": len(counted)},
+        {"intruders": mean, "random": random, "limit": INTRUDING, "relative_norm": size, "modules": len(counted)},
         setting={"learning_rate": rate / 2} if isinstance(rate, float) else {},
     )
 
@@ -53,7 +70,7 @@ def scales(found: Inspection) -> Iterator[Advice]:
         f"{len(moved)} of {len(learned)} learned scales are more than a factor of {MOVED:g} from their start "
         f"({min(moved.values()):.2g} to {max(moved.values()):.2g} times it; {middle:.2g} in the middle). "
         + ("Start nearer to where they go." if middle > 0 else "Some changed their sign: A and B could do that."),
-        {"moved": len(moved), "learned": len(learned), "threshold": MOVED, "median": middle, "factors": moved},
+        {"moved": len(moved), "learned": len(learned), "limit": MOVED, "median": middle, "factors": moved},
         setting={"lora_alpha": round(alpha, 3)} if middle > 0 and not 1 / MOVED <= middle <= MOVED else {},
     )
 
@@ -61,9 +78,9 @@ def scales(found: Inspection) -> Iterator[Advice]:
 def forgets_much(found: Inspection) -> bool:
     """Whether the loss on other text rose by more than FORGETTING of what the adapter gained on the data."""
     held, lost = found.held_out, found.forgetting
-    if held is None or lost is None:
+    if held is None or lost is None or not above(held.improvement, held.improvement_low):
         return False
-    return float(lost["loss_after"] - lost["loss_before"]) > FORGETTING * max(held.improvement, 0.0)
+    return float(lost["loss_after"] - lost["loss_before"]) > FORGETTING * held.improvement
 
 
 def forgetting(found: Inspection) -> Iterator[Advice]:
@@ -85,7 +102,7 @@ def forgetting(found: Inspection) -> Iterator[Advice]:
         "forgetting",
         f"On {found.forgetting['text']} the loss rose by {rise:.3f} nats per token, KL {found.forgetting['kl']:.3f}; "
         f"on the data it fell by {gain:.3f} (limit: {FORGETTING:g} of that). {cure} ({tried})",
-        {"rise": rise, "kl": found.forgetting["kl"], "improvement": gain, "threshold": FORGETTING},
+        {"rise": rise, "kl": found.forgetting["kl"], "improvement": gain, "limit": FORGETTING},
         setting={"set_scale": better.strength} if better else {},
         command=_dialled_command(found, better.strength) if better else "",
     )
@@ -138,6 +155,6 @@ def rounded(found: Inspection) -> Iterator[Advice]:
         "rounding",
         f"||dW|| is {size:.2%} of ||W|| in the middle (limit {ROUNDED:.0%}): merged into {found.base_dtype} weights "
         "the update would carry an error of a sixth of itself or more. Keep it beside the base, or merge in float32.",
-        {"relative_norm": size, "threshold": ROUNDED, "dtype": found.base_dtype},
+        {"relative_norm": size, "limit": ROUNDED, "dtype": found.base_dtype},
         command=command("export", found.adapter, *model, "--to", "merged", "--dtype", "float32", "--output", out),
     )

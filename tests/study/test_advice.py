@@ -114,9 +114,12 @@ def test_saturated_groups_get_a_rank_pattern() -> None:
     groups["late MLP"] = rise(limit + JUST, values=1 / 6)
     found = inspection(modules=all_with(**FULL), held_out=held(0.05, groups))
     advice = only(found, "saturated")
-    assert advice.says.startswith("late MLP (layer 2) saturated")
-    assert advice.setting == {"rank_pattern": {r"layers\.(2)\.(mlp\.up_proj)": 16}}
-    assert advice.evidence["cost_threshold"] == pytest.approx(limit)
+    assert "late MLP (layer 2) 0.5%" in advice.says
+    assert advice.setting == {"rank_pattern": {r"layers\.2\.mlp\.up_proj": 16}}
+    assert [each["cost_limit"] for each in advice.evidence["groups"]] == [pytest.approx(limit)]
+    groups["early attention"] = groups["late MLP"]
+    advice = only(replace(found, held_out=held(0.05, groups)), "saturated")
+    assert advice.setting == {"rank_pattern": {r"layers\.0\.self_attn\.q_proj": 16, r"layers\.2\.mlp\.up_proj": 16}}
     # all of them, or none of them for certain: no place to point at
     everywhere = replace(found, held_out=held(0.05, {name: rise(0.01, values=1 / 6) for name in names}))
     assert only(everywhere, "saturated").setting == {"r": 16}
@@ -186,6 +189,15 @@ def test_learned_scales_that_left_their_start() -> None:
     assert only(inspection(modules=all_with(learned_scaling=True, scaling=-2.0)), "scales moved").setting == {}
 
 
+def test_an_update_larger_than_the_weight_is_too_strong() -> None:
+    at = strengths.TOO_STRONG
+    assert silent(inspection(modules=all_with(relative_norm=at)), "too strong")
+    assert only(inspection(modules=all_with(relative_norm=at + JUST)), "too strong").setting == {
+        "learning_rate": 2.5e-4
+    }
+    assert silent(inspection(modules=all_with(relative_norm=None)), "too strong")
+
+
 def forgot(rise: float) -> dict[str, Any]:
     return {"kl": 0.3, "loss_before": 2.0, "loss_after": 2.0 + rise, "tokens": 100, "text": "text that the base writes"}
 
@@ -193,6 +205,7 @@ def forgot(rise: float) -> dict[str, Any]:
 def test_forgetting_above_its_share_of_the_gain_asks_for_a_lower_strength() -> None:
     limit = strengths.FORGETTING
     assert silent(inspection(held_out=held(0.0), forgetting=forgot(limit)), "forgetting")
+    assert silent(inspection(held_out=held(0.0, improvement_low=-0.1), forgetting=forgot(1.0)), "forgetting")
     tried = [Dial(0.75, 3.1, 0.2, 0.46), Dial(0.5, 3.4, 0.1, 0.2), Dial(0.25, 3.8, 0.02, 0.01)]
     advice = only(inspection(held_out=held(0.0), forgetting=forgot(limit + 1e-3), dial=tried), "forgetting")
     assert advice.setting == {"set_scale": 0.5}  # at .75 it costs .46 for a gain of .9
