@@ -18,6 +18,8 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
 ]
 WIDTHS = {"screen": 1100, "small": 400}
+PAPER = 688  # A4 less the margins, in CSS pixels
+TOO_WIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 # a figure is drawn when its marks have a place on the screen, within the figure
 DRAWN = """figures => figures.map(figure => {
     const shown = [...figure.querySelectorAll('svg')].filter(svg => svg.getBoundingClientRect().width > 0);
@@ -75,7 +77,7 @@ def test_a_page_opens_without_a_word_and_shows_every_figure(
         assert figure["outside"] == 0
         assert figure["height"] > 60
         assert figure["smallest"] > 9  # CSS pixels
-    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    assert page.evaluate(TOO_WIDE) == 0
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
     page.close()
@@ -88,6 +90,8 @@ def test_a_page_prints_light_on_paper_whatever_the_screen(browser: Browser, page
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(26, 30, 36)"
     assert all(figure["shown"] == 1 for figure in page.eval_on_selector_all("figure", DRAWN))
+    page.set_viewport_size({"width": PAPER, "height": 900})
+    assert page.evaluate(TOO_WIDE) == 0
     pdf = page.pdf(prefer_css_page_size=True)
     assert pdf.startswith(b"%PDF")
     assert len(pdf) > 20_000

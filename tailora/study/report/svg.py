@@ -42,6 +42,7 @@ LOOK: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.prop_cycle": cycler(color=SERIES),
     "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-8, 9),  # no power beside the axis
     "font.size": 12,
     "grid.color": GRID,
     "grid.linewidth": 1,

@@ -14,6 +14,7 @@ from tailora.study.report.parts import Drawing, Picture
 from tailora.study.report.standings import Apart
 from tailora.study.report.svg import INK, PAPER, SERIES, SOFT
 
+FEWEST = 4  # trials, for a surface
 SPREAD = 0.8  # quantile of the losses at which colours end: those that failed say no more than that
 
 
@@ -195,7 +196,7 @@ def _draw_cost(trials: Sequence[Trial], width: float) -> Drawing:
 
 def rates_and_ranks(found: Found) -> Picture | None:
     trials = [each for each in found.done if {"learning_rate", "r"} <= each.settings.keys()]
-    if len(trials) < 2:
+    if len(trials) < FEWEST:
         return None
     return Picture(
         "surface",

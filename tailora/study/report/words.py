@@ -39,8 +39,9 @@ def share(part: float, whole: float) -> str:
 
 
 def signed(number: float, digits: int = 3) -> str:
-    """With a minus as wide as the plus."""
-    return f"{number:+.{digits}f}".replace("-", "−")
+    """With a minus as wide as the plus; what would be rounded to 0 shows its size."""
+    lost = 0 < abs(number) < 0.5 * 10**-digits
+    return (f"{number:+.1e}" if lost else f"{number:+.{digits}f}").replace("-", "−", 1)
 
 
 def p_value(number: float) -> str:
