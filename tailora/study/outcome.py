@@ -33,6 +33,8 @@ class ArmResult:
     trainable_parameters: int | None = None
     bytes: int | None = None  # on disk
     forgetting: dict[str, float] | None = None  # mean over seeds
+    seed_losses: list[float] = field(default_factory=list)  # held-out loss of each seed, as eval_loss is their mean
+    train_losses: list[list[float]] = field(default_factory=list)  # of each seed: of each step's examples, before it
     runs: list[str] = field(default_factory=list)  # folders
 
 
@@ -82,7 +84,7 @@ def judged(
     against = {arm: difference(nats[reference], nats[arm], counts) for arm in done if arm != reference}
     adjusted = dict(zip(against, holm([each.p_value for each in against.values()]), strict=True))
     arms = [
-        _result(arm, study.arms[arm], rates[arm], done[arm], loss_interval(nats[arm], counts), against.get(arm))
+        _result(arm, study.arms[arm], rates[arm], done[arm], judges, loss_interval(nats[arm], counts), against.get(arm))
         if arm in done
         else ArmResult(arm, study.arms[arm], why[arm], rates=rates[arm].tried)
         for arm in study.arms
@@ -121,6 +123,7 @@ def _result(
     changes: dict[str, Any],
     rates: Rates,
     trials: Sequence[Trial],
+    judges: Places,
     loss: Interval,
     against: Difference | None,
 ) -> ArmResult:
@@ -142,5 +145,7 @@ def _result(
         forgetting={key: float(np.mean([each[key] for each in forgotten])) for key in forgotten[0]}
         if forgotten
         else None,
+        seed_losses=[trial.loss(judges) for trial in trials],
+        train_losses=[trial.losses for trial in trials],
         runs=[trial.numbers["output_dir"] for trial in trials],
     )

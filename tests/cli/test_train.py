@@ -67,6 +67,9 @@ def test_it_ends_with_what_changed_and_what_comes_next(
         "metrics.jsonl",
         "run.json",
         "config.yaml",
+        "examples.jsonl",
+        "report.json",
+        "report.html",
     }
 
 

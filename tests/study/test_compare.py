@@ -1,6 +1,7 @@
 """A whole comparison on a tiny model: each trial in its own process, resumed, judged."""
 
 import json
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def test_a_comparison_runs_resumes_and_judges(
     assert "edge of those tried" in found.verdict
     assert found.judged_examples == 9
     assert json.loads((tmp_path / "study" / "report.json").read_text())["verdict"] == found.verdict
+    assert found.verdict in unescape((tmp_path / "study" / "report.html").read_text())
+    assert lora.eval_loss == pytest.approx(np.mean(lora.seed_losses))
+    assert [len(losses) for losses in lora.train_losses] == [found.steps] * 2
     assert len(heard) == 2 + 4
 
     monkeypatch.setattr("tailora.study.trial.subprocess.Popen", None)  # every trial is there

@@ -71,6 +71,7 @@ class Estimate:
     value: float
     low: float | None = None
     high: float | None = None
+    runs: tuple[float, ...] = ()  # what it is the mean of
 
 
 def estimates(
@@ -92,6 +93,7 @@ def estimates(
         colour = SERIES[0 if one_colour else (colours[place] if colours else place) % len(SERIES)]
         if row.low is not None and row.high is not None:
             axes.plot([row.low, row.high], [place, place], color=colour, linewidth=3, alpha=0.45)
+        axes.plot(row.runs, [place + 0.2] * len(row.runs), "o", color=colour, markersize=3.5)
         axes.plot([row.value], [place], "o", color=colour, markersize=9, markeredgecolor=PAPER, markeredgewidth=1.5)
         axes.annotate(
             f"{row.value:{form}}".replace("-", "−"),

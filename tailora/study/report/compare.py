@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from tailora.study.report import words
 from tailora.study.report.charts import bars, canvas, label, legend, log_axis
+from tailora.study.report.curves import training
 from tailora.study.report.parts import Drawing, Page, Picture, Points, Section, Table, Tile
 from tailora.study.report.standings import Apart, Standing, differences, losses
 from tailora.study.report.svg import PAPER, SERIES
@@ -31,6 +32,8 @@ class Arm(BaseModel):
     trainable_parameters: int | None = None
     bytes: int | None = None
     forgetting: dict[str, float] | None = None
+    seed_losses: list[float] = []
+    train_losses: list[list[float]] = []  # of each seed
 
 
 class Comparison(BaseModel):
@@ -61,12 +64,18 @@ def compare_page(content: Mapping[str, Any]) -> Page:
     found = Comparison.model_validate(content)
     seeds = words.plural(len(found.seeds), "seed")
     standings = _standings(found)
+    places = {arm.name: place for place, arm in enumerate(found.done)}
     judged = f"judged on {found.judged_examples:,} held-out examples that chose no learning rate"
     sections = [
         Section(
             "Which is better",
             f"Each arm at its own best learning rate, {found.steps:,} steps, {seeds}, {judged}.",
             [losses(standings, found.base_loss), differences(standings, found.reference, found.margin)],
+        ),
+        Section(
+            "Training",
+            "All arms saw the same examples in the same order.",
+            [training({arm.name: arm.train_losses for arm in found.done}, places)],
         ),
         Section("What it costs", "Means over the seeds; memory is the most of any.", _costs(found)),
         Section(
@@ -108,7 +117,13 @@ def _tiles(found: Comparison) -> list[Tile]:
 
 def _standings(found: Comparison) -> list[Standing]:
     return [
-        Standing(name=arm.name, loss=arm.eval_loss or 0.0, interval=arm.interval, apart=arm.difference)
+        Standing(
+            name=arm.name,
+            loss=arm.eval_loss or 0.0,
+            interval=arm.interval,
+            apart=arm.difference,
+            runs=arm.seed_losses,
+        )
         for arm in found.done
     ]
 

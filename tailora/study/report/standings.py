@@ -29,20 +29,27 @@ class Standing(BaseModel):
     loss: float
     interval: tuple[float, float] | None
     apart: Apart | None  # from the reference
+    runs: list[float] = []  # loss of each seed
 
 
 def losses(rows: Sequence[Standing], base_loss: float) -> Picture | None:
-    shown = [Estimate(row.name, row.loss, *(row.interval or (None, None))) for row in rows]
+    shown = [_estimate(row) for row in rows]
     if not shown:
         return None
     said = "; ".join(f"{row.name} {row.value:.3f} ({words.between(row.low, row.high)})" for row in shown)
+    seeds = "; small: each seed" if any(row.runs for row in shown) else ""
     return Picture(
         "losses",
         lambda width: Drawing(estimates(width, shown, "held-out loss, nats per token")[0]),
         f"Held-out loss of each with its 95% interval: {said}.",
-        f"Held-out loss, with 95% intervals over examples and seeds; lower is better. The base: {base_loss:.3f}. "
+        f"Held-out loss, with 95% intervals over examples and seeds{seeds}. The base: {base_loss:.3f}. "
         "All have the same examples, so overlapping intervals say little: see the differences.",
     )
+
+
+def _estimate(row: Standing) -> Estimate:
+    low, high = row.interval or (None, None)
+    return Estimate(row.name, row.loss, low, high, tuple(row.runs))
 
 
 def differences(rows: Sequence[Standing], reference: str, margin: float | None) -> Picture | None:

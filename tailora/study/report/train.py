@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from tailora.study.report import words
 from tailora.study.report.charts import canvas, legend, log_axis, whole_numbers
+from tailora.study.report.curves import FEW, draw_losses
 from tailora.study.report.parts import Answers, Code, Drawing, Page, Picture, Section, Table, Tile
 from tailora.study.report.svg import INK, SERIES, SOFT
 
@@ -124,24 +125,13 @@ def _curves(run: Run) -> Picture | None:
     alt = f"Line chart. Training loss of {len(run.steps)} steps, from {run.steps[0].loss:.3f} to {last.loss:.3f}."
     if run.evaluations:
         alt += f" Held-out loss from {run.evaluations[0].loss:.3f} to {run.evaluations[-1].loss:.3f}."
-    caption = "Thin: each step. Thick: running mean. Dots: held-out examples, whole." if len(run.steps) > 8 else ""
+    caption = "Thin: each step. Thick: running mean. Dots: held-out examples, whole." if len(run.steps) > FEW else ""
     return Picture("loss", partial(_draw_curves, run), alt, caption or "Dots: held-out examples, whole.", wide=True)
 
 
 def _draw_curves(run: Run, width: float) -> Drawing:
     figure, axes = canvas(width, 320 if width > 600 else 280)
-    steps, losses = [each.step for each in run.steps], np.array([each.loss for each in run.steps])
-    many = len(steps) > 8
-    axes.plot(
-        steps,
-        losses,
-        color=SERIES[0],
-        linewidth=1 if many else 2,
-        alpha=0.4 if many else 1,
-        label="" if many else "training",
-    )
-    if many:
-        axes.plot(steps, running_mean(losses), color=SERIES[0], label="training, running mean")
+    draw_losses(axes, [[each.loss for each in run.steps]], SERIES[0], "training, running mean")
     if run.evaluations:
         at, held = [each.step for each in run.evaluations], [each.loss for each in run.evaluations]
         axes.plot(at, held, "o-", color=SERIES[1], markersize=7, linewidth=1.5, label="held out")
@@ -151,15 +141,6 @@ def _draw_curves(run: Run, width: float) -> Drawing:
     axes.margins(x=0.02)
     legend(figure, axes)
     return Drawing(figure)
-
-
-def running_mean(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Over about a tenth of the run, less at its ends."""
-    half = max(1, len(values) // 20)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
-    return np.asarray((sums[high] - sums[low]) / (high - low))
 
 
 # ---- held-out examples

@@ -1,0 +1,66 @@
+"""`tailora report`: the page of a run made again, and what a run says that cannot make one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tailora.cli import studying
+from tailora.cli.main import main
+
+
+@pytest.fixture
+def run(chats: Path, tiny_model: Path, tmp_path: Path) -> Path:
+    """The folder of two steps of training."""
+    line = f"train --model {tiny_model} --data {chats} --output-dir {tmp_path / 'run'} --max-steps 2 --dtype float32"
+    assert main([*line.split(), "--validation-split", "0.25", "--learning-rate", "1e-2"]) == 0
+    return tmp_path / "run"
+
+
+def test_a_page_is_made_again_of_what_the_run_left(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, page = (run / "report.json").read_bytes(), (run / "report.html").read_bytes()
+    for name in ("report.json", "report.html"):
+        (run / name).unlink()
+    capsys.readouterr()
+    assert main(["report", str(run), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"report": str(run / "report.html"), "data": str(run / "report.json")}
+    assert (run / "report.json").read_bytes() == content
+    assert (run / "report.html").read_bytes() == page
+
+
+def test_the_numbers_are_those_of_the_run(run: Path) -> None:
+    content = json.loads((run / "report.json").read_text())
+    result = json.loads((run / "run.json").read_text())["result"]
+    held = content["held_out"]
+    assert content["kind"] == "train"
+    assert [step["step"] for step in content["steps"]] == [1, 2]
+    assert content["result"].items() >= result.items()
+    assert sum(held["after"]) / sum(held["tokens"]) == pytest.approx(result["eval_loss_after"])
+    assert content["samples"] == json.loads((run / "samples.json").read_text())
+    low, high = content["result"]["eval_loss_after_95"]
+    assert low < result["eval_loss_after"] < high
+
+
+def test_a_run_that_is_not_finished_has_a_page(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**header, "finished": False, "result": None}))
+    (run / "examples.jsonl").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # as a run that is writing leaves it
+    assert main(["report", str(run)]) == 0
+    assert "has not finished" in (run / "report.html").read_text()
+    assert str(run / "report.html") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("none", "is no folder; give the output folder of a run or a study"), (".", "holds no report.json")],
+)
+def test_what_is_no_run_is_refused(name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / name)]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_without_the_extra_a_command_says_how_to_get_the_page(tmp_path: Path) -> None:
+    assert studying.page_of(tmp_path).endswith(f"pip install 'tailora[study]' && tailora report {tmp_path}")
