@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailora.cli.console import note, print_json, results
+from tailora.cli.console import aside, note, print_json, results
 from tailora.cli.options import FIELDS, ConfigFile, Json, flags_of, settings
 from tailora.errors import ConfigError
 
@@ -24,6 +24,7 @@ UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "M
 SIZE = re.compile(rf"([\d.]+(?:e\d+)?) ?({'|'.join(filter(None, UNITS))})?B?", re.IGNORECASE)
 TABLE: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
 
+Measure = Annotated[bool, Parameter(negative=(), help="take a few real steps, too, and go by them", show_default=False)]
 Room = Annotated[str | None, Parameter(name="--memory", help="memory to fit into, 8GB say; without it, what is free")]
 OutputDir = Annotated[Path | None, Parameter(name="--output-dir", help="folder for a report with all numbers")]
 
@@ -31,12 +32,13 @@ OutputDir = Annotated[Path | None, Parameter(name="--output-dir", help="folder f
 def plan(
     *,
     config: ConfigFile = None,
+    measure: Measure = False,
     memory: Room = None,
     output_dir: OutputDir = None,
     json: Json = False,
     flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
 ) -> int:
-    """Show what a run would train, whether it fits, and how long it takes; no weights are read.
+    """Show what a run would train, whether it fits, and how long it takes; no weights are read unless --measure.
 
     The flags are those of `tailora train`. Without --data every example is taken to have --max-length tokens.
     """
@@ -46,7 +48,7 @@ def plan(
         note(text)
     from tailora.study.plan import plan as run  # torch from here on
 
-    found = run(chosen.config, memory=room, output_dir=output_dir)
+    found = run(chosen.config, measure, memory=room, output_dir=output_dir, say=aside)
     if json:
         print_json(found.to_dict())
     else:

@@ -162,4 +162,6 @@ class _CrossEntropy(torch.autograd.Function):
             raise RuntimeError("the loss was already sent backward once; its gradient's memory is spent")
         ctx.spent = True
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(gradients[0][:, None]), None
+        for part in _slices(len(gradient), _block_rows(gradient)):  # of two dtypes, a product makes wide copies of both
+            gradient[part].mul_(gradients[0][part, None])
+        return gradient, None

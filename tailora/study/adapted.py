@@ -81,9 +81,9 @@ def groups_of(model: LoRAModel) -> list[Group]:
     ]
 
 
-def left_alone(model: LoRAModel, config: LoRAConfig) -> list[Left]:
-    """Modules with weights of their own that nothing adapts or trains."""
-    base = model.base_model
+def left_alone(model: LoRAModel) -> list[Left]:
+    """Modules with weights of their own that the active adapter neither adapts nor trains."""
+    base, config = model.base_model, model.adapters[model.active_adapters[0]]
     rows = [row.path for row in model.summary().rows]
     touched = {*rows, *(host_path(base, path) for path in rows)}
     why = _Reasons(base, config)

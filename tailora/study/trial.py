@@ -22,6 +22,7 @@ from tailora import errors
 from tailora.errors import DivergedError, MemoryLimitError, TailoraError
 from tailora.formats.atomic import write_file
 from tailora.study.halves import choosing_half
+from tailora.train import apart
 from tailora.train.config import TrainConfig
 
 PRUNED = "pruned"
@@ -132,7 +133,7 @@ def try_out(spec: Spec, folder: Path, progress: Progress | None = None, judge: J
     if ended is not None:
         _leave(folder, heard.trial(PRUNED, ended), keep=False)
     elif process.returncode != 0:
-        raise _raised(folder, process.returncode, log.read_text())
+        raise apart.told(folder, process.returncode, log.read_text(), f"the run in {folder}")
     return _stored(spec, folder)
 
 
@@ -155,19 +156,6 @@ def _stored(spec: Spec, folder: Path) -> Trial:
     return Trial(**json.loads((folder / RESULT).read_text()))
 
 
-def _raised(folder: Path, code: int, complaint: str) -> Exception:
-    """The error that ended the process, as far as it could say."""
-    written = folder / "error.json"
-    if written.exists():
-        content = json.loads(written.read_text())
-        written.unlink()
-        error: Exception = getattr(errors, content["type"])(content["message"])
-        return error
-    if code == -9:
-        return MemoryLimitError(f"the run in {folder} was killed, most likely for memory: take a smaller batch size")
-    return RuntimeError(f"the run in {folder} ended with code {code}: {complaint.strip()[-2000:]}")
-
-
 def main(folder: Path) -> int:
     """In the trial's own process."""
     spec = Spec(**json.loads((folder / SPEC).read_text()))
@@ -178,7 +166,7 @@ def main(folder: Path) -> int:
     except tuple(OUTCOMES) as error:
         trial = heard.trial(OUTCOMES[type(error)], str(error))
     except TailoraError as error:
-        write_file(folder / "error.json", json.dumps({"type": type(error).__name__, "message": str(error)}).encode())
+        apart.tell(folder, error)
         return 1
     _leave(folder, trial, keep=spec.keep and trial.done)
     return 0

@@ -8,7 +8,7 @@ The largest moment of the process is one of three: reading the weights, a step, 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from tailora.train.skeleton import Skeleton
 from tailora.train.subject import trained
 
 MOMENTS = 2  # of AdamW
+# Of a process on a CPU, beside what torch is asked for; benchmarks/plan.py shows what these make of whole runs:
+LIBRARIES = 90 * 10**6  # code that is only loaded when it is called, threads, what caches hold
+LIBRARIES_16_BIT = 40 * 10**6  # what oneDNN compiles for 16-bit products, at most 64 of them
+SPLIT = 0.1  # of a step's memory that the allocator holds on top, in pieces
 LOGITS, ACTIVATIONS, GRADIENTS = "logits", "activations", "gradients"
 
 
@@ -41,6 +45,11 @@ class Memory:
     @property
     def total(self) -> int:
         return sum(asdict(self).values())
+
+    def with_total(self, total: int) -> "Memory":
+        """The same parts where that is the whole: the process has what they leave over; if nothing, they have less."""
+        rest = self.process + total - self.total
+        return replace(self, process=max(rest, 0), activations=self.activations + min(rest, 0))
 
     def to_dict(self) -> dict[str, int]:
         return {**asdict(self), "total": self.total}
@@ -99,16 +108,29 @@ class _gradients:
 
 
 def memory_of(config: TrainConfig, bare: Skeleton, step: Step, process: int) -> Memory:
-    """Of a run whose largest forward is `step`."""
-    wide = sum(parameter.nbytes for parameter in trained(bare.model).parameters())
+    """Of a run whose largest forward is `step`, in a process that holds `process` before its model is there."""
+    parameters = list(trained(bare.model).parameters())
+    wide = sum(parameter.nbytes for parameter in parameters)
     own = {id(parameter) for parameter in bare.base.parameters()}  # a float32 model is its own master
-    apart = sum(parameter.nbytes for parameter in trained(bare.model).parameters() if id(parameter) not in own)
-    return Memory(
-        weights=bare.weight_bytes,
-        adapters=apart,
+    memory = Memory(
+        weights=bare.weights.held,
+        adapters=sum(parameter.nbytes for parameter in parameters if id(parameter) not in own),
         gradients=wide + step.gradients,
         optimizer=wide * (MOMENTS + (2 if config.eval_steps else 1)),
         activations=step.activations,
         logits=step.logits,
         process=process,
     )
+    return _on_cpu(config, bare, step, memory) if bare.base.device.type == "cpu" else memory
+
+
+def _on_cpu(config: TrainConfig, bare: Skeleton, step: Step, memory: Memory) -> Memory:
+    """With what the process holds beyond what torch is asked for. A device's allocator counts what it is asked for.
+
+    Where another moment is larger than that of the step, the process has the difference.
+    """
+    own = LIBRARIES + (LIBRARIES_16_BIT if bare.base.dtype == torch.bfloat16 else 0)
+    stepping = replace(memory, process=memory.process + bare.weights.left_mapped + own + int(SPLIT * step.held))
+    reading = memory.process + bare.weights.held + bare.weights.while_read
+    saved = stepping.total - step.held + (bare.weights.held if config.method == "full" else 0)  # read back
+    return stepping.with_total(max(stepping.total, reading, saved))

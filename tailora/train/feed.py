@@ -58,6 +58,18 @@ def feed(
     return (_streamed if config.streaming else _prepared)(config, tokenizer, embedding_rows, shape)
 
 
+Reader = Callable[[TrainConfig, int, PreTrainedTokenizerBase, Accelerator], Feed]
+
+
+def assumed(config: TrainConfig, embedding_rows: int, _: PreTrainedTokenizerBase, accelerator: Accelerator) -> Feed:
+    """Random tokens in the place of data: two steps of examples of max_length, all of them learned, over and over."""
+    shape = shape_of(config, accelerator)
+    random = np.random.default_rng(config.seed)
+    ids = random.integers(embedding_rows, size=(2 * shape.examples_per_step, config.max_length)).astype(np.int32)
+    examples = Examples.of(Example(row, row) for row in ids)
+    return _feed(config, None, partial(planned, examples, shape), config.max_steps or 2, examples, shape)
+
+
 def shape_of(config: TrainConfig, accelerator: Accelerator) -> Shape:
     """Of a step on this rank."""
     return Shape(

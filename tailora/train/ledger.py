@@ -49,10 +49,23 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.flops += work(func, args, kwargs, out)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._enter(leaf)
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for leaf in made:
+            self._enter(leaf)
+        if torch.Tag.pointwise in func.tags:
+            self._widened([leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)], made)
         return out
+
+    def _widened(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """On a CPU an operator on several dtypes copies all to the widest, for as long as it runs."""
+        several = [tensor for tensor in (*inputs, *outputs) if tensor.ndim and tensor.is_floating_point()]
+        if len({tensor.dtype for tensor in several}) < 2 or several[0].device.type != "cpu":
+            return
+        widest = max((tensor.dtype for tensor in several), key=lambda dtype: dtype.itemsize)
+        size = sum(tensor.numel() * widest.itemsize for tensor in several if tensor.dtype != widest)
+        if self.now.total() + size > self._most:
+            name = self._name_of(several[0])
+            self._most, self.peak = self.now.total() + size, self.now + Counter({name: size})
 
     def _enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -64,8 +64,8 @@ def run(
         kit = assemble(config, accelerator, lambda text: emit(Note(text)), saved, held_out)
         kept = check_fits(kit.cost, kit.feed.largest, kit.feed.longest, accelerator.device)
         flats = stack.enter_context(flattened(groups(trained(kit.model), config)))
-        bench, state = _bench(config, output_dir, accelerator, kit, flats, saved, emit, rate_at or scheduled(config))
-        stack.callback(_close, bench)
+        bench, state = bench_of(config, output_dir, accelerator, kit, flats, saved, emit, rate_at or scheduled(config))
+        stack.callback(close, bench)
         header = {**_header(bench, kit), "estimated_activation_bytes": kept}
         _announce(bench, header)
         if on_ready is not None:
@@ -106,7 +106,7 @@ def _speaker(accelerator: Accelerator, on_event: Listener | None) -> Listener:
     return emit
 
 
-def _bench(
+def bench_of(
     config: TrainConfig,
     output_dir: Path,
     accelerator: Accelerator,
@@ -163,7 +163,8 @@ def _identity(config: TrainConfig, accelerator: Accelerator, kit: Kit) -> dict[s
     )
 
 
-def _close(bench: Bench) -> None:
+def close(bench: Bench) -> None:
+    """Trackers and metrics have all they get."""
     bench.accelerator.end_training()
     if bench.metrics is not None:
         bench.metrics.close()

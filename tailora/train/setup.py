@@ -22,7 +22,7 @@ from tailora.fast.forms import choose_form, own_form
 from tailora.model import LoRAModel
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
-from tailora.train.feed import Feed, HeldOut, feed
+from tailora.train.feed import Feed, HeldOut, Reader, feed
 from tailora.train.full import FullModel
 from tailora.train.kernels import Kernels, choose_kernels, running
 from tailora.train.load import load_base
@@ -79,17 +79,18 @@ def assemble(
     note: Callable[[str], None],
     saved: Checkpoint | None = None,
     held_out: HeldOut | None = None,
+    read: Reader = feed,
 ) -> Kit:
     """Model, data, adapter, form of the batches, start, memory: in this order. `note` hears what was decided.
 
     saved: the checkpoint of the run that goes on, for what was decided then; its tensors come later.
-    held_out: which of the held-out examples are evaluated; all.
+    held_out: which of the held-out examples are evaluated; all.    read: where the data comes from.
     Raises ConfigError, DataError, TargetError; MemoryLimitError when the model alone is too large.
     """
     device = accelerator.device
     with explained("loading", lambda: LIGHTER):
         base, tokenizer = load_base(config.model, config.dtype, device.type, config.quantize)
-        data = feed(config, base.get_input_embeddings().weight.shape[0], tokenizer, accelerator).judged_by(held_out)
+        data = read(config, base.get_input_embeddings().weight.shape[0], tokenizer, accelerator).judged_by(held_out)
         model = subject(config, base, tokenizer, accelerator, resumed(config, saved))
         rows = choose_rows(config, model, tokenizer, note)
         from_data(model, data, rows, device, config.init_batches)

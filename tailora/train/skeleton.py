@@ -37,6 +37,17 @@ from tailora.train.setup import some_examples
 from tailora.train.subject import Subject
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of the base. On a CPU, what the files hold in the precision asked for is not copied but mapped, page by
+    page, and a mapping stays as long as one tensor of it does.
+    """
+
+    held: int  # as stored
+    while_read: int  # on top, until all is there
+    left_mapped: int  # on top, afterwards: of a quantised base what was quantised
+
+
 @dataclass(frozen=True, eq=False)
 class Skeleton:
     """model: what trains.    notes: what was foreseen about how."""
@@ -44,7 +55,7 @@ class Skeleton:
     model: Subject
     rows: Rows
     kernels: Kernels
-    weight_bytes: int  # of the base, as it will be stored
+    weights: Weights
     notes: list[str]
 
     @property
@@ -61,30 +72,29 @@ def skeleton(config: TrainConfig, shape: PretrainedConfig, device: torch.device)
     if config.quantize is not None:
         check_unquantized(shape, config.model, config.quantize)
     with without_contents():
-        model, weight_bytes = subject(config, shape, device)
+        model, weights = subject(config, shape, device)
         base = cast(PreTrainedModel, model.base_model)
         rows, notes = _rows(config, model)
         reason = obstacle_to_kernels(config.fast, base, rows, device)
         kernels = described(base, rows, device, reason, "to be verified")
-        yield Skeleton(model, rows, kernels, weight_bytes, notes)
+        yield Skeleton(model, rows, kernels, weights, notes)
 
 
-def subject(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> tuple[Subject, int]:
-    """What trains, and the bytes of its base as it will be stored. Raises as `skeleton`."""
-    base, weight_bytes = _base(config, shape, device)
-    return _subject(config, base), weight_bytes
+def subject(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> tuple[Subject, Weights]:
+    """What trains, and what its base takes. Raises as `skeleton`."""
+    base = _base(config, shape, device)
+    weights = _weights(base, _stored_in(shape), None if config.quantize is None else STORED[config.quantize])
+    return _subject(config, base), weights
 
 
-def _base(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> tuple[PreTrainedModel, int]:
+def _base(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> PreTrainedModel:
     precision = precision_of(config.dtype, device.type)
     try:
         with device:
             base: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=precision)
     except ValueError as error:
         raise ConfigError(f"model {config.model!r} is no causal language model: {error}") from error
-    if config.quantize is None:
-        return base.eval(), sum(tensor.nbytes for _, _, parts in held_parts(base) for tensor in parts)
-    return base.eval(), quantize(base, STORED[config.quantize])
+    return base.eval()
 
 
 def _subject(config: TrainConfig, base: PreTrainedModel) -> Subject:
@@ -112,18 +122,30 @@ def _refusal(base: PreTrainedModel) -> str | None:
     return found if isinstance(found, str) else None
 
 
-# ---- quantised layers, by what they take
+# ---- weights, and quantised layers by what they take
 
 
-def quantize(base: PreTrainedModel, stored: Stored) -> int:
-    """Let the linear layers compute as quantised ones do, and return the bytes that the whole model will take."""
+def _stored_in(shape: PretrainedConfig) -> torch.dtype:
+    """The precision of the files, as config.json tells it."""
+    told = getattr(shape, "dtype", None) or torch.float32
+    dtype: torch.dtype = getattr(torch, told) if isinstance(told, str) else told
+    return dtype
+
+
+def _weights(base: PreTrainedModel, stored_in: torch.dtype, stored: Stored | None) -> Weights:
+    """With `stored`, lets the linear layers compute as quantised ones do."""
     head = base.get_output_embeddings()
-    layers = [module for module in base.modules() if module is not head and kind_of(module) and _linear(module)]
-    packed = {id(layer.weight): stored.bytes(layer.weight) for layer in layers}
+    layers = [module for module in base.modules() if stored and module is not head and _linear(module)]
+    packed = {id(layer.weight): stored.bytes(cast(Tensor, layer.weight)) for layer in layers if stored}
     for layer in layers:
         layer.__class__ = _thawing(type(layer))
         layer.__dict__["stored"] = stored
-    return sum(packed.get(id(tensor), tensor.nbytes) for _, tensor, _ in held_parts(base))
+    tensors = [tensor for _, tensor, _ in held_parts(base)]
+    held = sum(packed.get(id(tensor), tensor.nbytes) for tensor in tensors)
+    if base.dtype != stored_in:  # converted, and the files let go
+        return Weights(held, sum(parameter.numel() for parameter in base.parameters()) * stored_in.itemsize, 0)
+    apart = sum(tensor.nbytes for tensor in tensors if id(tensor) in packed)
+    return Weights(held, apart, apart)
 
 
 def _linear(module: nn.Module) -> bool:

@@ -74,6 +74,24 @@ def test_mistakes_are_told(small_run: TrainConfig, changes: dict[str, Any], erro
         plan(changed(small_run, **changes))
 
 
+def test_a_few_real_steps_say_what_they_took(small_run: TrainConfig) -> None:
+    estimated, measured = plan(small_run), plan(small_run, measure=True)
+    took = measured.measured
+    assert took is not None
+    assert measured.memory.total == took.peak_bytes > 10**8  # of a process of its own
+    assert measured.memory.activations == estimated.memory.activations
+    assert measured.seconds == pytest.approx(took.seconds_per_token * (measured.tokens or 0), rel=0.01)
+    assert "verified" in measured.kernels
+    assert "measured" in measured.basis["memory"]
+    assert "measured" not in estimated.basis["memory"]
+
+
+def test_a_rehearsal_tells_what_its_process_ran_into(small_run: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((Path(small_run.model) / "config.json").read_text())
+    with pytest.raises(ConfigError, match="cannot read this folder"):
+        plan(TrainConfig(model=str(tmp_path), r=4, max_length=64), measure=True)
+
+
 def test_a_report_is_written_when_asked_for(small_run: TrainConfig, tmp_path: Path) -> None:
     found = plan(small_run, output_dir=tmp_path / "plan")
     content = json.loads((tmp_path / "plan" / "report.json").read_text())

@@ -161,9 +161,9 @@ def test_the_bytes_of_the_base_are_those_of_the_loaded_one(tmp_path: Path, quant
     chat_tokenizer(["one"], eos_token="<|im_end|>").save_pretrained(tmp_path)
     config = TrainConfig(model=str(tmp_path), quantize=quantize, dtype="bfloat16", r=4)
     with without_contents():
-        _, foreseen = subject(config, read_config(config.model), CPU)
+        _, weights = subject(config, read_config(config.model), CPU)
     base, _ = load_base(str(tmp_path), "bfloat16", "cpu", quantize)
-    assert foreseen == pytest.approx(held_bytes(base), rel=0.02)
+    assert weights.held == pytest.approx(held_bytes(base), rel=0.02)
 
 
 def test_full_fine_tuning_counts_masters_where_the_base_has_16_bits(model_folder: Path) -> None:
