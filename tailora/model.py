@@ -35,6 +35,7 @@ from tailora.core.config import LoRAConfig
 from tailora.core.data_starts import Loss, passes, started
 from tailora.core.dequantize import Change, Recast, common_dtype, whole_plain
 from tailora.core.extract import Extraction, extract
+from tailora.core.generation import generating
 from tailora.core.kinds import host_path
 from tailora.core.merge import MergeReport, folded, moved_in, settle_ties
 from tailora.core.modes import evaluating
@@ -166,7 +167,8 @@ class LoRAModel(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's own. Within `adapter_rows` all beams and sequences of a prompt have the prompt's adapter."""
         if self._rows is None:
-            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+            with generating(self.base_model, self._attached):
+                return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
         with self._rows.generation(repeats(self.base_model, args, kwargs)):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 

@@ -1,0 +1,179 @@
+"""`generate` with adapters held as constants, against the same steps by the plain path."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.generation import ROWS, Held
+from tailora.core.layer import LoRALayer
+from tests.tiny import chat_model
+
+CONFIGS = {
+    "all": LoRAConfig(r=4),
+    "some": LoRAConfig(r=4, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}, use_rslora=True),
+    "learned scale": LoRAConfig(r=4, learn_scaling=True),
+    "frozen start": LoRAConfig(r=4, init_lora_weights="pissa"),
+    "DoRA": LoRAConfig(r=4, use_dora=True),
+    "embedding": LoRAConfig(r=4, target_modules=["embed_tokens", "v_proj"]),
+    "biases": LoRAConfig(r=4, bias="lora_only"),
+}
+PROMPTS = {
+    "one": torch.tensor([[5, 9, 200, 31]]),
+    "two": torch.tensor([[5, 9, 200, 31], [7, 7, 1, 250]]),
+    "token": torch.tensor([[17]]),
+}
+
+
+def stirred(config: LoRAConfig, dtype: torch.dtype = torch.float32) -> LoRAModel:
+    model = LoRAModel(chat_model(initializer_range=0.3, attention_bias=True).to(dtype), config).eval()
+    for parameter in model.lora_layers.parameters():
+        if parameter.numel() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def logits_of(model: Any, prompt: Tensor, **more: Any) -> Tensor:
+    """What every token was chosen by: (rows, new tokens, vocabulary)."""
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **more}
+    found = model.generate(prompt, output_logits=True, return_dict_in_generate=True, **settings)
+    return torch.stack(found.logits, dim=1)
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[int, bool]]]:
+    """Rows of every update by a constant, and whether oneDNN was on."""
+    seen: list[tuple[int, bool]] = []
+    added = Held.added
+
+    def noted(self: Held, y: Tensor, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        seen.append((x.shape[:-1].numel(), torch.backends.mkldnn.enabled))  # type: ignore[arg-type]
+        return added(self, y, base, x, layer)
+
+    Held.added = noted  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        Held.added = added  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_tokens_and_logits_are_those_of_the_plain_path(config: str, prompt: str) -> None:
+    model = stirred(CONFIGS[config])
+    with watched() as seen:
+        found = logits_of(model, PROMPTS[prompt])
+    assert bool(seen) is (config != "DoRA")
+    expected = logits_of(model.base_model, PROMPTS[prompt])  # past LoRAModel.generate
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, logits_of(model.unload(), PROMPTS[prompt]), atol=0.1)
+
+
+def test_several_adapters_and_their_strengths_are_one_constant() -> None:
+    model = stirred(CONFIGS["all"])
+    model.add_adapter("second", CONFIGS["some"])
+    model.set_adapter(["default", "second"])
+    for parameter in model.lora_layers.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.set_scale("second", 0.5)
+    with watched() as seen:
+        found = logits_of(model, PROMPTS["one"])
+    assert len(seen) == 6 * 14
+    torch.testing.assert_close(found, logits_of(model.base_model, PROMPTS["one"]), rtol=1e-4, atol=1e-4)
+
+
+def test_in_bfloat16_few_rows_leave_onednn_and_many_do_not() -> None:
+    model = stirred(CONFIGS["all"], torch.bfloat16)
+    with watched() as seen:
+        found = logits_of(model, PROMPTS["one"])
+    onednn = torch.backends.mkldnn.is_available()
+    assert set(seen) == {(4, onednn), (1, False)}
+    assert torch.backends.mkldnn.enabled is onednn
+    expected = logits_of(model.base_model, PROMPTS["one"])
+    assert (found - expected).norm() <= 0.05 * expected.norm()
+    with watched() as seen:
+        logits_of(model, PROMPTS["one"].expand(ROWS + 1, -1))
+    assert all(enabled is onednn for _, enabled in seen)
+
+
+def test_a_second_generate_meanwhile_leaves_the_kernels_alone() -> None:
+    """The choice is the whole process's, and slow for the many rows of another prompt."""
+    model, other = stirred(CONFIGS["all"], torch.bfloat16), stirred(CONFIGS["all"], torch.bfloat16)
+    inside, over = Event(), Event()
+
+    def wait(ids: Tensor, _scores: Tensor) -> Tensor:
+        inside.set()
+        over.wait(60)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    thread = Thread(target=logits_of, args=(model, PROMPTS["one"]), kwargs={"stopping_criteria": [wait]})
+    thread.start()
+    assert inside.wait(60)
+    with watched() as seen:
+        logits_of(other, PROMPTS["one"])
+    over.set()
+    thread.join()
+    assert seen == []
+    assert torch.backends.mkldnn.enabled is torch.backends.mkldnn.is_available()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_afterwards_all_is_as_before_also_after_an_error(dtype: torch.dtype) -> None:
+    model = stirred(CONFIGS["all"], dtype)
+    before = {path: layer.active_adapters for path, layer in model._attached.items()}  # type: ignore[misc]
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+
+    def fail(_ids: Tensor, _scores: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        logits_of(model, PROMPTS["one"], stopping_criteria=[fail])
+    assert {path: layer.active_adapters for path, layer in model._attached.items()} == before
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert torch.backends.mkldnn.enabled is torch.backends.mkldnn.is_available()
+
+
+def test_what_changes_between_two_calls_counts() -> None:
+    model = stirred(CONFIGS["all"])
+    first = logits_of(model, PROMPTS["one"])
+    layer = model.lora_layers["model/layers/0/mlp/down_proj"]
+    assert isinstance(layer, LoRALayer)
+    layer.lora_B.data.mul_(2)
+    second = logits_of(model, PROMPTS["one"])
+    assert not torch.allclose(first, second)
+    model.set_adapter(None)
+    assert not torch.allclose(second, logits_of(model, PROMPTS["one"]))
+
+
+def test_a_switch_meanwhile_holds() -> None:
+    model = stirred(CONFIGS["all"])
+    model.add_adapter("second", CONFIGS["some"])
+
+    def switch(ids: Tensor, _scores: Tensor) -> Tensor:
+        model.set_adapter("second")
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    logits_of(model, PROMPTS["one"], stopping_criteria=[switch])
+    assert model.active_adapters == ("second",)
+    parts = [part for layer in model._attached.values() for part in layer.active_adapters]  # type: ignore[union-attr]
+    assert {id(part) for part in parts} == {id(layer) for layer in model.lora_layers.values()}
+
+
+def test_dropout_in_training_is_drawn() -> None:
+    model = stirred(LoRAConfig(r=4, lora_dropout=0.5)).train()
+    with watched() as seen:
+        logits_of(model, PROMPTS["one"])
+    assert seen == []
+
+
+def test_a_compiled_model_is_left_alone() -> None:
+    model = stirred(CONFIGS["all"])
+    model.base_model.model.layers[0].compile(backend="eager")  # type: ignore[union-attr,index,operator]
+    with watched() as seen:
+        logits_of(model, PROMPTS["one"])
+    assert seen == []
