@@ -30,7 +30,7 @@ STUDY, RESULT = "search.json", "learning-rates.json"
 LOWEST, HIGHEST = 1e-6, 1.0
 STEPS, BETWEEN = 120, 3  # 20 steps a decade; evaluations every 3
 FEWEST = 30
-BELOW = 4.0  # the suggestion is so much below the rate of the lowest loss
+BELOW = 2.0  # the suggestion is an octave below the rate of the lowest loss, next to which a run already comes apart
 BEGUN, LOST = 0.05, 0.25  # shares of the whole gain: where it begins, where so much of it is lost again
 NOTHING = 0.005  # nats per token: a gain below it is none
 
