@@ -15,6 +15,7 @@ from tailora.cli.yaml12 import read_mapping
 from tailora.errors import ConfigError
 from tailora.study.config import AT_THE_END, FULL, LORA, CompareConfig
 from tailora.study.extra import need
+from tailora.study.report import words
 
 OWN = CompareConfig.model_fields
 LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method", "learning_rate"}
@@ -22,6 +23,7 @@ LEFT_OUT |= AT_THE_END
 FLAGS: Any = flags_of({"output_dir": "outputs/compare"}, FIELDS.keys() - LEFT_OUT)
 NONE_GIVEN = FLAGS()
 STUDY = "Comparison"
+TITLED: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 STUDY_FLAGS: Any = flags_beside(CompareConfig, STUDY, [name for name in OWN if name != "arms"])
 NO_STUDY_FLAGS = STUDY_FLAGS()
 
@@ -92,41 +94,38 @@ def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
 
 def show(console: Console, comparison: Any) -> None:
     seeds, examples = len(comparison.seeds), comparison.judged_examples
-    title = f"{comparison.steps} steps, {seeds} seed{'s' * (seeds > 1)}, judged on {examples} held-out examples"
-    heads = (
-        "arm",
-        "best rate",
-        "held-out loss (95%)",
-        f"- {comparison.reference}",
-        "train s",
-        "peak GB",
-        "trained",
-        "MB",
-        "KL",
+    title = f"{comparison.steps} steps, {words.plural(seeds, 'seed')}, judged on {examples} held-out examples"
+    quality = Table(
+        "arm", "best rate", "held-out loss", f"- {comparison.reference}", title=title, show_lines=True, **TITLED
     )
-    table = Table(*heads, title=title, title_justify="left", title_style="bold")
+    cost = Table("arm", "training", "memory", "trained", "on disk", "KL from base", title="What it costs", **TITLED)
     for arm in comparison.arms:
-        table.add_row(*(_cells(arm) if arm.outcome == "done" else [arm.name, Text(arm.outcome)]))
-    console.print(table)
-    console.print(
-        f"The base has {comparison.base_loss:.3f}. KL: nats per token from the base on other text (forgetting)."
-    )
+        if arm.outcome == "done":
+            quality.add_row(*_quality(arm))
+            cost.add_row(*_cost(arm))
+    console.print(quality, f"With 95% intervals. The base has {comparison.base_loss:.3f}.", "", cost, sep="\n")
+    console.print("KL: nats per token, on text that the task did not ask for: what was forgotten.")
     console.print("", Text(comparison.verdict, style="bold"), sep="\n", soft_wrap=True)
     for text in comparison.notes:
         console.print(f"Note: {text}", markup=False, soft_wrap=True)
 
 
-def _cells(arm: Any) -> list[str]:
-    low, high = arm.interval
-    apart = arm.difference
+def _quality(arm: Any) -> list[str]:
+    (low, high), apart = arm.interval, arm.difference
     return [
         arm.name,
-        f"{arm.learning_rate:.1e}{'' if arm.bracketed else ' (edge)'}",
-        f"{arm.eval_loss:.3f} ({low:.3f} to {high:.3f})",
-        f"{apart['value']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})" if apart else "",
-        f"{arm.seconds:,.0f}",
-        f"{arm.peak_memory_bytes / 1e9:.2f}",
-        f"{arm.trainable_parameters / 1e6:,.2f}M",
-        f"{arm.bytes / 1e6:,.0f}",
+        f"{words.rate(arm.learning_rate)}{'' if arm.bracketed else ' (edge)'}",
+        f"{arm.eval_loss:.3f}\n{low:.3f} to {high:.3f}",
+        f"{apart['value']:+.3f}\n{apart['low']:+.3f} to {apart['high']:+.3f}" if apart else "",
+    ]
+
+
+def _cost(arm: Any) -> list[str]:
+    return [
+        arm.name,
+        words.duration(arm.seconds),
+        words.size(arm.peak_memory_bytes),
+        words.count(arm.trainable_parameters),
+        words.size(arm.bytes),
         f"{arm.forgetting['kl']:.3f}" if arm.forgetting else "",
     ]

@@ -32,7 +32,7 @@ class ArmResult:
     peak_memory_bytes: int | None = None
     trainable_parameters: int | None = None
     bytes: int | None = None  # on disk
-    forgetting: dict[str, float] | None = None  # mean over seeds
+    forgetting: dict[str, float] | None = None  # mean over seeds; None where it is no number
     seed_losses: list[float] = field(default_factory=list)  # held-out loss of each seed, as eval_loss is their mean
     train_losses: list[list[float]] = field(default_factory=list)  # of each seed: of each step's examples, before it
     runs: list[str] = field(default_factory=list)  # folders
@@ -142,10 +142,16 @@ def _result(
         peak_memory_bytes=max(trial.numbers["peak_memory_bytes"] for trial in trials),
         trainable_parameters=trials[0].numbers["trainable_parameters"],
         bytes=trials[0].bytes,
-        forgetting={key: float(np.mean([each[key] for each in forgotten])) for key in forgotten[0]}
-        if forgotten
-        else None,
+        forgetting=_mean(forgotten),
         seed_losses=[trial.loss(judges) for trial in trials],
         train_losses=[trial.losses for trial in trials],
         runs=[trial.numbers["output_dir"] for trial in trials],
     )
+
+
+def _mean(forgotten: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Over the seeds; None where it was not measured, or a model is so broken that it is no number."""
+    if not forgotten:
+        return None
+    means = {key: float(np.mean([each[key] for each in forgotten])) for key in forgotten[0]}
+    return means if all(map(math.isfinite, means.values())) else None

@@ -58,16 +58,29 @@ def _said(arm: Standing, reference: str, margin: float, standings: Sequence[Stan
     if found.seeds == 1:
         unknown = "but how much a seed changes is unknown with one: --seeds 3 or more"
         return f"Cannot tell: {arm.name} - {reference} = {facts}, {unknown}."
+    if not (found.high < margin or found.low > margin):
+        return f"Cannot tell {arm.name} from {reference} to {margin:g}: {facts}. {needed(found, margin)}"
+    said, advice, hopeful = _finding(arm, reference, margin, facts, take)
+    edge = [each.name for each in standings if each.name in hopeful and not each.bracketed]
+    if edge:  # who was not tuned has not lost
+        return f"Cannot tell yet, since {' and '.join(edge)} may do better at another learning rate. So far {said}."
+    return f"{said.replace('no difference', 'No difference', 1)}. {advice}"
+
+
+def _finding(arm: Standing, reference: str, margin: float, facts: str, take: str) -> tuple[str, str, set[str]]:
+    """What is seen, what to do, and the arms that would change it by doing better."""
+    found = arm.against
+    assert found is not None
     if found.high < 0:
-        return f"{arm.name} is better than {reference}: {facts}. {take}"
+        return f"{arm.name} is better than {reference}: {facts}", take, {reference}
     if found.low > margin:
-        return f"{reference} is better than {arm.name}: {facts}. Take {reference} if that is worth its cost."
-    if -margin < found.low and found.high < margin:
-        same = f"No difference that matters between {arm.name} and {reference}"
-        return f"{same}: {facts}, all within {margin:g}. {take}"
-    if found.high < margin:
-        return f"{arm.name} is at most {found.high:.3f} worse than {reference}, or better: {facts}. {take}"
-    return f"Cannot tell {arm.name} from {reference} to {margin:g}: {facts}. {needed(found, margin)}"
+        worth = f"Take {reference} if that is worth its cost."
+        return f"{reference} is better than {arm.name}: {facts}", worth, {arm.name}
+    if found.low > -margin:
+        same = f"no difference that matters between {arm.name} and {reference}"
+        return f"{same}: {facts}, all within {margin:g}", take, {arm.name, reference}
+    worse = f"{arm.name} is at most {found.high:.3f} worse than {reference}, or better"
+    return f"{worse}: {facts}", take, {reference}
 
 
 def needed(found: Difference, margin: float) -> str:

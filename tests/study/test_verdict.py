@@ -47,7 +47,26 @@ def test_the_cheapest_arm_that_is_good_enough_is_taken() -> None:
 
 def test_a_rate_at_the_edge_is_said() -> None:
     said, _ = verdict([FULL, arm(-0.05, -0.03, bracketed=False)], "full", 0.02, {})
+    assert said.startswith("lora is better than full")  # it may be better still
     assert "best learning rate of lora lies at the edge" in said
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "untuned", "so_far"),
+    [
+        (-0.05, -0.03, "full", "lora is better than full"),
+        (0.03, 0.05, "lora", "full is better than lora"),
+        (-0.01, 0.012, "lora", "no difference that matters"),
+        (-0.01, 0.012, "full", "no difference that matters"),
+        (-0.05, 0.01, "full", "lora is at most 0.010 worse than full"),
+    ],
+)
+def test_an_arm_that_was_not_tuned_has_not_lost(low: float, high: float, untuned: str, so_far: str) -> None:
+    full = Standing("full", 1_000_000, None, None, untuned != "full")
+    said, _ = verdict([full, arm(low, high, bracketed=untuned != "lora")], "full", 0.02, {})
+    assert said.startswith(f"Cannot tell yet, since {untuned} may do better at another learning rate. So far {so_far}")
+    assert "Take" not in said
+    assert "more --rate-tries would tell" in said
 
 
 def test_arms_that_failed_are_said() -> None:
