@@ -34,8 +34,8 @@ ARMS: dict[str, Arm] = {
     **{f"r{r}": {"r": r} for r in RANKS},
     "attention": {"r": 15, "target_modules": ATTENTION},  # 15 (64 + 64) 4 parameters a layer
     "mlp": {"r": 8, "target_modules": MLP},  # as many: 8 (64 + 256) 3
-    "dora": {"r": 16, "use_dora": True},
-    "pissa": {"r": 16, "init_lora_weights": "pissa"},
+    "dora": {"r": 8, "use_dora": True},
+    "pissa": {"r": 8, "init_lora_weights": "pissa"},
     "full": None,
 }
 

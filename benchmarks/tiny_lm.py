@@ -3,6 +3,7 @@
     python benchmarks/tiny_lm.py                 the grid -> benchmarks/results/tiny_lm.json, with what is stated
     python benchmarks/tiny_lm.py --make FOLDER   model, tokenizer and data for the commands
     python benchmarks/tiny_lm.py --compare       tailora compare on them -> benchmarks/results/tiny_lm_compare.json
+    python benchmarks/tiny_lm.py --search        tailora search, likewise; compared with the grid
 
 A cell is one arm and seed over all learning rates, 2^-10 to 2^-5. Loss: nats per predicted token of 512 held-out texts.
 """
@@ -27,7 +28,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 OCTAVES = range(-10, -4)
-SEEDS = 3
+SEEDS = 2
 STEPS, BASE_STEPS = 150, 1600
 QUICK_STEPS = 20
 TRAIN_TEXTS, EVAL_TEXTS = STEPS * markov.BATCH, 400
@@ -36,7 +37,8 @@ TRAIN_TEXTS, EVAL_TEXTS = STEPS * markov.BATCH, 400
 def cells(quick: bool) -> list[measure.Cell]:
     common = {"threads": 1, "malloc": "default", "steps": QUICK_STEPS if quick else STEPS}
     common |= {"base_steps": QUICK_STEPS if quick else BASE_STEPS, "octaves": [-7] if quick else list(OCTAVES)}
-    return [{"arm": arm, "seed": seed, **common} for seed in range(1 if quick else SEEDS) for arm in markov.ARMS]
+    arms = ["r8", "full"] if quick else list(markov.ARMS)
+    return [{"arm": arm, "seed": seed, **common} for seed in range(1 if quick else SEEDS) for arm in arms]
 
 
 def work(arm: str, seed: int, steps: int, base_steps: int, octaves: list[int], threads: int) -> dict[str, Any]:
@@ -84,14 +86,13 @@ def write_claims(path: Path) -> None:
     if losses.keys() != markov.ARMS.keys():
         return  # the grid was stopped before its end
     alone = [claims.judged(mean_losses([one for one in found if one["cell"]["seed"] == seed])) for seed in seeds]
+    together = claims.judged(losses)
     judged = [
         {**asdict(claim), "seeds_alone": sum(each[place].holds for each in alone), "seeds": len(seeds)}
-        for place, claim in enumerate(claims.judged(losses))
+        for place, claim in enumerate(together)
     ]
-    edges = claims.at_the_edge(losses)
-    measure.write(path, {"cells": found, "claims": judged, "best_at_the_edge": edges})
-    for claim in judged:
-        measure.say(f"{'yes' if claim['holds'] else 'NO '} {claim['statement']}: {claim['found']}")
+    measure.write(path, {"cells": found, "claims": judged, "best_at_the_edge": claims.at_the_edge(losses)})
+    tell(together)
 
 
 # ---- the commands
@@ -101,8 +102,8 @@ def make(folder: str) -> None:
     markov.write_folder(base_model(BASE_STEPS), Path(folder), TRAIN_TEXTS, EVAL_TEXTS)
 
 
-def study(name: str, settings: dict[str, Any]) -> None:
-    """Run the command as a user does; its report and what it printed go to the results."""
+def study(name: str, settings: dict[str, Any], judge: Callable[[dict[str, Any]], list[claims.Claim]]) -> None:
+    """Run the command as a user does; its report and what it printed go to the results, with what is stated."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, output = Path(temporary), Path(temporary) / "study"
         make(temporary)
@@ -112,29 +113,40 @@ def study(name: str, settings: dict[str, Any]) -> None:
         command = [sys.executable, "-m", "tailora.cli", name, "--config", "study.yaml", "--output-dir", str(output)]
         started = time.perf_counter()
         seen = {"COLUMNS": "130", "NO_COLOR": "1", "TERM": "dumb"}
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **seen}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=folder)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **seen}, cwd=folder
+        )
         seconds = time.perf_counter() - started
         report = json.loads((output / "report.json").read_text().replace(temporary, "outputs"))
-        shown = done.stdout.replace(temporary, "outputs")
-    path = measure.write(
-        f"tiny_lm_{name}", {"settings": settings, "seconds": seconds, "shown": shown.strip(), "report": report}
-    )
-    measure.say(f"{shown}\n{path}")
+        shown = done.stdout.replace(temporary, "outputs").strip()
+    found = judge(report)
+    content = {"settings": settings, "seconds": seconds, "claims": [asdict(claim) for claim in found]}
+    measure.write(f"tiny_lm_{name}", {**content, "shown": shown, "report": report})
+    measure.say(shown)
+    tell(found)
 
 
 def compare() -> None:
-    arms: dict[str, dict[str, Any]] = {
-        "full": {"method": "full", "learning_rate": 2.0**-9},
-        **{name: {**(markov.ARMS[name] or {}), "learning_rate": 2.0**-7} for name in ("r1", "r8", "r64")},
-        **{name: {**(markov.ARMS[name] or {}), "learning_rate": 2.0**-7} for name in ("attention", "mlp")},
-        "dora": {"r": 8, "use_dora": True, "learning_rate": 2.0**-7},
-        "pissa": {"r": 8, "init_lora_weights": "pissa", "learning_rate": 2.0**-7},
-    }
-    study("compare", {"arms": arms, "rate_tries": 4, "seeds": 3, "forgetting_data": "old.jsonl"})
+    arms: dict[str, dict[str, Any]] = {"full": {"method": "full", "learning_rate": 2.0**-9}}
+    for name in ("r1", "r8", "r64", "attention", "mlp", "dora", "pissa"):
+        arms[name] = {**(markov.ARMS[name] or {}), "learning_rate": 2.0**-7}
+    settings = {"arms": arms, "rate_tries": 4, "seeds": 3, "forgetting_data": "old.jsonl"}
+    study("compare", settings, claims.of_comparison)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"--make": make, "--compare": compare}
+def search() -> None:
+    space = {"learning_rate": "2e-4..6e-2", "r": "1..64", "target_modules": "all-linear,attention,mlp"}
+    settings = {"space": space, "trials": 24, "seeds": 3, "lora_dropout": 0.0, "loraplus_lr_ratio": 1.0}
+    grid = mean_losses(json.loads((measure.RESULTS / "tiny_lm.json").read_text())["cells"])
+    study("search", settings, lambda report: claims.of_search(report, grid))
+
+
+def tell(found: list[claims.Claim]) -> None:
+    for claim in found:
+        measure.say(f"{'yes' if claim.holds else 'NO '} {claim.statement}: {claim.found}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"--make": make, "--compare": compare, "--search": search}
 
 
 if __name__ == "__main__":
@@ -142,6 +154,5 @@ if __name__ == "__main__":
         COMMANDS[sys.argv[1]](*sys.argv[2:])
     else:
         measure.main("tiny_lm", str(__doc__), cells, work)
-        path = (measure.QUICK if "--quick" in sys.argv else measure.RESULTS) / "tiny_lm.json"
         if "--cell" not in sys.argv:
-            write_claims(path)
+            write_claims((measure.QUICK if "--quick" in sys.argv else measure.RESULTS) / "tiny_lm.json")

@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BASE_STEPS, STEPS = 300, 80
 OCTAVES = {  # of the learning rates that an arm tries
     "r1": (-9, -7, -5),
-    "r16": (-10, -7),
+    "r8": (-10, -7),
     "r64": (-9, -7, -5),
     "full": (-11, -9, -7),
     "attention": (-7, -6),
@@ -24,7 +24,7 @@ OCTAVES = {  # of the learning rates that an arm tries
 }
 LIKE = {  # what the whole grid gives, about
     "r1": {-9: 2.24, -7: 2.20, -5: 2.23},
-    "r16": {-10: 2.10, -7: 1.974, -5: 2.15},
+    "r8": {-10: 2.10, -7: 1.974, -5: 2.15},
     "r64": {-9: 2.00, -7: 1.953, -5: 2.10},
     "full": {-11: 2.03, -9: 1.956, -7: 1.99},
     "attention": {-7: 2.18, -6: 2.17},
