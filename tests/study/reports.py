@@ -311,6 +311,7 @@ def plan() -> dict[str, Any]:
         "batch_size_that_fits": 12,
         "steps": 35,
         "seconds": 80.0,
+        "basis": {"memory": "estimated", "time": "0.51 GFLOP a token at 53 GFLOP/s, a rough rule"},
         "settings": {"model": "demo", "r": 16},
     }
 

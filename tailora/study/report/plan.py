@@ -13,6 +13,7 @@ from tailora.study.report.plan_modules import Module, by_matrix, map_of_ranks, p
 from tailora.study.report.svg import INK, SERIES
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "copies", "process")
+NEAR = 2.0  # times the longest bar
 
 
 class Full(BaseModel):
@@ -40,6 +41,17 @@ class Plan(BaseModel):
     seconds: float | None = None  # of all steps, estimated
     notes: list[str] = []
     settings: dict[str, Any] = {}
+    basis: dict[str, str] = {}  # how memory and time were found
+
+    @property
+    def ways(self) -> dict[str, dict[str, float]]:
+        return {"LoRA": self.memory} | ({} if self.full is None else {"full": self.full.memory})
+
+    @property
+    def limit_shown(self) -> bool:
+        """Whether what there is lies near the bars."""
+        most = max(memory["total"] for memory in self.ways.values())
+        return self.available_bytes is not None and self.available_bytes < NEAR * most
 
 
 def plan_page(content: Mapping[str, Any]) -> Page:
@@ -50,7 +62,9 @@ def plan_page(content: Mapping[str, Any]) -> Page:
         lead += f" Full fine-tuning needs {words.size(plan.full.memory['total'])}."
     numbers = [_modules(plan.modules), _left_alone(plan.left_alone), _settings(plan), _notes(plan)]
     sections = [
-        Section("Memory", "Estimated, at the moment when most is held.", [_memory(plan), _memory_table(plan)]),
+        Section(
+            "Memory", f"At the moment when most is held. {_found(plan.basis)}", [_memory(plan), _memory_table(plan)]
+        ),
         Section(
             "What is adapted",
             f"{words.plural(len(plan.modules), 'matrix', 'matrices')}.",
@@ -60,6 +74,11 @@ def plan_page(content: Mapping[str, Any]) -> Page:
     ]
     title = str(plan.model or plan.settings.get("model", "model")).rstrip("/").rpartition("/")[2]
     return Page("plan", f"{title}, before any training", lead, _tiles(plan), sections)
+
+
+def _found(basis: Mapping[str, str]) -> str:
+    """How memory and time were found."""
+    return " ".join(f"{what[:1].upper()}{what[1:]}: {how}." for what, how in basis.items())
 
 
 def _tiles(plan: Plan) -> list[Tile]:
@@ -86,24 +105,20 @@ def _tiles(plan: Plan) -> list[Tile]:
 # ---- memory
 
 
-def _ways(plan: Plan) -> dict[str, dict[str, float]]:
-    return {"LoRA": plan.memory} | ({} if plan.full is None else {"full": plan.full.memory})
-
-
 def _memory(plan: Plan) -> Picture:
     said = "; ".join(
         f"{way} {words.size(memory['total'])}: "
         + ", ".join(f"{part} {words.size(memory[part])}" for part in PARTS if memory.get(part))
-        for way, memory in _ways(plan).items()
+        for way, memory in plan.ways.items()
     )
     caption = "Memory by part."
-    if plan.available_bytes is not None:
-        caption += f" Dashed: the {words.size(plan.available_bytes)} that there are."
+    if plan.limit_shown:
+        caption += f" Dashed: the {words.size(plan.available_bytes or 0)} that there are."
     return Picture("memory", partial(_draw_memory, plan), f"Stacked bars of memory. {said}.", caption, wide=True)
 
 
 def _draw_memory(plan: Plan, width: float) -> Drawing:
-    ways = _ways(plan)
+    ways = plan.ways
     figure, axes = canvas(width, 128 + 46 * len(ways))
     for place, part in enumerate(PARTS):
         sizes = [memory.get(part, 0.0) / 1e9 for memory in ways.values()]
@@ -114,8 +129,8 @@ def _draw_memory(plan: Plan, width: float) -> Drawing:
     for place, memory in enumerate(ways.values()):
         end = sum(memory.get(part, 0.0) for part in PARTS) / 1e9
         axes.annotate(words.size(memory["total"]), (end, place), (6, 0), textcoords="offset points", va="center")
-    if plan.available_bytes is not None and plan.available_bytes < 3e9 * axes.get_xlim()[1]:
-        axes.axvline(plan.available_bytes / 1e9, color=INK, linewidth=1.3, linestyle=(0, (4, 3)))
+    if plan.limit_shown:
+        axes.axvline((plan.available_bytes or 0) / 1e9, color=INK, linewidth=1.3, linestyle=(0, (4, 3)))
     axes.set_yticks(range(len(ways)), list(ways))
     axes.set_ylim(len(ways) - 0.45, -0.55)
     axes.margins(x=0.18)
@@ -128,7 +143,7 @@ def _draw_memory(plan: Plan, width: float) -> Drawing:
 
 
 def _memory_table(plan: Plan) -> Table:
-    ways = _ways(plan)
+    ways = plan.ways
     rows = [
         [part, *(words.size(memory[part]) if part in memory else "–" for memory in ways.values())]
         for part in (*PARTS, "total")
