@@ -2,6 +2,7 @@
 
     python benchmarks/tables.py                  all of them
     python benchmarks/tables.py steps memory     these
+    python benchmarks/tables.py --quick          those of `--quick` runs
 
 Medians; a range in brackets is that of the repeats.
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
-from measure import RESULTS
+from measure import QUICK, RESULTS
 
 Found = list[dict[str, Any]]  # cells: settings and result of each
 Rows = Iterable[list[str]]
@@ -124,6 +125,40 @@ def adapters(cells: Found) -> list[str]:
     return tables
 
 
+def inference(cells: Found) -> list[str]:
+    """Milliseconds a token, and what the adapter beside the weights costs."""
+    tables = []
+    answers = [one for one in cells if one["cell"]["what"] == "decode"]
+    for kind, title in (("next", "One more token"), ("first", "The first token, after 64 of a prompt")):
+        rows = []
+        for one in answers:
+            cell, runs = one["cell"], one["result"]["runs"]
+            times = {name.removesuffix(f": {kind}"): runs[name] for name in runs if name.endswith(f": {kind}")}
+            over = measured_ratios(times, OURS, f"{OURS}, merged"), measured_ratios(times, "PEFT", "PEFT, merged")
+            last = measured_ratios(times, "PEFT", OURS)
+            label = f"{cell['dtype']}, {cell['value']} cache, {cell['threads']} thread(s)"
+            rows.append(
+                [label, *(ranged(scaled(spread_of(each), 1000), "{:.1f}") for each in times.values()), *over, last]
+            )
+        arms = [name.removesuffix(": next") for name in answers[0]["result"]["runs"] if name.endswith("next")]
+        head = ["", *arms, "tailora / merged", "PEFT / merged", "PEFT / tailora"]
+        tables.append(table(f"{title}, ms", head, rows))
+    switches = [one for one in cells if one["cell"]["what"] == "switch"]
+    rows = [
+        [
+            str(one["cell"]["value"]),
+            *(ranged(scaled(one["result"]["seconds"][arm], 1000.0), "{:.2f}") for arm in (OURS, "PEFT")),
+        ]
+        for one in switches
+    ]
+    return [*tables, table("Switching on 210 linear layers, ms", ["loaded", OURS, "PEFT"], rows)]
+
+
+def measured_ratios(times: dict[str, list[float]], arm: str, over: str) -> str:
+    """Of two arms, round by round."""
+    return ranged(spread_of([own / other for own, other in zip(times[arm], times[over], strict=True)]))
+
+
 def growth(cells: Found) -> list[str]:
     tables = []
     for (axis,), group in grouped(cells, "axis").items():
@@ -227,6 +262,7 @@ TABLES: dict[str, Callable[[Found], list[str]]] = {
     "real": real,
     "growth": growth,
     "adapters": adapters,
+    "inference": inference,
     "startup": startup,
 }
 
@@ -241,9 +277,10 @@ def caption(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or [name for name in TABLES if (RESULTS / f"{name}.json").exists()]
-    for name in wanted:
-        content = json.loads((RESULTS / f"{name}.json").read_text())
+    folder = QUICK if "--quick" in sys.argv else RESULTS
+    wanted = [name for name in sys.argv[1:] if name != "--quick"]
+    for name in wanted or [name for name in TABLES if (folder / f"{name}.json").exists()]:
+        content = json.loads((folder / f"{name}.json").read_text())
         print("\n\n".join([f"## {name}", *TABLES[name](content["cells"]), caption(content)]) + "\n")
 
 
