@@ -255,6 +255,28 @@ def ratio_of(seconds: dict[str, dict[str, float]], arm: str, over: str) -> str:
     return f"{seconds[arm]['median'] / seconds[over]['median']:.2f}"
 
 
+def plan(cells: Found) -> list[str]:
+    """Peak of the run's process, and what was foreseen over it."""
+    head = [
+        "configuration",
+        "largest forward, tokens",
+        "peak of the run, GB",
+        "estimated / peak",
+        "with --measure / peak",
+    ]
+    rows = [
+        [
+            one["cell"]["name"],
+            f"{one['result']['largest_forward']['tokens']:,}",
+            f"{one['result']['true_bytes'] / 1e9:.2f}",
+            f"{one['result']['estimated_ratio']:.2f}",
+            f"{one['result']['measured_ratio']:.2f}",
+        ]
+        for one in cells
+    ]
+    return [table("Memory, foreseen and true", head, rows)]
+
+
 TABLES: dict[str, Callable[[Found], list[str]]] = {
     "steps": steps,
     "memory": memory,
@@ -264,6 +286,7 @@ TABLES: dict[str, Callable[[Found], list[str]]] = {
     "adapters": adapters,
     "inference": inference,
     "startup": startup,
+    "plan": plan,
 }
 
 
