@@ -121,11 +121,11 @@ def _count(spectra: Spectra, paths: Sequence[str]) -> int:
 
 
 def dialled(model: LoRAModel, name: str, texts: list[list[int]], measure: Measure | None, say: Say) -> list[Dial]:
-    """The adapter at lower strengths; afterwards at 1."""
-    found = []
+    """The adapter at lower strengths than it has; afterwards at that."""
+    found, before = [], next(layer.strength.item() for layer in model.adapter(name).low_rank.values())
     try:
         for strength in STRENGTHS:
-            model.set_scale(name, strength)
+            model.set_scale(name, strength * before)
             lost, loss = forgetting(model, texts), None if measure is None else measure().loss
             found.append(Dial(strength, loss, lost.kl, lost.loss_after - lost.loss_before))
             say(
@@ -133,5 +133,5 @@ def dialled(model: LoRAModel, name: str, texts: list[list[int]], measure: Measur
                 + ("" if loss is None else f", loss {loss:.4f}")
             )
     finally:
-        model.set_scale(name, 1.0)
+        model.set_scale(name, before)
     return found

@@ -18,7 +18,7 @@ from tailora.study.inspect import NAME, Asked, Inspection, Progress, Say, examin
 from tailora.study.pair import overlaps, together
 from tailora.study.places import grouped, layers_of
 from tailora.study.strengths import forgets_much
-from tailora.study.tails import dialled, tails
+from tailora.study.tails import Measure, dialled, tails
 from tailora.train.config import TrainConfig
 from tailora.train.load import load_base
 
@@ -36,7 +36,9 @@ def loaded(
 ) -> Inspection:
     """Of adapters' folders within a base that is loaded for them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base, tokenizer = load_base(model, "stored" if asked.data is None else "auto", device, quantize)
+    base, tokenizer = load_base(
+        model, "stored" if asked.data is asked.forgetting_data is None else "auto", device, quantize
+    )
     adapted = LoRAModel.from_pretrained(base, folder, NAME)
     if other is not None:
         adapted.load_adapter(other, OTHER)
@@ -63,8 +65,9 @@ def inspect_model(
     """
     started = time.perf_counter()
     asked = asked or Asked()
-    if asked.data is not None and tokenizer is None:
-        raise ConfigError(f"data {asked.data!r} needs the model's tokenizer: give tokenizer")
+    on_data = asked.data is not None or asked.forgetting_data is not None
+    if on_data and tokenizer is None:
+        raise ConfigError(f"{asked.data or asked.forgetting_data} needs the model's tokenizer: give tokenizer")
     adapter = model.adapter(name)
     updates, left_out = updates_of(adapter, model.base_model)
     config = getattr(model.base_model, "config", None)
@@ -81,36 +84,45 @@ def inspect_model(
         left_out=left_out,
         pair=None if other is None else overlaps(other, updates, updates_of(model.adapter(other), model.base_model)[0]),
     )
-    if asked.data is not None:
-        found = _measured(found, model, name, asked, tokenizer, say)
+    if on_data:
+        active = model.active_adapters
+        model.set_adapter(name)
+        try:
+            found = _measured(found, model, name, asked, tokenizer, say)
+        finally:
+            model.set_adapter(active)
     return replace(found, advice=advise(found), seconds=time.perf_counter() - started)
 
 
 def _measured(found: Inspection, model: LoRAModel, name: str, asked: Asked, tokenizer: Any, say: Say) -> Inspection:
-    """With what takes data: losses and forgetting."""
-    assert asked.data is not None
-    settings = TrainConfig(model=found.model or NAME, data=asked.data, field=asked.field, max_length=asked.max_length)
-    active = model.active_adapters
-    model.set_adapter(name)
-    try:
-        measure = held_out(settings, model, tokenizer, say)
-        adapter = model.adapter(name)
-        spectra = spectra_of(
-            replace(adapter, low_rank={module.path: adapter.low_rank[module.path] for module in found.modules})
-        )
-        groups = grouped(list(spectra), found.layers)
-        losses = tails(model, name, spectra, groups, asked.data, measure, say)
-        texts, where = _texts(model, tokenizer, asked)
-        lost = forgetting(model, texts)
-        say(f"KL from the base on {where} {lost.kl:.4f}")
-        found = replace(found, held_out=losses, forgetting={**asdict(lost), "text": where})
-        if found.pair is not None:
-            both = together(model, (name, found.pair.other), measure)
-            say(f"with {found.pair.other} alone {both.other:.4f}, with both {both.both:.4f}")
-            found = replace(found, pair=replace(found.pair, losses=both))
-        return replace(found, dial=dialled(model, name, texts, measure, say)) if forgets_much(found) else found
-    finally:
-        model.set_adapter(active)
+    """With what takes data: losses, forgetting, and what a rule asks for."""
+    measure = None if asked.data is None else _judge(found, model, asked, tokenizer, say)
+    if measure is not None:
+        found = _with_losses(found, model, name, str(asked.data), measure, say)
+    texts, where = _texts(model, tokenizer, asked)
+    lost = forgetting(model, texts)
+    say(f"KL from the base on {where} {lost.kl:.4f}")
+    found = replace(found, forgetting={**asdict(lost), "text": where})
+    return replace(found, dial=dialled(model, name, texts, measure, say)) if forgets_much(found) else found
+
+
+def _judge(found: Inspection, model: LoRAModel, asked: Asked, tokenizer: Any, say: Say) -> Measure:
+    settings = {"model": found.model or NAME, "data": asked.data, "field": asked.field, "max_length": asked.max_length}
+    return held_out(TrainConfig(**settings), model, tokenizer, say)
+
+
+def _with_losses(found: Inspection, model: LoRAModel, name: str, data: str, measure: Measure, say: Say) -> Inspection:
+    adapter = model.adapter(name)
+    whole = {module.path: adapter.low_rank[module.path] for module in found.modules}
+    spectra = spectra_of(replace(adapter, low_rank=whole))
+    found = replace(
+        found, held_out=tails(model, name, spectra, grouped(list(spectra), found.layers), data, measure, say)
+    )
+    if found.pair is None:
+        return found
+    both = together(model, (name, found.pair.other), measure)
+    say(f"with {found.pair.other} alone {both.other:.4f}, with both {both.both:.4f}")
+    return replace(found, pair=replace(found.pair, losses=both))
 
 
 def _texts(model: LoRAModel, tokenizer: Any, asked: Asked) -> tuple[list[list[int]], str]:

@@ -84,6 +84,14 @@ def test_beside_the_base_and_on_data(tuned: TrainConfig, tmp_path: Path) -> None
         assert one.norm == pytest.approx(other.norm, rel=1e-5)
 
 
+def test_forgetting_alone(tuned: TrainConfig) -> None:
+    found = inspect(tuned.output_dir, tuned.model, asked=Asked(forgetting_data=tuned.data, intruders=False))
+    assert found.held_out is None
+    assert found.forgetting is not None
+    assert found.forgetting["text"] == tuned.data
+    assert found.forgetting["loss_after"] < found.forgetting["loss_before"]  # it is what was trained on
+
+
 def test_a_model_in_memory_is_left_as_it_was() -> None:
     model = LoRAModel(chat_model().eval(), LoRAConfig(r=4))
     model.add_adapter("other", LoRAConfig(r=2, target_modules=["q_proj"]))
