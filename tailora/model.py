@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,8 @@ class LoRAModel(nn.Module):
     ) -> None:
         super().__init__()
         _refuse_adapted(base_model)
+        if not isinstance(config, LoRAConfig | None):
+            raise ConfigError(f"config is a {type(config).__name__}; take a LoRAConfig, such as LoRAConfig(r=16)")
         config = config or default_config(base_model)
         self._wrap(base_model, adapter_name, create(select(base_model, config), config, fresh=fresh))
 
@@ -246,7 +248,7 @@ class LoRAModel(nn.Module):
             raise AdapterError(_waiting({name: adapter}))
         if adapter.config.adalora is not None and name not in self._allocated:
             raise AdapterError(f"the ranks of {name!r} were never moved: allocate_ranks(optimizer, steps) and train")
-        if name in (".", "..") or Path(name).name != name:
+        if name in (".", "..") or "\0" in name or Path(name).name != name:
             raise FormatError(f"adapter name {name!r} cannot name a folder; add it under a plain name")
         target = Path(folder) if name == "default" else Path(folder) / name
         write_adapter(target, settled(adapter), self.base_model)
@@ -331,6 +333,8 @@ class LoRAModel(nn.Module):
 
     def set_adapter(self, name: str | Iterable[str] | None) -> None:
         """Make this adapter the active one; several add up; None leaves the plain base."""
+        if not isinstance(name, str | Iterable | None):
+            raise AdapterError(f"set_adapter takes a name, several names, or None for the plain base; got {name!r}")
         names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name or ()))
         active = {each: self._find(each) for each in names}
         self._check_unmerged("switch adapters")
@@ -392,8 +396,8 @@ class LoRAModel(nn.Module):
         """Dial one adapter up or down: 1 is as trained, 0 is off. Holds until set again; is merged, not saved."""
         adapter = self._find(name)
         self._check_unmerged("change a strength")
-        if not math.isfinite(strength):
-            raise ConfigError(f"strength = {strength}; take a finite number, 1 is as trained")
+        if not isinstance(strength, SupportsFloat) or not math.isfinite(strength):
+            raise ConfigError(f"strength = {strength!r}; take a finite number, 1 is as trained")
         for part in (*adapter.low_rank.values(), *adapter.extras.values()):
             if isinstance(dial := getattr(part, "strength", None), Tensor):
                 dial.fill_(strength)
@@ -624,7 +628,10 @@ def _waiting(adapters: Mapping[str, Adapter]) -> str:
     return next(reasons, "")
 
 
-def _refuse_adapted(base_model: nn.Module) -> None:
+def _refuse_adapted(base_model: Any) -> None:
+    if not isinstance(base_model, nn.Module):
+        loaded = "; load it first: AutoModelForCausalLM.from_pretrained(...)" if isinstance(base_model, str) else ""
+        raise TargetError(f"base_model is a {type(base_model).__name__}, not a torch.nn.Module{loaded}")
     if isinstance(base_model, LoRAModel) or any(isinstance(module, Swapped) for module in base_model.modules()):
         raise TargetError("this model has tailora adapters already; use its add_adapter, or unload() it first")
     if hasattr(base_model, "peft_config"):

@@ -139,9 +139,7 @@ def _as_linear(layer: Any, make: Callable[..., Any]) -> tuple[Tensor, Any]:
 def torchao_weights(config: Any) -> Callable[[nn.Module], nn.Module]:
     def store(layer: nn.Module) -> nn.Module:
         quantize_(layer.requires_grad_(False), config)
-        vars(layer).pop(
-            "extra_repr", None
-        )  # a method of a partial function, which no pickle takes; transformers exchanges it, too
+        vars(layer).pop("extra_repr", None)  # of a partial function, which no pickle takes; transformers drops it, too
         return layer
 
     return store

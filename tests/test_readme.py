@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import COMMANDS, main
 from tailora.formats.export import FORMATS
+from tailora.train.quantize import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -65,6 +66,25 @@ def test_the_figures_are_the_script_s() -> None:
         for name, part in parts.items():
             (content,) = re.findall(f"<!-- measured:{name} -->(.*?)<!-- /measured:{name} -->", document, re.DOTALL)
             assert content.strip() == part().strip(), f"run benchmarks/readme.py: {name} of {file} is old"
+
+
+def test_every_setting_of_an_adapter_and_every_way_to_quantise_is_named() -> None:
+    for name in (*LoRAConfig.model_fields, *METHODS.keys() - {"torchao-int4"}):  # which no CPU runs
+        assert re.search(rf"\b{name}\b", README), name
+
+
+def test_what_is_done_with_adapters_in_memory_runs() -> None:
+    model = LoRAModel(chat_model(), LoRAConfig(r=4, use_rslora=True, learn_scaling=True), "a")
+    model.add_adapter("legal", LoRAConfig(r=4, use_dora=True))
+    model.add_adapter("chat", LoRAConfig(r=4, init_lora_weights="pissa"))
+    (table,) = re.findall(r"with adapters in memory(.*?)\n\n", README, re.DOTALL)
+    ids = torch.arange(12).view(3, 4)
+    for line in (code for row in table.splitlines()[2:] for code in re.findall("`(.*?)`", row.split("|")[2])):
+        stirred = line.replace("model.generate(...)", "model(ids)").replace("r=32", "r=8")
+        exec(f"{stirred} pass" if stirred.endswith(":") else stirred, {"model": model, "ids": ids})
+        if '"plain"' in line:
+            model.delete_adapter("plain")
+    assert not model.is_merged
 
 
 def test_every_command_is_in_the_table() -> None:

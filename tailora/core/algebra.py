@@ -104,8 +104,11 @@ def combine(
         base = host_of(base_model, path)
         parts = [Part(name, path, weights[name], layer, base) for name, layer in each.items()]
         results[path] = METHODS[how.method](parts, how, max(layer.r for layer in each.values()))
+    factors = {path: each for path, (each, _) in results.items()}
+    if broken := [path for path, each in factors.items() if not each.is_finite]:
+        raise AdapterError(f"the sum is not finite at {', '.join(broken[:5])} ({len(broken)} in all): smaller weights")
     adapter = built(
-        {path: factors for path, (factors, _) in results.items()},
+        factors,
         base_model,
         changes=changes,
         saved=saved,

@@ -22,6 +22,10 @@ class Factors:
     A: Tensor
 
     @property
+    def is_finite(self) -> bool:
+        return bool(self.A.isfinite().all() and self.B.isfinite().all())
+
+    @property
     def dense(self) -> Tensor:
         """(groups, m, n)."""
         return self.B @ self.A

@@ -42,6 +42,8 @@ def register_kind(
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
         raise ConfigError(f"register_kind takes a class derived from nn.Module; got {layer_class!r}")
+    if not callable(dims):
+        raise ConfigError(f"dims is a function: layer -> (in, out); got {dims!r}")
     name = qualified(layer_class)
     if problems := _problems(name, forward is not None and update is not None, replace):
         raise ConfigError(listing(problems))

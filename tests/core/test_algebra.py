@@ -124,6 +124,14 @@ def test_what_means_nothing_is_refused_and_changes_nothing(given: Any, error: ty
     assert model.active_adapters == ("b",)
 
 
+def test_a_sum_that_float32_cannot_hold_is_refused() -> None:
+    model = LoRAModel(net(torch.float32), LoRAConfig(r=2), adapter_name="a")
+    stir(model)
+    with pytest.raises(AdapterError, match=r"not finite at 0, 2 \(2 in all\): smaller weights"):
+        model.combine({"a": 1e300}, "mix")
+    assert list(model.adapters) == ["a"]
+
+
 def test_nothing_is_combined_or_shrunk_while_merged() -> None:
     model = two()
     model.merge()

@@ -187,6 +187,8 @@ def test_unknown_and_taken_names_are_errors_that_name_what_there_is() -> None:
             add()
     with pytest.raises(AdapterError, match="non-empty string"):
         model.add_adapter("", LoRAConfig(r=2))
+    with pytest.raises(AdapterError, match="takes a name, several names, or None for the plain base; got 3"):
+        model.set_adapter(3)  # type: ignore[arg-type]
     assert model.active_adapters == ("default",)
 
 
@@ -364,11 +366,24 @@ def test_the_mode_of_every_part_follows_the_model() -> None:
 
 def test_a_strength_that_cannot_act_is_refused() -> None:
     model = two()
-    with pytest.raises(ConfigError, match="finite number"):
-        model.set_scale("default", float("nan"))
+    for strength in (float("nan"), "much", None):
+        with pytest.raises(ConfigError, match="finite number"):
+            model.set_scale("default", strength)  # type: ignore[arg-type]
+    model.set_scale("default", torch.tensor(1.0))  # type: ignore[arg-type]
     model.merge()
     with pytest.raises(MergeError, match="cannot change a strength while merged"):
         model.set_scale("default", 0.5)
+
+
+def test_what_is_no_model_or_no_config_is_refused() -> None:
+    with pytest.raises(TargetError, match=r"base_model is a str, not a torch\.nn\.Module; load it first"):
+        LoRAModel("gpt2")  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match="base_model is a NoneType"):
+        LoRAModel.from_pretrained(None, "anywhere")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="config is a dict; take a LoRAConfig"):
+        LoRAModel(nn.Linear(4, 4), {"r": 2})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"lora_alpha = 1e\+300 is more than torch\.float32 can hold"):
+        LoRAModel(nn.Linear(4, 4), LoRAConfig(r=2, lora_alpha=1e300))
 
 
 def test_paths_that_a_slash_makes_alike_keep_their_own_entries() -> None:

@@ -88,6 +88,8 @@ def test_registering_twice_and_over_tailora_s_own_is_refused(documented: dict[st
             tailora.register_kind(cls, lambda _: (1, 1), replace=True)
     with pytest.raises(ConfigError, match=r"takes a class derived from nn\.Module; got 'Linear'"):
         tailora.register_kind("Linear", lambda _: (1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="dims is a function"):
+        tailora.register_kind(nn.ReLU, (1, 1))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="update and forward"):
         tailora.register_kind(nn.ReLU, lambda _: (1, 1), update=lambda *_: None, forward=lambda *_: None)  # type: ignore[arg-type,return-value]
     tailora.unregister_kind(documented["Scaled"])

@@ -235,7 +235,7 @@ def test_saving_again_replaces_the_folder_and_leaves_other_files(folder: Path) -
     assert sorted(path.name for path in folder.parent.iterdir()) == ["adapter"]
 
 
-@pytest.mark.parametrize("name", ["..", ".", "a/b", "/tmp"])
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "/tmp", "a\0b"])
 def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2), adapter_name=name)
     with pytest.raises(FormatError, match="cannot name a folder"):
