@@ -107,7 +107,7 @@ class LoRALayer(nn.Module):
         if lora_bias:
             self.lora_bias = nn.Parameter(torch.zeros(len(self.lora_B), device=device, dtype=dtype))
         scaling = self._scalar(self.configured_scaling)
-        if not scaling.isfinite():
+        if self.configured_scaling > torch.finfo(scaling.dtype).max:
             raise ConfigError(f"lora_alpha = {self.lora_alpha:g} is more than {scaling.dtype} can hold; take 1 to 1000")
         self.scaling = nn.Parameter(scaling) if learn_scaling else scaling
         if init_lora_weights is not None:
