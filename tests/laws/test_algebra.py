@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KINDS, PAIRS, PRODUCTS, KindCase, config, stir
+from cases import KINDS, PAIRS, SLOTS, KindCase, config, stir
 from torch import Tensor
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import AdapterError
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+PRODUCTS = [slot for slot, settings in SLOTS.items() if not {"use_dora", "lora_bias", "bias"} & settings.keys()]
 slots = pytest.mark.parametrize("slot", PRODUCTS)  # what is more than a product of two factors is refused
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
