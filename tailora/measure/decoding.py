@@ -30,11 +30,24 @@ def request(
         repetition_penalty=1.0,  # whatever the model's own settings say
         no_repeat_ngram_size=0,
         max_new_tokens=min(max_new_tokens, left),
+        cache_implementation=cache_for(model, len(ids), min(max_new_tokens, left)),
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0],
     )
     prompt = torch.tensor([ids], device=model.device)  # (1, length)
     return {"inputs": prompt, "attention_mask": torch.ones_like(prompt), "generation_config": config}
+
+
+def cache_for(model: Any, length: int, new: int) -> str | None:
+    """transformers' static cache, where it is the faster one: "static", or None for the one that grows.
+
+    The growing one is copied for every token, the static one is read whole, rows still empty included. Milliseconds a
+    token of SmolLM2-135M in bfloat16 on one core, growing and static: 36 and 36 with 64 tokens of prompt and 64 asked
+    for, 35 and 42 with 64 and 1,024, 41 and 37 with 256 and 256, 67 and 44 with 1,024 and 256. Elsewhere than on a CPU
+    transformers compiles the model for it, which takes longer than an answer.
+    """
+    able = getattr(model, "_can_compile_fullgraph", False) and model.device.type == "cpu"
+    return "static" if able and length >= new else None
 
 
 def room(model: Any, length: int) -> int:
