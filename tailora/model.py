@@ -483,8 +483,8 @@ class LoRAModel(nn.Module):
         """Add the adapter `name`: `source` at a lower rank, by its singular values; the active ones stay active.
 
         r: highest rank of a layer.    energy: share of the squared singular values to keep in every layer, such as .99.
-        loss, budget: `loss(model)` may rise by `budget`; it is called some log2(number of singular values) times with
-        a candidate in the place of `source` (alone, if that is not active), in the mode that the model is in.
+        loss, budget: `loss(model)` may rise by `budget`; it is called some log2(number of singular values) times while
+        `source` (alone, if it is not active) computes with some of them, in the mode that the model is in.
         Returns rank and relative error by layer. Raises ConfigError, AdapterError; DivergedError for a loss that is
         not finite.
         """
@@ -496,30 +496,25 @@ class LoRAModel(nn.Module):
         if loss is None or budget is None:
             ranks = shrinking.ranks_of(adapter, spectra, r, energy)
         else:
-            ranks = self._ranks_by_loss(source, name, spectra, loss, budget)
+            ranks = self._ranks_by_loss(source, spectra, loss, budget)
         smaller, report = shrinking.shrunk(adapter, spectra, ranks, self.base_model)
         self._install(name, smaller)
         return report
 
     def _ranks_by_loss(
-        self, source: str, name: str, spectra: shrinking.Spectra, loss: Callable[[Self], float], budget: float
+        self, source: str, spectra: shrinking.Spectra, loss: Callable[[Self], float], budget: float
     ) -> dict[str, int]:
-        """With a copy of the adapter that loses singular values, under the new name while this lasts."""
-        whole = {path: each.S.shape[1] for path, each in spectra.items()}
-        full, trial = (shrinking.shrunk(self._find(source), spectra, whole, self.base_model)[0] for _ in range(2))
-        active = self._active
+        adapter, active = self._adapters[source], self._active
 
         def measured(ranks: shrinking.Ranks) -> float:
-            shrinking.cut(trial, full, ranks)
-            return loss(self)
+            with shrinking.leading_only(adapter, spectra, ranks):
+                return loss(self)
 
-        self._install(name, trial)
         try:
-            self.set_adapter([name if each == source else each for each in active] if source in active else name)
+            self.set_adapter(active if source in active else source)
             return shrinking.ranks_by_loss(spectra, measured, budget)
         finally:
             self.set_adapter(active)
-            self.delete_adapter(name)
 
     # ---- merging
 

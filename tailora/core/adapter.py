@@ -15,6 +15,7 @@ from tailora.core.extras import TokenHead, TokenRows, TrainedBias
 from tailora.core.inits import INITS
 from tailora.core.kinds import weight_of
 from tailora.core.layer import LoRALayer
+from tailora.core.matching import inside
 from tailora.core.starts import DATA_STARTS, FROM_WEIGHT, MOVED, check_fits, start_at_weight
 from tailora.core.targets import Selection, Target
 from tailora.errors import AdapterError, TargetError, listing
@@ -170,7 +171,7 @@ def check_compatible(adapters: Mapping[str, Adapter], *, by_row: bool = False) -
         for other in adapters
         if other != name
         for path in adapters[other].parts
-        if (path == whole and not by_row) or path.startswith(f"{whole}.")
+        if inside(path, whole) and not (by_row and path == whole)
     ]
     if problems:
         raise AdapterError(f"these adapters cannot be active together: {listing(problems)}")

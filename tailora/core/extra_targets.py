@@ -9,6 +9,7 @@ from torch import nn
 from tailora.core.config import LoRAConfig
 from tailora.core.extras import adds_its_bias, biases_of
 from tailora.core.kinds import EMBEDDING, is_called, kind_of, obstacle
+from tailora.core.matching import inside, named
 from tailora.errors import nearest
 
 Modules = Mapping[str, nn.Module]
@@ -28,7 +29,7 @@ def extra_targets(
     tokens, problems = _tokens(model, modules, config)
     heads = {path: tied for tied in tokens for path in _tied_to(modules, tied)}
     for path in (*tokens, *heads):
-        if owner := next((each for each in (*adapted, *saved) if path == each or path.startswith(f"{each}.")), None):
+        if owner := next((each for each in (*adapted, *saved) if inside(path, each)), None):
             what = "target_modules" if owner in adapted else "modules_to_save"
             tie = f", tied to {heads[path]}" if path in heads else ""
             problems.append(f"{path}{tie} is in trainable_token_indices and in {what}; take one")
@@ -46,7 +47,7 @@ def extra_targets(
 def _biases(modules: Modules, adapted: Collection[str], saved: Collection[str]) -> tuple[list[str], list[str]]:
     found, problems = [], []
     for path, module in modules.items():
-        if any(path == whole or path.startswith(f"{whole}.") for whole in saved):
+        if any(inside(path, whole) for whole in saved):
             continue
         names = biases_of(module)
         if "forward" in vars(module) and names:
@@ -78,7 +79,7 @@ def _tokens(model: Any, modules: Modules, config: LoRAConfig) -> tuple[dict[str,
     found: dict[str, list[int]] = {}
     problems = []
     for name, indices in wanted.items():
-        paths = [path for path in modules if path == name or path.endswith(f".{name}")]
+        paths = [path for path in modules if named(name, path)]
         if not paths:
             embeddings = [path for path, module in modules.items() if kind_of(module) is EMBEDDING]
             problems.append(f"trainable_token_indices: {name!r} matches no module{nearest(name, embeddings)}")

@@ -31,6 +31,10 @@ class Factors:
         return self.B @ self.A
 
 
+def zeros(like: Factors) -> Factors:
+    return Factors(torch.zeros_like(like.B), torch.zeros_like(like.A))
+
+
 def concatenated(parts: list[Factors]) -> Factors:
     """The exact sum: ranks add up."""
     return Factors(torch.cat([part.B for part in parts], dim=2), torch.cat([part.A for part in parts], dim=1))

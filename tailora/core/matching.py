@@ -1,5 +1,6 @@
 """Names, regular expressions and layer indices: which paths they mean."""
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
@@ -21,6 +22,16 @@ def matches(selector: Selector, path: str) -> bool:
 
 def named(name: str, path: str) -> bool:
     return path == name or path.endswith(f".{name}")
+
+
+def inside(path: str, whole: str) -> bool:
+    """Whether it is the module `whole` or one within it."""
+    return path == whole or path.startswith(f"{whole}.")
+
+
+def exactly(path: str) -> str:
+    """A pattern for this path alone: without ^ it would match at the end of longer ones."""
+    return f"^{re.escape(path)}"
 
 
 def ends_of(path: str) -> Iterator[str]:

@@ -1,11 +1,11 @@
 """Other ranks for an adapter that exists, at the scales that its layers have."""
 
 import math
-import re
 from collections.abc import Mapping
 
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer
+from tailora.core.matching import exactly
 
 
 def with_ranks(config: LoRAConfig, layers: Mapping[str, LoRALayer], ranks: Mapping[str, int]) -> LoRAConfig:
@@ -15,11 +15,6 @@ def with_ranks(config: LoRAConfig, layers: Mapping[str, LoRALayer], ranks: Mappi
         rank_pattern={exactly(path): r for path, r in ranks.items() if r != config.r},
         alpha_pattern={exactly(path): alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
     )
-
-
-def exactly(path: str) -> str:
-    """A pattern for this path alone: without ^ it would match at the end of longer ones."""
-    return f"^{re.escape(path)}"
 
 
 def scale_kept(layer: LoRALayer, r: int) -> float:

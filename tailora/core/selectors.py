@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import TypeVar
 
-from tailora.core.matching import matches
+from tailora.core.matching import exactly, matches
 
 T = TypeVar("T", int, float)
 
@@ -34,9 +34,6 @@ def portable_patterns(values: Mapping[str, T], default: T) -> dict[str, T]:
         by_name[path.rpartition(".")[2]][path] = value
     usual = {name: commonest(paths) for name, paths in by_name.items()}
     exceptions = {
-        f"^{re.escape(path)}": value
-        for name, paths in by_name.items()
-        for path, value in paths.items()
-        if value != usual[name]
+        exactly(path): value for name, paths in by_name.items() for path, value in paths.items() if value != usual[name]
     }
     return exceptions | {re.escape(name): value for name, value in usual.items() if value != default}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tailora.core.adapter import Adapter
 from tailora.core.algebra import Truncation, is_number, per_group
 from tailora.core.layer import LoRALayer
-from tailora.core.lowrank import Factors, product_spectrum, rank_for_energy, tail, truncated
+from tailora.core.lowrank import Factors, product_spectrum, rank_for_energy, tail, truncated, zeros
 from tailora.core.spectra import Spectrum
 from tailora.core.updates import MIXED, built, factors_of, is_mixed
 from tailora.errors import AdapterError, ConfigError, DivergedError, listing
@@ -101,11 +101,12 @@ def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Modu
     """The adapter cut to these ranks. Magnitudes, biases, token rows, strengths and modules trained whole come along as
     copies.
 
-    A layer that is cut to nothing is adapted no more and has rank 0, unless it has a magnitude or a bias to keep, or
-    is a matrix of an attention or a stack of experts, for which files need both.
+    A layer that is cut to nothing is adapted no more and has rank 0. It keeps a rank of zeros where it has a magnitude
+    or a bias, or is a matrix of an attention or a stack of experts, for which files need both.
     """
-    ranks = {path: k if k or _can_go(adapter.low_rank[path]) else 1 for path, k in ranks.items()}
     kept: dict[str, Factors] = {path: truncated(spectra[path], k) for path, k in ranks.items() if k}
+    stay = [path for path in ranks if path not in kept and not _can_go(adapter.low_rank[path])]
+    kept |= {path: zeros(truncated(spectra[path], 1)) for path in stay}
     settings = {name: getattr(adapter.config, name) for name in SAME}
     smaller = built(kept, base_model, saved=copy.deepcopy(adapter.saved), **settings)
     smaller = replace(smaller, extras=copy.deepcopy(adapter.extras))
@@ -115,7 +116,7 @@ def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Modu
         _copied(layer.lora_magnitude_vector, source.lora_magnitude_vector)
         _copied(layer.bias, source.bias)
         _copied(layer.lora_bias, None if source.lora_bias is None else source.lora_bias * source.scaling)
-    sizes = {path: smaller.low_rank[path].r if k else 0 for path, k in ranks.items()}
+    sizes = {path: smaller.low_rank[path].r if path in kept else 0 for path in ranks}
     return smaller, Truncation(sizes, {path: tail(spectra[path].S, k) for path, k in ranks.items()})
 
 
@@ -126,14 +127,6 @@ def _can_go(layer: LoRALayer) -> bool:
 def _copied(slot: nn.Parameter | None, source: Tensor | None) -> None:
     if slot is not None and source is not None:
         slot.copy_(source)
-
-
-@torch.no_grad()
-def cut(trial: Adapter, full: Adapter, ranks: Ranks) -> None:
-    """Let `trial`, a copy of the `full` adapter with factors from its spectra, compute with the leading ranks only."""
-    for path, k in ranks.items():
-        columns = torch.arange(full.low_rank[path].lora_B.shape[1], device=full.low_rank[path].lora_B.device)
-        trial.low_rank[path].lora_B.copy_(full.low_rank[path].lora_B * (columns < k))
 
 
 @contextmanager

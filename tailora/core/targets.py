@@ -1,6 +1,5 @@
 """Which layers a config means. Strict: what matches nothing is an error, and all errors come at once."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,17 @@ from tailora.core.bases import base_obstacle, quantized_layers
 from tailora.core.config import LoRAConfig
 from tailora.core.extra_targets import ExtraTargets, extra_targets
 from tailora.core.kinds import EMBEDDING, KINDS, kind_of, obstacle, projections
-from tailora.core.matching import Selector, by_pattern, ends_of, layer_index, matches, named, pattern_matches
+from tailora.core.matching import (
+    Selector,
+    by_pattern,
+    ends_of,
+    exactly,
+    inside,
+    layer_index,
+    matches,
+    named,
+    pattern_matches,
+)
 from tailora.core.places import Modules, Place, chosen_parameters, parameters, place_at, places
 from tailora.errors import TargetError, listing, nearest
 
@@ -63,7 +72,7 @@ def default_config(model: nn.Module) -> LoRAConfig:
     config = LoRAConfig()
     chosen = chosen_places(model, dict(model.named_modules()), config)
     limits = {path: min(place.dims) for path, place in chosen.items()}
-    low = {re.escape(path): limit for path, limit in limits.items() if limit < config.r}
+    low = {exactly(path): limit for path, limit in limits.items() if limit < config.r}
     return config.replaced(
         rank_pattern=low, alpha_pattern={path: config.lora_alpha * limit / config.r for path, limit in low.items()}
     )
@@ -129,7 +138,7 @@ def _all_linear(model: nn.Module, modules: Modules, there: Mapping[str, Place], 
         for place in there.values()
         if (place.kind.linear or place.path != place.host)
         and not place.rows
-        and not any(place.host == head or place.host.startswith(f"{head}.") for head in whole)
+        and not any(inside(place.host, head) for head in whole)
     ]
 
 
@@ -210,7 +219,7 @@ def _conflicts(modules: Modules, config: LoRAConfig, chosen: Mapping[str, Place]
         f"{path} is in target_modules and in modules_to_save ({whole})"
         for path in chosen
         for whole in saved
-        if path == whole or path.startswith(f"{whole}.")
+        if inside(path, whole)
     ]
     replaced = [path for path, module in saved.items() if "forward" in vars(module)]
     problems += [f"{path}: its forward was replaced on the instance; it cannot be trained whole" for path in replaced]

@@ -11,7 +11,7 @@ from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from tailora.core.config import LoRAConfig
-from tailora.core.matching import by_pattern, matches
+from tailora.core.matching import by_pattern, exactly, matches
 from tailora.core.selectors import portable_targets
 from tailora.errors import FormatError, listing
 from tailora.formats.notes import REFUSALS
@@ -91,9 +91,9 @@ def with_patterns(config: LoRAConfig, stems: Iterable[Stem]) -> LoRAConfig:
     for stem in stems:
         alpha = stem.scale * (math.sqrt(stem.r) if config.use_rslora else stem.r)
         if stem.r != by_pattern(stem.key, config.rank_pattern, config.r):
-            ranks[f"^{re.escape(stem.key)}"] = stem.r
+            ranks[exactly(stem.key)] = stem.r
         if not math.isclose(alpha, by_pattern(stem.key, config.alpha_pattern, config.lora_alpha), rel_tol=1e-9):
-            alphas[f"^{re.escape(stem.key)}"] = alpha
+            alphas[exactly(stem.key)] = alpha
     return (
         config.replaced(rank_pattern=ranks | config.rank_pattern, alpha_pattern=alphas | config.alpha_pattern)
         if ranks or alphas

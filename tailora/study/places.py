@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from tailora.core.matching import layer_index, pattern_matches
-from tailora.core.ranks import exactly
+from tailora.core.matching import exactly
 
 DEPTHS = ("early", "middle", "late")
 ATTENTION, MLP, OTHER = "attention", "MLP", "other"

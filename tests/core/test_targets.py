@@ -166,3 +166,8 @@ def test_gpt2_counts() -> None:
     with torch.device("meta"):
         model = LoRAModel(GPT2LMHeadModel(GPT2Config()), LoRAConfig(r=8, target_modules=["c_attn"]))
     assert model.summary().trainable_parameters == 294_912
+
+
+def test_a_small_layer_s_lower_rank_is_its_own() -> None:
+    base = nn.ModuleDict({"0": nn.Linear(8, 8), "1": nn.ModuleDict({"0": nn.Linear(64, 64)})})
+    assert {path: layer.r for path, layer in LoRAModel(base).lora_layers.items()} == {"0": 8, "1/0": 16}
