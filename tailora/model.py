@@ -39,7 +39,8 @@ from tailora.core.generation import generating
 from tailora.core.kinds import host_path
 from tailora.core.merge import MergeReport, folded, moved_in, settle_ties
 from tailora.core.modes import evaluating
-from tailora.core.rows import Batch, by_rows, check_names, repeats
+from tailora.core.rowbatch import Batch, check_names, repeats
+from tailora.core.rows import by_rows
 from tailora.core.starts import DATA_STARTS
 from tailora.core.summary import Summary, summarise
 from tailora.core.targets import default_config, select

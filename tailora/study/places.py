@@ -4,8 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from tailora.core.matching import layer_index, pattern_matches
-from tailora.core.matching import exactly
+from tailora.core.matching import exactly, layer_index, pattern_matches
 
 DEPTHS = ("early", "middle", "late")
 ATTENTION, MLP, OTHER = "attention", "MLP", "other"
