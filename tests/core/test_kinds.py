@@ -1,11 +1,12 @@
 """Attention, parts of fused layers and stacked experts: what is special to each; the laws hold for all kinds."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 
@@ -66,9 +67,11 @@ def inputs(layer: nn.MultiheadAttention, case: str) -> tuple[Tensor, Tensor, Ten
     return draw[0], draw[1], draw[2]
 
 
-def same_as_merged(layer: nn.MultiheadAttention, given: tuple[Tensor, ...], call: dict[str, Any]) -> None:
+def same_as_merged(
+    layer: nn.MultiheadAttention, given: tuple[Tensor, ...], call: dict[str, Any], **settings: Any
+) -> None:
     """What the adapted layer gives, and its gradients, against torch's own code on the merged weights."""
-    model = stirred(layer, target_modules=r".+")
+    model = stirred(layer, target_modules=r".+", **settings)
     torch.manual_seed(5)
     y, weights = model(*given, **call)
     with model.merged():
@@ -88,7 +91,7 @@ def test_adapted_attention_is_torch_s_on_the_merged_weights(
     settings: dict[str, Any], call: dict[str, Any], training: bool
 ) -> None:
     layer = attention(**settings).train(training)
-    same_as_merged(layer, inputs(layer, "all different"), call)
+    same_as_merged(layer, inputs(layer, "all different"), call, use_dora=not training)
 
 
 @pytest.mark.parametrize("case", ["self", "memory"])
@@ -110,15 +113,27 @@ def mixtral(**settings: Any) -> MixtralForCausalLM:
     return MixtralForCausalLM(config).eval()
 
 
+def gpt_oss() -> GptOssForCausalLM:
+    """Holds its experts as (E, in, out)."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4, "num_key_value_heads": 2}
+    return GptOssForCausalLM(GptOssConfig(**sizes, **experts, vocab_size=40)).eval()
+
+
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-def test_experts_compute_what_the_merged_ones_do_in_each_implementation(implementation: str) -> None:
-    base, ids = mixtral(), torch.arange(24).view(2, 12)
+@pytest.mark.parametrize("make", [mixtral, gpt_oss])
+def test_experts_compute_what_the_merged_ones_do_in_each_implementation(
+    make: Callable[[], Any], implementation: str, use_dora: bool
+) -> None:
+    base, ids = make(), torch.arange(24).view(2, 12)
     base.set_experts_implementation(implementation)
     plain = base(ids).logits
-    model = stirred(base, target_modules=[], target_parameters=EXPERTS)
+    model = stirred(base, target_modules=[], target_parameters=EXPERTS, use_dora=use_dora)
     y = model(ids).logits
     with model.merged() as report:
         torch.testing.assert_close(model(ids).logits, y, rtol=1e-4, atol=1e-5)
