@@ -184,6 +184,8 @@ def _plain(name: str, value: Any) -> Any:
         return _pairs(name, value, split_last=get_args(members[0])[1] is not str)
     if get_origin(members[0]) is not list:
         return value
+    if name == "target_modules" and value == ["none"]:
+        return []
     if str in members and (value == ["all-linear"] or not all(map(NAMES_ONLY.fullmatch, value))):
         return _expression(name, value)
     return [part for token in value for part in token.split(",") if part]
