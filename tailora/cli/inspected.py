@@ -191,7 +191,7 @@ def _shade(share: float, shades: str) -> str:
 
 def _losses(held: HeldOut) -> Table:
     losses = f"loss {held.base_loss:.4f} with the base, {held.loss:.4f} with the adapter"
-    table = _table("module halves left out", "loss", "rise", "95%", "of the gain", "limit")
+    table = _table("modules halved", "loss", "rise", "95%", "of the gain", "limit")
     table.title, table.title_justify, table.title_style = f"{held.data}: {losses}, {held.examples} examples", "left", ""
     rows: dict[str, Rise] = {"all modules": held.half, **held.groups}
     for name, rise in rows.items():
