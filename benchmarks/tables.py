@@ -71,6 +71,8 @@ def memory(cells: Found) -> list[str]:
         rows = []
         for (shape, dtype, checkpointing), points in grouped(group, "shape", "dtype", "checkpointing").items():
             by_arm = {one["cell"]["arm"]: one["result"] for one in points}
+            if not {OURS, "PEFT"} <= by_arm.keys():  # a run that was cut
+                continue
             ratio = by_arm[OURS]["above_bytes"] / by_arm["PEFT"]["above_bytes"]
             label = f"{shape} {dtype}{', checkpointed' if checkpointing else ''}"
             rows.append([label, *(megabytes(by_arm[arm]) if arm in by_arm else "" for arm in arms), f"{ratio:.2f}"])
@@ -182,6 +184,8 @@ def real(cells: Found) -> list[str]:
     tables = []
     for (data,), group in grouped(cells, "data").items():
         arms = grouped(group, "arm")
+        if (OURS,) not in arms:  # a run that was cut
+            continue
         walls = {arm: statistics.median(one["result"]["wall"] for one in runs) for (arm,), runs in arms.items()}
         curves = {arm: runs[0]["result"]["curve"] for (arm,), runs in arms.items()}
         target = max(curve[-1]["loss"] for curve in curves.values())
@@ -223,16 +227,32 @@ def seconds_to(curve: Found, target: float) -> float:
 
 def startup(cells: Found) -> list[str]:
     watched = [one["result"] for one in cells if one["cell"]["what"] == "watched"]
-    profiled = next(one["result"] for one in cells if one["cell"]["what"] == "profiled")
+    profiled = [one["result"] for one in cells if one["cell"]["what"] == "profiled"]
     whole = [
         [label, ranged(spread_of([run[key] for run in watched]))]
         for label, key in [("everything loaded and checked", "ready"), ("first step done", "first_step_done")]
     ]
-    parts = {"imports": profiled["imports"], **profiled["parts"]}
+    parts = [(name, s) for one in profiled for name, s in {"imports": one["imports"], **one["parts"]}.items()]
     return [
         table("`tailora train` on the cached demo model, CPU s until", ["", "s"], whole),
-        table("Where they go (under a profiler)", ["", "s"], [[name, f"{s:.2f}"] for name, s in parts.items()]),
+        table("Where they go (under a profiler)", ["", "s"], [[name, f"{s:.2f}"] for name, s in parts]),
     ]
+
+
+def prefix(cells: Found) -> list[str]:
+    """Only the top layers adapted: ms a step, and tokens/s over some epochs in terms of PEFT's."""
+    first = cells[0]["result"]
+    arms, epochs = list(first["seconds"]), list(first["tokens_per_second_x_PEFT"])
+    rows = [
+        [
+            f"{one['cell']['top']}, {one['cell']['dtype']}",
+            *(milliseconds(one["result"]["seconds"][arm]) for arm in arms),
+            *(f"{one['result']['tokens_per_second_x_PEFT'][count]:.2f}" for count in epochs),
+        ]
+        for one in cells
+    ]
+    head = ["top layers", *arms, *(f"{count}, x PEFT" for count in epochs)]
+    return [table("Only the top layers adapted, states of the others kept: ms a step", head, rows)]
 
 
 def milliseconds(value: dict[str, float]) -> str:
@@ -286,6 +306,7 @@ TABLES: dict[str, Callable[[Found], list[str]]] = {
     "adapters": adapters,
     "inference": inference,
     "startup": startup,
+    "prefix": prefix,
     "plan": plan,
 }
 

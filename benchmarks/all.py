@@ -1,0 +1,53 @@
+"""The benchmarks one after another, what matters most first, within a time.
+
+    python benchmarks/all.py --minutes 50
+    python benchmarks/all.py --quick
+
+Every script writes each cell when it is finished, so a run that is cut leaves valid results, and the same command goes
+on. A script starts no cell after its share of the time; what it leaves goes to those after it.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SHARES: list[tuple[list[str], float]] = [  # what is run, and its share of the minutes
+    (["real.py", "--only", "repeat=0"], 18),
+    (["steps.py", "--only", "threads=1", "malloc=default"], 10),
+    (["inference.py", "--only", "threads=1"], 4),
+    (["memory.py", "--only", "malloc=default"], 5),
+    (["adapters.py"], 3),
+    (["prefix.py", "--only", "dtype=bfloat16"], 3),
+    (["startup.py"], 1),
+    (["growth.py"], 4),
+    (["steps.py"], 2),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=50.0)
+    parser.add_argument("--quick", action="store_true", help="a smoke run of each script")
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+    failed = []
+    for place, (command, share) in enumerate(SHARES):
+        left = (end - time.monotonic()) / 60
+        if left <= 0:
+            print(f"no time was left for {' '.join(command)} and what follows", file=sys.stderr)
+            break
+        own = left * share / sum(share for _, share in SHARES[place:])
+        call = [command[0], "--quick"] if options.quick else [*command, "--minutes", f"{own:.1f}"]
+        print(f"-- {' '.join(call)}", file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, *call], cwd=HERE, check=False)
+        failed += [command[0]] if done.returncode else []
+    for name in failed:
+        print(f"failed: {name}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
