@@ -35,15 +35,20 @@ class Kernels:
     words: str  # for the run's header
 
 
-def choose_kernels(fast: str, model: Subject, rows: Rows, sample: Example, device: torch.device) -> Kernels:
+def choose_kernels(
+    fast: str, model: Subject, rows: Rows, sample: Example, device: torch.device, before: bool | None = None
+) -> Kernels:
     """`fast` is auto or off. Where `auto` finds that the layer kernels do not apply, or differ, `words` says why.
 
-    `sample`: of the run's own data, since half precision computes random tokens with large errors in any order.
+    sample: of the run's own data, since half precision computes random tokens with large errors in any order.
+    before: what the run that goes on chose; its factors are not there yet, so nothing is tried again.
     """
     base = cast(PreTrainedModel, model.base_model)
     reason = obstacle_to_kernels(fast, base, rows, device)
     verdict = ""
-    if reason is None:
+    if reason is None and before is not None:
+        verdict, reason = "as before", None if before else "as before"
+    elif reason is None:
         apart = disagreement(model, documents(sample, base.config), rows, device)
         allowed = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
         verdict = f"verified ({apart:.0e} apart)"

@@ -94,9 +94,10 @@ def assemble(
         model = subject(config, base, tokenizer, accelerator, resumed(config, saved))
         rows = choose_rows(config, model, tokenizer, note)
         from_data(model, data, rows, device, config.init_batches)
-        kernels = choose_kernels(config.fast, model, rows, data.sample, device)
-        cost = memory_cost(model, rows, kernels, data.sample, device)
         recorded = None if saved is None else saved.state["run"]
+        before = None if recorded is None else recorded.get("layer_kernels")
+        kernels = choose_kernels(config.fast, model, rows, data.sample, device, before)
+        cost = memory_cost(model, rows, kernels, data.sample, device)
         kept = choose_prefix(config, model, rows, kernels, data, accelerator, note, recorded)
         rows = replace(rows, prefix=kept.prefix)
         return Kit(base, tokenizer, data, model, rows, kernels, cost, kept, words(config))

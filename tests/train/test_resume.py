@@ -97,6 +97,23 @@ def test_a_stream_continues_where_it_was(settings: Any, tmp_path: Path) -> None:
     assert adapter(stopped) == adapter(whole)
 
 
+def test_the_choice_of_kernels_is_the_run_s_and_not_made_again(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = settings(output_dir=str(tmp_path / "whole"), **LONG), settings(**LONG)
+    run(whole)
+    with pytest.raises(events.Interrupted):
+        run(stopped, on_event=stopping_at(3, signal.SIGINT))
+    headers: list[dict[str, Any]] = []
+    monkeypatch.setattr("tailora.train.kernels.TOLERANCE", {torch.float32: -1.0})  # a trial would refuse the kernels
+    run(
+        changed(stopped, resume_from_checkpoint="latest"),
+        on_event=lambda event: headers.append(event.header) if isinstance(event, events.Prepared) else None,
+    )
+    assert "layer kernels: Llama family, as before" in headers[0]["kernels"]
+    assert adapter(stopped) == adapter(whole)
+
+
 def test_the_newest_checkpoints_are_kept(settings: Any) -> None:
     config = settings(max_steps=5, save_steps=1, save_total_limit=3)
     run(config)
