@@ -118,7 +118,7 @@ def named(adapters: Sequence[str]) -> dict[str, Path]:
         f"two adapters are called {name}: write NAME=FOLDER" for name in dict.fromkeys(names) if names.count(name) > 1
     ]
     if problems:
-        raise ConfigError(listing([f"--adapter: {problem}" for problem in problems]))
+        raise ConfigError(listing([f"adapter: {problem}" for problem in problems]))
     return dict(pairs)
 
 
