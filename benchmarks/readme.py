@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import experiments
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ROWS = [  # label, key, format
@@ -100,6 +102,10 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "README.md": {
         "demo-output": lambda: fenced(shown(text("demo"))),
         "table": lambda: table(content("demo")),
+    },
+    "docs/experiments.md": {
+        "tiny-lm-stated": lambda: experiments.stated(content("tiny_lm")),
+        "tiny-lm-losses": lambda: experiments.losses(content("tiny_lm")),
     },
 }
 

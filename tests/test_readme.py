@@ -60,7 +60,8 @@ def test_the_exports_run_from_first_to_last(tmp_path: Path, monkeypatch: pytest.
         torch.testing.assert_close(with_peft[key], tensor[: len(with_peft[key]), : with_peft[key].shape[1]])
 
 
-def test_the_figures_are_the_script_s() -> None:
+def test_the_figures_are_the_script_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     for file, parts in runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))["PARTS"].items():
         document = (ROOT / file).read_text()
         for name, part in parts.items():
