@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import experiments
+import tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -106,6 +107,9 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/experiments.md": {
         "tiny-lm-stated": lambda: experiments.stated(content("tiny_lm")),
         "tiny-lm-losses": lambda: experiments.losses(content("tiny_lm")),
+    },
+    "docs/plan.md": {
+        "memory": lambda: "\n\n".join([*tables.plan(content("plan")["cells"]), tables.caption(content("plan"))])
     },
 }
 
