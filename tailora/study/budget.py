@@ -1,8 +1,8 @@
 """How long a trial of a search is, so that enough of them and the runs that judge fit into the time there is.
 
-A trial of S steps takes  fixed + S step + 3 evaluations;  a run that judges  fixed + S step, and an evaluation of twice
-the examples before and after. Halving ends half of the trials at a third of their steps and half of the rest at two
-thirds, so a trial makes about 7/12 of its steps.
+A trial of S steps takes  fixed + S step + 3 evaluations;  a run that judges  fixed + S step and an evaluation of twice
+the examples. What the base has on them is known from the first steps. Halving ends half of the trials at a third of
+their steps and half of the rest at two thirds, so a trial makes about 7/12 of its steps.
 """
 
 import math
@@ -20,17 +20,18 @@ SHARE = 7 / 12  # of its steps that a trial makes
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, measured on a few steps of the largest adapter of the space."""
+    """Seconds, measured on a few steps."""
 
-    fixed: float  # of a run beside its steps: imports, loading, the base's held-out loss
+    fixed: float  # of a run beside its steps: imports, loading
     step: float
-    evaluation: float  # of the choosing half
+    evaluation: float  # of half of the held-out examples
+    forgetting: float = 0.0
 
-    def trial(self, steps: int, share: float = 1.0) -> float:
-        return self.fixed + share * (steps * self.step + RUNGS * self.evaluation)
+    def trial(self, steps: int, share: float = 1.0, evaluations: int = RUNGS) -> float:
+        return self.fixed + share * (steps * self.step + evaluations * self.evaluation)
 
     def final(self, steps: int) -> float:
-        return self.fixed + steps * self.step + 3 * self.evaluation  # the base's on the other half, then both
+        return self.fixed + steps * self.step + 2 * self.evaluation + self.forgetting
 
 
 @dataclass(frozen=True)

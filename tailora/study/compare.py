@@ -10,7 +10,7 @@ the rate and what judges it, and the runs that judge have other seeds than those
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,17 @@ from filelock import FileLock, Timeout
 
 from tailora.errors import ConfigError
 from tailora.formats.atomic import write_file
+from tailora.study.budget import PROBE_STEPS, Costs
 from tailora.study.config import AT_THE_END, FULL, CompareConfig, arm_settings
 from tailora.study.outcome import Comparison, judged
+from tailora.study.probe import costs_of
 from tailora.study.rates import Rates
 from tailora.study.report import report_if_possible
-from tailora.study.trial import Progress, Spec, Trial, try_out
+from tailora.study.trial import OUT_OF_MEMORY, Base, Progress, Spec, Trial, choosing_part, try_out
 from tailora.train.config import TrainConfig
 
 STUDY, REPORT = "compare.json", "report.json"
 LATER = {"seeds", "rate_tries", "minutes", "margin"}  # what a comparison may be asked for more of
-PROBE_STEPS = 4
 SAFETY = 0.85  # share of the time that is planned with: a probe is short
 FEWEST_STEPS = 8
 
@@ -90,7 +91,9 @@ class _Study:
         self.train, self.study, self.folder, self.say, self.progress = train, study, folder, say, progress
         self.started = time.monotonic()
         self.notes: list[str] = []
-        self.costs: dict[str, float] = {}  # seconds of an arm's last whole run
+        self.steps = 0  # planned for every run, with --minutes
+        self.costs: dict[str, Costs] = {}  # of each arm, with --minutes
+        self.base: dict[tuple[str, bool], Base | None] = {}  # arm, whether choosing -> what its base has
 
     def run(self, settings: dict[str, Any]) -> Comparison:
         steps = self._steps()
@@ -111,12 +114,17 @@ class _Study:
 
     def _trial(self, arm: str, where: str, *, final: bool, **given: Any) -> Trial:
         texts = (self.study.forgetting_data or "") if final else None
-        keep = final and self.study.method(arm) != FULL  # a whole model for every seed would fill the disk
-        spec = Spec(arm_settings(self.train, self.study, arm, **given), texts, keep, choosing=not final)
-        started = time.monotonic()
+        spec = Spec(
+            arm_settings(self.train, self.study, arm, **given),
+            texts,
+            keep=final and self.study.method(arm) != FULL,  # a whole model for every seed would fill the disk
+            choosing=not final,
+            before=self.base.get((arm, not final)),
+            texts=str(self.folder / "texts.json"),
+        )
         trial = try_out(spec, self.folder / "runs" / arm / where, self.progress)
-        # of a run that was made before, what it took then
-        self.costs[arm] = max(time.monotonic() - started, trial.numbers.get("seconds", 0.0))
+        if self.base.get((arm, not final)) is None:
+            self.base[arm, not final] = trial.base
         return trial
 
     # ---- how long
@@ -125,37 +133,48 @@ class _Study:
         """`max_steps` that fit into --minutes, measured on a few steps of each arm; {} leaves the settings' own."""
         if self.study.minutes is None:
             return {}
+        self.say(f"timing {PROBE_STEPS} steps of each arm")
+        for arm in self.study.arms:
+            self._probe(arm)
+        if not self.costs:
+            raise ConfigError(f"no arm can be trained: {PROBE_STEPS} steps of each failed; see {self.folder / 'runs'}")
         known = self.folder / "plan.json"
         if not known.exists():
-            self.say(f"timing {PROBE_STEPS} steps of each arm")
-            fixed, each = zip(*(self._probe(arm) for arm in self.study.arms), strict=True)
-            if not any(each):
-                raise ConfigError(
-                    f"no arm can be trained: {PROBE_STEPS} steps of each failed; see {self.folder / 'runs'}"
-                )
-            runs = self.study.rate_tries + self.study.seeds
-            steps = int((self._left() * SAFETY / runs - sum(fixed)) / sum(each))
-            if steps < FEWEST_STEPS:
-                needs = runs * (sum(fixed) + FEWEST_STEPS * sum(each)) / SAFETY / 60
-                raise ConfigError(
-                    f"--minutes {self.study.minutes:g} is too short for {runs} runs of {len(fixed)} arms: "
-                    f"{FEWEST_STEPS} steps each take {needs:.0f} minutes; give more, or fewer --seeds or --rate-tries"
-                )
-            write_file(known, json.dumps({"max_steps": steps}).encode())
+            write_file(known, json.dumps({"max_steps": self._fitting()}).encode())
         planned: dict[str, Any] = json.loads(known.read_text())
         if self.train.max_steps is not None:
             planned["max_steps"] = min(planned["max_steps"], self.train.max_steps)
-        self.say(f"{planned['max_steps']} steps in each run, planned to fit into the minutes")
+        self.steps = planned["max_steps"]
+        self.say(f"{self.steps} steps in each run, planned to fit into the minutes")
         return planned
 
-    def _probe(self, arm: str) -> tuple[float, float]:
-        """Seconds of a run beside its training, and of one step."""
-        rate = self.study.prior(arm) / 100
+    def _probe(self, arm: str) -> None:
+        """What the arm's runs cost, and its base on the held-out examples. Without costs when it does not run."""
+        started, rate = time.monotonic(), self.study.prior(arm) / 100
         trial = self._trial(arm, "probe", final=True, learning_rate=rate, max_steps=PROBE_STEPS)
-        if not trial.done:
-            return 0.0, 0.0  # no run of it will take long
-        training = trial.numbers["train_tokens"] / trial.numbers["tokens_per_second"]
-        return self.costs[arm] - training, training / PROBE_STEPS
+        if trial.done:
+            self.costs[arm] = costs_of(trial, time.monotonic() - started, halves=2)
+            self.base[arm, True] = choosing_part(trial.base)
+
+    def _fitting(self) -> int:
+        """Steps of every run. Raises ConfigError for too little time."""
+        runs = self.study.rate_tries + self.study.seeds
+        fixed, step = self._seconds(0), runs * sum(costs.step for costs in self.costs.values())
+        steps = int((self._left() * SAFETY - fixed) / step)
+        if steps < FEWEST_STEPS:
+            needs = (time.monotonic() - self.started + (fixed + FEWEST_STEPS * step) / SAFETY) / 60
+            raise ConfigError(
+                f"--minutes {self.study.minutes:g} is too short for {runs} runs of {len(self.costs)} arms: "
+                f"{FEWEST_STEPS} steps each take {needs:.0f} minutes; give more, or fewer --seeds or --rate-tries"
+            )
+        return steps
+
+    def _seconds(self, steps: int) -> float:
+        """Of all runs of so many steps."""
+        tries, seeds = self.study.rate_tries, self.study.seeds
+        return sum(
+            tries * costs.trial(steps, evaluations=1) + seeds * costs.final(steps) for costs in self.costs.values()
+        )
 
     # ---- which rate
 
@@ -163,26 +182,28 @@ class _Study:
         """In turns, so that every arm has had as many tries when the time is up."""
         searches = {arm: Rates(self.study.prior(arm), self.study.rate_tries) for arm in self.study.arms}
         while asked := {arm: rate for arm, rates in searches.items() if (rate := rates.ask()) is not None}:
-            if self._left() < sum(self.costs.get(arm, 0) for arm in asked) + self._time_of_finals():
+            needed = sum(costs.trial(self.steps, evaluations=1) for arm, costs in self.costs.items() if arm in asked)
+            if self._left() < needed + self.study.seeds * self._time_of_a_seed(self.costs):
                 self._note("the search for learning rates was cut short by --minutes")
                 break
             for arm, rate in asked.items():
                 trial = self._trial(arm, f"rate-{rate:.3g}", final=False, learning_rate=rate, **steps)
                 loss = trial.loss()  # on the choosing half, all that was evaluated
-                searches[arm].tell(rate, loss)
+                searches[arm].tell(rate, loss, fits=trial.outcome != OUT_OF_MEMORY)
                 said = f"held-out loss {loss:.4f}" if trial.done else trial.outcome
                 self.say(f"{arm}: learning rate {rate:.2g}, {said}")
         return searches
 
-    def _time_of_finals(self) -> float:
-        return self.study.seeds * sum(self.costs.values())
+    def _time_of_a_seed(self, arms: Iterable[str]) -> float:
+        """A run that judges, of each."""
+        return sum(costs.final(self.steps) for arm, costs in self.costs.items() if arm in arms)
 
     # ---- the runs that judge
 
     def _finals(self, steps: Mapping[str, Any], rates: Mapping[str, Rates]) -> dict[str, list[Trial]]:
         finals: dict[str, list[Trial]] = {arm: [] for arm, found in rates.items() if found.best is not None}
         for number in range(1, self.study.seeds + 1):
-            if number > 1 and self._left() < sum(self.costs.get(arm, 0) for arm in finals):
+            if number > 1 and self._left() < self._time_of_a_seed(finals):
                 self._note(f"--minutes left time for {number - 1} of {self.study.seeds} seeds")
                 break
             for arm, trials in finals.items():

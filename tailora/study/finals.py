@@ -6,7 +6,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tailora.errors import MemoryLimitError
 from tailora.study.choice import Candidate
 from tailora.study.trial import Trial
 
@@ -47,5 +46,3 @@ def _made(final: Final, run: Run, *, wait: bool) -> Trial | None:
             return run(final.candidate, final.seed, final.folder)
     except Timeout:
         return None
-    except MemoryLimitError as error:
-        return Trial("out of memory", str(error), {}, [], [], [], None, 0)

@@ -115,6 +115,8 @@ def _why(rates: Rates, trials: Sequence[Trial]) -> str:
     failed = next((trial for trial in trials if not trial.done), None)
     if failed is not None:
         return f"{failed.outcome} at its best rate with another seed"
+    if not rates.fits:
+        return "ran out of memory"
     return f"failed at every rate tried, {', '.join(f'{rate:.2g}' for rate in rates.tried)}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from tailora.errors import ConfigError
 from tailora.study.budget import PROBE_STEPS, Costs
 from tailora.study.space import Axis
-from tailora.study.trial import Progress, Spec, try_out
+from tailora.study.trial import Progress, Spec, Trial, try_out
 from tailora.train.config import TrainConfig
 
 SMALL_RATE = 1e-6  # that trains hardly anything, and so cannot diverge
@@ -23,24 +23,30 @@ def probe_settings(space: Mapping[str, Axis], train: TrainConfig) -> dict[str, A
     return {"learning_rate": SMALL_RATE, "max_steps": PROBE_STEPS, **({"r": min(ranks)} if "r" in space else {})}
 
 
-def probe(spec: Spec, folder: Path, train: TrainConfig, progress: Progress | None) -> tuple[Costs, int, dict[str, Any]]:
-    """Costs, the steps that the settings ask for, parts of the model (`study.parts`). Raises ConfigError."""
+def probe(spec: Spec, folder: Path, progress: Progress | None) -> tuple[Costs, Trial]:
+    """What runs of this kind cost, and the few steps themselves. Raises ConfigError."""
     started = time.monotonic()
     trial = try_out(spec, folder, progress)
     seconds = time.monotonic() - started
     if not trial.done:
         raise ConfigError(f"{PROBE_STEPS} steps at a rate of {SMALL_RATE:g} already end so: {trial.message}")
-    total = max(seconds, trial.numbers["seconds"])  # it may be one that was made before
-    step, evaluation = median(trial.step_seconds), min(trial.evaluation_seconds)  # not those that something held up
-    costs = Costs(
-        fixed=total - sum(trial.step_seconds) - sum(trial.evaluation_seconds) + evaluation,
-        step=step,
-        evaluation=evaluation,
+    return costs_of(trial, seconds, halves=1 if spec.choosing else 2), trial
+
+
+def costs_of(trial: Trial, seconds: float, *, halves: int) -> Costs:
+    """seconds: that it took just now; nearly none where it was made before.    halves: held out that it evaluated."""
+    forgetting = trial.numbers["forgetting_seconds"]
+    total = max(seconds, trial.numbers["seconds"] + forgetting)
+    return Costs(
+        fixed=total - sum(trial.step_seconds) - sum(trial.evaluation_seconds) - forgetting,
+        step=median(trial.step_seconds),
+        evaluation=min(trial.evaluation_seconds) / halves,  # not one that something held up
+        forgetting=forgetting,
     )
-    return costs, _longest(train, trial.numbers["examples"]), trial.numbers["parts"]
 
 
-def _longest(train: TrainConfig, examples: int | None) -> int:
+def longest(train: TrainConfig, examples: int | None) -> int:
+    """Steps that the settings ask for."""
     if train.max_steps is not None or examples is None:
         return train.max_steps or 1
     epoch = math.ceil(math.ceil(examples / train.per_device_train_batch_size) / train.gradient_accumulation_steps)

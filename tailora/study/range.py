@@ -81,12 +81,12 @@ def find_range(
 def _fitting(train: TrainConfig, minutes: float, folder: Path, progress: Progress | None) -> int:
     """Steps that fit into the time, at most STEPS. Raises ConfigError for too few."""
     spec = _spec(train, {"learning_rate": SMALL_RATE, "max_steps": PROBE_STEPS})
-    costs, _, _ = probe(spec, folder / "probe", train, progress)
-    each = costs.step + costs.evaluation / BETWEEN
-    left = minutes * 60 * SAFETY - costs.fixed - costs.trial(PROBE_STEPS)
+    costs, _ = probe(spec, folder / "probe", progress)
+    each, beside = costs.step + costs.evaluation / BETWEEN, costs.fixed + costs.evaluation
+    left = minutes * 60 * SAFETY - beside - costs.trial(PROBE_STEPS)
     steps = min(STEPS, int(left / each))
     if steps < FEWEST:
-        needs = (costs.fixed + costs.trial(PROBE_STEPS) + FEWEST * each) / SAFETY / 60
+        needs = (beside + costs.trial(PROBE_STEPS) + FEWEST * each) / SAFETY / 60
         raise ConfigError(f"{FEWEST} steps take {needs:.1f} minutes: give more --minutes than {minutes:g}")
     return steps
 

@@ -16,15 +16,18 @@ class Rates:
         """prior: where to begin.    tries: most rates in all, at least 1."""
         self.tries = tries
         self.tried: dict[float, float] = {}
+        self.fits = True
         self._prior = prior
 
     def ask(self) -> float | None:
-        if len(self.tried) >= self.tries:
+        if len(self.tried) >= self.tries or not self.fits:
             return None
         return self._prior if not self.tried else self._next()
 
-    def tell(self, rate: float, loss: float) -> None:
+    def tell(self, rate: float, loss: float, *, fits: bool = True) -> None:
+        """fits: whether memory was enough, which no other rate would change."""
         self.tried[rate] = loss if math.isfinite(loss) else math.inf
+        self.fits = self.fits and fits
 
     @property
     def best(self) -> float | None:

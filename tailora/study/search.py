@@ -19,7 +19,7 @@ import optuna
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.trial import TrialState
 
-from tailora.errors import ConfigError, MemoryLimitError
+from tailora.errors import ConfigError
 from tailora.formats.atomic import write_file
 from tailora.study import folder as folders
 from tailora.study.budget import PROBE_STEPS, Plan, planned, read_plan
@@ -27,11 +27,11 @@ from tailora.study.choice import Candidate, by_loss, finalists, judge
 from tailora.study.config import SearchConfig
 from tailora.study.finals import finals, shared
 from tailora.study.found import Found, described, remarks, write_config
-from tailora.study.probe import probe, probe_settings
+from tailora.study.probe import longest, probe, probe_settings
 from tailora.study.report import report_if_possible
 from tailora.study.sampling import axes, importances, sampler, suggest
 from tailora.study.space import Axis, read_space, searched, settings, start
-from tailora.study.trial import RESULT, Progress, Spec, Told, Trial, try_out
+from tailora.study.trial import RESULT, Base, Progress, Spec, Told, Trial, choosing_part, try_out
 from tailora.train.config import TrainConfig
 
 STUDY, PLAN, REPORT, BEST, CHEAPEST = "search.json", "plan.json", "report.json", "best.yaml", "cheapest.yaml"
@@ -83,6 +83,7 @@ class _Search:
         self.started = time.monotonic()
         self.notes: list[str] = []
         self.groups: dict[str, Any] = {}
+        self.base: dict[bool, Base | None] = {}  # whether choosing -> what it has on those held-out examples
 
     def run(self, asked: dict[str, Any]) -> Found:
         with folders.claimed(self.folder):
@@ -114,13 +115,15 @@ class _Search:
         known = self.folder / PLAN
         if not known.exists():
             self.say(f"timing {PROBE_STEPS} steps")
-            spec = self._spec(probe_settings(self.space, self.train), choosing=True, describe=True)
-            costs, longest, parts = probe(spec, self.folder / "probe", self.train, self.progress)
-            finals = RESERVED * self.study.seeds
-            plan = planned(costs, longest, self._left(), self.study.wanted, finals)
-            write_file(known, json.dumps({"plan": plan.to_dict(), "parts": parts}).encode())
+            spec = self._spec(probe_settings(self.space, self.train), choosing=False, describe=True)
+            costs, trial = probe(spec, self.folder / "probe", self.progress)
+            asked, finals = longest(self.train, trial.numbers["examples"]), RESERVED * self.study.seeds
+            plan = planned(costs, asked, self._left(), self.study.wanted, finals)
+            content = {"plan": plan.to_dict(), "parts": trial.numbers["parts"], "base": trial.base}
+            write_file(known, json.dumps(content).encode())
         content = json.loads(known.read_text())
-        plan = read_plan(content["plan"])
+        plan, base = read_plan(content["plan"]), content["base"]
+        self.base = {True: choosing_part(base), False: base}
         cut = f" of the {plan.longest:,} that the settings ask for" if plan.steps < plan.longest else ""
         self.say(f"a trial has {plan.steps:,} steps{cut} and takes up to {plan.trial_seconds:,.0f} s")
         return plan, content["parts"]
@@ -184,10 +187,7 @@ class _Search:
                     return f"in the worse half at step {told.step}"
             return "out of time" if time.monotonic() > until else None
 
-        try:
-            made = try_out(spec, self.folder / "trials" / f"{begun.number:04d}", self.progress, judged)
-        except MemoryLimitError as error:
-            made = Trial("out of memory", str(error), {}, [], [], [], None, 0)
+        made = try_out(spec, self.folder / "trials" / f"{begun.number:04d}", self.progress, judged)
         return Candidate(
             number=begun.number,
             state=made.outcome,
@@ -207,7 +207,7 @@ class _Search:
         own = {"samples": 0, "split_seed": split, "save_steps": 0, "eval_steps": 0, "early_stopping_patience": 0}
         values = {**common, **changes, **own, **given}
         TrainConfig(**values)
-        return Spec(values, keep=False, choosing=choosing, describe=describe)
+        return Spec(values, keep=False, choosing=choosing, describe=describe, before=self.base.get(choosing))
 
     # ---- finals
 

@@ -10,6 +10,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,11 +26,13 @@ from tailora.study.halves import choosing_half
 from tailora.train import apart
 from tailora.train.config import TrainConfig
 
-PRUNED = "pruned"
+PRUNED, OUT_OF_MEMORY = "pruned", "out of memory"
 SPEC, RESULT, RUN = "spec.json", "trial.json", "run"
-OUTCOMES = {DivergedError: "diverged", MemoryLimitError: "out of memory"}
+OUTCOMES = {DivergedError: "diverged", MemoryLimitError: OUT_OF_MEMORY}
 
 Progress = Callable[[int, int, float], None]  # step, of steps, loss
+Base = tuple[list[float], list[int]]  # nats by the base, and learned tokens, of each held-out example
+SHARED = ("before", "texts")  # of a spec: what trials tell each other, no settings
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Spec:
     choosing: bool = False  # evaluate the half of the held-out examples that chooses, and no more
     rising: tuple[float, float] | None = None  # learning rates from, to, in place of the schedule
     describe: bool = False  # say which parts the model has
+    before: Base | None = None  # where another trial found it
+    texts: str | None = None  # file of what the base wrote, for all trials of a study; the first one writes it
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,26 @@ class Trial:
         chosen = slice(None) if part is None else part
         return float(sums[chosen].sum() / counts[chosen].sum())
 
+    @property
+    def base(self) -> Base | None:
+        """For other trials of the same base and held-out examples. None unless done."""
+        return (self.before, self.counts) if self.done else None
+
+
+def choosing_part(base: Base | None) -> Base | None:
+    """Of all held-out examples, those that choose."""
+    if base is None:
+        return None
+    places = choosing_half(len(base[0]))
+    return [base[0][place] for place in places], [base[1][place] for place in places]
+
 
 class Heard:
     """What was told, gathered on either side of the pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Base | None) -> None:
         self.told: list[Told] = []
+        self.start = [] if before is None else [(0, float(np.sum(before[0]) / np.sum(before[1])))]
 
     def trial(self, outcome: str, message: str, **more: Any) -> Trial:
         held_out = [told for told in self.told if told.held_out]
@@ -104,7 +123,7 @@ class Heard:
             message,
             **{**nothing, "bytes": 0, **more},
             losses=[told.loss for told in self.told if not told.held_out],
-            curve=[(told.step, told.loss) for told in held_out],
+            curve=[*self.start, *((told.step, told.loss) for told in held_out)],
             parameters=self.told[0].parameters if self.told else 0,
             step_seconds=[told.seconds for told in self.told if not told.held_out],
             evaluation_seconds=[told.seconds for told in held_out],
@@ -121,7 +140,7 @@ def try_out(spec: Spec, folder: Path, progress: Progress | None = None, judge: J
     shutil.rmtree(folder / RUN, ignore_errors=True)  # of a trial that was ended
     write_file(folder / SPEC, json.dumps(asdict(spec), indent=1).encode())
     command = [sys.executable, "-m", "tailora.study.trial", str(folder)]
-    log, heard = folder / "log.txt", Heard()
+    log, heard = folder / "log.txt", Heard(spec.before)
     with (
         log.open("w") as complaints,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process,
@@ -132,6 +151,8 @@ def try_out(spec: Spec, folder: Path, progress: Progress | None = None, judge: J
             process.kill()  # has no effect on one that has ended
     if ended is not None:
         _leave(folder, heard.trial(PRUNED, ended), keep=False)
+    elif process.returncode == apart.KILLED:
+        _leave(folder, heard.trial(OUT_OF_MEMORY, "killed by the system, most likely for memory"), keep=False)
     elif process.returncode != 0:
         raise apart.told(folder, process.returncode, log.read_text(), f"the run in {folder}")
     return _stored(spec, folder)
@@ -151,16 +172,20 @@ def _listen(process: Any, heard: Heard, progress: Progress | None, judge: Judge 
 
 
 def _stored(spec: Spec, folder: Path) -> Trial:
-    if json.loads((folder / SPEC).read_text()) != json.loads(json.dumps(asdict(spec))):
+    if _asked(json.loads((folder / SPEC).read_text())) != _asked(json.loads(json.dumps(asdict(spec)))):
         raise errors.ConfigError(f"{folder} holds a trial of other settings; give another --output-dir")
     return Trial(**json.loads((folder / RESULT).read_text()))
+
+
+def _asked(spec: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in spec.items() if name not in SHARED}
 
 
 def main(folder: Path) -> int:
     """In the trial's own process."""
     spec = Spec(**json.loads((folder / SPEC).read_text()))
     config = TrainConfig(**{**spec.settings, "output_dir": str(folder / RUN)})
-    heard = Heard()
+    heard = Heard(spec.before)
     try:
         trial = _made(config, spec, heard)
     except tuple(OUTCOMES) as error:
@@ -180,6 +205,7 @@ def _leave(folder: Path, trial: Trial, *, keep: bool) -> None:
 
 def _made(config: TrainConfig, spec: Spec, heard: Heard) -> Trial:
     from tailora.study.parts import parts  # torch from here on
+    from tailora.train.evaluate import Evaluation
     from tailora.train.optim import rising
     from tailora.train.run import run
     from tailora.train.subject import folder_of
@@ -192,18 +218,21 @@ def _made(config: TrainConfig, spec: Spec, heard: Heard) -> Trial:
         on_ready=lambda model, *_: found.update(parts(model.base_model) if spec.describe else {}),
         rate_at=None if between is None else lambda step, steps: rising(step, steps, *between),
         held_out=choosing_half if spec.choosing else None,
+        before=None if spec.before is None else Evaluation(*map(np.array, spec.before)),
     )
     if result.before is None or result.after is None:
         raise errors.ConfigError("there is no held-out data to judge by: give --eval-data or --validation-split")
     left = folder_of(result.model, Path(result.output_dir))
+    forgotten, seconds = (None, 0.0) if spec.forgetting is None else _forgotten(result, spec)
+    own = {"seed": config.seed, "parts": found, "examples": _examples(result), "forgetting_seconds": seconds}
     return heard.trial(
         "done",
         "",
-        numbers={**result.to_dict(), "seed": config.seed, "parts": found, "examples": _examples(result)},
+        numbers={**result.to_dict(), **own},
         sums=result.after.sums.tolist(),
         before=result.before.sums.tolist(),
         counts=result.after.counts.tolist(),
-        forgetting=None if spec.forgetting is None else _forgotten(result, spec.forgetting),
+        forgetting=forgotten,
         bytes=sum(file.stat().st_size for file in left.rglob("*") if file.is_file()),
     )
 
@@ -232,11 +261,28 @@ def _examples(result: Any) -> int | None:
     return None if result.data is None else len(result.data.train)
 
 
-def _forgotten(result: Any, source: str) -> dict[str, Any]:
-    from tailora.measure.forgetting import forgetting, own_texts, texts_of
+def _forgotten(result: Any, spec: Spec) -> tuple[dict[str, Any], float]:
+    """And the seconds it took, without those of writing texts."""
+    from tailora.measure.forgetting import forgetting
 
-    texts = texts_of(source, result.model, result.tokenizer) if source else own_texts(result.model, result.tokenizer)
-    return asdict(forgetting(result.model, texts))
+    texts = _texts(result, spec)
+    started = time.monotonic()
+    return asdict(forgetting(result.model, texts)), time.monotonic() - started
+
+
+def _texts(result: Any, spec: Spec) -> list[list[int]]:
+    """Ids of each."""
+    from tailora.measure.forgetting import own_texts, texts_of
+
+    if spec.forgetting:
+        return texts_of(spec.forgetting, result.model, result.tokenizer)
+    if spec.texts is None:
+        return own_texts(result.model, result.tokenizer)
+    kept = Path(spec.texts)
+    if not kept.exists():
+        write_file(kept, json.dumps(own_texts(result.model, result.tokenizer)).encode())
+    known: list[list[int]] = json.loads(kept.read_text())
+    return known
 
 
 if __name__ == "__main__":

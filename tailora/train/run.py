@@ -45,10 +45,12 @@ def run(
     *,
     rate_at: RateAt | None = None,
     held_out: HeldOut | None = None,
+    before: Evaluation | None = None,
 ) -> TrainResult:
     """Fine-tune as `config` says. `on_event` hears what happens; `on_ready` is called before the first step.
 
     rate_at, held_out: for studies, in place of the settings' schedule and of all held-out examples.
+    before: the base on the held-out examples, where that is known; it is not evaluated again.
 
     Raises ConfigError, DataError, TargetError and CheckpointError before anything is trained; DivergedError,
     MemoryLimitError and Interrupted while it is.
@@ -65,6 +67,7 @@ def run(
         kept = check_fits(kit.cost, kit.feed.largest, kit.feed.longest, accelerator.device)
         flats = stack.enter_context(flattened(groups(trained(kit.model), config)))
         bench, state = bench_of(config, output_dir, accelerator, kit, flats, saved, emit, rate_at or scheduled(config))
+        state.before = state.before or before
         stack.callback(close, bench)
         header = {**_header(bench, kit), "estimated_activation_bytes": kept}
         _announce(bench, header)

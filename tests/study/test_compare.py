@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from tailora.errors import ConfigError, DataError
@@ -16,7 +17,7 @@ from tailora.study.outcome import judged
 from tailora.study.rates import Rates
 from tailora.study.report.compare import compare_page
 from tailora.study.report.page import html
-from tailora.study.trial import Spec, Trial, try_out
+from tailora.study.trial import Spec, Told, Trial, choosing_part, try_out
 from tailora.train.config import TrainConfig
 
 SMALL = CompareConfig(seeds=2, rate_tries=1, arms={"r4": {"learning_rate": 1e-2}, "full": {"method": "full"}})
@@ -73,6 +74,42 @@ def test_a_trial_that_diverges_is_a_result(small_run: TrainConfig, tmp_path: Pat
     assert trial.outcome == "diverged"
     assert trial.loss() == np.inf
     assert not (tmp_path / "trial" / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_trial_that_the_system_kills_is_a_result(small_run: TrainConfig, tmp_path: Path) -> None:
+    def killing(_: Told) -> None:
+        for child in psutil.Process().children():
+            child.kill()
+
+    settings = arm_settings(small_run, SMALL, "r4", learning_rate=1e-3, max_steps=4)
+    trial = try_out(Spec(settings), tmp_path / "trial", judge=killing)
+    assert trial.outcome == "out of memory"
+    assert "killed by the system" in trial.message
+    assert len(trial.curve) == 1  # what was heard before
+    assert not (tmp_path / "trial" / "run").exists()
+    assert try_out(Spec(settings), tmp_path / "trial") == trial  # not run again
+
+
+@pytest.mark.slow
+def test_what_is_known_of_the_base_is_not_computed_again(small_run: TrainConfig, tmp_path: Path) -> None:
+    settings = arm_settings(small_run, SMALL, "r4", learning_rate=1e-2, max_steps=3)
+    plain = try_out(Spec(settings, forgetting=""), tmp_path / "plain")
+    told = Spec(settings, forgetting="", before=plain.base, texts=str(tmp_path / "texts.json"))
+    first, second = (try_out(told, tmp_path / name) for name in ("first", "second"))
+    assert len(plain.evaluation_seconds) == 2
+    for trial in (first, second):
+        assert len(trial.evaluation_seconds) == 1
+        assert (trial.before, trial.sums, trial.losses) == (plain.before, plain.sums, plain.losses)
+        assert trial.forgetting == plain.forgetting
+        assert np.array(trial.curve) == pytest.approx(np.array(plain.curve))
+        assert trial.numbers["eval_loss_before"] == plain.numbers["eval_loss_before"]
+    chosen = choosing_part(plain.base)
+    half = try_out(Spec(settings, choosing=True, before=chosen), tmp_path / "half")
+    assert chosen is not None
+    assert half.before == chosen[0]
+    assert half.counts == chosen[1]
+    assert half.sums == pytest.approx([plain.sums[place] for place in halves(len(plain.sums))[0]])
 
 
 @pytest.mark.slow
@@ -190,6 +227,11 @@ def test_an_arm_that_failed_keeps_its_reason() -> None:
     finals = {"lora": [trial(np.linspace(1, 2, 10), counts, seed, 10) for seed in (1, 2)]}
     found = judged(study, {"lora": rates(1e-3), "full": failed}, finals, notes=[], settings={}, seconds=1.0)
     assert found.arms[1].outcome == "failed at every rate tried, 0.001"
+    large = Rates(1e-3, 5)
+    large.tell(1e-3, np.inf, fits=False)
+    assert large.ask() is None  # another rate needs as much
+    found_large = judged(study, {"lora": rates(1e-3), "full": large}, finals, notes=[], settings={}, seconds=1.0)
+    assert "full ran out of memory." in found_large.verdict
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert plain["arms"][1]["rates"] == {"0.001": None}
     assert "failed" in html(compare_page(plain))
