@@ -1,4 +1,4 @@
-"""Tables of docs/experiments.md, from what benchmarks/tiny_lm.py wrote."""
+"""Tables of docs/experiments.md and docs/studies.md, from what tiny_lm.py and studies.py wrote."""
 
 from collections.abc import Iterable, Sequence
 from statistics import mean
@@ -48,6 +48,68 @@ def losses(content: Content) -> str:
     some = cells[0]["result"]
     note = f"The base has {some['base_loss']:.3f}, one who knows the table {some['floor']:.3f}. {machine(content)}"
     return f"{table(head, rows)}\n\n{note}"
+
+
+# ---- of what the commands report
+
+
+def compared(content: Content) -> str:
+    """The arms of a comparison and its verdict, then what is stated."""
+    report = content["report"]
+    rows = [
+        [
+            ARM.get(arm["name"], arm["name"].replace("r", "r = ", 1)),
+            f"{arm['trainable_parameters']:,}",
+            f"{arm['learning_rate']:.2g} of {_rates(arm)}",
+            f"{arm['eval_loss']:.3f} ({arm['interval'][0]:.3f} to {arm['interval'][1]:.3f})",
+            "" if arm["difference"] is None else f"{arm['difference']['value']:+.3f}",
+            f"{arm['forgetting']['kl']:.2f}",
+        ]
+        for arm in report["arms"]
+        if arm["outcome"] == "done"
+    ]
+    head = ["arm", "trained", "rate, of those tried", "loss (95%)", f"beside {report['reference']}", "forgets, KL"]
+    return _told(content, table(head, rows))
+
+
+def found(content: Content) -> str:
+    """The finalists of a search and its verdict, then what is stated."""
+    report = content["report"]
+    rows = [
+        [
+            f"{each['number']}",
+            ", ".join(f"{name} {_value(value)}" for name, value in each["settings"].items()),
+            f"{each['trainable_parameters']:,}",
+            f"{each['eval_loss']:.3f}",
+        ]
+        for each in report["finalists"]
+    ]
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in (report["importances"] or {}).items())
+    note = f"{len(report['trials'])} trials. Importance: {shares}." if shares else f"{len(report['trials'])} trials."
+    return _told(content, f"{table(['finalist', 'settings', 'trained', 'loss'], rows)}\n\n{note}")
+
+
+def _told(content: Content, shown: str) -> str:
+    minutes = f"{content['seconds'] / 60:.0f} minutes"
+    return f"{shown}\n\n> {content['report']['verdict']}\n\n{stated(content)}\n\n{minutes}. {machine(content)}"
+
+
+def rates(content: Content) -> str:
+    """Held-out loss of every arm at every rate that was tried, on the half that chooses."""
+    rows = [
+        [arm["name"], _value(float(rate)), "diverged" if loss is None else f"{loss:.3f}"]
+        for arm in content["report"]["arms"]
+        for rate, loss in sorted(arm["rates"].items(), key=lambda pair: float(pair[0]))
+    ]
+    return table(["arm", "learning rate", "loss on the half that chooses"], rows)
+
+
+def _rates(arm: Content) -> str:
+    return ", ".join(_value(rate) for rate in sorted(map(float, arm["rates"])))
+
+
+def _value(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def machine(content: Content) -> str:

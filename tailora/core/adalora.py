@@ -139,14 +139,14 @@ class RankAllocator:
 def penalty(layer: LoRALayer) -> Tensor:
     """||B^T B - I||^2 + ||A A^T - I||^2, which keeps B diag(E) A near a singular value decomposition (eq. 4)."""
     A, B = layer.lora_A.flatten(1), layer.lora_B
-    eye = torch.eye(len(A)).to(A)
+    eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
     return (B.T @ B - eye).square().sum() + (A @ A.T - eye).square().sum()
 
 
 def _add_penalty(layer: LoRALayer, weight: float) -> None:
     """Its gradient, 4 B (B^T B - I) and 4 (A A^T - I) A, onto the factors'."""
     A, B = layer.lora_A.flatten(1), layer.lora_B
-    eye = torch.eye(len(A)).to(A)
+    eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
     if layer.lora_A.grad is not None and layer.lora_B.grad is not None:
         layer.lora_A.grad.add_(((A @ A.T - eye) @ A).view(layer.lora_A.shape), alpha=4 * weight)
         layer.lora_B.grad.add_(B @ (B.T @ B - eye), alpha=4 * weight)

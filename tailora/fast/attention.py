@@ -83,6 +83,10 @@ def _alone(document: tuple[Tensor, ...], scale: float, dropout: float, window: i
     length = q.shape[2]
     mask = _window(length, window, q.device) if window is not None and window < length else None
     grouped = k.shape[1] != q.shape[1]
+    if grouped and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
+        # of torch's kernels for these only the one that keeps all scores takes grouped heads
+        k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )

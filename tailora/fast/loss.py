@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 30 << 20  # of logits at a time; malloc gives blocks of 32 MB and more back at once, and pages cost time
+DEVICE_CHUNK_BYTES = 256 << 20  # likewise beside a CPU, where every chunk reads the head from the device's memory
 FEWEST_ROWS = 64  # of a chunk: every product reads the whole head
 BLOCK_ELEMENTS = 1 << 18  # float32 numbers at a time and core, 1 MB: what a core's own cache holds
 
@@ -45,7 +46,7 @@ def recomputed_head(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Te
     def losses_of(rows: Tensor, wanted: Tensor) -> Tensor:
         return cross_entropy(head(rows), wanted)
 
-    size = chunk_rows(vocabulary, hidden.dtype)
+    size = chunk_rows(vocabulary, hidden)
     parts = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(losses_of, *part, use_reentrant=False) for part in parts])
@@ -63,9 +64,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
-def chunk_rows(vocabulary: int, dtype: torch.dtype) -> int:
-    """How many rows have their logits at once."""
-    return max(CHUNK_BYTES // (vocabulary * dtype.itemsize), FEWEST_ROWS)
+def chunk_rows(vocabulary: int, hidden: Tensor) -> int:
+    """How many rows have their logits at once, in the precision and on the device of `hidden`."""
+    size = CHUNK_BYTES if hidden.device.type == "cpu" else DEVICE_CHUNK_BYTES
+    return max(size // (vocabulary * hidden.dtype.itemsize), FEWEST_ROWS)
 
 
 def _through_head(
@@ -73,7 +75,7 @@ def _through_head(
 ) -> Tensor:
     """Losses, chunk by chunk in one buffer; their gradients by `hidden`, scaled, go into `into`, (rows, hidden)."""
     losses = hidden.new_empty(len(targets), dtype=_wide(hidden.dtype))
-    size = chunk_rows(len(weight), hidden.dtype)
+    size = chunk_rows(len(weight), hidden)
     buffer = hidden.new_empty(min(size, len(targets)), len(weight))
     for part in _slices(len(targets), size):
         rows = hidden[part]

@@ -62,11 +62,12 @@ def forgetting(model: Any, texts: Sequence[Sequence[int]]) -> Forgetting:
     with torch.no_grad(), evaluating(model):
         with model.disable_adapter():
             base = [
-                _log_probabilities(model, ids).to(torch.bfloat16 if len(known) > 64 else torch.float32) for ids in known
+                _log_probabilities(model, ids).to("cpu", torch.bfloat16 if len(known) > 64 else torch.float32)
+                for ids in known
             ]
         kl, before, after, tokens = 0.0, 0.0, 0.0, 0
         for ids, old in zip(known, base, strict=True):
-            new, wide = _log_probabilities(model, ids), old.float()
+            new, wide = _log_probabilities(model, ids), old.to(ids.device).float()
             kl += float((wide.exp() * (wide - new)).sum())
             wanted = ids[0, 1:, None]
             before -= float(wide.gather(1, wanted).sum())

@@ -101,7 +101,7 @@ def plan(
     device, shape = accelerator.device, read_config(config.model)
     batches = Batches.of(config, shape, accelerator)
     process = held_now(device)  # what a run's process holds, too, before its model is there
-    room = available_bytes(device) + (process if device.type == "cpu" else 0) if memory is None else memory
+    room = available_bytes(device) + process if memory is None else memory
     own = _sketch(config, shape, batches, device, process)
     full = None if config.method == "full" else _full(config, shape, batches, device, process, room)
     measured = None

@@ -54,7 +54,7 @@ def _said(arm: Standing, reference: str, margin: float, standings: Sequence[Stan
     over = f"{found.seeds} seed{'s' * (found.seeds > 1)} and {found.examples} held-out examples"
     interval = f"95% interval {found.low:+.3f} to {found.high:+.3f}"
     facts = f"{found.value:+.3f} nats per token, {interval}, p = {_p(arm)}, {over}"
-    take = f"Take {arm.name}{_cheaper(arm, reference, standings)}."
+    take = _taken(arm, next(each for each in standings if each.name == reference), better=found.high < 0)
     if found.seeds == 1:
         unknown = "but how much a seed changes is unknown with one: --seeds 3 or more"
         return f"Cannot tell: {arm.name} - {reference} = {facts}, {unknown}."
@@ -94,10 +94,11 @@ def needed(found: Difference, margin: float) -> str:
     return f"Most of the uncertainty is of the seeds: about {count:,} would do."
 
 
-def _cheaper(arm: Standing, reference: str, standings: Sequence[Standing]) -> str:
-    other = next(each for each in standings if each.name == reference)
-    times = other.parameters / arm.parameters
-    return f": it trains {times:,.0f}x fewer parameters" if times >= 1.5 else ""
+def _taken(arm: Standing, reference: Standing, *, better: bool) -> str:
+    """The arm; but of two that do as well the one that trains less."""
+    chosen, other = (reference, arm) if reference.parameters < arm.parameters and not better else (arm, reference)
+    times = other.parameters / chosen.parameters
+    return f"Take {chosen.name}" + (f": it trains {times:,.0f}x fewer parameters." if times >= 1.5 else ".")
 
 
 def _p(arm: Standing) -> str:

@@ -32,6 +32,11 @@ class AdapterTraining:
             raise ConfigError(
                 "adapter checkpoints are not written under FSDP or DeepSpeed; use DDP, or `tailora train`"
             )
+        if me.args.n_gpu > 1:
+            raise ConfigError(
+                f"the trainer would split batches over {me.args.n_gpu} GPUs by nn.DataParallel, whose copies do not "
+                "take adapters along: start it with torchrun, a process for each GPU, or set CUDA_VISIBLE_DEVICES=0"
+            )
         me._set_signature_columns_if_needed()  # of the base's forward
         me.model = me.model_wrapped = model.to(me.args.device)
         if (me.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):

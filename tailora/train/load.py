@@ -88,6 +88,8 @@ def load_base(
             more: dict[str, Any] = {}  # a None would take away the own quantisation of a quantised model
             if quantize is not None:
                 more["quantization_config"] = _method(name, source, quantize, precision, device)
+                if device == "cuda":  # where its kernels are
+                    more["device_map"] = {"": torch.cuda.current_device()}
             model, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype=precision, use_safetensors=True, output_loading_info=True, **more
             )

@@ -41,17 +41,24 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def forget_peak(device: torch.device) -> None:
+    """Another run in this process had its own. On a CPU the peak is that of the process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def held_now(device: torch.device) -> int:
     """Memory that this process holds, of the device, or on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.memory_reserved(device)
+        return torch.cuda.memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
 
 
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be taken, within the container's limit on a CPU."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, for its next tensors
+        return int(torch.cuda.mem_get_info(device)[0]) + idle
     free = [int(psutil.virtual_memory().available)]
     for limit, used in CGROUP:
         if limit.exists() and (text := limit.read_text().strip()).isdigit():

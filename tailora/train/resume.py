@@ -32,6 +32,7 @@ FACTS = {  # what the settings met -> its name in a message
     "packed": "packing of rows",
     "dtype": "precision of the base",
     "processes": "number of processes",
+    "device": "kind of device",
     "layer_kernels": "use of the layer kernels",
     "prefix": "training on cached states of the frozen layers",
 }

@@ -28,7 +28,9 @@ def restore(states: Mapping[str, Tensor]) -> None:
     *keys, position, has_gauss = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, states["numpy.spare"].item()))
     torch.set_rng_state(states["torch"])
-    for i in range(len(_cuda_states())):
+    for i in range(torch.cuda.device_count()):
+        if f"cuda.{i}" not in states:
+            break  # saved where fewer were seen; as many processes go on as then, so none uses this one
         torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
 
 

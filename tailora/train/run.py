@@ -24,7 +24,7 @@ from tailora.train.feed import HeldOut, remarks
 from tailora.train.kernels import running
 from tailora.train.loop import Bench, train
 from tailora.train.loss import Supervised
-from tailora.train.memory import check_fits, explained, peak_bytes, remedies
+from tailora.train.memory import check_fits, explained, forget_peak, peak_bytes, remedies
 from tailora.train.optim import adamw, groups, scheduled
 from tailora.train.result import TrainResult
 from tailora.train.resume import check_same_run, identity, take_up
@@ -60,6 +60,7 @@ def run(
     saved = _checkpoint(config, output_dir)
     accelerator = start_accelerator(config)
     emit = _speaker(accelerator, on_event)
+    forget_peak(accelerator.device)
     with ExitStack() as stack:
         stack.enter_context(record.held(output_dir) if accelerator.is_main_process else nullcontext())
         stack.enter_context(seeded(config.seed))
@@ -161,6 +162,7 @@ def _identity(config: TrainConfig, accelerator: Accelerator, kit: Kit) -> dict[s
         packed=kit.rows.packed,
         dtype=str(kit.base.dtype),
         processes=accelerator.num_processes,
+        device=accelerator.device.type,
         layer_kernels=kit.kernels.layers,
         prefix=kit.kept.fact,
     )

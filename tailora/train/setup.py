@@ -68,9 +68,15 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     if problems:
         raise ConfigError(listing(problems))
     ours = GradientAccumulationPlugin(num_steps=1)  # or an environment variable would scale our gradients
-    return Accelerator(
+    found = Accelerator(
         log_with=config.report_to or None, project_dir=config.output_dir, gradient_accumulation_plugin=ours
     )
+    if found.scaler is not None:
+        raise ConfigError(
+            f"accelerate's mixed_precision {found.mixed_precision} scales losses, which is not supported: launch with "
+            "--mixed_precision no; --dtype sets the precision of the base, and adapters are float32"
+        )
+    return found
 
 
 def assemble(

@@ -80,3 +80,11 @@ def test_what_it_would_take_is_of_the_larger_source() -> None:
     assert "about 800 to judge by" in needed(of_examples, 0.02)  # a quarter of the width: 16 times as many
     of_seeds = Difference(0, -0.02, 0.02, 0.5, 50, 3, 0.1)
     assert "about 12 would do" in needed(of_seeds, 0.02)
+
+
+def test_of_two_that_do_as_well_the_one_that_trains_less_is_taken() -> None:
+    large = arm(-0.01, 0.01, name="r64", parameters=2_000_000)
+    said, _ = verdict([FULL, large], "full", 0.02, {})
+    assert said.endswith("Take full: it trains 2x fewer parameters.")
+    better, _ = verdict([FULL, arm(-0.05, -0.03, name="r64", parameters=2_000_000)], "full", 0.02, {})
+    assert better.endswith("Take r64.")
