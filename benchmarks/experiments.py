@@ -4,6 +4,9 @@ from collections.abc import Iterable, Sequence
 from statistics import mean
 from typing import Any
 
+from tailora.measure.paired import Difference
+from tailora.study.verdict import Standing, verdict
+
 Content = dict[str, Any]
 ARM = {
     "attention": "attention only, r = 15",
@@ -69,7 +72,7 @@ def compared(content: Content) -> str:
         if arm["outcome"] == "done"
     ]
     head = ["arm", "trained", "rate, of those tried", "loss (95%)", f"beside {report['reference']}", "forgets, KL"]
-    return _told(content, table(head, rows))
+    return _told(content, table(head, rows), _verdict(report))
 
 
 def found(content: Content) -> str:
@@ -86,12 +89,31 @@ def found(content: Content) -> str:
     ]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in (report["importances"] or {}).items())
     note = f"{len(report['trials'])} trials. Importance: {shares}." if shares else f"{len(report['trials'])} trials."
-    return _told(content, f"{table(['finalist', 'settings', 'trained', 'loss'], rows)}\n\n{note}")
+    shown = table(["finalist", "settings", "trained", "loss"], rows)
+    return _told(content, f"{shown}\n\n{note}", report["verdict"])
 
 
-def _told(content: Content, shown: str) -> str:
-    minutes = f"{content['seconds'] / 60:.0f} minutes"
-    return f"{shown}\n\n> {content['report']['verdict']}\n\n{stated(content)}\n\n{minutes}. {machine(content)}"
+def _told(content: Content, shown: str, said: str) -> str:
+    found = content["machine"]
+    where = (
+        f"{found['cores']} cores of an {found['cpu']} that did other things, too, torch {found['packages']['torch']}"
+    )
+    return f"{shown}\n\n> {said}\n\n{stated(content)}\n\n{content['seconds'] / 60:.0f} minutes on {where}."
+
+
+def _verdict(report: Content) -> str:
+    """What the product says of these numbers now."""
+    standings = [
+        Standing(
+            arm["name"],
+            arm["trainable_parameters"],
+            None if arm["difference"] is None else Difference(**arm["difference"]),
+            report["p_values"].get(arm["name"]),
+            arm["bracketed"],
+        )
+        for arm in report["arms"]
+    ]
+    return verdict(standings, report["reference"], report["settings"]["compare"]["margin"], {})[0]
 
 
 def rates(content: Content) -> str:

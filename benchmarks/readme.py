@@ -107,6 +107,8 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/experiments.md": {
         "tiny-lm-stated": lambda: experiments.stated(content("tiny_lm")),
         "tiny-lm-losses": lambda: experiments.losses(content("tiny_lm")),
+        "tiny-lm-compare": lambda: experiments.compared(content("tiny_lm_compare")),
+        "tiny-lm-search": lambda: experiments.found(content("tiny_lm_search")),
     },
     "docs/plan.md": {
         "memory": lambda: "\n\n".join([*tables.plan(content("plan")["cells"]), tables.caption(content("plan"))])
