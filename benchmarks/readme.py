@@ -99,10 +99,19 @@ def fenced(output: str) -> str:
     return f"```\n{output}\n```"
 
 
+def studied(name: str) -> str:
+    """What the command of benchmarks/studies.py took and printed."""
+    found = content(name)
+    machine = f"{found['machine']['cores']} cores of an {found['machine']['cpu']}"
+    return f"`{found['command']}` took {found['seconds'] / 60:.1f} minutes on {machine} and ended with\n\n{fenced(text(name))}"
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what stands there
     "README.md": {
         "demo-output": lambda: fenced(shown(text("demo"))),
         "table": lambda: table(content("demo")),
+        "compare": lambda: studied("compare"),
+        "search": lambda: studied("search"),
     },
     "docs/experiments.md": {
         "tiny-lm-stated": lambda: experiments.stated(content("tiny_lm")),
@@ -110,6 +119,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "tiny-lm-compare": lambda: experiments.compared(content("tiny_lm_compare")),
         "tiny-lm-search": lambda: experiments.found(content("tiny_lm_search")),
     },
+    "docs/studies.md": {"compare-rates": lambda: experiments.rates(content("compare"))},
     "docs/plan.md": {
         "memory": lambda: "\n\n".join([*tables.plan(content("plan")["cells"]), tables.caption(content("plan"))])
     },

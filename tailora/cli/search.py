@@ -67,8 +67,7 @@ def _run(chosen: Settings, study: SearchConfig, as_json: bool) -> int:
         print_json(found.to_dict())
     else:
         display(results(), found)
-    if not study.lr_only:
-        aside(page_of(Path(chosen.config.output_dir)))
+    aside(page_of(Path(chosen.config.output_dir)))
     return 0
 
 
@@ -77,12 +76,7 @@ def show_rates(console: Console, found: Any) -> None:
     for rate, loss in found.curve:
         table.add_row(f"{rate:.1e}", f"{loss:.3f}")
     console.print(table)
-    ended = " and then diverged" if found.diverged else ""
-    console.print(
-        f"The loss falls from {found.low:.1e}, is lowest at {found.lowest:.1e} ({found.gain:.3f} nats per token below "
-        f"the base's {found.base_loss:.3f}), and is up again at {found.high:.1e}{ended}.",
-        soft_wrap=True,
-    )
+    console.print(found.verdict, soft_wrap=True)
     console.print("", Text(f"Take --learning-rate {found.suggestion:.1e}.", style="bold"), sep="\n")
 
 

@@ -23,10 +23,11 @@ from tailora.study import folder as folders
 from tailora.study.budget import PROBE_STEPS, SAFETY
 from tailora.study.config import SearchConfig
 from tailora.study.probe import SMALL_RATE, probe
+from tailora.study.report import report_if_possible
 from tailora.study.trial import Progress, Spec, Told, Trial, try_out
 from tailora.train.config import TrainConfig
 
-STUDY, RESULT = "search.json", "learning-rates.json"
+STUDY, REPORT, KIND = "search.json", "report.json", "learning-rates"
 LOWEST, HIGHEST = 1e-6, 1.0
 STEPS, BETWEEN = 120, 3  # 20 steps a decade; evaluations every 3
 FEWEST = 30
@@ -55,6 +56,14 @@ class RateRange:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def verdict(self) -> str:
+        ended = " and then diverged" if self.diverged else ""
+        return (
+            f"The loss falls from {self.low:.1e}, is lowest at {self.lowest:.1e} ({self.gain:.3f} nats per token below "
+            f"the base's {self.base_loss:.3f}), and is up again at {self.high:.1e}{ended}."
+        )
+
 
 def find_range(
     train: TrainConfig, study: SearchConfig, say: Say = lambda _: None, progress: Progress | None = None
@@ -74,7 +83,9 @@ def find_range(
         spec = _spec(train, {"max_steps": steps, "eval_steps": BETWEEN}, rising=(LOWEST, HIGHEST))
         trial = try_out(spec, folder / "rising", progress, _until_lost())
     found = read_range(trial, steps, asked)
-    write_file(folder / RESULT, json.dumps(found.to_dict(), indent=1).encode())
+    content = {"kind": KIND, "verdict": found.verdict, **found.to_dict()}
+    write_file(folder / REPORT, json.dumps(content, indent=1).encode())
+    report_if_possible(folder)
     return found
 
 

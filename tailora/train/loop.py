@@ -1,4 +1,5 @@
 """The loop: step, evaluate, save, in an order that a checkpoint can be continued from to the bit.
+(On a CPU: torch's attention on a GPU sums its gradients in any order.)
 
     wait for the step's examples -> count its tokens over all ranks -> forward and backward of each micro-batch
     -> finite? -> clip -> AdamW -> due: evaluate, keep the best -> due: checkpoint -> wished: stop

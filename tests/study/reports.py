@@ -338,7 +338,27 @@ def evaluation() -> dict[str, Any]:
     }
 
 
+def learning_rates() -> dict[str, Any]:
+    rates = np.geomspace(1e-6, 1.0, 40)
+    losses = 4.47 - 0.8 / (1 + np.exp(-(np.log10(rates) + 3) * 4)) + 9 / (1 + np.exp(-(np.log10(rates) + 1.2) * 6))
+    return {
+        "kind": "learning-rates",
+        "verdict": "The loss falls from 2.0e-04, is lowest at 1.0e-02, and is up again at 3.0e-02.",
+        "suggestion": 5e-3,
+        "low": 2e-4,
+        "lowest": 1e-2,
+        "high": 3e-2,
+        "gain": 0.8,
+        "base_loss": 4.47,
+        "steps": 120,
+        "curve": list(zip(rates.tolist(), losses.tolist(), strict=True)),
+        "diverged": True,
+        "settings": {"train": {"model": EVIL, "r": 16}},
+    }
+
+
 CONTENTS = {
+    "learning-rates": learning_rates,
     "train": train,
     "compare": compare,
     "search": search,

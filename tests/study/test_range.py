@@ -106,4 +106,4 @@ def test_the_command_shows_what_was_found_before(
     assert main([*command, "--output-dir", train.output_dir, "--json"]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert math.isclose(said["suggestion"], rates.suggestion)
-    assert json.loads((Path(train.output_dir) / "learning-rates.json").read_text())["curve"] == said["curve"]
+    assert json.loads((Path(train.output_dir) / "report.json").read_text())["curve"] == said["curve"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tailora.study.report.parts import Page
 
 CONTENT, PAGE = "report.json", "report.html"
-KINDS = ("plan", "train", "eval", "compare", "search", "inspect")
+KINDS = ("plan", "train", "eval", "compare", "search", "learning-rates", "inspect")
 NEEDS = ("matplotlib", "jinja2")
 
 

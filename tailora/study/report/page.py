@@ -14,6 +14,7 @@ from tailora.study.report.eval import eval_page
 from tailora.study.report.inspect import inspect_page
 from tailora.study.report.parts import Page, Picture
 from tailora.study.report.plan import plan_page
+from tailora.study.report.rates import rates_page
 from tailora.study.report.search import search_page
 from tailora.study.report.svg import svg
 from tailora.study.report.train import train_page
@@ -23,6 +24,7 @@ PAGES: Mapping[str, Callable[[dict[str, Any]], Page]] = {
     "compare": compare_page,
     "eval": eval_page,
     "inspect": inspect_page,
+    "learning-rates": rates_page,
     "plan": plan_page,
     "search": search_page,
     "train": train_page,
