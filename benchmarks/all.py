@@ -22,6 +22,7 @@ SHARES: list[tuple[list[str], float]] = [  # what is run, and its share of the m
     (["adapters.py"], 3),
     (["prefix.py", "--only", "dtype=bfloat16"], 3),
     (["startup.py"], 1),
+    (["curves.py"], 5),
     (["growth.py"], 4),
     (["steps.py"], 2),
 ]

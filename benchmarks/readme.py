@@ -102,8 +102,9 @@ def fenced(output: str) -> str:
 def studied(name: str) -> str:
     """What the command of benchmarks/studies.py took and printed."""
     found = content(name)
-    machine = f"{found['machine']['cores']} cores of an {found['machine']['cpu']}"
-    return f"`{found['command']}` took {found['seconds'] / 60:.1f} minutes on {machine} and ended with\n\n{fenced(text(name))}"
+    where = f"{found['machine']['cores']} cores of an {found['machine']['cpu']}"
+    took = f"`{found['command']}` took {found['seconds'] / 60:.1f} minutes on {where} and ended with"
+    return f"{took}\n\n{fenced(text(name))}"
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what stands there

@@ -239,6 +239,23 @@ def startup(cells: Found) -> list[str]:
     ]
 
 
+def curves(cells: Found) -> list[str]:
+    """How far each way's losses go from those of the plain path."""
+    by_way = {one["cell"]["way"]: one["result"] for one in cells}
+    plain = by_way.pop("fast off")
+    rows = [
+        [way, *(f"{apart(result[what], plain[what]):.1e}" for what in ("losses", "held_out")), result["kernels"]]
+        for way, result in by_way.items()
+    ]
+    steps = len(plain["losses"])
+    head = ["way", "largest difference of a step's loss", "of the held-out loss", "what the header says"]
+    return [table(f"{steps} steps in float32 against --fast off, nats per token", head, rows)]
+
+
+def apart(values: list[float], others: list[float]) -> float:
+    return max(abs(value - other) for value, other in zip(values, others, strict=True))
+
+
 def prefix(cells: Found) -> list[str]:
     """Only the top layers adapted: ms a step, and tokens/s over some epochs in terms of PEFT's."""
     first = cells[0]["result"]
@@ -307,6 +324,7 @@ TABLES: dict[str, Callable[[Found], list[str]]] = {
     "inference": inference,
     "startup": startup,
     "prefix": prefix,
+    "curves": curves,
     "plan": plan,
 }
 
