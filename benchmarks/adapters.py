@@ -16,6 +16,7 @@ import measure
 import torch
 from arms import base, workshop
 from shapes import DTYPES, SHAPES, SMALL
+from tables import IN_PLACE
 from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
@@ -129,6 +130,13 @@ def merge(layers: int, dtype: str) -> dict[str, list[float]]:
             "tailora, unmerge": ours.unmerge,
             "PEFT, unmerge": theirs.unmerge_adapter,
         }
+        fresh, done = [LoRAModel(base(folder, dtype)) for _ in range(MERGES + 1)], []
+        for model in (ours, *fresh):
+            stir(model)
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+        actions[IN_PLACE] = lambda: done.append(fresh.pop().merge_and_unload(in_place=True))
         times = measure.turns(actions, MERGES, process_time)
         linears = len(shape.linears()) * shape.layers
         return {name: [seconds / linears for seconds in values] for name, values in times.items()}

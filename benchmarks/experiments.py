@@ -4,9 +4,6 @@ from collections.abc import Iterable, Sequence
 from statistics import mean
 from typing import Any
 
-from tailora.measure.paired import Difference
-from tailora.study.verdict import Standing, verdict
-
 Content = dict[str, Any]
 ARM = {
     "attention": "attention only, r = 15",
@@ -20,6 +17,10 @@ ARM = {
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [[cell.replace("|", "\\|") for cell in line] for line in (head, ["---"] * len(head), *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _label(arm: str) -> str:
+    return ARM.get(arm, f"r = {arm[1:]}")
 
 
 def stated(content: Content) -> str:
@@ -45,8 +46,7 @@ def losses(content: Content) -> str:
         shown = [f"{mean(by_octave[octave]):.3f}" for octave in octaves]
         marked = [f"**{text}**" if octave == best else text for octave, text in zip(octaves, shown, strict=True)]
         spread = max(by_octave[best]) - min(by_octave[best])
-        label = ARM.get(arm, f"r = {arm[1:]}")
-        rows.append([label, f"{runs[0]['trainable_parameters']:,}", *marked, f"{spread:.3f}"])
+        rows.append([_label(arm), f"{runs[0]['trainable_parameters']:,}", *marked, f"{spread:.3f}"])
     head = ["arm", "trained", *(f"2^{octave}" for octave in octaves), "seeds apart"]
     some = cells[0]["result"]
     note = f"The base has {some['base_loss']:.3f}, one who knows the table {some['floor']:.3f}. {machine(content)}"
@@ -61,7 +61,7 @@ def compared(content: Content) -> str:
     report = content["report"]
     rows = [
         [
-            ARM.get(arm["name"], arm["name"].replace("r", "r = ", 1)),
+            _label(arm["name"]),
             f"{arm['trainable_parameters']:,}",
             f"{arm['learning_rate']:.2g} of {_rates(arm)}",
             f"{arm['eval_loss']:.3f} ({arm['interval'][0]:.3f} to {arm['interval'][1]:.3f})",
@@ -72,7 +72,7 @@ def compared(content: Content) -> str:
         if arm["outcome"] == "done"
     ]
     head = ["arm", "trained", "rate, of those tried", "loss (95%)", f"beside {report['reference']}", "forgets, KL"]
-    return _told(content, table(head, rows), _verdict(report))
+    return _told(content, table(head, rows))
 
 
 def found(content: Content) -> str:
@@ -90,36 +90,19 @@ def found(content: Content) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in (report["importances"] or {}).items())
     note = f"{len(report['trials'])} trials. Importance: {shares}." if shares else f"{len(report['trials'])} trials."
     shown = table(["finalist", "settings", "trained", "loss"], rows)
-    return _told(content, f"{shown}\n\n{note}", report["verdict"])
+    return _told(content, f"{shown}\n\n{note}")
 
 
-def _told(content: Content, shown: str, said: str) -> str:
-    found = content["machine"]
-    where = (
-        f"{found['cores']} cores of an {found['cpu']} that did other things, too, torch {found['packages']['torch']}"
-    )
-    return f"{shown}\n\n> {said}\n\n{stated(content)}\n\n{content['seconds'] / 60:.0f} minutes on {where}."
-
-
-def _verdict(report: Content) -> str:
-    """What the product says of these numbers now."""
-    standings = [
-        Standing(
-            arm["name"],
-            arm["trainable_parameters"],
-            None if arm["difference"] is None else Difference(**arm["difference"]),
-            report["p_values"].get(arm["name"]),
-            arm["bracketed"],
-        )
-        for arm in report["arms"]
-    ]
-    return verdict(standings, report["reference"], report["settings"]["compare"]["margin"], {})[0]
+def _told(content: Content, shown: str) -> str:
+    busy = f"{content['machine']['cores']} cores of an {content['machine']['cpu']} that did other things, too"
+    took = f"{content['seconds'] / 60:.0f} minutes on {busy}, torch {content['machine']['packages']['torch']}."
+    return f"{shown}\n\n> {content['report']['verdict']}\n\n{stated(content)}\n\n{took}"
 
 
 def rates(content: Content) -> str:
     """Held-out loss of every arm at every rate that was tried, on the half that chooses."""
     rows = [
-        [arm["name"], _value(float(rate)), "diverged" if loss is None else f"{loss:.3f}"]
+        [arm["name"], _value(float(rate)), "failed" if loss is None else f"{loss:.3f}"]
         for arm in content["report"]["arms"]
         for rate, loss in sorted(arm["rates"].items(), key=lambda pair: float(pair[0]))
     ]

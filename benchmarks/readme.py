@@ -86,8 +86,8 @@ def advice(content: dict[str, Any]) -> str:
 
 
 def text(name: str) -> str:
-    """What a command printed."""
-    return (RESULTS / f"{name}.txt").read_text().strip()
+    """What a command printed; titles of tables are padded."""
+    return "\n".join(line.rstrip() for line in (RESULTS / f"{name}.txt").read_text().strip().splitlines())
 
 
 def content(name: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from measure import QUICK, RESULTS
 Found = list[dict[str, Any]]  # cells: settings and result of each
 Rows = Iterable[list[str]]
 OURS = "tailora"
+IN_PLACE = f"{OURS}, in place"  # merging for good
 
 
 def table(title: str, head: list[str], rows: Rows) -> str:
@@ -115,15 +116,16 @@ def adapters(cells: Found) -> list[str]:
     for (what,), group in grouped(cells, "what").items():
         title, label, unit = titles[what]
         arms = list(group[0]["result"]["seconds"])
+        own = [arm for arm in arms if arm in (OURS, IN_PLACE)]
         rows = [
             [
                 f"{one['cell']['value']}, {one['cell']['dtype']}",
                 *(ranged(scaled(one["result"]["seconds"][arm], unit), "{:.3f}") for arm in arms),
-                ratio_of(one["result"]["seconds"], "PEFT", OURS),
+                *(ratio_of(one["result"]["seconds"], "PEFT", arm) for arm in own),
             ]
             for one in group
         ]
-        tables.append(table(title, [label, *arms, "PEFT / tailora"], rows))
+        tables.append(table(title, [label, *arms, *(f"PEFT / {arm}" for arm in own)], rows))
     return tables
 
 

@@ -37,7 +37,7 @@ from tailora.core.dequantize import Change, Recast, common_dtype, whole_plain
 from tailora.core.extract import Extraction, extract
 from tailora.core.generation import generating
 from tailora.core.kinds import host_path
-from tailora.core.merge import MergeReport, folded, moved_in, settle_ties
+from tailora.core.merge import MergeReport, fit_in_place, fold_in_place, folded, moved_in, settle_ties
 from tailora.core.modes import evaluating
 from tailora.core.rowbatch import Batch, check_names, repeats
 from tailora.core.rows import by_rows
@@ -531,6 +531,9 @@ class LoRAModel(nn.Module):
         Returns the rounding error of every layer relative to its update. A quantised base becomes a plain one as a
         whole: its weights dequantised, its layers of the plain class, its config without a quantization_config.
         """
+        return self._merge(untie_weights, in_place=False)
+
+    def _merge(self, untie_weights: bool, *, in_place: bool) -> MergeReport:
         self._check_unmerged("merge")
         self._check_no_rows("merge")
         if not self._active:
@@ -538,7 +541,8 @@ class LoRAModel(nn.Module):
         layers = {path: layer for path, layer in self._attached.items() if layer.active_adapters}
         adapted = {path: (layer, layer.active_adapters) for path, layer in layers.items() if isinstance(layer, Adapted)}
         others = common_dtype(self.base_model)
-        changes, report = folded(adapted, others)
+        here = fit_in_place(self.base_model, adapted) if in_place else {}
+        changes, report = folded({path: each for path, each in adapted.items() if path not in here}, others)
         if quantized := [layer for layer, _ in adapted.values() if is_quantized(layer)]:
             changes += whole_plain(self.base_model, quantized, others)
         made: dict[int, nn.Parameter] = {}
@@ -546,6 +550,8 @@ class LoRAModel(nn.Module):
             if isinstance(layer, Substituted):
                 changes += moved_in(layer, layer.active_adapters[0], made)
         untied = settle_ties(self.base_model, changes, untie_weights)
+        for layer, updates in here.values():
+            fold_in_place(layer, updates)
         self._merged = [change.make() for change in changes]
         if untied and getattr(self._config(), "tie_word_embeddings", False):
             self._config().tie_word_embeddings, self._retie = False, True
@@ -573,10 +579,14 @@ class LoRAModel(nn.Module):
         finally:
             self.unmerge()
 
-    def merge_and_unload(self, *, untie_weights: bool = False) -> nn.Module:
-        """The base model with the active adapters in its weights, and nothing of tailora left."""
+    def merge_and_unload(self, *, untie_weights: bool = False, in_place: bool = False) -> nn.Module:
+        """The base model with the active adapters in its weights, and nothing of tailora left.
+
+        in_place: write into the weights themselves where that is possible, without a second copy of them. Whoever else
+            holds these tensors sees it, and an interruption leaves some layers merged.
+        """
         if not self._merged:
-            self.merge(untie_weights=untie_weights)
+            self._merge(untie_weights, in_place=in_place)
         self._merged = []
         return self._release()
 

@@ -1,6 +1,7 @@
 """Folding updates into weights, and taking them out again with the same bits."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -101,6 +102,53 @@ def _norm(left: Tensor, right: Tensor) -> float:
     """Of the product, without forming it: the sum of (L^T L) * (R R^T) is its square."""
     left, right = left.cpu().double(), right.cpu().double()
     return float(((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0).sqrt())
+
+
+@torch.no_grad()
+def fit_in_place(
+    model: nn.Module, layers: Mapping[str, tuple[nn.Module, Sequence[nn.Module]]]
+) -> dict[str, tuple[nn.Module, list[LoRALayer]]]:
+    """The layers whose weight can take its updates itself: nothing else changes in them, no other parameter has its
+    memory, and every number of it stays finite.
+    """
+    users: Counter[int] = Counter(
+        parameter.untyped_storage().data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False)
+    )
+    found = {}
+    for path, (layer, parts) in layers.items():
+        updates = [part for part in parts if isinstance(part, LoRALayer)]
+        alone = len(updates) == len(parts) and len({part.kind.weight for part in updates}) == 1
+        if alone and _unmergeable(layer, parts) is None and _has_room(layer, updates, users):
+            found[path] = (layer, updates)
+    return found
+
+
+def _has_room(layer: nn.Module, updates: Sequence[LoRALayer], users: Mapping[int, int]) -> bool:
+    """|W| + ||L|| ||R|| bounds every number of the merged weight."""
+    if is_quantized(layer) or merged_bias(layer, updates) is not None:
+        return False
+    weight = weight_of(layer, updates[0].kind.weight).detach()
+    if users.get(weight.untyped_storage().data_ptr()) != 1 or not weight.is_contiguous() or weight.is_inference():
+        return False
+    left, right, own = _terms(layer, updates, torch.promote_types(weight.dtype, torch.float32))
+    norm = torch.linalg.vector_norm
+    largest = float(norm(weight, math.inf)) + float(norm(left)) * float(norm(right))
+    return own is None and largest < torch.finfo(weight.dtype).max
+
+
+@torch.no_grad()
+def fold_in_place(layer: nn.Module, adapters: Sequence[LoRALayer]) -> None:
+    """The numbers of `fold`, written over a weight that can take them (`fit_in_place`)."""
+    weight = weight_of(layer, adapters[0].kind.weight).detach()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    left, right, _ = _terms(layer, adapters, wide)
+    shape = len(left), left.shape[1], right.shape[2]
+    target = weight.view(shape)
+    if weight.dtype == wide:
+        target.baddbmm_(left, right)
+        return
+    for groups, rows in _blocks(shape, BLOCK if weight.device.type == "cpu" else weight.numel()):
+        target[groups, rows] = target[groups, rows].to(wide).baddbmm_(left[groups, rows], right[groups])
 
 
 @torch.no_grad()

@@ -9,8 +9,10 @@ the rate and what judges it, and the runs that judge have other seeds than those
 """
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,17 @@ from filelock import FileLock, Timeout
 
 from tailora.errors import ConfigError
 from tailora.formats.atomic import write_file
-from tailora.study.budget import PROBE_STEPS, Costs
+from tailora.study.budget import FEWEST_STEPS, PROBE_STEPS, SAFETY, Costs
 from tailora.study.config import AT_THE_END, FULL, CompareConfig, arm_settings
 from tailora.study.outcome import Comparison, judged
 from tailora.study.probe import costs_of
 from tailora.study.rates import Rates
 from tailora.study.report import report_if_possible
-from tailora.study.trial import OUT_OF_MEMORY, Base, Progress, Spec, Trial, choosing_part, try_out
+from tailora.study.trial import OUT_OF_MEMORY, RESULT, Base, Progress, Spec, Trial, choosing_part, try_out
 from tailora.train.config import TrainConfig
 
 STUDY, REPORT = "compare.json", "report.json"
 LATER = {"seeds", "rate_tries", "minutes", "margin"}  # what a comparison may be asked for more of
-SAFETY = 0.85  # share of the time that is planned with: a probe is short
-FEWEST_STEPS = 8
 
 Say = Callable[[str], None]
 
@@ -140,13 +140,14 @@ class _Study:
             raise ConfigError(f"no arm can be trained: {PROBE_STEPS} steps of each failed; see {self.folder / 'runs'}")
         known = self.folder / "plan.json"
         if not known.exists():
-            write_file(known, json.dumps({"max_steps": self._fitting()}).encode())
-        planned: dict[str, Any] = json.loads(known.read_text())
-        if self.train.max_steps is not None:
-            planned["max_steps"] = min(planned["max_steps"], self.train.max_steps)
-        self.steps = planned["max_steps"]
+            costs = {arm: asdict(each) for arm, each in self.costs.items()}
+            write_file(known, json.dumps({"max_steps": self._fitting(), "costs": costs}).encode())
+        planned = json.loads(known.read_text())
+        if "costs" in planned:  # as they were with all that a fresh process does
+            self.costs = {arm: Costs(**each) for arm, each in planned["costs"].items()}
+        self.steps = min(planned["max_steps"], self.train.max_steps or math.inf)
         self.say(f"{self.steps} steps in each run, planned to fit into the minutes")
-        return planned
+        return {"max_steps": self.steps}
 
     def _probe(self, arm: str) -> None:
         """What the arm's runs cost, and its base on the held-out examples. Without costs when it does not run."""
@@ -162,10 +163,10 @@ class _Study:
         fixed, step = self._seconds(0), runs * sum(costs.step for costs in self.costs.values())
         steps = int((self._left() * SAFETY - fixed) / step)
         if steps < FEWEST_STEPS:
-            needs = (time.monotonic() - self.started + (fixed + FEWEST_STEPS * step) / SAFETY) / 60
+            needs = math.ceil((time.monotonic() - self.started + (fixed + FEWEST_STEPS * step) / SAFETY) / 60)
             raise ConfigError(
                 f"--minutes {self.study.minutes:g} is too short for {runs} runs of {len(self.costs)} arms: "
-                f"{FEWEST_STEPS} steps each take {needs:.0f} minutes; give more, or fewer --seeds or --rate-tries"
+                f"{FEWEST_STEPS} steps each take {needs} minutes; give more, or fewer --seeds or --rate-tries"
             )
         return steps
 
@@ -182,36 +183,44 @@ class _Study:
         """In turns, so that every arm has had as many tries when the time is up."""
         searches = {arm: Rates(self.study.prior(arm), self.study.rate_tries) for arm in self.study.arms}
         while asked := {arm: rate for arm, rates in searches.items() if (rate := rates.ask()) is not None}:
-            needed = sum(costs.trial(self.steps, evaluations=1) for arm, costs in self.costs.items() if arm in asked)
-            if self._left() < needed + self.study.seeds * self._time_of_a_seed(self.costs):
+            folders = {arm: f"rate-{rate:.3g}" for arm, rate in asked.items()}
+            if searches[next(iter(asked))].tried and self._late(folders):
                 self._note("the search for learning rates was cut short by --minutes")
                 break
             for arm, rate in asked.items():
-                trial = self._trial(arm, f"rate-{rate:.3g}", final=False, learning_rate=rate, **steps)
+                trial = self._trial(arm, folders[arm], final=False, learning_rate=rate, **steps)
                 loss = trial.loss()  # on the choosing half, all that was evaluated
                 searches[arm].tell(rate, loss, fits=trial.outcome != OUT_OF_MEMORY)
                 said = f"held-out loss {loss:.4f}" if trial.done else trial.outcome
                 self.say(f"{arm}: learning rate {rate:.2g}, {said}")
         return searches
 
-    def _time_of_a_seed(self, arms: Iterable[str]) -> float:
-        """A run that judges, of each."""
-        return sum(costs.final(self.steps) for arm, costs in self.costs.items() if arm in arms)
+    def _late(self, tries: Mapping[str, str]) -> bool:
+        """Whether these tries (arm: folder), as far as they are new, would leave too little time for all seeds."""
+        new = [self.costs[arm] for arm in self._missing(tries)]
+        needed = sum(costs.trial(self.steps, evaluations=1) for costs in new)
+        finals = self.study.seeds * sum(costs.final(self.steps) for costs in self.costs.values())
+        return bool(new) and self._left() < needed + finals
+
+    def _missing(self, runs: Mapping[str, str]) -> list[str]:
+        """Arms with costs whose run, by folder, is not there yet."""
+        there = {arm for arm, where in runs.items() if (self.folder / "runs" / arm / where / RESULT).exists()}
+        return [arm for arm in runs if arm in self.costs and arm not in there]
 
     # ---- the runs that judge
 
     def _finals(self, steps: Mapping[str, Any], rates: Mapping[str, Rates]) -> dict[str, list[Trial]]:
         finals: dict[str, list[Trial]] = {arm: [] for arm, found in rates.items() if found.best is not None}
         for number in range(1, self.study.seeds + 1):
-            if number > 1 and self._left() < self._time_of_a_seed(finals):
+            seed = self.train.seed + number  # the rates were found with the seed itself
+            folders = {arm: f"seed-{seed}-rate-{rates[arm].best:.3g}" for arm in finals}
+            needed = sum(self.costs[arm].final(self.steps) for arm in self._missing(folders))
+            if number > 1 and self._left() < needed:
                 self._note(f"--minutes left time for {number - 1} of {self.study.seeds} seeds")
                 break
             for arm, trials in finals.items():
-                seed = self.train.seed + number  # the rates were found with the seed itself
                 rate = rates[arm].best
-                trial = self._trial(
-                    arm, f"seed-{seed}-rate-{rate:.3g}", final=True, learning_rate=rate, seed=seed, **steps
-                )
+                trial = self._trial(arm, folders[arm], final=True, learning_rate=rate, seed=seed, **steps)
                 trials.append(trial)
                 said = f"held-out loss {trial.loss():.4f}" if trial.done else trial.outcome
                 self.say(f"{arm}: seed {seed} at its best rate {rate:.2g}, {said}")

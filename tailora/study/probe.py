@@ -35,10 +35,10 @@ def probe(spec: Spec, folder: Path, progress: Progress | None) -> tuple[Costs, T
 
 def costs_of(trial: Trial, seconds: float, *, halves: int) -> Costs:
     """seconds: that it took just now; nearly none where it was made before.    halves: held out that it evaluated."""
-    forgetting = trial.numbers["forgetting_seconds"]
-    total = max(seconds, trial.numbers["seconds"] + forgetting)
+    forgetting, writing = (trial.numbers.get(f"{what}_seconds", 0.0) for what in ("forgetting", "writing"))
+    total = max(seconds, trial.numbers["seconds"] + forgetting + writing)
     return Costs(
-        fixed=total - sum(trial.step_seconds) - sum(trial.evaluation_seconds) - forgetting,
+        fixed=total - sum(trial.step_seconds) - sum(trial.evaluation_seconds) - forgetting - writing,
         step=median(trial.step_seconds),
         evaluation=min(trial.evaluation_seconds) / halves,  # not one that something held up
         forgetting=forgetting,

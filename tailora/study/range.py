@@ -27,7 +27,7 @@ from tailora.study.report import report_if_possible
 from tailora.study.trial import Progress, Spec, Told, Trial, try_out
 from tailora.train.config import TrainConfig
 
-STUDY, REPORT, KIND = "search.json", "report.json", "learning-rates"
+STUDY, PLAN, REPORT, KIND = "search.json", "plan.json", "report.json", "learning-rates"
 LOWEST, HIGHEST = 1e-6, 1.0
 STEPS, BETWEEN = 120, 3  # 20 steps a decade; evaluations every 3
 FEWEST = 30
@@ -62,6 +62,8 @@ class RateRange:
         return (
             f"The loss falls from {self.low:.1e}, is lowest at {self.lowest:.1e} ({self.gain:.3f} nats per token below "
             f"the base's {self.base_loss:.3f}), and is up again at {self.high:.1e}{ended}."
+            if self.high < self.curve[-1][0] or self.diverged
+            else f"the base's {self.base_loss:.3f}), and is still low at {self.high:.1e}, the highest tried."
         )
 
 
@@ -78,7 +80,7 @@ def find_range(
     asked = {"train": train.model_dump(mode="json", exclude={"output_dir"}), "minutes": study.minutes, "lr_only": True}
     with folders.claimed(folder):
         folders.claim(folder, STUDY, asked, "search")
-        steps = STEPS if study.minutes is None else _fitting(train, study.minutes, folder, progress)
+        steps = STEPS if study.minutes is None else _planned(train, study.minutes, folder, progress)
         say(f"{steps} steps, at learning rates from {LOWEST:g} to {HIGHEST:g}")
         spec = _spec(train, {"max_steps": steps, "eval_steps": BETWEEN}, rising=(LOWEST, HIGHEST))
         trial = try_out(spec, folder / "rising", progress, _until_lost())
@@ -87,6 +89,15 @@ def find_range(
     write_file(folder / REPORT, json.dumps(content, indent=1).encode())
     report_if_possible(folder)
     return found
+
+
+def _planned(train: TrainConfig, minutes: float, folder: Path, progress: Progress | None) -> int:
+    """`_fitting`, found once."""
+    known = folder / PLAN
+    if not known.exists():
+        write_file(known, json.dumps({"steps": _fitting(train, minutes, folder, progress)}).encode())
+    steps: int = json.loads(known.read_text())["steps"]
+    return steps
 
 
 def _fitting(train: TrainConfig, minutes: float, folder: Path, progress: Progress | None) -> int:

@@ -122,7 +122,7 @@ class _Search:
             content = {"plan": plan.to_dict(), "parts": trial.numbers["parts"], "base": trial.base}
             write_file(known, json.dumps(content).encode())
         content = json.loads(known.read_text())
-        plan, base = read_plan(content["plan"]), content["base"]
+        plan, base = read_plan(content["plan"]), content.get("base")
         self.base = {True: choosing_part(base), False: base}
         cut = f" of the {plan.longest:,} that the settings ask for" if plan.steps < plan.longest else ""
         self.say(f"a trial has {plan.steps:,} steps{cut} and takes up to {plan.trial_seconds:,.0f} s")
@@ -188,11 +188,12 @@ class _Search:
             return "out of time" if time.monotonic() > until else None
 
         made = try_out(spec, self.folder / "trials" / f"{begun.number:04d}", self.progress, judged)
+        own = [loss for step, loss in made.curve if step > 0]
         return Candidate(
             number=begun.number,
             state=made.outcome,
             settings=params,
-            eval_loss=made.curve[-1][1] if made.curve else None,
+            eval_loss=own[-1] if own else None,
             trainable_parameters=made.parameters or None,
             seconds=time.monotonic() - started,
             curve=made.curve,

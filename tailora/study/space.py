@@ -19,6 +19,7 @@ FIELDS = TrainConfig.model_fields
 SHARED = {"model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "field", "streaming"}
 SHARED |= {"max_steps", "num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps"}
 SHARED |= {"save_total_limit", "eval_steps", "early_stopping_patience", "adapter", "method", "max_length", "quantize"}
+SHARED |= {"dtype", "packing"}  # with which the base would be another one
 SCALE = "scale"  # alpha/r, in place of alpha
 TARGETS = ("all-linear", "attention", "mlp")  # words; what they mean is read off the model
 OTHER_NAMES = {**ALIASES, "targets": "target_modules", "lr": "learning_rate", "dropout": "lora_dropout"}

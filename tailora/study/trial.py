@@ -60,7 +60,7 @@ class Spec:
     choosing: bool = False  # evaluate the half of the held-out examples that chooses, and no more
     rising: tuple[float, float] | None = None  # learning rates from, to, in place of the schedule
     describe: bool = False  # say which parts the model has
-    before: Base | None = None  # where another trial found it
+    before: Base | None = None  # of the held-out examples, where another trial has it
     texts: str | None = None  # file of what the base wrote, for all trials of a study; the first one writes it
 
 
@@ -70,7 +70,7 @@ class Trial:
 
     outcome: str  # done, diverged, out of memory, or pruned: ended by who listened
     message: str
-    numbers: dict[str, Any]  # of TrainResult, and the seed
+    numbers: dict[str, Any]  # of TrainResult; seed, parts of the model, examples to train on, seconds of forgetting
     sums: list[float]  # nats of each held-out example, afterwards
     before: list[float]  # likewise by the base
     counts: list[int]  # learned tokens of each
@@ -223,8 +223,8 @@ def _made(config: TrainConfig, spec: Spec, heard: Heard) -> Trial:
     if result.before is None or result.after is None:
         raise errors.ConfigError("there is no held-out data to judge by: give --eval-data or --validation-split")
     left = folder_of(result.model, Path(result.output_dir))
-    forgotten, seconds = (None, 0.0) if spec.forgetting is None else _forgotten(result, spec)
-    own = {"seed": config.seed, "parts": found, "examples": _examples(result), "forgetting_seconds": seconds}
+    forgotten, took = (None, {}) if spec.forgetting is None else _forgotten(result, spec)
+    own = {"seed": config.seed, "parts": found, "examples": _examples(result), **took}
     return heard.trial(
         "done",
         "",
@@ -261,13 +261,15 @@ def _examples(result: Any) -> int | None:
     return None if result.data is None else len(result.data.train)
 
 
-def _forgotten(result: Any, spec: Spec) -> tuple[dict[str, Any], float]:
-    """And the seconds it took, without those of writing texts."""
+def _forgotten(result: Any, spec: Spec) -> tuple[dict[str, Any], dict[str, float]]:
+    """What was forgotten; and the seconds of writing texts, which the first trial of a study does, and of the rest."""
     from tailora.measure.forgetting import forgetting
 
-    texts = _texts(result, spec)
     started = time.monotonic()
-    return asdict(forgetting(result.model, texts)), time.monotonic() - started
+    texts = _texts(result, spec)
+    written = time.monotonic()
+    found = asdict(forgetting(result.model, texts))
+    return found, {"writing_seconds": written - started, "forgetting_seconds": time.monotonic() - written}
 
 
 def _texts(result: Any, spec: Spec) -> list[list[int]]:

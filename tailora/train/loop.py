@@ -1,5 +1,6 @@
-"""The loop: step, evaluate, save, in an order that a checkpoint can be continued from to the bit.
-(On a CPU: torch's attention on a GPU sums its gradients in any order.)
+"""The loop: step, evaluate, save, in an order that a checkpoint can be continued from, on a CPU to the bit.
+
+A GPU's attention adds its gradients in no fixed order.
 
     wait for the step's examples -> count its tokens over all ranks -> forward and backward of each micro-batch
     -> finite? -> clip -> AdamW -> due: evaluate, keep the best -> due: checkpoint -> wished: stop

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from tailora.core.bases import held_bytes
 from tailora.data.prepare import Prepared
-from tailora.errors import CheckpointError
+from tailora.errors import CheckpointError, ConfigError
 from tailora.fast.flat import Flat, flattened
 from tailora.train import checkpoint, record
 from tailora.train.checkpoint import Checkpoint
@@ -65,6 +66,10 @@ def run(
         stack.enter_context(record.held(output_dir) if accelerator.is_main_process else nullcontext())
         stack.enter_context(seeded(config.seed))
         kit = assemble(config, accelerator, lambda text: emit(Note(text)), saved, held_out)
+        if before is not None and not np.array_equal(before.counts, held_out_counts(kit)):
+            raise ConfigError(
+                "the held-out examples are not those that the base was evaluated on: the data has changed"
+            )
         kept = check_fits(kit.cost, kit.feed.largest, kit.feed.longest, accelerator.device)
         flats = stack.enter_context(flattened(groups(trained(kit.model), config)))
         bench, state = bench_of(config, output_dir, accelerator, kit, flats, saved, emit, rate_at or scheduled(config))
@@ -91,6 +96,11 @@ def run(
     emit(Saved(result.best_step, folder))
     emit(Finished(result.to_dict()))
     return result
+
+
+def held_out_counts(kit: Kit) -> Any:
+    """Tokens that count of each held-out example."""
+    return None if kit.feed.held_out is None else kit.feed.held_out.supervised
 
 
 def _checkpoint(config: TrainConfig, output_dir: Path) -> Checkpoint | None:

@@ -55,6 +55,48 @@ def test_nothing_is_written_when_one_merged_weight_is_not_finite() -> None:
     assert not model.is_merged
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_place_the_same_numbers_are_written_into_the_weights_themselves(dtype: torch.dtype) -> None:
+    def adapted() -> LoRAModel:
+        model = LoRAModel(tied_llama().to(dtype), LoRAConfig(r=4))
+        stir(model)
+        return model
+
+    expected = adapted().merge_and_unload().state_dict()
+    model = adapted()
+    weights = dict(model.base_model.named_parameters())
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    base = model.merge_and_unload(in_place=True)
+    assert all(weight is weights[name] for name, weight in base.named_parameters())
+    assert all(torch.equal(weight, expected[name]) for name, weight in base.state_dict().items())
+    changed = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in weights if "proj" in name}
+
+
+def test_in_place_a_shared_weight_is_left_to_who_shares_it() -> None:
+    model = LoRAModel(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head", "q_proj"]))
+    stir(model)
+    ids = torch.arange(9)[None]
+    expected, embedding = model(ids).logits, model.base_model.model.embed_tokens.weight.detach().clone()
+    with pytest.raises(MergeError, match="another layer shares"):
+        model.merge_and_unload(in_place=True)
+    torch.testing.assert_close(model(ids).logits, expected)  # nothing was written
+    base = model.merge_and_unload(untie_weights=True, in_place=True)
+    torch.testing.assert_close(base(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(base.model.embed_tokens.weight, embedding)
+
+
+def test_in_place_nothing_is_written_when_one_merged_weight_is_not_finite() -> None:
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(torch.float16)
+    model = LoRAModel(base, LoRAConfig(r=4))
+    stir(model)
+    model.lora_layers["1"].lora_B.data.fill_(60000)
+    before = [layer.weight.detach().clone() for layer in base]
+    with pytest.raises(MergeError, match=r"1: the merged weight is not finite in torch\.float16"):
+        model.merge_and_unload(in_place=True)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(base, before, strict=True))
+
+
 def test_the_reported_rounding_error_is_that_of_the_weight() -> None:
     base = nn.Sequential(nn.Linear(256, 256)).to(torch.bfloat16)
     model = LoRAModel(base, LoRAConfig(r=4))

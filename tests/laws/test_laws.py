@@ -130,10 +130,13 @@ def test_unmerge_gives_back_the_same_bits(kind: KindCase, dtype: torch.dtype) ->
 
 
 @mergeable
-def test_merge_and_unload_leaves_a_plain_module_that_computes_the_same(kind: KindCase, slot: str) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_merge_and_unload_leaves_a_plain_module_that_computes_the_same(
+    kind: KindCase, slot: str, in_place: bool
+) -> None:
     model, x = trained(kind, slot), kind.batch()
     expected = model(x)
-    base = model.merge_and_unload()
+    base = model.merge_and_unload(in_place=in_place)
     assert not any(isinstance(module, Swapped) for module in base.modules())
     torch.testing.assert_close(base(x), expected, rtol=1e-5, atol=1e-5)
 

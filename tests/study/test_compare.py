@@ -68,6 +68,34 @@ def test_a_comparison_runs_resumes_and_judges(
 
 
 @pytest.mark.slow
+def test_minutes_are_planned_once_and_a_comparison_may_be_asked_for_more(
+    small_run: TrainConfig, tmp_path: Path
+) -> None:
+    train = small_run.replaced(output_dir=str(tmp_path / "study"), max_steps=3)
+    asked, heard = SMALL.replaced(minutes=5.0, seeds=1), []
+    first = compare(train, asked, say=heard.append)
+    assert "3 steps in each run, planned to fit into the minutes" in heard
+    assert json.loads((tmp_path / "study" / "plan.json").read_text())["max_steps"] > 3  # as far as time goes
+    runs = tmp_path / "study" / "runs"
+    (texts,) = (tmp_path / "study").glob("texts.json")
+    assert len(json.loads(texts.read_text())) == 16
+    probe, rate, final = (read(next(runs.glob(f"full/{name}*"))) for name in ("probe", "rate", "seed"))
+    assert [len(each["evaluation_seconds"]) for each in (probe, rate, final)] == [2, 1, 1]
+    assert final["before"] == probe["before"]
+    assert read(next(runs.glob("r4/seed*")))["numbers"]["writing_seconds"] < probe["numbers"]["seconds"]
+    short = compare(train, asked.replaced(minutes=0.01, seeds=9), say=heard.append)  # no time for more: what is there
+    assert short.arms == first.arms
+    assert short.notes == ["--minutes left time for 1 of 9 seeds"]
+    more = compare(train, asked.replaced(seeds=2))
+    assert more.seeds == [1, 2]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "trial.json").read_text())
+    return content
+
+
+@pytest.mark.slow
 def test_a_trial_that_diverges_is_a_result(small_run: TrainConfig, tmp_path: Path) -> None:
     settings = arm_settings(small_run, SMALL, "r4", learning_rate=1e30, max_steps=4)
     trial = try_out(Spec(settings), tmp_path / "trial")

@@ -13,7 +13,7 @@ from tailora.errors import ConfigError, FormatError
 from tailora.study.report import report
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
-FIGURES = {"train": 7, "compare": 10, "search": 11, "inspect": 10, "plan": 3, "eval": 3}
+FIGURES = {"learning-rates": 1, "train": 7, "compare": 10, "search": 11, "inspect": 10, "plan": 3, "eval": 3}
 
 
 class Outline(HTMLParser):

@@ -65,17 +65,19 @@ def _draw(found: Rates, width: float) -> Drawing:
     figure, axes = canvas(width, 320)
     rates, losses = np.array(found.curve).T
     axes.plot(rates, losses, color=SERIES[0], linewidth=2)
-    marks = axes.scatter(rates, losses, s=26, color=SERIES[0], zorder=3)
+    top = found.base_loss + 0.6 * found.gain
+    shown = losses <= top
+    marks = axes.scatter(rates[shown], losses[shown], s=26, color=SERIES[0], zorder=3)
     marks.set_gid("losses")
     axes.axhline(found.base_loss, color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
     for place, (name, rate) in enumerate((("suggested", found.suggestion), ("lowest loss", found.lowest)), start=1):
         axes.axvline(rate, color=SERIES[place], linewidth=2, label=name)
-    axes.set_ylim(found.base_loss - 1.15 * found.gain, found.base_loss + 0.6 * found.gain)
+    axes.set_ylim(found.base_loss - 1.15 * found.gain, top)
     log_axis(axes, "x")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("held-out loss, nats per token")
     legend(figure, axes)
-    return Drawing(figure, {"losses": [f"{words.rate(rate)}: {loss:.4f}" for rate, loss in found.curve]})
+    return Drawing(figure, {"losses": [f"{words.rate(rate)}: {loss:.4f}" for rate, loss in found.curve if loss <= top]})
 
 
 def _table(found: Rates) -> Table:
