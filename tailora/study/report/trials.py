@@ -74,6 +74,12 @@ class Found(BaseModel):
         return [trial for trial in self.trials if trial.done]
 
     @property
+    def ceiling(self) -> float:
+        """Losses above it, of runs that came apart, are drawn there: they would leave the others no room."""
+        best = min((trial.loss for trial in self.done), default=self.base_loss)
+        return self.base_loss + max(0.5 * (self.base_loss - best), 0.05)
+
+    @property
     def margin(self) -> float | None:
         value = self.settings.get("search", {}).get("margin")
         return None if value is None else float(value)
@@ -89,7 +95,7 @@ def history(found: Found) -> Picture | None:
         f"Loss of {len(found.trials)} trials in the order in which they began; the best, {best.loss:.3f}, is number "
         f"{best.number}.",
         "Loss of each trial on the examples that choose. Filled: ran to the end; hollow: ended early, at its last "
-        "evaluation. Line: the best so far.",
+        "evaluation. Line: the best so far. What came apart is drawn at the top.",
         wide=True,
     )
 
@@ -110,8 +116,8 @@ def _draw_history(found: Found, width: float) -> Drawing:
     for name, trials, face in (("ended early", early, PAPER), ("ran to the end", done, SERIES[0])):
         if trials:
             marks = axes.scatter(
-                [each.number for each in trials], [each.loss for each in trials], s=46, c=face, edgecolors=SERIES[0],
-                linewidths=1.4, label=name, zorder=3,
+                [each.number for each in trials], [min(each.loss, found.ceiling) for each in trials], s=46, c=face,
+                edgecolors=SERIES[0], linewidths=1.4, label=name, zorder=3,
             )  # fmt: skip
             marks.set_gid(name.replace(" ", "-"))
             tips[name.replace(" ", "-")] = [_tip(each) for each in trials]
@@ -150,8 +156,10 @@ def _draw_curves(found: Found, width: float) -> Drawing:
         best = trial.number == found.best.number
         if len(trial.curve) > 1:
             colour, thick = (SERIES[1], 2.6) if best else (SERIES[0], 1.2)
+            steps, losses = zip(*trial.curve, strict=True)
             axes.plot(
-                *zip(*trial.curve, strict=True),
+                steps,
+                np.minimum(losses, found.ceiling),
                 color=colour,
                 linewidth=thick,
                 alpha=1 if best else 0.5,
