@@ -76,8 +76,9 @@ class Found(BaseModel):
     @property
     def ceiling(self) -> float:
         """Losses above it, of runs that came apart, are drawn there: they would leave the others no room."""
-        best = min((trial.loss for trial in self.done), default=self.base_loss)
-        return self.base_loss + max(0.5 * (self.base_loss - best), 0.05)
+        start = max([self.base_loss, *(trial.curve[0][1] for trial in self.trials if trial.curve)])
+        best = min((trial.loss for trial in self.done), default=start)
+        return start + max(0.3 * (start - best), 0.05)
 
     @property
     def margin(self) -> float | None:
