@@ -31,7 +31,6 @@ STUDY, PLAN, REPORT, KIND = "search.json", "plan.json", "report.json", "learning
 LOWEST, HIGHEST = 1e-6, 1.0
 STEPS, BETWEEN = 120, 3  # 20 steps a decade; evaluations every 3
 FEWEST = 30
-BELOW = 2.0  # the suggestion is an octave below the rate of the lowest loss, next to which a run already comes apart
 BEGUN, LOST = 0.05, 0.25  # shares of the whole gain: where it begins, where so much of it is lost again
 NOTHING = 0.005  # nats per token: a gain below it is none
 
@@ -42,10 +41,9 @@ Say = Callable[[str], None]
 class RateRange:
     """Learning rates of this model, data, batch size and adapter."""
 
-    suggestion: float
+    suggestion: float  # the rate of the lowest loss
     low: float  # where the loss begins to fall
     high: float  # where it has risen again, or the last rate that was tried
-    lowest: float  # the rate of the lowest loss
     gain: float  # nats per token by which the loss fell
     curve: list[tuple[float, float]]  # rate, held-out loss after its step
     diverged: bool
@@ -58,12 +56,11 @@ class RateRange:
 
     @property
     def verdict(self) -> str:
-        ended = " and then diverged" if self.diverged else ""
+        risen = self.diverged or self.high < self.curve[-1][0]
+        ended = f"up again at {self.high:.1e}" if risen else f"still low at {self.high:.1e}, the highest tried"
         return (
-            f"The loss falls from {self.low:.1e}, is lowest at {self.lowest:.1e} ({self.gain:.3f} nats per token below "
-            f"the base's {self.base_loss:.3f}), and is up again at {self.high:.1e}{ended}."
-            if self.high < self.curve[-1][0] or self.diverged
-            else f"the base's {self.base_loss:.3f}), and is still low at {self.high:.1e}, the highest tried."
+            f"The loss falls from {self.low:.1e}, is lowest at {self.suggestion:.1e} ({self.gain:.3f} nats per token "
+            f"below the base's {self.base_loss:.3f}), and is {ended}{' and then diverged' if self.diverged else ''}."
         )
 
 
@@ -146,10 +143,9 @@ def read_range(trial: Trial, steps: int, asked: dict[str, Any]) -> RateRange:
             f"{len(trial.losses)} steps: {trial.message or 'look at the data, --data and --eval-data'}"
         )
     return RateRange(
-        suggestion=lowest / BELOW,
+        suggestion=lowest,
         low=low,
         high=high,
-        lowest=lowest,
         gain=gain,
         curve=pairs,
         diverged=not trial.done,

@@ -343,10 +343,9 @@ def learning_rates() -> dict[str, Any]:
     losses = 4.47 - 0.8 / (1 + np.exp(-(np.log10(rates) + 3) * 4)) + 9 / (1 + np.exp(-(np.log10(rates) + 1.2) * 6))
     return {
         "kind": "learning-rates",
-        "verdict": "The loss falls from 2.0e-04, is lowest at 1.0e-02, and is up again at 3.0e-02.",
-        "suggestion": 5e-3,
+        "verdict": "The loss falls from 2.0e-04, is lowest at 7.0e-03, and is up again at 3.0e-02.",
+        "suggestion": 7e-3,
         "low": 2e-4,
-        "lowest": 1e-2,
         "high": 3e-2,
         "gain": 0.8,
         "base_loss": 4.47,

@@ -18,7 +18,6 @@ class Rates(BaseModel):
 
     suggestion: float
     low: float
-    lowest: float
     high: float
     gain: float
     curve: list[tuple[float, float]]
@@ -43,8 +42,8 @@ def rates_page(content: Mapping[str, Any]) -> Page:
 
 def _tiles(found: Rates) -> list[Tile]:
     return [
-        Tile("suggested", words.rate(found.suggestion)),
-        Tile("lowest loss", f"{found.base_loss - found.gain:.3f}", f"at {words.rate(found.lowest)}"),
+        Tile("suggested rate", words.rate(found.suggestion)),
+        Tile("lowest loss", f"{found.base_loss - found.gain:.3f}", f"at {words.rate(found.suggestion)}"),
         Tile("held-out loss, base", f"{found.base_loss:.3f}", "before any training"),
         Tile("steps", f"{found.steps:,}"),
     ]
@@ -55,7 +54,7 @@ def _picture(found: Rates) -> Picture:
         "rates",
         partial(_draw, found),
         f"Held-out loss against the learning rate, from {found.base_loss:.3f} down to "
-        f"{found.base_loss - found.gain:.3f} at {words.rate(found.lowest)}.",
+        f"{found.base_loss - found.gain:.3f} at {words.rate(found.suggestion)}.",
         "Dashed: the base. Losses above the figure's top are left out.",
         wide=True,
     )
@@ -70,8 +69,7 @@ def _draw(found: Rates, width: float) -> Drawing:
     marks = axes.scatter(rates[shown], losses[shown], s=26, color=SERIES[0], zorder=3)
     marks.set_gid("losses")
     axes.axhline(found.base_loss, color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
-    for place, (name, rate) in enumerate((("suggested", found.suggestion), ("lowest loss", found.lowest)), start=1):
-        axes.axvline(rate, color=SERIES[place], linewidth=2, label=name)
+    axes.axvline(found.suggestion, color=SERIES[1], linewidth=2, label="suggested")
     axes.set_ylim(found.base_loss - 1.15 * found.gain, top)
     log_axis(axes, "x")
     axes.set_xlabel("learning rate")
