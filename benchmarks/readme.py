@@ -111,6 +111,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "README.md": {
         "demo-output": lambda: fenced(shown(text("demo"))),
         "table": lambda: table(content("demo")),
+        "real": lambda: "\n\n".join([*tables.real(content("real")["cells"]), tables.caption(content("real"))]),
         "compare": lambda: studied("compare"),
         "search": lambda: studied("search"),
     },
