@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp, mkstemp
+from tempfile import TemporaryFile, mkdtemp, mkstemp
 
-from tailora.errors import TailoraError, WriteError
+from tailora.errors import ConfigError, TailoraError, WriteError
 
 IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 REMEDIES = {  # what the system refuses -> what to do
@@ -112,3 +112,15 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def make_writable(folder: Path) -> None:
+    """The folder is there and takes files. Raises ConfigError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {folder} cannot be written to ({error.strerror}); give another --output-dir"
+        ) from None

@@ -10,6 +10,7 @@ the rate and what judges it, and the runs that judge have other seeds than those
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -20,17 +21,18 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from tailora.errors import ConfigError
-from tailora.formats.atomic import write_file
+from tailora.formats.atomic import make_writable, write_file
 from tailora.study.budget import FEWEST_STEPS, PROBE_STEPS, SAFETY, Costs
 from tailora.study.config import AT_THE_END, FULL, CompareConfig, arm_settings
+from tailora.study.halves import judging_half
 from tailora.study.outcome import Comparison, judged
-from tailora.study.probe import costs_of
+from tailora.study.probe import costs_of, longest
 from tailora.study.rates import Rates
 from tailora.study.report import report_if_possible
 from tailora.study.trial import OUT_OF_MEMORY, RESULT, Base, Progress, Spec, Trial, choosing_part, try_out
 from tailora.train.config import TrainConfig
 
-STUDY, REPORT = "compare.json", "report.json"
+STUDY, PLAN, REPORT, CLOCK = "compare.json", "plan.json", "report.json", "seconds.json"
 LATER = {"seeds", "rate_tries", "minutes", "margin"}  # what a comparison may be asked for more of
 
 Say = Callable[[str], None]
@@ -67,11 +69,15 @@ def compare(
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     known = folder / STUDY
     text = json.dumps(settings, indent=1)
-    if known.exists():
+    if known.exists() and not any((folder / "runs").glob(f"*/[!p]*/{RESULT}")):  # but probes: it may be asked anew
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        (folder / PLAN).unlink(missing_ok=True)
+    elif known.exists():
         if _lasting(json.loads(known.read_text())) != _lasting(json.loads(text)):
             raise ConfigError(f"{folder} holds a comparison with other settings; give another --output-dir")
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no comparison; give another --output-dir")
+    make_writable(folder)
     write_file(known, text.encode())
 
 
@@ -90,8 +96,10 @@ class _Study:
     ) -> None:
         self.train, self.study, self.folder, self.say, self.progress = train, study, folder, say, progress
         self.started = time.monotonic()
+        self.earlier = json.loads((folder / CLOCK).read_text()) if (folder / CLOCK).exists() else 0.0  # seconds
         self.notes: list[str] = []
         self.steps = 0  # planned for every run, with --minutes
+        self.longest = 1  # steps that the settings ask for
         self.costs: dict[str, Costs] = {}  # of each arm, with --minutes
         self.base: dict[tuple[str, bool], Base | None] = {}  # arm, whether choosing -> what its base has
 
@@ -99,7 +107,9 @@ class _Study:
         steps = self._steps()
         rates = self._search(steps)
         finals = self._finals(steps, rates)
-        seconds = time.monotonic() - self.started
+        if cut := next((run.numbers.get("truncated") for runs in finals.values() for run in runs if run.done), None):
+            self._note(f"{cut} examples are longer than --max-length {self.train.max_length} and were cut")
+        seconds = json.loads((self.folder / CLOCK).read_text())
         return judged(self.study, rates, finals, notes=self.notes, settings=settings, seconds=seconds)
 
     def _left(self) -> float:
@@ -122,7 +132,11 @@ class _Study:
             before=self.base.get((arm, not final)),
             texts=str(self.folder / "texts.json"),
         )
-        trial = try_out(spec, self.folder / "runs" / arm / where, self.progress)
+        folder = self.folder / "runs" / arm / where
+        new = not (folder / RESULT).exists()
+        trial = try_out(spec, folder, self.progress)
+        if new:
+            write_file(self.folder / CLOCK, json.dumps(self.earlier + time.monotonic() - self.started).encode())
         if self.base.get((arm, not final)) is None:
             self.base[arm, not final] = trial.base
         return trial
@@ -133,42 +147,45 @@ class _Study:
         """`max_steps` that fit into --minutes, measured on a few steps of each arm; {} leaves the settings' own."""
         if self.study.minutes is None:
             return {}
-        self.say(f"timing {PROBE_STEPS} steps of each arm")
         for arm in self.study.arms:
             self._probe(arm)
+            if self._left() < 0 and not (self.folder / PLAN).exists():
+                raise ConfigError(f"--minutes {self.study.minutes:g} were over when {arm} had been timed: give more")
         if not self.costs:
             raise ConfigError(f"no arm can be trained: {PROBE_STEPS} steps of each failed; see {self.folder / 'runs'}")
-        known = self.folder / "plan.json"
+        known = self.folder / PLAN
         if not known.exists():
             costs = {arm: asdict(each) for arm, each in self.costs.items()}
             write_file(known, json.dumps({"max_steps": self._fitting(), "costs": costs}).encode())
         planned = json.loads(known.read_text())
         if "costs" in planned:  # as they were with all that a fresh process does
             self.costs = {arm: Costs(**each) for arm, each in planned["costs"].items()}
-        self.steps = min(planned["max_steps"], self.train.max_steps or math.inf)
+        self.steps = planned["max_steps"]
         self.say(f"{self.steps} steps in each run, planned to fit into the minutes")
         return {"max_steps": self.steps}
 
     def _probe(self, arm: str) -> None:
         """What the arm's runs cost, and its base on the held-out examples. Without costs when it does not run."""
+        self.say(f"timing {PROBE_STEPS} steps of {arm}")
         started, rate = time.monotonic(), self.study.prior(arm) / 100
         trial = self._trial(arm, "probe", final=True, learning_rate=rate, max_steps=PROBE_STEPS)
         if trial.done:
             self.costs[arm] = costs_of(trial, time.monotonic() - started, halves=2)
             self.base[arm, True] = choosing_part(trial.base)
+            self.longest = longest(self.train, trial.numbers["examples"])
 
     def _fitting(self) -> int:
         """Steps of every run. Raises ConfigError for too little time."""
         runs = self.study.rate_tries + self.study.seeds
         fixed, step = self._seconds(0), runs * sum(costs.step for costs in self.costs.values())
-        steps = int((self._left() * SAFETY - fixed) / step)
-        if steps < FEWEST_STEPS:
-            needs = math.ceil((time.monotonic() - self.started + (fixed + FEWEST_STEPS * step) / SAFETY) / 60)
+        steps, fewest = int((self._left() * SAFETY - fixed) / step), min(FEWEST_STEPS, self.longest)
+        if steps < fewest:
+            needs = math.ceil((time.monotonic() - self.started + (fixed + fewest * step) / SAFETY) / 60)
             raise ConfigError(
                 f"--minutes {self.study.minutes:g} is too short for {runs} runs of {len(self.costs)} arms: "
-                f"{FEWEST_STEPS} steps each take {needs} minutes; give more, or fewer --seeds or --rate-tries"
+                f"{fewest} steps each take {needs} minutes; give more, or fewer --seeds or --rate-tries"
             )
-        return steps
+        return min(steps, self.longest)
 
     def _seconds(self, steps: int) -> float:
         """Of all runs of so many steps."""
@@ -222,6 +239,8 @@ class _Study:
                 rate = rates[arm].best
                 trial = self._trial(arm, folders[arm], final=True, learning_rate=rate, seed=seed, **steps)
                 trials.append(trial)
-                said = f"held-out loss {trial.loss():.4f}" if trial.done else trial.outcome
+                said = (
+                    f"held-out loss {trial.loss(judging_half(len(trial.counts))):.4f}" if trial.done else trial.outcome
+                )
                 self.say(f"{arm}: seed {seed} at its best rate {rate:.2g}, {said}")
         return finals

@@ -8,6 +8,7 @@ journal.log    the trials, unless --storage names a database
 
 import hashlib
 import json
+import shutil
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -27,10 +28,11 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from tailora.errors import ConfigError
-from tailora.formats.atomic import write_file
+from tailora.formats.atomic import make_writable, write_file
 from tailora.study.choice import Candidate
 
 CLAIM, HOME, SEATS, JOURNAL = ".claim", ".home", "seats", "journal.log"
+PLAN, PROBE = "plan.json", "probe"
 WORKER, OUTCOME, AGAIN = "worker", "outcome", "again"  # what is noted beside a trial
 HEARTBEAT, GRACE = 30, 120  # seconds
 YOUNG = 60.0  # seconds that a trial may have no worker
@@ -43,11 +45,13 @@ def claim(folder: Path, name: str, settings: dict[str, Any], noun: str) -> None:
     name: of the file with the settings.    noun: what the study is called in a message.
     """
     known, text = folder / name, json.dumps(settings, indent=1)
-    if known.exists():
+    if known.exists() and (folder / PLAN).exists():  # before that nothing was made that is worth keeping
         if json.loads(known.read_text()) != json.loads(text):
             raise ConfigError(f"{folder} holds a {noun} with other settings; give another --output-dir")
         return
-    if folder.exists() and any(entry.name != CLAIM for entry in folder.iterdir()):
+    if known.exists():
+        shutil.rmtree(folder / PROBE, ignore_errors=True)
+    elif folder.exists() and any(entry.name != CLAIM for entry in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no {noun}; give another --output-dir")
     write_file(known, text.encode())
 
@@ -55,7 +59,7 @@ def claim(folder: Path, name: str, settings: dict[str, Any], noun: str) -> None:
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """One process at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_writable(folder)
     with FileLock(folder / CLAIM):
         yield
 

@@ -13,6 +13,8 @@ from tailora.study.choice import Candidate, Finalist
 from tailora.study.space import Axis, at_edge
 from tailora.train.config import TrainConfig
 
+FEW = 20  # held-out examples
+
 
 @dataclass(frozen=True)
 class Found:
@@ -28,7 +30,7 @@ class Found:
     judged_examples: int
     notes: list[str]
     settings: dict[str, Any]
-    seconds: float
+    seconds: float  # of all trials and the runs that judge, whoever made them
     config: str  # best.yaml
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,14 +52,16 @@ def remarks(
     candidates: Sequence[Candidate],
     best: Finalist,
     importances: Mapping[str, float],
+    judged: int,
 ) -> list[str]:
-    """What limits the verdict."""
+    """What limits the verdict. judged: held-out examples that judge."""
     edges = [name for name, value in best.settings.items() if at_edge(axes[name], value)]
     rules = {
         f"{', '.join(edges)} of the best lies at the edge of its space: a wider one may hold better": edges,
         f"trials had {plan.steps:,} of the {plan.longest:,} steps that the settings ask for; in longer runs a "
         "lower learning rate and a higher rank may be better": plan.steps < plan.longest,
         f"{len(candidates)} trials are too few to say which settings matter": not importances,
+        f"{judged} held-out examples judge: more, by --eval-data or --validation-split, would tell finer": judged < FEW,
     }
     return [text for text, holds in rules.items() if holds]
 

@@ -27,7 +27,7 @@ from tailora.study.report import report_if_possible
 from tailora.study.trial import Progress, Spec, Told, Trial, try_out
 from tailora.train.config import TrainConfig
 
-STUDY, PLAN, REPORT, KIND = "search.json", "plan.json", "report.json", "learning-rates"
+STUDY, REPORT, KIND = "search.json", "report.json", "learning-rates"
 LOWEST, HIGHEST = 1e-6, 1.0
 STEPS, BETWEEN = 120, 3  # 20 steps a decade; evaluations every 3
 FEWEST = 30
@@ -77,8 +77,8 @@ def find_range(
     asked = {"train": train.model_dump(mode="json", exclude={"output_dir"}), "minutes": study.minutes, "lr_only": True}
     with folders.claimed(folder):
         folders.claim(folder, STUDY, asked, "search")
-        steps = STEPS if study.minutes is None else _planned(train, study.minutes, folder, progress)
-        say(f"{steps} steps, at learning rates from {LOWEST:g} to {HIGHEST:g}")
+        steps = _planned(train, study.minutes, folder, progress)
+        say(f"up to {steps} steps, at learning rates from {LOWEST:g} to {HIGHEST:g}, until the loss is lost")
         spec = _spec(train, {"max_steps": steps, "eval_steps": BETWEEN}, rising=(LOWEST, HIGHEST))
         trial = try_out(spec, folder / "rising", progress, _until_lost())
     found = read_range(trial, steps, asked)
@@ -88,19 +88,20 @@ def find_range(
     return found
 
 
-def _planned(train: TrainConfig, minutes: float, folder: Path, progress: Progress | None) -> int:
-    """`_fitting`, found once."""
-    known = folder / PLAN
+def _planned(train: TrainConfig, minutes: float | None, folder: Path, progress: Progress | None) -> int:
+    """Steps of the run, found once."""
+    known = folder / folders.PLAN
     if not known.exists():
-        write_file(known, json.dumps({"steps": _fitting(train, minutes, folder, progress)}).encode())
-    steps: int = json.loads(known.read_text())["steps"]
-    return steps
+        steps = STEPS if minutes is None else _fitting(train, minutes, folder, progress)
+        write_file(known, json.dumps({"steps": steps}).encode())
+    kept: int = json.loads(known.read_text())["steps"]
+    return kept
 
 
 def _fitting(train: TrainConfig, minutes: float, folder: Path, progress: Progress | None) -> int:
     """Steps that fit into the time, at most STEPS. Raises ConfigError for too few."""
     spec = _spec(train, {"learning_rate": SMALL_RATE, "max_steps": PROBE_STEPS})
-    costs, _ = probe(spec, folder / "probe", progress)
+    costs, _ = probe(spec, folder / folders.PROBE, progress)
     each, beside = costs.step + costs.evaluation / BETWEEN, costs.fixed + costs.evaluation
     left = minutes * 60 * SAFETY - beside - costs.trial(PROBE_STEPS)
     steps = min(STEPS, int(left / each))
@@ -161,17 +162,16 @@ def landmarks(curve: Sequence[tuple[float, float]], base: float) -> tuple[float,
     curve: rate, loss, in the order of rates.    base: the loss before.
     """
     rates, losses = np.array(curve).T
-    smooth = _smoothed(losses)
-    place = int(smooth.argmin())
-    gain = float(base - smooth[place])
-    begun = int(np.argmax(base - smooth >= BEGUN * gain)) if gain > 0 else 0
-    risen = np.flatnonzero(smooth[place:] > smooth[place] + LOST * max(gain, 0.0))
+    place = int(losses.argmin())
+    gain = float(base - losses[place])
+    begun = int(np.argmax(base - _smoothed(losses) >= BEGUN * gain)) if gain > 0 else 0
+    risen = np.flatnonzero(losses[place:] > losses[place] + LOST * max(gain, 0.0))
     end = place + int(risen[0]) if len(risen) else len(rates) - 1
     return float(rates[begun]), float(rates[place]), float(rates[end]), gain
 
 
 def _smoothed(losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A running median of three: one evaluation by itself says nothing."""
+    """A running median of three: where it begins to fall, one evaluation by itself says nothing."""
     padded = np.concatenate([losses[:1], losses, losses[-1:]])
     middle: NDArray[np.float64] = np.median(np.lib.stride_tricks.sliding_window_view(padded, 3), axis=1)
     return middle

@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tailora.study.choice import Candidate, by_loss, finalists, judge
 from tailora.study.config import SearchConfig
 from tailora.study.finals import finals, shared
 from tailora.study.found import Found, described, remarks, write_config
+from tailora.study.halves import halves, judging_half
 from tailora.study.probe import longest, probe, probe_settings
 from tailora.study.report import report_if_possible
 from tailora.study.sampling import axes, importances, sampler, suggest
@@ -34,7 +36,7 @@ from tailora.study.space import Axis, read_space, searched, settings, start
 from tailora.study.trial import RESULT, Base, Progress, Spec, Told, Trial, choosing_part, try_out
 from tailora.train.config import TrainConfig
 
-STUDY, PLAN, REPORT, BEST, CHEAPEST = "search.json", "plan.json", "report.json", "best.yaml", "cheapest.yaml"
+STUDY, REPORT, BEST, CHEAPEST = "search.json", "report.json", "best.yaml", "cheapest.yaml"
 POLL_SECONDS = 1.0
 RESERVED = 2  # finalists that time is kept for: the best, and a cheaper one
 
@@ -112,13 +114,16 @@ class _Search:
 
     def _plan(self) -> tuple[Plan, dict[str, Any]]:
         """Steps of a trial, and the parts of the model: from a few steps, once for all processes. Under the claim."""
-        known = self.folder / PLAN
+        known = self.folder / folders.PLAN
         if not known.exists():
             self.say(f"timing {PROBE_STEPS} steps")
             spec = self._spec(probe_settings(self.space, self.train), choosing=False, describe=True)
-            costs, trial = probe(spec, self.folder / "probe", self.progress)
+            costs, trial = probe(spec, self.folder / folders.PROBE, self.progress)
+            halves(len(trial.counts))  # raises: too few are found before anything is kept
             asked, finals = longest(self.train, trial.numbers["examples"]), RESERVED * self.study.seeds
             plan = planned(costs, asked, self._left(), self.study.wanted, finals)
+            if cut := trial.numbers.get("truncated"):
+                self._note(f"{cut} examples are longer than --max-length {self.train.max_length} and were cut")
             content = {"plan": plan.to_dict(), "parts": trial.numbers["parts"], "base": trial.base}
             write_file(known, json.dumps(content).encode())
         content = json.loads(known.read_text())
@@ -239,9 +244,12 @@ class _Search:
             steps=self.plan.steps,
             seeds=judged.seeds,
             judged_examples=judged.judged_examples,
-            notes=[*self.notes, *remarks(self.plan, self.axes, candidates, judged.best, shares)],
+            notes=[
+                *self.notes,
+                *remarks(self.plan, self.axes, candidates, judged.best, shares, judged.judged_examples),
+            ],
             settings={**asked, "search": self.study.model_dump(mode="json")},
-            seconds=time.monotonic() - self.started,
+            seconds=sum(each.seconds or 0.0 for each in candidates) + sum(map(_seconds, chain(*runs.values()))),
             config=str(best),
         )
 
@@ -271,9 +279,13 @@ class _Search:
         new = not (folder / RESULT).exists()
         trial = try_out(spec, folder, self.progress)
         if new:
-            said = f"held-out loss {trial.loss():.4f}" if trial.done else trial.outcome
+            said = f"held-out loss {trial.loss(judging_half(len(trial.counts))):.4f}" if trial.done else trial.outcome
             self.say(f"trial {candidate.number} again, seed {seed}: {said}")
         return trial
+
+
+def _seconds(run: Trial) -> float:
+    return float(run.numbers["seconds"])
 
 
 def _line(each: Candidate) -> str:

@@ -224,7 +224,8 @@ def _made(config: TrainConfig, spec: Spec, heard: Heard) -> Trial:
         raise errors.ConfigError("there is no held-out data to judge by: give --eval-data or --validation-split")
     left = folder_of(result.model, Path(result.output_dir))
     forgotten, took = (None, {}) if spec.forgetting is None else _forgotten(result, spec)
-    own = {"seed": config.seed, "parts": found, "examples": _examples(result), **took}
+    cut = None if result.data is None else result.data.report.truncated
+    own = {"seed": config.seed, "parts": found, "examples": _examples(result), "truncated": cut, **took}
     return heard.trial(
         "done",
         "",

@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from filelock import FileLock, Timeout
 
 import tailora
 from tailora.errors import CheckpointError, ConfigError
-from tailora.formats.atomic import write_file
+from tailora.formats.atomic import make_writable, write_file
 from tailora.train.checkpoint import found
 from tailora.train.config import TrainConfig
 from tailora.train.evaluate import Evaluation
@@ -32,14 +31,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", 
 def claim(config: TrainConfig) -> Path:
     """The output folder: writable, and empty of other runs. Raises ConfigError."""
     output_dir = Path(config.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir {output_dir} cannot be written to ({error.strerror}); give another --output-dir"
-        ) from None
+    make_writable(output_dir)
     resumed = config.resume_from_checkpoint
     own = resumed is not None and (resumed == "latest" or Path(resumed).resolve().parent == output_dir.resolve())
     if not own and (kept := _kept(output_dir)):

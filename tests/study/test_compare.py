@@ -75,7 +75,7 @@ def test_minutes_are_planned_once_and_a_comparison_may_be_asked_for_more(
     asked, heard = SMALL.replaced(minutes=5.0, seeds=1), []
     first = compare(train, asked, say=heard.append)
     assert "3 steps in each run, planned to fit into the minutes" in heard
-    assert json.loads((tmp_path / "study" / "plan.json").read_text())["max_steps"] > 3  # as far as time goes
+    assert json.loads((tmp_path / "study" / "plan.json").read_text())["max_steps"] == 3  # as the settings ask
     runs = tmp_path / "study" / "runs"
     (texts,) = (tmp_path / "study").glob("texts.json")
     assert len(json.loads(texts.read_text())) == 16
@@ -207,8 +207,11 @@ def test_too_few_held_out_examples_are_found_before_any_step(small_run: TrainCon
 
 @pytest.mark.slow
 def test_too_little_time_is_refused_with_what_it_needs(small_run: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"too short.*give more"):
-        compare(small_run.replaced(output_dir=str(tmp_path / "study")), SMALL.replaced(minutes=0.01))
+    train = small_run.replaced(output_dir=str(tmp_path / "study"))
+    with pytest.raises(ConfigError, match=r"--minutes 0\.01 were over when r4 had been timed: give more"):
+        compare(train, SMALL.replaced(minutes=0.01))
+    with pytest.raises(ConfigError, match=r"--minutes 1 is too short for 120 runs of 2 arms: .* give more"):
+        compare(train, SMALL.replaced(minutes=1.0, seeds=100, rate_tries=20))
 
 
 def trial(losses: np.ndarray, counts: np.ndarray, seed: int, parameters: int) -> Trial:

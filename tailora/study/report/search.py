@@ -59,7 +59,7 @@ def _tiles(found: Found) -> list[Tile]:
         Tile("held-out loss, base", f"{found.base_loss:.3f}", "before any training"),
         Tile("trained by the cheapest", words.count(cheapest.trainable_parameters), "parameters"),
         Tile("trials", str(len(found.trials)), f"{found.steps:,} steps each"),
-        Tile("time in all", words.duration(found.seconds)),
+        Tile("time of all runs", words.duration(found.seconds)),
     ]
 
 
