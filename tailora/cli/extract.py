@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from math import isfinite
+from statistics import median
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -15,6 +16,7 @@ FLAGS: Any = flags_of({}, only=["target_modules", "exclude_modules", "modules_to
 NONE_GIVEN = FLAGS()
 NUMBERED = re.compile(r"\.\d+\.")
 SHOWN = 12  # lines of what is left over
+POOR = 0.5  # relative error in the middle: most of the difference is missing
 
 
 def extract(
@@ -41,8 +43,18 @@ def extract(
     adapted.save_adapter(output_dir)
     left = {name: change if isfinite(change) else None for name, change in report.left_over.items()}
     payload = {"tuned": tuned, **facts(report), "left_over": left}
-    show(f"extracted from {tuned}", [told(report), *rest(report.left_over)], model, output_dir, payload, json)
+    lines = [told(report), *poor(report.error), *rest(report.left_over)]
+    show(f"extracted from {tuned}", lines, model, output_dir, payload, json)
     return 0
+
+
+def poor(error: Mapping[str, float]) -> list[str]:
+    """What to do where most of the difference is not in the adapter; [] elsewhere."""
+    if median(error.values()) < POOR:
+        return []
+    return [
+        "Most of the difference is of a higher rank than the adapter's: raise --r, or --energy .9 for what it takes"
+    ]
 
 
 def rest(left_over: Mapping[str, float]) -> list[str]:

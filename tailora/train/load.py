@@ -127,6 +127,8 @@ def check_unquantized(config: PretrainedConfig, name: str, quantize: str) -> Non
 
 def _unreadable(name: str, source: str, error: Exception) -> str:
     folder = Path(source)
+    if (folder / "model" / "config.json").is_file():
+        return f"model {name!r} is the folder of a run, not of a model: give {folder / 'model'}"
     if folder.is_dir():
         there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
         return (

@@ -10,6 +10,7 @@ from tiny import chat_model
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.cli.extract import poor
 from tailora.cli.main import main
 
 IDS = torch.arange(20).view(2, 10)
@@ -90,6 +91,13 @@ def test_shrinking_within_a_loss_budget(adapters: Path, chats: Path, capsys: pyt
     assert (out / "adapter_model.safetensors").stat().st_size < (
         adapters / "one/adapter_model.safetensors"
     ).stat().st_size
+
+
+def test_a_poor_fit_comes_with_what_to_do() -> None:
+    assert poor({"a": 0.9, "b": 0.2, "c": 0.6}) == [
+        "Most of the difference is of a higher rank than the adapter's: raise --r, or --energy .9 for what it takes"
+    ]
+    assert poor({"a": 0.9, "b": 0.2, "c": 0.3}) == []
 
 
 def test_extracting_says_what_the_adapter_cannot_hold(

@@ -42,3 +42,10 @@ def test_pickled_weights_are_not_read(model_folder: Path, tmp_path: Path) -> Non
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="safetensors"):
         load_base(str(tmp_path))
+
+
+def test_the_folder_of_a_run_is_not_its_model(tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is the folder of a run, not of a model: give .*run/model"):
+        load_base(str(tmp_path / "run"))
