@@ -51,12 +51,11 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
 def collate_padded(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """One example a row, padded on the right: input_ids, attention_mask, labels (batch, longest) int64."""
     shape = (len(examples), max(len(example.input_ids) for example in examples))
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.int64)
+    input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
+    mask = np.zeros(shape, np.int64)
     for row, example in enumerate(examples):
         length = len(example.input_ids)
-        input_ids[row, :length] = torch.from_numpy(example.input_ids.astype(np.int64))
-        labels[row, :length] = torch.from_numpy(example.labels.astype(np.int64))
+        input_ids[row, :length], labels[row, :length] = example.input_ids, example.labels
         mask[row, :length] = 1
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    found = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    return {name: torch.from_numpy(array) for name, array in found.items()}

@@ -8,8 +8,15 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 LEVELS = 2**16
+
+
+def new_seed() -> int:
+    """From torch's random state. In a plan, whose tensors hold no numbers, any will do."""
+    drawn = torch.randint(2**62, ())
+    return 0 if isinstance(drawn, FakeTensor) else int(drawn)
 
 
 def noise(seed: int, like: Tensor, p: float) -> Tensor:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,19 +45,23 @@ def _recomputed(model: Model, batch: Batch) -> Tensor:
 def _states(model: Model, batch: Batch) -> Tensor:
     """The decoder's states at supervised positions: (supervised, hidden)."""
     states = model.get_decoder()(**batch.inputs, use_cache=False)[0]  # (batch, length, hidden)
-    return cast(Tensor, states.flatten(0, 1).index_select(0, batch.wanted.flatten().nonzero()[:, 0]))
+    return _rows(states, batch.wanted)
+
+
+def _rows(values: Tensor, mask: Tensor) -> Tensor:
+    """Where the mask (batch, length) is true. By numbers: a mask as index has no length for a plan to know."""
+    return values.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0])
 
 
 def _own(model: Model, batch: Batch) -> Tensor:
     columns = batch.wanted.any(dim=0).nonzero()[:, 0]  # where some row of the batch is judged
     logits = model(**batch.inputs, use_cache=False, logits_to_keep=columns).logits  # (batch, columns, vocabulary)
-    judged = batch.wanted[:, columns].flatten()
-    rows = logits.flatten(0, 1)
-    return cross_entropy(rows if judged.all() else rows[judged], batch.targets)
+    judged = batch.wanted[:, columns]
+    return cross_entropy(logits.flatten(0, 1) if judged.all() else _rows(logits, judged), batch.targets)
 
 
 def _whole(model: Model, batch: Batch) -> Tensor:
-    return cross_entropy(model(**batch.inputs, use_cache=False).logits[batch.wanted], batch.targets)
+    return cross_entropy(_rows(model(**batch.inputs, use_cache=False).logits, batch.wanted), batch.targets)
 
 
 FROZEN = "chunked, head frozen"

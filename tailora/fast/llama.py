@@ -17,6 +17,7 @@ from tailora.core.kinds import LINEAR, qualified
 from tailora.core.layer import LoRALayer
 from tailora.fast import blocks, decoder
 from tailora.fast.decoder import Layer, Norm
+from tailora.fast.dropout import new_seed
 from tailora.fast.projections import Projection
 
 FAMILY = frozenset(
@@ -133,7 +134,7 @@ def _described(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Layer | N
         documents=blocks.arranged(tuple(ends.diff().tolist()), x.device),
         torchs_attention=x.dtype != torch.bfloat16,
         dropout=dropout,
-        seed=int(torch.randint(2**62, ())) if dropout else 0,
+        seed=new_seed() if dropout else 0,
         checkpointed=cast(Any, module).checkpointed,
     )
 

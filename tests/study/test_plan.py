@@ -97,3 +97,28 @@ def test_a_report_is_written_when_asked_for(small_run: TrainConfig, tmp_path: Pa
     content = json.loads((tmp_path / "plan" / "report.json").read_text())
     assert content["kind"] == "plan"
     assert content["memory"]["total"] == found.memory.total
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_dropout": 0.1},
+        {"lora_dropout": 0.1, "fast": "off"},
+        {"lora_dropout": 0.1, "gradient_checkpointing": True},
+        {"packing": "off"},
+        {"packing": "off", "lora_dropout": 0.1, "fast": "off"},
+        {"use_dora": True, "lora_dropout": 0.1},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "eva"},
+        {"target_r": 2},
+        {"lora_bias": True},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3]},
+        {"layers_to_transform": [1]},
+    ],
+    ids=str,
+)
+def test_every_way_of_training_can_be_planned(small_run: TrainConfig, changes: dict[str, Any]) -> None:
+    found = plan(small_run.replaced(**changes))
+    assert found.memory.activations > 0
+    assert found.trainable_parameters > 0
