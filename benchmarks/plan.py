@@ -49,7 +49,6 @@ CASES = {
     "T full bf16": Case(T, {**BF16, "method": "full", "learning-rate": 5e-5}),
     "T full fp32": Case(T, {**FP32, "method": "full", "learning-rate": 5e-5}),
     "T bf16, 4 x 1024, checkpointed": Case(replace(T, rows=4, length=1024), {**BF16, "gradient-checkpointing": True}),
-    "T nf4": Case(T, {**BF16, "quantize": "nf4"}),
     "T int8": Case(T, {**BF16, "quantize": "int8"}),
     "T bf16, r 64, dropout": Case(T, {**BF16, "r": 64, "lora-dropout": 0.1}),
     "T bf16, 32 x 64, fast off": Case(replace(T, rows=32, length=64), {**BF16, "fast": "off"}),
