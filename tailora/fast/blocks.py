@@ -3,14 +3,15 @@
 Documents of about one length are computed together, padded at the end, where no earlier token looks. The query heads
 that share a key head are laid out as rows, so keys are never repeated. A block is BLOCK queries against the keys that
 they see, so no work is done beyond the diagonal or outside a sliding window. The backward computes the probabilities
-again (FlashAttention, arXiv:2205.14135, sec. 3.1), block by block. Where torch's own attention is faster, it takes the
-place of the blocks.
+again (FlashAttention, arXiv:2205.14135, sec. 3.1), block by block. Where torch's own attention is faster (`Ways`), it
+takes the place of the blocks.
 
 Shapes: q (tokens, heads, width), k and v (tokens, key heads, width).
 """
 
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tailora.fast import flash
+from tailora.fast.products import cpu_flags
 
 BLOCK = 128  # queries: products large enough to be fast, probabilities small enough for the cache
 ROUND = 32  # lengths are rounded up to a multiple: oneDNN compiles every product's shape anew, 1 ms and .7 MB each
@@ -36,17 +38,38 @@ class Together:
     write: Tensor  # the same; padding writes to a place behind the row's end
 
 
+class Ways(NamedTuple):
+    """Tokens from which on a document, where no window cuts, takes torch's attention."""
+
+    forward: int
+    both: int  # with its backward, which takes the probabilities of no other forward
+
+
+TORCHS = Ways(0, 0)
+BLOCKS = Ways(sys.maxsize, sys.maxsize)
+# bfloat16 with AMX: a layer of 9 heads of 64 over 3 key heads takes .98 of its time in blocks with documents of 256
+# tokens, .92 with one of 1024, .87 with one of 2048 (two threads); torch's backward is even at 1024 and slower below
+TILES = Ways(256, 1024)
+
+
+def best_ways(dtype: torch.dtype) -> Ways:
+    """What is fastest on a CPU, by measurement."""
+    if dtype != torch.bfloat16:
+        return TORCHS
+    return TILES if "amx_bf16" in cpu_flags() else BLOCKS
+
+
 class Kept(NamedTuple):
     """What the backward needs of documents computed together.
 
     In blocks q is (count * key heads, group, length, width), k and v (count * key heads, length, width); by torch's
-    attention they are (count, heads or key heads, length, width).
+    backward they are (count, heads or key heads, length, width).
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    log_sums: Tensor | None  # (count, heads, length) of torch's attention; None in blocks
+    log_sums: Tensor | None  # (count, heads, length) for torch's backward; None in blocks
 
 
 @lru_cache(maxsize=32)  # every layer of a model asks for the same
@@ -71,15 +94,14 @@ def _together(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: tuple[Together, ...], scale: float, window: int | None, torchs: bool
+    q: Tensor, k: Tensor, v: Tensor, documents: tuple[Together, ...], scale: float, window: int | None, ways: Ways
 ) -> tuple[Tensor, list[Kept]]:
-    """(tokens, heads, width), and what the backward needs. `torchs`: by torch's attention, where no window cuts."""
+    """(tokens, heads, width), and what the backward needs."""
     tokens, heads, width = q.shape
     out = q.new_empty(tokens + 1, heads, width)  # the last place takes what padding computes
     kept = []
     for each in documents:
-        way = _flash_forward if torchs and not _cut(each, window) else _blocks_forward
-        rows, own = way(q, k, v, each, scale, window)
+        rows, own = _way(each, window, ways)(q, k, v, each, scale, window)
         out.index_copy_(0, each.write, rows)
         kept.append(own)
     return out[:tokens], kept
@@ -108,11 +130,16 @@ def backward(
     return dq[:-1], dk[:-1], dv[:-1]
 
 
-def _cut(each: Together, window: int | None) -> bool:
-    return window is not None and window < each.length
-
-
 Rows = Tensor  # (count * length, heads, width)
+Way = Callable[[Tensor, Tensor, Tensor, Together, float, int | None], tuple[Rows, Kept]]
+
+
+def _way(each: Together, window: int | None, ways: Ways) -> Way:
+    if window is not None and window < each.length:
+        return _blocks_forward
+    if each.length >= ways.both:
+        return _flash_forward
+    return _flash_before_blocks if each.length >= ways.forward else _blocks_forward
 
 
 def _flash_forward(
@@ -121,6 +148,15 @@ def _flash_forward(
     qs, ks, vs = (_apart(part.index_select(0, each.read), each) for part in (q, k, v))
     output, log_sums = flash.forward(qs, ks, vs, scale)
     return _joined(output), Kept(qs, ks, vs, log_sums)
+
+
+def _flash_before_blocks(
+    q: Tensor, k: Tensor, v: Tensor, each: Together, scale: float, _window: int | None
+) -> tuple[Rows, Kept]:
+    own = _gathered(q, k, v, each)
+    qs, ks, vs = (part.view(each.count, -1, each.length, part.shape[-1]) for part in (own.q, own.k, own.v))
+    output, _ = flash.forward(qs, ks, vs, scale)
+    return _joined(output), own
 
 
 def _flash_backward(gradient: Rows, output: Tensor, own: Kept, each: Together, scale: float) -> tuple[Rows, Rows, Rows]:

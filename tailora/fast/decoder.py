@@ -56,7 +56,7 @@ class Layer:
     scale: float
     window: int | None
     documents: tuple[blocks.Together, ...]
-    torchs_attention: bool  # else in blocks
+    ways: blocks.Ways
     dropout: float
     seed: int
     checkpointed: bool
@@ -138,7 +138,7 @@ def _forward(x: Tensor, cos: Tensor, sin: Tensor, layer: Layer) -> tuple[Tensor,
         (q, q_inverse), (k, k_inverse), raw_q, raw_k = layer.head_norms[0](q), layer.head_norms[1](k), q, k
         raw = (raw_q, q_inverse), (raw_k, k_inverse)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    attended, heads = blocks.forward(q, k, v, layer.documents, layer.scale, layer.window, layer.torchs_attention)
+    attended, heads = blocks.forward(q, k, v, layer.documents, layer.scale, layer.window, layer.ways)
     attended = attended.flatten(1)
     (middle,), low_o = projections.forward(attended, layer.named("o"), layer.noise(1, attended, "o"), residual=x)
     n2, middle_inverse = layer.middle_norm(middle)

@@ -132,7 +132,7 @@ def _described(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Layer | N
         scale=attention.scaling,
         window=_window(attention),
         documents=blocks.arranged(tuple(ends.diff().tolist()), x.device),
-        torchs_attention=x.dtype != torch.bfloat16,
+        ways=blocks.best_ways(x.dtype),
         dropout=dropout,
         seed=new_seed() if dropout else 0,
         checkpointed=cast(Any, module).checkpointed,

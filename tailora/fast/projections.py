@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tailora.fast.products import add_product, product
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -40,8 +42,7 @@ def forward(
     low = _low(x, projections, noise)
     outputs = []
     for projection, rows in zip(projections, _columns(low, projections), strict=True):
-        weight = projection.weight.t()
-        y = torch.mm(x, weight) if residual is None else torch.addmm(residual, x, weight)
+        y = product(x, projection.weight.t(), residual)
         if projection.bias is not None:
             y.add_(projection.bias)
         if projection.B is not None:
@@ -67,9 +68,9 @@ def backward_input(
 ) -> Tensor:
     """Gradient of x (tokens, in), from GB; into `out` where given."""
     first, *others = zip(gradients, projections, strict=True)
-    dx = torch.mm(first[0], first[1].weight) if out is None else torch.mm(first[0], first[1].weight, out=out)
+    dx = product(first[0], first[1].weight, out=out)
     for gradient, projection in others:
-        dx.addmm_(gradient, projection.weight)
+        add_product(dx, gradient, projection.weight)
     if low is not None:
         A = _stacked(projections)
         dx = dx.addmm_(low, A) if noise is None else dx.addcmul_(torch.mm(low, A), noise)

@@ -16,6 +16,7 @@ from tailora.core.modes import evaluating
 from tailora.data.store import Example
 from tailora.errors import ConfigError
 from tailora.fast.attention import SHORT, packed_rows
+from tailora.fast.blocks import BLOCKS, TORCHS, best_ways
 from tailora.fast.llama import eligible, fast_layers, obstacle_to_layers
 from tailora.train.loss import Rows, token_losses
 from tailora.train.packing import probes
@@ -23,7 +24,8 @@ from tailora.train.subject import Subject, trained
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}  # float64: transformers computes norms in float32
 HALF_TOLERANCE = 0.1  # bfloat16, float16
-ATTENTION = {torch.bfloat16: "grouped, in blocks"}  # within the layer kernels
+MIXED = "torch's forward of long documents, else grouped, in blocks"
+WAYS = {BLOCKS: "grouped, in blocks", TORCHS: "torch's, by length"}  # of attention within the layer kernels
 SPREAD = 0.02  # of factors that start at zero, while gradients are compared
 
 
@@ -60,7 +62,7 @@ def choose_kernels(
 def described(base: PreTrainedModel, rows: Rows, device: torch.device, reason: str | None, verdict: str) -> Kernels:
     """reason: why the layer kernels are off, or None."""
     layers = f"Llama family, {verdict}" if reason is None else f"off, {reason}"
-    attention = _attention(base, rows, device) if reason else ATTENTION.get(base.dtype, "torch's, by length")
+    attention = _attention(base, rows, device) if reason else WAYS.get(best_ways(base.dtype), MIXED)
     return Kernels(reason is None, f"layer kernels: {layers}; attention: {attention}; loss: {rows.loss}")
 
 

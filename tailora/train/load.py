@@ -19,6 +19,7 @@ from tailora.data.demo import resolve
 from tailora.data.hub import check_model
 from tailora.data.quiet import quiet
 from tailora.errors import ConfigError, listing
+from tailora.fast.products import cpu_flags
 from tailora.train.quantize import settings_for
 
 CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 names, and Arm's
@@ -34,10 +35,7 @@ def has_bfloat16(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> 
     """Whether the device multiplies bfloat16 in hardware; emulation is slower than float32."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device != "cpu" or not cpuinfo.exists():
-        return False
-    lines = (line for line in cpuinfo.read_text().splitlines() if line.lower().startswith(("flags", "features")))
-    return bool(CPU_FLAGS & set(next(lines, "").split()))
+    return device == "cpu" and bool(CPU_FLAGS & cpu_flags(cpuinfo))
 
 
 def precision_of(dtype: str, device: str) -> torch.dtype | str:

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,9 +33,9 @@ def by_torch(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: 
         ((129, 128, 1), 3),
     ],
 )
-@pytest.mark.parametrize("torchs", [False, True])
-def test_both_ways_and_their_gradients_are_torchs_attention(
-    lengths: tuple[int, ...], window: int | None, torchs: bool
+@pytest.mark.parametrize("ways", [blocks.BLOCKS, blocks.TORCHS, blocks.Ways(64, sys.maxsize), blocks.Ways(32, 128)])
+def test_all_ways_and_their_gradients_are_torchs_attention(
+    lengths: tuple[int, ...], window: int | None, ways: blocks.Ways
 ) -> None:
     torch.manual_seed(0)
     tokens = sum(lengths)
@@ -43,7 +45,7 @@ def test_both_ways_and_their_gradients_are_torchs_attention(
     expected.backward(gradient)
     documents = blocks.arranged(lengths, CPU)
     with torch.no_grad():
-        output, kept = blocks.forward(q, k, v, documents, 0.3, window, torchs)
+        output, kept = blocks.forward(q, k, v, documents, 0.3, window, ways)
         with_padding = torch.cat([gradient, torch.zeros(1, 6, 8, dtype=torch.float64)])
         gradients = blocks.backward(with_padding, output, kept, documents, 0.3, window)
     torch.testing.assert_close(output, expected.detach(), rtol=0, atol=1e-12)

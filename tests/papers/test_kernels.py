@@ -64,7 +64,7 @@ def test_attention_s_backward_computes_the_probabilities_again(torchs: bool) -> 
     q, k, v, dY = (normal(sum(lengths), heads, width) for _ in range(4))
     documents = blocks.arranged(lengths, torch.device("cpu"))
     scale = 1 / math.sqrt(width)
-    Y, kept = blocks.forward(q, k, v, documents, scale, None, torchs)
+    Y, kept = blocks.forward(q, k, v, documents, scale, None, blocks.TORCHS if torchs else blocks.BLOCKS)
     assert all((each.log_sums is not None) == torchs for each in kept)
     padded = torch.cat([dY, dY.new_zeros(1, heads, width)])
     found = (Y, *blocks.backward(padded, Y, kept, documents, scale, None))
