@@ -50,13 +50,17 @@ def work(what: str, value: int, dtype: str, threads: int) -> dict[str, Any]:
 
 
 def switch(count: int, dtype: str) -> dict[str, list[float]]:
-    """Seconds of `set_adapter` with `count` adapters loaded, on 42 linear layers."""
+    """Seconds of `set_adapter` with `count` adapters loaded, each in its turn, on 42 linear layers."""
     with workshop(SMALL) as (_, folder, _ids):
         ours, theirs = LoRAModel(base(folder, dtype), LoRAConfig(), "0"), peft_model(base(folder, dtype), "0")
         for name in map(str, range(1, count)):
             ours.add_adapter(name, LoRAConfig())
             theirs.add_adapter(name, theirs.peft_config["0"])
-        turn = {"tailora": in_turn(ours.set_adapter, count), "PEFT": in_turn(theirs.set_adapter, count)}
+        turn = {
+            "tailora": in_turn(ours.set_adapter, count),
+            "tailora, between two": in_turn(ours.set_adapter, 2),  # nothing of it has left the cache
+            "PEFT": in_turn(theirs.set_adapter, count),
+        }
         return measure.turns(turn, SWITCHES, process_time, warm=5)
 
 

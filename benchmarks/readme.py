@@ -6,6 +6,7 @@ tailora demo > benchmarks/results/demo.txt && python benchmarks/demo.py run && p
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+TRAINER = "PEFT + Trainer, grouped by length"
+BEFORE = "zen4"  # a folder of results: those of a machine without AMX
 ROWS = [  # label, key, format
     ("held-out loss after (before: {before})", "loss_after", "{:.3f}"),
     ("training, tokens/s", "tokens_per_second", "{:.0f}"),
@@ -23,6 +26,7 @@ ROWS = [  # label, key, format
 
 
 def table(results: dict[str, Any]) -> str:
+    """The demo's two arms."""
     ours, theirs, start = (results["summary"][arm] for arm in ("tailora", "peft", "startup"))
     before = f"{ours['loss_before']['median']:.3f}"
     lines = ["| the demo's run | tailora | PEFT, hand-written loop | ratio |", "|---|---|---|---|"]
@@ -90,8 +94,8 @@ def text(name: str) -> str:
     return "\n".join(line.rstrip() for line in (RESULTS / f"{name}.txt").read_text().strip().splitlines())
 
 
-def content(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+def content(name: str, folder: str = ".") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / folder / f"{name}.json").read_text())
     return found
 
 
@@ -99,10 +103,27 @@ def fenced(output: str) -> str:
     return f"```\n{output}\n```"
 
 
+def everywhere(name: str) -> str:
+    """The tables of a benchmark, of every machine that it was run on."""
+    folders = [folder for folder in (".", BEFORE) if (RESULTS / folder / f"{name}.json").exists()]
+    found = [content(name, folder) for folder in folders]
+    return "\n\n".join(text for one in found for text in (*tables.TABLES[name](one["cells"]), tables.caption(one)))
+
+
 def trainers(found: dict[str, Any]) -> str:
-    """The conversations alone: of the film reviews only tailora's own arms were measured with this version."""
-    chat = [one for one in found["cells"] if one["cell"]["data"] == "chat"]
-    return "\n\n".join([*tables.real(chat), tables.caption({**found, "cells": chat})])
+    return "\n\n".join([*tables.real(found["cells"]), tables.caption(found)])
+
+
+def elsewhere() -> str:
+    """The two headline ratios, of the machine without AMX."""
+    demo, real = content("demo", BEFORE), content("real", BEFORE)
+    speed = {arm: demo["summary"][arm]["tokens_per_second"]["median"] for arm in ("tailora", "peft")}
+    walls = {one["cell"]["arm"]: one["result"]["wall"] for one in real["cells"] if one["cell"]["data"] == "chat"}
+    return (
+        f"Without AMX, on 2 cores of an {demo['machine']['cpu']}: {speed['tailora'] / speed['peft']:.2f} times the "
+        f"hand-written loop's tokens/s, {walls[TRAINER] / walls['tailora']:.2f} times those of {TRAINER}. Both "
+        "machines, step times, memory, answering, many adapters, start-up: [how fast, how large](docs/performance.md)."
+    )
 
 
 def studied(name: str) -> str:
@@ -113,11 +134,16 @@ def studied(name: str) -> str:
     return f"{took}\n\n{fenced(text(name))}"
 
 
+SPEED = (
+    *("real", "steps", "memory", "curves", "growth", "prefix"),
+    *("inference", "adapters", "startup"),
+)
 PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what stands there
     "README.md": {
         "demo-output": lambda: fenced(shown(text("demo"))),
         "table": lambda: table(content("demo")),
         "real": lambda: trainers(content("real")),
+        "elsewhere": elsewhere,
         "compare": lambda: studied("compare"),
         "search": lambda: studied("search"),
     },
@@ -126,6 +152,10 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "tiny-lm-losses": lambda: experiments.losses(content("tiny_lm")),
         "tiny-lm-compare": lambda: experiments.compared(content("tiny_lm_compare")),
         "tiny-lm-search": lambda: experiments.found(content("tiny_lm_search")),
+    },
+    "docs/performance.md": {
+        "demo": lambda: "\n\n".join(table(content("demo", folder)) for folder in (".", BEFORE)),
+        **{name: partial(everywhere, name) for name in SPEED},
     },
     "docs/studies.md": {"compare-rates": lambda: experiments.rates(content("compare"))},
     "docs/plan.md": {
