@@ -72,20 +72,8 @@ def tailora(
     on_ready: OnReady | None = None,
 ) -> Tailora:
     """The product's own run, held between its steps. The first step brings the start-up with it."""
-    output = stack.enter_context(tempfile.TemporaryDirectory())
-    config = TrainConfig(
-        **{
-            "model": str(folder / "model"),
-            "data": str(folder / "rows.jsonl"),
-            "output_dir": f"{output}/run",
-            "validation_split": 0,
-            "max_length": shape.length,
-            "per_device_train_batch_size": shape.rows,
-            "max_steps": MANY,
-            "dtype": dtype,
-            **(settings or {}),
-        }
-    )
+    output = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    config = config_of(shape, folder, output / "run", dtype, settings or {})
     events = stack.enter_context(closing(held_run(config, on_ready)))
     chosen: list[str] = []
 
@@ -101,6 +89,23 @@ def tailora(
         raise RuntimeError("the run ended before its last step")
 
     return Tailora(step, chosen)
+
+
+def config_of(shape: Shape, folder: Path, output: Path, dtype: str, settings: dict[str, Any]) -> TrainConfig:
+    """Of a run on what `workshop` wrote, which ends when it is left."""
+    return TrainConfig(
+        **{
+            "model": str(folder / "model"),
+            "data": str(folder / "rows.jsonl"),
+            "output_dir": str(output),
+            "validation_split": 0,
+            "max_length": shape.length,
+            "per_device_train_batch_size": shape.rows,
+            "max_steps": MANY,
+            "dtype": dtype,
+            **settings,
+        }
+    )
 
 
 def peft(

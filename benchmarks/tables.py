@@ -194,7 +194,7 @@ def real(cells: Found) -> list[str]:
         reached = {arm: seconds_to(curve, target) for arm, curve in curves.items()}
         rows = [
             real_row(arm, [one["result"] for one in runs], walls, curves[arm][-1]["loss"], reached)
-            for (arm,), runs in arms.items()
+            for (arm,), runs in sorted(arms.items(), key=lambda each: each[0] != (OURS,))
         ]
         learned = group[0]["result"]["supervised_tokens"]
         tables.append(table(f"{data}: one pass, {learned:,} supervised tokens; that loss: {target:.3f}", head, rows))
