@@ -1,7 +1,7 @@
 """Products of many rows with one matrix, in parts where oneDNN would leave a core idle.
 
 With AMX and two threads, oneDNN 3.12 gives a bfloat16 product of `rows` x `columns` to one of them where
-columns <= rows < 2 columns and columns < 1024: (700, 576) (576, 576) takes .32 ms on either number of threads, in two
+columns <= rows < 2 columns, up to 1024 columns: (700, 576) (576, 576) takes .32 ms on either number of threads, in two
 parts .21 ms. Outside of that, and on processors without AMX, the second thread makes it 1.7 to 2 times as fast, and
 parts would cost 10 to 30%.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-NARROW = 1024  # columns; from there on both threads work
+NARROW = range(128, 1024)  # columns; from 1024 on both threads work, below 128 nothing was measured
 ALIGNED = 32  # rows of the first part: of other numbers some are slow again
 
 
@@ -20,11 +20,15 @@ def product(x: Tensor, matrix: Tensor, add: Tensor | None = None, out: Tensor | 
     """x matrix, plus `add`: (rows, k), (k, columns), (rows, columns) -> (rows, columns), into `out` where given."""
     parts = _parts(x, matrix)
     if not parts:
-        return torch.mm(x, matrix, out=out) if add is None else torch.addmm(add, x, matrix, out=out)
+        return _whole(x, matrix, add, out)
     out = x.new_empty(x.shape[0], matrix.shape[1]) if out is None else out
     for part in parts:
-        product(x[part], matrix, None if add is None else add[part], out[part])
+        _whole(x[part], matrix, None if add is None else add[part], out[part])
     return out
+
+
+def _whole(x: Tensor, matrix: Tensor, add: Tensor | None, out: Tensor | None) -> Tensor:
+    return torch.mm(x, matrix, out=out) if add is None else torch.addmm(add, x, matrix, out=out)
 
 
 def add_product(target: Tensor, x: Tensor, matrix: Tensor) -> None:
@@ -36,7 +40,7 @@ def add_product(target: Tensor, x: Tensor, matrix: Tensor) -> None:
 def _parts(x: Tensor, matrix: Tensor) -> list[slice]:
     """Two, or none where the product is best done whole."""
     rows, columns = x.shape[0], matrix.shape[1]
-    if not (columns <= rows < 2 * columns and columns < NARROW and _one_idles(x)):
+    if not (columns <= rows < 2 * columns and columns in NARROW and _one_idles(x)):
         return []
     middle = -(-rows // (2 * ALIGNED)) * ALIGNED
     return [slice(0, middle), slice(middle, rows)]

@@ -12,10 +12,10 @@ def of(rows: int, k: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, tor
     return x, matrix, add
 
 
-@pytest.mark.parametrize("rows", [1, 63, 64, 65, 100, 127, 128])
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 200, 255, 256])
 def test_parts_and_the_whole_give_the_same_product(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_one_idles", lambda _: True)
-    x, matrix, add = of(rows, 7, 64)
+    x, matrix, add = of(rows, 7, 128)
     out = torch.empty_like(add)
     assert product(x, matrix, out=out) is out
     for found, expected in (
@@ -31,7 +31,16 @@ def test_parts_and_the_whole_give_the_same_product(rows: int, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("rows", "columns", "expected"),
-    [(63, 64, []), (64, 64, [32, 32]), (100, 64, [64, 36]), (127, 64, [64, 63]), (128, 64, []), (1500, 1024, [])],
+    [
+        (127, 128, []),
+        (128, 128, [64, 64]),
+        (200, 128, [128, 72]),
+        (255, 128, [128, 127]),
+        (256, 128, []),
+        (1500, 1024, []),
+        (20, 16, []),
+        (1, 1, []),
+    ],
 )
 def test_only_products_that_keep_one_thread_busy_are_cut(
     rows: int, columns: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
@@ -43,7 +52,7 @@ def test_only_products_that_keep_one_thread_busy_are_cut(
 
 def test_other_dtypes_and_thread_counts_stay_whole() -> None:
     threads = torch.get_num_threads()
-    half, matrix = torch.empty(64, 3, dtype=torch.bfloat16), torch.empty(3, 64, dtype=torch.bfloat16)
+    half, matrix = torch.empty(128, 3, dtype=torch.bfloat16), torch.empty(3, 128, dtype=torch.bfloat16)
     try:
         torch.set_num_threads(2)
         assert not products._parts(half.float(), matrix.float())
