@@ -47,7 +47,7 @@ def peft() -> dict[str, float]:
     from torch.nn.functional import cross_entropy
 
     from tailora.cli.demo import DEFAULTS
-    from tailora.data.batches import collate_padded, plan
+    from tailora.data.collate import collate_padded, plan
     from tailora.data.demo import data_file, eval_file
     from tailora.data.prepare import prepare
     from tailora.train.config import TrainConfig

@@ -19,7 +19,7 @@ from snippets import snippets_folder
 from trainers import ARMS, Watch, packed, tailora
 
 if TYPE_CHECKING:
-    from tailora.data.store import Example
+    from tailora.data.dataset import Example
 
 STARTED = time.perf_counter()
 HELD_OUT = 60  # examples: the first of the held-out file
@@ -98,7 +98,7 @@ def loss(model: Any, examples: "list[Example]", pad_id: int) -> float:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from tailora.data.batches import collate_padded
+    from tailora.data.collate import collate_padded
 
     parts = []
     with torch.no_grad():

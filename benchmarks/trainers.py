@@ -13,7 +13,7 @@ from typing import Any
 
 from arms import FAST_OFF
 
-from tailora.data.store import Examples
+from tailora.data.dataset import Examples
 from tailora.train.config import TrainConfig
 from tailora.train.events import Event, Prepared, Stepped
 from tailora.train.load import has_bfloat16

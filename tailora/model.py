@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self, SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from tailora.core import algebra
-from tailora.core import shrink as shrinking
+from tailora.core import combine as algebra
+from tailora.core import compress as shrinking
 from tailora.core.adalora import RankAllocator, settled
 from tailora.core.adapter import Adapter, by_host, check_compatible, create, parts_by_path, register
 from tailora.core.attach import (
@@ -30,25 +30,25 @@ from tailora.core.attach import (
     fast_path_mixin,
     mixin_for,
 )
-from tailora.core.bases import is_quantized, keep_as_stored, may_repack
 from tailora.core.config import LoRAConfig
 from tailora.core.data_starts import Loss, passes, started
 from tailora.core.dequantize import Change, Recast, common_dtype, whole_plain
 from tailora.core.extract import Extraction, extract
-from tailora.core.generation import generating
-from tailora.core.kinds import host_path
+from tailora.core.inference import generating
+from tailora.core.init import DATA_STARTS
+from tailora.core.layer_types import host_path
 from tailora.core.merge import MergeReport, fit_in_place, fold_in_place, folded, moved_in, settle_ties
+from tailora.core.mixed_batch import by_rows
 from tailora.core.modes import evaluating
+from tailora.core.quantization import is_quantized, keep_as_stored, may_repack
 from tailora.core.rowbatch import Batch, check_names, repeats
-from tailora.core.rows import by_rows
-from tailora.core.starts import DATA_STARTS
 from tailora.core.summary import Summary, summarise
 from tailora.core.targets import default_config, select
 from tailora.errors import AdapterError, ConfigError, FormatError, MergeError, RowsError, TargetError, nearest
-from tailora.formats.live import read_live, release
+from tailora.formats.load import restore
 from tailora.formats.peft import write_adapter
+from tailora.formats.peft_model import read_live, release
 from tailora.formats.recognise import read_any
-from tailora.formats.restore import restore
 
 if TYPE_CHECKING:
     from tailora.formats.export import Exported
@@ -316,7 +316,7 @@ class LoRAModel(nn.Module):
         left. `tokenizer` goes with a merged model. Raises as `formats.export.export`.
         """
         from tailora.formats.export import export  # with the formats that only this needs
-        from tailora.formats.plain import Source
+        from tailora.formats.low_rank_export import Source
 
         adapter = self._find(name)
         self._check_unmerged("export an adapter")
@@ -458,7 +458,7 @@ class LoRAModel(nn.Module):
         """Add the adapter `name`: the weighted sum of others' updates, strengths included; the active ones stay active.
 
         method: "cat" is exact and its ranks add up; "svd" is the nearest of rank `r`; "ties" (`density`) and "dare"
-        (`drop`, `seed`) thin out the dense updates first. Defaults and sources: `core.algebra.Combination`.
+        (`drop`, `seed`) thin out the dense updates first. Defaults and sources: `core.combine.Combination`.
         Returns rank and relative error by layer. Raises ConfigError; AdapterError with all that cannot be combined.
         """
         self._check_new(name)

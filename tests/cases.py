@@ -14,7 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRALayer, LoRAModel
-from tailora.core.kinds import EMBEDDING
+from tailora.core.layer_types import EMBEDDING
 
 
 def _called(layer: nn.Module, x: Tensor) -> Any:

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import COMMANDS, main
 from tailora.formats.export import FORMATS
-from tailora.train.quantize import METHODS
+from tailora.train.model_loading import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

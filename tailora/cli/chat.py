@@ -77,7 +77,7 @@ def typed() -> Iterator[str]:
 
 def answer(talk: Talk, text: str) -> None:
     """Streams the reply; Ctrl-C cuts it short and keeps what was said. What cannot be answered is dropped."""
-    from tailora.measure.chat import reply
+    from tailora.evaluation.chat import reply
 
     asked = [*talk.messages, {"role": "user", "content": text}]
     said = ""

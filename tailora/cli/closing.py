@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tailora.cli.studying import page_of
-from tailora.measure.answers import Answer
-from tailora.measure.change import changes, verdict
-from tailora.measure.intervals import Interval
-from tailora.study.report import CONTENT, PAGE
+from tailora.evaluation.answers import Answer
+from tailora.evaluation.change import changes, verdict
+from tailora.evaluation.intervals import Interval
+from tailora.report import CONTENT, PAGE
 from tailora.train.config import TrainConfig
 from tailora.train.result import TrainResult
 from tailora.train.subject import ADAPTER, MODEL

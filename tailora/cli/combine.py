@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from tailora.cli.derived import Base, OutputDir, base_name, check_new, facts, load, show, told
+from tailora.cli.adapters import Base, OutputDir, base_name, check_new, facts, load, show, told
+from tailora.cli.flags import Json
 from tailora.cli.models import named
-from tailora.cli.options import Json
 from tailora.errors import ConfigError, listing, nearest
 
 RESULT = "default"
@@ -44,7 +44,7 @@ def combine(
     folders = named(adapter)
     weights = weights_of(weight or [], folders)
     check_new(output_dir)
-    from tailora.core.algebra import Combination, check
+    from tailora.core.combine import Combination, check
 
     check(weights, Combination(method, r, density, drop, seed))  # before a model is loaded
     base = base_name(model, list(folders.values()))

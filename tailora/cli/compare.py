@@ -9,13 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from tailora.cli.console import aside, logs, note, print_json, results
-from tailora.cli.options import FIELDS, ConfigFile, Json, Settings, changes, flags_beside, flags_of, given, settings
+from tailora.cli.flags import FIELDS, ConfigFile, Json, Settings, changes, flags_beside, flags_of, given, settings
 from tailora.cli.studying import bar, page_of, resumable
 from tailora.cli.yaml12 import read_mapping
 from tailora.errors import ConfigError
+from tailora.report import words
 from tailora.study.config import AT_THE_END, FULL, LORA, CompareConfig
 from tailora.study.extra import need
-from tailora.study.report import words
 
 OWN = CompareConfig.model_fields
 LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method", "learning_rate"}

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from tailora.cli.console import note, print_json, results
 from tailora.cli.counted import counted
+from tailora.cli.flags import ConfigFile, Json, flags_of, settings
 from tailora.cli.models import vocabulary
-from tailora.cli.options import ConfigFile, Json, flags_of, settings
 
 FLAGS: Any = flags_of({}, only=["model", "eval_data", "field", "max_length", "validation_split", "seed"])
 NONE_GIVEN = FLAGS()
@@ -35,7 +35,7 @@ def data(
     for text in chosen.notes:
         note(text)
     from tailora.data.preview import preview
-    from tailora.train.feed import read_whole
+    from tailora.train.dataloader import read_whole
 
     tokenizer, embedding_rows = vocabulary(chosen.config.model)
     prepared = read_whole(chosen.config, tokenizer, embedding_rows)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from tailora.cli.options import ConfigFile, Json, flags_of, settings
+from tailora.cli.flags import ConfigFile, Json, flags_of, settings
 from tailora.errors import CheckpointError, ConfigError
 
 DEFAULTS: dict[str, Any] = {

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tailora import __version__
 from tailora.cli.console import print_json, results
-from tailora.cli.options import Json
+from tailora.cli.flags import Json
 
 PACKAGES = ["torch", "transformers", "accelerate", "safetensors", "datasets", "pydantic", "cyclopts", "rich", "gguf"]
 BYTES_PER_PARAMETER = {"bfloat16": 2, "float32": 4}
@@ -44,7 +44,7 @@ def examined() -> Facts:
 
     from tailora.data.fetch import cache_folder
     from tailora.train.memory import available_bytes
-    from tailora.train.quantize import METHODS
+    from tailora.train.model_loading import METHODS
 
     own = {"tailora": __version__, "python": platform.python_version()}
     return {
@@ -103,7 +103,7 @@ def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def _works(name: str) -> str:
     import torch
 
-    from tailora.train.quantize import obstacle
+    from tailora.train.model_loading import obstacle
 
     return obstacle(name, "cuda" if torch.cuda.is_available() else "cpu") or "works"
 

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 
+from tailora.cli.adapters import Base, base_name
 from tailora.cli.console import aside, logs, note, print_json, results
-from tailora.cli.derived import Base, base_name
+from tailora.cli.flags import Json, flags_of, settings
 from tailora.cli.models import Quantize, load, named, recorded
-from tailora.cli.options import Json, flags_of, settings
 from tailora.cli.scored import judged, progress, refused, show
 from tailora.cli.studying import page_of
 from tailora.errors import ConfigError
-from tailora.measure.metrics import METRICS, SHELL, Gate, check_gates, of_task, parse_gates, parse_metrics
-from tailora.study.report import report_if_possible
+from tailora.evaluation.metrics import METRICS, SHELL, Gate, check_gates, of_task, parse_gates, parse_metrics
+from tailora.report import report_if_possible
 
 if TYPE_CHECKING:
-    from tailora.measure.scores import Asked, Scores
-    from tailora.study.harness import Tasks
+    from tailora.evaluation.lm_eval import Tasks
+    from tailora.evaluation.scores import Asked, Scores
     from tailora.train.config import TrainConfig
 
 FLAGS: Any = flags_of({}, only=["field", "max_length", "dtype"])
@@ -122,8 +122,8 @@ def eval(
     longest = None if asked.folder is None else recorded(asked.folder, "max_length")
     chosen = settings(flags, None, {"max_length": longest} if longest else {}, {"model": asked.model}).config
     wish = Wish(data, gates, beside, limit, quantize, chosen)
-    from tailora.measure.exact import normaliser  # torch from here on
-    from tailora.measure.scores import Asked
+    from tailora.evaluation.exact import normaliser  # torch from here on
+    from tailora.evaluation.scores import Asked
 
     how = Asked(
         metrics=tuple(names),
@@ -140,7 +140,7 @@ def eval(
 
 
 def _measured(asked: Subject, wish: Wish, how: "Asked", harness: Harness) -> "Scores":
-    from tailora.measure.scores import Scores, bare, score
+    from tailora.evaluation.scores import Scores, bare, score
     from tailora.train.memory import explained
 
     tasks = _tasks(harness, wish)
@@ -155,7 +155,7 @@ def _measured(asked: Subject, wish: Wish, how: "Asked", harness: Harness) -> "Sc
                 more: Any = {"field": wish.run.field, "base": wish.base, "note": note, "heard": heard}
                 found = found.beside(score(model, loaded.tokenizer, wish.data, how, **more))
         if tasks is not None:
-            from tailora.study.harness import How, judge_tasks
+            from tailora.evaluation.lm_eval import How, judge_tasks
 
             asked_how = How(harness.num_fewshot, harness.apply_chat_template, wish.limit, harness.batch_size)
             found = found.beside(judge_tasks(model, loaded.tokenizer, tasks, asked_how, base=wish.base))
@@ -166,7 +166,7 @@ def _tasks(harness: Harness, wish: Wish) -> "Tasks | None":
     """Those asked for, with all that can be wrong found before a model is loaded."""
     if not harness.names:
         return None
-    from tailora.study.harness import find_tasks
+    from tailora.evaluation.lm_eval import find_tasks
 
     tasks = find_tasks(harness.names, harness.include_path)
     check_gates(wish.gates, [*(METRICS if wish.data else ()), *tasks.metrics], base=wish.base)
@@ -217,8 +217,8 @@ def _told(
     asked: Subject, found: "Scores", gates: Sequence[Gate], seconds: float, folder: Path | None, as_json: bool
 ) -> int:
     """Prints and writes what was found; the exit code."""
-    from tailora.formats.atomic import write_file
-    from tailora.measure.scores import plain
+    from tailora.evaluation.scores import plain
+    from tailora.formats.io import write_file
 
     outcomes = judged(gates, found.values())
     payload = {

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tailora.cli.adapters import Base
 from tailora.cli.console import print_json, results
-from tailora.cli.derived import Base
+from tailora.cli.flags import Json
 from tailora.cli.models import WAYS, chosen_method, named
-from tailora.cli.options import Json
 from tailora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def export(
     """Write an adapter for another program. What was written is read back and must compute the same."""
     (path,) = named([f"one={adapter}"]).values()
     base = model or named_base(path)
-    from tailora.data.quiet import quiet
     from tailora.formats.export import check_new
     from tailora.model import LoRAModel
+    from tailora.quiet import quiet
     from tailora.train.load import load_base
 
     check_new(output)

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from tailora.cli.derived import OutputDir, check_new, facts, show, told
-from tailora.cli.options import Json, flags_of, settings
+from tailora.cli.adapters import OutputDir, check_new, facts, show, told
+from tailora.cli.flags import Json, flags_of, settings
 
 FLAGS: Any = flags_of({}, only=["target_modules", "exclude_modules", "modules_to_save"])
 NONE_GIVEN = FLAGS()
@@ -32,7 +32,7 @@ def extract(
     """Get the adapter between a base and a tuned model, and what it cannot hold."""
     check_new(output_dir)
     config = settings(flags, None, {}, {"model": model}).config.lora()
-    from tailora.core.shrink import check
+    from tailora.core.compress import check
 
     check(r, energy)  # before a model is loaded
     from tailora.model import LoRAModel

@@ -10,12 +10,12 @@ from accelerate import PartialState
 
 from tailora.cli.closing import show, summary
 from tailora.cli.console import logs, note, print_json, results
-from tailora.cli.options import Settings
+from tailora.cli.flags import Settings
 from tailora.cli.progress import shown
-from tailora.formats.atomic import write_file
-from tailora.measure.answers import Answer, answers
-from tailora.study.report import report_if_possible
-from tailora.study.report.run_folder import gather
+from tailora.evaluation.answers import Answer, answers
+from tailora.formats.io import write_file
+from tailora.report import report_if_possible
+from tailora.report.run_folder import gather
 from tailora.train.config import TrainConfig
 from tailora.train.events import Interrupted
 from tailora.train.memory import explained

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from tailora.cli.console import print_json
+from tailora.cli.flags import Json
 from tailora.cli.models import Adapters, MaxNewTokens, Model, Quantize, Seed, Temperature, TopP, enough_memory, load
-from tailora.cli.options import Json
 from tailora.errors import ConfigError
 
 Prompts = Annotated[
@@ -32,7 +32,7 @@ def generate(
     """Answer prompts once; several adapters add up."""
     prompts = prompt or [_piped()]
     loaded = load(model, adapter or [], quantize)
-    from tailora.measure.chat import reply
+    from tailora.evaluation.chat import reply
 
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

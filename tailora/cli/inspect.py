@@ -9,13 +9,13 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
 from rich.progress import BarColumn, Progress, TextColumn
 
+from tailora.cli.adapters import check_new
 from tailora.cli.console import aside, logs, on_terminal, print_json, results
-from tailora.cli.derived import check_new
+from tailora.cli.flags import Json, flags_of, settings
 from tailora.cli.models import Quantize, chosen_method, is_lora_file, recorded
-from tailora.cli.options import Json, flags_of, settings
 from tailora.cli.studying import page_of
 from tailora.errors import ConfigError
-from tailora.formats.folders import SETTINGS, adapter_in
+from tailora.formats.run_folder import SETTINGS, adapter_in
 
 FLAGS: Any = flags_of({}, only=["field", "max_length"])
 NONE_GIVEN = FLAGS()

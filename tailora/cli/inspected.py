@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailora.core.matching import layer_index
-from tailora.measure.modules import ModuleReport
+from tailora.core.patterns import layer_index
+from tailora.evaluation.spectral import ModuleReport
 from tailora.study.inspect import Inspection
-from tailora.study.places import DEPTHS, depth_of, span
+from tailora.study.model_layout import DEPTHS, depth_of, span
 from tailora.study.ranks import limit_of
 from tailora.study.rule import Advice, few
 

@@ -16,8 +16,8 @@ from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
 
 from tailora import __version__
 from tailora.cli.console import logs, print_json, write_any_text
-from tailora.data.quiet import hushed
 from tailora.errors import MemoryLimitError, TailoraError
+from tailora.quiet import hushed
 
 COMMANDS = {
     "demo": "Fine-tune a small model on real chats, and see what it changed.",

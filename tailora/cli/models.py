@@ -11,7 +11,7 @@ from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 
 from tailora.errors import ConfigError, listing
-from tailora.formats.folders import adapter_in, recorded_settings
+from tailora.formats.run_folder import adapter_in, recorded_settings
 from tailora.train.config import Quantize as Methods
 
 Model = Annotated[str, Parameter(name="--model", help="Hugging Face folder or Hub id, or 'demo'")]

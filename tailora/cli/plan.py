@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tailora.cli.console import aside, note, print_json, results
-from tailora.cli.options import FIELDS, ConfigFile, Json, flags_of, settings
+from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, settings
 from tailora.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from tailora.cli.console import print_json, results
-from tailora.cli.options import Json
+from tailora.cli.flags import Json
 from tailora.errors import ConfigError
-from tailora.study.report import CONTENT
-from tailora.study.report import report as make
-from tailora.study.report.run_folder import RUN, gather
+from tailora.report import CONTENT
+from tailora.report import report as make
+from tailora.report.run_folder import RUN, gather
 
 Folder = Annotated[Path, Parameter(help="of a run, comparison, search, plan or inspection")]
 

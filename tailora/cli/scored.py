@@ -12,10 +12,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tailora.cli.console import on_terminal
-from tailora.measure.metrics import Gate
+from tailora.evaluation.metrics import Gate
 
 if TYPE_CHECKING:
-    from tailora.measure.scores import Score, Scores
+    from tailora.evaluation.scores import Score, Scores
 
 SECONDS_BETWEEN_LINES = 5.0
 MEANING = "Loss is in nats per token. Below each value its 95% interval, over rows."

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tailora.cli.console import aside, logs, note, print_json, results
-from tailora.cli.options import FIELDS, ConfigFile, Json, Settings, flags_beside, flags_of, given, pairs, settings
+from tailora.cli.flags import FIELDS, ConfigFile, Json, Settings, flags_beside, flags_of, given, pairs, settings
 from tailora.cli.studying import bar, page_of, resumable
 from tailora.cli.yaml12 import read_mapping
 from tailora.study.config import SearchConfig
@@ -52,7 +52,7 @@ def search(
 
 
 def _run(chosen: Settings, study: SearchConfig, as_json: bool) -> int:
-    from tailora.study.range import find_range  # Optuna from here on
+    from tailora.study.lr_range import find_range  # Optuna from here on
     from tailora.study.search import search as run
 
     for text in chosen.notes:

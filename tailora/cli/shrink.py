@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, PositiveInt
 
+from tailora.cli.adapters import Base, OutputDir, base_name, check_new, facts, load, show, told
 from tailora.cli.console import aside, note
-from tailora.cli.derived import Base, OutputDir, base_name, check_new, facts, load, show, told
+from tailora.cli.flags import Json, flags_of, settings
 from tailora.cli.models import named
-from tailora.cli.options import Json, flags_of, settings
 from tailora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def shrink(
     check_new(output_dir)
     if (data is None) != (max_loss_increase is None):
         raise ConfigError("--max-loss-increase and --data go together: the loss is measured on the data")
-    from tailora.core.shrink import check
+    from tailora.core.compress import check
 
     check(r, energy, loss=data and len, budget=max_loss_increase)  # before a model is loaded
     base = base_name(model, [folder])
@@ -72,7 +72,7 @@ def _device() -> str:
 
 def loss_on(config: "TrainConfig", model: "LoRAModel", tokenizer: Any) -> Callable[["LoRAModel"], float]:
     """The loss of this model on all of the data, in nats per supervised token; every call is told on stderr."""
-    from tailora.measure.held_out import held_out
+    from tailora.evaluation.held_out import held_out
 
     measured = held_out(config, model, tokenizer, note)
 

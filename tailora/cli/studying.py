@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tailora.cli.console import on_terminal
-from tailora.study.report import PAGE
+from tailora.report import PAGE
 
 
 def bar(console: Console) -> Callable[[int, int, float], None] | None:

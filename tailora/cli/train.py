@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from tailora.cli.options import ConfigFile, Json, flags_of, settings
+from tailora.cli.flags import ConfigFile, Json, flags_of, settings
 
 FLAGS: Any = flags_of({})
 NONE_GIVEN = FLAGS()

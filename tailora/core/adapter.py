@@ -12,11 +12,11 @@ from tailora.core.attach import detach
 from tailora.core.config import LoRAConfig
 from tailora.core.extra_targets import ExtraTargets
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias
+from tailora.core.init import DATA_STARTS, FROM_WEIGHT, MOVED, check_fits, start_at_weight
 from tailora.core.inits import INITS
-from tailora.core.kinds import weight_of
 from tailora.core.layer import LoRALayer
-from tailora.core.matching import inside
-from tailora.core.starts import DATA_STARTS, FROM_WEIGHT, MOVED, check_fits, start_at_weight
+from tailora.core.layer_types import weight_of
+from tailora.core.patterns import inside
 from tailora.core.targets import Selection, Target
 from tailora.errors import AdapterError, TargetError, listing
 

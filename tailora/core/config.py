@@ -80,7 +80,7 @@ class LoRAConfig(StrictModel):
         (`["experts.gate_up_proj", "experts.down_proj"]`): names, exact or the end of a path after a dot.
     fused_parts: pattern -> sizes of the parts of a fused layer in the order of its rows, repeated until they are used
         up: `{"to_qkv": {"q": 64, "k": 64, "v": 64}}`. A part is a target: `target_modules=["to_qkv.q"]`. The parts of
-        the classes in `core.fused.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...) are known.
+        the classes in `core.fused_layers.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...) are known.
     modules_to_save: modules trained whole beside the low-rank updates, and saved with them.
     trainable_token_indices: rows of embeddings to train, such as those of new tokens: name -> ids, or ids of the
         input embedding. A head that is tied to it follows.

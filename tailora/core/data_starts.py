@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, low_rank_layer
 from tailora.core.config import LoRAConfig
+from tailora.core.data_init import Pass, Variances, gradient_spectra, input_variances
+from tailora.core.init import FROM_GRADIENT, MOVED
 from tailora.core.layer import LoRALayer
-from tailora.core.probe import Pass, Variances, gradient_spectra, input_variances
 from tailora.core.ranks import scale_kept, with_ranks
 from tailora.core.spectra import Spectrum
-from tailora.core.starts import FROM_GRADIENT, MOVED
 from tailora.core.targets import Target, target_at
 from tailora.errors import ConfigError, DataError
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.attach import class_on
-from tailora.core.bases import base_of, dense_weight, is_transposed, quantized_layers
+from tailora.core.quantization import base_of, dense_weight, is_transposed, quantized_layers
 
 ROWS = 2**18  # numbers that are quantised again to see what that costs; NF4 takes 30 million a second on one core
 BITSANDBYTES = {"compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu"}

@@ -8,8 +8,8 @@ from torch import nn
 
 from tailora.core.config import LoRAConfig
 from tailora.core.extras import adds_its_bias, biases_of
-from tailora.core.kinds import EMBEDDING, is_called, kind_of, obstacle
-from tailora.core.matching import inside, named
+from tailora.core.layer_types import EMBEDDING, is_called, kind_of, obstacle
+from tailora.core.patterns import inside, named
 from tailora.errors import nearest
 
 Modules = Mapping[str, nn.Module]

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, trained_copy
-from tailora.core.algebra import Truncation
-from tailora.core.bases import dense_weight
+from tailora.core.combine import Truncation
+from tailora.core.compress import check
 from tailora.core.config import LoRAConfig
-from tailora.core.lowrank import for_energy, low_rank
-from tailora.core.shrink import check
+from tailora.core.low_rank import for_energy, low_rank
+from tailora.core.quantization import dense_weight
 from tailora.core.targets import Selection, Target, select
 from tailora.core.updates import built
 from tailora.errors import AdapterError, BaseMismatchError, DivergedError, TargetError, listing

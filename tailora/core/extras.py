@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailora.core.kinds import weight_of
+from tailora.core.layer_types import weight_of
 
 # Classes whose bias is added to all else, by what dimension of the output it runs along.
 LAST = (nn.Linear, nn.LayerNorm)

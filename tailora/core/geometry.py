@@ -1,7 +1,7 @@
 """Where each class of layer keeps its matrix: its sizes, s B A x for its own idea of x, and B A as its weight holds it.
 
-The functions that the rows of `core.kinds.KINDS` are made of. Shapes: A (r, in), B (out, r); convolutions carry their
-kernel in A: A (r, in/groups, *kernel), B (out, r/groups).
+The functions that the rows of `core.layer_types.KINDS` are made of. Shapes: A (r, in), B (out, r); convolutions
+carry their kernel in A: A (r, in/groups, *kernel), B (out, r/groups).
 """
 
 from collections.abc import Callable, Sequence

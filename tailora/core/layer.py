@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailora.core import magnitude
-from tailora.core.fused import Rows
+from tailora.core import dora
+from tailora.core.fused_layers import Rows
 from tailora.core.geometry import Shape
 from tailora.core.inits import INITS, standard_normal
-from tailora.core.kinds import LINEAR, Kind
+from tailora.core.layer_types import LINEAR, Kind
 from tailora.errors import ConfigError
 
 FEW = 32  # rows; on a CPU casting both factors costs more than a wider product of up to some 40 rows (measured)
@@ -103,7 +103,7 @@ class LoRALayer(nn.Module):
         self.register_parameter("lora_magnitude_vector", None)
         self.register_parameter("lora_bias", None)
         self.register_parameter("bias", None)
-        self.row_norms: magnitude.RowNorms | None = None
+        self.row_norms: dora.RowNorms | None = None
         if lora_bias:
             self.lora_bias = nn.Parameter(torch.zeros(len(self.lora_B), device=device, dtype=dtype))
         scaling = self._scalar(self.configured_scaling)
@@ -147,7 +147,7 @@ class LoRALayer(nn.Module):
         """DoRA: from here on every output row of the layer's W + s (B A - B0 A0) has the norm m, which starts at
         ||W|| and is trained (arXiv:2402.09353, eq. 5).
         """
-        self.row_norms = magnitude.RowNorms(layer, self.kind, self.lora_A.dtype, self.rows)
+        self.row_norms = dora.RowNorms(layer, self.kind, self.lora_A.dtype, self.rows)
         self.lora_magnitude_vector = nn.Parameter(self.row_norms.squares.sqrt().to(self.lora_A.dtype))
 
     def take_bias(self, layer: nn.Module) -> None:
@@ -288,7 +288,7 @@ class LoRALayer(nn.Module):
             A, B = self.pair()
             B = B * self.scaling
             norms = self.row_norms.exact(layer, A, B) if exact else self.row_norms(layer, A, B)
-        return magnitude.gain(self.lora_magnitude_vector, norms)
+        return dora.gain(self.lora_magnitude_vector, norms)
 
     def bias_change(self, layer: nn.Module) -> Tensor | None:
         """What is added to the layer's bias: s lora_bias + (its trained copy - b), (out,); None where nothing is."""

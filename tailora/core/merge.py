@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.attach import Swapped
-from tailora.core.bases import dense_weight, is_quantized
 from tailora.core.dequantize import Change, Exchange, made_plain, requantizing_error
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias, rows_behind
 from tailora.core.geometry import own_share
-from tailora.core.kinds import KINDS, holder, qualified, weight_of
 from tailora.core.layer import LoRALayer
+from tailora.core.layer_types import KINDS, holder, qualified, weight_of
+from tailora.core.quantization import dense_weight, is_quantized
 from tailora.errors import MergeError, listing
 
 BLOCK = 2**18  # numbers merged at a time: in float32 they stay near a core from the first step to the last

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tailora.core.bases import dense_weight
 from tailora.core.config import LoRAConfig
-from tailora.core.fused import Rows, layout_of, rows_of
-from tailora.core.kinds import Kind, host_path, kind_of, parameter_kind, projections
-from tailora.core.matching import by_pattern, named
+from tailora.core.fused_layers import Rows, layout_of, rows_of
+from tailora.core.layer_types import Kind, host_path, kind_of, parameter_kind, projections
+from tailora.core.patterns import by_pattern, named
+from tailora.core.quantization import dense_weight
 from tailora.errors import TargetError
 
 Modules = Mapping[str, nn.Module]

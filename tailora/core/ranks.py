@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer
-from tailora.core.matching import exactly
+from tailora.core.patterns import exactly
 
 
 def with_ranks(config: LoRAConfig, layers: Mapping[str, LoRALayer], ranks: Mapping[str, int]) -> LoRAConfig:

@@ -1,4 +1,4 @@
-"""Kinds of the user's own: one more row in the table `core.kinds.KINDS`."""
+"""Kinds of the user's own: one more row in the table `core.layer_types.KINDS`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tailora.core import geometry
 from tailora.core.geometry import Shape
-from tailora.core.kinds import KINDS, MULTIHEAD, Kind, qualified
+from tailora.core.layer_types import KINDS, MULTIHEAD, Kind, qualified
 from tailora.errors import ConfigError, listing
 
 Dims = Callable[[Any], tuple[int, int]]

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailora.core.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, Kind
 from tailora.core.layer import LoRALayer
+from tailora.core.layer_types import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, Kind
 
 FEW = {True: (8, 4), False: (2, 2)}  # in 16 bits, or not: up to so many adapters on rows of one token, of more: joined
 NONE = -1  # the slot of a row without an update

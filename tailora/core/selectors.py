@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import TypeVar
 
-from tailora.core.matching import exactly, matches
+from tailora.core.patterns import exactly, matches
 
 T = TypeVar("T", int, float)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.bases import dense_shape, weight_count
-from tailora.core.kinds import host_of
+from tailora.core.layer_types import host_of
+from tailora.core.quantization import dense_shape, weight_count
 
 EXTRAS = {"bias": "bias", "trainable_tokens_delta": "token rows"}
 

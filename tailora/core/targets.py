@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from tailora.core.bases import base_obstacle, quantized_layers
 from tailora.core.config import LoRAConfig
 from tailora.core.extra_targets import ExtraTargets, extra_targets
-from tailora.core.kinds import EMBEDDING, KINDS, kind_of, obstacle, projections
-from tailora.core.matching import (
+from tailora.core.layer_types import EMBEDDING, KINDS, kind_of, obstacle, projections
+from tailora.core.patterns import (
     Selector,
     by_pattern,
     ends_of,
@@ -22,6 +21,7 @@ from tailora.core.matching import (
     pattern_matches,
 )
 from tailora.core.places import Modules, Place, chosen_parameters, parameters, place_at, places
+from tailora.core.quantization import base_obstacle, quantized_layers
 from tailora.errors import TargetError, listing, nearest
 
 

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, low_rank_layer
-from tailora.core.bases import dense_weight
 from tailora.core.config import LoRAConfig
-from tailora.core.kinds import host_path, projections
 from tailora.core.layer import LoRALayer
-from tailora.core.lowrank import Factors
+from tailora.core.layer_types import host_path, projections
+from tailora.core.low_rank import Factors
 from tailora.core.places import place_at
+from tailora.core.quantization import dense_weight
 from tailora.core.selectors import commonest, portable_patterns, portable_targets
 from tailora.core.targets import target_at
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from tailora.errors import FetchError, WriteError
-from tailora.formats.atomic import replace_folder, writing
+from tailora.formats.io import replace_folder, writing
 
 OWN = "or go without the demo: --model FOLDER --data FILE"
 # what pip says -> (cause, remedy); the first that matches wins: an unreachable index also ends in "No matching"

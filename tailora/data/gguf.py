@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tailora.data.quiet import quiet
+from tailora.quiet import quiet
 
 
 def convert(source: Path, folder: Path) -> None:

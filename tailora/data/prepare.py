@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tailora.data.codec import Codec, codec_of
-from tailora.data.convert import convert
-from tailora.data.encode import Encoded, encode_all
+from tailora.data.dataset import Example, Examples
 from tailora.data.report import DataReport, content_hash, histogram, repeats
 from tailora.data.rows import Fault, Row, refusal
+from tailora.data.schemas import convert
 from tailora.data.shapes import Choices, Mapped, Sample, recognise
 from tailora.data.sources import read_rows
 from tailora.data.split import split
-from tailora.data.store import Example, Examples
+from tailora.data.tokenize import Encoded, encode_all
 from tailora.errors import DataError
 
 CHUNK = 1000  # rows tokenised at a time

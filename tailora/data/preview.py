@@ -3,7 +3,7 @@
 from itertools import groupby
 from typing import Any
 
-from tailora.data.store import IGNORED, Example
+from tailora.data.dataset import IGNORED, Example
 
 
 def preview(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from tailora.data.dataset import Examples, Int64
 from tailora.data.split import group
-from tailora.data.store import Examples, Int64
 
 
 @dataclass(frozen=True, slots=True)

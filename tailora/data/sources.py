@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tailora.data.files import READERS, read_file
 from tailora.data.hub import read_hub, read_saved
+from tailora.data.readers import READERS, read_file
 from tailora.data.rows import Fault, Row
 from tailora.errors import DataError, nearest
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, by_host
 from tailora.core.attach import Swapped, attach
-from tailora.core.bases import quantized_layers
 from tailora.core.dequantize import Change, as_linear
-from tailora.core.kinds import host_path
+from tailora.core.layer_types import host_path
 from tailora.core.modes import evaluating
+from tailora.core.quantization import quantized_layers
 from tailora.errors import FormatError
 
 TOLERANCE = 1e-4  # of the logits' size: float32 sums in another order

@@ -18,11 +18,11 @@ from torch import nn
 from tailora.core.dequantize import common_dtype
 from tailora.errors import ConfigError, nearest
 from tailora.formats import gguf, merged, mlx, portable
-from tailora.formats.atomic import replace_folder, writing
 from tailora.formats.compare import Comparison, compare, logits, only, probe
+from tailora.formats.io import replace_folder, writing
+from tailora.formats.load import restore
+from tailora.formats.low_rank_export import Source, refuse
 from tailora.formats.peft import StoredAdapter, read_adapter, unknown_to_peft, write_adapter
-from tailora.formats.plain import Source, refuse
-from tailora.formats.restore import restore
 
 Again = Callable[[Path, Source], AbstractContextManager[nn.Module]]
 WIDER = "merge into a base in float32 (--dtype float32), or take a format that keeps the adapter apart"

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tailora.core.kinds import EMBEDDING
 from tailora.core.layer import LoRALayer, beside
+from tailora.core.layer_types import EMBEDDING
 from tailora.errors import FormatError
 from tailora.formats.grouping import join_groups, split_groups
 

@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from tailora.core.bases import PLAIN, as_loaded, base_of, dense_shape, dense_weight
-from tailora.formats.notes import LayerPrint
+from tailora.core.quantization import PLAIN, as_loaded, base_of, dense_shape, dense_weight
+from tailora.formats.metadata import LayerPrint
 
 SAMPLES = 8  # weights per layer
 TOLERANCE = 2.0**-7  # rounding to bfloat16, once on either side

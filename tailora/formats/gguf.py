@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.kinds import CONV1D, EMBEDDING, LINEAR, kind_of
+from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, kind_of
 from tailora.errors import FormatError
+from tailora.formats.low_rank_export import MERGED, Factors, Source, factors, hosts, limits, refuse, scale_notes, stored
 from tailora.formats.peft import StoredAdapter
-from tailora.formats.plain import MERGED, Factors, Source, factors, hosts, limits, refuse, scale_notes, stored
 
 WEIGHTS, MODELFILE = "adapter.gguf", "Modelfile"
 EMBEDDED, HEAD = "token_embd.weight", "output.weight"

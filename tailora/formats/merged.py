@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tailora.core.bases import is_quantized
 from tailora.core.dequantize import Change, Exchange, common_dtype, whole_plain
-from tailora.core.kinds import host_path
+from tailora.core.layer_types import host_path
 from tailora.core.merge import MergeReport, folded, moved_in, settle_ties
+from tailora.core.quantization import is_quantized
 from tailora.errors import FormatError, MergeError
-from tailora.formats.plain import Source, refuse
+from tailora.formats.low_rank_export import Source, refuse
 
 SHARD = "2GB"  # of a file
 SPILL = ".merged"

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tailora.core.kinds import EMBEDDING, LINEAR
+from tailora.core.layer_types import EMBEDDING, LINEAR
 from tailora.errors import FormatError
+from tailora.formats.low_rank_export import MERGED, Source, factors, hosts, limits, padded, refuse, scale_notes, stored
 from tailora.formats.peft import StoredAdapter
 from tailora.formats.peft_config import read_settings
-from tailora.formats.plain import MERGED, Source, factors, hosts, limits, padded, refuse, scale_notes, stored
 from tailora.formats.tensors import read as read_tensors
 from tailora.formats.tensors import to_bytes
 

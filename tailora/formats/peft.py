@@ -14,15 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.kinds import host_of
+from tailora.core.layer_types import host_of
 from tailora.errors import DivergedError, FormatError
-from tailora.formats.atomic import replace_folder, write_file, writing
 from tailora.formats.extras import extra_tensors
 from tailora.formats.factors import suffixes, to_file
 from tailora.formats.fingerprint import fingerprint
-from tailora.formats.notes import KEY, Notes, parse
+from tailora.formats.io import replace_folder, write_file, writing
+from tailora.formats.metadata import KEY, Notes, parse
 from tailora.formats.peft_config import doubled, read_settings, to_peft, with_patterns
-from tailora.formats.stems import stems
+from tailora.formats.peft_paths import stems
 from tailora.formats.tensors import read, to_bytes
 
 PREFIX = "base_model.model."

@@ -11,11 +11,11 @@ from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from tailora.core.config import LoRAConfig
-from tailora.core.matching import by_pattern, exactly, matches
+from tailora.core.patterns import by_pattern, exactly, matches
 from tailora.core.selectors import portable_targets
 from tailora.errors import FormatError, listing
-from tailora.formats.notes import REFUSALS
-from tailora.formats.stems import Stem
+from tailora.formats.metadata import REFUSALS
+from tailora.formats.peft_paths import Stem
 
 # Settings that change what the tensors mean and have no slot here yet: key -> values that change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {

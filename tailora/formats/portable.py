@@ -8,14 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tailora.core.kinds import CONV1D, EMBEDDING, LINEAR, host_of
+from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, host_of
 from tailora.formats.factors import EMBEDDING_SUFFIXES, SUFFIXES
 from tailora.formats.fingerprint import fingerprint
-from tailora.formats.notes import KEY, Notes
+from tailora.formats.low_rank_export import Source, factors, hosts, limits, padded, scale_notes
+from tailora.formats.metadata import KEY, Notes
 from tailora.formats.peft import CARD, PREFIX, SETTINGS, WEIGHTS
 from tailora.formats.peft_config import to_peft
-from tailora.formats.plain import Source, factors, hosts, limits, padded, scale_notes
-from tailora.formats.stems import stems
+from tailora.formats.peft_paths import stems
 from tailora.formats.tensors import to_bytes
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank

@@ -8,9 +8,9 @@ from torch import nn
 
 from tailora.core.adapter import layer_key
 from tailora.core.config import LoRAConfig
-from tailora.core.kinds import host_path, kind_of
 from tailora.core.layer import LoRALayer
-from tailora.core.matching import layer_index
+from tailora.core.layer_types import host_path, kind_of
+from tailora.core.patterns import layer_index
 from tailora.core.summary import Row
 from tailora.core.targets import chosen_places
 from tailora.model import LoRAModel

@@ -7,9 +7,9 @@ import numpy as np
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
-from tailora.data.store import Example
+from tailora.data.dataset import Example
 from tailora.train.config import TrainConfig
-from tailora.train.feed import feed, heaviest, shape_of
+from tailora.train.dataloader import feed, heaviest, shape_of
 from tailora.train.load import load_tokenizer
 from tailora.train.steps import parts
 

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from tailora.core.config import AdaLoRA, LoRAConfig, StrictModel
 from tailora.errors import ConfigError, listing
-from tailora.study.space import read_space
+from tailora.study.search_space import read_space
 from tailora.train.config import TrainConfig
 
 LORA, FULL = "lora", "full"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tailora.study.choice import Candidate
+from tailora.study.judging import Candidate
 from tailora.study.trial import Trial
 
 LOCK = "run.lock"

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from tailora.formats.atomic import write_file
+from tailora.formats.io import write_file
 from tailora.study.budget import Plan
-from tailora.study.choice import Candidate, Finalist
-from tailora.study.space import Axis, at_edge
+from tailora.study.judging import Candidate, Finalist
+from tailora.study.search_space import Axis, at_edge
 from tailora.train.config import TrainConfig
 
 FEW = 20  # held-out examples

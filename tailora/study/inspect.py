@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailora.errors import ConfigError
-from tailora.formats.alone import read_alone
-from tailora.formats.atomic import write_file
-from tailora.formats.folders import adapter_in, recorded_settings
-from tailora.measure.modules import ModuleReport, Update, examine, updates_alone, with_shares
+from tailora.evaluation.spectral import ModuleReport, Update, examine, updates_alone, with_shares
+from tailora.formats.io import write_file
+from tailora.formats.offline import read_alone
+from tailora.formats.run_folder import adapter_in, recorded_settings
+from tailora.report import report_if_possible
 from tailora.study.advice import advise
+from tailora.study.model_layout import group_of, in_order, layers_of
 from tailora.study.pair import Pair, overlaps
-from tailora.study.places import group_of, in_order, layers_of
-from tailora.study.report import report_if_possible
 from tailora.study.rule import Advice
 
 if TYPE_CHECKING:

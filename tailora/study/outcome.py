@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from tailora.errors import ConfigError
-from tailora.measure.intervals import Interval
-from tailora.measure.paired import Difference, difference, holm, loss_interval
+from tailora.evaluation.intervals import Interval
+from tailora.evaluation.statistics import Difference, difference, holm, loss_interval
 from tailora.study.config import FULL, CompareConfig
 from tailora.study.halves import Places, halves
-from tailora.study.rates import Rates
+from tailora.study.lr_search import Rates
 from tailora.study.trial import Trial
 from tailora.study.verdict import Standing, verdict
 

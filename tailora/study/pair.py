@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tailora.core.lowrank import product_spectrum
+from tailora.core.low_rank import product_spectrum
 from tailora.errors import ConfigError, listing
-from tailora.measure.intervals import paired_difference
-from tailora.measure.modules import Update
-from tailora.measure.spectra import chance_overlap, directions, inner, subspace_overlap
-from tailora.study.places import in_order
+from tailora.evaluation.intervals import paired_difference
+from tailora.evaluation.spectra import chance_overlap, directions, inner, subspace_overlap
+from tailora.evaluation.spectral import Update
+from tailora.study.model_layout import in_order
 
 if TYPE_CHECKING:
     from tailora.model import LoRAModel
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Overlap:
     """One matrix that both adapt. Norms are those of the updates, s (B A - B0 A0).
 
-    writes, reads: overlap of the spaces of their outputs and of their inputs (`measure.spectra.subspace_overlap`),
+    writes, reads: overlap of the spaces of their outputs and of their inputs (`evaluation.spectra.subspace_overlap`),
         each beside that of random spaces of these sizes.
     cosine: <dW1, dW2> / (||dW1|| ||dW2||): 1 where they say the same, 0 where they do not meet, -1 where they cancel.
     sum_norm: ||dW1 + dW2||.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from tailora.core.config import LoRAConfig
-from tailora.core.matching import layer_index
+from tailora.core.patterns import layer_index
 from tailora.core.targets import chosen_places
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)

@@ -16,19 +16,19 @@ import torch
 from transformers import PretrainedConfig
 
 from tailora.core.config import AdaLoRA, LoRAConfig
-from tailora.formats.atomic import write_file
+from tailora.formats.io import write_file
 from tailora.model import LoRAModel
+from tailora.report import CONTENT, report_if_possible
 from tailora.study.adapted import Group, Left, Module, groups_of, left_alone, modules_of
 from tailora.study.ahead import Batches, in_parts, tokens_of
-from tailora.study.report import CONTENT, report_if_possible
 from tailora.train.config import TrainConfig
 from tailora.train.estimate import Memory, Step, memory_of, step_of
 from tailora.train.load import read_config
 from tailora.train.memory import available_bytes, held_now
-from tailora.train.rehearse import Rehearsal, rehearse
 from tailora.train.setup import start_accelerator
 from tailora.train.skeleton import skeleton
 from tailora.train.speed import SHARE, products_per_second
+from tailora.train.subprocess_worker import Rehearsal, rehearse
 
 FULL_RATE = 5e-5
 OF_ADAPTER = {*LoRAConfig.model_fields, *AdaLoRA.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from tailora.errors import ConfigError
 from tailora.study.budget import PROBE_STEPS, Costs
-from tailora.study.space import Axis
+from tailora.study.search_space import Axis
 from tailora.study.trial import Progress, Spec, Trial, try_out
 from tailora.train.config import TrainConfig
 

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tailora.study.places import grouped, patterns, span
+from tailora.study.model_layout import grouped, patterns, span
 from tailora.study.rule import Advice, above, command, few
 
 if TYPE_CHECKING:
-    from tailora.measure.modules import ModuleReport
+    from tailora.evaluation.spectral import ModuleReport
     from tailora.study.inspect import Inspection
     from tailora.study.tails import Rise
 

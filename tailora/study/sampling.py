@@ -10,7 +10,7 @@ from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from tailora.errors import ConfigError, listing
-from tailora.study.space import TARGETS, Axis, Range
+from tailora.study.search_space import TARGETS, Axis, Range
 
 RANDOM_TRIALS = 6  # before TPE has seen enough to model
 BEST_SHARE = 0.25  # of the trials: what importances are about

@@ -21,18 +21,18 @@ from optuna.pruners import SuccessiveHalvingPruner
 from optuna.trial import TrialState
 
 from tailora.errors import ConfigError
-from tailora.formats.atomic import write_file
-from tailora.study import folder as folders
+from tailora.formats.io import write_file
+from tailora.report import report_if_possible
+from tailora.study import study_store as folders
 from tailora.study.budget import PROBE_STEPS, Plan, planned, read_plan
-from tailora.study.choice import Candidate, by_loss, finalists, judge
 from tailora.study.config import SearchConfig
 from tailora.study.finals import finals, shared
 from tailora.study.found import Found, described, remarks, write_config
 from tailora.study.halves import halves, judging_half
+from tailora.study.judging import Candidate, by_loss, finalists, judge
 from tailora.study.probe import longest, probe, probe_settings
-from tailora.study.report import report_if_possible
 from tailora.study.sampling import axes, importances, sampler, suggest
-from tailora.study.space import Axis, read_space, searched, settings, start
+from tailora.study.search_space import Axis, read_space, searched, settings, start
 from tailora.study.trial import RESULT, Base, Progress, Spec, Told, Trial, choosing_part, try_out
 from tailora.train.config import TrainConfig
 
@@ -51,7 +51,7 @@ def search(
     Raises ConfigError; whatever a run raises that is neither divergence nor lack of memory.
     """
     if study.lr_only:
-        raise ConfigError("lr_only is for study.range.find_range, which finds the learning rates alone")
+        raise ConfigError("lr_only is for study.lr_range.find_range, which finds the learning rates alone")
     folder = Path(train.output_dir)
     space = searched(read_space(study.space), train)
     asked = {

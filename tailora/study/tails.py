@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tailora.core.adapter import Adapter
-from tailora.core.shrink import Spectra, leading_only
-from tailora.measure.forgetting import forgetting
-from tailora.measure.intervals import Interval, paired_difference
+from tailora.core.compress import Spectra, leading_only
+from tailora.evaluation.forgetting import forgetting
+from tailora.evaluation.intervals import Interval, paired_difference
 from tailora.model import LoRAModel
 from tailora.study.inspect import Say
 from tailora.study.ranks import costly

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tailora import errors
 from tailora.errors import DivergedError, MemoryLimitError, TailoraError
-from tailora.formats.atomic import write_file
+from tailora.formats.io import write_file
 from tailora.study.halves import choosing_half
 from tailora.train import apart
 from tailora.train.config import TrainConfig
@@ -264,7 +264,7 @@ def _examples(result: Any) -> int | None:
 
 def _forgotten(result: Any, spec: Spec) -> tuple[dict[str, Any], dict[str, float]]:
     """What was forgotten; and the seconds of writing texts, which the first trial of a study does, and of the rest."""
-    from tailora.measure.forgetting import forgetting
+    from tailora.evaluation.forgetting import forgetting
 
     started = time.monotonic()
     texts = _texts(result, spec)
@@ -275,7 +275,7 @@ def _forgotten(result: Any, spec: Spec) -> tuple[dict[str, Any], dict[str, float
 
 def _texts(result: Any, spec: Spec) -> list[list[int]]:
     """Ids of each."""
-    from tailora.measure.forgetting import own_texts, texts_of
+    from tailora.evaluation.forgetting import own_texts, texts_of
 
     if spec.forgetting:
         return texts_of(spec.forgetting, result.model, result.tokenizer)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tailora.measure.paired import Difference
+from tailora.evaluation.statistics import Difference
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from tailora.core.shrink import spectra_of
+from tailora.core.compress import spectra_of
 from tailora.errors import ConfigError
-from tailora.measure.forgetting import forgetting, own_texts, texts_of
-from tailora.measure.held_out import held_out
-from tailora.measure.modules import updates_of
+from tailora.evaluation.forgetting import forgetting, own_texts, texts_of
+from tailora.evaluation.held_out import held_out
+from tailora.evaluation.spectral import updates_of
 from tailora.model import LoRAModel
 from tailora.study.advice import advise
 from tailora.study.inspect import NAME, Asked, Inspection, Progress, Say, examined
+from tailora.study.model_layout import grouped, layers_of
 from tailora.study.pair import overlaps, together
-from tailora.study.places import grouped, layers_of
 from tailora.study.strengths import forgets_much
 from tailora.study.tails import Measure, dialled, tails
 from tailora.train.config import TrainConfig

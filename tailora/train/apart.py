@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tailora import errors
 from tailora.errors import MemoryLimitError, TailoraError
-from tailora.formats.atomic import write_file
+from tailora.formats.io import write_file
 
 ERROR = "error.json"
 KILLED = -9  # what the system does to a process when memory runs out

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from tailora.errors import CheckpointError, listing
-from tailora.fast.flat import Flat
-from tailora.formats.atomic import replace_folder
+from tailora.formats.io import replace_folder
 from tailora.formats.tensors import read, to_bytes
+from tailora.kernels.flat_parameters import Flat
 
 STATE = "state.json"
 NAME = re.compile(r"checkpoint-(\d+)")

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tailora.data.store import Example
-from tailora.fast.forms import FORMS
+from tailora.data.dataset import Example
+from tailora.kernels.forms import FORMS
 from tailora.train.config import TrainConfig
-from tailora.train.kernels import running
+from tailora.train.kernel_choice import running
 from tailora.train.ledger import Ledger, tensors_of
 from tailora.train.loss import as_batch
 from tailora.train.skeleton import Skeleton

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 
 from tailora.core.modes import evaluating
-from tailora.data.store import Examples
-from tailora.fast.attention import packed_rows
+from tailora.data.dataset import Examples
+from tailora.kernels.attention import packed_rows
 from tailora.train.loss import Rows, token_losses
 from tailora.train.subject import Subject
 

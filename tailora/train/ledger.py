@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tailora.fast import blocks, flash
+from tailora.kernels import blocks, flash
 
 NameOf = Callable[[Tensor], str]  # the part that a new tensor is counted under
 

@@ -14,13 +14,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tailora.core.bases import base_obstacle, quantized_layers
+from tailora.core.quantization import base_obstacle, quantized_layers
 from tailora.data.demo import resolve
 from tailora.data.hub import check_model
-from tailora.data.quiet import quiet
 from tailora.errors import ConfigError, listing
-from tailora.fast.products import cpu_flags
-from tailora.train.quantize import settings_for
+from tailora.kernels.products import cpu_flags
+from tailora.quiet import quiet
+from tailora.train.model_loading import settings_for
 
 CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 names, and Arm's
 DTYPES: dict[str, torch.dtype | str] = {

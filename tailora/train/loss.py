@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tailora.data.batches import collate_packed, collate_padded
-from tailora.data.store import IGNORED, Example
-from tailora.fast.forms import FORMS, Batch
-from tailora.fast.prefix import Prefix
+from tailora.data.collate import collate_packed, collate_padded
+from tailora.data.dataset import IGNORED, Example
+from tailora.kernels.forms import FORMS, Batch
+from tailora.kernels.prefix import Prefix
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from tailora.core.bases import dense_shape, held_tensors, made_of, quantized_layers
+from tailora.core.quantization import dense_shape, held_tensors, made_of, quantized_layers
 from tailora.errors import MemoryLimitError
 
 CGROUP = (  # limit and use of a container, version 2 and 1

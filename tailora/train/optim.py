@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from tailora.core.rates import fast_names
-from tailora.fast.flat import Flat, Group, norm
+from tailora.core.loraplus import fast_names
+from tailora.kernels.flat_parameters import Flat, Group, norm
 from tailora.train.config import TrainConfig
 
 DECAYS: dict[str, Callable[[float], float]] = {  # share of the steps after warm-up, 0..1 -> share of the peak

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tailora.core.modes import evaluating
-from tailora.data.batches import collate_packed
-from tailora.data.store import Example
+from tailora.data.collate import collate_packed
+from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.fast.attention import PackingError, packed_rows
+from tailora.kernels.attention import PackingError, packed_rows
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative to the logits' norm
 HALF_TOLERANCE = 5e-2  # bfloat16, float16: two orders of summation differ by about 1e-2

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tailora
-from tailora.core.bases import held_parts
 from tailora.core.modes import evaluating
+from tailora.core.quantization import held_parts
+from tailora.data.dataset import Example, Examples
 from tailora.data.fetch import cache_folder
-from tailora.data.store import Example, Examples
-from tailora.fast.prefix import Course, Plan, Prefix, filling, given, relayed, states_of
-from tailora.fast.store import Store, free_bytes, make_room
+from tailora.kernels.prefix import Course, Plan, Prefix, filling, given, relayed, states_of
+from tailora.kernels.store import Store, free_bytes, make_room
 from tailora.train.config import TrainConfig
+from tailora.train.dataloader import Feed
 from tailora.train.evaluate import budgeted
-from tailora.train.feed import Feed
-from tailora.train.kernels import Kernels, documents, running
+from tailora.train.kernel_choice import Kernels, documents, running
 from tailora.train.loss import Rows, as_batch
 from tailora.train.memory import size
 from tailora.train.subject import Subject

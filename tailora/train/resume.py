@@ -7,7 +7,7 @@ import torch
 
 from tailora.core.adalora import RankAllocator
 from tailora.errors import CheckpointError, listing
-from tailora.fast.flat import Flat
+from tailora.kernels.flat_parameters import Flat
 from tailora.train import checkpoint, rng
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig

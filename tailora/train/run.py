@@ -11,19 +11,18 @@ import numpy as np
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from tailora.core.bases import held_bytes
+from tailora.core.quantization import held_bytes
 from tailora.data.prepare import Prepared
 from tailora.errors import CheckpointError, ConfigError
-from tailora.fast.flat import Flat, flattened
-from tailora.train import checkpoint, record
+from tailora.kernels.flat_parameters import Flat, flattened
+from tailora.train import checkpoint, run_log
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
+from tailora.train.dataloader import HeldOut, remarks
 from tailora.train.evaluate import Evaluation
 from tailora.train.events import Event, Finished, Listener, Note, Saved
 from tailora.train.events import Prepared as Ready
-from tailora.train.feed import HeldOut, remarks
-from tailora.train.kernels import running
-from tailora.train.loop import Bench, train
+from tailora.train.kernel_choice import running
 from tailora.train.loss import Supervised
 from tailora.train.memory import check_fits, explained, forget_peak, peak_bytes, remedies
 from tailora.train.optim import adamw, groups, scheduled
@@ -34,6 +33,7 @@ from tailora.train.setup import Kit, assemble, start_accelerator
 from tailora.train.state import State
 from tailora.train.stop import stop_signal
 from tailora.train.subject import Subject, allocating, differences, folder_of, save, settle, trained
+from tailora.train.trainer import Bench, train
 
 RateAt = Callable[[int, int], float]  # step, of steps -> learning rate
 OnReady = Callable[[Subject, PreTrainedTokenizerBase, Prepared | None], None]
@@ -57,13 +57,13 @@ def run(
     MemoryLimitError and Interrupted while it is.
     """
     started = time.perf_counter()
-    output_dir = record.claim(config)
+    output_dir = run_log.claim(config)
     saved = _checkpoint(config, output_dir)
     accelerator = start_accelerator(config)
     emit = _speaker(accelerator, on_event)
     forget_peak(accelerator.device)
     with ExitStack() as stack:
-        stack.enter_context(record.held(output_dir) if accelerator.is_main_process else nullcontext())
+        stack.enter_context(run_log.held(output_dir) if accelerator.is_main_process else nullcontext())
         stack.enter_context(seeded(config.seed))
         kit = assemble(config, accelerator, lambda text: emit(Note(text)), saved, held_out)
         if before is not None and not np.array_equal(before.counts, held_out_counts(kit)):
@@ -89,8 +89,8 @@ def run(
         accelerator.wait_for_everyone()
     result = _result(bench, kit, state, after, time.perf_counter() - started)
     if accelerator.is_main_process:
-        record.write_run(output_dir, header, result.to_dict())
-        record.write_examples(output_dir, state.before, after)
+        run_log.write_run(output_dir, header, result.to_dict())
+        run_log.write_examples(output_dir, state.before, after)
     for text in remarks(kit.feed, config.max_length):
         emit(Note(text))
     emit(Saved(result.best_step, folder))
@@ -159,7 +159,7 @@ def bench_of(
         identity=own,
         allocator=allocator,
         rate_at=rate_at,
-        metrics=record.Metrics(output_dir, resumed_at=resumed_at) if accelerator.is_main_process else None,
+        metrics=run_log.Metrics(output_dir, resumed_at=resumed_at) if accelerator.is_main_process else None,
         emit=emit,
     )
     return bench, state
@@ -204,14 +204,14 @@ def _header(bench: Bench, kit: Kit) -> dict[str, Any]:
         "max_steps": kit.feed.max_steps,
         "largest_forward_tokens": kit.feed.largest.tokens,
         "data": None if kit.feed.prepared is None else kit.feed.prepared.report.to_dict(),
-        **record.environment(),
+        **run_log.environment(),
     }
 
 
 def _announce(bench: Bench, header: dict[str, Any]) -> None:
     if bench.accelerator.is_main_process:
-        record.write_settings(bench.output_dir, bench.config)
-        record.write_run(bench.output_dir, header)
+        run_log.write_settings(bench.output_dir, bench.config)
+        run_log.write_run(bench.output_dir, header)
     bench.emit(Ready(header))
 
 

@@ -15,16 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.config import LoRAConfig
 from tailora.core.modes import evaluating
-from tailora.data.store import IGNORED, Example
+from tailora.data.dataset import IGNORED, Example
 from tailora.errors import ConfigError, listing, nearest
-from tailora.fast.attention import packed_rows
-from tailora.fast.forms import choose_form, own_form
+from tailora.kernels.attention import packed_rows
+from tailora.kernels.forms import choose_form, own_form
 from tailora.model import LoRAModel
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
-from tailora.train.feed import Feed, HeldOut, Reader, feed
-from tailora.train.full import FullModel
-from tailora.train.kernels import Kernels, choose_kernels, running
+from tailora.train.dataloader import Feed, HeldOut, Reader, feed
+from tailora.train.kernel_choice import Kernels, choose_kernels, running
 from tailora.train.load import load_base
 from tailora.train.loss import Rows, as_batch, token_losses
 from tailora.train.memory import Cost, explained, measure
@@ -33,6 +32,7 @@ from tailora.train.prefix import Kept, choose_prefix
 from tailora.train.rng import seed_all
 from tailora.train.start import from_data, resumed, words
 from tailora.train.subject import Subject
+from tailora.train.trainable import FullModel
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 PROBE_TOKENS = 128  # memory is measured on so much of the longest example

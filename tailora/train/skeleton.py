@@ -16,25 +16,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from tailora.core.bases import held_parts
-from tailora.core.kinds import CONV1D, kind_of
+from tailora.core.layer_types import CONV1D, kind_of
 from tailora.core.modes import evaluating
+from tailora.core.quantization import held_parts
 from tailora.errors import ConfigError
-from tailora.fast.attention import packed_rows
-from tailora.fast.forms import foreseen_form, own_form
+from tailora.formats.load import settings_of
 from tailora.formats.recognise import read_any
-from tailora.formats.restore import settings_of
+from tailora.kernels.attention import packed_rows
+from tailora.kernels.forms import foreseen_form, own_form
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.full import FullModel
-from tailora.train.kernels import Kernels, described, obstacle_to_kernels
+from tailora.train.kernel_choice import Kernels, described, obstacle_to_kernels
 from tailora.train.ledger import without_contents
 from tailora.train.load import check_unquantized, precision_of
 from tailora.train.loss import Rows, as_batch
+from tailora.train.model_loading import STORED, Stored
 from tailora.train.packing import choose, packed_logits, probes
-from tailora.train.quantize import STORED, Stored
 from tailora.train.setup import some_examples
 from tailora.train.subject import Subject
+from tailora.train.trainable import FullModel
 
 
 @dataclass(frozen=True)

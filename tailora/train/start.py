@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tailora.core.config import LoRAConfig
-from tailora.core.starts import DATA_STARTS, FROM_GRADIENT
-from tailora.data.store import Example
+from tailora.core.init import DATA_STARTS, FROM_GRADIENT
+from tailora.data.dataset import Example
 from tailora.model import LoRAModel
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
-from tailora.train.feed import Feed
-from tailora.train.kernels import Kernels, running
+from tailora.train.dataloader import Feed
+from tailora.train.kernel_choice import Kernels, running
 from tailora.train.loss import Rows, token_losses
 from tailora.train.subject import Subject
 

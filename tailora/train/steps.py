@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 
-from tailora.data.batches import plan
-from tailora.data.store import Example, Examples
+from tailora.data.collate import plan
+from tailora.data.dataset import Example, Examples
 from tailora.errors import DataError
 
 

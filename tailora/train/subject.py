@@ -8,7 +8,7 @@ from torch import nn
 
 from tailora.core.adalora import RankAllocator
 from tailora.model import LoRAModel
-from tailora.train.full import FullModel
+from tailora.train.trainable import FullModel
 
 Subject = LoRAModel | FullModel
 ADAPTER, MODEL = "adapter", "model"  # what a run leaves in its folder

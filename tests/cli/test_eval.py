@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
-from tailora.measure.scores import Asked, score
+from tailora.evaluation.scores import Asked, score
 
 QUIZ = [{"question": f"thing {n}?", "choices": ["red", "green", "blue"], "answer": n % 3} for n in range(12)]
 

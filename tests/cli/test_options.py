@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from cyclopts import App
 
-from tailora.cli.options import FIELDS, Settings, settings
+from tailora.cli.flags import FIELDS, Settings, settings
 from tailora.cli.train import FLAGS
 from tailora.cli.train import train as command
 from tailora.cli.yaml12 import read_mapping

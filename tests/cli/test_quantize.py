@@ -8,7 +8,7 @@ import pytest
 
 from tailora.cli.main import main
 from tailora.cli.models import chosen_method, load
-from tailora.core.bases import quantized_layers
+from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.lowrank import Factors, for_energy, low_rank, product_spectrum
+from tailora.core.low_rank import Factors, for_energy, low_rank, product_spectrum
 from tailora.core.selectors import portable_patterns
 from tailora.core.targets import by_pattern
 from tailora.errors import AdapterError, BaseMismatchError, ConfigError, DivergedError, MergeError, TargetError

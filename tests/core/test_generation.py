@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.generation import ROWS, Held
+from tailora.core.inference import ROWS, Held
 from tailora.core.layer import LoRALayer
 from tests.tiny import chat_model
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import tailora
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.kinds import KINDS
+from tailora.core.layer_types import KINDS
 from tailora.errors import ConfigError
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "kinds.md").read_text(), re.DOTALL)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.kinds import LINEAR
+from tailora.core.layer_types import LINEAR
 from tailora.core.rowforms import BLOCKS, NONE, plan
 from tailora.errors import AdapterError, MergeError, RowsError
 
@@ -253,9 +253,9 @@ def test_training_two_adapters_in_one_batch_is_training_each_on_its_rows() -> No
 
     def apart(model: LoRAModel, ids: Tensor) -> Tensor:
         losses = []
-        for name, rows in (("q", [0, 2]), ("m", [1, 3])):
+        for name, mixed_batch in (("q", [0, 2]), ("m", [1, 3])):
             model.set_adapter(name)
-            losses.append(loss(model, ids[rows]))
+            losses.append(loss(model, ids[mixed_batch]))
         model.set_adapter(["q", "m"])
         return sum(losses) / 2
 
@@ -371,11 +371,11 @@ def test_kept_factors_follow_what_changes(change: str) -> None:
 
 @torch.no_grad()
 def test_without_changes_the_factors_are_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tailora.core import rows
+    from tailora.core import mixed_batch
 
     calls = []
-    original = rows.joined
-    monkeypatch.setattr(rows, "joined", lambda each: calls.append(each) or original(each))
+    original = mixed_batch.joined
+    monkeypatch.setattr(mixed_batch, "joined", lambda each: calls.append(each) or original(each))
     model, x = two(), torch.randn(3, 8)
     with model.adapter_rows(["b", None, "a"]):
         for _ in range(3):
@@ -401,7 +401,7 @@ def test_a_fused_optimizer_s_step_which_torch_does_not_count_is_seen() -> None:
 
 
 def test_nothing_of_a_block_is_held_afterwards() -> None:
-    from tailora.core.rows import RowLayer
+    from tailora.core.mixed_batch import RowLayer
 
     model = two()
     with torch.no_grad(), model.adapter_rows(["b", None, "a"]):

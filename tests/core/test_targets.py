@@ -6,7 +6,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.matching import layer_index
+from tailora.core.patterns import layer_index
 from tailora.errors import ConfigError, TargetError
 
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tailora.data.batches import collate_packed, collate_padded, plan
-from tailora.data.store import IGNORED, Example
+from tailora.data.collate import collate_packed, collate_padded, plan
+from tailora.data.dataset import IGNORED, Example
 
 LENGTHS = np.random.default_rng(0).integers(4, 200, size=1003)
 

@@ -1,7 +1,7 @@
 import pytest
 
-from tailora.data.convert import convert
 from tailora.data.rows import Fault, Row
+from tailora.data.schemas import convert
 from tailora.data.shapes import Choices, Conversation, Pair, Text, recognise
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}

@@ -5,9 +5,9 @@ import pytest
 from tokenizers import processors
 from transformers import ByT5Tokenizer
 
-from tailora.data.encode import encode, prompt_ids, reply_text
+from tailora.data.dataset import IGNORED, Example
 from tailora.data.shapes import Conversation, Pair, Sample, Text
-from tailora.data.store import IGNORED, Example
+from tailora.data.tokenize import encode, prompt_ids, reply_text
 from tailora.errors import DataError
 
 CHAT = Conversation([{"role": "user", "content": "hello how"}, {"role": "assistant", "content": "fine, thanks"}])

@@ -2,8 +2,8 @@
 
 import pytest
 
+from tailora.data.chat_template import Layout, lay_out
 from tailora.data.codec import codec_of
-from tailora.data.layout import Layout, lay_out
 from tailora.data.shapes import Conversation, Pair, Text
 from tailora.errors import DataError
 

@@ -1,8 +1,8 @@
 import pytest
 
-from tailora.data.encode import encode
 from tailora.data.preview import preview
 from tailora.data.shapes import Conversation, Pair, Text
+from tailora.data.tokenize import encode
 
 
 def test_a_chat_is_shown_in_pieces(bytes_tokenizer, chatml) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tailora.data.store import IGNORED, Example, Examples
+from tailora.data.dataset import IGNORED, Example, Examples
 
 THREE = [([1, 2, 3], [IGNORED, 2, 3]), ([4], [4]), ([5, 6], [5, IGNORED])]
 

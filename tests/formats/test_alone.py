@@ -11,7 +11,7 @@ from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError, FormatError
-from tailora.formats.alone import read_alone
+from tailora.formats.offline import read_alone
 from tailora.formats.peft import WEIGHTS
 
 

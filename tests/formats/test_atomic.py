@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tailora.errors import WriteError
-from tailora.formats.atomic import replace_folder, write_file
+from tailora.formats.io import replace_folder, write_file
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_writer_that_is_killed_leaves_the_old_content(tmp_path: Path) -> None:
     target = tmp_path / "file"
     write_file(target, b"old" * 1000)
     script = (
-        "import sys; from pathlib import Path; from tailora.formats.atomic import write_file\n"
+        "import sys; from pathlib import Path; from tailora.formats.io import write_file\n"
         "print('go', flush=True)\n"
         "while True: write_file(Path(sys.argv[1]), b'new' * 1_000_000)"
     )

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.bases import dense_weight, held_tensors, is_quantized
+from tailora.core.quantization import dense_weight, held_tensors, is_quantized
 from tailora.formats.compare import logits, only
 
 

@@ -24,7 +24,15 @@ from cases import (
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.bases import as_loaded, base_of, dense_weight, held_bytes, held_tensors, is_quantized, weight_count
+from tailora.core.quantization import (
+    as_loaded,
+    base_of,
+    dense_weight,
+    held_bytes,
+    held_tensors,
+    is_quantized,
+    weight_count,
+)
 from tailora.errors import BaseMismatchError, FormatError, MergeError, TargetError
 from tailora.formats.fingerprint import TOLERANCE
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import FormatError
-from tailora.formats.alone import read_alone
+from tailora.formats.offline import read_alone
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 RIGHT = [(kind, slot) for kind, slot in SPECIAL_PAIRS if not kind.peft_is_wrong]

@@ -8,10 +8,10 @@ from cases import BASES, EVERY, EVERY_PAIR, QUANTIZED, QUANTIZED_PAIRS, SLOTS, B
 from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core import bases, kinds
-from tailora.core.bases import BASES as ROWS
-from tailora.core.bases import base_of, is_quantized
-from tailora.core.kinds import ATTENTION, KINDS, kind_of, qualified
+from tailora.core import layer_types, quantization
+from tailora.core.layer_types import ATTENTION, KINDS, kind_of, qualified
+from tailora.core.quantization import BASES as ROWS
+from tailora.core.quantization import base_of, is_quantized
 from tailora.core.targets import select
 from tailora.errors import TargetError
 
@@ -62,12 +62,12 @@ def test_the_table_has_every_row_of_the_core() -> None:
     assert kind_of(nn.LayerNorm(3)) is None
     selected = {target.kind for case in EVERY for target in select(case.net(), config(case)).targets}
     attention = {ATTENTION[name] for name in ("in_proj_weight", "out_proj", "v_proj_weight")}  # q and k are as v
-    assert selected - {kinds.parameter_kind(name) for name in ("gate_up_proj", "down_proj")} == {
+    assert selected - {layer_types.parameter_kind(name) for name in ("gate_up_proj", "down_proj")} == {
         *KINDS.values(),
         *attention,
     }
     assert {base_of(case.net().block["target"]) for case in QUANTIZED} == {*ROWS.values()}
-    assert base_of(nn.Linear(2, 2)) is bases.PLAIN
+    assert base_of(nn.Linear(2, 2)) is quantization.PLAIN
 
 
 # What is no slot of the equation, or is one with laws of its own: tests/laws/test_start.py, test_extras.py, papers.

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tailora.core.bases import base_of, dense_weight
+from tailora.core.quantization import base_of, dense_weight
 
 
 def quantised(quant_type: str, double: bool) -> tuple[nn.Module, Tensor]:

@@ -10,14 +10,14 @@ from tiny import VOCABULARY, chat_model
 from torch import Tensor
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.data.batches import collate_packed
-from tailora.data.store import IGNORED, Example, Examples
-from tailora.fast.attention import packed_rows
-from tailora.fast.forms import FROZEN
+from tailora.data.collate import collate_packed
+from tailora.data.dataset import IGNORED, Example, Examples
+from tailora.kernels.attention import packed_rows
+from tailora.kernels.forms import FROZEN
 from tailora.train.evaluate import evaluate
-from tailora.train.loop import accumulate
 from tailora.train.loss import Rows, Supervised
 from tailora.train.steps import MicroBatch
+from tailora.train.trainer import accumulate
 
 LENGTHS = (3, 5, 40, 60)
 ROWS = {"packed": Rows(True, FROZEN, 0), "padded": Rows(False, FROZEN, 0)}

@@ -1,4 +1,4 @@
-"""The kernels of tailora/fast, and attention that is adapted, against the equations that they cite, in float64."""
+"""The kernels of tailora/kernels, and attention that is adapted, against the equations that they cite, in float64."""
 
 import math
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.fast import blocks
-from tailora.fast.pointwise import inverse_rms, rms_norm, rotate, swiglu
+from tailora.kernels import blocks
+from tailora.kernels.pointwise import inverse_rms, rms_norm, rotate, swiglu
 
 
 def normal(*shape: int) -> Tensor:

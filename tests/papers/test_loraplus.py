@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.rates import loraplus_groups
+from tailora.core.loraplus import loraplus_groups
 from tailora.errors import ConfigError
-from tailora.fast.flat import flattened
+from tailora.kernels.flat_parameters import flattened
 from tailora.train.config import TrainConfig
 from tailora.train.optim import adamw, groups, take_step
 

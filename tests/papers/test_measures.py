@@ -10,8 +10,8 @@ import torch
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tailora.measure.intruders import counter
-from tailora.measure.spectra import effective_rank, stable_rank, subspace_overlap
+from tailora.evaluation.intruders import counter
+from tailora.evaluation.spectra import effective_rank, stable_rank, subspace_overlap
 from tailora.study.sampling import importances
 from tailora.train.optim import rising
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.fast.flat import flattened
+from tailora.kernels.flat_parameters import flattened
 from tailora.train.config import TrainConfig
-from tailora.train.full import FullModel
 from tailora.train.optim import adamw, groups, take_step
+from tailora.train.trainable import FullModel
 
 
 def test_adamw_decays_apart_from_the_gradient() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tailora.measure.paired import difference, holm
+from tailora.evaluation.statistics import difference, holm
 
 
 def test_the_variance_comes_from_mean_squares_and_its_degrees_from_satterthwaite() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tailora.measure.modules import ModuleReport
+from tailora.evaluation.spectral import ModuleReport
 from tailora.study import ranks, strengths
 from tailora.study.advice import RULES, advise
 from tailora.study.inspect import Inspection

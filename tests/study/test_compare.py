@@ -10,13 +10,13 @@ import psutil
 import pytest
 
 from tailora.errors import ConfigError, DataError
+from tailora.report.compare import compare_page
+from tailora.report.page import html
 from tailora.study.compare import compare
 from tailora.study.config import CompareConfig, arm_settings
 from tailora.study.halves import halves
+from tailora.study.lr_search import Rates
 from tailora.study.outcome import judged
-from tailora.study.rates import Rates
-from tailora.study.report.compare import compare_page
-from tailora.study.report.page import html
 from tailora.study.trial import Spec, Told, Trial, choosing_part, try_out
 from tailora.train.config import TrainConfig
 

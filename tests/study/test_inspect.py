@@ -11,9 +11,9 @@ from tiny import chat_model
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.shrink import leading_only, spectra_of
+from tailora.core.compress import leading_only, spectra_of
 from tailora.errors import BaseMismatchError, ConfigError, FormatError
-from tailora.measure.modules import Update, updates_of
+from tailora.evaluation.spectral import Update, updates_of
 from tailora.study.inspect import Asked, inspect, write_report
 from tailora.study.pair import overlaps
 from tailora.study.within import inspect_model

@@ -4,7 +4,7 @@ import pytest
 from tiny import chat_model
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.study.places import block_of, grouped, in_order, layers_of, patterns, span
+from tailora.study.model_layout import block_of, grouped, in_order, layers_of, patterns, span
 
 NAMES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 PATHS = [f"model.layers.{layer}.{name}" for layer in range(12) for name in NAMES]

@@ -10,7 +10,7 @@ import pytest
 from tailora.cli.main import main
 from tailora.errors import ConfigError
 from tailora.study.config import SearchConfig
-from tailora.study.range import HIGHEST, LOWEST, STEPS, RateRange, find_range, landmarks, read_range
+from tailora.study.lr_range import HIGHEST, LOWEST, STEPS, RateRange, find_range, landmarks, read_range
 from tailora.study.search import search
 from tailora.study.trial import Trial
 from tailora.train.config import TrainConfig

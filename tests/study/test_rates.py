@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tailora.study.rates import Rates
+from tailora.study.lr_search import Rates
 
 
 def walked(prior: float, tries: int, best: float, cliff: float = math.inf) -> Rates:

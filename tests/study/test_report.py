@@ -10,7 +10,7 @@ import pytest
 from study.reports import CONTENTS, EVIL
 
 from tailora.errors import ConfigError, FormatError
-from tailora.study.report import report
+from tailora.report import report
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 FIGURES = {"learning-rates": 1, "train": 7, "compare": 10, "search": 11, "inspect": 10, "plan": 3, "eval": 3}

@@ -19,14 +19,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tailora.cli.main import main
 from tailora.errors import ConfigError
-from tailora.study import folder as folders
+from tailora.study import study_store as folders
 from tailora.study.budget import Costs, planned, read_plan
-from tailora.study.choice import Candidate, finalists, judge
 from tailora.study.config import SearchConfig
 from tailora.study.halves import choosing_half, halves
+from tailora.study.judging import Candidate, finalists, judge
 from tailora.study.sampling import axes, importances
 from tailora.study.search import search
-from tailora.study.space import DEFAULT, Range, at_edge, read_space, searched, settings, start
+from tailora.study.search_space import DEFAULT, Range, at_edge, read_space, searched, settings, start
 from tailora.study.trial import Spec, Told, Trial, try_out
 from tailora.train.config import TrainConfig
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tailora.measure.paired import Difference
+from tailora.evaluation.statistics import Difference
 from tailora.study.verdict import Standing, needed, verdict
 
 FULL = Standing("full", 1_000_000, None, None, True)

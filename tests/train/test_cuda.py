@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.fast.attention import packed_rows
-from tailora.fast.loss import frozen_head, recomputed_head
+from tailora.kernels.attention import packed_rows
+from tailora.kernels.loss import frozen_head, recomputed_head
 from tailora.train.config import TrainConfig
 from tailora.train.memory import available_bytes, forget_peak, peak_bytes
 from tailora.train.run import run

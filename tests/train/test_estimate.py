@@ -17,15 +17,15 @@ from transformers import (
     RobertaConfig,
 )
 
-from tailora.core.bases import held_bytes
 from tailora.core.config import LoRAConfig
-from tailora.data.store import Example
+from tailora.core.quantization import held_bytes
+from tailora.data.dataset import Example
 from tailora.errors import TargetError
-from tailora.fast.forms import FROZEN, OWN
+from tailora.kernels.forms import FROZEN, OWN
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.estimate import memory_of, step_of
-from tailora.train.kernels import Kernels, running
+from tailora.train.kernel_choice import Kernels, running
 from tailora.train.ledger import without_contents
 from tailora.train.load import load_base, read_config
 from tailora.train.loss import Rows, token_losses

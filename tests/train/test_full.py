@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tailora.data.store import Example
+from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
 from tailora.train.evaluate import evaluate
-from tailora.train.full import FullModel
 from tailora.train.load import load_base
 from tailora.train.loss import Rows, token_losses
 from tailora.train.run import run
 from tailora.train.subject import trained
+from tailora.train.trainable import FullModel
 
 Settings = Callable[..., TrainConfig]
 PADDED = Rows(False, "from the model's own logits", 0)

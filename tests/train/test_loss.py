@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
 
 from tailora.core.config import LoRAConfig
-from tailora.data.store import Example, Examples
-from tailora.fast.attention import packed_rows
-from tailora.fast.forms import FORMS, FROZEN, OWN, RECOMPUTED
+from tailora.data.dataset import Example, Examples
+from tailora.kernels.attention import packed_rows
+from tailora.kernels.forms import FORMS, FROZEN, OWN, RECOMPUTED
 from tailora.model import LoRAModel
 from tailora.train.evaluate import budgeted, evaluate
-from tailora.train.loop import accumulate
 from tailora.train.loss import Rows, Supervised, token_losses
 from tailora.train.setup import choose_rows
 from tailora.train.steps import MicroBatch
+from tailora.train.trainer import accumulate
 
 CPU = torch.device("cpu")
 GROUPED = {

@@ -9,21 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tailora.core.config import LoRAConfig
-from tailora.data.store import Example
+from tailora.data.dataset import Example
 from tailora.errors import MemoryLimitError
-from tailora.fast.forms import FROZEN, OWN, RECOMPUTED
+from tailora.kernels.forms import FROZEN, OWN, RECOMPUTED
 from tailora.model import LoRAModel
-from tailora.train.kernels import Kernels
+from tailora.train.kernel_choice import Kernels
 from tailora.train.loss import Rows
-from tailora.train.memory import (
-    Cost,
-    Load,
-    available_bytes,
-    check_fits,
-    explained,
-    is_out_of_memory,
-    size,
-)
+from tailora.train.memory import Cost, Load, available_bytes, check_fits, explained, is_out_of_memory, size
 from tailora.train.setup import memory_cost
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import DivergedError
-from tailora.fast.flat import Group, check_views, flattened
+from tailora.kernels.flat_parameters import Group, check_views, flattened
 from tailora.train.config import TrainConfig
 from tailora.train.divergence import broken_gradients
 from tailora.train.optim import adamw, clip, groups, learning_rate, take_step

@@ -15,8 +15,8 @@ from tiny import chat_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, OPTConfig, PreTrainedModel
 
-from tailora.fast.prefix import Relay
-from tailora.fast.store import ABOUT, Store
+from tailora.kernels.prefix import Relay
+from tailora.kernels.store import ABOUT, Store
 from tailora.train import events
 from tailora.train.config import TrainConfig
 from tailora.train.run import run

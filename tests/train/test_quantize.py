@@ -11,15 +11,15 @@ from tiny import chat_model, chat_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.bases import dense_weight, held_bytes, is_quantized, quantized_layers
-from tailora.data.store import Example
+from tailora.core.quantization import dense_weight, held_bytes, is_quantized, quantized_layers
+from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.fast.forms import FROZEN
+from tailora.kernels.forms import FROZEN
 from tailora.train.events import Prepared
-from tailora.train.kernels import Kernels
+from tailora.train.kernel_choice import Kernels
 from tailora.train.load import load_base
 from tailora.train.loss import Rows
-from tailora.train.quantize import METHODS, obstacle, settings_for
+from tailora.train.model_loading import METHODS, obstacle, settings_for
 from tailora.train.run import run
 from tailora.train.setup import memory_cost
 

@@ -11,7 +11,7 @@ from runs import adapter, changed, losses, stopping_at
 from torch import nn
 
 from tailora.errors import CheckpointError
-from tailora.fast.flat import Group, flattened
+from tailora.kernels.flat_parameters import Group, flattened
 from tailora.train import events
 from tailora.train.checkpoint import found, moments, set_moments
 from tailora.train.config import TrainConfig
@@ -105,7 +105,7 @@ def test_the_choice_of_kernels_is_the_run_s_and_not_made_again(
     with pytest.raises(events.Interrupted):
         run(stopped, on_event=stopping_at(3, signal.SIGINT))
     headers: list[dict[str, Any]] = []
-    monkeypatch.setattr("tailora.train.kernels.TOLERANCE", {torch.float32: -1.0})  # a trial would refuse the kernels
+    monkeypatch.setattr("tailora.train.kernel_choice.TOLERANCE", {torch.float32: -1.0})  # would refuse the kernels
     run(
         changed(stopped, resume_from_checkpoint="latest"),
         on_event=lambda event: headers.append(event.header) if isinstance(event, events.Prepared) else None,

@@ -12,7 +12,7 @@ from runs import adapter, changed, losses, stopping_at
 from transformers import AutoModelForCausalLM
 
 from tailora import LoRAModel
-from tailora.core.starts import DATA_STARTS, STARTS
+from tailora.core.init import DATA_STARTS, STARTS
 from tailora.errors import ConfigError
 from tailora.train import events
 from tailora.train.run import run

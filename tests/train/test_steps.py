@@ -3,7 +3,7 @@ from itertools import chain, islice
 import numpy as np
 import pytest
 
-from tailora.data.store import Example, Examples
+from tailora.data.dataset import Example, Examples
 from tailora.errors import DataError
 from tailora.train.steps import MicroBatch, Shape, parts, planned, steps_per_epoch, streamed
 

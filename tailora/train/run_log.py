@@ -1,0 +1,143 @@
+"""What a run leaves beside its adapter: run.json, config.yaml, metrics.jsonl. And who may write there."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+import tailora
+from tailora.errors import CheckpointError, ConfigError
+from tailora.formats.io import make_writable, write_file
+from tailora.train.checkpoint import found
+from tailora.train.config import TrainConfig
+from tailora.train.evaluate import Evaluation
+from tailora.train.subject import ADAPTER, MODEL
+
+RUN, CONFIG, METRICS, EXAMPLES = "run.json", "config.yaml", "metrics.jsonl", "examples.jsonl"
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "numpy")
+
+
+def claim(config: TrainConfig) -> Path:
+    """The output folder: writable, and empty of other runs. Raises ConfigError."""
+    output_dir = Path(config.output_dir)
+    make_writable(output_dir)
+    resumed = config.resume_from_checkpoint
+    own = resumed is not None and (resumed == "latest" or Path(resumed).resolve().parent == output_dir.resolve())
+    if not own and (kept := _kept(output_dir)):
+        go_on = " or go on with --resume-from-checkpoint latest," if found(output_dir) else ""
+        raise ConfigError(
+            f"{output_dir} holds {kept} of an earlier run; give another --output-dir,{go_on} or delete it"
+        )
+    return output_dir
+
+
+@contextmanager
+def held(output_dir: Path) -> Iterator[None]:
+    """No other run writes to this folder meanwhile. Raises ConfigError when one does."""
+    lock = FileLock(output_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"another run is writing to {output_dir} now; give another --output-dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _kept(output_dir: Path) -> str:
+    """What of an earlier run would be lost; '' when nothing would."""
+    names = [name for name in (ADAPTER, MODEL) if (output_dir / name).exists()]
+    return " and ".join([*names, *(path.name for path in found(output_dir)[-1:])])
+
+
+def write_settings(output_dir: Path, config: TrainConfig) -> None:
+    """config.yaml: `tailora train --config config.yaml` repeats the run."""
+    text = yaml.safe_dump(config.model_dump(exclude={"resume_from_checkpoint"}), sort_keys=False)
+    write_file(output_dir / CONFIG, text.encode())
+
+
+def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, Any] | None = None) -> None:
+    """run.json: the header, and the result once there is one."""
+    content = {**header, "finished": result is not None, "result": result}
+    write_file(output_dir / RUN, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_examples(output_dir: Path, before: Evaluation | None, after: Evaluation | None) -> None:
+    """examples.jsonl: of each held-out example, tokens that count, nats before and after. Without any, no file."""
+    if before is None or after is None:
+        return
+    rows = zip(after.counts.tolist(), before.sums.tolist(), after.sums.tolist(), strict=True)
+    lines = (json.dumps({"tokens": tokens, "before": first, "after": second}) for tokens, first, second in rows)
+    write_file(output_dir / EXAMPLES, "".join(f"{line}\n" for line in lines).encode())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and the state of the working folder's git repository."""
+    return {
+        "versions": {
+            "tailora": tailora.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": psutil.virtual_memory().total,
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "git": git_state(Path.cwd()),
+        "command": sys.argv,
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit, and whether anything differs from it; None outside a repository or without git."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+class Metrics:
+    """metrics.jsonl, one object a line, on the disk as soon as it is written."""
+
+    def __init__(self, output_dir: Path, *, resumed_at: int | None) -> None:
+        """`resumed_at`: lines of later steps are dropped, since those steps are done again; None starts a new file."""
+        path = output_dir / METRICS
+        kept = [] if resumed_at is None or not path.exists() else _lines_up_to(path, resumed_at)
+        write_file(path, "".join(f"{line}\n" for line in kept).encode())
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, **values: Any) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
+    try:
+        return [line for line in whole if json.loads(line)["step"] <= step]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise CheckpointError(f"{path} holds a line that no run wrote; move the file away to go on") from None

@@ -1,0 +1,121 @@
+"""Full fine-tuning: every weight of the base trains, by the same loop, so that LoRA has an honest control.
+
+In 16 bits most steps of a small learning rate would vanish, so the optimiser works on float32 masters of the weights
+(arXiv:1710.03740, sec. 3.1):  16-bit gradient -> added to the master's -> AdamW -> rounded into the weight.
+A float32 model is its own master.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tailora.core.adapter import adapter_dtype
+from tailora.core.summary import Row, Summary, parameter_count
+from tailora.formats.io import replace_folder
+from tailora.quiet import quiet
+
+
+class FullModel(nn.Module):
+    """A base model, all of whose weights train. Calls, `generate` and other attributes are the base model's.
+
+    trained: float32 masters by name, with / for the dots; of a float32 base, its own parameters.
+    original: loads the base anew, to compare with.
+    """
+
+    base_model: nn.Module
+    trained: nn.ParameterDict
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        original: Callable[[], nn.Module],
+    ) -> None:
+        super().__init__()
+        self.base_model = base_model.requires_grad_()
+        self._tokenizer, self._original = tokenizer, original
+        self._weights = dict(base_model.named_parameters())
+        self.trained = nn.ParameterDict({_key(name): _master(weight) for name, weight in self._weights.items()})
+        for weight, master in self._pairs():
+            cast(Any, weight).register_post_accumulate_grad_hook(_into(master))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Each 16-bit weight and its master."""
+        pairs = [(weight, self.trained[_key(name)]) for name, weight in self._weights.items()]
+        return [(weight, master) for weight, master in pairs if weight is not master]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the weights, after every change of them."""
+        for weight, master in self._pairs():
+            weight.copy_(master)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model before training, read again, within the block; named as `LoRAModel`'s."""
+        original = dict(self._original().to(next(iter(self._weights.values())).device).named_parameters())
+        self._exchange(original)
+        try:
+            yield
+        finally:
+            self._exchange(original)
+
+    def _exchange(self, original: dict[str, nn.Parameter]) -> None:
+        for name, weight in self._weights.items():
+            weight.data, original[name].data = original[name].data, weight.data
+
+    def save(self, folder: Path) -> None:
+        """A Hugging Face folder in the base's precision, with its tokenizer; atomically. Raises WriteError."""
+        with replace_folder(folder) as fresh, quiet():
+            cast(PreTrainedModel, self.base_model).save_pretrained(fresh)
+            self._tokenizer.save_pretrained(fresh)
+
+    def differences(self, folder: Path) -> list[str]:
+        """Names of the weights that the folder gives back otherwise."""
+        own: dict[str, Tensor] = self.base_model.state_dict()
+        stored = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+        return [name for name in self._weights if name not in stored or not torch.equal(stored[name], own[name].cpu())]
+
+    def summary(self) -> Summary:
+        count = parameter_count(self.base_model)
+        return Summary([Row("", type(self.base_model).__name__, (), None, None, count)], count, count)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")
+
+
+def _master(weight: nn.Parameter) -> nn.Parameter:
+    wide = adapter_dtype(weight.dtype)
+    return weight if weight.dtype == wide else nn.Parameter(weight.detach().to(wide))
+
+
+def _into(master: nn.Parameter) -> Callable[[Tensor], None]:
+    """Moves a gradient that is complete to the master's."""
+
+    def move(weight: Tensor) -> None:
+        gradient = cast(Tensor, weight.grad)
+        if master.grad is None:
+            master.grad = gradient.to(master.dtype)
+        else:
+            master.grad.add_(gradient)
+        weight.grad = None
+
+    return move

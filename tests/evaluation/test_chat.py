@@ -1,0 +1,141 @@
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tailora.errors import DataError
+from tailora.evaluation.chat import reply
+from tailora.evaluation.generate import stop_ids
+from tailora.evaluation.prompts import chat_ids
+
+HELLO = [{"role": "user", "content": "hello"}]
+Make = Callable[..., LlamaForCausalLM]
+
+
+def likeliest(model: Any, ids: list[int], count: int) -> list[int]:
+    """The greedy answer without a cache: the whole text again for every token."""
+    model.eval()
+    for _ in range(count):
+        with torch.no_grad():
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    return ids[-count:]
+
+
+def test_greedy_pieces_add_up_to_the_likeliest_tokens(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    expected = likeliest(model, chat_ids(HELLO, tokenizer), 20)
+    pieces = list(reply(model, tokenizer, HELLO, max_new_tokens=20))
+    assert not set(expected) & set(stop_ids(model, tokenizer))
+    assert "".join(pieces) == tokenizer.decode(expected, skip_special_tokens=True)
+    assert "" not in pieces
+
+
+def test_earlier_turns_are_seen(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [*HELLO, {"role": "assistant", "content": "how are you"}, {"role": "user", "content": "today"}]
+    text = tokenizer.decode(chat_ids(turns, tokenizer))
+    assert text.endswith("how are you<|im_end|>\n<|im_start|>user\ntoday<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_without_a_chat_template_the_words_are_continued(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.chat_template = None
+    expected = likeliest(model, tokenizer("hello")["input_ids"], 10)
+    assert "".join(reply(model, tokenizer, HELLO, max_new_tokens=10)) == tokenizer.decode(expected)
+
+
+def test_the_token_that_ends_a_turn_stops_it_though_it_is_not_eos(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert stop_ids(model, tokenizer) == tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+
+
+def test_it_stops_where_the_model_says(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = likeliest(model, chat_ids(HELLO, tokenizer), 20)
+    place = next(i for i in range(5, 20) if tokens[i] not in tokens[:i])
+    model.generation_config.eos_token_id = [tokens[place]]
+    stopped = "".join(reply(model, tokenizer, HELLO, max_new_tokens=20))
+    assert stopped.startswith(tokenizer.decode(tokens[:place]))
+    assert len(stopped) < len(tokenizer.decode(tokens))
+
+
+def test_the_models_own_sampling_settings_change_nothing(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    plain = list(reply(model, tokenizer, HELLO, max_new_tokens=20))
+    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1)
+    assert list(reply(model, tokenizer, HELLO, max_new_tokens=20)) == plain
+
+
+def test_the_seed_decides_what_is_sampled(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    def sampled(**how: Any) -> str:
+        return "".join(reply(model, tokenizer, HELLO, max_new_tokens=12, **how))
+
+    assert sampled(temperature=1.0, seed=1) == sampled(temperature=1.0, seed=1)
+    assert sampled(temperature=1.0, seed=1) != sampled(temperature=1.0, seed=2)
+    assert sampled(temperature=1.0, top_p=1e-6, seed=1) == sampled()
+
+
+@pytest.mark.parametrize("end", ["read to the end", "left", "Ctrl-C"])
+def test_everything_is_left_as_it_was(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, end: str) -> None:
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    state, threads = torch.get_rng_state(), threading.active_count()
+    speaking = reply(model, tokenizer, HELLO, max_new_tokens=200, temperature=1.0)
+    next(speaking)
+    if end == "read to the end":
+        list(speaking)
+    elif end == "left":
+        speaking.close()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            speaking.throw(KeyboardInterrupt)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert threading.active_count() == threads
+
+
+def test_words_come_while_it_speaks_and_leaving_ends_the_work(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(time.sleep(0.005)))
+    speaking = reply(model, tokenizer, HELLO, max_new_tokens=200)
+    next(speaking)
+    speaking.close()
+    assert len(calls) < 150
+
+
+def test_an_error_in_the_model_is_the_callers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    def fail(*_: Any) -> None:
+        raise ArithmeticError("seven")
+
+    model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(ArithmeticError, match="seven"):
+        list(reply(model, tokenizer, HELLO))
+
+
+def test_a_chat_longer_than_the_model_is_refused_with_its_length(
+    tiny: Make, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    length = len(chat_ids(HELLO, tokenizer))
+    with pytest.raises(DataError, match=f"{length} tokens, 1 more"):
+        list(reply(tiny(positions=length), tokenizer, HELLO))
+
+
+def test_an_answer_ends_with_the_models_positions(tiny: Make, tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = chat_ids(HELLO, tokenizer)
+    model = tiny(positions=len(ids) + 3)
+    assert "".join(reply(model, tokenizer, HELLO)) == tokenizer.decode(likeliest(model, ids, 3))
+
+
+def test_a_template_that_refuses_is_quoted(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{{ raise_exception('no system message, please') }}"
+    with pytest.raises(DataError, match="no system message, please"):
+        list(reply(model, tokenizer, HELLO))

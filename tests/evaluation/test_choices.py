@@ -1,0 +1,87 @@
+"""Replies ranked by their log-likelihood, against transformers and by hand."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.data.schemas import from_choices
+from tailora.data.shapes import Choices
+from tailora.evaluation.choices import log_likelihoods, options, picked
+from tailora.train.loss import Rows
+
+Make = Callable[..., LlamaForCausalLM]
+PADDED = Rows(packed=False, loss="from the model's own logits", pad_id=0)
+COLOURS = ["hello", "how are", "you today how"]
+
+
+def asked(answer: int = 0, prompt: str = "how are you") -> Choices:
+    return from_choices({"prompt": prompt, "choices": COLOURS, "answer": answer})
+
+
+def plainly(model: LlamaForCausalLM, context: list[int], reply: list[int]) -> float:
+    """log p(reply | context) by transformers alone, one token after the other."""
+    total = 0.0
+    for place, token in enumerate(reply):
+        with torch.no_grad():
+            logits = model(torch.tensor([context + reply[:place]])).logits[0, -1]
+        total += float(torch.log_softmax(logits.double(), -1)[token])
+    return total
+
+
+@pytest.mark.parametrize("branches", [True, False])
+@pytest.mark.parametrize("template", [True, False])
+def test_a_reply_has_the_likelihood_that_transformers_gives(
+    tiny: Make, tokenizer: PreTrainedTokenizerFast, template: bool, branches: bool
+) -> None:
+    if not template:
+        tokenizer.chat_template = None
+    model = LoRAModel(tiny().eval(), LoRAConfig(r=2))
+    found = options([asked(), asked(2, "hello you")], tokenizer, 100)
+    got = log_likelihoods(model, found, rows=PADDED, token_budget=64, branches=branches)
+    for question, prompt in enumerate(("how are you", "hello you")):
+        for place, reply in enumerate(COLOURS):
+            turn = [{"role": "user", "content": prompt}]
+            if template:
+                before, after = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True), reply
+            else:
+                before, after = prompt, f" {reply}"
+            context, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after))
+            expected = plainly(tiny().eval(), context, ids)
+            assert got[3 * question + place] == pytest.approx(expected, rel=1e-4)
+    assert found.bytes.tolist() == [len(reply) for reply in COLOURS] * 2
+    assert found.answers.tolist() == [0, 2]
+
+
+def test_the_right_reply_counts_where_its_value_is_highest(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = options([asked(1), asked(2), asked(0)], tokenizer, 100)
+    values = np.array([-3.0, -1, -2, -3, -2, -1, -2, -2, -5])
+    assert picked(found, values).tolist() == [True, True, True]  # of equal ones the first
+    assert picked(found, -values).tolist() == [False, False, False]
+
+
+def test_a_model_that_was_taught_the_right_replies_picks_them(tiny: Make, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = LoRAModel(tiny(), LoRAConfig(r=8)).eval()
+    questions = [asked(place, prompt) for place, prompt in enumerate(("hello", "today", "user"))]
+    found = options(questions, tokenizer, 100)
+    right = [found.examples[int(start + answer)] for start, answer in zip(found.starts, found.answers, strict=False)]
+    optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=5e-3)
+    for _ in range(60):
+        for example in right:
+            ids, labels = (torch.tensor(part[None].astype(np.int64)) for part in (example.input_ids, example.labels))
+            model(ids, labels=labels).loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    taught = log_likelihoods(model, found, rows=PADDED, token_budget=64)
+    assert picked(found, taught).all()
+    with model.disable_adapter():
+        base = log_likelihoods(model, found, rows=PADDED, token_budget=64)
+    assert not picked(found, base).all()
+
+
+def test_questions_with_a_reply_that_would_be_cut_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = options([asked(), asked(1, "hello " * 60), asked(2)], tokenizer, 60)
+    assert (found.left_out, found.answers.tolist(), len(found.examples)) == (1, [0, 2], 6)
+    assert len(options([asked(1, "hello " * 60)], tokenizer, 60).examples) == 0

@@ -1,0 +1,71 @@
+import math
+import subprocess
+import sys
+
+import pytest
+
+from tailora.errors import ConfigError
+from tailora.evaluation.metrics import METRICS, Gate, check_gates, parse_gates, parse_metrics
+
+
+@pytest.mark.parametrize(
+    ("text", "gate"),
+    [
+        ("loss<1.3", Gate("loss", "<", 1.3)),
+        (" loss <= 1.3 ", Gate("loss", "<=", 1.3)),
+        ("acc>=.6", Gate("accuracy", ">=", 0.6)),
+        ("acc_norm>6e-1", Gate("accuracy_norm", ">", 0.6)),
+        ("ppl_change<-1", Gate("perplexity_change", "<", -1)),
+        ("hellaswag/acc_norm,none>0", None),
+        ("arc_easy/acc>.2", Gate("arc_easy/acc", ">", 0.2)),
+    ],
+)
+def test_a_gate_is_a_metric_a_sign_and_a_number(text: str, gate: Gate | None) -> None:
+    if gate is not None:
+        assert parse_gates([text]) == [gate]
+        return
+    with pytest.raises(ConfigError, match="write METRIC<NUMBER"):
+        parse_gates([text])
+
+
+def test_several_gates() -> None:
+    assert list(map(str, parse_gates(["loss<1.3,acc>.5", "em>=1"]))) == ["loss<1.3", "accuracy>0.5", "exact_match>=1"]
+
+
+def test_everything_that_is_no_gate_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_gates(["loss", "loss=1", "loss<", "<1", "loss<x", "loss<nan", "loss<1<2", ""])
+    assert "8 problems" in str(caught.value)
+    assert "--gate 'loss': write METRIC<NUMBER (or <=, >, >=) in quotes, since the shell" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sign", "met"), [("<", [True, False, False]), ("<=", [True, True, False]), (">=", [False, True, True])]
+)
+def test_a_bound_is_met_or_not(sign: str, met: list[bool]) -> None:
+    assert [Gate("loss", sign, 1.0).met(value) for value in (0.5, 1.0, 1.5)] == met
+    assert not Gate("loss", sign, 1.0).met(math.nan)
+
+
+def test_an_unknown_metric_names_the_nearest() -> None:
+    known = list(METRICS)
+    with pytest.raises(ConfigError, match=r"--gate los<1: no metric is called 'los'; did you mean loss"):
+        check_gates(parse_gates(["los<1"]), known, base=True)
+    with pytest.raises(ConfigError, match="no metric is called 'f1'; there are: loss, perplexity, exact_match"):
+        check_gates(parse_gates(["f1>.5"]), known, base=True)
+    with pytest.raises(ConfigError, match="--metrics: no metric is called 'acuracy'; did you mean accuracy"):
+        parse_metrics(["loss,acuracy"])
+    with pytest.raises(ConfigError, match="a change needs an adapter and its base"):
+        check_gates(parse_gates(["loss_change<0"]), known, base=False)
+    with pytest.raises(ConfigError, match="no metric is called 'perplexity_change'"):
+        check_gates(parse_gates(["perplexity_change<0"]), known, base=True)
+    check_gates(parse_gates(["loss_change<0", "task/acc>0"]), [*known, "task/acc"], base=True)
+
+
+def test_names_and_their_short_forms() -> None:
+    assert parse_metrics(["loss,acc", "acc_norm", "accuracy"]) == ["loss", "accuracy", "accuracy_norm"]
+
+
+def test_names_are_checked_without_torch() -> None:
+    code = "import sys, tailora.evaluation.metrics; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,108 @@
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from tailora.kernels.attention import BLOCK, SHORT, PackingError, packed_attention, packed_rows
+
+SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**GROUPED),
+    "qwen2": Qwen2Config(**GROUPED),
+    "gpt2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4),
+    "mistral": MistralConfig(**GROUPED, sliding_window=5),
+}
+LENGTHS = [7, 1, 12, 3]
+
+
+def tiny(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+
+
+def packed(model: PreTrainedModel, documents: list[torch.Tensor]) -> torch.Tensor:
+    ends = torch.tensor([0, *(len(document) for document in documents)]).cumsum(0)
+    positions = torch.cat([torch.arange(len(document)) for document in documents])
+    with packed_rows(model):
+        output = model(torch.cat(documents)[None], position_ids=positions[None], cu_seq_lens_q=ends, use_cache=False)
+    return output.logits[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_logits_are_those_of_separate_documents(name: str) -> None:
+    model = tiny(name)
+    documents = [torch.randint(300, (length,)) for length in LENGTHS]
+    alone = torch.cat([model(document[None], use_cache=False).logits[0] for document in documents])
+    torch.testing.assert_close(packed(model, documents), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_gradients_are_those_of_separate_documents(name: str) -> None:
+    model = tiny(name)
+    documents = [torch.randint(300, (length,)) for length in LENGTHS]
+    weights = torch.randn(sum(LENGTHS), 300)
+    packed(model, documents).mul(weights).sum().backward()
+    together = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    torch.cat([model(document[None], use_cache=False).logits[0] for document in documents]).mul(
+        weights
+    ).sum().backward()
+    for gradient, parameter in zip(together, model.parameters(), strict=True):
+        assert (gradient - parameter.grad).norm() <= 1e-5 * parameter.grad.norm() + 1e-6
+
+
+@pytest.mark.parametrize("length", [1, 5, BLOCK, BLOCK + 1, SHORT, SHORT + 1])
+@pytest.mark.parametrize("key_heads", [2, 6])
+def test_attention_in_bfloat16_is_as_exact_as_torch(length: int, key_heads: int) -> None:
+    torch.manual_seed(0)
+    exact = [torch.randn(1, length, heads, 16).transpose(1, 2) for heads in (6, key_heads, key_heads)]
+    output_gradient = torch.randn(1, length, 6, 16)
+
+    def run(dtype: torch.dtype, ours: bool) -> list[torch.Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in exact]
+        if ours:
+            output = packed_attention(torch.nn.Module(), *leaves, None, cu_seq_lens_q=torch.tensor([0, length]))[0]
+        else:
+            output = torch.nn.functional.scaled_dot_product_attention(
+                *leaves, is_causal=True, enable_gqa=True
+            ).transpose(1, 2)
+        return [output, *torch.autograd.grad(output, leaves, output_gradient.to(dtype))]
+
+    truth = [run(torch.float32, ours=False), run(torch.bfloat16, ours=False), run(torch.bfloat16, ours=True)]
+    for wanted, torchs, ours in zip(*truth, strict=True):
+        assert (ours - wanted).norm() <= 1.5 * (torchs - wanted).norm() + 1e-2 * wanted.norm()
+
+
+def test_the_models_own_attention_comes_back_after_an_error() -> None:
+    model = tiny("llama")
+    before = model.config._attn_implementation
+    with pytest.raises(IndexError), packed_rows(model):
+        model(torch.tensor([[300]]), cu_seq_lens_q=torch.tensor([0, 1]))
+    assert model.config._attn_implementation == before
+
+
+def test_a_soft_cap_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Gemma2Config(**GROUPED, head_dim=8)).eval()
+    with pytest.raises(PackingError, match="softcap"):
+        packed(model, [torch.arange(4)])
+
+
+def test_a_row_without_document_bounds_is_refused() -> None:
+    model = tiny("llama")
+    with packed_rows(model), pytest.raises(PackingError, match="cu_seq_lens_q"):
+        model(torch.arange(4)[None])
+
+
+def test_padding_is_refused() -> None:
+    model = tiny("llama")
+    with packed_rows(model), pytest.raises(PackingError, match="padding"):
+        model(torch.arange(4)[None], attention_mask=torch.ones(1, 4))

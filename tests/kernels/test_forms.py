@@ -1,0 +1,185 @@
+"""Which form of the loss a model takes, and that each gives the gradients of full logits."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+)
+
+from tailora.core.config import LoRAConfig
+from tailora.kernels.forms import FORMS, FROZEN, OWN, RECOMPUTED, WHOLE, Batch, choose_form
+from tailora.model import LoRAModel
+
+VOCABULARY = 300
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "gpt2": GPT2Config(**GPT2, tie_word_embeddings=False),
+    "gpt2, tied": GPT2Config(**GPT2),
+    "llama": LlamaConfig(**SIZES),
+    "gemma2, soft cap": Gemma2Config(**SIZES, head_dim=8),
+    "cohere, logit scale": CohereConfig(**SIZES),
+    "granite, logit scale": GraniteConfig(**SIZES, logits_scaling=8.0),
+}
+ADAPTERS = {
+    "layers": LoRAConfig(r=4, target_modules="all-linear"),
+    "head": LoRAConfig(r=4, target_modules=["lm_head", "c_attn"], learn_scaling=True),
+    "head whole": LoRAConfig(r=4, target_modules=["c_attn"], modules_to_save=["lm_head"]),
+}
+
+
+def model_of(name: str, adapter: str = "layers", dtype: torch.dtype = torch.float64) -> LoRAModel:
+    torch.manual_seed(0)
+    return adapted(AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype), adapter)
+
+
+def adapted(base: nn.Module, adapter: str = "layers") -> LoRAModel:
+    model = LoRAModel(base, ADAPTERS[adapter]).to(next(base.parameters()).dtype).eval()
+    for name, parameter in model.lora_layers.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def batch_of() -> Batch:
+    """Two padded rows, of 9 and 12 tokens, some judged."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (2, 12), generator=random)
+    mask = torch.ones_like(ids)
+    mask[0, 9:] = 0
+    wanted = mask.roll(-1, 1).bool() & (torch.rand(2, 12, generator=random) < 0.7)
+    wanted[:, -1] = False
+    return Batch({"input_ids": ids, "attention_mask": mask}, wanted, ids.roll(-1, 1)[wanted])
+
+
+def form_of(model: nn.Module) -> tuple[str, str | None]:
+    base = model.base_model if isinstance(model, LoRAModel) else model
+    return choose_form(base, batch_of())
+
+
+def assert_right(model: LoRAModel, form: str, tolerance: float) -> None:
+    """Losses and gradients by all that is trained are those of torch on full logits; the losses weigh differently."""
+    batch, trained = batch_of(), list(model.lora_layers.parameters())
+    weights = torch.linspace(-1, 2, len(batch.targets), dtype=torch.float64)
+    logits = model(**batch.inputs).logits[batch.wanted]
+    results = [
+        [losses.detach(), *torch.autograd.grad(losses @ weights, trained)]
+        for losses in (FORMS[form](model, batch), F.cross_entropy(logits, batch.targets, reduction="none"))
+    ]
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() <= tolerance * expected.norm()
+        assert expected.norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "form"),
+    [
+        ("gpt2", "layers", FROZEN),
+        ("gpt2, tied", "layers", FROZEN),
+        ("gpt2", "head", RECOMPUTED),
+        ("gpt2, tied", "head", RECOMPUTED),
+        ("gpt2", "head whole", RECOMPUTED),
+    ],
+)
+def test_the_head_decides_between_the_chunked_forms(name: str, adapter: str, form: str) -> None:
+    model = model_of(name, adapter)
+    assert form_of(model) == (form, None)
+    assert_right(model, form, 1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_gradients_of_full_logits(form: str) -> None:
+    assert_right(model_of("gpt2"), form, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["gemma2, soft cap", "cohere, logit scale", "granite, logit scale"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_model_that_changes_its_logits_keeps_them(name: str, dtype: torch.dtype) -> None:
+    form, why = form_of(model_of(name, dtype=dtype))
+    assert form == OWN
+    assert why is not None
+    assert "changes the logits after its head" in why
+    if dtype == torch.float64:
+        assert_right(model_of(name), OWN, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunked_form_is_taken_in_low_precision_too(dtype: torch.dtype) -> None:
+    assert form_of(model_of("llama", dtype=dtype)) == (FROZEN, None)
+
+
+class ScaledStates(LlamaForCausalLM):
+    """Takes no logits_to_keep, and changes what its head reads."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> Any:
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+        states.logits = self.lm_head(states[0] * 2)
+        return states
+
+
+class HeadPassedBy(LlamaForCausalLM):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> Any:
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+        states.logits = F.linear(states[0], self.lm_head.weight)
+        return states
+
+
+class OtherInputs(LlamaForCausalLM):
+    """Its decoder reads other tokens than those that the model is given."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> Any:
+        states = self.model(input_ids=input_ids.flip(1), attention_mask=attention_mask, use_cache=use_cache)
+        states.logits = self.lm_head(states[0])
+        return states
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (ScaledStates, "changes its decoder's states before the head"),
+        (HeadPassedBy, "does not call its decoder and its head"),
+        (OtherInputs, "gives other states when its decoder is called alone"),
+    ],
+)
+def test_what_a_model_does_outside_its_decoder_and_head_is_noticed(kind: type[LlamaForCausalLM], why: str) -> None:
+    torch.manual_seed(0)
+    model = adapted(kind(LlamaConfig(**SIZES)))
+    form, reason = form_of(model)
+    assert form == WHOLE
+    assert reason is not None
+    assert reason.startswith(f"{kind.__name__} {why}")
+    assert_right(model.double(), WHOLE, 1e-6)  # transformers casts its norms to float32
+
+
+def test_hooks_on_the_model_or_its_head_are_not_passed_by() -> None:
+    base = model_of("llama").base_model
+    for module in (base, base.get_output_embeddings()):
+        handle = module.register_forward_hook(lambda _module, _inputs, _output: None)
+        assert form_of(base) == (OWN, "LlamaForCausalLM or its head carries hooks")
+        handle.remove()
+    assert form_of(base) == (FROZEN, None)
+
+
+def test_the_choice_leaves_no_hook_and_no_gradient() -> None:
+    model = model_of("gpt2", "head")
+    form_of(model)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
