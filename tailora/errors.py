@@ -21,6 +21,7 @@ A message says what was asked, what there is, and what to do. All problems of on
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 
 class TailoraError(Exception):
@@ -103,3 +104,9 @@ def listing(problems: list[str]) -> str:
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
+
+
+def require_packages(*packages: str, extra: str) -> None:
+    """Raises ConfigError when one of these is not installed; `extra` is the extra of tailora that brings them."""
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise ConfigError(f"this needs {', '.join(missing)}, which is not installed: pip install 'tailora[{extra}]'")

@@ -12,10 +12,9 @@ from tailora.cli.console import aside, logs, note, print_json, results
 from tailora.cli.flags import FIELDS, ConfigFile, Json, Settings, changes, flags_beside, flags_of, given, settings
 from tailora.cli.studying import bar, page_of, resumable
 from tailora.cli.yaml12 import read_mapping
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, require_packages
 from tailora.report import words
 from tailora.study.config import AT_THE_END, FULL, LORA, CompareConfig
-from tailora.study.extra import need
 
 OWN = CompareConfig.model_fields
 LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method", "learning_rate"}
@@ -51,7 +50,7 @@ def compare(
 
     Interrupted, the same command goes on.
     """
-    need("scipy")
+    require_packages("scipy", extra="study")
     written = {name: value for name, value in (read_mapping(config) if config else {}).items() if name in OWN}
     chosen = settings(flags, config, {"output_dir": "outputs/compare"}, others=OWN)
     return _run(chosen, CompareConfig(**{**written, **_arms(arm, full, written), **given(study)}), json)

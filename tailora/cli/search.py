@@ -12,8 +12,8 @@ from tailora.cli.console import aside, logs, note, print_json, results
 from tailora.cli.flags import FIELDS, ConfigFile, Json, Settings, flags_beside, flags_of, given, pairs, settings
 from tailora.cli.studying import bar, page_of, resumable
 from tailora.cli.yaml12 import read_mapping
+from tailora.errors import require_packages
 from tailora.study.config import SearchConfig
-from tailora.study.extra import need
 
 OWN = SearchConfig.model_fields
 DEFAULTS = {"output_dir": "outputs/search"}
@@ -41,7 +41,7 @@ def search(
     A setting with a value is not searched. Interrupted, the same command goes on; started again beside itself, or on
     another machine with the same --storage, it joins.
     """
-    need("optuna", "scipy")
+    require_packages("optuna", "scipy", extra="study")
     written = {name: value for name, value in (read_mapping(config) if config else {}).items() if name in OWN}
     typed = given(study)
     if "space" in typed:

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from tailora.errors import ConfigError, DataError, listing, nearest
+from tailora.errors import ConfigError, DataError, listing, nearest, require_packages
 from tailora.evaluation.intervals import Interval, paired_difference
 from tailora.evaluation.scores import BASE, TUNED, Score, Scores
 from tailora.evaluation.shares import share_difference, share_interval
 from tailora.model import LoRAModel
 from tailora.quiet import hushed
-from tailora.study.extra import need
 from tailora.train.rng import seeded
 
 NO_FILTER = "none"
@@ -75,7 +74,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
 
     Raises ConfigError without the extra and for unknown names, DataError for data that cannot be read.
     """
-    need("lm_eval", extra="eval")
+    require_packages("lm_eval", extra="eval")
     with _harness():
         manager = _manager(names, include_path)
         known = manager.all_tasks

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from tailora.errors import ConfigError, FormatError, listing
+from tailora.errors import ConfigError, FormatError, listing, require_packages
 from tailora.formats.io import write_file
-from tailora.study.extra import need
 
 if TYPE_CHECKING:
     from tailora.report.parts import Page
@@ -27,7 +26,7 @@ def report(folder: Path) -> Path:
 
     Raises ConfigError without the extra `study` or a report.json; FormatError for one that is not tailora's.
     """
-    need(*NEEDS)
+    require_packages(*NEEDS, extra="study")
     from tailora.report.page import html
 
     content = read(folder)
