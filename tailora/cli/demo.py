@@ -23,15 +23,15 @@ QUESTIONS = [
     "Hi! What did you do this weekend?",
     "What kind of music do you like?",
 ]
-FLAGS: Any = flags_of({**DEFAULTS, "output_dir": str(FOLDER)})
-NONE_GIVEN = FLAGS()
+DEMO_FLAGS: Any = flags_of({**DEFAULTS, "output_dir": str(FOLDER)})
+NO_DEMO_FLAGS = DEMO_FLAGS()
 
 
 def demo(
     *,
     config: ConfigFile = None,
     json: Json = False,
-    flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
+    flags: Annotated[DEMO_FLAGS, Parameter(name="*")] = NO_DEMO_FLAGS,
 ) -> int:
     """Fine-tune a small model on real chats, and see what it changed. Takes the flags of `train`."""
     chosen = settings(flags, config, DEFAULTS)

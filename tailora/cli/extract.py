@@ -12,8 +12,8 @@ from cyclopts.types import PositiveInt
 from tailora.cli.adapters import OutputDir, check_new, facts, show, told
 from tailora.cli.flags import Json, flags_of, settings
 
-FLAGS: Any = flags_of({}, only=["target_modules", "exclude_modules", "modules_to_save"])
-NONE_GIVEN = FLAGS()
+EXTRACT_FLAGS: Any = flags_of({}, only=["target_modules", "exclude_modules", "modules_to_save"])
+NO_EXTRACT_FLAGS = EXTRACT_FLAGS()
 NUMBERED = re.compile(r"\.\d+\.")
 SHOWN = 12  # lines of what is left over
 POOR = 0.5  # relative error in the middle: most of the difference is missing
@@ -27,7 +27,7 @@ def extract(
     r: Annotated[PositiveInt | None, Parameter(help="highest rank of a layer")] = None,
     energy: Annotated[float | None, Parameter(help="share of the squared singular values to keep, such as .99")] = None,
     json: Json = False,
-    flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
+    flags: Annotated[EXTRACT_FLAGS, Parameter(name="*")] = NO_EXTRACT_FLAGS,
 ) -> int:
     """Get the adapter between a base and a tuned model, and what it cannot hold."""
     check_new(output_dir)

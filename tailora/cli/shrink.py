@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from tailora.model import LoRAModel
     from tailora.train.config import TrainConfig
 
-FLAGS: Any = flags_of({}, only=["field", "max_length"])
-NONE_GIVEN = FLAGS()
-SOURCE, RESULT = "source", "default"
+SHRINK_FLAGS: Any = flags_of({}, only=["field", "max_length"])
+NO_SHRINK_FLAGS = SHRINK_FLAGS()
+SOURCE = "source"
+RESULT = "default"
 
 
 def shrink(
@@ -34,7 +35,7 @@ def shrink(
     data: Annotated[str | None, Parameter(help="held-out data for --max-loss-increase, or 'demo'")] = None,
     model: Base = None,
     json: Json = False,
-    flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
+    flags: Annotated[SHRINK_FLAGS, Parameter(name="*")] = NO_SHRINK_FLAGS,
 ) -> int:
     """Make an adapter smaller: keep the singular values that matter, layer by layer."""
     folder = next(iter(named([str(adapter)]).values()))

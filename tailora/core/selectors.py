@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from tailora.core.patterns import exactly, matches
 
-T = TypeVar("T", int, float)
+Number = TypeVar("Number", int, float)
 
 
 def portable_targets(paths: list[str], everything: list[str]) -> list[str] | str:
@@ -19,17 +19,17 @@ def portable_targets(paths: list[str], everything: list[str]) -> list[str] | str
     return "|".join(re.escape(path) for path in sorted(paths))
 
 
-def commonest(values: Mapping[str, T]) -> T:
+def commonest(values: Mapping[str, Number]) -> Number:
     """The first of those that occur most often."""
     return Counter(values.values()).most_common(1)[0][0]
 
 
-def portable_patterns(values: Mapping[str, T], default: T) -> dict[str, T]:
+def portable_patterns(values: Mapping[str, Number], default: Number) -> dict[str, Number]:
     """Pattern -> value for `rank_pattern` or `alpha_pattern`: every path gets its value, or the default.
 
     One pattern per last name, with its commonest value; paths that differ come before it, anchored.
     """
-    by_name: dict[str, dict[str, T]] = defaultdict(dict)
+    by_name: dict[str, dict[str, Number]] = defaultdict(dict)
     for path, value in values.items():
         by_name[path.rpartition(".")[2]][path] = value
     usual = {name: commonest(paths) for name, paths in by_name.items()}

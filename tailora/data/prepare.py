@@ -22,7 +22,7 @@ CHUNK = 1000  # rows tokenised at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
+class PreparedData:
     train: Examples
     eval: Examples
     report: DataReport
@@ -75,7 +75,7 @@ def prepare(
     validation_split: float = 0.05,
     seed: int = 0,
     embedding_rows: int | None = None,
-) -> Prepared:
+) -> PreparedData:
     """Read, check and tokenise everything; hold a part out unless `eval_source` brings one.
 
     embedding_rows: rows of the model's embedding, which every token id must be below.
@@ -88,10 +88,10 @@ def prepare(
     if eval_source is not None:
         other = _load(eval_source, "validation", codec, field or {}, max_length)
         report = _report([data, other], data.examples, other.examples, codec)
-        return Prepared(data.examples, other.examples, report, other.samples)
+        return PreparedData(data.examples, other.examples, report, other.samples)
     train, held = split(data.examples.keys(), validation_split, seed)
     sides = data.examples.select(train), data.examples.select(held)
-    return Prepared(*sides, _report([data], *sides, codec), [data.samples[place] for place in held])
+    return PreparedData(*sides, _report([data], *sides, codec), [data.samples[place] for place in held])
 
 
 def stream(

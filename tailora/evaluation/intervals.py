@@ -29,7 +29,7 @@ def mean_interval(
 
     Raises ValueError when the shapes differ, no token counts, or `level` is not inside 0..1.
     """
-    pairs = np.stack(_checked(sums, counts, level))  # (2, examples)
+    pairs = np.stack(_checked_sums(sums, counts, level))  # (2, examples)
     pairs = pairs[:, pairs[1] > 0]
     if pairs.size == 0:
         raise ValueError("no example has a token that counts")
@@ -54,7 +54,7 @@ def paired_difference(
     return mean_interval(second - first, counts, draws=draws, seed=seed, level=level)
 
 
-def _checked(sums: ArrayLike, counts: ArrayLike, level: float) -> tuple[Floats, Floats]:
+def _checked_sums(sums: ArrayLike, counts: ArrayLike, level: float) -> tuple[Floats, Floats]:
     numerators, denominators = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     if numerators.ndim != 1 or numerators.shape != denominators.shape:
         raise ValueError(f"sums has shape {numerators.shape}, counts {denominators.shape}; one number per example each")

@@ -16,7 +16,7 @@ from tailora.core.spectra import leading
 
 LEADING = 10  # vectors looked at, the paper's k
 THRESHOLD = 0.5  # its epsilon
-WHOLE, NEAR = 1024, 64  # sizes up to which all of W's vectors are looked at; of larger ones, those looked at first
+FULL_SIZE, NEAR = 1024, 64  # sizes up to which all of W's vectors are looked at; of larger ones, those looked at first
 TINY = 1e-6  # of the largest singular value: left vectors of smaller ones are rounding
 
 Cosines = Callable[[Tensor], Tensor]
@@ -38,7 +38,7 @@ def cosines_with(W: Tensor) -> Cosines:
     return lambda u: inverse[:, None] * (V.mT @ (W.mT @ u))
 
 
-def counter(W: Tensor, k: int = LEADING, threshold: float = THRESHOLD, *, whole: int = WHOLE) -> Counter:
+def counter(W: Tensor, k: int = LEADING, threshold: float = THRESHOLD, *, whole: int = FULL_SIZE) -> Counter:
     """A function from the tuned weight (m, n) to the number of intruders among its k leading left singular vectors.
 
     whole: a W that is larger is decomposed whole only for vectors that its NEAR leading ones leave undecided. Mostly

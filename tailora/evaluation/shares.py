@@ -18,7 +18,7 @@ def share_interval(hits: ArrayLike, *, level: float = 0.95) -> Interval:
 
     Raises ValueError for no examples and for other values.
     """
-    right = _checked(hits)
+    right = _checked_hits(hits)
     n, share, z = len(right), float(right.mean()), _quantile(level)
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -31,7 +31,7 @@ def share_difference(before: ArrayLike, after: ArrayLike, *, level: float = 0.95
     Only examples that one got right and the other did not tell anything; half an example is added to every kind.
     Raises ValueError as above, and for different numbers of examples.
     """
-    first, second = _checked(before), _checked(after)
+    first, second = _checked_hits(before), _checked_hits(after)
     if first.shape != second.shape:
         raise ValueError(f"{len(first)} examples before, {len(second)} after; both must be of the same")
     gained, lost = int((second > first).sum()), int((first > second).sum())
@@ -41,7 +41,7 @@ def share_difference(before: ArrayLike, after: ArrayLike, *, level: float = 0.95
     return Interval((gained - lost) / n, max(-1.0, up - down - half), min(1.0, up - down + half))
 
 
-def _checked(hits: ArrayLike) -> NDArray[np.float64]:
+def _checked_hits(hits: ArrayLike) -> NDArray[np.float64]:
     right = np.asarray(hits, dtype=np.float64)
     if right.ndim != 1 or not right.size or not np.isin(right, (0, 1)).all():
         raise ValueError("a share needs one 0 or 1 per example, and an example")

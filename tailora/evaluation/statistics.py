@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from tailora.evaluation.intervals import Interval
 
@@ -35,7 +34,9 @@ def difference(first: ArrayLike, second: ArrayLike, counts: ArrayLike, *, level:
     With one seed the spread over seeds is unknown and left out: the interval is too narrow then, and `seeds` says 1.
     Raises ValueError for shapes that do not fit, fewer than two examples, or values that are not finite.
     """
-    apart, tokens = _checked(first, second, counts)
+    from scipy import stats  # an optional package
+
+    apart, tokens = _checked_pairs(first, second, counts)
     seeds, examples = apart.shape
     value = float(apart.sum() / (seeds * tokens.sum()))
     rest = (apart - value * tokens) / tokens.mean()  # (seeds, examples), the ratio linearised; mean 0
@@ -60,7 +61,7 @@ def difference(first: ArrayLike, second: ArrayLike, counts: ArrayLike, *, level:
     return Difference(value, value - half, value + half, p_value, examples, seeds, share)
 
 
-def _checked(first: ArrayLike, second: ArrayLike, counts: ArrayLike) -> tuple[Floats, Floats]:
+def _checked_pairs(first: ArrayLike, second: ArrayLike, counts: ArrayLike) -> tuple[Floats, Floats]:
     one, two, tokens = (np.asarray(each, dtype=np.float64) for each in (first, second, counts))
     if one.ndim != 2 or one.shape != two.shape or tokens.shape != one.shape[1:]:
         raise ValueError(

@@ -71,7 +71,7 @@ def packed_attention(
         else:
             outputs[place] = _alone(documents[place], scale, dropout, sliding_window)
     for rounded, places in groups.items():
-        together = _together([documents[place] for place in places], rounded, scale)
+        together = _attend_together([documents[place] for place in places], rounded, scale)
         for place, output in zip(places, together, strict=True):
             outputs[place] = output[None, :, : lengths[place]]
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
@@ -99,7 +99,7 @@ def _window(length: int, window: int, device: torch.device) -> Tensor:
     return (back >= 0) & (back < window)
 
 
-def _together(documents: list[tuple[Tensor, ...]], rounded: int, scale: float) -> Tensor:
+def _attend_together(documents: list[tuple[Tensor, ...]], rounded: int, scale: float) -> Tensor:
     """Attention of documents of about one length, padded at the end, where no earlier token looks.
 
     (documents, heads, rounded, width). The query heads that share a key head are laid out as rows, so that keys are

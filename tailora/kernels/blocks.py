@@ -146,7 +146,7 @@ def _flash_forward(
     q: Tensor, k: Tensor, v: Tensor, each: Together, scale: float, _window: int | None
 ) -> tuple[Rows, Kept]:
     qs, ks, vs = (_apart(part.index_select(0, each.read), each) for part in (q, k, v))
-    output, log_sums = flash.forward(qs, ks, vs, scale)
+    output, log_sums = flash.flash_forward(qs, ks, vs, scale)
     return _joined(output), Kept(qs, ks, vs, log_sums)
 
 
@@ -155,14 +155,14 @@ def _flash_before_blocks(
 ) -> tuple[Rows, Kept]:
     own = _gathered(q, k, v, each)
     qs, ks, vs = (part.view(each.count, -1, each.length, part.shape[-1]) for part in (own.q, own.k, own.v))
-    output, _ = flash.forward(qs, ks, vs, scale)
+    output, _ = flash.flash_forward(qs, ks, vs, scale)
     return _joined(output), own
 
 
 def _flash_backward(gradient: Rows, output: Tensor, own: Kept, each: Together, scale: float) -> tuple[Rows, Rows, Rows]:
     assert own.log_sums is not None
     before = _apart(output.index_select(0, each.read), each)
-    found = flash.backward(_apart(gradient, each), own.q, own.k, own.v, before, own.log_sums, scale)
+    found = flash.flash_backward(_apart(gradient, each), own.q, own.k, own.v, before, own.log_sums, scale)
     dq, dk, dv = map(_joined, found)
     return dq, dk, dv
 

@@ -149,10 +149,10 @@ def _forward(x: Tensor, cos: Tensor, sin: Tensor, layer: Layer) -> tuple[Tensor,
     return output, Kept(x, heads, raw, attended, middle, inverse, gate, up, low_qkv, low_o, low_mlp, low_down)
 
 
-Pairs = dict[str, tuple[Tensor, Tensor]]  # name -> gradients of A and B
+FactorGradients = dict[str, tuple[Tensor, Tensor]]  # name -> gradients of A and B
 
 
-def _mlp_backward(gradient: Tensor, layer: Layer, kept: Kept, below: bool) -> tuple[Tensor | None, Pairs]:
+def _mlp_backward(gradient: Tensor, layer: Layer, kept: Kept, below: bool) -> tuple[Tensor | None, FactorGradients]:
     """Gradient of the layer's middle (None unless wanted `below`), and of the factors of the MLP."""
     down = layer.named("down")
     low = projections.backward_low([gradient], down)
@@ -175,7 +175,7 @@ def _mlp_backward(gradient: Tensor, layer: Layer, kept: Kept, below: bool) -> tu
 
 def _attention_backward(
     gradient: Tensor, cos: Tensor, sin: Tensor, layer: Layer, kept: Kept, wants_x: bool
-) -> tuple[Tensor | None, Pairs]:
+) -> tuple[Tensor | None, FactorGradients]:
     """Gradient of the layer's input (None unless wanted), and of the factors of the attention."""
     o = layer.named("o")
     low = projections.backward_low([gradient], o)
@@ -212,7 +212,7 @@ def _shared_backward(
     layer: Layer,
     place: int,
     wants_x: bool,
-) -> tuple[Tensor | None, Pairs]:
+) -> tuple[Tensor | None, FactorGradients]:
     """Through the projections that share the input x: its gradient, and those of their factors."""
     group = layer.named(*names)
     low = projections.backward_low(gradients, group)
@@ -221,5 +221,5 @@ def _shared_backward(
     return projections.backward_input(gradients, group, low, noise) if wants_x else None, pairs
 
 
-def _named(names: Sequence[str], pairs: projections.Pairs) -> Pairs:
+def _named(names: Sequence[str], pairs: projections.FactorGradients) -> FactorGradients:
     return {name: pair for name, pair in zip(names, pairs, strict=True) if pair is not None}

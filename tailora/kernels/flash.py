@@ -14,14 +14,14 @@ attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention like q, and the logarithm of every softmax's sum, (documents, heads, length)."""
     group = q.shape[1] // k.shape[1]
     output, log_sums = attention(q, _repeated(k, group), _repeated(v, group), 0.0, True, scale=scale)
     return output, log_sums
 
 
-def backward(
+def flash_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, log_sums: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from that of the output and what the forward gave."""

@@ -14,7 +14,7 @@ from tailora.core.config import LoRAConfig
 from tailora.core.patterns import layer_index
 from tailora.core.targets import chosen_places
 
-ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 def parts(model: nn.Module) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def _in_attention(path: str, modules: dict[str, nn.Module]) -> bool:
     names = path.split(".")
     around = [".".join(names[:end]) for end in range(1, len(names))]
     called = [*names[:-1], *(type(modules[each]).__name__ for each in around if each in modules)]
-    return any(ATTENTION.search(name) for name in called)
+    return any(ATTENTION_NAME.search(name) for name in called)
 
 
 def names(paths: Collection[str], others: Collection[str]) -> list[str]:

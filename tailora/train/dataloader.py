@@ -16,7 +16,7 @@ from tailora.core.init import DATA_STARTS
 from tailora.data.collate import plan
 from tailora.data.dataset import Example, Examples
 from tailora.data.demo import resolve
-from tailora.data.prepare import Cuts, Prepared, prepare, stream
+from tailora.data.prepare import Cuts, PreparedData, prepare, stream
 from tailora.train.config import TrainConfig
 from tailora.train.memory import Load
 from tailora.train.steps import MicroBatch, Shape, first_pass, parts, planned, steps_per_epoch, streamed
@@ -31,7 +31,7 @@ HeldOut = Callable[[int], NDArray[np.int64]]  # number of held-out examples -> w
 
 @dataclass(frozen=True, eq=False)
 class Feed:
-    prepared: Prepared | None  # None when streaming without eval_data
+    prepared: PreparedData | None  # None when streaming without eval_data
     held_out: Examples | None
     steps: Callable[[int], Iterator[list[MicroBatch]]]  # from a step on
     max_steps: int
@@ -82,7 +82,7 @@ def shape_of(config: TrainConfig, accelerator: Accelerator) -> Shape:
     )
 
 
-def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> Prepared:
+def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> PreparedData:
     """The data that `config` names, read, checked and tokenised. Raises DataError with all its problems."""
     return prepare(
         resolve(config.data, "data"),
@@ -130,7 +130,7 @@ def remarks(feed: Feed, max_length: int) -> list[str]:
 
 def _feed(
     config: TrainConfig,
-    data: Prepared | None,
+    data: PreparedData | None,
     steps: Callable[[int], Iterator[list[MicroBatch]]],
     max_steps: int,
     known: Examples,

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tailora.data.prepare import Prepared
+from tailora.data.prepare import PreparedData
 from tailora.train.evaluate import Evaluation
 from tailora.train.subject import Subject
 
@@ -30,7 +30,7 @@ class TrainResult:
     seconds: float  # of everything, loading included
     model: Subject = field(metadata=IN_MEMORY)
     tokenizer: PreTrainedTokenizerBase = field(metadata=IN_MEMORY)
-    data: Prepared | None = field(metadata=IN_MEMORY)  # None when streaming without eval_data
+    data: PreparedData | None = field(metadata=IN_MEMORY)  # None when streaming without eval_data
     before: Evaluation | None = field(metadata=IN_MEMORY)
     after: Evaluation | None = field(metadata=IN_MEMORY)
 

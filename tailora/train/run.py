@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from tailora.core.quantization import held_bytes
-from tailora.data.prepare import Prepared
+from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError
 from tailora.kernels.flat_parameters import Flat, flattened
 from tailora.train import checkpoint, run_log
@@ -36,7 +36,7 @@ from tailora.train.subject import Subject, allocating, differences, folder_of, s
 from tailora.train.trainer import Bench, train
 
 RateAt = Callable[[int, int], float]  # step, of steps -> learning rate
-OnReady = Callable[[Subject, PreTrainedTokenizerBase, Prepared | None], None]
+OnReady = Callable[[Subject, PreTrainedTokenizerBase, PreparedData | None], None]
 
 
 def run(

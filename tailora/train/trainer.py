@@ -83,7 +83,7 @@ def train(bench: Bench, state: State, wish: Wish) -> Evaluation | None:
         batches = next(steps)
         tokens, supervised, stop = _over_ranks(bench, batches, wish)
         if stop:
-            raise Interrupted(save(bench, state))
+            raise Interrupted(save_checkpoint(bench, state))
         started = time.perf_counter()
         loss, norm, rate = step(bench, state.step, batches, supervised, good)
         _count(state, tokens, supervised, time.perf_counter() - started)
@@ -107,7 +107,7 @@ def train(bench: Bench, state: State, wish: Wish) -> Evaluation | None:
         if _due(bench.config.eval_steps, state.step) or (bench.config.eval_steps and state.step == bench.max_steps):
             judge(bench, state, good)
         if _due(bench.config.save_steps, state.step):
-            save(bench, state)
+            save_checkpoint(bench, state)
     if not all(bool(flat.whole.isfinite().all()) for flat in bench.flats):
         raise give_up(bench, f"in step {state.step}: it left weights that are not finite", good)
     if _patience_spent(bench.config, state):
@@ -203,7 +203,7 @@ def held_out_loss(bench: Bench, state: State, *, keep: bool) -> Evaluation | Non
     return evaluation
 
 
-def save(bench: Bench, state: State) -> Path:
+def save_checkpoint(bench: Bench, state: State) -> Path:
     """Write checkpoint-N, then drop the oldest beyond the limit; returns its folder."""
     folder = bench.output_dir / f"checkpoint-{state.step}"
     states = gather_object([rng.capture()])
