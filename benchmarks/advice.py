@@ -16,8 +16,7 @@ import measure
 import tiny_lm
 import torch
 
-from tailora.study.inspect import Asked
-from tailora.study.within import inspect_model
+from tailora.study.inspect import Asked, inspect_model
 
 RATE = -7  # octave: the best of all ranks or its neighbour
 OCTAVES = (-10, -9, -8, -6, -5)

@@ -17,7 +17,7 @@ from shapes import DTYPES, Shape, products
 from torch import Tensor
 
 from tailora.train.events import Event, Note, Prepared, Stepped
-from tailora.train.run import run
+from tailora.train.trainer import run
 
 Arm = Callable[[Connection, Shape, Path, Tensor, str], None]
 

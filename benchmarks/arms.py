@@ -1,7 +1,7 @@
 """One optimiser step at a time of tailora, of PEFT and of full fine-tuning, on the same rows.
 
-tailora's steps are those of `tailora.train.run.run` itself: it runs in a thread and is held between two events, so that
-other arms can have their turn and nothing of the product is left out.
+tailora's steps are those of `tailora.train.trainer.run` itself: it runs in a thread and is held between two events, so
+that other arms can have their turn and nothing of the product is left out.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tailora.train.config import TrainConfig
 from tailora.train.events import Event, Note, Prepared, Stepped
-from tailora.train.run import OnReady, run
+from tailora.train.trainer import OnReady, run
 
 Step = Callable[[], float]  # one optimiser step; returns the loss before it
 FAST_OFF = {"fast": "off"}

@@ -31,7 +31,7 @@ def cells(quick: bool) -> list[measure.Cell]:
 def work(way: str, steps: int, threads: int) -> dict[str, Any]:
     """The curve, and what the header says of the kernels."""
     from tailora.train.config import TrainConfig
-    from tailora.train.run import run
+    from tailora.train.trainer import run
 
     common = {"model": "demo", "data": "demo", "eval_data": "demo", "dtype": "float32", "learning_rate": 1e-3}
     size = {"max_steps": steps, "per_device_train_batch_size": 2, "max_length": 128, "samples": 0, "save_steps": 0}

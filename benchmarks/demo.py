@@ -23,9 +23,9 @@ os.environ.update({**ENVIRONMENT, **os.environ})  # for both arms, before torch 
 
 
 def tailora() -> dict[str, float]:
-    from tailora.cli.demo import DEFAULTS
+    from tailora.cli.train import DEFAULTS
     from tailora.train.config import TrainConfig
-    from tailora.train.run import run
+    from tailora.train.trainer import run
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -46,12 +46,12 @@ def peft() -> dict[str, float]:
     from peft import LoraConfig, get_peft_model
     from torch.nn.functional import cross_entropy
 
-    from tailora.cli.demo import DEFAULTS
+    from tailora.cli.train import DEFAULTS
     from tailora.data.collate import collate_padded, plan
     from tailora.data.demo import data_file, eval_file
     from tailora.data.prepare import prepare
     from tailora.train.config import TrainConfig
-    from tailora.train.load import load_base
+    from tailora.train.model_loading import load_base
     from tailora.train.optim import learning_rate
 
     started = time.perf_counter()

@@ -61,7 +61,7 @@ def speed(arms: list[str], rounds: int) -> dict[str, Any]:
 
 def one_run(arm: str, steps: int) -> dict[str, Any]:
     """A whole run: held-out loss before and after, peak of the process, bytes of the base's weights."""
-    from tailora.train.run import run
+    from tailora.train.trainer import run
 
     imported = measure.held("VmRSS")
     headers: list[dict[str, Any]] = []

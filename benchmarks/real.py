@@ -58,10 +58,10 @@ def work(data: str, arm: str, repeat: int, rows: int | None, threads: int) -> di
 
 def train(arm: str, watch: Watch, files: tuple[Path, Path], folder: Path) -> dict[str, int]:
     """Run one arm; returns what it trained on."""
-    from tailora.cli.demo import DEFAULTS
+    from tailora.cli.train import DEFAULTS
     from tailora.data.prepare import prepare
     from tailora.train.config import TrainConfig
-    from tailora.train.load import load_base
+    from tailora.train.model_loading import load_base
 
     own = {"data": str(files[0]), "output_dir": str(folder / "run"), "validation_split": 0}
     config = TrainConfig(**{**DEFAULTS, **own})
@@ -81,7 +81,7 @@ def held_out_losses(file: Path, adapters: list[Path]) -> list[float]:
     """Nats per supervised token with each of these adapters, by transformers' own forward on padded rows."""
     from tailora import LoRAModel
     from tailora.data.prepare import prepare
-    from tailora.train.load import load_base
+    from tailora.train.model_loading import load_base
 
     base, tokenizer = load_base("demo")
     examples = prepare(str(file), tokenizer, validation_split=0).train

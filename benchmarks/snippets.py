@@ -12,9 +12,8 @@ import sys
 import tarfile
 from pathlib import Path
 
-from tailora.data.demo import write_jsonl
-from tailora.data.fetch import build_once, cache_folder, check_hash, explain
-from tailora.data.shapes import Messages
+from tailora.data.demo import build_once, cache_folder, check_hash, explain, write_jsonl
+from tailora.data.schemas import Messages
 from tailora.errors import FetchError
 
 PACKAGE = "vaderSentiment==3.3.2"

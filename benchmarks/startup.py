@@ -75,7 +75,7 @@ def has_line(path: Path) -> bool:
 def profiled(flags: list[str]) -> dict[str, Any]:
     """CPU seconds of the imports, and of everything that a run calls directly."""
     begun = time.process_time()
-    import tailora.cli.fit  # noqa: F401 torch, transformers and the rest, as the command loads them
+    import tailora.cli.train  # noqa: F401 torch, transformers and the rest, as the command loads them
     from tailora.cli.main import main
 
     imports = time.process_time() - begun

@@ -16,8 +16,8 @@ from arms import FAST_OFF
 from tailora.data.dataset import Examples
 from tailora.train.config import TrainConfig
 from tailora.train.events import Event, Prepared, Stepped
-from tailora.train.load import has_bfloat16
-from tailora.train.run import run
+from tailora.train.model_loading import has_bfloat16
+from tailora.train.trainer import run
 
 SNAPSHOTS = 5  # on the way, the last at the end
 TOKENS = 768  # of a packed row: what eight rows of the demo hold

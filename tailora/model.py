@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tailora.core import combine as algebra
 from tailora.core import compress as shrinking
 from tailora.core.adalora import RankAllocator, settled
-from tailora.core.adapter import Adapter, by_host, check_compatible, create, parts_by_path, register
+from tailora.core.adapter import Adapter, Summary, by_host, check_compatible, create, parts_by_path, register, summarise
 from tailora.core.attach import (
     Adapted,
     Substituted,
@@ -27,28 +27,25 @@ from tailora.core.attach import (
     become,
     detach,
     encoders_around,
+    evaluating,
     fast_path_mixin,
     mixin_for,
 )
+from tailora.core.compress import Extraction, extract
 from tailora.core.config import LoRAConfig
-from tailora.core.data_starts import Loss, passes, started
+from tailora.core.data_init import Loss, passes, started
 from tailora.core.dequantize import Change, Recast, common_dtype, whole_plain
-from tailora.core.extract import Extraction, extract
 from tailora.core.inference import generating
 from tailora.core.init import DATA_STARTS
 from tailora.core.layer_types import host_path
 from tailora.core.merge import MergeReport, fit_in_place, fold_in_place, folded, moved_in, settle_ties
-from tailora.core.mixed_batch import by_rows
-from tailora.core.modes import evaluating
+from tailora.core.mixed_batch import Batch, by_rows, check_names, repeats
 from tailora.core.quantization import is_quantized, keep_as_stored, may_repack
-from tailora.core.rowbatch import Batch, check_names, repeats
-from tailora.core.summary import Summary, summarise
 from tailora.core.targets import default_config, select
 from tailora.errors import AdapterError, ConfigError, FormatError, MergeError, RowsError, TargetError, nearest
-from tailora.formats.load import restore
+from tailora.formats.load import read_any, restore
 from tailora.formats.peft import write_adapter
 from tailora.formats.peft_model import read_live, release
-from tailora.formats.recognise import read_any
 
 if TYPE_CHECKING:
     from tailora.formats.export import Exported
@@ -107,7 +104,7 @@ class LoRAModel(nn.Module):
         r: int | None = None,
         energy: float | None = None,
     ) -> tuple[Self, Extraction]:
-        """The base with the adapter that comes nearest to a fully tuned copy of it; see `core.extract.extract`."""
+        """The base with the adapter that comes nearest to a fully tuned copy of it; see `core.compress.extract`."""
         _refuse_adapted(base_model)
         _refuse_adapted(tuned_model)
         adapter, report = extract(base_model, tuned_model, r=r, energy=energy, config=config or LoRAConfig())

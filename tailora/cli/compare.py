@@ -1,5 +1,9 @@
 """`tailora compare`: LoRA against full fine-tuning on the user's own model and data."""
 
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,13 +12,57 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailora.cli.console import aside, logs, note, print_json, results
-from tailora.cli.flags import FIELDS, ConfigFile, Json, Settings, changes, flags_beside, flags_of, given, settings
-from tailora.cli.studying import bar, page_of, resumable
-from tailora.cli.yaml12 import read_mapping
+from tailora.cli.flags import (
+    FIELDS,
+    ConfigFile,
+    Json,
+    Settings,
+    changes,
+    flags_beside,
+    flags_of,
+    given,
+    read_mapping,
+    settings,
+)
+from tailora.cli.main import aside, logs, note, on_terminal, print_json, results
 from tailora.errors import ConfigError, require_packages
-from tailora.report import words
+from tailora.report import PAGE, words
 from tailora.study.config import AT_THE_END, FULL, LORA, CompareConfig
+
+# ---- What the commands of studies share: a line that shows the step, and what to type after Ctrl-C.
+
+
+def bar(console: Console) -> Callable[[int, int, float], None] | None:
+    """One line that is written over, on a terminal only."""
+    if not on_terminal(console):
+        return None
+
+    def show_step(step: int, steps: int, loss: float) -> None:
+        end = "\r" if step < steps else "\r\x1b[K"
+        console.print(f"  step {step}/{steps}  loss {loss:.3f}   ", end=end, style="dim")
+
+    return show_step
+
+
+def page_of(folder: Path) -> str:
+    """Where the page of a run or a study is, or what it takes to have one."""
+    if (folder / PAGE).exists():
+        return f"a page with all of it: {folder / PAGE}"
+    return f"a page with all of it: pip install 'tailora[study]' && tailora report {shlex.quote(str(folder))}"
+
+
+@contextmanager
+def resumable(output_dir: str) -> Iterator[None]:
+    """Ctrl-C says where the finished runs are and which command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = shlex.join(["tailora", *sys.argv[1:]])
+        raise KeyboardInterrupt(f"finished runs are in {output_dir}; to go on:\n{again}") from None
+
+
+# ----
+
 
 OWN = CompareConfig.model_fields
 LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method", "learning_rate"}

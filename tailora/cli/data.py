@@ -1,6 +1,6 @@
 """`tailora data FILE --model M`: what training would learn from, before a step is taken."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -9,10 +9,29 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailora.cli.console import note, print_json, results
-from tailora.cli.counted import counted
 from tailora.cli.flags import ConfigFile, Json, flags_of, settings
+from tailora.cli.main import note, print_json, results
 from tailora.cli.models import vocabulary
+
+# ---- What was dropped or cut of the data: told by `data` and at the start of a run, whenever there is any.
+
+
+MEANINGS = {  # count of the report -> name, meaning
+    "truncated": ("cut", "examples are longer than --max-length"),
+    "cut_away": ("left out", "examples whose learned tokens were all cut away"),
+    "replies_not_learned": ("not learned", "replies that the chat template rewrites once the chat goes on"),
+    "repeated": ("repeated", "rows are copies of an earlier row"),
+    "duplicates": ("DUPLICATES", "held-out rows are trained on too: the held-out loss will look too good"),
+}
+
+
+def counted(report: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> count and meaning, for every count that is not 0."""
+    return {name: f"{report[key]:,} {meaning}" for key, (name, meaning) in MEANINGS.items() if report[key]}
+
+
+# ----
+
 
 FLAGS: Any = flags_of({}, only=["model", "eval_data", "field", "max_length", "validation_split", "seed"])
 NONE_GIVEN = FLAGS()
@@ -34,7 +53,7 @@ def data(
     chosen = settings(flags, config, {}, {"data": file} if file else {})
     for text in chosen.notes:
         note(text)
-    from tailora.data.preview import preview
+    from tailora.data.tokenize import preview
     from tailora.train.dataloader import read_whole
 
     tokenizer, embedding_rows = vocabulary(chosen.config.model)

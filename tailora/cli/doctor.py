@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tailora import __version__
-from tailora.cli.console import print_json, results
 from tailora.cli.flags import Json
+from tailora.cli.main import print_json, results
 
 PACKAGES = ["torch", "transformers", "accelerate", "safetensors", "datasets", "pydantic", "cyclopts", "rich", "gguf"]
 BYTES_PER_PARAMETER = {"bfloat16": 2, "float32": 4}
@@ -42,7 +42,7 @@ def examined() -> Facts:
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from tailora.data.fetch import cache_folder
+    from tailora.data.demo import cache_folder
     from tailora.train.memory import available_bytes
     from tailora.train.model_loading import METHODS
 
@@ -81,7 +81,7 @@ def meaning(facts: Facts) -> list[str]:
 def _device() -> dict[str, Any]:
     import torch
 
-    from tailora.train.load import has_bfloat16
+    from tailora.train.model_loading import has_bfloat16
 
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tailora.cli.adapters import Base
-from tailora.cli.console import print_json, results
 from tailora.cli.flags import Json
+from tailora.cli.main import print_json, results
 from tailora.cli.models import WAYS, chosen_method, named
 from tailora.errors import ConfigError
 
@@ -51,7 +51,7 @@ def export(
     from tailora.formats.export import check_new
     from tailora.model import LoRAModel
     from tailora.quiet import quiet
-    from tailora.train.load import load_base
+    from tailora.train.model_loading import load_base
 
     check_new(output)
     loaded, tokenizer = load_base(base, dtype, quantize=chosen_method([path], _asked(quantize, to)))

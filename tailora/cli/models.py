@@ -47,7 +47,7 @@ def load(model: str, adapters: Sequence[str], quantize: str | None = None, dtype
     import torch
 
     from tailora.model import LoRAModel
-    from tailora.train.load import load_base
+    from tailora.train.model_loading import load_base
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, tokenizer = load_base(model, dtype, device, chosen_method(list(folders.values()), quantize))
@@ -96,7 +96,7 @@ def vocabulary(model: str) -> tuple[Any, int]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from tailora.data.demo import resolve
-    from tailora.data.hub import check_model
+    from tailora.data.readers import check_model
 
     source = resolve(model, "model")
     check_model(source)

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailora.cli.console import aside, note, print_json, results
 from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, settings
+from tailora.cli.main import aside, note, print_json, results
 from tailora.errors import ConfigError
 
 if TYPE_CHECKING:

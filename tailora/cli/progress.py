@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from tailora.cli.console import on_terminal
-from tailora.cli.counted import counted
+from tailora.cli.data import counted
+from tailora.cli.main import on_terminal
 from tailora.train.events import Evaluated, Event, Listener, Note, Prepared, Saved, Stepped
 
 SECONDS_BETWEEN_LINES = 5.0

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tailora.cli.console import print_json, results
 from tailora.cli.flags import Json
+from tailora.cli.main import print_json, results
 from tailora.errors import ConfigError
 from tailora.report import CONTENT
 from tailora.report import report as make

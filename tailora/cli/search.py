@@ -8,10 +8,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailora.cli.console import aside, logs, note, print_json, results
-from tailora.cli.flags import FIELDS, ConfigFile, Json, Settings, flags_beside, flags_of, given, pairs, settings
-from tailora.cli.studying import bar, page_of, resumable
-from tailora.cli.yaml12 import read_mapping
+from tailora.cli.compare import bar, page_of, resumable
+from tailora.cli.flags import (
+    FIELDS,
+    ConfigFile,
+    Json,
+    Settings,
+    flags_beside,
+    flags_of,
+    given,
+    pairs,
+    read_mapping,
+    settings,
+)
+from tailora.cli.main import aside, logs, note, print_json, results
 from tailora.errors import require_packages
 from tailora.study.config import SearchConfig
 

@@ -1,10 +1,36 @@
 """`tailora train`."""
 
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import count
+from pathlib import Path
 from typing import Annotated, Any
 
+from accelerate import PartialState
 from cyclopts import Parameter
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-from tailora.cli.flags import ConfigFile, Json, flags_of, settings
+from tailora.cli.compare import page_of
+from tailora.cli.flags import ConfigFile, Json, Settings, flags_of, settings
+from tailora.cli.main import logs, note, print_json, results
+from tailora.cli.progress import shown
+from tailora.errors import CheckpointError, ConfigError
+from tailora.evaluation.generate import Answer, answers
+from tailora.evaluation.statistics import Interval, changes, verdict
+from tailora.formats.io import write_file
+from tailora.report import CONTENT, PAGE, report_if_possible
+from tailora.report.run_folder import gather
+from tailora.train.config import TrainConfig
+from tailora.train.events import Interrupted, TrainResult
+from tailora.train.memory import explained
+from tailora.train.trainable import ADAPTER, MODEL
+from tailora.train.trainer import run
 
 FLAGS: Any = flags_of({})
 NONE_GIVEN = FLAGS()
@@ -18,6 +44,229 @@ def train(
 ) -> int:
     """Fine-tune a model on your data; `tailora data FILE` shows beforehand what it would learn from."""
     chosen = settings(flags, config, {})
-    from tailora.cli.fit import fit  # torch from here on
+    # DROPPED  # torch from here on
 
     return fit(chosen, as_json=json)
+
+
+# ---- `tailora demo`: `tailora train` on a small model and real conversations, both fetched once.
+
+
+DEFAULTS: dict[str, Any] = {
+    "model": "demo",
+    "data": "demo",
+    "learning_rate": 1e-3,
+}
+FOLDER = Path("outputs/demo")
+QUESTIONS = [
+    "What would you do with a million dollars?",
+    "Hi! What did you do this weekend?",
+    "What kind of music do you like?",
+]
+DEMO_FLAGS: Any = flags_of({**DEFAULTS, "output_dir": str(FOLDER)})
+NO_DEMO_FLAGS = DEMO_FLAGS()
+
+
+def demo(
+    *,
+    config: ConfigFile = None,
+    json: Json = False,
+    flags: Annotated[DEMO_FLAGS, Parameter(name="*")] = NO_DEMO_FLAGS,
+) -> int:
+    """Fine-tune a small model on real chats, and see what it changed. Takes the flags of `train`."""
+    chosen = settings(flags, config, DEFAULTS)
+    if "output_dir" not in chosen.config.model_fields_set:
+        folder = output_folder(chosen.config.resume_from_checkpoint)
+        chosen = replace(chosen, config=chosen.config.model_copy(update={"output_dir": str(folder)}))
+    # DROPPED  # torch from here on
+
+    return fit(chosen, as_json=json, questions=QUESTIONS)
+
+
+def output_folder(resumed: str | None) -> Path:
+    """Where a demo writes that was not told where: a new folder, or the one of the checkpoint it goes on from.
+
+    Raises ConfigError where several processes would each take a folder.
+    """
+    if resumed is not None:
+        return newest(FOLDER) if resumed == "latest" else Path(resumed).parent
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("several processes must write to one folder: give --output-dir")
+    return next(path for path in numbered(FOLDER) if made(path))
+
+
+def numbered(folder: Path) -> Iterator[Path]:
+    """`folder`, folder-2, folder-3, ..."""
+    yield folder
+    yield from (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+
+
+def made(folder: Path) -> bool:
+    """Makes the folder, unless it exists: no earlier run is overwritten, and none that starts at the same time."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def newest(folder: Path) -> Path:
+    """The one of `folder`, folder-2, ... whose last checkpoint was written last. Raises CheckpointError."""
+    from tailora.train.checkpoint import found  # torch
+
+    folders = [path for path in (folder, *folder.parent.glob(f"{folder.name}-*")) if path.is_dir()]
+    written = [(found(path)[-1].stat().st_mtime, path) for path in folders if found(path)]
+    if not written:
+        raise CheckpointError(
+            f"--resume-from-checkpoint latest: no {folder}, {folder}-2, ... holds a checkpoint; "
+            "give the folder of a checkpoint, or start without it and with --save-steps"
+        )
+    return max(written)[1]
+
+
+# ---- What a finished run says: whether it worked, how answers changed, where everything is, and what to do next.
+
+
+FILES = {
+    PAGE: "what came of it, to look at in a browser",
+    ADAPTER: "the adapter, a PEFT folder",
+    MODEL: "the model, a Hugging Face folder",
+    "samples.json": "the answers above",
+    "metrics.jsonl": "loss, learning rate, speed of every step",
+    "examples.jsonl": "loss of every held-out example, before and after",
+    "run.json": "settings, versions, seeds and data hash: what it takes to run it again",
+    "config.yaml": "the settings, for --config",
+    CONTENT: "the numbers of report.html, for programs",
+}
+TITLED: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
+
+
+def losses(result: TrainResult) -> dict[str, Interval] | None:
+    """Held-out loss in nats per token before, after, and the change, each with a 95% interval over examples."""
+    before, after = result.before, result.after
+    if before is None or after is None:
+        return None
+    return changes(before.sums, after.sums, after.counts)
+
+
+def summary(result: TrainResult) -> dict[str, Any]:
+    """The line of --json: the result's numbers, and what the evaluations say together."""
+    found = losses(result) or {}
+    spread = {f"eval_loss_{name}_95": None if math.isnan(each.low) else each[1:] for name, each in found.items()}
+    change = {"eval_loss_change": found["change"].value} if found else {}
+    return {**result.to_dict(), **change, **spread}
+
+
+def show(console: Console, config: TrainConfig, result: TrainResult, answers: Sequence[Answer]) -> None:
+    folder = Path(result.output_dir)
+    parts = (
+        evaluation(result),
+        effort(config, result),
+        side_by_side(answers),
+        written(folder, bool(answers)),
+        following(config, folder),
+    )
+    for part in parts:
+        console.print("", part, sep="\n", soft_wrap=isinstance(part, Text))
+
+
+def evaluation(result: TrainResult) -> RenderableType:
+    found = losses(result)
+    if found is None or result.after is None:
+        return Text("There was no held-out data, so nothing can be said about whether it worked: --eval-data FILE")
+    table = Table("held-out data", "before", "after", title="Did it work?", **TITLED)
+    for name, form, scale in (("loss, nats/token", ".3f", float), ("perplexity", ".1f", math.exp)):
+        table.add_row(name, *(_spread(found[when], form, scale) for when in ("before", "after")))
+    return Group(table, Text(verdict(found["change"], len(result.after.counts))))
+
+
+def effort(config: TrainConfig, result: TrainResult) -> Text:
+    kept = "adapter" if config.method == "lora" else "model"
+    tokens = f"{result.train_tokens:,} tokens, {result.tokens_per_second:,.0f} per second of training"
+    whole = f"{result.seconds:,.0f} s and at most {result.peak_memory_bytes / 1e9:.2f} GB in all"
+    return Text(f"{result.steps:,} steps, {tokens}; {whole}. Kept: the {kept} of step {result.best_step}.")
+
+
+def _spread(interval: Interval, form: str, scale: Any) -> str:
+    value, low, high = (format(scale(number), form) for number in interval)
+    return value if math.isnan(interval.low) else f"{value}  ({low} to {high})"
+
+
+def side_by_side(answers: Sequence[Answer]) -> RenderableType:
+    if not answers:
+        return Text("No answers were compared: there was no held-out prompt, or --samples is 0.")
+    table = Table(title="Answers before and after", expand=True, show_lines=True, **TITLED)
+    for name, ratio in (("asked", 2), ("base", 3), ("tuned", 3)):
+        table.add_column(name, ratio=ratio)
+    for answer in answers:
+        table.add_row(Text(answer.prompt), Text(answer.base), Text(answer.tuned))
+    return table
+
+
+def written(folder: Path, answered: bool) -> Table:
+    table = Table("", "", title="Written", show_header=False, box=None, **TITLED)
+    for name, content in FILES.items():
+        if (folder / name).exists() and (answered or name != "samples.json"):
+            table.add_row(Text(str(folder / name), overflow="fold"), content)
+    if not (folder / PAGE).exists():
+        table.caption, table.caption_justify = page_of(folder), "left"
+    return table
+
+
+def following(config: TrainConfig, folder: Path) -> Text:
+    """Three commands to try, each on a line of its own, to be copied."""
+    base = ["--model", config.model]
+    tuned = [*base, "--adapter", str(folder)] if config.method == "lora" else ["--model", str(folder / MODEL)]
+    commands = [
+        ["tailora", "chat", *tuned],
+        ["tailora", "generate", *tuned, "--prompt", "What would you do with a free day?"],
+        ["tailora", "data", "YOUR_DATA.jsonl" if config.data == "demo" else config.data, *base],
+    ]
+    return Text("\n").join([Text("Next", style="bold"), *(Text(shlex.join(command)) for command in commands)])
+
+
+# ---- What `train` and `demo` share: run with progress, then say whether it worked and where everything is.
+
+
+FEWER = "what helps: --samples 0, which compares none"
+
+
+def fit(settings: Settings, *, as_json: bool, questions: Sequence[str] | None = None) -> int:
+    """Trains, compares answers to `questions` (by default held-out prompts), and prints.
+
+    Raises what `run` raises; KeyboardInterrupt carries the command that goes on.
+    """
+    for text in settings.notes:
+        note(text)
+    try:
+        with shown(logs()) as listener:
+            result = run(settings.config, on_event=listener)
+    except Interrupted as stop:
+        raise KeyboardInterrupt(to_go_on(settings.config, stop)) from stop
+    if not PartialState().is_main_process:
+        return 0
+    found = answered(result, settings.config.samples, questions)
+    gather(Path(result.output_dir))
+    report_if_possible(Path(result.output_dir))
+    if as_json:
+        print_json(summary(result))
+    else:
+        show(results(), settings.config, result, found)
+    return 0
+
+
+def to_go_on(config: TrainConfig, stop: Interrupted) -> str:
+    """The command on a line of its own, to be copied."""
+    command = ["tailora", "train", "--config", str(Path(config.output_dir) / "config.yaml")]
+    command += ["--resume-from-checkpoint", str(stop.folder)]
+    return f"everything so far is in {stop.folder}; to go on:\n{shlex.join(command)}"
+
+
+def answered(result: TrainResult, count: int, questions: Sequence[str] | None) -> list[Answer]:
+    """Base and tuned answers side by side, kept in samples.json."""
+    held_out = result.data.eval_samples if result.data else []
+    with explained("comparing answers", lambda: f"the adapter is whole, in {result.output_dir}; {FEWER}"):
+        found = answers(result.model, result.tokenizer, (questions or held_out)[:count])
+    content = json.dumps([asdict(answer) for answer in found], ensure_ascii=False, indent=2)
+    write_file(Path(result.output_dir) / "samples.json", content.encode())
+    return found

@@ -10,14 +10,13 @@ from torch import nn
 
 from tailora.core.attach import detach
 from tailora.core.config import LoRAConfig
-from tailora.core.extra_targets import ExtraTargets
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias
 from tailora.core.init import DATA_STARTS, FROM_WEIGHT, MOVED, check_fits, start_at_weight
-from tailora.core.inits import INITS
-from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import weight_of
+from tailora.core.layer import INITS, LoRALayer
+from tailora.core.layer_types import host_of, weight_of
 from tailora.core.patterns import inside
-from tailora.core.targets import Selection, Target
+from tailora.core.quantization import dense_shape, weight_count
+from tailora.core.targets import ExtraTargets, Selection, Target
 from tailora.errors import AdapterError, TargetError, listing
 
 
@@ -204,3 +203,62 @@ def register(parts: dict[str, tuple[nn.Module, ...]]) -> nn.ModuleDict:
     return nn.ModuleDict(
         {layer_key(path): each[0] if len(each) == 1 else nn.ModuleList(each) for path, each in parts.items()}
     )
+
+
+# ---- What is adapted, as a table that prints itself.
+
+
+EXTRAS = {"bias": "bias", "trainable_tokens_delta": "token rows"}
+
+
+@dataclass(frozen=True)
+class Row:
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    r: int | None  # None for a module trained whole
+    lora_alpha: float | None
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Rows of the active adapters, and the parameters trained of all. `str()` gives the table."""
+
+    rows: list[Row]
+    trainable_parameters: int
+    total_parameters: int
+
+    def __str__(self) -> str:
+        cells = [("path", "kind", "shape", "r", "alpha", "parameters")]
+        for row in self.rows:
+            alpha = "-" if row.lora_alpha is None else f"{row.lora_alpha:g}"
+            shape = " x ".join(map(str, row.shape))
+            cells.append((row.path, row.kind, shape, str(row.r or "-"), alpha, f"{row.parameters:,}"))
+        widths = [max(len(line[column]) for line in cells) for column in range(6)]
+        lines = [
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
+        share = self.trainable_parameters / max(self.total_parameters, 1)
+        lines.append(f"trained: {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%})")
+        return "\n".join(lines)
+
+
+def summarise(base_model: nn.Module, adapters: list[Adapter]) -> Summary:
+    rows = []
+    for adapter in adapters:
+        for path, layer in adapter.low_rank.items():
+            shape = tuple(dense_shape(host_of(base_model, path), layer.kind.weight))
+            shape = shape if layer.rows is None else (layer.out_features, layer.in_features)
+            rows.append(Row(path, layer.kind.name, shape, layer.r, layer.lora_alpha, parameter_count(layer)))
+        for path, module in adapter.saved.items():
+            rows.append(Row(path, type(module).__name__, (), None, None, parameter_count(module)))
+        for path, part in adapter.extras.items():
+            for name, parameter in part.named_parameters():
+                rows.append(Row(path, EXTRAS[name], tuple(parameter.shape), None, None, parameter.numel()))
+    trained = sum(row.parameters for row in rows)
+    return Summary(rows, trained, weight_count(base_model) + trained)
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -4,7 +4,8 @@ The layer keeps its name, weights, hooks and `isinstance`. It reaches its adapte
 reference, so that the base model's parameters and state dict stay what they were.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar, cast
 
@@ -147,3 +148,18 @@ def encoders_around(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Mo
 
 def fast_path_mixin(module: nn.Module) -> type[Swapped]:
     return next(mixin for cls, mixin in FAST_PATHS.items() if isinstance(module, cls))
+
+
+# ---- Evaluation mode for a while.
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

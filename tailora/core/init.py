@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tailora.core.layer import LoRALayer
-from tailora.core.spectra import Spectrum, leading
+from tailora.core.low_rank import Spectrum, leading
 from tailora.core.targets import Target
 from tailora.errors import TargetError, listing
 

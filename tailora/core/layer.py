@@ -1,6 +1,7 @@
 """What one adapter adds to one layer: s (B A - B0 A0) x, and the other slots of the equation that it fills."""
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,9 +11,32 @@ from torch import Tensor, nn
 from tailora.core import dora
 from tailora.core.fused_layers import Rows
 from tailora.core.geometry import Shape
-from tailora.core.inits import INITS, standard_normal
 from tailora.core.layer_types import LINEAR, Kind
 from tailora.errors import ConfigError
+
+# ---- How a fresh A and B are filled. One of the two is zero, so that training starts at the base model.
+
+
+def kaiming(factor: Tensor, _: int) -> None:
+    """U(-1/sqrt(in), 1/sqrt(in)): the reference implementation of arXiv:2106.09685."""
+    nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+
+
+def gaussian(factor: Tensor, r: int) -> None:
+    """N(0, 1/r^2), as PEFT's "gaussian"."""
+    nn.init.normal_(factor, std=1 / r)
+
+
+def standard_normal(factor: Tensor, _: int) -> None:
+    """N(0, 1): what an embedding's B starts from, since its A is the factor that is zero."""
+    nn.init.normal_(factor)
+
+
+INITS: dict[str, Callable[[Tensor, int], None]] = {"kaiming": kaiming, "gaussian": gaussian}
+
+
+# ----
+
 
 FEW = 32  # rows; on a CPU casting both factors costs more than a wider product of up to some 40 rows (measured)
 

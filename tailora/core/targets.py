@@ -1,14 +1,25 @@
 """Which layers a config means. Strict: what matches nothing is an error, and all errors come at once."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tailora.core.config import LoRAConfig
-from tailora.core.extra_targets import ExtraTargets, extra_targets
-from tailora.core.layer_types import EMBEDDING, KINDS, kind_of, obstacle, projections
+from tailora.core.extras import adds_its_bias, biases_of
+from tailora.core.fused_layers import Rows, layout_of, rows_of
+from tailora.core.layer_types import (
+    EMBEDDING,
+    KINDS,
+    Kind,
+    host_path,
+    is_called,
+    kind_of,
+    obstacle,
+    parameter_kind,
+    projections,
+)
 from tailora.core.patterns import (
     Selector,
     by_pattern,
@@ -20,9 +31,218 @@ from tailora.core.patterns import (
     named,
     pattern_matches,
 )
-from tailora.core.places import Modules, Place, chosen_parameters, parameters, place_at, places
-from tailora.core.quantization import base_obstacle, quantized_layers
+from tailora.core.quantization import base_obstacle, dense_weight, quantized_layers
 from tailora.errors import TargetError, listing, nearest
+
+# ---- What of a model can be adapted: whole layers, parts of fused ones, projections of attention, named parameters.
+
+
+Modules = Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One matrix of the model. `layer`, found at the path `host`, is the module that computes with it."""
+
+    path: str
+    host: str
+    layer: nn.Module
+    kind: Kind
+    rows: Rows | None = None  # of a part
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The paths that select it: a projection of attention goes by the attention's, too, as in PEFT."""
+        return (self.path,) if self.rows or self.kind.stacked else tuple(dict.fromkeys((self.path, self.host)))
+
+    @property
+    def pattern_names(self) -> tuple[str, ...]:
+        """The paths that a pattern for rank or alpha may match: of a part and a projection the whole layer's, too."""
+        return (self.path,) if self.kind.stacked else tuple(dict.fromkeys((self.path, self.host)))
+
+    @property
+    def end(self) -> str:
+        """The last name of its path; of a part or parameter the last two."""
+        return ".".join(self.path.split(".")[-1 if self.path == self.host else -2 :])
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """(in, out)."""
+        in_features, out_features = self.kind.dims(self.layer)
+        return in_features, self.rows.size if self.rows else out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """What holds it, dequantised; of a part the whole layer's."""
+        return dense_weight(self.layer, self.kind.weight)
+
+    def matrix(self, weight: Tensor) -> Tensor | None:
+        """W as the equation has it, (groups, out/groups, n), out of what holds it; None for what is not one matrix."""
+        if self.kind.matrix is None:
+            return None
+        W = self.kind.matrix(self.layer, weight)
+        return W if self.rows is None else self.rows.take(W.mT).mT
+
+
+def places(modules: Modules, config: LoRAConfig) -> dict[str, Place]:
+    """All that `target_modules` can name, by path, in the model's order.
+
+    Raises TargetError for `fused_parts` that do not fit.
+    """
+    found: dict[str, Place] = {}
+    for path, module in modules.items():
+        parent = modules.get(path.rpartition(".")[0], module)
+        found |= {place.path: place for place in _of_module(path, module, parent, config)}
+    return found
+
+
+def place_at(model: nn.Module, path: str, config: LoRAConfig) -> Place:
+    """The place at this path, without a look at the rest of the model. Raises TargetError where there is none."""
+    host = host_path(model, path)
+    module, parent = model.get_submodule(host), model.get_submodule(host.rpartition(".")[0])
+    found = [*_of_module(host, module, parent, config), *_parameters_of(host, module)]
+    place = next((place for place in found if place.path == path), None)
+    if place is None:
+        raise TargetError(f"{path} is a {type(module).__name__}, which has no low-rank form there")
+    return place
+
+
+def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConfig) -> Iterator[Place]:
+    for name, projection in projections(module).items():
+        yield Place(f"{path}.{name}" if path else name, path, module, projection)
+    kind = kind_of(module)
+    if kind is None or (parent is not module and projections(parent)):
+        return
+    yield Place(path, path, module, kind)
+    if kind.linear and path:
+        for part, rows in _rows(path, parent, kind.dims(module)[1], config).items():
+            yield Place(f"{path}.{part}", path, module, kind, rows)
+
+
+def _rows(path: str, parent: nn.Module, total: int, config: LoRAConfig) -> dict[str, Rows]:
+    told = by_pattern(path, config.fused_parts, None)
+    layout = layout_of(parent, path.rpartition(".")[2], total) if told is None else told
+    try:
+        return rows_of(layout, total) if layout else {}
+    except ValueError as error:
+        raise TargetError(f"fused_parts: {path}: {error}") from None
+
+
+def parameters(modules: Modules) -> dict[str, Place]:
+    """All that `target_parameters` can name: matrices and stacks of them that no kind of layer computes with."""
+    return {place.path: place for host, module in modules.items() for place in _parameters_of(host, module)}
+
+
+def _parameters_of(host: str, module: nn.Module) -> Iterator[Place]:
+    if host and not kind_of(module) and not projections(module):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim in (2, 3):
+                yield Place(f"{host}.{name}", host, module, parameter_kind(name))
+
+
+def chosen_parameters(modules: Modules, config: LoRAConfig) -> dict[str, Place]:
+    wanted = config.target_parameters or []
+    return {path: place for path, place in parameters(modules).items() if any(named(name, path) for name in wanted)}
+
+
+# ---- What a config means beside the layers to adapt: biases to train, rows of embeddings, and heads tied to those.
+
+
+@dataclass(frozen=True)
+class ExtraTargets:
+    biases: list[str] = field(default_factory=list)  # paths of layers that are not adapted
+    tokens: dict[str, list[int]] = field(default_factory=dict)  # path of an embedding -> rows
+    heads: dict[str, str] = field(default_factory=dict)  # path of a head -> of the embedding that it is tied to
+
+
+def extra_targets(
+    model: nn.Module, modules: Modules, config: LoRAConfig, adapted: Collection[str], saved: Collection[str]
+) -> tuple[ExtraTargets, list[str]]:
+    """What the config names; and all that stands in the way. `adapted`, `saved`: paths that are taken already."""
+    tokens, problems = _tokens(model, modules, config)
+    heads = {path: tied for tied in tokens for path in _tied_to(modules, tied)}
+    for path in (*tokens, *heads):
+        if owner := next((each for each in (*adapted, *saved) if inside(path, each)), None):
+            what = "target_modules" if owner in adapted else "modules_to_save"
+            tie = f", tied to {heads[path]}" if path in heads else ""
+            problems.append(f"{path}{tie} is in trainable_token_indices and in {what}; take one")
+    if odd := [path for path in heads if not isinstance(modules[path], nn.Linear)]:
+        problems.append(f"trainable_token_indices: tied to what is neither embedding nor linear: {', '.join(odd)}")
+    biases: list[str] = []
+    if config.bias == "all":
+        biases, more = _biases(modules, adapted, saved)
+        problems += more
+        if clash := [path for path in biases if path in heads]:
+            problems.append(f"bias='all' and trainable_token_indices both train {', '.join(clash)}; take one")
+    return ExtraTargets(biases, tokens, heads), problems
+
+
+def _biases(modules: Modules, adapted: Collection[str], saved: Collection[str]) -> tuple[list[str], list[str]]:
+    found, problems = [], []
+    for path, module in modules.items():
+        if any(inside(path, whole) for whole in saved):
+            continue
+        names = biases_of(module)
+        if "forward" in vars(module) and names:
+            problems.append(f"bias='all': {path}: its forward was replaced on the instance; its bias cannot be trained")
+        elif names == ["bias"] and (adds_its_bias(module) or path in adapted) and is_called(module):
+            found += [path] if path not in adapted else []
+        elif names:
+            problems.append(
+                f"bias='all': {path or 'the model'} is a {type(module).__name__} whose {', '.join(names)} is not added "
+                "to its output; take bias='lora_only', or name it in modules_to_save"
+            )
+    if not found and not problems and not any(biases_of(modules[path]) for path in adapted):
+        problems.append("bias='all': the model has no bias; take bias='none' or lora_bias=True")
+    return found, problems
+
+
+def _tokens(model: Any, modules: Modules, config: LoRAConfig) -> tuple[dict[str, list[int]], list[str]]:
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return {}, []
+    if isinstance(wanted, list):
+        find = getattr(model, "get_input_embeddings", None)
+        own = find() if callable(find) else None
+        path = next((path for path, module in modules.items() if module is own), None)
+        if path is None:
+            text = "trainable_token_indices is a list, but the model does not say which embedding is its input's"
+            return {}, [f"{text}; name it: {{'path': [...]}}"]
+        wanted = {path: wanted}
+    found: dict[str, list[int]] = {}
+    problems = []
+    for name, indices in wanted.items():
+        paths = [path for path in modules if named(name, path)]
+        if not paths:
+            embeddings = [path for path, module in modules.items() if kind_of(module) is EMBEDDING]
+            problems.append(f"trainable_token_indices: {name!r} matches no module{nearest(name, embeddings)}")
+        for path in paths:
+            problems += [f"trainable_token_indices: {path}: {each}" for each in _row_problems(modules[path], indices)]
+            found[path] = indices
+    return ({}, problems) if problems else (found, [])
+
+
+def _row_problems(module: Any, indices: list[int]) -> list[str]:
+    if kind_of(module) is not EMBEDDING:
+        return [f"a {type(module).__name__} is no embedding"]
+    reason = obstacle(module)
+    problems = [reason] if reason else []
+    if outside := [index for index in indices if not 0 <= index < module.num_embeddings]:
+        problems.append(
+            f"no rows {outside[:5]}; there are 0..{module.num_embeddings - 1} "
+            "(resize_token_embeddings comes before the adapter)"
+        )
+    if module.padding_idx in indices:
+        problems.append(f"{module.padding_idx} is the padding token, which the model does not learn")
+    return problems
+
+
+def _tied_to(modules: Modules, path: str) -> list[str]:
+    weight = modules[path].weight
+    return [other for other, module in modules.items() if other != path and module._parameters.get("weight") is weight]
+
+
+# ----
 
 
 @dataclass(frozen=True)

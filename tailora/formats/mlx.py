@@ -15,11 +15,11 @@ from torch import Tensor
 
 from tailora.core.layer_types import EMBEDDING, LINEAR
 from tailora.errors import FormatError
+from tailora.formats.io import read as read_tensors
+from tailora.formats.io import to_bytes
 from tailora.formats.low_rank_export import MERGED, Source, factors, hosts, limits, padded, refuse, scale_notes, stored
 from tailora.formats.peft import StoredAdapter
 from tailora.formats.peft_config import read_settings
-from tailora.formats.tensors import read as read_tensors
-from tailora.formats.tensors import to_bytes
 
 WEIGHTS, SETTINGS = "adapters.safetensors", "adapter_config.json"
 # transformers' model_type whose layers have the same paths in mlx-lm

@@ -16,9 +16,15 @@ from tailora.core.low_rank import Factors
 from tailora.core.patterns import by_pattern
 from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats import gguf, mlx
-from tailora.formats.factors import EMBEDDING_SUFFIXES, SLOT_OF, SUFFIXES
-from tailora.formats.grouping import split_groups
-from tailora.formats.peft import WEIGHTS, StoredAdapter, read_adapter
+from tailora.formats.peft import (
+    EMBEDDING_SUFFIXES,
+    SLOT_OF,
+    SUFFIXES,
+    WEIGHTS,
+    StoredAdapter,
+    read_adapter,
+    split_groups,
+)
 from tailora.formats.peft_config import adds_twice, check_patterns, from_peft
 
 STACK = "a stack of experts or another parameter, whose factors only the model can part: give --model"

@@ -11,8 +11,7 @@ from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from tailora.core.config import LoRAConfig
-from tailora.core.patterns import by_pattern, exactly, matches
-from tailora.core.selectors import portable_targets
+from tailora.core.patterns import by_pattern, exactly, matches, portable_targets
 from tailora.errors import FormatError, listing
 from tailora.formats.metadata import REFUSALS
 from tailora.formats.peft_paths import Stem

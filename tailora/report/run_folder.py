@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tailora.errors import FormatError
-from tailora.evaluation.change import changes, verdict
-from tailora.evaluation.intervals import Interval
+from tailora.evaluation.statistics import Interval, changes, verdict
 from tailora.formats.io import write_file
 
 RUN, METRICS, SAMPLES, EXAMPLES, REPORT = "run.json", "metrics.jsonl", "samples.json", "examples.jsonl", "report.json"

@@ -23,13 +23,11 @@ from filelock import FileLock, Timeout
 from tailora.errors import ConfigError
 from tailora.formats.io import make_writable, write_file
 from tailora.report import report_if_possible
-from tailora.study.budget import FEWEST_STEPS, PROBE_STEPS, SAFETY, Costs
+from tailora.study.budget import FEWEST_STEPS, PROBE_STEPS, SAFETY, Costs, costs_of, longest
 from tailora.study.config import AT_THE_END, FULL, CompareConfig, arm_settings
-from tailora.study.halves import judging_half
+from tailora.study.judging import Comparison, judged
 from tailora.study.lr_search import Rates
-from tailora.study.outcome import Comparison, judged
-from tailora.study.probe import costs_of, longest
-from tailora.study.trial import OUT_OF_MEMORY, RESULT, Base, Progress, Spec, Trial, choosing_part, try_out
+from tailora.study.trial import OUT_OF_MEMORY, RESULT, Base, Progress, Spec, Trial, choosing_part, judging_half, try_out
 from tailora.train.config import TrainConfig
 
 STUDY, PLAN, REPORT, CLOCK = "compare.json", "plan.json", "report.json", "seconds.json"

@@ -13,10 +13,116 @@ from typing import Any
 
 import numpy as np
 
-from tailora.evaluation.statistics import Difference, difference, holm, loss_interval
-from tailora.study.halves import halves
-from tailora.study.trial import Trial
-from tailora.study.verdict import needed
+from tailora.errors import ConfigError
+from tailora.evaluation.statistics import Difference, Interval, difference, holm, loss_interval
+from tailora.study.config import FULL, CompareConfig
+from tailora.study.lr_search import Rates
+from tailora.study.trial import Places, Trial, halves
+
+# ---- What the numbers of a comparison say, in a sentence; or that they cannot tell, and what would.
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One arm against the reference (full fine-tuning where it takes part)."""
+
+    name: str
+    parameters: int  # trained
+    against: Difference | None  # loss of the arm - loss of the reference; None for the reference itself
+    p_value: float | None  # adjusted for the number of arms
+    bracketed: bool  # its best learning rate was within those tried
+
+
+def verdict(
+    standings: Sequence[Standing], reference: str, margin: float, outcomes: Mapping[str, str]
+) -> tuple[str, str | None]:
+    """The words, and the name of the arm that they are about; None where there is nothing to compare.
+
+    outcomes: why an arm has no standing (diverged, out of memory).    margin: nats per token.
+    """
+    others = [each for each in standings if each.against is not None]
+    sentences = [f"{name} {why}." for name, why in outcomes.items()]
+    if not others or not any(each.name == reference for each in standings):
+        return " ".join([*sentences, "There is nothing to compare."]), None
+    chosen = _chosen(others, margin)
+    sentences += [_said(chosen, reference, margin, standings)]
+    edge = [each.name for each in standings if not each.bracketed]
+    if edge:
+        sentences.append(
+            f"The best learning rate of {', '.join(edge)} lies at the edge of those tried, so it may do better yet: "
+            "more --rate-tries would tell."
+        )
+    return " ".join(sentences), chosen.name
+
+
+def _chosen(others: Sequence[Standing], margin: float) -> Standing:
+    """The cheapest arm that is shown to lose less than the margin; if none is, the one with the lowest loss."""
+    safe = [each for each in others if each.against is not None and each.against.high < margin]
+    if safe:
+        return min(safe, key=lambda each: each.parameters)
+    return min(others, key=lambda each: each.against.value if each.against else math.inf)
+
+
+def _said(arm: Standing, reference: str, margin: float, standings: Sequence[Standing]) -> str:
+    found = arm.against
+    assert found is not None
+    over = f"{found.seeds} seed{'s' * (found.seeds > 1)} and {found.examples} held-out examples"
+    interval = f"95% interval {found.low:+.3f} to {found.high:+.3f}"
+    facts = f"{found.value:+.3f} nats per token, {interval}, p = {_p(arm)}, {over}"
+    take = _taken(arm, next(each for each in standings if each.name == reference), better=found.high < 0)
+    if found.seeds == 1:
+        unknown = "but how much a seed changes is unknown with one: --seeds 3 or more"
+        return f"Cannot tell: {arm.name} - {reference} = {facts}, {unknown}."
+    if not (found.high < margin or found.low > margin):
+        return f"Cannot tell {arm.name} from {reference} to {margin:g}: {facts}. {needed(found, margin)}"
+    said, advice, hopeful = _finding(arm, reference, margin, facts, take)
+    edge = [each.name for each in standings if each.name in hopeful and not each.bracketed]
+    if edge:  # who was not tuned has not lost
+        return f"Cannot tell yet, since {' and '.join(edge)} may do better at another learning rate. So far {said}."
+    return f"{said.replace('no difference', 'No difference', 1)}. {advice}"
+
+
+def _finding(arm: Standing, reference: str, margin: float, facts: str, take: str) -> tuple[str, str, set[str]]:
+    """What is seen, what to do, and the arms that would change it by doing better."""
+    found = arm.against
+    assert found is not None
+    if found.high < 0:
+        return f"{arm.name} is better than {reference}: {facts}", take, {reference}
+    if found.low > margin:
+        worth = f"Take {reference} if that is worth its cost."
+        return f"{reference} is better than {arm.name}: {facts}", worth, {arm.name}
+    if found.low > -margin:
+        same = f"no difference that matters between {arm.name} and {reference}"
+        return f"{same}: {facts}, all within {margin:g}", take, {arm.name, reference}
+    worse = f"{arm.name} is at most {found.high:.3f} worse than {reference}, or better"
+    return f"{worse}: {facts}", take, {reference}
+
+
+def needed(found: Difference, margin: float) -> str:
+    """What would bring the interval's half width down to half the margin, by where the spread comes from."""
+    half = (found.high - found.low) / 2
+    times = (half / (margin / 2)) ** 2
+    if found.from_examples > 0.5:
+        count = math.ceil(found.examples * times)
+        return f"Most of the uncertainty is of the examples: about {count:,} to judge by would do."
+    count = max(math.ceil(found.seeds * times), found.seeds + 1)
+    return f"Most of the uncertainty is of the seeds: about {count:,} would do."
+
+
+def _taken(arm: Standing, reference: Standing, *, better: bool) -> str:
+    """The arm; but of two that do as well the one that trains less."""
+    chosen, other = (reference, arm) if reference.parameters < arm.parameters and not better else (arm, reference)
+    times = other.parameters / chosen.parameters
+    return f"Take {chosen.name}" + (f": it trains {times:,.0f}x fewer parameters." if times >= 1.5 else ".")
+
+
+def _p(arm: Standing) -> str:
+    value = arm.p_value if arm.p_value is not None else math.nan
+    return "below .001" if value < 0.001 else f"{value:.3f}"
+
+
+# ----
+
 
 REACH = 2.0  # margins: one seed on half of the examples is no exact judge
 LEVEL = 0.05  # of p: below it a difference is taken for one
@@ -184,3 +290,148 @@ def _facts(found: Difference, each: Finalist) -> str:
     p = "p below .001" if p_value < 0.001 else f"p = {p_value:.3f}"
     over = f"{found.seeds} seed{'s' * (found.seeds > 1)} and {found.examples} held-out examples"
     return f"{found.value:+.3f} nats per token, 95% interval {found.low:+.3f} to {found.high:+.3f}, {p}, {over}"
+
+
+# ---- What the runs of a comparison say: numbers of each arm, differences from the reference, a verdict.
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    name: str
+    changes: dict[str, Any]
+    outcome: str  # done, or why there are no numbers
+    learning_rate: float | None = None
+    rates: dict[float, float] = field(default_factory=dict)  # rate -> loss on the choosing half, infinite if it failed
+    bracketed: bool = False
+    eval_loss: float | None = None
+    interval: tuple[float, float] | None = None
+    difference: dict[str, Any] | None = None  # from the reference (`Difference`)
+    seconds: float | None = None  # of training, mean over seeds
+    peak_memory_bytes: int | None = None
+    trainable_parameters: int | None = None
+    bytes: int | None = None  # on disk
+    forgetting: dict[str, float] | None = None  # mean over seeds; None where it is no number
+    seed_losses: list[float] = field(default_factory=list)  # held-out loss of each seed, as eval_loss is their mean
+    train_losses: list[list[float]] = field(default_factory=list)  # of each seed: of each step's examples, before it
+    runs: list[str] = field(default_factory=list)  # folders
+
+
+@dataclass(frozen=True)
+class Comparison:
+    arms: list[ArmResult]
+    reference: str
+    base_loss: float
+    steps: int
+    seeds: list[int]
+    judged_examples: int
+    verdict: str
+    p_value: float | None  # of the arm that the verdict is about, adjusted as all below
+    p_values: dict[str, float]  # arm -> p of no difference from the reference, adjusted for the number of arms (Holm)
+    notes: list[str]
+    settings: dict[str, Any]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity: a rate that failed has the loss null."""
+        content = asdict(self)
+        for arm in content["arms"]:
+            arm["rates"] = {rate: loss if math.isfinite(loss) else None for rate, loss in arm["rates"].items()}
+        return content
+
+
+def judged(
+    study: CompareConfig,
+    rates: Mapping[str, Rates],
+    finals: Mapping[str, Sequence[Trial]],
+    *,
+    notes: list[str],
+    settings: dict[str, Any],
+    seconds: float,
+) -> Comparison:
+    """rates, finals: by arm.  Raises ConfigError when no arm could be trained."""
+    done = {arm: trials for arm, trials in finals.items() if trials and all(trial.done for trial in trials)}
+    why = {arm: _why(rates[arm], finals.get(arm, [])) for arm in study.arms if arm not in done}
+    if not done:
+        reasons = "; ".join(f"{arm}: {reason}" for arm, reason in why.items())
+        raise ConfigError(f"no arm could be trained, so there is nothing to compare: {reasons}")
+    reference = next((arm for arm in done if study.method(arm) == FULL), next(iter(done)))
+    some = done[reference][0]
+    judges = halves(len(some.counts))[1]
+    counts = np.array(some.counts)[judges]
+    nats = {arm: np.array([trial.sums for trial in trials])[:, judges] for arm, trials in done.items()}
+    against = {arm: difference(nats[reference], nats[arm], counts) for arm in done if arm != reference}
+    adjusted = dict(zip(against, holm([each.p_value for each in against.values()]), strict=True))
+    arms = [
+        _result(arm, study.arms[arm], rates[arm], done[arm], judges, loss_interval(nats[arm], counts), against.get(arm))
+        if arm in done
+        else ArmResult(arm, study.arms[arm], why[arm], rates=rates[arm].tried)
+        for arm in study.arms
+    ]
+    standings = [
+        Standing(arm.name, arm.trainable_parameters or 0, against.get(arm.name), adjusted.get(arm.name), arm.bracketed)
+        for arm in arms
+        if arm.name in done
+    ]
+    said, about = verdict(standings, reference, study.margin, why)
+    return Comparison(
+        arms=arms,
+        reference=reference,
+        base_loss=float(np.array(some.before)[judges].sum() / counts.sum()),
+        steps=some.numbers["steps"],
+        seeds=[trial.numbers["seed"] for trial in done[reference]],
+        judged_examples=len(judges),
+        verdict=said,
+        p_value=adjusted.get(about) if about else None,
+        p_values=adjusted,
+        notes=notes,
+        settings=settings,
+        seconds=seconds,
+    )
+
+
+def _why(rates: Rates, trials: Sequence[Trial]) -> str:
+    failed = next((trial for trial in trials if not trial.done), None)
+    if failed is not None:
+        return f"{failed.outcome} at its best rate with another seed"
+    if not rates.fits:
+        return "ran out of memory"
+    return f"failed at every rate tried, {', '.join(f'{rate:.2g}' for rate in rates.tried)}"
+
+
+def _result(
+    arm: str,
+    changes: dict[str, Any],
+    rates: Rates,
+    trials: Sequence[Trial],
+    judges: Places,
+    loss: Interval,
+    against: Difference | None,
+) -> ArmResult:
+    forgotten = [trial.forgetting for trial in trials if trial.forgetting is not None]
+    return ArmResult(
+        name=arm,
+        changes=changes,
+        outcome="done",
+        learning_rate=rates.best,
+        rates=rates.tried,
+        bracketed=rates.bracketed,
+        eval_loss=loss.value,
+        interval=(loss.low, loss.high),
+        difference=None if against is None else asdict(against),
+        seconds=float(np.mean([each.numbers["train_tokens"] / each.numbers["tokens_per_second"] for each in trials])),
+        peak_memory_bytes=max(trial.numbers["peak_memory_bytes"] for trial in trials),
+        trainable_parameters=trials[0].numbers["trainable_parameters"],
+        bytes=trials[0].bytes,
+        forgetting=_mean(forgotten),
+        seed_losses=[trial.loss(judges) for trial in trials],
+        train_losses=[trial.losses for trial in trials],
+        runs=[trial.numbers["output_dir"] for trial in trials],
+    )
+
+
+def _mean(forgotten: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Over the seeds; None where it was not measured, or a model is so broken that it is no number."""
+    if not forgotten:
+        return None
+    means = {key: float(np.mean([each[key] for each in forgotten])) for key in forgotten[0]}
+    return means if all(map(math.isfinite, means.values())) else None

@@ -21,9 +21,8 @@ from tailora.errors import ConfigError
 from tailora.formats.io import write_file
 from tailora.report import report_if_possible
 from tailora.study import study_store as folders
-from tailora.study.budget import PROBE_STEPS, SAFETY
+from tailora.study.budget import PROBE_STEPS, SAFETY, SMALL_RATE, probe
 from tailora.study.config import SearchConfig
-from tailora.study.probe import SMALL_RATE, probe
 from tailora.study.trial import Progress, Spec, Told, Trial, try_out
 from tailora.train.config import TrainConfig
 

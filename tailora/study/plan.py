@@ -7,28 +7,289 @@ Full fine-tuning of the same model stands beside it. Lengths and steps come from
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from torch import nn
 from transformers import PretrainedConfig
 
+from tailora.core.adapter import Row, layer_key
 from tailora.core.config import AdaLoRA, LoRAConfig
+from tailora.core.layer import LoRALayer
+from tailora.core.layer_types import host_path, kind_of
+from tailora.core.patterns import layer_index
+from tailora.core.targets import chosen_places
+from tailora.data.dataset import Example
 from tailora.formats.io import write_file
 from tailora.model import LoRAModel
 from tailora.report import CONTENT, report_if_possible
-from tailora.study.adapted import Group, Left, Module, groups_of, left_alone, modules_of
-from tailora.study.ahead import Batches, in_parts, tokens_of
 from tailora.train.config import TrainConfig
-from tailora.train.estimate import Memory, Step, memory_of, step_of
-from tailora.train.load import read_config
+from tailora.train.dataloader import feed, heaviest, parts, shape_of
+from tailora.train.estimate import SHARE, Memory, Step, memory_of, products_per_second, skeleton, step_of
 from tailora.train.memory import available_bytes, held_now
+from tailora.train.model_loading import load_tokenizer, read_config
 from tailora.train.setup import start_accelerator
-from tailora.train.skeleton import skeleton
-from tailora.train.speed import SHARE, products_per_second
 from tailora.train.subprocess_worker import Rehearsal, rehearse
+
+# ---- What the steps of a run read, before it: from the data, or from the longest examples that the settings allow.
+
+
+MOST = 4096  # examples of a batch that are asked about, where the data does not say how many there are
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """The largest forward, and what is known of the rest.    at: batch size -> its largest forward."""
+
+    heaviest: list[Example]
+    at: Callable[[int], list[Example]]
+    most: int  # examples that a batch can have
+    tokens: int | None
+    steps: int | None
+    tokens_per_step: float
+    notes: list[str]
+
+    @classmethod
+    def of(cls, config: TrainConfig, shape: PretrainedConfig, accelerator: Accelerator) -> "Batches":
+        """Raises DataError with all that is wrong with the data."""
+        given = "data" in config.model_fields_set
+        return (_from_data if given else _assumed)(config, shape, accelerator)
+
+
+def _from_data(config: TrainConfig, shape: PretrainedConfig, accelerator: Accelerator) -> Batches:
+    tokenizer = load_tokenizer(config.model)
+    rows = shape.get_text_config().vocab_size
+    known = feed(config, rows, tokenizer, accelerator)
+    size = shape_of(config, accelerator)
+    if known.prepared is None or config.streaming:
+        notes = ["the data is streamed: lengths are those of its first batch"]
+        tokens_per_step = float(known.largest.tokens * config.gradient_accumulation_steps)
+        return Batches(
+            known.heaviest,
+            lambda count: _repeated(known.heaviest, count, size.token_limit),
+            MOST,
+            None,
+            known.max_steps,
+            tokens_per_step,
+            notes,
+        )
+    train = known.prepared.train
+    mean = float(train.lengths.mean()) * min(size.examples_per_step, len(train))
+    return Batches(
+        heaviest=known.heaviest,
+        at=lambda count: heaviest(train, replace(size, batch_size=count)),
+        most=len(train),
+        tokens=round(mean * known.max_steps),
+        steps=known.max_steps,
+        tokens_per_step=mean,
+        notes=[],
+    )
+
+
+def _assumed(config: TrainConfig, shape: PretrainedConfig, accelerator: Accelerator) -> Batches:
+    """Examples of max_length tokens, all of them learned."""
+    size = shape_of(config, accelerator)
+    ids = np.arange(config.max_length, dtype=np.int32) % shape.get_text_config().vocab_size
+    example = Example(ids, ids)
+
+    def at(count: int) -> list[Example]:
+        return _repeated([example], count, size.token_limit)
+
+    per_step = float(size.examples_per_step * config.max_length)
+    return Batches(
+        heaviest=at(size.batch_size),
+        at=at,
+        most=MOST,
+        tokens=None if config.max_steps is None else round(per_step * config.max_steps),
+        steps=config.max_steps,
+        tokens_per_step=per_step,
+        notes=[
+            f"without --data every example is taken to have --max-length {config.max_length:,} tokens, all of them "
+            "learned: shorter ones take less"
+        ],
+    )
+
+
+def _repeated(examples: list[Example], count: int, limit: int | None) -> list[Example]:
+    """The largest part of a batch of so many."""
+    batch = [examples[place % len(examples)] for place in range(count)]
+    places = max(parts([len(each.input_ids) for each in batch], limit), key=len)
+    return [batch[place] for place in places]
+
+
+def in_parts(batches: Batches) -> list[str]:
+    """A note where large batches take no more memory."""
+    largest = batches.at(batches.most)
+    if len(largest) == batches.most:
+        return []
+    return [f"memory stops growing with the batch size at {tokens_of(largest):,} tokens: more go through in parts"]
+
+
+def tokens_of(examples: list[Example]) -> int:
+    return sum(len(example.input_ids) for example in examples)
+
+
+# ---- What a configuration adapts, in groups of like layers, and what it leaves alone, with the reason.
+
+
+@dataclass(frozen=True)
+class Module:
+    """A layer with a low-rank update."""
+
+    path: str
+    kind: str
+    in_features: int
+    out_features: int
+    r: int
+    alpha: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Like layers: in `path` a range stands for the number that tells them apart.
+
+    shape: (in, out), of what is trained whole that of the parameter; r, alpha: None there.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    r: int | None
+    alpha: float | None
+    count: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """Like layers that stay as they are. parameters: of all of them; 0 where they are counted elsewhere (tied)."""
+
+    path: str
+    kind: str
+    count: int
+    parameters: int
+    reason: str
+
+
+def modules_of(model: LoRAModel) -> list[Module]:
+    """Those with a low-rank update, in the model's order."""
+    return [_module(row, model) for row in model.summary().rows if row.r is not None]
+
+
+def _module(row: Row, model: LoRAModel) -> Module:
+    layer = cast(LoRALayer, model.lora_layers[layer_key(row.path)])
+    return Module(row.path, row.kind, layer.in_features, layer.out_features, layer.r, layer.lora_alpha, row.parameters)
+
+
+def groups_of(model: LoRAModel) -> list[Group]:
+    """All that is trained."""
+    found: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
+    dims = {each.path: (each.in_features, each.out_features) for each in modules_of(model)}
+    for row in model.summary().rows:
+        shape = row.shape if row.r is None else dims[row.path]
+        found.setdefault((starred(row.path), row.kind, shape, row.r, row.lora_alpha), []).append(
+            (row.path, row.parameters)
+        )
+    return [
+        Group(ranged([path for path, _ in each]), kind, shape, r, alpha, len(each), sum(count for _, count in each))
+        for (_, kind, shape, r, alpha), each in found.items()
+    ]
+
+
+def left_alone(model: LoRAModel) -> list[Left]:
+    """Modules with weights of their own that the active adapter neither adapts nor trains."""
+    base, config = model.base_model, model.adapters[model.active_adapters[0]]
+    rows = [row.path for row in model.summary().rows]
+    touched = {*rows, *(host_path(base, path) for path in rows)}
+    why = _Reasons(base, config)
+    found: dict[tuple[str, str, str], list[tuple[str, int]]] = {}
+    seen: set[int] = set()
+    for path, module in base.named_modules():
+        own = list(module.parameters(recurse=False))
+        if not own or any(path == each or path.startswith(f"{each}.") for each in touched):
+            continue
+        count = sum(parameter.numel() for parameter in own if id(parameter) not in seen)
+        seen |= {id(parameter) for parameter in own}
+        reason = why(path, module) + ("" if count else "; tied to another weight")
+        found.setdefault((starred(path), _name(module), reason), []).append((path, count))
+    return [
+        Left(ranged([path for path, _ in each]), kind, len(each), sum(count for _, count in each), reason)
+        for (_, kind, reason), each in found.items()
+    ]
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__.removeprefix("Thawing")
+
+
+class _Reasons:
+    """Why a module is not among what the config adapts."""
+
+    def __init__(self, base: nn.Module, config: LoRAConfig) -> None:
+        modules = dict(base.named_modules())
+        find = getattr(base, "get_output_embeddings", None)
+        self._head = find() if callable(find) else None
+        self._all_linear = config.target_modules == "all-linear"
+        without = {
+            "exclude_modules takes it away": {"exclude_modules": None},
+            "its layer is not in layers_to_transform": {"layers_to_transform": None},
+        }
+        self._lifted = {
+            reason: set(chosen_places(base, modules, config.replaced(**change))) for reason, change in without.items()
+        }
+
+    def __call__(self, path: str, module: nn.Module) -> str:
+        kind = kind_of(module)
+        if kind is None:
+            return "no low-rank form: not a matrix"
+        if lifted := next((reason for reason, paths in self._lifted.items() if path in paths), None):
+            return lifted
+        if self._all_linear and module is self._head:
+            return "the output head, which all-linear leaves out: name it to adapt it"
+        if self._all_linear and not kind.linear:
+            return "not linear: name it to adapt it"
+        return "not among target_modules"
+
+
+# ---- paths
+
+
+def starred(path: str) -> str:
+    """The path with * for its first number: like layers have the same."""
+    parts = path.split(".")
+    place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+    return path if place is None else ".".join([*parts[:place], "*", *parts[place + 1 :]])
+
+
+def ranged(paths: Sequence[str]) -> str:
+    """Like paths as one: model.layers.{0-29}.self_attn.q_proj."""
+    numbers = [index for path in paths if (index := layer_index(path)) is not None]
+    if len(paths) == 1 or not numbers:
+        return paths[0]
+    spans = ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in _spans(sorted(set(numbers))))
+    return starred(paths[0]).replace("*", f"{{{spans}}}", 1)
+
+
+def _spans(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    first = last = None
+    for number in numbers:
+        if last is not None and first is not None and number != last + 1:
+            yield first, last
+            first = None
+        first = number if first is None else first
+        last = number
+    if first is not None and last is not None:
+        yield first, last
+
+
+# ----
+
 
 FULL_RATE = 5e-5
 OF_ADAPTER = {*LoRAConfig.model_fields, *AdaLoRA.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}

@@ -11,30 +11,225 @@ missing, then runs of finalists; all end with the same report. Interrupted, the 
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import optuna
+import yaml
+from filelock import FileLock, Timeout
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.pruners import SuccessiveHalvingPruner
-from optuna.trial import TrialState
+from optuna.samplers import TPESampler
+from optuna.trial import FrozenTrial, TrialState
 
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, listing
 from tailora.formats.io import write_file
 from tailora.report import report_if_possible
 from tailora.study import study_store as folders
-from tailora.study.budget import PROBE_STEPS, Plan, planned, read_plan
+from tailora.study.budget import PROBE_STEPS, Plan, longest, planned, probe, probe_settings, read_plan
 from tailora.study.config import SearchConfig
-from tailora.study.finals import finals, shared
-from tailora.study.found import Found, described, remarks, write_config
-from tailora.study.halves import halves, judging_half
-from tailora.study.judging import Candidate, by_loss, finalists, judge
-from tailora.study.probe import longest, probe, probe_settings
-from tailora.study.sampling import axes, importances, sampler, suggest
-from tailora.study.search_space import Axis, read_space, searched, settings, start
-from tailora.study.trial import RESULT, Base, Progress, Spec, Told, Trial, choosing_part, try_out
+from tailora.study.judging import Candidate, Finalist, by_loss, finalists, judge
+from tailora.study.search_space import TARGETS, Axis, Range, at_edge, read_space, searched, settings, start
+from tailora.study.trial import RESULT, Base, Progress, Spec, Told, Trial, choosing_part, halves, judging_half, try_out
 from tailora.train.config import TrainConfig
+
+# ---- Optuna's part of a search: what is proposed, and which settings mattered.
+
+
+RANDOM_TRIALS = 6  # before TPE has seen enough to model
+BEST_SHARE = 0.25  # of the trials: what importances are about
+FEWEST = 8  # trials, for two among the best quarter
+
+
+def sampler(seed: int, number: int) -> TPESampler:
+    """Of one trial: its proposals depend on seed, number and what is known, not on which process asks.
+
+    Trials that others are running count as bad ones (constant liar), so that nobody tries the same next to them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return TPESampler(seed=(seed * 1_000_003 + number) % 2**32, n_startup_trials=RANDOM_TRIALS, constant_liar=True)
+
+
+def suggest(trial: optuna.Trial, axes: Mapping[str, Axis]) -> dict[str, Any]:
+    """A value for every axis; an axis with one value is not searched."""
+    values: dict[str, Any] = {}
+    for name, axis in axes.items():
+        if isinstance(axis, Range):
+            values[name] = trial.suggest_float(name, axis.low, axis.high, log=axis.log)
+        else:
+            values[name] = axis[0] if len(axis) == 1 else trial.suggest_categorical(name, axis)
+    return values
+
+
+def axes(
+    space: Mapping[str, Axis], parts: Mapping[str, Any], given: Mapping[str, Axis], note: Callable[[str], None]
+) -> dict[str, Axis]:
+    """The space as far as this model has it. parts: see `study.parts`.  given: what was asked for, not the default.
+
+    Raises ConfigError for a value that was asked for and that the model cannot take.
+    """
+    found = {name: _fitting(name, axis, parts) for name, axis in space.items()}
+    lost = {name: values for name, axis in space.items() if (values := _lost(axis, found[name]))}
+    reasons = {name: f"{name} = {', '.join(map(str, values))}: {_why(name, parts)}" for name, values in lost.items()}
+    if problems := [reason for name, reason in reasons.items() if name in given or not found[name]]:
+        raise ConfigError(listing([f"space: {problem}" for problem in problems]))
+    for reason in reasons.values():
+        note(f"left out of the space: {reason}")
+    return found
+
+
+def _lost(axis: Axis, kept: Axis) -> list[Any]:
+    return [] if isinstance(axis, Range) else [value for value in axis if value not in kept]
+
+
+def _fitting(name: str, axis: Axis, parts: Mapping[str, Any]) -> Axis:
+    if isinstance(axis, Range) or not parts:
+        return axis
+    if name == "r":
+        return tuple(value for value in axis if value <= parts["largest_r"])
+    if name == "target_modules":
+        return tuple(value for value in axis if value not in TARGETS[1:] or value in parts)
+    return axis
+
+
+def _why(name: str, parts: Mapping[str, Any]) -> str:
+    if name == "r":
+        return f"the smallest matrix of the model takes ranks up to {parts['largest_r']}"
+    return "the model's names do not tell its attention from its MLP; give names of layers, joined by +"
+
+
+def importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
+    """Share of each setting in being among the best quarter (PED-ANOVA, arXiv:2304.10255); {} for too few trials.
+
+    Trials that were pruned or diverged count as worse than all that were not.
+    """
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    known = [trial for trial in trials if trial.state in states and trial.params]
+    done = [trial.value for trial in known if trial.state == TrialState.COMPLETE and trial.value is not None]
+    if len(known) < FEWEST or not done:
+        return {}
+    worst = max(done) + 1.0
+    study = optuna.create_study()
+    for trial in known:
+        value = trial.value if trial.state == TrialState.COMPLETE else worst
+        study.add_trial(optuna.trial.create_trial(params=trial.params, distributions=trial.distributions, value=value))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=BEST_SHARE))
+    return {name: float(value) for name, value in found.items()}
+
+
+# ---- The runs that judge: several seeds of each finalist, shared by all processes of a search through their folders.
+
+
+LOCK = "run.lock"
+Run = Callable[[Candidate, int, Path], Trial]  # finalist, seed, folder -> what came out, made now or before
+
+
+@dataclass(frozen=True)
+class Final:
+    candidate: Candidate
+    seed: int
+    folder: Path
+
+
+def finals(chosen: Sequence[Candidate], seeds: Sequence[int], folder: Path, first: int) -> Iterator[list[Final]]:
+    """In rounds that are worth having as a whole: the first few finalists by seed, then each other with its seeds."""
+    for seed in seeds:
+        yield [_final(each, seed, folder) for each in chosen[:first]]
+    for each in chosen[first:]:
+        yield [_final(each, seed, folder) for seed in seeds]
+
+
+def _final(candidate: Candidate, seed: int, folder: Path) -> Final:
+    return Final(candidate, seed, folder / "finals" / f"{candidate.number:04d}" / f"seed-{seed}")
+
+
+def shared(round_of: Sequence[Final], run: Run) -> list[Trial]:
+    """The runs of a round: those that nobody makes are made here, for the others it waits. In order."""
+    for final in round_of:
+        _made(final, run, wait=False)
+    return [trial for final in round_of if (trial := _made(final, run, wait=True)) is not None]
+
+
+def _made(final: Final, run: Run, *, wait: bool) -> Trial | None:
+    final.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(final.folder / LOCK, timeout=-1 if wait else 0):
+            return run(final.candidate, final.seed, final.folder)
+    except Timeout:
+        return None
+
+
+# ---- What a search comes back with, and what is said beside its verdict.
+
+
+FEW = 20  # held-out examples
+
+
+@dataclass(frozen=True)
+class Found:
+    best: Finalist
+    cheapest: Finalist
+    finalists: list[Finalist]
+    trials: list[Candidate]
+    importances: dict[str, float]  # of each setting for being among the best quarter (PED-ANOVA); sum 1
+    verdict: str
+    base_loss: float  # before training, on the judging half
+    steps: int  # of a whole trial
+    seeds: list[int]
+    judged_examples: int
+    notes: list[str]
+    settings: dict[str, Any]
+    seconds: float  # of all trials and the runs that judge, whoever made them
+    config: str  # best.yaml
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def write_config(path: Path, train: TrainConfig, changes: Mapping[str, Any]) -> Path:
+    """What `tailora train --config` takes: the run's settings with the chosen ones, in a folder beside the file."""
+    own = train.model_dump(exclude_unset=True, exclude={"resume_from_checkpoint"})
+    values = {**own, **changes, "output_dir": str(path.with_suffix(""))}
+    TrainConfig(**values)
+    write_file(path, yaml.safe_dump(values, sort_keys=False).encode())
+    return path
+
+
+def remarks(
+    plan: Plan,
+    axes: Mapping[str, Axis],
+    candidates: Sequence[Candidate],
+    best: Finalist,
+    importances: Mapping[str, float],
+    judged: int,
+) -> list[str]:
+    """What limits the verdict. judged: held-out examples that judge."""
+    edges = [name for name, value in best.settings.items() if at_edge(axes[name], value)]
+    rules = {
+        f"{', '.join(edges)} of the best lies at the edge of its space: a wider one may hold better": edges,
+        f"trials had {plan.steps:,} of the {plan.longest:,} steps that the settings ask for; in longer runs a "
+        "lower learning rate and a higher rank may be better": plan.steps < plan.longest,
+        f"{len(candidates)} trials are too few to say which settings matter": not importances,
+        f"{judged} held-out examples judge: more, by --eval-data or --validation-split, would tell finer": judged < FEW,
+    }
+    return [text for text, holds in rules.items() if holds]
+
+
+def described(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
+
+
+# ----
+
 
 STUDY, REPORT, BEST, CHEAPEST = "search.json", "report.json", "best.yaml", "cheapest.yaml"
 POLL_SECONDS = 1.0

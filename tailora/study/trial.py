@@ -20,11 +20,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailora import errors
-from tailora.errors import DivergedError, MemoryLimitError, TailoraError
+from tailora.errors import ConfigError, DivergedError, MemoryLimitError, TailoraError
 from tailora.formats.io import write_file
-from tailora.study.halves import choosing_half
-from tailora.train import apart
+from tailora.train import subprocess_worker
 from tailora.train.config import TrainConfig
+
+# ---- The held-out examples in two halves: one chooses settings, the other judges what was chosen.
+
+
+Places = NDArray[np.int64]
+
+
+def halves(count: int) -> tuple[Places, Places]:
+    """Places of the choosing and of the judging examples, always the same for a count. Raises ConfigError below 4."""
+    if count < 4:
+        there = "1 held-out example is" if count == 1 else f"{count} held-out examples are"
+        raise ConfigError(
+            f"{there} too few: one half chooses settings, the other judges. Hold out at least 4, better 100: "
+            "--eval-data FILE, or a larger --validation-split"
+        )
+    shuffled = np.random.default_rng(0).permutation(count)
+    return np.sort(shuffled[: count // 2]), np.sort(shuffled[count // 2 :])
+
+
+def choosing_half(count: int) -> Places:
+    return halves(count)[0]
+
+
+def judging_half(count: int) -> Places:
+    return halves(count)[1]
+
+
+# ----
+
 
 PRUNED, OUT_OF_MEMORY = "pruned", "out of memory"
 SPEC, RESULT, RUN = "spec.json", "trial.json", "run"
@@ -151,10 +179,10 @@ def try_out(spec: Spec, folder: Path, progress: Progress | None = None, judge: J
             process.kill()  # has no effect on one that has ended
     if ended is not None:
         _leave(folder, heard.trial(PRUNED, ended), keep=False)
-    elif process.returncode == apart.KILLED:
+    elif process.returncode == subprocess_worker.KILLED:
         _leave(folder, heard.trial(OUT_OF_MEMORY, "killed by the system, most likely for memory"), keep=False)
     elif process.returncode != 0:
-        raise apart.told(folder, process.returncode, log.read_text(), f"the run in {folder}")
+        raise subprocess_worker.told(folder, process.returncode, log.read_text(), f"the run in {folder}")
     return _stored(spec, folder)
 
 
@@ -191,7 +219,7 @@ def main(folder: Path) -> int:
     except tuple(OUTCOMES) as error:
         trial = heard.trial(OUTCOMES[type(error)], str(error))
     except TailoraError as error:
-        apart.tell(folder, error)
+        subprocess_worker.tell(folder, error)
         return 1
     _leave(folder, trial, keep=spec.keep and trial.done)
     return 0
@@ -204,11 +232,11 @@ def _leave(folder: Path, trial: Trial, *, keep: bool) -> None:
 
 
 def _made(config: TrainConfig, spec: Spec, heard: Heard) -> Trial:
-    from tailora.study.parts import parts  # torch from here on
-    from tailora.train.evaluate import Evaluation
+    from tailora.study.model_layout import parts  # torch from here on
+    from tailora.train.loss import Evaluation
     from tailora.train.optim import rising
-    from tailora.train.run import run
-    from tailora.train.subject import folder_of
+    from tailora.train.trainable import folder_of
+    from tailora.train.trainer import run
 
     between = spec.rising
     found: dict[str, Any] = {}

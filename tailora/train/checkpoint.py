@@ -11,20 +11,26 @@ checkpoint-N/
 
 import hashlib
 import json
+import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tailora.core.adalora import RankAllocator
 from tailora.errors import CheckpointError, listing
-from tailora.formats.io import replace_folder
-from tailora.formats.tensors import read, to_bytes
+from tailora.formats.io import read, replace_folder, to_bytes
 from tailora.kernels.flat_parameters import Flat
+from tailora.train.config import TrainConfig
+from tailora.train.loss import Evaluation
+from tailora.train.trainable import Subject, publish, trained
 
 STATE = "state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -167,3 +173,187 @@ def set_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+# ---- Everything about a run that changes while it trains, and its way into a checkpoint and back.
+
+
+COUNTERS = ("step", "tokens", "supervised_tokens", "seconds", "since_best", "history")
+
+
+@dataclass(frozen=True, eq=False)
+class Best:
+    step: int
+    evaluation: Evaluation
+    tensors: dict[str, Tensor]  # of the adapter, on the CPU
+
+
+@dataclass(eq=False)
+class State:
+    step: int = 0  # optimiser steps done
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0  # of training, without evaluations and saving
+    since_best: int = 0  # evaluations since the best one
+    history: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out loss)
+    before: Evaluation | None = None
+    best: Best | None = None
+
+    def counters(self) -> dict[str, Any]:
+        best_step = self.best.step if self.best else None
+        return {**{name: getattr(self, name) for name in COUNTERS}, "best_step": best_step}
+
+    def evaluations(self) -> dict[str, Tensor]:
+        kept = {"before": self.before, "best": self.best.evaluation if self.best else None}
+        return {
+            f"{name}.{part}": torch.from_numpy(getattr(evaluation, part))
+            for name, evaluation in kept.items()
+            if evaluation is not None
+            for part in ("sums", "counts")
+        }
+
+
+def restored(
+    counters: Mapping[str, Any], evaluations: Mapping[str, Tensor], best: Mapping[str, Tensor] | None
+) -> State:
+    """The state that `counters`, `evaluations` and the best adapter's tensors came from."""
+    state = State(**{name: counters[name] for name in COUNTERS})
+    state.history = [(step, loss) for step, loss in counters["history"]]
+    state.before = _evaluation(evaluations, "before")
+    chosen = _evaluation(evaluations, "best")
+    if best is not None and chosen is not None:
+        state.best = Best(counters["best_step"], chosen, dict(best))
+    return state
+
+
+def _evaluation(tensors: Mapping[str, Tensor], name: str) -> Evaluation | None:
+    if f"{name}.sums" not in tensors:
+        return None
+    return Evaluation(tensors[f"{name}.sums"].numpy(), tensors[f"{name}.counts"].numpy())
+
+
+# ---- The random states of Python, numpy and torch as tensors: saved without pickle, restored to the bit.
+
+
+def capture() -> dict[str, Tensor]:
+    version, words, spare = random.getstate()
+    _kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    states = {
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python.spare": torch.tensor([] if spare is None else [spare], dtype=torch.float64),
+        "numpy": torch.tensor([*np.asarray(keys).tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy.spare": torch.tensor([gauss], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    return states | {f"cuda.{i}": state for i, state in enumerate(_cuda_states())}
+
+
+def restore(states: Mapping[str, Tensor]) -> None:
+    version, *words = states["python"].tolist()
+    random.setstate((version, tuple(words), states["python.spare"].item() if len(states["python.spare"]) else None))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, states["numpy.spare"].item()))
+    torch.set_rng_state(states["torch"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda.{i}" not in states:
+            break  # saved where fewer were seen; as many processes go on as then, so none uses this one
+        torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
+
+
+def _cuda_states() -> list[Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # CUDA too
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside the block everything random follows `seed`; afterwards the caller's states are back."""
+    before = capture()
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        restore(before)
+
+
+# ---- Whether a checkpoint belongs to the run that is asked for, and how the run takes it up.
+
+
+# These may differ when a run goes on: they decide what is kept and shown, not how the weights move.
+FREE = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "report_to",
+    "samples",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "early_stopping_patience",
+    "prefix_cache_gb",
+}
+LENGTH = {"max_steps", "num_train_epochs"}
+FACTS = {  # what the settings met -> its name in a message
+    "data": "content (SHA-256) of the data",
+    "packed": "packing of rows",
+    "dtype": "precision of the base",
+    "processes": "number of processes",
+    "device": "kind of device",
+    "layer_kernels": "use of the layer kernels",
+    "prefix": "training on cached states of the frozen layers",
+}
+
+
+def identity(config: TrainConfig, **facts: Any) -> dict[str, Any]:
+    """What decides the bits of a run: its settings and what they met on this machine."""
+    return {"settings": config.model_dump(mode="json", exclude=FREE), **facts}
+
+
+def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises CheckpointError that names everything in which the two runs differ.
+
+    A run of constant learning rate may become longer: its steps do not depend on its length.
+    """
+    then, now = saved["settings"], wanted["settings"]
+    free = LENGTH if now["lr_scheduler_type"] == "constant" and now["warmup_ratio"] == 0 else set()
+    changes = _changes(then, now, {name: name for name in (then.keys() | now.keys()) - free})
+    facts = (saved.keys() & wanted.keys()) - {"settings"}  # an earlier version recorded fewer
+    changes += _changes(saved, wanted, {name: FACTS.get(name, name) for name in facts})
+    if changes:
+        raise CheckpointError(
+            f"the checkpoint was made with other settings, and going on would give results of neither: "
+            f"{listing(changes)}\nTo go on, give the earlier values (config.yaml beside the checkpoint has them: "
+            "--config); to train with the new ones, start anew in another --output-dir"
+        )
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """Both values of what differs; `names`: key -> its name in the message."""
+    return [
+        f"{names[key]} was {then.get(key)!r}, now is {now.get(key)!r}"
+        for key in sorted(names)
+        if then.get(key) != now.get(key)
+    ]
+
+
+def take_up(
+    saved: Checkpoint,
+    model: Subject,
+    optimizer: torch.optim.Optimizer,
+    flats: Sequence[Flat],
+    rank: int,
+    allocator: RankAllocator | None = None,
+) -> State:
+    """Adapter, optimiser and random states as they were; returns the progress. Raises CheckpointError."""
+    tensors = saved.tensors
+    set_parameters(trained(model), tensors["adapter"])
+    publish(model)
+    set_moments(optimizer, flats, tensors["optimizer"])
+    if allocator is not None:
+        allocator.load_state_dict(tensors["allocation"])
+    restore(tensors[f"random-{rank}"])
+    return restored(saved.state["progress"], tensors.get("evaluations", {}), tensors.get("best"))

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.modes import evaluating
+from tailora.core.attach import evaluating
+from tailora.train.dataloader import MicroBatch
 from tailora.train.loss import Rows, token_losses
-from tailora.train.steps import MicroBatch
 
 REMEDIES = (
     "what helps: a tenth of the --learning-rate, a longer --warmup-ratio, a smaller --max-grad-norm, --dtype float32; "

@@ -1,9 +1,19 @@
 """What the loop tells whoever listens. The library prints nothing; a listener may."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tailora.data.prepare import PreparedData
+from tailora.train.loss import Evaluation
+from tailora.train.trainable import Subject
 
 
 @dataclass(frozen=True)
@@ -64,3 +74,69 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, folder: Path) -> None:
         super().__init__(f"interrupted; go on with --resume-from-checkpoint {folder}")
         self.folder = folder
+
+
+# ---- What a run comes back with.
+
+
+IN_MEMORY = {"in_memory": True}
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """The numbers of a run, and the objects that it leaves in memory, which `to_dict` leaves out."""
+
+    output_dir: str
+    steps: int
+    train_tokens: int
+    supervised_tokens: int
+    tokens_per_second: float  # of training, without evaluations
+    eval_loss_before: float | None  # None without held-out examples
+    eval_loss_after: float | None
+    best_step: int  # the step whose adapter was kept
+    trainable_parameters: int
+    total_parameters: int
+    peak_memory_bytes: int
+    seconds: float  # of everything, loading included
+    model: Subject = field(metadata=IN_MEMORY)
+    tokenizer: PreTrainedTokenizerBase = field(metadata=IN_MEMORY)
+    data: PreparedData | None = field(metadata=IN_MEMORY)  # None when streaming without eval_data
+    before: Evaluation | None = field(metadata=IN_MEMORY)
+    after: Evaluation | None = field(metadata=IN_MEMORY)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata}
+
+
+# ---- Ctrl-C and SIGTERM as a wish that the loop grants between two steps.
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that the first signal sets. A second one acts as it would have without us.
+
+    Only the main thread may listen to signals; elsewhere the event is never set.
+    """
+    wish = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield wish
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def heard(_number: int, _frame: FrameType | None) -> None:
+        wish.set()
+        restore()
+
+    for number in SIGNALS:
+        signal.signal(number, heard)
+    try:
+        yield wish
+    finally:
+        restore()

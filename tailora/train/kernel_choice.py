@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tailora.core.attach import Adapted
+from tailora.core.attach import Adapted, evaluating
 from tailora.core.layer import LoRALayer
-from tailora.core.modes import evaluating
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.kernels.attention import SHORT, packed_rows
-from tailora.kernels.blocks import BLOCKS, TORCHS, best_ways
+from tailora.kernels.attention import BLOCKS, SHORT, TORCHS, best_ways, packed_rows
 from tailora.kernels.llama import eligible, fast_layers, obstacle_to_layers
 from tailora.train.loss import Rows, token_losses
 from tailora.train.packing import probes
-from tailora.train.subject import Subject, trained
+from tailora.train.trainable import Subject, trained
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}  # float64: transformers computes norms in float32
 HALF_TOLERANCE = 0.1  # bfloat16, float16

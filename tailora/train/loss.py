@@ -4,19 +4,24 @@ A batch is either one packed row (1, total) or padded rows (batch, longest). Pos
 label of each document is -100, so no prediction crosses a boundary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tailora.core.attach import evaluating
 from tailora.data.collate import collate_packed, collate_padded
-from tailora.data.dataset import IGNORED, Example
-from tailora.kernels.forms import FORMS, Batch
+from tailora.data.dataset import IGNORED, Example, Examples
+from tailora.kernels.attention import packed_rows
+from tailora.kernels.loss import FORMS, Batch
 from tailora.kernels.prefix import Prefix
+from tailora.train.trainable import Subject
 
 
 @dataclass(frozen=True)
@@ -70,3 +75,56 @@ def _judged(tensors: dict[str, Tensor], others: dict[str, Any], device: torch.de
     labels = F.pad(tensors["labels"][:, 1:], (0, 1), value=IGNORED).to(device)  # (batch, length), of the next token
     wanted = labels != IGNORED
     return Batch({"input_ids": tensors["input_ids"].to(device), **others}, wanted, labels[wanted])
+
+
+# ---- Held-out loss, per example, in batches that never need more memory than training did.
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Sums in nats and counts of supervised tokens, one of each per example."""
+
+    sums: npt.NDArray[np.float64]
+    counts: npt.NDArray[np.int64]
+
+    @property
+    def loss(self) -> float:
+        """Nats per supervised token over all examples."""
+        return float(self.sums.sum() / self.counts.sum())
+
+
+def evaluate(
+    model: Subject,
+    examples: Examples,
+    *,
+    rows: Rows,
+    token_budget: int,
+    device: torch.device | None = None,
+) -> Evaluation:
+    """Loss of every example without dropout or gradients; bitwise the same each time.
+
+    token_budget: most tokens in one forward, padding included; a longer example goes alone.
+    """
+    device = device or next(model.parameters()).device
+    sums = np.zeros(len(examples))
+    attention = packed_rows(model.base_model) if rows.packed else nullcontext()
+    with torch.no_grad(), evaluating(model), attention:
+        for batch in budgeted(examples.lengths, token_budget, rows.packed):
+            losses, owners = token_losses(model, [examples[i] for i in batch], rows, device)
+            np.add.at(sums, batch[owners.cpu().numpy()], losses.cpu().double().numpy())
+    return Evaluation(sums, examples.supervised.astype(np.int64))
+
+
+def budgeted(lengths: npt.NDArray[np.int64], token_budget: int, packed: bool) -> Iterator[npt.NDArray[np.int64]]:
+    """Indices in batches of similar length, each within the budget; the longest come first, where memory shows."""
+    batch: list[int] = []
+    tokens = 0
+    for i in np.argsort(-lengths, kind="stable"):
+        width = int(lengths[i] if packed or not batch else lengths[batch[0]])
+        if batch and tokens + width > token_budget:
+            yield np.array(batch)
+            batch, tokens, width = [], 0, int(lengths[i])
+        batch.append(int(i))
+        tokens += width
+    if batch:
+        yield np.array(batch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tailora.core.modes import evaluating
+from tailora.core.attach import evaluating
 from tailora.data.collate import collate_packed
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError

@@ -14,19 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tailora
-from tailora.core.modes import evaluating
+from tailora.core.attach import evaluating
 from tailora.core.quantization import held_parts
 from tailora.data.dataset import Example, Examples
-from tailora.data.fetch import cache_folder
+from tailora.data.demo import cache_folder
 from tailora.kernels.prefix import Course, Plan, Prefix, filling, given, relayed, states_of
 from tailora.kernels.store import Store, free_bytes, make_room
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import Feed
-from tailora.train.evaluate import budgeted
 from tailora.train.kernel_choice import Kernels, documents, running
-from tailora.train.loss import Rows, as_batch
+from tailora.train.loss import Rows, as_batch, budgeted
 from tailora.train.memory import size
-from tailora.train.subject import Subject
+from tailora.train.trainable import Subject
 
 LAYOUT = 1  # raised when kept states change their meaning
 SHARE = 0.2  # of the free disk, unless a limit is set

@@ -21,8 +21,8 @@ from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.io import make_writable, write_file
 from tailora.train.checkpoint import found
 from tailora.train.config import TrainConfig
-from tailora.train.evaluate import Evaluation
-from tailora.train.subject import ADAPTER, MODEL
+from tailora.train.loss import Evaluation
+from tailora.train.trainable import ADAPTER, MODEL
 
 RUN, CONFIG, METRICS, EXAMPLES = "run.json", "config.yaml", "metrics.jsonl", "examples.jsonl"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "numpy")

@@ -1,10 +1,10 @@
 """The parts of a run, each made from the settings and the parts before it."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,26 +13,72 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
-from tailora.core.modes import evaluating
+from tailora.core.init import DATA_STARTS, FROM_GRADIENT
 from tailora.data.dataset import IGNORED, Example
 from tailora.errors import ConfigError, listing, nearest
 from tailora.kernels.attention import packed_rows
-from tailora.kernels.forms import choose_form, own_form
+from tailora.kernels.loss import choose_form, own_form
 from tailora.model import LoRAModel
-from tailora.train.checkpoint import Checkpoint
+from tailora.train.checkpoint import Checkpoint, seed_all
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import Feed, HeldOut, Reader, feed
 from tailora.train.kernel_choice import Kernels, choose_kernels, running
-from tailora.train.load import load_base
 from tailora.train.loss import Rows, as_batch, token_losses
 from tailora.train.memory import Cost, explained, measure
+from tailora.train.model_loading import load_base
 from tailora.train.packing import choose
 from tailora.train.prefix import Kept, choose_prefix
-from tailora.train.rng import seed_all
-from tailora.train.start import from_data, resumed, words
-from tailora.train.subject import Subject
-from tailora.train.trainable import FullModel
+from tailora.train.trainable import FullModel, Subject
+
+# ---- How a run's adapter starts: from the weights by itself, from the run's own data here.
+
+
+PLAIN = Kernels(False, "")
+
+
+def from_data(model: Subject, feed: Feed, rows: Rows, device: torch.device, batches: int) -> None:
+    """Start an adapter that waits for data from the first batches of the run, the same on every rank."""
+    if not isinstance(model, LoRAModel) or not model.waits_for_data:
+        return
+    opening = feed.opening(batches)
+    supervised = sum(example.supervised for batch in opening for example in batch)
+
+    def loss(model: Any, examples: Sequence[Example]) -> Tensor:
+        return token_losses(model, examples, rows, device)[0].sum() / supervised
+
+    with running(cast(PreTrainedModel, model.base_model), rows, PLAIN):
+        model.start_from_data(opening, loss)
+
+
+def words(config: TrainConfig) -> str:
+    """The start, for the run's header."""
+    name = config.init_lora_weights
+    if config.adapter:
+        return f"from {config.adapter}"
+    if name not in DATA_STARTS:
+        source = {"pissa": "leading directions of each weight", "olora": "QR of each weight"}.get(name)
+        return f"{name}: {source}, taken off again at run time" if source else f"{name}: random A, zero B"
+    seen = f"up to {config.init_batches * config.per_device_train_batch_size} examples"
+    return f"{name}: {'gradient' if name in FROM_GRADIENT else 'principal components of the inputs'} over {seen}"
+
+
+def resumed(config: TrainConfig, saved: Checkpoint | None) -> LoRAConfig | None:
+    """The settings of the checkpoint's adapter, whose ranks may differ from those asked for; None without one.
+
+    None, too, where the run asks for another adapter: then the two are compared, and refused, as a whole.
+    """
+    if saved is None or config.adapter or "adapter" not in saved.state:
+        return None
+    asked, then = config.model_dump(mode="json"), saved.state["run"]["settings"]
+    if any(asked[name] != then.get(name) for name in ("model", *(LoRAConfig.model_fields.keys() & asked.keys()))):
+        return None
+    return LoRAConfig(**saved.state["adapter"])
+
+
+# ----
+
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 PROBE_TOKENS = 128  # memory is measured on so much of the longest example

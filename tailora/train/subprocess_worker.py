@@ -16,10 +16,38 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-from tailora.errors import TailoraError
+from tailora import errors
+from tailora.errors import MemoryLimitError, TailoraError
 from tailora.formats.io import write_file
-from tailora.train.apart import tell, told
 from tailora.train.config import TrainConfig
+
+# ---- Work in a process of its own: how its error reaches the process that asked for it. Needs no torch.
+
+
+ERROR = "error.json"
+KILLED = -9  # what the system does to a process when memory runs out
+
+
+def tell(folder: Path, error: TailoraError) -> None:
+    """In the process: leave the error for `told`."""
+    write_file(folder / ERROR, json.dumps({"type": type(error).__name__, "message": str(error)}).encode())
+
+
+def told(folder: Path, code: int, complaint: str, what: str) -> Exception:
+    """The error that ended the process, as far as it could say. complaint: its stderr.    what: it was doing."""
+    written = folder / ERROR
+    if written.exists():
+        content = json.loads(written.read_text())
+        written.unlink()
+        error: Exception = getattr(errors, content["type"])(content["message"])
+        return error
+    if code == KILLED:
+        return MemoryLimitError(f"{what} was killed, most likely for memory: take a smaller batch size")
+    return RuntimeError(f"{what} ended with code {code}: {complaint.strip()[-2000:]}")
+
+
+# ----
+
 
 STEPS = 3  # between the two of the largest forward
 SPEC, RESULT = "spec.json", "result.json"
@@ -65,19 +93,17 @@ def main(folder: Path) -> int:
 
 
 def rehearsed(config: TrainConfig, folder: Path, *, with_data: bool) -> Rehearsal:
-    """The steps themselves, as `train.run.run` takes them. Peaks are those of this process."""
+    """The steps themselves, as `train.trainer.run` takes them. Peaks are those of this process."""
     started = time.perf_counter()
     from tailora.kernels.flat_parameters import flattened  # torch from here on
-    from tailora.train.dataloader import assumed, feed
+    from tailora.train.checkpoint import seeded
+    from tailora.train.dataloader import MicroBatch, assumed, feed
     from tailora.train.kernel_choice import running
     from tailora.train.memory import explained, peak_bytes, remedies
     from tailora.train.optim import groups, scheduled
-    from tailora.train.rng import seeded
-    from tailora.train.run import bench_of, close
     from tailora.train.setup import assemble, start_accelerator
-    from tailora.train.steps import MicroBatch
-    from tailora.train.subject import trained
-    from tailora.train.trainer import step
+    from tailora.train.trainable import trained
+    from tailora.train.trainer import bench_of, close, step
 
     config = config.replaced(
         output_dir=str(folder / "run"), report_to=[], prefix_cache_gb=0, resume_from_checkpoint=None

@@ -10,7 +10,7 @@ from tiny import chat_model
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.cli.extract import poor
+from tailora.cli.adapters import poor
 from tailora.cli.main import main
 
 IDS = torch.arange(20).view(2, 10)

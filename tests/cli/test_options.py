@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 from cyclopts import App
 
-from tailora.cli.flags import FIELDS, Settings, settings
+from tailora.cli.flags import FIELDS, Settings, read_mapping, settings
 from tailora.cli.train import FLAGS
 from tailora.cli.train import train as command
-from tailora.cli.yaml12 import read_mapping
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tailora.cli.counted import MEANINGS
+from tailora.cli.data import MEANINGS
 from tailora.cli.progress import described, shown
 from tailora.train.events import Evaluated, Event, Note, Stepped
 

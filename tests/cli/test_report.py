@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tailora.cli import studying
+from tailora.cli import compare
 from tailora.cli.main import main
 
 
@@ -63,4 +63,4 @@ def test_what_is_no_run_is_refused(name: str, told: str, tmp_path: Path, capsys:
 
 
 def test_without_the_extra_a_command_says_how_to_get_the_page(tmp_path: Path) -> None:
-    assert studying.page_of(tmp_path).endswith(f"pip install 'tailora[study]' && tailora report {tmp_path}")
+    assert compare.page_of(tmp_path).endswith(f"pip install 'tailora[study]' && tailora report {tmp_path}")

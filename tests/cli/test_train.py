@@ -13,8 +13,8 @@ import pytest
 import yaml
 from transformers import LlamaForCausalLM
 
-from tailora.cli.demo import QUESTIONS, newest, output_folder
 from tailora.cli.main import main
+from tailora.cli.train import QUESTIONS, newest, output_folder
 from tailora.errors import CheckpointError, ConfigError
 
 TAILORA = [sys.executable, "-m", "tailora.cli"]

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.low_rank import Factors, for_energy, low_rank, product_spectrum
-from tailora.core.selectors import portable_patterns
+from tailora.core.patterns import portable_patterns
 from tailora.core.targets import by_pattern
 from tailora.errors import AdapterError, BaseMismatchError, ConfigError, DivergedError, MergeError, TargetError
 

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.layer_types import LINEAR
-from tailora.core.rowforms import BLOCKS, NONE, plan
+from tailora.core.mixed_batch import BLOCKS, NONE, plan
 from tailora.errors import AdapterError, MergeError, RowsError
 
 ROWED = [kind for kind in KINDS if kind.shape != (12,)]  # one vector has no rows

@@ -13,7 +13,7 @@ from tiny import chat_model
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRALayer, LoRAModel
-from tailora.core.spectra import EXACT, leading
+from tailora.core.low_rank import EXACT, leading
 from tailora.errors import AdapterError, ConfigError, DataError, TargetError
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from tailora.data.chitchat import conversations, refused
+from tailora.data.demo import conversations, refused
 
 
 def chat(*lines: tuple[str, str]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 import pytest
 
-from tailora.data.rows import Fault, Row
-from tailora.data.schemas import convert
-from tailora.data.shapes import Choices, Conversation, Pair, Text, recognise
+from tailora.data.readers import Fault, Row
+from tailora.data.schemas import Choices, Conversation, Pair, Text, convert, recognise
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 

@@ -6,7 +6,7 @@ from tokenizers import processors
 from transformers import ByT5Tokenizer
 
 from tailora.data.dataset import IGNORED, Example
-from tailora.data.shapes import Conversation, Pair, Sample, Text
+from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.data.tokenize import encode, prompt_ids, reply_text
 from tailora.errors import DataError
 

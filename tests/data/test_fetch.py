@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tailora.data.fetch import Wheel, build_once, cache_folder, explain, extract
+from tailora.data.demo import Wheel, build_once, cache_folder, explain, extract
 from tailora.errors import FetchError
 
 MakeWheel = Callable[[str, dict[str, bytes]], Wheel]
@@ -144,7 +144,7 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path) -> None
 SLOW_BUILD = """
 import sys, time
 from pathlib import Path
-from tailora.data.fetch import build_once
+from tailora.data.demo import build_once
 
 def build(folder):
     with open(sys.argv[2], "a") as log:

@@ -6,8 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tailora.data.readers import read_file
-from tailora.data.rows import Fault, Row, refusal
+from tailora.data.readers import Fault, Row, read_file, refusal
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": 'c, "d"\n', "completion": "ü"}]
 

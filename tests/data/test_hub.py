@@ -11,10 +11,10 @@ from threading import Thread
 
 import pytest
 
-from tailora.data.hub import check_model
+from tailora.data.readers import check_model
 from tailora.errors import ConfigError
 
-ASK = "import sys; from tailora.data.hub import check_model; check_model(sys.argv[1])"
+ASK = "import sys; from tailora.data.readers import check_model; check_model(sys.argv[1])"
 
 FOUND = b'{"id": "no-such-model"}'
 

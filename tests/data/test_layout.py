@@ -2,9 +2,8 @@
 
 import pytest
 
-from tailora.data.chat_template import Layout, lay_out
-from tailora.data.codec import codec_of
-from tailora.data.shapes import Conversation, Pair, Text
+from tailora.data.chat_template import Layout, codec_of, lay_out
+from tailora.data.schemas import Conversation, Pair, Text
 from tailora.errors import DataError
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

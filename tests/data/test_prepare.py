@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tailora.data.prepare import Cuts, prepare, stream
-from tailora.data.shapes import Conversation, Pair
+from tailora.data.schemas import Conversation, Pair
 from tailora.errors import DataError
 
 PAIRS = [{"prompt": f"hello {number}", "completion": f" {number} you"} for number in range(40)]

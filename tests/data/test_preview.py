@@ -1,8 +1,7 @@
 import pytest
 
-from tailora.data.preview import preview
-from tailora.data.shapes import Conversation, Pair, Text
-from tailora.data.tokenize import encode
+from tailora.data.schemas import Conversation, Pair, Text
+from tailora.data.tokenize import encode, preview
 
 
 def test_a_chat_is_shown_in_pieces(bytes_tokenizer, chatml) -> None:

@@ -3,8 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from tailora.data.dataset import Example, Examples
-from tailora.data.report import content_hash, histogram, repeats
+from tailora.data.dataset import Example, Examples, content_hash, histogram, repeats
 
 
 @pytest.mark.parametrize("lengths", [[5], [5, 5, 5], [1, 2], [3, 900, 17, 17, 4000], list(range(1, 1025))])

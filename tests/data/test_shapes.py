@@ -1,6 +1,6 @@
 import pytest
 
-from tailora.data.shapes import recognise
+from tailora.data.schemas import recognise
 from tailora.errors import DataError
 
 

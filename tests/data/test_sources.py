@@ -5,8 +5,7 @@ import datasets
 import huggingface_hub
 import pytest
 
-from tailora.data.hub import read_hub
-from tailora.data.sources import read_rows
+from tailora.data.readers import read_hub, read_rows
 from tailora.errors import DataError
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from tailora.data.split import group, split
+from tailora.data.dataset import group, split
 from tailora.errors import DataError
 
 DIFFERENT = [bytes([number]) for number in range(200)]

@@ -5,9 +5,8 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.data.shapes import Conversation, Pair, Text
-from tailora.evaluation.answers import Answer, answers
-from tailora.evaluation.chat import reply
+from tailora.data.schemas import Conversation, Pair, Text
+from tailora.evaluation.generate import Answer, answers, reply
 
 Make = Callable[..., LlamaForCausalLM]
 

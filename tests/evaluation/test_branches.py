@@ -12,9 +12,8 @@ from transformers import MistralForCausalLM as Mistral
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.evaluation.multiple_choice import branched, grown, obstacle_to_branches
-from tailora.kernels.forms import FROZEN, OWN, WHOLE
-from tailora.train.evaluate import evaluate
-from tailora.train.loss import Rows
+from tailora.kernels.loss import FROZEN, OWN, WHOLE
+from tailora.train.loss import Rows, evaluate
 
 RANDOM = np.random.default_rng(0)
 

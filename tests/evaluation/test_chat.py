@@ -8,9 +8,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tailora.errors import DataError
-from tailora.evaluation.chat import reply
-from tailora.evaluation.generate import stop_ids
-from tailora.evaluation.prompts import chat_ids
+from tailora.evaluation.generate import chat_ids, reply, stop_ids
 
 HELLO = [{"role": "user", "content": "hello"}]
 Make = Callable[..., LlamaForCausalLM]

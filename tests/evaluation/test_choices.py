@@ -8,9 +8,8 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.data.schemas import from_choices
-from tailora.data.shapes import Choices
-from tailora.evaluation.choices import log_likelihoods, options, picked
+from tailora.data.schemas import Choices, from_choices
+from tailora.evaluation.multiple_choice import log_likelihoods, options, picked
 from tailora.train.loss import Rows
 
 Make = Callable[..., LlamaForCausalLM]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tailora.evaluation.intervals import mean_interval, paired_difference
+from tailora.evaluation.statistics import mean_interval, paired_difference
 
 
 def conversations(generator: np.random.Generator, size: int, rate: float = 4.0) -> tuple[np.ndarray, np.ndarray]:

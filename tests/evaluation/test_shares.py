@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tailora.evaluation.shares import share_difference, share_interval
+from tailora.evaluation.statistics import share_difference, share_interval
 
 
 def test_the_interval_is_wilson_s() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tailora.core.low_rank import Factors, product_spectrum
-from tailora.evaluation.spectra import (
+from tailora.evaluation.spectral import (
     chance_overlap,
     directions,
     effective_rank,

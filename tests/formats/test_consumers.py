@@ -17,10 +17,9 @@ from cases import stir
 from tiny import chat_model, chat_tokenizer
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.data.demo import GGUF, GGUF_SHA256, MODEL
-from tailora.data.fetch import extract
-from tailora.formats import compare
-from tailora.train.load import load_base
+from tailora.data.demo import GGUF, GGUF_SHA256, MODEL, extract
+from tailora.formats import export
+from tailora.train.model_loading import load_base
 
 MODULES = os.environ.get("TAILORA_NODE_MODULES")
 QUESTIONS = ["What is your favourite season?", "Tell me about a bridge."]
@@ -111,9 +110,9 @@ def test_mlx_lm_computes_what_the_live_model_does(settings: dict[str, Any], tmp_
     model = LoRAModel(base, LoRAConfig(**{"r": 4, **settings})).eval()
     stir(model)
     model.export(tmp_path / "out", "mlx")
-    ids = compare.probe(base)
+    ids = export.probe(base)
     mx.set_default_device(mx.cpu)
     theirs, _ = mlx_lm.load(str(tmp_path / "base"), adapter_path=str(tmp_path / "out"))
     theirs.set_dtype(mx.float32)
     found = np.array(theirs(mx.array(ids.numpy())))
-    torch.testing.assert_close(torch.from_numpy(found), compare.logits(model, ids), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(found), export.logits(model, ids), rtol=1e-3, atol=1e-3)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import AdapterError, ConfigError, FormatError, MergeError
-from tailora.formats import compare, gguf, merged, portable
+from tailora.formats import export, gguf, merged
 from tailora.formats.export import FORMATS
 
 IDS = torch.arange(24).view(2, 12)
@@ -274,9 +274,9 @@ def test_a_file_that_computes_something_else_is_not_left(tmp_path: Path, monkeyp
 
 
 def test_the_comparison_sees_a_scale_that_is_a_thousandth_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = portable.factors
+    right = export.factors
     monkeypatch.setattr(
-        portable, "factors", lambda source: {k: type(f)(f.A, f.B * 1.001) for k, f in right(source).items()}
+        export, "factors", lambda source: {k: type(f)(f.A, f.B * 1.001) for k, f in right(source).items()}
     )
     with pytest.raises(FormatError, match="logits differ"):
         adapted(base=chat_model().to(torch.bfloat16)).export(tmp_path / "out", "portable")
@@ -301,7 +301,7 @@ def test_the_comparison_leaves_modes_weights_and_other_adapters_as_they_were(tmp
 def test_wide_weights_give_the_float32_forward() -> None:
     narrow = chat_model().to(torch.bfloat16).eval()
     wide = chat_model().to(torch.bfloat16).float().eval()
-    assert torch.equal(compare.logits(narrow, IDS), logits(wide))
+    assert torch.equal(export.logits(narrow, IDS), logits(wide))
 
 
 @pytest.mark.parametrize(

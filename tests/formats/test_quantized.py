@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.quantization import dense_weight, held_tensors, is_quantized
-from tailora.formats.compare import logits, only
+from tailora.formats.export import logits, only
 
 
 def int8_weights() -> Any:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tailora.formats.tensors import read, to_bytes
+from tailora.formats.io import read, to_bytes
 
 
 @pytest.mark.parametrize("metadata", [{}, {"b": "1", "a": "2"}])

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailora.kernels import blocks
+from tailora.kernels import attention
 
 CPU = torch.device("cpu")
 
@@ -33,9 +33,11 @@ def by_torch(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: 
         ((129, 128, 1), 3),
     ],
 )
-@pytest.mark.parametrize("ways", [blocks.BLOCKS, blocks.TORCHS, blocks.Ways(64, sys.maxsize), blocks.Ways(32, 128)])
+@pytest.mark.parametrize(
+    "ways", [attention.BLOCKS, attention.TORCHS, attention.Ways(64, sys.maxsize), attention.Ways(32, 128)]
+)
 def test_all_ways_and_their_gradients_are_torchs_attention(
-    lengths: tuple[int, ...], window: int | None, ways: blocks.Ways
+    lengths: tuple[int, ...], window: int | None, ways: attention.Ways
 ) -> None:
     torch.manual_seed(0)
     tokens = sum(lengths)
@@ -43,11 +45,11 @@ def test_all_ways_and_their_gradients_are_torchs_attention(
     expected = by_torch(q, k, v, lengths, window)
     gradient = torch.randn_like(expected)
     expected.backward(gradient)
-    documents = blocks.arranged(lengths, CPU)
+    documents = attention.arranged(lengths, CPU)
     with torch.no_grad():
-        output, kept = blocks.forward(q, k, v, documents, 0.3, window, ways)
+        output, kept = attention.forward(q, k, v, documents, 0.3, window, ways)
         with_padding = torch.cat([gradient, torch.zeros(1, 6, 8, dtype=torch.float64)])
-        gradients = blocks.backward(with_padding, output, kept, documents, 0.3, window)
+        gradients = attention.backward(with_padding, output, kept, documents, 0.3, window)
     torch.testing.assert_close(output, expected.detach(), rtol=0, atol=1e-12)
     for found, tensor in zip(gradients, (q, k, v), strict=True):
         torch.testing.assert_close(found, tensor.grad, rtol=0, atol=1e-12)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tailora.core.config import LoRAConfig
-from tailora.kernels.forms import FORMS, FROZEN, OWN, RECOMPUTED, WHOLE, Batch, choose_form
+from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED, WHOLE, Batch, choose_form
 from tailora.model import LoRAModel
 
 VOCABULARY = 300

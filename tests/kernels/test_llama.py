@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 from tailora import LoRAConfig, LoRAModel
 from tailora.core import layer as layer_module
 from tailora.kernels.attention import packed_rows
-from tailora.kernels.dropout import noise
-from tailora.kernels.llama import FastLayer, eligible, fast_layers, obstacle, obstacle_to_layers
+from tailora.kernels.llama import FastLayer, eligible, fast_layers, noise, obstacle, obstacle_to_layers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from tailora.kernels.dropout import noise
-from tailora.kernels.pointwise import (
+from tailora.kernels.llama import (
     inverse_rms,
+    noise,
     rms_norm,
     rms_norm_backward,
     rotate,

@@ -13,10 +13,9 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.data.collate import collate_packed
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.kernels.attention import packed_rows
-from tailora.kernels.forms import FROZEN
-from tailora.train.evaluate import evaluate
-from tailora.train.loss import Rows, Supervised
-from tailora.train.steps import MicroBatch
+from tailora.kernels.loss import FROZEN
+from tailora.train.dataloader import MicroBatch
+from tailora.train.loss import Rows, Supervised, evaluate
 from tailora.train.trainer import accumulate
 
 LENGTHS = (3, 5, 40, 60)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.kernels import blocks
-from tailora.kernels.pointwise import inverse_rms, rms_norm, rotate, swiglu
+from tailora.kernels import attention
+from tailora.kernels.llama import inverse_rms, rms_norm, rotate, swiglu
 
 
 def normal(*shape: int) -> Tensor:
@@ -62,12 +62,12 @@ def test_attention_s_backward_computes_the_probabilities_again(torchs: bool) -> 
     torch.manual_seed(0)
     lengths, heads, width = (5, 3, 40), 2, 16
     q, k, v, dY = (normal(sum(lengths), heads, width) for _ in range(4))
-    documents = blocks.arranged(lengths, torch.device("cpu"))
+    documents = attention.arranged(lengths, torch.device("cpu"))
     scale = 1 / math.sqrt(width)
-    Y, kept = blocks.forward(q, k, v, documents, scale, None, blocks.TORCHS if torchs else blocks.BLOCKS)
+    Y, kept = attention.forward(q, k, v, documents, scale, None, attention.TORCHS if torchs else attention.BLOCKS)
     assert all((each.log_sums is not None) == torchs for each in kept)
     padded = torch.cat([dY, dY.new_zeros(1, heads, width)])
-    found = (Y, *blocks.backward(padded, Y, kept, documents, scale, None))
+    found = (Y, *attention.backward(padded, Y, kept, documents, scale, None))
     expected = [torch.cat(parts) for parts in zip(*_by_document(q, k, v, dY, lengths, scale), strict=True)]
     for ours, papers in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, papers, rtol=1e-10, atol=1e-10)

@@ -10,9 +10,8 @@ import torch
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tailora.evaluation.intruders import counter
-from tailora.evaluation.spectra import effective_rank, stable_rank, subspace_overlap
-from tailora.study.sampling import importances
+from tailora.evaluation.spectral import counter, effective_rank, stable_rank, subspace_overlap
+from tailora.study.search import importances
 from tailora.train.optim import rising
 
 

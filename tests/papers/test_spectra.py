@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.spectra import EXTRA, ITERATIONS, leading
+from tailora.core.low_rank import EXTRA, ITERATIONS, leading
 
 
 def matrix(rows: int, columns: int, S: Tensor) -> Tensor:

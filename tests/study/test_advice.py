@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from tailora.evaluation.spectral import ModuleReport
-from tailora.study import ranks, strengths
-from tailora.study.advice import RULES, advise
-from tailora.study.inspect import Inspection
-from tailora.study.rule import Advice
-from tailora.study.tails import Dial, HeldOut, Rise
+from tailora.study import advice as ranks
+from tailora.study import advice as strengths
+from tailora.study.advice import RULES, Advice, advise
+from tailora.study.inspect import Dial, HeldOut, Inspection, Rise
 
 JUST = 1e-6
 

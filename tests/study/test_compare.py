@@ -14,10 +14,9 @@ from tailora.report.compare import compare_page
 from tailora.report.page import html
 from tailora.study.compare import compare
 from tailora.study.config import CompareConfig, arm_settings
-from tailora.study.halves import halves
+from tailora.study.judging import judged
 from tailora.study.lr_search import Rates
-from tailora.study.outcome import judged
-from tailora.study.trial import Spec, Told, Trial, choosing_part, try_out
+from tailora.study.trial import Spec, Told, Trial, choosing_part, halves, try_out
 from tailora.train.config import TrainConfig
 
 SMALL = CompareConfig(seeds=2, rate_tries=1, arms={"r4": {"learning_rate": 1e-2}, "full": {"method": "full"}})

@@ -14,11 +14,9 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.core.compress import leading_only, spectra_of
 from tailora.errors import BaseMismatchError, ConfigError, FormatError
 from tailora.evaluation.spectral import Update, updates_of
-from tailora.study.inspect import Asked, inspect, write_report
-from tailora.study.pair import overlaps
-from tailora.study.within import inspect_model
+from tailora.study.inspect import Asked, inspect, inspect_model, overlaps, write_report
 from tailora.train.config import TrainConfig
-from tailora.train.run import run
+from tailora.train.trainer import run
 
 
 @pytest.fixture(scope="module")

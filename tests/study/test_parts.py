@@ -16,7 +16,7 @@ from transformers import (
 from tailora.core.config import LoRAConfig
 from tailora.core.targets import select
 from tailora.model import LoRAModel
-from tailora.study.parts import names, parts
+from tailora.study.model_layout import names, parts
 
 SMALL: dict[str, Any] = {"vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
 FAMILIES = {

@@ -10,7 +10,7 @@ from runs import changed
 from tailora.errors import ConfigError, TargetError
 from tailora.study.plan import plan
 from tailora.train.config import TrainConfig
-from tailora.train.run import run
+from tailora.train.trainer import run
 
 PARTS = {"weights", "adapters", "gradients", "optimizer", "activations", "logits", "total"}
 

@@ -15,7 +15,7 @@ from tailora.study.search import search
 from tailora.study.trial import Trial
 from tailora.train.config import TrainConfig
 from tailora.train.optim import rising
-from tailora.train.run import run
+from tailora.train.trainer import run
 
 
 def test_a_rate_rises_by_one_factor_from_end_to_end() -> None:

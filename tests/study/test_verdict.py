@@ -3,7 +3,7 @@
 import pytest
 
 from tailora.evaluation.statistics import Difference
-from tailora.study.verdict import Standing, needed, verdict
+from tailora.study.judging import Standing, needed, verdict
 
 FULL = Standing("full", 1_000_000, None, None, True)
 

@@ -10,7 +10,7 @@ from runs import adapter, changed, losses, stopping_at
 
 from tailora.errors import ConfigError
 from tailora.train import events
-from tailora.train.run import run
+from tailora.train.trainer import run
 
 SHORT = {"max_steps": 10, "r": 6, "target_r": 2, "lora_dropout": 0.1, "eval_steps": 2, "save_steps": 3}
 

@@ -17,7 +17,7 @@ from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import frozen_head, recomputed_head
 from tailora.train.config import TrainConfig
 from tailora.train.memory import available_bytes, forget_peak, peak_bytes
-from tailora.train.run import run
+from tailora.train.trainer import run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 DEVICE = torch.device("cuda")
@@ -29,7 +29,7 @@ LENGTHS = [7, 1, 12, 3]
 def result_on_cpu(config: TrainConfig, folder: Path) -> dict[str, Any]:
     """The same run in a process that is kept off the GPU."""
     settings = config.replaced(output_dir=str(folder)).model_dump_json()
-    code = "import sys; from tailora.train.config import TrainConfig; from tailora.train.run import run; "
+    code = "import sys; from tailora.train.config import TrainConfig; from tailora.train.trainer import run; "
     code += "run(TrainConfig.model_validate_json(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, settings], env={**os.environ, "ACCELERATE_USE_CPU": "1"}, check=True)
     found: dict[str, Any] = json.loads((folder / "run.json").read_text())["result"]

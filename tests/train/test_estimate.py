@@ -21,17 +21,15 @@ from tailora.core.config import LoRAConfig
 from tailora.core.quantization import held_bytes
 from tailora.data.dataset import Example
 from tailora.errors import TargetError
-from tailora.kernels.forms import FROZEN, OWN
+from tailora.kernels.loss import FROZEN, OWN
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.estimate import memory_of, step_of
+from tailora.train.estimate import memory_of, skeleton, step_of, subject, without_contents
 from tailora.train.kernel_choice import Kernels, running
-from tailora.train.ledger import without_contents
-from tailora.train.load import load_base, read_config
 from tailora.train.loss import Rows, token_losses
 from tailora.train.memory import Load
+from tailora.train.model_loading import load_base, read_config
 from tailora.train.setup import memory_cost
-from tailora.train.skeleton import skeleton, subject
 
 CPU = torch.device("cpu")
 LLAMA_2_7B = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)

@@ -13,12 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
-from tailora.train.evaluate import evaluate
-from tailora.train.load import load_base
-from tailora.train.loss import Rows, token_losses
-from tailora.train.run import run
-from tailora.train.subject import trained
-from tailora.train.trainable import FullModel
+from tailora.train.loss import Rows, evaluate, token_losses
+from tailora.train.model_loading import load_base
+from tailora.train.trainable import FullModel, trained
+from tailora.train.trainer import run
 
 Settings = Callable[..., TrainConfig]
 PADDED = Rows(False, "from the model's own logits", 0)

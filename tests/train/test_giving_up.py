@@ -7,8 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tailora.errors import ConfigError, DivergedError
-from tailora.train.run import run
 from tailora.train.run_log import held
+from tailora.train.trainer import run
 
 
 @pytest.mark.parametrize(

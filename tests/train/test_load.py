@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tailora.errors import ConfigError
-from tailora.train.load import has_bfloat16, load_base
+from tailora.train.model_loading import has_bfloat16, load_base
 
 
 @pytest.mark.parametrize(

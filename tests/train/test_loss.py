@@ -15,12 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2
 from tailora.core.config import LoRAConfig
 from tailora.data.dataset import Example, Examples
 from tailora.kernels.attention import packed_rows
-from tailora.kernels.forms import FORMS, FROZEN, OWN, RECOMPUTED
+from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED
 from tailora.model import LoRAModel
-from tailora.train.evaluate import budgeted, evaluate
-from tailora.train.loss import Rows, Supervised, token_losses
+from tailora.train.dataloader import MicroBatch
+from tailora.train.loss import Rows, Supervised, budgeted, evaluate, token_losses
 from tailora.train.setup import choose_rows
-from tailora.train.steps import MicroBatch
 from tailora.train.trainer import accumulate
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from tailora.core.config import LoRAConfig
 from tailora.data.dataset import Example
 from tailora.errors import MemoryLimitError
-from tailora.kernels.forms import FROZEN, OWN, RECOMPUTED
+from tailora.kernels.loss import FROZEN, OWN, RECOMPUTED
 from tailora.model import LoRAModel
 from tailora.train.kernel_choice import Kernels
 from tailora.train.loss import Rows
@@ -27,7 +27,7 @@ import psutil, torch
 torch.set_num_threads(1)
 from tailora.train.config import TrainConfig
 from tailora.train.events import Prepared
-from tailora.train.run import run
+from tailora.train.trainer import run
 from tailora.errors import MemoryLimitError
 def starve(event):
     if isinstance(event, Prepared):  # after the estimate was found to fit

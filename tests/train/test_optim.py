@@ -13,7 +13,7 @@ from tailora.kernels.flat_parameters import Group, check_views, flattened
 from tailora.train.config import TrainConfig
 from tailora.train.divergence import broken_gradients
 from tailora.train.optim import adamw, clip, groups, learning_rate, take_step
-from tailora.train.run import run
+from tailora.train.trainer import run
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

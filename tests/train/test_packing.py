@@ -17,7 +17,7 @@ from transformers import (
 from tailora.errors import ConfigError
 from tailora.train import events
 from tailora.train.packing import choose
-from tailora.train.run import run
+from tailora.train.trainer import run
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}

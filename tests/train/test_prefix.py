@@ -19,7 +19,7 @@ from tailora.kernels.prefix import Relay
 from tailora.kernels.store import ABOUT, Store
 from tailora.train import events
 from tailora.train.config import TrainConfig
-from tailora.train.run import run
+from tailora.train.trainer import run
 
 LAYERS, TOP = 4, [2, 3]
 GROUPED: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": LAYERS, "intermediate_size": 48, "head_dim": 8}

@@ -14,14 +14,13 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.core.quantization import dense_weight, held_bytes, is_quantized, quantized_layers
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.kernels.forms import FROZEN
+from tailora.kernels.loss import FROZEN
 from tailora.train.events import Prepared
 from tailora.train.kernel_choice import Kernels
-from tailora.train.load import load_base
 from tailora.train.loss import Rows
-from tailora.train.model_loading import METHODS, obstacle, settings_for
-from tailora.train.run import run
+from tailora.train.model_loading import METHODS, load_base, obstacle, settings_for
 from tailora.train.setup import memory_cost
+from tailora.train.trainer import run
 
 CPU = torch.device("cpu")
 NOT_HERE = {"torchao-int4"}  # no kernel for a CPU

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tailora.train.config import TrainConfig
-from tailora.train.run import run
+from tailora.train.trainer import run
 
 LONGEST = 300  # s; some 15 on an idle machine
 WORKER = """
@@ -20,7 +20,7 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from tailora.train.config import TrainConfig
-from tailora.train.run import run
+from tailora.train.trainer import run
 result = run(TrainConfig(**json.loads(sys.argv[1])))
 print(json.dumps(result.to_dict()))
 """

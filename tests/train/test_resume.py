@@ -16,7 +16,7 @@ from tailora.train import events
 from tailora.train.checkpoint import found, moments, set_moments
 from tailora.train.config import TrainConfig
 from tailora.train.optim import adamw, take_step
-from tailora.train.run import run
+from tailora.train.trainer import run
 
 LONG = {
     "num_train_epochs": 3,
@@ -32,7 +32,7 @@ import torch
 torch.set_num_threads(1)
 from tailora.train.config import TrainConfig
 from tailora.train.events import Stepped
-from tailora.train.run import run
+from tailora.train.trainer import run
 def kill(event):
     if isinstance(event, Stepped) and event.step == 5:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,7 @@ from tailora.errors import ConfigError, DivergedError
 from tailora.model import LoRAModel
 from tailora.train import events
 from tailora.train.config import TrainConfig
-from tailora.train.run import run
+from tailora.train.trainer import run
 
 
 def adapter_bytes(config: TrainConfig) -> bytes:

@@ -15,7 +15,7 @@ from tailora import LoRAModel
 from tailora.core.init import DATA_STARTS, STARTS
 from tailora.errors import ConfigError
 from tailora.train import events
-from tailora.train.run import run
+from tailora.train.trainer import run
 
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "init_batches": 2, "lora_dropout": 0.1}
 

@@ -5,7 +5,7 @@ import pytest
 
 from tailora.data.dataset import Example, Examples
 from tailora.errors import DataError
-from tailora.train.steps import MicroBatch, Shape, parts, planned, steps_per_epoch, streamed
+from tailora.train.dataloader import MicroBatch, Shape, parts, planned, steps_per_epoch, streamed
 
 
 def example(number: int) -> Example:
