@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tailora.core.config import AdaLoRA, LoRAConfig
     from tailora.core.layer import LoRALayer
-    from tailora.core.layer_types import register_kind, unregister_kind
+    from tailora.core.layer_types import register_layer_type, unregister_layer_type
     from tailora.model import LoRAModel, from_peft
 
 __version__ = "0.1.0"
@@ -16,8 +16,8 @@ __all__ = [
     "LoRAModel",
     "__version__",
     "from_peft",
-    "register_kind",
-    "unregister_kind",
+    "register_layer_type",
+    "unregister_layer_type",
 ]
 
 _HOMES = {
@@ -26,8 +26,8 @@ _HOMES = {
     "LoRALayer": "tailora.core.layer",
     "LoRAModel": "tailora.model",
     "from_peft": "tailora.model",
-    "register_kind": "tailora.core.layer_types",
-    "unregister_kind": "tailora.core.layer_types",
+    "register_layer_type": "tailora.core.layer_types",
+    "unregister_layer_type": "tailora.core.layer_types",
 }
 
 

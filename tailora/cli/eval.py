@@ -199,7 +199,7 @@ NO_HARNESS = Harness()
 
 
 @dataclass(frozen=True)
-class Subject:
+class Trainable:
     """What is judged."""
 
     model: str
@@ -271,7 +271,7 @@ def eval(
     return _told(asked, found, gates, time.monotonic() - started, output_dir, json)
 
 
-def _measured(asked: Subject, wish: Wish, how: "Asked", harness: Harness) -> "Scores":
+def _measured(asked: Trainable, wish: Wish, how: "Asked", harness: Harness) -> "Scores":
     from tailora.evaluation.scores import Scores, bare, score
     from tailora.train.memory import explained
 
@@ -305,20 +305,20 @@ def _tasks(harness: Harness, wish: Wish) -> "Tasks | None":
     return tasks
 
 
-def subject(adapter: str | None, model: str | None) -> Subject:
+def subject(adapter: str | None, model: str | None) -> Trainable:
     """What was asked for. Raises ConfigError, FormatError."""
     if adapter is None:
         if model is None:
             raise ConfigError("nothing to judge: give an ADAPTER, or --model M to judge a model without one")
-        return Subject(model, None, None)
+        return Trainable(model, None, None)
     path = Path(adapter)
     whole = next((each for each in (path, path / "model") if (each / "config.json").is_file()), None)
     if whole is not None and not (path / "adapter_config.json").exists():
         if model is not None:
             raise ConfigError(f"{adapter} is a whole model, not an adapter for {model}: leave one of the two out")
-        return Subject(str(whole), None, None)
+        return Trainable(str(whole), None, None)
     (folder,) = named([adapter]).values()
-    return Subject(base_name(model, [folder]), adapter, folder)
+    return Trainable(base_name(model, [folder]), adapter, folder)
 
 
 def _check_folder(folder: Path | None) -> None:
@@ -333,7 +333,7 @@ def _check_folder(folder: Path | None) -> None:
         raise ConfigError(f"--output-dir {folder} holds a {REPORT} of something else; give another folder")
 
 
-def _warn_of_trained_data(asked: Subject, data: str) -> None:
+def _warn_of_trained_data(asked: Trainable, data: str) -> None:
     """A loss on what was trained on says little."""
     from tailora.data.demo import resolve
 
@@ -346,7 +346,7 @@ def _warn_of_trained_data(asked: Subject, data: str) -> None:
 
 
 def _told(
-    asked: Subject, found: "Scores", gates: Sequence[Gate], seconds: float, folder: Path | None, as_json: bool
+    asked: Trainable, found: "Scores", gates: Sequence[Gate], seconds: float, folder: Path | None, as_json: bool
 ) -> int:
     """Prints and writes what was found; the exit code."""
     from tailora.evaluation.scores import plain

@@ -94,8 +94,8 @@ def _equal(one: nn.Module, name: str, other: nn.Module, its_name: str) -> bool:
 def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) -> LoRALayer:
     """An update for this layer; `fresh=False` leaves both factors zero and the random state alone, to be filled."""
     in_features, out_features = target.dims
-    weight = weight_of(target.layer, target.kind.weight)  # as it is stored: its dense value is not needed
-    shape_A, shape_B = target.kind.shapes(target.layer, target.r)
+    weight = weight_of(target.layer, target.layer_type.weight)  # as it is stored: its dense value is not needed
+    shape_A, shape_B = target.layer_type.shapes(target.layer, target.r)
     layer = LoRALayer(
         in_features,
         out_features,
@@ -106,9 +106,9 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
         lora_bias=config.lora_bias,
         use_rslora=config.use_rslora,
         init_lora_weights=_random_start(config) if fresh else None,
-        kind=target.kind,
+        layer_type=target.layer_type,
         shapes=(shape_A, (target.rows.size, *shape_B[1:]) if target.rows else shape_B),
-        groups=target.kind.groups(target.layer),
+        groups=target.layer_type.groups(target.layer),
         rows=target.rows,
         device=weight.device,
         dtype=adapter_dtype(weight.dtype),
@@ -124,7 +124,7 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
 
 def check_allocatable(targets: Iterable[Target]) -> None:
     """Raises TargetError with every layer whose ranks cannot be taken one by one."""
-    if grouped := [target.path for target in targets if target.kind.groups(target.layer) > 1]:
+    if grouped := [target.path for target in targets if target.layer_type.groups(target.layer) > 1]:
         raise TargetError(
             f"adalora takes ranks one by one, but those of groups or experts go together: {', '.join(grouped)}; "
             "exclude_modules"
@@ -214,7 +214,7 @@ EXTRAS = {"bias": "bias", "trainable_tokens_delta": "token rows"}
 @dataclass(frozen=True)
 class Row:
     path: str
-    kind: str
+    layer_type: str
     shape: tuple[int, ...]
     r: int | None  # None for a module trained whole
     lora_alpha: float | None
@@ -234,7 +234,7 @@ class Summary:
         for row in self.rows:
             alpha = "-" if row.lora_alpha is None else f"{row.lora_alpha:g}"
             shape = " x ".join(map(str, row.shape))
-            cells.append((row.path, row.kind, shape, str(row.r or "-"), alpha, f"{row.parameters:,}"))
+            cells.append((row.path, row.layer_type, shape, str(row.r or "-"), alpha, f"{row.parameters:,}"))
         widths = [max(len(line[column]) for line in cells) for column in range(6)]
         lines = [
             "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
@@ -248,9 +248,9 @@ def summarise(base_model: nn.Module, adapters: list[Adapter]) -> Summary:
     rows = []
     for adapter in adapters:
         for path, layer in adapter.low_rank.items():
-            shape = tuple(dense_shape(host_of(base_model, path), layer.kind.weight))
+            shape = tuple(dense_shape(host_of(base_model, path), layer.layer_type.weight))
             shape = shape if layer.rows is None else (layer.out_features, layer.in_features)
-            rows.append(Row(path, layer.kind.name, shape, layer.r, layer.lora_alpha, parameter_count(layer)))
+            rows.append(Row(path, layer.layer_type.name, shape, layer.r, layer.lora_alpha, parameter_count(layer)))
         for path, module in adapter.saved.items():
             rows.append(Row(path, type(module).__name__, (), None, None, parameter_count(module)))
         for path, part in adapter.extras.items():

@@ -45,7 +45,7 @@ class AdaptedWhole(Adapted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active_adapters:
             return super(Adapted, self).forward(*args, **kwargs)  # type: ignore[misc]
-        forward = cast(Callable[..., Any], cast(LoRALayer, self.active_adapters[0]).kind.forward)
+        forward = cast(Callable[..., Any], cast(LoRALayer, self.active_adapters[0]).layer_type.forward)
         return forward(self, self.active_adapters, *args, **kwargs)
 
 
@@ -116,7 +116,7 @@ def _revive(mixin: type[Swapped], plain: type[nn.Module]) -> nn.Module:
 def mixin_for(part: nn.Module) -> type[Swapped]:
     """What the class of a layer is derived from, too, so that it runs with this part of an adapter."""
     if isinstance(part, LoRALayer):
-        return AdaptedWhole if part.kind.forward else Adapted
+        return AdaptedWhole if part.layer_type.forward else Adapted
     return Adapted if isinstance(part, Extra) else Substituted
 
 

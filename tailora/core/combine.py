@@ -20,7 +20,7 @@ from tailora.core.adapter import Adapter, check_compatible, low_rank_layer, trai
 from tailora.core.config import LoRAConfig
 from tailora.core.extras import TrainedBias
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import host_of, host_path, kind_of, projections
+from tailora.core.layer_types import host_of, host_path, layer_type_of, projections
 from tailora.core.low_rank import Factors, concatenated, low_rank, product_spectrum, tail, truncated
 from tailora.core.patterns import commonest, portable_patterns, portable_targets
 from tailora.core.quantization import dense_weight
@@ -53,7 +53,7 @@ def dense_of(layer: LoRALayer, base: nn.Module) -> Tensor:
     gain = layer.gain(base)
     if gain is None:
         return update
-    W = cast(Any, layer.kind.matrix)(base, dense_weight(base, layer.kind.weight)).to(update)
+    W = cast(Any, layer.layer_type.matrix)(base, dense_weight(base, layer.layer_type.weight)).to(update)
     matrix: Tensor = W if layer.rows is None else layer.rows.take(W.mT).mT
     rows = gain.detach().to(update).view(len(update), -1, 1)
     dense: Tensor = rows * update + layer.strength * (rows - 1) * matrix
@@ -62,7 +62,7 @@ def dense_of(layer: LoRALayer, base: nn.Module) -> Tensor:
 
 def is_mixed(layer: LoRALayer) -> bool:
     """PEFT's A of a grouped convolution, when it reads all channels."""
-    return not layer.kind.stacked and layer.groups * layer.lora_B.shape[1] != layer.r
+    return not layer.layer_type.stacked and layer.groups * layer.lora_B.shape[1] != layer.r
 
 
 def is_product(layer: LoRALayer, base: nn.Module) -> bool:
@@ -79,7 +79,7 @@ def obstacle_to_sum(layer: LoRALayer, base: nn.Module, exact: bool) -> str | Non
         return None
     if exact:
         return SCALED
-    return None if layer.kind.matrix else f"the weight of a {layer.kind.name} with DoRA is not one matrix"
+    return None if layer.layer_type.matrix else f"the weight of a {layer.layer_type.name} with DoRA is not one matrix"
 
 
 def place_of_biases(changes: Mapping[str, Tensor], adapted: Mapping[str, nn.Module]) -> tuple[dict[str, Any], str]:
@@ -109,7 +109,7 @@ def built(
     """
     factors = _one_rank_in_attention(factors, base_model)
     told = LoRAConfig(fused_parts=settings.get("fused_parts", {}))
-    stacks = {path for path in factors if place_at(base_model, path, told).kind.stacked}
+    stacks = {path for path in factors if place_at(base_model, path, told).layer_type.stacked}
     ranks = {path: each.B.shape[2] * (1 if path in stacks else each.B.shape[0]) for path, each in factors.items()}
     layers_only = [path for path in ranks if path not in stacks]
     r = commonest(ranks)
@@ -341,13 +341,13 @@ def _saved(
         base = base_model.get_submodule(path)
         if len(holders) == 1 and all(weights[name] == 1 for name in holders):
             found[path] = copy.deepcopy(next(iter(holders.values())))
-        elif kind_of(base):  # linear in its weights
+        elif layer_type_of(base):  # linear in its weights
             found[path] = _mixed(base, [(weights[name], module) for name, module in holders.items()])
         else:
-            kind = type(next(iter(holders.values()))).__name__
+            layer_type = type(next(iter(holders.values()))).__name__
             problems.append(
-                f"{path}, trained whole by {', '.join(map(repr, holders))}, is a {kind}, which is not linear in its "
-                "weights; take it from one adapter, with weight 1"
+                f"{path}, trained whole by {', '.join(map(repr, holders))}, is a {layer_type}, which is not linear in "
+                "its weights; take it from one adapter, with weight 1"
             )
     return found, problems
 
@@ -437,4 +437,4 @@ def _wanted(parts: list[Part], how: Combination, highest: int) -> int:
 
 def per_group(r: int, layer: LoRALayer) -> int:
     """A layer's rank as that of each of its groups (rounded up), or of its experts, who have it each."""
-    return r if layer.kind.stacked else math.ceil(r / layer.groups)
+    return r if layer.layer_type.stacked else math.ceil(r / layer.groups)

@@ -132,7 +132,7 @@ def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Modu
 
 
 def _can_go(layer: LoRALayer) -> bool:
-    return layer.is_plain and layer.kind.forward is None
+    return layer.is_plain and layer.layer_type.forward is None
 
 
 def _copied(slot: nn.Parameter | None, source: Tensor | None) -> None:
@@ -207,7 +207,7 @@ def extract(
             update = difference(target, tuned.get_submodule(target.host))
             if update.any():
                 factors[target.path], errors[target.path] = (
-                    low_rank(update, r if target.kind.stacked else math.ceil(r / len(update)))
+                    low_rank(update, r if target.layer_type.stacked else math.ceil(r / len(update)))
                     if r
                     else for_energy(update, energy or 1)
                 )
@@ -238,12 +238,12 @@ def difference(target: Target, tuned: nn.Module) -> Tensor:
     """W_tuned - W_base as B A sees it, (groups, out, in times kernel), in at least float32. Raises DivergedError."""
     weight = target.weight.detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
-    change = dense_weight(tuned, target.kind.weight).to(weight.device, wide) - weight.to(wide)
+    change = dense_weight(tuned, target.layer_type.weight).to(weight.device, wide) - weight.to(wide)
     if not change.isfinite().all():
         raise DivergedError(f"{target.path}: the difference of the two weights is not finite")
     matrix = target.matrix(change)
     if matrix is None:
-        raise TargetError(f"{target.path}: a {target.kind.name}'s weight is not one matrix; exclude it")
+        raise TargetError(f"{target.path}: a {target.layer_type.name}'s weight is not one matrix; exclude it")
     return matrix
 
 
@@ -251,7 +251,7 @@ def left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[s
     """What differs and is neither a selected layer's weight nor in a module taken over whole."""
     parts: dict[str, list[Target]] = {}
     for target in selection.targets:
-        parts.setdefault(f"{target.host}.{target.kind.weight}".removeprefix("."), []).append(target)
+        parts.setdefault(f"{target.host}.{target.layer_type.weight}".removeprefix("."), []).append(target)
     trained = tuned.state_dict()
     changes = {}
     for name, value in base.state_dict().items():
@@ -272,4 +272,4 @@ def _without(target: Target, change: Tensor) -> Tensor:
     if target.rows is None:
         return torch.zeros_like(change)
     others = 1 - target.rows.spread(change.new_ones(target.rows.size))  # (out,)
-    return change * (others if target.kind.columns(target.layer) else others[:, None])
+    return change * (others if target.layer_type.columns(target.layer) else others[:, None])

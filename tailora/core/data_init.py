@@ -82,9 +82,9 @@ def input_variances(targets: Mapping[str, Target], run: Pass, wanted: int) -> di
 
 def _probe(target: Target, wanted: int) -> LoRALayer:
     """An update that follows `wanted` directions per group and some more."""
-    layer, kind = target.layer, target.kind
-    groups = kind.groups(layer)
-    in_features, out_features = kind.dims(layer)
+    layer, layer_type = target.layer, target.layer_type
+    groups = layer_type.groups(layer)
+    in_features, out_features = layer_type.dims(layer)
     k = groups * _count(min(in_features, out_features) // groups, wanted)
     return LoRALayer(
         in_features,
@@ -92,8 +92,8 @@ def _probe(target: Target, wanted: int) -> LoRALayer:
         k,
         lora_alpha=k,  # scale 1
         init_lora_weights=None,
-        kind=kind,
-        shapes=kind.shapes(layer, k),
+        layer_type=layer_type,
+        shapes=layer_type.shapes(layer, k),
         groups=groups,
         device=target.weight.device,
         dtype=_dtype(target),
@@ -161,11 +161,11 @@ class _Inputs:
     """Subspace iteration on the covariance C of one layer's inputs: with h = A x, d |h|^2/2 = A x x^T."""
 
     def __init__(self, target: Target, wanted: int) -> None:
-        self.kind = target.kind
-        size = target.kind.dims(target.layer)[0]
+        self.layer_type = target.layer_type
+        size = target.layer_type.dims(target.layer)[0]
         k = _count(size, wanted)
         like = torch.empty((), device=target.weight.device, dtype=_dtype(target))
-        shape, _ = target.kind.shapes(target.layer, k)
+        shape, _ = target.layer_type.shapes(target.layer, k)
         self.A = orthonormal(gaussian((size, k), like)).T.reshape(shape)
         self.one = torch.eye(k).to(like)  # the B that passes h on
         self._clear()
@@ -181,14 +181,14 @@ class _Inputs:
         x = x.detach().to(self.A.dtype)
         with torch.enable_grad():
             A = self.A.requires_grad_()
-            h = self.kind.update(layer, x, A, self.one)
+            h = self.layer_type.update(layer, x, A, self.one)
             (products,) = torch.autograd.grad(h, A, h.detach(), retain_graph=True)
             (sums,) = torch.autograd.grad(h, A, torch.ones_like(h))
         self.products += products
         self.sums += sums[:1]
         self.count += h.numel() // len(A)
         ones = torch.ones_like(self.A[:1])
-        self.squares += float(self.kind.update(layer, x.square(), ones, self.one[:1, :1]).double().sum())
+        self.squares += float(self.layer_type.update(layer, x.square(), ones, self.one[:1, :1]).double().sum())
 
     def turn(self) -> None:
         """The next directions, from the pass that is over; and what the present ones have shown."""

@@ -13,20 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tailora.core.fused_layers import Rows
-from tailora.core.layer_types import Kind, weight_of
+from tailora.core.fused_layers import OutputSlice
+from tailora.core.layer_types import LayerType, weight_of
 from tailora.core.quantization import dense_weight, is_quantized
 
 BLOCK = 2**18  # numbers of a 16-bit weight that are widened at a time: on a CPU they stay in the cache
 
 
-def stored(weight: Tensor, layer: nn.Module, kind: Kind, rows: Rows | None) -> Tensor:
+def stored(weight: Tensor, layer: nn.Module, layer_type: LayerType, rows: OutputSlice | None) -> Tensor:
     """The weight as `kind.factors` has it, (groups, m, n); of a part of a fused layer its rows alone."""
     if rows is not None:
-        weight = rows.take(weight) if kind.columns(layer) else rows.take(weight.mT).mT
-    if kind.stacked:
+        weight = rows.take(weight) if layer_type.columns(layer) else rows.take(weight.mT).mT
+    if layer_type.stacked:
         return weight.reshape(-1, *weight.shape[-2:])
-    groups = kind.groups(layer)
+    groups = layer_type.groups(layer)
     return weight.reshape(groups, len(weight) // groups, -1)
 
 
@@ -78,8 +78,10 @@ class RowNorms:
 
     squares: Tensor  # ||W||^2 (out,)
 
-    def __init__(self, layer: nn.Module, kind: Kind, dtype: torch.dtype, rows: Rows | None = None) -> None:
-        self.kind, self.rows, self.dtype = kind, rows, torch.promote_types(dtype, torch.float32)
+    def __init__(
+        self, layer: nn.Module, layer_type: LayerType, dtype: torch.dtype, rows: OutputSlice | None = None
+    ) -> None:
+        self.layer_type, self.rows, self.dtype = layer_type, rows, torch.promote_types(dtype, torch.float32)
         self._weight: object = None
         self._kept: Kept | None = None
         self.refresh(layer)
@@ -89,12 +91,14 @@ class RowNorms:
 
     @torch.no_grad()
     def refresh(self, layer: nn.Module) -> None:
-        weight = weight_of(layer, self.kind.weight)
+        weight = weight_of(layer, self.layer_type.weight)
         version = None if weight.is_inference() else weight._version
         identity = id(weight), version, weight.dtype, weight.device
         if self._weight != identity:
-            self._packed = self.kind.weight == "weight" and is_quantized(layer)  # here: the compiler cannot find it out
-            self.squares = row_squares(self._stored(layer), self.kind.columns(layer), self.dtype)
+            self._packed = self.layer_type.weight == "weight" and is_quantized(
+                layer
+            )  # here: the compiler cannot find it out
+            self.squares = row_squares(self._stored(layer), self.layer_type.columns(layer), self.dtype)
             self._weight, self._kept = identity, None
 
     @torch.no_grad()
@@ -109,20 +113,20 @@ class RowNorms:
         return self._kept.norms
 
     def _computed(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
-        left, right = self.kind.factors(layer, A, B)
-        return row_norms(self._stored(layer), self.kind.columns(layer), self.squares, left, right)
+        left, right = self.layer_type.factors(layer, A, B)
+        return row_norms(self._stored(layer), self.layer_type.columns(layer), self.squares, left, right)
 
     @torch.no_grad()
     def exact(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         """The same anew and in float64, where the device has it."""
         dtype = torch.float32 if A.device.type == "mps" else torch.float64
-        weight, columns = self._stored(layer), self.kind.columns(layer)
-        return row_norms(weight, columns, row_squares(weight, columns, dtype), *self.kind.factors(layer, A, B))
+        weight, columns = self._stored(layer), self.layer_type.columns(layer)
+        return row_norms(weight, columns, row_squares(weight, columns, dtype), *self.layer_type.factors(layer, A, B))
 
     def _stored(self, layer: nn.Module) -> Tensor:
-        name = self.kind.weight
+        name = self.layer_type.weight
         weight = dense_weight(layer, name) if self._packed else weight_of(layer, name).detach()
-        return stored(weight, layer, self.kind, self.rows)
+        return stored(weight, layer, self.layer_type, self.rows)
 
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:

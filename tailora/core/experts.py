@@ -148,8 +148,10 @@ def run_with_sums(layer: Any, adapters: Sequence[Any], *args: Any, **kwargs: Any
     """The module's forward with W + s B A for its adapted parameters. What it assigns to itself is lost."""
     view = cast(nn.Module, object.__new__(layer.plain))
     view.__dict__.update(layer.__dict__)  # shares all and registers nothing; safe with other threads in the same layer
-    for name in dict.fromkeys(adapter.kind.weight for adapter in adapters):
-        view.__dict__[name] = _summed(layer, layer._parameters[name], [a for a in adapters if a.kind.weight == name])
+    for name in dict.fromkeys(adapter.layer_type.weight for adapter in adapters):
+        view.__dict__[name] = _summed(
+            layer, layer._parameters[name], [a for a in adapters if a.layer_type.weight == name]
+        )
     return layer.plain.forward(view, *args, **kwargs)
 
 

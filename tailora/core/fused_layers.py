@@ -15,7 +15,7 @@ Layout = Mapping[str, int]
 
 
 @dataclass(frozen=True)
-class Rows:
+class OutputSlice:
     """The rows start..stop of every period, of `total`."""
 
     start: int
@@ -114,12 +114,12 @@ def _divides(layout: Layout, total: int) -> bool:
     return period > 0 and total % period == 0
 
 
-def rows_of(layout: Layout, total: int) -> dict[str, Rows]:
+def rows_of(layout: Layout, total: int) -> dict[str, OutputSlice]:
     """Part -> its rows. Raises ValueError where the sizes do not divide the rows."""
     period, start, found = sum(layout.values()), 0, {}
     if not _divides(layout, total):
         raise ValueError(f"the parts {dict(layout)} have {period} rows, which do not divide the layer's {total}")
     for part, size in layout.items():
-        found[part] = Rows(start, start + size, period, total)
+        found[part] = OutputSlice(start, start + size, period, total)
         start += size
     return found

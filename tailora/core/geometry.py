@@ -1,6 +1,6 @@
 """Where each class of layer keeps its matrix: its sizes, s B A x for its own idea of x, and B A as its weight holds it.
 
-The functions that the rows of `core.layer_types.KINDS` are made of. Shapes: A (r, in), B (out, r); convolutions
+The functions that the rows of `core.layer_types.LAYER_TYPES` are made of. Shapes: A (r, in), B (out, r); convolutions
 carry their kernel in A: A (r, in/groups, *kernel), B (out, r/groups).
 """
 
@@ -116,11 +116,12 @@ def conv_matrix(layer: Any, weight: Tensor) -> Tensor:
 def own_share(layer: Any, adapters: Sequence[Any], gains: Sequence[Tensor | None]) -> Tensor | None:
     """1 + the sum of t (g - 1), t the adapters' strengths and g their gains: what the layer's own weight is times.
 
-    (groups, m, 1) or (groups, 1, n), which spreads over the weight as `kind.factors` has it; None without magnitudes.
+    (groups, m, 1) or (groups, 1, n), which spreads over the weight as `layer_type.factors` has it; None without
+    magnitudes.
     """
     excess = [adapter.excess(gain) for adapter, gain in zip(adapters, gains, strict=True) if gain is not None]
     if not excess:
         return None
-    kind = adapters[0].kind
-    own = (1 + torch.stack(excess).sum(0)).view(kind.groups(layer), -1)  # (groups, out/groups)
-    return own[:, None] if kind.columns(layer) else own[:, :, None]
+    layer_type = adapters[0].layer_type
+    own = (1 + torch.stack(excess).sum(0)).view(layer_type.groups(layer), -1)  # (groups, out/groups)
+    return own[:, None] if layer_type.columns(layer) else own[:, :, None]

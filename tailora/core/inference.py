@@ -124,5 +124,5 @@ def _held(layers: Iterable[nn.Module]) -> dict[nn.Module, tuple[tuple[LoRALayer,
 
 def _stands_still(adapter: Any) -> bool:
     """A product of two factors, and nothing is drawn."""
-    plain = type(adapter) is LoRALayer and adapter.kind is LINEAR and adapter.is_plain
+    plain = type(adapter) is LoRALayer and adapter.layer_type is LINEAR and adapter.is_plain
     return plain and not (adapter.training and adapter.lora_dropout)

@@ -63,19 +63,23 @@ def check_fits(targets: Iterable[Target], name: str) -> None:
 
 
 def _obstacle(target: Target, name: str) -> str | None:
-    kind, groups = target.kind, target.kind.groups(target.layer)
+    layer_type, groups = target.layer_type, target.layer_type.groups(target.layer)
     if name not in STARTS:
         return None
-    if kind.matrix is None:
-        return f"how a {kind.name} holds its matrix is not known; take 'kaiming'"
-    if name == "eva" and (kind.zero == "A" or groups > 1):
-        what = "an embedding reads ids, which have no variance" if kind.zero == "A" else "ranks of groups go together"
+    if layer_type.matrix is None:
+        return f"how a {layer_type.name} holds its matrix is not known; take 'kaiming'"
+    if name == "eva" and (layer_type.zero == "A" or groups > 1):
+        what = (
+            "an embedding reads ids, which have no variance"
+            if layer_type.zero == "A"
+            else "ranks of groups go together"
+        )
         return f"{what}; take 'kaiming', or exclude it"
-    if name in DATA_STARTS and (target.rows or kind.forward):
+    if name in DATA_STARTS and (target.rows or layer_type.forward):
         return (
             "what a part of a fused layer or a projection of attention reads is not probed; take 'pissa' or 'kaiming'"
         )
-    size = min(target.dims) // (1 if kind.stacked else groups)
+    size = min(target.dims) // (1 if layer_type.stacked else groups)
     if name == "lora_ga" and 2 * target.r // groups > size:
         each = " in each group" if groups > 1 else ""
         remedy = f"r up to {groups * (size // 2)}" if size > 1 else "another start"

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailora.core import dora
-from tailora.core.fused_layers import Rows
+from tailora.core.fused_layers import OutputSlice
 from tailora.core.geometry import Shape
-from tailora.core.layer_types import LINEAR, Kind
+from tailora.core.layer_types import LINEAR, LayerType
 from tailora.errors import ConfigError
 
 # ---- How a fresh A and B are filled. One of the two is zero, so that training starts at the base model.
@@ -100,10 +100,10 @@ class LoRALayer(nn.Module):
         lora_bias: bool = False,
         use_rslora: bool = False,
         init_lora_weights: str | None = "kaiming",
-        kind: Kind = LINEAR,
+        layer_type: LayerType = LINEAR,
         shapes: tuple[Shape, Shape] | None = None,
         groups: int = 1,
-        rows: Rows | None = None,
+        rows: OutputSlice | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -116,7 +116,7 @@ class LoRALayer(nn.Module):
         self.lora_alpha = 2.0 * rank if lora_alpha is None else lora_alpha
         self.use_rslora = use_rslora
         self.lora_dropout = lora_dropout
-        self.kind, self.groups, self.rows = kind, groups, rows
+        self.layer_type, self.groups, self.rows = layer_type, groups, rows
         shape_A, shape_B = shapes or ((rank, in_features), (out_features, rank))
         self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
@@ -140,9 +140,9 @@ class LoRALayer(nn.Module):
     def reset_parameters(self, init_lora_weights: str = "kaiming") -> None:
         """Start anew: one factor random, the other zero."""
         self.start_A = self.start_B = None
-        zero, random = (self.lora_B, self.lora_A) if self.kind.zero == "B" else (self.lora_A, self.lora_B)
+        zero, random = (self.lora_B, self.lora_A) if self.layer_type.zero == "B" else (self.lora_A, self.lora_B)
         nn.init.zeros_(zero)
-        (INITS[init_lora_weights] if self.kind.zero == "B" else standard_normal)(random, self.r)
+        (INITS[init_lora_weights] if self.layer_type.zero == "B" else standard_normal)(random, self.r)
 
     @torch.no_grad()
     def start_from(self, A: Tensor, B: Tensor) -> None:
@@ -171,7 +171,7 @@ class LoRALayer(nn.Module):
         """DoRA: from here on every output row of the layer's W + s (B A - B0 A0) has the norm m, which starts at
         ||W|| and is trained (arXiv:2402.09353, eq. 5).
         """
-        self.row_norms = dora.RowNorms(layer, self.kind, self.lora_A.dtype, self.rows)
+        self.row_norms = dora.RowNorms(layer, self.layer_type, self.lora_A.dtype, self.rows)
         self.lora_magnitude_vector = nn.Parameter(self.row_norms.squares.sqrt().to(self.lora_A.dtype))
 
     def take_bias(self, layer: nn.Module) -> None:
@@ -252,10 +252,10 @@ class LoRALayer(nn.Module):
         few = x.numel() <= FEW * self.in_features and dtype.is_floating_point
         if few and not self.training and not torch.is_grad_enabled():
             return self._on_rows(self._few_rows(x, layer, gain).to(dtype))
-        if self.kind.drops:
+        if self.layer_type.drops:
             x = F.dropout(x.to(dtype), self.lora_dropout, self.training)  # drawn anew by each call
         A, B = self.update_factors()
-        return self._on_rows(self.kind.update(layer, x, A.to(dtype), _times(gain, B).to(dtype)))
+        return self._on_rows(self.layer_type.update(layer, x, A.to(dtype), _times(gain, B).to(dtype)))
 
     def _on_rows(self, update: Tensor) -> Tensor:
         return update if self.rows is None else self.rows.spread(update)
@@ -264,9 +264,9 @@ class LoRALayer(nn.Module):
         (A, B), scale = self.pair(), self.scaling * self.strength
         B = _times(gain, B)
         if not x.is_floating_point():  # ids
-            return self.kind.update(layer, x, A, B) * scale
+            return self.layer_type.update(layer, x, A, B) * scale
         if x.numel() != self.in_features or A.ndim != 2:
-            return self.kind.update(layer, x.to(A.dtype), A, B) * scale
+            return self.layer_type.update(layer, x.to(A.dtype), A, B) * scale
         hidden = torch.mv(A, x.reshape(-1).to(A.dtype)) * scale  # (r,)
         return torch.mv(B, hidden).view(*x.shape[:-1], -1)
 
@@ -330,7 +330,7 @@ class LoRALayer(nn.Module):
         """s (B A - B0 A0) in the layout of the layer's weight, in the adapter's precision."""
         left, right = self.factors(layer)
         product = left @ right  # (groups, m, n)
-        if self.kind.stacked:
+        if self.layer_type.stacked:
             return product if len(product) > 1 else product[0]
         return product.flatten(0, 1).view(-1, *self.lora_A.shape[1:]) if self.lora_A.ndim > 2 else product.flatten(0, 1)
 
@@ -338,9 +338,11 @@ class LoRALayer(nn.Module):
         """The two whose product is g s (B A - B0 A0) as the layer's weight holds it: (groups, m, r), (groups, r, n)."""
         A, B = self.update_factors()
         B = _times(gain, B)
-        return self.kind.factors(layer, A, B if self.rows is None else self.rows.spread(B.mT).mT)
+        return self.layer_type.factors(layer, A, B if self.rows is None else self.rows.spread(B.mT).mT)
 
     def extra_repr(self) -> str:
         scaling = "learned" if self.learns_scaling else f"{self.scaling.item():g}"
         dropout = f", dropout={self.lora_dropout:g}" if self.lora_dropout else ""
-        return f"{self.kind.name}, {self.in_features} -> {self.out_features}, r={self.r}, scaling={scaling}{dropout}"
+        return (
+            f"{self.layer_type.name}, {self.in_features} -> {self.out_features}, r={self.r}, scaling={scaling}{dropout}"
+        )

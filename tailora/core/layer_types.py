@@ -20,7 +20,7 @@ from tailora.errors import ConfigError, TargetError, listing
 
 
 @dataclass(frozen=True)
-class Kind:
+class LayerType:
     """dims: layer -> (in, out) of its matrix, the bounds of the rank.
     shapes: (layer, r) -> shapes of A and B.
     update: (layer, x, A, sB) -> s B A x, in the dtype of A; x is the layer's input.
@@ -55,16 +55,16 @@ class Kind:
     scales: bool = True
     forward: Callable[..., Any] | None = None
 
-    def __reduce__(self) -> tuple[Callable[[str], "Kind"], tuple[str]]:  # copies and pickles stay the table's row
-        return kind_named, (self.name,)
+    def __reduce__(self) -> tuple[Callable[[str], "LayerType"], tuple[str]]:  # copies and pickles stay the table's row
+        return layer_type_named, (self.name,)
 
 
 # ---- nn.MultiheadAttention: q, k and v in one matrix, or three of their own, and what comes out
 
 
-def _attention_kind(weight: str, dims: Callable[[Any], tuple[int, int]]) -> Kind:
+def _attention_layer_type(weight: str, dims: Callable[[Any], tuple[int, int]]) -> LayerType:
     shapes = geometry.matrix_shapes(dims)
-    return Kind(
+    return LayerType(
         f"Attention {weight}",
         dims,
         shapes,
@@ -77,11 +77,11 @@ def _attention_kind(weight: str, dims: Callable[[Any], tuple[int, int]]) -> Kind
 
 
 ATTENTION = {
-    "in_proj_weight": _attention_kind("in_proj_weight", lambda layer: (layer.embed_dim, 3 * layer.embed_dim)),
-    "q_proj_weight": _attention_kind("q_proj_weight", lambda layer: (layer.embed_dim, layer.embed_dim)),
-    "k_proj_weight": _attention_kind("k_proj_weight", lambda layer: (layer.kdim, layer.embed_dim)),
-    "v_proj_weight": _attention_kind("v_proj_weight", lambda layer: (layer.vdim, layer.embed_dim)),
-    "out_proj": _attention_kind("out_proj.weight", lambda layer: (layer.embed_dim, layer.embed_dim)),
+    "in_proj_weight": _attention_layer_type("in_proj_weight", lambda layer: (layer.embed_dim, 3 * layer.embed_dim)),
+    "q_proj_weight": _attention_layer_type("q_proj_weight", lambda layer: (layer.embed_dim, layer.embed_dim)),
+    "k_proj_weight": _attention_layer_type("k_proj_weight", lambda layer: (layer.kdim, layer.embed_dim)),
+    "v_proj_weight": _attention_layer_type("v_proj_weight", lambda layer: (layer.vdim, layer.embed_dim)),
+    "out_proj": _attention_layer_type("out_proj.weight", lambda layer: (layer.embed_dim, layer.embed_dim)),
 }
 
 
@@ -90,7 +90,7 @@ ATTENTION = {
 
 
 @cache
-def parameter_kind(name: str) -> Kind:
+def parameter_layer_type(name: str) -> LayerType:
     """The row for a parameter of this name; the module's `is_transposed` says that it holds (E, in, out)."""
 
     def transposed(layer: Any) -> bool:
@@ -116,7 +116,7 @@ def parameter_kind(name: str) -> Kind:
         stack = weight.reshape(-1, *weight.shape[-2:])
         return stack.mT if transposed(layer) else stack
 
-    return Kind(
+    return LayerType(
         f"Parameter {name}",
         dims,
         shapes,
@@ -144,7 +144,7 @@ def _conv_groups(layer: Any) -> int:
     return groups
 
 
-LINEAR = Kind(
+LINEAR = LayerType(
     "Linear",
     geometry.linear_dims,
     geometry.matrix_shapes(geometry.linear_dims),
@@ -153,7 +153,7 @@ LINEAR = Kind(
     linear=True,
     matrix=geometry.matrix,
 )
-CONV1D = Kind(
+CONV1D = LayerType(
     "Conv1D",
     geometry.conv1d_dims,
     geometry.matrix_shapes(geometry.conv1d_dims),
@@ -163,7 +163,7 @@ CONV1D = Kind(
     linear=True,
     matrix=geometry.transposed_matrix,
 )
-EMBEDDING = Kind(
+EMBEDDING = LayerType(
     "Embedding",
     geometry.embedding_dims,
     geometry.matrix_shapes(geometry.embedding_dims),
@@ -174,7 +174,7 @@ EMBEDDING = Kind(
     columns=lambda _: True,
     matrix=geometry.transposed_matrix,
 )
-CONVOLUTION = Kind(
+CONVOLUTION = LayerType(
     "Conv",
     geometry.conv_dims,
     geometry.conv_shapes,
@@ -185,7 +185,7 @@ CONVOLUTION = Kind(
 )
 
 # By qualified name, so that transformers need not be imported to know its Conv1D.
-KINDS: dict[str, Kind] = {
+LAYER_TYPES: dict[str, LayerType] = {
     "torch.nn.modules.linear.Linear": LINEAR,
     "transformers.pytorch_utils.Conv1D": CONV1D,
     "torch.nn.modules.sparse.Embedding": EMBEDDING,
@@ -198,22 +198,22 @@ KINDS: dict[str, Kind] = {
 MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
 
 
-def kind_named(name: str) -> Kind:
+def layer_type_named(name: str) -> LayerType:
     if name.startswith("Parameter "):
-        return parameter_kind(name.removeprefix("Parameter "))
-    return next(kind for kind in (*KINDS.values(), *ATTENTION.values()) if kind.name == name)
+        return parameter_layer_type(name.removeprefix("Parameter "))
+    return next(layer_type for layer_type in (*LAYER_TYPES.values(), *ATTENTION.values()) if layer_type.name == name)
 
 
 def qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def kind_of(layer: nn.Module) -> Kind | None:
+def layer_type_of(layer: nn.Module) -> LayerType | None:
     """The row for this layer's class or the nearest of its parents; None for what is not in the table."""
-    return next((KINDS[name] for cls in type(layer).__mro__ if (name := qualified(cls)) in KINDS), None)
+    return next((LAYER_TYPES[name] for cls in type(layer).__mro__ if (name := qualified(cls)) in LAYER_TYPES), None)
 
 
-def projections(layer: Any) -> dict[str, Kind]:
+def projections(layer: Any) -> dict[str, LayerType]:
     """Name -> kind of the matrices of nn.MultiheadAttention; {} for any other class."""
     cls: Any = type(layer)
     if not _is_attention(cls):
@@ -274,7 +274,7 @@ def obstacle(layer: nn.Module) -> str | None:
         return f"its shape is not known yet ({name}); run one batch through the model first"
     if getattr(layer, "max_norm", None) is not None:
         return "max_norm rewrites its frozen weight at every look-up"
-    if kind_of(layer) is EMBEDDING and "forward" in vars(type(layer)) and not _looks_up(layer):
+    if layer_type_of(layer) is EMBEDDING and "forward" in vars(type(layer)) and not _looks_up(layer):
         return f"{name} overrides forward, so what it looks up is not known"
     if projections(layer) and not hasattr(layer, "active_adapters") and qualified(type(layer)) != MULTIHEAD:
         return (
@@ -291,16 +291,16 @@ def _overrides(layer: nn.Module) -> bool:
 
 def _looks_up(layer: nn.Module) -> bool:
     """nn.Embedding itself, our class derived from one, or one that only multiplies what it looks up."""
-    return qualified(type(layer)) in KINDS or hasattr(layer, "active_adapters") or hasattr(layer, "embed_scale")
+    return qualified(type(layer)) in LAYER_TYPES or hasattr(layer, "active_adapters") or hasattr(layer, "embed_scale")
 
 
-# ---- Kinds of the user's own: one more row in the table `core.layer_types.KINDS`.
+# ---- Layer types of the user: one more row in the table `core.layer_types.LAYER_TYPES`.
 
 
 Dims = Callable[[Any], tuple[int, int]]
 
 
-def register_kind(
+def register_layer_type(
     layer_class: type[nn.Module],
     dims: Dims,
     *,
@@ -328,7 +328,7 @@ def register_kind(
     ConfigError; with `replace` it exchanges a row that was registered, never one of tailora's own.
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
-        raise ConfigError(f"register_kind takes a class derived from nn.Module; got {layer_class!r}")
+        raise ConfigError(f"register_layer_type takes a class derived from nn.Module; got {layer_class!r}")
     if not callable(dims):
         raise ConfigError(f"dims is a function: layer -> (in, out); got {dims!r}")
     name = qualified(layer_class)
@@ -337,7 +337,7 @@ def register_kind(
     stored, matrix = (
         (geometry.transposed_factors, geometry.transposed_matrix) if transposed else (geometry.factors, geometry.matrix)
     )
-    KINDS[name] = Kind(
+    LAYER_TYPES[name] = LayerType(
         name,
         dims,
         shapes or geometry.matrix_shapes(dims),
@@ -352,22 +352,22 @@ def register_kind(
     )
 
 
-def unregister_kind(layer_class: type[nn.Module]) -> None:
+def unregister_layer_type(layer_class: type[nn.Module]) -> None:
     """Forget a registered class. Raises ConfigError for one that is not registered; models in use keep working."""
     name = qualified(layer_class)
-    if name not in KINDS or name in OWN:
-        raise ConfigError(f"{name} is not registered; registered are: {', '.join(KINDS.keys() - OWN) or 'none'}")
-    del KINDS[name]
+    if name not in LAYER_TYPES or name in OWN:
+        raise ConfigError(f"{name} is not registered; registered are: {', '.join(LAYER_TYPES.keys() - OWN) or 'none'}")
+    del LAYER_TYPES[name]
 
 
-OWN = frozenset(KINDS)
+OWN = frozenset(LAYER_TYPES)
 
 
 def _problems(name: str, both: bool, replace: bool) -> list[str]:
     problems = []
     if name in OWN or name == MULTIHEAD:
         problems.append(f"{name} is a kind of tailora's own, which is not exchanged; derive a class of your own")
-    elif name in KINDS and not replace:
+    elif name in LAYER_TYPES and not replace:
         problems.append(f"{name} is registered already; pass replace=True to exchange the row")
     if both:
         problems.append("update and forward: a layer has one of the two")

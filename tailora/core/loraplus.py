@@ -17,7 +17,7 @@ def fast_names(module: nn.Module) -> set[str]:
     return {
         f"{path}.lora_B".removeprefix(".")
         for path, layer in module.named_modules()
-        if isinstance(layer, LoRALayer) and layer.kind.zero == "B"
+        if isinstance(layer, LoRALayer) and layer.layer_type.zero == "B"
     }
 
 

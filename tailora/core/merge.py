@@ -14,7 +14,7 @@ from tailora.core.dequantize import Change, Exchange, made_plain, requantizing_e
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias, rows_behind
 from tailora.core.geometry import own_share
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import KINDS, holder, qualified, weight_of
+from tailora.core.layer_types import LAYER_TYPES, holder, qualified, weight_of
 from tailora.core.quantization import dense_weight, is_quantized
 from tailora.errors import MergeError, listing
 
@@ -46,7 +46,7 @@ def fold(layer: nn.Module, adapters: Sequence[LoRALayer], others: torch.dtype | 
     W + sum of t ((g - 1) W + g s (B A - B0 A0)) over the adapters of strength t. The error is NaN where the weight is
     not finite. A quantised weight is dequantised first (`dense_weight`).
     """
-    weight = dense_weight(layer, adapters[0].kind.weight, others)
+    weight = dense_weight(layer, adapters[0].layer_type.weight, others)
     wide = torch.promote_types(weight.dtype, torch.float32)
     left, right, own = _terms(layer, adapters, wide)
     shape = len(left), left.shape[1], right.shape[2]
@@ -117,7 +117,7 @@ def fit_in_place(
     found = {}
     for path, (layer, parts) in layers.items():
         updates = [part for part in parts if isinstance(part, LoRALayer)]
-        alone = len(updates) == len(parts) and len({part.kind.weight for part in updates}) == 1
+        alone = len(updates) == len(parts) and len({part.layer_type.weight for part in updates}) == 1
         if alone and _unmergeable(layer, parts) is None and _has_room(layer, updates, users):
             found[path] = (layer, updates)
     return found
@@ -127,7 +127,7 @@ def _has_room(layer: nn.Module, updates: Sequence[LoRALayer], users: Mapping[int
     """||W|| + ||L|| ||R|| bounds every number of the merged weight; twice that, since norms are rounded, too."""
     if is_quantized(layer) or merged_bias(layer, updates) is not None:
         return False
-    weight = weight_of(layer, updates[0].kind.weight).detach()
+    weight = weight_of(layer, updates[0].layer_type.weight).detach()
     if users.get(weight.untyped_storage().data_ptr()) != 1 or not weight.is_contiguous() or weight.is_inference():
         return False
     left, right, own = _terms(layer, updates, torch.promote_types(weight.dtype, torch.float32))
@@ -139,7 +139,7 @@ def _has_room(layer: nn.Module, updates: Sequence[LoRALayer], users: Mapping[int
 @torch.no_grad()
 def fold_in_place(layer: nn.Module, adapters: Sequence[LoRALayer]) -> None:
     """The numbers of `fold`, written over a weight that can take them (`fit_in_place`)."""
-    weight = weight_of(layer, adapters[0].kind.weight).detach()
+    weight = weight_of(layer, adapters[0].layer_type.weight).detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
     left, right, _ = _terms(layer, adapters, wide)
     shape = len(left), left.shape[1], right.shape[2]
@@ -183,7 +183,7 @@ def folded(
             exchanges += made_plain(layer, merged)
             again[path] = requantizing_error(layer, dense_weight(layer, others=others), merged)
         elif merged is not None:
-            module, name = holder(layer, updates[0].kind.weight if updates else "weight")
+            module, name = holder(layer, updates[0].layer_type.weight if updates else "weight")
             key = path if updates else (id(weight_of(layer)), *(id(rows_behind(part)) for part in rows))
             exchanges.append(Exchange(module, name, tied.setdefault(key, nn.Parameter(merged, requires_grad=False))))
         if (bias := merged_bias(layer, parts)) is not None:
@@ -198,7 +198,7 @@ def _by_weight(
 ) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
     """Path, layer and what changes each weight: all parts of a fused one together, each of several apart."""
     for path, (layer, parts) in layers.items():
-        names = [part.kind.weight if isinstance(part, LoRALayer) else "weight" for part in parts]
+        names = [part.layer_type.weight if isinstance(part, LoRALayer) else "weight" for part in parts]
         for name in dict.fromkeys(names):
             where = path if name == "weight" else f"{path}.{name}".removeprefix(".")
             yield where, layer, [part for part, own in zip(parts, names, strict=True) if own == name]
@@ -282,7 +282,7 @@ def _unmergeable(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
     if is_quantized(layer):
         return None
     own = next(parent for parent in cls.__mro__ if "forward" in vars(parent))
-    computed = isinstance(parts[0], LoRALayer) and parts[0].kind.forward is not None
-    if not computed and qualified(own) not in KINDS and getattr(layer, "embed_scale", None) is None:
+    computed = isinstance(parts[0], LoRALayer) and parts[0].layer_type.forward is not None
+    if not computed and qualified(own) not in LAYER_TYPES and getattr(layer, "embed_scale", None) is None:
         return f"{cls.__name__} overrides forward, so its weight alone does not say what it computes; keep it unmerged"
     return None

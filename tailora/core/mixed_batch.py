@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tailora.core.adapter import Adapter
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, Kind
+from tailora.core.layer_types import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, LayerType
 from tailora.errors import AdapterError, RowsError
 
 # ---- Products of a batch whose rows have factors of their own.
@@ -68,14 +68,14 @@ class Stack:
         return Stack(self.A.index_select(0, which), self.B.mT.index_select(0, which).mT)
 
 
-def stacked(kind: Kind, each: Sequence[Terms], groups: int, *, with_none: bool) -> Stack:
+def stacked(layer_type: LayerType, each: Sequence[Terms], groups: int, *, with_none: bool) -> Stack:
     """`with_none` puts a zero update behind the others."""
     R = max(len(one.A) for one in each)
     As = [_padded(one.A, R, groups) for one in each]
     Bs = [F.pad(one.B, (0, R // groups - one.B.shape[1])) for one in each]
     if with_none:
         As, Bs = [*As, torch.zeros_like(As[0])], [*Bs, torch.zeros_like(Bs[0])]
-    if kind is EMBEDDING:  # its A is looked up by column
+    if layer_type is EMBEDDING:  # its A is looked up by column
         return Stack(torch.stack([A.mT for A in As]).mT, torch.stack(Bs))
     return Stack(torch.stack(As), torch.stack([B.mT for B in Bs]).mT)
 
@@ -143,7 +143,7 @@ def _convolution(layer: Any, x: Tensor, stack: Stack) -> Tensor:
 
 
 Blocks = Callable[[Any, Tensor, Stack], Tensor]
-BLOCKS: dict[Kind, Blocks] = {LINEAR: _linear, CONV1D: _linear, CONVOLUTION: _convolution}
+BLOCKS: dict[LayerType, Blocks] = {LINEAR: _linear, CONV1D: _linear, CONVOLUTION: _convolution}
 
 
 def looked_up(layer: Any, ids: Tensor, stack: Stack, which: Tensor) -> Tensor:
@@ -178,17 +178,22 @@ class Plan:
 
 
 def plan(
-    kind: Kind, slots: Sequence[int], ranks: Sequence[int], tokens: int, dtype: torch.dtype, device: torch.device
+    layer_type: LayerType,
+    slots: Sequence[int],
+    ranks: Sequence[int],
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Plan:
     """For rows with these slots, 0..k-1 or NONE, `tokens` each.
 
     Cost of blocks in units of one batched product's overhead (2 cores with AVX512-BF16, SmolLM2's shapes).
     """
-    if kind is EMBEDDING:
+    if layer_type is EMBEDDING:
         return Plan(with_none=True)
     n, k, without = len(slots), len(ranks), NONE in slots
     one, more = FEW[dtype.itemsize == 2]
-    if BLOCKS[kind] is _linear and k <= (one if tokens == 1 else more):
+    if BLOCKS[layer_type] is _linear and k <= (one if tokens == 1 else more):
         return _joined_plan(slots, ranks, dtype, device)
     counts = {slot: slots.count(slot) for slot in set(slots)}
     sizes = [2**power for power in range(max(counts.values()).bit_length())]
@@ -386,7 +391,7 @@ def by_rows(
     if extras := [f"{path} of {name}" for name, adapter in used.items() for path in adapter.extras]:
         raise RowsError(f"trained biases and token rows cannot be chosen by row: {', '.join(extras[:5])}")
     low_rank, saved = _by_path(adapters, "low_rank"), _by_path(adapters, "saved")
-    wholes = [path for path, parts in low_rank.items() if next(iter(parts.values())).kind.forward is not None]
+    wholes = [path for path, parts in low_rank.items() if next(iter(parts.values())).layer_type.forward is not None]
     if mixed := [path for path in low_rank if path in wholes or "experts" in path.split(".")]:
         raise RowsError(
             "attention as a whole may have its rows elsewhere, and experts see the tokens of all rows mixed: "
@@ -421,10 +426,12 @@ class RowLayer:
         self.used_names, self.slots = batch.slots(self.names)
         self.used = tuple(parts[name] for name in self.used_names)
         self.lookup, self.lookup_used = batch.lookup(self.names), batch.lookup(self.used_names)
-        self.kind: Kind = self.parts[0].kind
+        self.layer_type: LayerType = self.parts[0].layer_type
         self.kernel = self.parts[0].lora_A.ndim - 2
-        self.least = 1 if self.kind is EMBEDDING else 2 + self.kernel  # dimensions of an input with rows
-        self.blocks = BLOCKS.get(self.kind) if self.parts[0].rows is None else None  # not for parts of fused layers
+        self.least = 1 if self.layer_type is EMBEDDING else 2 + self.kernel  # dimensions of an input with rows
+        self.blocks = (
+            BLOCKS.get(self.layer_type) if self.parts[0].rows is None else None
+        )  # not for parts of fused layers
         self.is_alone = True  # on its layer, whose output it may then write to
         self._kept: Ready | None = None
 
@@ -435,7 +442,7 @@ class RowLayer:
             return y + self._in_graph(base, x, layer, times)
         if not self.used:
             return y
-        if self.blocks is None and self.kind is not EMBEDDING:
+        if self.blocks is None and self.layer_type is not EMBEDDING:
             return y + self._in_turn(base, x, layer, times)
         ready = self._ready(x, layer, base.dtype, times)
         if self.blocks is None:
@@ -474,10 +481,10 @@ class RowLayer:
         """Shared by all layers with the same adapters."""
         ranks = tuple(len(part.lora_A) * (1 + part.has_start) for part in self.used)
         tokens = x[0].numel() // self.used[0].in_features or 1
-        key = self.slots, ranks, times, tokens, dtype, x.device, self.kind.name
+        key = self.slots, ranks, times, tokens, dtype, x.device, self.layer_type.name
         if key not in self.batch.plans:
             slots = [slot for slot in self.slots for _ in range(times)]
-            self.batch.plans[key] = plan(self.kind, slots, ranks, tokens, dtype, x.device)
+            self.batch.plans[key] = plan(self.layer_type, slots, ranks, tokens, dtype, x.device)
         return self.batch.plans[key]
 
     def _made(self, chosen: Plan, x: Tensor, layer: nn.Module, dtype: torch.dtype, times: int) -> Ready:
@@ -485,7 +492,7 @@ class RowLayer:
         if chosen.mask is not None:
             factors: Any = joined(each)
         else:
-            stack = stacked(self.kind, each, self.used[0].groups, with_none=chosen.with_none)
+            stack = stacked(self.layer_type, each, self.used[0].groups, with_none=chosen.with_none)
             factors = stack if chosen.which is None else stack.taken(chosen.which)
         which = self.batch.places(self.lookup_used, times)
         extra, shift = vectors_by_row(each, "extra", which), vectors_by_row(each, "shift", which)
@@ -519,12 +526,12 @@ class RowLayer:
         if not parts:
             return base.new_zeros(())
         which = self.batch.places(lookup, times).to(x.device)
-        if self.blocks is None and self.kind is not EMBEDDING:
+        if self.blocks is None and self.layer_type is not EMBEDDING:
             changes = [part.change(base, x, layer) for part in parts]
             masks = [(which == i).view(-1, *[1] * (base.ndim - 1)) for i in range(len(parts))]
             return torch.stack([torch.where(mask, each, 0) for mask, each in zip(masks, changes, strict=True)]).sum(0)
         each = [terms(part, layer, base.dtype) for part in parts]
-        stack = stacked(self.kind, each, parts[0].groups, with_none=True)
+        stack = stacked(self.layer_type, each, parts[0].groups, with_none=True)
         around = vectors_by_row(each, "extra", which), vectors_by_row(each, "shift", which)
         if self.blocks is None:
             return _around(looked_up(layer, x, stack, which), base, *around, self.kernel)

@@ -104,7 +104,7 @@ def _linear(
 ) -> Tensor:
     base = y = F.linear(x, weight, bias)
     for adapter in adapters:
-        if adapter.kind.weight == name:
+        if adapter.layer_type.weight == name:
             gain = adapter.gain(layer)
             y = y + adapter(x, layer, y.dtype, gain)[..., rows]
             if gain is not None:

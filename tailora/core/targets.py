@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from tailora.core.config import LoRAConfig
 from tailora.core.extras import adds_its_bias, biases_of
-from tailora.core.fused_layers import Rows, layout_of, rows_of
+from tailora.core.fused_layers import OutputSlice, layout_of, rows_of
 from tailora.core.layer_types import (
     EMBEDDING,
-    KINDS,
-    Kind,
+    LAYER_TYPES,
+    LayerType,
     host_path,
     is_called,
-    kind_of,
+    layer_type_of,
     obstacle,
-    parameter_kind,
+    parameter_layer_type,
     projections,
 )
 from tailora.core.patterns import (
@@ -47,18 +47,18 @@ class Place:
     path: str
     host: str
     layer: nn.Module
-    kind: Kind
-    rows: Rows | None = None  # of a part
+    layer_type: LayerType
+    rows: OutputSlice | None = None  # of a part
 
     @property
     def names(self) -> tuple[str, ...]:
         """The paths that select it: a projection of attention goes by the attention's, too, as in PEFT."""
-        return (self.path,) if self.rows or self.kind.stacked else tuple(dict.fromkeys((self.path, self.host)))
+        return (self.path,) if self.rows or self.layer_type.stacked else tuple(dict.fromkeys((self.path, self.host)))
 
     @property
     def pattern_names(self) -> tuple[str, ...]:
         """The paths that a pattern for rank or alpha may match: of a part and a projection the whole layer's, too."""
-        return (self.path,) if self.kind.stacked else tuple(dict.fromkeys((self.path, self.host)))
+        return (self.path,) if self.layer_type.stacked else tuple(dict.fromkeys((self.path, self.host)))
 
     @property
     def end(self) -> str:
@@ -68,19 +68,19 @@ class Place:
     @property
     def dims(self) -> tuple[int, int]:
         """(in, out)."""
-        in_features, out_features = self.kind.dims(self.layer)
+        in_features, out_features = self.layer_type.dims(self.layer)
         return in_features, self.rows.size if self.rows else out_features
 
     @property
     def weight(self) -> Tensor:
         """What holds it, dequantised; of a part the whole layer's."""
-        return dense_weight(self.layer, self.kind.weight)
+        return dense_weight(self.layer, self.layer_type.weight)
 
     def matrix(self, weight: Tensor) -> Tensor | None:
         """W as the equation has it, (groups, out/groups, n), out of what holds it; None for what is not one matrix."""
-        if self.kind.matrix is None:
+        if self.layer_type.matrix is None:
             return None
-        W = self.kind.matrix(self.layer, weight)
+        W = self.layer_type.matrix(self.layer, weight)
         return W if self.rows is None else self.rows.take(W.mT).mT
 
 
@@ -110,16 +110,16 @@ def place_at(model: nn.Module, path: str, config: LoRAConfig) -> Place:
 def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConfig) -> Iterator[Place]:
     for name, projection in projections(module).items():
         yield Place(f"{path}.{name}" if path else name, path, module, projection)
-    kind = kind_of(module)
-    if kind is None or (parent is not module and projections(parent)):
+    layer_type = layer_type_of(module)
+    if layer_type is None or (parent is not module and projections(parent)):
         return
-    yield Place(path, path, module, kind)
-    if kind.linear and path:
-        for part, rows in _rows(path, parent, kind.dims(module)[1], config).items():
-            yield Place(f"{path}.{part}", path, module, kind, rows)
+    yield Place(path, path, module, layer_type)
+    if layer_type.linear and path:
+        for part, rows in _rows(path, parent, layer_type.dims(module)[1], config).items():
+            yield Place(f"{path}.{part}", path, module, layer_type, rows)
 
 
-def _rows(path: str, parent: nn.Module, total: int, config: LoRAConfig) -> dict[str, Rows]:
+def _rows(path: str, parent: nn.Module, total: int, config: LoRAConfig) -> dict[str, OutputSlice]:
     told = by_pattern(path, config.fused_parts, None)
     layout = layout_of(parent, path.rpartition(".")[2], total) if told is None else told
     try:
@@ -134,10 +134,10 @@ def parameters(modules: Modules) -> dict[str, Place]:
 
 
 def _parameters_of(host: str, module: nn.Module) -> Iterator[Place]:
-    if host and not kind_of(module) and not projections(module):
+    if host and not layer_type_of(module) and not projections(module):
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim in (2, 3):
-                yield Place(f"{host}.{name}", host, module, parameter_kind(name))
+                yield Place(f"{host}.{name}", host, module, parameter_layer_type(name))
 
 
 def chosen_parameters(modules: Modules, config: LoRAConfig) -> dict[str, Place]:
@@ -214,7 +214,7 @@ def _tokens(model: Any, modules: Modules, config: LoRAConfig) -> tuple[dict[str,
     for name, indices in wanted.items():
         paths = [path for path in modules if named(name, path)]
         if not paths:
-            embeddings = [path for path, module in modules.items() if kind_of(module) is EMBEDDING]
+            embeddings = [path for path, module in modules.items() if layer_type_of(module) is EMBEDDING]
             problems.append(f"trainable_token_indices: {name!r} matches no module{nearest(name, embeddings)}")
         for path in paths:
             problems += [f"trainable_token_indices: {path}: {each}" for each in _row_problems(modules[path], indices)]
@@ -223,7 +223,7 @@ def _tokens(model: Any, modules: Modules, config: LoRAConfig) -> tuple[dict[str,
 
 
 def _row_problems(module: Any, indices: list[int]) -> list[str]:
-    if kind_of(module) is not EMBEDDING:
+    if layer_type_of(module) is not EMBEDDING:
         return [f"a {type(module).__name__} is no embedding"]
     reason = obstacle(module)
     problems = [reason] if reason else []
@@ -325,7 +325,7 @@ def target_of(place: Place, config: LoRAConfig) -> Target:
     """The place with the rank and alpha that the patterns give it."""
     r = by_pattern(place.pattern_names, config.rank_pattern, config.r)
     alpha = by_pattern(place.pattern_names, config.alpha_pattern, config.lora_alpha)
-    return Target(place.path, place.host, place.layer, place.kind, place.rows, r=r, lora_alpha=alpha)
+    return Target(place.path, place.host, place.layer, place.layer_type, place.rows, r=r, lora_alpha=alpha)
 
 
 def target_at(model: nn.Module, path: str, config: LoRAConfig) -> Target:
@@ -356,7 +356,7 @@ def _all_linear(model: nn.Module, modules: Modules, there: Mapping[str, Place], 
     return [
         place
         for place in there.values()
-        if (place.kind.linear or place.path != place.host)
+        if (place.layer_type.linear or place.path != place.host)
         and not place.rows
         and not any(inside(place.host, head) for head in whole)
     ]
@@ -402,7 +402,7 @@ def _unmatched(field: str, selector: Selector, there: Mapping[str, Place], modul
 
 def _missing(field: str, name: str, there: Mapping[str, Place], modules: Modules) -> str:
     unfit = next((module for path, module in modules.items() if path and named(name, path)), None)
-    if unfit is not None and kind_of(unfit) is None and field != "target_parameters":
+    if unfit is not None and layer_type_of(unfit) is None and field != "target_parameters":
         return f"{field}: {name!r} is a {type(unfit).__name__}, which has no low-rank form; kinds: {_known()}"
     whole, _, part = name.rpartition(".")
     fused = [place for place in there.values() if whole and named(whole, place.path) and not place.rows]
@@ -424,7 +424,7 @@ def _examples(names: list[str]) -> str:
 
 
 def _known() -> str:
-    return ", ".join([*(name.rpartition(".")[2] for name in KINDS), "MultiheadAttention"])
+    return ", ".join([*(name.rpartition(".")[2] for name in LAYER_TYPES), "MultiheadAttention"])
 
 
 def _kinds(modules: Modules) -> str:
@@ -455,14 +455,14 @@ def _slot_problems(targets: list[Target], config: LoRAConfig) -> list[str]:
     problems = []
     asked = {"lora_bias": config.lora_bias, "bias": config.bias != "none"}
     if names := [name for name, is_asked in asked.items() if is_asked]:
-        where = [target.path for target in targets if target.rows or target.kind.forward]
+        where = [target.path for target in targets if target.rows or target.layer_type.forward]
         what = "no bias of a part of a fused layer, of attention or beside a parameter is trained; exclude it"
         problems += [f"{path}: {', '.join(names)}: {what}" for path in where]
     if config.use_dora:
-        where = [target.path for target in targets if not target.kind.scales]
+        where = [target.path for target in targets if not target.layer_type.scales]
         problems += [f"{path}: use_dora: how its rows would be scaled is not known; exclude it" for path in where]
     if config.lora_bias:
-        names = [target.path for target in targets if target.kind is EMBEDDING]
+        names = [target.path for target in targets if target.layer_type is EMBEDDING]
         problems += [f"{path}: lora_bias on an Embedding, whose file has no place for it" for path in names]
     if config.bias == "lora_only" and targets and not any(_has_bias(target.layer) for target in targets):
         problems.append("bias='lora_only': none of the adapted layers has a bias; take bias='none' or lora_bias=True")
@@ -474,7 +474,7 @@ def _has_bias(layer: nn.Module) -> bool:
 
 
 def _obstacle(place: Place, config: LoRAConfig) -> str | None:
-    if place.kind.stacked and config.lora_dropout:
+    if place.layer_type.stacked and config.lora_dropout:
         return "an update of a parameter has no input that lora_dropout could drop; set lora_dropout=0"
     return obstacle(place.layer) or base_obstacle(place.layer)
 

@@ -17,7 +17,7 @@ from tailora.data.schemas import Conversation, Messages, Pair, Sample, Text
 from tailora.data.tokenize import encode, prompt_ids
 from tailora.errors import DataError
 from tailora.train.checkpoint import seeded
-from tailora.train.trainable import Subject
+from tailora.train.trainable import Trainable
 
 GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' defaults: left unread
 
@@ -184,7 +184,7 @@ class Answer:
 
 
 def answers(
-    model: Subject, tokenizer: Any, prompts: Sequence[str | Sample], *, max_new_tokens: int = 48
+    model: Trainable, tokenizer: Any, prompts: Sequence[str | Sample], *, max_new_tokens: int = 48
 ) -> list[Answer]:
     """Greedy answers of the base and of what was trained, side by side.
 

@@ -27,8 +27,8 @@ from tailora.data.schemas import Choices
 from tailora.data.tokenize import Encoded, encode_all, reply_text
 from tailora.errors import DataError
 from tailora.kernels.loss import FORMS, HALF_TOLERANCE, TOLERANCE, Batch
-from tailora.train.loss import Rows, budgeted, evaluate
-from tailora.train.trainable import Subject
+from tailora.train.loss import BatchLayout, budgeted, evaluate
+from tailora.train.trainable import Trainable
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -60,7 +60,7 @@ def grown(replies: Sequence[Example]) -> Tree:
     )
 
 
-def branch_losses(model: Subject, trees: Sequence[Tree], form: str, device: torch.device) -> list[Floats]:
+def branch_losses(model: Trainable, trees: Sequence[Tree], form: str, device: torch.device) -> list[Floats]:
     """Nats of every reply, by question, in one forward."""
     ids, positions, branches, targets = (
         torch.from_numpy(np.concatenate([getattr(tree, name) for tree in trees])).to(device)
@@ -89,7 +89,7 @@ def _mask(questions: Tensor, branches: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def obstacle_to_branches(model: Subject, replies: Sequence[Example], form: str, alone: Floats) -> str | None:
+def obstacle_to_branches(model: Trainable, replies: Sequence[Example], form: str, alone: Floats) -> str | None:
     """Why this model cannot be given branches, or None: these replies, with nats `alone`, come out the same."""
     config = cast(Any, model.base_model).config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -105,7 +105,7 @@ def obstacle_to_branches(model: Subject, replies: Sequence[Example], form: str, 
     return None if apart <= allowed else f"replies come out otherwise (by {apart:.1e}, allowed {allowed:.0e})"
 
 
-def branched(model: Subject, questions: Sequence[Sequence[Example]], form: str, *, token_budget: int) -> list[Floats]:
+def branched(model: Trainable, questions: Sequence[Sequence[Example]], form: str, *, token_budget: int) -> list[Floats]:
     """Nats of every reply to every question, with no forward above `token_budget` tokens but of a single question."""
     trees = [grown(replies) for replies in questions]
     lengths = np.array([len(tree.ids) for tree in trees], dtype=np.int64)
@@ -173,7 +173,9 @@ def _reply_alone(example: Example, codec: Codec) -> Example:
     return Example(example.input_ids[: last + 1], example.labels[: last + 1])
 
 
-def log_likelihoods(model: Subject, asked: Options, *, rows: Rows, token_budget: int, branches: bool = False) -> Floats:
+def log_likelihoods(
+    model: Trainable, asked: Options, *, rows: BatchLayout, token_budget: int, branches: bool = False
+) -> Floats:
     """Nats of every reply given its prompt: (examples,).
 
     branches: a prompt is computed once for all its replies, where `obstacle_to_sharing` sees none.
@@ -185,7 +187,7 @@ def log_likelihoods(model: Subject, asked: Options, *, rows: Rows, token_budget:
     return -np.concatenate([np.zeros(0), *branched(model, questions, rows.loss, token_budget=token_budget)])
 
 
-def obstacle_to_sharing(model: Subject, asked: Options, *, rows: Rows, token_budget: int) -> str | None:
+def obstacle_to_sharing(model: Trainable, asked: Options, *, rows: BatchLayout, token_budget: int) -> str | None:
     """Why this model's prompts cannot be computed once, tried on the first question; None if they can."""
     replies = asked.examples.select(range(int(asked.starts[1])))
     alone = evaluate(model, replies, rows=rows, token_budget=token_budget).sums

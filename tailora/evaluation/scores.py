@@ -31,9 +31,9 @@ from tailora.evaluation.statistics import Interval, mean_interval, paired_differ
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import CPU_TOKENS
-from tailora.train.loss import Evaluation, Rows, evaluate
+from tailora.train.loss import BatchLayout, Evaluation, evaluate
 from tailora.train.setup import choose_rows
-from tailora.train.trainable import Subject
+from tailora.train.trainable import Trainable
 
 # ---- The loss on data that was not trained on, of whatever adapters are active when it is asked for.
 
@@ -97,7 +97,7 @@ def normaliser(names: Sequence[str]) -> Normal:
 
 
 def match(
-    model: Subject,
+    model: Trainable,
     tokenizer: Any,
     sample: Conversation | Pair,
     normal: Normal,
@@ -276,7 +276,7 @@ class _Judge:
     """One side at a time, chunk by chunk."""
 
     def __init__(
-        self, model: LoRAModel, tokenizer: Any, asked: Asked, metrics: Sequence[str], rows: Rows, note: Note
+        self, model: LoRAModel, tokenizer: Any, asked: Asked, metrics: Sequence[str], rows: BatchLayout, note: Note
     ) -> None:
         self.model, self.tokenizer, self.asked, self.rows, self.note = model, tokenizer, asked, rows, note
         self.on_cpu = model.device.type == "cpu"

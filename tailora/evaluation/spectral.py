@@ -249,14 +249,14 @@ def _of_layer(path: str, layer: LoRALayer, adapter: Adapter, base_model: nn.Modu
 
     return Update(
         path=path,
-        kind=layer.kind.name,
+        kind=layer.layer_type.name,
         r=layer.r,
         factors=factors_of(layer, strength=False),
         scaling=layer.scaling.item(),
         configured_scaling=layer.configured_scaling,
         learned=layer.learns_scaling,
         dora=layer.lora_magnitude_vector is not None,
-        stacked=layer.kind.stacked,
+        stacked=layer.layer_type.stacked,
         weight=weight,
         whole=None if layer.lora_magnitude_vector is None else lambda: dense_of(layer, host),
     )

@@ -215,9 +215,9 @@ def write(folder: Path, source: Source) -> list[str]:
     highest = max(each.r for each in plain.values())
     r = next(rank for rank in RANKS if rank >= highest)
     tensors: dict[str, Tensor] = {}
-    kinds = hosts(source)
+    layer_types = hosts(source)
     for path, each in plain.items():
-        keys, wide = EMBEDDING_SUFFIXES if kinds[path] is EMBEDDING else SUFFIXES, padded(each, r)
+        keys, wide = EMBEDDING_SUFFIXES if layer_types[path] is EMBEDDING else SUFFIXES, padded(each, r)
         tensors |= {f"{PREFIX}{path}{keys['A']}": wide.A, f"{PREFIX}{path}{keys['B']}": wide.B}
     places = {path: (host_of(source.base_model, path), "weight") for path in plain}
     notes = Notes(base=fingerprint(places))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, kind_of
+from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_type_of
 from tailora.errors import FormatError
 from tailora.formats.low_rank_export import MERGED, Factors, Source, factors, hosts, limits, refuse, scale_notes, stored
 from tailora.formats.peft import StoredAdapter
@@ -114,7 +114,7 @@ def tensor_names(base_model: Any) -> dict[str, str]:
     found = {
         path: names.get_name(f"{path}.weight", try_suffixes=(".weight",))
         for path, module in base_model.named_modules()
-        if kind_of(module)
+        if layer_type_of(module)
     }
     return {path: name for path, name in found.items() if name}
 

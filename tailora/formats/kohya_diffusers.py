@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tailora.core.layer_types import kind_of
+from tailora.core.layer_types import layer_type_of
 from tailora.errors import FormatError, nearest
 from tailora.formats.io import read as read_tensors
 from tailora.formats.low_rank_export import refuse, stored
@@ -107,7 +107,7 @@ def _split(key: str) -> tuple[str, str]:
 
 def _names(base_model: nn.Module) -> dict[str, str]:
     """Path, and path with underscores for dots where only one layer has it -> path, of what can be adapted."""
-    paths = [path for path, module in base_model.named_modules() if path and kind_of(module)]
+    paths = [path for path, module in base_model.named_modules() if path and layer_type_of(module)]
     flat: dict[str, list[str]] = {}
     for path in paths:
         flat.setdefault(path.replace(".", "_"), []).append(path)

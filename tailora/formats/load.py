@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tailora.core.adapter import Adapter, low_rank_layer, tie, trained_copy
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import host_of, kind_of, obstacle
+from tailora.core.layer_types import host_of, layer_type_of, obstacle
 from tailora.core.quantization import base_obstacle, quantized_layers
 from tailora.core.targets import (
     Target,
@@ -98,7 +98,7 @@ def _restored(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch:
     if parts.problems:
         raise FormatError(f"{stored.folder} does not fit this model: {listing(parts.problems)}")
     layers = {path: layer for path, layer in low_rank.items() if layer is not None}
-    places = {path: (host_of(base_model, path), layer.kind.weight) for path, layer in layers.items()}
+    places = {path: (host_of(base_model, path), layer.layer_type.weight) for path, layer in layers.items()}
     _check_base(stored, places, allow_base_mismatch)
     _learn_again(stored, layers)
     tie({path: modules[path] for path in copies}, copies)
@@ -169,7 +169,7 @@ def _sort(
             if factor == "B" and name.endswith("base_layer.out_proj") and adds_twice(stored.settings or {}):
                 tensor = 2 * tensor
             _split(wrappers[name], factor, tensor, parts, 2 if stored.notes.start else 1)
-        elif factor and name in modules and kind_of(modules[name]):
+        elif factor and name in modules and layer_type_of(modules[name]):
             parts.factors.setdefault(name, {})[factor] = tensor
         elif owner is not None:
             parts.saved.setdefault(owner, {})[key.removeprefix(f"{owner}.")] = tensor
@@ -276,7 +276,7 @@ def _unwanted(slot: str, layer: LoRALayer) -> str:
         "lora_bias": "lora_bias is off",
         "bias": "the layer's bias is not trained",
     }
-    return f"{switches[slot]} in the settings, or this {layer.kind.name} has no such slot"
+    return f"{switches[slot]} in the settings, or this {layer.layer_type.name} has no such slot"
 
 
 def _copy(path: str, modules: Modules, parts: Parts) -> nn.Module:

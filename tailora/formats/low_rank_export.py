@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import Kind, host_path
+from tailora.core.layer_types import LayerType, host_path
 from tailora.errors import FormatError, listing
 from tailora.formats.metadata import Notes
 from tailora.formats.peft import SUFFIXES, StoredAdapter
@@ -44,7 +44,7 @@ class Factors:
         return self.A.shape[0]
 
 
-def limits(source: Source, kinds: Sequence[Kind]) -> list[str]:
+def limits(source: Source, layer_types: Sequence[LayerType]) -> list[str]:
     """What of the adapter two factors per layer cannot hold, each with what to do instead."""
     adapter = source.adapter
     problems = []
@@ -56,8 +56,8 @@ def limits(source: Source, kinds: Sequence[Kind]) -> list[str]:
         problems.append(f"trained biases and token rows have no place there ({', '.join(adapter.extras)}); {MERGED}")
     if adapter.saved:
         problems.append(f"modules_to_save: {', '.join(adapter.saved)} were trained whole; {MERGED}")
-    unfit = {path: layer.kind for path, layer in adapter.low_rank.items() if layer.kind not in kinds}
-    problems += [f"{path}: a {kind.name} has no place there; {MERGED}" for path, kind in unfit.items()]
+    unfit = {path: layer.layer_type for path, layer in adapter.low_rank.items() if layer.layer_type not in layer_types}
+    problems += [f"{path}: a {layer_type.name} has no place there; {MERGED}" for path, layer_type in unfit.items()]
     return problems
 
 
@@ -78,10 +78,10 @@ def _factors(layer: LoRALayer) -> Factors:
     return Factors(A.detach().float().cpu(), whole.detach().float().cpu().contiguous())
 
 
-def hosts(source: Source) -> dict[str, Kind]:
+def hosts(source: Source) -> dict[str, LayerType]:
     """Path of a module -> kind of what is adapted in it."""
     low_rank = source.adapter.low_rank.items()
-    return {host_path(source.base_model, path): layer.kind for path, layer in low_rank}
+    return {host_path(source.base_model, path): layer.layer_type for path, layer in low_rank}
 
 
 def padded(factors: Factors, r: int) -> Factors:

@@ -133,7 +133,7 @@ SLOT_OF = {suffix: slot for table in (SUFFIXES, EMBEDDING_SUFFIXES) for slot, su
 
 def suffixes(layer: LoRALayer) -> dict[str, str]:
     """Slot -> what follows the layer's path in its key."""
-    return EMBEDDING_SUFFIXES if layer.kind is EMBEDDING else SUFFIXES
+    return EMBEDDING_SUFFIXES if layer.layer_type is EMBEDDING else SUFFIXES
 
 
 def to_file(layer: LoRALayer, start: bool) -> dict[str, Tensor]:
@@ -143,7 +143,7 @@ def to_file(layer: LoRALayer, start: bool) -> dict[str, Tensor]:
     """
     ratio = (layer.scaling / layer.configured_scaling).reshape(())
     A, B = _with_start(layer) if start else (layer.lora_A, layer.lora_B)
-    if layer.kind.stacked:
+    if layer.layer_type.stacked:
         tensors = {"A": A, "B": _columns(B * ratio, layer.groups)}
     else:
         tensors = {"A": join_groups(A, layer.groups), "B": (B * ratio)[(..., *_ones(layer))]}
@@ -162,7 +162,7 @@ def file_shapes(layer: LoRALayer, start: bool) -> dict[str, Shape]:
     out, per_rank = layer.lora_B.shape
     times = 2 if start else 1
     shapes: dict[str, Shape]
-    if layer.kind.stacked:
+    if layer.layer_type.stacked:
         shapes = {"A": (times * r, per_group), "B": (out // layer.groups, times * per_rank * layer.groups)}
     else:
         shapes = {"A": (times * r, per_group * layer.groups, *kernel), "B": (out, times * per_rank, *[1] * len(kernel))}
@@ -182,9 +182,9 @@ def fill(layer: LoRALayer, found: Mapping[str, Tensor], start: bool) -> None:
 
 def _fill_factors(layer: LoRALayer, found: Mapping[str, Tensor], start: bool) -> None:
     A, B = found["A"].to(layer.lora_A), found["B"].to(layer.lora_B).view(found["B"].shape[:2])
-    if layer.kind.stacked:
+    if layer.layer_type.stacked:
         B = _experts(B, layer.groups)
-    blocks = A if layer.kind.stacked else split_groups(A, layer.groups)
+    blocks = A if layer.layer_type.stacked else split_groups(A, layer.groups)
     if blocks is None:  # PEFT trains an A that reads all channels of a grouped convolution
         if layer.lora_magnitude_vector is not None:
             raise FormatError("its A mixes the channels of different groups, so the rows of its weight have no norm")
@@ -271,7 +271,7 @@ def _contents(adapter: Adapter, base_model: nn.Module) -> dict[str, bytes]:
         scaling={path: layer.scaling.item() for path, layer in adapter.low_rank.items() if layer.learns_scaling},
         start=adapter.has_start,
         base=fingerprint(
-            {path: (host_of(base_model, path), layer.kind.weight) for path, layer in adapter.low_rank.items()}
+            {path: (host_of(base_model, path), layer.layer_type.weight) for path, layer in adapter.low_rank.items()}
         ),
     )
     wrappers = list(stems(base_model, adapter.low_rank).values())
@@ -318,7 +318,7 @@ def file_tensors(adapter: Adapter, base_model: nn.Module) -> dict[str, Tensor]:
 def unknown_to_peft(adapter: Adapter) -> list[str]:
     """Paths of what PEFT has no form for: magnitudes on attention, and on parameters such as stacked experts."""
     layers = adapter.low_rank.items()
-    return [path for path, layer in layers if layer.kind.forward and layer.lora_magnitude_vector is not None]
+    return [path for path, layer in layers if layer.layer_type.forward and layer.lora_magnitude_vector is not None]
 
 
 def _card(settings: Mapping[str, Any], adapter: Adapter) -> str:

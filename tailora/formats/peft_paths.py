@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.dora import RowNorms
-from tailora.core.fused_layers import Rows
+from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import host_path, projections
 
@@ -32,7 +32,7 @@ class Stem:
 
     @property
     def is_parameter(self) -> bool:
-        return next(iter(self.members.values())).kind.stacked
+        return next(iter(self.members.values())).layer_type.stacked
 
     @property
     def r(self) -> int:
@@ -59,8 +59,8 @@ class Stem:
             norms[self._rows(path).take(torch.arange(len(norms), device=norms.device))] = magnitude.to(norms)
         return norms
 
-    def _rows(self, path: str) -> Rows:
-        return cast(Rows, self.members[path].rows)
+    def _rows(self, path: str) -> OutputSlice:
+        return cast(OutputSlice, self.members[path].rows)
 
     def _spread(self, path: str, B: Tensor) -> Tensor:
         rows = self.members[path].rows
@@ -103,7 +103,7 @@ def stems(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, Stem]:
     for path, layer in layers.items():
         host = hosts[path]
         name = _name(path, host, model.get_submodule(host), layer, together[host])
-        key = path if layer.kind.stacked else host
+        key = path if layer.layer_type.stacked else host
         if name in found:
             found[name].members[path] = layer
         else:
@@ -115,13 +115,13 @@ def stems(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, Stem]:
 def _norms(layer: LoRALayer, host: nn.Module) -> Tensor | None:
     if layer.rows is None or layer.lora_magnitude_vector is None:
         return None
-    return RowNorms(host, layer.kind, layer.lora_A.dtype).squares.sqrt()
+    return RowNorms(host, layer.layer_type, layer.lora_A.dtype).squares.sqrt()
 
 
 def _name(path: str, host_of: str, host: nn.Module, layer: LoRALayer, together: list[str]) -> str:
     if layer.rows is not None or path == host_of:
         return host_of
-    if layer.kind.stacked:
+    if layer.layer_type.stacked:
         order = [f"{host_of}.{name}" for name, _ in host.named_parameters(recurse=False)]
         outer = [other for other in together if order.index(other) > order.index(path)]
         return host_of + ".base_layer" * len(outer)

@@ -548,7 +548,7 @@ def _described(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Layer | N
 
 def _is_plain(adapter: nn.Module) -> bool:
     """y = W x + s (B A - B0 A0) x, and nothing more."""
-    return type(adapter) is LoRALayer and adapter.kind is LINEAR and adapter.is_plain
+    return type(adapter) is LoRALayer and adapter.layer_type is LINEAR and adapter.is_plain
 
 
 def _projection(linear: nn.Linear, adapters: tuple[LoRALayer, ...], dtype: torch.dtype) -> Projection:

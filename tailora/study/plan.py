@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from tailora.core.adapter import Row, layer_key
 from tailora.core.config import AdaLoRA, LoRAConfig
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import host_path, kind_of
+from tailora.core.layer_types import host_path, layer_type_of
 from tailora.core.patterns import layer_index
 from tailora.core.targets import chosen_places
 from tailora.data.dataset import Example
@@ -184,7 +184,9 @@ def modules_of(model: LoRAModel) -> list[Module]:
 
 def _module(row: Row, model: LoRAModel) -> Module:
     layer = cast(LoRALayer, model.lora_layers[layer_key(row.path)])
-    return Module(row.path, row.kind, layer.in_features, layer.out_features, layer.r, layer.lora_alpha, row.parameters)
+    return Module(
+        row.path, row.layer_type, layer.in_features, layer.out_features, layer.r, layer.lora_alpha, row.parameters
+    )
 
 
 def groups_of(model: LoRAModel) -> list[Group]:
@@ -193,7 +195,7 @@ def groups_of(model: LoRAModel) -> list[Group]:
     dims = {each.path: (each.in_features, each.out_features) for each in modules_of(model)}
     for row in model.summary().rows:
         shape = row.shape if row.r is None else dims[row.path]
-        found.setdefault((starred(row.path), row.kind, shape, row.r, row.lora_alpha), []).append(
+        found.setdefault((starred(row.path), row.layer_type, shape, row.r, row.lora_alpha), []).append(
             (row.path, row.parameters)
         )
     return [
@@ -245,7 +247,7 @@ class _Reasons:
         }
 
     def __call__(self, path: str, module: nn.Module) -> str:
-        kind = kind_of(module)
+        kind = layer_type_of(module)
         if kind is None:
             return "no low-rank form: not a matrix"
         if lifted := next((reason for reason, paths in self._lifted.items() if path in paths), None):

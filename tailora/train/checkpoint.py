@@ -30,7 +30,7 @@ from tailora.formats.io import read, replace_folder, to_bytes
 from tailora.kernels.flat_parameters import Flat
 from tailora.train.config import TrainConfig
 from tailora.train.loss import Evaluation
-from tailora.train.trainable import Subject, publish, trained
+from tailora.train.trainable import Trainable, publish, trained
 
 STATE = "state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -342,7 +342,7 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str
 
 def take_up(
     saved: Checkpoint,
-    model: Subject,
+    model: Trainable,
     optimizer: torch.optim.Optimizer,
     flats: Sequence[Flat],
     rank: int,

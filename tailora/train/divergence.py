@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tailora.core.attach import evaluating
 from tailora.train.dataloader import MicroBatch
-from tailora.train.loss import Rows, token_losses
+from tailora.train.loss import BatchLayout, token_losses
 
 REMEDIES = (
     "what helps: a tenth of the --learning-rate, a longer --warmup-ratio, a smaller --max-grad-norm, --dtype float32; "
@@ -29,7 +29,7 @@ def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
     return f"the gradient of {len(names)} of {len(parameters)} parameters is not finite, first {', '.join(names[:3])}"
 
 
-def broken_loss(model: nn.Module, batches: Sequence[MicroBatch], rows: Rows, device: torch.device) -> str:
+def broken_loss(model: nn.Module, batches: Sequence[MicroBatch], rows: BatchLayout, device: torch.device) -> str:
     """The first module whose output is not finite, for a message; found by computing the step's losses again."""
     found: list[str] = []
     with torch.no_grad(), evaluating(model), _watched(model, found):

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tailora.core.attach import evaluating
-from tailora.core.layer_types import CONV1D, kind_of
+from tailora.core.layer_types import CONV1D, layer_type_of
 from tailora.core.quantization import held_parts
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
@@ -41,11 +41,11 @@ from tailora.kernels.loss import FORMS, foreseen_form, own_form
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_choice import Kernels, described, obstacle_to_kernels, running
-from tailora.train.loss import Rows, as_batch
+from tailora.train.loss import BatchLayout, as_batch
 from tailora.train.model_loading import STORED, Stored, check_unquantized, precision_of
 from tailora.train.packing import choose, packed_logits, probes
 from tailora.train.setup import some_examples
-from tailora.train.trainable import FullModel, Subject, trained
+from tailora.train.trainable import FullModel, Trainable, trained
 
 # ---- What a piece of code would hold in memory and compute, found by running it on tensors without contents.
 #
@@ -202,8 +202,8 @@ class Weights:
 class Skeleton:
     """model: what trains.    notes: what was foreseen about how."""
 
-    model: Subject
-    rows: Rows
+    model: Trainable
+    rows: BatchLayout
     kernels: Kernels
     weights: Weights
     notes: list[str]
@@ -230,7 +230,7 @@ def skeleton(config: TrainConfig, shape: PretrainedConfig, device: torch.device)
         yield Skeleton(model, rows, kernels, weights, notes)
 
 
-def subject(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> tuple[Subject, Weights]:
+def subject(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> tuple[Trainable, Weights]:
     """What trains, and what its base takes. Raises as `skeleton`."""
     base = _base(config, shape, device)
     weights = _weights(base, _stored_in(shape), None if config.quantize is None else STORED[config.quantize])
@@ -247,14 +247,14 @@ def _base(config: TrainConfig, shape: PretrainedConfig, device: torch.device) ->
     return base.eval()
 
 
-def _subject(config: TrainConfig, base: PreTrainedModel) -> Subject:
+def _subject(config: TrainConfig, base: PreTrainedModel) -> Trainable:
     if config.method == "full":
         return FullModel(base, cast(Any, None), lambda: base).train()
     own = settings_of(read_any(Path(config.adapter), base), base) if config.adapter else config.lora()
     return LoRAModel(base, own, fresh=False).train()
 
 
-def _rows(config: TrainConfig, model: Subject) -> tuple[Rows, list[str]]:
+def _rows(config: TrainConfig, model: Trainable) -> tuple[BatchLayout, list[str]]:
     """How examples will be read and losses computed, as far as the model's structure tells."""
     base = cast(PreTrainedModel, model.base_model)
     plain = model.disable_adapter() if isinstance(model, LoRAModel) else nullcontext()  # they change neither
@@ -264,7 +264,7 @@ def _rows(config: TrainConfig, model: Subject) -> tuple[Rows, list[str]]:
         with packed_rows(base) if packing.on else nullcontext():
             loss, obstacle = foreseen_form(base, batch) if config.fast == "auto" else (own_form(base), None)
     told = [packing.note, obstacle and f"the loss is computed {loss}, which takes more memory: {obstacle}"]
-    return Rows(packing.on, loss, 0), [note for note in told if note]
+    return BatchLayout(packing.on, loss, 0), [note for note in told if note]
 
 
 def _refusal(base: PreTrainedModel) -> str | None:
@@ -299,8 +299,8 @@ def _weights(base: PreTrainedModel, stored_in: torch.dtype, stored: Stored | Non
 
 
 def _linear(module: nn.Module) -> bool:
-    kind = kind_of(module)
-    return kind is not None and kind.linear
+    layer_type = layer_type_of(module)
+    return layer_type is not None and layer_type.linear
 
 
 class _Thawing:
@@ -310,7 +310,7 @@ class _Thawing:
 
     def forward(self, x: Tensor) -> Tensor:
         layer = cast(Any, self)
-        columns = kind_of(layer) is CONV1D
+        columns = layer_type_of(layer) is CONV1D
         y: Tensor = _Thawed.apply(x, layer.weight.T if columns else layer.weight, layer.bias, self.stored)  # type: ignore[no-untyped-call]
         return y
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tailora.data.prepare import PreparedData
 from tailora.train.loss import Evaluation
-from tailora.train.trainable import Subject
+from tailora.train.trainable import Trainable
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class TrainResult:
     total_parameters: int
     peak_memory_bytes: int
     seconds: float  # of everything, loading included
-    model: Subject = field(metadata=IN_MEMORY)
+    model: Trainable = field(metadata=IN_MEMORY)
     tokenizer: PreTrainedTokenizerBase = field(metadata=IN_MEMORY)
     data: PreparedData | None = field(metadata=IN_MEMORY)  # None when streaming without eval_data
     before: Evaluation | None = field(metadata=IN_MEMORY)

@@ -16,9 +16,9 @@ from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.kernels.attention import BLOCKS, SHORT, TORCHS, best_ways, packed_rows
 from tailora.kernels.llama import eligible, fast_layers, obstacle_to_layers
-from tailora.train.loss import Rows, token_losses
+from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.packing import probes
-from tailora.train.trainable import Subject, trained
+from tailora.train.trainable import Trainable, trained
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}  # float64: transformers computes norms in float32
 HALF_TOLERANCE = 0.1  # bfloat16, float16
@@ -36,7 +36,7 @@ class Kernels:
 
 
 def choose_kernels(
-    fast: str, model: Subject, rows: Rows, sample: Example, device: torch.device, before: bool | None = None
+    fast: str, model: Trainable, rows: BatchLayout, sample: Example, device: torch.device, before: bool | None = None
 ) -> Kernels:
     """`fast` is auto or off. Where `auto` finds that the layer kernels do not apply, or differ, `words` says why.
 
@@ -57,14 +57,16 @@ def choose_kernels(
     return described(base, rows, device, reason, verdict)
 
 
-def described(base: PreTrainedModel, rows: Rows, device: torch.device, reason: str | None, verdict: str) -> Kernels:
+def described(
+    base: PreTrainedModel, rows: BatchLayout, device: torch.device, reason: str | None, verdict: str
+) -> Kernels:
     """reason: why the layer kernels are off, or None."""
     layers = f"Llama family, {verdict}" if reason is None else f"off, {reason}"
     attention = _attention(base, rows, device) if reason else WAYS.get(best_ways(base.dtype), MIXED)
     return Kernels(reason is None, f"layer kernels: {layers}; attention: {attention}; loss: {rows.loss}")
 
 
-def obstacle_to_kernels(fast: str, base: PreTrainedModel, rows: Rows, device: torch.device) -> str | None:
+def obstacle_to_kernels(fast: str, base: PreTrainedModel, rows: BatchLayout, device: torch.device) -> str | None:
     """Why the layer kernels are not even tried, or None."""
     if fast == "off":
         return "as asked"
@@ -75,7 +77,7 @@ def obstacle_to_kernels(fast: str, base: PreTrainedModel, rows: Rows, device: to
     return obstacle_to_layers(base)
 
 
-def _attention(base: PreTrainedModel, rows: Rows, device: torch.device) -> str:
+def _attention(base: PreTrainedModel, rows: BatchLayout, device: torch.device) -> str:
     if not rows.packed:
         return f"{base.config._attn_implementation}, padded"
     in_blocks = device.type == "cpu" and base.dtype == torch.bfloat16
@@ -89,7 +91,7 @@ def documents(sample: Example, config: PretrainedConfig) -> list[Example]:
     return [Example(ids, ids.copy()) for ids in parts]
 
 
-def disagreement(model: Subject, examples: Sequence[Example], rows: Rows, device: torch.device) -> float:
+def disagreement(model: Trainable, examples: Sequence[Example], rows: BatchLayout, device: torch.device) -> float:
     """Of each layer's kernel from its own forward on the same input: the largest relative difference of all layers.
 
     Compared are what the layer adds to its input, and the gradients of the input and of the factors.
@@ -109,7 +111,7 @@ def disagreement(model: Subject, examples: Sequence[Example], rows: Rows, device
 Call = tuple[nn.Module, Tensor, dict[str, Any]]  # a layer, its input (1, tokens, hidden), its other arguments
 
 
-def _calls(model: Subject, examples: Sequence[Example], rows: Rows, device: torch.device) -> list[Call]:
+def _calls(model: Trainable, examples: Sequence[Example], rows: BatchLayout, device: torch.device) -> list[Call]:
     """What each layer that the kernels take is called with."""
     calls: list[Call] = []
 
@@ -139,7 +141,7 @@ def _tried(layer: nn.Module, x: Tensor, given: dict[str, Any]) -> list[Tensor]:
 
 
 @contextmanager
-def stirred(model: Subject) -> Iterator[None]:
+def stirred(model: Trainable) -> Iterator[None]:
     """Within the block, factors that are zero are random, so that every gradient is there to be compared."""
     layers = [layer for layer in trained(model).modules() if isinstance(layer, LoRALayer)]
     factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B, layer.lora_E)]
@@ -155,7 +157,9 @@ def stirred(model: Subject) -> Iterator[None]:
 
 
 @contextmanager
-def running(base: PreTrainedModel, rows: Rows, kernels: Kernels, *, checkpointed: bool = False) -> Iterator[None]:
+def running(
+    base: PreTrainedModel, rows: BatchLayout, kernels: Kernels, *, checkpointed: bool = False
+) -> Iterator[None]:
     """The model reads these rows by these kernels; afterwards it is what it was. Raises ConfigError."""
     with ExitStack() as stack:
         if rows.packed:

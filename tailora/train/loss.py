@@ -21,11 +21,11 @@ from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, Batch
 from tailora.kernels.prefix import Prefix
-from tailora.train.trainable import Subject
+from tailora.train.trainable import Trainable
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchLayout:
     """How examples become the model's input, and its output becomes losses."""
 
     packed: bool
@@ -37,7 +37,7 @@ class Rows:
 class Supervised(nn.Module):
     """A model that is called with examples and gives losses, so that what wraps a module (DDP) sees one forward."""
 
-    def __init__(self, model: nn.Module, rows: Rows, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, rows: BatchLayout, device: torch.device) -> None:
         super().__init__()
         self.model, self.rows, self.device = model, rows, device
 
@@ -46,7 +46,7 @@ class Supervised(nn.Module):
 
 
 def token_losses(
-    model: nn.Module, examples: Sequence[Example], rows: Rows, device: torch.device, expected: float = 1.0
+    model: nn.Module, examples: Sequence[Example], rows: BatchLayout, device: torch.device, expected: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Loss of every supervised token, (supervised,) float32, and the place in `examples` of each, (supervised,).
 
@@ -94,10 +94,10 @@ class Evaluation:
 
 
 def evaluate(
-    model: Subject,
+    model: Trainable,
     examples: Examples,
     *,
-    rows: Rows,
+    rows: BatchLayout,
     token_budget: int,
     device: torch.device | None = None,
 ) -> Evaluation:

@@ -23,9 +23,9 @@ from tailora.kernels.store import Store, free_bytes, make_room
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import Feed
 from tailora.train.kernel_choice import Kernels, documents, running
-from tailora.train.loss import Rows, as_batch, budgeted
+from tailora.train.loss import BatchLayout, as_batch, budgeted
 from tailora.train.memory import size
-from tailora.train.trainable import Subject
+from tailora.train.trainable import Trainable
 
 LAYOUT = 1  # raised when kept states change their meaning
 SHARE = 0.2  # of the free disk, unless a limit is set
@@ -49,8 +49,8 @@ class Batches:
 
 def choose_prefix(
     config: TrainConfig,
-    model: Subject,
-    rows: Rows,
+    model: Trainable,
+    rows: BatchLayout,
     kernels: Kernels,
     feed: Feed,
     accelerator: Accelerator,
@@ -78,7 +78,7 @@ def choose_prefix(
     return _opened(config, model, rows, kernels, batches, layers, course, like, note, recorded is not None)
 
 
-def _batches(feed: Feed, rows: Rows, world: int) -> Batches:
+def _batches(feed: Feed, rows: BatchLayout, world: int) -> Batches:
     held_out = feed.held_out if feed.held_out is not None else Examples.of([])
     shares = [held_out.select(np.arange(rank, len(held_out), world)) for rank in range(world)]
     evaluated = [
@@ -103,7 +103,7 @@ def decoder_layers(base: PreTrainedModel) -> list[nn.Module] | None:
 
 
 def tried(
-    model: Subject, layers: list[nn.Module], examples: list[Example], rows: Rows
+    model: Trainable, layers: list[nn.Module], examples: list[Example], rows: BatchLayout
 ) -> tuple[Course, Tensor, str | None]:
     """How many lower layers are frozen, an empty tensor like their states, and why these cannot be kept, or None.
 
@@ -126,7 +126,7 @@ def tried(
 
 
 def _obstacle(
-    model: Subject, layers: list[nn.Module], examples: list[Example], rows: Rows, course: Course
+    model: Trainable, layers: list[nn.Module], examples: list[Example], rows: BatchLayout, course: Course
 ) -> str | None:
     with torch.no_grad():
         trained = [_above(course, *_observed(model, layers, examples, rows)) for _ in range(2)]
@@ -147,7 +147,9 @@ def _obstacle(
 Outputs = list[tuple[int, Any]]  # the place of a layer, and what it returned, in the order of the calls
 
 
-def _observed(model: Subject, layers: list[nn.Module], examples: list[Example], rows: Rows) -> tuple[Outputs, Tensor]:
+def _observed(
+    model: Trainable, layers: list[nn.Module], examples: list[Example], rows: BatchLayout
+) -> tuple[Outputs, Tensor]:
     outputs: Outputs = []
 
     def note(place: int) -> Callable[..., None]:
@@ -166,17 +168,17 @@ def _above(course: Course, outputs: Outputs, last: Tensor) -> tuple[Tensor, Tens
     return states_of(outputs[course.depth - 1][1]), last
 
 
-def _decode(model: Subject, examples: Sequence[Example], rows: Rows) -> Tensor:
+def _decode(model: Trainable, examples: Sequence[Example], rows: BatchLayout) -> Tensor:
     """The decoder's states for these examples in one batch."""
     batch, _ = as_batch(examples, rows.packed, rows.pad_id, _device(model))
     return cast(Tensor, model.get_decoder()(**batch.inputs, use_cache=False)[0])
 
 
-def _device(model: Subject) -> torch.device:
+def _device(model: Trainable) -> torch.device:
     return cast(torch.device, cast(PreTrainedModel, model.base_model).device)
 
 
-def _computed(model: Subject, course: Course, rows: Rows, examples: Sequence[Example]) -> list[Tensor]:
+def _computed(model: Trainable, course: Course, rows: BatchLayout, examples: Sequence[Example]) -> list[Tensor]:
     """The states above the prefix of each example, (tokens, hidden), computed in one batch."""
     with torch.no_grad(), filling(course) as reached:
         _decode(model, examples, rows)
@@ -191,8 +193,8 @@ def _computed(model: Subject, course: Course, rows: Rows, examples: Sequence[Exa
 
 def _opened(
     config: TrainConfig,
-    model: Subject,
-    rows: Rows,
+    model: Trainable,
+    rows: BatchLayout,
     kernels: Kernels,
     batches: Batches,
     layers: list[nn.Module],
@@ -245,7 +247,7 @@ def verify(prefix: Prefix, note: Callable[[str], None]) -> None:
 
 
 def facts(
-    model: Subject, rows: Rows, kernels: Kernels, layers: Sequence[nn.Module], depth: int, plan: Plan
+    model: Trainable, rows: BatchLayout, kernels: Kernels, layers: Sequence[nn.Module], depth: int, plan: Plan
 ) -> dict[str, Any]:
     """All that the bits of the states depend on."""
     base = cast(PreTrainedModel, model.base_model)
@@ -267,7 +269,7 @@ def facts(
     }
 
 
-def _weights(model: Subject, above: Sequence[nn.Module]) -> Iterator[bytes | memoryview]:
+def _weights(model: Trainable, above: Sequence[nn.Module]) -> Iterator[bytes | memoryview]:
     """Names and bytes of the decoder's parameters and buffers, without the layers above the frozen ones."""
     decoder = model.get_decoder()
     left_out = {id(tensor) for layer in above for tensor in (*layer.parameters(), *layer.buffers())}

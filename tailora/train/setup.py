@@ -25,12 +25,12 @@ from tailora.train.checkpoint import Checkpoint, seed_all
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import Feed, HeldOut, Reader, feed
 from tailora.train.kernel_choice import Kernels, choose_kernels, running
-from tailora.train.loss import Rows, as_batch, token_losses
+from tailora.train.loss import BatchLayout, as_batch, token_losses
 from tailora.train.memory import Cost, explained, measure
 from tailora.train.model_loading import load_base
 from tailora.train.packing import choose
 from tailora.train.prefix import Kept, choose_prefix
-from tailora.train.trainable import FullModel, Subject
+from tailora.train.trainable import FullModel, Trainable
 
 # ---- How a run's adapter starts: from the weights by itself, from the run's own data here.
 
@@ -38,7 +38,7 @@ from tailora.train.trainable import FullModel, Subject
 PLAIN = Kernels(False, "")
 
 
-def from_data(model: Subject, feed: Feed, rows: Rows, device: torch.device, batches: int) -> None:
+def from_data(model: Trainable, feed: Feed, rows: BatchLayout, device: torch.device, batches: int) -> None:
     """Start an adapter that waits for data from the first batches of the run, the same on every rank."""
     if not isinstance(model, LoRAModel) or not model.waits_for_data:
         return
@@ -95,8 +95,8 @@ class Kit:
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     feed: Feed
-    model: Subject
-    rows: Rows
+    model: Trainable
+    rows: BatchLayout
     kernels: Kernels
     cost: Cost
     kept: Kept
@@ -161,7 +161,7 @@ def subject(
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
     adapter: LoRAConfig | None,
-) -> Subject:
+) -> Trainable:
     """What trains, in training mode. Raises ConfigError for full fine-tuning on several ranks."""
     if config.method == "lora":
         return attach(config, base, accelerator.device, adapter)
@@ -188,8 +188,8 @@ def attach(
 
 
 def choose_rows(
-    config: TrainConfig, model: Subject, tokenizer: PreTrainedTokenizerBase, note: Callable[[str], None]
-) -> Rows:
+    config: TrainConfig, model: Trainable, tokenizer: PreTrainedTokenizerBase, note: Callable[[str], None]
+) -> BatchLayout:
     """Packed or padded, and the form of the loss, tried on the model itself.
 
     Raises ConfigError for packing = 'on' where it changes results.
@@ -206,7 +206,7 @@ def choose_rows(
         note(packing.note)
     if obstacle:
         note(f"the loss is computed {loss}, which takes more memory: {obstacle}")
-    return Rows(packing.on, loss, pad_id)
+    return BatchLayout(packing.on, loss, pad_id)
 
 
 def some_examples(base: PreTrainedModel) -> list[Example]:
@@ -216,7 +216,7 @@ def some_examples(base: PreTrainedModel) -> list[Example]:
     return [Example(ids[part], labels[part]) for part in (slice(0, 10), slice(10, 24))]
 
 
-def memory_cost(model: Subject, rows: Rows, kernels: Kernels, sample: Example, device: torch.device) -> Cost:
+def memory_cost(model: Trainable, rows: BatchLayout, kernels: Kernels, sample: Example, device: torch.device) -> Cost:
     """Bytes that a forward keeps, measured on the start of one example."""
     base = cast(PreTrainedModel, model.base_model)
 

@@ -50,13 +50,13 @@ from tailora.train.events import (
 )
 from tailora.train.events import Prepared as Ready
 from tailora.train.kernel_choice import running
-from tailora.train.loss import Evaluation, Rows, Supervised, evaluate
+from tailora.train.loss import BatchLayout, Evaluation, Supervised, evaluate
 from tailora.train.memory import check_fits, explained, forget_peak, peak_bytes, remedies
 from tailora.train.optim import adamw, clip, groups, scheduled, take_step
 from tailora.train.run_log import Metrics
 from tailora.train.setup import Kit, assemble, start_accelerator
 from tailora.train.trainable import (
-    Subject,
+    Trainable,
     allocating,
     differences,
     folder_of,
@@ -75,11 +75,11 @@ class Bench:
 
     config: TrainConfig
     accelerator: Accelerator
-    model: Subject
+    model: Trainable
     forward: nn.Module  # `Supervised`, as accelerate prepared it
     flats: list[Flat]  # all that is trained
     optimizer: torch.optim.Optimizer
-    rows: Rows
+    rows: BatchLayout
     steps: Callable[[int], Iterator[list[MicroBatch]]]  # from a step on
     max_steps: int
     held_out: Examples | None
@@ -334,7 +334,7 @@ def _due(every: int, step: int) -> bool:
 
 
 RateAt = Callable[[int, int], float]  # step, of steps -> learning rate
-OnReady = Callable[[Subject, PreTrainedTokenizerBase, PreparedData | None], None]
+OnReady = Callable[[Trainable, PreTrainedTokenizerBase, PreparedData | None], None]
 
 
 def run(

@@ -1,4 +1,4 @@
-"""Kinds of the user's own: docs/kinds.md is run."""
+"""Kinds of the user's own: docs/layer_types.md is run."""
 
 import copy
 import pickle
@@ -14,23 +14,25 @@ from torch import nn
 
 import tailora
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.layer_types import KINDS
+from tailora.core.layer_types import LAYER_TYPES
 from tailora.errors import ConfigError
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "kinds.md").read_text(), re.DOTALL)
+BLOCKS = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "layer_types.md").read_text(), re.DOTALL
+)
 
 
 @pytest.fixture
 def documented() -> Iterator[dict[str, Any]]:
     """The names that the page's code makes; its registrations end with the test."""
     names: dict[str, Any] = {"__name__": __name__}
-    before = dict(KINDS)
+    before = dict(LAYER_TYPES)
     for block in BLOCKS:
         exec(block, names)
     globals().update(Scaled=names["Scaled"], Pair=names["Pair"])  # where pickles look for them
     yield names
-    for name in KINDS.keys() - before.keys():
-        del KINDS[name]
+    for name in LAYER_TYPES.keys() - before.keys():
+        del LAYER_TYPES[name]
 
 
 def test_a_registered_matrix_trains_merges_and_comes_back(documented: dict[str, Any], tmp_path: Path) -> None:
@@ -73,7 +75,7 @@ def test_a_registered_forward_is_what_the_merged_layer_computes(documented: dict
 def test_all_linear_means_registered_classes_that_say_so(documented: dict[str, Any]) -> None:
     net = nn.Sequential(documented["Scaled"](8, 6), nn.Linear(6, 6))
     assert list(LoRAModel(net, LoRAConfig(r=2)).lora_layers) == ["1"]
-    tailora.register_kind(
+    tailora.register_layer_type(
         documented["Scaled"], lambda layer: layer.kernel.shape, weight="kernel", linear=True, replace=True
     )
     net = nn.Sequential(documented["Scaled"](8, 6), nn.Linear(6, 6))
@@ -82,18 +84,18 @@ def test_all_linear_means_registered_classes_that_say_so(documented: dict[str, A
 
 def test_registering_twice_and_over_tailora_s_own_is_refused(documented: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="Scaled is registered already; pass replace=True"):
-        tailora.register_kind(documented["Scaled"], lambda layer: layer.kernel.shape)
+        tailora.register_layer_type(documented["Scaled"], lambda layer: layer.kernel.shape)
     for cls in (nn.Linear, nn.MultiheadAttention):
         with pytest.raises(ConfigError, match="a kind of tailora's own"):
-            tailora.register_kind(cls, lambda _: (1, 1), replace=True)
+            tailora.register_layer_type(cls, lambda _: (1, 1), replace=True)
     with pytest.raises(ConfigError, match=r"takes a class derived from nn\.Module; got 'Linear'"):
-        tailora.register_kind("Linear", lambda _: (1, 1))  # type: ignore[arg-type]
+        tailora.register_layer_type("Linear", lambda _: (1, 1))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="dims is a function"):
-        tailora.register_kind(nn.ReLU, (1, 1))  # type: ignore[arg-type]
+        tailora.register_layer_type(nn.ReLU, (1, 1))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="update and forward"):
-        tailora.register_kind(nn.ReLU, lambda _: (1, 1), update=lambda *_: None, forward=lambda *_: None)  # type: ignore[arg-type,return-value]
-    tailora.unregister_kind(documented["Scaled"])
+        tailora.register_layer_type(nn.ReLU, lambda _: (1, 1), update=lambda *_: None, forward=lambda *_: None)  # type: ignore[arg-type,return-value]
+    tailora.unregister_layer_type(documented["Scaled"])
     with pytest.raises(ConfigError, match="is not registered"):
-        tailora.unregister_kind(documented["Scaled"])
+        tailora.unregister_layer_type(documented["Scaled"])
     with pytest.raises(ConfigError, match="is not registered"):
-        tailora.unregister_kind(nn.Linear)
+        tailora.unregister_layer_type(nn.Linear)

@@ -45,7 +45,7 @@ def test_pissa_takes_the_best_part_of_the_weight_group_by_group(kind: KindCase) 
     (layer,) = model.lora_layers.values()
     base = model.base_model.block["target"]
     weight = kind.weight(model.base_model).detach()
-    matrix = layer.kind.matrix(base, weight)  # (groups, m, n)
+    matrix = layer.layer_type.matrix(base, weight)  # (groups, m, n)
     own = matrix if layer.rows is None else layer.rows.take(matrix.mT).mT
     layer.start_A = layer.start_B = None
     left = (weight - layer.delta(base)).square().sum() - (matrix.square().sum() - own.square().sum())
@@ -125,7 +125,7 @@ def test_lora_ga_takes_the_directions_of_the_whole_gradient(kind: KindCase) -> N
     plain = kind.net()
     sum(square(plain, kind.batch(seed=seed)) for seed in range(5)).backward()
     weight = plain.block["target"].weight
-    G = layer.kind.matrix(plain.block["target"], weight.grad)
+    G = layer.layer_type.matrix(plain.block["target"], weight.grad)
     groups, each = len(G), layer.r // len(G)
     U, _, V = torch.linalg.svd(G, full_matrices=False)
     A, B = layer.start_A.reshape(groups, each, -1), layer.start_B.reshape(groups, -1, each)
@@ -156,7 +156,9 @@ def test_eva_explains_as_much_of_the_inputs_as_their_principal_components(kind: 
     rows = []
     for seed in range(5):
         x = kind.batch(seed=seed)
-        patches = layer.kind.update(base, x, identity, torch.eye(layer.in_features)) if x.ndim == len(kind.shape) else x
+        patches = (
+            layer.layer_type.update(base, x, identity, torch.eye(layer.in_features)) if x.ndim == len(kind.shape) else x
+        )
         channels = -1 if layer.lora_A.ndim == 2 else 1
         rows.append(patches.movedim(channels, -1).reshape(-1, layer.in_features))
     x = torch.cat(rows)

@@ -13,7 +13,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.evaluation.multiple_choice import branched, grown, obstacle_to_branches
 from tailora.kernels.loss import FROZEN, OWN, WHOLE
-from tailora.train.loss import Rows, evaluate
+from tailora.train.loss import BatchLayout, evaluate
 
 RANDOM = np.random.default_rng(0)
 
@@ -60,7 +60,7 @@ def neox() -> Any:
 def test_a_reply_has_the_loss_that_it_has_alone(make: Any, form: str, attention: str) -> None:
     model = LoRAModel(make().eval(), LoRAConfig(r=2))
     model.base_model.set_attn_implementation(attention)  # type: ignore[operator]
-    rows = Rows(packed=False, loss=OWN, pad_id=0)
+    rows = BatchLayout(packed=False, loss=OWN, pad_id=0)
     found = branched(model, QUESTIONS, form, token_budget=40)
     for replies, nats in zip(QUESTIONS, found, strict=True):
         alone = evaluate(model, Examples.of(replies), rows=rows, token_budget=1).sums

@@ -10,10 +10,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.schemas import Choices, from_choices
 from tailora.evaluation.multiple_choice import log_likelihoods, options, picked
-from tailora.train.loss import Rows
+from tailora.train.loss import BatchLayout
 
 Make = Callable[..., LlamaForCausalLM]
-PADDED = Rows(packed=False, loss="from the model's own logits", pad_id=0)
+PADDED = BatchLayout(packed=False, loss="from the model's own logits", pad_id=0)
 COLOURS = ["hello", "how are", "you today how"]
 
 

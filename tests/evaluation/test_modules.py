@@ -40,7 +40,7 @@ def test_norms_are_those_of_the_dense_update_and_weight(kind: KindCase, slot: st
     assert 0 < found.stable_rank <= found.effective_rank + 1e-6
     assert found.learned_scaling == (slot == "learned scale")
     assert (found.intruders is None) == bool(found.note)
-    assert len(found.singular_values) == layer.r // (1 if layer.kind.stacked else layer.groups)
+    assert len(found.singular_values) == layer.r // (1 if layer.layer_type.stacked else layer.groups)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

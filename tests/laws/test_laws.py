@@ -44,8 +44,8 @@ def as_dense(kind: KindCase, layer: Any, adapter: Any) -> dict[str, Tensor]:
     """The layer's weight and bias by the equation, formed whole, the norm a constant (arXiv:2402.09353, sec. 4.3)."""
     weight = layer.get_parameter(kind.parameter) + adapter.delta(layer)
     if adapter.lora_magnitude_vector is not None:
-        columns = adapter.kind.columns(layer)
-        rows = weight.mT if columns else weight if adapter.kind.stacked else weight.flatten(1)  # (..., out, n)
+        columns = adapter.layer_type.columns(layer)
+        rows = weight.mT if columns else weight if adapter.layer_type.stacked else weight.flatten(1)  # (..., out, n)
         own = slice(None) if adapter.rows is None else adapter.rows.take(torch.arange(len(rows)))
         gain = adapter.lora_magnitude_vector / rows[own].detach().norm(dim=-1).flatten()
         scaled = torch.ones(rows.shape[:-1], dtype=gain.dtype)

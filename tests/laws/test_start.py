@@ -46,7 +46,7 @@ def test_the_gradients_are_those_of_s_times_ba_minus_the_start(kind: KindCase) -
     through_layer = torch.autograd.grad((model(x) - 1).square().sum(), [layer.lora_A, layer.lora_B])
 
     def product(A: Tensor, B: Tensor) -> Tensor:
-        left, right = layer.kind.factors(base, A, B if layer.rows is None else layer.rows.spread(B.mT).mT)
+        left, right = layer.layer_type.factors(base, A, B if layer.rows is None else layer.rows.spread(B.mT).mT)
         return (left @ right).reshape(weight.shape)
 
     update = layer.scaling * (product(layer.lora_A, layer.lora_B) - product(*kept).detach())

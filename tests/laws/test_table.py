@@ -9,7 +9,7 @@ from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core import layer_types, quantization
-from tailora.core.layer_types import ATTENTION, KINDS, kind_of, qualified
+from tailora.core.layer_types import ATTENTION, LAYER_TYPES, layer_type_of, qualified
 from tailora.core.quantization import BASES as ROWS
 from tailora.core.quantization import base_of, is_quantized
 from tailora.core.targets import select
@@ -57,13 +57,13 @@ def test_a_kind_that_a_base_does_not_hold_stays_plain_or_is_refused_by_the_packa
 
 def test_the_table_has_every_row_of_the_core() -> None:
     layers = [case.layer() for case in EVERY]
-    covered = {qualified(cls) for layer in layers for cls in type(layer).__mro__ if qualified(cls) in KINDS}
-    assert covered == set(KINDS)
-    assert kind_of(nn.LayerNorm(3)) is None
-    selected = {target.kind for case in EVERY for target in select(case.net(), config(case)).targets}
+    covered = {qualified(cls) for layer in layers for cls in type(layer).__mro__ if qualified(cls) in LAYER_TYPES}
+    assert covered == set(LAYER_TYPES)
+    assert layer_type_of(nn.LayerNorm(3)) is None
+    selected = {target.layer_type for case in EVERY for target in select(case.net(), config(case)).targets}
     attention = {ATTENTION[name] for name in ("in_proj_weight", "out_proj", "v_proj_weight")}  # q and k are as v
-    assert selected - {layer_types.parameter_kind(name) for name in ("gate_up_proj", "down_proj")} == {
-        *KINDS.values(),
+    assert selected - {layer_types.parameter_layer_type(name) for name in ("gate_up_proj", "down_proj")} == {
+        *LAYER_TYPES.values(),
         *attention,
     }
     assert {base_of(case.net().block["target"]) for case in QUANTIZED} == {*ROWS.values()}

@@ -15,11 +15,11 @@ from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FROZEN
 from tailora.train.dataloader import MicroBatch
-from tailora.train.loss import Rows, Supervised, evaluate
+from tailora.train.loss import BatchLayout, Supervised, evaluate
 from tailora.train.trainer import accumulate
 
 LENGTHS = (3, 5, 40, 60)
-ROWS = {"packed": Rows(True, FROZEN, 0), "padded": Rows(False, FROZEN, 0)}
+ROWS = {"packed": BatchLayout(True, FROZEN, 0), "padded": BatchLayout(False, FROZEN, 0)}
 rows_of = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 
 
@@ -53,7 +53,7 @@ def test_packed_logits_are_those_of_each_document_alone(model: LoRAModel) -> Non
 
 
 @rows_of
-def test_the_accumulated_gradient_is_that_of_the_full_batch(model: LoRAModel, rows: Rows) -> None:
+def test_the_accumulated_gradient_is_that_of_the_full_batch(model: LoRAModel, rows: BatchLayout) -> None:
     """Summed loss / supervised tokens of the whole step: to 1e-6, at lengths 3, 5, 40, 60."""
     model.eval()  # dropout draws for each forward
     data = examples()
@@ -73,7 +73,7 @@ def test_the_accumulated_gradient_is_that_of_the_full_batch(model: LoRAModel, ro
 
 
 @rows_of
-def test_evaluation_gives_the_same_bits_each_time(model: LoRAModel, rows: Rows) -> None:
+def test_evaluation_gives_the_same_bits_each_time(model: LoRAModel, rows: BatchLayout) -> None:
     model.train()
     held_out = Examples.of(examples())
     first, again = (evaluate(model, held_out, rows=rows, token_budget=64) for _ in range(2))

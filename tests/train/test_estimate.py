@@ -26,7 +26,7 @@ from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.estimate import memory_of, skeleton, step_of, subject, without_contents
 from tailora.train.kernel_choice import Kernels, running
-from tailora.train.loss import Rows, token_losses
+from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.memory import Load
 from tailora.train.model_loading import load_base, read_config
 from tailora.train.setup import memory_cost
@@ -143,7 +143,7 @@ def test_nothing_of_the_simulation_stays_behind(model_folder: Path) -> None:
         step_of(bare, [example(40)], checkpointed=False)
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model = LoRAModel(base, LoRAConfig(r=4)).train()
-    rows = Rows(True, FROZEN, 0)
+    rows = BatchLayout(True, FROZEN, 0)
     with running(base, rows, Kernels(True, "")):
         losses, _ = token_losses(model, [example(40)], rows, CPU)
         losses.sum().backward()

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
-from tailora.train.loss import Rows, evaluate, token_losses
+from tailora.train.loss import BatchLayout, evaluate, token_losses
 from tailora.train.model_loading import load_base
 from tailora.train.trainable import FullModel, trained
 from tailora.train.trainer import run
 
 Settings = Callable[..., TrainConfig]
-PADDED = Rows(False, "from the model's own logits", 0)
+PADDED = BatchLayout(False, "from the model's own logits", 0)
 FULL: dict[str, Any] = {"method": "full", "learning_rate": 1e-3, "num_train_epochs": 3}
 
 
@@ -42,7 +42,7 @@ def test_the_gradients_are_those_of_the_plain_model(model_folder: Path, dtype: s
     plain = load_base(str(model_folder), dtype)[0]
     ids = np.arange(20, dtype=np.int32)
     losses, _ = token_losses(
-        model, [Example(ids, ids)], Rows(False, "from the model's own logits", 0), torch.device("cpu")
+        model, [Example(ids, ids)], BatchLayout(False, "from the model's own logits", 0), torch.device("cpu")
     )
     losses.sum().backward()
     tokens = torch.arange(20)[None]

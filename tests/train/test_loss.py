@@ -18,7 +18,7 @@ from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED
 from tailora.model import LoRAModel
 from tailora.train.dataloader import MicroBatch
-from tailora.train.loss import Rows, Supervised, budgeted, evaluate, token_losses
+from tailora.train.loss import BatchLayout, Supervised, budgeted, evaluate, token_losses
 from tailora.train.setup import choose_rows
 from tailora.train.trainer import accumulate
 
@@ -35,7 +35,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(vocab_size=300, **GROUPED),
     "gpt2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0),
 }
-PACKED, PADDED = (Rows(packed, FROZEN, pad_id=0) for packed in (True, False))
+PACKED, PADDED = (BatchLayout(packed, FROZEN, pad_id=0) for packed in (True, False))
 
 
 def examples(lengths: tuple[int, ...] = (3, 5, 40, 60)) -> list[Example]:
@@ -57,7 +57,7 @@ def model(request: pytest.FixtureRequest) -> LoRAModel:
     return made
 
 
-def gradient(model: LoRAModel, batches: list[list[Example]], rows: Rows) -> tuple[float, Tensor]:
+def gradient(model: LoRAModel, batches: list[list[Example]], rows: BatchLayout) -> tuple[float, Tensor]:
     supervised = sum(example.supervised for batch in batches for example in batch)
     model.zero_grad()
     forward = Supervised(model, rows, CPU)
@@ -66,7 +66,7 @@ def gradient(model: LoRAModel, batches: list[list[Example]], rows: Rows) -> tupl
 
 
 @pytest.mark.parametrize("rows", [PACKED, PADDED], ids=["packed", "padded"])
-def test_four_batches_of_one_are_one_batch_of_four(model: LoRAModel, rows: Rows) -> None:
+def test_four_batches_of_one_are_one_batch_of_four(model: LoRAModel, rows: BatchLayout) -> None:
     data = examples()
     with packed_rows(model.base_model) if rows.packed else nullcontext():
         (loss_1, one), (loss_4, four) = (
@@ -103,7 +103,7 @@ def test_a_batch_of_weight_zero_counts_for_nothing(model: LoRAModel) -> None:
     assert torch.equal(again, expected)
 
 
-def logits_asked_for(model: LoRAModel, rows: Rows) -> int:
+def logits_asked_for(model: LoRAModel, rows: BatchLayout) -> int:
     """Rows of the output head that one batch computes."""
     seen: list[int] = []
     head = model.base_model.get_output_embeddings()
@@ -116,14 +116,14 @@ def logits_asked_for(model: LoRAModel, rows: Rows) -> int:
 @pytest.mark.parametrize("form", [RECOMPUTED, OWN])
 def test_logits_exist_at_supervised_positions_only(model: LoRAModel, form: str) -> None:
     with packed_rows(model.base_model):
-        assert logits_asked_for(model, Rows(True, form, 0)) == sum(example.supervised for example in examples())
+        assert logits_asked_for(model, BatchLayout(True, form, 0)) == sum(example.supervised for example in examples())
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_losses_that_each_example_has_alone(model: LoRAModel, form: str, packed: bool) -> None:
     with packed_rows(model.base_model) if packed else nullcontext():
-        losses, owners = token_losses(model, examples(), Rows(packed, form, 0), CPU)
+        losses, owners = token_losses(model, examples(), BatchLayout(packed, form, 0), CPU)
     for place, example in enumerate(examples()):
         logits = model(input_ids=torch.from_numpy(example.input_ids).long()[None]).logits[0, :-1]
         labels = torch.from_numpy(example.labels).long()[1:]
@@ -160,7 +160,7 @@ def test_evaluation_is_bitwise_repeatable_and_independent_of_its_batches(model: 
     held = Examples.of(examples((3, 5, 40, 60, 7, 7, 21)))
     model.train()
     first, second, small = (
-        evaluate(model, held, rows=Rows(packed, FROZEN, 0), token_budget=budget) for budget in (64, 64, 8)
+        evaluate(model, held, rows=BatchLayout(packed, FROZEN, 0), token_budget=budget) for budget in (64, 64, 8)
     )
     assert (first.sums == second.sums).all()
     np.testing.assert_allclose(first.sums, small.sums, rtol=1e-5)
