@@ -18,8 +18,8 @@ ROOMS = [
     "kernels",
     "train",
     "evaluation",
-    "report",
     "study",
+    "report",
     "serve",
     "cli",
 ]

@@ -26,7 +26,8 @@ from tailora.cli.flags import (
 )
 from tailora.cli.main import aside, logs, note, on_terminal, print_json, results
 from tailora.errors import ConfigError, require_packages
-from tailora.report import PAGE, words
+from tailora.formats.run_folder import PAGE
+from tailora.report import report_if_possible, words
 from tailora.study.config import AT_THE_END, FULL, LORA, CompareConfig
 
 # ---- What the commands of studies share: a line that shows the step, and what to type after Ctrl-C.
@@ -135,6 +136,7 @@ def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
         print_json(comparison.to_dict())
     else:
         show(results(), comparison)
+    report_if_possible(Path(chosen.config.output_dir))
     aside(page_of(Path(chosen.config.output_dir)))
     return 0
 

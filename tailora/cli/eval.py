@@ -24,6 +24,7 @@ from tailora.cli.main import aside, logs, note, on_terminal, print_json, results
 from tailora.cli.models import Quantize, load, named, recorded
 from tailora.errors import ConfigError
 from tailora.evaluation.metrics import METRICS, SHELL, Gate, check_gates, of_task, parse_gates, parse_metrics
+from tailora.formats.run_folder import REPORT, write_report
 from tailora.report import report_if_possible
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def answers(found: "Scores") -> Table:
 
 FLAGS: Any = flags_of({}, only=["field", "max_length", "dtype"])
 NONE_GIVEN = FLAGS()
-KIND, REPORT = "eval", "report.json"
+KIND = "eval"
 NOT_MET = 4
 LIGHTER = "what helps: a smaller --max-length, --quantize nf4, --dtype bfloat16, closing other programs"
 
@@ -350,7 +351,6 @@ def _told(
 ) -> int:
     """Prints and writes what was found; the exit code."""
     from tailora.evaluation.scores import plain
-    from tailora.formats.io import write_file
 
     outcomes = judged(gates, found.values())
     payload = {
@@ -361,8 +361,7 @@ def _told(
         "seconds": seconds,
     }
     if folder is not None:
-        content = jsonlib.dumps({"kind": KIND, **payload}, indent=1, allow_nan=False)
-        write_file(folder / REPORT, content.encode())
+        write_report(folder, KIND, payload)
         report_if_possible(folder)
         aside(page_of(folder))
     if as_json:

@@ -25,7 +25,8 @@ from tailora.cli.models import Quantize, chosen_method, is_lora_file, recorded
 from tailora.core.patterns import layer_index
 from tailora.errors import ConfigError
 from tailora.evaluation.spectral import ModuleReport
-from tailora.formats.run_folder import SETTINGS, adapter_in
+from tailora.formats.run_folder import SETTINGS, adapter_in, write_report
+from tailora.report import report_if_possible
 from tailora.study.advice import Advice, few, limit_of
 from tailora.study.inspect import Inspection
 from tailora.study.model_layout import DEPTHS, depth_of, span
@@ -76,7 +77,7 @@ def inspect(
     if model is None and (data is not None or forgetting_data is not None):
         raise ConfigError(f"--data and --forgetting-data need the base model: give --model{_hint(folder)}")
     # DROPPED
-    from tailora.study.inspect import Asked, write_report
+    from tailora.study.inspect import Asked
     from tailora.study.inspect import inspect as run
 
     longest = recorded(folder, "max_length")
@@ -86,7 +87,8 @@ def inspect(
     with _bar() as progress:
         found = run(folder, model, data, other=second, asked=asked, quantize=method, say=aside, progress=progress)
     if output_dir is not None:
-        write_report(found, output_dir)
+        write_report(output_dir, "inspect", found.to_dict())
+        report_if_possible(output_dir)
         aside(page_of(output_dir))
     if json:
         print_json(found.to_dict())

@@ -13,6 +13,7 @@ from rich.text import Text
 from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, settings
 from tailora.cli.main import aside, note, print_json, results
 from tailora.errors import ConfigError
+from tailora.report import report_if_possible
 
 if TYPE_CHECKING:
     from tailora.study.plan import Plan
@@ -49,6 +50,8 @@ def plan(
     from tailora.study.plan import plan as run  # torch from here on
 
     found = run(chosen.config, measure, memory=room, output_dir=output_dir, say=aside)
+    if output_dir is not None:
+        report_if_possible(output_dir)
     if json:
         print_json(found.to_dict())
     else:

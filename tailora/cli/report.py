@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from tailora.cli.flags import Json
 from tailora.cli.main import print_json, results
 from tailora.errors import ConfigError
-from tailora.report import CONTENT
+from tailora.formats.run_folder import REPORT
 from tailora.report import report as make
 from tailora.report.run_folder import RUN, gather
 
@@ -23,7 +23,7 @@ def report(folder: Folder, /, *, json: Json = False) -> int:
         gather(folder)
     page = make(folder)
     if json:
-        print_json({"report": str(page), "data": str(folder / CONTENT)})
+        print_json({"report": str(page), "data": str(folder / REPORT)})
     else:
         results().print(str(page), markup=False, soft_wrap=True)
     return 0

@@ -23,6 +23,7 @@ from tailora.cli.flags import (
 )
 from tailora.cli.main import aside, logs, note, print_json, results
 from tailora.errors import require_packages
+from tailora.report import report_if_possible
 from tailora.study.config import SearchConfig
 
 OWN = SearchConfig.model_fields
@@ -77,6 +78,7 @@ def _run(chosen: Settings, study: SearchConfig, as_json: bool) -> int:
         print_json(found.to_dict())
     else:
         display(results(), found)
+    report_if_possible(Path(chosen.config.output_dir))
     aside(page_of(Path(chosen.config.output_dir)))
     return 0
 

@@ -24,7 +24,8 @@ from tailora.errors import CheckpointError, ConfigError
 from tailora.evaluation.generate import Answer, answers
 from tailora.evaluation.statistics import Interval, changes, verdict
 from tailora.formats.io import write_file
-from tailora.report import CONTENT, PAGE, report_if_possible
+from tailora.formats.run_folder import PAGE, REPORT
+from tailora.report import report_if_possible
 from tailora.report.run_folder import gather
 from tailora.train.config import TrainConfig
 from tailora.train.events import Interrupted, TrainResult
@@ -136,7 +137,7 @@ FILES = {
     "examples.jsonl": "loss of every held-out example, before and after",
     "run.json": "settings, versions, seeds and data hash: what it takes to run it again",
     "config.yaml": "the settings, for --config",
-    CONTENT: "the numbers of report.html, for programs",
+    REPORT: "the numbers of report.html, for programs",
 }
 TITLED: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 

@@ -12,11 +12,11 @@ from pydantic import ValidationError
 
 from tailora.errors import ConfigError, FormatError, listing, require_packages
 from tailora.formats.io import write_file
+from tailora.formats.run_folder import PAGE, REPORT
 
 if TYPE_CHECKING:
     from tailora.report.parts import Page
 
-CONTENT, PAGE = "report.json", "report.html"
 KINDS = ("plan", "train", "eval", "compare", "search", "learning-rates", "inspect")
 NEEDS = ("matplotlib", "jinja2")
 
@@ -30,7 +30,7 @@ def report(folder: Path) -> Path:
     from tailora.report.page import html
 
     content = read(folder)
-    write_file(folder / PAGE, html(page_of(content, folder / CONTENT)).encode())
+    write_file(folder / PAGE, html(page_of(content, folder / REPORT)).encode())
     return folder / PAGE
 
 
@@ -41,9 +41,9 @@ def report_if_possible(folder: Path) -> Path | None:
 
 def read(folder: Path) -> dict[str, Any]:
     """What report.json holds."""
-    path = folder / CONTENT
+    path = folder / REPORT
     if not path.is_file():
-        raise ConfigError(f"{folder} holds no {CONTENT}; give the folder of a {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+        raise ConfigError(f"{folder} holds no {REPORT}; give the folder of a {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

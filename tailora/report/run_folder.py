@@ -7,15 +7,14 @@ from typing import Any
 
 from tailora.errors import FormatError
 from tailora.evaluation.statistics import Interval, changes, verdict
-from tailora.formats.io import write_file
+from tailora.formats.run_folder import write_report
 
-RUN, METRICS, SAMPLES, EXAMPLES, REPORT = "run.json", "metrics.jsonl", "samples.json", "examples.jsonl", "report.json"
+RUN, METRICS, SAMPLES, EXAMPLES = "run.json", "metrics.jsonl", "samples.json", "examples.jsonl"
 
 
 def gather(folder: Path) -> Path:
     """Writes report.json. Raises FormatError where a file of the run is not what it should be."""
-    write_file(folder / REPORT, json.dumps(gathered(folder), indent=1).encode())
-    return folder / REPORT
+    return write_report(folder, "train", gathered(folder))
 
 
 def gathered(folder: Path) -> dict[str, Any]:
@@ -30,7 +29,6 @@ def gathered(folder: Path) -> dict[str, Any]:
     found = changes(held["before"], held["after"], held["tokens"]) if held else {}
     spread = {f"eval_loss_{name}_95": None if math.isnan(each.low) else each[1:] for name, each in found.items()}
     return {
-        "kind": "train",
         "verdict": _said(result, found.get("change"), len(rows)),
         "settings": settings,
         "run": header,

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from tailora.errors import ConfigError
 from tailora.formats.io import make_writable, write_file
-from tailora.report import report_if_possible
+from tailora.formats.run_folder import write_report
 from tailora.study.budget import FEWEST_STEPS, PROBE_STEPS, SAFETY, Costs, costs_of, longest
 from tailora.study.config import AT_THE_END, FULL, CompareConfig, arm_settings
 from tailora.study.judging import Comparison, judged
@@ -30,7 +30,7 @@ from tailora.study.lr_search import Rates
 from tailora.study.trial import OUT_OF_MEMORY, RESULT, Base, Progress, Spec, Trial, choosing_part, judging_half, try_out
 from tailora.train.config import TrainConfig
 
-STUDY, PLAN, REPORT, CLOCK = "compare.json", "plan.json", "report.json", "seconds.json"
+STUDY, PLAN, CLOCK = "compare.json", "plan.json", "seconds.json"
 LATER = {"seeds", "rate_tries", "minutes", "margin"}  # what a comparison may be asked for more of
 
 Say = Callable[[str], None]
@@ -59,8 +59,7 @@ def compare(
             comparison = _Study(train, study, folder, say, progress).run(settings)
     except Timeout:
         raise ConfigError(f"another comparison is writing to {folder} now; give another --output-dir") from None
-    write_file(folder / REPORT, json.dumps({"kind": "compare", **comparison.to_dict()}, indent=1).encode())
-    report_if_possible(folder)
+    write_report(folder, "compare", comparison.to_dict())
     return comparison
 
 

@@ -8,7 +8,6 @@ with held-out data                              what the smaller singular values
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,11 +36,9 @@ from tailora.evaluation.spectral import (
     with_shares,
 )
 from tailora.evaluation.statistics import Interval, paired_difference
-from tailora.formats.io import write_file
 from tailora.formats.offline import read_alone
 from tailora.formats.run_folder import adapter_in, recorded_settings
 from tailora.model import LoRAModel
-from tailora.report import report_if_possible
 from tailora.study.advice import Advice, advise, costly, forgets_much
 from tailora.study.model_layout import group_of, grouped, in_order, layers_of
 from tailora.train.config import TrainConfig
@@ -166,7 +163,6 @@ def together(model: LoRAModel, names: tuple[str, str], measure: Callable[[], Eva
 # ----
 
 
-REPORT = "report.json"
 NAME = "default"
 RECORDED = ("model", "data", "learning_rate", "num_train_epochs", "max_steps", "seed")
 
@@ -285,13 +281,6 @@ def examined(updates: Mapping[str, Update], asked: Asked, progress: Progress) ->
 def _training(folder: Path) -> dict[str, Any]:
     settings = recorded_settings(folder)
     return {name: settings[name] for name in RECORDED if settings.get(name) is not None}
-
-
-def write_report(found: Inspection, folder: Path) -> Path:
-    """report.json, with all that was found, and report.html where the packages for it are. Raises WriteError."""
-    text = json.dumps({"kind": "inspect", **found.to_dict()}, indent=1, allow_nan=False)
-    write_file(folder / REPORT, text.encode())
-    return report_if_possible(folder) or folder / REPORT
 
 
 # ---- What an adapter's smaller singular values are worth, in held-out loss; and what it costs at a lower strength.

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from tailora.errors import ConfigError
 from tailora.formats.io import write_file
-from tailora.report import report_if_possible
+from tailora.formats.run_folder import write_report
 from tailora.study import study_store as folders
 from tailora.study.budget import PROBE_STEPS, SAFETY, SMALL_RATE, probe
 from tailora.study.config import SearchConfig
 from tailora.study.trial import Progress, Spec, Told, Trial, try_out
 from tailora.train.config import TrainConfig
 
-STUDY, REPORT, KIND = "search.json", "report.json", "learning-rates"
+STUDY, KIND = "search.json", "learning-rates"
 LOWEST, HIGHEST = 1e-6, 1.0
 STEPS, BETWEEN = 120, 3  # 20 steps a decade; evaluations every 3
 FEWEST = 30
@@ -81,9 +81,7 @@ def find_range(
         spec = _spec(train, {"max_steps": steps, "eval_steps": BETWEEN}, rising=(LOWEST, HIGHEST))
         trial = try_out(spec, folder / "rising", progress, _until_lost())
     found = read_range(trial, steps, asked)
-    content = {"kind": KIND, "verdict": found.verdict, **found.to_dict()}
-    write_file(folder / REPORT, json.dumps(content, indent=1).encode())
-    report_if_possible(folder)
+    write_report(folder, KIND, {"verdict": found.verdict, **found.to_dict()})
     return found
 
 

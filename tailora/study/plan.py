@@ -6,7 +6,6 @@
 Full fine-tuning of the same model stands beside it. Lengths and steps come from the data, where it is given.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,9 +24,8 @@ from tailora.core.layer_types import host_path, layer_type_of
 from tailora.core.patterns import layer_index
 from tailora.core.targets import chosen_places
 from tailora.data.dataset import Example
-from tailora.formats.io import write_file
+from tailora.formats.run_folder import write_report
 from tailora.model import LoRAModel
-from tailora.report import CONTENT, report_if_possible
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import feed, heaviest, parts, shape_of
 from tailora.train.estimate import SHARE, Memory, Step, memory_of, products_per_second, skeleton, step_of
@@ -356,7 +354,7 @@ def plan(
     """Where `config` names no data, every example has max_length tokens, all learned, and steps are not known.
 
     measure: take a few real steps, too, in a process of their own.    memory: bytes to fit into; else what is free.
-    output_dir: folder for report.json and, with the extra `study`, report.html; nothing is written without it.
+    output_dir: folder for report.json; nothing is written without it.
 
     Raises ConfigError, TargetError, DataError, FormatError; with `measure` whatever a run raises.
     """
@@ -373,8 +371,7 @@ def plan(
         measured = rehearse(config, with_data="data" in config.model_fields_set)
     found = _put_together(config, own, full, measured, batches, room, _speed(shape, own, batches, device))
     if output_dir is not None:
-        write_file(output_dir / CONTENT, json.dumps({"kind": "plan", **found.to_dict()}, indent=1).encode())
-        report_if_possible(output_dir)
+        write_report(output_dir, "plan", found.to_dict())
     return found
 
 

@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tailora.errors import ConfigError, listing
 from tailora.formats.io import write_file
-from tailora.report import report_if_possible
+from tailora.formats.run_folder import write_report
 from tailora.study import study_store as folders
 from tailora.study.budget import PROBE_STEPS, Plan, longest, planned, probe, probe_settings, read_plan
 from tailora.study.config import SearchConfig
@@ -231,7 +231,7 @@ def described(values: Mapping[str, Any]) -> str:
 # ----
 
 
-STUDY, REPORT, BEST, CHEAPEST = "search.json", "report.json", "best.yaml", "cheapest.yaml"
+STUDY, BEST, CHEAPEST = "search.json", "best.yaml", "cheapest.yaml"
 POLL_SECONDS = 1.0
 RESERVED = 2  # finalists that time is kept for: the best, and a cheaper one
 
@@ -257,8 +257,7 @@ def search(
         folders.claim(folder, STUDY, asked, "search")
     with folders.seated(folder) as seat:
         found = _Search(train, study, space, folder, seat, say, progress).run(asked)
-    write_file(folder / REPORT, json.dumps({"kind": "search", **found.to_dict()}, indent=1).encode())
-    report_if_possible(folder)
+    write_report(folder, "search", found.to_dict())
     return found
 
 

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from tailora.errors import ConfigError, DataError
+from tailora.report import report
 from tailora.report.compare import compare_page
 from tailora.report.page import html
 from tailora.study.compare import compare
@@ -50,7 +51,7 @@ def test_a_comparison_runs_resumes_and_judges(
     assert "edge of those tried" in found.verdict
     assert found.judged_examples == 9
     assert json.loads((tmp_path / "study" / "report.json").read_text())["verdict"] == found.verdict
-    assert found.verdict in unescape((tmp_path / "study" / "report.html").read_text())
+    assert found.verdict in unescape(report(tmp_path / "study").read_text())
     assert lora.eval_loss == pytest.approx(np.mean(lora.seed_losses))
     assert [len(losses) for losses in lora.train_losses] == [found.steps] * 2
     assert len(heard) == 2 + 4

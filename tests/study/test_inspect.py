@@ -1,6 +1,5 @@
 """A whole inspection of a tiny model's adapter: from its files, beside its base, on data."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.core.compress import leading_only, spectra_of
 from tailora.errors import BaseMismatchError, ConfigError, FormatError
 from tailora.evaluation.spectral import Update, updates_of
-from tailora.study.inspect import Asked, inspect, inspect_model, overlaps, write_report
+from tailora.study.inspect import Asked, inspect, inspect_model, overlaps
 from tailora.train.config import TrainConfig
 from tailora.train.trainer import run
 
@@ -44,7 +43,7 @@ def test_files_alone_say_ranks_energy_and_scales(tuned: TrainConfig) -> None:
     ]
 
 
-def test_beside_the_base_and_on_data(tuned: TrainConfig, tmp_path: Path) -> None:
+def test_beside_the_base_and_on_data(tuned: TrainConfig) -> None:
     heard: list[str] = []
     counted: list[tuple[int, int]] = []
     found = inspect(
@@ -68,9 +67,7 @@ def test_beside_the_base_and_on_data(tuned: TrainConfig, tmp_path: Path) -> None
     assert len([line for line in heard if "lower half" in line]) == 5
     assert not any(advice.rule == "no gain" for advice in found.advice)
 
-    assert write_report(found, tmp_path) == tmp_path / "report.html"
-    written = json.loads((tmp_path / "report.json").read_text())
-    assert written["kind"] == "inspect"
+    written = found.to_dict()
     assert written["modules"][0].keys() >= {
         *("path", "r", "effective_rank", "stable_rank", "energy", "relative_norm", "intruders", "scaling"),
         *("singular_values", "group", "use"),
