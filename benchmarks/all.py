@@ -20,7 +20,6 @@ SHARES: list[tuple[list[str], float]] = [  # what is run, and its share of the m
     (["inference.py", "--only", "threads=1"], 4),
     (["memory.py", "--only", "malloc=default"], 5),
     (["adapters.py"], 3),
-    (["prefix.py", "--only", "dtype=bfloat16"], 3),
     (["startup.py"], 1),
     (["curves.py"], 5),
     (["growth.py"], 4),

@@ -30,7 +30,7 @@ def cells(quick: bool) -> list[measure.Cell]:
 
 
 def settings(arm: str) -> dict[str, Any]:
-    shared = {"model": "demo", "data": "demo", "dtype": "bfloat16", "learning_rate": 1e-3, "prefix_cache_gb": 0}
+    shared = {"model": "demo", "data": "demo", "dtype": "bfloat16", "learning_rate": 1e-3}
     if arm.startswith("bf16"):
         return {**shared, "fast": "off" if arm.endswith("off") else "auto"}
     return {**shared, "quantize": arm}

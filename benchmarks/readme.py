@@ -135,7 +135,7 @@ def studied(name: str) -> str:
 
 
 SPEED = (
-    *("real", "steps", "memory", "curves", "growth", "prefix"),
+    *("real", "steps", "memory", "curves", "growth"),
     *("inference", "adapters", "startup"),
 )
 PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what stands there

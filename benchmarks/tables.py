@@ -258,22 +258,6 @@ def apart(values: list[float], others: list[float]) -> float:
     return max(abs(value - other) for value, other in zip(values, others, strict=True))
 
 
-def prefix(cells: Found) -> list[str]:
-    """Only the top layers adapted: ms a step, and tokens/s over some epochs in terms of PEFT's."""
-    first = cells[0]["result"]
-    arms, epochs = list(first["seconds"]), list(first["tokens_per_second_x_PEFT"])
-    rows = [
-        [
-            f"{one['cell']['top']}, {one['cell']['dtype']}",
-            *(milliseconds(one["result"]["seconds"][arm]) for arm in arms),
-            *(f"{one['result']['tokens_per_second_x_PEFT'][count]:.2f}" for count in epochs),
-        ]
-        for one in cells
-    ]
-    head = ["top layers", *arms, *(f"{count}, x PEFT" for count in epochs)]
-    return [table("Only the top layers adapted, states of the others kept: ms a step", head, rows)]
-
-
 def milliseconds(value: dict[str, float]) -> str:
     return ranged(scaled(value, 1000), "{:.0f}")
 
@@ -325,7 +309,6 @@ TABLES: dict[str, Callable[[Found], list[str]]] = {
     "adapters": adapters,
     "inference": inference,
     "startup": startup,
-    "prefix": prefix,
     "curves": curves,
     "plan": plan,
 }

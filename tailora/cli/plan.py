@@ -18,7 +18,7 @@ from tailora.report import report_if_possible
 if TYPE_CHECKING:
     from tailora.study.plan import Plan
 
-LEFT_OUT = {"output_dir", "resume_from_checkpoint", "samples", "report_to", "prefix_cache_gb"}
+LEFT_OUT = {"output_dir", "resume_from_checkpoint", "samples", "report_to"}
 FLAGS: Any = flags_of({}, FIELDS.keys() - LEFT_OUT)
 NONE_GIVEN = FLAGS()
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}

@@ -28,7 +28,7 @@ from tailora.study.config import AT_THE_END, FULL, CompareConfig, arm_settings
 from tailora.study.judging import Comparison, judged
 from tailora.study.lr_search import Rates
 from tailora.study.trial import OUT_OF_MEMORY, RESULT, Base, Progress, Spec, Trial, choosing_part, judging_half, try_out
-from tailora.train.config import TrainConfig
+from tailora.train.config import TrainConfig, without_removed
 
 STUDY, PLAN, CLOCK = "compare.json", "plan.json", "seconds.json"
 LATER = {"seeds", "rate_tries", "minutes", "margin"}  # what a comparison may be asked for more of
@@ -82,7 +82,8 @@ def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
     """What makes two comparisons different ones. With minutes the steps are planned, without they are the settings'."""
     study = settings["compare"]
     kept = {name: value for name, value in study.items() if name not in LATER}
-    return {**settings, "compare": {**kept, "planned": study["minutes"] is not None}}
+    planned = study["minutes"] is not None
+    return {**settings, "train": without_removed(settings["train"]), "compare": {**kept, "planned": planned}}
 
 
 class _Study:

@@ -30,6 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tailora.errors import ConfigError
 from tailora.formats.io import make_writable, write_file
 from tailora.study.judging import Candidate
+from tailora.train.config import without_removed
 
 CLAIM, HOME, SEATS, JOURNAL = ".claim", ".home", "seats", "journal.log"
 PLAN, PROBE = "plan.json", "probe"
@@ -46,7 +47,8 @@ def claim(folder: Path, name: str, settings: dict[str, Any], noun: str) -> None:
     """
     known, text = folder / name, json.dumps(settings, indent=1)
     if known.exists() and (folder / PLAN).exists():  # before that nothing was made that is worth keeping
-        if json.loads(known.read_text()) != json.loads(text):
+        recorded = json.loads(known.read_text())
+        if {**recorded, "train": without_removed(recorded["train"])} != json.loads(text):
             raise ConfigError(f"{folder} holds a {noun} with other settings; give another --output-dir")
         return
     if known.exists():

@@ -23,7 +23,7 @@ from tailora import errors
 from tailora.errors import ConfigError, DivergedError, MemoryLimitError, TailoraError
 from tailora.formats.io import write_file
 from tailora.train import subprocess_worker
-from tailora.train.config import TrainConfig
+from tailora.train.config import TrainConfig, without_removed
 
 # ---- The held-out examples in two halves: one chooses settings, the other judges what was chosen.
 
@@ -206,7 +206,8 @@ def _stored(spec: Spec, folder: Path) -> Trial:
 
 
 def _asked(spec: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in spec.items() if name not in SHARED}
+    own = {name: value for name, value in spec.items() if name not in SHARED}
+    return {**own, "settings": without_removed(spec["settings"])}
 
 
 def main(folder: Path) -> int:

@@ -294,7 +294,6 @@ FREE = {
     "save_total_limit",
     "eval_steps",
     "early_stopping_patience",
-    "prefix_cache_gb",
 }
 LENGTH = {"max_steps", "num_train_epochs"}
 FACTS = {  # what the settings met -> its name in a message
@@ -304,7 +303,6 @@ FACTS = {  # what the settings met -> its name in a message
     "processes": "number of processes",
     "device": "kind of device",
     "layer_kernels": "use of the layer kernels",
-    "prefix": "training on cached states of the frozen layers",
 }
 
 
@@ -318,6 +316,12 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
     A run of constant learning rate may become longer: its steps do not depend on its length.
     """
+    if saved.get("prefix"):
+        raise CheckpointError(
+            "the checkpoint was trained on hidden states of the frozen lower layers that an earlier version of tailora "
+            "kept on disk; this version has no such cache, and going on without it would give other results: resume "
+            "with the version that run.json names, or start anew in another --output-dir"
+        )
     then, now = saved["settings"], wanted["settings"]
     free = LENGTH if now["lr_scheduler_type"] == "constant" and now["warmup_ratio"] == 0 else set()
     changes = _changes(then, now, {name: name for name in (then.keys() | now.keys()) - free})

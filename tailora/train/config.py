@@ -1,6 +1,7 @@
 """Every setting of a run: the one schema of `--config run.yaml`, of the flags and of Python. Needs no torch."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -9,6 +10,12 @@ from tailora.errors import ConfigError, listing
 
 Quantize = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 COUNT = 2**31  # above any count that makes sense, and well below what numpy and torch can hold
+REMOVED = {"prefix_cache_gb"}  # settings of earlier versions, which changed the speed of a run and not its results
+
+
+def without_removed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings that an earlier version wrote down, without those that no longer exist."""
+    return {name: value for name, value in settings.items() if name not in REMOVED}
 
 
 class TrainConfig(StrictModel):
@@ -69,7 +76,6 @@ class TrainConfig(StrictModel):
     gradient_accumulation_steps: int = Field(1, ge=1, lt=COUNT, description="forwards per step")
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
     fast: Literal["auto", "off"] = Field("auto", description="kernels that keep the result, chosen and verified")
-    prefix_cache_gb: float | None = Field(None, ge=0, description="disk for states of frozen lower layers; 0: none")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the base; adapters are float32")
     quantize: Quantize | None = Field(None, description="how to store the base")
     seed: int = Field(0, ge=0, lt=2**63, description="data order, start of A, dropout")
@@ -81,6 +87,11 @@ class TrainConfig(StrictModel):
     samples: int = Field(3, ge=0, lt=COUNT, description="held-out prompts answered before and after")
     report_to: list[str] = Field([], description="tensorboard, wandb, trackio")
     resume_from_checkpoint: str | None = Field(None, description="checkpoint folder, or 'latest'")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_removed(cls, values: Any) -> Any:
+        return without_removed(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:

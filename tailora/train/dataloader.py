@@ -73,14 +73,6 @@ def planned(examples: Examples, shape: Shape, start: int = 0) -> Iterator[list[M
             yield _share([[examples[int(i)] for i in batch] for batch in group], shape)
 
 
-def first_pass(examples: Examples, shape: Shape) -> list[list[Example]]:
-    """The examples of every forward of the first epoch, over all ranks."""
-    batches = plan(examples.lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=0)
-    return [
-        part.examples for part in _in_parts([[examples[int(i)] for i in batch] for batch in batches], shape.token_limit)
-    ]
-
-
 def streamed(read: Callable[[], Iterable[Example]], shape: Shape, start: int = 0) -> Iterator[list[MicroBatch]]:
     """The same for data read in its own order, over and over. Raises DataError when there is none."""
     stream = islice(_repeated(read), start * shape.examples_per_step, None)
@@ -154,7 +146,6 @@ class Feed:
     heaviest: list[Example]  # of the largest forward
     opening: Callable[[int], list[list[Example]]]  # the first batches, in parts; of a stream as many as were read
     cuts: Cuts | None = None  # of what was streamed
-    first_pass: Callable[[], list[list[Example]]] = list  # forwards whose examples come again in a second one
 
     def judged_by(self, choose: HeldOut | None) -> "Feed":
         """The same with only some of the held-out examples."""
@@ -213,8 +204,7 @@ def _prepared(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int
     data = read_whole(config, tokenizer, rows)
     once = steps_per_epoch(len(data.train), shape)
     total = config.max_steps or math.ceil(config.num_train_epochs * once)
-    known = _feed(config, data, partial(planned, data.train, shape), total, data.train, shape)
-    return replace(known, first_pass=partial(first_pass, data.train, shape)) if total > once else known
+    return _feed(config, data, partial(planned, data.train, shape), total, data.train, shape)
 
 
 def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int, shape: Shape) -> Feed:

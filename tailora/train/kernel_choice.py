@@ -168,8 +168,6 @@ def running(
             stack.enter_context(fast_layers(base, checkpointed=checkpointed))
         elif checkpointed:
             stack.enter_context(checkpointed_layers(base))
-        if rows.prefix is not None:
-            stack.enter_context(rows.prefix.serving())
         yield
 
 

@@ -20,7 +20,6 @@ from tailora.data.collate import collate_packed, collate_padded
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, Batch
-from tailora.kernels.prefix import Prefix
 from tailora.train.trainable import Trainable
 
 
@@ -31,7 +30,6 @@ class BatchLayout:
     packed: bool
     loss: str  # a key of FORMS: "chunked, head frozen"
     pad_id: int
-    prefix: Prefix | None = None  # states of the frozen lower layers, where they are kept
 
 
 class Supervised(nn.Module):
@@ -53,8 +51,7 @@ def token_losses(
     expected: the gradient that each loss will get, if known; half precision then rounds once less.
     """
     batch, owners = as_batch(examples, rows.packed, rows.pad_id, device)
-    with nullcontext() if rows.prefix is None else rows.prefix.start(examples, rows.packed):
-        return FORMS[rows.loss](model, replace(batch, expected=expected)), owners
+    return FORMS[rows.loss](model, replace(batch, expected=expected)), owners
 
 
 def as_batch(examples: Sequence[Example], packed: bool, pad_id: int, device: torch.device) -> tuple[Batch, Tensor]:

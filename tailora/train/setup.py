@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -29,7 +29,6 @@ from tailora.train.loss import BatchLayout, as_batch, token_losses
 from tailora.train.memory import Cost, explained, measure
 from tailora.train.model_loading import load_base
 from tailora.train.packing import choose
-from tailora.train.prefix import Kept, choose_prefix
 from tailora.train.trainable import FullModel, Trainable
 
 # ---- How a run's adapter starts: from the weights by itself, from the run's own data here.
@@ -99,7 +98,6 @@ class Kit:
     rows: BatchLayout
     kernels: Kernels
     cost: Cost
-    kept: Kept
     start: str  # of the adapter, for the run's header
 
 
@@ -150,9 +148,7 @@ def assemble(
         before = None if recorded is None else recorded.get("layer_kernels")
         kernels = choose_kernels(config.fast, model, rows, data.sample, device, before)
         cost = memory_cost(model, rows, kernels, data.sample, device)
-        kept = choose_prefix(config, model, rows, kernels, data, accelerator, note, recorded)
-        rows = replace(rows, prefix=kept.prefix)
-        return Kit(base, tokenizer, data, model, rows, kernels, cost, kept, words(config))
+        return Kit(base, tokenizer, data, model, rows, kernels, cost, words(config))
 
 
 def subject(

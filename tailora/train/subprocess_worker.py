@@ -105,9 +105,7 @@ def rehearsed(config: TrainConfig, folder: Path, *, with_data: bool) -> Rehearsa
     from tailora.train.trainable import trained
     from tailora.train.trainer import bench_of, close, step
 
-    config = config.replaced(
-        output_dir=str(folder / "run"), report_to=[], prefix_cache_gb=0, resume_from_checkpoint=None
-    )
+    config = config.replaced(output_dir=str(folder / "run"), report_to=[], resume_from_checkpoint=None)
     Path(config.output_dir).mkdir()
     accelerator = start_accelerator(config)
     with ExitStack() as stack:

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event as Wish
 from typing import Any
@@ -439,8 +439,7 @@ def bench_of(
     state = State() if saved is None else take_up(saved, kit.model, optimizer, flats, rank, allocator)
     accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
     resumed_at = None if saved is None else state.step
-    rows = kit.rows if kit.kept.fact else replace(kit.rows, prefix=None)
-    losses = Supervised(kit.model, rows, accelerator.device)
+    losses = Supervised(kit.model, kit.rows, accelerator.device)
     bench = Bench(
         config=config,
         accelerator=accelerator,
@@ -472,7 +471,6 @@ def _identity(config: TrainConfig, accelerator: Accelerator, kit: Kit) -> dict[s
         processes=accelerator.num_processes,
         device=accelerator.device.type,
         layer_kernels=kit.kernels.layers,
-        prefix=kit.kept.fact,
     )
 
 
@@ -494,7 +492,7 @@ def _header(bench: Bench, kit: Kit) -> dict[str, Any]:
         "dtype": str(kit.base.dtype).removeprefix("torch."),
         "base_bytes": held_bytes(kit.base),
         "packed": kit.rows.packed,
-        "kernels": "; ".join(filter(None, [kit.kernels.words, kit.kept.words])),
+        "kernels": kit.kernels.words,
         "start": kit.start,
         "adapted_layers": len(summary.rows),
         "trainable_parameters": summary.trainable_parameters,

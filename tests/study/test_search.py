@@ -332,10 +332,10 @@ def test_the_setting_that_matters_has_the_importance() -> None:
 
 
 def test_a_study_of_other_settings_is_refused(small_run: TrainConfig, tmp_path: Path) -> None:
-    folders.claim(tmp_path / "study", "search.json", {"train": 0}, "search")
-    folders.claim(tmp_path / "study", "search.json", {"train": 1}, "search")  # nothing was made of the first
+    folders.claim(tmp_path / "study", "search.json", {"train": {"r": 1}}, "search")
+    folders.claim(tmp_path / "study", "search.json", {"train": {"r": 2}}, "search")  # nothing was made of the first
     (tmp_path / "study" / folders.PLAN).write_text("{}")
-    folders.claim(tmp_path / "study", "search.json", {"train": 1}, "search")
+    folders.claim(tmp_path / "study", "search.json", {"train": {"r": 2}}, "search")
     with pytest.raises(ConfigError, match="holds a search with other settings"):
         search(small_run.replaced(output_dir=str(tmp_path / "study")), SearchConfig(trials=2))
     (tmp_path / "mine.txt").write_text("mine")

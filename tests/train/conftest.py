@@ -60,13 +60,6 @@ def settings(model_folder: Path, data_file: Path, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Kept states go here, not to the user's cache."""
-    monkeypatch.setenv("TAILORA_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "prefix"
-
-
-@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Sums in the same order everywhere, and no fight over the cores."""
     before = torch.get_num_threads()

@@ -12,7 +12,7 @@ from torch import nn
 
 from tailora.errors import CheckpointError
 from tailora.kernels.flat_parameters import Group, flattened
-from tailora.train import events
+from tailora.train import checkpoint, events
 from tailora.train.checkpoint import found, moments, set_moments
 from tailora.train.config import TrainConfig
 from tailora.train.optim import adamw, take_step
@@ -167,6 +167,31 @@ def test_a_resume_on_other_data_is_refused(two_checkpoints: TrainConfig) -> None
             run(two_checkpoints)
     finally:
         data.write_text(content)
+
+
+def rewrite_recorded(config: TrainConfig, **changes: Any) -> None:
+    """Changes what the newest checkpoint says about its run."""
+    folder = found(Path(config.output_dir))[-1]
+    saved = checkpoint.load(folder)
+    state = {name: value for name, value in saved.state.items() if name not in ("files", "sha256")}
+    checkpoint.save(folder, checkpoint.Checkpoint({**state, "run": {**state["run"], **changes}}, saved.tensors))
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_if_it_trained_without_cached_states(
+    two_checkpoints: TrainConfig,
+) -> None:
+    before = adapter(two_checkpoints)
+    rewrite_recorded(two_checkpoints, prefix=None)
+    run(changed(two_checkpoints, prefix_cache_gb=None))  # as config.yaml of that version has it
+    assert adapter(two_checkpoints) == before
+
+
+def test_a_checkpoint_that_was_trained_on_cached_states_is_refused_with_the_reason(
+    two_checkpoints: TrainConfig,
+) -> None:
+    rewrite_recorded(two_checkpoints, prefix={"layers": 1, "batches": 6})
+    with pytest.raises(CheckpointError, match="hidden states of the frozen lower layers"):
+        run(two_checkpoints)
 
 
 def test_a_run_of_constant_rate_may_be_made_longer(settings: Any, tmp_path: Path) -> None:
