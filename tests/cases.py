@@ -1,10 +1,15 @@
-"""The table that the laws run over: kinds x slots."""
+"""The cases that the laws run over: layer types x slots of the equation x storages of the weight.
 
-from collections.abc import Callable, Mapping
+`all_of` and `pairs_of` turn them into the parameters of a test. By default every layer type meets the plain slot and
+every slot meets a few layer types; the rest of the product has the marker `exhaustive` (see conftest.py).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import bitsandbytes
+import pytest
 import torch
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, quantize_
@@ -37,7 +42,7 @@ def _routed(layer: nn.Module, x: Tensor) -> Any:
 
 
 class Net(nn.Module):
-    """One layer of the kind, between names that a path has to pass."""
+    """One layer, inside modules whose names are part of its path."""
 
     def __init__(self, layer: nn.Module, call: Callable[[nn.Module, Tensor], Any] = _called) -> None:
         super().__init__()
@@ -50,7 +55,7 @@ class Net(nn.Module):
 
 
 @dataclass(frozen=True)
-class KindCase:
+class LayerCase:
     name: str
     layer: Callable[[], nn.Module]
     shape: tuple[int, ...] = ()  # of x; () means ids
@@ -60,7 +65,7 @@ class KindCase:
     names: Mapping[str, Any] = field(default_factory=lambda: {"target_modules": ["target"]})
     parameter: str = "weight"  # of the layer, that holds the adapted matrix
     store: Callable[[nn.Module], nn.Module] | None = None  # how its weight is quantised
-    apart: float = 1e-5  # of outputs in evaluation from those of the dense weight, relative
+    tolerance: float = 1e-5  # relative, of outputs in evaluation against those of the dense weight
 
     @property
     def pattern(self) -> str:
@@ -85,21 +90,21 @@ class KindCase:
         return torch.randn(self.shape, generator=generator).to(dtype)
 
 
-KINDS = [
-    KindCase("linear", lambda: nn.Linear(12, 10), (3, 5, 12)),
-    KindCase("linear without bias", lambda: nn.Linear(12, 10, bias=False), (12,)),
-    KindCase("transformers conv1d", lambda: Conv1D(10, 12), (3, 5, 12)),
-    KindCase("embedding", lambda: nn.Embedding(20, 12, padding_idx=0)),
-    KindCase("conv1d", lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), (2, 6, 9)),
-    KindCase("conv2d", lambda: nn.Conv2d(6, 8, (3, 2), stride=(1, 2), padding=1), (2, 6, 7, 8)),
-    KindCase("conv2d same", lambda: nn.Conv2d(6, 8, 3, padding="same"), (2, 6, 7, 8)),
-    KindCase("conv3d", lambda: nn.Conv3d(4, 6, 2), (2, 4, 4, 5, 4)),
-    KindCase("conv2d grouped", lambda: nn.Conv2d(8, 12, 3, groups=4, padding=1), (2, 8, 6, 6), r=8),
-    KindCase("conv1d depthwise", lambda: nn.Conv1d(6, 6, 3, groups=6), (2, 6, 9), r=6),
-    KindCase(
+LAYERS = [
+    LayerCase("linear", lambda: nn.Linear(12, 10), (3, 5, 12)),
+    LayerCase("linear without bias", lambda: nn.Linear(12, 10, bias=False), (12,)),
+    LayerCase("transformers conv1d", lambda: Conv1D(10, 12), (3, 5, 12)),
+    LayerCase("embedding", lambda: nn.Embedding(20, 12, padding_idx=0)),
+    LayerCase("conv1d", lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), (2, 6, 9)),
+    LayerCase("conv2d", lambda: nn.Conv2d(6, 8, (3, 2), stride=(1, 2), padding=1), (2, 6, 7, 8)),
+    LayerCase("conv2d same", lambda: nn.Conv2d(6, 8, 3, padding="same"), (2, 6, 7, 8)),
+    LayerCase("conv3d", lambda: nn.Conv3d(4, 6, 2), (2, 4, 4, 5, 4)),
+    LayerCase("conv2d grouped", lambda: nn.Conv2d(8, 12, 3, groups=4, padding=1), (2, 8, 6, 6), r=8),
+    LayerCase("conv1d depthwise", lambda: nn.Conv1d(6, 6, 3, groups=6), (2, 6, 9), r=6),
+    LayerCase(
         "conv2d dilated", lambda: nn.Conv2d(6, 8, 3, dilation=2), (2, 6, 9, 9), peft_is_wrong="its A is not dilated"
     ),
-    KindCase(
+    LayerCase(
         "conv2d reflect",
         lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"),
         (2, 6, 7, 7),
@@ -108,7 +113,7 @@ KINDS = [
 ]
 
 
-# ---- bases: how the weight of a kind is stored
+# ---- How the weight of a layer is stored
 
 
 def bitsandbytes_4bit(quant_type: str, double: bool) -> Callable[[nn.Module], nn.Module]:
@@ -146,36 +151,37 @@ def torchao_weights(config: Any) -> Callable[[nn.Module], nn.Module]:
 
 
 @dataclass(frozen=True)
-class BaseCase:
-    """`kinds` are those that the base can hold; `others` says why it holds no others."""
+class StorageCase:
+    """How a weight is stored. `layers` names the cases whose weight can be stored so, `others` says why no others."""
 
     name: str
     store: Callable[[nn.Module], nn.Module]
-    kinds: tuple[str, ...]
+    layers: tuple[str, ...]
     others: str
-    apart: float = 1e-5
+    tolerance: float = 1e-5
     vectors: bool = True  # whether a layer takes a single vector
 
 
 LINEARS = ("linear", "linear without bias", "part", "part of every head")
 BITSANDBYTES: dict[str, Any] = {
-    "kinds": (*LINEARS, "transformers conv1d", "part of conv1d"),
+    "layers": (*LINEARS, "transformers conv1d", "part of conv1d"),
     "others": "bitsandbytes has linear layers; its embeddings override forward and cannot be saved",
 }
-TORCHAO: dict[str, Any] = {"kinds": LINEARS, "others": "torchao quantises nn.Linear, and no other unless told so"}
-BASES = [
-    BaseCase("nf4", bitsandbytes_4bit("nf4", double=True), **BITSANDBYTES),
-    BaseCase("fp4", bitsandbytes_4bit("fp4", double=False), **BITSANDBYTES),
+TORCHAO: dict[str, Any] = {"layers": LINEARS, "others": "torchao quantises nn.Linear, and no other unless told so"}
+STORAGES = [
+    StorageCase("nf4", bitsandbytes_4bit("nf4", double=True), **BITSANDBYTES),
+    StorageCase("fp4", bitsandbytes_4bit("fp4", double=False), **BITSANDBYTES),
     # LLM.int8 rounds the input, too, where it does not train
-    BaseCase("int8", bitsandbytes_int8, **BITSANDBYTES, apart=2e-2, vectors=False),
-    BaseCase("torchao int8", torchao_weights(Int8WeightOnlyConfig(version=2)), **TORCHAO),
-    BaseCase("torchao int4", torchao_weights(IntxWeightOnlyConfig(torch.int4, PerAxis(0))), **TORCHAO),
+    StorageCase("int8", bitsandbytes_int8, **BITSANDBYTES, tolerance=2e-2, vectors=False),
+    StorageCase("torchao int8", torchao_weights(Int8WeightOnlyConfig(version=2)), **TORCHAO),
+    StorageCase("torchao int4", torchao_weights(IntxWeightOnlyConfig(torch.int4, PerAxis(0))), **TORCHAO),
 ]
 
 
-def quantized(kind: KindCase, base: BaseCase) -> KindCase:
-    shape = kind.shape if base.vectors or len(kind.shape) > 1 else (5, *kind.shape)
-    return replace(kind, name=f"{kind.name}, {base.name}", store=base.store, apart=base.apart, shape=shape)
+def quantized(case: LayerCase, storage: StorageCase) -> LayerCase:
+    shape = case.shape if storage.vectors or len(case.shape) > 1 else (5, *case.shape)
+    name = f"{case.name}, {storage.name}"
+    return replace(case, name=name, store=storage.store, tolerance=storage.tolerance, shape=shape)
 
 
 def _attention(**settings: Any) -> nn.MultiheadAttention:
@@ -204,8 +210,8 @@ def _stack(name: str) -> dict[str, Any]:
 
 
 # What its class does not call, or calls for several matrices at once.
-SPECIAL = [
-    KindCase(
+SPECIAL_LAYERS = [
+    LayerCase(
         "attention in",
         _attention,
         (2, 5, 12),
@@ -213,7 +219,7 @@ SPECIAL = [
         names={"target_modules": ["target.in_proj_weight"]},
         parameter="in_proj_weight",
     ),
-    KindCase(
+    LayerCase(
         "attention out",
         _attention,
         (2, 5, 12),
@@ -221,7 +227,7 @@ SPECIAL = [
         names={"target_modules": ["target.out_proj"]},
         parameter="out_proj.weight",
     ),
-    KindCase(
+    LayerCase(
         "attention value",
         lambda: _attention(kdim=6, vdim=10),
         (2, 5, 12),
@@ -230,11 +236,11 @@ SPECIAL = [
         parameter="v_proj_weight",
         peft_is_wrong="it refuses separate weights",
     ),
-    KindCase("part", lambda: nn.Linear(12, 16), (3, 5, 12), names=_part("v", QKV)),
-    KindCase("part of every head", lambda: nn.Linear(12, 16), (12,), names=_part("q", PAIRS_OF_QKV)),
-    KindCase("part of conv1d", lambda: Conv1D(16, 12), (3, 5, 12), names=_part("k", QKV)),
-    KindCase("experts up", _experts, (9, 16), call=_routed, names=_stack("gate_up_proj"), parameter="gate_up_proj"),
-    KindCase(
+    LayerCase("part", lambda: nn.Linear(12, 16), (3, 5, 12), names=_part("v", QKV)),
+    LayerCase("part of every head", lambda: nn.Linear(12, 16), (12,), names=_part("q", PAIRS_OF_QKV)),
+    LayerCase("part of conv1d", lambda: Conv1D(16, 12), (3, 5, 12), names=_part("k", QKV)),
+    LayerCase("experts up", _experts, (9, 16), call=_routed, names=_stack("gate_up_proj"), parameter="gate_up_proj"),
+    LayerCase(
         "experts down",
         _experts,
         (9, 16),
@@ -242,7 +248,7 @@ SPECIAL = [
         names=_stack("down_proj"),
         parameter="down_proj",
     ),
-    KindCase(
+    LayerCase(
         "experts transposed",
         lambda: _experts(is_transposed=True),
         (9, 16),
@@ -271,16 +277,16 @@ BIASES = ("biases of the adapted", "dora and biases")
 WITHOUT_BIAS = ("embedding", "linear without bias")
 
 
-def why_not(kind: KindCase, slot: str) -> str | None:
+def why_not(case: LayerCase, slot: str) -> str | None:
     """Why the pair has no sense, in words that its refusal has."""
-    special = kind in SPECIAL
+    special = case in SPECIAL_LAYERS
     if special and (slot in BIASES or slot == "lora bias"):
         return "no bias of a part of a fused layer, of attention or beside a parameter is trained"
-    if kind.name in WITHOUT_BIAS and slot in BIASES:
+    if case.name in WITHOUT_BIAS and slot in BIASES:
         return "none of the adapted layers has a bias"
-    if kind.name == "embedding" and slot == "lora bias":
+    if case.name == "embedding" and slot == "lora bias":
         return "lora_bias on an Embedding, whose file has no place for it"
-    if "target_parameters" in kind.names and "dropout" in slot:
+    if "target_parameters" in case.names and "dropout" in slot:
         return "an update of a parameter has no input that lora_dropout could drop"
     return None
 
@@ -288,31 +294,59 @@ def why_not(kind: KindCase, slot: str) -> str | None:
 UNMERGEABLE = {("linear without bias", "lora bias"): "refused: there is no bias to merge into"}
 # Where PEFT 0.21.2 is right in general, and fails in this slot: the update of a grouped weight is misshapen.
 PEFT_FAILS = {
-    (kind, slot)
-    for kind in ("conv2d grouped", "conv1d depthwise")
+    (case, slot)
+    for case in ("conv2d grouped", "conv1d depthwise")
     for slot, settings in SLOTS.items()
     if settings.get("use_dora")
 }
-EVERY = [*KINDS, *SPECIAL]
-EVERY_PAIR = [(kind, slot) for kind in EVERY for slot in SLOTS if why_not(kind, slot) is None]
-PAIRS = [(kind, slot) for kind, slot in EVERY_PAIR if kind in KINDS]
-SPECIAL_PAIRS = [(kind, slot) for kind, slot in EVERY_PAIR if kind in SPECIAL]
-QUANTIZED = [quantized(kind, base) for base in BASES for kind in EVERY if kind.name in base.kinds]
+ALL_LAYERS = [*LAYERS, *SPECIAL_LAYERS]
+ALL_PAIRS = [(case, slot) for case in ALL_LAYERS for slot in SLOTS if why_not(case, slot) is None]
+PAIRS = [(case, slot) for case, slot in ALL_PAIRS if case in LAYERS]
+SPECIAL_PAIRS = [(case, slot) for case, slot in ALL_PAIRS if case in SPECIAL_LAYERS]
+QUANTIZED = [quantized(case, storage) for storage in STORAGES for case in ALL_LAYERS if case.name in storage.layers]
 QUANTIZED_PAIRS = [
-    (quantized(kind, base), slot) for base in BASES for kind, slot in EVERY_PAIR if kind.name in base.kinds
+    (quantized(case, storage), slot) for storage in STORAGES for case, slot in ALL_PAIRS if case.name in storage.layers
 ]
 
 
-def config(kind: KindCase, slot: str = "plain") -> LoRAConfig:
+def all_of(cases: Sequence[LayerCase]) -> pytest.MarkDecorator:
+    """Parametrises a test by `case`."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def pairs_of(pairs: Sequence[tuple[LayerCase, str]], per_slot: int = 3) -> pytest.MarkDecorator:
+    """Parametrises a test by `case` and `slot`.
+
+    Pairs are marked `exhaustive` but for the plain slot and `per_slot` cases of every other slot, which are as far
+    apart in the list as they can be, and others from slot to slot.
+    """
+    default = {(case.name, "plain") for case, _ in pairs}
+    for number, slot in enumerate(SLOTS):
+        cases = [case for case, name in pairs if name == slot]
+        default |= {
+            (cases[(number + i * len(cases) // per_slot) % len(cases)].name, slot)
+            for i in range(per_slot)[: len(cases)]
+        }
+    parameters = [
+        pytest.param(case, slot, id=f"{slot}-{case.name}", marks=() if (case.name, slot) in default else EXHAUSTIVE)
+        for case, slot in pairs
+    ]
+    return pytest.mark.parametrize(("case", "slot"), parameters)
+
+
+EXHAUSTIVE = pytest.mark.exhaustive
+
+
+def config(case: LayerCase, slot: str = "plain") -> LoRAConfig:
     settings = dict(SLOTS[slot])
     if "alpha_pattern" in settings:
-        settings["alpha_pattern"] = {kind.pattern: 3}
-    return LoRAConfig(r=kind.r, lora_alpha=10, **kind.names, **settings)
+        settings["alpha_pattern"] = {case.pattern: 3}
+    return LoRAConfig(r=case.r, lora_alpha=10, **case.names, **settings)
 
 
-def trained(kind: KindCase, slot: str = "plain", dtype: torch.dtype = torch.float32) -> LoRAModel:
+def trained(case: LayerCase, slot: str = "plain", dtype: torch.dtype = torch.float32) -> LoRAModel:
     """A model whose adapter does something, in eval mode."""
-    model = LoRAModel(kind.net(dtype), config(kind, slot))
+    model = LoRAModel(case.net(dtype), config(case, slot))
     stir(model)
     return model.eval()
 
@@ -325,5 +359,5 @@ def stir(model: LoRAModel, seed: int = 2) -> None:
             parameter.data = (value + 1.5 if name in ("scaling", "lora_magnitude_vector") else value).to(
                 parameter.dtype
             )
-        if isinstance(layer, LoRALayer) and layer.kind is EMBEDDING:
+        if isinstance(layer, LoRALayer) and layer.layer_type is EMBEDDING:
             layer.lora_A.data[:, 0] = 0  # the padding id's column starts at zero and has no gradient

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KINDS, PAIRS, SLOTS, KindCase, stir
+from cases import LAYERS, PAIRS, SLOTS, LayerCase, all_of, pairs_of, stir
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -16,24 +16,20 @@ from tailora.core.layer_types import LINEAR
 from tailora.core.mixed_batch import BLOCKS, NONE, plan
 from tailora.errors import AdapterError, MergeError, RowsError
 
-ROWED = [kind for kind in KINDS if kind.shape != (12,)]  # one vector has no rows
-kinds = pytest.mark.parametrize("kind", ROWED, ids=lambda kind: kind.name)
-pairs = pytest.mark.parametrize(
-    ("kind", "slot"),
-    [pair for pair in PAIRS if pair[0] in ROWED],
-    ids=lambda each: each if isinstance(each, str) else each.name,
-)
+ROWED = [case for case in LAYERS if case.shape != (12,)]  # one vector has no rows
+layer_cases = all_of(ROWED)
+pairs = pairs_of([pair for pair in PAIRS if pair[0] in ROWED])
 NAMES = ["a", None, "b", "a", "c"]
 
 
-def mixed(kind: KindCase, slot: str = "plain", dtype: torch.dtype = torch.float32) -> LoRAModel:
+def mixed(case: LayerCase, slot: str = "plain", dtype: torch.dtype = torch.float32) -> LoRAModel:
     """Adapters a, b, c: the slot at two ranks and two strengths, and a plain one. In eval mode, a active."""
     settings: dict[str, Any] = {"lora_alpha": 10, "target_modules": ["target"]}
-    model = LoRAModel(kind.net(dtype), LoRAConfig(r=kind.r, **{**settings, **SLOTS[slot]}), "a")
+    model = LoRAModel(case.net(dtype), LoRAConfig(r=case.r, **{**settings, **SLOTS[slot]}), "a")
     model.add_adapter(
-        "b", LoRAConfig(r=kind.r // 2 or 1, **{**settings, **SLOTS[slot]}) if halves(kind) else model.adapters["a"]
+        "b", LoRAConfig(r=case.r // 2 or 1, **{**settings, **SLOTS[slot]}) if halves(case) else model.adapters["a"]
     )
-    model.add_adapter("c", LoRAConfig(r=kind.r, **settings))
+    model.add_adapter("c", LoRAConfig(r=case.r, **settings))
     for seed, name in enumerate("cba"):
         model.set_adapter(name)
         stir(model, seed)
@@ -41,12 +37,12 @@ def mixed(kind: KindCase, slot: str = "plain", dtype: torch.dtype = torch.float3
     return model.eval()
 
 
-def halves(kind: KindCase) -> bool:
-    return (kind.r // 2) % getattr(kind.layer(), "groups", 1) == 0
+def halves(case: LayerCase) -> bool:
+    return (case.r // 2) % getattr(case.layer(), "groups", 1) == 0
 
 
-def rows_of(kind: KindCase, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.cat([kind.batch(dtype, seed) for seed in range(n)])[:n]
+def rows_of(case: LayerCase, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.cat([case.batch(dtype, seed) for seed in range(n)])[:n]
 
 
 def one_by_one(model: LoRAModel, x: Tensor, names: list[str | None]) -> Tensor:
@@ -62,8 +58,8 @@ def one_by_one(model: LoRAModel, x: Tensor, names: list[str | None]) -> Tensor:
 
 @pairs
 @pytest.mark.parametrize("gradients", [True, False])
-def test_every_row_is_what_its_adapter_alone_makes_of_it(kind: KindCase, slot: str, gradients: bool) -> None:
-    model, x = mixed(kind, slot, torch.float64), rows_of(kind, 5, torch.float64)
+def test_every_row_is_what_its_adapter_alone_makes_of_it(case: LayerCase, slot: str, gradients: bool) -> None:
+    model, x = mixed(case, slot, torch.float64), rows_of(case, 5, torch.float64)
     with torch.set_grad_enabled(gradients):
         expected, plain = one_by_one(model, x, NAMES), one_by_one(model, x, [None] * 5)
         with model.adapter_rows(NAMES):
@@ -77,8 +73,8 @@ def test_every_row_is_what_its_adapter_alone_makes_of_it(kind: KindCase, slot: s
 
 
 @pairs
-def test_gradients_reach_every_adapter_and_are_those_of_its_rows(kind: KindCase, slot: str) -> None:
-    model, x = mixed(kind, slot, torch.float64), rows_of(kind, 5, torch.float64)
+def test_gradients_reach_every_adapter_and_are_those_of_its_rows(case: LayerCase, slot: str) -> None:
+    model, x = mixed(case, slot, torch.float64), rows_of(case, 5, torch.float64)
     model.set_adapter(None)
     parameters = [p for name in "abc" for p in model._adapters[name].low_rank["block.target"].parameters()]
     expected = torch.autograd.grad(one_by_one(model, x, NAMES).square().sum(), parameters)
@@ -131,8 +127,8 @@ def test_the_plan_takes_every_form() -> None:
 
 def test_kinds_without_a_form_of_their_own_take_adapter_after_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    kind = KINDS[0]
-    model, x = mixed(kind, "dora and biases"), rows_of(kind, 5)
+    case = LAYERS[0]
+    model, x = mixed(case, "dora and biases"), rows_of(case, 5)
     expected = one_by_one(model, x, NAMES)
     monkeypatch.delitem(BLOCKS, LINEAR)
     with model.adapter_rows(NAMES):
@@ -145,10 +141,10 @@ def test_kinds_without_a_form_of_their_own_take_adapter_after_adapter(monkeypatc
 # ---- whole models
 
 
-def causal_lm(kind: str = "llama", **settings: Any) -> LoRAModel:
+def causal_lm(architecture: str = "llama", **settings: Any) -> LoRAModel:
     """Adapters q (attention), m (MLP) and all (every linear layer, rsLoRA, learned scale)."""
     torch.manual_seed(0)
-    if kind == "gpt2":
+    if architecture == "gpt2":
         base: Any = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=64))
         names = {"q": ["c_attn"], "m": ["c_fc"]}
     else:
@@ -164,9 +160,9 @@ def causal_lm(kind: str = "llama", **settings: Any) -> LoRAModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_language_model_with_padded_rows_of_adapters_with_other_targets(kind: str) -> None:
-    model = causal_lm(kind)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_language_model_with_padded_rows_of_adapters_with_other_targets(architecture: str) -> None:
+    model = causal_lm(architecture)
     names = ["q", None, "m", "all", "q"]
     lengths = [7, 3, 9, 1, 4]
     ids = torch.randint(1, 50, (5, 9), generator=torch.Generator().manual_seed(0))
@@ -318,10 +314,10 @@ def test_other_names_for_the_rows_compile_nothing_anew(gradients: bool) -> None:
     assert len(graphs) == 1
 
 
-@kinds
-def test_every_kind_compiles_and_its_gradients_are_the_same(kind: KindCase) -> None:
+@layer_cases
+def test_every_kind_compiles_and_its_gradients_are_the_same(case: LayerCase) -> None:
     torch._dynamo.reset()
-    model, x = mixed(kind, dtype=torch.float64), rows_of(kind, 5, torch.float64)
+    model, x = mixed(case, dtype=torch.float64), rows_of(case, 5, torch.float64)
     parameters = [p for name in "abc" for p in model._adapters[name].low_rank["block.target"].parameters()]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with model.adapter_rows(NAMES):

@@ -1,4 +1,4 @@
-"""Starts over every kind: where they hold they compute the base, and where they do not they say why."""
+"""Starts over every layer type: where they hold they compute the base, and where they do not they say why."""
 
 import copy
 import warnings
@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import EVERY, KINDS, KindCase
+from cases import ALL_LAYERS, LAYERS, LayerCase, all_of
 from tiny import chat_model
 from torch import Tensor, nn
 
@@ -16,35 +16,35 @@ from tailora import LoRAConfig, LoRALayer, LoRAModel
 from tailora.core.low_rank import EXACT, leading
 from tailora.errors import AdapterError, ConfigError, DataError, TargetError
 
-kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-every_kind = pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.name)
+layer_cases = all_of(LAYERS)
+every_layer = all_of(ALL_LAYERS)
 
 
-def config(kind: KindCase, name: str, **changes: Any) -> LoRAConfig:
-    return LoRAConfig(**{"r": kind.r, **kind.names, "init_lora_weights": name, **changes})
+def config(case: LayerCase, name: str, **changes: Any) -> LoRAConfig:
+    return LoRAConfig(**{"r": case.r, **case.names, "init_lora_weights": name, **changes})
 
 
-@every_kind
+@every_layer
 @pytest.mark.parametrize("name", ["pissa", "olora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_start_off_the_weight_computes_the_base_and_changes_no_weight(
-    kind: KindCase, name: str, dtype: torch.dtype
+    case: LayerCase, name: str, dtype: torch.dtype
 ) -> None:
-    model, x = LoRAModel(kind.net(dtype), config(kind, name)), kind.batch(dtype)
+    model, x = LoRAModel(case.net(dtype), config(case, name)), case.batch(dtype)
     (layer,) = model.lora_layers.values()
-    assert torch.equal(model(x), kind.net(dtype).requires_grad_(False)(x))
-    assert torch.equal(kind.weight(model.base_model), kind.weight(kind.net(dtype)))
+    assert torch.equal(model(x), case.net(dtype).requires_grad_(False)(x))
+    assert torch.equal(case.weight(model.base_model), case.weight(case.net(dtype)))
     assert layer.lora_A.any()
     assert layer.lora_B.any()
     assert layer.lora_A.dtype == torch.float32
 
 
-@every_kind
-def test_pissa_takes_the_best_part_of_the_weight_group_by_group(kind: KindCase) -> None:
-    model = LoRAModel(kind.net(), config(kind, "pissa"))
+@every_layer
+def test_pissa_takes_the_best_part_of_the_weight_group_by_group(case: LayerCase) -> None:
+    model = LoRAModel(case.net(), config(case, "pissa"))
     (layer,) = model.lora_layers.values()
     base = model.base_model.block["target"]
-    weight = kind.weight(model.base_model).detach()
+    weight = case.weight(model.base_model).detach()
     matrix = layer.layer_type.matrix(base, weight)  # (groups, m, n)
     own = matrix if layer.rows is None else layer.rows.take(matrix.mT).mT
     layer.start_A = layer.start_B = None
@@ -108,22 +108,22 @@ def square(model: Any, batch: Tensor) -> Tensor:
     return (model(batch) - 1).square().sum()
 
 
-def from_data(kind: KindCase, name: str) -> LoRAModel:
-    model = LoRAModel(kind.net(), config(kind, name, r={8: 4, 6: 6}.get(kind.r, 2)))
-    model.start_from_data([kind.batch(seed=seed) for seed in range(5)], square)
+def from_data(case: LayerCase, name: str) -> LoRAModel:
+    model = LoRAModel(case.net(), config(case, name, r={8: 4, 6: 6}.get(case.r, 2)))
+    model.start_from_data([case.batch(seed=seed) for seed in range(5)], square)
     return model
 
 
-FITS = [kind for kind in KINDS if kind.name != "conv1d depthwise"]  # one direction per group
+FITS = [case for case in LAYERS if case.name != "conv1d depthwise"]  # one direction per group
 
 
-@pytest.mark.parametrize("kind", FITS, ids=lambda kind: kind.name)
-def test_lora_ga_takes_the_directions_of_the_whole_gradient(kind: KindCase) -> None:
+@all_of(FITS)
+def test_lora_ga_takes_the_directions_of_the_whole_gradient(case: LayerCase) -> None:
     """Against autograd's own gradient of the weight, group by group."""
-    model = from_data(kind, "lora_ga")
+    model = from_data(case, "lora_ga")
     (layer,) = model.lora_layers.values()
-    plain = kind.net()
-    sum(square(plain, kind.batch(seed=seed)) for seed in range(5)).backward()
+    plain = case.net()
+    sum(square(plain, case.batch(seed=seed)) for seed in range(5)).backward()
     weight = plain.block["target"].weight
     G = layer.layer_type.matrix(plain.block["target"], weight.grad)
     groups, each = len(G), layer.r // len(G)
@@ -133,31 +133,31 @@ def test_lora_ga_takes_the_directions_of_the_whole_gradient(kind: KindCase) -> N
     seen = [(V[:, :each] @ A.mT / size, each), (U[:, :, each : 2 * each].mT @ B / size, each)]
     for overlap, rank in seen:  # orthogonal where they span the same space
         torch.testing.assert_close(overlap @ overlap.mT, torch.eye(rank).expand(groups, -1, -1), rtol=1e-3, atol=1e-3)
-    assert torch.equal(model(kind.batch()), kind.net()(kind.batch()))
+    assert torch.equal(model(case.batch()), case.net()(case.batch()))
 
 
-@pytest.mark.parametrize("kind", FITS, ids=lambda kind: kind.name)
-def test_lora_one_lowers_the_loss_before_any_step(kind: KindCase) -> None:
-    model = from_data(kind, "lora_one")
-    batches = [kind.batch(seed=seed) for seed in range(5)]
-    after, before = (sum(square(each, batch).item() for batch in batches) for each in (model, kind.net()))
+@all_of(FITS)
+def test_lora_one_lowers_the_loss_before_any_step(case: LayerCase) -> None:
+    model = from_data(case, "lora_one")
+    batches = [case.batch(seed=seed) for seed in range(5)]
+    after, before = (sum(square(each, batch).item() for batch in batches) for each in (model, case.net()))
     assert after < before
 
 
-WHOLE = [kind for kind in KINDS if kind.shape and kind.name not in ("conv1d depthwise", "conv2d grouped")]
+WHOLE = [case for case in LAYERS if case.shape and case.name not in ("conv1d depthwise", "conv2d grouped")]
 
 
-@pytest.mark.parametrize("kind", WHOLE, ids=lambda kind: kind.name)
-def test_eva_explains_as_much_of_the_inputs_as_their_principal_components(kind: KindCase) -> None:
-    model = from_data(kind, "eva")
+@all_of(WHOLE)
+def test_eva_explains_as_much_of_the_inputs_as_their_principal_components(case: LayerCase) -> None:
+    model = from_data(case, "eva")
     (layer,) = model.lora_layers.values()
     base = model.base_model.block["target"]
     identity = torch.eye(layer.in_features).reshape(-1, *layer.lora_A.shape[1:])
     rows = []
     for seed in range(5):
-        x = kind.batch(seed=seed)
+        x = case.batch(seed=seed)
         patches = (
-            layer.layer_type.update(base, x, identity, torch.eye(layer.in_features)) if x.ndim == len(kind.shape) else x
+            layer.layer_type.update(base, x, identity, torch.eye(layer.in_features)) if x.ndim == len(case.shape) else x
         )
         channels = -1 if layer.lora_A.ndim == 2 else 1
         rows.append(patches.movedim(channels, -1).reshape(-1, layer.in_features))

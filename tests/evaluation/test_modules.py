@@ -1,18 +1,18 @@
-"""What is said of an update, over the table of kinds: against the dense update, and from the file alone."""
+"""What is said of an update, over the table of layer types: against the dense update, and from the file alone."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from cases import KINDS, PAIRS, SPECIAL, SPECIAL_PAIRS, KindCase, stir, trained
+from cases import LAYERS, PAIRS, SPECIAL_LAYERS, SPECIAL_PAIRS, LayerCase, all_of, stir, trained
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.layer_types import EMBEDDING
 from tailora.evaluation.spectral import ModuleReport, examine, updates_alone, updates_of, with_shares
 from tailora.formats.offline import read_alone
 
-CASES = [*KINDS, *SPECIAL]
-DORA = [kind for kind, slot in (*PAIRS, *SPECIAL_PAIRS) if slot == "dora"]
+CASES = [*LAYERS, *SPECIAL_LAYERS]
+DORA = [case for case, slot in (*PAIRS, *SPECIAL_PAIRS) if slot == "dora"]
 SLOTS = ["plain", "rslora", "learned scale"]
 
 
@@ -22,10 +22,10 @@ def reports(model: LoRAModel) -> dict[str, ModuleReport]:
     return {path: examine(update) for path, update in updates.items()}
 
 
-@pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.name)
+@all_of(CASES)
 @pytest.mark.parametrize("slot", SLOTS)
-def test_norms_are_those_of_the_dense_update_and_weight(kind: KindCase, slot: str) -> None:
-    model = trained(kind, slot)
+def test_norms_are_those_of_the_dense_update_and_weight(case: LayerCase, slot: str) -> None:
+    model = trained(case, slot)
     ((path, layer),) = model.adapter().low_rank.items()
     (found,) = reports(model).values()
     delta = layer.delta(model.base_model.block["target"]).detach()
@@ -35,7 +35,7 @@ def test_norms_are_those_of_the_dense_update_and_weight(kind: KindCase, slot: st
     assert found.relative_norm is not None
     if layer.rows is None:
         assert found.numbers == delta.numel()
-        assert found.relative_norm == pytest.approx(found.norm / float(kind.weight(model.base_model).norm()), rel=1e-4)
+        assert found.relative_norm == pytest.approx(found.norm / float(case.weight(model.base_model).norm()), rel=1e-4)
     assert 0 < found.effective_rank <= found.rank + 1e-6
     assert 0 < found.stable_rank <= found.effective_rank + 1e-6
     assert found.learned_scaling == (slot == "learned scale")
@@ -43,22 +43,22 @@ def test_norms_are_those_of_the_dense_update_and_weight(kind: KindCase, slot: st
     assert len(found.singular_values) == layer.r // (1 if layer.layer_type.stacked else layer.groups)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@all_of(LAYERS)
 @pytest.mark.parametrize("slot", SLOTS)
-def test_the_file_alone_says_the_same(kind: KindCase, slot: str, tmp_path: Path) -> None:
-    model = trained(kind, slot)
+def test_the_file_alone_says_the_same(case: LayerCase, slot: str, tmp_path: Path) -> None:
+    model = trained(case, slot)
     model.save_adapter(tmp_path)
     (beside,), (alone,) = reports(model).values(), map(examine, updates_alone(read_alone(tmp_path)).values())
     for name in ("path", "r", "rank", "in_features", "out_features", "numbers", "learned_scaling", "rank_99"):
         assert getattr(alone, name) == getattr(beside, name), name
     for name in ("effective_rank", "stable_rank", "norm", "scaling", "configured_scaling", "singular_values"):
         assert getattr(alone, name) == pytest.approx(getattr(beside, name), rel=1e-4), name
-    assert alone.kind == beside.kind or kind.name == "transformers conv1d"  # which the file cannot tell
+    assert alone.case == beside.case or case.name == "transformers conv1d"  # which the file cannot tell
     assert alone.relative_norm is alone.intruders is None
 
 
 def test_experts_are_told_each_and_left_out_where_only_the_model_can_part_them(tmp_path: Path) -> None:
-    model = trained(next(kind for kind in SPECIAL if kind.name == "experts up"))
+    model = trained(next(case for case in SPECIAL_LAYERS if case.name == "experts up"))
     (found,) = reports(model).values()
     assert found.rank == found.r == 4
     assert found.effective_rank <= 4
@@ -85,14 +85,14 @@ def test_a_frozen_start_counts_twice_and_starts_at_nothing(tmp_path: Path) -> No
     assert alone.singular_values == pytest.approx(found.singular_values, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", DORA, ids=lambda kind: kind.name)
-def test_dora_s_magnitudes_count_in_the_relative_norm_alone(kind: KindCase) -> None:
-    model = trained(kind, "dora")
+@all_of(DORA)
+def test_dora_s_magnitudes_count_in_the_relative_norm_alone(case: LayerCase) -> None:
+    model = trained(case, "dora")
     ((_, layer),) = model.adapter().low_rank.items()
     (found,) = reports(model).values()
-    W = kind.weight(model.base_model).detach().clone()
+    W = case.weight(model.base_model).detach().clone()
     with model.merged():
-        change = float((kind.weight(model.base_model).detach() - W).norm())
+        change = float((case.weight(model.base_model).detach() - W).norm())
     assert found.use_dora
     assert found.norm == pytest.approx(float(layer.delta(model.base_model.block["target"]).detach().norm()), rel=1e-4)
     if layer.rows is None:
@@ -113,5 +113,5 @@ def test_shares_of_energy_add_up() -> None:
     stir(model)
     found = with_shares(reports(model).values())
     assert sum(each.energy for each in found) == pytest.approx(1)
-    assert found[1].kind == EMBEDDING.name
+    assert found[1].case == EMBEDDING.name
     assert [each.energy for each in with_shares([])] == []

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import KINDS, stir, trained
+from cases import LAYERS, stir, trained
 from safetensors.torch import load_file, save_file
 from tiny import chat_model
 from torch import nn
@@ -60,8 +60,8 @@ def test_parts_are_read_as_one_matrix_of_the_whole_layer(tmp_path: Path) -> None
 
 
 def test_an_a_that_mixes_groups_is_no_matrix_of_the_layer(tmp_path: Path) -> None:
-    kind = next(kind for kind in KINDS if kind.name == "conv2d grouped")
-    trained(kind).save_adapter(tmp_path)
+    case = next(case for case in LAYERS if case.name == "conv2d grouped")
+    trained(case).save_adapter(tmp_path)
     (A,) = (tensor for key, tensor in load_file(tmp_path / WEIGHTS).items() if "lora_A" in key)
     changed(tmp_path, lora_A=torch.randn(A.shape))
     found = read_alone(tmp_path)

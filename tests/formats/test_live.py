@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import KINDS, KindCase
+from cases import LAYERS, LayerCase
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -127,12 +127,12 @@ def test_a_base_that_pissa_moved_stays_the_moved_one() -> None:
     torch.testing.assert_close(tailora.from_peft(theirs)(IDS).logits, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.peft_is_wrong], ids=lambda kind: kind.name)
-def test_every_kind_that_peft_knows_is_taken_over(kind: KindCase) -> None:
-    theirs = peft.get_peft_model(kind.net(), peft.LoraConfig(r=kind.r, lora_alpha=10, target_modules=["target"]))
+@pytest.mark.parametrize("case", [case for case in LAYERS if not case.peft_is_wrong], ids=lambda case: case.name)
+def test_every_kind_that_peft_knows_is_taken_over(case: LayerCase) -> None:
+    theirs = peft.get_peft_model(case.net(), peft.LoraConfig(r=case.r, lora_alpha=10, target_modules=["target"]))
     stir(theirs)
-    expected = theirs.eval()(kind.batch()).detach()
-    torch.testing.assert_close(tailora.from_peft(theirs)(kind.batch()), expected, **TOLERANCE)
+    expected = theirs.eval()(case.batch()).detach()
+    torch.testing.assert_close(tailora.from_peft(theirs)(case.batch()), expected, **TOLERANCE)
 
 
 def _merged() -> Any:

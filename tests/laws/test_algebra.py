@@ -1,25 +1,25 @@
-"""Adapters out of adapters, over every kind of layer, against the dense identity in float64."""
+"""Adapters out of adapters, over every layer type, against the dense identity in float64."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import KINDS, PAIRS, SLOTS, KindCase, config, stir
+from cases import LAYERS, PAIRS, SLOTS, LayerCase, all_of, config, pairs_of, stir
 from torch import Tensor
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import AdapterError
 
-kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+layer_cases = all_of(LAYERS)
 PRODUCTS = [slot for slot, settings in SLOTS.items() if not {"use_dora", "lora_bias", "bias"} & settings.keys()]
-slots = pytest.mark.parametrize("slot", PRODUCTS)  # what is more than a product of two factors is refused
+product_pairs = pairs_of([(case, slot) for case, slot in PAIRS if slot in PRODUCTS])  # others are refused
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
-def pair(kind: KindCase, slot: str = "plain", dtype: torch.dtype = torch.float64) -> LoRAModel:
+def pair(case: LayerCase, slot: str = "plain", dtype: torch.dtype = torch.float64) -> LoRAModel:
     """Adapters a (as the slot says) and b (another rank and alpha, at a strength of its own) of one layer."""
-    model = LoRAModel(kind.net(dtype), config(kind, slot), adapter_name="a")
+    model = LoRAModel(case.net(dtype), config(case, slot), adapter_name="a")
     stir(model)
     groups = getattr(model.base_model.block["target"], "groups", 1)
     model.add_adapter("b", LoRAConfig(r=groups * (1 if groups > 1 else 3), lora_alpha=5, target_modules=["target"]))
@@ -42,11 +42,10 @@ def matrices(model: LoRAModel, name: str) -> Tensor:
     return (left @ right).detach()
 
 
-@kinds
-@slots
+@product_pairs
 @pytest.mark.parametrize("weights", [{"a": 0.7, "b": 0.3}, {"a": -0.5, "b": 2}])
-def test_concatenation_is_the_sum_of_the_updates(kind: KindCase, slot: str, weights: dict[str, float]) -> None:
-    model = pair(kind, slot)
+def test_concatenation_is_the_sum_of_the_updates(case: LayerCase, slot: str, weights: dict[str, float]) -> None:
+    model = pair(case, slot)
     report = model.combine(weights, name="mix")
     torch.testing.assert_close(
         update(model, "mix"), sum(weight * update(model, name) for name, weight in weights.items()), **EXACT
@@ -55,34 +54,33 @@ def test_concatenation_is_the_sum_of_the_updates(kind: KindCase, slot: str, weig
     assert model.active_adapters == ("b",)
 
 
-@kinds
-@slots
-def test_one_adapter_with_weight_one_is_itself(kind: KindCase, slot: str) -> None:
-    model = pair(kind, slot)
+@product_pairs
+def test_one_adapter_with_weight_one_is_itself(case: LayerCase, slot: str) -> None:
+    model = pair(case, slot)
     for method, settings in {"cat": {}, "svd": {}, "ties": {"density": 1.0}, "dare": {"drop": 0.0}}.items():
         assert model.combine({"a": 1}, method, method, **settings).worst < 1e-10
         torch.testing.assert_close(update(model, method), update(model, "a"), **EXACT)
-        assert model.adapters[method].r == kind.r
+        assert model.adapters[method].r == case.r
 
 
-@kinds
-def test_svd_of_full_rank_is_the_concatenation(kind: KindCase) -> None:
-    model, weights = pair(kind), {"a": 0.7, "b": -0.3}
+@layer_cases
+def test_svd_of_full_rank_is_the_concatenation(case: LayerCase) -> None:
+    model, weights = pair(case), {"a": 0.7, "b": -0.3}
     model.combine(weights, "exact")
     report = model.combine(weights, "full", "svd", r=100)
     assert report.worst < 1e-12
     torch.testing.assert_close(update(model, "full"), update(model, "exact"), **EXACT)
-    x = kind.batch(torch.float64)
+    x = case.batch(torch.float64)
     model.set_adapter("exact")
     expected = model(x)
     model.set_adapter("full")
     torch.testing.assert_close(model(x), expected, **EXACT)
 
 
-@kinds
-def test_a_lower_rank_is_the_nearest_and_its_error_is_told(kind: KindCase) -> None:
+@layer_cases
+def test_a_lower_rank_is_the_nearest_and_its_error_is_told(case: LayerCase) -> None:
     """Eckart and Young: no matrix of rank k is nearer than the k leading singular values."""
-    model, weights = pair(kind), {"a": 0.7, "b": 0.3}
+    model, weights = pair(case), {"a": 0.7, "b": 0.3}
     groups = len(matrices(model, "a"))
     report = model.combine(weights, "small", "svd", r=groups)
     exact = 0.7 * matrices(model, "a") + 0.3 * matrices(model, "b")
@@ -92,9 +90,9 @@ def test_a_lower_rank_is_the_nearest_and_its_error_is_told(kind: KindCase) -> No
     assert report.rank == {"block.target": groups}
 
 
-DORA = [(kind, slot) for kind, slot in PAIRS if "dora" in slot]
-pairs = pytest.mark.parametrize(("kind", "slot"), PAIRS, ids=lambda each: getattr(each, "name", each))
-doras = pytest.mark.parametrize(("kind", "slot"), DORA, ids=lambda each: getattr(each, "name", each))
+DORA = [(case, slot) for case, slot in PAIRS if "dora" in slot]
+pairs = pairs_of(PAIRS)
+dora_pairs = pairs_of(DORA)
 
 
 def outputs(model: LoRAModel, x: Tensor, *names: str | None) -> list[Tensor]:
@@ -106,9 +104,9 @@ def outputs(model: LoRAModel, x: Tensor, *names: str | None) -> list[Tensor]:
 
 
 @pairs
-def test_in_every_slot_the_outputs_add_up(kind: KindCase, slot: str) -> None:
+def test_in_every_slot_the_outputs_add_up(case: LayerCase, slot: str) -> None:
     """DoRA by way of the dense update: at full rank nothing is lost."""
-    model, x = pair(kind, slot), kind.batch(torch.float64)
+    model, x = pair(case, slot), case.batch(torch.float64)
     model.set_scale("a", 1.3)
     method: dict[str, Any] = {"method": "svd", "r": 1000} if "dora" in slot else {}
     report = model.combine({"a": 0.7, "b": -0.4}, "mix", **method)
@@ -120,8 +118,8 @@ def test_in_every_slot_the_outputs_add_up(kind: KindCase, slot: str) -> None:
 
 
 @pairs
-def test_in_every_slot_shrinking_to_the_full_rank_changes_nothing(kind: KindCase, slot: str) -> None:
-    model, x = pair(kind, slot), kind.batch(torch.float64)
+def test_in_every_slot_shrinking_to_the_full_rank_changes_nothing(case: LayerCase, slot: str) -> None:
+    model, x = pair(case, slot), case.batch(torch.float64)
     model.set_scale("a", 1.3)
     model.shrink("a", "same", energy=1.0)
     a, same = outputs(model, x, "a", "same")
@@ -130,30 +128,30 @@ def test_in_every_slot_shrinking_to_the_full_rank_changes_nothing(kind: KindCase
 
 @pairs
 def test_in_every_slot_what_was_combined_and_shrunk_survives_its_file(
-    kind: KindCase, slot: str, tmp_path: Path
+    case: LayerCase, slot: str, tmp_path: Path
 ) -> None:
-    model, x = pair(kind, slot, torch.float32), kind.batch()
+    model, x = pair(case, slot, torch.float32), case.batch()
     model.combine({"a": 0.7, "b": -0.4}, "mix", "svd", r=1000)
     model.shrink("a", "small", energy=0.9)
     for name in ("mix", "small"):
         expected = outputs(model, x, name)[0]
-        loaded = LoRAModel.from_pretrained(kind.net(), model.save_adapter(tmp_path, name)).eval()
+        loaded = LoRAModel.from_pretrained(case.net(), model.save_adapter(tmp_path, name)).eval()
         torch.testing.assert_close(loaded(x), expected, rtol=1e-5, atol=1e-5)
         assert loaded.adapters["default"] == model.adapters[name]
 
 
-@doras
-def test_dora_is_a_product_only_while_it_scales_nothing(kind: KindCase, slot: str) -> None:
-    model = pair(kind, slot)
+@dora_pairs
+def test_dora_is_a_product_only_while_it_scales_nothing(case: LayerCase, slot: str) -> None:
+    model = pair(case, slot)
     with pytest.raises(AdapterError, match=r"block\.target of 'a': DoRA scales the rows of W"):
         model.combine({"a": 1, "b": 1}, "mix")
-    fresh = LoRAModel(kind.net(torch.float64), config(kind, slot))
-    assert fresh.combine({"default": 1}, "plain").rank == {"block.target": kind.r}
+    fresh = LoRAModel(case.net(torch.float64), config(case, slot))
+    assert fresh.combine({"default": 1}, "plain").rank == {"block.target": case.r}
 
 
-@doras
-def test_the_error_of_dora_at_a_low_rank_is_that_of_the_weight(kind: KindCase, slot: str) -> None:
-    model = pair(kind, slot)
+@dora_pairs
+def test_the_error_of_dora_at_a_low_rank_is_that_of_the_weight(case: LayerCase, slot: str) -> None:
+    model = pair(case, slot)
     groups = len(matrices(model, "b"))
     report = model.combine({"a": 1}, "plain", "svd", r=groups)
     changes = []
@@ -166,9 +164,9 @@ def test_the_error_of_dora_at_a_low_rank_is_that_of_the_weight(kind: KindCase, s
     assert report.error["block.target"] == pytest.approx(lost, rel=1e-6, abs=1e-9)
 
 
-@kinds
-def test_a_frozen_start_becomes_plain_of_twice_the_rank(kind: KindCase) -> None:
-    model, x = LoRAModel(kind.net(torch.float64), config(kind)), kind.batch(torch.float64)
+@layer_cases
+def test_a_frozen_start_becomes_plain_of_twice_the_rank(case: LayerCase) -> None:
+    model, x = LoRAModel(case.net(torch.float64), config(case)), case.batch(torch.float64)
     layer: Any = next(iter(model.lora_layers.values()))
     generator = torch.Generator().manual_seed(4)
     start = [torch.randn(each.shape, generator=generator).double() * 0.3 for each in (layer.lora_A, layer.lora_B)]
@@ -177,7 +175,7 @@ def test_a_frozen_start_becomes_plain_of_twice_the_rank(kind: KindCase) -> None:
     expected = model(x)
     report = model.combine({"default": 1}, "plain")
     groups, m, n = matrices(model, "default").shape
-    assert report.rank == {"block.target": min(2 * kind.r, groups * min(m, n))}
+    assert report.rank == {"block.target": min(2 * case.r, groups * min(m, n))}
     model.set_adapter("plain")
     torch.testing.assert_close(model(x), expected, **EXACT)
     model.shrink("default", "small", energy=1.0)
@@ -185,9 +183,9 @@ def test_a_frozen_start_becomes_plain_of_twice_the_rank(kind: KindCase) -> None:
     torch.testing.assert_close(model(x), expected, **EXACT)
 
 
-@kinds
-def test_ties_by_hand(kind: KindCase) -> None:
-    model, weights, density = pair(kind), {"a": 0.7, "b": 0.3}, 0.4
+@layer_cases
+def test_ties_by_hand(case: LayerCase) -> None:
+    model, weights, density = pair(case), {"a": 0.7, "b": 0.3}, 0.4
     trimmed = []
     for name, weight in weights.items():
         flat = matrices(model, name).flatten() * weight
@@ -207,9 +205,9 @@ def test_ties_by_hand(kind: KindCase) -> None:
     assert report.error["block.target"] == pytest.approx(lost, rel=1e-6, abs=1e-12)
 
 
-@kinds
-def test_dare_keeps_and_rescales_and_its_seed_decides(kind: KindCase) -> None:
-    model = pair(kind)
+@layer_cases
+def test_dare_keeps_and_rescales_and_its_seed_decides(case: LayerCase) -> None:
+    model = pair(case)
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         model.combine({"a": 1, "b": 1}, name, "dare", r=1000, drop=0.25, seed=seed)
     model.combine({"b": 1, "a": 1}, "reordered", "dare", r=1000, drop=0.25, seed=1)
@@ -222,20 +220,19 @@ def test_dare_keeps_and_rescales_and_its_seed_decides(kind: KindCase) -> None:
     assert ((choices - found).abs().min(0).values < 1e-9).all()
 
 
-@kinds
-@slots
-def test_what_is_combined_survives_its_file(kind: KindCase, slot: str, tmp_path: Path) -> None:
-    model, x = pair(kind, slot, torch.float32), kind.batch()
+@product_pairs
+def test_what_is_combined_survives_its_file(case: LayerCase, slot: str, tmp_path: Path) -> None:
+    model, x = pair(case, slot, torch.float32), case.batch()
     model.combine({"a": 0.7, "b": 0.3}, "mix")
     model.set_adapter("mix")
-    loaded = LoRAModel.from_pretrained(kind.net(), model.save_adapter(tmp_path, "mix")).eval()
+    loaded = LoRAModel.from_pretrained(case.net(), model.save_adapter(tmp_path, "mix")).eval()
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-6, atol=1e-6)
     assert loaded.adapters["default"] == model.adapters["mix"]
 
 
-@kinds
-def test_shrinking_keeps_the_leading_singular_values(kind: KindCase) -> None:
-    model = pair(kind)
+@layer_cases
+def test_shrinking_keeps_the_leading_singular_values(case: LayerCase) -> None:
+    model = pair(case)
     exact, groups = matrices(model, "a"), len(matrices(model, "a"))
     values = torch.linalg.svdvals(exact)
     report = model.shrink("a", "small", r=groups)
@@ -252,22 +249,22 @@ def test_shrinking_keeps_the_leading_singular_values(kind: KindCase) -> None:
         assert k == 1 or share[k - 2] < energy
 
 
-@kinds
+@layer_cases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_an_adapter_is_recovered_from_the_merged_model(kind: KindCase, dtype: torch.dtype) -> None:
-    model = LoRAModel(kind.net(dtype), config(kind))
+def test_an_adapter_is_recovered_from_the_merged_model(case: LayerCase, dtype: torch.dtype) -> None:
+    model = LoRAModel(case.net(dtype), config(case))
     stir(model)
     expected = model.base_model.block["target"].weight + update(model, "default").to(dtype)
-    x = kind.batch(dtype)
+    x = case.batch(dtype)
     tuned = model.merge_and_unload()
-    found, report = LoRAModel.from_difference(kind.net(dtype), tuned, only_target(), r=kind.r)
-    assert report.rank == {"block.target": kind.r}
+    found, report = LoRAModel.from_difference(case.net(dtype), tuned, only_target(), r=case.r)
+    assert report.rank == {"block.target": case.r}
     assert report.left_over == {}
     if dtype == torch.float64:
         assert report.worst < 1e-10
         torch.testing.assert_close(found.eval()(x), tuned(x), rtol=1e-9, atol=1e-9)
-    whole, report = LoRAModel.from_difference(kind.net(dtype), tuned, only_target(), energy=1.0)
-    change = tuned.block["target"].weight.float() - kind.net(dtype).block["target"].weight.float()
+    whole, report = LoRAModel.from_difference(case.net(dtype), tuned, only_target(), energy=1.0)
+    change = tuned.block["target"].weight.float() - case.net(dtype).block["target"].weight.float()
     torch.testing.assert_close(update(whole, "default").float(), change.detach(), rtol=1e-4, atol=1e-5)
     assert expected.shape == change.shape
 

@@ -9,15 +9,17 @@ import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from cases import (
-    BASES,
     QUANTIZED,
     QUANTIZED_PAIRS,
+    STORAGES,
     UNMERGEABLE,
-    BaseCase,
-    KindCase,
+    LayerCase,
     Net,
+    StorageCase,
+    all_of,
     bitsandbytes_4bit,
     config,
+    pairs_of,
     stir,
     trained,
 )
@@ -36,20 +38,16 @@ from tailora.core.quantization import (
 from tailora.errors import BaseMismatchError, FormatError, MergeError, TargetError
 from tailora.formats.fingerprint import TOLERANCE
 
-kinds = pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
-pairs = pytest.mark.parametrize(
-    ("kind", "slot"), QUANTIZED_PAIRS, ids=[f"{slot}-{kind.name}" for kind, slot in QUANTIZED_PAIRS]
-)
-MERGEABLE = [(kind, slot) for kind, slot in QUANTIZED_PAIRS if (kind.name.split(", ")[0], slot) not in UNMERGEABLE]
-mergeable = pytest.mark.parametrize(
-    ("kind", "slot"), MERGEABLE, ids=[f"{slot}-{kind.name}" for kind, slot in MERGEABLE]
-)
+layer_cases = all_of(QUANTIZED)
+pairs = pairs_of(QUANTIZED_PAIRS)
+MERGEABLE = [(case, slot) for case, slot in QUANTIZED_PAIRS if (case.name.split(", ")[0], slot) not in UNMERGEABLE]
+mergeable = pairs_of(MERGEABLE)
 
 
-def oracle(kind: KindCase, dtype: torch.dtype = torch.float32) -> Net:
-    """The kind's plain layer with the dequantised weight."""
-    stored = kind.net(dtype).block["target"]
-    plain: Any = KindCase.net(KindCase("", kind.layer), dtype)
+def oracle(case: LayerCase, dtype: torch.dtype = torch.float32) -> Net:
+    """The case's plain layer with the dequantised weight."""
+    stored = case.net(dtype).block["target"]
+    plain: Any = LayerCase.net(LayerCase("", case.layer), dtype)
     plain.block["target"].weight.data = as_loaded(stored, dense_weight(stored)).to(dtype).contiguous()
     return plain
 
@@ -63,24 +61,24 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 @pairs
-def test_a_fresh_adapter_computes_the_base(kind: KindCase, slot: str) -> None:
-    net, x = kind.net().eval(), kind.batch()
+def test_a_fresh_adapter_computes_the_base(case: LayerCase, slot: str) -> None:
+    net, x = case.net().eval(), case.batch()
     assert is_quantized(net.block["target"])
     before = held(net)
-    model = LoRAModel(net, config(kind, slot)).eval()
-    torch.testing.assert_close(model(x), oracle(kind)(x), rtol=kind.apart, atol=kind.apart)
+    model = LoRAModel(net, config(case, slot)).eval()
+    torch.testing.assert_close(model(x), oracle(case)(x), rtol=case.tolerance, atol=case.tolerance)
     assert same(held(net), before)  # evaluation repacks nothing
 
 
 @pairs
-def test_the_output_and_all_gradients_are_those_of_the_dense_weight(kind: KindCase, slot: str) -> None:
-    model, plain = trained(kind, slot), LoRAModel(oracle(kind), config(kind, slot))
+def test_the_output_and_all_gradients_are_those_of_the_dense_weight(case: LayerCase, slot: str) -> None:
+    model, plain = trained(case, slot), LoRAModel(oracle(case), config(case, slot))
     stir(plain)
-    model(kind.batch())  # an evaluation first, as training does
+    model(case.batch())  # an evaluation first, as training does
     found = []
     for each in (model.train(), plain.train()):
         torch.manual_seed(3)  # dropout
-        x = kind.batch().requires_grad_()
+        x = case.batch().requires_grad_()
         y = each(x)
         found.append([y, *torch.autograd.grad((y - 1).square().sum(), [x, *each.lora_layers.parameters()])])
     for one, other in zip(*found, strict=True):
@@ -90,17 +88,19 @@ def test_the_output_and_all_gradients_are_those_of_the_dense_weight(kind: KindCa
 
 @mergeable
 def test_the_merged_model_is_plain_and_computes_the_same_and_unmerging_gives_back_the_same_objects(
-    kind: KindCase, slot: str
+    case: LayerCase, slot: str
 ) -> None:
-    model, x = trained(kind, slot), kind.batch()
+    model, x = trained(case, slot), case.batch()
     layer: Any = model.base_model.block["target"]
     expected = model(x)
     weight, cls, before, own = layer.weight, type(layer), held(model.base_model), dict(vars(layer))
-    plain = LoRAModel(oracle(kind), config(kind, slot)).eval()
+    plain = LoRAModel(oracle(case), config(case, slot)).eval()
     stir(plain)
     with model.merged() as report, plain.merged() as other:
         torch.testing.assert_close(layer.weight, plain.base_model.block["target"].weight, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(model(x), expected, rtol=kind.apart, atol=kind.apart * expected.abs().max().item())
+        torch.testing.assert_close(
+            model(x), expected, rtol=case.tolerance, atol=case.tolerance * expected.abs().max().item()
+        )
         assert model.base_model.state_dict().keys() == plain.base_model.state_dict().keys()
         assert report.rounding_error.keys() == other.rounding_error.keys()
         assert report.worst < 1e-5
@@ -114,56 +114,56 @@ def test_the_merged_model_is_plain_and_computes_the_same_and_unmerging_gives_bac
     assert torch.equal(model(x), expected)
 
 
-@kinds
-def test_merging_and_unloading_leaves_nothing_of_the_quantisation(kind: KindCase) -> None:
-    model, x = trained(kind), kind.batch()
+@layer_cases
+def test_merging_and_unloading_leaves_nothing_of_the_quantisation(case: LayerCase) -> None:
+    model, x = trained(case), case.batch()
     expected = model(x)
     net = model.merge_and_unload()
     layer: Any = net.block["target"]  # type: ignore[index]
-    fresh = kind.layer()
+    fresh = case.layer()
     assert type(layer) is type(fresh)
     assert vars(layer).keys() <= vars(fresh).keys() | {"in_features", "out_features"}
     assert not is_quantized(layer)
     again = pickle.dumps(net)
     assert b"bitsandbytes" not in again
     assert b"torchao" not in again
-    torch.testing.assert_close(net(x), expected, rtol=kind.apart, atol=kind.apart * expected.abs().max().item())
+    torch.testing.assert_close(net(x), expected, rtol=case.tolerance, atol=case.tolerance * expected.abs().max().item())
 
 
-@kinds
-def test_the_merged_weight_has_the_precision_that_was_quantised(kind: KindCase) -> None:
-    model = trained(kind, dtype=torch.bfloat16)
+@layer_cases
+def test_the_merged_weight_has_the_precision_that_was_quantised(case: LayerCase) -> None:
+    model = trained(case, dtype=torch.bfloat16)
     report = model.merge()
-    wanted = torch.float32 if kind.name == "linear without bias, int8" else torch.bfloat16
+    wanted = torch.float32 if case.name == "linear without bias, int8" else torch.bfloat16
     assert model.base_model.block["target"].weight.dtype == wanted  # type: ignore[union-attr, index]
     assert 0 <= report.worst < 0.2
 
 
 @pairs
-def test_training_moves_the_adapter_and_nothing_of_the_base(kind: KindCase, slot: str) -> None:
-    model = LoRAModel(kind.net(), config(kind, slot)).train()
+def test_training_moves_the_adapter_and_nothing_of_the_base(case: LayerCase, slot: str) -> None:
+    model = LoRAModel(case.net(), config(case, slot)).train()
     before = held(model.base_model)
     optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=1e-2)
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
-        loss = (model(kind.batch()) - 1).square().mean()
+        loss = (model(case.batch()) - 1).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        model.eval()(kind.batch())
+        model.eval()(case.batch())
         model.train()
     assert losses[-1] < losses[0]
     assert same(held(model.base_model), before)
     assert {parameter.dtype for parameter in model.lora_layers.parameters()} == {torch.float32}
 
 
-@kinds
-def test_unload_gives_back_class_object_and_attributes(kind: KindCase) -> None:
-    net = kind.net()
+@layer_cases
+def test_unload_gives_back_class_object_and_attributes(case: LayerCase) -> None:
+    net = case.net()
     layer: Any = net.block["target"]
     weight, cls, own, before = layer.weight, type(layer), dict(vars(layer)), held(net)
-    assert LoRAModel(net, config(kind)).unload() is net
+    assert LoRAModel(net, config(case)).unload() is net
     assert layer.weight is weight
     assert type(layer) is cls
     assert vars(layer) == own
@@ -172,30 +172,30 @@ def test_unload_gives_back_class_object_and_attributes(kind: KindCase) -> None:
 
 @pairs
 def test_an_adapter_moves_between_the_quantised_base_and_its_original(
-    kind: KindCase, slot: str, tmp_path: Path
+    case: LayerCase, slot: str, tmp_path: Path
 ) -> None:
-    model, x = trained(kind, slot), kind.batch()
+    model, x = trained(case, slot), case.batch()
     model.save_adapter(tmp_path / "quantised")
-    loaded = LoRAModel.from_pretrained(kind.net(), tmp_path / "quantised").eval()
+    loaded = LoRAModel.from_pretrained(case.net(), tmp_path / "quantised").eval()
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-6, atol=1e-6)
-    original = LoRAModel.from_pretrained(KindCase.net(KindCase("", kind.layer)), tmp_path / "quantised")
+    original = LoRAModel.from_pretrained(LayerCase.net(LayerCase("", case.layer)), tmp_path / "quantised")
     original.save_adapter(tmp_path / "original")
-    back = LoRAModel.from_pretrained(kind.net(), tmp_path / "original").eval()
+    back = LoRAModel.from_pretrained(case.net(), tmp_path / "original").eval()
     torch.testing.assert_close(back(x), model(x), rtol=1e-6, atol=1e-6)
 
 
-@kinds
-def test_an_adapter_of_another_base_is_told_from_one_of_the_original(kind: KindCase, tmp_path: Path) -> None:
-    trained(kind).save_adapter(tmp_path)
+@layer_cases
+def test_an_adapter_of_another_base_is_told_from_one_of_the_original(case: LayerCase, tmp_path: Path) -> None:
+    trained(case).save_adapter(tmp_path)
     with pytest.raises(BaseMismatchError, match="quantisation explains"):
-        LoRAModel.from_pretrained(KindCase.net(KindCase("", kind.layer), seed=1), tmp_path)
+        LoRAModel.from_pretrained(LayerCase.net(LayerCase("", case.layer), seed=1), tmp_path)
     with pytest.raises(BaseMismatchError, match="quantisation explains"):
-        LoRAModel.from_pretrained(kind.net(seed=1), tmp_path)
+        LoRAModel.from_pretrained(case.net(seed=1), tmp_path)
 
 
-@pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
+@pytest.mark.parametrize("base", STORAGES, ids=lambda base: base.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_weight_is_farther_from_the_original_than_the_spread_says(base: BaseCase, dtype: torch.dtype) -> None:
+def test_no_weight_is_farther_from_the_original_than_the_spread_says(base: StorageCase, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     plain = nn.Linear(192, 160).to(dtype)
     plain.weight.data[0] *= 20  # a row, and single weights, that stand out
@@ -212,8 +212,8 @@ def test_no_weight_is_farther_from_the_original_than_the_spread_says(base: BaseC
 
 
 @pairs
-def test_a_copy_and_a_pickle_are_models_of_their_own(kind: KindCase, slot: str) -> None:
-    model, x = trained(kind, slot), kind.batch()
+def test_a_copy_and_a_pickle_are_models_of_their_own(case: LayerCase, slot: str) -> None:
+    model, x = trained(case, slot), case.batch()
     expected = model(x).detach()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), expected)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KINDS, SPECIAL, KindCase, config, stir
+from cases import LAYERS, SPECIAL_LAYERS, LayerCase, config, stir
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -13,8 +13,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 from tailora import LoRAConfig, LoRAModel
 
 NAMES = ("linear", "transformers conv1d", "embedding", "conv2d", "attention in", "part", "experts up")
-CASES = [(kind, slot) for kind in [*KINDS, *SPECIAL] if kind.name in NAMES for slot in ("plain", "dora")]
-CASES = [(kind, slot) for kind, slot in CASES if slot == "plain" or kind not in SPECIAL]
+CASES = [(case, slot) for case in [*LAYERS, *SPECIAL_LAYERS] if case.name in NAMES for slot in ("plain", "dora")]
+CASES = [(case, slot) for case, slot in CASES if slot == "plain" or case not in SPECIAL_LAYERS]
 
 
 class Counting:
@@ -47,10 +47,10 @@ def gradients(model: nn.Module, call: Callable[[nn.Module], Tensor], parameters:
     return [y.detach(), *torch.autograd.grad((y - 1).square().sum(), parameters)]
 
 
-@pytest.mark.parametrize(("kind", "slot"), CASES, ids=[f"{slot}-{kind.name}" for kind, slot in CASES])
-def test_a_step_is_one_graph_forward_and_one_backward_for_adapters_of_equal_shape(kind: KindCase, slot: str) -> None:
+@pytest.mark.parametrize(("case", "slot"), CASES, ids=[f"{slot}-{case.name}" for case, slot in CASES])
+def test_a_step_is_one_graph_forward_and_one_backward_for_adapters_of_equal_shape(case: LayerCase, slot: str) -> None:
     torch._dynamo.reset()
-    model, x = two_adapters(kind.net(torch.float64), config(kind, slot)), kind.batch(torch.float64)
+    model, x = two_adapters(case.net(torch.float64), config(case, slot)), case.batch(torch.float64)
     counting = Counting()
     compiled: Any = torch.compile(model, fullgraph=True, backend=counting.backend)
     for name in ("default", "other", "default"):

@@ -1,4 +1,4 @@
-"""Every law, over every kind and slot: y = g (W x + s B A x) + b."""
+"""Every law, over every layer type and slot: y = g (W x + s B A x) + b."""
 
 import copy
 import pickle
@@ -7,42 +7,40 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EVERY, EVERY_PAIR, UNMERGEABLE, KindCase, config, stir, trained
+from cases import ALL_LAYERS, ALL_PAIRS, UNMERGEABLE, LayerCase, all_of, config, pairs_of, stir, trained
 from torch import Tensor
 
 from tailora import LoRAModel
 from tailora.core.attach import Swapped
 
-kinds = pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.name)
-pairs = pytest.mark.parametrize(("kind", "slot"), EVERY_PAIR, ids=[f"{slot}-{kind.name}" for kind, slot in EVERY_PAIR])
-MERGEABLE = [(kind, slot) for kind, slot in EVERY_PAIR if (kind.name, slot) not in UNMERGEABLE]
-mergeable = pytest.mark.parametrize(
-    ("kind", "slot"), MERGEABLE, ids=[f"{slot}-{kind.name}" for kind, slot in MERGEABLE]
-)
+layer_cases = all_of(ALL_LAYERS)
+pairs = pairs_of(ALL_PAIRS)
+MERGEABLE = [(case, slot) for case, slot in ALL_PAIRS if (case.name, slot) not in UNMERGEABLE]
+mergeable = pairs_of(MERGEABLE)
 
 
 @pairs
-def test_a_fresh_adapter_computes_the_base(kind: KindCase, slot: str) -> None:
-    base, x = kind.net(), kind.batch()
+def test_a_fresh_adapter_computes_the_base(case: LayerCase, slot: str) -> None:
+    base, x = case.net(), case.batch()
     expected = base.requires_grad_(False)(x)  # torch chooses its attention by what requires gradients
-    model = LoRAModel(base, config(kind, slot))
+    model = LoRAModel(base, config(case, slot))
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
     assert len(model.lora_layers) == 1
 
 
 @mergeable
-def test_the_folded_weight_computes_what_the_adapted_layer_does(kind: KindCase, slot: str) -> None:
-    model, x = trained(kind, slot), kind.batch()
-    expected, plain = model(x), kind.net()(x)
+def test_the_folded_weight_computes_what_the_adapted_layer_does(case: LayerCase, slot: str) -> None:
+    model, x = trained(case, slot), case.batch()
+    expected, plain = model(x), case.net()(x)
     assert (expected - plain).abs().max() > 0.05  # the adapter does something
     with model.merged() as report:
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     assert 0 <= report.worst < 1e-5
 
 
-def as_dense(kind: KindCase, layer: Any, adapter: Any) -> dict[str, Tensor]:
+def as_dense(case: LayerCase, layer: Any, adapter: Any) -> dict[str, Tensor]:
     """The layer's weight and bias by the equation, formed whole, the norm a constant (arXiv:2402.09353, sec. 4.3)."""
-    weight = layer.get_parameter(kind.parameter) + adapter.delta(layer)
+    weight = layer.get_parameter(case.parameter) + adapter.delta(layer)
     if adapter.lora_magnitude_vector is not None:
         columns = adapter.layer_type.columns(layer)
         rows = weight.mT if columns else weight if adapter.layer_type.stacked else weight.flatten(1)  # (..., out, n)
@@ -52,8 +50,8 @@ def as_dense(kind: KindCase, layer: Any, adapter: Any) -> dict[str, Tensor]:
         scaled[own] = gain.view(scaled[own].shape)
         rows = rows * scaled[..., None]
         weight = rows.mT if columns else rows.view(weight.shape)
-    if kind.parameter != "weight":
-        return {f"block.target.{kind.parameter}": weight}
+    if case.parameter != "weight":
+        return {f"block.target.{case.parameter}": weight}
     bias = adapter.bias if adapter.bias is not None else getattr(layer, "bias", None)
     if adapter.lora_bias is not None:
         bias = adapter.scaling * adapter.lora_bias + (0 if bias is None else bias)
@@ -61,29 +59,29 @@ def as_dense(kind: KindCase, layer: Any, adapter: Any) -> dict[str, Tensor]:
 
 
 @pairs
-def test_the_gradient_is_that_of_the_dense_weight(kind: KindCase, slot: str) -> None:
-    model, x = trained(kind, slot, torch.float64), kind.batch(torch.float64)
+def test_the_gradient_is_that_of_the_dense_weight(case: LayerCase, slot: str) -> None:
+    model, x = trained(case, slot, torch.float64), case.batch(torch.float64)
     layer = model.base_model.block["target"]
     adapter: Any = next(iter(model.lora_layers.values()))
     parameters = list(model.lora_layers.parameters())
     through_layer = torch.autograd.grad((model(x) - 1).square().sum(), parameters)
 
-    dense: Tensor = torch.func.functional_call(kind.net(torch.float64), as_dense(kind, layer, adapter), (x,))
+    dense: Tensor = torch.func.functional_call(case.net(torch.float64), as_dense(case, layer, adapter), (x,))
     torch.testing.assert_close(
         through_layer, torch.autograd.grad((dense - 1).square().sum(), parameters), rtol=1e-9, atol=1e-9
     )
 
 
 @pairs
-def test_training_moves_the_adapter_and_nothing_of_the_base(kind: KindCase, slot: str) -> None:
-    model = LoRAModel(kind.net(), config(kind, slot))
+def test_training_moves_the_adapter_and_nothing_of_the_base(case: LayerCase, slot: str) -> None:
+    model = LoRAModel(case.net(), config(case, slot))
     before = copy.deepcopy(model.base_model.state_dict())
     start = [parameter.clone() for parameter in model.lora_layers.parameters()]
     optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=1e-2)
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
-        loss = (model(kind.batch()) - 1).square().mean()
+        loss = (model(case.batch()) - 1).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -93,14 +91,14 @@ def test_training_moves_the_adapter_and_nothing_of_the_base(kind: KindCase, slot
     assert all(parameter.grad is None for parameter in model.base_model.parameters())
 
 
-@kinds
-def test_unload_gives_back_class_bits_and_requires_grad(kind: KindCase) -> None:
-    base = kind.net()
-    kind.weight(base).requires_grad = False
-    reference = kind.net()
+@layer_cases
+def test_unload_gives_back_class_bits_and_requires_grad(case: LayerCase) -> None:
+    base = case.net()
+    case.weight(base).requires_grad = False
+    reference = case.net()
     layer = base.block["target"]
     cls, attributes = type(layer), set(vars(layer))
-    model = LoRAModel(base, config(kind))
+    model = LoRAModel(base, config(case))
     stir(model)
     assert isinstance(layer, cls)
     assert model.state_dict().keys() == {f"base_model.{key}" for key in reference.state_dict()} | {
@@ -112,29 +110,29 @@ def test_unload_gives_back_class_bits_and_requires_grad(kind: KindCase) -> None:
     assert set(vars(layer)) == attributes
     assert all(torch.equal(value, reference.state_dict()[name]) for name, value in base.state_dict().items())
     assert [p.requires_grad for _, p in base.named_parameters()] == [
-        name != f"block.target.{kind.parameter}" for name, _ in base.named_parameters()
+        name != f"block.target.{case.parameter}" for name, _ in base.named_parameters()
     ]
 
 
-@kinds
+@layer_cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_unmerge_gives_back_the_same_bits(kind: KindCase, dtype: torch.dtype) -> None:
-    model = trained(kind, dtype=dtype)
-    before = kind.weight(model.base_model).detach().clone()
+def test_unmerge_gives_back_the_same_bits(case: LayerCase, dtype: torch.dtype) -> None:
+    model = trained(case, dtype=dtype)
+    before = case.weight(model.base_model).detach().clone()
     report = model.merge()
-    assert not torch.equal(kind.weight(model.base_model), before)
+    assert not torch.equal(case.weight(model.base_model), before)
     if dtype != torch.float32:
         assert 0 < report.worst < 0.2
     model.unmerge()
-    assert torch.equal(kind.weight(model.base_model), before)
+    assert torch.equal(case.weight(model.base_model), before)
 
 
 @mergeable
 @pytest.mark.parametrize("in_place", [False, True])
 def test_merge_and_unload_leaves_a_plain_module_that_computes_the_same(
-    kind: KindCase, slot: str, in_place: bool
+    case: LayerCase, slot: str, in_place: bool
 ) -> None:
-    model, x = trained(kind, slot), kind.batch()
+    model, x = trained(case, slot), case.batch()
     expected = model(x)
     base = model.merge_and_unload(in_place=in_place)
     assert not any(isinstance(module, Swapped) for module in base.modules())
@@ -142,10 +140,10 @@ def test_merge_and_unload_leaves_a_plain_module_that_computes_the_same(
 
 
 @pairs
-def test_an_adapter_survives_its_file(kind: KindCase, slot: str, tmp_path: Path) -> None:
-    model, x = trained(kind, slot), kind.batch()
+def test_an_adapter_survives_its_file(case: LayerCase, slot: str, tmp_path: Path) -> None:
+    model, x = trained(case, slot), case.batch()
     model.save_adapter(tmp_path / "one")
-    loaded = LoRAModel.from_pretrained(kind.net(), tmp_path / "one").eval()
+    loaded = LoRAModel.from_pretrained(case.net(), tmp_path / "one").eval()
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-6, atol=1e-6)
     assert loaded.adapters == model.adapters
     loaded.save_adapter(tmp_path / "two")
@@ -157,8 +155,8 @@ def test_an_adapter_survives_its_file(kind: KindCase, slot: str, tmp_path: Path)
 
 
 @pairs
-def test_a_copy_and_a_pickle_are_models_of_their_own(kind: KindCase, slot: str) -> None:
-    model, x = trained(kind, slot), kind.batch()
+def test_a_copy_and_a_pickle_are_models_of_their_own(case: LayerCase, slot: str) -> None:
+    model, x = trained(case, slot), case.batch()
     expected = model(x).detach()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), expected)
@@ -168,11 +166,11 @@ def test_a_copy_and_a_pickle_are_models_of_their_own(kind: KindCase, slot: str) 
         assert torch.equal(model(x), expected)
 
 
-@pairs
-def test_one_graph_and_no_recompile_for_an_adapter_of_equal_shape(kind: KindCase, slot: str) -> None:
+@pairs_of(ALL_PAIRS, per_slot=1)
+def test_one_graph_and_no_recompile_for_an_adapter_of_equal_shape(case: LayerCase, slot: str) -> None:
     torch._dynamo.reset()
-    model, x = trained(kind, slot), kind.batch()
-    model.add_adapter("other", config(kind, slot))
+    model, x = trained(case, slot), case.batch()
+    model.add_adapter("other", config(case, slot))
     graphs = []
 
     def count(graph: Any, _: Any) -> Any:
@@ -182,15 +180,15 @@ def test_one_graph_and_no_recompile_for_an_adapter_of_equal_shape(kind: KindCase
     compiled = torch.compile(model, fullgraph=True, backend=count)
     torch.testing.assert_close(compiled(x), model(x))
     model.set_adapter("other")
-    torch.testing.assert_close(compiled(x), kind.net()(x))
+    torch.testing.assert_close(compiled(x), case.net()(x))
     model.set_adapter("default")
     torch.testing.assert_close(compiled(x), model(x))
     assert len(graphs) == 1
 
 
-@kinds
-def test_on_a_bfloat16_base_adapters_are_float32_and_no_float32_copy_of_the_input_is_kept(kind: KindCase) -> None:
-    model, x = trained(kind, dtype=torch.bfloat16).train(), kind.batch(torch.bfloat16)
+@layer_cases
+def test_on_a_bfloat16_base_adapters_are_float32_and_no_float32_copy_of_the_input_is_kept(case: LayerCase) -> None:
+    model, x = trained(case, dtype=torch.bfloat16).train(), case.batch(torch.bfloat16)
     assert {parameter.dtype for parameter in model.lora_layers.parameters()} == {torch.float32}
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -204,10 +202,10 @@ def test_on_a_bfloat16_base_adapters_are_float32_and_no_float32_copy_of_the_inpu
     assert all(parameter.grad is not None for parameter in model.lora_layers.parameters())
 
 
-@kinds
-def test_eval_is_deterministic_and_dropout_acts_in_training_only(kind: KindCase) -> None:
-    drops = kind.name != "embedding" and (kind, "dropout") in EVERY_PAIR  # ids have nothing to drop
-    model, x = trained(kind, "dropout" if (kind, "dropout") in EVERY_PAIR else "plain"), kind.batch()
+@layer_cases
+def test_eval_is_deterministic_and_dropout_acts_in_training_only(case: LayerCase) -> None:
+    drops = case.name != "embedding" and (case, "dropout") in ALL_PAIRS  # ids have nothing to drop
+    model, x = trained(case, "dropout" if (case, "dropout") in ALL_PAIRS else "plain"), case.batch()
     assert torch.equal(model(x), model(x))
     model.train()
     assert torch.equal(model(x), model(x)) is not drops

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import KINDS, PAIRS, PEFT_FAILS, SLOTS, KindCase, config, stir, trained
+from cases import LAYERS, PAIRS, PEFT_FAILS, SLOTS, LayerCase, all_of, config, pairs_of, stir, trained
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import MergeError
 
-RIGHT = [kind for kind in KINDS if not kind.peft_is_wrong]
-kinds = pytest.mark.parametrize("kind", RIGHT, ids=lambda kind: kind.name)
-PEFT_PAIRS = [(kind, slot) for kind, slot in PAIRS if kind in RIGHT and (kind.name, slot) not in PEFT_FAILS]
-pairs = pytest.mark.parametrize(("kind", "slot"), PEFT_PAIRS, ids=[f"{slot}-{kind.name}" for kind, slot in PEFT_PAIRS])
+RIGHT = [case for case in LAYERS if not case.peft_is_wrong]
+layer_cases = all_of(RIGHT)
+PEFT_PAIRS = [(case, slot) for case, slot in PAIRS if case in RIGHT and (case.name, slot) not in PEFT_FAILS]
+pairs = pairs_of(PEFT_PAIRS)
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
@@ -31,10 +31,10 @@ def _peft_warns_as_it_likes() -> Iterator[None]:
         yield
 
 
-def peft_settings(kind: KindCase, slot: str) -> dict[str, Any]:
+def peft_settings(case: LayerCase, slot: str) -> dict[str, Any]:
     names = ("init_lora_weights", "use_rslora", "alpha_pattern", "use_dora", "lora_bias", "bias")
     own = {key: value for key, value in SLOTS[slot].items() if key in names}
-    return {"r": kind.r, "lora_alpha": 10, "target_modules": ["target"], **own}
+    return {"r": case.r, "lora_alpha": 10, "target_modules": ["target"], **own}
 
 
 def randomise(model: nn.Module) -> None:
@@ -46,41 +46,41 @@ def randomise(model: nn.Module) -> None:
 
 
 @pairs
-def test_peft_reads_what_we_write(kind: KindCase, slot: str, tmp_path: Path) -> None:
-    model, x = trained(kind, slot), kind.batch()
+def test_peft_reads_what_we_write(case: LayerCase, slot: str, tmp_path: Path) -> None:
+    model, x = trained(case, slot), case.batch()
     model.save_adapter(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(kind.net(), str(tmp_path)).eval()
+    theirs = peft.PeftModel.from_pretrained(case.net(), str(tmp_path)).eval()
     torch.testing.assert_close(theirs(x).view(model(x).shape), model(x), **TOLERANCE)  # DoRA adds a dimension to a row
 
 
 @pairs
-def test_we_read_what_peft_writes(kind: KindCase, slot: str, tmp_path: Path) -> None:
-    theirs, x = peft.get_peft_model(kind.net(), peft.LoraConfig(**peft_settings(kind, slot))).eval(), kind.batch()
+def test_we_read_what_peft_writes(case: LayerCase, slot: str, tmp_path: Path) -> None:
+    theirs, x = peft.get_peft_model(case.net(), peft.LoraConfig(**peft_settings(case, slot))).eval(), case.batch()
     randomise(theirs)
     theirs.save_pretrained(str(tmp_path))
-    ours = LoRAModel.from_pretrained(kind.net(), tmp_path).eval()
+    ours = LoRAModel.from_pretrained(case.net(), tmp_path).eval()
     torch.testing.assert_close(ours(x), theirs(x).view(ours(x).shape), **TOLERANCE)
-    assert (ours(x) - kind.net()(x)).abs().max() > 0.01
+    assert (ours(x) - case.net()(x)).abs().max() > 0.01
 
 
-@kinds
+@layer_cases
 @pytest.mark.parametrize("method", ["cat", "svd", "ties"])
-def test_peft_reads_what_was_combined(kind: KindCase, method: str, tmp_path: Path) -> None:
-    model, x = trained(kind, "alpha pattern"), kind.batch()
-    model.add_adapter("b", config(kind, "rslora"))
+def test_peft_reads_what_was_combined(case: LayerCase, method: str, tmp_path: Path) -> None:
+    model, x = trained(case, "alpha pattern"), case.batch()
+    model.add_adapter("b", config(case, "rslora"))
     model.set_adapter("b")
     stir(model, seed=3)
     model.combine({"default": 0.7, "b": -0.3}, "mix", method)
     model.set_adapter("mix")
-    theirs = peft.PeftModel.from_pretrained(kind.net(), str(model.save_adapter(tmp_path, "mix"))).eval()
+    theirs = peft.PeftModel.from_pretrained(case.net(), str(model.save_adapter(tmp_path, "mix"))).eval()
     torch.testing.assert_close(theirs(x), model.eval()(x), **TOLERANCE)
-    assert (model(x) - kind.net()(x)).abs().max() > 0.01
+    assert (model(x) - case.net()(x)).abs().max() > 0.01
 
 
 @pairs
-def test_the_keys_and_shapes_are_those_of_peft(kind: KindCase, slot: str, tmp_path: Path) -> None:
-    trained(kind, slot).save_adapter(tmp_path / "ours")
-    theirs = peft.get_peft_model(kind.net(), peft.LoraConfig(**peft_settings(kind, slot)))
+def test_the_keys_and_shapes_are_those_of_peft(case: LayerCase, slot: str, tmp_path: Path) -> None:
+    trained(case, slot).save_adapter(tmp_path / "ours")
+    theirs = peft.get_peft_model(case.net(), peft.LoraConfig(**peft_settings(case, slot)))
     theirs.save_pretrained(str(tmp_path / "theirs"))
     ours, peft_file = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
     own_keys = {key: tensor for key, tensor in peft_file.items() if not key.endswith("base_layer.weight")}
@@ -90,14 +90,14 @@ def test_the_keys_and_shapes_are_those_of_peft(kind: KindCase, slot: str, tmp_pa
 
 
 def test_an_adapter_of_peft_that_mixes_groups_runs_and_is_not_merged(tmp_path: Path) -> None:
-    kind = next(kind for kind in KINDS if kind.name == "conv2d grouped")
-    theirs = peft.get_peft_model(kind.net(), peft.LoraConfig(**peft_settings(kind, "plain"))).eval()
+    case = next(case for case in LAYERS if case.name == "conv2d grouped")
+    theirs = peft.get_peft_model(case.net(), peft.LoraConfig(**peft_settings(case, "plain"))).eval()
     randomise(theirs)
     theirs.save_pretrained(str(tmp_path))
-    ours = LoRAModel.from_pretrained(kind.net(), tmp_path).eval()
+    ours = LoRAModel.from_pretrained(case.net(), tmp_path).eval()
     with pytest.raises(MergeError, match="no weight of this layer can hold the update"):
         ours.merge()
-    torch.testing.assert_close(ours(kind.batch()), theirs(kind.batch()), **TOLERANCE)
+    torch.testing.assert_close(ours(case.batch()), theirs(case.batch()), **TOLERANCE)
 
 
 def llama() -> LlamaForCausalLM:

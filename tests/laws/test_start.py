@@ -1,4 +1,4 @@
-"""A frozen start: y = W x + s (B A - B0 A0) x + b, over every kind."""
+"""A frozen start: y = W x + s (B A - B0 A0) x + b, over every layer type."""
 
 import copy
 import pickle
@@ -9,38 +9,38 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import EVERY, KindCase, config, stir
+from cases import ALL_LAYERS, LayerCase, all_of, config, stir
 from torch import Tensor
 
 from tailora import LoRALayer, LoRAModel
 from tailora.errors import ConfigError
 
-kinds = pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.name)
+layer_cases = all_of(ALL_LAYERS)
 
 
-def started(kind: KindCase, dtype: torch.dtype = torch.float32) -> LoRAModel:
-    model = LoRAModel(kind.net(dtype), config(kind))
+def started(case: LayerCase, dtype: torch.dtype = torch.float32) -> LoRAModel:
+    model = LoRAModel(case.net(dtype), config(case))
     (layer,) = model.lora_layers.values()
     generator = torch.Generator().manual_seed(4)
     layer.start_from(*(torch.randn(factor.shape, generator=generator) for factor in (layer.lora_A, layer.lora_B)))
     return model
 
 
-@kinds
+@layer_cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_update_is_exactly_zero_at_the_start(kind: KindCase, dtype: torch.dtype, training: bool) -> None:
-    model, x = started(kind, dtype).train(training), kind.batch(dtype)
+def test_the_update_is_exactly_zero_at_the_start(case: LayerCase, dtype: torch.dtype, training: bool) -> None:
+    model, x = started(case, dtype).train(training), case.batch(dtype)
     with torch.set_grad_enabled(training):
-        assert torch.equal(model(x), kind.net(dtype).requires_grad_(False)(x))
+        assert torch.equal(model(x), case.net(dtype).requires_grad_(False)(x))
     assert torch.count_nonzero(next(iter(model.lora_layers.values())).delta(model.base_model.block["target"])) == 0
 
 
-@kinds
-def test_the_gradients_are_those_of_s_times_ba_minus_the_start(kind: KindCase) -> None:
-    model, x = started(kind, torch.float64), kind.batch(torch.float64)
+@layer_cases
+def test_the_gradients_are_those_of_s_times_ba_minus_the_start(case: LayerCase) -> None:
+    model, x = started(case, torch.float64), case.batch(torch.float64)
     (layer,) = model.lora_layers.values()
-    base, weight = model.base_model.block["target"], kind.weight(model.base_model)
+    base, weight = model.base_model.block["target"], case.weight(model.base_model)
     kept = copy.deepcopy((layer.lora_A, layer.lora_B))
     stir(model)
     through_layer = torch.autograd.grad((model(x) - 1).square().sum(), [layer.lora_A, layer.lora_B])
@@ -52,7 +52,7 @@ def test_the_gradients_are_those_of_s_times_ba_minus_the_start(kind: KindCase) -
     update = layer.scaling * (product(layer.lora_A, layer.lora_B) - product(*kept).detach())
     torch.testing.assert_close(layer.delta(base), update)
     dense: Any = torch.func.functional_call(
-        kind.net(torch.float64), {f"block.target.{kind.parameter}": weight + update}, (x,)
+        case.net(torch.float64), {f"block.target.{case.parameter}": weight + update}, (x,)
     )
     torch.testing.assert_close(
         through_layer, torch.autograd.grad((dense - 1).square().sum(), [layer.lora_A, layer.lora_B])
@@ -62,24 +62,24 @@ def test_the_gradients_are_those_of_s_times_ba_minus_the_start(kind: KindCase) -
     assert report.worst < 1e-12
 
 
-@kinds
-def test_a_start_survives_copies_the_state_dict_and_a_move(kind: KindCase) -> None:
-    model, x = started(kind), kind.batch()
+@layer_cases
+def test_a_start_survives_copies_the_state_dict_and_a_move(case: LayerCase) -> None:
+    model, x = started(case), case.batch()
     stir(model)
     expected = model(x)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), started(kind)):
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), started(case)):
         twin.load_state_dict(model.state_dict())
         torch.testing.assert_close(twin(x), expected)
-    torch.testing.assert_close(model.double()(kind.batch(torch.float64)).float(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.double()(case.batch(torch.float64)).float(), expected, rtol=1e-4, atol=1e-4)
 
 
-@kinds
-def test_a_start_survives_its_file_and_is_a_plain_adapter_for_peft(kind: KindCase, tmp_path: Path) -> None:
-    model, x = started(kind), kind.batch()
+@layer_cases
+def test_a_start_survives_its_file_and_is_a_plain_adapter_for_peft(case: LayerCase, tmp_path: Path) -> None:
+    model, x = started(case), case.batch()
     stir(model)
     (layer,) = model.lora_layers.values()
     model.save_adapter(tmp_path / "one")
-    loaded = LoRAModel.from_pretrained(kind.net(), tmp_path / "one")
+    loaded = LoRAModel.from_pretrained(case.net(), tmp_path / "one")
     (again,) = loaded.lora_layers.values()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in layer.state_dict().items())
     assert loaded.adapters == model.adapters
@@ -87,10 +87,10 @@ def test_a_start_survives_its_file_and_is_a_plain_adapter_for_peft(kind: KindCas
     loaded.save_adapter(tmp_path / "two")
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
-    if not kind.peft_is_wrong and kind.name != "attention out":  # which PEFT adds twice
+    if not case.peft_is_wrong and case.name != "attention out":  # which PEFT adds twice
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs = peft.PeftModel.from_pretrained(kind.net(), str(tmp_path / "one")).eval()
+            theirs = peft.PeftModel.from_pretrained(case.net(), str(tmp_path / "one")).eval()
         torch.testing.assert_close(theirs(x), model(x), rtol=5e-5, atol=5e-5)
 
 

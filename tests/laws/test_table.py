@@ -1,10 +1,21 @@
-"""The table that the laws run over is whole: kind x slot x base, each a case or a reason that the product gives."""
+"""The table that the laws run over is whole: every layer type, slot and storage is a case or has a reason."""
 
 import warnings
 
 import pytest
 import torch
-from cases import BASES, EVERY, EVERY_PAIR, QUANTIZED, QUANTIZED_PAIRS, SLOTS, BaseCase, KindCase, config, why_not
+from cases import (
+    ALL_LAYERS,
+    ALL_PAIRS,
+    QUANTIZED,
+    QUANTIZED_PAIRS,
+    SLOTS,
+    STORAGES,
+    LayerCase,
+    StorageCase,
+    config,
+    why_not,
+)
 from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
@@ -15,35 +26,35 @@ from tailora.core.quantization import base_of, is_quantized
 from tailora.core.targets import select
 from tailora.errors import TargetError
 
-REFUSED = [(kind, slot) for kind in EVERY for slot in SLOTS if why_not(kind, slot)]
-UNHELD = [(kind, base) for kind in EVERY for base in BASES if kind.name not in base.kinds]
+REFUSED = [(case, slot) for case in ALL_LAYERS for slot in SLOTS if why_not(case, slot)]
+UNHELD = [(case, base) for case in ALL_LAYERS for base in STORAGES if case.name not in base.layers]
 
 
 def test_no_combination_is_missing() -> None:
-    cells = len(EVERY) * len(SLOTS) * (1 + len(BASES))
-    run = len(EVERY_PAIR) + len(QUANTIZED_PAIRS)
-    without_sense = len(REFUSED) + len([1 for base in BASES for kind, _ in REFUSED if kind.name in base.kinds])
+    cells = len(ALL_LAYERS) * len(SLOTS) * (1 + len(STORAGES))
+    run = len(ALL_PAIRS) + len(QUANTIZED_PAIRS)
+    without_sense = len(REFUSED) + len([1 for base in STORAGES for case, _ in REFUSED if case.name in base.layers])
     not_stored = len(UNHELD) * len(SLOTS)
     assert run + without_sense + not_stored == cells
-    names = [f"{kind.name}, {slot}" for kind, slot in (*EVERY_PAIR, *QUANTIZED_PAIRS)]
+    names = [f"{case.name}, {slot}" for case, slot in (*ALL_PAIRS, *QUANTIZED_PAIRS)]
     assert len(set(names)) == len(names) == run
-    assert len(QUANTIZED) + len(UNHELD) == len(EVERY) * len(BASES)
+    assert len(QUANTIZED) + len(UNHELD) == len(ALL_LAYERS) * len(STORAGES)
 
 
-@pytest.mark.parametrize(("kind", "slot"), REFUSED, ids=[f"{slot}-{kind.name}" for kind, slot in REFUSED])
-def test_a_pair_without_sense_is_refused_with_the_reason(kind: KindCase, slot: str) -> None:
-    net = kind.net()
-    with pytest.raises(TargetError, match=why_not(kind, slot)):
-        LoRAModel(net, config(kind, slot))
-    assert type(net.block["target"]) is type(kind.layer())
+@pytest.mark.parametrize(("case", "slot"), REFUSED, ids=[f"{slot}-{case.name}" for case, slot in REFUSED])
+def test_a_pair_without_sense_is_refused_with_the_reason(case: LayerCase, slot: str) -> None:
+    net = case.net()
+    with pytest.raises(TargetError, match=why_not(case, slot)):
+        LoRAModel(net, config(case, slot))
+    assert type(net.block["target"]) is type(case.layer())
 
 
-@pytest.mark.parametrize(("kind", "base"), UNHELD, ids=[f"{base.name}-{kind.name}" for kind, base in UNHELD])
-def test_a_kind_that_a_base_does_not_hold_stays_plain_or_is_refused_by_the_package(
-    kind: KindCase, base: BaseCase
+@pytest.mark.parametrize(("case", "base"), UNHELD, ids=[f"{base.name}-{case.name}" for case, base in UNHELD])
+def test_a_layer_type_that_a_storage_does_not_hold_stays_plain_or_is_refused_by_the_package(
+    case: LayerCase, base: StorageCase
 ) -> None:
-    """Each has its reason in `BaseCase.others`; bitsandbytes has a class of its own for what it holds."""
-    layer = kind.layer()
+    """Each has its reason in `StorageCase.others`; bitsandbytes has a class of its own for what it holds."""
+    layer = case.layer()
     if base.name.startswith("torchao"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -56,11 +67,11 @@ def test_a_kind_that_a_base_does_not_hold_stays_plain_or_is_refused_by_the_packa
 
 
 def test_the_table_has_every_row_of_the_core() -> None:
-    layers = [case.layer() for case in EVERY]
+    layers = [case.layer() for case in ALL_LAYERS]
     covered = {qualified(cls) for layer in layers for cls in type(layer).__mro__ if qualified(cls) in LAYER_TYPES}
     assert covered == set(LAYER_TYPES)
     assert layer_type_of(nn.LayerNorm(3)) is None
-    selected = {target.layer_type for case in EVERY for target in select(case.net(), config(case)).targets}
+    selected = {target.layer_type for case in ALL_LAYERS for target in select(case.net(), config(case)).targets}
     attention = {ATTENTION[name] for name in ("in_proj_weight", "out_proj", "v_proj_weight")}  # q and k are as v
     assert selected - {layer_types.parameter_layer_type(name) for name in ("gate_up_proj", "down_proj")} == {
         *LAYER_TYPES.values(),
@@ -80,6 +91,6 @@ def test_the_table_has_every_slot_that_a_config_can_fill() -> None:
 
 
 def test_the_layers_of_the_table_are_made_alike_every_time() -> None:
-    for case in EVERY:
+    for case in ALL_LAYERS:
         one, other = case.net().state_dict(), case.net().state_dict()
         assert all(torch.equal(value, other[name]) for name, value in one.items())

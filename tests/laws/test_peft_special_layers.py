@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import SPECIAL, SPECIAL_PAIRS, KindCase, stir, trained
+from cases import SPECIAL_LAYERS, SPECIAL_PAIRS, LayerCase, pairs_of, stir, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -30,7 +30,7 @@ from tailora.errors import FormatError
 from tailora.formats.offline import read_alone
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
-RIGHT = [(kind, slot) for kind, slot in SPECIAL_PAIRS if not kind.peft_is_wrong]
+RIGHT = [(case, slot) for case, slot in SPECIAL_PAIRS if not case.peft_is_wrong]
 TWICE = 2.0  # PEFT 0.21.2 adds the update of attention's out_proj to the weight, and then merges it once more
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -42,18 +42,18 @@ def _peft_warns_as_it_likes() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("kind", "slot"), RIGHT, ids=[f"{slot}-{kind.name}" for kind, slot in RIGHT])
-def test_peft_reads_what_we_write(kind: KindCase, slot: str, tmp_path: Path) -> None:
-    model, x = trained(kind, slot), kind.batch()
+@pairs_of(RIGHT)
+def test_peft_reads_what_we_write(case: LayerCase, slot: str, tmp_path: Path) -> None:
+    model, x = trained(case, slot), case.batch()
     model.save_adapter(tmp_path)
-    alone = "dora" in slot and not kind.name.startswith("part")  # PEFT has no magnitudes there
+    alone = "dora" in slot and not case.name.startswith("part")  # PEFT has no magnitudes there
     assert ("Loads with tailora and PEFT" in (tmp_path / "README.md").read_text()) is not alone
     if alone:
         with pytest.raises(ValueError, match=r"DoRA|use_dora"):
-            peft.PeftModel.from_pretrained(kind.net(), str(tmp_path))
+            peft.PeftModel.from_pretrained(case.net(), str(tmp_path))
         return
-    theirs = peft.PeftModel.from_pretrained(kind.net(), str(tmp_path)).eval()
-    if kind.name == "attention out":
+    theirs = peft.PeftModel.from_pretrained(case.net(), str(tmp_path)).eval()
+    if case.name == "attention out":
         model.set_scale("default", TWICE)
     torch.testing.assert_close(theirs(x).view(model(x).shape), model(x), **TOLERANCE)  # DoRA adds a dimension
 
@@ -256,4 +256,4 @@ def test_the_settings_name_hosts_and_parameters(tmp_path: Path) -> None:
 
 
 def test_every_special_kind_has_its_oracle_or_a_reason() -> None:
-    assert [kind.name for kind in SPECIAL if kind.peft_is_wrong] == ["attention value"]
+    assert [case.name for case in SPECIAL_LAYERS if case.peft_is_wrong] == ["attention value"]
