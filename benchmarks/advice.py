@@ -16,7 +16,7 @@ import measure
 import tiny_lm
 import torch
 
-from tailora.study.inspect import Asked, inspect_model
+from tailora.study.inspect import InspectOptions, inspect_model
 
 RATE = -7  # octave: the best of all ranks or its neighbour
 OCTAVES = (-10, -9, -8, -6, -5)
@@ -36,8 +36,8 @@ def work(r: int, octave: int, steps: int, base_steps: int, threads: int) -> dict
     model: Any = markov.adapted(base, {"r": r}, 2.0**octave, steps)
     with tempfile.TemporaryDirectory() as folder:
         markov.write_folder(base, Path(folder), 1, tiny_lm.EVAL_TEXTS)
-        asked = Asked(data=f"{folder}/eval.jsonl", forgetting_data=f"{folder}/old.jsonl")
-        found = inspect_model(model, asked=asked, tokenizer=markov.tokenizer())
+        options = InspectOptions(data=f"{folder}/eval.jsonl", forgetting_data=f"{folder}/old.jsonl")
+        found = inspect_model(model, options=options, tokenizer=markov.tokenizer())
     held, lost = found.held_out, found.forgetting
     assert held is not None
     assert lost is not None

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
@@ -27,12 +27,9 @@ from tailora.errors import ConfigError
 from tailora.evaluation.spectral import ModuleReport
 from tailora.formats.run_folder import SETTINGS, adapter_in, write_report
 from tailora.report import report_if_possible
-from tailora.study.advice import Advice, few, limit_of
-from tailora.study.inspect import Inspection
-from tailora.study.model_layout import DEPTHS, depth_of, span
-
-if TYPE_CHECKING:
-    from tailora.study.inspect import HeldOut, Overlap, Pair, Rise
+from tailora.study.advice import cost_limit, first_few
+from tailora.study.inspection import AdapterOverlap, Advice, HeldOutLosses, Inspection, ModuleOverlap, TruncationCost
+from tailora.study.model_layout import DEPTHS, depth_of, layer_range
 
 FLAGS: Any = flags_of({}, only=["field", "max_length"])
 NONE_GIVEN = FLAGS()
@@ -76,16 +73,15 @@ def inspect(
         check_new(output_dir)
     if model is None and (data is not None or forgetting_data is not None):
         raise ConfigError(f"--data and --forgetting-data need the base model: give --model{_hint(folder)}")
-    # DROPPED
-    from tailora.study.inspect import Asked
+    from tailora.study.inspect import InspectOptions
     from tailora.study.inspect import inspect as run
 
     longest = recorded(folder, "max_length")
     read = settings(flags, None, {"max_length": longest} if longest else {}, {"data": data} if data else {}).config
-    asked = Asked(data, read.field, read.max_length, forgetting_data, intruders, seed)
+    options = InspectOptions(data, read.field, read.max_length, forgetting_data, intruders, seed)
     method = None if model is None else chosen_method([each for each in (folder, second) if each], quantize)
     with _bar() as progress:
-        found = run(folder, model, data, other=second, asked=asked, quantize=method, say=aside, progress=progress)
+        found = run(folder, model, data, other=second, options=options, quantize=method, log=aside, progress=progress)
     if output_dir is not None:
         write_report(output_dir, "inspect", found.to_dict())
         report_if_possible(output_dir)
@@ -144,9 +140,9 @@ def show(console: Console, found: Inspection, every: bool = False) -> None:
     if found.modules:
         console.print("", _each(found) if every else _grouped(found), *_maps(found, console), sep="\n")
     for reason, paths in _by_reason(found.left_out).items():
-        console.print(f"Left out, {reason}: {few(paths)}", markup=False, soft_wrap=True)
+        console.print(f"Left out, {reason}: {first_few(paths)}", markup=False, soft_wrap=True)
     for note, modules in _by_reason({module.path: module.note for module in found.modules if module.note}).items():
-        console.print(f"{note}: {few(modules)}", markup=False, soft_wrap=True)
+        console.print(f"{note}: {first_few(modules)}", markup=False, soft_wrap=True)
     if found.pair is not None:
         console.print(*_pair(found, found.pair), sep="\n", soft_wrap=True)
     if found.held_out is not None:
@@ -177,7 +173,7 @@ def _grouped(found: Inspection) -> Table:
     table = _table("layers", "module", *_heads(found))
     for (depth, _), modules in _rows(found).items():
         name = _short(modules[0].path, found)
-        table.add_row(span([module.path for module in modules]) or depth or "-", name, *_cells(modules, found))
+        table.add_row(layer_range([module.path for module in modules]) or depth or "-", name, *_cells(modules, found))
     return table
 
 
@@ -300,23 +296,23 @@ def _shade(share: float, shades: str) -> str:
 # ---- data and advice
 
 
-def _losses(held: HeldOut) -> Table:
+def _losses(held: HeldOutLosses) -> Table:
     losses = f"loss {held.base_loss:.4f} with the base, {held.loss:.4f} with the adapter"
     table = _table("modules halved", "loss", "rise", "95%", "of the gain", "limit")
     table.title, table.title_justify, table.title_style = f"{held.data}: {losses}, {held.examples} examples", "left", ""
-    rows: dict[str, Rise] = {"all modules": held.half, **held.groups}
+    rows: dict[str, TruncationCost] = {"all modules": held.half, **held.groups}
     for name, rise in rows.items():
         spread = "" if rise.low is None else f"{rise.low:+.4f} to {rise.high:+.4f}"
         cost = "-" if rise.cost is None else f"{rise.cost:.1%}"
-        table.add_row(name, f"{rise.loss:.4f}", f"{rise.rise:+.4f}", spread, cost, f"{limit_of(rise):.1%}")
+        table.add_row(name, f"{rise.loss:.4f}", f"{rise.rise:+.4f}", spread, cost, f"{cost_limit(rise):.1%}")
     return table
 
 
-def _pair(found: Inspection, pair: Pair) -> list[str | Table]:
+def _pair(found: Inspection, pair: AdapterOverlap) -> list[str | Table]:
     """A row for each third of the layers and name of a matrix; numbers are means."""
     if not pair.modules:
         return ["", f"Beside {pair.other}: no matrix is adapted by both"]
-    rows: dict[tuple[str, str], list[Overlap]] = {}
+    rows: dict[tuple[str, str], list[ModuleOverlap]] = {}
     for each in pair.modules:
         rows.setdefault((depth_of(each.path, found.layers), _after(each.path)), []).append(each)
     table = _table("layers", "module", "cosine", "writes", "chance", "reads", "chance", "sum")
@@ -325,7 +321,7 @@ def _pair(found: Inspection, pair: Pair) -> list[str | Table]:
         names = "cosine", "writes", "writes_by_chance", "reads", "reads_by_chance"
         means = [statistics.fmean(getattr(each, name) for each in modules) for name in names]
         sums = [each.sum_norm / length for each in modules if (length := math.hypot(each.norm, each.other_norm))]
-        where = span([each.path for each in modules]) or depth or "-"
+        where = layer_range([each.path for each in modules]) or depth or "-"
         cells = [f"{means[0]:+.2f}", *(f"{mean:.2f}" for mean in means[1:])]
         table.add_row(where, _short(modules[0].path, found), *cells, f"{statistics.fmean(sums):.2f}" if sums else "-")
     pieces: list[str | Table] = [
@@ -334,7 +330,7 @@ def _pair(found: Inspection, pair: Pair) -> list[str | Table]:
         "sum: ||dW1 + dW2||, 1 where they do not meet, 1.41 where equal, 0 where opposite",
     ]
     for what, paths in (("only in the first", pair.only_here), ("only in the other", pair.only_there)):
-        pieces += [f"{len(paths)} {what}: {few(paths)}"] * bool(paths)
+        pieces += [f"{len(paths)} {what}: {first_few(paths)}"] * bool(paths)
     if (both := pair.losses) is not None:
         pieces += [f"Loss: base {both.base:.4f}, first {both.one:.4f}, other {both.other:.4f}, both {both.both:.4f}"]
     return pieces

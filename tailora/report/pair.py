@@ -13,7 +13,7 @@ from tailora.report.paths import short
 
 
 class Overlap(BaseModel):
-    """`study.inspect.Overlap`, of one matrix that both adapt."""
+    """`study.inspection.ModuleOverlap`, of one matrix that both adapt."""
 
     path: str
     cosine: float

@@ -1,38 +1,30 @@
-"""What the numbers of an inspection advise, by rules that are stated here with their thresholds and sources.
+"""What the numbers of an inspection advise, by rules with stated thresholds and sources.
 
-A rule looks at the numbers and gives advice, or nothing. docs/inspect.md has the same table in words. Nothing else
-advises.
+    Inspection -> each rule of RULES -> Advice, or nothing
+
+A rule is a function that yields its advice; `RULES`, at the end, states when each applies and why its threshold is
+what it is. docs/inspect.md has the same table. No other code gives advice.
 """
-
-from __future__ import annotations
 
 import shlex
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-from tailora.study.model_layout import grouped, patterns, span
+from tailora.evaluation.spectral import ModuleReport
+from tailora.study.inspection import Advice, HeldOutLosses, Inspection, TruncationCost
+from tailora.study.model_layout import by_group, layer_range, rank_pattern
 
-if TYPE_CHECKING:
-    from tailora.evaluation.spectral import ModuleReport
-    from tailora.study.inspect import Inspection, Rise
-
-
-# ---- What a rule is, and what it gives: advice that carries its numbers and a setting or command to copy.
-
-
-@dataclass(frozen=True)
-class Advice:
-    """rule: its name.    says: a sentence or two.    evidence: the numbers, and the thresholds that they passed.
-    setting: of LoRAConfig or TrainConfig, ready to be used.    command: to be copied, or "".
-    """
-
-    rule: str
-    says: str
-    evidence: dict[str, Any]
-    setting: dict[str, Any] = field(default_factory=dict)
-    command: str = ""
+SATURATED_COST, SATURATED_USE = 0.03, 0.8  # of the improvement; of the rank
+SPARE_USE = 0.5  # effective rank / rank, median
+DEAD = 1e-3  # root mean square of an update's numbers, of the median's
+INTRUDING = 1.0  # intruders of 10, mean over modules, above those of a random update
+MOVED = 2.0  # factor of a learned scale from its start
+TOO_STRONG = 1.0  # ||dW|| / ||W||, median
+SLOWER = 4  # the learning rate is divided by it
+FORGETTING = 0.5  # rise of the loss on other text, of the improvement
+ROUNDED = 1e-2  # ||dW|| / ||W||, median, in 16 bits
 
 
 @dataclass(frozen=True)
@@ -42,193 +34,179 @@ class Rule:
     name: str
     when: str
     source: str
-    look: Callable[[Inspection], Iterable[Advice]]
+    apply: Callable[[Inspection], Iterable[Advice]]
 
 
-def command(*words: str) -> str:
-    return shlex.join(["tailora", *words])
+def advise(inspection: Inspection) -> list[Advice]:
+    """The advice of all rules, in their order."""
+    return [advice for rule in RULES for advice in rule.apply(inspection)]
 
 
-def above(value: float, low: float | None) -> bool:
-    """Whether it is above 0 for certain; where the spread is not known, whether it is at all."""
+# ---- Conditions that several rules, or those who measure for them, ask about
+
+
+def is_above_zero(value: float, low: float | None) -> bool:
+    """True if the low end of its interval is above 0; where there is no interval, if the value is."""
     return (value if low is None else low) > 0
 
 
-def few(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+def has_gain(losses: HeldOutLosses) -> bool:
+    """True if the adapter lowers the held-out loss beyond doubt."""
+    return is_above_zero(losses.improvement, losses.improvement_low)
 
 
-# ---- Rules about what was learned at all, and about ranks: where there are too few, and where too many.
+def cost_limit(cost: TruncationCost) -> float:
+    """How much of the improvement these modules may cost: their share of SATURATED_COST, by their singular values."""
+    return SATURATED_COST * cost.values
 
 
-SATURATED_COST, SATURATED_USE = 0.03, 0.8  # of the improvement; of the rank
-SPARE_USE = 0.5  # effective rank / rank, median
-DEAD = 1e-3  # of the median root mean square of an update's numbers
+def is_costly(cost: TruncationCost) -> bool:
+    """True if the lower half costs more than the limit, and its rise of the loss is above 0 beyond doubt."""
+    return cost.cost is not None and cost.cost > cost_limit(cost) and is_above_zero(cost.rise, cost.low)
 
 
-# ---- training that did nothing
+def forgets_much(inspection: Inspection) -> bool:
+    """True if the loss on other text rose by more than FORGETTING of what the adapter gained on the data."""
+    losses, forgotten = inspection.held_out, inspection.forgetting
+    if losses is None or forgotten is None or not has_gain(losses):
+        return False
+    return float(forgotten["loss_after"] - forgotten["loss_before"]) > FORGETTING * losses.improvement
 
 
-def dead(found: Inspection) -> Iterator[Advice]:
-    if not found.modules:
+# ---- Training that did nothing
+
+
+def dead(inspection: Inspection) -> Iterator[Advice]:
+    modules = inspection.modules
+    if not modules:
         return
-    middle = statistics.median(module.density for module in found.modules)
-    dead = [module.path for module in found.modules if module.density <= DEAD * middle]
-    evidence = {"dead": len(dead), "modules": len(found.modules), "limit": DEAD, "median": middle, "paths": dead}
-    if len(dead) == len(found.modules):
+    median = statistics.median(module.density for module in modules)
+    paths = [module.path for module in modules if module.density <= DEAD * median]
+    evidence = {"dead": len(paths), "modules": len(modules), "limit": DEAD, "median": median, "paths": paths}
+    if len(paths) == len(modules):
         yield Advice(
             "dead",
-            f"All {len(dead)} updates are zero: training never moved them. Look for a learning "
-            "rate of 0, no steps taken, or a loss that does not reach the layers; this adapter changes nothing.",
+            f"All {len(paths)} updates are zero: training did not change them, and the adapter has no effect. Check "
+            "for a learning rate of 0, for no steps taken, and for a loss that does not reach these layers.",
             evidence,
         )
-    elif dead:
+    elif paths:
         yield Advice(
             "dead",
-            f"{len(dead)} of {len(found.modules)} updates are zero or below {DEAD:g} of the median: {few(dead)}. "
-            "Nothing reaches them in training, or nothing there helps: leave them out.",
+            f"{len(paths)} of {len(modules)} updates are zero or below {DEAD:g} of the median: {first_few(paths)}. "
+            "Training does not reach these layers, or changing them does not help: leave them out.",
             evidence,
-            setting={"exclude_modules": dead},
+            setting={"exclude_modules": paths},
         )
 
 
-def no_gain(found: Inspection) -> Iterator[Advice]:
-    held = found.held_out
-    if held is not None and not above(held.improvement, held.improvement_low):
-        yield Advice(
-            "no gain",
-            f"The adapter does not lower the loss on {held.data}: {held.base_loss:.4f} with the base, "
-            f"{held.loss:.4f} with it ({_interval(held.improvement_low, held.improvement_high)} for the gain). "
-            "Check that these data are like those it was trained on; if so, train longer or at another rate.",
-            {"improvement": held.improvement, "low": held.improvement_low, "examples": held.examples},
-        )
-
-
-# ---- rank
-
-
-def saturated(found: Inspection) -> Iterator[Advice]:
-    held, live = found.held_out, _alive(found)
-    if held is None or not live or not above(held.improvement, held.improvement_low):
+def no_gain(inspection: Inspection) -> Iterator[Advice]:
+    losses = inspection.held_out
+    if losses is None or has_gain(losses):
         return
-    if not costly(held.half) or _use(live) <= SATURATED_USE:
+    low, high = losses.improvement_low, losses.improvement_high
+    interval = "one example" if low is None or high is None else f"95% interval {low:+.4f} to {high:+.4f}"
+    yield Advice(
+        "no gain",
+        f"The adapter does not lower the loss on {losses.data}: {losses.base_loss:.4f} with the base, "
+        f"{losses.loss:.4f} with it ({interval} for the gain). "
+        "Check that these data are like those it was trained on; if so, train longer or at another rate.",
+        {"improvement": losses.improvement, "low": low, "examples": losses.examples},
+    )
+
+
+# ---- Rank: too low or too high
+
+
+def saturated(inspection: Inspection) -> Iterator[Advice]:
+    losses, modules = inspection.held_out, _nonzero(inspection)
+    if losses is None or not modules or not has_gain(losses):
         return
-    places = grouped([module.path for module in live], found.layers)
-    members = {name: [module for module in live if module.path in set(paths)] for name, paths in places.items()}
-    full = {
-        name: modules
-        for name, modules in members.items()
-        if name in held.groups and _use(modules) > SATURATED_USE and costly(held.groups[name])
+    if not is_costly(losses.half) or _mean_use(modules) <= SATURATED_USE:
+        return
+    groups = {
+        name: [module for module in modules if module.path in set(paths)]
+        for name, paths in by_group([module.path for module in modules], inspection.layers).items()
     }
-    yield _raise_r(full if 0 < len(full) < len(members) else {"all modules": live}, found)
+    full = {
+        name: members
+        for name, members in groups.items()
+        if name in losses.groups and _mean_use(members) > SATURATED_USE and is_costly(losses.groups[name])
+    }
+    some = 0 < len(full) < len(groups)
+    yield _raise_r(full if some else {"all modules": modules}, losses, inspection)
 
 
-def _raise_r(full: Mapping[str, Sequence[ModuleReport]], found: Inspection) -> Advice:
+def _raise_r(full: Mapping[str, Sequence[ModuleReport]], losses: HeldOutLosses, inspection: Inspection) -> Advice:
     """full: name of a group -> its modules; "all modules" where no group stands out."""
-    held = found.held_out
-    assert held is not None
-    modules = [module for each in full.values() for module in each]
-    wanted = {module.path: min(2 * module.r, module.in_features, module.out_features) for module in modules}
-    everywhere = "all modules" in full and len({*wanted.values()}) == 1
-    evidence = [_evidence(name, each, held.groups.get(name, held.half)) for name, each in full.items()]
-    said = "; ".join(
-        f"{each['group']}{_layers(each['layers'])} {each['cost']:.1%} (limit {each['cost_limit']:.1%}) at effective "
-        f"rank / r {each['use']:.2f}"
-        for each in evidence
+    modules = [module for members in full.values() for module in members]
+    ranks = {module.path: min(2 * module.r, module.in_features, module.out_features) for module in modules}
+    same_everywhere = "all modules" in full and len({*ranks.values()}) == 1
+    evidence = [_group_evidence(name, members, losses.groups.get(name, losses.half)) for name, members in full.items()]
+    groups = "; ".join(
+        f"{group['group']}{_in_layers(group['layers'])} {group['cost']:.1%} (limit {group['cost_limit']:.1%}) at "
+        f"effective rank / r {group['use']:.2f}"
+        for group in evidence
     )
     return Advice(
         "saturated",
         f"The lower half of the singular values is worth much of the improvement, and the rank is used up (limit "
-        f"{SATURATED_USE:g}): {said}. Raise r there; alpha can stay.",
-        {"groups": evidence, "cost": held.half.cost, "cost_limit": SATURATED_COST, "use_limit": SATURATED_USE},
-        setting={"r": next(iter(wanted.values()))}
-        if everywhere
-        else {"rank_pattern": patterns(wanted, [module.path for module in found.modules])},
+        f"{SATURATED_USE:g}): {groups}. Raise r there; alpha can stay.",
+        {"groups": evidence, "cost": losses.half.cost, "cost_limit": SATURATED_COST, "use_limit": SATURATED_USE},
+        setting={"r": next(iter(ranks.values()))}
+        if same_everywhere
+        else {"rank_pattern": rank_pattern(ranks, [module.path for module in inspection.modules])},
     )
 
 
-def _evidence(name: str, modules: Sequence[ModuleReport], rise: Rise) -> dict[str, Any]:
-    where = span([module.path for module in modules])
-    numbers = {"cost": rise.cost, "cost_limit": limit_of(rise), "rise": rise.rise, "rise_low": rise.low}
-    return {"group": name, "layers": where, **numbers, "use": _use(modules)}
+def _group_evidence(name: str, modules: Sequence[ModuleReport], cost: TruncationCost) -> dict[str, Any]:
+    layers = layer_range([module.path for module in modules])
+    numbers = {"cost": cost.cost, "cost_limit": cost_limit(cost), "rise": cost.rise, "rise_low": cost.low}
+    return {"group": name, "layers": layers, **numbers, "use": _mean_use(modules)}
 
 
-def spare(found: Inspection) -> Iterator[Advice]:
-    live, held = _alive(found), found.held_out
-    if not live or (held is not None and (held.half.cost is None or held.half.cost > SATURATED_COST)):
+def spare(inspection: Inspection) -> Iterator[Advice]:
+    modules, losses = _nonzero(inspection), inspection.held_out
+    if not modules or (losses is not None and (losses.half.cost is None or losses.half.cost > SATURATED_COST)):
         return
-    use = statistics.median(module.use for module in live)
-    kept = statistics.median(module.rank_99 / module.rank for module in live)
+    use = statistics.median(module.use for module in modules)
+    kept = statistics.median(module.rank_99 / module.rank for module in modules)
     if use >= SPARE_USE or kept > SPARE_USE:
         return
-    r = max(module.rank_99 for module in live)
-    loss = "" if held is None else f"; on {held.data} the lower half is worth {held.half.cost:.1%} of the improvement"
+    r = max(module.rank_99 for module in modules)
+    on_data = ""
+    if losses is not None:
+        on_data = f"; on {losses.data} the lower half is worth {losses.half.cost:.1%} of the improvement"
+    small = f"{inspection.adapter}-small"
     yield Advice(
         "spare ranks",
-        f"Effective rank / r is {use:.2f} in the middle (limit {SPARE_USE:g}), and 99% of the energy is in "
-        f"{kept:.0%} of the singular values{loss}. The adapter can be smaller, and r = {r} would have done.",
+        f"The median effective rank / r is {use:.2f} (limit {SPARE_USE:g}), and 99% of the energy is in "
+        f"{kept:.0%} of the singular values{on_data}. The adapter can be smaller: r = {r} is enough.",
         {"use": use, "use_limit": SPARE_USE, "rank_99": r, "kept": kept},
         setting={"r": r},
-        command=command(
-            "shrink", "--adapter", found.adapter, "--energy", ".99", "--output-dir", f"{found.adapter}-small"
-        ),
+        command=command("shrink", "--adapter", inspection.adapter, "--energy", ".99", "--output-dir", small),
     )
 
 
-def _layers(where: str) -> str:
-    return f" (layer{'s' if '-' in where else ''} {where})" if where else ""
+# ---- Strength: how much the adapter changes its base
 
 
-def _alive(found: Inspection) -> list[ModuleReport]:
-    return [module for module in found.modules if module.norm > 0]
-
-
-def _use(modules: Sequence[ModuleReport]) -> float:
-    return statistics.fmean(module.use for module in modules)
-
-
-def limit_of(rise: Rise) -> float:
-    """What these modules may cost of the improvement: their share of the limit, by their singular values."""
-    return SATURATED_COST * rise.values
-
-
-def costly(rise: Rise) -> bool:
-    """Whether the lower half costs more than that, and anything at all for certain."""
-    return rise.cost is not None and rise.cost > limit_of(rise) and above(rise.rise, rise.low)
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "one example" if low is None or high is None else f"95% interval {low:+.4f} to {high:+.4f}"
-
-
-# ---- Rules about how strongly an adapter changes its base: intruders, learned scales, forgetting, rounding.
-
-
-INTRUDING = 1.0  # intruders of 10, mean over modules, above those of a random update
-MOVED = 2.0  # factor of a learned scale from its start
-TOO_STRONG = 1.0  # ||dW|| / ||W||, median
-SLOWER = 4  # the learning rate is divided by
-FORGETTING = 0.5  # rise of the loss on other text, of the improvement
-ROUNDED = 1e-2  # ||dW|| / ||W||, median, in 16 bits
-
-
-def too_strong(found: Inspection) -> Iterator[Advice]:
-    sizes = [module.relative_norm for module in found.modules if module.relative_norm is not None]
+def too_strong(inspection: Inspection) -> Iterator[Advice]:
+    sizes = [module.relative_norm for module in inspection.modules if module.relative_norm is not None]
     size = statistics.median(sizes) if sizes else 0.0
     if size <= TOO_STRONG:
         return
-    rate = found.training.get("learning_rate")
     yield Advice(
         "too strong",
-        f"||dW|| is {size:.1f} times ||W|| in the middle (limit {TOO_STRONG:g}): the base is drowned. The "
-        f"learning rate was too high; try a {SLOWER}th of it.",
+        f"The median ||dW|| / ||W|| is {size:.1f} (limit {TOO_STRONG:g}): the update is larger than the base's own "
+        f"weights. The learning rate was too high; try a {SLOWER}th of it.",
         {"relative_norm": size, "limit": TOO_STRONG},
-        setting={"learning_rate": rate / SLOWER} if isinstance(rate, float) else {},
+        setting=_learning_rate(inspection, 1 / SLOWER),
     )
 
 
-def intruders(found: Inspection) -> Iterator[Advice]:
-    counted = [module for module in found.modules if module.intruders is not None]
+def intruders(inspection: Inspection) -> Iterator[Advice]:
+    counted = [module for module in inspection.modules if module.intruders is not None]
     if not counted:
         return
     mean = statistics.fmean(module.intruders or 0 for module in counted)
@@ -236,157 +214,173 @@ def intruders(found: Inspection) -> Iterator[Advice]:
     if mean - random <= INTRUDING:
         return
     size = statistics.median(module.relative_norm or 0.0 for module in counted)
-    rate = found.training.get("learning_rate")
     yield Advice(
         "intruders",
-        f"{mean:.1f} of the 10 leading directions of a tuned weight are new, {random:.1f} with random updates as large "
-        f"(limit: {INTRUDING:g} more); ||dW|| is {size:.2%} of ||W|| in the middle. Such directions came with "
+        f"{mean:.1f} of the 10 leading directions of a tuned weight are new, {random:.1f} after random updates of the "
+        f"same size (limit: {INTRUDING:g} more); the median ||dW|| / ||W|| is {size:.2%}. Such directions go with "
         "forgetting: halve the learning rate, or train fewer steps.",
         {"intruders": mean, "random": random, "limit": INTRUDING, "relative_norm": size, "modules": len(counted)},
-        setting={"learning_rate": rate / 2} if isinstance(rate, float) else {},
+        setting=_learning_rate(inspection, 1 / 2),
     )
 
 
-def scales(found: Inspection) -> Iterator[Advice]:
-    learned = [module for module in found.modules if module.learned_scaling]
-    moved = {
+def scales(inspection: Inspection) -> Iterator[Advice]:
+    factors = {
         module.path: module.scaling / module.configured_scaling
-        for module in learned
-        if not 1 / MOVED <= module.scaling / module.configured_scaling <= MOVED
+        for module in inspection.modules
+        if module.learned_scaling
     }
+    moved = {path: factor for path, factor in factors.items() if not 1 / MOVED <= factor <= MOVED}
     if not moved:
         return
-    middle = statistics.median(module.scaling / module.configured_scaling for module in learned)
-    alpha = found.config["lora_alpha"] * middle
+    median = statistics.median(factors.values())
+    alpha = inspection.config["lora_alpha"] * median
     yield Advice(
         "scales moved",
-        f"{len(moved)} of {len(learned)} learned scales are more than a factor of {MOVED:g} from their start "
-        f"({min(moved.values()):.2g} to {max(moved.values()):.2g} times it; {middle:.2g} in the middle). "
-        + ("Start nearer to where they go." if middle > 0 else "Some changed their sign: A and B could do that."),
-        {"moved": len(moved), "learned": len(learned), "limit": MOVED, "median": middle, "factors": moved},
-        setting={"lora_alpha": round(alpha, 3)} if middle > 0 and not 1 / MOVED <= middle <= MOVED else {},
+        f"{len(moved)} of {len(factors)} learned scales are more than a factor of {MOVED:g} from their start "
+        f"({min(moved.values()):.2g} to {max(moved.values()):.2g} times it; the median is {median:.2g}). "
+        + ("Start nearer to where they end." if median > 0 else "Some changed their sign, which A and B could do."),
+        {"moved": len(moved), "learned": len(factors), "limit": MOVED, "median": median, "factors": moved},
+        setting={"lora_alpha": round(alpha, 3)} if median > 0 and not 1 / MOVED <= median <= MOVED else {},
     )
 
 
-def forgets_much(found: Inspection) -> bool:
-    """Whether the loss on other text rose by more than FORGETTING of what the adapter gained on the data."""
-    held, lost = found.held_out, found.forgetting
-    if held is None or lost is None or not above(held.improvement, held.improvement_low):
-        return False
-    return float(lost["loss_after"] - lost["loss_before"]) > FORGETTING * held.improvement
-
-
-def forgetting(found: Inspection) -> Iterator[Advice]:
-    if not forgets_much(found) or found.held_out is None or found.forgetting is None:
+def forgetting(inspection: Inspection) -> Iterator[Advice]:
+    losses, forgotten = inspection.held_out, inspection.forgetting
+    if losses is None or forgotten is None or not forgets_much(inspection):
         return
-    rise = found.forgetting["loss_after"] - found.forgetting["loss_before"]
-    gain = found.held_out.improvement
+    rise = forgotten["loss_after"] - forgotten["loss_before"]
+    measured = [(reduced, reduced.loss) for reduced in inspection.dial if reduced.loss is not None]
     better = next(
-        (dial for dial in found.dial if _worth(dial.base_text_rise, found.held_out.base_loss, dial.loss)), None
+        (
+            (reduced.strength, (losses.base_loss - loss) / losses.improvement)
+            for reduced, loss in measured
+            if reduced.base_text_rise <= FORGETTING * (losses.base_loss - loss)
+        ),
+        None,
     )
-    tried = ", ".join(f"{dial.strength:g}: loss {dial.loss:.3f}, KL {dial.kl:.3f}" for dial in found.dial if dial.loss)
-    cure = (
-        f"At strength {better.strength:g} it keeps {_kept(found.held_out.base_loss, better.loss, gain):.0%} of the "
-        "gain and forgets less than the limit."
-        if better
-        else "No lower strength that was tried is within the limit: train at a lower rate, or on data that are mixed."
-    )
+    tried = ", ".join(f"{reduced.strength:g}: loss {loss:.3f}, KL {reduced.kl:.3f}" for reduced, loss in measured)
+    setting, copied = {}, ""
+    cure = "No lower strength that was tried is within the limit: train at a lower rate, or on mixed data."
+    if better is not None:
+        strength, kept = better
+        cure = f"At strength {strength:g} it keeps {kept:.0%} of the gain, and forgets less than the limit."
+        weaker = f"{inspection.adapter}-{strength:g}"
+        parts = ["--adapter", f"a={inspection.adapter}", "--weight", f"a={strength:g}"]
+        setting, copied = {"set_scale": strength}, command("combine", *parts, "--output-dir", weaker)
     yield Advice(
         "forgetting",
-        f"On {found.forgetting['text']} the loss rose by {rise:.3f} nats per token, KL {found.forgetting['kl']:.3f}; "
-        f"on the data it fell by {gain:.3f} (limit: {FORGETTING:g} of that). {cure} ({tried})",
-        {"rise": rise, "kl": found.forgetting["kl"], "improvement": gain, "limit": FORGETTING},
-        setting={"set_scale": better.strength} if better else {},
-        command=_dialled_command(found, better.strength) if better else "",
+        f"On {forgotten['text']} the loss rose by {rise:.3f} nats per token, KL {forgotten['kl']:.3f}; "
+        f"on the data it fell by {losses.improvement:.3f} (limit: {FORGETTING:g} of that). {cure} ({tried})",
+        {"rise": rise, "kl": forgotten["kl"], "improvement": losses.improvement, "limit": FORGETTING},
+        setting=setting,
+        command=copied,
     )
 
 
-def _worth(rise: float, base_loss: float, loss: float | None) -> bool:
-    return loss is not None and rise <= FORGETTING * (base_loss - loss)
-
-
-def _kept(base_loss: float, loss: float | None, gain: float) -> float:
-    return 0.0 if loss is None or gain <= 0 else (base_loss - loss) / gain
-
-
-def _dialled_command(found: Inspection, strength: float) -> str:
-    out = f"{found.adapter}-{strength:g}"
-    return command("combine", "--adapter", f"a={found.adapter}", "--weight", f"a={strength:g}", "--output-dir", out)
-
-
-def interference(found: Inspection) -> Iterator[Advice]:
-    both = None if found.pair is None else found.pair.losses
-    if found.pair is None or both is None or not above(both.worse, both.worse_low):
+def interference(inspection: Inspection) -> Iterator[Advice]:
+    overlap = inspection.pair
+    losses = None if overlap is None else overlap.losses
+    if overlap is None or losses is None or not is_above_zero(losses.worse, losses.worse_low):
         return
+    adapters = ["--adapter", f"one={inspection.adapter}", "--adapter", f"two={overlap.other}"]
     yield Advice(
         "interference",
-        f"Added up, the two have a loss of {both.both:.4f}, {both.worse:.4f} above the better one alone: they disturb "
-        f"each other (cosine of the updates {found.pair.cosine:+.2f}). Keep them apart and switch, or choose by row.",
-        {"worse": both.worse, "low": both.worse_low, "one": both.one, "other": both.other, "cosine": found.pair.cosine},
-        command=command(
-            "chat",
-            "--model",
-            found.model or "BASE",
-            "--adapter",
-            f"one={found.adapter}",
-            "--adapter",
-            f"two={found.pair.other}",
-        ),
+        f"Added up, the two adapters have a loss of {losses.both:.4f}, {losses.worse:.4f} above the better one alone: "
+        f"they disturb each other (cosine of the updates {overlap.cosine:+.2f}). Keep them apart and switch between "
+        "them, or choose one for each conversation.",
+        {
+            "worse": losses.worse,
+            "low": losses.worse_low,
+            "one": losses.one,
+            "other": losses.other,
+            "cosine": overlap.cosine,
+        },
+        command=command("chat", "--model", inspection.model or "BASE", *adapters),
     )
 
 
-def rounded(found: Inspection) -> Iterator[Advice]:
-    sizes = [module.relative_norm for module in found.modules if module.relative_norm]
-    if not sizes or found.base_dtype not in ("bfloat16", "float16"):
+def rounding(inspection: Inspection) -> Iterator[Advice]:
+    sizes = [module.relative_norm for module in inspection.modules if module.relative_norm]
+    if not sizes or inspection.base_dtype not in ("bfloat16", "float16"):
         return
     size = statistics.median(sizes)
     if size >= ROUNDED:
         return
-    out = f"{found.adapter}-merged"
-    model = ["--model", found.model] if found.model else []
+    model = ["--model", inspection.model] if inspection.model else []
+    merged = ["--to", "merged", "--dtype", "float32", "--output", f"{inspection.adapter}-merged"]
     yield Advice(
         "rounding",
-        f"||dW|| is {size:.2%} of ||W|| in the middle (limit {ROUNDED:.0%}): merged into {found.base_dtype} weights "
-        "the update would carry an error of a sixth of itself or more. Keep it beside the base, or merge in float32.",
-        {"relative_norm": size, "limit": ROUNDED, "dtype": found.base_dtype},
-        command=command("export", found.adapter, *model, "--to", "merged", "--dtype", "float32", "--output", out),
+        f"The median ||dW|| / ||W|| is {size:.2%} (limit {ROUNDED:.0%}): merged into {inspection.base_dtype} weights, "
+        "the update would be off by a sixth of its size or more. Keep it beside the base, or merge in float32.",
+        {"relative_norm": size, "limit": ROUNDED, "dtype": inspection.base_dtype},
+        command=command("export", inspection.adapter, *model, *merged),
     )
 
 
-# ----
+# ---- Helpers
+
+
+def command(*words: str) -> str:
+    return shlex.join(["tailora", *words])
+
+
+def first_few(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def _in_layers(layers: str) -> str:
+    return f" (layer{'s' if '-' in layers else ''} {layers})" if layers else ""
+
+
+def _nonzero(inspection: Inspection) -> list[ModuleReport]:
+    return [module for module in inspection.modules if module.norm > 0]
+
+
+def _mean_use(modules: Sequence[ModuleReport]) -> float:
+    return statistics.fmean(module.use for module in modules)
+
+
+def _learning_rate(inspection: Inspection, factor: float) -> dict[str, Any]:
+    """The setting with the run's learning rate times `factor`; {} where the rate is not known."""
+    rate = inspection.training.get("learning_rate")
+    return {"learning_rate": rate * factor} if isinstance(rate, float) else {}
+
+
+# ---- The rules
 
 
 RULES = [
     Rule(
         "dead",
-        f"||s B A|| of a module is 0, or its root mean square at most {DEAD:g} of the median's",
+        f"||s B A|| of a module is 0, or its root mean square is at most {DEAD:g} of the median's",
         "B starts at 0, so an update of 0 has never been moved; the threshold is ours",
         dead,
     ),
     Rule(
         "no gain",
-        "the interval of the improvement on held-out data reaches 0",
+        "the interval of the improvement on held-out data includes 0",
         "95%, bootstrap over examples",
         no_gain,
     ),
     Rule(
         "saturated",
-        f"the lower half of the singular values is worth more than {SATURATED_COST:.0%} of the improvement, "
-        f"for certain, and effective rank / r is above {SATURATED_USE:g}; then the same in groups",
-        "calibrated, docs/inspect.md: doubling r gained where it fires, and next to nothing where not",
+        f"the lower half of the singular values is worth more than {SATURATED_COST:.0%} of the improvement, with an "
+        f"interval above 0, and effective rank / r is above {SATURATED_USE:g}; then the same in groups",
+        "calibrated, docs/inspect.md: doubling r gained where it applies, and next to nothing elsewhere",
         saturated,
     ),
     Rule(
         "spare ranks",
-        f"median effective rank / r is below {SPARE_USE:g} and half of the values hold 99% of the energy; "
-        f"with data, the lower half is worth at most {SATURATED_COST:.0%} of the improvement, too",
+        f"the median effective rank / r is below {SPARE_USE:g} and half of the values hold 99% of the energy; "
+        f"with data, the lower half is also worth at most {SATURATED_COST:.0%} of the improvement",
         "the same calibration; Eckart and Young for the energy",
         spare,
     ),
     Rule(
         "too strong",
-        f"median ||dW|| / ||W|| is above {TOO_STRONG:g}",
-        "calibrated: all adapters of a useful rate are below .5 there, all above 1.6 are of a ruinous one",
+        f"the median ||dW|| / ||W|| is above {TOO_STRONG:g}",
+        "calibrated: below .5 for all adapters of a useful rate there, above 1.6 for all of a ruinous one",
         too_strong,
     ),
     Rule(
@@ -399,7 +393,7 @@ RULES = [
     Rule(
         "scales moved",
         f"a learned scale is more than a factor of {MOVED:g} from its start",
-        "the best rate of an alpha is within an octave over ranks; the threshold is ours",
+        "the best alpha is the same within an octave over ranks; the threshold is ours",
         scales,
     ),
     Rule(
@@ -410,19 +404,14 @@ RULES = [
     ),
     Rule(
         "interference",
-        "both adapters together lose more on the data than the better one alone, for certain",
+        "both adapters together lose more on the data than the better one alone, with an interval above 0",
         "95%, bootstrap over examples",
         interference,
     ),
     Rule(
         "rounding",
-        f"||dW|| / ||W|| is below {ROUNDED:g} in the middle, and the base is in 16 bits",
+        f"the median ||dW|| / ||W|| is below {ROUNDED:g}, and the base is in 16 bits",
         "measured: 17% of the update in bfloat16 at 1e-2, 79% at 1e-3",
-        rounded,
+        rounding,
     ),
 ]
-
-
-def advise(found: Inspection) -> list[Advice]:
-    """All that the rules say, in their order."""
-    return [advice for rule in RULES for advice in rule.look(found)]

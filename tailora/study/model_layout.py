@@ -1,4 +1,8 @@
-"""Where in a model a path is: early, middle or late; attention or MLP. And settings that name such places."""
+"""Where in a model a layer is: early, middle or late; attention or MLP. And settings that name groups of layers.
+
+Everything is read off the paths of the layers, so it needs no model: `block_of` is the one definition of "attention"
+and "MLP". Only `target_groups` looks at a model.
+"""
 
 import re
 from collections import defaultdict
@@ -13,92 +17,99 @@ from tailora.core.targets import chosen_places
 
 DEPTHS = ("early", "middle", "late")
 ATTENTION, MLP, OTHER = "attention", "MLP", "other"
-HOLDERS = {  # words of the modules that hold a block's matrices, in the common model families
+MODULE_NAMES = {  # of the modules around the matrices of a block, in the common model families
     ATTENTION: re.compile(r"attn|attention"),
     MLP: re.compile(r"mlp|ffn|^ff$|feed_?forward|expert|dense_?relu|intermediate"),
 }
-NAMES = {  # of the matrices themselves, for models without such holders
+MATRIX_NAMES = {  # of the matrices themselves, for models without such modules
     ATTENTION: re.compile(r"(to_)?(q|k|v|o|out|qkv)(_proj|_lin)?(_weight)?|in_proj.*|query|key|value|query_key_value"),
     MLP: re.compile(r"(gate|up|down|gate_up)_proj|(fc|lin|linear|dense|w|wi|wo)_?\d?|c_fc"),
 }
-NUMBERED = re.compile(r"((?:[^.]+\.)*?)(\d+)\.(.+)")  # by the first number: the layer's
+NUMBERED = re.compile(r"((?:[^.]+\.)*?)(\d+)\.(.+)")  # split at the first number, which is the layer's
+
+
+# ---- Paths and their groups
 
 
 def block_of(path: str) -> str:
-    """By the innermost module that says it, or the matrix's own name."""
-    *outer, last = path.lower().split(".")
-    for part in reversed([*outer, last]):
-        for block, words in HOLDERS.items():
-            if words.search(part):
+    """ATTENTION, MLP or OTHER: by the innermost module whose name says so, else by the matrix's own name."""
+    *modules, last = path.lower().split(".")
+    for name in reversed([*modules, last]):
+        for block, pattern in MODULE_NAMES.items():
+            if pattern.search(name):
                 return block
-    return next((block for block, words in NAMES.items() if words.fullmatch(last)), OTHER)
+    return next((block for block, pattern in MATRIX_NAMES.items() if pattern.fullmatch(last)), OTHER)
 
 
 def depth_of(path: str, layers: int) -> str:
-    """The third of the layers that the path is in; "" for what is in none."""
+    """The third of the layers that the path is in; "" for a path in no layer."""
     index = layer_index(path)
     return "" if index is None else DEPTHS[min(2, index * 3 // max(layers, 1))]
 
 
 def group_of(path: str, layers: int) -> str:
-    """Such as "late MLP"; what is in no layer goes by its last name."""
+    """For example "late MLP"; a path in no layer has the group of its last name."""
     depth = depth_of(path, layers)
     return f"{depth} {block_of(path)}" if depth else path.rpartition(".")[2]
 
 
-def layers_of(paths: Iterable[str]) -> int:
-    """The highest layer that is named, and one: how many there are, as far as the adapter says."""
+def layer_count(paths: Iterable[str]) -> int:
+    """The number of layers, as far as the paths name them: the highest layer + 1."""
     return 1 + max((index for path in paths if (index := layer_index(path)) is not None), default=0)
 
 
 def in_order(paths: Iterable[str]) -> list[str]:
-    """By layer and then by name, numbers by their value."""
-    return sorted(paths, key=lambda path: [(int(part) if part.isdecimal() else -1, part) for part in path.split(".")])
+    """By layer and then by name; numbers are compared as numbers."""
+    return sorted(paths, key=lambda path: [(int(name) if name.isdecimal() else -1, name) for name in path.split(".")])
 
 
-def grouped(paths: Sequence[str], layers: int) -> dict[str, list[str]]:
+def by_group(paths: Sequence[str], layers: int) -> dict[str, list[str]]:
     """Group -> its paths; from early to late, attention before MLP."""
-    found: dict[str, list[str]] = defaultdict(list)
+    groups: dict[str, list[str]] = defaultdict(list)
     for path in in_order(paths):
-        found[group_of(path, layers)].append(path)
+        groups[group_of(path, layers)].append(path)
     order = [f"{depth} {block}" for depth in DEPTHS for block in (ATTENTION, MLP, OTHER)]
-    known = [name for name in order if name in found]
-    return {name: found[name] for name in [*known, *(name for name in found if name not in known)]}
+    known = [name for name in order if name in groups]
+    return {name: groups[name] for name in [*known, *(name for name in groups if name not in known)]}
 
 
-def span(paths: Sequence[str]) -> str:
-    """Of their layers, such as "20-29"; "" where they are in none."""
+def layer_range(paths: Sequence[str]) -> str:
+    """The layers of the paths, for example "20-29"; "" for paths in no layer."""
     indices = [index for path in paths if (index := layer_index(path)) is not None]
-    return (
-        "" if not indices else f"{min(indices)}" if min(indices) == max(indices) else f"{min(indices)}-{max(indices)}"
-    )
+    if not indices:
+        return ""
+    return f"{min(indices)}" if min(indices) == max(indices) else f"{min(indices)}-{max(indices)}"
 
 
-def patterns(values: Mapping[str, int], among: Sequence[str]) -> dict[str, int]:
-    """A `rank_pattern` that gives these paths their values and means no other path of `among`.
+# ---- Settings that name a group of layers
 
-    One expression for what differs in layer and last names alone, `layers\\.(20|21)\\.(mlp\\.up_proj|mlp\\.down_proj)`,
-    where that is exact.
+
+def rank_pattern(ranks: Mapping[str, int], paths: Sequence[str]) -> dict[str, int]:
+    """A value for the setting `rank_pattern` that gives the layers of `ranks` (path -> r) their ranks, and matches no
+    other of `paths`.
+
+    Paths that differ only in layer and last names share one expression, for example
+    `layers\\.(20|21)\\.(mlp\\.up_proj|mlp\\.down_proj)`, where it matches exactly them.
     """
-    written: dict[str, int] = {}
-    for value in dict.fromkeys(values.values()):
-        for expression, paths in _expressions([path for path, own in values.items() if own == value]).items():
-            if all(pattern_matches(expression, path) == (path in paths) for path in {*among, *paths}):
-                written[expression] = value
+    pattern: dict[str, int] = {}
+    for r in dict.fromkeys(ranks.values()):
+        for expression, matched in _expressions([path for path, own in ranks.items() if own == r]).items():
+            if all(pattern_matches(expression, path) == (path in matched) for path in {*paths, *matched}):
+                pattern[expression] = r
             else:
-                written |= {exactly(path): value for path in paths}
-    return written
+                pattern |= {exactly(path): r for path in matched}
+    return pattern
 
 
 def _expressions(paths: Sequence[str]) -> dict[str, list[str]]:
-    """Expression -> the paths that it is made for."""
+    """Expression -> the paths that it is meant to match."""
     layers: dict[tuple[str, str], list[str]] = defaultdict(list)  # before and after the layer's number -> numbers
-    found: dict[str, list[str]] = {}
+    expressions: dict[str, list[str]] = {}
     for path in paths:
-        if parts := NUMBERED.fullmatch(path):
-            layers[parts[1], parts[3]].append(parts[2])
+        if match := NUMBERED.fullmatch(path):
+            layers[match[1], match[3]].append(match[2])
         else:
-            found[exactly(path)] = [path]
+            expressions[exactly(path)] = [path]
     names: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     for (before, after), numbers in layers.items():
         names[before, tuple(numbers)].append(after)
@@ -106,50 +117,39 @@ def _expressions(paths: Sequence[str]) -> dict[str, list[str]]:
         last = before.rstrip(".").rpartition(".")[2]
         expression = rf"{re.escape(last)}\." if last else "^"
         expression += rf"{_either(all_numbers)}\.{_either([re.escape(end) for end in ends])}"
-        found[expression] = [f"{before}{number}.{end}" for end in ends for number in all_numbers]
-    return found
+        expressions[expression] = [f"{before}{number}.{end}" for end in ends for number in all_numbers]
+    return expressions
 
 
 def _either(alternatives: Sequence[str]) -> str:
     return alternatives[0] if len(alternatives) == 1 else f"({'|'.join(alternatives)})"
 
 
-# ---- Which layers of a model are its attention and which its MLP, and the highest rank that they all take.
-#
-# Read off the model's own names: a linear layer of a block is attention when a module around it is called so; the other
-# layers of the blocks are the MLP.
+def target_groups(model: nn.Module) -> dict[str, Any]:
+    """{attention: names, mlp: names, largest_r}: values for `target_modules`, and the highest r that all layers take.
 
-
-ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
-
-
-def parts(model: nn.Module) -> dict[str, Any]:
-    """{attention: names, mlp: names, largest_r}; names are those of `target_modules`. One that is empty is left out."""
-    modules = dict(model.named_modules())
-    places = chosen_places(model, modules, LoRAConfig())
-    inner = [path for path in places if layer_index(path) is not None]
-    attention = [path for path in inner if _in_attention(path, modules)]
-    mlp = [path for path in inner if path not in set(attention)]
-    both = {"attention": attention, "mlp": mlp} if attention and mlp else {}
+    Only linear layers of numbered blocks are named. A model that lacks one of the two groups has neither.
+    """
+    layers = chosen_places(model, dict(model.named_modules()), LoRAConfig())
+    inner = [path for path in layers if layer_index(path) is not None]
+    groups = {
+        word: [path for path in inner if block_of(path) == block]
+        for word, block in (("attention", ATTENTION), ("mlp", MLP))
+    }
+    both = groups if all(groups.values()) else {}
     return {
-        **{word: names(paths, places.keys() - set(paths)) for word, paths in both.items()},
-        "largest_r": min(min(place.dims) for place in places.values()),
+        **{word: shortest_names(paths, layers.keys() - set(paths)) for word, paths in both.items()},
+        "largest_r": min(min(layer.dims) for layer in layers.values()),
     }
 
 
-def _in_attention(path: str, modules: dict[str, nn.Module]) -> bool:
-    names = path.split(".")
-    around = [".".join(names[:end]) for end in range(1, len(names))]
-    called = [*names[:-1], *(type(modules[each]).__name__ for each in around if each in modules)]
-    return any(ATTENTION_NAME.search(name) for name in called)
-
-
-def names(paths: Collection[str], others: Collection[str]) -> list[str]:
-    """The shortest ends of the paths that no other path has."""
+def shortest_names(paths: Collection[str], others: Collection[str]) -> list[str]:
+    """The shortest ends of the paths that no path of `others` has."""
     taken = {end for path in others for end in _ends(path)}
     return list(dict.fromkeys(next((end for end in _ends(path) if end not in taken), path) for path in paths))
 
 
 def _ends(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+    """c, b.c and a.b.c of a.b.c"""
+    names = path.split(".")
+    return [".".join(names[start:]) for start in range(len(names) - 1, -1, -1)]

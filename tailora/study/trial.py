@@ -233,7 +233,7 @@ def _leave(folder: Path, trial: Trial, *, keep: bool) -> None:
 
 
 def _made(config: TrainConfig, spec: Spec, heard: Heard) -> Trial:
-    from tailora.study.model_layout import parts  # torch from here on
+    from tailora.study.model_layout import target_groups  # torch from here on
     from tailora.train.loss import Evaluation
     from tailora.train.optim import rising
     from tailora.train.trainable import folder_of
@@ -244,7 +244,7 @@ def _made(config: TrainConfig, spec: Spec, heard: Heard) -> Trial:
     result = run(
         config,
         on_event=_teller(heard),
-        on_ready=lambda model, *_: found.update(parts(model.base_model) if spec.describe else {}),
+        on_ready=lambda model, *_: found.update(target_groups(model.base_model) if spec.describe else {}),
         rate_at=None if between is None else lambda step, steps: rising(step, steps, *between),
         held_out=choosing_half if spec.choosing else None,
         before=None if spec.before is None else Evaluation(*map(np.array, spec.before)),

@@ -9,8 +9,8 @@ import pytest
 from tailora.evaluation.spectral import ModuleReport
 from tailora.study import advice as ranks
 from tailora.study import advice as strengths
-from tailora.study.advice import RULES, Advice, advise
-from tailora.study.inspect import Dial, HeldOut, Inspection, Rise
+from tailora.study.advice import RULES, advise
+from tailora.study.inspection import Advice, HeldOutLosses, Inspection, ReducedStrength, TruncationCost
 
 JUST = 1e-6
 
@@ -63,13 +63,13 @@ def all_with(**changes: Any) -> list[ModuleReport]:
     return [replace(each, **changes) for each in inspection().modules]
 
 
-def rise(cost: float, *, low: float | None = 0.001, values: float = 1.0) -> Rise:
-    return Rise(loss=3.0, rise=cost, low=low, high=1.0, cost=cost, values=values)
+def rise(cost: float, *, low: float | None = 0.001, values: float = 1.0) -> TruncationCost:
+    return TruncationCost(loss=3.0, rise=cost, low=low, high=1.0, cost=cost, values=values)
 
 
-def held(cost: float, groups: dict[str, Rise] | None = None, **changes: Any) -> HeldOut:
+def held(cost: float, groups: dict[str, TruncationCost] | None = None, **changes: Any) -> HeldOutLosses:
     """The base loses 4, the adapter 3: a gain of 1."""
-    plain = HeldOut("chats", 50, 1000, 4.0, 3.0, 1.0, 0.9, 1.1, half=rise(cost), groups=groups or {})
+    plain = HeldOutLosses("chats", 50, 1000, 4.0, 3.0, 1.0, 0.9, 1.1, half=rise(cost), groups=groups or {})
     return replace(plain, **changes)
 
 
@@ -205,7 +205,11 @@ def test_forgetting_above_its_share_of_the_gain_asks_for_a_lower_strength() -> N
     limit = strengths.FORGETTING
     assert silent(inspection(held_out=held(0.0), forgetting=forgot(limit)), "forgetting")
     assert silent(inspection(held_out=held(0.0, improvement_low=-0.1), forgetting=forgot(1.0)), "forgetting")
-    tried = [Dial(0.75, 3.1, 0.2, 0.46), Dial(0.5, 3.4, 0.1, 0.2), Dial(0.25, 3.8, 0.02, 0.01)]
+    tried = [
+        ReducedStrength(0.75, 3.1, 0.2, 0.46),
+        ReducedStrength(0.5, 3.4, 0.1, 0.2),
+        ReducedStrength(0.25, 3.8, 0.02, 0.01),
+    ]
     advice = only(inspection(held_out=held(0.0), forgetting=forgot(limit + 1e-3), dial=tried), "forgetting")
     assert advice.setting == {"set_scale": 0.5}  # at .75 it costs .46 for a gain of .9
     assert "keeps 60% of the gain" in advice.says

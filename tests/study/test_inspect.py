@@ -1,5 +1,6 @@
 """A whole inspection of a tiny model's adapter: from its files, beside its base, on data."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.core.compress import leading_only, spectra_of
 from tailora.errors import BaseMismatchError, ConfigError, FormatError
 from tailora.evaluation.spectral import Update, updates_of
-from tailora.study.inspect import Asked, inspect, inspect_model, overlaps
+from tailora.study.inspect import InspectOptions, adapter_overlap, inspect, inspect_model
 from tailora.train.config import TrainConfig
 from tailora.train.trainer import run
 
@@ -47,7 +48,7 @@ def test_beside_the_base_and_on_data(tuned: TrainConfig) -> None:
     heard: list[str] = []
     counted: list[tuple[int, int]] = []
     found = inspect(
-        tuned.output_dir, tuned.model, tuned.data, say=heard.append, progress=lambda *at: counted.append(at)
+        tuned.output_dir, tuned.model, tuned.data, log=heard.append, progress=lambda *at: counted.append(at)
     )
     assert counted[-1] == (14, 14)
     assert all(module.relative_norm is not None and module.relative_norm > 0 for module in found.modules)
@@ -67,7 +68,7 @@ def test_beside_the_base_and_on_data(tuned: TrainConfig) -> None:
     assert len([line for line in heard if "lower half" in line]) == 5
     assert not any(advice.rule == "no gain" for advice in found.advice)
 
-    written = found.to_dict()
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert written["modules"][0].keys() >= {
         *("path", "r", "effective_rank", "stable_rank", "energy", "relative_norm", "intruders", "scaling"),
         *("singular_values", "group", "use"),
@@ -80,7 +81,7 @@ def test_beside_the_base_and_on_data(tuned: TrainConfig) -> None:
 
 
 def test_forgetting_alone(tuned: TrainConfig) -> None:
-    found = inspect(tuned.output_dir, tuned.model, asked=Asked(forgetting_data=tuned.data, intruders=False))
+    found = inspect(tuned.output_dir, tuned.model, options=InspectOptions(forgetting_data=tuned.data, intruders=False))
     assert found.held_out is None
     assert found.forgetting is not None
     assert found.forgetting["text"] == tuned.data
@@ -131,11 +132,11 @@ def test_what_it_cannot_look_at_is_refused(tuned: TrainConfig, tmp_path: Path) -
         inspect(tuned.output_dir, str(tmp_path / "other"))
     model = LoRAModel(chat_model(), LoRAConfig(r=2))
     with pytest.raises(ConfigError, match="tokenizer"):
-        inspect_model(model, asked=Asked(data="chats.jsonl"))
+        inspect_model(model, options=InspectOptions(data="chats.jsonl"))
 
 
 def test_intruders_can_be_left_uncounted(tuned: TrainConfig) -> None:
-    found = inspect(tuned.output_dir, tuned.model, asked=Asked(intruders=False))
+    found = inspect(tuned.output_dir, tuned.model, options=InspectOptions(intruders=False))
     assert all(module.intruders is None and module.relative_norm for module in found.modules)
     again = replace(found, seconds=0.0)
     assert again.to_dict()["modules"][0]["use"] == found.modules[0].use
@@ -174,7 +175,7 @@ def pair() -> LoRAModel:
 
 @pytest.mark.parametrize(("name", "factor"), [("same", 2.0), ("against", -1.0)])
 def test_equal_subspaces_overlap_by_one(pair: LoRAModel, name: str, factor: float) -> None:
-    found = overlaps(name, updates(pair, "one"), updates(pair, name))
+    found = adapter_overlap(name, updates(pair, "one"), updates(pair, name))
     assert [each.path for each in found.modules] == ["a", "b"]
     for each in found.modules:
         assert each.writes == pytest.approx(1, abs=1e-5)
@@ -186,7 +187,7 @@ def test_equal_subspaces_overlap_by_one(pair: LoRAModel, name: str, factor: floa
 
 
 def test_orthogonal_updates_do_not_meet(pair: LoRAModel) -> None:
-    first = overlaps("apart", updates(pair, "one"), updates(pair, "apart")).modules[0]
+    first = adapter_overlap("apart", updates(pair, "one"), updates(pair, "apart")).modules[0]
     assert first.writes == pytest.approx(0, abs=1e-6)
     assert first.reads == pytest.approx(0, abs=1e-6)
     assert first.cosine == pytest.approx(0, abs=1e-6)
@@ -197,12 +198,12 @@ def test_orthogonal_updates_do_not_meet(pair: LoRAModel) -> None:
 
 def test_what_only_one_adapts_is_listed_and_other_models_are_refused(pair: LoRAModel) -> None:
     pair.add_adapter("less", LoRAConfig(r=2, target_modules=["a"]))
-    found = overlaps("less", updates(pair, "one"), updates(pair, "less"))
+    found = adapter_overlap("less", updates(pair, "one"), updates(pair, "less"))
     assert (found.only_here, found.only_there) == (["b"], [])
     assert found.cosine == 0  # B is zero
     other = LoRAModel(torch.nn.ModuleDict({"a": torch.nn.Linear(24, 21)}), LoRAConfig(r=2, target_modules=["a"]))
     with pytest.raises(ConfigError, match=r"a: \(1, 20, 24\) here, \(1, 21, 24\) there"):
-        overlaps("other", updates(pair, "one"), updates(other, "default"))
+        adapter_overlap("other", updates(pair, "one"), updates(other, "default"))
 
 
 def test_two_adapters_on_data(tuned: TrainConfig, tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_two_adapters_on_data(tuned: TrainConfig, tmp_path: Path) -> None:
     model = LoRAModel.from_pretrained(base, Path(tuned.output_dir) / "adapter", "one")
     model.combine({"one": -1.0}, "default")
     against = model.save_adapter(tmp_path / "against")
-    found = inspect(tuned.output_dir, tuned.model, tuned.data, other=against, asked=Asked(intruders=False))
+    found = inspect(tuned.output_dir, tuned.model, tuned.data, other=against, options=InspectOptions(intruders=False))
     assert found.pair is not None
     assert found.pair.cosine == pytest.approx(-1, abs=1e-5)
     losses = found.pair.losses

@@ -16,7 +16,7 @@ from transformers import (
 from tailora.core.config import LoRAConfig
 from tailora.core.targets import select
 from tailora.model import LoRAModel
-from tailora.study.model_layout import names, parts
+from tailora.study.model_layout import shortest_names, target_groups
 
 SMALL: dict[str, Any] = {"vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
 FAMILIES = {
@@ -36,7 +36,7 @@ def made(config: Any) -> nn.Module:
 def test_attention_and_mlp_are_told_apart_and_together_are_all(family: str) -> None:
     make, layers, of_attention = FAMILIES[family]
     model = make()
-    found = parts(model)
+    found = target_groups(model)
     if layers is None:  # its experts are no linear layers, and the routers are no MLP worth the name
         assert "mlp" not in found or len(found["mlp"]) >= 1
         return
@@ -54,13 +54,13 @@ def test_attention_and_mlp_are_told_apart_and_together_are_all(family: str) -> N
 
 def test_the_parts_of_an_adapted_model_are_those_of_its_base() -> None:
     model = LoRAModel(chat_model(), LoRAConfig(r=2))
-    assert parts(model.base_model) == parts(chat_model())
-    assert parts(chat_model())["largest_r"] == 16
+    assert target_groups(model.base_model) == target_groups(chat_model())
+    assert target_groups(chat_model())["largest_r"] == 16
 
 
 def test_a_model_without_attention_has_no_such_words() -> None:
-    assert parts(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))) == {"largest_r": 3}
+    assert target_groups(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))) == {"largest_r": 3}
 
 
 def test_names_are_the_shortest_that_nothing_else_has() -> None:
-    assert names(["h.0.attn.c_proj", "h.0.attn.c_attn"], ["h.0.mlp.c_proj"]) == ["attn.c_proj", "c_attn"]
+    assert shortest_names(["h.0.attn.c_proj", "h.0.attn.c_attn"], ["h.0.mlp.c_proj"]) == ["attn.c_proj", "c_attn"]
