@@ -25,8 +25,9 @@ from tailora.formats.io import make_writable, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study.budget import FEWEST_STEPS, PROBE_STEPS, SAFETY, Costs, costs_of, longest
 from tailora.study.config import AT_THE_END, FULL, CompareConfig, arm_settings
-from tailora.study.judging import Comparison, judged
+from tailora.study.judging import judged
 from tailora.study.lr_search import Rates
+from tailora.study.results import Comparison
 from tailora.study.trial import OUT_OF_MEMORY, RESULT, Base, Progress, Spec, Trial, choosing_part, judging_half, try_out
 from tailora.train.config import TrainConfig, without_removed
 

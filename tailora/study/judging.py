@@ -8,7 +8,7 @@ the margin.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from tailora.errors import ConfigError
 from tailora.evaluation.statistics import Difference, Interval, difference, holm, loss_interval
 from tailora.study.config import FULL, CompareConfig
 from tailora.study.lr_search import Rates
+from tailora.study.results import ArmResult, Candidate, Comparison, Finalist
 from tailora.study.trial import Places, Trial, halves
 
 # ---- What the numbers of a comparison say, in a sentence; or that they cannot tell, and what would.
@@ -126,37 +127,6 @@ def _p(arm: Standing) -> str:
 
 REACH = 2.0  # margins: one seed on half of the examples is no exact judge
 LEVEL = 0.05  # of p: below it a difference is taken for one
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One trial of a search."""
-
-    number: int
-    state: str  # done, pruned, diverged, out of memory
-    settings: dict[str, Any]  # those that were searched
-    eval_loss: float | None = None  # nats per token on the choosing half; of a pruned one at its last evaluation
-    trainable_parameters: int | None = None
-    seconds: float | None = None
-    curve: list[tuple[int, float]] = field(default_factory=list)  # step, loss on the choosing half
-    message: str = ""  # why it ended early
-
-
-@dataclass(frozen=True)
-class Finalist:
-    """A trial that was run again over several seeds, judged on the other half of the held-out examples."""
-
-    number: int
-    settings: dict[str, Any]
-    trainable_parameters: int
-    choosing_loss: float  # of the trial
-    eval_loss: float
-    interval: tuple[float, float]
-    difference: dict[str, Any] | None  # from the best (`evaluation.statistics.Difference`)
-    p_value: float | None  # of no difference, adjusted for the number of finalists (Holm)
-    seconds: float  # of training, mean over seeds
-    peak_memory_bytes: int
-    runs: list[str]  # folders
 
 
 @dataclass(frozen=True)
@@ -293,50 +263,6 @@ def _facts(found: Difference, each: Finalist) -> str:
 
 
 # ---- What the runs of a comparison say: numbers of each arm, differences from the reference, a verdict.
-
-
-@dataclass(frozen=True)
-class ArmResult:
-    name: str
-    changes: dict[str, Any]
-    outcome: str  # done, or why there are no numbers
-    learning_rate: float | None = None
-    rates: dict[float, float] = field(default_factory=dict)  # rate -> loss on the choosing half, infinite if it failed
-    bracketed: bool = False
-    eval_loss: float | None = None
-    interval: tuple[float, float] | None = None
-    difference: dict[str, Any] | None = None  # from the reference (`Difference`)
-    seconds: float | None = None  # of training, mean over seeds
-    peak_memory_bytes: int | None = None
-    trainable_parameters: int | None = None
-    bytes: int | None = None  # on disk
-    forgetting: dict[str, float] | None = None  # mean over seeds; None where it is no number
-    seed_losses: list[float] = field(default_factory=list)  # held-out loss of each seed, as eval_loss is their mean
-    train_losses: list[list[float]] = field(default_factory=list)  # of each seed: of each step's examples, before it
-    runs: list[str] = field(default_factory=list)  # folders
-
-
-@dataclass(frozen=True)
-class Comparison:
-    arms: list[ArmResult]
-    reference: str
-    base_loss: float
-    steps: int
-    seeds: list[int]
-    judged_examples: int
-    verdict: str
-    p_value: float | None  # of the arm that the verdict is about, adjusted as all below
-    p_values: dict[str, float]  # arm -> p of no difference from the reference, adjusted for the number of arms (Holm)
-    notes: list[str]
-    settings: dict[str, Any]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: a rate that failed has the loss null."""
-        content = asdict(self)
-        for arm in content["arms"]:
-            arm["rates"] = {rate: loss if math.isfinite(loss) else None for rate, loss in arm["rates"].items()}
-        return content
 
 
 def judged(

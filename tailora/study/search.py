@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from tailora.formats.run_folder import write_report
 from tailora.study import study_store as folders
 from tailora.study.budget import PROBE_STEPS, Plan, longest, planned, probe, probe_settings, read_plan
 from tailora.study.config import SearchConfig
-from tailora.study.judging import Candidate, Finalist, by_loss, finalists, judge
+from tailora.study.judging import by_loss, finalists, judge
+from tailora.study.results import Candidate, Finalist, SearchResult
 from tailora.study.search_space import TARGETS, Axis, Range, at_edge, read_space, searched, settings, start
 from tailora.study.trial import RESULT, Base, Progress, Spec, Told, Trial, choosing_part, halves, judging_half, try_out
 from tailora.train.config import TrainConfig
@@ -172,27 +173,6 @@ def _made(final: Final, run: Run, *, wait: bool) -> Trial | None:
 FEW = 20  # held-out examples
 
 
-@dataclass(frozen=True)
-class Found:
-    best: Finalist
-    cheapest: Finalist
-    finalists: list[Finalist]
-    trials: list[Candidate]
-    importances: dict[str, float]  # of each setting for being among the best quarter (PED-ANOVA); sum 1
-    verdict: str
-    base_loss: float  # before training, on the judging half
-    steps: int  # of a whole trial
-    seeds: list[int]
-    judged_examples: int
-    notes: list[str]
-    settings: dict[str, Any]
-    seconds: float  # of all trials and the runs that judge, whoever made them
-    config: str  # best.yaml
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def write_config(path: Path, train: TrainConfig, changes: Mapping[str, Any]) -> Path:
     """What `tailora train --config` takes: the run's settings with the chosen ones, in a folder beside the file."""
     own = train.model_dump(exclude_unset=True, exclude={"resume_from_checkpoint"})
@@ -240,7 +220,7 @@ Say = Callable[[str], None]
 
 def search(
     train: TrainConfig, study: SearchConfig, say: Say = lambda _: None, progress: Progress | None = None
-) -> Found:
+) -> SearchResult:
     """Runs what is missing of the search in `train.output_dir` and judges. Joins one that is under way.
 
     Raises ConfigError; whatever a run raises that is neither divergence nor lack of memory.
@@ -281,7 +261,7 @@ class _Search:
         self.groups: dict[str, Any] = {}
         self.base: dict[bool, Base | None] = {}  # whether choosing -> what it has on those held-out examples
 
-    def run(self, asked: dict[str, Any]) -> Found:
+    def run(self, asked: dict[str, Any]) -> SearchResult:
         with folders.claimed(self.folder):
             self.optuna, self.storage = folders.open_study(self.folder, self.study.storage, asked)
             plan, parts = self._plan()
@@ -414,7 +394,7 @@ class _Search:
     def _time_of_finals(self) -> float:
         return RESERVED * self.study.seeds * self.plan.final_seconds
 
-    def _judged(self, asked: dict[str, Any]) -> Found:
+    def _judged(self, asked: dict[str, Any]) -> SearchResult:
         candidates = self._candidates()
         chosen = finalists(candidates, self.study.margin, self.study.finalists)
         if not chosen:
@@ -427,7 +407,7 @@ class _Search:
             for name, each in ((BEST, judged.best), (CHEAPEST, judged.cheapest))
         )
         shares = importances(self.optuna.get_trials(deepcopy=False))
-        return Found(
+        return SearchResult(
             best=judged.best,
             cheapest=judged.cheapest,
             finalists=judged.finalists,

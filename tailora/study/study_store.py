@@ -29,7 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tailora.errors import ConfigError
 from tailora.formats.io import make_writable, write_file
-from tailora.study.judging import Candidate
+from tailora.study.results import Candidate
 from tailora.train.config import without_removed
 
 CLAIM, HOME, SEATS, JOURNAL = ".claim", ".home", "seats", "journal.log"

@@ -22,7 +22,8 @@ from tailora.errors import ConfigError
 from tailora.study import study_store as folders
 from tailora.study.budget import Costs, planned, read_plan
 from tailora.study.config import SearchConfig
-from tailora.study.judging import Candidate, finalists, judge
+from tailora.study.judging import finalists, judge
+from tailora.study.results import Candidate
 from tailora.study.search import axes, importances, search
 from tailora.study.search_space import DEFAULT, Range, at_edge, read_space, searched, settings, start
 from tailora.study.trial import Spec, Told, Trial, choosing_half, halves, try_out
