@@ -14,7 +14,7 @@ lint:  ## style and types
 	mypy
 
 bench:  ## run the benchmarks in order of importance, and stop after MINUTES
-	python benchmarks/all.py --minutes $(or $(MINUTES),50)
+	python benchmarks/run_all.py --minutes $(or $(MINUTES),50)
 
 docs:  ## write the measured tables of README.md and docs/ again, from the JSON files in benchmarks/results
-	python benchmarks/readme.py
+	python benchmarks/update_docs.py

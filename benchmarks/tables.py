@@ -1,223 +1,146 @@
-"""Markdown tables of what benchmarks/results holds.
+"""Markdown tables from the JSON files in benchmarks/results.
 
-    python benchmarks/tables.py                  all of them
-    python benchmarks/tables.py steps memory     these
+    python benchmarks/tables.py                  all tables
+    python benchmarks/tables.py steps memory     those of these benchmarks
     python benchmarks/tables.py --quick          those of `--quick` runs
 
-Medians; a range in brackets is that of the repeats.
+A number is the median of the repeats, and the range in brackets goes from the lowest to the highest. No table is wider
+than about 100 characters: results with more columns are split into several tables.
 """
 
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 from measure import QUICK, RESULTS
 
-Found = list[dict[str, Any]]  # cells: settings and result of each
-Rows = Iterable[list[str]]
+Cells = list[dict[str, Any]]  # what measure.py wrote: {"cell": settings, "result": numbers, ...} each
+Spread = dict[str, float]  # median, low and high
 OURS = "tailora"
-IN_PLACE = f"{OURS}, in place"  # merging for good
+IN_PLACE = f"{OURS}, in place"  # merging without a copy of the weights
 
 
-def table(title: str, head: list[str], rows: Rows) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+# ---- Formatting
 
 
-def grouped(cells: Found, *keys: str) -> dict[tuple[Any, ...], Found]:
-    """Cells by the values of these settings, in the order that they were measured."""
-    groups: dict[tuple[Any, ...], Found] = {}
-    for one in cells:
-        groups.setdefault(tuple(one["cell"][key] for key in keys), []).append(one)
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> str:
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (head, ["---"] * len(head), *rows)]
+    heading = f"**{title}**\n\n" if title else ""
+    return heading + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def grouped(cells: Cells, *keys: str) -> dict[tuple[Any, ...], Cells]:
+    """Returns the cells by the values of these settings, in the order in which they were measured."""
+    groups: dict[tuple[Any, ...], Cells] = {}
+    for cell in cells:
+        groups.setdefault(tuple(cell["cell"][key] for key in keys), []).append(cell)
     return groups
 
 
-def ranged(value: dict[str, float], form: str = "{:.2f}") -> str:
-    median, low, high = (form.format(value[key]) for key in ("median", "low", "high"))
+def spread_of(values: list[float]) -> Spread:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def ranged(value: Spread, form: str = "{:.2f}", unit: float = 1.0) -> str:
+    """Returns "median (low to high)", every number times `unit`; the median alone if all three look the same."""
+    median, low, high = (form.format(unit * value[key]) for key in ("median", "low", "high"))
     return median if low == high else f"{median} ({low} to {high})"
 
 
-def steps(cells: Found) -> list[str]:
-    """Step time in ms, over the bound, and over tailora's."""
-    head = ["shape", "bound, ms", "frozen products", OURS, "x bound", "fast off, x tailora", "PEFT", "full fine-tuning"]
-    tables = []
-    for (threads, malloc), group in grouped(cells, "threads", "malloc").items():
-        rows = [steps_row(one["cell"], one["result"]) for one in group]
-        clock = group[0]["result"]["clock"]
-        tables.append(table(f"Step: {threads} thread(s), {clock} time, malloc {malloc}", head, rows))
-    return tables
+def milliseconds(value: Spread, form: str = "{:.0f}") -> str:
+    return ranged(value, form, unit=1000)
 
 
-def steps_row(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    others = [ranged(result["x_tailora"][arm]) for arm in ("fast off", "PEFT", "full")]
-    return [
-        f"{cell['shape']} {cell['dtype']}",
-        f"{1000 * result['bound_seconds']:.0f} at {result['peak_gflops']:.0f} GFLOP/s",
-        milliseconds(result["seconds"]["products"]),
-        milliseconds(result["seconds"][OURS]),
-        ranged(result["x_bound"][OURS]),
-        *others,
-    ]
+def threads_of(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
-def memory(cells: Found) -> list[str]:
-    """MB above the steady state; in brackets what is held in all."""
-    arms = list(dict.fromkeys(one["cell"]["arm"] for one in cells))
-    head = ["", *arms, "tailora / PEFT"]
-    tables = []
-    for (malloc,), group in grouped(cells, "malloc").items():
-        rows = []
-        for (shape, dtype, checkpointing), points in grouped(group, "shape", "dtype", "checkpointing").items():
-            by_arm = {one["cell"]["arm"]: one["result"] for one in points}
-            if not {OURS, "PEFT"} <= by_arm.keys():  # a run that was cut
-                continue
-            ratio = by_arm[OURS]["above_bytes"] / by_arm["PEFT"]["above_bytes"]
-            label = f"{shape} {dtype}{', checkpointed' if checkpointing else ''}"
-            rows.append([label, *(megabytes(by_arm[arm]) if arm in by_arm else "" for arm in arms), f"{ratio:.2f}"])
-        tables.append(table(f"Peak memory above the steady state, MB (steady), malloc {malloc}", head, rows))
-    return tables
+# ---- Training
 
 
-def quantized(cells: Found) -> list[str]:
-    """The demo model on bases stored in several ways."""
-    ratios = next((one["result"]["x_bf16"] for one in cells if one["cell"]["what"] == "speed"), {})
-    head = [
-        "base",
-        "weights, MB",
-        "kept for the backward, MB",
-        "peak, GB",
-        "step, x bf16",
-        "held-out loss before",
-        "after",
-    ]
-    rows = []
-    for one in cells:
-        if one["cell"]["what"] == "run":
-            arm, found = one["cell"]["arm"], one["result"]
-            sizes = [f"{found['base_bytes'] / 1e6:.0f}", f"{found['kept_bytes'] / 1e6:.0f}"]
-            losses = [f"{found[key]:.3f}" for key in ("loss_before", "loss_after")]
-            speed = ranged(ratios[arm]) if arm in ratios else ""
-            rows.append([arm, *sizes, f"{found['peak_bytes'] / 1e9:.2f}", speed, *losses])
-    return [table("The demo model on quantised bases", head, rows)]
-
-
-def adapters(cells: Found) -> list[str]:
-    titles = {
-        "switch": ("Switching adapters, ms", "loaded", 1000.0),
-        "decode": ("One forward of 64 rows of one token, 6 layers, ms", "adapters among the rows", 1000.0),
-        "prefill": ("One forward of 64 rows of 16 tokens, 6 layers, ms", "adapters among the rows", 1000.0),
-        "merge": ("Merging, ms per linear layer", "layers of the model", 1000.0),
-        "load": ("Attaching and loading an adapter, CPU s", "linear layers", 1.0),
-    }
-    tables = []
-    for (what,), group in grouped(cells, "what").items():
-        title, label, unit = titles[what]
-        arms = list(group[0]["result"]["seconds"])
-        own = [arm for arm in arms if arm in (OURS, IN_PLACE)]
-        rows = [
-            [
-                f"{one['cell']['value']}, {one['cell']['dtype']}",
-                *(ranged(scaled(one["result"]["seconds"][arm], unit), "{:.3f}") for arm in arms),
-                *(ratio_of(one["result"]["seconds"], "PEFT", arm) for arm in own),
-            ]
-            for one in group
-        ]
-        tables.append(table(title, [label, *arms, *(f"PEFT / {arm}" for arm in own)], rows))
-    return tables
-
-
-def inference(cells: Found) -> list[str]:
-    """Milliseconds a token, and what the adapter beside the weights costs."""
-    tables = []
-    answers = [one for one in cells if one["cell"]["what"] == "decode"]
-    for kind, title in (("next", "One more token"), ("first", "The first token, after 64 of a prompt")):
-        rows = []
-        for one in answers:
-            cell, runs = one["cell"], one["result"]["runs"]
-            times = {name.removesuffix(f": {kind}"): runs[name] for name in runs if name.endswith(f": {kind}")}
-            over = measured_ratios(times, OURS, f"{OURS}, merged"), measured_ratios(times, "PEFT", "PEFT, merged")
-            last = measured_ratios(times, "PEFT", OURS)
-            label = f"{cell['dtype']}, {cell['value']} cache, {cell['threads']} thread(s)"
-            rows.append(
-                [label, *(ranged(scaled(spread_of(each), 1000), "{:.1f}") for each in times.values()), *over, last]
-            )
-        arms = [name.removesuffix(": next") for name in answers[0]["result"]["runs"] if name.endswith("next")]
-        head = ["", *arms, "tailora / merged", "PEFT / merged", "PEFT / tailora"]
-        tables.append(table(f"{title}, ms", head, rows))
-    switches = [one for one in cells if one["cell"]["what"] == "switch"]
+def demo(summary: dict[str, Any]) -> str:
+    """The demo's run by tailora and by a hand-written loop around PEFT."""
+    ours, peft, startup = (summary[arm] for arm in ("tailora", "peft", "startup"))
+    before = f"{ours['loss_before']['median']:.3f}"
     rows = [
-        [
-            str(one["cell"]["value"]),
-            *(ranged(scaled(one["result"]["seconds"][arm], 1000.0), "{:.2f}") for arm in (OURS, "PEFT")),
-        ]
-        for one in switches
+        demo_row(label, ours[key], peft[key], form)
+        for label, key, form in (
+            ("training speed, tokens/s", "tokens_per_second", "{:.0f}"),
+            ("training time, s", "train_seconds", "{:.0f}"),
+            ("peak memory, GB", "peak_gigabytes", "{:.2f}"),
+            (f"held-out loss after training (before: {before})", "loss_after", "{:.3f}"),
+        )
     ]
-    return [*tables, table("Switching on 210 linear layers, ms", ["loaded", OURS, "PEFT"], rows)]
+    return table(["", OURS, "PEFT, hand-written loop", f"{OURS} / PEFT"], [*rows, import_row(startup)])
 
 
-def measured_ratios(times: dict[str, list[float]], arm: str, over: str) -> str:
-    """Of two arms, round by round."""
-    return ranged(spread_of([own / other for own, other in zip(times[arm], times[over], strict=True)]))
+def demo_row(label: str, ours: Spread, peft: Spread, form: str) -> list[str]:
+    return [label, ranged(ours, form), ranged(peft, form), f"{ours['median'] / peft['median']:.2f}"]
 
 
-def growth(cells: Found) -> list[str]:
-    tables = []
-    for (axis,), group in grouped(cells, "axis").items():
-        rows = [
-            [
-                str(one["cell"]["value"]),
-                milliseconds(one["result"]["seconds"][OURS]),
-                milliseconds(one["result"]["seconds"]["PEFT"]),
-                ranged(one["result"]["x_tailora"]["PEFT"]),
-            ]
-            for one in group
-        ]
-        tables.append(table(f"Step time by {axis}, ms", [axis, OURS, "PEFT", "PEFT / tailora"], rows))
-    return tables
+def import_row(startup: dict[str, Spread]) -> list[str]:
+    ours, peft = startup["import_tailora_over_torch"], startup["import_peft_over_torch"]
+    return demo_row("CPU time of the import, relative to `import torch`", ours, peft, "{:.2f}")
 
 
-def real(cells: Found) -> list[str]:
-    """Time to one pass, and to the loss that every arm reached."""
-    first = ["", "training, s", "x tailora", "with start-up, s", "tokens/s"]
-    head = [*first, "loss after", "s to that loss", "x tailora", "peak, GB"]
+def demo_in_brief(summary: dict[str, Any]) -> str:
+    """The same in four lines without ranges, for README.md."""
+    ours, peft, startup = (summary[arm] for arm in ("tailora", "peft", "startup"))
+    lines = (
+        ("training speed, tokens/s", ours["tokens_per_second"], peft["tokens_per_second"], "{:.0f}"),
+        ("peak memory, GB", ours["peak_gigabytes"], peft["peak_gigabytes"], "{:.2f}"),
+        ("held-out loss after training", ours["loss_after"], peft["loss_after"], "{:.3f}"),
+        (
+            "CPU time of the import, relative to `import torch`",
+            startup["import_tailora_over_torch"],
+            startup["import_peft_over_torch"],
+            "{:.2f}",
+        ),
+    )
+    rows = [[label, form.format(own["median"]), form.format(other["median"])] for label, own, other, form in lines]
+    return table(["", OURS, "PEFT, hand-written loop"], rows)
+
+
+def real(cells: Cells) -> list[str]:
+    """Time of one pass over real data, and time to the loss that every arm reaches."""
     tables = []
     for (data,), group in grouped(cells, "data").items():
-        arms = grouped(group, "arm")
-        if (OURS,) not in arms:  # a run that was cut
+        by_arm = {arm: runs for (arm,), runs in grouped(group, "arm").items()}
+        if OURS not in by_arm:  # a run that was stopped
             continue
-        walls = {arm: statistics.median(one["result"]["wall"] for one in runs) for (arm,), runs in arms.items()}
-        curves = {arm: runs[0]["result"]["curve"] for (arm,), runs in arms.items()}
+        arms = sorted(by_arm, key=lambda arm: arm != OURS)
+        times = {arm: spread_of([run["result"]["wall"] for run in by_arm[arm]]) for arm in arms}
+        curves = {arm: by_arm[arm][0]["result"]["curve"] for arm in arms}
         target = max(curve[-1]["loss"] for curve in curves.values())
-        reached = {arm: seconds_to(curve, target) for arm, curve in curves.items()}
-        rows = [
-            real_row(arm, [one["result"] for one in runs], walls, curves[arm][-1]["loss"], reached)
-            for (arm,), runs in sorted(arms.items(), key=lambda each: each[0] != (OURS,))
+        reached = {arm: seconds_to(curves[arm], target) for arm in arms}
+        passes = [
+            [
+                arm,
+                ranged(times[arm], "{:.0f}"),
+                f"{times[arm]['median'] / times[OURS]['median']:.2f}",
+                ranged(spread_of([run["result"]["whole_wall"] for run in by_arm[arm]]), "{:.0f}"),
+                f"{by_arm[arm][0]['result']['tokens'] / times[arm]['median']:.0f}",
+                f"{max(run['result']['peak_bytes'] for run in by_arm[arm]) / 1e9:.2f}",
+            ]
+            for arm in arms
+        ]
+        losses = [
+            [arm, f"{curves[arm][-1]['loss']:.3f}", f"{reached[arm]:.0f}", f"{reached[arm] / reached[OURS]:.2f}"]
+            for arm in arms
         ]
         learned = group[0]["result"]["supervised_tokens"]
-        tables.append(table(f"{data}: one pass, {learned:,} supervised tokens; that loss: {target:.3f}", head, rows))
+        head = ["", "training, s", f"/ {OURS}", "with start-up, s", "tokens/s", "peak, GB"]
+        tables.append(table(head, passes, f"{data}: one pass, {learned:,} supervised tokens"))
+        head = ["", "loss after the pass", f"s to a loss of {target:.3f}", f"/ {OURS}"]
+        tables.append(table(head, losses, f"{data}: held-out loss"))
     return tables
 
 
-def real_row(arm: str, results: Found, walls: dict[str, float], loss: float, reached: dict[str, float]) -> list[str]:
-    seconds = spread_of([result["wall"] for result in results])
-    return [
-        arm,
-        ranged(seconds, "{:.0f}"),
-        f"{walls[arm] / walls[OURS]:.2f}",
-        ranged(spread_of([result["whole_wall"] for result in results]), "{:.0f}"),
-        f"{results[0]['tokens'] / seconds['median']:.0f}",
-        f"{loss:.3f}",
-        f"{reached[arm]:.0f}",
-        f"{reached[arm] / reached[OURS]:.2f}",
-        f"{max(result['peak_bytes'] for result in results) / 1e9:.2f}",
-    ]
-
-
-def seconds_to(curve: Found, target: float) -> float:
-    """When the held-out loss first came down to the target, along straight lines between snapshots."""
+def seconds_to(curve: Cells, target: float) -> float:
+    """Returns when the held-out loss first fell to the target, by straight lines between snapshots."""
     if curve[0]["loss"] <= target:
         return float(curve[0]["wall"])
     for before, after in pairwise(curve):
@@ -227,100 +150,309 @@ def seconds_to(curve: Found, target: float) -> float:
     raise ValueError(f"the curve ends at {curve[-1]['loss']}, above {target}")
 
 
-def startup(cells: Found) -> list[str]:
-    watched = [one["result"] for one in cells if one["cell"]["what"] == "watched"]
-    profiled = [one["result"] for one in cells if one["cell"]["what"] == "profiled"]
-    whole = [
-        [label, ranged(spread_of([run[key] for run in watched]))]
-        for label, key in [("everything loaded and checked", "ready"), ("first step done", "first_step_done")]
-    ]
-    parts = [(name, s) for one in profiled for name, s in {"imports": one["imports"], **one["parts"]}.items()]
-    return [
-        table("`tailora train` on the cached demo model, CPU s until", ["", "s"], whole),
-        table("Where they go (under a profiler)", ["", "s"], [[name, f"{s:.2f}"] for name, s in parts]),
-    ]
+def steps(cells: Cells) -> list[str]:
+    """Time of a step beside the machine's bound, then the other arms' time relative to tailora's."""
+    tables = []
+    for (threads, malloc), group in grouped(cells, "threads", "malloc").items():
+        title = f"{threads_of(threads)}, {group[0]['result']['clock']} time, malloc {malloc}"
+        bounds, ratios = [], []
+        for cell in group:
+            shape, result = f"{cell['cell']['shape']} {cell['cell']['dtype']}", cell["result"]
+            bounds.append(
+                [
+                    shape,
+                    f"{1000 * result['bound_seconds']:.0f} ({result['peak_gflops']:.0f})",
+                    milliseconds(result["seconds"]["products"]),
+                    milliseconds(result["seconds"][OURS]),
+                    ranged(result["x_bound"][OURS]),
+                ]
+            )
+            ratios.append([shape, *(ranged(result["x_tailora"][arm]) for arm in ("fast off", "PEFT", "full"))])
+        head = ["shape", "bound (GFLOP/s)", "frozen products", OURS, f"{OURS} / bound"]
+        tables.append(table(head, bounds, f"A step, ms: {title}"))
+        head = ["shape", "fast off", "PEFT", "full fine-tuning"]
+        tables.append(table(head, ratios, f"Time of a step / {OURS}'s: {title}"))
+    return tables
 
 
-def curves(cells: Found) -> list[str]:
-    """How far each way's losses go from those of the plain path."""
-    by_way = {one["cell"]["way"]: one["result"] for one in cells}
-    plain = by_way.pop("fast off")
-    rows = [
-        [way, *(f"{apart(result[what], plain[what]):.1e}" for what in ("losses", "held_out")), result["kernels"]]
-        for way, result in by_way.items()
-    ]
-    steps = len(plain["losses"])
-    head = ["way", "largest difference of a step's loss", "of the held-out loss", "what the header says"]
-    return [table(f"{steps} steps in float32 against --fast off, nats per token", head, rows)]
-
-
-def apart(values: list[float], others: list[float]) -> float:
-    return max(abs(value - other) for value, other in zip(values, others, strict=True))
-
-
-def milliseconds(value: dict[str, float]) -> str:
-    return ranged(scaled(value, 1000), "{:.0f}")
+def memory(cells: Cells) -> list[str]:
+    """MB above the steady state; the steady state in brackets."""
+    arms = list(dict.fromkeys(cell["cell"]["arm"] for cell in cells))
+    tables = []
+    for (malloc,), group in grouped(cells, "malloc").items():
+        rows = []
+        for (shape, dtype, checkpointing), points in grouped(group, "shape", "dtype", "checkpointing").items():
+            by_arm = {point["cell"]["arm"]: point["result"] for point in points}
+            if not {OURS, "PEFT"} <= by_arm.keys():  # a run that was stopped
+                continue
+            ratio = by_arm[OURS]["above_bytes"] / by_arm["PEFT"]["above_bytes"]
+            label = f"{shape} {dtype}{', checkpointed' if checkpointing else ''}"
+            rows.append([label, *(megabytes(by_arm[arm]) if arm in by_arm else "" for arm in arms), f"{ratio:.2f}"])
+        title = f"Peak memory of a step above the steady state, MB (steady state): malloc {malloc}"
+        tables.append(table(["", *arms, f"{OURS} / PEFT"], rows, title))
+    return tables
 
 
 def megabytes(result: dict[str, Any]) -> str:
     return f"{result['above_bytes'] / 1e6:.0f} ({result['steady_bytes'] / 1e6:.0f})"
 
 
-def scaled(value: dict[str, float], unit: float) -> dict[str, float]:
-    return {key: unit * number for key, number in value.items()}
-
-
-def spread_of(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def ratio_of(seconds: dict[str, dict[str, float]], arm: str, over: str) -> str:
-    return f"{seconds[arm]['median'] / seconds[over]['median']:.2f}"
-
-
-def plan(cells: Found) -> list[str]:
-    """Peak of the run's process, and what was foreseen over it."""
-    head = [
-        "configuration",
-        "largest forward, tokens",
-        "peak of the run, GB",
-        "estimated / peak",
-        "with --measure / peak",
+def quantized(cells: Cells) -> list[str]:
+    """The demo's model with its base stored in several formats."""
+    ratios = next((cell["result"]["x_bf16"] for cell in cells if cell["cell"]["what"] == "speed"), {})
+    sizes, losses = [], []
+    for cell in cells:
+        if cell["cell"]["what"] != "run":
+            continue
+        arm, result = cell["cell"]["arm"], cell["result"]
+        sizes.append(
+            [
+                arm,
+                f"{result['base_bytes'] / 1e6:.0f}",
+                f"{result['kept_bytes'] / 1e6:.0f}",
+                f"{result['peak_bytes'] / 1e9:.2f}",
+                ranged(ratios[arm]) if arm in ratios else "",
+            ]
+        )
+        losses.append([arm, *(f"{result[key]:.3f}" for key in ("loss_before", "loss_after"))])
+    head = ["base", "weights, MB", "kept for the backward, MB", "peak, GB", "step time / bf16's"]
+    return [
+        table(head, sizes, "The demo's model on quantised bases"),
+        table(["base", "held-out loss before", "after"], losses, "Held-out loss on quantised bases"),
     ]
+
+
+def growth(cells: Cells) -> list[str]:
+    """Time of a step along one axis at a time."""
+    tables = []
+    for (axis,), group in grouped(cells, "axis").items():
+        rows = [
+            [
+                str(cell["cell"]["value"]),
+                milliseconds(cell["result"]["seconds"][OURS]),
+                milliseconds(cell["result"]["seconds"]["PEFT"]),
+                ranged(cell["result"]["x_tailora"]["PEFT"]),
+            ]
+            for cell in group
+        ]
+        tables.append(table([axis, OURS, "PEFT", f"PEFT / {OURS}"], rows, f"Time of a step by {axis}, ms"))
+    return tables
+
+
+def curves(cells: Cells) -> list[str]:
+    """How far the losses of each setting are from those of `--fast off`."""
+    by_setting = {cell["cell"]["way"]: cell["result"] for cell in cells}
+    plain = by_setting.pop("fast off")
     rows = [
         [
-            one["cell"]["name"],
-            f"{one['result']['largest_forward']['tokens']:,}",
-            f"{one['result']['true_bytes'] / 1e9:.2f}",
-            f"{one['result']['estimated_ratio']:.2f}",
-            f"{one['result']['measured_ratio']:.2f}",
+            setting,
+            f"{largest_difference(result['losses'], plain['losses']):.1e}",
+            f"{largest_difference(result['held_out'], plain['held_out']):.1e}",
         ]
-        for one in cells
+        for setting, result in by_setting.items()
     ]
-    return [table("Memory, foreseen and true", head, rows)]
+    head = ["setting", "largest difference of a step's loss", "of the held-out loss"]
+    title = f"{len(plain['losses'])} steps in float32 against `--fast off`, nats per token"
+    chosen = "\n".join(f"- {setting}: {result['kernels']}" for setting, result in by_setting.items())
+    return [table(head, rows, title), f"What the run's header said about its kernels:\n\n{chosen}"]
 
 
-TABLES: dict[str, Callable[[Found], list[str]]] = {
-    "steps": steps,
-    "memory": memory,
-    "quantized": quantized,
-    "real": real,
-    "growth": growth,
-    "adapters": adapters,
-    "inference": inference,
-    "startup": startup,
-    "curves": curves,
-    "plan": plan,
+def largest_difference(values: list[float], others: list[float]) -> float:
+    return max(abs(value - other) for value, other in zip(values, others, strict=True))
+
+
+STARTUP_PARTS = {  # function in the profile -> what it does; the rest is added up
+    "imports": "imports",
+    "loop.step": "the first step",
+    "load.load_base": "loading the model and its tokenizer",
+    "setup.choose_rows": "choosing packed or padded batches",
+    "kernels.choose_kernels": "checking the kernels on the model",
+    "setup.memory_cost": "estimating the memory of a forward",
+    "run._save": "writing the adapter",
+    "feed.feed": "reading and tokenising the data",
+    "setup.subject": "attaching the adapter",
 }
 
 
-def caption(content: dict[str, Any]) -> str:
-    machine, loads = content["machine"], [one["load_before"] for one in content["cells"]]
-    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
-    return (
-        f"{machine['cores']} cores of an {machine['cpu']} ({', '.join(machine['bf16']) or 'no bf16'}); {packages}. "
-        f"Load of the machine before the cells: {min(loads):.1f} to {max(loads):.1f}."
-    )
+def startup(cells: Cells) -> list[str]:
+    """CPU seconds of `tailora train` until its first step, and the parts of it."""
+    watched = [cell["result"] for cell in cells if cell["cell"]["what"] == "watched"]
+    milestones = [
+        [label, ranged(spread_of([run[key] for run in watched]))]
+        for label, key in [("everything is loaded and checked", "ready"), ("the first step is done", "first_step_done")]
+    ]
+    tables = [table(["until", "CPU s"], milestones, "`tailora train` on the cached demo model")]
+    for cell in cells:
+        if cell["cell"]["what"] == "profiled":
+            profile = {"imports": cell["result"]["imports"], **cell["result"]["parts"]}
+            rows = [[label, f"{profile[name]:.2f}"] for name, label in STARTUP_PARTS.items() if name in profile]
+            rest = sum(seconds for name, seconds in profile.items() if name not in STARTUP_PARTS)
+            tables.append(table(["part", "CPU s"], [*rows, ["all other parts", f"{rest:.2f}"]], "Under a profiler"))
+    return tables
+
+
+# ---- Adapters in use
+
+
+def inference(cells: Cells) -> list[str]:
+    """Time of the first token of an answer and of each later one; then switching among adapters."""
+    tables = []
+    answers = [cell for cell in cells if cell["cell"]["what"] == "decode"]
+    for (threads,), group in grouped(answers, "threads").items():
+        for key, name, form in (
+            ("next", "One more token", "{:.1f}"),
+            ("first", "The first token, prompt of 64", "{:.0f}"),
+        ):
+            separate, merged = [], []
+            for cell in group:
+                runs, label = cell["result"]["runs"], f"{cell['cell']['dtype']}, {cell['cell']['value']}"
+                times = {arm.removesuffix(f": {key}"): runs[arm] for arm in runs if arm.endswith(f": {key}")}
+                shown = {arm: milliseconds(spread_of(values), form) for arm, values in times.items()}
+                beside = [shown[arm] for arm in ("base", OURS, "PEFT")]
+                separate.append([label, *beside, round_ratio(times, "PEFT", OURS)])
+                inside = [shown[f"{arm}, merged"] for arm in (OURS, "PEFT")]
+                over = [round_ratio(times, arm, f"{arm}, merged") for arm in (OURS, "PEFT")]
+                merged.append([label, *inside, *over])
+            head = ["cache", "base", OURS, "PEFT", f"PEFT / {OURS}"]
+            tables.append(table(head, separate, f"{name}, ms, {threads_of(threads)}"))
+            head = ["cache", f"{OURS}, merged", "PEFT, merged", f"{OURS} / merged", "PEFT / merged"]
+            tables.append(table(head, merged, f"{name}, adapter merged, ms, {threads_of(threads)}"))
+    switches = [
+        [
+            str(cell["cell"]["value"]),
+            *(milliseconds(cell["result"]["seconds"][arm], "{:.2f}") for arm in (OURS, "PEFT")),
+        ]
+        for cell in cells
+        if cell["cell"]["what"] == "switch"
+    ]
+    if switches:
+        tables.append(table(["loaded", OURS, "PEFT"], switches, "Switching adapters on 210 linear layers, ms"))
+    return tables
+
+
+def round_ratio(times: dict[str, list[float]], arm: str, over: str) -> str:
+    """Returns the ratio of two arms' times, round by round."""
+    return ranged(spread_of([time / other for time, other in zip(times[arm], times[over], strict=True)]))
+
+
+def adapters(cells: Cells) -> list[str]:
+    """One adapter per batch row, switching, merging and loading."""
+    by_what = {what: group for (what,), group in grouped(cells, "what").items()}
+    tables = []
+    for what, name, form in (("decode", "one token", "{:.1f}"), ("prefill", "16 tokens", "{:.0f}")):
+        for (dtype,), group in grouped(by_what.get(what, []), "dtype").items():
+            title = f"A forward of 64 batch rows of {name}, 6 layers, {dtype}, ms"
+            arms, first = ["base", OURS, "PEFT"], "tailora, first call"
+            rows = [time_row(cell, [*arms, first], form, "PEFT", OURS) for cell in group]
+            tables.append(table(["adapters", *arms, "first call", f"PEFT / {OURS}"], rows, title))
+    if group := by_what.get("switch"):
+        arms = [OURS, f"{OURS}, between two", "PEFT"]
+        rows = [time_row(cell, arms, "{:.3f}", "PEFT", OURS) for cell in group]
+        tables.append(table(["loaded", *arms, f"PEFT / {OURS}"], rows, "Switching adapters, bfloat16, ms"))
+    for (dtype,), group in grouped(by_what.get("merge", []), "dtype").items():
+        rows = [
+            [*time_row(cell, [OURS, IN_PLACE, "PEFT"], "{:.3f}", "PEFT", OURS), ratio(cell, "PEFT", IN_PLACE)]
+            for cell in group
+        ]
+        head = ["layers", OURS, "in place", "PEFT", f"PEFT / {OURS}", "PEFT / in place"]
+        tables.append(table(head, rows, f"Merging, {dtype}, ms per linear layer"))
+        arms = [f"{OURS}, unmerge", "PEFT, unmerge"]
+        rows = [time_row(cell, arms, "{:.3f}", "PEFT, unmerge", f"{OURS}, unmerge") for cell in group]
+        tables.append(table(["layers", OURS, "PEFT", f"PEFT / {OURS}"], rows, f"Unmerging, {dtype}, ms per layer"))
+    if group := by_what.get("load"):
+        rows = [time_row(cell, [OURS, "PEFT"], "{:.0f}", "PEFT", OURS) for cell in group]
+        title = "Attaching and loading an adapter, float32, CPU ms"
+        tables.append(table(["linear layers", OURS, "PEFT", f"PEFT / {OURS}"], rows, title))
+    return tables
+
+
+def time_row(cell: dict[str, Any], arms: list[str], form: str, arm: str, over: str) -> list[str]:
+    seconds = cell["result"]["seconds"]
+    return [str(cell["cell"]["value"]), *(milliseconds(seconds[name], form) for name in arms), ratio(cell, arm, over)]
+
+
+def ratio(cell: dict[str, Any], arm: str, over: str) -> str:
+    seconds = cell["result"]["seconds"]
+    return f"{seconds[arm]['median'] / seconds[over]['median']:.2f}"
+
+
+# ---- Plans and advice
+
+
+def plan(cells: Cells) -> list[str]:
+    """What `tailora plan` estimated of memory, relative to the peak of the run's process."""
+    rows = [
+        [
+            cell["cell"]["name"],
+            f"{cell['result']['largest_forward']['tokens']:,}",
+            f"{cell['result']['true_bytes'] / 1e9:.2f}",
+            f"{cell['result']['estimated_ratio']:.2f}",
+            f"{cell['result']['measured_ratio']:.2f}",
+        ]
+        for cell in cells
+    ]
+    head = ["configuration", "tokens of the largest forward", "peak, GB", "plan / peak", "plan --measure / peak"]
+    return [table(head, rows, "Memory, estimated and measured")]
+
+
+def advice(cells: Cells) -> list[str]:
+    """What advice.py measured, a row for each adapter, and the rules that fired."""
+    rate = cells[0]["cell"]["octave"]
+    loss_at_rate = {cell["cell"]["r"]: cell["result"]["loss"] for cell in cells if cell["cell"]["octave"] == rate}
+    rows, rules = [], []
+    for cell in cells:
+        r, octave, result = cell["cell"]["r"], cell["cell"]["octave"], cell["result"]
+        doubled = loss_at_rate.get(2 * r) if octave == rate else None
+        rows.append(
+            [
+                str(r),
+                f"2^{octave}",
+                f"{result['loss']:.3f}",
+                "" if doubled is None else f"{result['loss'] - doubled:.3f}",
+                "-" if result["cost"] is None or r == 1 else f"{result['cost']:.1%}",
+                f"{result['use']:.2f}",
+                f"{result['relative_norm']:.2f}",
+                f"{result['intruders']:.1f} ({result['intruders_random']:.1f})",
+                f"{result['forgetting']:.3f}",
+            ]
+        )
+        rules.append([str(r), f"2^{octave}", ", ".join(result["rules"])])
+    head = ["r", "rate", "loss", "2r gains", "lower half costs", "eff. / r", "dW/W", "new (random)", "forgets"]
+    return [table(head, rows, "Adapters whose cure is known"), table(["r", "rate", "rules"], rules, "Rules that fired")]
+
+
+# ---- All of them
+
+
+TABLES: dict[str, Callable[[Cells], list[str]]] = {
+    "real": real,
+    "steps": steps,
+    "memory": memory,
+    "quantized": quantized,
+    "curves": curves,
+    "growth": growth,
+    "inference": inference,
+    "adapters": adapters,
+    "startup": startup,
+    "plan": plan,
+    "advice": advice,
+}
+
+
+def machine(content: dict[str, Any]) -> str:
+    """Returns "2 cores of an AMD EPYC (avx512_bf16)"."""
+    cpu = content["machine"]
+    return f"{cpu['cores']} cores of an {cpu['cpu']} ({', '.join(cpu['bf16']) or 'no bf16'})"
+
+
+def packages(content: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in content["machine"]["packages"].items())
+
+
+def load(content: dict[str, Any]) -> str:
+    """Returns how busy the machine was before each cell: its load average, lowest and highest."""
+    loads = [cell["load_before"] for cell in content["cells"]]
+    return f"Load of the machine before the cells: {min(loads):.1f} to {max(loads):.1f}."
 
 
 def main() -> None:
@@ -328,7 +460,8 @@ def main() -> None:
     wanted = [name for name in sys.argv[1:] if name != "--quick"]
     for name in wanted or [name for name in TABLES if (folder / f"{name}.json").exists()]:
         content = json.loads((folder / f"{name}.json").read_text())
-        print("\n\n".join([f"## {name}", *TABLES[name](content["cells"]), caption(content)]) + "\n")
+        source = f"{machine(content)}; {packages(content)}. {load(content)}"
+        print("\n\n".join([f"## {name}", *TABLES[name](content["cells"]), source]) + "\n")
 
 
 if __name__ == "__main__":

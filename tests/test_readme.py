@@ -60,13 +60,13 @@ def test_the_exports_run_from_first_to_last(tmp_path: Path, monkeypatch: pytest.
         torch.testing.assert_close(with_peft[key], tensor[: len(with_peft[key]), : with_peft[key].shape[1]])
 
 
-def test_the_figures_are_the_script_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_parts_are_what_the_results_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    for file, parts in runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))["PARTS"].items():
+    for file, parts in runpy.run_path(str(ROOT / "benchmarks" / "update_docs.py"))["PARTS"].items():
         document = (ROOT / file).read_text()
-        for name, part in parts.items():
+        for name, make in parts.items():
             (content,) = re.findall(f"<!-- measured:{name} -->(.*?)<!-- /measured:{name} -->", document, re.DOTALL)
-            assert content.strip() == part().strip(), f"run benchmarks/readme.py: {name} of {file} is old"
+            assert content.strip() == make().strip(), f"run benchmarks/update_docs.py: {name} of {file} is old"
 
 
 def test_every_setting_of_an_adapter_and_every_way_to_quantise_is_named() -> None:

@@ -1,0 +1,181 @@
+"""Writes the measured parts of README.md and docs/*.md, from the files in benchmarks/results.
+
+    python benchmarks/update_docs.py
+
+A measured part stands between `<!-- measured:NAME -->` and `<!-- /measured:NAME -->`. PARTS says which file has which
+parts, and what makes them. tests/test_readme.py fails if a part is not what this script would write.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tables
+import tiny_lm_tables
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MACHINES = {"With AMX": ".", "Without AMX": "zen4"}  # title -> folder of results
+TRAINER = "PEFT + Trainer, grouped by length"
+SPEED = ("real", "steps", "memory", "curves", "growth", "inference", "adapters", "startup")  # docs/performance.md
+
+Content = dict[str, Any]  # of one JSON file
+
+
+def read(name: str, folder: str = ".") -> Content:
+    content: Content = json.loads((RESULTS / folder / f"{name}.json").read_text())
+    return content
+
+
+def printed(name: str) -> str:
+    """Returns what a command printed, without spaces at the ends of lines."""
+    return "\n".join(line.rstrip() for line in (RESULTS / f"{name}.txt").read_text().strip().splitlines())
+
+
+def fenced(output: str) -> str:
+    return f"```\n{output}\n```"
+
+
+# ---- README.md
+
+
+def demo_output() -> str:
+    """What `tailora demo` prints of the losses: its first table and the two lines after it."""
+    return fenced(printed("demo").split("\nAnswers before and after")[0].strip())
+
+
+def readme_table() -> str:
+    """The demo's run beside PEFT in four lines, then what was measured, and how it is elsewhere."""
+    demo, real = read("demo"), read("real")
+    there = read("demo", "zen4")
+    repeats = len(demo["runs"]["tailora"])
+    lines = (
+        f"Medians of {repeats} runs on {tables.machine(demo)}. Both train the same rows in the same order, with r = 16 "
+        "on every linear layer of a bf16 base; PEFT's loop groups rows by length and computes logits only where there "
+        "is a label.",
+        f"The Trainer of transformers around PEFT takes {trainer_ratio(real):.2f} times tailora's time. On a machine "
+        f"without AMX, tailora trains {speed_ratio(there):.2f} times as many tokens a second as the hand-written loop. "
+        "All figures: [how fast, how large](docs/performance.md).",
+    )
+    return "\n\n".join([tables.demo_in_brief(demo["summary"]), *lines])
+
+
+def speed_ratio(demo: Content) -> float:
+    """Returns tailora's tokens a second over those of the hand-written loop."""
+    ours, peft = (demo["summary"][arm]["tokens_per_second"]["median"] for arm in ("tailora", "peft"))
+    return float(ours / peft)
+
+
+def trainer_ratio(real: Content) -> float:
+    """Returns the training time of PEFT in transformers' Trainer over tailora's, on the demo's conversations."""
+    seconds = {cell["cell"]["arm"]: cell["result"]["wall"] for cell in real["cells"] if cell["cell"]["data"] == "chat"}
+    return float(seconds[TRAINER] / seconds["tailora"])
+
+
+def compare_verdict() -> str:
+    """What was typed, how long it took, and the verdict."""
+    return f"{typed('compare')}, and ended with\n\n> {read('compare')['report']['verdict']}"
+
+
+# ---- docs/performance.md
+
+
+def machines() -> str:
+    """The machines, and the packages on them. Raises SystemExit if a result was measured with others."""
+    rows = [
+        [title, str(cpu["cores"]), cpu["cpu"], ", ".join(cpu["bf16"])]
+        for title, folder in MACHINES.items()
+        for cpu in [read("demo", folder)["machine"]]
+    ]
+    packages = tables.packages(read("demo"))
+    for folder in MACHINES.values():
+        for path in sorted((RESULTS / folder).glob("*.json")):
+            if path.stem in ("demo", *SPEED) and tables.packages(read(path.stem, folder)) != packages:
+                raise SystemExit(f"{path} was measured with {tables.packages(read(path.stem, folder))}, not {packages}")
+    return f"{tables.table(['', 'cores', 'CPU', 'bf16'], rows)}\n\nPackages: {packages}."
+
+
+def demo() -> str:
+    parts = []
+    for title, folder in MACHINES.items():
+        content = read("demo", folder)
+        repeats = f"Median and range of {len(content['runs']['tailora'])} runs, in turn, each in a process of its own."
+        parts += [f"### {title}", tables.demo(content["summary"]), repeats]
+    return "\n\n".join(parts)
+
+
+def on_all_machines(name: str) -> str:
+    """The tables of a benchmark, of every machine on which it was run."""
+    parts = []
+    for title, folder in MACHINES.items():
+        if (RESULTS / folder / f"{name}.json").exists():
+            content = read(name, folder)
+            parts += [f"### {title}", *tables.TABLES[name](content["cells"]), tables.load(content)]
+    return "\n\n".join(parts)
+
+
+# ---- docs/studies.md and docs/plan.md
+
+
+def typed(name: str) -> str:
+    content = read(name)
+    where = f"{content['machine']['cores']} cores of an {content['machine']['cpu']}"
+    return f"`{content['command']}` took {content['seconds'] / 60:.1f} minutes on {where}"
+
+
+def study(name: str) -> str:
+    """What the command of benchmarks/studies.py printed."""
+    return f"{typed(name)}, and ended with\n\n{fenced(printed(name))}"
+
+
+def plan() -> str:
+    content = read("plan")
+    source = f"{tables.machine(content)}; {tables.packages(content)}. {tables.load(content)}"
+    return "\n\n".join([*tables.plan(content["cells"]), source])
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what makes it
+    "README.md": {"demo-output": demo_output, "table": readme_table, "compare": compare_verdict},
+    "docs/performance.md": {
+        "machines": machines,
+        "demo": demo,
+        **{name: partial(on_all_machines, name) for name in SPEED},
+    },
+    "docs/studies.md": {
+        "compare": partial(study, "compare"),
+        "compare-rates": lambda: tiny_lm_tables.rates(read("compare")),
+        "search": partial(study, "search"),
+    },
+    "docs/experiments.md": {
+        "tiny-lm-stated": lambda: tiny_lm_tables.stated(read("tiny_lm")),
+        "tiny-lm-losses": lambda: tiny_lm_tables.losses(read("tiny_lm")),
+        "tiny-lm-compare": lambda: tiny_lm_tables.compared(read("tiny_lm_compare")),
+        "tiny-lm-search": lambda: tiny_lm_tables.searched(read("tiny_lm_search")),
+    },
+    "docs/plan.md": {"memory": plan},
+}
+
+
+def replace_part(document: str, name: str, content: str) -> str:
+    """Returns the document with this content between the part's marks. Raises SystemExit without one pair of marks."""
+    start, end = f"<!-- measured:{name} -->", f"<!-- /measured:{name} -->"
+    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    if len(pattern.findall(document)) != 1:
+        raise SystemExit(f"one pair of marks {start} {end} is needed")
+    return pattern.sub(lambda _: f"{start}\n{content.strip()}\n{end}", document)
+
+
+def main() -> None:
+    for file, parts in PARTS.items():
+        path = ROOT / file
+        document = path.read_text()
+        for name, make in parts.items():
+            document = replace_part(document, name, make())
+        path.write_text(document)
+
+
+if __name__ == "__main__":
+    main()
