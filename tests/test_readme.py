@@ -90,3 +90,17 @@ def test_what_is_done_with_adapters_in_memory_runs() -> None:
 
 def test_every_command_is_in_the_table() -> None:
     assert set(re.findall(r"^\| `tailora (\w+)", README, re.MULTILINE)) == set(COMMANDS)
+
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_files_named_in_documents_exist(document: Path) -> None:
+    text = document.read_text()
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    missing = [link for link in links if link and not (document.parent / link).exists()]
+    folders = (ROOT, ROOT / "tailora", ROOT / "benchmarks")
+    named = re.findall(r"`([\w/]+\.py)", text)
+    missing += [name for name in named if not any((folder / name).exists() for folder in folders)]
+    assert not missing, f"{document.name} names what is not there: {missing}"
