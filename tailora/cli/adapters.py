@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, PositiveInt
 
-from tailora.cli.flags import Json, flags_of, settings
-from tailora.cli.main import aside, note, print_json, results
+from tailora.cli.flags import Json, flags_of, merge_settings
+from tailora.cli.main import log, note, print_json, stdout
 from tailora.cli.models import named
 from tailora.errors import ConfigError, listing, nearest
+from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tailora.core.combine import Truncation
     from tailora.model import LoRAModel
-    from tailora.train.config import TrainConfig
 
 OutputDir = Annotated[Path, Parameter(name="--output-dir", help="new folder for the adapter")]
 Base = Annotated[
@@ -98,7 +98,7 @@ def show(done: str, lines: Sequence[str], model: str, folder: Path, payload: dic
         return
     following = shlex.join(["tailora", "chat", "--model", model, "--adapter", str(folder)])
     for line in (f"{done}: {lines[0]}", *lines[1:], f"written to {folder}; to try it: {following}"):
-        results().print(line, markup=False, soft_wrap=True)
+        stdout().print(line, markup=False, soft_wrap=True)
 
 
 # ---- `tailora combine`: one adapter out of several.
@@ -172,8 +172,7 @@ def weights_of(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str, f
 # ---- `tailora shrink`: an adapter of lower rank, by its singular values.
 
 
-SHRINK_FLAGS: Any = flags_of({}, only=["field", "max_length"])
-NO_SHRINK_FLAGS = SHRINK_FLAGS()
+ShrinkFlags: Any = flags_of(TrainConfig, only=["field", "max_length"])
 SOURCE = "source"
 
 
@@ -189,7 +188,7 @@ def shrink(
     data: Annotated[str | None, Parameter(help="held-out data for --max-loss-increase, or 'demo'")] = None,
     model: Base = None,
     json: Json = False,
-    flags: Annotated[SHRINK_FLAGS, Parameter(name="*")] = NO_SHRINK_FLAGS,
+    flags: ShrinkFlags = None,
 ) -> int:
     """Make an adapter smaller: keep the singular values that matter, layer by layer."""
     folder = next(iter(named([str(adapter)]).values()))
@@ -200,7 +199,7 @@ def shrink(
 
     check(r, energy, loss=data and len, budget=max_loss_increase)  # before a model is loaded
     base = base_name(model, [folder])
-    chosen = settings(flags, None, {}, {"model": base, **({"data": data} if data else {})})
+    chosen = merge_settings(flags, None, arguments={"model": base, **({"data": data} if data else {})})
     adapted, tokenizer = load(base, {SOURCE: folder}, device="cpu" if data is None else _device())
     if data is None:
         losses: dict[str, float] = {}
@@ -225,7 +224,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def loss_on(config: "TrainConfig", model: "LoRAModel", tokenizer: Any) -> Callable[["LoRAModel"], float]:
+def loss_on(config: TrainConfig, model: "LoRAModel", tokenizer: Any) -> Callable[["LoRAModel"], float]:
     """The loss of this model on all of the data, in nats per supervised token; every call is told on stderr."""
     from tailora.evaluation.scores import held_out
 
@@ -233,7 +232,7 @@ def loss_on(config: "TrainConfig", model: "LoRAModel", tokenizer: Any) -> Callab
 
     def loss(_: "LoRAModel") -> float:
         value = measured().loss
-        aside(f"loss {value:.4f}")
+        log(f"loss {value:.4f}")
         return value
 
     return loss
@@ -242,8 +241,7 @@ def loss_on(config: "TrainConfig", model: "LoRAModel", tokenizer: Any) -> Callab
 # ---- `tailora extract`: the adapter between a base and a fully tuned model.
 
 
-EXTRACT_FLAGS: Any = flags_of({}, only=["target_modules", "exclude_modules", "modules_to_save"])
-NO_EXTRACT_FLAGS = EXTRACT_FLAGS()
+ExtractFlags: Any = flags_of(TrainConfig, only=["target_modules", "exclude_modules", "modules_to_save"])
 NUMBERED = re.compile(r"\.\d+\.")
 SHOWN = 12  # lines of what is left over
 POOR = 0.5  # relative error in the middle: most of the difference is missing
@@ -257,11 +255,11 @@ def extract(
     r: Annotated[PositiveInt | None, Parameter(help="highest rank of a layer")] = None,
     energy: Annotated[float | None, Parameter(help="share of the squared singular values to keep, such as .99")] = None,
     json: Json = False,
-    flags: Annotated[EXTRACT_FLAGS, Parameter(name="*")] = NO_EXTRACT_FLAGS,
+    flags: ExtractFlags = None,
 ) -> int:
     """Get the adapter between a base and a tuned model, and what it cannot hold."""
     check_new(output_dir)
-    config = settings(flags, None, {}, {"model": model}).config.lora()
+    config = merge_settings(flags, None, arguments={"model": model}).config.lora()
     from tailora.core.compress import check
 
     check(r, energy)  # before a model is loaded

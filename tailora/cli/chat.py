@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from tailora.cli.flags import Json
-from tailora.cli.main import aside, print_json
+from tailora.cli.main import log, print_json
 from tailora.cli.models import (
     Adapters,
     Loaded,
@@ -55,7 +55,7 @@ def chat(
     talk = Talk(loaded, {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed})
     if loaded.adapters:
         loaded.model.set_adapter(loaded.adapters[0])
-    aside(f"{model} with {' or '.join(loaded.adapters) or 'no adapter'}; /help lists the commands")
+    log(f"{model} with {' or '.join(loaded.adapters) or 'no adapter'}; /help lists the commands")
     for line in typed():
         if line == "/quit":
             break
@@ -90,10 +90,10 @@ def answer(talk: Talk, text: str) -> None:
                 said += piece
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        aside("cut short")
+        log("cut short")
     except (DataError, MemoryLimitError) as error:
         print("\n" if said else "", end="", flush=True)
-        aside(f"error: {error}\n{DROPPED}")
+        log(f"error: {error}\n{DROPPED}")
         return
     print(flush=True)
     talk.messages[:] = [*asked, {"role": "assistant", "content": said}]
@@ -103,12 +103,12 @@ def command(talk: Talk, line: str) -> None:
     """One /command; a mistake is told and changes nothing."""
     name, *words = line.split()
     if name not in COMMANDS:
-        aside(f"{name} is not a command{nearest(name, COMMANDS) or '; /help lists them'}")
+        log(f"{name} is not a command{nearest(name, COMMANDS) or '; /help lists them'}")
         return
     try:
-        aside(COMMANDS[name](talk, words))
+        log(COMMANDS[name](talk, words))
     except (AdapterError, ConfigError) as error:
-        aside(str(error))
+        log(str(error))
 
 
 def _adapter(talk: Talk, words: list[str]) -> str:

@@ -12,23 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailora.cli.flags import (
-    FIELDS,
-    ConfigFile,
-    Json,
-    Settings,
-    changes,
-    flags_beside,
-    flags_of,
-    given,
-    read_mapping,
-    settings,
-)
-from tailora.cli.main import aside, logs, note, on_terminal, print_json, results
+from tailora.cli.flags import FIELDS, ConfigFile, Json, Settings, flags_of, merge_settings, parse_settings
+from tailora.cli.main import log, note, on_terminal, print_json, stderr, stdout
 from tailora.errors import ConfigError, require_packages
 from tailora.formats.run_folder import PAGE
 from tailora.report import report_if_possible, words
 from tailora.study.config import AT_THE_END, FULL, LORA, CompareConfig
+from tailora.train.config import TrainConfig
+from tailora.train.config_file import read_config_file
 
 # ---- What the commands of studies share: a line that shows the step, and what to type after Ctrl-C.
 
@@ -68,12 +59,11 @@ def resumable(output_dir: str) -> Iterator[None]:
 OWN = CompareConfig.model_fields
 LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method", "learning_rate"}
 LEFT_OUT |= AT_THE_END
-FLAGS: Any = flags_of({"output_dir": "outputs/compare"}, FIELDS.keys() - LEFT_OUT)
-NONE_GIVEN = FLAGS()
+DEFAULTS = {"output_dir": "outputs/compare"}
+Flags: Any = flags_of(TrainConfig, only=FIELDS.keys() - LEFT_OUT, defaults=DEFAULTS)
 STUDY = "Comparison"
+StudyFlags: Any = flags_of(CompareConfig, only=OWN.keys() - {"arms"}, sections={"seeds": STUDY})
 TITLED: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
-STUDY_FLAGS: Any = flags_beside(CompareConfig, STUDY, [name for name in OWN if name != "arms"])
-NO_STUDY_FLAGS = STUDY_FLAGS()
 
 Arms = Annotated[
     list[str] | None,
@@ -91,23 +81,23 @@ def compare(
     config: ConfigFile = None,
     arm: Arms = None,
     full: Annotated[bool, Parameter(group=STUDY, help="an arm of full fine-tuning, too")] = True,
-    study: Annotated[STUDY_FLAGS, Parameter(name="*")] = NO_STUDY_FLAGS,
+    study: StudyFlags = None,
     json: Json = False,
-    flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
+    flags: Flags = None,
 ) -> int:
     """Compare LoRA with full fine-tuning, each at a learning rate of its own, over several seeds.
 
     Interrupted, the same command goes on.
     """
     require_packages("scipy", extra="study")
-    written = {name: value for name, value in (read_mapping(config) if config else {}).items() if name in OWN}
-    chosen = settings(flags, config, {"output_dir": "outputs/compare"}, others=OWN)
-    return _run(chosen, CompareConfig(**{**written, **_arms(arm, full, written), **given(study)}), json)
+    in_file = {name: value for name, value in (read_config_file(config) if config else {}).items() if name in OWN}
+    chosen = merge_settings(flags, config, defaults=DEFAULTS, ignore=OWN)
+    return _run(chosen, CompareConfig(**{**in_file, **_arms(arm, full, in_file), **(study or {})}), json)
 
 
-def _arms(typed: list[str] | None, full: bool, written: dict[str, Any]) -> dict[str, Any]:
-    """The arms that were asked for; {} leaves the file's."""
-    if typed is None and "arms" in written:
+def _arms(typed: list[str] | None, full: bool, in_file: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arms of the flags; {} leaves those of the file."""
+    if typed is None and "arms" in in_file:
         return {}
     arms = dict(map(_arm, typed)) if typed else {LORA: {}}
     if typed and len(arms) < len(typed):
@@ -119,7 +109,7 @@ def _arm(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
     if not name or "/" in name:
         raise ConfigError(f"--arm {text}: expected NAME:setting=value,..., with a name that can be a folder's")
-    return name, changes(rest)
+    return name, parse_settings(rest)
 
 
 def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
@@ -127,7 +117,7 @@ def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
 
     for text in chosen.notes:
         note(text)
-    console = logs()
+    console = stderr()
     with resumable(chosen.config.output_dir):
         comparison = run(
             chosen.config, study, say=lambda text: console.print(text, markup=False), progress=bar(console)
@@ -135,9 +125,9 @@ def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
     if as_json:
         print_json(comparison.to_dict())
     else:
-        show(results(), comparison)
+        show(stdout(), comparison)
     report_if_possible(Path(chosen.config.output_dir))
-    aside(page_of(Path(chosen.config.output_dir)))
+    log(page_of(Path(chosen.config.output_dir)))
     return 0
 
 

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailora.cli.flags import ConfigFile, Json, flags_of, settings
-from tailora.cli.main import note, print_json, results
+from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
+from tailora.cli.main import note, print_json, stdout
 from tailora.cli.models import vocabulary
+from tailora.train.config import TrainConfig
 
 # ---- What was dropped or cut of the data: told by `data` and at the start of a run, whenever there is any.
 
@@ -33,8 +34,7 @@ def counted(report: Mapping[str, Any]) -> dict[str, str]:
 # ----
 
 
-FLAGS: Any = flags_of({}, only=["model", "eval_data", "field", "max_length", "validation_split", "seed"])
-NONE_GIVEN = FLAGS()
+Flags: Any = flags_of(TrainConfig, only=["model", "eval_data", "field", "max_length", "validation_split", "seed"])
 BAR = 40  # characters of the longest bar
 
 Pieces = list[tuple[str, bool]]  # text, learned
@@ -47,10 +47,10 @@ def data(
     config: ConfigFile = None,
     rows: Annotated[NonNegativeInt, Parameter(help="examples to show")] = 3,
     json: Json = False,
-    flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
+    flags: Flags = None,
 ) -> int:
     """Show what training would learn from a file: columns, counts, lengths, trained and masked tokens."""
-    chosen = settings(flags, config, {}, {"data": file} if file else {})
+    chosen = merge_settings(flags, config, arguments={"data": file} if file else {})
     for text in chosen.notes:
         note(text)
     from tailora.data.tokenize import preview
@@ -64,7 +64,7 @@ def data(
         shown = [[{"text": text, "learned": learned} for text, learned in pieces] for pieces in examples]
         print_json({**report, "examples": shown})
     else:
-        show(results(), report, examples)
+        show(stdout(), report, examples)
     return 0
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tailora import __version__
 from tailora.cli.flags import Json
-from tailora.cli.main import print_json, results
+from tailora.cli.main import print_json, stdout
 
 PACKAGES = ["torch", "transformers", "accelerate", "safetensors", "datasets", "pydantic", "cyclopts", "rich", "gguf"]
 BYTES_PER_PARAMETER = {"bfloat16": 2, "float32": 4}
@@ -31,7 +31,7 @@ def doctor(*, json: Json = False) -> int:
     for section, values in facts.items():
         for place, (name, value) in enumerate(values.items()):
             table.add_row(section if place == 0 else "", name, Text(_worded(name, value)))
-    console = results()
+    console = stdout()
     console.print(table, "", *meaning(facts), sep="\n", markup=False, soft_wrap=True)
     return 0
 

@@ -19,18 +19,18 @@ from rich.text import Text
 
 from tailora.cli.adapters import Base, base_name
 from tailora.cli.compare import page_of
-from tailora.cli.flags import Json, flags_of, settings
-from tailora.cli.main import aside, logs, note, on_terminal, print_json, results
+from tailora.cli.flags import Json, flags_of, merge_settings
+from tailora.cli.main import log, note, on_terminal, print_json, stderr, stdout
 from tailora.cli.models import Quantize, load, named, recorded
 from tailora.errors import ConfigError
 from tailora.evaluation.metrics import METRICS, SHELL, Gate, check_gates, of_task, parse_gates, parse_metrics
 from tailora.formats.run_folder import REPORT, write_report
 from tailora.report import report_if_possible
+from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from tailora.evaluation.lm_eval import Tasks
     from tailora.evaluation.scores import Asked, Score, Scores
-    from tailora.train.config import TrainConfig
 
 
 # ---- What `eval` shows: progress, the table of metrics, answers, gates.
@@ -156,8 +156,7 @@ def answers(found: "Scores") -> Table:
 # ----
 
 
-FLAGS: Any = flags_of({}, only=["field", "max_length", "dtype"])
-NONE_GIVEN = FLAGS()
+Flags: Any = flags_of(TrainConfig, only=["field", "max_length", "dtype"])
 KIND = "eval"
 NOT_MET = 4
 LIGHTER = "what helps: a smaller --max-length, --quantize nf4, --dtype bfloat16, closing other programs"
@@ -217,7 +216,7 @@ class Wish:
     base: bool
     limit: int | None
     quantize: str | None
-    run: "TrainConfig"
+    run: TrainConfig
 
 
 def eval(
@@ -237,7 +236,7 @@ def eval(
     harness: Harness = NO_HARNESS,
     output_dir: Annotated[Path | None, Parameter(help="folder for a report: page and numbers")] = None,
     json: Json = False,
-    flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
+    flags: Flags = None,
 ) -> int:
     """Judge an adapter on held-out data, beside its base. Without an adapter, judge --model alone."""
     started = time.monotonic()
@@ -251,7 +250,9 @@ def eval(
         raise ConfigError("nothing to judge by: give --data FILE, or --tasks of lm-evaluation-harness")
     _check_folder(output_dir)
     longest = None if asked.folder is None else recorded(asked.folder, "max_length")
-    chosen = settings(flags, None, {"max_length": longest} if longest else {}, {"model": asked.model}).config
+    chosen = merge_settings(
+        flags, None, defaults={"max_length": longest} if longest else {}, arguments={"model": asked.model}
+    ).config
     wish = Wish(data, gates, beside, limit, quantize, chosen)
     from tailora.evaluation.scores import (
         Asked,
@@ -284,7 +285,7 @@ def _measured(asked: Trainable, wish: Wish, how: "Asked", harness: Harness) -> "
         model = loaded.model if adapters else bare(loaded.model)
         if wish.data is not None:
             _warn_of_trained_data(asked, wish.data)
-            with progress(logs()) as heard:
+            with progress(stderr()) as heard:
                 more: Any = {"field": wish.run.field, "base": wish.base, "note": note, "heard": heard}
                 found = found.beside(score(model, loaded.tokenizer, wish.data, how, **more))
         if tasks is not None:
@@ -363,10 +364,10 @@ def _told(
     if folder is not None:
         write_report(folder, KIND, payload)
         report_if_possible(folder)
-        aside(page_of(folder))
+        log(page_of(folder))
     if as_json:
         print_json(payload)
     else:
-        show(results(), asked.adapter or asked.model, found, outcomes)
-    refused(logs(), outcomes)
+        show(stdout(), asked.adapter or asked.model, found, outcomes)
+    refused(stderr(), outcomes)
     return NOT_MET if any(not each["met"] for each in outcomes) else 0

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tailora.cli.adapters import Base
 from tailora.cli.flags import Json
-from tailora.cli.main import print_json, results
+from tailora.cli.main import print_json, stdout
 from tailora.cli.models import WAYS, chosen_method, named
 from tailora.errors import ConfigError
 
@@ -63,7 +63,7 @@ def export(
     if json:
         print_json({**done.to_dict(), "model": base, "seconds": seconds})
     else:
-        show(results(), done, base, seconds)
+        show(stdout(), done, base, seconds)
     return 0
 
 

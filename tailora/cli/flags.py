@@ -1,4 +1,12 @@
-"""The flags of `train`, `demo` and `data`, made from `TrainConfig`: names, help and defaults are written once, there.
+"""The flags that stand for settings, such as `--learning-rate`.
+
+Flags are not declared here: each one is a field of `TrainConfig` (train/config.py), which has its help text, default
+and limits. Comparisons and searches have further fields (study/config.py). This file makes flags of those fields:
+
+    Flags: Any = flags_of(TrainConfig, only=["field", "max_length"])
+
+    def command(*, config: ConfigFile = None, json: Json = False, flags: Flags = None) -> int:
+        run = merge_settings(flags, config, defaults={})
 
 A value goes  flag or YAML -> plain Python -> `TrainConfig`, which alone decides what is valid.
 Later wins: the command's own defaults, then `--config run.yaml`, then flags.
@@ -6,81 +14,34 @@ Later wins: the command's own defaults, then `--config run.yaml`, then flags.
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin
 
-import yaml
 from cyclopts import Group, Parameter
 from pydantic.fields import FieldInfo
 
 from tailora.core.config import ALIASES, StrictModel
 from tailora.errors import ConfigError, listing, nearest
 from tailora.train.config import TrainConfig
-
-# ---- YAML 1.2 scalars: `1e-4` is a number and `packing: on` is a word. PyYAML's own rules are those of 1.1.
-
-
-SCALARS = [  # tag, what it looks like, how it may begin; the first match wins
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-]
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}
-
-
-for _tag, _pattern, _first in SCALARS:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), _first)
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, `max-steps` and `max_steps` alike.
-
-    Raises ConfigError for a file that is missing, is not a mapping, or says something twice.
-    """
-    try:
-        loader = _Loader(path.read_bytes())
-        node = loader.get_single_node()
-        content: Any = {} if node is None else loader.construct_document(node)
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: expected `name: value` lines, found a {type(content).__name__}")
-    keys = [str(key.value).replace("-", "_") for key, _ in node.value] if node else []
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ConfigError(f"--config {path}: given twice: {', '.join(twice)}")
-    return dict(zip(keys, content.values(), strict=True))
-
-
-# ----
-
+from tailora.train.config_file import read_config_file
 
 FIELDS = TrainConfig.model_fields
-OTHER_NAMES = {other: ours for other, ours in ALIASES.items() if ours in FIELDS}
-SECTIONS = {  # the field that opens a section of --help
+SECTIONS = {  # the first field of each section of --help
     "model": "Model and data",
     "r": "Adapter",
     "field": "Data",
     "learning_rate": "Optimisation",
     "eval_steps": "Evaluation and files",
 }
-NEXT_PAIR = re.compile(r",(?=[\w.]+=)")  # a comma within a pattern or a column's name is not followed by KEY=
-NAMES_ONLY = re.compile(r"[\w.,-]+")  # module names; anything else is a regular expression
+NEXT_PAIR = re.compile(r",(?=[\w.]+=)")  # a comma before the next KEY=; other commas are part of a value
+MODULE_NAMES = re.compile(r"[\w.,-]+")  # anything else is a regular expression
 
-Json = Annotated[bool, Parameter(negative=(), help="the last line on stdout is one JSON object", show_default=False)]
-ConfigFile = Annotated[Path | None, Parameter(name="--config", help="YAML file with the settings below; flags win")]
+Json = Annotated[
+    bool, Parameter(negative=(), help="print one JSON object as the last line of stdout", show_default=False)
+]
+ConfigFile = Annotated[Path | None, Parameter(name="--config", help="YAML file of settings; flags override it")]
 
 
 @dataclass(frozen=True)
@@ -89,118 +50,49 @@ class Settings:
     notes: list[str]
 
 
-def flags_of(defaults: Mapping[str, Any], only: Collection[str] = FIELDS.keys()) -> type[Any]:
-    """A dataclass with one optional flag for every field of `TrainConfig`; what was not given is None."""
-    columns: list[tuple[str, Any, Any]] = []
-    group = None
-    for name, field in FIELDS.items():
-        group = Group.create_ordered(SECTIONS[name]) if name in SECTIONS else group
-        if name in only:
-            columns.append((name, _flag(name, field, defaults.get(name, field.default), group), None))
-    hidden = Annotated[str | None, Parameter(show=False)]
-    columns += [(other, hidden, None) for other, ours in OTHER_NAMES.items() if ours in only]
-    return _made(columns)
+# ---- Flags of a schema's fields
 
 
-def flags_beside(model: type[StrictModel], title: str, only: Collection[str]) -> type[Any]:
-    """The same for fields of another schema, in one section of --help."""
-    group = Group.create_ordered(title)
-    return _made(
-        [(name, _flag(name, model.model_fields[name], model.model_fields[name].default, group), None) for name in only]
-    )
-
-
-def given(flags: Any) -> dict[str, Any]:
-    """What was typed."""
-    values = {field.name: getattr(flags, field.name) for field in fields(flags)}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _made(columns: list[tuple[str, Any, Any]]) -> type[Any]:
-    made = make_dataclass("Flags", columns, kw_only=True, frozen=True)
-    made.__module__ = __name__  # cyclopts takes a class of the standard library for a plain value
-    return made
-
-
-def settings(
-    flags: Any,
-    config_file: Path | None,
-    defaults: Mapping[str, Any],
-    arguments: Mapping[str, Any] | None = None,
+def flags_of(
+    schema: type[StrictModel],
     *,
-    others: Collection[str] = (),
-) -> Settings:
-    """Merges what was given; `arguments` were typed without a flag. Raises ConfigError for all that is wrong.
+    only: Collection[str] | None = None,
+    sections: Mapping[str, str] = SECTIONS,
+    defaults: Mapping[str, Any] | None = None,
+) -> Any:
+    """Returns the type of a parameter that takes one optional flag per field; the parameter is a dict of those given.
 
-    others: keys of the file that are not of a run, and read elsewhere.
+    only: names of the fields; None takes all.
+    sections: first field -> title of the section of --help that begins there.
+    defaults: a command's own, shown in --help instead of the schema's.
     """
-    written = read_mapping(config_file) if config_file else {}
-    written = {name: value for name, value in written.items() if name not in others}
-    typed = given(flags)
-    notes = [f"{name} is read as {OTHER_NAMES[name]}" for name in (*written, *typed) if name in OTHER_NAMES]
-    typed = {name: _plain(name, value) for name, value in _ours(typed).items()}
-    typed |= arguments or {}
-    values = {**defaults, **_ours(written, f"--config {config_file}: "), **typed}
-    if complaint := _complaint(values):
-        raise ConfigError(_origin(complaint, {**defaults, **typed}, config_file) + complaint)
-    return Settings(TrainConfig(**_with_held_out(values)), notes)
-
-
-def changes(text: str) -> dict[str, Any]:
-    """Settings written as `key=value,key=value`, each as its flag would read it. Raises ConfigError."""
-    pairs = [pair.partition("=") for pair in NEXT_PAIR.split(text) if pair]
-    problems = [f"expected key=value, got {''.join(pair)}" for pair in pairs if not (pair[0] and pair[2])]
-    names = [name for name, _, value in pairs if name and value]
-    problems += [f"unknown setting {name!r}{nearest(name, FIELDS)}" for name in names if name not in FIELDS]
-    problems += [f"{name} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
-    if problems:
-        raise ConfigError(f"{text}: {listing(problems)}")
-    several = {name for name in names if get_origin(_members(FIELDS[name])[0]) in (list, dict)}
-    return {name: _plain(name, [value] if name in several else value) for name, _, value in pairs}
-
-
-def pairs(name: str, tokens: list[str]) -> dict[str, str]:
-    """What `--name key=value,key=value` says, as text. A comma within a value is kept. Raises ConfigError."""
-    return _pairs(name, tokens, split_last=False)
-
-
-def _complaint(values: dict[str, Any]) -> str:
-    """All that is wrong with the settings, the adapter's own checks included; '' when nothing is."""
-    try:
-        TrainConfig(**_with_held_out(values)).lora()
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def _origin(complaint: str, without_file: dict[str, Any], config_file: Path | None) -> str:
-    """The file, as a prefix, where the complaint would be another one without it."""
-    own = _complaint(without_file)
-    return "" if own == complaint else f"--config {config_file} and the flags: " if own else f"--config {config_file}: "
-
-
-def _with_held_out(values: dict[str, Any]) -> dict[str, Any]:
-    """The demo's data comes with conversations to hold out."""
-    own = "eval_data" in values or "validation_split" in values
-    return values if own or values.get("data", "demo") != "demo" else {**values, "eval_data": "demo"}
+    flags: dict[str, Any] = {}
+    group = None
+    for name, field in schema.model_fields.items():
+        group = Group.create_ordered(sections[name]) if name in sections else group
+        if only is None or name in only:
+            flags[name] = _flag(name, field, (defaults or {}).get(name, field.default), group)
+    hidden = Annotated[str, Parameter(show=False)]
+    flags.update({alias: hidden for alias, name in ALIASES.items() if name in flags})
+    return Annotated[TypedDict("Flags", flags, total=False) | None, Parameter(name="*")]  # type: ignore[operator]
 
 
 def _flag(name: str, field: FieldInfo, default: Any, group: Group | None) -> Any:
-    kind, metavar = _taken(field)
+    value_type, metavar = _value_type(field)
     parameter = Parameter(
         name=f"--{name.replace('_', '-')}",
         help=field.description,
         show_default=str(default) if default not in (None, {}, []) and default is not False else False,
         metavar=metavar,
-        negative=None if kind is bool else (),
+        negative=None if value_type is bool else (),
         group=group,
     )
-    return Annotated[kind | None, parameter]
+    return Annotated[value_type, parameter]
 
 
-def _taken(field: FieldInfo) -> tuple[Any, str | None]:
-    """The type that a flag takes, and the word for it in --help. Numbers stay text: `TrainConfig` reads them."""
-    first = _members(field)[0]
+def _value_type(field: FieldInfo) -> tuple[Any, str | None]:
+    """Returns a flag's type and the word for its value in --help. Numbers stay text, which the schema converts."""
+    first = _types(field)[0]
     if first is bool or get_origin(first) is Literal:
         return first, None
     if get_origin(first) in (list, dict):
@@ -208,45 +100,61 @@ def _taken(field: FieldInfo) -> tuple[Any, str | None]:
     return str, first.__name__.upper()
 
 
-def _members(field: FieldInfo) -> list[Any]:
-    """The types that a field accepts, None left out."""
+def _types(field: FieldInfo) -> list[Any]:
+    """Returns the types that a field accepts, without None."""
     if get_origin(field.annotation) not in (Union, UnionType):
         return [field.annotation]
     return [member for member in get_args(field.annotation) if member is not type(None)]
 
 
-def _ours(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Other tools' names replaced by ours. Raises ConfigError that begins with `where`."""
-    names = {name: OTHER_NAMES.get(name, name) for name in values}
-    asked = {ours: [name for name in names if names[name] == ours] for ours in names.values()}
-    twice = [f"{' and '.join(given)} are the same setting: give one" for given in asked.values() if len(given) > 1]
-    if twice:
-        raise ConfigError(where + listing(twice))
-    return {names[name]: value for name, value in values.items()}
+# ---- From what was given to a TrainConfig
 
 
-def _plain(name: str, value: Any) -> Any:
-    """What was typed, as YAML would have it: names split at commas, key=value pairs as a mapping."""
-    members = _members(FIELDS[name])
-    if get_origin(members[0]) is dict:
-        return _pairs(name, value, split_last=get_args(members[0])[1] is not str)
-    if get_origin(members[0]) is not list:
-        return value
-    if name == "target_modules" and value == ["none"]:
-        return []
-    if str in members and (value == ["all-linear"] or not all(map(NAMES_ONLY.fullmatch, value))):
-        return _expression(name, value)
-    return [part for token in value for part in token.split(",") if part]
+def merge_settings(
+    flags: Mapping[str, Any] | None,
+    config_file: Path | None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    ignore: Collection[str] = (),
+) -> Settings:
+    """Returns the settings of a run. Raises ConfigError with all that is wrong.
+
+    defaults: the command's own.
+    arguments: settings that were typed without a flag.
+    ignore: keys of the file that the caller reads itself.
+    """
+    in_file = read_config_file(config_file) if config_file else {}
+    in_file = {name: value for name, value in in_file.items() if name not in ignore}
+    typed = dict(flags or {})
+    notes = [f"{name} is read as {ALIASES[name]}" for name in (*in_file, *typed) if name in ALIASES]
+    typed = {name: _plain(name, value) for name, value in _without_aliases(typed).items()}
+    typed |= arguments or {}
+    in_file = _without_aliases(in_file, f"--config {config_file}: ")
+    values = {**(defaults or {}), **in_file, **typed}
+    if problem := _problem(values):
+        raise ConfigError(_origin(problem, {**(defaults or {}), **typed}, config_file) + problem)
+    return Settings(TrainConfig(**_with_demo_eval_data(values)), notes)
 
 
-def _expression(name: str, tokens: list[str]) -> str:
-    if len(tokens) > 1:
-        raise ConfigError(f"{name}: give names, or one regular expression, not both: {', '.join(tokens)}")
-    return tokens[0]
+def parse_settings(text: str) -> dict[str, Any]:
+    """Returns the settings in `key=value,key=value`, each read as its flag would be. Raises ConfigError."""
+    pairs = [pair.partition("=") for pair in NEXT_PAIR.split(text) if pair]
+    problems = [f"expected key=value, got {''.join(pair)}" for pair in pairs if not (pair[0] and pair[2])]
+    names = [name for name, _, value in pairs if name and value]
+    problems += [f"unknown setting {name!r}{nearest(name, FIELDS)}" for name in names if name not in FIELDS]
+    problems += [f"{name} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if problems:
+        raise ConfigError(f"{text}: {listing(problems)}")
+    several = {name for name in names if get_origin(_types(FIELDS[name])[0]) in (list, dict)}
+    return {name: _plain(name, [value] if name in several else value) for name, _, value in pairs}
 
 
-def _pairs(name: str, tokens: list[str], split_last: bool) -> dict[str, str]:
-    """key=value,key=value; a pattern's key may itself hold '=', so a pattern is split at the last one."""
+def parse_pairs(name: str, tokens: list[str], *, split_last: bool = False) -> dict[str, str]:
+    """Returns the pairs of `--name key=value,key=value` as text; a comma within a value is kept. Raises ConfigError.
+
+    split_last: a key may itself hold '=', as regular expressions do, so that the last '=' ends it.
+    """
     cut = str.rpartition if split_last else str.partition
     parts = [cut(pair, "=") for token in tokens for pair in NEXT_PAIR.split(token)]
     keys = [key for key, _, _ in parts]
@@ -255,3 +163,50 @@ def _pairs(name: str, tokens: list[str], split_last: bool) -> dict[str, str]:
     if problems:
         raise ConfigError(listing(problems))
     return {key: value for key, _, value in parts}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Returns a flag's value as YAML would have it: names split at commas, key=value pairs as a mapping."""
+    types = _types(FIELDS[name])
+    if get_origin(types[0]) is dict:
+        return parse_pairs(name, value, split_last=get_args(types[0])[1] is not str)
+    if get_origin(types[0]) is not list:
+        return value
+    if name == "target_modules" and value == ["none"]:
+        return []
+    if str in types and (value == ["all-linear"] or not all(map(MODULE_NAMES.fullmatch, value))):
+        if len(value) > 1:
+            raise ConfigError(f"{name}: give names, or one regular expression, not both: {', '.join(value)}")
+        return value[0]
+    return [part for token in value for part in token.split(",") if part]
+
+
+def _without_aliases(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Replaces other tools' names for settings by ours. Raises ConfigError, its message beginning with `where`."""
+    given: dict[str, list[str]] = {}
+    for name in values:
+        given.setdefault(ALIASES.get(name, name), []).append(name)
+    problems = [f"{' and '.join(names)} are the same setting: give one" for names in given.values() if len(names) > 1]
+    if problems:
+        raise ConfigError(where + listing(problems))
+    return {name: values[names[0]] for name, names in given.items()}
+
+
+def _with_demo_eval_data(values: dict[str, Any]) -> dict[str, Any]:
+    """The demo's data comes with held-out data of its own."""
+    split_is_given = "eval_data" in values or "validation_split" in values
+    return values if split_is_given or values.get("data", "demo") != "demo" else {**values, "eval_data": "demo"}
+
+
+def _problem(values: dict[str, Any]) -> str:
+    try:
+        TrainConfig(**_with_demo_eval_data(values)).lora()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _origin(problem: str, without_file: dict[str, Any], config_file: Path | None) -> str:
+    """Returns the file's name, as a prefix of the message, if the problem comes from the file."""
+    own = _problem(without_file)
+    return "" if own == problem else f"--config {config_file} and the flags: " if own else f"--config {config_file}: "

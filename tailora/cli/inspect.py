@@ -19,8 +19,8 @@ from rich.text import Text
 
 from tailora.cli.adapters import check_new
 from tailora.cli.compare import page_of
-from tailora.cli.flags import Json, flags_of, settings
-from tailora.cli.main import aside, logs, on_terminal, print_json, results
+from tailora.cli.flags import Json, flags_of, merge_settings
+from tailora.cli.main import log, on_terminal, print_json, stderr, stdout
 from tailora.cli.models import Quantize, chosen_method, is_lora_file, recorded
 from tailora.core.patterns import layer_index
 from tailora.errors import ConfigError
@@ -30,9 +30,9 @@ from tailora.report import report_if_possible
 from tailora.study.advice import cost_limit, first_few
 from tailora.study.inspection import AdapterOverlap, Advice, HeldOutLosses, Inspection, ModuleOverlap, TruncationCost
 from tailora.study.model_layout import DEPTHS, depth_of, layer_range
+from tailora.train.config import TrainConfig
 
-FLAGS: Any = flags_of({}, only=["field", "max_length"])
-NONE_GIVEN = FLAGS()
+Flags: Any = flags_of(TrainConfig, only=["field", "max_length"])
 
 Source = Annotated[str, Parameter(name="adapter", help="folder of an adapter or of a run, or a LoRA's .safetensors")]
 Model = Annotated[
@@ -61,7 +61,7 @@ def inspect(
     all_: Annotated[bool, Parameter(name="--all", negative=(), help="a row for every module")] = False,
     output_dir: OutputDir = None,
     json: Json = False,
-    flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
+    flags: Flags = None,
 ) -> int:
     """Look into an adapter: ranks and energy of every module; beside its base, what is new; on data, what it is worth.
 
@@ -77,19 +77,24 @@ def inspect(
     from tailora.study.inspect import inspect as run
 
     longest = recorded(folder, "max_length")
-    read = settings(flags, None, {"max_length": longest} if longest else {}, {"data": data} if data else {}).config
+    read = merge_settings(
+        flags,
+        None,
+        defaults={"max_length": longest} if longest else {},
+        arguments={"data": data} if data else {},
+    ).config
     options = InspectOptions(data, read.field, read.max_length, forgetting_data, intruders, seed)
     method = None if model is None else chosen_method([each for each in (folder, second) if each], quantize)
     with _bar() as progress:
-        found = run(folder, model, data, other=second, options=options, quantize=method, log=aside, progress=progress)
+        found = run(folder, model, data, other=second, options=options, quantize=method, log=log, progress=progress)
     if output_dir is not None:
         write_report(output_dir, "inspect", found.to_dict())
         report_if_possible(output_dir)
-        aside(page_of(output_dir))
+        log(page_of(output_dir))
     if json:
         print_json(found.to_dict())
     else:
-        show(results(), found, every=all_)
+        show(stdout(), found, every=all_)
     return 0
 
 
@@ -113,14 +118,14 @@ def _hint(folder: Path) -> str:
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
     """What hears of each module that was looked at: a bar, on a terminal only."""
-    if not on_terminal(logs()):
+    if not on_terminal(stderr()):
         yield lambda *_: None
         return
     with Progress(
         TextColumn("modules"),
         BarColumn(bar_width=20),
         TextColumn("{task.completed}/{task.total}"),
-        console=logs(),
+        console=stderr(),
         transient=True,
     ) as bar:
         task = bar.add_task("", total=None)

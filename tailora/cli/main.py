@@ -1,9 +1,9 @@
-"""`tailora`: finds the command, runs it, and turns every failure into a message and an exit code.
+"""The program `tailora`: runs a command, and turns every failure into a message and an exit code.
 
     0 done   1 failed   2 usage or settings   3 diverged   4 a quality gate not met   130 interrupted
 
-A message goes to stderr. With `--json` the last line on stdout is {"error": {"type", "message", "exit_code"}}.
-An exception that nobody expected is a bug of tailora and keeps its traceback, on stderr.
+A message goes to stderr. With `--json` the last line of stdout is {"error": {"type", "message", "exit_code"}}.
+An unexpected exception is a bug of tailora: its traceback is printed to stderr.
 """
 
 import io
@@ -22,92 +22,36 @@ from tailora import __version__
 from tailora.errors import MemoryLimitError, TailoraError
 from tailora.quiet import hushed
 
-# ---- Where the command line writes: results to stdout, everything else to stderr.
-#
-# rich honours NO_COLOR and FORCE_COLOR. A moving bar needs more than colour: a real terminal.
-
-
-def results() -> Console:
-    return Console(highlight=False, emoji=False)
-
-
-def logs() -> Console:
-    return Console(stderr=True, highlight=False, emoji=False)
-
-
-def on_terminal(console: Console) -> bool:
-    """Whether lines can be redrawn; FORCE_COLOR makes `Console.is_terminal` true in a pipe."""
-    return console.file.isatty() and not console.is_dumb_terminal
-
-
-def print_json(payload: dict[str, Any]) -> None:
-    """One object on one line, in ASCII, whatever the width and the encoding of the terminal."""
-    sys.stdout.write(json.dumps(payload, allow_nan=False) + "\n")
-
-
-def write_any_text() -> None:
-    """What the encoding of a stream lacks is written as its escape: no answer of a model is a reason to fail."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def note(text: str) -> None:
-    aside(f"note: {text}")
-
-
-def aside(text: str) -> None:
-    logs().print(text, style="dim", markup=False, soft_wrap=True)
-
-
-# ----
-
-
-COMMANDS = {
-    "demo": "Fine-tune a small model on real chats, and see what it changed.",
-    "plan": "What a run would train, whether it fits, and how long it takes.",
-    "train": "Fine-tune a model on your data.",
-    "compare": "Is LoRA as good as full fine-tuning here? Each at its own learning rate, over several seeds.",
-    "eval": "Loss, accuracy, exact match of an adapter beside its base; gates for CI.",
-    "search": "Find the best settings here, and the cheapest that are as good.",
-    "report": "Make the page of a run or a study again.",
-    "chat": "Talk to a model, with or without adapters.",
-    "generate": "Answer prompts once.",
-    "combine": "Make one adapter out of several.",
-    "shrink": "Make an adapter smaller.",
-    "extract": "Get the adapter between a base and a fully tuned model.",
-    "inspect": "Look into an adapter: where it learned what, and what follows for the next run.",
-    "export": "Take an adapter to llama.cpp, Ollama, vLLM, mlx-lm, PEFT, or merge it.",
-    "data": "Show what training would learn from a file.",
-    "doctor": "Show what this machine can do.",
+COMMANDS = {  # name -> file in this folder, what `tailora --help` says
+    "demo": ("train", "Fine-tune a small model on real chats, and see what it changed."),
+    "plan": ("plan", "Show what a run would train, whether it fits, and how long it takes."),
+    "train": ("train", "Fine-tune a model on your data."),
+    "compare": ("compare", "Compare LoRA with full fine-tuning on your model and data."),
+    "eval": ("eval", "Evaluate an adapter on held-out data, next to its base model."),
+    "search": ("search", "Search the best settings, and the cheapest that are as good."),
+    "report": ("report", "Write the report.html of a run or a study again."),
+    "chat": ("chat", "Chat with a model, with or without adapters."),
+    "generate": ("chat", "Answer prompts, each on its own."),
+    "combine": ("adapters", "Combine several adapters into one."),
+    "shrink": ("adapters", "Reduce the rank of an adapter."),
+    "extract": ("adapters", "Extract the adapter between a base model and a fine-tuned one."),
+    "inspect": ("inspect", "Show what an adapter has learned in each layer, with advice."),
+    "export": ("export", "Export an adapter to llama.cpp, Ollama, vLLM, mlx-lm or PEFT, or merge it."),
+    "data": ("data", "Show what training would learn from a file."),
+    "doctor": ("doctor", "Show what this machine can do."),
 }
-ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user has set stays
-    "GOMP_SPINCOUNT": "10000",  # spins of a waiting thread: 300,000 crawl beside other work, none lose a third alone
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # of 1024 compiled shapes; each row has its own length: 2.9 GB, now 2.4
-    "LRU_CACHE_CAPACITY": "64",  # the same of torch's own cache around oneDNN: 1.07 GB, now .71, at the same speed
-}
-TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")  # transformers imports the first unasked; both warn
-INTERRUPTED = 130
-LINES = 21  # of a message
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
-LIGHTER = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
-EPILOGUE = "Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged, 4 a quality gate not met, 130 interrupted."
+EPILOGUE = "Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged,\n4 a quality gate not met, 130 interrupted."
 HELP = DefaultFormatter(column_specs=(NameColumn.copy(renderer=NameRenderer(max_width=34)), DescriptionColumn))
-
-
-def app() -> App:
-    """The commands by name; a command's module is imported when it is called."""
-    root = App(
-        name="tailora",
-        help=SUMMARY,
-        help_epilogue=EPILOGUE,
-        help_formatter=HELP,
-        version=__version__,
-        suppress_keyboard_interrupt=False,  # ours says more than exit
-    )
-    for order, (name, summary) in enumerate(COMMANDS.items()):
-        root.command(f"tailora.cli.{name}:{name}", name=name, help=summary, sort_key=order)
-    return root
+ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user has set stays
+    "GOMP_SPINCOUNT": "10000",  # of idle OpenMP threads: the default of 300,000 is slow next to other processes
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # compiled shapes, of 1024: batches of many lengths took 2.9 GB, now 2.4
+    "LRU_CACHE_CAPACITY": "64",  # torch's own cache around oneDNN: 1.07 GB, now .71, at the same speed
+}
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes")  # transformers imports torchao; all of them warn
+INTERRUPTED = 130
+MAX_LINES = 21  # of a message
+MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,58 +59,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in ENVIRONMENT.items():
         if not (name == "GOMP_SPINCOUNT" and "OMP_WAIT_POLICY" in os.environ):  # which it would override
             os.environ.setdefault(name, value)
-    write_any_text()
+    escape_unprintable_text()
     tokens = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in tokens
     try:
-        with hushed(*TALKATIVE):
-            code = app()(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        with hushed(*NOISY_LOGGERS):
+            code = app(tokens)(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
-    except BrokenPipeError:  # `tailora ... | head` has seen enough; without this the interpreter complains at exit
+    except BrokenPipeError:  # `tailora ... | head`: without this the interpreter reports another one at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (TailoraError, CycloptsError, OSError, KeyboardInterrupt) as error:
-        return failed(error, as_json)
+        return fail(error, as_json)
     except Exception as error:
-        if ran_out_of_memory(error):
+        if is_out_of_memory(error):
             cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return failed(MemoryLimitError(f"out of memory: {cause}\n{LIGHTER}"), as_json)
-        logs().print("This is a bug in tailora: please report it with the lines below.", style="bold red")
+            return fail(MemoryLimitError(f"out of memory: {cause}\n{MEMORY_ADVICE}"), as_json)
+        stderr().print("This is a bug in tailora: please report it with the lines below.", style="bold red")
         if as_json:
-            print_error(error)
+            print_json_error(error)
         raise
     return int(code or 0)
 
 
-def ran_out_of_memory(error: Exception) -> bool:
-    """As torch or Python says it; where torch was not needed it is not loaded to ask."""
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from tailora.train.memory import is_out_of_memory
+def app(tokens: Sequence[str] = ()) -> App:
+    """Returns the commands by name. The file of a command is imported when the command is called.
 
-    return is_out_of_memory(error)
+    The command in `tokens` has no summary here, so that its own --help shows its whole docstring.
+    """
+    root = App(
+        name="tailora",
+        help=SUMMARY,
+        help_epilogue=EPILOGUE,
+        help_formatter=HELP,
+        version=__version__,
+        suppress_keyboard_interrupt=False,  # `main` prints how to resume
+    )
+    for order, (name, (file, summary)) in enumerate(COMMANDS.items()):
+        called = list(tokens[:1]) == [name]
+        root.command(f"tailora.cli.{file}:{name}", name=name, help=None if called else summary, sort_key=order)
+    return root
 
 
-def failed(error: BaseException, as_json: bool) -> int:
-    """Says what went wrong, and returns the exit code for it."""
+# ---- Failures
+
+
+def fail(error: BaseException, as_json: bool) -> int:
+    """Prints what went wrong, and returns the exit code for it."""
     code, message = exit_code(error), str(error)
     label = "interrupted" if code == INTERRUPTED else "error"
-    logs().print(f"{label}: {shortened(message)}" if message else label, style="red", markup=False, soft_wrap=True)
+    stderr().print(f"{label}: {shortened(message)}" if message else label, style="red", markup=False, soft_wrap=True)
     if as_json:
-        print_error(error)
+        print_json_error(error)
     return code
-
-
-def shortened(message: str) -> str:
-    """For a screen: hundreds of layers can have one and the same problem. JSON and Python have them all."""
-    lines = message.splitlines()
-    more = len(lines) - LINES
-    return message if more <= 1 else "\n".join([*lines[:LINES], f"  ... and {more} lines more; --json gives them all"])
-
-
-def print_error(error: BaseException) -> None:
-    """The line of --json."""
-    print_json({"error": {"type": type(error).__name__, "message": str(error), "exit_code": exit_code(error)}})
 
 
 def exit_code(error: BaseException) -> int:
@@ -179,3 +124,62 @@ def exit_code(error: BaseException) -> int:
             return 2
         case _:
             return 1
+
+
+def shortened(message: str) -> str:
+    """Returns the first lines of a message: hundreds of layers can have the same problem."""
+    lines = message.splitlines()
+    more = len(lines) - MAX_LINES
+    return message if more <= 1 else "\n".join([*lines[:MAX_LINES], f"  ... and {more} more lines; --json prints all"])
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True if memory ran out in Python or in torch, which is not imported for the question."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from tailora.train import memory
+
+    return memory.is_out_of_memory(error)
+
+
+# ---- Output: results go to stdout, everything else to stderr
+#
+# rich honours NO_COLOR and FORCE_COLOR. A progress bar needs more than colour: a real terminal.
+
+
+def stdout() -> Console:
+    return Console(highlight=False, emoji=False)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False, emoji=False)
+
+
+def on_terminal(console: Console) -> bool:
+    """True if lines can be redrawn; FORCE_COLOR makes `Console.is_terminal` true in a pipe."""
+    return console.file.isatty() and not console.is_dumb_terminal
+
+
+def log(text: str) -> None:
+    """Prints to stderr."""
+    stderr().print(text, style="dim", markup=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    log(f"note: {text}")
+
+
+def print_json(payload: dict[str, Any]) -> None:
+    """Prints one object on one line, in ASCII, whatever the width and the encoding of the terminal."""
+    sys.stdout.write(json.dumps(payload, allow_nan=False) + "\n")
+
+
+def print_json_error(error: BaseException) -> None:
+    print_json({"error": {"type": type(error).__name__, "message": str(error), "exit_code": exit_code(error)}})
+
+
+def escape_unprintable_text() -> None:
+    """Makes streams print escapes for characters that their encoding lacks, such as \\u96ea in ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

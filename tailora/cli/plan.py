@@ -10,17 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, settings
-from tailora.cli.main import aside, note, print_json, results
+from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, merge_settings
+from tailora.cli.main import log, note, print_json, stdout
 from tailora.errors import ConfigError
 from tailora.report import report_if_possible
+from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from tailora.study.plan import Plan
 
 LEFT_OUT = {"output_dir", "resume_from_checkpoint", "samples", "report_to"}
-FLAGS: Any = flags_of({}, FIELDS.keys() - LEFT_OUT)
-NONE_GIVEN = FLAGS()
+Flags: Any = flags_of(TrainConfig, only=FIELDS.keys() - LEFT_OUT)
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 SIZE = re.compile(rf"([\d.]+(?:e\d+)?) ?({'|'.join(filter(None, UNITS))})?B?", re.IGNORECASE)
 TABLE: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
@@ -37,25 +37,25 @@ def plan(
     memory: Room = None,
     output_dir: OutputDir = None,
     json: Json = False,
-    flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
+    flags: Flags = None,
 ) -> int:
     """Show what a run would train, whether it fits, and how long it takes; no weights are read unless --measure.
 
     The flags are those of `tailora train`. Without --data every example is taken to have --max-length tokens.
     """
     room = None if memory is None else bytes_of(memory)
-    chosen = settings(flags, config, {})
+    chosen = merge_settings(flags, config)
     for text in chosen.notes:
         note(text)
     from tailora.study.plan import plan as run  # torch from here on
 
-    found = run(chosen.config, measure, memory=room, output_dir=output_dir, say=aside)
+    found = run(chosen.config, measure, memory=room, output_dir=output_dir, say=log)
     if output_dir is not None:
         report_if_possible(output_dir)
     if json:
         print_json(found.to_dict())
     else:
-        show(results(), found)
+        show(stdout(), found)
     return 0
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from tailora.cli.flags import Json
-from tailora.cli.main import print_json, results
+from tailora.cli.main import print_json, stdout
 from tailora.errors import ConfigError
 from tailora.formats.run_folder import REPORT
 from tailora.report import report as make
@@ -25,5 +25,5 @@ def report(folder: Folder, /, *, json: Json = False) -> int:
     if json:
         print_json({"report": str(page), "data": str(folder / REPORT)})
     else:
-        results().print(str(page), markup=False, soft_wrap=True)
+        stdout().print(str(page), markup=False, soft_wrap=True)
     return 0

@@ -1,41 +1,28 @@
 """`tailora search`: the best settings for the user's own model and data, and the cheapest that are as good."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tailora.cli.compare import bar, page_of, resumable
-from tailora.cli.flags import (
-    FIELDS,
-    ConfigFile,
-    Json,
-    Settings,
-    flags_beside,
-    flags_of,
-    given,
-    pairs,
-    read_mapping,
-    settings,
-)
-from tailora.cli.main import aside, logs, note, print_json, results
+from tailora.cli.flags import FIELDS, ConfigFile, Json, Settings, flags_of, merge_settings, parse_pairs
+from tailora.cli.main import log, note, print_json, stderr, stdout
 from tailora.errors import require_packages
 from tailora.report import report_if_possible
 from tailora.study.config import SearchConfig
+from tailora.train.config import TrainConfig
+from tailora.train.config_file import read_config_file
 
 OWN = SearchConfig.model_fields
 DEFAULTS = {"output_dir": "outputs/search"}
 RATES = {"output_dir": "outputs/learning-rates"}  # of --lr-only
 LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method", "eval_steps"}
 LEFT_OUT |= {"early_stopping_patience", "save_total_limit"}
-FLAGS: Any = flags_of(DEFAULTS, FIELDS.keys() - LEFT_OUT)
-NONE_GIVEN = FLAGS()
-STUDY = "Search"
-STUDY_FLAGS: Any = flags_beside(SearchConfig, STUDY, list(OWN))
-NO_STUDY_FLAGS = STUDY_FLAGS()
+Flags: Any = flags_of(TrainConfig, only=FIELDS.keys() - LEFT_OUT, defaults=DEFAULTS)
+StudyFlags: Any = flags_of(SearchConfig, sections={"trials": "Search"})
 SHOWN = 12  # trials
 TITLED: Any = {"title_justify": "left", "title_style": "bold"}
 
@@ -43,9 +30,9 @@ TITLED: Any = {"title_justify": "left", "title_style": "bold"}
 def search(
     *,
     config: ConfigFile = None,
-    study: Annotated[STUDY_FLAGS, Parameter(name="*")] = NO_STUDY_FLAGS,
+    study: StudyFlags = None,
     json: Json = False,
-    flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
+    flags: Flags = None,
 ) -> int:
     """Search learning rate, rank, alpha, targets, dropout and LoRA+ ratio; --space says what else, or which values.
 
@@ -53,13 +40,13 @@ def search(
     another machine with the same --storage, it joins.
     """
     require_packages("optuna", "scipy", extra="study")
-    written = {name: value for name, value in (read_mapping(config) if config else {}).items() if name in OWN}
-    typed = given(study)
+    in_file = {name: value for name, value in (read_config_file(config) if config else {}).items() if name in OWN}
+    typed = dict(study or {})
     if "space" in typed:
-        typed["space"] = {**written.get("space", {}), **pairs("space", typed["space"])}
-    asked = SearchConfig(**{**written, **typed})
-    chosen = settings(flags, config, RATES if asked.lr_only else DEFAULTS, others=OWN)
-    return _run(chosen, asked, json)
+        typed["space"] = {**in_file.get("space", {}), **parse_pairs("space", typed["space"])}
+    search_config = SearchConfig(**{**in_file, **typed})
+    defaults = RATES if search_config.lr_only else DEFAULTS
+    return _run(merge_settings(flags, config, defaults=defaults, ignore=OWN), search_config, json)
 
 
 def _run(chosen: Settings, study: SearchConfig, as_json: bool) -> int:
@@ -68,7 +55,7 @@ def _run(chosen: Settings, study: SearchConfig, as_json: bool) -> int:
 
     for text in chosen.notes:
         note(text)
-    console = logs()
+    console = stderr()
     work, display = (find_range, show_rates) if study.lr_only else (run, show)
     with resumable(chosen.config.output_dir):
         found: Any = work(
@@ -77,9 +64,9 @@ def _run(chosen: Settings, study: SearchConfig, as_json: bool) -> int:
     if as_json:
         print_json(found.to_dict())
     else:
-        display(results(), found)
+        display(stdout(), found)
     report_if_possible(Path(chosen.config.output_dir))
-    aside(page_of(Path(chosen.config.output_dir)))
+    log(page_of(Path(chosen.config.output_dir)))
     return 0
 
 

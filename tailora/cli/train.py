@@ -1,53 +1,37 @@
-"""`tailora train`."""
+"""`tailora train` and `tailora demo`: fine-tune a model, and show whether it worked."""
 
 import json
 import math
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-from cyclopts import Parameter
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tailora.cli.compare import page_of
-from tailora.cli.flags import ConfigFile, Json, Settings, flags_of, settings
-from tailora.cli.main import logs, note, print_json, results
-from tailora.cli.progress import shown
+from tailora.cli.flags import ConfigFile, Json, Settings, flags_of, merge_settings
+from tailora.cli.main import note, print_json, stderr, stdout
 from tailora.errors import CheckpointError, ConfigError
-from tailora.evaluation.generate import Answer, answers
-from tailora.evaluation.statistics import Interval, changes, verdict
-from tailora.formats.io import write_file
-from tailora.formats.run_folder import PAGE, REPORT
+from tailora.formats.run_folder import ADAPTER, PAGE, REPORT
 from tailora.report import report_if_possible
-from tailora.report.run_folder import gather
 from tailora.train.config import TrainConfig
-from tailora.train.events import Interrupted, TrainResult
-from tailora.train.memory import explained
-from tailora.train.trainable import ADAPTER, MODEL
-from tailora.train.trainer import run
 
-FLAGS: Any = flags_of({})
-NONE_GIVEN = FLAGS()
+if TYPE_CHECKING:
+    from tailora.evaluation.generate import Answer
+    from tailora.evaluation.statistics import Interval
+    from tailora.train.events import Interrupted, TrainResult
+
+Flags: Any = flags_of(TrainConfig)
 
 
-def train(
-    *,
-    config: ConfigFile = None,
-    json: Json = False,
-    flags: Annotated[FLAGS, Parameter(name="*")] = NONE_GIVEN,
-) -> int:
-    """Fine-tune a model on your data; `tailora data FILE` shows beforehand what it would learn from."""
-    chosen = settings(flags, config, {})
-    # DROPPED  # torch from here on
-
-    return fit(chosen, as_json=json)
+def train(*, config: ConfigFile = None, json: Json = False, flags: Flags = None) -> int:
+    """Fine-tune a model on your data. `tailora data FILE` shows beforehand what it would learn from."""
+    return fit(merge_settings(flags, config), as_json=json)
 
 
 # ---- `tailora demo`: `tailora train` on a small model and real conversations, both fetched once.
@@ -64,65 +48,49 @@ QUESTIONS = [
     "Hi! What did you do this weekend?",
     "What kind of music do you like?",
 ]
-DEMO_FLAGS: Any = flags_of({**DEFAULTS, "output_dir": str(FOLDER)})
-NO_DEMO_FLAGS = DEMO_FLAGS()
+DemoFlags: Any = flags_of(TrainConfig, defaults={**DEFAULTS, "output_dir": str(FOLDER)})
 
 
-def demo(
-    *,
-    config: ConfigFile = None,
-    json: Json = False,
-    flags: Annotated[DEMO_FLAGS, Parameter(name="*")] = NO_DEMO_FLAGS,
-) -> int:
-    """Fine-tune a small model on real chats, and see what it changed. Takes the flags of `train`."""
-    chosen = settings(flags, config, DEFAULTS)
+def demo(*, config: ConfigFile = None, json: Json = False, flags: DemoFlags = None) -> int:
+    """Fine-tune a small model on real chats, and see what it changed. The flags are those of `train`."""
+    chosen = merge_settings(flags, config, defaults=DEFAULTS)
     if "output_dir" not in chosen.config.model_fields_set:
-        folder = output_folder(chosen.config.resume_from_checkpoint)
+        folder = demo_folder(chosen.config.resume_from_checkpoint)
         chosen = replace(chosen, config=chosen.config.model_copy(update={"output_dir": str(folder)}))
-    # DROPPED  # torch from here on
-
     return fit(chosen, as_json=json, questions=QUESTIONS)
 
 
-def output_folder(resumed: str | None) -> Path:
-    """Where a demo writes that was not told where: a new folder, or the one of the checkpoint it goes on from.
+def demo_folder(checkpoint: str | None) -> Path:
+    """Returns the folder of a demo without --output-dir: that of its checkpoint, or a new one, which is created.
 
-    Raises ConfigError where several processes would each take a folder.
+    Raises ConfigError if there are several processes, of which each would create a folder.
     """
-    if resumed is not None:
-        return newest(FOLDER) if resumed == "latest" else Path(resumed).parent
+    if checkpoint is not None:
+        return latest_demo_folder(FOLDER) if checkpoint == "latest" else Path(checkpoint).parent
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several processes must write to one folder: give --output-dir")
-    return next(path for path in numbered(FOLDER) if made(path))
+    number, folder = 1, FOLDER
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # the folder of an earlier demo, or of one that starts at the same time
+            number += 1
+            folder = FOLDER.with_name(f"{FOLDER.name}-{number}")
 
 
-def numbered(folder: Path) -> Iterator[Path]:
-    """`folder`, folder-2, folder-3, ..."""
-    yield folder
-    yield from (folder.with_name(f"{folder.name}-{number}") for number in count(2))
-
-
-def made(folder: Path) -> bool:
-    """Makes the folder, unless it exists: no earlier run is overwritten, and none that starts at the same time."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    return True
-
-
-def newest(folder: Path) -> Path:
-    """The one of `folder`, folder-2, ... whose last checkpoint was written last. Raises CheckpointError."""
-    from tailora.train.checkpoint import found  # torch
+def latest_demo_folder(folder: Path) -> Path:
+    """Returns the one of `folder`, folder-2, ... with the newest checkpoint. Raises CheckpointError if none has one."""
+    from tailora.train.checkpoint import found  # loads torch
 
     folders = [path for path in (folder, *folder.parent.glob(f"{folder.name}-*")) if path.is_dir()]
-    written = [(found(path)[-1].stat().st_mtime, path) for path in folders if found(path)]
-    if not written:
+    with_checkpoint = [(found(path)[-1].stat().st_mtime, path) for path in folders if found(path)]
+    if not with_checkpoint:
         raise CheckpointError(
             f"--resume-from-checkpoint latest: no {folder}, {folder}-2, ... holds a checkpoint; "
             "give the folder of a checkpoint, or start without it and with --save-steps"
         )
-    return max(written)[1]
+    return max(with_checkpoint)[1]
 
 
 # ---- What a finished run says: whether it worked, how answers changed, where everything is, and what to do next.
@@ -131,7 +99,7 @@ def newest(folder: Path) -> Path:
 FILES = {
     PAGE: "what came of it, to look at in a browser",
     ADAPTER: "the adapter, a PEFT folder",
-    MODEL: "the model, a Hugging Face folder",
+    "model": "the model, a Hugging Face folder",
     "samples.json": "the answers above",
     "metrics.jsonl": "loss, learning rate, speed of every step",
     "examples.jsonl": "loss of every held-out example, before and after",
@@ -142,15 +110,17 @@ FILES = {
 TITLED: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 
 
-def losses(result: TrainResult) -> dict[str, Interval] | None:
+def losses(result: "TrainResult") -> "dict[str, Interval] | None":
     """Held-out loss in nats per token before, after, and the change, each with a 95% interval over examples."""
+    from tailora.evaluation.statistics import changes
+
     before, after = result.before, result.after
     if before is None or after is None:
         return None
     return changes(before.sums, after.sums, after.counts)
 
 
-def summary(result: TrainResult) -> dict[str, Any]:
+def summary(result: "TrainResult") -> dict[str, Any]:
     """The line of --json: the result's numbers, and what the evaluations say together."""
     found = losses(result) or {}
     spread = {f"eval_loss_{name}_95": None if math.isnan(each.low) else each[1:] for name, each in found.items()}
@@ -158,7 +128,7 @@ def summary(result: TrainResult) -> dict[str, Any]:
     return {**result.to_dict(), **change, **spread}
 
 
-def show(console: Console, config: TrainConfig, result: TrainResult, answers: Sequence[Answer]) -> None:
+def show(console: Console, config: TrainConfig, result: "TrainResult", answers: "Sequence[Answer]") -> None:
     folder = Path(result.output_dir)
     parts = (
         evaluation(result),
@@ -171,7 +141,9 @@ def show(console: Console, config: TrainConfig, result: TrainResult, answers: Se
         console.print("", part, sep="\n", soft_wrap=isinstance(part, Text))
 
 
-def evaluation(result: TrainResult) -> RenderableType:
+def evaluation(result: "TrainResult") -> RenderableType:
+    from tailora.evaluation.statistics import verdict
+
     found = losses(result)
     if found is None or result.after is None:
         return Text("There was no held-out data, so nothing can be said about whether it worked: --eval-data FILE")
@@ -181,19 +153,19 @@ def evaluation(result: TrainResult) -> RenderableType:
     return Group(table, Text(verdict(found["change"], len(result.after.counts))))
 
 
-def effort(config: TrainConfig, result: TrainResult) -> Text:
+def effort(config: TrainConfig, result: "TrainResult") -> Text:
     kept = "adapter" if config.method == "lora" else "model"
     tokens = f"{result.train_tokens:,} tokens, {result.tokens_per_second:,.0f} per second of training"
     whole = f"{result.seconds:,.0f} s and at most {result.peak_memory_bytes / 1e9:.2f} GB in all"
     return Text(f"{result.steps:,} steps, {tokens}; {whole}. Kept: the {kept} of step {result.best_step}.")
 
 
-def _spread(interval: Interval, form: str, scale: Any) -> str:
+def _spread(interval: "Interval", form: str, scale: Any) -> str:
     value, low, high = (format(scale(number), form) for number in interval)
     return value if math.isnan(interval.low) else f"{value}  ({low} to {high})"
 
 
-def side_by_side(answers: Sequence[Answer]) -> RenderableType:
+def side_by_side(answers: "Sequence[Answer]") -> RenderableType:
     if not answers:
         return Text("No answers were compared: there was no held-out prompt, or --samples is 0.")
     table = Table(title="Answers before and after", expand=True, show_lines=True, **TITLED)
@@ -217,7 +189,7 @@ def written(folder: Path, answered: bool) -> Table:
 def following(config: TrainConfig, folder: Path) -> Text:
     """Three commands to try, each on a line of its own, to be copied."""
     base = ["--model", config.model]
-    tuned = [*base, "--adapter", str(folder)] if config.method == "lora" else ["--model", str(folder / MODEL)]
+    tuned = [*base, "--adapter", str(folder)] if config.method == "lora" else ["--model", str(folder / "model")]
     commands = [
         ["tailora", "chat", *tuned],
         ["tailora", "generate", *tuned, "--prompt", "What would you do with a free day?"],
@@ -226,48 +198,57 @@ def following(config: TrainConfig, folder: Path) -> Text:
     return Text("\n").join([Text("Next", style="bold"), *(Text(shlex.join(command)) for command in commands)])
 
 
-# ---- What `train` and `demo` share: run with progress, then say whether it worked and where everything is.
-
-
-FEWER = "what helps: --samples 0, which compares none"
+# ---- What `train` and `demo` share: train, compare answers, print
 
 
 def fit(settings: Settings, *, as_json: bool, questions: Sequence[str] | None = None) -> int:
-    """Trains, compares answers to `questions` (by default held-out prompts), and prints.
+    """Trains, answers `questions` (by default held-out prompts) with the base and the tuned model, and prints.
 
-    Raises what `run` raises; KeyboardInterrupt carries the command that goes on.
+    Raises what `run` raises. KeyboardInterrupt carries the command that resumes the run.
     """
+    from accelerate import PartialState
+
+    from tailora.cli.progress import shown
+    from tailora.report.run_folder import gather
+    from tailora.train.events import Interrupted
+    from tailora.train.trainer import run
+
     for text in settings.notes:
         note(text)
     try:
-        with shown(logs()) as listener:
+        with shown(stderr()) as listener:
             result = run(settings.config, on_event=listener)
-    except Interrupted as stop:
-        raise KeyboardInterrupt(to_go_on(settings.config, stop)) from stop
+    except Interrupted as interrupted:
+        raise KeyboardInterrupt(resume_command(settings.config, interrupted)) from interrupted
     if not PartialState().is_main_process:
         return 0
-    found = answered(result, settings.config.samples, questions)
+    samples = answer_samples(result, settings.config.samples, questions)
     gather(Path(result.output_dir))
     report_if_possible(Path(result.output_dir))
     if as_json:
         print_json(summary(result))
     else:
-        show(results(), settings.config, result, found)
+        show(stdout(), settings.config, result, samples)
     return 0
 
 
-def to_go_on(config: TrainConfig, stop: Interrupted) -> str:
-    """The command on a line of its own, to be copied."""
+def resume_command(config: TrainConfig, interrupted: "Interrupted") -> str:
+    """Returns the message after Ctrl-C; the command is on a line of its own, to be copied."""
     command = ["tailora", "train", "--config", str(Path(config.output_dir) / "config.yaml")]
-    command += ["--resume-from-checkpoint", str(stop.folder)]
-    return f"everything so far is in {stop.folder}; to go on:\n{shlex.join(command)}"
+    command += ["--resume-from-checkpoint", str(interrupted.folder)]
+    return f"the run so far is saved in {interrupted.folder}; to resume it:\n{shlex.join(command)}"
 
 
-def answered(result: TrainResult, count: int, questions: Sequence[str] | None) -> list[Answer]:
-    """Base and tuned answers side by side, kept in samples.json."""
+def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] | None) -> "list[Answer]":
+    """Returns answers of the base and the tuned model to the first `count` questions, and writes samples.json."""
+    from tailora.evaluation.generate import answers
+    from tailora.formats.io import write_file
+    from tailora.train.memory import explained
+
     held_out = result.data.eval_samples if result.data else []
-    with explained("comparing answers", lambda: f"the adapter is whole, in {result.output_dir}; {FEWER}"):
-        found = answers(result.model, result.tokenizer, (questions or held_out)[:count])
-    content = json.dumps([asdict(answer) for answer in found], ensure_ascii=False, indent=2)
+    advice = f"the adapter is complete, in {result.output_dir}; --samples 0 compares no answers"
+    with explained("comparing answers", lambda: advice):
+        samples = answers(result.model, result.tokenizer, (questions or held_out)[:count])
+    content = json.dumps([asdict(answer) for answer in samples], ensure_ascii=False, indent=2)
     write_file(Path(result.output_dir) / "samples.json", content.encode())
-    return found
+    return samples

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from tailora.errors import ConfigError, FormatError, listing, require_packages
-from tailora.formats.io import write_file
 from tailora.formats.run_folder import PAGE, REPORT
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ def report(folder: Path) -> Path:
     Raises ConfigError without the extra `study` or a report.json; FormatError for one that is not tailora's.
     """
     require_packages(*NEEDS, extra="study")
+    from tailora.formats.io import write_file  # loads torch
     from tailora.report.page import html
 
     content = read(folder)

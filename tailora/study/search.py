@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import yaml
 from filelock import FileLock, Timeout
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.pruners import SuccessiveHalvingPruner
@@ -37,6 +36,7 @@ from tailora.study.results import Candidate, Finalist, SearchResult
 from tailora.study.search_space import TARGETS, Axis, Range, at_edge, read_space, searched, settings, start
 from tailora.study.trial import RESULT, Base, Progress, Spec, Told, Trial, choosing_part, halves, judging_half, try_out
 from tailora.train.config import TrainConfig
+from tailora.train.config_file import config_text
 
 # ---- Optuna's part of a search: what is proposed, and which settings mattered.
 
@@ -178,7 +178,7 @@ def write_config(path: Path, train: TrainConfig, changes: Mapping[str, Any]) -> 
     own = train.model_dump(exclude_unset=True, exclude={"resume_from_checkpoint"})
     values = {**own, **changes, "output_dir": str(path.with_suffix(""))}
     TrainConfig(**values)
-    write_file(path, yaml.safe_dump(values, sort_keys=False).encode())
+    write_file(path, config_text(values).encode())
     return path
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 from filelock import FileLock, Timeout
 
 import tailora
@@ -21,6 +20,7 @@ from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.io import make_writable, write_file
 from tailora.train.checkpoint import found
 from tailora.train.config import TrainConfig
+from tailora.train.config_file import config_text
 from tailora.train.loss import Evaluation
 from tailora.train.trainable import ADAPTER, MODEL
 
@@ -64,7 +64,7 @@ def _kept(output_dir: Path) -> str:
 
 def write_settings(output_dir: Path, config: TrainConfig) -> None:
     """config.yaml: `tailora train --config config.yaml` repeats the run."""
-    text = yaml.safe_dump(config.model_dump(exclude={"resume_from_checkpoint"}), sort_keys=False)
+    text = config_text(config.model_dump(exclude={"resume_from_checkpoint"}))
     write_file(output_dir / CONFIG, text.encode())
 
 

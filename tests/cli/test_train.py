@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import yaml
 from transformers import LlamaForCausalLM
 
 from tailora.cli.main import main
-from tailora.cli.train import QUESTIONS, newest, output_folder
+from tailora.cli.train import QUESTIONS, demo_folder, latest_demo_folder
 from tailora.errors import CheckpointError, ConfigError
+from tailora.train.config_file import read_config_file
 
 TAILORA = [sys.executable, "-m", "tailora.cli"]
 PROMISED = {
@@ -119,7 +119,7 @@ def test_the_written_config_repeats_the_run(flags: dict[str, str], tmp_path: Pat
     assert main(again) == 0
     first, second = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "again"))
     assert first.read_bytes() == second.read_bytes()
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["learning_rate"] == 1e-2
+    assert read_config_file(tmp_path / "run" / "config.yaml")["learning_rate"] == 1e-2
 
 
 def test_a_finished_run_is_not_overwritten(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +131,7 @@ def test_a_finished_run_is_not_overwritten(flags: dict[str, str], capsys: pytest
 def test_demos_that_start_at_once_take_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        taken = list(pool.map(output_folder, [None] * 8))
+        taken = list(pool.map(demo_folder, [None] * 8))
     assert set(map(str, taken)) == {"outputs/demo", *(f"outputs/demo-{number}" for number in range(2, 9))}
     assert all(folder.is_dir() for folder in taken)
 
@@ -139,20 +139,20 @@ def test_demos_that_start_at_once_take_folders_of_their_own(tmp_path: Path, monk
 def test_a_demo_of_several_processes_must_be_told_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="--output-dir"):
-        output_folder(None)
+        demo_folder(None)
 
 
 def test_the_demo_goes_on_from_the_checkpoint_that_was_written_last(tmp_path: Path) -> None:
     demo = tmp_path / "demo"
     with pytest.raises(CheckpointError, match="holds a checkpoint; give"):
-        newest(demo)
+        latest_demo_folder(demo)
     for age, name in enumerate(
         ["demo-3/checkpoint-2", "demo-2/checkpoint-9", "demo/checkpoint-5", "other/checkpoint-9"]
     ):
         (tmp_path / name).mkdir(parents=True)
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
     (tmp_path / "demo-4").mkdir()
-    assert newest(demo) == tmp_path / "demo-3"
+    assert latest_demo_folder(demo) == tmp_path / "demo-3"
 
 
 @pytest.mark.parametrize("wanted", ["latest", "outputs/demo-2/checkpoint-1"])

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -28,6 +27,7 @@ from tailora.study.search import axes, importances, search
 from tailora.study.search_space import DEFAULT, Range, at_edge, read_space, searched, settings, start
 from tailora.study.trial import Spec, Told, Trial, choosing_half, halves, try_out
 from tailora.train.config import TrainConfig
+from tailora.train.config_file import read_config_file
 
 TRIALS = 4
 
@@ -99,7 +99,7 @@ def test_a_finished_search_is_read_and_its_yaml_trains(
     assert best["interval"][0] < best["eval_loss"] < best["interval"][1]
     assert report["cheapest"]["trainable_parameters"] <= best["trainable_parameters"]
     assert report["seeds"] == [1, 2]
-    chosen = yaml.safe_load((folder / "best.yaml").read_text())
+    chosen = read_config_file(folder / "best.yaml")
     assert chosen["learning_rate"] == best["settings"]["learning_rate"]
     assert chosen["r"] == best["settings"]["r"]
     command = ["train", "--config", str(folder / "best.yaml"), "--max-steps", "2", "--samples", "0", "--json"]

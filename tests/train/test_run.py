@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
 from tailora.errors import ConfigError, DivergedError
 from tailora.model import LoRAModel
 from tailora.train import events
 from tailora.train.config import TrainConfig
+from tailora.train.config_file import read_config_file
 from tailora.train.trainer import run
 
 
@@ -43,7 +43,7 @@ def test_a_run_leaves_what_is_needed_to_repeat_it(settings: Any) -> None:
     assert record["settings"] == config.model_dump(mode="json")
     assert record["data"]["sha256"] == result.data.report.sha256
     assert {"torch", "transformers", "tailora"} <= record["versions"].keys()
-    again = TrainConfig(**{**yaml.safe_load((folder / "config.yaml").read_text()), "output_dir": f"{folder}-again"})
+    again = TrainConfig(**{**read_config_file(folder / "config.yaml"), "output_dir": f"{folder}-again"})
     run(again)
     assert adapter_bytes(again) == adapter_bytes(config)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

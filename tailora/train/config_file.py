@@ -1,0 +1,146 @@
+"""Reads and writes YAML files of settings: run.yaml of `--config`, config.yaml of a run, best.yaml of a search.
+
+YAML 1.2 is read, where `1e-4` is a number and `on` is text. Files are untrusted input: their size, depth and aliases
+are limited, and tags such as `!!int` are refused. Needs no torch.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, Event, ScalarEvent
+
+from tailora.errors import ConfigError
+
+MAX_BYTES, MAX_DEPTH, MAX_ALIASES, MAX_SCALAR = 100_000, 20, 20, 3_000
+
+
+class _Constructor(SafeConstructor):
+    """Dates and a single `=` are text, as in the core schema of YAML 1.2."""
+
+
+for _name in ("timestamp", "value"):
+    _Constructor.add_constructor(f"tag:yaml.org,2002:{_name}", SafeConstructor.construct_yaml_str)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Returns the settings of a YAML file; a key may be written `max-steps` or `max_steps`.
+
+    Raises ConfigError if the file cannot be read, is not a mapping, or gives a setting twice.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"--config {path} has more than {MAX_BYTES:,} bytes, which is too large for settings")
+    try:
+        _check_limits(text)
+        content = _yaml().load(text)
+    except DuplicateKeyError as error:
+        raise ConfigError(f"--config {path}{_line(error)}: {_key(text, error)} is given twice") from None
+    except MarkedYAMLError as error:
+        reason = ", ".join(filter(None, (error.context, error.problem)))
+        raise ConfigError(f"--config {path}{_line(error)} cannot be read as YAML: {reason}") from None
+    except (YAMLError, ValueError) as error:  # ValueError: text such as 0x_ that looks like a number
+        raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from None
+    except TypeError:  # ruamel.yaml puts the key into a dict
+        raise ConfigError(f"--config {path}: the name of a setting must be text, not a list or a mapping") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: expected lines `name: value`, got a {type(content).__name__}")
+    return _with_underscores(content, path)
+
+
+def config_text(settings: Mapping[str, Any]) -> str:
+    """Returns the YAML text of these settings. Values are written so that YAML 1.1 and 1.2 read them alike."""
+    return "".join(f"{name}: {_value_text(value)}\n" for name, value in settings.items())
+
+
+# ---- Reading
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.version = (1, 2)
+    yaml.Constructor = _Constructor
+    yaml.composer.warn_double_anchors = False  # the last one counts, as YAML says
+    return yaml
+
+
+def _check_limits(text: bytes) -> None:
+    """Raises MarkedYAMLError for what could exhaust memory or the stack, before any value is made of it."""
+    open_anchors: list[str | None] = []  # one for each mapping or list around the current event
+    aliases = 0
+    for event in _yaml().parse(text):
+        if isinstance(event, CollectionEndEvent):
+            open_anchors.pop()
+        aliases += isinstance(event, AliasEvent)
+        if problem := _limit(event, open_anchors, aliases):
+            raise MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        if isinstance(event, CollectionStartEvent):
+            open_anchors.append(event.anchor)
+
+
+def _limit(event: Event, open_anchors: list[str | None], aliases: int) -> str:
+    """Returns the limit that this event exceeds, or ''."""
+    match event:
+        case AliasEvent() if event.anchor in open_anchors:
+            return f"*{event.anchor} contains itself"
+        case AliasEvent() if aliases > MAX_ALIASES:
+            return f"more than {MAX_ALIASES} aliases: write the values themselves"
+        case ScalarEvent() | CollectionStartEvent() if event.tag is not None:
+            return f"tags ({event.tag}) are not supported: write the value without one"
+        case ScalarEvent() if len(event.value) > MAX_SCALAR:
+            return f"a value has more than {MAX_SCALAR:,} characters"
+        case CollectionStartEvent() if len(open_anchors) >= MAX_DEPTH:
+            return f"values are nested more than {MAX_DEPTH} levels deep"
+    return ""
+
+
+def _line(error: MarkedYAMLError) -> str:
+    mark = error.problem_mark or error.context_mark
+    return "" if mark is None else f", line {mark.line + 1}"
+
+
+def _key(text: bytes, error: MarkedYAMLError) -> str:
+    """Returns the key that stands where the error is."""
+    mark = error.problem_mark
+    line = text.decode(errors="replace").splitlines()[mark.line]
+    return str(line[mark.column :].partition(":")[0].strip())
+
+
+def _with_underscores(content: Mapping[Any, Any], path: Path) -> dict[str, Any]:
+    keys: dict[str, Any] = {}  # name of the setting -> the key as it is written
+    for key in content:
+        name = str(key).replace("-", "_")
+        if name in keys:
+            raise ConfigError(f"--config {path}: {name} is given twice, as {keys[name]} and as {key}")
+        keys[name] = key
+    return {name: content[key] for name, key in keys.items()}
+
+
+# ---- Writing
+
+
+def _value_text(value: Any) -> str:
+    match value:
+        case str():  # in quotes: YAML 1.1 takes `on` and `12:30` for a boolean and a number
+            return re.sub(
+                "[^ -~]", lambda character: f"\\U{ord(character[0]):08x}", json.dumps(value, ensure_ascii=False)
+            )
+        case float():  # YAML 1.1 takes 1e-05 for text, and 1.0e-05 for a number
+            return repr(value) if "." in repr(value) else repr(value).replace("e", ".0e")
+        case dict():
+            return "{" + ", ".join(f"{_value_text(str(key))}: {_value_text(item)}" for key, item in value.items()) + "}"
+        case list() | tuple():
+            return "[" + ", ".join(map(_value_text, value)) + "]"
+        case _:
+            return json.dumps(value)
