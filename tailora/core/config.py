@@ -1,4 +1,4 @@
-"""What an adapter is: rank, scale, targets. Field names are those of PEFT, which users know."""
+"""The settings of an adapter: rank, scale, targets. Their names are those of PEFT."""
 
 import math
 import re
@@ -21,7 +21,7 @@ Start = Literal["kaiming", "gaussian", "pissa", "olora", "lora_ga", "lora_one", 
 
 
 class StrictModel(BaseModel):
-    """A frozen pydantic model whose every complaint is one `ConfigError` with the nearest names."""
+    """A frozen pydantic model that raises one `ConfigError` for all that is wrong, with the nearest known names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -32,7 +32,7 @@ class StrictModel(BaseModel):
             raise ConfigError(listing([_explain(problem, type(self)) for problem in error.errors()])) from None
 
     def replaced(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again; what was not set stays so."""
+        """Returns a validated copy with some fields changed. Fields that were not set stay unset."""
         return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
 
 
@@ -42,18 +42,18 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
         alias = ALIASES.get(where)
         hint = f"; did you mean {alias}?" if alias in model.model_fields else nearest(where, model.model_fields)
         return f"unknown setting {where!r}{hint}"
-    said = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to what our validators raise
-    return f"{where} = {problem['input']!r}: {said[:1].lower()}{said[1:]}" if where else said
+    message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to what our validators raise
+    return f"{where} = {problem['input']!r}: {message[:1].lower()}{message[1:]}" if where else message
 
 
 class AdaLoRA(StrictModel):
-    """Ranks that move between layers (arXiv:2303.10512), with PEFT's names; the adapter's r is what PEFT calls init_r.
+    """Settings of AdaLoRA (arXiv:2303.10512), by the names that PEFT uses; `r` of the adapter is PEFT's init_r.
 
-    target_r: average rank at the end.
-    tinit, tfinal: steps before ranks are taken away, and after the last is; None: a tenth and three tenths of all.
-    deltaT: steps between two allocations.
-    beta1, beta2: smoothing of the sensitivity and of its uncertainty.
-    orth_reg_weight: of the penalty that keeps A and B orthonormal.
+    target_r: average rank at the end of training.
+    tinit, tfinal: steps before ranks are reduced, and steps with the final ranks; None: 10% and 30% of all steps.
+    deltaT: steps between two allocations of ranks.
+    beta1, beta2: smoothing of the sensitivity and of the uncertainty.
+    orth_reg_weight: weight of the penalty that keeps A and B orthonormal.
     """
 
     target_r: int = Field(ge=1)
@@ -66,32 +66,33 @@ class AdaLoRA(StrictModel):
 
 
 class LoRAConfig(StrictModel):
-    """One adapter's settings. Never changed by the library: derived values live elsewhere.
+    """The settings of one adapter. The library never changes them: what is derived from them is kept elsewhere.
 
-    r: rank of the update, 1..min(in, out) of every target.
-    lora_alpha: numerator of the scale: alpha/r, or alpha/sqrt(r) with `use_rslora` (arXiv:2312.03732).
+    r: rank of the update, from 1 to min(in, out) of every target.
+    lora_alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
     lora_dropout: probability of dropping an input of A in training.
-    target_modules: names (exact, or the end of a path after a dot), one regular expression that must match the
-        whole path, or "all-linear" (every linear layer but the output head).
-    exclude_modules: the same forms; taken away from the targets.
-    layers_to_transform: only layers with these indices (the first number in the path).
+    target_modules: layers to adapt: names (exact, or the end of a path after a dot), one regular expression that must
+        match the whole path, or "all-linear" (every linear layer but the output head).
+    exclude_modules: layers to leave out of the targets, in the same forms.
+    layers_to_transform: adapt only layers with these indices (the first number in the path).
     rank_pattern, alpha_pattern: regular expression -> value; matches like `(.*\\.)?KEY$`, the first match wins.
-    target_parameters: parameters that a module multiplies with by itself, such as the stacked weights of experts
+    target_parameters: parameters that a module uses without a layer, such as the stacked weights of experts
         (`["experts.gate_up_proj", "experts.down_proj"]`): names, exact or the end of a path after a dot.
-    fused_parts: pattern -> sizes of the parts of a fused layer in the order of its rows, repeated until they are used
-        up: `{"to_qkv": {"q": 64, "k": 64, "v": 64}}`. A part is a target: `target_modules=["to_qkv.q"]`. The parts of
-        the classes in `core.fused_layers.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...) are known.
-    modules_to_save: modules trained whole beside the low-rank updates, and saved with them.
-    trainable_token_indices: rows of embeddings to train, such as those of new tokens: name -> ids, or ids of the
-        input embedding. A head that is tied to it follows.
-    bias: biases of the base to train, in copies of the adapter's own: "none", those of the adapted layers
+    fused_parts: pattern -> sizes of the parts of a fused layer in the order of its output rows, repeated until all
+        rows are used: `{"to_qkv": {"q": 64, "k": 64, "v": 64}}`. A part is a target: `target_modules=["to_qkv.q"]`.
+        The parts of the classes in `core.fused_layers.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...) are known.
+    modules_to_save: modules that are trained in full and saved with the adapter.
+    trainable_token_indices: token ids whose embeddings are trained, such as those of new tokens: name of the
+        embedding -> ids, or ids of the input embedding. An output head that is tied to it follows.
+    bias: biases of the base model to train, in copies that belong to the adapter: "none", those of the adapted layers
         ("lora_only"), or those of all layers ("all").
-    lora_bias: a bias beside B.
-    use_dora: every output row of the adapted weight gets a trained norm of its own (DoRA, arXiv:2402.09353).
-    learn_scaling: the scale is a trained parameter, one per layer, starting from the value above.
-    init_lora_weights: the start of A and B. kaiming, gaussian: random A, zero B. pissa, olora: read off the weights;
-        lora_ga, lora_one, eva: off the user's data, by `LoRAModel.start_from_data`. W is never changed.
-    adalora: ranks move to the layers where they matter while the adapter trains (`LoRAModel.allocate_ranks`).
+    lora_bias: adds a trained bias to the update.
+    use_dora: trains the magnitude of every output row of the adapted weight (DoRA, arXiv:2402.09353).
+    learn_scaling: trains the scale of every layer, which begins with the value above.
+    init_lora_weights: initialisation of A and B. kaiming, gaussian: A is random and B zero. pissa, olora: from the
+        weights of the base model. lora_ga, lora_one, eva: from training data, by `LoRAModel.start_from_data`. The
+        weights of the base model are never changed.
+    adalora: moves ranks to the layers where they matter, while training (`LoRAModel.allocate_ranks`).
     """
 
     r: int = Field(16, ge=1)

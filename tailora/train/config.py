@@ -24,69 +24,109 @@ class TrainConfig(StrictModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
     # what
-    model: str = Field("demo", description="Hugging Face folder or Hub id, or 'demo'")
-    data: str = Field("demo", description="JSONL, JSON, CSV, Parquet, folder or Hub id, or 'demo'")
-    eval_data: str | None = Field(None, description="held-out data; without it a part of --data is held out")
-    output_dir: str = Field("outputs/run", description="folder for adapter, checkpoints, metrics")
-    adapter: str | None = Field(None, description="go on from this adapter folder instead of a new one")
-    method: Literal["lora", "full"] = Field("lora", description="an adapter, or all weights of the model")
+    model: str = Field("demo", description="model to train: Hugging Face folder or Hub id, or 'demo'")
+    data: str = Field("demo", description="training data: JSONL, JSON, CSV, Parquet, folder or Hub id, or 'demo'")
+    eval_data: str | None = Field(None, description="held-out data; by default a part of --data (--validation-split)")
+    output_dir: str = Field("outputs/run", description="folder for the adapter, checkpoints and metrics")
+    adapter: str | None = Field(None, description="folder of an adapter to train further, instead of a new one")
+    method: Literal["lora", "full"] = Field(
+        "lora", description="train an adapter (lora), or all weights of the model (full)"
+    )
     # adapter
     r: int = Field(16, ge=1, lt=COUNT, description="rank of the update")
-    lora_alpha: float = Field(32, gt=0, description="scale is alpha/r")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
-    target_modules: list[str] | str = Field("all-linear", description="names, one regular expression, all-linear, none")
-    target_parameters: list[str] | None = Field(None, description="matrices without a layer: experts.down_proj")
-    exclude_modules: list[str] | str | None = Field(None, description="taken away from the targets")
-    layers_to_transform: list[int] | None = Field(None, description="only these layer indices")
-    rank_pattern: dict[str, int] = Field({}, description="pattern -> r")
-    alpha_pattern: dict[str, float] = Field({}, description="pattern -> alpha")
-    modules_to_save: list[str] | None = Field(None, description="modules trained whole")
-    use_rslora: bool = Field(False, description="scale alpha/sqrt(r)")
-    use_dora: bool = Field(False, description="train the norm of every output row (DoRA)")
-    lora_bias: bool = Field(False, description="a bias beside B")
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="biases of the base to train")
-    trainable_token_indices: list[int] | None = Field(None, description="rows of the embedding to train: new tokens")
+    lora_alpha: float = Field(32, gt=0, description="the update is scaled by alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability of the input of A")
+    target_modules: list[str] | str = Field(
+        "all-linear", description="layers to adapt: names, one regular expression, all-linear, or none"
+    )
+    target_parameters: list[str] | None = Field(
+        None, description="parameters to adapt that no layer holds, such as experts.down_proj"
+    )
+    exclude_modules: list[str] | str | None = Field(
+        None, description="layers to leave out of the targets: names or one regular expression"
+    )
+    layers_to_transform: list[int] | None = Field(None, description="adapt only layers with these indices")
+    rank_pattern: dict[str, int] = Field({}, description="rank of the layers that match a pattern: PATTERN=RANK")
+    alpha_pattern: dict[str, float] = Field({}, description="alpha of the layers that match a pattern: PATTERN=ALPHA")
+    modules_to_save: list[str] | None = Field(
+        None, description="modules to train in full and save with the adapter, such as lm_head"
+    )
+    use_rslora: bool = Field(False, description="rank-stabilised LoRA: scale by alpha / sqrt(r)")
+    use_dora: bool = Field(False, description="DoRA: also train the magnitude of every output row")
+    lora_bias: bool = Field(False, description="add a trained bias to the update")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases of the base model to train")
+    trainable_token_indices: list[int] | None = Field(
+        None, description="token ids whose embeddings to train, such as new tokens"
+    )
     learn_scaling: bool = Field(False, description="train the scale of every layer")
-    init_lora_weights: Start = Field("kaiming", description="start of A and B, from weights or data; see docs")
-    target_r: int | None = Field(None, ge=1, lt=COUNT, description="AdaLoRA: average rank to end with, from r")
-    tinit: int | None = Field(None, ge=0, lt=COUNT, description="AdaLoRA: steps before ranks go; a tenth")
-    tfinal: int | None = Field(None, ge=0, lt=COUNT, description="AdaLoRA: steps after the last goes; three tenths")
-    deltaT: int = Field(1, ge=1, lt=COUNT, description="AdaLoRA: steps between allocations")
+    init_lora_weights: Start = Field("kaiming", description="initialisation of A and B; see docs/lora.md")
+    target_r: int | None = Field(
+        None, ge=1, lt=COUNT, description="AdaLoRA: average rank at the end of training; ranks start at --r"
+    )
+    tinit: int | None = Field(
+        None, ge=0, lt=COUNT, description="AdaLoRA: steps before ranks are reduced; default: 10% of the steps"
+    )
+    tfinal: int | None = Field(
+        None, ge=0, lt=COUNT, description="AdaLoRA: steps with the final ranks; default: 30% of the steps"
+    )
+    deltaT: int = Field(1, ge=1, lt=COUNT, description="AdaLoRA: steps between two allocations of ranks")
     beta1: float = Field(0.85, ge=0, lt=1, description="AdaLoRA: smoothing of the sensitivity")
-    beta2: float = Field(0.85, ge=0, lt=1, description="AdaLoRA: smoothing of its uncertainty")
-    orth_reg_weight: float = Field(0.5, ge=0, description="AdaLoRA: weight of the penalty that keeps A, B orthonormal")
-    init_batches: int = Field(4, ge=1, lt=COUNT, description="batches that lora_ga, lora_one and eva start from")
+    beta2: float = Field(0.85, ge=0, lt=1, description="AdaLoRA: smoothing of the uncertainty")
+    orth_reg_weight: float = Field(
+        0.5, ge=0, description="AdaLoRA: weight of the penalty that keeps A and B orthonormal"
+    )
+    init_batches: int = Field(
+        4, ge=1, lt=COUNT, description="batches of data for the initialisations lora_ga, lora_one and eva"
+    )
     # data
-    field: dict[str, str] = Field({}, description="rename columns: prompt=question")
-    max_length: int = Field(1024, ge=8, lt=COUNT, description="tokens; longer examples are cut and counted")
-    validation_split: float = Field(0.05, ge=0, lt=1, description="share of the rows held out")
-    split_seed: int | None = Field(None, ge=0, lt=2**63, description="which rows are held out; without it, --seed")
-    packing: Literal["auto", "on", "off"] = Field("auto", description="several examples per row, attention isolated")
-    streaming: bool = Field(False, description="read the data while training; needs --max-steps")
+    field: dict[str, str] = Field({}, description="columns of the data: prompt=COLUMN,completion=COLUMN")
+    max_length: int = Field(
+        1024, ge=8, lt=COUNT, description="longest example in tokens; longer ones are truncated and counted"
+    )
+    validation_split: float = Field(0.05, ge=0, lt=1, description="share of the examples that is held out")
+    split_seed: int | None = Field(
+        None, ge=0, lt=2**63, description="seed that chooses the held-out examples; default: --seed"
+    )
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto", description="put several examples into one row; attention keeps them apart"
+    )
+    streaming: bool = Field(False, description="read the data while training, without loading it; needs --max-steps")
     # optimisation
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
-    loraplus_lr_ratio: float = Field(1.0, ge=1, description="LoRA+: times the learning rate, for B")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up")
-    warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps spent warming up")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW decay; 0 for LoRA")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
-    max_steps: int | None = Field(None, ge=1, lt=COUNT, description="stop after this many steps")
-    num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="passes over the data, unless --max-steps")
-    per_device_train_batch_size: int = Field(8, ge=1, lt=COUNT, description="examples per forward")
-    gradient_accumulation_steps: int = Field(1, ge=1, lt=COUNT, description="forwards per step")
-    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
-    fast: Literal["auto", "off"] = Field("auto", description="kernels that keep the result, chosen and verified")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the base; adapters are float32")
-    quantize: Quantize | None = Field(None, description="how to store the base")
-    seed: int = Field(0, ge=0, lt=2**63, description="data order, start of A, dropout")
+    loraplus_lr_ratio: float = Field(
+        1.0, ge=1, description="LoRA+: learning rate of B, as a multiple of --learning-rate"
+    )
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="learning rate schedule after the warm-up"
+    )
+    warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient is clipped to this norm")
+    max_steps: int | None = Field(
+        None, ge=1, lt=COUNT, description="number of optimizer steps; overrides --num-train-epochs"
+    )
+    num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="number of passes over the data")
+    per_device_train_batch_size: int = Field(8, ge=1, lt=COUNT, description="examples per forward pass")
+    gradient_accumulation_steps: int = Field(1, ge=1, lt=COUNT, description="forward passes per optimizer step")
+    gradient_checkpointing: bool = Field(False, description="less memory for activations, about a third more time")
+    fast: Literal["auto", "off"] = Field(
+        "auto", description="use faster kernels where they are verified to give the same results"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="precision of the base model; adapters are float32"
+    )
+    quantize: Quantize | None = Field(None, description="quantization of the base model")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of data order, initialisation and dropout")
     # evaluation and files
-    eval_steps: int = Field(0, ge=0, lt=COUNT, description="evaluate every N steps; 0: before and after only")
-    early_stopping_patience: int = Field(0, ge=0, lt=COUNT, description="stop after N without gain; 0: never")
-    save_steps: int = Field(0, ge=0, lt=COUNT, description="checkpoint every N steps; 0: never")
-    save_total_limit: int = Field(2, ge=1, lt=COUNT, description="checkpoints kept beside the best")
-    samples: int = Field(3, ge=0, lt=COUNT, description="held-out prompts answered before and after")
-    report_to: list[str] = Field([], description="tensorboard, wandb, trackio")
-    resume_from_checkpoint: str | None = Field(None, description="checkpoint folder, or 'latest'")
+    eval_steps: int = Field(0, ge=0, lt=COUNT, description="evaluate every N steps; 0: only before and after training")
+    early_stopping_patience: int = Field(
+        0, ge=0, lt=COUNT, description="stop after N evaluations without improvement; 0: never"
+    )
+    save_steps: int = Field(0, ge=0, lt=COUNT, description="save a checkpoint every N steps; 0: never")
+    save_total_limit: int = Field(2, ge=1, lt=COUNT, description="checkpoints to keep besides the best one")
+    samples: int = Field(3, ge=0, lt=COUNT, description="held-out prompts to answer before and after training")
+    report_to: list[str] = Field([], description="trackers to log to: tensorboard, wandb, trackio")
+    resume_from_checkpoint: str | None = Field(None, description="checkpoint folder to resume from, or 'latest'")
 
     @model_validator(mode="before")
     @classmethod
