@@ -104,3 +104,9 @@ def test_links_and_files_named_in_documents_exist(document: Path) -> None:
     named = re.findall(r"`([\w/]+\.py)", text)
     missing += [name for name in named if not any((folder / name).exists() for folder in folders)]
     assert not missing, f"{document.name} names what is not there: {missing}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_imports_in_documents_work(document: Path) -> None:
+    for line in re.findall(r"^from tailora.* import .*$", document.read_text(), re.MULTILINE):
+        exec(line, {})
