@@ -112,12 +112,12 @@ TITLED: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 
 def losses(result: "TrainResult") -> "dict[str, Interval] | None":
     """Held-out loss in nats per token before, after, and the change, each with a 95% interval over examples."""
-    from tailora.evaluation.statistics import changes
+    from tailora.evaluation.statistics import before_and_after
 
     before, after = result.before, result.after
     if before is None or after is None:
         return None
-    return changes(before.sums, after.sums, after.counts)
+    return before_and_after(before.sums, after.sums, after.counts)
 
 
 def summary(result: "TrainResult") -> dict[str, Any]:
@@ -142,7 +142,7 @@ def show(console: Console, config: TrainConfig, result: "TrainResult", answers: 
 
 
 def evaluation(result: "TrainResult") -> RenderableType:
-    from tailora.evaluation.statistics import verdict
+    from tailora.evaluation.statistics import describe_change
 
     found = losses(result)
     if found is None or result.after is None:
@@ -150,7 +150,7 @@ def evaluation(result: "TrainResult") -> RenderableType:
     table = Table("held-out data", "before", "after", title="Did it work?", **TITLED)
     for name, form, scale in (("loss, nats/token", ".3f", float), ("perplexity", ".1f", math.exp)):
         table.add_row(name, *(_spread(found[when], form, scale) for when in ("before", "after")))
-    return Group(table, Text(verdict(found["change"], len(result.after.counts))))
+    return Group(table, Text(describe_change(found["change"], len(result.after.counts))))
 
 
 def effort(config: TrainConfig, result: "TrainResult") -> Text:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tailora.errors import ConfigError, DataError, listing, nearest, require_packages
 from tailora.evaluation.scores import BASE, TUNED, Score, Scores
-from tailora.evaluation.statistics import Interval, paired_difference, share_difference, share_interval
+from tailora.evaluation.statistics import Interval, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.quiet import hushed
 from tailora.train.checkpoint import seeded
@@ -55,7 +55,7 @@ class _Found:
 
     def score(self) -> Score:
         if self.documents and set(self.documents) <= {0.0, 1.0}:
-            return Score(*share_interval(self.documents), self.n)
+            return Score(*wilson_interval(self.documents), self.n)
         return Score(self.value, self.value - Z * self.error, self.value + Z * self.error, self.n)
 
     def since(self, before: "_Found") -> Score:

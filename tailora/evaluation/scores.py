@@ -27,7 +27,7 @@ from tailora.errors import ConfigError, DataError, listing, nearest
 from tailora.evaluation.generate import prompt_of, request, room
 from tailora.evaluation.metrics import CHANGE, METRICS
 from tailora.evaluation.multiple_choice import Options, log_likelihoods, obstacle_to_sharing, options, picked
-from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, share_interval
+from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import CPU_TOKENS
@@ -358,7 +358,7 @@ def _measured(tally: Tally, metrics: Sequence[str], judged: Judged) -> Iterator[
             hits = tally.hits[name]
             if not hits:
                 raise DataError(f"data {judged.source}: no row leaves room for {name}; raise --max-length")
-            yield name, _score(share_interval(hits), len(hits))
+            yield name, _score(wilson_interval(hits), len(hits))
             continue
         sums, counts = np.concatenate(tally.sums), np.concatenate(tally.counts)
         found = mean_interval(sums, counts)

@@ -1,8 +1,12 @@
-"""Two ways of training on the same examples and the same seeds: is there a difference, and how sure is that?
+"""Confidence intervals and tests: how sure is a loss, a share of right answers, or a difference between two models?
 
-A model of the losses: difference of seed j on example i = mu + example effect + seed effect + rest. More examples do
-not make up for few seeds, nor the other way round, so both count: the variance of the mean comes from the mean squares
-of examples, seeds and rest (crossed random effects), its degrees of freedom from Satterthwaite (Biometrics 2, 1946).
+Losses are given as sums (nats of each example) and counts (tokens of it that are learned): a loss is sum / count.
+
+    one run, a loss              mean_interval, paired_difference            bootstrap over examples
+    several seeds, a loss        interval_over_seeds, difference_over_seeds  bootstrap; crossed random effects
+    several differences at once  holm                                        adjusted p-values
+    a share of right answers     wilson_interval, share_difference           Wilson; Agresti and Min
+    a run, in words              before_and_after, describe_change
 """
 
 import math
@@ -15,30 +19,30 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# ---- How sure a loss is: bootstrap over examples.
-#
-# Tokens of one conversation are alike, so conversations are drawn, not tokens. A loss is a ratio, nats / tokens, and
-# both are drawn together. Intervals are plain percentiles: on simulated conversations of very unequal length, 50 of
-# them, they held the truth 92% of the time where BCa held it 90%, for a nominal 95%.
-
-
 Floats: TypeAlias = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """`low` and `high` are NaN where fewer than two examples have learned tokens: there is no spread to see."""
+    """An estimate and the ends of its confidence interval, which are NaN if fewer than two examples have tokens."""
 
     value: float
     low: float
     high: float
 
 
+# ---- Bootstrap over examples (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, sec. 13.3)
+#
+# Tokens of one conversation are alike, so conversations are resampled, not tokens, each with its nats and its tokens.
+# Intervals are percentiles: on 50 simulated conversations of very unequal length, a nominal 95% interval held the true
+# loss 92% of the time, and BCa intervals (sec. 14.3) 90%.
+
+
 def mean_interval(
     sums: ArrayLike, counts: ArrayLike, *, draws: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Loss per token and its interval. sums: nats per example; counts: tokens of it that count; both (examples,).
+    """Returns the loss per token with its interval. sums: nats, counts: learned tokens; both (examples,).
 
-    Raises ValueError when the shapes differ, no token counts, or `level` is not inside 0..1.
+    Raises ValueError if the shapes differ, no token counts, or `level` is not between 0 and 1.
     """
     pairs = np.stack(_checked_sums(sums, counts, level))  # (2, examples)
     pairs = pairs[:, pairs[1] > 0]
@@ -47,7 +51,7 @@ def mean_interval(
     value = _ratio(pairs.sum(axis=1))
     if pairs.shape[1] < 2:
         return Interval(value, np.nan, np.nan)
-    resampled = np.fromiter(_resampled(pairs, draws, seed), dtype=np.float64, count=draws)
+    resampled = np.fromiter(_resample(pairs, draws, seed), dtype=np.float64, count=draws)
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))
 
@@ -55,9 +59,9 @@ def mean_interval(
 def paired_difference(
     before: ArrayLike, after: ArrayLike, counts: ArrayLike, *, draws: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Change of the loss per token, after - before, on the same examples: what they share cancels.
+    """Returns the change of the loss per token, after - before, on the same examples: what they share cancels.
 
-    Raises ValueError as `mean_interval`.
+    before, after: nats, counts: learned tokens; all (examples,). Raises ValueError as `mean_interval` does.
     """
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.shape != second.shape:
@@ -66,20 +70,24 @@ def paired_difference(
 
 
 def _checked_sums(sums: ArrayLike, counts: ArrayLike, level: float) -> tuple[Floats, Floats]:
-    numerators, denominators = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
-    if numerators.ndim != 1 or numerators.shape != denominators.shape:
-        raise ValueError(f"sums has shape {numerators.shape}, counts {denominators.shape}; one number per example each")
+    nats, tokens = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    if nats.ndim != 1 or nats.shape != tokens.shape:
+        raise ValueError(f"sums has shape {nats.shape}, counts {tokens.shape}; both need one number per example")
+    _check_level(level)
+    return nats, tokens
+
+
+def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"level {level} is not between 0 and 1")
-    return numerators, denominators
 
 
 def _ratio(totals: Floats) -> float:
     return float(totals[0] / totals[1])
 
 
-def _resampled(pairs: Floats, draws: int, seed: int) -> Iterator[float]:
-    """The loss of `draws` samples with replacement, as many examples each as there are."""
+def _resample(pairs: Floats, draws: int, seed: int) -> Iterator[float]:
+    """Yields the losses of `draws` samples with replacement, of as many examples as there are."""
     generator = np.random.default_rng(seed)
     examples = pairs.shape[1]
     for _ in range(draws):
@@ -87,48 +95,53 @@ def _resampled(pairs: Floats, draws: int, seed: int) -> Iterator[float]:
         yield _ratio(pairs @ times)
 
 
-# ----
+# ---- Several seeds: crossed random effects
+#
+# difference of seed j on example i = mean + effect of the example + effect of the seed + residual. More examples do not
+# make up for few seeds, nor the other way round: the variance of the mean is put together from the mean squares of
+# examples, seeds and residuals, and its degrees of freedom are Satterthwaite's (Biometrics Bulletin 2, 1946).
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two losses in nats per token, second - first, with what is known about it."""
+    """The difference of two losses in nats per token, second - first, with its interval and test."""
 
     value: float
-    low: float  # ends of the interval
+    low: float
     high: float
-    p_value: float  # two-sided, of no difference
+    p_value: float  # two-sided; the null hypothesis is no difference
     examples: int
     seeds: int
-    from_examples: float  # share of the variance that more examples would take away; the rest takes more seeds
+    from_examples: float  # share of the variance that more examples would reduce; more seeds reduce the rest
 
 
-def difference(first: ArrayLike, second: ArrayLike, counts: ArrayLike, *, level: float = 0.95) -> Difference:
-    """first, second: nats (seeds, examples); counts: tokens of each example, (examples,).
+def difference_over_seeds(first: ArrayLike, second: ArrayLike, counts: ArrayLike, *, level: float = 0.95) -> Difference:
+    """Compares two ways of training on the same examples and seeds.
 
-    With one seed the spread over seeds is unknown and left out: the interval is too narrow then, and `seeds` says 1.
+    first, second: nats (seeds, examples); counts: tokens of each example, (examples,).
+    With one seed the spread over seeds is unknown and left out: the interval is then too narrow, and `seeds` is 1.
     Raises ValueError for shapes that do not fit, fewer than two examples, or values that are not finite.
     """
     from scipy import stats  # an optional package
 
-    apart, tokens = _checked_pairs(first, second, counts)
-    seeds, examples = apart.shape
-    value = float(apart.sum() / (seeds * tokens.sum()))
-    rest = (apart - value * tokens) / tokens.mean()  # (seeds, examples), the ratio linearised; mean 0
-    by_example, by_seed = rest.mean(0), rest.mean(1)
-    of_examples = seeds * (by_example**2).sum() / (examples - 1)  # mean squares
+    differences, tokens = _checked_pairs(first, second, counts)
+    seeds, examples = differences.shape
+    value = float(differences.sum() / (seeds * tokens.sum()))
+    residual = (differences - value * tokens) / tokens.mean()  # (seeds, examples): the ratio, linearised; mean 0
+    by_example, by_seed = residual.mean(0), residual.mean(1)
+    example_squares = seeds * (by_example**2).sum() / (examples - 1)
     if seeds == 1:
-        squares, degrees = of_examples, float(examples - 1)
-        share = 1.0
+        mean_square, degrees, share = example_squares, float(examples - 1), 1.0
     else:
-        of_seeds = examples * (by_seed**2).sum() / (seeds - 1)
-        of_rest = ((rest - by_example - by_seed[:, None]) ** 2).sum() / ((examples - 1) * (seeds - 1))
-        squares = max(of_examples + of_seeds - of_rest, of_examples, of_seeds)
-        parts = (of_examples**2 / (examples - 1), of_seeds**2 / (seeds - 1))
-        degrees = float(squares**2 / sum(parts)) if squares > 0 else 1.0
-        total = of_examples + of_seeds
-        share = float(of_examples / total) if total > 0 else 0.5
-    error = float(np.sqrt(squares / (seeds * examples)))
+        seed_squares = examples * (by_seed**2).sum() / (seeds - 1)
+        rest = residual - by_example - by_seed[:, None]
+        rest_squares = (rest**2).sum() / ((examples - 1) * (seeds - 1))
+        mean_square = max(example_squares + seed_squares - rest_squares, example_squares, seed_squares)
+        spread = example_squares**2 / (examples - 1) + seed_squares**2 / (seeds - 1)
+        degrees = float(mean_square**2 / spread) if mean_square > 0 else 1.0
+        total = example_squares + seed_squares
+        share = float(example_squares / total) if total > 0 else 0.5
+    error = float(np.sqrt(mean_square / (seeds * examples)))
     if error == 0:
         return Difference(value, value, value, float(value == 0), examples, seeds, share)
     half = float(stats.t.ppf((1 + level) / 2, degrees)) * error
@@ -137,23 +150,24 @@ def difference(first: ArrayLike, second: ArrayLike, counts: ArrayLike, *, level:
 
 
 def _checked_pairs(first: ArrayLike, second: ArrayLike, counts: ArrayLike) -> tuple[Floats, Floats]:
-    one, two, tokens = (np.asarray(each, dtype=np.float64) for each in (first, second, counts))
-    if one.ndim != 2 or one.shape != two.shape or tokens.shape != one.shape[1:]:
+    """Returns second - first and the counts, of the examples with tokens."""
+    before, after, tokens = (np.asarray(values, dtype=np.float64) for values in (first, second, counts))
+    if before.ndim != 2 or before.shape != after.shape or tokens.shape != before.shape[1:]:
         raise ValueError(
-            f"shapes {one.shape}, {two.shape}, {tokens.shape}; needed are (seeds, examples) twice, (examples,)"
+            f"shapes {before.shape}, {after.shape}, {tokens.shape}; needed are (seeds, examples) twice, (examples,)"
         )
-    judged = tokens > 0
-    if judged.sum() < 2:
+    with_tokens = tokens > 0
+    if with_tokens.sum() < 2:
         raise ValueError("fewer than two examples have tokens that count")
-    if not (np.isfinite(one).all() and np.isfinite(two).all()):
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise ValueError("a loss is not finite")
-    return (two - one)[:, judged], tokens[judged]
+    return (after - before)[:, with_tokens], tokens[with_tokens]
 
 
-def loss_interval(
+def interval_over_seeds(
     sums: ArrayLike, counts: ArrayLike, *, draws: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Loss per token over seeds and examples, both drawn with replacement. sums: nats (seeds, examples)."""
+    """Returns the loss per token; seeds and examples are both resampled. sums: nats (seeds, examples)."""
     nats, tokens = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     seeds, examples = nats.shape
     value = float(nats.sum() / (seeds * tokens.sum()))
@@ -168,70 +182,69 @@ def loss_interval(
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Adjusted for looking several times (Holm, Scand. J. Statist. 6, 1979)."""
-    order = np.argsort(p_values)
+    """Returns p-values adjusted for several tests (Holm, Scandinavian Journal of Statistics 6, 1979)."""
     adjusted = [0.0] * len(p_values)
     largest = 0.0
-    for place, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[i]))
+    for rank, i in enumerate(np.argsort(p_values)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = largest
     return adjusted
 
 
-# ---- How sure a share of right answers is.
+# ---- Shares of right answers
 #
-# A bootstrap sees no spread where all answers are right or all are wrong: at a true share of 2% its 95% interval held
-# the truth in 35% of samples of 20 and in 65% of samples of 50 (1,500 simulated), Wilson's in 94% and 93%.
+# A bootstrap sees no spread if all answers are right or all are wrong: at a true share of 2% its 95% interval held the
+# truth in 35% of samples of 20 and in 65% of samples of 50 (1,500 simulated), Wilson's interval in 94% and 93%.
 
 
-def share_interval(hits: ArrayLike, *, level: float = 0.95) -> Interval:
-    """Share of true ones and its interval (Wilson, J. Am. Stat. Assoc. 22, 1927). hits: (examples,) of 0 and 1.
+def wilson_interval(hits: ArrayLike, *, level: float = 0.95) -> Interval:
+    """Returns the share of ones with its interval (Wilson, J. Am. Stat. Assoc. 22, 1927). hits: (examples,), 0 or 1.
 
-    Raises ValueError for no examples and for other values.
+    Raises ValueError if there are no examples or other values.
     """
     right = _checked_hits(hits)
-    n, share, z = len(right), float(right.mean()), _quantile(level)
+    n, share, z = len(right), float(right.mean()), _z(level)
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def share_difference(before: ArrayLike, after: ArrayLike, *, level: float = 0.95) -> Interval:
-    """Change of the share, after - before, on the same examples (Agresti and Min, Stat. Med. 24, 2005).
+    """Returns the change of the share, after - before, on the same examples (Agresti and Min, Stat. Med. 24, 2005).
 
-    Only examples that one got right and the other did not tell anything; half an example is added to every kind.
-    Raises ValueError as above, and for different numbers of examples.
+    Only examples that one model got right and the other did not carry information; half an example is added to each
+    of the four outcomes. Raises ValueError as `wilson_interval` does, and for different numbers of examples.
     """
     first, second = _checked_hits(before), _checked_hits(after)
     if first.shape != second.shape:
-        raise ValueError(f"{len(first)} examples before, {len(second)} after; both must be of the same")
+        raise ValueError(f"{len(first)} examples before, {len(second)} after; both must be of the same examples")
     gained, lost = int((second > first).sum()), int((first > second).sum())
-    n, z = len(first), _quantile(level)
+    n, z = len(first), _z(level)
     up, down = (gained + 0.5) / (n + 2), (lost + 0.5) / (n + 2)
     half = z * sqrt((up + down - (up - down) ** 2) / (n + 2))
     return Interval((gained - lost) / n, max(-1.0, up - down - half), min(1.0, up - down + half))
 
 
-def _checked_hits(hits: ArrayLike) -> NDArray[np.float64]:
+def _checked_hits(hits: ArrayLike) -> Floats:
     right = np.asarray(hits, dtype=np.float64)
     if right.ndim != 1 or not right.size or not np.isin(right, (0, 1)).all():
-        raise ValueError("a share needs one 0 or 1 per example, and an example")
+        raise ValueError("a share needs at least one example, and a 0 or 1 for each")
     return right
 
 
-def _quantile(level: float) -> float:
-    if not 0 < level < 1:
-        raise ValueError(f"level {level} is not between 0 and 1")
+def _z(level: float) -> float:
+    """Returns the quantile of the normal distribution for a two-sided interval."""
+    _check_level(level)
     return NormalDist().inv_cdf((1 + level) / 2)
 
 
-# ---- What training changed on held-out examples, with intervals and in words.
+# ---- What training changed on held-out examples
 
 
-def changes(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> dict[str, Interval]:
-    """Loss in nats per token before, after, and the change, each with a 95% interval over examples.
+def before_and_after(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> dict[str, Interval]:
+    """Returns the loss in nats per token before and after training, and its change, under these names.
 
-    before, after: nats of each example; counts: its tokens; all (examples,).
+    before, after: nats, counts: learned tokens; all (examples,).
     """
     return {
         "before": mean_interval(before, counts),
@@ -240,8 +253,8 @@ def changes(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> dict[str,
     }
 
 
-def verdict(change: Interval, examples: int) -> str:
-    """The change in words; an interval that holds 0 shows none."""
+def describe_change(change: Interval, examples: int) -> str:
+    """Returns the change in words; an interval that contains 0 shows none."""
     value, low, high = change
     if math.isnan(low):
         return f"Loss changed by {value:+.3f} on the only held-out example: too little to tell whether it worked."

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tailora.errors import FormatError
-from tailora.evaluation.statistics import Interval, changes, verdict
+from tailora.evaluation.statistics import Interval, before_and_after, describe_change
 from tailora.formats.run_folder import write_report
 
 RUN, METRICS, SAMPLES, EXAMPLES = "run.json", "metrics.jsonl", "samples.json", "examples.jsonl"
@@ -26,7 +26,7 @@ def gathered(folder: Path) -> dict[str, Any]:
     lines = _lines(folder / METRICS)
     rows = _lines(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
     held = {name: [row[name] for row in rows] for name in ("tokens", "before", "after")} if rows else None
-    found = changes(held["before"], held["after"], held["tokens"]) if held else {}
+    found = before_and_after(held["before"], held["after"], held["tokens"]) if held else {}
     spread = {f"eval_loss_{name}_95": None if math.isnan(each.low) else each[1:] for name, each in found.items()}
     return {
         "verdict": _said(result, found.get("change"), len(rows)),
@@ -48,7 +48,7 @@ def _said(result: Any, change: Interval | None, examples: int) -> str:
     if change is None:  # of a run that left no examples.jsonl
         before, after = result["eval_loss_before"], result["eval_loss_after"]
         return f"Held-out loss went from {before:.3f} to {after:.3f} nats per token; how sure that is was not recorded."
-    return verdict(change, examples)
+    return describe_change(change, examples)
 
 
 def _json(path: Path) -> Any:

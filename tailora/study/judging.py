@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tailora.errors import ConfigError
-from tailora.evaluation.statistics import Difference, Interval, difference, holm, loss_interval
+from tailora.evaluation.statistics import Difference, Interval, difference_over_seeds, holm, interval_over_seeds
 from tailora.study.config import FULL, CompareConfig
 from tailora.study.lr_search import Rates
 from tailora.study.results import ArmResult, Candidate, Comparison, Finalist
@@ -176,7 +176,7 @@ def judge(chosen: Sequence[Candidate], runs: Mapping[int, Sequence[Trial]], marg
     counts = np.array(some.counts)[judges]
     nats = {each.number: np.array([run.sums for run in runs[each.number]])[:, judges] for each in chosen}
     best, *others = chosen
-    against = {each.number: difference(nats[best.number], nats[each.number], counts) for each in others}
+    against = {each.number: difference_over_seeds(nats[best.number], nats[each.number], counts) for each in others}
     adjusted = dict(zip(against, holm([each.p_value for each in against.values()]), strict=True))
     judged = [
         Finalist(
@@ -184,7 +184,7 @@ def judge(chosen: Sequence[Candidate], runs: Mapping[int, Sequence[Trial]], marg
             settings=each.settings,
             trainable_parameters=each.trainable_parameters or 0,
             choosing_loss=_loss(each),
-            eval_loss=(found := loss_interval(nats[each.number], counts)).value,
+            eval_loss=(found := interval_over_seeds(nats[each.number], counts)).value,
             interval=(found.low, found.high),
             difference=asdict(against[each.number]) if each.number in against else None,
             p_value=adjusted.get(each.number),
@@ -285,10 +285,18 @@ def judged(
     judges = halves(len(some.counts))[1]
     counts = np.array(some.counts)[judges]
     nats = {arm: np.array([trial.sums for trial in trials])[:, judges] for arm, trials in done.items()}
-    against = {arm: difference(nats[reference], nats[arm], counts) for arm in done if arm != reference}
+    against = {arm: difference_over_seeds(nats[reference], nats[arm], counts) for arm in done if arm != reference}
     adjusted = dict(zip(against, holm([each.p_value for each in against.values()]), strict=True))
     arms = [
-        _result(arm, study.arms[arm], rates[arm], done[arm], judges, loss_interval(nats[arm], counts), against.get(arm))
+        _result(
+            arm,
+            study.arms[arm],
+            rates[arm],
+            done[arm],
+            judges,
+            interval_over_seeds(nats[arm], counts),
+            against.get(arm),
+        )
         if arm in done
         else ArmResult(arm, study.arms[arm], why[arm], rates=rates[arm].tried)
         for arm in study.arms

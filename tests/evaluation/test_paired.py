@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tailora.evaluation.statistics import difference, holm, loss_interval
+from tailora.evaluation.statistics import difference_over_seeds, holm, interval_over_seeds
 
 
 def simulated(rng: np.random.Generator, seeds: int, examples: int, effects: tuple[float, float, float], mu: float):
@@ -24,21 +24,21 @@ def simulated(rng: np.random.Generator, seeds: int, examples: int, effects: tupl
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_the_interval_holds_the_truth_as_often_as_it_says(effects: tuple[float, float, float], seeds: int) -> None:
     rng = np.random.default_rng(0)
-    found = [difference(*simulated(rng, seeds, 40, effects, 0.07)) for _ in range(400)]
+    found = [difference_over_seeds(*simulated(rng, seeds, 40, effects, 0.07)) for _ in range(400)]
     held = np.mean([each.low <= 0.07 <= each.high for each in found])
     assert 0.92 <= held <= 0.995
 
 
 def test_without_a_difference_p_below_5_percent_is_as_rare_as_it_should_be() -> None:
     rng = np.random.default_rng(1)
-    found = [difference(*simulated(rng, 4, 40, (0.1, 0.05, 0.1), 0.0)) for _ in range(400)]
+    found = [difference_over_seeds(*simulated(rng, 4, 40, (0.1, 0.05, 0.1), 0.0)) for _ in range(400)]
     assert 0.005 <= np.mean([each.p_value < 0.05 for each in found]) <= 0.08
 
 
 def test_what_limits_the_certainty_is_named() -> None:
     rng = np.random.default_rng(2)
-    assert difference(*simulated(rng, 5, 50, (0.5, 0.001, 0.01), 0)).from_examples > 0.9
-    assert difference(*simulated(rng, 5, 50, (0.001, 0.5, 0.01), 0)).from_examples < 0.1
+    assert difference_over_seeds(*simulated(rng, 5, 50, (0.5, 0.001, 0.01), 0)).from_examples > 0.9
+    assert difference_over_seeds(*simulated(rng, 5, 50, (0.001, 0.5, 0.01), 0)).from_examples < 0.1
 
 
 def test_one_seed_is_the_paired_t_test_of_the_examples() -> None:
@@ -46,7 +46,7 @@ def test_one_seed_is_the_paired_t_test_of_the_examples() -> None:
 
     rng = np.random.default_rng(3)
     first, second, _ = simulated(rng, 1, 30, (0.2, 0, 0.1), 0.05)
-    found = difference(first, second, np.ones(30))
+    found = difference_over_seeds(first, second, np.ones(30))
     expected = stats.ttest_rel(second[0], first[0])
     assert found.p_value == pytest.approx(expected.pvalue)
     low, high = expected.confidence_interval()
@@ -56,14 +56,14 @@ def test_one_seed_is_the_paired_t_test_of_the_examples() -> None:
 
 def test_examples_without_tokens_do_not_count() -> None:
     first, second = np.array([[1.0, 5.0, 2.0]]), np.array([[2.0, 9.0, 4.0]])
-    found = difference(first, second, [1, 0, 1])
+    found = difference_over_seeds(first, second, [1, 0, 1])
     assert found.value == pytest.approx(1.5)
     assert found.examples == 2
 
 
 def test_equal_arms_have_no_difference() -> None:
     same = np.ones((2, 4))
-    found = difference(same, same, np.ones(4))
+    found = difference_over_seeds(same, same, np.ones(4))
     assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
 
 
@@ -78,17 +78,17 @@ def test_equal_arms_have_no_difference() -> None:
 )
 def test_what_cannot_be_compared_is_refused(first: object, second: object, counts: object, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        difference(first, second, counts)
+        difference_over_seeds(first, second, counts)
 
 
 def test_the_loss_is_the_ratio_and_its_interval_covers_seeds_and_examples() -> None:
     rng = np.random.default_rng(4)
     counts = rng.integers(1, 9, size=50)
     sums = counts * (2 + rng.standard_normal((3, 50)) * 0.5)
-    found = loss_interval(sums, counts)
+    found = interval_over_seeds(sums, counts)
     assert found.value == pytest.approx(sums.sum() / (3 * counts.sum()))
     assert found.low < found.value < found.high
-    shifted = loss_interval(sums + counts * np.array([[-1], [0], [1]]), counts)
+    shifted = interval_over_seeds(sums + counts * np.array([[-1], [0], [1]]), counts)
     assert shifted.high - shifted.low > 2 * (found.high - found.low)
 
 

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from tailora.evaluation.statistics import share_difference, share_interval
+from tailora.evaluation.statistics import share_difference, wilson_interval
 
 
 def test_the_interval_is_wilson_s() -> None:
-    assert share_interval([1] * 7 + [0] * 3) == pytest.approx((0.7, 0.3968, 0.8922), abs=1e-4)
-    assert share_interval([0] * 20)[1:] == pytest.approx((0, 0.161125), abs=1e-6)
+    assert wilson_interval([1] * 7 + [0] * 3) == pytest.approx((0.7, 0.3968, 0.8922), abs=1e-4)
+    assert wilson_interval([0] * 20)[1:] == pytest.approx((0, 0.161125), abs=1e-6)
 
 
 def test_a_change_needs_rows_that_differ() -> None:
@@ -23,13 +23,13 @@ def test_a_change_needs_rows_that_differ() -> None:
 @pytest.mark.parametrize(("share", "n"), [(0.02, 20), (0.1, 50), (0.5, 100)])
 def test_nineteen_of_twenty_intervals_hold_the_truth(share: float, n: int) -> None:
     hits = np.random.default_rng(0).random((400, n)) < share
-    held = [low <= share <= high for _, low, high in map(share_interval, hits)]
+    held = [low <= share <= high for _, low, high in map(wilson_interval, hits)]
     assert np.mean(held) > 0.92
 
 
 @pytest.mark.parametrize("hits", [[], [2], [0.5], [[0, 1]]])
 def test_other_numbers_are_refused(hits: list[float]) -> None:
-    with pytest.raises(ValueError, match="one 0 or 1 per example"):
-        share_interval(hits)
+    with pytest.raises(ValueError, match="a share needs at least one example"):
+        wilson_interval(hits)
     with pytest.raises(ValueError, match="both must be of the same"):
         share_difference([0, 1], [0])

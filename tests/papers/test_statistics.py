@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tailora.evaluation.statistics import difference, holm
+from tailora.evaluation.statistics import difference_over_seeds, holm
 
 
 def test_the_variance_comes_from_mean_squares_and_its_degrees_from_satterthwaite() -> None:
@@ -14,7 +14,7 @@ def test_the_variance_comes_from_mean_squares_and_its_degrees_from_satterthwaite
     rng = np.random.default_rng(0)
     seeds, examples = 4, 12
     apart = 0.1 + rng.normal(0, 0.3, examples) + rng.normal(0, 0.2, (seeds, 1)) + rng.normal(0, 0.05, (seeds, examples))
-    found = difference(np.zeros_like(apart), apart, np.ones(examples))
+    found = difference_over_seeds(np.zeros_like(apart), apart, np.ones(examples))
     grand = apart.mean()
     rows, columns = apart.mean(1), apart.mean(0)
     MS_seeds = sum(examples * (row - grand) ** 2 for row in rows) / (seeds - 1)
