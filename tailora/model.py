@@ -43,12 +43,12 @@ from tailora.core.mixed_batch import Batch, by_rows, check_names, repeats
 from tailora.core.quantization import is_quantized, keep_as_stored, may_repack
 from tailora.core.targets import default_config, select
 from tailora.errors import AdapterError, ConfigError, FormatError, MergeError, RowsError, TargetError, nearest
-from tailora.formats.load import read_any, restore
-from tailora.formats.peft import write_adapter
-from tailora.formats.peft_model import read_live, release
+from tailora.formats.load import read_any_format, restore
+from tailora.formats.peft import write_peft_folder
+from tailora.formats.peft_model import read_peft_model, release_base
 
 if TYPE_CHECKING:
-    from tailora.formats.export import Exported
+    from tailora.formats.export import ExportReport
 
 
 class LoRAModel(nn.Module):
@@ -90,7 +90,9 @@ class LoRAModel(nn.Module):
     ) -> Self:
         """The base with the adapter of `folder` active. Raises as `load_adapter`."""
         _refuse_adapted(base_model)
-        adapter = restore(read_any(Path(folder), base_model), base_model, allow_base_mismatch=allow_base_mismatch)
+        adapter = restore(
+            read_any_format(Path(folder), base_model), base_model, allow_base_mismatch=allow_base_mismatch
+        )
         return cls._around(base_model, adapter_name, adapter)
 
     @classmethod
@@ -118,14 +120,14 @@ class LoRAModel(nn.Module):
         A base whose weights PEFT has changed (PiSSA, OLoRA, trained biases) stays as changed. Everything is checked
         before anything changes. Raises TargetError, FormatError with all that cannot be taken over.
         """
-        live = read_live(peft_model)
-        base = release(peft_model)
-        (first, adapter), *others = live.adapters.items()
+        taken = read_peft_model(peft_model)
+        base = release_base(peft_model)
+        (first, adapter), *others = taken.adapters.items()
         model = cls._around(base, first, adapter)
         for name, adapter in others:
             model._install(name, adapter)
         model.training = base.training
-        model.set_adapter(live.active)
+        model.set_adapter(taken.active)
         return model
 
     @classmethod
@@ -232,7 +234,7 @@ class LoRAModel(nn.Module):
         """
         self._check_new(name)
         self._check_unmerged("load an adapter")
-        stored = read_any(Path(folder), self.base_model)
+        stored = read_any_format(Path(folder), self.base_model)
         self._install(name, restore(stored, self.base_model, allow_base_mismatch=allow_base_mismatch))
 
     def save_adapter(self, folder: str | Path, name: str = "default") -> Path:
@@ -249,7 +251,7 @@ class LoRAModel(nn.Module):
         if name in (".", "..") or "\0" in name or Path(name).name != name:
             raise FormatError(f"adapter name {name!r} cannot name a folder; add it under a plain name")
         target = Path(folder) if name == "default" else Path(folder) / name
-        write_adapter(target, settled(adapter), self.base_model)
+        write_peft_folder(target, settled(adapter), self.base_model)
         return target
 
     @property
@@ -306,18 +308,18 @@ class LoRAModel(nn.Module):
         self._registers[name] = register(parts_by_path([adapter]))
         self.set_adapter(self._active)
 
-    def export(self, folder: str | Path, to: str, name: str = "default", *, tokenizer: Any = None) -> "Exported":
+    def export(self, folder: str | Path, to: str, name: str = "default", *, tokenizer: Any = None) -> "ExportReport":
         """Write an adapter for others into a new folder: "peft", "portable", "gguf", "mlx" or "merged".
 
         What was written is read back, and its logits are compared with this model's; where they differ nothing is
         left. `tokenizer` goes with a merged model. Raises as `formats.export.export`.
         """
         from tailora.formats.export import export  # with the formats that only this needs
-        from tailora.formats.low_rank_export import Source
+        from tailora.formats.low_rank_export import ExportSource
 
         adapter = self._find(name)
         self._check_unmerged("export an adapter")
-        return export(Source(settled(adapter), self.base_model, tokenizer), Path(folder), to)
+        return export(ExportSource(settled(adapter), self.base_model, tokenizer), Path(folder), to)
 
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter. If it was active, the others that were stay so."""

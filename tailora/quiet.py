@@ -1,4 +1,4 @@
-"""Other packages without the lines that they write of their own. Needs no torch."""
+"""Keeps the progress bars and log lines of other packages out of our output. Needs no torch."""
 
 import logging
 from collections.abc import Iterator
@@ -6,25 +6,25 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet(*, warnings: bool = True) -> Iterator[None]:
-    """Without its progress bars for the block, and without its warnings too if so wished; errors are raised as ever."""
-    from transformers.utils import logging as theirs
+def quiet_transformers(*, warnings: bool = True) -> Iterator[None]:
+    """In the block, transformers shows no progress bars, and no warnings if `warnings` is False. Errors are raised."""
+    from transformers.utils import logging as transformers_logging
 
-    bars, level = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
-    theirs.disable_progress_bar()
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
     if not warnings:
-        theirs.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        theirs.set_verbosity(level)
+        transformers_logging.set_verbosity(level)
         if bars:
-            theirs.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
-def hushed(*names: str) -> Iterator[None]:
-    """Within the block the loggers of these names pass on errors alone."""
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """In the block, the loggers of these names pass on errors only."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

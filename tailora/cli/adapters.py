@@ -41,10 +41,12 @@ def base_name(model: str | None, folders: Sequence[Path]) -> str:
     """The base to load: as asked, or the one that all adapters name. Raises ConfigError, FormatError."""
     if model is not None:
         return model
-    from tailora.formats.peft import SETTINGS
-    from tailora.formats.peft_config import read_settings
+    from tailora.formats.peft import ADAPTER_CONFIG
+    from tailora.formats.peft_config import read_adapter_config
 
-    named = {str(folder): read_settings(folder / SETTINGS).get("base_model_name_or_path") for folder in folders}
+    named = {
+        str(folder): read_adapter_config(folder / ADAPTER_CONFIG).get("base_model_name_or_path") for folder in folders
+    }
     if len(set(named.values())) > 1:
         pairs = [f"{folder} was made for {name}" for folder, name in named.items()]
         raise ConfigError(f"the adapters name different base models; give --model: {listing(pairs)}")

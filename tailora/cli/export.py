@@ -18,7 +18,7 @@ from tailora.cli.models import WAYS, chosen_method, named
 from tailora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tailora.formats.export import Exported
+    from tailora.formats.export import ExportReport
 
 Source = Annotated[str, Parameter(name="adapter", help="folder of an adapter or of a run, or a LoRA's .safetensors")]
 To = Annotated[Literal["peft", "portable", "gguf", "mlx", "merged"], Parameter(help="for whom")]
@@ -48,16 +48,16 @@ def export(
     """Write an adapter for another program. What was written is read back and must compute the same."""
     (path,) = named([f"one={adapter}"]).values()
     base = model or named_base(path)
-    from tailora.formats.export import check_new
+    from tailora.formats.export import check_new_folder
     from tailora.model import LoRAModel
-    from tailora.quiet import quiet
+    from tailora.quiet import quiet_transformers
     from tailora.train.model_loading import load_base
 
-    check_new(output)
+    check_new_folder(output)
     loaded, tokenizer = load_base(base, dtype, quantize=chosen_method([path], _asked(quantize, to)))
     adapted = LoRAModel.from_pretrained(loaded, path)
     started = time.perf_counter()
-    with quiet():
+    with quiet_transformers():
         done = adapted.export(output, to, tokenizer=tokenizer)
     seconds = time.perf_counter() - started
     if json:
@@ -84,7 +84,7 @@ def named_base(path: Path) -> str:
     return found
 
 
-def show(console: Console, done: "Exported", base: str, seconds: float) -> None:
+def show(console: Console, done: "ExportReport", base: str, seconds: float) -> None:
     table = Table("", "", title=f"Written in {seconds:.1f} s", show_header=False, box=None, title_justify="left")
     for name, size in done.files.items():
         table.add_row(Text(str(done.folder / name), overflow="fold"), f"{size / 1e6:,.1f} MB")
@@ -98,7 +98,7 @@ def show(console: Console, done: "Exported", base: str, seconds: float) -> None:
     console.print(table, *lines, sep="\n", soft_wrap=True)
 
 
-def following(done: "Exported", base: str) -> str:
+def following(done: "ExportReport", base: str) -> str:
     """A command to be copied."""
     folder, name = str(done.folder), done.folder.resolve().name
     rank = _rank(done.folder) if done.format == "portable" else ""

@@ -25,7 +25,7 @@ from tailora.cli.models import Quantize, chosen_method, is_lora_file, recorded
 from tailora.core.patterns import layer_index
 from tailora.errors import ConfigError
 from tailora.evaluation.spectral import ModuleReport
-from tailora.formats.run_folder import SETTINGS, adapter_in, write_report
+from tailora.formats.run_folder import ADAPTER_CONFIG, adapter_folder, write_report
 from tailora.report import report_if_possible
 from tailora.study.advice import cost_limit, first_few
 from tailora.study.inspection import AdapterOverlap, Advice, HeldOutLosses, Inspection, ModuleOverlap, TruncationCost
@@ -100,7 +100,7 @@ def inspect(
 
 def found_at(text: str) -> Path:
     """The adapter's own folder or file. Raises ConfigError where there is nothing."""
-    path = adapter_in(Path(text))
+    path = adapter_folder(Path(text))
     if not (path.is_dir() or is_lora_file(path)):
         raise ConfigError(f"{text} is not a folder; give that of an adapter or of a run")
     return path
@@ -108,10 +108,10 @@ def found_at(text: str) -> Path:
 
 def _hint(folder: Path) -> str:
     """The base that the adapter names, if it does."""
-    from tailora.formats.peft_config import read_settings
+    from tailora.formats.peft_config import read_adapter_config
 
-    path = folder / SETTINGS
-    name = read_settings(path).get("base_model_name_or_path") if path.is_file() else None
+    path = folder / ADAPTER_CONFIG
+    name = read_adapter_config(path).get("base_model_name_or_path") if path.is_file() else None
     return f" {name}" if isinstance(name, str) and name else " FOLDER"
 
 

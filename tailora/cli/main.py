@@ -20,7 +20,7 @@ from rich.console import Console
 
 from tailora import __version__
 from tailora.errors import MemoryLimitError, TailoraError
-from tailora.quiet import hushed
+from tailora.quiet import quiet_loggers
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "demo": ("train", "Fine-tune a small model on real chats, and see what it changed."),
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in tokens
     try:
-        with hushed(*NOISY_LOGGERS):
+        with quiet_loggers(*NOISY_LOGGERS):
             code = app(tokens)(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except BrokenPipeError:  # `tailora ... | head`: without this the interpreter reports another one at exit

@@ -11,7 +11,7 @@ from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 
 from tailora.errors import ConfigError, listing
-from tailora.formats.run_folder import adapter_in, recorded_settings
+from tailora.formats.run_folder import adapter_folder, recorded_settings
 from tailora.train.config import Quantize as Methods
 
 Model = Annotated[str, Parameter(name="--model", help="Hugging Face folder or Hub id, or 'demo'")]
@@ -130,6 +130,6 @@ def _named(text: str) -> tuple[str, Path]:
     name, given, folder = ("", "", text) if Path(text).exists() else text.partition("=")
     if not given:
         folder = text
-    path = adapter_in(Path(folder))
+    path = adapter_folder(Path(folder))
     own = path.resolve().parent.name if path.name == "adapter" else path.resolve().name.removesuffix(LORA_FILE)
     return (name if given else own), path

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tailora.data.schemas import Messages
 from tailora.errors import FetchError, WriteError
-from tailora.formats.io import replace_folder, writing
-from tailora.quiet import quiet
+from tailora.formats.io import replace_folder, wrap_os_error
+from tailora.quiet import quiet_transformers
 
 # ---- The demo's conversations: two people, alternating turns, nothing private or profane, in a fixed order.
 
@@ -127,7 +127,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     try:
-        with writing(folder):
+        with wrap_os_error(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name(f".{folder.name}.lock")):
                 if not folder.is_dir():
@@ -268,7 +268,7 @@ def write_jsonl(path: Path, rows: Iterable[Messages]) -> None:
 
 def convert(source: Path, folder: Path) -> None:
     """Write model, tokenizer, chat template and generation settings of `source` into `folder`."""
-    with quiet(warnings=False), redirect_stderr(io.StringIO()):  # the bar of unpacking knows no switch
+    with quiet_transformers(warnings=False), redirect_stderr(io.StringIO()):  # the bar of unpacking knows no switch
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         # The weights are dense now; what says that they are quantised would forbid saving.

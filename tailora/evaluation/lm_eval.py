@@ -17,7 +17,7 @@ from tailora.errors import ConfigError, DataError, listing, nearest, require_pac
 from tailora.evaluation.scores import BASE, TUNED, Score, Scores
 from tailora.evaluation.statistics import Interval, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
-from tailora.quiet import hushed
+from tailora.quiet import quiet_loggers
 from tailora.train.checkpoint import seeded
 
 NO_FILTER = "none"
@@ -164,7 +164,9 @@ def _run(model: LoRAModel, tokenizer: Any, tasks: Tasks, how: How) -> Any:
 @contextmanager
 def _harness() -> Iterator[None]:
     """Its own words are for its own users: what matters of them is said by us."""
-    with hushed("lm_eval", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.api.task", "lm_eval.tasks"):
+    with quiet_loggers(
+        "lm_eval", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.api.task", "lm_eval.tasks"
+    ):
         yield
 
 

@@ -15,7 +15,7 @@ from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import host_of
 from tailora.core.low_rank import Factors, Spectrum, leading, product_spectrum, rank_for_energy
 from tailora.core.targets import place_at
-from tailora.formats.offline import WHOLE, Alone
+from tailora.formats.offline import TRAINED_WHOLE, OfflineAdapter
 
 # ---- What the singular values of an update say: how many directions it uses, and how it lies to another one.
 #
@@ -226,7 +226,7 @@ class ModuleReport:
 
 def updates_of(adapter: Adapter, base_model: nn.Module) -> tuple[dict[str, Update], dict[str, str]]:
     """By path; and what else the adapter holds, with the reason why it is no update."""
-    left_out = dict.fromkeys(adapter.saved, WHOLE)
+    left_out = dict.fromkeys(adapter.saved, TRAINED_WHOLE)
     for path, part in adapter.extras.items():
         left_out[path] = "a trained bias" if isinstance(part, TrainedBias) else "trained rows of an embedding"
     found = {}
@@ -262,11 +262,11 @@ def _of_layer(path: str, layer: LoRALayer, adapter: Adapter, base_model: nn.Modu
     )
 
 
-def updates_alone(alone: Alone) -> dict[str, Update]:
+def updates_alone(alone: OfflineAdapter) -> dict[str, Update]:
     """What the files hold of each."""
     return {
         path: Update(
-            path, each.kind, each.r, each.factors, each.scaling, each.configured_scaling, each.learned, each.dora
+            path, each.layer_type, each.r, each.factors, each.scaling, each.configured_scaling, each.learned, each.dora
         )
         for path, each in alone.updates.items()
     }

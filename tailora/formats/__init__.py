@@ -1,1 +1,1 @@
-"""Files: the PEFT adapter folder, written atomically and read strictly."""
+"""Adapter files: the PEFT folder, other formats that are read, and exports. peft.py and load.py come first."""

@@ -1,10 +1,12 @@
-"""An adapter to anywhere: write, read back, compare with the live model, and only then give the folder its name.
+"""Exports an adapter: writes a folder, reads it back, compares it with the live model, and only then gives it its name.
 
-peft       the folder that tailora, PEFT and most of the ecosystem read
-portable   the same for servers that pass over half of its settings (vLLM, SGLang, LMDeploy): portable.py
-gguf       llama.cpp and Ollama: gguf.py
-mlx        mlx-lm: mlx.py
-merged     a Hugging Face folder without an adapter: merged.py
+    peft       the folder that tailora, PEFT and most of the ecosystem read
+    portable   the same for servers that ignore half of its settings: vLLM, SGLang, LMDeploy
+    gguf       llama.cpp and Ollama: gguf.py
+    mlx        mlx-lm: mlx.py
+    merged     a Hugging Face folder without an adapter: merged.py
+
+Below: `export`, the comparison, the formats peft and portable, and the table of all formats.
 """
 
 import json
@@ -22,44 +24,101 @@ from torch import Tensor, nn
 from tailora.core.adapter import Adapter, by_host
 from tailora.core.attach import Swapped, attach, evaluating
 from tailora.core.dequantize import Change, as_linear, common_dtype
-from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, host_of, host_path
+from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, host_path
 from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError, FormatError, nearest
 from tailora.formats import gguf, merged, mlx
 from tailora.formats.fingerprint import fingerprint
-from tailora.formats.io import replace_folder, to_bytes, writing
+from tailora.formats.io import replace_folder, safetensors_bytes, wrap_os_error
 from tailora.formats.load import restore
-from tailora.formats.low_rank_export import Source, factors, hosts, limits, padded, refuse, scale_notes
-from tailora.formats.metadata import KEY, Notes
+from tailora.formats.low_rank_export import (
+    ExportSource,
+    exported_layer_types,
+    fold_changes,
+    fold_scale,
+    low_rank_problems,
+    pad_rank,
+    raise_problems,
+)
+from tailora.formats.metadata import METADATA_KEY, AdapterMetadata
 from tailora.formats.peft import (
+    ADAPTER_CONFIG,
     CARD,
     EMBEDDING_SUFFIXES,
-    PREFIX,
-    SETTINGS,
+    KEY_PREFIX,
     SUFFIXES,
     WEIGHTS,
     StoredAdapter,
-    read_adapter,
-    unknown_to_peft,
-    write_adapter,
+    layers_unknown_to_peft,
+    read_peft_folder,
+    write_peft_folder,
 )
-from tailora.formats.peft_config import to_peft
-from tailora.formats.peft_paths import stems
+from tailora.formats.peft_config import to_peft_config
+from tailora.formats.peft_paths import peft_layers
 
-# ---- Whether a file computes what the live model computes: its logits, read back, against the model's.
+
+@dataclass(frozen=True)
+class ExportReport:
+    """files: name -> size in bytes.    changes: what differs from the adapter as trained, in words."""
+
+    folder: Path
+    format: str
+    files: dict[str, int]
+    changes: list[str]
+    logits: "Comparison"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def export(source: ExportSource, folder: Path, to: str) -> ExportReport:
+    """Writes a new `folder` whole or not at all, after comparing what it gives when read back with the live model.
+
+    Raises ConfigError for an unknown format or a folder that is not empty, FormatError with all that the format cannot
+    hold and for a difference above the tolerance, MergeError, WriteError.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"no format is called {to!r}{nearest(to, FORMATS)}; there are: {', '.join(FORMATS)}")
+    check_new_folder(folder)
+    export_format = FORMATS[to]
+    raise_problems(f"{to} cannot hold this adapter", export_format.problems(source))
+    ids = comparison_ids(source.base_model)
+    with with_only_adapter(source.base_model, source.adapter) as model:
+        live = float32_logits(model, ids)
+    with with_only_adapter(source.base_model, None) as model:
+        base = float32_logits(model, ids)
+    with replace_folder(folder) as temporary:
+        changes = export_format.write(temporary, source)
+        with export_format.reload(temporary, source) as model:
+            reloaded = float32_logits(model, ids)
+        rounded = to == "merged" and common_dtype(source.base_model).itemsize == 2
+        comparison = compare_logits(live, base, reloaded, rounded=rounded)
+        comparison.check(f"{folder} ({to})", MERGE_REMEDY if rounded else "please report it")
+        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+    return ExportReport(folder, to, files, changes, comparison)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raises ConfigError if the folder is not empty or is a file, WriteError if the path cannot be accessed."""
+    with wrap_os_error(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"{folder} is there already; give another folder, or delete it")
+
+
+# ---- Comparing the logits of the files, read back, with those of the live model
 #
-# In float32, whatever the weights are in: a bfloat16 forward of the demo's model is 3% (text) to 8% (random tokens) off
-# its float32 one, and one of 4 bits on a CPU rounds more, which would hide what a file has wrong. A layer's weights are
-# wide while it runs, and no longer; a quantised one is a plain one with the dequantised weight while its parent runs.
-
+# In float32, whatever the weights are in. A bfloat16 forward of the demo's model is 3% (text) to 8% (random tokens) off
+# its float32 one, and one of 4 bits on a CPU rounds more, which would hide errors in a file. The weights of a layer are
+# float32 only while it runs; a quantised layer is a plain one with the dequantised weight while its parent runs.
 
 TOLERANCE = 1e-4  # of the logits' size: float32 sums in another order
-ROWS, LENGTH = 2, 16
+BATCH, LENGTH = 2, 16
+MERGE_REMEDY = "merge into a base in float32 (--dtype float32), or take a format that keeps the adapter apart"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Root mean squares over all logits of a small batch, as shares of the live model's.
+    """Root mean squares over all logits of a small batch, relative to the live model's.
 
     difference: between the file and the live model.    effect: between the live model and its base.
     """
@@ -68,64 +127,68 @@ class Comparison:
     effect: float
     tolerance: float
 
-    def check(self, what: str, remedy: str) -> None:
-        """Raises FormatError above the tolerance, and for what is not a number."""
+    def check(self, exported: str, remedy: str) -> None:
+        """Raises FormatError if the difference is above the tolerance or is not a number."""
         if not self.difference <= self.tolerance:
             raise FormatError(
-                f"{what}: read back, its logits differ from the live model's by {self.difference:.2g} of their size; "
-                f"allowed is {self.tolerance:.2g}, and the adapter's own effect is {self.effect:.2g}. Nothing was "
-                f"written; {remedy}"
+                f"{exported}: read back, its logits differ from the live model's by {self.difference:.2g} of their "
+                f"size; allowed is {self.tolerance:.2g}, and the adapter's own effect is {self.effect:.2g}. Nothing "
+                f"was written; {remedy}"
             )
 
 
-def compare(live: Tensor, base: Tensor, again: Tensor, *, rounded: bool) -> Comparison:
-    """Three times the logits of one batch. Raises FormatError for logits that are not finite.
+def compare_logits(live: Tensor, base: Tensor, reloaded: Tensor, *, rounded: bool) -> Comparison:
+    """Compares logits of the same batch. Raises FormatError for logits that are not finite.
 
-    rounded: the update was added to weights of 16 bits; half of its effect may go.
+    rounded: the update was added to 16-bit weights, so up to half of its effect may be lost.
     """
-    size = _rms(live)
+    size = _root_mean_square(live)
     if not 0 < size < math.inf:
         raise FormatError(f"the live model's logits have a size of {size}: there is nothing to compare with")
-    effect = _rms(live - base) / size
-    return Comparison(_rms(again - live) / size, effect, max(TOLERANCE, effect / 2 if rounded else 0))
+    effect = _root_mean_square(live - base) / size
+    return Comparison(_root_mean_square(reloaded - live) / size, effect, max(TOLERANCE, effect / 2 if rounded else 0))
 
 
-def probe(base_model: Any) -> Tensor:
-    """(rows, length) ids from all over the vocabulary. Raises FormatError for a model that takes no ids."""
+def _root_mean_square(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
+def comparison_ids(base_model: Any) -> Tensor:
+    """Returns ids from all over the vocabulary, (BATCH, LENGTH). Raises FormatError for a model that takes no ids."""
     vocabulary = getattr(getattr(base_model, "config", None), "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise FormatError(
             f"{type(base_model).__name__} has no config.vocab_size, so there is nothing to compare it with after "
             "export; save_adapter and merge work for every module"
         )
-    ids = torch.arange(1, ROWS * LENGTH + 1) * 7919 % vocabulary  # a prime: no pattern
-    return ids.view(ROWS, LENGTH).to(next(base_model.parameters()).device)
+    ids = torch.arange(1, BATCH * LENGTH + 1) * 7919 % vocabulary  # a prime: no pattern
+    return ids.view(BATCH, LENGTH).to(next(base_model.parameters()).device)
 
 
 @torch.no_grad()
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """(rows, length, vocabulary), float32, in evaluation; modes and weights of all modules are put back."""
-    with evaluating(model), widened(model):
-        found: Tensor = model(input_ids=ids, use_cache=False).logits
-    return found.float()
+def float32_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """(batch, length) -> (batch, length, vocabulary), float32, in evaluation mode; the model is left as it was."""
+    with evaluating(model), float32_forward(model):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float()
 
 
 @contextmanager
-def widened(model: nn.Module) -> Iterator[None]:
-    """Every module's own parameters are float32 while it runs, and its quantised children plain layers of float32."""
+def float32_forward(model: nn.Module) -> Iterator[None]:
+    """In the block, every module runs with its parameters in float32, and quantised layers as plain ones."""
     handles = []
-    packed = {id(layer) for layer in quantized_layers(model).values()}
+    quantized = {id(layer) for layer in quantized_layers(model).values()}
     for module in model.modules():
-        narrow = {name: each for name, each in module._parameters.items() if each is not None}
-        if id(module) in packed:
-            del narrow["weight"]
-        if any(each.dtype != torch.float32 for each in narrow.values()):
-            handles.append(module.register_forward_pre_hook(partial(_widen, narrow)))
-            handles.append(module.register_forward_hook(partial(_narrow, narrow), always_call=True))
-        if children := [child for child in module.children() if id(child) in packed]:
+        parameters = {name: value for name, value in module._parameters.items() if value is not None}
+        if id(module) in quantized:
+            del parameters["weight"]
+        if any(parameter.dtype != torch.float32 for parameter in parameters.values()):
+            handles.append(module.register_forward_pre_hook(partial(_to_float32, parameters)))
+            handles.append(module.register_forward_hook(partial(_restore_parameters, parameters), always_call=True))
+        if children := [child for child in module.children() if id(child) in quantized]:
             undo: list[Change] = []
-            handles.append(module.register_forward_pre_hook(partial(_unpack, children, undo)))
-            handles.append(module.register_forward_hook(partial(_pack, undo), always_call=True))
+            handles.append(module.register_forward_pre_hook(partial(_dequantize, children, undo)))
+            handles.append(module.register_forward_hook(partial(_undo, undo), always_call=True))
     try:
         yield
     finally:
@@ -133,35 +196,35 @@ def widened(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _widen(narrow: dict[str, nn.Parameter], module: nn.Module, _: Any) -> None:
-    module._parameters.update({name: nn.Parameter(each.float(), False) for name, each in narrow.items()})
+def _to_float32(parameters: dict[str, nn.Parameter], module: nn.Module, _: Any) -> None:
+    module._parameters.update({name: nn.Parameter(value.float(), False) for name, value in parameters.items()})
 
 
-def _narrow(narrow: dict[str, nn.Parameter], module: nn.Module, *_: Any) -> None:
-    module._parameters.update(narrow)
+def _restore_parameters(parameters: dict[str, nn.Parameter], module: nn.Module, *_: Any) -> None:
+    module._parameters.update(parameters)
 
 
-def _unpack(children: list[nn.Module], undo: list[Change], *_: Any) -> None:
+def _dequantize(children: list[nn.Module], undo: list[Change], *_: Any) -> None:
     for child in children:
         undo += [change.make() for change in as_linear(child)]
 
 
-def _pack(undo: list[Change], *_: Any) -> None:
+def _undo(undo: list[Change], *_: Any) -> None:
     while undo:
         undo.pop().make()
 
 
 @contextmanager
-def only(base_model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
-    """The base with this adapter and no other within the block; its layers must be those of an adapter it has."""
+def with_only_adapter(base_model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
+    """In the block, `adapter` alone is active; its layers must be those of an adapter that the base has. None: none."""
     before = {module: vars(module)["active_adapters"] for module in base_model.modules() if isinstance(module, Swapped)}
     parts = adapter.parts if adapter else {}
     try:
         for module in before:
             attach(module, ())
-        hosts = {path: host_path(base_model, path) for path in parts}
-        for host, each in by_host(hosts, {path: (part,) for path, part in parts.items()}).items():
-            attach(base_model.get_submodule(host), each)
+        module_paths = {path: host_path(base_model, path) for path in parts}
+        for path, own_parts in by_host(module_paths, {path: (part,) for path, part in parts.items()}).items():
+            attach(base_model.get_submodule(path), own_parts)
         with evaluating(nn.ModuleList(parts.values())):
             yield base_model
     finally:
@@ -169,18 +232,36 @@ def only(base_model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
             attach(module, active)
 
 
-def _rms(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())
+# ---- Format peft
 
 
-# ---- A PEFT folder that servers read right: one rank that vLLM allows, alpha = r, nothing that one of them passes
-# over.
+def peft_problems(source: ExportSource) -> list[str]:
+    problems = []
+    if dialled := [path for path, layer in source.adapter.low_rank.items() if float(layer.strength) != 1]:
+        problems.append(
+            f"the strength dial of {len(dialled)} layers is not 1; set_scale(name, 1), or export to 'portable', which "
+            "holds it"
+        )
+    if unknown := layers_unknown_to_peft(source.adapter):
+        problems.append(
+            f"PEFT has no use_dora on attention and parameters: {', '.join(unknown[:3])} ({len(unknown)} in all); "
+            "save_adapter keeps it for tailora, and 'merged' holds it"
+        )
+    return problems
+
+
+def write_peft(folder: Path, source: ExportSource) -> list[str]:
+    write_peft_folder(folder, source.adapter, source.base_model)
+    learned = any(layer.learns_scaling for layer in source.adapter.low_rank.values())
+    return ["learned scales are multiplied into B; the metadata keeps them for tailora"] if learned else []
+
+
+# ---- Format portable: a PEFT folder with one rank that vLLM allows and alpha = r
 #
-# vLLM knows no rank or alpha patterns, SGLang and LMDeploy no rsLoRA; here the scale is 1 and lives in B.
+# vLLM ignores rank_pattern and alpha_pattern, SGLang and LMDeploy ignore rsLoRA; here the scale is 1 and is in B.
 
-
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank
-CARD_TEXT = """\
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of its --max-lora-rank
+PORTABLE_CARD = """\
 ---
 library_name: peft
 {base}tags:
@@ -193,34 +274,31 @@ For PEFT, and for servers that read r and alpha alone: vLLM, SGLang, LMDeploy.
 """
 
 
-def problems(source: Source) -> list[str]:
-    found = limits(source, (LINEAR, CONV1D, EMBEDDING))
-    return found or _rank_problems(source)
+def portable_problems(source: ExportSource) -> list[str]:
+    if problems := low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING)):
+        return problems
+    factors = fold_scale(source)
+    highest = max(pair.r for pair in factors.values())
+    if highest > VLLM_RANKS[-1]:
+        return [f"rank {highest} is above {VLLM_RANKS[-1]}, the highest that vLLM takes; export to 'gguf' or 'merged'"]
+    r = next(rank for rank in VLLM_RANKS if rank >= highest)
+    too_narrow = [path for path, pair in factors.items() if min(pair.A.shape[1], pair.B.shape[0]) < r]
+    reason = f"the one rank for all layers, {r}, is above its width; export to 'gguf' or 'merged'"
+    return [f"{path}: {reason}" for path in too_narrow]
 
 
-def _rank_problems(source: Source) -> list[str]:
-    plain = factors(source)
-    highest = max(each.r for each in plain.values())
-    if highest > RANKS[-1]:
-        return [f"rank {highest} is above {RANKS[-1]}, the highest that vLLM takes; export to 'gguf' or 'merged'"]
-    r = next(rank for rank in RANKS if rank >= highest)
-    narrow = [path for path, each in plain.items() if min(each.A.shape[1], each.B.shape[0]) < r]
-    why = f"the one rank for all layers, {r}, is above its width; export to 'gguf' or 'merged'"
-    return [f"{path}: {why}" for path in narrow]
-
-
-def write(folder: Path, source: Source) -> list[str]:
-    """Fill `folder`; returns what differs from the adapter as trained, in words."""
-    plain = factors(source)
-    highest = max(each.r for each in plain.values())
-    r = next(rank for rank in RANKS if rank >= highest)
+def write_portable(folder: Path, source: ExportSource) -> list[str]:
+    """Writes the files into `folder`. Returns what differs from the adapter as trained, in words."""
+    factors, layer_types = fold_scale(source), exported_layer_types(source)
+    highest = max(pair.r for pair in factors.values())
+    r = next(rank for rank in VLLM_RANKS if rank >= highest)
     tensors: dict[str, Tensor] = {}
-    layer_types = hosts(source)
-    for path, each in plain.items():
-        keys, wide = EMBEDDING_SUFFIXES if layer_types[path] is EMBEDDING else SUFFIXES, padded(each, r)
-        tensors |= {f"{PREFIX}{path}{keys['A']}": wide.A, f"{PREFIX}{path}{keys['B']}": wide.B}
-    places = {path: (host_of(source.base_model, path), "weight") for path in plain}
-    notes = Notes(base=fingerprint(places))
+    for path, pair in factors.items():
+        suffixes = EMBEDDING_SUFFIXES if layer_types[path] is EMBEDDING else SUFFIXES
+        padded = pad_rank(pair, r)
+        tensors[f"{KEY_PREFIX}{path}{suffixes['A']}"] = padded.A
+        tensors[f"{KEY_PREFIX}{path}{suffixes['B']}"] = padded.B
+    metadata = AdapterMetadata(base=fingerprint(source.base_model, layer_types))
     config = source.adapter.config.replaced(
         r=r,
         lora_alpha=r,
@@ -230,115 +308,50 @@ def write(folder: Path, source: Source) -> list[str]:
         use_rslora=False,
         init_lora_weights="kaiming",
     )
-    settings = to_peft(config, stems(source.base_model, source.adapter.low_rank).values(), source.base_model)
+    layers = peft_layers(source.base_model, source.adapter.low_rank).values()
+    settings = to_peft_config(config, layers, source.base_model)
     base = settings["base_model_name_or_path"]
-    (folder / WEIGHTS).write_bytes(to_bytes(tensors, {"format": "pt", KEY: notes.model_dump_json()}))
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    card = CARD_TEXT.format(base=f"base_model: {base}\n" if base else "", layers=len(plain), r=r)
+    card = PORTABLE_CARD.format(base=f"base_model: {base}\n" if base else "", layers=len(factors), r=r)
+    (folder / WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()}))
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / CARD).write_text(card, encoding="utf-8")
-    below = sum(each.r < r for each in plain.values())
-    padding = [f"{below} of {len(plain)} layers are filled up with zeros to rank {r}"] if below else []
-    return [*scale_notes(source), *padding]
+    lower = sum(pair.r < r for pair in factors.values())
+    padding = [f"{lower} of {len(factors)} layers are filled up with zeros to rank {r}"] if lower else []
+    return [*fold_changes(source), *padding]
 
 
-# ----
+# ---- All formats
 
-
-Again = Callable[[Path, Source], AbstractContextManager[nn.Module]]
-WIDER = "merge into a base in float32 (--dtype float32), or take a format that keeps the adapter apart"
+Reload = Callable[[Path, ExportSource], AbstractContextManager[nn.Module]]
 
 
 @dataclass(frozen=True)
 class Format:
-    """problems: what it cannot hold.    write: fills a folder, says what it changed.
-    again: the model that the folder gives, within the block.
+    """problems: what it cannot hold.
+    write: fills a folder and returns what it changed.
+    reload: the model that the folder gives, as a context.
     """
 
-    problems: Callable[[Source], list[str]]
-    write: Callable[[Path, Source], list[str]]
-    again: Again
+    problems: Callable[[ExportSource], list[str]]
+    write: Callable[[Path, ExportSource], list[str]]
+    reload: Reload
 
 
-@dataclass(frozen=True)
-class Exported:
-    """files: name -> bytes.    changes: what differs from the adapter as trained, in words."""
+def _reload_adapter(read: Callable[[Path, ExportSource], StoredAdapter]) -> Reload:
+    """For a folder that holds an adapter: the live base with the adapter that was read."""
 
-    folder: Path
-    format: str
-    files: dict[str, int]
-    changes: list[str]
-    logits: Comparison
+    def reload(folder: Path, source: ExportSource) -> AbstractContextManager[nn.Module]:
+        return with_only_adapter(source.base_model, restore(read(folder, source), source.base_model))
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "folder": str(self.folder)}
+    return reload
 
 
-def export(source: Source, folder: Path, to: str) -> Exported:
-    """Write a new `folder` whole or not at all; what it gives when read back was compared with the live model.
-
-    Raises ConfigError for an unknown format or a folder with something in it, FormatError with all that the format
-    cannot hold and for a difference above the tolerance, MergeError, WriteError.
-    """
-    if to not in FORMATS:
-        raise ConfigError(f"no format is called {to!r}{nearest(to, FORMATS)}; there are: {', '.join(FORMATS)}")
-    check_new(folder)
-    chosen = FORMATS[to]
-    refuse(f"{to} cannot hold this adapter", chosen.problems(source))
-    ids = probe(source.base_model)
-    with only(source.base_model, source.adapter) as model:
-        live = logits(model, ids)
-    with only(source.base_model, None) as model:
-        base = logits(model, ids)
-    with replace_folder(folder) as fresh:
-        changes = chosen.write(fresh, source)
-        with chosen.again(fresh, source) as model:
-            again = logits(model, ids)
-        rounded = to == "merged" and common_dtype(source.base_model).itemsize == 2
-        found = compare(live, base, again, rounded=rounded)
-        found.check(f"{folder} ({to})", WIDER if rounded else "please report it")
-        files = {path.name: path.stat().st_size for path in sorted(fresh.iterdir())}
-    return Exported(folder, to, files, changes, found)
-
-
-def check_new(folder: Path) -> None:
-    """Raises ConfigError for what would be lost, WriteError for a path that cannot be looked at."""
-    with writing(folder):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} is there already; give another folder, or delete it")
-
-
-def _peft_problems(source: Source) -> list[str]:
-    dialled = [path for path, layer in source.adapter.low_rank.items() if float(layer.strength) != 1]
-    remedy = "set_scale(name, 1), or export to 'portable', which holds it"
-    problems = [f"the strength dial of {len(dialled)} layers is not 1; {remedy}"] if dialled else []
-    if unknown := unknown_to_peft(source.adapter):
-        problems.append(
-            f"PEFT has no use_dora on attention and parameters: {', '.join(unknown[:3])} ({len(unknown)} in all); "
-            "save_adapter keeps it for tailora, and 'merged' holds it"
-        )
-    return problems
-
-
-def _write_peft(folder: Path, source: Source) -> list[str]:
-    write_adapter(folder, source.adapter, source.base_model)
-    learned = any(layer.learns_scaling for layer in source.adapter.low_rank.values())
-    return ["learned scales are multiplied into B; the metadata keeps them for tailora"] if learned else []
-
-
-def _beside(read: Callable[[Path, Source], StoredAdapter]) -> Again:
-    """For a folder that holds an adapter: the base with what was read from it."""
-
-    def again(folder: Path, source: Source) -> AbstractContextManager[nn.Module]:
-        return only(source.base_model, restore(read(folder, source), source.base_model))
-
-    return again
-
-
-_read_peft = _beside(lambda folder, _: read_adapter(folder))
+_reload_peft = _reload_adapter(lambda folder, _: read_peft_folder(folder))
+_reload_gguf = _reload_adapter(lambda folder, source: gguf.read(folder, source.base_model))
 FORMATS = {
-    "peft": Format(_peft_problems, _write_peft, _read_peft),
-    "portable": Format(problems, write, _read_peft),
-    "gguf": Format(gguf.problems, gguf.write, _beside(lambda folder, source: gguf.read(folder, source.base_model))),
-    "mlx": Format(mlx.problems, mlx.write, _beside(lambda folder, _: mlx.read(folder))),
+    "peft": Format(peft_problems, write_peft, _reload_peft),
+    "portable": Format(portable_problems, write_portable, _reload_peft),
+    "gguf": Format(gguf.problems, gguf.write, _reload_gguf),
+    "mlx": Format(mlx.problems, mlx.write, _reload_adapter(lambda folder, _: mlx.read(folder))),
     "merged": Format(merged.problems, merged.write, lambda folder, source: nullcontext(merged.load(folder, source))),
 }

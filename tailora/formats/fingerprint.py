@@ -1,7 +1,7 @@
-"""Which base model an adapter was made for: names, shapes and a few weights of the adapted layers.
+"""Recognises the base model of an adapter by the shapes and a few weights of the adapted layers.
 
-Values instead of a hash, because one checkpoint loaded in another precision, or quantised, must still be recognised.
-A quantised weight is sampled by its dense value, with how far that may be from the one that was quantised.
+Values instead of a hash, because a checkpoint that is loaded in another precision, or quantised, is still the same.
+A quantised weight is sampled by its dense value, with how far that may be from the weight before quantisation.
 """
 
 from collections.abc import Mapping
@@ -10,66 +10,72 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from tailora.core.layer_types import LayerType, host_of
 from tailora.core.quantization import PLAIN, as_loaded, base_of, dense_shape, dense_weight
-from tailora.formats.metadata import LayerPrint
+from tailora.formats.metadata import LayerFingerprint
 
 SAMPLES = 8  # weights per layer
-TOLERANCE = 2.0**-7  # rounding to bfloat16, once on either side
-SMALL = 1e-6
-
-Held = tuple[nn.Module, str]  # a layer, and which of its parameters
+RELATIVE_TOLERANCE = 2.0**-7  # rounding to bfloat16, once on either side
+ABSOLUTE_TOLERANCE = 1e-6
 
 
-def fingerprint(places: Mapping[str, Held]) -> dict[str, LayerPrint]:
-    """Path -> shape and evenly spaced numbers of the layer's weight."""
-    return {path: _print(layer, name) for path, (layer, name) in places.items()}
+def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> dict[str, LayerFingerprint]:
+    """Returns the fingerprint of the weight at every path; `layer_types` has the type of its layer."""
+    return {path: _fingerprint(base_model, path, layer_type) for path, layer_type in layer_types.items()}
 
 
-def _print(layer: nn.Module, name: str) -> LayerPrint:
-    base, weight = base_of(layer), dense_weight(layer, name)
-    if base is PLAIN or name != "weight":
-        return LayerPrint(shape=list(weight.shape), weights=_sample(weight))
-    spread = as_loaded(layer, base.spread(layer, weight).expand(dense_shape(layer)))
+def _fingerprint(base_model: nn.Module, path: str, layer_type: LayerType) -> LayerFingerprint:
+    layer = host_of(base_model, path)
+    storage, weight = base_of(layer), dense_weight(layer, layer_type.weight)
+    if storage is PLAIN or layer_type.weight != "weight":
+        return LayerFingerprint(shape=list(weight.shape), weights=_sample(weight))
+    spread = as_loaded(layer, storage.spread(layer, weight).expand(dense_shape(layer)))
     weight = as_loaded(layer, weight)
-    return LayerPrint(shape=list(weight.shape), weights=_sample(weight), spread=_sample(spread), base=base.name(layer))
+    return LayerFingerprint(
+        shape=list(weight.shape), weights=_sample(weight), spread=_sample(spread), storage=storage.name(layer)
+    )
 
 
-def differences(stored: Mapping[str, LayerPrint], places: Mapping[str, Held]) -> list[str]:
-    """What of the stored fingerprint does not hold for these layers; [] when the base is the same."""
+def fingerprint_differences(
+    stored: Mapping[str, LayerFingerprint], base_model: nn.Module, layer_types: Mapping[str, LayerType]
+) -> list[str]:
+    """Returns what differs between the stored fingerprints and this base model; [] if it is the same."""
     return [
-        problem
-        for path, (layer, name) in places.items()
-        if path in stored and (problem := _difference(path, stored[path], _print(layer, name)))
+        difference
+        for path, layer_type in layer_types.items()
+        if path in stored
+        and (difference := _difference(path, stored[path], _fingerprint(base_model, path, layer_type)))
     ]
 
 
-def _difference(path: str, stored: LayerPrint, found: LayerPrint) -> str | None:
-    if stored.shape != found.shape:
-        return f"{path}: made for a weight of shape {tuple(stored.shape)}, here it is {tuple(found.shape)}"
+def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint) -> str | None:
+    if stored.shape != current.shape:
+        return f"{path}: made for a weight of shape {tuple(stored.shape)}, here it is {tuple(current.shape)}"
     if len(stored.weights) != SAMPLES or len(stored.spread) not in (0, SAMPLES):
         return f"{path}: its fingerprint has {len(stored.weights)} weights, not {SAMPLES}"
-    pairs = list(zip(stored.weights, found.weights, strict=True))
-    if all(abs(now - then) <= SMALL + TOLERANCE * abs(then) for then, now in pairs):
-        return None
-    then, now = torch.tensor(stored.weights), torch.tensor(found.weights)
-    spread = sum(torch.tensor(each.spread) for each in (stored, found) if each.spread) + torch.zeros(SAMPLES)
-    excess = (now - then).abs() - (SMALL + TOLERANCE * then.abs() + spread)
+    before, now = (torch.tensor(layer.weights, dtype=torch.float64) for layer in (stored, current))
+    spread = torch.zeros(SAMPLES, dtype=torch.float64)
+    for layer in (stored, current):
+        spread += torch.tensor(layer.spread or 0.0, dtype=torch.float64)
+    excess = (now - before).abs() - (ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * before.abs() + spread)
     if (excess <= 0).all():
         return None
     worst = int(excess.argmax())
-    was, here = (f" in {each.base}" if each.spread else "" for each in (stored, found))
-    explained = f"; quantisation explains {spread[worst]:.2g} of it" if was or here else ""
-    values = f"a sampled one was {then[worst]:.5g}{was}, here it is {now[worst]:.5g}{here}{explained}"
-    return f"{path}: made for other weights ({values})"
+    stored_as, loaded_as = (f" in {layer.storage}" if layer.spread else "" for layer in (stored, current))
+    explained = f"; quantisation explains {spread[worst]:.2g} of it" if stored_as or loaded_as else ""
+    return (
+        f"{path}: made for other weights (a sampled one was {before[worst]:.5g}{stored_as}, "
+        f"here it is {now[worst]:.5g}{loaded_as}{explained})"
+    )
 
 
 def _sample(weight: Tensor) -> list[float]:
-    """Evenly spaced over the numbers in the order of a file, without a copy of them all."""
-    sampled: list[float] = weight.detach()[_places(weight.shape, weight.device)].float().tolist()
-    return sampled
+    """Returns SAMPLES values, evenly spaced in the order of a file, without a copy of the weight."""
+    values: list[float] = weight.detach()[_sample_index(weight.shape, weight.device)].float().tolist()
+    return values
 
 
 @lru_cache
-def _places(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+def _sample_index(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
     index = torch.linspace(0, shape.numel() - 1, SAMPLES, dtype=torch.float64).long()
     return torch.unravel_index(index.to(device), shape)

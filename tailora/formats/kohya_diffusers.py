@@ -1,18 +1,17 @@
 """LoRA in one safetensors file, as Kohya's tools, diffusers and those around them write it.
 
-    Kohya        lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha: dots are underscores
-    diffusers    transformer.blocks.0.attn.to_q.lora_A.weight, .lora_B.weight; settings as JSON in the metadata
-    diffusers, old     unet.down_blocks.0...processor.to_q_lora.down.weight, .to_q.lora.down.weight
+    Kohya            lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha: dots are underscores
+    diffusers        transformer.blocks.0.attn.to_q.lora_A.weight, .lora_B.weight; settings as JSON in the metadata
+    diffusers, old   unet.down_blocks.0...processor.to_q_lora.down.weight, .to_q.lora.down.weight
 
-lora_down is A, lora_up is B, and the scale is alpha / r; without an alpha it is 1. A file may hold layers of
-several models, each under a prefix; those of the given model are read.
+lora_down is A, lora_up is B, and the scale is alpha / r; without an alpha it is 1. A file may hold layers of several
+models ("components"), each under a prefix; those of the given model are read.
 """
 
 import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 
 from tailora.core.layer_types import layer_type_of
 from tailora.errors import FormatError, nearest
-from tailora.formats.io import read as read_tensors
-from tailora.formats.low_rank_export import refuse, stored
-from tailora.formats.peft import PREFIX, StoredAdapter
+from tailora.formats.io import read_safetensors
+from tailora.formats.low_rank_export import as_stored_adapter, raise_problems
+from tailora.formats.peft import KEY_PREFIX, StoredAdapter
 
-LEAVES = {  # what ends a key -> what it is
+SLOT_OF_SUFFIX = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
     ".lora_down.weight": "A",
@@ -37,7 +36,7 @@ LEAVES = {  # what ends a key -> what it is
     "_lora.up.weight": "B",
     ".alpha": "alpha",
 }
-OTHERS = {  # what other methods' keys hold
+OTHER_METHODS = {  # part of a key -> the method that writes it
     "hada_": "LoHa",
     "lokr_": "LoKr",
     "lora_mid": "a LoRA of three factors (Tucker)",
@@ -46,127 +45,123 @@ OTHERS = {  # what other methods' keys hold
     "oft_": "OFT",
     ".diff": "whole weights",
 }
-METADATA = "lora_adapter_metadata"
-FLAT = re.compile(r"(lora_[a-z]+\d*)_(.+)")
-PROCESSOR = re.compile(r"\.processor\.")
+METADATA_KEY = "lora_adapter_metadata"
+KOHYA_NAME = re.compile(r"(lora_[a-z]+\d*)_(.+)")
 
-
-@dataclass
-class Layer:
-    """`component`: which of several models it belongs to; '' where the key does not say."""
-
-    component: str
-    slots: dict[str, Tensor] = field(default_factory=dict)
+Layers = dict[str, dict[str, Tensor]]  # path -> A, B or alpha -> tensor
 
 
 def read(file: Path, base_model: nn.Module) -> StoredAdapter:
-    """What the file has for this model, as a PEFT folder would hold it.
+    """Reads what the file has for this model, as a PEFT folder would hold it.
 
     Raises FormatError with all keys that are not LoRA or fit no layer; warns of the layers of other models.
     """
-    tensors, metadata = read_tensors(file)
-    refuse(str(file), _foreign(tensors))
-    names = _names(base_model)
-    found: dict[str, Layer] = {}
-    lost: dict[str, list[str]] = {}
+    tensors, metadata = read_safetensors(file)
+    raise_problems(str(file), _not_lora(tensors))
+    paths = _paths_by_name(base_model)
+    layers: Layers = {}
+    components: set[str] = set()  # of this model
+    unknown: dict[str, list[str]] = {}  # component -> names of layers that this model lacks
     for key, tensor in tensors.items():
-        stem, slot = _split(key)
-        component, path = _place(stem, names)
+        name, slot = _split_key(key)
+        component, path = _find_layer(name, paths)
         if path is None:
-            lost.setdefault(component, []).append(stem)
+            unknown.setdefault(component, []).append(name)
         else:
-            found.setdefault(path, Layer(component)).slots[slot] = tensor
-    components = {layer.component for layer in found.values()}
-    refuse(str(file), [*_unplaced(lost, components, names), *_incomplete(found)])
-    others = {component: len(set(stems)) for component, stems in lost.items()}
-    if others:
-        said = ", ".join(f"{component} ({count} layers)" for component, count in others.items())
-        warnings.warn(f"{file} also holds layers of other models, which are left out: {said}", stacklevel=2)
-    pairs = {path: (layer.slots["A"], layer.slots["B"]) for path, layer in found.items()}
-    return stored(file, pairs, _scales(found), **_settings(metadata.get(METADATA), components, file))
+            components.add(component)
+            layers.setdefault(path, {})[slot] = tensor
+    raise_problems(str(file), [*_unknown_layers(unknown, components, paths), *_incomplete(layers)])
+    if unknown:
+        counts = ", ".join(f"{component} ({len(set(names))} layers)" for component, names in unknown.items())
+        warnings.warn(f"{file} also holds layers of other models, which are left out: {counts}", stacklevel=2)
+    scales = {}
+    for path, layer in layers.items():
+        alpha = float(layer["alpha"]) if "alpha" in layer else 0.0  # 0 means none in Kohya's tools, too
+        scales[path] = alpha / layer["A"].shape[0] if alpha else 1.0
+    factors = {path: (layer["A"], layer["B"]) for path, layer in layers.items()}
+    settings = _diffusers_settings(metadata.get(METADATA_KEY), components, file)
+    return as_stored_adapter(file, factors, scales, **settings)
 
 
-def _foreign(tensors: Mapping[str, Tensor]) -> list[str]:
-    if not tensors:
-        return ["no tensors"]
-    other = {name for key in tensors for mark, name in OTHERS.items() if mark in key}
-    if other:
-        return [f"holds {', '.join(sorted(other))}, not plain LoRA; merge it with the tool that wrote it"]
-    strange = [key for key in tensors if _split(key)[1] == ""]
-    whole = f" ({len(strange)} of {len(tensors)} keys)" if strange else ""
-    return [f"not LoRA: {', '.join(strange[:3])}{whole}; give the file of an adapter"] if strange else []
+# ---- Keys and layers
 
 
-def _split(key: str) -> tuple[str, str]:
-    """The layer's name, and A, B or alpha; '' for another key."""
-    for leaf, slot in LEAVES.items():
-        if key.endswith(leaf):
-            return key.removesuffix(leaf), slot
+def _split_key(key: str) -> tuple[str, str]:
+    """Returns the layer's name, and A, B or alpha; '' for a key that is not LoRA."""
+    for suffix, slot in SLOT_OF_SUFFIX.items():
+        if key.endswith(suffix):
+            return key.removesuffix(suffix), slot
     return key, ""
 
 
-def _names(base_model: nn.Module) -> dict[str, str]:
-    """Path, and path with underscores for dots where only one layer has it -> path, of what can be adapted."""
-    paths = [path for path, module in base_model.named_modules() if path and layer_type_of(module)]
-    flat: dict[str, list[str]] = {}
-    for path in paths:
-        flat.setdefault(path.replace(".", "_"), []).append(path)
-    return {name: each[0] for name, each in flat.items() if len(each) == 1} | {path: path for path in paths}
-
-
-def _place(stem: str, names: Mapping[str, str]) -> tuple[str, str | None]:
-    """The component that the key names, and the path of the layer in this model, if it has it."""
-    stem = PROCESSOR.sub(".", stem.removeprefix(PREFIX))
-    for component, name in (("", stem), _component(stem)):
-        for ending in ("", ".0"):  # diffusers' to_out is a list
-            if f"{name}{ending}" in names:
-                return component, names[f"{name}{ending}"]
-    return _component(stem)[0], None
-
-
-def _component(stem: str) -> tuple[str, str]:
-    """Prefix of the model that the layer belongs to, and the layer's name in it."""
-    if match := FLAT.fullmatch(stem):
+def _split_component(name: str) -> tuple[str, str]:
+    """Returns the component that the layer belongs to, and the layer's name in it."""
+    if match := KOHYA_NAME.fullmatch(name):
         return match[1], match[2]
-    component, _, rest = stem.partition(".")
+    component, _, rest = name.partition(".")
     return component, rest
 
 
-def _unplaced(lost: Mapping[str, list[str]], components: set[str], names: Mapping[str, str]) -> list[str]:
-    """Layers under a prefix of this model that it lacks; under another prefix they are another model's."""
+def _paths_by_name(base_model: nn.Module) -> dict[str, str]:
+    """Returns name -> path of what can be adapted: the path, and the path with underscores if only one layer has it."""
+    paths = [path for path, module in base_model.named_modules() if path and layer_type_of(module)]
+    kohya_names: dict[str, list[str]] = {}
+    for path in paths:
+        kohya_names.setdefault(path.replace(".", "_"), []).append(path)
+    return {name: same[0] for name, same in kohya_names.items() if len(same) == 1} | {path: path for path in paths}
+
+
+def _find_layer(name: str, paths: Mapping[str, str]) -> tuple[str, str | None]:
+    """Returns the component in the name ('' if there is none), and the layer's path if this model has it."""
+    name = name.removeprefix(KEY_PREFIX).replace(".processor.", ".")
+    for component, own_name in (("", name), _split_component(name)):
+        for ending in ("", ".0"):  # diffusers' to_out is a list
+            if f"{own_name}{ending}" in paths:
+                return component, paths[f"{own_name}{ending}"]
+    return _split_component(name)[0], None
+
+
+# ---- Problems
+
+
+def _not_lora(tensors: Mapping[str, Tensor]) -> list[str]:
+    if not tensors:
+        return ["no tensors"]
+    methods = {method for key in tensors for mark, method in OTHER_METHODS.items() if mark in key}
+    if methods:
+        return [f"holds {', '.join(sorted(methods))}, not plain LoRA; merge it with the tool that wrote it"]
+    if other := [key for key in tensors if _split_key(key)[1] == ""]:
+        count = f"{len(other)} of {len(tensors)} keys"
+        return [f"not LoRA: {', '.join(other[:3])} ({count}); give the file of an adapter"]
+    return []
+
+
+def _unknown_layers(unknown: Mapping[str, list[str]], components: set[str], paths: Mapping[str, str]) -> list[str]:
+    """Layers under a prefix of this model that it lacks. Those under another prefix belong to another model."""
     if not components:
-        stems = sorted({stem for each in lost.values() for stem in each})
-        hint = nearest(stems[0], names) if stems else ""
-        return [f"none of its {len(stems)} layers is in this model; the first is {stems[0] if stems else '-'}{hint}"]
-    own = sorted({stem for component in components for stem in lost.get(component, [])})
-    return [f"{stem}: the model has no such layer" for stem in own]
+        names = sorted({name for component_names in unknown.values() for name in component_names})
+        hint = nearest(names[0], paths) if names else ""
+        return [f"none of its {len(names)} layers is in this model; the first is {names[0] if names else '-'}{hint}"]
+    missing = sorted({name for component in components for name in unknown.get(component, [])})
+    return [f"{name}: the model has no such layer" for name in missing]
 
 
-def _incomplete(found: Mapping[str, Layer]) -> list[str]:
-    lacking = {path: [slot for slot in "AB" if slot not in layer.slots] for path, layer in found.items()}
-    problems = [f"{path}: factor {' and '.join(slots)} is missing" for path, slots in lacking.items() if slots]
-    alphas = {path: layer.slots["alpha"] for path, layer in found.items() if "alpha" in layer.slots}
-    return problems + [
-        f"{path}: alpha has {alpha.numel()} numbers, not one" for path, alpha in alphas.items() if alpha.numel() != 1
-    ]
+def _incomplete(layers: Layers) -> list[str]:
+    problems = []
+    for path, layer in layers.items():
+        if missing := [slot for slot in "AB" if slot not in layer]:
+            problems.append(f"{path}: factor {' and '.join(missing)} is missing")
+        if "alpha" in layer and layer["alpha"].numel() != 1:
+            problems.append(f"{path}: alpha has {layer['alpha'].numel()} numbers, not one")
+    return problems
 
 
-def _scales(found: Mapping[str, Layer]) -> dict[str, float]:
-    """alpha / r; 1 without an alpha, or where it is 0, which Kohya's tools take for none."""
-    scales = {}
-    for path, layer in found.items():
-        alpha = float(layer.slots["alpha"]) if "alpha" in layer.slots else 0.0
-        scales[path] = alpha / layer.slots["A"].shape[0] if alpha else 1.0
-    return scales
-
-
-def _settings(text: str | None, components: set[str], file: Path) -> dict[str, Any]:
-    """diffusers' metadata: PEFT's settings, with the component before each. {} where there is none."""
+def _diffusers_settings(text: str | None, components: set[str], file: Path) -> dict[str, Any]:
+    """PEFT's settings from diffusers' metadata, whose keys start with the component; {} if there are none."""
     if text is None:
         return {}
     try:
-        written = json.loads(text)
-        own = {key.partition(".")[::2]: value for key, value in written.items()}
+        settings = {key.partition(".")[::2]: value for key, value in json.loads(text).items()}
     except (ValueError, AttributeError, RecursionError):
-        raise FormatError(f"{file}: its metadata {METADATA} is not a JSON object") from None
-    return {key: value for (component, key), value in own.items() if component in components}
+        raise FormatError(f"{file}: its metadata {METADATA_KEY} is not a JSON object") from None
+    return {key: value for (component, key), value in settings.items() if component in components}

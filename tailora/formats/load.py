@@ -1,4 +1,9 @@
-"""From a stored adapter to one that fits this base model, or to an error that lists all that does not."""
+"""Loads an adapter: recognises what tool wrote it, and restores it for a base model, or raises with all that is wrong.
+
+read_any_format     files -> StoredAdapter
+restore             StoredAdapter + base model -> Adapter: find the layers that the settings name, sort the file's
+                    tensors by layer, fill them in, check the base
+"""
 
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -11,7 +16,7 @@ from torch import Tensor, nn
 from tailora.core.adapter import Adapter, low_rank_layer, tie, trained_copy
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import host_of, layer_type_of, obstacle
+from tailora.core.layer_types import LayerType, host_of, layer_type_of, obstacle
 from tailora.core.quantization import base_obstacle, quantized_layers
 from tailora.core.targets import (
     Target,
@@ -24,94 +29,189 @@ from tailora.core.targets import (
 )
 from tailora.errors import BaseMismatchError, ConfigError, FormatError, PatternError, TargetError, listing
 from tailora.formats import gguf, kohya_diffusers, mlx
-from tailora.formats.fingerprint import Held, differences
+from tailora.formats.fingerprint import fingerprint_differences
 from tailora.formats.peft import (
-    SLOT_OF,
     WEIGHTS,
     StoredAdapter,
+    base_weight_of,
+    base_weight_problem,
     extra_keys,
-    file_shapes,
-    fill,
-    filled_extras,
-    of_the_base,
-    read_adapter,
+    load_extras,
+    load_layer,
+    path_and_slot,
+    peft_shapes,
+    read_peft_folder,
 )
-from tailora.formats.peft_config import SHARED, adds_twice, check_patterns, doubled, from_peft, with_patterns
-from tailora.formats.peft_paths import Stem, stems
+from tailora.formats.peft_config import (
+    SHARED_SETTINGS,
+    adds_out_proj_twice,
+    check_patterns,
+    from_peft_config,
+    with_double_rank,
+    with_layer_patterns,
+)
+from tailora.formats.peft_paths import PeftLayer, peft_layers
+
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+SLOT_NAMES = {
+    "A": "lora_A",
+    "B": "lora_B",
+    "magnitude": "lora_magnitude_vector",
+    "lora_bias": "lora_bias",
+    "bias": "bias",
+}
+WITHOUT_SLOT = {
+    "magnitude": "use_dora is off",
+    "lora_bias": "lora_bias is off",
+    "bias": "the layer's bias is not trained",
+}
 
 Modules = Mapping[str, nn.Module]
 
+# ---- Files of any tool -> StoredAdapter
+
+
+def read_any_format(path: Path, base_model: nn.Module) -> StoredAdapter:
+    """Reads a folder of PEFT, of mlx-lm or of `export` to GGUF, or one safetensors file of Kohya's tools or diffusers.
+
+    Raises FormatError if it is none of them or holds something other than LoRA.
+    """
+    if path.is_file():
+        return kohya_diffusers.read(path, base_model)
+    if (path / WEIGHTS).exists() or not path.is_dir():
+        return read_peft_folder(path)
+    if (path / mlx.WEIGHTS).is_file():
+        return mlx.read(path)
+    if (path / gguf.WEIGHTS).is_file():
+        return gguf.read(path, base_model)
+    if (path / DIFFUSERS_WEIGHTS).is_file():
+        return kohya_diffusers.read(path / DIFFUSERS_WEIGHTS, base_model)
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise FormatError(f"{path} holds several files and none called {WEIGHTS}; give one of them: {names}")
+    return kohya_diffusers.read(files[0], base_model) if files else read_peft_folder(path)
+
+
+# ---- StoredAdapter -> Adapter
+
 
 @dataclass
-class Parts:
-    """The file's tensors by what they belong to, and all that is wrong so far."""
+class SortedTensors:
+    """The file's tensors by what they belong to, and all problems so far.
 
-    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> slot -> tensor
-    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> name in the module -> tensor
-    extras: dict[str, Tensor] = field(default_factory=dict)  # path -> a trained bias, or rows of an embedding
+    low_rank: path -> slot -> tensor.
+    saved: path of a module of modules_to_save -> name in it -> tensor.
+    extras: path -> a trained bias, or trained rows of an embedding.
+    """
+
+    low_rank: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    finite: bool = True
+    all_finite: bool = True
 
 
 def restore(stored: StoredAdapter, base_model: nn.Module, *, allow_base_mismatch: bool = False) -> Adapter:
-    """Build the adapter for `base_model` without touching it.
+    """Builds the adapter for `base_model` without changing the model.
 
-    Raises FormatError with all missing, unexpected, misshapen and non-finite tensors, or for a pattern that takes for
-    ever, and BaseMismatchError when the adapter was made for other weights and `allow_base_mismatch` is not set.
+    Raises FormatError with all missing, unexpected, misshapen and non-finite tensors, or for a pattern that takes too
+    long, and BaseMismatchError if the adapter was made for other weights and `allow_base_mismatch` is not set.
     """
     try:
-        return _restored(stored, base_model, allow_base_mismatch)
+        return _restore(stored, base_model, allow_base_mismatch)
     except PatternError as error:
         raise FormatError(f"{stored.folder}: {error}") from None
 
 
-def settings_of(stored: StoredAdapter, base_model: nn.Module) -> LoRAConfig:
-    """What the adapter was made with, without its tensors. Raises FormatError."""
-    told = _told(stored, dict(base_model.named_modules()))
-    return _config(stored, stored.notes.lora(stored.folder), told)
-
-
-def _restored(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch: bool) -> Adapter:
+def _restore(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch: bool) -> Adapter:
     modules = dict(base_model.named_modules())
-    own, told = stored.notes.lora(stored.folder), _told(stored, modules)
-    config = _config(stored, own, told)
-    wanted = _wanted(base_model, modules, config)
-    empty = _empty(wanted, config)
-    wrappers = stems(base_model, empty)
-    if config is not told:
-        _check_told(stored, with_patterns(config, wrappers.values()), told)
-        hosts = {target.host for target in wanted.values()}
-        others = {path: each for path, each in _wanted(base_model, modules, told).items() if each.host not in hosts}
-        if others:
-            wanted, empty = {**wanted, **others}, {**empty, **_empty(others, config)}
-            wrappers = stems(base_model, empty)
-    named = {*wanted, *_paths(stored, modules)}
-    extra, problems = extra_targets(base_model, modules, config, named, saved_modules(modules, config))
-    parts = _sort(stored, modules, config, wrappers, extra_keys(extra))
-    parts.problems += problems
-    parts.problems += _missing(parts, modules, config, wanted, empty, stored.notes.start)
-    low_rank = {path: _low_rank(path, base_model, config, parts, empty, stored.notes.start) for path in parts.factors}
-    parts.problems += [quantized_whole(path) for path in parts.saved if quantized_layers(modules[path])]
-    copies = {path: _copy(path, modules, parts) for path in parts.saved if not quantized_layers(modules[path])}
-    extras, problems = filled_extras(extra, modules, parts.extras)
-    parts.problems += problems
-    if parts.problems:
-        raise FormatError(f"{stored.folder} does not fit this model: {listing(parts.problems)}")
-    layers = {path: layer for path, layer in low_rank.items() if layer is not None}
-    places = {path: (host_of(base_model, path), layer.layer_type.weight) for path, layer in layers.items()}
-    _check_base(stored, places, allow_base_mismatch)
-    _learn_again(stored, layers)
+    with_start = stored.metadata.start
+    own_config = stored.metadata.lora_config(stored.folder)
+    in_file = config_in_file(stored, _paths_with_factors(stored, modules))
+    config = _effective_config(stored, own_config, in_file)
+    targets = _targets(base_model, modules, config)
+    empty = _empty_layers(targets, config)
+    wrappers = peft_layers(base_model, empty)
+    if config is not in_file:
+        _check_same_settings(stored, with_layer_patterns(config, wrappers.values()), in_file)
+        adapted = {target.host for target in targets.values()}
+        file_targets = _targets(base_model, modules, in_file)
+        if additional := {path: target for path, target in file_targets.items() if target.host not in adapted}:
+            targets, empty = {**targets, **additional}, {**empty, **_empty_layers(additional, config)}
+            wrappers = peft_layers(base_model, empty)
+    adapted_paths = {*targets, *_paths_with_factors(stored, modules)}
+    extra, extra_problems = extra_targets(base_model, modules, config, adapted_paths, saved_modules(modules, config))
+    tensors = _sort_tensors(stored, modules, config, wrappers, extra_keys(extra))
+    problems = tensors.problems
+    problems += extra_problems
+    problems += _missing(tensors, modules, config, targets, empty, with_start)
+    layers = {path: _low_rank(path, base_model, config, tensors, empty, with_start) for path in tensors.low_rank}
+    quantized = [path for path in tensors.saved if quantized_layers(modules[path])]
+    problems += [quantized_whole(path) for path in quantized]
+    copies = {path: _saved_module(path, modules, tensors) for path in tensors.saved if path not in quantized}
+    extras, extra_problems = load_extras(extra, modules, tensors.extras)
+    problems += extra_problems
+    if problems:
+        raise FormatError(f"{stored.folder} does not fit this model: {listing(problems)}")
+    low_rank = {path: layer for path, layer in layers.items() if layer is not None}
+    if not allow_base_mismatch:
+        _check_base(stored, base_model, {path: layer.layer_type for path, layer in low_rank.items()})
+    _restore_learned_scales(stored, low_rank)
     tie({path: modules[path] for path in copies}, copies)
-    return Adapter(own or config, layers, copies, extras)
+    return Adapter(own_config or config, low_rank, copies, extras)
 
 
-def _wanted(base_model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, Target]:
-    """What the settings name, by path."""
+# ---- The config, and the layers that it names
+
+
+def lora_config_of(stored: StoredAdapter, base_model: nn.Module) -> LoRAConfig:
+    """Returns the config that the adapter was made with. Raises FormatError."""
+    in_file = config_in_file(stored, _paths_with_factors(stored, dict(base_model.named_modules())))
+    return _effective_config(stored, stored.metadata.lora_config(stored.folder), in_file)
+
+
+def config_in_file(stored: StoredAdapter, paths: list[str]) -> LoRAConfig:
+    """Returns the config in adapter_config.json, or in the metadata of the weights if that file is missing.
+
+    paths: the targets if the settings name none. Raises FormatError.
+    """
+    own = stored.metadata.lora_config(stored.folder)
+    if stored.settings is None and own is not None:
+        config = own
+    else:
+        config = from_peft_config(stored.settings or {}, paths, stored.folder)
+    check_patterns(config, stored.folder)
+    return config
+
+
+def _effective_config(stored: StoredAdapter, own: LoRAConfig | None, in_file: LoRAConfig) -> LoRAConfig:
+    """The config in the metadata of the weights if there is one, else that of adapter_config.json."""
+    if own is None:
+        if stored.metadata.start:
+            raise FormatError(f"{stored.folder}: its tailora metadata names a frozen start, but has no settings")
+        return in_file
+    check_patterns(own, stored.folder)
+    return own
+
+
+def _check_same_settings(stored: StoredAdapter, own: LoRAConfig, in_file: LoRAConfig) -> None:
+    """Raises FormatError if the weights were saved with other settings than adapter_config.json has."""
+    own = with_double_rank(own) if stored.metadata.start else own
+    if different := [name for name in SHARED_SETTINGS if getattr(own, name) != getattr(in_file, name)]:
+        pairs = (f"{name} = {getattr(in_file, name)!r} here, {getattr(own, name)!r} there" for name in different)
+        raise FormatError(
+            f"{stored.folder}: adapter_config.json and the settings that the weights were saved with differ: "
+            f"{', '.join(pairs)}. Save the adapter again, or delete adapter_config.json to use the weights' own"
+        )
+
+
+def _targets(base_model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, Target]:
     return {path: target_of(place, config) for path, place in chosen_places(base_model, modules, config).items()}
 
 
-def _empty(targets: Mapping[str, Target], config: LoRAConfig) -> dict[str, LoRALayer]:
-    """Layers to be filled, without those whose rank does not fit."""
+def _empty_layers(targets: Mapping[str, Target], config: LoRAConfig) -> dict[str, LoRALayer]:
+    """Layers to be filled. Those whose rank does not fit are left out; `_low_rank` reports them."""
     layers = {}
     for path, target in targets.items():
         with suppress(ConfigError, TargetError):
@@ -119,93 +219,61 @@ def _empty(targets: Mapping[str, Target], config: LoRAConfig) -> dict[str, LoRAL
     return layers
 
 
-def _told(stored: StoredAdapter, modules: Modules) -> LoRAConfig:
-    """What adapter_config.json says, or the weights' own settings where it is not there."""
-    own = stored.notes.lora(stored.folder)
-    if stored.settings is None and own is not None:
-        config = own
-    else:
-        config = from_peft(stored.settings or {}, _paths(stored, modules), stored.folder)
-    check_patterns(config, stored.folder)
-    return config
+def _paths_with_factors(stored: StoredAdapter, modules: Modules) -> list[str]:
+    """Paths of the modules that have low-rank tensors in the file, in the model's order."""
+    in_file = {path for key in stored.tensors for path, slot in [path_and_slot(key)] if slot}
+    return [path for path in modules if path in in_file]
 
 
-def _config(stored: StoredAdapter, own: LoRAConfig | None, told: LoRAConfig) -> LoRAConfig:
-    """The settings to go by: those that the weights were saved with, else those that the file tells."""
-    if own is None:
-        if stored.notes.start:
-            raise FormatError(f"{stored.folder}: its tailora metadata tells of a frozen start, but not of its settings")
-        return told
-    check_patterns(own, stored.folder)
-    return own
+# ---- The file's tensors
 
 
-def _check_told(stored: StoredAdapter, written: LoRAConfig, told: LoRAConfig) -> None:
-    """Raises FormatError where the weights were saved with other settings than the file tells."""
-    written = doubled(written) if stored.notes.start else written
-    if other := [name for name in SHARED if getattr(written, name) != getattr(told, name)]:
-        pairs = (f"{name} = {getattr(told, name)!r} here, {getattr(written, name)!r} there" for name in other)
-        raise FormatError(
-            f"{stored.folder}: adapter_config.json and the settings that the weights were saved with differ: "
-            f"{', '.join(pairs)}. Save the adapter again, or delete adapter_config.json to use the weights' own"
-        )
-
-
-def _paths(stored: StoredAdapter, modules: Modules) -> list[str]:
-    """Modules that have a factor in the file, in the model's order."""
-    there = {path for key in stored.tensors for path, factor in [_factor(key)] if factor}
-    return [path for path in modules if path in there]
-
-
-def _sort(
-    stored: StoredAdapter, modules: Modules, config: LoRAConfig, wrappers: Mapping[str, Stem], extras: Mapping[str, str]
-) -> Parts:
-    whole = saved_modules(modules, config)
-    parts = Parts()
+def _sort_tensors(
+    stored: StoredAdapter,
+    modules: Modules,
+    config: LoRAConfig,
+    wrappers: Mapping[str, PeftLayer],
+    extras: Mapping[str, str],
+) -> SortedTensors:
+    saved_paths = saved_modules(modules, config)
+    result = SortedTensors()
     for key, tensor in stored.tensors.items():
-        name, factor = _factor(key)
-        owner = next((path for path in whole if key.startswith(f"{path}.")), None)
-        if factor and name in wrappers:
-            if factor == "B" and name.endswith("base_layer.out_proj") and adds_twice(stored.settings or {}):
+        path, slot = path_and_slot(key)
+        saved_path = next((saved for saved in saved_paths if key.startswith(f"{saved}.")), None)
+        if slot and path in wrappers:
+            if slot == "B" and path.endswith("base_layer.out_proj") and adds_out_proj_twice(stored.settings or {}):
                 tensor = 2 * tensor
-            _split(wrappers[name], factor, tensor, parts, 2 if stored.notes.start else 1)
-        elif factor and name in modules and layer_type_of(modules[name]):
-            parts.factors.setdefault(name, {})[factor] = tensor
-        elif owner is not None:
-            parts.saved.setdefault(owner, {})[key.removeprefix(f"{owner}.")] = tensor
+            _split_into_parts(wrappers[path], slot, tensor, result, 2 if stored.metadata.start else 1)
+        elif slot and path in modules and layer_type_of(modules[path]):
+            result.low_rank.setdefault(path, {})[slot] = tensor
+        elif saved_path is not None:
+            result.saved.setdefault(saved_path, {})[key.removeprefix(f"{saved_path}.")] = tensor
         elif key in extras:
-            parts.extras[extras[key]] = tensor
-        elif (base := of_the_base(key, tensor, modules))[0]:
-            parts.problems += [base[1]] if base[1] else []
+            result.extras[extras[key]] = tensor
+        elif (base_weight := base_weight_of(key, modules)) is not None:
+            if problem := base_weight_problem(key, tensor, *base_weight):
+                result.problems.append(problem)
         else:
-            parts.problems.append(f"unexpected {key} {tuple(tensor.shape)}: {_why_unexpected(name, factor, modules)}")
+            result.problems.append(f"unexpected {key} {tuple(tensor.shape)}: {_why_unexpected(path, slot, modules)}")
         if not tensor.isfinite().all():
-            parts.problems.append(f"not finite: {key} {tuple(tensor.shape)}")
-            parts.finite = False
-    return parts
+            result.problems.append(f"not finite: {key} {tuple(tensor.shape)}")
+            result.all_finite = False
+    return result
 
 
-def _split(stem: Stem, factor: str, tensor: Tensor, parts: Parts, times: int) -> None:
-    pieces = stem.split(factor, tensor, times)
-    if pieces is None:
-        parts.problems.append(
-            f"misshapen lora_{factor} of {stem.name}: {tuple(tensor.shape)} is not made of the parts "
-            f"{', '.join(path.rpartition('.')[2] for path in stem.members)}"
+def _split_into_parts(wrapper: PeftLayer, slot: str, tensor: Tensor, result: SortedTensors, rank_factor: int) -> None:
+    parts = wrapper.split(slot, tensor, rank_factor)
+    if parts is None:
+        names = ", ".join(path.rpartition(".")[2] for path in wrapper.layers)
+        result.problems.append(
+            f"misshapen lora_{slot} of {wrapper.key_prefix}: {tuple(tensor.shape)} is not made of the parts {names}"
         )
-    for path in stem.members:
-        parts.factors.setdefault(path, {})[factor] = tensor if pieces is None else pieces[path]
+    for path in wrapper.layers:
+        result.low_rank.setdefault(path, {})[slot] = tensor if parts is None else parts[path]
 
 
-def _factor(key: str) -> tuple[str, str | None]:
-    """The path before the suffix and which factor it is; None where the key ends like no factor."""
-    for suffix, factor in SLOT_OF.items():
-        if f".{key}".endswith(suffix):
-            return f".{key}".removesuffix(suffix).removeprefix("."), factor
-    return key, None
-
-
-def _why_unexpected(path: str, factor: str | None, modules: Modules) -> str:
-    if factor is None:
+def _why_unexpected(path: str, slot: str | None, modules: Modules) -> str:
+    if slot is None:
         return "neither a low-rank factor nor part of modules_to_save, bias or trainable_token_indices"
     if path not in modules:
         return f"the model has no module {path}"
@@ -213,90 +281,87 @@ def _why_unexpected(path: str, factor: str | None, modules: Modules) -> str:
 
 
 def _missing(
-    parts: Parts,
+    tensors: SortedTensors,
     modules: Modules,
     config: LoRAConfig,
-    wanted: Collection[str],
+    targets: Collection[str],
     empty: Mapping[str, LoRALayer],
-    start: bool,
+    with_start: bool,
 ) -> list[str]:
-    """What the settings name and the tensors lack, with the shape that the model would need."""
+    """What the settings name and the file lacks, with the shape that the model needs."""
     problems = []
-    for path in dict.fromkeys((*wanted, *parts.factors)):
-        found = parts.factors.get(path, {})
-        lacking = [factor for factor in "AB" if factor not in found]
-        shapes = file_shapes(empty[path], start) if path in empty else {}
-        problems += [f"missing lora_{factor} of {path} {shapes.get(factor, '')}".rstrip() for factor in lacking]
-    whole = saved_modules(modules, config)
-    return problems + [f"missing {path}, which modules_to_save names" for path in whole if path not in parts.saved]
+    for path in dict.fromkeys((*targets, *tensors.low_rank)):
+        shapes = peft_shapes(empty[path], with_start) if path in empty else {}
+        missing = [slot for slot in "AB" if slot not in tensors.low_rank.get(path, {})]
+        problems += [f"missing lora_{slot} of {path} {shapes.get(slot, '')}".rstrip() for slot in missing]
+    saved_paths = [path for path in saved_modules(modules, config) if path not in tensors.saved]
+    return problems + [f"missing {path}, which modules_to_save names" for path in saved_paths]
 
 
 def _low_rank(
-    path: str, base_model: nn.Module, config: LoRAConfig, parts: Parts, empty: Mapping[str, LoRALayer], start: bool
+    path: str,
+    base_model: nn.Module,
+    config: LoRAConfig,
+    tensors: SortedTensors,
+    empty: Mapping[str, LoRALayer],
+    with_start: bool,
 ) -> LoRALayer | None:
-    """The layer with the file's factors; None, with the reasons added to the problems, where they do not fit.
-
-    empty: layers made already, to be filled.
-    """
-    found = parts.factors[path]
-    host = host_of(base_model, path)
-    reason = obstacle(host) or base_obstacle(host)
-    if reason or not {"A", "B"} <= found.keys():
-        parts.problems += [f"{path}: {reason}"] if reason else []  # a missing factor is told already
+    """The layer with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`."""
+    slots, problems = tensors.low_rank[path], tensors.problems
+    module = host_of(base_model, path)
+    reason = obstacle(module) or base_obstacle(module)
+    if reason or not {"A", "B"} <= slots.keys():
+        problems += [f"{path}: {reason}"] if reason else []  # `_missing` reports a missing factor
         return None
     try:
         layer = empty.get(path) or low_rank_layer(target_at(base_model, path, config), config, fresh=False)
     except (ConfigError, TargetError) as error:
-        parts.problems.append(f"{path}: {error}")
+        problems.append(f"{path}: {error}")
         return None
-    needed = file_shapes(layer, start)
+    shapes = peft_shapes(layer, with_start)
     wrong = [
-        f"misshapen {_said(slot)} of {path}: the file has {tuple(found[slot].shape)}, the model needs {shape}"
-        for slot, shape in needed.items()
-        if slot in found and tuple(found[slot].shape) != shape
+        f"misshapen {SLOT_NAMES[slot]} of {path}: the file has {tuple(slots[slot].shape)}, the model needs {shape}"
+        for slot, shape in shapes.items()
+        if slot in slots and tuple(slots[slot].shape) != shape
     ]
-    wrong += [f"missing {_said(slot)} of {path} {needed[slot]}" for slot in needed.keys() - found.keys()]
-    wrong += [f"unexpected {_said(slot)} of {path}: {_unwanted(slot, layer)}" for slot in found.keys() - needed.keys()]
-    parts.problems += wrong
-    if not wrong and (parts.finite or all(tensor.isfinite().all() for tensor in found.values())):  # told already
+    wrong += [f"missing {SLOT_NAMES[slot]} of {path} {shapes[slot]}" for slot in shapes.keys() - slots.keys()]
+    wrong += [
+        f"unexpected {SLOT_NAMES[slot]} of {path}: {WITHOUT_SLOT[slot]} in the settings, or this "
+        f"{layer.layer_type.name} has no such slot"
+        for slot in slots.keys() - shapes.keys()
+    ]
+    problems += wrong
+    if not wrong and (tensors.all_finite or all(tensor.isfinite().all() for tensor in slots.values())):
         try:
-            fill(layer, found, start)
+            load_layer(layer, slots, with_start)
         except FormatError as error:
-            parts.problems.append(f"{path}: {error}")
+            problems.append(f"{path}: {error}")
     return layer
 
 
-def _said(slot: str) -> str:
-    return {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector"}.get(slot, slot)
-
-
-def _unwanted(slot: str, layer: LoRALayer) -> str:
-    switches = {
-        "magnitude": "use_dora is off",
-        "lora_bias": "lora_bias is off",
-        "bias": "the layer's bias is not trained",
-    }
-    return f"{switches[slot]} in the settings, or this {layer.layer_type.name} has no such slot"
-
-
-def _copy(path: str, modules: Modules, parts: Parts) -> nn.Module:
-    clone, found = trained_copy(modules[path]), parts.saved[path]
-    needed = clone.state_dict()
-    parts.problems += [f"missing {path}.{name} {tuple(needed[name].shape)}" for name in needed.keys() - found.keys()]
-    parts.problems += [f"unexpected {path}.{name} {tuple(found[name].shape)}" for name in found.keys() - needed.keys()]
-    wrong = [name for name in needed.keys() & found.keys() if needed[name].shape != found[name].shape]
-    parts.problems += [
-        f"misshapen {path}.{name}: the file has {tuple(found[name].shape)}, the model needs {tuple(needed[name].shape)}"
-        for name in wrong
+def _saved_module(path: str, modules: Modules, tensors: SortedTensors) -> nn.Module:
+    """A copy of the module with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`."""
+    module, saved = trained_copy(modules[path]), tensors.saved[path]
+    needed = module.state_dict()
+    problems = [f"missing {path}.{name} {tuple(needed[name].shape)}" for name in needed.keys() - saved.keys()]
+    problems += [f"unexpected {path}.{name} {tuple(saved[name].shape)}" for name in saved.keys() - needed.keys()]
+    problems += [
+        f"misshapen {path}.{name}: the file has {tuple(saved[name].shape)}, the model needs {tuple(needed[name].shape)}"
+        for name in needed.keys() & saved.keys()
+        if needed[name].shape != saved[name].shape
     ]
-    if not wrong and needed.keys() == found.keys():
-        clone.load_state_dict(found)
-    return clone
+    tensors.problems += problems
+    if not problems:
+        module.load_state_dict(saved)
+    return module
 
 
-def _check_base(stored: StoredAdapter, places: Mapping[str, Held], allow: bool) -> None:
-    problems = differences(stored.notes.base, places)
-    if problems and not allow:
+# ---- What the metadata of the weights says
+
+
+def _check_base(stored: StoredAdapter, base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> None:
+    problems = fingerprint_differences(stored.metadata.base, base_model, layer_types)
+    if problems:
         shown = [*problems[:5], *([f"and {len(problems) - 5} layers more"] if len(problems) > 5 else [])]
         raise BaseMismatchError(
             f"{stored.folder} was made for another base model than this one: {listing(shown)}\n"
@@ -304,42 +369,14 @@ def _check_base(stored: StoredAdapter, places: Mapping[str, Held], allow: bool) 
         )
 
 
-def _learn_again(stored: StoredAdapter, layers: Mapping[str, LoRALayer]) -> None:
-    """Take the learned scale, which the file folds into B for other readers, out again and make it a Parameter."""
-    if strange := stored.notes.scaling.keys() - layers.keys():
-        raise FormatError(f"{stored.folder}: a learned scale without a layer: {', '.join(sorted(strange))}")
-    for path, value in stored.notes.scaling.items():
+def _restore_learned_scales(stored: StoredAdapter, layers: Mapping[str, LoRALayer]) -> None:
+    """Takes each learned scale out of B, where the file has it for other readers, and makes it a Parameter again."""
+    if unknown := stored.metadata.scaling.keys() - layers.keys():
+        raise FormatError(f"{stored.folder}: a learned scale without a layer: {', '.join(sorted(unknown))}")
+    for path, value in stored.metadata.scaling.items():
         layer = layers[path]
         scale = value or layer.configured_scaling  # a scale of 0 has erased B: start again
         layer.lora_B.data.mul_(layer.configured_scaling / scale)
         if layer.start_B is not None:
             layer.start_B.mul_(layer.configured_scaling / scale)
         layer.scaling = nn.Parameter(torch.full_like(layer.scaling, scale))
-
-
-# ---- An adapter of any tool, told by what its files hold.
-
-
-LOOSE = "pytorch_lora_weights.safetensors"  # diffusers' name
-
-
-def read_any(path: Path, base_model: nn.Module) -> StoredAdapter:
-    """A PEFT folder, one of mlx-lm, of `export` to GGUF, or one safetensors file of Kohya's tools or diffusers.
-
-    Raises FormatError for what is none of them, and for what they hold that is not LoRA.
-    """
-    if path.is_file():
-        return kohya_diffusers.read(path, base_model)
-    if (path / WEIGHTS).exists() or not path.is_dir():
-        return read_adapter(path)
-    if (path / mlx.WEIGHTS).is_file():
-        return mlx.read(path)
-    if (path / gguf.WEIGHTS).is_file():
-        return gguf.read(path, base_model)
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1 or (path / LOOSE).is_file():
-        return kohya_diffusers.read(path / LOOSE if (path / LOOSE).is_file() else files[0], base_model)
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files[:5])
-        raise FormatError(f"{path} holds several files and none called {WEIGHTS}; give one of them: {names}")
-    return read_adapter(path)

@@ -1,8 +1,9 @@
-"""An adapter as plain low-rank factors, the one thing that every consumer understands, and back.
+"""An adapter as two plain factors per layer, which every consumer understands, and back.
 
-    y = W x + B A x      A (r, in), B (out, r) with the whole scale in it: alpha/r, rsLoRA, patterns, a learned scale
+    y = W x + B A x      A (r, in), B (out, r)
 
-A start that is not zero (PiSSA, OLoRA) is in the factors too: s (B A - B0 A0) is a product of rank 2 r.
+The whole scale (alpha/r, rsLoRA, patterns, a learned scale, the strength dial) is folded into B. A frozen start (PiSSA,
+OLoRA) is in the factors too: s (B A - B0 A0) is a product of rank 2r. All of this happens in `fold_scale`.
 """
 
 import re
@@ -16,18 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LayerType, host_path
 from tailora.errors import FormatError, listing
-from tailora.formats.metadata import Notes
+from tailora.formats.metadata import AdapterMetadata
 from tailora.formats.peft import SUFFIXES, StoredAdapter
 
 MERGED = 'export to "merged", which puts it into the weights'
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is exported. `tokenizer` goes with a merged model."""
+class ExportSource:
+    """What is exported. `tokenizer` is saved with a merged model."""
 
     adapter: Adapter
     base_model: nn.Module
@@ -35,114 +35,125 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Factors:
-    A: Tensor  # (r, in), float32, on the CPU
-    B: Tensor  # (out, r)
+class MatrixFactors:
+    """A (r, in) and B (out, r), float32, on the CPU."""
+
+    A: Tensor
+    B: Tensor
 
     @property
     def r(self) -> int:
         return self.A.shape[0]
 
 
-def limits(source: Source, layer_types: Sequence[LayerType]) -> list[str]:
-    """What of the adapter two factors per layer cannot hold, each with what to do instead."""
+def low_rank_problems(source: ExportSource, layer_types: Sequence[LayerType]) -> list[str]:
+    """Returns what of the adapter two factors per layer cannot hold, with what to do instead.
+
+    layer_types: those that the format has a place for.
+    """
     adapter = source.adapter
+    layers = adapter.low_rank.values()
     problems = []
-    if any(layer.lora_magnitude_vector is not None for layer in adapter.low_rank.values()):
+    if any(layer.lora_magnitude_vector is not None for layer in layers):
         problems.append(f"use_dora: a magnitude per output is not low-rank; {MERGED}")
-    if any(layer.lora_bias is not None or layer.bias is not None for layer in adapter.low_rank.values()):
+    if any(layer.lora_bias is not None or layer.bias is not None for layer in layers):
         problems.append(f"trained biases have no place there; {MERGED}")
     if adapter.extras:
         problems.append(f"trained biases and token rows have no place there ({', '.join(adapter.extras)}); {MERGED}")
     if adapter.saved:
         problems.append(f"modules_to_save: {', '.join(adapter.saved)} were trained whole; {MERGED}")
-    unfit = {path: layer.layer_type for path, layer in adapter.low_rank.items() if layer.layer_type not in layer_types}
-    problems += [f"{path}: a {layer_type.name} has no place there; {MERGED}" for path, layer_type in unfit.items()]
-    return problems
+    return problems + [
+        f"{path}: a {layer.layer_type.name} has no place there; {MERGED}"
+        for path, layer in adapter.low_rank.items()
+        if layer.layer_type not in layer_types
+    ]
 
 
 @torch.no_grad()
-def factors(source: Source) -> dict[str, Factors]:
-    """Path of a module -> factors, for kinds whose A and B are matrices. Parts of a fused layer are one product."""
-    found: dict[str, Factors] = {}
+def fold_scale(source: ExportSource) -> dict[str, MatrixFactors]:
+    """Returns path of a module -> its factors, with the scale folded into B.
+
+    For layer types whose A and B are matrices. The parts of a fused layer become one product of the sum of their ranks.
+    """
+    result: dict[str, MatrixFactors] = {}
     for path, layer in source.adapter.low_rank.items():
-        host, own = host_path(source.base_model, path), _factors(layer)
-        before = found.get(host)
-        found[host] = own if before is None else Factors(torch.cat([before.A, own.A]), torch.cat([before.B, own.B], 1))
-    return found
+        A, B = layer.update_factors()
+        B = B if layer.rows is None else layer.rows.spread(B.mT).mT
+        A, B = A.detach().float().cpu(), B.detach().float().cpu().contiguous()
+        module_path = host_path(source.base_model, path)
+        if module_path in result:
+            A, B = torch.cat([result[module_path].A, A]), torch.cat([result[module_path].B, B], 1)
+        result[module_path] = MatrixFactors(A, B)
+    return result
 
 
-def _factors(layer: LoRALayer) -> Factors:
-    A, B = layer.update_factors()
-    whole = B if layer.rows is None else layer.rows.spread(B.mT).mT
-    return Factors(A.detach().float().cpu(), whole.detach().float().cpu().contiguous())
-
-
-def hosts(source: Source) -> dict[str, LayerType]:
-    """Path of a module -> kind of what is adapted in it."""
+def exported_layer_types(source: ExportSource) -> dict[str, LayerType]:
+    """Returns path of a module -> the type of the layer that is adapted in it."""
     low_rank = source.adapter.low_rank.items()
     return {host_path(source.base_model, path): layer.layer_type for path, layer in low_rank}
 
 
-def padded(factors: Factors, r: int) -> Factors:
-    """The same product at a higher rank: zeros."""
-    more = r - factors.r
-    if more == 0:
+def pad_rank(factors: MatrixFactors, r: int) -> MatrixFactors:
+    """Returns the same product at a higher rank, filled up with zeros."""
+    missing = r - factors.r
+    if missing == 0:
         return factors
-    return Factors(nn.functional.pad(factors.A, (0, 0, 0, more)), nn.functional.pad(factors.B, (0, more)))
+    return MatrixFactors(nn.functional.pad(factors.A, (0, 0, 0, missing)), nn.functional.pad(factors.B, (0, missing)))
 
 
-def stored(
-    source: Path, found: Mapping[str, tuple[Tensor, Tensor]], scales: Mapping[str, float], **settings: Any
+def fold_changes(source: ExportSource) -> list[str]:
+    """Returns what `fold_scale` changes, in words."""
+    config, layers = source.adapter.config, source.adapter.low_rank.values()
+    folded = {
+        "rsLoRA's scale alpha/sqrt(r)": config.use_rslora,
+        "alpha_pattern": bool(config.alpha_pattern),
+        "rank_pattern": bool(config.rank_pattern),
+        "learned scales": any(layer.learns_scaling for layer in layers),
+        "the strength dial": any(float(layer.strength) != 1 for layer in layers),
+    }
+    names = ", ".join(name for name, is_used in folded.items() if is_used)
+    changes = ["the scale is multiplied into B" + (f" ({names})" if names else "")]
+    if starts := sum(layer.has_start for layer in layers):
+        changes.append(f"{starts} layers' frozen starts are part of their factors, at twice the rank")
+    if parts := sum(layer.rows is not None for layer in layers):
+        changes.append(
+            f"{parts} parts of fused layers are written as factors of the whole layer, at the sum of their ranks"
+        )
+    return changes
+
+
+# ---- Back: factors of another format as a PEFT folder would hold them
+
+
+def as_stored_adapter(
+    source: Path, factors: Mapping[str, tuple[Tensor, Tensor]], scales: Mapping[str, float], **settings: Any
 ) -> StoredAdapter:
-    """A, B and scale of every path as what a PEFT folder would hold."""
-    ranks = {path: A.shape[0] for path, (A, _) in found.items()}
+    """Returns the StoredAdapter for A, B and scale of every path. `settings` are added to those of PEFT's file."""
+    ranks = {path: A.shape[0] for path, (A, _) in factors.items()}
     alphas = {path: scales[path] * r for path, r in ranks.items()}
-    r, alpha = _most(ranks.values(), 1), _most(alphas.values(), 1.0)
-    plain = {
+    r, alpha = _most_common(ranks.values(), 1), _most_common(alphas.values(), 1.0)
+    peft_settings = {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": alpha,
-        "target_modules": list(found),
-        "rank_pattern": {re.escape(path): each for path, each in ranks.items() if each != r},
-        "alpha_pattern": {re.escape(path): each for path, each in alphas.items() if each != alpha},
+        "target_modules": list(factors),
+        "rank_pattern": {re.escape(path): own for path, own in ranks.items() if own != r},
+        "alpha_pattern": {re.escape(path): own for path, own in alphas.items() if own != alpha},
     }
     tensors = {
         f"{path}{SUFFIXES[slot]}": tensor
-        for path, pair in found.items()
+        for path, pair in factors.items()
         for slot, tensor in zip("AB", pair, strict=True)
     }
-    return StoredAdapter(source, {**plain, **settings}, tensors, Notes())
+    return StoredAdapter(source, {**peft_settings, **settings}, tensors, AdapterMetadata())
 
 
-def _most(values: Any, default: Any) -> Any:
+def _most_common(values: Any, default: Any) -> Any:
     common = Counter(values).most_common(1)
     return common[0][0] if common else default
 
 
-def refuse(source: str, problems: Sequence[str]) -> None:
+def raise_problems(source: str, problems: Sequence[str]) -> None:
     """Raises FormatError with all problems, if there are any."""
     if problems:
         raise FormatError(f"{source}: {listing(list(problems))}")
-
-
-def scale_notes(source: Source) -> list[str]:
-    """What folding the scale into B changed, in words."""
-    config = source.adapter.config
-    asked = {
-        "rsLoRA's scale alpha/sqrt(r)": config.use_rslora,
-        "alpha_pattern": bool(config.alpha_pattern),
-        "rank_pattern": bool(config.rank_pattern),
-        "learned scales": any(layer.learns_scaling for layer in source.adapter.low_rank.values()),
-        "the strength dial": any(float(layer.strength) != 1 for layer in source.adapter.low_rank.values()),
-    }
-    said = [name for name, there in asked.items() if there]
-    notes = ["the scale is multiplied into B" + (f" ({', '.join(said)})" if said else "")]
-    layers = source.adapter.low_rank.values()
-    if started := sum(layer.has_start for layer in layers):
-        notes.append(f"{started} layers' frozen starts are part of their factors, at twice the rank")
-    if parts := sum(layer.rows is not None for layer in layers):
-        notes.append(
-            f"{parts} parts of fused layers are written as factors of the whole layer, at the sum of their ranks"
-        )
-    return notes

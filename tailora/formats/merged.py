@@ -1,7 +1,7 @@
 """A merged model as a Hugging Face folder: config, generation config, safetensors, tokenizer, chat template.
 
-The base stays as it is. Merged weights go to a file as they are computed, and transformers reads them from there, so
-that a second copy of the model is never in memory.
+The base stays as it is. Merged weights are written to a temporary file as they are computed, and transformers reads
+them from there, so a second copy of the model is never in memory.
 """
 
 import json
@@ -12,45 +12,50 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tailora.core.dequantize import Change, Exchange, common_dtype, whole_plain
 from tailora.core.layer_types import host_path
 from tailora.core.merge import MergeReport, folded, moved_in, settle_ties
 from tailora.core.quantization import is_quantized
 from tailora.errors import FormatError, MergeError
-from tailora.formats.low_rank_export import Source, refuse
+from tailora.formats.low_rank_export import ExportSource, raise_problems
 
-SHARD = "2GB"  # of a file
+SHARD = "2GB"  # largest safetensors file
 SPILL = ".merged"
-KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+KEY_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+# ---- Writing
 
 
-def problems(source: Source) -> list[str]:
+def problems(source: ExportSource) -> list[str]:
+    """Returns what of the adapter the format cannot hold."""
     base: Any = source.base_model
-    found = []
-    if not hasattr(base, "save_pretrained"):
-        found.append(f"a {type(base).__name__} is no transformers model; merge_and_unload() it and save its state dict")
-    return found
+    if hasattr(base, "save_pretrained"):
+        return []
+    return [f"a {type(base).__name__} is no transformers model; merge_and_unload() it and save its state dict"]
 
 
-def write(folder: Path, source: Source) -> list[str]:
-    """Fill `folder`; returns what differs from the base with the adapter beside it, in words. Raises FormatError."""
+def write(folder: Path, source: ExportSource) -> list[str]:
+    """Writes the model into `folder`. Returns what differs from the base with the adapter, in words.
+
+    Raises FormatError with all layers that cannot be merged.
+    """
     base: Any = source.base_model
     spill = folder / SPILL
-    changes, report = _merged(source, spill)
+    changes, report = _merged_weights(source, spill)
     untied = settle_ties(base, changes, untie_weights=True)
-    with _made(changes), _tie_setting(base, untied):
+    with _apply(changes), _untied_config(base, untied):
         base.save_pretrained(folder, max_shard_size=SHARD)
-    _write_theta(folder / "config.json")
+    _write_rope_theta(folder / "config.json")
     del changes
     spill.unlink(missing_ok=True)
-    kept = _named(common_dtype(base))
-    notes = [f"rounding to {kept} changes the update by at most {report.worst:.2g} of its size in a layer"]
-    if again := sorted(report.quantization_error.values()):
+    dtype = str(common_dtype(base)).removeprefix("torch.")
+    notes = [f"rounding to {dtype} changes the update by at most {report.worst:.2g} of its size in a layer"]
+    if errors := sorted(report.quantization_error.values()):
         notes.append(
-            f"the base is dequantised as a whole, to {kept}: what quantising had rounded off stays lost. Quantising "
-            f"the merged weights again would err by {again[0]:.2g} to {again[-1]:.2g} times the update"
+            f"the base is dequantised as a whole, to {dtype}: what quantising had rounded off stays lost. Quantising "
+            f"the merged weights again would err by {errors[0]:.2g} to {errors[-1]:.2g} times the update"
         )
     if source.tokenizer is None:
         notes.append("no tokenizer was given, so none is in the folder")
@@ -59,96 +64,97 @@ def write(folder: Path, source: Source) -> list[str]:
     return notes + (["tied weights are untied: tie_word_embeddings is false"] if untied else [])
 
 
-def _merged(source: Source, spill: Path) -> tuple[list[Change], MergeReport]:
-    """What takes the place of the base's tensors, on the disk, and what it loses."""
-    base, low_rank = source.base_model, {**source.adapter.low_rank, **source.adapter.extras}
-    others, total, problems = common_dtype(base), MergeReport({}), []
-    found: list[Change] = []
-    hosts = {path: host_path(base, path) for path in low_rank}
-    for host in dict.fromkeys(hosts.values()):
-        parts = [layer for path, layer in low_rank.items() if hosts[path] == host]
+def _merged_weights(source: ExportSource, spill: Path) -> tuple[list[Change], MergeReport]:
+    """Returns the changes that make the base the merged model, with their weights in `spill`, and what is lost."""
+    base, parts = source.base_model, {**source.adapter.low_rank, **source.adapter.extras}
+    dtype, total, problems = common_dtype(base), MergeReport({}), []
+    result: list[Change] = []
+    parts_of_module: dict[str, list[nn.Module]] = {}
+    for path, part in parts.items():
+        parts_of_module.setdefault(host_path(base, path), []).append(part)
+    for path, module_parts in parts_of_module.items():
         try:
-            changes, report = folded({host: (base.get_submodule(host), parts)}, others)
+            changes, report = folded({path: (base.get_submodule(path), module_parts)}, dtype)
         except MergeError as error:
             problems.append(str(error))
             continue
-        found += _all_spilled(changes, spill)
+        result += _on_disk(changes, spill)
         total.rounding_error.update(report.rounding_error)
         total.quantization_error.update(report.quantization_error)
-    refuse("merging", problems)
-    layers = [base.get_submodule(host) for host in dict.fromkeys(hosts.values())]
-    if any(is_quantized(layer) for layer in layers):
-        found += _all_spilled(whole_plain(base, layers, others), spill)
-    made: dict[int, nn.Parameter] = {}
+    raise_problems("merging", problems)
+    modules = [base.get_submodule(path) for path in parts_of_module]
+    if any(is_quantized(module) for module in modules):
+        result += _on_disk(whole_plain(base, modules, dtype), spill)
+    parameters: dict[int, nn.Parameter] = {}
     for path, trained in source.adapter.saved.items():
-        found += moved_in(base.get_submodule(path), trained, made)
-    return found, total
+        result += moved_in(base.get_submodule(path), trained, parameters)
+    return result, total
 
 
-def _all_spilled(changes: Iterable[Change], spill: Path) -> Iterator[Change]:
-    for each in changes:
-        yield Exchange(each.module, each.name, _spilled(each.tensor, spill)) if isinstance(each, Exchange) else each
+def _on_disk(changes: Iterable[Change], file: Path) -> Iterator[Change]:
+    """The same changes, with their new tensors at the end of `file`, in pages that the system can drop from memory."""
+    for change in changes:
+        if not isinstance(change, Exchange):
+            yield change
+            continue
+        tensor = change.tensor
+        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        start = file.stat().st_size if file.exists() else 0
+        with file.open("ab") as out:
+            out.write(raw.numpy().data)
+        mapped = torch.from_numpy(np.memmap(file, np.uint8, "c", start, raw.shape))
+        parameter = nn.Parameter(mapped.view(tensor.dtype).view(tensor.shape), requires_grad=False)
+        yield Exchange(change.module, change.name, parameter)
 
 
 @contextmanager
-def _made(changes: Iterable[Change]) -> Iterator[None]:
-    """Within the block the base is the merged one; afterwards it has its own objects again."""
-    made: list[Change] = []
+def _apply(changes: Iterable[Change]) -> Iterator[None]:
+    """In the block, the base is the merged model; afterwards it has its own tensors again."""
+    undo: list[Change] = []
     try:
-        made += (change.make() for change in changes)
+        undo += (change.make() for change in changes)
         yield
     finally:
-        for change in reversed(made):
+        for change in reversed(undo):
             change.make()
 
 
-def _spilled(tensor: Tensor, file: Path) -> Tensor:
-    """The same numbers at the end of `file`, in pages that the system drops from memory when it needs room."""
-    raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    start = file.stat().st_size if file.exists() else 0
-    with file.open("ab") as out:
-        out.write(raw.numpy().data)
-    mapped = torch.from_numpy(np.memmap(file, np.uint8, "c", start, raw.shape))
-    return nn.Parameter(mapped.view(tensor.dtype).view(tensor.shape), requires_grad=False)
-
-
 @contextmanager
-def _tie_setting(base: Any, untied: bool) -> Iterator[None]:
-    """What the saved config says of tied weights; the model's own is put back."""
-    own = getattr(base.config, "tie_word_embeddings", False)
+def _untied_config(base: Any, untied: bool) -> Iterator[None]:
+    """In the block, the config says that weights are not tied, if `untied`."""
+    before = getattr(base.config, "tie_word_embeddings", False)
     if untied:
         base.config.tie_word_embeddings = False
     try:
         yield
     finally:
         if untied:
-            base.config.tie_word_embeddings = own
+            base.config.tie_word_embeddings = before
 
 
-def _write_theta(file: Path) -> None:
-    """`rope_theta` where transformers 4 and mlx-lm look for it; they take 10,000 in silence where it is not."""
+def _write_rope_theta(file: Path) -> None:
+    """Writes `rope_theta` where transformers 4 and mlx-lm look for it; without it they silently take 10,000."""
     settings = json.loads(file.read_text(encoding="utf-8"))
     theta = (settings.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None and "rope_theta" not in settings:
         file.write_text(json.dumps({**settings, "rope_theta": theta}, indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: Path, source: Source) -> nn.Module:
-    """The folder as transformers loads it. Raises FormatError where weights or the chat template are missing."""
+# ---- Reading
+
+
+def load(folder: Path, source: ExportSource) -> nn.Module:
+    """Loads the folder with transformers. Raises FormatError if weights or the chat template are missing."""
     from transformers import AutoTokenizer
 
     base: Any = source.base_model
     settings = {"dtype": base.dtype, "attn_implementation": base.config._attn_implementation}
     model, report = type(base).from_pretrained(folder, output_loading_info=True, use_safetensors=True, **settings)
-    wrong = [f"{kind}: {', '.join(sorted(report[kind])[:3])}" for kind in KEYS if report[kind]]
+    problems = [f"{name}: {', '.join(sorted(report[name])[:3])}" for name in KEY_PROBLEMS if report[name]]
     if source.tokenizer is not None:
         template = AutoTokenizer.from_pretrained(folder).chat_template
-        wrong += ["the chat template did not survive"] if template != source.tokenizer.chat_template else []
-    if wrong:
-        raise FormatError(f"the merged model does not load as it was saved: {'; '.join(wrong)}")
+        problems += ["the chat template did not survive"] if template != source.tokenizer.chat_template else []
+    if problems:
+        raise FormatError(f"the merged model does not load as it was saved: {'; '.join(problems)}")
     loaded: nn.Module = model.to(base.device)
     return loaded
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,53 +1,65 @@
-"""What an adapter's file says beyond PEFT's fields, in its safetensors metadata; other readers pass over it."""
+"""What tailora stores beside PEFT's fields: JSON under one key of the safetensors metadata. Other readers ignore it."""
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from tailora.core.config import LoRAConfig
 from tailora.errors import ConfigError, FormatError
 
-KEY = "tailora"
-# of LoRAConfig for what a stranger wrote; the last two are the compiler's, for parentheses and counts without end
-REFUSALS = (ConfigError, TypeError, RecursionError, OverflowError)
+METADATA_KEY = "tailora"
+# What LoRAConfig raises for values from a file. The last two come from the compiler of regular expressions.
+CONFIG_ERRORS = (ConfigError, TypeError, RecursionError, OverflowError)
 
 
-class LayerPrint(BaseModel):
-    """A layer of the base: shape, and evenly spaced weights.
+class LayerFingerprint(BaseModel):
+    """Shape and evenly spaced values of one weight of the base.
 
-    spread: how far each may be from the weight that was quantised; [] for a base that was not.
+    spread: how far each value may be from the one before quantisation; [] for a weight that is not quantised.
+    storage: how the weight is stored, such as "nf4"; "base" in the file.
     """
+
+    model_config = ConfigDict(populate_by_name=True)
 
     shape: list[int]
     weights: list[float]
     spread: list[FiniteFloat] = []
-    base: str = "plain"
+    storage: str = Field(default="plain", alias="base")
 
 
-class Notes(BaseModel):
-    """Empty for a file that another tool wrote."""
+class AdapterMetadata(BaseModel):
+    """Empty for a file that another tool wrote.
+
+    config: the settings of LoRAConfig.
+    scaling: learned scales by path; the file's B has them folded in.
+    start: whether the second half of the ranks is the frozen start, with B negated.
+    base: fingerprint of the base model by path.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     version: int = 1
-    config: dict[str, Any] | None = None  # of LoRAConfig
-    scaling: dict[str, FiniteFloat] = {}  # learned scales, by path; the file's B has them folded in
-    start: bool = False  # the second half of the file's ranks is the frozen start, with B negated
-    base: dict[str, LayerPrint] = {}  # fingerprint
+    config: dict[str, Any] | None = None
+    scaling: dict[str, FiniteFloat] = {}
+    start: bool = False
+    base: dict[str, LayerFingerprint] = {}
 
-    def lora(self, source: object) -> LoRAConfig | None:
-        """The config that the adapter was trained with. Raises FormatError."""
+    def to_json(self) -> str:
+        return self.model_dump_json(by_alias=True)
+
+    def lora_config(self, source: object) -> LoRAConfig | None:
+        """Returns the config that the adapter was trained with; None if it is not stored. Raises FormatError."""
         try:
             return None if self.config is None else LoRAConfig(**self.config)
-        except REFUSALS as error:
+        except CONFIG_ERRORS as error:
             raise FormatError(f"{source}: its tailora metadata: {error}") from None
 
 
-def parse(text: str | None, source: object) -> Notes:
-    """Raises FormatError for metadata that is not ours."""
+def parse_metadata(text: str | None, source: object) -> AdapterMetadata:
+    """Reads the JSON of METADATA_KEY; None gives empty metadata. Raises FormatError if it is damaged."""
     try:
-        return Notes() if text is None else Notes.model_validate_json(text)
+        return AdapterMetadata() if text is None else AdapterMetadata.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise FormatError(f"{source}: its tailora metadata is damaged: {where}: {first['msg']}") from None
+        field = ".".join(str(part) for part in first["loc"])
+        raise FormatError(f"{source}: its tailora metadata is damaged: {field}: {first['msg']}") from None

@@ -15,119 +15,115 @@ from torch import Tensor
 
 from tailora.core.layer_types import EMBEDDING, LINEAR
 from tailora.errors import FormatError
-from tailora.formats.io import read as read_tensors
-from tailora.formats.io import to_bytes
-from tailora.formats.low_rank_export import MERGED, Source, factors, hosts, limits, padded, refuse, scale_notes, stored
-from tailora.formats.peft import StoredAdapter
-from tailora.formats.peft_config import read_settings
+from tailora.formats.io import read_safetensors, safetensors_bytes
+from tailora.formats.low_rank_export import (
+    MERGED,
+    ExportSource,
+    as_stored_adapter,
+    exported_layer_types,
+    fold_changes,
+    fold_scale,
+    low_rank_problems,
+    pad_rank,
+    raise_problems,
+)
+from tailora.formats.peft import OTHER_SUFFIXES, StoredAdapter
+from tailora.formats.peft_config import read_adapter_config
 
-WEIGHTS, SETTINGS = "adapters.safetensors", "adapter_config.json"
-# transformers' model_type whose layers have the same paths in mlx-lm
-SAME_PATHS = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "granite",
-    "smollm3",
-    "olmo2",
-    "starcoder2",
-    "stablelm",
-    "cohere",
+WEIGHTS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
+SAME_PATHS = (  # transformers' model_type whose layers have the same paths in mlx-lm
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "olmo2"),
+    *("starcoder2", "stablelm", "cohere"),
 )
 BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
 
+# ---- Writing
 
-def problems(source: Source) -> list[str]:
-    found = limits(source, (LINEAR, EMBEDDING))
+
+def problems(source: ExportSource) -> list[str]:
+    """Returns what of the adapter the format cannot hold."""
+    result = low_rank_problems(source, (LINEAR, EMBEDDING))
     config: Any = getattr(source.base_model, "config", None)
-    kind = getattr(config, "model_type", None)
-    if kind not in SAME_PATHS:
-        found.append(f"model_type {kind!r}: its layers' names in mlx-lm are not known; known: {', '.join(SAME_PATHS)}")
-    tied = [path for path, kind in hosts(source).items() if kind is EMBEDDING or path == "lm_head"]
+    model_type = getattr(config, "model_type", None)
+    if model_type not in SAME_PATHS:
+        known = ", ".join(SAME_PATHS)
+        result.append(f"model_type {model_type!r}: its layers' names in mlx-lm are not known; known: {known}")
+    layer_types = exported_layer_types(source).items()
+    tied = [path for path, layer_type in layer_types if layer_type is EMBEDDING or path == "lm_head"]
     if tied and getattr(config, "tie_word_embeddings", False):
-        found.append(f"{', '.join(tied)}: tied, and mlx-lm would adapt input and output at once; {MERGED}")
-    return found
+        result.append(f"{', '.join(tied)}: tied, and mlx-lm would adapt input and output at once; {MERGED}")
+    return result
 
 
-def write(folder: Path, source: Source) -> list[str]:
-    """Fill `folder`; returns what differs from the adapter as trained, in words."""
-    plain = factors(source)
-    r = max(each.r for each in plain.values())
+def write(folder: Path, source: ExportSource) -> list[str]:
+    """Writes the files into `folder`. Returns what differs from the adapter as trained, in words."""
+    factors = fold_scale(source)
+    r = max(pair.r for pair in factors.values())
     tensors: dict[str, Tensor] = {}
-    for path, each in plain.items():
-        wide = padded(each, r)
-        tensors |= {f"{path}.lora_a": wide.A.T, f"{path}.lora_b": wide.B.T}
+    for path, pair in factors.items():
+        padded = pad_rank(pair, r)
+        tensors |= {f"{path}.lora_a": padded.A.T, f"{path}.lora_b": padded.B.T}
+    keys = {match[1] if (match := BLOCK.fullmatch(path)) else path for path in factors}
     config: Any = source.base_model.config
     settings = {
         "fine_tune_type": "lora",
         "model": getattr(config, "_name_or_path", "") or None,
         "num_layers": config.num_hidden_layers,
-        "lora_parameters": {"rank": r, "scale": 1.0, "dropout": 0.0, "keys": sorted({_key(path) for path in plain})},
+        "lora_parameters": {"rank": r, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
     }
-    (folder / WEIGHTS).write_bytes(to_bytes(tensors, {"format": "mlx"}))
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    below = sum(each.r < r for each in plain.values())
-    padding = [f"{below} layers are filled up with zeros to rank {r}"] if below else []
-    return [*scale_notes(source), *padding, *_theta_notes(config)]
+    (folder / WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "mlx"}))
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    lower = sum(pair.r < r for pair in factors.values())
+    padding = [f"{lower} layers are filled up with zeros to rank {r}"] if lower else []
+    return [*fold_changes(source), *padding, *_rope_theta_note(config)]
 
 
-def _theta_notes(config: Any) -> list[str]:
-    """mlx-lm takes a rope_theta of 10,000 in silence where config.json says it within rope_parameters alone."""
+def _rope_theta_note(config: Any) -> list[str]:
+    """mlx-lm silently takes a rope_theta of 10,000 if config.json has it in rope_parameters alone."""
     file = Path(getattr(config, "_name_or_path", "")) / "config.json"
-    settings = read_settings(file) if file.is_file() else {}
+    settings = read_adapter_config(file) if file.is_file() else {}
     theta = (settings.get("rope_parameters") or {}).get("rope_theta")
     if theta is None or "rope_theta" in settings:
         return []
     return [f'mlx-lm needs "rope_theta": {theta} at the top of {file}, or it computes something else']
 
 
-def _key(path: str) -> str:
-    within = BLOCK.fullmatch(path)
-    return within[1] if within else path
+# ---- Reading
 
 
 def read(folder: Path) -> StoredAdapter:
-    """What mlx-lm trained, as a PEFT folder would hold it. Raises FormatError."""
-    settings = read_settings(folder / SETTINGS)
-    tensors, _ = read_tensors(folder / WEIGHTS)
-    kind = settings.get("fine_tune_type", "lora")
-    if kind not in ("lora", "dora"):
-        raise FormatError(f"{folder}: fine_tune_type = {kind!r} holds whole weights; fuse it with mlx-lm")
-    pairs: dict[str, dict[str, Tensor]] = {}
+    """Reads what mlx-lm trained, as a PEFT folder would hold it. Raises FormatError."""
+    settings = read_adapter_config(folder / ADAPTER_CONFIG)
+    tensors, _ = read_safetensors(folder / WEIGHTS)
+    fine_tune_type = settings.get("fine_tune_type", "lora")
+    if fine_tune_type not in ("lora", "dora"):
+        raise FormatError(f"{folder}: fine_tune_type = {fine_tune_type!r} holds whole weights; fuse it with mlx-lm")
+    layers: dict[str, dict[str, Tensor]] = {}  # path -> name -> tensor
     for key, tensor in tensors.items():
-        path, _, leaf = key.rpartition(".")
-        pairs.setdefault(path, {})[leaf] = tensor
-    refuse(str(folder), _strange(pairs, kind))
-    scale = _scale(folder, settings)
-    found = {path: (pair["lora_a"].T, pair["lora_b"].T) for path, pair in pairs.items()}
-    adapter = stored(folder, found, dict.fromkeys(found, scale), use_dora=kind == "dora", **_base(settings))
-    adapter.tensors.update({f"{path}.lora_magnitude_vector": pair["m"] for path, pair in pairs.items() if "m" in pair})
-    return adapter
-
-
-def _strange(pairs: dict[str, dict[str, Tensor]], kind: str) -> list[str]:
-    leaves = {"lora_a", "lora_b", *(["m"] if kind == "dora" else [])}
-    said = []
-    for path, pair in pairs.items():
-        if set(pair) != leaves:
-            said.append(f"{path} has {', '.join(sorted(pair))}; a {kind} layer has {', '.join(sorted(leaves))}")
-        elif pair["lora_a"].ndim != 2 or pair["lora_b"].ndim != 2:
-            said.append(f"{path}: factors of shape {tuple(pair['lora_a'].shape)}, one per expert, are not read")
-    return said
-
-
-def _scale(folder: Path, settings: dict[str, Any]) -> float:
+        path, _, name = key.rpartition(".")
+        layers.setdefault(path, {})[name] = tensor
+    raise_problems(str(folder), _tensor_problems(layers, fine_tune_type))
     parameters = settings.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not scale > 0:
-        raise FormatError(f"{folder / SETTINGS}: lora_parameters.scale is {scale!r}; it must be a number above 0")
-    return float(scale)
+        raise FormatError(f"{folder / ADAPTER_CONFIG}: lora_parameters.scale is {scale!r}; it must be a number above 0")
+    factors = {path: (layer["lora_a"].T, layer["lora_b"].T) for path, layer in layers.items()}
+    base = {"base_model_name_or_path": settings["model"]} if isinstance(settings.get("model"), str) else {}
+    scales = dict.fromkeys(factors, float(scale))
+    adapter = as_stored_adapter(folder, factors, scales, use_dora=fine_tune_type == "dora", **base)
+    suffix = OTHER_SUFFIXES["magnitude"]
+    adapter.tensors.update({f"{path}{suffix}": layer["m"] for path, layer in layers.items() if "m" in layer})
+    return adapter
 
 
-def _base(settings: dict[str, Any]) -> dict[str, Any]:
-    return {"base_model_name_or_path": settings["model"]} if isinstance(settings.get("model"), str) else {}
+def _tensor_problems(layers: dict[str, dict[str, Tensor]], fine_tune_type: str) -> list[str]:
+    names = {"lora_a", "lora_b", *(["m"] if fine_tune_type == "dora" else [])}
+    needed = ", ".join(sorted(names))
+    result = []
+    for path, layer in layers.items():
+        if set(layer) != names:
+            result.append(f"{path} has {', '.join(sorted(layer))}; a {fine_tune_type} layer has {needed}")
+        elif layer["lora_a"].ndim != 2 or layer["lora_b"].ndim != 2:
+            shape = tuple(layer["lora_a"].shape)
+            result.append(f"{path}: factors of shape {shape}, one per expert, are not read")
+    return result

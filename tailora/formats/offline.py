@@ -1,7 +1,8 @@
-"""An adapter's updates by what its files say, without the base model.
+"""The updates of an adapter folder, without its base model.
 
-That is all there is to know of them where a layer is one matrix. What only the base can tell (how many experts share
-a factor, which rows of a fused layer are q) is left out, with the reason, or read as one matrix of the whole layer.
+The tensors and settings alone say what the update of a layer is if the layer is one matrix. What only the base can tell
+is left out with the reason (how many experts share a factor), or read as one matrix of the whole layer (the parts of a
+fused layer).
 """
 
 from collections.abc import Mapping
@@ -16,31 +17,26 @@ from tailora.core.low_rank import Factors
 from tailora.core.patterns import by_pattern
 from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats import gguf, mlx
-from tailora.formats.peft import (
-    EMBEDDING_SUFFIXES,
-    SLOT_OF,
-    SUFFIXES,
-    WEIGHTS,
-    StoredAdapter,
-    read_adapter,
-    split_groups,
-)
-from tailora.formats.peft_config import adds_twice, check_patterns, from_peft
+from tailora.formats.load import config_in_file
+from tailora.formats.peft import WEIGHTS, StoredAdapter, dense_to_groups, path_and_slot, read_peft_folder
+from tailora.formats.peft_config import adds_out_proj_twice
 
-STACK = "a stack of experts or another parameter, whose factors only the model can part: give --model"
-MIXED = "its A reads the channels of all groups, which is no matrix of the layer"
-WHOLE = "trained whole, without a low-rank update"
-
-Tensors = Mapping[str, Tensor]  # suffix -> tensor
+STACKED = "a stack of experts or another parameter, whose factors only the model can part: give --model"
+MIXED_GROUPS = "its A reads the channels of all groups, which is no matrix of the layer"
+TRAINED_WHOLE = "trained whole, without a low-rank update"
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One update as its file has it. r: as trained; with a frozen start the factors have twice as many columns."""
+class StoredUpdate:
+    """The update of one layer as its file has it.
 
-    kind: str
+    r: the rank as trained. With a frozen start the factors have twice as many columns.
+    factors: float32, with the scale in A.
+    """
+
+    layer_type: str
     r: int
-    factors: Factors  # float32, with the whole scale in A
+    factors: Factors
     scaling: float
     configured_scaling: float
     learned: bool
@@ -48,133 +44,103 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Alone:
-    """updates: by path.    left_out: what else is there, and why it is no update.    base: that the files name."""
+class OfflineAdapter:
+    """updates: by path.    left_out: other keys and paths, with the reason why each is no update.
+    base: the name of the base model in the files, if there is one.
+    """
 
     config: LoRAConfig
-    updates: dict[str, Stored]
+    updates: dict[str, StoredUpdate]
     left_out: dict[str, str]
     base: str | None
 
 
-def read_alone(path: Path) -> Alone:
-    """A PEFT folder or one of mlx-lm.
+def read_offline(path: Path) -> OfflineAdapter:
+    """Reads a PEFT folder or one of mlx-lm.
 
-    Raises FormatError, and ConfigError for files that name their layers in the base model's terms.
+    Raises FormatError with all that is damaged, and ConfigError for files that name layers in the base model's terms.
     """
     if path.is_file() or (path / gguf.WEIGHTS).is_file():
         raise ConfigError(f"{path} names its layers in the base model's terms: give --model")
     is_mlx = (path / mlx.WEIGHTS).is_file() and not (path / WEIGHTS).is_file()
-    return alone(mlx.read(path) if is_mlx else read_adapter(path))
-
-
-def alone(stored: StoredAdapter) -> Alone:
-    """What the tensors are, one by one. Raises FormatError with all that is damaged."""
-    config = _config(stored)
-    layers: dict[str, dict[str, Tensor]] = {}  # path -> suffix -> tensor
+    stored = mlx.read(path) if is_mlx else read_peft_folder(path)
+    config = config_in_file(stored, [])
+    layers: dict[str, dict[str, Tensor]] = {}  # path -> slot -> tensor
     left_out: dict[str, str] = {}
     for key, tensor in stored.tensors.items():
-        suffix = next((suffix for suffix in SLOT_OF if f".{key}".endswith(suffix)), None)
-        if suffix is None:
-            left_out[key] = WHOLE
+        layer_path, slot = path_and_slot(key)
+        if slot is None:
+            left_out[key] = TRAINED_WHOLE
         else:
-            layers.setdefault(f".{key}".removesuffix(suffix).removeprefix("."), {})[suffix] = tensor
+            layers.setdefault(layer_path, {})[slot] = tensor
     updates, problems = {}, []
-    for path, found in layers.items():
-        pair = _pair(found)
-        if pair is None and (lone := [SLOT_OF[suffix] for suffix in found if SLOT_OF[suffix] in "AB"]):
-            problems.append(f"{path}: there is a lora_{lone[0]} without the other factor")
-        elif pair is None:
-            left_out[path] = WHOLE
-        elif reason := _no_matrix(path, *pair, config):
-            left_out[path] = reason
-        elif damage := _damage(path, *pair, config, stored):
-            problems.append(f"{path}: {damage}")
+    for layer_path, slots in layers.items():
+        if "A" not in slots and "B" not in slots:
+            left_out[layer_path] = TRAINED_WHOLE
+        elif not {"A", "B"} <= slots.keys():
+            factor = "A" if "A" in slots else "B"
+            problems.append(f"{layer_path}: there is a lora_{factor} without the other factor")
+        elif reason := _why_no_matrix(layer_path, slots["A"], slots["B"], config):
+            left_out[layer_path] = reason
+        elif damage := _damage(layer_path, slots["A"], slots["B"], config, stored):
+            problems.append(f"{layer_path}: {damage}")
         else:
-            updates[path] = _update(path, found, *pair, config, stored)
+            updates[layer_path] = _update(layer_path, slots, config, stored)
     if problems:
         raise FormatError(f"{stored.folder}: {listing(problems)}")
     base = (stored.settings or {}).get("base_model_name_or_path")
-    return Alone(config, updates, left_out, base if isinstance(base, str) and base else None)
+    return OfflineAdapter(config, updates, left_out, base if isinstance(base, str) and base else None)
 
 
-def _config(stored: StoredAdapter) -> LoRAConfig:
-    own = stored.notes.lora(stored.folder)
-    told = stored.settings is None and own is not None
-    config = own if told and own is not None else from_peft(stored.settings or {}, [], stored.folder)
-    check_patterns(config, stored.folder)
-    return config
-
-
-def _no_matrix(path: str, A: Tensor, B: Tensor, config: LoRAConfig) -> str | None:
-    if config.target_parameters and path.endswith(_holders(config.target_parameters)):
-        return STACK
+def _why_no_matrix(path: str, A: Tensor, B: Tensor, config: LoRAConfig) -> str | None:
+    modules = [name.rpartition(".")[0] or name for name in config.target_parameters or []]
+    if path.endswith(tuple(ending for name in modules for ending in (name, f"{name}.base_layer"))):
+        return STACKED
     divides = A.ndim > 2 and B.ndim > 1 and B.shape[1] and A.shape[0] % B.shape[1] == 0
-    return MIXED if divides and split_groups(A, _groups(A, B)) is None else None
-
-
-def _holders(parameters: list[str]) -> tuple[str, ...]:
-    """Names of the modules that hold these parameters, each as the end of a path in PEFT's file."""
-    names = {name.rpartition(".")[0] or name for name in parameters}
-    return tuple(end for name in sorted(names) for end in (name, f"{name}.base_layer"))
+    return MIXED_GROUPS if divides and dense_to_groups(A, _groups(A, B)) is None else None
 
 
 def _damage(path: str, A: Tensor, B: Tensor, config: LoRAConfig, stored: StoredAdapter) -> str | None:
     if not (A.isfinite().all() and B.isfinite().all()):
         return "its factors are not finite"
-    r, told = A.shape[0], _told_rank(path, config, stored)
+    r, _ = _rank_and_scaling(path, config)
+    if stored.metadata.start and stored.settings is None:  # PEFT's settings have the doubled rank already
+        r *= 2
     per_group = B.shape[1] if B.ndim > 1 else 0
-    fits = A.ndim == B.ndim and r == told and per_group and r % per_group == 0 and (A.ndim > 2 or per_group == r)
-    if not fits:
-        return f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, for a rank of {told} in the settings"
-    return None
+    if A.ndim == B.ndim and A.shape[0] == r and per_group and r % per_group == 0 and (A.ndim > 2 or per_group == r):
+        return None
+    return f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, for a rank of {r} in the settings"
 
 
-def _update(path: str, found: Tensors, A: Tensor, B: Tensor, config: LoRAConfig, stored: StoredAdapter) -> Stored:
-    groups, times = _groups(A, B), 2 if stored.notes.start else 1
-    configured = _scaling(path, config)
-    blocks = split_groups(A.float(), groups)
-    assert blocks is not None  # _no_matrix has looked
-    twice = path.endswith(".base_layer.out_proj") and adds_twice(stored.settings or {})
-    factors = Factors(
-        B.float().reshape(groups, B.shape[0] // groups, B.shape[1]),
-        blocks.reshape(groups, A.shape[0] // groups, -1) * (configured * (2 if twice else 1)),
-    )
-    return Stored(
-        kind="Embedding" if ".lora_embedding_A" in found else "Linear" if A.ndim == 2 else "Conv",
-        r=A.shape[0] // times,
-        factors=factors,
-        scaling=stored.notes.scaling.get(path, configured),
+def _update(path: str, slots: Mapping[str, Tensor], config: LoRAConfig, stored: StoredAdapter) -> StoredUpdate:
+    A, B = slots["A"], slots["B"]
+    groups = _groups(A, B)
+    _, configured = _rank_and_scaling(path, config)
+    grouped_A = dense_to_groups(A.float(), groups)
+    assert grouped_A is not None  # `_why_no_matrix` has checked it
+    twice = path.endswith(".base_layer.out_proj") and adds_out_proj_twice(stored.settings or {})
+    is_embedding = f"{path}.lora_embedding_A".removeprefix(".") in stored.tensors
+    return StoredUpdate(
+        layer_type="Embedding" if is_embedding else "Linear" if A.ndim == 2 else "Conv",
+        r=A.shape[0] // (2 if stored.metadata.start else 1),
+        factors=Factors(
+            B.float().reshape(groups, B.shape[0] // groups, B.shape[1]),
+            grouped_A.reshape(groups, A.shape[0] // groups, -1) * (configured * (2 if twice else 1)),
+        ),
+        scaling=stored.metadata.scaling.get(path, configured),
         configured_scaling=configured,
-        learned=path in stored.notes.scaling,
-        dora=".lora_magnitude_vector" in found,
+        learned=path in stored.metadata.scaling,
+        dora="magnitude" in slots,
     )
-
-
-def _pair(found: Tensors) -> tuple[Tensor, Tensor] | None:
-    """A and B; None where one is missing."""
-    for table in (SUFFIXES, EMBEDDING_SUFFIXES):
-        if table["A"] in found and table["B"] in found:
-            return found[table["A"]], found[table["B"]]
-    return None
 
 
 def _groups(A: Tensor, B: Tensor) -> int:
     return max(1, A.shape[0] // B.shape[1])
 
 
-def _told_rank(path: str, config: LoRAConfig, stored: StoredAdapter) -> int:
-    """Of the factors in the file: PEFT's settings say the doubled rank, the weights' own the rank as trained."""
-    told = by_pattern(_key(path), config.rank_pattern, config.r)
-    return 2 * told if stored.notes.start and stored.settings is None else told
-
-
-def _scaling(path: str, config: LoRAConfig) -> float:
-    """The same whether the settings' rank and alpha are doubled or not (`peft_config.doubled`)."""
-    r = by_pattern(_key(path), config.rank_pattern, config.r)
-    return initial_scaling(r, by_pattern(_key(path), config.alpha_pattern, config.lora_alpha), config.use_rslora)
-
-
-def _key(path: str) -> str:
-    """The path that PEFT's patterns match."""
-    return path.partition(".base_layer")[0]
+def _rank_and_scaling(path: str, config: LoRAConfig) -> tuple[int, float]:
+    """Rank and scale in the settings. The scale is the same whether rank and alpha are doubled for a start or not."""
+    pattern_path = path.partition(".base_layer")[0]
+    r = by_pattern(pattern_path, config.rank_pattern, config.r)
+    alpha = by_pattern(pattern_path, config.alpha_pattern, config.lora_alpha)
+    return r, initial_scaling(r, alpha, config.use_rslora)

@@ -1,4 +1,4 @@
-"""adapter_config.json: PEFT's settings of an adapter, to and from ours."""
+"""adapter_config.json: PEFT's settings of an adapter, to and from a LoRAConfig."""
 
 import json
 import math
@@ -13,11 +13,11 @@ from torch import nn
 from tailora.core.config import LoRAConfig
 from tailora.core.patterns import by_pattern, exactly, matches, portable_targets
 from tailora.errors import FormatError, listing
-from tailora.formats.metadata import REFUSALS
-from tailora.formats.peft_paths import Stem
+from tailora.formats.metadata import CONFIG_ERRORS
+from tailora.formats.peft_paths import PeftLayer
 
-# Settings that change what the tensors mean and have no slot here yet: key -> values that change nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+# Settings that change what the tensors mean and are not supported here: key -> values that change nothing.
+UNSUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
     "megatron_config": (None,),
@@ -25,32 +25,39 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "velora_config": (None,),
 }
-SHARED = (
+SHARED_SETTINGS = (  # that have the same name and meaning in LoRAConfig
     *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"),
     *("use_rslora", "use_dora", "lora_bias", "trainable_token_indices"),
 )
-STARTS = {"gaussian": "gaussian"}  # what else PEFT names has done its work once the tensors exist
-BRACES, NUMBER = re.compile(r"\{[\d\s,]*\}"), re.compile(r"\d+")
-COUNTS = 1000
+INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 DOUBLES_OUT_PROJ = Version("0.21.2")
-MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+BRACES, NUMBER = re.compile(r"\{[\d\s,]*\}"), re.compile(r"\d+")
+MAX_REPETITIONS = 1000
+
+# ---- LoRAConfig -> adapter_config.json
 
 
-def to_peft(config: LoRAConfig, stems: Iterable[Stem], base_model: nn.Module) -> dict[str, Any]:
-    """The file's content. Targets are written as what they selected, so that a reader selects the same."""
-    modules = list(dict.fromkeys(stem.key for stem in stems if not stem.is_parameter))
-    parameters = list(dict.fromkeys(stem.key for stem in stems if stem.is_parameter))
+def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: nn.Module) -> dict[str, Any]:
+    """Returns the file's content. The targets are written as the layers they selected, so a reader selects the same."""
+    layers = list(layers)
+    modules = list(dict.fromkeys(layer.pattern_path for layer in layers if not layer.is_parameter))
+    parameters = list(dict.fromkeys(layer.pattern_path for layer in layers if layer.is_parameter))
+    module_paths = [path for path, _ in base_model.named_modules()]
+    class_name = type(base_model).__name__
     return {
         "peft_type": "LORA",
-        "task_type": _task_type(base_model),
+        "task_type": next((task for ending, task in TASK_TYPES.items() if class_name.endswith(ending)), None),
         "base_model_name_or_path": getattr(getattr(base_model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": config.r,
         "lora_alpha": config.lora_alpha if config.lora_alpha % 1 else int(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
-        "target_modules": portable_targets(modules, [path for path, _ in base_model.named_modules()])
-        if modules
-        else [],
+        "target_modules": portable_targets(modules, module_paths) if modules else [],
         "target_parameters": _parameter_names(parameters, base_model) if parameters else None,
         "exclude_modules": None,
         "layers_to_transform": None,
@@ -68,40 +75,33 @@ def to_peft(config: LoRAConfig, stems: Iterable[Stem], base_model: nn.Module) ->
     }
 
 
-def adds_twice(settings: Mapping[str, Any]) -> bool:
-    """Whether it was trained by a PEFT that adds the update of an attention's out_proj twice (0.21.2 does)."""
-    try:
-        return Version(str(settings.get("peft_version", "no version"))) <= DOUBLES_OUT_PROJ
-    except InvalidVersion:
-        return False
-
-
 def _parameter_names(paths: list[str], base_model: nn.Module) -> list[str]:
-    """The last two names of each, as PEFT's users write them, where they mean nothing else; whole paths otherwise."""
+    """Returns the last two names of each path, as PEFT's users write them, or whole paths if those are ambiguous."""
     ends = sorted({".".join(path.split(".")[-2:]) for path in paths})
-    meant = {path for path, _ in base_model.named_parameters(remove_duplicate=False) if matches(ends, path)}
-    return ends if meant == set(paths) else sorted(paths)
+    selected = {path for path, _ in base_model.named_parameters(remove_duplicate=False) if matches(ends, path)}
+    return ends if selected == set(paths) else sorted(paths)
 
 
-def with_patterns(config: LoRAConfig, stems: Iterable[Stem]) -> LoRAConfig:
-    """The settings that give each wrapper of PEFT its rank and scale, where the parts in it have their own."""
+def with_layer_patterns(config: LoRAConfig, layers: Iterable[PeftLayer]) -> LoRAConfig:
+    """Returns the config with patterns for every layer whose rank or scale the config alone does not give.
+
+    Such layers hold several parts of a fused layer, each with a rank and scale of its own.
+    """
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for stem in stems:
-        alpha = stem.scale * (math.sqrt(stem.r) if config.use_rslora else stem.r)
-        if stem.r != by_pattern(stem.key, config.rank_pattern, config.r):
-            ranks[exactly(stem.key)] = stem.r
-        if not math.isclose(alpha, by_pattern(stem.key, config.alpha_pattern, config.lora_alpha), rel_tol=1e-9):
-            alphas[exactly(stem.key)] = alpha
-    return (
-        config.replaced(rank_pattern=ranks | config.rank_pattern, alpha_pattern=alphas | config.alpha_pattern)
-        if ranks or alphas
-        else config
-    )
+    for layer in layers:
+        path, alpha = layer.pattern_path, layer.scale * (math.sqrt(layer.r) if config.use_rslora else layer.r)
+        if layer.r != by_pattern(path, config.rank_pattern, config.r):
+            ranks[exactly(path)] = layer.r
+        if not math.isclose(alpha, by_pattern(path, config.alpha_pattern, config.lora_alpha), rel_tol=1e-9):
+            alphas[exactly(path)] = alpha
+    if not ranks and not alphas:
+        return config
+    return config.replaced(rank_pattern=ranks | config.rank_pattern, alpha_pattern=alphas | config.alpha_pattern)
 
 
-def doubled(config: LoRAConfig) -> LoRAConfig:
-    """The settings that give the same scales to factors of twice the rank."""
+def with_double_rank(config: LoRAConfig) -> LoRAConfig:
+    """Returns the config that gives the same scales to factors of twice the rank."""
     factor = math.sqrt(2) if config.use_rslora else 2
     return config.replaced(
         r=2 * config.r,
@@ -111,50 +111,11 @@ def doubled(config: LoRAConfig) -> LoRAConfig:
     )
 
 
-def from_peft(settings: Mapping[str, Any], paths: list[str], source: Path) -> LoRAConfig:
-    """Our config for PEFT's settings; `paths` (those that have tensors) stand in where the file names no targets.
-
-    Raises FormatError with every setting that would make the adapter compute something else here.
-    """
-    problems = [
-        f"{key} = {settings[key]!r} is not supported; merge the adapter with the tool that wrote it"
-        for key, neutral in NEUTRAL.items()
-        if settings.get(key) not in neutral
-    ]
-    if settings.get("peft_type") != "LORA":
-        problems.append(f"peft_type = {settings.get('peft_type')!r}; this reads 'LORA'")
-    if str(settings.get("init_lora_weights")).lower().startswith(MOVED_BASES):
-        problems.append(
-            f"init_lora_weights = {settings['init_lora_weights']!r} changed the base's weights, which the folder does "
-            "not hold; convert it with PEFT (path_initial_model_for_weight_conversion)"
-        )
-    if problems:
-        raise FormatError(f"{source}: {listing(problems)}")
-    values = {key: settings[key] for key in SHARED if settings.get(key) is not None}
-    values["init_lora_weights"] = STARTS.get(str(settings.get("init_lora_weights")), "kaiming")
-    values["target_parameters"] = settings.get("target_parameters") or None
-    values["target_modules"] = settings.get("target_modules") or ([] if values["target_parameters"] else paths)
-    if not settings.get("layers_pattern"):  # with it PEFT counts other numbers; the tensors say which layers
-        values["layers_to_transform"] = settings.get("layers_to_transform")
-        values["exclude_modules"] = settings.get("exclude_modules") or None
-    try:
-        return LoRAConfig(**values)
-    except REFUSALS as error:
-        raise FormatError(f"{source}: {error}") from None
+# ---- adapter_config.json -> LoRAConfig
 
 
-def check_patterns(config: LoRAConfig, source: Path) -> None:
-    """Raises FormatError for counts such as {1000} that multiply up: a short pattern would need gigabytes."""
-    selectors = [each for each in (config.target_modules, config.exclude_modules) if isinstance(each, str)]
-    for pattern in (*selectors, *config.rank_pattern, *config.alpha_pattern):
-        counts = [max(map(int, NUMBER.findall(braces)), default=1) for braces in BRACES.findall(pattern)]
-        if math.prod(max(1, count) for count in counts) > COUNTS:
-            raise FormatError(
-                f"{source}: the counts in the regular expression {pattern!r} multiply to above {COUNTS}; list the names"
-            )
-
-
-def read_settings(path: Path) -> dict[str, Any]:
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of settings. Raises FormatError if the file is missing or something else."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -166,11 +127,55 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _task_type(base_model: nn.Module) -> str | None:
-    name = type(base_model).__name__
-    endings = {
-        "ForCausalLM": "CAUSAL_LM",
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    }
-    return next((task for ending, task in endings.items() if name.endswith(ending)), None)
+def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path) -> LoRAConfig:
+    """Returns the LoRAConfig for PEFT's settings.
+
+    paths: the modules that have tensors; they are the targets if the settings name none.
+    Raises FormatError with every setting that would make the adapter compute something else here.
+    """
+    init = str(settings.get("init_lora_weights"))
+    problems = [
+        f"{key} = {settings[key]!r} is not supported; merge the adapter with the tool that wrote it"
+        for key, neutral in UNSUPPORTED_SETTINGS.items()
+        if settings.get(key) not in neutral
+    ]
+    if settings.get("peft_type") != "LORA":
+        problems.append(f"peft_type = {settings.get('peft_type')!r}; this reads 'LORA'")
+    if init.lower().startswith(INITS_THAT_CHANGE_THE_BASE):
+        problems.append(
+            f"init_lora_weights = {settings['init_lora_weights']!r} changed the base's weights, which the folder does "
+            "not hold; convert it with PEFT (path_initial_model_for_weight_conversion)"
+        )
+    if problems:
+        raise FormatError(f"{source}: {listing(problems)}")
+    values = {key: settings[key] for key in SHARED_SETTINGS if settings.get(key) is not None}
+    values["init_lora_weights"] = "gaussian" if init == "gaussian" else "kaiming"  # the tensors exist: it has no effect
+    values["target_parameters"] = settings.get("target_parameters") or None
+    values["target_modules"] = settings.get("target_modules") or ([] if values["target_parameters"] else paths)
+    if not settings.get("layers_pattern"):  # with it PEFT counts other numbers; the tensors say which layers
+        values["layers_to_transform"] = settings.get("layers_to_transform")
+        values["exclude_modules"] = settings.get("exclude_modules") or None
+    try:
+        return LoRAConfig(**values)
+    except CONFIG_ERRORS as error:
+        raise FormatError(f"{source}: {error}") from None
+
+
+def adds_out_proj_twice(settings: Mapping[str, Any]) -> bool:
+    """True if the adapter was trained by a PEFT that adds the update of an attention's out_proj twice, as 0.21.2."""
+    try:
+        return Version(str(settings.get("peft_version", "no version"))) <= DOUBLES_OUT_PROJ
+    except InvalidVersion:
+        return False
+
+
+def check_patterns(config: LoRAConfig, source: Path) -> None:
+    """Raises FormatError for nested counts such as {1000}, with which a short pattern would need gigabytes."""
+    selectors = [selector for selector in (config.target_modules, config.exclude_modules) if isinstance(selector, str)]
+    for pattern in (*selectors, *config.rank_pattern, *config.alpha_pattern):
+        counts = [max(map(int, NUMBER.findall(braces)), default=1) for braces in BRACES.findall(pattern)]
+        if math.prod(max(1, count) for count in counts) > MAX_REPETITIONS:
+            raise FormatError(
+                f"{source}: the counts in the regular expression {pattern!r} multiply to above {MAX_REPETITIONS}; "
+                "list the names"
+            )

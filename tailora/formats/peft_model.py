@@ -1,11 +1,11 @@
-"""Adapters of a PEFT model in memory, read before it is taken apart.
+"""Takes over the adapters of a `peft.PeftModel` in memory.
 
-The base is read through a shadow: the module tree without PEFT's wrappers, around the same parameters. So everything
-is checked while the model is still whole.
+The base is read through a copy of its module tree without PEFT's wrappers, around the same parameters. So everything
+is checked while the PEFT model is still whole; `release_base` takes it apart afterwards.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,67 +16,63 @@ from torch import nn
 from tailora.core.adapter import Adapter
 from tailora.errors import FormatError, TargetError, listing
 from tailora.formats.load import restore
-from tailora.formats.metadata import Notes
-from tailora.formats.peft import PREFIX, StoredAdapter
-
-WRAPPED = ".base_layer"  # what a wrapper puts into the paths below it
+from tailora.formats.metadata import AdapterMetadata
+from tailora.formats.peft import KEY_PREFIX, StoredAdapter
 
 
 @dataclass(frozen=True)
-class Live:
-    """adapters: name -> what it is here.    active: names; () where PEFT has all adapters switched off."""
+class PeftAdapters:
+    """adapters: by name.    active: names of the active ones; () if PEFT has all adapters switched off."""
 
     adapters: dict[str, Adapter]
     active: tuple[str, ...]
 
 
-def read_live(peft_model: Any) -> Live:
-    """All adapters of a `peft.PeftModel`, as copies, with their scales as they are now.
+def read_peft_model(peft_model: Any) -> PeftAdapters:
+    """Returns copies of all adapters of a `peft.PeftModel`, with their scales as they are now.
 
-    Raises TargetError for what is no PeftModel or is merged; FormatError with all that cannot be taken over.
+    Raises TargetError if it is no PeftModel or is merged; FormatError with all that cannot be taken over.
     """
-    _check_is_peft(peft_model)
+    _check_is_peft_model(peft_model)
     model = peft_model.get_base_model()
     layers = _tuner_layers(model)
     if merged := [path for path, layer in layers.items() if layer.merged]:
         raise TargetError(
             f"adapters are merged at {', '.join(merged[:3])} ({len(merged)} in all); call unmerge_adapter() first"
         )
-    adapters, problems = (
-        {},
-        [
-            f"adapter {name!r}: peft_type = {config.peft_type.value!r}; this reads 'LORA'"
-            for name, config in peft_model.peft_config.items()
-            if config.peft_type != "LORA"
-        ],
-    )
-    shadow = _unwrapped(model)
+    problems = [
+        f"adapter {name!r}: peft_type = {config.peft_type.value!r}; this reads 'LORA'"
+        for name, config in peft_model.peft_config.items()
+        if config.peft_type != "LORA"
+    ]
+    adapters = {}
+    base = _without_wrappers(model)
     for name in () if problems else peft_model.peft_config:
         try:
-            adapters[name] = _read(peft_model, name, shadow, layers)
+            adapters[name] = _read_adapter(peft_model, name, base, layers)
         except FormatError as error:
             problems.append(str(error))
     if problems:
         raise FormatError(f"this PEFT model is not taken over: {listing(problems)}")
-    off = any(layer.disable_adapters for layer in layers.values())
-    return Live(adapters, () if off else tuple(peft_model.active_adapters))
+    disabled = any(layer.disable_adapters for layer in layers.values())
+    return PeftAdapters(adapters, () if disabled else tuple(peft_model.active_adapters))
 
 
-def release(peft_model: Any) -> nn.Module:
-    """The base model without PEFT; its weights are what they are now."""
+def release_base(peft_model: Any) -> nn.Module:
+    """Removes PEFT from its base model and returns the base. The base's weights stay what they are."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     inner = peft_model.get_base_model()
-    originals = {path: each for path, each in inner.named_modules() if isinstance(each, AuxiliaryTrainingWrapper)}
+    wrappers = {path: module for path, module in inner.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
     base: nn.Module = peft_model.unload()
-    for path, wrapper in originals.items():  # PEFT leaves the trained copy in their places
+    for path, wrapper in wrappers.items():  # PEFT leaves the trained copy there
         base.set_submodule(path, wrapper.original_module)
-    if hasattr(base, "peft_config"):  # older versions leave it
+    if hasattr(base, "peft_config"):  # older versions of PEFT leave it
         del base.peft_config
     return base
 
 
-def _check_is_peft(model: Any) -> None:
+def _check_is_peft_model(model: Any) -> None:
     try:
         from peft import PeftModel
     except ImportError:
@@ -86,53 +82,53 @@ def _check_is_peft(model: Any) -> None:
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:
-    """Path -> PEFT's layer, where there is one; for a parameter, the path ends in its name."""
+    """Returns path in the base -> PEFT's layer. For an adapted parameter, the path ends in the parameter's name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = {}
-    for path, layer in model.named_modules():
+    layers = {}
+    for wrapped_path, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            plain = f".{path}".replace(WRAPPED, "").removeprefix(".")
+            path = f".{wrapped_path}".replace(".base_layer", "").removeprefix(".")
             parameter: Any = getattr(layer, "parameter_name", None)
-            found[f"{plain}.{parameter}" if parameter else plain] = layer
-    return found
+            layers[f"{path}.{parameter}" if parameter else path] = layer
+    return layers
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The tree without the wrappers: other module objects, the same parameters."""
+def _without_wrappers(module: nn.Module) -> nn.Module:
+    """Returns a copy of the module tree without PEFT's wrappers: other module objects, the same parameters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         wrapper: Any = module
         module = wrapper.base_layer if isinstance(module, BaseTunerLayer) else wrapper.original_module
-    shadow = copy.copy(module)
-    shadow.__dict__["_modules"] = {
-        name: None if child is None else _unwrapped(child) for name, child in module._modules.items()
+    clone = copy.copy(module)
+    clone.__dict__["_modules"] = {
+        name: None if child is None else _without_wrappers(child) for name, child in module._modules.items()
     }
-    return shadow
+    return clone
 
 
-def _read(peft_model: Any, name: str, shadow: nn.Module, layers: Mapping[str, Any]) -> Adapter:
+def _read_adapter(peft_model: Any, name: str, base: nn.Module, layers: Mapping[str, Any]) -> Adapter:
     from peft import get_peft_model_state_dict
 
+    settings = {  # as adapter_config.json has them
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in peft_model.peft_config[name].to_dict().items()
+    }
+    settings["init_lora_weights"] = True  # an init that changes the base has already done so
     tensors = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
     stored = StoredAdapter(
         Path(f"adapter {name!r}"),
-        dict(_settings(peft_model.peft_config[name])),
-        {key.removeprefix(PREFIX): tensor.detach().clone() for key, tensor in tensors.items()},
-        Notes(),
+        settings,
+        {key.removeprefix(KEY_PREFIX): tensor.detach().clone() for key, tensor in tensors.items()},
+        AdapterMetadata(),
     )
-    adapter = restore(stored, shadow)
+    adapter = restore(stored, base)
     for path, layer in adapter.low_rank.items():
-        theirs = layers[path] if path in layers else layers[path.rpartition(".")[0]]  # parts are scaled together
-        scaling = torch.tensor(float(theirs.scaling[name])).to(layer.scaling)
+        # PEFT has one scale for all parts of a fused layer
+        peft_layer = layers[path] if path in layers else layers[path.rpartition(".")[0]]
+        scaling = torch.tensor(float(peft_layer.scaling[name])).to(layer.scaling)
         if scaling != layer.scaling:  # set_scale and scale_layer change it
             layer.scaling = scaling
     return adapter
-
-
-def _settings(config: Any) -> Iterator[tuple[str, Any]]:
-    """As adapter_config.json has them. A start that moved the base has done so: this base is the moved one."""
-    for key, value in config.to_dict().items():
-        yield key, True if key == "init_lora_weights" else sorted(value) if isinstance(value, set) else value

@@ -1,10 +1,11 @@
-"""Where PEFT's file keeps what is a matrix of its own here: parts of fused layers, attention, named parameters.
+"""The keys under which PEFT stores what is a matrix of its own here: fused parts, attention, named parameters.
 
-part q of c_attn                  rows of A and columns of B of c_attn; in the rows of other parts B is zero, and a
-                                  magnitude is the base's norm
+our path                          prefix of PEFT's keys
+c_attn.q                          c_attn: rows of A and columns of B of the whole layer. B is zero in the outputs of
+                                  other parts, and the magnitude there is the norm of the base's weight
 attn.in_proj_weight               attn
 attn.out_proj                     attn.base_layer.out_proj
-experts.gate_up_proj, .down_proj  experts.base_layer, experts: wrappers, the first parameter in the innermost
+experts.gate_up_proj, .down_proj  experts.base_layer, experts: nested wrappers, the first parameter is the innermost
 """
 
 from collections.abc import Mapping
@@ -21,110 +22,115 @@ from tailora.core.layer_types import host_path, projections
 
 
 @dataclass(frozen=True)
-class Stem:
-    """One wrapper of PEFT. `key` is the path that PEFT's patterns for rank and alpha match."""
+class PeftLayer:
+    """A layer as PEFT adapts it.
 
-    name: str
-    key: str
-    members: dict[str, LoRALayer]  # path -> layer; several are parts of one layer
-    scale: float  # that PEFT gives it
-    norms: Tensor | None = None  # ||W|| of every row of the layer (out,), where parts of it have magnitudes
+    key_prefix: what its keys in the file start with.
+    pattern_path: the path that PEFT matches rank_pattern and alpha_pattern against.
+    layers: path -> the LoRALayers in it. Several are parts of one fused layer, one after another in the rank.
+    scale: the scale that PEFT computes for it; the B of a part with another scale is multiplied by the ratio.
+    row_norms: ||W|| of every output, (out,), if parts of it have DoRA magnitudes.
+    """
+
+    key_prefix: str
+    pattern_path: str
+    layers: dict[str, LoRALayer]
+    scale: float
+    row_norms: Tensor | None = None
 
     @property
     def is_parameter(self) -> bool:
-        return next(iter(self.members.values())).layer_type.stacked
+        return next(iter(self.layers.values())).layer_type.stacked
 
     @property
     def r(self) -> int:
-        return sum(layer.r for layer in self.members.values())
-
-    def ratio(self, path: str) -> float:
-        """Of the member's scale to the wrapper's."""
-        return self.members[path].configured_scaling / self.scale
+        return sum(layer.r for layer in self.layers.values())
 
     def join(self, slot: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Path -> tensor of the slot, for every member; the wrapper's."""
+        """Returns the slot's tensor of the whole layer. `tensors` has that of every path in `layers`."""
         if slot == "A":
             return torch.cat(list(tensors.values()), 0)
-        if slot == "magnitude" and self.norms is not None:
-            return self._with_magnitudes(self.norms, tensors)
-        if slot != "B":
-            (tensor,) = tensors.values()
-            return tensor
-        return torch.cat([self._spread(path, B) * self.ratio(path) for path, B in tensors.items()], 1)
+        if slot == "B":
+            return torch.cat([self._spread(path, B) * self._scale_ratio(path) for path, B in tensors.items()], 1)
+        if slot == "magnitude" and self.row_norms is not None:
+            magnitudes = self.row_norms.clone()
+            index = torch.arange(len(magnitudes), device=magnitudes.device)
+            for path, magnitude in tensors.items():
+                magnitudes[self._output_slice(path).take(index)] = magnitude.to(magnitudes)
+            return magnitudes
+        (tensor,) = tensors.values()
+        return tensor
 
-    def _with_magnitudes(self, norms: Tensor, magnitudes: Mapping[str, Tensor]) -> Tensor:
-        norms = norms.clone()
-        for path, magnitude in magnitudes.items():
-            norms[self._rows(path).take(torch.arange(len(norms), device=norms.device))] = magnitude.to(norms)
-        return norms
+    def split(self, slot: str, tensor: Tensor, rank_factor: int) -> dict[str, Tensor] | None:
+        """The inverse of `join`: path -> tensor; None if `tensor` is not made of these parts.
 
-    def _rows(self, path: str) -> OutputSlice:
-        return cast(OutputSlice, self.members[path].rows)
+        rank_factor: the ranks in the file are this many times those of `layers`.
+        """
+        if len(self.layers) == 1 and next(iter(self.layers.values())).rows is None:
+            path = next(iter(self.layers))
+            return {path: tensor / self._scale_ratio(path) if slot == "B" else tensor}
+        if slot == "magnitude":
+            fits = all(tensor.shape == (self._output_slice(path).total,) for path in self.layers)
+            return {path: self._output_slice(path).take(tensor) for path in self.layers} if fits else None
+        ranks = [rank_factor * layer.r for layer in self.layers.values()]
+        rank_dim = 0 if slot == "A" else 1
+        if tensor.ndim != 2 or tensor.shape[rank_dim] != sum(ranks):
+            return None
+        parts = dict(zip(self.layers, torch.split(tensor, ranks, rank_dim), strict=True))
+        if slot == "B":
+            for path, B in parts.items():
+                output_slice = self.layers[path].rows
+                if output_slice is None or len(B) != output_slice.total:
+                    return None
+                part = output_slice.take(B.mT).mT
+                if not self._spread(path, part).equal(B):  # all other outputs are zero
+                    return None
+                parts[path] = part / self._scale_ratio(path)
+        return parts
+
+    def _scale_ratio(self, path: str) -> float:
+        return self.layers[path].configured_scaling / self.scale
+
+    def _output_slice(self, path: str) -> OutputSlice:
+        return cast(OutputSlice, self.layers[path].rows)
 
     def _spread(self, path: str, B: Tensor) -> Tensor:
-        rows = self.members[path].rows
-        return B if rows is None else rows.spread(B.mT).mT
-
-    def split(self, slot: str, tensor: Tensor, times: int) -> dict[str, Tensor] | None:
-        """The inverse of `join`, with ranks `times` those of the members; None for what no `join` gives."""
-        if len(self.members) == 1 and next(iter(self.members.values())).rows is None:
-            path = next(iter(self.members))
-            return {path: tensor / self.ratio(path) if slot == "B" else tensor}
-        if slot == "magnitude":
-            fits = all(tensor.shape == (self._rows(path).total,) for path in self.members)
-            return {path: self._rows(path).take(tensor) for path in self.members} if fits else None
-        ranks = [times * layer.r for layer in self.members.values()]
-        dim = 0 if slot == "A" else 1
-        if tensor.ndim != 2 or tensor.shape[dim] != sum(ranks):
-            return None
-        pieces = dict(zip(self.members, torch.split(tensor, ranks, dim), strict=True))
-        if slot == "A":
-            return pieces
-        taken = {path: self._taken(path, B) for path, B in pieces.items()}
-        return {path: B for path, B in taken.items() if B is not None} if None not in taken.values() else None
-
-    def _taken(self, path: str, B: Tensor) -> Tensor | None:
-        rows = self.members[path].rows
-        if rows is None or len(B) != rows.total:
-            return None
-        part = rows.take(B.mT).mT
-        return part / self.ratio(path) if self._spread(path, part).equal(B) else None
+        """B of a part -> B of the whole layer, zero in all other outputs."""
+        output_slice = self.layers[path].rows
+        return B if output_slice is None else output_slice.spread(B.mT).mT
 
 
-def stems(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, Stem]:
-    """The wrappers that hold these layers, by name, in the order of the layers."""
-    hosts = {path: host_path(model, path) for path in layers}
-    together: dict[str, list[str]] = {}
-    for path, host in hosts.items():
-        together.setdefault(host, []).append(path)
-    found: dict[str, Stem] = {}
+def peft_layers(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, PeftLayer]:
+    """Returns key prefix -> the PeftLayer that holds these layers, in their order."""
+    module_paths = {path: host_path(model, path) for path in layers}
+    paths_of_module: dict[str, list[str]] = {}
+    for path, module_path in module_paths.items():
+        paths_of_module.setdefault(module_path, []).append(path)
+    result: dict[str, PeftLayer] = {}
     scales: dict[str, float] = {}
     for path, layer in layers.items():
-        host = hosts[path]
-        name = _name(path, host, model.get_submodule(host), layer, together[host])
-        key = path if layer.layer_type.stacked else host
-        if name in found:
-            found[name].members[path] = layer
-        else:
-            scale = scales.setdefault(key, layer.configured_scaling)
-            found[name] = Stem(name, key, {path: layer}, scale, _norms(layer, model.get_submodule(host)))
-    return found
+        module_path = module_paths[path]
+        module = model.get_submodule(module_path)
+        prefix = _key_prefix(path, module_path, module, layer, paths_of_module[module_path])
+        if prefix in result:
+            result[prefix].layers[path] = layer
+            continue
+        pattern_path = path if layer.layer_type.stacked else module_path
+        scale = scales.setdefault(pattern_path, layer.configured_scaling)
+        norms = None
+        if layer.rows is not None and layer.lora_magnitude_vector is not None:
+            norms = RowNorms(module, layer.layer_type, layer.lora_A.dtype).squares.sqrt()
+        result[prefix] = PeftLayer(prefix, pattern_path, {path: layer}, scale, norms)
+    return result
 
 
-def _norms(layer: LoRALayer, host: nn.Module) -> Tensor | None:
-    if layer.rows is None or layer.lora_magnitude_vector is None:
-        return None
-    return RowNorms(host, layer.layer_type, layer.lora_A.dtype).squares.sqrt()
-
-
-def _name(path: str, host_of: str, host: nn.Module, layer: LoRALayer, together: list[str]) -> str:
-    if layer.rows is not None or path == host_of:
-        return host_of
+def _key_prefix(path: str, module_path: str, module: nn.Module, layer: LoRALayer, paths_of_module: list[str]) -> str:
+    if layer.rows is not None or path == module_path:
+        return module_path
     if layer.layer_type.stacked:
-        order = [f"{host_of}.{name}" for name, _ in host.named_parameters(recurse=False)]
-        outer = [other for other in together if order.index(other) > order.index(path)]
-        return host_of + ".base_layer" * len(outer)
+        order = [f"{module_path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        outer = [other for other in paths_of_module if order.index(other) > order.index(path)]
+        return module_path + ".base_layer" * len(outer)
     if path.endswith("out_proj"):
-        return f"{host_of}.base_layer.out_proj".removeprefix(".")
-    return host_of if "in_proj_weight" in projections(host) else path
+        return f"{module_path}.base_layer.out_proj".removeprefix(".")
+    return module_path if "in_proj_weight" in projections(module) else path

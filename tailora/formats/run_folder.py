@@ -5,18 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ADAPTER, SETTINGS, RUN = "adapter", "adapter_config.json", "run.json"
+ADAPTER, ADAPTER_CONFIG, RUN = "adapter", "adapter_config.json", "run.json"
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
 
 
-def adapter_in(path: Path) -> Path:
-    """The adapter's own folder: a run's folder stands for the adapter in it."""
+def adapter_folder(path: Path) -> Path:
+    """Returns the folder of the adapter: `path` itself, or the adapter in it if `path` is the folder of a run."""
     inside = path / ADAPTER
-    return inside if not (path / SETTINGS).exists() and inside.is_dir() else path
+    return inside if not (path / ADAPTER_CONFIG).exists() and inside.is_dir() else path
 
 
 def recorded_settings(adapter: Path) -> dict[str, Any]:
-    """What the run.json beside an adapter says that it was trained with; {} where there is none that can be read."""
+    """Returns the training settings from the run.json beside an adapter; {} if there is none that can be read."""
     try:
         settings = json.loads((adapter.resolve().parent / RUN).read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from tailora.errors import ConfigError
-from tailora.formats.io import make_writable, write_file
+from tailora.formats.io import create_output_folder, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study.budget import FEWEST_STEPS, PROBE_STEPS, SAFETY, Costs, costs_of, longest
 from tailora.study.config import AT_THE_END, FULL, CompareConfig, arm_settings
@@ -75,7 +75,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
             raise ConfigError(f"{folder} holds a comparison with other settings; give another --output-dir")
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no comparison; give another --output-dir")
-    make_writable(folder)
+    create_output_folder(folder)
     write_file(known, text.encode())
 
 

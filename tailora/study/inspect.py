@@ -38,8 +38,8 @@ from tailora.evaluation.spectral import (
     with_shares,
 )
 from tailora.evaluation.statistics import Interval, paired_difference
-from tailora.formats.offline import read_alone
-from tailora.formats.run_folder import adapter_in, recorded_settings
+from tailora.formats.offline import read_offline
+from tailora.formats.run_folder import adapter_folder, recorded_settings
 from tailora.model import LoRAModel
 from tailora.study.advice import advise, forgets_much, is_costly
 from tailora.study.inspection import (
@@ -107,7 +107,7 @@ def inspect(
     Nothing is written. Raises ConfigError, FormatError, BaseMismatchError, DataError.
     """
     options = replace(options or InspectOptions(), data=data)
-    folder, other_folder = adapter_in(Path(adapter)), None if other is None else adapter_in(Path(other))
+    folder, other_folder = adapter_folder(Path(adapter)), None if other is None else adapter_folder(Path(other))
     if model is None:
         inspection = _inspect_files(folder, other_folder, options)
     else:
@@ -123,7 +123,7 @@ def inspect(
 
 def _inspect_files(folder: Path, other: Path | None, options: InspectOptions) -> Inspection:
     started = time.perf_counter()
-    content = read_alone(folder)
+    content = read_offline(folder)
     if options.data is not None:
         base = f", such as {content.base}, which the adapter names" if content.base else ""
         raise ConfigError(f"data {options.data!r} needs a model to be read by: give --model{base}")
@@ -138,7 +138,7 @@ def _inspect_files(folder: Path, other: Path | None, options: InspectOptions) ->
         layers=layer_count(updates),
         modules=_module_reports(updates, options, lambda *_: None),
         left_out=content.left_out,
-        pair=None if other is None else adapter_overlap(str(other), updates, updates_alone(read_alone(other))),
+        pair=None if other is None else adapter_overlap(str(other), updates, updates_alone(read_offline(other))),
         seconds=time.perf_counter() - started,
     )
 

@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from tailora.errors import ConfigError
-from tailora.formats.io import make_writable, write_file
+from tailora.formats.io import create_output_folder, write_file
 from tailora.study.results import Candidate
 from tailora.train.config import without_removed
 
@@ -61,7 +61,7 @@ def claim(folder: Path, name: str, settings: dict[str, Any], noun: str) -> None:
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """One process at a time."""
-    make_writable(folder)
+    create_output_folder(folder)
     with FileLock(folder / CLAIM):
         yield
 

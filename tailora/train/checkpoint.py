@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tailora.core.adalora import RankAllocator
 from tailora.errors import CheckpointError, listing
-from tailora.formats.io import read, replace_folder, to_bytes
+from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes
 from tailora.kernels.flat_parameters import Flat
 from tailora.train.config import TrainConfig
 from tailora.train.loss import Evaluation
@@ -47,7 +47,7 @@ class Checkpoint:
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write, then read back. Raises CheckpointError when the disk gives back something else."""
-    contents = {f"{name}.safetensors": to_bytes(tensors, {}) for name, tensors in checkpoint.tensors.items()}
+    contents = {f"{name}.safetensors": safetensors_bytes(tensors, {}) for name, tensors in checkpoint.tensors.items()}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     body = {**checkpoint.state, "files": sums}
     contents[STATE] = (json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n").encode()
@@ -70,7 +70,7 @@ def load(folder: Path) -> Checkpoint:
         remedy = f"the newest good one: --resume-from-checkpoint {good}" if good else "no other is whole: start again"
         raise CheckpointError(f"{folder} is damaged; {remedy}. {listing(problems)}")
     state = json.loads((folder / STATE).read_text())
-    return Checkpoint(state, {Path(name).stem: read(folder / name)[0] for name in state["files"]})
+    return Checkpoint(state, {Path(name).stem: read_safetensors(folder / name)[0] for name in state["files"]})
 
 
 def damage(folder: Path) -> list[str]:

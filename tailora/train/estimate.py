@@ -34,7 +34,7 @@ from tailora.core.layer_types import CONV1D, layer_type_of
 from tailora.core.quantization import held_parts
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.formats.load import read_any, settings_of
+from tailora.formats.load import lora_config_of, read_any_format
 from tailora.kernels import attention
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, foreseen_form, own_form
@@ -250,7 +250,7 @@ def _base(config: TrainConfig, shape: PretrainedConfig, device: torch.device) ->
 def _subject(config: TrainConfig, base: PreTrainedModel) -> Trainable:
     if config.method == "full":
         return FullModel(base, cast(Any, None), lambda: base).train()
-    own = settings_of(read_any(Path(config.adapter), base), base) if config.adapter else config.lora()
+    own = lora_config_of(read_any_format(Path(config.adapter), base), base) if config.adapter else config.lora()
     return LoRAModel(base, own, fresh=False).train()
 
 

@@ -33,7 +33,7 @@ from tailora.data.demo import resolve
 from tailora.data.readers import check_model
 from tailora.errors import ConfigError, listing, nearest
 from tailora.kernels.products import cpu_flags
-from tailora.quiet import hushed, quiet
+from tailora.quiet import quiet_loggers, quiet_transformers
 
 EXTRA = "pip install 'tailora[quantize]'"
 TRIED = 64  # inputs and outputs of the layer that is tried
@@ -164,7 +164,7 @@ def obstacle(name: str, device: str) -> str | None:
     if importlib.util.find_spec(method.package) is None:
         return f"{method.package} is not installed: {EXTRA}"
     try:
-        with hushed(method.package):  # bitsandbytes names a kernel that it would have liked
+        with quiet_loggers(method.package):  # bitsandbytes names a kernel that it would have liked
             return _tried(method, torch.device(device))
     except (ImportError, OSError, RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         cause = (str(error).strip() or repr(error)).splitlines()[0]
@@ -218,7 +218,7 @@ def read_config(name: str) -> PretrainedConfig:
     source = resolve(name, "model")
     check_model(source)
     try:
-        with quiet():
+        with quiet_transformers():
             return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(_unreadable(name, source, error)) from error
@@ -229,7 +229,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     source = resolve(name, "model")
     check_model(source)
     try:
-        with quiet():
+        with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
             return tokenizer
     except (OSError, ValueError, KeyError) as error:
@@ -251,7 +251,7 @@ def load_base(
     check_model(source)
     precision = precision_of(dtype, device)
     try:
-        with quiet():
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source)
             more: dict[str, Any] = {}  # a None would take away the own quantisation of a quantised model
             if quantize is not None:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 import tailora
 from tailora.errors import CheckpointError, ConfigError
-from tailora.formats.io import make_writable, write_file
+from tailora.formats.io import create_output_folder, write_file
 from tailora.train.checkpoint import found
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
@@ -31,7 +31,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", 
 def claim(config: TrainConfig) -> Path:
     """The output folder: writable, and empty of other runs. Raises ConfigError."""
     output_dir = Path(config.output_dir)
-    make_writable(output_dir)
+    create_output_folder(output_dir)
     resumed = config.resume_from_checkpoint
     own = resumed is not None and (resumed == "latest" or Path(resumed).resolve().parent == output_dir.resolve())
     if not own and (kept := _kept(output_dir)):

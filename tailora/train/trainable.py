@@ -19,7 +19,7 @@ from tailora.core.adalora import RankAllocator
 from tailora.core.adapter import Row, Summary, adapter_dtype, parameter_count
 from tailora.formats.io import replace_folder
 from tailora.model import LoRAModel
-from tailora.quiet import quiet
+from tailora.quiet import quiet_transformers
 
 
 class FullModel(nn.Module):
@@ -84,7 +84,7 @@ class FullModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder in the base's precision, with its tokenizer; atomically. Raises WriteError."""
-        with replace_folder(folder) as fresh, quiet():
+        with replace_folder(folder) as fresh, quiet_transformers():
             cast(PreTrainedModel, self.base_model).save_pretrained(fresh)
             self._tokenizer.save_pretrained(fresh)
 

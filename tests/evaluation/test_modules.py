@@ -9,7 +9,7 @@ from cases import LAYERS, PAIRS, SPECIAL_LAYERS, SPECIAL_PAIRS, LayerCase, all_o
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.layer_types import EMBEDDING
 from tailora.evaluation.spectral import ModuleReport, examine, updates_alone, updates_of, with_shares
-from tailora.formats.offline import read_alone
+from tailora.formats.offline import read_offline
 
 CASES = [*LAYERS, *SPECIAL_LAYERS]
 DORA = [case for case, slot in (*PAIRS, *SPECIAL_PAIRS) if slot == "dora"]
@@ -48,7 +48,7 @@ def test_norms_are_those_of_the_dense_update_and_weight(case: LayerCase, slot: s
 def test_the_file_alone_says_the_same(case: LayerCase, slot: str, tmp_path: Path) -> None:
     model = trained(case, slot)
     model.save_adapter(tmp_path)
-    (beside,), (alone,) = reports(model).values(), map(examine, updates_alone(read_alone(tmp_path)).values())
+    (beside,), (alone,) = reports(model).values(), map(examine, updates_alone(read_offline(tmp_path)).values())
     for name in ("path", "r", "rank", "in_features", "out_features", "numbers", "learned_scaling", "rank_99"):
         assert getattr(alone, name) == getattr(beside, name), name
     for name in ("effective_rank", "stable_rank", "norm", "scaling", "configured_scaling", "singular_values"):
@@ -64,7 +64,7 @@ def test_experts_are_told_each_and_left_out_where_only_the_model_can_part_them(t
     assert found.effective_rank <= 4
     assert "4 matrices, not one" in found.note
     model.save_adapter(tmp_path)
-    alone = read_alone(tmp_path)
+    alone = read_offline(tmp_path)
     assert not alone.updates
     assert list(alone.left_out) == ["block.target"]
     assert "experts" in alone.left_out["block.target"]
@@ -80,7 +80,7 @@ def test_a_frozen_start_counts_twice_and_starts_at_nothing(tmp_path: Path) -> No
     (found,) = reports(model).values()
     assert (found.r, found.rank) == (4, 8)
     model.save_adapter(tmp_path)
-    (alone,) = map(examine, updates_alone(read_alone(tmp_path)).values())
+    (alone,) = map(examine, updates_alone(read_offline(tmp_path)).values())
     assert (alone.r, alone.rank) == (4, 8)
     assert alone.singular_values == pytest.approx(found.singular_values, rel=1e-3)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError, FormatError
-from tailora.formats.offline import read_alone
+from tailora.formats.offline import read_offline
 from tailora.formats.peft import WEIGHTS
 
 
@@ -37,7 +37,7 @@ def test_scales_follow_patterns_and_what_is_trained_whole_is_left_out(tmp_path: 
     model = LoRAModel(chat_model(), config)
     stir(model)
     model.save_adapter(tmp_path)
-    found = read_alone(tmp_path)
+    found = read_offline(tmp_path)
     for path, layer in model.adapter().low_rank.items():
         each = found.updates[path]
         assert each.r == layer.r
@@ -53,7 +53,7 @@ def test_parts_are_read_as_one_matrix_of_the_whole_layer(tmp_path: Path) -> None
     model = LoRAModel(net, LoRAConfig(r=2, target_modules=["qkv.q", "qkv.v"], fused_parts=parts))
     stir(model)
     model.save_adapter(tmp_path)
-    ((path, found),) = read_alone(tmp_path).updates.items()
+    ((path, found),) = read_offline(tmp_path).updates.items()
     assert (path, found.r) == ("qkv", 4)
     whole = sum(layer.delta(net["qkv"]).detach() for layer in model.adapter().low_rank.values())
     torch.testing.assert_close(found.factors.dense[0], whole, rtol=1e-5, atol=1e-6)
@@ -64,7 +64,7 @@ def test_an_a_that_mixes_groups_is_no_matrix_of_the_layer(tmp_path: Path) -> Non
     trained(case).save_adapter(tmp_path)
     (A,) = (tensor for key, tensor in load_file(tmp_path / WEIGHTS).items() if "lora_A" in key)
     changed(tmp_path, lora_A=torch.randn(A.shape))
-    found = read_alone(tmp_path)
+    found = read_offline(tmp_path)
     assert not found.updates
     assert "all groups" in found.left_out["block.target"]
 
@@ -81,16 +81,16 @@ def test_an_a_that_mixes_groups_is_no_matrix_of_the_layer(tmp_path: Path) -> Non
 def test_a_damaged_file_is_refused(folder: Path, tensors: dict[str, torch.Tensor], told: str) -> None:
     changed(folder, **tensors)
     with pytest.raises(FormatError, match=told):
-        read_alone(folder)
+        read_offline(folder)
 
 
 def test_a_lost_factor_and_what_needs_the_model_are_refused(folder: Path, tmp_path: Path) -> None:
     held = {key: tensor for key, tensor in load_file(folder / WEIGHTS).items() if "lora_B" not in key}
     save_file(held, folder / WEIGHTS)
     with pytest.raises(FormatError, match="a: there is a lora_A without the other factor"):
-        read_alone(folder)
+        read_offline(folder)
     (tmp_path / "loose.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
     with pytest.raises(ConfigError, match="give --model"):
-        read_alone(tmp_path / "loose.safetensors")
+        read_offline(tmp_path / "loose.safetensors")
     with pytest.raises(FormatError, match="is not a folder"):
-        read_alone(tmp_path / "absent")
+        read_offline(tmp_path / "absent")

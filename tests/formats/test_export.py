@@ -262,21 +262,16 @@ def test_the_strength_dial_is_held_by_all_but_peft(tmp_path: Path) -> None:
 
 def test_a_file_that_computes_something_else_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake of the writer: the rows of q and k as transformers has them."""
-    right = gguf._arranged
-
-    def wrong(each: Any, name: str, base: Any, back: bool = False) -> Any:
-        return right(each, name, base, back) if back else (each.A, each.B)
-
-    monkeypatch.setattr(gguf, "_arranged", wrong)
+    monkeypatch.setattr(gguf, "to_gguf", lambda A, B, *_: (A, B))
     with pytest.raises(FormatError, match=r"logits differ .* Nothing was written; please report it"):
         adapted().export(tmp_path / "out", "gguf")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_comparison_sees_a_scale_that_is_a_thousandth_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = export.factors
+    fold_scale = export.fold_scale
     monkeypatch.setattr(
-        export, "factors", lambda source: {k: type(f)(f.A, f.B * 1.001) for k, f in right(source).items()}
+        export, "fold_scale", lambda source: {k: type(f)(f.A, f.B * 1.001) for k, f in fold_scale(source).items()}
     )
     with pytest.raises(FormatError, match="logits differ"):
         adapted(base=chat_model().to(torch.bfloat16)).export(tmp_path / "out", "portable")
@@ -301,7 +296,7 @@ def test_the_comparison_leaves_modes_weights_and_other_adapters_as_they_were(tmp
 def test_wide_weights_give_the_float32_forward() -> None:
     narrow = chat_model().to(torch.bfloat16).eval()
     wide = chat_model().to(torch.bfloat16).float().eval()
-    assert torch.equal(export.logits(narrow, IDS), logits(wide))
+    assert torch.equal(export.float32_logits(narrow, IDS), logits(wide))
 
 
 @pytest.mark.parametrize(

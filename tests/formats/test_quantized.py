@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.quantization import dense_weight, held_tensors, is_quantized
-from tailora.formats.export import logits, only
+from tailora.formats.export import float32_logits, with_only_adapter
 
 
 def int8_weights() -> Any:
@@ -120,8 +120,8 @@ def test_logits_are_compared_by_the_dequantised_weights_in_float32(
     twin = plain_twin(tmp_path / "base", model, torch.float32)
     expected = LoRAModel.from_pretrained(twin, tmp_path / "adapter").eval()(IDS).logits
     before, state = [tensor.clone() for tensor in held_tensors(model)], [dict(vars(m)) for m in model.modules()]
-    with only(model.base_model, model._adapters["default"]) as live:
-        found = logits(live, IDS)
+    with with_only_adapter(model.base_model, model._adapters["default"]) as live:
+        found = float32_logits(live, IDS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - model(IDS).logits).abs().max() > 1e-3  # what 16 bits would hide
     assert all(map(torch.equal, before, held_tensors(model)))

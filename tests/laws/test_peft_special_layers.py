@@ -27,7 +27,7 @@ from transformers import (
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import FormatError
-from tailora.formats.offline import read_alone
+from tailora.formats.offline import read_offline
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 RIGHT = [(case, slot) for case, slot in SPECIAL_PAIRS if not case.peft_is_wrong]
@@ -223,7 +223,7 @@ def test_a_linear_layer_that_is_called_out_proj_is_added_once(tmp_path: Path) ->
     expected = layer(x)
     model = LoRAModel.from_pretrained(fresh(make), tmp_path).eval()
     torch.testing.assert_close(model.base_model["attn"]["out_proj"](x), expected, **TOLERANCE)
-    alone = read_alone(tmp_path).updates["attn.out_proj"].factors.dense[0]
+    alone = read_offline(tmp_path).updates["attn.out_proj"].factors.dense[0]
     torch.testing.assert_close(alone, model.adapter().low_rank["attn.out_proj"].delta().detach(), **TOLERANCE)
 
 
