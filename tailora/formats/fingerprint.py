@@ -15,8 +15,8 @@ from tailora.core.quantization import PLAIN, as_loaded, base_of, dense_shape, de
 from tailora.formats.metadata import LayerFingerprint
 
 SAMPLES = 8  # weights per layer
-RELATIVE_TOLERANCE = 2.0**-7  # rounding to bfloat16, once on either side
-ABSOLUTE_TOLERANCE = 1e-6
+TOLERANCE = 2.0**-7  # relative: rounding to bfloat16, once on either side
+SMALL = 1e-6  # absolute, for weights near 0
 
 
 def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> dict[str, LayerFingerprint]:
@@ -57,7 +57,7 @@ def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint) 
     spread = torch.zeros(SAMPLES, dtype=torch.float64)
     for layer in (stored, current):
         spread += torch.tensor(layer.spread or 0.0, dtype=torch.float64)
-    excess = (now - before).abs() - (ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * before.abs() + spread)
+    excess = (now - before).abs() - (SMALL + TOLERANCE * before.abs() + spread)
     if (excess <= 0).all():
         return None
     worst = int(excess.argmax())

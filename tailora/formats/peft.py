@@ -21,7 +21,7 @@ from tailora.core.layer import LoRALayer, beside
 from tailora.core.layer_types import EMBEDDING
 from tailora.core.targets import ExtraTargets
 from tailora.errors import DivergedError, FormatError
-from tailora.formats.fingerprint import fingerprint
+from tailora.formats.fingerprint import TOLERANCE, fingerprint
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes, wrap_os_error, write_file
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata, parse_metadata
 from tailora.formats.peft_config import read_adapter_config, to_peft_config, with_double_rank, with_layer_patterns
@@ -317,7 +317,6 @@ def load_extras(
 # ---- Weights of the base, which PEFT saves with adapted or resized embeddings
 
 BASE_WEIGHTS = (".token_adapter.base_layer.weight", ".base_layer.weight", ".weight")
-TOLERANCE = 2.0**-7  # rounding to bfloat16, once on either side
 
 
 def base_weight_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, Tensor] | None:

@@ -53,7 +53,7 @@ def test_the_file_alone_says_the_same(case: LayerCase, slot: str, tmp_path: Path
         assert getattr(alone, name) == getattr(beside, name), name
     for name in ("effective_rank", "stable_rank", "norm", "scaling", "configured_scaling", "singular_values"):
         assert getattr(alone, name) == pytest.approx(getattr(beside, name), rel=1e-4), name
-    assert alone.case == beside.case or case.name == "transformers conv1d"  # which the file cannot tell
+    assert alone.kind == beside.kind or case.name == "transformers conv1d"  # which the file cannot tell
     assert alone.relative_norm is alone.intruders is None
 
 
