@@ -1,9 +1,10 @@
-"""What `tailora inspect` says of adapters whose cure is known: tiny models of experiment 6, over ranks and rates.
+"""What `tailora inspect` advises for adapters whose cure is known: the tiny models of tiny_lm.py, over ranks and rates.
 
-    python benchmarks/advice.py          -> benchmarks/results/advice.json, then python benchmarks/readme.py
+    python benchmarks/advice.py          writes benchmarks/results/advice.json
+    python benchmarks/tables.py advice   shows it
 
-Too small a rank shows in what doubling it gains, too high a rate in the loss itself. What can be forgotten is the old
-table.
+A rank is too small if twice the rank lowers the loss; a rate that is too high shows in the loss itself. What can be
+forgotten is the old table of the language.
 """
 
 import statistics
@@ -18,7 +19,7 @@ import torch
 
 from tailora.study.inspect import InspectOptions, inspect_model
 
-RATE = -7  # octave: the best of all ranks or its neighbour
+RATE = -7  # 2^-7, the best learning rate of all ranks or next to it
 OCTAVES = (-10, -9, -8, -6, -5)
 
 
@@ -30,33 +31,34 @@ def cells(quick: bool) -> list[measure.Cell]:
     return [{"r": r, "octave": octave, **common} for r, octave in (pairs[3:4] if quick else pairs)]
 
 
-def work(r: int, octave: int, steps: int, base_steps: int, threads: int) -> dict[str, Any]:
+def run_cell(r: int, octave: int, steps: int, base_steps: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     base = tiny_lm.base_model(base_steps)
-    model: Any = markov.adapted(base, {"r": r}, 2.0**octave, steps)
+    model: Any = markov.train_arm(base, {"r": r}, 2.0**octave, steps)
     with tempfile.TemporaryDirectory() as folder:
         markov.write_folder(base, Path(folder), 1, tiny_lm.EVAL_TEXTS)
         options = InspectOptions(data=f"{folder}/eval.jsonl", forgetting_data=f"{folder}/old.jsonl")
-        found = inspect_model(model, options=options, tokenizer=markov.tokenizer())
-    held, lost = found.held_out, found.forgetting
-    assert held is not None
-    assert lost is not None
-    counts = [(each.intruders or 0, each.intruders_random or 0) for each in found.modules]
+        inspection = inspect_model(model, options=options, tokenizer=markov.tokenizer())
+    held_out, forgetting = inspection.held_out, inspection.forgetting
+    assert held_out is not None
+    assert forgetting is not None
+    modules = inspection.modules
     return {
-        "loss": held.loss,
-        "gain": held.improvement,
-        "cost": held.half.cost,
-        "use": statistics.fmean(each.use for each in found.modules),
-        "relative_norm": statistics.median(each.relative_norm or 0.0 for each in found.modules),
-        "intruders": statistics.fmean(one for one, _ in counts),
-        "intruders_random": statistics.fmean(other for _, other in counts),
-        "forgetting": lost["loss_after"] - lost["loss_before"],
+        "loss": held_out.loss,
+        "gain": held_out.improvement,
+        "cost": held_out.half.cost,
+        "use": statistics.fmean(module.use for module in modules),
+        "relative_norm": statistics.median(module.relative_norm or 0.0 for module in modules),
+        "intruders": statistics.fmean(module.intruders or 0 for module in modules),
+        "intruders_random": statistics.fmean(module.intruders_random or 0 for module in modules),
+        "forgetting": forgetting["loss_after"] - forgetting["loss_before"],
         "dial": [
-            {"strength": each.strength, "loss": each.loss, "forgetting": each.base_text_rise} for each in found.dial
+            {"strength": reduced.strength, "loss": reduced.loss, "forgetting": reduced.base_text_rise}
+            for reduced in inspection.dial
         ],
-        "rules": [each.rule for each in found.advice],
+        "rules": [advice.rule for advice in inspection.advice],
     }
 
 
 if __name__ == "__main__":
-    measure.main("advice", __doc__ or "", cells, work)
+    measure.main("advice", __doc__ or "", cells, run_cell)

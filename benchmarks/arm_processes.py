@@ -1,8 +1,8 @@
-"""The arms of `steps.py` in processes of their own, which take turns.
+"""The arms of steps.py for two threads: each in a process of its own, and they take turns.
 
-With two threads every arm has to work in the main thread of its process: libgomp counts the threads of all its pools,
-one for each thread that computes, and where they are more than the processors it lets waiting threads sleep at once.
-tailora's step then took 2.1 s instead of 1.2.
+With two threads every arm must compute in the main thread of its process. libgomp counts the threads of all its pools,
+one pool for each thread that computes; if they are more than the processors, waiting threads sleep at once. tailora's
+step then took 2.1 s instead of 1.2.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,47 +12,54 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from arms import FAST_OFF, Step, Stopped, config_of, full, peft
+from arms import FAST_OFF, Step, Stopped, full, peft, train_config
 from shapes import DTYPES, Shape, products
 from torch import Tensor
 
 from tailora.train.events import Event, Note, Prepared, Stepped
 from tailora.train.trainer import run
 
+# An arm's process sends True when everything is loaded. Then it waits: True asks for the next step, False ends it.
+# After each step it sends the loss; before that, tailora also sends texts about its choices.
 Arm = Callable[[Connection, Shape, Path, Tensor, str], None]
 
 
 @contextmanager
-def apart(shape: Shape, folder: Path, ids: Tensor, dtype: str) -> Iterator[tuple[dict[str, Step], list[str]]]:
-    """A step of each arm by name, and what tailora's run says of its choices. Afterwards the processes are gone."""
-    context, chosen = get_context("spawn"), list[str]()
+def arms_in_processes(
+    shape: Shape, folder: Path, ids: Tensor, dtype: str
+) -> Iterator[tuple[dict[str, Step], list[str]]]:
+    """Yields the step of each arm by name, and what tailora's run said about its choices; then ends the processes."""
+    context, notes = get_context("spawn"), list[str]()
     with ExitStack() as stack:
         steps = {}
         for name, arm in ARMS.items():
-            ours, theirs = context.Pipe()
-            process = context.Process(target=arm, args=(theirs, shape, folder, ids, dtype), daemon=True)
+            parent, child = context.Pipe()
+            process = context.Process(target=arm, args=(child, shape, folder, ids, dtype), daemon=True)
             process.start()
             stack.callback(process.join)
-            stack.callback(ours.send, False)
-            ours.recv()  # when it is loaded, so that nothing of it falls into another's time
-            steps[name] = turn(ours, chosen if name == "tailora" else [])
-        yield steps, chosen
+            stack.callback(parent.send, False)
+            parent.recv()  # wait until it is loaded, so that loading takes no time from another arm
+            steps[name] = remote_step(parent, notes if name == "tailora" else [])
+        yield steps, notes
 
 
-def turn(connection: Connection, chosen: list[str]) -> Step:
+def remote_step(connection: Connection, notes: list[str]) -> Step:
     def step() -> float:
         connection.send(True)
-        while isinstance(said := connection.recv(), str):
-            chosen.append(said)
-        return float(said)
+        while isinstance(message := connection.recv(), str):
+            notes.append(message)
+        return float(message)
 
     return step
 
 
-def held(connection: Connection, shape: Shape, folder: Path, dtype: str, settings: dict[str, Any]) -> None:
-    """tailora's own run, which stands still after each step until it is asked for the next."""
+# ---- In the arms' processes
 
-    def listen(event: Event) -> None:
+
+def serve_run(connection: Connection, shape: Shape, folder: Path, dtype: str, settings: dict[str, Any]) -> None:
+    """tailora's own run, which pauses after each step until the next is asked for."""
+
+    def on_event(event: Event) -> None:
         match event:
             case Stepped():
                 connection.send(event.loss)
@@ -67,10 +74,10 @@ def held(connection: Connection, shape: Shape, folder: Path, dtype: str, setting
     connection.send(True)
     if connection.recv():
         with suppress(Stopped):
-            run(config_of(shape, folder, output, dtype, settings), on_event=listen)
+            run(train_config(shape, folder, output, dtype, settings), on_event=on_event)
 
 
-def stepped(connection: Connection, step: Callable[[], Any]) -> None:
+def serve_steps(connection: Connection, step: Callable[[], Any]) -> None:
     connection.send(True)
     while connection.recv():
         step()
@@ -78,23 +85,23 @@ def stepped(connection: Connection, step: Callable[[], Any]) -> None:
 
 
 def _tailora(connection: Connection, shape: Shape, folder: Path, _ids: Tensor, dtype: str) -> None:
-    held(connection, shape, folder, dtype, {})
+    serve_run(connection, shape, folder, dtype, {})
 
 
 def _fast_off(connection: Connection, shape: Shape, folder: Path, _ids: Tensor, dtype: str) -> None:
-    held(connection, shape, folder, dtype, FAST_OFF)
+    serve_run(connection, shape, folder, dtype, FAST_OFF)
 
 
 def _peft(connection: Connection, shape: Shape, folder: Path, ids: Tensor, dtype: str) -> None:
-    stepped(connection, peft(folder, ids, shape, dtype))
+    serve_steps(connection, peft(folder, ids, shape, dtype))
 
 
 def _full(connection: Connection, shape: Shape, folder: Path, ids: Tensor, dtype: str) -> None:
-    stepped(connection, full(folder, ids, shape, dtype))
+    serve_steps(connection, full(folder, ids, shape, dtype))
 
 
 def _products(connection: Connection, shape: Shape, _folder: Path, _ids: Tensor, dtype: str) -> None:
-    stepped(connection, products(shape, DTYPES[dtype]))
+    serve_steps(connection, products(shape, DTYPES[dtype]))
 
 
 ARMS: dict[str, Arm] = {

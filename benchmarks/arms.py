@@ -1,7 +1,7 @@
-"""One optimiser step at a time of tailora, of PEFT and of full fine-tuning, on the same rows.
+"""The arms of most benchmarks: one optimiser step at a time of tailora, of PEFT and of full fine-tuning.
 
-tailora's steps are those of `tailora.train.trainer.run` itself: it runs in a thread and is held between two events, so
-that other arms can have their turn and nothing of the product is left out.
+All arms train on the same rows. tailora's steps are those of `tailora.train.trainer.run` itself: the run is in a thread
+and pauses after each step, so that the other arms get their turn and nothing of tailora is left out.
 """
 
 import tempfile
@@ -24,43 +24,58 @@ from tailora.train.config import TrainConfig
 from tailora.train.events import Event, Note, Prepared, Stepped
 from tailora.train.trainer import OnReady, run
 
-Step = Callable[[], float]  # one optimiser step; returns the loss before it
+Step = Callable[[], float]  # takes one optimiser step; returns the loss before it
 FAST_OFF = {"fast": "off"}
-MANY = 1_000_000  # steps: the benchmark ends before the run does
+ENDLESS = 1_000_000  # steps: the benchmark ends before the run does
+
+
+@contextmanager
+def synthetic_task(shape: Shape) -> Iterator[tuple[ExitStack, Path, Tensor]]:
+    """A folder with a random model and rows.jsonl, the ids of the rows, and a stack that ends the runs."""
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        write_model(shape, folder / "model")
+        yield stack, folder, write_rows(shape, folder / "rows.jsonl")
+
+
+# ---- tailora
 
 
 class Stopped(Exception):
-    """Raised inside a run that is not waited for any more."""
+    """Raised inside a run to end it."""
 
 
-def held_run(config: TrainConfig, on_ready: OnReady | None = None) -> Generator[Event]:
-    """Events of a run, which stands still until the next one is asked for. Closing the iterator ends the run."""
+def paused_run(config: TrainConfig, on_ready: OnReady | None = None) -> Generator[Event]:
+    """Yields the events of a run, which waits after each event until the next is asked for.
+
+    Closing the generator ends the run.
+    """
     events: SimpleQueue[Event | None] = SimpleQueue()
-    turn, over = Semaphore(0), threading.Event()
+    turn, stop = Semaphore(0), threading.Event()
 
-    def listen(event: Event) -> None:
+    def on_event(event: Event) -> None:
         events.put(event)
         turn.acquire()
-        if over.is_set():
+        if stop.is_set():
             raise Stopped
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        outcome = pool.submit(run, config, on_event=listen, on_ready=on_ready)
+        outcome = pool.submit(run, config, on_event=on_event, on_ready=on_ready)
         outcome.add_done_callback(lambda _: events.put(None))
         try:
             while (event := events.get()) is not None:
                 yield event
                 turn.release()
         finally:
-            over.set()
+            stop.set()
             turn.release()
     outcome.result()
 
 
 @dataclass(frozen=True, eq=False)
-class Tailora:
+class TailoraArm:
     step: Step
-    chosen: list[str]  # what the run said about its choices
+    notes: list[str]  # what the run said about its choices
 
 
 def tailora(
@@ -70,12 +85,12 @@ def tailora(
     dtype: str,
     settings: dict[str, Any] | None = None,
     on_ready: OnReady | None = None,
-) -> Tailora:
-    """The product's own run, held between its steps. The first step brings the start-up with it."""
+) -> TailoraArm:
+    """Returns the steps of tailora's own run on the folder of `synthetic_task`. The first includes the start-up."""
     output = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    config = config_of(shape, folder, output / "run", dtype, settings or {})
-    events = stack.enter_context(closing(held_run(config, on_ready)))
-    chosen: list[str] = []
+    config = train_config(shape, folder, output / "run", dtype, settings or {})
+    events = stack.enter_context(closing(paused_run(config, on_ready)))
+    notes: list[str] = []
 
     def step() -> float:
         for event in events:
@@ -83,16 +98,16 @@ def tailora(
                 case Stepped():
                     return event.loss
                 case Note():
-                    chosen.append(event.text)
+                    notes.append(event.text)
                 case Prepared():
-                    chosen.append(event.header["kernels"])
+                    notes.append(event.header["kernels"])
         raise RuntimeError("the run ended before its last step")
 
-    return Tailora(step, chosen)
+    return TailoraArm(step, notes)
 
 
-def config_of(shape: Shape, folder: Path, output: Path, dtype: str, settings: dict[str, Any]) -> TrainConfig:
-    """Of a run on what `workshop` wrote, which ends when it is left."""
+def train_config(shape: Shape, folder: Path, output: Path, dtype: str, settings: dict[str, Any]) -> TrainConfig:
+    """Returns the settings of an endless run on the folder of `synthetic_task`."""
     return TrainConfig(
         **{
             "model": str(folder / "model"),
@@ -101,61 +116,51 @@ def config_of(shape: Shape, folder: Path, output: Path, dtype: str, settings: di
             "validation_split": 0,
             "max_length": shape.length,
             "per_device_train_batch_size": shape.rows,
-            "max_steps": MANY,
+            "max_steps": ENDLESS,
             "dtype": dtype,
             **settings,
         }
     )
 
 
-def peft(
-    folder: Path,
-    ids: Tensor,
-    shape: Shape,
-    dtype: str,
-    *,
-    r: int = 16,
-    extra: int = 0,
-    layers: list[int] | None = None,
-    **options: Any,
-) -> Step:
-    """PEFT as documented: all linear layers (of these decoder layers), float32 adapters.
+# ---- PEFT and full fine-tuning, in a plain loop
 
-    extra: adapters loaded beside the one that trains.
+
+def peft(folder: Path, ids: Tensor, shape: Shape, dtype: str, *, r: int = 16, extra: int = 0, **options: Any) -> Step:
+    """Returns the steps of PEFT as documented: all linear layers, float32 adapters.
+
+    extra: how many adapters are loaded beside the one that trains.
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = "all-linear" if layers is None else [f"{name}_proj" for name in shape.linears()]
-    settings = LoraConfig(
-        r=r, lora_alpha=2 * r, target_modules=targets, layers_to_transform=layers, task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(base(folder, dtype), settings)
+    settings = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(load_base_model(folder, dtype), settings)
     for number in range(extra):
         model.add_adapter(f"extra-{number}", settings)
     return plain_step(model, ids, shape, **options)
 
 
 def full(folder: Path, ids: Tensor, shape: Shape, dtype: str, **options: Any) -> Step:
-    """Every weight trained, in the model's own precision."""
-    return plain_step(base(folder, dtype), ids, shape, **options)
+    """Returns steps that train every weight, in the model's own precision."""
+    return plain_step(load_base_model(folder, dtype), ids, shape, **options)
 
 
-def base(folder: Path, dtype: str) -> Any:
+def load_base_model(folder: Path, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=DTYPES[dtype])
 
 
-def plain_step(model: Any, ids: Tensor, shape: Shape, *, checkpointing: bool = False, rate: float = 1e-5) -> Step:
-    """Forward with labels, backward, clipping, fused AdamW: the loop of every tutorial, without padding.
+def plain_step(model: Any, ids: Tensor, shape: Shape, *, checkpointing: bool = False) -> Step:
+    """Returns the step of every tutorial: forward with labels, backward, clipping, fused AdamW; no padding.
 
-    ids: (steps * rows, length), used over and over.
+    ids: (steps * rows, length), used again and again.
     """
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
     batches = cycle(torch.split(ids, shape.rows))
 
     def step() -> float:
@@ -168,12 +173,3 @@ def plain_step(model: Any, ids: Tensor, shape: Shape, *, checkpointing: bool = F
         return float(loss.detach())
 
     return step
-
-
-@contextmanager
-def workshop(shape: Shape) -> Iterator[tuple[ExitStack, Path, Tensor]]:
-    """A folder with the model and the rows, their ids, and a stack that ends the runs."""
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder = Path(name)
-        write_model(shape, folder / "model")
-        yield stack, folder, write_rows(shape, folder / "rows.jsonl")

@@ -1,10 +1,10 @@
-"""The demo's training against a hand-written loop around PEFT, and start-up.
-
-The PEFT loop is no straw man: the same rows in the same order, grouped by length, bf16 base, the head only at the
-supervised positions, the same rank, targets, learning rate and schedule. Both arms measure held-out loss by the same
-function, after training, outside the time.
+"""The demo's run beside a hand-written loop around PEFT, and the time of the imports.
 
     python benchmarks/demo.py run [--repeats 3]     writes benchmarks/results/demo.json
+
+The PEFT loop is written to be fast. It has the same examples in the same order, grouped by length, a bf16 base, logits
+only where there is a label, and the same rank, target layers, learning rate and schedule. Held-out losses are computed
+before and after training, outside the time.
 """
 
 import json
@@ -67,10 +67,10 @@ def peft() -> dict[str, float]:
     def losses(indices: Any, examples: Any) -> torch.Tensor:
         batch = collate_padded([examples[int(i)] for i in indices], tokenizer.pad_token_id)
         targets = batch["labels"][:, 1:]
-        wanted = targets != -100
+        supervised = targets != -100
         hidden = base.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
-        logits = base.lm_head(hidden[:, :-1][wanted])  # (supervised, vocabulary)
-        return cross_entropy(logits.float(), targets[wanted], reduction="none")
+        logits = base.lm_head(hidden[:, :-1][supervised])  # (supervised, vocabulary)
+        return cross_entropy(logits.float(), targets[supervised], reduction="none")
 
     def held_out() -> float:
         model.eval()
@@ -81,7 +81,7 @@ def peft() -> dict[str, float]:
 
     before = held_out()
     batches = plan(data.train.lengths, batch_size=config.per_device_train_batch_size, seed=config.seed, epoch=0)
-    begun = time.perf_counter()
+    training_started = time.perf_counter()
     for number, indices in enumerate(batches):
         loss = losses(indices, data.train).mean()
         loss.backward()
@@ -91,7 +91,7 @@ def peft() -> dict[str, float]:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - training_started
     tokens = int(data.train.lengths.sum())
     return {
         "train_seconds": seconds,
@@ -105,7 +105,7 @@ def peft() -> dict[str, float]:
 
 
 def startup() -> dict[str, float]:
-    """CPU seconds of a fresh interpreter that does one thing."""
+    """Returns CPU seconds of the imports and of --help, each in a new interpreter, relative to that of torch."""
     import resource
     import subprocess
 
@@ -115,12 +115,12 @@ def startup() -> dict[str, float]:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    cpu(["-c", "import torch"])  # compiled files and disk cache
+    cpu(["-c", "import torch"])  # fills the caches of compiled files and of the disk
     torch = cpu(["-c", "import torch"])
-    names = cpu(["-c", "import torch; from tailora import LoRAConfig, LoRALayer, LoRAModel"])
+    tailora = cpu(["-c", "import torch; from tailora import LoRAConfig, LoRALayer, LoRAModel"])
     return {
         "import_torch": torch,
-        "import_tailora_over_torch": names / torch,
+        "import_tailora_over_torch": tailora / torch,
         "help_over_torch": cpu(["-m", "tailora.cli", "--help"]) / torch,
         "import_peft_over_torch": cpu(["-c", "import peft"]) / torch,
     }
@@ -130,12 +130,12 @@ ARMS = {"tailora": tailora, "peft": peft, "startup": startup}
 
 
 def main() -> None:
-    options = measure.arguments(str(__doc__))
+    options = measure.arm_arguments(str(__doc__))
     if options.command == "arm":
         print(json.dumps(ARMS[options.name]()))
         return
-    runs = measure.interleaved(str(Path(__file__)), list(ARMS), options.repeats)
-    summaries = {arm: measure.summary(each) for arm, each in runs.items()}
+    runs = measure.run_arms(str(Path(__file__)), list(ARMS), options.repeats)
+    summaries = {arm: measure.summary(runs_of_arm) for arm, runs_of_arm in runs.items()}
     print(measure.write("demo", {"summary": summaries, "runs": runs}))
 
 

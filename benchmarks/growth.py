@@ -1,24 +1,24 @@
-"""How a step's time grows with length, rank, layers and loaded adapters: tailora and PEFT, turn by turn.
+"""How the time of a step grows with length, rank, layers and loaded adapters: tailora and PEFT, in turn.
 
     python benchmarks/growth.py           writes benchmarks/results/growth.json
     python benchmarks/growth.py --only axis=rank
 
-The model has SmolLM2-135M's width (with as many key heads as heads, so that every linear takes rank 256) and 6 layers;
-each axis changes one thing.
+The model is as wide as SmolLM2-135M (with as many key heads as heads, so that every linear layer takes rank 256) and
+has 6 layers. Each axis changes one thing.
 """
 
 from dataclasses import replace
 from typing import Any
 
 import measure
-from arms import peft, tailora, workshop
+from arms import peft, synthetic_task, tailora
 from shapes import SMALL, Shape, step_flops
 
 AXES = {
     "length": [128, 256, 512, 1024, 2048],  # always 2,048 tokens a step
     "rank": [1, 4, 16, 64, 256],
     "layers": [2, 6, 12, 24],
-    "adapters": [1, 4, 16, 64],  # loaded; one trains
+    "adapters": [1, 4, 16, 64],  # loaded; one of them trains
 }
 TOKENS = 2048
 MODEL = replace(SMALL, key_heads=SMALL.heads)
@@ -32,9 +32,9 @@ def cells(quick: bool) -> list[measure.Cell]:
     return [{"axis": axis, "value": value, **common} for axis, value in points]
 
 
-def work(axis: str, value: int, dtype: str, threads: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a step at one point of an axis."""
-    sizes = sized(axis, value)
+def run_cell(axis: str, value: int, dtype: str, threads: int, rounds: int) -> dict[str, Any]:
+    """Returns the seconds of a step at one point of an axis."""
+    shape = shape_at(axis, value)
     r = value if axis == "rank" else RANK
     extra = value - 1 if axis == "adapters" else 0
 
@@ -42,25 +42,25 @@ def work(axis: str, value: int, dtype: str, threads: int, rounds: int) -> dict[s
         for number in range(extra):
             model.add_adapter(f"extra-{number}", model.adapters["default"])
 
-    with workshop(sizes) as (stack, folder, ids):
+    with synthetic_task(shape) as (stack, folder, ids):
         settings = {"r": r, "lora_alpha": 2 * r}
-        ours = tailora(stack, sizes, folder, dtype, settings, on_ready=load_others)
-        arms = {"tailora": ours.step, "PEFT": peft(folder, ids, sizes, dtype, r=r, extra=extra)}
-        times = measure.turns(arms, rounds, measure.clock_for(threads))
+        ours = tailora(stack, shape, folder, dtype, settings, on_ready=load_others)
+        arms = {"tailora": ours.step, "PEFT": peft(folder, ids, shape, dtype, r=r, extra=extra)}
+        times = measure.take_turns(arms, rounds, measure.clock_for(threads))
     return {
-        "tokens": sizes.tokens,
-        "flops": step_flops(sizes, r),
+        "tokens": shape.tokens,
+        "flops": step_flops(shape, r),
         "seconds": {name: measure.spread(values) for name, values in times.items()},
         "x_tailora": measure.ratios(times, over="tailora"),
         "runs": times,
     }
 
 
-def sized(axis: str, value: int) -> Shape:
+def shape_at(axis: str, value: int) -> Shape:
     if axis == "length":
         return replace(MODEL, length=value, rows=TOKENS // value)
     return replace(MODEL, layers=value) if axis == "layers" else MODEL
 
 
 if __name__ == "__main__":
-    measure.main("growth", str(__doc__), cells, work)
+    measure.main("growth", str(__doc__), cells, run_cell)

@@ -1,10 +1,10 @@
-"""Answering with one adapter beside the weights or in them, and switching among 64: tailora and PEFT, turn by turn.
+"""Answering with an adapter beside the weights or merged into them, and switching among 64: tailora and PEFT, in turn.
 
     python benchmarks/inference.py        writes benchmarks/results/inference.json
-    python benchmarks/inference.py --only what=decode cache=static
+    python benchmarks/inference.py --only what=decode value=static
 
-Every arm generates greedily after a prompt of 64 random tokens: `first` is the time to the first token, `next` that of
-each further one. `base` is the same model with its adapter off, by tailora.
+Every arm generates greedily after a prompt of 64 random tokens. `first` is the time to the first token, `next` that of
+each later token. `base` is tailora's model with its adapter switched off.
 """
 
 import time
@@ -13,16 +13,17 @@ from typing import Any
 
 import measure
 import torch
-from adapters import in_turn, peft_model, stir
-from arms import base, workshop
+from adapters import both_with_adapters, peft_model, randomize_factors, switch_in_turn
+from arms import load_base_model, synthetic_task
 from shapes import DTYPES, SHAPES
 from torch import Tensor
 
-from tailora import LoRAConfig, LoRAModel
+from tailora import LoRAModel
 
 SHAPE = SHAPES["S"]
 PROMPT, NEW = 64, 24  # tokens
 SWITCHES = 50
+Times = tuple[float, float]  # seconds to the first token, and of each later token
 
 
 def cells(quick: bool) -> list[measure.Cell]:
@@ -39,7 +40,7 @@ def cells(quick: bool) -> list[measure.Cell]:
     return [dict(zip(names, point, strict=True)) | common for point in points]
 
 
-def work(what: str, value: Any, dtype: str, threads: int, rounds: int) -> dict[str, Any]:
+def run_cell(what: str, value: Any, dtype: str, threads: int, rounds: int) -> dict[str, Any]:
     times = decode(value, dtype, threads, rounds) if what == "decode" else switch(value, dtype)
     return {
         "threads": threads,
@@ -49,65 +50,63 @@ def work(what: str, value: Any, dtype: str, threads: int, rounds: int) -> dict[s
 
 
 def decode(cache: str, dtype: str, threads: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds to the first token, and of each further one, by arm; in every round all arms."""
-    with workshop(SHAPE) as (_, folder, _ids):
-        ours, theirs = LoRAModel(base(folder, dtype)).eval(), peft_model(base(folder, dtype), "default").eval()
-        stir(ours)
+    """Returns the seconds of the first token and of each later token by arm; every round runs all arms."""
+    with synthetic_task(SHAPE) as (_, folder, _ids):
+        ours = LoRAModel(load_base_model(folder, dtype)).eval()
+        peft = peft_model(load_base_model(folder, dtype), "default").eval()
+        randomize_factors(ours)
         prompt = torch.randint(1, SHAPE.vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
         clock = measure.clock_for(threads)
 
-        def told(model: Any) -> tuple[float, float]:
-            return answered(model, prompt, cache, clock)
+        def answer(model: Any) -> Times:
+            return time_answer(model, prompt, cache, clock)
 
-        def merged(model: Any, merge: Callable[[], Any], unmerge: Callable[[], Any]) -> tuple[float, float]:
+        def answer_merged(model: Any, merge: Callable[[], Any], unmerge: Callable[[], Any]) -> Times:
             merge()
-            found = told(model)
+            times = answer(model)
             unmerge()
-            return found
+            return times
 
-        def off() -> tuple[float, float]:
+        def answer_of_base() -> Times:
             with ours.disable_adapter():
-                return told(ours)
+                return answer(ours)
 
-        arms: dict[str, Callable[[], tuple[float, float]]] = {
-            "base": off,
-            "tailora": lambda: told(ours),
-            "tailora, merged": lambda: merged(ours, ours.merge, ours.unmerge),
-            "PEFT": lambda: told(theirs),
-            "PEFT, merged": lambda: merged(theirs, theirs.merge_adapter, theirs.unmerge_adapter),
+        arms: dict[str, Callable[[], Times]] = {
+            "base": answer_of_base,
+            "tailora": lambda: answer(ours),
+            "tailora, merged": lambda: answer_merged(ours, ours.merge, ours.unmerge),
+            "PEFT": lambda: answer(peft),
+            "PEFT, merged": lambda: answer_merged(peft, peft.merge_adapter, peft.unmerge_adapter),
         }
-        runs = [{name: arm() for name, arm in arms.items()} for _ in range(rounds + 1)][1:]
-    kinds = ("first", "next")
-    return {f"{name}: {kind}": [run[name][i] for run in runs] for name in arms for i, kind in enumerate(kinds)}
+        runs = [{name: arm() for name, arm in arms.items()} for _ in range(rounds + 1)][1:]  # the first warms up
+    keys = ("first", "next")
+    return {f"{name}: {key}": [run[name][i] for run in runs] for name in arms for i, key in enumerate(keys)}
 
 
-def answered(model: Any, prompt: Tensor, cache: str, clock: Callable[[], float]) -> tuple[float, float]:
-    """Seconds to the first token, and of each further one."""
-    at: list[float] = [clock()]
+def time_answer(model: Any, prompt: Tensor, cache: str, clock: Callable[[], float]) -> Times:
+    moments: list[float] = [clock()]  # then one for the prompt and one for each token
 
     class Streamer:
-        def put(self, _tokens: Tensor) -> None:  # the prompt, too, before anything is computed
-            at.append(clock())
+        def put(self, _tokens: Tensor) -> None:  # called with the prompt, too, before anything is computed
+            moments.append(clock())
 
         def end(self) -> None:
             pass
 
     settings: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-    kind = {"cache_implementation": "static"} if cache == "static" else {}
-    model.generate(input_ids=prompt, streamer=Streamer(), **settings, **kind)
-    return at[2] - at[0], (at[-1] - at[2]) / (len(at) - 3)
+    if cache == "static":
+        settings["cache_implementation"] = "static"
+    model.generate(input_ids=prompt, streamer=Streamer(), **settings)
+    return moments[2] - moments[0], (moments[-1] - moments[2]) / (len(moments) - 3)
 
 
 def switch(count: int, dtype: str) -> dict[str, list[float]]:
-    """Seconds of `set_adapter` with `count` adapters loaded, on 210 linear layers."""
-    with workshop(SHAPE) as (_, folder, _ids):
-        ours, theirs = LoRAModel(base(folder, dtype), LoRAConfig(), "0"), peft_model(base(folder, dtype), "0")
-        for name in map(str, range(1, count)):
-            ours.add_adapter(name, LoRAConfig())
-            theirs.add_adapter(name, theirs.peft_config["0"])
-        turn = {"tailora": in_turn(ours.set_adapter, count), "PEFT": in_turn(theirs.set_adapter, count)}
-        return measure.turns(turn, SWITCHES, time.process_time, warm=5)
+    """Returns the seconds of `set_adapter` with `count` adapters loaded, on 210 linear layers."""
+    with synthetic_task(SHAPE) as (_, folder, _ids):
+        ours, peft = both_with_adapters(folder, dtype, count)
+        arms = {"tailora": switch_in_turn(ours.set_adapter, count), "PEFT": switch_in_turn(peft.set_adapter, count)}
+        return measure.take_turns(arms, SWITCHES, time.process_time, warm_up=5)
 
 
 if __name__ == "__main__":
-    measure.main("inference", str(__doc__), cells, work)
+    measure.main("inference", str(__doc__), cells, run_cell)

@@ -1,7 +1,8 @@
-"""A tiny language whose every probability is known, a tiny Llama that speaks it, and arms that learn a changed one.
+"""A tiny language, a tiny Llama pretrained on it, and arms that learn a changed version of it (tiny_lm.py).
 
-The language is an order-2 Markov table: the next word depends on the two before it. The new task replaces the rows of a
-quarter of the contexts, so that the rest must be kept. What no model can know is known here: `floor`.
+The language is an order-2 Markov table: the next word depends on the two before it. The new task replaces the
+probabilities of a quarter of the contexts; the others must be kept. Since all probabilities are known, so is the lowest
+possible loss (`lowest_loss`).
 """
 
 import copy
@@ -18,9 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tailora import LoRAConfig, LoRAModel
 
 WORDS, END = 32, 32  # words 0..31, and the end of a text
-LENGTH = 64  # tokens of a text, the end among them
-SHARPNESS = 2.5  # of the table: standard deviation of its logits
-REPLACED = 0.25  # share of the contexts
+LENGTH = 64  # tokens of a text, the end included
+SHARPNESS = 2.5  # standard deviation of the logits of the table
+REPLACED = 0.25  # share of the contexts whose probabilities are new
 BATCH = 16  # texts a step
 WARM_UP = 0.05  # share of the steps; then a cosine
 ALPHA = 32
@@ -40,64 +41,67 @@ ARMS: dict[str, Arm] = {
 }
 
 
-# ---- the language
+# ---- The language
 
 
 @cache
 def table() -> Tensor:
-    """(words, words, words): probability of the third after the first two."""
-    return _drawn(0)
+    """Returns (words, words, words): the probability of the third word after the first two."""
+    return _random_table(0)
 
 
 @cache
 def new_table() -> Tensor:
-    """The same with other rows for a quarter of the contexts."""
-    chosen = torch.rand(WORDS, WORDS, generator=torch.Generator().manual_seed(2)) < REPLACED
-    return torch.where(chosen[..., None], _drawn(1), table())
+    """Returns the table with other probabilities for a quarter of the contexts."""
+    is_new = torch.rand(WORDS, WORDS, generator=torch.Generator().manual_seed(2)) < REPLACED
+    return torch.where(is_new[..., None], _random_table(1), table())
 
 
-def _drawn(seed: int) -> Tensor:
+def _random_table(seed: int) -> Tensor:
     logits = torch.randn(WORDS, WORDS, WORDS, generator=torch.Generator().manual_seed(seed))
     return torch.softmax(SHARPNESS * logits, -1)
 
 
 def texts(language: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(count, LENGTH) ids: two words at random, the others by the table, the end."""
-    reached = language.flatten(0, 1).cumsum(-1)  # (contexts, words)
+    """Returns (count, LENGTH) ids: two random words, then words by the table, and the end."""
+    cumulative = language.flatten(0, 1).cumsum(-1)  # (contexts, words)
     ids = torch.full((count, LENGTH), END)
     ids[:, :2] = torch.randint(WORDS, (count, 2), generator=generator)
-    for place in range(2, LENGTH - 1):
-        rows = reached[ids[:, place - 2] * WORDS + ids[:, place - 1]]
-        drawn = torch.rand(count, 1, generator=generator)
-        ids[:, place] = torch.searchsorted(rows, drawn)[:, 0].clamp(max=WORDS - 1)
+    for i in range(2, LENGTH - 1):
+        rows = cumulative[ids[:, i - 2] * WORDS + ids[:, i - 1]]
+        uniform = torch.rand(count, 1, generator=generator)
+        ids[:, i] = torch.searchsorted(rows, uniform)[:, 0].clamp(max=WORDS - 1)
     return ids
 
 
-def floor(language: Tensor, ids: Tensor) -> float:
-    """Nats per predicted token of one who knows the table: the first word is given, the end comes when it is due."""
-    known = -language[ids[:, :-3], ids[:, 1:-2], ids[:, 2:-1]].log()  # (count, LENGTH - 3)
+def lowest_loss(language: Tensor, ids: Tensor) -> float:
+    """Returns nats per predicted token of a model that knows the table and when the end comes.
+
+    The first word is given; the second can only be guessed.
+    """
+    by_table = -language[ids[:, :-3], ids[:, 1:-2], ids[:, 2:-1]].log()  # (count, LENGTH - 3)
     second = torch.tensor(float(WORDS)).log() * len(ids)
-    return float((known.sum() + second) / (len(ids) * (LENGTH - 1)))
+    return float((by_table.sum() + second) / (len(ids) * (LENGTH - 1)))
 
 
 def held_out(count: int = 512) -> Tensor:
     return texts(new_table(), count, torch.Generator().manual_seed(3))
 
 
-# ---- the model
+# ---- The model
 
 
 def pretrained(steps: int, rate: float = 3e-3, batch: int = 2 * BATCH) -> LlamaForCausalLM:
-    """A model of the first table, by plain training."""
+    """Returns a model that was trained on the first table."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(configuration())
+    model = LlamaForCausalLM(model_config())
     train(model, list(model.parameters()), table(), rate, steps, seed=0, batch=batch)
     return model.eval()
 
 
-def configuration() -> LlamaConfig:
-    more = {"max_position_embeddings": 4 * LENGTH, "tie_word_embeddings": False}
-    return LlamaConfig(vocab_size=WORDS + 1, bos_token_id=None, eos_token_id=END, **SIZES, **more)
+def model_config() -> LlamaConfig:
+    sizes = {**SIZES, "max_position_embeddings": 4 * LENGTH, "tie_word_embeddings": False}
+    return LlamaConfig(vocab_size=WORDS + 1, bos_token_id=None, eos_token_id=END, **sizes)
 
 
 def train(
@@ -110,9 +114,9 @@ def train(
     seed: int,
     batch: int = BATCH,
 ) -> None:
-    """AdamW on fresh texts in every step, no decay, clipping at 1, warm-up and cosine."""
+    """AdamW on new texts in every step, without weight decay, with clipping at 1, warm-up and cosine."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    course = torch.optim.lr_scheduler.OneCycleLR(
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=steps, pct_start=WARM_UP, cycle_momentum=False, final_div_factor=1e9
     )
     generator = torch.Generator().manual_seed(100 + seed)
@@ -121,17 +125,17 @@ def train(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        course.step()
+        schedule.step()
 
 
 def loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """Nats per predicted token."""
-    found: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-    return found
+    """Returns nats per predicted token, 0-dimensional."""
+    mean: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return mean
 
 
-def adapted(base: LlamaForCausalLM, arm: Arm, rate: float, steps: int, seed: int = 0) -> nn.Module:
-    """A copy of the base that has learned the new table."""
+def train_arm(base: LlamaForCausalLM, arm: Arm, rate: float, steps: int, seed: int = 0) -> nn.Module:
+    """Returns a copy of the base that was trained on the new table."""
     model: nn.Module = copy.deepcopy(base)
     torch.manual_seed(seed)
     if arm is not None:
@@ -142,21 +146,21 @@ def adapted(base: LlamaForCausalLM, arm: Arm, rate: float, steps: int, seed: int
 
 
 @torch.no_grad()
-def judged(model: nn.Module) -> float:
+def held_out_loss(model: nn.Module) -> float:
     return float(loss(model, held_out()))
 
 
-def trainable(base: LlamaForCausalLM, arm: Arm) -> int:
+def trainable_parameters(base: LlamaForCausalLM, arm: Arm) -> int:
     if arm is None:
         return sum(parameter.numel() for parameter in base.parameters())
     return LoRAModel(copy.deepcopy(base), LoRAConfig(lora_alpha=ALPHA, **arm)).summary().trainable_parameters
 
 
-# ---- for the commands
+# ---- Files for the commands
 
 
 def write_folder(base: LlamaForCausalLM, folder: Path, train_texts: int, eval_texts: int) -> None:
-    """model/ with its tokenizer, train.jsonl and eval.jsonl of the new table, old.jsonl of the first one."""
+    """Writes model/ with its tokenizer, train.jsonl and eval.jsonl of the new table, and old.jsonl of the first."""
     base.save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
     files = {"train": (new_table(), train_texts), "eval": (new_table(), eval_texts), "old": (table(), 64)}
@@ -167,7 +171,7 @@ def write_folder(base: LlamaForCausalLM, folder: Path, train_texts: int, eval_te
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0, w1, ... and the end."""
+    """Returns a tokenizer of the words w0, w1, ... and the end."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {**{f"w{i}": i for i in range(WORDS)}, "<end>": END}

@@ -3,7 +3,7 @@
     python benchmarks/memory.py           writes benchmarks/results/memory.json
     python benchmarks/memory.py --only shape=S arm=tailora
 
-Needs Linux: peaks are read from /proc/self/status and set back between the first step and the others.
+Needs Linux: peaks are read from /proc/self/status, and reset between the first step and the others.
 """
 
 import gc
@@ -11,26 +11,25 @@ from itertools import product
 from typing import Any
 
 import measure
-from arms import FAST_OFF, Step, full, peft, tailora, workshop
+from arms import FAST_OFF, Step, full, peft, synthetic_task, tailora
 from shapes import DTYPES, SHAPES
 
 ARMS = ["tailora", "fast off", "PEFT", "full"]
-STEPS = 2  # after the first, which makes the optimiser's state
+STEPS = 2  # after the first, which creates the optimiser's state
 
 
 def cells(quick: bool) -> list[measure.Cell]:
     shapes, dtypes = (["T"], ["bfloat16"]) if quick else (["S"], [*DTYPES])
-    arms, settings = (ARMS[:3:2], ["default"]) if quick else (ARMS, [*measure.MALLOC])
+    arms, settings = (["tailora", "PEFT"], ["default"]) if quick else (ARMS, [*measure.MALLOC])
     names = ("malloc", "shape", "dtype", "checkpointing", "arm")
     grid = product(settings, shapes, dtypes, [False] if quick else [False, True], arms)
     return [dict(zip(names, values, strict=True)) | {"threads": 2} for values in grid]
 
 
-def work(shape: str, dtype: str, checkpointing: bool, arm: str, threads: int) -> dict[str, Any]:
-    """Bytes held between steps, and how far the largest moment of a step is above them."""
+def run_cell(shape: str, dtype: str, checkpointing: bool, arm: str, threads: int) -> dict[str, Any]:
+    """Returns the bytes held between steps, and how far the highest moment of a step is above them."""
     sizes = SHAPES[shape]
-    clock = measure.clock_for(threads)
-    with workshop(sizes) as (stack, folder, ids):
+    with synthetic_task(sizes) as (stack, folder, ids):
         settings = {"gradient_checkpointing": checkpointing}
         makers: dict[str, Any] = {
             "tailora": lambda: tailora(stack, sizes, folder, dtype, settings).step,
@@ -41,18 +40,18 @@ def work(shape: str, dtype: str, checkpointing: bool, arm: str, threads: int) ->
         step: Step = makers[arm]()
         step()
         gc.collect()
-        until_now = measure.held("VmHWM")
-        measure.forget_peak()
-        steady = measure.held("VmRSS")
-        seconds = measure.turns({arm: step}, STEPS, clock, warm=0)[arm]
-        peak = measure.held("VmHWM")
+        first_peak = measure.process_memory("VmHWM")
+        measure.reset_peak()
+        steady = measure.process_memory("VmRSS")
+        seconds = measure.take_turns({arm: step}, STEPS, measure.clock_for(threads), warm_up=0)[arm]
+        peak = measure.process_memory("VmHWM")
     return {
         "steady_bytes": steady,
         "above_bytes": peak - steady,
-        "peak_bytes": max(peak, until_now),
+        "peak_bytes": max(peak, first_peak),
         "seconds": measure.spread(seconds),
     }
 
 
 if __name__ == "__main__":
-    measure.main("memory", str(__doc__), cells, work)
+    measure.main("memory", str(__doc__), cells, run_cell)

@@ -1,10 +1,10 @@
-"""What `tailora plan` says of memory, with and without --measure, against the peak of `tailora train`'s own process.
+"""Memory that `tailora plan` estimates, with and without --measure, beside the peak of a run's process.
 
     python benchmarks/plan.py           writes benchmarks/results/plan.json
     python benchmarks/plan.py --only name="T bf16"
 
-Each configuration: a model of random weights from config.json on, rows of different lengths, three commands, each in a
-process of its own. Peaks are those of the whole process (VmHWM), from its start to its end. Needs Linux.
+Each configuration has a model of random weights, rows of different lengths, and three commands, each in a process of
+its own: `plan`, `plan --measure` and `train`. Peaks are those of the whole process (VmHWM). Needs Linux.
 """
 
 import json
@@ -20,72 +20,82 @@ import numpy as np
 from shapes import SHAPES, Shape, write_model
 
 STEPS = 10
-WATCHED = """
+COMMAND_WITH_PEAK = """
 import sys
 from tailora.cli.main import main
 code = main(sys.argv[1:])
-held = open("/proc/self/status").read()
-print(held.split("VmHWM:")[1].split()[0], file=sys.stderr)
+status = open("/proc/self/status").read()
+print(status.split("VmHWM:")[1].split()[0], file=sys.stderr)
 sys.exit(code)
-"""
+"""  # its last line on stderr is the peak in KiB
 
 
 @dataclass(frozen=True)
-class Case:
-    """flags: of the commands.    kind: of the model, where it is no Llama."""
+class Configuration:
+    """A model and the flags of the commands. `family` is that of the model: llama, qwen2 or gpt2."""
 
     shape: Shape
     flags: dict[str, Any] = field(default_factory=dict)
-    kind: str = "llama"
+    family: str = "llama"
 
 
 S, T, W = (SHAPES[name] for name in "STW")
 QWEN = Shape(896, 4864, 6, 14, 2, 151936, tied=True, rows=4, length=384)  # a quarter of Qwen2.5-0.5B's layers
 GPT = Shape(768, 3072, 12, 12, 12, 50257, tied=True, rows=4, length=256)  # GPT-2
 BF16, FP32 = {"dtype": "bfloat16"}, {"dtype": "float32"}
-CASES = {
-    "T bf16": Case(T, BF16),
-    "T fp32, 512 tokens": Case(replace(T, length=512), FP32),
-    "T full bf16": Case(T, {**BF16, "method": "full", "learning-rate": 5e-5}),
-    "T full fp32": Case(T, {**FP32, "method": "full", "learning-rate": 5e-5}),
-    "T bf16, 4 x 1024, checkpointed": Case(replace(T, rows=4, length=1024), {**BF16, "gradient-checkpointing": True}),
-    "T int8": Case(T, {**BF16, "quantize": "int8"}),
-    "T bf16, r 64, dropout": Case(T, {**BF16, "r": 64, "lora-dropout": 0.1}),
-    "T bf16, 32 x 64, fast off": Case(replace(T, rows=32, length=64), {**BF16, "fast": "off"}),
-    "S bf16": Case(S, BF16),
-    "S bf16, 1024 tokens": Case(replace(S, length=1024), BF16),
-    "S bf16, 1024 tokens, checkpointed": Case(replace(S, length=1024), {**BF16, "gradient-checkpointing": True}),
-    "S fp32, 2 x 512": Case(replace(S, rows=2, length=512), FP32),
-    "S bf16, fast off": Case(S, {**BF16, "fast": "off"}),
-    "S nf4": Case(S, {**BF16, "quantize": "nf4"}),
-    "S bf16, r 64, dropout": Case(S, {**BF16, "r": 64, "lora-dropout": 0.1}),
-    "S bf16, top 4 layers, 16 x 64": Case(
+CONFIGURATIONS = {
+    "T bf16": Configuration(T, BF16),
+    "T fp32, 512 tokens": Configuration(replace(T, length=512), FP32),
+    "T full bf16": Configuration(T, {**BF16, "method": "full", "learning-rate": 5e-5}),
+    "T full fp32": Configuration(T, {**FP32, "method": "full", "learning-rate": 5e-5}),
+    "T bf16, 4 x 1024, checkpointed": Configuration(
+        replace(T, rows=4, length=1024), {**BF16, "gradient-checkpointing": True}
+    ),
+    "T int8": Configuration(T, {**BF16, "quantize": "int8"}),
+    "T bf16, r 64, dropout": Configuration(T, {**BF16, "r": 64, "lora-dropout": 0.1}),
+    "T bf16, 32 x 64, fast off": Configuration(replace(T, rows=32, length=64), {**BF16, "fast": "off"}),
+    "S bf16": Configuration(S, BF16),
+    "S bf16, 1024 tokens": Configuration(replace(S, length=1024), BF16),
+    "S bf16, 1024 tokens, checkpointed": Configuration(
+        replace(S, length=1024), {**BF16, "gradient-checkpointing": True}
+    ),
+    "S fp32, 2 x 512": Configuration(replace(S, rows=2, length=512), FP32),
+    "S bf16, fast off": Configuration(S, {**BF16, "fast": "off"}),
+    "S nf4": Configuration(S, {**BF16, "quantize": "nf4"}),
+    "S bf16, r 64, dropout": Configuration(S, {**BF16, "r": 64, "lora-dropout": 0.1}),
+    "S bf16, top 4 layers, 16 x 64": Configuration(
         replace(S, rows=16, length=64), {**BF16, "layers-to-transform": "26,27,28,29"}
     ),
-    "W bf16, 2 x 384": Case(replace(W, length=384), BF16),
-    "W fp32": Case(W, FP32),
-    "W int8": Case(W, {**BF16, "quantize": "int8"}),
-    "Qwen2 bf16": Case(QWEN, BF16, "qwen2"),
-    "GPT-2 fp32": Case(GPT, FP32, "gpt2"),
+    "W bf16, 2 x 384": Configuration(replace(W, length=384), BF16),
+    "W fp32": Configuration(W, FP32),
+    "W int8": Configuration(W, {**BF16, "quantize": "int8"}),
+    "Qwen2 bf16": Configuration(QWEN, BF16, "qwen2"),
+    "GPT-2 fp32": Configuration(GPT, FP32, "gpt2"),
 }
 
 
 def cells(quick: bool) -> list[measure.Cell]:
-    names = ["T bf16"] if quick else list(CASES)
+    names = ["T bf16"] if quick else list(CONFIGURATIONS)
     return [{"name": name, "threads": 2, "malloc": "default", "steps": 4 if quick else STEPS} for name in names]
 
 
-def work(name: str, threads: int, steps: int) -> dict[str, Any]:
-    """Bytes that were foreseen, in both ways, and that a run took; seconds of a step likewise."""
-    del threads  # in force already
-    case = CASES[name]
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        write(case, folder, steps)
-        flags = [*_common(case, folder), *_flags(case.flags), "--max-steps", str(steps), "--json"]
-        estimated, _ = ran(["plan", *flags])
-        measured, _ = ran(["plan", "--measure", *flags])
-        trained, peak = ran(["train", *flags, "--samples", "0", "--output-dir", str(folder / "run")])
+def run_cell(name: str, threads: int, steps: int) -> dict[str, Any]:
+    """Returns the bytes that both plans estimated and that a run took, and the seconds of a step likewise."""
+    del threads  # set in the environment
+    configuration = CONFIGURATIONS[name]
+    with tempfile.TemporaryDirectory() as name_of_folder:
+        folder = Path(name_of_folder)
+        write_task(configuration, folder, steps)
+        flags = [
+            *task_flags(configuration, folder),
+            *as_flags(configuration.flags),
+            "--max-steps",
+            str(steps),
+            "--json",
+        ]
+        estimated, _ = run_command(["plan", *flags])
+        measured, _ = run_command(["plan", "--measure", *flags])
+        trained, peak = run_command(["train", *flags, "--samples", "0", "--output-dir", str(folder / "run")])
     return {
         "true_bytes": peak,
         "estimated": estimated["memory"],
@@ -100,23 +110,28 @@ def work(name: str, threads: int, steps: int) -> dict[str, Any]:
     }
 
 
-def ran(arguments: list[str]) -> tuple[dict[str, Any], int]:
-    """The last line of a command's stdout, and the peak of its process in bytes."""
-    command = [sys.executable, "-c", WATCHED, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1]), int(done.stderr.split()[-1]) * 1024
+def run_command(arguments: list[str]) -> tuple[dict[str, Any], int]:
+    """Returns the last line of a command's stdout, and the peak of its process in bytes."""
+    command = [sys.executable, "-c", COMMAND_WITH_PEAK, *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(arguments)}: {process.stderr[-2000:]}")
+    return json.loads(process.stdout.splitlines()[-1]), int(process.stderr.split()[-1]) * 1024
 
 
-def _common(case: Case, folder: Path) -> list[str]:
+def task_flags(configuration: Configuration, folder: Path) -> list[str]:
     return [
         *("--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), "--validation-split", "0.1"),
-        *("--max-length", str(case.shape.length), "--per-device-train-batch-size", str(case.shape.rows)),
+        *(
+            "--max-length",
+            str(configuration.shape.length),
+            "--per-device-train-batch-size",
+            str(configuration.shape.rows),
+        ),
     ]
 
 
-def _flags(flags: dict[str, Any]) -> list[str]:
+def as_flags(flags: dict[str, Any]) -> list[str]:
     return [
         part
         for name, value in flags.items()
@@ -124,32 +139,34 @@ def _flags(flags: dict[str, Any]) -> list[str]:
     ]
 
 
-def write(case: Case, folder: Path, steps: int) -> None:
-    """The model's folder, and rows of half to all of the length."""
-    write_model(case.shape, folder / "model")
-    if case.kind != "llama":
-        other(case, folder / "model")
+def write_task(configuration: Configuration, folder: Path, steps: int) -> None:
+    """Writes the model's folder, and rows.jsonl with rows of half to all of the length."""
+    write_model(configuration.shape, folder / "model")
+    if configuration.family != "llama":
+        write_other_model(configuration, folder / "model")
     random = np.random.default_rng(0)
     rows = [
         " ".join(
             f"w{i}"
             for i in random.integers(
-                1, case.shape.vocabulary, size=random.integers(case.shape.length // 2, case.shape.length)
+                1,
+                configuration.shape.vocabulary,
+                size=random.integers(configuration.shape.length // 2, configuration.shape.length),
             )
         )
-        for _ in range(int(steps * case.shape.rows * 1.3))
+        for _ in range(int(steps * configuration.shape.rows * 1.3))
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
 
 
-def other(case: Case, folder: Path) -> None:
-    """A model of another family with the tokenizer that is there."""
+def write_other_model(configuration: Configuration, folder: Path) -> None:
+    """Replaces the model by one of another family; the tokenizer stays."""
     import torch
     from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
-    shape = case.shape
+    shape = configuration.shape
     config: Any = GPT2Config(vocab_size=shape.vocabulary, bos_token_id=None, eos_token_id=0)
-    if case.kind == "qwen2":
+    if configuration.family == "qwen2":
         config = Qwen2Config(
             vocab_size=shape.vocabulary,
             hidden_size=shape.hidden,
@@ -165,4 +182,4 @@ def other(case: Case, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    measure.main("plan", str(__doc__), cells, work)
+    measure.main("plan", str(__doc__), cells, run_cell)

@@ -1,11 +1,12 @@
-"""A real model on real data: time to the same number of supervised tokens, and to the same held-out loss.
+"""A real model on real data: time of one pass, and time to the same held-out loss.
 
     python benchmarks/real.py             writes benchmarks/results/real.json
     python benchmarks/real.py --only data=chat repeat=0
 
-Every arm trains one pass over the same rows (the demo's conversations; film review snippets) with the same rank,
-targets, learning rate, schedule and bf16 base. Held-out loss is computed after the run by one function for all arms,
-from the adapter folders that each arm wrote on its way. Needs `pip install '.[bench]'`.
+The data are the demo's conversations (chat) and film reviews (snippets). Every arm trains one pass over the same rows
+with the same rank, target layers, learning rate, schedule and bf16 base, so all learn from the same number of tokens.
+Held-out losses are computed after the run, by one function for all arms, from the adapter folders that each arm wrote
+on its way. Needs `pip install '.[bench]'`.
 """
 
 import tempfile
@@ -16,32 +17,32 @@ from typing import TYPE_CHECKING, Any
 
 import measure
 from snippets import snippets_folder
-from trainers import ARMS, Watch, packed, tailora
+from trainers import ARMS, Stopwatch, packing_settings, tailora
 
 if TYPE_CHECKING:
     from tailora.data.dataset import Example
 
 STARTED = time.perf_counter()
-HELD_OUT = 60  # examples: the first of the held-out file
-EVALUATED = 4  # of them in a forward
+HELD_OUT = 60  # examples, the first of the held-out file
+EVAL_BATCH = 4
 REPEATS = 3
 
 
 def cells(quick: bool) -> list[measure.Cell]:
     grid = product(range(1 if quick else REPEATS), ["chat"] if quick else ["chat", "snippets"], list(ARMS))
     common = {"threads": 1 if quick else 2, "malloc": "default", "rows": 16 if quick else None}
-    found = [{"repeat": repeat, "data": data, "arm": arm, **common} for repeat, data, arm in grid]
-    return [cell for cell in found if cell["arm"] in ("tailora", "TRL, packed")] if quick else found
+    listed = [{"repeat": repeat, "data": data, "arm": arm, **common} for repeat, data, arm in grid]
+    return [cell for cell in listed if cell["arm"] in ("tailora", "TRL, packed")] if quick else listed
 
 
-def work(data: str, arm: str, repeat: int, rows: int | None, threads: int) -> dict[str, Any]:
-    """Seconds, memory, and the held-out loss along the way (of the first repeat; the others only tell the time)."""
+def run_cell(data: str, arm: str, repeat: int, rows: int | None, threads: int) -> dict[str, Any]:
+    """Returns seconds, memory and, for the first repeat, the held-out losses along the way."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         before = time.perf_counter()
         files = first_rows(data_files(data), rows, folder)
-        fetching = time.perf_counter() - before  # of whichever arm comes first
-        watch = Watch(folder)
+        fetching = time.perf_counter() - before  # only the first arm has to
+        watch = Stopwatch(folder)
         counts = train(arm, watch, files, folder)
         result = {
             **counts,
@@ -49,47 +50,47 @@ def work(data: str, arm: str, repeat: int, rows: int | None, threads: int) -> di
             "wall": watch.snapshots[-1]["wall"],
             "cpu": watch.snapshots[-1]["cpu"],
             "whole_wall": time.perf_counter() - STARTED - fetching,
-            "peak_bytes": measure.held("VmHWM"),
+            "peak_bytes": measure.process_memory("VmHWM"),
         }
-        judged = watch.snapshots if repeat == 0 else []
-        losses = held_out_losses(files[1], [Path(each.pop("path")) for each in judged])
-    return {**result, "curve": [{**each, "loss": loss} for each, loss in zip(judged, losses, strict=True)]}
+        snapshots = watch.snapshots if repeat == 0 else []
+        losses = held_out_losses(files[1], [Path(snapshot.pop("path")) for snapshot in snapshots])
+    return {**result, "curve": [{**snapshot, "loss": loss} for snapshot, loss in zip(snapshots, losses, strict=True)]}
 
 
-def train(arm: str, watch: Watch, files: tuple[Path, Path], folder: Path) -> dict[str, int]:
-    """Run one arm; returns what it trained on."""
+def train(arm: str, watch: Stopwatch, files: tuple[Path, Path], folder: Path) -> dict[str, int]:
+    """Runs one arm; returns how many tokens it trained on."""
     from tailora.cli.train import DEFAULTS
     from tailora.data.prepare import prepare
     from tailora.train.config import TrainConfig
     from tailora.train.model_loading import load_base
 
-    own = {"data": str(files[0]), "output_dir": str(folder / "run"), "validation_split": 0}
-    config = TrainConfig(**{**DEFAULTS, **own})
+    paths = {"data": str(files[0]), "output_dir": str(folder / "run"), "validation_split": 0}
+    config = TrainConfig(**{**DEFAULTS, **paths})
     function, settings = ARMS[arm]
     base, tokenizer = load_base(config.model)
     examples = prepare(str(files[0]), tokenizer, max_length=config.max_length, validation_split=0).train
     if function is tailora:
-        del base  # it loads its own
+        del base  # the run loads its own
         tailora(config, watch, **settings)
     else:
-        settings = {**settings, **packed(examples)} if settings.get("packing") else settings
+        settings = {**settings, **packing_settings(examples)} if settings.get("packing") else settings
         function(config, watch, base=base, tokenizer=tokenizer, examples=examples, **settings)
     return {"tokens": int(examples.lengths.sum()), "supervised_tokens": int(examples.supervised.sum())}
 
 
 def held_out_losses(file: Path, adapters: list[Path]) -> list[float]:
-    """Nats per supervised token with each of these adapters, by transformers' own forward on padded rows."""
+    """Returns nats per supervised token with each of these adapters, by transformers' own forward on padded rows."""
     from tailora import LoRAModel
     from tailora.data.prepare import prepare
     from tailora.train.model_loading import load_base
 
     base, tokenizer = load_base("demo")
     examples = prepare(str(file), tokenizer, validation_split=0).train
-    some = [examples[place] for place in range(min(HELD_OUT, len(examples)))]
+    first = [examples[i] for i in range(min(HELD_OUT, len(examples)))]
     losses = []
     for folder in adapters:
         model = LoRAModel.from_pretrained(base, folder).eval()
-        losses.append(loss(model, some, tokenizer.pad_token_id))
+        losses.append(loss(model, first, tokenizer.pad_token_id))
         model.unload()
     return losses
 
@@ -102,12 +103,12 @@ def loss(model: Any, examples: "list[Example]", pad_id: int) -> float:
 
     parts = []
     with torch.no_grad():
-        for start in range(0, len(examples), EVALUATED):
-            batch = collate_padded(examples[start : start + EVALUATED], pad_id)
+        for start in range(0, len(examples), EVAL_BATCH):
+            batch = collate_padded(examples[start : start + EVAL_BATCH], pad_id)
             targets = batch.pop("labels")[:, 1:]  # (rows, longest - 1)
-            wanted = targets != -100
-            logits = model(**batch, use_cache=False).logits[:, :-1][wanted]  # (supervised, vocabulary)
-            parts.append(cross_entropy(logits.float(), targets[wanted], reduction="none"))
+            supervised = targets != -100
+            logits = model(**batch, use_cache=False).logits[:, :-1][supervised]  # (supervised, vocabulary)
+            parts.append(cross_entropy(logits.float(), targets[supervised], reduction="none"))
     return float(torch.cat(parts).double().mean())
 
 
@@ -121,7 +122,7 @@ def data_files(data: str) -> tuple[Path, Path]:
 
 
 def first_rows(files: tuple[Path, Path], rows: int | None, folder: Path) -> tuple[Path, Path]:
-    """The training file cut to its first rows, and the held-out file as it is."""
+    """Returns the training file, cut to its first rows if `rows` is given, and the held-out file."""
     if rows is None:
         return files
     cut = folder / "rows.jsonl"
@@ -130,4 +131,4 @@ def first_rows(files: tuple[Path, Path], rows: int | None, folder: Path) -> tupl
 
 
 if __name__ == "__main__":
-    measure.main("real", str(__doc__), cells, work)
+    measure.main("real", str(__doc__), cells, run_cell)

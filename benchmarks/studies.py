@@ -1,10 +1,12 @@
 """`tailora compare --minutes 15` and `tailora search --minutes 10` on the demo's model and data, as a user types them.
 
-    python benchmarks/studies.py [compare search]
+    python benchmarks/studies.py                   both
+    python benchmarks/studies.py compare           one of them
 
-writes benchmarks/results/NAME.txt (what the user sees) and NAME.json (the study's report.json, machine and seconds).
+Writes benchmarks/results/NAME.txt, what the command prints, and NAME.json: its report.json, the machine and the time.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,30 +15,33 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import RESULTS, say, write
+from measure import RESULTS, log, write
 
 MINUTES = {"compare": 15, "search": 10}
-SEEN = {"COLUMNS": "118", "NO_COLOR": "1", "TERM": "dumb"}
+TERMINAL = {"COLUMNS": "118", "NO_COLOR": "1", "TERM": "dumb"}
 
 
-def arguments(name: str) -> list[str]:
+def command_line(name: str) -> list[str]:
     return [name, "--model", "demo", "--data", "demo", "--minutes", str(MINUTES[name])]
 
 
-def study(name: str) -> Path:
+def run_study(name: str) -> Path:
+    """Runs the command; returns the path of the JSON file."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        command = [sys.executable, "-m", "tailora.cli", *arguments(name), "--output-dir", folder]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **SEEN})
+        command = [sys.executable, "-m", "tailora.cli", *command_line(name), "--output-dir", folder]
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **TERMINAL})
         seconds = time.perf_counter() - started
-        (RESULTS / f"{name}.txt").write_text(done.stdout.replace(folder, f"outputs/{name}"))
+        (RESULTS / f"{name}.txt").write_text(process.stdout.replace(folder, f"outputs/{name}"))
         report = json.loads((Path(folder) / "report.json").read_text().replace(folder, f"outputs/{name}"))
-    return write(name, {"command": f"tailora {' '.join(arguments(name))}", "seconds": seconds, "report": report})
+    return write(name, {"command": f"tailora {' '.join(command_line(name))}", "seconds": seconds, "report": report})
 
 
 def main() -> None:
-    for name in sys.argv[1:] or list(MINUTES):
-        say(str(study(name)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *MINUTES], default=list(MINUTES), metavar="NAME")
+    for name in parser.parse_args().names:
+        log(str(run_study(name)))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ A number is the median of the repeats, and the range in brackets goes from the l
 than about 100 characters: results with more columns are split into several tables.
 """
 
+import argparse
 import json
-import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from measure import QUICK, RESULTS
+from measure import QUICK, RESULTS, spread
 
 Cells = list[dict[str, Any]]  # what measure.py wrote: {"cell": settings, "result": numbers, ...} each
 Spread = dict[str, float]  # median, low and high
@@ -38,10 +37,6 @@ def grouped(cells: Cells, *keys: str) -> dict[tuple[Any, ...], Cells]:
     for cell in cells:
         groups.setdefault(tuple(cell["cell"][key] for key in keys), []).append(cell)
     return groups
-
-
-def spread_of(values: list[float]) -> Spread:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def ranged(value: Spread, form: str = "{:.2f}", unit: float = 1.0) -> str:
@@ -112,7 +107,7 @@ def real(cells: Cells) -> list[str]:
         if OURS not in by_arm:  # a run that was stopped
             continue
         arms = sorted(by_arm, key=lambda arm: arm != OURS)
-        times = {arm: spread_of([run["result"]["wall"] for run in by_arm[arm]]) for arm in arms}
+        times = {arm: spread([run["result"]["wall"] for run in by_arm[arm]]) for arm in arms}
         curves = {arm: by_arm[arm][0]["result"]["curve"] for arm in arms}
         target = max(curve[-1]["loss"] for curve in curves.values())
         reached = {arm: seconds_to(curves[arm], target) for arm in arms}
@@ -121,7 +116,7 @@ def real(cells: Cells) -> list[str]:
                 arm,
                 ranged(times[arm], "{:.0f}"),
                 f"{times[arm]['median'] / times[OURS]['median']:.2f}",
-                ranged(spread_of([run["result"]["whole_wall"] for run in by_arm[arm]]), "{:.0f}"),
+                ranged(spread([run["result"]["whole_wall"] for run in by_arm[arm]]), "{:.0f}"),
                 f"{by_arm[arm][0]['result']['tokens'] / times[arm]['median']:.0f}",
                 f"{max(run['result']['peak_bytes'] for run in by_arm[arm]) / 1e9:.2f}",
             ]
@@ -261,8 +256,7 @@ def largest_difference(values: list[float], others: list[float]) -> float:
     return max(abs(value - other) for value, other in zip(values, others, strict=True))
 
 
-STARTUP_PARTS = {  # function in the profile -> what it does; the rest is added up
-    "imports": "imports",
+STARTUP_PARTS = {  # functions of a profile whose name does not say what they do
     "loop.step": "the first step",
     "load.load_base": "loading the model and its tokenizer",
     "setup.choose_rows": "choosing packed or padded batches",
@@ -272,21 +266,22 @@ STARTUP_PARTS = {  # function in the profile -> what it does; the rest is added 
     "feed.feed": "reading and tokenising the data",
     "setup.subject": "attaching the adapter",
 }
+SHORT = 0.1  # seconds: shorter parts are added up
 
 
 def startup(cells: Cells) -> list[str]:
     """CPU seconds of `tailora train` until its first step, and the parts of it."""
     watched = [cell["result"] for cell in cells if cell["cell"]["what"] == "watched"]
     milestones = [
-        [label, ranged(spread_of([run[key] for run in watched]))]
+        [label, ranged(spread([run[key] for run in watched]))]
         for label, key in [("everything is loaded and checked", "ready"), ("the first step is done", "first_step_done")]
     ]
     tables = [table(["until", "CPU s"], milestones, "`tailora train` on the cached demo model")]
     for cell in cells:
         if cell["cell"]["what"] == "profiled":
             profile = {"imports": cell["result"]["imports"], **cell["result"]["parts"]}
-            rows = [[label, f"{profile[name]:.2f}"] for name, label in STARTUP_PARTS.items() if name in profile]
-            rest = sum(seconds for name, seconds in profile.items() if name not in STARTUP_PARTS)
+            rows = [[STARTUP_PARTS.get(name, name), f"{s:.2f}"] for name, s in profile.items() if s >= SHORT]
+            rest = sum(s for s in profile.values() if s < SHORT)
             tables.append(table(["part", "CPU s"], [*rows, ["all other parts", f"{rest:.2f}"]], "Under a profiler"))
     return tables
 
@@ -307,7 +302,7 @@ def inference(cells: Cells) -> list[str]:
             for cell in group:
                 runs, label = cell["result"]["runs"], f"{cell['cell']['dtype']}, {cell['cell']['value']}"
                 times = {arm.removesuffix(f": {key}"): runs[arm] for arm in runs if arm.endswith(f": {key}")}
-                shown = {arm: milliseconds(spread_of(values), form) for arm, values in times.items()}
+                shown = {arm: milliseconds(spread(values), form) for arm, values in times.items()}
                 beside = [shown[arm] for arm in ("base", OURS, "PEFT")]
                 separate.append([label, *beside, round_ratio(times, "PEFT", OURS)])
                 inside = [shown[f"{arm}, merged"] for arm in (OURS, "PEFT")]
@@ -332,7 +327,7 @@ def inference(cells: Cells) -> list[str]:
 
 def round_ratio(times: dict[str, list[float]], arm: str, over: str) -> str:
     """Returns the ratio of two arms' times, round by round."""
-    return ranged(spread_of([time / other for time, other in zip(times[arm], times[over], strict=True)]))
+    return ranged(spread([time / other for time, other in zip(times[arm], times[over], strict=True)]))
 
 
 def adapters(cells: Cells) -> list[str]:
@@ -456,9 +451,14 @@ def load(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    folder = QUICK if "--quick" in sys.argv else RESULTS
-    wanted = [name for name in sys.argv[1:] if name != "--quick"]
-    for name in wanted or [name for name in TABLES if (folder / f"{name}.json").exists()]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TABLES))
+    parser.add_argument("--quick", action="store_true", help="results of --quick runs")
+    options = parser.parse_args()
+    if unknown := [name for name in options.names if name not in TABLES]:
+        parser.error(f"no tables of {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    folder = QUICK if options.quick else RESULTS
+    for name in options.names or [name for name in TABLES if (folder / f"{name}.json").exists()]:
         content = json.loads((folder / f"{name}.json").read_text())
         source = f"{machine(content)}; {packages(content)}. {load(content)}"
         print("\n\n".join([f"## {name}", *TABLES[name](content["cells"]), source]) + "\n")

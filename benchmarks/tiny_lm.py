@@ -1,11 +1,12 @@
-"""Experiment 6 of the science: LoRA's ranks, places and variants against full fine-tuning, each over learning rates.
+"""Experiment 6: LoRA's ranks, target layers and variants beside full fine-tuning, each at several learning rates.
 
-    python benchmarks/tiny_lm.py                 the grid -> benchmarks/results/tiny_lm.json, with what is stated
-    python benchmarks/tiny_lm.py --make FOLDER   model, tokenizer and data for the commands
-    python benchmarks/tiny_lm.py --compare       tailora compare on them -> benchmarks/results/tiny_lm_compare.json
-    python benchmarks/tiny_lm.py --search        tailora search, likewise; compared with the grid
+    python benchmarks/tiny_lm.py                 writes benchmarks/results/tiny_lm.json: the grid and the claims
+    python benchmarks/tiny_lm.py --compare       writes tiny_lm_compare.json: the same by `tailora compare`
+    python benchmarks/tiny_lm.py --search        writes tiny_lm_search.json: `tailora search`, beside the grid
+    python benchmarks/tiny_lm.py --make FOLDER   writes model, tokenizer and data, as the two commands get them
 
-A cell is one arm and seed over all learning rates, 2^-10 to 2^-5. Loss: nats per predicted token of 512 held-out texts.
+The language and the arms are those of markov.py, the statements that are checked those of claims.py. A cell is one arm
+and seed at all learning rates, 2^-10 to 2^-5. Losses are nats per predicted token of 512 held-out texts.
 """
 
 import hashlib
@@ -41,26 +42,27 @@ def cells(quick: bool) -> list[measure.Cell]:
     return [{"arm": arm, "seed": seed, **common} for seed in range(1 if quick else SEEDS) for arm in arms]
 
 
-def work(arm: str, seed: int, steps: int, base_steps: int, octaves: list[int], threads: int) -> dict[str, Any]:
+def run_cell(arm: str, seed: int, steps: int, base_steps: int, octaves: list[int], threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     base = base_model(base_steps)
     started = time.process_time()
     losses = {
-        octave: markov.judged(markov.adapted(base, markov.ARMS[arm], 2.0**octave, steps, seed)) for octave in octaves
+        octave: markov.held_out_loss(markov.train_arm(base, markov.ARMS[arm], 2.0**octave, steps, seed))
+        for octave in octaves
     }
     return {
         "losses": losses,
-        "base_loss": markov.judged(base),
-        "floor": markov.floor(markov.new_table(), markov.held_out()),
-        "trainable_parameters": markov.trainable(base, markov.ARMS[arm]),
+        "base_loss": markov.held_out_loss(base),
+        "floor": markov.lowest_loss(markov.new_table(), markov.held_out()),
+        "trainable_parameters": markov.trainable_parameters(base, markov.ARMS[arm]),
         "cpu_seconds_each": (time.process_time() - started) / len(octaves),
     }
 
 
 def base_model(steps: int) -> LlamaForCausalLM:
-    """Made once, and kept as long as what makes it stays the same."""
-    made_by = hashlib.sha256(Path(markov.__file__).read_bytes() + torch.__version__.encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()) / "tailora-benchmarks" / f"tiny-lm-{steps}-{made_by}"
+    """Returns the pretrained model. It is made once, and again if markov.py or torch changes."""
+    version = hashlib.sha256(Path(markov.__file__).read_bytes() + torch.__version__.encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / "tailora-benchmarks" / f"tiny-lm-{steps}-{version}"
     if not folder.exists():
         fresh = folder.with_name(f"{folder.name}-{os.getpid()}")
         markov.pretrained(steps).save_pretrained(fresh)
@@ -68,42 +70,43 @@ def base_model(steps: int) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder).eval()
 
 
-def mean_losses(found: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
-    """Arm -> {octave: mean over seeds}."""
+def mean_losses(results: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Returns arm -> {octave: mean over the seeds}."""
     by_arm: dict[str, list[Mapping[str, float]]] = {}
-    for one in found:
-        by_arm.setdefault(one["cell"]["arm"], []).append(one["result"]["losses"])
-    return {
-        arm: {int(octave): mean(each[octave] for each in runs) for octave in runs[0]} for arm, runs in by_arm.items()
-    }
+    for result in results:
+        by_arm.setdefault(result["cell"]["arm"], []).append(result["result"]["losses"])
+    return {arm: {int(octave): mean(run[octave] for run in runs) for octave in runs[0]} for arm, runs in by_arm.items()}
 
 
 def write_claims(path: Path) -> None:
-    """Beside the cells, what is stated and what came out: of all seeds together, and how many seeds alone agree."""
-    found = json.loads(path.read_text())["cells"]
-    seeds = sorted({one["cell"]["seed"] for one in found})
-    losses = mean_losses(found)
+    """Adds the claims to the file of the cells: whether all seeds together show each, and how many do alone."""
+    results = json.loads(path.read_text())["cells"]
+    seeds = sorted({result["cell"]["seed"] for result in results})
+    losses = mean_losses(results)
     if losses.keys() != markov.ARMS.keys():
         return  # the grid was stopped before its end
-    alone = [claims.judged(mean_losses([one for one in found if one["cell"]["seed"] == seed])) for seed in seeds]
-    together = claims.judged(losses)
-    judged = [
-        {**asdict(claim), "seeds_alone": sum(each[place].holds for each in alone), "seeds": len(seeds)}
-        for place, claim in enumerate(together)
+    alone = [
+        claims.check_claims(mean_losses([result for result in results if result["cell"]["seed"] == seed]))
+        for seed in seeds
     ]
-    measure.write(path, {"cells": found, "claims": judged, "best_at_the_edge": claims.at_the_edge(losses)})
-    tell(together)
+    together = claims.check_claims(losses)
+    checked = [
+        {**asdict(claim), "seeds_alone": sum(of_seed[i].holds for of_seed in alone), "seeds": len(seeds)}
+        for i, claim in enumerate(together)
+    ]
+    measure.write(path, {"cells": results, "claims": checked, "best_at_the_edge": claims.best_at_the_edge(losses)})
+    log_claims(together)
 
 
-# ---- the commands
+# ---- The same by the commands
 
 
 def make(folder: str) -> None:
     markov.write_folder(base_model(BASE_STEPS), Path(folder), TRAIN_TEXTS, EVAL_TEXTS)
 
 
-def study(name: str, settings: dict[str, Any], judge: Callable[[dict[str, Any]], list[claims.Claim]]) -> None:
-    """Run the command as a user does; its report and what it printed go to the results, with what is stated."""
+def run_study(name: str, settings: dict[str, Any], check: Callable[[dict[str, Any]], list[claims.Claim]]) -> None:
+    """Runs the command as a user does, and writes its report, what it printed, and the claims."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, output = Path(temporary), Path(temporary) / "study"
         make(temporary)
@@ -112,18 +115,18 @@ def study(name: str, settings: dict[str, Any], judge: Callable[[dict[str, Any]],
         (folder / "study.yaml").write_text(json.dumps({**common, **settings}))
         command = [sys.executable, "-m", "tailora.cli", name, "--config", "study.yaml", "--output-dir", str(output)]
         started = time.perf_counter()
-        seen = {"COLUMNS": "130", "NO_COLOR": "1", "TERM": "dumb"}
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **seen}, cwd=folder
+        terminal = {"COLUMNS": "130", "NO_COLOR": "1", "TERM": "dumb"}
+        process = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **terminal}, cwd=folder
         )
         seconds = time.perf_counter() - started
         report = json.loads((output / "report.json").read_text().replace(temporary, "outputs"))
-        shown = done.stdout.replace(temporary, "outputs").strip()
-    found = judge(report)
-    content = {"settings": settings, "seconds": seconds, "claims": [asdict(claim) for claim in found]}
+        shown = process.stdout.replace(temporary, "outputs").strip()
+    checked = check(report)
+    content = {"settings": settings, "seconds": seconds, "claims": [asdict(claim) for claim in checked]}
     measure.write(f"tiny_lm_{name}", {**content, "shown": shown, "report": report})
-    measure.say(shown)
-    tell(found)
+    measure.log(shown)
+    log_claims(checked)
 
 
 def compare() -> None:
@@ -131,19 +134,19 @@ def compare() -> None:
     for name in ("r1", "r8", "r64", "attention", "mlp", "dora", "pissa"):
         arms[name] = {**(markov.ARMS[name] or {}), "learning_rate": 2.0**-7}
     settings = {"arms": arms, "rate_tries": 4, "seeds": 3, "forgetting_data": "old.jsonl"}
-    study("compare", settings, claims.of_comparison)
+    run_study("compare", settings, claims.of_comparison)
 
 
 def search() -> None:
     space = {"learning_rate": "2e-4..6e-2", "r": "1..64", "target_modules": "all-linear,attention,mlp"}
     settings = {"space": space, "trials": 24, "seeds": 3, "lora_dropout": 0.0, "loraplus_lr_ratio": 1.0}
     grid = mean_losses(json.loads((measure.RESULTS / "tiny_lm.json").read_text())["cells"])
-    study("search", settings, lambda report: claims.of_search(report, grid))
+    run_study("search", settings, lambda report: claims.of_search(report, grid))
 
 
-def tell(found: list[claims.Claim]) -> None:
-    for claim in found:
-        measure.say(f"{'yes' if claim.holds else 'NO '} {claim.statement}: {claim.found}")
+def log_claims(checked: list[claims.Claim]) -> None:
+    for claim in checked:
+        measure.log(f"{'yes' if claim.holds else 'NO '} {claim.statement}: {claim.found}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"--make": make, "--compare": compare, "--search": search}
@@ -153,6 +156,6 @@ if __name__ == "__main__":
     if sys.argv[1:] and sys.argv[1] in COMMANDS:
         COMMANDS[sys.argv[1]](*sys.argv[2:])
     else:
-        measure.main("tiny_lm", str(__doc__), cells, work)
+        measure.main("tiny_lm", str(__doc__), cells, run_cell)
         if "--cell" not in sys.argv:
             write_claims((measure.QUICK if "--quick" in sys.argv else measure.RESULTS) / "tiny_lm.json")

@@ -1,7 +1,7 @@
-"""The arms of real.py: tailora, PEFT with transformers' Trainer, TRL's SFTTrainer, on the same tokenised rows.
+"""The arms of real.py: tailora, PEFT in transformers' Trainer, and TRL's SFTTrainer, on the same tokenised rows.
 
-Every arm keeps adapter snapshots on its way. A watch stands still while one is written, and runs from the moment that
-everything is loaded until the last step is done.
+Every arm writes snapshots of its adapter on its way. A stopwatch runs from the moment when everything is loaded until
+the last step is done, and pauses while a snapshot is written.
 """
 
 import math
@@ -19,13 +19,13 @@ from tailora.train.events import Event, Prepared, Stepped
 from tailora.train.model_loading import has_bfloat16
 from tailora.train.trainer import run
 
-SNAPSHOTS = 5  # on the way, the last at the end
-TOKENS = 768  # of a packed row: what eight rows of the demo hold
+SNAPSHOTS = 5  # evenly spaced, the last after the last step
+TOKENS = 768  # of a packed row: as many as eight rows of the demo have
 
 
 @dataclass
-class Watch:
-    """Seconds of training, and where each snapshot was taken."""
+class Stopwatch:
+    """Seconds of training, and the snapshots with the seconds at which they were taken."""
 
     folder: Path
     wall: float = 0.0
@@ -33,76 +33,83 @@ class Watch:
     snapshots: list[dict[str, Any]] = field(default_factory=list)
     _since: tuple[float, float] = (0.0, 0.0)
 
-    def go(self) -> None:
+    def start(self) -> None:
         self._since = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
         self.wall += time.perf_counter() - self._since[0]
         self.cpu += time.process_time() - self._since[1]
 
-    def stepped(self, step: int, total: int, save: Callable[[Path], Any]) -> None:
-        """After every step: at each part of the run a snapshot, outside the time."""
+    def after_step(self, step: int, total: int, save: Callable[[Path], Any]) -> None:
+        """Takes a snapshot if it is time for one; this does not count as training."""
         self.stop()
         if step in {math.ceil(total * part / SNAPSHOTS) for part in range(1, SNAPSHOTS + 1)}:
             path = self.folder / f"step-{step}"
             save(path)
             self.snapshots.append({"step": step, "wall": self.wall, "cpu": self.cpu, "path": str(path)})
-        self.go()
+        self.start()
 
 
-def tailora(config: TrainConfig, watch: Watch, **settings: Any) -> None:
-    """The product's run on the data's own file."""
+def tailora(config: TrainConfig, watch: Stopwatch, **settings: Any) -> None:
+    """tailora's own run on the file of the data."""
     models: list[Any] = []
 
-    def listen(event: Event) -> None:
+    def on_event(event: Event) -> None:
         match event:
             case Prepared():
-                watch.go()
+                watch.start()
             case Stepped():
-                watch.stepped(event.step, event.max_steps, models[0].save_adapter)
+                watch.after_step(event.step, event.max_steps, models[0].save_adapter)
 
-    run(config.model_copy(update=settings), on_event=listen, on_ready=lambda model, *_: models.append(model))
+    run(config.model_copy(update=settings), on_event=on_event, on_ready=lambda model, *_: models.append(model))
 
 
 def trainer(
-    config: TrainConfig, watch: Watch, *, base: Any, tokenizer: Any, examples: Examples, **settings: Any
+    config: TrainConfig, watch: Stopwatch, *, base: Any, tokenizer: Any, examples: Examples, **settings: Any
 ) -> None:
     """transformers' Trainer around a PEFT model; rows padded to the longest of a batch of similar lengths."""
     from peft import get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    arguments = TrainingArguments(**{**common(config, watch), "train_sampling_strategy": "group_by_length", **settings})
+    arguments = TrainingArguments(
+        **{**common_settings(config, watch), "train_sampling_strategy": "group_by_length", **settings}
+    )
     Trainer(
-        model=get_peft_model(base, lora(config)),
+        model=get_peft_model(base, lora_config(config)),
         args=arguments,
         train_dataset=dataset(examples),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        callbacks=[watching(watch)],
+        callbacks=[stopwatch_callback(watch)],
     ).train()
 
 
-def trl(config: TrainConfig, watch: Watch, *, base: Any, tokenizer: Any, examples: Examples, **settings: Any) -> None:
-    """TRL's SFTTrainer, which computes logits at supervised positions only; labels are given, prompts masked."""
+def trl(
+    config: TrainConfig, watch: Stopwatch, *, base: Any, tokenizer: Any, examples: Examples, **settings: Any
+) -> None:
+    """TRL's SFTTrainer, which computes logits only where there is a label; prompts are masked."""
     from trl import SFTConfig, SFTTrainer
 
-    arguments = SFTConfig(**{**common(config, watch), "gradient_checkpointing": False, **settings})
+    arguments = SFTConfig(**{**common_settings(config, watch), "gradient_checkpointing": False, **settings})
     SFTTrainer(
         model=base,
         args=arguments,
         train_dataset=dataset(examples),
         processing_class=tokenizer,
-        peft_config=lora(config),
-        callbacks=[watching(watch)],
+        peft_config=lora_config(config),
+        callbacks=[stopwatch_callback(watch)],
     ).train()
 
 
-def packed(examples: Examples) -> dict[str, Any]:
-    """Whole rows packed into as many tokens as the other arms' batches hold, attention kept apart by positions."""
+def packing_settings(examples: Examples) -> dict[str, Any]:
+    """Returns settings that pack whole rows into as many tokens as the other arms' batches have.
+
+    Positions keep the attention of one row apart from that of the next.
+    """
     length = max(TOKENS, int(examples.lengths.max()))
     return {"packing": True, "max_length": length, "per_device_train_batch_size": 1}
 
 
-def common(config: TrainConfig, watch: Watch) -> dict[str, Any]:
+def common_settings(config: TrainConfig, watch: Stopwatch) -> dict[str, Any]:
     return {
         "output_dir": str(watch.folder / "trainer"),
         "per_device_train_batch_size": config.per_device_train_batch_size,
@@ -115,7 +122,7 @@ def common(config: TrainConfig, watch: Watch) -> dict[str, Any]:
         "optim": "adamw_torch_fused",
         "seed": config.seed,
         "use_cpu": True,
-        "bf16": has_bfloat16(),  # autocast: a tenth faster here than float32 adapters on a bf16 base without it
+        "bf16": has_bfloat16(),  # autocast: a tenth faster here than float32 adapters on a bf16 base
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -124,7 +131,7 @@ def common(config: TrainConfig, watch: Watch) -> dict[str, Any]:
     }
 
 
-def lora(config: TrainConfig) -> Any:
+def lora_config(config: TrainConfig) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -133,21 +140,22 @@ def lora(config: TrainConfig) -> Any:
 def dataset(examples: Examples) -> Any:
     from datasets import Dataset
 
-    rows = [{"input_ids": one.input_ids.tolist(), "labels": one.labels.tolist()} for one in examples]
-    return Dataset.from_list(rows)
+    return Dataset.from_list(
+        [{"input_ids": example.input_ids.tolist(), "labels": example.labels.tolist()} for example in examples]
+    )
 
 
-def watching(watch: Watch) -> Any:
+def stopwatch_callback(watch: Stopwatch) -> Any:
     from transformers import TrainerCallback
 
-    class Watching(TrainerCallback):
+    class StopwatchCallback(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            watch.go()
+            watch.start()
 
         def on_step_end(self, _arguments: Any, state: Any, _control: Any, model: Any, **__: Any) -> None:
-            watch.stepped(state.global_step, state.max_steps, model.save_pretrained)
+            watch.after_step(state.global_step, state.max_steps, model.save_pretrained)
 
-    return Watching()
+    return StopwatchCallback()
 
 
 ARMS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {

@@ -6,6 +6,7 @@ A measured part stands between `<!-- measured:NAME -->` and `<!-- /measured:NAME
 parts, and what makes them. tests/test_readme.py fails if a part is not what this script would write.
 """
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -169,6 +170,7 @@ def replace_part(document: str, name: str, content: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for file, parts in PARTS.items():
         path = ROOT / file
         document = path.read_text()

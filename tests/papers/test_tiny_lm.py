@@ -62,7 +62,10 @@ def losses() -> dict[str, dict[int, float]]:
     with torch.random.fork_rng():
         base = markov.pretrained(BASE_STEPS)
         return {
-            arm: {octave: markov.judged(markov.adapted(base, markov.ARMS[arm], 2.0**octave, STEPS)) for octave in rates}
+            arm: {
+                octave: markov.held_out_loss(markov.train_arm(base, markov.ARMS[arm], 2.0**octave, STEPS))
+                for octave in rates
+            }
             for arm, rates in OCTAVES.items()
         }
 
@@ -98,5 +101,9 @@ def test_the_texts_follow_the_table_and_a_quarter_of_its_rows_is_new() -> None:
 
 
 def test_the_arms_that_are_compared_at_equal_parameters_have_as_many() -> None:
-    base = markov.LlamaForCausalLM(markov.configuration())
-    assert markov.trainable(base, markov.ARMS["attention"]) == markov.trainable(base, markov.ARMS["mlp"]) == 15360
+    base = markov.LlamaForCausalLM(markov.model_config())
+    assert (
+        markov.trainable_parameters(base, markov.ARMS["attention"])
+        == markov.trainable_parameters(base, markov.ARMS["mlp"])
+        == 15360
+    )
