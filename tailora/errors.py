@@ -3,12 +3,13 @@
     TailoraError
     ├── ConfigError(ValueError)      a setting that is unknown, out of range, or contradicts another
     ├── TargetError(ValueError)      a selector that matches nothing, or a layer that cannot be adapted
-    ├── PatternError(ValueError)     a regular expression that takes for ever
+    ├── PatternError(ValueError)     a regular expression that takes too long
     ├── AdapterError(LookupError)     an adapter name that is unknown or already taken
     ├── RowsError(ValueError)        a batch that does not have the rows that adapters were chosen for
     ├── FormatError(ValueError)      a file that is not what it should be
     │   └── BaseMismatchError        an adapter made for another base model
     ├── MergeError(RuntimeError)     weights that cannot be merged or unmerged
+    ├── ShapeError(RuntimeError)     inputs of a layer that do not fit each other
     ├── DataError(ValueError)        training data that cannot be learned from
     ├── CheckpointError(RuntimeError) a checkpoint that is missing, damaged or of another run
     ├── DivergedError(ArithmeticError) a loss or gradient that is not finite
@@ -16,7 +17,7 @@
     ├── FetchError(OSError)          something that had to be downloaded and was not
     └── WriteError(OSError)          a file or folder that cannot be written
 
-A message says what was asked, what there is, and what to do. All problems of one kind are gathered first.
+A message says what was asked, what there is, and what to do. All problems of an error are gathered before it is raised.
 """
 
 from collections.abc import Iterable
@@ -94,13 +95,13 @@ class WriteError(TailoraError, OSError):
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """'; did you mean x, y?' for the known names closest to `name`, or '' when none is close."""
-    found = get_close_matches(name, list(known), n=limit, cutoff=0.5)
-    return f"; did you mean {', '.join(found)}?" if found else ""
+    """Returns '; did you mean x, y?' with the known names closest to `name`, or '' when none is close."""
+    matches = get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    return f"; did you mean {', '.join(matches)}?" if matches else ""
 
 
 def listing(problems: list[str]) -> str:
-    """One problem as it is; several as a counted, indented list."""
+    """Returns one problem as it is, several as a counted, indented list."""
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)

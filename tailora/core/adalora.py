@@ -1,7 +1,8 @@
 """AdaLoRA (arXiv:2303.10512): ranks move to the layers where they matter, while the adapter trains.
 
 The update is s B diag(E) A. After every optimizer step the E_i of least importance in all layers are set to zero, down
-to a budget that falls from the starting ranks to target_r a layer. What is left at the end is plain LoRA (`settled`).
+to a budget that falls from the initial ranks to target_r per layer. What is left at the end is plain LoRA
+(`as_plain_lora`).
 """
 
 import copy
@@ -18,47 +19,31 @@ from tailora.core.layer import LoRALayer
 from tailora.core.patterns import exactly
 from tailora.errors import CheckpointError, ConfigError
 
-# ---- Other ranks for an adapter that exists, at the scales that its layers have.
-
-
-def with_ranks(config: LoRAConfig, layers: Mapping[str, LoRALayer], ranks: Mapping[str, int]) -> LoRAConfig:
-    """The config that gives each of these paths its rank of `ranks`, at the scale that its layer is configured to."""
-    alphas = {path: scale_kept(layers[path], r) for path, r in ranks.items()}
-    return config.replaced(
-        rank_pattern={exactly(path): r for path, r in ranks.items() if r != config.r},
-        alpha_pattern={exactly(path): alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
-    )
-
-
-def scale_kept(layer: LoRALayer, r: int) -> float:
-    """The alpha that gives rank r the scale that the layer has from its own."""
-    return layer.lora_alpha * (math.sqrt(r / layer.r) if layer.use_rslora else r / layer.r)
-
-
-# ----
-
-
 FACTORS = ("lora_A", "lora_B", "lora_E")
 
 
-def budget(step: int, total: int, tinit: int, tfinal: int, start: int, target: int) -> int:
-    """Ranks in all after optimizer step `step`: start up to tinit, target from total - tfinal on, a cubic between.
+def budget(step: int, total: int, tinit: int, tfinal: int, initial: int, target: int) -> int:
+    """Returns the ranks in all after optimizer step `step`.
 
-    Sec. 3.3. The cubic is (1 - (t - tinit) / (total - tfinal - tinit))^3, which meets both ends.
+    `initial` up to tinit, `target` from total - tfinal on, a cubic between (sec. 3.3):
+    (1 - (t - tinit) / (total - tfinal - tinit))^3, which meets both ends.
     """
     if step < tinit:
-        return start
+        return initial
     if step >= total - tfinal:
         return target
-    left = 1 - (step - tinit) / (total - tfinal - tinit)
-    return target + round((start - target) * left**3)
+    remaining = 1 - (step - tinit) / (total - tfinal - tinit)
+    return target + round((initial - target) * remaining**3)
 
 
 class RankAllocator:
-    """Steers the ranks of an adapter through its optimizer's hooks; nothing needs to be called while training.
+    """Moves the ranks of an adapter through hooks on its optimizer; nothing needs to be called while training.
 
-    Before each step: the gradient of the penalty is added, and sensitivities are measured. After it: ranks beyond the
-    budget are switched off; they may come back until the budget is final.
+    Before each step it adds the gradient of the penalty, and measures sensitivities. After each step it switches off
+    the ranks beyond the budget; they may come back until the budget is final.
+
+    kept: path -> mask (r,) of the ranks that stay, once the budget is final.
+    Raises ConfigError where the schedule leaves no steps, or where the ranks in all are less than their target.
     """
 
     def __init__(
@@ -72,19 +57,19 @@ class RankAllocator:
                 f"tinit + tfinal = {self.tinit} + {self.tfinal} leaves none of {total_steps} steps to share ranks out"
             )
         self.layers = dict(layers)
-        self.start = sum(layer.r for layer in self.layers.values())
+        self.initial = sum(layer.r for layer in self.layers.values())
         self.target = config.target_r * len(self.layers)
-        if self.target > self.start:
+        if self.target > self.initial:
             raise ConfigError(f"target_r = {config.target_r} is above the average rank at the start: raise r")
         self.sensitivity = {name: torch.zeros_like(p) for name, p in self._parameters()}
         self.uncertainty = {name: torch.zeros_like(p) for name, p in self._parameters()}
-        self.kept: dict[str, Tensor] = {}  # path -> (r,) bool, once the budget is final
+        self.kept: dict[str, Tensor] = {}
         optimizer.register_step_pre_hook(lambda *_: self.before_step())
         optimizer.register_step_post_hook(lambda *_: self.after_step())
 
     @property
     def final(self) -> bool:
-        """Whether the ranks are what they will be."""
+        """True if the ranks move no more."""
         return bool(self.kept)
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -93,16 +78,15 @@ class RankAllocator:
     @torch.no_grad()
     def before_step(self) -> None:
         for layer in self.layers.values():
-            _add_penalty(layer, self.config.orth_reg_weight)
+            _add_penalty_gradient(layer, self.config.orth_reg_weight)
         if self.final:
             return
-        beta1, beta2 = self.config.beta1, self.config.beta2
         for name, parameter in self._parameters():
             if parameter.grad is None:
                 continue
-            now = (parameter * parameter.grad).abs()  # |w dL/dw|
-            smooth = self.sensitivity[name].lerp_(now, 1 - beta1)
-            self.uncertainty[name].lerp_((now - smooth).abs(), 1 - beta2)
+            sensitivity = (parameter * parameter.grad).abs()  # |w dL/dw|
+            smooth = self.sensitivity[name].lerp_(sensitivity, 1 - self.config.beta1)
+            self.uncertainty[name].lerp_((sensitivity - smooth).abs(), 1 - self.config.beta2)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -110,30 +94,31 @@ class RankAllocator:
         if self.final:
             self._switch_off(self.kept)
         elif self.step >= self.total - self.tfinal:
-            self.kept = self._best(self.target)
+            self.kept = self._most_important(self.target)
             self._switch_off(self.kept)
         elif self.step >= self.tinit and (self.step - self.tinit) % self.config.deltaT == 0:
-            ranks = budget(self.step, self.total, self.tinit, self.tfinal, self.start, self.target)
-            self._switch_off(self._best(ranks))
+            ranks = budget(self.step, self.total, self.tinit, self.tfinal, self.initial, self.target)
+            self._switch_off(self._most_important(ranks))
 
     def importance(self, path: str) -> Tensor:
         """(r,): s(E_i) + the means of s over row i of A and column i of B, s = sensitivity * uncertainty (sec. 3.2)."""
         A, B, E = (self.sensitivity[f"{path}.{name}"] * self.uncertainty[f"{path}.{name}"] for name in FACTORS)
         return E + A.flatten(1).mean(1) + B.mean(0)
 
-    def _best(self, ranks: int) -> dict[str, Tensor]:
-        scores = torch.cat([self.importance(path) for path in self.layers])
-        kept = torch.zeros_like(scores, dtype=torch.bool)
-        kept[scores.topk(ranks).indices] = True
-        parts = torch.split(kept, [layer.r for layer in self.layers.values()])
-        return dict(zip(self.layers, parts, strict=True))
+    def _most_important(self, ranks: int) -> dict[str, Tensor]:
+        """Path -> mask (r,) of the layer's ranks that are among the `ranks` most important of all layers."""
+        importance = torch.cat([self.importance(path) for path in self.layers])
+        mask = torch.zeros_like(importance, dtype=torch.bool)
+        mask[importance.topk(ranks).indices] = True
+        masks = torch.split(mask, [layer.r for layer in self.layers.values()])
+        return dict(zip(self.layers, masks, strict=True))
 
     def _switch_off(self, kept: Mapping[str, Tensor]) -> None:
         for path, layer in self.layers.items():
-            _e(layer).mul_(kept[path])
+            _diagonal(layer).mul_(kept[path])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors by name, all that `load_state_dict` needs to go on to the same bits."""
+        """Returns tensors by name: all that `load_state_dict` needs to go on to the same bits."""
         return {
             "step": torch.tensor(self.step),
             **{f"{name}|sensitivity": tensor for name, tensor in self.sensitivity.items()},
@@ -164,8 +149,8 @@ def penalty(layer: LoRALayer) -> Tensor:
     return (B.T @ B - eye).square().sum() + (A @ A.T - eye).square().sum()
 
 
-def _add_penalty(layer: LoRALayer, weight: float) -> None:
-    """Its gradient, 4 B (B^T B - I) and 4 (A A^T - I) A, onto the factors'."""
+def _add_penalty_gradient(layer: LoRALayer, weight: float) -> None:
+    """Adds the gradient of the penalty, 4 B (B^T B - I) and 4 (A A^T - I) A, to that of the factors."""
     A, B = layer.lora_A.flatten(1), layer.lora_B
     eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
     if layer.lora_A.grad is not None and layer.lora_B.grad is not None:
@@ -173,33 +158,46 @@ def _add_penalty(layer: LoRALayer, weight: float) -> None:
         layer.lora_B.grad.add_(B @ (B.T @ B - eye), alpha=4 * weight)
 
 
-def _e(layer: LoRALayer) -> nn.Parameter:
+def _diagonal(layer: LoRALayer) -> nn.Parameter:
     assert layer.lora_E is not None
     return layer.lora_E
 
 
-def settled(adapter: Adapter) -> Adapter:
-    """The same update as plain LoRA: E in B, ranks that are off left out, the others written as `rank_pattern`.
+# ---- Plain LoRA of other ranks
 
-    A layer without any keeps one, which is zero.
+
+def as_plain_lora(adapter: Adapter) -> Adapter:
+    """Returns the same update as plain LoRA: E is multiplied into B, and ranks that are off are left out.
+
+    A layer without any rank keeps one, which is zero. An adapter without AdaLoRA is returned as it is.
     """
     if adapter.config.adalora is None:
         return adapter
-    kept = {path: _alive(layer) for path, layer in adapter.low_rank.items()}
-    config = with_ranks(adapter.config, adapter.low_rank, {path: len(rows) for path, rows in kept.items()})
-    layers = {path: _cut(layer, kept[path]) for path, layer in adapter.low_rank.items()}
+    layers = {path: _without_zero_ranks(layer) for path, layer in adapter.low_rank.items()}
+    config = with_ranks(adapter.config, adapter.low_rank, {path: layer.r for path, layer in layers.items()})
     return replace(adapter, config=config.replaced(adalora=None), low_rank=layers)
 
 
-def _alive(layer: LoRALayer) -> Tensor:
-    rows = _e(layer).detach().nonzero().flatten()
-    return rows if len(rows) else rows.new_zeros(1)
+def _without_zero_ranks(layer: LoRALayer) -> LoRALayer:
+    E = _diagonal(layer).detach()
+    indices = E.nonzero().flatten() if E.any() else torch.zeros(1, dtype=torch.long, device=E.device)
+    plain = copy.deepcopy(layer)
+    plain.r, plain.lora_alpha = len(indices), alpha_at_same_scale(layer, len(indices))
+    plain.lora_A = nn.Parameter(layer.lora_A.detach()[indices])
+    plain.lora_B = nn.Parameter((layer.lora_B.detach() * E)[:, indices])
+    plain.lora_E = None
+    return plain
 
 
-def _cut(layer: LoRALayer, rows: Tensor) -> LoRALayer:
-    small = copy.deepcopy(layer)
-    small.r, small.lora_alpha = len(rows), scale_kept(layer, len(rows))
-    small.lora_A = nn.Parameter(layer.lora_A.detach()[rows])
-    small.lora_B = nn.Parameter((layer.lora_B * _e(layer)).detach()[:, rows])
-    small.lora_E = None
-    return small
+def with_ranks(config: LoRAConfig, layers: Mapping[str, LoRALayer], ranks: Mapping[str, int]) -> LoRAConfig:
+    """Returns the config that gives each of these paths its rank of `ranks`, at its layer's configured scale."""
+    alphas = {path: alpha_at_same_scale(layers[path], r) for path, r in ranks.items()}
+    return config.replaced(
+        rank_pattern={exactly(path): r for path, r in ranks.items() if r != config.r},
+        alpha_pattern={exactly(path): alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
+    )
+
+
+def alpha_at_same_scale(layer: LoRALayer, r: int) -> float:
+    """Returns the alpha that gives rank r the scale that the layer has at its own rank."""
+    return layer.lora_alpha * (math.sqrt(r / layer.r) if layer.use_rslora else r / layer.r)

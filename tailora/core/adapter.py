@@ -1,4 +1,8 @@
-"""One adapter: its settings and its parts, by the path of the base's module."""
+"""One adapter: its config and its parts, by the path of what each part changes in the base model.
+
+`create` makes a fresh one for the layers that `core.targets.select` chose; `low_rank_layer`, `trained_copy` and
+`extra_parts` make its parts. Then come the parts of several adapters by path, and the summary of what is adapted.
+"""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -11,7 +15,7 @@ from torch import nn
 from tailora.core.attach import detach
 from tailora.core.config import LoRAConfig
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias
-from tailora.core.init import DATA_STARTS, FROM_WEIGHT, MOVED, check_fits, start_at_weight
+from tailora.core.init import DATA_INITS, WEIGHT_INITS, WITH_FROZEN_START, check_init, init_from_weight
 from tailora.core.layer import INITS, LoRALayer
 from tailora.core.layer_types import host_of, weight_of
 from tailora.core.patterns import inside
@@ -22,80 +26,93 @@ from tailora.errors import AdapterError, TargetError, listing
 
 @dataclass(frozen=True)
 class Adapter:
+    """A config and the parts that it describes, by path.
+
+    low_rank: the low-rank updates.
+    saved: trained copies of whole modules (`modules_to_save`).
+    extras: trained biases, and rows of embeddings with the heads tied to them.
+    waits_for_data: it starts from data, and has not seen any.
+    has_allocator: with AdaLoRA, an optimizer has moved its ranks.
+    """
+
     config: LoRAConfig
     low_rank: dict[str, LoRALayer]
-    saved: dict[str, nn.Module] = field(default_factory=dict)  # trained copies, by path (modules_to_save)
-    extras: dict[str, nn.Module] = field(default_factory=dict)  # TrainedBias, TokenRows and TokenHead, by path
-    waits: bool = False  # for data to start from
+    saved: dict[str, nn.Module] = field(default_factory=dict)
+    extras: dict[str, nn.Module] = field(default_factory=dict)
+    waits_for_data: bool = False
+    has_allocator: bool = False
 
     @property
     def has_start(self) -> bool:
-        """Whether some layer's update is s (B A - B0 A0), with a frozen start."""
+        """True if some layer's update is s (B A - B0 A0), with a frozen start."""
         return any(layer.has_start for layer in self.low_rank.values())
 
     @property
     def parts(self) -> dict[str, nn.Module]:
         return {**self.low_rank, **self.saved, **self.extras}
 
+    def missing_data(self, name: str) -> str:
+        """What to do before an adapter of this name can be trained or saved, or ""."""
+        if not self.waits_for_data:
+            return ""
+        return (
+            f"adapter {name!r} starts from data (init_lora_weights={self.config.init_lora_weights!r}): "
+            "start_from_data(batches) first"
+        )
+
+    def check_complete(self, name: str) -> None:
+        """Raises AdapterError if it cannot be saved yet, as an adapter of this name."""
+        if reason := self.missing_data(name):
+            raise AdapterError(reason)
+        if self.config.adalora is not None and not self.has_allocator:
+            raise AdapterError(f"the ranks of {name!r} were never moved: allocate_ranks(optimizer, steps) and train")
+
+
+# ---- A fresh adapter
+
 
 def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> Adapter:
-    """A fresh adapter for the selected layers, on their devices, computing nothing yet.
+    """Returns a fresh adapter for the selected layers, on their devices. It does not change their outputs yet.
 
     fresh=False: factors and frozen starts are zero, for a state dict to fill.
     Raises TargetError where a layer cannot start as the config says.
     """
-    name = config.init_lora_weights
-    check_fits(selection.targets, name)
+    init = config.init_lora_weights
+    check_init(selection.targets, init)
     if config.adalora is not None:
-        check_allocatable(selection.targets)
+        _check_single_ranks(selection.targets)
     saved = {path: trained_copy(module) for path, module in selection.to_save.items()}
-    tie(selection.to_save, saved)
+    share_parameters(selection.to_save, saved)
     extras = extra_parts(selection.extras, selection.modules)
+    low_rank = {target.path: low_rank_layer(target, config, fresh=fresh) for target in selection.targets}
     if not fresh:
-        empty = {target.path: _empty_layer(target, config) for target in selection.targets}
-        return Adapter(config, empty, saved, extras)
-    low_rank = {target.path: low_rank_layer(target, config) for target in selection.targets}
-    if name in FROM_WEIGHT:
+        for layer in low_rank.values() if init in WITH_FROZEN_START else ():
+            layer.start_from(layer.lora_A, layer.lora_B)
+        return Adapter(config, low_rank, saved, extras)
+    if init in WEIGHT_INITS:
         for target in selection.targets:
-            start_at_weight(low_rank[target.path], target, name)
-    return Adapter(config, low_rank, saved, extras, waits=name in DATA_STARTS)
+            init_from_weight(low_rank[target.path], target, init)
+    return Adapter(config, low_rank, saved, extras, waits_for_data=init in DATA_INITS)
 
 
-def extra_parts(wanted: ExtraTargets, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The parts beside the low-rank updates, computing nothing yet."""
-    parts: dict[str, nn.Module] = {}
-    for path in wanted.biases:
-        layer: Any = modules[path]
-        parts[path] = TrainedBias(layer, adapter_dtype(layer.bias.dtype))
-    rows = {
-        path: TokenRows(modules[path], indices, adapter_dtype(weight_of(modules[path]).dtype))
-        for path, indices in wanted.tokens.items()
-    }
-    return {**parts, **rows, **{head: TokenHead(rows[path]) for head, path in wanted.heads.items()}}
-
-
-def tie(modules: Mapping[str, nn.Module], copies: Mapping[str, nn.Module]) -> None:
-    """Let copies share what their modules share, as a head and its embedding do, where their values are the same."""
-    first: dict[int, tuple[nn.Module, str]] = {}
-    for path, whole in modules.items():
-        for inner, module in whole.named_modules():
-            for name, parameter in module._parameters.items():
-                owner = copies[path].get_submodule(inner)
-                there, same = first.setdefault(id(parameter), (owner, name))
-                if parameter is not None and there is not owner and _equal(there, same, owner, name):
-                    owner._parameters[name] = there._parameters[same]
-
-
-def _equal(one: nn.Module, name: str, other: nn.Module, its_name: str) -> bool:
-    a, b = one._parameters[name], other._parameters[its_name]
-    return a is not None and b is not None and torch.equal(a, b)
+def _check_single_ranks(targets: Iterable[Target]) -> None:
+    """Raises TargetError with every layer whose ranks cannot be switched off one by one."""
+    if grouped := [target.path for target in targets if target.layer_type.groups(target.layer) > 1]:
+        raise TargetError(
+            f"adalora takes ranks one by one, but those of groups or experts go together: {', '.join(grouped)}; "
+            "exclude_modules"
+        )
 
 
 def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) -> LoRALayer:
-    """An update for this layer; `fresh=False` leaves both factors zero and the random state alone, to be filled."""
+    """Returns an update for this layer.
+
+    fresh=False leaves both factors zero, to be filled, and the random state as it is.
+    """
     in_features, out_features = target.dims
     weight = weight_of(target.layer, target.layer_type.weight)  # as it is stored: its dense value is not needed
     shape_A, shape_B = target.layer_type.shapes(target.layer, target.r)
+    random = config.init_lora_weights if config.init_lora_weights in INITS else "kaiming"  # until weight or data say
     layer = LoRALayer(
         in_features,
         out_features,
@@ -105,11 +122,11 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
         lora_dropout=config.lora_dropout,
         lora_bias=config.lora_bias,
         use_rslora=config.use_rslora,
-        init_lora_weights=_random_start(config) if fresh else None,
+        init_lora_weights=random if fresh else None,
         layer_type=target.layer_type,
-        shapes=(shape_A, (target.rows.size, *shape_B[1:]) if target.rows else shape_B),
+        shapes=(shape_A, (target.output_slice.size, *shape_B[1:]) if target.output_slice else shape_B),
         groups=target.layer_type.groups(target.layer),
-        rows=target.rows,
+        rows=target.output_slice,
         device=weight.device,
         dtype=adapter_dtype(weight.dtype),
     )
@@ -122,34 +139,13 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
     return layer
 
 
-def check_allocatable(targets: Iterable[Target]) -> None:
-    """Raises TargetError with every layer whose ranks cannot be taken one by one."""
-    if grouped := [target.path for target in targets if target.layer_type.groups(target.layer) > 1]:
-        raise TargetError(
-            f"adalora takes ranks one by one, but those of groups or experts go together: {', '.join(grouped)}; "
-            "exclude_modules"
-        )
-
-
-def _empty_layer(target: Target, config: LoRAConfig) -> LoRALayer:
-    layer = low_rank_layer(target, config, fresh=False)
-    if config.init_lora_weights in MOVED:
-        layer.start_from(layer.lora_A, layer.lora_B)
-    return layer
-
-
-def _random_start(config: LoRAConfig) -> str:
-    """How the factors are filled before the weights or the data say more."""
-    return config.init_lora_weights if config.init_lora_weights in INITS else "kaiming"
-
-
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 on a 16-bit or quantised base: in bfloat16 half of the steps of 2e-5 vanish (measured)."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def trained_copy(module: nn.Module) -> nn.Module:
-    """A module of its own to train whole: plain classes, and float32 where the base has 16 bits."""
+    """Returns a copy of a module to train whole: of plain classes, in float32 where the base has 16 bits."""
     clone = copy.deepcopy(module)
     for part in clone.modules():
         detach(part)
@@ -158,10 +154,42 @@ def trained_copy(module: nn.Module) -> nn.Module:
     return clone.requires_grad_()
 
 
+def share_parameters(modules: Mapping[str, nn.Module], copies: Mapping[str, nn.Module]) -> None:
+    """Lets copies share the parameters that their modules share, such as a head and its embedding.
+
+    modules, copies: by the same paths. Parameters whose values differ stay apart.
+    """
+    owners: dict[int, tuple[nn.Module, str]] = {}  # id of a module's parameter -> the first copy of it
+    for path, whole in modules.items():
+        for inner, module in whole.named_modules():
+            owner = copies[path].get_submodule(inner)
+            for name, parameter in module._parameters.items():
+                first, first_name = owners.setdefault(id(parameter), (owner, name))
+                shared, own = first._parameters[first_name], owner._parameters[name]
+                if first is not owner and shared is not None and own is not None and torch.equal(shared, own):
+                    owner._parameters[name] = shared
+
+
+def extra_parts(targets: ExtraTargets, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Returns trained biases, rows of embeddings and tied heads by path. They do not change any output yet."""
+    biases: dict[str, nn.Module] = {}
+    for path in targets.biases:
+        layer: Any = modules[path]
+        biases[path] = TrainedBias(layer, adapter_dtype(layer.bias.dtype))
+    tokens = {
+        path: TokenRows(modules[path], indices, adapter_dtype(weight_of(modules[path]).dtype))
+        for path, indices in targets.tokens.items()
+    }
+    return {**biases, **tokens, **{head: TokenHead(tokens[path]) for head, path in targets.heads.items()}}
+
+
+# ---- The parts of several adapters
+
+
 def check_compatible(adapters: Mapping[str, Adapter], *, by_row: bool = False) -> None:
     """Raises AdapterError where one adapter replaces a module that another one adapts or replaces, too.
 
-    `by_row`: each row has one of them, so that they may replace the same module; only not one within another.
+    by_row: each row has one of them, so that they may replace the same module, but not one inside another.
     """
     problems = [
         f"{name} trains {whole} whole, which {other} adapts at {path}"
@@ -176,43 +204,49 @@ def check_compatible(adapters: Mapping[str, Adapter], *, by_row: bool = False) -
         raise AdapterError(f"these adapters cannot be active together: {listing(problems)}")
 
 
+def parts_by_path(adapters: Iterable[Adapter]) -> dict[str, tuple[nn.Module, ...]]:
+    parts: dict[str, tuple[nn.Module, ...]] = {}
+    for adapter in adapters:
+        for path, part in adapter.parts.items():
+            parts[path] = (*parts.get(path, ()), part)
+    return parts
+
+
+def by_layer(
+    layer_paths: Mapping[str, str], parts: Mapping[str, tuple[nn.Module, ...]]
+) -> dict[str, tuple[nn.Module, ...]]:
+    """Returns the parts by the path of the layer that computes with them.
+
+    layer_paths: path of a part -> path of its layer.
+    """
+    parts_of_layers: dict[str, tuple[nn.Module, ...]] = {}
+    for path, layer_parts in parts.items():
+        layer_path = layer_paths[path]
+        parts_of_layers[layer_path] = (*parts_of_layers.get(layer_path, ()), *layer_parts)
+    return parts_of_layers
+
+
+def as_module(parts: Mapping[str, tuple[nn.Module, ...]]) -> nn.ModuleDict:
+    """Returns `lora_layers`: for every path its part, or the list of its parts when several adapters are active."""
+    return nn.ModuleDict(
+        {
+            layer_key(path): layer_parts[0] if len(layer_parts) == 1 else nn.ModuleList(layer_parts)
+            for path, layer_parts in parts.items()
+        }
+    )
+
+
 def layer_key(path: str) -> str:
-    """The key of a base layer in `lora_layers`: its path with / for the dots, which ModuleDict does not take."""
+    """The key of a path in `lora_layers`: with / for the dots, which nn.ModuleDict does not take."""
     key = path.replace("/", "//").replace(".", "/")
     return f"/{key}" if not key or hasattr(nn.ModuleDict, key) else key
 
 
-def parts_by_path(adapters: list[Adapter]) -> dict[str, tuple[nn.Module, ...]]:
-    found: dict[str, tuple[nn.Module, ...]] = {}
-    for adapter in adapters:
-        for path, part in adapter.parts.items():
-            found[path] = (*found.get(path, ()), part)
-    return found
-
-
-def by_host(hosts: Mapping[str, str], parts: Mapping[str, tuple[nn.Module, ...]]) -> dict[str, tuple[nn.Module, ...]]:
-    """By the path of the module that computes with them, in the order of the paths."""
-    found: dict[str, tuple[nn.Module, ...]] = {}
-    for path, each in parts.items():
-        found[hosts[path]] = (*found.get(hosts[path], ()), *each)
-    return found
-
-
-def register(parts: dict[str, tuple[nn.Module, ...]]) -> nn.ModuleDict:
-    """One entry per adapted layer: its part, or the list of its parts when several adapters are active."""
-    return nn.ModuleDict(
-        {layer_key(path): each[0] if len(each) == 1 else nn.ModuleList(each) for path, each in parts.items()}
-    )
-
-
-# ---- What is adapted, as a table that prints itself.
-
-
-EXTRAS = {"bias": "bias", "trainable_tokens_delta": "token rows"}
+# ---- Summary: what is adapted, as a table that prints itself
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     path: str
     layer_type: str
     shape: tuple[int, ...]
@@ -223,9 +257,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """Rows of the active adapters, and the parameters trained of all. `str()` gives the table."""
+    """What the active adapters adapt, one row each, and how many parameters are trained. `str()` gives the table."""
 
-    rows: list[Row]
+    rows: list[SummaryRow]
     trainable_parameters: int
     total_parameters: int
 
@@ -244,18 +278,23 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarise(base_model: nn.Module, adapters: list[Adapter]) -> Summary:
+EXTRA_NAMES = {"bias": "bias", "trainable_tokens_delta": "token rows"}  # parameter of an extra part -> in the table
+
+
+def summarise(base_model: nn.Module, adapters: Iterable[Adapter]) -> Summary:
     rows = []
     for adapter in adapters:
         for path, layer in adapter.low_rank.items():
             shape = tuple(dense_shape(host_of(base_model, path), layer.layer_type.weight))
             shape = shape if layer.rows is None else (layer.out_features, layer.in_features)
-            rows.append(Row(path, layer.layer_type.name, shape, layer.r, layer.lora_alpha, parameter_count(layer)))
+            layer_type = layer.layer_type.name
+            rows.append(SummaryRow(path, layer_type, shape, layer.r, layer.lora_alpha, parameter_count(layer)))
         for path, module in adapter.saved.items():
-            rows.append(Row(path, type(module).__name__, (), None, None, parameter_count(module)))
+            rows.append(SummaryRow(path, type(module).__name__, (), None, None, parameter_count(module)))
         for path, part in adapter.extras.items():
             for name, parameter in part.named_parameters():
-                rows.append(Row(path, EXTRAS[name], tuple(parameter.shape), None, None, parameter.numel()))
+                shape = tuple(parameter.shape)
+                rows.append(SummaryRow(path, EXTRA_NAMES[name], shape, None, None, parameter.numel()))
     trained = sum(row.parameters for row in rows)
     return Summary(rows, trained, weight_count(base_model) + trained)
 

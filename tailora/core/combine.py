@@ -3,12 +3,17 @@
 What adds up are the updates dW_i = s_i B_i A_i, never the factors by themselves: B_1 A_1 + B_2 A_2 is not
 (B_1 + B_2)(A_1 + A_2). Every result is plain LoRA with scale 1 (alpha = r in every module), strengths folded in, and
 trained biases where the sources change biases.
+
+    One update           what a layer's adapter adds to its weight, as two factors or dense
+    build_adapter        an adapter that holds given updates
+    combine_adapters     gathers the updates of the sources, and combines those of each layer by a method
+    METHODS              cat, svd, ties, dare
 """
 
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,93 +29,90 @@ from tailora.core.layer_types import host_of, host_path, layer_type_of, projecti
 from tailora.core.low_rank import Factors, concatenated, low_rank, product_spectrum, tail, truncated
 from tailora.core.patterns import commonest, portable_patterns, portable_targets
 from tailora.core.quantization import dense_weight
-from tailora.core.targets import place_at, target_at
+from tailora.core.targets import candidate_at, target_at
 from tailora.errors import AdapterError, ConfigError, listing, nearest
 
-# ---- What a layer's adapter adds to it, as matrices and vectors, and an adapter built of such again.
-#
-# A layer's output changes by dW x + db:
+# ---- One update: a layer's output changes by dW x + db
 #
 #     dW = s (B A - B0 A0), times the strength; with DoRA (g - 1) W + g s (B A - B0 A0)
 #     db = s lora_bias + (trained bias - bias), times the strength
 
 
 UNSCALED = 1e-6  # |g - 1| up to which DoRA scales nothing: a few roundings of float32
-MIXED = "A reads the channels of all groups, which no grouped weight can hold; keep this adapter by itself"
-SCALED = "DoRA scales the rows of W, which no product of two factors can say; method 'svd' takes the nearest of rank r"
+MIXES_GROUPS = "A reads the channels of all groups, which no grouped weight can hold; keep this adapter by itself"
+SCALES_ROWS = (
+    "DoRA scales the rows of W, which no product of two factors can say; method 'svd' takes the nearest of rank r"
+)
 
 
 def factors_of(layer: LoRALayer, *, strength: bool = True) -> Factors:
-    """s (B A - B0 A0) by group, s and the strength in A; of twice the rank with a frozen start."""
+    """Returns s (B A - B0 A0) by group, s and the strength in A; of twice the rank with a frozen start."""
     A, B = layer.pair()
     A, B = (A * (layer.scaling * (layer.strength if strength else 1))).detach(), B.detach()
     return Factors(B.reshape(layer.groups, -1, B.shape[1]), A.reshape(layer.groups, B.shape[1], -1))
 
 
-def dense_of(layer: LoRALayer, base: nn.Module) -> Tensor:
-    """dW of the base's layer, (groups, out, n), in at least float32."""
+def dense_update(layer: LoRALayer, base: nn.Module) -> Tensor:
+    """Returns dW of the base's layer, (groups, out, n), in at least float32."""
     update = factors_of(layer).dense
     gain = layer.gain(base)
     if gain is None:
         return update
     W = cast(Any, layer.layer_type.matrix)(base, dense_weight(base, layer.layer_type.weight)).to(update)
-    matrix: Tensor = W if layer.rows is None else layer.rows.take(W.mT).mT
-    rows = gain.detach().to(update).view(len(update), -1, 1)
-    dense: Tensor = rows * update + layer.strength * (rows - 1) * matrix
+    W = W if layer.rows is None else layer.rows.take(W.mT).mT
+    gain = gain.detach().to(update).view(len(update), -1, 1)
+    dense: Tensor = gain * update + layer.strength * (gain - 1) * W
     return dense
 
 
-def is_mixed(layer: LoRALayer) -> bool:
-    """PEFT's A of a grouped convolution, when it reads all channels."""
+def mixes_groups(layer: LoRALayer) -> bool:
+    """True for PEFT's A of a grouped convolution when it reads the channels of all groups."""
     return not layer.layer_type.stacked and layer.groups * layer.lora_B.shape[1] != layer.r
 
 
 def is_product(layer: LoRALayer, base: nn.Module) -> bool:
-    """Whether dW is what `factors_of` gives: no DoRA, or one that scales no row."""
+    """True if dW is what `factors_of` gives: no DoRA, or one that scales no row."""
     gain = layer.gain(base)
     return gain is None or float((gain.detach() - 1).abs().max()) <= UNSCALED
 
 
-def obstacle_to_sum(layer: LoRALayer, base: nn.Module, exact: bool) -> str | None:
-    """Why this update cannot be added to others; None where it can. exact: as a product of two factors."""
-    if is_mixed(layer):
-        return MIXED
+def _obstacle(layer: LoRALayer, base: nn.Module, exact: bool) -> str | None:
+    """Why this update cannot be added to others. exact: as a product of two factors."""
+    if mixes_groups(layer):
+        return MIXES_GROUPS
     if is_product(layer, base):
         return None
     if exact:
-        return SCALED
+        return SCALES_ROWS
     return None if layer.layer_type.matrix else f"the weight of a {layer.layer_type.name} with DoRA is not one matrix"
 
 
-def place_of_biases(changes: Mapping[str, Tensor], adapted: Mapping[str, nn.Module]) -> tuple[dict[str, Any], str]:
-    """The settings under which an adapter of these layers can hold these db, and what is in the way ("": nothing)."""
-    if not changes:
-        return {}, ""
-    if all(getattr(adapted[path], "bias", None) is not None for path in changes):
-        return {"bias": "lora_only"}, ""
-    if any(isinstance(layer, nn.Embedding) for layer in adapted.values()):
-        return {}, (
-            "one has biases beside B of layers without a bias, another adapts an embedding; no file holds both together"
-        )
-    return {"lora_bias": True}, ""
+def rank_per_group(r: int, layer: LoRALayer) -> int:
+    """A layer's rank as that of each of its groups (rounded up), or of its experts, who have it each."""
+    return r if layer.layer_type.stacked else math.ceil(r / layer.groups)
 
 
-def built(
+# ---- An adapter that holds given updates
+
+
+@torch.no_grad()
+def build_adapter(
     factors: Mapping[str, Factors],
     base_model: nn.Module,
     *,
-    changes: Mapping[str, Tensor] | None = None,
+    bias_changes: Mapping[str, Tensor] | None = None,
     saved: Mapping[str, nn.Module] | None = None,
     **settings: Any,
 ) -> Adapter:
-    """The adapter with these updates, and the config that describes it: alpha = r everywhere, so that s = 1.
+    """Returns the adapter with these updates, and the config that describes it: alpha = r everywhere, so that s = 1.
 
-    changes: db by path, for which `settings` make room.    settings: of LoRAConfig.
+    factors, bias_changes, saved: dW, db (for which `settings` make room) and trained modules, by path.
+    settings: further ones of the LoRAConfig.
     """
-    factors = _one_rank_in_attention(factors, base_model)
-    told = LoRAConfig(fused_parts=settings.get("fused_parts", {}))
-    stacks = {path for path in factors if place_at(base_model, path, told).layer_type.stacked}
-    ranks = {path: each.B.shape[2] * (1 if path in stacks else each.B.shape[0]) for path, each in factors.items()}
+    factors = _equal_ranks_in_attention(factors, base_model)
+    only_parts = LoRAConfig(fused_parts=settings.get("fused_parts", {}))
+    stacks = {path for path in factors if candidate_at(base_model, path, only_parts).layer_type.stacked}
+    ranks = {path: own.B.shape[2] * (1 if path in stacks else own.B.shape[0]) for path, own in factors.items()}
     layers_only = [path for path in ranks if path not in stacks]
     r = commonest(ranks)
     config = LoRAConfig(
@@ -124,43 +126,32 @@ def built(
         alpha_pattern=portable_patterns({path: float(rank) for path, rank in ranks.items()}, float(r)),
         **settings,
     )
-    layers = {path: _filled(path, base_model, config, each) for path, each in factors.items()}
-    for path, change in (changes or {}).items():
-        _shifted(layers[path], change)
+    layers = {}
+    for path, own in factors.items():
+        layer = layers[path] = low_rank_layer(target_at(base_model, path, config), config, fresh=False)
+        layer.lora_A.copy_(own.A.reshape(layer.lora_A.shape))
+        layer.lora_B.copy_(own.B.reshape(layer.lora_B.shape))
+    for path, change in (bias_changes or {}).items():
+        bias = layers[path].lora_bias if layers[path].bias is None else layers[path].bias
+        cast(nn.Parameter, bias).add_(change)  # with s = 1 both add what they hold
     return Adapter(config, layers, dict(saved or {}))
 
 
-def _one_rank_in_attention(factors: Mapping[str, Factors], base_model: nn.Module) -> dict[str, Factors]:
-    """Zeros up to the higher rank of the two matrices of an attention, for which PEFT's file has one rank."""
-    hosts = {path: host_path(base_model, path) for path in factors}
-    attentions = {host for host in hosts.values() if "in_proj_weight" in projections(base_model.get_submodule(host))}
-    ranks = {host: max(factors[path].A.shape[1] for path in factors if hosts[path] == host) for host in attentions}
-    return {
-        path: _padded(each, ranks[hosts[path]]) if hosts[path] in attentions else each for path, each in factors.items()
-    }
+def _equal_ranks_in_attention(factors: Mapping[str, Factors], base_model: nn.Module) -> dict[str, Factors]:
+    """Fills the two matrices of an attention up with zeros to one rank, since PEFT's file has one for both."""
+    layer_paths = {path: host_path(base_model, path) for path in factors}
+    ranks: dict[str, int] = {}
+    for path, own in factors.items():
+        if "in_proj_weight" in projections(base_model.get_submodule(layer_paths[path])):
+            ranks[layer_paths[path]] = max(own.A.shape[1], ranks.get(layer_paths[path], 0))
+    padded = {}
+    for path, own in factors.items():
+        missing = ranks.get(layer_paths[path], 0) - own.A.shape[1]
+        padded[path] = Factors(F.pad(own.B, (0, missing)), F.pad(own.A, (0, 0, 0, missing))) if missing > 0 else own
+    return padded
 
 
-def _padded(factors: Factors, k: int) -> Factors:
-    more = k - factors.A.shape[1]
-    return Factors(F.pad(factors.B, (0, more)), F.pad(factors.A, (0, 0, 0, more)))
-
-
-@torch.no_grad()
-def _filled(path: str, base_model: nn.Module, config: LoRAConfig, factors: Factors) -> LoRALayer:
-    layer = low_rank_layer(target_at(base_model, path, config), config, fresh=False)
-    layer.lora_A.copy_(factors.A.reshape(layer.lora_A.shape))
-    layer.lora_B.copy_(factors.B.reshape(layer.lora_B.shape))
-    return layer
-
-
-@torch.no_grad()
-def _shifted(layer: LoRALayer, change: Tensor) -> None:
-    """With s = 1 either place of a bias adds what it holds."""
-    place = layer.lora_bias if layer.bias is None else layer.bias
-    cast(nn.Parameter, place).add_(change)
-
-
-# ----
+# ---- Combining
 
 
 @dataclass(frozen=True)
@@ -197,71 +188,46 @@ class Combination:
     seed: int | None = None
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one adapter brings to one layer."""
-
-    adapter: str
-    path: str
-    weight: float
-    layer: LoRALayer
-    base: nn.Module
-
-    @property
-    def weighted(self) -> Factors:
-        """weight dW, where that is a product."""
-        factors = factors_of(self.layer)
-        return Factors(factors.B, self.weight * factors.A)
-
-    @property
-    def dense(self) -> Tensor:
-        """weight dW, (groups, out, n)."""
-        return self.weight * dense_of(self.layer, self.base)
-
-
-Combined = tuple[Factors, float]  # and the relative error of its rank
-
-
 @torch.no_grad()
-def combine(
-    adapters: Mapping[str, Adapter], weights: Mapping[str, float], base_model: nn.Module, how: Combination
+def combine_adapters(
+    adapters: Mapping[str, Adapter], weights: Mapping[str, float], base_model: nn.Module, settings: Combination
 ) -> tuple[Adapter, Truncation]:
-    """sum_i weights_i dW_i as one adapter, which shares nothing with its sources; biases likewise.
+    """Returns sum_i weights_i dW_i as one adapter, which shares nothing with its sources; biases likewise.
 
     Raises ConfigError for settings that mean nothing, AdapterError with everything that cannot be combined.
     """
-    check(weights, how)
-    used = {name: adapter for name, adapter in adapters.items() if weights[name] != 0}
-    check_compatible(used)
-    layers, problems = _sources(used, base_model, exact=how.method == "cat")
-    saved, unmixed = _saved(used, weights, base_model)
-    changes = _biases(layers, weights, base_model)
-    places, homeless = place_of_biases(changes, {path: host_of(base_model, path) for path in layers})
-    if problems := [*problems, *unmixed, *([homeless] if homeless else [])]:
+    check(weights, settings)
+    sources = {name: adapter for name, adapter in adapters.items() if weights[name] != 0}
+    check_compatible(sources)
+    updates, problems = _updates(sources, weights, base_model, exact=settings.method == "cat")
+    saved, saved_problems = _combined_modules(sources, weights, base_model)
+    bias_changes = _bias_changes(updates)
+    bias_settings, bias_problems = _bias_settings(bias_changes, {path: own[0].base for path, own in updates.items()})
+    if problems := [*problems, *saved_problems, *bias_problems]:
         raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")
-    results = {}
-    for path, each in layers.items():
-        base = host_of(base_model, path)
-        parts = [Part(name, path, weights[name], layer, base) for name, layer in each.items()]
-        results[path] = METHODS[how.method](parts, how, max(layer.r for layer in each.values()))
-    factors = {path: each for path, (each, _) in results.items()}
-    if broken := [path for path, each in factors.items() if not each.is_finite]:
-        raise AdapterError(f"the sum is not finite at {', '.join(broken[:5])} ({len(broken)} in all): smaller weights")
-    adapter = built(
+    results = {path: METHODS[settings.method](own, settings) for path, own in updates.items()}
+    factors = {path: own for path, (own, _) in results.items()}
+    if infinite := [path for path, own in factors.items() if not own.is_finite]:
+        raise AdapterError(
+            f"the sum is not finite at {', '.join(infinite[:5])} ({len(infinite)} in all): smaller weights"
+        )
+    configs = [adapter.config for adapter in sources.values()]
+    dropouts = {config.lora_dropout for config in configs}
+    adapter = build_adapter(
         factors,
         base_model,
-        changes=changes,
+        bias_changes=bias_changes,
         saved=saved,
-        lora_dropout=_agreed([adapter.config.lora_dropout for adapter in used.values()]),
-        fused_parts={name: parts for each in used.values() for name, parts in each.config.fused_parts.items()},
-        modules_to_save=_united([adapter.config.modules_to_save or [] for adapter in used.values()]),
-        **places,
+        lora_dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
+        fused_parts={name: parts for config in configs for name, parts in config.fused_parts.items()},
+        modules_to_save=sorted({name for config in configs for name in config.modules_to_save or []}) or None,
+        **bias_settings,
     )
     ranks = {path: layer.r for path, layer in adapter.low_rank.items()}
     return adapter, Truncation(ranks, {path: error for path, (_, error) in results.items()})
 
 
-def check(weights: Mapping[str, float], how: Combination) -> None:
+def check(weights: Mapping[str, float], settings: Combination) -> None:
     """Raises ConfigError with all settings that are out of range or that the method would ignore."""
     problems = [
         f"weight of {name!r} = {weight!r}; take a finite number"
@@ -270,14 +236,15 @@ def check(weights: Mapping[str, float], how: Combination) -> None:
     ]
     if not problems and not any(weights.values()):
         problems.append("nothing to combine: give at least one adapter a weight other than 0")
-    if how.method not in METHODS:
-        problems.append(f"method = {how.method!r}; there are: {', '.join(METHODS)}{nearest(str(how.method), METHODS)}")
-    for field, methods, fits, wanted in SETTINGS:
-        value = getattr(how, field)
-        if value is not None and how.method in METHODS and how.method not in methods:
-            problems.append(f"{field} = {value!r} means nothing to method {how.method!r}, but to {', '.join(methods)}")
-        elif value is not None and not (is_number(value) and fits(value)):
-            problems.append(f"{field} = {value!r}; take {wanted}")
+    method = settings.method
+    if method not in METHODS:
+        problems.append(f"method = {method!r}; there are: {', '.join(METHODS)}{nearest(str(method), METHODS)}")
+    for name, methods, is_valid, expected in RANGES:
+        value = getattr(settings, name)
+        if value is not None and method in METHODS and method not in methods:
+            problems.append(f"{name} = {value!r} means nothing to method {method!r}, but to {', '.join(methods)}")
+        elif value is not None and not (is_number(value) and is_valid(value)):
+            problems.append(f"{name} = {value!r}; take {expected}")
     if problems:
         raise ConfigError(listing(problems))
 
@@ -286,7 +253,8 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-SETTINGS: list[tuple[str, tuple[str, ...], Callable[[float], bool], str]] = [
+# Setting, methods that take it, whether a number is valid, and the valid ones in words.
+RANGES: list[tuple[str, tuple[str, ...], Callable[[float], bool], str]] = [
     ("r", ("svd", "ties", "dare"), lambda r: isinstance(r, int) and r >= 1, "a whole number from 1 on"),
     ("density", ("ties",), lambda share: 0 < share <= 1, "a share above 0, at most 1"),
     ("drop", ("dare",), lambda share: 0 <= share < 1, "a probability from 0 to below 1"),
@@ -294,109 +262,135 @@ SETTINGS: list[tuple[str, tuple[str, ...], Callable[[float], bool], str]] = [
 ]
 
 
-# ---- what the sources are
+# ---- What the sources change
 
 
-def _sources(
-    adapters: Mapping[str, Adapter], base_model: nn.Module, exact: bool
-) -> tuple[dict[str, dict[str, LoRALayer]], list[str]]:
-    """Path -> adapter -> its layer there, in the order of the adapters; and all that stands in the way."""
-    layers: dict[str, dict[str, LoRALayer]] = {}
+@dataclass(frozen=True)
+class WeightedUpdate:
+    """What one adapter adds to one layer of the base, and its weight in the sum."""
+
+    adapter: str
+    path: str
+    weight: float
+    layer: LoRALayer
+    base: nn.Module
+
+    @property
+    def factors(self) -> Factors:
+        """weight dW, where that is a product."""
+        factors = factors_of(self.layer)
+        return Factors(factors.B, self.weight * factors.A)
+
+    @property
+    def dense(self) -> Tensor:
+        """weight dW, (groups, out, n)."""
+        return self.weight * dense_update(self.layer, self.base)
+
+
+def _updates(
+    adapters: Mapping[str, Adapter], weights: Mapping[str, float], base_model: nn.Module, exact: bool
+) -> tuple[dict[str, list[WeightedUpdate]], list[str]]:
+    """The updates of every layer, by path, in the order of the adapters; and all that cannot be added up."""
+    updates: dict[str, list[WeightedUpdate]] = {}
     problems = []
     for name, adapter in adapters.items():
-        problems += [f"{path} of {name!r}: {_no_update(part)}" for path, part in adapter.extras.items()]
+        for path, part in adapter.extras.items():
+            trained = "a bias" if isinstance(part, TrainedBias) else "rows of an embedding"
+            problems.append(f"{path} of {name!r}: it trains {trained}")
         for path, layer in adapter.low_rank.items():
-            layers.setdefault(path, {})[name] = layer
-            if reason := obstacle_to_sum(layer, host_of(base_model, path), exact):
+            base = host_of(base_model, path)
+            updates.setdefault(path, []).append(WeightedUpdate(name, path, weights[name], layer, base))
+            if reason := _obstacle(layer, base, exact):
                 problems.append(f"{path} of {name!r}: {reason}")
-    return layers, problems
+    return updates, problems
 
 
-def _no_update(part: nn.Module) -> str:
-    return "it trains a bias" if isinstance(part, TrainedBias) else "it trains rows of an embedding"
-
-
-def _biases(
-    layers: Mapping[str, Mapping[str, LoRALayer]], weights: Mapping[str, float], base_model: nn.Module
-) -> dict[str, Tensor]:
+def _bias_changes(updates: Mapping[str, Iterable[WeightedUpdate]]) -> dict[str, Tensor]:
     """sum_i w_i db_i of every layer where something is added to the bias."""
     sums: dict[str, Tensor] = {}
-    for path, each in layers.items():
-        base = host_of(base_model, path)
-        for name, layer in each.items():
-            change = layer.bias_change(base)
+    for path, layer_updates in updates.items():
+        for update in layer_updates:
+            change = update.layer.bias_change(update.base)
             if change is not None:
-                sums[path] = sums.get(path, 0) + weights[name] * change.detach()
+                sums[path] = sums.get(path, 0) + update.weight * change.detach()
     return sums
 
 
-def _saved(
+def _bias_settings(changes: Mapping[str, Tensor], adapted: Mapping[str, nn.Module]) -> tuple[dict[str, Any], list[str]]:
+    """The settings under which an adapter of these layers can hold these db; and what prevents it."""
+    if not changes:
+        return {}, []
+    if all(getattr(adapted[path], "bias", None) is not None for path in changes):
+        return {"bias": "lora_only"}, []
+    if any(isinstance(layer, nn.Embedding) for layer in adapted.values()):
+        return {}, [
+            "one has biases beside B of layers without a bias, another adapts an embedding; no file holds both together"
+        ]
+    return {"lora_bias": True}, []
+
+
+def _combined_modules(
     adapters: Mapping[str, Adapter], weights: Mapping[str, float], base_model: nn.Module
 ) -> tuple[dict[str, nn.Module], list[str]]:
     """Modules trained whole, W + sum_i w_i (W_i - W), where that is the sum of what they compute."""
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     problems = []
     for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.saved):
-        holders = {name: adapter.saved[path] for name, adapter in adapters.items() if path in adapter.saved}
+        trained = {name: adapter.saved[path] for name, adapter in adapters.items() if path in adapter.saved}
         base = base_model.get_submodule(path)
-        if len(holders) == 1 and all(weights[name] == 1 for name in holders):
-            found[path] = copy.deepcopy(next(iter(holders.values())))
+        if len(trained) == 1 and all(weights[name] == 1 for name in trained):
+            modules[path] = copy.deepcopy(next(iter(trained.values())))
         elif layer_type_of(base):  # linear in its weights
-            found[path] = _mixed(base, [(weights[name], module) for name, module in holders.items()])
+            modules[path] = _weighted_sum(base, [(weights[name], module) for name, module in trained.items()])
         else:
-            layer_type = type(next(iter(holders.values()))).__name__
+            class_name = type(next(iter(trained.values()))).__name__
             problems.append(
-                f"{path}, trained whole by {', '.join(map(repr, holders))}, is a {layer_type}, which is not linear in "
+                f"{path}, trained whole by {', '.join(map(repr, trained))}, is a {class_name}, which is not linear in "
                 "its weights; take it from one adapter, with weight 1"
             )
-    return found, problems
+    return modules, problems
 
 
-def _mixed(base: nn.Module, trained: list[tuple[float, nn.Module]]) -> nn.Module:
-    mix = trained_copy(base)
-    start = {name: parameter.clone() for name, parameter in mix.named_parameters()}
+def _weighted_sum(base: nn.Module, trained: list[tuple[float, nn.Module]]) -> nn.Module:
+    total = trained_copy(base)
+    start = {name: parameter.clone() for name, parameter in total.named_parameters()}
     for weight, module in trained:
         for name, parameter in module.named_parameters():
-            mix.get_parameter(name).add_(parameter - start[name], alpha=weight)
-    return mix
+            total.get_parameter(name).add_(parameter - start[name], alpha=weight)
+    return total
 
 
-def _united(names: list[list[str]]) -> list[str] | None:
-    return sorted({name for each in names for name in each}) or None
+# ---- Methods: the weighted updates of one layer -> factors, and the relative error of their rank
 
 
-def _agreed(values: list[float]) -> float:
-    return values[0] if len(set(values)) == 1 else 0.0
+Combined = tuple[Factors, float]
 
 
-# ---- methods: the parts of one layer -> factors, error
-
-
-def _cat(parts: list[Part], *_: object) -> Combined:
+def _cat(updates: list[WeightedUpdate], _: Combination) -> Combined:
     """A = [w_i s_i A_i], B = [B_i]. Where the ranks add up to more than the matrix has, the same update in fewer."""
-    total = concatenated([part.weighted for part in parts])
+    total = concatenated([update.factors for update in updates])
     limit = min(total.B.shape[1], total.A.shape[2])
     return (total if total.B.shape[2] <= limit else truncated(product_spectrum(total), limit)), 0.0
 
 
-def _svd(parts: list[Part], how: Combination, highest: int) -> Combined:
-    if not all(is_product(part.layer, part.base) for part in parts):
-        return low_rank(torch.stack([part.dense for part in parts]).sum(0), _wanted(parts, how, highest))
-    spectrum = product_spectrum(concatenated([part.weighted for part in parts]))
-    k = min(_wanted(parts, how, highest), spectrum.S.shape[1])
+def _svd(updates: list[WeightedUpdate], settings: Combination) -> Combined:
+    if not all(is_product(update.layer, update.base) for update in updates):
+        return low_rank(torch.stack([update.dense for update in updates]).sum(0), _rank(updates, settings))
+    spectrum = product_spectrum(concatenated([update.factors for update in updates]))
+    k = min(_rank(updates, settings), spectrum.S.shape[1])
     return truncated(spectrum, k), tail(spectrum.S, k)
 
 
-def _ties(parts: list[Part], how: Combination, highest: int) -> Combined:
+def _ties(updates: list[WeightedUpdate], settings: Combination) -> Combined:
     """Trim, elect a sign, average what agrees (arXiv:2306.01708, alg. 1), of the weighted updates.
 
     With one weight for all it is the paper's lambda.
     """
-    density = 0.2 if how.density is None else how.density
-    updates = torch.stack([_trimmed(part.dense, density) for part in parts])
-    elected = updates.sum(0).sign()
-    agrees = (updates.sign() == elected) & (updates != 0)
-    return low_rank((updates * agrees).sum(0) / agrees.sum(0).clamp(min=1), _wanted(parts, how, highest))
+    density = 0.2 if settings.density is None else settings.density
+    trimmed = torch.stack([_trimmed(update.dense, density) for update in updates])
+    elected = trimmed.sum(0).sign()
+    agrees = (trimmed.sign() == elected) & (trimmed != 0)
+    return low_rank((trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1), _rank(updates, settings))
 
 
 def _trimmed(update: Tensor, density: float) -> Tensor:
@@ -406,35 +400,31 @@ def _trimmed(update: Tensor, density: float) -> Tensor:
     return update * (magnitude >= threshold)
 
 
-def _dare(parts: list[Part], how: Combination, highest: int) -> Combined:
+def _dare(updates: list[WeightedUpdate], settings: Combination) -> Combined:
     """Drop entries with probability p, divide the others by 1 - p (arXiv:2311.03099, eq. 2 and 3), add up."""
-    p = 0.5 if how.drop is None else how.drop
-    thinned = [_thinned(part, p, how.seed or 0) for part in parts]
-    total = torch.stack(thinned).sum(0)
-    return low_rank(total, _wanted(parts, how, highest))
+    p = 0.5 if settings.drop is None else settings.drop
+    dropped = [_dropped(update, p, settings.seed or 0) for update in updates]
+    return low_rank(torch.stack(dropped).sum(0), _rank(updates, settings))
 
 
-def _thinned(part: Part, p: float, seed: int) -> Tensor:
+def _dropped(update: WeightedUpdate, p: float, seed: int) -> Tensor:
     """The choice is drawn on the CPU, by a generator of this adapter and layer alone."""
-    digest = hashlib.sha256(f"{int(seed)}\n{part.adapter}\n{part.path}".encode()).digest()
+    digest = hashlib.sha256(f"{int(seed)}\n{update.adapter}\n{update.path}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    update = part.dense
-    kept = torch.rand(update.shape, generator=generator) >= p
-    return update * kept.to(update.device) / (1 - p)
+    dense = update.dense
+    kept = torch.rand(dense.shape, generator=generator) >= p
+    return dense * kept.to(dense.device) / (1 - p)
 
 
-METHODS: dict[str, Callable[[list[Part], Combination, int], Combined]] = {
+def _rank(updates: list[WeightedUpdate], settings: Combination) -> int:
+    """The rank per group: as set, or the highest of the sources."""
+    r = settings.r or max(update.layer.r for update in updates)
+    return rank_per_group(r, updates[0].layer)
+
+
+METHODS: dict[str, Callable[[list[WeightedUpdate], Combination], Combined]] = {
     "cat": _cat,
     "svd": _svd,
     "ties": _ties,
     "dare": _dare,
 }
-
-
-def _wanted(parts: list[Part], how: Combination, highest: int) -> int:
-    return per_group(how.r or highest, parts[0].layer)
-
-
-def per_group(r: int, layer: LoRALayer) -> int:
-    """A layer's rank as that of each of its groups (rounded up), or of its experts, who have it each."""
-    return r if layer.layer_type.stacked else math.ceil(r / layer.groups)

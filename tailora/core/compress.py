@@ -1,8 +1,10 @@
-"""An adapter of lower rank: the singular values of every update decide what goes.
+"""Adapters of a lower rank: an adapter shrunk by its singular values, and one extracted from a fully tuned model.
 
-How much goes is a rank, a share of the energy (the squared singular values of a layer), or a loss that may rise by
-so much: then all layers' singular values stand in one line, the largest first, and the shortest beginning of the line
-whose measured loss is within the budget is kept. A layer of which nothing is left is adapted no more.
+Shrinking keeps the largest singular values of every update (`spectra_of`): at most a rank, a share of the energy (the
+squared singular values of a layer), or as many as a measured loss needs. For the loss, the singular values of all
+layers are sorted together, and the shortest beginning of that list is kept whose loss is within the budget.
+
+Extracting takes the best low rank of W_tuned - W_base.
 """
 
 import copy
@@ -16,7 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, trained_copy
-from tailora.core.combine import MIXED, Truncation, built, factors_of, is_mixed, is_number, per_group
+from tailora.core.combine import (
+    MIXES_GROUPS,
+    Truncation,
+    build_adapter,
+    factors_of,
+    is_number,
+    mixes_groups,
+    rank_per_group,
+)
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer
 from tailora.core.low_rank import (
@@ -36,24 +46,18 @@ from tailora.errors import AdapterError, BaseMismatchError, ConfigError, Diverge
 
 Ranks = Mapping[str, int]  # path -> rank per group; 0: the layer goes
 Spectra = Mapping[str, Spectrum]
-SAME = (
+KEPT_SETTINGS = (
     *("lora_dropout", "fused_parts", "modules_to_save", "trainable_token_indices"),
     *("use_dora", "lora_bias", "bias"),
 )
 
 
-@torch.no_grad()
-def spectra_of(adapter: Adapter) -> dict[str, Spectrum]:
-    """Path -> all singular values of s (B A - B0 A0), without the strength. Raises AdapterError for what has none."""
-    if problems := [f"{path}: {MIXED}" for path, layer in adapter.low_rank.items() if is_mixed(layer)]:
-        raise AdapterError(f"this adapter cannot be made smaller: {listing(problems)}")
-    return {path: product_spectrum(factors_of(layer, strength=False)) for path, layer in adapter.low_rank.items()}
-
-
 def check(r: int | None, energy: float | None, loss: object = None, budget: float | None = None) -> None:
     """Raises ConfigError unless one way to choose the ranks is given, whole and in range."""
-    ways = [name for name, value in (("r", r), ("energy", energy), ("loss", loss)) if value is not None]
-    problems = [] if len(ways) == 1 else [f"give one way to choose the ranks: r, energy or loss; got {ways or 'none'}"]
+    given = [name for name, value in (("r", r), ("energy", energy), ("loss", loss)) if value is not None]
+    problems = []
+    if len(given) != 1:
+        problems.append(f"give one way to choose the ranks: r, energy or loss; got {given or 'none'}")
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
         problems.append(f"r = {r!r}; take a whole number from 1 on")
     if energy is not None and not (is_number(energy) and 0 < energy <= 1):
@@ -68,76 +72,54 @@ def check(r: int | None, energy: float | None, loss: object = None, budget: floa
         raise ConfigError(listing(problems))
 
 
-def ranks_of(adapter: Adapter, spectra: Spectra, r: int | None, energy: float | None) -> dict[str, int]:
-    """At most rank r, or this share of every layer's energy; at least rank 1 (a group)."""
-    if r is not None:
-        layers = adapter.low_rank
-        return {path: min(per_group(r, layers[path]), each.S.shape[1]) for path, each in spectra.items()}
-    return {path: rank_for_energy(each.S, energy or 1.0) for path, each in spectra.items()}
-
-
-def ranks_by_loss(spectra: Spectra, loss: Callable[[Ranks], float], budget: float) -> dict[str, int]:
-    """The fewest singular values whose loss is at most that of all of them plus the budget, by halving.
-
-    Takes about log2 of their number evaluations. What is returned was measured; that fewer do not suffice is only as
-    sure as the loss falls with every value kept. Raises DivergedError for a loss that is not finite.
-    """
-    line = sorted(
-        ((float(each.S[:, j].norm()), path, j) for path, each in spectra.items() for j in range(each.S.shape[1])),
-        key=lambda value: -value[0],
-    )
-
-    def kept(count: int) -> dict[str, int]:
-        ranks = dict.fromkeys(spectra, 0)
-        for _, path, _ in line[:count]:
-            ranks[path] += 1
-        return ranks
-
-    def measured(count: int) -> float:
-        value = float(loss(kept(count)))
-        if not math.isfinite(value):
-            raise DivergedError(f"the loss with {count} of {len(line)} singular values is {value}")
-        return value
-
-    low, high = 1, len(line)
-    allowed = measured(high) + budget
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if measured(middle) <= allowed else (middle + 1, high)
-    return kept(high)
+# ---- Which singular values to keep
 
 
 @torch.no_grad()
-def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Module) -> tuple[Adapter, Truncation]:
-    """The adapter cut to these ranks. Magnitudes, biases, token rows, strengths and modules trained whole come along as
-    copies.
+def spectra_of(adapter: Adapter) -> dict[str, Spectrum]:
+    """Returns all singular values of s (B A - B0 A0) by path, without the strength. Raises AdapterError without any."""
+    if problems := [f"{path}: {MIXES_GROUPS}" for path, layer in adapter.low_rank.items() if mixes_groups(layer)]:
+        raise AdapterError(f"this adapter cannot be made smaller: {listing(problems)}")
+    return {path: product_spectrum(factors_of(layer, strength=False)) for path, layer in adapter.low_rank.items()}
 
-    A layer that is cut to nothing is adapted no more and has rank 0. It keeps a rank of zeros where it has a magnitude
-    or a bias, or is a matrix of an attention or a stack of experts, for which files need both.
+
+def ranks_of(adapter: Adapter, spectra: Spectra, r: int | None, energy: float | None) -> dict[str, int]:
+    """At most rank r, or this share of every layer's energy; at least rank 1 (per group)."""
+    if r is not None:
+        layers = adapter.low_rank
+        return {path: min(rank_per_group(r, layers[path]), own.S.shape[1]) for path, own in spectra.items()}
+    return {path: rank_for_energy(own.S, energy or 1.0) for path, own in spectra.items()}
+
+
+def ranks_by_loss(adapter: Adapter, spectra: Spectra, loss: Callable[[], float], budget: float) -> dict[str, int]:
+    """The fewest singular values whose loss is at most that of all of them plus the budget, by bisection.
+
+    loss: of the model, which computes with this adapter. It is called about log2 of their number times. The result
+    was measured; that fewer do not suffice holds as far as the loss falls with every value kept.
+    Raises DivergedError for a loss that is not finite.
     """
-    kept: dict[str, Factors] = {path: truncated(spectra[path], k) for path, k in ranks.items() if k}
-    stay = [path for path in ranks if path not in kept and not _can_go(adapter.low_rank[path])]
-    kept |= {path: zeros(truncated(spectra[path], 1)) for path in stay}
-    settings = {name: getattr(adapter.config, name) for name in SAME}
-    smaller = built(kept, base_model, saved=copy.deepcopy(adapter.saved), **settings)
-    smaller = replace(smaller, extras=copy.deepcopy(adapter.extras))
-    for path, layer in smaller.low_rank.items():
-        source = adapter.low_rank[path]
-        layer.strength.copy_(source.strength)
-        _copied(layer.lora_magnitude_vector, source.lora_magnitude_vector)
-        _copied(layer.bias, source.bias)
-        _copied(layer.lora_bias, None if source.lora_bias is None else source.lora_bias * source.scaling)
-    sizes = {path: smaller.low_rank[path].r if path in kept else 0 for path in ranks}
-    return smaller, Truncation(sizes, {path: tail(spectra[path].S, k) for path, k in ranks.items()})
+    values = [(float(own.S[:, j].norm()), path) for path, own in spectra.items() for j in range(own.S.shape[1])]
+    values.sort(key=lambda value: -value[0])
 
+    def ranks_with(count: int) -> dict[str, int]:
+        ranks = dict.fromkeys(spectra, 0)
+        for _, path in values[:count]:
+            ranks[path] += 1
+        return ranks
 
-def _can_go(layer: LoRALayer) -> bool:
-    return layer.is_plain and layer.layer_type.forward is None
+    def loss_with(count: int) -> float:
+        with leading_only(adapter, spectra, ranks_with(count)):
+            value = float(loss())
+        if not math.isfinite(value):
+            raise DivergedError(f"the loss with {count} of {len(values)} singular values is {value}")
+        return value
 
-
-def _copied(slot: nn.Parameter | None, source: Tensor | None) -> None:
-    if slot is not None and source is not None:
-        slot.copy_(source)
+    low, high = 1, len(values)
+    limit = loss_with(high) + budget
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if loss_with(middle) <= limit else (middle + 1, high)
+    return ranks_with(high)
 
 
 @contextmanager
@@ -153,7 +135,7 @@ def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[N
     try:
         with torch.no_grad():
             for path, layer in layers.items():
-                _replace_factors(layer, truncated(spectra[path], ranks[path]))
+                _set_update(layer, truncated(spectra[path], ranks[path]))
         yield
     finally:
         for path, layer in layers.items():
@@ -161,8 +143,8 @@ def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[N
                 setattr(layer, name, value)
 
 
-def _replace_factors(layer: LoRALayer, factors: Factors) -> None:
-    """Fresh parameters that hold this update, filled up with zeros; what they replace is left alone."""
+def _set_update(layer: LoRALayer, factors: Factors) -> None:
+    """Gives the layer fresh parameters that hold this update, filled up with zeros. The former ones do not change."""
     missing = layer.lora_B.shape[1] - factors.A.shape[1]
     A = F.pad(factors.A, (0, 0, 0, missing)).reshape(layer.lora_A.shape) / layer.scaling.item()
     B = F.pad(factors.B, (0, missing)).reshape(layer.lora_B.shape)
@@ -171,7 +153,41 @@ def _replace_factors(layer: LoRALayer, factors: Factors) -> None:
     layer.start_A = layer.start_B = layer.lora_E = None
 
 
-# ---- The adapter between two models: the best low rank of W_tuned - W_base, and what it cannot hold.
+# ---- Shrinking
+
+
+@torch.no_grad()
+def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Module) -> tuple[Adapter, Truncation]:
+    """Returns the adapter cut to these ranks. Magnitudes, biases, token rows, strengths and modules trained whole are
+    copied.
+
+    A layer that is cut to nothing is adapted no more and has rank 0. It keeps a rank of zeros where it has a magnitude
+    or a bias, or is a matrix of an attention or a stack of experts, for which files need both.
+    """
+    factors: dict[str, Factors] = {path: truncated(spectra[path], k) for path, k in ranks.items() if k}
+    for path in ranks:
+        layer = adapter.low_rank[path]
+        if path not in factors and not (layer.is_plain and layer.layer_type.forward is None):
+            factors[path] = zeros(truncated(spectra[path], 1))
+    settings = {name: getattr(adapter.config, name) for name in KEPT_SETTINGS}
+    smaller = build_adapter(factors, base_model, saved=copy.deepcopy(adapter.saved), **settings)
+    smaller = replace(smaller, extras=copy.deepcopy(adapter.extras))
+    for path, layer in smaller.low_rank.items():
+        source = adapter.low_rank[path]
+        layer.strength.copy_(source.strength)
+        _copy(source.lora_magnitude_vector, layer.lora_magnitude_vector)
+        _copy(source.bias, layer.bias)
+        _copy(None if source.lora_bias is None else source.lora_bias * source.scaling, layer.lora_bias)
+    sizes = {path: smaller.low_rank[path].r if k else 0 for path, k in ranks.items()}
+    return smaller, Truncation(sizes, {path: tail(spectra[path].S, k) for path, k in ranks.items()})
+
+
+def _copy(source: Tensor | None, target: nn.Parameter | None) -> None:
+    if source is not None and target is not None:
+        target.copy_(source)
+
+
+# ---- Extracting an adapter from a fully tuned model
 
 
 @dataclass(frozen=True)
@@ -184,58 +200,58 @@ class Extraction(Truncation):
     left_over: dict[str, float]
 
 
+@torch.no_grad()
 def extract(
-    base: nn.Module,
-    tuned: nn.Module,
-    *,
-    r: int | None,
-    energy: float | None,
-    config: LoRAConfig,
+    base: nn.Module, tuned: nn.Module, *, r: int | None, energy: float | None, config: LoRAConfig
 ) -> tuple[Adapter, Extraction]:
-    """An adapter of `base` that comes nearest to `tuned`, layer by layer; equal layers are not adapted.
+    """Returns the adapter of `base` that comes nearest to `tuned`, layer by layer. Equal layers are not adapted.
 
-    config: where to look (targets, and modules_to_save, which are taken over whole); its ranks are not used.
+    config: which layers to compare, and the modules_to_save, which are copied; its ranks are not used.
     Raises ConfigError, TargetError; BaseMismatchError with every parameter that is missing, unexpected or of another
-    shape; AdapterError where no layer differs.
+    shape; AdapterError where no layer differs; DivergedError for a difference that is not finite.
     """
     check(r, energy)
-    check_same_shapes(base, tuned)
+    _check_same_shapes(base, tuned)
     selection = select(base, config.replaced(r=1, rank_pattern={}, alpha_pattern={}))
     factors, errors = {}, {}
-    with torch.no_grad():
-        for target in selection.targets:
-            update = difference(target, tuned.get_submodule(target.host))
-            if update.any():
-                factors[target.path], errors[target.path] = (
-                    low_rank(update, r if target.layer_type.stacked else math.ceil(r / len(update)))
-                    if r
-                    else for_energy(update, energy or 1)
-                )
+    for target in selection.targets:
+        update = _difference(target, tuned.get_submodule(target.layer_path))
+        if update.any():
+            factors[target.path], errors[target.path] = (
+                low_rank(update, r if target.layer_type.stacked else math.ceil(r / len(update)))
+                if r
+                else for_energy(update, energy or 1)
+            )
     if not factors:
         raise AdapterError("no selected layer differs between the two models; check the paths, or select other targets")
-    copies = {path: trained_copy(tuned.get_submodule(path)) for path in selection.to_save}
-    adapter = built(factors, base, saved=copies, modules_to_save=config.modules_to_save, fused_parts=config.fused_parts)
+    adapter = build_adapter(
+        factors,
+        base,
+        saved={path: trained_copy(tuned.get_submodule(path)) for path in selection.to_save},
+        modules_to_save=config.modules_to_save,
+        fused_parts=config.fused_parts,
+    )
     ranks = {path: layer.r for path, layer in adapter.low_rank.items()}
-    return adapter, Extraction(ranks, errors, left_over(base, tuned, selection))
+    return adapter, Extraction(ranks, errors, _left_over(base, tuned, selection))
 
 
-def check_same_shapes(base: nn.Module, tuned: nn.Module) -> None:
+def _check_same_shapes(base: nn.Module, tuned: nn.Module) -> None:
     """Raises BaseMismatchError with all that the two state dicts do not share."""
-    here = {name: tuple(value.shape) for name, value in base.state_dict().items()}
-    there = {name: tuple(value.shape) for name, value in tuned.state_dict().items()}
-    problems = [f"missing {name} {here[name]}" for name in here if name not in there]
-    problems += [f"unexpected {name} {there[name]}" for name in there if name not in here]
+    base_shapes = {name: tuple(value.shape) for name, value in base.state_dict().items()}
+    tuned_shapes = {name: tuple(value.shape) for name, value in tuned.state_dict().items()}
+    problems = [f"missing {name} {shape}" for name, shape in base_shapes.items() if name not in tuned_shapes]
+    problems += [f"unexpected {name} {shape}" for name, shape in tuned_shapes.items() if name not in base_shapes]
     problems += [
-        f"misshapen {name}: tuned {there[name]}, base {here[name]}"
-        for name in here
-        if name in there and there[name] != here[name]
+        f"misshapen {name}: tuned {tuned_shapes[name]}, base {shape}"
+        for name, shape in base_shapes.items()
+        if tuned_shapes.get(name, shape) != shape
     ]
     if problems:
         raise BaseMismatchError(f"the tuned model is not this base, trained: {listing(problems)}")
 
 
-def difference(target: Target, tuned: nn.Module) -> Tensor:
-    """W_tuned - W_base as B A sees it, (groups, out, in times kernel), in at least float32. Raises DivergedError."""
+def _difference(target: Target, tuned: nn.Module) -> Tensor:
+    """W_tuned - W_base as B A sees it, (groups, out, in times kernel), in at least float32."""
     weight = target.weight.detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
     change = dense_weight(tuned, target.layer_type.weight).to(weight.device, wide) - weight.to(wide)
@@ -247,29 +263,30 @@ def difference(target: Target, tuned: nn.Module) -> Tensor:
     return matrix
 
 
-def left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[str, float]:
-    """What differs and is neither a selected layer's weight nor in a module taken over whole."""
-    parts: dict[str, list[Target]] = {}
+def _left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[str, float]:
+    """What differs and is neither a selected layer's weight nor in a module that is copied."""
+    targets: dict[str, list[Target]] = {}  # name of a weight -> the targets in it
     for target in selection.targets:
-        parts.setdefault(f"{target.host}.{target.layer_type.weight}".removeprefix("."), []).append(target)
-    trained = tuned.state_dict()
-    changes = {}
+        name = f"{target.layer_path}.{target.layer_type.weight}".removeprefix(".")
+        targets.setdefault(name, []).append(target)
+    tuned_values = tuned.state_dict()
+    left_over = {}
     for name, value in base.state_dict().items():
-        taken = any(name.startswith(f"{path}.") for path in selection.to_save)
-        if taken or torch.equal(value, other := trained[name].to(value)):
+        copied = any(name.startswith(f"{path}.") for path in selection.to_save)
+        if copied or torch.equal(value, tuned_value := tuned_values[name].to(value)):
             continue
-        change = other.double() - value.double()
-        for target in parts.get(name, []):
-            change = _without(target, change)
+        change = tuned_value.double() - value.double()
+        for target in targets.get(name, []):
+            change = _without_target(change, target)
         if change.any():
-            start = float(value.double().norm())
-            changes[name] = float(change.norm()) / start if start else math.inf
-    return changes
+            norm = float(value.double().norm())
+            left_over[name] = float(change.norm()) / norm if norm else math.inf
+    return left_over
 
 
-def _without(target: Target, change: Tensor) -> Tensor:
-    """The change of a weight but for the rows that the target adapts: all, unless it is a part of a fused layer."""
-    if target.rows is None:
+def _without_target(change: Tensor, target: Target) -> Tensor:
+    """The change of a weight without what the target adapts: all of it, or an output slice of a fused layer."""
+    if target.output_slice is None:
         return torch.zeros_like(change)
-    others = 1 - target.rows.spread(change.new_ones(target.rows.size))  # (out,)
+    others = 1 - target.output_slice.spread(change.new_ones(target.output_slice.size))  # (out,)
     return change * (others if target.layer_type.columns(target.layer) else others[:, None])

@@ -17,7 +17,7 @@ ALIASES = {
     "init_r": "r",
 }
 
-Start = Literal["kaiming", "gaussian", "pissa", "olora", "lora_ga", "lora_one", "eva"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora", "lora_ga", "lora_one", "eva"]
 
 
 class StrictModel(BaseModel):
@@ -37,13 +37,13 @@ class StrictModel(BaseModel):
 
 
 def _explain(problem: Any, model: type[BaseModel]) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        alias = ALIASES.get(where)
-        hint = f"; did you mean {alias}?" if alias in model.model_fields else nearest(where, model.model_fields)
-        return f"unknown setting {where!r}{hint}"
+        alias = ALIASES.get(name)
+        hint = f"; did you mean {alias}?" if alias in model.model_fields else nearest(name, model.model_fields)
+        return f"unknown setting {name!r}{hint}"
     message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to what our validators raise
-    return f"{where} = {problem['input']!r}: {message[:1].lower()}{message[1:]}" if where else message
+    return f"{name} = {problem['input']!r}: {message[:1].lower()}{message[1:]}" if name else message
 
 
 class AdaLoRA(StrictModel):
@@ -112,7 +112,7 @@ class LoRAConfig(StrictModel):
     use_rslora: bool = False
     use_dora: bool = False
     learn_scaling: bool = False
-    init_lora_weights: Start = "kaiming"
+    init_lora_weights: Init = "kaiming"
     adalora: AdaLoRA | None = None
 
     @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "fused_parts")

@@ -1,11 +1,16 @@
-"""What layers see in the user's data, without any full gradient: a probe is an update of rank k that stays zero.
+"""Initial values of A and B from the user's data: directions of the gradient (LoRA-GA, LoRA-One) or of inputs (EVA).
 
-With B = 0 its gradient is G A^T, with A = 0 it is B^T G, for the gradient G of the layer's weight: the two sides from
-which subspace iteration (arXiv:0909.4061, alg. 4.4) finds the leading triplets of G. So the memory is that of training
-at rank k, the model computes what the base computes, and no kind of layer needs a formula of its own.
+`start_from_data` initialises an adapter. It calls the model on all batches a few times (`passes`), and finds
+
+    gradient_spectra     the leading singular triplets of the gradient G of every layer's weight
+    input_variances      the principal components of every layer's inputs
+
+without any full gradient or covariance, by subspace iteration (arXiv:0909.4061, alg. 4.4) on a probe: an update of
+rank k with one factor zero, so that the model computes what the base computes. With B = 0 the gradient of B is G A^T,
+with A = 0 that of A is B^T G. So the memory is that of training at rank k, for any layer type.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,114 +18,190 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.adalora import scale_kept, with_ranks
-from tailora.core.adapter import Adapter, low_rank_layer
+from tailora.core.adalora import alpha_at_same_scale, with_ranks
+from tailora.core.adapter import Adapter, adapter_dtype, low_rank_layer
 from tailora.core.attach import attach
 from tailora.core.config import LoRAConfig
-from tailora.core.init import FROM_GRADIENT, MOVED
+from tailora.core.init import DATA_INITS, GRADIENT_INITS, WITH_FROZEN_START
 from tailora.core.layer import LoRALayer
 from tailora.core.low_rank import EXACT, EXTRA, Spectrum, gaussian, orthonormal, within
 from tailora.core.targets import Target, target_at
-from tailora.errors import ConfigError, DataError
+from tailora.errors import AdapterError, ConfigError, DataError
 
 GRADIENT_PASSES = 4  # over the data, each forward and backward
 INPUT_PASSES = 3  # each forward
 Pass = Callable[[], None]  # calls the model on all of the data
+Loss = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar
 
 
-def gradient_spectra(targets: Mapping[str, Target], run: Pass, wanted: int) -> dict[str, Spectrum]:
-    """Leading triplets of each layer's gradient at the base, `wanted` per group and more, exact where k is the size.
+def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: float) -> Adapter:
+    """Returns the adapter with the initial values that its config names.
 
+    Gradients fill its layers in place; EVA makes new layers, of the ranks that it finds.
+    run: calls the base on the data, backward included.    rho: EVA gives a layer up to rho times its rank.
+    Raises DataError where the data says nothing about a layer, ConfigError for rho below 1.
+    """
+    if rho < 1:
+        raise ConfigError(f"rho = {rho}: a layer may get up to rho r ranks; take 1 (none moves) or more")
+    targets = {
+        path: replace(target_at(base_model, path, adapter.config), r=layer.r, lora_alpha=layer.lora_alpha)
+        for path, layer in adapter.low_rank.items()
+    }
+    init = adapter.config.init_lora_weights
+    if init == "eva":
+        return _init_from_inputs(adapter, targets, run, rho)
+    spectra = gradient_spectra(targets, run, 2 * max(target.r for target in targets.values()))
+    _check_not_zero({path: gradient.S[..., 0].min() for path, gradient in spectra.items()}, "gradient")
+    for path, layer in adapter.low_rank.items():
+        _init_from_gradient(layer, spectra[path], init)
+    return replace(adapter, waits_for_data=False)
+
+
+@torch.no_grad()
+def _init_from_gradient(layer: LoRALayer, gradient: Spectrum, init: str) -> None:
+    A, B = GRADIENT_INITS[init](gradient, layer.r // layer.groups)
+    A, B = A.reshape(layer.lora_A.shape), B.reshape(layer.lora_B.shape)
+    if init in WITH_FROZEN_START:
+        layer.start_from(A, B)
+    else:
+        layer.lora_A.copy_(A)
+        layer.lora_B.copy_(B)
+
+
+def _init_from_inputs(adapter: Adapter, targets: Mapping[str, Target], run: Pass, rho: float) -> Adapter:
+    """EVA: A holds principal directions of the inputs, ranks go where they explain most (arXiv:2410.07170, sec. 3)."""
+    variances = input_variances(targets, run, int(rho * max(target.r for target in targets.values())))
+    _check_not_zero({path: inputs.along[0] for path, inputs in variances.items()}, "varying input")
+    limits = {path: min(int(rho * target.r), *target.dims) for path, target in targets.items()}
+    ranks = distribute_ranks(variances, {path: target.r for path, target in targets.items()}, limits)
+    config = with_ranks(adapter.config, adapter.low_rank, ranks)
+    layers = {}
+    for path, target in targets.items():
+        old, r = adapter.low_rank[path], ranks[path]
+        layer = low_rank_layer(replace(target, r=r, lora_alpha=alpha_at_same_scale(old, r)), config, fresh=False)
+        layer.lora_A.data.copy_(variances[path].directions[:r].reshape(layer.lora_A.shape))
+        layers[path] = layer.train(old.training)
+    return Adapter(config, layers, adapter.saved, adapter.extras)
+
+
+def _check_not_zero(largest: Mapping[str, Tensor], quantity: str) -> None:
+    if zero := [path for path, value in largest.items() if value == 0]:
+        raise DataError(
+            f"these batches say nothing about {', '.join(zero[:5])} ({len(zero)} layers): the {quantity} is zero. "
+            "Give more batches, exclude_modules, or init_lora_weights='kaiming'"
+        )
+
+
+# ---- Calling the model on the data
+
+
+def passes(model: nn.Module, batches: Iterable[Any], loss: Loss | None, name: str, config: LoRAConfig) -> Pass:
+    """Returns a function that calls the model on every batch, for the initial values of the adapter `name`.
+
+    Raises AdapterError for an adapter that needs no data, DataError without any batch.
+    """
+    init = config.init_lora_weights
+    if init not in DATA_INITS:
+        raise AdapterError(
+            f"{name!r} starts from {init!r}, which needs no data; those that do: {', '.join(DATA_INITS)}"
+        )
+    all_batches = list(batches)
+    if not all_batches:
+        raise DataError("start_from_data got no batch; give a few, such as list(islice(loader, 8))")
+    backward = init in GRADIENT_INITS
+
+    def run() -> None:
+        with torch.set_grad_enabled(backward):
+            for batch in all_batches:
+                output = call(model, batch) if loss is None else loss(model, batch)
+                if backward:
+                    (loss_of(output) if loss is None else output).backward()
+
+    return run
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Calls the model on a tensor, or on a mapping of its arguments. Raises DataError for any other batch."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    raise DataError(
+        f"a batch is a {type(batch).__name__}, which does not say how to call the model; give tensors or mappings of "
+        "its arguments, or loss=lambda model, batch: ..."
+    )
+
+
+def loss_of(output: Any) -> Tensor:
+    """Returns the loss in a model's output. Raises DataError without one."""
+    value = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise DataError(
+            "the model returned no loss for these batches; put labels into them, or give "
+            "loss=lambda model, batch: ..., which returns one number"
+        )
+    return value
+
+
+# ---- Gradients
+
+
+def gradient_spectra(targets: Mapping[str, Target], run: Pass, count: int) -> dict[str, Spectrum]:
+    """Returns the leading triplets of each layer's gradient at the base, at least `count` per group.
+
+    They are exact where a layer is so small that all are found.
     run: forward and backward over all of the data; called GRADIENT_PASSES times.
     """
-    probes = {path: _probe(target, wanted) for path, target in targets.items()}
+    probes = {path: _probe(target, count) for path, target in targets.items()}
     left: dict[str, Tensor] = {}
-    right = {path: gaussian(_rows(probe, probe.lora_A).shape, probe.lora_A) for path, probe in probes.items()}
+    right = {path: gaussian(_by_group(probe, probe.lora_A).shape, probe.lora_A) for path, probe in probes.items()}
     with _attached(probes, targets):
         for _ in range(GRADIENT_PASSES // 2):
             for path, probe in probes.items():
-                _pose(probe, "A", orthonormal(right[path].mT).mT)
+                _fix(probe, "A", orthonormal(right[path].mT).mT)
             run()
             _check_finite(probes)
             for path, probe in probes.items():
-                left[path] = orthonormal(_columns(probe, _gradient(probe.lora_B)))  # G A^T
-                _pose(probe, "B", left[path])
+                left[path] = orthonormal(_by_group(probe, _gradient(probe.lora_B)))  # G A^T
+                _fix(probe, "B", left[path])
             run()
             _check_finite(probes)
-            right = {path: _rows(probe, _gradient(probe.lora_A)) for path, probe in probes.items()}  # B^T G
+            right = {path: _by_group(probe, _gradient(probe.lora_A)) for path, probe in probes.items()}  # B^T G
     return {path: within(left[path], right[path]) for path in targets}
 
 
-@dataclass(frozen=True)
-class Variances:
-    """Of a layer's inputs, about their mean: along each principal direction (k,), the directions (k, n), and in all."""
-
-    along: Tensor
-    directions: Tensor
-    total: float
-
-
-def input_variances(targets: Mapping[str, Target], run: Pass, wanted: int) -> dict[str, Variances]:
-    """Leading principal components of what each layer reads (of a convolution's patches), `wanted` and some more.
-
-    run: forward over all of the data; called INPUT_PASSES times. Layers in groups are not for it.
-    """
-    found = {path: _Inputs(target, wanted) for path, target in targets.items()}
-    for _ in range(INPUT_PASSES):
-        hooks = [found[path].watch(target.layer) for path, target in targets.items()]
-        try:
-            run()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for path, each in found.items():
-            if not each.products.isfinite().all():
-                raise DataError(f"on these batches the inputs of {path} are not finite")
-            each.turn()
-    return {path: each.variances() for path, each in found.items()}
-
-
-def _probe(target: Target, wanted: int) -> LoRALayer:
-    """An update that follows `wanted` directions per group and some more."""
+def _probe(target: Target, count: int) -> LoRALayer:
+    """An update of scale 1 that follows `count` directions per group and some more."""
     layer, layer_type = target.layer, target.layer_type
     groups = layer_type.groups(layer)
     in_features, out_features = layer_type.dims(layer)
-    k = groups * _count(min(in_features, out_features) // groups, wanted)
+    k = groups * _directions(min(in_features, out_features) // groups, count)
     return LoRALayer(
         in_features,
         out_features,
         k,
-        lora_alpha=k,  # scale 1
+        lora_alpha=k,
         init_lora_weights=None,
         layer_type=layer_type,
         shapes=layer_type.shapes(layer, k),
         groups=groups,
         device=target.weight.device,
-        dtype=_dtype(target),
+        dtype=adapter_dtype(target.weight.dtype),
     )
 
 
-def _count(size: int, wanted: int) -> int:
-    """Directions to carry along: more than wanted, or all where these are few."""
-    return size if size <= EXACT else min(size, wanted + EXTRA)
+def _directions(size: int, count: int) -> int:
+    """How many directions to iterate on: more than `count`, or all of a small matrix."""
+    return size if size <= EXACT else min(size, count + EXTRA)
 
 
-def _dtype(target: Target) -> torch.dtype:
-    return torch.float64 if target.weight.dtype == torch.float64 else torch.float32
+def _by_group(probe: LoRALayer, factor: Tensor) -> Tensor:
+    """A (k, in/groups, ...) as (groups, k/groups, n), or B (out, k/groups) as (groups, out/groups, k/groups)."""
+    return factor.reshape(probe.groups, len(factor) // probe.groups, -1)
 
 
-def _rows(probe: LoRALayer, A: Tensor) -> Tensor:
-    """A (k, in/groups, ...) as (groups, k/groups, n)."""
-    return A.reshape(probe.groups, probe.r // probe.groups, -1)
-
-
-def _columns(probe: LoRALayer, B: Tensor) -> Tensor:
-    """B (out, k/groups) as (groups, out/groups, k/groups)."""
-    return B.reshape(probe.groups, -1, B.shape[-1])
-
-
-def _pose(probe: LoRALayer, name: str, value: Tensor) -> None:
-    """Set one factor, which is fixed; the other is zero and gets a gradient."""
+def _fix(probe: LoRALayer, name: str, value: Tensor) -> None:
+    """Sets one factor, which stays fixed; the other is zero and gets a gradient."""
     fixed, free = (probe.lora_A, probe.lora_B) if name == "A" else (probe.lora_B, probe.lora_A)
     fixed.requires_grad_(False).copy_(value.reshape(fixed.shape)).grad = None
     free.requires_grad_(True).grad = None
@@ -146,7 +227,7 @@ def _check_finite(probes: Mapping[str, LoRALayer]) -> None:
 
 @contextmanager
 def _attached(probes: Mapping[str, LoRALayer], targets: Mapping[str, Target]) -> Iterator[None]:
-    """Within the block each layer runs with its probe alone."""
+    """Within the block each layer computes with its probe alone."""
     before = {path: vars(target.layer)["active_adapters"] for path, target in targets.items()}
     try:
         for path, target in targets.items():
@@ -157,168 +238,101 @@ def _attached(probes: Mapping[str, LoRALayer], targets: Mapping[str, Target]) ->
             attach(target.layer, before[path])
 
 
-class _Inputs:
-    """Subspace iteration on the covariance C of one layer's inputs: with h = A x, d |h|^2/2 = A x x^T."""
+# ---- Inputs
 
-    def __init__(self, target: Target, wanted: int) -> None:
+
+@dataclass(frozen=True)
+class InputVariances:
+    """Variances of a layer's inputs: along each principal direction (k,), the directions (k, n), and in all."""
+
+    along: Tensor
+    directions: Tensor
+    total: float
+
+
+def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dict[str, InputVariances]:
+    """Returns the leading principal components of what each layer reads (of a convolution's patches).
+
+    They are at least `count`. run: forward over all of the data; called INPUT_PASSES times. Layers have no groups.
+    """
+    covariances = {path: _InputCovariance(target, count) for path, target in targets.items()}
+    variances = {}
+    for _ in range(INPUT_PASSES):
+        hooks = [
+            target.layer.register_forward_pre_hook(covariances[path].add_inputs) for path, target in targets.items()
+        ]
+        try:
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for path, covariance in covariances.items():
+            if not covariance.products.isfinite().all():
+                raise DataError(f"on these batches the inputs of {path} are not finite")
+            variances[path] = covariance.iterate()
+    return variances
+
+
+class _InputCovariance:
+    """Subspace iteration on the covariance C of one layer's inputs x.
+
+    A x is what the layer's own update computes, so that this holds for any layer type: with h = A x, the gradient of
+    |h|^2 / 2 is A x x^T, and that of the sum of h is x^T in every row.
+    """
+
+    def __init__(self, target: Target, count: int) -> None:
         self.layer_type = target.layer_type
         size = target.layer_type.dims(target.layer)[0]
-        k = _count(size, wanted)
-        like = torch.empty((), device=target.weight.device, dtype=_dtype(target))
+        k = _directions(size, count)
+        like = torch.empty((), device=target.weight.device, dtype=adapter_dtype(target.weight.dtype))
         shape, _ = target.layer_type.shapes(target.layer, k)
         self.A = orthonormal(gaussian((size, k), like)).T.reshape(shape)
-        self.one = torch.eye(k).to(like)  # the B that passes h on
-        self._clear()
+        self.identity = torch.eye(k).to(like)  # the B that makes the update A x
+        self._reset()
 
-    def _clear(self) -> None:
-        self.products, self.sums = torch.zeros_like(self.A), torch.zeros_like(self.A[:1])  # A sum x x^T, sum x^T
+    def _reset(self) -> None:
+        """Sums over the inputs of a pass: A x x^T, x^T, |x|^2 and 1."""
+        self.products, self.sums = torch.zeros_like(self.A), torch.zeros_like(self.A[:1])
         self.squares, self.count = 0.0, 0
 
-    def watch(self, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        return layer.register_forward_pre_hook(lambda module, inputs: self._add(module, inputs[0]))
-
-    def _add(self, layer: nn.Module, x: Tensor) -> None:
-        x = x.detach().to(self.A.dtype)
+    def add_inputs(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A forward pre-hook."""
+        x = inputs[0].detach().to(self.A.dtype)
         with torch.enable_grad():
             A = self.A.requires_grad_()
-            h = self.layer_type.update(layer, x, A, self.one)
+            h = self.layer_type.update(layer, x, A, self.identity)
             (products,) = torch.autograd.grad(h, A, h.detach(), retain_graph=True)
             (sums,) = torch.autograd.grad(h, A, torch.ones_like(h))
         self.products += products
         self.sums += sums[:1]
         self.count += h.numel() // len(A)
         ones = torch.ones_like(self.A[:1])
-        self.squares += float(self.layer_type.update(layer, x.square(), ones, self.one[:1, :1]).double().sum())
+        self.squares += float(self.layer_type.update(layer, x.square(), ones, self.identity[:1, :1]).double().sum())
 
-    def turn(self) -> None:
-        """The next directions, from the pass that is over; and what the present ones have shown."""
+    def iterate(self) -> InputVariances:
+        """Takes the next directions, after a pass; returns the variances along the present ones."""
         A, products = self.A.detach().flatten(1), self.products.flatten(1)
         mean = self.sums.flatten(1) / max(self.count, 1)  # (1, n)
         spread = products - self.count * (A @ mean.T) @ mean  # A C, (k, n)
-        self.total = self.squares - self.count * float(mean.square().sum())
-        self.along, turned = torch.linalg.eigh(spread @ A.T)
-        self.found = turned.flip(-1).T @ A
-        self.along = self.along.flip(-1).clamp(min=0)
+        total = self.squares - self.count * float(mean.square().sum())
+        along, rotation = torch.linalg.eigh(spread @ A.T)  # rising
+        variances = InputVariances(along.flip(-1).clamp(min=0), rotation.flip(-1).T @ A, total)
         self.A = orthonormal(spread.T).T.reshape(self.A.shape)
-        self._clear()
-
-    def variances(self) -> Variances:
-        return Variances(self.along, self.found, self.total)
+        self._reset()
+        return variances
 
 
-# ---- Starting an adapter from the user's data: the gradient's directions (LoRA-GA, LoRA-One), the inputs' (EVA).
+def distribute_ranks(
+    variances: Mapping[str, InputVariances], ranks: Mapping[str, int], limits: Mapping[str, int]
+) -> dict[str, int]:
+    """Gives as many ranks in all as before to the components that explain the largest share of their layer's variance.
 
-
-Loss = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar
-
-
-def started(adapter: Adapter, base_model: nn.Module, run: Pass, rho: float) -> Adapter:
-    """The adapter with the start that its config names; `run` calls the base on the data, backward included.
-
-    Gradient starts fill the layers in place; EVA makes new ones of the ranks that it finds.
-    Raises DataError where the data says nothing about a layer, ConfigError for rho below 1.
-    """
-    if rho < 1:
-        raise ConfigError(f"rho = {rho}: a layer may get up to rho r ranks; take 1 (none moves) or more")
-    targets = {
-        path: replace(target_at(base_model, path, adapter.config), r=layer.r, lora_alpha=layer.lora_alpha)
-        for path, layer in adapter.low_rank.items()
-    }
-    name = adapter.config.init_lora_weights
-    if name == "eva":
-        return _eva(adapter, targets, run, rho)
-    spectra = gradient_spectra(targets, run, 2 * max(target.r for target in targets.values()))
-    _check_reached({path: found.S[..., 0].min() for path, found in spectra.items()}, "gradient")
-    for path, layer in adapter.low_rank.items():
-        _start_at_gradient(layer, spectra[path], name)
-    return replace(adapter, waits=False)
-
-
-@torch.no_grad()
-def _start_at_gradient(layer: LoRALayer, gradient: Spectrum, name: str) -> None:
-    A, B = FROM_GRADIENT[name](gradient, layer.r // layer.groups)
-    A, B = A.reshape(layer.lora_A.shape), B.reshape(layer.lora_B.shape)
-    if name in MOVED:
-        layer.start_from(A, B)
-    else:
-        layer.lora_A.copy_(A)
-        layer.lora_B.copy_(B)
-
-
-def _eva(adapter: Adapter, targets: Mapping[str, Target], run: Pass, rho: float) -> Adapter:
-    """A: the first principal directions of the inputs; ranks where they explain most (arXiv:2410.07170, sec. 3)."""
-    found = input_variances(targets, run, int(rho * max(target.r for target in targets.values())))
-    _check_reached({path: each.along[0] for path, each in found.items()}, "varying input")
-    most = {path: min(int(rho * target.r), *target.dims) for path, target in targets.items()}
-    ranks = shared_out(found, {path: target.r for path, target in targets.items()}, most)
-    config = with_ranks(adapter.config, adapter.low_rank, ranks)
-    layers = {}
-    for path, target in targets.items():
-        old = adapter.low_rank[path]
-        resized = replace(target, r=ranks[path], lora_alpha=scale_kept(old, ranks[path]))
-        layers[path] = low_rank_layer(resized, config, fresh=False)
-        layers[path].lora_A.data.copy_(found[path].directions[: ranks[path]].reshape(layers[path].lora_A.shape))
-        layers[path].train(old.training)
-    return Adapter(config, layers, adapter.saved, adapter.extras)
-
-
-def shared_out(found: Mapping[str, Variances], ranks: Mapping[str, int], most: Mapping[str, int]) -> dict[str, int]:
-    """As many ranks in all as before, to the components that explain the largest share of their layer's variance.
-
-    arXiv:2410.07170, eq. 5 and alg. 1; a layer keeps one at least and gets `most` at most.
+    arXiv:2410.07170, eq. 5 and alg. 1; a layer keeps at least one and gets at most its limit.
     """
     shares = [
-        (float(variance) / found[path].total, path) for path in ranks for variance in found[path].along[1 : most[path]]
+        (float(variance) / variances[path].total, path)
+        for path in ranks
+        for variance in variances[path].along[1 : limits[path]]
     ]
     best = sorted(shares, key=lambda share: -share[0])[: sum(ranks.values()) - len(ranks)]
     return {path: 1 + sum(owner == path for _, owner in best) for path in ranks}
-
-
-def _check_reached(largest: Mapping[str, Tensor], what: str) -> None:
-    if silent := [path for path, value in largest.items() if value == 0]:
-        raise DataError(
-            f"these batches say nothing about {', '.join(silent[:5])} ({len(silent)} layers): the {what} is zero. "
-            "Give more batches, exclude_modules, or init_lora_weights='kaiming'"
-        )
-
-
-def passes(model: nn.Module, batches: Iterable[Any], loss: Loss | None, config: LoRAConfig) -> Pass:
-    """One call of the result runs the model, in evaluation mode, on every batch. Raises DataError without any."""
-    held: Sequence[Any] = list(batches)
-    if not held:
-        raise DataError("start_from_data got no batch; give a few, such as list(islice(loader, 8))")
-    backward = config.init_lora_weights in FROM_GRADIENT
-
-    def run() -> None:
-        with torch.set_grad_enabled(backward):
-            for batch in held:
-                if loss is not None:
-                    value = loss(model, batch)
-                else:
-                    value = called(model, batch) if not backward else own_loss(called(model, batch))
-                if backward:
-                    value.backward()  # type: ignore[no-untyped-call]
-
-    return run
-
-
-def called(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    raise DataError(
-        f"a batch is a {type(batch).__name__}, which does not say how to call the model; give tensors or mappings of "
-        "its arguments, or loss=lambda model, batch: ..."
-    )
-
-
-def own_loss(output: Any) -> Tensor:
-    """The loss that a model returns itself."""
-    value = output if isinstance(output, Tensor) else getattr(output, "loss", None)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise DataError(
-            "the model returned no loss for these batches; put labels into them, or give "
-            "loss=lambda model, batch: ..., which returns one number"
-        )
-    return value

@@ -1,16 +1,22 @@
-"""Folding updates into weights, and taking them out again with the same bits."""
+"""Merging updates into the weights of a base model, and taking them out again with the same bits.
+
+MergeState           whether a model is merged, and what puts its weights back
+merge_changes        the merged tensors of all layers, before anything is written
+merged_weight        W + dW of one layer, rounded once; merge_in_place writes it over W
+check_ties           weights that several modules share
+"""
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from tailora.core.attach import Swapped
-from tailora.core.dequantize import Change, Exchange, made_plain, requantizing_error
+from tailora.core.attach import Adapted, Substituted, Swapped, attach
+from tailora.core.dequantize import Change, Exchange, common_dtype, made_plain, requantizing_error, whole_plain
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias, rows_behind
 from tailora.core.geometry import own_share
 from tailora.core.layer import LoRALayer
@@ -19,6 +25,7 @@ from tailora.core.quantization import dense_weight, is_quantized
 from tailora.errors import MergeError, listing
 
 BLOCK = 2**18  # numbers merged at a time: in float32 they stay near a core from the first step to the last
+LayerParts = tuple[nn.Module, Sequence[nn.Module]]  # a layer, and the parts of adapters that it computes with
 
 
 @dataclass(frozen=True)
@@ -40,13 +47,196 @@ class MergeReport:
         return max(self.rounding_error.values(), default=0.0)
 
 
-def fold(layer: nn.Module, adapters: Sequence[LoRALayer], others: torch.dtype | None = None) -> tuple[Tensor, float]:
-    """The layer's weight with the updates in it, summed in at least float32 and rounded once; its rounding error.
+class MergeState:
+    """Whether updates are merged into the weights of `base_model`, and what puts the weights back."""
+
+    def __init__(self, base_model: nn.Module) -> None:
+        self.base_model = base_model
+        self._undo: list[Change] = []
+        self._config_untied = False  # tie_word_embeddings of the model's config was set to False
+
+    @property
+    def is_merged(self) -> bool:
+        return bool(self._undo)
+
+    def check_unmerged(self, action: str) -> None:
+        """Raises MergeError while merged."""
+        if self.is_merged:
+            raise MergeError(f"cannot {action} while merged; unmerge() first")
+
+    def merge(self, layers: Mapping[str, nn.Module], *, untie_weights: bool, in_place: bool) -> MergeReport:
+        """Puts the parts that are attached to these layers into their weights, and detaches them.
+
+        All merged weights are computed and found finite before the first is written. Raises MergeError.
+        in_place: weights that can take their update themselves are overwritten, and cannot be put back.
+        """
+        attached = {path: (layer, vars(layer)["active_adapters"]) for path, layer in layers.items()}
+        attached = {path: (layer, parts) for path, (layer, parts) in attached.items() if parts}
+        adapted = {path: layer_parts for path, layer_parts in attached.items() if isinstance(layer_parts[0], Adapted)}
+        dtype = common_dtype(self.base_model)
+        overwritten = fit_in_place(self.base_model, adapted) if in_place else {}
+        changes, report = merge_changes(
+            {path: layer_parts for path, layer_parts in adapted.items() if path not in overwritten}, dtype
+        )
+        if quantized := [layer for layer, _ in adapted.values() if is_quantized(layer)]:
+            changes += whole_plain(self.base_model, quantized, dtype)
+        parameters: dict[int, nn.Parameter] = {}
+        for layer, parts in attached.values():
+            if isinstance(layer, Substituted):
+                changes += replace_by_copy(layer, parts[0], parameters)
+        untied = check_ties(self.base_model, changes, untie_weights)
+        for layer, updates in overwritten.values():
+            merge_in_place(layer, updates)
+        self._undo = [change.make() for change in changes]
+        config = getattr(self.base_model, "config", None)
+        if untied and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings, self._config_untied = False, True  # type: ignore[union-attr]
+        for layer, _ in attached.values():
+            attach(layer, ())
+        return report
+
+    def unmerge(self) -> None:
+        """Puts the weights back that were there before, bit for bit."""
+        if not self.is_merged:
+            raise MergeError("nothing is merged")
+        for change in reversed(self._undo):
+            change.make()
+        if self._config_untied:
+            self.base_model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+        self._undo, self._config_untied = [], False
+
+    def forget_originals(self) -> None:
+        """Keeps the merged weights for good."""
+        self._undo = []
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Applies `fn` to the weights that `unmerge` puts back. Raises MergeError for those of a quantised base."""
+        exchanges = [change for change in self._undo if isinstance(change, Exchange)]
+        if len(exchanges) < len(self._undo):
+            raise MergeError("a quantised base cannot move or change its precision while merged; unmerge() first")
+        for exchange in exchanges:
+            exchange.tensor.data = fn(exchange.tensor.data)
+
+
+# ---- The merged tensors of all layers
+
+
+@torch.no_grad()
+def merge_changes(
+    layers: Mapping[str, LayerParts], dtype: torch.dtype | None = None
+) -> tuple[list[Change], MergeReport]:
+    """Returns what puts the merged tensors in, nothing of which is done yet. dtype: of the model's plain weights.
+
+    Raises MergeError with all layers whose merged weight is not finite or whose class hides what it computes.
+    """
+    if problems := [f"{path}: {reason}" for path, layer_parts in layers.items() if (reason := _obstacle(*layer_parts))]:
+        raise MergeError(listing(problems))
+    changes: list[Change] = []
+    report = MergeReport({})
+    tied: dict[object, nn.Parameter] = {}  # what an embedding and its head share stays shared
+    for path, layer, parts in _by_weight(layers):
+        updates = [part for part in parts if isinstance(part, LoRALayer)]
+        merged = None
+        if updates:
+            merged, error = merged_weight(layer, updates, dtype)
+            report.rounding_error[path] = error
+            if not math.isfinite(error) and not merged.isfinite().all():
+                problems.append(f"{path}: the merged weight is not finite in {merged.dtype}; load the base in float32")
+        if token_parts := [part for part in parts if isinstance(part, TokenRows | TokenHead)]:
+            merged = _with_token_rows(layer, merged, token_parts)
+        if merged is not None and is_quantized(layer):
+            changes += made_plain(layer, merged)
+            report.quantization_error[path] = requantizing_error(layer, dense_weight(layer, others=dtype), merged)
+        elif merged is not None:
+            module, name = holder(layer, updates[0].layer_type.weight if updates else "weight")
+            key = path if updates else (id(weight_of(layer)), *(id(rows_behind(part)) for part in token_parts))
+            changes.append(Exchange(module, name, tied.setdefault(key, nn.Parameter(merged, requires_grad=False))))
+        if (bias := _merged_bias(layer, parts)) is not None:
+            changes.append(Exchange(layer, "bias", nn.Parameter(bias, requires_grad=False)))
+    if problems:
+        raise MergeError(listing(problems))
+    return changes, report
+
+
+def _by_weight(layers: Mapping[str, LayerParts]) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
+    """Path, layer and what changes each weight: the parts of one fused weight together, those of several apart."""
+    for path, (layer, parts) in layers.items():
+        names = [part.layer_type.weight if isinstance(part, LoRALayer) else "weight" for part in parts]
+        for name in dict.fromkeys(names):
+            weight_path = path if name == "weight" else f"{path}.{name}".removeprefix(".")
+            yield weight_path, layer, [part for part, own in zip(parts, names, strict=True) if own == name]
+
+
+def _with_token_rows(layer: nn.Module, merged: Tensor | None, parts: Sequence[TokenRows | TokenHead]) -> Tensor:
+    """The layer's weight, or what it is merged to already, with the trained rows in it."""
+    weight = (weight_of(layer) if merged is None else merged).detach().clone()
+    for part in parts:
+        indices, change = part.row_change(layer)
+        weight[indices] = (weight[indices] + change).to(weight.dtype)
+    return weight
+
+
+def _merged_bias(layer: nn.Module, parts: Iterable[nn.Module]) -> Tensor | None:
+    """The layer's bias with what the parts add to it, rounded once; None where nothing is added."""
+    biased = [part for part in parts if isinstance(part, LoRALayer | TrainedBias)]
+    changes = [change for part in biased if (change := part.bias_change(layer)) is not None]
+    if not changes:
+        return None
+    bias = cast(Tensor, layer.bias)
+    return (bias + torch.stack(changes).sum(0)).to(bias.dtype)
+
+
+def _obstacle(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
+    """Why these parts cannot be merged into the layer."""
+    if all(isinstance(part, TrainedBias) for part in parts):
+        return None
+    if getattr(layer, "bias", None) is None and any(getattr(part, "lora_bias", None) is not None for part in parts):
+        return "lora_bias needs a bias to merge into, and the layer has none; keep it unmerged"
+    if nn.utils.parametrize.is_parametrized(layer):
+        return "its weight is computed by a parametrization; remove that first"
+    if is_quantized(layer):
+        return None
+    cls = layer.plain if isinstance(layer, Swapped) else type(layer)
+    forward_owner = next(parent for parent in cls.__mro__ if "forward" in vars(parent))
+    known = qualified(forward_owner) in LAYER_TYPES or getattr(layer, "embed_scale", None) is not None
+    if known or (isinstance(parts[0], LoRALayer) and parts[0].layer_type.forward is not None):
+        return None
+    return f"{cls.__name__} overrides forward, so its weight alone does not say what it computes; keep it unmerged"
+
+
+def replace_by_copy(
+    module: nn.Module, trained: nn.Module, parameters: dict[int, nn.Parameter] | None = None
+) -> Iterator[Exchange]:
+    """Yields the tensors of a copy that was trained whole, in the precision of the module that they come to.
+
+    parameters: id of a copy's parameter -> the parameter that it became, so that what copies share stays shared.
+    """
+    parameters = {} if parameters is None else parameters
+    for own, copy in zip(module.modules(), trained.modules(), strict=True):
+        for name, parameter in own._parameters.items():
+            if parameter is not None:
+                source = cast(nn.Parameter, copy._parameters[name])
+                if id(source) not in parameters:
+                    value = source.detach().to(parameter.dtype, copy=True)
+                    parameters[id(source)] = nn.Parameter(value, requires_grad=False)
+                yield Exchange(own, name, parameters[id(source)])
+        for name, buffer in own._buffers.items():
+            if buffer is not None:
+                yield Exchange(own, name, copy._buffers[name].detach().clone())  # type: ignore[union-attr]
+
+
+# ---- The merged weight of one layer
+
+
+def merged_weight(
+    layer: nn.Module, adapters: Sequence[LoRALayer], dtype: torch.dtype | None = None
+) -> tuple[Tensor, float]:
+    """Returns the layer's weight with the updates in it, summed in at least float32 and rounded once; and its error.
 
     W + sum of t ((g - 1) W + g s (B A - B0 A0)) over the adapters of strength t. The error is NaN where the weight is
-    not finite. A quantised weight is dequantised first (`dense_weight`).
+    not finite. A quantised weight is dequantised first. dtype: of the model's plain weights.
     """
-    weight = dense_weight(layer, adapters[0].layer_type.weight, others)
+    weight = dense_weight(layer, adapters[0].layer_type.weight, dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)
     left, right, own = _terms(layer, adapters, wide)
     shape = len(left), left.shape[1], right.shape[2]
@@ -56,7 +246,7 @@ def fold(layer: nn.Module, adapters: Sequence[LoRALayer], others: torch.dtype | 
         torch.baddbmm(source, left, right, out=target)
         finite = math.isfinite(float(merged.sum())) or bool(merged.isfinite().all())
         return merged, 0.0 if finite else math.nan
-    blocks = list(_blocks(shape, BLOCK if weight.device.type == "cpu" else weight.numel()))
+    blocks = _blocks(weight, shape)
     scratch = torch.empty_like(source[blocks[0]], dtype=wide)
     errors, changes = [], []
     for groups, rows in blocks:
@@ -69,10 +259,8 @@ def fold(layer: nn.Module, adapters: Sequence[LoRALayer], others: torch.dtype | 
             changes.append(torch.linalg.vector_norm(exact - block))
         rounded = target[groups, rows].copy_(exact)
         errors.append(torch.linalg.vector_norm(exact.sub_(rounded)))
-    error, norm = (
-        float(torch.stack(errors).norm()),
-        float(torch.stack(changes).norm()) if changes else _norm(left, right),
-    )
+    error = float(torch.stack(errors).norm())
+    norm = float(torch.stack(changes).norm()) if changes else _product_norm(left, right)
     return merged, error / norm if norm > 0 else error
 
 
@@ -81,51 +269,53 @@ def _terms(layer: nn.Module, adapters: Sequence[LoRALayer], wide: torch.dtype) -
     (groups, m, n), and is None where no adapter has a magnitude.
     """
     gains = [adapter.gain(layer, exact=True) for adapter in adapters]
-    lefts, rights = zip(*(a.factors(layer, gain) for a, gain in zip(adapters, gains, strict=True)), strict=True)
-    left, right = torch.cat([each.to(wide) for each in lefts], 2), torch.cat([each.to(wide) for each in rights], 1)
+    pairs = [adapter.factors(layer, gain) for adapter, gain in zip(adapters, gains, strict=True)]
+    left = torch.cat([left.to(wide) for left, _ in pairs], 2)
+    right = torch.cat([right.to(wide) for _, right in pairs], 1)
     own = own_share(layer, adapters, gains)
     return left, right, own if own is None else own.to(wide)
 
 
-def _blocks(shape: tuple[int, int, int], numbers: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of the groups and of the rows that cut a (groups, m, n) weight into blocks of about `numbers`."""
+def _blocks(weight: Tensor, shape: tuple[int, int, int]) -> list[tuple[slice, slice]]:
+    """Slices of the groups and of the rows that cut a (groups, m, n) weight into blocks of about BLOCK numbers.
+
+    One block elsewhere than on a CPU.
+    """
     groups, m, n = shape
+    numbers = BLOCK if weight.device.type == "cpu" else weight.numel()
     if groups > 1:
         step = max(1, numbers // (m * n))
-        yield from ((slice(start, start + step), slice(None)) for start in range(0, groups, step))
-    else:
-        step = max(1, numbers // n)
-        yield from ((slice(None), slice(start, start + step)) for start in range(0, m, step))
+        return [(slice(start, start + step), slice(None)) for start in range(0, groups, step)]
+    step = max(1, numbers // n)
+    return [(slice(None), slice(start, start + step)) for start in range(0, m, step)]
 
 
-def _norm(left: Tensor, right: Tensor) -> float:
-    """Of the product, without forming it: the sum of (L^T L) * (R R^T) is its square."""
+def _product_norm(left: Tensor, right: Tensor) -> float:
+    """||L R||, without forming the product: the sum of (L^T L) * (R R^T) is its square."""
     left, right = left.cpu().double(), right.cpu().double()
     return float(((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0).sqrt())
 
 
 @torch.no_grad()
-def fit_in_place(
-    model: nn.Module, layers: Mapping[str, tuple[nn.Module, Sequence[nn.Module]]]
-) -> dict[str, tuple[nn.Module, list[LoRALayer]]]:
-    """The layers whose weight can take its updates itself: nothing else changes in them, no other parameter has its
-    memory, and every number of it stays finite.
+def fit_in_place(model: nn.Module, layers: Mapping[str, LayerParts]) -> dict[str, tuple[nn.Module, list[LoRALayer]]]:
+    """Returns the layers whose weight can take its updates itself: nothing else changes in them, no other parameter
+    has the weight's memory, and every number of it stays finite.
     """
     users: Counter[int] = Counter(
         parameter.untyped_storage().data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False)
     )
-    found = {}
+    fitting = {}
     for path, (layer, parts) in layers.items():
         updates = [part for part in parts if isinstance(part, LoRALayer)]
-        alone = len(updates) == len(parts) and len({part.layer_type.weight for part in updates}) == 1
-        if alone and _unmergeable(layer, parts) is None and _has_room(layer, updates, users):
-            found[path] = (layer, updates)
-    return found
+        one_weight = len(updates) == len(parts) and len({part.layer_type.weight for part in updates}) == 1
+        if one_weight and _obstacle(layer, parts) is None and _has_room(layer, updates, users):
+            fitting[path] = (layer, updates)
+    return fitting
 
 
 def _has_room(layer: nn.Module, updates: Sequence[LoRALayer], users: Mapping[int, int]) -> bool:
     """||W|| + ||L|| ||R|| bounds every number of the merged weight; twice that, since norms are rounded, too."""
-    if is_quantized(layer) or merged_bias(layer, updates) is not None:
+    if is_quantized(layer) or _merged_bias(layer, updates) is not None:
         return False
     weight = weight_of(layer, updates[0].layer_type.weight).detach()
     if users.get(weight.untyped_storage().data_ptr()) != 1 or not weight.is_contiguous() or weight.is_inference():
@@ -137,8 +327,8 @@ def _has_room(layer: nn.Module, updates: Sequence[LoRALayer], users: Mapping[int
 
 
 @torch.no_grad()
-def fold_in_place(layer: nn.Module, adapters: Sequence[LoRALayer]) -> None:
-    """The numbers of `fold`, written over a weight that can take them (`fit_in_place`)."""
+def merge_in_place(layer: nn.Module, adapters: Sequence[LoRALayer]) -> None:
+    """Writes the numbers of `merged_weight` over a weight that can take them (`fit_in_place`)."""
     weight = weight_of(layer, adapters[0].layer_type.weight).detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
     left, right, _ = _terms(layer, adapters, wide)
@@ -147,7 +337,7 @@ def fold_in_place(layer: nn.Module, adapters: Sequence[LoRALayer]) -> None:
     if weight.dtype == wide:
         target.baddbmm_(left, right)
         return
-    blocks = list(_blocks(shape, BLOCK if weight.device.type == "cpu" else weight.numel()))
+    blocks = _blocks(weight, shape)
     scratch = torch.empty_like(target[blocks[0]], dtype=wide)
     for groups, rows in blocks:
         block = target[groups, rows]
@@ -155,89 +345,16 @@ def fold_in_place(layer: nn.Module, adapters: Sequence[LoRALayer]) -> None:
         block.copy_(exact.baddbmm_(left[groups, rows], right[groups]))
 
 
-@torch.no_grad()
-def folded(
-    layers: Mapping[str, tuple[nn.Module, Sequence[nn.Module]]], others: torch.dtype | None = None
-) -> tuple[list[Change], MergeReport]:
-    """The merged tensors of every layer, nothing written yet. `others`: precision of the model's plain weights.
-
-    Raises MergeError with all layers whose merged weight is not finite or whose class hides what it computes.
-    """
-    problems = [f"{path}: {reason}" for path, each in layers.items() if (reason := _unmergeable(*each))]
-    if problems:
-        raise MergeError(listing(problems))
-    exchanges: list[Change] = []
-    errors: dict[str, float] = {}
-    again: dict[str, float] = {}
-    tied: dict[object, nn.Parameter] = {}  # what an embedding and its head share stays shared
-    for path, layer, parts in _by_weight(layers):
-        updates = [part for part in parts if isinstance(part, LoRALayer)]
-        merged = None
-        if updates:
-            merged, errors[path] = fold(layer, updates, others)
-            if not math.isfinite(errors[path]) and not merged.isfinite().all():
-                problems.append(f"{path}: the merged weight is not finite in {merged.dtype}; load the base in float32")
-        if rows := [part for part in parts if isinstance(part, TokenRows | TokenHead)]:
-            merged = with_rows(layer, merged, rows)
-        if merged is not None and is_quantized(layer):
-            exchanges += made_plain(layer, merged)
-            again[path] = requantizing_error(layer, dense_weight(layer, others=others), merged)
-        elif merged is not None:
-            module, name = holder(layer, updates[0].layer_type.weight if updates else "weight")
-            key = path if updates else (id(weight_of(layer)), *(id(rows_behind(part)) for part in rows))
-            exchanges.append(Exchange(module, name, tied.setdefault(key, nn.Parameter(merged, requires_grad=False))))
-        if (bias := merged_bias(layer, parts)) is not None:
-            exchanges.append(Exchange(layer, "bias", nn.Parameter(bias, requires_grad=False)))
-    if problems:
-        raise MergeError(listing(problems))
-    return exchanges, MergeReport(errors, again)
+# ---- Weights that several modules share
 
 
-def _by_weight(
-    layers: Mapping[str, tuple[nn.Module, Sequence[nn.Module]]],
-) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
-    """Path, layer and what changes each weight: all parts of a fused one together, each of several apart."""
-    for path, (layer, parts) in layers.items():
-        names = [part.layer_type.weight if isinstance(part, LoRALayer) else "weight" for part in parts]
-        for name in dict.fromkeys(names):
-            where = path if name == "weight" else f"{path}.{name}".removeprefix(".")
-            yield where, layer, [part for part, own in zip(parts, names, strict=True) if own == name]
-
-
-def with_rows(layer: nn.Module, merged: Tensor | None, parts: Sequence[TokenRows | TokenHead]) -> Tensor:
-    """The layer's weight, or what it is `merged` to already, with the trained rows in it."""
-    weight = (weight_of(layer) if merged is None else merged).detach().clone()
-    for part in parts:
-        indices, change = part.row_change(layer)
-        weight[indices] = (weight[indices] + change).to(weight.dtype)
-    return weight
-
-
-def moved_in(module: nn.Module, trained: nn.Module, made: dict[int, nn.Parameter] | None = None) -> Iterator[Exchange]:
-    """The tensors of a copy that was trained whole, in the precision of the module that they come to.
-
-    made: what parameters of other copies became, so that what is shared stays shared.
-    """
-    made = {} if made is None else made
-    for own, copy in zip(module.modules(), trained.modules(), strict=True):
-        for name, parameter in own._parameters.items():
-            if parameter is not None:
-                source = cast(nn.Parameter, copy._parameters[name])
-                if id(source) not in made:
-                    value = source.detach().to(parameter.dtype, copy=True)
-                    made[id(source)] = nn.Parameter(value, requires_grad=False)
-                yield Exchange(own, name, made[id(source)])
-        for name, buffer in own._buffers.items():
-            if buffer is not None:
-                yield Exchange(own, name, copy._buffers[name].detach().clone())  # type: ignore[union-attr]
-
-
-def settle_ties(model: nn.Module, changes: Sequence[Change], untie_weights: bool) -> bool:
-    """Refuse weights that another layer shares; True when there are some and each layer may get its own.
+def check_ties(model: nn.Module, changes: Iterable[Change], untie_weights: bool) -> bool:
+    """Returns True if some changes untie a weight that several modules share.
 
     An exchange replaces the parameter of one module only, so the others keep the shared one.
+    Raises MergeError for such changes unless `untie_weights`.
     """
-    shared = list(_shared(model, [change for change in changes if isinstance(change, Exchange)]))
+    shared = list(_untied(model, [change for change in changes if isinstance(change, Exchange)]))
     if shared and not untie_weights:
         raise MergeError(
             f"merging would change a weight that another layer shares ({', '.join(shared)}); pass untie_weights=True"
@@ -245,44 +362,17 @@ def settle_ties(model: nn.Module, changes: Sequence[Change], untie_weights: bool
     return bool(shared)
 
 
-def _shared(model: nn.Module, exchanges: Sequence[Exchange]) -> Iterator[str]:
+def _untied(model: nn.Module, exchanges: Sequence[Exchange]) -> Iterator[str]:
+    """The changed weights that other modules share and that do not become the same new one there, as "a = b = c"."""
     users: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((path, module, name))
-    becomes = {(id(exchange.module), exchange.name): exchange.tensor for exchange in exchanges}
+    new_tensors = {(id(exchange.module), exchange.name): exchange.tensor for exchange in exchanges}
     for exchange in exchanges:
-        parameter = exchange.module._parameters.get(exchange.name)
-        places = users.get(id(parameter), [])
-        here = [path for path, module, name in places if module is exchange.module and name == exchange.name]
-        others = [path for path, module, name in places if becomes.get((id(module), name)) is not exchange.tensor]
+        sharing = users.get(id(exchange.module._parameters.get(exchange.name)), [])
+        own = [path for path, module, name in sharing if module is exchange.module and name == exchange.name]
+        others = [path for path, module, name in sharing if new_tensors.get((id(module), name)) is not exchange.tensor]
         if others:
-            yield f"{here[0]} = {' = '.join(others)}"
-
-
-def merged_bias(layer: nn.Module, parts: Sequence[nn.Module]) -> Tensor | None:
-    """The layer's bias with what the parts add to it, rounded once; None where nothing is added."""
-    able = [part for part in parts if isinstance(part, LoRALayer | TrainedBias)]
-    changes = [change for part in able if (change := part.bias_change(layer)) is not None]
-    if not changes:
-        return None
-    bias = cast(Tensor, layer.bias)
-    return (bias + torch.stack(changes).sum(0)).to(bias.dtype)
-
-
-def _unmergeable(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
-    if all(isinstance(part, TrainedBias) for part in parts):
-        return None
-    if getattr(layer, "bias", None) is None and any(getattr(part, "lora_bias", None) is not None for part in parts):
-        return "lora_bias needs a bias to merge into, and the layer has none; keep it unmerged"
-    if nn.utils.parametrize.is_parametrized(layer):
-        return "its weight is computed by a parametrization; remove that first"
-    cls = layer.plain if isinstance(layer, Swapped) else type(layer)
-    if is_quantized(layer):
-        return None
-    own = next(parent for parent in cls.__mro__ if "forward" in vars(parent))
-    computed = isinstance(parts[0], LoRALayer) and parts[0].layer_type.forward is not None
-    if not computed and qualified(own) not in LAYER_TYPES and getattr(layer, "embed_scale", None) is None:
-        return f"{cls.__name__} overrides forward, so its weight alone does not say what it computes; keep it unmerged"
-    return None
+            yield f"{own[0]} = {' = '.join(others)}"

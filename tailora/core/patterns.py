@@ -1,4 +1,7 @@
-"""Names, regular expressions and layer indices: which paths they mean."""
+"""Names, regular expressions and layer indices: which paths they match.
+
+Then the other way round: the shortest selector and patterns that mean given paths and values.
+"""
 
 import re
 from collections import Counter, defaultdict
@@ -15,28 +18,32 @@ MATCH_SECONDS = 0.2  # of CPU time; honest patterns take microseconds
 
 
 def matches(selector: Selector, path: str) -> bool:
-    """A name: the path or its end after a dot. A string: a regular expression for the whole path (PEFT's rule)."""
+    """True if the selector means this path (PEFT's rule).
+
+    Of several names one is the path or its end after a dot; a string is a regular expression for the whole path.
+    """
     if isinstance(selector, str):
         return full_match(selector, path)
     return any(end in selector for end in ends_of(path))
 
 
 def named(name: str, path: str) -> bool:
+    """True if the path is `name`, or ends with it after a dot."""
     return path == name or path.endswith(f".{name}")
 
 
 def inside(path: str, whole: str) -> bool:
-    """Whether it is the module `whole` or one within it."""
+    """True for the path of the module `whole`, and of all modules inside it."""
     return path == whole or path.startswith(f"{whole}.")
 
 
 def exactly(path: str) -> str:
-    """A pattern for this path alone: without ^ it would match at the end of longer ones."""
+    """Returns a pattern for this path alone: without ^ it would match at the end of longer ones."""
     return f"^{re.escape(path)}"
 
 
 def ends_of(path: str) -> Iterator[str]:
-    """The path, and what follows each of its dots: the names that mean it."""
+    """Yields the names that mean this path: itself, and what follows each of its dots."""
     yield path
     while "." in path:
         path = path.partition(".")[2]
@@ -44,7 +51,10 @@ def ends_of(path: str) -> Iterator[str]:
 
 
 def full_match(pattern: str, path: str) -> bool:
-    """Raises PatternError, since an adapter's file may bring a pattern whose time doubles with every letter."""
+    """True if the regular expression matches the whole path.
+
+    Raises PatternError after MATCH_SECONDS: an adapter's file may bring a pattern whose time doubles with every letter.
+    """
     try:
         return regex.fullmatch(pattern, path, timeout=MATCH_SECONDS) is not None
     except TimeoutError:
@@ -55,43 +65,43 @@ def full_match(pattern: str, path: str) -> bool:
 
 
 def pattern_matches(pattern: str, path: str) -> bool:
+    """True if the pattern of rank_pattern or alpha_pattern matches the path, or its end after a dot (PEFT's rule)."""
     return full_match(rf"(.*\.)?({pattern})$", path)
 
 
 def by_pattern(paths: str | Iterable[str], patterns: Mapping[str, T], default: T) -> T:
-    """The value of the first pattern that matches one of the paths."""
+    """Returns the value of the first pattern that matches one of the paths."""
     paths = [paths] if isinstance(paths, str) else list(paths)
-    found = (value for pattern, value in patterns.items() if any(pattern_matches(pattern, path) for path in paths))
-    return next(found, default)
+    values = (value for pattern, value in patterns.items() if any(pattern_matches(pattern, path) for path in paths))
+    return next(values, default)
 
 
 def layer_index(path: str) -> int | None:
-    """The first number in the path: `model.layers.3.mlp.experts.5` is in layer 3."""
+    """Returns the first number in the path: `model.layers.3.mlp.experts.5` is in layer 3."""
     return next((int(part) for part in path.split(".") if part.isdecimal()), None)
 
 
-# ---- The shortest settings that mean exactly what is there: selectors of layers, and patterns of values.
+# ---- The shortest settings that mean given paths and values
 
 
 Number = TypeVar("Number", int, float)
 
 
-def portable_targets(paths: list[str], everything: list[str]) -> list[str] | str:
-    """The shortest selector that means exactly `paths`: last names, whole paths, or a regular expression."""
-    wanted = set(paths)
+def portable_targets(paths: list[str], all_paths: list[str]) -> list[str] | str:
+    """Returns the shortest selector that means exactly `paths`: last names, whole paths, or a regular expression."""
     for names in (sorted({path.rpartition(".")[2] for path in paths}), sorted(paths)):
-        if names and all(names) and {path for path in everything if matches(names, path)} == wanted:
+        if names and all(names) and {path for path in all_paths if matches(names, path)} == set(paths):
             return names
     return "|".join(re.escape(path) for path in sorted(paths))
 
 
 def commonest(values: Mapping[str, Number]) -> Number:
-    """The first of those that occur most often."""
+    """Returns the first of the values that occur most often."""
     return Counter(values.values()).most_common(1)[0][0]
 
 
 def portable_patterns(values: Mapping[str, Number], default: Number) -> dict[str, Number]:
-    """Pattern -> value for `rank_pattern` or `alpha_pattern`: every path gets its value, or the default.
+    """Returns pattern -> value for `rank_pattern` or `alpha_pattern`: every path gets its value, or the default.
 
     One pattern per last name, with its commonest value; paths that differ come before it, anchored.
     """

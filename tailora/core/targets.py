@@ -1,4 +1,13 @@
-"""Which layers a config means. Strict: what matches nothing is an error, and all errors come at once."""
+"""Which layers a LoRAConfig means. Strict: what matches nothing is an error, and all errors are raised at once.
+
+    Candidates       all matrices of the model that could be adapted: layers, parts of fused layers, parameters
+    Selection        those that target_modules, target_parameters, exclude_modules and layers_to_transform leave,
+                     each a Target with its rank and alpha; the modules_to_save
+    Extra targets    biases and embedding rows to train, and the heads that are tied to these embeddings
+    Problems         what names nothing, contradicts itself or cannot be adapted, in words
+
+`select` goes through all of them in this order.
+"""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,195 +43,334 @@ from tailora.core.patterns import (
 from tailora.core.quantization import base_obstacle, dense_weight, quantized_layers
 from tailora.errors import TargetError, listing, nearest
 
-# ---- What of a model can be adapted: whole layers, parts of fused ones, projections of attention, named parameters.
-
-
-Modules = Mapping[str, nn.Module]
+Modules = Mapping[str, nn.Module]  # of the whole model, by path
 
 
 @dataclass(frozen=True)
-class Place:
-    """One matrix of the model. `layer`, found at the path `host`, is the module that computes with it."""
+class Candidate:
+    """One matrix of the model that could be adapted.
+
+    path: of the matrix: the layer's own, or one name longer for a part of it (`c_attn.q`, `experts.down_proj`).
+    layer, layer_path: the module that computes with the matrix, and its path.
+    output_slice: of a part of a fused layer, its outputs.
+    """
 
     path: str
-    host: str
+    layer_path: str
     layer: nn.Module
     layer_type: LayerType
-    rows: OutputSlice | None = None  # of a part
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The paths that select it: a projection of attention goes by the attention's, too, as in PEFT."""
-        return (self.path,) if self.rows or self.layer_type.stacked else tuple(dict.fromkeys((self.path, self.host)))
+    output_slice: OutputSlice | None = None
 
     @property
     def pattern_names(self) -> tuple[str, ...]:
-        """The paths that a pattern for rank or alpha may match: of a part and a projection the whole layer's, too."""
-        return (self.path,) if self.layer_type.stacked else tuple(dict.fromkeys((self.path, self.host)))
+        """The paths that a pattern for rank or alpha may match. Part of a layer goes by the layer's path, too."""
+        return (self.path,) if self.layer_type.stacked else tuple(dict.fromkeys((self.path, self.layer_path)))
 
     @property
-    def end(self) -> str:
-        """The last name of its path; of a part or parameter the last two."""
-        return ".".join(self.path.split(".")[-1 if self.path == self.host else -2 :])
+    def names(self) -> tuple[str, ...]:
+        """The paths that select it. A projection of an attention goes by the attention's, too, as in PEFT."""
+        return (self.path,) if self.output_slice else self.pattern_names
+
+    @property
+    def last_name(self) -> str:
+        """The last name of its path; of part of a layer the last two."""
+        return ".".join(self.path.split(".")[-1 if self.path == self.layer_path else -2 :])
 
     @property
     def dims(self) -> tuple[int, int]:
         """(in, out)."""
         in_features, out_features = self.layer_type.dims(self.layer)
-        return in_features, self.rows.size if self.rows else out_features
+        return in_features, self.output_slice.size if self.output_slice else out_features
 
     @property
     def weight(self) -> Tensor:
-        """What holds it, dequantised; of a part the whole layer's."""
+        """The layer's weight, dequantised; of a part the whole layer's."""
         return dense_weight(self.layer, self.layer_type.weight)
 
     def matrix(self, weight: Tensor) -> Tensor | None:
-        """W as the equation has it, (groups, out/groups, n), out of what holds it; None for what is not one matrix."""
+        """Returns W of the equation, (groups, out/groups, n), out of the layer's weight; None if it is no matrix."""
         if self.layer_type.matrix is None:
             return None
         W = self.layer_type.matrix(self.layer, weight)
-        return W if self.rows is None else self.rows.take(W.mT).mT
+        return W if self.output_slice is None else self.output_slice.take(W.mT).mT
 
 
-def places(modules: Modules, config: LoRAConfig) -> dict[str, Place]:
-    """All that `target_modules` can name, by path, in the model's order.
+@dataclass(frozen=True)
+class Target(Candidate):
+    """A candidate to adapt, with its own rank and alpha."""
 
-    Raises TargetError for `fused_parts` that do not fit.
-    """
-    found: dict[str, Place] = {}
-    for path, module in modules.items():
-        parent = modules.get(path.rpartition(".")[0], module)
-        found |= {place.path: place for place in _of_module(path, module, parent, config)}
-    return found
-
-
-def place_at(model: nn.Module, path: str, config: LoRAConfig) -> Place:
-    """The place at this path, without a look at the rest of the model. Raises TargetError where there is none."""
-    host = host_path(model, path)
-    module, parent = model.get_submodule(host), model.get_submodule(host.rpartition(".")[0])
-    found = [*_of_module(host, module, parent, config), *_parameters_of(host, module)]
-    place = next((place for place in found if place.path == path), None)
-    if place is None:
-        raise TargetError(f"{path} is a {type(module).__name__}, which has no low-rank form there")
-    return place
-
-
-def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConfig) -> Iterator[Place]:
-    for name, projection in projections(module).items():
-        yield Place(f"{path}.{name}" if path else name, path, module, projection)
-    layer_type = layer_type_of(module)
-    if layer_type is None or (parent is not module and projections(parent)):
-        return
-    yield Place(path, path, module, layer_type)
-    if layer_type.linear and path:
-        for part, rows in _rows(path, parent, layer_type.dims(module)[1], config).items():
-            yield Place(f"{path}.{part}", path, module, layer_type, rows)
-
-
-def _rows(path: str, parent: nn.Module, total: int, config: LoRAConfig) -> dict[str, OutputSlice]:
-    told = by_pattern(path, config.fused_parts, None)
-    layout = layout_of(parent, path.rpartition(".")[2], total) if told is None else told
-    try:
-        return rows_of(layout, total) if layout else {}
-    except ValueError as error:
-        raise TargetError(f"fused_parts: {path}: {error}") from None
-
-
-def parameters(modules: Modules) -> dict[str, Place]:
-    """All that `target_parameters` can name: matrices and stacks of them that no kind of layer computes with."""
-    return {place.path: place for host, module in modules.items() for place in _parameters_of(host, module)}
-
-
-def _parameters_of(host: str, module: nn.Module) -> Iterator[Place]:
-    if host and not layer_type_of(module) and not projections(module):
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim in (2, 3):
-                yield Place(f"{host}.{name}", host, module, parameter_layer_type(name))
-
-
-def chosen_parameters(modules: Modules, config: LoRAConfig) -> dict[str, Place]:
-    wanted = config.target_parameters or []
-    return {path: place for path, place in parameters(modules).items() if any(named(name, path) for name in wanted)}
-
-
-# ---- What a config means beside the layers to adapt: biases to train, rows of embeddings, and heads tied to those.
+    r: int = 1
+    lora_alpha: float = 1.0
 
 
 @dataclass(frozen=True)
 class ExtraTargets:
-    biases: list[str] = field(default_factory=list)  # paths of layers that are not adapted
-    tokens: dict[str, list[int]] = field(default_factory=dict)  # path of an embedding -> rows
-    heads: dict[str, str] = field(default_factory=dict)  # path of a head -> of the embedding that it is tied to
+    """What is trained beside the low-rank updates.
+
+    biases: paths of layers that are not adapted, whose bias is trained.
+    tokens: path of an embedding -> the rows to train.
+    heads: path of a head -> path of the embedding whose weight it shares.
+    """
+
+    biases: list[str] = field(default_factory=list)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """All that a config means in one model. to_save: path -> module to train whole."""
+
+    targets: list[Target]
+    to_save: dict[str, nn.Module]
+    extras: ExtraTargets
+    modules: Modules
+
+
+def select(model: nn.Module, config: LoRAConfig) -> Selection:
+    """Returns what `config` means in `model`, targets in the model's order.
+
+    Raises TargetError with every selector, pattern and index that matches nothing, every layer that cannot be
+    adapted and every rank that is too large.
+    """
+    modules = dict(model.named_modules())
+    candidates = module_candidates(modules, config)
+    selected = selected_candidates(model, modules, config)
+    targets = [target_of(candidate, config) for candidate in selected.values()]
+    to_save = saved_modules(modules, config)
+    extras, extra_problems = extra_targets(model, modules, config, selected, to_save)
+    problems = [
+        *_unmatched_selectors(candidates, modules, config),
+        *_unmatched_indices(candidates, config),
+        *_unmatched_patterns(candidates, selected, config),
+        *_conflicts(selected, to_save, config),
+        *_rank_problems(targets),
+        *_slot_problems(targets, config),
+        *extra_problems,
+    ]
+    if not selected and not problems:
+        classes = ", ".join(sorted({type(module).__name__ for module in modules.values()}))
+        problems.append(f"target_modules={config.target_modules!r} leaves no layer to adapt; classes here: {classes}")
+    if problems:
+        raise TargetError(listing(problems))
+    return Selection(targets, to_save, extras, modules)
+
+
+def default_config(model: nn.Module) -> LoRAConfig:
+    """Returns the defaults, with a lower rank at the same scale for layers that are too small for theirs."""
+    config = LoRAConfig()
+    selected = selected_candidates(model, dict(model.named_modules()), config)
+    limits = {path: min(candidate.dims) for path, candidate in selected.items()}
+    low = {exactly(path): limit for path, limit in limits.items() if limit < config.r}
+    return config.replaced(
+        rank_pattern=low, alpha_pattern={path: config.lora_alpha * limit / config.r for path, limit in low.items()}
+    )
+
+
+# ---- Candidates
+
+
+def module_candidates(modules: Modules, config: LoRAConfig) -> dict[str, Candidate]:
+    """Returns all that `target_modules` can name, by path, in the model's order.
+
+    Raises TargetError for `fused_parts` that do not fit.
+    """
+    candidates: dict[str, Candidate] = {}
+    for path, module in modules.items():
+        parent = modules.get(path.rpartition(".")[0], module)
+        candidates |= {candidate.path: candidate for candidate in _of_module(path, module, parent, config)}
+    return candidates
+
+
+def parameter_candidates(modules: Modules) -> dict[str, Candidate]:
+    """Returns all that `target_parameters` can name: matrices, and stacks of them, of modules of no layer type."""
+    return {candidate.path: candidate for path, module in modules.items() for candidate in _parameters_of(path, module)}
+
+
+def candidate_at(model: nn.Module, path: str, config: LoRAConfig) -> Candidate:
+    """Returns the candidate at this path without looking at the rest of the model. Raises TargetError without one."""
+    layer_path = host_path(model, path)
+    module, parent = model.get_submodule(layer_path), model.get_submodule(layer_path.rpartition(".")[0])
+    for candidate in (*_of_module(layer_path, module, parent, config), *_parameters_of(layer_path, module)):
+        if candidate.path == path:
+            return candidate
+    raise TargetError(f"{path} is a {type(module).__name__}, which has no low-rank form there")
+
+
+def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConfig) -> Iterator[Candidate]:
+    """The projections of an attention; a layer and the parts of it that are known."""
+    for name, projection in projections(module).items():
+        yield Candidate(f"{path}.{name}" if path else name, path, module, projection)
+    layer_type = layer_type_of(module)
+    if layer_type is None or (parent is not module and projections(parent)):
+        return
+    yield Candidate(path, path, module, layer_type)
+    if layer_type.linear and path:
+        for part, output_slice in _output_slices(path, parent, layer_type.dims(module)[1], config).items():
+            yield Candidate(f"{path}.{part}", path, module, layer_type, output_slice)
+
+
+def _output_slices(path: str, parent: nn.Module, out_features: int, config: LoRAConfig) -> dict[str, OutputSlice]:
+    """The parts of a fused layer, as `fused_parts` or the table of known classes says; {} for any other layer."""
+    configured = by_pattern(path, config.fused_parts, None)
+    layout = layout_of(parent, path.rpartition(".")[2], out_features) if configured is None else configured
+    try:
+        return rows_of(layout, out_features) if layout else {}
+    except ValueError as error:
+        raise TargetError(f"fused_parts: {path}: {error}") from None
+
+
+def _parameters_of(path: str, module: nn.Module) -> Iterator[Candidate]:
+    if path and not layer_type_of(module) and not projections(module):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim in (2, 3):
+                yield Candidate(f"{path}.{name}", path, module, parameter_layer_type(name))
+
+
+# ---- Selection
+
+
+def selected_candidates(model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, Candidate]:
+    """Returns the candidates that the config selects, by path. Names that match nothing are no error here."""
+    candidates = module_candidates(modules, config)
+    if config.target_modules == "all-linear":
+        selected = _all_linear(model, modules, candidates, config)
+    else:
+        names = config.target_modules
+        selector = names if isinstance(names, str) else frozenset(names)  # there may be thousands
+        selected = [candidate for candidate in candidates.values() if _selects(selector, candidate)]
+    whole_layers = {candidate.path for candidate in selected if not candidate.output_slice}
+    selected = [  # a whole layer contains its parts
+        candidate for candidate in selected if not (candidate.output_slice and candidate.layer_path in whole_layers)
+    ]
+    parameter_names = config.target_parameters or []
+    for path, candidate in parameter_candidates(modules).items() if parameter_names else ():
+        selected += [candidate] if any(named(name, path) for name in parameter_names) else []
+    if config.exclude_modules is not None:
+        selected = list(_without(config.exclude_modules, selected, candidates))
+    indices = layer_indices(config)
+    return {
+        candidate.path: candidate for candidate in selected if indices is None or layer_index(candidate.path) in indices
+    }
+
+
+def _selects(selector: Selector, candidate: Candidate) -> bool:
+    return any(matches(selector, name) for name in candidate.names)
+
+
+def _all_linear(
+    model: Any, modules: Modules, candidates: Mapping[str, Candidate], config: LoRAConfig
+) -> list[Candidate]:
+    """Every linear layer and attention projection but the output head and what is trained whole."""
+    get_head = getattr(model, "get_output_embeddings", None)  # transformers' convention
+    head = get_head() if callable(get_head) else None
+    left_out = {*saved_modules(modules, config), *(path for path, module in modules.items() if module is head)}
+    return [
+        candidate
+        for candidate in candidates.values()
+        if (candidate.layer_type.linear or candidate.path != candidate.layer_path)
+        and not candidate.output_slice
+        and not any(inside(candidate.layer_path, path) for path in left_out)
+    ]
+
+
+def _without(
+    selector: Selector, selected: Iterable[Candidate], candidates: Mapping[str, Candidate]
+) -> Iterator[Candidate]:
+    """Leaves out what the selector names. Where it names parts of a selected layer, the layer's other parts remain."""
+    parts: dict[str, list[Candidate]] = {}
+    for candidate in candidates.values():
+        if candidate.output_slice:
+            parts.setdefault(candidate.layer_path, []).append(candidate)
+    for candidate in selected:
+        if not _selects(selector, candidate):
+            own_parts = [] if candidate.output_slice else parts.get(candidate.path, [])
+            remaining = [part for part in own_parts if not _selects(selector, part)]
+            yield from [candidate] if len(remaining) == len(own_parts) else remaining
+
+
+def layer_indices(config: LoRAConfig) -> set[int] | None:
+    """`layers_to_transform` as a set; None means all layers."""
+    indices = config.layers_to_transform
+    return {indices} if isinstance(indices, int) else None if indices is None else set(indices)
+
+
+def target_of(candidate: Candidate, config: LoRAConfig) -> Target:
+    """Returns the candidate with the rank and alpha that the patterns give it."""
+    r = by_pattern(candidate.pattern_names, config.rank_pattern, config.r)
+    alpha = by_pattern(candidate.pattern_names, config.alpha_pattern, config.lora_alpha)
+    return Target(**vars(candidate), r=r, lora_alpha=alpha)
+
+
+def target_at(model: nn.Module, path: str, config: LoRAConfig) -> Target:
+    """Returns the target at this path, selected or not. Raises TargetError where nothing can be adapted."""
+    return target_of(candidate_at(model, path, config), config)
+
+
+def saved_modules(modules: Modules, config: LoRAConfig) -> dict[str, nn.Module]:
+    """Returns what `modules_to_save` names, by path."""
+    names = config.modules_to_save or []
+    return {path: module for path, module in modules.items() if path and any(named(name, path) for name in names)}
+
+
+# ---- Extra targets
 
 
 def extra_targets(
     model: nn.Module, modules: Modules, config: LoRAConfig, adapted: Collection[str], saved: Collection[str]
 ) -> tuple[ExtraTargets, list[str]]:
-    """What the config names; and all that stands in the way. `adapted`, `saved`: paths that are taken already."""
-    tokens, problems = _tokens(model, modules, config)
-    heads = {path: tied for tied in tokens for path in _tied_to(modules, tied)}
+    """Returns the biases, embedding rows and tied heads that the config means, and all problems with them.
+
+    adapted, saved: paths that low-rank updates and trained copies change already.
+    """
+    tokens, problems = _token_targets(model, modules, config)
+    heads = {path: embedding for embedding in tokens for path in _tied_to(modules, embedding)}
     for path in (*tokens, *heads):
-        if owner := next((each for each in (*adapted, *saved) if inside(path, each)), None):
-            what = "target_modules" if owner in adapted else "modules_to_save"
+        if owner := next((owner for owner in (*adapted, *saved) if inside(path, owner)), None):
+            setting = "target_modules" if owner in adapted else "modules_to_save"
             tie = f", tied to {heads[path]}" if path in heads else ""
-            problems.append(f"{path}{tie} is in trainable_token_indices and in {what}; take one")
-    if odd := [path for path in heads if not isinstance(modules[path], nn.Linear)]:
-        problems.append(f"trainable_token_indices: tied to what is neither embedding nor linear: {', '.join(odd)}")
+            problems.append(f"{path}{tie} is in trainable_token_indices and in {setting}; take one")
+    if other := [path for path in heads if not isinstance(modules[path], nn.Linear)]:
+        problems.append(f"trainable_token_indices: tied to what is neither embedding nor linear: {', '.join(other)}")
     biases: list[str] = []
     if config.bias == "all":
-        biases, more = _biases(modules, adapted, saved)
-        problems += more
-        if clash := [path for path in biases if path in heads]:
-            problems.append(f"bias='all' and trainable_token_indices both train {', '.join(clash)}; take one")
+        biases, bias_problems = _bias_targets(modules, adapted, saved)
+        problems += bias_problems
+        if both := [path for path in biases if path in heads]:
+            problems.append(f"bias='all' and trainable_token_indices both train {', '.join(both)}; take one")
     return ExtraTargets(biases, tokens, heads), problems
 
 
-def _biases(modules: Modules, adapted: Collection[str], saved: Collection[str]) -> tuple[list[str], list[str]]:
-    found, problems = [], []
-    for path, module in modules.items():
-        if any(inside(path, whole) for whole in saved):
-            continue
-        names = biases_of(module)
-        if "forward" in vars(module) and names:
-            problems.append(f"bias='all': {path}: its forward was replaced on the instance; its bias cannot be trained")
-        elif names == ["bias"] and (adds_its_bias(module) or path in adapted) and is_called(module):
-            found += [path] if path not in adapted else []
-        elif names:
-            problems.append(
-                f"bias='all': {path or 'the model'} is a {type(module).__name__} whose {', '.join(names)} is not added "
-                "to its output; take bias='lora_only', or name it in modules_to_save"
-            )
-    if not found and not problems and not any(biases_of(modules[path]) for path in adapted):
-        problems.append("bias='all': the model has no bias; take bias='none' or lora_bias=True")
-    return found, problems
-
-
-def _tokens(model: Any, modules: Modules, config: LoRAConfig) -> tuple[dict[str, list[int]], list[str]]:
-    wanted = config.trainable_token_indices
-    if wanted is None:
+def _token_targets(model: Any, modules: Modules, config: LoRAConfig) -> tuple[dict[str, list[int]], list[str]]:
+    """Path of an embedding -> its rows to train; and all problems. A list of rows means the input embedding."""
+    by_name = config.trainable_token_indices
+    if by_name is None:
         return {}, []
-    if isinstance(wanted, list):
-        find = getattr(model, "get_input_embeddings", None)
-        own = find() if callable(find) else None
-        path = next((path for path, module in modules.items() if module is own), None)
+    if isinstance(by_name, list):
+        get_embedding = getattr(model, "get_input_embeddings", None)  # transformers' convention
+        embedding = get_embedding() if callable(get_embedding) else None
+        path = next((path for path, module in modules.items() if module is embedding), None)
         if path is None:
-            text = "trainable_token_indices is a list, but the model does not say which embedding is its input's"
-            return {}, [f"{text}; name it: {{'path': [...]}}"]
-        wanted = {path: wanted}
-    found: dict[str, list[int]] = {}
+            return {}, [
+                "trainable_token_indices is a list, but the model does not say which embedding is its input's; "
+                "name it: {'path': [...]}"
+            ]
+        by_name = {path: by_name}
+    tokens: dict[str, list[int]] = {}
     problems = []
-    for name, indices in wanted.items():
+    for name, indices in by_name.items():
         paths = [path for path in modules if named(name, path)]
         if not paths:
             embeddings = [path for path, module in modules.items() if layer_type_of(module) is EMBEDDING]
             problems.append(f"trainable_token_indices: {name!r} matches no module{nearest(name, embeddings)}")
         for path in paths:
-            problems += [f"trainable_token_indices: {path}: {each}" for each in _row_problems(modules[path], indices)]
-            found[path] = indices
-    return ({}, problems) if problems else (found, [])
+            tokens[path] = indices
+            reasons = _token_problems(modules[path], indices)
+            problems += [f"trainable_token_indices: {path}: {reason}" for reason in reasons]
+    return ({}, problems) if problems else (tokens, [])
 
 
-def _row_problems(module: Any, indices: list[int]) -> list[str]:
+def _token_problems(module: Any, indices: list[int]) -> list[str]:
     if layer_type_of(module) is not EMBEDDING:
         return [f"a {type(module).__name__} is no embedding"]
     reason = obstacle(module)
@@ -238,294 +386,182 @@ def _row_problems(module: Any, indices: list[int]) -> list[str]:
 
 
 def _tied_to(modules: Modules, path: str) -> list[str]:
+    """Paths of the other modules that have the same weight."""
     weight = modules[path].weight
     return [other for other, module in modules.items() if other != path and module._parameters.get("weight") is weight]
 
 
-# ----
+def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[str]) -> tuple[list[str], list[str]]:
+    """Paths of the layers that are not adapted and have a bias to train (bias="all"); and all problems."""
+    biases, problems = [], []
+    for path, module in modules.items():
+        names = biases_of(module)
+        if not names or any(inside(path, whole) for whole in saved):
+            continue
+        if "forward" in vars(module):
+            problems.append(f"bias='all': {path}: its forward was replaced on the instance; its bias cannot be trained")
+        elif names == ["bias"] and (adds_its_bias(module) or path in adapted) and is_called(module):
+            biases += [path] if path not in adapted else []
+        else:
+            problems.append(
+                f"bias='all': {path or 'the model'} is a {type(module).__name__} whose {', '.join(names)} is not added "
+                "to its output; take bias='lora_only', or name it in modules_to_save"
+            )
+    if not biases and not problems and not any(biases_of(modules[path]) for path in adapted):
+        problems.append("bias='all': the model has no bias; take bias='none' or lora_bias=True")
+    return biases, problems
 
 
-@dataclass(frozen=True)
-class Target(Place):
-    """A place to adapt, with its own rank and alpha."""
-
-    r: int = 1
-    lora_alpha: float = 1.0
+# ---- Problems: names, indices and patterns that match nothing
 
 
-@dataclass(frozen=True)
-class Selection:
-    targets: list[Target]
-    to_save: dict[str, nn.Module]  # path -> module trained whole
-    extras: ExtraTargets
-    modules: dict[str, nn.Module]  # of the whole model, by path
+def _unmatched_selectors(candidates: Mapping[str, Candidate], modules: Modules, config: LoRAConfig) -> list[str]:
+    problems = []
+    if config.target_modules != "all-linear" and not (config.target_modules == [] and config.target_parameters):
+        problems += _unmatched("target_modules", config.target_modules, candidates, modules)
+    parameters = parameter_candidates(modules) if config.target_parameters is not None else {}
+    if config.exclude_modules is not None:
+        problems += _unmatched("exclude_modules", config.exclude_modules, {**candidates, **parameters}, modules)
+    if config.target_parameters is not None:
+        problems += _unmatched("target_parameters", config.target_parameters, parameters, modules)
+    paths = [path for path in modules if path]
+    for name in config.modules_to_save or []:
+        problems += [] if any(named(name, path) for path in paths) else [_no_layer("modules_to_save", name, paths)]
+    return problems
 
 
-def select(model: nn.Module, config: LoRAConfig) -> Selection:
-    """The layers of `model` that `config` names, in the model's order.
-
-    Raises TargetError with every selector, pattern and index that matches nothing, every layer that cannot be
-    adapted and every rank that is too large.
-    """
-    modules = dict(model.named_modules())
-    there = places(modules, config)
-    to_save = saved_modules(modules, config)
-    chosen = chosen_places(model, modules, config)
-    problems = [*_dead_names(there, modules, config), *_dead_patterns(config, there, chosen)]
-    problems += [*_conflicts(modules, config, chosen), *_unequal_ranks(chosen, config)]
-    problems += [problem for place in chosen.values() if (problem := _rank_problem(place, config))]
-    targets = [target_of(place, config) for place in chosen.values()]
-    problems += _slot_problems(targets, config)
-    extras, more = extra_targets(model, modules, config, chosen, to_save)
-    problems += more
-    if not chosen and not problems:
-        problems.append(
-            f"target_modules={config.target_modules!r} leaves no layer to adapt; kinds here: {_kinds(modules)}"
-        )
-    if problems:
-        raise TargetError(listing(problems))
-    return Selection(targets, to_save, extras, modules)
+def _unmatched(setting: str, selector: Selector, candidates: Mapping[str, Candidate], modules: Modules) -> list[str]:
+    if selector == []:
+        return [f"{setting}={selector!r} names nothing"]
+    if isinstance(selector, str):
+        if any(_selects(selector, candidate) for candidate in candidates.values()):
+            return []
+        hint = _hint(selector, {candidate.last_name for candidate in candidates.values()})
+        return [f"{setting}={selector!r} is a regular expression that matches no whole path of a layer{hint}"]
+    known = {end for candidate in candidates.values() for name in candidate.names for end in ends_of(name)}
+    return [_unmatched_name(setting, name, candidates, modules) for name in selector if name not in known]
 
 
-def default_config(model: nn.Module) -> LoRAConfig:
-    """The defaults, with a lower rank at the same scale for layers that are too small for theirs."""
-    config = LoRAConfig()
-    chosen = chosen_places(model, dict(model.named_modules()), config)
-    limits = {path: min(place.dims) for path, place in chosen.items()}
-    low = {exactly(path): limit for path, limit in limits.items() if limit < config.r}
-    return config.replaced(
-        rank_pattern=low, alpha_pattern={path: config.lora_alpha * limit / config.r for path, limit in low.items()}
+def _unmatched_name(setting: str, name: str, candidates: Mapping[str, Candidate], modules: Modules) -> str:
+    """Why this name selects no candidate."""
+    module = next((module for path, module in modules.items() if path and named(name, path)), None)
+    if module is not None and layer_type_of(module) is None and setting != "target_parameters":
+        known = ", ".join([*(cls.rpartition(".")[2] for cls in LAYER_TYPES), "MultiheadAttention"])
+        return f"{setting}: {name!r} is a {type(module).__name__}, which has no low-rank form; layer types: {known}"
+    whole, _, part = name.rpartition(".")
+    layers = [
+        path for path, candidate in candidates.items() if whole and named(whole, path) and not candidate.output_slice
+    ]
+    if layers and not any(
+        candidate.output_slice and candidate.layer_path == layers[0] for candidate in candidates.values()
+    ):
+        sizes = f'{{"{whole}": {{"{part}": its number of rows, ...}}}}'
+        return f"{setting}: {name!r}: which rows of {whole} are {part} is not known; say it: fused_parts={sizes}"
+    return _no_layer(setting, name, candidates)
+
+
+def _no_layer(setting: str, name: str, paths: Iterable[str]) -> str:
+    paths = list(paths)
+    ends = {".".join(path.split(".")[-count:]) for path in paths for count in (1, 2)}
+    return (
+        f"{setting}: {name!r} matches no layer{_hint(name, ends | set(paths), (p.rpartition('.')[2] for p in paths))}"
     )
 
 
-def chosen_places(model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, Place]:
-    """The places that the config's targets, exclusions and layer indices leave; unmatched ones pass in silence."""
-    there = places(modules, config)
-    if config.target_modules == "all-linear":
-        chosen = _all_linear(model, modules, there, config)
-    else:
-        names = config.target_modules
-        selector = names if isinstance(names, str) else frozenset(names)  # there may be thousands
-        chosen = [place for place in there.values() if _selects(selector, place)]
-    whole = {place.path for place in chosen if not place.rows}
-    chosen = [place for place in chosen if not (place.rows and place.host in whole)]  # a whole layer has its parts
-    chosen += chosen_parameters(modules, config).values()
-    if config.exclude_modules is not None:
-        chosen = list(_without(config.exclude_modules, chosen, there))
-    wanted = layer_indices(config)
-    return {place.path: place for place in chosen if wanted is None or layer_index(place.path) in wanted}
+def _hint(name: str, known: Collection[str], shown: Iterable[str] | None = None) -> str:
+    """The known names nearest to `name`; where none is near, examples of `shown`, or else of the known ones."""
+    examples = sorted(set(known if shown is None else shown))
+    if not examples:
+        return "; there are none"
+    return nearest(name, known) or f"; there are: {', '.join(examples[:8])}{', ...' if len(examples) > 8 else ''}"
 
 
-def saved_modules(modules: Modules, config: LoRAConfig) -> dict[str, nn.Module]:
-    names = config.modules_to_save or []
-    return {path: module for path, module in modules.items() if path and any(named(name, path) for name in names)}
+def _unmatched_indices(candidates: Iterable[str], config: LoRAConfig) -> list[str]:
+    known = {index for path in candidates if (index := layer_index(path)) is not None}
+    missing = sorted((layer_indices(config) or set()) - known)
+    text = f"{min(known)}..{max(known)}" if known else "none"
+    return [f"layers_to_transform={missing}: no layer has this index; there are: {text}"] if missing else []
 
 
-def target_of(place: Place, config: LoRAConfig) -> Target:
-    """The place with the rank and alpha that the patterns give it."""
-    r = by_pattern(place.pattern_names, config.rank_pattern, config.r)
-    alpha = by_pattern(place.pattern_names, config.alpha_pattern, config.lora_alpha)
-    return Target(place.path, place.host, place.layer, place.layer_type, place.rows, r=r, lora_alpha=alpha)
-
-
-def target_at(model: nn.Module, path: str, config: LoRAConfig) -> Target:
-    """The target at this path, selected or not. Raises TargetError where no kind fits."""
-    return target_of(place_at(model, path, config), config)
-
-
-def _selects(selector: Selector, place: Place) -> bool:
-    return any(matches(selector, name) for name in place.names)
-
-
-def _without(selector: Selector, chosen: list[Place], there: Mapping[str, Place]) -> Iterator[Place]:
-    """A layer without one of its parts is its other parts."""
-    parts: dict[str, list[Place]] = {}
-    for place in there.values():
-        if place.rows:
-            parts.setdefault(place.host, []).append(place)
-    for place in chosen:
-        if not _selects(selector, place):
-            of_it = [] if place.rows else parts.get(place.path, [])
-            rest = [part for part in of_it if not _selects(selector, part)]
-            yield from [place] if len(rest) == len(of_it) else rest
-
-
-def _all_linear(model: nn.Module, modules: Modules, there: Mapping[str, Place], config: LoRAConfig) -> list[Place]:
-    """Every linear layer but the output head and what is trained whole; the projections of attention are linear."""
-    whole = (*saved_modules(modules, config), *_output_heads(model, modules))
-    return [
-        place
-        for place in there.values()
-        if (place.layer_type.linear or place.path != place.host)
-        and not place.rows
-        and not any(inside(place.host, head) for head in whole)
+def _unmatched_patterns(
+    candidates: Mapping[str, Candidate], selected: Mapping[str, Candidate], config: LoRAConfig
+) -> list[str]:
+    settings: list[tuple[str, Mapping[str, Any], Mapping[str, Candidate]]] = [
+        ("rank_pattern", config.rank_pattern, selected),
+        ("alpha_pattern", config.alpha_pattern, selected),
+        ("fused_parts", config.fused_parts, candidates),
     ]
-
-
-def _output_heads(model: Any, modules: Modules) -> list[str]:
-    """Paths of what turns hidden states into logits, where the model says so (transformers' convention)."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    return [path for path, module in modules.items() if module is head]
-
-
-def _dead_names(there: Mapping[str, Place], modules: Modules, config: LoRAConfig) -> list[str]:
-    """Every entry of a selector that names nothing."""
     problems = []
-    if config.target_modules != "all-linear" and not (config.target_modules == [] and config.target_parameters):
-        problems += _unmatched("target_modules", config.target_modules, there, modules)
-    stacks = parameters(modules) if config.target_parameters is not None else {}
-    if config.exclude_modules is not None:
-        problems += _unmatched("exclude_modules", config.exclude_modules, {**there, **stacks}, modules)
-    if config.target_parameters is not None:
-        problems += _unmatched("target_parameters", config.target_parameters, stacks, modules)
-    for name in config.modules_to_save or []:
-        paths = [path for path in modules if path]
-        problems += [] if any(named(name, path) for path in paths) else [_no_layer("modules_to_save", name, paths)]
-    return problems + _dead_indices(there, config)
+    for setting, patterns, layers in settings:
+        last_names = {layer.last_name for layer in layers.values()}
+        for pattern in patterns:
+            if not any(pattern_matches(pattern, name) for layer in layers.values() for name in layer.pattern_names):
+                hint = _hint(pattern, last_names | set(layers), last_names)
+                problems.append(f"{setting}: {pattern!r} matches no adapted layer{hint}")
+    return problems
 
 
-def _unmatched(field: str, selector: Selector, there: Mapping[str, Place], modules: Modules) -> list[str]:
-    if selector == []:
-        return [f"{field}={selector!r} names nothing"]
-    if isinstance(selector, str):
-        ends = {place.end for place in there.values()}
-        hint = nearest(selector, ends) or _examples(sorted(ends))
-        return (
-            []
-            if any(_selects(selector, place) for place in there.values())
-            else [f"{field}={selector!r} is a regular expression that matches no whole path of a layer{hint}"]
-        )
-    meant = {end for place in there.values() for name in place.names for end in ends_of(name)}
-    return [_missing(field, name, there, modules) for name in selector if name not in meant]
+# ---- Problems: layers that cannot be adapted as the config says
 
 
-def _missing(field: str, name: str, there: Mapping[str, Place], modules: Modules) -> str:
-    unfit = next((module for path, module in modules.items() if path and named(name, path)), None)
-    if unfit is not None and layer_type_of(unfit) is None and field != "target_parameters":
-        return f"{field}: {name!r} is a {type(unfit).__name__}, which has no low-rank form; kinds: {_known()}"
-    whole, _, part = name.rpartition(".")
-    fused = [place for place in there.values() if whole and named(whole, place.path) and not place.rows]
-    if fused and not any(place.rows and place.host == fused[0].path for place in there.values()):
-        sizes = f'{{"{whole}": {{"{part}": its number of rows, ...}}}}'
-        return f"{field}: {name!r}: which rows of {whole} are {part} is not known; say it: fused_parts={sizes}"
-    return _no_layer(field, name, there)
-
-
-def _no_layer(field: str, name: str, paths: Iterable[str]) -> str:
-    paths = list(paths)
-    ends = {".".join(path.split(".")[-count:]) for path in paths for count in (1, 2)}
-    last = sorted({path.rpartition(".")[2] for path in paths})
-    return f"{field}: {name!r} matches no layer{nearest(name, ends | set(paths)) or _examples(last)}"
-
-
-def _examples(names: list[str]) -> str:
-    return f"; there are: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "; there are none"
-
-
-def _known() -> str:
-    return ", ".join([*(name.rpartition(".")[2] for name in LAYER_TYPES), "MultiheadAttention"])
-
-
-def _kinds(modules: Modules) -> str:
-    return ", ".join(sorted({type(module).__name__ for module in modules.values()})) or "no modules"
-
-
-def _conflicts(modules: Modules, config: LoRAConfig, chosen: Mapping[str, Place]) -> list[str]:
-    """Layers that were named and cannot be adapted, or are to be adapted and trained whole at once."""
-    saved = saved_modules(modules, config)
-    problems = [f"{path}: {reason}" for path, place in chosen.items() if (reason := _obstacle(place, config))]
+def _conflicts(selected: Mapping[str, Candidate], to_save: Modules, config: LoRAConfig) -> list[str]:
+    """Layers that cannot be adapted or trained whole, or are to be both."""
+    problems = []
+    for path, candidate in selected.items():
+        if candidate.layer_type.stacked and config.lora_dropout:
+            problems.append(
+                f"{path}: an update of a parameter has no input that lora_dropout could drop; set lora_dropout=0"
+            )
+        elif reason := obstacle(candidate.layer) or base_obstacle(candidate.layer):
+            problems.append(f"{path}: {reason}")
     problems += [
         f"{path} is in target_modules and in modules_to_save ({whole})"
-        for path in chosen
-        for whole in saved
+        for path in selected
+        for whole in to_save
         if inside(path, whole)
     ]
-    replaced = [path for path, module in saved.items() if "forward" in vars(module)]
-    problems += [f"{path}: its forward was replaced on the instance; it cannot be trained whole" for path in replaced]
-    return problems + [quantized_whole(path) for path, module in saved.items() if quantized_layers(module)]
+    for path, module in to_save.items():
+        if "forward" in vars(module):
+            problems.append(f"{path}: its forward was replaced on the instance; it cannot be trained whole")
+    return problems + [quantized_whole(path) for path, module in to_save.items() if quantized_layers(module)]
 
 
 def quantized_whole(path: str) -> str:
     return f"{path} is quantised and cannot be trained whole; adapt it (target_modules), or load the base unquantised"
 
 
-def _slot_problems(targets: list[Target], config: LoRAConfig) -> list[str]:
-    """Slots of the equation that the config asks for and the chosen layers do not have."""
-    problems = []
-    asked = {"lora_bias": config.lora_bias, "bias": config.bias != "none"}
-    if names := [name for name, is_asked in asked.items() if is_asked]:
-        where = [target.path for target in targets if target.rows or target.layer_type.forward]
-        what = "no bias of a part of a fused layer, of attention or beside a parameter is trained; exclude it"
-        problems += [f"{path}: {', '.join(names)}: {what}" for path in where]
-    if config.use_dora:
-        where = [target.path for target in targets if not target.layer_type.scales]
-        problems += [f"{path}: use_dora: how its rows would be scaled is not known; exclude it" for path in where]
-    if config.lora_bias:
-        names = [target.path for target in targets if target.layer_type is EMBEDDING]
-        problems += [f"{path}: lora_bias on an Embedding, whose file has no place for it" for path in names]
-    if config.bias == "lora_only" and targets and not any(_has_bias(target.layer) for target in targets):
-        problems.append("bias='lora_only': none of the adapted layers has a bias; take bias='none' or lora_bias=True")
+def _rank_problems(targets: Iterable[Target]) -> list[str]:
+    """Ranks that are too large; and different ones in one attention, for which PEFT's files hold one rank."""
+    ranks: dict[str, set[int]] = {}
+    for target in targets:
+        if "in_proj_weight" in projections(target.layer):
+            ranks.setdefault(target.layer_path, set()).add(target.r)
+    problems = [
+        f"{path}: its matrices have the ranks {sorted(own)}; take one" for path, own in ranks.items() if len(own) > 1
+    ]
+    for target in targets:
+        (in_features, out_features), limit = target.dims, min(target.dims)
+        if not 1 <= target.r <= limit:
+            matrix = f"a matrix of {in_features} -> {out_features}"
+            problems.append(f"{target.path}: r = {target.r} on {matrix}; take 1..{limit}")
     return problems
 
 
-def _has_bias(layer: nn.Module) -> bool:
-    return isinstance(getattr(layer, "bias", None), nn.Parameter)
-
-
-def _obstacle(place: Place, config: LoRAConfig) -> str | None:
-    if place.layer_type.stacked and config.lora_dropout:
-        return "an update of a parameter has no input that lora_dropout could drop; set lora_dropout=0"
-    return obstacle(place.layer) or base_obstacle(place.layer)
-
-
-def layer_indices(config: LoRAConfig) -> set[int] | None:
-    wanted = config.layers_to_transform
-    return {wanted} if isinstance(wanted, int) else None if wanted is None else set(wanted)
-
-
-def _dead_indices(paths: Iterable[str], config: LoRAConfig) -> list[str]:
-    there = {index for path in paths if (index := layer_index(path)) is not None}
-    missing = sorted((layer_indices(config) or set()) - there)
-    known = f"{min(there)}..{max(there)}" if there else "none"
-    return [f"layers_to_transform={missing}: no layer has this index; there are: {known}"] if missing else []
-
-
-def _dead_patterns(config: LoRAConfig, there: Mapping[str, Place], chosen: Mapping[str, Place]) -> list[str]:
-    fields: list[tuple[str, Mapping[str, Any], Mapping[str, Place]]] = [
-        ("rank_pattern", config.rank_pattern, chosen),
-        ("alpha_pattern", config.alpha_pattern, chosen),
-        ("fused_parts", config.fused_parts, there),
-    ]
-    return [
-        f"{field}: {pattern!r} matches no adapted layer{_near(pattern, among)}"
-        for field, patterns, among in fields
-        for pattern in patterns
-        if not any(pattern_matches(pattern, name) for place in among.values() for name in place.pattern_names)
-    ]
-
-
-def _near(pattern: str, among: Mapping[str, Place]) -> str:
-    ends = {place.end for place in among.values()}
-    return nearest(pattern, ends | set(among)) or _examples(sorted(ends))
-
-
-def _unequal_ranks(chosen: Mapping[str, Place], config: LoRAConfig) -> list[str]:
-    """PEFT's files hold one rank for both matrices of an attention."""
-    ranks: dict[str, set[int]] = {}
-    for place in chosen.values():
-        if "in_proj_weight" in projections(place.layer):
-            ranks.setdefault(place.host, set()).add(target_of(place, config).r)
-    return [
-        f"{host}: its matrices have the ranks {sorted(found)}; take one"
-        for host, found in ranks.items()
-        if len(found) > 1
-    ]
-
-
-def _rank_problem(place: Place, config: LoRAConfig) -> str | None:
-    in_features, out_features = place.dims
-    limit, r = min(place.dims), target_of(place, config).r
-    if 1 <= r <= limit:
-        return None
-    return f"{place.path}: r = {r} on a matrix of {in_features} -> {out_features}; take 1..{limit}"
+def _slot_problems(targets: list[Target], config: LoRAConfig) -> list[str]:
+    """Slots of the equation that the config fills and some of the layers do not have."""
+    problems = []
+    biases = [name for name, is_on in (("lora_bias", config.lora_bias), ("bias", config.bias != "none")) if is_on]
+    for target in targets:
+        if biases and (target.output_slice or target.layer_type.forward):
+            problems.append(
+                f"{target.path}: {', '.join(biases)}: no bias of a part of a fused layer, of attention or beside a "
+                "parameter is trained; exclude it"
+            )
+        if config.use_dora and not target.layer_type.scales:
+            problems.append(f"{target.path}: use_dora: how its rows would be scaled is not known; exclude it")
+        if config.lora_bias and target.layer_type is EMBEDDING:
+            problems.append(f"{target.path}: lora_bias on an Embedding, whose file has no place for it")
+    has_bias = [isinstance(getattr(target.layer, "bias", None), nn.Parameter) for target in targets]
+    if config.bias == "lora_only" and targets and not any(has_bias):
+        problems.append("bias='lora_only': none of the adapted layers has a bias; take bias='none' or lora_bias=True")
+    return problems

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.combine import MIXED, dense_of, factors_of, is_mixed
+from tailora.core.combine import MIXES_GROUPS, dense_update, factors_of, mixes_groups
 from tailora.core.extras import TrainedBias
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import host_of
 from tailora.core.low_rank import Factors, Spectrum, leading, product_spectrum, rank_for_energy
-from tailora.core.targets import place_at
+from tailora.core.targets import candidate_at
 from tailora.formats.offline import TRAINED_WHOLE, OfflineAdapter
 
 # ---- What the singular values of an update say: how many directions it uses, and how it lies to another one.
@@ -231,8 +231,8 @@ def updates_of(adapter: Adapter, base_model: nn.Module) -> tuple[dict[str, Updat
         left_out[path] = "a trained bias" if isinstance(part, TrainedBias) else "trained rows of an embedding"
     found = {}
     for path, layer in adapter.low_rank.items():
-        if is_mixed(layer):
-            left_out[path] = MIXED.partition(";")[0]
+        if mixes_groups(layer):
+            left_out[path] = MIXES_GROUPS.partition(";")[0]
         else:
             found[path] = _of_layer(path, layer, adapter, base_model)
     return found, left_out
@@ -240,7 +240,7 @@ def updates_of(adapter: Adapter, base_model: nn.Module) -> tuple[dict[str, Updat
 
 def _of_layer(path: str, layer: LoRALayer, adapter: Adapter, base_model: nn.Module) -> Update:
     host = host_of(base_model, path)
-    place = place_at(base_model, path, adapter.config)
+    place = candidate_at(base_model, path, adapter.config)
 
     def weight() -> Tensor:
         own = place.weight
@@ -258,7 +258,7 @@ def _of_layer(path: str, layer: LoRALayer, adapter: Adapter, base_model: nn.Modu
         dora=layer.lora_magnitude_vector is not None,
         stacked=layer.layer_type.stacked,
         weight=weight,
-        whole=None if layer.lora_magnitude_vector is None else lambda: dense_of(layer, host),
+        whole=None if layer.lora_magnitude_vector is None else lambda: dense_update(layer, host),
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter, by_host
+from tailora.core.adapter import Adapter, by_layer
 from tailora.core.attach import Swapped, attach, evaluating
 from tailora.core.dequantize import Change, as_linear, common_dtype
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, host_path
@@ -223,7 +223,7 @@ def with_only_adapter(base_model: nn.Module, adapter: Adapter | None) -> Iterato
         for module in before:
             attach(module, ())
         module_paths = {path: host_path(base_model, path) for path in parts}
-        for path, own_parts in by_host(module_paths, {path: (part,) for path, part in parts.items()}).items():
+        for path, own_parts in by_layer(module_paths, {path: (part,) for path, part in parts.items()}).items():
             attach(base_model.get_submodule(path), own_parts)
         with evaluating(nn.ModuleList(parts.values())):
             yield base_model

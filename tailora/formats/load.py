@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter, low_rank_layer, tie, trained_copy
+from tailora.core.adapter import Adapter, low_rank_layer, share_parameters, trained_copy
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LayerType, host_of, layer_type_of, obstacle
 from tailora.core.quantization import base_obstacle, quantized_layers
 from tailora.core.targets import (
     Target,
-    chosen_places,
     extra_targets,
     quantized_whole,
     saved_modules,
+    selected_candidates,
     target_at,
     target_of,
 )
@@ -135,9 +135,9 @@ def _restore(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch: 
     wrappers = peft_layers(base_model, empty)
     if config is not in_file:
         _check_same_settings(stored, with_layer_patterns(config, wrappers.values()), in_file)
-        adapted = {target.host for target in targets.values()}
+        adapted = {target.layer_path for target in targets.values()}
         file_targets = _targets(base_model, modules, in_file)
-        if additional := {path: target for path, target in file_targets.items() if target.host not in adapted}:
+        if additional := {path: target for path, target in file_targets.items() if target.layer_path not in adapted}:
             targets, empty = {**targets, **additional}, {**empty, **_empty_layers(additional, config)}
             wrappers = peft_layers(base_model, empty)
     adapted_paths = {*targets, *_paths_with_factors(stored, modules)}
@@ -158,7 +158,7 @@ def _restore(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch: 
     if not allow_base_mismatch:
         _check_base(stored, base_model, {path: layer.layer_type for path, layer in low_rank.items()})
     _restore_learned_scales(stored, low_rank)
-    tie({path: modules[path] for path in copies}, copies)
+    share_parameters({path: modules[path] for path in copies}, copies)
     return Adapter(own_config or config, low_rank, copies, extras)
 
 
@@ -207,7 +207,7 @@ def _check_same_settings(stored: StoredAdapter, own: LoRAConfig, in_file: LoRACo
 
 
 def _targets(base_model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, Target]:
-    return {path: target_of(place, config) for path, place in chosen_places(base_model, modules, config).items()}
+    return {path: target_of(place, config) for path, place in selected_candidates(base_model, modules, config).items()}
 
 
 def _empty_layers(targets: Mapping[str, Target], config: LoRAConfig) -> dict[str, LoRALayer]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from tailora.core.dequantize import Change, Exchange, common_dtype, whole_plain
 from tailora.core.layer_types import host_path
-from tailora.core.merge import MergeReport, folded, moved_in, settle_ties
+from tailora.core.merge import MergeReport, check_ties, merge_changes, replace_by_copy
 from tailora.core.quantization import is_quantized
 from tailora.errors import FormatError, MergeError
 from tailora.formats.low_rank_export import ExportSource, raise_problems
@@ -44,7 +44,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     base: Any = source.base_model
     spill = folder / SPILL
     changes, report = _merged_weights(source, spill)
-    untied = settle_ties(base, changes, untie_weights=True)
+    untied = check_ties(base, changes, untie_weights=True)
     with _apply(changes), _untied_config(base, untied):
         base.save_pretrained(folder, max_shard_size=SHARD)
     _write_rope_theta(folder / "config.json")
@@ -74,7 +74,7 @@ def _merged_weights(source: ExportSource, spill: Path) -> tuple[list[Change], Me
         parts_of_module.setdefault(host_path(base, path), []).append(part)
     for path, module_parts in parts_of_module.items():
         try:
-            changes, report = folded({path: (base.get_submodule(path), module_parts)}, dtype)
+            changes, report = merge_changes({path: (base.get_submodule(path), module_parts)}, dtype)
         except MergeError as error:
             problems.append(str(error))
             continue
@@ -87,7 +87,7 @@ def _merged_weights(source: ExportSource, spill: Path) -> tuple[list[Change], Me
         result += _on_disk(whole_plain(base, modules, dtype), spill)
     parameters: dict[int, nn.Parameter] = {}
     for path, trained in source.adapter.saved.items():
-        result += moved_in(base.get_submodule(path), trained, parameters)
+        result += replace_by_copy(base.get_submodule(path), trained, parameters)
     return result, total
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from tailora.core.config import LoRAConfig
 from tailora.core.patterns import exactly, layer_index, pattern_matches
-from tailora.core.targets import chosen_places
+from tailora.core.targets import selected_candidates
 
 DEPTHS = ("early", "middle", "late")
 ATTENTION, MLP, OTHER = "attention", "MLP", "other"
@@ -130,7 +130,7 @@ def target_groups(model: nn.Module) -> dict[str, Any]:
 
     Only linear layers of numbered blocks are named. A model that lacks one of the two groups has neither.
     """
-    layers = chosen_places(model, dict(model.named_modules()), LoRAConfig())
+    layers = selected_candidates(model, dict(model.named_modules()), LoRAConfig())
     inner = [path for path in layers if layer_index(path) is not None]
     groups = {
         word: [path for path in inner if block_of(path) == block]

@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PretrainedConfig
 
-from tailora.core.adapter import Row, layer_key
+from tailora.core.adapter import SummaryRow, layer_key
 from tailora.core.config import AdaLoRA, LoRAConfig
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import host_path, layer_type_of
 from tailora.core.patterns import layer_index
-from tailora.core.targets import chosen_places
+from tailora.core.targets import selected_candidates
 from tailora.data.dataset import Example
 from tailora.formats.run_folder import write_report
 from tailora.model import LoRAModel
@@ -180,7 +180,7 @@ def modules_of(model: LoRAModel) -> list[Module]:
     return [_module(row, model) for row in model.summary().rows if row.r is not None]
 
 
-def _module(row: Row, model: LoRAModel) -> Module:
+def _module(row: SummaryRow, model: LoRAModel) -> Module:
     layer = cast(LoRALayer, model.lora_layers[layer_key(row.path)])
     return Module(
         row.path, row.layer_type, layer.in_features, layer.out_features, layer.r, layer.lora_alpha, row.parameters
@@ -241,7 +241,8 @@ class _Reasons:
             "its layer is not in layers_to_transform": {"layers_to_transform": None},
         }
         self._lifted = {
-            reason: set(chosen_places(base, modules, config.replaced(**change))) for reason, change in without.items()
+            reason: set(selected_candidates(base, modules, config.replaced(**change)))
+            for reason, change in without.items()
         }
 
     def __call__(self, path: str, module: nn.Module) -> str:

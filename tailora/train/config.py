@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from tailora.core.config import AdaLoRA, LoRAConfig, Start, StrictModel
+from tailora.core.config import AdaLoRA, Init, LoRAConfig, StrictModel
 from tailora.errors import ConfigError, listing
 
 Quantize = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
@@ -59,7 +59,7 @@ class TrainConfig(StrictModel):
         None, description="token ids whose embeddings to train, such as new tokens"
     )
     learn_scaling: bool = Field(False, description="train the scale of every layer")
-    init_lora_weights: Start = Field("kaiming", description="initialisation of A and B; see docs/lora.md")
+    init_lora_weights: Init = Field("kaiming", description="initialisation of A and B; see docs/lora.md")
     target_r: int | None = Field(
         None, ge=1, lt=COUNT, description="AdaLoRA: average rank at the end of training; ranks start at --r"
     )

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from tailora.core.init import DATA_STARTS
+from tailora.core.init import DATA_INITS
 from tailora.data.collate import plan
 from tailora.data.dataset import Example, Examples
 from tailora.data.demo import resolve
@@ -217,7 +217,7 @@ def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int
         source = resolve(config.eval_data, "eval_data")
         held = prepare(source, tokenizer, eval_source=source, embedding_rows=rows, **common)
     assert config.max_steps is not None  # TrainConfig saw to it
-    opening = config.init_batches if config.init_lora_weights in DATA_STARTS else 1
+    opening = config.init_batches if config.init_lora_weights in DATA_INITS else 1
     first = Examples.of(islice(read(), shape.batch_size * opening))
     return replace(_feed(config, held, partial(streamed, read, shape), config.max_steps, first, shape), cuts=cuts)
 

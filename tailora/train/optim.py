@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from tailora.core.loraplus import fast_names
+from tailora.core.loraplus import names_with_higher_lr
 from tailora.kernels.flat_parameters import Flat, Group, norm
 from tailora.train.config import TrainConfig
 
@@ -40,7 +40,7 @@ def rising(step: int, total: int, low: float, high: float) -> float:
 def groups(module: nn.Module, config: TrainConfig) -> list[Group]:
     """All that is trained, by what sets its rate and decay: with LoRA+ (arXiv:2402.12354), B has its own."""
     named = dict(module.named_parameters())
-    fast = fast_names(module) if config.loraplus_lr_ratio != 1 else set()
+    fast = names_with_higher_lr(module) if config.loraplus_lr_ratio != 1 else set()
     slow = Group({name: p for name, p in named.items() if name not in fast}, weight_decay=config.weight_decay)
     if not fast:
         return [slow]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
-from tailora.core.init import DATA_STARTS, FROM_GRADIENT
+from tailora.core.init import DATA_INITS, GRADIENT_INITS
 from tailora.data.dataset import IGNORED, Example
 from tailora.errors import ConfigError, listing, nearest
 from tailora.kernels.attention import packed_rows
@@ -56,11 +56,11 @@ def words(config: TrainConfig) -> str:
     name = config.init_lora_weights
     if config.adapter:
         return f"from {config.adapter}"
-    if name not in DATA_STARTS:
+    if name not in DATA_INITS:
         source = {"pissa": "leading directions of each weight", "olora": "QR of each weight"}.get(name)
         return f"{name}: {source}, taken off again at run time" if source else f"{name}: random A, zero B"
     seen = f"up to {config.init_batches * config.per_device_train_batch_size} examples"
-    return f"{name}: {'gradient' if name in FROM_GRADIENT else 'principal components of the inputs'} over {seen}"
+    return f"{name}: {'gradient' if name in GRADIENT_INITS else 'principal components of the inputs'} over {seen}"
 
 
 def resumed(config: TrainConfig, saved: Checkpoint | None) -> LoRAConfig | None:

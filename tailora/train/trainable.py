@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.adalora import RankAllocator
-from tailora.core.adapter import Row, Summary, adapter_dtype, parameter_count
+from tailora.core.adapter import Summary, SummaryRow, adapter_dtype, parameter_count
 from tailora.formats.io import replace_folder
 from tailora.model import LoRAModel
 from tailora.quiet import quiet_transformers
@@ -96,7 +96,7 @@ class FullModel(nn.Module):
 
     def summary(self) -> Summary:
         count = parameter_count(self.base_model)
-        return Summary([Row("", type(self.base_model).__name__, (), None, None, count)], count, count)
+        return Summary([SummaryRow("", type(self.base_model).__name__, (), None, None, count)], count, count)
 
 
 def _key(name: str) -> str:

@@ -34,7 +34,7 @@ def two(**of_b: Any) -> LoRAModel:
 
 
 def delta(model: LoRAModel, name: str, path: str) -> Tensor:
-    return model._adapters[name].low_rank[path].delta().detach()
+    return model.adapter(name).low_rank[path].delta().detach()
 
 
 def llama(**changes: Any) -> LlamaForCausalLM:
@@ -72,15 +72,15 @@ def test_modules_trained_whole_are_mixed_where_that_is_exact() -> None:
     stir(model)
     model.add_adapter("b", LoRAConfig(r=2, target_modules=["0"]))
     base = net()[2].weight
-    trained = model._adapters["a"].saved["2"].weight
+    trained = model.adapter("a").saved["2"].weight
     model.combine({"a": 0.25, "b": 1}, name="mix")
-    torch.testing.assert_close(model._adapters["mix"].saved["2"].weight, base + 0.25 * (trained - base))
+    torch.testing.assert_close(model.adapter("mix").saved["2"].weight, base + 0.25 * (trained - base))
     assert model.adapters["mix"].modules_to_save == ["2"]
     model.combine({"a": 1}, name="same")
     expected = model(x)
     model.set_adapter("same")
     torch.testing.assert_close(model(x), expected)
-    assert model._adapters["same"].saved["2"] is not model._adapters["a"].saved["2"]
+    assert model.adapter("same").saved["2"] is not model.adapter("a").saved["2"]
 
 
 def nested() -> nn.ModuleDict:

@@ -109,7 +109,7 @@ def test_several_active_adapters_add_up() -> None:
     model, x = two(), torch.randn(3, 8)
     layer: Any = model.base_model[2]
     inner = torch.tanh(model.base_model[0](x))
-    deltas = [model._adapters[name].low_rank["2"].delta() for name in ("default", "b")]
+    deltas = [model.adapter(name).low_rank["2"].delta() for name in ("default", "b")]
     model.set_adapter(["default", "b"])
     torch.testing.assert_close(model(x), inner @ (layer.weight + sum(deltas)).T + layer.bias)
     assert len(model.lora_layers) == 2

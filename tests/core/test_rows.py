@@ -76,7 +76,7 @@ def test_every_row_is_what_its_adapter_alone_makes_of_it(case: LayerCase, slot: 
 def test_gradients_reach_every_adapter_and_are_those_of_its_rows(case: LayerCase, slot: str) -> None:
     model, x = mixed(case, slot, torch.float64), rows_of(case, 5, torch.float64)
     model.set_adapter(None)
-    parameters = [p for name in "abc" for p in model._adapters[name].low_rank["block.target"].parameters()]
+    parameters = [p for name in "abc" for p in model.adapter(name).low_rank["block.target"].parameters()]
     expected = torch.autograd.grad(one_by_one(model, x, NAMES).square().sum(), parameters)
     with model.adapter_rows(NAMES):
         found = torch.autograd.grad(model(x).square().sum(), parameters)
@@ -318,7 +318,7 @@ def test_other_names_for_the_rows_compile_nothing_anew(gradients: bool) -> None:
 def test_every_kind_compiles_and_its_gradients_are_the_same(case: LayerCase) -> None:
     torch._dynamo.reset()
     model, x = mixed(case, dtype=torch.float64), rows_of(case, 5, torch.float64)
-    parameters = [p for name in "abc" for p in model._adapters[name].low_rank["block.target"].parameters()]
+    parameters = [p for name in "abc" for p in model.adapter(name).low_rank["block.target"].parameters()]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with model.adapter_rows(NAMES):
         eager, traced = model(x), compiled(x)
@@ -358,7 +358,7 @@ def test_kept_factors_follow_what_changes(change: str) -> None:
     model, x = two(), torch.randn(3, 8)
     with model.adapter_rows(["b", None, "a"]):
         before = model(x)
-        CHANGES[change](model, model._adapters["b"].low_rank["0"])
+        CHANGES[change](model, model.adapter("b").low_rank["0"])
         x = x.to(next(model.parameters()).dtype)
         after = model(x)
     assert not torch.equal(after[0].float(), before[0])
@@ -384,7 +384,7 @@ def test_without_changes_the_factors_are_put_together_once(monkeypatch: pytest.M
 
 def test_a_fused_optimizer_s_step_which_torch_does_not_count_is_seen() -> None:
     model, x = two(), torch.randn(3, 8)
-    optimizer = torch.optim.AdamW(model._adapters["b"].low_rank["0"].parameters(), lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.adapter("b").low_rank["0"].parameters(), lr=0.1, fused=True)
     with model.adapter_rows(["b", None, "a"]):
         with torch.no_grad():
             before = model(x)
@@ -429,7 +429,7 @@ def test_rows_have_their_own_copies_of_modules_trained_whole() -> None:
         )
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     found.float().sum().backward()
-    weights = [model._adapters[name].saved["2"].weight.grad for name in "ab"]
+    weights = [model.adapter(name).saved["2"].weight.grad for name in "ab"]
     assert all(gradient.abs().sum() > 0 for gradient in weights)
     assert torch.equal(model(x), model(x))
 

@@ -120,7 +120,7 @@ def test_logits_are_compared_by_the_dequantised_weights_in_float32(
     twin = plain_twin(tmp_path / "base", model, torch.float32)
     expected = LoRAModel.from_pretrained(twin, tmp_path / "adapter").eval()(IDS).logits
     before, state = [tensor.clone() for tensor in held_tensors(model)], [dict(vars(m)) for m in model.modules()]
-    with with_only_adapter(model.base_model, model._adapters["default"]) as live:
+    with with_only_adapter(model.base_model, model.adapter("default")) as live:
         found = float32_logits(live, IDS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - model(IDS).logits).abs().max() > 1e-3  # what 16 bits would hide

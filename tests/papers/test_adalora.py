@@ -75,8 +75,11 @@ def test_the_penalty_s_gradient_is_added_before_the_step() -> None:
 
 
 def test_importance_is_smoothed_sensitivity_times_its_uncertainty() -> None:
-    """I = |w dL/dw|; both averages with beta .85; S_i = s(E_i) + mean of s over A's row and B's column (sec. 3.2)."""
-    model = two_layers(orth_reg_weight=0)
+    """I = |w dL/dw|, averaged by beta1, its uncertainty by beta2; S_i = s(E_i) + the means of s over A's row and B's
+    column (sec. 3.2).
+    """
+    beta1, beta2 = 0.85, 0.6
+    model = two_layers(orth_reg_weight=0, beta1=beta1, beta2=beta2)
     layer = model.lora_layers["1"]
     layer.lora_E.data.normal_()  # at zero the factors have no gradient
     optimizer = torch.optim.SGD(model.lora_layers.parameters(), lr=0.05)
@@ -88,8 +91,8 @@ def test_importance_is_smoothed_sensitivity_times_its_uncertainty() -> None:
         (model(torch.randn(5, 20, dtype=torch.float64)) - 1).square().mean().backward()
         for name, p in layer.named_parameters():
             now = (p * p.grad).abs().detach()
-            smooth[name] = 0.85 * smooth[name] + 0.15 * now
-            unsure[name] = 0.85 * unsure[name] + 0.15 * (now - smooth[name]).abs()
+            smooth[name] = beta1 * smooth[name] + (1 - beta1) * now
+            unsure[name] = beta2 * unsure[name] + (1 - beta2) * (now - smooth[name]).abs()
         optimizer.step()
     s = {name: smooth[name] * unsure[name] for name in smooth}
     expected = s["lora_E"] + s["lora_A"].mean(dim=1) + s["lora_B"].mean(dim=0)
@@ -105,6 +108,25 @@ def test_the_budget_falls_by_a_cubic() -> None:
     assert course[70:] == [32] * 31
     assert course[40] == 32 + 64 // 8
     assert course == sorted(course, reverse=True)
+
+
+def test_ranks_fall_every_deltat_steps_and_are_final_tfinal_steps_before_the_end() -> None:
+    """sec. 3.3: b0 = 12 until t_i = 3, b_T = 4 from step T - t_f = 20 - 6 on."""
+    model = two_layers(tinit=3, tfinal=6, deltaT=4)
+    optimizer = torch.optim.SGD(model.lora_layers.parameters(), lr=0.01)
+    allocator = model.allocate_ranks(optimizer, 20)
+    on, final = [], []
+    for _ in range(20):
+        for layer in model.lora_layers.values():
+            layer.lora_E.data.normal_()  # what is switched off may come back
+        model(torch.randn(5, 20, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+        on.append(sum(ranks(model).values()))
+        final.append(allocator.final)
+    at = {step: budget(step, 20, 3, 6, 12, 4) for step in (3, 7, 11)}
+    assert at[7] < at[3] == 12
+    assert on == [at.get(step, 12) for step in range(1, 14)] + [4] * 7
+    assert final == [False] * 13 + [True] * 7
 
 
 def test_ranks_go_where_they_matter_and_stay_within_the_budget() -> None:

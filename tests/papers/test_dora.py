@@ -91,7 +91,7 @@ def test_the_strength_dial_and_a_second_adapter_scale_and_add_what_the_weight_ch
     model, base, _ = stirred()
     x, plain = torch.randn(5, 24, dtype=torch.float64), base.weight @ torch.eye(24, dtype=torch.float64)
     model.add_adapter("other", LoRAConfig(r=2, use_dora=True))
-    other = model._adapters["other"].low_rank["0"]
+    other = model.adapter("other").low_rank["0"]
     other.lora_B.data.normal_(std=0.1)
     full = {}
     for name in ("default", "other"):

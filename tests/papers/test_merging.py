@@ -20,7 +20,7 @@ def updates(*dense: Tensor | Sequence[Sequence[float]]) -> LoRAModel:
     for name in "bcdefgh"[: len(matrices) - 1]:
         model.add_adapter(name, LoRAConfig(r=r, lora_alpha=r))
     for name, matrix in zip("abcdefgh", matrices, strict=False):
-        layer = model._adapters[name].low_rank["0"]
+        layer = model.adapter(name).low_rank["0"]
         U, S, V = torch.linalg.svd(matrix, full_matrices=False)
         layer.lora_B.data, layer.lora_A.data = U * S, V
     return model
@@ -28,7 +28,7 @@ def updates(*dense: Tensor | Sequence[Sequence[float]]) -> LoRAModel:
 
 def combined(model: LoRAModel, weights: dict[str, float], method: str, **settings: float) -> Tensor:
     model.combine(weights, "mix", method, r=1000, **settings)
-    found = model._adapters["mix"].low_rank["0"].delta().detach()
+    found = model.adapter("mix").low_rank["0"].delta().detach()
     model.delete_adapter("mix")
     return found
 

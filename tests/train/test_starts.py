@@ -12,7 +12,7 @@ from runs import adapter, changed, losses, stopping_at
 from transformers import AutoModelForCausalLM
 
 from tailora import LoRAModel
-from tailora.core.init import DATA_STARTS, STARTS
+from tailora.core.init import DATA_INITS, WEIGHT_INITS
 from tailora.errors import ConfigError
 from tailora.train import events
 from tailora.train.trainer import run
@@ -20,7 +20,7 @@ from tailora.train.trainer import run
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "init_batches": 2, "lora_dropout": 0.1}
 
 
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("name", [*WEIGHT_INITS, *DATA_INITS])
 def test_a_run_starts_so_says_so_and_goes_on_to_the_same_bytes(settings: Any, tmp_path: Path, name: str) -> None:
     whole, stopped = (
         settings(output_dir=str(tmp_path / each), init_lora_weights=name, loraplus_lr_ratio=4, **SHORT)
@@ -30,7 +30,7 @@ def test_a_run_starts_so_says_so_and_goes_on_to_the_same_bytes(settings: Any, tm
     result = run(whole, on_event=heard.append)
     header = next(event.header for event in heard if isinstance(event, events.Prepared))
     assert header["start"].startswith(name)
-    assert ("over up to 8 examples" in header["start"]) == (name in DATA_STARTS)
+    assert ("over up to 8 examples" in header["start"]) == (name in DATA_INITS)
     assert result.eval_loss_after < result.eval_loss_before
 
     with pytest.raises(events.Interrupted):

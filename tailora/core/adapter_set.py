@@ -1,0 +1,213 @@
+"""The adapters of one base model: their names, the layers that they change, and which of them are active.
+
+Every part of an adapter (an update, a trained copy, a trained bias) has the path of what it changes. The layer that
+computes with it is mostly at this path, too. A slice of a fused layer and a single parameter have no module of their
+own: the layer that holds them computes with their updates.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, SupportsFloat
+
+from torch import Tensor, nn
+
+from tailora.core.adapter import Adapter, as_module, by_layer, check_compatible, parts_by_path
+from tailora.core.attach import (
+    Swapped,
+    attach,
+    become,
+    detach,
+    encoders_around,
+    fast_path_mixin,
+    mixin_for,
+)
+from tailora.core.inference import generating
+from tailora.core.layer_types import host_path
+from tailora.core.mixed_batch import Batch, by_rows, check_names, repeats
+from tailora.errors import AdapterError, ConfigError, RowsError, TargetError, nearest
+
+
+class AdapterSet:
+    """Adapters of `base_model` by name. Adding one changes the classes of its layers, activating one what they compute.
+
+    adapters: name -> adapter, in the order in which they were added.
+    active: names of the adapters that the model computes with.
+    layers: path -> layer of the base, for all layers that some adapter changes.
+    batch: the adapter of every row, within a block of `activated_by_row`.
+    training_obstacle: why the adapters in use cannot be trained yet, or "".
+    """
+
+    def __init__(self, base_model: nn.Module) -> None:
+        self.base_model = base_model
+        self.adapters: dict[str, Adapter] = {}
+        self.active: tuple[str, ...] = ()
+        self.layers: dict[str, nn.Module] = {}
+        self.batch: Batch | None = None
+        self.training_obstacle = ""
+        self._layer_paths: dict[str, str] = {}  # path of an adapter's part -> path of the layer that computes with it
+        self._modules: dict[str, nn.ModuleDict] = {}  # name -> the adapter's parts as a module
+
+    # ---- Names
+
+    def __getitem__(self, name: str) -> Adapter:
+        """Raises AdapterError, with the names that there are."""
+        if name not in self.adapters:
+            raise AdapterError(
+                f"no adapter is called {name!r}; there are: {', '.join(self.adapters) or 'none'}"
+                f"{nearest(name, self.adapters)}"
+            )
+        return self.adapters[name]
+
+    def check_new(self, name: str) -> None:
+        """Raises AdapterError unless an adapter can be added under this name."""
+        if not isinstance(name, str) or not name:
+            raise AdapterError(f"an adapter's name is a non-empty string; got {name!r}")
+        if name in self.adapters:
+            raise AdapterError(f"an adapter is called {name!r} already; delete_adapter({name!r}) or take another name")
+
+    # ---- Adding and removing
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Adds an adapter that is not active yet. Its layers get the class that computes with such parts.
+
+        Raises TargetError for a layer that one adapter adapts and another trains whole.
+        """
+        layer_paths = {path: host_path(self.base_model, path) for path in adapter.parts}
+        parts = by_layer(layer_paths, parts_by_path([adapter]))
+        layers = {path: self.base_model.get_submodule(path) for path in parts}
+        mixins = {path: mixin_for(layer_parts[0]) for path, layer_parts in parts.items()}
+        if conflicts := [
+            path for path, layer in layers.items() if isinstance(layer, Swapped) and not isinstance(layer, mixins[path])
+        ]:
+            raise TargetError(
+                f"adapted by one adapter and trained whole by another: {', '.join(conflicts)}; use two models"
+            )
+        for path in layers.keys() - self.layers.keys():
+            become(layers[path], mixins[path])
+        for encoder in encoders_around(self.base_model, layers.values()):
+            become(encoder, fast_path_mixin(encoder))
+        self._layer_paths |= layer_paths
+        self.layers |= layers
+        self.replace(name, adapter)
+
+    def replace(self, name: str, adapter: Adapter) -> None:
+        """Puts an adapter of the same layers under this name. `activate` lets the layers compute with it."""
+        self.adapters[name] = adapter
+        self._modules[name] = as_module(parts_by_path([adapter]))
+
+    def remove(self, name: str) -> None:
+        """Removes an adapter that is not active. Layers that no other adapter changes get their class back."""
+        layer_paths = self._layers_of([name])
+        del self.adapters[name], self._modules[name]
+        for path in layer_paths - self._layers_of(self.adapters):
+            detach(self.layers.pop(path))
+
+    def clear(self) -> None:
+        """Removes all adapters, active or not. All classes are those of the base model again."""
+        for module in self.base_model.modules():
+            detach(module)
+        self.adapters, self.active, self.layers, self._modules = {}, (), {}, {}
+
+    def _layers_of(self, names: Iterable[str]) -> set[str]:
+        """Paths of the layers that these adapters change."""
+        return {self._layer_paths[path] for name in names for path in self[name].parts}
+
+    # ---- Choosing what the layers compute
+
+    def activate(self, name: str | Iterable[str] | None) -> nn.ModuleDict:
+        """Lets the layers compute with this adapter, with the sum of several, or with none.
+
+        Returns the parts of the active adapters by path: all that is trained.
+        """
+        if not isinstance(name, str | Iterable | None):
+            raise AdapterError(f"set_adapter takes a name, several names, or None for the plain base; got {name!r}")
+        names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name or ()))
+        adapters = {name: self[name] for name in names}
+        self.check_no_batch("switch adapters")
+        check_compatible(adapters)
+        parts = parts_by_path(list(adapters.values()))
+        parts_of_layers = by_layer(self._layer_paths, parts)
+        for path in self._layers_of(self.active) - parts_of_layers.keys():
+            attach(self.layers[path], ())
+        for path, layer_parts in parts_of_layers.items():
+            attach(self.layers[path], layer_parts)
+        self.active = names
+        self.training_obstacle = _training_obstacle(adapters)
+        return self._modules[names[0]] if len(names) == 1 else as_module(parts)
+
+    @contextmanager
+    def activated_by_row(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within the block every row of a batch has the adapter named for it, None for none.
+
+        Raises AdapterError for unknown names, RowsError within another such block.
+        """
+        by_row = check_names(names, tuple(self.adapters))
+        self.check_no_batch("choose adapters by row")
+        adapters = {name: self.adapters[name] for name in dict.fromkeys(by_row) if name is not None}
+        check_compatible(adapters, by_row=True)
+        batch = Batch(by_row, tuple(self.adapters), next(self.base_model.parameters()).device)
+        parts = by_rows(batch, self.adapters, self._layer_paths, self.layers)
+        attached = {path: vars(layer)["active_adapters"] for path, layer in self.layers.items()}
+        obstacle = self.training_obstacle
+        for path, layer in self.layers.items():
+            attach(layer, parts.get(path, ()))
+        self.batch, self.training_obstacle = batch, _training_obstacle(adapters)
+        try:
+            yield
+        finally:
+            self.batch, self.training_obstacle = None, obstacle
+            for path, layer_parts in attached.items():
+                attach(self.layers[path], layer_parts)
+
+    def check_no_batch(self, action: str) -> None:
+        """Raises RowsError within a block of `activated_by_row`."""
+        if self.batch is not None:
+            raise RowsError(f"cannot {action} within adapter_rows; leave its block first")
+
+    def generation(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Goes around `base_model.generate(*args, **kwargs)`: within the block no adapter changes.
+
+        By row, all beams and sequences of a prompt have the prompt's adapter.
+        """
+        if self.batch is None:
+            return generating(self.base_model, self.layers)
+        return self.batch.generation(repeats(self.base_model, args, kwargs))
+
+    # ---- Changing all parts of adapters
+
+    def set_strength(self, name: str, strength: float) -> None:
+        """Multiplies all that the adapter adds by `strength` from here on. Raises ConfigError unless it is finite."""
+        adapter = self[name]
+        if not isinstance(strength, SupportsFloat) or not math.isfinite(strength):
+            raise ConfigError(f"strength = {strength!r}; take a finite number, 1 is as trained")
+        for part in (*adapter.low_rank.values(), *adapter.extras.values()):
+            if isinstance(value := getattr(part, "strength", None), Tensor):
+                value.fill_(strength)
+        self._parameters_changed()
+
+    def apply_to_inactive(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+        """Applies `fn` to the tensors of the adapters that are not active, as `nn.Module._apply` does."""
+        active = {id(part) for name in self.active for part in self.adapters[name].parts.values()}
+        for adapter in self.adapters.values():
+            for part in adapter.parts.values():
+                if id(part) not in active:
+                    part._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._parameters_changed()
+
+    def measure_row_norms(self) -> None:
+        """Computes the row norms of the weights again, which DoRA keeps, after the weights moved or were cast."""
+        for adapter in self.adapters.values():
+            for path, layer in adapter.low_rank.items():
+                if layer.row_norms is not None:
+                    layer.row_norms.refresh(self.layers[self._layer_paths[path]])
+
+    def _parameters_changed(self) -> None:
+        """Lets a mixed batch put its factors together again."""
+        if self.batch is not None:
+            self.batch.epoch += 1
+
+
+def _training_obstacle(adapters: Mapping[str, Adapter]) -> str:
+    """Why the first of these that waits for data cannot be trained, or ""."""
+    return next((reason for name, adapter in adapters.items() if (reason := adapter.missing_data(name))), "")
