@@ -80,13 +80,13 @@ def typed() -> Iterator[str]:
 
 def answer(talk: Talk, text: str) -> None:
     """Streams the reply; Ctrl-C cuts it short and keeps what was said. What cannot be answered is dropped."""
-    from tailora.evaluation.generate import reply
+    from tailora.evaluation.generate import stream_reply
 
     asked = [*talk.messages, {"role": "user", "content": text}]
     said = ""
     try:
         with enough_memory():
-            for piece in reply(talk.loaded.model, talk.loaded.tokenizer, asked, **talk.sampling):
+            for piece in stream_reply(talk.loaded.model, talk.loaded.tokenizer, asked, **talk.sampling):
                 said += piece
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -175,7 +175,7 @@ def generate(
     """Answer prompts once; several adapters add up."""
     prompts = prompt or [_piped()]
     loaded = load(model, adapter or [], quantize)
-    from tailora.evaluation.generate import reply
+    from tailora.evaluation.generate import stream_reply
 
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -187,7 +187,7 @@ def generate(
     answers = []
     for text in prompts:
         messages = [*first, {"role": "user", "content": text}]
-        pieces = reply(loaded.model, loaded.tokenizer, messages, **sampling)
+        pieces = stream_reply(loaded.model, loaded.tokenizer, messages, **sampling)
         with enough_memory():
             answers.append({"prompt": text, "text": "".join(pieces) if json else _streamed(pieces)})
     if json:

@@ -241,14 +241,14 @@ def resume_command(config: TrainConfig, interrupted: "Interrupted") -> str:
 
 def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] | None) -> "list[Answer]":
     """Returns answers of the base and the tuned model to the first `count` questions, and writes samples.json."""
-    from tailora.evaluation.generate import answers
+    from tailora.evaluation.generate import compare_answers
     from tailora.formats.io import write_file
     from tailora.train.memory import explained
 
     held_out = result.data.eval_samples if result.data else []
     advice = f"the adapter is complete, in {result.output_dir}; --samples 0 compares no answers"
     with explained("comparing answers", lambda: advice):
-        samples = answers(result.model, result.tokenizer, (questions or held_out)[:count])
+        samples = compare_answers(result.model, result.tokenizer, (questions or held_out)[:count])
     content = json.dumps([asdict(answer) for answer in samples], ensure_ascii=False, indent=2)
     write_file(Path(result.output_dir) / "samples.json", content.encode())
     return samples

@@ -1,4 +1,4 @@
-"""What can be measured, by name, and gates on it. Needs no torch: names are checked before any work is done."""
+"""The metrics by name, and gates on them such as `loss<1.3`. Needs no torch: names are checked before any work."""
 
 import math
 import operator
@@ -12,10 +12,10 @@ METRICS = {  # name -> meaning
     "loss": "nats per learned token",
     "perplexity": "exp(loss)",
     "exact_match": "share of greedy answers that equal the reply in the data",
-    "accuracy": "share of rows whose right choice is the likeliest",
-    "accuracy_norm": "the same, log-likelihood per byte of the choice",
+    "accuracy": "share of questions whose right choice is the likeliest",
+    "accuracy_norm": "the same, by log-likelihood per byte of the choice",
 }
-OTHER_NAMES = {"ppl": "perplexity", "em": "exact_match", "acc": "accuracy", "acc_norm": "accuracy_norm"}
+METRIC_ALIASES = {"ppl": "perplexity", "em": "exact_match", "acc": "accuracy", "acc_norm": "accuracy_norm"}
 CHANGE = "_change"  # loss_change: tuned - base
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -24,56 +24,60 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-GATE = re.compile(r"\s*(?P<metric>[^<>=\s]+)\s*(?P<sign><=|>=|<|>)\s*(?P<bound>[^<>=\s]+)\s*")
-SHELL = "in quotes, since the shell takes < and > for itself: --gate 'loss<1.3'"
+GATE = re.compile(r"\s*(?P<metric>[^<>=\s]+)\s*(?P<operator><=|>=|<|>)\s*(?P<bound>[^<>=\s]+)\s*")
+QUOTES_HINT = "in quotes, because the shell reads < and > itself: --gate 'loss<1.3'"
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A metric, and what it has to be."""
+    """A condition on a metric; `metric` may be TASK/METRIC of an lm-evaluation-harness task."""
 
     metric: str
-    sign: str
+    operator: str
     bound: float
 
     def __str__(self) -> str:
-        return f"{self.metric}{self.sign}{self.bound:g}"
+        return f"{self.metric}{self.operator}{self.bound:g}"
 
-    def met(self, value: float) -> bool:
-        """A value that is not a number meets nothing."""
-        return OPERATORS[self.sign](value, self.bound)
+    @property
+    def is_on_task(self) -> bool:
+        return "/" in self.metric
+
+    def is_met(self, value: float) -> bool:
+        """False if the value is not a number."""
+        return OPERATORS[self.operator](value, self.bound)
 
 
 def parse_metrics(texts: Iterable[str]) -> list[str]:
-    """Names out of "loss,acc", each once. Raises ConfigError with the nearest names for all that are unknown."""
-    asked = [_own(part.strip()) for text in texts for part in text.split(",") if part.strip()]
-    if unknown := [name for name in dict.fromkeys(asked) if name not in METRICS]:
-        raise ConfigError(listing([f"--metrics: {unknown_metric(name, METRICS)}" for name in unknown]))
-    return list(dict.fromkeys(asked))
+    """Returns the names in texts such as "loss,acc", each once. Raises ConfigError for all unknown names."""
+    names = [_full_name(part.strip()) for text in texts for part in text.split(",") if part.strip()]
+    if unknown := [name for name in dict.fromkeys(names) if name not in METRICS]:
+        raise ConfigError(listing([f"--metrics: {_unknown_metric(name, METRICS)}" for name in unknown]))
+    return list(dict.fromkeys(names))
 
 
 def parse_gates(texts: Sequence[str]) -> list[Gate]:
-    """Gates out of "loss<1.3", several with commas. Raises ConfigError for all that cannot be read."""
+    """Returns the gates in texts such as "loss<1.3,acc>.5". Raises ConfigError for all that cannot be read."""
     gates, problems = [], []
-    for text in (part for each in texts for part in each.split(",")):
-        found = GATE.fullmatch(text)
-        bound = _number(found["bound"]) if found else None
-        if found is None or bound is None:
-            problems.append(f"--gate {text!r}: write METRIC<NUMBER (or <=, >, >=) {SHELL}")
+    for text in (part for text in texts for part in text.split(",")):
+        match = GATE.fullmatch(text)
+        bound = _finite_number(match["bound"]) if match else None
+        if match is None or bound is None:
+            problems.append(f"--gate {text!r}: write METRIC<NUMBER (or <=, >, >=) {QUOTES_HINT}")
         else:
-            gates.append(Gate(_own(found["metric"]), found["sign"], bound))
+            gates.append(Gate(_full_name(match["metric"]), match["operator"], bound))
     if problems:
         raise ConfigError(listing(problems))
     return gates
 
 
-def check_gates(gates: Sequence[Gate], known: Sequence[str], *, base: bool) -> None:
-    """Raises ConfigError for gates on what will not be measured. base: whether there is one to compare with."""
-    changes = {f"{name}{CHANGE}" for name in known if name != "perplexity"}
-    names = [*known, *sorted(changes)]
-    problems = [f"--gate {gate}: {unknown_metric(gate.metric, names)}" for gate in gates if gate.metric not in names]
+def check_gates(gates: Sequence[Gate], metrics: Sequence[str], *, base: bool) -> None:
+    """Raises ConfigError for gates on what will not be measured. base: True if the base is measured as well."""
+    changes = {f"{name}{CHANGE}" for name in metrics if name != "perplexity"}
+    names = [*metrics, *sorted(changes)]
+    problems = [f"--gate {gate}: {_unknown_metric(gate.metric, names)}" for gate in gates if gate.metric not in names]
     problems += [
-        f"--gate {gate}: a change needs an adapter and its base beside it; leave --no-base out"
+        f"--gate {gate}: a change needs an adapter and its base model; leave --no-base out"
         for gate in gates
         if gate.metric in changes and not base
     ]
@@ -81,24 +85,19 @@ def check_gates(gates: Sequence[Gate], known: Sequence[str], *, base: bool) -> N
         raise ConfigError(listing(problems))
 
 
-def of_task(gate: Gate) -> bool:
-    """Whether it is on a metric of a task, TASK/METRIC."""
-    return "/" in gate.metric
-
-
-def unknown_metric(name: str, known: Iterable[str]) -> str:
+def _unknown_metric(name: str, known: Iterable[str]) -> str:
     names = list(known)
     there_are = f"; there are: {', '.join(names)}"
     return f"no metric is called {name!r}{nearest(name, names) or there_are}"
 
 
-def _own(name: str) -> str:
-    """`acc` is accuracy, `acc_change` accuracy_change."""
+def _full_name(name: str) -> str:
+    """Returns accuracy for `acc`, and accuracy_change for `acc_change`."""
     stem = name.removesuffix(CHANGE)
-    return OTHER_NAMES.get(stem, stem) + name[len(stem) :]
+    return METRIC_ALIASES.get(stem, stem) + name[len(stem) :]
 
 
-def _number(text: str) -> float | None:
+def _finite_number(text: str) -> float | None:
     try:
         number = float(text)
     except ValueError:

@@ -1,8 +1,8 @@
-"""How good a model is on held-out data, and how much of that its adapter brought.
+"""How good a model is on held-out data, and how much of that its adapter brings.
 
-    data, checked -> chunks of rows -> {tuned, base} x {loss, choices, answers} -> a number per row -> means, intervals
-
-What is kept of a row is a few numbers, so the size of the data does not matter.
+`score` reads the data in chunks. The tuned model and the base evaluate each chunk, and of an example only a few numbers
+are kept, so that the size of the data does not matter. `_Evaluator` computes the metrics of a chunk, `_Totals` keeps
+them, and `_scores` turns the totals into means with intervals. `loss_on_data` is the plain loss, for other commands.
 """
 
 import math
@@ -24,9 +24,14 @@ from tailora.data.prepare import Judged, Learned, Source, chunks, examine, prepa
 from tailora.data.schemas import Conversation, Pair
 from tailora.data.tokenize import prompt_ids, reply_text
 from tailora.errors import ConfigError, DataError, listing, nearest
-from tailora.evaluation.generate import prompt_of, request, room
+from tailora.evaluation.generate import free_positions, generation_arguments, make_prompt
 from tailora.evaluation.metrics import CHANGE, METRICS
-from tailora.evaluation.multiple_choice import Options, log_likelihoods, obstacle_to_sharing, options, picked
+from tailora.evaluation.multiple_choice import (
+    log_likelihoods,
+    reason_against_shared_prompts,
+    right_is_likeliest,
+    tokenize_choices,
+)
 from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
@@ -35,156 +40,74 @@ from tailora.train.loss import BatchLayout, Evaluation, evaluate
 from tailora.train.setup import choose_rows
 from tailora.train.trainable import Trainable
 
-# ---- The loss on data that was not trained on, of whatever adapters are active when it is asked for.
-
-
-def held_out(
-    config: TrainConfig, model: LoRAModel, tokenizer: Any, note: Callable[[str], None]
-) -> Callable[[], Evaluation]:
-    """A function that evaluates `model` on all of `config.data`, example by example. `note` hears what was decided.
-
-    'demo' is the demo's held-out part. Raises DataError with all that is wrong with the data.
-    """
-    prepared = prepare(
-        resolve(config.data, "eval_data"),
-        tokenizer,
-        field=config.field,
-        max_length=config.max_length,
-        validation_split=0.0,
-        embedding_rows=model.get_input_embeddings().weight.shape[0],
-    )
-    rows = choose_rows(config, model, tokenizer, note)
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    budget = CPU_TOKENS if on_cpu else 8 * CPU_TOKENS
-    return lambda: evaluate(model, prepared.train, rows=rows, token_budget=budget)
-
-
-# ---- Whether the model's own greedy answer is the reply in the data, word for word after a stated normalisation.
-
-
-Normal = Callable[[str], str]
-NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-STEPS: dict[str, Normal] = {  # in this order, whatever the order they are asked for in
-    "case": str.casefold,
-    "punctuation": lambda text: text.translate(NO_PUNCTUATION),
-    "space": lambda text: " ".join(text.split()),
-    "strip": str.strip,
-}
-HALF_LETTER = "\ufffd"  # what a tokenizer writes for the first bytes of a letter
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    prompt: str
-    expected: str
-    answer: str  # as far as it was written: a wrong one is not written to its end
-    hit: bool
-
-
-def normaliser(names: Sequence[str]) -> Normal:
-    """Applies these steps. Raises ConfigError for unknown ones."""
-    if unknown := [name for name in names if name not in STEPS]:
-        known = f"; there are {', '.join(STEPS)}, or none"
-        raise ConfigError(listing([f"--normalize {name}: unknown{nearest(name, STEPS) or known}" for name in unknown]))
-    steps = [step for name, step in STEPS.items() if name in names]
-
-    def normal(text: str) -> str:
-        for step in steps:
-            text = step(text)
-        return text
-
-    return normal
-
-
-def match(
-    model: Trainable,
-    tokenizer: Any,
-    sample: Conversation | Pair,
-    normal: Normal,
-    *,
-    max_new_tokens: int,
-    to_the_end: bool = False,
-) -> Match | None:
-    """None where the prompt leaves the model no positions for an answer.
-
-    to_the_end: write the whole answer, though it went wrong; by default a wrong one ends with its first wrong word.
-    """
-    ids = prompt_ids(sample, tokenizer)
-    if room(model, len(ids)) < 1:
-        return None
-    expected = normal(reply_text(sample))
-
-    def said(output: Tensor) -> str:
-        text: str = tokenizer.decode(
-            output[0, len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
-
-    def wrong(output: Tensor, _scores: Any) -> Tensor:
-        """Asked after every token: (1,)."""
-        hopeless = not expected.startswith(normal(said(output).rstrip(HALF_LETTER)))
-        return torch.full((1,), hopeless and not to_the_end, dtype=torch.bool, device=output.device)
-
-    with evaluating(model), torch.no_grad():
-        asked = request(model, tokenizer, ids, max_new_tokens=max_new_tokens)
-        answer = said(model.generate(**asked, stopping_criteria=[wrong]))
-    return Match(
-        prompt_of(sample, tokenizer).text, reply_text(sample).strip(), answer.strip(), normal(answer) == expected
-    )
-
-
-# ----
-
-
 TUNED, BASE = "tuned", "base"
-CHUNK = 64  # rows judged at a time on a CPU, by one side and then by the other
+CHUNK = 64  # examples evaluated at a time on a CPU, by one model and then by the other
 NEEDS = {"exact_match": "a reply to compare with", "accuracy": "choices", "accuracy_norm": "choices"}
-SHARES = tuple(NEEDS)
+SHARES = tuple(NEEDS)  # metrics that are shares of right answers
 
 Progress = Callable[[int, int], None]  # done, of how many
-Note = Callable[[str], None]
+Log = Callable[[str], None]
+
+
+# ---- What is asked for, and what comes out
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What is measured, and how."""
-
-    metrics: tuple[str, ...] = ()  # none: what the data is good for
-    also: tuple[str, ...] = ()  # beside those; `loss_change` asks for loss
+class EvalOptions:
+    metrics: tuple[str, ...] = ()  # empty: those that the data is made for
+    extra_metrics: tuple[str, ...] = ()  # in addition to those; `loss_change` stands for loss
     max_length: int = 1024
     max_new_tokens: int = 128  # of an answer, for exact_match
-    normalize: tuple[str, ...] = ("strip",)  # before answers are compared: keys of `exact.STEPS`
-    limit: int | None = None  # the first so many rows
-    shown: int = 3  # answers that are kept to look at
+    normalize: tuple[str, ...] = ("strip",)  # what is done to both answers before they are compared: keys of NORMALIZE
+    limit: int | None = None  # only the first examples
+    samples: int = 3  # answers that are kept to be shown
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A value with its 95% interval over `n` rows; the ends are NaN where there is no spread to see."""
+    """A value with its 95% interval over `n` examples. The ends are NaN if there is no spread to see."""
 
     value: float
     low: float
     high: float
     n: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: numbers that are not finite become null."""
+        ends = [self.low, self.high]
+        return {
+            "value": self.value if math.isfinite(self.value) else None,
+            "interval": ends if all(map(math.isfinite, ends)) else None,
+            "n": self.n,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The model's answer next to the reply in the data."""
+
+    prompt: str
+    expected: str
+    answer: str  # up to its first wrong word, unless it is to be shown
+    hit: bool
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
     metrics: dict[str, Score]
     base: dict[str, Score] | None  # of the model without its adapter
-    change: dict[str, Score] | None  # metrics - base, on the same rows
+    change: dict[str, Score] | None  # metrics - base, on the same examples
     data: Judged | None = None
-    too_long: int = 0  # rows whose choices or prompt leave no room, left out of accuracy or exact_match
-    samples: dict[str, list[Match]] = field(default_factory=dict)  # answers of either side
-    tasks: dict[str, Any] = field(default_factory=dict)  # what is known of lm-evaluation-harness's tasks
+    too_long: int = 0  # examples without room for their choices or an answer, left out of accuracy or exact_match
+    samples: dict[str, list[Match]] = field(default_factory=dict)  # "tuned", "base" -> answers
+    tasks: dict[str, Any] = field(default_factory=dict)  # facts about the tasks of lm-evaluation-harness
 
     def values(self) -> dict[str, float]:
-        """By the names that gates use."""
+        """Returns all values, by the names that gates use."""
         changes = {f"{name}{CHANGE}": score.value for name, score in (self.change or {}).items()}
         return {name: score.value for name, score in self.metrics.items()} | changes
 
-    def beside(self, other: "Scores") -> "Scores":
-        """Both in one."""
+    def merge(self, other: "Scores") -> "Scores":
         return Scores(
             metrics={**self.metrics, **other.metrics},
             base=None if self.base is None else {**self.base, **(other.base or {})},
@@ -195,214 +118,286 @@ class Scores:
             tasks={**self.tasks, **other.tasks},
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
 
-@dataclass(slots=True)
-class Tally:
-    """What one side did, row after row."""
+        def scores(of: Mapping[str, Score] | None) -> dict[str, Any] | None:
+            return None if of is None else {name: score.to_dict() for name, score in of.items()}
 
-    sums: list[Any] = field(default_factory=list)  # nats of each row's learned tokens
-    counts: list[Any] = field(default_factory=list)
-    hits: dict[str, list[bool]] = field(default_factory=lambda: {name: [] for name in SHARES})
-    samples: list[Match] = field(default_factory=list)
-    too_long: int = 0
+        return {
+            "metrics": scores(self.metrics),
+            "base": scores(self.base),
+            "change": scores(self.change),
+            "data": None if self.data is None else {**asdict(self.data), "too_long": self.too_long},
+            "tasks": self.tasks or None,
+            "samples": {model: [asdict(match) for match in matches] for model, matches in self.samples.items()},
+        }
+
+
+# ---- Evaluation
 
 
 def score(
     model: LoRAModel,
     tokenizer: Any,
     data: str,
-    asked: Asked | None = None,
+    options: EvalOptions | None = None,
     *,
     field: Mapping[str, str] | None = None,
     base: bool = True,
-    note: Note = lambda _: None,
-    heard: Progress = lambda *_: None,
+    log: Log = lambda _: None,
+    progress: Progress = lambda *_: None,
 ) -> Scores:
-    """Judge the active adapters on `data`, and with `base` the model without them, row by row beside it.
+    """Evaluates the active adapters on `data`, and with `base` also the model without them, on the same examples.
 
-    data: whatever training reads, or 'demo'.  field: the shape's key -> column.  note: hears what was decided.
-    Raises DataError for data that a metric cannot be had from, ConfigError for an unknown normalisation.
+    data: whatever training reads, or 'demo'.
+    field: columns of the data, key -> column.
+    log: is told what was decided about the computation.
+    Raises DataError if the data lacks what a metric needs, ConfigError for an unknown normalization.
     """
-    asked = asked or Asked()
-    normaliser(asked.normalize)
-    longest = min(asked.max_length, getattr(model.config, "max_position_embeddings", None) or asked.max_length)
-    source = Source(resolve(data, "eval_data"), tokenizer, field or {}, longest, asked.limit)
-    judged = examine(source, model.get_input_embeddings().weight.shape[0])
-    metrics = fitting(judged, asked.metrics, asked.also)
-    rows = choose_rows(TrainConfig(), model, tokenizer, note)
-    judge = _Judge(model, tokenizer, replace(asked, max_length=longest), metrics, rows, note)
-    sides: dict[str, Callable[[], AbstractContextManager[None]]] = {TUNED: nullcontext}
+    options = options or EvalOptions()
+    normalizer(options.normalize)
+    max_length = min(options.max_length, getattr(model.config, "max_position_embeddings", None) or options.max_length)
+    source = Source(resolve(data, "eval_data"), tokenizer, field or {}, max_length, options.limit)
+    facts = examine(source, model.get_input_embeddings().weight.shape[0])
+    metrics = choose_metrics(facts, options.metrics, options.extra_metrics)
+    evaluator = _Evaluator(model, tokenizer, replace(options, max_length=max_length), metrics, log)
+    models: dict[str, Callable[[], AbstractContextManager[None]]] = {TUNED: nullcontext}
     if base and model.active_adapters:
-        sides[BASE] = model.disable_adapter
-    tallies = {side: Tally() for side in sides}
+        models[BASE] = model.disable_adapter
+    totals = {name: _Totals() for name in models}
     done = 0
-    for chunk in chunks(source, CHUNK if judge.on_cpu else 16 * CHUNK):
-        for side, become in sides.items():
-            with become():
-                judge.add(chunk, tallies[side])
+    for chunk in chunks(source, CHUNK if evaluator.on_cpu else 16 * CHUNK):
+        for name, activate in models.items():
+            with activate():
+                evaluator.add(chunk, totals[name])
             done += len(chunk)
-            heard(done, len(sides) * (judged.rows - judged.cut_away))
-    return _scores(tallies, metrics, judged)
+            progress(done, len(models) * (facts.rows - facts.cut_away))
+    return _scores(totals, metrics, facts)
 
 
-def bare(base_model: Any) -> LoRAModel:
-    """The base alone, as `score` takes it."""
+def without_adapter(base_model: Any) -> LoRAModel:
+    """Returns the base model as `score` takes it."""
     model = LoRAModel(base_model, LoRAConfig(r=1))
     model.delete_adapter("default")
     return model
 
 
-def fitting(judged: Judged, asked: Sequence[str], also: Sequence[str] = ()) -> list[str]:
-    """The metrics asked for; by default loss, or accuracy where there are choices. Raises DataError."""
-    choices = judged.shape == "choices"
-    default = ("accuracy", "accuracy_norm") if choices else ("loss", "perplexity")
-    wanted = {name.removesuffix(CHANGE) for name in (*(asked or default), *also)}
-    lacking = [name for name in NEEDS if name in wanted and not (choices or _replies(judged, name))]
+def choose_metrics(facts: Judged, metrics: Sequence[str], extra: Sequence[str] = ()) -> list[str]:
+    """Returns the metrics to compute; by default loss, or accuracy if the data has choices.
+
+    Raises DataError if the data lacks what a metric needs.
+    """
+    has_choices = facts.shape == "choices"
+    default = ("accuracy", "accuracy_norm") if has_choices else ("loss", "perplexity")
+    wanted = {name.removesuffix(CHANGE) for name in (*(metrics or default), *extra)}
+    has_reply = has_choices or facts.shape != "text"
+    lacking = [name for name in NEEDS if name in wanted and not (has_reply if name == "exact_match" else has_choices)]
     if lacking:
         needs = " and ".join(f"{name} needs {NEEDS[name]}" for name in lacking)
         raise DataError(
-            f"data {judged.source}: {needs}; its rows are read as {judged.shape} "
-            f"({', '.join(judged.mapping.values())}). Rows with choices have prompt, choices (a list) and answer; "
+            f"data {facts.source}: {needs}; its rows are read as {facts.shape} "
+            f"({', '.join(facts.mapping.values())}). Rows with choices have prompt, choices (a list) and answer; "
             "other columns are named by --field prompt=COLUMN,choices=COLUMN,answer=COLUMN"
         )
     return [name for name in METRICS if name in wanted]
 
 
-def _replies(judged: Judged, name: str) -> bool:
-    return name == "exact_match" and judged.shape != "text"
+@dataclass(slots=True)
+class _Totals:
+    """What one model did, example by example."""
+
+    sums: list[Any] = field(default_factory=list)  # nats of the learned tokens, an array per chunk
+    counts: list[Any] = field(default_factory=list)
+    hits: dict[str, list[bool]] = field(default_factory=lambda: {name: [] for name in SHARES})
+    samples: list[Match] = field(default_factory=list)
+    too_long: int = 0
 
 
-class _Judge:
-    """One side at a time, chunk by chunk."""
+class _Evaluator:
+    """Computes the metrics of a chunk of examples, with whatever adapters are active."""
 
     def __init__(
-        self, model: LoRAModel, tokenizer: Any, asked: Asked, metrics: Sequence[str], rows: BatchLayout, note: Note
+        self, model: LoRAModel, tokenizer: Any, options: EvalOptions, metrics: Sequence[str], log: Log
     ) -> None:
-        self.model, self.tokenizer, self.asked, self.rows, self.note = model, tokenizer, asked, rows, note
+        self.model, self.tokenizer, self.options, self.log = model, tokenizer, options, log
+        self.layout = choose_rows(TrainConfig(), model, tokenizer, log)
         self.on_cpu = model.device.type == "cpu"
-        self.budget = CPU_TOKENS if self.on_cpu else 8 * CPU_TOKENS
-        self.shared: bool | None = None  # whether choices can share their prompt, once it is known
-        self.parts = [part for part, names in self._parts().items() if names & set(metrics)]
+        self.token_budget = CPU_TOKENS if self.on_cpu else 8 * CPU_TOKENS
+        self.normalize = normalizer(options.normalize)
+        self.share_prompts: bool | None = None  # None until it was tried on a question
+        steps = {self._loss: {"loss", "perplexity"}, self._accuracy: {"accuracy", "accuracy_norm"}}
+        steps[self._exact_match] = {"exact_match"}
+        self.steps = [step for step, names in steps.items() if names & set(metrics)]
 
-    def _parts(self) -> dict[Callable[[list[Learned], Tally], None], set[str]]:
-        return {
-            self._loss: {"loss", "perplexity"},
-            self._choices: {"accuracy", "accuracy_norm"},
-            self._answers: {"exact_match"},
-        }
+    def add(self, chunk: list[Learned], totals: _Totals) -> None:
+        for step in self.steps:
+            step(chunk, totals)
 
-    def add(self, chunk: list[Learned], tally: Tally) -> None:
-        for part in self.parts:
-            part(chunk, tally)
+    def _loss(self, chunk: list[Learned], totals: _Totals) -> None:
+        examples = Examples.of(item.encoded.example for item in chunk)
+        evaluation = evaluate(self.model, examples, rows=self.layout, token_budget=self.token_budget)
+        totals.sums.append(evaluation.sums)
+        totals.counts.append(evaluation.counts)
 
-    def _loss(self, chunk: list[Learned], tally: Tally) -> None:
-        examples = Examples.of(one.encoded.example for one in chunk)
-        found = evaluate(self.model, examples, rows=self.rows, token_budget=self.budget)
-        tally.sums.append(found.sums)
-        tally.counts.append(found.counts)
-
-    def _choices(self, chunk: list[Learned], tally: Tally) -> None:
-        questions = [one.choices for one in chunk if one.choices is not None]
-        found = options(questions, self.tokenizer, self.asked.max_length)
-        tally.too_long += found.left_out
-        if not len(found.answers):
+    def _accuracy(self, chunk: list[Learned], totals: _Totals) -> None:
+        questions = [item.choices for item in chunk if item.choices is not None]
+        choices = tokenize_choices(questions, self.tokenizer, self.options.max_length)
+        totals.too_long += choices.left_out
+        if not len(choices.answers):
             return
-        if self.shared is None:
-            self.shared = self._can_share(found)
+        if self.share_prompts is None:
+            reason = reason_against_shared_prompts(self.model, choices, self.layout, token_budget=self.token_budget)
+            if reason is not None:
+                self.log(f"a question is computed again for each of its choices: {reason}")
+            self.share_prompts = reason is None
         likelihoods = log_likelihoods(
-            self.model, found, rows=self.rows, token_budget=self.budget // 2, branches=self.shared
+            self.model, choices, self.layout, token_budget=self.token_budget // 2, share_prompts=self.share_prompts
         )
-        tally.hits["accuracy"] += picked(found, likelihoods).tolist()
-        tally.hits["accuracy_norm"] += picked(found, likelihoods / found.bytes).tolist()
+        totals.hits["accuracy"] += right_is_likeliest(choices, likelihoods).tolist()
+        totals.hits["accuracy_norm"] += right_is_likeliest(choices, likelihoods / choices.bytes).tolist()
 
-    def _can_share(self, found: Options) -> bool:
-        obstacle = obstacle_to_sharing(self.model, found, rows=self.rows, token_budget=self.budget)
-        if obstacle is not None:
-            self.note(f"a question is computed again for each of its choices: {obstacle}")
-        return obstacle is None
-
-    def _answers(self, chunk: list[Learned], tally: Tally) -> None:
-        normal = normaliser(self.asked.normalize)
-        for one in chunk:
-            shown = len(tally.samples) < self.asked.shown
-            found = match(
+    def _exact_match(self, chunk: list[Learned], totals: _Totals) -> None:
+        for item in chunk:
+            is_shown = len(totals.samples) < self.options.samples
+            match = match_answer(
                 self.model,
                 self.tokenizer,
-                one.sample,  # type: ignore[arg-type]  # `fitting` saw that it is no Text
-                normal,
-                max_new_tokens=self.asked.max_new_tokens,
-                to_the_end=shown,
+                item.sample,  # type: ignore[arg-type]  # choose_metrics made sure that it is no Text
+                self.normalize,
+                max_new_tokens=self.options.max_new_tokens,
+                stop_early=not is_shown,
             )
-            if found is None:
-                tally.too_long += 1
+            if match is None:
+                totals.too_long += 1
                 continue
-            tally.hits["exact_match"].append(found.hit)
-            tally.samples += [found] * shown
+            totals.hits["exact_match"].append(match.hit)
+            totals.samples += [match] * is_shown
 
 
-def _scores(tallies: Mapping[str, Tally], metrics: Sequence[str], judged: Judged) -> Scores:
-    tuned, base = tallies[TUNED], tallies.get(BASE)
+# ---- Exact match: is the model's greedy answer the reply in the data, after normalization?
+
+
+Normalize = Callable[[str], str]
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+NORMALIZE: dict[str, Normalize] = {  # applied in this order, whatever the order of the names
+    "case": str.casefold,
+    "punctuation": lambda text: text.translate(NO_PUNCTUATION),
+    "space": lambda text: " ".join(text.split()),
+    "strip": str.strip,
+}
+INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+
+
+def normalizer(names: Sequence[str]) -> Normalize:
+    """Returns a function that applies these normalizations. Raises ConfigError for unknown names."""
+    if unknown := [name for name in names if name not in NORMALIZE]:
+        known = f"; there are {', '.join(NORMALIZE)}, or none"
+        problems = [f"--normalize {name}: unknown{nearest(name, NORMALIZE) or known}" for name in unknown]
+        raise ConfigError(listing(problems))
+    steps = [step for name, step in NORMALIZE.items() if name in names]
+
+    def normalize(text: str) -> str:
+        for step in steps:
+            text = step(text)
+        return text
+
+    return normalize
+
+
+def match_answer(
+    model: Trainable,
+    tokenizer: Any,
+    sample: Conversation | Pair,
+    normalize: Normalize,
+    *,
+    max_new_tokens: int,
+    stop_early: bool = True,
+) -> Match | None:
+    """Compares the model's answer with the sample's; None if the prompt leaves the model no positions for one.
+
+    stop_early: a wrong answer ends with its first wrong word.
+    """
+    ids = prompt_ids(sample, tokenizer)
+    if free_positions(model, len(ids)) < 1:
+        return None
+    expected = normalize(reply_text(sample))
+
+    def answer_in(output: Tensor) -> str:
+        new = output[0, len(ids) :]
+        return str(tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def is_wrong(output: Tensor, _scores: Any) -> Tensor:
+        """Is called after every token, and returns whether to stop: (1,)."""
+        wrong = not expected.startswith(normalize(answer_in(output).rstrip(INCOMPLETE)))
+        return torch.full((1,), wrong and stop_early, dtype=torch.bool, device=output.device)
+
+    with evaluating(model), torch.no_grad():
+        arguments = generation_arguments(model, tokenizer, ids, max_new_tokens=max_new_tokens)
+        answer = answer_in(model.generate(**arguments, stopping_criteria=[is_wrong]))
+    prompt = make_prompt(sample, tokenizer).text
+    return Match(prompt, reply_text(sample).strip(), answer.strip(), normalize(answer) == expected)
+
+
+# ---- From totals to scores
+
+
+def _scores(totals: Mapping[str, _Totals], metrics: Sequence[str], facts: Judged) -> Scores:
+    tuned, base = totals[TUNED], totals.get(BASE)
     return Scores(
-        metrics=dict(_measured(tuned, metrics, judged)),
-        base=None if base is None else dict(_measured(base, metrics, judged)),
+        metrics=dict(_measured(tuned, metrics, facts)),
+        base=None if base is None else dict(_measured(base, metrics, facts)),
         change=None if base is None else dict(_changes(base, tuned, metrics)),
-        data=judged,
+        data=facts,
         too_long=tuned.too_long,
-        samples={side: tally.samples for side, tally in tallies.items() if tally.samples},
+        samples={name: total.samples for name, total in totals.items() if total.samples},
     )
 
 
-def _measured(tally: Tally, metrics: Sequence[str], judged: Judged) -> Iterator[tuple[str, Score]]:
+def _measured(totals: _Totals, metrics: Sequence[str], facts: Judged) -> Iterator[tuple[str, Score]]:
     for name in metrics:
         if name in SHARES:
-            hits = tally.hits[name]
+            hits = totals.hits[name]
             if not hits:
-                raise DataError(f"data {judged.source}: no row leaves room for {name}; raise --max-length")
-            yield name, _score(wilson_interval(hits), len(hits))
+                raise DataError(f"data {facts.source}: no row leaves room for {name}; raise --max-length")
+            yield name, Score(*wilson_interval(hits), len(hits))
             continue
-        sums, counts = np.concatenate(tally.sums), np.concatenate(tally.counts)
-        found = mean_interval(sums, counts)
-        yield name, _score(found if name == "loss" else Interval(*map(_exp, found)), len(sums))
+        sums, counts = np.concatenate(totals.sums), np.concatenate(totals.counts)
+        loss = mean_interval(sums, counts)
+        yield name, Score(*(loss if name == "loss" else Interval(*map(_exp, loss))), len(sums))
 
 
-def _changes(base: Tally, tuned: Tally, metrics: Sequence[str]) -> Iterator[tuple[str, Score]]:
-    """Perplexity has none of its own: its change is that of the loss."""
+def _changes(base: _Totals, tuned: _Totals, metrics: Sequence[str]) -> Iterator[tuple[str, Score]]:
+    """Perplexity has no change of its own: that of the loss says the same."""
     for name in metrics:
         if name in SHARES:
-            yield name, _score(share_difference(base.hits[name], tuned.hits[name]), len(tuned.hits[name]))
+            yield name, Score(*share_difference(base.hits[name], tuned.hits[name]), len(tuned.hits[name]))
         elif name == "loss":
             before, after, counts = map(np.concatenate, (base.sums, tuned.sums, tuned.counts))
-            yield name, _score(paired_difference(before, after, counts), len(counts))
-
-
-def _score(interval: Interval, n: int) -> Score:
-    return Score(*interval, n)
+            yield name, Score(*paired_difference(before, after, counts), len(counts))
 
 
 def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def plain(found: Scores) -> dict[str, Any]:
-    """For JSON: numbers that are none become null."""
-
-    def of(scores: Mapping[str, Score] | None) -> dict[str, Any] | None:
-        return None if scores is None else {name: as_json(each) for name, each in scores.items()}
-
-    return {
-        "metrics": of(found.metrics),
-        "base": of(found.base),
-        "change": of(found.change),
-        "data": None if found.data is None else {**asdict(found.data), "too_long": found.too_long},
-        "tasks": found.tasks or None,
-        "samples": {side: [asdict(each) for each in matches] for side, matches in found.samples.items()},
-    }
+# ---- The loss alone
 
 
-def as_json(found: Score) -> dict[str, Any]:
-    ends = [found.low, found.high]
-    return {
-        "value": found.value if math.isfinite(found.value) else None,
-        "interval": ends if all(map(math.isfinite, ends)) else None,
-        "n": found.n,
-    }
+def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log) -> Callable[[], Evaluation]:
+    """Returns a function that evaluates the active adapters on all of `config.data`, example by example.
+
+    'demo' is the held-out part of the demo's data. Raises DataError with all that is wrong with the data.
+    """
+    prepared = prepare(
+        resolve(config.data, "eval_data"),
+        tokenizer,
+        field=config.field,
+        max_length=config.max_length,
+        validation_split=0.0,
+        embedding_rows=model.get_input_embeddings().weight.shape[0],
+    )
+    layout = choose_rows(config, model, tokenizer, log)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    token_budget = CPU_TOKENS if on_cpu else 8 * CPU_TOKENS
+    return lambda: evaluate(model, prepared.train, rows=layout, token_budget=token_budget)

@@ -1,4 +1,8 @@
-"""What one adapter adds to one matrix, and what can be said of it: ranks, size, directions that the base lacks."""
+"""The spectrum of an adapter's update of one weight matrix: ranks, norms, and directions that the base lacks.
+
+`Update` is what an adapter adds to a matrix, `module_report` measures it. The measures come first: ranks and overlaps
+of subspaces, then intruder dimensions.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -17,19 +21,19 @@ from tailora.core.low_rank import Factors, Spectrum, leading, product_spectrum, 
 from tailora.core.targets import candidate_at
 from tailora.formats.offline import TRAINED_WHOLE, OfflineAdapter
 
-# ---- What the singular values of an update say: how many directions it uses, and how it lies to another one.
+# ---- Ranks and subspaces
 #
 # An update comes as two factors by group (`core.low_rank.Factors`), so nothing here forms the dense matrix. Groups
-# (of a convolution, or experts) are blocks that do not meet: the singular values of all together are those of each.
+# (of a convolution, or experts) are separate blocks: together their singular values are those of all blocks.
 
 
-NEGLIGIBLE = 1e-6  # of the largest singular value: below it, rounding of factors in float32
+NEGLIGIBLE = 1e-6  # of the largest singular value: smaller ones are rounding of factors in float32
 
 
 def effective_rank(S: Tensor) -> float:
-    """exp of the entropy of the singular values' shares, sigma / sum sigma: 1 for one, r for r equal ones.
+    """Returns exp of the entropy of sigma / sum sigma: 1 for one singular value, r for r equal ones, 0 for zeros.
 
-    S: any shape. 0 where all are 0. Roy and Vetterli, "The effective rank" (EUSIPCO 2007), def. 1.
+    S: singular values, any shape. Roy and Vetterli, "The effective rank" (EUSIPCO 2007), def. 1.
     """
     values = S.double().flatten()
     total = float(values.sum())
@@ -40,77 +44,76 @@ def effective_rank(S: Tensor) -> float:
 
 
 def stable_rank(S: Tensor) -> float:
-    """||.||_F^2 / sigma_1^2; 0 where all are 0. Rudelson and Vershynin (arXiv:math/0503442), sec. 1."""
+    """Returns ||.||_F^2 / sigma_1^2, or 0 for zeros. Rudelson and Vershynin (arXiv:math/0503442), sec. 1."""
     values = S.double().flatten()
     largest = float(values.max()) if values.numel() else 0.0
     return float((values / largest).square().sum()) if largest else 0.0
 
 
-def directions(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
-    """What an update writes to and reads from: orthonormal columns (groups, m, k) and (groups, n, k).
+def update_directions(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    """Returns bases of an update's outputs (groups, m, k) and inputs (groups, n, k), as orthonormal columns.
 
-    Those of singular values that are no more than rounding are zero.
+    Columns of negligible singular values are zero.
     """
     S = spectrum.S
-    there = ((S.max() * NEGLIGIBLE < S) & (S > 0)).to(S)[:, None]  # (groups, 1, k)
-    return spectrum.U * there, spectrum.V.mT * there
+    kept = ((S.max() * NEGLIGIBLE < S) & (S > 0)).to(S)[:, None]  # (groups, 1, k)
+    return spectrum.U * kept, spectrum.V.mT * kept
 
 
 def subspace_overlap(first: Tensor, second: Tensor) -> float:
-    """||U1^T U2||_F^2 / min(k1, k2): 1 where one subspace lies in the other, 0 where they are orthogonal.
+    """Returns ||U1^T U2||_F^2 / min(k1, k2): 1 if one subspace contains the other, 0 if they are orthogonal.
 
-    first (..., m, k1), second (..., m, k2): orthonormal columns; zero ones do not count. 0 where one has none. LoRA
-    (arXiv:2106.09685), eq. 4.
+    first (..., m, k1), second (..., m, k2): orthonormal columns; zero columns do not count. LoRA (arXiv:2106.09685),
+    eq. 4. Returns 0 if one has no columns.
     """
     smaller = min(_columns(first).sum(), _columns(second).sum())
     return float((first.mT @ second).square().sum() / smaller) if smaller else 0.0
 
 
 def chance_overlap(first: Tensor, second: Tensor) -> float:
-    """The expected overlap of random subspaces of these sizes: k1 k2 / (m min(k1, k2)) for one group."""
-    one, two = _columns(first), _columns(second)
-    smaller = min(one.sum(), two.sum())
-    return float((one * two).sum() / first.shape[-2] / smaller) if smaller else 0.0
+    """Returns the expected overlap of random subspaces of these sizes: k1 k2 / (m min(k1, k2)) for one group."""
+    k1, k2 = _columns(first), _columns(second)
+    smaller = min(k1.sum(), k2.sum())
+    return float((k1 * k2).sum() / first.shape[-2] / smaller) if smaller else 0.0
 
 
 def _columns(basis: Tensor) -> Tensor:
-    """How many are not zero, (...)."""
+    """Returns the number of columns that are not zero, (...)."""
     return basis.square().sum((-2, -1)).round()
 
 
-def inner(first: Factors, second: Factors) -> float:
-    """<dW1, dW2> = tr((B1^T B2) (A2 A1^T)), summed over the groups, in float64."""
+def inner_product(first: Factors, second: Factors) -> float:
+    """Returns <dW1, dW2> = tr((B1^T B2) (A2 A1^T)), summed over the groups, in float64."""
     left = first.B.double().mT @ second.B.double()  # (groups, r1, r2)
     right = first.A.double() @ second.A.double().mT
     return float((left * right).sum())
 
 
-def largest_first(S: Tensor) -> Tensor:
-    """Singular values (groups, k) as one falling row (k,): the root of their mean square over the groups."""
+def mean_singular_values(S: Tensor) -> Tensor:
+    """Returns the root mean square over the groups of singular values (groups, k), largest first: (k,)."""
     return torch.sqrt(S.double().square().mean(0))
 
 
-# ---- Intruder dimensions: directions of the tuned weight that the base's weight does not have.
+# ---- Intruder dimensions: singular vectors of the tuned weight that the base's weight does not have
 #
 # Shuttleworth et al., "LoRA vs Full Fine-tuning: An Illusion of Equivalence" (arXiv:2410.21228), alg. 1: of the k
 # leading left singular vectors of W + dW, those whose largest |cosine| with any left singular vector of W is below a
-# threshold. They came with forgetting there; the same count for a random update says how many there are by chance.
+# threshold. In the paper they come with forgetting. The count for a random update says how many there are by chance.
 
 
-LEADING = 10  # vectors looked at, the paper's k
-THRESHOLD = 0.5  # its epsilon
-FULL_SIZE, NEAR = 1024, 64  # sizes up to which all of W's vectors are looked at; of larger ones, those looked at first
+LEADING = 10  # vectors that are looked at: k in the paper
+THRESHOLD = 0.5  # epsilon in the paper
+FULL_SIZE, NEAR = 1024, 64  # a larger W is compared by its NEAR leading vectors first
 TINY = 1e-6  # of the largest singular value: left vectors of smaller ones are rounding
 
 Cosines = Callable[[Tensor], Tensor]
-Counter = Callable[[Tensor], int]
 
 
 def cosines_with(W: Tensor) -> Cosines:
-    """A function from orthonormal u (m, k) to u's cosines with all left singular vectors of W (m, n), (min(m, n), k).
+    """Returns a function from orthonormal u (m, k) to their cosines with all left singular vectors of W (m, n).
 
-    By the smaller of W W^T and W^T W: squaring mixes vectors whose singular values are below .03% of the largest
-    (float32), which no leading vector of a tuned weight is near to.
+    The cosines are (min(m, n), k). They come from the smaller of W W^T and W^T W: squaring mixes vectors whose
+    singular values are below .03% of the largest (float32), and no leading vector of a tuned weight is close to those.
     """
     if W.shape[0] <= W.shape[1]:
         U = torch.linalg.eigh(W @ W.mT).eigenvectors
@@ -121,74 +124,143 @@ def cosines_with(W: Tensor) -> Cosines:
     return lambda u: inverse[:, None] * (V.mT @ (W.mT @ u))
 
 
-def counter(W: Tensor, k: int = LEADING, threshold: float = THRESHOLD, *, whole: int = FULL_SIZE) -> Counter:
-    """A function from the tuned weight (m, n) to the number of intruders among its k leading left singular vectors.
+def intruder_counter(
+    W: Tensor, k: int = LEADING, threshold: float = THRESHOLD, *, full_size: int = FULL_SIZE
+) -> Callable[[Tensor], int]:
+    """Returns a function from the tuned weight (m, n) to the number of intruders among its k leading vectors.
 
-    whole: a W that is larger is decomposed whole only for vectors that its NEAR leading ones leave undecided. Mostly
-    one of those is near, or what is left of the vector is too short for any other to be.
+    full_size: a larger W is decomposed fully only for vectors that its NEAR leading ones leave undecided. Mostly
+    one of those is close, or what remains of the vector is too short for any other to be.
     """
-    all_of = cache(lambda: cosines_with(W))
-    near_by = leading(W, NEAR).U if min(W.shape) > whole else W.new_zeros(W.shape[0], 0)
+    all_cosines = cache(lambda: cosines_with(W))
+    near = leading(W, NEAR).U if min(W.shape) > full_size else W.new_zeros(W.shape[0], 0)
 
-    def count(changed: Tensor) -> int:
-        u = leading(changed, min(k, *changed.shape)).U
-        shares = (near_by.mT @ u).square()  # (NEAR, k)
+    def count(tuned: Tensor) -> int:
+        u = leading(tuned, min(k, *tuned.shape)).U
+        shares = (near.mT @ u).square()  # (NEAR, k)
         known = (shares >= threshold**2).any(0)
-        hopeless = ~known & (1 - shares.sum(0) < threshold**2)
-        open_ = ~known & ~hopeless
-        found = int(hopeless.sum())
-        if open_.any():
-            found += int((all_of()(u[:, open_]).abs().amax(0) < threshold).sum())
-        return found
+        intruders = ~known & (1 - shares.sum(0) < threshold**2)
+        undecided = ~known & ~intruders
+        if not undecided.any():
+            return int(intruders.sum())
+        return int(intruders.sum() + (all_cosines()(u[:, undecided]).abs().amax(0) < threshold).sum())
 
     return count
 
 
 def random_update(m: int, n: int, r: int, norm: float, seed: int = 0) -> Factors:
-    """A Gaussian product of this shape, rank and Frobenius norm: B (1, m, r), A (1, r, n). The random state is left."""
+    """Returns a Gaussian product of this shape, rank and Frobenius norm: B (1, m, r), A (1, r, n).
+
+    torch's random state is not used.
+    """
     generator = torch.Generator().manual_seed(seed)
     B, A = torch.randn(1, m, r, generator=generator), torch.randn(1, r, n, generator=generator)
     length = float(((B.mT @ B) * (A @ A.mT)).sum().sqrt())  # ||B A||_F
     return Factors(B * (norm / length), A)
 
 
-# ----
+# ---- The updates of an adapter
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What an adapter adds to one matrix, or to a stack of experts.
+
+    r: rank, as trained.
+    factors: s (B A - B0 A0) by group, of twice the rank if A and B have a frozen initialisation; float32 or wider.
+    stacked: True if the groups are experts, of rank r each; False if they are blocks of one matrix.
+    weight: returns W (groups, m, n), or the weight of a stack as it is stored; None without the base model.
+    dense: returns dW with DoRA's magnitudes (groups, m, n); None if the factors are all of it, or without the base.
+    """
+
+    path: str
+    layer_type: str
+    r: int
+    factors: Factors
+    scaling: float
+    configured_scaling: float
+    learned_scaling: bool = False
+    dora: bool = False
+    stacked: bool = False
+    weight: Callable[[], Tensor] | None = None
+    dense: Callable[[], Tensor] | None = None
+
+
+def updates_of(adapter: Adapter, base_model: nn.Module) -> tuple[dict[str, Update], dict[str, str]]:
+    """Returns the updates by path, and by name what else the adapter holds, with the reason why it is no update."""
+    left_out = dict.fromkeys(adapter.saved, TRAINED_WHOLE)
+    for path, part in adapter.extras.items():
+        left_out[path] = "a trained bias" if isinstance(part, TrainedBias) else "trained rows of an embedding"
+    updates = {}
+    for path, layer in adapter.low_rank.items():
+        if mixes_groups(layer):
+            left_out[path] = MIXES_GROUPS.partition(";")[0]
+        else:
+            updates[path] = _update_of_layer(path, layer, adapter, base_model)
+    return updates, left_out
+
+
+def _update_of_layer(path: str, layer: LoRALayer, adapter: Adapter, base_model: nn.Module) -> Update:
+    host = host_of(base_model, path)
+    candidate = candidate_at(base_model, path, adapter.config)
+    has_dora = layer.lora_magnitude_vector is not None
+
+    def weight() -> Tensor:
+        stored = candidate.weight
+        matrix = candidate.matrix(stored)
+        return stored if matrix is None else matrix
+
+    return Update(
+        path=path,
+        layer_type=layer.layer_type.name,
+        r=layer.r,
+        factors=factors_of(layer, strength=False),
+        scaling=layer.scaling.item(),
+        configured_scaling=layer.configured_scaling,
+        learned_scaling=layer.learns_scaling,
+        dora=has_dora,
+        stacked=layer.layer_type.stacked,
+        weight=weight,
+        dense=(lambda: dense_update(layer, host)) if has_dora else None,
+    )
+
+
+def updates_in_files(content: OfflineAdapter) -> dict[str, Update]:
+    """Returns the updates of an adapter whose files were read without its base model."""
+    return {
+        path: Update(
+            path=path,
+            layer_type=stored.layer_type,
+            r=stored.r,
+            factors=stored.factors,
+            scaling=stored.scaling,
+            configured_scaling=stored.configured_scaling,
+            learned_scaling=stored.learned,
+            dora=stored.dora,
+        )
+        for path, stored in content.updates.items()
+    }
+
+
+# ---- What is reported of an update
 
 
 ENERGY = 0.99  # share of the squared singular values that `rank_99` keeps
 
 
-@dataclass(frozen=True, eq=False)
-class Update:
-    """r: as trained.    factors: s (B A - B0 A0) by group, of twice the rank with a frozen start; float32 or wider.
-    stacked: whether the groups are experts, of rank r each, and not blocks of one matrix.
-    weight: what gives W (groups, m, n), or a stack's as it is stored; None where the base is not at hand.
-    whole: what gives dW with DoRA's magnitudes (groups, m, n); None where the factors say it all, or without the base.
-    """
-
-    path: str
-    kind: str
-    r: int
-    factors: Factors
-    scaling: float
-    configured_scaling: float
-    learned: bool = False
-    dora: bool = False
-    stacked: bool = False
-    weight: Callable[[], Tensor] | None = None
-    whole: Callable[[], Tensor] | None = None
-
-
 @dataclass(frozen=True)
 class ModuleReport:
-    """One matrix. Lengths are Frobenius norms; what only the base can tell is None without it.
+    """Measures of one update. Norms are Frobenius norms; what needs the base model is None without it.
 
-    numbers: that the weight has, of all experts.
-    rank: how many singular values the update may have: r, or 2r with a frozen start; of experts, each.
-    rank_99: how many hold 99% of the energy.    energy: share of the adapter's squared norm.
-    relative_norm: ||dW|| / ||W||, with DoRA's magnitudes.    norm: of s (B A - B0 A0) alone.
-    intruders, intruders_random: of the 10 leading directions (`measure.intruders`); None with a reason in `note`.
-    singular_values: falling; of groups the root of their mean square.
+    The names are keys of report.json.
+    kind: type of the layer.
+    numbers: elements of the weight, of all experts together.
+    rank: how many singular values the update can have: r, or 2r with a frozen initialisation; of experts, each.
+    rank_99: how many of them hold 99% of the energy.
+    energy: share of the adapter's squared norm.
+    norm: of s (B A - B0 A0) alone. relative_norm: ||dW|| / ||W||, with DoRA's magnitudes.
+    intruders, intruders_random: of the 10 leading vectors; None with a reason in `note`.
+    singular_values: largest first; for groups, the root of their mean square.
     """
 
     path: str
@@ -220,73 +292,21 @@ class ModuleReport:
 
     @property
     def density(self) -> float:
-        """Root mean square of the update's numbers, by which matrices of different sizes compare."""
+        """Root mean square of the update's elements, which compares matrices of different sizes."""
         return self.norm / math.sqrt(self.numbers)
 
 
-def updates_of(adapter: Adapter, base_model: nn.Module) -> tuple[dict[str, Update], dict[str, str]]:
-    """By path; and what else the adapter holds, with the reason why it is no update."""
-    left_out = dict.fromkeys(adapter.saved, TRAINED_WHOLE)
-    for path, part in adapter.extras.items():
-        left_out[path] = "a trained bias" if isinstance(part, TrainedBias) else "trained rows of an embedding"
-    found = {}
-    for path, layer in adapter.low_rank.items():
-        if mixes_groups(layer):
-            left_out[path] = MIXES_GROUPS.partition(";")[0]
-        else:
-            found[path] = _of_layer(path, layer, adapter, base_model)
-    return found, left_out
-
-
-def _of_layer(path: str, layer: LoRALayer, adapter: Adapter, base_model: nn.Module) -> Update:
-    host = host_of(base_model, path)
-    place = candidate_at(base_model, path, adapter.config)
-
-    def weight() -> Tensor:
-        own = place.weight
-        matrix = place.matrix(own)
-        return own if matrix is None else matrix
-
-    return Update(
-        path=path,
-        kind=layer.layer_type.name,
-        r=layer.r,
-        factors=factors_of(layer, strength=False),
-        scaling=layer.scaling.item(),
-        configured_scaling=layer.configured_scaling,
-        learned=layer.learns_scaling,
-        dora=layer.lora_magnitude_vector is not None,
-        stacked=layer.layer_type.stacked,
-        weight=weight,
-        whole=None if layer.lora_magnitude_vector is None else lambda: dense_update(layer, host),
-    )
-
-
-def updates_alone(alone: OfflineAdapter) -> dict[str, Update]:
-    """What the files hold of each."""
-    return {
-        path: Update(
-            path, each.layer_type, each.r, each.factors, each.scaling, each.configured_scaling, each.learned, each.dora
-        )
-        for path, each in alone.updates.items()
-    }
-
-
 @torch.no_grad()
-def examine(update: Update, *, seed: int = 0, look_for_intruders: bool = True) -> ModuleReport:
-    """All about one update but its share of the energy, which takes the others (`with_shares`)."""
-    spectrum = product_spectrum(update.factors)
-    S = spectrum.S  # (groups, k)
+def module_report(update: Update, *, seed: int = 0, count_intruders: bool = True) -> ModuleReport:
+    """Returns all measures of one update but its share of the energy, for which `with_energy` needs all updates."""
+    S = product_spectrum(update.factors).S  # (groups, k)
     rank = S.shape[1] if update.stacked else S.numel()
     groups, m, n = len(S), update.factors.B.shape[1], update.factors.A.shape[2]
-    found = (
-        _Beside(None, None, None, "")
-        if update.weight is None
-        else _beside(update, float(S.norm()), seed, look_for_intruders)
-    )
+    norm = float(S.norm())
+    base = _compare_with_base(update, norm, seed, count_intruders)
     return ModuleReport(
         path=update.path,
-        kind=update.kind,
+        kind=update.layer_type,
         in_features=n if update.stacked else n * groups,
         out_features=m if update.stacked else m * groups,
         numbers=groups * m * n,
@@ -294,50 +314,52 @@ def examine(update: Update, *, seed: int = 0, look_for_intruders: bool = True) -
         rank=rank,
         effective_rank=effective_rank(S) * rank / S.numel(),
         stable_rank=stable_rank(S) * rank / S.numel(),
-        rank_99=rank_for_energy(S, ENERGY) * rank // S.shape[1] if float(S.norm()) else 0,
+        rank_99=rank_for_energy(S, ENERGY) * rank // S.shape[1] if norm else 0,
         energy=0.0,
-        norm=float(S.norm()),
-        relative_norm=found.relative_norm,
-        intruders=found.intruders,
-        intruders_random=found.by_chance,
+        norm=norm,
+        relative_norm=base.relative_norm,
+        intruders=base.intruders,
+        intruders_random=base.intruders_random,
         scaling=update.scaling,
         configured_scaling=update.configured_scaling,
-        learned_scaling=update.learned,
+        learned_scaling=update.learned_scaling,
         use_dora=update.dora,
-        note=found.note,
-        singular_values=largest_first(S).tolist(),
+        note=base.note,
+        singular_values=mean_singular_values(S).tolist(),
     )
 
 
-def with_shares(reports: Iterable[ModuleReport]) -> list[ModuleReport]:
-    """With each module's share of the adapter's energy."""
-    found = list(reports)
-    total = sum(each.norm**2 for each in found)
-    return [replace(each, energy=each.norm**2 / total if total else 0.0) for each in found]
+def with_energy(reports: Iterable[ModuleReport]) -> list[ModuleReport]:
+    """Adds each module's share of the adapter's energy."""
+    modules = list(reports)
+    total = sum(module.norm**2 for module in modules)
+    return [replace(module, energy=module.norm**2 / total if total else 0.0) for module in modules]
 
 
 @dataclass(frozen=True)
-class _Beside:
-    """What shows beside the base's weight."""
-
-    relative_norm: float | None
-    intruders: int | None
-    by_chance: int | None
-    note: str
+class _BaseComparison:
+    relative_norm: float | None = None
+    intruders: int | None = None
+    intruders_random: int | None = None
+    note: str = ""
 
 
-def _beside(update: Update, norm: float, seed: int, look_for_intruders: bool) -> _Beside:
-    assert update.weight is not None
+def _compare_with_base(update: Update, norm: float, seed: int, count_intruders: bool) -> _BaseComparison:
+    if update.weight is None:
+        return _BaseComparison()
     W = update.weight().float()
-    size, whole = float(W.norm()), None if update.whole is None else update.whole().float()
-    relative = (norm if whole is None else float(whole.norm())) / size if size else None
-    if not look_for_intruders or not size:
-        return _Beside(relative, None, None, "" if size else "the base's weight is zero")
+    dense = None if update.dense is None else update.dense().float()
+    base_norm = float(W.norm())
+    if not base_norm:
+        return _BaseComparison(note="the base's weight is zero")
+    relative = (norm if dense is None else float(dense.norm())) / base_norm
+    if not count_intruders:
+        return _BaseComparison(relative)
     if W.ndim != 3 or len(W) > 1:
-        matrices = len(update.factors.B)
-        return _Beside(relative, None, None, f"{matrices} matrices, not one: intruders are not counted")
-    change = update.factors.dense.to(W) if whole is None else whole
-    by_chance = random_update(W.shape[1], W.shape[2], update.factors.B.shape[2], float(change.norm()), seed)
-    count = counter(W[0])
-    found, random = (count((W + each.to(W))[0]) for each in (change, by_chance.dense))
-    return _Beside(relative, found, random, "")
+        return _BaseComparison(
+            relative, note=f"{len(update.factors.B)} matrices, not one: intruder dimensions are not counted"
+        )
+    change = update.factors.dense.to(W) if dense is None else dense
+    random = random_update(W.shape[1], W.shape[2], update.factors.B.shape[2], float(change.norm()), seed).dense
+    count = intruder_counter(W[0])
+    return _BaseComparison(relative, count((W + change)[0]), count((W + random.to(W))[0]))

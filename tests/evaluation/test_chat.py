@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tailora.errors import DataError
-from tailora.evaluation.generate import chat_ids, reply, stop_ids
+from tailora.evaluation.generate import chat_ids, stream_reply, stop_ids
 
 HELLO = [{"role": "user", "content": "hello"}]
 Make = Callable[..., LlamaForCausalLM]
@@ -27,7 +27,7 @@ def test_greedy_pieces_add_up_to_the_likeliest_tokens(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     expected = likeliest(model, chat_ids(HELLO, tokenizer), 20)
-    pieces = list(reply(model, tokenizer, HELLO, max_new_tokens=20))
+    pieces = list(stream_reply(model, tokenizer, HELLO, max_new_tokens=20))
     assert not set(expected) & set(stop_ids(model, tokenizer))
     assert "".join(pieces) == tokenizer.decode(expected, skip_special_tokens=True)
     assert "" not in pieces
@@ -44,7 +44,7 @@ def test_without_a_chat_template_the_words_are_continued(
 ) -> None:
     tokenizer.chat_template = None
     expected = likeliest(model, tokenizer("hello")["input_ids"], 10)
-    assert "".join(reply(model, tokenizer, HELLO, max_new_tokens=10)) == tokenizer.decode(expected)
+    assert "".join(stream_reply(model, tokenizer, HELLO, max_new_tokens=10)) == tokenizer.decode(expected)
 
 
 def test_the_token_that_ends_a_turn_stops_it_though_it_is_not_eos(
@@ -57,7 +57,7 @@ def test_it_stops_where_the_model_says(model: LlamaForCausalLM, tokenizer: PreTr
     tokens = likeliest(model, chat_ids(HELLO, tokenizer), 20)
     place = next(i for i in range(5, 20) if tokens[i] not in tokens[:i])
     model.generation_config.eos_token_id = [tokens[place]]
-    stopped = "".join(reply(model, tokenizer, HELLO, max_new_tokens=20))
+    stopped = "".join(stream_reply(model, tokenizer, HELLO, max_new_tokens=20))
     assert stopped.startswith(tokenizer.decode(tokens[:place]))
     assert len(stopped) < len(tokenizer.decode(tokens))
 
@@ -65,14 +65,14 @@ def test_it_stops_where_the_model_says(model: LlamaForCausalLM, tokenizer: PreTr
 def test_the_models_own_sampling_settings_change_nothing(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    plain = list(reply(model, tokenizer, HELLO, max_new_tokens=20))
+    plain = list(stream_reply(model, tokenizer, HELLO, max_new_tokens=20))
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1)
-    assert list(reply(model, tokenizer, HELLO, max_new_tokens=20)) == plain
+    assert list(stream_reply(model, tokenizer, HELLO, max_new_tokens=20)) == plain
 
 
 def test_the_seed_decides_what_is_sampled(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     def sampled(**how: Any) -> str:
-        return "".join(reply(model, tokenizer, HELLO, max_new_tokens=12, **how))
+        return "".join(stream_reply(model, tokenizer, HELLO, max_new_tokens=12, **how))
 
     assert sampled(temperature=1.0, seed=1) == sampled(temperature=1.0, seed=1)
     assert sampled(temperature=1.0, seed=1) != sampled(temperature=1.0, seed=2)
@@ -85,7 +85,7 @@ def test_everything_is_left_as_it_was(model: LlamaForCausalLM, tokenizer: PreTra
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     state, threads = torch.get_rng_state(), threading.active_count()
-    speaking = reply(model, tokenizer, HELLO, max_new_tokens=200, temperature=1.0)
+    speaking = stream_reply(model, tokenizer, HELLO, max_new_tokens=200, temperature=1.0)
     next(speaking)
     if end == "read to the end":
         list(speaking)
@@ -104,7 +104,7 @@ def test_words_come_while_it_speaks_and_leaving_ends_the_work(
 ) -> None:
     calls = []
     model.register_forward_hook(lambda *_: calls.append(time.sleep(0.005)))
-    speaking = reply(model, tokenizer, HELLO, max_new_tokens=200)
+    speaking = stream_reply(model, tokenizer, HELLO, max_new_tokens=200)
     next(speaking)
     speaking.close()
     assert len(calls) < 150
@@ -116,7 +116,7 @@ def test_an_error_in_the_model_is_the_callers(model: LlamaForCausalLM, tokenizer
 
     model.lm_head.register_forward_pre_hook(fail)
     with pytest.raises(ArithmeticError, match="seven"):
-        list(reply(model, tokenizer, HELLO))
+        list(stream_reply(model, tokenizer, HELLO))
 
 
 def test_a_chat_longer_than_the_model_is_refused_with_its_length(
@@ -124,16 +124,16 @@ def test_a_chat_longer_than_the_model_is_refused_with_its_length(
 ) -> None:
     length = len(chat_ids(HELLO, tokenizer))
     with pytest.raises(DataError, match=f"{length} tokens, 1 more"):
-        list(reply(tiny(positions=length), tokenizer, HELLO))
+        list(stream_reply(tiny(positions=length), tokenizer, HELLO))
 
 
 def test_an_answer_ends_with_the_models_positions(tiny: Make, tokenizer: PreTrainedTokenizerFast) -> None:
     ids = chat_ids(HELLO, tokenizer)
     model = tiny(positions=len(ids) + 3)
-    assert "".join(reply(model, tokenizer, HELLO)) == tokenizer.decode(likeliest(model, ids, 3))
+    assert "".join(stream_reply(model, tokenizer, HELLO)) == tokenizer.decode(likeliest(model, ids, 3))
 
 
 def test_a_template_that_refuses_is_quoted(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "{{ raise_exception('no system message, please') }}"
     with pytest.raises(DataError, match="no system message, please"):
-        list(reply(model, tokenizer, HELLO))
+        list(stream_reply(model, tokenizer, HELLO))

@@ -12,7 +12,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from tailora.evaluation.generate import cache_for, request
+from tailora.evaluation.generate import cache_implementation, generation_arguments
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -36,7 +36,7 @@ MODELS = {
 def test_the_static_cache_is_for_prompts_as_long_as_the_answer(
     tiny: Callable[..., LlamaForCausalLM], length: int, new: int, expected: str | None
 ) -> None:
-    assert cache_for(tiny(), length, new) == expected
+    assert cache_implementation(tiny(), length, new) == expected
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -45,7 +45,7 @@ def test_both_caches_give_the_same_tokens(kind: str, tokenizer: PreTrainedTokeni
     model = AutoModelForCausalLM.from_config(MODELS[kind]).eval()
     model.generation_config.eos_token_id = None
     ids = torch.randint(300, (12,)).tolist()
-    asked = request(model, tokenizer, ids, max_new_tokens=10)
+    asked = generation_arguments(model, tokenizer, ids, max_new_tokens=10)
     static = model.generate(**asked)
     asked["generation_config"].cache_implementation = None
     assert torch.equal(static, model.generate(**asked))
