@@ -228,9 +228,9 @@ def _device() -> str:
 
 def loss_on(config: TrainConfig, model: "LoRAModel", tokenizer: Any) -> Callable[["LoRAModel"], float]:
     """The loss of this model on all of the data, in nats per supervised token; every call is told on stderr."""
-    from tailora.evaluation.scores import held_out
+    from tailora.evaluation.scores import loss_on_data
 
-    measured = held_out(config, model, tokenizer, note)
+    measured = loss_on_data(config, model, tokenizer, note)
 
     def loss(_: "LoRAModel") -> float:
         value = measured().loss

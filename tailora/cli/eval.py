@@ -1,4 +1,4 @@
-"""`tailora eval`: how good an adapter is on held-out data, beside its base, and gates on what must hold."""
+"""`tailora eval`: how good an adapter is on held-out data, next to its base model, and gates on the scores."""
 
 import json as jsonlib
 import math
@@ -23,14 +23,13 @@ from tailora.cli.flags import Json, flags_of, merge_settings
 from tailora.cli.main import log, note, on_terminal, print_json, stderr, stdout
 from tailora.cli.models import Quantize, load, named, recorded
 from tailora.errors import ConfigError
-from tailora.evaluation.metrics import METRICS, SHELL, Gate, check_gates, of_task, parse_gates, parse_metrics
+from tailora.evaluation.metrics import METRICS, QUOTES_HINT, Gate, check_gates, parse_gates, parse_metrics
 from tailora.formats.run_folder import REPORT, write_report
 from tailora.report import report_if_possible
 from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from tailora.evaluation.lm_eval import Tasks
-    from tailora.evaluation.scores import Asked, Score, Scores
+    from tailora.evaluation.scores import Score, Scores
 
 
 # ---- What `eval` shows: progress, the table of metrics, answers, gates.
@@ -66,13 +65,13 @@ def _lines(console: Console) -> Callable[[int, int], None]:
     return show_line
 
 
-def judged(gates: Sequence[Gate], values: Mapping[str, float]) -> list[dict[str, Any]]:
+def gate_outcomes(gates: Sequence[Gate], values: Mapping[str, float]) -> list[dict[str, Any]]:
     """For JSON: each gate with its value, null where that is no number, and whether it is met."""
     return [
         {
             "gate": str(gate),
             "value": values[gate.metric] if math.isfinite(values[gate.metric]) else None,
-            "met": gate.met(values[gate.metric]),
+            "met": gate.is_met(values[gate.metric]),
         }
         for gate in gates
     ]
@@ -135,7 +134,7 @@ def _left_out(found: "Scores") -> Iterator[str]:
     if data.truncated:
         yield f"{data.truncated:,} rows were longer than --max-length and cut; the longest has {data.longest:,} tokens"
     if data.cut_away:
-        yield f"{data.cut_away:,} of them were left out, with nothing to judge before the cut"
+        yield f"{data.cut_away:,} of them were left out, because nothing is left to evaluate after the cut"
     if found.too_long:
         yield f"{found.too_long:,} rows were left out: choices or prompt longer than --max-length or the model allows"
 
@@ -153,70 +152,76 @@ def answers(found: "Scores") -> Table:
     return made
 
 
-# ----
+# ---- The command
 
 
 Flags: Any = flags_of(TrainConfig, only=["field", "max_length", "dtype"])
-KIND = "eval"
-NOT_MET = 4
-LIGHTER = "what helps: a smaller --max-length, --quantize nf4, --dtype bfloat16, closing other programs"
+KIND = "eval"  # of report.json
+GATE_NOT_MET = 4  # exit code
+MEMORY_ADVICE = "what helps: a smaller --max-length, --quantize nf4, --dtype bfloat16, closing other programs"
 
 Adapter = Annotated[str | None, Parameter(help="folder of an adapter, or of the run that made it")]
 Data = Annotated[str | None, Parameter(help="held-out data: JSONL, JSON, CSV, Parquet, folder or Hub id, or 'demo'")]
 Gates = Annotated[
     list[str] | None,
-    Parameter(name="--gate", negative=(), metavar="METRIC<N", help=f"else exit code 4; repeatable; {SHELL}"),
+    Parameter(
+        name="--gate",
+        negative=(),
+        metavar="METRIC<N",
+        help=f"exit with code 4 if this does not hold; repeatable; {QUOTES_HINT}",
+    ),
 ]
 Metrics = Annotated[
     list[str] | None,
-    Parameter(name="--metrics", negative=(), metavar="A,B", help=f"{', '.join(METRICS)}; default: what the data has"),
+    Parameter(
+        name="--metrics",
+        negative=(),
+        metavar="A,B",
+        help=f"{', '.join(METRICS)}; default: accuracy for data with choices, else loss",
+    ),
 ]
 Normalize = Annotated[
-    str, Parameter(metavar="A,B", help="before answers are compared: case, punctuation, space, strip; or none")
+    str,
+    Parameter(
+        metavar="A,B",
+        help="what exact_match ignores: case, punctuation, space, strip (space at the ends), or none",
+    ),
 ]
-Limit = Annotated[PositiveInt | None, Parameter(help="only the first so many rows")]
+Limit = Annotated[PositiveInt | None, Parameter(help="evaluate only the first N examples")]
 
 
 @Parameter(name="*", group=Group.create_ordered("lm-evaluation-harness"))
 @dataclass(frozen=True, kw_only=True)
-class Harness:
-    """Flags named as lm_eval's."""
+class HarnessFlags:
+    """Flags with the names of lm_eval's."""
 
     tasks: Annotated[
-        list[str] | None, Parameter(negative=(), metavar="A,B", help="its tasks, such as hellaswag,arc_easy")
+        list[str] | None, Parameter(negative=(), metavar="A,B", help="tasks to run, such as hellaswag,arc_easy")
     ] = None
     include_path: Annotated[Path | None, Parameter(help="folder with tasks of your own")] = None
-    num_fewshot: Annotated[NonNegativeInt | None, Parameter(help="examples before a question")] = None
-    apply_chat_template: Annotated[bool, Parameter(negative=(), help="ask as in a chat")] = False
-    batch_size: Annotated[PositiveInt, Parameter(help="of its forwards")] = 8
+    num_fewshot: Annotated[NonNegativeInt | None, Parameter(help="examples shown before each question")] = None
+    apply_chat_template: Annotated[bool, Parameter(negative=(), help="ask through the chat template")] = False
+    batch_size: Annotated[PositiveInt, Parameter(help="questions per forward pass")] = 8
 
     @property
     def names(self) -> list[str]:
-        return [name for each in self.tasks or () for name in each.split(",") if name]
+        return [name for text in self.tasks or () for name in text.split(",") if name]
 
 
-NO_HARNESS = Harness()
+NO_HARNESS_FLAGS = HarnessFlags()
 
 
 @dataclass(frozen=True)
-class Trainable:
-    """What is judged."""
+class Target:
+    """What is evaluated."""
 
     model: str
-    adapter: str | None  # as given
+    adapter: str | None  # as it was typed
     folder: Path | None  # of the adapter itself
 
-
-@dataclass(frozen=True)
-class Wish:
-    """What it is judged by."""
-
-    data: str | None
-    gates: list[Gate]
-    base: bool
-    limit: int | None
-    quantize: str | None
-    run: TrainConfig
+    def recorded(self, setting: str) -> Any:
+        """Returns a setting of the run that made the adapter, or None."""
+        return None if self.folder is None else recorded(self.folder, setting)
 
 
 def eval(
@@ -227,104 +232,86 @@ def eval(
     model: Base = None,
     metrics: Metrics = None,
     gate: Gates = None,
-    base: Annotated[bool, Parameter(help="judge the base beside the adapter")] = True,
+    base: Annotated[bool, Parameter(help="also evaluate the base model, to compare with")] = True,
     normalize: Normalize = "strip",
-    max_new_tokens: Annotated[PositiveInt, Parameter(help="longest answer, for exact_match")] = 128,
+    max_new_tokens: Annotated[PositiveInt, Parameter(help="longest answer in tokens, for exact_match")] = 128,
     samples: Annotated[NonNegativeInt, Parameter(help="answers to show, for exact_match")] = 3,
     limit: Limit = None,
     quantize: Quantize = None,
-    harness: Harness = NO_HARNESS,
-    output_dir: Annotated[Path | None, Parameter(help="folder for a report: page and numbers")] = None,
+    harness: HarnessFlags = NO_HARNESS_FLAGS,
+    output_dir: Annotated[Path | None, Parameter(help="folder for report.json and report.html")] = None,
     json: Json = False,
     flags: Flags = None,
 ) -> int:
-    """Judge an adapter on held-out data, beside its base. Without an adapter, judge --model alone."""
-    started = time.monotonic()
-    gates, names = parse_gates(gate or []), parse_metrics(metrics or [])
-    asked = subject(adapter, model)
-    beside = base and asked.folder is not None
-    check_gates(
-        [each for each in gates if not (harness.names and of_task(each))], list(METRICS) if data else [], base=beside
-    )
-    if data is None and not harness.names:
-        raise ConfigError("nothing to judge by: give --data FILE, or --tasks of lm-evaluation-harness")
-    _check_folder(output_dir)
-    longest = None if asked.folder is None else recorded(asked.folder, "max_length")
-    chosen = merge_settings(
-        flags, None, defaults={"max_length": longest} if longest else {}, arguments={"model": asked.model}
-    ).config
-    wish = Wish(data, gates, beside, limit, quantize, chosen)
-    from tailora.evaluation.scores import (
-        Asked,
-        normaliser,  # torch from here on
-    )
+    """Evaluate an adapter on held-out data, next to its base model.
 
-    how = Asked(
-        metrics=tuple(names),
-        also=tuple(each.metric for each in gates if not of_task(each)),
-        max_length=chosen.max_length,
+    Without an adapter, --model alone is evaluated.
+    """
+    started = time.monotonic()
+    gates, metric_names = parse_gates(gate or []), parse_metrics(metrics or [])
+    target = find_target(adapter, model)
+    base = base and target.folder is not None
+    of_data = [gate for gate in gates if not (harness.names and gate.is_on_task)]
+    check_gates(of_data, list(METRICS) if data else [], base=base)
+    if data is None and not harness.names:
+        raise ConfigError("nothing to evaluate on: give --data FILE, or --tasks of lm-evaluation-harness")
+    _check_output_dir(output_dir)
+    max_length = target.recorded("max_length")
+    defaults = {"max_length": max_length} if max_length else {}
+    run = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model}).config
+
+    from tailora.evaluation.lm_eval import HarnessOptions, evaluate_tasks, find_tasks
+    from tailora.evaluation.scores import EvalOptions, Scores, normalizer, score, without_adapter
+    from tailora.train.memory import explained
+
+    options = EvalOptions(
+        metrics=tuple(metric_names),
+        extra_metrics=tuple(gate.metric for gate in gates if not gate.is_on_task),
+        max_length=run.max_length,
         max_new_tokens=max_new_tokens,
         normalize=() if normalize == "none" else tuple(normalize.split(",")),
         limit=limit,
-        shown=samples,
+        samples=samples,
     )
-    normaliser(how.normalize)
-    found = _measured(asked, wish, how, harness)
-    return _told(asked, found, gates, time.monotonic() - started, output_dir, json)
-
-
-def _measured(asked: Trainable, wish: Wish, how: "Asked", harness: Harness) -> "Scores":
-    from tailora.evaluation.scores import Scores, bare, score
-    from tailora.train.memory import explained
-
-    tasks = _tasks(harness, wish)
-    found = Scores({}, {} if wish.base else None, {} if wish.base else None)
-    with explained("evaluating", lambda: LIGHTER):
-        adapters = [] if asked.folder is None or asked.adapter is None else [asked.adapter]
-        loaded = load(asked.model, adapters, wish.quantize, wish.run.dtype)
-        model = loaded.model if adapters else bare(loaded.model)
-        if wish.data is not None:
-            _warn_of_trained_data(asked, wish.data)
-            with progress(stderr()) as heard:
-                more: Any = {"field": wish.run.field, "base": wish.base, "note": note, "heard": heard}
-                found = found.beside(score(model, loaded.tokenizer, wish.data, how, **more))
+    normalizer(options.normalize)
+    tasks = find_tasks(harness.names, harness.include_path) if harness.names else None
+    if tasks is not None:
+        check_gates(gates, [*(METRICS if data else ()), *tasks.metrics], base=base)
+    scores = Scores({}, {} if base else None, {} if base else None)
+    with explained("evaluating", lambda: MEMORY_ADVICE):
+        loaded = load(target.model, [adapter] if adapter and target.folder else [], quantize, run.dtype)
+        adapted = loaded.model if loaded.adapters else without_adapter(loaded.model)
+        if data is not None:
+            _warn_of_training_data(target, data)
+            with progress(stderr()) as show_progress:
+                arguments: Any = {"field": run.field, "base": base, "log": note, "progress": show_progress}
+                scores = scores.merge(score(adapted, loaded.tokenizer, data, options, **arguments))
         if tasks is not None:
-            from tailora.evaluation.lm_eval import How, judge_tasks
-
-            asked_how = How(harness.num_fewshot, harness.apply_chat_template, wish.limit, harness.batch_size)
-            found = found.beside(judge_tasks(model, loaded.tokenizer, tasks, asked_how, base=wish.base))
-    return found
-
-
-def _tasks(harness: Harness, wish: Wish) -> "Tasks | None":
-    """Those asked for, with all that can be wrong found before a model is loaded."""
-    if not harness.names:
-        return None
-    from tailora.evaluation.lm_eval import find_tasks
-
-    tasks = find_tasks(harness.names, harness.include_path)
-    check_gates(wish.gates, [*(METRICS if wish.data else ()), *tasks.metrics], base=wish.base)
-    return tasks
+            harness_options = HarnessOptions(
+                harness.num_fewshot, harness.apply_chat_template, limit, harness.batch_size
+            )
+            scores = scores.merge(evaluate_tasks(adapted, loaded.tokenizer, tasks, harness_options, base=base))
+    return _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
 
 
-def subject(adapter: str | None, model: str | None) -> Trainable:
-    """What was asked for. Raises ConfigError, FormatError."""
+def find_target(adapter: str | None, model: str | None) -> Target:
+    """Raises ConfigError or FormatError if there is nothing to evaluate at these places."""
     if adapter is None:
         if model is None:
-            raise ConfigError("nothing to judge: give an ADAPTER, or --model M to judge a model without one")
-        return Trainable(model, None, None)
+            raise ConfigError("nothing to evaluate: give an ADAPTER, or --model M for a model without one")
+        return Target(model, None, None)
     path = Path(adapter)
-    whole = next((each for each in (path, path / "model") if (each / "config.json").is_file()), None)
-    if whole is not None and not (path / "adapter_config.json").exists():
+    model_folder = next((folder for folder in (path, path / "model") if (folder / "config.json").is_file()), None)
+    if model_folder is not None and not (path / "adapter_config.json").exists():
         if model is not None:
             raise ConfigError(f"{adapter} is a whole model, not an adapter for {model}: leave one of the two out")
-        return Trainable(str(whole), None, None)
+        return Target(str(model_folder), None, None)
     (folder,) = named([adapter]).values()
-    return Trainable(base_name(model, [folder]), adapter, folder)
+    return Target(base_name(model, [folder]), adapter, folder)
 
 
-def _check_folder(folder: Path | None) -> None:
-    """Raises ConfigError where a report of something else would be lost."""
+def _check_output_dir(folder: Path | None) -> None:
+    """Raises ConfigError if the report of another command would be lost."""
     if folder is None or not (folder / REPORT).exists():
         return
     try:
@@ -335,29 +322,27 @@ def _check_folder(folder: Path | None) -> None:
         raise ConfigError(f"--output-dir {folder} holds a {REPORT} of something else; give another folder")
 
 
-def _warn_of_trained_data(asked: Trainable, data: str) -> None:
-    """A loss on what was trained on says little."""
+def _warn_of_training_data(target: Target, data: str) -> None:
     from tailora.data.demo import resolve
 
-    trained = None if asked.folder is None else recorded(asked.folder, "data")
-    if not isinstance(trained, str):
+    recorded_data = target.recorded("data")
+    if not isinstance(recorded_data, str):
         return
-    mine, theirs = resolve(data, "eval_data"), resolve(trained, "data")
-    if mine == theirs or (Path(mine).exists() and Path(theirs).exists() and Path(mine).samefile(theirs)):
-        note(f"the adapter was trained on {data}, so what is measured on it will look too good")
+    given, trained_on = resolve(data, "eval_data"), resolve(recorded_data, "data")
+    both_exist = Path(given).exists() and Path(trained_on).exists()
+    if given == trained_on or (both_exist and Path(given).samefile(trained_on)):
+        note(f"the adapter was trained on {data}, so its scores there will look too good")
 
 
-def _told(
-    asked: Trainable, found: "Scores", gates: Sequence[Gate], seconds: float, folder: Path | None, as_json: bool
+def _finish(
+    target: Target, scores: "Scores", gates: Sequence[Gate], seconds: float, folder: Path | None, as_json: bool
 ) -> int:
-    """Prints and writes what was found; the exit code."""
-    from tailora.evaluation.scores import plain
-
-    outcomes = judged(gates, found.values())
+    """Writes the report, prints the scores, and returns the exit code."""
+    outcomes = gate_outcomes(gates, scores.values())
     payload = {
-        "model": asked.model,
-        "adapter": asked.adapter,
-        **plain(found),
+        "model": target.model,
+        "adapter": target.adapter,
+        **scores.to_dict(),
         "gates": outcomes,
         "seconds": seconds,
     }
@@ -368,6 +353,6 @@ def _told(
     if as_json:
         print_json(payload)
     else:
-        show(stdout(), asked.adapter or asked.model, found, outcomes)
+        show(stdout(), target.adapter or target.model, scores, outcomes)
     refused(stderr(), outcomes)
-    return NOT_MET if any(not each["met"] for each in outcomes) else 0
+    return 0 if all(outcome["met"] for outcome in outcomes) else GATE_NOT_MET

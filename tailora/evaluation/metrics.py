@@ -59,7 +59,7 @@ def parse_metrics(texts: Iterable[str]) -> list[str]:
 def parse_gates(texts: Sequence[str]) -> list[Gate]:
     """Returns the gates in texts such as "loss<1.3,acc>.5". Raises ConfigError for all that cannot be read."""
     gates, problems = [], []
-    for text in (part for text in texts for part in text.split(",")):
+    for text in (part for argument in texts for part in argument.split(",")):
         match = GATE.fullmatch(text)
         bound = _finite_number(match["bound"]) if match else None
         if match is None or bound is None:

@@ -36,7 +36,7 @@ from tailora.evaluation.statistics import Interval, mean_interval, paired_differ
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import CPU_TOKENS
-from tailora.train.loss import BatchLayout, Evaluation, evaluate
+from tailora.train.loss import Evaluation, evaluate
 from tailora.train.setup import choose_rows
 from tailora.train.trainable import Trainable
 

@@ -23,19 +23,19 @@ from tailora.core.adapter import Adapter
 from tailora.core.compress import Spectra, leading_only, spectra_of
 from tailora.core.low_rank import product_spectrum
 from tailora.errors import ConfigError, listing
-from tailora.evaluation.forgetting import forgetting, own_texts, texts_of
-from tailora.evaluation.scores import held_out
+from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
+from tailora.evaluation.scores import loss_on_data
 from tailora.evaluation.spectral import (
     ModuleReport,
     Update,
     chance_overlap,
-    directions,
-    examine,
-    inner,
+    inner_product,
+    module_report,
     subspace_overlap,
-    updates_alone,
+    update_directions,
+    updates_in_files,
     updates_of,
-    with_shares,
+    with_energy,
 )
 from tailora.evaluation.statistics import Interval, paired_difference
 from tailora.formats.offline import read_offline
@@ -127,7 +127,7 @@ def _inspect_files(folder: Path, other: Path | None, options: InspectOptions) ->
     if options.data is not None:
         base = f", such as {content.base}, which the adapter names" if content.base else ""
         raise ConfigError(f"data {options.data!r} needs a model to be read by: give --model{base}")
-    updates = updates_alone(content)
+    updates = updates_in_files(content)
     return Inspection(
         adapter=str(folder),
         model=None,
@@ -138,7 +138,7 @@ def _inspect_files(folder: Path, other: Path | None, options: InspectOptions) ->
         layers=layer_count(updates),
         modules=_module_reports(updates, options, lambda *_: None),
         left_out=content.left_out,
-        pair=None if other is None else adapter_overlap(str(other), updates, updates_alone(read_offline(other))),
+        pair=None if other is None else adapter_overlap(str(other), updates, updates_in_files(read_offline(other))),
         seconds=time.perf_counter() - started,
     )
 
@@ -147,9 +147,9 @@ def _module_reports(updates: Mapping[str, Update], options: InspectOptions, prog
     """In the order of the layers."""
     reports = []
     for number, path in enumerate(in_order(updates), 1):
-        reports.append(examine(updates[path], seed=options.seed + number, look_for_intruders=options.intruders))
+        reports.append(module_report(updates[path], seed=options.seed + number, count_intruders=options.intruders))
         progress(number, len(updates))
-    return with_shares(reports)
+    return with_energy(reports)
 
 
 # ---- The adapter in its model
@@ -245,12 +245,12 @@ def _measure_on_data(
     if options.data is not None:
         settings = {"model": inspection.model or NAME, "data": options.data}
         config = TrainConfig(**settings, field=options.field, max_length=options.max_length)
-        evaluate = held_out(config, model, tokenizer, log)
+        evaluate = loss_on_data(config, model, tokenizer, log)
         inspection = _with_losses(inspection, model, name, options.data, evaluate, log)
     if options.forgetting_data is not None:
-        texts, source = texts_of(options.forgetting_data, model, tokenizer), options.forgetting_data
+        texts, source = read_texts(options.forgetting_data, model, tokenizer), options.forgetting_data
     else:
-        texts, source = own_texts(model, tokenizer, seed=options.seed), "text that the base writes"
+        texts, source = sample_texts(model, tokenizer, seed=options.seed), "text that the base writes"
     forgotten = forgetting(model, texts)
     log(f"KL from the base on {source} {forgotten.kl:.4f}")
     inspection = replace(inspection, forgetting={**asdict(forgotten), "text": source})
@@ -391,8 +391,8 @@ def _check_shapes(other: str, shapes: Mapping[str, tuple[tuple[int, ...], tuple[
 def _module_overlap(here: Update, there: Update) -> ModuleOverlap:
     spectrum, other_spectrum = product_spectrum(here.factors), product_spectrum(there.factors)
     norm, other_norm = float(spectrum.S.norm()), float(other_spectrum.S.norm())
-    product = inner(here.factors, there.factors)
-    (writes, reads), (other_writes, other_reads) = directions(spectrum), directions(other_spectrum)
+    product = inner_product(here.factors, there.factors)
+    (writes, reads), (other_writes, other_reads) = update_directions(spectrum), update_directions(other_spectrum)
     return ModuleOverlap(
         path=here.path,
         norm=norm,

@@ -304,15 +304,15 @@ def _forgotten(result: Any, spec: Spec) -> tuple[dict[str, Any], dict[str, float
 
 def _texts(result: Any, spec: Spec) -> list[list[int]]:
     """Ids of each."""
-    from tailora.evaluation.forgetting import own_texts, texts_of
+    from tailora.evaluation.forgetting import read_texts, sample_texts
 
     if spec.forgetting:
-        return texts_of(spec.forgetting, result.model, result.tokenizer)
+        return read_texts(spec.forgetting, result.model, result.tokenizer)
     if spec.texts is None:
-        return own_texts(result.model, result.tokenizer)
+        return sample_texts(result.model, result.tokenizer)
     kept = Path(spec.texts)
     if not kept.exists():
-        write_file(kept, json.dumps(own_texts(result.model, result.tokenizer)).encode())
+        write_file(kept, json.dumps(sample_texts(result.model, result.tokenizer)).encode())
     known: list[list[int]] = json.loads(kept.read_text())
     return known
 

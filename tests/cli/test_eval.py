@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
-from tailora.evaluation.scores import Asked, score
+from tailora.evaluation.scores import EvalOptions, score
 
 QUIZ = [{"question": f"thing {n}?", "choices": ["red", "green", "blue"], "answer": n % 3} for n in range(12)]
 
@@ -176,7 +176,7 @@ def test_from_python_large_data_takes_no_more_memory(tiny_model: Path, tmp_path:
     model = LoRAModel(chat_model(), LoRAConfig(r=2))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     heard: list[tuple[int, int]] = []
-    result = score(model, tokenizer, str(path), Asked(("loss",)), heard=lambda *both: heard.append(both))
+    result = score(model, tokenizer, str(path), EvalOptions(("loss",)), progress=lambda *both: heard.append(both))
     assert result.metrics["loss"].n == 150
     assert heard == [(64, 300), (128, 300), (192, 300), (256, 300), (278, 300), (300, 300)]
     assert result.metrics["loss"].value == pytest.approx(result.base["loss"].value)  # type: ignore[index]
@@ -184,8 +184,8 @@ def test_from_python_large_data_takes_no_more_memory(tiny_model: Path, tmp_path:
 
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "nothing": (["--data", "CHATS"], "nothing to judge: give an ADAPTER"),
-    "no data": (["ONE"], "nothing to judge by: give --data"),
+    "nothing": (["--data", "CHATS"], "nothing to evaluate: give an ADAPTER"),
+    "no data": (["ONE"], "nothing to evaluate on: give --data"),
     "no folder": (["absent", "--data", "CHATS"], "absent is not a folder"),
     "no file": (["ONE", "--data", "absent.jsonl"], "absent.jsonl: no such file"),
     "gate": (["ONE", "--data", "CHATS", "--gate", "loss"], "write METRIC<NUMBER"),

@@ -11,7 +11,7 @@ from transformers import MistralForCausalLM as Mistral
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import IGNORED, Example, Examples
-from tailora.evaluation.multiple_choice import branched, grown, obstacle_to_branches
+from tailora.evaluation.multiple_choice import compare_with_separate, share_prompt, shared_prompt_losses
 from tailora.kernels.loss import FROZEN, OWN, WHOLE
 from tailora.train.loss import BatchLayout, evaluate
 
@@ -35,12 +35,12 @@ QUESTIONS = [question(9, 1, 4, 2), question(1, 3, 3), question(5, 1, 1, 1, 1), q
 
 
 def test_a_tree_has_the_prompt_once_and_a_place_for_every_prediction() -> None:
-    tree = grown([reply([7, 8, 9], 1, 2), reply([7, 8, 9], 3)])
+    tree = share_prompt([reply([7, 8, 9], 1, 2), reply([7, 8, 9], 3)])
     assert tree.ids.tolist() == [7, 8, 9, 1, 9]
     assert tree.positions.tolist() == [0, 1, 2, 3, 2]
-    assert tree.branches.tolist() == [-1, -1, 0, 0, 1]
+    assert tree.replies.tolist() == [-1, -1, 0, 0, 1]
     assert tree.targets.tolist() == [IGNORED, IGNORED, 1, 2, 3]
-    parted = grown([reply([7, 8, 9], 1), reply([7, 5, 9], 1)])  # prompts that differ from the second token on
+    parted = share_prompt([reply([7, 8, 9], 1), reply([7, 5, 9], 1)])  # prompts that differ from the second token on
     assert parted.ids.tolist() == [7, 8, 9, 7, 5, 9]
     assert parted.targets.tolist() == [IGNORED, IGNORED, 1, IGNORED, IGNORED, 1]
 
@@ -61,19 +61,19 @@ def test_a_reply_has_the_loss_that_it_has_alone(make: Any, form: str, attention:
     model = LoRAModel(make().eval(), LoRAConfig(r=2))
     model.base_model.set_attn_implementation(attention)  # type: ignore[operator]
     rows = BatchLayout(packed=False, loss=OWN, pad_id=0)
-    found = branched(model, QUESTIONS, form, token_budget=40)
+    found = shared_prompt_losses(model, QUESTIONS, form, token_budget=40)
     for replies, nats in zip(QUESTIONS, found, strict=True):
         alone = evaluate(model, Examples.of(replies), rows=rows, token_budget=1).sums
         np.testing.assert_allclose(nats, alone, rtol=1e-4)
-        assert obstacle_to_branches(model, replies, form, alone) is None
+        assert compare_with_separate(model, replies, form, alone) is None
 
 
 def test_what_cannot_branch_is_told() -> None:
     model = LoRAModel(chat_model().eval(), LoRAConfig(r=2))
     wrong = np.array([1.0, 2.0, 3.0])
-    told = obstacle_to_branches(model, QUESTIONS[0], OWN, wrong)
+    told = compare_with_separate(model, QUESTIONS[0], OWN, wrong)
     assert told is not None
-    assert told.startswith("replies come out otherwise (by ")
+    assert told.startswith("losses differ from separate rows by ")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     windowed = Mistral(MistralConfig(vocab_size=50, num_key_value_heads=2, sliding_window=8, **sizes)).eval()
-    assert obstacle_to_branches(LoRAModel(windowed), QUESTIONS[0], OWN, wrong) == "its attention has a window of 8"
+    assert compare_with_separate(LoRAModel(windowed), QUESTIONS[0], OWN, wrong) == "its attention has a window of 8"

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tailora.errors import DataError
-from tailora.evaluation.generate import chat_ids, stream_reply, stop_ids
+from tailora.evaluation.generate import chat_ids, stop_ids, stream_reply
 
 HELLO = [{"role": "user", "content": "hello"}]
 Make = Callable[..., LlamaForCausalLM]

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.schemas import Choices, from_choices
-from tailora.evaluation.multiple_choice import log_likelihoods, options, picked
+from tailora.evaluation.multiple_choice import log_likelihoods, right_is_likeliest, tokenize_choices
 from tailora.train.loss import BatchLayout
 
 Make = Callable[..., LlamaForCausalLM]
@@ -31,16 +31,16 @@ def plainly(model: LlamaForCausalLM, context: list[int], reply: list[int]) -> fl
     return total
 
 
-@pytest.mark.parametrize("branches", [True, False])
+@pytest.mark.parametrize("share_prompts", [True, False])
 @pytest.mark.parametrize("template", [True, False])
 def test_a_reply_has_the_likelihood_that_transformers_gives(
-    tiny: Make, tokenizer: PreTrainedTokenizerFast, template: bool, branches: bool
+    tiny: Make, tokenizer: PreTrainedTokenizerFast, template: bool, share_prompts: bool
 ) -> None:
     if not template:
         tokenizer.chat_template = None
     model = LoRAModel(tiny().eval(), LoRAConfig(r=2))
-    found = options([asked(), asked(2, "hello you")], tokenizer, 100)
-    got = log_likelihoods(model, found, rows=PADDED, token_budget=64, branches=branches)
+    found = tokenize_choices([asked(), asked(2, "hello you")], tokenizer, 100)
+    got = log_likelihoods(model, found, PADDED, token_budget=64, share_prompts=share_prompts)
     for question, prompt in enumerate(("how are you", "hello you")):
         for place, reply in enumerate(COLOURS):
             turn = [{"role": "user", "content": prompt}]
@@ -56,16 +56,16 @@ def test_a_reply_has_the_likelihood_that_transformers_gives(
 
 
 def test_the_right_reply_counts_where_its_value_is_highest(tokenizer: PreTrainedTokenizerFast) -> None:
-    found = options([asked(1), asked(2), asked(0)], tokenizer, 100)
+    found = tokenize_choices([asked(1), asked(2), asked(0)], tokenizer, 100)
     values = np.array([-3.0, -1, -2, -3, -2, -1, -2, -2, -5])
-    assert picked(found, values).tolist() == [True, True, True]  # of equal ones the first
-    assert picked(found, -values).tolist() == [False, False, False]
+    assert right_is_likeliest(found, values).tolist() == [True, True, True]  # of equal ones the first
+    assert right_is_likeliest(found, -values).tolist() == [False, False, False]
 
 
 def test_a_model_that_was_taught_the_right_replies_picks_them(tiny: Make, tokenizer: PreTrainedTokenizerFast) -> None:
     model = LoRAModel(tiny(), LoRAConfig(r=8)).eval()
     questions = [asked(place, prompt) for place, prompt in enumerate(("hello", "today", "user"))]
-    found = options(questions, tokenizer, 100)
+    found = tokenize_choices(questions, tokenizer, 100)
     right = [found.examples[int(start + answer)] for start, answer in zip(found.starts, found.answers, strict=False)]
     optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=5e-3)
     for _ in range(60):
@@ -73,14 +73,14 @@ def test_a_model_that_was_taught_the_right_replies_picks_them(tiny: Make, tokeni
             ids, labels = (torch.tensor(part[None].astype(np.int64)) for part in (example.input_ids, example.labels))
             model(ids, labels=labels).loss.backward()
         optimizer.step(), optimizer.zero_grad()
-    taught = log_likelihoods(model, found, rows=PADDED, token_budget=64)
-    assert picked(found, taught).all()
+    taught = log_likelihoods(model, found, PADDED, token_budget=64)
+    assert right_is_likeliest(found, taught).all()
     with model.disable_adapter():
-        base = log_likelihoods(model, found, rows=PADDED, token_budget=64)
-    assert not picked(found, base).all()
+        base = log_likelihoods(model, found, PADDED, token_budget=64)
+    assert not right_is_likeliest(found, base).all()
 
 
 def test_questions_with_a_reply_that_would_be_cut_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    found = options([asked(), asked(1, "hello " * 60), asked(2)], tokenizer, 60)
+    found = tokenize_choices([asked(), asked(1, "hello " * 60), asked(2)], tokenizer, 60)
     assert (found.left_out, found.answers.tolist(), len(found.examples)) == (1, [0, 2], 6)
-    assert len(options([asked(1, "hello " * 60)], tokenizer, 60).examples) == 0
+    assert len(tokenize_choices([asked(1, "hello " * 60)], tokenizer, 60).examples) == 0

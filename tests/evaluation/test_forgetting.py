@@ -8,7 +8,7 @@ from tiny import chat_model, chat_tokenizer
 from torch.nn import functional as F
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.evaluation.forgetting import forgetting, own_texts
+from tailora.evaluation.forgetting import forgetting, sample_texts
 
 
 @pytest.fixture
@@ -50,12 +50,12 @@ def test_it_is_the_mean_over_tokens_of_the_definition(model: LoRAModel) -> None:
 
 def test_the_base_writes_the_same_texts_whatever_is_trained(model: LoRAModel) -> None:
     tokenizer: Any = chat_tokenizer(["red green"], eos_token="<|im_end|>")
-    texts = own_texts(model, tokenizer, count=3, length=9)
+    texts = sample_texts(model, tokenizer, count=3, length=9)
     assert [len(text) for text in texts] == [10, 10, 10]
     assert len(set(map(tuple, texts))) == 3
     stirred(model, 0.3)
     state = torch.random.get_rng_state()
-    assert own_texts(model, tokenizer, count=3, length=9) == texts
+    assert sample_texts(model, tokenizer, count=3, length=9) == texts
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

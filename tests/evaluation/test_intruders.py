@@ -37,7 +37,7 @@ def test_cosines_are_those_of_the_full_decomposition(shape: tuple[int, int]) -> 
 def test_a_planted_intruder_is_found_and_only_that(shape: tuple[int, int]) -> None:
     W = weight(*shape)
     planted = 2 * spread(shape[0]) @ spread(shape[1]).mT  # above all of W's singular values
-    count = spectral.counter(W)
+    count = spectral.intruder_counter(W)
     assert count(W) == 0
     assert count(W + planted) == 1
 
@@ -45,7 +45,7 @@ def test_a_planted_intruder_is_found_and_only_that(shape: tuple[int, int]) -> No
 @pytest.mark.parametrize("shape", SHAPES)
 def test_stronger_weights_and_small_noise_are_no_intruders(shape: tuple[int, int]) -> None:
     W = weight(*shape)
-    count = spectral.counter(W)
+    count = spectral.intruder_counter(W)
     assert count(3 * W) == 0
     noise = spectral.random_update(*shape, 8, norm=0.01).dense[0]
     assert count(W + noise) == 0
@@ -57,8 +57,8 @@ def test_the_short_way_and_the_full_decomposition_count_as_many(norm: float) -> 
     changed = W + spectral.random_update(*W.shape, 6, norm=norm).dense[0]
     old, new = (torch.linalg.svd(each.double(), full_matrices=False).U for each in (W, changed))
     by_hand = int(((old.mT @ new[:, :10]).abs().amax(0) < 0.5).sum())
-    assert spectral.counter(W)(changed) == by_hand
-    assert spectral.counter(W, whole=EXACT)(changed) == by_hand
+    assert spectral.intruder_counter(W)(changed) == by_hand
+    assert spectral.intruder_counter(W, full_size=EXACT)(changed) == by_hand
     assert by_hand >= 3 or norm < 3
 
 
@@ -68,7 +68,9 @@ def test_a_weight_without_intruders_is_not_decomposed_whole(monkeypatch: pytest.
 
     monkeypatch.setattr(spectral, "cosines_with", refused)
     W = weight(EXACT + 44, EXACT + 84)
-    assert spectral.counter(W, whole=EXACT)(W + spectral.random_update(*W.shape, 6, norm=0.1).dense[0]) == 0
+    assert (
+        spectral.intruder_counter(W, full_size=EXACT)(W + spectral.random_update(*W.shape, 6, norm=0.1).dense[0]) == 0
+    )
 
 
 def test_a_random_update_has_the_shape_rank_and_norm_and_is_the_same_every_time() -> None:

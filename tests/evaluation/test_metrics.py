@@ -36,15 +36,15 @@ def test_everything_that_is_no_gate_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_gates(["loss", "loss=1", "loss<", "<1", "loss<x", "loss<nan", "loss<1<2", ""])
     assert "8 problems" in str(caught.value)
-    assert "--gate 'loss': write METRIC<NUMBER (or <=, >, >=) in quotes, since the shell" in str(caught.value)
+    assert "--gate 'loss': write METRIC<NUMBER (or <=, >, >=) in quotes, because the shell" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("sign", "met"), [("<", [True, False, False]), ("<=", [True, True, False]), (">=", [False, True, True])]
 )
 def test_a_bound_is_met_or_not(sign: str, met: list[bool]) -> None:
-    assert [Gate("loss", sign, 1.0).met(value) for value in (0.5, 1.0, 1.5)] == met
-    assert not Gate("loss", sign, 1.0).met(math.nan)
+    assert [Gate("loss", sign, 1.0).is_met(value) for value in (0.5, 1.0, 1.5)] == met
+    assert not Gate("loss", sign, 1.0).is_met(math.nan)
 
 
 def test_an_unknown_metric_names_the_nearest() -> None:

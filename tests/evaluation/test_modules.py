@@ -8,7 +8,7 @@ from cases import LAYERS, PAIRS, SPECIAL_LAYERS, SPECIAL_PAIRS, LayerCase, all_o
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.layer_types import EMBEDDING
-from tailora.evaluation.spectral import ModuleReport, examine, updates_alone, updates_of, with_shares
+from tailora.evaluation.spectral import ModuleReport, module_report, updates_in_files, updates_of, with_energy
 from tailora.formats.offline import read_offline
 
 CASES = [*LAYERS, *SPECIAL_LAYERS]
@@ -19,7 +19,7 @@ SLOTS = ["plain", "rslora", "learned scale"]
 def reports(model: LoRAModel) -> dict[str, ModuleReport]:
     updates, left_out = updates_of(model.adapter(), model.base_model)
     assert not left_out
-    return {path: examine(update) for path, update in updates.items()}
+    return {path: module_report(update) for path, update in updates.items()}
 
 
 @all_of(CASES)
@@ -48,7 +48,7 @@ def test_norms_are_those_of_the_dense_update_and_weight(case: LayerCase, slot: s
 def test_the_file_alone_says_the_same(case: LayerCase, slot: str, tmp_path: Path) -> None:
     model = trained(case, slot)
     model.save_adapter(tmp_path)
-    (beside,), (alone,) = reports(model).values(), map(examine, updates_alone(read_offline(tmp_path)).values())
+    (beside,), (alone,) = reports(model).values(), map(module_report, updates_in_files(read_offline(tmp_path)).values())
     for name in ("path", "r", "rank", "in_features", "out_features", "numbers", "learned_scaling", "rank_99"):
         assert getattr(alone, name) == getattr(beside, name), name
     for name in ("effective_rank", "stable_rank", "norm", "scaling", "configured_scaling", "singular_values"):
@@ -80,7 +80,7 @@ def test_a_frozen_start_counts_twice_and_starts_at_nothing(tmp_path: Path) -> No
     (found,) = reports(model).values()
     assert (found.r, found.rank) == (4, 8)
     model.save_adapter(tmp_path)
-    (alone,) = map(examine, updates_alone(read_offline(tmp_path)).values())
+    (alone,) = map(module_report, updates_in_files(read_offline(tmp_path)).values())
     assert (alone.r, alone.rank) == (4, 8)
     assert alone.singular_values == pytest.approx(found.singular_values, rel=1e-3)
 
@@ -111,7 +111,7 @@ def test_shares_of_energy_add_up() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Embedding(8, 8), torch.nn.Linear(8, 8))
     model = LoRAModel(net, LoRAConfig(r=2, target_modules=["0", "1", "2"]))
     stir(model)
-    found = with_shares(reports(model).values())
+    found = with_energy(reports(model).values())
     assert sum(each.energy for each in found) == pytest.approx(1)
-    assert found[1].case == EMBEDDING.name
-    assert [each.energy for each in with_shares([])] == []
+    assert found[1].kind == EMBEDDING.name
+    assert [each.energy for each in with_energy([])] == []

@@ -9,12 +9,12 @@ from torch import Tensor
 from tailora.core.low_rank import Factors, product_spectrum
 from tailora.evaluation.spectral import (
     chance_overlap,
-    directions,
     effective_rank,
-    inner,
-    largest_first,
+    inner_product,
+    mean_singular_values,
     stable_rank,
     subspace_overlap,
+    update_directions,
 )
 
 
@@ -74,7 +74,7 @@ def test_chance_is_what_random_subspaces_overlap_by() -> None:
 def test_directions_are_those_with_more_than_rounding() -> None:
     factors = of_spectrum(3.0, 2.0)
     padded = Factors(torch.cat([factors.B, torch.zeros(1, 20, 2)], 2), torch.cat([factors.A, torch.randn(1, 2, 30)], 1))
-    written, read = directions(product_spectrum(padded))
+    written, read = update_directions(product_spectrum(padded))
     assert [round(float(each.square().sum())) for each in (written, read)] == [2, 2]
     assert subspace_overlap(written.float(), orthonormal(20, 2)) == pytest.approx(1, abs=1e-5)
     assert subspace_overlap(read.float(), orthonormal(30, 2, 1)) == pytest.approx(1, abs=1e-5)
@@ -93,10 +93,10 @@ def test_the_inner_product_is_that_of_the_dense_updates() -> None:
     first, second = (
         Factors(torch.randn(3, 7, 2, dtype=torch.float64), torch.randn(3, 2, 5, dtype=torch.float64)) for _ in range(2)
     )
-    assert inner(first, second) == pytest.approx(float((first.dense * second.dense).sum()))
+    assert inner_product(first, second) == pytest.approx(float((first.dense * second.dense).sum()))
 
 
 def test_a_row_of_singular_values_for_several_groups_has_their_energy() -> None:
     S = torch.tensor([[3.0, 1.0], [1.0, 0.0]])
-    row = largest_first(S)
+    row = mean_singular_values(S)
     assert float(row.square().sum()) * len(S) == pytest.approx(float(S.square().sum()))

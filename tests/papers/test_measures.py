@@ -10,14 +10,14 @@ import torch
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tailora.evaluation.spectral import counter, effective_rank, stable_rank, subspace_overlap
+from tailora.evaluation.spectral import effective_rank, intruder_counter, stable_rank, subspace_overlap
 from tailora.study.search import importances
 from tailora.train.optim import rising
 
 
 @pytest.mark.parametrize("planted", [0, 1, 3])
-@pytest.mark.parametrize("whole", [1024, 32])  # by all of W's vectors, and by those near first
-def test_intruders_are_leading_vectors_that_are_near_to_none_of_the_base_s(planted: int, whole: int) -> None:
+@pytest.mark.parametrize("full_size", [1024, 32])  # by all of W's vectors, and by those near first
+def test_intruders_are_leading_vectors_that_are_near_to_none_of_the_base_s(planted: int, full_size: int) -> None:
     """arXiv:2410.21228, alg. 1: of the k leading left vectors of W + dW those with max_j |<u_j, v_i>| < epsilon."""
     torch.manual_seed(0)
     m, n, k, epsilon = 120, 100, 10, 0.5
@@ -26,7 +26,7 @@ def test_intruders_are_leading_vectors_that_are_near_to_none_of_the_base_s(plant
     dW += 4 * directions @ torch.linalg.qr(torch.randn(n, planted))[0].T
     old, new = (torch.linalg.svd(each, full_matrices=False)[0] for each in (W, W + dW))
     by_definition = sum(all(abs(float(old[:, j] @ new[:, i])) < epsilon for j in range(old.shape[1])) for i in range(k))
-    assert counter(W, k, epsilon, whole=whole)(W + dW) == by_definition
+    assert intruder_counter(W, k, epsilon, full_size=full_size)(W + dW) == by_definition
     assert by_definition >= planted
 
 
