@@ -47,7 +47,7 @@ def peft() -> dict[str, float]:
     from torch.nn.functional import cross_entropy
 
     from tailora.cli.train import DEFAULTS
-    from tailora.data.collate import collate_padded, plan
+    from tailora.data.collate import collate_padded, plan_batches
     from tailora.data.demo import data_file, eval_file
     from tailora.data.prepare import prepare
     from tailora.train.config import TrainConfig
@@ -80,7 +80,7 @@ def peft() -> dict[str, float]:
         return float(torch.cat(parts).double().mean())
 
     before = held_out()
-    batches = plan(data.train.lengths, batch_size=config.per_device_train_batch_size, seed=config.seed, epoch=0)
+    batches = plan_batches(data.train.lengths, batch_size=config.per_device_train_batch_size, seed=config.seed, epoch=0)
     training_started = time.perf_counter()
     for number, indices in enumerate(batches):
         loss = losses(indices, data.train).mean()

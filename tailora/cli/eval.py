@@ -323,12 +323,12 @@ def _check_output_dir(folder: Path | None) -> None:
 
 
 def _warn_of_training_data(target: Target, data: str) -> None:
-    from tailora.data.demo import resolve
+    from tailora.data.demo import resolve_demo
 
     recorded_data = target.recorded("data")
     if not isinstance(recorded_data, str):
         return
-    given, trained_on = resolve(data, "eval_data"), resolve(recorded_data, "data")
+    given, trained_on = resolve_demo(data, "eval_data"), resolve_demo(recorded_data, "data")
     both_exist = Path(given).exists() and Path(trained_on).exists()
     if given == trained_on or (both_exist and Path(given).samefile(trained_on)):
         note(f"the adapter was trained on {data}, so its scores there will look too good")

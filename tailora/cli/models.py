@@ -95,11 +95,11 @@ def vocabulary(model: str) -> tuple[Any, int]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from tailora.data.demo import resolve
-    from tailora.data.readers import check_model
+    from tailora.data.demo import resolve_demo
+    from tailora.data.readers import check_model_exists
 
-    source = resolve(model, "model")
-    check_model(source)
+    source = resolve_demo(model, "model")
+    check_model_exists(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         with torch.device("meta"):

@@ -1,1 +1,11 @@
-"""From a file of rows to token ids with labels: sources, shapes, templates, checks, batches."""
+"""Training data: from a JSONL row to token ids and labels.
+
+    readers         files, folders, data sets of the Hub -> rows
+    schemas         a row's keys -> a sample: chat messages, prompt and completion, or text
+    chat_template   a sample -> its text, rendered by the chat template, and the spans of it that are trained
+    tokenize        text and spans -> token ids and the loss mask -> labels
+    dataset         examples in flat arrays, the split, the report
+    collate         examples -> batches of tensors
+
+prepare.py puts these steps together; demo.py makes the model and data of `tailora demo`.
+"""

@@ -1,18 +1,18 @@
-"""From a sample to text with the spans that are learned.
+"""Renders a sample to text with the chat template, and finds the spans of the text that are trained.
 
-A chat is written by the model's own template, and its replies are found from the template too:
-  - a template with {% generation %} says where they are;
-  - any other is asked twice per reply, for the text before it (ending as `generate` would begin) and for the text
-    up to its end. Both must be prefixes of the whole; a template that rewrites earlier turns fails this for the
-    turns it rewrites, and those are read but not learned.
-A reply's span ends with its end-of-turn token; what the template writes after it is never generated.
+The replies of the assistant are found from the template itself:
+  - a template with {% generation %} marks them;
+  - any other is rendered twice per reply: up to the reply (as `generate` would begin) and up to its end. Both must be
+    prefixes of the whole text. Where a template rewrites earlier turns they are not, and that reply is read but not
+    trained.
+A reply's span ends with its end-of-turn token; the model never generates what the template writes after it.
 """
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -20,62 +20,83 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from tailora.data.schemas import Conversation, Messages, Pair, Sample, Text
 from tailora.errors import DataError
 
-# ---- What the rest needs to know about a tokenizer, looked up once.
-
-
-class Offsets(NamedTuple):
-    """Where each token begins and ends in its text, in characters."""
-
-    starts: list[int]
-    ends: list[int]
+# ---- A tokenizer and its chat template
 
 
 class Tokens(NamedTuple):
+    """ids, and where each token starts and ends in the text, in characters; None if the tokenizer cannot tell."""
+
     ids: list[int]
-    offsets: Offsets | None  # None where the tokenizer cannot tell
+    offsets: list[tuple[int, int]] | None
 
 
 @dataclass(frozen=True, slots=True)
-class Codec:
+class ChatTokenizer:
+    """What the steps below need to know about a tokenizer, looked up once.
+
+    bos_ids: what the tokenizer writes before a text, [BOS] or nothing.
+    special_tokens: special tokens, which may end a turn.
+    cache: ids by text, for texts that come again, such as the header of a reply.
+    """
+
     tokenizer: Any
     template: str | None
-    prefix: list[int]  # what the tokenizer writes before a plain text: [BOS] or nothing
+    bos_ids: list[int]
     eos: str | None
     eos_id: int | None
     special_ids: frozenset[int]
-    stops: tuple[str, ...]  # special tokens that may end a turn
-    memo: dict[str, list[int]] = field(default_factory=dict)
+    special_tokens: tuple[str, ...]
+    cache: dict[str, list[int]] = field(default_factory=dict)
 
-    def tokens(self, texts: list[str]) -> list[Tokens]:
-        """Tokens of every text as it stands, no special token added."""
+    @classmethod
+    def of(cls, tokenizer: Any) -> Self:
+        """Raises DataError if the tokenizer has several chat templates and no default."""
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= set(tokenizer.all_special_ids)
+        try:
+            template = str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
+        except ValueError as error:
+            raise DataError(f"the tokenizer has several chat templates and no default: {error}") from None
+        bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+        start = next((start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), 0)
+        return cls(
+            tokenizer=tokenizer,
+            template=template,
+            bos_ids=list(whole[:start]),
+            eos=tokenizer.eos_token,
+            eos_id=tokenizer.eos_token_id,
+            special_ids=frozenset(special),
+            special_tokens=tuple(sorted({str(name) for name in tokenizer.convert_ids_to_tokens(sorted(special))})),
+        )
+
+    def tokenize(self, texts: list[str]) -> list[Tokens]:
+        """Returns the tokens of every text as it is, without added special tokens."""
         if not texts:
             return []
         fast = self.tokenizer.is_fast
-        out = self.tokenizer(
+        output = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=fast, verbose=False
         )
-        if not fast:
-            return [Tokens(ids, None) for ids in out["input_ids"]]
-        pairs = zip(out["input_ids"], out["offset_mapping"], strict=True)
-        return [Tokens(ids, Offsets([start for start, _ in spans], [end for _, end in spans])) for ids, spans in pairs]
+        offsets = output["offset_mapping"] if fast else [None] * len(texts)
+        return [Tokens(*pair) for pair in zip(output["input_ids"], offsets, strict=True)]
 
-    def ids(self, text: str) -> list[int]:
-        """Ids of a text that is likely to come again, such as the header of a reply."""
-        if text not in self.memo:
-            self.memo[text] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return self.memo[text]
+    def token_ids(self, text: str) -> list[int]:
+        if text not in self.cache:
+            self.cache[text] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.cache[text]
 
-    def render(self, messages: Messages, *, reply_next: bool = False) -> str:
-        """The template's text for the messages, as `generate` would see it with `reply_next`.
+    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """Returns the template's text for the messages. Raises DataError with the template's own words if it fails."""
+        with _template_errors():
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
 
-        Raises DataError with the template's own words when it refuses them.
-        """
-        with _refusal_as_data_error():
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_next))
-
-    def render_marked(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
-        """The template's text, and the character spans that it puts between {% generation %} and its end."""
-        with _refusal_as_data_error():
+    def render_generation_spans(self, messages: Messages) -> tuple[str, list["Span"]]:
+        """Returns the template's text, and the spans between {% generation %} and {% endgeneration %}."""
+        with _template_errors():
             (text,), (spans,) = render_jinja_template(
                 conversations=[messages],
                 chat_template=self.template,
@@ -86,77 +107,53 @@ class Codec:
 
 
 @contextmanager
-def _refusal_as_data_error() -> Iterator[None]:
+def _template_errors() -> Iterator[None]:
     try:
         yield
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from None
 
 
-def codec_of(tokenizer: Any) -> Codec:
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    names = {str(name) for name in tokenizer.convert_ids_to_tokens(sorted(special))}
-    return Codec(
-        tokenizer=tokenizer,
-        template=_template(tokenizer),
-        prefix=_prefix(tokenizer),
-        eos=tokenizer.eos_token,
-        eos_id=tokenizer.eos_token_id,
-        special_ids=frozenset(special),
-        stops=tuple(sorted(names)),
-    )
+# ---- A sample -> its text and the trained spans
 
-
-def _template(tokenizer: Any) -> str | None:
-    if not tokenizer.chat_template:
-        return None
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError as error:
-        raise DataError(f"the tokenizer has several chat templates and no default: {error}") from None
-
-
-def _prefix(tokenizer: Any) -> list[int]:
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a")["input_ids"]
-    count = next((place for place in range(len(framed)) if framed[place : place + len(bare)] == bare), 0)
-    return list(framed[:count])
-
-
-# ----
-
-
-Span = tuple[int, int]
-MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+Span = tuple[int, int]  # start and end, in characters
+GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RenderedSample:
+    """text, and the spans of it that are trained.
+
+    add_bos: the tokenizer's BOS goes before, since no template has written it.
+    add_eos: EOS goes behind, since the text has no end of its own.
+    untrained_replies: how many replies are not trained, because the template rewrites them or nothing comes before.
+    """
+
     text: str
-    spans: list[Span]  # characters that are learned
-    plain: bool = False  # no template: the tokenizer's own first token goes before
-    add_eos: bool = False  # the text has no end of its own
-    lost: int = 0  # replies that are not learned: the template rewrites them, or nothing comes before them
+    trained_spans: list[Span]
+    add_bos: bool = False
+    add_eos: bool = False
+    untrained_replies: int = 0
 
 
-class Turn(NamedTuple):
-    start: int
-    stop: int
-    ended: bool  # its last token tells generation to stop
-
-
-def lay_out(sample: Sample, codec: Codec) -> Layout:
-    """Raises DataError with the cause when the sample cannot be written or has nothing to learn."""
+def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> RenderedSample:
+    """Raises DataError with the cause if the sample cannot be rendered or nothing of it can be trained."""
     if isinstance(sample, Text):
-        return Layout(sample.text, [(0, len(sample.text))], plain=True, add_eos=codec.eos is not None)
-    if codec.template is None:
-        return _lay_out_pair(sample, codec)
-    return _lay_out_chat(as_chat(sample), codec)
+        return RenderedSample(sample.text, [(0, len(sample.text))], add_bos=True, add_eos=tokenizer.eos is not None)
+    if tokenizer.template is not None:
+        return _render_chat(to_conversation(sample), tokenizer)
+    if isinstance(sample, Conversation):
+        raise DataError(
+            "the tokenizer has no chat template to write messages with: take the instruct version of the model, "
+            "set tokenizer.chat_template, or give the data as prompt and completion"
+        )
+    _check_eos(tokenizer)
+    text = sample.prompt + sample.completion
+    return RenderedSample(text, [(len(sample.prompt), len(text))], add_bos=True, add_eos=True)
 
 
-def as_chat(sample: Conversation | Pair) -> Conversation:
-    """A pair becomes a user turn and its reply; the white space that parted them is the template's matter now."""
+def to_conversation(sample: Conversation | Pair) -> Conversation:
+    """Returns a pair as a user turn and its reply, without the white space around them: the template writes its own."""
     if isinstance(sample, Conversation):
         return sample
     messages = [
@@ -166,99 +163,92 @@ def as_chat(sample: Conversation | Pair) -> Conversation:
     return Conversation(messages)
 
 
-def _lay_out_pair(sample: Conversation | Pair, codec: Codec) -> Layout:
-    if isinstance(sample, Conversation):
-        raise DataError(
-            "the tokenizer has no chat template to write messages with: take the instruct version of the model, "
-            "set tokenizer.chat_template, or give the data as prompt and completion"
-        )
-    _needs_eos(codec)
-    text = sample.prompt + sample.completion
-    return Layout(text, [(len(sample.prompt), len(text))], plain=True, add_eos=True)
-
-
-def _needs_eos(codec: Codec) -> None:
-    if codec.eos_id is None:
+def _check_eos(tokenizer: ChatTokenizer) -> None:
+    if tokenizer.eos_id is None:
         raise DataError("the tokenizer has no EOS token, so the model could not learn to stop: set tokenizer.eos_token")
 
 
-def _lay_out_chat(chat: Conversation, codec: Codec) -> Layout:
-    replies = [place for place, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    find = _marked if MARK.search(codec.template or "") else _between_prefixes
-    text, found = find(chat, replies, codec)
-    turns = [turn for turn in (_turn(text, span, codec) for span in found) if turn.start < turn.stop]
+def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
+    replies = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    has_marks = GENERATION_MARK.search(tokenizer.template or "") is not None
+    text, spans = (_spans_from_marks if has_marks else _spans_from_prefixes)(chat, replies, tokenizer)
+    turns = [turn for turn in (_end_turn(text, span, tokenizer) for span in spans) if turn.start < turn.end]
+    if not turns and any(replies):
+        raise DataError(
+            "no reply can be located: the chat template writes replies otherwise than it prompts for them; "
+            "put {% generation %} ... {% endgeneration %} around the reply in the template"
+        )
     if not turns:
-        raise DataError(_unlocated(replies))
-    if not turns[-1].ended:
-        _needs_eos(codec)
-    wanted = sum(place >= chat.first for place in replies)
-    return Layout(
-        text=text[: turns[-1].stop],  # what follows teaches nothing
-        spans=[(turn.start, turn.stop) for turn in turns],
-        add_eos=not turns[-1].ended,
-        lost=max(0, wanted - len(turns)),
+        raise DataError("nothing to learn: the conversation has no reply, or only one that it begins with")
+    if not turns[-1].has_end:
+        _check_eos(tokenizer)
+    return RenderedSample(
+        text=text[: turns[-1].end],  # nothing is trained after it
+        trained_spans=[(turn.start, turn.end) for turn in turns],
+        add_eos=not turns[-1].has_end,
+        untrained_replies=max(0, sum(index >= chat.first for index in replies) - len(turns)),
     )
 
 
-def _unlocated(replies: list[int]) -> str:
-    if not any(replies):
-        return "nothing to learn: the conversation has no reply, or only one that it begins with"
-    return (
-        "no reply can be located: the chat template writes replies otherwise than it prompts for them; "
-        "put {% generation %} ... {% endgeneration %} around the reply in the template"
-    )
-
-
-def _marked(chat: Conversation, replies: list[int], codec: Codec) -> tuple[str, list[Span]]:
-    """Text and learned spans as {% generation %} marks them."""
-    text, spans = codec.render_marked(chat.messages)
-    earlier = sum(place < chat.first for place in replies)
+def _spans_from_marks(chat: Conversation, replies: list[int], tokenizer: ChatTokenizer) -> tuple[str, list[Span]]:
+    """Text and trained spans, as {% generation %} marks them."""
+    text, spans = tokenizer.render_generation_spans(chat.messages)
+    earlier = sum(index < chat.first for index in replies)
     if earlier and len(spans) != len(replies):
         raise DataError(f"the chat template marks {len(spans)} replies where the conversation has {len(replies)}")
     return text, spans[earlier:]
 
 
-def _between_prefixes(chat: Conversation, replies: list[int], codec: Codec) -> tuple[str, list[Span]]:
-    text = codec.render(chat.messages)
-    spans = (_span(chat.messages, place, text, codec) for place in replies if place >= chat.first)
+def _spans_from_prefixes(chat: Conversation, replies: list[int], tokenizer: ChatTokenizer) -> tuple[str, list[Span]]:
+    """Text and trained spans, found by rendering the messages before and up to each reply."""
+    text = tokenizer.render(chat.messages)
+    spans = (_reply_span(chat.messages, index, text, tokenizer) for index in replies if index >= chat.first)
     return text, [span for span in spans if span is not None]
 
 
-def _span(messages: Messages, place: int, text: str, codec: Codec) -> Span | None:
-    """Where message `place` stands in the text of them all, or None when the template does not keep it there."""
-    if place == 0:
+def _reply_span(messages: Messages, index: int, text: str, tokenizer: ChatTokenizer) -> Span | None:
+    """Where message `index` is in the text of them all; None if the template does not keep it there."""
+    if index == 0:
         return None  # no model is ever asked to speak first
-    before = codec.render(messages[:place], reply_next=True)
+    before = tokenizer.render(messages[:index], add_generation_prompt=True)
     if not text.startswith(before):
         return None
-    if place == len(messages) - 1:
+    if index == len(messages) - 1:
         return len(before), len(text)
-    upto = codec.render(messages[: place + 1])
+    up_to_end = tokenizer.render(messages[: index + 1])
     # Some templates close the whole chat, not the turn, with EOS.
-    for end in (upto, upto.removesuffix(codec.eos or "")):
-        if text.startswith(end) and len(end) >= len(before):
-            return len(before), len(end)
+    for prefix in (up_to_end, up_to_end.removesuffix(tokenizer.eos or "")):
+        if text.startswith(prefix) and len(prefix) >= len(before):
+            return len(before), len(prefix)
     return None
 
 
-def _turn(text: str, span: Span, codec: Codec) -> Turn:
+class Turn(NamedTuple):
+    """has_end: its last token tells generation to stop."""
+
+    start: int
+    end: int
+    has_end: bool
+
+
+def _end_turn(text: str, span: Span, tokenizer: ChatTokenizer) -> Turn:
     """The reply up to the token that ends it: EOS, or else the first of the special tokens that close the span."""
-    start, stop = span
-    closing = _closing(text[start:stop], codec.stops)
+    start, end = span
+    closing = _closing_tokens(text[start:end], tokenizer.special_tokens)
     if closing:
-        eos = [end for token, end in closing if token == codec.eos]
-        return Turn(start, start + min(eos or [end for _, end in closing]), ended=True)
-    if codec.eos and text.startswith(codec.eos, stop):
-        return Turn(start, stop + len(codec.eos), ended=True)  # {% generation %} around the words alone
-    return Turn(start, stop, ended=False)
+        eos_ends = [end for token, end in closing if token == tokenizer.eos]
+        return Turn(start, start + min(eos_ends or [end for _, end in closing]), has_end=True)
+    if tokenizer.eos and text.startswith(tokenizer.eos, end):
+        return Turn(start, end + len(tokenizer.eos), has_end=True)  # {% generation %} around the words alone
+    return Turn(start, end, has_end=False)
 
 
-def _closing(reply: str, stops: tuple[str, ...]) -> list[tuple[str, int]]:
-    """The special tokens, white space between them allowed, that the reply ends with, and where each ends."""
-    found = []
+def _closing_tokens(reply: str, special_tokens: tuple[str, ...]) -> list[tuple[str, int]]:
+    """The special tokens at the end of the reply, with white space between them or not, and where each ends."""
+    closing = []
     rest = reply.rstrip()
-    while rest.endswith(stops):
-        token = max((stop for stop in stops if rest.endswith(stop)), key=len)
-        found.append((token, len(rest)))
+    while rest.endswith(special_tokens):
+        token = max((token for token in special_tokens if rest.endswith(token)), key=len)
+        closing.append((token, len(rest)))
         rest = rest[: -len(token)].rstrip()
-    return found
+    return closing

@@ -1,4 +1,4 @@
-"""Which examples go together, and how they become tensors."""
+"""Batches: which examples go together, and how they become tensors."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from tailora.data.dataset import IGNORED, Example, Int64
 
-WINDOW = 50  # batches sorted by length together: little padding, and still a random order
+WINDOW = 50  # batches that are sorted by length together: little padding, and still a random order
 
 
-def plan(lengths: Int64 | Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[Int64]:
-    """Batches of example indices, every example exactly once; the same for the same (lengths, seed, epoch).
+def plan_batches(lengths: Int64 | Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[Int64]:
+    """Returns batches of example indices, every example exactly once; the same for the same arguments.
 
     Examples of similar length share a batch. One batch may be smaller than the others, anywhere in the order.
     """
@@ -24,19 +24,19 @@ def plan(lengths: Int64 | Sequence[int], *, batch_size: int, seed: int, epoch: i
         window = order[start : start + batch_size * WINDOW]
         window = window[np.argsort(sizes[window], kind="stable")]
         batches += [window[first : first + batch_size] for first in range(0, len(window), batch_size)]
-    return [batches[place] for place in random.permutation(len(batches))]
+    return [batches[index] for index in random.permutation(len(batches))]
 
 
 def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """All examples in one row, each a document of its own.
+    """Puts all examples in one row, each a document of its own.
 
-    input_ids, labels, position_ids: (1, total) int64; positions restart with every document, and every document's
-    first label is -100, so that shifting never predicts one document from another.
+    input_ids, labels, position_ids: (1, total) int64. Positions restart with every document, and every document's first
+    label is -100, so that shifting never predicts one document from another.
     cu_seq_lens: (documents + 1,) int32, where documents begin and the last ends.
     """
     lengths = [len(example.input_ids) for example in examples]
     input_ids = np.concatenate([example.input_ids for example in examples])  # (total,)
-    labels = np.concatenate([example.labels for example in examples]).copy()
+    labels = np.concatenate([example.labels for example in examples])
     ends = np.cumsum([0, *lengths])
     labels[ends[:-1]] = IGNORED
     positions = np.concatenate([np.arange(length) for length in lengths])
@@ -49,7 +49,7 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def collate_padded(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """One example a row, padded on the right: input_ids, attention_mask, labels (batch, longest) int64."""
+    """Puts one example in a row, padded on the right: input_ids, attention_mask, labels (batch, longest) int64."""
     shape = (len(examples), max(len(example.input_ids) for example in examples))
     input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
     mask = np.zeros(shape, np.int64)
@@ -57,5 +57,5 @@ def collate_padded(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor
         length = len(example.input_ids)
         input_ids[row, :length], labels[row, :length] = example.input_ids, example.labels
         mask[row, :length] = 1
-    found = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-    return {name: torch.from_numpy(array) for name, array in found.items()}
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}

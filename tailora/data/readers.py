@@ -1,4 +1,4 @@
-"""Readers of single files: JSON lines, JSON, CSV, Parquet. Each yields rows, and faults for what it cannot read."""
+"""Rows of a file, a folder of files, a folder that `datasets` saved, or a data set of the Hub."""
 
 import csv
 import json
@@ -10,20 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from tailora.errors import ConfigError, DataError, listing, nearest
 
-# ---- One row of a data file, and one row that cannot be used.
-
-
-SHOWN = 20
+MAX_SHOWN = 20  # problems
+MAX_CSV_FIELD = 2**31 - 1  # characters: what a C long holds everywhere; Python's limit is 131,072
+SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")  # owner/name, and a configuration after a colon
+WITH_SPLIT = re.compile(r"(?P<source>[^\[]+)\[(?P<split>.+)\]")
+HUB_TIMEOUT = 5.0  # seconds for the answer whether the Hub has a model
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`number` is the line of a text file, or the item's place in any other form; both count from 1."""
+    """number: the line of a text file, or the item's position in other files, from 1."""
 
     file: str
     number: int
@@ -31,8 +30,8 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """Why a row cannot be used; `number` 0 means the whole file."""
+class RowProblem:
+    """Why a row cannot be used. `number` is that of the row; 0 means the whole file."""
 
     file: str
     number: int
@@ -42,129 +41,165 @@ class Fault:
         return f"{self.file}:{self.number}: {self.cause}" if self.number else f"{self.file}: {self.cause}"
 
 
-def refusal(faults: Sequence[Fault]) -> DataError:
-    """One error for all faults: the first 20 in full, the rest counted."""
-    lines = [str(fault) for fault in faults[:SHOWN]]
-    if len(faults) > SHOWN:
-        return DataError(
-            f"{len(faults)} problems:\n"
-            + "\n".join([*(f"  - {line}" for line in lines), f"  and {len(faults) - SHOWN} more"])
-        )
-    return DataError(listing(lines))
+Rows = Iterator[Row | RowProblem]
 
 
-# ----
+def data_error(problems: Sequence[RowProblem]) -> DataError:
+    """Returns one error for all problems: the first 20 in full, the others counted."""
+    lines = [str(problem) for problem in problems[:MAX_SHOWN]]
+    if len(problems) <= MAX_SHOWN:
+        return DataError(listing(lines))
+    listed = "\n".join(f"  - {line}" for line in lines)
+    return DataError(f"{len(problems)} problems:\n{listed}\n  and {len(problems) - MAX_SHOWN} more")
 
 
-Read = Iterator[Row | Fault]
-LONGEST_FIELD = 2**31 - 1  # characters of a CSV field: what a C long holds everywhere; Python's limit is 131,072
+def read_rows(source: str, *, split: str = "train", streaming: bool = False) -> Rows:
+    """Yields the rows of `source` in order, and a RowProblem for each that cannot be read.
+
+    split: which part of a folder or Hub data set, unless the source says it: `owner/name[test]`. In a folder the names
+        of the files decide.
+    streaming: Hub data is read while it is used, not downloaded first. Files are always read as they are used.
+    Raises DataError if there is nothing to read from.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and (match := WITH_SPLIT.fullmatch(source)):
+        return read_rows(match["source"], split=match["split"], streaming=streaming)
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            suffix = path.suffix or "without a suffix"
+            raise DataError(f"data {path}: the form {suffix} is unknown; readable are {', '.join(READERS)}")
+        return read_file(path)
+    if path.is_dir():
+        return _read_folder(path, split)
+    hint = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
+    if hint or path.suffix.lower() in READERS or not HUB_ID.fullmatch(source):
+        raise DataError(f"data {source}: no such file or folder, and not a Hub id like owner/name{hint}")
+    return read_hub(source, split, streaming)
 
 
-def read_lines(path: Path) -> Read:
-    """One JSON object a line; blank lines are skipped."""
+def _read_folder(folder: Path, split: str) -> Rows:
+    if any((folder / name).exists() for name in SAVED_BY_DATASETS):
+        return read_saved(folder, split)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS and path.is_file())
+    if not files:
+        raise DataError(f"data {folder}: the folder holds no data file; readable are {', '.join(READERS)}")
+    splits = {path: _split_of(path.relative_to(folder)) for path in files}
+    # all files if none is named after a split
+    chosen = [path for path in files if splits[path] == split] if any(splits.values()) else files
+    if not chosen:
+        names = ", ".join(str(path.relative_to(folder)) for path in files[:10])
+        raise DataError(f"data {folder}: no file for the split {split!r}; there are {names}")
+    return (row for path in chosen for row in read_file(path))
+
+
+def _split_of(path: Path) -> str | None:
+    """The split in the file's name: train.jsonl, train-00000-of-2.parquet, train/x.csv."""
+    for name in (path.stem, path.parent.name):
+        if match := re.match(r"(train|validation|valid|dev|eval|test)(?![a-z])", name.lower()):
+            return {"valid": "validation", "dev": "validation", "eval": "validation"}.get(match[1], match[1])
+    return None
+
+
+# ---- Files: JSON lines, JSON, CSV, Parquet
+
+
+def read_file(path: Path) -> Rows:
+    """Yields the rows of one file, by its suffix. A file that cannot be opened is a RowProblem."""
+    try:
+        yield from READERS[path.suffix.lower()](path)
+    except OSError as error:
+        yield RowProblem(str(path), 0, error.strerror or str(error))
+
+
+def read_jsonl(path: Path) -> Rows:
+    """One JSON object per line; blank lines are skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _parsed(str(path), number, line)
+            if not line.strip():
+                continue
+            try:
+                yield _row(path, number, json.loads(line.decode("utf-8-sig").rstrip()))
+            except UnicodeDecodeError as error:
+                yield RowProblem(str(path), number, _not_utf8(error))
+            except json.JSONDecodeError as error:
+                yield RowProblem(str(path), number, f"not JSON: {error.msg} at column {error.colno}")
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+                yield RowProblem(str(path), number, f"not JSON that can be read: {error}")
 
 
-def _parsed(file: str, number: int, line: bytes) -> Row | Fault:
-    try:
-        value = json.loads(line.decode("utf-8-sig").rstrip())
-    except UnicodeDecodeError as error:
-        return Fault(file, number, _not_utf8(error))
-    except json.JSONDecodeError as error:
-        return Fault(file, number, f"not JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands
-        return Fault(file, number, f"not JSON that can be read: {error}")
-    return _row(file, number, value)
-
-
-def _row(file: str, number: int, value: Any) -> Row | Fault:
-    if isinstance(value, dict):
-        return Row(file, number, value)
-    return Fault(file, number, f"a JSON {type(value).__name__} where an object {{...}} is needed")
-
-
-def read_json(path: Path) -> Read:
+def read_json(path: Path) -> Rows:
     """A list of objects, an object that holds one such list, or JSON lines under the name .json."""
     try:
         value = json.loads(path.read_text("utf-8-sig"))
     except UnicodeDecodeError as error:
-        yield Fault(str(path), 0, _not_utf8(error))
-        return
+        yield RowProblem(str(path), 0, _not_utf8(error))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            yield from read_lines(path)
+            yield from read_jsonl(path)
         else:
-            yield Fault(str(path), error.lineno, f"not JSON: {error.msg} at column {error.colno}")
-        return
+            yield RowProblem(str(path), error.lineno, f"not JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
-        yield Fault(str(path), 0, f"not JSON that can be read: {error}")
-        return
-    for number, item in enumerate(_items(value), 1):
-        yield _row(str(path), number, item)
+        yield RowProblem(str(path), 0, f"not JSON that can be read: {error}")
+    else:
+        for number, item in enumerate(_json_items(value), 1):
+            yield _row(path, number, item)
 
 
-def _items(value: Any) -> list[Any]:
+def _json_items(value: Any) -> list[Any]:
     if isinstance(value, list):
         return value
     if isinstance(value, dict) and len(value) == 1:
         (inner,) = value.values()
-        turns = ("role", "from")  # of one conversation, which is a row
-        if isinstance(inner, list) and all(isinstance(item, dict) and not item.keys() & turns for item in inner):
+        turn_keys = ("role", "from")  # a list of turns is one conversation, which is a row
+        if isinstance(inner, list) and all(isinstance(item, dict) and not item.keys() & turn_keys for item in inner):
             return inner
     return [value]
 
 
-def read_table(path: Path, delimiter: str) -> Read:
-    """Separated values whose first line names the columns. A row's number is its last line."""
+def _row(path: Path, number: int, value: Any) -> Row | RowProblem:
+    if isinstance(value, dict):
+        return Row(str(path), number, value)
+    return RowProblem(str(path), number, f"a JSON {type(value).__name__} where an object {{...}} is needed")
+
+
+def read_csv(path: Path, delimiter: str = ",") -> Rows:
+    """Separated values whose first line names the columns. The number of a row is its last line."""
     with path.open("rb") as file:
         lines = (line.decode("utf-8-sig") for line in file)
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
-            header = _values(reader) or []
-            twice = sorted(name for name, count in Counter(header).items() if count > 1)
-            if twice:
-                yield Fault(str(path), 1, f"the header names {', '.join(twice)} more than once")
+            header = _next_values(reader) or []
+            if repeated := sorted(name for name, count in Counter(header).items() if count > 1):
+                yield RowProblem(str(path), 1, f"the header names {', '.join(repeated)} more than once")
                 return
-            while (values := _values(reader)) is not None:
-                if values:
-                    yield _table_row(str(path), reader.line_num, header, values)
+            while (values := _next_values(reader)) is not None:
+                if values and len(values) == len(header):
+                    yield Row(str(path), reader.line_num, dict(zip(header, values, strict=True)))
+                elif values:
+                    cause = f"{len(values)} values where the header names {len(header)} columns"
+                    yield RowProblem(str(path), reader.line_num, cause)
         except UnicodeDecodeError as error:
-            yield Fault(str(path), reader.line_num + 1, _not_utf8(error))
+            yield RowProblem(str(path), reader.line_num + 1, _not_utf8(error))
         except csv.Error as error:
-            yield Fault(str(path), reader.line_num, f"not CSV: {error}")
+            yield RowProblem(str(path), reader.line_num, f"not CSV: {error}")
 
 
-def _values(reader: Iterator[list[str]]) -> list[str] | None:
-    """The next line's values, of any length; None at the end. csv's limit is the whole process's, so it is put back."""
-    before = csv.field_size_limit(LONGEST_FIELD)
+def _next_values(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next line's values, of any length; None at the end. csv's limit is global, so it is put back."""
+    before = csv.field_size_limit(MAX_CSV_FIELD)
     try:
         return next(reader, None)
     finally:
         csv.field_size_limit(before)
 
 
-def _table_row(file: str, number: int, header: list[str], values: list[str]) -> Row | Fault:
-    if len(values) != len(header):
-        return Fault(file, number, f"{len(values)} values where the header names {len(header)} columns")
-    return Row(file, number, dict(zip(header, values, strict=True)))
+def read_tsv(path: Path) -> Rows:
+    return read_csv(path, "\t")
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}"
+def read_parquet(path: Path) -> Rows:
+    import pyarrow.parquet
 
-
-def read_csv(path: Path) -> Read:
-    return read_table(path, ",")
-
-
-def read_tsv(path: Path) -> Read:
-    return read_table(path, "\t")
-
-
-def read_parquet(path: Path) -> Read:
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
@@ -172,54 +207,41 @@ def read_parquet(path: Path) -> Read:
                 number += 1
                 yield Row(str(path), number, fields)
     except pyarrow.ArrowException as error:
-        yield Fault(str(path), number, f"not Parquet: {str(error).splitlines()[0]}")
+        yield RowProblem(str(path), number, f"not Parquet: {str(error).splitlines()[0]}")
 
 
-READERS: dict[str, Callable[[Path], Read]] = {
-    ".jsonl": read_lines,
-    ".ndjson": read_lines,
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}"
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".parquet": read_parquet,
 }
 
-
-def read_file(path: Path) -> Read:
-    """Rows of one file, by its suffix; a file that cannot be opened is a fault."""
-    try:
-        yield from READERS[path.suffix.lower()](path)
-    except OSError as error:
-        yield Fault(str(path), 0, error.strerror or str(error))
-
-
-# ---- The Hub: rows through `datasets`, of Hub ids and of folders that it saved; and whether a model is there.
-
-
-OFFLINE = (
-    "the Hub cannot be reached (no network, a proxy, or HF_HUB_OFFLINE): pass a file or folder instead, or fetch it "
-    "once on a connected machine with `hf download --repo-type dataset {name} --local-dir FOLDER` and pass FOLDER"
-)
-SECONDS = 5.0  # that the Hub has to answer whether it has a model
-NAMES = "a configuration is asked for as owner/name:configuration, a split as owner/name[split]"
+# ---- Hugging Face data sets
 
 
 def read_hub(source: str, split: str, streaming: bool) -> Iterator[Row]:
-    """Rows of the Hub data set `owner/name` or `owner/name:configuration`. Raises DataError when it cannot be read."""
+    """Yields the rows of the Hub data set `owner/name` or `owner/name:configuration`. Raises DataError."""
     import datasets
 
     name, _, configuration = source.partition(":")
-    with _translated(source, name):
+    with _datasets_errors(source, name):
         rows = datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
         for number, fields in enumerate(rows, 1):
             yield Row(f"{source}[{split}]", number, fields)
 
 
 def read_saved(folder: Path, split: str) -> Iterator[Row]:
-    """Rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    """Yields the rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`. Raises DataError."""
     import datasets
 
-    with _translated(str(folder), str(folder)):
+    with _datasets_errors(str(folder), str(folder)):
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, dict) and split not in saved:
             raise DataError(f"data {folder}: no split {split!r}{nearest(split, saved)}; there are {', '.join(saved)}")
@@ -229,27 +251,37 @@ def read_saved(folder: Path, split: str) -> Iterator[Row]:
 
 
 @contextmanager
-def _translated(source: str, name: str) -> Iterator[None]:
-    """Turn what `datasets` and the Hub's client raise into a DataError that says what to do."""
+def _datasets_errors(source: str, name: str) -> Iterator[None]:
+    """Turns what `datasets` and the Hub's client raise into a DataError that says what to do."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         yield
     except ConnectionError:
-        raise DataError(f"data {source}: no such file or folder here, and {OFFLINE.format(name=name)}") from None
+        raise DataError(
+            f"data {source}: no such file or folder here, and the Hub cannot be reached (no network, a proxy, or "
+            "HF_HUB_OFFLINE): pass a file or folder instead, or fetch it once on a connected machine with "
+            f"`hf download --repo-type dataset {name} --local-dir FOLDER` and pass FOLDER"
+        ) from None
     except DataError:
         raise
     except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
         cause = str(error).strip().partition("\n")[0]
-        raise DataError(f"data {source}: {cause} ({NAMES})") from None
+        raise DataError(
+            f"data {source}: {cause} (a configuration is asked for as owner/name:configuration, a split as "
+            "owner/name[split])"
+        ) from None
 
 
-def check_model(name: str) -> None:
-    """Ask the Hub once for a model that is not on this machine: transformers asks six times per file, waiting longer
-    each time, which is most of a minute without a network.
+# ---- Models of the Hub
 
-    Raises ConfigError when the Hub cannot be reached or has no such model.
+
+def check_model_exists(name: str) -> None:
+    """Asks the Hub once for a model that is not on this machine.
+
+    transformers asks six times per file and waits longer each time: most of a minute without a network.
+    Raises ConfigError if the Hub cannot be reached or has no such model.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's or httpx2's
@@ -264,11 +296,11 @@ def check_model(name: str) -> None:
         return
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            HfApi().model_info(name, timeout=SECONDS)
+            HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except RepositoryNotFoundError:
         raise ConfigError(_no_model(name, "the Hub has no such model, or a private one")) from None
     except HfHubHTTPError:
-        return  # the Hub answers, and is busy: worth asking again
+        return  # the Hub answers, but is busy: transformers asks again
     except HFValidationError:
         raise ConfigError(_no_model(name, "it is not a Hub id")) from None
     except (HTTPError, OfflineModeIsEnabled) as error:
@@ -278,75 +310,8 @@ def check_model(name: str) -> None:
 
 def _no_model(name: str, cause: str) -> str:
     path = Path(name)
-    beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     return (
-        f"model {name!r}: no such folder here, and {cause}{nearest(path.name, beside) or '.'} "
+        f"model {name!r}: no such folder here, and {cause}{nearest(path.name, siblings) or '.'} "
         "Give a folder, a Hub id such as owner/name, or 'demo'; HF_TOKEN opens private and gated models"
     )
-
-
-# ---- Where rows come from: a file, a folder of files, a folder that `datasets` saved, or a Hub id.
-
-
-FORMS = ", ".join(READERS)
-# `datasets` marks a folder that it saved with one of these
-SAVED = ("dataset_dict.json", "state.json")
-# owner/name, and a configuration after a colon
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
-WITH_SPLIT = re.compile(r"(?P<source>[^\[]+)\[(?P<split>.+)\]")
-
-
-def read_rows(source: str, *, split: str = "train", streaming: bool = False) -> Iterator[Row | Fault]:
-    """Rows of `source` in their order, and a `Fault` for each that cannot be read.
-
-    split: which part of a folder or Hub data set, unless the source says it: `owner/name[test]`. In a folder the
-        names of the files decide.
-    streaming: Hub data is read while it is used, not downloaded first. Files are always read as they are used.
-    Raises DataError when there is nothing to read from.
-    """
-    path = Path(source).expanduser()
-    if not path.exists() and (chosen := WITH_SPLIT.fullmatch(source)):
-        return read_rows(chosen["source"], split=chosen["split"], streaming=streaming)
-    if path.is_file():
-        return read_file(_readable(path))
-    if path.is_dir():
-        return _read_folder(path, split)
-    neighbours = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
-    if neighbours or path.suffix.lower() in READERS or not HUB_ID.fullmatch(source):
-        raise DataError(f"data {source}: no such file or folder, and not a Hub id like owner/name{neighbours}")
-    return read_hub(source, split, streaming)
-
-
-def _readable(path: Path) -> Path:
-    if path.suffix.lower() not in READERS:
-        raise DataError(f"data {path}: the form {path.suffix or 'without a suffix'} is unknown; readable are {FORMS}")
-    return path
-
-
-def _read_folder(folder: Path, split: str) -> Iterator[Row | Fault]:
-    if any((folder / mark).exists() for mark in SAVED):
-        return read_saved(folder, split)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS and path.is_file())
-    if not files:
-        raise DataError(f"data {folder}: the folder holds no data file; readable are {FORMS}")
-    chosen = _of_split(folder, files, split)
-    if not chosen:
-        names = ", ".join(str(path.relative_to(folder)) for path in files[:10])
-        raise DataError(f"data {folder}: no file for the split {split!r}; there are {names}")
-    return (row for path in chosen for row in read_file(path))
-
-
-def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
-    """Files named after the split (train.jsonl, train-00000-of-2.parquet, train/x.csv); all when no file names one."""
-    named = {path: _split_of(path.relative_to(folder)) for path in files}
-    if not any(named.values()):
-        return files
-    return [path for path in files if named[path] == split]
-
-
-def _split_of(path: Path) -> str | None:
-    for part in (path.stem, path.parent.name):
-        found = re.match(r"(train|validation|valid|dev|eval|test)(?![a-z])", part.lower())
-        if found:
-            return {"valid": "validation", "dev": "validation", "eval": "validation"}.get(found[1], found[1])
-    return None

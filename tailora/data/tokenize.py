@@ -1,4 +1,4 @@
-"""From samples to token ids with labels."""
+"""Token ids and labels of samples. `loss_mask` says which tokens are trained; the others get the label -100."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -8,126 +8,138 @@ from typing import Any
 
 import numpy as np
 
-from tailora.data.chat_template import Codec, Layout, Tokens, as_chat, codec_of, lay_out
+from tailora.data.chat_template import ChatTokenizer, RenderedSample, Tokens, render_sample, to_conversation
 from tailora.data.dataset import IGNORED, Example
 from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedSample:
+    """length: before cutting at max_length.    untrained_replies: replies that could not be located."""
+
     example: Example
-    length: int  # before cutting at max_length
-    lost: int  # replies that could not be located
+    length: int
+    untrained_replies: int
 
 
-def encode(sample: Sample, tokenizer: Any, max_length: int) -> Example:
-    """One sample's tokens and labels. Raises DataError with the cause when it cannot be learned from."""
-    (result,) = encode_all([sample], codec_of(tokenizer), max_length)
+def encode_sample(sample: Sample, tokenizer: Any, max_length: int) -> Example:
+    """Returns the tokens and labels of one sample. Raises DataError with the cause if it cannot be trained on."""
+    (result,) = encode_samples([sample], ChatTokenizer.of(tokenizer), max_length)
     if isinstance(result, DataError):
         raise result
     return result.example
 
 
-def encode_all(samples: Sequence[Sample], codec: Codec, max_length: int) -> list[Encoded | DataError]:
-    """Tokens and labels of every sample, or the reason why it has none."""
-    layouts = [_laid_out(sample, codec) for sample in samples]
-    tokens = iter(codec.tokens([layout.text for layout in layouts if isinstance(layout, Layout)]))
+def encode_samples(
+    samples: Sequence[Sample], tokenizer: ChatTokenizer, max_length: int
+) -> list[EncodedSample | DataError]:
+    """Returns the tokens and labels of every sample, or the reason why it has none."""
+    rendered: list[RenderedSample | DataError] = []
+    for sample in samples:
+        try:
+            rendered.append(render_sample(sample, tokenizer))
+        except DataError as error:
+            rendered.append(error)
+    tokens = iter(tokenizer.tokenize([result.text for result in rendered if isinstance(result, RenderedSample)]))
     return [
-        _encoded(layout, next(tokens), codec, max_length) if isinstance(layout, Layout) else layout
-        for layout in layouts
+        result if isinstance(result, DataError) else _encode(result, next(tokens), tokenizer, max_length)
+        for result in rendered
     ]
 
 
+def _encode(
+    rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer, max_length: int
+) -> EncodedSample | DataError:
+    ids, mask = loss_mask(rendered, tokens, tokenizer)
+    input_ids = np.array(ids[:max_length], dtype=np.int32)
+    labels = np.where(mask[:max_length], input_ids, IGNORED).astype(np.int32)
+    labels[:1] = IGNORED  # nothing predicts the first token
+    if not any(mask[1:]):
+        return DataError("all labels masked: no token of it would be learned")
+    return EncodedSample(Example(input_ids, labels), len(ids), rendered.untrained_replies)
+
+
+# ---- The loss mask
+
+
+def loss_mask(rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer) -> tuple[list[int], list[bool]]:
+    """Returns token ids, with BOS and EOS where they belong, and for each whether it is trained.
+
+    tokens: those of the rendered text as a whole. They are taken if the prompts in it have the tokens that generation
+    sees; otherwise prompts and replies are tokenised one by one.
+    """
+    ids, mask = _mask_from_offsets(rendered, tokens, tokenizer) or _mask_from_pieces(rendered, tokenizer)
+    if rendered.add_bos and ids[: len(tokenizer.bos_ids)] != tokenizer.bos_ids:
+        ids, mask = tokenizer.bos_ids + ids, [False] * len(tokenizer.bos_ids) + mask
+    if rendered.add_eos and tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
+        ids, mask = [*ids, tokenizer.eos_id], [*mask, True]
+    return ids, mask
+
+
+def _mask_from_offsets(
+    rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer
+) -> tuple[list[int], list[bool]] | None:
+    """None if the whole text has other prompt tokens than generation sees, or if there are no offsets."""
+    if tokens.offsets is None:
+        return None
+    ends = [end for _, end in tokens.offsets]
+    mask = [False] * len(tokens.ids)
+    for start, end in rendered.trained_spans:
+        first, last = bisect_right(ends, start), bisect_right(ends, end)
+        # Special tokens split a text before anything else is done to it, so only what follows the last one can differ.
+        split = next((i for i in range(first - 1, 0, -1) if tokens.ids[i] in tokenizer.special_ids), 0)
+        split_start = tokens.offsets[split][0] if split else 0
+        if tokenizer.token_ids(rendered.text[split_start:start]) != tokens.ids[split:first]:
+            return None
+        mask[first:last] = [True] * (last - first)
+    return tokens.ids, mask
+
+
+def _mask_from_pieces(rendered: RenderedSample, tokenizer: ChatTokenizer) -> tuple[list[int], list[bool]]:
+    """Prompts and replies tokenised one by one."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    previous_end = 0
+    for start, end in rendered.trained_spans:
+        for piece, is_trained in ((rendered.text[previous_end:start], False), (rendered.text[start:end], True)):
+            piece_ids = tokenizer.token_ids(piece) if piece else []
+            ids += piece_ids
+            mask += [is_trained] * len(piece_ids)
+        previous_end = end
+    return ids, mask
+
+
+# ---- Prompts and replies of samples, for generation and for people
+
+
 def prompt_ids(sample: Conversation | Pair, tokenizer: Any) -> list[int]:
-    """What the model sees before it writes the sample's last reply: the ids to generate from."""
-    codec = codec_of(tokenizer)
-    if codec.template is None and isinstance(sample, Pair):
-        return codec.prefix + codec.ids(sample.prompt)
-    messages = as_chat(sample).messages
-    last = max(
-        (place for place, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages)
-    )
-    return codec.ids(codec.render(messages[:last], reply_next=True))
+    """Returns the ids to generate the sample's last reply from."""
+    chat_tokenizer = ChatTokenizer.of(tokenizer)
+    if chat_tokenizer.template is None and isinstance(sample, Pair):
+        return chat_tokenizer.bos_ids + chat_tokenizer.token_ids(sample.prompt)
+    messages = to_conversation(sample).messages
+    replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    before_reply = messages[: replies[-1]] if replies else messages
+    return chat_tokenizer.token_ids(chat_tokenizer.render(before_reply, add_generation_prompt=True))
 
 
 def reply_text(sample: Sample) -> str:
-    """The last text that the sample teaches."""
+    """Returns the last text that is trained."""
     if isinstance(sample, Conversation):
         return next(message["content"] for message in reversed(sample.messages) if message["role"] == "assistant")
     return sample.text if isinstance(sample, Text) else sample.completion
 
 
-def _laid_out(sample: Sample, codec: Codec) -> Layout | DataError:
-    try:
-        return lay_out(sample, codec)
-    except DataError as error:
-        return error
-
-
-def _encoded(layout: Layout, tokens: Tokens, codec: Codec, max_length: int) -> Encoded | DataError:
-    ids, learned = _together(layout, tokens, codec) or _apart(layout, codec)
-    if layout.plain and ids[: len(codec.prefix)] != codec.prefix:
-        ids, learned = codec.prefix + ids, [False] * len(codec.prefix) + learned
-    if layout.add_eos and codec.eos_id is not None and ids[-1:] != [codec.eos_id]:
-        ids, learned = [*ids, codec.eos_id], [*learned, True]
-    input_ids = np.array(ids[:max_length], dtype=np.int32)
-    labels = np.where(learned[:max_length], input_ids, IGNORED).astype(np.int32)
-    labels[:1] = IGNORED  # nothing predicts the first token
-    if not any(learned[1:]):
-        return DataError("all labels masked: no token of it would be learned")
-    return Encoded(Example(input_ids, labels), length=len(ids), lost=layout.lost)
-
-
-def _together(layout: Layout, tokens: Tokens, codec: Codec) -> tuple[list[int], list[bool]] | None:
-    """The text tokenised as one. None where that would show the model other prompt tokens than generation does."""
-    if tokens.offsets is None:
-        return None
-    ends = tokens.offsets.ends
-    learned = [False] * len(tokens.ids)
-    for start, stop in layout.spans:
-        first, last = bisect_right(ends, start), bisect_right(ends, stop)
-        if not _same_alone(layout.text[:start], tokens.ids[:first], tokens.offsets.starts, codec):
-            return None
-        learned[first:last] = [True] * (last - first)
-    return tokens.ids, learned
-
-
-def _same_alone(prompt: str, ids: list[int], starts: list[int], codec: Codec) -> bool:
-    """Whether the prompt alone gives these ids, which are its part of the whole.
-
-    Special tokens cut a text before anything else is done to it, so only what follows the last one can differ.
-    """
-    cut = next((place for place in range(len(ids) - 1, 0, -1) if ids[place] in codec.special_ids), 0)
-    return codec.ids(prompt[starts[cut] if cut else 0 :]) == ids[cut:]
-
-
-def _apart(layout: Layout, codec: Codec) -> tuple[list[int], list[bool]]:
-    """Prompts and replies tokenised one by one."""
-    ids: list[int] = []
-    learned: list[bool] = []
-    done = 0
-    for start, stop in layout.spans:
-        for piece, flag in ((layout.text[done:start], False), (layout.text[start:stop], True)):
-            part = codec.ids(piece) if piece else []
-            ids += part
-            learned += [flag] * len(part)
-        done = stop
-    return ids, learned
-
-
-# ---- An example as people read it: its text in pieces, each learned or only read.
-
-
 def preview(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """(text, learned) pieces in order; joined they are the decoded example, special tokens shown."""
+    """Returns (text, is trained) pieces in order; joined they are the decoded example with its special tokens."""
     pieces = []
     end, shown = 0, ""
-    for learned, run in groupby(example.labels.tolist(), key=lambda label: label != IGNORED):
+    for is_trained, run in groupby(example.labels.tolist(), key=lambda label: label != IGNORED):
         end += len(list(run))
         # The whole so far, less what was shown: decoding a run alone would lose its leading space.
         ids = example.input_ids[:end].tolist()
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        pieces.append((text[len(shown) :], learned))
+        pieces.append((text[len(shown) :], is_trained))
         shown = text
     return pieces

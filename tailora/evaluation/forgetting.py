@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tailora.core.attach import evaluating
-from tailora.data.demo import resolve
+from tailora.data.demo import resolve_demo
 from tailora.data.prepare import prepare
 
 SAMPLES, SAMPLE_LENGTH = 16, 64  # texts written by the base, and their tokens
@@ -55,7 +55,7 @@ def sample_texts(
 def read_texts(source: str, model: Any, tokenizer: Any, *, count: int = 64, length: int = 256) -> list[list[int]]:
     """Returns token ids of the first texts of a file or data set that training can read. Raises DataError."""
     embedding_rows = model.get_input_embeddings().weight.shape[0]
-    data = resolve(source, "eval_data")
+    data = resolve_demo(source, "eval_data")
     examples = prepare(data, tokenizer, eval_source=data, max_length=length, embedding_rows=embedding_rows).eval
     return [examples[i].input_ids.tolist() for i in range(min(count, len(examples)))]
 

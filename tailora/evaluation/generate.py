@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from tailora.core.attach import evaluating
-from tailora.data.chat_template import codec_of
+from tailora.data.chat_template import ChatTokenizer
 from tailora.data.schemas import Conversation, Messages, Pair, Sample, Text
-from tailora.data.tokenize import encode, prompt_ids
+from tailora.data.tokenize import encode_sample, prompt_ids
 from tailora.errors import DataError
 from tailora.train.checkpoint import seeded
 from tailora.train.trainable import Trainable
@@ -50,15 +50,15 @@ def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
 
     Raises DataError if the template refuses the messages.
     """
-    codec = codec_of(tokenizer)
-    if codec.template is None:
+    chat_tokenizer = ChatTokenizer.of(tokenizer)
+    if chat_tokenizer.template is None:
         return plain_ids("\n".join(message["content"] for message in messages), tokenizer)
-    return codec.ids(codec.render(messages, reply_next=True))
+    return chat_tokenizer.token_ids(chat_tokenizer.render(messages, add_generation_prompt=True))
 
 
 def plain_ids(text: str, tokenizer: Any) -> list[int]:
-    codec = codec_of(tokenizer)
-    return codec.prefix + codec.ids(text)
+    chat_tokenizer = ChatTokenizer.of(tokenizer)
+    return chat_tokenizer.bos_ids + chat_tokenizer.token_ids(text)
 
 
 def _last_message(sample: Conversation | Pair) -> str:
@@ -132,7 +132,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        return int(encode(Conversation(turns), tokenizer, max_length=100_000).input_ids[-1])
+        return int(encode_sample(Conversation(turns), tokenizer, max_length=100_000).input_ids[-1])
     except DataError:  # the template cannot be trained on, but it can be chatted with: the other end tokens stop it
         return None
 

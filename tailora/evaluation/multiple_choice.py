@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tailora.core.attach import evaluating
-from tailora.data.chat_template import Codec, codec_of
+from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.data.schemas import Choices
-from tailora.data.tokenize import encode_all, reply_text
+from tailora.data.tokenize import encode_samples, reply_text
 from tailora.errors import DataError
 from tailora.kernels.loss import FORMS, HALF_TOLERANCE, TOLERANCE, Batch
 from tailora.train.loss import BatchLayout, budgeted, evaluate
@@ -45,18 +45,18 @@ class TokenizedChoices:
 
 def tokenize_choices(questions: Sequence[Choices], tokenizer: Any, max_length: int) -> TokenizedChoices:
     """Raises DataError if a reply cannot be encoded."""
-    codec = codec_of(tokenizer)
+    chat_tokenizer = ChatTokenizer.of(tokenizer)
     examples: list[Example] = []
     starts, answers, sizes = [0], [], []
     for question in questions:
         encoded = []
-        for result in encode_all(question.options, codec, max_length):
+        for result in encode_samples(question.options, chat_tokenizer, max_length):
             if isinstance(result, DataError):
                 raise result
             encoded.append(result)
         if any(result.length > max_length for result in encoded):
             continue
-        examples += [_without_end_of_turn(result.example, codec) for result in encoded]
+        examples += [_without_end_of_turn(result.example, chat_tokenizer) for result in encoded]
         sizes += [len(reply_text(option).strip().encode()) for option in question.options]
         starts.append(len(examples))
         answers.append(question.answer)
@@ -69,9 +69,9 @@ def tokenize_choices(questions: Sequence[Choices], tokenizer: Any, max_length: i
     )
 
 
-def _without_end_of_turn(example: Example, codec: Codec) -> Example:
+def _without_end_of_turn(example: Example, chat_tokenizer: ChatTokenizer) -> Example:
     last = int(np.flatnonzero(example.labels != IGNORED)[-1])
-    while last and int(example.labels[last]) in codec.special_ids:
+    while last and int(example.labels[last]) in chat_tokenizer.special_ids:
         last -= 1
     return Example(example.input_ids[: last + 1], example.labels[: last + 1])
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
 from tailora.data.dataset import Examples
-from tailora.data.demo import resolve
-from tailora.data.prepare import Judged, Learned, Source, chunks, examine, prepare
+from tailora.data.demo import resolve_demo
+from tailora.data.prepare import EncodedRow, EvalDataReport, EvalSource, check_eval_source, prepare, read_eval_chunks
 from tailora.data.schemas import Conversation, Pair
 from tailora.data.tokenize import prompt_ids, reply_text
 from tailora.errors import ConfigError, DataError, listing, nearest
@@ -97,7 +97,7 @@ class Scores:
     metrics: dict[str, Score]
     base: dict[str, Score] | None  # of the model without its adapter
     change: dict[str, Score] | None  # metrics - base, on the same examples
-    data: Judged | None = None
+    data: EvalDataReport | None = None
     too_long: int = 0  # examples without room for their choices or an answer, left out of accuracy or exact_match
     samples: dict[str, list[Match]] = field(default_factory=dict)  # "tuned", "base" -> answers
     tasks: dict[str, Any] = field(default_factory=dict)  # facts about the tasks of lm-evaluation-harness
@@ -158,8 +158,8 @@ def score(
     options = options or EvalOptions()
     normalizer(options.normalize)
     max_length = min(options.max_length, getattr(model.config, "max_position_embeddings", None) or options.max_length)
-    source = Source(resolve(data, "eval_data"), tokenizer, field or {}, max_length, options.limit)
-    facts = examine(source, model.get_input_embeddings().weight.shape[0])
+    source = EvalSource(resolve_demo(data, "eval_data"), tokenizer, field or {}, max_length, options.limit)
+    facts = check_eval_source(source, model.get_input_embeddings().weight.shape[0])
     metrics = choose_metrics(facts, options.metrics, options.extra_metrics)
     evaluator = _Evaluator(model, tokenizer, replace(options, max_length=max_length), metrics, log)
     models: dict[str, Callable[[], AbstractContextManager[None]]] = {TUNED: nullcontext}
@@ -167,7 +167,7 @@ def score(
         models[BASE] = model.disable_adapter
     totals = {name: _Totals() for name in models}
     done = 0
-    for chunk in chunks(source, CHUNK if evaluator.on_cpu else 16 * CHUNK):
+    for chunk in read_eval_chunks(source, CHUNK if evaluator.on_cpu else 16 * CHUNK):
         for name, activate in models.items():
             with activate():
                 evaluator.add(chunk, totals[name])
@@ -183,7 +183,7 @@ def without_adapter(base_model: Any) -> LoRAModel:
     return model
 
 
-def choose_metrics(facts: Judged, metrics: Sequence[str], extra: Sequence[str] = ()) -> list[str]:
+def choose_metrics(facts: EvalDataReport, metrics: Sequence[str], extra: Sequence[str] = ()) -> list[str]:
     """Returns the metrics to compute; by default loss, or accuracy if the data has choices.
 
     Raises DataError if the data lacks what a metric needs.
@@ -230,17 +230,17 @@ class _Evaluator:
         steps[self._exact_match] = {"exact_match"}
         self.steps = [step for step, names in steps.items() if names & set(metrics)]
 
-    def add(self, chunk: list[Learned], totals: _Totals) -> None:
+    def add(self, chunk: list[EncodedRow], totals: _Totals) -> None:
         for step in self.steps:
             step(chunk, totals)
 
-    def _loss(self, chunk: list[Learned], totals: _Totals) -> None:
+    def _loss(self, chunk: list[EncodedRow], totals: _Totals) -> None:
         examples = Examples.of(item.encoded.example for item in chunk)
         evaluation = evaluate(self.model, examples, rows=self.layout, token_budget=self.token_budget)
         totals.sums.append(evaluation.sums)
         totals.counts.append(evaluation.counts)
 
-    def _accuracy(self, chunk: list[Learned], totals: _Totals) -> None:
+    def _accuracy(self, chunk: list[EncodedRow], totals: _Totals) -> None:
         questions = [item.choices for item in chunk if item.choices is not None]
         choices = tokenize_choices(questions, self.tokenizer, self.options.max_length)
         totals.too_long += choices.left_out
@@ -257,7 +257,7 @@ class _Evaluator:
         totals.hits["accuracy"] += right_is_likeliest(choices, likelihoods).tolist()
         totals.hits["accuracy_norm"] += right_is_likeliest(choices, likelihoods / choices.bytes).tolist()
 
-    def _exact_match(self, chunk: list[Learned], totals: _Totals) -> None:
+    def _exact_match(self, chunk: list[EncodedRow], totals: _Totals) -> None:
         for item in chunk:
             is_shown = len(totals.samples) < self.options.samples
             match = match_answer(
@@ -342,7 +342,7 @@ def match_answer(
 # ---- From totals to scores
 
 
-def _scores(totals: Mapping[str, _Totals], metrics: Sequence[str], facts: Judged) -> Scores:
+def _scores(totals: Mapping[str, _Totals], metrics: Sequence[str], facts: EvalDataReport) -> Scores:
     tuned, base = totals[TUNED], totals.get(BASE)
     return Scores(
         metrics=dict(_measured(tuned, metrics, facts)),
@@ -354,7 +354,7 @@ def _scores(totals: Mapping[str, _Totals], metrics: Sequence[str], facts: Judged
     )
 
 
-def _measured(totals: _Totals, metrics: Sequence[str], facts: Judged) -> Iterator[tuple[str, Score]]:
+def _measured(totals: _Totals, metrics: Sequence[str], facts: EvalDataReport) -> Iterator[tuple[str, Score]]:
     for name in metrics:
         if name in SHARES:
             hits = totals.hits[name]
@@ -390,7 +390,7 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
     'demo' is the held-out part of the demo's data. Raises DataError with all that is wrong with the data.
     """
     prepared = prepare(
-        resolve(config.data, "eval_data"),
+        resolve_demo(config.data, "eval_data"),
         tokenizer,
         field=config.field,
         max_length=config.max_length,

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile, mkdtemp, mkstemp
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from tailora.errors import ConfigError, FormatError, TailoraError, WriteError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCKED_BY_FILE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 REMEDIES = {  # error number of the system -> what to do
@@ -139,11 +141,13 @@ def _umask() -> int:
 # ---- Safetensors
 
 
-def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def safetensors_bytes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> bytes:
     """Returns the bytes of a safetensors file; the same for the same content.
 
     The header is sorted here, because safetensors writes metadata in hash order, which differs between processes.
     """
+    from safetensors.torch import save  # imports torch, which atomic writing does not need
+
     contiguous: dict[str, Tensor] = {}
     addresses: set[tuple[int, int]] = set()
     for name, tensor in tensors.items():
@@ -163,7 +167,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return len(text).to_bytes(8, "little") + text + raw[8 + size :]
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     """Returns tensors and metadata. Raises FormatError if `path` is not a whole safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tailora.formats.io import write_file
+
 ADAPTER, ADAPTER_CONFIG, RUN = "adapter", "adapter_config.json", "run.json"
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
 
@@ -26,7 +28,5 @@ def recorded_settings(adapter: Path) -> dict[str, Any]:
 
 def write_report(folder: Path, kind: str, content: Mapping[str, Any]) -> Path:
     """Writes report.json, from which `tailora report` makes the page, and returns its path. Raises WriteError."""
-    from tailora.formats.io import write_file  # torch
-
     write_file(folder / REPORT, json.dumps({"kind": kind, **content}, indent=1).encode())
     return folder / REPORT

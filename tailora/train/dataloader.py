@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tailora.core.init import DATA_INITS
-from tailora.data.collate import plan
+from tailora.data.collate import plan_batches
 from tailora.data.dataset import Example, Examples
-from tailora.data.demo import resolve
-from tailora.data.prepare import Cuts, PreparedData, prepare, stream
+from tailora.data.demo import resolve_demo
+from tailora.data.prepare import CutCounts, PreparedData, prepare, stream_examples
 from tailora.errors import DataError
 from tailora.train.config import TrainConfig
 from tailora.train.memory import Load
@@ -67,7 +67,7 @@ def planned(examples: Examples, shape: Shape, start: int = 0) -> Iterator[list[M
     first_epoch, skipped = divmod(start, steps_per_epoch(len(examples), shape))
     size = shape.accumulation * shape.world
     for epoch in count(first_epoch):
-        batches = plan(examples.lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=epoch)
+        batches = plan_batches(examples.lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=epoch)
         groups = [batches[first : first + size] for first in range(0, len(batches), size)]
         for group in groups[skipped if epoch == first_epoch else 0 :]:
             yield _share([[examples[int(i)] for i in batch] for batch in group], shape)
@@ -145,7 +145,7 @@ class Feed:
     sample: Example  # that one
     heaviest: list[Example]  # of the largest forward
     opening: Callable[[int], list[list[Example]]]  # the first batches, in parts; of a stream as many as were read
-    cuts: Cuts | None = None  # of what was streamed
+    cuts: CutCounts | None = None  # of what was streamed
 
     def judged_by(self, choose: HeldOut | None) -> "Feed":
         """The same with only some of the held-out examples."""
@@ -189,9 +189,9 @@ def shape_of(config: TrainConfig, accelerator: Accelerator) -> Shape:
 def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> PreparedData:
     """The data that `config` names, read, checked and tokenised. Raises DataError with all its problems."""
     return prepare(
-        resolve(config.data, "data"),
+        resolve_demo(config.data, "data"),
         tokenizer,
-        eval_source=None if config.eval_data is None else resolve(config.eval_data, "eval_data"),
+        eval_source=None if config.eval_data is None else resolve_demo(config.eval_data, "eval_data"),
         field=config.field,
         max_length=config.max_length,
         validation_split=config.validation_split,
@@ -210,11 +210,13 @@ def _prepared(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int
 def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int, shape: Shape) -> Feed:
     """Read while training; what is known of it beforehand is its first batch."""
     common: dict[str, Any] = {"field": config.field, "max_length": config.max_length}
-    cuts = Cuts()
-    read = partial(stream, resolve(config.data, "data"), tokenizer, embedding_rows=rows, cuts=cuts, **common)
+    cuts = CutCounts()
+    read = partial(
+        stream_examples, resolve_demo(config.data, "data"), tokenizer, embedding_rows=rows, cuts=cuts, **common
+    )
     held = None
     if config.eval_data is not None:
-        source = resolve(config.eval_data, "eval_data")
+        source = resolve_demo(config.eval_data, "eval_data")
         held = prepare(source, tokenizer, eval_source=source, embedding_rows=rows, **common)
     assert config.max_steps is not None  # TrainConfig saw to it
     opening = config.init_batches if config.init_lora_weights in DATA_INITS else 1
@@ -256,7 +258,7 @@ def _feed(
 
 def _opening(examples: Examples, shape: Shape, batches: int) -> list[list[Example]]:
     """The first batches of the first epoch, of all ranks, as they go through the model."""
-    first = plan(examples.lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=0)[:batches]
+    first = plan_batches(examples.lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=0)[:batches]
     return [
         [examples[int(batch[place])] for place in places]
         for batch in first
@@ -269,7 +271,7 @@ def heaviest(examples: Examples, shape: Shape) -> list[Example]:
     lengths = examples.lengths
     forwards = [
         batch[list(places)]
-        for batch in plan(lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=0)
+        for batch in plan_batches(lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=0)
         for places in parts(lengths[batch].tolist(), shape.token_limit)
     ]
     most = max(forwards, key=lambda indices: int(lengths[indices].sum()))

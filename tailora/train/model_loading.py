@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from tailora.core.quantization import base_obstacle, dense_weight, is_quantized, keep_as_stored, quantized_layers
-from tailora.data.demo import resolve
-from tailora.data.readers import check_model
+from tailora.data.demo import resolve_demo
+from tailora.data.readers import check_model_exists
 from tailora.errors import ConfigError, listing, nearest
 from tailora.kernels.products import cpu_flags
 from tailora.quiet import quiet_loggers, quiet_transformers
@@ -215,8 +215,8 @@ def precision_of(dtype: str, device: str) -> torch.dtype | str:
 
 def read_config(name: str) -> PretrainedConfig:
     """The model's shape, without its weights. Raises ConfigError when it cannot be read."""
-    source = resolve(name, "model")
-    check_model(source)
+    source = resolve_demo(name, "model")
+    check_model_exists(source)
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(source)
@@ -226,8 +226,8 @@ def read_config(name: str) -> PretrainedConfig:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Raises ConfigError when it cannot be read."""
-    source = resolve(name, "model")
-    check_model(source)
+    source = resolve_demo(name, "model")
+    check_model_exists(source)
     try:
         with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
@@ -247,8 +247,8 @@ def load_base(
 
     Raises ConfigError when they cannot be read, or not be quantised so; pickled weights are not read.
     """
-    source = resolve(name, "model")
-    check_model(source)
+    source = resolve_demo(name, "model")
+    check_model_exists(source)
     precision = precision_of(dtype, device)
     try:
         with quiet_transformers():

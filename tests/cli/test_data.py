@@ -90,7 +90,7 @@ def test_the_file_can_come_from_a_config(
         ("", "no rows"),
         ("{]\n", "chats.jsonl"),
         ('{"messages": []}\n', "messages"),
-        ('{"a": 1}\n', "fit no known shape"),
+        ('{"a": 1}\n', "fit no known schema"),
     ],
 )
 def test_data_that_cannot_be_learned_exits_with_2(

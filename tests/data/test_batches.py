@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tailora.data.collate import collate_packed, collate_padded, plan
+from tailora.data.collate import collate_packed, collate_padded, plan_batches
 from tailora.data.dataset import IGNORED, Example
 
 LENGTHS = np.random.default_rng(0).integers(4, 200, size=1003)
@@ -19,14 +19,14 @@ PAIR = [example([1, 2, 3], [IGNORED, 2, 3]), example([4, 5], [4, 5])]
 @pytest.mark.parametrize("batch_size", [1, 8, 64, 2000])
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_every_example_comes_exactly_once_an_epoch(batch_size: int, epoch: int) -> None:
-    batches = plan(LENGTHS, batch_size=batch_size, seed=0, epoch=epoch)
+    batches = plan_batches(LENGTHS, batch_size=batch_size, seed=0, epoch=epoch)
     assert sorted(np.concatenate(batches)) == list(range(len(LENGTHS)))
     assert len(batches) == -(-len(LENGTHS) // batch_size)
     assert max(map(len, batches)) <= batch_size
 
 
 def flat(seed: int, epoch: int) -> list[int]:
-    return np.concatenate(plan(LENGTHS, batch_size=8, seed=seed, epoch=epoch)).tolist()
+    return np.concatenate(plan_batches(LENGTHS, batch_size=8, seed=seed, epoch=epoch)).tolist()
 
 
 def test_seed_and_epoch_alone_decide_the_order() -> None:
@@ -35,7 +35,7 @@ def test_seed_and_epoch_alone_decide_the_order() -> None:
 
 
 def test_batches_hold_similar_lengths_in_random_order() -> None:
-    batches = plan(LENGTHS, batch_size=8, seed=0, epoch=0)
+    batches = plan_batches(LENGTHS, batch_size=8, seed=0, epoch=0)
     padded = sum(LENGTHS[batch].max() * len(batch) for batch in batches)
     assert padded / LENGTHS.sum() < 1.1
     means = [LENGTHS[batch].mean() for batch in batches]
@@ -43,7 +43,7 @@ def test_batches_hold_similar_lengths_in_random_order() -> None:
 
 
 def test_no_examples_make_no_batches() -> None:
-    assert plan([], batch_size=8, seed=0, epoch=0) == []
+    assert plan_batches([], batch_size=8, seed=0, epoch=0) == []
 
 
 def test_packed_documents_keep_their_own_positions_and_borders() -> None:

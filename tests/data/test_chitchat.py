@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from tailora.data.demo import conversations, refused
+from tailora.data.demo import conversations, is_refused
 
 
 def chat(*lines: tuple[str, str]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def test_the_order_is_of_the_ids_not_of_the_file() -> None:
     ],
 )
 def test_profane_and_private_texts_are_refused(text: str) -> None:
-    assert refused(text)
+    assert is_refused(text)
 
 
 @pytest.mark.parametrize(
@@ -83,4 +83,4 @@ def test_profane_and_private_texts_are_refused(text: str) -> None:
     ],
 )
 def test_innocent_texts_are_not(text: str) -> None:
-    assert not refused(text)
+    assert not is_refused(text)

@@ -1,7 +1,7 @@
 import pytest
 
-from tailora.data.readers import Fault, Row
-from tailora.data.schemas import Choices, Conversation, Pair, Text, convert, recognise
+from tailora.data.readers import Row, RowProblem
+from tailora.data.schemas import Choices, Conversation, Pair, Text, convert_row, detect_schema
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
@@ -11,7 +11,7 @@ def chat_reply(text: str) -> Conversation:
 
 
 def converted(fields: dict[str, object]) -> object:
-    return convert(Row("rows.jsonl", 7, fields), recognise([fields]))
+    return convert_row(Row("rows.jsonl", 7, fields), detect_schema([fields]))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_row_becomes_a_sample(fields, sample) -> None:
 )
 def test_a_row_that_cannot_be_learned_from_is_a_fault_with_its_place(fields, cause) -> None:
     fault = converted(fields)
-    assert isinstance(fault, Fault)
+    assert isinstance(fault, RowProblem)
     assert (fault.file, fault.number) == ("rows.jsonl", 7)
     assert cause in fault.cause
 
@@ -140,5 +140,5 @@ def test_an_answer_is_a_label_an_index_a_letter_or_the_text(choices, answer, pla
 )
 def test_an_answer_that_says_nothing_or_two_things_is_refused(choices, answer, cause) -> None:
     found = converted({"question": "?", "choices": choices, "answer": answer})
-    assert isinstance(found, Fault), found
+    assert isinstance(found, RowProblem), found
     assert cause in found.cause

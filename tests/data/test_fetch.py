@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tailora.data.demo import Wheel, build_once, cache_folder, explain, extract
+from tailora.data.demo import Wheel, build_once, cache_folder, explain_pip_error, extract_from_wheel
 from tailora.errors import FetchError
 
 MakeWheel = Callable[[str, dict[str, bytes]], Wheel]
@@ -51,7 +51,7 @@ def test_one_file_of_the_wheel_and_nothing_else_stays(wheel: MakeWheel, tmp_path
     made = wheel("parcel", {"parcel/__init__.py": trap, "parcel/data.bin": b"content"})
     folder = tmp_path / "out"
     folder.mkdir()
-    path = extract(made, "parcel/data.bin", folder, hashlib.sha256(b"content").hexdigest())
+    path = extract_from_wheel(made, "parcel/data.bin", folder, hashlib.sha256(b"content").hexdigest())
     assert path.read_bytes() == b"content"
     assert [file for file in folder.rglob("*") if file.is_file()] == [path]
 
@@ -63,13 +63,13 @@ def test_another_hash_is_refused_with_both(wheel: MakeWheel, tmp_path: Path, wro
     got, other = (made.sha256 if wrong == "wheel" else inner), "0" * 64
     asked = Wheel(made.name, made.version, other if wrong == "wheel" else made.sha256)
     with pytest.raises(FetchError, match=f"expected SHA-256 {other}, got {got}"):
-        extract(asked, "parcel/data.bin", tmp_path, inner if wrong == "wheel" else other)
+        extract_from_wheel(asked, "parcel/data.bin", tmp_path, inner if wrong == "wheel" else other)
 
 
 @pytest.mark.usefixtures("shelf")
 def test_an_index_that_lacks_it_is_named_as_the_cause(tmp_path: Path) -> None:
     with pytest.raises(FetchError, match=r"parcel==1\.0: the index that pip uses does not have it; .*PIP_INDEX_URL"):
-        extract(Wheel("parcel", "1.0", ""), "parcel/data.bin", tmp_path)
+        extract_from_wheel(Wheel("parcel", "1.0", ""), "parcel/data.bin", tmp_path)
 
 
 def test_an_index_that_does_not_answer_is_named_as_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_an_index_that_does_not_answer_is_named_as_the_cause(tmp_path: Path, mon
     monkeypatch.setenv("PIP_RETRIES", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(FetchError, match="the package index cannot be reached; connect once"):
-        extract(Wheel("parcel", "1.0", ""), "parcel/data.bin", tmp_path)
+        extract_from_wheel(Wheel("parcel", "1.0", ""), "parcel/data.bin", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_an_index_that_does_not_answer_is_named_as_the_cause(tmp_path: Path, mon
     ],
 )
 def test_what_pip_says_becomes_a_cause_and_a_remedy(output: str, words: str) -> None:
-    assert words in explain(output)
+    assert words in explain_pip_error(output)
 
 
 @pytest.mark.parametrize(

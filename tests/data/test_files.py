@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tailora.data.readers import Fault, Row, read_file, refusal
+from tailora.data.readers import Row, RowProblem, data_error, read_file
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": 'c, "d"\n', "completion": "ü"}]
 
@@ -89,7 +89,7 @@ def test_every_form_gives_the_same_rows(tmp_path: Path, name, write, numbers) ->
 def test_what_cannot_be_read_is_named_with_file_row_and_cause(tmp_path: Path, name, content, number, cause) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    (fault,) = [item for item in read_file(path) if isinstance(item, Fault)]
+    (fault,) = [item for item in read_file(path) if isinstance(item, RowProblem)]
     assert (fault.file, fault.number) == (str(path), number)
     assert cause in fault.cause
 
@@ -97,7 +97,7 @@ def test_what_cannot_be_read_is_named_with_file_row_and_cause(tmp_path: Path, na
 def test_good_lines_around_a_bad_one_are_still_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\nbad\n{"text": "b"}\nworse\n')
-    assert [type(item) for item in read_file(path)] == [Row, Fault, Row, Fault]
+    assert [type(item) for item in read_file(path)] == [Row, RowProblem, Row, RowProblem]
 
 
 def test_one_conversation_in_a_json_file_is_one_row(tmp_path: Path) -> None:
@@ -109,10 +109,10 @@ def test_one_conversation_in_a_json_file_is_one_row(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_opened_is_a_fault(tmp_path: Path) -> None:
     path = tmp_path / "gone.jsonl"
-    assert list(read_file(path)) == [Fault(str(path), 0, "No such file or directory")]
+    assert list(read_file(path)) == [RowProblem(str(path), 0, "No such file or directory")]
 
 
 def test_a_refusal_shows_twenty_faults_and_counts_the_rest() -> None:
-    text = str(refusal([Fault("a.jsonl", number, "bad") for number in range(1, 26)]))
+    text = str(data_error([RowProblem("a.jsonl", number, "bad") for number in range(1, 26)]))
     assert text.startswith("25 problems:\n  - a.jsonl:1: bad\n")
     assert text.endswith("  - a.jsonl:20: bad\n  and 5 more")

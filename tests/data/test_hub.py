@@ -11,10 +11,10 @@ from threading import Thread
 
 import pytest
 
-from tailora.data.readers import check_model
+from tailora.data.readers import check_model_exists
 from tailora.errors import ConfigError
 
-ASK = "import sys; from tailora.data.readers import check_model; check_model(sys.argv[1])"
+ASK = "import sys; from tailora.data.readers import check_model_exists; check_model_exists(sys.argv[1])"
 
 FOUND = b'{"id": "no-such-model"}'
 
@@ -88,4 +88,4 @@ def test_what_is_no_id_is_not_asked_for_and_the_nearest_folder_is_named(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").mkdir()
     with pytest.raises(ConfigError, match=r"it is not a Hub id; did you mean my-model\?"):
-        check_model("./my-modle")
+        check_model_exists("./my-modle")

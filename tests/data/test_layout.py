@@ -2,7 +2,7 @@
 
 import pytest
 
-from tailora.data.chat_template import Layout, codec_of, lay_out
+from tailora.data.chat_template import ChatTokenizer, RenderedSample, render_sample
 from tailora.data.schemas import Conversation, Pair, Text
 from tailora.errors import DataError
 
@@ -49,12 +49,12 @@ def chat(*contents: str, system: str | None = None, first: int = 0) -> Conversat
     return Conversation([{"role": "system", "content": system}, *messages] if system else messages, first)
 
 
-def shown(layout: Layout) -> str:
+def shown(rendered: RenderedSample) -> str:
     text, done = "", 0
-    for start, stop in layout.spans:
-        text += f"{layout.text[done:start]}[[{layout.text[start:stop]}]]"
+    for start, stop in rendered.trained_spans:
+        text += f"{rendered.text[done:start]}[[{rendered.text[start:stop]}]]"
         done = stop
-    return text + layout.text[done:] + ("[[EOS]]" if layout.add_eos else "")
+    return text + rendered.text[done:] + ("[[EOS]]" if rendered.add_eos else "")
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def shown(layout: Layout) -> str:
 )
 def test_replies_and_their_end_are_learned(bytes_tokenizer, template, sample, expected) -> None:
     eos = "<|endoftext|>" if template == PHI3 else "<|im_end|>"
-    layout = lay_out(sample, codec_of(bytes_tokenizer(template, eos_token=eos)))
-    assert shown(layout) == expected
-    assert layout.lost == 0
+    rendered = render_sample(sample, ChatTokenizer.of(bytes_tokenizer(template, eos_token=eos)))
+    assert shown(rendered) == expected
+    assert rendered.untrained_replies == 0
 
 
 def test_llama_2_learns_every_reply_with_its_eos(words_tokenizer) -> None:
-    layout = lay_out(chat("a", " b ", "c", "d"), codec_of(words_tokenizer(LLAMA2)))
-    assert shown(layout) == "<s>[INST] a [/INST][[ b </s>]]<s>[INST] c [/INST][[ d </s>]]"
+    rendered = render_sample(chat("a", " b ", "c", "d"), ChatTokenizer.of(words_tokenizer(LLAMA2)))
+    assert shown(rendered) == "<s>[INST] a [/INST][[ b </s>]]<s>[INST] c [/INST][[ d </s>]]"
 
 
 @pytest.mark.parametrize(
@@ -137,13 +137,13 @@ def test_llama_2_learns_every_reply_with_its_eos(words_tokenizer) -> None:
     ],
 )
 def test_the_span_ends_with_eos_or_else_with_the_first_special_token(bytes_tokenizer, eos, learned) -> None:
-    layout = lay_out(chat("a", "b"), codec_of(bytes_tokenizer(PHI3, eos_token=eos)))
-    assert shown(layout).endswith(f"assistant\n[[{learned}]]")
+    rendered = render_sample(chat("a", "b"), ChatTokenizer.of(bytes_tokenizer(PHI3, eos_token=eos)))
+    assert shown(rendered).endswith(f"assistant\n[[{learned}]]")
 
 
 @pytest.mark.parametrize("template", [CHATML + HEADER, MARKED])
 def test_only_the_completion_of_a_chat_pair_is_learned(bytes_tokenizer, template) -> None:
-    text = shown(lay_out(chat("a", "b", "c", "d", first=3), codec_of(bytes_tokenizer(template))))
+    text = shown(render_sample(chat("a", "b", "c", "d", first=3), ChatTokenizer.of(bytes_tokenizer(template))))
     assert "assistant\nb" in text
     assert text.endswith("assistant\n[[d<|im_end|>]]")
     assert text.count("[[") == 1
@@ -165,32 +165,32 @@ def test_replies_that_the_template_rewrites_are_counted_and_not_learned(
     bytes_tokenizer, words_tokenizer, template, sample, expected
 ) -> None:
     tokenizer = words_tokenizer(template) if "</s>" in template else bytes_tokenizer(template)
-    layout = lay_out(sample, codec_of(tokenizer))
-    assert shown(layout) == expected
-    assert layout.lost == 1
+    rendered = render_sample(sample, ChatTokenizer.of(tokenizer))
+    assert shown(rendered) == expected
+    assert rendered.untrained_replies == 1
 
 
 def test_a_reply_with_nothing_before_it_is_not_learned(bytes_tokenizer) -> None:
     opening = Conversation([{"role": "assistant", "content": "x"}, *chat("a", "b").messages])
-    layout = lay_out(opening, codec_of(bytes_tokenizer(CHATML + HEADER)))
-    assert shown(layout).endswith(
+    rendered = render_sample(opening, ChatTokenizer.of(bytes_tokenizer(CHATML + HEADER)))
+    assert shown(rendered).endswith(
         "assistant\nx<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]"
     )
-    assert layout.lost == 1
+    assert rendered.untrained_replies == 1
 
 
 def test_a_pair_becomes_a_question_and_its_reply(bytes_tokenizer) -> None:
-    layout = lay_out(Pair("add 1, 2\n\n", " 3"), codec_of(bytes_tokenizer(CHATML + HEADER)))
-    assert shown(layout) == "<|im_start|>user\nadd 1, 2<|im_end|>\n<|im_start|>assistant\n[[3<|im_end|>]]"
+    rendered = render_sample(Pair("add 1, 2\n\n", " 3"), ChatTokenizer.of(bytes_tokenizer(CHATML + HEADER)))
+    assert shown(rendered) == "<|im_start|>user\nadd 1, 2<|im_end|>\n<|im_start|>assistant\n[[3<|im_end|>]]"
 
 
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_text_stays_as_it_is(bytes_tokenizer, template) -> None:
-    assert shown(lay_out(Text("a b\n"), codec_of(bytes_tokenizer(template)))) == "[[a b\n]][[EOS]]"
+    assert shown(render_sample(Text("a b\n"), ChatTokenizer.of(bytes_tokenizer(template)))) == "[[a b\n]][[EOS]]"
 
 
 def test_a_pair_without_a_template_is_one_text(bytes_tokenizer) -> None:
-    assert shown(lay_out(Pair("a", " b"), codec_of(bytes_tokenizer()))) == "a[[ b]][[EOS]]"
+    assert shown(render_sample(Pair("a", " b"), ChatTokenizer.of(bytes_tokenizer()))) == "a[[ b]][[EOS]]"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_pair_without_a_template_is_one_text(bytes_tokenizer) -> None:
 )
 def test_a_chat_that_cannot_be_written_or_learned_says_why(bytes_tokenizer, template, sample, said) -> None:
     with pytest.raises(DataError, match=said):
-        lay_out(sample, codec_of(bytes_tokenizer(template)))
+        render_sample(sample, ChatTokenizer.of(bytes_tokenizer(template)))
 
 
 @pytest.mark.parametrize(("template", "sample"), [(None, Pair("a", "b")), (SECTIONS, chat("a", "b"))])
@@ -223,11 +223,11 @@ def test_without_an_eos_token_nothing_could_learn_to_stop(bytes_tokenizer, templ
     tokenizer = bytes_tokenizer(template)
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no EOS token, so the model could not learn to stop"):
-        lay_out(sample, codec_of(tokenizer))
+        render_sample(sample, ChatTokenizer.of(tokenizer))
 
 
 def test_several_templates_without_a_default_are_refused(bytes_tokenizer) -> None:
     tokenizer = bytes_tokenizer()
     tokenizer.chat_template = {"rag": CHATML, "tools": CHATML}
     with pytest.raises(DataError, match="several chat templates and no default"):
-        codec_of(tokenizer)
+        ChatTokenizer.of(tokenizer)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tailora.data.prepare import Cuts, prepare, stream
+from tailora.data.prepare import CutCounts, prepare, stream_examples
 from tailora.data.schemas import Conversation, Pair
 from tailora.errors import DataError
 
@@ -37,7 +37,7 @@ def test_the_held_out_samples_are_those_of_the_held_out_examples(bytes_tokenizer
     tokenizer = bytes_tokenizer()
     prepared = prepare(jsonl(PAIRS), tokenizer, validation_split=0.2)
     for sample, example in zip(prepared.eval_samples, prepared.eval, strict=True):
-        assert sample == Pair(**PAIRS[example.row])
+        assert sample == Pair(**PAIRS[example.source_index])
         assert tokenizer.decode(example.input_ids.tolist()) == f"{sample.prompt}{sample.completion}<|im_end|>"
 
 
@@ -45,7 +45,7 @@ def test_the_same_data_and_seed_give_the_same_hash_and_split(bytes_tokenizer, js
     path, tokenizer = jsonl(PAIRS), bytes_tokenizer()
     first, again, other = (prepare(path, tokenizer, seed=seed) for seed in (0, 0, 1))
     assert first.report == again.report
-    assert np.array_equal(first.eval.rows, again.eval.rows)
+    assert np.array_equal(first.eval.source_indices, again.eval.source_indices)
     assert first.report.sha256 != other.report.sha256
 
 
@@ -57,7 +57,7 @@ def test_no_split_means_no_held_out_examples(bytes_tokenizer, jsonl) -> None:
 def test_copies_stay_on_one_side_and_are_counted(bytes_tokenizer, jsonl) -> None:
     prepared = prepare(jsonl(PAIRS[:5] * 4), bytes_tokenizer(), validation_split=0.2)
     assert (prepared.report.repeated, prepared.report.duplicates) == (15, 0)
-    assert not set(prepared.train.keys()) & set(prepared.eval.keys())
+    assert not set(prepared.train.hashes()) & set(prepared.eval.hashes())
 
 
 def test_held_out_data_of_its_own_is_used_whole_and_leaks_are_counted(bytes_tokenizer, jsonl) -> None:
@@ -91,7 +91,7 @@ def test_truncation_is_counted_and_what_loses_all_is_left_out(bytes_tokenizer, j
     ]
     prepared = prepare(jsonl(rows), bytes_tokenizer(), max_length=16, validation_split=0)
     assert (prepared.report.truncated, prepared.report.cut_away) == (2, 1)
-    assert prepared.train.rows.tolist() == [0, 1]
+    assert prepared.train.source_indices.tolist() == [0, 1]
     assert prepared.train.lengths.max() == 16 < prepared.report.longest
 
 
@@ -110,7 +110,7 @@ def test_replies_that_the_template_rewrites_are_reported(bytes_tokenizer, jsonl)
         ("", {}, r"rows.jsonl: no rows: there is nothing to learn from"),
         ("\n\n", {}, r"rows.jsonl: no rows"),
         ("nonsense\n[]\n", {}, r"2 problems:\n  - .*rows.jsonl:1: not JSON.*\n  - .*rows.jsonl:2: a JSON list"),
-        ('{"x": 1}', {}, r"the rows have the keys x, which fit no known shape"),
+        ('{"x": 1}', {}, r"the rows have the keys x, which fit no known schema"),
         ('{"text": "a b"}\nnonsense\n', {}, r"^.*rows.jsonl:2: not JSON: Expecting value at column 1$"),
         ('{"text": "a b"}\n{"text": ""}\n', {}, r"rows.jsonl:2: nothing to learn: the text is empty"),
         ('{"text": "a b"}\n{"txt": ""}\n', {}, r"rows.jsonl:2: no text \(read as text\); the row has txt"),
@@ -166,9 +166,9 @@ def test_a_tokenizer_that_just_fits_the_embedding_is_accepted(bytes_tokenizer, j
 
 def test_a_stream_gives_the_same_examples_in_order(bytes_tokenizer, jsonl) -> None:
     tokenizer, path = bytes_tokenizer(), jsonl(PAIRS * 40)  # more than one chunk
-    streamed = list(stream(path, tokenizer))
+    streamed = list(stream_examples(path, tokenizer))
     prepared = prepare(path, tokenizer, validation_split=0)
-    assert [example.row for example in streamed] == prepared.train.rows.tolist() == list(range(1600))
+    assert [example.source_index for example in streamed] == prepared.train.source_indices.tolist() == list(range(1600))
     assert np.array_equal(np.concatenate([example.input_ids for example in streamed]), prepared.train.input_ids)
     assert np.array_equal(np.concatenate([example.labels for example in streamed]), prepared.train.labels)
 
@@ -176,24 +176,24 @@ def test_a_stream_gives_the_same_examples_in_order(bytes_tokenizer, jsonl) -> No
 def test_what_is_cut_of_a_stream_counts_once_however_often_it_is_read(bytes_tokenizer, jsonl) -> None:
     pairs = [("a", "b"), ("a", "b " * 40), ("a " * 40, "b")]
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
-    read, cuts = partial(stream, jsonl(rows), bytes_tokenizer(), max_length=16), Cuts()
-    assert [example.row for example in islice(read(cuts=cuts), 1)] == [0]
-    assert cuts == Cuts(rows=1)
+    read, cuts = partial(stream_examples, jsonl(rows), bytes_tokenizer(), max_length=16), CutCounts()
+    assert [example.source_index for example in islice(read(cuts=cuts), 1)] == [0]
+    assert cuts == CutCounts(rows=1)
     for _ in range(2):
-        assert [example.row for example in read(cuts=cuts)] == [0, 1]
-        assert cuts == Cuts(rows=3, truncated=2, cut_away=1)
+        assert [example.source_index for example in read(cuts=cuts)] == [0, 1]
+        assert cuts == CutCounts(rows=3, truncated=2, cut_away=1)
 
 
 def test_a_stream_checks_the_vocabulary_too(bytes_tokenizer, jsonl) -> None:
     with pytest.raises(DataError, match="larger than the model's embedding"):
-        next(stream(jsonl(PAIRS), bytes_tokenizer(), embedding_rows=9))
+        next(stream_examples(jsonl(PAIRS), bytes_tokenizer(), embedding_rows=9))
 
 
 def test_a_stream_stops_at_a_bad_row(bytes_tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a b"}\nnonsense\n')
-    examples = stream(str(path), bytes_tokenizer())
-    assert next(examples).row == 0
+    examples = stream_examples(str(path), bytes_tokenizer())
+    assert next(examples).source_index == 0
     with pytest.raises(DataError, match=r"rows.jsonl:2: not JSON"):
         next(examples)
 
@@ -204,7 +204,7 @@ def test_a_stream_stops_at_a_bad_row(bytes_tokenizer, tmp_path: Path) -> None:
 )
 def test_a_stream_of_nothing_to_learn_is_refused(bytes_tokenizer, jsonl, rows, said) -> None:
     with pytest.raises(DataError, match=said):
-        list(stream(jsonl(rows), bytes_tokenizer(), max_length=1))
+        list(stream_examples(jsonl(rows), bytes_tokenizer(), max_length=1))
 
 
 def test_chats_in_any_form_become_the_same_examples(bytes_tokenizer, jsonl, chatml) -> None:

