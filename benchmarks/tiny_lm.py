@@ -31,7 +31,7 @@ from transformers import LlamaForCausalLM
 OCTAVES = range(-10, -4)
 SEEDS = 2
 STEPS, BASE_STEPS = 150, 1600
-QUICK_STEPS = 20
+QUICK_STEPS = 40  # enough for a warm-up
 TRAIN_TEXTS, EVAL_TEXTS = STEPS * markov.BATCH, 400
 
 
