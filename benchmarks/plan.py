@@ -83,16 +83,11 @@ def run_cell(name: str, threads: int, steps: int) -> dict[str, Any]:
     """Returns the bytes that both plans estimated and that a run took, and the seconds of a step likewise."""
     del threads  # set in the environment
     configuration = CONFIGURATIONS[name]
-    with tempfile.TemporaryDirectory() as name_of_folder:
-        folder = Path(name_of_folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         write_task(configuration, folder, steps)
-        flags = [
-            *task_flags(configuration, folder),
-            *as_flags(configuration.flags),
-            "--max-steps",
-            str(steps),
-            "--json",
-        ]
+        flags = [*task_flags(configuration, folder), *as_flags(configuration.flags)]
+        flags += ["--max-steps", str(steps), "--json"]
         estimated, _ = run_command(["plan", *flags])
         measured, _ = run_command(["plan", "--measure", *flags])
         trained, peak = run_command(["train", *flags, "--samples", "0", "--output-dir", str(folder / "run")])
@@ -122,12 +117,8 @@ def run_command(arguments: list[str]) -> tuple[dict[str, Any], int]:
 def task_flags(configuration: Configuration, folder: Path) -> list[str]:
     return [
         *("--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), "--validation-split", "0.1"),
-        *(
-            "--max-length",
-            str(configuration.shape.length),
-            "--per-device-train-batch-size",
-            str(configuration.shape.rows),
-        ),
+        *("--max-length", str(configuration.shape.length)),
+        *("--per-device-train-batch-size", str(configuration.shape.rows)),
     ]
 
 

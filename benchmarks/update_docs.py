@@ -3,7 +3,7 @@
     python benchmarks/update_docs.py
 
 A measured part stands between `<!-- measured:NAME -->` and `<!-- /measured:NAME -->`. PARTS says which file has which
-parts, and what makes them. tests/test_readme.py fails if a part is not what this script would write.
+parts, and what makes them. tests/test_documents.py fails if a part is not what this script would write.
 """
 
 import argparse

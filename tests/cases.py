@@ -35,14 +35,14 @@ def _attended_apart(layer: Any, x: Tensor) -> Any:
 
 
 def _routed(layer: nn.Module, x: Tensor) -> Any:
-    """Two of four experts a token, at uneven weights."""
+    """Routes each token to two of four experts, with weights .7 and .3."""
     first = torch.arange(len(x)) % 4
     chosen, shares = torch.stack([first, (first + 1 + torch.arange(len(x)) // 4) % 4], 1), torch.tensor([0.7, 0.3])
     return layer(x, chosen, shares.to(x).expand(len(x), 2))
 
 
 class Net(nn.Module):
-    """One layer, inside modules whose names are part of its path."""
+    """One layer at the path block.target."""
 
     def __init__(self, layer: nn.Module, call: Callable[[nn.Module, Tensor], Any] = _called) -> None:
         super().__init__()
@@ -69,11 +69,11 @@ class LayerCase:
 
     @property
     def pattern(self) -> str:
-        """What a pattern for rank or alpha names it by."""
+        """The name by which patterns for rank and alpha match the layer."""
         return f"target.{self.parameter}" if "target_parameters" in self.names else "target"
 
     def weight(self, net: nn.Module) -> Tensor:
-        """The parameter of a net, or of the net within a model."""
+        """Returns the adapted weight of a Net, or of the Net inside a model."""
         return net.get_parameter(f"block.target.{self.parameter}")
 
     def net(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
@@ -133,7 +133,7 @@ def bitsandbytes_int8(layer: nn.Module) -> nn.Module:
 
 
 def _as_linear(layer: Any, make: Callable[..., Any]) -> tuple[Tensor, Any]:
-    """The weight (out, in), and a layer of bitsandbytes as transformers makes it, a Conv1D's from the transpose."""
+    """Returns the weight (out, in), and a layer of bitsandbytes as transformers makes it; Conv1D is transposed first."""
     weight = layer.weight.detach().clone()
     weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
     made = make(weight.shape[1], weight.shape[0], layer.bias is not None)
@@ -152,7 +152,7 @@ def torchao_weights(config: Any) -> Callable[[nn.Module], nn.Module]:
 
 @dataclass(frozen=True)
 class StorageCase:
-    """How a weight is stored. `layers` names the cases whose weight can be stored so, `others` says why no others."""
+    """A storage of weights. layers: names of the cases whose weight can have it. others: why the rest cannot."""
 
     name: str
     store: Callable[[nn.Module], nn.Module]
@@ -278,7 +278,7 @@ WITHOUT_BIAS = ("embedding", "linear without bias")
 
 
 def why_not(case: LayerCase, slot: str) -> str | None:
-    """Why the pair has no sense, in words that its refusal has."""
+    """Returns why the pair makes no sense, in the words of its refusal; None if it does make sense."""
     special = case in SPECIAL_LAYERS
     if special and (slot in BIASES or slot == "lora bias"):
         return "no bias of a part of a fused layer, of attention or beside a parameter is trained"
@@ -345,7 +345,7 @@ def config(case: LayerCase, slot: str = "plain") -> LoRAConfig:
 
 
 def trained(case: LayerCase, slot: str = "plain", dtype: torch.dtype = torch.float32) -> LoRAModel:
-    """A model whose adapter does something, in eval mode."""
+    """Returns a model whose adapter changes the output, in eval mode."""
     model = LoRAModel(case.net(dtype), config(case, slot))
     stir(model)
     return model.eval()

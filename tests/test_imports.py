@@ -1,4 +1,4 @@
-"""What it costs to import the library."""
+"""CPU time of importing the library."""
 
 import resource
 import subprocess
@@ -8,14 +8,14 @@ import pytest
 
 
 @pytest.mark.slow
-def test_the_library_costs_at_most_a_quarter_more_cpu_time_than_torch() -> None:
+def test_importing_the_library_takes_at_most_a_quarter_more_cpu_time_than_torch() -> None:
     ours = "import torch; from tailora import LoRAConfig, LoRALayer, LoRAModel"
     pairs = [(cpu_seconds(ours), cpu_seconds("import torch")) for _ in range(3)]
     assert min(mine for mine, _ in pairs) <= 1.25 * min(alone for _, alone in pairs)
 
 
 def cpu_seconds(code: str) -> float:
-    """Of the child alone."""
+    """Returns the CPU seconds of a new interpreter that runs the code."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", code], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

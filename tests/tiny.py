@@ -1,4 +1,4 @@
-"""A random chat model of 30,000 parameters and its tokenizer, made in a second."""
+"""A random chat model of 30,000 parameters and its tokenizer. Both are made in about a second."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,11 +12,11 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-VOCABULARY = 300  # the bytes, the special tokens, and a few pairs
+VOCABULARY = 300  # the 256 bytes, the special tokens and a few merges
 
 
 def chat_tokenizer(texts: Iterable[str], **special: str) -> PreTrainedTokenizerFast:
-    """Byte-level, as GPT-2's; `special`: which of the special tokens is eos_token, pad_token, bos_token."""
+    """Returns a byte-level tokenizer, as GPT-2's. `special`: which of SPECIAL is eos_token, pad_token or bos_token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -31,7 +31,7 @@ def chat_tokenizer(texts: Iterable[str], **special: str) -> PreTrainedTokenizerF
 
 
 def chat_model(**settings: Any) -> LlamaForCausalLM:
-    """The same weights every time; `settings` are those of LlamaConfig."""
+    """Returns a model with the same weights every time. `settings` are those of LlamaConfig."""
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""What README.md shows is what there is."""
+"""README.md and docs/*.md: their code runs, their figures are those of benchmarks/results, what they name exists."""
 
 import re
 import runpy
@@ -19,14 +19,19 @@ from tailora.train.model_loading import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 
 
-def test_the_eight_lines_run_and_what_they_leave_is_loaded_and_merged(
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text()
+
+
+def test_the_training_loop_of_the_readme_runs_and_its_adapter_loads_and_merges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (later,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    (loading,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
     assert sum(bool(line.strip()) for line in code.splitlines()) == 8
     base_model = chat_model()
     before = {name: value.clone() for name, value in base_model.state_dict().items()}
@@ -37,20 +42,20 @@ def test_the_eight_lines_run_and_what_they_leave_is_loaded_and_merged(
     assert all(torch.equal(value, before[name]) for name, value in base_model.state_dict().items())
     trained = names["model"](ids).logits
     assert not torch.equal(trained, chat_model()(ids).logits)
-    exec(later, {**names, "base_model": chat_model()})
+    exec(loading, {**names, "base_model": chat_model()})
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "my-model")
     torch.testing.assert_close(merged(ids).logits, trained, rtol=1e-4, atol=1e-5)
 
 
-def test_the_exports_run_from_first_to_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exports_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (section,) = re.findall(r"## Take it anywhere\n```sh\n(.*?)```", README, re.DOTALL)
+    (block,) = re.findall(r"```sh\n(.*?)```", page("export"), re.DOTALL)
     chat_model().save_pretrained("base")
     chat_tokenizer(["hello"]).save_pretrained("base")
     model = LoRAModel(LlamaForCausalLM.from_pretrained("base"), LoRAConfig(r=4))
     stir(model)
     model.save_adapter("outputs/demo/adapter")
-    commands = [shlex.split(line, comments=True) for line in section.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
     assert {command[command.index("--to") + 1] for command in commands} == set(FORMATS)
     for program, *tokens in commands:
         assert program == "tailora"
@@ -69,30 +74,27 @@ def test_measured_parts_are_what_the_results_give(monkeypatch: pytest.MonkeyPatc
             assert content.strip() == make().strip(), f"run benchmarks/update_docs.py: {name} of {file} is old"
 
 
-def test_every_setting_of_an_adapter_and_every_way_to_quantise_is_named() -> None:
-    for name in (*LoRAConfig.model_fields, *METHODS.keys() - {"torchao-int4"}):  # which no CPU runs
-        assert re.search(rf"\b{name}\b", README), name
+def test_every_setting_and_every_quantization_method_has_its_description() -> None:
+    for name in (*LoRAConfig.model_fields, *METHODS.keys() - {"torchao-int4"}):  # no CPU runs that one
+        assert re.search(rf"\b{name}\b", page("lora")), name
 
 
-def test_what_is_done_with_adapters_in_memory_runs() -> None:
+def test_the_lines_for_adapters_in_memory_run() -> None:
     model = LoRAModel(chat_model(), LoRAConfig(r=4, use_rslora=True, learn_scaling=True), "a")
     model.add_adapter("legal", LoRAConfig(r=4, use_dora=True))
     model.add_adapter("chat", LoRAConfig(r=4, init_lora_weights="pissa"))
-    (table,) = re.findall(r"with adapters in memory(.*?)\n\n", README, re.DOTALL)
+    (table,) = re.findall(r"## Several adapters in memory\n(.*?)\n\n", page("adapters"), re.DOTALL)
     ids = torch.arange(12).view(3, 4)
     for line in (code for row in table.splitlines()[2:] for code in re.findall("`(.*?)`", row.split("|")[2])):
-        stirred = line.replace("model.generate(...)", "model(ids)").replace("r=32", "r=8")
-        exec(f"{stirred} pass" if stirred.endswith(":") else stirred, {"model": model, "ids": ids})
+        code = line.replace("model.generate(...)", "model(ids)").replace("r=32", "r=8")
+        exec(f"{code} pass" if code.endswith(":") else code, {"model": model, "ids": ids})
         if '"plain"' in line:
             model.delete_adapter("plain")
     assert not model.is_merged
 
 
 def test_every_command_is_in_the_table() -> None:
-    assert set(re.findall(r"^\| `tailora (\w+)", README, re.MULTILINE)) == set(COMMANDS)
-
-
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+    assert set(re.findall(r"^\| `tailora (\w+)", page("commands"), re.MULTILINE)) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
