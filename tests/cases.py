@@ -133,7 +133,7 @@ def bitsandbytes_int8(layer: nn.Module) -> nn.Module:
 
 
 def _as_linear(layer: Any, make: Callable[..., Any]) -> tuple[Tensor, Any]:
-    """Returns the weight (out, in), and a layer of bitsandbytes as transformers makes it; Conv1D is transposed first."""
+    """Returns the weight (out, in), of a Conv1D transposed, and a layer of bitsandbytes as transformers makes it."""
     weight = layer.weight.detach().clone()
     weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
     made = make(weight.shape[1], weight.shape[0], layer.bias is not None)
