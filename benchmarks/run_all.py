@@ -1,7 +1,7 @@
 """All benchmarks one after another, the most important first, within a time.
 
-    python benchmarks/all.py --minutes 50
-    python benchmarks/all.py --quick
+    python benchmarks/run_all.py --minutes 50
+    python benchmarks/run_all.py --quick
 
 Every script writes each cell when it is finished, so a run that is stopped leaves valid results, and the same command
 continues. A script starts no cell after its share of the time; what it does not use goes to those after it.

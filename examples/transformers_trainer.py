@@ -1,9 +1,9 @@
-"""tailora's adapters in the Trainer of transformers.
+"""Trains an adapter of tailora with the Trainer of transformers.
 
     python examples/transformers_trainer.py --model MODEL --output-dir out [--texts FILE]
 
-Checkpoints hold the adapter, the optimizer and the random states, and no base weights;
-`trainer.train(resume_from_checkpoint=True)` goes on from the last one.
+Checkpoints hold the adapter, the optimizer and the random states, but no weights of the base model.
+`trainer.train(resume_from_checkpoint=True)` continues from the last one.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     rows = Dataset.from_list([dict(tokenizer(line, truncation=True, max_length=256)) for line in lines])
     held_out = rows.select(range(len(rows) // 10))
 
-    trainer = adapting(Trainer)(  # Trainer itself, for a LoRAModel
+    trainer = adapting(Trainer)(  # a Trainer that takes a LoRAModel
         model=model,
         args=TrainingArguments(
             output_dir=options.output_dir,
@@ -53,7 +53,7 @@ def main() -> None:
         processing_class=tokenizer,
     )
     trainer.train()
-    trainer.save_model()  # the adapter: a PEFT folder
+    trainer.save_model()  # writes the adapter as a PEFT folder
     print(f"held-out loss {trainer.evaluate()['eval_loss']:.4f}; adapter in {options.output_dir}")
 
 

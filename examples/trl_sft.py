@@ -1,8 +1,8 @@
-"""tailora's adapters in TRL's SFTTrainer (pip install trl).
+"""Trains an adapter of tailora with TRL's SFTTrainer (pip install trl).
 
     python examples/trl_sft.py --model MODEL --data chats.jsonl --output-dir out
 
-Set HF_HUB_DISABLE_TELEMETRY=1 if TRL shall not report its use.
+Set HF_HUB_DISABLE_TELEMETRY=1 to keep TRL from reporting its use.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = LoRAModel(AutoModelForCausalLM.from_pretrained(options.model), LoRAConfig(r=8))
-    trainer = adapting(SFTTrainer)(  # SFTTrainer itself, for a LoRAModel; no peft_config
+    trainer = adapting(SFTTrainer)(  # an SFTTrainer that takes a LoRAModel, without peft_config
         model=model,
         args=SFTConfig(
             output_dir=options.output_dir,
@@ -40,7 +40,7 @@ def main() -> None:
         processing_class=tokenizer,
     )
     trainer.train()
-    trainer.save_model()  # the adapter: a PEFT folder
+    trainer.save_model()  # writes the adapter as a PEFT folder
     print(f"loss {trainer.state.log_history[-1]['train_loss']:.4f}; adapter in {options.output_dir}")
 
 
