@@ -1,4 +1,7 @@
-"""`tailora chat`: a conversation on a terminal or from a pipe. Replies go to stdout, all else to stderr."""
+"""`tailora chat` and `tailora generate`: answers of a model with or without adapters.
+
+Answers go to stdout, everything else to stderr.
+"""
 
 import math
 import sys
@@ -19,24 +22,27 @@ from tailora.cli.models import (
     Seed,
     Temperature,
     TopP,
-    enough_memory,
-    load,
+    load_model,
+    memory_errors,
+    parse_adapters,
 )
 from tailora.errors import AdapterError, ConfigError, DataError, MemoryLimitError, nearest
 
+# ---- `tailora chat`
+
+
 HELP = """\
-/adapter NAME [STRENGTH]   answer with this adapter; STRENGTH 0.7 turns it down to 70%
+/adapter NAME [STRENGTH]   answer with this adapter; STRENGTH 0.7 scales it to 70%
 /base                      answer without adapters
 /reset                     forget the conversation
-/help                      these lines
+/help                      show these lines
 /quit                      end (so does the end of the input)"""
-DROPPED = "the message is dropped; /reset forgets what was said before and makes room"
 
 
 @dataclass
-class Talk:
+class Conversation:
     loaded: Loaded
-    sampling: dict[str, Any]  # for `reply`
+    sampling: dict[str, Any]  # arguments of `stream_reply`
     messages: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -50,24 +56,28 @@ def chat(
     top_p: TopP = 0.9,
     seed: Seed = 0,
 ) -> int:
-    """Talk to a model, with or without adapters. /help lists what can be typed."""
-    loaded = load(model, adapter or [], quantize)
-    talk = Talk(loaded, {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed})
+    """Chat with a model, with or without adapters.
+
+    The first adapter is active at the start. /help lists what can be typed.
+    """
+    loaded = load_model(model, parse_adapters(adapter or []), quantize=quantize)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    conversation = Conversation(loaded, sampling)
     if loaded.adapters:
         loaded.model.set_adapter(loaded.adapters[0])
     log(f"{model} with {' or '.join(loaded.adapters) or 'no adapter'}; /help lists the commands")
-    for line in typed():
+    for line in typed_lines():
         if line == "/quit":
             break
         if line.startswith("/"):
-            command(talk, line)
+            run_command(conversation, line)
         else:
-            answer(talk, line)
+            answer(conversation, line)
     return 0
 
 
-def typed() -> Iterator[str]:
-    """What the user types, line by line, until the end of the input."""
+def typed_lines() -> Iterator[str]:
+    """Yields what the user types, without empty lines, until the end of the input."""
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -78,48 +88,49 @@ def typed() -> Iterator[str]:
             yield line
 
 
-def answer(talk: Talk, text: str) -> None:
-    """Streams the reply; Ctrl-C cuts it short and keeps what was said. What cannot be answered is dropped."""
+def answer(conversation: Conversation, text: str) -> None:
+    """Streams the answer. Ctrl-C ends it and keeps what there is; a message that cannot be answered is dropped."""
     from tailora.evaluation.generate import stream_reply
 
-    asked = [*talk.messages, {"role": "user", "content": text}]
-    said = ""
+    loaded = conversation.loaded
+    messages = [*conversation.messages, {"role": "user", "content": text}]
+    reply = ""
     try:
-        with enough_memory():
-            for piece in stream_reply(talk.loaded.model, talk.loaded.tokenizer, asked, **talk.sampling):
-                said += piece
+        with memory_errors():
+            for piece in stream_reply(loaded.model, loaded.tokenizer, messages, **conversation.sampling):
+                reply += piece
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        log("cut short")
+        log("interrupted")
     except (DataError, MemoryLimitError) as error:
-        print("\n" if said else "", end="", flush=True)
-        log(f"error: {error}\n{DROPPED}")
+        print("\n" if reply else "", end="", flush=True)
+        log(f"error: {error}\nthe message is dropped; /reset forgets the conversation and makes room")
         return
     print(flush=True)
-    talk.messages[:] = [*asked, {"role": "assistant", "content": said}]
+    conversation.messages[:] = [*messages, {"role": "assistant", "content": reply}]
 
 
-def command(talk: Talk, line: str) -> None:
-    """One /command; a mistake is told and changes nothing."""
+def run_command(conversation: Conversation, line: str) -> None:
+    """Runs one /command; a mistake prints a message and changes nothing."""
     name, *words = line.split()
     if name not in COMMANDS:
         log(f"{name} is not a command{nearest(name, COMMANDS) or '; /help lists them'}")
         return
     try:
-        log(COMMANDS[name](talk, words))
+        log(COMMANDS[name](conversation, words))
     except (AdapterError, ConfigError) as error:
         log(str(error))
 
 
-def _adapter(talk: Talk, words: list[str]) -> str:
-    names = talk.loaded.adapters
+def _adapter(conversation: Conversation, words: list[str]) -> str:
+    names = conversation.loaded.adapters
     if not names:
         raise ConfigError("no adapter is loaded: start with --adapter FOLDER")
     if not words:
         raise ConfigError(f"/adapter NAME [STRENGTH]; there are: {', '.join(names)}")
     name, strength = words[0], _strength(words[1:])
-    talk.loaded.model.set_adapter(name)
-    talk.loaded.model.set_scale(name, strength)
+    conversation.loaded.model.set_adapter(name)
+    conversation.loaded.model.set_scale(name, strength)
     return f"adapter {name} at {strength:g}"
 
 
@@ -133,29 +144,30 @@ def _strength(words: list[str]) -> float:
     return strength
 
 
-def _base(talk: Talk, _words: list[str]) -> str:
-    if talk.loaded.adapters:
-        talk.loaded.model.set_adapter(None)
+def _base(conversation: Conversation, _words: list[str]) -> str:
+    if conversation.loaded.adapters:
+        conversation.loaded.model.set_adapter(None)
     return "no adapter"
 
 
-def _reset(talk: Talk, _words: list[str]) -> str:
-    talk.messages.clear()
+def _reset(conversation: Conversation, _words: list[str]) -> str:
+    conversation.messages.clear()
     return "the conversation starts again"
 
 
-def _help(_talk: Talk, _words: list[str]) -> str:
+def _help(_conversation: Conversation, _words: list[str]) -> str:
     return HELP
 
 
 COMMANDS = {"/adapter": _adapter, "/base": _base, "/reset": _reset, "/help": _help}
 
 
-# ---- `tailora generate`: answers to prompts, once.
+# ---- `tailora generate`
 
 
 Prompts = Annotated[
-    list[str] | None, Parameter(name="--prompt", negative=(), help="repeatable; without it stdin is one prompt")
+    list[str] | None,
+    Parameter(name="--prompt", negative=(), help="prompt to answer; repeatable; default: all of stdin"),
 ]
 
 
@@ -172,39 +184,37 @@ def generate(
     seed: Seed = 0,
     json: Json = False,
 ) -> int:
-    """Answer prompts once; several adapters add up."""
-    prompts = prompt or [_piped()]
-    loaded = load(model, adapter or [], quantize)
+    """Answer prompts, each on its own.
+
+    Several adapters are all active, and their updates add up.
+    """
+    prompts = prompt or [_stdin_prompt()]
+    loaded = load_model(model, parse_adapters(adapter or []), quantize=quantize)
     from tailora.evaluation.generate import stream_reply
 
-    sampling: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
+    sampling: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     first = [{"role": "system", "content": system}] if system else []
     answers = []
     for text in prompts:
         messages = [*first, {"role": "user", "content": text}]
         pieces = stream_reply(loaded.model, loaded.tokenizer, messages, **sampling)
-        with enough_memory():
-            answers.append({"prompt": text, "text": "".join(pieces) if json else _streamed(pieces)})
+        with memory_errors():
+            answers.append({"prompt": text, "text": "".join(pieces) if json else _print_pieces(pieces)})
     if json:
         print_json({"model": model, "adapters": loaded.adapters, "answers": answers})
     return 0
 
 
-def _streamed(pieces: Iterable[str]) -> str:
-    said = ""
+def _print_pieces(pieces: Iterable[str]) -> str:
+    text = ""
     for piece in pieces:
-        said += piece
+        text += piece
         print(piece, end="", flush=True)
     print(flush=True)
-    return said
+    return text
 
 
-def _piped() -> str:
+def _stdin_prompt() -> str:
     if sys.stdin.isatty():
         raise ConfigError("nothing to answer: give --prompt TEXT, or pipe a text in")
     text = sys.stdin.read().strip()

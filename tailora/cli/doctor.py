@@ -1,4 +1,4 @@
-"""`tailora doctor`: what this machine can do, and what that means for training."""
+"""`tailora doctor`: shows what this machine can do, and what that means for training."""
 
 import os
 import platform
@@ -16,28 +16,31 @@ from tailora.cli.main import print_json, stdout
 
 PACKAGES = ["torch", "transformers", "accelerate", "safetensors", "datasets", "pydantic", "cyclopts", "rich", "gguf"]
 BYTES_PER_PARAMETER = {"bfloat16": 2, "float32": 4}
-IN_BYTES = ("memory", "total", "available", "free")
+BYTES = ("memory", "total", "available", "free")
 
 Facts = dict[str, dict[str, Any]]  # section -> name -> value
 
 
 def doctor(*, json: Json = False) -> int:
-    """Show what this machine can do: device, bf16, threads, memory, disk, quantisation, packages."""
-    facts = examined()
+    """Show what this machine can do.
+
+    Shows device, bfloat16, threads, memory, disk, quantization methods and versions of packages.
+    """
+    facts = collect_facts()
     if json:
-        print_json({**facts, "meaning": meaning(facts)})
+        print_json({**facts, "meaning": conclusions(facts)})
         return 0
     table = Table.grid(padding=(0, 2))
     for section, values in facts.items():
-        for place, (name, value) in enumerate(values.items()):
-            table.add_row(section if place == 0 else "", name, Text(_worded(name, value)))
+        for row, (name, value) in enumerate(values.items()):
+            table.add_row(section if row == 0 else "", name, Text(_value_text(name, value)))
     console = stdout()
-    console.print(table, "", *meaning(facts), sep="\n", markup=False, soft_wrap=True)
+    console.print(table, "", *conclusions(facts), sep="\n", markup=False, soft_wrap=True)
     return 0
 
 
-def examined() -> Facts:
-    """Memory and disk in bytes."""
+def collect_facts() -> Facts:
+    """Returns section -> name -> value; memory and disk are in bytes."""
     import psutil
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -60,21 +63,21 @@ def examined() -> Facts:
         },
         "demo cache": _disk(cache_folder()),
         "Hub cache": _disk(Path(HF_HUB_CACHE)),
-        "quantize": {name: _works(name) for name in METHODS},
+        "quantize": {name: _quantize_state(name) for name in METHODS},
         "packages": {**own, **{name: _version(name) for name in PACKAGES}},
     }
 
 
-def meaning(facts: Facts) -> list[str]:
-    """What follows for training, each line from one of the facts."""
+def conclusions(facts: Facts) -> list[str]:
+    """Returns what follows for training, in sentences."""
     device = facts["device"]
     dtype = "bfloat16" if device["bfloat16"] else "float32"
     size = BYTES_PER_PARAMETER[dtype]
     memory = device["memory"] if "memory" in device else facts["memory"]["available"]
     return [
         f"--dtype auto is {dtype}: {size} bytes for each parameter of the base",
-        f"a base of {memory / 2 / size / 1e9:.1f}B parameters fills half of the memory; the other half is for training",
-        f"training runs on the {device['type']} with {facts['threads']['torch']} threads; OMP_NUM_THREADS changes them",
+        f"a base of {memory / 2 / size / 1e9:.1f}B parameters fills half of the memory; training needs the other half",
+        f"training runs on {device['type']} with {facts['threads']['torch']} threads; to change: OMP_NUM_THREADS",
     ]
 
 
@@ -84,23 +87,23 @@ def _device() -> dict[str, Any]:
     from tailora.train.model_loading import has_bfloat16
 
     if torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(0)
-        named = {"type": "cuda", "name": found.name, "count": torch.cuda.device_count(), "memory": found.total_memory}
+        gpu = torch.cuda.get_device_properties(0)
+        device = {"type": "cuda", "name": gpu.name, "count": torch.cuda.device_count(), "memory": gpu.total_memory}
     elif torch.backends.mps.is_available():
-        named = {"type": "mps", "name": _processor()}
+        device = {"type": "mps", "name": _processor()}
     else:
-        named = {"type": "cpu", "name": _processor()}
-    return {**named, "bfloat16": has_bfloat16(str(named["type"]))}
+        device = {"type": "cpu", "name": _processor()}
+    return {**device, "bfloat16": has_bfloat16(str(device["type"]))}
 
 
 def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The model where Linux tells it; `platform` knows the architecture alone there."""
+    """Returns the name of the CPU. On Linux it is in /proc/cpuinfo, where `platform` knows only the architecture."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
 
 
-def _works(name: str) -> str:
+def _quantize_state(name: str) -> str:
     import torch
 
     from tailora.train.model_loading import obstacle
@@ -120,9 +123,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _worded(name: str, value: Any) -> str:
+def _value_text(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
         return "not set" if name.isupper() else "not installed"
-    return f"{value / 1e9:.1f} GB" if name in IN_BYTES else str(value)
+    return f"{value / 1e9:.1f} GB" if name in BYTES else str(value)

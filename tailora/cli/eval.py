@@ -17,11 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from tailora.cli.adapters import Base, base_name
 from tailora.cli.compare import page_of
 from tailora.cli.flags import Json, flags_of, merge_settings
 from tailora.cli.main import log, note, on_terminal, print_json, stderr, stdout
-from tailora.cli.models import Quantize, load, named, recorded
+from tailora.cli.models import BaseModel, Quantize, base_model_name, find_adapter, load_model, recorded
 from tailora.errors import ConfigError
 from tailora.evaluation.metrics import METRICS, QUOTES_HINT, Gate, check_gates, parse_gates, parse_metrics
 from tailora.formats.run_folder import REPORT, write_report
@@ -229,7 +228,7 @@ def eval(
     /,
     *,
     data: Data = None,
-    model: Base = None,
+    model: BaseModel = None,
     metrics: Metrics = None,
     gate: Gates = None,
     base: Annotated[bool, Parameter(help="also evaluate the base model, to compare with")] = True,
@@ -277,9 +276,10 @@ def eval(
     tasks = find_tasks(harness.names, harness.include_path) if harness.names else None
     if tasks is not None:
         check_gates(gates, [*(METRICS if data else ()), *tasks.metrics], base=base)
+    folders = {} if target.folder is None else {"default": target.folder}
     scores = Scores({}, {} if base else None, {} if base else None)
     with explained("evaluating", lambda: MEMORY_ADVICE):
-        loaded = load(target.model, [adapter] if adapter and target.folder else [], quantize, run.dtype)
+        loaded = load_model(target.model, folders, quantize=quantize, dtype=run.dtype)
         adapted = loaded.model if loaded.adapters else without_adapter(loaded.model)
         if data is not None:
             _warn_of_training_data(target, data)
@@ -306,8 +306,8 @@ def find_target(adapter: str | None, model: str | None) -> Target:
         if model is not None:
             raise ConfigError(f"{adapter} is a whole model, not an adapter for {model}: leave one of the two out")
         return Target(str(model_folder), None, None)
-    (folder,) = named([adapter]).values()
-    return Target(base_name(model, [folder]), adapter, folder)
+    folder = find_adapter(adapter)
+    return Target(base_model_name(model, [folder]), adapter, folder)
 
 
 def _check_output_dir(folder: Path | None) -> None:

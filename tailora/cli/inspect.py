@@ -17,15 +17,14 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from tailora.cli.adapters import check_new
 from tailora.cli.compare import page_of
 from tailora.cli.flags import Json, flags_of, merge_settings
 from tailora.cli.main import log, on_terminal, print_json, stderr, stdout
-from tailora.cli.models import Quantize, chosen_method, is_lora_file, recorded
+from tailora.cli.models import AdapterPath, Quantize, base_model_of, find_adapter, quantize_method, recorded
 from tailora.core.patterns import layer_index
 from tailora.errors import ConfigError
 from tailora.evaluation.spectral import ModuleReport
-from tailora.formats.run_folder import ADAPTER_CONFIG, adapter_folder, write_report
+from tailora.formats.run_folder import write_report
 from tailora.report import report_if_possible
 from tailora.study.advice import cost_limit, first_few
 from tailora.study.inspection import AdapterOverlap, Advice, HeldOutLosses, Inspection, ModuleOverlap, TruncationCost
@@ -34,21 +33,22 @@ from tailora.train.config import TrainConfig
 
 Flags: Any = flags_of(TrainConfig, only=["field", "max_length"])
 
-Source = Annotated[str, Parameter(name="adapter", help="folder of an adapter or of a run, or a LoRA's .safetensors")]
 Model = Annotated[
     str | None,
-    Parameter(help="its base: folder or Hub id, or 'demo'; for ||dW|| / ||W||, intruder dimensions and --data"),
+    Parameter(help="base model: folder or Hub id, or 'demo'; for ||dW|| / ||W||, intruder dimensions and --data"),
 ]
-With = Annotated[str | None, Parameter(name="--with", help="another adapter of the same base, to be compared with")]
+With = Annotated[str | None, Parameter(name="--with", help="another adapter of the same base model, to compare with")]
 Data = Annotated[
-    str | None, Parameter(help="held-out data, or 'demo': what the smaller singular values are worth there")
+    str | None, Parameter(help="held-out data, or 'demo': how much the smaller singular values lower the loss there")
 ]
-Forgetting = Annotated[str | None, Parameter(help="texts of other tasks; by default what the base writes")]
+Forgetting = Annotated[
+    str | None, Parameter(help="texts that are not about the task; default: texts that the base model writes")
+]
 OutputDir = Annotated[Path | None, Parameter(name="--output-dir", help="new folder for a report with all numbers")]
 
 
 def inspect(
-    adapter: Source,
+    adapter: AdapterPath,
     /,
     *,
     with_: With = None,
@@ -57,67 +57,53 @@ def inspect(
     forgetting_data: Forgetting = None,
     intruders: Annotated[bool, Parameter(help="count intruder dimensions, by far the slowest part")] = True,
     quantize: Quantize = None,
-    seed: Annotated[NonNegativeInt, Parameter(help="of the random updates that intruders are compared with")] = 0,
-    all_: Annotated[bool, Parameter(name="--all", negative=(), help="a row for every module")] = False,
+    seed: Annotated[NonNegativeInt, Parameter(help="seed of the random updates that intruders are compared with")] = 0,
+    all_: Annotated[bool, Parameter(name="--all", negative=(), help="show a row for every module")] = False,
     output_dir: OutputDir = None,
     json: Json = False,
     flags: Flags = None,
 ) -> int:
-    """Look into an adapter: ranks and energy of every module; beside its base, what is new; on data, what it is worth.
+    """Show what an adapter has learned in each layer, with advice for the next run.
 
-    Advice follows from stated rules, each with its numbers (docs/inspect.md).
+    From the adapter alone: ranks and energy of every module. With --model: size next to the base's weights, and
+    directions that the base lacks. With --data: what each part is worth. The rules of the advice are in
+    docs/inspect.md.
     """
-    folder = found_at(adapter)
-    second = None if with_ is None else found_at(with_)
-    if output_dir is not None:
-        check_new(output_dir)
+    folder = find_adapter(adapter)
+    second = None if with_ is None else find_adapter(with_)
     if model is None and (data is not None or forgetting_data is not None):
-        raise ConfigError(f"--data and --forgetting-data need the base model: give --model{_hint(folder)}")
+        hint = base_model_of(folder) or "FOLDER"
+        raise ConfigError(f"--data and --forgetting-data need the base model: give --model {hint}")
+    from tailora.formats.export import check_new_folder  # loads torch
     from tailora.study.inspect import InspectOptions
     from tailora.study.inspect import inspect as run
 
-    longest = recorded(folder, "max_length")
-    read = merge_settings(
-        flags,
-        None,
-        defaults={"max_length": longest} if longest else {},
-        arguments={"data": data} if data else {},
-    ).config
-    options = InspectOptions(data, read.field, read.max_length, forgetting_data, intruders, seed)
-    method = None if model is None else chosen_method([each for each in (folder, second) if each], quantize)
-    with _bar() as progress:
-        found = run(folder, model, data, other=second, options=options, quantize=method, log=log, progress=progress)
     if output_dir is not None:
-        write_report(output_dir, "inspect", found.to_dict())
+        check_new_folder(output_dir)
+    max_length = recorded(folder, "max_length")
+    defaults = {"max_length": max_length} if max_length else {}
+    settings = merge_settings(flags, None, defaults=defaults, arguments={"data": data} if data else {}).config
+    options = InspectOptions(data, settings.field, settings.max_length, forgetting_data, intruders, seed)
+    folders = [folder] if second is None else [folder, second]
+    method = None if model is None else quantize_method(folders, quantize)
+    with _bar() as progress:
+        inspection = run(
+            folder, model, data, other=second, options=options, quantize=method, log=log, progress=progress
+        )
+    if output_dir is not None:
+        write_report(output_dir, "inspect", inspection.to_dict())
         report_if_possible(output_dir)
         log(page_of(output_dir))
     if json:
-        print_json(found.to_dict())
+        print_json(inspection.to_dict())
     else:
-        show(stdout(), found, every=all_)
+        show(stdout(), inspection, every=all_)
     return 0
-
-
-def found_at(text: str) -> Path:
-    """The adapter's own folder or file. Raises ConfigError where there is nothing."""
-    path = adapter_folder(Path(text))
-    if not (path.is_dir() or is_lora_file(path)):
-        raise ConfigError(f"{text} is not a folder; give that of an adapter or of a run")
-    return path
-
-
-def _hint(folder: Path) -> str:
-    """The base that the adapter names, if it does."""
-    from tailora.formats.peft_config import read_adapter_config
-
-    path = folder / ADAPTER_CONFIG
-    name = read_adapter_config(path).get("base_model_name_or_path") if path.is_file() else None
-    return f" {name}" if isinstance(name, str) and name else " FOLDER"
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
-    """What hears of each module that was looked at: a bar, on a terminal only."""
+    """Yields a function that shows how many modules are done: a bar, on a terminal only."""
     if not on_terminal(stderr()):
         yield lambda *_: None
         return

@@ -1,6 +1,7 @@
-"""A model with its adapters, and how it samples, as `chat` and `generate` take them."""
+"""What commands share that take a model and adapters: flags, where the adapters are, loading them."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,46 +12,161 @@ from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 
 from tailora.errors import ConfigError, listing
-from tailora.formats.run_folder import adapter_folder, recorded_settings
-from tailora.train.config import Quantize as Methods
+from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, adapter_folder, recorded_settings
+from tailora.train.config import Quantize as QuantizeMethod
+
+METHODS = f"{', '.join(get_args(QuantizeMethod))} or none"
+LORA_FILE = ".safetensors"
+BASE_MODEL_KEYS = ("base_model_name_or_path", "model")  # in adapter_config.json of PEFT, of mlx-lm
+MEMORY_ADVICE = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
+
+# ---- Flags
+
 
 Model = Annotated[str, Parameter(name="--model", help="Hugging Face folder or Hub id, or 'demo'")]
-Adapters = Annotated[
-    list[str] | None,
-    Parameter(name="--adapter", negative=(), metavar="NAME=FOLDER", help="folder, named or not; repeatable"),
+BaseModel = Annotated[
+    str | None,
+    Parameter(name="--model", help="base model: folder or Hub id, or 'demo'; default: the one that the adapter names"),
+]
+ADAPTER_FLAG = Parameter(
+    name="--adapter",
+    negative=(),
+    metavar="NAME=FOLDER",
+    help="folder of an adapter, with or without a name; repeatable",
+)
+Adapters = Annotated[list[str] | None, ADAPTER_FLAG]
+AdapterPath = Annotated[
+    str, Parameter(name="adapter", help="folder of an adapter or of a run, or a LoRA file (.safetensors)")
+]
+Quantize = Annotated[
+    str | None, Parameter(help=f"quantization of the base model: {METHODS}; default: as in the adapter's run")
 ]
 MaxNewTokens = Annotated[PositiveInt, Parameter(help="longest answer, in tokens")]
-Temperature = Annotated[NonNegativeFloat, Parameter(help="0: always the likeliest token")]
-TopP = Annotated[float, Parameter(help="sample from this share of the probability", validator=Number(gt=0, lte=1))]
-Seed = Annotated[NonNegativeInt, Parameter(help="of the sampling", validator=Number(lt=2**63))]
-LORA_FILE = ".safetensors"
-WAYS = f"{', '.join(get_args(Methods))} or none"
-Quantize = Annotated[str | None, Parameter(help=f"how the base is stored: {WAYS}; without it, as in the adapter's run")]
-SHORTER = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
+Temperature = Annotated[NonNegativeFloat, Parameter(help="sampling temperature; 0: always the likeliest token")]
+TopP = Annotated[
+    float, Parameter(help="sample from the likeliest tokens with this total probability", validator=Number(gt=0, lte=1))
+]
+Seed = Annotated[NonNegativeInt, Parameter(help="seed of the sampling", validator=Number(lt=2**63))]
+
+
+# ---- Where adapters are, and what their runs recorded
+
+
+def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
+    """Returns name -> folder for each NAME=FOLDER or FOLDER. A run's folder stands for the adapter in it.
+
+    Without a name an adapter is called as its run or its folder. Raises ConfigError with all that is wrong.
+    """
+    pairs = [_parse_adapter(text) for text in texts]
+    names = [name for name, _ in pairs]
+    problems = [f"{path} is not a folder" for _, path in pairs if not (path.is_dir() or is_lora_file(path))]
+    problems += [
+        f"two adapters are called {name}: write NAME=FOLDER" for name in dict.fromkeys(names) if names.count(name) > 1
+    ]
+    if problems:
+        raise ConfigError(listing([f"adapter: {problem}" for problem in problems]))
+    return dict(pairs)
+
+
+def _parse_adapter(text: str) -> tuple[str, Path]:
+    name, equals, folder = ("", "", text) if Path(text).exists() else text.partition("=")
+    path = adapter_folder(Path(folder if equals else text))
+    if equals:
+        return name, path
+    resolved = path.resolve()
+    return resolved.parent.name if path.name == ADAPTER else resolved.name.removesuffix(LORA_FILE), path
+
+
+def find_adapter(text: str) -> Path:
+    """Returns the adapter's own folder or file. Raises ConfigError if there is none."""
+    return next(iter(parse_adapters([f"adapter={text}"]).values()))
+
+
+def is_lora_file(path: Path) -> bool:
+    return path.is_file() and path.suffix == LORA_FILE
+
+
+def recorded(folder: Path, setting: str) -> Any:
+    """Returns a setting from the run.json beside an adapter, or None."""
+    return recorded_settings(folder).get(setting)
+
+
+def quantize_method(folders: Sequence[Path], quantize: str | None) -> str | None:
+    """Returns how to quantize the base: as given ("none" for not at all), or as in the runs of all these adapters.
+
+    Raises ConfigError if the runs differ.
+    """
+    if quantize is not None:
+        return None if quantize == "none" else quantize
+    methods = {str(folder): recorded(folder, "quantize") for folder in folders}
+    methods = {folder: method if isinstance(method, str) else None for folder, method in methods.items()}
+    if len(set(methods.values())) > 1:
+        differences = ", ".join(f"{folder} {method or 'no quantization'}" for folder, method in methods.items())
+        raise ConfigError(
+            f"the adapters were trained on different bases: {differences}; give --quantize METHOD or none"
+        )
+    return next(iter(methods.values()), None)
+
+
+def base_model_of(folder: Path) -> str | None:
+    """Returns the base model that an adapter names, or None."""
+    try:
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        names = [settings[key] for key in BASE_MODEL_KEYS if settings.get(key)]
+    except (OSError, ValueError, AttributeError, RecursionError):  # reading the adapter reports what is wrong with it
+        return None
+    return names[0] if names and isinstance(names[0], str) else None
+
+
+def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
+    """Returns the base model to load: `model`, or the one that all adapters name. Raises ConfigError."""
+    if model is not None:
+        return model
+    names = {folder: base_model_of(folder) for folder in folders}
+    problems = [
+        f"{folder} does not name its base model in {ADAPTER_CONFIG}: give --model"
+        for folder, name in names.items()
+        if name is None
+    ]
+    if not problems and len(set(names.values())) > 1:
+        pairs = [f"{folder} was made for {name}" for folder, name in names.items()]
+        problems = [f"the adapters name different base models; give --model: {listing(pairs)}"]
+    if problems:
+        raise ConfigError(listing(problems))
+    return str(next(iter(names.values())))
+
+
+# ---- Loading
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """`model` is a LoRAModel with every adapter active, or the base itself where no adapter was given."""
-
-    model: Any
+    model: Any  # a LoRAModel with every adapter active, or the base itself without adapters; in evaluation mode
     tokenizer: Any
     adapters: list[str]
 
 
-def load(model: str, adapters: Sequence[str], quantize: str | None = None, dtype: str = "auto") -> Loaded:
-    """`quantize`: a method, "none", or None for that which the adapters were trained with.
+def load_model(
+    model: str,
+    folders: Mapping[str, Path],
+    *,
+    quantize: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> Loaded:
+    """Loads a base model and adapters, name -> folder.
 
+    quantize: a method, "none", or None for the one that the adapters were trained with.
+    dtype: as in `train.model_loading.load_base`. device: None for a GPU if there is one.
     Raises ConfigError, FormatError, BaseMismatchError.
     """
-    folders = named(adapters)
     import torch
 
     from tailora.model import LoRAModel
     from tailora.train.model_loading import load_base
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base, tokenizer = load_base(model, dtype, device, chosen_method(list(folders.values()), quantize))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    base, tokenizer = load_base(model, dtype, device, quantize_method(list(folders.values()), quantize))
     if not folders:
         return Loaded(base.to(device).eval(), tokenizer, [])
     (first, folder), *others = folders.items()
@@ -61,37 +177,8 @@ def load(model: str, adapters: Sequence[str], quantize: str | None = None, dtype
     return Loaded(adapted.to(device).eval(), tokenizer, list(folders))
 
 
-def chosen_method(folders: Sequence[Path], asked: str | None) -> str | None:
-    """How to quantise the base: as asked, or as the runs of all these adapters did. Raises ConfigError."""
-    if asked is not None:
-        return None if asked == "none" else asked
-    found = {str(folder): recorded_method(folder) for folder in folders}
-    if len(set(found.values())) > 1:
-        said = ", ".join(f"{folder} {method or 'no quantisation'}" for folder, method in found.items())
-        raise ConfigError(f"the adapters were trained on different bases: {said}; give --quantize METHOD or none")
-    return next(iter(found.values()), None)
-
-
-def recorded_method(folder: Path) -> str | None:
-    """How the run that made an adapter stored its base."""
-    method = recorded(folder, "quantize")
-    return method if isinstance(method, str) else None
-
-
-def recorded(folder: Path, setting: str) -> Any:
-    """What the run.json beside an adapter says; None where there is none, or it says nothing."""
-    return recorded_settings(folder).get(setting)
-
-
-def enough_memory() -> AbstractContextManager[None]:
-    """Within the block, running out of memory raises MemoryLimitError with the cause and what helps."""
-    from tailora.train.memory import explained
-
-    return explained("answering", lambda: SHORTER)
-
-
-def vocabulary(model: str) -> tuple[Any, int]:
-    """The tokenizer, and the rows of the model's embedding, without its weights. Raises ConfigError."""
+def load_vocabulary(model: str) -> tuple[Any, int]:
+    """Returns the tokenizer and the number of embedding rows of a model, without its weights. Raises ConfigError."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -109,27 +196,8 @@ def vocabulary(model: str) -> tuple[Any, int]:
     return tokenizer, empty.get_input_embeddings().weight.shape[0]
 
 
-def named(adapters: Sequence[str]) -> dict[str, Path]:
-    """Name -> folder for NAME=FOLDER or FOLDER; the folder of a run stands for the adapter in it. A file is a file."""
-    pairs = [_named(text) for text in adapters]
-    names = [name for name, _ in pairs]
-    problems = [f"{path} is not a folder" for _, path in pairs if not (path.is_dir() or is_lora_file(path))]
-    problems += [
-        f"two adapters are called {name}: write NAME=FOLDER" for name in dict.fromkeys(names) if names.count(name) > 1
-    ]
-    if problems:
-        raise ConfigError(listing([f"adapter: {problem}" for problem in problems]))
-    return dict(pairs)
+def memory_errors() -> AbstractContextManager[None]:
+    """Within the block, running out of memory raises MemoryLimitError with the cause and what helps."""
+    from tailora.train.memory import explained
 
-
-def is_lora_file(path: Path) -> bool:
-    return path.is_file() and path.suffix == LORA_FILE
-
-
-def _named(text: str) -> tuple[str, Path]:
-    name, given, folder = ("", "", text) if Path(text).exists() else text.partition("=")
-    if not given:
-        folder = text
-    path = adapter_folder(Path(folder))
-    own = path.resolve().parent.name if path.name == "adapter" else path.resolve().name.removesuffix(LORA_FILE)
-    return (name if given else own), path
+    return explained("answering", lambda: MEMORY_ADVICE)

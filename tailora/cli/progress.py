@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from tailora.cli.data import counted
+from tailora.cli.data import warnings_of
 from tailora.cli.main import on_terminal
 from tailora.train.events import Evaluated, Event, Listener, Note, Prepared, Saved, Stepped
 
@@ -115,5 +115,5 @@ def _read(data: Mapping[str, Any] | None, streaming: bool) -> dict[str, str]:
         return {"data": f"streamed; {data['eval']:,} examples held out" if data else "streamed"}
     return {
         "data": f"{data['train']:,} examples, {data['eval']:,} held out; read as {data['shape']}",
-        **counted(data),
+        **warnings_of(data),
     }

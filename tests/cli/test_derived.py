@@ -10,7 +10,7 @@ from tiny import chat_model
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.cli.adapters import poor
+from tailora.cli.adapters import poor_fit_advice
 from tailora.cli.main import main
 
 IDS = torch.arange(20).view(2, 10)
@@ -94,10 +94,10 @@ def test_shrinking_within_a_loss_budget(adapters: Path, chats: Path, capsys: pyt
 
 
 def test_a_poor_fit_comes_with_what_to_do() -> None:
-    assert poor({"a": 0.9, "b": 0.2, "c": 0.6}) == [
-        "Most of the difference is of a higher rank than the adapter's: raise --r, or --energy .9 for what it takes"
+    assert poor_fit_advice({"a": 0.9, "b": 0.2, "c": 0.6}) == [
+        "Most of the difference has a higher rank than the adapter: raise --r, or give --energy .9"
     ]
-    assert poor({"a": 0.9, "b": 0.2, "c": 0.3}) == []
+    assert poor_fit_advice({"a": 0.9, "b": 0.2, "c": 0.3}) == []
 
 
 def test_extracting_says_what_the_adapter_cannot_hold(
@@ -138,7 +138,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "useless": (["combine", "--adapter", "ONE", "--density", ".5"], "means nothing to method 'cat'"),
     "result's name": (["combine", "--adapter", "default=ONE"], "'default' is the new adapter's name"),
     "no adapter": (["combine"], "--adapter"),
-    "taken folder": (["combine", "--adapter", "ONE", "--output-dir", "ONE"], "holds something already"),
+    "taken folder": (["combine", "--adapter", "ONE", "--output-dir", "ONE"], "is there already"),
     "same": (["extract", "--model", "BASE", "--tuned", "BASE", "--r", "2"], "no selected layer differs"),
     "shapes": (["extract", "--model", "BASE", "--tuned", "OTHER", "--r", "2"], "misshapen model.layers.0.mlp.up_proj"),
 }

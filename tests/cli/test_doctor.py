@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tailora import __version__
-from tailora.cli.doctor import meaning
+from tailora.cli.doctor import conclusions
 from tailora.cli.main import main
 
 
@@ -45,4 +45,4 @@ def test_the_largest_base_follows_from_memory_and_precision(bfloat16: bool, size
         "threads": {"torch": 2},
         "memory": {"available": 8e9},
     }
-    assert any(f"a base of {size} parameters" in line for line in meaning(facts))
+    assert any(f"a base of {size} parameters" in line for line in conclusions(facts))

@@ -60,7 +60,7 @@ def test_a_merged_model_answers_without_tailora(run: Path, tmp_path: Path, tiny_
         (["RUN", "--to", "ggml"], 2, 'Choose from: "peft", "portable", "gguf", "mlx", "merged"'),
         (["RUN", "--to", "gguf", "--output", "OUT"], 2, "is there already; give another folder, or delete it"),
         (["absent", "--to", "gguf"], 2, "absent is not a folder"),
-        (["NAMELESS", "--to", "gguf"], 2, "does not name the model that it was made for; give --model"),
+        (["NAMELESS", "--to", "gguf"], 2, "does not name its base model in adapter_config.json: give --model"),
         (["RUN", "--to", "gguf", "--model", "absent"], 2, "no such folder here"),
         (["RUN"], 2, "--to"),
     ],

@@ -89,7 +89,7 @@ MISTAKES = {
     "data without a model": (["ONE", "--data", "demo"], "give --model BASE"),
     "another base": (["ONE", "--model", "OTHER"], "another base model"),
     "no data": (["ONE", "--model", "BASE", "--data", "absent.jsonl"], "absent.jsonl"),
-    "taken folder": (["ONE", "--output-dir", "ONE"], "holds something already"),
+    "taken folder": (["ONE", "--output-dir", "ONE"], "is there already"),
     "unknown": (["ONE", "--modle", "BASE"], "--model"),
     "column": (["ONE", "--field", "prompt"], "field"),
 }

@@ -111,7 +111,7 @@ def test_a_bug_keeps_its_traceback_and_asks_for_a_report(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("broken")
 
-    monkeypatch.setattr("tailora.cli.doctor.examined", broken)
+    monkeypatch.setattr("tailora.cli.doctor.collect_facts", broken)
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
     assert "report it" in capsys.readouterr().err
@@ -119,8 +119,8 @@ def test_a_bug_keeps_its_traceback_and_asks_for_a_report(
 
 def test_with_json_a_bug_ends_stdout_with_its_error_and_keeps_its_traceback() -> None:
     code = (
-        "import sys, tailora.cli.doctor as doctor; from tailora.cli.main import main; doctor.examined = lambda: 1 / 0;"
-        "sys.exit(main(['doctor', '--json']))"
+        "import sys, tailora.cli.doctor as doctor; from tailora.cli.main import main;"
+        "doctor.collect_facts = lambda: 1 / 0; sys.exit(main(['doctor', '--json']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     error = json.loads(done.stdout.splitlines()[-1])["error"]
@@ -144,7 +144,7 @@ def test_out_of_memory_anywhere_is_a_message_with_what_helps(
     def too_much() -> None:
         raise error
 
-    monkeypatch.setattr("tailora.cli.doctor.examined", too_much)
+    monkeypatch.setattr("tailora.cli.doctor.collect_facts", too_much)
     assert main(["doctor", "--json"]) == 1
     shown = capsys.readouterr()
     assert f"out of memory: {cause}" in shown.err

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tailora.cli.data import MEANINGS
+from tailora.cli.data import WARNINGS
 from tailora.cli.progress import described, shown
 from tailora.train.events import Evaluated, Event, Note, Stepped
 
-NOTHING_DROPPED = dict.fromkeys(MEANINGS, 0)
+NOTHING_DROPPED = dict.fromkeys(WARNINGS, 0)
 HEADER: dict[str, Any] = {
     "settings": {
         "model": "m",

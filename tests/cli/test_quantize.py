@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tailora.cli.main import main
-from tailora.cli.models import chosen_method, load
+from tailora.cli.models import load_model, parse_adapters, quantize_method
 from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError
 
@@ -22,13 +22,13 @@ def test_the_base_is_quantised_as_the_run_did(tmp_path: Path) -> None:
     nf4 = run_folder(tmp_path / "one", {"settings": {"quantize": "nf4"}})
     plain = run_folder(tmp_path / "two", {"settings": {}})
     broken = [run_folder(tmp_path / str(i), content) for i, content in enumerate(["{", "[]", {"settings": 3}])]
-    assert chosen_method([nf4], None) == "nf4"
-    assert chosen_method([nf4], "none") is None
-    assert chosen_method([nf4, plain], "int8") == "int8"
-    assert chosen_method([], None) is None
-    assert all(chosen_method([folder], None) is None for folder in [plain, *broken])
+    assert quantize_method([nf4], None) == "nf4"
+    assert quantize_method([nf4], "none") is None
+    assert quantize_method([nf4, plain], "int8") == "int8"
+    assert quantize_method([], None) is None
+    assert all(quantize_method([folder], None) is None for folder in [plain, *broken])
     with pytest.raises(ConfigError, match="give --quantize METHOD or none"):
-        chosen_method([nf4, plain], None)
+        quantize_method([nf4, plain], None)
 
 
 def test_training_says_it_and_generate_follows(
@@ -38,8 +38,8 @@ def test_training_says_it_and_generate_follows(
     data = ["--data", str(chats), "--validation-split", "0.2", "--max-steps", "2", "--samples", "0"]
     assert main(["train", "--model", str(tiny_model), *data, "--quantize", "int8", "--output-dir", str(out)]) == 0
     assert "linear layers in int8" in capsys.readouterr().err
-    assert quantized_layers(load(str(tiny_model), [str(out)]).model)
-    assert not quantized_layers(load(str(tiny_model), [str(out)], "none").model)
+    assert quantized_layers(load_model(str(tiny_model), parse_adapters([str(out)])).model)
+    assert not quantized_layers(load_model(str(tiny_model), parse_adapters([str(out)]), quantize="none").model)
     asked = ["generate", "--model", str(tiny_model), "--adapter", str(out), "--prompt", "hello", "--json"]
     assert main([*asked, "--max-new-tokens", "3"]) == 0
     assert json.loads(capsys.readouterr().out)["adapters"] == ["run"]

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
-from tailora.cli.models import named
+from tailora.cli.models import parse_adapters
 from tailora.errors import ConfigError
 
 
@@ -191,10 +191,10 @@ def test_mistakes_of_generate_exit_with_2(
 
 def test_an_adapter_is_called_as_asked_or_as_its_run(adapter: Path, tmp_path: Path) -> None:
     inside = adapter / "adapter"
-    assert named([str(adapter)]) == {"run": inside}
-    assert named([str(inside)]) == {"run": inside}
-    assert named([f"law={inside}"]) == {"law": inside}
+    assert parse_adapters([str(adapter)]) == {"run": inside}
+    assert parse_adapters([str(inside)]) == {"run": inside}
+    assert parse_adapters([f"law={inside}"]) == {"law": inside}
     (tmp_path / "a=b").mkdir()
-    assert named([str(tmp_path / "a=b")]) == {"a=b": tmp_path / "a=b"}
+    assert parse_adapters([str(tmp_path / "a=b")]) == {"a=b": tmp_path / "a=b"}
     with pytest.raises(ConfigError, match="2 problems"):
-        named(["nowhere", "x=nowhere"])
+        parse_adapters(["nowhere", "x=nowhere"])
