@@ -126,7 +126,7 @@ def shrink(
     from tailora.formats.export import check_new_folder
 
     check_new_folder(output_dir)
-    check(r, energy, loss=data, budget=max_loss_increase)
+    check(r, energy, loss=None if data is None else len, budget=max_loss_increase)  # any function; ours needs the model
     base = base_model_name(model, [folder])
     run = merge_settings(flags, None, arguments={"model": base, **({"data": data} if data else {})}).config
     device = "cpu" if data is None else None

@@ -111,7 +111,7 @@ def test_the_header_says_what_was_chosen_and_why(changes: dict[str, object], par
         ("cut_away", "left out 1,234 examples"),
         ("replies_not_learned", "not learned 1,234 replies"),
         ("repeated", "repeated 1,234 rows"),
-        ("duplicates", "DUPLICATES 1,234 held-out rows are trained on too"),
+        ("duplicates", "DUPLICATES 1,234 held-out rows are also trained on"),
     ],
 )
 def test_the_header_has_a_line_for_what_was_dropped_and_for_nothing_else(key: str, line: str) -> None:

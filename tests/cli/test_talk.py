@@ -93,7 +93,7 @@ def test_a_message_that_cannot_be_answered_is_dropped_and_the_chat_goes_on(
 ) -> None:
     assert talk(["hello", "x" * 600, "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
     shown = capsys.readouterr()
-    assert "more than the model can go on from" in shown.err
+    assert "more than this model can continue" in shown.err
     assert "/reset" in shown.err
     assert talk(["hello", "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
     assert shown.out == capsys.readouterr().out
