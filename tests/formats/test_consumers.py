@@ -24,7 +24,7 @@ from tailora.train.model_loading import load_base
 MODULES = os.environ.get("TAILORA_NODE_MODULES")
 QUESTIONS = ["What is your favourite season?", "Tell me about a bridge."]
 COUNT = 20
-HARD: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True, "lora_alpha": 8},
     "patterns": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 40, "k_proj": 3}},
@@ -59,28 +59,30 @@ def by_llama_cpp(base: Path, adapter: Path | None, prompts: list[list[int]]) -> 
     script = Path(__file__).with_name("greedy.mjs")
     done = subprocess.run(["node", str(script), text], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    tokens: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
+    return tokens
 
 
 @torch.no_grad()
 def by_us(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy, past any end token, as the script does."""
-    found = []
+    tokens = []
     for prompt in prompts:
         ids = list(prompt)
         for _ in range(COUNT):
             ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        found.append(ids[len(prompt) :])
-    return found
+        tokens.append(ids[len(prompt) :])
+    return tokens
 
 
 @pytest.mark.llamacpp
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.skipif(MODULES is None, reason="set TAILORA_NODE_MODULES to a node_modules that has node-llama-cpp")
-@pytest.mark.parametrize("settings", HARD.values(), ids=HARD)
-def test_llama_cpp_says_what_the_live_model_says(settings: dict[str, Any], base_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_llama_cpp_generates_what_the_live_model_does(
+    settings: dict[str, Any], base_file: Path, tmp_path: Path
+) -> None:
     base, tokenizer = load_base("demo", "float32")
     model = LoRAModel(base, LoRAConfig(**{"r": 8, "lora_alpha": 16, **settings})).eval()
     torch.manual_seed(0)
@@ -100,7 +102,7 @@ def test_llama_cpp_says_what_the_live_model_says(settings: dict[str, Any], base_
 
 
 @pytest.mark.mlx
-@pytest.mark.parametrize("settings", HARD.values(), ids=HARD)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_mlx_lm_computes_what_the_live_model_does(settings: dict[str, Any], tmp_path: Path) -> None:
     mx = pytest.importorskip("mlx.core", reason="pip install 'mlx[cpu]' mlx-lm")
     mlx_lm = pytest.importorskip("mlx_lm", reason="pip install mlx-lm")
@@ -114,5 +116,5 @@ def test_mlx_lm_computes_what_the_live_model_does(settings: dict[str, Any], tmp_
     mx.set_default_device(mx.cpu)
     theirs, _ = mlx_lm.load(str(tmp_path / "base"), adapter_path=str(tmp_path / "out"))
     theirs.set_dtype(mx.float32)
-    found = np.array(theirs(mx.array(ids.numpy())))
-    torch.testing.assert_close(torch.from_numpy(found), export.float32_logits(model, ids), rtol=1e-3, atol=1e-3)
+    tokens = np.array(theirs(mx.array(ids.numpy())))
+    torch.testing.assert_close(torch.from_numpy(tokens), export.float32_logits(model, ids), rtol=1e-3, atol=1e-3)

@@ -1,4 +1,7 @@
+"""Atomic writing, and safetensors."""
+
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -6,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from tailora.errors import WriteError
-from tailora.formats.io import replace_folder, write_file
+from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes, write_file
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -18,7 +23,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file"]
 
 
-def test_an_error_leaves_the_old_folder_and_no_half_of_a_new_one(tmp_path: Path) -> None:
+def test_an_error_leaves_the_old_folder_and_no_part_of_a_new_one(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     with replace_folder(target) as fresh:
         (fresh / "a").write_text("old")
@@ -34,7 +39,7 @@ def test_an_error_leaves_the_old_folder_and_no_half_of_a_new_one(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+def test_a_new_folder_replaces_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     for name in ("old", "new"):
         with replace_folder(target) as fresh:
@@ -43,7 +48,7 @@ def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_files_get_the_modes_that_the_umask_leaves(tmp_path: Path) -> None:
+def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
     write_file(tmp_path / "file", b"")
     plain = tmp_path / "plain"
     plain.touch()
@@ -68,7 +73,7 @@ def test_a_writer_that_is_killed_leaves_the_old_content(tmp_path: Path) -> None:
         assert target.read_bytes() in (b"old" * 1000, b"new" * 1_000_000)
 
 
-def test_a_full_disk_is_told_of_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_for_the_requested_folder(tmp_path: Path) -> None:
     with pytest.raises(WriteError) as caught, replace_folder(tmp_path / "out") as fresh:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(fresh / "weights"))
     assert str(caught.value) == (
@@ -78,8 +83,27 @@ def test_a_full_disk_is_told_of_the_folder_that_was_asked_for(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_cannot_take_the_place_of_a_folder(tmp_path: Path) -> None:
+def test_a_file_cannot_replace_a_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(WriteError, match="folder cannot be written: Is a directory; give another path"):
         write_file(tmp_path / "folder", b"")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("metadata", [{}, {"b": "1", "a": "2"}])
+@pytest.mark.parametrize("tensors", [{}, {"x": torch.arange(3.0), "a": torch.ones(2, 2)}])
+def test_tensors_and_metadata_are_read_back(
+    tensors: dict[str, Tensor], metadata: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(safetensors_bytes(tensors, metadata))
+    found, notes = read_safetensors(path)
+    assert notes == metadata
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_metadata_is_sorted() -> None:
+    metadata = {str(number): "" for number in range(20)}
+    assert len({safetensors_bytes({}, dict(reversed(metadata.items()))), safetensors_bytes({}, metadata)}) == 1
+    assert list(json.loads(safetensors_bytes({}, metadata)[8:])["__metadata__"]) == sorted(metadata)

@@ -1,4 +1,4 @@
-"""A PEFT model in memory becomes a LoRAModel: equal outputs, a base without PEFT, or a refusal that changes nothing."""
+"""A PEFT model in memory becomes a LoRAModel with equal outputs, or is refused and not changed."""
 
 import warnings
 from collections.abc import Iterator
@@ -17,7 +17,11 @@ from tailora import LoRAModel
 from tailora.errors import FormatError, TargetError
 
 IDS = torch.arange(24).view(2, 12)
+
+
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": ["q_proj", "up_proj"]},
     "patterns": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1": 3}},
@@ -31,7 +35,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def _peft_warns_as_it_likes() -> Iterator[None]:
+def _ignore_warnings_of_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -51,7 +55,7 @@ def stir(model: nn.Module) -> None:
             parameter.data = parameter.data + noise if "lora_" not in name or "magnitude" in name else noise
 
 
-def wrapped(*names: str) -> Any:
+def peft_model_of(*names: str) -> Any:
     """PEFT's model with these adapters, all of which do something; the first is active."""
     first, *others = names
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, lora_alpha=6, **ADAPTERS[first]), adapter_name=first)
@@ -67,10 +71,10 @@ def is_free_of_peft(base: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_peft_model_goes_on_as_it_was(name: str) -> None:
-    theirs = wrapped(name)
-    inner, expected = theirs.get_base_model(), theirs(IDS).logits.detach()
-    model = tailora.from_peft(theirs)
+def test_a_converted_peft_model_gives_the_same_outputs_and_unloads_to_the_base(name: str) -> None:
+    peft_model = peft_model_of(name)
+    inner, expected = peft_model.get_base_model(), peft_model(IDS).logits.detach()
+    model = tailora.from_peft(peft_model)
     assert isinstance(model, LoRAModel)
     assert model.base_model is inner
     assert list(model.adapters) == [name]
@@ -82,18 +86,18 @@ def test_a_peft_model_goes_on_as_it_was(name: str) -> None:
     torch.testing.assert_close(base(IDS).logits, llama()(IDS).logits, rtol=0, atol=0)
 
 
-def test_all_adapters_come_along_with_the_active_one_and_their_scales() -> None:
+def test_all_adapters_are_converted_with_their_scales_and_the_active_one() -> None:
     names = ("plain", "patterns", "rslora", "dora")
-    theirs = wrapped(*names)
-    for module in theirs.modules():
+    peft_model = peft_model_of(*names)
+    for module in peft_model.modules():
         if isinstance(module, BaseTunerLayer) and "rslora" in module.scaling:
             module.set_scale("rslora", 0.3)
     expected = {}
     for name in names:
-        theirs.set_adapter(name)
-        expected[name] = theirs(IDS).logits.detach()
-    theirs.set_adapter("rslora")
-    model = tailora.from_peft(theirs)
+        peft_model.set_adapter(name)
+        expected[name] = peft_model(IDS).logits.detach()
+    peft_model.set_adapter("rslora")
+    model = tailora.from_peft(peft_model)
     assert tuple(model.adapters) == names
     assert model.active_adapters == ("rslora",)
     assert model.adapters["patterns"].rank_pattern == {"q_proj": 2}
@@ -102,43 +106,43 @@ def test_all_adapters_come_along_with_the_active_one_and_their_scales() -> None:
         torch.testing.assert_close(model(IDS).logits, expected[name], **TOLERANCE)
 
 
-def test_what_is_taken_over_trains_and_keeps_its_mode() -> None:
-    theirs = wrapped("plain").train()
-    model = tailora.from_peft(theirs)
+def test_a_converted_model_trains_and_keeps_its_mode() -> None:
+    peft_model = peft_model_of("plain").train()
+    model = tailora.from_peft(peft_model)
     assert {module.training for module in model.modules()} == {True}
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(parameter.grad is not None for parameter in model.lora_layers.parameters())
-    assert {module.training for module in tailora.from_peft(wrapped("plain")).modules()} == {False}
+    assert {module.training for module in tailora.from_peft(peft_model_of("plain")).modules()} == {False}
 
 
 def test_adapters_that_are_switched_off_stay_off() -> None:
-    theirs = wrapped("plain")
-    theirs.base_model.disable_adapter_layers()
-    model = tailora.from_peft(theirs)
+    peft_model = peft_model_of("plain")
+    peft_model.base_model.disable_adapter_layers()
+    model = tailora.from_peft(peft_model)
     assert model.active_adapters == ()
     torch.testing.assert_close(model(IDS).logits, llama()(IDS).logits)
 
 
-def test_a_base_that_pissa_moved_stays_the_moved_one() -> None:
+def test_a_base_that_pissa_changed_stays_changed() -> None:
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights="pissa")
-    theirs = peft.get_peft_model(llama(), config).eval()
-    stir(theirs)
-    expected = theirs(IDS).logits.detach()
-    torch.testing.assert_close(tailora.from_peft(theirs)(IDS).logits, expected, **TOLERANCE)
+    peft_model = peft.get_peft_model(llama(), config).eval()
+    stir(peft_model)
+    expected = peft_model(IDS).logits.detach()
+    torch.testing.assert_close(tailora.from_peft(peft_model)(IDS).logits, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("case", [case for case in LAYERS if not case.peft_is_wrong], ids=lambda case: case.name)
-def test_every_kind_that_peft_knows_is_taken_over(case: LayerCase) -> None:
-    theirs = peft.get_peft_model(case.net(), peft.LoraConfig(r=case.r, lora_alpha=10, target_modules=["target"]))
-    stir(theirs)
-    expected = theirs.eval()(case.batch()).detach()
-    torch.testing.assert_close(tailora.from_peft(theirs)(case.batch()), expected, **TOLERANCE)
+def test_every_layer_type_of_peft_is_converted(case: LayerCase) -> None:
+    peft_model = peft.get_peft_model(case.net(), peft.LoraConfig(r=case.r, lora_alpha=10, target_modules=["target"]))
+    stir(peft_model)
+    expected = peft_model.eval()(case.batch()).detach()
+    torch.testing.assert_close(tailora.from_peft(peft_model)(case.batch()), expected, **TOLERANCE)
 
 
-def _merged() -> Any:
-    theirs = wrapped("plain")
-    theirs.merge_adapter()
-    return theirs
+def _merged_model() -> Any:
+    peft_model = peft_model_of("plain")
+    peft_model.merge_adapter()
+    return peft_model
 
 
 def _other_method() -> Any:
@@ -150,13 +154,13 @@ def _replicated() -> Any:
 
 
 def _not_finite() -> Any:
-    theirs = wrapped("plain")
-    next(value for name, value in theirs.named_parameters() if "lora_B" in name).data[0, 0] = torch.nan
-    return theirs
+    peft_model = peft_model_of("plain")
+    next(value for name, value in peft_model.named_parameters() if "lora_B" in name).data[0, 0] = torch.nan
+    return peft_model
 
 
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
-    "merged": (_merged, TargetError, r"adapters are merged at .*q_proj.* \(4 in all\); call unmerge_adapter"),
+    "merged": (_merged_model, TargetError, r"adapters are merged at .*q_proj.* \(4 in all\); call unmerge_adapter"),
     "another method": (_other_method, FormatError, "peft_type = 'IA3'; this reads 'LORA'"),
     "a setting": (_replicated, FormatError, "layer_replication"),
     "not finite": (_not_finite, FormatError, "not finite"),
@@ -165,16 +169,16 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
 
 @pytest.mark.parametrize(("make", "error", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_refusal_changes_nothing(make: Any, error: type[Exception], message: str) -> None:
-    theirs = make().eval()
-    modules, expected = list(theirs.modules()), theirs(IDS).logits.detach()
-    grads = [parameter.requires_grad for parameter in theirs.parameters()]
+    peft_model = make().eval()
+    modules, expected = list(peft_model.modules()), peft_model(IDS).logits.detach()
+    grads = [parameter.requires_grad for parameter in peft_model.parameters()]
     with pytest.raises(error, match=message):
-        tailora.from_peft(theirs)
-    assert list(theirs.modules()) == modules
-    assert [parameter.requires_grad for parameter in theirs.parameters()] == grads
-    torch.testing.assert_close(theirs(IDS).logits, expected, rtol=0, atol=0, equal_nan=True)
+        tailora.from_peft(peft_model)
+    assert list(peft_model.modules()) == modules
+    assert [parameter.requires_grad for parameter in peft_model.parameters()] == grads
+    torch.testing.assert_close(peft_model(IDS).logits, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_what_is_no_peft_model_is_refused() -> None:
+def test_a_model_without_peft_is_refused() -> None:
     with pytest.raises(TargetError, match="a LlamaForCausalLM is no PeftModel"):
         tailora.from_peft(llama())

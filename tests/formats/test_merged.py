@@ -1,16 +1,20 @@
-"""A quantised transformers model, merged: what is written is a plain model; the base in memory stays what it was."""
+"""Merged models: what is written is a plain Hugging Face model; the base in memory stays what it was."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import chat_model
+from safetensors.torch import load_file
+from tiny import chat_model, chat_tokenizer
+from tiny_adapters import IDS, adapted, logits
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -21,7 +25,67 @@ from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.quantization import dense_weight, held_tensors, is_quantized
+from tailora.errors import FormatError
+from tailora.formats import merged
 from tailora.formats.export import float32_logits, with_only_adapter
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_a_merge_unties_and_the_config_says_so(tmp_path: Path, module: str) -> None:
+    base = chat_model(tie_word_embeddings=True)
+    model = adapted({"target_modules": [module]}, base)
+    report = model.export(tmp_path / "out", "merged")
+    assert "tied weights are untied: tie_word_embeddings is false" in report.changes
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert base.config.tie_word_embeddings is True
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(again.lm_head.weight, again.model.embed_tokens.weight)
+
+
+def test_a_merge_that_changes_no_tied_weight_keeps_the_tie(tmp_path: Path) -> None:
+    model = adapted(base=chat_model(tie_word_embeddings=True))
+    model.export(tmp_path / "out", "merged")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_a_merged_folder_has_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merged, "SHARD", "30KB")
+    tokenizer = chat_tokenizer(["hello there"], eos_token="<|im_end|>")
+    model = adapted({"modules_to_save": ["lm_head"]}, chat_model().to(torch.bfloat16))
+    report = model.export(tmp_path / "out", "merged", tokenizer=tokenizer)
+    names = set(report.files)
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    assert "model.safetensors.index.json" in names
+    assert "adapter_config.json" not in names
+    shards = sorted(name for name in names if name.startswith("model-"))
+    assert len(shards) > 2
+    assert all(os.stat(tmp_path / "out" / name).st_mode & 0o777 == 0o644 for name in shards)
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(again.lm_head.weight, model.lora_layers["lm_head"].weight.to(torch.bfloat16))
+    chat = [{"role": "user", "content": "hello"}]
+    same = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(chat, tokenize=False)
+    assert same == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert report.changes[0].startswith("rounding to bfloat16 changes the update by at most 0.0")
+
+
+def test_a_merge_in_16_bits_that_loses_the_adapter_is_refused(tmp_path: Path) -> None:
+    model = adapted(base=chat_model().to(torch.bfloat16))
+    for layer in model.lora_layers.values():
+        layer.scaling = 1e-4
+    with pytest.raises(FormatError, match=r"Nothing was written; merge into a base in float32"):
+        model.export(tmp_path / "out", "merged")
+    assert not list(tmp_path.iterdir())
+    assert model.export(tmp_path / "out", "portable").logits.difference < 1e-4
+
+
+def test_a_bias_without_a_place_in_the_model_class_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"(?s)14 problems.*lora_bias needs a bias to merge into"):
+        adapted({"lora_bias": True}).export(tmp_path / "out", "merged")
+    assert not list(tmp_path.iterdir())
 
 
 def int8_weights() -> Any:
@@ -35,12 +99,15 @@ SETTINGS = {
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "torchao int8": int8_weights,
 }
+
+
 FAMILIES = {
     "llama": lambda: chat_model(hidden_size=64, tie_word_embeddings=True),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=2, n_positions=64)),
 }
+
+
 CASES = [(family, how) for family in FAMILIES for how in SETTINGS if (family, how) != ("gpt2", "torchao int8")]
-IDS = torch.arange(24).view(2, 12)
 
 
 def quantized(folder: Path, family: str, how: str) -> PreTrainedModel:
@@ -51,7 +118,7 @@ def quantized(folder: Path, family: str, how: str) -> PreTrainedModel:
     return model.eval()
 
 
-def adapted(base: PreTrainedModel, targets: list[str] | str) -> LoRAModel:
+def adapted_quantized(base: PreTrainedModel, targets: list[str] | str) -> LoRAModel:
     model = LoRAModel(base, LoRAConfig(r=4, target_modules=targets))
     for parameter in model.lora_layers.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -71,15 +138,17 @@ def plain_twin(folder: Path, model: LoRAModel, dtype: torch.dtype = torch.bfloat
 
 @pytest.mark.parametrize("targets", ["all-linear", "some"])
 @pytest.mark.parametrize(("family", "how"), CASES)
-def test_a_merged_export_is_a_plain_model(family: str, how: str, targets: str, tmp_path: Path) -> None:
+def test_the_merged_export_of_a_quantized_model_is_a_plain_model(
+    family: str, how: str, targets: str, tmp_path: Path
+) -> None:
     base = quantized(tmp_path / "base", family, how)
     some = ["q_proj", "down_proj"] if family == "llama" else ["c_attn"]
-    model = adapted(base, some if targets == "some" else targets)
+    model = adapted_quantized(base, some if targets == "some" else targets)
     before, classes = [tensor.clone() for tensor in held_tensors(base)], [type(module) for module in base.modules()]
-    done = model.export(tmp_path / "merged", "merged")
-    assert done.logits.difference <= done.logits.tolerance <= done.logits.effect
-    assert "the base is dequantised as a whole, to bfloat16" in done.changes[1]
-    assert re.search(r"would err by [\d.]+ to [\d.]+ times the update$", done.changes[1])
+    report = model.export(tmp_path / "merged", "merged")
+    assert report.logits.difference <= report.logits.tolerance <= report.logits.effect
+    assert "the base is dequantised as a whole, to bfloat16" in report.changes[1]
+    assert re.search(r"would err by [\d.]+ to [\d.]+ times the update$", report.changes[1])
     assert all(map(torch.equal, before, held_tensors(base)))
     assert [type(module) for module in base.modules()] == classes
     assert base.config.quantization_config is not None
@@ -96,8 +165,10 @@ def test_a_merged_export_is_a_plain_model(family: str, how: str, targets: str, t
 
 
 @pytest.mark.parametrize(("family", "how"), CASES)
-def test_what_merge_and_unload_leaves_saves_and_loads_as_a_plain_model(family: str, how: str, tmp_path: Path) -> None:
-    model = adapted(quantized(tmp_path / "base", family, how), "all-linear")
+def test_a_quantized_model_after_merge_and_unload_saves_and_loads_as_a_plain_one(
+    family: str, how: str, tmp_path: Path
+) -> None:
+    model = adapted_quantized(quantized(tmp_path / "base", family, how), "all-linear")
     report = model.merge()
     assert report.quantization_error.keys() == report.rounding_error.keys()
     assert all(0 < error < 2 for error in report.quantization_error.values())
@@ -110,9 +181,7 @@ def test_what_merge_and_unload_leaves_saves_and_loads_as_a_plain_model(family: s
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize(("family", "how"), CASES)
-def test_logits_are_compared_by_the_dequantised_weights_in_float32(
-    family: str, how: str, use_dora: bool, tmp_path: Path
-) -> None:
+def test_float32_logits_use_the_dequantized_weights(family: str, how: str, use_dora: bool, tmp_path: Path) -> None:
     model = LoRAModel(quantized(tmp_path / "base", family, how), LoRAConfig(r=4, use_dora=use_dora))
     for parameter in model.lora_layers.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -126,12 +195,12 @@ def test_logits_are_compared_by_the_dequantised_weights_in_float32(
     assert (found - model(IDS).logits).abs().max() > 1e-3  # what 16 bits would hide
     assert all(map(torch.equal, before, held_tensors(model)))
     assert [dict(vars(m)).keys() for m in model.modules()] == [each.keys() for each in state]
-    done = model.export(tmp_path / "peft", "peft")
-    assert done.logits.difference <= done.logits.tolerance == 1e-4
+    report = model.export(tmp_path / "peft", "peft")
+    assert report.logits.difference <= report.logits.tolerance == 1e-4
 
 
 def test_an_adapter_trained_on_nf4_is_recognised_on_the_original_and_on_int8(tmp_path: Path) -> None:
-    model = adapted(quantized(tmp_path / "base", "llama", "nf4"), "all-linear")
+    model = adapted_quantized(quantized(tmp_path / "base", "llama", "nf4"), "all-linear")
     model.save_adapter(tmp_path / "adapter")
     for other in (
         AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32),
@@ -141,10 +210,10 @@ def test_an_adapter_trained_on_nf4_is_recognised_on_the_original_and_on_int8(tmp
         assert LoRAModel.from_pretrained(other, tmp_path / "adapter").adapters == model.adapters
 
 
-def test_the_counts_are_those_of_the_model_before_quantisation(tmp_path: Path) -> None:
+def test_parameter_counts_are_those_before_quantization(tmp_path: Path) -> None:
     counts = {
-        how: adapted(quantized(tmp_path / "base", "llama", how), "all-linear").summary().total_parameters
+        how: adapted_quantized(quantized(tmp_path / "base", "llama", how), "all-linear").summary().total_parameters
         for how in SETTINGS
     }
-    plain = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), "all-linear").summary()
+    plain = adapted_quantized(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), "all-linear").summary()
     assert set(counts.values()) == {plain.total_parameters}

@@ -1,7 +1,94 @@
+"""Schemas are detected by their keys, and rows become samples."""
+
 import pytest
 
 from tailora.data.readers import Row, RowProblem
 from tailora.data.schemas import Choices, Conversation, Pair, Text, convert_row, detect_schema
+from tailora.errors import DataError
+
+# ---- Detection
+
+
+def row(*keys: str) -> dict[str, str]:
+    return dict.fromkeys(keys, "x")
+
+
+@pytest.mark.parametrize(
+    ("keys", "shape", "ignored"),
+    [
+        (("messages",), "messages", ()),
+        (("prompt", "messages", "id"), "messages", ("id", "prompt")),
+        (("conversations", "system"), "sharegpt", ()),
+        (("prompt", "completion"), "prompt/completion", ()),
+        (("instruction", "input", "output", "source"), "alpaca", ("source",)),
+        (("instruction", "output"), "alpaca", ()),
+        (("text", "url"), "text", ("url",)),
+        (("question", "choices", "answer", "subject"), "choices", ("subject",)),
+        (("prompt", "choices", "label"), "choices", ()),
+        (("prompt", "completion", "choices", "answer"), "prompt/completion", ("answer", "choices")),
+    ],
+)
+def test_a_schema_is_detected_by_its_keys(keys, shape, ignored) -> None:
+    mapping = detect_schema([row(*keys)])
+    assert (mapping.schema.name, mapping.ignored) == (shape, ignored)
+    assert mapping.columns.keys() | set(ignored) == set(keys)
+
+
+def test_the_schema_of_most_rows_wins() -> None:
+    assert detect_schema([row("text"), row("prompt", "completion"), row("text")]).schema.name == "text"
+
+
+def test_a_mapping_renames_and_decides_the_schema() -> None:
+    mapping = detect_schema([row("messages", "question", "answer")], {"prompt": "question", "completion": "answer"})
+    assert mapping.schema.name == "prompt/completion"
+    assert mapping.values({"question": "q", "answer": "a"}) == {"prompt": "q", "completion": "a"}
+
+
+def test_one_key_can_be_mapped_and_the_other_found() -> None:
+    mapping = detect_schema([row("prompt", "response")], {"completion": "response"})
+    assert mapping.columns == {"prompt": "prompt", "completion": "response"}
+
+
+def test_a_row_without_a_needed_key_is_refused_with_its_keys() -> None:
+    mapping = detect_schema([row("question", "completion")], {"prompt": "question"})
+    with pytest.raises(
+        DataError, match=r"no question and no completion \(read as prompt/completion\); the row has text"
+    ):
+        mapping.values(row("text"))
+
+
+def test_unknown_keys_are_listed_with_the_known_schemas_and_a_hint() -> None:
+    with pytest.raises(DataError) as caught:
+        detect_schema([row("Question", "id"), row("Answer")])
+    text = str(caught.value)
+    assert "the rows have the keys Answer, Question, id, which fit no known schema" in text
+    assert "messages (messages); sharegpt (conversations); prompt/completion (prompt, completion)" in text
+    assert "Perhaps: --field prompt=Question --field completion=Answer" in text
+    assert text.count("choices (") == 1
+    with pytest.raises(DataError, match="Perhaps: --field prompt=ctx --field choices=endings --field answer=label"):
+        detect_schema([row("ctx", "endings", "label")])
+
+
+def test_keys_that_resemble_nothing_get_the_general_hint() -> None:
+    with pytest.raises(DataError, match="for instance: --field prompt=question"):
+        detect_schema([row("x1", "x2")])
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"promt": "question"}, r"no schema has the key 'promt'; did you mean prompt"),
+        ({"prompt": "qestion"}, r"no column 'qestion'; did you mean question\?; there are answer, question"),
+        ({"promt": "qestion"}, "2 problems"),
+        ({"prompt": "question"}, r"which fit no known schema with --field prompt=question"),
+    ],
+)
+def test_a_mistyped_mapping_names_the_nearest(field, message) -> None:
+    with pytest.raises(DataError, match=message):
+        detect_schema([row("question", "answer")], field)
+
+
+# ---- Conversion
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
@@ -92,11 +179,11 @@ def test_a_row_becomes_a_sample(fields, sample) -> None:
         ({"text": ["x" * 99]}, "text is ['" + "x" * 55 + "... where text is needed"),
     ],
 )
-def test_a_row_that_cannot_be_learned_from_is_a_fault_with_its_place(fields, cause) -> None:
-    fault = converted(fields)
-    assert isinstance(fault, RowProblem)
-    assert (fault.file, fault.number) == ("rows.jsonl", 7)
-    assert cause in fault.cause
+def test_a_row_that_cannot_be_trained_on_is_reported_with_file_and_number(fields, cause) -> None:
+    problem = converted(fields)
+    assert isinstance(problem, RowProblem)
+    assert (problem.file, problem.number) == ("rows.jsonl", 7)
+    assert cause in problem.cause
 
 
 @pytest.mark.parametrize(
@@ -138,7 +225,7 @@ def test_an_answer_is_a_label_an_index_a_letter_or_the_text(choices, answer, pla
         (["a", None], 0, "choices[1] is None where text is needed"),
     ],
 )
-def test_an_answer_that_says_nothing_or_two_things_is_refused(choices, answer, cause) -> None:
+def test_an_unknown_or_ambiguous_answer_is_refused(choices, answer, cause) -> None:
     found = converted({"question": "?", "choices": choices, "answer": answer})
     assert isinstance(found, RowProblem), found
     assert cause in found.cause

@@ -49,7 +49,7 @@ def chat(*contents: str, system: str | None = None, first: int = 0) -> Conversat
     return Conversation([{"role": "system", "content": system}, *messages] if system else messages, first)
 
 
-def shown(rendered: RenderedSample) -> str:
+def with_brackets(rendered: RenderedSample) -> str:
     text, done = "", 0
     for start, stop in rendered.trained_spans:
         text += f"{rendered.text[done:start]}[[{rendered.text[start:stop]}]]"
@@ -116,16 +116,16 @@ def shown(rendered: RenderedSample) -> str:
         "sections",
     ],
 )
-def test_replies_and_their_end_are_learned(bytes_tokenizer, template, sample, expected) -> None:
+def test_replies_and_their_end_are_trained(bytes_tokenizer, template, sample, expected) -> None:
     eos = "<|endoftext|>" if template == PHI3 else "<|im_end|>"
     rendered = render_sample(sample, ChatTokenizer.of(bytes_tokenizer(template, eos_token=eos)))
-    assert shown(rendered) == expected
+    assert with_brackets(rendered) == expected
     assert rendered.untrained_replies == 0
 
 
-def test_llama_2_learns_every_reply_with_its_eos(words_tokenizer) -> None:
+def test_every_reply_of_llama_2_is_trained_with_its_eos(words_tokenizer) -> None:
     rendered = render_sample(chat("a", " b ", "c", "d"), ChatTokenizer.of(words_tokenizer(LLAMA2)))
-    assert shown(rendered) == "<s>[INST] a [/INST][[ b </s>]]<s>[INST] c [/INST][[ d </s>]]"
+    assert with_brackets(rendered) == "<s>[INST] a [/INST][[ b </s>]]<s>[INST] c [/INST][[ d </s>]]"
 
 
 @pytest.mark.parametrize(
@@ -138,12 +138,12 @@ def test_llama_2_learns_every_reply_with_its_eos(words_tokenizer) -> None:
 )
 def test_the_span_ends_with_eos_or_else_with_the_first_special_token(bytes_tokenizer, eos, learned) -> None:
     rendered = render_sample(chat("a", "b"), ChatTokenizer.of(bytes_tokenizer(PHI3, eos_token=eos)))
-    assert shown(rendered).endswith(f"assistant\n[[{learned}]]")
+    assert with_brackets(rendered).endswith(f"assistant\n[[{learned}]]")
 
 
 @pytest.mark.parametrize("template", [CHATML + HEADER, MARKED])
-def test_only_the_completion_of_a_chat_pair_is_learned(bytes_tokenizer, template) -> None:
-    text = shown(render_sample(chat("a", "b", "c", "d", first=3), ChatTokenizer.of(bytes_tokenizer(template))))
+def test_only_the_completion_of_a_chat_pair_is_trained(bytes_tokenizer, template) -> None:
+    text = with_brackets(render_sample(chat("a", "b", "c", "d", first=3), ChatTokenizer.of(bytes_tokenizer(template))))
     assert "assistant\nb" in text
     assert text.endswith("assistant\n[[d<|im_end|>]]")
     assert text.count("[[") == 1
@@ -161,19 +161,19 @@ def test_only_the_completion_of_a_chat_pair_is_learned(bytes_tokenizer, template
         (LAST_SYSTEM, chat("a", "b", "c", "d", system="s"), "[INST] a[/INST] b</s>[INST] s c[/INST][[ d</s>]]"),
     ],
 )
-def test_replies_that_the_template_rewrites_are_counted_and_not_learned(
+def test_replies_that_the_template_rewrites_are_counted_and_not_trained(
     bytes_tokenizer, words_tokenizer, template, sample, expected
 ) -> None:
     tokenizer = words_tokenizer(template) if "</s>" in template else bytes_tokenizer(template)
     rendered = render_sample(sample, ChatTokenizer.of(tokenizer))
-    assert shown(rendered) == expected
+    assert with_brackets(rendered) == expected
     assert rendered.untrained_replies == 1
 
 
-def test_a_reply_with_nothing_before_it_is_not_learned(bytes_tokenizer) -> None:
+def test_a_reply_with_nothing_before_it_is_not_trained(bytes_tokenizer) -> None:
     opening = Conversation([{"role": "assistant", "content": "x"}, *chat("a", "b").messages])
     rendered = render_sample(opening, ChatTokenizer.of(bytes_tokenizer(CHATML + HEADER)))
-    assert shown(rendered).endswith(
+    assert with_brackets(rendered).endswith(
         "assistant\nx<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]"
     )
     assert rendered.untrained_replies == 1
@@ -181,20 +181,22 @@ def test_a_reply_with_nothing_before_it_is_not_learned(bytes_tokenizer) -> None:
 
 def test_a_pair_becomes_a_question_and_its_reply(bytes_tokenizer) -> None:
     rendered = render_sample(Pair("add 1, 2\n\n", " 3"), ChatTokenizer.of(bytes_tokenizer(CHATML + HEADER)))
-    assert shown(rendered) == "<|im_start|>user\nadd 1, 2<|im_end|>\n<|im_start|>assistant\n[[3<|im_end|>]]"
+    assert with_brackets(rendered) == "<|im_start|>user\nadd 1, 2<|im_end|>\n<|im_start|>assistant\n[[3<|im_end|>]]"
 
 
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_text_stays_as_it_is(bytes_tokenizer, template) -> None:
-    assert shown(render_sample(Text("a b\n"), ChatTokenizer.of(bytes_tokenizer(template)))) == "[[a b\n]][[EOS]]"
+    assert (
+        with_brackets(render_sample(Text("a b\n"), ChatTokenizer.of(bytes_tokenizer(template)))) == "[[a b\n]][[EOS]]"
+    )
 
 
 def test_a_pair_without_a_template_is_one_text(bytes_tokenizer) -> None:
-    assert shown(render_sample(Pair("a", " b"), ChatTokenizer.of(bytes_tokenizer()))) == "a[[ b]][[EOS]]"
+    assert with_brackets(render_sample(Pair("a", " b"), ChatTokenizer.of(bytes_tokenizer()))) == "a[[ b]][[EOS]]"
 
 
 @pytest.mark.parametrize(
-    ("template", "sample", "said"),
+    ("template", "sample", "message"),
     [
         (None, chat("a", "b"), "no chat template to write messages with: take the instruct version"),
         (PROMPTED_THOUGHT, chat("a", "b"), "no reply can be located.*{% generation %}"),
@@ -213,13 +215,13 @@ def test_a_pair_without_a_template_is_one_text(bytes_tokenizer) -> None:
         ("{{ messages[0].content + 1 }}", chat("a", "b"), "the chat template refuses this conversation"),
     ],
 )
-def test_a_chat_that_cannot_be_written_or_learned_says_why(bytes_tokenizer, template, sample, said) -> None:
-    with pytest.raises(DataError, match=said):
+def test_a_chat_that_cannot_be_rendered_is_refused_with_the_reason(bytes_tokenizer, template, sample, message) -> None:
+    with pytest.raises(DataError, match=message):
         render_sample(sample, ChatTokenizer.of(bytes_tokenizer(template)))
 
 
 @pytest.mark.parametrize(("template", "sample"), [(None, Pair("a", "b")), (SECTIONS, chat("a", "b"))])
-def test_without_an_eos_token_nothing_could_learn_to_stop(bytes_tokenizer, template, sample) -> None:
+def test_a_tokenizer_without_eos_is_refused_if_the_reply_has_no_end(bytes_tokenizer, template, sample) -> None:
     tokenizer = bytes_tokenizer(template)
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no EOS token, so the model could not learn to stop"):

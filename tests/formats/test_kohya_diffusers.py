@@ -1,4 +1,4 @@
-"""LoRA of other tools is told by its content, means what it means there, and converts to PEFT."""
+"""LoRA files of Kohya's tools and diffusers mean here what they mean there, and convert to PEFT."""
 
 import json
 import re
@@ -8,55 +8,48 @@ from typing import Any
 
 import pytest
 import torch
-from cases import stir
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny import chat_model
+from tiny_adapters import adapted, logits
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import FormatError
 
-IDS = torch.arange(24).view(2, 12)
 Tensors = dict[str, Tensor]
+
+
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(input_ids=IDS).logits
-    return found
 
 
 @pytest.fixture
 def live() -> LoRAModel:
     """r = 4, alpha = 6, and on one layer r = 3, alpha = 7."""
     patterns = {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"down_proj": 7}}
-    model = LoRAModel(chat_model(), LoRAConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], **patterns))
-    stir(model)
-    return model
+    return adapted({"target_modules": ["q_proj", "down_proj"], **patterns})
 
 
 def factors(model: LoRAModel) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Path -> A, B, alpha."""
     layers = {key.replace("/", "."): layer for key, layer in model.lora_layers.items()}
-    return {path: (each.lora_A.detach(), each.lora_B.detach(), each.lora_alpha) for path, each in layers.items()}
+    return {path: (layer.lora_A.detach(), layer.lora_B.detach(), layer.lora_alpha) for path, layer in layers.items()}
 
 
 def kohya(model: LoRAModel, prefix: str = "lora_te1_") -> Tensors:
-    found = {}
+    tensors = {}
     for path, (A, B, alpha) in factors(model).items():
         flat = prefix + path.replace(".", "_")
-        found |= {f"{flat}.lora_down.weight": A, f"{flat}.lora_up.weight": B, f"{flat}.alpha": torch.tensor(alpha)}
-    return found
+        tensors |= {f"{flat}.lora_down.weight": A, f"{flat}.lora_up.weight": B, f"{flat}.alpha": torch.tensor(alpha)}
+    return tensors
 
 
 def named(model: LoRAModel, A_end: str, B_end: str, prefix: str = "", fold: bool = True) -> Tensors:
     """Keys with dots; without an alpha the scale is 1, so it is in B."""
-    found = {}
+    tensors = {}
     for path, (A, B, alpha) in factors(model).items():
         scale = alpha / len(A) if fold else 1
-        found |= {f"{prefix}{path}{A_end}": A, f"{prefix}{path}{B_end}": B * scale}
-    return found
+        tensors |= {f"{prefix}{path}{A_end}": A, f"{prefix}{path}{B_end}": B * scale}
+    return tensors
 
 
 WRITERS: dict[str, Callable[[LoRAModel], Tensors]] = {
@@ -83,7 +76,9 @@ WRITERS: dict[str, Callable[[LoRAModel], Tensors]] = {
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_one_file_of_another_tool(tmp_path: Path, live: LoRAModel, write: Callable[[LoRAModel], Tensors]) -> None:
+def test_one_file_of_another_tool_gives_the_same_outputs(
+    tmp_path: Path, live: LoRAModel, write: Callable[[LoRAModel], Tensors]
+) -> None:
     file = tmp_path / "lora.safetensors"
     save_file({key: value.contiguous() for key, value in write(live).items()}, file)
     model = LoRAModel.from_pretrained(chat_model(), file)
@@ -117,7 +112,7 @@ def test_the_settings_in_diffusers_metadata_are_read(tmp_path: Path, live: LoRAM
         )
 
 
-def test_layers_of_another_model_in_the_same_file_are_left_out_with_a_warning(tmp_path: Path, live: LoRAModel) -> None:
+def test_layers_of_another_model_in_the_same_file_are_skipped_with_a_warning(tmp_path: Path, live: LoRAModel) -> None:
     other = {
         "lora_unet_mid_block_to_q.lora_down.weight": torch.ones(4, 8),
         "lora_unet_mid_block_to_q.alpha": torch.ones(()),
@@ -165,7 +160,7 @@ def test_convolutions_of_a_unet(tmp_path: Path) -> None:
         (lambda t: t.clear(), "no tensors"),
     ],
 )
-def test_what_is_not_lora_or_fits_no_layer(
+def test_keys_that_are_not_lora_or_fit_no_layer_are_refused(
     tmp_path: Path, live: LoRAModel, change: Callable[[Tensors], Any], message: str
 ) -> None:
     tensors = kohya(live)
@@ -177,14 +172,14 @@ def test_what_is_not_lora_or_fits_no_layer(
     assert type(base.model.layers[0].self_attn.q_proj) is nn.Linear
 
 
-def test_a_file_for_another_model(tmp_path: Path, live: LoRAModel) -> None:
+def test_a_file_for_another_model_is_refused(tmp_path: Path, live: LoRAModel) -> None:
     save_file(kohya(live), tmp_path / "lora.safetensors")
     with pytest.raises(FormatError, match="none of its 4 layers is in this model; the first is lora_te1_model"):
         LoRAModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path / "lora.safetensors")
 
 
 @pytest.mark.parametrize("metadata", ["{", "[1]", "[" * 100_000, '{"transformer.r": 0}', '{"transformer.r": "many"}'])
-def test_hostile_metadata(tmp_path: Path, live: LoRAModel, metadata: str) -> None:
+def test_damaged_metadata_is_refused(tmp_path: Path, live: LoRAModel, metadata: str) -> None:
     tensors = named(live, ".lora_A.weight", ".lora_B.weight", "transformer.")
     save_file(tensors, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": metadata})
     with pytest.raises(FormatError):
@@ -192,107 +187,14 @@ def test_hostile_metadata(tmp_path: Path, live: LoRAModel, metadata: str) -> Non
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x00" * 64])
-def test_a_file_that_is_no_safetensors(tmp_path: Path, content: bytes) -> None:
+def test_a_file_in_another_format_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "lora.safetensors").write_bytes(content)
     with pytest.raises(FormatError, match="not a whole safetensors file"):
         LoRAModel.from_pretrained(chat_model(), tmp_path / "lora.safetensors")
 
 
-def test_several_files_are_not_guessed_among(tmp_path: Path, live: LoRAModel) -> None:
+def test_several_files_in_a_folder_are_refused(tmp_path: Path, live: LoRAModel) -> None:
     for name in ("a", "b"):
         save_file(kohya(live), tmp_path / f"{name}.safetensors")
     with pytest.raises(FormatError, match=r"several files.*a\.safetensors, b\.safetensors"):
         LoRAModel.from_pretrained(chat_model(), tmp_path)
-
-
-# ---- mlx-lm
-
-
-def mlx_folder(folder: Path, tensors: Tensors, settings: dict[str, Any]) -> Path:
-    folder.mkdir()
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "adapters.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-def mlx_settings(**changes: Any) -> dict[str, Any]:
-    parameters = {"rank": 4, "scale": 20.0, "dropout": 0.0}
-    return {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": parameters, **changes}
-
-
-def mlx_tensors() -> Tensors:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {f"{Q}.lora_a": (32, 4), f"{Q}.lora_b": (4, 32), f"{DOWN}.lora_a": (64, 4), f"{DOWN}.lora_b": (4, 32)}
-    return {key: torch.randn(shape, generator=generator) * 0.1 for key, shape in shapes.items()}
-
-
-def test_an_adapter_that_mlx_lm_trained(tmp_path: Path) -> None:
-    """Its scale is not divided by the rank."""
-    tensors = mlx_tensors()
-    model = LoRAModel.from_pretrained(chat_model(), mlx_folder(tmp_path / "mlx", tensors, mlx_settings()))
-    delta = 20 * tensors[f"{Q}.lora_b"].T @ tensors[f"{Q}.lora_a"].T
-    torch.testing.assert_close(model.lora_layers[Q.replace(".", "/")].delta(), delta)
-    assert model.adapters["default"].lora_alpha == 80
-    model.export(tmp_path / "peft", "peft")
-    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    assert f"base_model.model.{DOWN}.lora_A.weight" in tensors
-
-
-def test_dora_that_mlx_lm_trained(tmp_path: Path) -> None:
-    tensors = mlx_tensors()
-    base = chat_model()
-    m = {path: torch.rand(32) + 0.5 for path in (Q, DOWN)}
-    tensors |= {f"{path}.m": value for path, value in m.items()}
-    model = LoRAModel.from_pretrained(base, mlx_folder(tmp_path / "mlx", tensors, mlx_settings(fine_tune_type="dora")))
-    W = base.get_submodule(Q).weight + 20 * tensors[f"{Q}.lora_b"].T @ tensors[f"{Q}.lora_a"].T
-    with model.merged():
-        merged = base.get_submodule(Q).weight
-        torch.testing.assert_close(merged, (m[Q] / W.norm(dim=1))[:, None] * W, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "settings", "message"),
-    [
-        ({}, {"fine_tune_type": "full"}, "holds whole weights"),
-        ({}, {"lora_parameters": {"rank": 4}}, r"lora_parameters\.scale is None"),
-        ({}, {"lora_parameters": {"scale": float("nan")}}, r"lora_parameters\.scale is nan"),
-        ({}, {"lora_parameters": 3}, r"lora_parameters\.scale is None"),
-        ({f"{Q}.lora_b": None}, {}, f"{Q} has lora_a; a lora layer has lora_a, lora_b"),
-        ({f"{Q}.m": torch.ones(32)}, {}, f"{Q} has lora_a, lora_b, m; a lora layer has"),
-        ({f"{Q}.lora_a": torch.ones(2, 4, 4)}, {}, "one per expert, are not read"),
-        ({f"{Q}.lora_a": torch.ones(31, 4)}, {}, "misshapen lora_A"),
-        ({"model.layers.9.x.lora_a": torch.ones(2, 4), "model.layers.9.x.lora_b": torch.ones(4, 2)}, {}, "no module"),
-    ],
-)
-def test_mlx_folders_that_hold_something_else(
-    tmp_path: Path, tensors: dict[str, Any], settings: dict[str, Any], message: str
-) -> None:
-    there = {key: value for key, value in (mlx_tensors() | tensors).items() if value is not None}
-    folder = mlx_folder(tmp_path / "mlx", there, mlx_settings(**settings))
-    with pytest.raises(FormatError, match=message):
-        LoRAModel.from_pretrained(chat_model(), folder)
-
-
-# ---- GGUF
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda _: b"", "not a whole GGUF file"),
-        (lambda _: b"GGUF" + b"\xff" * 200, "not a whole GGUF file"),
-        (lambda data: data[:-2000], "not a whole GGUF file"),
-        (lambda data: data.replace(b"adapter.type", b"adapter.tipe"), r"adapter\.type = None, not 'lora'"),
-        (
-            lambda data: data.replace(b"blk.1.attn_q", b"blk.7.attn_q"),
-            r"blk\.7\.attn_q\.weight\.lora_a: the model has no",
-        ),
-    ],
-)
-def test_damaged_gguf(tmp_path: Path, live: LoRAModel, damage: Callable[[bytes], bytes], message: str) -> None:
-    live.export(tmp_path / "out", "gguf")
-    file = tmp_path / "out" / "adapter.gguf"
-    torch.testing.assert_close(logits(LoRAModel.from_pretrained(chat_model(), tmp_path / "out")), logits(live))
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(FormatError, match=message):
-        LoRAModel.from_pretrained(chat_model(), tmp_path / "out")

@@ -1,3 +1,5 @@
+"""Token ids, and which of them are trained."""
+
 from typing import Any
 
 import numpy as np
@@ -7,8 +9,10 @@ from transformers import ByT5Tokenizer
 
 from tailora.data.dataset import IGNORED, Example
 from tailora.data.schemas import Conversation, Pair, Sample, Text
-from tailora.data.tokenize import encode_sample, prompt_ids, reply_text
+from tailora.data.tokenize import encode_sample, preview, prompt_ids, reply_text
 from tailora.errors import DataError
+
+# ---- Encoding
 
 CHAT = Conversation([{"role": "user", "content": "hello how"}, {"role": "assistant", "content": "fine, thanks"}])
 LLAMA2 = (
@@ -21,7 +25,7 @@ def learned(example: Example, tokenizer: Any) -> str:
     return str(tokenizer.decode(example.labels[example.labels != IGNORED].tolist()))
 
 
-def test_labels_are_the_ids_where_learned_and_ignored_elsewhere(bytes_tokenizer, chatml) -> None:
+def test_labels_are_the_ids_if_trained_and_ignored_otherwise(bytes_tokenizer, chatml) -> None:
     tokenizer = bytes_tokenizer(chatml)
     example = encode_sample(CHAT, tokenizer, 100)
     assert example.input_ids.dtype == example.labels.dtype == np.int32
@@ -31,7 +35,7 @@ def test_labels_are_the_ids_where_learned_and_ignored_elsewhere(bytes_tokenizer,
 
 
 @pytest.mark.parametrize("sample", [CHAT, Pair("hello", " you"), Text("hello you")], ids=["chat", "pair", "text"])
-def test_the_end_is_learned_though_padding_is_the_same_token(bytes_tokenizer, chatml, sample) -> None:
+def test_the_end_is_trained_though_padding_is_the_same_token(bytes_tokenizer, chatml, sample) -> None:
     tokenizer = bytes_tokenizer(chatml if isinstance(sample, Conversation) else None)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     example = encode_sample(sample, tokenizer, 100)
@@ -88,7 +92,7 @@ def test_the_prompt_is_the_tokens_that_generation_sees(request, family, sample) 
     assert (example.labels[max(1, len(prompt)) :] != IGNORED).all()
 
 
-def test_the_border_case_is_one(bytes_tokenizer) -> None:
+def test_a_prompt_within_a_text_can_have_other_tokens_than_alone(bytes_tokenizer) -> None:
     """Without care the pair above would teach the model to go on from tokens that it never sees."""
     tokenizer = bytes_tokenizer()
     joint = tokenizer("what is the weather like")["input_ids"]
@@ -96,7 +100,7 @@ def test_the_border_case_is_one(bytes_tokenizer) -> None:
     assert joint[: len(alone)] != alone
 
 
-def test_the_joint_tokens_are_kept_where_they_agree(words_tokenizer) -> None:
+def test_the_tokens_of_the_whole_text_are_kept_if_the_prompt_agrees(words_tokenizer) -> None:
     """Tokenised by itself, the reply would get the mark of a text's first word."""
     tokenizer = words_tokenizer(LLAMA2)
     example = encode_sample(CHAT, tokenizer, 100)
@@ -105,7 +109,7 @@ def test_the_joint_tokens_are_kept_where_they_agree(words_tokenizer) -> None:
     assert example.input_ids.tolist()[: len(prompt_ids(CHAT, tokenizer))] == prompt_ids(CHAT, tokenizer)
 
 
-def test_a_reply_that_melts_into_the_header_is_kept_apart(bytes_tokenizer) -> None:
+def test_a_reply_that_would_merge_with_the_header_is_tokenized_on_its_own(bytes_tokenizer) -> None:
     template = (
         "{{ messages[0].content }} the wea{% if messages | length > 1 %}{{ messages[1].content }}<|im_end|>{% endif %}"
     )
@@ -117,7 +121,7 @@ def test_a_reply_that_melts_into_the_header_is_kept_apart(bytes_tokenizer) -> No
     assert learned(example, tokenizer) == "ther<|im_end|>"
 
 
-def test_every_reply_of_a_long_chat_is_learned_and_nothing_else(bytes_tokenizer, chatml) -> None:
+def test_only_the_replies_of_a_long_chat_are_trained(bytes_tokenizer, chatml) -> None:
     turns = [("user" if place % 2 == 0 else "assistant", f"hello {place}") for place in range(12)]
     chat = Conversation([{"role": role, "content": content} for role, content in turns])
     tokenizer = bytes_tokenizer(chatml)
@@ -125,7 +129,7 @@ def test_every_reply_of_a_long_chat_is_learned_and_nothing_else(bytes_tokenizer,
     assert learned(encode_sample(chat, tokenizer, 1000), tokenizer) == replies
 
 
-def test_an_emoji_of_several_tokens_is_learned_whole(bytes_tokenizer, chatml) -> None:
+def test_an_emoji_of_several_tokens_is_trained_whole(bytes_tokenizer, chatml) -> None:
     tokenizer = bytes_tokenizer(chatml)
     chat = Conversation([{"role": "user", "content": "🙂"}, {"role": "assistant", "content": "🙃 ok 🙃"}])
     assert learned(encode_sample(chat, tokenizer, 100), tokenizer) == "🙃 ok 🙃<|im_end|>"
@@ -140,7 +144,7 @@ def test_a_tokenizer_without_offsets_works_too(chatml) -> None:
     assert example.input_ids.tolist() == tokenizer.apply_chat_template(CHAT.messages, return_dict=False)
 
 
-def test_what_is_longer_is_cut_and_its_end_is_not_learned(bytes_tokenizer) -> None:
+def test_a_longer_sample_is_cut_and_its_end_is_not_trained(bytes_tokenizer) -> None:
     tokenizer = bytes_tokenizer()
     whole, cut = (encode_sample(Pair("hello", " you" * 9), tokenizer, length) for length in (100, 5))
     assert len(cut.input_ids) == 5
@@ -149,7 +153,7 @@ def test_what_is_longer_is_cut_and_its_end_is_not_learned(bytes_tokenizer) -> No
     assert encode_sample(Pair("hello how are you " * 9, "fine"), tokenizer, 5).supervised == 0
 
 
-def test_a_sample_of_which_nothing_is_learned_is_refused(bytes_tokenizer) -> None:
+def test_a_sample_without_trained_tokens_is_refused(bytes_tokenizer) -> None:
     tokenizer = bytes_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="all labels masked"):
@@ -157,11 +161,11 @@ def test_a_sample_of_which_nothing_is_learned_is_refused(bytes_tokenizer) -> Non
 
 
 @pytest.mark.parametrize(("sample", "reply"), [(CHAT, "fine, thanks"), (Pair("a", "b"), "b"), (Text("c"), "c")])
-def test_the_reply_is_what_the_sample_teaches_last(sample: Sample, reply: str) -> None:
+def test_the_reply_is_the_last_trained_text(sample: Sample, reply: str) -> None:
     assert reply_text(sample) == reply
 
 
-def test_the_first_token_is_never_learned_since_nothing_predicts_it(bytes_tokenizer) -> None:
+def test_the_first_token_is_never_trained_since_nothing_predicts_it(bytes_tokenizer) -> None:
     example = encode_sample(Text("hello you"), bytes_tokenizer(), 9)
     assert (example.labels != IGNORED).tolist() == [False] + [True] * (len(example.labels) - 1)
 
@@ -172,3 +176,33 @@ def test_the_prompt_of_a_chat_ends_where_the_reply_begins(bytes_tokenizer, chatm
     assert tokenizer.decode(asked) == "<|im_start|>user\nhello how<|im_end|>\n<|im_start|>assistant\n"
     assert prompt_ids(Conversation(CHAT.messages[:1]), tokenizer) == asked
     assert prompt_ids(Pair("hello how", "fine"), tokenizer) == asked
+
+
+# ---- Preview
+
+
+def test_a_chat_is_shown_in_pieces(bytes_tokenizer, chatml) -> None:
+    tokenizer = bytes_tokenizer(chatml)
+    contents = ["hello", "how are you", "fine", "thanks 🙂"]
+    roles = ["user", "assistant"] * 2
+    chat = Conversation([{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)])
+    assert preview(encode_sample(chat, tokenizer, 200), tokenizer) == [
+        ("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", False),
+        ("how are you<|im_end|>", True),
+        ("\n<|im_start|>user\nfine<|im_end|>\n<|im_start|>assistant\n", False),
+        ("thanks 🙂<|im_end|>", True),
+    ]
+
+
+@pytest.mark.parametrize("sample", [Pair("hello how are", " you today"), Text("one two")])
+def test_the_pieces_joined_are_the_example(words_tokenizer, sample) -> None:
+    tokenizer = words_tokenizer()
+    example = encode_sample(sample, tokenizer, 200)
+    pieces = preview(example, tokenizer)
+    assert "".join(text for text, _ in pieces) == tokenizer.decode(example.input_ids.tolist())
+    assert [flag for _, flag in pieces] == [False, True]
+
+
+def test_the_space_between_two_pieces_is_kept(words_tokenizer) -> None:
+    tokenizer = words_tokenizer()
+    assert preview(encode_sample(Pair("hello how are", " you"), tokenizer, 200), tokenizer)[1][0].startswith(" you")

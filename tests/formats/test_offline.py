@@ -1,4 +1,4 @@
-"""An adapter's updates without its model: what can be said, what is left out, and what is refused."""
+"""An adapter's updates without its base model: what the files say, what is left out, what is refused."""
 
 from pathlib import Path
 
@@ -31,46 +31,46 @@ def folder(tmp_path: Path) -> Path:
     return model.save_adapter(tmp_path)
 
 
-def test_scales_follow_patterns_and_what_is_trained_whole_is_left_out(tmp_path: Path) -> None:
+def test_scales_follow_patterns_and_modules_trained_whole_are_left_out(tmp_path: Path) -> None:
     patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 5}}
     config = LoRAConfig(r=4, lora_alpha=8, use_rslora=True, modules_to_save=["norm"], **patterns)
     model = LoRAModel(chat_model(), config)
     stir(model)
     model.save_adapter(tmp_path)
-    found = read_offline(tmp_path)
+    offline = read_offline(tmp_path)
     for path, layer in model.adapter().low_rank.items():
-        each = found.updates[path]
-        assert each.r == layer.r
-        assert each.scaling == pytest.approx(layer.scaling.item())
-        torch.testing.assert_close(each.factors.dense[0], layer.delta().detach(), rtol=1e-5, atol=1e-6)
-    assert found.left_out == {"model.norm.weight": "trained whole, without a low-rank update"}
-    assert found.base is None
+        update = offline.updates[path]
+        assert update.r == layer.r
+        assert update.scaling == pytest.approx(layer.scaling.item())
+        torch.testing.assert_close(update.factors.dense[0], layer.delta().detach(), rtol=1e-5, atol=1e-6)
+    assert offline.left_out == {"model.norm.weight": "trained whole, without a low-rank update"}
+    assert offline.base is None
 
 
-def test_parts_are_read_as_one_matrix_of_the_whole_layer(tmp_path: Path) -> None:
+def test_parts_of_a_fused_layer_are_read_as_one_matrix(tmp_path: Path) -> None:
     net = nn.ModuleDict({"qkv": nn.Linear(12, 18)})
     parts = {"qkv": {"q": 6, "k": 6, "v": 6}}
     model = LoRAModel(net, LoRAConfig(r=2, target_modules=["qkv.q", "qkv.v"], fused_parts=parts))
     stir(model)
     model.save_adapter(tmp_path)
-    ((path, found),) = read_offline(tmp_path).updates.items()
-    assert (path, found.r) == ("qkv", 4)
+    ((path, offline),) = read_offline(tmp_path).updates.items()
+    assert (path, offline.r) == ("qkv", 4)
     whole = sum(layer.delta(net["qkv"]).detach() for layer in model.adapter().low_rank.values())
-    torch.testing.assert_close(found.factors.dense[0], whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(offline.factors.dense[0], whole, rtol=1e-5, atol=1e-6)
 
 
-def test_an_a_that_mixes_groups_is_no_matrix_of_the_layer(tmp_path: Path) -> None:
+def test_a_factor_that_mixes_groups_is_left_out(tmp_path: Path) -> None:
     case = next(case for case in LAYERS if case.name == "conv2d grouped")
     trained(case).save_adapter(tmp_path)
     (A,) = (tensor for key, tensor in load_file(tmp_path / WEIGHTS).items() if "lora_A" in key)
     changed(tmp_path, lora_A=torch.randn(A.shape))
-    found = read_offline(tmp_path)
-    assert not found.updates
-    assert "all groups" in found.left_out["block.target"]
+    offline = read_offline(tmp_path)
+    assert not offline.updates
+    assert "all groups" in offline.left_out["block.target"]
 
 
 @pytest.mark.parametrize(
-    ("tensors", "told"),
+    ("tensors", "message"),
     [
         ({"lora_A": torch.randn(3, 8)}, "for a rank of 2"),
         ({"lora_B": torch.randn(6, 1)}, "for a rank of 2"),
@@ -78,13 +78,13 @@ def test_an_a_that_mixes_groups_is_no_matrix_of_the_layer(tmp_path: Path) -> Non
         ({"lora_B": torch.full((6, 2), torch.nan)}, "not finite"),
     ],
 )
-def test_a_damaged_file_is_refused(folder: Path, tensors: dict[str, torch.Tensor], told: str) -> None:
+def test_a_damaged_file_is_refused(folder: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
     changed(folder, **tensors)
-    with pytest.raises(FormatError, match=told):
+    with pytest.raises(FormatError, match=message):
         read_offline(folder)
 
 
-def test_a_lost_factor_and_what_needs_the_model_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_factor_and_files_that_need_the_model_are_refused(folder: Path, tmp_path: Path) -> None:
     held = {key: tensor for key, tensor in load_file(folder / WEIGHTS).items() if "lora_B" not in key}
     save_file(held, folder / WEIGHTS)
     with pytest.raises(FormatError, match="a: there is a lora_A without the other factor"):

@@ -1,3 +1,5 @@
+"""Batches: every example once, similar lengths together, the same loss packed and padded."""
+
 import numpy as np
 import pytest
 import torch
@@ -61,14 +63,14 @@ def test_packed_documents_keep_their_own_positions_and_borders() -> None:
     assert PAIR[1].labels.tolist() == [4, 5]  # the store is left alone
 
 
-def test_padding_is_masked_and_not_learned() -> None:
+def test_padding_is_masked_and_not_trained() -> None:
     padded = collate_padded(PAIR, pad_id=9)
     assert padded["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
     assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert padded["labels"].tolist() == [[IGNORED, 2, 3], [4, 5, IGNORED]]
 
 
-def test_packed_and_padded_batches_learn_the_same_shifted_tokens() -> None:
+def test_packed_and_padded_batches_have_the_same_loss() -> None:
     """With logits that depend on the token alone, the summed shifted loss must not know how the batch was built."""
     table = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
     losses = [

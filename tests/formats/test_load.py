@@ -1,10 +1,8 @@
-"""The adapter folder: whole or not at all, the same bytes, and nothing taken on trust."""
+"""Loading an adapter: every tensor fits, or all that is wrong is named; nothing in a file is trusted."""
 
 import json
 import os
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,7 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.errors import BaseMismatchError, DivergedError, FormatError, WriteError
+from tailora.errors import BaseMismatchError, FormatError
 
 
 def llama(layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
@@ -45,7 +43,7 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
-def test_an_adapter_of_a_deeper_model_is_refused_with_every_tensor(tmp_path: Path) -> None:
+def test_the_adapter_of_a_deeper_model_is_refused_with_every_tensor(tmp_path: Path) -> None:
     deep = LoRAModel(llama(2), LoRAConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(FormatError) as caught:
         LoRAModel.from_pretrained(llama(1), deep.save_adapter(tmp_path))
@@ -59,7 +57,7 @@ def test_an_adapter_of_a_shallower_model_is_refused(tmp_path: Path) -> None:
         LoRAModel.from_pretrained(llama(2), shallow.save_adapter(tmp_path))
 
 
-def test_missing_unexpected_misshapen_and_non_finite_are_told_at_once(folder: Path) -> None:
+def test_missing_unexpected_misshapen_and_non_finite_tensors_are_reported_at_once(folder: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[f"{Q0}.lora_A.weight"]
         tensors["base_model.model.nonsense"] = torch.zeros(3)
@@ -106,7 +104,7 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(folder: Path) -> None:
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern = .'q_proj': 3. here"),
     ],
 )
-def test_settings_that_would_mean_something_else_here_are_refused(
+def test_settings_that_would_compute_something_else_are_refused(
     folder: Path, settings: dict[str, Any], message: str
 ) -> None:
     path = folder / "adapter_config.json"
@@ -153,7 +151,7 @@ def test_a_hostile_pattern_costs_less_than_a_second(tmp_path: Path, setting: str
         (lambda f: os.truncate(f / "adapter_model.safetensors", 3000), "not a whole safetensors file"),
     ],
 )
-def test_damaged_folders(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
+def test_a_damaged_folder_is_refused(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(folder)
     with pytest.raises(FormatError, match=message):
         LoRAModel.from_pretrained(llama(), folder)
@@ -171,7 +169,7 @@ def test_a_pickle_is_never_opened(folder: Path) -> None:
     assert not (folder / "ran").exists()
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="is not a folder"):
         LoRAModel.from_pretrained(llama(), tmp_path / "nowhere")
 
@@ -184,63 +182,8 @@ def test_an_adapter_for_other_weights_is_refused_unless_allowed(folder: Path) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_same_base_in_another_precision_is_the_same_base(folder: Path, dtype: torch.dtype) -> None:
+def test_the_base_is_recognised_in_another_precision(folder: Path, dtype: torch.dtype) -> None:
     assert len(LoRAModel.from_pretrained(llama().to(dtype), folder).lora_layers) == 4
-
-
-def test_saved_in_float32_on_a_bfloat16_base(tmp_path: Path) -> None:
-    model = LoRAModel(llama().to(torch.bfloat16), LoRAConfig(r=4))
-    tensors = load_file(model.save_adapter(tmp_path) / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-
-
-def test_a_learned_scale_comes_back_as_learned_and_an_assigned_one_as_the_same_function(tmp_path: Path) -> None:
-    ids = torch.arange(10)[None]
-    model = LoRAModel(llama(), LoRAConfig(r=4, learn_scaling=True))
-    stir(model)
-    back = LoRAModel.from_pretrained(llama(), model.save_adapter(tmp_path / "learned"))
-    for key, layer in model.lora_layers.items():
-        assert isinstance(back.lora_layers[key].scaling, nn.Parameter)
-        assert back.lora_layers[key].scaling.item() == pytest.approx(layer.scaling.item(), rel=1e-6)
-    torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
-
-    fixed = LoRAModel(llama(), LoRAConfig(r=4))
-    stir(fixed)
-    for number, layer in enumerate(fixed.lora_layers.values()):
-        layer.scaling = 0.1 * number  # the first one is 0
-    again = LoRAModel.from_pretrained(llama(), fixed.save_adapter(tmp_path / "fixed"))
-    torch.testing.assert_close(again(ids).logits, fixed(ids).logits, rtol=1e-5, atol=1e-5)
-
-
-def test_the_same_bytes_in_every_process(tmp_path: Path) -> None:
-    script = (
-        "import sys, torch; from torch import nn; from tailora import LoRAConfig, LoRAModel; torch.manual_seed(0);"
-        "LoRAModel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), LoRAConfig(r=2)).save_adapter(sys.argv[1])"
-    )
-    contents = set()
-    for hash_seed in ("1", "2", "3"):
-        target = tmp_path / hash_seed
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        subprocess.run([sys.executable, "-c", script, str(target)], check=True, env=environment)
-        contents.add(tuple(path.read_bytes() for path in sorted(target.iterdir())))
-    assert len(contents) == 1
-
-
-def test_saving_again_replaces_the_folder_and_leaves_other_files(folder: Path) -> None:
-    model = LoRAModel(llama(), LoRAConfig(r=2, target_modules=["q_proj"]))
-    (folder / "notes.txt").write_text("mine")
-    model.save_adapter(folder)
-    assert (folder / "notes.txt").read_text() == "mine"
-    assert LoRAModel.from_pretrained(llama(), folder).adapters["default"].r == 2
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["adapter"]
-
-
-@pytest.mark.parametrize("name", ["..", ".", "a/b", "/tmp", "a\0b"])
-def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
-    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2), adapter_name=name)
-    with pytest.raises(FormatError, match="cannot name a folder"):
-        model.save_adapter(tmp_path / "out", name)
-    assert not (tmp_path / "out").exists()
 
 
 def test_weights_without_their_settings_file_describe_themselves(folder: Path) -> None:
@@ -251,7 +194,7 @@ def test_weights_without_their_settings_file_describe_themselves(folder: Path) -
         LoRAModel.from_pretrained(llama(), folder)
 
 
-def test_death_between_the_files_of_an_exchange_is_seen(folder: Path) -> None:
+def test_a_crash_between_replacing_two_files_is_noticed(folder: Path) -> None:
     before = (folder / "adapter_config.json").read_bytes()
     model = LoRAModel(llama(), LoRAConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
     model.save_adapter(folder)
@@ -278,61 +221,3 @@ def test_hostile_metadata_is_refused(folder: Path, notes: str, message: str) -> 
     save_file(load_file(path), path, metadata={"format": "pt", "tailora": notes})
     with pytest.raises(FormatError, match=message):
         LoRAModel.from_pretrained(llama(), folder)
-
-
-def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
-    model.lora_layers["0"].lora_A.data[0, 0] = torch.nan
-    with pytest.raises(DivergedError, match="lora_A"):
-        model.save_adapter(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_scale_made_learned_by_hand_comes_back_learned(tmp_path: Path) -> None:
-    model = LoRAModel(llama(), LoRAConfig(r=4, target_modules=["q_proj"]))
-    stir(model)
-    first = next(iter(model.lora_layers.values()))
-    first.scaling = nn.Parameter(torch.full((1,), 3.0))
-    back = LoRAModel.from_pretrained(llama(), model.save_adapter(tmp_path))
-    assert [layer.learns_scaling for layer in back.lora_layers.values()] == [True, False]
-    ids = torch.arange(9)[None]
-    torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
-
-
-def test_saving_into_an_empty_folder_and_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    model.save_adapter(".")
-    (tmp_path / "link").symlink_to(tmp_path / "empty")
-    model.save_adapter(tmp_path / "link")
-    assert (tmp_path / "link").is_symlink()
-    assert len(list((tmp_path / "empty").iterdir())) == 3
-
-
-@pytest.mark.parametrize(
-    ("folder", "said"),
-    [
-        ("file", "HERE/file is a file, not a folder; give another path, or move that file away"),
-        ("file/deep/out", "HERE/file is a file, not a folder; give another path, or move that file away"),
-        ("x" * 300, "File name too long; give another path"),
-        ("/sys/tailora/out", "give a folder that you may write to"),
-    ],
-)
-def test_a_place_that_cannot_be_written_is_named_with_cause_and_remedy(tmp_path: Path, folder: str, said: str) -> None:
-    (tmp_path / "file").write_text("mine")
-    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
-    with pytest.raises(WriteError) as caught:
-        model.save_adapter(tmp_path / folder)
-    assert isinstance(caught.value, OSError)
-    assert str(caught.value).startswith(str(tmp_path / folder))
-    assert str(caught.value).endswith(said.replace("HERE", str(tmp_path)))
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
-    with pytest.raises(WriteError, match=r"out cannot be written: Permission denied; give a folder that you may write"):
-        model.save_adapter(tmp_path / "out")

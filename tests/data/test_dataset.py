@@ -1,0 +1,139 @@
+"""Examples in flat arrays, the split, the report."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tailora.data.dataset import (
+    IGNORED,
+    Example,
+    Examples,
+    count_repeats,
+    dataset_hash,
+    group_equal,
+    length_histogram,
+    split_examples,
+)
+from tailora.errors import DataError
+
+# ---- Examples
+
+THREE = [([1, 2, 3], [IGNORED, 2, 3]), ([4], [4]), ([5, 6], [5, IGNORED])]
+
+
+@pytest.fixture
+def examples() -> Examples:
+    pairs = [(np.array(ids, np.int32), np.array(labels, np.int32)) for ids, labels in THREE]
+    return Examples.of(Example(*pair, row) for row, pair in zip([3, 5, 8], pairs, strict=True))
+
+
+def test_examples_are_returned_as_they_were_stored(examples: Examples) -> None:
+    assert [(e.input_ids.tolist(), e.labels.tolist()) for e in examples] == THREE
+    assert [example.source_index for example in examples] == [3, 5, 8]
+    assert examples[-1].source_index == 8
+    assert examples.input_ids.dtype == examples.labels.dtype == np.int32
+
+
+def test_trained_tokens_are_counted_after_the_shift(examples: Examples) -> None:
+    assert examples.lengths.tolist() == [3, 1, 2]
+    assert examples.supervised.tolist() == [2, 0, 0] == [example.supervised for example in examples]
+
+
+def test_a_selection_keeps_the_order_asked_for(examples: Examples) -> None:
+    chosen = examples.select([2, 0])
+    assert [example.source_index for example in chosen] == [8, 3]
+    assert chosen[1].input_ids.tolist() == [1, 2, 3]
+
+
+def test_there_may_be_no_examples(examples: Examples) -> None:
+    none = examples.select([])
+    assert (len(none), none.lengths.tolist(), none.supervised.tolist(), list(none)) == (0, [], [], [])
+
+
+def test_an_index_out_of_range_is_an_error(examples: Examples) -> None:
+    with pytest.raises(IndexError, match="example 3 of 3"):
+        examples[3]
+
+
+def test_hashes_are_equal_if_ids_and_labels_are(examples: Examples) -> None:
+    first, other, last = examples.select([0, 0, 1]).hashes()
+    assert first == other != last
+    relabelled = Example(examples[0].input_ids, examples[0].input_ids)
+    assert Examples.of([relabelled]).hashes() != [first]
+
+
+# ---- Split
+
+DIFFERENT = [bytes([number]) for number in range(200)]
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.05, 10), (0.5, 100), (0.001, 1), (0.999, 199)])
+def test_every_example_is_on_one_side_and_the_share_is_kept(share: float, held: int) -> None:
+    sides = split_examples(DIFFERENT, share, seed=0)
+    assert len(sides.held_out) == held
+    assert sorted(sides.train + sides.held_out) == list(range(200))
+
+
+def test_the_seed_alone_decides() -> None:
+    assert split_examples(DIFFERENT, 0.1, 3) == split_examples(DIFFERENT, 0.1, 3) != split_examples(DIFFERENT, 0.1, 4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_copies_are_never_on_both_sides(seed: int) -> None:
+    keys = [bytes([number % 7]) for number in range(50)]
+    sides = split_examples(keys, 0.3, seed)
+    assert min(map(len, sides)) > 0
+    assert not {keys[place] for place in sides.train} & {keys[place] for place in sides.held_out}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_smallest_group_is_held_out_when_all_are_larger_than_the_share(seed: int) -> None:
+    assert split_examples([b"a"] * 9 + [b"b"] * 3, 0.05, seed).held_out == [9, 10, 11]
+
+
+def test_a_share_of_nothing_holds_out_nothing() -> None:
+    assert split_examples([b"a", b"a"], 0, 0) == ([0, 1], [])
+
+
+@pytest.mark.parametrize("keys", [[b"a"], [b"a", b"a"]])
+def test_a_single_distinct_example_cannot_be_split(keys: list[bytes]) -> None:
+    with pytest.raises(
+        DataError, match=r"1 different example in \d rows: none can be held out; .*--validation-split 0"
+    ):
+        split_examples(keys, 0.05, 0)
+
+
+def test_groups_hold_the_indices_of_equal_hashes() -> None:
+    assert group_equal([b"a", b"b", b"a"]) == [[0, 2], [1]]
+
+
+# ---- Report
+
+
+@pytest.mark.parametrize("lengths", [[5], [5, 5, 5], [1, 2], [3, 900, 17, 17, 4000], list(range(1, 1025))])
+def test_the_bins_cover_all_lengths_without_gap(lengths: list[int]) -> None:
+    bins = length_histogram(np.array(lengths))
+    assert sum(each.examples for each in bins) == len(lengths)
+    assert (bins[0].low, bins[-1].high) == (min(lengths), max(lengths))
+    assert [each.low for each in bins[1:]] == [each.high + 1 for each in bins[:-1]]
+    for each in bins:
+        assert each.examples == sum(each.low <= length <= each.high for length in lengths)
+
+
+def test_the_hash_is_of_the_content_and_its_parts() -> None:
+    def store(*documents: list[int]) -> Examples:
+        return Examples.of(Example(np.array(ids, np.int32), np.array(ids, np.int32)) for ids in documents)
+
+    known = dataset_hash(store([1, 2], [3]), store([4]))
+    assert known == dataset_hash(store([1, 2], [3]), store([4]))
+    others = [(store([1], [2, 3]), store([4])), (store([1, 2]), store([3], [4])), (store([1, 2], [3]), store([5]))]
+    assert known not in {dataset_hash(*other) for other in others}
+
+
+def test_repeats_count_copies_on_one_side_and_across() -> None:
+    assert count_repeats([b"a", b"a", b"b"], [b"b", b"c", b"c"]) == (2, 1)
+
+
+def test_bins_are_plain_numbers() -> None:
+    assert json.dumps([each.low for each in length_histogram(np.array([1, 9]))])

@@ -1,0 +1,304 @@
+"""Rows of files, folders, saved data sets and the Hub, and the problems of those that cannot be read."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import datasets
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tailora.data.readers import Row, RowProblem, check_model_exists, data_error, read_file, read_hub, read_rows
+from tailora.errors import ConfigError, DataError
+
+# ---- Files
+
+ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": 'c, "d"\n', "completion": "ü"}]
+
+
+def write_jsonl(path: Path) -> None:
+    path.write_text("\n\n".join(json.dumps(row) for row in ROWS))
+
+
+def write_json(path: Path) -> None:
+    path.write_text(json.dumps(ROWS, indent=1))
+
+
+def write_wrapped(path: Path) -> None:
+    path.write_text(json.dumps({"data": ROWS}))
+
+
+def write_csv(path: Path) -> None:
+    path.write_text('\ufeffprompt,completion\na,b\n"c, ""d""\n",ü\n', newline="")
+
+
+def write_tsv(path: Path) -> None:
+    path.write_text('prompt\tcompletion\na\tb\n"c, ""d""\n"\tü\n', newline="")
+
+
+def write_parquet(path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+def test_a_csv_field_can_have_any_length_and_the_limit_of_csv_is_put_back(tmp_path: Path) -> None:
+    before, long = csv.field_size_limit(), "x" * 200_000
+    (tmp_path / "long.csv").write_text(f"text\n{long}\nshort\n")
+    rows = read_file(tmp_path / "long.csv")
+    first = next(rows)
+    assert csv.field_size_limit() == before
+    assert [row.fields["text"] for row in (first, *rows) if isinstance(row, Row)] == [long, "short"]
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "numbers"),
+    [
+        ("a.jsonl", write_jsonl, [1, 3]),
+        ("a.JSONL", write_jsonl, [1, 3]),
+        ("a.ndjson", write_jsonl, [1, 3]),
+        ("a.json", write_json, [1, 2]),
+        ("wrapped.json", write_wrapped, [1, 2]),
+        ("lines.json", write_jsonl, [1, 3]),
+        ("a.csv", write_csv, [2, 4]),
+        ("a.tsv", write_tsv, [2, 4]),
+        ("a.parquet", write_parquet, [1, 2]),
+    ],
+)
+def test_every_file_type_gives_the_same_rows(tmp_path: Path, name, write, numbers) -> None:
+    path = tmp_path / name
+    write(path)
+    assert list(read_file(path)) == [
+        Row(str(path), number, fields) for number, fields in zip(numbers, ROWS, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "number", "cause"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', 2, "not JSON: Expecting value at column 9"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', 2, "not UTF-8: byte 10 is 0xff"),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n', 2, "a JSON list where an object {...} is needed"),
+        ("a.jsonl", b'{"text": "a"}\n{"n": ' + b"9" * 5000 + b"}\n", 2, "not JSON that can be read: Exceeds the limit"),
+        ("a.jsonl", b"[" * 100_000, 1, "not JSON that can be read: maximum recursion depth"),
+        ("a.json", b'[{"text": "a"},\n{"text" "b"}]', 2, "not JSON: Expecting ':' delimiter at column 9"),
+        ("a.json", b'["x"]', 1, "a JSON str where an object {...} is needed"),
+        ("a.json", b'"\xff"', 0, "not UTF-8: byte 1 is 0xff"),
+        ("a.csv", b"prompt,completion\na,b,c\n", 2, "3 values where the header names 2 columns"),
+        ("a.csv", b"prompt,completion\na\n", 2, "1 values where the header names 2 columns"),
+        ("a.csv", b"prompt,prompt\na,b\n", 1, "the header names prompt more than once"),
+        ("a.csv", b'prompt\n"a', 2, "not CSV: unexpected end of data"),
+        ("a.csv", b"prompt\na\n\xff\n", 3, "not UTF-8: byte 0 is 0xff"),
+        ("a.parquet", b"not a table", 0, "not Parquet: Parquet magic bytes not found"),
+    ],
+)
+def test_an_unreadable_row_is_named_with_file_number_and_cause(tmp_path: Path, name, content, number, cause) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    (problem,) = [item for item in read_file(path) if isinstance(item, RowProblem)]
+    assert (problem.file, problem.number) == (str(path), number)
+    assert cause in problem.cause
+
+
+def test_good_lines_around_a_bad_one_are_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\nbad\n{"text": "b"}\nworse\n')
+    assert [type(item) for item in read_file(path)] == [Row, RowProblem, Row, RowProblem]
+
+
+def test_one_conversation_in_a_json_file_is_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    path.write_text(json.dumps(row))
+    assert list(read_file(path)) == [Row(str(path), 1, row)]
+
+
+def test_a_file_that_cannot_be_opened_is_a_problem(tmp_path: Path) -> None:
+    path = tmp_path / "gone.jsonl"
+    assert list(read_file(path)) == [RowProblem(str(path), 0, "No such file or directory")]
+
+
+def test_an_error_shows_twenty_problems_and_counts_the_rest() -> None:
+    text = str(data_error([RowProblem("a.jsonl", number, "bad") for number in range(1, 26)]))
+    assert text.startswith("25 problems:\n  - a.jsonl:1: bad\n")
+    assert text.endswith("  - a.jsonl:20: bad\n  and 5 more")
+
+
+# ---- Folders and Hugging Face data sets
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A file per split, one of them in a folder of its own, and a file that is no data."""
+    for name in ("train.jsonl", "validation-00000-of-00001.jsonl", "test/test.jsonl"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": name}))
+    (tmp_path / "data" / "README.md").touch()
+    return tmp_path / "data"
+
+
+def texts(source: str, **options) -> list[str]:
+    return [row.fields["text"] for row in read_rows(source, **options)]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_the_files_of_a_split_are_known_by_their_names(folder: Path, split: str) -> None:
+    assert [text.startswith(split) for text in texts(str(folder), split=split)] == [True]
+    assert texts(f"{folder}[{split}]") == texts(str(folder), split=split)
+
+
+def test_a_missing_split_is_named_with_the_files_in_the_folder(folder: Path) -> None:
+    (folder / "test" / "test.jsonl").unlink()
+    with pytest.raises(DataError, match=r"no file for the split 'test'; there are train.jsonl, validation-0"):
+        read_rows(str(folder), split="test")
+
+
+def test_files_that_name_no_split_are_read_together_in_order(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "trains.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    assert texts(str(tmp_path)) == ["a.jsonl", "b.jsonl", "trains.jsonl"]
+
+
+def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "two")
+    assert texts(str(tmp_path / "one")) == ["a", "b"]
+    assert texts(str(tmp_path / "two[test]")) == ["b"]
+    with pytest.raises(DataError, match=r"no split 'tests'; did you mean test\?; there are train, test"):
+        texts(str(tmp_path / "two"), split="tests")
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch) -> str:
+    """A folder that `datasets` reads as it reads a Hub repository; its cache stays in the test."""
+    (folder / "test" / "test.jsonl").unlink()
+    (folder / "test").rmdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return str(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_reads_rows_at_once_or_streamed(hub: str, streaming: bool) -> None:
+    rows = list(read_hub(hub, "validation", streaming))
+    assert [(row.file, row.number) for row in rows] == [(f"{hub}[validation]", 1)]
+    assert rows[0].fields["text"].startswith("validation")
+
+
+def test_an_unknown_split_of_a_data_set_is_refused(hub: str) -> None:
+    with pytest.raises(DataError, match=r"(?s)Unknown split \"nosuch\".*a split as owner/name\[split\]"):
+        list(read_hub(hub, "nosuch", False))
+
+
+def test_an_unreachable_hub_says_what_to_do(monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        DataError, match=r"data owner/name:some: no such file .* the Hub cannot be reached .*hf download"
+    ):
+        list(read_rows("owner/name:some"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{folder}/trian.jsonl", r"no such file or folder.*; did you mean train.jsonl\?"),
+        ("{folder}/tset", r"did you mean test\?"),
+        ("nowhere.jsonl", "no such file or folder"),
+        ("not an id", "no such file or folder"),
+        ("{folder}/README.md", r"the form .md is unknown; readable are .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+        ("{folder}/empty", "the folder holds no data file; readable are"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_refused_with_suggestions(folder: Path, source: str, message: str) -> None:
+    (folder / "empty").mkdir()
+    with pytest.raises(DataError, match=message):
+        read_rows(source.format(folder=folder))
+
+
+# ---- Models of the Hub, asked of a server on this machine
+
+ASK = "import sys; from tailora.data.readers import check_model_exists; check_model_exists(sys.argv[1])"
+
+ANSWER = b'{"id": "no-such-model"}'
+
+
+@contextmanager
+def hub_server(status: int) -> Iterator[tuple[str, list[str]]]:
+    """Address of a server that answers everything with `status`, and the models that it was asked for."""
+    asked: list[str] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.startswith("/api/models/"):  # the Hub's library has questions of its own
+                asked.append(self.path.removeprefix("/api/models/"))
+            self.send_response(status)
+            self.send_header("X-Error-Code", "RepoNotFound" if status == 404 else "")
+            self.send_header("Content-Length", str(len(ANSWER)))
+            self.end_headers()
+            self.wfile.write(ANSWER)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def run_check(name: str, address: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """A process of its own, since the address is read when the Hub's library is imported."""
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+    command = [sys.executable, "-c", ASK, name]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(404, "the Hub has no such model, or a private one"), (200, ""), (503, "")],
+    ids=["absent", "there", "busy"],
+)
+def test_the_hub_is_asked_once(status: int, message: str, tmp_path: Path) -> None:
+    with hub_server(status) as (address, asked):
+        done = run_check("no-such-model", address, tmp_path)
+    assert asked == ["no-such-model"]
+    assert message in done.stderr
+    assert bool(done.returncode) == bool(message)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_again(tmp_path: Path) -> None:
+    with hub_server(200) as (address, _):
+        pass  # nobody listens at this address any more
+    done = run_check("no-such-model", address, tmp_path)
+    assert "ConfigError: model 'no-such-model': no such folder here, and the Hub cannot be reached" in done.stderr
+    assert "Retry" not in done.stderr
+
+
+def test_a_model_in_the_cache_needs_no_hub(tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    with hub_server(404) as (address, asked):
+        done = run_check("owner/name", address, tmp_path)
+    assert (done.returncode, asked) == (0, []), done.stderr
+
+
+def test_a_name_that_is_no_hub_id_is_refused_with_the_nearest_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").mkdir()
+    with pytest.raises(ConfigError, match=r"it is not a Hub id; did you mean my-model\?"):
+        check_model_exists("./my-modle")

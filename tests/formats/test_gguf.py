@@ -1,0 +1,82 @@
+"""GGUF adapters are written and read as llama.cpp does."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import chat_model
+from tiny_adapters import adapted, logits
+
+from tailora import LoRAModel
+from tailora.errors import FormatError
+from tailora.formats import gguf
+
+PATTERNS = {"rank_pattern": {"q_proj": 3, "down_proj": 5}, "alpha_pattern": {"v_proj": 20}}
+
+
+def test_a_gguf_file_read_by_llama_cpp_s_rules_gives_the_update(tmp_path: Path) -> None:
+    """alpha / (rank of B) * B A is the update, with the rows of q and k as the base's GGUF has the weight's."""
+    from gguf import GGUFReader
+
+    model = adapted(PATTERNS)
+    model.export(tmp_path / "out", "gguf")
+    file = GGUFReader(tmp_path / "out" / "adapter.gguf")
+    fields = {name: field.contents() for name, field in file.fields.items()}
+    tensors = {tensor.name: np.array(tensor.data) for tensor in file.tensors}
+    assert fields["general.type"] == "adapter"
+    assert (fields["adapter.type"], fields["general.architecture"]) == ("lora", "llama")
+    assert len(tensors) == 2 * 14
+    for name, path, heads in (
+        ("blk.1.attn_q", "model/layers/1/self_attn/q_proj", 4),
+        ("blk.0.attn_k", "model/layers/0/self_attn/k_proj", 2),
+        ("blk.0.attn_v", "model/layers/0/self_attn/v_proj", None),
+        ("blk.1.ffn_down", "model/layers/1/mlp/down_proj", None),
+    ):
+        A, B = tensors[f"{name}.weight.lora_a"], tensors[f"{name}.weight.lora_b"]
+        delta = model.lora_layers[path].delta().detach().numpy()
+        if heads:  # within a head, row i of the first half is followed by row i of the second
+            size = len(delta) // heads
+            order = [
+                head * size + half * size // 2 + i for head in range(heads) for i in range(size // 2) for half in (0, 1)
+            ]
+            delta = delta[order]
+        np.testing.assert_allclose(fields["adapter.lora.alpha"] / B.shape[1] * B @ A, delta, rtol=1e-4, atol=1e-6)
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    model = adapted()
+    model.base_model.config.model_type = "unheard"
+    with pytest.raises(FormatError, match=r"model_type 'unheard' is not supported; there are: llama, mistral"):
+        model.export(tmp_path / "out", "gguf")
+
+
+def test_a_modelfile_takes_the_base_from_its_folder(tmp_path: Path) -> None:
+    base = chat_model()
+    assert gguf.modelfile(base).endswith("FROM ./base.gguf\nADAPTER ./adapter.gguf\n")
+    base.config._name_or_path = str(tmp_path)
+    assert gguf.modelfile(base) == f'FROM "{tmp_path}"\nADAPTER ./adapter.gguf\n'
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda _: b"", "not a whole GGUF file"),
+        (lambda _: b"GGUF" + b"\xff" * 200, "not a whole GGUF file"),
+        (lambda data: data[:-2000], "not a whole GGUF file"),
+        (lambda data: data.replace(b"adapter.type", b"adapter.tipe"), r"adapter\.type = None, not 'lora'"),
+        (
+            lambda data: data.replace(b"blk.1.attn_q", b"blk.7.attn_q"),
+            r"blk\.7\.attn_q\.weight\.lora_a: the model has no",
+        ),
+    ],
+)
+def test_a_damaged_gguf_file_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    model = adapted(PATTERNS)
+    model.export(tmp_path / "out", "gguf")
+    file = tmp_path / "out" / "adapter.gguf"
+    torch.testing.assert_close(logits(LoRAModel.from_pretrained(chat_model(), tmp_path / "out")), logits(model))
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(FormatError, match=message):
+        LoRAModel.from_pretrained(chat_model(), tmp_path / "out")

@@ -1,0 +1,148 @@
+"""The PEFT folder is written whole or not at all, with the same bytes for the same adapter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import stir
+from safetensors.torch import load_file
+from tiny import chat_model
+from tiny_adapters import adapted
+from torch import nn
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.errors import DivergedError, FormatError, WriteError
+
+
+def test_adapters_of_a_bfloat16_base_are_saved_in_float32(tmp_path: Path) -> None:
+    model = LoRAModel(chat_model().to(torch.bfloat16), LoRAConfig(r=4))
+    tensors = load_file(model.save_adapter(tmp_path) / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_a_learned_scale_stays_learned_and_an_assigned_one_gives_the_same_outputs(tmp_path: Path) -> None:
+    ids = torch.arange(10)[None]
+    model = LoRAModel(chat_model(), LoRAConfig(r=4, learn_scaling=True))
+    stir(model)
+    back = LoRAModel.from_pretrained(chat_model(), model.save_adapter(tmp_path / "learned"))
+    for key, layer in model.lora_layers.items():
+        assert isinstance(back.lora_layers[key].scaling, nn.Parameter)
+        assert back.lora_layers[key].scaling.item() == pytest.approx(layer.scaling.item(), rel=1e-6)
+    torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+    fixed = LoRAModel(chat_model(), LoRAConfig(r=4))
+    stir(fixed)
+    for number, layer in enumerate(fixed.lora_layers.values()):
+        layer.scaling = 0.1 * number  # the first one is 0
+    again = LoRAModel.from_pretrained(chat_model(), fixed.save_adapter(tmp_path / "fixed"))
+    torch.testing.assert_close(again(ids).logits, fixed(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_that_was_made_a_parameter_by_hand_stays_learned(tmp_path: Path) -> None:
+    model = LoRAModel(chat_model(), LoRAConfig(r=4, target_modules=["q_proj"]))
+    stir(model)
+    first = next(iter(model.lora_layers.values()))
+    first.scaling = nn.Parameter(torch.full((1,), 3.0))
+    back = LoRAModel.from_pretrained(chat_model(), model.save_adapter(tmp_path))
+    assert [layer.learns_scaling for layer in back.lora_layers.values()] == [True, False]
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+SAVE = """
+import torch
+from torch import nn
+from tailora import LoRAConfig, LoRAModel
+
+def save(folder):
+    torch.manual_seed(0)
+    LoRAModel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), LoRAConfig(r=2)).save_adapter(folder)
+"""
+
+
+@pytest.mark.slow
+def test_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    script = f"{SAVE}\nimport sys\nsave(sys.argv[1])"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / seed)], env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        for seed in ("1", "2")
+    ]
+    names: dict[str, Any] = {}
+    exec(SAVE, names)
+    names["save"](tmp_path / "here")
+    assert [process.wait(60) for process in processes] == [0, 0]
+    contents = {tuple(path.read_bytes() for path in sorted(folder.iterdir())) for folder in tmp_path.iterdir()}
+    assert len(contents) == 1
+
+
+def test_saving_again_replaces_the_files_and_leaves_others(tmp_path: Path) -> None:
+    folder = adapted({"target_modules": ["q_proj", "down_proj"]}).save_adapter(tmp_path / "adapter")
+    model = LoRAModel(chat_model(), LoRAConfig(r=2, target_modules=["q_proj"]))
+    (folder / "notes.txt").write_text("mine")
+    model.save_adapter(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert LoRAModel.from_pretrained(chat_model(), folder).adapters["default"].r == 2
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "/tmp", "a\0b"])
+def test_an_adapter_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2), adapter_name=name)
+    with pytest.raises(FormatError, match="cannot name a folder"):
+        model.save_adapter(tmp_path / "out", name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
+    model.lora_layers["0"].lora_A.data[0, 0] = torch.nan
+    with pytest.raises(DivergedError, match="lora_A"):
+        model.save_adapter(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_saving_into_an_empty_folder_and_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    model.save_adapter(".")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    model.save_adapter(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert len(list((tmp_path / "empty").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("file", "HERE/file is a file, not a folder; give another path, or move that file away"),
+        ("file/deep/out", "HERE/file is a file, not a folder; give another path, or move that file away"),
+        ("x" * 300, "File name too long; give another path"),
+        ("/sys/tailora/out", "give a folder that you may write to"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_named_with_cause_and_remedy(
+    tmp_path: Path, folder: str, message: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
+    with pytest.raises(WriteError) as caught:
+        model.save_adapter(tmp_path / folder)
+    assert isinstance(caught.value, OSError)
+    assert str(caught.value).startswith(str(tmp_path / folder))
+    assert str(caught.value).endswith(message.replace("HERE", str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
+    with pytest.raises(WriteError, match=r"out cannot be written: Permission denied; give a folder that you may write"):
+        model.save_adapter(tmp_path / "out")

@@ -1,0 +1,25 @@
+"""Adapters of the tiny chat model that do something, and their logits."""
+
+from typing import Any
+
+import torch
+from cases import stir
+from tiny import chat_model
+from torch import Tensor, nn
+
+from tailora import LoRAConfig, LoRAModel
+
+IDS = torch.arange(24).view(2, 12)
+
+
+def adapted(settings: dict[str, Any] | None = None, base: nn.Module | None = None) -> LoRAModel:
+    """r = 4, alpha = 6, unless the settings say otherwise; in evaluation mode."""
+    model = LoRAModel(base or chat_model(), LoRAConfig(**{"r": 4, "lora_alpha": 6, **(settings or {})}))
+    stir(model)
+    return model.eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model.eval()(input_ids=IDS).logits
+    return result
