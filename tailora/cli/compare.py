@@ -120,7 +120,7 @@ def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
     console = stderr()
     with resumable(chosen.config.output_dir):
         comparison = run(
-            chosen.config, study, say=lambda text: console.print(text, markup=False), progress=bar(console)
+            chosen.config, study, log=lambda text: console.print(text, markup=False), progress=bar(console)
         )
     if as_json:
         print_json(comparison.to_dict())

@@ -50,8 +50,8 @@ def search(
 
 
 def _run(chosen: Settings, study: SearchConfig, as_json: bool) -> int:
-    from tailora.study.lr_range import find_range  # Optuna from here on
-    from tailora.study.search import search as run
+    from tailora.study.lr_range import find_range
+    from tailora.study.search import search as run  # Optuna from here on
 
     for text in chosen.notes:
         note(text)
@@ -59,7 +59,7 @@ def _run(chosen: Settings, study: SearchConfig, as_json: bool) -> int:
     work, display = (find_range, show_rates) if study.lr_only else (run, show)
     with resumable(chosen.config.output_dir):
         found: Any = work(
-            chosen.config, study, say=lambda text: console.print(text, markup=False), progress=bar(console)
+            chosen.config, study, log=lambda text: console.print(text, markup=False), progress=bar(console)
         )
     if as_json:
         print_json(found.to_dict())

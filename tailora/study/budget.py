@@ -1,12 +1,14 @@
-"""How long a trial of a search is, so that enough of them and the runs that judge fit into the time there is.
+"""How many steps a trial of a search has, so that enough trials, and the runs that judge, fit into the time there is.
 
-A trial of S steps takes  fixed + S step + 3 evaluations;  a run that judges  fixed + S step and an evaluation of twice
-the examples. What the base has on them is known from the first steps. Halving ends half of the trials at a third of
-their steps and half of the rest at two thirds, so a trial makes about 7/12 of its steps.
+    measure_costs    a few steps -> Costs
+    budget_for       Costs, time, number of trials -> Budget
+
+A trial of S steps takes  fixed + S step + 3 evaluations;  a judging run takes  fixed + S step + one evaluation of twice
+as many examples. What the base has on them is known from the first steps. Successive halving ends half of the trials at
+a third of their steps, and half of the rest at two thirds, so a trial makes about 7/12 of its steps.
 """
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,37 +17,45 @@ from typing import Any
 
 from tailora.errors import ConfigError
 from tailora.study.search_space import Axis
-from tailora.study.trial import Progress, Spec, Trial, try_out
+from tailora.study.study_store import StudySession
+from tailora.study.trial import Trial, TrialSpec
 from tailora.train.config import TrainConfig
 
-RUNGS = 3  # evaluations of a whole trial, evenly spaced; halving at the first and the second
-PROBE_STEPS = 4
+RUNGS = 3  # evaluations of a whole trial, at equal distances; halving at the first and the second
+TIMING_STEPS = 4
+TIMING_RATE = 1e-6  # that hardly trains anything, and so cannot diverge
 FEWEST_STEPS = 9  # 3 at the first rung
-MOST, FEWEST = 16, 6  # trials, where the time decides
-SAFETY = 0.9  # share of the time that is planned with: a probe is short
+MOST_TRIALS, FEWEST_TRIALS = 16, 6  # where the time decides
+SAFETY = 0.9  # share of the time that is planned for: a few steps are a short measurement
 SHARE = 7 / 12  # of its steps that a trial makes
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, measured on a few steps."""
+    """Seconds of a run, measured in a few steps.
 
-    fixed: float  # of a run beside its steps: imports, loading
+    fixed: beside its steps, for imports and loading.    step: of one step.
+    evaluation: of half of the held-out examples.    forgetting: of measuring what was forgotten.
+    """
+
+    fixed: float
     step: float
-    evaluation: float  # of half of the held-out examples
+    evaluation: float
     forgetting: float = 0.0
 
     def trial(self, steps: int, share: float = 1.0, evaluations: int = RUNGS) -> float:
         return self.fixed + share * (steps * self.step + evaluations * self.evaluation)
 
-    def final(self, steps: int) -> float:
+    def judging_run(self, steps: int) -> float:
         return self.fixed + steps * self.step + 2 * self.evaluation + self.forgetting
 
 
 @dataclass(frozen=True)
-class Plan:
-    steps: int  # of a whole trial
-    longest: int  # that the run's settings ask for
+class Budget:
+    """steps: of a whole trial.    longest: how many the run's settings ask for."""
+
+    steps: int
+    longest: int
     costs: Costs
 
     @property
@@ -58,71 +68,39 @@ class Plan:
         return self.costs.trial(self.steps)
 
     @property
-    def final_seconds(self) -> float:
-        return self.costs.final(self.steps)
+    def judging_seconds(self) -> float:
+        """Of one run that judges."""
+        return self.costs.judging_run(self.steps)
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-
-def read_plan(content: dict[str, object]) -> Plan:
-    costs = content.pop("costs")
-    assert isinstance(costs, dict)
-    return Plan(**content, costs=Costs(**costs))  # type: ignore[arg-type]
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Budget":
+        return cls(**{**content, "costs": Costs(**content["costs"])})
 
 
-def planned(costs: Costs, longest: int, seconds: float, trials: int | None, finals: int) -> Plan:
-    """seconds: that are left, or infinite.  trials: wanted, None for as many as fit.  finals: runs that judge.
-
-    Raises ConfigError for too little time.
-    """
-    if math.isinf(seconds):
-        return Plan(longest, longest, costs)
-    for number in [trials] if trials else range(MOST, FEWEST - 1, -1):
-        steps = _steps(costs, seconds * SAFETY, number, finals)
-        if steps >= min(FEWEST_STEPS, longest):
-            return Plan(min(steps, longest), longest, costs)
-    fewest = trials or FEWEST
-    shortest = min(FEWEST_STEPS, longest)
-    needs = (fewest * costs.trial(shortest, SHARE) + finals * costs.final(shortest)) / SAFETY
-    raise ConfigError(
-        f"{fewest} trials of {shortest} steps and {finals} runs that judge take about {math.ceil(needs / 60)} minutes, "
-        f"and {max(seconds, 0) / 60:.1f} are left: give more --minutes, or fewer --seeds, --finalists or --trials"
-    )
-
-
-def _steps(costs: Costs, seconds: float, trials: int, finals: int) -> int:
-    """Steps of a trial when so many fit exactly."""
-    fixed = trials * costs.trial(0, SHARE) + finals * costs.final(0)
-    return int((seconds - fixed) / (costs.step * (SHARE * trials + finals)))
-
-
-# ---- A few steps before anything else: what they cost, how many the settings ask for, which parts the model has.
-
-
-SMALL_RATE = 1e-6  # that trains hardly anything, and so cannot diverge
-
-
-def probe_settings(space: Mapping[str, Axis], train: TrainConfig) -> dict[str, Any]:
-    """All layers, which is the dearest, at the lowest rank, which fits if any does."""
+def timing_settings(space: Mapping[str, Axis], train: TrainConfig) -> dict[str, Any]:
+    """Settings of the few steps that are timed: all layers, which take longest, at the lowest r, which fits if any."""
     ranks = space.get("r", (train.r,))
     assert isinstance(ranks, tuple)
-    return {"learning_rate": SMALL_RATE, "max_steps": PROBE_STEPS, **({"r": min(ranks)} if "r" in space else {})}
+    return {"learning_rate": TIMING_RATE, "max_steps": TIMING_STEPS, **({"r": min(ranks)} if "r" in space else {})}
 
 
-def probe(spec: Spec, folder: Path, progress: Progress | None) -> tuple[Costs, Trial]:
-    """What runs of this kind cost, and the few steps themselves. Raises ConfigError."""
-    started = time.monotonic()
-    trial = try_out(spec, folder, progress)
-    seconds = time.monotonic() - started
+def measure_costs(session: StudySession, spec: TrialSpec, path: Path) -> tuple[Costs, Trial]:
+    """Runs a few steps, and returns what runs like this cost, and the trial. Raises ConfigError if it fails."""
+    started = session.seconds
+    trial = session.trial(spec, path)
     if not trial.done:
-        raise ConfigError(f"{PROBE_STEPS} steps at a rate of {SMALL_RATE:g} already end so: {trial.message}")
-    return costs_of(trial, seconds, halves=1 if spec.choosing else 2), trial
+        raise ConfigError(f"{TIMING_STEPS} steps at a learning rate of {TIMING_RATE:g} already fail: {trial.message}")
+    return costs_of(trial, session.seconds - started, halves=1 if spec.choosing else 2), trial
 
 
 def costs_of(trial: Trial, seconds: float, *, halves: int) -> Costs:
-    """seconds: that it took just now; nearly none where it was made before.    halves: held out that it evaluated."""
-    forgetting, writing = (trial.numbers.get(f"{what}_seconds", 0.0) for what in ("forgetting", "writing"))
+    """seconds: that the trial took just now; nearly none for a trial that was made before.
+    halves: how many halves of the held-out examples it evaluated.
+    """
+    forgetting, writing = (trial.numbers.get(f"{part}_seconds", 0.0) for part in ("forgetting", "writing"))
     total = max(seconds, trial.numbers["seconds"] + forgetting + writing)
     return Costs(
         fixed=total - sum(trial.step_seconds) - sum(trial.evaluation_seconds) - forgetting - writing,
@@ -132,9 +110,31 @@ def costs_of(trial: Trial, seconds: float, *, halves: int) -> Costs:
     )
 
 
-def longest(train: TrainConfig, examples: int | None) -> int:
+def longest_run(train: TrainConfig, examples: int | None) -> int:
     """Steps that the settings ask for."""
     if train.max_steps is not None or examples is None:
         return train.max_steps or 1
     epoch = math.ceil(math.ceil(examples / train.per_device_train_batch_size) / train.gradient_accumulation_steps)
     return math.ceil(train.num_train_epochs * epoch)
+
+
+def budget_for(costs: Costs, longest: int, seconds: float, trials: int | None, judging_runs: int) -> Budget:
+    """seconds: that are left, or infinite.    trials: how many are wanted; None for as many as fit.
+
+    Raises ConfigError for too little time.
+    """
+    if math.isinf(seconds):
+        return Budget(longest, longest, costs)
+    shortest = min(FEWEST_STEPS, longest)
+    for count in [trials] if trials else range(MOST_TRIALS, FEWEST_TRIALS - 1, -1):
+        fixed = count * costs.trial(0, SHARE) + judging_runs * costs.judging_run(0)
+        steps = int((seconds * SAFETY - fixed) / (costs.step * (SHARE * count + judging_runs)))
+        if steps >= shortest:
+            return Budget(min(steps, longest), longest, costs)
+    fewest = trials or FEWEST_TRIALS
+    needs = (fewest * costs.trial(shortest, SHARE) + judging_runs * costs.judging_run(shortest)) / SAFETY
+    raise ConfigError(
+        f"{fewest} trials of {shortest} steps and {judging_runs} runs that judge take about {math.ceil(needs / 60)} "
+        f"minutes, and {max(seconds, 0) / 60:.1f} are left: give more --minutes, or fewer --seeds, --finalists or "
+        "--trials"
+    )

@@ -1,48 +1,56 @@
-"""LoRA against full fine-tuning, or any arms against each other: same data, same order, same tokens, same seeds.
+"""Compares LoRA with full fine-tuning, or any arms with each other: same data, same order, same tokens, same seeds.
 
-    probe each arm (with --minutes) -> steps that fit
-    each arm: its own learning rate, judged on one half of the held-out examples
-    each arm, each seed: a run at that rate, judged on the other half -> differences, verdict
+    a few steps of each arm (with --minutes)      -> steps that fit
+    for each arm its own learning rate            judged on the choosing half of the held-out examples
+    for each arm and seed a run at that rate      judged on the other half -> differences, verdict
 
 An arm whose rate was not searched is no control, so every arm gets as many tries. The halves keep apart what chose
-the rate and what judges it, and the runs that judge have other seeds than those that chose.
+the rate and what judges it, and the runs that judge have other seeds than those that chose. Interrupted, the same call
+goes on; finished runs are read from their folders.
 """
 
 import json
 import math
-import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from filelock import FileLock, Timeout
-
 from tailora.errors import ConfigError
-from tailora.formats.io import create_output_folder, write_file
+from tailora.formats.io import write_file
 from tailora.formats.run_folder import write_report
-from tailora.study.budget import FEWEST_STEPS, PROBE_STEPS, SAFETY, Costs, costs_of, longest
+from tailora.study.budget import FEWEST_STEPS, SAFETY, TIMING_STEPS, Costs, costs_of, longest_run
 from tailora.study.config import AT_THE_END, FULL, CompareConfig, arm_settings
-from tailora.study.judging import judged
-from tailora.study.lr_search import Rates
+from tailora.study.judging import judge_arms
+from tailora.study.lr_search import LearningRateSearch
 from tailora.study.results import Comparison
-from tailora.study.trial import OUT_OF_MEMORY, RESULT, Base, Progress, Spec, Trial, choosing_part, judging_half, try_out
-from tailora.train.config import TrainConfig, without_removed
+from tailora.study.study_store import PLAN, Log, Settings, StudySession, locked, open_folder
+from tailora.study.trial import (
+    OUT_OF_MEMORY,
+    RESULT,
+    BaseLosses,
+    Progress,
+    RunTrial,
+    Trial,
+    TrialSpec,
+    on_choosing_half,
+    run_in_subprocess,
+)
+from tailora.train.config import TrainConfig
 
-STUDY, PLAN, CLOCK = "compare.json", "plan.json", "seconds.json"
-LATER = {"seeds", "rate_tries", "minutes", "margin"}  # what a comparison may be asked for more of
-
-Say = Callable[[str], None]
+STUDY, CLOCK, RUNS = "compare.json", "seconds.json", "runs"
+LATER = {"seeds", "rate_tries", "minutes", "margin"}  # of which a comparison may be asked for more
 
 
 def compare(
-    train: TrainConfig, study: CompareConfig, say: Say = lambda _: None, progress: Progress | None = None
+    train: TrainConfig,
+    study: CompareConfig,
+    log: Log = lambda _: None,
+    progress: Progress | None = None,
+    run_trial: RunTrial = run_in_subprocess,
 ) -> Comparison:
-    """Runs what is missing of the study in `train.output_dir` and judges. Interrupted, it goes on when called again.
+    """Runs what is missing of the comparison in `train.output_dir`, and judges.
 
-    Called again with more seeds, tries or minutes, or with another margin, it keeps the runs that it has.
     Raises ConfigError; whatever a run raises that is neither divergence nor lack of memory.
     """
     folder = Path(train.output_dir)
@@ -50,196 +58,173 @@ def compare(
         "train": train.model_dump(mode="json", exclude={"output_dir"}),
         "compare": study.model_dump(mode="json"),
     }
-    if set_here := sorted(name for name in AT_THE_END if getattr(train, name)):
-        raise ConfigError(f"a comparison judges every run at its end: leave {' and '.join(set_here)} out")
+    if given := sorted(name for name in AT_THE_END if getattr(train, name)):
+        raise ConfigError(f"a comparison judges every run at its end: leave {' and '.join(given)} out")
     for arm in study.arms:
-        arm_settings(train, study, arm, learning_rate=study.prior(arm))  # what contradicts itself is found at once
-    _claim(folder, settings)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            comparison = _Study(train, study, folder, say, progress).run(settings)
-    except Timeout:
-        raise ConfigError(f"another comparison is writing to {folder} now; give another --output-dir") from None
+        arm_settings(train, study, arm, learning_rate=study.first_rate(arm))  # raises for what contradicts itself
+    begun = any((folder / RUNS).glob(f"*/[!p]*/{RESULT}"))  # but for the timing runs
+    open_folder(folder, STUDY, settings, "comparison", begun=begun, discard=[RUNS, PLAN], identity=_identity)
+    with locked(folder, busy=f"another comparison is writing to {folder} now; give another --output-dir"):
+        session = StudySession(folder, study.minutes, log, progress, run_trial)
+        comparison = _Comparison(train, study, session).run(settings)
     write_report(folder, "compare", comparison.to_dict())
     return comparison
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    known = folder / STUDY
-    text = json.dumps(settings, indent=1)
-    if known.exists() and not any((folder / "runs").glob(f"*/[!p]*/{RESULT}")):  # but probes: it may be asked anew
-        shutil.rmtree(folder / "runs", ignore_errors=True)
-        (folder / PLAN).unlink(missing_ok=True)
-    elif known.exists():
-        if _lasting(json.loads(known.read_text())) != _lasting(json.loads(text)):
-            raise ConfigError(f"{folder} holds a comparison with other settings; give another --output-dir")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no comparison; give another --output-dir")
-    create_output_folder(folder)
-    write_file(known, text.encode())
-
-
-def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
-    """What makes two comparisons different ones. With minutes the steps are planned, without they are the settings'."""
+def _identity(settings: Settings) -> Settings:
+    """What makes two comparisons different: with minutes the steps are planned, without they are the settings'."""
     study = settings["compare"]
     kept = {name: value for name, value in study.items() if name not in LATER}
-    planned = study["minutes"] is not None
-    return {**settings, "train": without_removed(settings["train"]), "compare": {**kept, "planned": planned}}
+    return {**settings, "compare": {**kept, "planned": study["minutes"] is not None}}
 
 
-class _Study:
-    """The runs of one comparison, in order; finished ones are read from their folders."""
+class _Comparison:
+    """The runs of one comparison, in order."""
 
-    def __init__(
-        self, train: TrainConfig, study: CompareConfig, folder: Path, say: Say, progress: Progress | None
-    ) -> None:
-        self.train, self.study, self.folder, self.say, self.progress = train, study, folder, say, progress
-        self.started = time.monotonic()
-        self.earlier = json.loads((folder / CLOCK).read_text()) if (folder / CLOCK).exists() else 0.0  # seconds
-        self.notes: list[str] = []
+    def __init__(self, train: TrainConfig, study: CompareConfig, session: StudySession) -> None:
+        self.train, self.study, self.session, self.folder = train, study, session, session.folder
+        clock = self.folder / CLOCK
+        self.earlier_seconds = json.loads(clock.read_text()) if clock.exists() else 0.0
         self.steps = 0  # planned for every run, with --minutes
         self.longest = 1  # steps that the settings ask for
         self.costs: dict[str, Costs] = {}  # of each arm, with --minutes
-        self.base: dict[tuple[str, bool], Base | None] = {}  # arm, whether choosing -> what its base has
+        self.base: dict[tuple[str, bool], BaseLosses | None] = {}  # arm, choosing -> losses of its base
 
     def run(self, settings: dict[str, Any]) -> Comparison:
-        steps = self._steps()
-        rates = self._search(steps)
-        finals = self._finals(steps, rates)
-        if cut := next((run.numbers.get("truncated") for runs in finals.values() for run in runs if run.done), None):
-            self._note(f"{cut} examples are longer than --max-length {self.train.max_length} and were cut")
+        steps = self._planned_steps()
+        rates = self._search_rates(steps)
+        runs = self._judging_runs(steps, rates)
+        done = next((trial for trials in runs.values() for trial in trials if trial.done), None)
+        if done is not None:
+            self.session.note_truncated(done, self.train.max_length)
         seconds = json.loads((self.folder / CLOCK).read_text())
-        return judged(self.study, rates, finals, notes=self.notes, settings=settings, seconds=seconds)
+        return judge_arms(self.study, rates, runs, notes=self.session.notes, settings=settings, seconds=seconds)
 
-    def _left(self) -> float:
-        """Seconds until the time is up; infinite without --minutes."""
-        if self.study.minutes is None:
-            return np.inf
-        return self.study.minutes * 60 - (time.monotonic() - self.started)
+    def _path(self, arm: str, name: str) -> Path:
+        return self.folder / RUNS / arm / name
 
-    def _note(self, text: str) -> None:
-        self.notes.append(text)
-        self.say(text)
-
-    def _trial(self, arm: str, where: str, *, final: bool, **given: Any) -> Trial:
-        texts = (self.study.forgetting_data or "") if final else None
-        spec = Spec(
-            arm_settings(self.train, self.study, arm, **given),
-            texts,
-            keep=final and self.study.method(arm) != FULL,  # a whole model for every seed would fill the disk
-            choosing=not final,
-            before=self.base.get((arm, not final)),
+    def _trial(self, arm: str, name: str, *, judging: bool, **fixed: Any) -> Trial:
+        """The run of this name, made now unless it was before. judging: on all held-out examples, with forgetting."""
+        choosing = not judging
+        spec = TrialSpec(
+            arm_settings(self.train, self.study, arm, **fixed),
+            forgetting=(self.study.forgetting_data or "") if judging else None,
+            keep=judging and self.study.method(arm) != FULL,  # a whole model for every seed would fill the disk
+            choosing=choosing,
+            before=self.base.get((arm, choosing)),
             texts=str(self.folder / "texts.json"),
         )
-        folder = self.folder / "runs" / arm / where
-        new = not (folder / RESULT).exists()
-        trial = try_out(spec, folder, self.progress)
-        if new:
-            write_file(self.folder / CLOCK, json.dumps(self.earlier + time.monotonic() - self.started).encode())
-        if self.base.get((arm, not final)) is None:
-            self.base[arm, not final] = trial.base
+        path = self._path(arm, name)
+        is_new = not self.session.has_trial(path)
+        trial = self.session.trial(spec, path)
+        if is_new:
+            seconds = self.earlier_seconds + self.session.seconds
+            write_file(self.folder / CLOCK, json.dumps(seconds).encode())
+        if self.base.get((arm, choosing)) is None:
+            self.base[arm, choosing] = trial.base
         return trial
 
-    # ---- how long
+    def _missing(self, names: Mapping[str, str]) -> list[Costs]:
+        """Costs of the runs (arm -> name) that are not made yet, as far as costs are known."""
+        return [
+            self.costs[arm]
+            for arm, name in names.items()
+            if arm in self.costs and not self.session.has_trial(self._path(arm, name))
+        ]
 
-    def _steps(self) -> dict[str, Any]:
-        """`max_steps` that fit into --minutes, measured on a few steps of each arm; {} leaves the settings' own."""
+    # ---- How long a run is
+
+    def _planned_steps(self) -> dict[str, Any]:
+        """`max_steps` that fit into --minutes, measured in a few steps of each arm; {} leaves the settings' own."""
         if self.study.minutes is None:
             return {}
+        file = self.folder / PLAN
         for arm in self.study.arms:
-            self._probe(arm)
-            if self._left() < 0 and not (self.folder / PLAN).exists():
+            self._measure_costs(arm)
+            if self.session.seconds_left < 0 and not file.exists():
                 raise ConfigError(f"--minutes {self.study.minutes:g} were over when {arm} had been timed: give more")
         if not self.costs:
-            raise ConfigError(f"no arm can be trained: {PROBE_STEPS} steps of each failed; see {self.folder / 'runs'}")
-        known = self.folder / PLAN
-        if not known.exists():
-            costs = {arm: asdict(each) for arm, each in self.costs.items()}
-            write_file(known, json.dumps({"max_steps": self._fitting(), "costs": costs}).encode())
-        planned = json.loads(known.read_text())
-        if "costs" in planned:  # as they were with all that a fresh process does
-            self.costs = {arm: Costs(**each) for arm, each in planned["costs"].items()}
-        self.steps = planned["max_steps"]
-        self.say(f"{self.steps} steps in each run, planned to fit into the minutes")
+            raise ConfigError(f"no arm can be trained: {TIMING_STEPS} steps of each failed; see {self.folder / RUNS}")
+        if not file.exists():
+            costs = {arm: asdict(costs) for arm, costs in self.costs.items()}
+            write_file(file, json.dumps({"max_steps": self._steps_that_fit(), "costs": costs}).encode())
+        plan = json.loads(file.read_text())
+        if "costs" in plan:  # measured in new processes, with all that such a process does
+            self.costs = {arm: Costs(**costs) for arm, costs in plan["costs"].items()}
+        self.steps = plan["max_steps"]
+        self.session.log(f"{self.steps} steps in each run, planned to fit into the minutes")
         return {"max_steps": self.steps}
 
-    def _probe(self, arm: str) -> None:
-        """What the arm's runs cost, and its base on the held-out examples. Without costs when it does not run."""
-        self.say(f"timing {PROBE_STEPS} steps of {arm}")
-        started, rate = time.monotonic(), self.study.prior(arm) / 100
-        trial = self._trial(arm, "probe", final=True, learning_rate=rate, max_steps=PROBE_STEPS)
+    def _measure_costs(self, arm: str) -> None:
+        """Sets the arm's costs and what its base has; no costs if its run fails."""
+        self.session.log(f"timing {TIMING_STEPS} steps of {arm}")
+        begun, rate = self.session.seconds, self.study.first_rate(arm) / 100
+        trial = self._trial(arm, "probe", judging=True, learning_rate=rate, max_steps=TIMING_STEPS)
         if trial.done:
-            self.costs[arm] = costs_of(trial, time.monotonic() - started, halves=2)
-            self.base[arm, True] = choosing_part(trial.base)
-            self.longest = longest(self.train, trial.numbers["examples"])
+            self.costs[arm] = costs_of(trial, self.session.seconds - begun, halves=2)
+            self.base[arm, True] = on_choosing_half(trial.base)
+            self.longest = longest_run(self.train, trial.numbers["examples"])
 
-    def _fitting(self) -> int:
+    def _steps_that_fit(self) -> int:
         """Steps of every run. Raises ConfigError for too little time."""
-        runs = self.study.rate_tries + self.study.seeds
-        fixed, step = self._seconds(0), runs * sum(costs.step for costs in self.costs.values())
-        steps, fewest = int((self._left() * SAFETY - fixed) / step), min(FEWEST_STEPS, self.longest)
+        tries, seeds = self.study.rate_tries, self.study.seeds
+        fixed = sum(
+            tries * costs.trial(0, evaluations=1) + seeds * costs.judging_run(0) for costs in self.costs.values()
+        )
+        step = (tries + seeds) * sum(costs.step for costs in self.costs.values())
+        steps = int((self.session.seconds_left * SAFETY - fixed) / step)
+        fewest = min(FEWEST_STEPS, self.longest)
         if steps < fewest:
-            needs = math.ceil((time.monotonic() - self.started + (fixed + fewest * step) / SAFETY) / 60)
+            needs = math.ceil((self.session.seconds + (fixed + fewest * step) / SAFETY) / 60)
             raise ConfigError(
-                f"--minutes {self.study.minutes:g} is too short for {runs} runs of {len(self.costs)} arms: "
+                f"--minutes {self.study.minutes:g} is too short for {tries + seeds} runs of {len(self.costs)} arms: "
                 f"{fewest} steps each take {needs} minutes; give more, or fewer --seeds or --rate-tries"
             )
         return min(steps, self.longest)
 
-    def _seconds(self, steps: int) -> float:
-        """Of all runs of so many steps."""
-        tries, seeds = self.study.rate_tries, self.study.seeds
-        return sum(
-            tries * costs.trial(steps, evaluations=1) + seeds * costs.final(steps) for costs in self.costs.values()
-        )
+    # ---- Which learning rate
 
-    # ---- which rate
-
-    def _search(self, steps: Mapping[str, Any]) -> dict[str, Rates]:
-        """In turns, so that every arm has had as many tries when the time is up."""
-        searches = {arm: Rates(self.study.prior(arm), self.study.rate_tries) for arm in self.study.arms}
-        while asked := {arm: rate for arm, rates in searches.items() if (rate := rates.ask()) is not None}:
-            folders = {arm: f"rate-{rate:.3g}" for arm, rate in asked.items()}
-            if searches[next(iter(asked))].tried and self._late(folders):
-                self._note("the search for learning rates was cut short by --minutes")
+    def _search_rates(self, steps: Mapping[str, Any]) -> dict[str, LearningRateSearch]:
+        """The arms take turns, so that each has had as many tries when the time is up."""
+        searches = {
+            arm: LearningRateSearch(self.study.first_rate(arm), self.study.rate_tries) for arm in self.study.arms
+        }
+        while rates := {arm: rate for arm, own in searches.items() if (rate := own.next_rate()) is not None}:
+            names = {arm: f"rate-{rate:.3g}" for arm, rate in rates.items()}
+            if searches[next(iter(rates))].tried and self._too_late_for(names):
+                self.session.note("the search for learning rates was cut short by --minutes")
                 break
-            for arm, rate in asked.items():
-                trial = self._trial(arm, folders[arm], final=False, learning_rate=rate, **steps)
-                loss = trial.loss()  # on the choosing half, all that was evaluated
-                searches[arm].tell(rate, loss, fits=trial.outcome != OUT_OF_MEMORY)
-                said = f"held-out loss {loss:.4f}" if trial.done else trial.outcome
-                self.say(f"{arm}: learning rate {rate:.2g}, {said}")
+            for arm, rate in rates.items():
+                trial = self._trial(arm, names[arm], judging=False, learning_rate=rate, **steps)
+                loss = trial.loss()  # on the choosing half, which is all that was evaluated
+                searches[arm].record(rate, loss, fits=trial.outcome != OUT_OF_MEMORY)
+                result = f"held-out loss {loss:.4f}" if trial.done else trial.outcome
+                self.session.log(f"{arm}: learning rate {rate:.2g}, {result}")
         return searches
 
-    def _late(self, tries: Mapping[str, str]) -> bool:
-        """Whether these tries (arm: folder), as far as they are new, would leave too little time for all seeds."""
-        new = [self.costs[arm] for arm in self._missing(tries)]
-        needed = sum(costs.trial(self.steps, evaluations=1) for costs in new)
-        finals = self.study.seeds * sum(costs.final(self.steps) for costs in self.costs.values())
-        return bool(new) and self._left() < needed + finals
+    def _too_late_for(self, names: Mapping[str, str]) -> bool:
+        """True if these tries (arm -> name), as far as they are new, would leave too little time for all seeds."""
+        missing = self._missing(names)
+        tries = sum(costs.trial(self.steps, evaluations=1) for costs in missing)
+        judging = self.study.seeds * sum(costs.judging_run(self.steps) for costs in self.costs.values())
+        return bool(missing) and self.session.seconds_left < tries + judging
 
-    def _missing(self, runs: Mapping[str, str]) -> list[str]:
-        """Arms with costs whose run, by folder, is not there yet."""
-        there = {arm for arm, where in runs.items() if (self.folder / "runs" / arm / where / RESULT).exists()}
-        return [arm for arm in runs if arm in self.costs and arm not in there]
+    # ---- The runs that judge
 
-    # ---- the runs that judge
-
-    def _finals(self, steps: Mapping[str, Any], rates: Mapping[str, Rates]) -> dict[str, list[Trial]]:
-        finals: dict[str, list[Trial]] = {arm: [] for arm, found in rates.items() if found.best is not None}
+    def _judging_runs(
+        self, steps: Mapping[str, Any], rates: Mapping[str, LearningRateSearch]
+    ) -> dict[str, list[Trial]]:
+        best = {arm: search.best for arm, search in rates.items() if search.best is not None}
+        runs: dict[str, list[Trial]] = {arm: [] for arm in best}
         for number in range(1, self.study.seeds + 1):
             seed = self.train.seed + number  # the rates were found with the seed itself
-            folders = {arm: f"seed-{seed}-rate-{rates[arm].best:.3g}" for arm in finals}
-            needed = sum(self.costs[arm].final(self.steps) for arm in self._missing(folders))
-            if number > 1 and self._left() < needed:
-                self._note(f"--minutes left time for {number - 1} of {self.study.seeds} seeds")
+            names = {arm: f"seed-{seed}-rate-{rate:.3g}" for arm, rate in best.items()}
+            needed = sum(costs.judging_run(self.steps) for costs in self._missing(names))
+            if number > 1 and self.session.seconds_left < needed:
+                self.session.note(f"--minutes left time for {number - 1} of {self.study.seeds} seeds")
                 break
-            for arm, trials in finals.items():
-                rate = rates[arm].best
-                trial = self._trial(arm, folders[arm], final=True, learning_rate=rate, seed=seed, **steps)
-                trials.append(trial)
-                said = (
-                    f"held-out loss {trial.loss(judging_half(len(trial.counts))):.4f}" if trial.done else trial.outcome
-                )
-                self.say(f"{arm}: seed {seed} at its best rate {rate:.2g}, {said}")
-        return finals
+            for arm, rate in best.items():
+                trial = self._trial(arm, names[arm], judging=True, learning_rate=rate, seed=seed, **steps)
+                runs[arm].append(trial)
+                self.session.log(f"{arm}: seed {seed} at its best rate {rate:.2g}, {trial.summary}")
+        return runs

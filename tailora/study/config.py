@@ -1,5 +1,6 @@
-"""What a comparison or a search is asked for, beside the settings of its runs. Needs no torch."""
+"""The settings of a comparison and of a search, beside those of their training runs. Needs no torch."""
 
+from collections.abc import Collection, Mapping
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -10,17 +11,34 @@ from tailora.study.search_space import read_space
 from tailora.train.config import TrainConfig
 
 LORA, FULL = "lora", "full"
-GIVEN = {"model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "max_steps"}
-GIVEN |= {"num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps", "streaming"}
-AT_THE_END = {"eval_steps", "early_stopping_patience"}  # a step chosen by the examples that judge would flatter
-GIVEN |= AT_THE_END
+AT_THE_END = {"eval_steps", "early_stopping_patience"}  # would choose a step by the examples that judge
+SHARED_BY_ARMS = AT_THE_END | {
+    *("model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "max_steps"),
+    *("num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps", "streaming"),
+}
 OF_ADAPTERS = {*LoRAConfig.model_fields, *AdaLoRA.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
 TRIALS = 20
-PRIORS = {"lora": 5e-4, "full": 5e-5}  # where the search for a rate begins: full fine-tuning wants about a tenth
+FIRST_RATES = {LORA: 5e-4, FULL: 5e-5}  # of the search for a learning rate: full fine-tuning wants about a tenth
+
+
+def trial_settings(
+    train: TrainConfig, changes: Mapping[str, Any], leave_out: Collection[str] = (), **fixed: Any
+) -> dict[str, Any]:
+    """Settings of one run of a study, without its output_dir: those of `train` with changes.
+
+    leave_out: settings of `train` that the run does not take.    fixed: settings that stand above the changes.
+
+    Raises ConfigError where they contradict each other.
+    """
+    common = train.model_dump(exclude_unset=True, exclude={"output_dir", "resume_from_checkpoint", *leave_out})
+    split = train.seed if train.split_seed is None else train.split_seed  # the same examples for every seed
+    values = {**common, **changes, "samples": 0, "split_seed": split, **fixed}
+    TrainConfig(**values)
+    return values
 
 
 class CompareConfig(StrictModel):
-    """A comparison. Every arm is the run's settings with a few of them changed."""
+    """A comparison of arms. An arm is the settings of the run with a few of them changed."""
 
     arms: dict[str, dict[str, Any]] = Field(
         {LORA: {}, FULL: {"method": "full"}}, description="name -> settings that differ"
@@ -33,35 +51,34 @@ class CompareConfig(StrictModel):
 
     @model_validator(mode="after")
     def _arms_differ(self) -> Self:
-        problems = [f"arm {name!r} changes {key}, which all arms share" for name, key in self._shared()]
+        problems = [
+            f"arm {name!r} changes {key}, which all arms share"
+            for name, changes in self.arms.items()
+            for key in changes
+            if key in SHARED_BY_ARMS
+        ]
         if len(self.arms) < 2:
             problems.append(f"a comparison needs two arms; there is {', '.join(self.arms) or 'none'}")
         if sum(self.method(name) == FULL for name in self.arms) > 1:
-            problems.append("there is one full fine-tuning: give one arm method=full")
+            problems.append("give method=full to one arm only: there is only one full fine-tuning")
         if problems:
             raise ConfigError(listing(problems))
         return self
 
-    def _shared(self) -> list[tuple[str, str]]:
-        return [(name, key) for name, changes in self.arms.items() for key in changes if key in GIVEN]
-
-    def prior(self, arm: str) -> float:
+    def first_rate(self, arm: str) -> float:
         """Where the search for the arm's learning rate begins."""
-        return float(self.arms[arm].get("learning_rate", PRIORS[self.method(arm)]))
+        return float(self.arms[arm].get("learning_rate", FIRST_RATES[self.method(arm)]))
 
     def method(self, arm: str) -> str:
         return str(self.arms[arm].get("method", LORA))
 
 
-def arm_settings(train: TrainConfig, study: CompareConfig, arm: str, **given: Any) -> dict[str, Any]:
+def arm_settings(train: TrainConfig, study: CompareConfig, arm: str, **fixed: Any) -> dict[str, Any]:
     """Settings of one run of an arm, without its output_dir. Raises ConfigError where they contradict each other."""
-    common = train.model_dump(exclude_unset=True, exclude={"output_dir", "resume_from_checkpoint", "learning_rate"})
-    if study.method(arm) == FULL:  # those of the adapter and of its frozen base are the other arms'
-        common = {name: value for name, value in common.items() if name not in OF_ADAPTERS}
-    split = train.seed if train.split_seed is None else train.split_seed
-    values = {**common, **study.arms[arm], "samples": 0, "split_seed": split, **given}
-    TrainConfig(**values)
-    return values
+    leave_out = {"learning_rate"}
+    if study.method(arm) == FULL:
+        leave_out |= OF_ADAPTERS
+    return trial_settings(train, study.arms[arm], leave_out, **fixed)
 
 
 class SearchConfig(StrictModel):
@@ -86,6 +103,6 @@ class SearchConfig(StrictModel):
         return self
 
     @property
-    def wanted(self) -> int | None:
-        """Number of trials; None where the time decides."""
+    def trial_count(self) -> int | None:
+        """None where the time decides."""
         return self.trials if self.trials is not None or self.minutes is not None else TRIALS

@@ -1,15 +1,14 @@
-"""Which learning rates are useful at all, by one run whose rate rises by the same factor at every step.
+"""Finds the useful learning rates in one run, whose rate rises by the same factor at every step (arXiv:1506.01186).
 
-    rates low..high -> held-out loss every few steps -> where it begins to fall, is lowest, is up again
+    rates LOWEST..HIGHEST -> held-out loss every few steps -> where it begins to fall, is lowest, has risen again
 
-The loss of a step is noisy, since each has other examples: here it is that of the same held-out examples throughout
-(arXiv:1506.01186 looks at accuracy so), which leaves a smooth curve. Rates above the lowest point undo what was
-learned.
+The loss of a step's own examples is noisy, since each step has others. Here it is the loss of the same held-out
+examples throughout, which gives a smooth curve. Rates above the lowest point undo what was learned.
 """
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,31 +19,34 @@ from numpy.typing import NDArray
 from tailora.errors import ConfigError
 from tailora.formats.io import write_file
 from tailora.formats.run_folder import write_report
-from tailora.study import study_store as folders
-from tailora.study.budget import PROBE_STEPS, SAFETY, SMALL_RATE, probe
-from tailora.study.config import SearchConfig
-from tailora.study.trial import Progress, Spec, Told, Trial, try_out
+from tailora.study.budget import SAFETY, TIMING_RATE, TIMING_STEPS, measure_costs
+from tailora.study.config import SearchConfig, trial_settings
+from tailora.study.study_store import PLAN, TIMING, Log, StudySession, locked, open_folder
+from tailora.study.trial import Listen, Progress, RunTrial, Trial, TrialEvent, TrialSpec, run_in_subprocess
 from tailora.train.config import TrainConfig
 
 STUDY, KIND = "search.json", "learning-rates"
 LOWEST, HIGHEST = 1e-6, 1.0
-STEPS, BETWEEN = 120, 3  # 20 steps a decade; evaluations every 3
-FEWEST = 30
-BEGUN, LOST = 0.05, 0.25  # shares of the whole gain: where it begins, where so much of it is lost again
-NOTHING = 0.005  # nats per token: a gain below it is none
-
-Say = Callable[[str], None]
+STEPS, EVAL_STEPS = 120, 3  # 20 steps per decade
+FEWEST_STEPS = 30
+FALLEN, LOST = 0.05, 0.25  # shares of the whole gain: where the loss begins to fall, and where so much is lost again
+LEAST_GAIN = 0.005  # nats per token: a smaller gain is none
 
 
 @dataclass(frozen=True)
 class RateRange:
-    """Learning rates of this model, data, batch size and adapter."""
+    """Useful learning rates of this model, data, batch size and adapter.
 
-    suggestion: float  # the rate of the lowest loss
-    low: float  # where the loss begins to fall
-    high: float  # where it has risen again, or the last rate that was tried
-    gain: float  # nats per token by which the loss fell
-    curve: list[tuple[float, float]]  # rate, held-out loss after its step
+    suggestion: the rate of the lowest loss.    low: where the loss begins to fall.
+    high: where it has risen again, or the last rate that was tried.
+    gain: by how much the loss fell, in nats per token.    curve: (rate, held-out loss after its step).
+    """
+
+    suggestion: float
+    low: float
+    high: float
+    gain: float
+    curve: list[tuple[float, float]]
     diverged: bool
     base_loss: float
     steps: int
@@ -55,89 +57,99 @@ class RateRange:
 
     @property
     def verdict(self) -> str:
-        risen = self.diverged or self.high < self.curve[-1][0]
-        ended = f"up again at {self.high:.1e}" if risen else f"still low at {self.high:.1e}, the highest tried"
+        has_risen = self.diverged or self.high < self.curve[-1][0]
+        end = "has risen again" if has_risen else "is still low"
         return (
             f"The loss falls from {self.low:.1e}, is lowest at {self.suggestion:.1e} ({self.gain:.3f} nats per token "
-            f"below the base's {self.base_loss:.3f}), and is {ended}{' and then diverged' if self.diverged else ''}."
+            f"below the base's {self.base_loss:.3f}), and {end} at {self.high:.1e}"
+            f"{'; then the run diverged' if self.diverged else ''}."
         )
 
 
 def find_range(
-    train: TrainConfig, study: SearchConfig, say: Say = lambda _: None, progress: Progress | None = None
+    train: TrainConfig,
+    study: SearchConfig,
+    log: Log = lambda _: None,
+    progress: Progress | None = None,
+    run_trial: RunTrial = run_in_subprocess,
 ) -> RateRange:
-    """The run, in `train.output_dir`, unless it was made before.
+    """Makes the run in `train.output_dir`, unless it was made before.
 
     Raises ConfigError, also where no rate lowers the loss; whatever else a run raises.
     """
     if "learning_rate" in train.model_fields_set:
         raise ConfigError("--lr-only finds the learning rate: leave out learning_rate")
     folder = Path(train.output_dir)
-    asked = {"train": train.model_dump(mode="json", exclude={"output_dir"}), "minutes": study.minutes, "lr_only": True}
-    with folders.claimed(folder):
-        folders.claim(folder, STUDY, asked, "search")
-        steps = _planned(train, study.minutes, folder, progress)
-        say(f"up to {steps} steps, at learning rates from {LOWEST:g} to {HIGHEST:g}, until the loss is lost")
-        spec = _spec(train, {"max_steps": steps, "eval_steps": BETWEEN}, rising=(LOWEST, HIGHEST))
-        trial = try_out(spec, folder / "rising", progress, _until_lost())
-    found = read_range(trial, steps, asked)
-    write_report(folder, KIND, {"verdict": found.verdict, **found.to_dict()})
-    return found
+    settings = {
+        "train": train.model_dump(mode="json", exclude={"output_dir"}),
+        "minutes": study.minutes,
+        "lr_only": True,
+    }
+    session = StudySession(folder, study.minutes, log, progress, run_trial)
+    with locked(folder):
+        open_folder(folder, STUDY, settings, "search", begun=(folder / PLAN).exists(), discard=[TIMING])
+        steps = _planned_steps(train, session)
+        log(f"up to {steps} steps, at learning rates from {LOWEST:g} to {HIGHEST:g}, until the gain is lost")
+        spec = _spec(train, rising=(LOWEST, HIGHEST), max_steps=steps, eval_steps=EVAL_STEPS)
+        trial = session.trial(spec, folder / "rising", _stop_when_lost())
+    rates = read_range(trial, steps, settings)
+    write_report(folder, KIND, {"verdict": rates.verdict, **rates.to_dict()})
+    return rates
 
 
-def _planned(train: TrainConfig, minutes: float | None, folder: Path, progress: Progress | None) -> int:
+def _planned_steps(train: TrainConfig, session: StudySession) -> int:
     """Steps of the run, found once."""
-    known = folder / folders.PLAN
-    if not known.exists():
-        steps = STEPS if minutes is None else _fitting(train, minutes, folder, progress)
-        write_file(known, json.dumps({"steps": steps}).encode())
-    kept: int = json.loads(known.read_text())["steps"]
-    return kept
+    file = session.folder / PLAN
+    if not file.exists():
+        steps = STEPS if session.minutes is None else _steps_that_fit(train, session, session.minutes)
+        write_file(file, json.dumps({"steps": steps}).encode())
+    planned: int = json.loads(file.read_text())["steps"]
+    return planned
 
 
-def _fitting(train: TrainConfig, minutes: float, folder: Path, progress: Progress | None) -> int:
-    """Steps that fit into the time, at most STEPS. Raises ConfigError for too few."""
-    spec = _spec(train, {"learning_rate": SMALL_RATE, "max_steps": PROBE_STEPS})
-    costs, _ = probe(spec, folder / folders.PROBE, progress)
-    each, beside = costs.step + costs.evaluation / BETWEEN, costs.fixed + costs.evaluation
-    left = minutes * 60 * SAFETY - beside - costs.trial(PROBE_STEPS)
-    steps = min(STEPS, int(left / each))
-    if steps < FEWEST:
-        needs = (beside + costs.trial(PROBE_STEPS) + FEWEST * each) / SAFETY / 60
-        raise ConfigError(f"{FEWEST} steps take {needs:.1f} minutes: give more --minutes than {minutes:g}")
+def _steps_that_fit(train: TrainConfig, session: StudySession, minutes: float) -> int:
+    """At most STEPS. Raises ConfigError for too few."""
+    spec = _spec(train, learning_rate=TIMING_RATE, max_steps=TIMING_STEPS)
+    costs, _ = measure_costs(session, spec, session.folder / TIMING)
+    step, fixed = costs.step + costs.evaluation / EVAL_STEPS, costs.fixed + costs.evaluation
+    timing = costs.trial(TIMING_STEPS)
+    steps = min(STEPS, int((minutes * 60 * SAFETY - fixed - timing) / step))
+    if steps < FEWEST_STEPS:
+        needs = (fixed + timing + FEWEST_STEPS * step) / SAFETY / 60
+        raise ConfigError(f"{FEWEST_STEPS} steps take {needs:.1f} minutes: give more --minutes than {minutes:g}")
     return steps
 
 
-def _spec(train: TrainConfig, given: dict[str, Any], rising: tuple[float, float] | None = None) -> Spec:
-    common = train.model_dump(exclude_unset=True, exclude={"output_dir", "resume_from_checkpoint"})
-    split = train.seed if train.split_seed is None else train.split_seed
-    values = {**common, "samples": 0, "save_steps": 0, "split_seed": split, "early_stopping_patience": 0, **given}
-    TrainConfig(**values)
-    return Spec(values, keep=False, choosing=True, rising=rising)
+def _spec(train: TrainConfig, rising: tuple[float, float] | None = None, **changes: Any) -> TrialSpec:
+    settings = trial_settings(train, {"save_steps": 0, "early_stopping_patience": 0}, **changes)
+    return TrialSpec(settings, keep=False, choosing=True, rising=rising)
 
 
-def _until_lost() -> Callable[[Told], str | None]:
-    """Ends the run when more is lost than was ever gained: what comes is divergence."""
-    heard: list[float] = []
+def _stop_when_lost() -> Listen:
+    """Ends the run when more is lost than was ever gained: what follows is divergence."""
+    losses: list[float] = []
 
-    def judged(told: Told) -> str | None:
-        if told.held_out:
-            heard.append(told.loss)
-        gain = heard[0] - min(heard) if heard else 0.0
-        return "diverging" if heard and heard[-1] > heard[0] + max(gain, 0.1) else None
+    def stop(event: TrialEvent) -> str | None:
+        if event.held_out:
+            losses.append(event.loss)
+        gain = losses[0] - min(losses) if losses else 0.0
+        return "diverging" if losses and losses[-1] > losses[0] + max(gain, 0.1) else None
 
-    return judged
+    return stop
 
 
-def read_range(trial: Trial, steps: int, asked: dict[str, Any]) -> RateRange:
+# ---- Reading the curve
+
+
+def read_range(trial: Trial, steps: int, settings: dict[str, Any]) -> RateRange:
     """steps: that were planned. Raises ConfigError when no rate lowers the loss."""
     rates = np.geomspace(LOWEST, HIGHEST, steps)
-    (_, base), *curve = trial.curve
+    (_, base_loss), *curve = trial.curve
     pairs = [(float(rates[step - 1]), loss) for step, loss in curve if math.isfinite(loss)]
-    low, lowest, high, gain = landmarks(pairs, base)
-    if gain < NOTHING:
+    low, lowest, high, gain = landmarks(pairs, base_loss)
+    if gain < LEAST_GAIN:
         raise ConfigError(
-            f"no learning rate from {LOWEST:g} to {HIGHEST:g} lowered the held-out loss of {base:.3f} within "
+            f"no learning rate from {LOWEST:g} to {HIGHEST:g} lowered the held-out loss of {base_loss:.3f} within "
             f"{len(trial.losses)} steps: {trial.message or 'look at the data, --data and --eval-data'}"
         )
     return RateRange(
@@ -147,28 +159,28 @@ def read_range(trial: Trial, steps: int, asked: dict[str, Any]) -> RateRange:
         gain=gain,
         curve=pairs,
         diverged=not trial.done,
-        base_loss=base,
+        base_loss=base_loss,
         steps=len(trial.losses),
-        settings=asked,
+        settings=settings,
     )
 
 
-def landmarks(curve: Sequence[tuple[float, float]], base: float) -> tuple[float, float, float, float]:
-    """Rates where the loss begins to fall, is lowest, and has risen again; and by how much it fell at most.
+def landmarks(curve: Sequence[tuple[float, float]], base_loss: float) -> tuple[float, float, float, float]:
+    """Returns the rates where the loss begins to fall, is lowest, and has risen again; and the gain.
 
-    curve: rate, loss, in the order of rates.    base: the loss before.
+    curve: (rate, loss), from low to high rates.    base_loss: before the run.
     """
     rates, losses = np.array(curve).T
-    place = int(losses.argmin())
-    gain = float(base - losses[place])
-    begun = int(np.argmax(base - _smoothed(losses) >= BEGUN * gain)) if gain > 0 else 0
-    risen = np.flatnonzero(losses[place:] > losses[place] + LOST * max(gain, 0.0))
-    end = place + int(risen[0]) if len(risen) else len(rates) - 1
-    return float(rates[begun]), float(rates[place]), float(rates[end]), gain
+    lowest = int(losses.argmin())
+    gain = float(base_loss - losses[lowest])
+    fallen = int(np.argmax(base_loss - _smoothed(losses) >= FALLEN * gain)) if gain > 0 else 0
+    risen = np.flatnonzero(losses[lowest:] > losses[lowest] + LOST * max(gain, 0.0))
+    end = lowest + int(risen[0]) if len(risen) else len(rates) - 1
+    return float(rates[fallen]), float(rates[lowest]), float(rates[end]), gain
 
 
 def _smoothed(losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A running median of three: where it begins to fall, one evaluation by itself says nothing."""
+    """A running median of three, since a single low evaluation does not show that the loss begins to fall."""
     padded = np.concatenate([losses[:1], losses, losses[-1:]])
-    middle: NDArray[np.float64] = np.median(np.lib.stride_tricks.sliding_window_view(padded, 3), axis=1)
-    return middle
+    median: NDArray[np.float64] = np.median(np.lib.stride_tricks.sliding_window_view(padded, 3), axis=1)
+    return median

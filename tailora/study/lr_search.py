@@ -1,7 +1,8 @@
-"""The learning rate of one arm, found by as few runs as an honest comparison allows: asked for, then told.
+"""The search for the learning rate of one arm, with as few runs as an honest comparison allows.
 
-From the prior in steps of 4 until the best is bracketed, then once in steps of 2 around it. The loss is flat near its
-best (a factor of 2 costs a few thousandths of a nat), so nothing finer is worth a run.
+It goes from the first rate in steps of a factor of 4 until the best rate has a worse one on either side, then tries
+once at a factor of 2 from the best. The loss is flat near its best (a factor of 2 costs a few thousandths of a nat), so
+a finer search is not worth its runs.
 """
 
 import math
@@ -9,54 +10,53 @@ import math
 COARSE, FINE = 4.0, 2.0
 
 
-class Rates:
-    """`ask` for the rate to try next, `tell` its loss (infinite for one that diverged), until `ask` gives None."""
+class LearningRateSearch:
+    """`next_rate` gives the rate to try, `record` takes its loss; repeat until `next_rate` gives None."""
 
-    def __init__(self, prior: float, tries: int) -> None:
-        """prior: where to begin.    tries: most rates in all, at least 1."""
+    def __init__(self, first_rate: float, tries: int) -> None:
+        """tries: the most rates in all, at least 1."""
         self.tries = tries
-        self.tried: dict[float, float] = {}
-        self.fits = True
-        self._prior = prior
+        self.tried: dict[float, float] = {}  # rate -> loss
+        self.fits = True  # into memory, which is the same for every rate
+        self._first_rate = first_rate
 
-    def ask(self) -> float | None:
+    def next_rate(self) -> float | None:
         if len(self.tried) >= self.tries or not self.fits:
             return None
-        return self._prior if not self.tried else self._next()
+        if not self.tried:
+            return self._first_rate
+        best = self.best
+        if best is None:  # all diverged
+            return min(self.tried) / COARSE**2
+        if best == max(self.tried):
+            return best * COARSE
+        if best == min(self.tried):
+            return best / COARSE
+        return self._between_neighbours(best)
 
-    def tell(self, rate: float, loss: float, *, fits: bool = True) -> None:
-        """fits: whether memory was enough, which no other rate would change."""
+    def record(self, rate: float, loss: float, *, fits: bool = True) -> None:
+        """loss: infinite for a run that diverged.    fits: whether the run fitted into memory."""
         self.tried[rate] = loss if math.isfinite(loss) else math.inf
         self.fits = self.fits and fits
 
     @property
     def best(self) -> float | None:
-        """The rate of the lowest loss; None when all diverged."""
+        """The rate with the lowest loss; None if all runs diverged."""
         finite = {rate: loss for rate, loss in self.tried.items() if math.isfinite(loss)}
         return min(finite, key=finite.__getitem__) if finite else None
 
     @property
     def bracketed(self) -> bool:
-        """Whether a lower and a higher rate were both worse than the best."""
+        """True if a lower and a higher rate were both worse than the best."""
         return self.best is not None and min(self.tried) < self.best < max(self.tried)
 
-    def _next(self) -> float | None:
-        best = self.best
-        if best is None:
-            return min(self.tried) / COARSE**2  # all diverged
-        if best == max(self.tried):
-            return best * COARSE
-        if best == min(self.tried):
-            return best / COARSE
-        around = [best * FINE, best / FINE]
-        missing = [rate for rate in around if not any(math.isclose(rate, other) for other in self.tried)]
-        return self._nearer(missing) if missing else None
-
-    def _nearer(self, candidates: list[float]) -> float:
-        """The candidate on the side of the better neighbour."""
-        best = self.best
-        assert best is not None
+    def _between_neighbours(self, best: float) -> float | None:
+        """A rate at a factor of 2 from the best that was not tried: on the side of the better neighbour, if both."""
+        candidates = [
+            rate for rate in (best * FINE, best / FINE) if not any(math.isclose(rate, tried) for tried in self.tried)
+        ]
+        if not candidates:
+            return None
         above = min(rate for rate in self.tried if rate > best)
         below = max(rate for rate in self.tried if rate < best)
-        upward = self.tried[above] < self.tried[below]
-        return max(candidates) if upward else min(candidates)
+        return max(candidates) if self.tried[above] < self.tried[below] else min(candidates)

@@ -1,8 +1,13 @@
 """What a search varies: which settings, and the values that each may take. Needs no torch.
 
---space r=4,8,16             these values
---space learning_rate=1e-4..1e-2   anything between, evenly in the logarithm; ranks in powers of two
---space lora_dropout=0.1     this one: not searched
+--space r=4,8,16                   these values
+--space learning_rate=1e-4..1e-2   any value between, evenly in the logarithm; of ranks the powers of two
+--space lora_dropout=0.1           this value: not searched
+
+read_space      text, lists and numbers -> an axis for each setting
+search_axes     the default space, with what was asked for in its place
+fit_to_model    what this model cannot take is left out
+settings_of     values of a trial -> settings of its run
 """
 
 import math
@@ -19,7 +24,7 @@ FIELDS = TrainConfig.model_fields
 SHARED = {"model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "field", "streaming"}
 SHARED |= {"max_steps", "num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps"}
 SHARED |= {"save_total_limit", "eval_steps", "early_stopping_patience", "adapter", "method", "max_length", "quantize"}
-SHARED |= {"dtype", "packing"}  # with which the base would be another one
+SHARED |= {"dtype", "packing"}  # which would change the base
 SCALE = "scale"  # alpha/r, in place of alpha
 TARGETS = ("all-linear", "attention", "mlp")  # words; what they mean is read off the model
 OTHER_NAMES = {**ALIASES, "targets": "target_modules", "lr": "learning_rate", "dropout": "lora_dropout"}
@@ -29,7 +34,7 @@ RANGE = re.compile(r"\s*([^,\s]+?)\s*\.\.\s*([^,\s]+)\s*")
 
 @dataclass(frozen=True)
 class Range:
-    """Any number between two, evenly in the logarithm or not."""
+    """All numbers between two, evenly in the logarithm or not."""
 
     low: float
     high: float
@@ -54,7 +59,7 @@ DEFAULT: dict[str, Axis] = {
 
 
 def read_space(given: Mapping[str, Any]) -> dict[str, Axis]:
-    """Axes out of text, lists and numbers, as the command line, YAML and Python give them. Raises ConfigError."""
+    """The axes in text, lists and numbers, as the command line, YAML and Python give them. Raises ConfigError."""
     axes: dict[str, Axis] = {}
     problems = []
     for written, values in given.items():
@@ -142,10 +147,10 @@ def _scale(value: Any) -> float:
     return number
 
 
-def searched(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis]:
-    """The default space with what was given in its place; settings of the run that have a value keep it.
+def search_axes(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis]:
+    """The default space, with what was given in its place. A setting of the run that has a value keeps it.
 
-    Raises ConfigError.
+    Raises ConfigError where a setting has both a value and an axis, or where nothing is left to search.
     """
     if train.method != "lora":
         raise ConfigError("a search is of adapters; `tailora compare` finds the learning rate of full fine-tuning")
@@ -162,12 +167,12 @@ def searched(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis]:
     return space
 
 
-def start(space: Mapping[str, Axis], train: TrainConfig) -> dict[str, Any]:
-    """The settings that a search begins with: those of the run, as near as the space has them."""
-    return {name: _nearest(axis, _own(name, train)) for name, axis in space.items()}
+def first_values(space: Mapping[str, Axis], train: TrainConfig) -> dict[str, Any]:
+    """The values that a search begins with: those of the run, or the nearest in the space."""
+    return {name: _nearest(axis, _current_value(name, train)) for name, axis in space.items()}
 
 
-def _own(name: str, train: TrainConfig) -> Any:
+def _current_value(name: str, train: TrainConfig) -> Any:
     return train.lora_alpha / train.r if name == SCALE else getattr(train, name)
 
 
@@ -179,22 +184,69 @@ def _nearest(axis: Axis, own: Any) -> Any:
     return min((value for value in axis if value is not None), key=lambda value: abs(value - own))
 
 
-def settings(params: Mapping[str, Any], groups: Mapping[str, list[str] | str], train: TrainConfig) -> dict[str, Any]:
-    """What a trial changes in the run's settings. groups: word -> names of layers, for target_modules."""
-    values = dict(params)
-    if SCALE in values:
-        r = values.get("r", train.r)
-        rslora = values.get("use_rslora", train.use_rslora)
-        values["lora_alpha"] = values.pop(SCALE) * (math.sqrt(r) if rslora else r)
-    if "target_modules" in values:
-        word = values["target_modules"]
-        values["target_modules"] = groups.get(word, word if word == "all-linear" else word.split("+"))
-    return values
+def fit_to_model(
+    space: Mapping[str, Axis], groups: Mapping[str, Any], given: Mapping[str, Axis]
+) -> tuple[dict[str, Axis], list[str]]:
+    """Returns the space without the values that the model cannot take, and what was left out, in words.
+
+    groups: `model_layout.target_groups` of the model.    given: the axes that were asked for, not the default ones.
+
+    Raises ConfigError for a value that was asked for, and for an axis without any value left.
+    """
+    axes: dict[str, Axis] = {}
+    problems: list[str] = []
+    notes: list[str] = []
+    for name, axis in space.items():
+        axes[name] = axis
+        if isinstance(axis, Range) or not groups:
+            continue
+        fitting = tuple(value for value in axis if _fits(name, value, groups))
+        if lost := [value for value in axis if value not in fitting]:
+            reason = (
+                f"the smallest matrix of the model takes ranks up to {groups['largest_r']}"
+                if name == "r"
+                else "the names of the model's layers do not show which are attention and which are MLP; "
+                "give names of layers, joined by +"
+            )
+            text = f"{name} = {', '.join(map(str, lost))}: {reason}"
+            (problems if name in given or not fitting else notes).append(text)
+        axes[name] = fitting
+    if problems:
+        raise ConfigError(listing([f"space: {problem}" for problem in problems]))
+    return axes, [f"left out of the space: {note}" for note in notes]
+
+
+def _fits(name: str, value: Any, groups: Mapping[str, Any]) -> bool:
+    if name == "r":
+        return bool(value <= groups["largest_r"])
+    return name != "target_modules" or value not in TARGETS[1:] or value in groups
+
+
+def settings_of(values: Mapping[str, Any], groups: Mapping[str, list[str] | str], train: TrainConfig) -> dict[str, Any]:
+    """What a trial with these values changes in the run's settings.
+
+    groups: "attention", "mlp" -> names of layers, for `target_modules`.
+    """
+    changes = dict(values)
+    if SCALE in changes:
+        r = changes.get("r", train.r)
+        rslora = changes.get("use_rslora", train.use_rslora)
+        changes["lora_alpha"] = changes.pop(SCALE) * (math.sqrt(r) if rslora else r)
+    if "target_modules" in changes:
+        word = changes["target_modules"]
+        changes["target_modules"] = groups.get(word, word if word == "all-linear" else word.split("+"))
+    return changes
+
+
+def in_words(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
 
 
 def at_edge(axis: Axis, value: Any) -> bool:
-    """Whether a value lies within a tenth of the ends of its range. Of listed values the user knows."""
+    """True if a value lies within a tenth of the ends of its range. The ends of listed values are the user's choice."""
     if not (isinstance(axis, Range) and axis.log):
         return False
-    low, high, at = (math.log(each) for each in (axis.low, axis.high, value))
-    return not 0.1 < (at - low) / (high - low) < 0.9
+    low, high, position = (math.log(number) for number in (axis.low, axis.high, value))
+    return not 0.1 < (position - low) / (high - low) < 0.9

@@ -1,229 +1,127 @@
-"""The folder of a study: whose it is, and how several processes share it.
+"""What every study has: a folder with its settings, a lock, the time that it may take, and its trials.
 
-search.json    what was asked; a study of other settings is refused
-.claim         held while the folder is made, trials are planned, and what died is queued again
-seats/3.lock   held by the process on seat 3 as long as it lives; the system lets go of it when the process ends
-journal.log    the trials, unless --storage names a database
+compare.json or search.json    the settings; a study with other settings is refused
+plan.json                      how long its trials are, found once
+.lock                          held by the process that changes what all processes share
 """
 
-import hashlib
 import json
+import math
 import shutil
-import uuid
-import warnings
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
-from datetime import datetime
-from itertools import count
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
-import optuna
-from filelock import FileLock, Timeout
-from optuna.storages import BaseStorage, RDBStorage, fail_stale_trials
-from optuna.storages.journal import JournalFileBackend, JournalStorage
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from filelock import BaseFileLock, FileLock, Timeout
 
 from tailora.errors import ConfigError
 from tailora.formats.io import create_output_folder, write_file
-from tailora.study.results import Candidate
+from tailora.study.trial import RESULT, Listen, Progress, RunTrial, Trial, TrialSpec, get_trial
 from tailora.train.config import without_removed
 
-CLAIM, HOME, SEATS, JOURNAL = ".claim", ".home", "seats", "journal.log"
-PLAN, PROBE = "plan.json", "probe"
-WORKER, OUTCOME, AGAIN = "worker", "outcome", "again"  # what is noted beside a trial
-HEARTBEAT, GRACE = 30, 120  # seconds
-YOUNG = 60.0  # seconds that a trial may have no worker
-TRIES = 3  # of a trial whose process dies: it may be the trial that kills it
+PLAN, LOCK, TIMING = "plan.json", ".lock", "probe"
+EARLIER_LOCK = ".claim"  # of earlier versions
 
-
-def claim(folder: Path, name: str, settings: dict[str, Any], noun: str) -> None:
-    """The folder is this study's: new, or its own. Raises ConfigError for another's.
-
-    name: of the file with the settings.    noun: what the study is called in a message.
-    """
-    known, text = folder / name, json.dumps(settings, indent=1)
-    if known.exists() and (folder / PLAN).exists():  # before that nothing was made that is worth keeping
-        recorded = json.loads(known.read_text())
-        if {**recorded, "train": without_removed(recorded["train"])} != json.loads(text):
-            raise ConfigError(f"{folder} holds a {noun} with other settings; give another --output-dir")
-        return
-    if known.exists():
-        shutil.rmtree(folder / PROBE, ignore_errors=True)
-    elif folder.exists() and any(entry.name != CLAIM for entry in folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no {noun}; give another --output-dir")
-    write_file(known, text.encode())
+Log = Callable[[str], None]
+Settings = Mapping[str, Any]
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """One process at a time."""
+def locked(folder: Path, busy: str | None = None) -> Iterator[BaseFileLock]:
+    """Holds the lock of the folder, which is made if it is not there. Waits for another process that holds it, or
+    with `busy` raises ConfigError with this message.
+    """
     create_output_folder(folder)
-    with FileLock(folder / CLAIM):
-        yield
-
-
-def home(folder: Path) -> str:
-    """What tells this folder from those of other machines in one database."""
-    path = folder / HOME
-    if not path.exists():
-        write_file(path, uuid.uuid4().hex.encode())
-    return path.read_text()
-
-
-@contextmanager
-def seated(folder: Path) -> Iterator[int]:
-    """The lowest free seat, held until the end."""
-    (folder / SEATS).mkdir(exist_ok=True)
-    for seat in count():
-        lock = FileLock(_seat(folder, seat))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            continue
-        try:
-            yield seat
-        finally:
-            lock.release()
-        return
-
-
-def is_taken(folder: Path, seat: int) -> bool:
+    lock = FileLock(folder / LOCK)
     try:
-        with FileLock(_seat(folder, seat), timeout=0):
-            return False
+        lock.acquire(timeout=-1 if busy is None else 0)
     except Timeout:
-        return True
-
-
-def _seat(folder: Path, seat: int) -> Path:
-    return folder / SEATS / f"{seat}.lock"
-
-
-def open_study(folder: Path, storage: str | None, settings: dict[str, Any]) -> tuple[optuna.Study, BaseStorage]:
-    """The study of these settings, made or joined, and its storage. Raises ConfigError for an unusable database."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what happens is said by who searches
-    text = json.dumps(settings, sort_keys=True)
-    name = f"tailora-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    kept = _storage(folder, storage)
-    study = optuna.create_study(storage=kept, study_name=name, direction="minimize", load_if_exists=True)
-    return study, kept
-
-
-def _storage(folder: Path, url: str | None) -> BaseStorage:
-    if url is None:
-        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+        raise ConfigError(str(busy)) from None
     try:
-        with _experimental():
-            return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
-    except (SQLAlchemyError, ImportError, ValueError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise ConfigError(
-            f"--storage {url} cannot be used: {cause}. It is the URL of a database as SQLAlchemy has it, such as "
-            "sqlite:///study.db or postgresql+psycopg2://user:password@host/name, with its driver installed"
-        ) from None
-
-
-@contextmanager
-def _experimental() -> Iterator[None]:
-    """Optuna warns of its heartbeat, which it has had since 2.8, and of whoever sends it without `optimize`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        warnings.filterwarnings("ignore", "Heartbeat of storage", UserWarning)
-        yield
-
-
-def begin(study: optuna.Study, home: str, seat: int) -> optuna.Trial:
-    """A new trial, or one that was queued, of this worker."""
-    with _experimental():
-        trial = study.ask()
-    trial.set_user_attr(WORKER, [home, seat])
-    return trial
-
-
-@contextmanager
-def beating(storage: BaseStorage, trial: int) -> Iterator[None]:
-    """Tells a database all the while that the trial of this id is alive; in a folder the seat tells it."""
-    if not isinstance(storage, RDBStorage):
-        yield
-        return
-    ended = Event()
-
-    def beat() -> None:
-        storage.record_heartbeat(trial)
-        while not ended.wait(HEARTBEAT):
-            storage.record_heartbeat(trial)
-
-    thread = Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
+        yield lock
     finally:
-        ended.set()
-        thread.join()
+        lock.release()  # has no effect where the caller has released it
 
 
-def outcome(trial: FrozenTrial) -> Candidate:
-    """Of a finished trial."""
-    return Candidate(**trial.user_attrs[OUTCOME])
+def open_folder(
+    folder: Path,
+    name: str,
+    settings: Settings,
+    study: str,
+    *,
+    begun: bool,
+    discard: list[str],
+    identity: Callable[[Settings], Settings] = lambda settings: settings,
+) -> None:
+    """Makes the folder of a study, or opens one that has the same settings.
 
+    name: of the file with the settings.    study: what the study is called in messages.
+    begun: whether there are results; until then the study may be given other settings, and `discard` is deleted.
+    identity: the part of the settings that must be the same.
 
-def finish(study: optuna.Study, trial: optuna.Trial, candidate: Candidate) -> bool:
-    """Notes how a trial ended. False when it was taken for dead meanwhile, and is another's now."""
-    try:
-        trial.set_user_attr(OUTCOME, asdict(candidate))
-    except optuna.exceptions.UpdateFinishedTrialError:
-        return False
-    close(study, candidate)
-    return True
-
-
-def close(study: optuna.Study, candidate: Candidate) -> None:
-    """Tells Optuna how a trial ended; those without a final loss are the worst to it."""
-    if candidate.state == "done":
-        study.tell(candidate.number, candidate.eval_loss)
-    else:
-        study.tell(candidate.number, state=TrialState.PRUNED)
-
-
-def bury(study: optuna.Study, folder: Path, seat: int) -> int:
-    """Ends trials whose process is gone and queues their settings again; returns how many. Under the claim.
-
-    seat: ours, whose earlier trials are dead, too. Of other machines the database's heartbeat tells.
+    Raises ConfigError for a folder with other settings, or with other files.
     """
-    with _experimental():
-        fail_stale_trials(study)
-    own = home(folder)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not _is_dead(trial, folder, own, seat):
-            continue
-        if OUTCOME in trial.user_attrs:
-            close(study, outcome(trial))
-        else:
-            study.tell(trial.number, state=TrialState.FAIL)
-    trials = study.get_trials(deepcopy=False)
-    again = {trial.user_attrs[AGAIN] for trial in trials if AGAIN in trial.user_attrs}
-    lost = [trial for trial in trials if trial.state == TrialState.FAIL and OUTCOME not in trial.user_attrs]
-    lost = [trial for trial in lost if trial.number not in again and _tries(trial, trials) < TRIES]
-    for trial in lost:
-        study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}), {AGAIN: trial.number})
-    return len(lost)
+    file = folder / name
+    if file.exists() and begun:
+        stored = _current(json.loads(file.read_text()))
+        if identity(stored) != identity(_as_json(settings)):
+            raise ConfigError(f"{folder} holds a {study} with other settings; give another --output-dir")
+        if stored == _as_json(settings):
+            return
+    elif file.exists():
+        for entry in discard:
+            shutil.rmtree(folder / entry, ignore_errors=True)
+            if (folder / entry).is_file():
+                (folder / entry).unlink()
+    elif folder.exists() and any(entry.name not in (LOCK, EARLIER_LOCK) for entry in folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no {study}; give another --output-dir")
+    create_output_folder(folder)
+    write_file(file, json.dumps(settings, indent=1).encode())
 
 
-def _is_dead(trial: FrozenTrial, folder: Path, own: str, seat: int) -> bool:
-    if WORKER not in trial.user_attrs:  # it died, or is about to say
-        started = trial.datetime_start
-        return started is not None and (datetime.now() - started).total_seconds() > YOUNG
-    where, its = trial.user_attrs[WORKER]
-    return where == own and (its == seat or not is_taken(folder, its))
+def _current(stored: dict[str, Any]) -> dict[str, Any]:
+    return {**stored, "train": without_removed(stored["train"])}
 
 
-def _tries(trial: FrozenTrial, trials: list[FrozenTrial]) -> int:
-    """Which try of its settings this was."""
-    tries = 1
-    while AGAIN in trial.user_attrs:
-        trial, tries = trials[trial.user_attrs[AGAIN]], tries + 1
-    return tries
+def _as_json(settings: Settings) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(json.dumps(settings))
+    return content
+
+
+class StudySession:
+    """One process's work on a study: the time that is left, what it has to note, and the trials it runs."""
+
+    def __init__(
+        self, folder: Path, minutes: float | None, log: Log, progress: Progress | None, run_trial: RunTrial
+    ) -> None:
+        self.folder, self.minutes, self.log = folder, minutes, log
+        self.notes: list[str] = []
+        self._started, self._progress, self._run_trial = time.monotonic(), progress, run_trial
+
+    @property
+    def seconds(self) -> float:
+        """Since the start of this process's work."""
+        return time.monotonic() - self._started
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the minutes are over; infinite without --minutes."""
+        return math.inf if self.minutes is None else self.minutes * 60 - self.seconds
+
+    def note(self, text: str) -> None:
+        """Logs what the report is to mention, too; once."""
+        if text not in self.notes:
+            self.notes.append(text)
+            self.log(text)
+
+    def note_truncated(self, trial: Trial, max_length: int) -> None:
+        if count := trial.numbers.get("truncated"):
+            self.note(f"{count} examples are longer than --max-length {max_length} and were cut")
+
+    def has_trial(self, path: Path) -> bool:
+        return (path / RESULT).exists()
+
+    def trial(self, spec: TrialSpec, path: Path, stop: Listen | None = None) -> Trial:
+        return get_trial(spec, path, progress=self._progress, stop=stop, run_trial=self._run_trial)

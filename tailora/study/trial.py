@@ -1,8 +1,11 @@
-"""One run in a process of its own: its peak of memory is its own, and what ends it ends nothing else.
+"""One training run of a study, and what came out of it.
 
-    parent: trial.json there? -> that; else spec.json -> `python -m tailora.study.trial FOLDER` -> progress, trial.json
+    get_trial             reads the trial of a folder, or runs it and writes it there
+      run_in_subprocess     in a process of its own: its peak memory is its own, and its end ends nothing else
+        main                  that process
+          run_here              trains; calls `listen` with every step and evaluation
 
-A trial that diverges or does not fit is a result, not an error: both say something about its settings.
+A trial that diverges or does not fit into memory is a result, not an error: both say something about its settings.
 """
 
 import json
@@ -19,302 +22,351 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tailora import errors
 from tailora.errors import ConfigError, DivergedError, MemoryLimitError, TailoraError
 from tailora.formats.io import write_file
 from tailora.train import subprocess_worker
 from tailora.train.config import TrainConfig, without_removed
 
-# ---- The held-out examples in two halves: one chooses settings, the other judges what was chosen.
+DONE, PRUNED, DIVERGED, OUT_OF_MEMORY = "done", "pruned", "diverged", "out of memory"
+SPEC, RESULT, RUN = "spec.json", "trial.json", "run"  # in the folder of a trial
+COMMAND = (sys.executable, "-m", "tailora.study.trial")  # and a folder
+NOT_SETTINGS = ("before", "texts")  # fields of a TrialSpec that save time and change no result
+
+Indices = NDArray[np.int64]
+BaseLosses = tuple[list[float], list[int]]  # of each held-out example: nats by the base, and learned tokens
+
+# ---- Two halves of the held-out examples: one chooses settings, the other judges what was chosen
 
 
-Places = NDArray[np.int64]
+def choosing_half(count: int) -> Indices:
+    """Indices of the held-out examples that choose. Raises ConfigError for fewer than 4 examples."""
+    return np.sort(_shuffled(count)[: count // 2])
 
 
-def halves(count: int) -> tuple[Places, Places]:
-    """Places of the choosing and of the judging examples, always the same for a count. Raises ConfigError below 4."""
+def judging_half(count: int) -> Indices:
+    """Indices of the held-out examples that judge, which are all others. Raises ConfigError for fewer than 4."""
+    return np.sort(_shuffled(count)[count // 2 :])
+
+
+def _shuffled(count: int) -> Indices:
+    """Always the same for a count."""
     if count < 4:
         there = "1 held-out example is" if count == 1 else f"{count} held-out examples are"
         raise ConfigError(
-            f"{there} too few: one half chooses settings, the other judges. Hold out at least 4, better 100: "
+            f"{there} too few: one half chooses settings, the other half judges. Hold out at least 4, better 100: "
             "--eval-data FILE, or a larger --validation-split"
         )
-    shuffled = np.random.default_rng(0).permutation(count)
-    return np.sort(shuffled[: count // 2]), np.sort(shuffled[count // 2 :])
+    return np.random.default_rng(0).permutation(count)
 
 
-def choosing_half(count: int) -> Places:
-    return halves(count)[0]
+def on_choosing_half(base: BaseLosses | None) -> BaseLosses | None:
+    """Those of the losses on all held-out examples that choose."""
+    if base is None:
+        return None
+    indices = choosing_half(len(base[0]))
+    return [base[0][index] for index in indices], [base[1][index] for index in indices]
 
 
-def judging_half(count: int) -> Places:
-    return halves(count)[1]
-
-
-# ----
-
-
-PRUNED, OUT_OF_MEMORY = "pruned", "out of memory"
-SPEC, RESULT, RUN = "spec.json", "trial.json", "run"
-OUTCOMES = {DivergedError: "diverged", MemoryLimitError: OUT_OF_MEMORY}
-
-Progress = Callable[[int, int, float], None]  # step, of steps, loss
-Base = tuple[list[float], list[int]]  # nats by the base, and learned tokens, of each held-out example
-SHARED = ("before", "texts")  # of a spec: what trials tell each other, no settings
+# ---- What a trial does, reports and returns
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a trial says of itself while it runs, a line of JSON each."""
+class TrialSpec:
+    """settings: of TrainConfig, without output_dir.
+    forgetting: None to measure none, '' on texts that the base writes, or a file of texts.
+    keep: keep what was trained; a fully trained model is large.
+    choosing: evaluate the choosing half of the held-out examples only.
+    rising: (low, high) of a learning rate that rises at every step, in place of the schedule.
+    describe: also return the model's `target_groups`.
+    before: what the base has on the held-out examples, where another trial has found it.
+    texts: file for the texts that the base writes, shared by all trials of a study; the first trial writes it.
+    """
+
+    settings: dict[str, Any]
+    forgetting: str | None = None
+    keep: bool = True
+    choosing: bool = False
+    rising: tuple[float, float] | None = None
+    describe: bool = False
+    before: BaseLosses | None = None
+    texts: str | None = None
+
+
+@dataclass(frozen=True)
+class TrialEvent:
+    """A step or an evaluation of a running trial.
+
+    loss: nats per token, of the step's examples, or of the held-out ones for an evaluation.
+    parameters: how many are trained.    seconds: that the step or the evaluation took.
+    """
 
     step: int
     steps: int
-    loss: float  # nats per token, of the step's examples or the held-out ones
+    loss: float
     held_out: bool
-    parameters: int  # trained
-    seconds: float  # of the step or the evaluation
-
-
-Judge = Callable[[Told], str | None]  # why the trial is to end now; None to go on
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a trial does. `forgetting`: None for not measured, '' for the base's own texts, or a file of texts."""
-
-    settings: dict[str, Any]  # of TrainConfig, output_dir left out
-    forgetting: str | None = None
-    keep: bool = True  # what was trained; a fully trained model is large
-    choosing: bool = False  # evaluate the half of the held-out examples that chooses, and no more
-    rising: tuple[float, float] | None = None  # learning rates from, to, in place of the schedule
-    describe: bool = False  # say which parts the model has
-    before: Base | None = None  # of the held-out examples, where another trial has it
-    texts: str | None = None  # file of what the base wrote, for all trials of a study; the first one writes it
+    parameters: int
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came out. Without an outcome of `done` the numbers are missing."""
+    """What came out of a trial. Unless its outcome is `done`, only what its events told is there.
 
-    outcome: str  # done, diverged, out of memory, or pruned: ended by who listened
+    outcome: done, diverged, out of memory, or pruned: ended by `listen`.    message: the reason, unless done.
+    numbers: of TrainResult; also seed, parts (the model's `target_groups`), examples to train on, and seconds.
+    sums, before: nats of each held-out example, of the trained model and of the base.    counts: learned tokens.
+    bytes: size on disk of what was trained.    losses: of each step's examples, before the step.
+    curve: (step, held-out loss).    parameters: how many are trained; 0 when the trial ended before its first step.
+    """
+
+    outcome: str
     message: str
-    numbers: dict[str, Any]  # of TrainResult; seed, parts of the model, examples to train on, seconds of forgetting
-    sums: list[float]  # nats of each held-out example, afterwards
-    before: list[float]  # likewise by the base
-    counts: list[int]  # learned tokens of each
+    numbers: dict[str, Any]
+    sums: list[float]
+    before: list[float]
+    counts: list[int]
     forgetting: dict[str, Any] | None
-    bytes: int  # on disk, of what was trained
-    losses: list[float] = field(default_factory=list)  # of each step's examples, before it
-    curve: list[tuple[int, float]] = field(default_factory=list)  # step, held-out loss
-    parameters: int = 0  # trained; 0 when it ended before that was known
+    bytes: int
+    losses: list[float] = field(default_factory=list)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    parameters: int = 0
     step_seconds: list[float] = field(default_factory=list)
     evaluation_seconds: list[float] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
-        return self.outcome == "done"
+        return self.outcome == DONE
 
-    def loss(self, part: NDArray[np.int64] | None = None) -> float:
-        """Held-out nats per token, over a part of the examples; infinite unless done."""
+    @property
+    def training_seconds(self) -> float:
+        """Time of the steps, without loading and evaluating."""
+        return float(self.numbers["train_tokens"] / self.numbers["tokens_per_second"])
+
+    @property
+    def base(self) -> BaseLosses | None:
+        """What the base has, for other trials on the same held-out examples. None unless done."""
+        return (self.before, self.counts) if self.done else None
+
+    def loss(self, indices: Indices | None = None) -> float:
+        """Held-out nats per token, of all evaluated examples or of some; infinite unless done."""
         if not self.done:
             return math.inf
         sums, counts = np.array(self.sums), np.array(self.counts)
-        chosen = slice(None) if part is None else part
+        chosen = slice(None) if indices is None else indices
         return float(sums[chosen].sum() / counts[chosen].sum())
 
     @property
-    def base(self) -> Base | None:
-        """For other trials of the same base and held-out examples. None unless done."""
-        return (self.before, self.counts) if self.done else None
+    def summary(self) -> str:
+        """For a log: the loss on the judging half where all held-out examples were evaluated, or the outcome."""
+        return f"held-out loss {self.loss(judging_half(len(self.counts))):.4f}" if self.done else self.outcome
 
 
-def choosing_part(base: Base | None) -> Base | None:
-    """Of all held-out examples, those that choose."""
-    if base is None:
-        return None
-    places = choosing_half(len(base[0]))
-    return [base[0][place] for place in places], [base[1][place] for place in places]
+def _trial(outcome: str, message: str, events: list[TrialEvent], base: BaseLosses | None, **results: Any) -> Trial:
+    """The trial that had these events.
+
+    base: losses of the base, where they were known before.    results: further fields of a trial that is done.
+    """
+    steps = [event for event in events if not event.held_out]
+    evaluations = [event for event in events if event.held_out]
+    start = [] if base is None else [(0, float(np.sum(base[0]) / np.sum(base[1])))]
+    missing: dict[str, Any] = {"numbers": {}, "sums": [], "before": [], "counts": [], "forgetting": None, "bytes": 0}
+    return Trial(
+        outcome,
+        message,
+        **{**missing, **results},
+        losses=[event.loss for event in steps],
+        curve=[*start, *((event.step, event.loss) for event in evaluations)],
+        parameters=events[0].parameters if events else 0,
+        step_seconds=[event.seconds for event in steps],
+        evaluation_seconds=[event.seconds for event in evaluations],
+    )
 
 
-class Heard:
-    """What was told, gathered on either side of the pipe."""
+# ---- Running it
 
-    def __init__(self, before: Base | None) -> None:
-        self.told: list[Told] = []
-        self.start = [] if before is None else [(0, float(np.sum(before[0]) / np.sum(before[1])))]
-
-    def trial(self, outcome: str, message: str, **more: Any) -> Trial:
-        held_out = [told for told in self.told if told.held_out]
-        nothing: dict[str, Any] = {"numbers": {}, "sums": [], "before": [], "counts": [], "forgetting": None}
-        return Trial(
-            outcome,
-            message,
-            **{**nothing, "bytes": 0, **more},
-            losses=[told.loss for told in self.told if not told.held_out],
-            curve=[*self.start, *((told.step, told.loss) for told in held_out)],
-            parameters=self.told[0].parameters if self.told else 0,
-            step_seconds=[told.seconds for told in self.told if not told.held_out],
-            evaluation_seconds=[told.seconds for told in held_out],
-        )
+Progress = Callable[[int, int, float], None]  # step, of steps, loss
+Listen = Callable[[TrialEvent], str | None]  # returns why the trial is to end now, or None
+RunTrial = Callable[[TrialSpec, Path, Listen], Trial]
 
 
-def try_out(spec: Spec, folder: Path, progress: Progress | None = None, judge: Judge | None = None) -> Trial:
-    """The trial of this folder, made now unless it was made before. `judge` may end it; then its outcome is pruned.
+def run_in_subprocess(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
+    """Runs the trial of this folder, whose spec.json is there, in a process of its own. Raises what the run raises."""
+    log = folder / "log.txt"
+    events: list[TrialEvent] = []
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen([*COMMAND, str(folder)], stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                content = json.loads(line)
+                if "outcome" in content:
+                    return Trial(**content)
+                events.append(TrialEvent(**content))
+                if (reason := listen(events[-1])) is not None:
+                    return _trial(PRUNED, reason, events, spec.before)
+            process.wait()
+        finally:
+            process.kill()  # has no effect on a process that has ended
+    if process.returncode == subprocess_worker.KILLED:
+        return _trial(OUT_OF_MEMORY, "killed by the system, most likely for memory", events, spec.before)
+    raise subprocess_worker.told(folder, process.returncode, log.read_text(), f"the run in {folder}")
 
-    Raises ConfigError when the folder holds a trial of other settings; whatever else the run raises.
+
+def get_trial(
+    spec: TrialSpec,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+    stop: Listen | None = None,
+    run_trial: RunTrial = run_in_subprocess,
+) -> Trial:
+    """Returns the trial of this folder. It is run now, unless it was before.
+
+    progress: called with every step.    stop: called with every step and evaluation; it may end the trial.
+
+    Raises ConfigError when the folder holds a trial with other settings; whatever else the run raises.
     """
     if (folder / RESULT).exists():
-        return _stored(spec, folder)
-    shutil.rmtree(folder / RUN, ignore_errors=True)  # of a trial that was ended
+        if _identity(json.loads((folder / SPEC).read_text())) != _identity(json.loads(json.dumps(asdict(spec)))):
+            raise ConfigError(f"{folder} holds a trial with other settings; give another --output-dir")
+        return Trial(**json.loads((folder / RESULT).read_text()))
+    shutil.rmtree(folder / RUN, ignore_errors=True)  # of a trial that was interrupted
     write_file(folder / SPEC, json.dumps(asdict(spec), indent=1).encode())
-    command = [sys.executable, "-m", "tailora.study.trial", str(folder)]
-    log, heard = folder / "log.txt", Heard(spec.before)
-    with (
-        log.open("w") as complaints,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process,
-    ):
-        try:
-            ended = _listen(process, heard, progress, judge)
-        finally:
-            process.kill()  # has no effect on one that has ended
-    if ended is not None:
-        _leave(folder, heard.trial(PRUNED, ended), keep=False)
-    elif process.returncode == subprocess_worker.KILLED:
-        _leave(folder, heard.trial(OUT_OF_MEMORY, "killed by the system, most likely for memory"), keep=False)
-    elif process.returncode != 0:
-        raise subprocess_worker.told(folder, process.returncode, log.read_text(), f"the run in {folder}")
-    return _stored(spec, folder)
+
+    def listen(event: TrialEvent) -> str | None:
+        if progress is not None and not event.held_out:
+            progress(event.step, event.steps, event.loss)
+        return None if stop is None else stop(event)
+
+    trial = run_trial(spec, folder, listen)
+    if not (spec.keep and trial.done):
+        shutil.rmtree(folder / RUN, ignore_errors=True)
+    write_file(folder / RESULT, json.dumps(asdict(trial)).encode())
+    return Trial(**json.loads((folder / RESULT).read_text()))  # with lists for tuples, as when it is read later
 
 
-def _listen(process: Any, heard: Heard, progress: Progress | None, judge: Judge | None) -> str | None:
-    """Until the trial has ended, None, or is to end: why."""
-    for line in process.stdout:
-        told = Told(**json.loads(line))
-        heard.told.append(told)
-        if progress is not None and not told.held_out:
-            progress(told.step, told.steps, told.loss)
-        if judge is not None and (why := judge(told)) is not None:
-            return why
-    process.wait()
-    return None
-
-
-def _stored(spec: Spec, folder: Path) -> Trial:
-    if _asked(json.loads((folder / SPEC).read_text())) != _asked(json.loads(json.dumps(asdict(spec)))):
-        raise errors.ConfigError(f"{folder} holds a trial of other settings; give another --output-dir")
-    return Trial(**json.loads((folder / RESULT).read_text()))
-
-
-def _asked(spec: dict[str, Any]) -> dict[str, Any]:
-    own = {name: value for name, value in spec.items() if name not in SHARED}
-    return {**own, "settings": without_removed(spec["settings"])}
+def _identity(spec: dict[str, Any]) -> dict[str, Any]:
+    """What makes two specs different trials."""
+    own = {name: value for name, value in spec.items() if name not in NOT_SETTINGS}
+    return {**own, "settings": without_removed(own["settings"])}
 
 
 def main(folder: Path) -> int:
-    """In the trial's own process."""
-    spec = Spec(**json.loads((folder / SPEC).read_text()))
-    config = TrainConfig(**{**spec.settings, "output_dir": str(folder / RUN)})
-    heard = Heard(spec.before)
+    """The process of a trial: writes events, and at the end the trial, as lines of JSON to stdout."""
+    spec = TrialSpec(**json.loads((folder / SPEC).read_text()))
+
+    def listen(event: TrialEvent) -> None:
+        print(json.dumps(asdict(event)), flush=True)
+
     try:
-        trial = _made(config, spec, heard)
-    except tuple(OUTCOMES) as error:
-        trial = heard.trial(OUTCOMES[type(error)], str(error))
+        trial = run_here(spec, folder, listen)
     except TailoraError as error:
         subprocess_worker.tell(folder, error)
         return 1
-    _leave(folder, trial, keep=spec.keep and trial.done)
+    print(json.dumps(asdict(trial)), flush=True)
     return 0
 
 
-def _leave(folder: Path, trial: Trial, *, keep: bool) -> None:
-    if not keep:
-        shutil.rmtree(folder / RUN, ignore_errors=True)
-    write_file(folder / RESULT, json.dumps(asdict(trial)).encode())
+# ---- The training itself
 
 
-def _made(config: TrainConfig, spec: Spec, heard: Heard) -> Trial:
+class _Stopped(Exception):
+    """Raised through the training loop when `listen` ends a trial."""
+
+
+def run_here(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
+    """Runs the trial in this process. Raises what the run raises, but for divergence and lack of memory."""
+    events: list[TrialEvent] = []
+
+    def record(event: TrialEvent) -> None:
+        events.append(event)
+        if (reason := listen(event)) is not None:
+            raise _Stopped(reason)
+
+    try:
+        results = _train(spec, folder, record)
+    except _Stopped as stopped:
+        return _trial(PRUNED, str(stopped), events, spec.before)
+    except DivergedError as error:
+        return _trial(DIVERGED, str(error), events, spec.before)
+    except MemoryLimitError as error:
+        return _trial(OUT_OF_MEMORY, str(error), events, spec.before)
+    return _trial(DONE, "", events, spec.before, **results)
+
+
+def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) -> dict[str, Any]:
+    """The fields of a Trial that is done."""
     from tailora.study.model_layout import target_groups  # torch from here on
+    from tailora.train.events import Evaluated, Event, Prepared, Stepped
     from tailora.train.loss import Evaluation
     from tailora.train.optim import rising
     from tailora.train.trainable import folder_of
     from tailora.train.trainer import run
 
-    between = spec.rising
-    found: dict[str, Any] = {}
+    config = TrainConfig(**{**spec.settings, "output_dir": str(folder / RUN)})
+    header = {"steps": 0, "parameters": 0}
+    parts: dict[str, Any] = {}
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Prepared):
+            header.update(steps=event.header["max_steps"], parameters=event.header["trainable_parameters"])
+        if isinstance(event, Stepped | Evaluated):
+            held_out = isinstance(event, Evaluated)
+            record(TrialEvent(event.step, loss=event.loss, held_out=held_out, seconds=event.seconds, **header))
+
+    def on_ready(model: Any, *_: Any) -> None:
+        if spec.describe:
+            parts.update(target_groups(model.base_model))
+
+    rates = spec.rising
     result = run(
         config,
-        on_event=_teller(heard),
-        on_ready=lambda model, *_: found.update(target_groups(model.base_model) if spec.describe else {}),
-        rate_at=None if between is None else lambda step, steps: rising(step, steps, *between),
+        on_event=on_event,
+        on_ready=on_ready,
+        rate_at=None if rates is None else lambda step, steps: rising(step, steps, *rates),
         held_out=choosing_half if spec.choosing else None,
         before=None if spec.before is None else Evaluation(*map(np.array, spec.before)),
     )
     if result.before is None or result.after is None:
-        raise errors.ConfigError("there is no held-out data to judge by: give --eval-data or --validation-split")
-    left = folder_of(result.model, Path(result.output_dir))
-    forgotten, took = (None, {}) if spec.forgetting is None else _forgotten(result, spec)
-    cut = None if result.data is None else result.data.report.truncated
-    own = {"seed": config.seed, "parts": found, "examples": _examples(result), "truncated": cut, **took}
-    return heard.trial(
-        "done",
-        "",
-        numbers={**result.to_dict(), **own},
-        sums=result.after.sums.tolist(),
-        before=result.before.sums.tolist(),
-        counts=result.after.counts.tolist(),
-        forgetting=forgotten,
-        bytes=sum(file.stat().st_size for file in left.rglob("*") if file.is_file()),
-    )
+        raise ConfigError("there is no held-out data to judge by: give --eval-data or --validation-split")
+    numbers = {
+        **result.to_dict(),
+        "seed": config.seed,
+        "parts": parts,
+        "examples": None if result.data is None else len(result.data.train),  # of a stream that is not known
+        "truncated": None if result.data is None else result.data.report.truncated,
+    }
+    files = folder_of(result.model, Path(result.output_dir)).rglob("*")
+    forgotten, seconds = (None, {}) if spec.forgetting is None else _forgetting(result, spec)
+    return {
+        "numbers": {**numbers, **seconds},
+        "sums": result.after.sums.tolist(),
+        "before": result.before.sums.tolist(),
+        "counts": result.after.counts.tolist(),
+        "forgetting": forgotten,
+        "bytes": sum(file.stat().st_size for file in files if file.is_file()),
+    }
 
 
-def _teller(heard: Heard) -> Callable[[Any], None]:
-    """Says steps and evaluations on stdout, and remembers them."""
-    from tailora.train.events import Evaluated, Event, Prepared, Stepped
-
-    known = {"steps": 0, "parameters": 0}
-
-    def tell(event: Event) -> None:
-        if isinstance(event, Prepared):
-            known.update(steps=event.header["max_steps"], parameters=event.header["trainable_parameters"])
-        if isinstance(event, Stepped | Evaluated):
-            told = Told(
-                event.step, loss=event.loss, held_out=isinstance(event, Evaluated), seconds=event.seconds, **known
-            )
-            heard.told.append(told)
-            print(json.dumps(asdict(told)), flush=True)
-
-    return tell
-
-
-def _examples(result: Any) -> int | None:
-    """To train on; of a stream that is not known."""
-    return None if result.data is None else len(result.data.train)
-
-
-def _forgotten(result: Any, spec: Spec) -> tuple[dict[str, Any], dict[str, float]]:
+def _forgetting(result: Any, spec: TrialSpec) -> tuple[dict[str, Any], dict[str, float]]:
     """What was forgotten; and the seconds of writing texts, which the first trial of a study does, and of the rest."""
-    from tailora.evaluation.forgetting import forgetting
+    from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
 
     started = time.monotonic()
-    texts = _texts(result, spec)
-    written = time.monotonic()
-    found = asdict(forgetting(result.model, texts))
-    return found, {"writing_seconds": written - started, "forgetting_seconds": time.monotonic() - written}
-
-
-def _texts(result: Any, spec: Spec) -> list[list[int]]:
-    """Ids of each."""
-    from tailora.evaluation.forgetting import read_texts, sample_texts
-
     if spec.forgetting:
-        return read_texts(spec.forgetting, result.model, result.tokenizer)
-    if spec.texts is None:
-        return sample_texts(result.model, result.tokenizer)
-    kept = Path(spec.texts)
-    if not kept.exists():
-        write_file(kept, json.dumps(sample_texts(result.model, result.tokenizer)).encode())
-    known: list[list[int]] = json.loads(kept.read_text())
-    return known
+        texts = read_texts(spec.forgetting, result.model, result.tokenizer)
+    elif spec.texts is None:
+        texts = sample_texts(result.model, result.tokenizer)
+    else:
+        shared = Path(spec.texts)
+        if not shared.exists():
+            write_file(shared, json.dumps(sample_texts(result.model, result.tokenizer)).encode())
+        texts = json.loads(shared.read_text())
+    written = time.monotonic()
+    forgotten = asdict(forgetting(result.model, texts))
+    return forgotten, {"writing_seconds": written - started, "forgetting_seconds": time.monotonic() - written}
 
 
 if __name__ == "__main__":

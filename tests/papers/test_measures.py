@@ -11,7 +11,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tailora.evaluation.spectral import effective_rank, intruder_counter, stable_rank, subspace_overlap
-from tailora.study.search import importances
+from tailora.study.optuna_study import importances
 from tailora.train.optim import rising
 
 

@@ -15,12 +15,15 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("tiny")
     chat_model(intermediate_size=48, initializer_range=0.2).save_pretrained(folder / "model")
     chat_tokenizer([" ".join(WORDS), "user assistant"] * 3, eos_token="<|im_end|>").save_pretrained(folder / "model")
-    rows = []
-    for i in range(60):
-        asked = [WORDS[(i + k) % len(WORDS)] for k in range(1 + i % 7)]
-        said = [("user", f"{i}: {' '.join(asked)}"), ("assistant", " ".join(reversed(asked)))]
-        rows.append(json.dumps({"messages": [{"role": role, "content": content} for role, content in said]}))
-    (folder / "chats.jsonl").write_text("\n".join(rows) + "\n")
+    lines = []
+    for number in range(60):
+        words = [WORDS[(number + place) % len(WORDS)] for place in range(1 + number % 7)]
+        messages = [
+            {"role": "user", "content": f"{number}: {' '.join(words)}"},
+            {"role": "assistant", "content": " ".join(reversed(words))},
+        ]
+        lines.append(json.dumps({"messages": messages}))
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
     return TrainConfig(
         model=str(folder / "model"),
         data=str(folder / "chats.jsonl"),

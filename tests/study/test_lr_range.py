@@ -12,7 +12,7 @@ from tailora.errors import ConfigError
 from tailora.study.config import SearchConfig
 from tailora.study.lr_range import HIGHEST, LOWEST, STEPS, RateRange, find_range, landmarks, read_range
 from tailora.study.search import search
-from tailora.study.trial import Trial
+from tailora.study.trial import Trial, run_here
 from tailora.train.config import TrainConfig
 from tailora.train.optim import rising
 from tailora.train.trainer import run
@@ -70,10 +70,9 @@ def test_a_rate_that_was_given_is_not_looked_for(small_run: TrainConfig, tmp_pat
 @pytest.fixture(scope="module")
 def found(small_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[RateRange, TrainConfig]:
     train = small_run.replaced(output_dir=str(tmp_path_factory.mktemp("rates") / "study"))
-    return find_range(train, SearchConfig(lr_only=True)), train
+    return find_range(train, SearchConfig(lr_only=True), run_trial=run_here), train
 
 
-@pytest.mark.slow
 def test_the_suggested_rate_trains_as_well_as_the_best_of_a_grid(
     found: tuple[RateRange, TrainConfig], tmp_path: Path
 ) -> None:
@@ -92,12 +91,10 @@ def test_the_suggested_rate_trains_as_well_as_the_best_of_a_grid(
     assert loss_at(rates.suggestion) < min(grid.values()) + 0.1 * (rates.base_loss - min(grid.values()))
 
 
-@pytest.mark.slow
 def test_the_command_shows_what_was_found_before(
-    found: tuple[RateRange, TrainConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    found: tuple[RateRange, TrainConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rates, train = found
-    monkeypatch.setattr("tailora.study.trial.subprocess.Popen", None)  # no run is made again
     command = ["search", "--lr-only", "--model", train.model, "--data", train.data, "--dtype", "float32", "--r", "4"]
     command += ["--validation-split", "0.3", "--per-device-train-batch-size", "4", "--num-train-epochs", "2"]
     assert main([*command, "--output-dir", train.output_dir]) == 0

@@ -1,0 +1,158 @@
+"""Optuna's part of a search: its database, the trials of workers that die, and importances."""
+
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from tailora.errors import ConfigError
+from tailora.study import optuna_study
+from tailora.study.optuna_study import finished_trials, importances, open_study, running_trials, save_outcome
+from tailora.study.results import Candidate
+
+SETTINGS = {"train": {"r": 1}}
+
+
+def candidate(number: int, loss: float) -> Candidate:
+    return Candidate(number, "done", {"x": 0.5}, loss, 10, 1.0)
+
+
+class Killed(BaseException):
+    """Ends a trial as a killed process does: Optuna does not hear of it."""
+
+
+def die(study: optuna.Study) -> FrozenTrial:
+    """A trial whose worker has suggested its values and sent one heartbeat, and is gone."""
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        raise Killed
+
+    with pytest.raises(Killed):
+        study.optimize(objective, n_trials=1)
+    return study.get_trials()[-1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_trial_of_a_dead_worker_is_run_again_and_given_up_after_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optuna_study, "HEARTBEAT", 1)
+    monkeypatch.setattr(optuna_study, "GRACE", 1)
+    study = open_study(tmp_path, None, SETTINGS)
+    values = [die(study).params["x"]]
+    assert len(running_trials(study)) == 1  # it may be alive
+    for retries in range(1, optuna_study.RETRIES + 1):
+        time.sleep(2.1)
+        assert running_trials(study) == []
+        assert running_trials(open_study(tmp_path, None, SETTINGS)) == []  # once, by whoever looks
+        waiting = study.get_trials(states=(TrialState.WAITING,))
+        assert [trial.params["x"] for trial in waiting] == values
+        assert die(study).params["x"] == values[0]
+        assert len(study.get_trials()) == retries + 1
+    time.sleep(2.1)
+    assert running_trials(study) == []
+    assert study.get_trials(states=(TrialState.WAITING,)) == []
+
+
+def test_a_worker_that_lives_keeps_its_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optuna_study, "HEARTBEAT", 1)
+    monkeypatch.setattr(optuna_study, "GRACE", 2)
+    study, other = (open_study(tmp_path, None, SETTINGS) for _ in range(2))
+    counts: list[int] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        time.sleep(3.5)
+        counts.append(len(running_trials(other)))
+        save_outcome(trial, candidate(trial.number, 2.0))
+        return 2.0
+
+    study.optimize(objective, n_trials=1)
+    assert counts == [1]
+    assert finished_trials(other) == [candidate(0, 2.0)]
+
+
+def test_a_trial_without_a_heartbeat_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = open_study(tmp_path, None, SETTINGS)
+    study.enqueue_trial({"x": 0.25})
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        study.ask()  # its worker dies at once
+    assert len(running_trials(study)) == 1
+    monkeypatch.setattr(optuna_study, "GRACE", -1)
+    assert running_trials(study) == []
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    assert study.best_value == 0.25
+
+
+def join(url: str, barrier: Any, names: Any) -> None:
+    barrier.wait()
+    names.put(open_study(Path(), url, SETTINGS).study_name)
+
+
+def test_workers_that_start_at_once_make_the_tables_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, names = context.Barrier(4), context.Queue()
+    url = f"sqlite:///{tmp_path}/study.db"
+    workers = [context.Process(target=join, args=(url, barrier, names)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    assert len({names.get(timeout=60) for _ in workers}) == 1
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+
+
+def test_trials_in_the_file_of_an_earlier_version_are_taken_over(tmp_path: Path) -> None:
+    name = open_study(tmp_path / "x", f"sqlite:///{tmp_path}/name.db", SETTINGS).study_name
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
+    earlier = optuna.create_study(storage=storage, study_name=name)
+    for loss in (3.0, None, 2.0):
+        trial = earlier.ask()
+        trial.suggest_float("x", 0, 1)
+        if loss is not None:
+            trial.set_user_attr("outcome", candidate(trial.number, loss).__dict__)
+            earlier.tell(trial, loss)
+    for _ in range(2):
+        study = open_study(tmp_path, None, SETTINGS)
+        assert finished_trials(study) == [candidate(0, 3.0), candidate(2, 2.0)]
+        assert running_trials(study) == []
+        waiting = study.get_trials(states=(TrialState.WAITING,))
+        assert [trial.params for trial in waiting] == [earlier.trials[1].params]
+        assert len(study.get_trials()) == 4
+
+
+def test_a_database_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--storage nonsense cannot be used: Could not parse"):
+        open_study(tmp_path, "nonsense", SETTINGS)
+    with pytest.raises(ConfigError, match="cannot be used: unable to open database file"):
+        open_study(tmp_path, f"sqlite:///{tmp_path}/none/study.db", SETTINGS)
+
+
+def test_the_setting_that_matters_has_the_importance() -> None:
+    rng = np.random.default_rng(0)
+    rates = FloatDistribution(1e-4, 1e-2, log=True)
+    ranks = CategoricalDistribution((2, 4, 8))
+
+    def tried() -> FrozenTrial:
+        rate, r = float(10 ** rng.uniform(-4, -2)), int(rng.choice([2, 4, 8]))
+        pruned = rate > 5e-3  # ended early: it has no value, and is worse than all
+        return create_trial(
+            state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
+            params={"learning_rate": rate, "r": r},
+            distributions={"learning_rate": rates, "r": ranks},
+            value=None if pruned else abs(np.log10(rate) + 3),
+        )
+
+    trials = [tried() for _ in range(40)]
+    found = importances(trials)
+    assert sum(found.values()) == pytest.approx(1)
+    assert found["learning_rate"] > 0.8
+    assert importances(trials[:5]) == {}

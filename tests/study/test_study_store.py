@@ -1,0 +1,45 @@
+"""The folder of a study: whose it is, and one process at a time."""
+
+from pathlib import Path
+
+import pytest
+
+from tailora.errors import ConfigError
+from tailora.study.config import SearchConfig
+from tailora.study.search import search
+from tailora.study.study_store import PLAN, locked, open_folder
+from tailora.train.config import TrainConfig
+
+
+def opened(folder: Path, r: int, **removed: object) -> None:
+    begun = (folder / PLAN).exists()
+    open_folder(folder, "search.json", {"train": {"r": r, **removed}}, "search", begun=begun, discard=["probe"])
+
+
+def test_a_study_with_other_settings_is_refused(small_run: TrainConfig, tmp_path: Path) -> None:
+    opened(tmp_path / "study", 0)
+    (tmp_path / "study" / "probe").mkdir()
+    opened(tmp_path / "study", 1)  # there are no results of the first
+    assert not (tmp_path / "study" / "probe").exists()
+    (tmp_path / "study" / PLAN).write_text("{}")
+    opened(tmp_path / "study", 1)
+    with pytest.raises(ConfigError, match="holds a search with other settings"):
+        search(small_run.replaced(output_dir=str(tmp_path / "study")), SearchConfig(trials=2))
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty and holds no search"):
+        search(small_run.replaced(output_dir=str(tmp_path)), SearchConfig(trials=2))
+
+
+def test_settings_that_earlier_versions_had_make_no_difference(tmp_path: Path) -> None:
+    opened(tmp_path, 1, prefix_cache_gb=None)
+    (tmp_path / PLAN).write_text("{}")
+    before = (tmp_path / "search.json").read_text()
+    opened(tmp_path, 1)
+    assert (tmp_path / "search.json").read_text() == before  # by which workers find their database
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ConfigError, match="it is taken"), locked(tmp_path, busy="it is taken"):
+        pass
+    with locked(tmp_path, busy="it is taken"):
+        pass
