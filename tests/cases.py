@@ -31,7 +31,9 @@ def _attended(layer: nn.Module, x: Tensor) -> Any:
 
 
 def _attended_apart(layer: Any, x: Tensor) -> Any:
-    return layer(x, x[..., : layer.kdim], x[..., : layer.vdim], need_weights=False)[0]
+    # Contiguous, since torch multiplies other inputs in another order where the weight has a gradient.
+    key, value = (x[..., :size].contiguous() for size in (layer.kdim, layer.vdim))
+    return layer(x, key, value, need_weights=False)[0]
 
 
 def _routed(layer: nn.Module, x: Tensor) -> Any:
@@ -286,8 +288,8 @@ def why_not(case: LayerCase, slot: str) -> str | None:
         return "none of the adapted layers has a bias"
     if case.name == "embedding" and slot == "lora bias":
         return "lora_bias on an Embedding, whose file has no place for it"
-    if "target_parameters" in case.names and "dropout" in slot:
-        return "an update of a parameter has no input that lora_dropout could drop"
+    if (case.call in (_attended, _attended_apart) or "target_parameters" in case.names) and "dropout" in slot:
+        return "the update of a weight that the module reads by itself has no input to drop"
     return None
 
 

@@ -110,7 +110,7 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
     fresh=False leaves both factors zero, to be filled, and the random state as it is.
     """
     in_features, out_features = target.dims
-    weight = weight_of(target.layer, target.layer_type.weight)  # as it is stored: its dense value is not needed
+    weight = weight_of(target.layer, target.layer_type.weight_name)  # as it is stored: its dense value is not needed
     shape_A, shape_B = target.layer_type.shapes(target.layer, target.r)
     random = config.init_lora_weights if config.init_lora_weights in INITS else "kaiming"  # until weight or data say
     layer = LoRALayer(
@@ -126,16 +126,16 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
         layer_type=target.layer_type,
         shapes=(shape_A, (target.output_slice.size, *shape_B[1:]) if target.output_slice else shape_B),
         groups=target.layer_type.groups(target.layer),
-        rows=target.output_slice,
+        output_slice=target.output_slice,
         device=weight.device,
         dtype=adapter_dtype(weight.dtype),
     )
     if config.adalora is not None:
-        layer.diagonal()
+        layer.add_adalora_diagonal()
     if config.use_dora:
-        layer.magnify(target.layer)
+        layer.add_dora(target.layer)
     if config.bias != "none":
-        layer.take_bias(target.layer)
+        layer.add_trained_bias(target.layer)
     return layer
 
 
@@ -285,8 +285,8 @@ def summarise(base_model: nn.Module, adapters: Iterable[Adapter]) -> Summary:
     rows = []
     for adapter in adapters:
         for path, layer in adapter.low_rank.items():
-            shape = tuple(dense_shape(host_of(base_model, path), layer.layer_type.weight))
-            shape = shape if layer.rows is None else (layer.out_features, layer.in_features)
+            shape = tuple(dense_shape(host_of(base_model, path), layer.layer_type.weight_name))
+            shape = shape if layer.output_slice is None else (layer.out_features, layer.in_features)
             layer_type = layer.layer_type.name
             rows.append(SummaryRow(path, layer_type, shape, layer.r, layer.lora_alpha, parameter_count(layer)))
         for path, module in adapter.saved.items():

@@ -16,15 +16,15 @@ from tailora.core.adapter import Adapter, as_module, by_layer, check_compatible,
 from tailora.core.attach import (
     Swapped,
     attach,
-    become,
     detach,
     encoders_around,
     fast_path_mixin,
     mixin_for,
+    swap_class,
 )
 from tailora.core.inference import generating
 from tailora.core.layer_types import host_path
-from tailora.core.mixed_batch import Batch, by_rows, check_names, repeats
+from tailora.core.mixed_batch import BatchRows, batch_row_parts, check_row_names, repeats_of_generate
 from tailora.errors import AdapterError, ConfigError, RowsError, TargetError, nearest
 
 
@@ -43,7 +43,7 @@ class AdapterSet:
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.layers: dict[str, nn.Module] = {}
-        self.batch: Batch | None = None
+        self.batch: BatchRows | None = None
         self.training_obstacle = ""
         self._layer_paths: dict[str, str] = {}  # path of an adapter's part -> path of the layer that computes with it
         self._modules: dict[str, nn.ModuleDict] = {}  # name -> the adapter's parts as a module
@@ -84,9 +84,9 @@ class AdapterSet:
                 f"adapted by one adapter and trained whole by another: {', '.join(conflicts)}; use two models"
             )
         for path in layers.keys() - self.layers.keys():
-            become(layers[path], mixins[path])
+            swap_class(layers[path], mixins[path])
         for encoder in encoders_around(self.base_model, layers.values()):
-            become(encoder, fast_path_mixin(encoder))
+            swap_class(encoder, fast_path_mixin(encoder))
         self._layer_paths |= layer_paths
         self.layers |= layers
         self.replace(name, adapter)
@@ -142,12 +142,12 @@ class AdapterSet:
 
         Raises AdapterError for unknown names, RowsError within another such block.
         """
-        by_row = check_names(names, tuple(self.adapters))
+        by_row = check_row_names(names, tuple(self.adapters))
         self.check_no_batch("choose adapters by row")
         adapters = {name: self.adapters[name] for name in dict.fromkeys(by_row) if name is not None}
         check_compatible(adapters, by_row=True)
-        batch = Batch(by_row, tuple(self.adapters), next(self.base_model.parameters()).device)
-        parts = by_rows(batch, self.adapters, self._layer_paths, self.layers)
+        batch = BatchRows(by_row, tuple(self.adapters), next(self.base_model.parameters()).device)
+        parts = batch_row_parts(batch, self.adapters, self._layer_paths, self.layers)
         attached = {path: vars(layer)["active_adapters"] for path, layer in self.layers.items()}
         obstacle = self.training_obstacle
         for path, layer in self.layers.items():
@@ -172,7 +172,7 @@ class AdapterSet:
         """
         if self.batch is None:
             return generating(self.base_model, self.layers)
-        return self.batch.generation(repeats(self.base_model, args, kwargs))
+        return self.batch.generation(repeats_of_generate(self.base_model, args, kwargs))
 
     # ---- Changing all parts of adapters
 
@@ -205,7 +205,7 @@ class AdapterSet:
     def _parameters_changed(self) -> None:
         """Lets a mixed batch put its factors together again."""
         if self.batch is not None:
-            self.batch.epoch += 1
+            self.batch.version += 1
 
 
 def _training_obstacle(adapters: Mapping[str, Adapter]) -> str:

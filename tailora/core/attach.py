@@ -1,7 +1,13 @@
-"""How an adapter meets a layer: the layer's class becomes a cached subclass of itself, and back.
+"""How an adapter meets a layer: the layer's class becomes a cached subclass of its class, and is given back later.
 
 The layer keeps its name, weights, hooks and `isinstance`. It reaches its adapters through an unregistered
 reference, so that the base model's parameters and state dict stay what they were.
+
+    Adapted          W x + b, and what each active adapter adds
+    AdaptedWhole     a layer whose layer type computes all of it
+    Substituted      a module that was copied and trained whole
+    swap_class, attach, detach
+                     change a layer's class, set its active adapters, and give the class back
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,35 +24,38 @@ from tailora.core.layer import LoRALayer
 
 
 class Swapped:
-    """Marks a derived class; `plain` is what it was derived from. Copies and pickles by the plain class."""
+    """The parent of all classes that a layer's class is swapped for. `plain` is the layer's former class.
+
+    Copies and pickles remember the plain class, since the derived one cannot be imported.
+    """
 
     plain: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, _: Any) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-        return _revive, (mixin_of(type(self)), self.plain), self.__dict__
+        return _new_instance, (mixin_of(type(self)), self.plain), self.__dict__
 
 
 class Adapted(Swapped):
-    """y = W x + b + what each active adapter adds to that."""
+    """y = W x + b, and what each active adapter adds."""
 
     active_adapters: tuple[LoRALayer | Extra, ...]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the plain class
-        y = base
+        output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # W x + b, by the plain class
+        y = output
         for adapter in self.active_adapters:
-            y = adapter.added(y, base, x, self)  # type: ignore[arg-type]
+            y = adapter.add_to(y, output, x, self)  # type: ignore[arg-type]
         return y
 
 
 class AdaptedWhole(Adapted):
-    """A layer that is not W x for one input x: its kind computes it, with all active adapters."""
+    """A layer that is not W x + b for one input x: its layer type computes it, with all active adapters."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active_adapters:
             return super(Adapted, self).forward(*args, **kwargs)  # type: ignore[misc]
-        forward = cast(Callable[..., Any], cast(LoRALayer, self.active_adapters[0]).layer_type.forward)
-        return forward(self, self.active_adapters, *args, **kwargs)
+        layer_type = cast(LoRALayer, self.active_adapters[0]).layer_type
+        return layer_type.forward(self, self.active_adapters, *args, **kwargs)
 
 
 class Substituted(Swapped):
@@ -73,8 +82,11 @@ def _cast(source: torch.dtype | None, to: torch.dtype | None) -> Callable[[Any],
     return lambda value: value.to(to) if isinstance(value, Tensor) and value.dtype == source else value
 
 
+# ---- Encoders of torch, whose fast path for inference reads weights without calling the layers
+
+
 class CalledEncoderLayer(Swapped):
-    """nn.TransformerEncoderLayer whose inference fast path, which reads weights past the layers, is off."""
+    """nn.TransformerEncoderLayer without its fast path."""
 
     activation_relu_or_gelu = property(lambda _: 0, lambda *_: None)
 
@@ -91,71 +103,74 @@ FAST_PATHS: dict[type[nn.Module], type[Swapped]] = {
 }
 
 
-def _derive(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {"plain": cls, "__module__": __name__})
-
-
-# One class per pair, so that layers share a type. The stub of lru_cache takes module classes for unhashable.
-derived: Callable[[type[Swapped], type[nn.Module]], type[nn.Module]] = cast(Any, cache(_derive))
-
-
-def mixin_of(cls: type) -> type[Swapped]:
-    return cls.__mro__[1]
-
-
-def class_on(module: nn.Module, plain: type[nn.Module]) -> type[nn.Module]:
-    """`plain`, as the module's own class is derived from its plain one."""
-    return derived(mixin_of(type(module)), plain) if isinstance(module, Swapped) else plain
-
-
-def _revive(mixin: type[Swapped], plain: type[nn.Module]) -> nn.Module:
-    cls = derived(mixin, plain)
-    return cls.__new__(cls)
-
-
-def mixin_for(part: nn.Module) -> type[Swapped]:
-    """What the class of a layer is derived from, too, so that it runs with this part of an adapter."""
-    if isinstance(part, LoRALayer):
-        return AdaptedWhole if part.layer_type.forward else Adapted
-    return Adapted if isinstance(part, Extra) else Substituted
-
-
-def become(module: nn.Module, mixin: type[Swapped]) -> None:
-    """Swap the module's class for the one derived from it; it computes as before until adapters are attached."""
-    if not isinstance(module, Swapped):
-        module.__class__ = derived(mixin, type(module))
-        attach(module, ())
-
-
-def attach(layer: nn.Module, adapters: tuple[nn.Module, ...]) -> None:
-    """Let a layer that has `become` adapted run with these adapters and no others."""
-    layer.__dict__["active_adapters"] = adapters  # past nn.Module's __setattr__: a reference, not a registration
-
-
-def detach(layer: nn.Module) -> None:
-    """The class that it was, and no trace."""
-    if isinstance(layer, Swapped):
-        cast(Any, layer).__class__ = layer.plain
-        layer.__dict__.pop("active_adapters", None)
-
-
 def encoders_around(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules whose fast path would pass by one of these layers."""
+    """Returns the modules whose fast path would not call one of these layers."""
     adapted = {id(layer) for layer in layers}
-    suspects = [module for module in model.modules() if isinstance(module, tuple(FAST_PATHS))]
-    return [module for module in suspects if any(id(child) in adapted for child in module.modules())]
+    encoders = [module for module in model.modules() if isinstance(module, tuple(FAST_PATHS))]
+    return [encoder for encoder in encoders if any(id(child) in adapted for child in encoder.modules())]
 
 
 def fast_path_mixin(module: nn.Module) -> type[Swapped]:
     return next(mixin for cls, mixin in FAST_PATHS.items() if isinstance(module, cls))
 
 
-# ---- Evaluation mode for a while.
+# ---- Swapping classes
+
+
+def _derive(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {"plain": cls, "__module__": __name__})
+
+
+# One class per pair, so that layers share a type. The stub of lru_cache takes module classes for unhashable.
+derived_class: Callable[[type[Swapped], type[nn.Module]], type[nn.Module]] = cast(Any, cache(_derive))
+
+
+def mixin_of(cls: type) -> type[Swapped]:
+    return cls.__mro__[1]
+
+
+def mixin_for(part: nn.Module) -> type[Swapped]:
+    """Returns the mixin for a layer that is to run with this part of an adapter."""
+    if isinstance(part, LoRALayer):
+        return AdaptedWhole if part.layer_type.replaces_forward else Adapted
+    return Adapted if isinstance(part, Extra) else Substituted
+
+
+def class_with_plain(module: nn.Module, plain: type[nn.Module]) -> type[nn.Module]:
+    """Returns `plain`, or the class derived from it by the module's mixin if the module's class is swapped."""
+    return derived_class(mixin_of(type(module)), plain) if isinstance(module, Swapped) else plain
+
+
+def _new_instance(mixin: type[Swapped], plain: type[nn.Module]) -> nn.Module:
+    cls = derived_class(mixin, plain)
+    return cls.__new__(cls)
+
+
+def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
+    """Give the module the class derived by the mixin; it computes as before until adapters are attached."""
+    if not isinstance(module, Swapped):
+        module.__class__ = derived_class(mixin, type(module))
+        attach(module, ())
+
+
+def attach(layer: nn.Module, adapters: tuple[nn.Module, ...]) -> None:
+    """Let a layer whose class is swapped run with these adapters and no others."""
+    layer.__dict__["active_adapters"] = adapters  # past nn.Module's __setattr__: a reference, not a registration
+
+
+def detach(layer: nn.Module) -> None:
+    """Give the layer its former class, and leave nothing in it."""
+    if isinstance(layer, Swapped):
+        cast(Any, layer).__class__ = layer.plain
+        layer.__dict__.pop("active_adapters", None)
+
+
+# ---- Evaluation mode
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; afterwards every module is in the mode it was in."""
+    """Evaluation mode for the block; afterwards every module is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -25,8 +25,9 @@ from tailora.core.adapter import Adapter, check_compatible, low_rank_layer, trai
 from tailora.core.config import LoRAConfig
 from tailora.core.extras import TrainedBias
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import host_of, host_path, layer_type_of, projections
+from tailora.core.layer_types import host_of, host_path, layer_type_of
 from tailora.core.low_rank import Factors, concatenated, low_rank, product_spectrum, tail, truncated
+from tailora.core.multihead_attention import projections
 from tailora.core.patterns import commonest, portable_patterns, portable_targets
 from tailora.core.quantization import dense_weight
 from tailora.core.targets import candidate_at, target_at
@@ -47,7 +48,7 @@ SCALES_ROWS = (
 
 def factors_of(layer: LoRALayer, *, strength: bool = True) -> Factors:
     """Returns s (B A - B0 A0) by group, s and the strength in A; of twice the rank with a frozen start."""
-    A, B = layer.pair()
+    A, B = layer.unscaled_factors()
     A, B = (A * (layer.scaling * (layer.strength if strength else 1))).detach(), B.detach()
     return Factors(B.reshape(layer.groups, -1, B.shape[1]), A.reshape(layer.groups, B.shape[1], -1))
 
@@ -58,8 +59,8 @@ def dense_update(layer: LoRALayer, base: nn.Module) -> Tensor:
     gain = layer.gain(base)
     if gain is None:
         return update
-    W = cast(Any, layer.layer_type.matrix)(base, dense_weight(base, layer.layer_type.weight)).to(update)
-    W = W if layer.rows is None else layer.rows.take(W.mT).mT
+    W = layer.layer_type.matrix(base, dense_weight(base, layer.layer_type.weight_name)).to(update)
+    W = W if layer.output_slice is None else layer.output_slice.take(W.mT).mT
     gain = gain.detach().to(update).view(len(update), -1, 1)
     dense: Tensor = gain * update + layer.strength * (gain - 1) * W
     return dense
@@ -67,7 +68,7 @@ def dense_update(layer: LoRALayer, base: nn.Module) -> Tensor:
 
 def mixes_groups(layer: LoRALayer) -> bool:
     """True for PEFT's A of a grouped convolution when it reads the channels of all groups."""
-    return not layer.layer_type.stacked and layer.groups * layer.lora_B.shape[1] != layer.r
+    return not layer.layer_type.is_stacked and layer.groups * layer.lora_B.shape[1] != layer.r
 
 
 def is_product(layer: LoRALayer, base: nn.Module) -> bool:
@@ -84,12 +85,14 @@ def _obstacle(layer: LoRALayer, base: nn.Module, exact: bool) -> str | None:
         return None
     if exact:
         return SCALES_ROWS
-    return None if layer.layer_type.matrix else f"the weight of a {layer.layer_type.name} with DoRA is not one matrix"
+    return (
+        None if layer.layer_type.has_matrix else f"the weight of a {layer.layer_type.name} with DoRA is not one matrix"
+    )
 
 
 def rank_per_group(r: int, layer: LoRALayer) -> int:
     """A layer's rank as that of each of its groups (rounded up), or of its experts, who have it each."""
-    return r if layer.layer_type.stacked else math.ceil(r / layer.groups)
+    return r if layer.layer_type.is_stacked else math.ceil(r / layer.groups)
 
 
 # ---- An adapter that holds given updates
@@ -111,7 +114,7 @@ def build_adapter(
     """
     factors = _equal_ranks_in_attention(factors, base_model)
     only_parts = LoRAConfig(fused_parts=settings.get("fused_parts", {}))
-    stacks = {path for path in factors if candidate_at(base_model, path, only_parts).layer_type.stacked}
+    stacks = {path for path in factors if candidate_at(base_model, path, only_parts).layer_type.is_stacked}
     ranks = {path: own.B.shape[2] * (1 if path in stacks else own.B.shape[0]) for path, own in factors.items()}
     layers_only = [path for path in ranks if path not in stacks]
     r = commonest(ranks)

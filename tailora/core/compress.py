@@ -167,7 +167,7 @@ def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Modu
     factors: dict[str, Factors] = {path: truncated(spectra[path], k) for path, k in ranks.items() if k}
     for path in ranks:
         layer = adapter.low_rank[path]
-        if path not in factors and not (layer.is_plain and layer.layer_type.forward is None):
+        if path not in factors and (not layer.is_plain or layer.layer_type.replaces_forward):
             factors[path] = zeros(truncated(spectra[path], 1))
     settings = {name: getattr(adapter.config, name) for name in KEPT_SETTINGS}
     smaller = build_adapter(factors, base_model, saved=copy.deepcopy(adapter.saved), **settings)
@@ -218,7 +218,7 @@ def extract(
         update = _difference(target, tuned.get_submodule(target.layer_path))
         if update.any():
             factors[target.path], errors[target.path] = (
-                low_rank(update, r if target.layer_type.stacked else math.ceil(r / len(update)))
+                low_rank(update, r if target.layer_type.is_stacked else math.ceil(r / len(update)))
                 if r
                 else for_energy(update, energy or 1)
             )
@@ -254,7 +254,7 @@ def _difference(target: Target, tuned: nn.Module) -> Tensor:
     """W_tuned - W_base as B A sees it, (groups, out, in times kernel), in at least float32."""
     weight = target.weight.detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
-    change = dense_weight(tuned, target.layer_type.weight).to(weight.device, wide) - weight.to(wide)
+    change = dense_weight(tuned, target.layer_type.weight_name).to(weight.device, wide) - weight.to(wide)
     if not change.isfinite().all():
         raise DivergedError(f"{target.path}: the difference of the two weights is not finite")
     matrix = target.matrix(change)
@@ -267,7 +267,7 @@ def _left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[
     """What differs and is neither a selected layer's weight nor in a module that is copied."""
     targets: dict[str, list[Target]] = {}  # name of a weight -> the targets in it
     for target in selection.targets:
-        name = f"{target.layer_path}.{target.layer_type.weight}".removeprefix(".")
+        name = f"{target.layer_path}.{target.layer_type.weight_name}".removeprefix(".")
         targets.setdefault(name, []).append(target)
     tuned_values = tuned.state_dict()
     left_over = {}
@@ -289,4 +289,4 @@ def _without_target(change: Tensor, target: Target) -> Tensor:
     if target.output_slice is None:
         return torch.zeros_like(change)
     others = 1 - target.output_slice.spread(change.new_ones(target.output_slice.size))  # (out,)
-    return change * (others if target.layer_type.columns(target.layer) else others[:, None])
+    return change * (others if target.layer_type.is_transposed(target.layer) else others[:, None])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.attach import class_on
+from tailora.core.attach import class_with_plain
 from tailora.core.quantization import base_of, dense_weight, is_transposed, quantized_layers
 
 ROWS = 2**18  # numbers that are quantised again to see what that costs; NF4 takes 30 million a second on one core
@@ -72,13 +72,13 @@ def made_plain(layer: nn.Module, weight: Tensor) -> Iterator[Change]:
     kept = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_theirs(getattr(hook, "hook", hook)))
     if len(kept) < len(hooks):
         given["_load_state_dict_pre_hooks"] = kept
-    yield Recast(layer, class_on(layer, cls), given, OF_LAYERS)
+    yield Recast(layer, class_with_plain(layer, cls), given, OF_LAYERS)
 
 
 def as_linear(layer: nn.Module) -> Iterator[Change]:
     """The layer as nn.Linear with the dequantised weight in float32; what an adapter on it computes stays the same."""
     yield Exchange(layer, "weight", nn.Parameter(dense_weight(layer).float(), requires_grad=False))
-    yield Recast(layer, class_on(layer, nn.Linear), {}, frozenset())
+    yield Recast(layer, class_with_plain(layer, nn.Linear), {}, frozenset())
 
 
 def _plain_class(layer: nn.Module) -> type[nn.Module]:

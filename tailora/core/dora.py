@@ -1,14 +1,14 @@
 """DoRA (arXiv:2402.09353): every output row of W + s B A gets a trained norm m of its own, g = m / ||W + s B A||.
 
-The norm comes from the low-rank terms, row by row,
+gain            g, of the norms
+weight_scale    what the layer's own weight is multiplied by, for several adapters
+RowNorms        the norms of one layer, row by row, without W + s B A or an (in x in) product:
 
-    ||W + s B A||^2 = ||W||^2 + 2 <W A^T, s B> + <(s B) (A A^T), s B>
-
-so neither W + s B A nor an (in x in) product is ever formed.
+||W + s B A||^2 = ||W||^2 + 2 <W A^T, s B> + <(s B) (A A^T), s B>
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,33 +20,130 @@ from tailora.core.quantization import dense_weight, is_quantized
 BLOCK = 2**18  # numbers of a 16-bit weight that are widened at a time: on a CPU they stay in the cache
 
 
-def stored(weight: Tensor, layer: nn.Module, layer_type: LayerType, rows: OutputSlice | None) -> Tensor:
-    """The weight as `kind.factors` has it, (groups, m, n); of a part of a fused layer its rows alone."""
-    if rows is not None:
-        weight = rows.take(weight) if layer_type.columns(layer) else rows.take(weight.mT).mT
-    if layer_type.stacked:
-        return weight.reshape(-1, *weight.shape[-2:])
-    groups = layer_type.groups(layer)
-    return weight.reshape(groups, len(weight) // groups, -1)
+def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """Returns g = m / ||W + s B A|| (out,). A row of norm 0 has no direction: 1 there."""
+    is_zero = norms == 0
+    return torch.where(is_zero, 1.0, magnitude / torch.where(is_zero, 1.0, norms))
 
 
-def row_squares(weight: Tensor, columns: bool, dtype: torch.dtype) -> Tensor:
-    """||W||^2 of every output row of W (groups, m, n), where that is a column of n if `columns`: (out,), in `dtype`."""
-    if len(weight) == 1 and columns:
-        return torch.stack([part.to(dtype).square().sum(0) for part in _parts(weight[0])]).sum(0)
-    dim = 0 if columns else 1
+def weight_scale(layer: Any, adapters: Sequence[Any], gains: Sequence[Tensor | None]) -> Tensor | None:
+    """Returns 1 + the sum of t (g - 1), for the adapters' strengths t and gains g; None without DoRA.
+
+    It multiplies the layer's own weight. (groups, m, 1) or (groups, 1, n), for a weight (groups, m, n) as
+    `LayerType.factors` has it.
+    """
+    rescalings = [adapter.rescaling(gain) for adapter, gain in zip(adapters, gains, strict=True) if gain is not None]
+    if not rescalings:
+        return None
+    layer_type = adapters[0].layer_type
+    scale = (1 + torch.stack(rescalings).sum(0)).view(layer_type.groups(layer), -1)  # (groups, out/groups)
+    return scale[:, None] if layer_type.is_transposed(layer) else scale[:, :, None]
+
+
+class CachedNorms(NamedTuple):
+    """Norms, and copies of the factors that they were computed from."""
+
+    A: Tensor
+    B: Tensor
+    norms: Tensor
+
+    def is_valid(self, A: Tensor, B: Tensor) -> bool:
+        """Compares by value: an optimiser that writes to `.data` leaves no other trace."""
+        usable = torch.is_inference_mode_enabled() or not self.norms.is_inference()
+        comparable = A.dtype == self.A.dtype and A.device == self.A.device
+        return usable and comparable and torch.equal(A, self.A) and torch.equal(B, self.B)
+
+
+class RowNorms:
+    """||W + B A|| of every output row of one layer, in float32 at least.
+
+    ||W|| is computed once, and again when the weight is another, as far as torch tells. On a CPU the norms are cached
+    for the next token or the next part of a batch: to compare the factors is cheap beside a product with W.
+    """
+
+    squares: Tensor  # ||W||^2 (out,)
+
+    def __init__(
+        self, layer: nn.Module, layer_type: LayerType, dtype: torch.dtype, output_slice: OutputSlice | None = None
+    ) -> None:
+        self.layer_type, self.output_slice = layer_type, output_slice
+        self.dtype = torch.promote_types(dtype, torch.float32)
+        self._weight: object = None
+        self._cache: CachedNorms | None = None
+        self.refresh(layer)
+
+    def __getstate__(self) -> dict[str, object]:  # of copies and pickles
+        return {**self.__dict__, "_cache": None}
+
+    @torch.no_grad()
+    def refresh(self, layer: nn.Module) -> None:
+        """Compute ||W|| again if the layer's weight is another tensor or was written to."""
+        name = self.layer_type.weight_name
+        weight = weight_of(layer, name)
+        version = None if weight.is_inference() else weight._version
+        identity = id(weight), version, weight.dtype, weight.device
+        if self._weight != identity:
+            self._is_quantized = name == "weight" and is_quantized(layer)  # here: the compiler cannot trace it
+            self.squares = row_squares(self._dense(layer), self.layer_type.is_transposed(layer), self.dtype)
+            self._weight, self._cache = identity, None
+
+    @torch.no_grad()
+    def __call__(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._compute(layer, A, B)
+        self.refresh(layer)
+        if A.device.type != "cpu":  # a comparison would wait for the device
+            return self._compute(layer, A, B)
+        if self._cache is None or not self._cache.is_valid(A, B):
+            self._cache = CachedNorms(A.clone(), B.clone(), self._compute(layer, A, B))
+        return self._cache.norms
+
+    def _compute(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        left, right = self.layer_type.factors(layer, A, B)
+        return row_norms(self._dense(layer), self.layer_type.is_transposed(layer), self.squares, left, right)
+
+    @torch.no_grad()
+    def exact(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        """Returns the norms computed again in float64, where the device has it."""
+        dtype = torch.float32 if A.device.type == "mps" else torch.float64
+        weight, transposed = self._dense(layer), self.layer_type.is_transposed(layer)
+        squares = row_squares(weight, transposed, dtype)
+        return row_norms(weight, transposed, squares, *self.layer_type.factors(layer, A, B))
+
+    def _dense(self, layer: nn.Module) -> Tensor:
+        """Returns the dense weight (groups, m, n), as `LayerType.factors` has it; of a fused layer the slice alone."""
+        layer_type = self.layer_type
+        name = layer_type.weight_name
+        weight = dense_weight(layer, name) if self._is_quantized else weight_of(layer, name).detach()
+        if self.output_slice is not None:
+            transposed = layer_type.is_transposed(layer)
+            weight = self.output_slice.take(weight) if transposed else self.output_slice.take(weight.mT).mT
+        if layer_type.is_stacked:
+            return weight.reshape(-1, *weight.shape[-2:])
+        groups = layer_type.groups(layer)
+        return weight.reshape(groups, len(weight) // groups, -1)
+
+
+# ---- Norms of rows, block by block
+
+
+def row_squares(weight: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """Returns ||W||^2 of every output row of W (groups, m, n), a column of it if `transposed`: (out,), in `dtype`."""
+    if len(weight) == 1 and transposed:
+        return torch.stack([block.to(dtype).square().sum(0) for block in _blocks(weight[0])]).sum(0)
+    dim = 0 if transposed else 1
     if len(weight) == 1:
-        return torch.cat([part.to(dtype).square().sum(dim) for part in _parts(weight[0])])
-    return torch.cat([part.to(dtype).square().sum(dim + 1) for part in _parts(weight)]).flatten()
+        return torch.cat([block.to(dtype).square().sum(dim) for block in _blocks(weight[0])])
+    return torch.cat([block.to(dtype).square().sum(dim + 1) for block in _blocks(weight)]).flatten()
 
 
-def row_norms(weight: Tensor, columns: bool, squares: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """||W + L R|| of every output row: (out,), in the dtype of `squares`, ||W||^2.
+def row_norms(weight: Tensor, transposed: bool, squares: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Returns ||W + L R|| of every output row: (out,), in the dtype of `squares`, which is ||W||^2.
 
     W (groups, m, n), L (groups, m, r), R (groups, r, n).
     """
     left, right = left.to(squares.dtype), right.to(squares.dtype)
-    if columns:
+    if transposed:
         cross = (_left_product(left, weight) * right).sum(1)
         inner = ((left.mT @ left) @ right * right).sum(1)
     else:
@@ -55,110 +152,30 @@ def row_norms(weight: Tensor, columns: bool, squares: Tensor, left: Tensor, righ
     return (squares + (2 * cross + inner).flatten()).clamp(min=0).sqrt()
 
 
-class Kept(NamedTuple):
-    """Norms, and copies of the factors that they were computed from."""
-
-    A: Tensor
-    B: Tensor
-    norms: Tensor
-
-    def still(self, A: Tensor, B: Tensor) -> bool:
-        """By value: an optimiser that writes to `.data` leaves no other trace."""
-        usable = torch.is_inference_mode_enabled() or not self.norms.is_inference()
-        alike = A.dtype == self.A.dtype and A.device == self.A.device
-        return usable and alike and torch.equal(A, self.A) and torch.equal(B, self.B)
-
-
-class RowNorms:
-    """||W + B A|| of every output row of one layer, in float32 at least; nothing is computed twice for nothing.
-
-    ||W|| is measured once, and again when the weight is another, as far as torch tells. On a CPU the norms are kept
-    for the next token or the next part of a batch, since comparing the factors is cheap beside a product with W.
-    """
-
-    squares: Tensor  # ||W||^2 (out,)
-
-    def __init__(
-        self, layer: nn.Module, layer_type: LayerType, dtype: torch.dtype, rows: OutputSlice | None = None
-    ) -> None:
-        self.layer_type, self.rows, self.dtype = layer_type, rows, torch.promote_types(dtype, torch.float32)
-        self._weight: object = None
-        self._kept: Kept | None = None
-        self.refresh(layer)
-
-    def __getstate__(self) -> dict[str, object]:  # of copies and pickles
-        return {**self.__dict__, "_kept": None}
-
-    @torch.no_grad()
-    def refresh(self, layer: nn.Module) -> None:
-        weight = weight_of(layer, self.layer_type.weight)
-        version = None if weight.is_inference() else weight._version
-        identity = id(weight), version, weight.dtype, weight.device
-        if self._weight != identity:
-            self._packed = self.layer_type.weight == "weight" and is_quantized(
-                layer
-            )  # here: the compiler cannot find it out
-            self.squares = row_squares(self._stored(layer), self.layer_type.columns(layer), self.dtype)
-            self._weight, self._kept = identity, None
-
-    @torch.no_grad()
-    def __call__(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self._computed(layer, A, B)
-        self.refresh(layer)
-        if A.device.type != "cpu":  # comparing would wait for the device
-            return self._computed(layer, A, B)
-        if self._kept is None or not self._kept.still(A, B):
-            self._kept = Kept(A.clone(), B.clone(), self._computed(layer, A, B))
-        return self._kept.norms
-
-    def _computed(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
-        left, right = self.layer_type.factors(layer, A, B)
-        return row_norms(self._stored(layer), self.layer_type.columns(layer), self.squares, left, right)
-
-    @torch.no_grad()
-    def exact(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
-        """The same anew and in float64, where the device has it."""
-        dtype = torch.float32 if A.device.type == "mps" else torch.float64
-        weight, columns = self._stored(layer), self.layer_type.columns(layer)
-        return row_norms(weight, columns, row_squares(weight, columns, dtype), *self.layer_type.factors(layer, A, B))
-
-    def _stored(self, layer: nn.Module) -> Tensor:
-        name = self.layer_type.weight
-        weight = dense_weight(layer, name) if self._packed else weight_of(layer, name).detach()
-        return stored(weight, layer, self.layer_type, self.rows)
-
-
-def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """g = m / ||W + s B A|| (out,). A row of norm 0 has no direction: 1 there."""
-    nothing = norms == 0
-    return torch.where(nothing, 1.0, magnitude / torch.where(nothing, 1.0, norms))
-
-
 def _product(weight: Tensor, right: Tensor) -> Tensor:
-    """weight (groups, m, n) @ right (groups, n, r), in the dtype of `right`."""
+    """Returns weight (groups, m, n) @ right (groups, n, r), in the dtype of `right`."""
     if len(weight) == 1:
-        return torch.cat([part.to(right.dtype) @ right[0] for part in _parts(weight[0])])[None]
-    parts = _parts(weight)
-    return torch.cat([part.to(right.dtype) @ each for part, each in zip(parts, _alike(right, parts), strict=True)])
+        return torch.cat([block.to(right.dtype) @ right[0] for block in _blocks(weight[0])])[None]
+    blocks = _blocks(weight)
+    return torch.cat([W.to(right.dtype) @ R for W, R in zip(blocks, _split_like(right, blocks), strict=True)])
 
 
 def _left_product(left: Tensor, weight: Tensor) -> Tensor:
-    """left^T (groups, r, m) @ weight (groups, m, n), in the dtype of `left`."""
+    """Returns left^T (groups, r, m) @ weight (groups, m, n), in the dtype of `left`."""
     if len(weight) > 1:
-        parts = _parts(weight)
-        return torch.cat([each.mT @ part.to(left.dtype) for part, each in zip(parts, _alike(left, parts), strict=True)])
-    parts = _parts(weight[0])
-    sums = [each.T @ part.to(left.dtype) for part, each in zip(parts, _alike(left[0], parts), strict=True)]
+        blocks = _blocks(weight)
+        return torch.cat([L.mT @ W.to(left.dtype) for W, L in zip(blocks, _split_like(left, blocks), strict=True)])
+    blocks = _blocks(weight[0])
+    sums = [L.T @ W.to(left.dtype) for W, L in zip(blocks, _split_like(left[0], blocks), strict=True)]
     return (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0))[None]
 
 
-def _alike(factor: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Cut along its first dimension as the parts of the weight are."""
-    return torch.split(factor, len(parts[0]))
+def _split_like(factor: Tensor, blocks: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Splits the factor along its first dimension as the weight was split."""
+    return torch.split(factor, len(blocks[0]))
 
 
-def _parts(weight: Tensor) -> Sequence[Tensor]:
-    """Blocks along the first dimension; the whole on a device, in the compiler, and where nothing has to be widened."""
+def _blocks(weight: Tensor) -> Sequence[Tensor]:
+    """Splits along the first dimension; not on a device, in the compiler, and where nothing has to be widened."""
     whole = weight.device.type != "cpu" or weight.dtype.itemsize > 2 or torch.compiler.is_compiling()
     return (weight,) if whole else torch.split(weight, max(1, BLOCK // weight[0].numel()))

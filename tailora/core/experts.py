@@ -1,13 +1,14 @@
 """Parameters that a module multiplies with by itself, above all the stacked weights of experts (E, out, in).
 
-The module's own forward runs, on a view of the module that holds W + s B A in the place of W as two summands. Products
-with it are split: x (W + L R) = x W + (x L) R. So no (E, out, in) of updates is formed, whichever of transformers'
-implementations runs (a loop over experts, batched or grouped products). Any other operation gets the dense sum.
-With DoRA the weight is g W + L R: x, or x W, is multiplied by g, along whichever of the two it runs.
+The module's own forward runs on a shallow copy of the module, in which `WeightSum` takes the place of each adapted
+parameter. It keeps W and the update s B A = L R apart: x (W + L R) = x W + (x L) R. So no (E, out, in) of updates is
+formed, whichever of transformers' implementations runs (a loop over experts, batched or grouped products). Any other
+operation gets the dense sum. With DoRA the sum is g W + L R, and g multiplies x or x W.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -15,151 +16,209 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tailora.core.geometry import own_share
+from tailora.core.dora import weight_scale
+from tailora.core.layer_types import LayerType, Shape, weight_of
 
 
-class Sum:
-    """g W + L R, (..., m, n), as a module's forward sees it.  W (..., m, n), L (..., m, r), R (..., r, n).
+class ParameterLayerType(LayerType):
+    """A parameter (out, in), or of experts (E, out, in); (E, in, out) where the module's `is_transposed` is true.
 
-    own: g, (..., m, 1) or (..., 1, n); None for 1.
+    A (E r, in) has rows e r + k, B (E out, r) has rows e out + i, for expert e.
     """
 
-    def __init__(self, weight: Tensor, left: Tensor, right: Tensor, own: Tensor | None = None) -> None:
-        self.weight, self.left, self.right, self.own = weight, left, right, own
+    is_stacked = True
+    reads_numbers = False
+    supports_dropout = False
+    replaces_forward = True
+
+    def __init__(self, parameter: str) -> None:
+        self.name, self.weight_name = f"Parameter {parameter}", parameter
+
+    def is_transposed(self, layer: Any) -> bool:
+        return weight_of(layer, self.weight_name).ndim == 3 and getattr(layer, "is_transposed", False)
+
+    def dims(self, layer: Any) -> tuple[int, int]:
+        m, n = weight_of(layer, self.weight_name).shape[-2:]
+        return (m, n) if self.is_transposed(layer) else (n, m)
+
+    def groups(self, layer: Any) -> int:
+        return prod(weight_of(layer, self.weight_name).shape[:-2])
+
+    def shapes(self, layer: Any, r: int) -> tuple[Shape, Shape]:
+        (in_features, out_features), experts = self.dims(layer), self.groups(layer)
+        return (experts * r, in_features), (experts * out_features, r)
+
+    def factors(self, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        right = A.reshape(-1, B.shape[1], A.shape[1])  # (E, r, in)
+        left = B.reshape(len(right), -1, B.shape[1])  # (E, out, r)
+        return (right.mT, left.mT) if self.is_transposed(layer) else (left, right)
+
+    def matrix(self, layer: Any, weight: Tensor) -> Tensor:
+        stack = weight.reshape(-1, *weight.shape[-2:])
+        return stack.mT if self.is_transposed(layer) else stack
+
+    def forward(self, layer: Any, adapters: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        """What the module assigns to itself in its forward is lost with the copy."""
+        names = dict.fromkeys(adapter.layer_type.weight_name for adapter in adapters)
+        weights = {name: adapted_weight(layer, name, adapters, layer._parameters[name].dtype) for name in names}
+        return layer.plain.forward(with_weights(layer, weights), *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return parameter_layer_type, (self.weight_name,)
+
+
+@cache
+def parameter_layer_type(parameter: str) -> ParameterLayerType:
+    return ParameterLayerType(parameter)
+
+
+def with_weights(layer: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
+    """Returns a shallow copy of the layer, of its plain class, with these values in the place of its parameters.
+
+    weights: name -> value; "out_proj.weight" is a parameter of a submodule. The copy shares all else with the layer
+    and registers nothing, so that other threads may use the layer at the same time.
+    """
+    view = cast(nn.Module, object.__new__(getattr(layer, "plain", type(layer))))
+    view.__dict__.update(layer.__dict__)
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in weights.items():
+        child, _, last = name.rpartition(".")
+        if child:
+            inner.setdefault(child, {})[last] = value
+        else:
+            view.__dict__[name] = value
+    for child, values in inner.items():
+        view.__dict__[child] = with_weights(layer.get_submodule(child), values)
+    return view
+
+
+def adapted_weight(layer: Any, name: str, adapters: Sequence[Any], dtype: torch.dtype) -> "WeightSum":
+    """Returns W + s B A, or g W + g s B A with DoRA, for the parameter `name` and all adapters of it."""
+    adapters = [adapter for adapter in adapters if adapter.layer_type.weight_name == name]
+    gains = [adapter.gain(layer) for adapter in adapters]
+    pairs = [adapter.weight_factors(layer, gain) for adapter, gain in zip(adapters, gains, strict=True)]
+    left, right = torch.cat([left for left, _ in pairs], 2), torch.cat([right for _, right in pairs], 1)
+    weight, scale = weight_of(layer, name), weight_scale(layer, adapters, gains)
+    if weight.ndim == 2:
+        left, right, scale = left[0], right[0], None if scale is None else scale[0]
+    return WeightSum(weight, left, right, scale).to(dtype)
+
+
+class WeightSum:
+    """g W + L R, as a module's forward sees it: W (..., m, n), L (..., m, r), R (..., r, n).
+
+    scale: g, (..., m, 1) or (..., 1, n); None for 1.
+    """
+
+    def __init__(self, weight: Tensor, left: Tensor, right: Tensor, scale: Tensor | None = None) -> None:
+        self.weight, self.left, self.right, self.scale = weight, left, right, scale
 
     def dense(self) -> Tensor:
-        return (self.weight if self.own is None else self.weight * self.own) + self.left @ self.right
+        return (self.weight if self.scale is None else self.weight * self.scale) + self.left @ self.right
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Sum":
-        return Sum(*(each if each is None else change(each) for each in (self.weight, self.left, self.right, self.own)))  # type: ignore[arg-type]
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "WeightSum":
+        scale = None if self.scale is None else function(self.scale)
+        return WeightSum(function(self.weight), function(self.left), function(self.right), scale)
 
     def __getitem__(self, index: Any) -> Any:
-        """One expert, or a batch of them."""
+        """Returns one expert, or a batch of them."""
         if self.weight.ndim != 3 or isinstance(index, tuple):
             return self.dense()[index]
         if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
-            each = int(index)
-            own = None if self.own is None else self.own[each]
-            return Sum(self.weight[each], self.lefts[each], self.rights[each], own)
-        return self._each(lambda each: each[index])
+            expert = int(index)
+            scale = None if self.scale is None else self.scale[expert]
+            return WeightSum(self.weight[expert], self._lefts[expert], self._rights[expert], scale)
+        return self._map(lambda tensor: tensor[index])
 
-    # Taken apart once: the gradient of an index is a whole stack of zeros, for each expert anew.
+    # Unbound once: the gradient of an index is a stack of zeros, a new one for each expert.
     @cached_property
-    def lefts(self) -> Sequence[Tensor]:
+    def _lefts(self) -> Sequence[Tensor]:
         return self.left.unbind()
 
     @cached_property
-    def rights(self) -> Sequence[Tensor]:
+    def _rights(self) -> Sequence[Tensor]:
         return self.right.unbind()
 
     def __len__(self) -> int:
         return len(self.weight)
 
     @property
-    def mT(self) -> "Sum":
-        own = None if self.own is None else self.own.mT
-        return Sum(self.weight.mT, self.right.mT, self.left.mT, own)
+    def mT(self) -> "WeightSum":
+        scale = None if self.scale is None else self.scale.mT
+        return WeightSum(self.weight.mT, self.right.mT, self.left.mT, scale)
 
     def transpose(self, first: int, second: int) -> Any:
-        last = {first % self.weight.ndim, second % self.weight.ndim}
-        return (
-            self.mT if last == {self.weight.ndim - 2, self.weight.ndim - 1} else self.dense().transpose(first, second)
-        )
+        ndim = self.weight.ndim
+        if {first % ndim, second % ndim} == {ndim - 2, ndim - 1}:
+            return self.mT
+        return self.dense().transpose(first, second)
 
-    def to(self, *args: Any, **kwargs: Any) -> "Sum":
-        return self._each(lambda each: each.to(*args, **kwargs))
+    def to(self, *args: Any, **kwargs: Any) -> "WeightSum":
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.weight if name in SHAPE else self.dense(), name)
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
-        if self.own is not None and x.ndim == 1:
+        if self.scale is not None and x.ndim == 1:
             return (x[None] @ self)[0]
-        return self.scaled(x, lambda each: each @ self.weight) + (x @ self.left) @ self.right
+        return self.scaled(x, lambda y: y @ self.weight) + (x @ self.left) @ self.right
 
     def __matmul__(self, x: Tensor) -> Tensor:
-        if self.own is not None:
+        if self.scale is not None:
             return x @ self.mT if x.ndim == 1 else (x.mT @ self.mT).mT
         return self.weight @ x + self.left @ (self.right @ x)
 
-    def scaled(self, x: Tensor, product: Callable[[Tensor], Tensor], rows: Tensor | None = None) -> Tensor:
-        """x (g W), by the product with W: g meets x or the result, along whichever of them it runs.
+    def scaled(self, x: Tensor, product: Callable[[Tensor], Tensor], experts: Tensor | None = None) -> Tensor:
+        """Returns x (g W), where `product` multiplies by W: g multiplies x or the result, as its shape says.
 
-        rows: of each row of x the matrix of the stack that it meets.
+        experts: which matrix of the stack each row of x meets.
         """
-        if self.own is None:
+        if self.scale is None:
             return product(x)
-        own = self.own if rows is None else self.own[rows]
-        if own.shape[-1] == 1:
-            return product(x * (own.mT if rows is None else own[..., 0]))
-        return product(x) * (own if rows is None else own[..., 0, :])
+        scale = self.scale if experts is None else self.scale[experts]
+        if scale.shape[-1] == 1:
+            return product(x * (scale.mT if experts is None else scale[..., 0]))
+        return product(x) * (scale if experts is None else scale[..., 0, :])
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and isinstance(args[1], Sum) and not isinstance(args[0], Sum):
+        x_times_sum = len(args) > 1 and isinstance(args[1], WeightSum) and not isinstance(args[0], WeightSum)
+        if func is F.linear and x_times_sum:
             return _linear(*args, **kwargs)
-        if func in PRODUCTS and len(args) == 2 and not all(isinstance(each, Sum) for each in args):
+        if func in PRODUCTS and len(args) == 2 and not all(isinstance(value, WeightSum) for value in args):
             a, b = args
-            return a.__matmul__(b) if isinstance(a, Sum) else b.__rmatmul__(a)  # by name, as the compiler needs it
-        if _is_grouped(func) and isinstance(args[1], Sum) and not isinstance(args[0], Sum):
+            return a.__matmul__(b) if isinstance(a, WeightSum) else b.__rmatmul__(a)  # by name: the compiler needs it
+        if getattr(func, "__name__", "").split(".")[0] in GROUPED_PRODUCTS and x_times_sum:
             return _grouped(func, *args, **kwargs)
-        return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+        args, kwargs = tree_map(lambda value: value.dense() if isinstance(value, WeightSum) else value, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 SHAPE = ("shape", "ndim", "dtype", "device", "dim", "size", "numel", "is_cuda", "requires_grad", "layout")
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
-GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
-ALIGNED = 8  # numbers: grouped products want rows of a multiple of 16 bytes
+GROUPED_PRODUCTS = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+ALIGNED = 8  # numbers: grouped products take rows of a multiple of 16 bytes
 
 
-def _linear(x: Tensor, sum_: Sum, bias: Tensor | None = None) -> Tensor:
-    if sum_.own is None:
-        return F.linear(x, sum_.weight, bias) + F.linear(F.linear(x, sum_.right), sum_.left)
-    y = x @ sum_.mT
+def _linear(x: Tensor, weight: WeightSum, bias: Tensor | None = None) -> Tensor:
+    if weight.scale is None:
+        return F.linear(x, weight.weight, bias) + F.linear(F.linear(x, weight.right), weight.left)
+    y = x @ weight.mT
     return y if bias is None else y + bias
 
 
-def _is_grouped(func: Any) -> bool:
-    return getattr(func, "__name__", "").split(".")[0] in GROUPED
-
-
-def _grouped(func: Callable[..., Tensor], x: Tensor, sum_: Sum, *args: Any, **kwargs: Any) -> Tensor:
-    """Rows of x, sorted by expert, times each one's matrix."""
-    missing = -sum_.left.shape[-1] % ALIGNED
-    left, right = F.pad(sum_.left, (0, missing)), F.pad(sum_.right, (0, 0, 0, missing))
-    hidden = func(x, left, *args, **kwargs)
-    rows = None
-    if sum_.own is not None:
+def _grouped(func: Callable[..., Tensor], x: Tensor, weight: WeightSum, *args: Any, **kwargs: Any) -> Tensor:
+    """Multiplies the rows of x, which are sorted by expert, by the matrix of their expert."""
+    missing = -weight.left.shape[-1] % ALIGNED
+    left, right = F.pad(weight.left, (0, missing)), F.pad(weight.right, (0, 0, 0, missing))
+    experts = None
+    if weight.scale is not None:
         ends = kwargs["offs"] if "offs" in kwargs else args[0]  # where the rows of each expert end
-        places = torch.arange(len(x), device=x.device, dtype=ends.dtype)
-        rows = torch.searchsorted(ends, places, right=True).clamp(max=len(sum_) - 1)
-    base = sum_.scaled(x, lambda each: func(each, sum_.weight, *args, **kwargs), rows)
-    return base + func(hidden, right, *args, **kwargs)
-
-
-def _dense(value: Any) -> Any:
-    return value.dense() if isinstance(value, Sum) else value
-
-
-def run_with_sums(layer: Any, adapters: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-    """The module's forward with W + s B A for its adapted parameters. What it assigns to itself is lost."""
-    view = cast(nn.Module, object.__new__(layer.plain))
-    view.__dict__.update(layer.__dict__)  # shares all and registers nothing; safe with other threads in the same layer
-    for name in dict.fromkeys(adapter.layer_type.weight for adapter in adapters):
-        view.__dict__[name] = _summed(
-            layer, layer._parameters[name], [a for a in adapters if a.layer_type.weight == name]
-        )
-    return layer.plain.forward(view, *args, **kwargs)
-
-
-def _summed(layer: Any, weight: Tensor, adapters: Sequence[Any]) -> Sum:
-    gains = [adapter.gain(layer) for adapter in adapters]
-    lefts, rights = zip(*(a.factors(layer, gain) for a, gain in zip(adapters, gains, strict=True)), strict=True)
-    left, right = torch.cat(lefts, 2), torch.cat(rights, 1)
-    own = own_share(layer, adapters, gains)
-    if weight.ndim == 2:
-        left, right, own = left[0], right[0], None if own is None else own[0]
-    return Sum(weight, left, right, own).to(weight.dtype)
+        positions = torch.arange(len(x), device=x.device, dtype=ends.dtype)
+        experts = torch.searchsorted(ends, positions, right=True).clamp(max=len(weight) - 1)
+    y = weight.scaled(x, lambda value: func(value, weight.weight, *args, **kwargs), experts)
+    return y + func(func(x, left, *args, **kwargs), right, *args, **kwargs)

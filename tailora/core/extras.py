@@ -1,7 +1,11 @@
 """What an adapter trains beside its low-rank updates: biases of layers, and rows of an embedding.
 
-Each is a part that an adapted layer adds up like any other: `change` is what it adds to the layer's output, and
-`bias_change` or `row_change` what it adds to the layer's tensors when it is merged.
+    TrainedBias    a bias in the place of a layer's own
+    TokenRows      rows of an embedding
+    TokenHead      the output head that is tied to that embedding
+
+An adapted layer calls `add_to` of each, as of a LoRALayer. A merge adds `bias_change` or `row_change` to the layer's
+tensors.
 """
 
 from collections.abc import Sequence
@@ -11,22 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailora.core.layer_types import weight_of
+from tailora.core.layer_types import qualified_name, weight_of
 
-# Classes whose bias is added to all else, by what dimension of the output it runs along.
-LAST = (nn.Linear, nn.LayerNorm)
-CHANNEL = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
-KERNEL = (nn.modules.conv._ConvNd,)
-LAST_NAMES = ("transformers.pytorch_utils.Conv1D",)
+# Classes that add their bias to the rest of their output, by the dimension of the output that it runs along.
+BIAS_LAST = (nn.Linear, nn.LayerNorm)
+BIAS_SECOND = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
+BIAS_BEFORE_KERNEL = (nn.modules.conv._ConvNd,)
+BIAS_LAST_NAMES = ("transformers.pytorch_utils.Conv1D",)
 
 
 def adds_its_bias(module: nn.Module) -> bool:
-    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
-    return isinstance(module, (*LAST, *CHANNEL, *KERNEL)) or not names.isdisjoint(LAST_NAMES)
+    names = set(map(qualified_name, type(module).__mro__))
+    classes = (*BIAS_LAST, *BIAS_SECOND, *BIAS_BEFORE_KERNEL)
+    return isinstance(module, classes) or not names.isdisjoint(BIAS_LAST_NAMES)
 
 
 def biases_of(module: nn.Module) -> list[str]:
-    """Names of the module's own parameters that are biases."""
+    """Returns the names of the module's own parameters that are biases."""
     return [name for name, parameter in module.named_parameters(recurse=False) if "bias" in name]
 
 
@@ -40,27 +45,24 @@ class TrainedBias(nn.Module):
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        own = cast(Tensor, layer.bias)
-        self.bias = nn.Parameter(own.detach().to(dtype, copy=True))
-        self.register_buffer("strength", torch.ones((), device=own.device, dtype=dtype), persistent=False)
+        bias = cast(Tensor, layer.bias)
+        self.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
+        self.register_buffer("strength", torch.ones((), device=bias.device, dtype=dtype), persistent=False)
 
-    def added(self, y: Tensor, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        return y + self.change(base, x, layer)
-
-    def change(self, base: Tensor, _: Tensor, layer: nn.Module) -> Tensor:
-        change = self.bias_change(layer).to(base.dtype)
-        if isinstance(layer, KERNEL):
+    def add_to(self, y: Tensor, output: Tensor, _x: Tensor, layer: nn.Module) -> Tensor:
+        change = self.bias_change(layer).to(output.dtype)
+        if isinstance(layer, BIAS_BEFORE_KERNEL):
             change = change[(..., *[None] * len(cast(Any, layer).kernel_size))]
-        elif isinstance(layer, CHANNEL):
-            change = change[(..., *[None] * (base.ndim - 2))]
-        return change.expand_as(base)
+        elif isinstance(layer, BIAS_SECOND):
+            change = change[(..., *[None] * (output.ndim - 2))]
+        return y + change
 
     def bias_change(self, layer: nn.Module) -> Tensor:
         return (self.bias - cast(Tensor, layer.bias)) * self.strength
 
 
 class TokenRows(nn.Module):
-    """Rows of an embedding, trained; the others stay frozen (`trainable_token_indices`).
+    """Trained rows of an embedding; the others stay frozen (`trainable_token_indices`).
 
     trainable_tokens_delta: Parameter (n, dim), the rows themselves, in the order of the indices; the name is PEFT's.
     strength: run-time dial, 1 unless set.
@@ -73,52 +75,49 @@ class TokenRows(nn.Module):
     def __init__(self, layer: nn.Module, indices: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__()
         weight = weight_of(layer).detach()
-        given = torch.tensor(indices, device=weight.device)
-        self.register_buffer("order", given.argsort(), persistent=False)
-        self.register_buffer("indices", given, persistent=False)  # (n,)
+        ids = torch.tensor(indices, device=weight.device)
+        self.register_buffer("order", ids.argsort(), persistent=False)
+        self.register_buffer("indices", ids, persistent=False)  # (n,)
         self.register_buffer("strength", torch.ones((), device=weight.device, dtype=dtype), persistent=False)
-        self.trainable_tokens_delta = nn.Parameter(weight[given].to(dtype))
+        self.trainable_tokens_delta = nn.Parameter(weight[ids].to(dtype))
 
-    def added(self, y: Tensor, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        return y + self.change(base, x, layer)
-
-    def change(self, base: Tensor, ids: Tensor, layer: nn.Module) -> Tensor:
-        """base, (..., dim): the embedding's output for ids (...)."""
-        known = self.indices[self.order]
-        place = torch.searchsorted(known, ids.long()).clamp(max=len(known) - 1)
-        rows = F.embedding(self.order[place], self.trainable_tokens_delta)
+    def add_to(self, y: Tensor, output: Tensor, ids: Tensor, layer: nn.Module) -> Tensor:
+        """y, output (..., dim): of the embedding for ids (...)."""
+        trained_ids = self.indices[self.order]
+        position = torch.searchsorted(trained_ids, ids.long()).clamp(max=len(trained_ids) - 1)
+        vectors = F.embedding(self.order[position], self.trainable_tokens_delta)
         scale = getattr(layer, "embed_scale", None)
-        rows = rows if scale is None else rows * scale
-        change = (rows - base) * self.strength
-        return torch.where((known[place] == ids)[..., None], change, 0).to(base.dtype)
+        vectors = vectors if scale is None else vectors * scale
+        change = (vectors - output) * self.strength
+        return y + torch.where((trained_ids[position] == ids)[..., None], change, 0).to(output.dtype)
 
     def row_change(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """Which rows of the layer's weight change, (n,), and by what, (n, dim)."""
+        """Returns which rows of the layer's weight change, (n,), and by how much, (n, dim)."""
         return self.indices, (self.trainable_tokens_delta - weight_of(layer)[self.indices]) * self.strength
 
 
 class TokenHead(nn.Module):
-    """The output head that is tied to an embedding follows the rows that are trained there. Has no parameters."""
+    """Lets the output head that is tied to an embedding follow the trained rows. Has no parameters."""
 
-    def __init__(self, rows: TokenRows) -> None:
+    def __init__(self, token_rows: TokenRows) -> None:
         super().__init__()
-        self.__dict__["rows"] = rows  # registered once, with the embedding
+        self.__dict__["token_rows"] = token_rows  # a reference: it is registered with the embedding
 
-    def added(self, y: Tensor, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        return y + self.change(base, x, layer)
-
-    def change(self, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        """base, (..., vocabulary): the head's output for x (..., dim)."""
-        indices, moved = self.row_change(layer)
-        logits = F.linear(x, moved.to(x.dtype)).to(base.dtype)  # (..., n)
-        return torch.zeros_like(base).index_copy(-1, indices, logits)
+    def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        """y, output (..., vocabulary): of the head for x (..., dim)."""
+        indices, change = self.row_change(layer)
+        logits = F.linear(x, change.to(x.dtype)).to(output.dtype)  # (..., n)
+        return y + torch.zeros_like(output).index_copy(-1, indices, logits)
 
     def row_change(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        return cast(TokenRows, self.__dict__["rows"]).row_change(layer)
+        return cast(TokenRows, self.__dict__["token_rows"]).row_change(layer)
 
 
 Extra = TrainedBias | TokenRows | TokenHead
 
 
-def rows_behind(part: nn.Module) -> TokenRows | None:
-    return part if isinstance(part, TokenRows) else part.__dict__["rows"] if isinstance(part, TokenHead) else None
+def token_rows_of(part: nn.Module) -> TokenRows | None:
+    """Returns the trained rows that a TokenRows or TokenHead adds; None for any other part."""
+    if isinstance(part, TokenHead):
+        return cast(TokenRows, part.__dict__["token_rows"])
+    return part if isinstance(part, TokenRows) else None

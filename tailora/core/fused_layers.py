@@ -1,7 +1,7 @@
-"""Parts of a fused layer: which output rows of one matrix are q, k, v, or gate and up.
+"""Parts of a fused layer: which outputs of one matrix are q, k and v, or gate and up.
 
-A layout is the sizes of the parts in the order of the rows, repeated until the rows are used up: {"q": 64, "k": 64,
-"v": 64} on 192 rows is [q|k|v], on 768 rows it is four heads of [q|k|v] each.
+A layout gives the sizes of the parts in the order of the outputs, repeated until all outputs are used: {"q": 64,
+"k": 64, "v": 64} on 192 outputs is [q|k|v], on 768 outputs it is four heads of [q|k|v] each.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ Layout = Mapping[str, int]
 
 @dataclass(frozen=True)
 class OutputSlice:
-    """The rows start..stop of every period, of `total`."""
+    """The outputs start..stop of every period, of `total` outputs."""
 
     start: int
     stop: int
@@ -28,7 +28,7 @@ class OutputSlice:
         return (self.stop - self.start) * (self.total // self.period)
 
     def spread(self, y: Tensor) -> Tensor:
-        """(..., size) -> (..., total), zero in all other rows."""
+        """(..., size) -> (..., total), with zeros in all other outputs."""
         blocks = y.reshape(*y.shape[:-1], -1, self.stop - self.start)
         return F.pad(blocks, (self.start, self.period - self.stop)).flatten(-2)
 
@@ -72,7 +72,7 @@ def _bigcode(parent: Any, total: int) -> Layout:
     return {"q": parent.embed_dim, "k": kv, "v": kv} if parent.multi_query else _heads(parent, total)
 
 
-def _halves(_: Any, total: int) -> Layout:
+def _gate_up(_: Any, total: int) -> Layout:
     return dict.fromkeys(("gate", "up"), total // 2)
 
 
@@ -82,11 +82,11 @@ LAYOUTS: dict[str, Callable[[Any, int], Layout]] = {
     "DecisionTransformerGPT2Attention.c_attn": _gpt2,
     "GPTBigCodeAttention.c_attn": _bigcode,
     "Phi3Attention.qkv_proj": _grouped,
-    "Phi3MLP.gate_up_proj": _halves,
+    "Phi3MLP.gate_up_proj": _gate_up,
     "Phi4MultimodalAttention.qkv_proj": _grouped,
-    "Phi4MultimodalMLP.gate_up_proj": _halves,
-    "GlmMLP.gate_up_proj": _halves,
-    "Glm4MLP.gate_up_proj": _halves,
+    "Phi4MultimodalMLP.gate_up_proj": _gate_up,
+    "GlmMLP.gate_up_proj": _gate_up,
+    "Glm4MLP.gate_up_proj": _gate_up,
     "GPTNeoXAttention.query_key_value": _heads,
     "BloomAttention.query_key_value": _heads,
     "PersimmonAttention.query_key_value": _heads,
@@ -97,29 +97,31 @@ LAYOUTS: dict[str, Callable[[Any, int], Layout]] = {
 
 
 def layout_of(parent: nn.Module, name: str, total: int) -> Layout:
-    """The layout of the layer that `parent` calls `name`; {} where none is known or the known one does not fit."""
-    known = (LAYOUTS.get(f"{cls.__name__}.{name}") for cls in type(parent).__mro__)
-    find = next((each for each in known if each), None)
-    if find is None:
+    """Returns the layout of the layer that `parent` calls `name`; {} where none is known or the known one does not fit.
+
+    total: outputs of the layer.
+    """
+    known = [LAYOUTS[key] for cls in type(parent).__mro__ if (key := f"{cls.__name__}.{name}") in LAYOUTS]
+    if not known:
         return {}
     try:
-        layout = find(parent, total)
+        layout = known[0](parent, total)
     except AttributeError:  # another class of this name
         return {}
     return layout if _divides(layout, total) else {}
 
 
-def _divides(layout: Layout, total: int) -> bool:
-    period = sum(layout.values())
-    return period > 0 and total % period == 0
-
-
-def rows_of(layout: Layout, total: int) -> dict[str, OutputSlice]:
-    """Part -> its rows. Raises ValueError where the sizes do not divide the rows."""
-    period, start, found = sum(layout.values()), 0, {}
+def output_slices(layout: Layout, total: int) -> dict[str, OutputSlice]:
+    """Returns part -> its outputs. Raises ValueError where the sizes do not divide the layer's `total` outputs."""
+    period, start, slices = sum(layout.values()), 0, {}
     if not _divides(layout, total):
         raise ValueError(f"the parts {dict(layout)} have {period} rows, which do not divide the layer's {total}")
     for part, size in layout.items():
-        found[part] = OutputSlice(start, start + size, period, total)
+        slices[part] = OutputSlice(start, start + size, period, total)
         start += size
-    return found
+    return slices
+
+
+def _divides(layout: Layout, total: int) -> bool:
+    period = sum(layout.values())
+    return period > 0 and total % period == 0

@@ -1,9 +1,9 @@
-"""What `generate` gains on a CPU from adapters that stand still and rows that come one by one.
+"""What `generate` does on a CPU to decode faster: adapters do not change, and tokens come one by one.
 
-Decoding a token is all overhead: a product with one row reads its weight once. While `generate` runs,
+A product with one token reads its weight once, so all else is overhead. While `generate` runs,
 
-    the adapters of a linear layer are held as two factors, cast and scaled once: two short products
-    one row in bfloat16 goes to torch's own kernel; oneDNN's, made for many rows, takes 1.5 to 1.9 times as long
+    the adapters of a linear layer are two constant factors, cast and scaled once: two short products
+    one token in bfloat16 goes to torch's own kernel; oneDNN's, made for many tokens, takes 1.5 to 1.9 times as long
 
 Measured on one core, SmolLM2-135M in bfloat16: 57 ms a token without adapter by oneDNN, 33 by torch; 71 with one of
 rank 16 by oneDNN, 36 by torch.
@@ -21,108 +21,108 @@ from tailora.core.attach import Adapted, attach
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LINEAR
 
-ROWS = 2  # tokens of a forward up to which torch's own kernel is the faster one
-
-
-class Held:
-    """In the place of a linear layer's adapters while nothing of them changes: adds B (A x), both of them cast."""
-
-    def __init__(self, adapters: Sequence[LoRALayer], dtype: torch.dtype) -> None:
-        pairs = [adapter.update_factors() for adapter in adapters]
-        A, B = pairs[0] if len(pairs) == 1 else (torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1))
-        self.A = A.to(dtype)  # (r, in), of all adapters
-        self.B = B.new_empty(B.shape[::-1], dtype=dtype).copy_(B.t())  # (r, out): the kernel reads its rows
-        self.B_t, self.width = self.B.t(), A.shape[1]
-
-    def added(self, y: Tensor, _base: Tensor, x: Tensor, _layer: nn.Module) -> Tensor:
-        """y, the output of nn.Linear and nobody else's, with the update in it."""
-        if x.numel() == self.width:
-            y.view(-1).addmv_(self.B_t, torch.mv(self.A, x.reshape(-1)))
-            return y
-        y = y.contiguous()
-        y.view(-1, y.shape[-1]).addmm_(torch.mm(x.reshape(-1, self.width), self.A.t()), self.B)
-        return y
-
-
-class _Kernel:
-    """Which kernel multiplies one row: a setting of the whole process, so it is lent to one `generate` at a time."""
-
-    def __init__(self) -> None:
-        self._lent = Lock()
-
-    @contextmanager
-    def lent(self, base: nn.Module) -> Iterator[bool]:
-        """Within the block, forwards of few tokens take torch's own kernel. False where another thread generates.
-
-        Products of other threads would take it meanwhile, too, and it is slow with many rows.
-        """
-        if not (torch._C._get_mkldnn_enabled() and self._lent.acquire(blocking=False)):
-            yield not torch._C._get_mkldnn_enabled()
-            return
-        hooks = [
-            base.register_forward_pre_hook(_before, with_kwargs=True),
-            base.register_forward_hook(_after, always_call=True),
-        ]
-        try:
-            yield True
-        finally:
-            for hook in hooks:
-                hook.remove()
-            _after()
-            self._lent.release()
-
-
-def _before(_module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-    named = [given.get(name) for name in ("input_ids", "decoder_input_ids")]
-    ids = [each for each in (*args, *named) if isinstance(each, Tensor)]
-    torch._C._set_mkldnn_enabled(not (ids and max(each.numel() for each in ids) <= ROWS))
-
-
-def _after(*_: Any) -> None:
-    torch._C._set_mkldnn_enabled(True)
-
-
-KERNEL = _Kernel()
+FEW_TOKENS = 2  # of a forward, for which torch's own kernel is the faster one
 
 
 @contextmanager
 def generating(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Around `base.generate`: within the block adapters are taken for constants, without gradients.
+    """Around `base.generate`: within the block adapters are constants, without gradients.
 
-    layers: those that are adapted. Elsewhere than on a CPU, and where a part is compiled, nothing is changed: a
-    compiled layer would be compiled anew for every call.
+    layers: the adapted ones. Changes nothing elsewhere than on a CPU, and where a part is compiled: a compiled layer
+    would be compiled again for every call.
     """
     weight = next(base.parameters(), torch.empty(0))
     compiled = any(module._compiled_call_impl is not None for module in base.modules())
     if weight.device.type != "cpu" or compiled or torch.is_autocast_enabled("cpu"):
         yield
         return
-    half = weight.dtype == torch.bfloat16
-    with torch.no_grad(), KERNEL.lent(base) if half else nullcontext(True) as own_kernel:
-        held = _held(layers.values()) if own_kernel else {}
-        for layer, (_, constant) in held.items():
+    kernel = ONE_TOKEN_KERNEL.lend(base) if weight.dtype == torch.bfloat16 else nullcontext(True)
+    with torch.no_grad(), kernel as is_lent:
+        constants = _constant_updates(layers.values()) if is_lent else {}
+        for layer, (_, constant) in constants.items():
             attach(layer, (constant,))  # type: ignore[arg-type]
         try:
             yield
         finally:
-            for layer, (before, constant) in held.items():
-                if cast(Any, layer).active_adapters == (constant,):  # else somebody switched meanwhile
-                    attach(layer, before)
+            for layer, (adapters, constant) in constants.items():
+                if cast(Any, layer).active_adapters == (constant,):  # else the adapter was switched meanwhile
+                    attach(layer, adapters)
 
 
-def _held(layers: Iterable[nn.Module]) -> dict[nn.Module, tuple[tuple[LoRALayer, ...], Held]]:
-    """Of every layer that can: what it was attached to, and the constant for it."""
-    found = {}
+def _constant_updates(layers: Iterable[nn.Module]) -> dict[nn.Module, tuple[tuple[LoRALayer, ...], "ConstantUpdate"]]:
+    """Returns the adapters of every layer that can have a constant in their place, and the constant."""
+    constants = {}
     for layer in layers:
         adapters = getattr(layer, "active_adapters", ())
-        if adapters and isinstance(layer, Adapted) and layer.plain is nn.Linear and all(map(_stands_still, adapters)):
+        if adapters and isinstance(layer, Adapted) and layer.plain is nn.Linear and all(map(_is_constant, adapters)):
             weight = cast(nn.Linear, layer).weight
             if weight.dtype in (torch.bfloat16, torch.float32, torch.float64):
-                found[cast(nn.Module, layer)] = adapters, Held(adapters, weight.dtype)
-    return found
+                constants[cast(nn.Module, layer)] = adapters, ConstantUpdate(adapters, weight.dtype)
+    return constants
 
 
-def _stands_still(adapter: Any) -> bool:
-    """A product of two factors, and nothing is drawn."""
-    plain = type(adapter) is LoRALayer and adapter.layer_type is LINEAR and adapter.is_plain
-    return plain and not (adapter.training and adapter.lora_dropout)
+def _is_constant(adapter: Any) -> bool:
+    """Returns True for a product of two factors without dropout."""
+    is_plain = type(adapter) is LoRALayer and adapter.layer_type is LINEAR and adapter.is_plain
+    return is_plain and not (adapter.training and adapter.lora_dropout)
+
+
+class ConstantUpdate:
+    """In the place of a linear layer's adapters while nothing of them changes: adds B (A x), both of them cast."""
+
+    def __init__(self, adapters: Sequence[LoRALayer], dtype: torch.dtype) -> None:
+        As, Bs = zip(*(adapter.update_factors() for adapter in adapters), strict=True)
+        A, B = (As[0], Bs[0]) if len(adapters) == 1 else (torch.cat(As), torch.cat(Bs, 1))
+        self.A = A.to(dtype)  # (r, in), of all adapters
+        self.B = B.new_empty(B.shape[::-1], dtype=dtype).copy_(B.t())  # (r, out): the kernel reads its rows
+        self.B_t, self.in_features = self.B.t(), A.shape[1]
+
+    def add_to(self, y: Tensor, _output: Tensor, x: Tensor, _layer: nn.Module) -> Tensor:
+        """Adds the update to y in place: y is the output of nn.Linear, which nothing else refers to."""
+        if x.numel() == self.in_features:
+            y.view(-1).addmv_(self.B_t, torch.mv(self.A, x.reshape(-1)))
+            return y
+        y = y.contiguous()
+        y.view(-1, y.shape[-1]).addmm_(torch.mm(x.reshape(-1, self.in_features), self.A.t()), self.B)
+        return y
+
+
+class OneTokenKernel:
+    """Which kernel multiplies one token: a setting of the whole process, so that one `generate` at a time has it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+
+    @contextmanager
+    def lend(self, base: nn.Module) -> Iterator[bool]:
+        """Within the block, forwards of few tokens use torch's own kernel. Yields False while another thread has it.
+
+        Products of other threads would use it at the same time, too, and it is slow with many tokens.
+        """
+        if not (torch._C._get_mkldnn_enabled() and self._lock.acquire(blocking=False)):
+            yield not torch._C._get_mkldnn_enabled()
+            return
+        hooks = [
+            base.register_forward_pre_hook(_choose_kernel, with_kwargs=True),
+            base.register_forward_hook(_use_onednn, always_call=True),
+        ]
+        try:
+            yield True
+        finally:
+            for hook in hooks:
+                hook.remove()
+            _use_onednn()
+            self._lock.release()
+
+
+def _choose_kernel(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    named = [kwargs.get(name) for name in ("input_ids", "decoder_input_ids")]
+    ids = [value for value in (*args, *named) if isinstance(value, Tensor)]
+    torch._C._set_mkldnn_enabled(not (ids and max(tensor.numel() for tensor in ids) <= FEW_TOKENS))
+
+
+def _use_onednn(*_: Any) -> None:
+    torch._C._set_mkldnn_enabled(True)
+
+
+ONE_TOKEN_KERNEL = OneTokenKernel()

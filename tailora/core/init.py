@@ -67,17 +67,17 @@ def check_init(targets: Iterable[Target], init: str) -> None:
 
 def _obstacle(target: Target, init: str) -> str | None:
     layer_type, groups = target.layer_type, target.layer_type.groups(target.layer)
-    if layer_type.matrix is None:
+    if not layer_type.has_matrix:
         return f"how a {layer_type.name} holds its matrix is not known; take 'kaiming'"
-    if init == "eva" and layer_type.zero == "A":
+    if init == "eva" and layer_type.zero_factor == "A":
         return "an embedding reads ids, which have no variance; take 'kaiming', or exclude it"
     if init == "eva" and groups > 1:
         return "ranks of groups go together; take 'kaiming', or exclude it"
-    if init in DATA_INITS and (target.output_slice or layer_type.forward):
+    if init in DATA_INITS and (target.output_slice or layer_type.replaces_forward):
         return (
             "what part of a fused layer or a projection of attention reads is not measured; take 'pissa' or 'kaiming'"
         )
-    size = min(target.dims) // (1 if layer_type.stacked else groups)
+    size = min(target.dims) // (1 if layer_type.is_stacked else groups)
     if init == "lora_ga" and 2 * target.r // groups > size:
         by_group = " in each group" if groups > 1 else ""
         remedy = f"r up to {groups * (size // 2)}" if size > 1 else "another init_lora_weights"

@@ -1,4 +1,8 @@
-"""What one adapter adds to one layer: s (B A - B0 A0) x, and the other slots of the equation that it fills."""
+"""One adapter's share in one layer: s (B A - B0 A0) x, and the other slots of the equation that it fills.
+
+`LoRALayer.add_to` is what an adapted layer calls: it adds the adapter's change to W x + b. `LoRALayer.forward` is
+the update alone. The slots that a plain LoRA layer leaves empty stand behind these two.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,9 +14,11 @@ from torch import Tensor, nn
 
 from tailora.core import dora
 from tailora.core.fused_layers import OutputSlice
-from tailora.core.geometry import Shape
-from tailora.core.layer_types import LINEAR, LayerType
+from tailora.core.layer_types import CONV1D, LINEAR, LayerType, Shape
 from tailora.errors import ConfigError
+
+SMALL_BATCH = 32  # tokens; on a CPU it costs more to cast both factors than to multiply up to some 40 tokens by them
+
 
 # ---- How a fresh A and B are filled. One of the two is zero, so that training starts at the base model.
 
@@ -27,18 +33,7 @@ def gaussian(factor: Tensor, r: int) -> None:
     nn.init.normal_(factor, std=1 / r)
 
 
-def standard_normal(factor: Tensor, _: int) -> None:
-    """N(0, 1): what an embedding's B starts from, since its A is the factor that is zero."""
-    nn.init.normal_(factor)
-
-
 INITS: dict[str, Callable[[Tensor, int], None]] = {"kaiming": kaiming, "gaussian": gaussian}
-
-
-# ----
-
-
-FEW = 32  # rows; on a CPU casting both factors costs more than a wider product of up to some 40 rows (measured)
 
 
 def initial_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -46,13 +41,9 @@ def initial_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
-def _times(gain: Tensor | None, B: Tensor) -> Tensor:
-    return B if gain is None else B * gain[:, None]
-
-
-def beside(A: Tensor, other: Tensor, groups: int) -> Tensor:
-    """Two A as one of both ranks: (r, ...) and (r', ...) -> (r + r', ...), group by group."""
-    blocks = [each.reshape(groups, -1, *each.shape[1:]) for each in (A, other)]  # (groups, r/groups, ...)
+def concatenate_ranks(A: Tensor, other: Tensor, groups: int) -> Tensor:
+    """Puts two A beside each other: (r, ...) and (r', ...) -> (r + r', ...), group by group."""
+    blocks = [factor.reshape(groups, -1, *factor.shape[1:]) for factor in (A, other)]  # (groups, r/groups, ...)
     return torch.cat(blocks, 1).flatten(0, 1)
 
 
@@ -60,18 +51,18 @@ class LoRALayer(nn.Module):
     """A low-rank update of a layer: `LoRALayer(in, out)(x)` is s B A x. Trains on its own or within a `LoRAModel`.
 
     lora_A: Parameter (r, in).    lora_B: Parameter (out, r).
-    scaling: 0-dimensional buffer, or a Parameter of one element when learned. Assigning a number fixes it,
+    scaling: s, a 0-dimensional buffer, or a Parameter of one element when learned. Assigning a number fixes it,
         assigning a Parameter makes it learned.
     strength: run-time dial, 1 unless set; multiplies all that the adapter adds and is not saved.
-    rows: of the layer, where the update is one of a part (q of a fused qkv): out_features are those of the part, and
-        what `forward` gives is zero in all other rows.
+    output_slice: the outputs of the layer that are updated, where these are not all (q of a fused qkv). out_features
+        is their number, and `forward` gives zero for all other outputs.
 
     Slots, None where they are empty:
-    start_A, start_B: frozen copies of where A and B started (`start_from`); the update is s (B A - B0 A0).
-    lora_E: Parameter (r,), trained between them: B diag(E) A of AdaLoRA (`diagonal`).
-    lora_magnitude_vector: Parameter (out,), m of DoRA (`magnify`).
+    start_A, start_B: frozen copies of the factors at the start (`start_from`); the update is s (B A - B0 A0).
+    lora_E: Parameter (r,), trained between the factors: B diag(E) A of AdaLoRA (`add_adalora_diagonal`).
+    lora_magnitude_vector: Parameter (out,), m of DoRA (`add_dora`).
     lora_bias: Parameter (out,) beside B; s times it is added.
-    bias: Parameter (out,), trained in the place of the layer's own (`take_bias`).
+    bias: Parameter (out,), trained in the place of the layer's own bias (`add_trained_bias`).
 
     lora_alpha=None stands for 2 r, the ratio of `LoRAConfig`'s defaults.
     Raises ConfigError for a rank outside 1..min(in, out).
@@ -103,7 +94,7 @@ class LoRALayer(nn.Module):
         layer_type: LayerType = LINEAR,
         shapes: tuple[Shape, Shape] | None = None,
         groups: int = 1,
-        rows: OutputSlice | None = None,
+        output_slice: OutputSlice | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -116,7 +107,7 @@ class LoRALayer(nn.Module):
         self.lora_alpha = 2.0 * rank if lora_alpha is None else lora_alpha
         self.use_rslora = use_rslora
         self.lora_dropout = lora_dropout
-        self.layer_type, self.groups, self.rows = layer_type, groups, rows
+        self.layer_type, self.groups, self.output_slice = layer_type, groups, output_slice
         shape_A, shape_B = shapes or ((rank, in_features), (out_features, rank))
         self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
@@ -138,59 +129,110 @@ class LoRALayer(nn.Module):
             self.reset_parameters(init_lora_weights)
 
     def reset_parameters(self, init_lora_weights: str = "kaiming") -> None:
-        """Start anew: one factor random, the other zero."""
+        """Start again: one factor random, the other zero."""
         self.start_A = self.start_B = None
-        zero, random = (self.lora_B, self.lora_A) if self.layer_type.zero == "B" else (self.lora_A, self.lora_B)
-        nn.init.zeros_(zero)
-        (INITS[init_lora_weights] if self.layer_type.zero == "B" else standard_normal)(random, self.r)
+        if self.layer_type.zero_factor == "B":
+            nn.init.zeros_(self.lora_B)
+            INITS[init_lora_weights](self.lora_A, self.r)
+        else:  # of an embedding
+            nn.init.zeros_(self.lora_A)
+            nn.init.normal_(self.lora_B)
 
-    @torch.no_grad()
-    def start_from(self, A: Tensor, B: Tensor) -> None:
-        """Start at these factors, with their product taken off again: W is never touched, and the update is zero.
+    # ---- The forward
 
-        A, B: shapes of lora_A and lora_B. Raises ConfigError for other shapes and for numbers that are not finite.
+    def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        """Returns y + the adapter's change of the layer's output W x + b, for the input x.
+
+        The change is s (B A - B0 A0) x; with all slots (g - 1) W x + g s (B A - B0 A0) x + b' - b. It has the dtype
+        and shape of `output`. The strength multiplies all of it, so that 0 is off, and several adapters add up.
         """
-        for name, given, own in (("A", A, self.lora_A), ("B", B, self.lora_B)):
-            if given.shape != own.shape or not given.isfinite().all():
-                what = f"shape {tuple(given.shape)}" if given.shape != own.shape else "numbers that are not finite"
-                raise ConfigError(f"start of {name}: {what}; take {tuple(own.shape)}, all finite")
-        self.lora_A.copy_(A)
-        self.lora_B.copy_(B)
-        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        if self.lora_magnitude_vector is None and self.lora_bias is None and self.bias is None:
+            update: Tensor = self(x, layer, output.dtype)
+            return y + update
+        gain = self.gain(layer)
+        change: Tensor = self(x, layer, output.dtype, gain)
+        rescaling, shift = self.output_terms(layer, gain)
+        if rescaling is not None:
+            change = torch.addcmul(change, output, self._over_kernel(rescaling, output.dtype))
+        if shift is not None:
+            change = change + self._over_kernel(shift, output.dtype)
+        return y + change
 
-    def diagonal(self) -> None:
-        """From here on the update is s B diag(E) A, with E = 0 and orthonormal A and B (arXiv:2303.10512, eq. 3).
+    def forward(
+        self, x: Tensor, layer: nn.Module | None = None, dtype: torch.dtype | None = None, gain: Tensor | None = None
+    ) -> Tensor:
+        """Returns the update s (B A - B0 A0) x, (..., out), computed in `dtype`, by default that of x.
 
-        The paper's A and B are Gaussian, and spend their first steps on its penalty for not being orthonormal.
+        layer: the adapted layer, which a convolution asks for its stride. gain: g of DoRA (out,), which multiplies it.
         """
-        for factor in (self.lora_A, self.lora_B):
-            nn.init.orthogonal_(factor)
-        self.lora_E = nn.Parameter(torch.zeros(self.r, device=self.lora_A.device, dtype=self.lora_A.dtype))
+        dtype = dtype or (x.dtype if x.is_floating_point() else self.lora_A.dtype)
+        if self._is_small_batch(x, dtype):
+            update = self._small_batch_update(x, layer, gain).to(dtype)
+        else:
+            if self.layer_type.reads_numbers:
+                x = x.to(dtype)
+                if self.lora_dropout:
+                    x = F.dropout(x, self.lora_dropout, self.training)
+            A, B = self.update_factors(gain)
+            update = self.layer_type.update(layer, x, A.to(dtype), B.to(dtype))  # B (A x), the scale in B
+        return update if self.output_slice is None else self.output_slice.spread(update)
 
-    def magnify(self, layer: nn.Module) -> None:
-        """DoRA: from here on every output row of the layer's W + s (B A - B0 A0) has the norm m, which starts at
-        ||W|| and is trained (arXiv:2402.09353, eq. 5).
+    def update_factors(self, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns A and s B, two factors whose product is g s (B A - B0 A0), times the strength; differentiable.
+
+        The scale multiplies B in B's own precision: in bfloat16 it would lose its small steps.
         """
-        self.row_norms = dora.RowNorms(layer, self.layer_type, self.lora_A.dtype, self.rows)
-        self.lora_magnitude_vector = nn.Parameter(self.row_norms.squares.sqrt().to(self.lora_A.dtype))
+        A, B = self.unscaled_factors()
+        B = B * (self.scaling * self.strength)
+        return A, B if gain is None else B * gain[:, None]
 
-    def take_bias(self, layer: nn.Module) -> None:
-        """Train a copy of the layer's bias. Nothing where it has none."""
-        if isinstance(bias := getattr(layer, "bias", None), Tensor):
-            self.bias = nn.Parameter(bias.detach().to(self.lora_A, copy=True))
+    def unscaled_factors(self) -> tuple[Tensor, Tensor]:
+        """Returns two factors whose product is B A - B0 A0: A and B, or B diag(E) of AdaLoRA.
 
-    @property
-    def is_plain(self) -> bool:
-        """The layer becomes W x + s (B A - B0 A0) x + b: what a product of two factors can say (`update_factors`)."""
-        return self.rows is None and self.lora_magnitude_vector is self.lora_bias is self.bias is None
+        With a frozen start they have rank 2r: (B - B0) A + B0 (A - A0), whose differences are exactly zero at the start
+        and small in low precision.
+        """
+        A, B = self.lora_A, self.lora_B if self.lora_E is None else self.lora_B * self.lora_E
+        if self.start_A is None or self.start_B is None:
+            return A, B
+        return concatenate_ranks(A, A - self.start_A, self.groups), torch.cat([B - self.start_B, self.start_B], 1)
 
-    @property
-    def has_start(self) -> bool:
-        return self.start_A is not None
+    def _is_small_batch(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Returns True for a few tokens in evaluation, such as the one token that `generate` adds."""
+        if self.training or torch.is_grad_enabled() or not dtype.is_floating_point:
+            return False
+        return x.numel() <= SMALL_BATCH * self.in_features
+
+    def _small_batch_update(self, x: Tensor, layer: nn.Module | None, gain: Tensor | None) -> Tensor:
+        """The update in the factors' own precision: x is cast and the result scaled, not the larger factors."""
+        (A, B), scale = self.unscaled_factors(), self.scaling * self.strength
+        B = B if gain is None else B * gain[:, None]
+        if self.layer_type.reads_numbers:
+            x = x.to(A.dtype)
+        if x.numel() == self.in_features and self.layer_type in (LINEAR, CONV1D):  # one token
+            return torch.mv(B, torch.mv(A, x.reshape(-1)) * scale).view(*x.shape[:-1], -1)
+        return self.layer_type.update(layer, x, A, B) * scale
+
+    # ---- The update as the layer's weight holds it
+
+    def delta_weight(self, layer: nn.Module | None = None) -> Tensor:
+        """Returns s (B A - B0 A0) in the shape of the layer's weight, in the adapter's precision."""
+        left, right = self.weight_factors(layer)
+        product = left @ right  # (groups, m, n)
+        if self.layer_type.is_stacked:
+            return product if len(product) > 1 else product[0]
+        return product.flatten(0, 1).view(-1, *self.lora_A.shape[1:]) if self.lora_A.ndim > 2 else product.flatten(0, 1)
+
+    def weight_factors(self, layer: nn.Module | None = None, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns L (groups, m, r) and R (groups, r, n): L R is g s (B A - B0 A0) as the weight (groups, m, n)."""
+        A, B = self.update_factors(gain)
+        return self.layer_type.factors(layer, A, B if self.output_slice is None else self.output_slice.spread(B.mT).mT)
+
+    # ---- The scale
 
     @property
     def configured_scaling(self) -> float:
-        """The scale that r and alpha say, before any learning or assignment."""
+        """The scale that r and alpha give, before any learning or assignment."""
         return initial_scaling(self.r, self.lora_alpha, self.use_rslora)
 
     @property
@@ -206,139 +248,108 @@ class LoRALayer(nn.Module):
     def _set_scaling(self, value: float | Tensor) -> None:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ConfigError(f"scaling is one number per layer; got a tensor of shape {tuple(value.shape)}")
-        if not isinstance(value, nn.Parameter):
-            value = value.detach().to(self.strength).reshape(()) if isinstance(value, Tensor) else self._scalar(value)
+        for table in (self._parameters, self._buffers):
+            table.pop("scaling", None)
         if isinstance(value, nn.Parameter):
-            value.data = value.data.to(self.strength)  # where the layer is
-        self._parameters.pop("scaling", None)
-        self._buffers.pop("scaling", None)
-        self._non_persistent_buffers_set.discard("scaling")
-        if isinstance(value, nn.Parameter):
+            value.data = value.data.to(self.strength)  # the device and dtype of the layer
             self.register_parameter("scaling", value)
         else:
-            self.register_buffer("scaling", value)
+            number = value.detach().to(self.strength).reshape(()) if isinstance(value, Tensor) else self._scalar(value)
+            self.register_buffer("scaling", number)
 
     def _scalar(self, value: float) -> Tensor:
         return torch.tensor(value, device=self.lora_A.device, dtype=self.lora_A.dtype)
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """Two factors whose product is B A - B0 A0: A and B (or B diag(E)), or of rank 2r with a frozen start.
+    # ---- The other slots
 
-        There (B - B0) A + B0 (A - A0): differences that are exactly zero at the start, and small in low precision.
+    @torch.no_grad()
+    def start_from(self, A: Tensor, B: Tensor) -> None:
+        """Start at these factors and subtract their frozen product: W is never touched, and the update is zero.
+
+        A, B: shapes of lora_A and lora_B. Raises ConfigError for other shapes and for numbers that are not finite.
         """
-        A, B = self.lora_A, self.lora_B if self.lora_E is None else self.lora_B * self.lora_E
-        if self.start_A is None or self.start_B is None:
-            return A, B
-        return beside(A, A - self.start_A, self.groups), torch.cat([B - self.start_B, self.start_B], 1)
+        for name, given, own in (("A", A, self.lora_A), ("B", B, self.lora_B)):
+            if given.shape != own.shape or not given.isfinite().all():
+                what = f"shape {tuple(given.shape)}" if given.shape != own.shape else "numbers that are not finite"
+                raise ConfigError(f"start of {name}: {what}; take {tuple(own.shape)}, all finite")
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
-    def update_factors(self) -> tuple[Tensor, Tensor]:
-        """Two factors whose product is s (B A - B0 A0), by which a forward multiplies x; differentiable.
+    @property
+    def has_start(self) -> bool:
+        return self.start_A is not None
 
-        The scale meets B in B's own precision: in bfloat16 it would lose its small steps.
+    def add_adalora_diagonal(self) -> None:
+        """Make the update s B diag(E) A, with E = 0 and orthonormal A and B (arXiv:2303.10512, eq. 3).
+
+        The paper's A and B are Gaussian, and spend their first steps on its penalty for not being orthonormal.
         """
-        A, B = self.pair()
-        return A, B * (self.scaling * self.strength)
+        for factor in (self.lora_A, self.lora_B):
+            nn.init.orthogonal_(factor)
+        self.lora_E = nn.Parameter(torch.zeros(self.r, device=self.lora_A.device, dtype=self.lora_A.dtype))
 
-    def forward(
-        self, x: Tensor, layer: nn.Module | None = None, dtype: torch.dtype | None = None, gain: Tensor | None = None
-    ) -> Tensor:
-        """g s (B A - B0 A0) x, (..., out). `layer` is the adapted layer where the kind needs its geometry, `dtype` the
-        result's, `gain` g (out,), 1 without; the other slots are left out (`change`).
+    def add_dora(self, layer: nn.Module) -> None:
+        """Give every output row of the layer's W + s (B A - B0 A0) the trained norm m (arXiv:2402.09353, eq. 5).
 
-        Computes in `dtype`, without a wider copy of x (PEFT #2421); a few rows in evaluation, where decoding one token
-        is all overhead, in the factors' own precision, without a copy of those.
+        m starts at ||W||.
         """
-        dtype = dtype or (x.dtype if x.is_floating_point() else self.lora_A.dtype)
-        few = x.numel() <= FEW * self.in_features and dtype.is_floating_point
-        if few and not self.training and not torch.is_grad_enabled():
-            return self._on_rows(self._few_rows(x, layer, gain).to(dtype))
-        if self.layer_type.drops:
-            x = F.dropout(x.to(dtype), self.lora_dropout, self.training)  # drawn anew by each call
-        A, B = self.update_factors()
-        return self._on_rows(self.layer_type.update(layer, x, A.to(dtype), _times(gain, B).to(dtype)))
+        self.row_norms = dora.RowNorms(layer, self.layer_type, self.lora_A.dtype, self.output_slice)
+        self.lora_magnitude_vector = nn.Parameter(self.row_norms.squares.sqrt().to(self.lora_A.dtype))
 
-    def _on_rows(self, update: Tensor) -> Tensor:
-        return update if self.rows is None else self.rows.spread(update)
+    def add_trained_bias(self, layer: nn.Module) -> None:
+        """Train a copy of the layer's bias. Does nothing if the layer has none."""
+        if isinstance(bias := getattr(layer, "bias", None), Tensor):
+            self.bias = nn.Parameter(bias.detach().to(self.lora_A, copy=True))
 
-    def _few_rows(self, x: Tensor, layer: nn.Module | None, gain: Tensor | None) -> Tensor:
-        (A, B), scale = self.pair(), self.scaling * self.strength
-        B = _times(gain, B)
-        if not x.is_floating_point():  # ids
-            return self.layer_type.update(layer, x, A, B) * scale
-        if x.numel() != self.in_features or A.ndim != 2:
-            return self.layer_type.update(layer, x.to(A.dtype), A, B) * scale
-        hidden = torch.mv(A, x.reshape(-1).to(A.dtype)) * scale  # (r,)
-        return torch.mv(B, hidden).view(*x.shape[:-1], -1)
-
-    def added(self, y: Tensor, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        """y and what the adapter changes of the layer's output."""
-        return y + self.change(base, x, layer)
-
-    def change(self, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        """What the adapter adds to the layer's output `base` = W x + b: (g - 1) W x + g s (B A - B0 A0) x + b' - b.
-
-        In the dtype and shape of `base`. The strength multiplies all of it, so that 0 is off; several adapters add up.
-        """
-        gain = self.gain(layer)
-        change: Tensor = self(x, layer, base.dtype, gain)
-        extra, shift = self.around(layer, gain)
-        if extra is not None:
-            change = torch.addcmul(change, base, self._spread(extra, base.dtype))
-        return change if shift is None else change + self._spread(shift, base.dtype)
-
-    def around(self, layer: nn.Module, gain: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """What is added besides the product: the layer's output times the first, and the second; (out,) each."""
-        shift = self.bias_change(layer)
-        if gain is None:
-            return None, shift
-        extra = self.excess(gain)
-        own = getattr(layer, "bias", None)
-        if own is not None:
-            shift = -extra * own if shift is None else shift - extra * own
-        return extra, shift
-
-    def excess(self, gain: Tensor) -> Tensor:
-        """By how much the rows of W are scaled beyond 1, times the strength: of all of the layer's outputs, (out,)."""
-        return self._on_rows(self.strength * (gain - 1))
+    @property
+    def is_plain(self) -> bool:
+        """True if the layer becomes W x + s (B A - B0 A0) x + b, which two factors can say (`update_factors`)."""
+        return self.output_slice is None and self.lora_magnitude_vector is self.lora_bias is self.bias is None
 
     def gain(self, layer: nn.Module, *, exact: bool = False) -> Tensor | None:
-        """g = m / ||W + s (B A - B0 A0)||, (out,), or None without DoRA. No gradient flows through the norm (sec. 4.3).
+        """Returns g = m / ||W + s (B A - B0 A0)||, (out,), or None without DoRA.
 
-        exact: the norm in float64, for what is merged.
+        No gradient flows through the norm (arXiv:2402.09353, sec. 4.3). exact: compute it in float64, for a merge.
         """
         if self.lora_magnitude_vector is None or self.row_norms is None:
             return None
         with torch.no_grad():
-            A, B = self.pair()
+            A, B = self.unscaled_factors()
             B = B * self.scaling
             norms = self.row_norms.exact(layer, A, B) if exact else self.row_norms(layer, A, B)
         return dora.gain(self.lora_magnitude_vector, norms)
 
+    def output_terms(self, layer: nn.Module, gain: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the rescaling g - 1 of the layer's output W x + b, and the bias to add; (out,) each, None for zero.
+
+        Rescaling the output rescales b, too, so (g - 1) b is subtracted from the bias to add.
+        """
+        shift = self.bias_change(layer)
+        if gain is None:
+            return None, shift
+        rescaling = self.rescaling(gain)
+        bias = getattr(layer, "bias", None)
+        if bias is not None:
+            shift = -rescaling * bias if shift is None else shift - rescaling * bias
+        return rescaling, shift
+
+    def rescaling(self, gain: Tensor) -> Tensor:
+        """Returns g - 1 times the strength for all outputs of the layer, (out,); zero outside of `output_slice`."""
+        rescaling = self.strength * (gain - 1)
+        return rescaling if self.output_slice is None else self.output_slice.spread(rescaling)
+
     def bias_change(self, layer: nn.Module) -> Tensor | None:
-        """What is added to the layer's bias: s lora_bias + (its trained copy - b), (out,); None where nothing is."""
+        """Returns what is added to the layer's bias: s lora_bias + (its trained copy - b), (out,); None for nothing."""
         change = None if self.lora_bias is None else self.lora_bias * self.scaling
         if self.bias is not None:
-            moved = self.bias - cast(Tensor, layer.bias)
-            change = moved if change is None else change + moved
+            difference = self.bias - cast(Tensor, layer.bias)
+            change = difference if change is None else change + difference
         return None if change is None else change * self.strength
 
-    def _spread(self, vector: Tensor, dtype: torch.dtype) -> Tensor:
-        """(out,) -> (out, 1, ...), one dimension more per dimension of the kernel."""
+    def _over_kernel(self, vector: Tensor, dtype: torch.dtype) -> Tensor:
+        """(out,) -> (out, 1, ...), with one dimension for each dimension of the kernel."""
         return vector.to(dtype)[(..., *[None] * (self.lora_A.ndim - 2))]
-
-    def delta(self, layer: nn.Module | None = None) -> Tensor:
-        """s (B A - B0 A0) in the layout of the layer's weight, in the adapter's precision."""
-        left, right = self.factors(layer)
-        product = left @ right  # (groups, m, n)
-        if self.layer_type.stacked:
-            return product if len(product) > 1 else product[0]
-        return product.flatten(0, 1).view(-1, *self.lora_A.shape[1:]) if self.lora_A.ndim > 2 else product.flatten(0, 1)
-
-    def factors(self, layer: nn.Module | None = None, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The two whose product is g s (B A - B0 A0) as the layer's weight holds it: (groups, m, r), (groups, r, n)."""
-        A, B = self.update_factors()
-        B = _times(gain, B)
-        return self.layer_type.factors(layer, A, B if self.rows is None else self.rows.spread(B.mT).mT)
 
     def extra_repr(self) -> str:
         scaling = "learned" if self.learns_scaling else f"{self.scaling.item():g}"

@@ -1,188 +1,194 @@
-"""How a class of layer stores its matrix and meets its input: one row of a table per class.
+"""How a class of layer stores its matrix and meets its input: one small class for each layer type.
 
-Every kind computes s B A x for its own idea of x, and says how its weight holds B A.
-Shapes: A (r, in), B (out, r); convolutions carry their kernel in A: A (r, in/groups, *kernel), B (out, r/groups).
+    LayerType            a product with one matrix, and the methods in which layer types differ
+    Linear, Conv1D, Embedding, Convolution
+                         layers of PyTorch and transformers; core.multihead_attention and core.experts add two more
+    RegisteredLayerType  a class of layers that the user registered
+    LAYER_TYPES          name of a class -> its layer type, with the functions that find the type of a layer
+
+Shapes: A (r, in), B (out, r). Convolutions carry their kernel in A: A (r, in/groups, *kernel), B (out, r/groups).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailora.core import geometry
-from tailora.core.experts import run_with_sums
-from tailora.core.geometry import Shape
-from tailora.core.multihead_attention import attend
-from tailora.errors import ConfigError, TargetError, listing
+from tailora.errors import ConfigError, MergeError, TargetError, listing
+
+Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class LayerType:
-    """dims: layer -> (in, out) of its matrix, the bounds of the rank.
-    shapes: (layer, r) -> shapes of A and B.
-    update: (layer, x, A, sB) -> s B A x, in the dtype of A; x is the layer's input.
-    factors: (layer, A, B) -> (groups, m, r) and (groups, r, n): their product is B A as the weight, seen as
-        (groups, m, n), holds it.
-    groups: layer -> blocks of A and of the weight that do not meet.
-    weight: the parameter's name in the layer.
-    drops: whether dropout of x has a meaning.    zero: the factor that starts at zero.
-    matrix: (layer, its weight) -> W as the equation has it, (groups, out/groups, n): B A, seen as (groups, out/groups,
-        r/groups) and (groups, r/groups, n), adds to it. None where a start cannot be read off the weight.
-    columns: layer -> whether an output is a column of the stored weight, (in, out), and not its row.
-    linear: whether "all-linear" means it.    stacked: A and B hold one matrix per expert.
-    scales: whether its rows can have magnitudes (DoRA).
+    """A layer whose output is W x + b for its input x and one matrix W.
 
-    What is not W x + s B A x for one input x has `forward` in place of `update`: (layer, adapters, *args, **kwargs) ->
-    what the adapted layer computes, with all of its adapters.
+    name: what summaries and error messages call the layer type.
+    weight_name: the layer's parameter that holds W.
+    zero_factor: the factor that starts at zero, so that a fresh update is zero.
+    is_linear: True if "all-linear" means this layer type.
+    is_stacked: True if A and B hold one matrix per expert.
+    reads_numbers: True if x are numbers, which can be cast and dropped out; False for ids.
+    supports_dora: True if the output rows of W can have magnitudes.
+    supports_dropout: False if the update meets no input by itself, of which lora_dropout could drop a part.
+    has_matrix: True if `matrix` can read W off the stored weight.
+    has_batch_update: True if `batch_update` is there.
+    replaces_forward: True if the adapted layer is more than W x + s B A x, so that `forward` computes all of it.
     """
 
-    name: str
-    dims: Callable[[Any], tuple[int, int]]
-    shapes: Callable[[Any, int], tuple[Shape, Shape]]
-    update: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-    factors: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
-    groups: Callable[[Any], int] = lambda _: 1
-    weight: str = "weight"
-    drops: bool = True
-    zero: Literal["A", "B"] = "B"
-    matrix: Callable[[Any, Tensor], Tensor] | None = None
-    columns: Callable[[Any], bool] = lambda _: False
-    linear: bool = False
-    stacked: bool = False
-    scales: bool = True
-    forward: Callable[..., Any] | None = None
+    name: str = "Matrix"
+    weight_name: str = "weight"
+    zero_factor: Literal["A", "B"] = "B"
+    is_linear: bool = False
+    is_stacked: bool = False
+    reads_numbers: bool = True
+    supports_dora: bool = True
+    supports_dropout: bool = True
+    has_matrix: bool = True
+    has_batch_update: bool = False
+    replaces_forward: bool = False
 
-    def __reduce__(self) -> tuple[Callable[[str], "LayerType"], tuple[str]]:  # copies and pickles stay the table's row
+    def dims(self, layer: Any) -> tuple[int, int]:
+        """Returns (in, out) of the layer's matrix. The rank is at most the smaller of the two."""
+        raise NotImplementedError
+
+    def shapes(self, layer: Any, r: int) -> tuple[Shape, Shape]:
+        """Returns the shapes of A and B at rank r."""
+        in_features, out_features = self.dims(layer)
+        return (r, in_features), (out_features, r)
+
+    def groups(self, _layer: Any) -> int:
+        """Returns the number of blocks of W, each with its own inputs, outputs and ranks."""
+        return 1
+
+    def is_transposed(self, _layer: Any) -> bool:
+        """Returns True if the weight is stored as (in, out), so that an output of the layer is a column of it."""
+        return False
+
+    def update(self, _layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Returns B A x for the layer's input x, in the dtype of A. The caller has multiplied the scale into B."""
+        return F.linear(F.linear(x, A), B)
+
+    def batch_update(self, _layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Returns B_i A_i x_i for every batch row i: x (n, ...), A (n, r, ...), B (n, out, r) -> (n, ..., out)."""
+        hidden = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), A.mT)  # (n, tokens, r)
+        return torch.bmm(hidden, B.mT).view(*x.shape[:-1], -1)
+
+    def factors(self, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns L (groups, m, r) and R (groups, r, n). L R is B A as the stored weight, seen as (groups, m, n)."""
+        return (A.T[None], B.T[None]) if self.is_transposed(layer) else (B[None], A[None])
+
+    def matrix(self, layer: Any, weight: Tensor) -> Tensor:
+        """Returns W (groups, out/groups, n) out of the stored weight; B A in groups is added to it."""
+        return weight.T[None] if self.is_transposed(layer) else weight[None]
+
+    def forward(self, layer: Any, adapters: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the layer computes with all these adapters, where `replaces_forward`."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Callable[..., "LayerType"], tuple[str]]:
+        """Copies and pickles are the same object of the table."""
         return layer_type_named, (self.name,)
 
 
-# ---- nn.MultiheadAttention: q, k and v in one matrix, or three of their own, and what comes out
+# ---- Layers of PyTorch and transformers
 
 
-def _attention_layer_type(weight: str, dims: Callable[[Any], tuple[int, int]]) -> LayerType:
-    shapes = geometry.matrix_shapes(dims)
-    return LayerType(
-        f"Attention {weight}",
-        dims,
-        shapes,
-        geometry.linear_update,
-        geometry.factors,
-        weight=weight,
-        matrix=geometry.matrix,
-        forward=attend,
-    )
+class Linear(LayerType):
+    name = "Linear"
+    is_linear = True
+    has_batch_update = True
+
+    def dims(self, layer: Any) -> tuple[int, int]:
+        return layer.in_features, layer.out_features
 
 
-ATTENTION = {
-    "in_proj_weight": _attention_layer_type("in_proj_weight", lambda layer: (layer.embed_dim, 3 * layer.embed_dim)),
-    "q_proj_weight": _attention_layer_type("q_proj_weight", lambda layer: (layer.embed_dim, layer.embed_dim)),
-    "k_proj_weight": _attention_layer_type("k_proj_weight", lambda layer: (layer.kdim, layer.embed_dim)),
-    "v_proj_weight": _attention_layer_type("v_proj_weight", lambda layer: (layer.vdim, layer.embed_dim)),
-    "out_proj": _attention_layer_type("out_proj.weight", lambda layer: (layer.embed_dim, layer.embed_dim)),
-}
+class Conv1D(LayerType):
+    """The linear layer of GPT-2 in transformers, which stores its weight as (in, out)."""
+
+    name = "Conv1D"
+    is_linear = True
+    has_batch_update = True
+
+    def dims(self, layer: Any) -> tuple[int, int]:
+        return layer.nx, layer.nf
+
+    def is_transposed(self, _layer: Any) -> bool:
+        return True
 
 
-# ---- A parameter that its module multiplies with by itself: (out, in), or of experts (E, out, in)
-# A (E r, in), row e r + k;  B (E out, r), row e out + i.
+class Embedding(LayerType):
+    """x are ids: A x is a column of A, and a row of the weight is a column of W."""
+
+    name = "Embedding"
+    zero_factor = "A"
+    reads_numbers = False
+
+    def dims(self, layer: Any) -> tuple[int, int]:
+        return layer.num_embeddings, layer.embedding_dim
+
+    def is_transposed(self, _layer: Any) -> bool:
+        return True
+
+    def update(self, layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        hidden = F.embedding(x, A.T, layer.padding_idx)  # (..., r)
+        update = F.linear(hidden, B)
+        scale = getattr(layer, "embed_scale", None)  # Gemma and others multiply what they look up
+        return update if scale is None else update * scale
 
 
-@cache
-def parameter_layer_type(name: str) -> LayerType:
-    """The row for a parameter of this name; the module's `is_transposed` says that it holds (E, in, out)."""
+class Convolution(LayerType):
+    """Conv1d, Conv2d and Conv3d: A convolves as the layer does, and B mixes the channels of each position."""
 
-    def transposed(layer: Any) -> bool:
-        return weight_of(layer, name).ndim == 3 and getattr(layer, "is_transposed", False)
+    name = "Conv"
+    has_batch_update = True
 
-    def dims(layer: Any) -> tuple[int, int]:
-        m, n = weight_of(layer, name).shape[-2:]
-        return (m, n) if transposed(layer) else (n, m)
+    def dims(self, layer: Any) -> tuple[int, int]:
+        return layer.in_channels * prod(layer.kernel_size), layer.out_channels
 
-    def experts(layer: Any) -> int:
-        return prod(weight_of(layer, name).shape[:-2])
+    def groups(self, layer: Any) -> int:
+        groups: int = layer.groups
+        return groups
 
-    def shapes(layer: Any, r: int) -> tuple[Shape, Shape]:
-        (in_features, out_features), count = dims(layer), experts(layer)
-        return (count * r, in_features), (count * out_features, r)
+    def shapes(self, layer: Any, r: int) -> tuple[Shape, Shape]:
+        if r % layer.groups:
+            raise TargetError(f"r = {r} on a convolution of {layer.groups} groups; take a multiple of {layer.groups}")
+        return (r, layer.in_channels // layer.groups, *layer.kernel_size), (layer.out_channels, r // layer.groups)
 
-    def factors(layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        right = A.reshape(-1, B.shape[1], A.shape[1])  # (E, r, in)
-        left = B.reshape(len(right), -1, B.shape[1])  # (E, out, r)
-        return (right.mT, left.mT) if transposed(layer) else (left, right)
+    def update(self, layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        dimensions = len(layer.kernel_size)
+        convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
+        channels = x.shape[-1 - dimensions]  # of `batch_update`: those of all batch rows
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+        groups = channels // A.shape[1]  # one for a file whose A reads all channels of a grouped layer
+        hidden = convolve(x, A, None, layer.stride, padding, layer.dilation, groups)
+        pointwise = B[(..., *[None] * dimensions)]
+        return convolve(hidden, pointwise, groups=layer.groups * (channels // layer.in_channels))
 
-    def matrix(layer: Any, weight: Tensor) -> Tensor:
-        stack = weight.reshape(-1, *weight.shape[-2:])
-        return stack.mT if transposed(layer) else stack
+    def batch_update(self, layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """The convolutions of n batch rows are one convolution of n times the channels and groups."""
+        y = self.update(layer, x.flatten(0, 1)[None], A.flatten(0, 1), B.flatten(0, 1))
+        return y.view(len(x), -1, *y.shape[2:])
 
-    return LayerType(
-        f"Parameter {name}",
-        dims,
-        shapes,
-        _no_update,
-        factors,
-        groups=experts,
-        weight=name,
-        drops=False,
-        matrix=matrix,
-        columns=transposed,
-        stacked=True,
-        forward=run_with_sums,
-    )
+    def factors(self, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        groups = layer.groups
+        if layer.in_channels // A.shape[1] != groups:
+            raise MergeError(
+                f"A reads all {layer.in_channels} channels, but the layer's {groups} groups read "
+                f"{layer.in_channels // groups} each: no weight of this layer can hold the update; keep it unmerged"
+            )
+        return B.view(groups, layer.out_channels // groups, -1), A.reshape(groups, A.shape[0] // groups, -1)
 
-
-def _no_update(*_: Any) -> Tensor:
-    raise TargetError("a parameter's update has no input of its own; call the module that holds it")
-
-
-# ---- The table
+    def matrix(self, layer: Any, weight: Tensor) -> Tensor:
+        return weight.reshape(layer.groups, layer.out_channels // layer.groups, -1)
 
 
-def _conv_groups(layer: Any) -> int:
-    groups: int = layer.groups
-    return groups
-
-
-LINEAR = LayerType(
-    "Linear",
-    geometry.linear_dims,
-    geometry.matrix_shapes(geometry.linear_dims),
-    geometry.linear_update,
-    geometry.factors,
-    linear=True,
-    matrix=geometry.matrix,
-)
-CONV1D = LayerType(
-    "Conv1D",
-    geometry.conv1d_dims,
-    geometry.matrix_shapes(geometry.conv1d_dims),
-    geometry.linear_update,
-    geometry.transposed_factors,
-    columns=lambda _: True,
-    linear=True,
-    matrix=geometry.transposed_matrix,
-)
-EMBEDDING = LayerType(
-    "Embedding",
-    geometry.embedding_dims,
-    geometry.matrix_shapes(geometry.embedding_dims),
-    geometry.embedding_update,
-    geometry.transposed_factors,
-    drops=False,
-    zero="A",
-    columns=lambda _: True,
-    matrix=geometry.transposed_matrix,
-)
-CONVOLUTION = LayerType(
-    "Conv",
-    geometry.conv_dims,
-    geometry.conv_shapes,
-    geometry.conv_update,
-    geometry.conv_factors,
-    groups=_conv_groups,
-    matrix=geometry.conv_matrix,
-)
+LINEAR, CONV1D, EMBEDDING, CONVOLUTION = Linear(), Conv1D(), Embedding(), Convolution()
 
 # By qualified name, so that transformers need not be imported to know its Conv1D.
 LAYER_TYPES: dict[str, LayerType] = {
@@ -193,116 +199,59 @@ LAYER_TYPES: dict[str, LayerType] = {
     "torch.nn.modules.conv.Conv2d": CONVOLUTION,
     "torch.nn.modules.conv.Conv3d": CONVOLUTION,
 }
+BUILT_IN = frozenset(LAYER_TYPES)
+MULTIHEAD_ATTENTION = "torch.nn.modules.activation.MultiheadAttention"
 
 
-MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
+# ---- Layer types that the user registers
 
 
-def layer_type_named(name: str) -> LayerType:
-    if name.startswith("Parameter "):
-        return parameter_layer_type(name.removeprefix("Parameter "))
-    return next(layer_type for layer_type in (*LAYER_TYPES.values(), *ATTENTION.values()) if layer_type.name == name)
+class RegisteredLayerType(LayerType):
+    """A class of layers whose functions the user gave to `register_layer_type`; those left out are of a matrix."""
 
+    def __init__(
+        self,
+        name: str,
+        dims: Callable[[Any], tuple[int, int]],
+        shapes: Callable[[Any, int], tuple[Shape, Shape]] | None,
+        update: Callable[[Any, Tensor, Tensor, Tensor], Tensor] | None,
+        factors: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        forward: Callable[..., Any] | None,
+        *,
+        weight_name: str,
+        transposed: bool,
+        is_linear: bool,
+    ) -> None:
+        self.name, self.weight_name, self.is_linear, self._transposed = name, weight_name, is_linear, transposed
+        self._dims, self._shapes, self._update, self._factors, self._forward = dims, shapes, update, factors, forward
+        self.has_matrix = factors is None and shapes is None
+        self.replaces_forward = forward is not None
+        self.supports_dora = forward is None
 
-def qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    def dims(self, layer: Any) -> tuple[int, int]:
+        return self._dims(layer)
 
+    def shapes(self, layer: Any, r: int) -> tuple[Shape, Shape]:
+        return self._shapes(layer, r) if self._shapes else super().shapes(layer, r)
 
-def layer_type_of(layer: nn.Module) -> LayerType | None:
-    """The row for this layer's class or the nearest of its parents; None for what is not in the table."""
-    return next((LAYER_TYPES[name] for cls in type(layer).__mro__ if (name := qualified(cls)) in LAYER_TYPES), None)
+    def is_transposed(self, _layer: Any) -> bool:
+        return self._transposed
 
+    def update(self, layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return self._update(layer, x, A, B) if self._update else super().update(layer, x, A, B)
 
-def projections(layer: Any) -> dict[str, LayerType]:
-    """Name -> kind of the matrices of nn.MultiheadAttention; {} for any other class."""
-    cls: Any = type(layer)
-    if not _is_attention(cls):
-        return {}
-    separate = layer.in_proj_weight is None
-    names = (
-        ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj") if separate else ("in_proj_weight", "out_proj")
-    )
-    return {name: ATTENTION[name] for name in names}
+    def factors(self, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        return self._factors(layer, A, B) if self._factors else super().factors(layer, A, B)
 
-
-@cache
-def _is_attention(cls: Any) -> bool:
-    return any(qualified(parent) == MULTIHEAD for parent in cls.__mro__)
-
-
-def weight_of(layer: nn.Module, name: str = "weight") -> Tensor:
-    module, name = holder(layer, name)
-    weight = module._parameters[name] if name in module._parameters else getattr(module, name)
-    if not isinstance(weight, Tensor):
-        raise TargetError(f"{type(module).__name__}.{name} is a {type(weight).__name__}, not a tensor")
-    return weight
-
-
-def host_path(model: nn.Module, path: str) -> str:
-    """The path of the module that computes with the matrix at `path`: itself, or what holds the part or parameter."""
-    parent = path.rpartition(".")[0]
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return parent
-    return parent if path and projections(model.get_submodule(parent)) else path
-
-
-def host_of(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(host_path(model, path))
-
-
-def holder(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the parameter, and its name there."""
-    path, _, last = name.rpartition(".")
-    return layer.get_submodule(path), last
-
-
-def is_called(layer: nn.Module) -> bool:
-    """False for the output projection of nn.MultiheadAttention, whose weight is read without calling it."""
-    return type(layer).__name__ != "NonDynamicallyQuantizableLinear"
-
-
-def obstacle(layer: nn.Module) -> str | None:
-    """Why this layer cannot be adapted, although a kind fits it; None when nothing is in the way."""
-    name = type(layer).__name__
-    if "forward" in vars(layer):
-        return f"its forward was replaced on the instance (an offload hook?); attach adapters before that ({name})"
-    if not is_called(layer):
-        return "its weight is read without calling it"
-    if isinstance(getattr(layer, "weight", None), nn.parameter.UninitializedParameter):
-        return f"its shape is not known yet ({name}); run one batch through the model first"
-    if getattr(layer, "max_norm", None) is not None:
-        return "max_norm rewrites its frozen weight at every look-up"
-    if layer_type_of(layer) is EMBEDDING and "forward" in vars(type(layer)) and not _looks_up(layer):
-        return f"{name} overrides forward, so what it looks up is not known"
-    if projections(layer) and not hasattr(layer, "active_adapters") and qualified(type(layer)) != MULTIHEAD:
-        return (
-            f"{name} derives from nn.MultiheadAttention, so what it computes is not known"
-            if _overrides(layer)
-            else None
-        )
-    return None
-
-
-def _overrides(layer: nn.Module) -> bool:
-    return qualified(next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))) != MULTIHEAD
-
-
-def _looks_up(layer: nn.Module) -> bool:
-    """nn.Embedding itself, our class derived from one, or one that only multiplies what it looks up."""
-    return qualified(type(layer)) in LAYER_TYPES or hasattr(layer, "active_adapters") or hasattr(layer, "embed_scale")
-
-
-# ---- Layer types of the user: one more row in the table `core.layer_types.LAYER_TYPES`.
-
-
-Dims = Callable[[Any], tuple[int, int]]
+    def forward(self, layer: Any, adapters: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._forward is None:
+            return super().forward(layer, adapters, *args, **kwargs)
+        return self._forward(layer, adapters, *args, **kwargs)
 
 
 def register_layer_type(
     layer_class: type[nn.Module],
-    dims: Dims,
+    dims: Callable[[Any], tuple[int, int]],
     *,
     update: Callable[[Any, Tensor, Tensor, Tensor], Tensor] | None = None,
     factors: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
@@ -315,60 +264,133 @@ def register_layer_type(
 ) -> None:
     """Let layers of this class, and of classes derived from it, be adapted. Lasts as long as the process.
 
-    dims: layer -> (in, out) of its matrix.    weight: the name of the parameter that holds it, as (out, in), or as
-        (in, out) when `transposed`.    linear: "all-linear" means this class, too.
-    update: (layer, x, A, sB) -> what the adapter adds to the layer's output, by default that of a matrix, B A x.
+    dims: layer -> (in, out) of its matrix.
+    update: (layer, x, A, sB) -> what the adapter adds to the layer's output; by default B A x, that of a matrix.
     factors: (layer, A, B) -> (groups, m, r) and (groups, r, n) whose product, reshaped, is B A as the weight holds it:
         what merging adds. By default that of a matrix.
-    shapes: (layer, r) -> shapes of A and B, by default (r, in) and (out, r).
+    shapes: (layer, r) -> shapes of A and B; by default (r, in) and (out, r).
     forward: (layer, adapters, *args, **kwargs) -> the adapted layer's output, where it is not a sum of the layer's own
         and an update of one input; in the place of `update`. `layer.plain.forward(layer, ...)` is the layer's own.
+    weight: the name of the parameter that holds the matrix, as (out, in), or as (in, out) when `transposed`.
+    linear: True if "all-linear" means this class, too.
+    replace: allows to register a class again.
 
-    The class is known by its qualified name. Registering a name a second time, or one that tailora knows, raises
-    ConfigError; with `replace` it exchanges a row that was registered, never one of tailora's own.
+    The class is known by its qualified name. Raises ConfigError for a name that is registered already, without
+    `replace`, and for one of tailora's own layer types.
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
         raise ConfigError(f"register_layer_type takes a class derived from nn.Module; got {layer_class!r}")
     if not callable(dims):
         raise ConfigError(f"dims is a function: layer -> (in, out); got {dims!r}")
-    name = qualified(layer_class)
-    if problems := _problems(name, forward is not None and update is not None, replace):
+    name = qualified_name(layer_class)
+    problems = []
+    if name in BUILT_IN or name == MULTIHEAD_ATTENTION:
+        problems.append(f"{name} is a layer type of tailora's own, which cannot be replaced; register a derived class")
+    elif name in LAYER_TYPES and not replace:
+        problems.append(f"{name} is registered already; pass replace=True to register it again")
+    if forward is not None and update is not None:
+        problems.append("update and forward are both given; a layer type has one of the two")
+    if problems:
         raise ConfigError(listing(problems))
-    stored, matrix = (
-        (geometry.transposed_factors, geometry.transposed_matrix) if transposed else (geometry.factors, geometry.matrix)
-    )
-    LAYER_TYPES[name] = LayerType(
-        name,
-        dims,
-        shapes or geometry.matrix_shapes(dims),
-        update or geometry.linear_update,
-        factors or stored,
-        weight=weight,
-        matrix=None if factors or shapes else matrix,
-        columns=lambda _: transposed,
-        linear=linear,
-        scales=forward is None,
-        forward=forward,
+    LAYER_TYPES[name] = RegisteredLayerType(
+        name, dims, shapes, update, factors, forward, weight_name=weight, transposed=transposed, is_linear=linear
     )
 
 
 def unregister_layer_type(layer_class: type[nn.Module]) -> None:
-    """Forget a registered class. Raises ConfigError for one that is not registered; models in use keep working."""
-    name = qualified(layer_class)
-    if name not in LAYER_TYPES or name in OWN:
-        raise ConfigError(f"{name} is not registered; registered are: {', '.join(LAYER_TYPES.keys() - OWN) or 'none'}")
+    """Forget a registered class; models in use keep working. Raises ConfigError for one that is not registered."""
+    name = qualified_name(layer_class)
+    if name not in LAYER_TYPES or name in BUILT_IN:
+        registered = ", ".join(LAYER_TYPES.keys() - BUILT_IN) or "none"
+        raise ConfigError(f"{name} is not registered; registered are: {registered}")
     del LAYER_TYPES[name]
 
 
-OWN = frozenset(LAYER_TYPES)
+# ---- The layer type, weight and path of a layer
 
 
-def _problems(name: str, both: bool, replace: bool) -> list[str]:
-    problems = []
-    if name in OWN or name == MULTIHEAD:
-        problems.append(f"{name} is a kind of tailora's own, which is not exchanged; derive a class of your own")
-    elif name in LAYER_TYPES and not replace:
-        problems.append(f"{name} is registered already; pass replace=True to exchange the row")
-    if both:
-        problems.append("update and forward: a layer has one of the two")
-    return problems
+def qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def layer_type_named(name: str) -> LayerType:
+    return next(layer_type for layer_type in LAYER_TYPES.values() if layer_type.name == name)
+
+
+def layer_type_of(layer: nn.Module) -> LayerType | None:
+    """Returns the type of the layer's class, or of the nearest parent class that has one; None without any."""
+    names = map(qualified_name, type(layer).__mro__)
+    return next((LAYER_TYPES[name] for name in names if name in LAYER_TYPES), None)
+
+
+def is_multihead_attention(layer: nn.Module) -> bool:
+    cls: Any = type(layer)  # the stub of lru_cache takes module classes for unhashable
+    return _derives_from_attention(cls)
+
+
+@cache
+def _derives_from_attention(cls: Any) -> bool:
+    return MULTIHEAD_ATTENTION in map(qualified_name, cls.__mro__)
+
+
+def weight_of(layer: nn.Module, name: str = "weight") -> Tensor:
+    module, name = parameter_owner(layer, name)
+    weight = module._parameters[name] if name in module._parameters else getattr(module, name)
+    if not isinstance(weight, Tensor):
+        raise TargetError(f"{type(module).__name__}.{name} is a {type(weight).__name__}, not a tensor")
+    return weight
+
+
+def parameter_owner(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Returns the submodule that holds the parameter `name`, such as "out_proj.weight", and its name there."""
+    path, _, last = name.rpartition(".")
+    return layer.get_submodule(path), last
+
+
+def host_path(model: nn.Module, path: str) -> str:
+    """Returns the path of the module that computes with the matrix at `path`.
+
+    That is the module at `path`, or its parent where `path` names a part, a parameter, or a matrix of attention.
+    """
+    parent = path.rpartition(".")[0]
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return parent
+    return parent if path and is_multihead_attention(model.get_submodule(parent)) else path
+
+
+def host_of(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(host_path(model, path))
+
+
+def is_called(layer: nn.Module) -> bool:
+    """Returns False for the output projection of nn.MultiheadAttention, whose weight is read without calling it."""
+    return type(layer).__name__ != "NonDynamicallyQuantizableLinear"
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Returns why this layer cannot be adapted although its class has a layer type; None if it can."""
+    name = type(layer).__name__
+    if "forward" in vars(layer):
+        return f"its forward was replaced on the instance (an offload hook?); attach adapters before that ({name})"
+    if not is_called(layer):
+        return "its weight is read without calling it"
+    if isinstance(getattr(layer, "weight", None), nn.parameter.UninitializedParameter):
+        return f"its shape is not known yet ({name}); run one batch through the model first"
+    if getattr(layer, "max_norm", None) is not None:
+        return "max_norm rewrites its frozen weight at every look-up"
+    if layer_type_of(layer) is EMBEDDING and "forward" in vars(type(layer)) and not _only_looks_up(layer):
+        return f"{name} overrides forward, so what it looks up is not known"
+    if is_multihead_attention(layer) and not hasattr(layer, "active_adapters"):
+        owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
+        if qualified_name(owner) != MULTIHEAD_ATTENTION:
+            return f"{name} derives from nn.MultiheadAttention and overrides forward, so what it computes is not known"
+    return None
+
+
+def _only_looks_up(layer: nn.Module) -> bool:
+    """Returns True for nn.Embedding, a class of ours derived from one, and one that multiplies what it looks up."""
+    return (
+        qualified_name(type(layer)) in LAYER_TYPES or hasattr(layer, "active_adapters") or hasattr(layer, "embed_scale")
+    )

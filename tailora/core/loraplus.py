@@ -16,7 +16,7 @@ def names_with_higher_lr(module: nn.Module) -> set[str]:
     return {
         f"{path}.lora_B".removeprefix(".")
         for path, layer in module.named_modules()
-        if isinstance(layer, LoRALayer) and layer.layer_type.zero == "B"
+        if isinstance(layer, LoRALayer) and layer.layer_type.zero_factor == "B"
     }
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from tailora.core.attach import Adapted, Substituted, Swapped, attach
 from tailora.core.dequantize import Change, Exchange, common_dtype, made_plain, requantizing_error, whole_plain
-from tailora.core.extras import TokenHead, TokenRows, TrainedBias, rows_behind
-from tailora.core.geometry import own_share
+from tailora.core.dora import weight_scale
+from tailora.core.extras import TokenHead, TokenRows, TrainedBias, token_rows_of
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import LAYER_TYPES, holder, qualified, weight_of
+from tailora.core.layer_types import LAYER_TYPES, parameter_owner, qualified_name, weight_of
 from tailora.core.quantization import dense_weight, is_quantized
 from tailora.errors import MergeError, listing
 
@@ -148,8 +148,8 @@ def merge_changes(
             changes += made_plain(layer, merged)
             report.quantization_error[path] = requantizing_error(layer, dense_weight(layer, others=dtype), merged)
         elif merged is not None:
-            module, name = holder(layer, updates[0].layer_type.weight if updates else "weight")
-            key = path if updates else (id(weight_of(layer)), *(id(rows_behind(part)) for part in token_parts))
+            module, name = parameter_owner(layer, updates[0].layer_type.weight_name if updates else "weight")
+            key = path if updates else (id(weight_of(layer)), *(id(token_rows_of(part)) for part in token_parts))
             changes.append(Exchange(module, name, tied.setdefault(key, nn.Parameter(merged, requires_grad=False))))
         if (bias := _merged_bias(layer, parts)) is not None:
             changes.append(Exchange(layer, "bias", nn.Parameter(bias, requires_grad=False)))
@@ -161,7 +161,7 @@ def merge_changes(
 def _by_weight(layers: Mapping[str, LayerParts]) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
     """Path, layer and what changes each weight: the parts of one fused weight together, those of several apart."""
     for path, (layer, parts) in layers.items():
-        names = [part.layer_type.weight if isinstance(part, LoRALayer) else "weight" for part in parts]
+        names = [part.layer_type.weight_name if isinstance(part, LoRALayer) else "weight" for part in parts]
         for name in dict.fromkeys(names):
             weight_path = path if name == "weight" else f"{path}.{name}".removeprefix(".")
             yield weight_path, layer, [part for part, own in zip(parts, names, strict=True) if own == name]
@@ -198,8 +198,8 @@ def _obstacle(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
         return None
     cls = layer.plain if isinstance(layer, Swapped) else type(layer)
     forward_owner = next(parent for parent in cls.__mro__ if "forward" in vars(parent))
-    known = qualified(forward_owner) in LAYER_TYPES or getattr(layer, "embed_scale", None) is not None
-    if known or (isinstance(parts[0], LoRALayer) and parts[0].layer_type.forward is not None):
+    known = qualified_name(forward_owner) in LAYER_TYPES or getattr(layer, "embed_scale", None) is not None
+    if known or (isinstance(parts[0], LoRALayer) and parts[0].layer_type.replaces_forward):
         return None
     return f"{cls.__name__} overrides forward, so its weight alone does not say what it computes; keep it unmerged"
 
@@ -236,7 +236,7 @@ def merged_weight(
     W + sum of t ((g - 1) W + g s (B A - B0 A0)) over the adapters of strength t. The error is NaN where the weight is
     not finite. A quantised weight is dequantised first. dtype: of the model's plain weights.
     """
-    weight = dense_weight(layer, adapters[0].layer_type.weight, dtype)
+    weight = dense_weight(layer, adapters[0].layer_type.weight_name, dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)
     left, right, own = _terms(layer, adapters, wide)
     shape = len(left), left.shape[1], right.shape[2]
@@ -269,10 +269,10 @@ def _terms(layer: nn.Module, adapters: Sequence[LoRALayer], wide: torch.dtype) -
     (groups, m, n), and is None where no adapter has a magnitude.
     """
     gains = [adapter.gain(layer, exact=True) for adapter in adapters]
-    pairs = [adapter.factors(layer, gain) for adapter, gain in zip(adapters, gains, strict=True)]
+    pairs = [adapter.weight_factors(layer, gain) for adapter, gain in zip(adapters, gains, strict=True)]
     left = torch.cat([left.to(wide) for left, _ in pairs], 2)
     right = torch.cat([right.to(wide) for _, right in pairs], 1)
-    own = own_share(layer, adapters, gains)
+    own = weight_scale(layer, adapters, gains)
     return left, right, own if own is None else own.to(wide)
 
 
@@ -307,7 +307,7 @@ def fit_in_place(model: nn.Module, layers: Mapping[str, LayerParts]) -> dict[str
     fitting = {}
     for path, (layer, parts) in layers.items():
         updates = [part for part in parts if isinstance(part, LoRALayer)]
-        one_weight = len(updates) == len(parts) and len({part.layer_type.weight for part in updates}) == 1
+        one_weight = len(updates) == len(parts) and len({part.layer_type.weight_name for part in updates}) == 1
         if one_weight and _obstacle(layer, parts) is None and _has_room(layer, updates, users):
             fitting[path] = (layer, updates)
     return fitting
@@ -317,7 +317,7 @@ def _has_room(layer: nn.Module, updates: Sequence[LoRALayer], users: Mapping[int
     """||W|| + ||L|| ||R|| bounds every number of the merged weight; twice that, since norms are rounded, too."""
     if is_quantized(layer) or _merged_bias(layer, updates) is not None:
         return False
-    weight = weight_of(layer, updates[0].layer_type.weight).detach()
+    weight = weight_of(layer, updates[0].layer_type.weight_name).detach()
     if users.get(weight.untyped_storage().data_ptr()) != 1 or not weight.is_contiguous() or weight.is_inference():
         return False
     left, right, own = _terms(layer, updates, torch.promote_types(weight.dtype, torch.float32))
@@ -329,7 +329,7 @@ def _has_room(layer: nn.Module, updates: Sequence[LoRALayer], users: Mapping[int
 @torch.no_grad()
 def merge_in_place(layer: nn.Module, adapters: Sequence[LoRALayer]) -> None:
     """Writes the numbers of `merged_weight` over a weight that can take them (`fit_in_place`)."""
-    weight = weight_of(layer, adapters[0].layer_type.weight).detach()
+    weight = weight_of(layer, adapters[0].layer_type.weight_name).detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
     left, right, _ = _terms(layer, adapters, wide)
     shape = len(left), left.shape[1], right.shape[2]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.layer_types import qualified, weight_of
+from tailora.core.layer_types import qualified_name, weight_of
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def base_of(layer: nn.Module) -> Base:
     if not isinstance(weight, Tensor):
         return PLAIN
     classes = (*type(weight).__mro__, *type(layer).__mro__)
-    row = next((BASES[name] for cls in classes if (name := qualified(cls)) in BASES), PLAIN)
+    row = next((BASES[name] for cls in classes if (name := qualified_name(cls)) in BASES), PLAIN)
     return PLAIN if row is not TORCHAO and weight.dtype.is_floating_point else row
 
 

@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tailora.core.config import LoRAConfig
+from tailora.core.experts import parameter_layer_type
 from tailora.core.extras import adds_its_bias, biases_of
-from tailora.core.fused_layers import OutputSlice, layout_of, rows_of
+from tailora.core.fused_layers import OutputSlice, layout_of, output_slices
 from tailora.core.layer_types import (
     EMBEDDING,
     LAYER_TYPES,
@@ -26,9 +27,8 @@ from tailora.core.layer_types import (
     is_called,
     layer_type_of,
     obstacle,
-    parameter_layer_type,
-    projections,
 )
+from tailora.core.multihead_attention import projections
 from tailora.core.patterns import (
     Selector,
     by_pattern,
@@ -64,7 +64,7 @@ class Candidate:
     @property
     def pattern_names(self) -> tuple[str, ...]:
         """The paths that a pattern for rank or alpha may match. Part of a layer goes by the layer's path, too."""
-        return (self.path,) if self.layer_type.stacked else tuple(dict.fromkeys((self.path, self.layer_path)))
+        return (self.path,) if self.layer_type.is_stacked else tuple(dict.fromkeys((self.path, self.layer_path)))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,11 +85,11 @@ class Candidate:
     @property
     def weight(self) -> Tensor:
         """The layer's weight, dequantised; of a part the whole layer's."""
-        return dense_weight(self.layer, self.layer_type.weight)
+        return dense_weight(self.layer, self.layer_type.weight_name)
 
     def matrix(self, weight: Tensor) -> Tensor | None:
         """Returns W of the equation, (groups, out/groups, n), out of the layer's weight; None if it is no matrix."""
-        if self.layer_type.matrix is None:
+        if not self.layer_type.has_matrix:
             return None
         W = self.layer_type.matrix(self.layer, weight)
         return W if self.output_slice is None else self.output_slice.take(W.mT).mT
@@ -205,7 +205,7 @@ def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConf
     if layer_type is None or (parent is not module and projections(parent)):
         return
     yield Candidate(path, path, module, layer_type)
-    if layer_type.linear and path:
+    if layer_type.is_linear and path:
         for part, output_slice in _output_slices(path, parent, layer_type.dims(module)[1], config).items():
             yield Candidate(f"{path}.{part}", path, module, layer_type, output_slice)
 
@@ -215,7 +215,7 @@ def _output_slices(path: str, parent: nn.Module, out_features: int, config: LoRA
     configured = by_pattern(path, config.fused_parts, None)
     layout = layout_of(parent, path.rpartition(".")[2], out_features) if configured is None else configured
     try:
-        return rows_of(layout, out_features) if layout else {}
+        return output_slices(layout, out_features) if layout else {}
     except ValueError as error:
         raise TargetError(f"fused_parts: {path}: {error}") from None
 
@@ -268,7 +268,7 @@ def _all_linear(
     return [
         candidate
         for candidate in candidates.values()
-        if (candidate.layer_type.linear or candidate.path != candidate.layer_path)
+        if (candidate.layer_type.is_linear or candidate.path != candidate.layer_path)
         and not candidate.output_slice
         and not any(inside(candidate.layer_path, path) for path in left_out)
     ]
@@ -508,9 +508,10 @@ def _conflicts(selected: Mapping[str, Candidate], to_save: Modules, config: LoRA
     """Layers that cannot be adapted or trained whole, or are to be both."""
     problems = []
     for path, candidate in selected.items():
-        if candidate.layer_type.stacked and config.lora_dropout:
+        if config.lora_dropout and not candidate.layer_type.supports_dropout:
             problems.append(
-                f"{path}: an update of a parameter has no input that lora_dropout could drop; set lora_dropout=0"
+                f"{path}: the update of a weight that the module reads by itself has no input to drop; "
+                "set lora_dropout=0"
             )
         elif reason := obstacle(candidate.layer) or base_obstacle(candidate.layer):
             problems.append(f"{path}: {reason}")
@@ -552,12 +553,12 @@ def _slot_problems(targets: list[Target], config: LoRAConfig) -> list[str]:
     problems = []
     biases = [name for name, is_on in (("lora_bias", config.lora_bias), ("bias", config.bias != "none")) if is_on]
     for target in targets:
-        if biases and (target.output_slice or target.layer_type.forward):
+        if biases and (target.output_slice or target.layer_type.replaces_forward):
             problems.append(
                 f"{target.path}: {', '.join(biases)}: no bias of a part of a fused layer, of attention or beside a "
                 "parameter is trained; exclude it"
             )
-        if config.use_dora and not target.layer_type.scales:
+        if config.use_dora and not target.layer_type.supports_dora:
             problems.append(f"{target.path}: use_dora: how its rows would be scaled is not known; exclude it")
         if config.lora_bias and target.layer_type is EMBEDDING:
             problems.append(f"{target.path}: lora_bias on an Embedding, whose file has no place for it")

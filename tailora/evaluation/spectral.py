@@ -219,7 +219,7 @@ def _update_of_layer(path: str, layer: LoRALayer, adapter: Adapter, base_model: 
         configured_scaling=layer.configured_scaling,
         learned_scaling=layer.learns_scaling,
         dora=has_dora,
-        stacked=layer.layer_type.stacked,
+        stacked=layer.layer_type.is_stacked,
         weight=weight,
         dense=(lambda: dense_update(layer, host)) if has_dora else None,
     )

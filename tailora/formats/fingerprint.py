@@ -26,8 +26,8 @@ def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> 
 
 def _fingerprint(base_model: nn.Module, path: str, layer_type: LayerType) -> LayerFingerprint:
     layer = host_of(base_model, path)
-    storage, weight = base_of(layer), dense_weight(layer, layer_type.weight)
-    if storage is PLAIN or layer_type.weight != "weight":
+    storage, weight = base_of(layer), dense_weight(layer, layer_type.weight_name)
+    if storage is PLAIN or layer_type.weight_name != "weight":
         return LayerFingerprint(shape=list(weight.shape), weights=_sample(weight))
     spread = as_loaded(layer, storage.spread(layer, weight).expand(dense_shape(layer)))
     weight = as_loaded(layer, weight)

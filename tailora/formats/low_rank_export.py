@@ -78,7 +78,7 @@ def fold_scale(source: ExportSource) -> dict[str, MatrixFactors]:
     result: dict[str, MatrixFactors] = {}
     for path, layer in source.adapter.low_rank.items():
         A, B = layer.update_factors()
-        B = B if layer.rows is None else layer.rows.spread(B.mT).mT
+        B = B if layer.output_slice is None else layer.output_slice.spread(B.mT).mT
         A, B = A.detach().float().cpu(), B.detach().float().cpu().contiguous()
         module_path = host_path(source.base_model, path)
         if module_path in result:
@@ -115,7 +115,7 @@ def fold_changes(source: ExportSource) -> list[str]:
     changes = ["the scale is multiplied into B" + (f" ({names})" if names else "")]
     if starts := sum(layer.has_start for layer in layers):
         changes.append(f"{starts} layers' frozen starts are part of their factors, at twice the rank")
-    if parts := sum(layer.rows is not None for layer in layers):
+    if parts := sum(layer.output_slice is not None for layer in layers):
         changes.append(
             f"{parts} parts of fused layers are written as factors of the whole layer, at the sum of their ranks"
         )

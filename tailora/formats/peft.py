@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, extra_parts
-from tailora.core.layer import LoRALayer, beside
+from tailora.core.layer import LoRALayer, concatenate_ranks
 from tailora.core.layer_types import EMBEDDING
 from tailora.core.targets import ExtraTargets
 from tailora.errors import DivergedError, FormatError
@@ -108,7 +108,9 @@ def _model_card(settings: Mapping[str, Any], adapter: Adapter) -> str:
 def layers_unknown_to_peft(adapter: Adapter) -> list[str]:
     """Returns the paths that PEFT has no form for: magnitudes on attention and on stacked experts."""
     layers = adapter.low_rank.items()
-    return [path for path, layer in layers if layer.layer_type.forward and layer.lora_magnitude_vector is not None]
+    return [
+        path for path, layer in layers if layer.layer_type.replaces_forward and layer.lora_magnitude_vector is not None
+    ]
 
 
 def read_peft_folder(folder: Path) -> StoredAdapter:
@@ -170,8 +172,8 @@ def layer_to_peft(layer: LoRALayer, with_start: bool) -> dict[str, Tensor]:
     if with_start:
         A0 = torch.zeros_like(A) if layer.start_A is None else layer.start_A
         B0 = torch.zeros_like(B) if layer.start_B is None else layer.start_B
-        A, B = beside(A, A0, layer.groups), torch.cat([B, -B0], 1)
-    if layer.layer_type.stacked:
+        A, B = concatenate_ranks(A, A0, layer.groups), torch.cat([B, -B0], 1)
+    if layer.layer_type.is_stacked:
         tensors = {"A": A, "B": _expert_rows_to_columns(B * scale_ratio, layer.groups)}
     else:
         kernel_dims = [None] * (layer.lora_A.ndim - 2)
@@ -191,7 +193,7 @@ def peft_shapes(layer: LoRALayer, with_start: bool) -> dict[str, Shape]:
     out, r_per_group = layer.lora_B.shape
     factor = 2 if with_start else 1
     shapes: dict[str, Shape]
-    if layer.layer_type.stacked:
+    if layer.layer_type.is_stacked:
         shapes = {"A": (factor * r, per_group), "B": (out // layer.groups, factor * r_per_group * layer.groups)}
     else:
         shapes = {
@@ -215,7 +217,7 @@ def load_layer(layer: LoRALayer, tensors: Mapping[str, Tensor], with_start: bool
     Raises FormatError if no weight can hold them.
     """
     A, B = tensors["A"].to(layer.lora_A), tensors["B"].to(layer.lora_B).view(tensors["B"].shape[:2])
-    if layer.layer_type.stacked:
+    if layer.layer_type.is_stacked:
         grouped_A: Tensor | None = A
         B = _expert_columns_to_rows(B, layer.groups)
     else:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tailora.core.dora import RowNorms
 from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import host_path, projections
+from tailora.core.layer_types import host_path
+from tailora.core.multihead_attention import projections
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class PeftLayer:
 
     @property
     def is_parameter(self) -> bool:
-        return next(iter(self.layers.values())).layer_type.stacked
+        return next(iter(self.layers.values())).layer_type.is_stacked
 
     @property
     def r(self) -> int:
@@ -66,7 +67,7 @@ class PeftLayer:
 
         rank_factor: the ranks in the file are this many times those of `layers`.
         """
-        if len(self.layers) == 1 and next(iter(self.layers.values())).rows is None:
+        if len(self.layers) == 1 and next(iter(self.layers.values())).output_slice is None:
             path = next(iter(self.layers))
             return {path: tensor / self._scale_ratio(path) if slot == "B" else tensor}
         if slot == "magnitude":
@@ -79,7 +80,7 @@ class PeftLayer:
         parts = dict(zip(self.layers, torch.split(tensor, ranks, rank_dim), strict=True))
         if slot == "B":
             for path, B in parts.items():
-                output_slice = self.layers[path].rows
+                output_slice = self.layers[path].output_slice
                 if output_slice is None or len(B) != output_slice.total:
                     return None
                 part = output_slice.take(B.mT).mT
@@ -92,11 +93,11 @@ class PeftLayer:
         return self.layers[path].configured_scaling / self.scale
 
     def _output_slice(self, path: str) -> OutputSlice:
-        return cast(OutputSlice, self.layers[path].rows)
+        return cast(OutputSlice, self.layers[path].output_slice)
 
     def _spread(self, path: str, B: Tensor) -> Tensor:
         """B of a part -> B of the whole layer, zero in all other outputs."""
-        output_slice = self.layers[path].rows
+        output_slice = self.layers[path].output_slice
         return B if output_slice is None else output_slice.spread(B.mT).mT
 
 
@@ -115,19 +116,19 @@ def peft_layers(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, 
         if prefix in result:
             result[prefix].layers[path] = layer
             continue
-        pattern_path = path if layer.layer_type.stacked else module_path
+        pattern_path = path if layer.layer_type.is_stacked else module_path
         scale = scales.setdefault(pattern_path, layer.configured_scaling)
         norms = None
-        if layer.rows is not None and layer.lora_magnitude_vector is not None:
+        if layer.output_slice is not None and layer.lora_magnitude_vector is not None:
             norms = RowNorms(module, layer.layer_type, layer.lora_A.dtype).squares.sqrt()
         result[prefix] = PeftLayer(prefix, pattern_path, {path: layer}, scale, norms)
     return result
 
 
 def _key_prefix(path: str, module_path: str, module: nn.Module, layer: LoRALayer, paths_of_module: list[str]) -> str:
-    if layer.rows is not None or path == module_path:
+    if layer.output_slice is not None or path == module_path:
         return module_path
-    if layer.layer_type.stacked:
+    if layer.layer_type.is_stacked:
         order = [f"{module_path}.{name}" for name, _ in module.named_parameters(recurse=False)]
         outer = [other for other in paths_of_module if order.index(other) > order.index(path)]
         return module_path + ".base_layer" * len(outer)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tailora.core.attach import Adapted, Swapped, derived
+from tailora.core.attach import Adapted, Swapped, derived_class
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import LINEAR, qualified
+from tailora.core.layer_types import LINEAR, qualified_name
 from tailora.core.quantization import is_quantized
 from tailora.kernels import attention as packed_attention
 from tailora.kernels.products import add_product, product
@@ -451,7 +451,7 @@ def fast_layers(model: nn.Module, *, checkpointed: bool = False) -> Iterator[int
     """Within the block every layer that qualifies is a `FastLayer`; yields their number."""
     layers = eligible(model)
     for layer in layers:
-        layer.__class__ = derived(FastLayer, type(layer))
+        layer.__class__ = derived_class(FastLayer, type(layer))
         layer.__dict__["checkpointed"] = checkpointed
     try:
         yield len(layers)
@@ -462,7 +462,7 @@ def fast_layers(model: nn.Module, *, checkpointed: bool = False) -> Iterator[int
 
 
 def _family(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if qualified(type(module)) in FAMILY]
+    return [module for module in model.modules() if qualified_name(type(module)) in FAMILY]
 
 
 def eligible(model: nn.Module) -> list[nn.Module]:

@@ -253,7 +253,7 @@ class _Reasons:
             return lifted
         if self._all_linear and module is self._head:
             return "the output head, which all-linear leaves out: name it to adapt it"
-        if self._all_linear and not kind.linear:
+        if self._all_linear and not kind.is_linear:
             return "not linear: name it to adapt it"
         return "not among target_modules"
 

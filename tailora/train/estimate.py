@@ -300,7 +300,7 @@ def _weights(base: PreTrainedModel, stored_in: torch.dtype, stored: Stored | Non
 
 def _linear(module: nn.Module) -> bool:
     layer_type = layer_type_of(module)
-    return layer_type is not None and layer_type.linear
+    return layer_type is not None and layer_type.is_linear
 
 
 class _Thawing:

@@ -34,7 +34,7 @@ def two(**of_b: Any) -> LoRAModel:
 
 
 def delta(model: LoRAModel, name: str, path: str) -> Tensor:
-    return model.adapter(name).low_rank[path].delta().detach()
+    return model.adapter(name).low_rank[path].delta_weight().detach()
 
 
 def llama(**changes: Any) -> LlamaForCausalLM:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.inference import ROWS, Held
+from tailora.core.inference import FEW_TOKENS, ConstantUpdate
 from tailora.core.layer import LoRALayer
 from tests.tiny import chat_model
 
@@ -49,17 +49,17 @@ def logits_of(model: Any, prompt: Tensor, **more: Any) -> Tensor:
 def watched() -> Iterator[list[tuple[int, bool]]]:
     """Rows of every update by a constant, and whether oneDNN was on."""
     seen: list[tuple[int, bool]] = []
-    added = Held.added
+    add_to = ConstantUpdate.add_to
 
-    def noted(self: Held, y: Tensor, base: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+    def noted(self: ConstantUpdate, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         seen.append((x.shape[:-1].numel(), torch.backends.mkldnn.enabled))  # type: ignore[arg-type]
-        return added(self, y, base, x, layer)
+        return add_to(self, y, output, x, layer)
 
-    Held.added = noted  # type: ignore[method-assign]
+    ConstantUpdate.add_to = noted  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        Held.added = added  # type: ignore[method-assign]
+        ConstantUpdate.add_to = add_to  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -100,7 +100,7 @@ def test_in_bfloat16_few_rows_leave_onednn_and_many_do_not() -> None:
     assert (found - exact).norm() <= 2 * (plain - exact).norm()  # factors are rounded, as in training
     model.bfloat16()
     with watched() as seen:
-        logits_of(model, PROMPTS["one"].expand(ROWS + 1, -1))
+        logits_of(model, PROMPTS["one"].expand(FEW_TOKENS + 1, -1))
     assert all(enabled is onednn for _, enabled in seen)
 
 

@@ -14,7 +14,7 @@ def test_alone_it_is_the_update_for_x() -> None:
     assert torch.equal(layer(x), torch.zeros(4, 5))
     nn.init.normal_(layer.lora_B)
     torch.testing.assert_close(layer(x), 1.5 * x @ layer.lora_A.T @ layer.lora_B.T)
-    assert torch.allclose(layer.delta() @ x[0], layer(x[0]), atol=1e-6)
+    assert torch.allclose(layer.delta_weight() @ x[0], layer(x[0]), atol=1e-6)
 
 
 def test_a_fresh_layer_alone_trains() -> None:

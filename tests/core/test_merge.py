@@ -97,7 +97,7 @@ def test_the_reported_rounding_error_is_that_of_the_weight() -> None:
     stir(model)
     layer, adapter = base[0], model.lora_layers["0"]
     adapter.scaling = 1e-2 * float(layer.weight.norm() / (adapter.lora_B @ adapter.lora_A).detach().norm())
-    delta, original = adapter.delta().detach(), layer.weight.detach().float()
+    delta, original = adapter.delta_weight().detach(), layer.weight.detach().float()
     report = model.merge()
     expected = (layer.weight.float() - original - delta).norm() / delta.norm()
     assert report.rounding_error["0"] == pytest.approx(expected.item(), rel=1e-3)

@@ -109,7 +109,7 @@ def test_several_active_adapters_add_up() -> None:
     model, x = two(), torch.randn(3, 8)
     layer: Any = model.base_model[2]
     inner = torch.tanh(model.base_model[0](x))
-    deltas = [model.adapter(name).low_rank["2"].delta() for name in ("default", "b")]
+    deltas = [model.adapter(name).low_rank["2"].delta_weight() for name in ("default", "b")]
     model.set_adapter(["default", "b"])
     torch.testing.assert_close(model(x), inner @ (layer.weight + sum(deltas)).T + layer.bias)
     assert len(model.lora_layers) == 2
@@ -124,7 +124,7 @@ def test_the_strength_dial() -> None:
     assert torch.equal(model(x), net()(x))
     model.set_scale("default", 0.5)
     halved: Any = model.lora_layers["2"]
-    torch.testing.assert_close(halved.delta(), halved.scaling * 0.5 * halved.lora_B @ halved.lora_A)
+    torch.testing.assert_close(halved.delta_weight(), halved.scaling * 0.5 * halved.lora_B @ halved.lora_A)
     model.set_scale("default", 1.0)
     assert torch.equal(model(x), full)
 

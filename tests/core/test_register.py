@@ -86,7 +86,7 @@ def test_registering_twice_and_over_tailora_s_own_is_refused(documented: dict[st
     with pytest.raises(ConfigError, match="Scaled is registered already; pass replace=True"):
         tailora.register_layer_type(documented["Scaled"], lambda layer: layer.kernel.shape)
     for cls in (nn.Linear, nn.MultiheadAttention):
-        with pytest.raises(ConfigError, match="a kind of tailora's own"):
+        with pytest.raises(ConfigError, match="a layer type of tailora's own"):
             tailora.register_layer_type(cls, lambda _: (1, 1), replace=True)
     with pytest.raises(ConfigError, match=r"takes a class derived from nn\.Module; got 'Linear'"):
         tailora.register_layer_type("Linear", lambda _: (1, 1))  # type: ignore[arg-type]

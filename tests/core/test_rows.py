@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.layer_types import LINEAR
-from tailora.core.mixed_batch import BLOCKS, NONE, plan
+from tailora.core import mixed_batch
+from tailora.core.layer_types import Linear
+from tailora.core.mixed_batch import BatchRowsLayer, block_size, make_blocks
 from tailora.errors import AdapterError, MergeError, RowsError
 
 ROWED = [case for case in LAYERS if case.shape != (12,)]  # one vector has no rows
@@ -89,7 +90,7 @@ def test_gradients_reach_every_adapter_and_are_those_of_its_rows(case: LayerCase
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
 @pytest.mark.parametrize("shape", [(40, 12), (40, 1, 12), (40, 9, 12), (40, 2, 3, 12)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_all_forms_agree_with_one_by_one(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_blocks_of_every_size_agree_with_one_by_one(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 16)).to(dtype)
     model = LoRAModel(base, LoRAConfig(r=3, target_modules=["0"]), "0")
@@ -109,28 +110,29 @@ def test_all_forms_agree_with_one_by_one(count: int, shape: tuple[int, ...], dty
         torch.testing.assert_close(found, expected, **close)
 
 
-def test_the_plan_takes_every_form() -> None:
-    cpu = torch.device("cpu")
-
-    def planned(dtype: torch.dtype, tokens: int) -> list[str]:
-        plans = [plan(LINEAR, [i % k for i in range(64)], [4] * k, tokens, dtype, cpu) for k in (2, 8, 32, 64)]
-        return ["joined" if one.mask is not None else f"blocks of {one.c}" for one in plans]
-
-    assert planned(torch.bfloat16, 1) == ["joined", "joined", "blocks of 2", "blocks of 1"]
-    assert planned(torch.float32, 1) == ["joined", "blocks of 8", "blocks of 2", "blocks of 1"]
-    assert planned(torch.bfloat16, 16) == ["joined", *["blocks of 1"] * 3]
-    uneven = plan(LINEAR, [0] * 50 + [NONE] * 4 + list(range(1, 11)), [4] * 11, 1, torch.float32, cpu)
-    assert uneven.c > 1
-    assert uneven.which is not None
-    assert 11 in uneven.which.tolist()  # the zero update, for the rows with none
+def test_blocks_are_large_where_many_rows_of_one_token_have_the_same_adapter() -> None:
+    sizes = [block_size([64 // k] * k, tokens=1) for k in (1, 2, 8, 32, 64)]
+    assert sizes == [64, 32, 8, 2, 1]
+    assert [block_size([64 // k] * k, tokens=16) for k in (2, 8, 64)] == [1, 1, 1]
+    assert 1 < block_size([50, *[1] * 10], tokens=1) < 50
 
 
-def test_kinds_without_a_form_of_their_own_take_adapter_after_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_hold_every_row_of_their_adapter_once() -> None:
+    positions = [0, 2, 0, 1, 0, 2, 0, 0]
+    blocks = make_blocks(positions, 2, torch.device("cpu"))
+    assert blocks.which.tolist() == [0, 0, 0, 1, 2]
+    assert blocks.order is not None
+    assert blocks.back is not None
+    assert blocks.order[blocks.back].tolist() == list(range(8))
+    assert [blocks.which.tolist()[i // 2] for i in blocks.back.tolist()] == positions
+
+
+def test_layer_types_without_a_batched_product_take_one_adapter_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     case = LAYERS[0]
     model, x = mixed(case, "dora and biases"), rows_of(case, 5)
     expected = one_by_one(model, x, NAMES)
-    monkeypatch.delitem(BLOCKS, LINEAR)
+    monkeypatch.setattr(Linear, "has_batch_update", False)
     with model.adapter_rows(NAMES):
         torch.testing.assert_close(model(x), expected)
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
@@ -249,9 +251,9 @@ def test_training_two_adapters_in_one_batch_is_training_each_on_its_rows() -> No
 
     def apart(model: LoRAModel, ids: Tensor) -> Tensor:
         losses = []
-        for name, mixed_batch in (("q", [0, 2]), ("m", [1, 3])):
+        for name, batch_rows in (("q", [0, 2]), ("m", [1, 3])):
             model.set_adapter(name)
-            losses.append(loss(model, ids[mixed_batch]))
+            losses.append(loss(model, ids[batch_rows]))
         model.set_adapter(["q", "m"])
         return sum(losses) / 2
 
@@ -367,11 +369,9 @@ def test_kept_factors_follow_what_changes(change: str) -> None:
 
 @torch.no_grad()
 def test_without_changes_the_factors_are_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tailora.core import mixed_batch
-
     calls = []
-    original = mixed_batch.joined
-    monkeypatch.setattr(mixed_batch, "joined", lambda each: calls.append(each) or original(each))
+    original = mixed_batch.stacked_factors
+    monkeypatch.setattr(mixed_batch, "stacked_factors", lambda *args: calls.append(args) or original(*args))
     model, x = two(), torch.randn(3, 8)
     with model.adapter_rows(["b", None, "a"]):
         for _ in range(3):
@@ -397,13 +397,11 @@ def test_a_fused_optimizer_s_step_which_torch_does_not_count_is_seen() -> None:
 
 
 def test_nothing_of_a_block_is_held_afterwards() -> None:
-    from tailora.core.mixed_batch import RowLayer
-
     model = two()
     with torch.no_grad(), model.adapter_rows(["b", None, "a"]):
         model(torch.randn(3, 8))
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) is RowLayer]
+    assert not [thing for thing in gc.get_objects() if type(thing) is BatchRowsLayer]
     assert copy.deepcopy(model).active_adapters == model.active_adapters
 
 
@@ -459,7 +457,7 @@ def test_names_that_do_not_fit_are_errors() -> None:
     [
         ((2, 8), r"names 3 rows; 0 got \(2, 8\), whose first dimension must be the rows"),
         ((6, 8), r"got \(6, 8\)"),
-        ((1, 7, 8), "packed rows are one row: pass them apart, padded"),
+        ((1, 7, 8), "packed examples are one row: pass them apart, padded"),
         ((8,), r"got \(8,\)"),
         ((3,), r"got \(3,\)"),
     ],
@@ -468,7 +466,7 @@ def test_a_batch_of_other_rows_is_refused_at_the_call(shape: tuple[int, ...], me
     model = two()
     model.base_model[0] = model.base_model[0]
     with model.adapter_rows(["a", "b", None]), pytest.raises(RowsError, match=message):
-        model.base_model[0].active_adapters[0].added(
+        model.base_model[0].active_adapters[0].add_to(
             torch.zeros(shape), torch.zeros(shape), torch.zeros(shape), model.base_model[0]
         )
 
@@ -511,5 +509,6 @@ def test_experts_are_refused_since_their_tokens_are_of_all_rows() -> None:
 def test_attention_as_a_whole_is_refused() -> None:
     base = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.Linear(8, 8)})
     model = LoRAModel(base, LoRAConfig(r=2, target_modules=["a"]), "x")
-    with pytest.raises(RowsError, match="attention as a whole may have its rows elsewhere"), model.adapter_rows(["x"]):
+    reason = "attention as a whole adds the updates to its weights, which all rows share"
+    with pytest.raises(RowsError, match=reason), model.adapter_rows(["x"]):
         pass

@@ -46,9 +46,9 @@ def test_pissa_takes_the_best_part_of_the_weight_group_by_group(case: LayerCase)
     base = model.base_model.block["target"]
     weight = case.weight(model.base_model).detach()
     matrix = layer.layer_type.matrix(base, weight)  # (groups, m, n)
-    own = matrix if layer.rows is None else layer.rows.take(matrix.mT).mT
+    own = matrix if layer.output_slice is None else layer.output_slice.take(matrix.mT).mT
     layer.start_A = layer.start_B = None
-    left = (weight - layer.delta(base)).square().sum() - (matrix.square().sum() - own.square().sum())
+    left = (weight - layer.delta_weight(base)).square().sum() - (matrix.square().sum() - own.square().sum())
     tail = torch.linalg.svdvals(own)[:, layer.lora_B.shape[1] :]
     torch.testing.assert_close(left, tail.square().sum(), rtol=1e-4, atol=1e-5)
 

@@ -28,19 +28,19 @@ def test_norms_are_those_of_the_dense_update_and_weight(case: LayerCase, slot: s
     model = trained(case, slot)
     ((path, layer),) = model.adapter().low_rank.items()
     (found,) = reports(model).values()
-    delta = layer.delta(model.base_model.block["target"]).detach()
+    delta = layer.delta_weight(model.base_model.block["target"]).detach()
     assert found.path == path
     assert found.r == layer.r
     assert found.norm == pytest.approx(float(delta.norm()), rel=1e-4)
     assert found.relative_norm is not None
-    if layer.rows is None:
+    if layer.output_slice is None:
         assert found.numbers == delta.numel()
         assert found.relative_norm == pytest.approx(found.norm / float(case.weight(model.base_model).norm()), rel=1e-4)
     assert 0 < found.effective_rank <= found.rank + 1e-6
     assert 0 < found.stable_rank <= found.effective_rank + 1e-6
     assert found.learned_scaling == (slot == "learned scale")
     assert (found.intruders is None) == bool(found.note)
-    assert len(found.singular_values) == layer.r // (1 if layer.layer_type.stacked else layer.groups)
+    assert len(found.singular_values) == layer.r // (1 if layer.layer_type.is_stacked else layer.groups)
 
 
 @all_of(LAYERS)
@@ -94,8 +94,10 @@ def test_dora_s_magnitudes_count_in_the_relative_norm_alone(case: LayerCase) -> 
     with model.merged():
         change = float((case.weight(model.base_model).detach() - W).norm())
     assert found.use_dora
-    assert found.norm == pytest.approx(float(layer.delta(model.base_model.block["target"]).detach().norm()), rel=1e-4)
-    if layer.rows is None:
+    assert found.norm == pytest.approx(
+        float(layer.delta_weight(model.base_model.block["target"]).detach().norm()), rel=1e-4
+    )
+    if layer.output_slice is None:
         assert found.relative_norm == pytest.approx(change / float(W.norm()), rel=1e-3)
 
 

@@ -57,7 +57,7 @@ def test_portable_needs_only_r_and_alpha(tmp_path: Path) -> None:
     assert settings["init_lora_weights"] is True
     for path, layer in ((key.replace("/", "."), layer) for key, layer in model.lora_layers.items()):
         A, B = (tensors[f"base_model.model.{path}.lora_{slot}.weight"] for slot in "AB")
-        torch.testing.assert_close(B @ A, layer.delta(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(B @ A, layer.delta_weight(), rtol=1e-5, atol=1e-6)
     assert report.changes == [
         "the scale is multiplied into B (rsLoRA's scale alpha/sqrt(r), alpha_pattern, rank_pattern)",
         "14 of 14 layers are filled up with zeros to rank 8",

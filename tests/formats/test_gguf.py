@@ -35,7 +35,7 @@ def test_a_gguf_file_read_by_llama_cpp_s_rules_gives_the_update(tmp_path: Path) 
         ("blk.1.ffn_down", "model/layers/1/mlp/down_proj", None),
     ):
         A, B = tensors[f"{name}.weight.lora_a"], tensors[f"{name}.weight.lora_b"]
-        delta = model.lora_layers[path].delta().detach().numpy()
+        delta = model.lora_layers[path].delta_weight().detach().numpy()
         if heads:  # within a head, row i of the first half is followed by row i of the second
             size = len(delta) // heads
             order = [

@@ -139,7 +139,7 @@ def test_convolutions_of_a_unet(tmp_path: Path) -> None:
     conv = model.lora_layers["down_blocks/0/conv"]
     up, down = tensors[f"{stem}_conv.lora_up.weight"], tensors[f"{stem}_conv.lora_down.weight"]
     expected = 0.5 * torch.einsum("or,rikl->oikl", up[..., 0, 0], down)
-    torch.testing.assert_close(conv.delta(block["conv"]), expected)
+    torch.testing.assert_close(conv.delta_weight(block["conv"]), expected)
     assert model.lora_layers["down_blocks/0/to_out/0"].scaling == 1
 
 

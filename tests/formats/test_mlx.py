@@ -42,7 +42,7 @@ def test_the_scale_of_mlx_lm_is_not_divided_by_the_rank(tmp_path: Path) -> None:
     tensors = mlx_tensors()
     model = LoRAModel.from_pretrained(chat_model(), mlx_folder(tmp_path / "mlx", tensors, mlx_settings()))
     delta = 20 * tensors[f"{Q}.lora_b"].T @ tensors[f"{Q}.lora_a"].T
-    torch.testing.assert_close(model.lora_layers[Q.replace(".", "/")].delta(), delta)
+    torch.testing.assert_close(model.lora_layers[Q.replace(".", "/")].delta_weight(), delta)
     assert model.adapters["default"].lora_alpha == 80
     model.export(tmp_path / "peft", "peft")
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")

@@ -42,7 +42,7 @@ def test_scales_follow_patterns_and_modules_trained_whole_are_left_out(tmp_path:
         update = offline.updates[path]
         assert update.r == layer.r
         assert update.scaling == pytest.approx(layer.scaling.item())
-        torch.testing.assert_close(update.factors.dense[0], layer.delta().detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(update.factors.dense[0], layer.delta_weight().detach(), rtol=1e-5, atol=1e-6)
     assert offline.left_out == {"model.norm.weight": "trained whole, without a low-rank update"}
     assert offline.base is None
 
@@ -55,7 +55,7 @@ def test_parts_of_a_fused_layer_are_read_as_one_matrix(tmp_path: Path) -> None:
     model.save_adapter(tmp_path)
     ((path, offline),) = read_offline(tmp_path).updates.items()
     assert (path, offline.r) == ("qkv", 4)
-    whole = sum(layer.delta(net["qkv"]).detach() for layer in model.adapter().low_rank.values())
+    whole = sum(layer.delta_weight(net["qkv"]).detach() for layer in model.adapter().low_rank.values())
     torch.testing.assert_close(offline.factors.dense[0], whole, rtol=1e-5, atol=1e-6)
 
 

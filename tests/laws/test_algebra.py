@@ -32,13 +32,13 @@ def pair(case: LayerCase, slot: str = "plain", dtype: torch.dtype = torch.float6
 def update(model: LoRAModel, name: str) -> Tensor:
     """What adapter `name` adds to the weight."""
     layer = model.base_model.block["target"]
-    return model.adapter(name).low_rank["block.target"].delta(layer).detach()
+    return model.adapter(name).low_rank["block.target"].delta_weight(layer).detach()
 
 
 def matrices(model: LoRAModel, name: str) -> Tensor:
     """The update by group, (groups, m, n): the matrices whose rank counts."""
     layer = model.base_model.block["target"]
-    left, right = model.adapter(name).low_rank["block.target"].factors(layer)
+    left, right = model.adapter(name).low_rank["block.target"].weight_factors(layer)
     return (left @ right).detach()
 
 

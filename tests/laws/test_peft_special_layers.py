@@ -224,7 +224,7 @@ def test_a_linear_layer_that_is_called_out_proj_is_added_once(tmp_path: Path) ->
     model = LoRAModel.from_pretrained(fresh(make), tmp_path).eval()
     torch.testing.assert_close(model.base_model["attn"]["out_proj"](x), expected, **TOLERANCE)
     alone = read_offline(tmp_path).updates["attn.out_proj"].factors.dense[0]
-    torch.testing.assert_close(alone, model.adapter().low_rank["attn.out_proj"].delta().detach(), **TOLERANCE)
+    torch.testing.assert_close(alone, model.adapter().low_rank["attn.out_proj"].delta_weight().detach(), **TOLERANCE)
 
 
 def test_a_file_that_is_not_made_of_its_parts_is_refused(tmp_path: Path) -> None:

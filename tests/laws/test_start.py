@@ -33,7 +33,9 @@ def test_the_update_is_exactly_zero_at_the_start(case: LayerCase, dtype: torch.d
     model, x = started(case, dtype).train(training), case.batch(dtype)
     with torch.set_grad_enabled(training):
         assert torch.equal(model(x), case.net(dtype).requires_grad_(False)(x))
-    assert torch.count_nonzero(next(iter(model.lora_layers.values())).delta(model.base_model.block["target"])) == 0
+    assert (
+        torch.count_nonzero(next(iter(model.lora_layers.values())).delta_weight(model.base_model.block["target"])) == 0
+    )
 
 
 @layer_cases
@@ -46,11 +48,13 @@ def test_the_gradients_are_those_of_s_times_ba_minus_the_start(case: LayerCase) 
     through_layer = torch.autograd.grad((model(x) - 1).square().sum(), [layer.lora_A, layer.lora_B])
 
     def product(A: Tensor, B: Tensor) -> Tensor:
-        left, right = layer.layer_type.factors(base, A, B if layer.rows is None else layer.rows.spread(B.mT).mT)
+        left, right = layer.layer_type.factors(
+            base, A, B if layer.output_slice is None else layer.output_slice.spread(B.mT).mT
+        )
         return (left @ right).reshape(weight.shape)
 
     update = layer.scaling * (product(layer.lora_A, layer.lora_B) - product(*kept).detach())
-    torch.testing.assert_close(layer.delta(base), update)
+    torch.testing.assert_close(layer.delta_weight(base), update)
     dense: Any = torch.func.functional_call(
         case.net(torch.float64), {f"block.target.{case.parameter}": weight + update}, (x,)
     )

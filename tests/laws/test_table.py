@@ -19,8 +19,10 @@ from cases import (
 from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core import layer_types, quantization
-from tailora.core.layer_types import ATTENTION, LAYER_TYPES, layer_type_of, qualified
+from tailora.core import quantization
+from tailora.core.experts import parameter_layer_type
+from tailora.core.layer_types import LAYER_TYPES, layer_type_of, qualified_name
+from tailora.core.multihead_attention import ATTENTION
 from tailora.core.quantization import BASES as ROWS
 from tailora.core.quantization import base_of, is_quantized
 from tailora.core.targets import select
@@ -68,12 +70,12 @@ def test_a_layer_type_that_a_storage_does_not_hold_stays_plain_or_is_refused_by_
 
 def test_the_table_has_every_row_of_the_core() -> None:
     layers = [case.layer() for case in ALL_LAYERS]
-    covered = {qualified(cls) for layer in layers for cls in type(layer).__mro__ if qualified(cls) in LAYER_TYPES}
+    covered = {name for layer in layers for name in map(qualified_name, type(layer).__mro__) if name in LAYER_TYPES}
     assert covered == set(LAYER_TYPES)
     assert layer_type_of(nn.LayerNorm(3)) is None
     selected = {target.layer_type for case in ALL_LAYERS for target in select(case.net(), config(case)).targets}
     attention = {ATTENTION[name] for name in ("in_proj_weight", "out_proj", "v_proj_weight")}  # q and k are as v
-    assert selected - {layer_types.parameter_layer_type(name) for name in ("gate_up_proj", "down_proj")} == {
+    assert selected - {parameter_layer_type(name) for name in ("gate_up_proj", "down_proj")} == {
         *LAYER_TYPES.values(),
         *attention,
     }

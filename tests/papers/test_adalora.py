@@ -51,7 +51,7 @@ def test_the_update_is_b_diag_e_a_and_starts_at_zero() -> None:
     layer = model.lora_layers["0"]
     layer.lora_E.data.normal_()
     expected = layer.lora_B @ torch.diag(layer.lora_E) @ layer.lora_A  # scale 1
-    torch.testing.assert_close(layer.delta(), expected)
+    torch.testing.assert_close(layer.delta_weight(), expected)
     torch.testing.assert_close(model.base_model[0](x), x @ (model.base_model[0].weight + expected).T)
     with model.merged():
         torch.testing.assert_close(model.base_model[0](x), x @ model.base_model[0].weight.T)

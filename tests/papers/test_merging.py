@@ -28,7 +28,7 @@ def updates(*dense: Tensor | Sequence[Sequence[float]]) -> LoRAModel:
 
 def combined(model: LoRAModel, weights: dict[str, float], method: str, **settings: float) -> Tensor:
     model.combine(weights, "mix", method, r=1000, **settings)
-    found = model.adapter("mix").low_rank["0"].delta().detach()
+    found = model.adapter("mix").low_rank["0"].delta_weight().detach()
     model.delete_adapter("mix")
     return found
 

@@ -106,7 +106,7 @@ def test_lora_one_starts_a_step_down_the_gradient_s_r_directions() -> None:
     model, G, _ = gradient_model("lora_one")
     layer = model.lora_layers["0"]
     assert not layer.has_start
-    assert cosine(layer.delta().detach(), -G) == pytest.approx(share(G, 4), abs=1e-9)
+    assert cosine(layer.delta_weight().detach(), -G) == pytest.approx(share(G, 4), abs=1e-9)
     assert torch.linalg.matrix_norm(layer.lora_B.detach() @ layer.lora_A.detach(), 2).item() == pytest.approx(
         1 / 128
     )  # S1 / (S1 gamma)
