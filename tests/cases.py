@@ -31,7 +31,7 @@ def _attended(layer: nn.Module, x: Tensor) -> Any:
 
 
 def _attended_apart(layer: Any, x: Tensor) -> Any:
-    # Contiguous, since torch multiplies other inputs in another order where the weight has a gradient.
+    # Contiguous and not batch first: torch sums up other inputs in another order where the weight has a gradient.
     key, value = (x[..., :size].contiguous() for size in (layer.kdim, layer.vdim))
     return layer(x, key, value, need_weights=False)[0]
 
@@ -231,7 +231,7 @@ SPECIAL_LAYERS = [
     ),
     LayerCase(
         "attention value",
-        lambda: _attention(kdim=6, vdim=10),
+        lambda: nn.MultiheadAttention(12, 3, kdim=6, vdim=10),
         (2, 5, 12),
         call=_attended_apart,
         names={"target_modules": ["target.v_proj_weight"]},
