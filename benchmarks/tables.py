@@ -265,6 +265,13 @@ STARTUP_PARTS = {  # functions of a profile whose name does not say what they do
     "run._save": "writing the adapter",
     "feed.feed": "reading and tokenising the data",
     "setup.subject": "attaching the adapter",
+    "trainer.step": "the first step",
+    "model_loading.load_base": "loading the model and its tokenizer",
+    "setup.choose_layout": "choosing packed or padded batches",
+    "kernel_choice.choose_kernels": "checking the kernels on the model",
+    "trainer.save_trained": "writing the adapter",
+    "dataloader.read_data": "reading and tokenising the data",
+    "setup.attach": "attaching the adapter",
 }
 SHORT = 0.1  # seconds: shorter parts are added up
 

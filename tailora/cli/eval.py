@@ -261,7 +261,7 @@ def eval(
 
     from tailora.evaluation.lm_eval import HarnessOptions, evaluate_tasks, find_tasks
     from tailora.evaluation.scores import EvalOptions, Scores, normalizer, score, without_adapter
-    from tailora.train.memory import explained
+    from tailora.train.memory import explain_out_of_memory
 
     options = EvalOptions(
         metrics=tuple(metric_names),
@@ -278,7 +278,7 @@ def eval(
         check_gates(gates, [*(METRICS if data else ()), *tasks.metrics], base=base)
     folders = {} if target.folder is None else {"default": target.folder}
     scores = Scores({}, {} if base else None, {} if base else None)
-    with explained("evaluating", lambda: MEMORY_ADVICE):
+    with explain_out_of_memory("evaluating", lambda: MEMORY_ADVICE):
         loaded = load_model(target.model, folders, quantize=quantize, dtype=run.dtype)
         adapted = loaded.model if loaded.adapters else without_adapter(loaded.model)
         if data is not None:

@@ -198,6 +198,6 @@ def load_vocabulary(model: str) -> tuple[Any, int]:
 
 def memory_errors() -> AbstractContextManager[None]:
     """Within the block, running out of memory raises MemoryLimitError with the cause and what helps."""
-    from tailora.train.memory import explained
+    from tailora.train.memory import explain_out_of_memory
 
-    return explained("answering", lambda: MEMORY_ADVICE)
+    return explain_out_of_memory("answering", lambda: MEMORY_ADVICE)

@@ -112,7 +112,7 @@ def left(found: "Plan") -> Table | None:
 
 def memory_table(found: "Plan") -> Table:
     """Both ways, by part."""
-    from tailora.train.memory import size
+    from tailora.train.memory import format_bytes
 
     ways = {"LoRA" if found.full else "full fine-tuning": found.memory.to_dict()}
     if found.full:
@@ -123,7 +123,7 @@ def memory_table(found: "Plan") -> Table:
         table.add_column(name, justify="right")
     for part in found.memory.to_dict():
         last = part == "total"
-        cells = [size(way[part]) if way[part] else "-" for way in ways.values()]
+        cells = [format_bytes(way[part]) if way[part] else "-" for way in ways.values()]
         table.add_row(part, *cells, style="bold" if last else None)
     fits = [found.batch_size_that_fits, *([found.full.batch_size_that_fits] if found.full else [])]
     table.add_section()
@@ -133,13 +133,13 @@ def memory_table(found: "Plan") -> Table:
 
 def said(found: "Plan") -> list[Text]:
     """In words: whether it fits, steps and time, how that was found."""
-    from tailora.train.memory import size
+    from tailora.train.memory import format_bytes
 
     verdict = "It fits" if found.fits else "It does not fit"
     forward = found.largest_forward
     lines = [
-        f"{verdict}: {size(found.memory.total)} of {size(found.available_bytes)}. The largest forward has "
-        f"{forward['examples']:,} examples of {forward['tokens']:,} tokens together.",
+        f"{verdict}: {format_bytes(found.memory.total)} of {format_bytes(found.available_bytes)}. The largest forward "
+        f"has {forward['examples']:,} examples of {forward['tokens']:,} tokens together.",
         f"Memory: {found.basis['memory']}.",
         _steps(found),
         found.kernels,

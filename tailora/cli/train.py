@@ -81,10 +81,10 @@ def demo_folder(checkpoint: str | None) -> Path:
 
 def latest_demo_folder(folder: Path) -> Path:
     """Returns the one of `folder`, folder-2, ... with the newest checkpoint. Raises CheckpointError if none has one."""
-    from tailora.train.checkpoint import found  # loads torch
+    from tailora.train.checkpoint import checkpoints_in  # loads torch
 
     folders = [path for path in (folder, *folder.parent.glob(f"{folder.name}-*")) if path.is_dir()]
-    with_checkpoint = [(found(path)[-1].stat().st_mtime, path) for path in folders if found(path)]
+    with_checkpoint = [(checkpoints_in(path)[-1].stat().st_mtime, path) for path in folders if checkpoints_in(path)]
     if not with_checkpoint:
         raise CheckpointError(
             f"--resume-from-checkpoint latest: no {folder}, {folder}-2, ... holds a checkpoint; "
@@ -243,11 +243,11 @@ def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] |
     """Returns answers of the base and the tuned model to the first `count` questions, and writes samples.json."""
     from tailora.evaluation.generate import compare_answers
     from tailora.formats.io import write_file
-    from tailora.train.memory import explained
+    from tailora.train.memory import explain_out_of_memory
 
     held_out = result.data.eval_samples if result.data else []
     advice = f"the adapter is complete, in {result.output_dir}; --samples 0 compares no answers"
-    with explained("comparing answers", lambda: advice):
+    with explain_out_of_memory("comparing answers", lambda: advice):
         samples = compare_answers(result.model, result.tokenizer, (questions or held_out)[:count])
     content = json.dumps([asdict(answer) for answer in samples], ensure_ascii=False, indent=2)
     write_file(Path(result.output_dir) / "samples.json", content.encode())

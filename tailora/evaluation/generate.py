@@ -20,7 +20,7 @@ from tailora.data.chat_template import ChatTokenizer
 from tailora.data.schemas import Conversation, Messages, Pair, Sample, Text
 from tailora.data.tokenize import encode_sample, prompt_ids
 from tailora.errors import DataError
-from tailora.train.checkpoint import seeded
+from tailora.train.random_state import seeded
 from tailora.train.trainable import Trainable
 
 # ---- Prompts as token ids

@@ -19,7 +19,7 @@ from tailora.evaluation.scores import BASE, TUNED, Score, Scores
 from tailora.evaluation.statistics import paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.quiet import quiet_loggers
-from tailora.train.checkpoint import seeded
+from tailora.train.random_state import seeded
 
 NO_FILTER = "none"
 STDERR = "_stderr"

@@ -25,7 +25,7 @@ from tailora.data.schemas import Choices
 from tailora.data.tokenize import encode_samples, reply_text
 from tailora.errors import DataError
 from tailora.kernels.loss import FORMS, HALF_TOLERANCE, TOLERANCE, Batch
-from tailora.train.loss import BatchLayout, budgeted, evaluate
+from tailora.train.loss import BatchLayout, batches_within, evaluate
 from tailora.train.trainable import Trainable
 
 Floats = NDArray[np.float64]
@@ -84,7 +84,7 @@ def log_likelihoods(
     share_prompts: compute a prompt once for all its replies, which `reason_against_shared_prompts` must allow.
     """
     if not share_prompts:
-        return -evaluate(model, choices.examples, rows=layout, token_budget=token_budget).sums
+        return -evaluate(model, choices.examples, layout=layout, token_budget=token_budget).sums
     questions = [[choices.examples[i] for i in range(*bounds)] for bounds in pairwise(choices.starts.tolist())]
     losses = shared_prompt_losses(model, questions, layout.loss, token_budget=token_budget)
     return -np.concatenate([np.zeros(0), *losses])
@@ -147,7 +147,7 @@ def shared_prompt_losses(
     lengths = np.array([len(question.ids) for question in shared], dtype=np.int64)
     losses: list[Floats] = [np.zeros(0)] * len(shared)
     with torch.no_grad(), evaluating(model):
-        for batch in budgeted(lengths, token_budget, packed=True):
+        for batch in batches_within(token_budget, lengths, packed=True):
             for i, nats in zip(batch, _batch_losses(model, [shared[i] for i in batch], form), strict=True):
                 losses[i] = nats
     return losses
@@ -188,7 +188,7 @@ def reason_against_shared_prompts(
 ) -> str | None:
     """Returns why this model cannot share prompts, tried on the first question; None if it can."""
     replies = choices.examples.select(range(int(choices.starts[1])))
-    separate = evaluate(model, replies, rows=layout, token_budget=token_budget).sums
+    separate = evaluate(model, replies, layout=layout, token_budget=token_budget).sums
     return compare_with_separate(model, list(replies), layout.loss, separate)
 
 

@@ -37,7 +37,7 @@ from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import CPU_TOKENS
 from tailora.train.loss import Evaluation, evaluate
-from tailora.train.setup import choose_rows
+from tailora.train.setup import choose_layout
 from tailora.train.trainable import Trainable
 
 TUNED, BASE = "tuned", "base"
@@ -221,7 +221,7 @@ class _Evaluator:
         self, model: LoRAModel, tokenizer: Any, options: EvalOptions, metrics: Sequence[str], log: Log
     ) -> None:
         self.model, self.tokenizer, self.options, self.log = model, tokenizer, options, log
-        self.layout = choose_rows(TrainConfig(), model, tokenizer, log)
+        self.layout = choose_layout(TrainConfig(), model, tokenizer, log)
         self.on_cpu = model.device.type == "cpu"
         self.token_budget = CPU_TOKENS if self.on_cpu else 8 * CPU_TOKENS
         self.normalize = normalizer(options.normalize)
@@ -236,7 +236,7 @@ class _Evaluator:
 
     def _loss(self, chunk: list[EncodedRow], totals: _Totals) -> None:
         examples = Examples.of(item.encoded.example for item in chunk)
-        evaluation = evaluate(self.model, examples, rows=self.layout, token_budget=self.token_budget)
+        evaluation = evaluate(self.model, examples, layout=self.layout, token_budget=self.token_budget)
         totals.sums.append(evaluation.sums)
         totals.counts.append(evaluation.counts)
 
@@ -397,7 +397,7 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
         validation_split=0.0,
         embedding_rows=model.get_input_embeddings().weight.shape[0],
     )
-    layout = choose_rows(config, model, tokenizer, log)
+    layout = choose_layout(config, model, tokenizer, log)
     on_cpu = next(model.parameters()).device.type == "cpu"
     token_budget = CPU_TOKENS if on_cpu else 8 * CPU_TOKENS
-    return lambda: evaluate(model, prepared.train, rows=layout, token_budget=token_budget)
+    return lambda: evaluate(model, prepared.train, layout=layout, token_budget=token_budget)

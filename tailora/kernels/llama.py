@@ -20,7 +20,7 @@ from tailora.core.attach import Adapted, Swapped, derived_class
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LINEAR, qualified_name
 from tailora.core.quantization import is_quantized
-from tailora.kernels import attention as packed_attention
+from tailora.kernels import fused_attention
 from tailora.kernels.products import add_product, product
 
 # ---- Linear layers that share an input, with their updates: forward and backward, by large products.
@@ -254,8 +254,8 @@ class Layer:
     width: int  # of a head
     scale: float
     window: int | None
-    documents: tuple[packed_attention.Together, ...]
-    ways: packed_attention.Ways
+    documents: tuple[fused_attention.DocumentGroup, ...]
+    thresholds: fused_attention.FlashThresholds
     dropout: float
     seed: int
     checkpointed: bool
@@ -277,7 +277,7 @@ class Kept(NamedTuple):
     """All tensors are (tokens, ...)."""
 
     x: Tensor
-    heads: list[packed_attention.Kept]
+    heads: list[fused_attention.SavedHeads]
     raw: tuple[tuple[Tensor, Tensor], ...]  # q and k before their norms, where they have some, and 1 / rms
     attended: Tensor
     middle: Tensor
@@ -337,7 +337,9 @@ def _forward(x: Tensor, cos: Tensor, sin: Tensor, layer: Layer) -> tuple[Tensor,
         (q, q_inverse), (k, k_inverse), raw_q, raw_k = layer.head_norms[0](q), layer.head_norms[1](k), q, k
         raw = (raw_q, q_inverse), (raw_k, k_inverse)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    attended, heads = packed_attention.forward(q, k, v, layer.documents, layer.scale, layer.window, layer.ways)
+    attended, heads = fused_attention.attention_forward(
+        q, k, v, layer.documents, layer.scale, layer.window, layer.thresholds
+    )
     attended = attended.flatten(1)
     (middle,), low_o = forward(attended, layer.named("o"), layer.noise(1, attended, "o"), residual=x)
     n2, middle_inverse = layer.middle_norm(middle)
@@ -387,7 +389,9 @@ def _attention_backward(
     backward_input([gradient], o, low, noise, out=rows[:-1])
     by_head = rows.view(tokens + 1, -1, layer.width)
     output = kept.attended.view(tokens, -1, layer.width)
-    q, k, v = packed_attention.backward(by_head, output, kept.heads, layer.documents, layer.scale, layer.window)
+    q, k, v = fused_attention.attention_backward(
+        by_head, output, kept.heads, layer.documents, layer.scale, layer.window
+    )
     q, k = rotate(q, cos, -sin), rotate(k, cos, -sin)
     if layer.head_norms:
         q, k = (
@@ -504,7 +508,7 @@ def obstacle(layer: nn.Module) -> str | None:
         (type(mlp.act_fn).__name__ not in ACTIVATIONS, f"its activation is {type(mlp.act_fn).__name__}"),
         (attention.attention_dropout > 0, "its attention has dropout"),
         (bool(hooked or replaced), "its parts carry hooks"),
-        (any(p.requires_grad for parameters in frozen for p in parameters), "weights of it are trained"),
+        (any(p.requires_grad for parameters in frozen for p in parameters), "its own weights are trained"),
         (len({linear.weight.dtype for linear in linears.values()}) > 1, "its weights have several dtypes"),
     ]
     return next((reason for broken, reason in rules if broken), None)
@@ -538,8 +542,8 @@ def _described(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Layer | N
         width=attention.head_dim,
         scale=attention.scaling,
         window=_window(attention),
-        documents=packed_attention.arranged(tuple(ends.diff().tolist()), x.device),
-        ways=packed_attention.best_ways(x.dtype),
+        documents=fused_attention.group_documents(tuple(ends.diff().tolist()), x.device),
+        thresholds=fused_attention.flash_thresholds(x.dtype),
         dropout=dropout,
         seed=new_seed() if dropout else 0,
         checkpointed=cast(Any, module).checkpointed,

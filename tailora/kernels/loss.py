@@ -186,9 +186,9 @@ class Batch:
     """What the model is given, and what it shall predict where."""
 
     inputs: dict[str, Any]  # keyword arguments; input_ids (batch, length)
-    wanted: Tensor  # (batch, length), true where a prediction is judged
-    targets: Tensor  # (supervised,), in the order of `wanted`
-    expected: float = 1.0  # the gradient that each loss will get, as far as known
+    supervised: Tensor  # (batch, length), True where the prediction has a loss
+    targets: Tensor  # (supervised,), in the order of the mask
+    expected_gradient: float = 1.0  # of each loss, if known
 
 
 Model = Any  # of transformers, or a LoRAModel around one
@@ -197,7 +197,7 @@ Form = Callable[[Model, Batch], Tensor]  # losses, (supervised,), float32 at lea
 
 def _frozen(model: Model, batch: Batch) -> Tensor:
     head = model.get_output_embeddings()
-    return frozen_head(_states(model, batch), batch.targets, head.weight, head.bias, batch.expected)
+    return frozen_head(_states(model, batch), batch.targets, head.weight, head.bias, batch.expected_gradient)
 
 
 def _recomputed(model: Model, batch: Batch) -> Tensor:
@@ -208,7 +208,7 @@ def _recomputed(model: Model, batch: Batch) -> Tensor:
 def _states(model: Model, batch: Batch) -> Tensor:
     """The decoder's states at supervised positions: (supervised, hidden)."""
     states = model.get_decoder()(**batch.inputs, use_cache=False)[0]  # (batch, length, hidden)
-    return _rows(states, batch.wanted)
+    return _rows(states, batch.supervised)
 
 
 def _rows(values: Tensor, mask: Tensor) -> Tensor:
@@ -217,14 +217,14 @@ def _rows(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _own(model: Model, batch: Batch) -> Tensor:
-    columns = batch.wanted.any(dim=0).nonzero()[:, 0]  # where some row of the batch is judged
+    columns = batch.supervised.any(dim=0).nonzero()[:, 0]  # where some row of the batch is judged
     logits = model(**batch.inputs, use_cache=False, logits_to_keep=columns).logits  # (batch, columns, vocabulary)
-    judged = batch.wanted[:, columns]
+    judged = batch.supervised[:, columns]
     return cross_entropy(logits.flatten(0, 1) if judged.all() else _rows(logits, judged), batch.targets)
 
 
 def _whole(model: Model, batch: Batch) -> Tensor:
-    return cross_entropy(_rows(model(**batch.inputs, use_cache=False).logits, batch.wanted), batch.targets)
+    return cross_entropy(_rows(model(**batch.inputs, use_cache=False).logits, batch.supervised), batch.targets)
 
 
 FROZEN = "chunked, head frozen"
@@ -249,7 +249,7 @@ def choose_form(model: Model, batch: Batch) -> tuple[str, str | None]:
     return (own, f"{type(model).__name__} {obstacle}") if obstacle else (lean, None)
 
 
-def foreseen_form(model: Model, batch: Batch) -> tuple[str, str | None]:
+def predict_form(model: Model, batch: Batch) -> tuple[str, str | None]:
     """The same for a model without contents: what is passed on as it is shares its memory; numbers are not compared."""
     obstacle = _out_of_reach(model, batch) or _changed_between(model, batch, _shares_memory)
     return (own_form(model), f"{type(model).__name__} {obstacle}") if obstacle else (_lean_form(model), None)

@@ -27,12 +27,20 @@ from tailora.data.dataset import Example
 from tailora.formats.run_folder import write_report
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import feed, heaviest, parts, shape_of
-from tailora.train.estimate import SHARE, Memory, Step, memory_of, products_per_second, skeleton, step_of
-from tailora.train.memory import available_bytes, held_now
+from tailora.train.dataloader import largest_forward, read_data, split_by_tokens, step_shape
+from tailora.train.estimate import (
+    SHARE,
+    Memory,
+    StepCost,
+    estimate_memory,
+    fake_model,
+    products_per_second,
+    simulate_step,
+)
+from tailora.train.memory import available_bytes, used_bytes
 from tailora.train.model_loading import load_tokenizer, read_config
 from tailora.train.setup import start_accelerator
-from tailora.train.subprocess_worker import Rehearsal, rehearse
+from tailora.train.subprocess_worker import StepsMeasured, measure_steps
 
 # ---- What the steps of a run read, before it: from the data, or from the longest examples that the settings allow.
 
@@ -62,14 +70,14 @@ class Batches:
 def _from_data(config: TrainConfig, shape: PretrainedConfig, accelerator: Accelerator) -> Batches:
     tokenizer = load_tokenizer(config.model)
     rows = shape.get_text_config().vocab_size
-    known = feed(config, rows, tokenizer, accelerator)
-    size = shape_of(config, accelerator)
+    known = read_data(config, rows, tokenizer, accelerator)
+    size = step_shape(config, accelerator)
     if known.prepared is None or config.streaming:
         notes = ["the data is streamed: lengths are those of its first batch"]
-        tokens_per_step = float(known.largest.tokens * config.gradient_accumulation_steps)
+        tokens_per_step = float(known.largest_size.tokens * config.gradient_accumulation_steps)
         return Batches(
-            known.heaviest,
-            lambda count: _repeated(known.heaviest, count, size.token_limit),
+            known.largest,
+            lambda count: _repeated(known.largest, count, size.token_limit),
             MOST,
             None,
             known.max_steps,
@@ -79,8 +87,8 @@ def _from_data(config: TrainConfig, shape: PretrainedConfig, accelerator: Accele
     train = known.prepared.train
     mean = float(train.lengths.mean()) * min(size.examples_per_step, len(train))
     return Batches(
-        heaviest=known.heaviest,
-        at=lambda count: heaviest(train, replace(size, batch_size=count)),
+        heaviest=known.largest,
+        at=lambda count: largest_forward(train, replace(size, batch_size=count)),
         most=len(train),
         tokens=round(mean * known.max_steps),
         steps=known.max_steps,
@@ -91,7 +99,7 @@ def _from_data(config: TrainConfig, shape: PretrainedConfig, accelerator: Accele
 
 def _assumed(config: TrainConfig, shape: PretrainedConfig, accelerator: Accelerator) -> Batches:
     """Examples of max_length tokens, all of them learned."""
-    size = shape_of(config, accelerator)
+    size = step_shape(config, accelerator)
     ids = np.arange(config.max_length, dtype=np.int32) % shape.get_text_config().vocab_size
     example = Example(ids, ids)
 
@@ -116,7 +124,7 @@ def _assumed(config: TrainConfig, shape: PretrainedConfig, accelerator: Accelera
 def _repeated(examples: list[Example], count: int, limit: int | None) -> list[Example]:
     """The largest part of a batch of so many."""
     batch = [examples[place % len(examples)] for place in range(count)]
-    places = max(parts([len(each.input_ids) for each in batch], limit), key=len)
+    places = max(split_by_tokens([len(each.input_ids) for each in batch], limit), key=len)
     return [batch[place] for place in places]
 
 
@@ -263,9 +271,9 @@ class _Reasons:
 
 def starred(path: str) -> str:
     """The path with * for its first number: like layers have the same."""
-    parts = path.split(".")
-    place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
-    return path if place is None else ".".join([*parts[:place], "*", *parts[place + 1 :]])
+    split_by_tokens = path.split(".")
+    place = next((place for place, part in enumerate(split_by_tokens) if part.isdecimal()), None)
+    return path if place is None else ".".join([*split_by_tokens[:place], "*", *split_by_tokens[place + 1 :]])
 
 
 def ranged(paths: Sequence[str]) -> str:
@@ -329,7 +337,7 @@ class Plan:
     steps: int | None
     seconds_per_step: float
     seconds: float | None  # of all steps
-    measured: Rehearsal | None
+    measured: StepsMeasured | None
     basis: dict[str, str]  # how memory and time were found
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -362,14 +370,14 @@ def plan(
     accelerator = start_accelerator(config.replaced(report_to=[]))
     device, shape = accelerator.device, read_config(config.model)
     batches = Batches.of(config, shape, accelerator)
-    process = held_now(device)  # what a run's process holds, too, before its model is there
+    process = used_bytes(device)  # what a run's process holds, too, before its model is there
     room = available_bytes(device) + process if memory is None else memory
     own = _sketch(config, shape, batches, device, process)
     full = None if config.method == "full" else _full(config, shape, batches, device, process, room)
     measured = None
     if measure:
         say("a few real steps are measured")
-        measured = rehearse(config, with_data="data" in config.model_fields_set)
+        measured = measure_steps(config, with_data="data" in config.model_fields_set)
     found = _put_together(config, own, full, measured, batches, room, _speed(shape, own, batches, device))
     if output_dir is not None:
         write_report(output_dir, "plan", found.to_dict())
@@ -380,7 +388,7 @@ def _put_together(
     config: TrainConfig,
     own: "_Sketch",
     full: Full | None,
-    measured: Rehearsal | None,
+    measured: StepsMeasured | None,
     batches: Batches,
     room: int,
     speed: float,
@@ -437,7 +445,7 @@ class _Sketch:
     modules: list[Module]
     groups: list[Group]
     left: list[Left]
-    step: Step
+    step: StepCost
     memory: Memory
     kernels: str
     notes: list[str]
@@ -446,10 +454,10 @@ class _Sketch:
 def _sketch(
     config: TrainConfig, shape: PretrainedConfig, batches: Batches, device: torch.device, process: int
 ) -> _Sketch:
-    with skeleton(config, shape, device) as bare:
+    with fake_model(config, shape, device) as bare:
         model, summary = bare.model, bare.model.summary()
         lora = model if isinstance(model, LoRAModel) else None
-        step = step_of(bare, batches.heaviest, checkpointed=config.gradient_checkpointing)
+        step = simulate_step(bare, batches.heaviest, checkpointed=config.gradient_checkpointing)
         return _Sketch(
             dtype=bare.base.dtype,
             device=str(device),
@@ -459,8 +467,8 @@ def _sketch(
             groups=groups_of(lora) if lora else [],
             left=left_alone(lora) if lora else [],
             step=step,
-            memory=memory_of(config, bare, step, process),
-            kernels=bare.kernels.words,
+            memory=estimate_memory(config, bare, step, process),
+            kernels=bare.kernels.description,
             notes=bare.notes,
         )
 

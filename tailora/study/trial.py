@@ -211,7 +211,7 @@ def run_in_subprocess(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
             process.kill()  # has no effect on a process that has ended
     if process.returncode == subprocess_worker.KILLED:
         return _trial(OUT_OF_MEMORY, "killed by the system, most likely for memory", events, spec.before)
-    raise subprocess_worker.told(folder, process.returncode, log.read_text(), f"the run in {folder}")
+    raise subprocess_worker.error_of(folder, process.returncode, log.read_text(), f"the run in {folder}")
 
 
 def get_trial(
@@ -263,7 +263,7 @@ def main(folder: Path) -> int:
     try:
         trial = run_here(spec, folder, listen)
     except TailoraError as error:
-        subprocess_worker.tell(folder, error)
+        subprocess_worker.leave_error(folder, error)
         return 1
     print(json.dumps(asdict(trial)), flush=True)
     return 0
@@ -301,7 +301,7 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
     from tailora.study.model_layout import target_groups  # torch from here on
     from tailora.train.events import Evaluated, Event, Prepared, Stepped
     from tailora.train.loss import Evaluation
-    from tailora.train.optim import rising
+    from tailora.train.lr_schedule import lr_range_test
     from tailora.train.trainable import folder_of
     from tailora.train.trainer import run
 
@@ -325,7 +325,7 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
         config,
         on_event=on_event,
         on_ready=on_ready,
-        rate_at=None if rates is None else lambda step, steps: rising(step, steps, *rates),
+        rate_at=None if rates is None else lambda step, steps: lr_range_test(step, steps, *rates),
         held_out=choosing_half if spec.choosing else None,
         before=None if spec.before is None else Evaluation(*map(np.array, spec.before)),
     )

@@ -1,40 +1,44 @@
-"""Checkpoints: folders that are whole or absent, read back before they count, and free of pickle.
+"""Checkpoints: folders that are whole or absent, verified when written and when read, and free of pickle.
 
 checkpoint-N/
   adapter.safetensors      the trained parameters, raw
   optimizer.safetensors    AdamW's moments and step counts, by parameter
   random-RANK.safetensors  random states of each rank
-  best.safetensors         the best adapter so far, where evaluations choose one
+  best.safetensors         the best adapter so far, if evaluations choose one
   evaluations.safetensors  per-example sums and counts of the evaluations that the result needs
+  allocation.safetensors   AdaLoRA's state
   state.json               progress, what the run is, SHA-256 of the files above and of itself
+
+This file has, in this order: the folder; the progress of a run; whether a checkpoint belongs to a run; and the way of
+the parameters and the optimizer's moments into a checkpoint and back.
 """
 
 import hashlib
 import json
-import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tailora.core.adalora import RankAllocator
 from tailora.errors import CheckpointError, listing
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes
-from tailora.kernels.flat_parameters import Flat
+from tailora.kernels.flat_parameters import FlatBuffer
 from tailora.train.config import TrainConfig
 from tailora.train.loss import Evaluation
-from tailora.train.trainable import Trainable, publish, trained
+from tailora.train.random_state import set_random_state
+from tailora.train.trainable import Trainable, sync_parameters, trained_module
+
+# ---- The folder
+
 
 STATE = "state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-COUNT = "step"  # AdamW's only state that is one number; the rest is shaped like the parameter
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write, then read back. Raises CheckpointError when the disk gives back something else."""
+    """Writes the folder and reads it back. Raises CheckpointError if the disk returns other bytes."""
     contents = {f"{name}.safetensors": safetensors_bytes(tensors, {}) for name, tensors in checkpoint.tensors.items()}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     body = {**checkpoint.state, "files": sums}
@@ -61,12 +65,13 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint. Raises CheckpointError; for a damaged one it names the newest good one beside it."""
+    """Reads a checkpoint. Raises CheckpointError; for a damaged one it names the newest good one beside it."""
     if not folder.is_dir():
-        there = ", ".join(path.name for path in found(folder.parent)) if folder.parent.is_dir() else ""
+        there = ", ".join(path.name for path in checkpoints_in(folder.parent))
         raise CheckpointError(f"{folder} is not a folder; checkpoints in {folder.parent}: {there or 'none'}")
     if problems := damage(folder):
-        good = next((path for path in reversed(found(folder.parent)) if path != folder and not damage(path)), None)
+        others = [path for path in reversed(checkpoints_in(folder.parent)) if path != folder]
+        good = next((path for path in others if not damage(path)), None)
         remedy = f"the newest good one: --resume-from-checkpoint {good}" if good else "no other is whole: start again"
         raise CheckpointError(f"{folder} is damaged; {remedy}. {listing(problems)}")
     state = json.loads((folder / STATE).read_text())
@@ -74,7 +79,7 @@ def load(folder: Path) -> Checkpoint:
 
 
 def damage(folder: Path) -> list[str]:
-    """What is wrong with the files of a checkpoint; [] when nothing is."""
+    """Returns what is wrong with the files of a checkpoint; [] if nothing is."""
     try:
         state = json.loads((folder / STATE).read_text())
         body = {key: value for key, value in state.items() if key != "sha256"}
@@ -93,18 +98,18 @@ def damage(folder: Path) -> list[str]:
     return problems
 
 
-def found(output_dir: Path) -> list[Path]:
-    """The checkpoint folders, oldest first."""
-    numbered = [(int(match[1]), path) for path in output_dir.iterdir() if (match := NAME.fullmatch(path.name))]
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """Returns the checkpoint folders of a run, oldest first."""
+    entries = output_dir.iterdir() if output_dir.is_dir() else []
+    numbered = [(int(match[1]), path) for path in entries if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(numbered)]
 
 
-def locate(wanted: str, output_dir: Path) -> Path:
-    """The folder that `latest`, or a path, stands for. Raises CheckpointError."""
-    if wanted != "latest":
-        return Path(wanted)
-    checkpoints = found(output_dir) if output_dir.is_dir() else []
-    if not checkpoints:
+def locate(name: str, output_dir: Path) -> Path:
+    """Returns the folder that `latest`, or a path, stands for. Raises CheckpointError if there is none."""
+    if name != "latest":
+        return Path(name)
+    if not (checkpoints := checkpoints_in(output_dir)):
         raise CheckpointError(
             f"--resume-from-checkpoint latest: {output_dir} holds no checkpoint; give another --output-dir, "
             "or start without it and with --save-steps"
@@ -113,69 +118,16 @@ def locate(wanted: str, output_dir: Path) -> Path:
 
 
 def prune(output_dir: Path, keep: int) -> None:
-    for folder in found(output_dir)[:-keep]:
+    """Deletes all checkpoints but the newest `keep`."""
+    for folder in checkpoints_in(output_dir)[:-keep]:
         shutil.rmtree(folder)
-
-
-def moments(optimizer: torch.optim.Optimizer, flats: Sequence[Flat]) -> dict[str, Tensor]:
-    """The optimiser's tensors as `parameter|key`; the step count of a buffer stands under each of its parameters."""
-    return {
-        f"{name}|{key}": tensor.clone() if key == COUNT else flat.part(name, tensor)
-        for flat in flats
-        for name in flat.parts
-        for key, tensor in optimizer.state.get(flat.whole, {}).items()
-    }
-
-
-def set_moments(optimizer: torch.optim.Optimizer, flats: Sequence[Flat], tensors: Mapping[str, Tensor]) -> None:
-    """Put saved moments back. Raises CheckpointError when parameters of one buffer took different numbers of steps."""
-    saved: dict[str, dict[str, Tensor]] = {}
-    for full, tensor in tensors.items():
-        name, key = full.rsplit("|", 1)
-        saved.setdefault(name, {})[key] = tensor
-    states = {
-        i: _joined(flat, {name: saved[name] for name in flat.parts if name in saved}) for i, flat in enumerate(flats)
-    }
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _joined(flat: Flat, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The state of a whole buffer; zero for parameters that are not in `saved`, which never had a gradient."""
-    counts = {float(state[COUNT]) for state in saved.values()}
-    if len(counts) > 1:
-        raise CheckpointError(
-            f"the checkpoint's parameters took from {min(counts):g} to {max(counts):g} optimiser steps, for an earlier "
-            "version passed over those without a gradient; this one takes all steps with all: start anew"
-        )
-    if not saved:
-        return {}
-    some = next(iter(saved.values()))
-    joined = {key: torch.zeros_like(flat.gradient) for key in some if key != COUNT}
-    for name, state in saved.items():
-        for key, buffer in joined.items():
-            flat.part(name, buffer).copy_(state[key])
-    return {COUNT: some[COUNT], **joined}
-
-
-def set_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a saved state into the adapter. Raises CheckpointError unless every tensor fits."""
-    own = module.state_dict()
-    problems = [f"{name} is in one of the two only" for name in sorted(own.keys() ^ tensors.keys())]
-    problems += [
-        f"{name}: {tuple(tensors[name].shape)} saved, {tuple(own[name].shape)} here"
-        for name in sorted(own.keys() & tensors.keys())
-        if own[name].shape != tensors[name].shape
-    ]
-    if problems:
-        raise CheckpointError(f"the checkpoint is of another adapter: {listing(problems)}")
-    module.load_state_dict(dict(tensors))
 
 
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-# ---- Everything about a run that changes while it trains, and its way into a checkpoint and back.
+# ---- The progress of a run
 
 
 COUNTERS = ("step", "tokens", "supervised_tokens", "seconds", "since_best", "history")
@@ -189,41 +141,43 @@ class Best:
 
 
 @dataclass(eq=False)
-class State:
-    step: int = 0  # optimiser steps done
+class TrainState:
+    """Everything that changes while a run trains, beside its tensors."""
+
+    step: int = 0  # optimizer steps done
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0  # of training, without evaluations and saving
     since_best: int = 0  # evaluations since the best one
     history: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out loss)
-    before: Evaluation | None = None
+    before: Evaluation | None = None  # held-out losses before training
     best: Best | None = None
 
     def counters(self) -> dict[str, Any]:
+        """Returns what state.json holds under `progress`."""
         best_step = self.best.step if self.best else None
         return {**{name: getattr(self, name) for name in COUNTERS}, "best_step": best_step}
 
     def evaluations(self) -> dict[str, Tensor]:
-        kept = {"before": self.before, "best": self.best.evaluation if self.best else None}
+        """Returns what evaluations.safetensors holds."""
+        evaluations = {"before": self.before, "best": self.best.evaluation if self.best else None}
         return {
             f"{name}.{part}": torch.from_numpy(getattr(evaluation, part))
-            for name, evaluation in kept.items()
+            for name, evaluation in evaluations.items()
             if evaluation is not None
             for part in ("sums", "counts")
         }
 
-
-def restored(
-    counters: Mapping[str, Any], evaluations: Mapping[str, Tensor], best: Mapping[str, Tensor] | None
-) -> State:
-    """The state that `counters`, `evaluations` and the best adapter's tensors came from."""
-    state = State(**{name: counters[name] for name in COUNTERS})
-    state.history = [(step, loss) for step, loss in counters["history"]]
-    state.before = _evaluation(evaluations, "before")
-    chosen = _evaluation(evaluations, "best")
-    if best is not None and chosen is not None:
-        state.best = Best(counters["best_step"], chosen, dict(best))
-    return state
+    @classmethod
+    def of(cls, saved: Checkpoint) -> "TrainState":
+        """Returns the state that the checkpoint was made from."""
+        counters, tensors = saved.state["progress"], saved.tensors.get("evaluations", {})
+        state = cls(**{name: counters[name] for name in COUNTERS})
+        state.history = [(step, loss) for step, loss in counters["history"]]
+        state.before, best = (_evaluation(tensors, name) for name in ("before", "best"))
+        if best is not None and "best" in saved.tensors:
+            state.best = Best(counters["best_step"], best, dict(saved.tensors["best"]))
+        return state
 
 
 def _evaluation(tensors: Mapping[str, Tensor], name: str) -> Evaluation | None:
@@ -232,59 +186,10 @@ def _evaluation(tensors: Mapping[str, Tensor], name: str) -> Evaluation | None:
     return Evaluation(tensors[f"{name}.sums"].numpy(), tensors[f"{name}.counts"].numpy())
 
 
-# ---- The random states of Python, numpy and torch as tensors: saved without pickle, restored to the bit.
+# ---- Whether a checkpoint belongs to a run
 
 
-def capture() -> dict[str, Tensor]:
-    version, words, spare = random.getstate()
-    _kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    states = {
-        "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python.spare": torch.tensor([] if spare is None else [spare], dtype=torch.float64),
-        "numpy": torch.tensor([*np.asarray(keys).tolist(), position, has_gauss], dtype=torch.int64),
-        "numpy.spare": torch.tensor([gauss], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
-    }
-    return states | {f"cuda.{i}": state for i, state in enumerate(_cuda_states())}
-
-
-def restore(states: Mapping[str, Tensor]) -> None:
-    version, *words = states["python"].tolist()
-    random.setstate((version, tuple(words), states["python.spare"].item() if len(states["python.spare"]) else None))
-    *keys, position, has_gauss = states["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, states["numpy.spare"].item()))
-    torch.set_rng_state(states["torch"])
-    for i in range(torch.cuda.device_count()):
-        if f"cuda.{i}" not in states:
-            break  # saved where fewer were seen; as many processes go on as then, so none uses this one
-        torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
-
-
-def _cuda_states() -> list[Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-def seed_all(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)  # CUDA too
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside the block everything random follows `seed`; afterwards the caller's states are back."""
-    before = capture()
-    seed_all(seed)
-    try:
-        yield
-    finally:
-        restore(before)
-
-
-# ---- Whether a checkpoint belongs to the run that is asked for, and how the run takes it up.
-
-
-# These may differ when a run goes on: they decide what is kept and shown, not how the weights move.
+# These settings may differ when a run is continued: they decide what is kept and shown, not how the weights change.
 FREE = {
     "output_dir",
     "resume_from_checkpoint",
@@ -296,7 +201,7 @@ FREE = {
     "early_stopping_patience",
 }
 LENGTH = {"max_steps", "num_train_epochs"}
-FACTS = {  # what the settings met -> its name in a message
+FACTS = {  # what else decides the bits of a run -> its name in a message
     "data": "content (SHA-256) of the data",
     "packed": "packing of rows",
     "dtype": "precision of the base",
@@ -307,11 +212,11 @@ FACTS = {  # what the settings met -> its name in a message
 
 
 def identity(config: TrainConfig, **facts: Any) -> dict[str, Any]:
-    """What decides the bits of a run: its settings and what they met on this machine."""
+    """Returns what decides the bits of a run: its settings, and facts about data and machine."""
     return {"settings": config.model_dump(mode="json", exclude=FREE), **facts}
 
 
-def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raises CheckpointError that names everything in which the two runs differ.
 
     A run of constant learning rate may become longer: its steps do not depend on its length.
@@ -322,11 +227,11 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
             "kept on disk; this version has no such cache, and going on without it would give other results: resume "
             "with the version that run.json names, or start anew in another --output-dir"
         )
-    then, now = saved["settings"], wanted["settings"]
+    then, now = saved["settings"], current["settings"]
     free = LENGTH if now["lr_scheduler_type"] == "constant" and now["warmup_ratio"] == 0 else set()
     changes = _changes(then, now, {name: name for name in (then.keys() | now.keys()) - free})
-    facts = (saved.keys() & wanted.keys()) - {"settings"}  # an earlier version recorded fewer
-    changes += _changes(saved, wanted, {name: FACTS.get(name, name) for name in facts})
+    facts = (saved.keys() & current.keys()) - {"settings"}  # earlier versions recorded fewer
+    changes += _changes(saved, current, {name: FACTS.get(name, name) for name in facts})
     if changes:
         raise CheckpointError(
             f"the checkpoint was made with other settings, and going on would give results of neither: "
@@ -336,7 +241,7 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
 
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    """Both values of what differs; `names`: key -> its name in the message."""
+    """Returns both values of everything that differs. names: key -> its name in the message."""
     return [
         f"{names[key]} was {then.get(key)!r}, now is {now.get(key)!r}"
         for key in sorted(names)
@@ -344,20 +249,80 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str
     ]
 
 
-def take_up(
+# ---- Parameters and optimizer
+
+
+STEP = "step"  # AdamW's only state that is one number; the rest has the shape of the parameter
+
+
+def restore(
     saved: Checkpoint,
     model: Trainable,
     optimizer: torch.optim.Optimizer,
-    flats: Sequence[Flat],
+    buffers: Sequence[FlatBuffer],
     rank: int,
     allocator: RankAllocator | None = None,
-) -> State:
-    """Adapter, optimiser and random states as they were; returns the progress. Raises CheckpointError."""
-    tensors = saved.tensors
-    set_parameters(trained(model), tensors["adapter"])
-    publish(model)
-    set_moments(optimizer, flats, tensors["optimizer"])
+) -> TrainState:
+    """Restores parameters, optimizer and random states; returns the progress. Raises CheckpointError."""
+    set_parameters(trained_module(model), saved.tensors["adapter"])
+    sync_parameters(model)
+    set_moments(optimizer, buffers, saved.tensors["optimizer"])
     if allocator is not None:
-        allocator.load_state_dict(tensors["allocation"])
-    restore(tensors[f"random-{rank}"])
-    return restored(saved.state["progress"], tensors.get("evaluations", {}), tensors.get("best"))
+        allocator.load_state_dict(saved.tensors["allocation"])
+    set_random_state(saved.tensors[f"random-{rank}"])
+    return TrainState.of(saved)
+
+
+def set_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies saved tensors into the parameters. Raises CheckpointError unless every tensor fits."""
+    own = module.state_dict()
+    problems = [f"{name} is in one of the two only" for name in sorted(own.keys() ^ tensors.keys())]
+    problems += [
+        f"{name}: {tuple(tensors[name].shape)} saved, {tuple(own[name].shape)} here"
+        for name in sorted(own.keys() & tensors.keys())
+        if own[name].shape != tensors[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"the checkpoint is of another adapter: {listing(problems)}")
+    module.load_state_dict(dict(tensors))
+
+
+def moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer]) -> dict[str, Tensor]:
+    """Returns the optimizer's tensors as `parameter|key`; the step count of a buffer goes to each of its parameters."""
+    return {
+        f"{name}|{key}": tensor.clone() if key == STEP else buffer.view(name, tensor)
+        for buffer in buffers
+        for name in buffer.parameters
+        for key, tensor in optimizer.state.get(buffer.whole, {}).items()
+    }
+
+
+def set_moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer], tensors: Mapping[str, Tensor]) -> None:
+    """Restores what `moments` returned. Raises CheckpointError if parameters of one buffer took different steps."""
+    saved: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in tensors.items():
+        name, key = full.rsplit("|", 1)
+        saved.setdefault(name, {})[key] = tensor
+    states = {
+        i: _joined(buffer, {name: saved[name] for name in buffer.parameters if name in saved})
+        for i, buffer in enumerate(buffers)
+    }
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _joined(buffer: FlatBuffer, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the state of a whole buffer; zero for parameters that are not in `saved`, which never had a gradient."""
+    counts = {float(state[STEP]) for state in saved.values()}
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"the checkpoint's parameters took from {min(counts):g} to {max(counts):g} optimizer steps, because an "
+            "earlier version skipped those without a gradient; this version takes all steps with all: start anew"
+        )
+    if not saved:
+        return {}
+    first = next(iter(saved.values()))
+    joined = {key: torch.zeros_like(buffer.gradient) for key in first if key != STEP}
+    for name, state in saved.items():
+        for key, tensor in joined.items():
+            buffer.view(name, tensor).copy_(state[key])
+    return {STEP: first[STEP], **joined}

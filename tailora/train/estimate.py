@@ -1,10 +1,18 @@
-"""What a run will take of memory and work: pure functions of the model's shape, the settings and the largest forward.
+"""The memory and the work of a run, estimated from config.json, the settings and the largest forward, without weights.
 
-    parts that stand through the run    weights, adapters, gradients, optimiser: counted
-    the largest moment of a step        activations, logits: the run's own code on tensors without contents
-    the process                         interpreter, libraries, what an allocator keeps: measured constants
+    MemoryTracker     counts what code allocates and computes when it runs on tensors without contents
+    fake_model        the model that would be trained, made of such tensors
+    simulate_step     its forward and backward -> StepCost
+    estimate_memory   the memory of the whole run, part by part
+    products_per_second   how fast this machine multiplies, for the time of a step
 
-The largest moment of the process is one of three: reading the weights, a step, or reading back what was saved.
+The parts of the estimate have three sources:
+
+    weights, adapters, gradients, optimizer   counted from the fake model
+    activations, logits                       counted while the run's own code computes a step on it
+    process                                   interpreter, libraries, what an allocator keeps: measured constants
+
+A process needs most memory either while it reads the weights, in a step, or while it reads back what was saved.
 """
 
 import time
@@ -35,114 +43,116 @@ from tailora.core.quantization import held_parts
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.formats.load import lora_config_of, read_any_format
-from tailora.kernels import attention
 from tailora.kernels.attention import packed_rows
-from tailora.kernels.loss import FORMS, foreseen_form, own_form
+from tailora.kernels.fused_attention import flash_backward_op, flash_op, group_documents
+from tailora.kernels.loss import FORMS, own_form, predict_form
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.kernel_choice import Kernels, described, obstacle_to_kernels, running
-from tailora.train.loss import BatchLayout, as_batch
+from tailora.train.kernel_choice import Kernels, fused_layers, obstacle_to_kernels, plain_layers, use_kernels
+from tailora.train.loss import BatchLayout, make_batch
 from tailora.train.model_loading import STORED, Stored, check_unquantized, precision_of
-from tailora.train.packing import choose, packed_logits, probes
-from tailora.train.setup import some_examples
-from tailora.train.trainable import FullModel, Trainable, trained
+from tailora.train.packing import choose_packing, packed_logits, random_documents
+from tailora.train.setup import short_examples
+from tailora.train.trainable import FullModel, Trainable, trained_module
 
-# ---- What a piece of code would hold in memory and compute, found by running it on tensors without contents.
+# ---- Tensors without contents
 #
-# torch's fake tensors have shape, type and device but no memory; every operator of the code runs on them as it is,
-# forward and backward. The ledger enters what an operator makes and strikes it out when it is freed. So it knows the
-# largest moment, temporaries included, of whatever code it is shown: no second description of it could be wrong.
-#
-# What an operator holds within itself, and how an allocator rounds and keeps blocks, it does not see.
+# torch's fake tensors have shape, type and device but no memory; every operator runs on them as usual, forward and
+# backward. The tracker adds what an operator allocates and subtracts it when it is freed, so it finds the moment of the
+# largest sum, temporaries included, of the code itself rather than of a description of it. It does not see what an
+# operator allocates internally, nor how an allocator rounds and keeps blocks.
 
 
-NameOf = Callable[[Tensor], str]  # the part that a new tensor is counted under
+PartOf = Callable[[Tensor], str]  # new tensor -> name of the part that it is counted under
 
 EQUAL, ITEM = torch.ops.aten.equal.default, torch.ops.aten._local_scalar_dense.default
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, storages that operators make are counted, by the part that `name_of` puts them under.
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within this mode, storages that operators allocate are counted under the part that `part_of` names.
 
     known: tensors whose storages are counted elsewhere.
     now, peak: bytes of each part, at present and at the moment of the largest sum.    flops: of all products.
     """
 
-    def __init__(self, known: Iterable[Tensor], name_of: NameOf) -> None:
+    def __init__(self, known: Iterable[Tensor], part_of: PartOf) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.flops = 0.0
-        self._name_of = name_of
-        self._held = {id(tensor.untyped_storage()): ("", 0) for tensor in known}
-        self._most = 0
+        self._part_of = part_of
+        self._alive = {id(tensor.untyped_storage()): ("", 0) for tensor in known}
+        self._largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self.flops += work(func, args, kwargs, out)
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        for leaf in made:
-            self._enter(leaf)
+        self.flops += flops_of(func, args, kwargs, out)
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for output in outputs:
+            self._add(output)
         if torch.Tag.pointwise in func.tags:
-            self._widened([leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)], made)
+            self._add_conversions([leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)], outputs)
         return out
 
-    def _widened(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """On a CPU an operator on several dtypes copies all to the widest, for as long as it runs."""
+    def _add_conversions(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """On a CPU a pointwise operator on several dtypes copies all to the widest while it runs."""
         several = [tensor for tensor in (*inputs, *outputs) if tensor.ndim and tensor.is_floating_point()]
         if len({tensor.dtype for tensor in several}) < 2 or several[0].device.type != "cpu":
             return
         widest = max((tensor.dtype for tensor in several), key=lambda dtype: dtype.itemsize)
         size = sum(tensor.numel() * widest.itemsize for tensor in several if tensor.dtype != widest)
-        if self.now.total() + size > self._most:
-            name = self._name_of(several[0])
-            self._most, self.peak = self.now.total() + size, self.now + Counter({name: size})
+        if self.now.total() + size > self._largest:
+            part = self._part_of(several[0])
+            self._largest, self.peak = self.now.total() + size, self.now + Counter({part: size})
 
-    def _enter(self, tensor: Tensor) -> None:
+    def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if id(storage) in self._held:
+        if id(storage) in self._alive:
             return
-        name, size = self._name_of(tensor), storage.nbytes()
-        self._held[id(storage)] = name, size
-        weakref.finalize(storage, self._strike, id(storage))
-        self.now[name] += size
-        if self.now.total() > self._most:
-            self._most, self.peak = self.now.total(), self.now.copy()
+        part, size = self._part_of(tensor), storage.nbytes()
+        self._alive[id(storage)] = part, size
+        weakref.finalize(storage, self._subtract, id(storage))
+        self.now[part] += size
+        if self.now.total() > self._largest:
+            self._largest, self.peak = self.now.total(), self.now.copy()
 
-    def _strike(self, key: int) -> None:
-        name, size = self._held.pop(key)
-        self.now[name] -= size
+    def _subtract(self, key: int) -> None:
+        part, size = self._alive.pop(key)
+        self.now[part] -= size
 
 
-class _Contents(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Real tensors stay real: lengths, masks and indices decide what is computed. Of others one hopes for the best."""
+class _RealInputsComputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Computes operators on real tensors for real: lengths, masks and indices decide what else is computed.
+
+    A condition on fake tensors cannot be computed and is taken to be True: "all are equal", "all are finite".
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if inputs and not any(isinstance(each, FakeTensor) for each in inputs):
+        if inputs and not any(isinstance(tensor, FakeTensor) for tensor in inputs):
             with no_dispatch():
                 return func(*args, **kwargs)
         if func is EQUAL or (func is ITEM and inputs[0].dtype == torch.bool):
-            return True  # the same, finite
+            return True
         return func(*args, **kwargs)
 
 
 @contextmanager
-def without_contents() -> Iterator[None]:
-    """Within the block, tensors that are made have no contents."""
-    attention.arranged.cache_clear()  # what is remembered of real rows would be mixed with these, and the reverse
+def fake_tensors() -> Iterator[None]:
+    """Within the block, new tensors have no contents."""
+    group_documents.cache_clear()  # cached index tensors must not pass between real and fake runs
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _Contents(), warnings.catch_warnings():  # type: ignore[no-untyped-call]
+        with FakeTensorMode(allow_non_fake_inputs=True), _RealInputsComputed(), warnings.catch_warnings():  # type: ignore[no-untyped-call]
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # in deepcopy
             yield
     finally:
-        attention.arranged.cache_clear()
+        group_documents.cache_clear()
 
 
 def tensors_of(*modules: nn.Module) -> Iterator[Tensor]:
-    """Parameters, their gradients, and buffers."""
+    """Yields parameters, their gradients, and buffers."""
     for module in modules:
         for parameter in module.parameters():
             yield parameter
@@ -151,59 +161,57 @@ def tensors_of(*modules: nn.Module) -> Iterator[Tensor]:
         yield from module.buffers()
 
 
-# ---- work
-
-
-def work(func: Any, args: Any, kwargs: Any, out: Any) -> float:
-    """Multiplications and additions of one operator, products and attention alone."""
-    if func in OWN:
-        return OWN[func](*args, **kwargs)
+def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> float:
+    """Returns the multiplications and additions of a matrix product or attention; 0 for other operators."""
+    if func in FLOPS:
+        return FLOPS[func](*args, **kwargs)
     packet = getattr(func, "_overloadpacket", None)
     return float(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0.0
 
 
-def _causal(q: Tensor, k: Tensor, *_: Any, **__: Any) -> float:
-    """Scores and their product with the values, of half of the pairs."""
+def _causal_attention(q: Tensor, k: Tensor, *_: Any, **__: Any) -> float:
+    """Scores, and their product with the values, of half of the pairs of tokens."""
     return 2.0 * q.numel() * k.shape[-2]
 
 
 def _product(_: Tensor, a: Tensor, b: Tensor, **__: Any) -> float:
-    """Of matrices, or of as many pairs of them."""
+    """One product of matrices, or a batch of them."""
     return 2.0 * a.numel() * b.shape[-1]
 
 
-OWN: dict[Any, Callable[..., float]] = {  # what torch's own table lacks
+FLOPS: dict[Any, Callable[..., float]] = {  # operators that torch's table lacks
     torch.ops.aten.addmm_.default: _product,
     torch.ops.aten.baddbmm_.default: _product,
-    attention.attention.default: _causal,
-    attention.attention_backward.default: lambda _gradient, q, k, *_, **__: 2.5 * _causal(q, k),
+    flash_op.default: _causal_attention,
+    flash_backward_op.default: lambda _gradient, q, k, *_, **__: 2.5 * _causal_attention(q, k),
 }
 
 
-# ---- The run's model without its weights: what would be trained, how it would be computed, what its weights would
-# take.
+# ---- The model without its weights
 #
-# Everything is made by the code that makes the real one, on tensors without contents (`train.ledger`), from config.json
-# alone. What a run decides by comparing numbers is foreseen from the model's structure, and may turn out otherwise.
+# It is made by the code that makes the real one, on fake tensors, from config.json. What a run decides by comparing
+# numbers is predicted from the model's structure, and may turn out otherwise.
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of the base. On a CPU, what the files hold in the precision asked for is not copied but mapped, page by
-    page, and a mapping stays as long as one tensor of it does.
+    """Bytes of the base's weights.
+
+    On a CPU, files in the precision asked for are not copied but mapped into memory, and the mapping of a file stays as
+    long as one of its tensors.
     """
 
-    held: int  # as stored
-    while_read: int  # on top, until all is there
-    left_mapped: int  # on top, afterwards: of a quantised base what was quantised
+    stored: int
+    while_read: int  # in addition, until all are read
+    left_mapped: int  # in addition, afterwards: of a quantized base the files' weights that were quantized
 
 
 @dataclass(frozen=True, eq=False)
-class Skeleton:
-    """model: what trains.    notes: what was foreseen about how."""
+class FakeModel:
+    """What a run would train, without contents.    notes: what was predicted about how."""
 
     model: Trainable
-    rows: BatchLayout
+    layout: BatchLayout
     kernels: Kernels
     weights: Weights
     notes: list[str]
@@ -214,27 +222,34 @@ class Skeleton:
 
 
 @contextmanager
-def skeleton(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> Iterator[Skeleton]:
-    """The model of this shape that `config` would train on `device`; nothing has contents within the block.
+def fake_model(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> Iterator[FakeModel]:
+    """Within the block no tensor has contents; yields the model of this shape that `config` would train on `device`.
 
     Raises ConfigError, TargetError, FormatError.
     """
     if config.quantize is not None:
         check_unquantized(shape, config.model, config.quantize)
-    with without_contents():
-        model, weights = subject(config, shape, device)
+    with fake_tensors():
+        model, weights = fake_trainable(config, shape, device)
         base = cast(PreTrainedModel, model.base_model)
-        rows, notes = _rows(config, model)
-        reason = obstacle_to_kernels(config.fast, base, rows, device)
-        kernels = described(base, rows, device, reason, "to be verified")
-        yield Skeleton(model, rows, kernels, weights, notes)
+        layout, notes = _predict_layout(config, model)
+        obstacle = obstacle_to_kernels(config.fast, base, layout, device)
+        kernels = (
+            fused_layers(base, layout, "to be checked against the layers of transformers when the run starts")
+            if obstacle is None
+            else plain_layers(base, layout, device, obstacle)
+        )
+        yield FakeModel(model, layout, kernels, weights, notes)
 
 
-def subject(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> tuple[Trainable, Weights]:
-    """What trains, and what its base takes. Raises as `skeleton`."""
+def fake_trainable(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> tuple[Trainable, Weights]:
+    """Returns what is trained, and the bytes of its base. Raises as `fake_model`."""
     base = _base(config, shape, device)
-    weights = _weights(base, _stored_in(shape), None if config.quantize is None else STORED[config.quantize])
-    return _subject(config, base), weights
+    weights = _weights(base, _stored_dtype(shape), None if config.quantize is None else STORED[config.quantize])
+    if config.method == "full":
+        return FullModel(base, cast(Any, None), lambda: base).train(), weights
+    settings = lora_config_of(read_any_format(Path(config.adapter), base), base) if config.adapter else config.lora()
+    return LoRAModel(base, settings, fresh=False).train(), weights
 
 
 def _base(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> PreTrainedModel:
@@ -247,75 +262,65 @@ def _base(config: TrainConfig, shape: PretrainedConfig, device: torch.device) ->
     return base.eval()
 
 
-def _subject(config: TrainConfig, base: PreTrainedModel) -> Trainable:
-    if config.method == "full":
-        return FullModel(base, cast(Any, None), lambda: base).train()
-    own = lora_config_of(read_any_format(Path(config.adapter), base), base) if config.adapter else config.lora()
-    return LoRAModel(base, own, fresh=False).train()
-
-
-def _rows(config: TrainConfig, model: Trainable) -> tuple[BatchLayout, list[str]]:
-    """How examples will be read and losses computed, as far as the model's structure tells."""
+def _predict_layout(config: TrainConfig, model: Trainable) -> tuple[BatchLayout, list[str]]:
+    """Returns how batches and losses will be computed, as far as the model's structure tells, with notes."""
     base = cast(PreTrainedModel, model.base_model)
-    plain = model.disable_adapter() if isinstance(model, LoRAModel) else nullcontext()  # they change neither
-    with evaluating(model), torch.no_grad(), plain:
-        packing = choose(base, config.packing, _refusal)
-        batch, _ = as_batch(some_examples(base), packing.on, 0, base.device)
+    without_adapter = model.disable_adapter() if isinstance(model, LoRAModel) else nullcontext()  # it changes neither
+    with evaluating(model), torch.no_grad(), without_adapter:
+        packing = choose_packing(base, config.packing, _unsupported_packing)
+        batch, _ = make_batch(short_examples(base), packing.on, 0, base.device)
         with packed_rows(base) if packing.on else nullcontext():
-            loss, obstacle = foreseen_form(base, batch) if config.fast == "auto" else (own_form(base), None)
-    told = [packing.note, obstacle and f"the loss is computed {loss}, which takes more memory: {obstacle}"]
-    return BatchLayout(packing.on, loss, 0), [note for note in told if note]
+            loss, obstacle = predict_form(base, batch) if config.fast == "auto" else (own_form(base), None)
+    notes = [packing.note, obstacle and f"the loss is computed {loss}, which takes more memory: {obstacle}"]
+    return BatchLayout(packing.on, loss, 0), [note for note in notes if note]
 
 
-def _refusal(base: PreTrainedModel) -> str | None:
-    found = packed_logits(base, probes(base.config))
-    return found if isinstance(found, str) else None
+def _unsupported_packing(base: PreTrainedModel) -> str | None:
+    logits = packed_logits(base, random_documents(base.config))
+    return logits if isinstance(logits, str) else None
 
 
-# ---- weights, and quantised layers by what they take
-
-
-def _stored_in(shape: PretrainedConfig) -> torch.dtype:
-    """The precision of the files, as config.json tells it."""
-    told = getattr(shape, "dtype", None) or torch.float32
-    dtype: torch.dtype = getattr(torch, told) if isinstance(told, str) else told
+def _stored_dtype(shape: PretrainedConfig) -> torch.dtype:
+    """Returns the precision of the files, according to config.json."""
+    stored = getattr(shape, "dtype", None) or torch.float32
+    dtype: torch.dtype = getattr(torch, stored) if isinstance(stored, str) else stored
     return dtype
 
 
-def _weights(base: PreTrainedModel, stored_in: torch.dtype, stored: Stored | None) -> Weights:
-    """With `stored`, lets the linear layers compute as quantised ones do."""
+def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None) -> Weights:
+    """files: precision of the files.    stored: of a quantized base, whose linear layers then compute as such."""
     head = base.get_output_embeddings()
-    layers = [module for module in base.modules() if stored and module is not head and _linear(module)]
-    packed = {id(layer.weight): stored.bytes(cast(Tensor, layer.weight)) for layer in layers if stored}
+    layers = [module for module in base.modules() if stored and module is not head and _is_linear(module)]
+    quantized = {id(layer.weight): stored.bytes(cast(Tensor, layer.weight)) for layer in layers if stored}
     for layer in layers:
-        layer.__class__ = _thawing(type(layer))
+        layer.__class__ = _quantized_class(type(layer))
         layer.__dict__["stored"] = stored
     tensors = [tensor for _, tensor, _ in held_parts(base)]
-    held = sum(packed.get(id(tensor), tensor.nbytes) for tensor in tensors)
-    if base.dtype != stored_in:  # converted, and the files let go
-        return Weights(held, sum(parameter.numel() for parameter in base.parameters()) * stored_in.itemsize, 0)
-    apart = sum(tensor.nbytes for tensor in tensors if id(tensor) in packed)
-    return Weights(held, apart, apart)
+    total = sum(quantized.get(id(tensor), tensor.nbytes) for tensor in tensors)
+    if base.dtype != files:  # converted, and the files are closed
+        return Weights(total, sum(parameter.numel() for parameter in base.parameters()) * files.itemsize, 0)
+    originals = sum(tensor.nbytes for tensor in tensors if id(tensor) in quantized)
+    return Weights(total, originals, originals)
 
 
-def _linear(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> bool:
     layer_type = layer_type_of(module)
     return layer_type is not None and layer_type.is_linear
 
 
-class _Thawing:
-    """A linear layer that makes its dense weight anew for every product."""
+class _QuantizedLinear:
+    """A linear layer that makes its dense weight again for every product, as quantized layers do."""
 
     stored: Stored
 
     def forward(self, x: Tensor) -> Tensor:
         layer = cast(Any, self)
         columns = layer_type_of(layer) is CONV1D
-        y: Tensor = _Thawed.apply(x, layer.weight.T if columns else layer.weight, layer.bias, self.stored)  # type: ignore[no-untyped-call]
+        y: Tensor = _DequantizedLinear.apply(x, layer.weight.T if columns else layer.weight, layer.bias, self.stored)  # type: ignore[no-untyped-call]
         return y
 
 
-class _Thawed(torch.autograd.Function):
+class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stored: Stored) -> Tensor:
         dense = torch.empty_like(weight)
@@ -323,7 +328,7 @@ class _Thawed(torch.autograd.Function):
         ctx.like = weight
         y = F.linear(x, dense, bias)
         del dense
-        torch.empty(int(stored.per_output * y.numel()), dtype=torch.uint8, device=y.device)  # gone at once
+        torch.empty(int(stored.per_output * y.numel()), dtype=torch.uint8, device=y.device)  # freed at once
         return y
 
     @staticmethod
@@ -332,21 +337,24 @@ class _Thawed(torch.autograd.Function):
         return gradients[0] @ dense, None, None, None
 
 
+QUANTIZED = "Quantized"  # prefix of the class names of such layers
+
+
 def _derive(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Thawing{cls.__name__}", (_Thawing, cls), {"__module__": __name__})
+    return type(f"{QUANTIZED}{cls.__name__}", (_QuantizedLinear, cls), {"__module__": __name__})
 
 
-_thawing: Callable[[type[nn.Module]], type[nn.Module]] = cast(Any, cache(_derive))
+_quantized_class: Callable[[type[nn.Module]], type[nn.Module]] = cast(Any, cache(_derive))
 
 
-# ----
+# ---- Memory
 
 
 MOMENTS = 2  # of AdamW
-# Of a process on a CPU, beside what torch is asked for; benchmarks/plan.py shows what these make of whole runs:
-LIBRARIES = 90 * 10**6  # code that is only loaded when it is called, threads, what caches hold
-LIBRARIES_16_BIT = 40 * 10**6  # what oneDNN compiles for 16-bit products, at most 64 of them
-SPLIT = 0.1  # of a step's memory that the allocator holds on top, in pieces
+# Of a process on a CPU, in addition to what torch allocates; benchmarks/plan.py compares the sums with whole runs:
+LIBRARIES = 90 * 10**6  # code that is loaded when it is first called, threads, caches
+LIBRARIES_16_BIT = 40 * 10**6  # code that oneDNN compiles for 16-bit products, at most 64 of them
+FRAGMENTATION = 0.1  # share of a step's memory that the allocator keeps in addition
 LOGITS, ACTIVATIONS, GRADIENTS = "logits", "activations", "gradients"
 
 
@@ -355,19 +363,19 @@ class Memory:
     """Bytes at the largest moment of a run."""
 
     weights: int  # of the base, as stored
-    adapters: int  # what is trained beside the weights: in full fine-tuning of 16 bits, float32 masters
+    adapters: int  # what is trained beside the weights; in full fine-tuning of 16 bits the float32 masters
     gradients: int
     optimizer: int  # two moments of AdamW, a copy of before the step, and of the best where evaluations choose
     activations: int  # kept for the backward, and temporaries, at the largest moment
     logits: int  # at that moment
-    process: int  # interpreter, libraries, and what the allocator holds beyond what is asked of it
+    process: int  # interpreter, libraries, and what the allocator keeps beyond what is allocated
 
     @property
     def total(self) -> int:
         return sum(asdict(self).values())
 
     def with_total(self, total: int) -> "Memory":
-        """The same parts where that is the whole: the process has what they leave over; if nothing, they have less."""
+        """Returns the same with another total: `process` gets the difference, and below zero the activations."""
         rest = self.process + total - self.total
         return replace(self, process=max(rest, 0), activations=self.activations + min(rest, 0))
 
@@ -376,101 +384,94 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One forward and backward at its largest moment, beside what stands; and its work."""
+class StepCost:
+    """Bytes of one forward and backward at its largest moment, without what stays through the run; and its work."""
 
     activations: int
     logits: int
-    gradients: int  # of 16-bit weights, on their way to the float32 ones
+    gradients: int  # of 16-bit weights, on their way to the float32 masters
     kept: int  # from the forward for the backward
     flops: float
 
     @property
-    def held(self) -> int:
+    def bytes(self) -> int:
         return self.activations + self.logits + self.gradients
 
 
-def step_of(bare: Skeleton, examples: Sequence[Example], *, checkpointed: bool) -> Step:
-    """The forward and backward of these examples in one batch."""
-    model, base, device = bare.model, bare.base, bare.base.device
+def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed: bool) -> StepCost:
+    """Runs the forward and backward of these examples in one batch, within `fake_model`'s block."""
+    model, base, device = fake.model, fake.base, fake.base.device
     vocabulary = base.config.get_text_config().vocab_size
-    shapes = {parameter.shape for parameter in base.parameters() if parameter.requires_grad}
+    trained_shapes = {parameter.shape for parameter in base.parameters() if parameter.requires_grad}
+    parameters = list(trained_module(model).parameters())
 
     def part_of(tensor: Tensor) -> str:
         if tensor.ndim > 1 and tensor.shape[-1] == vocabulary:
             return LOGITS
-        return GRADIENTS if tensor.shape in shapes else ACTIVATIONS
+        return GRADIENTS if tensor.shape in trained_shapes else ACTIVATIONS
 
-    batch, _ = as_batch(examples, bare.rows.packed, bare.rows.pad_id, device)
-    with _gradients(trained(model)):
-        ledger = Ledger(tensors_of(base, trained(model)), part_of)
-        with running(base, bare.rows, bare.kernels, checkpointed=checkpointed), torch.enable_grad(), ledger:
-            loss = FORMS[bare.rows.loss](model, batch).sum()
-            kept = ledger.now.total()
+    batch, _ = make_batch(examples, fake.layout.packed, fake.layout.pad_id, device)
+    for parameter in parameters:  # as in a run, where gradients are views of a flat buffer
+        parameter.grad = torch.zeros_like(parameter)
+    tracker = MemoryTracker(tensors_of(base, trained_module(model)), part_of)
+    try:
+        with use_kernels(base, fake.layout, fake.kernels, checkpointed=checkpointed), torch.enable_grad(), tracker:
+            loss = FORMS[fake.layout.loss](model, batch).sum()
+            kept = tracker.now.total()
             loss.backward()  # type: ignore[no-untyped-call]
-    held = ledger.peak
-    return Step(held[ACTIVATIONS], held[LOGITS], held[GRADIENTS], kept, ledger.flops)
-
-
-class _gradients:
-    """Within the block every trained parameter has its gradient, as in a run, where it is a view of a flat one."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._parameters = list(module.parameters())
-
-    def __enter__(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = torch.zeros_like(parameter)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self._parameters:
+    finally:
+        for parameter in parameters:
             parameter.grad = None
+    peak = tracker.peak
+    return StepCost(peak[ACTIVATIONS], peak[LOGITS], peak[GRADIENTS], kept, tracker.flops)
 
 
-def memory_of(config: TrainConfig, bare: Skeleton, step: Step, process: int) -> Memory:
-    """Of a run whose largest forward is `step`, in a process that holds `process` before its model is there."""
-    parameters = list(trained(bare.model).parameters())
-    wide = sum(parameter.nbytes for parameter in parameters)
-    own = {id(parameter) for parameter in bare.base.parameters()}  # a float32 model is its own master
+def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, process: int) -> Memory:
+    """Returns the memory of a run.
+
+    step: cost of its largest forward.    process: bytes that the process uses before its model is loaded.
+    """
+    parameters = list(trained_module(fake.model).parameters())
+    trained = sum(parameter.nbytes for parameter in parameters)
+    of_base = {id(parameter) for parameter in fake.base.parameters()}  # a float32 model is its own master
     memory = Memory(
-        weights=bare.weights.held,
-        adapters=sum(parameter.nbytes for parameter in parameters if id(parameter) not in own),
-        gradients=wide + step.gradients,
-        optimizer=wide * (MOMENTS + (2 if config.eval_steps else 1)),
+        weights=fake.weights.stored,
+        adapters=sum(parameter.nbytes for parameter in parameters if id(parameter) not in of_base),
+        gradients=trained + step.gradients,
+        optimizer=trained * (MOMENTS + (2 if config.eval_steps else 1)),
         activations=step.activations,
         logits=step.logits,
         process=process,
     )
-    return _on_cpu(config, bare, step, memory) if bare.base.device.type == "cpu" else memory
+    return _on_cpu(config, fake, step, memory) if fake.base.device.type == "cpu" else memory
 
 
-def _on_cpu(config: TrainConfig, bare: Skeleton, step: Step, memory: Memory) -> Memory:
-    """With what the process holds beyond what torch is asked for. A device's allocator counts what it is asked for.
+def _on_cpu(config: TrainConfig, fake: FakeModel, step: StepCost, memory: Memory) -> Memory:
+    """Adds what a process on a CPU uses beyond what torch allocates. (The peak of a GPU counts what is allocated.)
 
-    Where another moment is larger than that of the step, the process has the difference.
+    If reading the weights, or reading back what was saved, takes more than a step, `process` gets the difference.
     """
-    own = LIBRARIES + (LIBRARIES_16_BIT if bare.base.dtype == torch.bfloat16 else 0)
-    stepping = replace(memory, process=memory.process + bare.weights.left_mapped + own + int(SPLIT * step.held))
-    reading = memory.process + bare.weights.held + bare.weights.while_read
-    saved = stepping.total - step.held + (bare.weights.held if config.method == "full" else 0)  # read back
-    return stepping.with_total(max(stepping.total, reading, saved))
+    libraries = LIBRARIES + (LIBRARIES_16_BIT if fake.base.dtype == torch.bfloat16 else 0)
+    beside = memory.process + fake.weights.left_mapped + libraries + int(FRAGMENTATION * step.bytes)
+    in_step = replace(memory, process=beside)
+    reading = memory.process + fake.weights.stored + fake.weights.while_read
+    reading_back = in_step.total - step.bytes + (fake.weights.stored if config.method == "full" else 0)
+    return in_step.with_total(max(in_step.total, reading, reading_back))
 
 
-# ---- How long a step will take, before any: its work over what this machine multiplies in a second.
-#
-# A rough rule: products of the model's own width are timed for a moment, and a step reaches SHARE of that speed.
+# ---- Speed
 
 
-SHARE = 0.6  # of the products' speed that a step reaches; see benchmarks/plan.py
-TURNS = 5
+SHARE = 0.6  # of the speed of products that a whole step reaches; see benchmarks/plan.py
+REPEATS = 5
 
 
 def products_per_second(tokens: int, width: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of (tokens, width) x (width, inner), a median of a few."""
+    """Returns the operations a second of (tokens, width) x (width, inner), a median of a few."""
     x = torch.ones(tokens, width, dtype=dtype, device=device)
     weight = torch.ones(inner, width, dtype=dtype, device=device)
     seconds = []
-    for _ in range(1 + TURNS):
+    for _ in range(1 + REPEATS):
         started = time.perf_counter()
         torch.mm(x, weight.T)
         if device.type == "cuda":

@@ -1,4 +1,7 @@
-"""What the loop tells whoever listens. The library prints nothing; a listener may."""
+"""What a run reports while it trains, what it returns, and how Ctrl-C stops it.
+
+The library prints nothing. `run(config, on_event=listener)` calls the listener with the events below.
+"""
 
 import signal
 import threading
@@ -54,7 +57,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Note:
-    """Something that was decided for the user, and why."""
+    """A decision that was made for the user, and the reason."""
 
     text: str
 
@@ -76,7 +79,7 @@ class Interrupted(KeyboardInterrupt):
         self.folder = folder
 
 
-# ---- What a run comes back with.
+# ---- The result
 
 
 IN_MEMORY = {"in_memory": True}
@@ -84,7 +87,7 @@ IN_MEMORY = {"in_memory": True}
 
 @dataclass(frozen=True, eq=False)
 class TrainResult:
-    """The numbers of a run, and the objects that it leaves in memory, which `to_dict` leaves out."""
+    """The numbers of a run, and the objects that it leaves in memory, which are not part of `to_dict`."""
 
     output_dir: str
     steps: int
@@ -105,38 +108,40 @@ class TrainResult:
     after: Evaluation | None = field(metadata=IN_MEMORY)
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the numbers."""
         return {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata}
 
 
-# ---- Ctrl-C and SIGTERM as a wish that the loop grants between two steps.
+# ---- Ctrl-C and SIGTERM
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """An event that the first signal sets. A second one acts as it would have without us.
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Yields an event that the first SIGINT or SIGTERM sets, so that the run stops between two steps.
 
-    Only the main thread may listen to signals; elsewhere the event is never set.
+    A second signal has its usual effect. Only the main thread receives signals; in other threads the event is never
+    set.
     """
-    wish = threading.Event()
+    stop_event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield wish
+        yield stop_event
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def restore() -> None:
-        for number, handler in before.items():
+    def restore_handlers() -> None:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    def heard(_number: int, _frame: FrameType | None) -> None:
-        wish.set()
-        restore()
+    def request_stop(_number: int, _frame: FrameType | None) -> None:
+        stop_event.set()
+        restore_handlers()
 
     for number in SIGNALS:
-        signal.signal(number, heard)
+        signal.signal(number, request_stop)
     try:
-        yield wish
+        yield stop_event
     finally:
-        restore()
+        restore_handlers()

@@ -1,4 +1,8 @@
-"""Which kernels a run takes: what applies is tried on the user's model against the plain path, and said aloud."""
+"""Which kernels a run computes with: those that apply are tried on the user's model against transformers' own layers.
+
+choose_kernels    what applies -> tried, compared -> `Kernels`, with a description for the run's header
+use_kernels       within the block the model computes so
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,136 +18,171 @@ from tailora.core.attach import Adapted, evaluating
 from tailora.core.layer import LoRALayer
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.kernels.attention import BLOCKS, SHORT, TORCHS, best_ways, packed_rows
+from tailora.kernels.attention import BLOCK, SHORT, packed_rows
+from tailora.kernels.fused_attention import BLOCKS_ONLY, FLASH_ONLY, flash_thresholds
 from tailora.kernels.llama import eligible, fast_layers, obstacle_to_layers
 from tailora.train.loss import BatchLayout, token_losses
-from tailora.train.packing import probes
-from tailora.train.trainable import Trainable, trained
+from tailora.train.packing import random_documents
+from tailora.train.trainable import Trainable, trained_module
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}  # float64: transformers computes norms in float32
 HALF_TOLERANCE = 0.1  # bfloat16, float16
-MIXED = "torch's forward of long documents, else grouped, in blocks"
-WAYS = {BLOCKS: "grouped, in blocks", TORCHS: "torch's, by length"}  # of attention within the layer kernels
-SPREAD = 0.02  # of factors that start at zero, while gradients are compared
+SPREAD = 0.02  # standard deviation of factors that start at zero, while gradients are compared
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What was chosen, and why."""
+    layers: bool  # decoder layers of the Llama family as one autograd Function each
+    description: str  # for the run's header: decoder layers; attention; loss
 
-    layers: bool  # whole layers as one Function
-    words: str  # for the run's header
+
+NO_KERNELS = Kernels(False, "")
+
+# ---- The choice
 
 
 def choose_kernels(
-    fast: str, model: Trainable, rows: BatchLayout, sample: Example, device: torch.device, before: bool | None = None
+    fast: str,
+    model: Trainable,
+    layout: BatchLayout,
+    sample: Example,
+    device: torch.device,
+    recorded: bool | None = None,
 ) -> Kernels:
-    """`fast` is auto or off. Where `auto` finds that the layer kernels do not apply, or differ, `words` says why.
+    """Returns the kernels of a run.
 
-    sample: of the run's own data, since half precision computes random tokens with large errors in any order.
-    before: what the run that goes on chose; its factors are not there yet, so nothing is tried again.
+    fast: auto or off. If `auto` cannot use the fused layers, or they give other results, the description says why.
+    sample: an example of the run's data, because half precision computes random tokens with large errors in any order.
+    recorded: the choice of the run that is continued. It is taken over: the adapter's tensors are not restored yet, so
+        nothing could be compared.
     """
     base = cast(PreTrainedModel, model.base_model)
-    reason = obstacle_to_kernels(fast, base, rows, device)
-    verdict = ""
-    if reason is None and before is not None:
-        verdict, reason = "as before", None if before else "as before"
-    elif reason is None:
-        apart = disagreement(model, documents(sample, base.config), rows, device)
-        allowed = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
-        verdict = f"verified ({apart:.0e} apart)"
-        if not apart <= allowed:
-            reason = f"they differ from the plain path by {apart:.1e}, allowed {allowed:.0e}"
-    return described(base, rows, device, reason, verdict)
+    if (obstacle := obstacle_to_kernels(fast, base, layout, device)) is not None:
+        return plain_layers(base, layout, device, obstacle)
+    if recorded is not None:
+        if not recorded:
+            return plain_layers(base, layout, device, "the run was started with them")
+        return fused_layers(base, layout, "as when the run was started")
+    difference = largest_difference(model, documents(sample, base.config), layout, device)
+    allowed = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
+    if not difference <= allowed:
+        return plain_layers(
+            base, layout, device, f"the fused ones differ from them by {difference:.0e} (allowed: {allowed:.0e})"
+        )
+    return fused_layers(
+        base,
+        layout,
+        "checked against the layers of transformers: outputs and gradients differ by at most "
+        f"{difference:.0e} (relative, allowed: {allowed:.0e})",
+    )
 
 
-def described(
-    base: PreTrainedModel, rows: BatchLayout, device: torch.device, reason: str | None, verdict: str
-) -> Kernels:
-    """reason: why the layer kernels are off, or None."""
-    layers = f"Llama family, {verdict}" if reason is None else f"off, {reason}"
-    attention = _attention(base, rows, device) if reason else WAYS.get(best_ways(base.dtype), MIXED)
-    return Kernels(reason is None, f"layer kernels: {layers}; attention: {attention}; loss: {rows.loss}")
-
-
-def obstacle_to_kernels(fast: str, base: PreTrainedModel, rows: BatchLayout, device: torch.device) -> str | None:
-    """Why the layer kernels are not even tried, or None."""
+def obstacle_to_kernels(fast: str, base: PreTrainedModel, layout: BatchLayout, device: torch.device) -> str | None:
+    """Returns why the fused layers are not even tried; None if they can be."""
     if fast == "off":
-        return "as asked"
-    if not rows.packed:
-        return "batches are padded"
+        return "--fast off asks for them"
+    if not layout.packed:
+        return "fused ones need packed batches, and these are padded"
     if device.type != "cpu":
-        return f"not measured on {device.type}"
+        return f"fused ones were not measured on {device.type}"
     return obstacle_to_layers(base)
 
 
-def _attention(base: PreTrainedModel, rows: BatchLayout, device: torch.device) -> str:
-    if not rows.packed:
-        return f"{base.config._attn_implementation}, padded"
-    in_blocks = device.type == "cpu" and base.dtype == torch.bfloat16
-    return f"grouped bf16 up to {SHORT} tokens, else SDPA" if in_blocks else "SDPA per document"
+def fused_layers(base: PreTrainedModel, layout: BatchLayout, check: str) -> Kernels:
+    """check: how it is known that they give the same results."""
+    thresholds = flash_thresholds(base.dtype)
+    attention = {
+        BLOCKS_ONLY: f"batched products over blocks of {BLOCK} queries",
+        FLASH_ONLY: "torch's flash attention for CPUs, documents of similar length together",
+    }.get(
+        thresholds,
+        f"torch's flash attention for documents of {thresholds.forward:,} tokens and more, blocks of {BLOCK} queries "
+        "for shorter ones",
+    )
+    return _described(True, f"fused for speed, {check}", attention, layout)
+
+
+def plain_layers(base: PreTrainedModel, layout: BatchLayout, device: torch.device, reason: str) -> Kernels:
+    if not layout.packed:
+        attention = f"{base.config._attn_implementation} with a padding mask"
+    elif device.type == "cpu" and base.dtype == torch.bfloat16:
+        attention = f"blocks of queries for documents of up to {SHORT} tokens, torch's SDPA for each longer one"
+    else:
+        attention = "torch's SDPA for each document"
+    return _described(False, f"those of transformers, because {reason}", attention, layout)
+
+
+def _described(fused: bool, layers: str, attention: str, layout: BatchLayout) -> Kernels:
+    return Kernels(fused, f"decoder layers: {layers}; attention: {attention}; loss: {layout.loss}")
+
+
+# ---- The comparison
 
 
 def documents(sample: Example, config: PretrainedConfig) -> list[Example]:
-    """Two documents from the start of the sample, long enough to show a sliding window where it is."""
-    lengths = [len(probe.input_ids) for probe in probes(config)]
+    """Returns two documents from the start of the sample, longer than a sliding window unless that is long."""
+    lengths = [len(document.input_ids) for document in random_documents(config)]
     parts = np.split(sample.input_ids[: sum(lengths)], [min(lengths[0], len(sample.input_ids) // 2)])
     return [Example(ids, ids.copy()) for ids in parts]
 
 
-def disagreement(model: Trainable, examples: Sequence[Example], rows: BatchLayout, device: torch.device) -> float:
-    """Of each layer's kernel from its own forward on the same input: the largest relative difference of all layers.
+def largest_difference(
+    model: Trainable, examples: Sequence[Example], layout: BatchLayout, device: torch.device
+) -> float:
+    """Returns the largest relative difference of a fused layer from the layer's own forward on the same input.
 
     Compared are what the layer adds to its input, and the gradients of the input and of the factors.
     """
     base = cast(PreTrainedModel, model.base_model)
     largest = 0.0
-    with evaluating(model), stirred(model), packed_rows(base):
-        for layer, x, given in _calls(model, examples, rows, device):
-            plain = _tried(layer, x, given)
+    with evaluating(model), zeros_randomized(model), packed_rows(base):
+        for layer, x, arguments in _layer_calls(model, examples, layout, device):
+            plain = _outputs_and_gradients(layer, x, arguments)
             with fast_layers(layer):
-                fast = _tried(layer, x, given)
-            apart = [(a - b).norm() / a.norm() for a, b in zip(plain, fast, strict=True) if a.any()]
-            largest = max(largest, *(float(each) for each in apart))
+                fused = _outputs_and_gradients(layer, x, arguments)
+            differences = [(a - b).norm() / a.norm() for a, b in zip(plain, fused, strict=True) if a.any()]
+            largest = max(largest, *map(float, differences))
     return largest
 
 
-Call = tuple[nn.Module, Tensor, dict[str, Any]]  # a layer, its input (1, tokens, hidden), its other arguments
+LayerCall = tuple[nn.Module, Tensor, dict[str, Any]]  # a layer, its input (1, tokens, hidden), its other arguments
 
 
-def _calls(model: Trainable, examples: Sequence[Example], rows: BatchLayout, device: torch.device) -> list[Call]:
-    """What each layer that the kernels take is called with."""
-    calls: list[Call] = []
+def _layer_calls(
+    model: Trainable, examples: Sequence[Example], layout: BatchLayout, device: torch.device
+) -> list[LayerCall]:
+    """Returns what each layer that can be fused is called with."""
+    calls: list[LayerCall] = []
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...], given: dict[str, Any]) -> None:
-        calls.append((layer, inputs[0].detach(), given))
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
+        calls.append((layer, inputs[0].detach(), arguments))
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in eligible(model.base_model)]
     try:
         with torch.no_grad():
-            token_losses(model, examples, rows, device)
+            token_losses(model, examples, layout, device)
     finally:
         for hook in hooks:
             hook.remove()
     return calls
 
 
-def _tried(layer: nn.Module, x: Tensor, given: dict[str, Any]) -> list[Tensor]:
-    """What the layer adds to x, and the gradients of x, likewise, and of the factors within it."""
+def _outputs_and_gradients(layer: nn.Module, x: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
+    """Returns what the layer adds to x, what it adds to the gradient of x, and the gradients of its factors."""
     adapted = [module for module in layer.modules() if isinstance(module, Adapted)]
     factors = [parameter for module in adapted for part in module.active_adapters for parameter in part.parameters()]
     weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     with torch.enable_grad():
         x = x.requires_grad_()
-        y = layer(x, **given)
+        y = layer(x, **arguments)
         dx, *gradients = torch.autograd.grad(y, [x, *factors], weights)
     return [(y - x).detach().float(), (dx - weights).float(), *gradients]
 
 
 @contextmanager
-def stirred(model: Trainable) -> Iterator[None]:
-    """Within the block, factors that are zero are random, so that every gradient is there to be compared."""
-    layers = [layer for layer in trained(model).modules() if isinstance(layer, LoRALayer)]
+def zeros_randomized(model: Trainable) -> Iterator[None]:
+    """Within the block, factors that are zero are random, so that no gradient that is compared is zero."""
+    layers = [layer for layer in trained_module(model).modules() if isinstance(layer, LoRALayer)]
     factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B, layer.lora_E)]
     zeros = [factor for factor in factors if factor is not None and not factor.any()]
     generator = torch.Generator().manual_seed(0)
@@ -156,13 +195,19 @@ def stirred(model: Trainable) -> Iterator[None]:
             factor.data.zero_()
 
 
+# ---- The use
+
+
 @contextmanager
-def running(
-    base: PreTrainedModel, rows: BatchLayout, kernels: Kernels, *, checkpointed: bool = False
+def use_kernels(
+    base: PreTrainedModel, layout: BatchLayout, kernels: Kernels, *, checkpointed: bool = False
 ) -> Iterator[None]:
-    """The model reads these rows by these kernels; afterwards it is what it was. Raises ConfigError."""
+    """Within the block the model computes batches of this layout with these kernels; then it is restored.
+
+    checkpointed: with gradient checkpointing. Raises ConfigError if the model does not support it.
+    """
     with ExitStack() as stack:
-        if rows.packed:
+        if layout.packed:
             stack.enter_context(packed_rows(base))
         if kernels.layers:
             stack.enter_context(fast_layers(base, checkpointed=checkpointed))
@@ -173,10 +218,10 @@ def running(
 
 @contextmanager
 def checkpointed_layers(base: PreTrainedModel) -> Iterator[None]:
-    """Within the block every layer keeps its input only and computes the rest again. Raises ConfigError.
+    """Within the block every layer keeps only its input and computes the rest again. Raises ConfigError.
 
-    transformers also makes the embedding's output ask for gradients, which is for the reentrant kind and would send
-    the backward through layers below the first adapted one; that is undone.
+    transformers also makes the embedding's output require gradients, which only reentrant checkpointing needs. The
+    backward would then go through the layers below the first adapted one, so this is undone.
     """
     new = hasattr(base, "activation_checkpointing_enable")  # the name since transformers 5.2x
     enable = base.activation_checkpointing_enable if new else base.gradient_checkpointing_enable

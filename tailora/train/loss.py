@@ -1,7 +1,10 @@
-"""Losses in nats at the supervised positions of examples.
+"""Losses in nats at the supervised positions of examples, for training and for held-out evaluation.
 
-A batch is either one packed row (1, total) or padded rows (batch, longest). Position i predicts token i + 1; the first
-label of each document is -100, so no prediction crosses a boundary.
+    examples -> `make_batch`: one packed row (1, total), or padded rows (batch, longest)
+             -> `token_losses`: one loss per supervised token
+             -> `ModelWithLoss` for the backward, `evaluate` for the loss of every held-out example
+
+Position i predicts token i + 1. The first label of each document is -100, so no prediction crosses a boundary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,61 +28,65 @@ from tailora.train.trainable import Trainable
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How examples become the model's input, and its output becomes losses."""
+    """How examples become the model's input, and how losses are computed from its output."""
 
     packed: bool
-    loss: str  # a key of FORMS: "chunked, head frozen"
+    loss: str  # a key of kernels.loss.FORMS
     pad_id: int
 
 
-class Supervised(nn.Module):
-    """A model that is called with examples and gives losses, so that what wraps a module (DDP) sees one forward."""
+class ModelWithLoss(nn.Module):
+    """Calls a model with examples and returns losses, so that a wrapper of modules (DDP) sees one forward."""
 
-    def __init__(self, model: nn.Module, rows: BatchLayout, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, layout: BatchLayout, device: torch.device) -> None:
         super().__init__()
-        self.model, self.rows, self.device = model, rows, device
+        self.model, self.layout, self.device = model, layout, device
 
-    def forward(self, examples: Sequence[Example], expected: float) -> tuple[Tensor, Tensor]:
-        return token_losses(self.model, examples, self.rows, self.device, expected)
+    def forward(self, examples: Sequence[Example], expected_gradient: float) -> tuple[Tensor, Tensor]:
+        return token_losses(self.model, examples, self.layout, self.device, expected_gradient)
 
 
 def token_losses(
-    model: nn.Module, examples: Sequence[Example], rows: BatchLayout, device: torch.device, expected: float = 1.0
+    model: nn.Module,
+    examples: Sequence[Example],
+    layout: BatchLayout,
+    device: torch.device,
+    expected_gradient: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of every supervised token, (supervised,) float32, and the place in `examples` of each, (supervised,).
+    """Returns the loss of every supervised token, (supervised,) float32, and the index of its example, (supervised,).
 
-    expected: the gradient that each loss will get, if known; half precision then rounds once less.
+    expected_gradient: the gradient that each loss will get, if known; half precision then rounds once less.
     """
-    batch, owners = as_batch(examples, rows.packed, rows.pad_id, device)
-    return FORMS[rows.loss](model, replace(batch, expected=expected)), owners
+    batch, owners = make_batch(examples, layout.packed, layout.pad_id, device)
+    return FORMS[layout.loss](model, replace(batch, expected_gradient=expected_gradient)), owners
 
 
-def as_batch(examples: Sequence[Example], packed: bool, pad_id: int, device: torch.device) -> tuple[Batch, Tensor]:
-    """The examples as the model reads them, and the place in `examples` of each supervised token, (supervised,)."""
+def make_batch(examples: Sequence[Example], packed: bool, pad_id: int, device: torch.device) -> tuple[Batch, Tensor]:
+    """Returns the model's input, and the index of the example of each supervised token, (supervised,)."""
     if packed:
         row = collate_packed(examples)
         ends = row["cu_seq_lens"]  # (documents + 1,), stays on the CPU, where it is read
-        places = {"position_ids": row["position_ids"].to(device), "cu_seq_lens_q": ends}
-        batch = _judged(row, places, device)
-        at = batch.wanted[0].nonzero()[:, 0]
-        return batch, torch.searchsorted(ends[1:].to(at), at, right=True)
+        documents = {"position_ids": row["position_ids"].to(device), "cu_seq_lens_q": ends}
+        batch = _batch(row, documents, device)
+        positions = batch.supervised[0].nonzero()[:, 0]
+        return batch, torch.searchsorted(ends[1:].to(positions), positions, right=True)
     padded = collate_padded(examples, pad_id)
-    batch = _judged(padded, {"attention_mask": padded["attention_mask"].to(device)}, device)
-    return batch, batch.wanted.nonzero()[:, 0]
+    batch = _batch(padded, {"attention_mask": padded["attention_mask"].to(device)}, device)
+    return batch, batch.supervised.nonzero()[:, 0]
 
 
-def _judged(tensors: dict[str, Tensor], others: dict[str, Any], device: torch.device) -> Batch:
+def _batch(tensors: dict[str, Tensor], other_inputs: dict[str, Any], device: torch.device) -> Batch:
     labels = F.pad(tensors["labels"][:, 1:], (0, 1), value=IGNORED).to(device)  # (batch, length), of the next token
-    wanted = labels != IGNORED
-    return Batch({"input_ids": tensors["input_ids"].to(device), **others}, wanted, labels[wanted])
+    supervised = labels != IGNORED
+    return Batch({"input_ids": tensors["input_ids"].to(device), **other_inputs}, supervised, labels[supervised])
 
 
-# ---- Held-out loss, per example, in batches that never need more memory than training did.
+# ---- Held-out evaluation
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Sums in nats and counts of supervised tokens, one of each per example."""
+    """Summed loss in nats and number of supervised tokens of every example."""
 
     sums: npt.NDArray[np.float64]
     counts: npt.NDArray[np.int64]
@@ -94,26 +101,30 @@ def evaluate(
     model: Trainable,
     examples: Examples,
     *,
-    rows: BatchLayout,
+    layout: BatchLayout,
     token_budget: int,
     device: torch.device | None = None,
 ) -> Evaluation:
-    """Loss of every example without dropout or gradients; bitwise the same each time.
+    """Returns the loss of every example without dropout or gradients; bitwise the same each time.
 
-    token_budget: most tokens in one forward, padding included; a longer example goes alone.
+    token_budget: most tokens in one forward, padding included; a longer example is computed alone. With the budget of
+    training, evaluation needs no more memory than training.
     """
     device = device or next(model.parameters()).device
     sums = np.zeros(len(examples))
-    attention = packed_rows(model.base_model) if rows.packed else nullcontext()
+    attention = packed_rows(model.base_model) if layout.packed else nullcontext()
     with torch.no_grad(), evaluating(model), attention:
-        for batch in budgeted(examples.lengths, token_budget, rows.packed):
-            losses, owners = token_losses(model, [examples[i] for i in batch], rows, device)
+        for batch in batches_within(token_budget, examples.lengths, layout.packed):
+            losses, owners = token_losses(model, [examples[i] for i in batch], layout, device)
             np.add.at(sums, batch[owners.cpu().numpy()], losses.cpu().double().numpy())
     return Evaluation(sums, examples.supervised.astype(np.int64))
 
 
-def budgeted(lengths: npt.NDArray[np.int64], token_budget: int, packed: bool) -> Iterator[npt.NDArray[np.int64]]:
-    """Indices in batches of similar length, each within the budget; the longest come first, where memory shows."""
+def batches_within(token_budget: int, lengths: npt.NDArray[np.int64], packed: bool) -> Iterator[npt.NDArray[np.int64]]:
+    """Yields indices of examples of similar length, each batch within the budget.
+
+    The longest come first, so that a lack of memory shows at once.
+    """
     batch: list[int] = []
     tokens = 0
     for i in np.argsort(-lengths, kind="stable"):

@@ -1,7 +1,8 @@
-"""How much memory there is, how much a step takes, and what to change when that is too much.
+"""How much memory there is, how much the forward of a loaded model keeps, and what helps if that is too much.
 
-The estimate counts what the forward keeps for the backward, measured on the user's model with one example. It leaves
-out temporaries, so it is a lower bound: what does not fit by the estimate does not fit.
+`measure_cost` counts what a forward keeps for the backward, on the user's model with one example. It leaves out
+temporaries, so it is a lower bound: what does not fit by it does not fit. `train.estimate` estimates a whole run
+without loading the model.
 """
 
 import sys
@@ -25,11 +26,13 @@ CGROUP = (  # limit and use of a container, version 2 and 1
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
 STATUS = Path("/proc/self/status")
-SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc")
+
+# ---- What there is
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held so far: of the device, or of this process on a CPU."""
+    """Returns the most memory used so far: of the device, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -41,21 +44,21 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def forget_peak(device: torch.device) -> None:
-    """Another run in this process had its own. On a CPU the peak is that of the process."""
+def reset_peak(device: torch.device) -> None:
+    """Starts a new peak, so that earlier runs in this process do not count. On a CPU the peak cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def held_now(device: torch.device) -> int:
-    """Memory that this process holds, of the device, or on a CPU."""
+def used_bytes(device: torch.device) -> int:
+    """Returns the memory that this process uses now, of the device or on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken, within the container's limit on a CPU."""
+    """Returns the memory that can still be allocated; on a CPU within the container's limit."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, for its next tensors
         return int(torch.cuda.mem_get_info(device)[0]) + idle
@@ -66,9 +69,12 @@ def available_bytes(device: torch.device) -> int:
     return max(min(free), 0)
 
 
+# ---- What a forward keeps
+
+
 @dataclass(frozen=True)
-class Load:
-    """One forward at its largest."""
+class ForwardSize:
+    """The size of one forward, usually of the largest."""
 
     batch_size: int  # as set; a forward may hold a part of it
     examples: int
@@ -81,24 +87,25 @@ class Load:
 class Cost:
     """What the forward keeps until the backward, in bytes."""
 
-    fixed: float  # copies of the adapter in the base's precision, and of a quantised base the one weight in use
+    fixed: float  # copies of the adapter in the base's precision, and of a quantized base the one weight in use
     per_token: float
     per_checkpointed_token: float
-    per_supervised: float  # on top: a row of hidden states, or of logits, as the loss's form has it
+    per_supervised: float  # in addition: hidden states or logits of a supervised token, depending on the loss
 
-    def of(self, load: Load) -> int:
-        per_token = self.per_checkpointed_token if load.checkpointed else self.per_token
-        return int(self.fixed + per_token * load.tokens + self.per_supervised * load.supervised)
+    def of(self, size: ForwardSize) -> int:
+        """Returns the bytes that a forward of this size keeps."""
+        per_token = self.per_checkpointed_token if size.checkpointed else self.per_token
+        return int(self.fixed + per_token * size.tokens + self.per_supervised * size.supervised)
 
 
-def measure(forward: Callable[[int, bool], Tensor], tokens: int, model: PreTrainedModel) -> Cost:
-    """The cost, from what three runs of `forward(tokens, all of them supervised or none)` keep.
+def measure_cost(forward: Callable[[int, bool], Tensor], tokens: int, model: PreTrainedModel) -> Cost:
+    """Returns the cost, from what three calls of `forward(number of tokens, whether they are supervised)` keep.
 
     `forward` must not checkpoint the model's layers.
     """
-    half, whole, learned = (
-        kept_bytes(partial(forward, count, supervised), model)
-        for count, supervised in ((tokens // 2, False), (tokens, False), (tokens, True))
+    half, whole, supervised = (
+        kept_bytes(partial(forward, count, with_loss), model)
+        for count, with_loss in ((tokens // 2, False), (tokens, False), (tokens, True))
     )
     per_token = (whole - half) / (tokens - tokens // 2)
     config, width = model.config.get_text_config(), model.dtype.itemsize
@@ -107,18 +114,18 @@ def measure(forward: Callable[[int, bool], Tensor], tokens: int, model: PreTrain
         fixed=max(whole - per_token * tokens, 0) + dequantized_bytes(model),
         per_token=per_token,
         per_checkpointed_token=per_token / layers + layers * hidden * width,
-        per_supervised=(learned - whole) / max(tokens - 1, 1),  # nothing predicts the first token
+        per_supervised=(supervised - whole) / max(tokens - 1, 1),  # nothing predicts the first token
     )
 
 
 def dequantized_bytes(model: PreTrainedModel) -> int:
-    """Of the largest quantised weight in the precision of the products: there is one at a time."""
+    """Returns the bytes of the largest quantized weight when dequantized: one exists at a time."""
     sizes = (dense_shape(layer).numel() for layer in quantized_layers(model).values())
     return int(max(sizes, default=0) * model.dtype.itemsize)
 
 
 def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
-    """Bytes that autograd holds after the forward; the model's weights are not counted."""
+    """Returns the bytes that autograd keeps after the forward, without the model's weights."""
     known = {tensor.untyped_storage().data_ptr() for tensor in held_tensors(model)}
     kept: dict[int, int] = {}
 
@@ -130,43 +137,50 @@ def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
         return tensor.detach()  # the tensor itself would hold its own graph, for ever
 
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
-        loss = forward()  # alive while sizes are added up: a freed address could stand for two tensors
+        loss = forward()  # kept alive while sizes are added up, so that no address is used by two tensors
     total = sum(kept.values())
     del loss
     return total
 
 
-def check_fits(cost: Cost, load: Load, longest: int, device: torch.device) -> int:
-    """Bytes that the largest micro-batch keeps. Raises MemoryLimitError when there are not as many."""
-    needed, available = cost.of(load), available_bytes(device)
+# ---- What helps
+
+
+def check_fits(cost: Cost, size: ForwardSize, longest: int, device: torch.device) -> int:
+    """Returns the bytes that the largest forward keeps. Raises MemoryLimitError if there are not as many free."""
+    needed, available = cost.of(size), available_bytes(device)
     if needed > available:
-        cause = f"a step keeps at least {size(needed)} for its backward, and {size(available)} are free"
-        raise MemoryLimitError(f"out of memory before the first step: {cause}\n{remedies(cost, load, longest)}")
+        cause = f"a step keeps at least {format_bytes(needed)} for its backward, and {format_bytes(available)} are free"
+        raise MemoryLimitError(f"out of memory before the first step: {cause}\n{remedies(cost, size, longest)}")
     return needed
 
 
-def remedies(cost: Cost, load: Load, longest: int) -> str:
-    """Three changes, each with the memory and time of a step that it leads to."""
-    half = max(load.examples // 2, 1)
-    share = half / load.examples
-    smaller = replace(load, examples=half, tokens=int(load.tokens * share), supervised=int(load.supervised * share))
-    shorter = replace(load, tokens=load.tokens // 2, supervised=load.supervised // 2)
+def remedies(cost: Cost, size: ForwardSize, longest: int) -> str:
+    """Returns three changes of the settings, each with its effect on memory and time.
+
+    longest: tokens of the longest example.
+    """
+    half = max(size.examples // 2, 1)
+    share = half / size.examples
+    smaller = replace(size, examples=half, tokens=int(size.tokens * share), supervised=int(size.supervised * share))
+    shorter = replace(size, tokens=size.tokens // 2, supervised=size.supervised // 2)
     options = [
         (
-            f"--per-device-train-batch-size {half} with gradient accumulation times {load.batch_size / half:g}",
+            f"--per-device-train-batch-size {half} with gradient accumulation times {size.batch_size / half:g}",
             smaller,
             "the same result in about the same time",
         )
-        if load.examples > 1
+        if size.examples > 1
         else None,
-        ("--gradient-checkpointing", replace(load, checkpointed=True), "the same result in about a third more time")
-        if not load.checkpointed
+        ("--gradient-checkpointing", replace(size, checkpointed=True), "the same result in about a third more time")
+        if not size.checkpointed
         else None,
         (f"--max-length {longest // 2}", shorter, "half the time for the longest, whose ends are not learned"),
     ]
+    before = format_bytes(cost.of(size))
     lines = [
-        f"  - {change}: {size(cost.of(after))} instead of {size(cost.of(load))}; {price}"
-        for change, after, price in filter(None, options)
+        f"  - {change}: {format_bytes(cost.of(after))} instead of {before}; {effect}"
+        for change, after, effect in filter(None, options)
     ]
     others = [
         "  - fewer --target-modules or --layers-to-transform: layers below the first adapted one keep nothing",
@@ -177,14 +191,14 @@ def remedies(cost: Cost, load: Load, longest: int) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python ran out of memory; torch says so on a CPU in the text of a RuntimeError only."""
+    """True if torch or Python ran out of memory; on a CPU torch says so only in the text of a RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return not isinstance(error, MemoryLimitError)
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
 
 
 @contextmanager
-def explained(doing: str, advice: Callable[[], str]) -> Iterator[None]:
+def explain_out_of_memory(doing: str, advice: Callable[[], str]) -> Iterator[None]:
     """Within the block, running out of memory raises MemoryLimitError with the cause and what helps."""
     try:
         yield
@@ -195,8 +209,8 @@ def explained(doing: str, advice: Callable[[], str]) -> Iterator[None]:
         raise MemoryLimitError(f"out of memory while {doing}: {cause}\n{advice()}") from error
 
 
-def size(count: float) -> str:
-    """Bytes for people: 1,234,567 -> '1.2 MB'."""
+def format_bytes(count: float) -> str:
+    """Returns bytes in a readable unit: 1,234,567 -> '1.2 MB'."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

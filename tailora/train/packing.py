@@ -1,4 +1,4 @@
-"""Whether this model may be given packed rows: tried on it, not assumed."""
+"""Whether a model may be given packed rows: tried on the model itself."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,24 +27,27 @@ class Packing:
     note: str | None = None
 
 
-def choose(model: PreTrainedModel, wanted: str, find: Callable[[PreTrainedModel], str | None] | None = None) -> Packing:
-    """`wanted` is auto, on or off. Raises ConfigError for `on` where packed rows would change the results.
+def choose_packing(
+    model: PreTrainedModel, setting: str, find_obstacle: Callable[[PreTrainedModel], str | None] | None = None
+) -> Packing:
+    """Returns whether to pack. Raises ConfigError for the setting `on` if packed rows would change the results.
 
-    find: what tells why packed rows are not safe; by default `obstacle_to_packing`.
+    setting: auto, on or off.
+    find_obstacle: returns why packed rows are not safe, or None; by default `obstacle_to_packing`.
     """
-    if wanted == "off":
+    if setting == "off":
         return Packing(False)
-    obstacle = (find or obstacle_to_packing)(model)
+    obstacle = (find_obstacle or obstacle_to_packing)(model)
     if obstacle is None:
         return Packing(True)
-    if wanted == "on":
+    if setting == "on":
         raise ConfigError(f"packing = 'on', but {obstacle}; take packing = 'auto' or 'off' for padded batches")
     return Packing(False, f"padded batches instead of packed rows: {obstacle}")
 
 
 def obstacle_to_packing(model: PreTrainedModel) -> str | None:
-    """Why packed rows are not safe on this model, or None: two documents give the logits that each gives alone."""
-    documents = probes(model.config)
+    """Returns why packed rows are not safe, or None if two documents give the logits that each gives alone."""
+    documents = random_documents(model.config)
     with torch.no_grad(), evaluating(model):
         alone = torch.cat([_logits(model, [document], packed=False) for document in documents])
         together = packed_logits(model, documents)
@@ -60,16 +63,16 @@ def obstacle_to_packing(model: PreTrainedModel) -> str | None:
 
 
 def packed_logits(model: PreTrainedModel, documents: list[Example]) -> Tensor | str:
-    """Of the documents in one row, (total, vocabulary); or why the model does not take them."""
+    """Returns the logits of the documents in one row, (total, vocabulary); or why the model does not accept them."""
     try:
         with packed_rows(model):
             return _logits(model, documents, packed=True)
-    except (PackingError, TypeError) as error:  # TypeError: forward takes no such keyword
-        return f"{type(model).__name__} does not take them ({error})"
+    except (PackingError, TypeError) as error:  # TypeError: forward has no such parameter
+        return f"{type(model).__name__} does not support them ({error})"
 
 
-def probes(config: Any) -> list[Example]:
-    """Two documents of random tokens to try a model on, long enough to show a sliding window unless that is long."""
+def random_documents(config: Any) -> list[Example]:
+    """Returns two documents of random tokens to try a model on, longer than a sliding window unless that is long."""
     window = getattr(config, "sliding_window", None) or 0
     lengths = [max(length, window + 2 if window <= LONGEST else 0) for length in LENGTHS]
     random = np.random.default_rng(0)

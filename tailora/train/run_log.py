@@ -1,4 +1,4 @@
-"""What a run leaves beside its adapter: run.json, config.yaml, metrics.jsonl. And who may write there."""
+"""The output folder of a run and the files beside its adapter: run.json, config.yaml, metrics.jsonl, examples.jsonl."""
 
 import importlib.metadata
 import json
@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 import tailora
 from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.io import create_output_folder, write_file
-from tailora.train.checkpoint import found
+from tailora.train.checkpoint import checkpoints_in
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
 from tailora.train.loss import Evaluation
@@ -28,14 +28,17 @@ RUN, CONFIG, METRICS, EXAMPLES = "run.json", "config.yaml", "metrics.jsonl", "ex
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "numpy")
 
 
-def claim(config: TrainConfig) -> Path:
-    """The output folder: writable, and empty of other runs. Raises ConfigError."""
+# ---- The folder
+
+
+def create_run_folder(config: TrainConfig) -> Path:
+    """Creates and returns the output folder. Raises ConfigError if it cannot be written to or holds another run."""
     output_dir = Path(config.output_dir)
     create_output_folder(output_dir)
     resumed = config.resume_from_checkpoint
     own = resumed is not None and (resumed == "latest" or Path(resumed).resolve().parent == output_dir.resolve())
-    if not own and (kept := _kept(output_dir)):
-        go_on = " or go on with --resume-from-checkpoint latest," if found(output_dir) else ""
+    if not own and (kept := _results_in(output_dir)):
+        go_on = " or go on with --resume-from-checkpoint latest," if checkpoints_in(output_dir) else ""
         raise ConfigError(
             f"{output_dir} holds {kept} of an earlier run; give another --output-dir,{go_on} or delete it"
         )
@@ -43,48 +46,57 @@ def claim(config: TrainConfig) -> Path:
 
 
 @contextmanager
-def held(output_dir: Path) -> Iterator[None]:
-    """No other run writes to this folder meanwhile. Raises ConfigError when one does."""
-    lock = FileLock(output_dir / ".lock")
+def lock(output_dir: Path) -> Iterator[None]:
+    """Within the block no other run can write to this folder. Raises ConfigError if another one does."""
+    file_lock = FileLock(output_dir / ".lock")
     try:
-        lock.acquire(timeout=0)
+        file_lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(f"another run is writing to {output_dir} now; give another --output-dir") from None
     try:
         yield
     finally:
-        lock.release()
+        file_lock.release()
 
 
-def _kept(output_dir: Path) -> str:
-    """What of an earlier run would be lost; '' when nothing would."""
+def _results_in(output_dir: Path) -> str:
+    """Returns the names of an earlier run's results; '' if there are none."""
     names = [name for name in (ADAPTER, MODEL) if (output_dir / name).exists()]
-    return " and ".join([*names, *(path.name for path in found(output_dir)[-1:])])
+    return " and ".join([*names, *(path.name for path in checkpoints_in(output_dir)[-1:])])
+
+
+# ---- Its files
 
 
 def write_settings(output_dir: Path, config: TrainConfig) -> None:
-    """config.yaml: `tailora train --config config.yaml` repeats the run."""
+    """Writes config.yaml: `tailora train --config config.yaml` repeats the run."""
     text = config_text(config.model_dump(exclude={"resume_from_checkpoint"}))
     write_file(output_dir / CONFIG, text.encode())
 
 
 def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, Any] | None = None) -> None:
-    """run.json: the header, and the result once there is one."""
+    """Writes run.json: the header, and the result once there is one."""
     content = {**header, "finished": result is not None, "result": result}
     write_file(output_dir / RUN, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_examples(output_dir: Path, before: Evaluation | None, after: Evaluation | None) -> None:
-    """examples.jsonl: of each held-out example, tokens that count, nats before and after. Without any, no file."""
+    """Writes examples.jsonl: of each held-out example its supervised tokens, and its loss in nats before and after.
+
+    Without held-out examples there is no file.
+    """
     if before is None or after is None:
         return
-    rows = zip(after.counts.tolist(), before.sums.tolist(), after.sums.tolist(), strict=True)
-    lines = (json.dumps({"tokens": tokens, "before": first, "after": second}) for tokens, first, second in rows)
+    columns = after.counts.tolist(), before.sums.tolist(), after.sums.tolist()
+    lines = (
+        json.dumps({"tokens": tokens, "before": loss_before, "after": loss_after})
+        for tokens, loss_before, loss_after in zip(*columns, strict=True)
+    )
     write_file(output_dir / EXAMPLES, "".join(f"{line}\n" for line in lines).encode())
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and the state of the working folder's git repository."""
+    """Returns versions, machine and the state of the working folder's git repository."""
     return {
         "versions": {
             "tailora": tailora.__version__,
@@ -105,7 +117,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, and whether anything differs from it; None outside a repository or without git."""
+    """Returns the commit, and whether anything differs from it; None outside a repository or without git."""
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
@@ -118,10 +130,10 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 class Metrics:
-    """metrics.jsonl, one object a line, on the disk as soon as it is written."""
+    """metrics.jsonl: one object a line, on the disk as soon as it is written."""
 
     def __init__(self, output_dir: Path, *, resumed_at: int | None) -> None:
-        """`resumed_at`: lines of later steps are dropped, since those steps are done again; None starts a new file."""
+        """resumed_at: lines of later steps are dropped, because those steps are repeated; None starts a new file."""
         path = output_dir / METRICS
         kept = [] if resumed_at is None or not path.exists() else _lines_up_to(path, resumed_at)
         write_file(path, "".join(f"{line}\n" for line in kept).encode())

@@ -1,9 +1,8 @@
-"""The parts of a run, each made from the settings and the parts before it."""
+"""The functions that `Trainer.setup` calls, in the order in which it calls them."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -21,88 +20,25 @@ from tailora.errors import ConfigError, listing, nearest
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import choose_form, own_form
 from tailora.model import LoRAModel
-from tailora.train.checkpoint import Checkpoint, seed_all
+from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import Feed, HeldOut, Reader, feed
-from tailora.train.kernel_choice import Kernels, choose_kernels, running
-from tailora.train.loss import BatchLayout, as_batch, token_losses
-from tailora.train.memory import Cost, explained, measure
+from tailora.train.dataloader import TrainingData
+from tailora.train.kernel_choice import NO_KERNELS, Kernels, use_kernels
+from tailora.train.loss import BatchLayout, make_batch, token_losses
+from tailora.train.memory import Cost, measure_cost
 from tailora.train.model_loading import load_base
-from tailora.train.packing import choose
+from tailora.train.packing import choose_packing
+from tailora.train.random_state import seed_all
 from tailora.train.trainable import FullModel, Trainable
 
-# ---- How a run's adapter starts: from the weights by itself, from the run's own data here.
-
-
-PLAIN = Kernels(False, "")
-
-
-def from_data(model: Trainable, feed: Feed, rows: BatchLayout, device: torch.device, batches: int) -> None:
-    """Start an adapter that waits for data from the first batches of the run, the same on every rank."""
-    if not isinstance(model, LoRAModel) or not model.waits_for_data:
-        return
-    opening = feed.opening(batches)
-    supervised = sum(example.supervised for batch in opening for example in batch)
-
-    def loss(model: Any, examples: Sequence[Example]) -> Tensor:
-        return token_losses(model, examples, rows, device)[0].sum() / supervised
-
-    with running(cast(PreTrainedModel, model.base_model), rows, PLAIN):
-        model.start_from_data(opening, loss)
-
-
-def words(config: TrainConfig) -> str:
-    """The start, for the run's header."""
-    name = config.init_lora_weights
-    if config.adapter:
-        return f"from {config.adapter}"
-    if name not in DATA_INITS:
-        source = {"pissa": "leading directions of each weight", "olora": "QR of each weight"}.get(name)
-        return f"{name}: {source}, taken off again at run time" if source else f"{name}: random A, zero B"
-    seen = f"up to {config.init_batches * config.per_device_train_batch_size} examples"
-    return f"{name}: {'gradient' if name in GRADIENT_INITS else 'principal components of the inputs'} over {seen}"
-
-
-def resumed(config: TrainConfig, saved: Checkpoint | None) -> LoRAConfig | None:
-    """The settings of the checkpoint's adapter, whose ranks may differ from those asked for; None without one.
-
-    None, too, where the run asks for another adapter: then the two are compared, and refused, as a whole.
-    """
-    if saved is None or config.adapter or "adapter" not in saved.state:
-        return None
-    asked, then = config.model_dump(mode="json"), saved.state["run"]["settings"]
-    if any(asked[name] != then.get(name) for name in ("model", *(LoRAConfig.model_fields.keys() & asked.keys()))):
-        return None
-    return LoRAConfig(**saved.state["adapter"])
-
-
-# ----
-
-
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
-PROBE_TOKENS = 128  # memory is measured on so much of the longest example
-LIGHTER = (
-    "what helps: --quantize nf4 (a quarter of bfloat16's bytes), --dtype bfloat16 (half the bytes of float32), "
-    "a smaller --model, closing other programs"
-)
+PROBE_TOKENS = 128  # memory is measured on at most so much of the longest example
 
-
-@dataclass(frozen=True, eq=False)
-class Kit:
-    """Everything that training needs, loaded, checked and tried."""
-
-    base: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    feed: Feed
-    model: Trainable
-    rows: BatchLayout
-    kernels: Kernels
-    cost: Cost
-    start: str  # of the adapter, for the run's header
+# ---- Accelerator
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """accelerate, with the trackers asked for. Raises ConfigError for those it would pass over in silence."""
+    """Returns accelerate with the trackers asked for. Raises ConfigError for trackers that it would ignore."""
     problems = []
     for name in config.report_to:
         if name not in TRACKERS:
@@ -111,93 +47,110 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             problems.append(f"report_to {name!r} is not installed: pip install {TRACKERS[name][0]}")
     if problems:
         raise ConfigError(listing(problems))
-    ours = GradientAccumulationPlugin(num_steps=1)  # or an environment variable would scale our gradients
-    found = Accelerator(
-        log_with=config.report_to or None, project_dir=config.output_dir, gradient_accumulation_plugin=ours
+    accelerator = Accelerator(
+        log_with=config.report_to or None,
+        project_dir=config.output_dir,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # or the environment's would scale ours
     )
-    if found.scaler is not None:
+    if accelerator.scaler is not None:
         raise ConfigError(
-            f"accelerate's mixed_precision {found.mixed_precision} scales losses, which is not supported: launch with "
-            "--mixed_precision no; --dtype sets the precision of the base, and adapters are float32"
+            f"accelerate's mixed_precision {accelerator.mixed_precision} scales losses, which is not supported: launch "
+            "with --mixed_precision no; --dtype sets the precision of the base, and adapters are float32"
         )
-    return found
+    return accelerator
 
 
-def assemble(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    note: Callable[[str], None],
-    saved: Checkpoint | None = None,
-    held_out: HeldOut | None = None,
-    read: Reader = feed,
-) -> Kit:
-    """Model, data, adapter, form of the batches, start, memory: in this order. `note` hears what was decided.
-
-    saved: the checkpoint of the run that goes on, for what was decided then; its tensors come later.
-    held_out: which of the held-out examples are evaluated; all.    read: where the data comes from.
-    Raises ConfigError, DataError, TargetError; MemoryLimitError when the model alone is too large.
-    """
-    device = accelerator.device
-    with explained("loading", lambda: LIGHTER):
-        base, tokenizer = load_base(config.model, config.dtype, device.type, config.quantize)
-        data = read(config, base.get_input_embeddings().weight.shape[0], tokenizer, accelerator).judged_by(held_out)
-        model = subject(config, base, tokenizer, accelerator, resumed(config, saved))
-        rows = choose_rows(config, model, tokenizer, note)
-        from_data(model, data, rows, device, config.init_batches)
-        recorded = None if saved is None else saved.state["run"]
-        before = None if recorded is None else recorded.get("layer_kernels")
-        kernels = choose_kernels(config.fast, model, rows, data.sample, device, before)
-        cost = memory_cost(model, rows, kernels, data.sample, device)
-        return Kit(base, tokenizer, data, model, rows, kernels, cost, words(config))
+# ---- Adapter
 
 
-def subject(
+def attach(
     config: TrainConfig,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
-    adapter: LoRAConfig | None,
+    saved: Checkpoint | None = None,
 ) -> Trainable:
-    """What trains, in training mode. Raises ConfigError for full fine-tuning on several ranks."""
-    if config.method == "lora":
-        return attach(config, base, accelerator.device, adapter)
-    if accelerator.num_processes > 1:
-        raise ConfigError("--method full trains in one process only; start it without torchrun")
-    seed_all(config.seed)
-    base = base.to(accelerator.device)
-    return FullModel(base, tokenizer, lambda: load_base(config.model, config.dtype, base.device.type)[0]).train()
+    """Returns the base with its adapter, or wrapped for full fine-tuning, in training mode.
 
-
-def attach(
-    config: TrainConfig, base: PreTrainedModel, device: torch.device, adapter: LoRAConfig | None = None
-) -> LoRAModel:
-    """The base with a fresh adapter, or with the one to go on from, in training mode.
-
-    adapter: settings of a checkpoint's adapter, whose tensors are still to be filled in.
+    saved: the checkpoint to continue from; its adapter's settings are used, its tensors are restored later.
+    Raises ConfigError for full fine-tuning on several ranks, TargetError.
     """
     seed_all(config.seed)
+    if config.method == "full":
+        if accelerator.num_processes > 1:
+            raise ConfigError("--method full trains in one process only; start it without torchrun")
+        base = base.to(accelerator.device)
+        return FullModel(base, tokenizer, lambda: load_base(config.model, config.dtype, base.device.type)[0]).train()
     if config.adapter:
         model = LoRAModel.from_pretrained(base, config.adapter)
     else:
-        model = LoRAModel(base, adapter or config.lora(), fresh=adapter is None)
-    return model.to(device).train()
+        settings = adapter_of_checkpoint(config, saved)
+        model = LoRAModel(base, settings or config.lora(), fresh=settings is None)
+    return model.to(accelerator.device).train()
 
 
-def choose_rows(
+def adapter_of_checkpoint(config: TrainConfig, saved: Checkpoint | None) -> LoRAConfig | None:
+    """Returns the settings of the checkpoint's adapter, whose ranks may differ from those of `config`.
+
+    Returns None without a checkpoint, and also if `config` asks for another adapter: then `check_same_run` refuses the
+    checkpoint and names all differences.
+    """
+    if saved is None or config.adapter or "adapter" not in saved.state:
+        return None
+    now, then = config.model_dump(mode="json"), saved.state["run"]["settings"]
+    if any(now[name] != then.get(name) for name in ("model", *(LoRAConfig.model_fields.keys() & now.keys()))):
+        return None
+    return LoRAConfig(**saved.state["adapter"])
+
+
+def init_from_data(
+    model: Trainable, data: TrainingData, layout: BatchLayout, device: torch.device, batches: int
+) -> None:
+    """Initializes an adapter that waits for data from the first batches of the run, the same on every rank."""
+    if not isinstance(model, LoRAModel) or not model.waits_for_data:
+        return
+    first = data.first_batches(batches)
+    supervised = sum(example.supervised for batch in first for example in batch)
+
+    def loss(model: Any, examples: Sequence[Example]) -> Tensor:
+        return token_losses(model, examples, layout, device)[0].sum() / supervised
+
+    with use_kernels(cast(PreTrainedModel, model.base_model), layout, NO_KERNELS):
+        model.start_from_data(first, loss)
+
+
+def describe_init(config: TrainConfig) -> str:
+    """Returns how the adapter is initialized, for the run's header."""
+    name = config.init_lora_weights
+    if config.adapter:
+        return f"from {config.adapter}"
+    if name not in DATA_INITS:
+        source = {"pissa": "leading directions of each weight", "olora": "QR of each weight"}.get(name)
+        return f"{name}: {source}, subtracted again at run time" if source else f"{name}: random A, zero B"
+    examples = f"up to {config.init_batches * config.per_device_train_batch_size} examples"
+    source = "the gradient" if name in GRADIENT_INITS else "principal components of the inputs"
+    return f"{name}: {source} over {examples}"
+
+
+# ---- Batch layout
+
+
+def choose_layout(
     config: TrainConfig, model: Trainable, tokenizer: PreTrainedTokenizerBase, note: Callable[[str], None]
 ) -> BatchLayout:
-    """Packed or padded, and the form of the loss, tried on the model itself.
+    """Returns packed or padded batches, and how the loss is computed; both are tried on the model itself.
 
-    Raises ConfigError for packing = 'on' where it changes results.
+    note: called with the reason if the model cannot do what is fastest.
+    Raises ConfigError for packing = 'on' if it would change results.
     """
     base = cast(PreTrainedModel, model.base_model)
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    pad_id = next(token for token in known if token is not None)
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_id = next(token for token in candidates if token is not None)
     with evaluating(model):
-        packing = choose(base, config.packing)
+        packing = choose_packing(base, config.packing)
         with packed_rows(base) if packing.on else nullcontext():
-            few, _ = as_batch(some_examples(base), packing.on, pad_id, base.device)
-            loss, obstacle = choose_form(base, few) if config.fast == "auto" else (own_form(base), None)
+            batch, _ = make_batch(short_examples(base), packing.on, pad_id, base.device)
+            loss, obstacle = choose_form(base, batch) if config.fast == "auto" else (own_form(base), None)
     if packing.note:
         note(packing.note)
     if obstacle:
@@ -205,21 +158,26 @@ def choose_rows(
     return BatchLayout(packing.on, loss, pad_id)
 
 
-def some_examples(base: PreTrainedModel) -> list[Example]:
-    """Two short ones of random tokens, of different lengths, partly supervised."""
+def short_examples(base: PreTrainedModel) -> list[Example]:
+    """Returns two short examples of random tokens, of different lengths, partly supervised."""
     ids = np.random.default_rng(0).integers(base.config.get_text_config().vocab_size, size=24).astype(np.int32)
     labels = np.where(np.arange(24) % 3 == 0, IGNORED, ids).astype(np.int32)
     return [Example(ids[part], labels[part]) for part in (slice(0, 10), slice(10, 24))]
 
 
-def memory_cost(model: Trainable, rows: BatchLayout, kernels: Kernels, sample: Example, device: torch.device) -> Cost:
-    """Bytes that a forward keeps, measured on the start of one example."""
+# ---- Memory
+
+
+def memory_cost(
+    model: Trainable, layout: BatchLayout, kernels: Kernels, example: Example, device: torch.device
+) -> Cost:
+    """Returns the bytes that a forward keeps for its backward, measured on the start of one example."""
     base = cast(PreTrainedModel, model.base_model)
 
     def forward(tokens: int, supervised: bool) -> Tensor:
-        ids = sample.input_ids[:tokens]
+        ids = example.input_ids[:tokens]
         part = Example(ids, ids if supervised else np.full_like(ids, IGNORED))
-        return token_losses(model, [part], rows, device)[0].sum()
+        return token_losses(model, [part], layout, device)[0].sum()
 
-    with running(base, rows, kernels):
-        return measure(forward, min(len(sample.input_ids), PROBE_TOKENS), base)
+    with use_kernels(base, layout, kernels):
+        return measure_cost(forward, min(len(example.input_ids), PROBE_TOKENS), base)

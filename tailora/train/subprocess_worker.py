@@ -1,9 +1,10 @@
-"""A few real steps of a run, in a process of their own, for what they take: memory and time, and nothing else.
+"""Work in a process of its own, and a few real steps of a run in one, to measure their memory and time.
 
-    parent: settings -> `python -m tailora.train.subprocess_worker FOLDER` -> what it took
+    measure_steps     settings -> `python -m tailora.train.subprocess_worker FOLDER` -> StepsMeasured
+    leave_error, error_of   how an error of such a process reaches the process that started it; also for study.trial
 
 The largest forward comes first and again at the end; between them are the first steps of the run. So the peak is that
-of the run but for what its many other lengths add. Nothing is written but in the temporary folder.
+of the run, except for what its many other lengths add. Nothing is written outside of the temporary folder.
 """
 
 import json
@@ -21,20 +22,23 @@ from tailora.errors import MemoryLimitError, TailoraError
 from tailora.formats.io import write_file
 from tailora.train.config import TrainConfig
 
-# ---- Work in a process of its own: how its error reaches the process that asked for it. Needs no torch.
+# ---- Errors of another process. Needs no torch.
 
 
 ERROR = "error.json"
-KILLED = -9  # what the system does to a process when memory runs out
+KILLED = -9  # exit code of a process that the system ended, usually because memory ran out
 
 
-def tell(folder: Path, error: TailoraError) -> None:
-    """In the process: leave the error for `told`."""
+def leave_error(folder: Path, error: TailoraError) -> None:
+    """Writes the error down for `error_of`; called in the process that fails."""
     write_file(folder / ERROR, json.dumps({"type": type(error).__name__, "message": str(error)}).encode())
 
 
-def told(folder: Path, code: int, complaint: str, what: str) -> Exception:
-    """The error that ended the process, as far as it could say. complaint: its stderr.    what: it was doing."""
+def error_of(folder: Path, code: int, stderr: str, task: str) -> Exception:
+    """Returns the error that ended a process: the one that it left, or one that its exit code tells.
+
+    task: what the process was doing, for the message.
+    """
     written = folder / ERROR
     if written.exists():
         content = json.loads(written.read_text())
@@ -42,11 +46,11 @@ def told(folder: Path, code: int, complaint: str, what: str) -> Exception:
         error: Exception = getattr(errors, content["type"])(content["message"])
         return error
     if code == KILLED:
-        return MemoryLimitError(f"{what} was killed, most likely for memory: take a smaller batch size")
-    return RuntimeError(f"{what} ended with code {code}: {complaint.strip()[-2000:]}")
+        return MemoryLimitError(f"{task} was killed, most likely for memory: take a smaller batch size")
+    return RuntimeError(f"{task} ended with code {code}: {stderr.strip()[-2000:]}")
 
 
-# ----
+# ---- A few steps
 
 
 STEPS = 3  # between the two of the largest forward
@@ -54,7 +58,7 @@ SPEC, RESULT = "spec.json", "result.json"
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class StepsMeasured:
     """What a few steps took."""
 
     peak_bytes: int
@@ -64,9 +68,10 @@ class Rehearsal:
     kernels: str
 
 
-def rehearse(config: TrainConfig, *, with_data: bool) -> Rehearsal:
-    """with_data: on the data that `config` names, else on random tokens of max_length.
+def measure_steps(config: TrainConfig, *, with_data: bool) -> StepsMeasured:
+    """Takes a few steps in a process of its own and returns what they took.
 
+    with_data: on the data that `config` names, else on random tokens of max_length.
     Raises what a run raises before and in its first steps.
     """
     with tempfile.TemporaryDirectory() as name:
@@ -74,65 +79,51 @@ def rehearse(config: TrainConfig, *, with_data: bool) -> Rehearsal:
         settings = config.model_dump(mode="json", exclude_unset=True)
         write_file(folder / SPEC, json.dumps({"settings": settings, "with_data": with_data}).encode())
         command = [sys.executable, "-m", "tailora.train.subprocess_worker", name]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return Rehearsal(**json.loads((folder / RESULT).read_text()))
-        raise told(folder, done.returncode, done.stderr, "the rehearsal")
+        process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if process.returncode == 0:
+            return StepsMeasured(**json.loads((folder / RESULT).read_text()))
+        raise error_of(folder, process.returncode, process.stderr, "the rehearsal")
 
 
 def main(folder: Path) -> int:
-    """In the process of its own."""
+    """Runs in the process of its own."""
     spec = json.loads((folder / SPEC).read_text())
     try:
-        found = rehearsed(TrainConfig(**spec["settings"]), folder, with_data=spec["with_data"])
+        measured = take_steps(TrainConfig(**spec["settings"]), folder, with_data=spec["with_data"])
     except TailoraError as error:
-        tell(folder, error)
+        leave_error(folder, error)
         return 1
-    write_file(folder / RESULT, json.dumps(asdict(found)).encode())
+    write_file(folder / RESULT, json.dumps(asdict(measured)).encode())
     return 0
 
 
-def rehearsed(config: TrainConfig, folder: Path, *, with_data: bool) -> Rehearsal:
-    """The steps themselves, as `train.trainer.run` takes them. Peaks are those of this process."""
+def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMeasured:
+    """Sets a run up and takes steps of it. On a CPU the peak is that of this process."""
     started = time.perf_counter()
-    from tailora.kernels.flat_parameters import flattened  # torch from here on
-    from tailora.train.checkpoint import seeded
-    from tailora.train.dataloader import MicroBatch, assumed, feed
-    from tailora.train.kernel_choice import running
-    from tailora.train.memory import explained, peak_bytes, remedies
-    from tailora.train.optim import groups, scheduled
-    from tailora.train.setup import assemble, start_accelerator
-    from tailora.train.trainable import trained
-    from tailora.train.trainer import bench_of, close, step
+    from tailora.train.dataloader import MicroBatch, random_data, read_data  # torch from here on
+    from tailora.train.memory import explain_out_of_memory, peak_bytes
+    from tailora.train.trainer import Trainer
 
     config = config.replaced(output_dir=str(folder / "run"), report_to=[], resume_from_checkpoint=None)
-    Path(config.output_dir).mkdir()
-    accelerator = start_accelerator(config)
+    trainer = Trainer(config, read=read_data if with_data else random_data)
     with ExitStack() as stack:
-        stack.enter_context(seeded(config.seed))
-        kit = assemble(config, accelerator, lambda _: None, read=feed if with_data else assumed)
-        flats = stack.enter_context(flattened(groups(trained(kit.model), config)))
-        bench, _ = bench_of(
-            config, Path(config.output_dir), accelerator, kit, flats, None, lambda _: None, scheduled(config)
-        )
-        stack.callback(close, bench)
-        stack.enter_context(explained("rehearsing", lambda: remedies(kit.cost, kit.feed.largest, kit.feed.longest)))
-        stack.enter_context(running(kit.base, kit.rows, kit.kernels, checkpointed=config.gradient_checkpointing))
-        good = [flat.whole.detach().clone() for flat in flats]
-        largest = [MicroBatch(kit.feed.heaviest)]
-        ready = time.perf_counter() - started
+        trainer.setup(stack)
+        stack.enter_context(explain_out_of_memory("rehearsing", trainer.memory_remedies))
+        stack.enter_context(trainer.use_kernels())
+        largest = [MicroBatch(trainer.data.largest)]
+        start_seconds = time.perf_counter() - started
         seconds, tokens = [], []
-        for number, batches in enumerate([largest, *islice(kit.feed.steps(0), STEPS), largest]):
+        for batches in [largest, *islice(trainer.data.steps(0), STEPS), largest]:
             began = time.perf_counter()
-            step(bench, number, batches, sum(batch.supervised for batch in batches), good)
-            seconds.append(time.perf_counter() - began)
             tokens.append(sum(batch.tokens for batch in batches))
-        return Rehearsal(
-            peak_bytes=peak_bytes(accelerator.device),
-            start_seconds=ready,
+            trainer.step(batches, tokens[-1], sum(batch.supervised for batch in batches))
+            seconds.append(time.perf_counter() - began)
+        return StepsMeasured(
+            peak_bytes=peak_bytes(trainer.accelerator.device),
+            start_seconds=start_seconds,
             seconds_per_token=sum(seconds[1:]) / sum(tokens[1:]),
             steps=len(seconds),
-            kernels=kit.kernels.words,
+            kernels=trainer.kernels.description,
         )
 
 

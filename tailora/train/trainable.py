@@ -1,7 +1,11 @@
-"""Full fine-tuning: every weight of the base trains, by the same loop, so that LoRA has an honest control.
+"""What a run trains: a `LoRAModel`, or a `FullModel` for `--method full`, and what the trainer asks of both.
 
-In 16 bits most steps of a small learning rate would vanish, so the optimiser works on float32 masters of the weights
-(arXiv:1710.03740, sec. 3.1):  16-bit gradient -> added to the master's -> AdamW -> rounded into the weight.
+Full fine-tuning uses the same training loop as LoRA, so that the two can be compared. In 16 bits most steps of a small
+learning rate would be rounded away, so the optimizer works on float32 masters of the weights (arXiv:1710.03740,
+sec. 3.1):
+
+    16-bit gradient -> added to the master's gradient -> AdamW changes the master -> rounded into the weight
+
 A float32 model is its own master.
 """
 
@@ -23,10 +27,10 @@ from tailora.quiet import quiet_transformers
 
 
 class FullModel(nn.Module):
-    """A base model, all of whose weights train. Calls, `generate` and other attributes are the base model's.
+    """A base model, all of whose weights are trained. Calls, `generate` and other attributes are the base model's.
 
     trained: float32 masters by name, with / for the dots; of a float32 base, its own parameters.
-    original: loads the base anew, to compare with.
+    load_original: loads the base again, to compare with.
     """
 
     base_model: nn.Module
@@ -36,15 +40,15 @@ class FullModel(nn.Module):
         self,
         base_model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        original: Callable[[], nn.Module],
+        load_original: Callable[[], nn.Module],
     ) -> None:
         super().__init__()
         self.base_model = base_model.requires_grad_()
-        self._tokenizer, self._original = tokenizer, original
+        self._tokenizer, self._load_original = tokenizer, load_original
         self._weights = dict(base_model.named_parameters())
         self.trained = nn.ParameterDict({_key(name): _master(weight) for name, weight in self._weights.items()})
         for weight, master in self._pairs():
-            cast(Any, weight).register_post_accumulate_grad_hook(_into(master))
+            cast(Any, weight).register_post_accumulate_grad_hook(_move_gradient_to(master))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
@@ -58,20 +62,20 @@ class FullModel(nn.Module):
             return getattr(self.base_model, name)
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Each 16-bit weight and its master."""
+        """Returns each 16-bit weight and its master."""
         pairs = [(weight, self.trained[_key(name)]) for name, weight in self._weights.items()]
         return [(weight, master) for weight, master in pairs if weight is not master]
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Round the masters into the weights, after every change of them."""
+    def sync_parameters(self) -> None:
+        """Rounds the masters into the weights; to be called after every change of the masters."""
         for weight, master in self._pairs():
             weight.copy_(master)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base model before training, read again, within the block; named as `LoRAModel`'s."""
-        original = dict(self._original().to(next(iter(self._weights.values())).device).named_parameters())
+        """Within the block the weights are those before training, loaded again; named as `LoRAModel`'s method."""
+        original = dict(self._load_original().to(next(iter(self._weights.values())).device).named_parameters())
         self._exchange(original)
         try:
             yield
@@ -83,13 +87,13 @@ class FullModel(nn.Module):
             weight.data, original[name].data = original[name].data, weight.data
 
     def save(self, folder: Path) -> None:
-        """A Hugging Face folder in the base's precision, with its tokenizer; atomically. Raises WriteError."""
+        """Writes a Hugging Face folder in the base's precision, with its tokenizer, atomically. Raises WriteError."""
         with replace_folder(folder) as fresh, quiet_transformers():
             cast(PreTrainedModel, self.base_model).save_pretrained(fresh)
             self._tokenizer.save_pretrained(fresh)
 
     def differences(self, folder: Path) -> list[str]:
-        """Names of the weights that the folder gives back otherwise."""
+        """Returns the names of the weights that differ in the folder."""
         own: dict[str, Tensor] = self.base_model.state_dict()
         stored = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
         return [name for name in self._weights if name not in stored or not torch.equal(stored[name], own[name].cpu())]
@@ -108,8 +112,8 @@ def _master(weight: nn.Parameter) -> nn.Parameter:
     return weight if weight.dtype == wide else nn.Parameter(weight.detach().to(wide))
 
 
-def _into(master: nn.Parameter) -> Callable[[Tensor], None]:
-    """Moves a gradient that is complete to the master's."""
+def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
+    """Returns a hook that adds the gradient of a weight to its master's."""
 
     def move(weight: Tensor) -> None:
         gradient = cast(Tensor, weight.grad)
@@ -122,48 +126,49 @@ def _into(master: nn.Parameter) -> Callable[[Tensor], None]:
     return move
 
 
-# ---- What a run trains: an adapter around a base, or the base itself. The loop asks here and needs not know which.
+# ---- What the trainer asks of both
 
 
 Trainable = LoRAModel | FullModel
-ADAPTER, MODEL = "adapter", "model"  # what a run leaves in its folder
+ADAPTER, MODEL = "adapter", "model"  # folders that a run leaves in its output folder
 
 
-def trained(model: Trainable) -> nn.Module:
-    """The module whose parameters are all that is trained."""
+def trained_module(model: Trainable) -> nn.Module:
+    """Returns the module whose parameters are all that is trained."""
     return model.trained if isinstance(model, FullModel) else model.lora_layers
 
 
-def settings_of(model: Trainable) -> dict[str, Any]:
-    """What a checkpoint says about the adapter, whose ranks the data may have moved."""
+def adapter_settings(model: Trainable) -> dict[str, Any]:
+    """Returns what a checkpoint records about the adapter, whose ranks may depend on data; {} without an adapter."""
     return {} if isinstance(model, FullModel) else {"adapter": model.adapters["default"].model_dump(mode="json")}
 
 
-def allocating(model: Trainable, optimizer: torch.optim.Optimizer, steps: int) -> RankAllocator | None:
-    """What moves the adapter's ranks while it trains (AdaLoRA); None where they are fixed. Raises ConfigError."""
+def rank_allocator(model: Trainable, optimizer: torch.optim.Optimizer, steps: int) -> RankAllocator | None:
+    """Returns what changes the ranks during training (AdaLoRA); None if ranks are fixed. Raises ConfigError."""
     if isinstance(model, FullModel) or model.adapters["default"].adalora is None:
         return None
     return model.allocate_ranks(optimizer, steps)
 
 
-def settle(model: Trainable) -> None:
-    """Training is over: ranks that AdaLoRA has switched off go."""
+def finalize(model: Trainable) -> None:
+    """Removes the ranks that AdaLoRA has switched off; to be called when training is over."""
     if not isinstance(model, FullModel):
         model.settle_ranks()
 
 
-def publish(model: Trainable) -> None:
-    """Let the model compute with parameters that were changed."""
+def sync_parameters(model: Trainable) -> None:
+    """Copies changed parameters to where the model computes with them: of full fine-tuning, masters into weights."""
     if isinstance(model, FullModel):
-        model.publish()
+        model.sync_parameters()
 
 
 def folder_of(model: Trainable, output_dir: Path) -> Path:
+    """Returns the folder that `save` writes."""
     return output_dir / (MODEL if isinstance(model, FullModel) else ADAPTER)
 
 
 def save(model: Trainable, output_dir: Path) -> Path:
-    """Write the adapter's or the model's folder, atomically. Raises WriteError."""
+    """Writes the adapter's or the model's folder atomically and returns it. Raises WriteError."""
     folder = folder_of(model, output_dir)
     if isinstance(model, FullModel):
         model.save(folder)
@@ -173,7 +178,7 @@ def save(model: Trainable, output_dir: Path) -> Path:
 
 
 def differences(model: Trainable, folder: Path) -> list[str]:
-    """Names of the tensors that the folder, read again, gives back otherwise."""
+    """Reads the folder again and returns the names of the tensors that differ from the model's."""
     return model.differences(folder) if isinstance(model, FullModel) else _adapter_differences(model, folder)
 
 
@@ -186,7 +191,7 @@ def _adapter_differences(model: LoRAModel, folder: Path) -> list[str]:
         f"{path}.{name}"
         for path, layer in model.lora_layers.items()
         for name, tensor in layer.state_dict().items()
-        if not torch.allclose(tensor, written[path][name], rtol=1e-5)  # a learned scale goes through B
+        if not torch.allclose(tensor, written[path][name], rtol=1e-5)  # a learned scale is multiplied into B
     ]
     model.set_adapter("default")
     model.delete_adapter(copy)

@@ -1,21 +1,24 @@
-"""The loop: step, evaluate, save, in an order that a checkpoint can be continued from, on a CPU to the bit.
+"""A fine-tuning run, from its settings to the files that it leaves.
 
-A GPU's attention adds its gradients in no fixed order.
+`Trainer.train` is the run, from top to bottom:
 
-    wait for the step's examples -> count its tokens over all ranks -> forward and backward of each micro-batch
-    -> finite? -> clip -> AdamW -> due: evaluate, keep the best -> due: checkpoint -> wished: stop
+    setup     data -> model -> adapter -> batch layout -> kernels -> memory -> optimizer
+    loop      forward and backward of each micro-batch -> clip -> AdamW -> evaluate -> save a checkpoint
+    finish    best adapter -> write it, read it back -> run.json
 
-Loss of a step = summed loss / supervised tokens, over all micro-batches and ranks. DDP averages gradients over ranks,
-so every rank multiplies its part by their number.
+The loss of a step is the summed loss of all micro-batches and ranks, divided by the number of supervised tokens. DDP
+averages gradients over ranks, so every rank multiplies its loss by their number.
+
+A run that continues from a checkpoint gives the same bits as an uninterrupted one, on a CPU. On a GPU the backward of
+attention adds gradients in no fixed order.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from threading import Event as Wish
+from threading import Event as ThreadingEvent
 from typing import Any
 
 import numpy as np
@@ -23,18 +26,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.adalora import RankAllocator
 from tailora.core.quantization import held_bytes
-from tailora.data.dataset import Examples
 from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError, DivergedError
-from tailora.kernels.flat_parameters import Flat, flattened
-from tailora.train import checkpoint, run_log
-from tailora.train.checkpoint import Best, Checkpoint, State, check_same_run, identity, seed_all, seeded, take_up
+from tailora.kernels.flat_parameters import FlatBuffer, flattened
+from tailora.train import checkpoint, run_log, trainable
+from tailora.train.checkpoint import Best, Checkpoint, TrainState
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import HeldOut, MicroBatch, remarks
+from tailora.train.dataloader import ChooseHeldOut, MicroBatch, ReadData, TrainingData, read_data, stream_notes
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.events import (
     Evaluated,
@@ -43,298 +45,34 @@ from tailora.train.events import (
     Interrupted,
     Listener,
     Note,
+    Prepared,
     Saved,
     Stepped,
     TrainResult,
-    stop_signal,
+    stop_on_signal,
 )
-from tailora.train.events import Prepared as Ready
-from tailora.train.kernel_choice import running
-from tailora.train.loss import BatchLayout, Evaluation, Supervised, evaluate
-from tailora.train.memory import check_fits, explained, forget_peak, peak_bytes, remedies
-from tailora.train.optim import adamw, clip, groups, scheduled, take_step
-from tailora.train.run_log import Metrics
-from tailora.train.setup import Kit, assemble, start_accelerator
-from tailora.train.trainable import (
-    Trainable,
-    allocating,
-    differences,
-    folder_of,
-    publish,
-    save,
-    settings_of,
-    settle,
-    trained,
+from tailora.train.kernel_choice import Kernels, choose_kernels, use_kernels
+from tailora.train.loss import BatchLayout, Evaluation, ModelWithLoss, evaluate
+from tailora.train.lr_schedule import LRSchedule, lr_schedule
+from tailora.train.memory import Cost, check_fits, explain_out_of_memory, peak_bytes, remedies, reset_peak
+from tailora.train.model_loading import load_base
+from tailora.train.optimizer import adamw, clip_gradients, optimizer_step, parameter_groups
+from tailora.train.random_state import random_state, seed_all, seeded
+from tailora.train.setup import (
+    attach,
+    choose_layout,
+    describe_init,
+    init_from_data,
+    memory_cost,
+    start_accelerator,
 )
-from tailora.train.trainable import save as save_subject
+from tailora.train.trainable import Trainable, sync_parameters, trained_module
 
-
-@dataclass(frozen=True, eq=False)
-class Bench:
-    """What the loop works with; none of it is replaced while it runs."""
-
-    config: TrainConfig
-    accelerator: Accelerator
-    model: Trainable
-    forward: nn.Module  # `Supervised`, as accelerate prepared it
-    flats: list[Flat]  # all that is trained
-    optimizer: torch.optim.Optimizer
-    rows: BatchLayout
-    steps: Callable[[int], Iterator[list[MicroBatch]]]  # from a step on
-    max_steps: int
-    held_out: Examples | None
-    token_budget: int  # of an evaluation's forward
-    output_dir: Path
-    identity: dict[str, Any]  # what a checkpoint of this run must agree with
-    allocator: RankAllocator | None  # of AdaLoRA
-    rate_at: Callable[[int, int], float]  # step, of steps -> learning rate
-    metrics: Metrics | None  # of the main process
-    emit: Callable[[Event], None]
-
-
-def train(bench: Bench, state: State, wish: Wish) -> Evaluation | None:
-    """Train until the last step or until evaluations stop improving; returns the held-out loss of what is kept.
-
-    Raises Interrupted when `wish` is set, after saving; DivergedError when a loss or gradient is not finite.
-    """
-    if state.before is None:
-        fresh = bench.config.adapter is None  # then the base alone is the same model, and faster
-        with bench.model.disable_adapter() if fresh else nullcontext():
-            state.before = held_out_loss(bench, state, keep=False)
-        if state.before is not None and not math.isfinite(state.before.loss):
-            raise DivergedError(f"the held-out loss is {state.before.loss} before any training; {REMEDIES}")
-    good = [flat.whole.detach().clone() for flat in bench.flats]
-    steps = bench.steps(state.step)
-    while state.step < bench.max_steps and not _patience_spent(bench.config, state):
-        batches = next(steps)
-        tokens, supervised, stop = _over_ranks(bench, batches, wish)
-        if stop:
-            raise Interrupted(save_checkpoint(bench, state))
-        started = time.perf_counter()
-        loss, norm, rate = step(bench, state.step, batches, supervised, good)
-        _count(state, tokens, supervised, time.perf_counter() - started)
-        _report(
-            bench,
-            state,
-            Stepped(
-                step=state.step,
-                max_steps=bench.max_steps,
-                loss=loss,
-                learning_rate=rate,
-                grad_norm=norm,
-                tokens=tokens,
-                supervised_tokens=supervised,
-                seconds=time.perf_counter() - started,
-                tokens_per_second=state.tokens / state.seconds,
-                eta_seconds=state.seconds / state.step * (bench.max_steps - state.step),
-                memory_bytes=peak_bytes(bench.accelerator.device),
-            ),
-        )
-        if _due(bench.config.eval_steps, state.step) or (bench.config.eval_steps and state.step == bench.max_steps):
-            judge(bench, state, good)
-        if _due(bench.config.save_steps, state.step):
-            save_checkpoint(bench, state)
-    if not all(bool(flat.whole.isfinite().all()) for flat in bench.flats):
-        raise give_up(bench, f"in step {state.step}: it left weights that are not finite", good)
-    if _patience_spent(bench.config, state):
-        bench.emit(Note(f"stopped early: {state.since_best} evaluations in a row without gain"))
-    if state.best is None:
-        return _finite(bench, state, held_out_loss(bench, state, keep=False), good)
-    checkpoint.set_parameters(trained(bench.model), state.best.tensors)
-    publish(bench.model)
-    return state.best.evaluation
-
-
-def step(
-    bench: Bench, number: int, batches: Sequence[MicroBatch], supervised: int, good: list[Tensor]
-) -> tuple[float, float, float]:
-    """One optimiser step: loss before it, gradient norm before clipping, learning rate.
-
-    `good` holds, afterwards, the parameters before the step, whose loss and gradient were finite.
-    """
-    config = bench.config
-    mean = accumulate(bench.forward, batches, supervised, bench.accelerator)
-    loss = float(bench.accelerator.reduce(mean, reduction="sum"))
-    norm = clip(bench.flats, config.max_grad_norm)
-    rate = bench.rate_at(number, bench.max_steps)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise _diverged(bench, number, batches, loss, rate, good)
-    for before, flat in zip(good, bench.flats, strict=True):
-        before.copy_(flat.whole.detach())
-    take_step(bench.optimizer, rate)
-    publish(bench.model)
-    return loss, norm, rate
-
-
-def accumulate(forward: nn.Module, batches: Sequence[MicroBatch], supervised: int, accelerator: Accelerator) -> Tensor:
-    """Add up the gradients of a step's micro-batches; returns this rank's part of the step's loss, 0-dimensional.
-
-    forward: examples, the gradient that their losses will get -> losses and owners; as accelerate prepared it.
-    supervised: tokens that the whole step learns from, over all micro-batches and ranks.
-    """
-
-    def backward(batch: MicroBatch) -> Tensor:  # a function, so that no batch's graph outlives it
-        share = batch.weight / supervised
-        losses, _ = forward(batch.examples, share * accelerator.num_processes)
-        part: Tensor = losses.sum() * share
-        accelerator.backward(part * accelerator.num_processes)
-        return part.detach()
-
-    *others, last = batches
-    with accelerator.no_sync(forward):
-        parts = [backward(batch) for batch in others]
-    return torch.stack([*parts, backward(last)]).sum()
-
-
-def judge(bench: Bench, state: State, good: list[Tensor]) -> None:
-    """Evaluate, and keep the adapter when it is the best so far; with AdaLoRA, of those of the final ranks."""
-    within_budget = bench.allocator is None or bench.allocator.final
-    evaluation = _finite(bench, state, held_out_loss(bench, state, keep=within_budget), good)
-    if evaluation is None or not within_budget:
-        return
-    if not _is_best(state, evaluation):
-        state.since_best += 1
-        return
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in trained(bench.model).state_dict().items()}
-    state.best, state.since_best = Best(state.step, evaluation, tensors), 0
-    if bench.accelerator.is_main_process:
-        save_subject(bench.model, bench.output_dir)
-
-
-def held_out_loss(bench: Bench, state: State, *, keep: bool) -> Evaluation | None:
-    """Evaluate every rank's share of the held-out examples and put the shares together. None without any.
-
-    keep: the adapter is kept when this is its best loss, and the listener is told so.
-    """
-    if bench.held_out is None or len(bench.held_out) == 0:
-        return None
-    started, accelerator = time.perf_counter(), bench.accelerator
-    mine = np.arange(accelerator.process_index, len(bench.held_out), accelerator.num_processes)
-    wide = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
-    sums = torch.zeros(len(bench.held_out), dtype=wide, device=accelerator.device)
-    if len(mine):
-        part = evaluate(
-            bench.model,
-            bench.held_out.select(mine),
-            rows=bench.rows,
-            token_budget=bench.token_budget,
-            device=accelerator.device,
-        )
-        sums[torch.from_numpy(mine).to(sums.device)] = torch.from_numpy(part.sums).to(sums)
-    together = accelerator.reduce(sums, reduction="sum").cpu().double().numpy()
-    evaluation = Evaluation(together, bench.held_out.supervised.astype(np.int64))
-    best = keep and _is_best(state, evaluation)
-    state.history.append((state.step, evaluation.loss))
-    _report(bench, state, Evaluated(state.step, evaluation.loss, time.perf_counter() - started, best))
-    return evaluation
-
-
-def save_checkpoint(bench: Bench, state: State) -> Path:
-    """Write checkpoint-N, then drop the oldest beyond the limit; returns its folder."""
-    folder = bench.output_dir / f"checkpoint-{state.step}"
-    states = gather_object([checkpoint.capture()])
-    if bench.accelerator.is_main_process:
-        tensors = {
-            "adapter": trained(bench.model).state_dict(),
-            "optimizer": checkpoint.moments(bench.optimizer, bench.flats),
-            **{f"random-{rank}": random for rank, random in enumerate(states)},
-            **({"evaluations": kept} if (kept := state.evaluations()) else {}),
-            **({"best": state.best.tensors} if state.best else {}),
-            **({"allocation": bench.allocator.state_dict()} if bench.allocator else {}),
-        }
-        content = {"progress": state.counters(), "run": bench.identity, **settings_of(bench.model)}
-        checkpoint.save(folder, checkpoint.Checkpoint(content, tensors))
-        checkpoint.prune(bench.output_dir, bench.config.save_total_limit)
-    bench.accelerator.wait_for_everyone()
-    bench.emit(Saved(state.step, folder))
-    return folder
-
-
-def _over_ranks(bench: Bench, batches: Sequence[MicroBatch], wish: Wish) -> tuple[int, int, bool]:
-    """Tokens and supervised tokens of the step, and whether any rank was asked to stop."""
-    own = [sum(batch.tokens for batch in batches), sum(batch.supervised for batch in batches), int(wish.is_set())]
-    tokens, supervised, stop = bench.accelerator.reduce(
-        torch.tensor(own, device=bench.accelerator.device), reduction="sum"
-    ).tolist()
-    return tokens, supervised, stop > 0
-
-
-def _count(state: State, tokens: int, supervised: int, seconds: float) -> None:
-    state.step += 1
-    state.tokens += tokens
-    state.supervised_tokens += supervised
-    state.seconds += seconds
-
-
-def _report(bench: Bench, state: State, event: Stepped | Evaluated) -> None:
-    """The same numbers to metrics.jsonl, to the trackers and to the listener."""
-    if isinstance(event, Stepped):
-        values = {
-            "loss": event.loss,
-            "learning_rate": event.learning_rate,
-            "grad_norm": event.grad_norm,
-            "tokens": state.tokens,
-            "tokens_per_second": event.tokens_per_second,
-            "memory_bytes": event.memory_bytes,
-        }
-    else:
-        values = {"eval_loss": event.loss}
-    if bench.metrics is not None:
-        bench.metrics.write(step=event.step, **values)
-    bench.accelerator.log(values, step=event.step)
-    bench.emit(event)
-
-
-def _diverged(
-    bench: Bench, number: int, batches: Sequence[MicroBatch], loss: float, rate: float, good: list[Tensor]
-) -> DivergedError:
-    """The cause of a step whose loss or gradient is not finite."""
-    where = f"in step {number + 1} (learning rate {rate:.3g})"
-    if math.isfinite(loss):  # so the weights are good as they are
-        trained = {name: parameter for flat in bench.flats for name, parameter in flat.parts.items()}
-        return give_up(bench, f"{where}: {broken_gradients(trained)}", None)
-    cause = broken_loss(bench.model.base_model, batches, bench.rows, bench.accelerator.device)
-    return give_up(bench, f"{where}: {cause}", good)
-
-
-def give_up(bench: Bench, what: str, good: list[Tensor] | None) -> DivergedError:
-    """Put the last good parameters back, save them unless a best adapter is kept, and say what happened."""
-    if good is not None:
-        for before, flat in zip(good, bench.flats, strict=True):
-            flat.whole.detach().copy_(before)
-        publish(bench.model)
-    folder = folder_of(bench.model, bench.output_dir)
-    kept = f"{folder} keeps the best adapter so far"
-    if not folder.exists():
-        kept = f"{folder} keeps the last weights with a finite loss"
-        if bench.accelerator.is_main_process:
-            save_subject(bench.model, bench.output_dir)
-    return DivergedError(f"training diverged {what}. {kept}; {REMEDIES}")
-
-
-def _finite(bench: Bench, state: State, evaluation: Evaluation | None, good: list[Tensor]) -> Evaluation | None:
-    if evaluation is None or math.isfinite(evaluation.loss):
-        return evaluation
-    raise give_up(bench, f"in step {state.step}: the held-out loss after it is {evaluation.loss}", good)
-
-
-def _is_best(state: State, evaluation: Evaluation) -> bool:
-    return state.best is None or evaluation.loss < state.best.evaluation.loss
-
-
-def _patience_spent(config: TrainConfig, state: State) -> bool:
-    return 0 < config.early_stopping_patience <= state.since_best
-
-
-def _due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-# ---- A whole run: settings -> output folder -> model, data, adapter -> loop -> files.
-
-
-RateAt = Callable[[int, int], float]  # step, of steps -> learning rate
 OnReady = Callable[[Trainable, PreTrainedTokenizerBase, PreparedData | None], None]
+LIGHTER = (
+    "what helps: --quantize nf4 (a quarter of bfloat16's bytes), --dtype bfloat16 (half the bytes of float32), "
+    "a smaller --model, closing other programs"
+)
 
 
 def run(
@@ -342,205 +80,475 @@ def run(
     on_event: Listener | None = None,
     on_ready: OnReady | None = None,
     *,
-    rate_at: RateAt | None = None,
-    held_out: HeldOut | None = None,
+    rate_at: LRSchedule | None = None,
+    held_out: ChooseHeldOut | None = None,
     before: Evaluation | None = None,
 ) -> TrainResult:
-    """Fine-tune as `config` says. `on_event` hears what happens; `on_ready` is called before the first step.
+    """Fine-tunes as `config` says: `Trainer(...).train()`, with the same arguments."""
+    return Trainer(config, on_event, on_ready, rate_at=rate_at, held_out=held_out, before=before).train()
 
-    rate_at, held_out: for studies, in place of the settings' schedule and of all held-out examples.
-    before: the base on the held-out examples, where that is known; it is not evaluated again.
 
-    Raises ConfigError, DataError, TargetError and CheckpointError before anything is trained; DivergedError,
-    MemoryLimitError and Interrupted while it is.
+class Trainer:
+    """One fine-tuning run. `train()` runs it; `setup()` and `step()` alone measure what a few steps take.
+
+    on_event: called with every event of `train.events`, in the main process.
+    on_ready: called with the model, the tokenizer and the data before the first step.
+    rate_at: step, number of steps -> learning rate; by default the schedule that `config` names.
+    held_out: number of held-out examples -> indices of those to evaluate; by default all.
+    before: the losses of the base model on them, if known; then they are not computed again.
+    read: reads the data.
     """
-    started = time.perf_counter()
-    output_dir = run_log.claim(config)
-    saved = _checkpoint(config, output_dir)
-    accelerator = start_accelerator(config)
-    emit = _speaker(accelerator, on_event)
-    forget_peak(accelerator.device)
-    with ExitStack() as stack:
-        stack.enter_context(run_log.held(output_dir) if accelerator.is_main_process else nullcontext())
+
+    output_dir: Path
+    accelerator: Accelerator
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainingData
+    model: Trainable
+    layout: BatchLayout
+    kernels: Kernels
+    cost: Cost
+    buffers: list[FlatBuffer]  # all parameters that are trained
+    last_good: list[Tensor]  # their values before the last step, whose loss and gradient were finite
+    optimizer: torch.optim.Optimizer
+    allocator: RankAllocator | None  # of AdaLoRA
+    forward: nn.Module  # `ModelWithLoss`, as accelerate prepared it
+    identity: dict[str, Any]  # what a checkpoint of this run must agree with
+    state: TrainState
+    metrics: run_log.Metrics | None  # in the main process
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        on_event: Listener | None = None,
+        on_ready: OnReady | None = None,
+        *,
+        rate_at: LRSchedule | None = None,
+        held_out: ChooseHeldOut | None = None,
+        before: Evaluation | None = None,
+        read: ReadData = read_data,
+    ) -> None:
+        self.config, self.on_event, self.on_ready = config, on_event, on_ready
+        self.rate_at, self.held_out, self.before, self.read = rate_at or lr_schedule(config), held_out, before, read
+
+    def train(self) -> TrainResult:
+        """Runs until the last step or until evaluations stop improving.
+
+        Raises ConfigError, DataError, TargetError and CheckpointError before anything is trained; while training,
+        DivergedError if a loss or gradient is not finite, MemoryLimitError, and Interrupted after Ctrl-C or SIGTERM.
+        """
+        started = time.perf_counter()
+        with ExitStack() as stack:
+            self.setup(stack)
+            config, state, max_steps = self.config, self.state, self.data.max_steps
+            header = self.write_header()
+            if self.on_ready is not None:
+                self.on_ready(self.model, self.tokenizer, self.data.prepared)
+            stack.enter_context(explain_out_of_memory("training", self.memory_remedies))
+            with self.use_kernels(), stop_on_signal() as stop_event:
+                self.evaluate_before_training()
+                steps = self.data.steps(state.step)
+                while state.step < max_steps and not self.is_out_of_patience():
+                    batches = next(steps)
+                    tokens, supervised, stop = self.sum_over_ranks(batches, stop_event)
+                    if stop:
+                        raise Interrupted(self.save_checkpoint())
+                    self.step(batches, tokens, supervised)
+                    if config.eval_steps and (_is_due(config.eval_steps, state.step) or state.step == max_steps):
+                        self.evaluate_and_keep_best()
+                    if _is_due(config.save_steps, state.step):
+                        self.save_checkpoint()
+                after = self.restore_best()
+            folder = self.save_trained()
+            # The files exist when any rank returns. And gloo's threads release the tensors of the last collective, for
+            # which they need Python's lock: a rank that ended at once could hold it while joining them, for ever.
+            self.accelerator.wait_for_everyone()
+        result = self.result(after, time.perf_counter() - started)
+        if self.accelerator.is_main_process:
+            run_log.write_run(self.output_dir, header, result.to_dict())
+            run_log.write_examples(self.output_dir, state.before, after)
+        for text in stream_notes(self.data, config.max_length):
+            self.report(Note(text))
+        self.report(Saved(result.best_step, folder))
+        self.report(Finished(result.to_dict()))
+        return result
+
+    # ---- Setup
+
+    def setup(self, stack: ExitStack) -> None:
+        """Makes everything ready for the first step. Leaving `stack` restores the caller's state and the model."""
+        config = self.config
+        self.output_dir = run_log.create_run_folder(config)
+        saved = self.load_checkpoint()
+        self.accelerator = accelerator = start_accelerator(config)
+        device, rank = accelerator.device, accelerator.process_index
+        reset_peak(device)
+        stack.enter_context(run_log.lock(self.output_dir) if accelerator.is_main_process else nullcontext())
         stack.enter_context(seeded(config.seed))
-        kit = assemble(config, accelerator, lambda text: emit(Note(text)), saved, held_out)
-        if before is not None and not np.array_equal(before.counts, held_out_counts(kit)):
+
+        with explain_out_of_memory("loading", lambda: LIGHTER):
+            self.base, self.tokenizer = load_base(config.model, config.dtype, device.type, config.quantize)
+            embedding_rows = self.base.get_input_embeddings().weight.shape[0]
+            data = self.read(config, embedding_rows, self.tokenizer, accelerator)
+            self.data = data = data.with_held_out(self.held_out)
+            self.model = attach(config, self.base, self.tokenizer, accelerator, saved)
+            self.layout = choose_layout(config, self.model, self.tokenizer, lambda text: self.report(Note(text)))
+            init_from_data(self.model, data, self.layout, device, config.init_batches)
+            recorded = None if saved is None else saved.state["run"].get("layer_kernels")
+            self.kernels = choose_kernels(config.fast, self.model, self.layout, data.longest, device, recorded)
+            self.cost = memory_cost(self.model, self.layout, self.kernels, data.longest, device)
+        self.check_base_losses()
+        check_fits(self.cost, data.largest_size, len(data.longest.input_ids), device)
+
+        groups = parameter_groups(trained_module(self.model), config)
+        self.buffers = stack.enter_context(flattened(groups))
+        self.identity = self.describe_run()
+        if saved is not None:
+            checkpoint.check_same_run(saved.state["run"], self.identity)
+        self.optimizer = adamw(self.buffers)
+        seed_all(config.seed + rank)  # each rank draws dropout masks of its own
+        self.allocator = trainable.rank_allocator(self.model, self.optimizer, data.max_steps)
+        self.state = TrainState()
+        if saved is not None:
+            self.state = checkpoint.restore(saved, self.model, self.optimizer, self.buffers, rank, self.allocator)
+        self.state.before = self.state.before or self.before
+        self.last_good = [buffer.whole.detach().clone() for buffer in self.buffers]
+        with_loss = ModelWithLoss(self.model, self.layout, device)
+        # device_placement would move buffers that are on the device already, and leave copies behind
+        self.forward = accelerator.prepare_model(with_loss, device_placement=False)
+        accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
+        resumed_at = None if saved is None else self.state.step
+        self.metrics = run_log.Metrics(self.output_dir, resumed_at=resumed_at) if accelerator.is_main_process else None
+        stack.callback(self.close)
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """Returns the checkpoint to continue from, verified; None for a new run. Raises CheckpointError."""
+        if self.config.resume_from_checkpoint is None:
+            return None
+        return checkpoint.load(checkpoint.locate(self.config.resume_from_checkpoint, self.output_dir))
+
+    def check_base_losses(self) -> None:
+        """Raises ConfigError if `before` was computed on other held-out examples."""
+        counts = None if self.data.held_out is None else self.data.held_out.supervised
+        if self.before is not None and not np.array_equal(self.before.counts, counts):  # type: ignore[arg-type]
             raise ConfigError(
                 "the held-out examples are not those that the base was evaluated on: the data has changed"
             )
-        kept = check_fits(kit.cost, kit.feed.largest, kit.feed.longest, accelerator.device)
-        flats = stack.enter_context(flattened(groups(trained(kit.model), config)))
-        bench, state = bench_of(config, output_dir, accelerator, kit, flats, saved, emit, rate_at or scheduled(config))
-        state.before = state.before or before
-        stack.callback(close, bench)
-        header = {**_header(bench, kit), "estimated_activation_bytes": kept}
-        _announce(bench, header)
-        if on_ready is not None:
-            on_ready(kit.model, kit.tokenizer, kit.feed.prepared)
-        stack.enter_context(explained("training", lambda: remedies(kit.cost, kit.feed.largest, kit.feed.longest)))
-        checkpointed = config.gradient_checkpointing
-        with running(kit.base, kit.rows, kit.kernels, checkpointed=checkpointed), stop_signal() as wish:
-            after = train(bench, state, wish)
-        folder = _save(bench)
-        # The files are there when any rank returns. And gloo's threads drop the last collective's tensors, for which
-        # they need Python's lock: a rank that ended at once could hold that while joining them, for ever.
-        accelerator.wait_for_everyone()
-    result = _result(bench, kit, state, after, time.perf_counter() - started)
-    if accelerator.is_main_process:
-        run_log.write_run(output_dir, header, result.to_dict())
-        run_log.write_examples(output_dir, state.before, after)
-    for text in remarks(kit.feed, config.max_length):
-        emit(Note(text))
-    emit(Saved(result.best_step, folder))
-    emit(Finished(result.to_dict()))
-    return result
 
+    def describe_run(self) -> dict[str, Any]:
+        """Returns what a checkpoint records, so that only the same run continues from it."""
+        prepared = self.data.prepared
+        return checkpoint.identity(
+            self.config,
+            data=None if self.config.streaming or prepared is None else prepared.report.sha256,
+            packed=self.layout.packed,
+            dtype=str(self.base.dtype),
+            processes=self.accelerator.num_processes,
+            device=self.accelerator.device.type,
+            layer_kernels=self.kernels.layers,
+        )
 
-def held_out_counts(kit: Kit) -> Any:
-    """Tokens that count of each held-out example."""
-    return None if kit.feed.held_out is None else kit.feed.held_out.supervised
+    def write_header(self) -> dict[str, Any]:
+        """Writes config.yaml and the first version of run.json; returns what run.json holds, without the result."""
+        config, data, summary = self.config, self.data, self.model.summary()
+        header = {
+            "settings": config.model_dump(mode="json"),
+            "model": self.base.config.name_or_path,
+            "device": str(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "base_bytes": held_bytes(self.base),
+            "packed": self.layout.packed,
+            "kernels": self.kernels.description,
+            "start": describe_init(config),
+            "adapted_layers": len(summary.rows),
+            "trainable_parameters": summary.trainable_parameters,
+            "total_parameters": summary.total_parameters,
+            "max_steps": data.max_steps,
+            "largest_forward_tokens": data.largest_size.tokens,
+            "data": None if data.prepared is None else data.prepared.report.to_dict(),
+            **run_log.environment(),
+            "estimated_activation_bytes": self.cost.of(data.largest_size),
+        }
+        if self.accelerator.is_main_process:
+            run_log.write_settings(self.output_dir, config)
+            run_log.write_run(self.output_dir, header)
+        self.report(Prepared(header))
+        return header
 
+    def use_kernels(self) -> Any:
+        """Within the block the model computes with the chosen attention and kernels."""
+        return use_kernels(self.base, self.layout, self.kernels, checkpointed=self.config.gradient_checkpointing)
 
-def _checkpoint(config: TrainConfig, output_dir: Path) -> Checkpoint | None:
-    """The checkpoint to go on from, whole and verified, or None."""
-    if config.resume_from_checkpoint is None:
-        return None
-    return checkpoint.load(checkpoint.locate(config.resume_from_checkpoint, output_dir))
+    def memory_remedies(self) -> str:
+        return remedies(self.cost, self.data.largest_size, len(self.data.longest.input_ids))
 
+    def close(self) -> None:
+        """Ends trackers and metrics."""
+        self.accelerator.end_training()
+        if self.metrics is not None:
+            self.metrics.close()
 
-def _speaker(accelerator: Accelerator, on_event: Listener | None) -> Listener:
-    """Events reach the listener from the main process only."""
+    # ---- A step
 
-    def emit(event: Event) -> None:
-        if on_event is not None and accelerator.is_main_process:
-            on_event(event)
+    def sum_over_ranks(self, batches: Sequence[MicroBatch], stop_event: ThreadingEvent) -> tuple[int, int, bool]:
+        """Returns tokens and supervised tokens of the step over all ranks, and whether any rank was asked to stop."""
+        own = [sum(batch.tokens for batch in batches), sum(batch.supervised for batch in batches), stop_event.is_set()]
+        tokens, supervised, stops = self.accelerator.reduce(
+            torch.tensor(own, dtype=torch.int64, device=self.accelerator.device), reduction="sum"
+        ).tolist()
+        return tokens, supervised, stops > 0
 
-    return emit
+    def step(self, batches: Sequence[MicroBatch], tokens: int, supervised: int) -> None:
+        """Takes one optimizer step and reports it. Raises DivergedError if the loss or a gradient is not finite.
 
+        tokens, supervised: tokens, and tokens with a loss, of the step over all ranks.
+        """
+        started = time.perf_counter()
+        state, max_steps = self.state, self.data.max_steps
+        share = accumulate_gradients(self.forward, batches, supervised, self.accelerator)
+        loss = float(self.accelerator.reduce(share, reduction="sum"))
+        norm = clip_gradients(self.buffers, self.config.max_grad_norm)
+        rate = self.rate_at(state.step, max_steps)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self.diverged_in_step(batches, loss, rate)
+        for copy, buffer in zip(self.last_good, self.buffers, strict=True):
+            copy.copy_(buffer.whole.detach())
+        optimizer_step(self.optimizer, rate)
+        sync_parameters(self.model)
 
-def bench_of(
-    config: TrainConfig,
-    output_dir: Path,
-    accelerator: Accelerator,
-    kit: Kit,
-    flats: list[Flat],
-    saved: Checkpoint | None,
-    emit: Listener,
-    rate_at: RateAt,
-) -> tuple[Bench, State]:
-    """The loop's bench, and the state to start from: fresh, or the checkpoint's. Raises CheckpointError."""
-    own = _identity(config, accelerator, kit)
-    if saved is not None:
-        check_same_run(saved.state["run"], own)
-    optimizer = adamw(flats)
-    rank = accelerator.process_index
-    seed_all(config.seed + rank)  # each rank drops out other activations
-    allocator = allocating(kit.model, optimizer, kit.feed.max_steps)
-    state = State() if saved is None else take_up(saved, kit.model, optimizer, flats, rank, allocator)
-    accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
-    resumed_at = None if saved is None else state.step
-    losses = Supervised(kit.model, kit.rows, accelerator.device)
-    bench = Bench(
-        config=config,
-        accelerator=accelerator,
-        model=kit.model,
-        forward=accelerator.prepare_model(losses, device_placement=False),  # it is there: a copy leaves the buffers
-        flats=flats,
-        optimizer=optimizer,
-        rows=kit.rows,
-        steps=kit.feed.steps,
-        max_steps=kit.feed.max_steps,
-        held_out=kit.feed.held_out,
-        token_budget=kit.feed.largest.tokens,
-        output_dir=output_dir,
-        identity=own,
-        allocator=allocator,
-        rate_at=rate_at,
-        metrics=run_log.Metrics(output_dir, resumed_at=resumed_at) if accelerator.is_main_process else None,
-        emit=emit,
-    )
-    return bench, state
+        seconds = time.perf_counter() - started
+        state.step += 1
+        state.tokens += tokens
+        state.supervised_tokens += supervised
+        state.seconds += seconds
+        step = Stepped(
+            step=state.step,
+            max_steps=max_steps,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=tokens,
+            supervised_tokens=supervised,
+            seconds=seconds,
+            tokens_per_second=state.tokens / state.seconds,
+            eta_seconds=state.seconds / state.step * (max_steps - state.step),
+            memory_bytes=peak_bytes(self.accelerator.device),
+        )
+        values = {
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": state.tokens,
+            "tokens_per_second": step.tokens_per_second,
+            "memory_bytes": step.memory_bytes,
+        }
+        self.log(state.step, values)
+        self.report(step)
 
+    # ---- Evaluation
 
-def _identity(config: TrainConfig, accelerator: Accelerator, kit: Kit) -> dict[str, Any]:
-    return identity(
-        config,
-        data=None if config.streaming or kit.feed.prepared is None else kit.feed.prepared.report.sha256,
-        packed=kit.rows.packed,
-        dtype=str(kit.base.dtype),
-        processes=accelerator.num_processes,
-        device=accelerator.device.type,
-        layer_kernels=kit.kernels.layers,
-    )
+    def evaluate_before_training(self) -> None:
+        """Evaluates the model as it is before the first step, unless that is known. Raises DivergedError."""
+        state = self.state
+        if state.before is None:
+            is_new = self.config.adapter is None  # a new adapter changes nothing: the base alone is faster
+            with self.model.disable_adapter() if is_new else nullcontext():
+                state.before = self.held_out_loss(may_be_kept=False)
+        if state.before is not None and not math.isfinite(state.before.loss):
+            raise DivergedError(f"the held-out loss is {state.before.loss} before any training; {REMEDIES}")
 
+    def evaluate_and_keep_best(self) -> None:
+        """Evaluates, and keeps the adapter if it is the best so far; with AdaLoRA, if its ranks are final."""
+        may_be_kept = self.allocator is None or self.allocator.final
+        evaluation = self.check_finite(self.held_out_loss(may_be_kept=may_be_kept))
+        if evaluation is None or not may_be_kept:
+            return
+        if not self.is_best(evaluation):
+            self.state.since_best += 1
+            return
+        parameters = trained_module(self.model).state_dict()
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in parameters.items()}
+        self.state.best, self.state.since_best = Best(self.state.step, evaluation, tensors), 0
+        if self.accelerator.is_main_process:
+            trainable.save(self.model, self.output_dir)
 
-def close(bench: Bench) -> None:
-    """Trackers and metrics have all they get."""
-    bench.accelerator.end_training()
-    if bench.metrics is not None:
-        bench.metrics.close()
+    def held_out_loss(self, *, may_be_kept: bool) -> Evaluation | None:
+        """Evaluates this rank's share of the held-out examples and joins the shares; None if there are none.
 
+        may_be_kept: the adapter is kept if this is its best loss, which the event says.
+        """
+        held_out, accelerator = self.data.held_out, self.accelerator
+        if held_out is None or len(held_out) == 0:
+            return None
+        started = time.perf_counter()
+        own = np.arange(accelerator.process_index, len(held_out), accelerator.num_processes)
+        wide = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
+        sums = torch.zeros(len(held_out), dtype=wide, device=accelerator.device)
+        if len(own):
+            part = evaluate(
+                self.model,
+                held_out.select(own),
+                layout=self.layout,
+                token_budget=self.data.largest_size.tokens,
+                device=accelerator.device,
+            )
+            sums[torch.from_numpy(own).to(sums.device)] = torch.from_numpy(part.sums).to(sums)
+        joined = accelerator.reduce(sums, reduction="sum").cpu().double().numpy()
+        evaluation = Evaluation(joined, held_out.supervised.astype(np.int64))
+        self.state.history.append((self.state.step, evaluation.loss))
+        self.log(self.state.step, {"eval_loss": evaluation.loss})
+        best = may_be_kept and self.is_best(evaluation)
+        self.report(Evaluated(self.state.step, evaluation.loss, time.perf_counter() - started, best))
+        return evaluation
 
-def _header(bench: Bench, kit: Kit) -> dict[str, Any]:
-    """What run.json says about the run before it starts; the same goes to the listener."""
-    summary = kit.model.summary()
-    return {
-        "settings": bench.config.model_dump(mode="json"),
-        "model": kit.base.config.name_or_path,
-        "device": str(bench.accelerator.device),
-        "processes": bench.accelerator.num_processes,
-        "dtype": str(kit.base.dtype).removeprefix("torch."),
-        "base_bytes": held_bytes(kit.base),
-        "packed": kit.rows.packed,
-        "kernels": kit.kernels.words,
-        "start": kit.start,
-        "adapted_layers": len(summary.rows),
-        "trainable_parameters": summary.trainable_parameters,
-        "total_parameters": summary.total_parameters,
-        "max_steps": kit.feed.max_steps,
-        "largest_forward_tokens": kit.feed.largest.tokens,
-        "data": None if kit.feed.prepared is None else kit.feed.prepared.report.to_dict(),
-        **run_log.environment(),
-    }
+    def is_best(self, evaluation: Evaluation) -> bool:
+        return self.state.best is None or evaluation.loss < self.state.best.evaluation.loss
 
+    def is_out_of_patience(self) -> bool:
+        return 0 < self.config.early_stopping_patience <= self.state.since_best
 
-def _announce(bench: Bench, header: dict[str, Any]) -> None:
-    if bench.accelerator.is_main_process:
-        run_log.write_settings(bench.output_dir, bench.config)
-        run_log.write_run(bench.output_dir, header)
-    bench.emit(Ready(header))
+    # ---- Saving
 
-
-def _save(bench: Bench) -> Path:
-    """Write what was trained, read it again and compare. Raises CheckpointError when they differ."""
-    folder = folder_of(bench.model, bench.output_dir)
-    settle(bench.model)
-    if not bench.accelerator.is_main_process:
+    def save_checkpoint(self) -> Path:
+        """Writes checkpoint-N and deletes the oldest beyond the limit; returns its folder."""
+        state = self.state
+        folder = self.output_dir / f"checkpoint-{state.step}"
+        random_states = gather_object([random_state()])
+        if self.accelerator.is_main_process:
+            tensors = {
+                "adapter": trained_module(self.model).state_dict(),
+                "optimizer": checkpoint.moments(self.optimizer, self.buffers),
+                **{f"random-{rank}": tensors for rank, tensors in enumerate(random_states)},
+                **({"evaluations": evaluations} if (evaluations := state.evaluations()) else {}),
+                **({"best": state.best.tensors} if state.best else {}),
+                **({"allocation": self.allocator.state_dict()} if self.allocator else {}),
+            }
+            content = {
+                "progress": state.counters(),
+                "run": self.identity,
+                **trainable.adapter_settings(self.model),
+            }
+            checkpoint.save(folder, Checkpoint(content, tensors))
+            checkpoint.prune(self.output_dir, self.config.save_total_limit)
+        self.accelerator.wait_for_everyone()
+        self.report(Saved(state.step, folder))
         return folder
-    save(bench.model, bench.output_dir)
-    if different := differences(bench.model, folder):
-        raise CheckpointError(f"{folder} reads back different in {', '.join(different[:3])}; the disk may be failing")
-    return folder
+
+    def restore_best(self) -> Evaluation | None:
+        """Restores the best parameters, or checks and evaluates the last; returns their held-out loss."""
+        if not all(bool(buffer.whole.isfinite().all()) for buffer in self.buffers):
+            raise self.diverged(f"in step {self.state.step}: it left weights that are not finite")
+        if self.is_out_of_patience():
+            self.report(Note(f"stopped early: {self.state.since_best} evaluations in a row without gain"))
+        best = self.state.best
+        if best is None:
+            return self.check_finite(self.held_out_loss(may_be_kept=False))
+        checkpoint.set_parameters(trained_module(self.model), best.tensors)
+        sync_parameters(self.model)
+        return best.evaluation
+
+    def save_trained(self) -> Path:
+        """Writes the adapter or the model, reads it back and returns its folder. Raises CheckpointError."""
+        folder = trainable.folder_of(self.model, self.output_dir)
+        trainable.finalize(self.model)
+        if not self.accelerator.is_main_process:
+            return folder
+        trainable.save(self.model, self.output_dir)
+        if different := trainable.differences(self.model, folder):
+            raise CheckpointError(
+                f"{folder} reads back different in {', '.join(different[:3])}; the disk may be failing"
+            )
+        return folder
+
+    def result(self, after: Evaluation | None, seconds: float) -> TrainResult:
+        state, summary = self.state, self.model.summary()
+        return TrainResult(
+            output_dir=str(self.output_dir),
+            steps=state.step,
+            train_tokens=state.tokens,
+            supervised_tokens=state.supervised_tokens,
+            tokens_per_second=state.tokens / state.seconds,
+            eval_loss_before=state.before.loss if state.before else None,
+            eval_loss_after=after.loss if after else None,
+            best_step=state.best.step if state.best else state.step,
+            trainable_parameters=summary.trainable_parameters,
+            total_parameters=summary.total_parameters,
+            peak_memory_bytes=peak_bytes(self.accelerator.device),
+            seconds=seconds,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            data=self.data.prepared,
+            before=state.before,
+            after=after,
+        )
+
+    # ---- Reporting
+
+    def report(self, event: Event) -> None:
+        """Calls the listener, in the main process."""
+        if self.on_event is not None and self.accelerator.is_main_process:
+            self.on_event(event)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Writes numbers to metrics.jsonl and to the trackers."""
+        if self.metrics is not None:
+            self.metrics.write(step=step, **values)
+        self.accelerator.log(values, step=step)
+
+    # ---- Divergence
+
+    def check_finite(self, evaluation: Evaluation | None) -> Evaluation | None:
+        """Returns the evaluation. Raises DivergedError if its loss is not finite."""
+        if evaluation is None or math.isfinite(evaluation.loss):
+            return evaluation
+        raise self.diverged(f"in step {self.state.step}: the held-out loss after it is {evaluation.loss}")
+
+    def diverged_in_step(self, batches: Sequence[MicroBatch], loss: float, rate: float) -> DivergedError:
+        """Returns the error for a step whose loss or gradient is not finite, with the module where that began."""
+        where = f"in step {self.state.step + 1} (learning rate {rate:.3g})"
+        if math.isfinite(loss):  # then the parameters are good as they are
+            parameters = {name: p for buffer in self.buffers for name, p in buffer.parameters.items()}
+            return self.diverged(f"{where}: {broken_gradients(parameters)}", parameters_are_good=True)
+        cause = broken_loss(self.base, batches, self.layout, self.accelerator.device)
+        return self.diverged(f"{where}: {cause}")
+
+    def diverged(self, cause: str, *, parameters_are_good: bool = False) -> DivergedError:
+        """Restores the last good parameters, saves them unless a best adapter is kept, and returns the error."""
+        if not parameters_are_good:
+            for copy, buffer in zip(self.last_good, self.buffers, strict=True):
+                buffer.whole.detach().copy_(copy)
+            sync_parameters(self.model)
+        folder = trainable.folder_of(self.model, self.output_dir)
+        kept = f"{folder} keeps the best adapter so far"
+        if not folder.exists():
+            kept = f"{folder} keeps the last weights with a finite loss"
+            if self.accelerator.is_main_process:
+                trainable.save(self.model, self.output_dir)
+        return DivergedError(f"training diverged {cause}. {kept}; {REMEDIES}")
 
 
-def _result(bench: Bench, kit: Kit, state: State, after: Evaluation | None, seconds: float) -> TrainResult:
-    summary = kit.model.summary()
-    return TrainResult(
-        output_dir=str(bench.output_dir),
-        steps=state.step,
-        train_tokens=state.tokens,
-        supervised_tokens=state.supervised_tokens,
-        tokens_per_second=state.tokens / state.seconds,
-        eval_loss_before=state.before.loss if state.before else None,
-        eval_loss_after=after.loss if after else None,
-        best_step=state.best.step if state.best else state.step,
-        trainable_parameters=summary.trainable_parameters,
-        total_parameters=summary.total_parameters,
-        peak_memory_bytes=peak_bytes(bench.accelerator.device),
-        seconds=seconds,
-        model=kit.model,
-        tokenizer=kit.tokenizer,
-        data=kit.feed.prepared,
-        before=state.before,
-        after=after,
-    )
+def accumulate_gradients(
+    forward: nn.Module, batches: Sequence[MicroBatch], supervised: int, accelerator: Accelerator
+) -> Tensor:
+    """Runs forward and backward of a step's micro-batches; returns this rank's share of the loss, 0-dimensional.
+
+    forward: `ModelWithLoss`, as accelerate prepared it.
+    supervised: tokens with a loss in the whole step, over all micro-batches and ranks.
+    """
+
+    def backward(batch: MicroBatch) -> Tensor:  # a function, so that no batch's graph outlives it
+        scale = batch.weight / supervised
+        losses, _ = forward(batch.examples, scale * accelerator.num_processes)
+        share: Tensor = losses.sum() * scale
+        accelerator.backward(share * accelerator.num_processes)
+        return share.detach()
+
+    *first, last = batches
+    with accelerator.no_sync(forward):
+        shares = [backward(batch) for batch in first]
+    return torch.stack([*shares, backward(last)]).sum()
+
+
+def _is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

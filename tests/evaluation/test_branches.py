@@ -63,7 +63,7 @@ def test_a_reply_has_the_loss_that_it_has_alone(make: Any, form: str, attention:
     rows = BatchLayout(packed=False, loss=OWN, pad_id=0)
     found = shared_prompt_losses(model, QUESTIONS, form, token_budget=40)
     for replies, nats in zip(QUESTIONS, found, strict=True):
-        alone = evaluate(model, Examples.of(replies), rows=rows, token_budget=1).sums
+        alone = evaluate(model, Examples.of(replies), layout=rows, token_budget=1).sums
         np.testing.assert_allclose(nats, alone, rtol=1e-4)
         assert compare_with_separate(model, replies, form, alone) is None
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailora.kernels import attention
+from tailora.kernels import fused_attention
+from tailora.kernels.fused_attention import BLOCKS_ONLY, FLASH_ONLY, FlashThresholds
 
 CPU = torch.device("cpu")
 
@@ -34,10 +35,16 @@ def by_torch(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: 
     ],
 )
 @pytest.mark.parametrize(
-    "ways", [attention.BLOCKS, attention.TORCHS, attention.Ways(64, sys.maxsize), attention.Ways(32, 128)]
+    "thresholds",
+    [
+        BLOCKS_ONLY,
+        FLASH_ONLY,
+        FlashThresholds(64, sys.maxsize),
+        FlashThresholds(32, 128),
+    ],
 )
-def test_all_ways_and_their_gradients_are_torchs_attention(
-    lengths: tuple[int, ...], window: int | None, ways: attention.Ways
+def test_flash_and_blocks_give_torchs_attention_and_gradients(
+    lengths: tuple[int, ...], window: int | None, thresholds: FlashThresholds
 ) -> None:
     torch.manual_seed(0)
     tokens = sum(lengths)
@@ -45,11 +52,11 @@ def test_all_ways_and_their_gradients_are_torchs_attention(
     expected = by_torch(q, k, v, lengths, window)
     gradient = torch.randn_like(expected)
     expected.backward(gradient)
-    documents = attention.arranged(lengths, CPU)
+    documents = fused_attention.group_documents(lengths, CPU)
     with torch.no_grad():
-        output, kept = attention.forward(q, k, v, documents, 0.3, window, ways)
+        output, kept = fused_attention.attention_forward(q, k, v, documents, 0.3, window, thresholds)
         with_padding = torch.cat([gradient, torch.zeros(1, 6, 8, dtype=torch.float64)])
-        gradients = attention.backward(with_padding, output, kept, documents, 0.3, window)
+        gradients = fused_attention.attention_backward(with_padding, output, kept, documents, 0.3, window)
     torch.testing.assert_close(output, expected.detach(), rtol=0, atol=1e-12)
     for found, tensor in zip(gradients, (q, k, v), strict=True):
         torch.testing.assert_close(found, tensor.grad, rtol=0, atol=1e-12)

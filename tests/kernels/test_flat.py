@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError
-from tailora.kernels.flat_parameters import ALIGNMENT, ROW, Group, check_views, flattened, norm
+from tailora.kernels.flat_parameters import ALIGNMENT, CHUNK, Group, check_views, flattened, gradient_norm
 
 
 @pytest.fixture
@@ -46,13 +46,13 @@ def test_one_buffer_holds_all_that_is_trained(model: LoRAModel) -> None:
     before = {name: parameter.detach().clone() for name, parameter in parameters(model).items()}
     assert {tuple(tensor.shape) for tensor in before.values()} >= {(2, 7), (9, 2), (), (3, 5)}
     with flattened([Group(parameters(model))]) as (flat,):
-        assert flat.parts.keys() == before.keys()
+        assert flat.parameters.keys() == before.keys()
         for name, parameter in parameters(model).items():
             assert in_buffer(parameter, flat.whole)
             assert in_buffer(parameter.grad, flat.gradient)
             assert parameter.data_ptr() % ALIGNMENT == parameter.grad.data_ptr() % ALIGNMENT == 0
             assert torch.equal(parameter, before[name])
-            assert torch.equal(flat.part(name, flat.whole), before[name])
+            assert torch.equal(flat.view(name, flat.whole), before[name])
             assert not parameter.grad.any()
 
 
@@ -65,7 +65,7 @@ def test_the_backward_of_several_micro_batches_adds_up_in_the_buffer(model: LoRA
             backward(model, seed)
             check_views([flat])
         for name, gradient in expected.items():
-            assert torch.equal(flat.part(name, flat.gradient), gradient)
+            assert torch.equal(flat.view(name, flat.gradient), gradient)
         assert flat.gradient.norm() > 0
 
 
@@ -117,7 +117,7 @@ def test_groups_dtypes_and_their_settings_have_buffers_of_their_own() -> None:
     )
     groups = [Group({"single": single, "double": double}, 1.0, 0.5), Group({"other": other}, 16.0, 0.0)]
     with flattened(groups) as flats:
-        assert [(list(flat.parts), flat.whole.dtype, flat.rate_factor, flat.weight_decay) for flat in flats] == [
+        assert [(list(flat.parameters), flat.whole.dtype, flat.rate_factor, flat.weight_decay) for flat in flats] == [
             (["single"], torch.float32, 1.0, 0.5),
             (["double"], torch.float64, 1.0, 0.5),
             (["other"], torch.float32, 16.0, 0.0),
@@ -125,15 +125,15 @@ def test_groups_dtypes_and_their_settings_have_buffers_of_their_own() -> None:
         single.grad.fill_(1.0)
         double.grad.fill_(2.0)
         other.grad.fill_(3.0)
-        assert float(norm(flats)) == pytest.approx((3 * 1 + 3 * 4 + 2 * 9) ** 0.5)
+        assert float(gradient_norm(flats)) == pytest.approx((3 * 1 + 3 * 4 + 2 * 9) ** 0.5)
 
 
 def test_the_norm_of_millions_is_right_to_a_millionth() -> None:
     torch.manual_seed(0)
     with flattened([Group({"all": nn.Parameter(torch.zeros(10_000_000))})]) as (flat,):
-        flat.part("all", flat.gradient).normal_(std=1e-3)
+        flat.view("all", flat.gradient).normal_(std=1e-3)
         exact = float(torch.linalg.vector_norm(flat.gradient.double()))
-        assert float(norm([flat])) == pytest.approx(exact, rel=1e-6)
+        assert float(gradient_norm([flat])) == pytest.approx(exact, rel=1e-6)
 
 
 def test_a_parameter_or_a_name_in_two_groups_is_refused() -> None:
@@ -159,10 +159,10 @@ def test_a_parameter_or_a_name_in_two_groups_is_refused() -> None:
 )
 def test_a_parameter_that_left_its_buffer_is_named(model: LoRAModel, harm: Callable[[LoRAModel], None]) -> None:
     with flattened([Group(parameters(model))]) as flats:
-        norm(flats)
+        gradient_norm(flats)
         harm(model)
         with pytest.raises(RuntimeError, match=r"first 0\.lora_A"):
-            norm(flats)
+            gradient_norm(flats)
 
 
 def test_moving_a_model_to_where_it_is_leaves_the_buffers(model: LoRAModel) -> None:
@@ -174,7 +174,7 @@ def test_moving_a_model_to_where_it_is_leaves_the_buffers(model: LoRAModel) -> N
 
 def test_the_gaps_take_less_than_one_row() -> None:
     with flattened([Group({str(i): nn.Parameter(torch.ones(16, 576)) for i in range(99)})]) as (flat,):
-        assert 99 * 16 * 576 <= flat.whole.numel() < 99 * 16 * 576 + ROW
+        assert 99 * 16 * 576 <= flat.whole.numel() < 99 * 16 * 576 + CHUNK
 
 
 WORKER = """
@@ -205,7 +205,7 @@ with flattened([Group(dict(model.lora_layers.named_parameters()))]) as (flat,):
         parallel(last).square().sum().backward()
         check_views([flat])
         for name, gradient in expected.items():
-            torch.testing.assert_close(flat.part(name, flat.gradient), gradient)
+            torch.testing.assert_close(flat.view(name, flat.gradient), gradient)
         flat.gradient.zero_()
 torch.distributed.barrier()  # see docs/LOG.md: gloo must be idle when the reducer goes
 torch.distributed.destroy_process_group()

@@ -79,7 +79,7 @@ def assert_right(model: LoRAModel, form: str, tolerance: float) -> None:
     """Losses and gradients by all that is trained are those of torch on full logits; the losses weigh differently."""
     batch, trained = batch_of(), list(model.lora_layers.parameters())
     weights = torch.linspace(-1, 2, len(batch.targets), dtype=torch.float64)
-    logits = model(**batch.inputs).logits[batch.wanted]
+    logits = model(**batch.inputs).logits[batch.supervised]
     results = [
         [losses.detach(), *torch.autograd.grad(losses @ weights, trained)]
         for losses in (FORMS[form](model, batch), F.cross_entropy(logits, batch.targets, reduction="none"))

@@ -15,8 +15,8 @@ from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FROZEN
 from tailora.train.dataloader import MicroBatch
-from tailora.train.loss import BatchLayout, Supervised, evaluate
-from tailora.train.trainer import accumulate
+from tailora.train.loss import BatchLayout, ModelWithLoss, evaluate
+from tailora.train.trainer import accumulate_gradients
 
 LENGTHS = (3, 5, 40, 60)
 ROWS = {"packed": BatchLayout(True, FROZEN, 0), "padded": BatchLayout(False, FROZEN, 0)}
@@ -61,8 +61,8 @@ def test_the_accumulated_gradient_is_that_of_the_full_batch(model: LoRAModel, ro
 
     def gradient(batches: list[list[Example]]) -> Tensor:
         model.zero_grad()
-        forward = Supervised(model, rows, torch.device("cpu"))
-        accumulate(forward, [MicroBatch(batch) for batch in batches], supervised, Accelerator())
+        forward = ModelWithLoss(model, rows, torch.device("cpu"))
+        accumulate_gradients(forward, [MicroBatch(batch) for batch in batches], supervised, Accelerator())
         return torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 
     with packed_rows(model.base_model) if rows.packed else nullcontext():
@@ -76,7 +76,7 @@ def test_the_accumulated_gradient_is_that_of_the_full_batch(model: LoRAModel, ro
 def test_evaluation_gives_the_same_bits_each_time(model: LoRAModel, rows: BatchLayout) -> None:
     model.train()
     held_out = Examples.of(examples())
-    first, again = (evaluate(model, held_out, rows=rows, token_budget=64) for _ in range(2))
+    first, again = (evaluate(model, held_out, layout=rows, token_budget=64) for _ in range(2))
     assert (first.sums == again.sums).all()
     assert first.sums.min() > 0
     assert model.training

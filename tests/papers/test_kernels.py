@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.kernels import attention
+from tailora.kernels import fused_attention as attention
 from tailora.kernels.llama import inverse_rms, rms_norm, rotate, swiglu
 
 
@@ -62,12 +62,14 @@ def test_attention_s_backward_computes_the_probabilities_again(torchs: bool) -> 
     torch.manual_seed(0)
     lengths, heads, width = (5, 3, 40), 2, 16
     q, k, v, dY = (normal(sum(lengths), heads, width) for _ in range(4))
-    documents = attention.arranged(lengths, torch.device("cpu"))
+    documents = attention.group_documents(lengths, torch.device("cpu"))
     scale = 1 / math.sqrt(width)
-    Y, kept = attention.forward(q, k, v, documents, scale, None, attention.TORCHS if torchs else attention.BLOCKS)
+    Y, kept = attention.attention_forward(
+        q, k, v, documents, scale, None, attention.FLASH_ONLY if torchs else attention.BLOCKS_ONLY
+    )
     assert all((each.log_sums is not None) == torchs for each in kept)
     padded = torch.cat([dY, dY.new_zeros(1, heads, width)])
-    found = (Y, *attention.backward(padded, Y, kept, documents, scale, None))
+    found = (Y, *attention.attention_backward(padded, Y, kept, documents, scale, None))
     expected = [torch.cat(parts) for parts in zip(*_by_document(q, k, v, dY, lengths, scale), strict=True)]
     for ours, papers in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, papers, rtol=1e-10, atol=1e-10)

@@ -11,7 +11,7 @@ from tailora.core.loraplus import loraplus_groups
 from tailora.errors import ConfigError
 from tailora.kernels.flat_parameters import flattened
 from tailora.train.config import TrainConfig
-from tailora.train.optim import adamw, groups, take_step
+from tailora.train.optimizer import adamw, optimizer_step, parameter_groups
 
 CONFIG = LoRAConfig(r=2, target_modules=["0", "1"], modules_to_save=["2"], learn_scaling=True)
 
@@ -42,11 +42,11 @@ def test_b_learns_at_ratio_times_the_rate_and_nothing_else_does() -> None:
 def test_a_run_s_buffers_give_the_plain_loop_s_steps() -> None:
     ours, theirs = model(), model()
     plain = torch.optim.AdamW(loraplus_groups(theirs.lora_layers, 1e-2, 8), weight_decay=0)
-    with flattened(groups(ours.lora_layers, TrainConfig(loraplus_lr_ratio=8))) as flats:
+    with flattened(parameter_groups(ours.lora_layers, TrainConfig(loraplus_lr_ratio=8))) as flats:
         optimizer = adamw(flats)
         for _ in range(4):
             loss(ours).backward()
-            take_step(optimizer, 1e-2)
+            optimizer_step(optimizer, 1e-2)
             plain.zero_grad()
             loss(theirs).backward()
             plain.step()
@@ -56,7 +56,7 @@ def test_a_run_s_buffers_give_the_plain_loop_s_steps() -> None:
 
 
 def test_a_ratio_of_one_is_one_group_and_below_it_is_refused() -> None:
-    (only,) = groups(model().lora_layers, TrainConfig(loraplus_lr_ratio=1))
+    (only,) = parameter_groups(model().lora_layers, TrainConfig(loraplus_lr_ratio=1))
     assert only.rate_factor == 1
     with pytest.raises(ConfigError, match="loraplus_lr_ratio"):
         TrainConfig(loraplus_lr_ratio=0.5)

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tailora.evaluation.spectral import effective_rank, intruder_counter, stable_rank, subspace_overlap
 from tailora.study.optuna_study import importances
-from tailora.train.optim import rising
+from tailora.train.lr_schedule import lr_range_test
 
 
 @pytest.mark.parametrize("planted", [0, 1, 3])
@@ -51,7 +51,7 @@ def test_subspaces_overlap_by_the_squares_of_their_cosines() -> None:
 
 def test_a_range_test_passes_through_all_rates_once() -> None:
     """The rate rises from step to step over the whole range (arXiv:1506.01186, sec. 3.3), here by one factor."""
-    rates = [rising(step, 21, 1e-6, 1.0) for step in range(21)]
+    rates = [lr_range_test(step, 21, 1e-6, 1.0) for step in range(21)]
     assert (rates[0], rates[-1]) == pytest.approx((1e-6, 1.0))
     assert np.diff(np.log(rates)) == pytest.approx(math.log(1e6) / 20)
 

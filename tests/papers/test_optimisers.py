@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from tailora import LoRAConfig, LoRAModel
 from tailora.kernels.flat_parameters import flattened
 from tailora.train.config import TrainConfig
-from tailora.train.optim import adamw, groups, take_step
+from tailora.train.optimizer import adamw, optimizer_step, parameter_groups
 from tailora.train.trainable import FullModel
 
 
@@ -18,7 +18,7 @@ def test_adamw_decays_apart_from_the_gradient() -> None:
     named = dict(model.lora_layers.named_parameters())
     expected = {name: value.detach().clone() for name, value in named.items()}
     m, v = ({name: torch.zeros_like(value) for name, value in expected.items()} for _ in range(2))
-    with flattened(groups(model.lora_layers, TrainConfig(weight_decay=decay))) as flats:
+    with flattened(parameter_groups(model.lora_layers, TrainConfig(weight_decay=decay))) as flats:
         optimizer = adamw(flats)
         for t, rate in enumerate((1e-2, 3e-2, 2e-3, 1e-2), start=1):
             (model(x) - 1).square().sum().backward()
@@ -28,7 +28,7 @@ def test_adamw_decays_apart_from_the_gradient() -> None:
                 v[name] = 0.999 * v[name] + 0.001 * g.square()
                 step = (m[name] / (1 - 0.9**t)) / ((v[name] / (1 - 0.999**t)).sqrt() + 1e-8)
                 expected[name] = expected[name] - rate * (step + decay * expected[name])
-            take_step(optimizer, rate)
+            optimizer_step(optimizer, rate)
             for name, parameter in named.items():
                 torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-10, atol=1e-12)
 
@@ -51,7 +51,7 @@ def test_a_master_in_float32_adds_up_steps_that_16_bits_would_lose() -> None:
         optimizer.zero_grad()
         (-model(x).sum()).backward()  # the gradient of every weight is -1
         optimizer.step()
-        model.publish()
+        model.sync_parameters()
         alone += torch.tensor(2.0**-12, dtype=torch.bfloat16)
         assert torch.equal(master.detach(), torch.full((4, 8), 1 + step * 2.0**-12))
         assert torch.equal(weight(), master.detach().bfloat16())

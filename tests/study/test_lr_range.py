@@ -14,12 +14,12 @@ from tailora.study.lr_range import HIGHEST, LOWEST, STEPS, RateRange, find_range
 from tailora.study.search import search
 from tailora.study.trial import Trial, run_here
 from tailora.train.config import TrainConfig
-from tailora.train.optim import rising
+from tailora.train.lr_schedule import lr_range_test
 from tailora.train.trainer import run
 
 
 def test_a_rate_rises_by_one_factor_from_end_to_end() -> None:
-    rates = [rising(step, 5, 1e-4, 1.0) for step in range(5)]
+    rates = [lr_range_test(step, 5, 1e-4, 1.0) for step in range(5)]
     assert rates == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1.0])
 
 

@@ -81,7 +81,7 @@ def test_a_few_real_steps_say_what_they_took(small_run: TrainConfig) -> None:
     assert measured.memory.total == took.peak_bytes > 10**8  # of a process of its own
     assert measured.memory.activations == estimated.memory.activations
     assert measured.seconds == pytest.approx(took.seconds_per_token * (measured.tokens or 0), rel=0.01)
-    assert "verified" in measured.kernels
+    assert "differ by at most" in measured.kernels
     assert "measured" in measured.basis["memory"]
     assert "measured" not in estimated.basis["memory"]
 

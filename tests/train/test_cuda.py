@@ -16,7 +16,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import frozen_head, recomputed_head
 from tailora.train.config import TrainConfig
-from tailora.train.memory import available_bytes, forget_peak, peak_bytes
+from tailora.train.memory import available_bytes, peak_bytes, reset_peak
 from tailora.train.trainer import run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -114,5 +114,5 @@ def test_memory_that_torch_keeps_for_later_counts_as_free() -> None:
     assert available_bytes(DEVICE) <= before - large.numel() / 2
     del large
     assert available_bytes(DEVICE) == pytest.approx(before, rel=0.05)
-    forget_peak(DEVICE)
+    reset_peak(DEVICE)
     assert peak_bytes(DEVICE) < 1 << 28

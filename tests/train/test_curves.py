@@ -76,7 +76,7 @@ def trained(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
             config = TrainConfig(**{**settings, **changes})
             heard: list[str] = []
             run(config, on_event=lambda event: heard.extend(header_of(event)))
-            assert ("verified" in heard[0]) is (config.fast == "auto" and config.packing == "auto")
+            assert ("checked" in heard[0]) is (config.fast == "auto" and config.packing == "auto")
             made[key] = losses(config)
         return made[key]
 

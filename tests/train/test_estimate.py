@@ -24,10 +24,10 @@ from tailora.errors import TargetError
 from tailora.kernels.loss import FROZEN, OWN
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.estimate import memory_of, skeleton, step_of, subject, without_contents
-from tailora.train.kernel_choice import Kernels, running
+from tailora.train.estimate import estimate_memory, fake_model, fake_tensors, fake_trainable, simulate_step
+from tailora.train.kernel_choice import Kernels, use_kernels
 from tailora.train.loss import BatchLayout, token_losses
-from tailora.train.memory import Load
+from tailora.train.memory import ForwardSize
 from tailora.train.model_loading import load_base, read_config
 from tailora.train.setup import memory_cost
 
@@ -85,8 +85,8 @@ QV = ["q_proj", "v_proj"]
     ids=["2-7B qv", "2-7B", "3-8B", "3-8B dora", "3.2-1B", "qwen", "smol", "roberta", "gpt-2", "gpt-3"],
 )
 def test_counts_are_the_known_ones(shape: PretrainedConfig, settings: dict[str, Any], count: int) -> None:
-    with without_contents():
-        model, _ = subject(TrainConfig(**settings), shape, torch.device("meta"))
+    with fake_tensors():
+        model, _ = fake_trainable(TrainConfig(**settings), shape, torch.device("meta"))
         assert model.summary().trainable_parameters == count
 
 
@@ -99,12 +99,12 @@ def example(length: int, start: int = 0) -> Example:
 def test_what_a_forward_keeps_is_what_the_real_one_keeps(model_folder: Path, fast: str) -> None:
     config = TrainConfig(model=str(model_folder), r=4, fast=fast, dtype="float32")
     shape = read_config(config.model)
-    with skeleton(config, shape, CPU) as bare:
-        step = step_of(bare, [example(100)], checkpointed=False)
-        rows, kernels = bare.rows, bare.kernels
+    with fake_model(config, shape, CPU) as fake:
+        step = simulate_step(fake, [example(100)], checkpointed=False)
+        rows, kernels = fake.layout, fake.kernels
     model = LoRAModel(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), LoRAConfig(r=4)).train()
     kept = memory_cost(model, rows, kernels, example(100), CPU)
-    load = Load(1, 1, 100, 99, checkpointed=False)
+    load = ForwardSize(1, 1, 100, 99, checkpointed=False)
     assert step.kept == pytest.approx(kept.of(load), rel=0.05)
     assert step.kept < step.activations + step.logits  # with temporaries
 
@@ -112,21 +112,21 @@ def test_what_a_forward_keeps_is_what_the_real_one_keeps(model_folder: Path, fas
 def test_longer_rows_and_checkpointing_take_what_they_should(model_folder: Path) -> None:
     config = TrainConfig(model=str(model_folder), r=4, dtype="float32")
     shape = read_config(config.model)
-    with skeleton(config, shape, CPU) as bare:
-        short, long = (step_of(bare, [example(n)], checkpointed=False) for n in (100, 200))
-        checkpointed = step_of(bare, [example(200)], checkpointed=True)
+    with fake_model(config, shape, CPU) as fake:
+        short, long = (simulate_step(fake, [example(n)], checkpointed=False) for n in (100, 200))
+        checkpointed = simulate_step(fake, [example(200)], checkpointed=True)
     assert 1.7 < long.activations / short.activations < 2.1
     assert 2 < long.flops / short.flops < 4  # attention grows with the square
     assert checkpointed.kept < 0.3 * long.kept
-    assert checkpointed.held < long.held
+    assert checkpointed.bytes < long.bytes
     assert checkpointed.flops > 1.2 * long.flops
 
 
 def test_the_work_is_that_of_the_products(model_folder: Path) -> None:
     """Frozen forward and input gradients, without those of layer 0's q, k, v; adapters; the head of 99 rows."""
     config = TrainConfig(model=str(model_folder), r=4, dtype="float32")
-    with skeleton(config, read_config(config.model), CPU) as bare:
-        flops = step_of(bare, [example(100)], checkpointed=False).flops
+    with fake_model(config, read_config(config.model), CPU) as fake:
+        flops = simulate_step(fake, [example(100)], checkpointed=False).flops
     sizes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
     frozen = 2 * sum(a * b for a, b in sizes)
     adapters = 2 * 4 * sum(a + b for a, b in sizes)
@@ -139,12 +139,12 @@ def test_the_work_is_that_of_the_products(model_folder: Path) -> None:
 def test_nothing_of_the_simulation_stays_behind(model_folder: Path) -> None:
     """What is remembered of rows is real again afterwards."""
     config = TrainConfig(model=str(model_folder), r=4, dtype="float32")
-    with skeleton(config, read_config(config.model), CPU) as bare:
-        step_of(bare, [example(40)], checkpointed=False)
+    with fake_model(config, read_config(config.model), CPU) as fake:
+        simulate_step(fake, [example(40)], checkpointed=False)
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model = LoRAModel(base, LoRAConfig(r=4)).train()
     rows = BatchLayout(True, FROZEN, 0)
-    with running(base, rows, Kernels(True, "")):
+    with use_kernels(base, rows, Kernels(True, "")):
         losses, _ = token_losses(model, [example(40)], rows, CPU)
         losses.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.lora_layers.parameters())
@@ -158,19 +158,21 @@ def test_the_bytes_of_the_base_are_those_of_the_loaded_one(tmp_path: Path, quant
     AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(tmp_path)
     chat_tokenizer(["one"], eos_token="<|im_end|>").save_pretrained(tmp_path)
     config = TrainConfig(model=str(tmp_path), quantize=quantize, dtype="bfloat16", r=4)
-    with without_contents():
-        _, weights = subject(config, read_config(config.model), CPU)
+    with fake_tensors():
+        _, weights = fake_trainable(config, read_config(config.model), CPU)
     base, _ = load_base(str(tmp_path), "bfloat16", "cpu", quantize)
-    assert weights.held == pytest.approx(held_bytes(base), rel=0.02)
+    assert weights.stored == pytest.approx(held_bytes(base), rel=0.02)
 
 
 def test_full_fine_tuning_counts_masters_where_the_base_has_16_bits(model_folder: Path) -> None:
     parts = {}
     for dtype in ("float32", "bfloat16"):
         config = TrainConfig(model=str(model_folder), method="full", learning_rate=1e-4, dtype=dtype)
-        with skeleton(config, read_config(config.model), CPU) as bare:
-            count = bare.model.summary().trainable_parameters
-            parts[dtype] = memory_of(config, bare, step_of(bare, [example(20)], checkpointed=False), process=0)
+        with fake_model(config, read_config(config.model), CPU) as fake:
+            count = fake.model.summary().trainable_parameters
+            parts[dtype] = estimate_memory(
+                config, fake, simulate_step(fake, [example(20)], checkpointed=False), process=0
+            )
     assert parts["float32"].weights >= 4 * count
     assert parts["float32"].adapters == 0
     assert parts["bfloat16"].adapters == 4 * count
@@ -184,12 +186,12 @@ def test_what_the_structure_tells_is_foreseen() -> None:
     """Logits that are scaled after the head are not computed in chunks; the chunks' form would be wrong."""
     sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     shape = CohereConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, logit_scale=0.5)
-    with skeleton(TrainConfig(r=4), shape, CPU) as bare:
-        assert bare.rows.loss == OWN
-        assert "scale" in bare.notes[0]
-        assert not bare.kernels.layers
+    with fake_model(TrainConfig(r=4), shape, CPU) as fake:
+        assert fake.layout.loss == OWN
+        assert "scale" in fake.notes[0]
+        assert not fake.kernels.layers
 
 
 def test_targets_that_match_nothing_are_refused_without_weights() -> None:
-    with without_contents(), pytest.raises(TargetError, match="q_prj"):
-        subject(TrainConfig(target_modules=["q_prj"]), SMOLLM2, torch.device("meta"))
+    with fake_tensors(), pytest.raises(TargetError, match="q_prj"):
+        fake_trainable(TrainConfig(target_modules=["q_prj"]), SMOLLM2, torch.device("meta"))

@@ -15,7 +15,7 @@ from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
 from tailora.train.loss import BatchLayout, evaluate, token_losses
 from tailora.train.model_loading import load_base
-from tailora.train.trainable import FullModel, trained
+from tailora.train.trainable import FullModel, trained_module
 from tailora.train.trainer import run
 
 Settings = Callable[..., TrainConfig]
@@ -84,7 +84,7 @@ def test_masters_keep_the_steps_that_16_bits_lose(full: Settings) -> None:
     model = result.model
     assert isinstance(model, FullModel)
     name = "model.layers.0.mlp.up_proj.weight"
-    master, weight = trained(model).get_parameter(name.replace(".", "/")), model.base_model.get_parameter(name)
+    master, weight = trained_module(model).get_parameter(name.replace(".", "/")), model.base_model.get_parameter(name)
     now = weight.detach().clone()
     with model.disable_adapter():
         before = weight.detach().clone()
@@ -100,7 +100,7 @@ def test_the_base_is_back_within_the_block(full: Settings) -> None:
     assert result.after is not None
     judged: dict[str, Any] = {
         "examples": result.data.eval,
-        "rows": PADDED,
+        "layout": PADDED,
         "token_budget": 256,
     }
     with model.disable_adapter():
@@ -120,8 +120,8 @@ def test_a_resumed_run_is_the_run_to_the_bit(full: Settings, tmp_path: Path, dty
         resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"),
     )
     resumed = run(again)
-    for name, weight in trained(whole.model).state_dict().items():
-        assert torch.equal(weight, trained(resumed.model).state_dict()[name]), name
+    for name, weight in trained_module(whole.model).state_dict().items():
+        assert torch.equal(weight, trained_module(resumed.model).state_dict()[name]), name
     assert resumed.eval_loss_after == whole.eval_loss_after
 
 
@@ -130,7 +130,7 @@ def test_the_header_says_what_trains(full: Settings) -> None:
     run(config)
     record = json.loads((Path(config.output_dir) / "run.json").read_text())
     assert record["settings"]["method"] == "full"
-    assert "weights of it are trained" in record["kernels"]
+    assert "its own weights are trained" in record["kernels"]
     assert "head trained" in record["kernels"]
 
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tailora.errors import ConfigError, DivergedError
-from tailora.train.run_log import held
+from tailora.train.run_log import lock
 from tailora.train.trainer import run
 
 
@@ -31,7 +31,7 @@ def test_the_last_good_adapter_is_kept(settings: Any, changes: dict[str, Any], c
 def test_a_folder_that_another_run_writes_to_is_refused(settings: Any) -> None:
     config = settings(max_steps=1)
     Path(config.output_dir).mkdir(parents=True)
-    with held(Path(config.output_dir)), pytest.raises(ConfigError, match="another run is writing"):
+    with lock(Path(config.output_dir)), pytest.raises(ConfigError, match="another run is writing"):
         run(config)
     run(config)
     assert (Path(config.output_dir) / "adapter").is_dir()

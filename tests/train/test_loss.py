@@ -18,9 +18,9 @@ from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED
 from tailora.model import LoRAModel
 from tailora.train.dataloader import MicroBatch
-from tailora.train.loss import BatchLayout, Supervised, budgeted, evaluate, token_losses
-from tailora.train.setup import choose_rows
-from tailora.train.trainer import accumulate
+from tailora.train.loss import BatchLayout, ModelWithLoss, batches_within, evaluate, token_losses
+from tailora.train.setup import choose_layout
+from tailora.train.trainer import accumulate_gradients
 
 CPU = torch.device("cpu")
 GROUPED = {
@@ -60,8 +60,8 @@ def model(request: pytest.FixtureRequest) -> LoRAModel:
 def gradient(model: LoRAModel, batches: list[list[Example]], rows: BatchLayout) -> tuple[float, Tensor]:
     supervised = sum(example.supervised for batch in batches for example in batch)
     model.zero_grad()
-    forward = Supervised(model, rows, CPU)
-    mean = accumulate(forward, [MicroBatch(batch) for batch in batches], supervised, Accelerator())
+    forward = ModelWithLoss(model, rows, CPU)
+    mean = accumulate_gradients(forward, [MicroBatch(batch) for batch in batches], supervised, Accelerator())
     return float(mean), torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 
 
@@ -98,7 +98,7 @@ def test_a_batch_of_weight_zero_counts_for_nothing(model: LoRAModel) -> None:
     model.zero_grad()
     batches = [MicroBatch(data[:2]), MicroBatch(data[2:], weight=0.0)]
     supervised = sum(example.supervised for example in data[:2])
-    accumulate(Supervised(model, PADDED, CPU), batches, supervised, Accelerator())
+    accumulate_gradients(ModelWithLoss(model, PADDED, CPU), batches, supervised, Accelerator())
     again = torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
     assert torch.equal(again, expected)
 
@@ -140,7 +140,7 @@ def test_dropout_of_a_trained_adapter_does_not_change_what_is_chosen(
     for layer in model.lora_layers.values():
         nn.init.normal_(layer.lora_B, std=0.3)
     notes: list[str] = []
-    rows = choose_rows(settings(fast=fast), model, AutoTokenizer.from_pretrained(model_folder), notes.append)
+    rows = choose_layout(settings(fast=fast), model, AutoTokenizer.from_pretrained(model_folder), notes.append)
     assert (rows.packed, rows.loss, notes) == (True, form, [])
     assert all(layer.training for layer in model.lora_layers.values())
 
@@ -149,7 +149,7 @@ def test_a_model_that_keeps_its_logits_is_named_in_a_note(settings: Any, model_f
     sizes = {**GROUPED, "vocab_size": 320, "head_dim": 8}
     model = LoRAModel(AutoModelForCausalLM.from_config(Gemma2Config(**sizes)), LoRAConfig(r=4))
     notes: list[str] = []
-    rows = choose_rows(settings(), model, AutoTokenizer.from_pretrained(model_folder), notes.append)
+    rows = choose_layout(settings(), model, AutoTokenizer.from_pretrained(model_folder), notes.append)
     assert (rows.packed, rows.loss) == (False, OWN)
     assert "the loss is computed from the model's own logits" in notes[-1]
     assert "Gemma2ForCausalLM changes the logits" in notes[-1]
@@ -160,7 +160,7 @@ def test_evaluation_is_bitwise_repeatable_and_independent_of_its_batches(model: 
     held = Examples.of(examples((3, 5, 40, 60, 7, 7, 21)))
     model.train()
     first, second, small = (
-        evaluate(model, held, rows=BatchLayout(packed, FROZEN, 0), token_budget=budget) for budget in (64, 64, 8)
+        evaluate(model, held, layout=BatchLayout(packed, FROZEN, 0), token_budget=budget) for budget in (64, 64, 8)
     )
     assert (first.sums == second.sums).all()
     np.testing.assert_allclose(first.sums, small.sums, rtol=1e-5)
@@ -173,9 +173,9 @@ def test_evaluation_is_bitwise_repeatable_and_independent_of_its_batches(model: 
 @pytest.mark.parametrize("packed", [True, False])
 def test_evaluation_keeps_to_its_budget(packed: bool) -> None:
     lengths = np.array([5, 60, 7, 8, 30, 5, 5, 64])
-    batches = list(budgeted(lengths, 64, packed))
+    batches = list(batches_within(64, lengths, packed))
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     for batch in batches:
         size = lengths[batch].sum() if packed else lengths[batch].max() * len(batch)
         assert size <= 64
-    assert list(map(len, budgeted(np.array([100]), 64, packed))) == [1]
+    assert list(map(len, batches_within(64, np.array([100]), packed))) == [1]

@@ -15,7 +15,15 @@ from tailora.kernels.loss import FROZEN, OWN, RECOMPUTED
 from tailora.model import LoRAModel
 from tailora.train.kernel_choice import Kernels
 from tailora.train.loss import BatchLayout
-from tailora.train.memory import Cost, Load, available_bytes, check_fits, explained, is_out_of_memory, size
+from tailora.train.memory import (
+    Cost,
+    ForwardSize,
+    available_bytes,
+    check_fits,
+    explain_out_of_memory,
+    format_bytes,
+    is_out_of_memory,
+)
 from tailora.train.setup import memory_cost
 
 CPU = torch.device("cpu")
@@ -41,7 +49,7 @@ except MemoryLimitError as error:
 
 
 def test_a_load_beyond_the_machine_is_refused_with_three_priced_remedies() -> None:
-    load = Load(batch_size=8, examples=8, tokens=8 * 10**9, supervised=10**9, checkpointed=False)
+    load = ForwardSize(batch_size=8, examples=8, tokens=8 * 10**9, supervised=10**9, checkpointed=False)
     with pytest.raises(MemoryLimitError) as caught:
         check_fits(COST, load, 1024, CPU)
     cause, *remedies = str(caught.value).splitlines()[0:1] + str(caught.value).splitlines()[2:]
@@ -60,7 +68,7 @@ def test_a_load_beyond_the_machine_is_refused_with_three_priced_remedies() -> No
 @pytest.mark.parametrize("examples", [1, 8])
 @pytest.mark.parametrize("checkpointed", [True, False])
 def test_there_are_three_remedies_whatever_is_used_up(examples: int, checkpointed: bool) -> None:
-    load = Load(examples, examples, tokens=10**12, supervised=0, checkpointed=checkpointed)
+    load = ForwardSize(examples, examples, tokens=10**12, supervised=0, checkpointed=checkpointed)
     with pytest.raises(MemoryLimitError) as caught:
         check_fits(COST, load, 1024, CPU)
     remedies = str(caught.value).splitlines()[2:]
@@ -70,7 +78,7 @@ def test_there_are_three_remedies_whatever_is_used_up(examples: int, checkpointe
 
 
 def test_a_load_that_fits_is_priced() -> None:
-    load = Load(batch_size=2, examples=2, tokens=10, supervised=5, checkpointed=False)
+    load = ForwardSize(batch_size=2, examples=2, tokens=10, supervised=5, checkpointed=False)
     assert check_fits(COST, load, 1024, CPU) == 10_500_000
 
 
@@ -105,7 +113,7 @@ def test_running_out_of_memory_is_told_from_other_errors(error: Exception, expec
 
 
 def test_other_errors_pass_through_unchanged() -> None:
-    with pytest.raises(RuntimeError, match=r"^shapes$"), explained("training", lambda: "advice"):
+    with pytest.raises(RuntimeError, match=r"^shapes$"), explain_out_of_memory("training", lambda: "advice"):
         raise RuntimeError("shapes")
 
 
@@ -141,4 +149,4 @@ def test_memory_is_measured() -> None:
 
 @pytest.mark.parametrize(("count", "text"), [(999, "999 bytes"), (1234, "1.2 kB"), (5e6, "5.0 MB"), (2.5e9, "2.5 GB")])
 def test_sizes_are_for_people(count: float, text: str) -> None:
-    assert size(count) == text
+    assert format_bytes(count) == text

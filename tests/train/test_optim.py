@@ -12,7 +12,8 @@ from tailora.errors import DivergedError
 from tailora.kernels.flat_parameters import Group, check_views, flattened
 from tailora.train.config import TrainConfig
 from tailora.train.divergence import broken_gradients
-from tailora.train.optim import adamw, clip, groups, learning_rate, take_step
+from tailora.train.lr_schedule import learning_rate
+from tailora.train.optimizer import adamw, clip_gradients, optimizer_step, parameter_groups
 from tailora.train.trainer import run
 
 
@@ -70,14 +71,14 @@ def test_steps_are_torchs_adamw_and_clipping_of_each_parameter(dtype: torch.dtyp
         optimizer = adamw(flats)
         for step in range(20):
             set_gradients(ours, theirs, step)
-            norms.append(clip(flats, 20.0))
+            norms.append(clip_gradients(flats, 20.0))
             assert norms[-1] == pytest.approx(
                 float(nn.utils.clip_grad_norm_(theirs.values(), 20.0)), rel=ROUNDING[dtype]
             )
             for name, parameter in theirs.items():
                 torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
             rate = learning_rate(step, 20, 1e-2, 0.1, "cosine")
-            take_step(optimizer, rate)
+            optimizer_step(optimizer, rate)
             expected.param_groups[0]["lr"] = rate
             expected.step()
     assert min(norms) < 20 < max(norms)
@@ -91,12 +92,12 @@ def test_a_step_leaves_zero_gradients_in_the_buffer_and_nothing_in_its_gaps() ->
         optimizer = adamw([flat])
         for step in range(3):
             set_gradients(ours, theirs, step)
-            take_step(optimizer, 0.1)
+            optimizer_step(optimizer, 0.1)
             check_views([flat])
             assert not flat.gradient.any()
         gaps = torch.ones_like(flat.gradient)
-        for name in flat.parts:
-            flat.part(name, gaps).zero_()
+        for name in flat.parameters:
+            flat.view(name, gaps).zero_()
         assert gaps.any()
         assert not (flat.whole * gaps).any()
 
@@ -113,8 +114,10 @@ def test_groups_have_rates_and_decays_of_their_own() -> None:
         optimizer = adamw(flats)
         for step in range(5):
             set_gradients(ours, theirs, step)
-            assert clip(flats, 3.0) == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.values(), 3.0)), rel=1e-6)
-            take_step(optimizer, 1e-3)
+            assert clip_gradients(flats, 3.0) == pytest.approx(
+                float(nn.utils.clip_grad_norm_(theirs.values(), 3.0)), rel=1e-6
+            )
+            optimizer_step(optimizer, 1e-3)
             for each in expected:
                 each.step()
     for name, parameter in theirs.items():
@@ -123,7 +126,7 @@ def test_groups_have_rates_and_decays_of_their_own() -> None:
 
 def test_a_run_has_one_group_with_the_settings_decay() -> None:
     model = LoRAModel(nn.Sequential(nn.Linear(20, 20)), LoRAConfig(r=4))
-    (group,) = groups(model.lora_layers, TrainConfig(weight_decay=0.25))
+    (group,) = parameter_groups(model.lora_layers, TrainConfig(weight_decay=0.25))
     named = dict(model.lora_layers.named_parameters())
     assert (dict(group.parameters), group.rate_factor, group.weight_decay) == (named, 1.0, 0.25)
 
@@ -134,7 +137,7 @@ def test_gradients_that_are_not_finite_are_left_to_be_named(broken: float) -> No
     with flattened([Group(ours)]) as flats:
         set_gradients(ours, theirs, 0)
         ours["B"].grad[3, 4] = broken
-        assert not math.isfinite(clip(flats, 1e-3))
+        assert not math.isfinite(clip_gradients(flats, 1e-3))
         assert "of 1 of 4 parameters is not finite, first B" in broken_gradients(ours)
         assert torch.equal(ours["A"].grad, theirs["A"].grad)
 
@@ -147,7 +150,7 @@ def test_a_parameter_that_no_step_used_moves_by_weight_decay_only(weight_decay: 
         for step in range(4):
             set_gradients(ours, theirs, step)
             ours["B"].grad.zero_()
-            take_step(optimizer, 0.01)
+            optimizer_step(optimizer, 0.01)
     torch.testing.assert_close(ours["B"], theirs["B"] * share, rtol=1e-6, atol=0)
     assert not torch.allclose(ours["A"], theirs["A"] * share, rtol=1e-3)
 
@@ -163,7 +166,7 @@ def test_a_parameter_that_a_step_does_not_use_moves_on_with_its_moments() -> Non
                 ours["B"].grad.zero_()
                 theirs["B"].grad.zero_()
             before = ours["B"].detach().clone()
-            take_step(optimizer, 0.01)
+            optimizer_step(optimizer, 0.01)
             expected.step()
             assert not torch.equal(ours["B"], before)
     torch.testing.assert_close(ours["B"], theirs["B"], rtol=1e-6, atol=1e-6)

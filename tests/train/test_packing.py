@@ -16,7 +16,7 @@ from transformers import (
 
 from tailora.errors import ConfigError
 from tailora.train import events
-from tailora.train.packing import choose
+from tailora.train.packing import choose_packing
 from tailora.train.trainer import run
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -42,7 +42,7 @@ def made(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PACKS)
 def test_models_that_isolate_documents_are_packed(name: str, dtype: torch.dtype) -> None:
-    packing = choose(made(PACKS[name], dtype), "auto")
+    packing = choose_packing(made(PACKS[name], dtype), "auto")
     assert (packing.on, packing.note) == (True, None)
 
 
@@ -50,13 +50,13 @@ def test_models_that_isolate_documents_are_packed(name: str, dtype: torch.dtype)
 def test_models_that_do_not_get_padded_batches_and_a_reason(name: str) -> None:
     model = made(DOES_NOT[name])
     before = model.config._attn_implementation
-    packing = choose(model, "auto")
+    packing = choose_packing(model, "auto")
     assert not packing.on
     assert type(model).__name__ in (packing.note or "")
     assert model.config._attn_implementation == before
     with pytest.raises(ConfigError, match="packing = 'on', but"):
-        choose(model, "on")
-    assert choose(model, "off").note is None
+        choose_packing(model, "on")
+    assert choose_packing(model, "off").note is None
 
 
 def test_a_model_that_is_not_packed_still_trains(settings: Any, tmp_path: Any, model_folder: Any) -> None:

@@ -13,9 +13,9 @@ from torch import nn
 from tailora.errors import CheckpointError
 from tailora.kernels.flat_parameters import Group, flattened
 from tailora.train import checkpoint, events
-from tailora.train.checkpoint import found, moments, set_moments
+from tailora.train.checkpoint import checkpoints_in, moments, set_moments
 from tailora.train.config import TrainConfig
-from tailora.train.optim import adamw, take_step
+from tailora.train.optimizer import adamw, optimizer_step
 from tailora.train.trainer import run
 
 LONG = {
@@ -46,7 +46,7 @@ def test_a_killed_run_continues_to_the_same_bytes(settings: Any, tmp_path: Path)
     result = run(whole)
     process = subprocess.run([sys.executable, "-c", KILLED, killed.model_dump_json()], check=False)
     assert process.returncode == -signal.SIGKILL
-    assert [path.name for path in found(Path(killed.output_dir))] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in checkpoints_in(Path(killed.output_dir))] == ["checkpoint-2", "checkpoint-4"]
     resumed = run(changed(killed, resume_from_checkpoint="latest"))
     assert adapter(killed) == adapter(whole)
     assert losses(killed) == losses(whole)
@@ -110,14 +110,18 @@ def test_the_choice_of_kernels_is_the_run_s_and_not_made_again(
         changed(stopped, resume_from_checkpoint="latest"),
         on_event=lambda event: headers.append(event.header) if isinstance(event, events.Prepared) else None,
     )
-    assert "layer kernels: Llama family, as before" in headers[0]["kernels"]
+    assert "fused for speed, as when the run was started" in headers[0]["kernels"]
     assert adapter(stopped) == adapter(whole)
 
 
 def test_the_newest_checkpoints_are_kept(settings: Any) -> None:
     config = settings(max_steps=5, save_steps=1, save_total_limit=3)
     run(config)
-    assert [path.name for path in found(Path(config.output_dir))] == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
+    assert [path.name for path in checkpoints_in(Path(config.output_dir))] == [
+        "checkpoint-3",
+        "checkpoint-4",
+        "checkpoint-5",
+    ]
 
 
 @pytest.fixture
@@ -171,7 +175,7 @@ def test_a_resume_on_other_data_is_refused(two_checkpoints: TrainConfig) -> None
 
 def rewrite_recorded(config: TrainConfig, **changes: Any) -> None:
     """Changes what the newest checkpoint says about its run."""
-    folder = found(Path(config.output_dir))[-1]
+    folder = checkpoints_in(Path(config.output_dir))[-1]
     saved = checkpoint.load(folder)
     state = {name: value for name, value in saved.state.items() if name not in ("files", "sha256")}
     checkpoint.save(folder, checkpoint.Checkpoint({**state, "run": {**state["run"], **changes}}, saved.tensors))
@@ -267,14 +271,14 @@ def in_buffers(
     """Go on from saved moments in two groups; returns the moments to save."""
     scales = {name: parameter for name, parameter in parameters.items() if name == "scale"}
     factors = {name: parameter for name, parameter in parameters.items() if name != "scale"}
-    with flattened([Group(scales), Group(factors)]) as flats:
-        optimizer = adamw(flats)
-        set_moments(optimizer, flats, saved)
+    with flattened([Group(scales), Group(factors)]) as buffers:
+        optimizer = adamw(buffers)
+        set_moments(optimizer, buffers, saved)
         for step in steps:
             for name, parameter in parameters.items():
                 parameter.grad.copy_(gradient(name, step))
-            take_step(optimizer, 0.01)
-        return {name: tensor.clone() for name, tensor in moments(optimizer, flats).items()}
+            optimizer_step(optimizer, 0.01)
+        return {name: tensor.clone() for name, tensor in moments(optimizer, buffers).items()}
 
 
 def test_moments_are_saved_by_parameter_and_go_on_to_the_same_bits() -> None:
@@ -317,5 +321,5 @@ def test_moments_that_were_never_made_are_zero() -> None:
 def test_moments_of_different_numbers_of_steps_are_refused() -> None:
     parameters = fresh()
     saved = one_by_one(parameters, range(3), {"B": range(1)})
-    with pytest.raises(CheckpointError, match="from 1 to 3 optimiser steps"):
+    with pytest.raises(CheckpointError, match="from 1 to 3 optimizer steps"):
         in_buffers(parameters, range(3, 4), saved)

@@ -5,7 +5,14 @@ import pytest
 
 from tailora.data.dataset import Example, Examples
 from tailora.errors import DataError
-from tailora.train.dataloader import MicroBatch, Shape, parts, planned, steps_per_epoch, streamed
+from tailora.train.dataloader import (
+    MicroBatch,
+    StepShape,
+    dataset_steps,
+    split_by_tokens,
+    steps_per_epoch,
+    stream_steps,
+)
 
 
 def example(number: int) -> Example:
@@ -22,13 +29,13 @@ def numbers(step: list[MicroBatch]) -> list[list[int]]:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_epoch_sees_every_example_once_over_all_ranks(world: int) -> None:
-    shapes = [Shape(batch_size=2, accumulation=2, rank=rank, world=world) for rank in range(world)]
+    shapes = [StepShape(batch_size=2, accumulation=2, rank=rank, world=world) for rank in range(world)]
     count = steps_per_epoch(len(DATA), shapes[0])
     for epoch in range(2):
         seen = [
             number
             for shape in shapes
-            for step in islice(planned(DATA, shape), epoch * count, (epoch + 1) * count)
+            for step in islice(dataset_steps(DATA, shape), epoch * count, (epoch + 1) * count)
             for batch in numbers(step)
             for number in batch
         ]
@@ -37,50 +44,53 @@ def test_every_epoch_sees_every_example_once_over_all_ranks(world: int) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_all_ranks_take_part_in_every_forward(world: int) -> None:
-    ranks = [islice(planned(DATA, Shape(4, 2, rank=rank, world=world)), 6) for rank in range(world)]
+    ranks = [islice(dataset_steps(DATA, StepShape(4, 2, rank=rank, world=world)), 6) for rank in range(world)]
     for steps in zip(*ranks, strict=True):
         assert len({len(step) for step in steps}) == 1
 
 
 @pytest.mark.parametrize("start", [1, 5, 6, 7, 13])
 def test_steps_from_the_middle_are_those_of_the_whole(start: int) -> None:
-    shape = Shape(batch_size=2, accumulation=2, seed=3)
-    whole = [numbers(step) for step in islice(planned(DATA, shape), 15)]
-    assert [numbers(step) for step in islice(planned(DATA, shape, start), 15 - start)] == whole[start:]
+    shape = StepShape(batch_size=2, accumulation=2, seed=3)
+    whole = [numbers(step) for step in islice(dataset_steps(DATA, shape), 15)]
+    assert [numbers(step) for step in islice(dataset_steps(DATA, shape, start), 15 - start)] == whole[start:]
     read = lambda: iter(DATA)  # noqa: E731
-    whole = [numbers(step) for step in islice(streamed(read, shape), 15)]
-    assert [numbers(step) for step in islice(streamed(read, shape, start), 15 - start)] == whole[start:]
+    whole = [numbers(step) for step in islice(stream_steps(read, shape), 15)]
+    assert [numbers(step) for step in islice(stream_steps(read, shape, start), 15 - start)] == whole[start:]
 
 
 def test_epochs_differ_and_seeds_differ() -> None:
-    count = steps_per_epoch(len(DATA), Shape(2, 1))
-    orders = [[numbers(step) for step in islice(planned(DATA, Shape(2, 1, seed)), 2 * count)] for seed in (0, 1)]
+    count = steps_per_epoch(len(DATA), StepShape(2, 1))
+    orders = [
+        [numbers(step) for step in islice(dataset_steps(DATA, StepShape(2, 1, seed)), 2 * count)] for seed in (0, 1)
+    ]
     assert orders[0][:count] != orders[0][count:]
     assert orders[0] != orders[1]
 
 
 def test_an_empty_stream_is_an_error_and_not_an_endless_loop() -> None:
     with pytest.raises(DataError, match="no example"):
-        next(streamed(lambda: iter([]), Shape(2, 1)))
+        next(stream_steps(lambda: iter([]), StepShape(2, 1)))
 
 
 @pytest.mark.parametrize("limit", [1, 10, 17, 1000, None])
 def test_parts_keep_to_the_limit_and_lose_nothing(limit: int | None) -> None:
     lengths = [3, 9, 4, 4, 12, 5, 5, 5]
-    cut = parts(lengths, limit)
+    cut = split_by_tokens(lengths, limit)
     assert [place for places in cut for place in places] == list(range(len(lengths)))
     assert all(len(places) == 1 or limit is None or sum(lengths[place] for place in places) <= limit for places in cut)
 
 
 def test_parts_are_of_about_one_size() -> None:
-    assert parts([200] * 8, 1024) == [range(4), range(4, 8)]
+    assert split_by_tokens([200] * 8, 1024) == [range(4), range(4, 8)]
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_step_in_parts_holds_the_same_examples(world: int) -> None:
     for rank in range(world):
         whole, cut = (
-            islice(planned(DATA, Shape(4, 2, rank=rank, world=world, token_limit=limit)), 6) for limit in (None, 8)
+            islice(dataset_steps(DATA, StepShape(4, 2, rank=rank, world=world, token_limit=limit)), 6)
+            for limit in (None, 8)
         )
         for one, other in zip(whole, cut, strict=True):
             assert sorted(chain(*numbers(one))) == sorted(chain(*numbers(other)))

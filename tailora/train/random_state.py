@@ -1,0 +1,54 @@
+"""The random states of Python, numpy and torch: seeded, and as tensors for checkpoints, without pickle."""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # CUDA too
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the block everything random follows `seed`; afterwards the caller's states are back."""
+    before = random_state()
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        set_random_state(before)
+
+
+def random_state() -> dict[str, Tensor]:
+    """Returns the states of all generators as tensors, CUDA's as `cuda.0`, `cuda.1`, ..."""
+    version, words, gauss_next = random.getstate()
+    _algorithm, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python.spare": torch.tensor([] if gauss_next is None else [gauss_next], dtype=torch.float64),
+        "numpy": torch.tensor([*np.asarray(keys).tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy.spare": torch.tensor([gauss], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+        **{f"cuda.{i}": state for i, state in enumerate(cuda)},
+    }
+
+
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    """Restores to the bit what `random_state` returned."""
+    version, *words = states["python"].tolist()
+    random.setstate((version, tuple(words), states["python.spare"].item() if len(states["python.spare"]) else None))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, states["numpy.spare"].item()))
+    torch.set_rng_state(states["torch"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda.{i}" not in states:
+            break  # the checkpoint saw fewer GPUs; the run has as many processes as then, so none uses this one
+        torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
