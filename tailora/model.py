@@ -9,7 +9,7 @@ does it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -235,14 +235,13 @@ class LoRAModel(nn.Module):
         """Makes this adapter the active one. Several are summed; None leaves the plain base."""
         self._merge_state.check_unmerged("switch adapters")
         self.lora_layers = self._adapter_set.activate(name)
-        if any(module.training != self.training for module in self.lora_layers.modules()):
+        parts = (part for name in self.active_adapters for part in self.adapter(name).parts.values())
+        if any(part.training != self.training for part in parts):
             self.lora_layers.train(self.training)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def disable_adapter(self) -> AbstractContextManager[None]:
         """The plain base model within the block."""
-        with self._activated(None):
-            yield
+        return self._activated(None)
 
     @contextmanager
     def _activated(self, name: str | Iterable[str] | None) -> Iterator[None]:
@@ -253,8 +252,7 @@ class LoRAModel(nn.Module):
         finally:
             self.set_adapter(active)
 
-    @contextmanager
-    def adapter_rows(self, names: Sequence[str | None]) -> Iterator[None]:
+    def adapter_rows(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
         """Within the block, every row of a batch (its first dimension) has the adapter named for it, None for none.
 
         In training and inference; what was active before is active again afterwards, and `lora_layers` stays what it
@@ -266,8 +264,7 @@ class LoRAModel(nn.Module):
         the call RowsError where a layer gets another number of rows, or where rows cannot be known.
         """
         self._merge_state.check_unmerged("choose adapters by row")
-        with self._adapter_set.activated_by_row(names):
-            yield
+        return self._adapter_set.activated_by_row(names)
 
     def set_scale(self, name: str, strength: float) -> None:
         """Sets the strength of one adapter: 1 is as trained, 0 is off. Holds until set again; is merged, not saved."""

@@ -10,8 +10,13 @@ import pytest
 @pytest.mark.slow
 def test_importing_the_library_takes_at_most_a_quarter_more_cpu_time_than_torch() -> None:
     ours = "import torch; from tailora import LoRAConfig, LoRALayer, LoRAModel"
-    pairs = [(cpu_seconds(ours), cpu_seconds("import torch")) for _ in range(3)]
-    assert min(mine for mine, _ in pairs) <= 1.25 * min(alone for _, alone in pairs)
+    with_tailora, torch_alone = [], []
+    for _ in range(3):  # a busy machine may spoil one measurement
+        with_tailora.append(cpu_seconds(ours))
+        torch_alone.append(cpu_seconds("import torch"))
+        if min(with_tailora) <= 1.25 * min(torch_alone):
+            return
+    pytest.fail(f"seconds with tailora: {with_tailora}, torch alone: {torch_alone}")
 
 
 def cpu_seconds(code: str) -> float:

@@ -192,12 +192,12 @@ def check_compatible(adapters: Mapping[str, Adapter], *, by_row: bool = False) -
     by_row: each row has one of them, so that they may replace the same module, but not one inside another.
     """
     problems = [
-        f"{name} trains {whole} whole, which {other} adapts at {path}"
+        f"{name} trains {whole} whole, which {second_name} adapts at {path}"
         for name, adapter in adapters.items()
         for whole in adapter.saved
-        for other in adapters
-        if other != name
-        for path in adapters[other].parts
+        for second_name, second in adapters.items()
+        if second_name != name
+        for path in second.parts
         if inside(path, whole) and not (by_row and path == whole)
     ]
     if problems:
@@ -264,7 +264,7 @@ class Summary:
     total_parameters: int
 
     def __str__(self) -> str:
-        cells = [("path", "kind", "shape", "r", "alpha", "parameters")]
+        cells = [("path", "layer type", "shape", "r", "alpha", "parameters")]
         for row in self.rows:
             alpha = "-" if row.lora_alpha is None else f"{row.lora_alpha:g}"
             shape = " x ".join(map(str, row.shape))

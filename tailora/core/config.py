@@ -117,7 +117,7 @@ class LoRAConfig(StrictModel):
 
     @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "fused_parts")
     @classmethod
-    def _regular(cls, value: Any) -> Any:
+    def _check_regular_expressions(cls, value: Any) -> Any:
         for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:
             try:
                 re.compile(pattern)
@@ -127,29 +127,25 @@ class LoRAConfig(StrictModel):
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
-    def _positive(cls, patterns: dict[str, float]) -> dict[str, float]:
+    def _check_positive(cls, patterns: dict[str, float]) -> dict[str, float]:
         if wrong := {pattern: value for pattern, value in patterns.items() if not 0 < value < math.inf}:
             raise ValueError(f"values must be above 0; got {wrong}")
         return patterns
 
     @field_validator("trainable_token_indices")
     @classmethod
-    def _rows(cls, value: Any) -> Any:
+    def _check_token_ids(cls, value: Any) -> Any:
         for indices in value.values() if isinstance(value, dict) else [value] if value is not None else []:
             if not indices or len(set(indices)) < len(indices) or min(indices) < 0:
-                raise ValueError("rows are distinct numbers from 0 on, at least one")
+                raise ValueError("give at least one token id; ids are distinct, from 0 on")
         return value
 
     @model_validator(mode="after")
-    def _slots_agree(self) -> Self:
+    def _check_together(self) -> Self:
         if self.use_dora and self.lora_bias:
             raise ValueError(
                 "lora_bias with use_dora: no tool reads an adapter with both; bias='lora_only' trains biases"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _ranks_agree(self) -> Self:
         if self.adalora is not None and self.init_lora_weights != "kaiming":
             raise ValueError(f"adalora starts from orthonormal factors: leave out {self.init_lora_weights!r}")
         if self.adalora is not None and self.adalora.target_r > self.r:

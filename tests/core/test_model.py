@@ -280,25 +280,31 @@ def test_attaching_takes_linear_time_and_adds_one_module_per_layer() -> None:
         return elapsed
 
     seconds(100)
-    small = min(seconds(500) for _ in range(3))
-    assert seconds(4000) < 8 * 3 * small  # quadratic time would be 64 times
-    assert seconds(4000) < 5
+    small = min(seconds(250) for _ in range(3))
+    large = min(seconds(2000) for _ in range(2))
+    assert large < 8 * 3 * small  # quadratic time would be 64 times
+    assert large < 2.5
 
 
 def test_switching_does_not_grow_with_the_number_of_loaded_adapters() -> None:
-    def seconds(adapters: int) -> float:
-        model = LoRAModel(nn.Sequential(*[nn.Linear(8, 8) for _ in range(200)]), LoRAConfig(r=2))
-        for number in range(adapters):
-            model.add_adapter(str(number), LoRAConfig(r=2))
-        start = time.process_time()
-        for _ in range(50):
-            model.set_adapter("default")
-            model.set_adapter("0")
-        return time.process_time() - start
+    model = LoRAModel(nn.Sequential(*[nn.Linear(8, 8) for _ in range(100)]), LoRAConfig(r=2))
 
-    few = min(seconds(2) for _ in range(3))
-    assert min(seconds(40) for _ in range(3)) < 3 * few
-    assert few / (100 * 200) < 20e-6  # a layer takes microseconds
+    def seconds_with(adapters: int) -> float:
+        """Of 100 switches, the least of three measurements, with so many adapters beside the first."""
+        for number in range(len(model.adapters) - 1, adapters):
+            model.add_adapter(str(number), LoRAConfig(r=2))
+        measured = []
+        for _ in range(3):
+            start = time.process_time()
+            for _ in range(50):
+                model.set_adapter("default")
+                model.set_adapter("0")
+            measured.append(time.process_time() - start)
+        return min(measured)
+
+    few = seconds_with(2)
+    assert seconds_with(40) < 3 * few
+    assert few / (100 * 100) < 20e-6  # a layer takes microseconds
 
 
 def saving(*names: str) -> LoRAConfig:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, SPECIAL_LAYERS, LayerCase, config, stir
+from cases import LAYERS, SPECIAL_LAYERS, LayerCase, config, pairs_of, stir
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -47,7 +47,7 @@ def gradients(model: nn.Module, call: Callable[[nn.Module], Tensor], parameters:
     return [y.detach(), *torch.autograd.grad((y - 1).square().sum(), parameters)]
 
 
-@pytest.mark.parametrize(("case", "slot"), CASES, ids=[f"{slot}-{case.name}" for case, slot in CASES])
+@pairs_of(CASES, per_slot=1)
 def test_a_step_is_one_graph_forward_and_one_backward_for_adapters_of_equal_shape(case: LayerCase, slot: str) -> None:
     torch._dynamo.reset()
     model, x = two_adapters(case.net(torch.float64), config(case, slot)), case.batch(torch.float64)

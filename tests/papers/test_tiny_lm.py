@@ -71,6 +71,7 @@ def losses() -> dict[str, dict[int, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.__name__)
 def test_the_tiny_lm_shows_what_is_stated(claim: Callable[..., Any], losses: dict[str, dict[int, float]]) -> None:
     found = claim(losses)
