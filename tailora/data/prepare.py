@@ -71,6 +71,34 @@ def _right_choice(sample: Sample | Choices) -> Sample:
     return sample.options[sample.answer] if isinstance(sample, Choices) else sample
 
 
+@dataclass(slots=True)
+class RowCounts:
+    """Counts of encoded rows. A row counts once, also if its source is read again.
+
+    tokens: after cutting.    longest: tokens of the longest row, before cutting.    truncated: rows cut at max_length.
+    cut_away: of those, rows without a trained token left.    replies_not_learned: see RenderedSample.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    truncated: int = 0
+    cut_away: int = 0
+    replies_not_learned: int = 0
+
+    def add(self, encoded: EncodedSample, max_length: int) -> None:
+        example = encoded.example
+        if example.source_index >= self.rows:
+            self.rows = example.source_index + 1
+            self.tokens += len(example.input_ids)
+            self.supervised_tokens += example.supervised
+            self.longest = max(self.longest, encoded.length)
+            self.truncated += encoded.length > max_length
+            self.cut_away += example.supervised == 0
+            self.replies_not_learned += encoded.untrained_replies
+
+
 def check_vocabulary(tokenizer: ChatTokenizer, embedding_rows: int) -> None:
     """Raises DataError if the tokenizer has ids that the model's embedding lacks."""
     token, last = max(tokenizer.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
@@ -134,17 +162,13 @@ def prepare(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedSource:
-    """One source, tokenised. samples[i] became examples[i]; the other fields are those of DataReport."""
+    """One source, tokenised. samples[i] became examples[i]."""
 
     name: str
     mapping: ColumnMapping
     examples: Examples
     samples: list[Sample]
-    rows: int
-    longest: int
-    truncated: int
-    cut_away: int
-    replies_not_learned: int
+    counts: RowCounts
 
 
 def _load_source(
@@ -155,22 +179,15 @@ def _load_source(
     results = list(encode_rows(items, mapping, tokenizer, max_length))
     if problems := [result for result in results if isinstance(result, RowProblem)]:
         raise data_error(problems)
-    rows = [result for result in results if isinstance(result, EncodedRow)]
-    kept = [row for row in rows if row.encoded.example.supervised]
-    longest = max(row.encoded.length for row in rows)
+    counts, kept = RowCounts(), []
+    for row in results:
+        if isinstance(row, EncodedRow):
+            counts.add(row.encoded, max_length)
+            kept += [row] if row.encoded.example.supervised else []
     if not kept:
-        raise _all_cut(source, max_length, longest)
-    return LoadedSource(
-        name=source,
-        mapping=mapping,
-        examples=Examples.of(row.encoded.example for row in kept),
-        samples=[row.sample for row in kept],
-        rows=len(items),
-        longest=longest,
-        truncated=sum(row.encoded.length > max_length for row in rows),
-        cut_away=len(rows) - len(kept),
-        replies_not_learned=sum(row.encoded.untrained_replies for row in rows),
-    )
+        raise _all_cut(source, max_length, counts.longest)
+    examples = Examples.of(row.encoded.example for row in kept)
+    return LoadedSource(source, mapping, examples, [row.sample for row in kept], counts)
 
 
 def _report(sources: list[LoadedSource], train: Examples, held_out: Examples, tokenizer: ChatTokenizer) -> DataReport:
@@ -183,15 +200,15 @@ def _report(sources: list[LoadedSource], train: Examples, held_out: Examples, to
         mapping=sources[0].mapping.columns,
         ignored=list(sources[0].mapping.ignored),
         chat_template=tokenizer.template is not None,
-        rows=sum(source.rows for source in sources),
+        rows=sum(source.counts.rows for source in sources),
         train=len(train),
         eval=len(held_out),
         tokens=int(lengths.sum()),
         supervised_tokens=int(train.supervised.sum() + held_out.supervised.sum()),
-        longest=max(source.longest for source in sources),
-        truncated=sum(source.truncated for source in sources),
-        cut_away=sum(source.cut_away for source in sources),
-        replies_not_learned=sum(source.replies_not_learned for source in sources),
+        longest=max(source.counts.longest for source in sources),
+        truncated=sum(source.counts.truncated for source in sources),
+        cut_away=sum(source.counts.cut_away for source in sources),
+        replies_not_learned=sum(source.counts.replies_not_learned for source in sources),
         repeated=repeated,
         duplicates=duplicates,
         lengths=length_histogram(lengths),
@@ -202,24 +219,6 @@ def _report(sources: list[LoadedSource], train: Examples, held_out: Examples, to
 # ---- Training data as a stream
 
 
-@dataclass(slots=True)
-class CutCounts:
-    """What was cut of a stream so far. A row counts once, however often the stream is read.
-
-    truncated: rows longer than max_length.    cut_away: of those, left out because the cut took all trained tokens.
-    """
-
-    rows: int = 0
-    truncated: int = 0
-    cut_away: int = 0
-
-    def count(self, encoded: EncodedSample, max_length: int) -> None:
-        if encoded.example.source_index >= self.rows:
-            self.rows = encoded.example.source_index + 1
-            self.truncated += encoded.length > max_length
-            self.cut_away += encoded.example.supervised == 0
-
-
 def stream_examples(
     source: str,
     tokenizer: Any,
@@ -227,11 +226,11 @@ def stream_examples(
     field: Mapping[str, str] | None = None,
     max_length: int = 1024,
     embedding_rows: int | None = None,
-    cuts: CutCounts | None = None,
+    counts: RowCounts | None = None,
 ) -> Iterator[Example]:
     """Yields examples in order, while they are read, without those whose trained tokens are all cut off.
 
-    cuts: counts what is cut; a stream that is read again goes on with the same one.
+    counts: counts the rows; a stream that is read again goes on with the same one.
     Raises DataError at the first unusable row, or at the end if no row was usable.
     """
     chat_tokenizer = ChatTokenizer.of(tokenizer)
@@ -240,18 +239,16 @@ def stream_examples(
     items = read_rows(source, streaming=True)
     first_items = list(islice(items, CHUNK))
     mapping = detect_mapping(source, first_items, field or {})
-    longest, is_empty = 0, True
+    counts, is_empty = counts or RowCounts(), True
     for row in encode_rows(chain(first_items, items), mapping, chat_tokenizer, max_length):
         if isinstance(row, RowProblem):
             raise data_error([row])
-        longest = max(longest, row.encoded.length)
-        if cuts is not None:
-            cuts.count(row.encoded, max_length)
+        counts.add(row.encoded, max_length)
         if row.encoded.example.supervised:
             is_empty = False
             yield row.encoded.example
     if is_empty:
-        raise _all_cut(source, max_length, longest)
+        raise _all_cut(source, max_length, counts.longest)
 
 
 # ---- Evaluation data of any size: read once to check all of it, and again in chunks to be scored
@@ -297,32 +294,27 @@ def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport
     tokenizer = ChatTokenizer.of(source.tokenizer)
     check_vocabulary(tokenizer, embedding_rows)
     mapping, results = source.read()
-    problems: list[RowProblem] = []
-    rows = tokens = supervised = longest = truncated = cut_away = 0
+    problems, counts = [], RowCounts()
     for result in results:
         if isinstance(result, RowProblem):
             problems.append(result)
-            continue
-        example, length = result.encoded.example, result.encoded.length
-        rows, tokens, supervised = rows + 1, tokens + len(example.input_ids), supervised + example.supervised
-        longest = max(longest, length)
-        truncated += length > source.max_length
-        cut_away += example.supervised == 0
+        else:
+            counts.add(result.encoded, source.max_length)
     if problems:
         raise data_error(problems)
-    if rows == cut_away:
-        raise _all_cut(source.name, source.max_length, longest, use="judged")
+    if counts.rows == counts.cut_away:
+        raise _all_cut(source.name, source.max_length, counts.longest, use="judged")
     return EvalDataReport(
         source=source.name,
         shape=mapping.schema.name,
         mapping=mapping.columns,
         chat_template=tokenizer.template is not None,
-        rows=rows,
-        tokens=tokens,
-        supervised_tokens=supervised,
-        longest=longest,
-        truncated=truncated,
-        cut_away=cut_away,
+        rows=counts.rows,
+        tokens=counts.tokens,
+        supervised_tokens=counts.supervised_tokens,
+        longest=counts.longest,
+        truncated=counts.truncated,
+        cut_away=counts.cut_away,
     )
 
 

@@ -115,34 +115,35 @@ def read_jsonl(path: Path) -> Rows:
     """One JSON object per line; blank lines are skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield _row(path, number, json.loads(line.decode("utf-8-sig").rstrip()))
-            except UnicodeDecodeError as error:
-                yield RowProblem(str(path), number, _not_utf8(error))
-            except json.JSONDecodeError as error:
-                yield RowProblem(str(path), number, f"not JSON: {error.msg} at column {error.colno}")
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-                yield RowProblem(str(path), number, f"not JSON that can be read: {error}")
+            if line.strip():
+                try:
+                    value = json.loads(line.decode("utf-8-sig").rstrip())
+                except (ValueError, RecursionError) as error:
+                    yield RowProblem(str(path), number, _json_cause(error))
+                else:
+                    yield _row(path, number, value)
 
 
 def read_json(path: Path) -> Rows:
     """A list of objects, an object that holds one such list, or JSON lines under the name .json."""
     try:
         value = json.loads(path.read_text("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        yield RowProblem(str(path), 0, _not_utf8(error))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             yield from read_jsonl(path)
         else:
-            yield RowProblem(str(path), error.lineno, f"not JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        yield RowProblem(str(path), 0, f"not JSON that can be read: {error}")
+            yield RowProblem(str(path), getattr(error, "lineno", 0), _json_cause(error))
     else:
         for number, item in enumerate(_json_items(value), 1):
             yield _row(path, number, item)
+
+
+def _json_cause(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return _not_utf8(error)
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} at column {error.colno}"
+    return f"not JSON that can be read: {error}"  # a number of thousands of digits, thousands of brackets
 
 
 def _json_items(value: Any) -> list[Any]:

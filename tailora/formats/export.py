@@ -27,7 +27,7 @@ from tailora.core.dequantize import Change, as_linear, common_dtype
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, host_path
 from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError, FormatError, nearest
-from tailora.formats import gguf, merged, mlx
+from tailora.formats import gguf, merged, mlx, peft
 from tailora.formats.fingerprint import fingerprint
 from tailora.formats.io import replace_folder, safetensors_bytes, wrap_os_error
 from tailora.formats.load import restore
@@ -41,18 +41,6 @@ from tailora.formats.low_rank_export import (
     raise_problems,
 )
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata
-from tailora.formats.peft import (
-    ADAPTER_CONFIG,
-    CARD,
-    EMBEDDING_SUFFIXES,
-    KEY_PREFIX,
-    SUFFIXES,
-    WEIGHTS,
-    StoredAdapter,
-    layers_unknown_to_peft,
-    read_peft_folder,
-    write_peft_folder,
-)
 from tailora.formats.peft_config import to_peft_config
 from tailora.formats.peft_paths import peft_layers
 
@@ -242,7 +230,7 @@ def peft_problems(source: ExportSource) -> list[str]:
             f"the strength dial of {len(dialled)} layers is not 1; set_scale(name, 1), or export to 'portable', which "
             "holds it"
         )
-    if unknown := layers_unknown_to_peft(source.adapter):
+    if unknown := peft.layers_unknown_to_peft(source.adapter):
         problems.append(
             f"PEFT has no use_dora on attention and parameters: {', '.join(unknown[:3])} ({len(unknown)} in all); "
             "save_adapter keeps it for tailora, and 'merged' holds it"
@@ -251,7 +239,7 @@ def peft_problems(source: ExportSource) -> list[str]:
 
 
 def write_peft(folder: Path, source: ExportSource) -> list[str]:
-    write_peft_folder(folder, source.adapter, source.base_model)
+    peft.write_peft_folder(folder, source.adapter, source.base_model)
     learned = any(layer.learns_scaling for layer in source.adapter.low_rank.values())
     return ["learned scales are multiplied into B; the metadata keeps them for tailora"] if learned else []
 
@@ -294,10 +282,10 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
     r = next(rank for rank in VLLM_RANKS if rank >= highest)
     tensors: dict[str, Tensor] = {}
     for path, pair in factors.items():
-        suffixes = EMBEDDING_SUFFIXES if layer_types[path] is EMBEDDING else SUFFIXES
+        suffixes = peft.EMBEDDING_SUFFIXES if layer_types[path] is EMBEDDING else peft.SUFFIXES
         padded = pad_rank(pair, r)
-        tensors[f"{KEY_PREFIX}{path}{suffixes['A']}"] = padded.A
-        tensors[f"{KEY_PREFIX}{path}{suffixes['B']}"] = padded.B
+        tensors[f"{peft.KEY_PREFIX}{path}{suffixes['A']}"] = padded.A
+        tensors[f"{peft.KEY_PREFIX}{path}{suffixes['B']}"] = padded.B
     metadata = AdapterMetadata(base=fingerprint(source.base_model, layer_types))
     config = source.adapter.config.replaced(
         r=r,
@@ -312,9 +300,9 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
     settings = to_peft_config(config, layers, source.base_model)
     base = settings["base_model_name_or_path"]
     card = PORTABLE_CARD.format(base=f"base_model: {base}\n" if base else "", layers=len(factors), r=r)
-    (folder / WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()}))
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(card, encoding="utf-8")
+    (folder / peft.WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()}))
+    (folder / peft.ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / peft.CARD).write_text(card, encoding="utf-8")
     lower = sum(pair.r < r for pair in factors.values())
     padding = [f"{lower} of {len(factors)} layers are filled up with zeros to rank {r}"] if lower else []
     return [*fold_changes(source), *padding]
@@ -337,7 +325,7 @@ class Format:
     reload: Reload
 
 
-def _reload_adapter(read: Callable[[Path, ExportSource], StoredAdapter]) -> Reload:
+def _reload_adapter(read: Callable[[Path, ExportSource], peft.StoredAdapter]) -> Reload:
     """For a folder that holds an adapter: the live base with the adapter that was read."""
 
     def reload(folder: Path, source: ExportSource) -> AbstractContextManager[nn.Module]:
@@ -346,7 +334,7 @@ def _reload_adapter(read: Callable[[Path, ExportSource], StoredAdapter]) -> Relo
     return reload
 
 
-_reload_peft = _reload_adapter(lambda folder, _: read_peft_folder(folder))
+_reload_peft = _reload_adapter(lambda folder, _: peft.read_peft_folder(folder))
 _reload_gguf = _reload_adapter(lambda folder, source: gguf.read(folder, source.base_model))
 FORMATS = {
     "peft": Format(peft_problems, write_peft, _reload_peft),

@@ -5,7 +5,7 @@ restore             StoredAdapter + base model -> Adapter: find the layers that 
                     tensors by layer, fill them in, check the base
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,38 +28,12 @@ from tailora.core.targets import (
     target_of,
 )
 from tailora.errors import BaseMismatchError, ConfigError, FormatError, PatternError, TargetError, listing
-from tailora.formats import gguf, kohya_diffusers, mlx
+from tailora.formats import gguf, kohya_diffusers, mlx, peft, peft_config
 from tailora.formats.fingerprint import fingerprint_differences
-from tailora.formats.peft import (
-    WEIGHTS,
-    StoredAdapter,
-    base_weight_of,
-    base_weight_problem,
-    extra_keys,
-    load_extras,
-    load_layer,
-    path_and_slot,
-    peft_shapes,
-    read_peft_folder,
-)
-from tailora.formats.peft_config import (
-    SHARED_SETTINGS,
-    adds_out_proj_twice,
-    check_patterns,
-    from_peft_config,
-    with_double_rank,
-    with_layer_patterns,
-)
 from tailora.formats.peft_paths import PeftLayer, peft_layers
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-SLOT_NAMES = {
-    "A": "lora_A",
-    "B": "lora_B",
-    "magnitude": "lora_magnitude_vector",
-    "lora_bias": "lora_bias",
-    "bias": "bias",
-}
+SLOT_NAMES = {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector"}  # of others: the slot itself
 WITHOUT_SLOT = {
     "magnitude": "use_dora is off",
     "lora_bias": "lora_bias is off",
@@ -71,15 +45,15 @@ Modules = Mapping[str, nn.Module]
 # ---- Files of any tool -> StoredAdapter
 
 
-def read_any_format(path: Path, base_model: nn.Module) -> StoredAdapter:
+def read_any_format(path: Path, base_model: nn.Module) -> peft.StoredAdapter:
     """Reads a folder of PEFT, of mlx-lm or of `export` to GGUF, or one safetensors file of Kohya's tools or diffusers.
 
     Raises FormatError if it is none of them or holds something other than LoRA.
     """
     if path.is_file():
         return kohya_diffusers.read(path, base_model)
-    if (path / WEIGHTS).exists() or not path.is_dir():
-        return read_peft_folder(path)
+    if (path / peft.WEIGHTS).exists() or not path.is_dir():
+        return peft.read_peft_folder(path)
     if (path / mlx.WEIGHTS).is_file():
         return mlx.read(path)
     if (path / gguf.WEIGHTS).is_file():
@@ -89,8 +63,8 @@ def read_any_format(path: Path, base_model: nn.Module) -> StoredAdapter:
     files = sorted(path.glob("*.safetensors"))
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
-        raise FormatError(f"{path} holds several files and none called {WEIGHTS}; give one of them: {names}")
-    return kohya_diffusers.read(files[0], base_model) if files else read_peft_folder(path)
+        raise FormatError(f"{path} holds several files and none called {peft.WEIGHTS}; give one of them: {names}")
+    return kohya_diffusers.read(files[0], base_model) if files else peft.read_peft_folder(path)
 
 
 # ---- StoredAdapter -> Adapter
@@ -112,7 +86,7 @@ class SortedTensors:
     all_finite: bool = True
 
 
-def restore(stored: StoredAdapter, base_model: nn.Module, *, allow_base_mismatch: bool = False) -> Adapter:
+def restore(stored: peft.StoredAdapter, base_model: nn.Module, *, allow_base_mismatch: bool = False) -> Adapter:
     """Builds the adapter for `base_model` without changing the model.
 
     Raises FormatError with all missing, unexpected, misshapen and non-finite tensors, or for a pattern that takes too
@@ -124,7 +98,7 @@ def restore(stored: StoredAdapter, base_model: nn.Module, *, allow_base_mismatch
         raise FormatError(f"{stored.folder}: {error}") from None
 
 
-def _restore(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch: bool) -> Adapter:
+def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_mismatch: bool) -> Adapter:
     modules = dict(base_model.named_modules())
     with_start = stored.metadata.start
     own_config = stored.metadata.lora_config(stored.folder)
@@ -134,7 +108,7 @@ def _restore(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch: 
     empty = _empty_layers(targets, config)
     wrappers = peft_layers(base_model, empty)
     if config is not in_file:
-        _check_same_settings(stored, with_layer_patterns(config, wrappers.values()), in_file)
+        _check_same_settings(stored, peft_config.with_layer_patterns(config, wrappers.values()), in_file)
         adapted = {target.layer_path for target in targets.values()}
         file_targets = _targets(base_model, modules, in_file)
         if additional := {path: target for path, target in file_targets.items() if target.layer_path not in adapted}:
@@ -142,7 +116,7 @@ def _restore(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch: 
             wrappers = peft_layers(base_model, empty)
     adapted_paths = {*targets, *_paths_with_factors(stored, modules)}
     extra, extra_problems = extra_targets(base_model, modules, config, adapted_paths, saved_modules(modules, config))
-    tensors = _sort_tensors(stored, modules, config, wrappers, extra_keys(extra))
+    tensors = _sort_tensors(stored, modules, config, wrappers, peft.extra_keys(extra))
     problems = tensors.problems
     problems += extra_problems
     problems += _missing(tensors, modules, config, targets, empty, with_start)
@@ -150,7 +124,7 @@ def _restore(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch: 
     quantized = [path for path in tensors.saved if quantized_layers(modules[path])]
     problems += [quantized_whole(path) for path in quantized]
     copies = {path: _saved_module(path, modules, tensors) for path in tensors.saved if path not in quantized}
-    extras, extra_problems = load_extras(extra, modules, tensors.extras)
+    extras, extra_problems = peft.load_extras(extra, modules, tensors.extras)
     problems += extra_problems
     if problems:
         raise FormatError(f"{stored.folder} does not fit this model: {listing(problems)}")
@@ -165,13 +139,13 @@ def _restore(stored: StoredAdapter, base_model: nn.Module, allow_base_mismatch: 
 # ---- The config, and the layers that it names
 
 
-def lora_config_of(stored: StoredAdapter, base_model: nn.Module) -> LoRAConfig:
+def lora_config_of(stored: peft.StoredAdapter, base_model: nn.Module) -> LoRAConfig:
     """Returns the config that the adapter was made with. Raises FormatError."""
     in_file = config_in_file(stored, _paths_with_factors(stored, dict(base_model.named_modules())))
     return _effective_config(stored, stored.metadata.lora_config(stored.folder), in_file)
 
 
-def config_in_file(stored: StoredAdapter, paths: list[str]) -> LoRAConfig:
+def config_in_file(stored: peft.StoredAdapter, paths: list[str]) -> LoRAConfig:
     """Returns the config in adapter_config.json, or in the metadata of the weights if that file is missing.
 
     paths: the targets if the settings name none. Raises FormatError.
@@ -180,25 +154,25 @@ def config_in_file(stored: StoredAdapter, paths: list[str]) -> LoRAConfig:
     if stored.settings is None and own is not None:
         config = own
     else:
-        config = from_peft_config(stored.settings or {}, paths, stored.folder)
-    check_patterns(config, stored.folder)
+        config = peft_config.from_peft_config(stored.settings or {}, paths, stored.folder)
+    peft_config.check_patterns(config, stored.folder)
     return config
 
 
-def _effective_config(stored: StoredAdapter, own: LoRAConfig | None, in_file: LoRAConfig) -> LoRAConfig:
+def _effective_config(stored: peft.StoredAdapter, own: LoRAConfig | None, in_file: LoRAConfig) -> LoRAConfig:
     """The config in the metadata of the weights if there is one, else that of adapter_config.json."""
     if own is None:
         if stored.metadata.start:
             raise FormatError(f"{stored.folder}: its tailora metadata names a frozen start, but has no settings")
         return in_file
-    check_patterns(own, stored.folder)
+    peft_config.check_patterns(own, stored.folder)
     return own
 
 
-def _check_same_settings(stored: StoredAdapter, own: LoRAConfig, in_file: LoRAConfig) -> None:
+def _check_same_settings(stored: peft.StoredAdapter, own: LoRAConfig, in_file: LoRAConfig) -> None:
     """Raises FormatError if the weights were saved with other settings than adapter_config.json has."""
-    own = with_double_rank(own) if stored.metadata.start else own
-    if different := [name for name in SHARED_SETTINGS if getattr(own, name) != getattr(in_file, name)]:
+    own = peft_config.with_double_rank(own) if stored.metadata.start else own
+    if different := [name for name in peft_config.SHARED_SETTINGS if getattr(own, name) != getattr(in_file, name)]:
         pairs = (f"{name} = {getattr(in_file, name)!r} here, {getattr(own, name)!r} there" for name in different)
         raise FormatError(
             f"{stored.folder}: adapter_config.json and the settings that the weights were saved with differ: "
@@ -219,9 +193,9 @@ def _empty_layers(targets: Mapping[str, Target], config: LoRAConfig) -> dict[str
     return layers
 
 
-def _paths_with_factors(stored: StoredAdapter, modules: Modules) -> list[str]:
+def _paths_with_factors(stored: peft.StoredAdapter, modules: Modules) -> list[str]:
     """Paths of the modules that have low-rank tensors in the file, in the model's order."""
-    in_file = {path for key in stored.tensors for path, slot in [path_and_slot(key)] if slot}
+    in_file = {path for key in stored.tensors for path, slot in [peft.path_and_slot(key)] if slot}
     return [path for path in modules if path in in_file]
 
 
@@ -229,19 +203,20 @@ def _paths_with_factors(stored: StoredAdapter, modules: Modules) -> list[str]:
 
 
 def _sort_tensors(
-    stored: StoredAdapter,
+    stored: peft.StoredAdapter,
     modules: Modules,
     config: LoRAConfig,
     wrappers: Mapping[str, PeftLayer],
     extras: Mapping[str, str],
 ) -> SortedTensors:
     saved_paths = saved_modules(modules, config)
+    doubled_out_proj = peft_config.adds_out_proj_twice(stored.settings or {})
     result = SortedTensors()
     for key, tensor in stored.tensors.items():
-        path, slot = path_and_slot(key)
+        path, slot = peft.path_and_slot(key)
         saved_path = next((saved for saved in saved_paths if key.startswith(f"{saved}.")), None)
         if slot and path in wrappers:
-            if slot == "B" and path.endswith("base_layer.out_proj") and adds_out_proj_twice(stored.settings or {}):
+            if slot == "B" and path.endswith("base_layer.out_proj") and doubled_out_proj:
                 tensor = 2 * tensor
             _split_into_parts(wrappers[path], slot, tensor, result, 2 if stored.metadata.start else 1)
         elif slot and path in modules and layer_type_of(modules[path]):
@@ -250,8 +225,8 @@ def _sort_tensors(
             result.saved.setdefault(saved_path, {})[key.removeprefix(f"{saved_path}.")] = tensor
         elif key in extras:
             result.extras[extras[key]] = tensor
-        elif (base_weight := base_weight_of(key, modules)) is not None:
-            if problem := base_weight_problem(key, tensor, *base_weight):
+        elif (base_weight := peft.base_weight_of(key, modules)) is not None:
+            if problem := peft.base_weight_problem(key, tensor, *base_weight):
                 result.problems.append(problem)
         else:
             result.problems.append(f"unexpected {key} {tuple(tensor.shape)}: {_why_unexpected(path, slot, modules)}")
@@ -291,7 +266,7 @@ def _missing(
     """What the settings name and the file lacks, with the shape that the model needs."""
     problems = []
     for path in dict.fromkeys((*targets, *tensors.low_rank)):
-        shapes = peft_shapes(empty[path], with_start) if path in empty else {}
+        shapes = peft.peft_shapes(empty[path], with_start) if path in empty else {}
         missing = [slot for slot in "AB" if slot not in tensors.low_rank.get(path, {})]
         problems += [f"missing lora_{slot} of {path} {shapes.get(slot, '')}".rstrip() for slot in missing]
     saved_paths = [path for path in saved_modules(modules, config) if path not in tensors.saved]
@@ -318,22 +293,16 @@ def _low_rank(
     except (ConfigError, TargetError) as error:
         problems.append(f"{path}: {error}")
         return None
-    shapes = peft_shapes(layer, with_start)
-    wrong = [
-        f"misshapen {SLOT_NAMES[slot]} of {path}: the file has {tuple(slots[slot].shape)}, the model needs {shape}"
-        for slot, shape in shapes.items()
-        if slot in slots and tuple(slots[slot].shape) != shape
-    ]
-    wrong += [f"missing {SLOT_NAMES[slot]} of {path} {shapes[slot]}" for slot in shapes.keys() - slots.keys()]
-    wrong += [
-        f"unexpected {SLOT_NAMES[slot]} of {path}: {WITHOUT_SLOT[slot]} in the settings, or this "
-        f"{layer.layer_type.name} has no such slot"
-        for slot in slots.keys() - shapes.keys()
-    ]
+    wrong = _shape_problems(
+        slots,
+        peft.peft_shapes(layer, with_start),
+        lambda slot: f"{SLOT_NAMES.get(slot, slot)} of {path}",
+        lambda slot: f": {WITHOUT_SLOT[slot]} in the settings, or this {layer.layer_type.name} has no such slot",
+    )
     problems += wrong
     if not wrong and (tensors.all_finite or all(tensor.isfinite().all() for tensor in slots.values())):
         try:
-            load_layer(layer, slots, with_start)
+            peft.load_layer(layer, slots, with_start)
         except FormatError as error:
             problems.append(f"{path}: {error}")
     return layer
@@ -342,24 +311,35 @@ def _low_rank(
 def _saved_module(path: str, modules: Modules, tensors: SortedTensors) -> nn.Module:
     """A copy of the module with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`."""
     module, saved = trained_copy(modules[path]), tensors.saved[path]
-    needed = module.state_dict()
-    problems = [f"missing {path}.{name} {tuple(needed[name].shape)}" for name in needed.keys() - saved.keys()]
-    problems += [f"unexpected {path}.{name} {tuple(saved[name].shape)}" for name in saved.keys() - needed.keys()]
-    problems += [
-        f"misshapen {path}.{name}: the file has {tuple(saved[name].shape)}, the model needs {tuple(needed[name].shape)}"
-        for name in needed.keys() & saved.keys()
-        if needed[name].shape != saved[name].shape
-    ]
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    problems = _shape_problems(saved, shapes, lambda name: f"{path}.{name}")
     tensors.problems += problems
     if not problems:
         module.load_state_dict(saved)
     return module
 
 
+def _shape_problems(
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, peft.Shape],
+    describe: Callable[[str], str],
+    why_unexpected: Callable[[str], str] = lambda _: "",
+) -> list[str]:
+    """All that is missing, unexpected or misshapen in the file's tensors."""
+    result = [f"missing {describe(name)} {shapes[name]}" for name in shapes if name not in tensors]
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        if name not in shapes:
+            result.append(f"unexpected {describe(name)} {shape}{why_unexpected(name)}")
+        elif shape != shapes[name]:
+            result.append(f"misshapen {describe(name)}: the file has {shape}, the model needs {shapes[name]}")
+    return result
+
+
 # ---- What the metadata of the weights says
 
 
-def _check_base(stored: StoredAdapter, base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> None:
+def _check_base(stored: peft.StoredAdapter, base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> None:
     problems = fingerprint_differences(stored.metadata.base, base_model, layer_types)
     if problems:
         shown = [*problems[:5], *([f"and {len(problems) - 5} layers more"] if len(problems) > 5 else [])]
@@ -369,7 +349,7 @@ def _check_base(stored: StoredAdapter, base_model: nn.Module, layer_types: Mappi
         )
 
 
-def _restore_learned_scales(stored: StoredAdapter, layers: Mapping[str, LoRALayer]) -> None:
+def _restore_learned_scales(stored: peft.StoredAdapter, layers: Mapping[str, LoRALayer]) -> None:
     """Takes each learned scale out of B, where the file has it for other readers, and makes it a Parameter again."""
     if unknown := stored.metadata.scaling.keys() - layers.keys():
         raise FormatError(f"{stored.folder}: a learned scale without a layer: {', '.join(sorted(unknown))}")

@@ -25,7 +25,7 @@ from tailora.core.init import DATA_INITS
 from tailora.data.collate import plan_batches
 from tailora.data.dataset import Example, Examples
 from tailora.data.demo import resolve_demo
-from tailora.data.prepare import CutCounts, PreparedData, prepare, stream_examples
+from tailora.data.prepare import PreparedData, RowCounts, prepare, stream_examples
 from tailora.errors import DataError
 from tailora.train.config import TrainConfig
 from tailora.train.memory import ForwardSize
@@ -49,7 +49,7 @@ class TrainingData:
     largest_size: ForwardSize
     longest: Example
     first_batches: Callable[[int], list[list[Example]]]  # number of batches -> their forwards
-    cuts: CutCounts | None = None  # counts what was cut while streaming
+    cuts: RowCounts | None = None  # counts what was cut while streaming
 
     def with_held_out(self, choose: ChooseHeldOut | None) -> "TrainingData":
         """Returns the same with only the chosen held-out examples."""
@@ -92,13 +92,13 @@ def _streamed(
 ) -> TrainingData:
     """Data that is read while training; only its first batches are known before."""
     common: dict[str, Any] = {"field": config.field, "max_length": config.max_length}
-    cuts = CutCounts()
+    cuts = RowCounts()
     read = partial(
         stream_examples,
         resolve_demo(config.data, "data"),
         tokenizer,
         embedding_rows=embedding_rows,
-        cuts=cuts,
+        counts=cuts,
         **common,
     )
     eval_data = None

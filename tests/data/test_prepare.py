@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tailora.data.prepare import CutCounts, prepare, stream_examples
+from tailora.data.prepare import RowCounts, prepare, stream_examples
 from tailora.data.schemas import Conversation, Pair
 from tailora.errors import DataError
 
@@ -174,12 +174,13 @@ def test_a_stream_gives_the_same_examples_in_order(bytes_tokenizer, jsonl) -> No
 def test_cut_rows_of_a_stream_count_once_however_often_it_is_read(bytes_tokenizer, jsonl) -> None:
     pairs = [("a", "b"), ("a", "b " * 40), ("a " * 40, "b")]
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
-    read, cuts = partial(stream_examples, jsonl(rows), bytes_tokenizer(), max_length=16), CutCounts()
-    assert [example.source_index for example in islice(read(cuts=cuts), 1)] == [0]
-    assert cuts == CutCounts(rows=1)
+    read, counts = partial(stream_examples, jsonl(rows), bytes_tokenizer(), max_length=16), RowCounts()
+    assert [example.source_index for example in islice(read(counts=counts), 1)] == [0]
+    assert (counts.rows, counts.truncated, counts.cut_away) == (1, 0, 0)
     for _ in range(2):
-        assert [example.source_index for example in read(cuts=cuts)] == [0, 1]
-        assert cuts == CutCounts(rows=3, truncated=2, cut_away=1)
+        assert [example.source_index for example in read(counts=counts)] == [0, 1]
+        assert (counts.rows, counts.truncated, counts.cut_away) == (3, 2, 1)
+        assert counts.tokens == 2 * 16 + 3
 
 
 def test_a_stream_checks_the_vocabulary_too(bytes_tokenizer, jsonl) -> None:
