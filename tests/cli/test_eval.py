@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
-from tailora.evaluation.scores import EvalOptions, score
 
 QUIZ = [{"question": f"thing {n}?", "choices": ["red", "green", "blue"], "answer": n % 3} for n in range(12)]
 
@@ -167,20 +166,6 @@ def test_a_run_is_followed_and_told_what_it_was_trained_on(
     assert payload["metrics"]["loss"]["value"] == pytest.approx(trained["eval_loss_after"], rel=1e-5)
     assert payload["base"]["loss"]["value"] == pytest.approx(trained["eval_loss_before"], rel=1e-5)
     assert payload["data"]["truncated"] > 0  # at the run's own max_length
-
-
-def test_from_python_large_data_takes_no_more_memory(tiny_model: Path, tmp_path: Path) -> None:
-    """Chunks of a stream give what one batch gives."""
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"thing {n}?", "completion": "red"}) + "\n" for n in range(150)))
-    model = LoRAModel(chat_model(), LoRAConfig(r=2))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    heard: list[tuple[int, int]] = []
-    result = score(model, tokenizer, str(path), EvalOptions(("loss",)), progress=lambda *both: heard.append(both))
-    assert result.metrics["loss"].n == 150
-    assert heard == [(64, 300), (128, 300), (192, 300), (256, 300), (278, 300), (300, 300)]
-    assert result.metrics["loss"].value == pytest.approx(result.base["loss"].value)  # type: ignore[index]
-    assert model.active_adapters == ("default",)
 
 
 BAD: dict[str, tuple[list[str], str]] = {

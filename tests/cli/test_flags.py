@@ -1,4 +1,4 @@
-"""Flags, YAML and their merging. None of this needs torch."""
+"""Flags, and how they are merged with a YAML file and with defaults. None of this needs torch."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +11,6 @@ from tailora.cli.train import Flags
 from tailora.cli.train import train as command
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
-from tailora.train.config_file import read_config_file
 
 
 def parsed(
@@ -107,30 +106,6 @@ def test_a_switch_can_be_turned_off_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["learning_rate: 1e-4", "learning-rate: 1e-4", "learning_rate: 0.0001"])
 def test_yaml_numbers_are_numbers(tmp_path: Path, text: str) -> None:
     assert parsed(yaml=text, folder=tmp_path).config.learning_rate == 1e-4
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-4", 1e-4),
-        ("-2E+3", -2000.0),
-        ("on", "on"),
-        ("no", "no"),
-        ("true", True),
-        ("08", 8),
-        ("12:30", "12:30"),
-        ("2024-01-01", "2024-01-01"),
-        ("", None),
-        ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
-        ("{q_proj: 8}", {"q_proj": 8}),
-        ("'1e-4'", "1e-4"),
-    ],
-)
-def test_scalars_follow_yaml_1_2(tmp_path: Path, text: str, value: Any) -> None:
-    (tmp_path / "x.yaml").write_text(f"key: {text}\n")
-    found = read_config_file(tmp_path / "x.yaml")["key"]
-    assert found == value
-    assert type(found) is type(value)
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:

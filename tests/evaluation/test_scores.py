@@ -1,0 +1,140 @@
+"""Scores of held-out data: without dropout, next to the base, and of the exact rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.data.schemas import Pair
+from tailora.errors import ConfigError, DataError
+from tailora.evaluation.metrics import METRICS
+from tailora.evaluation.scores import EvalOptions, Score, Scores, loss_on_data, match_answer, normalizer, score
+from tailora.train.config import TrainConfig
+
+QUIZ = [{"prompt": f"hello {n}", "choices": ["how are", "you today", "user"], "answer": n % 3} for n in range(6)]
+
+
+@pytest.fixture
+def tuned(model: LlamaForCausalLM) -> LoRAModel:
+    """In training mode, with much dropout in the adapter and in the base's attention."""
+    tuned = LoRAModel(model, LoRAConfig(r=4, lora_dropout=0.5))
+    generator = torch.Generator().manual_seed(1)
+    for layer in tuned.lora_layers.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3, generator=generator)
+    return tuned.train()
+
+
+@pytest.fixture
+def quiz(tmp_path: Path) -> str:
+    path = tmp_path / "quiz.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in QUIZ))
+    return str(path)
+
+
+def reference_loss(model: LoRAModel, data: str, tokenizer: PreTrainedTokenizerFast) -> float:
+    """Nats per token of the right replies and their end of turn, by transformers' logits in evaluation mode."""
+    model.eval()
+    nats, tokens = 0.0, 0
+    for row in map(json.loads, Path(data).read_text().splitlines()):
+        question = [{"role": "user", "content": row["prompt"]}]
+        before = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        reply = f"{row['choices'][row['answer']]}<|im_end|>"
+        context, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, reply))
+        with torch.no_grad():
+            logits = model(torch.tensor([context + ids])).logits[0, len(context) - 1 : -1]
+        nats += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum"))
+        tokens += len(ids)
+    return nats / tokens
+
+
+def test_every_metric_is_computed_in_evaluation_mode(
+    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, quiz: str
+) -> None:
+    options = EvalOptions(metrics=tuple(METRICS), max_new_tokens=6)
+    scores = score(tuned, tokenizer, quiz, options)
+    assert all(module.training for module in tuned.modules())
+    assert score(tuned, tokenizer, quiz, options) == scores  # dropout would differ
+    assert score(tuned.eval(), tokenizer, quiz, options) == scores
+    assert scores.metrics["loss"].value == pytest.approx(reference_loss(tuned, quiz, tokenizer), rel=1e-5)
+    with tuned.disable_adapter():
+        assert scores.base is not None
+        assert scores.base["loss"].value == pytest.approx(reference_loss(tuned, quiz, tokenizer), rel=1e-5)
+
+
+def test_the_loss_on_data_is_computed_in_evaluation_mode(
+    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, quiz: str
+) -> None:
+    rows = [{"prompt": row["prompt"], "completion": row["choices"][row["answer"]]} for row in QUIZ]  # type: ignore[index]
+    path = Path(quiz).with_name("pairs.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate = loss_on_data(TrainConfig(data=str(path)), tuned, tokenizer, lambda _: None)
+    first = evaluate().sums.tolist()
+    assert evaluate().sums.tolist() == first
+    assert evaluate().loss == pytest.approx(reference_loss(tuned, quiz, tokenizer), rel=1e-5)
+
+
+def test_chunks_of_a_stream_give_what_one_batch_gives(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"hello {n}", "completion": "you"}) + "\n" for n in range(150)))
+    adapted = LoRAModel(model, LoRAConfig(r=2))
+    steps: list[tuple[int, int]] = []
+    result = score(
+        adapted,
+        tokenizer,
+        str(path),
+        EvalOptions(("loss",)),
+        progress=lambda *step: steps.append(step),
+    )
+    assert result.metrics["loss"].n == 150
+    assert steps == [(64, 300), (128, 300), (192, 300), (256, 300), (278, 300), (300, 300)]
+    assert result.metrics["loss"].value == pytest.approx(result.base["loss"].value)  # type: ignore[index]
+    assert adapted.active_adapters == ("default",)
+
+
+def test_a_wrong_answer_ends_with_its_first_wrong_word(tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    strip = normalizer(["strip"])
+    whole = match_answer(tuned, tokenizer, Pair("hello", "x"), strip, max_new_tokens=12, stop_early=False)
+    assert whole is not None
+    right = match_answer(tuned, tokenizer, Pair("hello", whole.answer), strip, max_new_tokens=12)
+    wrong = match_answer(tuned, tokenizer, Pair("hello", "\u2603"), strip, max_new_tokens=12)
+    assert right is not None
+    assert wrong is not None
+    assert (right.hit, wrong.hit) == (True, False)
+    assert len(wrong.answer) < len(whole.answer)
+
+
+def test_normalizations_are_applied_in_one_order() -> None:
+    assert normalizer(["strip", "case", "space", "punctuation"])("  It's\n  RED. ") == "its red"
+    assert normalizer([])(" Red ") == " Red "
+    with pytest.raises(ConfigError, match=r"2 problems:\n.*strp: unknown; did you mean strip"):
+        normalizer(["strp", "xyz"])
+
+
+def test_data_without_what_a_metric_needs_is_refused(
+    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "hello how are you"}\n')
+    with pytest.raises(DataError, match="exact_match needs a reply to compare with and accuracy needs choices"):
+        score(tuned, tokenizer, str(path), EvalOptions(("exact_match", "accuracy")))
+
+
+def test_scores_become_json_without_nan_and_are_merged() -> None:
+    one = Scores({"loss": Score(1.0, float("nan"), float("nan"), 1)}, None, None)
+    other = Scores({"t/acc": Score(float("inf"), 0.0, 1.0, 2)}, None, None, tasks={"lm_eval": "0"})
+    assert one.merge(other).to_dict() == {
+        "metrics": {
+            "loss": {"value": 1.0, "interval": None, "n": 1},
+            "t/acc": {"value": None, "interval": [0.0, 1.0], "n": 2},
+        },
+        "base": None,
+        "change": None,
+        "data": None,
+        "tasks": {"lm_eval": "0"},
+        "samples": {},
+    }

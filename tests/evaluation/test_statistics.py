@@ -1,0 +1,234 @@
+"""Intervals and tests against simulations, and against tables of other tools."""
+
+import numpy as np
+import pytest
+
+from tailora.evaluation.statistics import (
+    difference_over_seeds,
+    holm,
+    interval_over_seeds,
+    mean_interval,
+    paired_difference,
+    share_difference,
+    wilson_interval,
+)
+
+
+def conversations(generator: np.random.Generator, size: int, rate: float = 4.0) -> tuple[np.ndarray, np.ndarray]:
+    """(sums, counts) of skewed lengths and of losses that differ between conversations; their true ratio is `rate`."""
+    counts = generator.geometric(1 / 30, size=size)
+    own = generator.gamma(8, rate / 8, size=size)
+    return generator.gamma(counts * own), counts
+
+
+def test_the_value_is_nats_over_tokens_not_the_mean_of_means() -> None:
+    assert mean_interval([2.0, 90.0], [1, 9]).value == pytest.approx(9.2)
+
+
+@pytest.mark.parametrize(("level", "tolerance"), [(0.95, 0.04), (0.5, 0.09)])
+def test_the_interval_holds_the_truth_as_often_as_it_says(level: float, tolerance: float) -> None:
+    generator = np.random.default_rng(0)
+    found = [mean_interval(*conversations(generator, 100), draws=400, seed=i, level=level) for i in range(300)]
+    covered = np.mean([low <= 4 <= high for _, low, high in found])
+    assert covered == pytest.approx(level, abs=tolerance)
+
+
+def test_equal_lengths_give_the_textbook_interval_of_a_mean() -> None:
+    losses = np.random.default_rng(2).normal(3, 0.5, size=400)
+    value, low, high = mean_interval(losses * 10, np.full(400, 10))
+    half = 1.96 * losses.std(ddof=1) / 20
+    assert (value - low, high - value) == pytest.approx((half, half), rel=0.1)
+
+
+def test_conversations_are_drawn_not_tokens() -> None:
+    losses = np.repeat(np.random.default_rng(3).normal(3, 0.5, size=40), 25)  # 25 tokens each, all alike
+    _, low, high = mean_interval(losses, np.ones(1000))
+    _, low_grouped, high_grouped = mean_interval(losses.reshape(40, 25).sum(axis=1), np.full(40, 25))
+    assert high_grouped - low_grouped > 4 * (high - low)
+
+
+def test_a_long_upper_tail_reaches_further_up() -> None:
+    sums = np.random.default_rng(4).lognormal(0, 1.2, size=40)
+    value, low, high = mean_interval(sums, np.ones(40))
+    assert high - value > 1.2 * (value - low)
+
+
+def test_pairs_are_surer_than_two_separate_runs() -> None:
+    generator = np.random.default_rng(5)
+    before, counts = conversations(generator, 80)
+    after = before - 0.4 * counts + generator.normal(0, 0.05, size=80) * counts
+    value, low, high = paired_difference(before, after, counts)
+    separate = [mean_interval(sums, counts) for sums in (before, after)]
+    apart = np.hypot(*[high - low for _, low, high in separate])
+    assert value == pytest.approx(separate[1].value - separate[0].value)
+    assert low < -0.4 < high < 0
+    assert high - low < apart / 5
+
+
+def test_no_change_at_all_is_an_interval_of_nothing() -> None:
+    sums, counts = conversations(np.random.default_rng(6), 20)
+    assert paired_difference(sums, sums, counts) == (0, 0, 0)
+
+
+def test_the_seed_decides() -> None:
+    data = conversations(np.random.default_rng(7), 30)
+    assert mean_interval(*data, seed=1) == mean_interval(*data, seed=1)
+    assert mean_interval(*data, seed=1) != mean_interval(*data, seed=2)
+
+
+def test_examples_without_tokens_do_not_count() -> None:
+    sums, counts = conversations(np.random.default_rng(8), 30)
+    padded = np.append(sums, [0.0, 0.0]), np.append(counts, [0, 0])
+    assert mean_interval(*padded) == mean_interval(sums, counts)
+
+
+def test_one_example_has_no_spread_to_see() -> None:
+    value, low, high = mean_interval([6.0], [2])
+    assert value == 3
+    assert np.isnan([low, high]).all()
+
+
+@pytest.mark.parametrize(
+    ("sums", "counts", "level", "words"),
+    [
+        ([1.0, 2.0], [1], 0.95, "one number per example"),
+        ([], [], 0.95, "no example"),
+        ([0.0], [0], 0.95, "no example"),
+        ([1.0], [1], 95, "level 95"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(sums: list[float], counts: list[int], level: float, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        mean_interval(sums, counts, level=level)
+
+
+def test_before_and_after_must_be_of_the_same_examples() -> None:
+    with pytest.raises(ValueError, match="the same examples"):
+        paired_difference([1.0], [1.0, 2.0], [1])
+
+
+# ---- The difference of two arms over seeds and examples: known truths, and how often the interval holds them
+
+
+def simulated(rng: np.random.Generator, seeds: int, examples: int, effects: tuple[float, float, float], mu: float):
+    """Losses of two arms, (seeds, examples) each, and token counts: examples, seeds and rest all vary."""
+    counts = rng.integers(5, 60, size=examples).astype(float)
+    by_example, by_seed, rest = effects
+    apart = (
+        mu
+        + by_example * rng.standard_normal(examples)
+        + by_seed * rng.standard_normal((seeds, 1))
+        + rest * rng.standard_normal((seeds, examples))
+    )
+    first = (3 + rng.standard_normal(examples)) * counts * np.ones((seeds, 1))
+    return first, first + apart * counts, counts
+
+
+@pytest.mark.parametrize("effects", [(0.3, 0.0, 0.1), (0.05, 0.1, 0.05), (0.2, 0.05, 0.2)])
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_the_interval_holds_the_truth_as_often_as_it_says_over_seeds(
+    effects: tuple[float, float, float], seeds: int
+) -> None:
+    rng = np.random.default_rng(0)
+    found = [difference_over_seeds(*simulated(rng, seeds, 40, effects, 0.07)) for _ in range(400)]
+    held = np.mean([each.low <= 0.07 <= each.high for each in found])
+    assert 0.92 <= held <= 0.995
+
+
+def test_without_a_difference_p_below_5_percent_is_as_rare_as_it_should_be() -> None:
+    rng = np.random.default_rng(1)
+    found = [difference_over_seeds(*simulated(rng, 4, 40, (0.1, 0.05, 0.1), 0.0)) for _ in range(400)]
+    assert 0.005 <= np.mean([each.p_value < 0.05 for each in found]) <= 0.08
+
+
+def test_what_limits_the_certainty_is_named() -> None:
+    rng = np.random.default_rng(2)
+    assert difference_over_seeds(*simulated(rng, 5, 50, (0.5, 0.001, 0.01), 0)).from_examples > 0.9
+    assert difference_over_seeds(*simulated(rng, 5, 50, (0.001, 0.5, 0.01), 0)).from_examples < 0.1
+
+
+def test_one_seed_is_the_paired_t_test_of_the_examples() -> None:
+    from scipy import stats
+
+    rng = np.random.default_rng(3)
+    first, second, _ = simulated(rng, 1, 30, (0.2, 0, 0.1), 0.05)
+    found = difference_over_seeds(first, second, np.ones(30))
+    expected = stats.ttest_rel(second[0], first[0])
+    assert found.p_value == pytest.approx(expected.pvalue)
+    low, high = expected.confidence_interval()
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert found.seeds == 1
+
+
+def test_examples_without_tokens_do_not_count_over_seeds() -> None:
+    first, second = np.array([[1.0, 5.0, 2.0]]), np.array([[2.0, 9.0, 4.0]])
+    found = difference_over_seeds(first, second, [1, 0, 1])
+    assert found.value == pytest.approx(1.5)
+    assert found.examples == 2
+
+
+def test_equal_arms_have_no_difference() -> None:
+    same = np.ones((2, 4))
+    found = difference_over_seeds(same, same, np.ones(4))
+    assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "counts", "told"),
+    [
+        (np.ones(3), np.ones(3), np.ones(3), "shapes"),
+        (np.ones((2, 3)), np.ones((3, 3)), np.ones(3), "shapes"),
+        (np.ones((2, 3)), np.ones((2, 3)), [1, 0, 0], "fewer than two"),
+        (np.ones((1, 2)), [[1, np.nan]], [1, 1], "not finite"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(first: object, second: object, counts: object, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        difference_over_seeds(first, second, counts)
+
+
+def test_the_loss_is_the_ratio_and_its_interval_covers_seeds_and_examples() -> None:
+    rng = np.random.default_rng(4)
+    counts = rng.integers(1, 9, size=50)
+    sums = counts * (2 + rng.standard_normal((3, 50)) * 0.5)
+    found = interval_over_seeds(sums, counts)
+    assert found.value == pytest.approx(sums.sum() / (3 * counts.sum()))
+    assert found.low < found.value < found.high
+    shifted = interval_over_seeds(sums + counts * np.array([[-1], [0], [1]]), counts)
+    assert shifted.high - shifted.low > 2 * (found.high - found.low)
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9]) == [0.9]
+
+
+def test_the_interval_is_wilson_s() -> None:
+    assert wilson_interval([1] * 7 + [0] * 3) == pytest.approx((0.7, 0.3968, 0.8922), abs=1e-4)
+    assert wilson_interval([0] * 20)[1:] == pytest.approx((0, 0.161125), abs=1e-6)
+
+
+def test_a_change_needs_rows_that_differ() -> None:
+    before, after = np.array([1, 0] * 20), np.array([1, 1] * 20)
+    gained = share_difference(before, after)
+    assert gained.value == 0.5
+    assert 0 < gained.low < 0.5 < gained.high < 1
+    same = share_difference(before, before)
+    assert same.value == 0
+    assert same.low == pytest.approx(-same.high)
+    assert same.high > 0.03  # 40 rows cannot show that nothing changes anywhere
+
+
+@pytest.mark.parametrize(("share", "n"), [(0.02, 20), (0.1, 50), (0.5, 100)])
+def test_nineteen_of_twenty_intervals_hold_the_truth(share: float, n: int) -> None:
+    hits = np.random.default_rng(0).random((400, n)) < share
+    held = [low <= share <= high for _, low, high in map(wilson_interval, hits)]
+    assert np.mean(held) > 0.92
+
+
+@pytest.mark.parametrize("hits", [[], [2], [0.5], [[0, 1]]])
+def test_other_numbers_are_refused(hits: list[float]) -> None:
+    with pytest.raises(ValueError, match="a share needs at least one example"):
+        wilson_interval(hits)
+    with pytest.raises(ValueError, match="both must be of the same"):
+        share_difference([0, 1], [0])

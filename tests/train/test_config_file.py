@@ -1,0 +1,170 @@
+"""Files of settings: YAML 1.2, limits for untrusted files, and what we write is read back by everyone."""
+
+import random
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tailora.errors import ConfigError, TailoraError
+from tailora.train.config import TrainConfig
+from tailora.train.config_file import MAX_ALIASES, MAX_BYTES, MAX_DEPTH, MAX_SCALAR, config_text, read_config_file
+
+
+def read(folder: Path, content: str | bytes) -> dict[str, Any]:
+    path = folder / "x.yaml"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_config_file(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("-2E+3", -2000.0),
+        ("on", "on"),
+        ("no", "no"),
+        ("true", True),
+        ("08", 8),
+        ("12:30", "12:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("", None),
+        ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("{q_proj: 8}", {"q_proj": 8}),
+        ("'1e-4'", "1e-4"),
+    ],
+)
+def test_scalars_follow_yaml_1_2(tmp_path: Path, text: str, value: Any) -> None:
+    found = read(tmp_path, f"key: {text}\n")["key"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_keys_may_have_dashes_and_anchors_may_be_used(tmp_path: Path) -> None:
+    arms = "arms:\n  one: &common {r: 8}\n  two: {<<: *common, lora-alpha: 4}\n"
+    settings = read(tmp_path, "max-steps: 3\n" + arms)
+    assert settings == {"max_steps": 3, "arms": {"one": {"r": 8}, "two": {"r": 8, "lora-alpha": 4}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("r: 8\nr: 9", "x.yaml, line 2: r is given twice"),
+        ("field:\n  prompt: a\n  'prompt': b", "line 3: 'prompt' is given twice"),
+        ("max-steps: 8\nmax_steps: 9", "max_steps is given twice, as max-steps and as max_steps"),
+        ("- r\n- 8", "expected lines `name: value`, got a list"),
+        ("r: [", "line 1 cannot be read as YAML"),
+        ("r: 1\n---\nr: 2", "line 2 cannot be read as YAML: expected a single document"),
+        (b"r: \xff", "cannot be read as YAML"),
+        (b"r: \x00", "cannot be read as YAML"),
+        ("r: !!int 3", "line 1 cannot be read as YAML: tags"),
+        ("r: !!python/object/apply:os.system [ls]", "tags"),
+        ("r: 0x_", "cannot be read as YAML"),
+        ("? - a: 1\n: 3", "the name of a setting must be text"),
+        ("r: *absent", "undefined alias"),
+        ("r: &a [*a]", r"line 1 cannot be read as YAML: \*a contains itself"),
+        ("a: &a 1\nb: [" + "*a, " * (MAX_ALIASES + 1) + "]", f"line 2 .* more than {MAX_ALIASES} aliases"),
+        ("r: " + "[" * (MAX_DEPTH + 1), f"nested more than {MAX_DEPTH} levels"),
+        ("[" * 5000, "nested more than"),
+        ("- " * 5000, "nested more than"),
+        ("r: " + "9" * (MAX_SCALAR + 1), "a value has more than 3,000 characters"),
+        ("#" * (MAX_BYTES + 1), "more than 100,000 bytes"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_its_line(tmp_path: Path, content: str | bytes, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(tmp_path, content)
+    assert str(caught.value).startswith(f"--config {tmp_path / 'x.yaml'}")
+
+
+def test_files_that_are_missing_or_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: No such file"):
+        read_config_file(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        read_config_file(tmp_path)
+
+
+def test_huge_numbers_are_refused_by_the_settings(tmp_path: Path) -> None:
+    for number in ("9" * MAX_SCALAR, "0x" + "f" * (MAX_SCALAR - 2), "1e999999"):
+        with pytest.raises(ConfigError, match=r"^r = "):
+            TrainConfig(**read(tmp_path, f"r: {number}"))
+
+
+def test_no_text_ends_in_another_error(tmp_path: Path) -> None:
+    pieces = [
+        "r: ",
+        "- ",
+        "[",
+        "]",
+        "{",
+        "}",
+        ", ",
+        ": ",
+        "\n",
+        "  ",
+        "&a ",
+        "*a",
+        "!!int ",
+        "! ",
+        "'",
+        '"',
+        "| ",
+        "> ",
+    ]
+    pieces += [
+        "1e5",
+        "0x_",
+        "null",
+        "~",
+        "<<: ",
+        "? ",
+        "% ",
+        "---\n",
+        "#",
+        "\t",
+        "field: ",
+        "\\",
+        "\x85",
+        "é",
+        "@",
+        "=",
+    ]
+    generator = random.Random(0)
+    for _ in range(300):
+        with suppress(TailoraError):
+            TrainConfig(**read(tmp_path, "".join(generator.choices(pieces, k=generator.randint(1, 12)))))
+
+
+VALUES: dict[str, Any] = {
+    "packing": "on",
+    "learning_rate": 1e-5,
+    "huge": 1.5e22,
+    "seed": 3,
+    "eval_data": None,
+    "use_dora": True,
+    "target_modules": ["q_proj", "no", "08"],
+    "field": {"prompt": "1e-4", "completion": "a: b #c"},
+    "alpha_pattern": {r".*\.q_proj": 1e-7},
+    "rank_pattern": {},
+    "output_dir": 'C:\\runs "ü" ☃ 😀\n\x07',
+    "date": "2024-01-01",
+    "time": "12:30",
+}
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    assert read(tmp_path, config_text(VALUES)) == VALUES
+
+
+def test_yaml_1_1_reads_the_same(tmp_path: Path) -> None:
+    """As PyYAML does, which is not a dependency: ruamel.yaml reads a file of version 1.1 by the rules of 1.1."""
+    assert read(tmp_path, "%YAML 1.1\n---\n" + config_text(VALUES)) == VALUES
+    assert read(tmp_path, "%YAML 1.1\n---\npacking: on\n") == {"packing": True}
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, tailora.train.config_file; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
