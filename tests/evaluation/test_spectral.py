@@ -279,7 +279,9 @@ def test_dora_s_magnitudes_count_in_the_relative_norm_alone(case: LayerCase) -> 
     with model.merged():
         change = float((case.weight(model.base_model).detach() - W).norm())
     assert found.use_dora
-    assert found.norm == pytest.approx(float(layer.delta_weight(model.base_model.block["target"]).detach().norm()), rel=1e-4)
+    assert found.norm == pytest.approx(
+        float(layer.delta_weight(model.base_model.block["target"]).detach().norm()), rel=1e-4
+    )
     if layer.output_slice is None:
         assert found.relative_norm == pytest.approx(change / float(W.norm()), rel=1e-3)
 
