@@ -9,14 +9,12 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from tailora.cli.flags import FIELDS, ConfigFile, Json, Settings, flags_of, merge_settings, parse_settings
 from tailora.cli.main import log, note, on_terminal, print_json, stderr, stdout
 from tailora.errors import ConfigError, require_packages
-from tailora.formats.run_folder import PAGE
-from tailora.report import report_if_possible, words
+from tailora.report.files import write_page_if_possible
+from tailora.report.terminal import print_page
 from tailora.study.config import AT_THE_END, FULL, LORA, CompareConfig
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
@@ -34,13 +32,6 @@ def bar(console: Console) -> Callable[[int, int, float], None] | None:
         console.print(f"  step {step}/{steps}  loss {loss:.3f}   ", end=end, style="dim")
 
     return show_step
-
-
-def page_of(folder: Path) -> str:
-    """Where the page of a run or a study is, or what it takes to have one."""
-    if (folder / PAGE).exists():
-        return f"a page with all of it: {folder / PAGE}"
-    return f"a page with all of it: pip install 'tailora[study]' && tailora report {shlex.quote(str(folder))}"
 
 
 @contextmanager
@@ -63,7 +54,6 @@ DEFAULTS = {"output_dir": "outputs/compare"}
 Flags: Any = flags_of(TrainConfig, only=FIELDS.keys() - LEFT_OUT, defaults=DEFAULTS)
 STUDY = "Comparison"
 StudyFlags: Any = flags_of(CompareConfig, only=OWN.keys() - {"arms"}, sections={"seeds": STUDY})
-TITLED: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 
 Arms = Annotated[
     list[str] | None,
@@ -113,7 +103,8 @@ def _arm(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
-    from tailora.study.compare import compare as run  # torch from here on
+    from tailora.report.pages.compare import compare_page  # torch from here on
+    from tailora.study.compare import compare as run
 
     for text in chosen.notes:
         note(text)
@@ -125,46 +116,6 @@ def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
     if as_json:
         print_json(comparison.to_dict())
     else:
-        show(stdout(), comparison)
-    report_if_possible(Path(chosen.config.output_dir))
-    log(page_of(Path(chosen.config.output_dir)))
+        print_page(stdout(), compare_page(comparison))
+    log(write_page_if_possible(Path(chosen.config.output_dir)))
     return 0
-
-
-def show(console: Console, comparison: Any) -> None:
-    seeds, examples = len(comparison.seeds), comparison.judged_examples
-    title = f"{comparison.steps} steps, {words.plural(seeds, 'seed')}, judged on {examples} held-out examples"
-    quality = Table(
-        "arm", "best rate", "held-out loss", f"- {comparison.reference}", title=title, show_lines=True, **TITLED
-    )
-    cost = Table("arm", "training", "memory", "trained", "on disk", "KL from base", title="What it costs", **TITLED)
-    for arm in comparison.arms:
-        if arm.outcome == "done":
-            quality.add_row(*_quality(arm))
-            cost.add_row(*_cost(arm))
-    console.print(quality, f"With 95% intervals. The base has {comparison.base_loss:.3f}.", "", cost, sep="\n")
-    console.print("KL: nats per token, on text that the task did not ask for: what was forgotten.")
-    console.print("", Text(comparison.verdict, style="bold"), sep="\n", soft_wrap=True)
-    for text in comparison.notes:
-        console.print(f"Note: {text}", markup=False, soft_wrap=True)
-
-
-def _quality(arm: Any) -> list[str]:
-    (low, high), apart = arm.interval, arm.difference
-    return [
-        arm.name,
-        f"{words.rate(arm.learning_rate)}{'' if arm.bracketed else ' (edge)'}",
-        f"{arm.eval_loss:.3f}\n{low:.3f} to {high:.3f}",
-        f"{apart['value']:+.3f}\n{apart['low']:+.3f} to {apart['high']:+.3f}" if apart else "",
-    ]
-
-
-def _cost(arm: Any) -> list[str]:
-    return [
-        arm.name,
-        words.duration(arm.seconds),
-        words.size(arm.peak_memory_bytes),
-        words.count(arm.trainable_parameters),
-        words.size(arm.bytes),
-        f"{arm.forgetting['kl']:.3f}" if arm.forgetting else "",
-    ]

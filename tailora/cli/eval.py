@@ -12,36 +12,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
-from rich.text import Text
 
-from tailora.cli.compare import page_of
 from tailora.cli.flags import Json, flags_of, merge_settings
 from tailora.cli.main import log, note, on_terminal, print_json, stderr, stdout
 from tailora.cli.models import BaseModel, Quantize, base_model_name, find_adapter, load_model, recorded
 from tailora.errors import ConfigError
 from tailora.evaluation.metrics import METRICS, QUOTES_HINT, Gate, check_gates, parse_gates, parse_metrics
 from tailora.formats.run_folder import REPORT, write_report
-from tailora.report import report_if_possible
+from tailora.report.files import write_page_if_possible
+from tailora.report.terminal import print_page
 from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from tailora.evaluation.scores import Score, Scores
+    from tailora.evaluation.scores import Scores
 
 
-# ---- What `eval` shows: progress, the table of metrics, answers, gates.
+# ---- Progress, and gates for JSON
 
 
 SECONDS_BETWEEN_LINES = 5.0
-MEANING = "Loss is in nats per token. Below each value its 95% interval, over rows."
-TITLED: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 
 
 @contextmanager
 def progress(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Hears how many rows of how many are done: a bar on a terminal, a line every few seconds anywhere else."""
+    """Yields a function to call with rows done and rows in all: a bar on a terminal, else a line every few seconds."""
     if not on_terminal(console):
         console.print("reading model and data")
         yield _lines(console)
@@ -74,81 +71,6 @@ def gate_outcomes(gates: Sequence[Gate], values: Mapping[str, float]) -> list[di
         }
         for gate in gates
     ]
-
-
-def refused(console: Console, outcomes: Sequence[Mapping[str, Any]]) -> None:
-    """The gates that are not met, the last thing that is said."""
-    for each in outcomes:
-        if not each["met"]:
-            console.print(f"gate not met: {_worded(each)}", style="red", markup=False, soft_wrap=True)
-
-
-def _worded(outcome: Mapping[str, Any]) -> str:
-    value = "not a number" if outcome["value"] is None else f"{outcome['value']:.4f}"
-    return f"{outcome['gate']} (it is {value})"
-
-
-def show(console: Console, name: str, found: "Scores", outcomes: Sequence[Mapping[str, Any]]) -> None:
-    console.print(f"{name}{_where(found)}", markup=False, soft_wrap=True)
-    console.print(table(found), MEANING, sep="\n")
-    for text in _left_out(found):
-        console.print(f"Note: {text}", markup=False, soft_wrap=True)
-    if found.samples:
-        console.print(answers(found))
-    for each in outcomes:
-        console.print(f"gate {'met' if each['met'] else 'NOT MET'}: {_worded(each)}", markup=False, soft_wrap=True)
-
-
-def _where(found: "Scores") -> str:
-    data = found.data
-    if data is None:
-        return f" in lm-evaluation-harness {found.tasks['lm_eval']}"
-    return f" on {data.source}: {data.rows:,} rows, read as {data.shape}; {data.supervised_tokens:,} tokens are judged"
-
-
-def table(found: "Scores") -> Table:
-    columns = {"base": found.base, "tuned": found.metrics, "tuned - base": found.change}
-    if found.base is None:
-        columns = {"value": found.metrics}
-    made = Table(Column("metric", no_wrap=True), *columns, "rows", show_lines=True)
-    for name, score in found.metrics.items():
-        cells = [_spread(scores, name, "+" if head == "tuned - base" else "") for head, scores in columns.items()]
-        made.add_row(name, *cells, f"{score.n:,}")
-    return made
-
-
-def _spread(scores: Mapping[str, "Score"] | None, name: str, sign: str) -> str:
-    """The value, and below it the ends of its interval; nothing where there is none."""
-    if scores is None or name not in scores:
-        return ""
-    score, form = scores[name], f"{sign}.{1 if name == 'perplexity' else 3}f"
-    value, low, high = (format(number, form) for number in (score.value, score.low, score.high))
-    return value if math.isnan(score.low) else f"{value}\n{low} to {high}"
-
-
-def _left_out(found: "Scores") -> Iterator[str]:
-    data = found.data
-    if data is None:
-        return
-    if data.truncated:
-        yield f"{data.truncated:,} rows were longer than --max-length and cut; the longest has {data.longest:,} tokens"
-    if data.cut_away:
-        yield f"{data.cut_away:,} of them were left out, because nothing is left to evaluate after the cut"
-    if found.too_long:
-        yield f"{found.too_long:,} rows were left out: choices or prompt longer than --max-length or the model allows"
-
-
-def answers(found: "Scores") -> Table:
-    """A wrong answer beyond the first few is not written to its end, so these are the first few."""
-    sides = {"base": "base", "tuned": "tuned"} if found.base else {"tuned": "answer"}
-    made = Table(title="The first answers", expand=True, show_lines=True, **TITLED)
-    for head in ("asked", "expected", *sides.values()):
-        made.add_column(head, ratio=1)
-    for matches in zip(*(found.samples[side] for side in sides), strict=True):
-        first = matches[0]
-        marked = [Text(f"{'= ' if each.hit else ''}{each.answer}") for each in matches]
-        made.add_row(Text(first.prompt), Text(first.expected), *marked)
-    return made
 
 
 # ---- The command
@@ -338,21 +260,24 @@ def _finish(
     target: Target, scores: "Scores", gates: Sequence[Gate], seconds: float, folder: Path | None, as_json: bool
 ) -> int:
     """Writes the report, prints the scores, and returns the exit code."""
-    outcomes = gate_outcomes(gates, scores.values())
+    from tailora.report.pages.eval import EvalReport, eval_page
+
     payload = {
         "model": target.model,
         "adapter": target.adapter,
         **scores.to_dict(),
-        "gates": outcomes,
+        "gates": gate_outcomes(gates, scores.values()),
         "seconds": seconds,
     }
     if folder is not None:
         write_report(folder, KIND, payload)
-        report_if_possible(folder)
-        log(page_of(folder))
+        log(write_page_if_possible(folder))
+    report = TypeAdapter(EvalReport).validate_python(payload)
     if as_json:
         print_json(payload)
     else:
-        show(stdout(), target.adapter or target.model, scores, outcomes)
-    refused(stderr(), outcomes)
-    return 0 if all(outcome["met"] for outcome in outcomes) else GATE_NOT_MET
+        print_page(stdout(), eval_page(report))
+    missed = [gate for gate in report.gates if not gate.met]
+    for gate in missed:
+        stderr().print(f"gate not met: {gate}", style="red", markup=False, soft_wrap=True)
+    return GATE_NOT_MET if missed else 0

@@ -8,9 +8,8 @@ from cyclopts import Parameter
 from tailora.cli.flags import Json
 from tailora.cli.main import print_json, stdout
 from tailora.errors import ConfigError
-from tailora.formats.run_folder import REPORT
-from tailora.report import report as make
-from tailora.report.run_folder import RUN, gather
+from tailora.formats.run_folder import REPORT, RUN
+from tailora.report.files import write_page
 
 Folder = Annotated[Path, Parameter(help="of a run, comparison, search, plan or inspection")]
 
@@ -20,8 +19,10 @@ def report(folder: Folder, /, *, json: Json = False) -> int:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; give the output folder of a run or a study")
     if (folder / RUN).exists():
-        gather(folder)
-    page = make(folder)
+        from tailora.report.train_report import write_train_report  # torch
+
+        write_train_report(folder)
+    page = write_page(folder)
     if json:
         print_json({"report": str(page), "data": str(folder / REPORT)})
     else:

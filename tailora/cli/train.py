@@ -1,7 +1,6 @@
 """`tailora train` and `tailora demo`: fine-tune a model, and show whether it worked."""
 
 import json
-import math
 import os
 import shlex
 from collections.abc import Sequence
@@ -9,21 +8,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
-from tailora.cli.compare import page_of
 from tailora.cli.flags import ConfigFile, Json, Settings, flags_of, merge_settings
-from tailora.cli.main import note, print_json, stderr, stdout
+from tailora.cli.main import log, note, print_json, stderr, stdout
 from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT
-from tailora.report import report_if_possible
+from tailora.report.blocks import Code, Column, Section, Table
+from tailora.report.files import read_page, write_page_if_possible
+from tailora.report.terminal import print_page, print_section
 from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from tailora.evaluation.generate import Answer
-    from tailora.evaluation.statistics import Interval
     from tailora.train.events import Interrupted, TrainResult
 
 Flags: Any = flags_of(TrainConfig)
@@ -93,11 +89,11 @@ def latest_demo_folder(folder: Path) -> Path:
     return max(with_checkpoint)[1]
 
 
-# ---- What a finished run says: whether it worked, how answers changed, where everything is, and what to do next.
+# ---- What a finished run prints: its page, its files, and what to do next
 
 
 FILES = {
-    PAGE: "what came of it, to look at in a browser",
+    PAGE: "all of this and more, to look at in a browser",
     ADAPTER: "the adapter, a PEFT folder",
     "model": "the model, a Hugging Face folder",
     "samples.json": "the answers above",
@@ -107,95 +103,24 @@ FILES = {
     "config.yaml": "the settings, for --config",
     REPORT: "the numbers of report.html, for programs",
 }
-TITLED: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 
 
-def losses(result: "TrainResult") -> "dict[str, Interval] | None":
-    """Held-out loss in nats per token before, after, and the change, each with a 95% interval over examples."""
-    from tailora.evaluation.statistics import before_and_after
-
-    before, after = result.before, result.after
-    if before is None or after is None:
-        return None
-    return before_and_after(before.sums, after.sums, after.counts)
+def show(console: Console, config: TrainConfig, folder: Path) -> None:
+    """Prints the page of the run, the files in its folder, and commands to try next."""
+    print_page(console, read_page(folder))
+    rows = [(name, content) for name, content in FILES.items() if (folder / name).exists()]
+    print_section(console, Section(f"Written to {folder}", "", [Table([Column(""), Column("")], rows)]))
+    print_section(console, Section("Next", "", [Code("\n".join(map(shlex.join, next_commands(config, folder))))]))
 
 
-def summary(result: "TrainResult") -> dict[str, Any]:
-    """The line of --json: the result's numbers, and what the evaluations say together."""
-    found = losses(result) or {}
-    spread = {f"eval_loss_{name}_95": None if math.isnan(each.low) else each[1:] for name, each in found.items()}
-    change = {"eval_loss_change": found["change"].value} if found else {}
-    return {**result.to_dict(), **change, **spread}
-
-
-def show(console: Console, config: TrainConfig, result: "TrainResult", answers: "Sequence[Answer]") -> None:
-    folder = Path(result.output_dir)
-    parts = (
-        evaluation(result),
-        effort(config, result),
-        side_by_side(answers),
-        written(folder, bool(answers)),
-        following(config, folder),
-    )
-    for part in parts:
-        console.print("", part, sep="\n", soft_wrap=isinstance(part, Text))
-
-
-def evaluation(result: "TrainResult") -> RenderableType:
-    from tailora.evaluation.statistics import describe_change
-
-    found = losses(result)
-    if found is None or result.after is None:
-        return Text("There was no held-out data, so nothing can be said about whether it worked: --eval-data FILE")
-    table = Table("held-out data", "before", "after", title="Did it work?", **TITLED)
-    for name, form, scale in (("loss, nats/token", ".3f", float), ("perplexity", ".1f", math.exp)):
-        table.add_row(name, *(_spread(found[when], form, scale) for when in ("before", "after")))
-    return Group(table, Text(describe_change(found["change"], len(result.after.counts))))
-
-
-def effort(config: TrainConfig, result: "TrainResult") -> Text:
-    kept = "adapter" if config.method == "lora" else "model"
-    tokens = f"{result.train_tokens:,} tokens, {result.tokens_per_second:,.0f} per second of training"
-    whole = f"{result.seconds:,.0f} s and at most {result.peak_memory_bytes / 1e9:.2f} GB in all"
-    return Text(f"{result.steps:,} steps, {tokens}; {whole}. Kept: the {kept} of step {result.best_step}.")
-
-
-def _spread(interval: "Interval", form: str, scale: Any) -> str:
-    value, low, high = (format(scale(number), form) for number in interval)
-    return value if math.isnan(interval.low) else f"{value}  ({low} to {high})"
-
-
-def side_by_side(answers: "Sequence[Answer]") -> RenderableType:
-    if not answers:
-        return Text("No answers were compared: there was no held-out prompt, or --samples is 0.")
-    table = Table(title="Answers before and after", expand=True, show_lines=True, **TITLED)
-    for name, ratio in (("asked", 2), ("base", 3), ("tuned", 3)):
-        table.add_column(name, ratio=ratio)
-    for answer in answers:
-        table.add_row(Text(answer.prompt), Text(answer.base), Text(answer.tuned))
-    return table
-
-
-def written(folder: Path, answered: bool) -> Table:
-    table = Table("", "", title="Written", show_header=False, box=None, **TITLED)
-    for name, content in FILES.items():
-        if (folder / name).exists() and (answered or name != "samples.json"):
-            table.add_row(Text(str(folder / name), overflow="fold"), content)
-    if not (folder / PAGE).exists():
-        table.caption, table.caption_justify = page_of(folder), "left"
-    return table
-
-
-def following(config: TrainConfig, folder: Path) -> Text:
-    """Three commands to try, each on a line of its own, to be copied."""
+def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
     base = ["--model", config.model]
     tuned = [*base, "--adapter", str(folder)] if config.method == "lora" else ["--model", str(folder / "model")]
-    commands = [
+    return [
         ["tailora", "chat", *tuned],
         ["tailora", "generate", *tuned, "--prompt", "What would you do with a free day?"],
         ["tailora", "data", "YOUR_DATA.jsonl" if config.data == "demo" else config.data, *base],
     ]
-    return Text("\n").join([Text("Next", style="bold"), *(Text(shlex.join(command)) for command in commands)])
 
 
 # ---- What `train` and `demo` share: train, compare answers, print
@@ -209,7 +134,7 @@ def fit(settings: Settings, *, as_json: bool, questions: Sequence[str] | None = 
     from accelerate import PartialState
 
     from tailora.cli.progress import shown
-    from tailora.report.run_folder import gather
+    from tailora.report.train_report import write_train_report
     from tailora.train.events import Interrupted
     from tailora.train.trainer import run
 
@@ -222,13 +147,16 @@ def fit(settings: Settings, *, as_json: bool, questions: Sequence[str] | None = 
         raise KeyboardInterrupt(resume_command(settings.config, interrupted)) from interrupted
     if not PartialState().is_main_process:
         return 0
-    samples = answer_samples(result, settings.config.samples, questions)
-    gather(Path(result.output_dir))
-    report_if_possible(Path(result.output_dir))
+    answer_samples(result, settings.config.samples, questions)
+    folder = Path(result.output_dir)
+    report = write_train_report(folder)
+    page = write_page_if_possible(folder)
     if as_json:
-        print_json(summary(result))
+        print_json(report["result"])
     else:
-        show(stdout(), settings.config, result, samples)
+        show(stdout(), settings.config, folder)
+        if not (folder / PAGE).exists():
+            log(page)
     return 0
 
 
@@ -239,8 +167,8 @@ def resume_command(config: TrainConfig, interrupted: "Interrupted") -> str:
     return f"the run so far is saved in {interrupted.folder}; to resume it:\n{shlex.join(command)}"
 
 
-def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] | None) -> "list[Answer]":
-    """Returns answers of the base and the tuned model to the first `count` questions, and writes samples.json."""
+def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] | None) -> None:
+    """Writes samples.json: answers of the base and the tuned model to the first `count` questions."""
     from tailora.evaluation.generate import compare_answers
     from tailora.formats.io import write_file
     from tailora.train.memory import explain_out_of_memory
@@ -251,4 +179,3 @@ def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] |
         samples = compare_answers(result.model, result.tokenizer, (questions or held_out)[:count])
     content = json.dumps([asdict(answer) for answer in samples], ensure_ascii=False, indent=2)
     write_file(Path(result.output_dir) / "samples.json", content.encode())
-    return samples

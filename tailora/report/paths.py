@@ -1,19 +1,32 @@
-"""Names of matrices for figures, which have no room for paths."""
+"""Short names of matrices, for figures and tables that have no room for paths."""
 
 from collections.abc import Iterable
 
 
-def inner(path: str) -> str:
-    """The path after the number of its layer, or all of it."""
+def inner_path(path: str) -> str:
+    """The path after the number of its layer; all of it where it has none."""
     parts = path.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdecimal()), -1)
+    number = next((index for index, part in enumerate(parts) if part.isdecimal()), -1)
     return ".".join(parts[number + 1 :])
 
 
-def short(paths: Iterable[str]) -> dict[str, str]:
-    """path -> its last name, where no other matrix of a layer has it, else its path within the layer."""
-    names = {path: inner(path) for path in paths}
-    last: dict[str, set[str]] = {}
-    for name in names.values():
-        last.setdefault(name.rpartition(".")[2], set()).add(name)
-    return {path: end if len(last[end := name.rpartition(".")[2]]) == 1 else name for path, name in names.items()}
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Path -> its last name; where another matrix of a layer has the same last name, its path within the layer."""
+    inner = {path: inner_path(path) for path in paths}
+    by_last_name: dict[str, set[str]] = {}
+    for name in inner.values():
+        by_last_name.setdefault(name.rpartition(".")[2], set()).add(name)
+    return {
+        path: last if len(by_last_name[last := name.rpartition(".")[2]]) == 1 else name for path, name in inner.items()
+    }
+
+
+def shared_prefix(paths: Iterable[str]) -> str:
+    """What all paths begin with, up to a dot; '' for nothing."""
+    split = [path.split(".")[:-1] for path in paths]
+    shared = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared) + "." if shared else ""

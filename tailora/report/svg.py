@@ -1,7 +1,7 @@
-"""A figure as SVG that belongs into a page: colours are the page's variables, text is text in the page's font.
+"""A matplotlib figure as SVG that fits into a page: its colours are the page's variables, its text is real text.
 
-matplotlib knows no variables, so figures are drawn in colours that stand for them and are exchanged afterwards. What
-would leak out of the figure or clash with another one is taken out: ids are renamed, style sheets and metadata dropped.
+matplotlib knows no CSS variables, so figures are drawn in placeholder colours, which are replaced afterwards. Ids are
+renamed so that those of two figures do not clash; style sheets and metadata, which would affect the page, are removed.
 """
 
 import io
@@ -16,16 +16,10 @@ from xml.etree.ElementTree import Element
 import matplotlib as mpl
 from cycler import cycler
 
-from tailora.report.parts import Drawing
+from tailora.report.blocks import Drawing
+from tailora.report.colours import GRID, INK, SERIES, SOFT, VARIABLES
 
-INK, SOFT, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
-SERIES = [f"#0a0a0{i}" for i in range(8)]
-HEAT = [f"#0b0b{i:02x}" for i in range(16)]  # from little to much
-VARIABLES = {INK: "ink", SOFT: "soft", GRID: "grid", PAPER: "paper"}
-VARIABLES |= {colour: f"series-{i}" for i, colour in enumerate(SERIES)}
-VARIABLES |= {colour: f"heat-{i}" for i, colour in enumerate(HEAT)}
-
-LOOK: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "figure.dpi": 72,  # a unit is a CSS pixel
     "figure.facecolor": "none",
     "figure.constrained_layout.use": True,
@@ -72,31 +66,31 @@ REFERENCE = re.compile(r"#([\w-]+)")
 
 
 @contextmanager
-def look() -> Iterator[None]:
-    """How figures look, within the block."""
-    with mpl.rc_context({**mpl.rcParamsDefault, **LOOK}), warnings.catch_warnings():
+def style() -> Iterator[None]:
+    """Within the block figures are drawn in the style of the pages."""
+    with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the page's fonts draw the text, not matplotlib's
         yield
 
 
 def svg(draw: Callable[[float], Drawing], width: float, name: str, alt: str) -> str:
-    """An <svg> element. name: unique on the page.    alt: what is read aloud."""
-    with look():
+    """An <svg> element. name: unique on the page.    alt: what a screen reader says."""
+    with style():
         drawing = draw(width)
-        written = io.StringIO()
-        with mpl.rc_context({"svg.hashsalt": name}):  # ids that are the same every time
-            drawing.figure.savefig(written, format="svg", metadata=NO_METADATA)
-    root = ElementTree.fromstring(written.getvalue())
-    _bare(root)
-    _own_ids(root, name, drawing.tips)
-    _themed(root)
+        file = io.StringIO()
+        with mpl.rc_context({"svg.hashsalt": name}):  # the same ids every time
+            drawing.figure.savefig(file, format="svg", metadata=NO_METADATA)
+    root = ElementTree.fromstring(file.getvalue())
+    _remove_namespaces_and_styles(root)
+    _rename_ids(root, name, drawing.tips)
+    _use_variables(root)
     del root.attrib["width"], root.attrib["height"], root.attrib["version"]
     root.attrib |= {"role": "img", "aria-label": "".join(letter if letter.isprintable() else " " for letter in alt)}
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
 
 
-def _bare(root: Element) -> None:
-    """Without namespaces, which HTML needs none of, metadata, and style sheets, which would apply to the page."""
+def _remove_namespaces_and_styles(root: Element) -> None:
+    """HTML needs no namespaces; metadata is of no use, and a style sheet would apply to the whole page."""
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
@@ -106,30 +100,30 @@ def _bare(root: Element) -> None:
                 parent.remove(child)
 
 
-def _own_ids(root: Element, name: str, tips: Mapping[str, Sequence[str]]) -> None:
-    """Ids that something refers to get the figure's name in front; the others go. Tips become titles."""
-    used = {found for each in root.iter() for value in each.attrib.values() for found in REFERENCE.findall(value)}
+def _rename_ids(root: Element, name: str, tips: Mapping[str, Sequence[str]]) -> None:
+    """Ids that are referred to get the figure's name in front; the others are removed. Adds the tips."""
+    used = {id_ for element in root.iter() for value in element.attrib.values() for id_ in REFERENCE.findall(value)}
     for element in root.iter():
-        identity = element.attrib.pop("id", None)
-        if identity is not None and identity in tips:
-            _told(element, tips[identity])
-        if identity in used:
-            element.set("id", f"{name}-{identity}")
+        id_ = element.attrib.pop("id", None)
+        if id_ is not None and id_ in tips:
+            _add_tips(element, tips[id_])
+        if id_ in used:
+            element.set("id", f"{name}-{id_}")
         for key in ("href", "clip-path"):
             if key in element.attrib:
                 element.set(key, REFERENCE.sub(rf"#{name}-\1", element.attrib[key]))
 
 
-def _told(group: Element, texts: Sequence[str]) -> None:
-    marks = [each for each in group.iter() if each.tag == "use" or (each.tag == "path" and "id" not in each.attrib)]
+def _add_tips(group: Element, texts: Sequence[str]) -> None:
+    """A <title> for each mark, which browsers show when it is pointed at."""
+    marks = [mark for mark in group.iter() if mark.tag == "use" or (mark.tag == "path" and "id" not in mark.attrib)]
     for mark, text in zip(marks, texts, strict=True):
         ElementTree.SubElement(mark, "title").text = text
 
 
-def _themed(root: Element) -> None:
+def _use_variables(root: Element) -> None:
+    """The page's variables in place of the placeholder colours, and its font."""
     for element in root.iter():
-        style = element.attrib.get("style")
-        if style is None:
-            continue
-        style = FONT.sub(lambda found: f"font-size: {found[2]}px" + ("; font-weight: 600" if found[1] else ""), style)
-        element.set("style", COLOUR.sub(lambda found: f"var(--{VARIABLES[found[0]]})", style))
+        if (css := element.attrib.get("style")) is not None:
+            css = FONT.sub(lambda font: f"font-size: {font[2]}px" + ("; font-weight: 600" if font[1] else ""), css)
+            element.set("style", COLOUR.sub(lambda colour: f"var(--{VARIABLES[colour[0]]})", css))

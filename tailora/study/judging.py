@@ -10,7 +10,7 @@
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -39,9 +39,6 @@ class _Judgement(Generic[Name]):
     base_loss: float
     examples: int
     seeds: list[int]
-
-    def difference_dict(self, name: Name) -> dict[str, Any] | None:
-        return asdict(self.differences[name]) if name in self.differences else None
 
 
 def _judge(runs: Mapping[Name, Sequence[Trial]], reference: Name) -> _Judgement[Name]:
@@ -87,7 +84,7 @@ def judge_arms(
     arms = [
         _arm_result(arm, changes, rates[arm], done[arm], judgement)
         if arm in done
-        else ArmResult(arm, changes, failures[arm], rates=rates[arm].tried)
+        else ArmResult(arm, changes, failures[arm], rates=rates[arm].losses)
         for arm, changes in study.arms.items()
     ]
     standings = [
@@ -140,11 +137,11 @@ def _arm_result(
         changes=changes,
         outcome=DONE,
         learning_rate=rates.best,
-        rates=rates.tried,
+        rates=rates.losses,
         bracketed=rates.bracketed,
         eval_loss=loss.value,
         interval=(loss.low, loss.high),
-        difference=judgement.difference_dict(arm),
+        difference=judgement.differences.get(arm),
         seconds=float(np.mean([trial.training_seconds for trial in trials])),
         peak_memory_bytes=max(trial.numbers["peak_memory_bytes"] for trial in trials),
         trainable_parameters=trials[0].numbers["trainable_parameters"],
@@ -237,7 +234,7 @@ def _finalist(candidate: Candidate, runs: Sequence[Trial], judgement: _Judgement
         choosing_loss=_loss(candidate),
         eval_loss=loss.value,
         interval=(loss.low, loss.high),
-        difference=judgement.difference_dict(candidate.number),
+        difference=judgement.differences.get(candidate.number),
         p_value=judgement.p_values.get(candidate.number),
         seconds=float(np.mean([run.training_seconds for run in runs])),
         peak_memory_bytes=max(run.numbers["peak_memory_bytes"] for run in runs),

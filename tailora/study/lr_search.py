@@ -46,6 +46,11 @@ class LearningRateSearch:
         return min(finite, key=finite.__getitem__) if finite else None
 
     @property
+    def losses(self) -> dict[float, float | None]:
+        """Rate -> loss, None for a run that diverged."""
+        return {rate: loss if math.isfinite(loss) else None for rate, loss in self.tried.items()}
+
+    @property
     def bracketed(self) -> bool:
         """True if a lower and a higher rate were both worse than the best."""
         return self.best is not None and min(self.tried) < self.best < max(self.tried)

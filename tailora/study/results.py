@@ -5,9 +5,10 @@
 the other half judge what was chosen (`study/trial.py`). Needs no torch.
 """
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from tailora.evaluation.statistics import Difference
 
 # ---- compare
 
@@ -16,9 +17,9 @@ from typing import Any
 class ArmResult:
     """One arm of a comparison. An arm that could not be trained has an outcome other than 'done', and no numbers.
 
-    rates: learning rate -> loss on the choosing examples, infinite for a run that failed.
+    rates: learning rate -> loss on the choosing examples, None for a run that failed.
     bracketed: whether a lower and a higher learning rate than the best were tried.
-    difference: from the reference arm (`evaluation.statistics.Difference`); None for the reference itself.
+    difference: from the reference arm; None for the reference itself.
     seconds: of training, mean over the seeds.    bytes: on disk.
     forgetting: mean over the seeds; None where it was not measured or is not finite.
     seed_losses: of each seed, with the mean eval_loss.    train_losses: of each seed and step, before the step.
@@ -29,11 +30,11 @@ class ArmResult:
     changes: dict[str, Any]
     outcome: str
     learning_rate: float | None = None
-    rates: dict[float, float] = field(default_factory=dict)
+    rates: dict[float, float | None] = field(default_factory=dict)
     bracketed: bool = False
     eval_loss: float | None = None
     interval: tuple[float, float] | None = None
-    difference: dict[str, Any] | None = None
+    difference: Difference | None = None
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     trainable_parameters: int | None = None
@@ -65,11 +66,7 @@ class Comparison:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: the loss of a learning rate that failed is null."""
-        content = asdict(self)
-        for arm in content["arms"]:
-            arm["rates"] = {rate: loss if math.isfinite(loss) else None for rate, loss in arm["rates"].items()}
-        return content
+        return asdict(self)
 
 
 # ---- search
@@ -99,7 +96,7 @@ class Finalist:
     """A trial whose settings were run again with several seeds, and judged on the judging examples.
 
     choosing_loss: of the trial, on the choosing examples.
-    difference: from the best (`evaluation.statistics.Difference`); None for the best itself.
+    difference: from the best; None for the best itself.
     p_value: of no difference, adjusted for the number of finalists (Holm).
     seconds: of training, mean over the seeds.    runs: folders.
     """
@@ -110,7 +107,7 @@ class Finalist:
     choosing_loss: float
     eval_loss: float
     interval: tuple[float, float]
-    difference: dict[str, Any] | None
+    difference: Difference | None
     p_value: float | None
     seconds: float
     peak_memory_bytes: int

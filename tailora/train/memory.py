@@ -210,9 +210,9 @@ def explain_out_of_memory(doing: str, advice: Callable[[], str]) -> Iterator[Non
 
 
 def format_bytes(count: float) -> str:
-    """Returns bytes in a readable unit: 1,234,567 -> '1.2 MB'."""
+    """Returns bytes in a readable unit: 1,234,567 -> '1.23 MB'."""
     for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        if abs(count) < 999.5:
+            return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.1f} GB"
+    return f"{count:.3g} GB" if abs(count) < 999.5 else f"{count:,.0f} GB"

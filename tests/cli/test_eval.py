@@ -130,7 +130,7 @@ def test_exact_match_is_of_the_answer_in_the_data(
     assert got["samples"]["tuned"][0]["answer"] == said[0].strip()
     code, shown, _ = run(capsys, *judged)
     assert code == 0
-    assert "The first answers" in shown
+    assert "The first greedy answers" in shown
 
 
 def test_a_report_is_written_and_only_over_one_of_its_kind(

@@ -47,7 +47,7 @@ def test_the_table_fits_80_columns_and_says_what_more_there_is(
     assert code == 0
     assert "0.self_attn.q_proj" in said
     assert "module (after model.layers.)" in said
-    assert "dW/W" in said
+    assert "‖ΔW‖/‖W‖" in said
 
 
 def test_json_is_one_object_and_the_report_has_the_same(

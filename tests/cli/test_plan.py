@@ -31,13 +31,14 @@ def test_what_is_shown_fits_a_narrow_terminal(
     tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "60")
+    for name, value in {"COLUMNS": "60", "LINES": "25", "FORCE_COLOR": "1", "TERM": "dumb"}.items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((tiny_model / "config.json").read_text())
     assert main(["plan", "--model", "bare", "--r", "4"]) == 0
     shown = capsys.readouterr().out
     table, _, words = shown.partition("It fits")
-    assert max(map(len, table.splitlines())) <= 60
+    assert max(map(len, shown.splitlines())) <= 60
     assert "full fine-tuning" in table
     assert "the output head" in " ".join(table.split())
     assert "without --data" in words

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tailora.cli import compare
 from tailora.cli.main import main
+from tailora.report import files
 
 
 @pytest.fixture
@@ -62,5 +62,6 @@ def test_what_is_no_run_is_refused(name: str, told: str, tmp_path: Path, capsys:
     assert told in " ".join(capsys.readouterr().err.split())
 
 
-def test_without_the_extra_a_command_says_how_to_get_the_page(tmp_path: Path) -> None:
-    assert compare.page_of(tmp_path).endswith(f"pip install 'tailora[study]' && tailora report {tmp_path}")
+def test_without_the_extra_a_command_says_how_to_get_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "find_spec", lambda _: None)
+    assert files.write_page_if_possible(tmp_path).endswith(f"pip install 'tailora[study]' && tailora report {tmp_path}")

@@ -57,7 +57,14 @@ def test_it_ends_with_what_changed_and_what_comes_next(
 ) -> None:
     assert main(line(flags)) == 0
     shown = capsys.readouterr()
-    for part in ("loss, nats/token", "perplexity", "over 6 held-out examples", "base", "tuned", "tailora chat --model"):
+    for part in (
+        "held-out loss before",
+        "perplexity",
+        "over 6 held-out examples",
+        "base",
+        "tuned",
+        "tailora chat",
+    ):
         assert part in shown.out
     assert "step 2/2" in shown.err
     assert "18 examples, 6 held out" in shown.err

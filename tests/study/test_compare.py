@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tailora.errors import ConfigError
-from tailora.report import report
+from tailora.report.files import write_page
 from tailora.study.compare import compare
 from tailora.study.config import CompareConfig, arm_settings
 from tailora.study.trial import Listen, Trial, TrialSpec, run_here, run_in_subprocess
@@ -47,12 +47,12 @@ def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: 
         assert arm.forgetting["kl"] > 0
         assert not arm.bracketed  # one try
     assert lora.difference is not None
-    assert lora.difference["value"] == pytest.approx(lora.eval_loss - full.eval_loss)
+    assert lora.difference.value == pytest.approx(lora.eval_loss - full.eval_loss)
     assert found.verdict
     assert "edge of those that were tried" in found.verdict
     assert found.judged_examples == 9
     assert json.loads((tmp_path / "study" / "report.json").read_text())["verdict"] == found.verdict
-    assert found.verdict in unescape(report(tmp_path / "study").read_text())
+    assert found.verdict in unescape(write_page(tmp_path / "study").read_text())
     assert lora.eval_loss == pytest.approx(np.mean(lora.seed_losses))
     assert [len(losses) for losses in lora.train_losses] == [found.steps] * 2
     assert len(heard) == 2 + 4

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from tailora.report.compare import compare_page
-from tailora.report.page import html
+from tailora.report.files import page_of
+from tailora.report.html import html
 from tailora.study.config import CompareConfig
 from tailora.study.judging import choose_finalists, judge_arms, judge_finalists
 from tailora.study.lr_search import LearningRateSearch
@@ -68,7 +68,7 @@ def test_an_arm_that_failed_keeps_its_reason() -> None:
     assert "full ran out of memory." in found_large.verdict
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert plain["arms"][1]["rates"] == {"0.001": None}
-    assert "failed" in html(compare_page(plain))
+    assert "failed" in html(page_of({"kind": "compare", **plain}, "report.json"))
     assert "full failed at every rate tried" in found.verdict
     assert found.p_value is None
 

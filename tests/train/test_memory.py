@@ -53,16 +53,16 @@ def test_a_load_beyond_the_machine_is_refused_with_three_priced_remedies() -> No
     with pytest.raises(MemoryLimitError) as caught:
         check_fits(COST, load, 1024, CPU)
     cause, *remedies = str(caught.value).splitlines()[0:1] + str(caught.value).splitlines()[2:]
-    assert "8100000.0 GB" in cause
+    assert "8,100,000 GB" in cause
     assert len(remedies) == 3
     for remedy, flag, price in zip(
         remedies,
         ["--per-device-train-batch-size 4", "--gradient-checkpointing", "--max-length 512"],
-        ["4050000.0 GB", "900000.0 GB", "4050000.0 GB"],
+        ["4,050,000 GB", "900,000 GB", "4,050,000 GB"],
         strict=True,
     ):
         assert flag in remedy
-        assert f"{price} instead of 8100000.0 GB" in remedy
+        assert f"{price} instead of 8,100,000 GB" in remedy
 
 
 @pytest.mark.parametrize("examples", [1, 8])
@@ -147,6 +147,9 @@ def test_memory_is_measured() -> None:
     assert 0 < available_bytes(CPU) < 2**50
 
 
-@pytest.mark.parametrize(("count", "text"), [(999, "999 bytes"), (1234, "1.2 kB"), (5e6, "5.0 MB"), (2.5e9, "2.5 GB")])
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(999, "999 bytes"), (1234, "1.23 kB"), (999_600, "1 MB"), (5e6, "5 MB"), (2.5e9, "2.5 GB"), (3e12, "3,000 GB")],
+)
 def test_sizes_are_for_people(count: float, text: str) -> None:
     assert format_bytes(count) == text

@@ -1,16 +1,13 @@
 """The pages in a real browser: no errors, every figure drawn, nothing wider than a small screen, nothing fetched."""
 
-import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
-from study.reports import CONTENTS
-
-from tailora.report import report
+from report.contents import CONTENTS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -47,10 +44,8 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module", params=CONTENTS)
-def page_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    (folder / "report.json").write_text(json.dumps(CONTENTS[request.param]()))
-    return report(folder)
+def page_file(request: pytest.FixtureRequest, written_page: Callable[[str], Path]) -> Path:
+    return written_page(request.param)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -2,15 +2,16 @@
 
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from study.reports import CONTENTS, EVIL
+from report.contents import CONTENTS, EVIL
 
 from tailora.errors import ConfigError, FormatError
-from tailora.report import report
+from tailora.report.files import write_page
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 FIGURES = {"learning-rates": 1, "train": 7, "compare": 10, "search": 11, "inspect": 10, "plan": 3, "eval": 3}
@@ -47,13 +48,13 @@ class Outline(HTMLParser):
 
 def made(content: dict[str, Any], folder: Path) -> str:
     (folder / "report.json").write_text(json.dumps(content))
-    return report(folder).read_text(encoding="utf-8")
+    return write_page(folder).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module", params=CONTENTS)
-def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def page(request: pytest.FixtureRequest, written_page: Callable[[str], Path]) -> tuple[str, str]:
     """Kind and HTML."""
-    return request.param, made(CONTENTS[request.param](), tmp_path_factory.mktemp(request.param))
+    return request.param, written_page(request.param).read_text(encoding="utf-8")
 
 
 def test_every_tag_closes_and_every_figure_is_there(page: tuple[str, str]) -> None:
@@ -99,14 +100,14 @@ def test_text_is_never_taken_as_html_or_as_mathematics(page: tuple[str, str]) ->
     assert "$x^2$" in Outline(text).text
 
 
-@pytest.mark.parametrize("kind", CONTENTS)
-def test_the_same_numbers_give_the_same_page(kind: str, tmp_path: Path) -> None:
-    assert made(CONTENTS[kind](), tmp_path) == made(CONTENTS[kind](), tmp_path)
+def test_the_same_numbers_give_the_same_page(page: tuple[str, str], tmp_path: Path) -> None:
+    kind, text = page
+    assert made(CONTENTS[kind](), tmp_path) == text
 
 
 def test_a_folder_without_a_report_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no report\.json; give the folder of a plan, train"):
-        report(tmp_path)
+        write_page(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_a_folder_without_a_report_says_what_to_give(tmp_path: Path) -> None:
 def test_what_is_no_report_is_refused_and_nothing_written(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(FormatError, match=told):
-        report(tmp_path)
+        write_page(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 

@@ -199,8 +199,18 @@ def inspect() -> dict[str, Any]:
             modules.append(
                 {
                     "path": f"model.layers.{layer}.{name}",
+                    "kind": "Linear",
+                    "in_features": 64,
+                    "out_features": 64,
+                    "numbers": 4096,
                     "r": 8,
                     "rank": 8,
+                    "rank_99": 6,
+                    "norm": 0.3,
+                    "configured_scaling": 2.0,
+                    "learned_scaling": False,
+                    "use_dora": False,
+                    "note": "",
                     "effective_rank": float(rng.uniform(3, 8)),
                     "stable_rank": float(rng.uniform(1, 3)),
                     "energy": float(rng.uniform(0, 1 / 12)),
@@ -218,6 +228,9 @@ def inspect() -> dict[str, Any]:
         "kind": "inspect",
         "adapter": f"outputs/{EVIL.replace('/', '')}/adapter",
         "model": "demo",
+        "named_base": None,
+        "base_dtype": "float32",
+        "layers": 6,
         "config": {"r": 8, "lora_alpha": 16.0, "rank_pattern": {}},
         "training": {"learning_rate": 1e-3},
         "modules": modules,
@@ -232,7 +245,10 @@ def inspect() -> dict[str, Any]:
             "improvement_low": 0.71,
             "improvement_high": 0.93,
             "half": rise,
-            "groups": {"late MLP": rise, "early attention": {**rise, "low": None, "high": None, "cost": None}},
+            "groups": {
+                "late MLP": rise,
+                "early attention": {**rise, "low": None, "high": None, "cost": None, "values": 0.25},
+            },
         },
         "forgetting": {
             "kl": 0.21,
@@ -264,7 +280,15 @@ def inspect() -> dict[str, Any]:
             "only_here": ["score"],
             "only_there": [],
             "cosine": 0.03,
-            "losses": {"base": 4.47, "one": 3.66, "other": 3.7, "both": 3.9, "worse": 0.24, "worse_low": None},
+            "losses": {
+                "base": 4.47,
+                "one": 3.66,
+                "other": 3.7,
+                "both": 3.9,
+                "worse": 0.24,
+                "worse_low": None,
+                "worse_high": None,
+            },
         },
         "advice": [
             {
@@ -294,24 +318,65 @@ def plan() -> dict[str, Any]:
         for layer in range(6)
         for name, ends in names.items()
     ]
-    parts = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "copies", "process")
-    memory = dict(zip(parts, (2.7e8, 2e7, 2e7, 4e7, 9e8, 3e8, 2e7, 3e8), strict=True))
-    full = {**memory, "adapters": 0.0, "gradients": 2.7e8, "optimizer": 1.08e9}
+    groups = [
+        {
+            "path": f"model.layers.{{0-5}}.{name}",
+            "kind": "Linear",
+            "shape": list(ends),
+            "r": 16,
+            "alpha": 32.0,
+            "count": 6,
+            "parameters": 96 * sum(ends),
+        }
+        for name, ends in names.items()
+    ]
+    parts = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "process")
+    memory = dict(zip(parts, (270000000, 20000000, 20000000, 40000000, 900000000, 300000000, 300000000), strict=True))
+    full = {**memory, "adapters": 0, "gradients": 270000000, "optimizer": 1080000000}
     return {
         "kind": "plan",
         "model": "HuggingFaceTB/SmolLM2-135M",
+        "method": "lora",
+        "dtype": "bfloat16",
+        "device": "cpu",
         "trainable_parameters": 4884480,
         "total_parameters": 139399488,
         "modules": modules,
-        "left_alone": {"lm_head": "the output layer is tied to the embedding"},
+        "groups": groups,
+        "left": [
+            {
+                "path": "model.embed_tokens",
+                "kind": "Embedding",
+                "count": 1,
+                "parameters": 28311552,
+                "reason": "not linear: name it to adapt it",
+            },
+            {
+                "path": "model.layers.{0-5}.post_attention_layernorm",
+                "kind": "LlamaRMSNorm",
+                "count": 6,
+                "parameters": 3456,
+                "reason": "no low-rank form: not a matrix",
+            },
+        ],
         "memory": {**memory, "total": sum(memory.values())},
-        "full": {"memory": {**full, "total": sum(full.values())}, "batch_size_that_fits": 6},
-        "available_bytes": 2.2e9,
+        "full": {
+            "trainable_parameters": 134515008,
+            "memory": {**full, "total": sum(full.values())},
+            "batch_size_that_fits": 6,
+        },
+        "available_bytes": 2200000000,
         "batch_size": 8,
         "batch_size_that_fits": 12,
+        "largest_forward": {"examples": 8, "tokens": 1021},
+        "kernels": "attention and loss of the model as they are",
+        "tokens": 27311,
         "steps": 35,
+        "seconds_per_step": 2.3,
         "seconds": 80.0,
-        "basis": {"memory": "estimated", "time": "0.51 GFLOP a token at 53 GFLOP/s, a rough rule"},
+        "measured": None,
+        "basis": {"memory": "estimated", "time": "a rough rule: 0.51 GFLOP a token at 53 GFLOP/s"},
+        "notes": ["the data is streamed: lengths are those of its first batch"],
         "settings": {"model": "demo", "r": 16},
     }
 

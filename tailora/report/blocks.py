@@ -1,0 +1,185 @@
+"""The description of a page: its numbers, tables and figures, once for the browser and for the terminal.
+
+A file of `report/pages` turns a result into a `Page`; `report/html.py` and `report/terminal.py` show it. All text is
+plain text: whoever shows it escapes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # matplotlib is an optional package
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+# Where a block is shown. The page has all of them; the terminal has those that are "always" shown, and with --all those
+# of "all", too.
+Detail = Literal["always", "all", "page"]
+
+
+@dataclass(frozen=True)
+class Number:
+    """One of the few numbers that a reader looks for first."""
+
+    label: str
+    value: str
+    note: str = ""
+    detail: Detail = "always"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    numeric: the cells are numbers, aligned to the right, and never broken.
+    interval: the cells are intervals of the column before; the terminal writes them below its values.
+    priority: where a terminal is too narrow for the table, the columns with the highest priority number are the first
+        to move into one last column of text, "name value, name value".
+    """
+
+    name: str
+    numeric: bool = False
+    interval: bool = False
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """title: above the table; on a page with `folded` it is what a reader clicks to see the table.
+
+    rest: name of the last column, where a narrow terminal shows the columns that do not fit.
+    """
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    note: str = ""
+    rest: str = "more"
+    folded: bool = False
+    detail: Detail = "always"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A matplotlib figure. tips: id of a collection of marks -> the text for each of its marks when pointed at."""
+
+    figure: MatplotlibFigure
+    tips: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Shown by pages alone, and drawn when a page is written: a terminal needs no matplotlib.
+
+    name: unique on the page.    draw: width in CSS pixels -> the drawing.    alt: text for those who do not see it.
+    wide: all of the page's width, and drawn a second time for narrow screens; else half of it.
+    """
+
+    name: str
+    draw: Callable[[float], Drawing]
+    alt: str
+    caption: str
+    wide: bool = False
+    detail: Detail = "page"
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A value for each matrix (a row) and layer (a column). In the terminal each value is one character.
+
+    cells: (row, layer) -> value.    top: the value with the strongest colour.
+    """
+
+    name: str
+    title: str
+    cells: Mapping[tuple[str, int], float]
+    top: float
+    show: Callable[[float], str]
+    caption: str
+    detail: Detail = "page"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The same questions, answered before and after. rows: question, answer before, answer after."""
+
+    names: tuple[str, str]
+    rows: Sequence[tuple[str, str, str]]
+    detail: Detail = "always"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What follows from the numbers, and what to copy for it."""
+
+    title: str
+    text: str
+    code: str = ""
+    detail: Detail = "always"
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+    detail: Detail = "always"
+
+
+@dataclass(frozen=True)
+class List:
+    items: Sequence[str]
+    detail: Detail = "always"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Commands or settings to copy: lines are never broken."""
+
+    text: str
+    title: str = ""
+    detail: Detail = "always"
+
+
+Block = Table | Figure | HeatMap | Answers | Finding | Paragraph | List | Code
+
+
+@dataclass(frozen=True)
+class Section:
+    """text: one sentence that says what is to be seen. Blocks of None are left out."""
+
+    title: str
+    text: str
+    blocks: Sequence[Block | None]
+
+
+@dataclass(frozen=True)
+class Page:
+    """lead: the answer in a sentence or two.    conclusion: what follows from the numbers.
+
+    A page has both at its top, a terminal at the end of the output.
+    """
+
+    kind: str
+    title: str
+    lead: str
+    numbers: Sequence[Number]
+    sections: Sequence[Section]
+    notes: Sequence[str] = ()
+    conclusion: Section | None = None
+
+
+# ---- Blocks that several pages have
+
+
+def settings_table(title: str, *groups: tuple[str, Mapping[str, object]]) -> Table | None:
+    """A folded table of settings. groups: name of a group ("" for none) -> its settings."""
+    from tailora.report.format import setting
+
+    rows = [(group, name, setting(value)) for group, settings in groups for name, value in settings.items()]
+    if not rows:
+        return None
+    named = any(group for group, _, _ in rows)
+    columns = [Column("setting"), Column("value")]
+    if named:
+        return Table([Column("of"), *columns], rows, title, folded=True, detail="page")
+    return Table(columns, [row[1:] for row in rows], title, folded=True, detail="page")

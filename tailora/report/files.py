@@ -1,0 +1,96 @@
+"""report.json in the folder of a run or a study: reading it, and writing report.html, which shows it."""
+
+import json
+import shlex
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from tailora.errors import ConfigError, FormatError, listing, require_packages
+from tailora.formats.run_folder import PAGE, REPORT
+from tailora.report.blocks import Page
+
+KINDS = ("plan", "train", "eval", "compare", "search", "learning-rates", "inspect")
+PACKAGES = ("matplotlib", "jinja2")
+
+
+def write_page(folder: Path) -> Path:
+    """Writes report.html from the report.json in `folder`, and returns its path.
+
+    Raises ConfigError without the extra `study` or without a report.json, FormatError for one that is not tailora's.
+    """
+    require_packages(*PACKAGES, extra="study")
+    from tailora.formats.io import write_file  # torch
+    from tailora.report.html import html
+
+    write_file(folder / PAGE, html(read_page(folder)).encode())
+    return folder / PAGE
+
+
+def write_page_if_possible(folder: Path) -> str:
+    """Writes report.html where the packages for it are installed. Returns a sentence: where it is, or how to get it."""
+    if all(map(find_spec, PACKAGES)):
+        return f"a page with all of it: {write_page(folder)}"
+    return f"a page with all of it: pip install 'tailora[study]' && tailora report {shlex.quote(str(folder))}"
+
+
+def read_page(folder: Path) -> Page:
+    """The page of the report.json in `folder`. Raises ConfigError without one, FormatError as `page_of`."""
+    path = folder / REPORT
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no {REPORT}; give the folder of a {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is not JSON: {error}") from None
+    return page_of(content, path)
+
+
+def page_of(content: Any, path: Path | str) -> Page:
+    """The page of what a report.json holds. Raises FormatError, which names `path`, for what is no report."""
+    if not isinstance(content, dict) or content.get("kind") not in KINDS:
+        kind = content.get("kind") if isinstance(content, dict) else type(content).__name__
+        raise FormatError(f"{path} is of kind {kind!r}; known are {', '.join(KINDS)}")
+    make_page = _page_maker(content["kind"])
+    result_type = next(iter(get_type_hints(make_page).values()))  # of the function's one parameter
+    try:
+        return make_page(TypeAdapter(result_type).validate_python(content))
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors()]
+        raise FormatError(f"{path} does not fit its kind, {content['kind']}:\n{listing(problems)}") from None
+
+
+def _page_maker(kind: str) -> Callable[[Any], Page]:
+    """A function from the kind's result to its page. Imports late, since most results come with torch."""
+    match kind:
+        case "plan":
+            from tailora.report.pages.plan import plan_page
+
+            return plan_page
+        case "train":
+            from tailora.report.pages.train import train_page
+
+            return train_page
+        case "eval":
+            from tailora.report.pages.eval import eval_page
+
+            return eval_page
+        case "compare":
+            from tailora.report.pages.compare import compare_page
+
+            return compare_page
+        case "search":
+            from tailora.report.pages.search import search_page
+
+            return search_page
+        case "learning-rates":
+            from tailora.report.pages.lr_range import lr_range_page
+
+            return lr_range_page
+        case _:
+            from tailora.report.pages.inspect import inspect_page
+
+            return inspect_page

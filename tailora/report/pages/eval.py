@@ -1,0 +1,187 @@
+"""The page of an evaluation."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from tailora.evaluation.metrics import METRICS
+from tailora.evaluation.scores import Match
+from tailora.report.blocks import (
+    Answers,
+    Block,
+    Column,
+    Drawing,
+    Figure,
+    List,
+    Number,
+    Page,
+    Section,
+    Table,
+    settings_table,
+)
+from tailora.report.format import NONE, decimals, duration, plural
+
+TUNED, BASE = "tuned", "base"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value with its 95% interval over n rows. value: None where it is no number."""
+
+    value: float | None
+    interval: tuple[float, float] | None
+    n: int
+
+    def shown(self, sign: str = "") -> str:
+        return NONE if self.value is None else f"{sign if self.value >= 0 else ''}{decimals(self.value)}"
+
+    def ends(self) -> str:
+        return "" if self.interval is None else " to ".join(map(decimals, self.interval))
+
+
+@dataclass(frozen=True)
+class GateOutcome:
+    gate: str
+    value: float | None
+    met: bool
+
+    def __str__(self) -> str:
+        return f"{self.gate} (it is {'not a number' if self.value is None else f'{self.value:.4f}'})"
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """What report.json of an evaluation holds. data: None where only tasks of lm-evaluation-harness were run."""
+
+    model: str
+    adapter: str | None
+    metrics: dict[str, Value]
+    seconds: float
+    base: dict[str, Value] | None = None
+    change: dict[str, Value] | None = None
+    data: dict[str, Any] | None = None
+    tasks: dict[str, Any] | None = None
+    samples: dict[str, list[Match]] = field(default_factory=dict)
+    gates: list[GateOutcome] = field(default_factory=list)
+
+
+def eval_page(report: EvalReport) -> Page:
+    known = {"model": report.model, **(report.data or {}), **(report.tasks or {})}
+    sections = [
+        Section(
+            "What was measured",
+            "Loss is in nats per token. Intervals are 95% intervals over the rows.",
+            [*_figures(report), _table(report)],
+        ),
+        Section("Answers", "The first greedy answers; ✓ marks those that are as expected.", _answers(report)),
+        Section("Data", "", [settings_table("Data", ("", known))]),
+    ]
+    name = (report.adapter or report.model).rstrip("/").rpartition("/")[2]
+    gates = Section("Gates", "", [_gates(report)])
+    return Page("eval", name, _lead(report), _numbers(report), sections, _notes(report), gates)
+
+
+def _lead(report: EvalReport) -> str:
+    data, tasks = report.data, report.tasks or {}
+    lead = report.adapter or report.model
+    if data is None:
+        lead += f" on tasks of lm-evaluation-harness {tasks.get('lm_eval', '')}".rstrip() + "."
+    else:
+        tokens = f"; {data['supervised_tokens']:,} tokens are judged" if "supervised_tokens" in data else ""
+        lead += f" on {data['source']}: {plural(data['rows'], 'row')}, read as {data['shape']}{tokens}."
+    missed = [gate.gate for gate in report.gates if not gate.met]
+    if missed:
+        return f"{lead} Gates not met: {', '.join(missed)}."
+    return f"{lead} {'All gates are met.' if report.gates else ''}".rstrip()
+
+
+def _notes(report: EvalReport) -> list[str]:
+    """What was cut or left out."""
+    data = report.data or {}
+    notes = []
+    if truncated := data.get("truncated"):
+        notes.append(
+            f"{truncated:,} rows were longer than --max-length and cut; the longest has {data['longest']:,} tokens"
+        )
+    if cut_away := data.get("cut_away"):
+        notes.append(f"{cut_away:,} of them were left out, because nothing is left to evaluate after the cut")
+    if too_long := data.get("too_long"):
+        notes.append(f"{too_long:,} rows were left out: choices or prompt longer than --max-length or the model allows")
+    return notes
+
+
+def _numbers(report: EvalReport) -> list[Number]:
+    numbers = [
+        Number(name.replace("_", " "), value.shown(), value.ends(), detail="page")
+        for name, value in report.metrics.items()
+        if value.value is not None
+    ]
+    return [*numbers, Number("time", duration(report.seconds), detail="page")]
+
+
+def _table(report: EvalReport) -> Table:
+    sides = {"base": report.base, TUNED: report.metrics, "tuned - base": report.change}
+    if report.base is None:
+        sides = {"value": report.metrics}
+    columns = [Column("metric")]
+    for side in sides:
+        columns += [Column(side, numeric=True), Column("95% interval", numeric=True, interval=True)]
+    rows = []
+    for name, value in report.metrics.items():
+        row = [name]
+        for side, values in sides.items():
+            own = (values or {}).get(name)
+            row += ["", ""] if own is None else [own.shown("+" if side == "tuned - base" else ""), own.ends()]
+        rows.append([*row, f"{value.n:,}"])
+    return Table([*columns, Column("rows", numeric=True)], rows)
+
+
+def _figures(report: EvalReport) -> list[Figure]:
+    """Beside the base, where that was judged, too."""
+    figures = []
+    for number, (name, tuned) in enumerate(report.metrics.items()):
+        base = (report.base or {}).get(name)
+        values = {side: value for side, value in ((BASE, base), (TUNED, tuned)) if value and value.value is not None}
+        if report.base is None or not values:
+            continue
+        meaning = METRICS.get(name, name)
+        caption = f"{meaning[:1].upper()}{meaning[1:]}."
+        change = (report.change or {}).get(name)
+        if change is not None and change.value is not None:
+            ends = f" ({change.ends()})" if change.interval else ""
+            caption += f" Change on the same rows: {change.shown('+')}{ends}."
+        alt = f"{name}: {'; '.join(f'{side} {value.shown()}' for side, value in values.items())}."
+        draw = partial(_draw, values, name.replace("_", " "))
+        figures.append(Figure(f"metric-{number}", draw, alt, caption))
+    return figures
+
+
+def _draw(values: dict[str, Value], unit: str, width: float) -> Drawing:
+    from tailora.report import charts
+
+    rows = [charts.Estimate(side, own.value or 0.0, *(own.interval or (None, None))) for side, own in values.items()]
+    form = ".3f" if all(abs(row.value) < 10 for row in rows) else ",.1f"
+    return Drawing(charts.estimates(width, rows, unit, form=form)[0])
+
+
+def _gates(report: EvalReport) -> List | None:
+    items = [f"gate {'met' if gate.met else 'NOT MET'}: {gate}" for gate in report.gates]
+    return List(items) if items else None
+
+
+def _answers(report: EvalReport) -> list[Block | None]:
+    tuned, base = report.samples.get(TUNED, []), report.samples.get(BASE, [])
+    if not tuned:
+        return []
+    if len(base) == len(tuned):
+        rows = [
+            (f"{after.prompt}\n→ {after.expected}", _marked(before), _marked(after))
+            for before, after in zip(base, tuned, strict=True)
+        ]
+        return [Answers((BASE, TUNED), rows)]
+    columns = [Column("prompt"), Column("expected"), Column("answer")]
+    return [Table(columns, [[match.prompt, match.expected, _marked(match)] for match in tuned])]
+
+
+def _marked(match: Match) -> str:
+    return f"{'✓' if match.hit else '✗'} {match.answer}"
