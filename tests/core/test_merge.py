@@ -1,3 +1,5 @@
+"""Merging: ties, weights in place, rounding errors, and what is refused."""
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -61,7 +63,7 @@ def test_nothing_is_written_when_one_merged_weight_is_not_finite(act: Callable[[
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_place_the_same_numbers_are_written_into_the_weights_themselves(dtype: torch.dtype) -> None:
+def test_merging_in_place_writes_the_same_numbers_into_the_weights(dtype: torch.dtype) -> None:
     def adapted() -> LoRAModel:
         model = LoRAModel(tied_llama().to(dtype), LoRAConfig(r=4))
         stir(model)
@@ -78,7 +80,7 @@ def test_in_place_the_same_numbers_are_written_into_the_weights_themselves(dtype
     assert changed == {name for name in weights if "proj" in name}
 
 
-def test_in_place_a_shared_weight_is_left_to_who_shares_it() -> None:
+def test_merging_in_place_does_not_overwrite_a_shared_weight() -> None:
     model = LoRAModel(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head", "q_proj"]))
     stir(model)
     ids = torch.arange(9)[None]

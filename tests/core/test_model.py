@@ -31,17 +31,17 @@ def two() -> LoRAModel:
     return model
 
 
-def causal_lm(kind: str) -> nn.Module:
+def causal_lm(architecture: str) -> nn.Module:
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    if kind == "gpt2":
+    if architecture == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=32, **still))
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
     return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_the_plain_loop_trains_a_language_model_and_leaves_the_base_bitwise_alone(kind: str) -> None:
-    base_model, batch = causal_lm(kind), torch.arange(20).view(2, 10)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_the_plain_loop_trains_a_language_model_and_leaves_the_base_bitwise_alone(architecture: str) -> None:
+    base_model, batch = causal_lm(architecture), torch.arange(20).view(2, 10)
     before = {name: value.clone() for name, value in base_model.state_dict().items()}
     model = LoRAModel(base_model)
     for p in model.base_model.parameters():
@@ -78,7 +78,7 @@ def test_the_plain_loop_trains_a_sequential() -> None:
     assert len(model.lora_layers) == 2
 
 
-def test_switching_is_choosing_the_function() -> None:
+def test_switching_adapters_changes_the_output() -> None:
     model, x = two(), torch.randn(3, 8)
     default, base = model(x), net()(x)
     model.set_adapter("b")
@@ -98,7 +98,7 @@ def test_switching_is_choosing_the_function() -> None:
     assert not torch.equal(default, b)
 
 
-def test_an_exception_within_disable_adapter_gives_the_adapter_back() -> None:
+def test_an_exception_within_disable_adapter_activates_the_adapter_again() -> None:
     model = two()
     with pytest.raises(ZeroDivisionError), model.disable_adapter():
         raise ZeroDivisionError
@@ -117,7 +117,7 @@ def test_several_active_adapters_add_up() -> None:
     assert len(parameters) == 6  # A and B of three low-rank layers
 
 
-def test_the_strength_dial() -> None:
+def test_set_scale_multiplies_the_update() -> None:
     model, x = two(), torch.randn(3, 8)
     full = model(x)
     model.set_scale("default", 0.0)
@@ -192,7 +192,7 @@ def test_unknown_and_taken_names_are_errors_that_name_what_there_is() -> None:
     assert model.active_adapters == ("default",)
 
 
-def test_deleting() -> None:
+def test_a_deleted_adapter_leaves_the_others_and_the_classes_of_the_base() -> None:
     model, x = two(), torch.randn(3, 8)
     expected = model(x)
     model.delete_adapter("b")
@@ -311,7 +311,7 @@ def saving(*names: str) -> LoRAConfig:
     return LoRAConfig(r=2, target_modules=["0"], modules_to_save=list(names))
 
 
-def test_two_adapters_that_train_the_same_module_whole_are_apart() -> None:
+def test_two_adapters_that_train_the_same_module_whole_are_independent() -> None:
     model, x = LoRAModel(net(), saving("2")), torch.randn(4, 8)
     model.lora_layers["2"].weight.data.fill_(1.0)
     first = model(x)
@@ -370,7 +370,7 @@ def test_the_mode_of_every_part_follows_the_model() -> None:
     assert torch.equal(model(x), model(x))
 
 
-def test_a_strength_that_cannot_act_is_refused() -> None:
+def test_an_invalid_strength_is_refused() -> None:
     model = two()
     for strength in (float("nan"), "much", None):
         with pytest.raises(ConfigError, match="finite number"):
@@ -381,7 +381,7 @@ def test_a_strength_that_cannot_act_is_refused() -> None:
         model.set_scale("default", 0.5)
 
 
-def test_what_is_no_model_or_no_config_is_refused() -> None:
+def test_an_argument_that_is_no_model_or_config_is_refused() -> None:
     with pytest.raises(TargetError, match=r"base_model is a str, not a torch\.nn\.Module; load it first"):
         LoRAModel("gpt2")  # type: ignore[arg-type]
     with pytest.raises(TargetError, match="base_model is a NoneType"):

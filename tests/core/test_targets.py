@@ -1,3 +1,5 @@
+"""Which layers a config selects, and the errors of settings that match nothing."""
+
 from typing import Any
 
 import pytest
@@ -47,7 +49,7 @@ def test_all_linear_leaves_the_callers_config_alone_and_suits_a_deeper_model() -
         ({"target_modules": ["embed_tokens", "lm_head"]}, 2),
     ],
 )
-def test_selectors(settings: dict[str, Any], count: int) -> None:
+def test_selectors_select_as_many_layers_as_they_name(settings: dict[str, Any], count: int) -> None:
     assert len(paths(llama(), **settings)) == count
 
 
@@ -76,7 +78,7 @@ def test_what_matches_nothing_is_an_error_that_names_the_nearest(settings: dict[
     assert model.lm_head.weight.requires_grad  # nothing was changed
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_raised_at_once() -> None:
     with pytest.raises(TargetError) as caught:
         LoRAModel(
             llama(), LoRAConfig(target_modules=["q_proj", "x_proj"], rank_pattern={"z": 3}, layers_to_transform=[9])

@@ -63,7 +63,7 @@ def test_a_step_is_one_graph_forward_and_one_backward_for_adapters_of_equal_shap
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own
-def test_the_real_compiler_s_code_trains_both_adapters() -> None:
+def test_the_default_compiler_trains_both_adapters() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 8)).double()

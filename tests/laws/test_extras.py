@@ -201,7 +201,7 @@ def test_what_peft_trained_computes_the_same_here(tied: bool, tmp_path: Path) ->
 
 @pytest.mark.parametrize("names", [["embed_tokens", "lm_head"], ["embed_tokens"]])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_grown_vocabulary_trained_whole(names: list[str], tied: bool, tmp_path: Path) -> None:
+def test_an_embedding_of_a_grown_vocabulary_is_trained_whole(names: list[str], tied: bool, tmp_path: Path) -> None:
     model = LoRAModel(llama(tied), LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=names)).eval()
     copies = [model.lora_layers[key] for key in model.lora_layers if "embed" in key or "head" in key]
     assert len({id(each.weight) for each in copies}) == (1 if tied else len(names))  # tied as in the base
@@ -278,7 +278,7 @@ def test_adapters_with_biases_add_up(settings: Settings) -> None:
 
 
 @cases
-def test_it_is_shrunk_along_and_refused_where_it_has_no_place(base: Base, batch: Batch, settings: Settings) -> None:
+def test_extras_are_copied_by_shrink_and_refused_by_combine(base: Base, batch: Batch, settings: Settings) -> None:
     model, x = adapted(base, settings), batch()
     stir(model)
     model.shrink("default", "same", energy=1.0)

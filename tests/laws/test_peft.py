@@ -89,7 +89,7 @@ def test_the_keys_and_shapes_are_those_of_peft(case: LayerCase, slot: str, tmp_p
     }
 
 
-def test_an_adapter_of_peft_that_mixes_groups_runs_and_is_not_merged(tmp_path: Path) -> None:
+def test_a_peft_adapter_that_mixes_groups_runs_and_is_not_merged(tmp_path: Path) -> None:
     case = next(case for case in LAYERS if case.name == "conv2d grouped")
     theirs = peft.get_peft_model(case.net(), peft.LoraConfig(**peft_settings(case, "plain"))).eval()
     randomise(theirs)

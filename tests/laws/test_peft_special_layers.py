@@ -244,7 +244,7 @@ def test_a_file_that_is_not_made_of_its_parts_is_refused(tmp_path: Path) -> None
         LoRAModel.from_pretrained(fresh(gpt2), tmp_path)
 
 
-def test_the_settings_name_hosts_and_parameters(tmp_path: Path) -> None:
+def test_adapter_config_names_target_parameters(tmp_path: Path) -> None:
     model = LoRAModel(fresh(mixtral), LoRAConfig(r=2, target_modules=[], target_parameters=EXPERTS))
     model.save_adapter(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -255,5 +255,5 @@ def test_the_settings_name_hosts_and_parameters(tmp_path: Path) -> None:
     assert {f"{experts}.lora_A.weight", f"{experts}.base_layer.lora_A.weight"} < keys
 
 
-def test_every_special_kind_has_its_oracle_or_a_reason() -> None:
+def test_every_special_layer_type_is_compared_with_peft_or_has_a_reason() -> None:
     assert [case.name for case in SPECIAL_LAYERS if case.peft_is_wrong] == ["attention value"]

@@ -83,7 +83,7 @@ def test_the_table_has_every_row_of_the_core() -> None:
     assert base_of(nn.Linear(2, 2)) is quantization.PLAIN
 
 
-# What is no slot of the equation, or is one with laws of its own: tests/laws/test_start.py, test_extras.py, papers.
+# What is no slot of the equation, or is one with laws of its own: test_frozen_start.py, test_extras.py, tests/papers.
 ELSEWHERE = {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "target_parameters"}
 ELSEWHERE |= {"rank_pattern", "fused_parts", "modules_to_save", "trainable_token_indices", "adalora"}
 

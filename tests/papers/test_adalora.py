@@ -138,7 +138,7 @@ def test_ranks_go_where_they_matter_and_stay_within_the_budget() -> None:
         assert penalty(layer) < 0.05
 
 
-def test_what_is_left_is_plain_lora_here_and_in_the_file(tmp_path: Path) -> None:
+def test_the_result_is_plain_lora_in_the_model_and_in_the_file(tmp_path: Path) -> None:
     model, _, x = trained()
     left, expected = ranks(model), model(x)
     model.save_adapter(tmp_path)
@@ -157,7 +157,7 @@ def test_what_is_left_is_plain_lora_here_and_in_the_file(tmp_path: Path) -> None
     torch.testing.assert_close(theirs(x), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_the_allocation_goes_on_to_the_same_bits() -> None:
+def test_an_allocator_resumes_to_the_same_bits() -> None:
     _, allocator, _ = trained()
     saved = allocator.state_dict()
     other = two_layers()
@@ -169,7 +169,7 @@ def test_the_allocation_goes_on_to_the_same_bits() -> None:
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in saved.items())
 
 
-def test_what_cannot_be_allocated_is_refused(tmp_path: Path) -> None:
+def test_invalid_rank_allocations_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="target_r = 8 is above r = 4"):
         LoRAConfig(r=4, adalora=AdaLoRA(target_r=8))
     with pytest.raises(ConfigError, match="orthonormal"):
@@ -193,7 +193,7 @@ def test_what_cannot_be_allocated_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings", [{"use_rslora": True}, {"learn_scaling": True}, {"target_modules": ["embed_tokens", "q_proj"]}], ids=str
 )
-def test_every_slot_keeps_its_function_when_ranks_are_dropped(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_every_slot_computes_the_same_when_ranks_are_dropped(settings: dict[str, Any], tmp_path: Path) -> None:
     model = LoRAModel(chat_model(), LoRAConfig(r=6, adalora=AdaLoRA(target_r=2), **settings))
     model.allocate_ranks(torch.optim.SGD(model.lora_layers.parameters(), lr=0.1), 10)
     generator = torch.Generator().manual_seed(1)

@@ -89,7 +89,7 @@ def computed(model: nn.Module, on_vectors: bool) -> Tensor:
 
 @cases
 @pytest.mark.parametrize("method", ["cat", "svd"])
-def test_the_weights_add_up_and_nothing_is_lost_on_the_way_to_a_file(
+def test_combined_weights_add_up_and_survive_a_file(
     make: Any, a: dict[str, Any], b: dict[str, Any], method: str, tmp_path: Path
 ) -> None:
     model, base = two(make, a, b), make().state_dict()
@@ -120,7 +120,7 @@ def test_shrinking_by_each_way_gives_a_file_that_computes_the_same(
 
 
 @cases
-def test_dora_is_summed_by_way_of_the_weights_and_shrunk_with_its_magnitudes(
+def test_dora_is_combined_as_dense_updates_and_shrunk_with_its_magnitudes(
     make: Any, a: dict[str, Any], b: dict[str, Any], tmp_path: Path
 ) -> None:
     model, base = two(make, {**a, "use_dora": True}, b), make().state_dict()
@@ -141,7 +141,7 @@ def outputs_now(model: LoRAModel) -> Tensor:
 
 
 @cases
-def test_extracting_finds_the_update_and_says_what_other_rows_lost(
+def test_extracting_finds_the_update_and_reports_other_changed_rows(
     make: Any, a: dict[str, Any], b: dict[str, Any]
 ) -> None:
     model = two(make, a, b)

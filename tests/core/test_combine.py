@@ -66,7 +66,7 @@ def test_a_combination_shares_nothing_with_its_sources() -> None:
     assert torch.equal(delta(model, "a", "2"), before)
 
 
-def test_modules_trained_whole_are_mixed_where_that_is_exact() -> None:
+def test_modules_trained_whole_are_combined_where_that_is_exact() -> None:
     x = torch.randn(3, 8, dtype=torch.float64)
     model = LoRAModel(net(), LoRAConfig(r=2, target_modules=["0"], modules_to_save=["2"]), adapter_name="a")
     stir(model)
@@ -88,7 +88,7 @@ def nested() -> nn.ModuleDict:
     return nn.ModuleDict({"block": block, "last": nn.Linear(8, 8)})
 
 
-def test_a_module_that_is_not_linear_in_its_weights_is_mixed_with_nothing() -> None:
+def test_a_module_that_is_not_linear_in_its_weights_is_combined_with_no_other() -> None:
     model = LoRAModel(nested(), LoRAConfig(r=2, target_modules=["last"], modules_to_save=["block"]), adapter_name="a")
     model.combine({"a": 1}, name="copy")
     with pytest.raises(AdapterError, match=r"block, trained whole by 'a', is a Sequential, which is not linear"):
@@ -116,7 +116,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize(("given", "error", "message"), BAD.values(), ids=BAD)
-def test_what_means_nothing_is_refused_and_changes_nothing(given: Any, error: type[Exception], message: str) -> None:
+def test_invalid_settings_of_combine_are_refused_and_change_nothing(
+    given: Any, error: type[Exception], message: str
+) -> None:
     model = two()
     with pytest.raises(error, match=message):
         model.combine(**{"weights": {"a": 1, "b": 1}, "name": "mix", **given})
@@ -186,7 +188,7 @@ def test_a_loss_budget_keeps_the_fewest_singular_values_that_it_can() -> None:
     assert everything.rank == {"0": 5, "2": 5}
 
 
-def test_a_layer_that_the_loss_does_not_need_is_adapted_no_more(tmp_path: Path) -> None:
+def test_a_layer_that_the_loss_does_not_need_is_dropped(tmp_path: Path) -> None:
     model = LoRAModel(net(), LoRAConfig(r=2), adapter_name="a").eval()
     stir(model)
     model.lora_layers["0"].lora_B.data.mul_(1e-9)
@@ -201,7 +203,7 @@ def test_a_layer_that_the_loss_does_not_need_is_adapted_no_more(tmp_path: Path) 
     torch.testing.assert_close(loaded(x), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_candidate_stands_beside_the_other_active_adapters() -> None:
+def test_the_loss_is_measured_with_the_other_active_adapters() -> None:
     model, seen = two(), []
 
     def loss(each: LoRAModel) -> float:
@@ -229,7 +231,7 @@ def test_a_loss_that_fails_leaves_the_model_as_it_was(failure: Any) -> None:
     assert model.active_adapters == ("b",)
 
 
-def test_modules_trained_whole_come_along() -> None:
+def test_shrinking_copies_modules_trained_whole() -> None:
     model = LoRAModel(net(), LoRAConfig(r=4, target_modules=["0"], modules_to_save=["2"]), adapter_name="a").eval()
     stir(model)
     x = torch.randn(3, 8, dtype=torch.float64)
@@ -254,7 +256,7 @@ def test_modules_trained_whole_come_along() -> None:
         ({"loss": len, "budget": -1}, "budget = -1"),
     ],
 )
-def test_a_way_to_shrink_is_one_and_in_range(given: dict[str, Any], message: str) -> None:
+def test_exactly_one_valid_way_to_shrink_is_taken(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         two().shrink("a", "small", **given)
 
@@ -262,7 +264,7 @@ def test_a_way_to_shrink_is_one_and_in_range(given: dict[str, Any], message: str
 # ---- extracting
 
 
-def test_what_an_adapter_cannot_hold_is_said() -> None:
+def test_extracting_reports_what_an_adapter_cannot_hold() -> None:
     tuned = net()
     with torch.no_grad():
         tuned[0].weight += torch.outer(torch.arange(12.0), torch.arange(8.0)).double() * 0.01
@@ -302,7 +304,7 @@ def test_a_tuned_language_model_comes_back_with_its_norms_and_embedding(tmp_path
     torch.testing.assert_close(again(ids).logits, tuned(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_models_that_differ_in_shape_are_told_in_one_error() -> None:
+def test_models_of_different_shapes_are_refused_in_one_error() -> None:
     with pytest.raises(BaseMismatchError, match="problems") as caught:
         LoRAModel.from_difference(llama(), llama(intermediate_size=64, num_hidden_layers=3), r=2)
     message = str(caught.value)

@@ -98,7 +98,7 @@ def test_a_start_survives_its_file_and_is_a_plain_adapter_for_peft(case: LayerCa
         torch.testing.assert_close(theirs(x), model(x), rtol=5e-5, atol=5e-5)
 
 
-def test_a_fresh_start_forgets_the_frozen_one() -> None:
+def test_reset_parameters_removes_the_frozen_start() -> None:
     layer = LoRALayer(6, 5)
     layer.start_from(torch.randn(4, 6), torch.randn(5, 4))
     assert layer.is_plain

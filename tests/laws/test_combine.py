@@ -1,4 +1,4 @@
-"""Adapters out of adapters, over every layer type, against the dense identity in float64."""
+"""Combining, shrinking and extracting adapters, over every layer type, against the dense identity in float64."""
 
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def test_svd_of_full_rank_is_the_concatenation(case: LayerCase) -> None:
 
 
 @layer_cases
-def test_a_lower_rank_is_the_nearest_and_its_error_is_told(case: LayerCase) -> None:
+def test_a_lower_rank_is_the_nearest_and_its_error_is_reported(case: LayerCase) -> None:
     """Eckart and Young: no matrix of rank k is nearer than the k leading singular values."""
     model, weights = pair(case), {"a": 0.7, "b": 0.3}
     groups = len(matrices(model, "a"))
@@ -184,7 +184,7 @@ def test_a_frozen_start_becomes_plain_of_twice_the_rank(case: LayerCase) -> None
 
 
 @layer_cases
-def test_ties_by_hand(case: LayerCase) -> None:
+def test_ties_computed_entry_by_entry(case: LayerCase) -> None:
     model, weights, density = pair(case), {"a": 0.7, "b": 0.3}, 0.4
     trimmed = []
     for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""Starts that are not zero, against the equations of their papers."""
+"""Initial values that are not zero, against the equations of their papers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +47,7 @@ def test_olora_starts_at_the_first_columns_of_q_and_rows_of_r() -> None:
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
-def test_the_first_step_is_that_of_the_factors_alone(name: str) -> None:
+def test_the_first_step_is_that_of_training_on_the_residual_weight(name: str) -> None:
     """Taking B0 A0 off at run time trains as the paper's residual W - s B0 A0 does (arXiv:2404.02948, eq. 4)."""
     base, x = linear(), torch.randn(7, 24, dtype=torch.float64)
     model = LoRAModel(nn.Sequential(base), LoRAConfig(r=4, target_modules=["0"], init_lora_weights=name))

@@ -1,4 +1,4 @@
-"""Starts over every layer type: where they hold they compute the base, and where they do not they say why."""
+"""Initial values from weights and data, over every layer type: their effect, and what is refused."""
 
 import copy
 import warnings
@@ -27,7 +27,7 @@ def config(case: LayerCase, name: str, **changes: Any) -> LoRAConfig:
 @every_layer
 @pytest.mark.parametrize("name", ["pissa", "olora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_start_off_the_weight_computes_the_base_and_changes_no_weight(
+def test_initial_values_from_the_weight_compute_the_base_and_change_no_weight(
     case: LayerCase, name: str, dtype: torch.dtype
 ) -> None:
     model, x = LoRAModel(case.net(dtype), config(case, name)), case.batch(dtype)
@@ -54,7 +54,7 @@ def test_pissa_takes_the_best_part_of_the_weight_group_by_group(case: LayerCase)
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
-def test_a_start_off_the_weight_is_the_same_whatever_the_random_state(name: str) -> None:
+def test_initial_values_from_the_weight_do_not_depend_on_the_random_state(name: str) -> None:
     base = nn.Sequential(nn.Linear(EXACT + 60, EXACT + 90))
 
     def made(seed: int) -> dict[str, torch.Tensor]:
@@ -81,7 +81,7 @@ def test_leading_triplets_of_a_large_matrix_are_the_exact_ones(shape: tuple[int,
     )
 
 
-def test_a_rank_that_a_start_cannot_take_is_refused_with_every_layer() -> None:
+def test_a_rank_that_is_too_high_for_lora_ga_is_refused_with_every_layer() -> None:
     base = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 6), nn.Linear(6, 12))
     with pytest.raises(TargetError) as caught:
         LoRAModel(base, LoRAConfig(r=4, init_lora_weights="lora_ga"))
@@ -96,7 +96,7 @@ def test_ids_and_groups_have_no_principal_components() -> None:
             LoRAModel(nn.Sequential(layer), LoRAConfig(r=4, target_modules=["0"], init_lora_weights="eva"))
 
 
-def test_a_weight_that_is_zero_starts_at_zero() -> None:
+def test_pissa_of_a_zero_weight_is_zero() -> None:
     base = nn.Linear(12, 10)
     nn.init.zeros_(base.weight)
     layer = LoRAModel(nn.Sequential(base), LoRAConfig(r=4, init_lora_weights="pissa")).lora_layers["0"]
@@ -186,7 +186,7 @@ def language_model(name: str, **changes: Any) -> LoRAModel:
 @pytest.mark.parametrize(
     "changes", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}, {"learn_scaling": True}], ids=str
 )
-def test_peft_loads_a_started_adapter_on_the_unmodified_base_and_it_comes_back(
+def test_peft_loads_every_initialisation_on_the_unmodified_base_and_writes_it_back(
     name: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     model, ids = language_model(name, **changes), batches()[0]["input_ids"]
@@ -225,7 +225,7 @@ def test_an_adapter_that_waits_for_data_says_so_and_computes_the_base_until_then
     assert all(layer.lora_A.grad is not None for layer in model.lora_layers.values())
 
 
-def test_what_data_cannot_start_is_refused_and_nothing_changes() -> None:
+def test_unusable_data_is_refused_and_nothing_changes() -> None:
     model = language_model("kaiming")
     with pytest.raises(AdapterError, match="needs no data"):
         model.start_from_data(batches())
@@ -257,7 +257,7 @@ def test_a_start_from_data_is_the_same_every_time_and_leaves_no_gradient() -> No
     assert all(parameter.requires_grad for parameter in one.lora_layers.parameters())
 
 
-def test_eva_keeps_the_number_of_ranks_and_a_rho_of_one_moves_none() -> None:
+def test_eva_keeps_the_sum_of_ranks_and_moves_none_with_rho_1() -> None:
     model = language_model("eva")
     ranks = [layer.r for layer in model.lora_layers.values()]
     assert sum(ranks) == 4 * len(ranks)
@@ -268,7 +268,7 @@ def test_eva_keeps_the_number_of_ranks_and_a_rho_of_one_moves_none() -> None:
     assert still.adapters["default"].rank_pattern == {}
 
 
-def test_eva_gives_a_narrow_layer_no_more_than_it_holds() -> None:
+def test_eva_gives_a_narrow_layer_no_more_ranks_than_it_can_have() -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(24, 6), nn.Linear(6, 30))
     base[0].weight.data[2:] = 0.01  # the second layer reads two directions, the first many

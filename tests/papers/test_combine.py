@@ -1,4 +1,4 @@
-"""Sums of adapters that act on the dense update, on numbers small enough to follow by hand."""
+"""TIES and DARE, on numbers small enough to follow by hand."""
 
 import math
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ def test_dare_drops_a_share_and_scales_the_rest_up() -> None:
     assert abs(float(((mean - delta) / error).mean())) < 5 / math.sqrt(3000)
 
 
-def test_dare_thins_every_adapter_by_a_choice_of_its_own() -> None:
+def test_dare_drops_entries_of_every_adapter_independently() -> None:
     ones = torch.ones(40, 40)
     found = combined(updates(ones, 10 * ones), {"a": 1, "b": 1}, "dare", drop=0.5)
     assert found.round(decimals=6).unique().tolist() == [0, 2, 20, 22]
