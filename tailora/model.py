@@ -25,7 +25,7 @@ from tailora.core.attach import Swapped, evaluating
 from tailora.core.combine import Combination, Truncation, combine_adapters
 from tailora.core.config import LoRAConfig
 from tailora.core.merge import MergeReport, MergeState
-from tailora.core.quantization import keep_as_stored, may_repack
+from tailora.core.quantization import allow_repacking, prevent_repacking
 from tailora.core.targets import default_config, select
 from tailora.errors import AdapterError, ConfigError, FormatError, MergeError, TargetError
 from tailora.formats.load import read_any_format, restore
@@ -129,7 +129,7 @@ class LoRAModel(nn.Module):
         self.lora_layers = nn.ModuleDict()
         self._required_grad = {name: parameter.requires_grad for name, parameter in self._base_parameters()}
         base_model.requires_grad_(False)
-        self._kept_as_stored = keep_as_stored(base_model)
+        self._kept_as_stored = prevent_repacking(base_model)
         for name, adapter in adapters.items():
             self._adapter_set.add(name, adapter)
         self.set_adapter(next(iter(adapters)))
@@ -440,7 +440,7 @@ class LoRAModel(nn.Module):
         self._adapter_set.check_no_batch("unload")
         self._adapter_set.clear()
         self.lora_layers = nn.ModuleDict()
-        may_repack(self._kept_as_stored)
+        allow_repacking(self._kept_as_stored)
         for name, parameter in self._base_parameters():
             parameter.requires_grad = self._required_grad[name]
         return self.base_model

@@ -26,7 +26,7 @@ from tailora.core.config import LoRAConfig
 from tailora.core.extras import TrainedBias
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import host_of, host_path, layer_type_of
-from tailora.core.low_rank import Factors, concatenated, low_rank, product_spectrum, tail, truncated
+from tailora.core.low_rank import Factors, concatenated, nearest_of_rank, product_spectrum, truncated, truncation_error
 from tailora.core.multihead_attention import projections
 from tailora.core.patterns import commonest, portable_patterns, portable_targets
 from tailora.core.quantization import dense_weight
@@ -378,10 +378,10 @@ def _cat(updates: list[WeightedUpdate], _: Combination) -> Combined:
 
 def _svd(updates: list[WeightedUpdate], settings: Combination) -> Combined:
     if not all(is_product(update.layer, update.base) for update in updates):
-        return low_rank(torch.stack([update.dense for update in updates]).sum(0), _rank(updates, settings))
+        return nearest_of_rank(torch.stack([update.dense for update in updates]).sum(0), _rank(updates, settings))
     spectrum = product_spectrum(concatenated([update.factors for update in updates]))
     k = min(_rank(updates, settings), spectrum.S.shape[1])
-    return truncated(spectrum, k), tail(spectrum.S, k)
+    return truncated(spectrum, k), truncation_error(spectrum.S, k)
 
 
 def _ties(updates: list[WeightedUpdate], settings: Combination) -> Combined:
@@ -393,7 +393,7 @@ def _ties(updates: list[WeightedUpdate], settings: Combination) -> Combined:
     trimmed = torch.stack([_trimmed(update.dense, density) for update in updates])
     elected = trimmed.sum(0).sign()
     agrees = (trimmed.sign() == elected) & (trimmed != 0)
-    return low_rank((trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1), _rank(updates, settings))
+    return nearest_of_rank((trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1), _rank(updates, settings))
 
 
 def _trimmed(update: Tensor, density: float) -> Tensor:
@@ -407,7 +407,7 @@ def _dare(updates: list[WeightedUpdate], settings: Combination) -> Combined:
     """Drop entries with probability p, divide the others by 1 - p (arXiv:2311.03099, eq. 2 and 3), add up."""
     p = 0.5 if settings.drop is None else settings.drop
     dropped = [_dropped(update, p, settings.seed or 0) for update in updates]
-    return low_rank(torch.stack(dropped).sum(0), _rank(updates, settings))
+    return nearest_of_rank(torch.stack(dropped).sum(0), _rank(updates, settings))
 
 
 def _dropped(update: WeightedUpdate, p: float, seed: int) -> Tensor:

@@ -32,12 +32,12 @@ from tailora.core.layer import LoRALayer
 from tailora.core.low_rank import (
     Factors,
     Spectrum,
-    for_energy,
-    low_rank,
+    nearest_for_energy,
+    nearest_of_rank,
     product_spectrum,
     rank_for_energy,
-    tail,
     truncated,
+    truncation_error,
     zeros,
 )
 from tailora.core.quantization import dense_weight
@@ -179,7 +179,7 @@ def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Modu
         _copy(source.bias, layer.bias)
         _copy(None if source.lora_bias is None else source.lora_bias * source.scaling, layer.lora_bias)
     sizes = {path: smaller.low_rank[path].r if k else 0 for path, k in ranks.items()}
-    return smaller, Truncation(sizes, {path: tail(spectra[path].S, k) for path, k in ranks.items()})
+    return smaller, Truncation(sizes, {path: truncation_error(spectra[path].S, k) for path, k in ranks.items()})
 
 
 def _copy(source: Tensor | None, target: nn.Parameter | None) -> None:
@@ -218,9 +218,9 @@ def extract(
         update = _difference(target, tuned.get_submodule(target.layer_path))
         if update.any():
             factors[target.path], errors[target.path] = (
-                low_rank(update, r if target.layer_type.is_stacked else math.ceil(r / len(update)))
+                nearest_of_rank(update, r if target.layer_type.is_stacked else math.ceil(r / len(update)))
                 if r
-                else for_energy(update, energy or 1)
+                else nearest_for_energy(update, energy or 1)
             )
     if not factors:
         raise AdapterError("no selected layer differs between the two models; check the paths, or select other targets")

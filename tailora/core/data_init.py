@@ -24,7 +24,7 @@ from tailora.core.attach import attach
 from tailora.core.config import LoRAConfig
 from tailora.core.init import DATA_INITS, GRADIENT_INITS, WITH_FROZEN_START
 from tailora.core.layer import LoRALayer
-from tailora.core.low_rank import EXACT, EXTRA, Spectrum, gaussian, orthonormal, within
+from tailora.core.low_rank import EXACT, EXTRA, Spectrum, gaussian, orthonormal, triplets_in_basis
 from tailora.core.targets import Target, target_at
 from tailora.errors import AdapterError, ConfigError, DataError
 
@@ -167,7 +167,7 @@ def gradient_spectra(targets: Mapping[str, Target], run: Pass, count: int) -> di
             run()
             _check_finite(probes)
             right = {path: _by_group(probe, _gradient(probe.lora_A)) for path, probe in probes.items()}  # B^T G
-    return {path: within(left[path], right[path]) for path in targets}
+    return {path: triplets_in_basis(left[path], right[path]) for path in targets}
 
 
 def _probe(target: Target, count: int) -> LoRALayer:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tailora.core.layer import LoRALayer
-from tailora.core.low_rank import Spectrum, leading
+from tailora.core.low_rank import Spectrum, leading_triplets
 from tailora.core.targets import Target
 from tailora.errors import TargetError, listing
 
@@ -20,7 +20,7 @@ InitialFactors = tuple[Tensor, Tensor]  # A, B
 
 def pissa(W: Tensor, r: int, scaling: float) -> InitialFactors:
     """s B A = the r leading singular triplets of W: B = U sqrt(S/s), A = sqrt(S/s) V (arXiv:2404.02948, eq. 2, 3)."""
-    U, S, V = leading(W, r)
+    U, S, V = leading_triplets(W, r)
     root = (S / scaling).sqrt()
     return root[..., None] * V, U * root[..., None, :]
 

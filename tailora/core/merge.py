@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.attach import Adapted, Substituted, Swapped, attach
-from tailora.core.dequantize import Change, Exchange, common_dtype, made_plain, requantizing_error, whole_plain
+from tailora.core.dequantize import (
+    Change,
+    TensorChange,
+    common_dtype,
+    dequantize_layer,
+    dequantize_model,
+    requantization_error,
+)
 from tailora.core.dora import weight_scale
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias, token_rows_of
 from tailora.core.layer import LoRALayer
@@ -79,7 +86,7 @@ class MergeState:
             {path: layer_parts for path, layer_parts in adapted.items() if path not in overwritten}, dtype
         )
         if quantized := [layer for layer, _ in adapted.values() if is_quantized(layer)]:
-            changes += whole_plain(self.base_model, quantized, dtype)
+            changes += dequantize_model(self.base_model, quantized, dtype)
         parameters: dict[int, nn.Parameter] = {}
         for layer, parts in attached.values():
             if isinstance(layer, Substituted):
@@ -111,7 +118,7 @@ class MergeState:
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Applies `fn` to the weights that `unmerge` puts back. Raises MergeError for those of a quantised base."""
-        exchanges = [change for change in self._undo if isinstance(change, Exchange)]
+        exchanges = [change for change in self._undo if isinstance(change, TensorChange)]
         if len(exchanges) < len(self._undo):
             raise MergeError("a quantised base cannot move or change its precision while merged; unmerge() first")
         for exchange in exchanges:
@@ -145,14 +152,14 @@ def merge_changes(
         if token_parts := [part for part in parts if isinstance(part, TokenRows | TokenHead)]:
             merged = _with_token_rows(layer, merged, token_parts)
         if merged is not None and is_quantized(layer):
-            changes += made_plain(layer, merged)
-            report.quantization_error[path] = requantizing_error(layer, dense_weight(layer, others=dtype), merged)
+            changes += dequantize_layer(layer, merged)
+            report.quantization_error[path] = requantization_error(layer, dense_weight(layer, others=dtype), merged)
         elif merged is not None:
             module, name = parameter_owner(layer, updates[0].layer_type.weight_name if updates else "weight")
             key = path if updates else (id(weight_of(layer)), *(id(token_rows_of(part)) for part in token_parts))
-            changes.append(Exchange(module, name, tied.setdefault(key, nn.Parameter(merged, requires_grad=False))))
+            changes.append(TensorChange(module, name, tied.setdefault(key, nn.Parameter(merged, requires_grad=False))))
         if (bias := _merged_bias(layer, parts)) is not None:
-            changes.append(Exchange(layer, "bias", nn.Parameter(bias, requires_grad=False)))
+            changes.append(TensorChange(layer, "bias", nn.Parameter(bias, requires_grad=False)))
     if problems:
         raise MergeError(listing(problems))
     return changes, report
@@ -206,7 +213,7 @@ def _obstacle(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
 
 def replace_by_copy(
     module: nn.Module, trained: nn.Module, parameters: dict[int, nn.Parameter] | None = None
-) -> Iterator[Exchange]:
+) -> Iterator[TensorChange]:
     """Yields the tensors of a copy that was trained whole, in the precision of the module that they come to.
 
     parameters: id of a copy's parameter -> the parameter that it became, so that what copies share stays shared.
@@ -219,10 +226,10 @@ def replace_by_copy(
                 if id(source) not in parameters:
                     value = source.detach().to(parameter.dtype, copy=True)
                     parameters[id(source)] = nn.Parameter(value, requires_grad=False)
-                yield Exchange(own, name, parameters[id(source)])
+                yield TensorChange(own, name, parameters[id(source)])
         for name, buffer in own._buffers.items():
             if buffer is not None:
-                yield Exchange(own, name, copy._buffers[name].detach().clone())  # type: ignore[union-attr]
+                yield TensorChange(own, name, copy._buffers[name].detach().clone())  # type: ignore[union-attr]
 
 
 # ---- The merged weight of one layer
@@ -354,7 +361,7 @@ def check_ties(model: nn.Module, changes: Iterable[Change], untie_weights: bool)
     An exchange replaces the parameter of one module only, so the others keep the shared one.
     Raises MergeError for such changes unless `untie_weights`.
     """
-    shared = list(_untied(model, [change for change in changes if isinstance(change, Exchange)]))
+    shared = list(_untied(model, [change for change in changes if isinstance(change, TensorChange)]))
     if shared and not untie_weights:
         raise MergeError(
             f"merging would change a weight that another layer shares ({', '.join(shared)}); pass untie_weights=True"
@@ -362,7 +369,7 @@ def check_ties(model: nn.Module, changes: Iterable[Change], untie_weights: bool)
     return bool(shared)
 
 
-def _untied(model: nn.Module, exchanges: Sequence[Exchange]) -> Iterator[str]:
+def _untied(model: nn.Module, exchanges: Sequence[TensorChange]) -> Iterator[str]:
     """The changed weights that other modules share and that do not become the same new one there, as "a = b = c"."""
     users: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, module in model.named_modules():

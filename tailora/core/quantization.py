@@ -1,15 +1,15 @@
-"""What the dense value of a stored weight is: one row of a table per class of weight.
+"""How a layer's weight is stored: one small class for each storage.
 
-    plain            the weight itself
-    bitsandbytes     4-bit blocks NF4 and FP4 (QLoRA, arXiv:2305.14314, sec. 3), int8 rows (arXiv:2208.07339, sec. 2)
-    torchao          tensors that say their own dense value
+    Storage         the weight itself, not quantised, and the methods in which storages differ
+    FourBit, Int8   bitsandbytes: blocks NF4 and FP4 (QLoRA, arXiv:2305.14314, sec. 3), rows (arXiv:2208.07339, sec. 2)
+    TorchAO         tensors that can compute their own dense value
+    STORAGES        name of a class -> its storage, with functions that ask the storage of a layer or a model
 
-Found by the qualified name of the weight's class, so that neither package need be there to look.
+A storage is found by the qualified name of the weight's class, so that neither package has to be installed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,291 +18,294 @@ from torch import Tensor, nn
 from tailora.core.layer_types import qualified_name, weight_of
 
 
-@dataclass(frozen=True)
-class Base:
-    """name: layer -> the format in a word.    shape: layer -> of its dense weight, (out, in).
-    dense: layer -> that weight, in the precision that it was quantised from where this is known, else float32.
-    spread: (layer, dense) -> how far the numbers that were quantised may be from it; broadcasts to (out, in).
-    again: (layer, rows (n, in)) -> what the same quantisation would make of them.
-    tensors: layer -> what is held in memory.
-    """
+class Storage:
+    """A plain weight."""
 
-    name: Callable[[Any], str]
-    shape: Callable[[Any], torch.Size]
-    dense: Callable[[Any], Tensor]
-    spread: Callable[[Any, Tensor], Tensor]
-    again: Callable[[Any, Tensor], Tensor]
-    tensors: Callable[[Any], list[Tensor]]
+    def name(self, _layer: Any) -> str:
+        """Returns the format in a word."""
+        return "plain"
 
+    def shape(self, layer: Any) -> torch.Size:
+        """Returns the shape of the dense weight, (out, in)."""
+        return weight_of(layer).shape
 
-# ---- bitsandbytes, 4 bits: blocks of 64 numbers along the rows, each a code times the block's largest
+    def dense(self, layer: Any) -> Tensor:
+        """Returns the dense weight in the precision that was quantised, or in float32 where it is not known."""
+        return weight_of(layer).detach()
 
+    def spread(self, _layer: Any, dense: Tensor) -> Tensor:
+        """Returns how far from `dense` the numbers may have been before quantisation; broadcasts to (out, in)."""
+        return dense.new_zeros(())
 
-def _state(layer: Any) -> Any:
-    """Of the quantisation; FSDP leaves it on the layer alone."""
-    own = getattr(layer.weight, "quant_state", None)
-    return layer.quant_state if own is None else own
+    def requantize(self, _layer: Any, rows: Tensor) -> Tensor:
+        """Returns what rows (n, in) of a weight become when they are quantised as the layer is, and dequantised."""
+        return rows
 
-
-def _blocks_dense(layer: Any) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
-    value: Tensor = dequantize_4bit(layer.weight.data, _state(layer))
-    return value
+    def tensors(self, layer: Any) -> list[Tensor]:
+        """Returns the plain tensors in memory."""
+        return [weight_of(layer)]
 
 
-def _blocks_spread(layer: Any, dense: Tensor) -> Tensor:
-    """Half the widest gap between codes, of the block's largest; double quantisation rounds that one, too."""
-    from bitsandbytes.functional import dequantize_blockwise
+class FourBit(Storage):
+    """4-bit weights of bitsandbytes: each block of 64 numbers along a row is codes times the block's largest number."""
 
-    state, slack = _state(layer), torch.zeros(())
-    largest = state.absmax.float()  # (blocks,)
-    if state.nested:
-        largest = dequantize_blockwise(state.absmax, state.state2).float() + state.offset
-        groups = state.state2.absmax.float().repeat_interleave(state.state2.blocksize)
-        slack = _half_gap(state.state2.code) * groups[: len(largest)]
-    blocks = (largest + slack) * _half_gap(state.code) + slack
-    return torch.as_tensor(blocks.repeat_interleave(state.blocksize)[: dense.numel()].view(dense.shape))
+    def name(self, layer: Any) -> str:
+        return str(self.state(layer).quant_type)
 
+    def shape(self, layer: Any) -> torch.Size:
+        return torch.Size(self.state(layer).shape)
 
-def _half_gap(code: Tensor) -> Tensor:
-    return code.sort().values.diff().max() / 2
+    def dense(self, layer: Any) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
 
+        value: Tensor = dequantize_4bit(layer.weight.data, self.state(layer))
+        return value
 
-def _blocks_again(layer: Any, rows: Tensor) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    def spread(self, layer: Any, dense: Tensor) -> Tensor:
+        """Half the widest gap between codes, times the block's largest; double quantisation rounds that one, too."""
+        from bitsandbytes.functional import dequantize_blockwise
 
-    state = _state(layer)
-    again: Tensor = dequantize_4bit(
-        *quantize_4bit(
+        state, rounding = self.state(layer), torch.zeros(())
+        largest = state.absmax.float()  # (blocks,)
+        if state.nested:
+            largest = dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+            groups = state.state2.absmax.float().repeat_interleave(state.state2.blocksize)
+            rounding = _half_gap(state.state2.code) * groups[: len(largest)]
+        blocks = (largest + rounding) * _half_gap(state.code) + rounding
+        return torch.as_tensor(blocks.repeat_interleave(state.blocksize)[: dense.numel()].view(dense.shape))
+
+    def requantize(self, layer: Any, rows: Tensor) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        state = self.state(layer)
+        quantized = quantize_4bit(
             rows.contiguous(),
             blocksize=state.blocksize,
             compress_statistics=state.nested,
             quant_type=state.quant_type,
             quant_storage=layer.weight.dtype,
         )
-    )
-    return again
+        value: Tensor = dequantize_4bit(*quantized)
+        return value
+
+    def tensors(self, layer: Any) -> list[Tensor]:
+        state = self.state(layer)
+        nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+        return [layer.weight.data, state.absmax, state.code, *nested]
+
+    def state(self, layer: Any) -> Any:
+        """Returns bitsandbytes' state of the quantisation; FSDP leaves it on the layer alone."""
+        own = getattr(layer.weight, "quant_state", None)
+        return layer.quant_state if own is None else own
+
+    def is_misread(self, layer: Any) -> bool:
+        """Returns True if blocks that go on in the next row get the largest number of another block.
+
+        Found by comparison with the same codes as a single row.
+        """
+        from bitsandbytes.functional import dequantize_4bit
+
+        state = self.state(layer)
+        if state.shape[1] % state.blocksize == 0:
+            return False
+        one_row = copy(state)
+        one_row.shape = torch.Size((1, state.shape.numel()))
+        return not torch.equal(dequantize_4bit(layer.weight.data, one_row).view(state.shape), self.dense(layer))
 
 
-def _blocks_tensors(layer: Any) -> list[Tensor]:
-    state = _state(layer)
-    inner = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-    return [layer.weight.data, state.absmax, state.code, *inner]
+def _half_gap(code: Tensor) -> Tensor:
+    return code.sort().values.diff().max() / 2
 
 
-FOUR_BITS = Base(
-    name=lambda layer: str(_state(layer).quant_type),
-    shape=lambda layer: torch.Size(_state(layer).shape),
-    dense=_blocks_dense,
-    spread=_blocks_spread,
-    again=_blocks_again,
-    tensors=_blocks_tensors,
-)
+class Int8(Storage):
+    """8-bit weights of bitsandbytes: 127 is the largest number of the row."""
+
+    def name(self, _layer: Any) -> str:
+        return "int8"
+
+    def dense(self, layer: Any) -> Tensor:
+        value: Tensor = layer.weight.data.float() * (self._scales(layer).float() / 127)
+        return value
+
+    def spread(self, layer: Any, _dense: Tensor) -> Tensor:
+        return self._scales(layer).float() * (1 / 254 + 2**-11)  # it was rounded to float16 first
+
+    def requantize(self, _layer: Any, rows: Tensor) -> Tensor:
+        largest = rows.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+        return (rows.float() * (127 / largest)).round() * (largest / 127)
+
+    def tensors(self, layer: Any) -> list[Tensor]:
+        return [layer.weight.data, self._scales(layer)]
+
+    def _scales(self, layer: Any) -> Tensor:
+        """Returns the largest of each row, (out, 1); the first forward moves it from the weight to the layer."""
+        own = getattr(layer.weight, "SCB", None)
+        scales: Tensor = layer.state.SCB if own is None else own
+        return scales[:, None].to(layer.weight.device)
 
 
-# ---- bitsandbytes, 8 bits: 127 is the row's largest
+class TorchAO(Storage):
+    def name(self, layer: Any) -> str:
+        return f"torchao {type(layer.weight).__name__}"
+
+    def dense(self, layer: Any) -> Tensor:
+        value: Tensor = layer.weight.dequantize()
+        return value
+
+    def spread(self, layer: Any, dense: Tensor) -> Tensor:
+        """Half a step. Where steps are not known, half of those of 7.5 levels, which no format of 4 bits exceeds."""
+        steps = self._steps(layer)
+        return dense.float().abs().amax(dim=1, keepdim=True) / 15 if steps is None else steps / 2
+
+    def requantize(self, layer: Any, rows: Tensor) -> Tensor:
+        """By one step for each row or block, as large as the largest number needs; 7.5 levels where not known."""
+        steps = self._steps(layer)
+        if steps is None:
+            step = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 7.5
+            return (rows / step).round() * step
+        levels = round(float((layer.weight.dequantize().float().abs() / steps).max()))
+        blocks = rows.float().reshape(len(rows), -1, layer.weight.block_size[1])
+        step = blocks.abs().amax(dim=2, keepdim=True).clamp(min=1e-30) / levels
+        return ((blocks / step).round() * step).reshape(rows.shape)
+
+    def tensors(self, layer: Any) -> list[Tensor]:
+        return list(inner_tensors(layer.weight))
+
+    def _steps(self, layer: Any) -> Tensor | None:
+        """Returns the step of every number, (out, in), for uniform steps by block; None for other tensors."""
+        weight = layer.weight
+        scale: Tensor | None = getattr(weight, "scale", None)
+        blocks = getattr(weight, "block_size", None)
+        if scale is None or blocks is None:
+            return None
+        if [count * size for count, size in zip(scale.shape, blocks, strict=False)] != [*weight.shape]:
+            return None
+        for dim, size in enumerate(blocks):
+            scale = scale.repeat_interleave(size, dim)
+        return scale.float()
 
 
-def _scales(layer: Any) -> Tensor:
-    """Largest of each row, (out, 1); the first forward moves it from the weight to the layer."""
-    own = getattr(layer.weight, "SCB", None)
-    scales = layer.state.SCB if own is None else own
-    return scales[:, None].to(layer.weight.device)  # type: ignore[no-any-return]
-
-
-def _rows_again(_: Any, rows: Tensor) -> Tensor:
-    largest = rows.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
-    return (rows.float() * (127 / largest)).round() * (largest / 127)
-
-
-INT8_ROWS = Base(
-    name=lambda _: "int8",
-    shape=lambda layer: layer.weight.shape,
-    dense=lambda layer: layer.weight.data.float() * (_scales(layer).float() / 127),
-    spread=lambda layer, _: _scales(layer).float() * (1 / 254 + 2**-11),  # by way of float16
-    again=_rows_again,
-    tensors=lambda layer: [layer.weight.data, _scales(layer)],
-)
-
-
-# ---- torchao
-
-
-def _steps(layer: Any) -> Tensor | None:
-    """Of a uniform grid with one step per block, as (out, in); None where the tensor does not hold it that way."""
-    weight = layer.weight
-    scale, blocks = getattr(weight, "scale", None), getattr(weight, "block_size", None)
-    if scale is None or blocks is None or [s * b for s, b in zip(scale.shape, blocks, strict=False)] != [*weight.shape]:
-        return None
-    for dim, block in enumerate(blocks):
-        scale = scale.repeat_interleave(block, dim)
-    return scale.float()  # type: ignore[no-any-return]
-
-
-def _grid_spread(layer: Any, dense: Tensor) -> Tensor:
-    """Half a step; without a step that of 15 levels over the row, which no format of 4 bits or more exceeds."""
-    steps = _steps(layer)
-    return dense.float().abs().amax(dim=1, keepdim=True) / 15 if steps is None else steps / 2
-
-
-def _grid_again(layer: Any, rows: Tensor) -> Tensor:
-    """By one step for each row or block of it, as far from zero as the largest number is; 15 levels where unknown."""
-    steps = _steps(layer)
-    if steps is None:
-        step = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 7.5
-        return (rows / step).round() * step
-    levels = round(float((layer.weight.dequantize().float().abs() / steps).max()))
-    block = layer.weight.block_size[1]
-    parts = rows.float().reshape(len(rows), -1, block)
-    step = parts.abs().amax(dim=2, keepdim=True).clamp(min=1e-30) / levels
-    return ((parts / step).round() * step).reshape(rows.shape)
-
-
-def made_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor of a class of its own wraps; itself where it wraps none."""
-    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
-    if names is None:
+def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yields the plain tensors that a tensor subclass wraps; the tensor itself if it wraps none."""
+    if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
-    for name in names:
-        yield from made_of(getattr(tensor, name))
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from inner_tensors(getattr(tensor, name))
 
 
-TORCHAO = Base(
-    name=lambda layer: f"torchao {type(layer.weight).__name__}",
-    shape=lambda layer: layer.weight.shape,
-    dense=lambda layer: layer.weight.dequantize(),
-    spread=_grid_spread,
-    again=_grid_again,
-    tensors=lambda layer: list(made_of(layer.weight)),
-)
+PLAIN, FOUR_BIT, INT8, TORCHAO = Storage(), FourBit(), Int8(), TorchAO()
 
-PLAIN = Base(
-    name=lambda _: "plain",
-    shape=lambda layer: weight_of(layer).shape,
-    dense=lambda layer: weight_of(layer).detach(),
-    spread=lambda _, dense: dense.new_zeros(()),
-    again=lambda _, rows: rows,
-    tensors=lambda layer: [weight_of(layer)],
-)
-
-BASES: dict[str, Base] = {  # by the class of the weight, or of the layer: a pickle forgets that of the weight
-    "bitsandbytes.nn.modules.Params4bit": FOUR_BITS,
-    "bitsandbytes.nn.modules.Linear4bit": FOUR_BITS,
-    "bitsandbytes.nn.modules.Int8Params": INT8_ROWS,
-    "bitsandbytes.nn.modules.Linear8bitLt": INT8_ROWS,
+STORAGES: dict[str, Storage] = {  # by the class of the weight, or of the layer: a pickle forgets that of the weight
+    "bitsandbytes.nn.modules.Params4bit": FOUR_BIT,
+    "bitsandbytes.nn.modules.Linear4bit": FOUR_BIT,
+    "bitsandbytes.nn.modules.Int8Params": INT8,
+    "bitsandbytes.nn.modules.Linear8bitLt": INT8,
     "torchao.utils.TorchAOBaseTensor": TORCHAO,
 }
 
 
-def base_of(layer: nn.Module) -> Base:
-    """How the layer's weight is stored. bitsandbytes' weights are plain until they are first moved to a device."""
+# ---- Layers and models
+
+
+def storage_of(layer: nn.Module) -> Storage:
+    """Returns how the layer's weight is stored. bitsandbytes' weights are plain until they first move to a device."""
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return PLAIN
-    classes = (*type(weight).__mro__, *type(layer).__mro__)
-    row = next((BASES[name] for cls in classes if (name := qualified_name(cls)) in BASES), PLAIN)
-    return PLAIN if row is not TORCHAO and weight.dtype.is_floating_point else row
+    names = map(qualified_name, (*type(weight).__mro__, *type(layer).__mro__))
+    storage = next((STORAGES[name] for name in names if name in STORAGES), PLAIN)
+    return PLAIN if storage is not TORCHAO and weight.dtype.is_floating_point else storage
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    return base_of(layer) is not PLAIN
+    return storage_of(layer) is not PLAIN
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> layer."""
+    """Returns path -> layer."""
     return {path: module for path, module in model.named_modules() if is_quantized(module)}
 
 
 def dense_weight(layer: nn.Module, name: str = "weight", others: torch.dtype | None = None) -> Tensor:
-    """The layer's weight as numbers, in the layout of its class: the weight itself where it is not quantised.
+    """Returns the layer's weight as numbers, in the layout of its class: the weight itself if it is not quantised.
 
-    In the precision that was quantised. Where that is forgotten (int8) in `others`, that of the model's other weights,
-    or float32. `name`: of another parameter, which is never quantised.
+    The precision is the one that was quantised. int8 does not keep it: there it is `others`, the precision of the
+    model's other weights, or float32. name: of another parameter, which is never quantised.
     """
     if name != "weight" or not is_quantized(layer):
         return weight_of(layer, name).detach()
-    value = base_of(layer).dense(layer)
-    return value.to(others) if others is not None and base_of(layer) is INT8_ROWS else value
+    value = storage_of(layer).dense(layer)
+    return value.to(others) if others is not None and storage_of(layer) is INT8 else value
 
 
 def dense_shape(layer: nn.Module, name: str = "weight") -> torch.Size:
-    return base_of(layer).shape(layer) if name == "weight" else weight_of(layer, name).shape
+    return storage_of(layer).shape(layer) if name == "weight" else weight_of(layer, name).shape
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether transformers made the layer from a Conv1D, whose weight is (in, out) in every file."""
+    """Returns True if transformers made the layer from a Conv1D, whose weight is (in, out) in every file."""
     return is_quantized(layer) and getattr(vars(layer).get("source_cls"), "__name__", "") == "Conv1D"
 
 
-def as_loaded(layer: nn.Module, weight: Tensor) -> Tensor:
-    """The dense weight (or what belongs to its numbers) in the layout that the layer's files have."""
+def in_file_layout(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Returns the dense weight, or a tensor of its shape, in the layout that files have."""
     return weight.T if is_transposed(layer) else weight
 
 
 def weight_count(module: nn.Module) -> int:
-    """Parameters as they were before quantisation, which packs several into one."""
-    packed = {id(layer.weight): layer for layer in module.modules() if is_quantized(layer)}
+    """Returns the number of parameters before quantisation, which packs several into one."""
+    quantized = {id(layer.weight): layer for layer in module.modules() if is_quantized(layer)}
     return sum(
-        dense_shape(packed[id(parameter)]).numel() if id(parameter) in packed else parameter.numel()
+        dense_shape(quantized[id(parameter)]).numel() if id(parameter) in quantized else parameter.numel()
         for parameter in module.parameters()
     )
 
 
-def held_parts(module: nn.Module) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
-    """Name of every parameter and buffer, itself, and the plain tensors that it is made of."""
-    packed = {id(layer.weight): layer for layer in module.modules() if is_quantized(layer)}
+def named_stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+    """Yields the name of every parameter and buffer, itself, and the plain tensors in memory that it consists of."""
+    quantized = {id(layer.weight): layer for layer in module.modules() if is_quantized(layer)}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        layer = packed.get(id(tensor))
-        yield name, tensor, [tensor] if layer is None else base_of(layer).tensors(layer)
+        layer = quantized.get(id(tensor))
+        yield name, tensor, [tensor] if layer is None else storage_of(layer).tensors(layer)
 
 
-def held_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """All that is in memory of it, as plain tensors."""
-    return (part for _, _, parts in held_parts(module) for part in parts)
+def stored_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yields the plain tensors in memory."""
+    return (part for _, _, parts in named_stored_tensors(module) for part in parts)
 
 
-def held_bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in held_tensors(module))
+def stored_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in stored_tensors(module))
 
 
 # ---- bitsandbytes on a CPU
 
 
-def base_obstacle(layer: nn.Module) -> str | None:
-    """Why a layer cannot be adapted as it is stored now; None when nothing is in the way."""
-    if base_of(layer) is FOUR_BITS and getattr(_state(layer), "packing_format_for_cpu", False):
+def storage_obstacle(layer: nn.Module) -> str | None:
+    """Returns why a layer cannot be adapted as it is stored now; None if it can."""
+    if storage_of(layer) is not FOUR_BIT:
+        return None
+    state = FOUR_BIT.state(layer)
+    if getattr(state, "packing_format_for_cpu", False):
         return (
             "bitsandbytes repacked its weight for inference when the base was evaluated, which rounds it and lets no "
             "gradient pass; load the base again and attach the adapter before evaluating it"
         )
-    if base_of(layer) is FOUR_BITS and _misread(layer):
+    if FOUR_BIT.is_misread(layer):
         return (
-            f"bitsandbytes computes another weight than was quantised: {dense_shape(layer)[1]} inputs are no multiple "
-            f"of its block of {_state(layer).blocksize} (0.50 on a CPU); quantise in 8 bits, or leave this layer out"
+            f"bitsandbytes computes another weight than was quantised: {state.shape[1]} inputs are no multiple "
+            f"of its block of {state.blocksize} (0.50 on a CPU); quantise in 8 bits, or leave this layer out"
         )
     return None
 
 
-def _misread(layer: Any) -> bool:
-    """Whether blocks that go on in the next row get the largest number of another: the same codes as one row tell."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    state = _state(layer)
-    if state.shape[1] % state.blocksize == 0:
-        return False
-    flat = copy(state)
-    flat.shape = torch.Size((1, state.shape.numel()))
-    return not torch.equal(dequantize_4bit(layer.weight.data, flat).view(state.shape), _blocks_dense(layer))
-
-
-def keep_as_stored(model: nn.Module) -> list[nn.Module]:
+def prevent_repacking(model: nn.Module) -> list[nn.Module]:
     """Keep bitsandbytes from repacking 4-bit weights in place at the first evaluation on a CPU with AVX512-BF16.
 
     Repacking rounds the blocks' scales to bfloat16, so that the base is no longer what it was, and its product has no
-    gradient: training after an evaluation would be wrong in silence (bitsandbytes 0.50). Returns the layers that
-    `may_repack` gives the choice back to.
+    gradient: training after an evaluation would be wrong in silence (bitsandbytes 0.50). Returns the layers for
+    `allow_repacking`.
     """
     layers = [layer for layer in model.modules() if vars(layer).get("support_avx512bf16_for_cpu")]
     for layer in layers:
@@ -310,7 +313,8 @@ def keep_as_stored(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def may_repack(layers: list[nn.Module]) -> None:
+def allow_repacking(layers: list[nn.Module]) -> None:
+    """Give bitsandbytes its choice back on these layers, unless they were merged and are no longer quantised."""
     for layer in layers:
-        if is_quantized(layer):  # and not merged into a plain one
+        if is_quantized(layer):
             vars(layer)["support_avx512bf16_for_cpu"] = True

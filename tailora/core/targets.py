@@ -40,7 +40,7 @@ from tailora.core.patterns import (
     named,
     pattern_matches,
 )
-from tailora.core.quantization import base_obstacle, dense_weight, quantized_layers
+from tailora.core.quantization import dense_weight, quantized_layers, storage_obstacle
 from tailora.errors import TargetError, listing, nearest
 
 Modules = Mapping[str, nn.Module]  # of the whole model, by path
@@ -513,7 +513,7 @@ def _conflicts(selected: Mapping[str, Candidate], to_save: Modules, config: LoRA
                 f"{path}: the update of a weight that the module reads by itself has no input to drop; "
                 "set lora_dropout=0"
             )
-        elif reason := obstacle(candidate.layer) or base_obstacle(candidate.layer):
+        elif reason := obstacle(candidate.layer) or storage_obstacle(candidate.layer):
             problems.append(f"{path}: {reason}")
     problems += [
         f"{path} is in target_modules and in modules_to_save ({whole})"

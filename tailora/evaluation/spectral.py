@@ -17,7 +17,7 @@ from tailora.core.combine import MIXES_GROUPS, dense_update, factors_of, mixes_g
 from tailora.core.extras import TrainedBias
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import host_of
-from tailora.core.low_rank import Factors, Spectrum, leading, product_spectrum, rank_for_energy
+from tailora.core.low_rank import Factors, Spectrum, leading_triplets, product_spectrum, rank_for_energy
 from tailora.core.targets import candidate_at
 from tailora.formats.offline import TRAINED_WHOLE, OfflineAdapter
 
@@ -133,10 +133,10 @@ def intruder_counter(
     one of those is close, or what remains of the vector is too short for any other to be.
     """
     all_cosines = cache(lambda: cosines_with(W))
-    near = leading(W, NEAR).U if min(W.shape) > full_size else W.new_zeros(W.shape[0], 0)
+    near = leading_triplets(W, NEAR).U if min(W.shape) > full_size else W.new_zeros(W.shape[0], 0)
 
     def count(tuned: Tensor) -> int:
-        u = leading(tuned, min(k, *tuned.shape)).U
+        u = leading_triplets(tuned, min(k, *tuned.shape)).U
         shares = (near.mT @ u).square()  # (NEAR, k)
         known = (shares >= threshold**2).any(0)
         intruders = ~known & (1 - shares.sum(0) < threshold**2)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, by_layer
 from tailora.core.attach import Swapped, attach, evaluating
-from tailora.core.dequantize import Change, as_linear, common_dtype
+from tailora.core.dequantize import Change, common_dtype, dequantize_to_linear
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, host_path
 from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError, FormatError, nearest
@@ -194,7 +194,7 @@ def _restore_parameters(parameters: dict[str, nn.Parameter], module: nn.Module, 
 
 def _dequantize(children: list[nn.Module], undo: list[Change], *_: Any) -> None:
     for child in children:
-        undo += [change.make() for change in as_linear(child)]
+        undo += [change.make() for change in dequantize_to_linear(child)]
 
 
 def _undo(undo: list[Change], *_: Any) -> None:

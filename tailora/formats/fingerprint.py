@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.layer_types import LayerType, host_of
-from tailora.core.quantization import PLAIN, as_loaded, base_of, dense_shape, dense_weight
+from tailora.core.quantization import PLAIN, dense_shape, dense_weight, in_file_layout, storage_of
 from tailora.formats.metadata import LayerFingerprint
 
 SAMPLES = 8  # weights per layer
@@ -26,11 +26,11 @@ def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> 
 
 def _fingerprint(base_model: nn.Module, path: str, layer_type: LayerType) -> LayerFingerprint:
     layer = host_of(base_model, path)
-    storage, weight = base_of(layer), dense_weight(layer, layer_type.weight_name)
+    storage, weight = storage_of(layer), dense_weight(layer, layer_type.weight_name)
     if storage is PLAIN or layer_type.weight_name != "weight":
         return LayerFingerprint(shape=list(weight.shape), weights=_sample(weight))
-    spread = as_loaded(layer, storage.spread(layer, weight).expand(dense_shape(layer)))
-    weight = as_loaded(layer, weight)
+    spread = in_file_layout(layer, storage.spread(layer, weight).expand(dense_shape(layer)))
+    weight = in_file_layout(layer, weight)
     return LayerFingerprint(
         shape=list(weight.shape), weights=_sample(weight), spread=_sample(spread), storage=storage.name(layer)
     )

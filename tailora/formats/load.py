@@ -17,7 +17,7 @@ from tailora.core.adapter import Adapter, low_rank_layer, share_parameters, trai
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LayerType, host_of, layer_type_of, obstacle
-from tailora.core.quantization import base_obstacle, quantized_layers
+from tailora.core.quantization import quantized_layers, storage_obstacle
 from tailora.core.targets import (
     Target,
     extra_targets,
@@ -284,7 +284,7 @@ def _low_rank(
     """The layer with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`."""
     slots, problems = tensors.low_rank[path], tensors.problems
     module = host_of(base_model, path)
-    reason = obstacle(module) or base_obstacle(module)
+    reason = obstacle(module) or storage_obstacle(module)
     if reason or not {"A", "B"} <= slots.keys():
         problems += [f"{path}: {reason}"] if reason else []  # `_missing` reports a missing factor
         return None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tailora.core.dequantize import Change, Exchange, common_dtype, whole_plain
+from tailora.core.dequantize import Change, TensorChange, common_dtype, dequantize_model
 from tailora.core.layer_types import host_path
 from tailora.core.merge import MergeReport, check_ties, merge_changes, replace_by_copy
 from tailora.core.quantization import is_quantized
@@ -84,7 +84,7 @@ def _merged_weights(source: ExportSource, spill: Path) -> tuple[list[Change], Me
     raise_problems("merging", problems)
     modules = [base.get_submodule(path) for path in parts_of_module]
     if any(is_quantized(module) for module in modules):
-        result += _on_disk(whole_plain(base, modules, dtype), spill)
+        result += _on_disk(dequantize_model(base, modules, dtype), spill)
     parameters: dict[int, nn.Parameter] = {}
     for path, trained in source.adapter.saved.items():
         result += replace_by_copy(base.get_submodule(path), trained, parameters)
@@ -94,7 +94,7 @@ def _merged_weights(source: ExportSource, spill: Path) -> tuple[list[Change], Me
 def _on_disk(changes: Iterable[Change], file: Path) -> Iterator[Change]:
     """The same changes, with their new tensors at the end of `file`, in pages that the system can drop from memory."""
     for change in changes:
-        if not isinstance(change, Exchange):
+        if not isinstance(change, TensorChange):
             yield change
             continue
         tensor = change.tensor
@@ -104,7 +104,7 @@ def _on_disk(changes: Iterable[Change], file: Path) -> Iterator[Change]:
             out.write(raw.numpy().data)
         mapped = torch.from_numpy(np.memmap(file, np.uint8, "c", start, raw.shape))
         parameter = nn.Parameter(mapped.view(tensor.dtype).view(tensor.shape), requires_grad=False)
-        yield Exchange(change.module, change.name, parameter)
+        yield TensorChange(change.module, change.name, parameter)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tailora.core.attach import evaluating
 from tailora.core.layer_types import CONV1D, layer_type_of
-from tailora.core.quantization import held_parts
+from tailora.core.quantization import named_stored_tensors
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.formats.load import lora_config_of, read_any_format
@@ -295,7 +295,7 @@ def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None) -
     for layer in layers:
         layer.__class__ = _quantized_class(type(layer))
         layer.__dict__["stored"] = stored
-    tensors = [tensor for _, tensor, _ in held_parts(base)]
+    tensors = [tensor for _, tensor, _ in named_stored_tensors(base)]
     total = sum(quantized.get(id(tensor), tensor.nbytes) for tensor in tensors)
     if base.dtype != files:  # converted, and the files are closed
         return Weights(total, sum(parameter.numel() for parameter in base.parameters()) * files.itemsize, 0)

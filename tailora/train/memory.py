@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from tailora.core.quantization import dense_shape, held_tensors, made_of, quantized_layers
+from tailora.core.quantization import dense_shape, inner_tensors, quantized_layers, stored_tensors
 from tailora.errors import MemoryLimitError
 
 CGROUP = (  # limit and use of a container, version 2 and 1
@@ -126,11 +126,11 @@ def dequantized_bytes(model: PreTrainedModel) -> int:
 
 def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
     """Returns the bytes that autograd keeps after the forward, without the model's weights."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in held_tensors(model)}
+    known = {tensor.untyped_storage().data_ptr() for tensor in stored_tensors(model)}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        for part in made_of(tensor):
+        for part in inner_tensors(tensor):
             storage = part.untyped_storage()
             if storage.data_ptr() not in known:
                 kept[storage.data_ptr()] = storage.nbytes()

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tailora.core.quantization import base_obstacle, dense_weight, is_quantized, keep_as_stored, quantized_layers
+from tailora.core.quantization import dense_weight, is_quantized, prevent_repacking, quantized_layers, storage_obstacle
 from tailora.data.demo import resolve_demo
 from tailora.data.readers import check_model_exists
 from tailora.errors import ConfigError, listing, nearest
@@ -177,7 +177,7 @@ def _tried(method: Method, device: torch.device) -> str | None:
     plain.weight.data.copy_(torch.randn(TRIED, TRIED, generator=generator))
     expected = plain.weight.detach().clone()
     layer = method.layer(plain)
-    keep_as_stored(layer)
+    prevent_repacking(layer)
     if not is_quantized(layer):
         return f"{method.package} left the weight as it was"
     dense = dense_weight(layer)  # merging needs it
@@ -273,7 +273,7 @@ def load_base(
             f"{', '.join(missing[:3])}; give a complete causal language model"
         )
     if problems := [
-        f"{path}: {why}" for path, layer in quantized_layers(model).items() if (why := base_obstacle(layer))
+        f"{path}: {why}" for path, layer in quantized_layers(model).items() if (why := storage_obstacle(layer))
     ]:
         raise ConfigError(f"model {name!r} cannot be used in this quantisation: {listing(problems)}")
     return model, tokenizer

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.adalora import RankAllocator
-from tailora.core.quantization import held_bytes
+from tailora.core.quantization import stored_bytes
 from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError, DivergedError
 from tailora.kernels.flat_parameters import FlatBuffer, flattened
@@ -257,7 +257,7 @@ class Trainer:
             "device": str(self.accelerator.device),
             "processes": self.accelerator.num_processes,
             "dtype": str(self.base.dtype).removeprefix("torch."),
-            "base_bytes": held_bytes(self.base),
+            "base_bytes": stored_bytes(self.base),
             "packed": self.layout.packed,
             "kernels": self.kernels.description,
             "start": describe_init(config),

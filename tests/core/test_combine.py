@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.low_rank import Factors, for_energy, low_rank, product_spectrum
+from tailora.core.low_rank import Factors, nearest_for_energy, nearest_of_rank, product_spectrum
 from tailora.core.patterns import portable_patterns
 from tailora.core.targets import by_pattern
 from tailora.errors import AdapterError, BaseMismatchError, ConfigError, DivergedError, MergeError, TargetError
@@ -340,13 +340,13 @@ def test_a_large_matrix_is_cut_near_the_optimum_and_leaves_the_random_state_alon
     matrix = torch.randn(1, 700, 600, generator=generator) / 30
     matrix += torch.randn(1, 700, 8, generator=generator) @ torch.randn(1, 8, 600, generator=generator)
     state = torch.get_rng_state()
-    _, error = low_rank(matrix, 16)
+    _, error = nearest_of_rank(matrix, 16)
     assert torch.equal(torch.get_rng_state(), state)
     values = torch.linalg.svdvals(matrix)
     best = float(values[:, 16:].norm() / values.norm())
     assert best * (1 - 1e-5) <= error < 1.001 * best
     for energy in (0.9, 0.99, 1.0):
-        factors, error = for_energy(matrix, energy)
+        factors, error = nearest_for_energy(matrix, energy)
         shares = values.double().square().sum(0).cumsum(0) / values.double().square().sum()
         assert factors.A.shape[1] == 1 + int((shares[:-1] < energy).sum())
         assert error**2 <= 1 - energy + 1e-6

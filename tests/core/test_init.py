@@ -13,7 +13,7 @@ from tiny import chat_model
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRALayer, LoRAModel
-from tailora.core.low_rank import EXACT, leading
+from tailora.core.low_rank import EXACT, leading_triplets
 from tailora.errors import AdapterError, ConfigError, DataError, TargetError
 
 layer_cases = all_of(LAYERS)
@@ -73,7 +73,7 @@ def test_leading_triplets_of_a_large_matrix_are_the_exact_ones(shape: tuple[int,
     size = min(shape[-2:])
     falling = 0.98 ** torch.arange(size)
     M = rows[..., :size] * falling @ columns[..., :size].mT
-    found = leading(M, 8)
+    found = leading_triplets(M, 8)
     torch.testing.assert_close(found.S, falling[:8].expand(found.S.shape), rtol=1e-5, atol=1e-5)
     U, _, V = torch.linalg.svd(M, full_matrices=False)
     torch.testing.assert_close(

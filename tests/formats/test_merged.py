@@ -24,7 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.quantization import dense_weight, held_tensors, is_quantized
+from tailora.core.quantization import dense_weight, is_quantized, stored_tensors
 from tailora.errors import FormatError
 from tailora.formats import merged
 from tailora.formats.export import float32_logits, with_only_adapter
@@ -144,12 +144,12 @@ def test_the_merged_export_of_a_quantized_model_is_a_plain_model(
     base = quantized(tmp_path / "base", family, how)
     some = ["q_proj", "down_proj"] if family == "llama" else ["c_attn"]
     model = adapted_quantized(base, some if targets == "some" else targets)
-    before, classes = [tensor.clone() for tensor in held_tensors(base)], [type(module) for module in base.modules()]
+    before, classes = [tensor.clone() for tensor in stored_tensors(base)], [type(module) for module in base.modules()]
     report = model.export(tmp_path / "merged", "merged")
     assert report.logits.difference <= report.logits.tolerance <= report.logits.effect
     assert "the base is dequantised as a whole, to bfloat16" in report.changes[1]
     assert re.search(r"would err by [\d.]+ to [\d.]+ times the update$", report.changes[1])
-    assert all(map(torch.equal, before, held_tensors(base)))
+    assert all(map(torch.equal, before, stored_tensors(base)))
     assert [type(module) for module in base.modules()] == classes
     assert base.config.quantization_config is not None
 
@@ -188,12 +188,12 @@ def test_float32_logits_use_the_dequantized_weights(family: str, how: str, use_d
     model.save_adapter(tmp_path / "adapter")
     twin = plain_twin(tmp_path / "base", model, torch.float32)
     expected = LoRAModel.from_pretrained(twin, tmp_path / "adapter").eval()(IDS).logits
-    before, state = [tensor.clone() for tensor in held_tensors(model)], [dict(vars(m)) for m in model.modules()]
+    before, state = [tensor.clone() for tensor in stored_tensors(model)], [dict(vars(m)) for m in model.modules()]
     with with_only_adapter(model.base_model, model.adapter("default")) as live:
         found = float32_logits(live, IDS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - model(IDS).logits).abs().max() > 1e-3  # what 16 bits would hide
-    assert all(map(torch.equal, before, held_tensors(model)))
+    assert all(map(torch.equal, before, stored_tensors(model)))
     assert [dict(vars(m)).keys() for m in model.modules()] == [each.keys() for each in state]
     report = model.export(tmp_path / "peft", "peft")
     assert report.logits.difference <= report.logits.tolerance == 1e-4

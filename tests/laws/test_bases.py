@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.quantization import (
-    as_loaded,
-    base_of,
     dense_weight,
-    held_bytes,
-    held_tensors,
+    in_file_layout,
     is_quantized,
+    storage_of,
+    stored_bytes,
+    stored_tensors,
     weight_count,
 )
 from tailora.errors import BaseMismatchError, FormatError, MergeError, TargetError
@@ -48,12 +48,12 @@ def oracle(case: LayerCase, dtype: torch.dtype = torch.float32) -> Net:
     """The case's plain layer with the dequantised weight."""
     stored = case.net(dtype).block["target"]
     plain: Any = LayerCase.net(LayerCase("", case.layer), dtype)
-    plain.block["target"].weight.data = as_loaded(stored, dense_weight(stored)).to(dtype).contiguous()
+    plain.block["target"].weight.data = in_file_layout(stored, dense_weight(stored)).to(dtype).contiguous()
     return plain
 
 
 def held(module: nn.Module) -> list[Tensor]:
-    return [tensor.clone() for tensor in held_tensors(module)]
+    return [tensor.clone() for tensor in stored_tensors(module)]
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -204,11 +204,11 @@ def test_no_weight_is_farther_from_the_original_than_the_spread_says(base: Stora
     layer = base.store(plain)
     weight = dense_weight(layer)
     apart = (weight.float() - original).abs()
-    spread = base_of(layer).spread(layer, weight).expand(160, 192)
+    spread = storage_of(layer).spread(layer, weight).expand(160, 192)
     assert (apart <= spread + (TOLERANCE if dtype == torch.bfloat16 else 1e-6) * original.abs()).all()
     assert spread.mean() < 40 * apart.mean()  # and it is not just large
     assert weight_count(layer) == 160 * 192 + 160
-    assert held_bytes(layer) < 0.6 * original.nbytes
+    assert stored_bytes(layer) < 0.6 * original.nbytes
 
 
 @pairs

@@ -23,8 +23,8 @@ from tailora.core import quantization
 from tailora.core.experts import parameter_layer_type
 from tailora.core.layer_types import LAYER_TYPES, layer_type_of, qualified_name
 from tailora.core.multihead_attention import ATTENTION
-from tailora.core.quantization import BASES as ROWS
-from tailora.core.quantization import base_of, is_quantized
+from tailora.core.quantization import STORAGES as TABLE
+from tailora.core.quantization import is_quantized, storage_of
 from tailora.core.targets import select
 from tailora.errors import TargetError
 
@@ -79,8 +79,8 @@ def test_the_table_has_every_row_of_the_core() -> None:
         *LAYER_TYPES.values(),
         *attention,
     }
-    assert {base_of(case.net().block["target"]) for case in QUANTIZED} == {*ROWS.values()}
-    assert base_of(nn.Linear(2, 2)) is quantization.PLAIN
+    assert {storage_of(case.net().block["target"]) for case in QUANTIZED} == {*TABLE.values()}
+    assert storage_of(nn.Linear(2, 2)) is quantization.PLAIN
 
 
 # What is no slot of the equation, or is one with laws of its own: test_frozen_start.py, test_extras.py, tests/papers.

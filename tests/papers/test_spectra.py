@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.low_rank import EXTRA, ITERATIONS, leading
+from tailora.core.low_rank import EXTRA, ITERATIONS, leading_triplets
 
 
 def matrix(rows: int, columns: int, S: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def test_the_iteration_comes_within_its_bound_of_the_best(decay: float) -> None:
     torch.manual_seed(0)
     rows, columns, k = 400, 500, 12
     S = torch.arange(1, rows + 1, dtype=torch.float64) ** -decay
-    found = leading(matrix(rows, columns, S), k)
+    found = leading_triplets(matrix(rows, columns, S), k)
     kept = k + EXTRA  # columns of Q
     factor = 1 + math.sqrt(k / (EXTRA - 1)) + math.e * math.sqrt(kept) / EXTRA * math.sqrt(rows - k)
     bound = factor ** (1 / (2 * ITERATIONS + 1))

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tailora.core.config import LoRAConfig
-from tailora.core.quantization import held_bytes
+from tailora.core.quantization import stored_bytes
 from tailora.data.dataset import Example
 from tailora.errors import TargetError
 from tailora.kernels.loss import FROZEN, OWN
@@ -161,7 +161,7 @@ def test_the_bytes_of_the_base_are_those_of_the_loaded_one(tmp_path: Path, quant
     with fake_tensors():
         _, weights = fake_trainable(config, read_config(config.model), CPU)
     base, _ = load_base(str(tmp_path), "bfloat16", "cpu", quantize)
-    assert weights.stored == pytest.approx(held_bytes(base), rel=0.02)
+    assert weights.stored == pytest.approx(stored_bytes(base), rel=0.02)
 
 
 def test_full_fine_tuning_counts_masters_where_the_base_has_16_bits(model_folder: Path) -> None:

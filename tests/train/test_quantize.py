@@ -11,7 +11,7 @@ from tiny import chat_model, chat_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.quantization import dense_weight, held_bytes, is_quantized, quantized_layers
+from tailora.core.quantization import dense_weight, is_quantized, quantized_layers, stored_bytes
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.kernels.loss import FROZEN
@@ -63,7 +63,7 @@ def test_a_run_on_a_quantised_base(settings: Any, model_folder: Path, method: st
     assert written["settings"]["quantize"] == method
     plain = AutoModelForCausalLM.from_pretrained(model_folder)
     assert written["total_parameters"] - written["trainable_parameters"] == plain.num_parameters()
-    assert written["base_bytes"] < held_bytes(plain)
+    assert written["base_bytes"] < stored_bytes(plain)
     LoRAModel.from_pretrained(plain, Path(config.output_dir) / "adapter")  # recognised
 
 
