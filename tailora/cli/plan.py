@@ -43,7 +43,7 @@ def plan(
     from tailora.report.pages.plan import plan_page  # torch from here on
     from tailora.study.plan import plan as run
 
-    found = run(chosen.config, measure, memory=room, output_dir=output_dir, say=log)
+    found = run(chosen.config, measure, memory=room, output_dir=output_dir, log=log)
     if json:
         print_json(found.to_dict())
     else:

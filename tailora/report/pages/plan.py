@@ -19,7 +19,7 @@ from tailora.report.blocks import (
 from tailora.report.colours import INK, SERIES
 from tailora.report.format import NONE, count, duration, plural, share
 from tailora.report.paths import short_names
-from tailora.study.plan import Module, Plan
+from tailora.study.plan import AdaptedModule, Plan
 from tailora.train.memory import format_bytes
 
 NEAR = 2.0  # times the longest bar: memory that is further away is not drawn
@@ -175,7 +175,7 @@ def _left(plan: Plan) -> Table | None:
     return Table(columns, rows, "Left as they are") if rows else None
 
 
-def _modules(modules: Sequence[Module]) -> Table | None:
+def _modules(modules: Sequence[AdaptedModule]) -> Table | None:
     columns = [
         Column("matrix"),
         Column("type"),
@@ -195,7 +195,7 @@ def _modules(modules: Sequence[Module]) -> Table | None:
     return Table(columns, rows, "Every matrix", folded=True, detail="page") if rows else None
 
 
-def _parameters(modules: Sequence[Module]) -> Figure | None:
+def _parameters(modules: Sequence[AdaptedModule]) -> Figure | None:
     names = short_names(module.path for module in modules)
     sums: dict[str, float] = {}
     for module in modules:
@@ -214,7 +214,7 @@ def _draw_parameters(sums: Mapping[str, float], width: float) -> Drawing:
     return charts.bars(width, sums, count, one_colour=True)
 
 
-def _ranks(modules: Sequence[Module]) -> HeatMap | None:
+def _ranks(modules: Sequence[AdaptedModule]) -> HeatMap | None:
     """Where ranks differ."""
     names = short_names(module.path for module in modules)
     ranks = {
