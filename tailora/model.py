@@ -200,7 +200,7 @@ class LoRAModel(nn.Module):
     def save_adapter(self, folder: str | Path, name: str = "default") -> Path:
         """Writes the PEFT folder, atomically; an adapter not called "default" goes into a subfolder of its name.
 
-        Returns the folder written. The strength dial is not saved; a learned or assigned scale is.
+        Returns the folder written. The strength (`set_scale`) is not saved; a learned or assigned scale is.
         """
         adapter = self._adapter_set[name]
         self._merge_state.check_unmerged("save an adapter")

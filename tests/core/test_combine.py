@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from cases import stir
+from tiny import chat_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.low_rank import Factors, nearest_for_energy, nearest_of_rank, product_spectrum
@@ -35,12 +35,6 @@ def two(**of_b: Any) -> LoRAModel:
 
 def delta(model: LoRAModel, name: str, path: str) -> Tensor:
     return model.adapter(name).low_rank[path].delta_weight().detach()
-
-
-def llama(**changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**{**settings, "num_key_value_heads": 2, "vocab_size": 60, **changes})).eval()
 
 
 def test_adapters_of_other_layers_are_combined_where_they_are(tmp_path: Path) -> None:
@@ -284,32 +278,32 @@ def test_extracting_reports_what_an_adapter_cannot_hold() -> None:
 
 
 def test_a_tuned_language_model_comes_back_with_its_norms_and_embedding(tmp_path: Path) -> None:
-    ids, tuned = torch.arange(24).view(2, 12), llama()
+    ids, tuned = torch.arange(24).view(2, 12), chat_model()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "q_proj" in name or "norm" in name or "embed" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    plain, report = LoRAModel.from_difference(llama(), tuned, energy=1.0)
+    plain, report = LoRAModel.from_difference(chat_model(), tuned, energy=1.0)
     assert set(report.rank) == {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}
     assert all("norm" in name or "embed" in name for name in report.left_over)
     assert len(report.left_over) == 6
     assert (plain(ids).logits - tuned(ids).logits).abs().max() > 0.01
 
     names = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"]
-    model, report = LoRAModel.from_difference(llama(), tuned, LoRAConfig(modules_to_save=names), energy=1.0)
+    model, report = LoRAModel.from_difference(chat_model(), tuned, LoRAConfig(modules_to_save=names), energy=1.0)
     assert report.left_over == {}
     torch.testing.assert_close(model(ids).logits, tuned(ids).logits, rtol=1e-4, atol=1e-5)
-    again = LoRAModel.from_pretrained(llama(), model.save_adapter(tmp_path))
+    again = LoRAModel.from_pretrained(chat_model(), model.save_adapter(tmp_path))
     torch.testing.assert_close(again(ids).logits, tuned(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_models_of_different_shapes_are_refused_in_one_error() -> None:
     with pytest.raises(BaseMismatchError, match="problems") as caught:
-        LoRAModel.from_difference(llama(), llama(intermediate_size=64, num_hidden_layers=3), r=2)
+        LoRAModel.from_difference(chat_model(), chat_model(intermediate_size=96, num_hidden_layers=3), r=2)
     message = str(caught.value)
-    assert "misshapen model.layers.0.mlp.up_proj.weight: tuned (64, 32), base (48, 32)" in message
-    assert "unexpected model.layers.2.mlp.up_proj.weight (64, 32)" in message
+    assert "misshapen model.layers.0.mlp.up_proj.weight: tuned (96, 32), base (64, 32)" in message
+    assert "unexpected model.layers.2.mlp.up_proj.weight (96, 32)" in message
 
 
 def test_what_cannot_be_extracted_is_refused() -> None:

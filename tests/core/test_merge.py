@@ -7,17 +7,16 @@ from typing import Any
 import pytest
 import torch
 from cases import stir
+from tiny import chat_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import MergeError
 
 
 def tied_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60, tie_word_embeddings=True)).eval()
+    return chat_model(num_hidden_layers=1, tie_word_embeddings=True).eval()
 
 
 def test_a_weight_that_another_layer_shares_is_refused() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from cases import stir
+from tiny import chat_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.adapter import layer_key
@@ -35,8 +36,7 @@ def causal_lm(architecture: str) -> nn.Module:
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     if architecture == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=32, **still))
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50))
+    return chat_model()
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])

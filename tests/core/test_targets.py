@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import chat_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -12,17 +13,12 @@ from tailora.core.patterns import layer_index
 from tailora.errors import ConfigError, TargetError
 
 
-def llama(layers: int = 2) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=60))
-
-
 def paths(model: nn.Module, **settings: Any) -> list[str]:
     return [row.path for row in LoRAModel(model, LoRAConfig(r=2, **settings)).summary().rows]
 
 
 def test_all_linear_is_every_linear_layer_but_the_output_head() -> None:
-    found = paths(llama())
+    found = paths(chat_model())
     assert len(found) == 14
     assert not any("lm_head" in path or "embed" in path for path in found)
     assert len(paths(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50)))) == 8
@@ -31,9 +27,9 @@ def test_all_linear_is_every_linear_layer_but_the_output_head() -> None:
 def test_all_linear_leaves_the_callers_config_alone_and_suits_a_deeper_model() -> None:
     config = LoRAConfig(r=2)
     before = config.model_dump()
-    assert len(LoRAModel(llama(1), config).lora_layers) == 7
+    assert len(LoRAModel(chat_model(num_hidden_layers=1), config).lora_layers) == 7
     assert config.model_dump() == before
-    assert len(LoRAModel(llama(3), config).lora_layers) == 21
+    assert len(LoRAModel(chat_model(num_hidden_layers=3), config).lora_layers) == 21
 
 
 @pytest.mark.parametrize(
@@ -50,7 +46,7 @@ def test_all_linear_leaves_the_callers_config_alone_and_suits_a_deeper_model() -
     ],
 )
 def test_selectors_select_as_many_layers_as_they_name(settings: dict[str, Any], count: int) -> None:
-    assert len(paths(llama(), **settings)) == count
+    assert len(paths(chat_model(), **settings)) == count
 
 
 @pytest.mark.parametrize(
@@ -71,7 +67,7 @@ def test_selectors_select_as_many_layers_as_they_name(settings: dict[str, Any], 
     ],
 )
 def test_what_matches_nothing_is_an_error_that_names_the_nearest(settings: dict[str, Any], message: str) -> None:
-    model = llama()
+    model = chat_model()
     with pytest.raises(TargetError, match=message):
         LoRAModel(model, LoRAConfig(r=2, **settings))
     assert type(model.lm_head) is nn.Linear
@@ -81,7 +77,8 @@ def test_what_matches_nothing_is_an_error_that_names_the_nearest(settings: dict[
 def test_all_problems_are_raised_at_once() -> None:
     with pytest.raises(TargetError) as caught:
         LoRAModel(
-            llama(), LoRAConfig(target_modules=["q_proj", "x_proj"], rank_pattern={"z": 3}, layers_to_transform=[9])
+            chat_model(),
+            LoRAConfig(target_modules=["q_proj", "x_proj"], rank_pattern={"z": 3}, layers_to_transform=[9]),
         )
     assert all(word in str(caught.value) for word in ("x_proj", "'z'", "[9]", "3 problems"))
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from cases import LAYERS, PAIRS, PEFT_FAILS, SLOTS, LayerCase, all_of, config, pairs_of, stir, trained
 from safetensors.torch import load_file
+from tiny import chat_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import MergeError
@@ -101,9 +102,7 @@ def test_a_peft_adapter_that_mixes_groups_runs_and_is_not_merged(tmp_path: Path)
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**settings, num_key_value_heads=2, vocab_size=60)).eval()
+    return chat_model(num_hidden_layers=3).eval()
 
 
 LLAMA_CONFIGS: dict[str, dict[str, Any]] = {
