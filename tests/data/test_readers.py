@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -227,8 +224,6 @@ def test_a_source_that_cannot_be_read_is_refused_with_suggestions(folder: Path, 
 
 # ---- Models of the Hub, asked of a server on this machine
 
-ASK = "import sys; from tailora.data.readers import check_model_exists; check_model_exists(sys.argv[1])"
-
 ANSWER = b'{"id": "no-such-model"}'
 
 
@@ -251,16 +246,21 @@ def hub_server(status: int) -> Iterator[tuple[str, list[str]]]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", asked
         server.shutdown()
 
 
-def run_check(name: str, address: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """A process of its own, since the address is read when the Hub's library is imported."""
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
-    command = [sys.executable, "-c", ASK, name]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+@pytest.fixture
+def use_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Makes the Hub's library use another address, with an empty cache."""
+
+    def use(address: str) -> None:
+        for name, value in {"ENDPOINT": address, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": False}.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("NO_PROXY", "*")
+
+    return use
 
 
 @pytest.mark.parametrize(
@@ -268,31 +268,35 @@ def run_check(name: str, address: str, home: Path) -> subprocess.CompletedProces
     [(404, "the Hub has no such model, or a private one"), (200, ""), (503, "")],
     ids=["absent", "there", "busy"],
 )
-def test_the_hub_is_asked_once(status: int, message: str, tmp_path: Path) -> None:
+def test_the_hub_is_asked_once(status: int, message: str, use_hub: Callable[[str], None]) -> None:
     with hub_server(status) as (address, asked):
-        done = run_check("no-such-model", address, tmp_path)
+        use_hub(address)
+        with pytest.raises(ConfigError, match=message) if message else nullcontext():
+            check_model_exists("no-such-model")
     assert asked == ["no-such-model"]
-    assert message in done.stderr
-    assert bool(done.returncode) == bool(message)
 
 
-def test_a_hub_that_cannot_be_reached_is_not_asked_again(tmp_path: Path) -> None:
+def test_a_hub_that_cannot_be_reached_is_not_asked_again(
+    use_hub: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
     with hub_server(200) as (address, _):
         pass  # nobody listens at this address any more
-    done = run_check("no-such-model", address, tmp_path)
-    assert "ConfigError: model 'no-such-model': no such folder here, and the Hub cannot be reached" in done.stderr
-    assert "Retry" not in done.stderr
+    use_hub(address)
+    with pytest.raises(ConfigError, match="model 'no-such-model': no such folder here, and the Hub cannot be reached"):
+        check_model_exists("no-such-model")
+    assert "Retry" not in caplog.text
 
 
-def test_a_model_in_the_cache_needs_no_hub(tmp_path: Path) -> None:
-    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / ("a" * 40)
+def test_a_model_in_the_cache_needs_no_hub(tmp_path: Path, use_hub: Callable[[str], None]) -> None:
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
     with hub_server(404) as (address, asked):
-        done = run_check("owner/name", address, tmp_path)
-    assert (done.returncode, asked) == (0, []), done.stderr
+        use_hub(address)
+        check_model_exists("owner/name")
+    assert asked == []
 
 
 def test_a_name_that_is_no_hub_id_is_refused_with_the_nearest_folder(

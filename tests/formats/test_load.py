@@ -11,26 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import stir
 from safetensors.torch import load_file, save_file
+from tiny import chat_model
+from tiny_adapters import adapted
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import BaseMismatchError, FormatError
 
 
-def llama(layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=60))
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    model = LoRAModel(llama(), LoRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    stir(model)
-    return model.save_adapter(tmp_path / "adapter")
+    return adapted({"lora_alpha": 32, "target_modules": ["q_proj", "down_proj"]}).save_adapter(tmp_path / "adapter")
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -44,17 +36,17 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def test_the_adapter_of_a_deeper_model_is_refused_with_every_tensor(tmp_path: Path) -> None:
-    deep = LoRAModel(llama(2), LoRAConfig(r=4, target_modules=["q_proj"]))
+    deep = LoRAModel(chat_model(), LoRAConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(FormatError) as caught:
-        LoRAModel.from_pretrained(llama(1), deep.save_adapter(tmp_path))
+        LoRAModel.from_pretrained(chat_model(num_hidden_layers=1), deep.save_adapter(tmp_path))
     assert str(caught.value).count("unexpected") == 2
     assert "model.layers.1.self_attn.q_proj.lora_A.weight (4, 32): the model has no module" in str(caught.value)
 
 
 def test_an_adapter_of_a_shallower_model_is_refused(tmp_path: Path) -> None:
-    shallow = LoRAModel(llama(1), LoRAConfig(r=4, target_modules=["q_proj"]))
+    shallow = LoRAModel(chat_model(num_hidden_layers=1), LoRAConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(FormatError, match=r"missing lora_A of model\.layers\.1\.self_attn\.q_proj \(4, 32\)"):
-        LoRAModel.from_pretrained(llama(2), shallow.save_adapter(tmp_path))
+        LoRAModel.from_pretrained(chat_model(), shallow.save_adapter(tmp_path))
 
 
 def test_missing_unexpected_misshapen_and_non_finite_tensors_are_reported_at_once(folder: Path) -> None:
@@ -66,20 +58,20 @@ def test_missing_unexpected_misshapen_and_non_finite_tensors_are_reported_at_onc
 
     edit(folder, change)
     with pytest.raises(FormatError) as caught:
-        LoRAModel.from_pretrained(llama(), folder)
+        LoRAModel.from_pretrained(chat_model(), folder)
     for part in (
         "4 problems",
         "missing lora_A of model.layers.0.self_attn.q_proj",
         "unexpected nonsense (3,)",
         "misshapen lora_B of model.layers.1.self_attn.q_proj: the file has (32, 5), the model needs (32, 4)",
-        "not finite: model.layers.0.mlp.down_proj.lora_A.weight (4, 48)",
+        "not finite: model.layers.0.mlp.down_proj.lora_A.weight (4, 64)",
     ):
         assert part in str(caught.value)
 
 
 def test_a_refused_adapter_leaves_the_model_as_it_was(folder: Path) -> None:
     edit(folder, lambda tensors: tensors.pop(f"{Q0}.lora_A.weight"))
-    base = llama()
+    base = chat_model()
     with pytest.raises(FormatError):
         LoRAModel.from_pretrained(base, folder)
     assert type(base.model.layers[0].self_attn.q_proj) is nn.Linear
@@ -110,7 +102,7 @@ def test_settings_that_would_compute_something_else_are_refused(
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     with pytest.raises(FormatError, match=message):
-        LoRAModel.from_pretrained(llama(), folder)
+        LoRAModel.from_pretrained(chat_model(), folder)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +146,7 @@ def test_a_hostile_pattern_costs_less_than_a_second(tmp_path: Path, setting: str
 def test_a_damaged_folder_is_refused(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(folder)
     with pytest.raises(FormatError, match=message):
-        LoRAModel.from_pretrained(llama(), folder)
+        LoRAModel.from_pretrained(chat_model(), folder)
 
 
 def test_a_pickle_is_never_opened(folder: Path) -> None:
@@ -165,42 +157,42 @@ def test_a_pickle_is_never_opened(folder: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(FormatError, match="is a pickle, which can run code and is not read"):
-        LoRAModel.from_pretrained(llama(), folder)
+        LoRAModel.from_pretrained(chat_model(), folder)
     assert not (folder / "ran").exists()
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="is not a folder"):
-        LoRAModel.from_pretrained(llama(), tmp_path / "nowhere")
+        LoRAModel.from_pretrained(chat_model(), tmp_path / "nowhere")
 
 
 def test_an_adapter_for_other_weights_is_refused_unless_allowed(folder: Path) -> None:
     with pytest.raises(BaseMismatchError, match=r"(?s)another base model.*allow_base_mismatch=True"):
-        LoRAModel.from_pretrained(llama(seed=1), folder)
-    model = LoRAModel.from_pretrained(llama(seed=1), folder, allow_base_mismatch=True)
+        LoRAModel.from_pretrained(chat_model(initializer_range=0.03), folder)
+    model = LoRAModel.from_pretrained(chat_model(initializer_range=0.03), folder, allow_base_mismatch=True)
     assert len(model.lora_layers) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_base_is_recognised_in_another_precision(folder: Path, dtype: torch.dtype) -> None:
-    assert len(LoRAModel.from_pretrained(llama().to(dtype), folder).lora_layers) == 4
+    assert len(LoRAModel.from_pretrained(chat_model().to(dtype), folder).lora_layers) == 4
 
 
 def test_weights_without_their_settings_file_describe_themselves(folder: Path) -> None:
     (folder / "adapter_config.json").unlink()
-    assert LoRAModel.from_pretrained(llama(), folder).adapters["default"].r == 4
+    assert LoRAModel.from_pretrained(chat_model(), folder).adapters["default"].r == 4
     edit(folder, lambda tensors: tensors)  # as another tool writes them
     with pytest.raises(FormatError, match=r"adapter_config\.json does not exist"):
-        LoRAModel.from_pretrained(llama(), folder)
+        LoRAModel.from_pretrained(chat_model(), folder)
 
 
 def test_a_crash_between_replacing_two_files_is_noticed(folder: Path) -> None:
     before = (folder / "adapter_config.json").read_bytes()
-    model = LoRAModel(llama(), LoRAConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    model = LoRAModel(chat_model(), LoRAConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
     model.save_adapter(folder)
     (folder / "adapter_config.json").write_bytes(before)  # only the weights were exchanged
     with pytest.raises(FormatError, match=r"delete adapter_config\.json to use the weights' own"):
-        LoRAModel.from_pretrained(llama(), folder)
+        LoRAModel.from_pretrained(chat_model(), folder)
 
 
 @pytest.mark.parametrize(
@@ -220,4 +212,4 @@ def test_hostile_metadata_is_refused(folder: Path, notes: str, message: str) -> 
     path = folder / "adapter_model.safetensors"
     save_file(load_file(path), path, metadata={"format": "pt", "tailora": notes})
     with pytest.raises(FormatError, match=message):
-        LoRAModel.from_pretrained(llama(), folder)
+        LoRAModel.from_pretrained(chat_model(), folder)

@@ -9,15 +9,13 @@ import pytest
 import torch
 from cases import LAYERS, LayerCase
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny import chat_model
+from tiny_adapters import IDS
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import tailora
 from tailora import LoRAModel
 from tailora.errors import FormatError, TargetError
-
-IDS = torch.arange(24).view(2, 12)
-
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
@@ -41,12 +39,6 @@ def _ignore_warnings_of_peft() -> Iterator[None]:
         yield
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=60)).eval()
-
-
 def stir(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
@@ -58,7 +50,9 @@ def stir(model: nn.Module) -> None:
 def peft_model_of(*names: str) -> Any:
     """PEFT's model with these adapters, all of which do something; the first is active."""
     first, *others = names
-    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, lora_alpha=6, **ADAPTERS[first]), adapter_name=first)
+    model = peft.get_peft_model(
+        chat_model().eval(), peft.LoraConfig(r=4, lora_alpha=6, **ADAPTERS[first]), adapter_name=first
+    )
     for name in others:
         model.add_adapter(name, peft.LoraConfig(r=3, lora_alpha=5, **ADAPTERS[name]))
     stir(model)
@@ -82,8 +76,8 @@ def test_a_converted_peft_model_gives_the_same_outputs_and_unloads_to_the_base(n
     torch.testing.assert_close(model(IDS).logits, expected, **TOLERANCE)
     base = model.unload()
     assert is_free_of_peft(base)
-    assert base.state_dict().keys() == llama().state_dict().keys()
-    torch.testing.assert_close(base(IDS).logits, llama()(IDS).logits, rtol=0, atol=0)
+    assert base.state_dict().keys() == chat_model().eval().state_dict().keys()
+    torch.testing.assert_close(base(IDS).logits, chat_model().eval()(IDS).logits, rtol=0, atol=0)
 
 
 def test_all_adapters_are_converted_with_their_scales_and_the_active_one() -> None:
@@ -120,12 +114,12 @@ def test_adapters_that_are_switched_off_stay_off() -> None:
     peft_model.base_model.disable_adapter_layers()
     model = tailora.from_peft(peft_model)
     assert model.active_adapters == ()
-    torch.testing.assert_close(model(IDS).logits, llama()(IDS).logits)
+    torch.testing.assert_close(model(IDS).logits, chat_model().eval()(IDS).logits)
 
 
 def test_a_base_that_pissa_changed_stays_changed() -> None:
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights="pissa")
-    peft_model = peft.get_peft_model(llama(), config).eval()
+    peft_model = peft.get_peft_model(chat_model(), config).eval()
     stir(peft_model)
     expected = peft_model(IDS).logits.detach()
     torch.testing.assert_close(tailora.from_peft(peft_model)(IDS).logits, expected, **TOLERANCE)
@@ -146,11 +140,13 @@ def _merged_model() -> Any:
 
 
 def _other_method() -> Any:
-    return peft.get_peft_model(llama(), peft.IA3Config(task_type="CAUSAL_LM"))
+    return peft.get_peft_model(chat_model(), peft.IA3Config(task_type="CAUSAL_LM"))
 
 
 def _replicated() -> Any:
-    return peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)]))
+    return peft.get_peft_model(
+        chat_model().eval(), peft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)])
+    )
 
 
 def _not_finite() -> Any:
@@ -181,4 +177,4 @@ def test_a_refusal_changes_nothing(make: Any, error: type[Exception], message: s
 
 def test_a_model_without_peft_is_refused() -> None:
     with pytest.raises(TargetError, match="a LlamaForCausalLM is no PeftModel"):
-        tailora.from_peft(llama())
+        tailora.from_peft(chat_model().eval())
