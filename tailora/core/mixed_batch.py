@@ -113,11 +113,11 @@ def repeats_of_generate(base: nn.Module, args: Sequence[Any], kwargs: Mapping[st
 
 
 def batch_row_parts(
-    batch: BatchRows, adapters: Mapping[str, Adapter], hosts: Mapping[str, str], layers: Mapping[str, nn.Module]
+    batch: BatchRows, adapters: Mapping[str, Adapter], layer_paths: Mapping[str, str], layers: Mapping[str, nn.Module]
 ) -> dict[str, tuple[Any, ...]]:
     """Returns what to attach to every layer while the batch rows have these adapters, by path.
 
-    hosts: path of an adapter's part -> path of its layer. Raises RowsError for layers that do not see the batch rows,
+    layer_paths: path of a part of an adapter -> path of its layer. Raises RowsError for layers that do not see the batch rows,
     and for trained biases and token rows.
     """
     used = {name: adapters[name] for name in dict.fromkeys(batch.names) if name is not None}
@@ -140,7 +140,7 @@ def batch_row_parts(
         path: (BatchRowsModule(path, copies, layers[path], batch),) for path, copies in saved.items()
     }
     for path, parts in low_rank.items():
-        result[hosts[path]] = (*result.get(hosts[path], ()), BatchRowsLayer(path, parts, batch))
+        result[layer_paths[path]] = (*result.get(layer_paths[path], ()), BatchRowsLayer(path, parts, batch))
     return result
 
 

@@ -1,4 +1,4 @@
-"""`generate` with adapters held as constants, against the same steps by the plain path."""
+"""`generate` with adapters as constant factors, against the same steps by the plain path."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

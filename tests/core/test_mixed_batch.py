@@ -1,4 +1,4 @@
-"""Another adapter for every row: each row is what its adapter alone makes of it."""
+"""A different adapter for every batch row: each row is what its adapter alone computes."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""Kinds of the user's own: docs/layer_types.md is run."""
+"""Layer types that the user registers: the code in docs/layer_types.md runs."""
 
 import copy
 import pickle
@@ -52,6 +52,16 @@ def test_a_registered_matrix_trains_merges_and_comes_back(documented: dict[str, 
     y.sum().backward()
     assert all(parameter.grad is not None for parameter in model.lora_layers.parameters())
     assert type(model.unload()[0]) is documented["Scaled"]
+
+
+@torch.no_grad()
+def test_a_single_vector_gets_the_registered_update(documented: dict[str, Any]) -> None:
+    model, x = documented["model"].eval(), torch.randn(8)
+    stir(model)
+    torch.testing.assert_close(model(x), model(x[None])[0])
+    with model.merged():
+        expected = model(x)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_a_registered_forward_is_what_the_merged_layer_computes(documented: dict[str, Any]) -> None:

@@ -1,12 +1,10 @@
-"""Attention, parts of fused layers and stacked experts: what is special to each; the laws hold for all kinds."""
+"""nn.MultiheadAttention with adapters computes what torch computes with the merged weights."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 
@@ -19,8 +17,6 @@ def stirred(base: nn.Module, **settings: Any) -> LoRAModel:
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3
     return model
 
-
-# ---- nn.MultiheadAttention
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -101,54 +97,3 @@ def test_attention_to_itself_and_to_a_memory(case: str, batch_first: bool, grad:
     layer = attention(batch_first=batch_first).eval()
     with torch.set_grad_enabled(grad):  # without, in evaluation, torch reads the weights in a kernel of its own
         same_as_merged(layer, inputs(layer, case), {"need_weights": False})
-
-
-# ---- stacked experts and parts: through the model's forward
-
-
-def mixtral(**settings: Any) -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, vocab_size=40, **settings)
-    return MixtralForCausalLM(config).eval()
-
-
-def gpt_oss() -> GptOssForCausalLM:
-    """Holds its experts as (E, in, out)."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4, "num_key_value_heads": 2}
-    return GptOssForCausalLM(GptOssConfig(**sizes, **experts, vocab_size=40)).eval()
-
-
-EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-
-
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("make", [mixtral, gpt_oss])
-def test_experts_compute_what_the_merged_ones_do_in_each_implementation(
-    make: Callable[[], Any], implementation: str, use_dora: bool
-) -> None:
-    base, ids = make(), torch.arange(24).view(2, 12)
-    base.set_experts_implementation(implementation)
-    plain = base(ids).logits
-    model = stirred(base, target_modules=[], target_parameters=EXPERTS, use_dora=use_dora)
-    y = model(ids).logits
-    with model.merged() as report:
-        torch.testing.assert_close(model(ids).logits, y, rtol=1e-4, atol=1e-5)
-    assert len(report.rounding_error) == 4
-    assert (y - plain).abs().max() > 0.01
-
-
-def test_a_part_that_is_not_selected_gets_exactly_no_update() -> None:
-    torch.manual_seed(0)
-    model = stirred(
-        GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50)), target_modules=["c_attn.v"]
-    )
-    layer, x = model.base_model.transformer.h[0].attn.c_attn, torch.randn(3, 16)
-    y = layer(x)
-    with model.disable_adapter():
-        plain = layer(x)
-    assert torch.equal(y[:, :32], plain[:, :32])
-    assert (y - plain)[:, 32:].abs().min() > 0
