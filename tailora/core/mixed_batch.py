@@ -117,8 +117,8 @@ def batch_row_parts(
 ) -> dict[str, tuple[Any, ...]]:
     """Returns what to attach to every layer while the batch rows have these adapters, by path.
 
-    layer_paths: path of a part of an adapter -> path of its layer. Raises RowsError for layers that do not see the batch rows,
-    and for trained biases and token rows.
+    layer_paths: path of a part of an adapter -> path of its layer. Raises RowsError for layers that do not see the
+    batch rows, and for trained biases and token rows.
     """
     used = {name: adapters[name] for name in dict.fromkeys(batch.names) if name is not None}
     if extras := [f"{path} of {name}" for name, adapter in used.items() for path in adapter.extras]:
