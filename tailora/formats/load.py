@@ -101,6 +101,7 @@ def restore(stored: peft.StoredAdapter, base_model: nn.Module, *, allow_base_mis
 def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_mismatch: bool) -> Adapter:
     modules = dict(base_model.named_modules())
     with_start = stored.metadata.start
+    # Which layers the settings name
     own_config = stored.metadata.lora_config(stored.folder)
     in_file = config_in_file(stored, _paths_with_factors(stored, modules))
     config = _effective_config(stored, own_config, in_file)
@@ -111,15 +112,18 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
         _check_same_settings(stored, peft_config.with_layer_patterns(config, wrappers.values()), in_file)
         adapted = {target.layer_path for target in targets.values()}
         file_targets = _targets(base_model, modules, in_file)
+        # Layers that only adapter_config.json names, so that their tensors are reported as missing
         if additional := {path: target for path, target in file_targets.items() if target.layer_path not in adapted}:
             targets, empty = {**targets, **additional}, {**empty, **_empty_layers(additional, config)}
             wrappers = peft_layers(base_model, empty)
+    # Which tensors the file has for them
     adapted_paths = {*targets, *_paths_with_factors(stored, modules)}
     extra, extra_problems = extra_targets(base_model, modules, config, adapted_paths, saved_modules(modules, config))
     tensors = _sort_tensors(stored, modules, config, wrappers, peft.extra_keys(extra))
     problems = tensors.problems
     problems += extra_problems
     problems += _missing(tensors, modules, config, targets, empty, with_start)
+    # The parts, filled with these tensors
     layers = {path: _low_rank(path, base_model, config, tensors, empty, with_start) for path in tensors.low_rank}
     quantized = [path for path in tensors.saved if quantized_layers(modules[path])]
     problems += [quantized_whole(path) for path in quantized]
