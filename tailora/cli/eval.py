@@ -104,8 +104,7 @@ Metrics = Annotated[
 Normalize = Annotated[
     str,
     Parameter(
-        metavar="A,B",
-        help="what exact_match ignores: case, punctuation, space, strip (space at the ends), or none",
+        metavar="A,B", help="what exact_match ignores: case, punctuation, space, strip (space at the ends), or none"
     ),
 ]
 Limit = Annotated[PositiveInt | None, Parameter(help="evaluate only the first N examples")]

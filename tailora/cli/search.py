@@ -22,13 +22,7 @@ Flags: Any = flags_of(TrainConfig, only=FIELDS.keys() - LEFT_OUT, defaults=DEFAU
 StudyFlags: Any = flags_of(SearchConfig, sections={"trials": "Search"})
 
 
-def search(
-    *,
-    config: ConfigFile = None,
-    study: StudyFlags = None,
-    json: Json = False,
-    flags: Flags = None,
-) -> int:
+def search(*, config: ConfigFile = None, study: StudyFlags = None, json: Json = False, flags: Flags = None) -> int:
     """Search learning rate, rank, alpha, targets, dropout and LoRA+ ratio; --space says what else, or which values.
 
     A setting with a value is not searched. Interrupted, the same command goes on; started again beside itself, or on

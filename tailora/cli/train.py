@@ -33,11 +33,7 @@ def train(*, config: ConfigFile = None, json: Json = False, flags: Flags = None)
 # ---- `tailora demo`: `tailora train` on a small model and real conversations, both fetched once.
 
 
-DEFAULTS: dict[str, Any] = {
-    "model": "demo",
-    "data": "demo",
-    "learning_rate": 1e-3,
-}
+DEFAULTS: dict[str, Any] = {"model": "demo", "data": "demo", "learning_rate": 1e-3}
 FOLDER = Path("outputs/demo")
 QUESTIONS = [
     "What would you do with a million dollars?",

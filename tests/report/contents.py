@@ -250,13 +250,7 @@ def inspect() -> dict[str, Any]:
                 "early attention": {**rise, "low": None, "high": None, "cost": None, "values": 0.25},
             },
         },
-        "forgetting": {
-            "kl": 0.21,
-            "loss_before": 2.9,
-            "loss_after": 3.0,
-            "tokens": 1024,
-            "text": "own text",
-        },
+        "forgetting": {"kl": 0.21, "loss_before": 2.9, "loss_after": 3.0, "tokens": 1024, "text": "own text"},
         "dial": [
             {"strength": 0.75, "loss": 3.7, "kl": 0.12, "base_text_rise": 0.05},
             {"strength": 0.5, "loss": 3.9, "kl": 0.05, "base_text_rise": 0.02},
@@ -392,10 +386,7 @@ def evaluation() -> dict[str, Any]:
         "adapter": "outputs/demo",
         "metrics": {"loss": score(3.66, 0.15), "perplexity": score(38.9, 6.0), "exact_match": score(0.3, 0.14)},
         "base": {"loss": score(4.47, 0.19), "perplexity": score(87.3, 17.0), "exact_match": score(0.1, 0.1)},
-        "change": {
-            "loss": score(-0.81, 0.1),
-            "exact_match": score(0.2, 0.1),
-        },
+        "change": {"loss": score(-0.81, 0.1), "exact_match": score(0.2, 0.1)},
         "data": {"source": "demo", "shape": "messages", "rows": 40, "tokens": 1070},
         "samples": {"base": [{**sample, "answer": "", "hit": False}], "tuned": [sample]},
         "gates": [{"gate": "loss<3", "value": 3.66, "met": False}, {"gate": "loss<5", "value": 3.66, "met": True}],

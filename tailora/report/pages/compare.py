@@ -5,16 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from tailora.report.blocks import (
-    Column,
-    Drawing,
-    Figure,
-    Number,
-    Page,
-    Section,
-    Table,
-    settings_table,
-)
+from tailora.report.blocks import Column, Drawing, Figure, Number, Page, Section, Table, settings_table
 from tailora.report.colours import PAPER, SERIES
 from tailora.report.format import count, duration, interval, learning_rate, one_line, p_value, plural, signed
 from tailora.report.pages.losses import JudgedLoss, differences_figure, losses_figure

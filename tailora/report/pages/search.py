@@ -7,18 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tailora.report.blocks import (
-    Code,
-    Column,
-    Drawing,
-    Figure,
-    Number,
-    Page,
-    Paragraph,
-    Section,
-    Table,
-    settings_table,
-)
+from tailora.report.blocks import Code, Column, Drawing, Figure, Number, Page, Paragraph, Section, Table, settings_table
 from tailora.report.colours import INK, PAPER, SERIES, SOFT
 from tailora.report.format import count, duration, interval, p_value, plural, setting, signed
 from tailora.report.pages.losses import JudgedLoss, differences_figure, losses_figure
@@ -59,11 +48,7 @@ def search_page(search: SearchResult) -> Page:
             "Importance: how much a setting says about being among the best quarter of the trials (PED-ANOVA).",
             [_importances_text(search), _importances(search), *_slices(done)],
         ),
-        Section(
-            "All trials and settings",
-            "",
-            [_all_trials(search), settings_table("Settings", *_settings(search))],
-        ),
+        Section("All trials and settings", "", [_all_trials(search), settings_table("Settings", *_settings(search))]),
     ]
     conclusion = Section("To train with the result", "", [_commands(search)])
     title = f"{plural(len(search.trials), 'trial')} searched"

@@ -6,17 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tailora.report.blocks import (
-    Answers,
-    Block,
-    Drawing,
-    Figure,
-    Number,
-    Page,
-    Paragraph,
-    Section,
-    settings_table,
-)
+from tailora.report.blocks import Answers, Block, Drawing, Figure, Number, Page, Paragraph, Section, settings_table
 from tailora.report.colours import INK, SERIES, SOFT
 from tailora.report.format import count, duration, interval, plural, share
 from tailora.report.train_report import HeldOut, Result, Step, TrainReport
