@@ -7,11 +7,11 @@ plain text: whoever shows it escapes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # matplotlib is an optional package
-    from matplotlib.figure import Figure as MatplotlibFigure
+    from tailora.report.charts import Canvas
 
 # Where a block is shown. The page has all of them; the terminal has those that are "always" shown, and with --all those
 # of "all", too.
@@ -61,23 +61,26 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A matplotlib figure. tips: id of a collection of marks -> the text for each of its marks when pointed at."""
+class Estimate:
+    """A value with its interval, for a figure. runs: the values that it is the mean of."""
 
-    figure: MatplotlibFigure
-    tips: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    runs: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
 class Figure:
     """Shown by pages alone, and drawn when a page is written: a terminal needs no matplotlib.
 
-    name: unique on the page.    draw: width in CSS pixels -> the drawing.    alt: text for those who do not see it.
+    name: unique on the page.    draw: draws it on a canvas.    alt: text for those who do not see it.
     wide: all of the page's width, and drawn a second time for narrow screens; else half of it.
     """
 
     name: str
-    draw: Callable[[float], Drawing]
+    draw: Callable[[Canvas], None]
     alt: str
     caption: str
     wide: bool = False

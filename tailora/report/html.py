@@ -10,7 +10,6 @@ from markupsafe import Markup
 from tailora import __version__
 from tailora.formats.run_folder import REPORT
 from tailora.report.blocks import Figure, HeatMap, Page, Section
-from tailora.report.charts import heat_map
 from tailora.report.format import printable
 from tailora.report.svg import svg
 
@@ -42,7 +41,7 @@ def _shown(section: Section) -> Section:
 def _figure_of(heat: HeatMap) -> Figure:
     (row, layer), most = max(heat.cells.items(), key=lambda item: item[1])
     alt = f"Heat map of {heat.title} by layer and matrix. Highest: {heat.show(most)} in layer {layer}, {row}."
-    return Figure(heat.name, lambda width: heat_map(width, heat), alt, heat.caption, wide=True)
+    return Figure(heat.name, lambda canvas: canvas.heat_map(heat), alt, heat.caption, wide=True)
 
 
 def _svg(figure: Figure, width: float) -> Markup:

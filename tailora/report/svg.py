@@ -16,7 +16,7 @@ from xml.etree.ElementTree import Element
 import matplotlib as mpl
 from cycler import cycler
 
-from tailora.report.blocks import Drawing
+from tailora.report.charts import Canvas
 from tailora.report.colours import GRID, INK, SERIES, SOFT, VARIABLES
 
 STYLE: dict[str, Any] = {
@@ -73,16 +73,17 @@ def style() -> Iterator[None]:
         yield
 
 
-def svg(draw: Callable[[float], Drawing], width: float, name: str, alt: str) -> str:
+def svg(draw: Callable[[Canvas], None], width: float, name: str, alt: str) -> str:
     """An <svg> element. name: unique on the page.    alt: what a screen reader says."""
     with style():
-        drawing = draw(width)
+        canvas = Canvas(width)
+        draw(canvas)
         file = io.StringIO()
         with mpl.rc_context({"svg.hashsalt": name}):  # the same ids every time
-            drawing.figure.savefig(file, format="svg", metadata=NO_METADATA)
+            canvas.figure.savefig(file, format="svg", metadata=NO_METADATA)
     root = ElementTree.fromstring(file.getvalue())
     _remove_namespaces_and_styles(root)
-    _rename_ids(root, name, drawing.tips)
+    _rename_ids(root, name, canvas.tips)
     _use_variables(root)
     del root.attrib["width"], root.attrib["height"], root.attrib["version"]
     root.attrib |= {"role": "img", "aria-label": "".join(letter if letter.isprintable() else " " for letter in alt)}

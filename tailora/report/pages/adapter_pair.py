@@ -2,11 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Mapping
-from functools import partial
 
 from tailora.core.patterns import layer_index
-from tailora.report.blocks import Block, Column, Drawing, Figure, HeatMap, List, Paragraph, Section, Table
+from tailora.report.blocks import Block, Column, Estimate, Figure, HeatMap, List, Paragraph, Section, Table
 from tailora.report.format import NONE, interval, signed
 from tailora.report.paths import inner_path, short_names
 from tailora.study.advice import first_few
@@ -62,14 +60,14 @@ def _losses_figure(losses: CombinedLosses) -> Figure:
     values = {"base": losses.base, "this one": losses.one, "the other": losses.other, "both": losses.both}
     listed = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
     caption = "Held-out loss with either adapter, and with both added up."
-    return Figure("together", partial(_draw_losses, values), f"Held-out losses: {listed}.", caption, wide=True)
-
-
-def _draw_losses(values: Mapping[str, float], width: float) -> Drawing:
-    from tailora.report import charts
-
-    rows = [charts.Estimate(name, value) for name, value in values.items()]
-    return Drawing(charts.estimates(width, rows, "held-out loss, nats per token")[0])
+    rows = [Estimate(name, value) for name, value in values.items()]
+    return Figure(
+        "together",
+        lambda canvas: canvas.estimates(rows, "held-out loss, nats per token"),
+        f"Held-out losses: {listed}.",
+        caption,
+        wide=True,
+    )
 
 
 # ---- Tables

@@ -3,14 +3,17 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tailora.report.blocks import Column, Drawing, Figure, Number, Page, Section, Table, settings_table
+from tailora.report.blocks import Column, Figure, Number, Page, Section, Table, settings_table
 from tailora.report.colours import PAPER, SERIES
 from tailora.report.format import count, duration, interval, learning_rate, one_line, p_value, plural, signed
 from tailora.report.pages.losses import JudgedLoss, differences_figure, losses_figure
 from tailora.study.results import ArmResult, Comparison
 from tailora.train.memory import format_bytes
+
+if TYPE_CHECKING:  # matplotlib is an optional package
+    from tailora.report.charts import Canvas
 
 COSTS: list[tuple[str, str, Callable[[float], str]]] = [  # attribute of an arm, title, how it is written
     ("seconds", "Time of training", duration),
@@ -125,19 +128,14 @@ def _training(arms: Sequence[ArmResult]) -> Figure | None:
     )
 
 
-def _draw_training(runs: Mapping[str, Sequence[Sequence[float]]], width: float) -> Drawing:
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 310)
+def _draw_training(runs: Mapping[str, Sequence[Sequence[float]]], canvas: "Canvas") -> None:
+    axes = canvas.new_axes(310, "step", "loss, nats per token")
     for number, (name, own) in enumerate(runs.items()):
         if own:
-            charts.loss_curves(axes, own, SERIES[number % len(SERIES)], charts.label(name))
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
-    charts.whole_numbers(axes, "x")
+            canvas.losses(own, SERIES[number % len(SERIES)], one_line(name, 28))
+    canvas.whole_numbers("x")
     axes.margins(x=0.02)
-    charts.legend(figure, axes)
-    return Drawing(figure)
+    canvas.legend()
 
 
 # ---- Costs
@@ -153,13 +151,8 @@ def _cost_figures(arms: Sequence[ArmResult]) -> list[Figure]:
 
 
 def _bars(name: str, values: Mapping[str, float], show: Callable[[float], str], title: str, caption: str) -> Figure:
-    def draw(width: float) -> Drawing:
-        from tailora.report import charts
-
-        return charts.bars(width, values, show)
-
     listed = ", ".join(f"{arm} {show(value)}" for arm, value in values.items())
-    return Figure(name, draw, f"{title}: {listed}.", caption)
+    return Figure(name, lambda canvas: canvas.bars(values, show), f"{title}: {listed}.", caption)
 
 
 def _cost_table(arms: Sequence[ArmResult]) -> Table:
@@ -190,22 +183,15 @@ def _forgetting(arms: Sequence[ArmResult]) -> Figure | None:
     )
 
 
-def _draw_forgetting(points: Sequence[tuple[int, str, float, float]], width: float) -> Drawing:
-    from matplotlib.ticker import MaxNLocator
-
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 300)
+def _draw_forgetting(points: Sequence[tuple[int, str, float, float]], canvas: "Canvas") -> None:
+    axes = canvas.new_axes(300, "held-out loss, nats per token", "KL, nats per token")
     for number, name, loss, kl in points:
-        colour, text = SERIES[number % len(SERIES)], charts.label(name, 20)
+        colour, text = SERIES[number % len(SERIES)], one_line(name, 20)
         axes.plot([loss], [kl], "o", color=colour, markersize=11, markeredgecolor=PAPER, label=text)
-    axes.set_xlabel("held-out loss, nats per token")
-    axes.set_ylabel("KL, nats per token")
     axes.margins(x=0.15, y=0.2)
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    charts.legend(figure, axes)
-    return Drawing(figure)
+    axes.locator_params("x", nbins=5)
+    canvas.legend()
 
 
 def _other_text(arms: Sequence[ArmResult]) -> Figure | None:
@@ -240,21 +226,16 @@ def _rates_figure(arms: Sequence[ArmResult]) -> Figure | None:
     return Figure("rates", partial(_draw_rates, tried), f"Loss against learning rate. {best}.", caption, wide=True)
 
 
-def _draw_rates(arms: Sequence[ArmResult], width: float) -> Drawing:
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 310)
+def _draw_rates(arms: Sequence[ArmResult], canvas: "Canvas") -> None:
+    axes = canvas.new_axes(310, "learning rate", "loss, nats per token")
     for number, arm in enumerate(arms):
         losses, colour = _losses_of_rates(arm), SERIES[number % len(SERIES)]
         style: dict[str, Any] = {"color": colour, "markerfacecolor": PAPER, "markersize": 7}
-        axes.plot(list(losses), list(losses.values()), "o-", label=charts.label(arm.name), **style)
+        axes.plot(list(losses), list(losses.values()), "o-", label=one_line(arm.name, 28), **style)
         best = {rate: loss for rate, loss in losses.items() if rate == arm.learning_rate}
         axes.plot(list(best), list(best.values()), "o", color=colour, markersize=10)
-    charts.log_axis(axes, "x")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("loss, nats per token")
-    charts.legend(figure, axes)
-    return Drawing(figure)
+    canvas.log_axis("x")
+    canvas.legend()
 
 
 def _rates_table(arms: Sequence[ArmResult]) -> Table | None:

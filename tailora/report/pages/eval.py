@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tailora.evaluation.metrics import METRICS
 from tailora.evaluation.scores import Match
@@ -10,7 +10,7 @@ from tailora.report.blocks import (
     Answers,
     Block,
     Column,
-    Drawing,
+    Estimate,
     Figure,
     List,
     Number,
@@ -20,6 +20,9 @@ from tailora.report.blocks import (
     settings_table,
 )
 from tailora.report.format import NONE, decimals, duration, plural
+
+if TYPE_CHECKING:  # matplotlib is an optional package
+    from tailora.report.charts import Canvas
 
 TUNED, BASE = "tuned", "base"
 
@@ -156,12 +159,9 @@ def _figures(report: EvalReport) -> list[Figure]:
     return figures
 
 
-def _draw(values: dict[str, Value], unit: str, width: float) -> Drawing:
-    from tailora.report import charts
-
-    rows = [charts.Estimate(side, own.value or 0.0, *(own.interval or (None, None))) for side, own in values.items()]
-    form = ".3f" if all(abs(row.value) < 10 for row in rows) else ",.1f"
-    return Drawing(charts.estimates(width, rows, unit, form=form)[0])
+def _draw(values: dict[str, Value], unit: str, canvas: "Canvas") -> None:
+    rows = [Estimate(side, own.value or 0.0, *(own.interval or (None, None))) for side, own in values.items()]
+    canvas.estimates(rows, unit, form=".3f" if all(abs(row.value) < 10 for row in rows) else ",.1f")
 
 
 def _gates(report: EvalReport) -> List | None:

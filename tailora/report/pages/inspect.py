@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tailora.core.patterns import layer_index
 from tailora.evaluation.spectral import ModuleReport
@@ -13,7 +13,7 @@ from tailora.formats.run_folder import ADAPTER
 from tailora.report.blocks import (
     Block,
     Column,
-    Drawing,
+    Estimate,
     Figure,
     Finding,
     HeatMap,
@@ -24,13 +24,16 @@ from tailora.report.blocks import (
     Table,
     settings_table,
 )
-from tailora.report.colours import SERIES
-from tailora.report.format import NONE, interval, plural, signed, value_range
+from tailora.report.colours import SERIES, heat_colour
+from tailora.report.format import NONE, interval, one_line, plural, signed, value_range
 from tailora.report.pages.adapter_pair import pair_section
 from tailora.report.paths import inner_path, shared_prefix, short_names
 from tailora.study.advice import cost_limit, first_few
 from tailora.study.inspection import Advice, HeldOutLosses, Inspection, TruncationCost
 from tailora.study.model_layout import DEPTHS, depth_of, layer_range
+
+if TYPE_CHECKING:  # matplotlib is an optional package
+    from tailora.report.charts import Canvas
 
 FEWEST_LAYERS = 3  # for heat maps
 MOST_PANELS = 12  # of spectra
@@ -297,33 +300,26 @@ def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
     return Figure("spectra", partial(_draw_spectra, shown), alt, caption, wide=True)
 
 
-def _draw_spectra(groups: Mapping[str, Sequence[ModuleReport]], width: float) -> Drawing:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as MatplotlibFigure
-    from matplotlib.ticker import MaxNLocator
-
-    from tailora.report import charts
-
-    columns = min(len(groups), 4 if width > 600 else 2)
+def _draw_spectra(groups: Mapping[str, Sequence[ModuleReport]], canvas: "Canvas") -> None:
+    columns = min(len(groups), 4 if canvas.wide else 2)
     lines = math.ceil(len(groups) / columns)
-    figure = MatplotlibFigure(figsize=(width / 72, (56 + 150 * lines) / 72))
-    panels: list[Axes] = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+    canvas.set_height(56 + 150 * lines)
+    panels = list(canvas.figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
     last = max((layer_index(module.path) or 0 for own in groups.values() for module in own), default=0)
     for axes, (name, own) in zip(panels, groups.items(), strict=False):
         for module in own:
             values = module.singular_values
-            colour = charts.heat_colour(2 + (layer_index(module.path) or 0), 0, last + 3)  # the palest is no line
+            colour = heat_colour(2 + (layer_index(module.path) or 0), 0, last + 3)  # the palest is no line
             axes.plot(range(1, len(values) + 1), [value / values[0] for value in values], color=colour, linewidth=1.2)
-        axes.set_title(charts.label(name, 22), fontsize=11.5)
+        axes.set_title(one_line(name, 22), fontsize=11.5)
         axes.set_ylim(0, 1.05)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
+        axes.locator_params("x", nbins=4, integer=True, min_n_ticks=1)
         axes.set_yticks([0, 0.5, 1])
     for index in range(len(groups), len(panels)):
         panels[index].set_visible(False)
         panels[index - columns].tick_params(labelbottom=True)
     if last:
-        charts.colour_scale(figure, panels, (0, last), "{:.0f}".format, "layer")
-    return Drawing(figure)
+        canvas.colour_scale(panels, (0, last), "{:.0f}".format, "layer")
 
 
 # ---- On held-out data
@@ -342,13 +338,10 @@ def _truncation_figure(losses: HeldOutLosses) -> Figure:
     return Figure("half", partial(_draw_truncation, losses), f"{text}: {values}.", caption, wide=True)
 
 
-def _draw_truncation(losses: HeldOutLosses, width: float) -> Drawing:
-    from tailora.report import charts
-
-    rows = [charts.Estimate(name, cost.rise, cost.low, cost.high) for name, cost in _costs(losses).items()]
+def _draw_truncation(losses: HeldOutLosses, canvas: "Canvas") -> None:
+    rows = [Estimate(name, cost.rise, cost.low, cost.high) for name, cost in _costs(losses).items()]
     unit = "rise of held-out loss, nats per token"
-    figure, _ = charts.estimates(width, rows, unit, reference=0.0, form="+.4f", colours=[0] * len(rows))
-    return Drawing(figure)
+    canvas.estimates(rows, unit, reference=0.0, form="+.4f", colours=[0] * len(rows))
 
 
 def _truncation_table(losses: HeldOutLosses) -> Table:
@@ -394,22 +387,17 @@ def _forgetting(inspection: Inspection) -> list[Block | None]:
     return [Paragraph(text), Figure("dial", partial(_draw_dial, sorted(points)), alt, caption, wide=True)]
 
 
-def _draw_dial(points: Sequence[tuple[float, float, float]], width: float) -> Drawing:
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 280)
+def _draw_dial(points: Sequence[tuple[float, float, float]], canvas: "Canvas") -> None:
+    axes = canvas.new_axes(280, "strength", "held-out loss")
     strengths, losses, kls = zip(*points, strict=True)
     axes.plot(strengths, losses, "o-", color=SERIES[0], label="held-out loss")
-    axes.set_ylabel("held-out loss")
-    axes.set_xlabel("strength")
     right = axes.twinx()
     right.plot(strengths, kls, "s--", color=SERIES[1])
     axes.plot([], [], "s--", color=SERIES[1], label="KL from the base (right)")
     right.set_ylabel("KL")
     right.set_ylim(bottom=0)
     right.grid(visible=False)
-    charts.legend(figure, axes, 2)
-    return Drawing(figure)
+    canvas.legend(2)
 
 
 def _left_out_and_settings(inspection: Inspection) -> list[Block | None]:

@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from tailora.evaluation.statistics import Difference
-from tailora.report.blocks import Drawing, Figure
+from tailora.report.blocks import Estimate, Figure
 from tailora.report.colours import GRID
-from tailora.report.format import interval
+from tailora.report.format import interval, one_line
+
+if TYPE_CHECKING:  # matplotlib is an optional package
+    from tailora.report.charts import Canvas
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,12 @@ def losses_figure(rows: Sequence[JudgedLoss], base_loss: float) -> Figure | None
     )
 
 
-def _draw_losses(rows: Sequence[JudgedLoss], width: float) -> Drawing:
-    from tailora.report import charts
-
+def _draw_losses(rows: Sequence[JudgedLoss], canvas: "Canvas") -> None:
     estimates = []
     for row in rows:
         low, high = row.ends or (None, None)
-        estimates.append(charts.Estimate(row.name, row.loss, low, high, tuple(row.seed_losses)))
-    return Drawing(charts.estimates(width, estimates, "held-out loss, nats per token")[0])
+        estimates.append(Estimate(row.name, row.loss, low, high, row.seed_losses))
+    canvas.estimates(estimates, "held-out loss, nats per token")
 
 
 def differences_figure(rows: Sequence[JudgedLoss], reference: str, margin: float | None) -> Figure | None:
@@ -67,14 +69,11 @@ def differences_figure(rows: Sequence[JudgedLoss], reference: str, margin: float
     )
 
 
-def _draw_differences(rows: Sequence[JudgedLoss], reference: str, margin: float | None, width: float) -> Drawing:
-    from tailora.report import charts
-
+def _draw_differences(rows: Sequence[JudgedLoss], reference: str, margin: float | None, canvas: "Canvas") -> None:
     judged = [(number, row.name, row.difference) for number, row in enumerate(rows) if row.difference]
-    estimates = [charts.Estimate(name, d.value, d.low, d.high) for _, name, d in judged]
-    unit = f"loss − loss of {charts.label(reference, 18)}, nats per token"
+    estimates = [Estimate(name, apart.value, apart.low, apart.high) for _, name, apart in judged]
+    unit = f"loss − loss of {one_line(reference, 18)}, nats per token"
     colours = [number for number, _, _ in judged]  # those of the losses
-    figure, axes = charts.estimates(width, estimates, unit, reference=0.0, form="+.3f", colours=colours)
+    canvas.estimates(estimates, unit, reference=0.0, form="+.3f", colours=colours)
     if margin is not None:
-        axes.axvspan(-margin, margin, color=GRID, alpha=0.6, linewidth=0, zorder=0)
-    return Drawing(figure)
+        canvas.axes.axvspan(-margin, margin, color=GRID, alpha=0.6, linewidth=0, zorder=0)

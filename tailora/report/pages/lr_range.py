@@ -1,13 +1,17 @@
 """The page of `search --lr-only`: the held-out loss while the learning rate rises."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tailora.report.blocks import Code, Column, Drawing, Figure, Number, Page, Section, Table, settings_table
-from tailora.report.colours import SERIES, SOFT
+from tailora.report.blocks import Code, Column, Figure, Number, Page, Section, Table, settings_table
+from tailora.report.colours import DASHED, SERIES, SOFT
 from tailora.report.format import learning_rate
 from tailora.study.lr_range import RateRange
+
+if TYPE_CHECKING:  # matplotlib is an optional package
+    from tailora.report.charts import Canvas
 
 
 def lr_range_page(rates: RateRange) -> Page:
@@ -43,22 +47,17 @@ def _figure(rates: RateRange, suggestion: str, lowest: str) -> Figure:
     )
 
 
-def _draw(rates: RateRange, width: float) -> Drawing:
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 320)
+def _draw(rates: RateRange, canvas: "Canvas") -> None:
+    axes = canvas.new_axes(320, "learning rate", "held-out loss, nats per token")
     tried, losses = np.array(rates.curve).T
     axes.plot(tried, losses, color=SERIES[0], linewidth=2)
     top = rates.base_loss + 0.6 * rates.gain
     shown = losses <= top
     marks = axes.scatter(tried[shown], losses[shown], s=26, color=SERIES[0], zorder=3)
-    marks.set_gid("losses")
-    axes.axhline(rates.base_loss, color=SOFT, linewidth=1.2, linestyle=charts.DASHED)
+    axes.axhline(rates.base_loss, color=SOFT, linewidth=1.2, linestyle=DASHED)
     axes.axvline(rates.suggestion, color=SERIES[1], linewidth=2, label="suggested")
     axes.set_ylim(rates.base_loss - 1.15 * rates.gain, top)
-    charts.log_axis(axes, "x")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("held-out loss, nats per token")
-    charts.legend(figure, axes)
+    canvas.log_axis("x")
+    canvas.legend()
     tips = [f"{learning_rate(rate)}: {loss:.4f}" for rate, loss in rates.curve if loss <= top]
-    return Drawing(figure, {"losses": tips})
+    canvas.add_tips(marks, "losses", tips)

@@ -1,12 +1,12 @@
 """The page of a plan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from tailora.core.patterns import layer_index
 from tailora.report.blocks import (
     Column,
-    Drawing,
     Figure,
     HeatMap,
     Number,
@@ -16,11 +16,14 @@ from tailora.report.blocks import (
     Table,
     settings_table,
 )
-from tailora.report.colours import INK, SERIES
+from tailora.report.colours import DASHED, INK, SERIES
 from tailora.report.format import NONE, count, duration, plural, share
 from tailora.report.paths import short_names
 from tailora.study.plan import AdaptedModule, Plan
 from tailora.train.memory import format_bytes
+
+if TYPE_CHECKING:  # matplotlib is an optional package
+    from tailora.report.charts import Canvas
 
 NEAR = 2.0  # times the longest bar: memory that is further away is not drawn
 
@@ -110,11 +113,9 @@ def _memory_figure(plan: Plan) -> Figure:
     return Figure("memory", partial(_draw_memory, plan), alt, f"Memory by part.{limit}", wide=True)
 
 
-def _draw_memory(plan: Plan, width: float) -> Drawing:
-    from tailora.report import charts
-
+def _draw_memory(plan: Plan, canvas: "Canvas") -> None:
     ways = _ways(plan)
-    figure, axes = charts.canvas(width, 128 + 46 * len(ways))
+    axes = canvas.new_axes(128 + 46 * len(ways), "GB")
     starts = [0.0] * len(ways)
     for number, part in enumerate(part for part in plan.memory.to_dict() if part != "total"):
         sizes = [way[part] / 1e9 for way in ways.values()]
@@ -124,16 +125,14 @@ def _draw_memory(plan: Plan, width: float) -> Drawing:
     for y, (end, way) in enumerate(zip(starts, ways.values(), strict=True)):
         axes.annotate(format_bytes(way["total"]), (end, y), (6, 0), textcoords="offset points", va="center")
     if _limit_is_near(plan):
-        axes.axvline(plan.available_bytes / 1e9, color=INK, linewidth=1.3, linestyle=charts.DASHED)
+        axes.axvline(plan.available_bytes / 1e9, color=INK, linewidth=1.3, linestyle=DASHED)
     axes.set_yticks(range(len(ways)), list(ways))
     axes.set_ylim(len(ways) - 0.45, -0.55)
     axes.margins(x=0.18)
     axes.set_xlim(left=0)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel("GB")
-    charts.legend(figure, axes, 8 if width > 600 else 3)
-    return Drawing(figure)
+    canvas.legend(8 if canvas.wide else 3)
 
 
 def _steps(plan: Plan) -> str:
@@ -205,13 +204,7 @@ def _parameters(modules: Sequence[AdaptedModule]) -> Figure | None:
     values = ", ".join(f"{name} {count(number)}" for name, number in sums.items())
     alt = f"Trained parameters by matrix: {values}."
     caption = "Trained parameters of each matrix, over all layers."
-    return Figure("parameters", partial(_draw_parameters, sums), alt, caption, wide=True)
-
-
-def _draw_parameters(sums: Mapping[str, float], width: float) -> Drawing:
-    from tailora.report import charts
-
-    return charts.bars(width, sums, count, one_colour=True)
+    return Figure("parameters", lambda canvas: canvas.bars(sums, count, one_colour=True), alt, caption, wide=True)
 
 
 def _ranks(modules: Sequence[AdaptedModule]) -> HeatMap | None:

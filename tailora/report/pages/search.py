@@ -3,16 +3,19 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tailora.report.blocks import Code, Column, Drawing, Figure, Number, Page, Paragraph, Section, Table, settings_table
+from tailora.report.blocks import Code, Column, Figure, Number, Page, Paragraph, Section, Table, settings_table
 from tailora.report.colours import INK, PAPER, SERIES, SOFT
-from tailora.report.format import count, duration, interval, p_value, plural, setting, signed
+from tailora.report.format import count, duration, interval, one_line, p_value, plural, setting, signed
 from tailora.report.pages.losses import JudgedLoss, differences_figure, losses_figure
 from tailora.study.results import Candidate, Finalist, SearchResult
 from tailora.train.memory import format_bytes
+
+if TYPE_CHECKING:  # matplotlib is an optional package
+    from tailora.report.charts import Canvas
 
 SHOWN_TRIALS = 12  # in the terminal
 FEWEST_FOR_SURFACE = 4  # trials
@@ -142,32 +145,26 @@ def _history(search: SearchResult, done: Sequence[Candidate]) -> Figure | None:
     )
 
 
-def _draw_history(search: SearchResult, done: Sequence[Candidate], width: float) -> Drawing:
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 300)
+def _draw_history(search: SearchResult, done: Sequence[Candidate], canvas: "Canvas") -> None:
+    axes = canvas.new_axes(300, "trial", "loss, nats per token")
     early = [trial for trial in search.trials if trial not in done and trial.eval_loss is not None]
     best_so_far = np.minimum.accumulate([_loss(trial) for trial in done])
     numbers = [trial.number for trial in done]
     axes.step(numbers, best_so_far, where="post", color=SOFT, linewidth=1.3, label="best so far")
-    highest, tips = _highest_shown(search, done), {}
+    highest = _highest_shown(search, done)
     marks: dict[str, Any] = {"s": 46, "edgecolors": SERIES[0], "linewidths": 1.4, "zorder": 3}
     for name, trials, face in (("ended early", early, PAPER), ("ran to the end", done, SERIES[0])):
         if trials:
             losses = [min(_loss(trial), highest) for trial in trials]
             dots = axes.scatter([trial.number for trial in trials], losses, c=face, label=name, **marks)
-            dots.set_gid(name.replace(" ", "-"))
-            tips[name.replace(" ", "-")] = [_tip(trial) for trial in trials]
+            canvas.add_tips(dots, name.replace(" ", "-"), [_tip(trial) for trial in trials])
     rings: dict[str, Any] = {"facecolors": "none", "linewidths": 2, "zorder": 4}
     for place, (finalist, name) in enumerate(((search.best, "best"), (search.cheapest, "cheapest"))):
         losses = [_loss(trial) for trial in done if trial.number == finalist.number]
         x, colour = [finalist.number] * len(losses), SERIES[1 + place]
         axes.scatter(x, losses, s=170 + 90 * place, edgecolors=colour, label=name, **rings)
-    axes.set_xlabel("trial")
-    axes.set_ylabel("loss, nats per token")
-    charts.whole_numbers(axes, "x")
-    charts.legend(figure, axes, 5 if width > 600 else 3)
-    return Drawing(figure, tips)
+    canvas.whole_numbers("x")
+    canvas.legend(5 if canvas.wide else 3)
 
 
 def _curves(search: SearchResult) -> Figure | None:
@@ -181,10 +178,8 @@ def _curves(search: SearchResult) -> Figure | None:
     )
 
 
-def _draw_curves(search: SearchResult, width: float) -> Drawing:
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 300)
+def _draw_curves(search: SearchResult, canvas: "Canvas") -> None:
+    axes = canvas.new_axes(300, "step", "loss, nats per token")
     highest = _highest_shown(search, _done(search))
     for trial in search.trials:
         if len(trial.curve) > 1:
@@ -196,10 +191,7 @@ def _draw_curves(search: SearchResult, width: float) -> Drawing:
                 "alpha": 1 if best else 0.5,
             }
             axes.plot(steps, np.minimum(losses, highest), zorder=2 + best, **style)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
-    charts.whole_numbers(axes, "x")
-    return Drawing(figure)
+    canvas.whole_numbers("x")
 
 
 def _cost(done: Sequence[Candidate]) -> Figure | None:
@@ -211,10 +203,8 @@ def _cost(done: Sequence[Candidate]) -> Figure | None:
     return Figure("cost", partial(_draw_cost, trials), alt, caption)
 
 
-def _draw_cost(trials: Sequence[Candidate], width: float) -> Drawing:
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 300)
+def _draw_cost(trials: Sequence[Candidate], canvas: "Canvas") -> None:
+    axes = canvas.new_axes(300, "trained parameters", "loss, nats per token")
     points = [(float(trial.trainable_parameters or 1), _loss(trial)) for trial in trials]
     front: list[tuple[float, float]] = []
     for cost, loss in sorted(points):
@@ -223,11 +213,8 @@ def _draw_cost(trials: Sequence[Candidate], width: float) -> Drawing:
     axes.plot(*zip(*front, strict=True), color=SERIES[1], linewidth=1.6)
     x, y = zip(*points, strict=True)
     marks = axes.scatter(x, y, s=46, color=SERIES[0], edgecolors=PAPER, zorder=3)
-    marks.set_gid("costs")
-    charts.log_axis(axes, "x", count)
-    axes.set_xlabel("trained parameters")
-    axes.set_ylabel("loss, nats per token")
-    return Drawing(figure, {"costs": [_tip(trial) for trial in trials]})
+    canvas.add_tips(marks, "costs", [_tip(trial) for trial in trials])
+    canvas.log_axis("x", count)
 
 
 # ---- Settings that matter
@@ -247,29 +234,25 @@ def _rate_and_rank(search: SearchResult, done: Sequence[Candidate]) -> Figure | 
     )
 
 
-def _draw_surface(trials: Sequence[Candidate], best: int, width: float) -> Drawing:
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 380)
+def _draw_surface(trials: Sequence[Candidate], best: int, canvas: "Canvas") -> None:
+    axes = canvas.new_axes(380, "learning rate", "rank")
     rates = [float(trial.settings["learning_rate"]) for trial in trials]
     ranks = [float(trial.settings["r"]) for trial in trials]
     losses = [_loss(trial) for trial in trials]
     low, high = min(losses), float(np.quantile(losses, WORST_COLOUR))
     high = high if high > low else low + 1e-3
-    charts.surface(axes, rates, ranks, losses, low, high)
+    marks = canvas.surface(rates, ranks, losses, low, high)
+    canvas.add_tips(marks, "points", [_tip(trial) for trial in trials])
     for trial, rate, rank in zip(trials, rates, ranks, strict=True):
         if trial.number == best:
             for thickness, colour in ((5, PAPER), (2.2, INK)):
                 ring: dict[str, Any] = {"facecolors": "none", "edgecolors": colour, "linewidths": thickness}
                 axes.scatter([rate], [rank], s=230, zorder=4, **ring)
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("rank")
     axes.use_sticky_edges = False
     axes.margins(0.06)
-    charts.log_axis(axes, "x")
-    charts.powers_axis(axes, "y", ranks)
-    charts.colour_scale(figure, axes, (-high, -low), lambda number: f"{-number:.3f}", "loss, capped")
-    return Drawing(figure, {"points": [_tip(trial) for trial in trials]})
+    canvas.log_axis("x")
+    canvas.powers_axis("y", ranks)
+    canvas.colour_scale(axes, (-high, -low), lambda number: f"{-number:.3f}", "loss, capped")
 
 
 def _ranked(search: SearchResult) -> dict[str, float]:
@@ -285,13 +268,14 @@ def _importances(search: SearchResult) -> Figure | None:
     if not search.importances:
         return None
 
-    def draw(width: float) -> Drawing:
-        from tailora.report import charts
-
-        return charts.bars(width, _ranked(search), "{:.0%}".format, one_colour=True)
-
     alt = f"Importance of each setting, from high to low: {', '.join(_ranked(search))}."
-    return Figure("importances", draw, alt, "Importance of each setting.", wide=True)
+    return Figure(
+        "importances",
+        lambda canvas: canvas.bars(_ranked(search), "{:.0%}".format, one_colour=True),
+        alt,
+        "Importance of each setting.",
+        wide=True,
+    )
 
 
 def _slices(done: Sequence[Candidate]) -> list[Figure]:
@@ -312,24 +296,20 @@ def _slices(done: Sequence[Candidate]) -> list[Figure]:
     ]
 
 
-def _draw_slice(points: Sequence[tuple[Any, float]], width: float) -> Drawing:
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 220)
+def _draw_slice(points: Sequence[tuple[Any, float]], canvas: "Canvas") -> None:
+    axes = canvas.new_axes(220, "", "loss")
     values, losses = [value for value, _ in points], [loss for _, loss in points]
     are_numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     names = list(dict.fromkeys(map(setting, sorted(values) if are_numbers else values)))
     named = not are_numbers or len(names) <= FEW_VALUES
     x = [names.index(setting(value)) for value in values] if named else values
     marks = axes.scatter(x, losses, s=40, color=SERIES[0], alpha=0.75, edgecolors=PAPER, linewidths=1)
-    marks.set_gid("trials")
+    canvas.add_tips(marks, "trials", [f"{setting(value)}: {loss:.4f}" for value, loss in points])
     if named:
-        axes.set_xticks(range(len(names)), [charts.label(name, 64 // len(names)) for name in names])
+        axes.set_xticks(range(len(names)), [one_line(name, 64 // len(names)) for name in names])
         axes.set_xlim(-0.5, len(names) - 0.5)
     elif min(values) > 0 and max(values) >= WIDE_RANGE * min(values):
-        charts.log_axis(axes, "x")
-    axes.set_ylabel("loss")
-    return Drawing(figure, {"trials": [f"{setting(value)}: {loss:.4f}" for value, loss in points]})
+        canvas.log_axis("x")
 
 
 # ---- Finalists

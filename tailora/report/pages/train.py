@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tailora.report.blocks import Answers, Block, Drawing, Figure, Number, Page, Paragraph, Section, settings_table
-from tailora.report.colours import INK, SERIES, SOFT
+from tailora.report.blocks import Answers, Block, Figure, Number, Page, Paragraph, Section, settings_table
+from tailora.report.colours import DASHED, INK, SERIES, SOFT
 from tailora.report.format import count, duration, interval, plural, share
 from tailora.report.train_report import HeldOut, Result, Step, TrainReport
 from tailora.train.memory import format_bytes
+
+if TYPE_CHECKING:  # matplotlib is an optional package
+    from tailora.report.charts import Canvas
 
 MOST_MARKS = 1000  # of a scatter plot
 COLUMNS = [  # of metrics.jsonl -> unit, caption
@@ -83,22 +86,17 @@ def _loss(report: TrainReport) -> Figure | None:
     return Figure("loss", partial(_draw_loss, report), alt, caption, wide=True)
 
 
-def _draw_loss(report: TrainReport, width: float) -> Drawing:
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 320 if width > 600 else 280)
+def _draw_loss(report: TrainReport, canvas: "Canvas") -> None:
+    axes = canvas.new_axes(320 if canvas.wide else 280, "step", "loss, nats per token")
     losses = [step.loss for step in report.steps]
-    charts.loss_curves(axes, [losses], SERIES[0], "training, running mean")
+    canvas.losses([losses], SERIES[0], "training, running mean")
     if report.evaluations:
         steps = [evaluation.step for evaluation in report.evaluations]
         losses = [evaluation.loss for evaluation in report.evaluations]
         axes.plot(steps, losses, "o-", color=SERIES[1], markersize=7, linewidth=1.5, label="held out")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
-    charts.whole_numbers(axes, "x")
+    canvas.whole_numbers("x")
     axes.margins(x=0.02)
-    charts.legend(figure, axes)
-    return Drawing(figure)
+    canvas.legend()
 
 
 # ---- Held-out examples
@@ -123,21 +121,16 @@ def _examples(held_out: HeldOut) -> Figure:
     return Figure("examples", partial(_draw_examples, held_out), alt, caption)
 
 
-def _draw_examples(held_out: HeldOut, width: float) -> Drawing:
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 330)
+def _draw_examples(held_out: HeldOut, canvas: "Canvas") -> None:
+    axes = canvas.new_axes(330, "loss before", "loss after")
     before, after = _per_token(held_out)
     every = 1 + len(before) // MOST_MARKS
     before, after = before[::every], after[::every]
     marks = axes.scatter(before, after, s=26, color=SERIES[0], alpha=0.6, linewidths=0)
-    marks.set_gid("examples")
     ends = [min(*before, *after), max(*before, *after)]
-    axes.plot(ends, ends, color=SOFT, linewidth=1.2, linestyle=charts.DASHED)
-    axes.set_xlabel("loss before")
-    axes.set_ylabel("loss after")
+    axes.plot(ends, ends, color=SOFT, linewidth=1.2, linestyle=DASHED)
     tips = [f"{first:.3f} to {second:.3f}" for first, second in zip(before, after, strict=True)]
-    return Drawing(figure, {"examples": tips})
+    canvas.add_tips(marks, "examples", tips)
 
 
 def _changes(held_out: HeldOut) -> Figure:
@@ -146,19 +139,14 @@ def _changes(held_out: HeldOut) -> Figure:
     return Figure("changes", partial(_draw_changes, held_out), alt, caption)
 
 
-def _draw_changes(held_out: HeldOut, width: float) -> Drawing:
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 330)
+def _draw_changes(held_out: HeldOut, canvas: "Canvas") -> None:
+    axes = canvas.new_axes(330, "change, nats per token", "examples")
     before, after = map(np.array, _per_token(held_out))
     bins = min(30, max(5, len(before) // 4))
     axes.hist(after - before, bins=bins, color=SERIES[0], alpha=0.85, rwidth=0.92)
-    axes.axvline(0, color=INK, linewidth=1.2, linestyle=charts.DASHED)
-    axes.set_xlabel("change, nats per token")
-    axes.set_ylabel("examples")
-    charts.whole_numbers(axes, "y")
+    axes.axvline(0, color=INK, linewidth=1.2, linestyle=DASHED)
+    canvas.whole_numbers("y")
     axes.grid(visible=False, axis="x")
-    return Drawing(figure)
 
 
 # ---- Answers, the course of the run, settings
@@ -186,20 +174,15 @@ def _course(steps: Sequence[Step]) -> list[Figure]:
     ]
 
 
-def _draw_column(steps: Sequence[Step], name: str, unit: str, width: float) -> Drawing:
-    from tailora.report import charts
-
-    figure, axes = charts.canvas(width, 200)
+def _draw_column(steps: Sequence[Step], name: str, unit: str, canvas: "Canvas") -> None:
+    axes = canvas.new_axes(200, "step", unit)
     values = np.array([getattr(step, name) for step in steps]) / (1e9 if name == "memory_bytes" else 1)
     axes.plot([step.step for step in steps], values, color=SERIES[0])
-    axes.set_ylabel(unit)
-    axes.set_xlabel("step")
-    charts.whole_numbers(axes, "x")
+    canvas.whole_numbers("x")
     if name == "grad_norm" and values.min() > 0 and values.max() > 30 * values.min():
-        charts.log_axis(axes, "y")
+        canvas.log_axis("y")
     elif name != "tokens_per_second":
         axes.set_ylim(bottom=0)
-    return Drawing(figure)
 
 
 def _origin(report: TrainReport) -> list[Block | None]:
