@@ -1,4 +1,4 @@
-"""`tailora compare`: LoRA against full fine-tuning on the user's own model and data."""
+"""`tailora compare`: compares LoRA with full fine-tuning on the user's own model and data."""
 
 import shlex
 import sys
@@ -19,11 +19,11 @@ from tailora.study.config import AT_THE_END, FULL, LORA, CompareConfig
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 
-# ---- What the commands of studies share: a line that shows the step, and what to type after Ctrl-C.
+# ---- What compare and search share
 
 
 def bar(console: Console) -> Callable[[int, int, float], None] | None:
-    """One line that is written over, on a terminal only."""
+    """Returns a function that shows the step on one line of a terminal; None elsewhere."""
     if not on_terminal(console):
         return None
 
@@ -36,15 +36,15 @@ def bar(console: Console) -> Callable[[int, int, float], None] | None:
 
 @contextmanager
 def resumable(output_dir: str) -> Iterator[None]:
-    """Ctrl-C says where the finished runs are and which command goes on."""
+    """Makes Ctrl-C say where the finished runs are and which command resumes."""
     try:
         yield
     except KeyboardInterrupt:
-        again = shlex.join(["tailora", *sys.argv[1:]])
-        raise KeyboardInterrupt(f"finished runs are in {output_dir}; to go on:\n{again}") from None
+        command = shlex.join(["tailora", *sys.argv[1:]])
+        raise KeyboardInterrupt(f"finished runs are in {output_dir}; to resume:\n{command}") from None
 
 
-# ----
+# ---- The command
 
 
 OWN = CompareConfig.model_fields
@@ -61,7 +61,7 @@ Arms = Annotated[
         name="--arm",
         negative=(),
         group=STUDY,
-        help="NAME:setting=value,...; repeatable; without it one arm, 'lora', with the settings below",
+        help="way of training, as NAME:setting=value,...; repeatable; default: lora with the settings below",
     ),
 ]
 
@@ -70,14 +70,14 @@ def compare(
     *,
     config: ConfigFile = None,
     arm: Arms = None,
-    full: Annotated[bool, Parameter(group=STUDY, help="an arm of full fine-tuning, too")] = True,
+    full: Annotated[bool, Parameter(group=STUDY, help="also compare full fine-tuning")] = True,
     study: StudyFlags = None,
     json: Json = False,
     flags: Flags = None,
 ) -> int:
-    """Compare LoRA with full fine-tuning, each at a learning rate of its own, over several seeds.
+    """Compare LoRA with full fine-tuning on your model and data.
 
-    Interrupted, the same command goes on.
+    Each gets a learning rate of its own and is trained with several seeds. After Ctrl-C the same command resumes.
     """
     require_packages("scipy", extra="study")
     in_file = {name: value for name, value in (read_config_file(config) if config else {}).items() if name in OWN}
@@ -86,7 +86,7 @@ def compare(
 
 
 def _arms(typed: list[str] | None, full: bool, in_file: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arms of the flags; {} leaves those of the file."""
+    """Returns the arms that the flags give, or {} if those of the file count."""
     if typed is None and "arms" in in_file:
         return {}
     arms = dict(map(_arm, typed)) if typed else {LORA: {}}
@@ -103,7 +103,7 @@ def _arm(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _run(chosen: Settings, study: CompareConfig, as_json: bool) -> int:
-    from tailora.report.pages.compare import compare_page  # torch from here on
+    from tailora.report.pages.compare import compare_page  # loads torch
     from tailora.study.compare import compare as run
 
     for text in chosen.notes:

@@ -1,7 +1,5 @@
 """`tailora inspect ADAPTER`: what an adapter has learned, where, and what follows from it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`tailora plan`: what would be trained, what it takes and how long, before any training."""
+"""`tailora plan`: shows what a run would train, the memory and the time that it takes."""
 
 import re
 from pathlib import Path
@@ -18,8 +18,10 @@ Flags: Any = flags_of(TrainConfig, only=FIELDS.keys() - LEFT_OUT)
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 SIZE = re.compile(rf"([\d.]+(?:e\d+)?) ?({'|'.join(filter(None, UNITS))})?B?", re.IGNORECASE)
 
-Measure = Annotated[bool, Parameter(negative=(), help="take a few real steps, too, and go by them", show_default=False)]
-Room = Annotated[str | None, Parameter(name="--memory", help="memory to fit into, 8GB say; without it, what is free")]
+Measure = Annotated[bool, Parameter(negative=(), help="also measure a few real steps", show_default=False)]
+Memory = Annotated[
+    str | None, Parameter(name="--memory", help="memory to fit into, such as 8GB; default: what is free")
+]
 OutputDir = Annotated[Path | None, Parameter(name="--output-dir", help="folder for a report with all numbers")]
 
 
@@ -27,36 +29,37 @@ def plan(
     *,
     config: ConfigFile = None,
     measure: Measure = False,
-    memory: Room = None,
+    memory: Memory = None,
     output_dir: OutputDir = None,
     json: Json = False,
     flags: Flags = None,
 ) -> int:
-    """Show what a run would train, whether it fits, and how long it takes; no weights are read unless --measure.
+    """Show what a run would train, whether it fits, and how long it takes.
 
-    The flags are those of `tailora train`. Without --data every example is taken to have --max-length tokens.
+    The flags are those of tailora train. Weights are read only with --measure. Without --data all examples are
+    assumed to have --max-length tokens.
     """
-    room = None if memory is None else bytes_of(memory)
-    chosen = merge_settings(flags, config)
-    for text in chosen.notes:
+    available = None if memory is None else bytes_of(memory)
+    settings = merge_settings(flags, config)
+    for text in settings.notes:
         note(text)
-    from tailora.report.pages.plan import plan_page  # torch from here on
+    from tailora.report.pages.plan import plan_page  # loads torch
     from tailora.study.plan import plan as run
 
-    found = run(chosen.config, measure, memory=room, output_dir=output_dir, log=log)
+    report = run(settings.config, measure, memory=available, output_dir=output_dir, log=log)
     if json:
-        print_json(found.to_dict())
+        print_json(report.to_dict())
     else:
-        print_page(stdout(), plan_page(found))
+        print_page(stdout(), plan_page(report))
     if output_dir is not None:
         log(write_page_if_possible(output_dir))
     return 0
 
 
 def bytes_of(text: str) -> int:
-    """'8GB', '512 MiB', '8e9'. Raises ConfigError."""
-    if (found := SIZE.fullmatch(text.strip())) is not None:
-        number, unit = found.groups()
+    """Returns the bytes of a size such as 8GB, 512 MiB or 8e9. Raises ConfigError."""
+    if (match := SIZE.fullmatch(text.strip())) is not None:
+        number, unit = match.groups()
         scale = next(size for name, size in UNITS.items() if name.lower() == (unit or "").lower())
         try:
             return int(float(number) * scale)

@@ -1,4 +1,4 @@
-"""`tailora report`: the page of a run or a study, made again."""
+"""`tailora report`: writes the page of a run or a study again."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,15 +11,15 @@ from tailora.errors import ConfigError
 from tailora.formats.run_folder import REPORT, RUN
 from tailora.report.files import write_page
 
-Folder = Annotated[Path, Parameter(help="of a run, comparison, search, plan or inspection")]
+Folder = Annotated[Path, Parameter(help="output folder of a run, plan, comparison, search, evaluation or inspection")]
 
 
 def report(folder: Folder, /, *, json: Json = False) -> int:
-    """Make report.html again, from what FOLDER holds."""
+    """Write report.html again, from the files in FOLDER."""
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder; give the output folder of a run or a study")
+        raise ConfigError(f"{folder} is not a folder; give the output folder of a run or a study")
     if (folder / RUN).exists():
-        from tailora.report.train_report import write_train_report  # torch
+        from tailora.report.train_report import write_train_report  # loads torch
 
         write_train_report(folder)
     page = write_page(folder)

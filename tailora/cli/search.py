@@ -1,4 +1,4 @@
-"""`tailora search`: the best settings for the user's own model and data, and the cheapest that are as good."""
+"""`tailora search`: searches the best settings for the user's own model and data, and the cheapest as good ones."""
 
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ StudyFlags: Any = flags_of(SearchConfig, sections={"trials": "Search"})
 
 
 def search(*, config: ConfigFile = None, study: StudyFlags = None, json: Json = False, flags: Flags = None) -> int:
-    """Search learning rate, rank, alpha, targets, dropout and LoRA+ ratio; --space says what else, or which values.
+    """Search the best settings, and the cheapest that are as good.
 
-    A setting with a value is not searched. Interrupted, the same command goes on; started again beside itself, or on
-    another machine with the same --storage, it joins.
+    Searched are learning rate, rank, alpha, targets, dropout and the LoRA+ ratio; --space adds settings or limits
+    their values. A setting that is given is not searched. After Ctrl-C the same command resumes; started a second
+    time, or on another machine with the same --storage, it helps.
     """
     require_packages("optuna", "scipy", extra="study")
     in_file = {name: value for name, value in (read_config_file(config) if config else {}).items() if name in OWN}
@@ -42,19 +43,19 @@ def _run(chosen: Settings, study: SearchConfig, as_json: bool) -> int:
     from tailora.report.pages.lr_range import lr_range_page
     from tailora.report.pages.search import search_page
     from tailora.study.lr_range import find_range
-    from tailora.study.search import search as run  # Optuna from here on
+    from tailora.study.search import search as run  # loads torch and Optuna
 
     for text in chosen.notes:
         note(text)
     console = stderr()
     work, make_page = (find_range, lr_range_page) if study.lr_only else (run, search_page)
     with resumable(chosen.config.output_dir):
-        found: Any = work(
+        result: Any = work(
             chosen.config, study, log=lambda text: console.print(text, markup=False), progress=bar(console)
         )
     if as_json:
-        print_json(found.to_dict())
+        print_json(result.to_dict())
     else:
-        print_page(stdout(), make_page(found))
+        print_page(stdout(), make_page(result))
     log(write_page_if_possible(Path(chosen.config.output_dir)))
     return 0

@@ -43,11 +43,11 @@ class CompareConfig(StrictModel):
     arms: dict[str, dict[str, Any]] = Field(
         {LORA: {}, FULL: {"method": "full"}}, description="name -> settings that differ"
     )
-    seeds: int = Field(3, ge=1, le=100, description="runs of each arm at its own best rate")
-    rate_tries: int = Field(5, ge=1, le=50, description="runs of each arm to find its learning rate")
-    minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time for everything")
-    margin: float = Field(0.02, gt=0, allow_inf_nan=False, description="nats per token that make no difference")
-    forgetting_data: str | None = Field(None, description="texts of other tasks; by default what the base writes")
+    seeds: int = Field(3, ge=1, le=100, description="runs of each arm at its best learning rate")
+    rate_tries: int = Field(5, ge=1, le=50, description="runs of each arm to find its best learning rate")
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time limit for the whole study")
+    margin: float = Field(0.02, gt=0, allow_inf_nan=False, description="nats per token that do not matter")
+    forgetting_data: str | None = Field(None, description="texts not about the task; default: the base model's")
 
     @model_validator(mode="after")
     def _arms_differ(self) -> Self:
@@ -84,18 +84,18 @@ def arm_settings(train: TrainConfig, study: CompareConfig, arm: str, **fixed: An
 class SearchConfig(StrictModel):
     """A search. Without trials and minutes there are 20 trials."""
 
-    trials: int | None = Field(None, ge=2, le=10**6, description="settings to try; 20 without --minutes")
-    minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time for everything")
+    trials: int | None = Field(None, ge=2, le=10**6, description="number of trials; 20 without --minutes")
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time limit for the whole study")
     space: dict[str, Any] = Field(
-        {}, description="setting -> values 4,8,16, range 1e-4..1e-2 or one fixed value; see docs"
+        {}, description="values of a setting to search: 4,8,16 or 1e-4..1e-2, or one; see docs/studies.md"
     )
-    seeds: int = Field(3, ge=1, le=100, description="runs that judge each finalist")
-    finalists: int = Field(3, ge=1, le=20, description="settings that are judged: the best, and cheaper ones near it")
-    margin: float = Field(0.02, gt=0, allow_inf_nan=False, description="nats per token that make no difference")
+    seeds: int = Field(3, ge=1, le=100, description="runs of each finalist")
+    finalists: int = Field(3, ge=1, le=20, description="trials compared at the end: the best, and cheaper ones")
+    margin: float = Field(0.02, gt=0, allow_inf_nan=False, description="nats per token that do not matter")
     storage: str | None = Field(
-        None, description="database of the study, for machines that share no folder: postgresql://..., sqlite:///..."
+        None, description="database of the search, to share it between machines: postgresql://... or sqlite:///..."
     )
-    lr_only: bool = Field(False, description="find the useful learning rates by one run, and nothing else")
+    lr_only: bool = Field(False, description="only find the useful range of learning rates, in one run")
 
     @model_validator(mode="after")
     def _space_is_read(self) -> Self:

@@ -1,5 +1,6 @@
 """Exit codes, messages, streams."""
 
+import io
 import json
 import os
 import resource
@@ -11,16 +12,22 @@ import pytest
 import torch
 
 from tailora import errors
-from tailora.cli.main import exit_code, main
+from tailora.cli.main import COMMANDS, exit_code, main
 
 TAILORA = [sys.executable, "-m", "tailora.cli"]
 
 
-@pytest.mark.parametrize("tokens", [["--help"], [], ["train", "--help"], ["demo", "--help"], ["--version"]])
-def test_help_and_version_exit_with_0(tokens: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("tokens", [["--help"], [], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_and_version_exit_with_0(
+    tokens: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(tokens) == 0
     shown = capsys.readouterr()
     assert shown.out
+    assert max(map(len, shown.out.splitlines())) <= 80
+    if len(tokens) == 2:
+        assert COMMANDS[tokens[0]][1].rstrip(".") in " ".join(shown.out.split())
     assert not shown.err
 
 
@@ -77,13 +84,15 @@ def test_each_error_has_its_exit_code(error: BaseException, code: int) -> None:
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from tailora.cli.main import main; assert main(['--help']) == main(['train', '--help']) == 0;"
+        "import sys; from tailora.cli.main import COMMANDS, main; assert main(['--help']) == 0;"
+        "assert not any(main([name, '--help']) for name in COMMANDS);"
         "print({'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "set()"
 
 
+@pytest.mark.slow
 def test_help_costs_at_most_half_the_cpu_time_of_importing_torch() -> None:
     assert cpu_seconds([*TAILORA, "--help"]) <= 0.5 * cpu_seconds([sys.executable, "-c", "import torch"])
 
@@ -156,15 +165,22 @@ def test_out_of_memory_anywhere_is_a_message_with_what_helps(
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 @pytest.mark.parametrize("flags", [["--json"], []], ids=["json", "table"])
 def test_any_text_can_be_shown_in_any_encoding(
-    encoding: str, flags: list[str], tiny_model: Path, tmp_path: Path
+    encoding: str, flags: list[str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"prompt": f"Grüße {number}", "completion": "雪 ☃"} for number in range(4)]
     (tmp_path / "snow.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [*TAILORA, "data", str(tmp_path / "snow.jsonl"), "--model", str(tiny_model), "--rows", "4", *flags]
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, encoding=encoding, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "\\u96ea" in done.stdout
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert main(["data", str(tmp_path / "snow.jsonl"), "--model", str(tiny_model), "--rows", "4", *flags]) == 0
+    assert b"\\u96ea" in stdout.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_streams_of_a_process_take_any_text(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [*TAILORA, "train", "--config", str(tmp_path / "雪.yaml")]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="ascii", check=False)
+    assert done.returncode == 2
+    assert "\\u96ea.yaml: No such file" in done.stderr
 
 
 def test_run_as_a_module_it_is_the_same_program(tmp_path: Path) -> None:
