@@ -44,9 +44,9 @@ def export(
     quantize: Quantize = None,
     json: Json = False,
 ) -> int:
-    """Export an adapter to another program, or merge it into its base model.
+    """Export an adapter to llama.cpp, Ollama, vLLM, mlx-lm or PEFT, or merge it.
 
-    The result is read back and must compute the same.
+    The result is read back and must compute the same as the model with its adapter.
     """
     path = find_adapter(adapter)
     base = base_model_name(model, [path])

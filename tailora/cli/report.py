@@ -15,7 +15,7 @@ Folder = Annotated[Path, Parameter(help="output folder of a run, plan, compariso
 
 
 def report(folder: Folder, /, *, json: Json = False) -> int:
-    """Write report.html again, from the files in FOLDER."""
+    """Write the report.html of a run or a study again, from the files in FOLDER."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give the output folder of a run or a study")
     if (folder / RUN).exists():
