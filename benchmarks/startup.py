@@ -22,8 +22,7 @@ import measure
 
 FLAGS = ["--model", "demo", "--data", "demo", "--validation-split", "0", "--samples", "0", "--max-steps", "1"]
 TICKS = os.sysconf("SC_CLK_TCK")  # of the clock in /proc, per second
-CALLERS = ("tailora/train/trainer.py", "tailora/train/setup.py")  # the parts are what the functions in these files call
-OTHER = "torch and others, called by the trainer itself"
+PARENTS = {("trainer.py", "train"), ("trainer.py", "setup")}  # of class Trainer; the parts are what they call
 
 
 def cells(quick: bool) -> list[measure.Cell]:
@@ -88,16 +87,16 @@ def profile(flags: list[str]) -> dict[str, Any]:
 
 
 def parts(stats: pstats.Stats) -> dict[str, float]:
-    """Returns the seconds of what the functions in CALLERS call, by "file.function"; of tailora's functions only."""
+    """Returns the seconds of what the functions in PARENTS call, by "file.function", PARENTS themselves left out."""
     seconds: dict[str, float] = {}
     for (file, _line, name), (*_numbers, callers) in stats.stats.items():  # type: ignore[attr-defined]
-        if file.endswith(CALLERS):
+        if (Path(file).name, name) in PARENTS:
             continue
-        key = f"{Path(file).stem}.{name}" if "/tailora/" in file else OTHER
-        for (calling_file, *_), (*_counts, cumulative) in callers.items():
-            if calling_file.endswith(CALLERS):
+        for (calling_file, _, calling_name), (*_counts, cumulative) in callers.items():
+            if (Path(calling_file).name, calling_name) in PARENTS and cumulative > 0.01:
+                key = f"{Path(file).stem}.{name}"
                 seconds[key] = seconds.get(key, 0.0) + cumulative
-    return dict(sorted(((name, s) for name, s in seconds.items() if s > 0.01), key=lambda part: -part[1]))
+    return dict(sorted(seconds.items(), key=lambda part: -part[1]))
 
 
 if __name__ == "__main__":
