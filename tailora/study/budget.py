@@ -93,19 +93,19 @@ def measure_costs(session: StudySession, spec: TrialSpec, path: Path) -> tuple[C
     trial = session.trial(spec, path)
     if not trial.done:
         raise ConfigError(f"{TIMING_STEPS} steps at a learning rate of {TIMING_RATE:g} already fail: {trial.message}")
-    return costs_of(trial, session.seconds - started, halves=1 if spec.choosing else 2), trial
+    return costs_of(trial, session.seconds - started, choosing=spec.choosing), trial
 
 
-def costs_of(trial: Trial, seconds: float, *, halves: int) -> Costs:
+def costs_of(trial: Trial, seconds: float, *, choosing: bool) -> Costs:
     """seconds: that the trial took just now; nearly none for a trial that was made before.
-    halves: how many halves of the held-out examples it evaluated.
+    choosing: whether it evaluated the choosing half of the held-out examples only.
     """
     forgetting, writing = (trial.numbers.get(f"{part}_seconds", 0.0) for part in ("forgetting", "writing"))
     total = max(seconds, trial.numbers["seconds"] + forgetting + writing)
     return Costs(
         fixed=total - sum(trial.step_seconds) - sum(trial.evaluation_seconds) - forgetting - writing,
         step=median(trial.step_seconds),
-        evaluation=min(trial.evaluation_seconds) / halves,  # not one that something held up
+        evaluation=min(trial.evaluation_seconds) / (1 if choosing else 2),  # not one that something held up
         forgetting=forgetting,
     )
 

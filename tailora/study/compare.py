@@ -161,7 +161,7 @@ class _Comparison:
         begun, rate = self.session.seconds, self.study.first_rate(arm) / 100
         trial = self._trial(arm, "probe", judging=True, learning_rate=rate, max_steps=TIMING_STEPS)
         if trial.done:
-            self.costs[arm] = costs_of(trial, self.session.seconds - begun, halves=2)
+            self.costs[arm] = costs_of(trial, self.session.seconds - begun, choosing=False)
             self.base[arm, True] = on_choosing_half(trial.base)
             self.longest = longest_run(self.train, trial.numbers["examples"])
 

@@ -98,7 +98,7 @@ def judge_arms(
         for arm in arms
         if arm.name in done
     ]
-    verdict, subject = compare_verdict(standings, reference, study.margin, failures)
+    verdict, arm = compare_verdict(standings, reference, study.margin, failures)
     return Comparison(
         arms=arms,
         reference=reference,
@@ -107,7 +107,7 @@ def judge_arms(
         seeds=judgement.seeds,
         judged_examples=judgement.examples,
         verdict=verdict,
-        p_value=judgement.p_values.get(subject) if subject else None,
+        p_value=judgement.p_values.get(arm) if arm else None,
         p_values=judgement.p_values,
         notes=notes,
         settings=settings,

@@ -39,14 +39,11 @@ from tailora.train.config_file import read_config_file
 
 optuna_study.HEARTBEAT, optuna_study.GRACE = {HEARTBEAT}, {GRACE}
 train, study = map(json.loads, sys.argv[2:])
-runs = []
 
 def run_trial(spec, folder, listen):
-    runs.append(folder)
     if sys.argv[1] == "killed" and folder.name == "0001":
         time.sleep(600)  # until it is killed
-    in_a_process = sys.argv[1] == "joins" and len(runs) == 1
-    return (run_in_subprocess if in_a_process else run_here)(spec, folder, listen)
+    return run_here(spec, folder, listen)
 
 log = lambda text: print(text, file=sys.stderr, flush=True)
 print(json.dumps(search(TrainConfig(**train), SearchConfig(**study), log, run_trial=run_trial).to_dict()))
