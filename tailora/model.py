@@ -228,7 +228,7 @@ class LoRAModel(nn.Module):
         """Deletes an adapter. If it was active, the others that were stay so."""
         self._merge_state.check_unmerged("delete an adapter")
         self._adapter_set.check_no_batch("delete an adapter")
-        self.set_adapter([other for other in self.active_adapters if other != name])
+        self.set_adapter([active for active in self.active_adapters if active != name])
         self._adapter_set.remove(name)
 
     def set_adapter(self, name: str | Iterable[str] | None) -> None:
@@ -304,8 +304,8 @@ class LoRAModel(nn.Module):
         self._merge_state.check_unmerged("start from data")
         run = data_init.passes(self, batches, loss, name, adapter.config)
         with self.disable_adapter(), evaluating(self):
-            started = data_init.start_from_data(adapter, self.base_model, run, rho)
-        self._replace_adapter(name, started)
+            initialised = data_init.start_from_data(adapter, self.base_model, run, rho)
+        self._replace_adapter(name, initialised)
 
     def allocate_ranks(
         self, optimizer: torch.optim.Optimizer, total_steps: int, *, name: str = "default"

@@ -330,8 +330,10 @@ def extra_targets(
             setting = "target_modules" if owner in adapted else "modules_to_save"
             tie = f", tied to {heads[path]}" if path in heads else ""
             problems.append(f"{path}{tie} is in trainable_token_indices and in {setting}; take one")
-    if other := [path for path in heads if not isinstance(modules[path], nn.Linear)]:
-        problems.append(f"trainable_token_indices: tied to what is neither embedding nor linear: {', '.join(other)}")
+    if unsupported := [path for path in heads if not isinstance(modules[path], nn.Linear)]:
+        problems.append(
+            f"trainable_token_indices: tied to what is neither embedding nor linear: {', '.join(unsupported)}"
+        )
     biases: list[str] = []
     if config.bias == "all":
         biases, bias_problems = _bias_targets(modules, adapted, saved)
@@ -388,7 +390,7 @@ def _token_problems(module: Any, indices: list[int]) -> list[str]:
 def _tied_to(modules: Modules, path: str) -> list[str]:
     """Paths of the other modules that have the same weight."""
     weight = modules[path].weight
-    return [other for other, module in modules.items() if other != path and module._parameters.get("weight") is weight]
+    return [tied for tied, module in modules.items() if tied != path and module._parameters.get("weight") is weight]
 
 
 def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[str]) -> tuple[list[str], list[str]]:
