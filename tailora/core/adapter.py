@@ -17,7 +17,7 @@ from tailora.core.config import LoRAConfig
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias
 from tailora.core.init import DATA_INITS, WEIGHT_INITS, WITH_FROZEN_START, check_init, init_from_weight
 from tailora.core.layer import INITS, LoRALayer
-from tailora.core.layer_types import host_of, weight_of
+from tailora.core.layer_types import layer_of, weight_of
 from tailora.core.patterns import inside
 from tailora.core.quantization import dense_shape, weight_count
 from tailora.core.targets import ExtraTargets, Selection, Target
@@ -285,7 +285,7 @@ def summarise(base_model: nn.Module, adapters: Iterable[Adapter]) -> Summary:
     rows = []
     for adapter in adapters:
         for path, layer in adapter.low_rank.items():
-            shape = tuple(dense_shape(host_of(base_model, path), layer.layer_type.weight_name))
+            shape = tuple(dense_shape(layer_of(base_model, path), layer.layer_type.weight_name))
             shape = shape if layer.output_slice is None else (layer.out_features, layer.in_features)
             layer_type = layer.layer_type.name
             rows.append(SummaryRow(path, layer_type, shape, layer.r, layer.lora_alpha, parameter_count(layer)))

@@ -23,7 +23,7 @@ from tailora.core.attach import (
     swap_class,
 )
 from tailora.core.inference import generating
-from tailora.core.layer_types import host_path
+from tailora.core.layer_types import layer_path_of
 from tailora.core.mixed_batch import BatchRows, batch_row_parts, check_row_names, repeats_of_generate
 from tailora.errors import AdapterError, ConfigError, RowsError, TargetError, nearest
 
@@ -73,7 +73,7 @@ class AdapterSet:
 
         Raises TargetError for a layer that one adapter adapts and another trains whole.
         """
-        layer_paths = {path: host_path(self.base_model, path) for path in adapter.parts}
+        layer_paths = {path: layer_path_of(self.base_model, path) for path in adapter.parts}
         parts = by_layer(layer_paths, parts_by_path([adapter]))
         layers = {path: self.base_model.get_submodule(path) for path in parts}
         mixins = {path: mixin_for(layer_parts[0]) for path, layer_parts in parts.items()}

@@ -25,7 +25,7 @@ from tailora.core.adapter import Adapter, check_compatible, low_rank_layer, trai
 from tailora.core.config import LoRAConfig
 from tailora.core.extras import TrainedBias
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import host_of, host_path, layer_type_of
+from tailora.core.layer_types import layer_of, layer_path_of, layer_type_of
 from tailora.core.low_rank import Factors, concatenated, nearest_of_rank, product_spectrum, truncated, truncation_error
 from tailora.core.multihead_attention import projections
 from tailora.core.patterns import commonest, portable_patterns, portable_targets
@@ -142,7 +142,7 @@ def build_adapter(
 
 def _equal_ranks_in_attention(factors: Mapping[str, Factors], base_model: nn.Module) -> dict[str, Factors]:
     """Fills the two matrices of an attention up with zeros to one rank, since PEFT's file has one for both."""
-    layer_paths = {path: host_path(base_model, path) for path in factors}
+    layer_paths = {path: layer_path_of(base_model, path) for path in factors}
     ranks: dict[str, int] = {}
     for path, own in factors.items():
         if "in_proj_weight" in projections(base_model.get_submodule(layer_paths[path])):
@@ -301,7 +301,7 @@ def _updates(
             trained = "a bias" if isinstance(part, TrainedBias) else "rows of an embedding"
             problems.append(f"{path} of {name!r}: it trains {trained}")
         for path, layer in adapter.low_rank.items():
-            base = host_of(base_model, path)
+            base = layer_of(base_model, path)
             updates.setdefault(path, []).append(WeightedUpdate(name, path, weights[name], layer, base))
             if reason := _obstacle(layer, base, exact):
                 problems.append(f"{path} of {name!r}: {reason}")

@@ -347,7 +347,7 @@ def parameter_owner(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
     return layer.get_submodule(path), last
 
 
-def host_path(model: nn.Module, path: str) -> str:
+def layer_path_of(model: nn.Module, path: str) -> str:
     """Returns the path of the module that computes with the matrix at `path`.
 
     That is the module at `path`, or its parent where `path` names a part, a parameter, or a matrix of attention.
@@ -360,8 +360,9 @@ def host_path(model: nn.Module, path: str) -> str:
     return parent if path and is_multihead_attention(model.get_submodule(parent)) else path
 
 
-def host_of(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(host_path(model, path))
+def layer_of(model: nn.Module, path: str) -> nn.Module:
+    """Returns the module at `layer_path_of`."""
+    return model.get_submodule(layer_path_of(model, path))
 
 
 def is_called(layer: nn.Module) -> bool:

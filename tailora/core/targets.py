@@ -23,8 +23,8 @@ from tailora.core.layer_types import (
     EMBEDDING,
     LAYER_TYPES,
     LayerType,
-    host_path,
     is_called,
+    layer_path_of,
     layer_type_of,
     obstacle,
 )
@@ -189,7 +189,7 @@ def parameter_candidates(modules: Modules) -> dict[str, Candidate]:
 
 def candidate_at(model: nn.Module, path: str, config: LoRAConfig) -> Candidate:
     """Returns the candidate at this path without looking at the rest of the model. Raises TargetError without one."""
-    layer_path = host_path(model, path)
+    layer_path = layer_path_of(model, path)
     module, parent = model.get_submodule(layer_path), model.get_submodule(layer_path.rpartition(".")[0])
     for candidate in (*_of_module(layer_path, module, parent, config), *_parameters_of(layer_path, module)):
         if candidate.path == path:

@@ -16,7 +16,7 @@ from tailora.core.adapter import Adapter
 from tailora.core.combine import MIXES_GROUPS, dense_update, factors_of, mixes_groups
 from tailora.core.extras import TrainedBias
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import host_of
+from tailora.core.layer_types import layer_of
 from tailora.core.low_rank import Factors, Spectrum, leading_triplets, product_spectrum, rank_for_energy
 from tailora.core.targets import candidate_at
 from tailora.formats.offline import TRAINED_WHOLE, OfflineAdapter
@@ -201,7 +201,7 @@ def updates_of(adapter: Adapter, base_model: nn.Module) -> tuple[dict[str, Updat
 
 
 def _update_of_layer(path: str, layer: LoRALayer, adapter: Adapter, base_model: nn.Module) -> Update:
-    host = host_of(base_model, path)
+    module = layer_of(base_model, path)
     candidate = candidate_at(base_model, path, adapter.config)
     has_dora = layer.lora_magnitude_vector is not None
 
@@ -221,7 +221,7 @@ def _update_of_layer(path: str, layer: LoRALayer, adapter: Adapter, base_model: 
         dora=has_dora,
         stacked=layer.layer_type.is_stacked,
         weight=weight,
-        dense=(lambda: dense_update(layer, host)) if has_dora else None,
+        dense=(lambda: dense_update(layer, module)) if has_dora else None,
     )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tailora.core.adapter import Adapter, by_layer
 from tailora.core.attach import Swapped, attach, evaluating
 from tailora.core.dequantize import Change, common_dtype, dequantize_to_linear
-from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, host_path
+from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_path_of
 from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError, FormatError, nearest
 from tailora.formats import gguf, merged, mlx, peft
@@ -210,7 +210,7 @@ def with_only_adapter(base_model: nn.Module, adapter: Adapter | None) -> Iterato
     try:
         for module in before:
             attach(module, ())
-        module_paths = {path: host_path(base_model, path) for path in parts}
+        module_paths = {path: layer_path_of(base_model, path) for path in parts}
         for path, own_parts in by_layer(module_paths, {path: (part,) for path, part in parts.items()}).items():
             attach(base_model.get_submodule(path), own_parts)
         with evaluating(nn.ModuleList(parts.values())):

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from tailora.core.layer_types import LayerType, host_of
+from tailora.core.layer_types import LayerType, layer_of
 from tailora.core.quantization import PLAIN, dense_shape, dense_weight, in_file_layout, storage_of
 from tailora.formats.metadata import LayerFingerprint
 
@@ -25,7 +25,7 @@ def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> 
 
 
 def _fingerprint(base_model: nn.Module, path: str, layer_type: LayerType) -> LayerFingerprint:
-    layer = host_of(base_model, path)
+    layer = layer_of(base_model, path)
     storage, weight = storage_of(layer), dense_weight(layer, layer_type.weight_name)
     if storage is PLAIN or layer_type.weight_name != "weight":
         return LayerFingerprint(shape=list(weight.shape), weights=_sample(weight))

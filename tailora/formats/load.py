@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tailora.core.adapter import Adapter, low_rank_layer, share_parameters, trained_copy
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import LayerType, host_of, layer_type_of, obstacle
+from tailora.core.layer_types import LayerType, layer_of, layer_type_of, obstacle
 from tailora.core.quantization import quantized_layers, storage_obstacle
 from tailora.core.targets import (
     Target,
@@ -287,7 +287,7 @@ def _low_rank(
 ) -> LoRALayer | None:
     """The layer with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`."""
     slots, problems = tensors.low_rank[path], tensors.problems
-    module = host_of(base_model, path)
+    module = layer_of(base_model, path)
     reason = obstacle(module) or storage_obstacle(module)
     if reason or not {"A", "B"} <= slots.keys():
         problems += [f"{path}: {reason}"] if reason else []  # `_missing` reports a missing factor

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.layer_types import LayerType, host_path
+from tailora.core.layer_types import LayerType, layer_path_of
 from tailora.errors import FormatError, listing
 from tailora.formats.metadata import AdapterMetadata
 from tailora.formats.peft import SUFFIXES, StoredAdapter
@@ -80,7 +80,7 @@ def fold_scale(source: ExportSource) -> dict[str, MatrixFactors]:
         A, B = layer.update_factors()
         B = B if layer.output_slice is None else layer.output_slice.spread(B.mT).mT
         A, B = A.detach().float().cpu(), B.detach().float().cpu().contiguous()
-        module_path = host_path(source.base_model, path)
+        module_path = layer_path_of(source.base_model, path)
         if module_path in result:
             A, B = torch.cat([result[module_path].A, A]), torch.cat([result[module_path].B, B], 1)
         result[module_path] = MatrixFactors(A, B)
@@ -90,7 +90,7 @@ def fold_scale(source: ExportSource) -> dict[str, MatrixFactors]:
 def exported_layer_types(source: ExportSource) -> dict[str, LayerType]:
     """Returns path of a module -> the type of the layer that is adapted in it."""
     low_rank = source.adapter.low_rank.items()
-    return {host_path(source.base_model, path): layer.layer_type for path, layer in low_rank}
+    return {layer_path_of(source.base_model, path): layer.layer_type for path, layer in low_rank}
 
 
 def pad_rank(factors: MatrixFactors, r: int) -> MatrixFactors:

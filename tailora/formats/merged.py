@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tailora.core.dequantize import Change, TensorChange, common_dtype, dequantize_model
-from tailora.core.layer_types import host_path
+from tailora.core.layer_types import layer_path_of
 from tailora.core.merge import MergeReport, check_ties, merge_changes, replace_by_copy
 from tailora.core.quantization import is_quantized
 from tailora.errors import FormatError, MergeError
@@ -71,7 +71,7 @@ def _merged_weights(source: ExportSource, spill: Path) -> tuple[list[Change], Me
     result: list[Change] = []
     parts_of_module: dict[str, list[nn.Module]] = {}
     for path, part in parts.items():
-        parts_of_module.setdefault(host_path(base, path), []).append(part)
+        parts_of_module.setdefault(layer_path_of(base, path), []).append(part)
     for path, module_parts in parts_of_module.items():
         try:
             changes, report = merge_changes({path: (base.get_submodule(path), module_parts)}, dtype)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tailora.core.dora import RowNorms
 from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import host_path
+from tailora.core.layer_types import layer_path_of
 from tailora.core.multihead_attention import projections
 
 
@@ -103,7 +103,7 @@ class PeftLayer:
 
 def peft_layers(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, PeftLayer]:
     """Returns key prefix -> the PeftLayer that holds these layers, in their order."""
-    module_paths = {path: host_path(model, path) for path in layers}
+    module_paths = {path: layer_path_of(model, path) for path in layers}
     paths_of_module: dict[str, list[str]] = {}
     for path, module_path in module_paths.items():
         paths_of_module.setdefault(module_path, []).append(path)

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from tailora.core.adapter import layer_key
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import host_path, layer_type_of
+from tailora.core.layer_types import layer_path_of, layer_type_of
 from tailora.core.patterns import layer_index
 from tailora.core.targets import selected_candidates
 from tailora.data.dataset import Example
@@ -434,7 +434,7 @@ def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
     """Of modules with weights of their own that the active adapter neither adapts nor trains."""
     base, config = model.base_model, model.adapters[model.active_adapters[0]]
     paths = [row.path for row in model.summary().rows]
-    trained = {*paths, *(host_path(base, path) for path in paths)}
+    trained = {*paths, *(layer_path_of(base, path) for path in paths)}
     reason_for = _reasons(base, config)
     groups: dict[tuple[str, str, str], list[tuple[str, int]]] = defaultdict(list)
     seen: set[int] = set()
