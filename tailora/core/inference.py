@@ -22,6 +22,7 @@ from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LINEAR
 
 FEW_TOKENS = 2  # of a forward, for which torch's own kernel is the faster one
+KERNEL_LOCK = Lock()
 
 
 @contextmanager
@@ -36,9 +37,9 @@ def generating(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
     if weight.device.type != "cpu" or compiled or torch.is_autocast_enabled("cpu"):
         yield
         return
-    kernel = ONE_TOKEN_KERNEL.lend(base) if weight.dtype == torch.bfloat16 else nullcontext(True)
-    with torch.no_grad(), kernel as is_lent:
-        constants = _constant_updates(layers.values()) if is_lent else {}
+    kernel = few_token_kernel(base) if weight.dtype == torch.bfloat16 else nullcontext(True)
+    with torch.no_grad(), kernel as has_kernel:
+        constants = _constant_updates(layers.values()) if has_kernel else {}
         for layer, (_, constant) in constants.items():
             attach(layer, (constant,))  # type: ignore[arg-type]
         try:
@@ -87,32 +88,27 @@ class ConstantUpdate:
         return y
 
 
-class OneTokenKernel:
-    """Which kernel multiplies one token: a setting of the whole process, so that one `generate` at a time has it."""
+@contextmanager
+def few_token_kernel(base: nn.Module) -> Iterator[bool]:
+    """Within the block, forwards of few tokens use torch's own kernel. Yields False while another thread has it.
 
-    def __init__(self) -> None:
-        self._lock = Lock()
-
-    @contextmanager
-    def lend(self, base: nn.Module) -> Iterator[bool]:
-        """Within the block, forwards of few tokens use torch's own kernel. Yields False while another thread has it.
-
-        Products of other threads would use it at the same time, too, and it is slow with many tokens.
-        """
-        if not (torch._C._get_mkldnn_enabled() and self._lock.acquire(blocking=False)):
-            yield not torch._C._get_mkldnn_enabled()
-            return
-        hooks = [
-            base.register_forward_pre_hook(_choose_kernel, with_kwargs=True),
-            base.register_forward_hook(_use_onednn, always_call=True),
-        ]
-        try:
-            yield True
-        finally:
-            for hook in hooks:
-                hook.remove()
-            _use_onednn()
-            self._lock.release()
+    The choice is a setting of the whole process, so that one `generate` at a time has it: products of other threads
+    use it at the same time, too, and it is slow with many tokens.
+    """
+    if not (torch._C._get_mkldnn_enabled() and KERNEL_LOCK.acquire(blocking=False)):
+        yield not torch._C._get_mkldnn_enabled()
+        return
+    hooks = [
+        base.register_forward_pre_hook(_choose_kernel, with_kwargs=True),
+        base.register_forward_hook(_use_onednn, always_call=True),
+    ]
+    try:
+        yield True
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _use_onednn()
+        KERNEL_LOCK.release()
 
 
 def _choose_kernel(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -123,6 +119,3 @@ def _choose_kernel(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _use_onednn(*_: Any) -> None:
     torch._C._set_mkldnn_enabled(True)
-
-
-ONE_TOKEN_KERNEL = OneTokenKernel()
