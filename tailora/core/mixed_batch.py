@@ -141,6 +141,9 @@ def batch_row_parts(
     }
     for path, parts in low_rank.items():
         result[layer_paths[path]] = (*result.get(layer_paths[path], ()), BatchRowsLayer(path, parts, batch))
+    for parts_of_layer in result.values():
+        if len(parts_of_layer) == 1 and isinstance(parts_of_layer[0], BatchRowsLayer):
+            parts_of_layer[0].is_alone = True
     return result
 
 
@@ -274,6 +277,7 @@ class BatchRowsLayer:
         self.min_ndim = 1 if self.layer_type is EMBEDDING else 2 + self.kernel_ndim  # of an input with batch rows
         one_shape = len({part.lora_A.shape[1:] for part in self.parts}) == 1  # not an A that reads all groups
         self.is_batched = self.layer_type.has_batch_update and one_shape
+        self.is_alone = False  # True if no other part of the layer reads its output
         self._cache: CachedFactors | None = None
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
@@ -289,6 +293,14 @@ class BatchRowsLayer:
         x = self._dropout(x.to(output.dtype), layer, repeats)
         blocks = factors.blocks
         if blocks.order is None or blocks.back is None:
+            is_product = (
+                self.kernel_ndim == 0 and self.output_slice is None and factors.rescaling is factors.shift is None
+            )
+            if self.is_alone and is_product and not torch.is_grad_enabled() and y.is_contiguous():
+                # In place: in a long prompt the sum would take as long as the products.
+                hidden = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), factors.A.mT)
+                y.view(len(y), -1, y.shape[-1]).baddbmm_(hidden, factors.B.mT)
+                return y
             update = self.layer_type.batch_update(layer, x, factors.A, factors.B)
         else:
             x = x.index_select(0, blocks.order).view(-1, blocks.size, *x.shape[1:])
