@@ -64,13 +64,13 @@ def test_the_trial_of_a_dead_worker_is_run_again_and_given_up_after_a_few_times(
 
 def test_a_worker_that_lives_keeps_its_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optuna_study, "HEARTBEAT", 1)
-    monkeypatch.setattr(optuna_study, "GRACE", 2)
+    monkeypatch.setattr(optuna_study, "GRACE", 3)
     study, other = (open_study(tmp_path, None, SETTINGS) for _ in range(2))
     counts: list[int] = []
 
     def objective(trial: optuna.Trial) -> float:
         trial.suggest_float("x", 0, 1)
-        time.sleep(3.5)
+        time.sleep(4.5)
         counts.append(len(running_trials(other)))
         save_outcome(trial, candidate(trial.number, 2.0))
         return 2.0

@@ -20,7 +20,7 @@ from tailora.study.trial import run_here
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 
-HEARTBEAT, GRACE = 1, 4
+HEARTBEAT, GRACE = 1, 10  # seconds
 STUDY = {
     "trials": 4,
     "seeds": 2,

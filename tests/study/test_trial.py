@@ -1,7 +1,9 @@
 """One trial: in a process of its own and in this one, ended early, failed, and read again."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import pytest
 
 from tailora.errors import ConfigError, DataError
 from tailora.study import trial as trial_module
+from tailora.study.compare import compare
 from tailora.study.config import trial_settings
+from tailora.study.lr_range import find_range
+from tailora.study.search import search
 from tailora.study.trial import (
     Listen,
     Trial,
@@ -169,6 +174,11 @@ def test_a_trial_with_other_settings_is_refused(small_run: TrainConfig, tmp_path
     get_trial(replace(spec, before=([1.0], [1])), tmp_path, run_trial=not_run)  # no setting
     with pytest.raises(ConfigError, match="a trial with other settings"):
         get_trial(replace(spec, settings=settings(small_run, r=2)), tmp_path, run_trial=not_run)
+
+
+@pytest.mark.parametrize("study", [compare, search, find_range])
+def test_studies_start_a_process_for_each_trial(study: Callable[..., Any]) -> None:
+    assert signature(study).parameters["run_trial"].default is run_in_subprocess
 
 
 def test_the_halves_of_the_held_out_examples_are_all_of_them() -> None:
