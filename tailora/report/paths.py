@@ -1,6 +1,10 @@
-"""Short names of matrices, for figures and tables that have no room for paths."""
+"""Short names of matrices, for figures and tables that have no room for paths, and matrices by depth and name."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
+
+from tailora.report.format import NONE
+from tailora.study.model_layout import DEPTHS, depth_of, layer_range
 
 
 def inner_path(path: str) -> str:
@@ -30,3 +34,24 @@ def shared_prefix(paths: Iterable[str]) -> str:
             break
         shared.append(parts[0])
     return ".".join(shared) + "." if shared else ""
+
+
+class HasPath(Protocol):
+    @property
+    def path(self) -> str: ...
+
+
+Module = TypeVar("Module", bound=HasPath)
+
+
+def by_depth(modules: Sequence[Module], layers: int) -> list[tuple[str, str, list[Module]]]:
+    """Modules in groups: a range of layers in one third of the model, a matrix's short name, and its modules there."""
+    names = short_names(module.path for module in modules)
+    groups: dict[tuple[str, str], list[Module]] = {}
+    for module in modules:
+        groups.setdefault((depth_of(module.path, layers), inner_path(module.path)), []).append(module)
+    ordered = sorted(groups.items(), key=lambda item: ["", *DEPTHS].index(item[0][0]))
+    return [
+        (layer_range([module.path for module in own]) or depth or NONE, names[own[0].path], own)
+        for (depth, _), own in ordered
+    ]

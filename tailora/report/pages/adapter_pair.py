@@ -6,10 +6,9 @@ import statistics
 from tailora.core.patterns import layer_index
 from tailora.report.blocks import Block, Column, Estimate, Figure, HeatMap, List, Paragraph, Section, Table
 from tailora.report.format import NONE, interval, signed
-from tailora.report.paths import inner_path, short_names
+from tailora.report.paths import by_depth, short_names
 from tailora.study.advice import first_few
 from tailora.study.inspection import AdapterOverlap, CombinedLosses, ModuleOverlap
-from tailora.study.model_layout import DEPTHS, depth_of, layer_range
 
 NAMES = ("writes", "by chance", "reads", "by chance", "sum")
 MEANS = "cosine", "writes", "writes_by_chance", "reads", "reads_by_chance"
@@ -88,15 +87,7 @@ def _cells(modules: list[ModuleOverlap]) -> list[str]:
 
 def _by_depth(pair: AdapterOverlap, layers: int) -> Table:
     """A row for each third of the layers and name of a matrix."""
-    names = short_names(module.path for module in pair.modules)
-    groups: dict[tuple[str, str], list[ModuleOverlap]] = {}
-    for module in pair.modules:
-        groups.setdefault((depth_of(module.path, layers), inner_path(module.path)), []).append(module)
-    rows = []
-    for depth, name in sorted(groups, key=lambda key: ["", *DEPTHS].index(key[0])):
-        own = groups[depth, name]
-        where = layer_range([module.path for module in own]) or depth or NONE
-        rows.append([where, names[own[0].path], *_cells(own)])
+    rows = [[where, name, *_cells(own)] for where, name, own in by_depth(pair.modules, layers)]
     note = (
         "writes, reads: overlap of the spaces of outputs and of inputs, and that of random spaces. sum: length of the "
         "sum of both updates; 1 for orthogonal ones, 1.41 for the same update twice, 0 for opposite ones."

@@ -27,10 +27,9 @@ from tailora.report.blocks import (
 from tailora.report.colours import SERIES, heat_colour
 from tailora.report.format import NONE, interval, one_line, plural, signed, value_range
 from tailora.report.pages.adapter_pair import pair_section
-from tailora.report.paths import inner_path, shared_prefix, short_names
+from tailora.report.paths import by_depth, shared_prefix, short_names
 from tailora.study.advice import cost_limit, first_few
 from tailora.study.inspection import Advice, HeldOutLosses, Inspection, TruncationCost
-from tailora.study.model_layout import DEPTHS, depth_of, layer_range
 
 if TYPE_CHECKING:  # matplotlib is an optional package
     from tailora.report.charts import Canvas
@@ -157,17 +156,9 @@ def _missing(inspection: Inspection) -> list[str]:
 
 def _by_depth(inspection: Inspection) -> Table | None:
     """A row for each third of the layers and name of a matrix."""
-    names = short_names(module.path for module in inspection.modules)
-    groups: dict[tuple[str, str], list[ModuleReport]] = {}
-    for module in inspection.modules:
-        key = depth_of(module.path, inspection.layers), inner_path(module.path)
-        groups.setdefault(key, []).append(module)
-    rows = []
-    for depth, name in sorted(groups, key=lambda key: ["", *DEPTHS].index(key[0])):
-        own = groups[depth, name]
-        where = layer_range([module.path for module in own]) or depth or NONE
-        rows.append([where, names[own[0].path], *_cells(own, inspection.modules)])
-    columns = [Column("layers"), Column("module"), *_columns(inspection.modules)]
+    modules = inspection.modules
+    rows = [[layers, name, *_cells(own, modules)] for layers, name, own in by_depth(modules, inspection.layers)]
+    columns = [Column("layers"), Column("module"), *_columns(modules)]
     return Table(columns, rows, note="Means of the modules; of energy, sums.") if rows else None
 
 

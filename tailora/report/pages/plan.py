@@ -80,33 +80,33 @@ def _numbers(plan: Plan) -> list[Number]:
 # ---- Memory and time
 
 
-def _ways(plan: Plan) -> dict[str, dict[str, int]]:
-    """Way of training -> bytes by part, with their total."""
+def _memory_by_method(plan: Plan) -> dict[str, dict[str, int]]:
+    """Method of training -> bytes by part, with their total."""
     if plan.full is None:
         return {"full fine-tuning": plan.memory.to_dict()}
     return {"LoRA": plan.memory.to_dict(), "full fine-tuning": plan.full.memory.to_dict()}
 
 
 def _memory_table(plan: Plan) -> Table:
-    ways = _ways(plan)
+    memories = _memory_by_method(plan)
     rows = [
-        [part, *(format_bytes(way[part]) if way[part] else NONE for way in ways.values())]
+        [part, *(format_bytes(memory[part]) if memory[part] else NONE for memory in memories.values())]
         for part in plan.memory.to_dict()
     ]
     fitting = [plan.batch_size_that_fits, *([plan.full.batch_size_that_fits] if plan.full else [])]
     rows.append(["batch size that fits", *(f"{number:,}" if number else "none" for number in fitting)])
-    return Table([Column("part"), *(Column(way, numeric=True) for way in ways)], rows)
+    return Table([Column("part"), *(Column(method, numeric=True) for method in memories)], rows)
 
 
 def _limit_is_near(plan: Plan) -> bool:
-    return plan.available_bytes < NEAR * max(way["total"] for way in _ways(plan).values())
+    return plan.available_bytes < NEAR * max(memory["total"] for memory in _memory_by_method(plan).values())
 
 
 def _memory_figure(plan: Plan) -> Figure:
     values = "; ".join(
-        f"{name} {format_bytes(way['total'])}: "
-        + ", ".join(f"{part} {format_bytes(number)}" for part, number in way.items() if number and part != "total")
-        for name, way in _ways(plan).items()
+        f"{name} {format_bytes(memory['total'])}: "
+        + ", ".join(f"{part} {format_bytes(number)}" for part, number in memory.items() if number and part != "total")
+        for name, memory in _memory_by_method(plan).items()
     )
     limit = f" Dashed line: the {format_bytes(plan.available_bytes)} that there are." if _limit_is_near(plan) else ""
     alt = f"Stacked bars of memory. {values}."
@@ -114,20 +114,20 @@ def _memory_figure(plan: Plan) -> Figure:
 
 
 def _draw_memory(plan: Plan, canvas: "Canvas") -> None:
-    ways = _ways(plan)
-    axes = canvas.new_axes(128 + 46 * len(ways), "GB")
-    starts = [0.0] * len(ways)
+    memories = _memory_by_method(plan)
+    axes = canvas.new_axes(128 + 46 * len(memories), "GB")
+    starts = [0.0] * len(memories)
     for number, part in enumerate(part for part in plan.memory.to_dict() if part != "total"):
-        sizes = [way[part] / 1e9 for way in ways.values()]
+        sizes = [memory[part] / 1e9 for memory in memories.values()]
         if any(sizes):
-            axes.barh(range(len(ways)), sizes, left=starts, height=0.6, color=SERIES[number], label=part)
+            axes.barh(range(len(memories)), sizes, left=starts, height=0.6, color=SERIES[number], label=part)
             starts = [start + part_size for start, part_size in zip(starts, sizes, strict=True)]
-    for y, (end, way) in enumerate(zip(starts, ways.values(), strict=True)):
-        axes.annotate(format_bytes(way["total"]), (end, y), (6, 0), textcoords="offset points", va="center")
+    for y, (end, memory) in enumerate(zip(starts, memories.values(), strict=True)):
+        axes.annotate(format_bytes(memory["total"]), (end, y), (6, 0), textcoords="offset points", va="center")
     if _limit_is_near(plan):
         axes.axvline(plan.available_bytes / 1e9, color=INK, linewidth=1.3, linestyle=DASHED)
-    axes.set_yticks(range(len(ways)), list(ways))
-    axes.set_ylim(len(ways) - 0.45, -0.55)
+    axes.set_yticks(range(len(memories)), list(memories))
+    axes.set_ylim(len(memories) - 0.45, -0.55)
     axes.margins(x=0.18)
     axes.set_xlim(left=0)
     axes.grid(visible=False, axis="y")
