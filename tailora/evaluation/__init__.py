@@ -1,1 +1,1 @@
-"""Whether it worked: held-out loss with intervals, and answers side by side."""
+"""How good a model is: losses, metrics and their statistics, generated answers, forgetting, spectra of updates."""

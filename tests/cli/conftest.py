@@ -27,8 +27,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def chats_text() -> str:
+    return "".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS)
+
+
 @pytest.fixture
-def chats(tmp_path: Path) -> Path:
+def chats(chats_text: str, tmp_path: Path) -> Path:
     path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    path.write_text(chats_text)
     return path

@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -34,17 +37,21 @@ PROMISED = {
 }
 
 
-@pytest.fixture
-def flags(chats: Path, tiny_model: Path, tmp_path: Path) -> dict[str, str]:
+def training_flags(model: Path, data: Path, output_dir: Path) -> dict[str, str]:
     """Two steps of training that hold a quarter of the rows out."""
     return {
-        "--model": str(tiny_model),
-        "--data": str(chats),
-        "--output-dir": str(tmp_path / "run"),
+        "--model": str(model),
+        "--data": str(data),
+        "--output-dir": str(output_dir),
         "--max-steps": "2",
         "--validation-split": "0.25",
         "--learning-rate": "1e-2",
     }
+
+
+@pytest.fixture
+def flags(chats: Path, tiny_model: Path, tmp_path: Path) -> dict[str, str]:
+    return training_flags(tiny_model, chats, tmp_path / "run")
 
 
 def line(flags: dict[str, str], changes: dict[str, str] | None = None, command: str = "train") -> list[str]:
@@ -52,11 +59,29 @@ def line(flags: dict[str, str], changes: dict[str, str] | None = None, command: 
     return [command, *(part for flag in {**flags, **(changes or {})}.items() for part in flag)]
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    flags: dict[str, str]
+    folder: Path
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, chats_text: str, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The run of `flags`, with two samples; tests leave its folder as it is."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "chats.jsonl").write_text(chats_text)
+    flags = {**training_flags(tiny_model, folder / "chats.jsonl", folder / "run"), "--samples": "2"}
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        assert main(line(flags)) == 0
+    return FinishedRun(flags, folder / "run", out.getvalue(), err.getvalue())
+
+
 def test_it_ends_with_what_changed_and_what_comes_next(
-    flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: FinishedRun,
 ) -> None:
-    assert main(line(flags)) == 0
-    shown = capsys.readouterr()
     for part in (
         "held-out loss before",
         "perplexity",
@@ -65,10 +90,10 @@ def test_it_ends_with_what_changed_and_what_comes_next(
         "tuned",
         "tailora chat",
     ):
-        assert part in shown.out
-    assert "step 2/2" in shown.err
-    assert "18 examples, 6 held out" in shown.err
-    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
+        assert part in finished.out
+    assert "step 2/2" in finished.err
+    assert "18 examples, 6 held out" in finished.err
+    assert {path.name for path in finished.folder.iterdir()} >= {
         "adapter",
         "samples.json",
         "metrics.jsonl",
@@ -78,6 +103,28 @@ def test_it_ends_with_what_changed_and_what_comes_next(
         "report.json",
         "report.html",
     }
+
+
+def test_samples_are_held_out_prompts_answered_by_both(finished: FinishedRun) -> None:
+    samples = json.loads((finished.folder / "samples.json").read_text())
+    assert len(samples) == 2
+    assert all(sample["prompt"].startswith("What colour is thing") for sample in samples)
+    assert all(sample.keys() == {"prompt", "base", "tuned"} for sample in samples)
+
+
+def test_the_written_config_repeats_the_run(finished: FinishedRun, tmp_path: Path) -> None:
+    config = finished.folder / "config.yaml"
+    assert main(["train", "--config", str(config), "--output-dir", str(tmp_path / "again")]) == 0
+    first, second = (
+        folder / "adapter" / "adapter_model.safetensors" for folder in (finished.folder, tmp_path / "again")
+    )
+    assert first.read_bytes() == second.read_bytes()
+    assert read_config_file(config)["learning_rate"] == 1e-2
+
+
+def test_a_finished_run_is_not_overwritten(finished: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line(finished.flags)) == 2
+    assert "earlier run" in capsys.readouterr().err
 
 
 def test_json_is_the_only_line_on_stdout_and_has_the_promised_keys(
@@ -92,21 +139,6 @@ def test_json_is_the_only_line_on_stdout_and_has_the_promised_keys(
     assert found["eval_loss_change"] == pytest.approx(found["eval_loss_after"] - found["eval_loss_before"])
 
 
-def test_samples_are_held_out_prompts_answered_by_both(flags: dict[str, str], tmp_path: Path) -> None:
-    assert main(line(flags, {"--samples": "2"})) == 0
-    samples = json.loads((tmp_path / "run" / "samples.json").read_text())
-    assert len(samples) == 2
-    assert all(sample["prompt"].startswith("What colour is thing") for sample in samples)
-    assert all(sample.keys() == {"prompt", "base", "tuned"} for sample in samples)
-
-
-def test_the_demo_asks_its_own_questions(flags: dict[str, str], tmp_path: Path) -> None:
-    assert main(line(flags, command="demo")) == 0
-    samples = json.loads((tmp_path / "run" / "samples.json").read_text())
-    assert [sample["prompt"] for sample in samples] == QUESTIONS
-    assert "What would you do with a million dollars?" in QUESTIONS
-
-
 def test_a_run_without_held_out_data_says_so(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(line(flags, {"--validation-split": "0"})) == 0
     assert "no held-out data" in capsys.readouterr().out
@@ -118,21 +150,6 @@ def test_one_held_out_example_gives_no_interval(
     (tmp_path / "one.jsonl").write_text(chats.read_text().splitlines()[0] + "\n")
     assert main([*line(flags, {"--eval-data": str(tmp_path / "one.jsonl")}), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["eval_loss_after_95"] is None
-
-
-def test_the_written_config_repeats_the_run(flags: dict[str, str], tmp_path: Path) -> None:
-    assert main(line(flags)) == 0
-    again = ["train", "--config", str(tmp_path / "run" / "config.yaml"), "--output-dir", str(tmp_path / "again")]
-    assert main(again) == 0
-    first, second = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "again"))
-    assert first.read_bytes() == second.read_bytes()
-    assert read_config_file(tmp_path / "run" / "config.yaml")["learning_rate"] == 1e-2
-
-
-def test_a_finished_run_is_not_overwritten(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(line(flags)) == 0
-    assert main(line(flags)) == 2
-    assert "earlier run" in capsys.readouterr().err
 
 
 def test_demos_that_start_at_once_take_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,16 +179,20 @@ def test_the_demo_goes_on_from_the_checkpoint_that_was_written_last(tmp_path: Pa
     assert latest_demo_folder(demo) == tmp_path / "demo-3"
 
 
-@pytest.mark.parametrize("wanted", ["latest", "outputs/demo-2/checkpoint-1"])
-def test_an_interrupted_demo_goes_on_in_its_folder(
-    wanted: str, flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_demo_asks_its_own_questions_and_goes_on_in_its_folder(
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     del flags["--output-dir"]
     (tmp_path / "outputs" / "demo").mkdir(parents=True)
     assert main(line(flags, {"--save-steps": "1"}, command="demo")) == 0
-    assert main(line(flags, {"--resume-from-checkpoint": wanted}, command="demo")) == 0
-    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"demo", "demo-2"}
+    samples = json.loads((tmp_path / "outputs" / "demo-2" / "samples.json").read_text())
+    assert [sample["prompt"] for sample in samples] == QUESTIONS
+    assert "What would you do with a million dollars?" in QUESTIONS
+    for checkpoint in ("latest", "outputs/demo-2/checkpoint-1"):
+        resumed = {"--resume-from-checkpoint": checkpoint, "--samples": "0"}
+        assert main(line(flags, resumed, command="demo")) == 0
+        assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"demo", "demo-2"}
 
 
 def test_a_mistake_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
