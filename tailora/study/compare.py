@@ -24,7 +24,7 @@ from tailora.study.config import AT_THE_END, FULL, CompareConfig, arm_settings
 from tailora.study.judging import judge_arms
 from tailora.study.lr_search import LearningRateSearch
 from tailora.study.results import Comparison
-from tailora.study.study_store import PLAN, Log, Settings, StudySession, locked, open_folder
+from tailora.study.study_store import PLAN, TIMING, Log, Settings, StudySession, locked, open_folder
 from tailora.study.trial import (
     OUT_OF_MEMORY,
     RESULT,
@@ -159,7 +159,7 @@ class _Comparison:
         """Sets the arm's costs and what its base has; no costs if its run fails."""
         self.session.log(f"timing {TIMING_STEPS} steps of {arm}")
         begun, rate = self.session.seconds, self.study.first_rate(arm) / 100
-        trial = self._trial(arm, "probe", judging=True, learning_rate=rate, max_steps=TIMING_STEPS)
+        trial = self._trial(arm, TIMING, judging=True, learning_rate=rate, max_steps=TIMING_STEPS)
         if trial.done:
             self.costs[arm] = costs_of(trial, self.session.seconds - begun, choosing=False)
             self.base[arm, True] = on_choosing_half(trial.base)
