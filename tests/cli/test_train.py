@@ -46,6 +46,7 @@ def training_flags(model: Path, data: Path, output_dir: Path) -> dict[str, str]:
         "--max-steps": "2",
         "--validation-split": "0.25",
         "--learning-rate": "1e-2",
+        "--samples": "0",
     }
 
 
@@ -185,13 +186,12 @@ def test_a_demo_asks_its_own_questions_and_goes_on_in_its_folder(
     monkeypatch.chdir(tmp_path)
     del flags["--output-dir"]
     (tmp_path / "outputs" / "demo").mkdir(parents=True)
-    assert main(line(flags, {"--save-steps": "1"}, command="demo")) == 0
+    assert main(line(flags, {"--save-steps": "1", "--samples": "3"}, command="demo")) == 0
     samples = json.loads((tmp_path / "outputs" / "demo-2" / "samples.json").read_text())
     assert [sample["prompt"] for sample in samples] == QUESTIONS
     assert "What would you do with a million dollars?" in QUESTIONS
     for checkpoint in ("latest", "outputs/demo-2/checkpoint-1"):
-        resumed = {"--resume-from-checkpoint": checkpoint, "--samples": "0"}
-        assert main(line(flags, resumed, command="demo")) == 0
+        assert main(line(flags, {"--resume-from-checkpoint": checkpoint}, command="demo")) == 0
         assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"demo", "demo-2"}
 
 
@@ -208,7 +208,7 @@ def test_memory_that_ends_while_answers_are_compared_leaves_the_adapter(
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", too_much)
-    assert main(line(flags)) == 1
+    assert main(line(flags, {"--samples": "1"})) == 1
     said = capsys.readouterr().err
     assert "out of memory while comparing answers: DefaultCPUAllocator" in said
     assert "--samples 0" in said
