@@ -27,7 +27,7 @@ from tailora.core.config import LoRAConfig
 from tailora.core.merge import MergeReport, MergeState
 from tailora.core.quantization import allow_repacking, prevent_repacking
 from tailora.core.targets import default_config, select
-from tailora.errors import AdapterError, ConfigError, FormatError, MergeError, TargetError
+from tailora.errors import AdapterError, ConfigError, FormatError, TargetError
 from tailora.formats.load import read_any_format, restore
 from tailora.formats.peft import write_peft_folder
 from tailora.formats.peft_model import read_peft_model, release_base
@@ -399,14 +399,8 @@ class LoRAModel(nn.Module):
         Returns the rounding error of every layer relative to its update. A quantised base becomes a plain one as a
         whole: its weights dequantised, its layers of the plain class, its config without a quantization_config.
         """
-        return self._merge(untie_weights, in_place=False)
-
-    def _merge(self, untie_weights: bool, *, in_place: bool) -> MergeReport:
-        self._merge_state.check_unmerged("merge")
         self._adapter_set.check_no_batch("merge")
-        if not self.active_adapters:
-            raise MergeError("no adapter is active; set_adapter(name) first")
-        return self._merge_state.merge(self._adapter_set.layers, untie_weights=untie_weights, in_place=in_place)
+        return self._merge_state.merge(self._adapter_set.layers, untie_weights=untie_weights)
 
     def unmerge(self) -> None:
         """Puts the base's weights back as they were, bit for bit, and the adapters beside them."""
@@ -429,7 +423,8 @@ class LoRAModel(nn.Module):
             holds these tensors sees it, and an interruption leaves some layers merged.
         """
         if not self.is_merged:
-            self._merge(untie_weights, in_place=in_place)
+            self._adapter_set.check_no_batch("merge")
+            self._merge_state.merge(self._adapter_set.layers, untie_weights=untie_weights, in_place=in_place)
         self._merge_state.forget_originals()
         return self.unload()
 

@@ -2,7 +2,7 @@
 
 MergeState           whether a model is merged, and what puts its weights back
 merge_changes        the merged tensors of all layers, before anything is written
-merged_weight        W + dW of one layer, rounded once; merge_in_place writes it over W
+merged_weight        W + dW of one layer, rounded once; where `fits_in_place`, over W itself
 check_ties           weights that several modules share
 """
 
@@ -71,29 +71,33 @@ class MergeState:
         if self.is_merged:
             raise MergeError(f"cannot {action} while merged; unmerge() first")
 
-    def merge(self, layers: Mapping[str, nn.Module], *, untie_weights: bool, in_place: bool) -> MergeReport:
+    def merge(self, layers: Mapping[str, nn.Module], *, untie_weights: bool, in_place: bool = False) -> MergeReport:
         """Puts the parts that are attached to these layers into their weights, and detaches them.
 
         All merged weights are computed and found finite before the first is written. Raises MergeError.
         in_place: weights that can take their update themselves are overwritten, and cannot be put back.
         """
-        attached = {path: (layer, vars(layer)["active_adapters"]) for path, layer in layers.items()}
-        attached = {path: (layer, parts) for path, (layer, parts) in attached.items() if parts}
+        self.check_unmerged("merge")
+        attached = {path: (layer, parts) for path, layer in layers.items() if (parts := vars(layer)["active_adapters"])}
+        if not attached:
+            raise MergeError("no adapter is active; set_adapter(name) first")
         adapted = {path: layer_parts for path, layer_parts in attached.items() if isinstance(layer_parts[0], Adapted)}
-        dtype = common_dtype(self.base_model)
-        overwritten = fit_in_place(self.base_model, adapted) if in_place else {}
-        changes, report = merge_changes(
-            {path: layer_parts for path, layer_parts in adapted.items() if path not in overwritten}, dtype
-        )
-        if quantized := [layer for layer, _ in adapted.values() if is_quantized(layer)]:
-            changes += dequantize_model(self.base_model, quantized, dtype)
+        overwritten: list[str] = []
+        if in_place:
+            parameters_by_name = self.base_model.named_parameters(remove_duplicate=False)
+            users = Counter(parameter.untyped_storage().data_ptr() for _, parameter in parameters_by_name)
+            overwritten = [path for path, layer_parts in adapted.items() if fits_in_place(*layer_parts, users)]
+        report = MergeReport({})
+        others = {path: layer_parts for path, layer_parts in adapted.items() if path not in overwritten}
+        changes = list(merge_changes(self.base_model, others, report))
         parameters: dict[int, nn.Parameter] = {}
         for layer, parts in attached.values():
             if isinstance(layer, Substituted):
                 changes += replace_by_copy(layer, parts[0], parameters)
         untied = check_ties(self.base_model, changes, untie_weights)
-        for layer, updates in overwritten.values():
-            merge_in_place(layer, updates)
+        for path in overwritten:
+            layer, parts = adapted[path]
+            merged_weight(layer, cast(Sequence[LoRALayer], parts), in_place=True)
         self._undo = [change.make() for change in changes]
         config = getattr(self.base_model, "config", None)
         if untied and getattr(config, "tie_word_embeddings", False):
@@ -129,17 +133,15 @@ class MergeState:
 
 
 @torch.no_grad()
-def merge_changes(
-    layers: Mapping[str, LayerParts], dtype: torch.dtype | None = None
-) -> tuple[list[Change], MergeReport]:
-    """Returns what puts the merged tensors in, nothing of which is done yet. dtype: of the model's plain weights.
+def merge_changes(base_model: nn.Module, layers: Mapping[str, LayerParts], report: MergeReport) -> Iterator[Change]:
+    """Yields the changes that put the merged tensors of these layers in, layer by layer, and fills in the report.
 
-    Raises MergeError with all layers whose merged weight is not finite or whose class hides what it computes.
+    A quantised model becomes plain as a whole. Raises MergeError with all layers whose class hides what it computes,
+    or, after the last change, with all whose merged weight is not finite.
     """
     if problems := [f"{path}: {reason}" for path, layer_parts in layers.items() if (reason := _obstacle(*layer_parts))]:
         raise MergeError(listing(problems))
-    changes: list[Change] = []
-    report = MergeReport({})
+    dtype = common_dtype(base_model)
     tied: dict[object, nn.Parameter] = {}  # what an embedding and its head share stays shared
     for path, layer, parts in _by_weight(layers):
         updates = [part for part in parts if isinstance(part, LoRALayer)]
@@ -150,19 +152,26 @@ def merge_changes(
             if not math.isfinite(error) and not merged.isfinite().all():
                 problems.append(f"{path}: the merged weight is not finite in {merged.dtype}; load the base in float32")
         if token_parts := [part for part in parts if isinstance(part, TokenRows | TokenHead)]:
-            merged = _with_token_rows(layer, merged, token_parts)
+            merged = (weight_of(layer) if merged is None else merged).detach().clone()
+            for part in token_parts:
+                indices, change = part.row_change(layer)
+                merged[indices] = (merged[indices] + change).to(merged.dtype)
         if merged is not None and is_quantized(layer):
-            changes += dequantize_layer(layer, merged)
+            yield from dequantize_layer(layer, merged)
             report.quantization_error[path] = requantization_error(layer, dense_weight(layer, others=dtype), merged)
         elif merged is not None:
             module, name = parameter_owner(layer, updates[0].layer_type.weight_name if updates else "weight")
-            key = path if updates else (id(weight_of(layer)), *(id(token_rows_of(part)) for part in token_parts))
-            changes.append(TensorChange(module, name, tied.setdefault(key, nn.Parameter(merged, requires_grad=False))))
+            parameter = nn.Parameter(merged, requires_grad=False)
+            if not updates:
+                key = id(weight_of(layer)), *(id(token_rows_of(part)) for part in token_parts)
+                parameter = tied.setdefault(key, parameter)
+            yield TensorChange(module, name, parameter)
         if (bias := _merged_bias(layer, parts)) is not None:
-            changes.append(TensorChange(layer, "bias", nn.Parameter(bias, requires_grad=False)))
+            yield TensorChange(layer, "bias", nn.Parameter(bias, requires_grad=False))
     if problems:
         raise MergeError(listing(problems))
-    return changes, report
+    if quantized := [layer for layer, _ in layers.values() if is_quantized(layer)]:
+        yield from dequantize_model(base_model, quantized, dtype)
 
 
 def _by_weight(layers: Mapping[str, LayerParts]) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
@@ -172,15 +181,6 @@ def _by_weight(layers: Mapping[str, LayerParts]) -> Iterator[tuple[str, nn.Modul
         for name in dict.fromkeys(names):
             weight_path = path if name == "weight" else f"{path}.{name}".removeprefix(".")
             yield weight_path, layer, [part for part, own in zip(parts, names, strict=True) if own == name]
-
-
-def _with_token_rows(layer: nn.Module, merged: Tensor | None, parts: Sequence[TokenRows | TokenHead]) -> Tensor:
-    """The layer's weight, or what it is merged to already, with the trained rows in it."""
-    weight = (weight_of(layer) if merged is None else merged).detach().clone()
-    for part in parts:
-        indices, change = part.row_change(layer)
-        weight[indices] = (weight[indices] + change).to(weight.dtype)
-    return weight
 
 
 def _merged_bias(layer: nn.Module, parts: Iterable[nn.Module]) -> Tensor | None:
@@ -212,13 +212,12 @@ def _obstacle(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
 
 
 def replace_by_copy(
-    module: nn.Module, trained: nn.Module, parameters: dict[int, nn.Parameter] | None = None
+    module: nn.Module, trained: nn.Module, parameters: dict[int, nn.Parameter]
 ) -> Iterator[TensorChange]:
     """Yields the tensors of a copy that was trained whole, in the precision of the module that they come to.
 
     parameters: id of a copy's parameter -> the parameter that it became, so that what copies share stays shared.
     """
-    parameters = {} if parameters is None else parameters
     for own, copy in zip(module.modules(), trained.modules(), strict=True):
         for name, parameter in own._parameters.items():
             if parameter is not None:
@@ -235,39 +234,56 @@ def replace_by_copy(
 # ---- The merged weight of one layer
 
 
+@torch.no_grad()
 def merged_weight(
-    layer: nn.Module, adapters: Sequence[LoRALayer], dtype: torch.dtype | None = None
+    layer: nn.Module, adapters: Sequence[LoRALayer], dtype: torch.dtype | None = None, *, in_place: bool = False
 ) -> tuple[Tensor, float]:
     """Returns the layer's weight with the updates in it, summed in at least float32 and rounded once; and its error.
 
     W + sum of t ((g - 1) W + g s (B A - B0 A0)) over the adapters of strength t. The error is NaN where the weight is
     not finite. A quantised weight is dequantised first. dtype: of the model's plain weights.
+    in_place: written over the weight itself, which `fits_in_place`; the error is not measured, and 0.
     """
     weight = dense_weight(layer, adapters[0].layer_type.weight_name, dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)
     left, right, own = _terms(layer, adapters, wide)
-    shape = len(left), left.shape[1], right.shape[2]
-    merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    source, target = weight.reshape(shape), merged.view(shape)
+    shape = groups, m, n = len(left), left.shape[1], right.shape[2]
+    merged = weight if in_place else torch.empty_like(weight, memory_format=torch.contiguous_format)
+    target = merged.view(shape)
+    source = target if in_place else weight.reshape(shape)
     if own is None and weight.dtype == wide:  # nothing is rounded
         torch.baddbmm(source, left, right, out=target)
-        finite = math.isfinite(float(merged.sum())) or bool(merged.isfinite().all())
+        finite = in_place or math.isfinite(float(merged.sum())) or bool(merged.isfinite().all())
         return merged, 0.0 if finite else math.nan
-    blocks = _blocks(weight, shape)
+    # Slices of the groups and of the rows: blocks of about BLOCK numbers; elsewhere than on a CPU one block
+    numbers = BLOCK if weight.device.type == "cpu" else weight.numel()
+    group_step, row_step = (max(1, numbers // (m * n)), m) if groups > 1 else (1, max(1, numbers // n))
+    blocks = [
+        (slice(group, group + group_step), slice(row, row + row_step))
+        for group in range(0, groups, group_step)
+        for row in range(0, m, row_step)
+    ]
     scratch = torch.empty_like(source[blocks[0]], dtype=wide)
     errors, changes = [], []
-    for groups, rows in blocks:
-        block = source[groups, rows]
+    for group, rows in blocks:
+        block = source[group, rows]
         exact = scratch[: len(block), : block.shape[1]].copy_(block)
         if own is not None:
-            exact.mul_(own[groups] if own.shape[1] == 1 else own[groups, rows])
-        exact.baddbmm_(left[groups, rows], right[groups])
+            exact.mul_(own[group] if own.shape[1] == 1 else own[group, rows])
+        exact.baddbmm_(left[group, rows], right[group])
         if own is not None:
             changes.append(torch.linalg.vector_norm(exact - block))
-        rounded = target[groups, rows].copy_(exact)
-        errors.append(torch.linalg.vector_norm(exact.sub_(rounded)))
+        rounded = target[group, rows].copy_(exact)
+        if not in_place:
+            errors.append(torch.linalg.vector_norm(exact.sub_(rounded)))
+    if in_place:
+        return merged, 0.0
     error = float(torch.stack(errors).norm())
-    norm = float(torch.stack(changes).norm()) if changes else _product_norm(left, right)
+    if changes:
+        norm = float(torch.stack(changes).norm())
+    else:  # ||L R|| without forming the product: the sum of (L^T L) * (R R^T) is its square
+        left, right = left.cpu().double(), right.cpu().double()
+        norm = float(((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0).sqrt())
     return merged, error / norm if norm > 0 else error
 
 
@@ -283,73 +299,26 @@ def _terms(layer: nn.Module, adapters: Sequence[LoRALayer], wide: torch.dtype) -
     return left, right, own if own is None else own.to(wide)
 
 
-def _blocks(weight: Tensor, shape: tuple[int, int, int]) -> list[tuple[slice, slice]]:
-    """Slices of the groups and of the rows that cut a (groups, m, n) weight into blocks of about BLOCK numbers.
-
-    One block elsewhere than on a CPU.
-    """
-    groups, m, n = shape
-    numbers = BLOCK if weight.device.type == "cpu" else weight.numel()
-    if groups > 1:
-        step = max(1, numbers // (m * n))
-        return [(slice(start, start + step), slice(None)) for start in range(0, groups, step)]
-    step = max(1, numbers // n)
-    return [(slice(None), slice(start, start + step)) for start in range(0, m, step)]
-
-
-def _product_norm(left: Tensor, right: Tensor) -> float:
-    """||L R||, without forming the product: the sum of (L^T L) * (R R^T) is its square."""
-    left, right = left.cpu().double(), right.cpu().double()
-    return float(((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0).sqrt())
-
-
 @torch.no_grad()
-def fit_in_place(model: nn.Module, layers: Mapping[str, LayerParts]) -> dict[str, tuple[nn.Module, list[LoRALayer]]]:
-    """Returns the layers whose weight can take its updates itself: nothing else changes in them, no other parameter
+def fits_in_place(layer: nn.Module, parts: Sequence[nn.Module], users: Mapping[int, int]) -> bool:
+    """True if the layer's weight can take its updates itself: nothing else changes in the layer, no other parameter
     has the weight's memory, and every number of it stays finite.
+
+    users: address of a storage -> how many parameters of the model have it.
     """
-    users: Counter[int] = Counter(
-        parameter.untyped_storage().data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False)
-    )
-    fitting = {}
-    for path, (layer, parts) in layers.items():
-        updates = [part for part in parts if isinstance(part, LoRALayer)]
-        one_weight = len(updates) == len(parts) and len({part.layer_type.weight_name for part in updates}) == 1
-        if one_weight and _obstacle(layer, parts) is None and _has_room(layer, updates, users):
-            fitting[path] = (layer, updates)
-    return fitting
-
-
-def _has_room(layer: nn.Module, updates: Sequence[LoRALayer], users: Mapping[int, int]) -> bool:
-    """||W|| + ||L|| ||R|| bounds every number of the merged weight; twice that, since norms are rounded, too."""
-    if is_quantized(layer) or _merged_bias(layer, updates) is not None:
+    updates = [part for part in parts if isinstance(part, LoRALayer)]
+    if len(updates) < len(parts) or len({part.layer_type.weight_name for part in updates}) > 1:
+        return False
+    if _obstacle(layer, parts) or is_quantized(layer) or _merged_bias(layer, updates) is not None:
         return False
     weight = weight_of(layer, updates[0].layer_type.weight_name).detach()
     if users.get(weight.untyped_storage().data_ptr()) != 1 or not weight.is_contiguous() or weight.is_inference():
         return False
     left, right, own = _terms(layer, updates, torch.promote_types(weight.dtype, torch.float32))
+    # ||W|| + ||L|| ||R|| bounds every number of the merged weight; to find the largest number itself takes 10x longer
     norm = torch.linalg.vector_norm
-    largest = float(norm(weight)) + float(norm(left)) * float(norm(right))  # the largest number itself: 10x slower
-    return own is None and 2 * largest < torch.finfo(weight.dtype).max
-
-
-@torch.no_grad()
-def merge_in_place(layer: nn.Module, adapters: Sequence[LoRALayer]) -> None:
-    """Writes the numbers of `merged_weight` over a weight that can take them (`fit_in_place`)."""
-    weight = weight_of(layer, adapters[0].layer_type.weight_name).detach()
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    left, right, _ = _terms(layer, adapters, wide)
-    shape = len(left), left.shape[1], right.shape[2]
-    target = weight.view(shape)
-    if weight.dtype == wide:
-        target.baddbmm_(left, right)
-        return
-    blocks = _blocks(weight, shape)
-    scratch = torch.empty_like(target[blocks[0]], dtype=wide)
-    for groups, rows in blocks:
-        block = target[groups, rows]
-        exact = scratch[: len(block), : block.shape[1]].copy_(block)
-        block.copy_(exact.baddbmm_(left[groups, rows], right[groups]))
+    largest = float(norm(weight)) + float(norm(left)) * float(norm(right))
+    return own is None and 2 * largest < torch.finfo(weight.dtype).max  # twice, since norms are rounded, too
 
 
 # ---- Weights that several modules share
@@ -358,28 +327,24 @@ def merge_in_place(layer: nn.Module, adapters: Sequence[LoRALayer]) -> None:
 def check_ties(model: nn.Module, changes: Iterable[Change], untie_weights: bool) -> bool:
     """Returns True if some changes untie a weight that several modules share.
 
-    An exchange replaces the parameter of one module only, so the others keep the shared one.
+    An exchange replaces the parameter of one module only, so the others keep the shared one, unless they get the same.
     Raises MergeError for such changes unless `untie_weights`.
     """
-    shared = list(_untied(model, [change for change in changes if isinstance(change, TensorChange)]))
-    if shared and not untie_weights:
-        raise MergeError(
-            f"merging would change a weight that another layer shares ({', '.join(shared)}); pass untie_weights=True"
-        )
-    return bool(shared)
-
-
-def _untied(model: nn.Module, exchanges: Sequence[TensorChange]) -> Iterator[str]:
-    """The changed weights that other modules share and that do not become the same new one there, as "a = b = c"."""
     users: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((path, module, name))
+    exchanges = [change for change in changes if isinstance(change, TensorChange)]
     new_tensors = {(id(exchange.module), exchange.name): exchange.tensor for exchange in exchanges}
+    untied = []
     for exchange in exchanges:
         sharing = users.get(id(exchange.module._parameters.get(exchange.name)), [])
         own = [path for path, module, name in sharing if module is exchange.module and name == exchange.name]
         others = [path for path, module, name in sharing if new_tensors.get((id(module), name)) is not exchange.tensor]
-        if others:
-            yield f"{own[0]} = {' = '.join(others)}"
+        untied += [f"{own[0]} = {' = '.join(others)}"] if others else []
+    if untied and not untie_weights:
+        raise MergeError(
+            f"merging would change a weight that another layer shares ({', '.join(untied)}); pass untie_weights=True"
+        )
+    return bool(untied)

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from tailora.core.dequantize import Change, TensorChange, common_dtype, dequantize_model
+from tailora.core.dequantize import Change, TensorChange, common_dtype
 from tailora.core.layer_types import layer_path_of
 from tailora.core.merge import MergeReport, check_ties, merge_changes, replace_by_copy
-from tailora.core.quantization import is_quantized
 from tailora.errors import FormatError, MergeError
-from tailora.formats.low_rank_export import ExportSource, raise_problems
+from tailora.formats.low_rank_export import ExportSource
 
 SHARD = "2GB"  # largest safetensors file
 SPILL = ".merged"
@@ -43,7 +42,18 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     """
     base: Any = source.base_model
     spill = folder / SPILL
-    changes, report = _merged_weights(source, spill)
+    parts: dict[str, list[nn.Module]] = {}  # by path of the module that computes with them
+    for path, part in {**source.adapter.low_rank, **source.adapter.extras}.items():
+        parts.setdefault(layer_path_of(base, path), []).append(part)
+    layers = {path: (base.get_submodule(path), module_parts) for path, module_parts in parts.items()}
+    report = MergeReport({})
+    try:
+        changes = list(_on_disk(merge_changes(base, layers, report), spill))
+    except MergeError as error:
+        raise FormatError(f"merging: {error}") from None
+    parameters: dict[int, nn.Parameter] = {}
+    for path, trained in source.adapter.saved.items():
+        changes += replace_by_copy(base.get_submodule(path), trained, parameters)
     untied = check_ties(base, changes, untie_weights=True)
     with _apply(changes), _untied_config(base, untied):
         base.save_pretrained(folder, max_shard_size=SHARD)
@@ -62,33 +72,6 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     else:
         source.tokenizer.save_pretrained(folder)
     return notes + (["tied weights are untied: tie_word_embeddings is false"] if untied else [])
-
-
-def _merged_weights(source: ExportSource, spill: Path) -> tuple[list[Change], MergeReport]:
-    """Returns the changes that make the base the merged model, with their weights in `spill`, and what is lost."""
-    base, parts = source.base_model, {**source.adapter.low_rank, **source.adapter.extras}
-    dtype, total, problems = common_dtype(base), MergeReport({}), []
-    result: list[Change] = []
-    parts_of_module: dict[str, list[nn.Module]] = {}
-    for path, part in parts.items():
-        parts_of_module.setdefault(layer_path_of(base, path), []).append(part)
-    for path, module_parts in parts_of_module.items():
-        try:
-            changes, report = merge_changes({path: (base.get_submodule(path), module_parts)}, dtype)
-        except MergeError as error:
-            problems.append(str(error))
-            continue
-        result += _on_disk(changes, spill)
-        total.rounding_error.update(report.rounding_error)
-        total.quantization_error.update(report.quantization_error)
-    raise_problems("merging", problems)
-    modules = [base.get_submodule(path) for path in parts_of_module]
-    if any(is_quantized(module) for module in modules):
-        result += _on_disk(dequantize_model(base, modules, dtype), spill)
-    parameters: dict[int, nn.Parameter] = {}
-    for path, trained in source.adapter.saved.items():
-        result += replace_by_copy(base.get_submodule(path), trained, parameters)
-    return result, total
 
 
 def _on_disk(changes: Iterable[Change], file: Path) -> Iterator[Change]:
