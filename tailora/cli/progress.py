@@ -1,5 +1,6 @@
-"""A run as it happens, on stderr: a bar on a terminal, a line every few seconds anywhere else."""
+"""What a run prints to stderr: a header, then a progress bar on a terminal, or a line every few seconds elsewhere."""
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,18 +15,46 @@ from tailora.cli.main import on_terminal
 from tailora.train.events import Evaluated, Event, Listener, Note, Prepared, Saved, Stepped
 
 SECONDS_BETWEEN_LINES = 5.0
+WIDTH = 100  # of the header at most; a terminal may be narrower
 
 
 @contextmanager
 def shown(console: Console) -> Iterator[Listener]:
-    """What to pass to `run` as `on_event`."""
+    """Yields the listener to pass to `run` as `on_event`."""
     if not on_terminal(console):
         console.print("reading model and data")
-        yield _lines(console)
+        yield _line_listener(console)
         return
     columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}")
     with Progress(*columns, console=console, transient=True) as bar:
-        yield _bar(bar)
+        yield _bar_listener(bar)
+
+
+def _line_listener(console: Console) -> Listener:
+    last = -SECONDS_BETWEEN_LINES
+
+    def listen(event: Event) -> None:
+        nonlocal last
+        if not isinstance(event, Stepped):
+            _print(console, event)
+        elif monotonic() - last >= SECONDS_BETWEEN_LINES or event.step == event.max_steps:
+            last = monotonic()
+            console.print(f"step {event.step}/{event.max_steps}  {figures(event)}", soft_wrap=True)
+
+    return listen
+
+
+def _bar_listener(bar: Progress) -> Listener:
+    task = bar.add_task("reading model and data", total=None, figures="")
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Stepped):
+            step = f"step {event.step}/{event.max_steps}"
+            bar.update(task, description=step, total=event.max_steps, completed=event.step, figures=figures(event))
+        else:
+            _print(bar.console, event)
+
+    return listen
 
 
 def figures(step: Stepped) -> str:
@@ -34,37 +63,10 @@ def figures(step: Stepped) -> str:
     return f"loss {step.loss:.3f}  {step.tokens_per_second:,.0f} tokens/s  ETA {eta}  memory {memory:.2f} GB"
 
 
-def _lines(console: Console) -> Listener:
-    last = -SECONDS_BETWEEN_LINES
-
-    def show(event: Event) -> None:
-        nonlocal last
-        if not isinstance(event, Stepped):
-            _say(console, event)
-        elif monotonic() - last >= SECONDS_BETWEEN_LINES or event.step == event.max_steps:
-            last = monotonic()
-            console.print(f"step {event.step}/{event.max_steps}  {figures(event)}", soft_wrap=True)
-
-    return show
-
-
-def _bar(bar: Progress) -> Listener:
-    task = bar.add_task("reading model and data", total=None, figures="")
-
-    def show(event: Event) -> None:
-        if isinstance(event, Stepped):
-            at = f"step {event.step}/{event.max_steps}"
-            bar.update(task, description=at, total=event.max_steps, completed=event.step, figures=figures(event))
-        else:
-            _say(bar.console, event)
-
-    return show
-
-
-def _say(console: Console, event: Event) -> None:
+def _print(console: Console, event: Event) -> None:
     match event:
         case Prepared():
-            text = described(event.header)
+            text = format_header(event.header, min(console.width, WIDTH))
         case Evaluated():
             text = f"held-out loss {event.loss:.4f} at step {event.step}{', the best so far' if event.best else ''}"
         case Saved():
@@ -76,44 +78,58 @@ def _say(console: Console, event: Event) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def described(header: Mapping[str, Any]) -> str:
-    """What is about to be trained, and why it was chosen where the settings left it open."""
-    asked = header["settings"]
+# ---- The header
+
+
+def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
+    """Returns what will be trained on what, and the reason where the settings left a choice, in lines of `width`."""
+    settings = header["settings"]
     total, trained = header["total_parameters"], header["trainable_parameters"]
-    full = asked["method"] == "full"
+    full = settings["method"] == "full"
     base = f"{(total if full else total - trained) / 1e6:,.1f}M"
     adapter = f"{header['adapted_layers']} layers, {trained:,} parameters ({trained / total:.2%})"
-    why = "what this machine is fastest with" if asked["dtype"] == "auto" else "as asked"
-    how = asked.get("quantize")
-    stored = f"linear layers in {how} ({header['base_bytes'] / 1e6:,.0f} MB in all), the rest in " if how else ""
-    rows = "packed, attention inside each" if header["packed"] else "padded"
-    size = asked["per_device_train_batch_size"] * asked["gradient_accumulation_steps"] * header["processes"]
+    reason = "what this machine is fastest with" if settings["dtype"] == "auto" else "as asked"
+    quantize = settings.get("quantize")
+    stored = (
+        f"linear layers in {quantize} ({header['base_bytes'] / 1e6:,.0f} MB in all), the rest in " if quantize else ""
+    )
+    batches = "packed into one row, attention inside each" if header["packed"] else "padded to the longest"
+    examples = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * header["processes"]
     lines = {
-        "model": f"{asked['model']}, {base} parameters, {stored}{header['dtype']} ({why}) on {header['device']}",
-        **({"trained": "all weights of the model"} if full else {"adapter": adapter, **_unusual(asked, header)}),
-        **_read(header["data"], asked["streaming"]),
-        "steps": f"{header['max_steps']:,} of {size} examples, {rows}",
-        "fast": header["kernels"],
+        "model": f"{settings['model']}, {base} parameters, {stored}{header['dtype']} ({reason}) on {header['device']}",
+        **({"trained": "all weights of the model"} if full else {"adapter": adapter, **_uncommon(settings, header)}),
+        **_data(header["data"], settings["streaming"]),
+        "steps": f"{header['max_steps']:,} of {examples} examples, {batches}",
+        "computed by": header["kernels"].replace("; ", "\n"),
     }
-    width = max(map(len, lines)) + 2
-    return "\n".join(f"{name:<{width}}{text}" for name, text in lines.items())
+    indent = max(map(len, lines)) + 2
+    return "\n".join(_wrap(f"{name:<{indent}}", text, width) for name, text in lines.items())
 
 
-def _unusual(asked: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, str]:
-    """What of the adapter is not the common choice."""
-    ratio, target = asked.get("loraplus_lr_ratio", 1), asked.get("target_r")
+def _wrap(label: str, text: str, width: int) -> str:
+    """Breaks lines between words only; all lines but the first are indented by the label's width."""
+    space = " " * len(label)
+    wrapper = textwrap.TextWrapper(max(width - len(label), 20), break_long_words=False, break_on_hyphens=False)
+    lines = [line for part in text.split("\n") for line in wrapper.wrap(part) or [""]]
+    return "\n".join(f"{space if number else label}{line}" for number, line in enumerate(lines))
+
+
+def _uncommon(settings: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, str]:
+    """Returns lines for what few adapters have: changing ranks, another initialization, LoRA+."""
+    ratio, target_r = settings.get("loraplus_lr_ratio", 1), settings.get("target_r")
+    ranks = f"from {settings.get('r')} to {target_r} on average, larger where they matter (AdaLoRA)"
     return {
-        **({"ranks": f"from {asked['r']} to {target} on average, where they matter (AdaLoRA)"} if target else {}),
-        **({"start": header["start"]} if asked.get("init_lora_weights", "kaiming") != "kaiming" else {}),
+        **({"ranks": ranks} if target_r else {}),
+        **({"start": header["start"]} if settings.get("init_lora_weights", "kaiming") != "kaiming" else {}),
         **({"rates": f"B learns {ratio:g} times as fast as the rest (LoRA+)"} if ratio != 1 else {}),
     }
 
 
-def _read(data: Mapping[str, Any] | None, streaming: bool) -> dict[str, str]:
-    """What there is to learn from, and what of it was cut or left out; streamed data is not known yet."""
-    if data is None or streaming:
-        return {"data": f"streamed; {data['eval']:,} examples held out" if data else "streamed"}
+def _data(report: Mapping[str, Any] | None, streaming: bool) -> dict[str, str]:
+    """Returns lines for the data and for what of it was cut or left out; streamed data is not known yet."""
+    if report is None or streaming:
+        return {"data": f"streamed; {report['eval']:,} examples held out" if report else "streamed"}
     return {
-        "data": f"{data['train']:,} examples, {data['eval']:,} held out; read as {data['shape']}",
-        **warnings_of(data),
+        "data": f"{report['train']:,} examples, {report['eval']:,} held out; read as {report['shape']}",
+        **warnings_of(report),
     }

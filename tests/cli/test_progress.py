@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from tailora.cli.data import WARNINGS
-from tailora.cli.progress import described, shown
+from tailora.cli.progress import format_header, shown
 from tailora.train.events import Evaluated, Event, Note, Stepped
 
 NOTHING_DROPPED = dict.fromkeys(WARNINGS, 0)
@@ -24,7 +24,8 @@ HEADER: dict[str, Any] = {
     "device": "cpu",
     "dtype": "bfloat16",
     "packed": True,
-    "kernels": "layer kernels: off, as asked",
+    "kernels": "decoder layers: those of transformers, because --fast off asks for them; "
+    "attention: torch's SDPA for each document; loss: from the model's own logits",
     "processes": 1,
     "adapted_layers": 210,
     "trainable_parameters": 1_000_000,
@@ -97,11 +98,12 @@ def test_evaluations_and_notes_are_always_shown() -> None:
         ({}, "12 of 8 examples, packed"),
         ({"packed": False, "processes": 2}, "12 of 16 examples, padded"),
         ({"data": None}, "streamed"),
-        ({}, "layer kernels: off, as asked"),
+        ({}, "decoder layers: those of transformers, because --fast off asks for them"),
+        ({}, "loss: from the model's own logits"),
     ],
 )
 def test_the_header_says_what_was_chosen_and_why(changes: dict[str, object], part: str) -> None:
-    assert part in described({**HEADER, **changes})
+    assert part in " ".join(format_header({**HEADER, **changes}).split())
 
 
 @pytest.mark.parametrize(
@@ -117,15 +119,23 @@ def test_the_header_says_what_was_chosen_and_why(changes: dict[str, object], par
 def test_the_header_has_a_line_for_what_was_dropped_and_for_nothing_else(key: str, line: str) -> None:
     dropped = {**HEADER, "data": {**HEADER["data"], key: 1234}}
     before, after = (
-        [" ".join(each.split()) for each in described(header).splitlines()] for header in (HEADER, dropped)
+        [" ".join(each.split()) for each in format_header(header).splitlines()] for header in (HEADER, dropped)
     )
     (added,) = [each for each in after if each not in before]
     assert added.startswith(line)
     assert len(after) == len(before) + 1
 
 
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_the_header_breaks_lines_between_words_only(width: int) -> None:
+    lines = format_header(HEADER, width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert " ".join(" ".join(lines).split()) == " ".join(format_header(HEADER, 1000).split())
+    assert sum("decoder layers" in line or "attention:" in line or "loss:" in line for line in lines) == 3
+
+
 def test_streamed_data_is_not_counted_though_the_held_out_is() -> None:
     data = {**HEADER["data"], "duplicates": 10}
-    text = described({**HEADER, "data": data, "settings": {**HEADER["settings"], "streaming": True}})
+    text = format_header({**HEADER, "data": data, "settings": {**HEADER["settings"], "streaming": True}})
     assert "streamed; 10 examples held out" in text
     assert "DUPLICATES" not in text
