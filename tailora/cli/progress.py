@@ -100,7 +100,7 @@ def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
         **({"trained": "all weights of the model"} if full else {"adapter": adapter, **_uncommon(settings, header)}),
         **_data(header["data"], settings["streaming"]),
         "steps": f"{header['max_steps']:,} of {examples} examples, {batches}",
-        "computed by": header["kernels"].replace("; ", "\n"),
+        **dict(part.split(": ", 1) for part in header["kernels"].split("; ")),
     }
     indent = max(map(len, lines)) + 2
     return "\n".join(_wrap(f"{name:<{indent}}", text, width) for name, text in lines.items())
@@ -110,8 +110,7 @@ def _wrap(label: str, text: str, width: int) -> str:
     """Breaks lines between words only; all lines but the first are indented by the label's width."""
     space = " " * len(label)
     wrapper = textwrap.TextWrapper(max(width - len(label), 20), break_long_words=False, break_on_hyphens=False)
-    lines = [line for part in text.split("\n") for line in wrapper.wrap(part) or [""]]
-    return "\n".join(f"{space if number else label}{line}" for number, line in enumerate(lines))
+    return "\n".join(f"{space if number else label}{line}" for number, line in enumerate(wrapper.wrap(text)))
 
 
 def _uncommon(settings: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, str]:

@@ -508,7 +508,7 @@ def obstacle(layer: nn.Module) -> str | None:
         (type(mlp.act_fn).__name__ not in ACTIVATIONS, f"its activation is {type(mlp.act_fn).__name__}"),
         (attention.attention_dropout > 0, "its attention has dropout"),
         (bool(hooked or replaced), "its parts carry hooks"),
-        (any(p.requires_grad for parameters in frozen for p in parameters), "its own weights are trained"),
+        (any(p.requires_grad for parameters in frozen for p in parameters), "the model's own weights are trained"),
         (len({linear.weight.dtype for linear in linears.values()}) > 1, "its weights have several dtypes"),
     ]
     return next((reason for broken, reason in rules if broken), None)

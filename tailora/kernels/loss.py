@@ -1,14 +1,17 @@
-"""Losses that hold the logits of a few hundred rows at most, and gradients that are known as soon as the losses are.
+"""Cross-entropy without the logits of all tokens: a chunk of tokens at a time goes through the output head.
 
-With p = softmax(logits) the gradient of -log p[y] by the logits is p - onehot(y). So it is written over the logits
-while they are in the cache, and three ways lead on from there:
+With p = softmax(logits) the gradient of -log p[y] by the logits is p - onehot(y). It is computed in the forward, in the
+memory of the logits, while they are in the cache:
 
-    frozen_head      the head is a plain matrix: dh = (p - onehot) W at once; dh is all that the backward needs
+    frozen_head      the head is a plain matrix: the gradient of the hidden states, (p - onehot) W, follows at once and
+                     is all that the backward needs
     recomputed_head  the head is trained or adapted: its logits are computed again in the backward
-    cross_entropy    the logits exist already: they become their gradient
+    cross_entropy    the logits exist already: their gradient overwrites them
 
-Losses are one per row, and so are the gradients that come back: the backward scales rows. In half precision that is
-one rounding more, unless frozen_head is told beforehand what will come back.
+Each row (token) has its own loss, so the backward multiplies rows by the gradients of the losses. In half precision
+that rounds once more, unless frozen_head gets the expected gradient.
+
+The second part of the file chooses one of these for a model: `choose_form`.
 """
 
 import inspect
@@ -23,22 +26,22 @@ from torch.utils.checkpoint import checkpoint
 
 from tailora.core.quantization import is_quantized
 
-CHUNK_BYTES = 30 << 20  # of logits at a time; malloc gives blocks of 32 MB and more back at once, and pages cost time
-DEVICE_CHUNK_BYTES = 256 << 20  # likewise beside a CPU, where every chunk reads the head from the device's memory
+CHUNK_BYTES = 30 << 20  # of logits; malloc returns blocks of 32 MB and more to the system, and new pages take time
+DEVICE_CHUNK_BYTES = 256 << 20  # on a GPU, where every chunk reads the head from the device's memory
 FEWEST_ROWS = 64  # of a chunk: every product reads the whole head
-BLOCK_ELEMENTS = 1 << 18  # float32 numbers at a time and core, 1 MB: what a core's own cache holds
+BLOCK_ELEMENTS = 1 << 18  # float32 numbers at a time and core: 1 MB, which a core's own cache holds
 
 
 def frozen_head(
     hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None = None, expected: float = 1.0
 ) -> Tensor:
-    """-log softmax(hidden weight^T + bias)[targets] in nats, at least float32.
+    """Returns -log softmax(hidden weight^T + bias)[targets] in nats, at least float32.
 
     (rows, hidden), (rows,), (vocabulary, hidden), (vocabulary,) -> (rows,). expected: the gradient that each loss will
-    get, if known; another one is right too. Raises ValueError for a head that asks for a gradient.
+    get, if known; the result is right for any other. Raises ValueError for a head that requires a gradient.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise ValueError("frozen_head gives the head no gradient, and this one asks for it; take recomputed_head")
+        raise ValueError("frozen_head computes no gradient for the head, and this one requires it; use recomputed_head")
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         return _through_head(hidden, targets, weight, bias, 1.0, into=None)
     losses: Tensor = _FrozenHead.apply(hidden, targets, weight, bias, expected or 1.0)  # type: ignore[no-untyped-call]
@@ -46,10 +49,10 @@ def frozen_head(
 
 
 def recomputed_head(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocabulary: int) -> Tensor:
-    """The same through any `head`: (rows, hidden) -> (rows, vocabulary), row by row. (rows,), at least float32."""
+    """Returns the same for any `head`, (rows, hidden) -> (rows, vocabulary), that treats rows separately."""
 
-    def losses_of(rows: Tensor, wanted: Tensor) -> Tensor:
-        return cross_entropy(head(rows), wanted)
+    def losses_of(rows: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(head(rows), labels)
 
     size = chunk_rows(vocabulary, hidden)
     parts = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
@@ -59,9 +62,9 @@ def recomputed_head(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Te
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[targets] in nats: (rows, vocabulary), (rows,) -> (rows,), at least float32.
+    """Returns -log softmax(logits)[targets] in nats: (rows, vocabulary), (rows,) -> (rows,), at least float32.
 
-    The values of `logits` are overwritten where a gradient will be asked for.
+    The values of `logits` are overwritten if they require a gradient.
     """
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return _log_loss(logits, targets, 1.0, into=None)
@@ -70,7 +73,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunk_rows(vocabulary: int, hidden: Tensor) -> int:
-    """How many rows have their logits at once, in the precision and on the device of `hidden`."""
+    """Returns how many rows go through the head at a time, in the precision and on the device of `hidden`."""
     size = CHUNK_BYTES if hidden.device.type == "cpu" else DEVICE_CHUNK_BYTES
     return max(size // (vocabulary * hidden.dtype.itemsize), FEWEST_ROWS)
 
@@ -78,7 +81,7 @@ def chunk_rows(vocabulary: int, hidden: Tensor) -> int:
 def _through_head(
     hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, scale: float, into: Tensor | None
 ) -> Tensor:
-    """Losses, chunk by chunk in one buffer; their gradients by `hidden`, scaled, go into `into`, (rows, hidden)."""
+    """Returns losses, chunk by chunk in one buffer; writes their gradients by `hidden`, times `scale`, to `into`."""
     losses = hidden.new_empty(len(targets), dtype=_wide(hidden.dtype))
     size = chunk_rows(len(weight), hidden)
     buffer = hidden.new_empty(min(size, len(targets)), len(weight))
@@ -96,26 +99,26 @@ def _through_head(
 
 
 def _log_loss(logits: Tensor, targets: Tensor, scale: float, into: Tensor | None) -> Tensor:
-    """Losses, (rows,); scale (p - onehot) goes `into` a tensor like the logits, which may be the logits."""
+    """Returns losses, (rows,); writes scale (p - onehot) to `into`, like the logits or the logits themselves."""
     wide = _wide(logits.dtype)
     losses = logits.new_empty(len(targets), dtype=wide)
     size = _block_rows(logits)
     scratch = logits.new_empty(min(size, len(targets)), logits.shape[1], dtype=wide)
     for part in _slices(len(targets), size):
-        wanted = targets[part, None]  # (block, 1)
-        shifted = scratch[: len(wanted)].copy_(logits[part])  # (block, vocabulary)
+        labels = targets[part, None]  # (block, 1)
+        shifted = scratch[: len(labels)].copy_(logits[part])  # (block, vocabulary)
         shifted -= shifted.amax(dim=1, keepdim=True)
-        own = shifted.gather(1, wanted)
+        own = shifted.gather(1, labels)
         total = shifted.exp_().sum(dim=1, keepdim=True)
         losses[part] = (total.log() - own)[:, 0]
         if into is not None:
             torch.mul(shifted, scale / total, out=into[part])
-            into[part].scatter_(1, wanted, (scale * (own.exp() / total - 1)).to(into.dtype))
+            into[part].scatter_(1, labels, (scale * (own.exp() / total - 1)).to(into.dtype))
     return losses
 
 
 def _block_rows(logits: Tensor) -> int:
-    """How many rows are widened at once: on a CPU what the caches hold, elsewhere all."""
+    """Returns how many rows are converted to float32 at a time: on a CPU what the caches hold, elsewhere all."""
     if logits.device.type != "cpu":
         return max(len(logits), 1)
     return max(BLOCK_ELEMENTS * torch.get_num_threads() // logits.shape[1], 1)
@@ -159,31 +162,34 @@ class _CrossEntropy(torch.autograd.Function):
         gradient = logits.detach()  # shares memory and version: a backward that needs the logits complains
         losses = _log_loss(logits, targets, 1.0, into=gradient)
         ctx.save_for_backward(gradient)
-        ctx.spent = False
+        ctx.used = False
         return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         _refuse_second_order()
-        if ctx.spent:
-            raise RuntimeError("the loss was already sent backward once; its gradient's memory is spent")
-        ctx.spent = True
+        if ctx.used:
+            raise RuntimeError(
+                "the backward of this loss ran already, and its memory was freed; compute the loss again"
+            )
+        ctx.used = True
         (gradient,) = ctx.saved_tensors
-        for part in _slices(len(gradient), _block_rows(gradient)):  # of two dtypes, a product makes wide copies of both
+        # in blocks, because a product of two dtypes copies both to the wider
+        for part in _slices(len(gradient), _block_rows(gradient)):
             gradient[part].mul_(gradients[0][part, None])
         return gradient, None
 
 
-# ---- From a model and a batch to losses, without logits of all rows where the model allows it.
+# ---- The loss of a model
 #
-# The lean forms call the decoder, keep its states at supervised positions, and go through the head in chunks. They hold
-# when the model's logits are head(decoder(...)) and nothing else: no scale, no soft cap. That is found out on the model
-# itself. What fails takes the model's own logits.
+# The chunked forms call the decoder, select its states at supervised positions, and go through the head in chunks. They
+# are right if the model's logits are head(decoder(...)) and nothing else: no scale, no soft cap. `choose_form` tests
+# this on the model itself. If the test fails, the loss is computed from the model's own logits.
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What the model is given, and what it shall predict where."""
+    """The model's input, and the tokens that it is to predict."""
 
     inputs: dict[str, Any]  # keyword arguments; input_ids (batch, length)
     supervised: Tensor  # (batch, length), True where the prediction has a loss
@@ -206,29 +212,29 @@ def _recomputed(model: Model, batch: Batch) -> Tensor:
 
 
 def _states(model: Model, batch: Batch) -> Tensor:
-    """The decoder's states at supervised positions: (supervised, hidden)."""
+    """Returns the decoder's states at supervised positions, (supervised, hidden)."""
     states = model.get_decoder()(**batch.inputs, use_cache=False)[0]  # (batch, length, hidden)
     return _rows(states, batch.supervised)
 
 
 def _rows(values: Tensor, mask: Tensor) -> Tensor:
-    """Where the mask (batch, length) is true. By numbers: a mask as index has no length for a plan to know."""
+    """Returns the values where the mask (batch, length) is True. By index, whose length fake tensors know."""
     return values.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0])
 
 
 def _own(model: Model, batch: Batch) -> Tensor:
-    columns = batch.supervised.any(dim=0).nonzero()[:, 0]  # where some row of the batch is judged
+    columns = batch.supervised.any(dim=0).nonzero()[:, 0]  # with a loss in some row of the batch
     logits = model(**batch.inputs, use_cache=False, logits_to_keep=columns).logits  # (batch, columns, vocabulary)
-    judged = batch.supervised[:, columns]
-    return cross_entropy(logits.flatten(0, 1) if judged.all() else _rows(logits, judged), batch.targets)
+    supervised = batch.supervised[:, columns]
+    return cross_entropy(logits.flatten(0, 1) if supervised.all() else _rows(logits, supervised), batch.targets)
 
 
 def _whole(model: Model, batch: Batch) -> Tensor:
     return cross_entropy(_rows(model(**batch.inputs, use_cache=False).logits, batch.supervised), batch.targets)
 
 
-FROZEN = "chunked, head frozen"
-RECOMPUTED = "chunked, head trained"
+FROZEN = "in chunks of tokens through the frozen output head"
+RECOMPUTED = "in chunks of tokens through a trained output head"
 OWN = "from the model's own logits"
 WHOLE = "from the model's own logits at all positions"
 FORMS: dict[str, Form] = {FROZEN: _frozen, RECOMPUTED: _recomputed, OWN: _own, WHOLE: _whole}
@@ -240,37 +246,42 @@ RAMP = 1e3  # logits from -RAMP to RAMP show a soft cap, a scale or a bound that
 
 
 def choose_form(model: Model, batch: Batch) -> tuple[str, str | None]:
-    """The leanest form that gives the model's own losses and gradients, and why it is not a chunked one.
+    """Returns the form of least memory with the model's own losses and gradients, and why it is not a chunked one.
 
     A few tokens are enough for `batch`. The model is in evaluation mode, without dropout.
     """
-    own, lean = own_form(model), _lean_form(model)
-    obstacle = _out_of_reach(model, batch) or _changed_between(model, batch) or _difference(model, batch, lean, own)
-    return (own, f"{type(model).__name__} {obstacle}") if obstacle else (lean, None)
+    own, chunked = own_form(model), _chunked_form(model)
+    obstacle = (
+        _structural_obstacle(model, batch)
+        or _change_around_head(model, batch)
+        or _difference(model, batch, chunked, own)
+    )
+    return (own, f"{type(model).__name__} {obstacle}") if obstacle else (chunked, None)
 
 
 def predict_form(model: Model, batch: Batch) -> tuple[str, str | None]:
-    """The same for a model without contents: what is passed on as it is shares its memory; numbers are not compared."""
-    obstacle = _out_of_reach(model, batch) or _changed_between(model, batch, _shares_memory)
-    return (own_form(model), f"{type(model).__name__} {obstacle}") if obstacle else (_lean_form(model), None)
+    """Returns the same for a model of fake tensors. Numbers are not compared: an unchanged tensor shares its memory."""
+    obstacle = _structural_obstacle(model, batch) or _change_around_head(model, batch, _shares_memory)
+    return (own_form(model), f"{type(model).__name__} {obstacle}") if obstacle else (_chunked_form(model), None)
 
 
-def _lean_form(model: Model) -> str:
+def _chunked_form(model: Model) -> str:
     return FROZEN if _is_frozen(model.get_output_embeddings()) else RECOMPUTED
 
 
 def own_form(model: Model) -> str:
-    """The form that holds for every model: by its own logits, at supervised positions if it computes those alone."""
+    """Returns the form that is right for every model: its own logits, at supervised positions if it offers that."""
     return OWN if "logits_to_keep" in inspect.signature(model.forward).parameters else WHOLE
 
 
 def _is_frozen(head: nn.Module | None) -> bool:
-    """A plain linear layer (an adapted one has a class of its own) of plain weights, without gradients."""
+    """True for a plain linear layer without gradients. An adapted or quantized layer is not plain."""
     plain = type(head) is nn.Linear and not is_quantized(head)
     return plain and head is not None and not any(parameter.requires_grad for parameter in head.parameters())
 
 
-def _out_of_reach(model: Model, batch: Batch) -> str | None:
+def _structural_obstacle(model: Model, batch: Batch) -> str | None:
+    """Returns why decoder and head cannot be called alone; None if they can."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     head = model.get_output_embeddings()
     if decoder is None or decoder is model:
@@ -287,22 +298,22 @@ def _out_of_reach(model: Model, batch: Batch) -> str | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether something else runs when the module is called: hooks, or a `forward` put in its place."""
+    """True if a call of the module runs something else: hooks, or a replaced `forward`."""
     return "forward" in vars(module) or any(vars(module)[name] for name in HOOKS)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _shares_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage() is other.untyped_storage()
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage() is b.untyped_storage()
 
 
-def _changed_between(model: Model, batch: Batch, same: Callable[[Tensor, Tensor], bool] = _same) -> str | None:
-    """What the model does to the decoder's states before its head, or to the logits after it; None for nothing.
+def _change_around_head(model: Model, batch: Batch, same: Callable[[Tensor, Tensor], bool] = _equal) -> str | None:
+    """Returns what the model does to the states before its head, or to the logits after it; None if nothing.
 
-    The head's output is exchanged for a ramp, which has to come out of the model as it is.
+    The head's output is replaced by a ramp, which has to come out of the model unchanged.
     """
     seen: dict[str, Tensor] = {}
 
@@ -310,40 +321,40 @@ def _changed_between(model: Model, batch: Batch, same: Callable[[Tensor, Tensor]
         seen["states"] = output[0]
 
     def after_head(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen.update(zip(["taken"], inputs, strict=False))
+        seen.update(zip(["head_input"], inputs, strict=False))
         seen["ramp"] = torch.linspace(-RAMP, RAMP, output.numel(), device=output.device).view_as(output).to(output)
         return seen["ramp"]
 
     hooks = [(model.get_decoder(), after_decoder), (model.get_output_embeddings(), after_head)]
-    with torch.no_grad(), _watched(hooks):
+    with torch.no_grad(), _hooks(hooks):
         logits = model(**batch.inputs, use_cache=False).logits
-    if seen.keys() != {"states", "taken", "ramp"}:
+    if seen.keys() != {"states", "head_input", "ramp"}:
         return "does not call its decoder and its head"
-    if not same(seen["states"], seen["taken"]):
+    if not same(seen["states"], seen["head_input"]):
         return "changes its decoder's states before the head"
     if not same(seen["ramp"], logits.to(seen["ramp"].dtype)):
         return "changes the logits after its head, by a scale or a cap"
     return None
 
 
-def _difference(model: Model, batch: Batch, lean: str, own: str) -> str | None:
+def _difference(model: Model, batch: Batch, chunked: str, own: str) -> str | None:
     names = ("states", "losses", "gradients")
-    for name, found, expected in zip(names, _tried(model, batch, lean), _tried(model, batch, own), strict=True):
-        apart, norm = float((found - expected).norm()), float(expected.norm())
+    for name, actual, expected in zip(names, _results(model, batch, chunked), _results(model, batch, own), strict=True):
+        difference, norm = float((actual - expected).norm()), float(expected.norm())
         allowed = TOLERANCE.get(expected.dtype, HALF_TOLERANCE) * norm
-        if not apart <= allowed:
-            return f"gives other {name} when its decoder is called alone (by {apart:.1e}, allowed {allowed:.1e})"
+        if not difference <= allowed:
+            return f"gives other {name} when its decoder is called alone (by {difference:.1e}, allowed {allowed:.1e})"
     return None
 
 
-def _tried(model: Model, batch: Batch, form: str) -> tuple[Tensor, ...]:
-    """The decoder's states, the losses in their precision, and the gradient of differently weighted losses by them."""
+def _results(model: Model, batch: Batch, form: str) -> tuple[Tensor, ...]:
+    """Returns the decoder's states, the losses in their precision, and the gradient of weighted losses by them."""
     states: list[Tensor] = []
 
     def after_decoder(_module: nn.Module, _inputs: Any, output: Any) -> None:
         states.append(output[0] if output[0].requires_grad else output[0].requires_grad_())
 
-    with torch.enable_grad(), _watched([(model.get_decoder(), after_decoder)]):
+    with torch.enable_grad(), _hooks([(model.get_decoder(), after_decoder)]):
         losses = FORMS[form](model, batch)
         weights = torch.linspace(1, 2, len(losses), dtype=losses.dtype, device=losses.device)
         (gradient,) = torch.autograd.grad(losses @ weights, states)
@@ -351,7 +362,7 @@ def _tried(model: Model, batch: Batch, form: str) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def _watched(hooks: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def _hooks(hooks: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
         yield

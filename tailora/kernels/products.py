@@ -1,9 +1,9 @@
-"""Products of many rows with one matrix, in parts where oneDNN would leave a core idle.
+"""Matrix products that are computed in two parts where oneDNN would leave a core idle.
 
 With AMX and two threads, oneDNN 3.12 gives a bfloat16 product of `rows` x `columns` to one of them where
 columns <= rows < 2 columns, up to 1024 columns: (700, 576) (576, 576) takes .32 ms on either number of threads, in two
-parts .21 ms. Outside of that, and on processors without AMX, the second thread makes it 1.7 to 2 times as fast, and
-parts would cost 10 to 30%.
+parts .21 ms. For other shapes, and on processors without AMX, the second thread makes products 1.7 to 2 times as fast,
+and two parts would take 10 to 30% longer.
 """
 
 from functools import lru_cache
@@ -17,17 +17,17 @@ ALIGNED = 32  # rows of the first part: of other numbers some are slow again
 
 
 def product(x: Tensor, matrix: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """x matrix, plus `add`: (rows, k), (k, columns), (rows, columns) -> (rows, columns), into `out` where given."""
+    """Returns x matrix + add, in `out` if given: (rows, k), (k, columns), (rows, columns) -> (rows, columns)."""
     parts = _parts(x, matrix)
     if not parts:
-        return _whole(x, matrix, add, out)
+        return _product(x, matrix, add, out)
     out = x.new_empty(x.shape[0], matrix.shape[1]) if out is None else out
     for part in parts:
-        _whole(x[part], matrix, None if add is None else add[part], out[part])
+        _product(x[part], matrix, None if add is None else add[part], out[part])
     return out
 
 
-def _whole(x: Tensor, matrix: Tensor, add: Tensor | None, out: Tensor | None) -> Tensor:
+def _product(x: Tensor, matrix: Tensor, add: Tensor | None, out: Tensor | None) -> Tensor:
     return torch.mm(x, matrix, out=out) if add is None else torch.addmm(add, x, matrix, out=out)
 
 
@@ -38,22 +38,22 @@ def add_product(target: Tensor, x: Tensor, matrix: Tensor) -> None:
 
 
 def _parts(x: Tensor, matrix: Tensor) -> list[slice]:
-    """Two, or none where the product is best done whole."""
+    """Returns two slices of the rows; none if one product is faster."""
     rows, columns = x.shape[0], matrix.shape[1]
-    if not (columns <= rows < 2 * columns and columns in NARROW and _one_idles(x)):
+    if not (columns <= rows < 2 * columns and columns in NARROW and _leaves_core_idle(x)):
         return []
     middle = -(-rows // (2 * ALIGNED)) * ALIGNED
     return [slice(0, middle), slice(middle, rows)]
 
 
-def _one_idles(x: Tensor) -> bool:
+def _leaves_core_idle(x: Tensor) -> bool:
     amx = x.dtype == torch.bfloat16 and x.device.type == "cpu" and "amx_bf16" in cpu_flags()
     return amx and torch.get_num_threads() == 2
 
 
 @lru_cache
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """What Linux says that the processor can do; nothing elsewhere."""
+    """Returns the flags that Linux lists for the processor; none on other systems."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     flags = (line for line in lines if line.lower().startswith(("flags", "features")))
     return frozenset(next(flags, "").split())

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: where it began, and what helps."""
+"""The messages for a loss or gradient that is not finite: where it began, and what helps."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ REMEDIES = (
 
 
 def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
-    """Which gradients are not finite, for a message."""
+    """Returns which gradients are not finite, for a message."""
     names = [
         name.replace("/", ".")
         for name, parameter in parameters.items()
@@ -29,29 +29,29 @@ def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
     return f"the gradient of {len(names)} of {len(parameters)} parameters is not finite, first {', '.join(names[:3])}"
 
 
-def broken_loss(model: nn.Module, batches: Sequence[MicroBatch], rows: BatchLayout, device: torch.device) -> str:
-    """The first module whose output is not finite, for a message; found by computing the step's losses again."""
-    found: list[str] = []
-    with torch.no_grad(), evaluating(model), _watched(model, found):
+def broken_loss(model: nn.Module, batches: Sequence[MicroBatch], layout: BatchLayout, device: torch.device) -> str:
+    """Computes the step's losses again and returns the first module whose output is not finite, for a message."""
+    modules: list[str] = []
+    with torch.no_grad(), evaluating(model), _record_broken_outputs(model, modules):
         for batch in batches:
-            token_losses(model, batch.examples, rows, device)
-            if found:
-                return f"the loss is not finite; the first module with such an output is {found[0]}"
+            token_losses(model, batch.examples, layout, device)
+            if modules:
+                return f"the loss is not finite; the first module with such an output is {modules[0]}"
     return "the loss is not finite, though the output of every module that ran is: the logits are too large"
 
 
 @contextmanager
-def _watched(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Modules whose output is not finite are added to `found` as they compute."""
+def _record_broken_outputs(model: nn.Module, modules: list[str]) -> Iterator[None]:
+    """Within the block, names of modules whose output is not finite are added to `modules` as they compute."""
 
-    def watch(name: str) -> Any:
+    def check_output_of(name: str) -> Any:
         def check(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
-                found.append(name)
+                modules.append(name)
 
         return check
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_hook(check_output_of(name)) for name, module in model.named_modules() if name]
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """A LoRAModel in trainers of transformers and TRL: `adapting(SFTTrainer)(model=lora_model, args=..., ...)`.
 
-The trainer is set up around the base model, whose class and signature it looks at, and then trains the LoRAModel. What
-it saves is the adapter: checkpoints hold the PEFT folder, optimizer, scheduler and random states, and no base weights.
+The trainer is initialized with the base model, whose class and signature it inspects, and then trains the LoRAModel. It
+saves the adapter only: checkpoints hold the PEFT folder, optimizer, scheduler and random states, and no base weights.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ SPARE = "read from the checkpoint"
 
 
 class AdapterTraining:
-    """Goes before a `Trainer` class; its hooks are the trainer's own (`_save` and the two that load)."""
+    """Comes before a `Trainer` class in the bases and overrides its methods that save and load a model."""
 
     def __init__(self, model: LoRAModel, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, LoRAModel):
@@ -40,14 +40,14 @@ class AdapterTraining:
         me._set_signature_columns_if_needed()  # of the base's forward
         me.model = me.model_wrapped = model.to(me.args.device)
         if (me.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            model.enable_input_require_grads()  # a reentrant block whose inputs need no gradient gives none
+            model.enable_input_require_grads()  # or reentrant blocks would compute no gradients
 
     def _adapted(self) -> LoRAModel:
         me = cast("Trainer", self)
         return cast(LoRAModel, me.accelerator.unwrap_model(me.model, keep_torch_compile=False))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The active adapters, each in a PEFT folder, and what else the trainer keeps beside a model."""
+        """Writes the active adapters, each in a PEFT folder, and the other files that the trainer saves."""
         import torch
         from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -74,7 +74,7 @@ class AdapterTraining:
         self._read_back(folder)
 
     def _read_back(self, folder: str) -> None:
-        """The checkpoint's numbers into the parameters that are trained, which stay the same objects."""
+        """Copies the checkpoint's tensors into the trained parameters, which stay the same objects."""
         from pathlib import Path
 
         model = self._adapted()
@@ -82,10 +82,10 @@ class AdapterTraining:
         for name in active:
             model.load_adapter(Path(folder) if name == "default" else Path(folder) / name, SPARE)
             model.set_adapter(SPARE)
-            found = {key: value.clone() for key, value in model.lora_layers.state_dict().items()}
+            saved = {key: value.clone() for key, value in model.lora_layers.state_dict().items()}
             model.set_adapter(name)
             model.delete_adapter(SPARE)
-            model.lora_layers.load_state_dict(found)
+            model.lora_layers.load_state_dict(saved)
         model.set_adapter(active)
 
 
@@ -93,5 +93,5 @@ def _adapting(trainer: type[Any]) -> type[Any]:
     return type(f"Adapter{trainer.__name__}", (AdapterTraining, trainer), {"__module__": __name__})
 
 
-# The class `trainer`, of transformers, TRL or your own, for a LoRAModel. One per trainer, so that types compare.
+# Returns the class `trainer`, of transformers, TRL or your own, for a LoRAModel; for the same class the same result.
 adapting: Callable[[type[Any]], type[Any]] = cast(Any, cache(_adapting))

@@ -1,11 +1,13 @@
-"""`--quantize`: how the base's linear layers are stored, by which package, and whether that works on this machine.
+"""Loads the base model and its tokenizer, in the precision that this machine is good at, and quantized if asked.
 
-    nf4, fp4       bitsandbytes: 4 bits, in blocks of 64; scales quantised too (QLoRA, arXiv:2305.14314)
-    int8           bitsandbytes: 8 bits a row (LLM.int8, arXiv:2208.07339); evaluation rounds the input, too
-    torchao-int8   torchao: 8 bits a row, weights alone; its backward keeps a 16-bit copy of every weight
-    torchao-int4   torchao: 4 bits in groups of 32, weights alone; has no kernel for a CPU (0.18)
+The methods of `--quantize`:
 
-The output head and the embedding stay as they are (transformers' choice).
+    nf4, fp4       bitsandbytes: 4 bits, in blocks of 64; the scales are quantized too (QLoRA, arXiv:2305.14314)
+    int8           bitsandbytes: 8 bits, one scale a row (LLM.int8, arXiv:2208.07339); evaluation rounds inputs too
+    torchao-int8   torchao: 8 bits, one scale a row, weights only; its backward keeps a 16-bit copy of every weight
+    torchao-int4   torchao: 4 bits in groups of 32, weights only; has no kernel for a CPU (0.18)
+
+transformers leaves the output head and the embedding as they are.
 """
 
 import importlib.util
@@ -36,15 +38,15 @@ from tailora.kernels.products import cpu_flags
 from tailora.quiet import quiet_loggers, quiet_transformers
 
 EXTRA = "pip install 'tailora[quantize]'"
-TRIED = 64  # inputs and outputs of the layer that is tried
-OFF = 0.3  # of its size: what 4 bits may lose, and no more
+PROBE_SIZE = 64  # inputs and outputs of the layer that a method is tried on
+LARGEST_ERROR = 0.3  # relative, of the weight and the gradient; 4 bits stay below
 
 
 @dataclass(frozen=True)
 class Method:
     package: str
-    settings: Callable[[torch.dtype], Any]  # precision of the rest -> what transformers takes
-    layer: Callable[[nn.Linear], nn.Module]  # a plain layer, stored so
+    settings: Callable[[torch.dtype], Any]  # precision of the other tensors -> quantization_config of transformers
+    layer: Callable[[nn.Linear], nn.Module]  # plain layer -> quantized layer
 
 
 def _four_bits(quant_type: str, dtype: torch.dtype) -> Any:
@@ -61,28 +63,28 @@ def _four_bits(quant_type: str, dtype: torch.dtype) -> Any:
 def _four_bit_layer(quant_type: str, plain: nn.Linear) -> nn.Module:
     from bitsandbytes.nn import Linear4bit
 
-    return _filled(Linear4bit(TRIED, TRIED, quant_type=quant_type), plain)
+    return _load_weights(Linear4bit(PROBE_SIZE, PROBE_SIZE, quant_type=quant_type), plain)
 
 
 def _int8(_: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_repeated)
     return BitsAndBytesConfig(load_in_8bit=True)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for what bitsandbytes says at every call of every layer."""
+def _is_not_repeated(record: logging.LogRecord) -> bool:
+    """False for the message that bitsandbytes logs at every call of every layer."""
     return not record.msg.startswith("MatMul8bitLt: inputs will be cast")
 
 
 def _int8_layer(plain: nn.Linear) -> nn.Module:
     from bitsandbytes.nn import Linear8bitLt
 
-    return _filled(Linear8bitLt(TRIED, TRIED, has_fp16_weights=False), plain)
+    return _load_weights(Linear8bitLt(PROBE_SIZE, PROBE_SIZE, has_fp16_weights=False), plain)
 
 
-def _filled(layer: nn.Module, plain: nn.Linear) -> nn.Module:
+def _load_weights(layer: nn.Module, plain: nn.Linear) -> nn.Module:
     device = plain.weight.device
     layer.load_state_dict({name: value.cpu() for name, value in plain.state_dict().items()})
     return layer.to(device)
@@ -119,10 +121,10 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """What a method's layers take, for an estimate.
+    """What a method's layers need, for an estimate.
 
-    bytes: plain weight -> bytes that it takes.    per_output: bytes that a forward needs for each number of its output.
-    keeps_dense: whether the backward finds the dense weight of every layer kept, and not one at a time.
+    bytes: plain weight -> bytes when quantized.    per_output: temporary bytes for each number of a layer's output.
+    keeps_dense: True if the dense weight of every layer is kept for the backward, False if one exists at a time.
     """
 
     bytes: Callable[[Tensor], int]
@@ -131,7 +133,7 @@ class Stored:
 
 
 def _four_bit_bytes(weight: Tensor) -> int:
-    """Half a byte each, one for the largest of 64, 4 for that of 256 of those, and the two tables of codes."""
+    """Half a byte a weight, one byte a block of 64, 4 bytes for 256 blocks, and the two tables of codes."""
     blocks = -(-weight.numel() // 64)
     return weight.numel() // 2 + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
 
@@ -145,51 +147,49 @@ STORED = {
 
 
 def settings_for(name: str, dtype: torch.dtype, device: str) -> Any:
-    """What `from_pretrained` takes as quantization_config. Raises ConfigError where the method does not work here."""
+    """Returns quantization_config of `from_pretrained`. Raises ConfigError if the method does not work here."""
     if name not in METHODS:
         raise ConfigError(f"quantize {name!r} is unknown; there are {', '.join(METHODS)}{nearest(name, METHODS)}")
     if (reason := obstacle(name, device)) is not None:
-        others = [other for other in METHODS if other != name and obstacle(other, device) is None]
-        raise ConfigError(f"--quantize {name} does not work here: {reason}; of the others work: {_listed(others)}")
+        working = [method for method in METHODS if method != name and obstacle(method, device) is None]
+        raise ConfigError(
+            f"--quantize {name} does not work here: {reason}; methods that work here: {', '.join(working) or 'none'}"
+        )
     return METHODS[name].settings(dtype)
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names) or "none"
-
-
 def obstacle(name: str, device: str) -> str | None:
-    """Why the method does not work on this machine, or None: found out on a small layer, forward and backward."""
+    """Tries the method on a small layer, forward and backward; returns why it does not work here, or None."""
     method = METHODS[name]
     if importlib.util.find_spec(method.package) is None:
         return f"{method.package} is not installed: {EXTRA}"
     try:
-        with quiet_loggers(method.package):  # bitsandbytes names a kernel that it would have liked
-            return _tried(method, torch.device(device))
+        with quiet_loggers(method.package):  # bitsandbytes logs a kernel that it does not find
+            return _try_layer(method, torch.device(device))
     except (ImportError, OSError, RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         cause = (str(error).strip() or repr(error)).splitlines()[0]
         return f"{method.package} cannot run on {device}: {cause}"
 
 
-def _tried(method: Method, device: torch.device) -> str | None:
+def _try_layer(method: Method, device: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    plain = nn.Linear(TRIED, TRIED).to(device)
-    plain.weight.data.copy_(torch.randn(TRIED, TRIED, generator=generator))
+    plain = nn.Linear(PROBE_SIZE, PROBE_SIZE).to(device)
+    plain.weight.data.copy_(torch.randn(PROBE_SIZE, PROBE_SIZE, generator=generator))
     expected = plain.weight.detach().clone()
     layer = method.layer(plain)
     prevent_repacking(layer)
     if not is_quantized(layer):
         return f"{method.package} left the weight as it was"
     dense = dense_weight(layer)  # merging needs it
-    x: Tensor = torch.randn(8, TRIED, generator=generator).to(device, dense.dtype).requires_grad_()
+    x: Tensor = torch.randn(8, PROBE_SIZE, generator=generator).to(device, dense.dtype).requires_grad_()
     (gradient,) = torch.autograd.grad(layer(x).sum(), x)
-    for what, found, wanted in (("gradient", gradient[0], expected.sum(0)), ("weight", dense, expected)):
-        if (apart := float((found - wanted).norm() / wanted.norm())) > OFF:
-            return f"its {what} is off by {apart:.0%}"
+    for name, actual, exact in (("gradient", gradient[0], expected.sum(0)), ("weight", dense, expected)):
+        if (error := float((actual - exact).norm() / exact.norm())) > LARGEST_ERROR:
+            return f"its {name} is wrong by {error:.0%}"
     return None
 
 
-# ---- The base model and its tokenizer, in the precision that this machine is good at.
+# ---- Precision
 
 
 CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 names, and Arm's
@@ -202,19 +202,22 @@ DTYPES: dict[str, torch.dtype | str] = {
 
 
 def has_bfloat16(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; emulation is slower than float32."""
+    """True if the device multiplies bfloat16 in hardware; emulation is slower than float32."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device == "cpu" and bool(CPU_FLAGS & cpu_flags(cpuinfo))
 
 
 def precision_of(dtype: str, device: str) -> torch.dtype | str:
-    """What transformers takes for one of `DTYPES`, or for "auto", what the device is good at."""
+    """Returns the dtype of one of `DTYPES`, or for "auto" the one that the device is good at."""
     return DTYPES[("bfloat16" if has_bfloat16(device) else "float32") if dtype == "auto" else dtype]
 
 
+# ---- Loading
+
+
 def read_config(name: str) -> PretrainedConfig:
-    """The model's shape, without its weights. Raises ConfigError when it cannot be read."""
+    """Returns config.json of a model. Raises ConfigError if it cannot be read."""
     source = resolve_demo(name, "model")
     check_model_exists(source)
     try:
@@ -225,7 +228,7 @@ def read_config(name: str) -> PretrainedConfig:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Raises ConfigError when it cannot be read."""
+    """Returns the tokenizer of a model. Raises ConfigError if it cannot be read."""
     source = resolve_demo(name, "model")
     check_model_exists(source)
     try:
@@ -239,13 +242,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_base(
     name: str, dtype: str = "auto", device: str = "cpu", quantize: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder, a Hub id, or 'demo'.
+    """Returns model and tokenizer of a folder, a Hub id, or 'demo'.
 
-    `dtype`: float32, bfloat16, float16, as the weights are "stored", or "auto", what this machine is good at.
-
-    `quantize`: a method of `train.quantize`, for the linear layers; the rest has the dtype.
-
-    Raises ConfigError when they cannot be read, or not be quantised so; pickled weights are not read.
+    dtype: float32, bfloat16, float16, "stored" (that of the files), or "auto" (what this machine is good at).
+    quantize: one of METHODS for the linear layers; other tensors have the dtype.
+    Raises ConfigError if they cannot be read or quantized. Pickled weights are not read.
     """
     source = resolve_demo(name, "model")
     check_model_exists(source)
@@ -253,9 +254,9 @@ def load_base(
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source)
-            more: dict[str, Any] = {}  # a None would take away the own quantisation of a quantised model
+            more: dict[str, Any] = {}  # None would remove the quantization of a model that is quantized already
             if quantize is not None:
-                more["quantization_config"] = _method(name, source, quantize, precision, device)
+                more["quantization_config"] = _quantization_config(name, source, quantize, precision, device)
                 if device == "cuda":  # where its kernels are
                     more["device_map"] = {"": torch.cuda.current_device()}
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -263,7 +264,7 @@ def load_base(
             )
     except ConfigError:
         raise
-    except ImportError as error:  # of what a quantised model was quantised with
+    except ImportError as error:  # the package that a quantized model was quantized with
         raise ConfigError(f"model {name!r} needs a package: {error}") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(_unreadable(name, source, error)) from error
@@ -279,18 +280,18 @@ def load_base(
     return model, tokenizer
 
 
-def _method(name: str, source: str, quantize: str, precision: torch.dtype | str, device: str) -> Any:
-    """What transformers takes. Raises ConfigError for what does not work here and for a model that is quantised."""
+def _quantization_config(name: str, source: str, quantize: str, precision: torch.dtype | str, device: str) -> Any:
+    """Raises ConfigError if the method does not work here or the model is quantized already."""
     check_unquantized(AutoConfig.from_pretrained(source), name, quantize)
     return settings_for(quantize, precision if isinstance(precision, torch.dtype) else torch.bfloat16, device)
 
 
 def check_unquantized(config: PretrainedConfig, name: str, quantize: str) -> None:
-    """Raises ConfigError for a model that is quantised already."""
+    """Raises ConfigError if the model is quantized already."""
     own = getattr(config, "quantization_config", None)
     if own is not None:
-        how = own.get("quant_method") if isinstance(own, dict) else own.quant_method
-        raise ConfigError(f"model {name!r} is quantised already ({how}): leave --quantize {quantize} out")
+        method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+        raise ConfigError(f"model {name!r} is quantised already ({method}): leave --quantize {quantize} out")
 
 
 def _unreadable(name: str, source: str, error: Exception) -> str:

@@ -130,8 +130,8 @@ def test_the_header_says_what_trains(full: Settings) -> None:
     run(config)
     record = json.loads((Path(config.output_dir) / "run.json").read_text())
     assert record["settings"]["method"] == "full"
-    assert "its own weights are trained" in record["kernels"]
-    assert "head trained" in record["kernels"]
+    assert "the model's own weights are trained" in record["kernels"]
+    assert "trained output head" in record["kernels"]
 
 
 @pytest.mark.parametrize(
