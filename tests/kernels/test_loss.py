@@ -189,7 +189,7 @@ def test_logits_are_left_alone_without_a_gradient() -> None:
 
 
 def test_a_head_that_asks_for_a_gradient_is_refused() -> None:
-    with pytest.raises(ValueError, match="take recomputed_head"):
+    with pytest.raises(ValueError, match="use recomputed_head"):
         KERNELS["frozen"](torch.randn(2, HIDDEN), torch.zeros(2).long(), head_of(torch.float32, trained=True))
 
 
@@ -198,7 +198,7 @@ def test_a_second_backward_over_spent_logits_is_refused(kernel: str) -> None:
     hidden = torch.randn(3, HIDDEN, requires_grad=True)
     loss = KERNELS[kernel](hidden, torch.zeros(3, dtype=torch.long), head_of(torch.float32)).sum()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="already sent backward"):
+    with pytest.raises(RuntimeError, match="ran already"):
         loss.backward()
 
 

@@ -14,7 +14,7 @@ def of(rows: int, k: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, tor
 
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 200, 255, 256])
 def test_parts_and_the_whole_give_the_same_product(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_one_idles", lambda _: True)
+    monkeypatch.setattr(products, "_leaves_core_idle", lambda _: True)
     x, matrix, add = of(rows, 7, 128)
     out = torch.empty_like(add)
     assert product(x, matrix, out=out) is out
@@ -45,7 +45,7 @@ def test_parts_and_the_whole_give_the_same_product(rows: int, monkeypatch: pytes
 def test_only_products_that_keep_one_thread_busy_are_cut(
     rows: int, columns: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_one_idles", lambda _: True)
+    monkeypatch.setattr(products, "_leaves_core_idle", lambda _: True)
     x, matrix = torch.empty(rows, 3), torch.empty(3, columns)
     assert [part.stop - part.start for part in products._parts(x, matrix)] == expected
 

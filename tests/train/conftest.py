@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,14 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def settings(model_folder: Path, data_file: Path, tmp_path: Path) -> Settings:
+@pytest.fixture(scope="session")
+def make_settings(model_folder: Path, data_file: Path) -> Settings:
+    """Makes settings of a run on the tiny model; `output_dir` must be given."""
+
     def make(**changes: Any) -> TrainConfig:
         defaults: dict[str, Any] = {
             "model": str(model_folder),
             "data": str(data_file),
-            "output_dir": str(tmp_path / "out"),
             "dtype": "float32",
             "r": 4,
             "learning_rate": 1e-2,
@@ -57,6 +59,12 @@ def settings(model_folder: Path, data_file: Path, tmp_path: Path) -> Settings:
         return TrainConfig(**{**defaults, **changes})
 
     return make
+
+
+@pytest.fixture
+def settings(make_settings: Settings, model_folder: Path, tmp_path: Path) -> Settings:
+    """The same for the test's own folder. A test file may have a `model_folder` of its own."""
+    return partial(make_settings, output_dir=str(tmp_path / "out"), model=str(model_folder))
 
 
 @pytest.fixture(autouse=True)

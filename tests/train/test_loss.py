@@ -156,6 +156,19 @@ def test_a_model_that_keeps_its_logits_is_named_in_a_note(settings: Any, model_f
 
 
 @pytest.mark.parametrize("packed", [True, False])
+def test_evaluation_switches_dropout_off_and_on_again(packed: bool) -> None:
+    """In training mode it gives the losses of evaluation mode, though every forward would drop half of A's input."""
+    model = LoRAModel(chat_model(initializer_range=0.2), LoRAConfig(r=4, lora_dropout=0.5))
+    for layer in model.lora_layers.values():
+        nn.init.normal_(layer.lora_B, std=0.3)
+    data = Examples.of(examples())
+    expected = evaluate(model.eval(), data, layout=BatchLayout(packed, FROZEN, 0), token_budget=64)
+    actual = evaluate(model.train(), data, layout=BatchLayout(packed, FROZEN, 0), token_budget=64)
+    assert (actual.sums == expected.sums).all()
+    assert all(layer.training for layer in model.lora_layers.values())
+
+
+@pytest.mark.parametrize("packed", [True, False])
 def test_evaluation_is_bitwise_repeatable_and_independent_of_its_batches(model: LoRAModel, packed: bool) -> None:
     held = Examples.of(examples((3, 5, 40, 60, 7, 7, 21)))
     model.train()

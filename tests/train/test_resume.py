@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_a_stream_continues_where_it_was(settings: Any, tmp_path: Path) -> None:
     assert adapter(stopped) == adapter(whole)
 
 
-def test_the_choice_of_kernels_is_the_run_s_and_not_made_again(
+def test_a_resumed_run_keeps_the_kernels_that_it_was_started_with(
     settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, stopped = settings(output_dir=str(tmp_path / "whole"), **LONG), settings(**LONG)
@@ -124,15 +125,31 @@ def test_the_newest_checkpoints_are_kept(settings: Any) -> None:
     ]
 
 
-@pytest.fixture
-def two_checkpoints(settings: Any) -> TrainConfig:
-    config = settings(max_steps=4, save_steps=2, eval_steps=2)
+@pytest.fixture(scope="module")
+def finished_run(make_settings: Any, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run of four steps with checkpoints at 2 and 4, made once."""
+    config = make_settings(
+        output_dir=str(tmp_path_factory.mktemp("finished") / "out"), max_steps=4, save_steps=2, eval_steps=2
+    )
     run(config)
-    return changed(config, resume_from_checkpoint="latest")
+    return config  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"])
-@pytest.mark.parametrize("harm", ["cut", "changed", "missing"])
+@pytest.fixture
+def two_checkpoints(finished_run: TrainConfig, tmp_path: Path) -> TrainConfig:
+    """Settings that resume a copy of that run."""
+    shutil.copytree(finished_run.output_dir, tmp_path / "out")
+    return changed(finished_run, output_dir=str(tmp_path / "out"), resume_from_checkpoint="latest")
+
+
+FILES = ["adapter.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"]
+HARMS = [(name, "changed") for name in FILES] + [("adapter.safetensors", "cut"), ("state.json", "missing")]
+REST = [(name, harm) for name in FILES for harm in ("cut", "missing") if (name, harm) not in HARMS]
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"), [*HARMS, *(pytest.param(*pair, marks=pytest.mark.exhaustive) for pair in REST)]
+)
 def test_a_damaged_checkpoint_is_refused_and_the_good_one_named(
     two_checkpoints: TrainConfig, name: str, harm: str
 ) -> None:
@@ -220,7 +237,7 @@ def test_a_checkpoint_holds_no_pickle(two_checkpoints: TrainConfig) -> None:
         assert path.suffix in {".safetensors", ".json"}
 
 
-SLOTS = {
+VARIANTS = {
     "learned scales and a whole module": {"learn_scaling": True, "modules_to_save": ["norm"], "weight_decay": 0.1},
     "dora": {"use_dora": True, "lora_dropout": 0.1},
     "dora from a frozen start": {"use_dora": True, "init_lora_weights": "pissa"},
@@ -228,8 +245,8 @@ SLOTS = {
 }
 
 
-@pytest.mark.parametrize("more", SLOTS.values(), ids=SLOTS)
-def test_every_slot_continues_to_the_same_bytes(settings: Any, tmp_path: Path, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("more", VARIANTS.values(), ids=VARIANTS)
+def test_every_adapter_variant_continues_to_the_same_bytes(settings: Any, tmp_path: Path, more: dict[str, Any]) -> None:
     whole, stopped = (settings(output_dir=str(tmp_path / name), max_steps=4, **more) for name in ("whole", "stopped"))
     run(whole)
     with pytest.raises(events.Interrupted):

@@ -1,8 +1,4 @@
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -175,47 +171,3 @@ def test_moving_a_model_to_where_it_is_leaves_the_buffers(model: LoRAModel) -> N
 def test_the_gaps_take_less_than_one_row() -> None:
     with flattened([Group({str(i): nn.Parameter(torch.ones(16, 576)) for i in range(99)})]) as (flat,):
         assert 99 * 16 * 576 <= flat.whole.numel() < 99 * 16 * 576 + CHUNK
-
-
-WORKER = """
-import sys
-import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from tailora import LoRAConfig, LoRAModel
-from tailora.kernels.flat_parameters import Group, check_views, flattened
-torch.distributed.init_process_group("gloo")
-rank = torch.distributed.get_rank()
-torch.manual_seed(0)
-base = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5)).double()  # another order of sums shows less
-model = LoRAModel(base, LoRAConfig(r=2, target_modules=["0", "2"]))
-for path in ("0", "2"):
-    nn.init.normal_(model.lora_layers[path].lora_B)
-batches = torch.randn(2, 3, 4, 7).double()  # (ranks, micro-batches, rows, inputs)
-for batch in batches.flatten(0, 1):
-    (model(batch).square().sum() / 2).backward()  # DDP takes the mean over ranks
-expected = {name: parameter.grad.clone() for name, parameter in model.lora_layers.named_parameters()}
-with flattened([Group(dict(model.lora_layers.named_parameters()))]) as (flat,):
-    parallel = DistributedDataParallel(model)
-    for again in range(2):
-        *others, last = batches[rank]
-        with parallel.no_sync():
-            for batch in others:
-                parallel(batch).square().sum().backward()
-        parallel(last).square().sum().backward()
-        check_views([flat])
-        for name, gradient in expected.items():
-            torch.testing.assert_close(flat.view(name, flat.gradient), gradient)
-        flat.gradient.zero_()
-torch.distributed.barrier()  # see docs/LOG.md: gloo must be idle when the reducer goes
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_ranks_add_up_their_gradients_in_the_buffer(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
