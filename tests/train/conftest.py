@@ -42,7 +42,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_settings(model_folder: Path, data_file: Path) -> Settings:
     """Makes settings of a run on the tiny model; `output_dir` must be given."""
 
