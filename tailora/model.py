@@ -105,11 +105,11 @@ class LoRAModel(nn.Module):
         A base whose weights PEFT has changed (PiSSA, OLoRA, trained biases) stays as changed. Everything is checked
         before anything changes. Raises TargetError, FormatError with all that cannot be taken over.
         """
-        taken = read_peft_model(peft_model)
+        adapters, active = read_peft_model(peft_model)
         base_model = release_base(peft_model)
-        model = cls._of(base_model, taken.adapters)
+        model = cls._of(base_model, adapters)
         model.training = base_model.training
-        model.set_adapter(taken.active)
+        model.set_adapter(active)
         return model
 
     @classmethod

@@ -12,7 +12,7 @@ Below: `export`, the comparison, the formats peft and portable, and the table of
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,22 +27,15 @@ from tailora.core.dequantize import Change, common_dtype, dequantize_to_linear
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_path_of
 from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError, FormatError, nearest
-from tailora.formats import gguf, merged, mlx, peft
+from tailora.formats import gguf, low_rank_export, merged, mlx, peft
 from tailora.formats.fingerprint import fingerprint
 from tailora.formats.io import replace_folder, safetensors_bytes, wrap_os_error
 from tailora.formats.load import restore
-from tailora.formats.low_rank_export import (
-    ExportSource,
-    exported_layer_types,
-    fold_changes,
-    fold_scale,
-    low_rank_problems,
-    pad_rank,
-    raise_problems,
-)
+from tailora.formats.low_rank_export import ExportSource
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata
 from tailora.formats.peft_config import to_peft_config
 from tailora.formats.peft_paths import peft_layers
+from tailora.formats.run_folder import ADAPTER_CONFIG
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class ExportReport:
     format: str
     files: dict[str, int]
     changes: list[str]
-    logits: "Comparison"
+    logits: "LogitComparison"
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "folder": str(self.folder)}
@@ -69,7 +62,7 @@ def export(source: ExportSource, folder: Path, to: str) -> ExportReport:
         raise ConfigError(f"no format is called {to!r}{nearest(to, FORMATS)}; there are: {', '.join(FORMATS)}")
     check_new_folder(folder)
     export_format = FORMATS[to]
-    raise_problems(f"{to} cannot hold this adapter", export_format.problems(source))
+    low_rank_export.raise_problems(f"{to} cannot hold this adapter", export_format.problems(source))
     ids = comparison_ids(source.base_model)
     with with_only_adapter(source.base_model, source.adapter) as model:
         live = float32_logits(model, ids)
@@ -77,11 +70,14 @@ def export(source: ExportSource, folder: Path, to: str) -> ExportReport:
         base = float32_logits(model, ids)
     with replace_folder(folder) as temporary:
         changes = export_format.write(temporary, source)
-        with export_format.reload(temporary, source) as model:
-            reloaded = float32_logits(model, ids)
+        content = export_format.read(temporary, source)
+        if isinstance(content, nn.Module):
+            reloaded = float32_logits(content, ids)
+        else:
+            with with_only_adapter(source.base_model, restore(content, source.base_model)) as model:
+                reloaded = float32_logits(model, ids)
         rounded = to == "merged" and common_dtype(source.base_model).itemsize == 2
-        comparison = compare_logits(live, base, reloaded, rounded=rounded)
-        comparison.check(f"{folder} ({to})", MERGE_REMEDY if rounded else "please report it")
+        comparison = compare_logits(live, base, reloaded, f"{folder} ({to})", rounded=rounded)
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     return ExportReport(folder, to, files, changes, comparison)
 
@@ -105,7 +101,7 @@ MERGE_REMEDY = "merge into a base in float32 (--dtype float32), or take a format
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LogitComparison:
     """Root mean squares over all logits of a small batch, relative to the live model's.
 
     difference: between the file and the live model.    effect: between the live model and its base.
@@ -115,26 +111,26 @@ class Comparison:
     effect: float
     tolerance: float
 
-    def check(self, exported: str, remedy: str) -> None:
-        """Raises FormatError if the difference is above the tolerance or is not a number."""
-        if not self.difference <= self.tolerance:
-            raise FormatError(
-                f"{exported}: read back, its logits differ from the live model's by {self.difference:.2g} of their "
-                f"size; allowed is {self.tolerance:.2g}, and the adapter's own effect is {self.effect:.2g}. Nothing "
-                f"was written; {remedy}"
-            )
 
+def compare_logits(live: Tensor, base: Tensor, reloaded: Tensor, exported: str, *, rounded: bool) -> LogitComparison:
+    """Compares logits of the same batch.
 
-def compare_logits(live: Tensor, base: Tensor, reloaded: Tensor, *, rounded: bool) -> Comparison:
-    """Compares logits of the same batch. Raises FormatError for logits that are not finite.
-
+    Raises FormatError for logits that are not finite, and for a difference above the tolerance.
+    exported: name of the folder and format, for the error.
     rounded: the update was added to 16-bit weights, so up to half of its effect may be lost.
     """
     size = _root_mean_square(live)
     if not 0 < size < math.inf:
         raise FormatError(f"the live model's logits have a size of {size}: there is nothing to compare with")
     effect = _root_mean_square(live - base) / size
-    return Comparison(_root_mean_square(reloaded - live) / size, effect, max(TOLERANCE, effect / 2 if rounded else 0))
+    difference, tolerance = _root_mean_square(reloaded - live) / size, max(TOLERANCE, effect / 2 if rounded else 0)
+    if not difference <= tolerance:  # or not a number
+        raise FormatError(
+            f"{exported}: read back, its logits differ from the live model's by {difference:.2g} of their size; "
+            f"allowed is {tolerance:.2g}, and the adapter's own effect is {effect:.2g}. Nothing was written; "
+            f"{MERGE_REMEDY if rounded else 'please report it'}"
+        )
+    return LogitComparison(difference, effect, tolerance)
 
 
 def _root_mean_square(values: Tensor) -> float:
@@ -170,13 +166,11 @@ def float32_forward(model: nn.Module) -> Iterator[None]:
         parameters = {name: value for name, value in module._parameters.items() if value is not None}
         if id(module) in quantized:
             del parameters["weight"]
-        if any(parameter.dtype != torch.float32 for parameter in parameters.values()):
-            handles.append(module.register_forward_pre_hook(partial(_to_float32, parameters)))
-            handles.append(module.register_forward_hook(partial(_restore_parameters, parameters), always_call=True))
-        if children := [child for child in module.children() if id(child) in quantized]:
+        children = [child for child in module.children() if id(child) in quantized]
+        if children or any(parameter.dtype != torch.float32 for parameter in parameters.values()):
             undo: list[Change] = []
-            handles.append(module.register_forward_pre_hook(partial(_dequantize, children, undo)))
-            handles.append(module.register_forward_hook(partial(_undo, undo), always_call=True))
+            handles.append(module.register_forward_pre_hook(partial(_to_float32, parameters, children, undo)))
+            handles.append(module.register_forward_hook(partial(_undo, parameters, undo), always_call=True))
     try:
         yield
     finally:
@@ -184,20 +178,16 @@ def float32_forward(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _to_float32(parameters: dict[str, nn.Parameter], module: nn.Module, _: Any) -> None:
+def _to_float32(
+    parameters: dict[str, nn.Parameter], children: list[nn.Module], undo: list[Change], module: nn.Module, _: Any
+) -> None:
     module._parameters.update({name: nn.Parameter(value.float(), False) for name, value in parameters.items()})
-
-
-def _restore_parameters(parameters: dict[str, nn.Parameter], module: nn.Module, *_: Any) -> None:
-    module._parameters.update(parameters)
-
-
-def _dequantize(children: list[nn.Module], undo: list[Change], *_: Any) -> None:
     for child in children:
         undo += [change.make() for change in dequantize_to_linear(child)]
 
 
-def _undo(undo: list[Change], *_: Any) -> None:
+def _undo(parameters: dict[str, nn.Parameter], undo: list[Change], module: nn.Module, *_: Any) -> None:
+    module._parameters.update(parameters)
     while undo:
         undo.pop().make()
 
@@ -250,42 +240,33 @@ def write_peft(folder: Path, source: ExportSource) -> list[str]:
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of its --max-lora-rank
 PORTABLE_CARD = """\
----
-library_name: peft
-{base}tags:
-- lora
-- tailora
----
-
 Plain LoRA adapter of {layers} layers, r = alpha = {r}: the scale is in B.
-For PEFT, and for servers that read r and alpha alone: vLLM, SGLang, LMDeploy.
-"""
+For PEFT, and for servers that read r and alpha alone: vLLM, SGLang, LMDeploy."""
 
 
 def portable_problems(source: ExportSource) -> list[str]:
-    if problems := low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING)):
+    if problems := low_rank_export.low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING)):
         return problems
-    factors = fold_scale(source)
-    highest = max(pair.r for pair in factors.values())
+    factors = low_rank_export.fold_scale(source)
+    highest = max(len(A) for A, _ in factors.values())
     if highest > VLLM_RANKS[-1]:
         return [f"rank {highest} is above {VLLM_RANKS[-1]}, the highest that vLLM takes; export to 'gguf' or 'merged'"]
     r = next(rank for rank in VLLM_RANKS if rank >= highest)
-    too_narrow = [path for path, pair in factors.items() if min(pair.A.shape[1], pair.B.shape[0]) < r]
+    too_narrow = [path for path, (A, B) in factors.items() if min(A.shape[1], len(B)) < r]
     reason = f"the one rank for all layers, {r}, is above its width; export to 'gguf' or 'merged'"
     return [f"{path}: {reason}" for path in too_narrow]
 
 
 def write_portable(folder: Path, source: ExportSource) -> list[str]:
     """Writes the files into `folder`. Returns what differs from the adapter as trained, in words."""
-    factors, layer_types = fold_scale(source), exported_layer_types(source)
-    highest = max(pair.r for pair in factors.values())
-    r = next(rank for rank in VLLM_RANKS if rank >= highest)
+    factors, layer_types = low_rank_export.fold_scale(source), low_rank_export.exported_layer_types(source)
+    r = next(rank for rank in VLLM_RANKS if rank >= max(len(A) for A, _ in factors.values()))
+    factors, padding = low_rank_export.pad_ranks(factors, r)
     tensors: dict[str, Tensor] = {}
-    for path, pair in factors.items():
+    for path, (A, B) in factors.items():
         suffixes = peft.EMBEDDING_SUFFIXES if layer_types[path] is EMBEDDING else peft.SUFFIXES
-        padded = pad_rank(pair, r)
-        tensors[f"{peft.KEY_PREFIX}{path}{suffixes['A']}"] = padded.A
-        tensors[f"{peft.KEY_PREFIX}{path}{suffixes['B']}"] = padded.B
+        tensors[f"{peft.KEY_PREFIX}{path}{suffixes['A']}"] = A
+        tensors[f"{peft.KEY_PREFIX}{path}{suffixes['B']}"] = B
     metadata = AdapterMetadata(base=fingerprint(source.base_model, layer_types))
     config = source.adapter.config.replaced(
         r=r,
@@ -298,48 +279,32 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
     )
     layers = peft_layers(source.base_model, source.adapter.low_rank).values()
     settings = to_peft_config(config, layers, source.base_model)
-    base = settings["base_model_name_or_path"]
-    card = PORTABLE_CARD.format(base=f"base_model: {base}\n" if base else "", layers=len(factors), r=r)
+    card = peft.model_card(settings, PORTABLE_CARD.format(layers=len(factors), r=r))
     (folder / peft.WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()}))
-    (folder / peft.ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / peft.CARD).write_text(card, encoding="utf-8")
-    lower = sum(pair.r < r for pair in factors.values())
-    padding = [f"{lower} of {len(factors)} layers are filled up with zeros to rank {r}"] if lower else []
-    return [*fold_changes(source), *padding]
+    return [*low_rank_export.fold_changes(source), *padding]
 
 
 # ---- All formats
-
-Reload = Callable[[Path, ExportSource], AbstractContextManager[nn.Module]]
 
 
 @dataclass(frozen=True)
 class Format:
     """problems: what it cannot hold.
     write: fills a folder and returns what it changed.
-    reload: the model that the folder gives, as a context.
+    read: the adapter that the folder holds, or the model.
     """
 
     problems: Callable[[ExportSource], list[str]]
     write: Callable[[Path, ExportSource], list[str]]
-    reload: Reload
+    read: Callable[[Path, ExportSource], peft.StoredAdapter | nn.Module]
 
 
-def _reload_adapter(read: Callable[[Path, ExportSource], peft.StoredAdapter]) -> Reload:
-    """For a folder that holds an adapter: the live base with the adapter that was read."""
-
-    def reload(folder: Path, source: ExportSource) -> AbstractContextManager[nn.Module]:
-        return with_only_adapter(source.base_model, restore(read(folder, source), source.base_model))
-
-    return reload
-
-
-_reload_peft = _reload_adapter(lambda folder, _: peft.read_peft_folder(folder))
-_reload_gguf = _reload_adapter(lambda folder, source: gguf.read(folder, source.base_model))
 FORMATS = {
-    "peft": Format(peft_problems, write_peft, _reload_peft),
-    "portable": Format(portable_problems, write_portable, _reload_peft),
-    "gguf": Format(gguf.problems, gguf.write, _reload_gguf),
-    "mlx": Format(mlx.problems, mlx.write, _reload_adapter(lambda folder, _: mlx.read(folder))),
-    "merged": Format(merged.problems, merged.write, lambda folder, source: nullcontext(merged.load(folder, source))),
+    "peft": Format(peft_problems, write_peft, lambda folder, _: peft.read_peft_folder(folder)),
+    "portable": Format(portable_problems, write_portable, lambda folder, _: peft.read_peft_folder(folder)),
+    "gguf": Format(gguf.problems, gguf.write, lambda folder, source: gguf.read(folder, source.base_model)),
+    "mlx": Format(mlx.problems, mlx.write, lambda folder, _: mlx.read(folder)),
+    "merged": Format(merged.problems, merged.write, merged.load),
 }

@@ -16,16 +16,8 @@ from torch import Tensor, nn
 
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_type_of
 from tailora.errors import FormatError
-from tailora.formats.low_rank_export import (
-    MERGED,
-    ExportSource,
-    as_stored_adapter,
-    exported_layer_types,
-    fold_changes,
-    fold_scale,
-    low_rank_problems,
-    raise_problems,
-)
+from tailora.formats import low_rank_export
+from tailora.formats.low_rank_export import MERGED, ExportSource
 from tailora.formats.peft import StoredAdapter
 
 WEIGHTS, MODELFILE = "adapter.gguf", "Modelfile"
@@ -51,18 +43,18 @@ QUERY, KEY = "attn_q.weight", "attn_k.weight"
 
 def problems(source: ExportSource) -> list[str]:
     """Returns what of the adapter the format cannot hold."""
-    result = low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING))
-    config: Any = getattr(source.base_model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type not in ARCHITECTURES:
-        return [*result, f"model_type {model_type!r} is not supported; there are: {', '.join(ARCHITECTURES)}; {MERGED}"]
-    names = tensor_names(source.base_model)
-    for path, layer_type in exported_layer_types(source).items():
+    result = low_rank_export.low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING))
+    try:
+        names = tensor_names(source.base_model)
+    except FormatError as error:
+        return [*result, f"{error}; {MERGED}"]
+    is_tied = getattr(source.base_model.config, "tie_word_embeddings", False)
+    for path, layer_type in low_rank_export.exported_layer_types(source).items():
         if path not in names:
             result.append(f"{path}: GGUF has no tensor for it; {MERGED}")
         elif layer_type is EMBEDDING and names[path] != TOKEN_EMBEDDING:
             result.append(f"{path}: llama.cpp adapts no other embedding than that of the tokens; {MERGED}")
-        elif names[path] in (TOKEN_EMBEDDING, OUTPUT_HEAD) and getattr(config, "tie_word_embeddings", False):
+        elif names[path] in (TOKEN_EMBEDDING, OUTPUT_HEAD) and is_tied:
             result.append(f"{path}: tied, and llama.cpp keeps one tensor for input and output; {MERGED}")
     return result
 
@@ -71,15 +63,15 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     """Writes adapter.gguf and a Modelfile into `folder`. Returns what differs from the adapter as trained, in words."""
     from gguf import GGUFType, GGUFWriter, Keys
 
-    names, factors = tensor_names(source.base_model), fold_scale(source)
-    alpha = max(pair.r for pair in factors.values())
+    names, factors = tensor_names(source.base_model), low_rank_export.fold_scale(source)
+    alpha = max(len(A) for A, _ in factors.values())
     writer = GGUFWriter(folder / WEIGHTS, _architecture(source.base_model))
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(alpha))
-    for path, pair in factors.items():
-        B = pair.B * (pair.r / alpha)  # readers multiply by alpha / r
-        A, B = to_gguf(pair.A, B, names[path], source.base_model)
+    for path, (A, B) in factors.items():
+        B = B * (len(A) / alpha)  # readers multiply by alpha / r
+        A, B = to_gguf(A, B, names[path], source.base_model)
         writer.add_tensor(f"{names[path]}.lora_a", A.contiguous().numpy())
         writer.add_tensor(f"{names[path]}.lora_b", B.contiguous().numpy())
     writer.write_header_to_file()
@@ -87,7 +79,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     writer.write_tensors_to_file()
     writer.close()
     (folder / MODELFILE).write_text(modelfile(source.base_model), encoding="utf-8")
-    return fold_changes(source)
+    return low_rank_export.fold_changes(source)
 
 
 def modelfile(base_model: Any) -> str:
@@ -116,8 +108,12 @@ def read(folder: Path, base_model: nn.Module) -> StoredAdapter:
     except (ValueError, IndexError, KeyError) as error:
         raise FormatError(f"{path} is not a whole GGUF file: {error}") from None
     names = tensor_names(base_model)
-    file_problems = _header_problems(fields, _architecture(base_model))
-    raise_problems(str(path), file_problems + _tensor_problems(tensors, set(names.values())))
+    header = {"general.type": "adapter", "adapter.type": "lora", "general.architecture": _architecture(base_model)}
+    header_problems = [
+        f"{key} = {fields.get(key)!r}, not {value!r}" for key, value in header.items() if fields.get(key) != value
+    ]
+    header_problems += [] if "adapter.lora.alpha" in fields else ["adapter.lora.alpha is missing"]
+    low_rank_export.raise_problems(str(path), header_problems + _tensor_problems(tensors, set(names.values())))
     factors = {}
     for layer_path, name in names.items():
         if f"{name}.lora_a" in tensors:
@@ -125,15 +121,7 @@ def read(folder: Path, base_model: nn.Module) -> StoredAdapter:
             factors[layer_path] = from_gguf(A, B, name, base_model)
     alpha = float(fields["adapter.lora.alpha"])
     scales = {layer_path: alpha / B.shape[1] if alpha else 1.0 for layer_path, (_, B) in factors.items()}
-    return as_stored_adapter(folder, factors, scales)
-
-
-def _header_problems(fields: Mapping[str, Any], architecture: str) -> list[str]:
-    needed = {"general.type": "adapter", "adapter.type": "lora", "general.architecture": architecture}
-    result = [
-        f"{key} = {fields.get(key)!r}, not {value!r}" for key, value in needed.items() if fields.get(key) != value
-    ]
-    return result + ([] if "adapter.lora.alpha" in fields else ["adapter.lora.alpha is missing"])
+    return low_rank_export.as_stored_adapter(folder, factors, scales)
 
 
 def _tensor_problems(tensors: Mapping[str, Tensor], names: set[str]) -> list[str]:
@@ -193,5 +181,4 @@ def _paired_heads(name: str, base_model: Any) -> int:
         return 0
     config = base_model.config
     key_heads = getattr(config, "num_key_value_heads", None) if name.endswith(KEY) else None
-    heads: int = key_heads or config.num_attention_heads
-    return heads
+    return int(key_heads or config.num_attention_heads)

@@ -20,7 +20,6 @@ from tailora.errors import ConfigError, FormatError, TailoraError, WriteError
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCKED_BY_FILE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 REMEDIES = {  # error number of the system -> what to do
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a folder that you may write to"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or give a folder on another disk"),
@@ -96,14 +95,11 @@ def wrap_os_error(path: Path) -> Iterator[None]:
     except TailoraError:  # some of them are OSErrors
         raise
     except OSError as error:
-        raise WriteError(f"{path} cannot be written: {_cause_and_remedy(path, error)}") from error
-
-
-def _cause_and_remedy(path: Path, error: OSError) -> str:
-    file = next((parent for parent in (*reversed(path.parents), path) if os.path.isfile(parent)), None)
-    if error.errno in BLOCKED_BY_FILE and file is not None:
-        return f"{file} is a file, not a folder; give another path, or move that file away"
-    return f"{error.strerror or error}; {REMEDIES.get(error.errno or 0, 'give another path')}"
+        cause = f"{error.strerror or error}; {REMEDIES.get(error.errno or 0, 'give another path')}"
+        file = next((parent for parent in (*reversed(path.parents), path) if os.path.isfile(parent)), None)
+        if file is not None and error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            cause = f"{file} is a file, not a folder; give another path, or move that file away"
+        raise WriteError(f"{path} cannot be written: {cause}") from error
 
 
 def _replace(new: Path, path: Path) -> None:

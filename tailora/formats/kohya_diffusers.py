@@ -48,8 +48,6 @@ OTHER_METHODS = {  # part of a key -> the method that writes it
 METADATA_KEY = "lora_adapter_metadata"
 KOHYA_NAME = re.compile(r"(lora_[a-z]+\d*)_(.+)")
 
-Layers = dict[str, dict[str, Tensor]]  # path -> A, B or alpha -> tensor
-
 
 def read(file: Path, base_model: nn.Module) -> StoredAdapter:
     """Reads what the file has for this model, as a PEFT folder would hold it.
@@ -59,7 +57,7 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
     tensors, metadata = read_safetensors(file)
     raise_problems(str(file), _not_lora(tensors))
     paths = _paths_by_name(base_model)
-    layers: Layers = {}
+    layers: dict[str, dict[str, Tensor]] = {}  # path -> A, B or alpha -> tensor
     components: set[str] = set()  # of this model
     unknown: dict[str, list[str]] = {}  # component -> names of layers that this model lacks
     for key, tensor in tensors.items():
@@ -70,7 +68,13 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
         else:
             components.add(component)
             layers.setdefault(path, {})[slot] = tensor
-    raise_problems(str(file), [*_unknown_layers(unknown, components, paths), *_incomplete(layers)])
+    problems = _unknown_layers(unknown, components, paths)
+    for path, layer in layers.items():
+        if missing := [slot for slot in "AB" if slot not in layer]:
+            problems.append(f"{path}: factor {' and '.join(missing)} is missing")
+        if "alpha" in layer and layer["alpha"].numel() != 1:
+            problems.append(f"{path}: alpha has {layer['alpha'].numel()} numbers, not one")
+    raise_problems(str(file), problems)
     if unknown:
         counts = ", ".join(f"{component} ({len(set(names))} layers)" for component, names in unknown.items())
         warnings.warn(f"{file} also holds layers of other models, which are left out: {counts}", stacklevel=2)
@@ -144,16 +148,6 @@ def _unknown_layers(unknown: Mapping[str, list[str]], components: set[str], path
         return [f"none of its {len(names)} layers is in this model; the first is {names[0] if names else '-'}{hint}"]
     missing = sorted({name for component in components for name in unknown.get(component, [])})
     return [f"{name}: the model has no such layer" for name in missing]
-
-
-def _incomplete(layers: Layers) -> list[str]:
-    problems = []
-    for path, layer in layers.items():
-        if missing := [slot for slot in "AB" if slot not in layer]:
-            problems.append(f"{path}: factor {' and '.join(missing)} is missing")
-        if "alpha" in layer and layer["alpha"].numel() != 1:
-            problems.append(f"{path}: alpha has {layer['alpha'].numel()} numbers, not one")
-    return problems
 
 
 def _diffusers_settings(text: str | None, components: set[str], file: Path) -> dict[str, Any]:

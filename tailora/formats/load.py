@@ -5,7 +5,7 @@ restore             StoredAdapter + base model -> Adapter: find the layers that 
                     tensors by layer, fill them in, check the base
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter, low_rank_layer, share_parameters, trained_copy
+from tailora.core.adapter import Adapter, extra_parts, low_rank_layer, share_parameters, trained_copy
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LayerType, layer_of, layer_type_of, obstacle
@@ -33,7 +33,13 @@ from tailora.formats.fingerprint import fingerprint_differences
 from tailora.formats.peft_paths import PeftLayer, peft_layers
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-SLOT_NAMES = {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector"}  # of others: the slot itself
+SLOT_NAMES = {
+    "A": "lora_A",
+    "B": "lora_B",
+    "magnitude": "lora_magnitude_vector",
+    "lora_bias": "lora_bias",
+    "bias": "bias",
+}
 WITHOUT_SLOT = {
     "magnitude": "use_dora is off",
     "lora_bias": "lora_bias is off",
@@ -76,14 +82,13 @@ class SortedTensors:
 
     low_rank: path -> slot -> tensor.
     saved: path of a module of modules_to_save -> name in it -> tensor.
-    extras: path -> a trained bias, or trained rows of an embedding.
+    extras: key of a trained bias, or of trained rows of an embedding -> tensor.
     """
 
     low_rank: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    all_finite: bool = True
 
 
 def restore(stored: peft.StoredAdapter, base_model: nn.Module, *, allow_base_mismatch: bool = False) -> Adapter:
@@ -100,11 +105,9 @@ def restore(stored: peft.StoredAdapter, base_model: nn.Module, *, allow_base_mis
 
 def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_mismatch: bool) -> Adapter:
     modules = dict(base_model.named_modules())
-    with_start = stored.metadata.start
     # Which layers the settings name
-    own_config = stored.metadata.lora_config(stored.folder)
-    in_file = config_in_file(stored, _paths_with_factors(stored, modules))
-    config = _effective_config(stored, own_config, in_file)
+    paths_in_file = _paths_with_factors(stored, modules)
+    config, in_file = stored_configs(stored, paths_in_file)
     targets = _targets(base_model, modules, config)
     empty = _empty_layers(targets, config)
     wrappers = peft_layers(base_model, empty)
@@ -117,27 +120,34 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
             targets, empty = {**targets, **additional}, {**empty, **_empty_layers(additional, config)}
             wrappers = peft_layers(base_model, empty)
     # Which tensors the file has for them
-    adapted_paths = {*targets, *_paths_with_factors(stored, modules)}
-    extra, extra_problems = extra_targets(base_model, modules, config, adapted_paths, saved_modules(modules, config))
-    tensors = _sort_tensors(stored, modules, config, wrappers, peft.extra_keys(extra))
+    saved_paths = saved_modules(modules, config)
+    extra, extra_problems = extra_targets(base_model, modules, config, {*targets, *paths_in_file}, saved_paths)
+    extra_paths = peft.extra_keys(extra)
+    tensors = _sort_tensors(stored, modules, saved_paths, wrappers, extra_paths)
     problems = tensors.problems
     problems += extra_problems
-    problems += _missing(tensors, modules, config, targets, empty, with_start)
+    problems += [f"missing {path}, which modules_to_save names" for path in saved_paths if path not in tensors.saved]
     # The parts, filled with these tensors
-    layers = {path: _low_rank(path, base_model, config, tensors, empty, with_start) for path in tensors.low_rank}
+    low_rank: dict[str, LoRALayer] = {}
+    for path in dict.fromkeys((*tensors.low_rank, *targets)):
+        layer = _low_rank(path, base_model, config, tensors, empty, stored.metadata.start)
+        if layer is not None:
+            low_rank[path] = layer
     quantized = [path for path in tensors.saved if quantized_layers(modules[path])]
     problems += [quantized_whole(path) for path in quantized]
     copies = {path: _saved_module(path, modules, tensors) for path in tensors.saved if path not in quantized}
-    extras, extra_problems = peft.load_extras(extra, modules, tensors.extras)
-    problems += extra_problems
+    extras = extra_parts(extra, modules)
+    parameters = {key: next(extras[path].parameters()) for key, path in extra_paths.items()}
+    problems += _shape_problems(tensors.extras, parameters)
     if problems:
         raise FormatError(f"{stored.folder} does not fit this model: {listing(problems)}")
-    low_rank = {path: layer for path, layer in layers.items() if layer is not None}
+    for key, parameter in parameters.items():
+        parameter.data.copy_(tensors.extras[key])
     if not allow_base_mismatch:
         _check_base(stored, base_model, {path: layer.layer_type for path, layer in low_rank.items()})
     _restore_learned_scales(stored, low_rank)
     share_parameters({path: modules[path] for path in copies}, copies)
-    return Adapter(own_config or config, low_rank, copies, extras)
+    return Adapter(config, low_rank, copies, extras)
 
 
 # ---- The config, and the layers that it names
@@ -145,32 +155,25 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
 
 def lora_config_of(stored: peft.StoredAdapter, base_model: nn.Module) -> LoRAConfig:
     """Returns the config that the adapter was made with. Raises FormatError."""
-    in_file = config_in_file(stored, _paths_with_factors(stored, dict(base_model.named_modules())))
-    return _effective_config(stored, stored.metadata.lora_config(stored.folder), in_file)
+    return stored_configs(stored, _paths_with_factors(stored, dict(base_model.named_modules())))[0]
 
 
-def config_in_file(stored: peft.StoredAdapter, paths: list[str]) -> LoRAConfig:
-    """Returns the config in adapter_config.json, or in the metadata of the weights if that file is missing.
+def stored_configs(stored: peft.StoredAdapter, paths: list[str]) -> tuple[LoRAConfig, LoRAConfig]:
+    """Returns the config in the metadata of the weights, and that in adapter_config.json; twice the same if one lacks.
 
     paths: the targets if the settings name none. Raises FormatError.
     """
     own = stored.metadata.lora_config(stored.folder)
-    if stored.settings is None and own is not None:
-        config = own
+    if own is None and stored.metadata.start:
+        raise FormatError(f"{stored.folder}: its tailora metadata names a frozen start, but has no settings")
+    if own is not None and stored.settings is None:
+        in_file = own
     else:
-        config = peft_config.from_peft_config(stored.settings or {}, paths, stored.folder)
-    peft_config.check_patterns(config, stored.folder)
-    return config
-
-
-def _effective_config(stored: peft.StoredAdapter, own: LoRAConfig | None, in_file: LoRAConfig) -> LoRAConfig:
-    """The config in the metadata of the weights if there is one, else that of adapter_config.json."""
-    if own is None:
-        if stored.metadata.start:
-            raise FormatError(f"{stored.folder}: its tailora metadata names a frozen start, but has no settings")
-        return in_file
-    peft_config.check_patterns(own, stored.folder)
-    return own
+        in_file = peft_config.from_peft_config(stored.settings or {}, paths, stored.folder)
+    configs = own or in_file, in_file
+    for config in configs:
+        peft_config.check_patterns(config, stored.folder)
+    return configs
 
 
 def _check_same_settings(stored: peft.StoredAdapter, own: LoRAConfig, in_file: LoRAConfig) -> None:
@@ -209,72 +212,48 @@ def _paths_with_factors(stored: peft.StoredAdapter, modules: Modules) -> list[st
 def _sort_tensors(
     stored: peft.StoredAdapter,
     modules: Modules,
-    config: LoRAConfig,
+    saved_paths: Collection[str],
     wrappers: Mapping[str, PeftLayer],
-    extras: Mapping[str, str],
+    extra_keys: Collection[str],
 ) -> SortedTensors:
-    saved_paths = saved_modules(modules, config)
     doubled_out_proj = peft_config.adds_out_proj_twice(stored.settings or {})
     result = SortedTensors()
     for key, tensor in stored.tensors.items():
         path, slot = peft.path_and_slot(key)
         saved_path = next((saved for saved in saved_paths if key.startswith(f"{saved}.")), None)
         if slot and path in wrappers:
+            wrapper = wrappers[path]
             if slot == "B" and path.endswith("base_layer.out_proj") and doubled_out_proj:
                 tensor = 2 * tensor
-            _split_into_parts(wrappers[path], slot, tensor, result, 2 if stored.metadata.start else 1)
+            parts = wrapper.split(slot, tensor, 2 if stored.metadata.start else 1)
+            if parts is None:
+                names = ", ".join(part_path.rpartition(".")[2] for part_path in wrapper.layers)
+                result.problems.append(
+                    f"misshapen lora_{slot} of {path}: {tuple(tensor.shape)} is not made of the parts {names}"
+                )
+                parts = dict.fromkeys(wrapper.layers, tensor)
+            for part_path, part in parts.items():
+                result.low_rank.setdefault(part_path, {})[slot] = part
         elif slot and path in modules and layer_type_of(modules[path]):
             result.low_rank.setdefault(path, {})[slot] = tensor
         elif saved_path is not None:
             result.saved.setdefault(saved_path, {})[key.removeprefix(f"{saved_path}.")] = tensor
-        elif key in extras:
-            result.extras[extras[key]] = tensor
+        elif key in extra_keys:
+            result.extras[key] = tensor
         elif (base_weight := peft.base_weight_of(key, modules)) is not None:
             if problem := peft.base_weight_problem(key, tensor, *base_weight):
                 result.problems.append(problem)
         else:
-            result.problems.append(f"unexpected {key} {tuple(tensor.shape)}: {_why_unexpected(path, slot, modules)}")
+            if slot is None:
+                reason = "neither a low-rank factor nor part of modules_to_save, bias or trainable_token_indices"
+            elif path in modules:
+                reason = f"{type(modules[path]).__name__} has no low-rank form"
+            else:
+                reason = f"the model has no module {path}"
+            result.problems.append(f"unexpected {key} {tuple(tensor.shape)}: {reason}")
         if not tensor.isfinite().all():
             result.problems.append(f"not finite: {key} {tuple(tensor.shape)}")
-            result.all_finite = False
     return result
-
-
-def _split_into_parts(wrapper: PeftLayer, slot: str, tensor: Tensor, result: SortedTensors, rank_factor: int) -> None:
-    parts = wrapper.split(slot, tensor, rank_factor)
-    if parts is None:
-        names = ", ".join(path.rpartition(".")[2] for path in wrapper.layers)
-        result.problems.append(
-            f"misshapen lora_{slot} of {wrapper.key_prefix}: {tuple(tensor.shape)} is not made of the parts {names}"
-        )
-    for path in wrapper.layers:
-        result.low_rank.setdefault(path, {})[slot] = tensor if parts is None else parts[path]
-
-
-def _why_unexpected(path: str, slot: str | None, modules: Modules) -> str:
-    if slot is None:
-        return "neither a low-rank factor nor part of modules_to_save, bias or trainable_token_indices"
-    if path not in modules:
-        return f"the model has no module {path}"
-    return f"{type(modules[path]).__name__} has no low-rank form"
-
-
-def _missing(
-    tensors: SortedTensors,
-    modules: Modules,
-    config: LoRAConfig,
-    targets: Collection[str],
-    empty: Mapping[str, LoRALayer],
-    with_start: bool,
-) -> list[str]:
-    """What the settings name and the file lacks, with the shape that the model needs."""
-    problems = []
-    for path in dict.fromkeys((*targets, *tensors.low_rank)):
-        shapes = peft.peft_shapes(empty[path], with_start) if path in empty else {}
-        missing = [slot for slot in "AB" if slot not in tensors.low_rank.get(path, {})]
-        problems += [f"missing lora_{slot} of {path} {shapes.get(slot, '')}".rstrip() for slot in missing]
-    saved_paths = [path for path in saved_modules(modules, config) if path not in tensors.saved]
-    return problems + [f"missing {path}, which modules_to_save names" for path in saved_paths]
 
 
 def _low_rank(
@@ -286,37 +265,40 @@ def _low_rank(
     with_start: bool,
 ) -> LoRALayer | None:
     """The layer with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`."""
-    slots, problems = tensors.low_rank[path], tensors.problems
     module = layer_of(base_model, path)
-    reason = obstacle(module) or storage_obstacle(module)
-    if reason or not {"A", "B"} <= slots.keys():
-        problems += [f"{path}: {reason}"] if reason else []  # `_missing` reports a missing factor
+    if reason := obstacle(module) or storage_obstacle(module):
+        tensors.problems.append(f"{path}: {reason}")
         return None
     try:
         layer = empty.get(path) or low_rank_layer(target_at(base_model, path, config), config, fresh=False)
     except (ConfigError, TargetError) as error:
-        problems.append(f"{path}: {error}")
+        tensors.problems.append(f"{path}: {error}")
         return None
-    wrong = _shape_problems(
-        slots,
-        peft.peft_shapes(layer, with_start),
-        lambda slot: f"{SLOT_NAMES.get(slot, slot)} of {path}",
-        lambda slot: f": {WITHOUT_SLOT[slot]} in the settings, or this {layer.layer_type.name} has no such slot",
+    slots = tensors.low_rank.get(path, {})
+    problems = _shape_problems(
+        {f"{SLOT_NAMES[slot]} of {path}": tensor for slot, tensor in slots.items()},
+        {f"{SLOT_NAMES[slot]} of {path}": tensor for slot, tensor in peft.layer_to_peft(layer, with_start).items()},
+        {
+            f"{SLOT_NAMES[slot]} of {path}": f": {reason} in the settings, or a {layer.layer_type.name} has none"
+            for slot, reason in WITHOUT_SLOT.items()
+        },
     )
-    problems += wrong
-    if not wrong and (tensors.all_finite or all(tensor.isfinite().all() for tensor in slots.values())):
+    tensors.problems += problems
+    if not problems:
         try:
             peft.load_layer(layer, slots, with_start)
         except FormatError as error:
-            problems.append(f"{path}: {error}")
+            tensors.problems.append(f"{path}: {error}")
     return layer
 
 
 def _saved_module(path: str, modules: Modules, tensors: SortedTensors) -> nn.Module:
     """A copy of the module with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`."""
     module, saved = trained_copy(modules[path]), tensors.saved[path]
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    problems = _shape_problems(saved, shapes, lambda name: f"{path}.{name}")
+    problems = _shape_problems(
+        {f"{path}.{name}": tensor for name, tensor in saved.items()},
+        {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()},
+    )
     tensors.problems += problems
     if not problems:
         module.load_state_dict(saved)
@@ -324,19 +306,16 @@ def _saved_module(path: str, modules: Modules, tensors: SortedTensors) -> nn.Mod
 
 
 def _shape_problems(
-    tensors: Mapping[str, Tensor],
-    shapes: Mapping[str, peft.Shape],
-    describe: Callable[[str], str],
-    why_unexpected: Callable[[str], str] = lambda _: "",
+    tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], why_unexpected: Mapping[str, str] | None = None
 ) -> list[str]:
-    """All that is missing, unexpected or misshapen in the file's tensors."""
-    result = [f"missing {describe(name)} {shapes[name]}" for name in shapes if name not in tensors]
+    """All of the file's tensors that are missing, unexpected or misshapen, by the shapes of the `needed` ones."""
+    result = [f"missing {name} {tuple(needed[name].shape)}" for name in needed if name not in tensors]
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
-        if name not in shapes:
-            result.append(f"unexpected {describe(name)} {shape}{why_unexpected(name)}")
-        elif shape != shapes[name]:
-            result.append(f"misshapen {describe(name)}: the file has {shape}, the model needs {shapes[name]}")
+        if name not in needed:
+            result.append(f"unexpected {name} {shape}{(why_unexpected or {}).get(name, '')}")
+        elif shape != needed[name].shape:
+            result.append(f"misshapen {name}: the file has {shape}, the model needs {tuple(needed[name].shape)}")
     return result
 
 

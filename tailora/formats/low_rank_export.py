@@ -7,13 +7,14 @@ OLoRA) is in the factors too: s (B A - B0 A0) is a product of rank 2r. All of th
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
@@ -32,18 +33,6 @@ class ExportSource:
     adapter: Adapter
     base_model: nn.Module
     tokenizer: Any = None
-
-
-@dataclass(frozen=True)
-class MatrixFactors:
-    """A (r, in) and B (out, r), float32, on the CPU."""
-
-    A: Tensor
-    B: Tensor
-
-    @property
-    def r(self) -> int:
-        return self.A.shape[0]
 
 
 def low_rank_problems(source: ExportSource, layer_types: Sequence[LayerType]) -> list[str]:
@@ -70,20 +59,21 @@ def low_rank_problems(source: ExportSource, layer_types: Sequence[LayerType]) ->
 
 
 @torch.no_grad()
-def fold_scale(source: ExportSource) -> dict[str, MatrixFactors]:
-    """Returns path of a module -> its factors, with the scale folded into B.
+def fold_scale(source: ExportSource) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns path of a module -> A (r, in) and B (out, r), with the scale folded into B; float32, on the CPU.
 
     For layer types whose A and B are matrices. The parts of a fused layer become one product of the sum of their ranks.
     """
-    result: dict[str, MatrixFactors] = {}
+    result: dict[str, tuple[Tensor, Tensor]] = {}
     for path, layer in source.adapter.low_rank.items():
         A, B = layer.update_factors()
         B = B if layer.output_slice is None else layer.output_slice.spread(B.mT).mT
         A, B = A.detach().float().cpu(), B.detach().float().cpu().contiguous()
         module_path = layer_path_of(source.base_model, path)
         if module_path in result:
-            A, B = torch.cat([result[module_path].A, A]), torch.cat([result[module_path].B, B], 1)
-        result[module_path] = MatrixFactors(A, B)
+            other_A, other_B = result[module_path]
+            A, B = torch.cat([other_A, A]), torch.cat([other_B, B], 1)
+        result[module_path] = A, B
     return result
 
 
@@ -93,12 +83,13 @@ def exported_layer_types(source: ExportSource) -> dict[str, LayerType]:
     return {layer_path_of(source.base_model, path): layer.layer_type for path, layer in low_rank}
 
 
-def pad_rank(factors: MatrixFactors, r: int) -> MatrixFactors:
-    """Returns the same product at a higher rank, filled up with zeros."""
-    missing = r - factors.r
-    if missing == 0:
-        return factors
-    return MatrixFactors(nn.functional.pad(factors.A, (0, 0, 0, missing)), nn.functional.pad(factors.B, (0, missing)))
+def pad_ranks(
+    factors: Mapping[str, tuple[Tensor, Tensor]], r: int
+) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
+    """Returns the same products, all at rank r, filled up with zeros, and what that changes, in words."""
+    padded = {path: (F.pad(A, (0, 0, 0, r - len(A))), F.pad(B, (0, r - len(A)))) for path, (A, B) in factors.items()}
+    lower = sum(len(A) < r for A, _ in factors.values())
+    return padded, [f"{lower} of {len(factors)} layers are filled up with zeros to rank {r}"] if lower else []
 
 
 def fold_changes(source: ExportSource) -> list[str]:
@@ -131,7 +122,7 @@ def as_stored_adapter(
     """Returns the StoredAdapter for A, B and scale of every path. `settings` are added to those of PEFT's file."""
     ranks = {path: A.shape[0] for path, (A, _) in factors.items()}
     alphas = {path: scales[path] * r for path, r in ranks.items()}
-    r, alpha = _most_common(ranks.values(), 1), _most_common(alphas.values(), 1.0)
+    r, alpha = mode([*ranks.values()] or [1]), mode([*alphas.values()] or [1.0])
     peft_settings = {
         "peft_type": "LORA",
         "r": r,
@@ -146,11 +137,6 @@ def as_stored_adapter(
         for slot, tensor in zip("AB", pair, strict=True)
     }
     return StoredAdapter(source, {**peft_settings, **settings}, tensors, AdapterMetadata())
-
-
-def _most_common(values: Any, default: Any) -> Any:
-    common = Counter(values).most_common(1)
-    return common[0][0] if common else default
 
 
 def raise_problems(source: str, problems: Sequence[str]) -> None:

@@ -55,9 +55,14 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     for path, trained in source.adapter.saved.items():
         changes += replace_by_copy(base.get_submodule(path), trained, parameters)
     untied = check_ties(base, changes, untie_weights=True)
-    with _apply(changes), _untied_config(base, untied):
+    with _apply(changes, base.config, untied):
         base.save_pretrained(folder, max_shard_size=SHARD)
-    _write_rope_theta(folder / "config.json")
+    # rope_theta where transformers 4 and mlx-lm look for it; without it they silently take 10,000
+    config_file = folder / "config.json"
+    settings = json.loads(config_file.read_text(encoding="utf-8"))
+    theta = (settings.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None and "rope_theta" not in settings:
+        config_file.write_text(json.dumps({**settings, "rope_theta": theta}, indent=2) + "\n", encoding="utf-8")
     del changes
     spill.unlink(missing_ok=True)
     dtype = str(common_dtype(base)).removeprefix("torch.")
@@ -91,36 +96,20 @@ def _on_disk(changes: Iterable[Change], file: Path) -> Iterator[Change]:
 
 
 @contextmanager
-def _apply(changes: Iterable[Change]) -> Iterator[None]:
-    """In the block, the base is the merged model; afterwards it has its own tensors again."""
+def _apply(changes: Iterable[Change], config: Any, untied: bool) -> Iterator[None]:
+    """In the block, the base is the merged model, and its config says so if weights are `untied`."""
     undo: list[Change] = []
+    tied_before = getattr(config, "tie_word_embeddings", False)
     try:
         undo += (change.make() for change in changes)
+        if untied:
+            config.tie_word_embeddings = False
         yield
     finally:
         for change in reversed(undo):
             change.make()
-
-
-@contextmanager
-def _untied_config(base: Any, untied: bool) -> Iterator[None]:
-    """In the block, the config says that weights are not tied, if `untied`."""
-    before = getattr(base.config, "tie_word_embeddings", False)
-    if untied:
-        base.config.tie_word_embeddings = False
-    try:
-        yield
-    finally:
         if untied:
-            base.config.tie_word_embeddings = before
-
-
-def _write_rope_theta(file: Path) -> None:
-    """Writes `rope_theta` where transformers 4 and mlx-lm look for it; without it they silently take 10,000."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    theta = (settings.get("rope_parameters") or {}).get("rope_theta")
-    if theta is not None and "rope_theta" not in settings:
-        file.write_text(json.dumps({**settings, "rope_theta": theta}, indent=2) + "\n", encoding="utf-8")
+            config.tie_word_embeddings = tied_before
 
 
 # ---- Reading

@@ -15,22 +15,14 @@ from torch import Tensor
 
 from tailora.core.layer_types import EMBEDDING, LINEAR
 from tailora.errors import FormatError
+from tailora.formats import low_rank_export
 from tailora.formats.io import read_safetensors, safetensors_bytes
-from tailora.formats.low_rank_export import (
-    MERGED,
-    ExportSource,
-    as_stored_adapter,
-    exported_layer_types,
-    fold_changes,
-    fold_scale,
-    low_rank_problems,
-    pad_rank,
-    raise_problems,
-)
+from tailora.formats.low_rank_export import MERGED, ExportSource
 from tailora.formats.peft import OTHER_SUFFIXES, StoredAdapter
 from tailora.formats.peft_config import read_adapter_config
+from tailora.formats.run_folder import ADAPTER_CONFIG
 
-WEIGHTS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
+WEIGHTS = "adapters.safetensors"
 SAME_PATHS = (  # transformers' model_type whose layers have the same paths in mlx-lm
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "olmo2"),
     *("starcoder2", "stablelm", "cohere"),
@@ -42,13 +34,13 @@ BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
 
 def problems(source: ExportSource) -> list[str]:
     """Returns what of the adapter the format cannot hold."""
-    result = low_rank_problems(source, (LINEAR, EMBEDDING))
+    result = low_rank_export.low_rank_problems(source, (LINEAR, EMBEDDING))
     config: Any = getattr(source.base_model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type not in SAME_PATHS:
         known = ", ".join(SAME_PATHS)
         result.append(f"model_type {model_type!r}: its layers' names in mlx-lm are not known; known: {known}")
-    layer_types = exported_layer_types(source).items()
+    layer_types = low_rank_export.exported_layer_types(source).items()
     tied = [path for path, layer_type in layer_types if layer_type is EMBEDDING or path == "lm_head"]
     if tied and getattr(config, "tie_word_embeddings", False):
         result.append(f"{', '.join(tied)}: tied, and mlx-lm would adapt input and output at once; {MERGED}")
@@ -57,12 +49,12 @@ def problems(source: ExportSource) -> list[str]:
 
 def write(folder: Path, source: ExportSource) -> list[str]:
     """Writes the files into `folder`. Returns what differs from the adapter as trained, in words."""
-    factors = fold_scale(source)
-    r = max(pair.r for pair in factors.values())
+    factors = low_rank_export.fold_scale(source)
+    r = max(len(A) for A, _ in factors.values())
+    factors, padding = low_rank_export.pad_ranks(factors, r)
     tensors: dict[str, Tensor] = {}
-    for path, pair in factors.items():
-        padded = pad_rank(pair, r)
-        tensors |= {f"{path}.lora_a": padded.A.T, f"{path}.lora_b": padded.B.T}
+    for path, (A, B) in factors.items():
+        tensors |= {f"{path}.lora_a": A.T, f"{path}.lora_b": B.T}
     keys = {match[1] if (match := BLOCK.fullmatch(path)) else path for path in factors}
     config: Any = source.base_model.config
     settings = {
@@ -73,19 +65,14 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     }
     (folder / WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "mlx"}))
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    lower = sum(pair.r < r for pair in factors.values())
-    padding = [f"{lower} layers are filled up with zeros to rank {r}"] if lower else []
-    return [*fold_changes(source), *padding, *_rope_theta_note(config)]
-
-
-def _rope_theta_note(config: Any) -> list[str]:
-    """mlx-lm silently takes a rope_theta of 10,000 if config.json has it in rope_parameters alone."""
+    changes = [*low_rank_export.fold_changes(source), *padding]
+    # mlx-lm silently takes a rope_theta of 10,000 if config.json has it in rope_parameters alone
     file = Path(getattr(config, "_name_or_path", "")) / "config.json"
-    settings = read_adapter_config(file) if file.is_file() else {}
-    theta = (settings.get("rope_parameters") or {}).get("rope_theta")
-    if theta is None or "rope_theta" in settings:
-        return []
-    return [f'mlx-lm needs "rope_theta": {theta} at the top of {file}, or it computes something else']
+    base_settings = read_adapter_config(file) if file.is_file() else {}
+    theta = (base_settings.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None and "rope_theta" not in base_settings:
+        changes.append(f'mlx-lm needs "rope_theta": {theta} at the top of {file}, or it computes something else')
+    return changes
 
 
 # ---- Reading
@@ -102,7 +89,16 @@ def read(folder: Path) -> StoredAdapter:
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")
         layers.setdefault(path, {})[name] = tensor
-    raise_problems(str(folder), _tensor_problems(layers, fine_tune_type))
+    names = {"lora_a", "lora_b", *(["m"] if fine_tune_type == "dora" else [])}
+    needed, tensor_problems = ", ".join(sorted(names)), []
+    for path, layer in layers.items():
+        if set(layer) != names:
+            has = ", ".join(sorted(layer))
+            tensor_problems.append(f"{path} has {has}; a {fine_tune_type} layer has {needed}")
+        elif layer["lora_a"].ndim != 2 or layer["lora_b"].ndim != 2:
+            shape = tuple(layer["lora_a"].shape)
+            tensor_problems.append(f"{path}: factors of shape {shape}, one per expert, are not read")
+    low_rank_export.raise_problems(str(folder), tensor_problems)
     parameters = settings.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not scale > 0:
@@ -110,20 +106,7 @@ def read(folder: Path) -> StoredAdapter:
     factors = {path: (layer["lora_a"].T, layer["lora_b"].T) for path, layer in layers.items()}
     base = {"base_model_name_or_path": settings["model"]} if isinstance(settings.get("model"), str) else {}
     scales = dict.fromkeys(factors, float(scale))
-    adapter = as_stored_adapter(folder, factors, scales, use_dora=fine_tune_type == "dora", **base)
+    adapter = low_rank_export.as_stored_adapter(folder, factors, scales, use_dora=fine_tune_type == "dora", **base)
     suffix = OTHER_SUFFIXES["magnitude"]
     adapter.tensors.update({f"{path}{suffix}": layer["m"] for path, layer in layers.items() if "m" in layer})
     return adapter
-
-
-def _tensor_problems(layers: dict[str, dict[str, Tensor]], fine_tune_type: str) -> list[str]:
-    names = {"lora_a", "lora_b", *(["m"] if fine_tune_type == "dora" else [])}
-    needed = ", ".join(sorted(names))
-    result = []
-    for path, layer in layers.items():
-        if set(layer) != names:
-            result.append(f"{path} has {', '.join(sorted(layer))}; a {fine_tune_type} layer has {needed}")
-        elif layer["lora_a"].ndim != 2 or layer["lora_b"].ndim != 2:
-            shape = tuple(layer["lora_a"].shape)
-            result.append(f"{path}: factors of shape {shape}, one per expert, are not read")
-    return result

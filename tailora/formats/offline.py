@@ -17,7 +17,7 @@ from tailora.core.low_rank import Factors
 from tailora.core.patterns import by_pattern
 from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats import gguf, mlx
-from tailora.formats.load import config_in_file
+from tailora.formats.load import stored_configs
 from tailora.formats.peft import WEIGHTS, StoredAdapter, dense_to_groups, path_and_slot, read_peft_folder
 from tailora.formats.peft_config import adds_out_proj_twice
 
@@ -64,7 +64,7 @@ def read_offline(path: Path) -> OfflineAdapter:
         raise ConfigError(f"{path} names its layers in the base model's terms: give --model")
     is_mlx = (path / mlx.WEIGHTS).is_file() and not (path / WEIGHTS).is_file()
     stored = mlx.read(path) if is_mlx else read_peft_folder(path)
-    config = config_in_file(stored, [])
+    _, config = stored_configs(stored, [])
     layers: dict[str, dict[str, Tensor]] = {}  # path -> slot -> tensor
     left_out: dict[str, str] = {}
     for key, tensor in stored.tensors.items():
@@ -74,73 +74,62 @@ def read_offline(path: Path) -> OfflineAdapter:
         else:
             layers.setdefault(layer_path, {})[slot] = tensor
     updates, problems = {}, []
+    modules = [name.rpartition(".")[0] or name for name in config.target_parameters or []]
+    stacked = tuple(ending for name in modules for ending in (name, f"{name}.base_layer"))
     for layer_path, slots in layers.items():
         if "A" not in slots and "B" not in slots:
             left_out[layer_path] = TRAINED_WHOLE
         elif not {"A", "B"} <= slots.keys():
             factor = "A" if "A" in slots else "B"
             problems.append(f"{layer_path}: there is a lora_{factor} without the other factor")
-        elif reason := _why_no_matrix(layer_path, slots["A"], slots["B"], config):
-            left_out[layer_path] = reason
-        elif damage := _damage(layer_path, slots["A"], slots["B"], config, stored):
-            problems.append(f"{layer_path}: {damage}")
+        elif layer_path.endswith(stacked):
+            left_out[layer_path] = STACKED
         else:
-            updates[layer_path] = _update(layer_path, slots, config, stored)
+            try:
+                update = _update(layer_path, slots, config, stored)
+            except FormatError as error:
+                problems.append(f"{layer_path}: {error}")
+                continue
+            if update is None:
+                left_out[layer_path] = MIXED_GROUPS
+            else:
+                updates[layer_path] = update
     if problems:
         raise FormatError(f"{stored.folder}: {listing(problems)}")
     base = (stored.settings or {}).get("base_model_name_or_path")
     return OfflineAdapter(config, updates, left_out, base if isinstance(base, str) and base else None)
 
 
-def _why_no_matrix(path: str, A: Tensor, B: Tensor, config: LoRAConfig) -> str | None:
-    modules = [name.rpartition(".")[0] or name for name in config.target_parameters or []]
-    if path.endswith(tuple(ending for name in modules for ending in (name, f"{name}.base_layer"))):
-        return STACKED
-    divides = A.ndim > 2 and B.ndim > 1 and B.shape[1] and A.shape[0] % B.shape[1] == 0
-    return MIXED_GROUPS if divides and dense_to_groups(A, _groups(A, B)) is None else None
-
-
-def _damage(path: str, A: Tensor, B: Tensor, config: LoRAConfig, stored: StoredAdapter) -> str | None:
+def _update(path: str, slots: Mapping[str, Tensor], config: LoRAConfig, stored: StoredAdapter) -> StoredUpdate | None:
+    """Returns None if A mixes groups. Raises FormatError for factors that are damaged."""
+    A, B = slots["A"], slots["B"]
     if not (A.isfinite().all() and B.isfinite().all()):
-        return "its factors are not finite"
-    r, _ = _rank_and_scaling(path, config)
+        raise FormatError("its factors are not finite")
+    pattern_path = path.partition(".base_layer")[0]
+    r = by_pattern(pattern_path, config.rank_pattern, config.r)
+    alpha = by_pattern(pattern_path, config.alpha_pattern, config.lora_alpha)
+    configured = initial_scaling(r, alpha, config.use_rslora)  # the same if rank and alpha are doubled for a start
     if stored.metadata.start and stored.settings is None:  # PEFT's settings have the doubled rank already
         r *= 2
     per_group = B.shape[1] if B.ndim > 1 else 0
-    if A.ndim == B.ndim and A.shape[0] == r and per_group and r % per_group == 0 and (A.ndim > 2 or per_group == r):
-        return None
-    return f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, for a rank of {r} in the settings"
-
-
-def _update(path: str, slots: Mapping[str, Tensor], config: LoRAConfig, stored: StoredAdapter) -> StoredUpdate:
-    A, B = slots["A"], slots["B"]
-    groups = _groups(A, B)
-    _, configured = _rank_and_scaling(path, config)
+    fits = per_group and A.ndim == B.ndim and A.shape[0] == r and r % per_group == 0
+    if not fits or (A.ndim == 2 and per_group != r):
+        raise FormatError(f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, for a rank of {r} in the settings")
+    groups = r // per_group
     grouped_A = dense_to_groups(A.float(), groups)
-    assert grouped_A is not None  # `_why_no_matrix` has checked it
+    if grouped_A is None:
+        return None
     twice = path.endswith(".base_layer.out_proj") and adds_out_proj_twice(stored.settings or {})
     is_embedding = f"{path}.lora_embedding_A".removeprefix(".") in stored.tensors
     return StoredUpdate(
         layer_type="Embedding" if is_embedding else "Linear" if A.ndim == 2 else "Conv",
-        r=A.shape[0] // (2 if stored.metadata.start else 1),
+        r=r // (2 if stored.metadata.start else 1),
         factors=Factors(
-            B.float().reshape(groups, B.shape[0] // groups, B.shape[1]),
-            grouped_A.reshape(groups, A.shape[0] // groups, -1) * (configured * (2 if twice else 1)),
+            B.float().reshape(groups, B.shape[0] // groups, per_group),
+            grouped_A.reshape(groups, r // groups, -1) * (configured * (2 if twice else 1)),
         ),
         scaling=stored.metadata.scaling.get(path, configured),
         configured_scaling=configured,
         learned=path in stored.metadata.scaling,
         dora="magnitude" in slots,
     )
-
-
-def _groups(A: Tensor, B: Tensor) -> int:
-    return max(1, A.shape[0] // B.shape[1])
-
-
-def _rank_and_scaling(path: str, config: LoRAConfig) -> tuple[int, float]:
-    """Rank and scale in the settings. The scale is the same whether rank and alpha are doubled for a start or not."""
-    pattern_path = path.partition(".base_layer")[0]
-    r = by_pattern(pattern_path, config.rank_pattern, config.r)
-    alpha = by_pattern(pattern_path, config.alpha_pattern, config.lora_alpha)
-    return r, initial_scaling(r, alpha, config.use_rslora)

@@ -8,7 +8,7 @@ Below: the folder, then its tensors: of a layer, of grouped convolutions, of tra
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter, extra_parts
+from tailora.core.adapter import Adapter
 from tailora.core.layer import LoRALayer, concatenate_ranks
 from tailora.core.layer_types import EMBEDDING
 from tailora.core.targets import ExtraTargets
@@ -25,17 +25,17 @@ from tailora.formats.fingerprint import TOLERANCE, fingerprint
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes, wrap_os_error, write_file
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata, parse_metadata
 from tailora.formats.peft_config import read_adapter_config, to_peft_config, with_double_rank, with_layer_patterns
-from tailora.formats.peft_paths import peft_layers
+from tailora.formats.peft_paths import PeftLayer, peft_layers
+from tailora.formats.run_folder import ADAPTER_CONFIG
 
 KEY_PREFIX = "base_model.model."
-WEIGHTS, ADAPTER_CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+WEIGHTS, CARD = "adapter_model.safetensors", "README.md"
 
 OTHER_SUFFIXES = {"magnitude": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias", "bias": ".base_layer.bias"}
 SUFFIXES = {"A": ".lora_A.weight", "B": ".lora_B.weight", **OTHER_SUFFIXES}
 EMBEDDING_SUFFIXES = {"A": ".lora_embedding_A", "B": ".lora_embedding_B", **OTHER_SUFFIXES}
 SLOT_OF_SUFFIX = {suffix: slot for table in (SUFFIXES, EMBEDDING_SUFFIXES) for slot, suffix in table.items()}
-
-Shape = tuple[int, ...]
+EXTRA_SUFFIXES = {"bias": ".bias", "trainable_tokens_delta": ".token_adapter.trainable_tokens_delta"}
 
 # ---- The folder
 
@@ -74,7 +74,8 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_model: nn.Module) -> 
 
 
 def _file_contents(adapter: Adapter, base_model: nn.Module) -> dict[str, bytes]:
-    tensors = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter_to_peft(adapter, base_model).items()}
+    layers = list(peft_layers(base_model, adapter.low_rank).values())
+    tensors = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter_to_peft(adapter, layers).items()}
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise DivergedError(f"the adapter is not saved: not finite are {', '.join(broken[:5])} ({len(broken)} in all)")
     low_rank = adapter.low_rank.items()
@@ -84,25 +85,24 @@ def _file_contents(adapter: Adapter, base_model: nn.Module) -> dict[str, bytes]:
         start=adapter.has_start,
         base=fingerprint(base_model, {path: layer.layer_type for path, layer in low_rank}),
     )
-    layers = list(peft_layers(base_model, adapter.low_rank).values())
     config = with_layer_patterns(adapter.config, layers)
     settings = to_peft_config(with_double_rank(config) if adapter.has_start else config, layers, base_model)
+    readers = "tailora" if layers_unknown_to_peft(adapter) else "tailora and PEFT"
+    about = (
+        f"LoRA adapter of {len(low_rank)} layers, r = {settings['r']}, alpha = {settings['lora_alpha']:g}. "
+        f"Loads with {readers}."
+    )
     return {
         WEIGHTS: safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()}),
         ADAPTER_CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
-        CARD: _model_card(settings, adapter).encode(),
+        CARD: model_card(settings, about).encode(),
     }
 
 
-def _model_card(settings: Mapping[str, Any], adapter: Adapter) -> str:
+def model_card(settings: Mapping[str, Any], about: str) -> str:
     base = settings["base_model_name_or_path"]
     base_line = f"base_model: {base}\n" if base else ""
-    readers = "tailora" if layers_unknown_to_peft(adapter) else "tailora and PEFT"
-    return (
-        f"---\nlibrary_name: peft\n{base_line}tags:\n- lora\n- tailora\n---\n\n"
-        f"LoRA adapter of {len(adapter.low_rank)} layers, r = {settings['r']}, "
-        f"alpha = {settings['lora_alpha']:g}. Loads with {readers}.\n"
-    )
+    return f"---\nlibrary_name: peft\n{base_line}tags:\n- lora\n- tailora\n---\n\n{about}\n"
 
 
 def layers_unknown_to_peft(adapter: Adapter) -> list[str]:
@@ -131,10 +131,10 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
     )
 
 
-def adapter_to_peft(adapter: Adapter, base_model: nn.Module) -> dict[str, Tensor]:
+def adapter_to_peft(adapter: Adapter, layers: Iterable[PeftLayer]) -> dict[str, Tensor]:
     """Returns key without KEY_PREFIX -> tensor as the file holds it."""
     tensors: dict[str, Tensor] = {}
-    for peft_layer in peft_layers(base_model, adapter.low_rank).values():
+    for peft_layer in layers:
         slots = {path: layer_to_peft(layer, adapter.has_start) for path, layer in peft_layer.layers.items()}
         for path, layer in peft_layer.layers.items():
             suffixes = EMBEDDING_SUFFIXES if layer.layer_type is EMBEDDING else SUFFIXES
@@ -143,7 +143,8 @@ def adapter_to_peft(adapter: Adapter, base_model: nn.Module) -> dict[str, Tensor
                 tensors[peft_layer.key_prefix + suffixes[slot]] = peft_layer.join(slot, parts)
     for path, module in adapter.saved.items():
         tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
-    tensors |= extras_to_peft(adapter.extras)
+    for path, part in adapter.extras.items():
+        tensors |= {path + EXTRA_SUFFIXES[name]: parameter for name, parameter in part.named_parameters()}
     return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
@@ -167,6 +168,7 @@ def layer_to_peft(layer: LoRALayer, with_start: bool) -> dict[str, Tensor]:
     with_start: the ranks are doubled; with zeros if this layer has no frozen start.
     """
     scale_ratio = (layer.scaling / layer.configured_scaling).reshape(())
+    kernel_dims = [None] * (layer.lora_A.ndim - 2)  # of a convolution: trailing dimensions of 1
     A: Tensor = layer.lora_A
     B: Tensor = layer.lora_B
     if with_start:
@@ -174,40 +176,18 @@ def layer_to_peft(layer: LoRALayer, with_start: bool) -> dict[str, Tensor]:
         B0 = torch.zeros_like(B) if layer.start_B is None else layer.start_B
         A, B = concatenate_ranks(A, A0, layer.groups), torch.cat([B, -B0], 1)
     if layer.layer_type.is_stacked:
-        tensors = {"A": A, "B": _expert_rows_to_columns(B * scale_ratio, layer.groups)}
+        by_expert = (B * scale_ratio).reshape(layer.groups, -1, B.shape[1])  # (E, out, r)
+        tensors = {"A": A, "B": by_expert.permute(1, 2, 0).flatten(1)}
     else:
-        kernel_dims = [None] * (layer.lora_A.ndim - 2)
         tensors = {"A": groups_to_dense(A, layer.groups), "B": (B * scale_ratio)[(..., *kernel_dims)]}
     if layer.lora_magnitude_vector is not None:
-        tensors["magnitude"] = layer.lora_magnitude_vector.view(_magnitude_shape(layer))
+        magnitude = layer.lora_magnitude_vector
+        tensors["magnitude"] = magnitude[(None, ..., *kernel_dims)] if kernel_dims else magnitude
     if layer.lora_bias is not None:
         tensors["lora_bias"] = layer.lora_bias * scale_ratio
     if layer.bias is not None:
         tensors["bias"] = layer.bias
     return {slot: tensor.detach() for slot, tensor in tensors.items()}
-
-
-def peft_shapes(layer: LoRALayer, with_start: bool) -> dict[str, Shape]:
-    """Returns slot -> shape in the file: all channels in A, a trailing 1 for every dimension of the kernel in B."""
-    r, per_group, *kernel = layer.lora_A.shape
-    out, r_per_group = layer.lora_B.shape
-    factor = 2 if with_start else 1
-    shapes: dict[str, Shape]
-    if layer.layer_type.is_stacked:
-        shapes = {"A": (factor * r, per_group), "B": (out // layer.groups, factor * r_per_group * layer.groups)}
-    else:
-        shapes = {
-            "A": (factor * r, per_group * layer.groups, *kernel),
-            "B": (out, factor * r_per_group, *[1] * len(kernel)),
-        }
-    if layer.lora_magnitude_vector is not None:
-        shapes["magnitude"] = _magnitude_shape(layer)
-    return shapes | {slot: (out,) for slot in ("lora_bias", "bias") if getattr(layer, slot) is not None}
-
-
-def _magnitude_shape(layer: LoRALayer) -> Shape:
-    out, kernel_dims = len(layer.lora_B), layer.lora_A.ndim - 2
-    return (1, out, *[1] * kernel_dims) if kernel_dims else (out,)
 
 
 @torch.no_grad()
@@ -219,7 +199,7 @@ def load_layer(layer: LoRALayer, tensors: Mapping[str, Tensor], with_start: bool
     A, B = tensors["A"].to(layer.lora_A), tensors["B"].to(layer.lora_B).view(tensors["B"].shape[:2])
     if layer.layer_type.is_stacked:
         grouped_A: Tensor | None = A
-        B = _expert_columns_to_rows(B, layer.groups)
+        B = B.reshape(len(B), -1, layer.groups).permute(2, 0, 1).flatten(0, 1)  # (out, E r) -> (E out, r)
     else:
         grouped_A = dense_to_groups(A, layer.groups)
     if grouped_A is None:  # PEFT trains an A that reads all channels of a grouped convolution
@@ -238,16 +218,6 @@ def load_layer(layer: LoRALayer, tensors: Mapping[str, Tensor], with_start: bool
     for slot, name in (("magnitude", "lora_magnitude_vector"), ("lora_bias", "lora_bias"), ("bias", "bias")):
         if slot in tensors:
             getattr(layer, name).copy_(tensors[slot].flatten())
-
-
-def _expert_rows_to_columns(B: Tensor, experts: int) -> Tensor:
-    """(E out, r), row e out + i -> (out, E r), column k E + e."""
-    return B.reshape(experts, -1, B.shape[1]).permute(1, 2, 0).flatten(1)
-
-
-def _expert_columns_to_rows(B: Tensor, experts: int) -> Tensor:
-    """(out, E r), column k E + e -> (E out, r), row e out + i."""
-    return B.reshape(len(B), -1, experts).permute(2, 0, 1).flatten(0, 1)
 
 
 # ---- A of a grouped convolution
@@ -275,45 +245,16 @@ def dense_to_groups(A: Tensor, groups: int) -> Tensor | None:
     group = torch.arange(groups, device=A.device)
     dense = A.view(groups, r // groups, groups, channels // groups, *kernel)
     blocks = dense[group, :, group].reshape(r, channels // groups, *kernel)
-    return blocks if torch.equal(groups_to_dense(blocks, groups), A) else None
+    return blocks if torch.allclose(groups_to_dense(blocks, groups), A, 0, 0, equal_nan=True) else None
 
 
 # ---- Trained biases and token embeddings
 
-BIAS, TOKEN_ROWS = ".bias", ".token_adapter.trainable_tokens_delta"
-
-
-def extras_to_peft(extras: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Returns key without KEY_PREFIX -> tensor of the trained biases and token embeddings."""
-    suffixes = {"bias": BIAS, "trainable_tokens_delta": TOKEN_ROWS}
-    return {
-        path + suffixes[name]: parameter.detach()
-        for path, part in extras.items()
-        for name, parameter in part.named_parameters()
-    }
-
 
 def extra_keys(targets: ExtraTargets) -> dict[str, str]:
     """Returns key without KEY_PREFIX -> path, for what the settings name."""
-    return {path + BIAS: path for path in targets.biases} | {path + TOKEN_ROWS: path for path in targets.tokens}
-
-
-@torch.no_grad()
-def load_extras(
-    targets: ExtraTargets, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, nn.Module], list[str]]:
-    """Returns the modules with the file's `tensors`, by path, and a problem for all that is missing or misshapen."""
-    parts, problems = extra_parts(targets, modules), []
-    for key, path in extra_keys(targets).items():
-        (parameter,) = parts[path].parameters()
-        if path not in tensors:
-            problems.append(f"missing {key} {tuple(parameter.shape)}")
-        elif tensors[path].shape != parameter.shape:
-            shape = tuple(tensors[path].shape)
-            problems.append(f"misshapen {key}: the file has {shape}, the model needs {tuple(parameter.shape)}")
-        else:
-            parameter.copy_(tensors[path])
-    return parts, problems
+    biases = {path + EXTRA_SUFFIXES["bias"]: path for path in targets.biases}
+    return biases | {path + EXTRA_SUFFIXES["trainable_tokens_delta"]: path for path in targets.tokens}
 
 
 # ---- Weights of the base, which PEFT saves with adapted or resized embeddings

@@ -47,6 +47,10 @@ def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: 
     layers = list(layers)
     modules = list(dict.fromkeys(layer.pattern_path for layer in layers if not layer.is_parameter))
     parameters = list(dict.fromkeys(layer.pattern_path for layer in layers if layer.is_parameter))
+    # The last two names of each parameter's path, as PEFT's users write them, or whole paths if those are ambiguous
+    endings = sorted({".".join(path.split(".")[-2:]) for path in parameters})
+    parameter_paths = [path for path, _ in base_model.named_parameters(remove_duplicate=False)]
+    are_clear = set(parameters) == {path for path in parameter_paths if matches(endings, path)}
     module_paths = [path for path, _ in base_model.named_modules()]
     class_name = type(base_model).__name__
     return {
@@ -58,7 +62,7 @@ def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: 
         "lora_alpha": config.lora_alpha if config.lora_alpha % 1 else int(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
         "target_modules": portable_targets(modules, module_paths) if modules else [],
-        "target_parameters": _parameter_names(parameters, base_model) if parameters else None,
+        "target_parameters": (endings if are_clear else sorted(parameters)) or None,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -75,13 +79,6 @@ def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: 
     }
 
 
-def _parameter_names(paths: list[str], base_model: nn.Module) -> list[str]:
-    """Returns the last two names of each path, as PEFT's users write them, or whole paths if those are ambiguous."""
-    ends = sorted({".".join(path.split(".")[-2:]) for path in paths})
-    selected = {path for path, _ in base_model.named_parameters(remove_duplicate=False) if matches(ends, path)}
-    return ends if selected == set(paths) else sorted(paths)
-
-
 def with_layer_patterns(config: LoRAConfig, layers: Iterable[PeftLayer]) -> LoRAConfig:
     """Returns the config with patterns for every layer whose rank or scale the config alone does not give.
 
@@ -95,8 +92,6 @@ def with_layer_patterns(config: LoRAConfig, layers: Iterable[PeftLayer]) -> LoRA
             ranks[exactly(path)] = layer.r
         if not math.isclose(alpha, by_pattern(path, config.alpha_pattern, config.lora_alpha), rel_tol=1e-9):
             alphas[exactly(path)] = alpha
-    if not ranks and not alphas:
-        return config
     return config.replaced(rank_pattern=ranks | config.rank_pattern, alpha_pattern=alphas | config.alpha_pattern)
 
 

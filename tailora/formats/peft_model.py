@@ -6,7 +6,6 @@ is checked while the PEFT model is still whole; `release_base` takes it apart af
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,18 @@ from tailora.formats.metadata import AdapterMetadata
 from tailora.formats.peft import KEY_PREFIX, StoredAdapter
 
 
-@dataclass(frozen=True)
-class PeftAdapters:
-    """adapters: by name.    active: names of the active ones; () if PEFT has all adapters switched off."""
+def read_peft_model(peft_model: Any) -> tuple[dict[str, Adapter], tuple[str, ...]]:
+    """Returns copies of all adapters of a `peft.PeftModel` by name, with their scales as they are now.
 
-    adapters: dict[str, Adapter]
-    active: tuple[str, ...]
-
-
-def read_peft_model(peft_model: Any) -> PeftAdapters:
-    """Returns copies of all adapters of a `peft.PeftModel`, with their scales as they are now.
-
+    Also returns the names of the active ones; () if PEFT has all adapters switched off.
     Raises TargetError if it is no PeftModel or is merged; FormatError with all that cannot be taken over.
     """
-    _check_is_peft_model(peft_model)
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise TargetError("PEFT is not installed, so there is no PEFT model to take over") from None
+    if not isinstance(peft_model, PeftModel):
+        raise TargetError(f"a {type(peft_model).__name__} is no PeftModel: give what peft.get_peft_model returned")
     model = peft_model.get_base_model()
     layers = _tuner_layers(model)
     if merged := [path for path, layer in layers.items() if layer.merged]:
@@ -55,7 +52,7 @@ def read_peft_model(peft_model: Any) -> PeftAdapters:
     if problems:
         raise FormatError(f"this PEFT model is not taken over: {listing(problems)}")
     disabled = any(layer.disable_adapters for layer in layers.values())
-    return PeftAdapters(adapters, () if disabled else tuple(peft_model.active_adapters))
+    return adapters, () if disabled else tuple(peft_model.active_adapters)
 
 
 def release_base(peft_model: Any) -> nn.Module:
@@ -70,15 +67,6 @@ def release_base(peft_model: Any) -> nn.Module:
     if hasattr(base, "peft_config"):  # older versions of PEFT leave it
         del base.peft_config
     return base
-
-
-def _check_is_peft_model(model: Any) -> None:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise TargetError("PEFT is not installed, so there is no PEFT model to take over") from None
-    if not isinstance(model, PeftModel):
-        raise TargetError(f"a {type(model).__name__} is no PeftModel: give what peft.get_peft_model returned")
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import AdapterError, ConfigError, FormatError, MergeError
-from tailora.formats import export, gguf
+from tailora.formats import export, gguf, low_rank_export
 from tailora.formats.export import FORMATS
 
 SETTINGS: dict[str, dict[str, Any]] = {  # what consumers get wrong in silence
@@ -170,9 +170,9 @@ def test_a_file_that_computes_something_else_is_deleted(tmp_path: Path, monkeypa
 def test_the_comparison_detects_a_scale_that_is_off_by_a_thousandth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fold_scale = export.fold_scale
+    fold_scale = low_rank_export.fold_scale
     monkeypatch.setattr(
-        export, "fold_scale", lambda source: {k: type(f)(f.A, f.B * 1.001) for k, f in fold_scale(source).items()}
+        low_rank_export, "fold_scale", lambda source: {k: (A, B * 1.001) for k, (A, B) in fold_scale(source).items()}
     )
     with pytest.raises(FormatError, match="logits differ"):
         adapted(base=chat_model().to(torch.bfloat16)).export(tmp_path / "out", "portable")

@@ -48,7 +48,7 @@ def test_a_gguf_file_read_by_llama_cpp_s_rules_gives_the_update(tmp_path: Path) 
 def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     model = adapted()
     model.base_model.config.model_type = "unheard"
-    with pytest.raises(FormatError, match=r"model_type 'unheard' is not supported; there are: llama, mistral"):
+    with pytest.raises(FormatError, match=r"model_type 'unheard' is not supported in GGUF; there are: llama, mistral"):
         model.export(tmp_path / "out", "gguf")
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import chat_model
-from tiny_adapters import adapted
+from tiny_adapters import adapted, logits
 from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
@@ -184,6 +184,13 @@ def test_weights_without_their_settings_file_describe_themselves(folder: Path) -
     edit(folder, lambda tensors: tensors)  # as another tool writes them
     with pytest.raises(FormatError, match=r"adapter_config\.json does not exist"):
         LoRAModel.from_pretrained(chat_model(), folder)
+
+
+def test_a_frozen_start_without_its_settings_file_gives_the_same_logits(tmp_path: Path) -> None:
+    model = adapted({"init_lora_weights": "pissa"})
+    folder = model.save_adapter(tmp_path)
+    (folder / "adapter_config.json").unlink()
+    assert torch.equal(logits(LoRAModel.from_pretrained(chat_model(), folder)), logits(model))
 
 
 def test_a_crash_between_replacing_two_files_is_noticed(folder: Path) -> None:
