@@ -9,7 +9,7 @@ does it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,7 +25,6 @@ from tailora.core.attach import Swapped, evaluating
 from tailora.core.combine import Combination, Truncation, combine_adapters
 from tailora.core.config import LoRAConfig
 from tailora.core.merge import MergeReport, MergeState
-from tailora.core.quantization import allow_repacking, prevent_repacking
 from tailora.core.targets import default_config, select
 from tailora.errors import AdapterError, ConfigError, FormatError, TargetError
 from tailora.formats.load import read_any_format, restore
@@ -121,17 +120,9 @@ class LoRAModel(nn.Module):
 
     def _wrap(self, base_model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         """Freezes the base and puts adapters, which fit it, around it. The first one is active."""
-        self._adapter_set = AdapterSet(base_model)
+        self._adapter_set = AdapterSet(base_model, adapters)
         self._merge_state = MergeState(base_model)
-        for name in adapters:
-            self._adapter_set.check_new(name)
-        self.base_model = base_model  # nothing of it has changed so far
-        self.lora_layers = nn.ModuleDict()
-        self._required_grad = {name: parameter.requires_grad for name, parameter in self._base_parameters()}
-        base_model.requires_grad_(False)
-        self._kept_as_stored = prevent_repacking(base_model)
-        for name, adapter in adapters.items():
-            self._adapter_set.add(name, adapter)
+        self.base_model = base_model
         self.set_adapter(next(iter(adapters)))
 
     # ---- Calling
@@ -346,11 +337,8 @@ class LoRAModel(nn.Module):
         Returns rank and relative error by layer. Raises ConfigError; AdapterError with all that cannot be combined.
         """
         self._check_addable(name, "combine adapters")
-        if not isinstance(weights, Mapping):
-            raise ConfigError(f"weights = {weights!r}; take a mapping from name to weight, such as {{'legal': 0.7}}")
         settings = Combination(method, r, density, drop, seed)
-        sources = {source: self._adapter_set[source] for source in weights}
-        adapter, report = combine_adapters(sources, weights, self.base_model, settings)
+        adapter, report = combine_adapters(self.adapter, weights, self.base_model, settings)
         self._adapter_set.add(name, adapter)
         return report
 
@@ -375,13 +363,10 @@ class LoRAModel(nn.Module):
         compress.check(r, energy, loss, budget)
         adapter = self._adapter_set[source]
         self._check_addable(name, "shrink an adapter")
-        spectra = compress.spectra_of(adapter)
-        if loss is None or budget is None:
-            ranks = compress.ranks_of(adapter, spectra, r, energy)
-        else:
-            with self._activated(self.active_adapters if source in self.active_adapters else source):
-                ranks = compress.ranks_by_loss(adapter, spectra, lambda: loss(self), budget)
-        smaller, report = compress.shrunk(adapter, spectra, ranks, self.base_model)
+        active = self.active_adapters if source in self.active_adapters else source
+        with self._activated(active) if loss else nullcontext():
+            own_loss = (lambda: loss(self)) if loss else None
+            smaller, report = compress.shrink(adapter, self.base_model, r, energy, own_loss, budget)
         self._adapter_set.add(name, smaller)
         return report
 
@@ -435,14 +420,7 @@ class LoRAModel(nn.Module):
         self._adapter_set.check_no_batch("unload")
         self._adapter_set.clear()
         self.lora_layers = nn.ModuleDict()
-        allow_repacking(self._kept_as_stored)
-        for name, parameter in self._base_parameters():
-            parameter.requires_grad = self._required_grad[name]
         return self.base_model
-
-    def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Tied ones under each of their names, since a merge may untie them."""
-        return self.base_model.named_parameters(remove_duplicate=False)
 
 
 def _check_base(base_model: Any) -> None:
@@ -456,6 +434,4 @@ def _check_base(base_model: Any) -> None:
         raise TargetError("this model carries PEFT adapters; unload or merge them first")
 
 
-def from_peft(peft_model: Any) -> LoRAModel:
-    """`LoRAModel.from_peft`."""
-    return LoRAModel.from_peft(peft_model)
+from_peft = LoRAModel.from_peft

@@ -79,8 +79,12 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
     """
     init = config.init_lora_weights
     check_init(selection.targets, init)
-    if config.adalora is not None:
-        _check_single_ranks(selection.targets)
+    grouped_ranks = [target.path for target in selection.targets if target.layer_type.groups(target.layer) > 1]
+    if config.adalora is not None and grouped_ranks:
+        raise TargetError(
+            f"adalora takes ranks one by one, but those of groups or experts go together: {', '.join(grouped_ranks)}; "
+            "exclude_modules"
+        )
     saved = {path: trained_copy(module) for path, module in selection.to_save.items()}
     share_parameters(selection.to_save, saved)
     extras = extra_parts(selection.extras, selection.modules)
@@ -93,15 +97,6 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
         for target in selection.targets:
             init_from_weight(low_rank[target.path], target, init)
     return Adapter(config, low_rank, saved, extras, waits_for_data=init in DATA_INITS)
-
-
-def _check_single_ranks(targets: Iterable[Target]) -> None:
-    """Raises TargetError with every layer whose ranks cannot be switched off one by one."""
-    if grouped := [target.path for target in targets if target.layer_type.groups(target.layer) > 1]:
-        raise TargetError(
-            f"adalora takes ranks one by one, but those of groups or experts go together: {', '.join(grouped)}; "
-            "exclude_modules"
-        )
 
 
 def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) -> LoRALayer:
@@ -204,26 +199,12 @@ def check_compatible(adapters: Mapping[str, Adapter], *, by_row: bool = False) -
         raise AdapterError(f"these adapters cannot be active together: {listing(problems)}")
 
 
-def parts_by_path(adapters: Iterable[Adapter]) -> dict[str, tuple[nn.Module, ...]]:
-    parts: dict[str, tuple[nn.Module, ...]] = {}
-    for adapter in adapters:
-        for path, part in adapter.parts.items():
-            parts[path] = (*parts.get(path, ()), part)
-    return parts
-
-
-def by_layer(
-    layer_paths: Mapping[str, str], parts: Mapping[str, tuple[nn.Module, ...]]
-) -> dict[str, tuple[nn.Module, ...]]:
-    """Returns the parts by the path of the layer that computes with them.
-
-    layer_paths: path of a part -> path of its layer.
-    """
-    parts_of_layers: dict[str, tuple[nn.Module, ...]] = {}
-    for path, layer_parts in parts.items():
-        layer_path = layer_paths[path]
-        parts_of_layers[layer_path] = (*parts_of_layers.get(layer_path, ()), *layer_parts)
-    return parts_of_layers
+def grouped(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[nn.Module, ...]]:
+    """Returns the parts by path, those of one path in the given order."""
+    groups: dict[str, tuple[nn.Module, ...]] = {}
+    for path, part in parts:
+        groups[path] = (*groups.get(path, ()), part)
+    return groups
 
 
 def as_module(parts: Mapping[str, tuple[nn.Module, ...]]) -> nn.ModuleDict:

@@ -12,24 +12,19 @@ from typing import Any, SupportsFloat
 
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter, as_module, by_layer, check_compatible, parts_by_path
-from tailora.core.attach import (
-    Swapped,
-    attach,
-    detach,
-    encoders_around,
-    fast_path_mixin,
-    mixin_for,
-    swap_class,
-)
+from tailora.core.adapter import Adapter, as_module, check_compatible, grouped
+from tailora.core.attach import Swapped, attach, detach, encoders_around, fast_path_mixin, mixin_for, swap_class
 from tailora.core.inference import generating
 from tailora.core.layer_types import layer_path_of
 from tailora.core.mixed_batch import BatchRows, batch_row_parts, check_row_names, repeats_of_generate
+from tailora.core.quantization import allow_repacking, prevent_repacking
 from tailora.errors import AdapterError, ConfigError, RowsError, TargetError, nearest
 
 
 class AdapterSet:
-    """Adapters of `base_model` by name. Adding one changes the classes of its layers, activating one what they compute.
+    """Adapters of `base_model`, which is frozen until `clear`, by name.
+
+    Adding an adapter changes the classes of its layers, activating it what they compute.
 
     adapters: name -> adapter, in the order in which they were added.
     active: names of the adapters that the model computes with.
@@ -38,7 +33,7 @@ class AdapterSet:
     training_obstacle: why the adapters in use cannot be trained yet, or "".
     """
 
-    def __init__(self, base_model: nn.Module) -> None:
+    def __init__(self, base_model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         self.base_model = base_model
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
@@ -47,6 +42,15 @@ class AdapterSet:
         self.training_obstacle = ""
         self._layer_paths: dict[str, str] = {}  # path of an adapter's part -> path of the layer that computes with it
         self._modules: dict[str, nn.ModuleDict] = {}  # name -> the adapter's parts as a module
+        for name in adapters:
+            self.check_new(name)  # before anything of the base changes
+        # Tied parameters are under each of their names, since a merge may untie them
+        parameters = base_model.named_parameters(remove_duplicate=False)
+        self._required_grad = {name: parameter.requires_grad for name, parameter in parameters}
+        base_model.requires_grad_(False)
+        self._kept_as_stored = prevent_repacking(base_model)
+        for name, adapter in adapters.items():
+            self.add(name, adapter)
 
     # ---- Names
 
@@ -74,7 +78,7 @@ class AdapterSet:
         Raises TargetError for a layer that one adapter adapts and another trains whole.
         """
         layer_paths = {path: layer_path_of(self.base_model, path) for path in adapter.parts}
-        parts = by_layer(layer_paths, parts_by_path([adapter]))
+        parts = grouped((layer_paths[path], part) for path, part in adapter.parts.items())
         layers = {path: self.base_model.get_submodule(path) for path in parts}
         mixins = {path: mixin_for(layer_parts[0]) for path, layer_parts in parts.items()}
         if conflicts := [
@@ -94,7 +98,7 @@ class AdapterSet:
     def replace(self, name: str, adapter: Adapter) -> None:
         """Puts an adapter of the same layers under this name. `activate` lets the layers compute with it."""
         self.adapters[name] = adapter
-        self._modules[name] = as_module(parts_by_path([adapter]))
+        self._modules[name] = as_module(grouped(adapter.parts.items()))
 
     def remove(self, name: str) -> None:
         """Removes an adapter that is not active. Layers that no other adapter changes get their class back."""
@@ -104,9 +108,12 @@ class AdapterSet:
             detach(self.layers.pop(path))
 
     def clear(self) -> None:
-        """Removes all adapters, active or not. All classes are those of the base model again."""
+        """Removes all adapters, active or not. The base model has its own classes and requires_grad again."""
         for module in self.base_model.modules():
             detach(module)
+        allow_repacking(self._kept_as_stored)
+        for name, parameter in self.base_model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad = self._required_grad[name]
         self.adapters, self.active, self.layers, self._modules = {}, (), {}, {}
 
     def _layers_of(self, names: Iterable[str]) -> set[str]:
@@ -126,8 +133,10 @@ class AdapterSet:
         adapters = {name: self[name] for name in names}
         self.check_no_batch("switch adapters")
         check_compatible(adapters)
-        parts = parts_by_path(list(adapters.values()))
-        parts_of_layers = by_layer(self._layer_paths, parts)
+        parts = grouped(item for adapter in adapters.values() for item in adapter.parts.items())
+        parts_of_layers = grouped(
+            (self._layer_paths[path], part) for path, own_parts in parts.items() for part in own_parts
+        )
         for path in self._layers_of(self.active) - parts_of_layers.keys():
             attach(self.layers[path], ())
         for path, layer_parts in parts_of_layers.items():

@@ -13,7 +13,7 @@ trained biases where the sources change biases.
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -75,19 +75,6 @@ def is_product(layer: LoRALayer, base: nn.Module) -> bool:
     """True if dW is what `factors_of` gives: no DoRA, or one that scales no row."""
     gain = layer.gain(base)
     return gain is None or float((gain.detach() - 1).abs().max()) <= UNSCALED
-
-
-def _obstacle(layer: LoRALayer, base: nn.Module, exact: bool) -> str | None:
-    """Why this update cannot be added to others. exact: as a product of two factors."""
-    if mixes_groups(layer):
-        return MIXES_GROUPS
-    if is_product(layer, base):
-        return None
-    if exact:
-        return SCALES_ROWS
-    return (
-        None if layer.layer_type.has_matrix else f"the weight of a {layer.layer_type.name} with DoRA is not one matrix"
-    )
 
 
 def rank_per_group(r: int, layer: LoRALayer) -> int:
@@ -193,20 +180,40 @@ class Combination:
 
 @torch.no_grad()
 def combine_adapters(
-    adapters: Mapping[str, Adapter], weights: Mapping[str, float], base_model: nn.Module, settings: Combination
+    adapter_named: Callable[[str], Adapter],
+    weights: Mapping[str, float],
+    base_model: nn.Module,
+    settings: Combination,
 ) -> tuple[Adapter, Truncation]:
     """Returns sum_i weights_i dW_i as one adapter, which shares nothing with its sources; biases likewise.
 
+    adapter_named: name -> adapter; raises AdapterError for an unknown one.
     Raises ConfigError for settings that mean nothing, AdapterError with everything that cannot be combined.
     """
     check(weights, settings)
+    adapters = {name: adapter_named(name) for name in weights}
     sources = {name: adapter for name, adapter in adapters.items() if weights[name] != 0}
     check_compatible(sources)
     updates, problems = _updates(sources, weights, base_model, exact=settings.method == "cat")
     saved, saved_problems = _combined_modules(sources, weights, base_model)
-    bias_changes = _bias_changes(updates)
-    bias_settings, bias_problems = _bias_settings(bias_changes, {path: own[0].base for path, own in updates.items()})
-    if problems := [*problems, *saved_problems, *bias_problems]:
+    problems += saved_problems
+    bias_changes: dict[str, Tensor] = {}  # sum_i w_i db_i, of every layer where something is added to the bias
+    for path, layer_updates in updates.items():
+        for update in layer_updates:
+            if (change := update.layer.bias_change(update.base)) is not None:
+                bias_changes[path] = bias_changes.get(path, 0) + update.weight * change.detach()
+    bias_settings: dict[str, Any] = {}  # under which an adapter of these layers can hold them
+    bases = {path: layer_updates[0].base for path, layer_updates in updates.items()}
+    if bias_changes and all(getattr(bases[path], "bias", None) is not None for path in bias_changes):
+        bias_settings = {"bias": "lora_only"}
+    elif bias_changes:
+        bias_settings = {"lora_bias": True}
+        if any(isinstance(layer, nn.Embedding) for layer in bases.values()):
+            problems.append(
+                "one has biases beside B of layers without a bias, another adapts an embedding; no file holds both "
+                "together"
+            )
+    if problems:
         raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")
     results = {path: METHODS[settings.method](own, settings) for path, own in updates.items()}
     factors = {path: own for path, (own, _) in results.items()}
@@ -232,6 +239,8 @@ def combine_adapters(
 
 def check(weights: Mapping[str, float], settings: Combination) -> None:
     """Raises ConfigError with all settings that are out of range or that the method would ignore."""
+    if not isinstance(weights, Mapping):
+        raise ConfigError(f"weights = {weights!r}; take a mapping from name to weight, such as {{'legal': 0.7}}")
     problems = [
         f"weight of {name!r} = {weight!r}; take a finite number"
         for name, weight in weights.items()
@@ -303,33 +312,14 @@ def _updates(
         for path, layer in adapter.low_rank.items():
             base = layer_of(base_model, path)
             updates.setdefault(path, []).append(WeightedUpdate(name, path, weights[name], layer, base))
-            if reason := _obstacle(layer, base, exact):
-                problems.append(f"{path} of {name!r}: {reason}")
+            if mixes_groups(layer):
+                problems.append(f"{path} of {name!r}: {MIXES_GROUPS}")
+            elif exact and not is_product(layer, base):
+                problems.append(f"{path} of {name!r}: {SCALES_ROWS}")
+            elif not layer.layer_type.has_matrix and not is_product(layer, base):
+                layer_type = layer.layer_type.name
+                problems.append(f"{path} of {name!r}: the weight of a {layer_type} with DoRA is not one matrix")
     return updates, problems
-
-
-def _bias_changes(updates: Mapping[str, Iterable[WeightedUpdate]]) -> dict[str, Tensor]:
-    """sum_i w_i db_i of every layer where something is added to the bias."""
-    sums: dict[str, Tensor] = {}
-    for path, layer_updates in updates.items():
-        for update in layer_updates:
-            change = update.layer.bias_change(update.base)
-            if change is not None:
-                sums[path] = sums.get(path, 0) + update.weight * change.detach()
-    return sums
-
-
-def _bias_settings(changes: Mapping[str, Tensor], adapted: Mapping[str, nn.Module]) -> tuple[dict[str, Any], list[str]]:
-    """The settings under which an adapter of these layers can hold these db; and what prevents it."""
-    if not changes:
-        return {}, []
-    if all(getattr(adapted[path], "bias", None) is not None for path in changes):
-        return {"bias": "lora_only"}, []
-    if any(isinstance(layer, nn.Embedding) for layer in adapted.values()):
-        return {}, [
-            "one has biases beside B of layers without a bias, another adapts an embedding; no file holds both together"
-        ]
-    return {"lora_bias": True}, []
 
 
 def _combined_modules(
@@ -344,7 +334,11 @@ def _combined_modules(
         if len(trained) == 1 and all(weights[name] == 1 for name in trained):
             modules[path] = copy.deepcopy(next(iter(trained.values())))
         elif layer_type_of(base):  # linear in its weights
-            modules[path] = _weighted_sum(base, [(weights[name], module) for name, module in trained.items()])
+            modules[path] = total = trained_copy(base)
+            start = {name: parameter.clone() for name, parameter in total.named_parameters()}
+            for adapter_name, module in trained.items():
+                for name, parameter in module.named_parameters():
+                    total.get_parameter(name).add_(parameter - start[name], alpha=weights[adapter_name])
         else:
             class_name = type(next(iter(trained.values()))).__name__
             problems.append(
@@ -352,15 +346,6 @@ def _combined_modules(
                 "its weights; take it from one adapter, with weight 1"
             )
     return modules, problems
-
-
-def _weighted_sum(base: nn.Module, trained: list[tuple[float, nn.Module]]) -> nn.Module:
-    total = trained_copy(base)
-    start = {name: parameter.clone() for name, parameter in total.named_parameters()}
-    for weight, module in trained:
-        for name, parameter in module.named_parameters():
-            total.get_parameter(name).add_(parameter - start[name], alpha=weight)
-    return total
 
 
 # ---- Methods: the weighted updates of one layer -> factors, and the relative error of their rank
@@ -390,17 +375,14 @@ def _ties(updates: list[WeightedUpdate], settings: Combination) -> Combined:
     With one weight for all it is the paper's lambda.
     """
     density = 0.2 if settings.density is None else settings.density
-    trimmed = torch.stack([_trimmed(update.dense, density) for update in updates])
+    dense = torch.stack([update.dense for update in updates])
+    size = dense[0].numel()
+    kept = max(1, round(density * size))  # of every update, the largest
+    thresholds = [magnitudes.kthvalue(size - kept + 1).values for magnitudes in dense.abs().flatten(1)]
+    trimmed = dense * (dense.abs() >= torch.stack(thresholds).view(-1, 1, 1, 1))
     elected = trimmed.sum(0).sign()
     agrees = (trimmed.sign() == elected) & (trimmed != 0)
     return nearest_of_rank((trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1), _rank(updates, settings))
-
-
-def _trimmed(update: Tensor, density: float) -> Tensor:
-    magnitude = update.abs()
-    kept = max(1, round(density * update.numel()))
-    threshold = magnitude.flatten().kthvalue(update.numel() - kept + 1).values
-    return update * (magnitude >= threshold)
 
 
 def _dare(updates: list[WeightedUpdate], settings: Combination) -> Combined:

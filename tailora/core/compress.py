@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from tailora.core.adapter import Adapter, trained_copy
 from tailora.core.combine import (
@@ -28,7 +28,6 @@ from tailora.core.combine import (
     rank_per_group,
 )
 from tailora.core.config import LoRAConfig
-from tailora.core.layer import LoRALayer
 from tailora.core.low_rank import (
     Factors,
     Spectrum,
@@ -83,14 +82,6 @@ def spectra_of(adapter: Adapter) -> dict[str, Spectrum]:
     return {path: product_spectrum(factors_of(layer, strength=False)) for path, layer in adapter.low_rank.items()}
 
 
-def ranks_of(adapter: Adapter, spectra: Spectra, r: int | None, energy: float | None) -> dict[str, int]:
-    """At most rank r, or this share of every layer's energy; at least rank 1 (per group)."""
-    if r is not None:
-        layers = adapter.low_rank
-        return {path: min(rank_per_group(r, layers[path]), own.S.shape[1]) for path, own in spectra.items()}
-    return {path: rank_for_energy(own.S, energy or 1.0) for path, own in spectra.items()}
-
-
 def ranks_by_loss(adapter: Adapter, spectra: Spectra, loss: Callable[[], float], budget: float) -> dict[str, int]:
     """The fewest singular values whose loss is at most that of all of them plus the budget, by bisection.
 
@@ -127,7 +118,8 @@ def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[N
     """Within the block these layers compute with the leading singular values of s (B A - B0 A0) alone, in place.
 
     ranks: path -> how many per group, at most what B holds (r); other layers stay. Afterwards all is as it was, to the
-    bit. For measuring, not for training: a frozen start is part of the spectrum and is put aside.
+    bit. For measuring, not for training: a frozen start is part of the spectrum and is put aside, and the parameters
+    are others, which hold this update and zeros.
     """
     layers = {path: adapter.low_rank[path] for path in ranks if adapter.low_rank[path].scaling.item()}
     names = ("lora_A", "lora_B", "start_A", "start_B", "lora_E")
@@ -135,7 +127,13 @@ def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[N
     try:
         with torch.no_grad():
             for path, layer in layers.items():
-                _set_update(layer, truncated(spectra[path], ranks[path]))
+                factors = truncated(spectra[path], ranks[path])
+                missing = layer.lora_B.shape[1] - factors.A.shape[1]
+                A = F.pad(factors.A, (0, 0, 0, missing)).reshape(layer.lora_A.shape) / layer.scaling.item()
+                B = F.pad(factors.B, (0, missing)).reshape(layer.lora_B.shape)
+                layer.lora_A = nn.Parameter(A.to(layer.lora_A), requires_grad=False)
+                layer.lora_B = nn.Parameter(B.to(layer.lora_B), requires_grad=False)
+                layer.start_A = layer.start_B = layer.lora_E = None
         yield
     finally:
         for path, layer in layers.items():
@@ -143,27 +141,31 @@ def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[N
                 setattr(layer, name, value)
 
 
-def _set_update(layer: LoRALayer, factors: Factors) -> None:
-    """Gives the layer fresh parameters that hold this update, filled up with zeros. The former ones do not change."""
-    missing = layer.lora_B.shape[1] - factors.A.shape[1]
-    A = F.pad(factors.A, (0, 0, 0, missing)).reshape(layer.lora_A.shape) / layer.scaling.item()
-    B = F.pad(factors.B, (0, missing)).reshape(layer.lora_B.shape)
-    layer.lora_A = nn.Parameter(A.to(layer.lora_A), requires_grad=False)
-    layer.lora_B = nn.Parameter(B.to(layer.lora_B), requires_grad=False)
-    layer.start_A = layer.start_B = layer.lora_E = None
-
-
 # ---- Shrinking
 
 
-@torch.no_grad()
-def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Module) -> tuple[Adapter, Truncation]:
-    """Returns the adapter cut to these ranks. Magnitudes, biases, token rows, strengths and modules trained whole are
-    copied.
+def shrink(
+    adapter: Adapter,
+    base_model: nn.Module,
+    r: int | None,
+    energy: float | None,
+    loss: Callable[[], float] | None,
+    budget: float | None,
+) -> tuple[Adapter, Truncation]:
+    """Returns the adapter cut to at most rank r, to this share of every layer's energy, or as far as the loss allows.
 
-    A layer that is cut to nothing is adapted no more and has rank 0. It keeps a rank of zeros where it has a magnitude
-    or a bias, or is a matrix of an attention or a stack of experts, for which files need both.
+    Magnitudes, biases, token rows, strengths and modules trained whole are copied. A layer that is cut to nothing is
+    adapted no more and has rank 0. It keeps a rank of zeros where it has a magnitude or a bias, or is a matrix of an
+    attention or a stack of experts, for which files need both.
+    loss: of the model, which computes with this adapter. Raises AdapterError, DivergedError.
     """
+    spectra = spectra_of(adapter)
+    if r is not None:
+        ranks = {path: min(rank_per_group(r, adapter.low_rank[path]), own.S.shape[1]) for path, own in spectra.items()}
+    elif loss is not None and budget is not None:
+        ranks = ranks_by_loss(adapter, spectra, loss, budget)
+    else:
+        ranks = {path: rank_for_energy(own.S, energy or 1.0) for path, own in spectra.items()}
     factors: dict[str, Factors] = {path: truncated(spectra[path], k) for path, k in ranks.items() if k}
     for path in ranks:
         layer = adapter.low_rank[path]
@@ -172,19 +174,15 @@ def shrunk(adapter: Adapter, spectra: Spectra, ranks: Ranks, base_model: nn.Modu
     settings = {name: getattr(adapter.config, name) for name in KEPT_SETTINGS}
     smaller = build_adapter(factors, base_model, saved=copy.deepcopy(adapter.saved), **settings)
     smaller = replace(smaller, extras=copy.deepcopy(adapter.extras))
-    for path, layer in smaller.low_rank.items():
-        source = adapter.low_rank[path]
-        layer.strength.copy_(source.strength)
-        _copy(source.lora_magnitude_vector, layer.lora_magnitude_vector)
-        _copy(source.bias, layer.bias)
-        _copy(None if source.lora_bias is None else source.lora_bias * source.scaling, layer.lora_bias)
+    with torch.no_grad():
+        for path, layer in smaller.low_rank.items():
+            source = adapter.low_rank[path]
+            layer.strength.copy_(source.strength)
+            for slot, scale in (("lora_magnitude_vector", 1), ("bias", 1), ("lora_bias", source.scaling)):
+                if (value := getattr(source, slot)) is not None:
+                    getattr(layer, slot).copy_(value * scale)
     sizes = {path: smaller.low_rank[path].r if k else 0 for path, k in ranks.items()}
     return smaller, Truncation(sizes, {path: truncation_error(spectra[path].S, k) for path, k in ranks.items()})
-
-
-def _copy(source: Tensor | None, target: nn.Parameter | None) -> None:
-    if source is not None and target is not None:
-        target.copy_(source)
 
 
 # ---- Extracting an adapter from a fully tuned model
@@ -211,11 +209,29 @@ def extract(
     shape; AdapterError where no layer differs; DivergedError for a difference that is not finite.
     """
     check(r, energy)
-    _check_same_shapes(base, tuned)
+    base_shapes = {name: tuple(value.shape) for name, value in base.state_dict().items()}
+    tuned_shapes = {name: tuple(value.shape) for name, value in tuned.state_dict().items()}
+    problems = [f"missing {name} {shape}" for name, shape in base_shapes.items() if name not in tuned_shapes]
+    problems += [f"unexpected {name} {shape}" for name, shape in tuned_shapes.items() if name not in base_shapes]
+    problems += [
+        f"misshapen {name}: tuned {tuned_shapes[name]}, base {shape}"
+        for name, shape in base_shapes.items()
+        if tuned_shapes.get(name, shape) != shape
+    ]
+    if problems:
+        raise BaseMismatchError(f"the tuned model is not this base, trained: {listing(problems)}")
     selection = select(base, config.replaced(r=1, rank_pattern={}, alpha_pattern={}))
     factors, errors = {}, {}
     for target in selection.targets:
-        update = _difference(target, tuned.get_submodule(target.layer_path))
+        # W_tuned - W_base, (groups, out, in times kernel), in at least float32
+        weight, tuned_layer = target.weight.detach(), tuned.get_submodule(target.layer_path)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        change = dense_weight(tuned_layer, target.layer_type.weight_name).to(weight.device, wide) - weight.to(wide)
+        if not change.isfinite().all():
+            raise DivergedError(f"{target.path}: the difference of the two weights is not finite")
+        update = target.matrix(change)
+        if update is None:
+            raise TargetError(f"{target.path}: a {target.layer_type.name}'s weight is not one matrix; exclude it")
         if update.any():
             factors[target.path], errors[target.path] = (
                 nearest_of_rank(update, r if target.layer_type.is_stacked else math.ceil(r / len(update)))
@@ -235,34 +251,6 @@ def extract(
     return adapter, Extraction(ranks, errors, _left_over(base, tuned, selection))
 
 
-def _check_same_shapes(base: nn.Module, tuned: nn.Module) -> None:
-    """Raises BaseMismatchError with all that the two state dicts do not share."""
-    base_shapes = {name: tuple(value.shape) for name, value in base.state_dict().items()}
-    tuned_shapes = {name: tuple(value.shape) for name, value in tuned.state_dict().items()}
-    problems = [f"missing {name} {shape}" for name, shape in base_shapes.items() if name not in tuned_shapes]
-    problems += [f"unexpected {name} {shape}" for name, shape in tuned_shapes.items() if name not in base_shapes]
-    problems += [
-        f"misshapen {name}: tuned {tuned_shapes[name]}, base {shape}"
-        for name, shape in base_shapes.items()
-        if tuned_shapes.get(name, shape) != shape
-    ]
-    if problems:
-        raise BaseMismatchError(f"the tuned model is not this base, trained: {listing(problems)}")
-
-
-def _difference(target: Target, tuned: nn.Module) -> Tensor:
-    """W_tuned - W_base as B A sees it, (groups, out, in times kernel), in at least float32."""
-    weight = target.weight.detach()
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    change = dense_weight(tuned, target.layer_type.weight_name).to(weight.device, wide) - weight.to(wide)
-    if not change.isfinite().all():
-        raise DivergedError(f"{target.path}: the difference of the two weights is not finite")
-    matrix = target.matrix(change)
-    if matrix is None:
-        raise TargetError(f"{target.path}: a {target.layer_type.name}'s weight is not one matrix; exclude it")
-    return matrix
-
-
 def _left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[str, float]:
     """What differs and is neither a selected layer's weight nor in a module that is copied."""
     targets: dict[str, list[Target]] = {}  # name of a weight -> the targets in it
@@ -277,16 +265,12 @@ def _left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[
             continue
         change = tuned_value.double() - value.double()
         for target in targets.get(name, []):
-            change = _without_target(change, target)
+            if target.output_slice is None:
+                change = torch.zeros_like(change)
+            else:  # the other outputs of a fused layer
+                others = 1 - target.output_slice.spread(change.new_ones(target.output_slice.size))  # (out,)
+                change = change * (others if target.layer_type.is_transposed(target.layer) else others[:, None])
         if change.any():
             norm = float(value.double().norm())
             left_over[name] = float(change.norm()) / norm if norm else math.inf
     return left_over
-
-
-def _without_target(change: Tensor, target: Target) -> Tensor:
-    """The change of a weight without what the target adapts: all of it, or an output slice of a fused layer."""
-    if target.output_slice is None:
-        return torch.zeros_like(change)
-    others = 1 - target.output_slice.spread(change.new_ones(target.output_slice.size))  # (out,)
-    return change * (others if target.layer_type.is_transposed(target.layer) else others[:, None])

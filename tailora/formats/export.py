@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter, by_layer
+from tailora.core.adapter import Adapter, grouped
 from tailora.core.attach import Swapped, attach, evaluating
 from tailora.core.dequantize import Change, common_dtype, dequantize_to_linear
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_path_of
@@ -200,8 +200,8 @@ def with_only_adapter(base_model: nn.Module, adapter: Adapter | None) -> Iterato
     try:
         for module in before:
             attach(module, ())
-        module_paths = {path: layer_path_of(base_model, path) for path in parts}
-        for path, own_parts in by_layer(module_paths, {path: (part,) for path, part in parts.items()}).items():
+        parts_of_layers = grouped((layer_path_of(base_model, path), part) for path, part in parts.items())
+        for path, own_parts in parts_of_layers.items():
             attach(base_model.get_submodule(path), own_parts)
         with evaluating(nn.ModuleList(parts.values())):
             yield base_model

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tailora.core.adapter import grouped
 from tailora.core.dequantize import Change, TensorChange, common_dtype
 from tailora.core.layer_types import layer_path_of
 from tailora.core.merge import MergeReport, check_ties, merge_changes, replace_by_copy
@@ -42,10 +43,9 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     """
     base: Any = source.base_model
     spill = folder / SPILL
-    parts: dict[str, list[nn.Module]] = {}  # by path of the module that computes with them
-    for path, part in {**source.adapter.low_rank, **source.adapter.extras}.items():
-        parts.setdefault(layer_path_of(base, path), []).append(part)
-    layers = {path: (base.get_submodule(path), module_parts) for path, module_parts in parts.items()}
+    parts = {**source.adapter.low_rank, **source.adapter.extras}
+    parts_of_layers = grouped((layer_path_of(base, path), part) for path, part in parts.items())
+    layers = {path: (base.get_submodule(path), own_parts) for path, own_parts in parts_of_layers.items()}
     report = MergeReport({})
     try:
         changes = list(_on_disk(merge_changes(base, layers, report), spill))
