@@ -170,8 +170,16 @@ def _check_eos(tokenizer: ChatTokenizer) -> None:
 
 def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
     replies = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    has_marks = GENERATION_MARK.search(tokenizer.template or "") is not None
-    text, spans = (_spans_from_marks if has_marks else _spans_from_prefixes)(chat, replies, tokenizer)
+    if GENERATION_MARK.search(tokenizer.template or ""):
+        text, spans = tokenizer.render_generation_spans(chat.messages)
+        earlier = sum(index < chat.first for index in replies)
+        if earlier and len(spans) != len(replies):
+            raise DataError(f"the chat template marks {len(spans)} replies where the conversation has {len(replies)}")
+        spans = spans[earlier:]
+    else:
+        text = tokenizer.render(chat.messages)
+        spans_or_none = (_reply_span(chat.messages, index, text, tokenizer) for index in replies if index >= chat.first)
+        spans = [span for span in spans_or_none if span is not None]
     turns = [turn for turn in (_end_turn(text, span, tokenizer) for span in spans) if turn.start < turn.end]
     if not turns and any(replies):
         raise DataError(
@@ -190,24 +198,11 @@ def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample
     )
 
 
-def _spans_from_marks(chat: Conversation, replies: list[int], tokenizer: ChatTokenizer) -> tuple[str, list[Span]]:
-    """Text and trained spans, as {% generation %} marks them."""
-    text, spans = tokenizer.render_generation_spans(chat.messages)
-    earlier = sum(index < chat.first for index in replies)
-    if earlier and len(spans) != len(replies):
-        raise DataError(f"the chat template marks {len(spans)} replies where the conversation has {len(replies)}")
-    return text, spans[earlier:]
-
-
-def _spans_from_prefixes(chat: Conversation, replies: list[int], tokenizer: ChatTokenizer) -> tuple[str, list[Span]]:
-    """Text and trained spans, found by rendering the messages before and up to each reply."""
-    text = tokenizer.render(chat.messages)
-    spans = (_reply_span(chat.messages, index, text, tokenizer) for index in replies if index >= chat.first)
-    return text, [span for span in spans if span is not None]
-
-
 def _reply_span(messages: Messages, index: int, text: str, tokenizer: ChatTokenizer) -> Span | None:
-    """Where message `index` is in the text of them all; None if the template does not keep it there."""
+    """Where message `index` is in the text of them all, found by rendering the messages before it and up to its end.
+
+    None if the template does not keep it there.
+    """
     if index == 0:
         return None  # no model is ever asked to speak first
     before = tokenizer.render(messages[:index], add_generation_prompt=True)
@@ -234,21 +229,16 @@ class Turn(NamedTuple):
 def _end_turn(text: str, span: Span, tokenizer: ChatTokenizer) -> Turn:
     """The reply up to the token that ends it: EOS, or else the first of the special tokens that close the span."""
     start, end = span
-    closing = _closing_tokens(text[start:end], tokenizer.special_tokens)
+    # The special tokens at the end of the reply, with white space between them or not, and where each ends
+    closing = []
+    rest = text[start:end].rstrip()
+    while rest.endswith(tokenizer.special_tokens):
+        token = max((token for token in tokenizer.special_tokens if rest.endswith(token)), key=len)
+        closing.append((token, start + len(rest)))
+        rest = rest[: -len(token)].rstrip()
     if closing:
-        eos_ends = [end for token, end in closing if token == tokenizer.eos]
-        return Turn(start, start + min(eos_ends or [end for _, end in closing]), has_end=True)
+        eos_ends = [token_end for token, token_end in closing if token == tokenizer.eos]
+        return Turn(start, min(eos_ends or [token_end for _, token_end in closing]), has_end=True)
     if tokenizer.eos and text.startswith(tokenizer.eos, end):
         return Turn(start, end + len(tokenizer.eos), has_end=True)  # {% generation %} around the words alone
     return Turn(start, end, has_end=False)
-
-
-def _closing_tokens(reply: str, special_tokens: tuple[str, ...]) -> list[tuple[str, int]]:
-    """The special tokens at the end of the reply, with white space between them or not, and where each ends."""
-    closing = []
-    rest = reply.rstrip()
-    while rest.endswith(special_tokens):
-        token = max((token for token in special_tokens if rest.endswith(token)), key=len)
-        closing.append((token, len(rest)))
-        rest = rest[: -len(token)].rstrip()
-    return closing

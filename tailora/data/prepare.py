@@ -3,8 +3,8 @@
 readers -> schemas -> chat_template -> tokenize -> dataset, 1000 rows at a time; see the package's docstring
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from tailora.data.dataset import (
     length_histogram,
     split_examples,
 )
-from tailora.data.readers import Row, RowProblem, data_error, read_rows
+from tailora.data.readers import Row, RowProblem, Rows, data_error, read_rows
 from tailora.data.schemas import Choices, ColumnMapping, Sample, convert_row, detect_schema
 from tailora.data.tokenize import EncodedSample, encode_samples
 from tailora.errors import DataError
@@ -38,18 +38,31 @@ class EncodedRow(NamedTuple):
     choices: Choices | None = None
 
 
-def detect_mapping(source: str, items: Sequence[Row | RowProblem], field: Mapping[str, str]) -> ColumnMapping:
-    """Raises DataError if there is no row to look at, or none of a known schema."""
-    if rows := [item.fields for item in items if isinstance(item, Row)]:
-        return detect_schema(rows, field)
-    problems = [item for item in items if isinstance(item, RowProblem)]
-    raise data_error(problems or [RowProblem(source, 0, "no rows: there is nothing to learn from")])
+def encode_source(
+    source: str,
+    items: Rows,
+    field: Mapping[str, str] | None,
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    detect_from: int | None = CHUNK,
+) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
+    """Returns how the columns are read, and the encoded row or the problem for every item, in order.
+
+    detect_from: how many of the first items decide on the schema; None: all.
+    Raises DataError if there is no row among these, or none of a known schema.
+    """
+    first = list(islice(items, detect_from))
+    rows = [item.fields for item in first if isinstance(item, Row)]
+    if not rows:
+        problems = [item for item in first if isinstance(item, RowProblem)]
+        raise data_error(problems or [RowProblem(source, 0, "no rows: there is nothing to learn from")])
+    mapping = detect_schema(rows, field)
+    return mapping, _encode_rows(chain(first, items), mapping, tokenizer, max_length)
 
 
-def encode_rows(
+def _encode_rows(
     items: Iterable[Row | RowProblem], mapping: ColumnMapping, tokenizer: ChatTokenizer, max_length: int
 ) -> Iterator[EncodedRow | RowProblem]:
-    """Yields the encoded row or the problem for every item, in order."""
     numbered = enumerate(items)
     while chunk := list(islice(numbered, CHUNK)):
         converted = [convert_row(item, mapping) if isinstance(item, Row) else item for _, item in chunk]
@@ -99,15 +112,17 @@ class RowCounts:
             self.replies_not_learned += encoded.untrained_replies
 
 
-def check_vocabulary(tokenizer: ChatTokenizer, embedding_rows: int) -> None:
-    """Raises DataError if the tokenizer has ids that the model's embedding lacks."""
-    token, last = max(tokenizer.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    if last >= embedding_rows:
-        raise DataError(
-            f"the tokenizer is larger than the model's embedding: its last token {token!r} has the id {last}, and the "
-            f"embedding has {embedding_rows} rows; take the model's own tokenizer, or first resize the model: "
-            f"model.resize_token_embeddings({last + 1})"
-        )
+def checked_tokenizer(tokenizer: Any, embedding_rows: int | None) -> ChatTokenizer:
+    """Raises DataError if the tokenizer has ids that the model's embedding lacks; None: there is no model."""
+    if embedding_rows is not None:
+        token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        if last >= embedding_rows:
+            raise DataError(
+                f"the tokenizer is larger than the model's embedding: its last token {token!r} has the id {last}, and "
+                f"the embedding has {embedding_rows} rows; take the model's own tokenizer, or first resize the model: "
+                f"model.resize_token_embeddings({last + 1})"
+            )
+    return ChatTokenizer.of(tokenizer)
 
 
 def _all_cut(source: str, max_length: int, longest: int, use: str = "learned") -> DataError:
@@ -146,12 +161,10 @@ def prepare(
     embedding_rows: of the model's embedding, which has to have every token id.
     Raises DataError that names every problem with file, row and cause.
     """
-    chat_tokenizer = ChatTokenizer.of(tokenizer)
-    if embedding_rows is not None:
-        check_vocabulary(chat_tokenizer, embedding_rows)
-    data = _load_source(source, "train", chat_tokenizer, field or {}, max_length)
+    chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows)
+    data = _load_source(source, "train", chat_tokenizer, field, max_length)
     if eval_source is not None:
-        eval_data = _load_source(eval_source, "validation", chat_tokenizer, field or {}, max_length)
+        eval_data = _load_source(eval_source, "validation", chat_tokenizer, field, max_length)
         report = _report([data, eval_data], data.examples, eval_data.examples, chat_tokenizer)
         return PreparedData(data.examples, eval_data.examples, report, eval_data.samples)
     split = split_examples(data.examples.hashes(), validation_split, seed)
@@ -172,11 +185,11 @@ class LoadedSource:
 
 
 def _load_source(
-    source: str, split: str, tokenizer: ChatTokenizer, field: Mapping[str, str], max_length: int
+    source: str, split: str, tokenizer: ChatTokenizer, field: Mapping[str, str] | None, max_length: int
 ) -> LoadedSource:
-    items = list(read_rows(source, split=split))
-    mapping = detect_mapping(source, items, field)
-    results = list(encode_rows(items, mapping, tokenizer, max_length))
+    rows = read_rows(source, split=split)
+    mapping, encoded = encode_source(source, rows, field, tokenizer, max_length, detect_from=None)
+    results = list(encoded)
     if problems := [result for result in results if isinstance(result, RowProblem)]:
         raise data_error(problems)
     counts, kept = RowCounts(), []
@@ -233,14 +246,10 @@ def stream_examples(
     counts: counts the rows; a stream that is read again goes on with the same one.
     Raises DataError at the first unusable row, or at the end if no row was usable.
     """
-    chat_tokenizer = ChatTokenizer.of(tokenizer)
-    if embedding_rows is not None:
-        check_vocabulary(chat_tokenizer, embedding_rows)
-    items = read_rows(source, streaming=True)
-    first_items = list(islice(items, CHUNK))
-    mapping = detect_mapping(source, first_items, field or {})
+    chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows)
+    _, rows = encode_source(source, read_rows(source, streaming=True), field, chat_tokenizer, max_length)
     counts, is_empty = counts or RowCounts(), True
-    for row in encode_rows(chain(first_items, items), mapping, chat_tokenizer, max_length):
+    for row in rows:
         if isinstance(row, RowProblem):
             raise data_error([row])
         counts.add(row.encoded, max_length)
@@ -283,16 +292,12 @@ class EvalSource:
     def read(self) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
         """Raises DataError if there is no row of a known schema."""
         items = islice(read_rows(self.name, split="validation"), self.limit)
-        first_items = list(islice(items, CHUNK))
-        mapping = detect_mapping(self.name, first_items, self.field)
-        tokenizer = ChatTokenizer.of(self.tokenizer)
-        return mapping, encode_rows(chain(first_items, items), mapping, tokenizer, self.max_length)
+        return encode_source(self.name, items, self.field, ChatTokenizer.of(self.tokenizer), self.max_length)
 
 
 def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport:
     """Reads all of it. Raises DataError that names every problem with file, row and cause."""
-    tokenizer = ChatTokenizer.of(source.tokenizer)
-    check_vocabulary(tokenizer, embedding_rows)
+    tokenizer = checked_tokenizer(source.tokenizer, embedding_rows)
     mapping, results = source.read()
     problems, counts = [], RowCounts()
     for result in results:
@@ -304,18 +309,10 @@ def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport
         raise data_error(problems)
     if counts.rows == counts.cut_away:
         raise _all_cut(source.name, source.max_length, counts.longest, use="judged")
-    return EvalDataReport(
-        source=source.name,
-        shape=mapping.schema.name,
-        mapping=mapping.columns,
-        chat_template=tokenizer.template is not None,
-        rows=counts.rows,
-        tokens=counts.tokens,
-        supervised_tokens=counts.supervised_tokens,
-        longest=counts.longest,
-        truncated=counts.truncated,
-        cut_away=counts.cut_away,
-    )
+    numbers = asdict(counts)
+    del numbers["replies_not_learned"]
+    has_template = tokenizer.template is not None
+    return EvalDataReport(source.name, mapping.schema.name, mapping.columns, has_template, **numbers)
 
 
 def read_eval_chunks(source: EvalSource, size: int) -> Iterator[list[EncodedRow]]:

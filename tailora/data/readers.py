@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,15 @@ def read_json(path: Path) -> Rows:
         else:
             yield RowProblem(str(path), getattr(error, "lineno", 0), _json_cause(error))
     else:
-        for number, item in enumerate(_json_items(value), 1):
+        items = value if isinstance(value, list) else [value]
+        if isinstance(value, dict) and len(value) == 1:
+            (inner,) = value.values()
+            turn_keys = ("role", "from")  # a list of turns is one conversation, which is a row
+            if isinstance(inner, list) and all(
+                isinstance(item, dict) and not item.keys() & turn_keys for item in inner
+            ):
+                items = inner
+        for number, item in enumerate(items, 1):
             yield _row(path, number, item)
 
 
@@ -144,17 +153,6 @@ def _json_cause(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg} at column {error.colno}"
     return f"not JSON that can be read: {error}"  # a number of thousands of digits, thousands of brackets
-
-
-def _json_items(value: Any) -> list[Any]:
-    if isinstance(value, list):
-        return value
-    if isinstance(value, dict) and len(value) == 1:
-        (inner,) = value.values()
-        turn_keys = ("role", "from")  # a list of turns is one conversation, which is a row
-        if isinstance(inner, list) and all(isinstance(item, dict) and not item.keys() & turn_keys for item in inner):
-            return inner
-    return [value]
 
 
 def _row(path: Path, number: int, value: Any) -> Row | RowProblem:
@@ -194,10 +192,6 @@ def _next_values(reader: Iterator[list[str]]) -> list[str] | None:
         csv.field_size_limit(before)
 
 
-def read_tsv(path: Path) -> Rows:
-    return read_csv(path, "\t")
-
-
 def read_parquet(path: Path) -> Rows:
     import pyarrow.parquet
 
@@ -220,7 +214,7 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".ndjson": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
-    ".tsv": read_tsv,
+    ".tsv": partial(read_csv, delimiter="\t"),
     ".parquet": read_parquet,
 }
 
@@ -298,21 +292,19 @@ def check_model_exists(name: str) -> None:
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        return
     except RepositoryNotFoundError:
-        raise ConfigError(_no_model(name, "the Hub has no such model, or a private one")) from None
+        cause = "the Hub has no such model, or a private one"
     except HfHubHTTPError:
         return  # the Hub answers, but is busy: transformers asks again
     except HFValidationError:
-        raise ConfigError(_no_model(name, "it is not a Hub id")) from None
+        cause = "it is not a Hub id"
     except (HTTPError, OfflineModeIsEnabled) as error:
-        cause = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ConfigError(_no_model(name, f"the Hub cannot be reached ({cause})")) from None
-
-
-def _no_model(name: str, cause: str) -> str:
+        first_line = str(error).strip().partition("\n")[0]
+        cause = f"the Hub cannot be reached ({first_line.rstrip('.')})"
     path = Path(name)
     siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-    return (
+    raise ConfigError(
         f"model {name!r}: no such folder here, and {cause}{nearest(path.name, siblings) or '.'} "
         "Give a folder, a Hub id such as owner/name, or 'demo'; HF_TOKEN opens private and gated models"
     )

@@ -125,7 +125,19 @@ def detect_schema(rows: Iterable[Mapping[str, Any]], field: Mapping[str, str] | 
     field = dict(field or {})
     key_sets = Counter(frozenset(row) for row in rows)
     columns = sorted({column for keys in key_sets for column in keys})  # sorted: sets change their order between runs
-    _check_mapping(field, columns)
+    problems = [
+        f"--field {key}={column}: no schema has the key {key!r}{nearest(key, KNOWN_KEYS)}"
+        for key, column in field.items()
+        if key not in KNOWN_KEYS
+    ]
+    problems += [
+        f"--field {key}={column}: the data has no column {column!r}{nearest(column, columns)}; "
+        f"there are {', '.join(columns)}"
+        for key, column in field.items()
+        if column not in columns
+    ]
+    if problems:
+        raise DataError(listing(problems))
     renamed = {column: key for key, column in field.items()}
     counts = dict.fromkeys(SCHEMAS, 0)
     for keys, count in key_sets.items():
@@ -140,35 +152,13 @@ def detect_schema(rows: Iterable[Mapping[str, Any]], field: Mapping[str, str] | 
     return ColumnMapping(best, used, tuple(column for column in columns if column not in used.values()))
 
 
-def _check_mapping(field: Mapping[str, str], columns: list[str]) -> None:
-    problems = [
-        f"--field {key}={column}: no schema has the key {key!r}{nearest(key, KNOWN_KEYS)}"
-        for key, column in field.items()
-        if key not in KNOWN_KEYS
-    ]
-    problems += [
-        f"--field {key}={column}: the data has no column {column!r}{nearest(column, columns)}; "
-        f"there are {', '.join(columns)}"
-        for key, column in field.items()
-        if column not in columns
-    ]
-    if problems:
-        raise DataError(listing(problems))
-
-
 def _unknown_schema(columns: list[str], field: Mapping[str, str]) -> str:
     required: dict[str, str] = {}
     for schema in SCHEMAS:
         required.setdefault(schema.name, ", ".join(schema.required))
     known = "; ".join(f"{name} ({keys})" for name, keys in required.items())
     flags = "".join(f" --field {key}={column}" for key, column in field.items())
-    return (
-        f"the rows have the keys {', '.join(columns) or '(none)'}, which fit no known schema"
-        f"{flags and f' with{flags}'}.\nKnown: {known}.\n{_mapping_hint(columns)}"
-    )
-
-
-def _mapping_hint(columns: list[str]) -> str:
+    hint = "Name the columns, for instance: --field prompt=question --field completion=answer"
     lower = {column.lower(): column for column in columns}
     for schema in SCHEMAS:
         guess = {
@@ -176,8 +166,12 @@ def _mapping_hint(columns: list[str]) -> str:
             for key in schema.required
         }
         if all(guess.values()) and len(set(guess.values())) == len(guess):
-            return "Perhaps: " + " ".join(f"--field {key}={column}" for key, column in guess.items() if key != column)
-    return "Name the columns, for instance: --field prompt=question --field completion=answer"
+            hint = "Perhaps: " + " ".join(f"--field {key}={column}" for key, column in guess.items() if key != column)
+            break
+    return (
+        f"the rows have the keys {', '.join(columns) or '(none)'}, which fit no known schema"
+        f"{flags and f' with{flags}'}.\nKnown: {known}.\n{hint}"
+    )
 
 
 # ---- From a row to a sample: one function per schema. Each raises DataError with the cause alone.

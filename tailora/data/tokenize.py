@@ -42,22 +42,20 @@ def encode_samples(
         except DataError as error:
             rendered.append(error)
     tokens = iter(tokenizer.tokenize([result.text for result in rendered if isinstance(result, RenderedSample)]))
-    return [
-        result if isinstance(result, DataError) else _encode(result, next(tokens), tokenizer, max_length)
-        for result in rendered
-    ]
-
-
-def _encode(
-    rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer, max_length: int
-) -> EncodedSample | DataError:
-    ids, mask = loss_mask(rendered, tokens, tokenizer)
-    input_ids = np.array(ids[:max_length], dtype=np.int32)
-    labels = np.where(mask[:max_length], input_ids, IGNORED).astype(np.int32)
-    labels[:1] = IGNORED  # nothing predicts the first token
-    if not any(mask[1:]):
-        return DataError("all labels masked: no token of it would be learned")
-    return EncodedSample(Example(input_ids, labels), len(ids), rendered.untrained_replies)
+    results: list[EncodedSample | DataError] = []
+    for result in rendered:
+        if isinstance(result, DataError):
+            results.append(result)
+            continue
+        ids, mask = loss_mask(result, next(tokens), tokenizer)
+        input_ids = np.array(ids[:max_length], dtype=np.int32)
+        labels = np.where(mask[:max_length], input_ids, IGNORED).astype(np.int32)
+        labels[:1] = IGNORED  # nothing predicts the first token
+        if any(mask[1:]):
+            results.append(EncodedSample(Example(input_ids, labels), len(ids), result.untrained_replies))
+        else:
+            results.append(DataError("all labels masked: no token of it would be learned"))
+    return results
 
 
 # ---- The loss mask
