@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ class RankAllocator:
 
     def _switch_off(self, kept: Mapping[str, Tensor]) -> None:
         for path, layer in self.layers.items():
-            _diagonal(layer).mul_(kept[path])
+            cast(nn.Parameter, layer.lora_E).mul_(kept[path])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns tensors by name: all that `load_state_dict` needs to go on to the same bits."""
@@ -142,25 +143,17 @@ class RankAllocator:
         self.kept = {name.removesuffix("|kept"): mask.to(device) for name, mask in masks.items()}
 
 
-def penalty(layer: LoRALayer) -> Tensor:
-    """||B^T B - I||^2 + ||A A^T - I||^2, which keeps B diag(E) A near a singular value decomposition (eq. 4)."""
-    A, B = layer.lora_A.flatten(1), layer.lora_B
-    eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-    return (B.T @ B - eye).square().sum() + (A @ A.T - eye).square().sum()
-
-
 def _add_penalty_gradient(layer: LoRALayer, weight: float) -> None:
-    """Adds the gradient of the penalty, 4 B (B^T B - I) and 4 (A A^T - I) A, to that of the factors."""
+    """Adds the gradient of weight (||B^T B - I||^2 + ||A A^T - I||^2) to that of the factors.
+
+    The penalty keeps B diag(E) A near a singular value decomposition (eq. 4). Its gradient is 4 B (B^T B - I) and
+    4 (A A^T - I) A.
+    """
     A, B = layer.lora_A.flatten(1), layer.lora_B
     eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
     if layer.lora_A.grad is not None and layer.lora_B.grad is not None:
         layer.lora_A.grad.add_(((A @ A.T - eye) @ A).view(layer.lora_A.shape), alpha=4 * weight)
         layer.lora_B.grad.add_(B @ (B.T @ B - eye), alpha=4 * weight)
-
-
-def _diagonal(layer: LoRALayer) -> nn.Parameter:
-    assert layer.lora_E is not None
-    return layer.lora_E
 
 
 # ---- Plain LoRA of other ranks
@@ -173,20 +166,17 @@ def as_plain_lora(adapter: Adapter) -> Adapter:
     """
     if adapter.config.adalora is None:
         return adapter
-    layers = {path: _without_zero_ranks(layer) for path, layer in adapter.low_rank.items()}
+    layers = {}
+    for path, layer in adapter.low_rank.items():
+        E = cast(nn.Parameter, layer.lora_E).detach()
+        indices = E.nonzero().flatten() if E.any() else torch.zeros(1, dtype=torch.long, device=E.device)
+        plain = layers[path] = copy.deepcopy(layer)
+        plain.r, plain.lora_alpha = len(indices), alpha_at_same_scale(layer, len(indices))
+        plain.lora_A = nn.Parameter(layer.lora_A.detach()[indices])
+        plain.lora_B = nn.Parameter((layer.lora_B.detach() * E)[:, indices])
+        plain.lora_E = None
     config = with_ranks(adapter.config, adapter.low_rank, {path: layer.r for path, layer in layers.items()})
     return replace(adapter, config=config.replaced(adalora=None), low_rank=layers)
-
-
-def _without_zero_ranks(layer: LoRALayer) -> LoRALayer:
-    E = _diagonal(layer).detach()
-    indices = E.nonzero().flatten() if E.any() else torch.zeros(1, dtype=torch.long, device=E.device)
-    plain = copy.deepcopy(layer)
-    plain.r, plain.lora_alpha = len(indices), alpha_at_same_scale(layer, len(indices))
-    plain.lora_A = nn.Parameter(layer.lora_A.detach()[indices])
-    plain.lora_B = nn.Parameter((layer.lora_B.detach() * E)[:, indices])
-    plain.lora_E = None
-    return plain
 
 
 def with_ranks(config: LoRAConfig, layers: Mapping[str, LoRALayer], ranks: Mapping[str, int]) -> LoRAConfig:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tailora.core import low_rank
 from tailora.core.adapter import Adapter, trained_copy
 from tailora.core.combine import (
     MIXES_GROUPS,
@@ -28,23 +29,12 @@ from tailora.core.combine import (
     rank_per_group,
 )
 from tailora.core.config import LoRAConfig
-from tailora.core.low_rank import (
-    Factors,
-    Spectrum,
-    nearest_for_energy,
-    nearest_of_rank,
-    product_spectrum,
-    rank_for_energy,
-    truncated,
-    truncation_error,
-    zeros,
-)
 from tailora.core.quantization import dense_weight
 from tailora.core.targets import Selection, Target, select
 from tailora.errors import AdapterError, BaseMismatchError, ConfigError, DivergedError, TargetError, listing
 
 Ranks = Mapping[str, int]  # path -> rank per group; 0: the layer goes
-Spectra = Mapping[str, Spectrum]
+Spectra = Mapping[str, low_rank.Spectrum]
 KEPT_SETTINGS = (
     *("lora_dropout", "fused_parts", "modules_to_save", "trainable_token_indices"),
     *("use_dora", "lora_bias", "bias"),
@@ -75,11 +65,13 @@ def check(r: int | None, energy: float | None, loss: object = None, budget: floa
 
 
 @torch.no_grad()
-def spectra_of(adapter: Adapter) -> dict[str, Spectrum]:
+def spectra_of(adapter: Adapter) -> dict[str, low_rank.Spectrum]:
     """Returns all singular values of s (B A - B0 A0) by path, without the strength. Raises AdapterError without any."""
     if problems := [f"{path}: {MIXES_GROUPS}" for path, layer in adapter.low_rank.items() if mixes_groups(layer)]:
         raise AdapterError(f"this adapter cannot be made smaller: {listing(problems)}")
-    return {path: product_spectrum(factors_of(layer, strength=False)) for path, layer in adapter.low_rank.items()}
+    return {
+        path: low_rank.product_spectrum(factors_of(layer, strength=False)) for path, layer in adapter.low_rank.items()
+    }
 
 
 def ranks_by_loss(adapter: Adapter, spectra: Spectra, loss: Callable[[], float], budget: float) -> dict[str, int]:
@@ -127,7 +119,7 @@ def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[N
     try:
         with torch.no_grad():
             for path, layer in layers.items():
-                factors = truncated(spectra[path], ranks[path])
+                factors = low_rank.truncated(spectra[path], ranks[path])
                 missing = layer.lora_B.shape[1] - factors.A.shape[1]
                 A = F.pad(factors.A, (0, 0, 0, missing)).reshape(layer.lora_A.shape) / layer.scaling.item()
                 B = F.pad(factors.B, (0, missing)).reshape(layer.lora_B.shape)
@@ -165,12 +157,14 @@ def shrink(
     elif loss is not None and budget is not None:
         ranks = ranks_by_loss(adapter, spectra, loss, budget)
     else:
-        ranks = {path: rank_for_energy(own.S, energy or 1.0) for path, own in spectra.items()}
-    factors: dict[str, Factors] = {path: truncated(spectra[path], k) for path, k in ranks.items() if k}
+        ranks = {path: low_rank.rank_for_energy(own.S, energy or 1.0) for path, own in spectra.items()}
+    factors: dict[str, low_rank.Factors] = {
+        path: low_rank.truncated(spectra[path], k) for path, k in ranks.items() if k
+    }
     for path in ranks:
         layer = adapter.low_rank[path]
         if path not in factors and (not layer.is_plain or layer.layer_type.replaces_forward):
-            factors[path] = zeros(truncated(spectra[path], 1))
+            factors[path] = low_rank.zeros(low_rank.truncated(spectra[path], 1))
     settings = {name: getattr(adapter.config, name) for name in KEPT_SETTINGS}
     smaller = build_adapter(factors, base_model, saved=copy.deepcopy(adapter.saved), **settings)
     smaller = replace(smaller, extras=copy.deepcopy(adapter.extras))
@@ -182,7 +176,9 @@ def shrink(
                 if (value := getattr(source, slot)) is not None:
                     getattr(layer, slot).copy_(value * scale)
     sizes = {path: smaller.low_rank[path].r if k else 0 for path, k in ranks.items()}
-    return smaller, Truncation(sizes, {path: truncation_error(spectra[path].S, k) for path, k in ranks.items()})
+    return smaller, Truncation(
+        sizes, {path: low_rank.truncation_error(spectra[path].S, k) for path, k in ranks.items()}
+    )
 
 
 # ---- Extracting an adapter from a fully tuned model
@@ -234,9 +230,9 @@ def extract(
             raise TargetError(f"{target.path}: a {target.layer_type.name}'s weight is not one matrix; exclude it")
         if update.any():
             factors[target.path], errors[target.path] = (
-                nearest_of_rank(update, r if target.layer_type.is_stacked else math.ceil(r / len(update)))
+                low_rank.nearest_of_rank(update, r if target.layer_type.is_stacked else math.ceil(r / len(update)))
                 if r
-                else nearest_for_energy(update, energy or 1)
+                else low_rank.nearest_for_energy(update, energy or 1)
             )
     if not factors:
         raise AdapterError("no selected layer differs between the two models; check the paths, or select other targets")

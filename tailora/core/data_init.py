@@ -12,8 +12,8 @@ with A = 0 that of A is B^T G. So the memory is that of training at rank k, for 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +53,14 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
     spectra = gradient_spectra(targets, run, 2 * max(target.r for target in targets.values()))
     _check_not_zero({path: gradient.S[..., 0].min() for path, gradient in spectra.items()}, "gradient")
     for path, layer in adapter.low_rank.items():
-        _init_from_gradient(layer, spectra[path], init)
+        A, B = GRADIENT_INITS[init](spectra[path], layer.r // layer.groups)
+        A, B = A.reshape(layer.lora_A.shape), B.reshape(layer.lora_B.shape)
+        if init in WITH_FROZEN_START:
+            layer.start_from(A, B)
+        else:
+            layer.lora_A.data.copy_(A)
+            layer.lora_B.data.copy_(B)
     return replace(adapter, waits_for_data=False)
-
-
-@torch.no_grad()
-def _init_from_gradient(layer: LoRALayer, gradient: Spectrum, init: str) -> None:
-    A, B = GRADIENT_INITS[init](gradient, layer.r // layer.groups)
-    A, B = A.reshape(layer.lora_A.shape), B.reshape(layer.lora_B.shape)
-    if init in WITH_FROZEN_START:
-        layer.start_from(A, B)
-    else:
-        layer.lora_A.copy_(A)
-        layer.lora_B.copy_(B)
 
 
 def _init_from_inputs(adapter: Adapter, targets: Mapping[str, Target], run: Pass, rho: float) -> Adapter:
@@ -172,22 +167,9 @@ def gradient_spectra(targets: Mapping[str, Target], run: Pass, count: int) -> di
 
 def _probe(target: Target, count: int) -> LoRALayer:
     """An update of scale 1 that follows `count` directions per group and some more."""
-    layer, layer_type = target.layer, target.layer_type
-    groups = layer_type.groups(layer)
-    in_features, out_features = layer_type.dims(layer)
-    k = groups * _directions(min(in_features, out_features) // groups, count)
-    return LoRALayer(
-        in_features,
-        out_features,
-        k,
-        lora_alpha=k,
-        init_lora_weights=None,
-        layer_type=layer_type,
-        shapes=layer_type.shapes(layer, k),
-        groups=groups,
-        device=target.weight.device,
-        dtype=adapter_dtype(target.weight.dtype),
-    )
+    groups = target.layer_type.groups(target.layer)
+    k = groups * _directions(min(target.dims) // groups, count)
+    return low_rank_layer(replace(target, r=k, lora_alpha=k), LoRAConfig(), fresh=False)
 
 
 def _directions(size: int, count: int) -> int:
@@ -213,12 +195,8 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _check_finite(probes: Mapping[str, LoRALayer]) -> None:
-    broken = [
-        path
-        for path, probe in probes.items()
-        if not all(_gradient(factor).isfinite().all() for factor in (probe.lora_A, probe.lora_B))
-    ]
-    if broken:
+    factors = [(path, factor) for path, probe in probes.items() for factor in (probe.lora_A, probe.lora_B)]
+    if broken := list(dict.fromkeys(path for path, factor in factors if not _gradient(factor).isfinite().all())):
         raise DataError(
             f"on these batches the gradient of {', '.join(broken[:5])} ({len(broken)} layers) is not finite; look at "
             "the loss of each batch"
@@ -241,8 +219,7 @@ def _attached(probes: Mapping[str, LoRALayer], targets: Mapping[str, Target]) ->
 # ---- Inputs
 
 
-@dataclass(frozen=True)
-class InputVariances:
+class InputVariances(NamedTuple):
     """Variances of a layer's inputs: along each principal direction (k,), the directions (k, n), and in all."""
 
     along: Tensor

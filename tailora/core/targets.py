@@ -11,10 +11,11 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from tailora.core import patterns
 from tailora.core.config import LoRAConfig
 from tailora.core.experts import parameter_layer_type
 from tailora.core.extras import adds_its_bias, biases_of
@@ -29,17 +30,6 @@ from tailora.core.layer_types import (
     obstacle,
 )
 from tailora.core.multihead_attention import projections
-from tailora.core.patterns import (
-    Selector,
-    by_pattern,
-    ends_of,
-    exactly,
-    inside,
-    layer_index,
-    matches,
-    named,
-    pattern_matches,
-)
 from tailora.core.quantization import dense_weight, quantized_layers, storage_obstacle
 from tailora.errors import TargetError, listing, nearest
 
@@ -47,7 +37,7 @@ Modules = Mapping[str, nn.Module]  # of the whole model, by path
 
 
 @dataclass(frozen=True)
-class Candidate:
+class TargetCandidate:
     """One matrix of the model that could be adapted.
 
     path: of the matrix: the layer's own, or one name longer for a part of it (`c_attn.q`, `experts.down_proj`).
@@ -96,7 +86,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Target(Candidate):
+class Target(TargetCandidate):
     """A candidate to adapt, with its own rank and alpha."""
 
     r: int = 1
@@ -141,7 +131,6 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     extras, extra_problems = extra_targets(model, modules, config, selected, to_save)
     problems = [
         *_unmatched_selectors(candidates, modules, config),
-        *_unmatched_indices(candidates, config),
         *_unmatched_patterns(candidates, selected, config),
         *_conflicts(selected, to_save, config),
         *_rank_problems(targets),
@@ -161,7 +150,7 @@ def default_config(model: nn.Module) -> LoRAConfig:
     config = LoRAConfig()
     selected = selected_candidates(model, dict(model.named_modules()), config)
     limits = {path: min(candidate.dims) for path, candidate in selected.items()}
-    low = {exactly(path): limit for path, limit in limits.items() if limit < config.r}
+    low = {patterns.exactly(path): limit for path, limit in limits.items() if limit < config.r}
     return config.replaced(
         rank_pattern=low, alpha_pattern={path: config.lora_alpha * limit / config.r for path, limit in low.items()}
     )
@@ -170,24 +159,24 @@ def default_config(model: nn.Module) -> LoRAConfig:
 # ---- Candidates
 
 
-def module_candidates(modules: Modules, config: LoRAConfig) -> dict[str, Candidate]:
+def module_candidates(modules: Modules, config: LoRAConfig) -> dict[str, TargetCandidate]:
     """Returns all that `target_modules` can name, by path, in the model's order.
 
     Raises TargetError for `fused_parts` that do not fit.
     """
-    candidates: dict[str, Candidate] = {}
+    candidates: dict[str, TargetCandidate] = {}
     for path, module in modules.items():
         parent = modules.get(path.rpartition(".")[0], module)
         candidates |= {candidate.path: candidate for candidate in _of_module(path, module, parent, config)}
     return candidates
 
 
-def parameter_candidates(modules: Modules) -> dict[str, Candidate]:
+def parameter_candidates(modules: Modules) -> dict[str, TargetCandidate]:
     """Returns all that `target_parameters` can name: matrices, and stacks of them, of modules of no layer type."""
     return {candidate.path: candidate for path, module in modules.items() for candidate in _parameters_of(path, module)}
 
 
-def candidate_at(model: nn.Module, path: str, config: LoRAConfig) -> Candidate:
+def candidate_at(model: nn.Module, path: str, config: LoRAConfig) -> TargetCandidate:
     """Returns the candidate at this path without looking at the rest of the model. Raises TargetError without one."""
     layer_path = layer_path_of(model, path)
     module, parent = model.get_submodule(layer_path), model.get_submodule(layer_path.rpartition(".")[0])
@@ -197,22 +186,22 @@ def candidate_at(model: nn.Module, path: str, config: LoRAConfig) -> Candidate:
     raise TargetError(f"{path} is a {type(module).__name__}, which has no low-rank form there")
 
 
-def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConfig) -> Iterator[Candidate]:
+def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConfig) -> Iterator[TargetCandidate]:
     """The projections of an attention; a layer and the parts of it that are known."""
     for name, projection in projections(module).items():
-        yield Candidate(f"{path}.{name}" if path else name, path, module, projection)
+        yield TargetCandidate(f"{path}.{name}" if path else name, path, module, projection)
     layer_type = layer_type_of(module)
     if layer_type is None or (parent is not module and projections(parent)):
         return
-    yield Candidate(path, path, module, layer_type)
+    yield TargetCandidate(path, path, module, layer_type)
     if layer_type.is_linear and path:
         for part, output_slice in _output_slices(path, parent, layer_type.dims(module)[1], config).items():
-            yield Candidate(f"{path}.{part}", path, module, layer_type, output_slice)
+            yield TargetCandidate(f"{path}.{part}", path, module, layer_type, output_slice)
 
 
 def _output_slices(path: str, parent: nn.Module, out_features: int, config: LoRAConfig) -> dict[str, OutputSlice]:
     """The parts of a fused layer, as `fused_parts` or the table of known classes says; {} for any other layer."""
-    configured = by_pattern(path, config.fused_parts, None)
+    configured = patterns.by_pattern(path, config.fused_parts, None)
     layout = layout_of(parent, path.rpartition(".")[2], out_features) if configured is None else configured
     try:
         return output_slices(layout, out_features) if layout else {}
@@ -220,17 +209,17 @@ def _output_slices(path: str, parent: nn.Module, out_features: int, config: LoRA
         raise TargetError(f"fused_parts: {path}: {error}") from None
 
 
-def _parameters_of(path: str, module: nn.Module) -> Iterator[Candidate]:
+def _parameters_of(path: str, module: nn.Module) -> Iterator[TargetCandidate]:
     if path and not layer_type_of(module) and not projections(module):
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim in (2, 3):
-                yield Candidate(f"{path}.{name}", path, module, parameter_layer_type(name))
+                yield TargetCandidate(f"{path}.{name}", path, module, parameter_layer_type(name))
 
 
 # ---- Selection
 
 
-def selected_candidates(model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, Candidate]:
+def selected_candidates(model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, TargetCandidate]:
     """Returns the candidates that the config selects, by path. Names that match nothing are no error here."""
     candidates = module_candidates(modules, config)
     if config.target_modules == "all-linear":
@@ -245,22 +234,24 @@ def selected_candidates(model: nn.Module, modules: Modules, config: LoRAConfig) 
     ]
     parameter_names = config.target_parameters or []
     for path, candidate in parameter_candidates(modules).items() if parameter_names else ():
-        selected += [candidate] if any(named(name, path) for name in parameter_names) else []
+        selected += [candidate] if any(patterns.named(name, path) for name in parameter_names) else []
     if config.exclude_modules is not None:
         selected = list(_without(config.exclude_modules, selected, candidates))
     indices = layer_indices(config)
     return {
-        candidate.path: candidate for candidate in selected if indices is None or layer_index(candidate.path) in indices
+        candidate.path: candidate
+        for candidate in selected
+        if indices is None or patterns.layer_index(candidate.path) in indices
     }
 
 
-def _selects(selector: Selector, candidate: Candidate) -> bool:
-    return any(matches(selector, name) for name in candidate.names)
+def _selects(selector: patterns.Selector, candidate: TargetCandidate) -> bool:
+    return any(patterns.matches(selector, name) for name in candidate.names)
 
 
 def _all_linear(
-    model: Any, modules: Modules, candidates: Mapping[str, Candidate], config: LoRAConfig
-) -> list[Candidate]:
+    model: Any, modules: Modules, candidates: Mapping[str, TargetCandidate], config: LoRAConfig
+) -> list[TargetCandidate]:
     """Every linear layer and attention projection but the output head and what is trained whole."""
     get_head = getattr(model, "get_output_embeddings", None)  # transformers' convention
     head = get_head() if callable(get_head) else None
@@ -270,15 +261,15 @@ def _all_linear(
         for candidate in candidates.values()
         if (candidate.layer_type.is_linear or candidate.path != candidate.layer_path)
         and not candidate.output_slice
-        and not any(inside(candidate.layer_path, path) for path in left_out)
+        and not any(patterns.inside(candidate.layer_path, path) for path in left_out)
     ]
 
 
 def _without(
-    selector: Selector, selected: Iterable[Candidate], candidates: Mapping[str, Candidate]
-) -> Iterator[Candidate]:
+    selector: patterns.Selector, selected: Iterable[TargetCandidate], candidates: Mapping[str, TargetCandidate]
+) -> Iterator[TargetCandidate]:
     """Leaves out what the selector names. Where it names parts of a selected layer, the layer's other parts remain."""
-    parts: dict[str, list[Candidate]] = {}
+    parts: dict[str, list[TargetCandidate]] = {}
     for candidate in candidates.values():
         if candidate.output_slice:
             parts.setdefault(candidate.layer_path, []).append(candidate)
@@ -295,10 +286,10 @@ def layer_indices(config: LoRAConfig) -> set[int] | None:
     return {indices} if isinstance(indices, int) else None if indices is None else set(indices)
 
 
-def target_of(candidate: Candidate, config: LoRAConfig) -> Target:
+def target_of(candidate: TargetCandidate, config: LoRAConfig) -> Target:
     """Returns the candidate with the rank and alpha that the patterns give it."""
-    r = by_pattern(candidate.pattern_names, config.rank_pattern, config.r)
-    alpha = by_pattern(candidate.pattern_names, config.alpha_pattern, config.lora_alpha)
+    r = patterns.by_pattern(candidate.pattern_names, config.rank_pattern, config.r)
+    alpha = patterns.by_pattern(candidate.pattern_names, config.alpha_pattern, config.lora_alpha)
     return Target(**vars(candidate), r=r, lora_alpha=alpha)
 
 
@@ -310,7 +301,9 @@ def target_at(model: nn.Module, path: str, config: LoRAConfig) -> Target:
 def saved_modules(modules: Modules, config: LoRAConfig) -> dict[str, nn.Module]:
     """Returns what `modules_to_save` names, by path."""
     names = config.modules_to_save or []
-    return {path: module for path, module in modules.items() if path and any(named(name, path) for name in names)}
+    return {
+        path: module for path, module in modules.items() if path and any(patterns.named(name, path) for name in names)
+    }
 
 
 # ---- Extra targets
@@ -324,9 +317,14 @@ def extra_targets(
     adapted, saved: paths that low-rank updates and trained copies change already.
     """
     tokens, problems = _token_targets(model, modules, config)
-    heads = {path: embedding for embedding in tokens for path in _tied_to(modules, embedding)}
+    heads = {
+        path: embedding
+        for embedding in tokens
+        for path, module in modules.items()
+        if path != embedding and module._parameters.get("weight") is modules[embedding].weight
+    }
     for path in (*tokens, *heads):
-        if owner := next((owner for owner in (*adapted, *saved) if inside(path, owner)), None):
+        if owner := next((owner for owner in (*adapted, *saved) if patterns.inside(path, owner)), None):
             setting = "target_modules" if owner in adapted else "modules_to_save"
             tie = f", tied to {heads[path]}" if path in heads else ""
             problems.append(f"{path}{tie} is in trainable_token_indices and in {setting}; take one")
@@ -361,36 +359,25 @@ def _token_targets(model: Any, modules: Modules, config: LoRAConfig) -> tuple[di
     tokens: dict[str, list[int]] = {}
     problems = []
     for name, indices in by_name.items():
-        paths = [path for path in modules if named(name, path)]
+        paths = [path for path in modules if patterns.named(name, path)]
         if not paths:
             embeddings = [path for path, module in modules.items() if layer_type_of(module) is EMBEDDING]
             problems.append(f"trainable_token_indices: {name!r} matches no module{nearest(name, embeddings)}")
         for path in paths:
-            tokens[path] = indices
-            reasons = _token_problems(modules[path], indices)
-            problems += [f"trainable_token_indices: {path}: {reason}" for reason in reasons]
+            tokens[path], module = indices, modules[path]
+            at = f"trainable_token_indices: {path}"
+            if layer_type_of(module) is not EMBEDDING:
+                problems.append(f"{at}: a {type(module).__name__} is no embedding")
+                continue
+            if reason := obstacle(module):
+                problems.append(f"{at}: {reason}")
+            size, padding = cast(nn.Embedding, module).num_embeddings, module.padding_idx
+            if outside := [index for index in indices if not 0 <= index < size]:
+                existing = f"there are 0..{size - 1} (resize_token_embeddings comes before the adapter)"
+                problems.append(f"{at}: no rows {outside[:5]}; {existing}")
+            if padding in indices:
+                problems.append(f"{at}: {padding} is the padding token, which the model does not learn")
     return ({}, problems) if problems else (tokens, [])
-
-
-def _token_problems(module: Any, indices: list[int]) -> list[str]:
-    if layer_type_of(module) is not EMBEDDING:
-        return [f"a {type(module).__name__} is no embedding"]
-    reason = obstacle(module)
-    problems = [reason] if reason else []
-    if outside := [index for index in indices if not 0 <= index < module.num_embeddings]:
-        problems.append(
-            f"no rows {outside[:5]}; there are 0..{module.num_embeddings - 1} "
-            "(resize_token_embeddings comes before the adapter)"
-        )
-    if module.padding_idx in indices:
-        problems.append(f"{module.padding_idx} is the padding token, which the model does not learn")
-    return problems
-
-
-def _tied_to(modules: Modules, path: str) -> list[str]:
-    """Paths of the other modules that have the same weight."""
-    weight = modules[path].weight
-    return [tied for tied, module in modules.items() if tied != path and module._parameters.get("weight") is weight]
 
 
 def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[str]) -> tuple[list[str], list[str]]:
@@ -398,7 +385,7 @@ def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[
     biases, problems = [], []
     for path, module in modules.items():
         names = biases_of(module)
-        if not names or any(inside(path, whole) for whole in saved):
+        if not names or any(patterns.inside(path, whole) for whole in saved):
             continue
         if "forward" in vars(module):
             problems.append(f"bias='all': {path}: its forward was replaced on the instance; its bias cannot be trained")
@@ -417,7 +404,7 @@ def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[
 # ---- Problems: names, indices and patterns that match nothing
 
 
-def _unmatched_selectors(candidates: Mapping[str, Candidate], modules: Modules, config: LoRAConfig) -> list[str]:
+def _unmatched_selectors(candidates: Mapping[str, TargetCandidate], modules: Modules, config: LoRAConfig) -> list[str]:
     problems = []
     if config.target_modules != "all-linear" and not (config.target_modules == [] and config.target_parameters):
         problems += _unmatched("target_modules", config.target_modules, candidates, modules)
@@ -428,11 +415,19 @@ def _unmatched_selectors(candidates: Mapping[str, Candidate], modules: Modules, 
         problems += _unmatched("target_parameters", config.target_parameters, parameters, modules)
     paths = [path for path in modules if path]
     for name in config.modules_to_save or []:
-        problems += [] if any(named(name, path) for path in paths) else [_no_layer("modules_to_save", name, paths)]
+        problems += (
+            [] if any(patterns.named(name, path) for path in paths) else [_no_layer("modules_to_save", name, paths)]
+        )
+    known = {index for path in candidates if (index := patterns.layer_index(path)) is not None}
+    if missing := sorted((layer_indices(config) or set()) - known):
+        existing = f"{min(known)}..{max(known)}" if known else "none"
+        problems.append(f"layers_to_transform={missing}: no layer has this index; there are: {existing}")
     return problems
 
 
-def _unmatched(setting: str, selector: Selector, candidates: Mapping[str, Candidate], modules: Modules) -> list[str]:
+def _unmatched(
+    setting: str, selector: patterns.Selector, candidates: Mapping[str, TargetCandidate], modules: Modules
+) -> list[str]:
     if selector == []:
         return [f"{setting}={selector!r} names nothing"]
     if isinstance(selector, str):
@@ -440,23 +435,24 @@ def _unmatched(setting: str, selector: Selector, candidates: Mapping[str, Candid
             return []
         hint = _hint(selector, {candidate.last_name for candidate in candidates.values()})
         return [f"{setting}={selector!r} is a regular expression that matches no whole path of a layer{hint}"]
-    known = {end for candidate in candidates.values() for name in candidate.names for end in ends_of(name)}
+    known = {end for candidate in candidates.values() for name in candidate.names for end in patterns.ends_of(name)}
     return [_unmatched_name(setting, name, candidates, modules) for name in selector if name not in known]
 
 
-def _unmatched_name(setting: str, name: str, candidates: Mapping[str, Candidate], modules: Modules) -> str:
+def _unmatched_name(setting: str, name: str, candidates: Mapping[str, TargetCandidate], modules: Modules) -> str:
     """Why this name selects no candidate."""
-    module = next((module for path, module in modules.items() if path and named(name, path)), None)
+    module = next((module for path, module in modules.items() if path and patterns.named(name, path)), None)
     if module is not None and layer_type_of(module) is None and setting != "target_parameters":
         known = ", ".join([*(cls.rpartition(".")[2] for cls in LAYER_TYPES), "MultiheadAttention"])
         return f"{setting}: {name!r} is a {type(module).__name__}, which has no low-rank form; layer types: {known}"
     whole, _, part = name.rpartition(".")
+    fused = {candidate.layer_path for candidate in candidates.values() if candidate.output_slice}
     layers = [
-        path for path, candidate in candidates.items() if whole and named(whole, path) and not candidate.output_slice
+        path
+        for path, candidate in candidates.items()
+        if whole and patterns.named(whole, path) and not candidate.output_slice
     ]
-    if layers and not any(
-        candidate.output_slice and candidate.layer_path == layers[0] for candidate in candidates.values()
-    ):
+    if layers and layers[0] not in fused:
         sizes = f'{{"{whole}": {{"{part}": its number of rows, ...}}}}'
         return f"{setting}: {name!r}: which rows of {whole} are {part} is not known; say it: fused_parts={sizes}"
     return _no_layer(setting, name, candidates)
@@ -464,10 +460,9 @@ def _unmatched_name(setting: str, name: str, candidates: Mapping[str, Candidate]
 
 def _no_layer(setting: str, name: str, paths: Iterable[str]) -> str:
     paths = list(paths)
-    ends = {".".join(path.split(".")[-count:]) for path in paths for count in (1, 2)}
-    return (
-        f"{setting}: {name!r} matches no layer{_hint(name, ends | set(paths), (p.rpartition('.')[2] for p in paths))}"
-    )
+    last_names = {path.rpartition(".")[2] for path in paths}
+    ends = {".".join(path.split(".")[-2:]) for path in paths}
+    return f"{setting}: {name!r} matches no layer{_hint(name, last_names | ends | set(paths), last_names)}"
 
 
 def _hint(name: str, known: Collection[str], shown: Iterable[str] | None = None) -> str:
@@ -478,26 +473,16 @@ def _hint(name: str, known: Collection[str], shown: Iterable[str] | None = None)
     return nearest(name, known) or f"; there are: {', '.join(examples[:8])}{', ...' if len(examples) > 8 else ''}"
 
 
-def _unmatched_indices(candidates: Iterable[str], config: LoRAConfig) -> list[str]:
-    known = {index for path in candidates if (index := layer_index(path)) is not None}
-    missing = sorted((layer_indices(config) or set()) - known)
-    text = f"{min(known)}..{max(known)}" if known else "none"
-    return [f"layers_to_transform={missing}: no layer has this index; there are: {text}"] if missing else []
-
-
 def _unmatched_patterns(
-    candidates: Mapping[str, Candidate], selected: Mapping[str, Candidate], config: LoRAConfig
+    candidates: Mapping[str, TargetCandidate], selected: Mapping[str, TargetCandidate], config: LoRAConfig
 ) -> list[str]:
-    settings: list[tuple[str, Mapping[str, Any], Mapping[str, Candidate]]] = [
-        ("rank_pattern", config.rank_pattern, selected),
-        ("alpha_pattern", config.alpha_pattern, selected),
-        ("fused_parts", config.fused_parts, candidates),
-    ]
     problems = []
-    for setting, patterns, layers in settings:
+    for setting, layers in (("rank_pattern", selected), ("alpha_pattern", selected), ("fused_parts", candidates)):
         last_names = {layer.last_name for layer in layers.values()}
-        for pattern in patterns:
-            if not any(pattern_matches(pattern, name) for layer in layers.values() for name in layer.pattern_names):
+        for pattern in getattr(config, setting):
+            if not any(
+                patterns.pattern_matches(pattern, name) for layer in layers.values() for name in layer.pattern_names
+            ):
                 hint = _hint(pattern, last_names | set(layers), last_names)
                 problems.append(f"{setting}: {pattern!r} matches no adapted layer{hint}")
     return problems
@@ -506,7 +491,7 @@ def _unmatched_patterns(
 # ---- Problems: layers that cannot be adapted as the config says
 
 
-def _conflicts(selected: Mapping[str, Candidate], to_save: Modules, config: LoRAConfig) -> list[str]:
+def _conflicts(selected: Mapping[str, TargetCandidate], to_save: Modules, config: LoRAConfig) -> list[str]:
     """Layers that cannot be adapted or trained whole, or are to be both."""
     problems = []
     for path, candidate in selected.items():
@@ -521,7 +506,7 @@ def _conflicts(selected: Mapping[str, Candidate], to_save: Modules, config: LoRA
         f"{path} is in target_modules and in modules_to_save ({whole})"
         for path in selected
         for whole in to_save
-        if inside(path, whole)
+        if patterns.inside(path, whole)
     ]
     for path, module in to_save.items():
         if "forward" in vars(module):

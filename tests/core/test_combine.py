@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.low_rank import Factors, nearest_for_energy, nearest_of_rank, product_spectrum
-from tailora.core.patterns import portable_patterns
-from tailora.core.targets import by_pattern
+from tailora.core.patterns import by_pattern, portable_patterns
 from tailora.errors import AdapterError, BaseMismatchError, ConfigError, DivergedError, MergeError, TargetError
 
 

@@ -12,7 +12,7 @@ from tiny import chat_model
 from torch import Tensor, nn
 
 from tailora import AdaLoRA, LoRAConfig, LoRALayer, LoRAModel
-from tailora.core.adalora import RankAllocator, budget, penalty
+from tailora.core.adalora import RankAllocator, budget
 from tailora.errors import AdapterError, ConfigError, TargetError
 
 
@@ -55,6 +55,12 @@ def test_the_update_is_b_diag_e_a_and_starts_at_zero() -> None:
     torch.testing.assert_close(model.base_model[0](x), x @ (model.base_model[0].weight + expected).T)
     with model.merged():
         torch.testing.assert_close(model.base_model[0](x), x @ model.base_model[0].weight.T)
+
+
+def penalty(layer: LoRALayer) -> Tensor:
+    A, B = layer.lora_A.flatten(1), layer.lora_B
+    eye = torch.eye(len(A), dtype=A.dtype)
+    return (B.T @ B - eye).square().sum() + (A @ A.T - eye).square().sum()
 
 
 def test_the_penalty_s_gradient_is_added_before_the_step() -> None:
