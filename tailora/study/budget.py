@@ -9,14 +9,11 @@ a third of their steps, and half of the rest at two thirds, so a trial makes abo
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from tailora.errors import ConfigError
-from tailora.study.search_space import Axis
 from tailora.study.study_store import StudySession
 from tailora.study.trial import Trial, TrialSpec
 from tailora.train.config import TrainConfig
@@ -71,20 +68,6 @@ class Budget:
     def judging_seconds(self) -> float:
         """Of one run that judges."""
         return self.costs.judging_run(self.steps)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "Budget":
-        return cls(**{**content, "costs": Costs(**content["costs"])})
-
-
-def timing_settings(space: Mapping[str, Axis], train: TrainConfig) -> dict[str, Any]:
-    """Settings of the few steps that are timed: all layers, which take longest, at the lowest r, which fits if any."""
-    ranks = space.get("r", (train.r,))
-    assert isinstance(ranks, tuple)
-    return {"learning_rate": TIMING_RATE, "max_steps": TIMING_STEPS, **({"r": min(ranks)} if "r" in space else {})}
 
 
 def measure_costs(session: StudySession, spec: TrialSpec, path: Path) -> tuple[Costs, Trial]:

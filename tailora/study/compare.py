@@ -85,15 +85,15 @@ class _Comparison:
         self.train, self.study, self.session, self.folder = train, study, session, session.folder
         clock = self.folder / CLOCK
         self.earlier_seconds = json.loads(clock.read_text()) if clock.exists() else 0.0
-        self.steps = 0  # planned for every run, with --minutes
-        self.longest = 1  # steps that the settings ask for
+        self.steps = 0  # planned for every run, with --minutes; 0 leaves the settings' own
         self.costs: dict[str, Costs] = {}  # of each arm, with --minutes
         self.base: dict[tuple[str, bool], BaseLosses | None] = {}  # arm, choosing -> losses of its base
 
     def run(self, settings: dict[str, Any]) -> Comparison:
-        steps = self._planned_steps()
-        rates = self._search_rates(steps)
-        runs = self._judging_runs(steps, rates)
+        if self.study.minutes is not None:
+            self._plan_steps(self.study.minutes)
+        rates = self._search_rates()
+        runs = self._judging_runs(rates)
         done = next((trial for trials in runs.values() for trial in trials if trial.done), None)
         if done is not None:
             self.session.note_truncated(done, self.train.max_length)
@@ -105,9 +105,9 @@ class _Comparison:
 
     def _trial(self, arm: str, name: str, *, judging: bool, **fixed: Any) -> Trial:
         """The run of this name, made now unless it was before. judging: on all held-out examples, with forgetting."""
-        choosing = not judging
+        choosing, steps = not judging, {"max_steps": self.steps} if self.steps else {}
         spec = TrialSpec(
-            arm_settings(self.train, self.study, arm, **fixed),
+            arm_settings(self.train, self.study, arm, **{**steps, **fixed}),
             forgetting=(self.study.forgetting_data or "") if judging else None,
             keep=judging and self.study.method(arm) != FULL,  # a whole model for every seed would fill the disk
             choosing=choosing,
@@ -134,86 +134,71 @@ class _Comparison:
 
     # ---- How long a run is
 
-    def _planned_steps(self) -> dict[str, Any]:
-        """`max_steps` that fit into --minutes, measured in a few steps of each arm; {} leaves the settings' own."""
-        if self.study.minutes is None:
-            return {}
-        file = self.folder / PLAN
+    def _plan_steps(self, minutes: float) -> None:
+        """Sets the steps that fit into the minutes, and what they cost, measured in a few steps of each arm."""
+        session, longest, planned = self.session, 1, (self.folder / PLAN).exists()
         for arm in self.study.arms:
-            self._measure_costs(arm)
-            if self.session.seconds_left < 0 and not file.exists():
-                raise ConfigError(f"--minutes {self.study.minutes:g} were over when {arm} had been timed: give more")
+            session.log(f"timing {TIMING_STEPS} steps of {arm}")
+            begun, rate = session.seconds, self.study.first_rate(arm) / 100
+            trial = self._trial(arm, TIMING, judging=True, learning_rate=rate, max_steps=TIMING_STEPS)
+            if trial.done:
+                self.costs[arm] = costs_of(trial, session.seconds - begun, choosing=False)
+                self.base[arm, True] = on_choosing_half(trial.base)
+                longest = longest_run(self.train, trial.numbers["examples"])
+            if session.seconds_left < 0 and not planned:
+                raise ConfigError(f"--minutes {minutes:g} were over when {arm} had been timed: give more")
         if not self.costs:
             raise ConfigError(f"no arm can be trained: {TIMING_STEPS} steps of each failed; see {self.folder / RUNS}")
-        if not file.exists():
-            costs = {arm: asdict(costs) for arm, costs in self.costs.items()}
-            write_file(file, json.dumps({"max_steps": self._steps_that_fit(), "costs": costs}).encode())
-        plan = json.loads(file.read_text())
+        costs = {arm: asdict(costs) for arm, costs in self.costs.items()}
+        plan = session.plan(lambda: {"max_steps": self._steps_that_fit(minutes, longest), "costs": costs})
         if "costs" in plan:  # measured in new processes, with all that such a process does
             self.costs = {arm: Costs(**costs) for arm, costs in plan["costs"].items()}
         self.steps = plan["max_steps"]
-        self.session.log(f"{self.steps} steps in each run, planned to fit into the minutes")
-        return {"max_steps": self.steps}
+        session.log(f"{self.steps} steps in each run, planned to fit into the minutes")
 
-    def _measure_costs(self, arm: str) -> None:
-        """Sets the arm's costs and what its base has; no costs if its run fails."""
-        self.session.log(f"timing {TIMING_STEPS} steps of {arm}")
-        begun, rate = self.session.seconds, self.study.first_rate(arm) / 100
-        trial = self._trial(arm, TIMING, judging=True, learning_rate=rate, max_steps=TIMING_STEPS)
-        if trial.done:
-            self.costs[arm] = costs_of(trial, self.session.seconds - begun, choosing=False)
-            self.base[arm, True] = on_choosing_half(trial.base)
-            self.longest = longest_run(self.train, trial.numbers["examples"])
-
-    def _steps_that_fit(self) -> int:
-        """Steps of every run. Raises ConfigError for too little time."""
+    def _steps_that_fit(self, minutes: float, longest: int) -> int:
+        """longest: steps that the settings ask for. Raises ConfigError for too little time."""
         tries, seeds = self.study.rate_tries, self.study.seeds
         fixed = sum(
             tries * costs.trial(0, evaluations=1) + seeds * costs.judging_run(0) for costs in self.costs.values()
         )
         step = (tries + seeds) * sum(costs.step for costs in self.costs.values())
         steps = int((self.session.seconds_left * SAFETY - fixed) / step)
-        fewest = min(FEWEST_STEPS, self.longest)
+        fewest = min(FEWEST_STEPS, longest)
         if steps < fewest:
             needs = math.ceil((self.session.seconds + (fixed + fewest * step) / SAFETY) / 60)
             raise ConfigError(
-                f"--minutes {self.study.minutes:g} is too short for {tries + seeds} runs of {len(self.costs)} arms: "
+                f"--minutes {minutes:g} is too short for {tries + seeds} runs of {len(self.costs)} arms: "
                 f"{fewest} steps each take {needs} minutes; give more, or fewer --seeds or --rate-tries"
             )
-        return min(steps, self.longest)
+        return min(steps, longest)
 
     # ---- Which learning rate
 
-    def _search_rates(self, steps: Mapping[str, Any]) -> dict[str, LearningRateSearch]:
+    def _search_rates(self) -> dict[str, LearningRateSearch]:
         """The arms take turns, so that each has had as many tries when the time is up."""
         searches = {
             arm: LearningRateSearch(self.study.first_rate(arm), self.study.rate_tries) for arm in self.study.arms
         }
         while rates := {arm: rate for arm, own in searches.items() if (rate := own.next_rate()) is not None}:
             names = {arm: f"rate-{rate:.3g}" for arm, rate in rates.items()}
-            if searches[next(iter(rates))].tried and self._too_late_for(names):
+            missing = self._missing(names)
+            needed = sum(costs.trial(self.steps, evaluations=1) for costs in missing)
+            needed += self.study.seeds * sum(costs.judging_run(self.steps) for costs in self.costs.values())
+            if missing and searches[next(iter(rates))].tried and self.session.seconds_left < needed:
                 self.session.note("the search for learning rates was cut short by --minutes")
                 break
             for arm, rate in rates.items():
-                trial = self._trial(arm, names[arm], judging=False, learning_rate=rate, **steps)
+                trial = self._trial(arm, names[arm], judging=False, learning_rate=rate)
                 loss = trial.loss()  # on the choosing half, which is all that was evaluated
                 searches[arm].record(rate, loss, fits=trial.outcome != OUT_OF_MEMORY)
                 result = f"held-out loss {loss:.4f}" if trial.done else trial.outcome
                 self.session.log(f"{arm}: learning rate {rate:.2g}, {result}")
         return searches
 
-    def _too_late_for(self, names: Mapping[str, str]) -> bool:
-        """True if these tries (arm -> name), as far as they are new, would leave too little time for all seeds."""
-        missing = self._missing(names)
-        tries = sum(costs.trial(self.steps, evaluations=1) for costs in missing)
-        judging = self.study.seeds * sum(costs.judging_run(self.steps) for costs in self.costs.values())
-        return bool(missing) and self.session.seconds_left < tries + judging
-
     # ---- The runs that judge
 
-    def _judging_runs(
-        self, steps: Mapping[str, Any], rates: Mapping[str, LearningRateSearch]
-    ) -> dict[str, list[Trial]]:
+    def _judging_runs(self, rates: Mapping[str, LearningRateSearch]) -> dict[str, list[Trial]]:
         best = {arm: search.best for arm, search in rates.items() if search.best is not None}
         runs: dict[str, list[Trial]] = {arm: [] for arm in best}
         for number in range(1, self.study.seeds + 1):
@@ -224,7 +209,7 @@ class _Comparison:
                 self.session.note(f"--minutes left time for {number - 1} of {self.study.seeds} seeds")
                 break
             for arm, rate in best.items():
-                trial = self._trial(arm, names[arm], judging=True, learning_rate=rate, seed=seed, **steps)
+                trial = self._trial(arm, names[arm], judging=True, learning_rate=rate, seed=seed)
                 runs[arm].append(trial)
                 self.session.log(f"{arm}: seed {seed} at its best rate {rate:.2g}, {trial.summary}")
         return runs

@@ -9,9 +9,9 @@
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -19,29 +19,39 @@ from tailora.errors import ConfigError
 from tailora.evaluation.statistics import Difference, Interval, difference_over_seeds, holm, interval_over_seeds
 from tailora.study.config import FULL, CompareConfig
 from tailora.study.lr_search import LearningRateSearch
-from tailora.study.results import ArmResult, Candidate, Comparison, Finalist
+from tailora.study.results import ArmResult, Candidate, Comparison, Finalist, SearchResult
 from tailora.study.trial import DONE, Trial, judging_half
-from tailora.study.verdict import ArmStanding, compare_verdict, search_verdict
+from tailora.study.verdict import compare_verdict, search_verdict
 
 REACH = 2.0  # margins within which a cheaper trial is run again: one seed on half of the examples is inexact
 LEVEL = 0.05  # of p: below it a difference is taken for real
 
-Name = TypeVar("Name", bound=Hashable)
-
 
 @dataclass(frozen=True)
-class _Judgement(Generic[Name]):
+class _Judgement:
     """Of several sets of runs, by name. differences, p_values: of all but the reference."""
 
-    losses: dict[Name, Interval]
-    differences: dict[Name, Difference]
-    p_values: dict[Name, float]
+    losses: dict[Any, Interval]
+    differences: dict[Any, Difference]
+    p_values: dict[Any, float]
     base_loss: float
     examples: int
     seeds: list[int]
 
+    def fields(self, name: Any, runs: Sequence[Trial]) -> dict[str, Any]:
+        """Those that ArmResult and Finalist share."""
+        loss = self.losses[name]
+        return {
+            "eval_loss": loss.value,
+            "interval": (loss.low, loss.high),
+            "difference": self.differences.get(name),
+            "seconds": float(np.mean([run.training_seconds for run in runs])),
+            "peak_memory_bytes": max(run.numbers["peak_memory_bytes"] for run in runs),
+            "runs": [run.numbers["output_dir"] for run in runs],
+        }
 
-def _judge(runs: Mapping[Name, Sequence[Trial]], reference: Name) -> _Judgement[Name]:
+
+def _judge(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Judgement:
     """runs: of equally many seeds, all done."""
     some = runs[reference][0]
     indices = judging_half(len(some.counts))
@@ -50,7 +60,7 @@ def _judge(runs: Mapping[Name, Sequence[Trial]], reference: Name) -> _Judgement[
     differences = {
         name: difference_over_seeds(nats[reference], nats[name], counts) for name in runs if name != reference
     }
-    adjusted = holm([apart.p_value for apart in differences.values()])
+    adjusted = holm([difference.p_value for difference in differences.values()])
     return _Judgement(
         losses={name: interval_over_seeds(values, counts) for name, values in nats.items()},
         differences=differences,
@@ -81,24 +91,29 @@ def judge_arms(
         raise ConfigError(f"no arm could be trained, so there is nothing to compare: {reasons}")
     reference = next((arm for arm in done if study.method(arm) == FULL), next(iter(done)))
     judgement = _judge(done, reference)
-    arms = [
-        _arm_result(arm, changes, rates[arm], done[arm], judgement)
-        if arm in done
-        else ArmResult(arm, changes, failures[arm], rates=rates[arm].losses)
-        for arm, changes in study.arms.items()
-    ]
-    standings = [
-        ArmStanding(
-            arm.name,
-            arm.trainable_parameters or 0,
-            judgement.differences.get(arm.name),
-            judgement.p_values.get(arm.name),
-            arm.bracketed,
+    arms = []
+    for arm, changes in study.arms.items():
+        search, trials = rates[arm], done.get(arm)
+        if trials is None:
+            arms.append(ArmResult(arm, changes, failures[arm], rates=search.losses))
+            continue
+        arms.append(
+            ArmResult(
+                name=arm,
+                changes=changes,
+                outcome=DONE,
+                learning_rate=search.best,
+                rates=search.losses,
+                bracketed=search.bracketed,
+                trainable_parameters=trials[0].numbers["trainable_parameters"],
+                bytes=trials[0].bytes,
+                forgetting=_mean([trial.forgetting for trial in trials if trial.forgetting is not None]),
+                seed_losses=[trial.loss(judging_half(len(trial.counts))) for trial in trials],
+                train_losses=[trial.losses for trial in trials],
+                **judgement.fields(arm, trials),
+            )
         )
-        for arm in arms
-        if arm.name in done
-    ]
-    verdict, arm = compare_verdict(standings, reference, study.margin, failures)
+    verdict, subject = compare_verdict(arms, judgement.p_values, reference, study.margin)
     return Comparison(
         arms=arms,
         reference=reference,
@@ -107,7 +122,7 @@ def judge_arms(
         seeds=judgement.seeds,
         judged_examples=judgement.examples,
         verdict=verdict,
-        p_value=judgement.p_values.get(arm) if arm else None,
+        p_value=judgement.p_values.get(subject) if subject else None,
         p_values=judgement.p_values,
         notes=notes,
         settings=settings,
@@ -122,35 +137,6 @@ def _failure(rates: LearningRateSearch, trials: Sequence[Trial]) -> str:
     if not rates.fits:
         return "ran out of memory"
     return f"failed at every rate tried, {', '.join(f'{rate:.2g}' for rate in rates.tried)}"
-
-
-def _arm_result(
-    arm: str,
-    changes: dict[str, Any],
-    rates: LearningRateSearch,
-    trials: Sequence[Trial],
-    judgement: _Judgement[str],
-) -> ArmResult:
-    loss = judgement.losses[arm]
-    return ArmResult(
-        name=arm,
-        changes=changes,
-        outcome=DONE,
-        learning_rate=rates.best,
-        rates=rates.losses,
-        bracketed=rates.bracketed,
-        eval_loss=loss.value,
-        interval=(loss.low, loss.high),
-        difference=judgement.differences.get(arm),
-        seconds=float(np.mean([trial.training_seconds for trial in trials])),
-        peak_memory_bytes=max(trial.numbers["peak_memory_bytes"] for trial in trials),
-        trainable_parameters=trials[0].numbers["trainable_parameters"],
-        bytes=trials[0].bytes,
-        forgetting=_mean([trial.forgetting for trial in trials if trial.forgetting is not None]),
-        seed_losses=[trial.loss(judging_half(len(trial.counts))) for trial in trials],
-        train_losses=[trial.losses for trial in trials],
-        runs=[trial.numbers["output_dir"] for trial in trials],
-    )
 
 
 def _mean(forgetting: Sequence[dict[str, Any]]) -> dict[str, float] | None:
@@ -189,60 +175,38 @@ def choose_finalists(candidates: Sequence[Candidate], margin: float, most: int) 
     return [best, *cheaper[: most - 1]]
 
 
-@dataclass(frozen=True)
-class JudgedFinalists:
-    """finalists: the best first.    base_loss: on the judging half."""
-
-    finalists: list[Finalist]
-    cheapest: Finalist
-    base_loss: float
-    judged_examples: int
-    seeds: list[int]
-    verdict: str
-
-    @property
-    def best(self) -> Finalist:
-        return self.finalists[0]
-
-
-def judge_finalists(chosen: Sequence[Candidate], runs: Mapping[int, Sequence[Trial]], margin: float) -> JudgedFinalists:
-    """chosen: the best first.    runs: number -> runs, one for each seed, all done and equally many."""
+def judge_finalists(
+    chosen: Sequence[Candidate], runs: Mapping[int, Sequence[Trial]], margin: float, **others: Any
+) -> SearchResult:
+    """chosen: the best first.    runs: number -> runs, one for each seed, all done and equally many.
+    others: fields of SearchResult that are known without judging.
+    """
     judgement = _judge({candidate.number: runs[candidate.number] for candidate in chosen}, chosen[0].number)
-    finalists = [_finalist(candidate, runs[candidate.number], judgement) for candidate in chosen]
-    good = [
-        finalist
-        for finalist in finalists
-        if finalist is finalists[0] or _as_good(judgement.differences[finalist.number], finalist, margin)
+    finalists = [
+        Finalist(
+            number=candidate.number,
+            settings=candidate.settings,
+            trainable_parameters=candidate.trainable_parameters or 0,
+            choosing_loss=_loss(candidate),
+            p_value=judgement.p_values.get(candidate.number),
+            **judgement.fields(candidate.number, runs[candidate.number]),
+        )
+        for candidate in chosen
     ]
+    good = [finalists[0]]
+    for finalist in finalists[1:]:
+        difference = judgement.differences[finalist.number]
+        is_worse = difference.value > 0 and judgement.p_values[finalist.number] < LEVEL
+        if difference.high < margin or not is_worse:  # shown to lose less than the margin, or not shown to be worse
+            good.append(finalist)
     cheapest = min(good, key=lambda finalist: finalist.trainable_parameters)
-    return JudgedFinalists(
-        finalists=finalists,
+    return SearchResult(
+        best=finalists[0],
         cheapest=cheapest,
+        finalists=finalists,
+        verdict=search_verdict(finalists, cheapest, margin),
         base_loss=judgement.base_loss,
-        judged_examples=judgement.examples,
         seeds=judgement.seeds,
-        verdict=search_verdict(finalists, cheapest, judgement.differences, margin),
+        judged_examples=judgement.examples,
+        **others,
     )
-
-
-def _finalist(candidate: Candidate, runs: Sequence[Trial], judgement: _Judgement[int]) -> Finalist:
-    loss = judgement.losses[candidate.number]
-    return Finalist(
-        number=candidate.number,
-        settings=candidate.settings,
-        trainable_parameters=candidate.trainable_parameters or 0,
-        choosing_loss=_loss(candidate),
-        eval_loss=loss.value,
-        interval=(loss.low, loss.high),
-        difference=judgement.differences.get(candidate.number),
-        p_value=judgement.p_values.get(candidate.number),
-        seconds=float(np.mean([run.training_seconds for run in runs])),
-        peak_memory_bytes=max(run.numbers["peak_memory_bytes"] for run in runs),
-        runs=[run.numbers["output_dir"] for run in runs],
-    )
-
-
-def _as_good(apart: Difference, finalist: Finalist, margin: float) -> bool:
-    """True if it is shown to be worse by less than the margin, or is not shown to be worse than the best."""
-    is_worse = apart.value > 0 and finalist.p_value is not None and finalist.p_value < LEVEL
-    return apart.high < margin or not is_worse

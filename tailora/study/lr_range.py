@@ -6,7 +6,6 @@ The loss of a step's own examples is noisy, since each step has others. Here it 
 examples throughout, which gives a smooth curve. Rates above the lowest point undo what was learned.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tailora.errors import ConfigError
-from tailora.formats.io import write_file
 from tailora.formats.run_folder import write_report
 from tailora.study.budget import SAFETY, TIMING_RATE, TIMING_STEPS, measure_costs
 from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.study_store import PLAN, TIMING, Log, StudySession, locked, open_folder
-from tailora.study.trial import Listen, Progress, RunTrial, Trial, TrialEvent, TrialSpec, run_in_subprocess
+from tailora.study.trial import Progress, RunTrial, Trial, TrialEvent, TrialSpec, run_in_subprocess
 from tailora.train.config import TrainConfig
 
 STUDY, KIND = "search.json", "learning-rates"
@@ -86,56 +83,47 @@ def find_range(
         "lr_only": True,
     }
     session = StudySession(folder, study.minutes, log, progress, run_trial)
+    losses: list[float] = []
+
+    def stop(event: TrialEvent) -> str | None:
+        """Ends the run when more is lost than was ever gained: what follows is divergence."""
+        if not event.held_out:
+            return None
+        losses.append(event.loss)
+        gain = losses[0] - min(losses)
+        return "diverging" if event.loss > losses[0] + max(gain, 0.1) else None
+
     with locked(folder):
         open_folder(folder, STUDY, settings, "search", begun=(folder / PLAN).exists(), discard=[TIMING])
-        steps = _planned_steps(train, session)
+        steps = session.plan(lambda: {"steps": _steps_that_fit(train, session)})["steps"]
         log(f"up to {steps} steps, at learning rates from {LOWEST:g} to {HIGHEST:g}, until the gain is lost")
         spec = _spec(train, rising=(LOWEST, HIGHEST), max_steps=steps, eval_steps=EVAL_STEPS)
-        trial = session.trial(spec, folder / "rising", _stop_when_lost())
+        trial = session.trial(spec, folder / "rising", stop)
     rates = read_range(trial, steps, settings)
     write_report(folder, KIND, {"verdict": rates.verdict, **rates.to_dict()})
     return rates
 
 
-def _planned_steps(train: TrainConfig, session: StudySession) -> int:
-    """Steps of the run, found once."""
-    file = session.folder / PLAN
-    if not file.exists():
-        steps = STEPS if session.minutes is None else _steps_that_fit(train, session, session.minutes)
-        write_file(file, json.dumps({"steps": steps}).encode())
-    planned: int = json.loads(file.read_text())["steps"]
-    return planned
-
-
-def _steps_that_fit(train: TrainConfig, session: StudySession, minutes: float) -> int:
+def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
     """At most STEPS. Raises ConfigError for too few."""
+    if session.minutes is None:
+        return STEPS
     spec = _spec(train, learning_rate=TIMING_RATE, max_steps=TIMING_STEPS)
     costs, _ = measure_costs(session, spec, session.folder / TIMING)
     step, fixed = costs.step + costs.evaluation / EVAL_STEPS, costs.fixed + costs.evaluation
     timing = costs.trial(TIMING_STEPS)
-    steps = min(STEPS, int((minutes * 60 * SAFETY - fixed - timing) / step))
+    steps = min(STEPS, int((session.minutes * 60 * SAFETY - fixed - timing) / step))
     if steps < FEWEST_STEPS:
         needs = (fixed + timing + FEWEST_STEPS * step) / SAFETY / 60
-        raise ConfigError(f"{FEWEST_STEPS} steps take {needs:.1f} minutes: give more --minutes than {minutes:g}")
+        raise ConfigError(
+            f"{FEWEST_STEPS} steps take {needs:.1f} minutes: give more --minutes than {session.minutes:g}"
+        )
     return steps
 
 
 def _spec(train: TrainConfig, rising: tuple[float, float] | None = None, **changes: Any) -> TrialSpec:
     settings = trial_settings(train, {"save_steps": 0, "early_stopping_patience": 0}, **changes)
     return TrialSpec(settings, keep=False, choosing=True, rising=rising)
-
-
-def _stop_when_lost() -> Listen:
-    """Ends the run when more is lost than was ever gained: what follows is divergence."""
-    losses: list[float] = []
-
-    def stop(event: TrialEvent) -> str | None:
-        if event.held_out:
-            losses.append(event.loss)
-        gain = losses[0] - min(losses) if losses else 0.0
-        return "diverging" if losses and losses[-1] > losses[0] + max(gain, 0.1) else None
-
-    return stop
 
 
 # ---- Reading the curve
@@ -173,14 +161,10 @@ def landmarks(curve: Sequence[tuple[float, float]], base_loss: float) -> tuple[f
     rates, losses = np.array(curve).T
     lowest = int(losses.argmin())
     gain = float(base_loss - losses[lowest])
-    fallen = int(np.argmax(base_loss - _smoothed(losses) >= FALLEN * gain)) if gain > 0 else 0
+    # Where the running median of three has fallen, since a single low evaluation does not show that the loss does.
+    padded = np.concatenate([losses[:1], losses, losses[-1:]])
+    smoothed = np.median(np.lib.stride_tricks.sliding_window_view(padded, 3), axis=1)
+    fallen = int(np.argmax(base_loss - smoothed >= FALLEN * gain)) if gain > 0 else 0
     risen = np.flatnonzero(losses[lowest:] > losses[lowest] + LOST * max(gain, 0.0))
     end = lowest + int(risen[0]) if len(risen) else len(rates) - 1
     return float(rates[fallen]), float(rates[lowest]), float(rates[end]), gain
-
-
-def _smoothed(losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A running median of three, since a single low evaluation does not show that the loss begins to fall."""
-    padded = np.concatenate([losses[:1], losses, losses[-1:]])
-    median: NDArray[np.float64] = np.median(np.lib.stride_tricks.sliding_window_view(padded, 3), axis=1)
-    return median

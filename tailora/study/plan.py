@@ -1,16 +1,15 @@
 """Plans a run before any training: what would be trained, whether it fits into memory, how long it takes.
 
-    plan
-      read_batches      what the steps read: from the data, or examples of max_length tokens
-      _estimate         the run's own adapter, batches and kernels on the model without weights -> memory, operations
-      measure_steps     with `measure`: a few real steps in a process of their own -> memory and time as they are
-      trained_groups    what is trained, in groups of like layers; unadapted_groups: what is not, and why
-
-Full fine-tuning of the same model stands beside it.
+plan
+  read_batches        what the steps read: from the data, or examples of max_length tokens
+  fake_model          the run's own adapter and kernels on the model without weights -> memory, operations
+  trained_groups      what is trained, in groups of like layers; unadapted_groups: what is not, and why
+  full_fine_tuning    the same for full fine-tuning of this model
+  measure_steps       with `measure`: a few real steps in a process of their own -> measured memory and time
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -19,11 +18,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 from transformers import PretrainedConfig
 
 from tailora.core.adapter import layer_key
-from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import layer_path_of, layer_type_of
 from tailora.core.patterns import layer_index
@@ -37,7 +34,6 @@ from tailora.train.dataloader import largest_forward, read_data, split_by_tokens
 from tailora.train.estimate import (
     SHARE,
     Memory,
-    StepCost,
     estimate_memory,
     fake_model,
     products_per_second,
@@ -164,76 +160,69 @@ def plan(
     batches = read_batches(config, shape, accelerator)
     process = used_bytes(device)  # what a run's process holds, too, before its model is loaded
     available = available_bytes(device) + process if memory is None else memory
-    estimate = _estimate(config, shape, batches, device, process)
-    full = None
-    if config.method != FULL:
-        other = _estimate(full_config(config), shape, batches, device, process)
-        fitting = batch_size_that_fits(available, other.memory, batches)
-        full = FullFineTuning(other.trainable_parameters, other.memory, fitting)
+    with fake_model(config, shape, device) as fake:
+        summary, dtype, kernels = fake.model.summary(), fake.base.dtype, fake.kernels.description
+        lora = fake.model if isinstance(fake.model, LoRAModel) else None
+        modules = adapted_modules(lora) if lora else []
+        groups = trained_groups(lora) if lora else []
+        left = unadapted_groups(lora) if lora else []
+        step = simulate_step(fake, batches.largest, checkpointed=config.gradient_checkpointing)
+        needed = estimate_memory(config, fake, step, process)
+        notes = [*batches.notes, *fake.notes]
+    full = None if config.method == FULL else full_fine_tuning(config, shape, batches, device, process, available)
+
+    text, tokens = shape.get_text_config(), tokens_of(batches.largest)
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    speed = SHARE * products_per_second(tokens, text.hidden_size, inner, dtype, device)  # operations per second
+    seconds_per_token = step.flops / tokens / speed
+    basis = {
+        "memory": "estimated from the shapes, and what this process holds now",
+        "time": f"a rough rule: {step.flops / tokens / 1e9:.2g} GFLOP a token at {speed / 1e9:,.0f} GFLOP/s",
+    }
     measured = None
     if measure:
         log("a few real steps are measured")
         measured = measure_steps(config, with_data="data" in config.model_fields_set)
-    speed = _operations_per_second(shape, estimate, batches, device)
-    result = _plan_of(config, estimate, full, measured, batches, available, speed)
-    if output_dir is not None:
-        write_report(output_dir, "plan", result.to_dict())
-    return result
-
-
-def full_config(config: TrainConfig) -> TrainConfig:
-    """The same run with all weights trained."""
-    given = config.model_dump(exclude_unset=True, exclude=OF_ADAPTERS)
-    return TrainConfig(**{**given, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
-
-
-def _plan_of(
-    config: TrainConfig,
-    estimate: "_Estimate",
-    full: FullFineTuning | None,
-    measured: StepsMeasured | None,
-    batches: "Batches",
-    available: int,
-    speed: float,
-) -> Plan:
-    """speed: operations per second."""
-    memory = estimate.memory
-    per_token = estimate.step.flops / tokens_of(batches.largest)
-    basis = {
-        "memory": "estimated from the shapes, and what this process holds now",
-        "time": f"a rough rule: {per_token / 1e9:.2g} GFLOP a token at {speed / 1e9:,.0f} GFLOP/s",
-    }
-    seconds_per_token = per_token / speed
-    if measured is not None:
-        memory, seconds_per_token = memory.with_total(measured.peak_bytes), measured.seconds_per_token
+        needed, kernels = needed.with_total(measured.peak_bytes), measured.kernels
+        seconds_per_token = measured.seconds_per_token
         basis = dict.fromkeys(basis, f"measured in {measured.steps} steps")
     seconds_per_step = seconds_per_token * batches.tokens_per_step
-    return Plan(
+
+    largest = batches.at(batches.most)
+    if len(largest) < batches.most:
+        notes.append(
+            f"memory stops growing with the batch size at {tokens_of(largest):,} tokens: a larger batch goes through "
+            "the model in parts"
+        )
+    result = Plan(
         model=config.model,
         method=config.method,
-        dtype=str(estimate.dtype).removeprefix("torch."),
-        device=estimate.device,
-        trainable_parameters=estimate.trainable_parameters,
-        total_parameters=estimate.total_parameters,
-        modules=estimate.modules,
-        groups=estimate.groups,
-        left=estimate.left,
-        memory=memory,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        trainable_parameters=summary.trainable_parameters,
+        total_parameters=summary.total_parameters,
+        modules=modules,
+        groups=groups,
+        left=left,
+        memory=needed,
         full=full,
         available_bytes=available,
         batch_size=config.per_device_train_batch_size,
-        batch_size_that_fits=batch_size_that_fits(available, memory, batches),
-        largest_forward={"examples": len(batches.largest), "tokens": tokens_of(batches.largest)},
-        kernels=estimate.kernels if measured is None else measured.kernels,
+        batch_size_that_fits=batch_size_that_fits(available, needed, batches),
+        largest_forward={"examples": len(batches.largest), "tokens": tokens},
+        kernels=kernels,
         tokens=batches.tokens,
         steps=batches.steps,
         seconds_per_step=seconds_per_step,
         seconds=None if batches.steps is None else seconds_per_step * batches.steps,
         measured=measured,
         basis=basis,
-        notes=[*batches.notes, *estimate.notes, *_note_of_parts(batches)],
+        notes=notes,
         settings=config.model_dump(mode="json", exclude_unset=True),
     )
+    if output_dir is not None:
+        write_report(output_dir, "plan", result.to_dict())
+    return result
 
 
 # ---- What the steps read
@@ -257,11 +246,25 @@ class Batches:
 
 
 def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Accelerator) -> Batches:
-    """Raises DataError with all that is wrong with the data."""
+    """Without data, of examples of max_length tokens. Raises DataError with all that is wrong with the data."""
+    step, vocabulary = step_shape(config, accelerator), shape.get_text_config().vocab_size
     if "data" not in config.model_fields_set:
-        return _assumed_batches(config, shape, accelerator)
-    known = read_data(config, shape.get_text_config().vocab_size, load_tokenizer(config.model), accelerator)
-    step = step_shape(config, accelerator)
+        ids = np.arange(config.max_length, dtype=np.int32) % vocabulary
+        example = Example(ids, ids)
+        tokens_per_step = float(step.examples_per_step * config.max_length)
+        return Batches(
+            largest=_largest_part([example], step.batch_size, step.token_limit),
+            at=lambda count: _largest_part([example], count, step.token_limit),
+            most=MOST_EXAMPLES,
+            tokens=None if config.max_steps is None else round(tokens_per_step * config.max_steps),
+            steps=config.max_steps,
+            tokens_per_step=tokens_per_step,
+            notes=[
+                f"without --data every example is taken to have --max-length {config.max_length:,} tokens, all of "
+                "them learned: shorter ones take less"
+            ],
+        )
+    known = read_data(config, vocabulary, load_tokenizer(config.model), accelerator)
     if known.prepared is None or config.streaming:
         return Batches(
             largest=known.largest,
@@ -285,30 +288,6 @@ def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Acce
     )
 
 
-def _assumed_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Accelerator) -> Batches:
-    """Examples of max_length tokens, all of them learned."""
-    step = step_shape(config, accelerator)
-    ids = np.arange(config.max_length, dtype=np.int32) % shape.get_text_config().vocab_size
-    example = Example(ids, ids)
-
-    def at(count: int) -> list[Example]:
-        return _largest_part([example], count, step.token_limit)
-
-    tokens_per_step = float(step.examples_per_step * config.max_length)
-    return Batches(
-        largest=at(step.batch_size),
-        at=at,
-        most=MOST_EXAMPLES,
-        tokens=None if config.max_steps is None else round(tokens_per_step * config.max_steps),
-        steps=config.max_steps,
-        tokens_per_step=tokens_per_step,
-        notes=[
-            f"without --data every example is taken to have --max-length {config.max_length:,} tokens, all of them "
-            "learned: shorter ones take less"
-        ],
-    )
-
-
 def _largest_part(examples: list[Example], count: int, limit: int | None) -> list[Example]:
     """Of a batch of `count` examples, which repeats these, what goes through the model in one forward."""
     batch = [examples[index % len(examples)] for index in range(count)]
@@ -317,62 +296,29 @@ def _largest_part(examples: list[Example], count: int, limit: int | None) -> lis
     ]
 
 
-def _note_of_parts(batches: Batches) -> list[str]:
-    """A note where large batches take no more memory."""
-    largest = batches.at(batches.most)
-    if len(largest) == batches.most:
-        return []
-    return [
-        f"memory stops growing with the batch size at {tokens_of(largest):,} tokens: a larger batch goes through the "
-        "model in parts"
-    ]
-
-
 def tokens_of(examples: list[Example]) -> int:
     return sum(len(example.input_ids) for example in examples)
 
 
-# ---- Memory and time
+# ---- Memory
 
 
-@dataclass(frozen=True)
-class _Estimate:
-    """Of one way to train, from the model without weights."""
-
-    dtype: torch.dtype
-    device: str
-    trainable_parameters: int
-    total_parameters: int
-    modules: list[AdaptedModule]
-    groups: list[TrainedGroup]
-    left: list[UnadaptedGroup]
-    step: StepCost
-    memory: Memory
-    kernels: str
-    notes: list[str]
-
-
-def _estimate(
-    config: TrainConfig, shape: PretrainedConfig, batches: Batches, device: torch.device, process: int
-) -> _Estimate:
-    """process: bytes that the process holds before its model is loaded."""
-    with fake_model(config, shape, device) as fake:
-        model, summary = fake.model, fake.model.summary()
-        lora = model if isinstance(model, LoRAModel) else None
-        step = simulate_step(fake, batches.largest, checkpointed=config.gradient_checkpointing)
-        return _Estimate(
-            dtype=fake.base.dtype,
-            device=str(device),
-            trainable_parameters=summary.trainable_parameters,
-            total_parameters=summary.total_parameters,
-            modules=adapted_modules(lora) if lora else [],
-            groups=trained_groups(lora) if lora else [],
-            left=unadapted_groups(lora) if lora else [],
-            step=step,
-            memory=estimate_memory(config, fake, step, process),
-            kernels=fake.kernels.description,
-            notes=fake.notes,
-        )
+def full_fine_tuning(
+    config: TrainConfig,
+    shape: PretrainedConfig,
+    batches: Batches,
+    device: torch.device,
+    process: int,
+    available: int,
+) -> FullFineTuning:
+    """The same run with all weights trained. process: bytes that the process holds before its model is loaded."""
+    given = config.model_dump(exclude_unset=True, exclude=OF_ADAPTERS)
+    full = TrainConfig(**{**given, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
+    with fake_model(full, shape, device) as fake:
+        step = simulate_step(fake, batches.largest, checkpointed=full.gradient_checkpointing)
+        memory = estimate_memory(full, fake, step, process)
+        parameters = fake.model.summary().trainable_parameters
+    return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))
 
 
 def batch_size_that_fits(available: int, memory: Memory, batches: Batches) -> int:
@@ -390,16 +336,6 @@ def batch_size_that_fits(available: int, memory: Memory, batches: Batches) -> in
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def _operations_per_second(
-    shape: PretrainedConfig, estimate: _Estimate, batches: Batches, device: torch.device
-) -> float:
-    """What a step is expected to reach."""
-    text = shape.get_text_config()
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    tokens = tokens_of(batches.largest)
-    return SHARE * products_per_second(tokens, text.hidden_size, inner, estimate.dtype, device)
 
 
 # ---- What is trained, and what is not
@@ -433,54 +369,41 @@ def trained_groups(model: LoRAModel) -> list[TrainedGroup]:
 def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
     """Of modules with weights of their own that the active adapter neither adapts nor trains."""
     base, config = model.base_model, model.adapters[model.active_adapters[0]]
+    modules = dict(base.named_modules())
     paths = [row.path for row in model.summary().rows]
     trained = {*paths, *(layer_path_of(base, path) for path in paths)}
-    reason_for = _reasons(base, config)
+    get_head = getattr(base, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    excluded = set(selected_candidates(base, modules, config.replaced(exclude_modules=None)))
+    in_other_layers = set(selected_candidates(base, modules, config.replaced(layers_to_transform=None)))
     groups: dict[tuple[str, str, str], list[tuple[str, int]]] = defaultdict(list)
     seen: set[int] = set()
-    for path, module in base.named_modules():
+    for path, module in modules.items():
         own = list(module.parameters(recurse=False))
         if not own or any(path == other or path.startswith(f"{other}.") for other in trained):
             continue
+        layer_type = layer_type_of(module)
+        if layer_type is None:
+            reason = "no low-rank form: not a matrix"
+        elif path in excluded:
+            reason = "exclude_modules takes it away"
+        elif path in in_other_layers:
+            reason = "its layer is not in layers_to_transform"
+        elif config.target_modules != "all-linear":
+            reason = "not among target_modules"
+        elif module is head:
+            reason = "the output head, which all-linear leaves out: name it to adapt it"
+        else:
+            reason = "not among target_modules" if layer_type.is_linear else "not linear: name it to adapt it"
         count = sum(parameter.numel() for parameter in own if id(parameter) not in seen)
         seen |= {id(parameter) for parameter in own}
-        reason = reason_for(path, module) + ("" if count else "; tied to another weight")
         name = type(module).__name__.removeprefix("Thawing")
-        groups[without_layer(path), name, reason].append((path, count))
+        groups[without_layer(path), name, reason + ("" if count else "; tied to another weight")].append((path, count))
     return [
         UnadaptedGroup(with_layer_range(paths), name, len(paths), sum(counts), reason)
         for (_, name, reason), members in groups.items()
         for paths, counts in [zip(*members, strict=True)]
     ]
-
-
-def _reasons(base: nn.Module, config: LoRAConfig) -> Callable[[str, nn.Module], str]:
-    """Returns a function that says why a module is not among what the config adapts."""
-    modules = dict(base.named_modules())
-    get_head = getattr(base, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    all_linear = config.target_modules == "all-linear"
-    changes: dict[str, dict[str, Any]] = {
-        "exclude_modules takes it away": {"exclude_modules": None},
-        "its layer is not in layers_to_transform": {"layers_to_transform": None},
-    }
-    adapted_without = {
-        reason: set(selected_candidates(base, modules, config.replaced(**change))) for reason, change in changes.items()
-    }
-
-    def reason_for(path: str, module: nn.Module) -> str:
-        layer_type = layer_type_of(module)
-        if layer_type is None:
-            return "no low-rank form: not a matrix"
-        if reason := next((reason for reason, paths in adapted_without.items() if path in paths), None):
-            return reason
-        if all_linear and module is head:
-            return "the output head, which all-linear leaves out: name it to adapt it"
-        if all_linear and not layer_type.is_linear:
-            return "not linear: name it to adapt it"
-        return "not among target_modules"
-
-    return reason_for
 
 
 def without_layer(path: str) -> str:
@@ -495,12 +418,8 @@ def with_layer_range(paths: Sequence[str]) -> str:
     numbers = sorted({index for path in paths if (index := layer_index(path)) is not None})
     if len(paths) == 1 or not numbers:
         return paths[0]
-    ranges = ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in _ranges(numbers))
-    return without_layer(paths[0]).replace("*", f"{{{ranges}}}", 1)
-
-
-def _ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each run of consecutive numbers, which are sorted."""
-    for _, pairs in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+    ranges = []
+    for _, pairs in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):  # consecutive numbers
         run = [number for _, number in pairs]
-        yield run[0], run[-1]
+        ranges.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
+    return without_layer(paths[0]).replace("*", f"{{{','.join(ranges)}}}", 1)

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ import optuna
 from filelock import FileLock, Timeout
 from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
 from optuna.pruners import SuccessiveHalvingPruner
+from pydantic import TypeAdapter
 
 from tailora.errors import ConfigError
 from tailora.formats.io import write_file
 from tailora.formats.run_folder import write_report
 from tailora.study import optuna_study
-from tailora.study.budget import TIMING_STEPS, Budget, budget_for, longest_run, measure_costs, timing_settings
+from tailora.study.budget import TIMING_RATE, TIMING_STEPS, Budget, budget_for, longest_run, measure_costs
 from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.judging import by_loss, choose_finalists, judge_finalists
 from tailora.study.results import Candidate, Finalist, SearchResult
@@ -106,7 +107,7 @@ class _Search:
         with locked(self.folder):
             stored = json.loads((self.folder / STUDY).read_text())  # as the first worker wrote them
             self.optuna = optuna_study.open_study(self.folder, self.study.storage, stored)
-            self.budget = self._budget()
+            self._plan()
             self.axes, notes = fit_to_model(self.space, self.groups, read_space(self.study.space))
             for note in notes:
                 self.session.note(note)
@@ -124,28 +125,28 @@ class _Search:
 
     # ---- How long a trial is
 
-    def _budget(self) -> Budget:
-        """Also sets the groups of layers, and what the base has. Found once for all workers, under the lock."""
-        file = self.folder / PLAN
-        if not file.exists():
-            self._write_budget(file)
-        content = json.loads(file.read_text())
-        budget, base = Budget.from_dict(content["plan"]), content.get("base")
-        self.groups, self.base = content["parts"], {True: on_choosing_half(base), False: base}
+    def _plan(self) -> None:
+        """Sets the budget, the groups of layers, and what the base has. Found once for all workers, under the lock."""
+        plan = self.session.plan(self._measure)
+        budget, base = TypeAdapter(Budget).validate_python(plan["plan"]), plan.get("base")
+        self.budget, self.groups = budget, plan["parts"]
+        self.base = {True: on_choosing_half(base), False: base}
         of = f" of the {budget.longest:,} that the settings ask for" if budget.steps < budget.longest else ""
         self.session.log(f"a trial has {budget.steps:,} steps{of} and takes up to {budget.trial_seconds:,.0f} s")
-        return budget
 
-    def _write_budget(self, file: Path) -> None:
+    def _measure(self) -> dict[str, Any]:
+        """The plan, from a few steps of all layers, which take longest, at the lowest r, which fits if any."""
         self.session.log(f"timing {TIMING_STEPS} steps")
-        spec = self._spec(timing_settings(self.space, self.train), choosing=False, describe=True)
+        ranks = self.space.get("r")
+        values = {"r": min(ranks)} if isinstance(ranks, tuple) else {}
+        fixed = {"learning_rate": TIMING_RATE, "max_steps": TIMING_STEPS}
+        spec = self._spec(values, choosing=False, describe=True, **fixed)
         costs, trial = measure_costs(self.session, spec, self.folder / TIMING)
         choosing_half(len(trial.counts))  # raises for too few examples, before anything is kept
         longest, runs = longest_run(self.train, trial.numbers["examples"]), RESERVED * self.study.seeds
         budget = budget_for(costs, longest, self.session.seconds_left, self.study.trial_count, runs)
         self.session.note_truncated(trial, self.train.max_length)
-        content = {"plan": budget.to_dict(), "parts": trial.numbers["parts"], "base": trial.base}
-        write_file(file, json.dumps(content).encode())
+        return {"plan": asdict(budget), "parts": trial.numbers["parts"], "base": trial.base}
 
     @property
     def _reserved_seconds(self) -> float:
@@ -189,7 +190,9 @@ class _Search:
             except BaseException:  # what is interrupted is tried again when the search goes on
                 optuna_study.retry(self.optuna, self.optuna.get_trials(deepcopy=False)[trial.number])
                 raise
-            self.session.log(_line(candidate))
+            loss = "no loss" if candidate.eval_loss is None else f"{candidate.eval_loss:.4f}"
+            ended = "" if candidate.state == DONE else f", {candidate.state}: {candidate.message}"
+            self.session.log(f"trial {candidate.number}: {loss}{ended}  ({in_words(candidate.settings)})")
             if candidate.state != DONE or candidate.eval_loss is None:
                 raise TrialPruned
             return candidate.eval_loss
@@ -237,45 +240,55 @@ class _Search:
             ends = "; ".join(f"trial {candidate.number} {candidate.state}" for candidate in candidates)
             raise ConfigError(f"no trial was finished, so there is nothing to choose from: {ends or 'none was begun'}")
         runs = self._judging_runs(chosen)
-        judged = judge_finalists(
-            by_loss([candidate for candidate in chosen if candidate.number in runs]), runs, self.study.margin
-        )
-        config = self._write_config(BEST, judged.best)
-        self._write_config(CHEAPEST, judged.cheapest)
-        shares = optuna_study.importances(self.optuna.get_trials(deepcopy=False))
-        limits = _limits(self.budget, self.axes, len(candidates), judged.best, shares, judged.judged_examples)
         seconds = [candidate.seconds or 0.0 for candidate in candidates]
         seconds += [run.numbers["seconds"] for run in chain(*runs.values())]
-        return SearchResult(
-            best=judged.best,
-            cheapest=judged.cheapest,
-            finalists=judged.finalists,
+        result = judge_finalists(
+            by_loss([candidate for candidate in chosen if candidate.number in runs]),
+            runs,
+            self.study.margin,
             trials=candidates,
-            importances=shares,
-            verdict=judged.verdict,
-            base_loss=judged.base_loss,
+            importances=optuna_study.importances(self.optuna.get_trials(deepcopy=False)),
             steps=self.budget.steps,
-            seeds=judged.seeds,
-            judged_examples=judged.judged_examples,
-            notes=[*self.session.notes, *limits],
+            notes=self.session.notes,
             settings={**settings, "search": self.study.model_dump(mode="json")},
             seconds=math.fsum(seconds),
-            config=str(config),
+            config=str(self.folder / BEST),
         )
+        self._write_config(BEST, result.best)
+        self._write_config(CHEAPEST, result.cheapest)
+        return replace(result, notes=[*result.notes, *self._limits(result)])
+
+    def _limits(self, result: SearchResult) -> list[str]:
+        """What limits the verdict."""
+        budget, examples = self.budget, result.judged_examples
+        edges = [name for name, value in result.best.settings.items() if at_edge(self.axes[name], value)]
+        notes = {
+            f"{', '.join(edges)} of the best trial is at the edge of its range: a wider range may hold better": edges,
+            f"trials had {budget.steps:,} of the {budget.longest:,} steps that the settings ask for; in longer runs a "
+            "lower learning rate and a higher rank may be better": budget.steps < budget.longest,
+            f"{len(result.trials)} trials are too few to tell which settings matter": not result.importances,
+            f"only {examples} held-out examples judge: more of them, by --eval-data or --validation-split, show "
+            "smaller differences": examples < FEW_EXAMPLES,
+        }
+        return [text for text, applies in notes.items() if applies]
 
     def _judging_runs(self, chosen: Sequence[Candidate]) -> dict[int, list[Trial]]:
         """Number of a finalist -> its runs, equally many of all; finalists that failed with a seed are left out."""
+        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # other than the trials'
+        # Runs that are of use together: the first finalists with each seed, then each other with all its seeds.
+        waves = [[(candidate, seed) for candidate in chosen[:RESERVED]] for seed in seeds]
+        waves += [[(candidate, seed) for seed in seeds] for candidate in chosen[RESERVED:]]
         runs: dict[int, list[Trial]] = {candidate.number: [] for candidate in chosen}
-        for wave in self._waves(chosen):
+        for wave in waves:
             if any(runs.values()) and self.session.seconds_left < len(wave) * self.budget.judging_seconds:
                 self.session.note("--minutes left no time for all seeds and finalists")
                 break
-            for run in wave:
-                self._judging_run(run, wait=False)
-            for run in wave:
-                trial = self._judging_run(run, wait=True)
+            for candidate, seed in wave:
+                self._judging_run(candidate, seed, wait=False)
+            for candidate, seed in wave:
+                trial = self._judging_run(candidate, seed, wait=True)
                 assert trial is not None
-                runs[run.candidate.number].append(trial)
+                runs[candidate.number].append(trial)
         failed = {number: [trial for trial in trials if not trial.done] for number, trials in runs.items()}
         for number, trials in failed.items():
             if trials:
@@ -286,31 +299,22 @@ class _Search:
             raise ConfigError("all finalists failed with another seed, so there is nothing to choose from")
         return good
 
-    def _waves(self, chosen: Sequence[Candidate]) -> list[list["_JudgingRun"]]:
-        """Runs that are of use together: the first finalists with each seed, then each other with all its seeds."""
-        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # other than the trials'
-        waves = [[self._run_of(candidate, seed) for candidate in chosen[:RESERVED]] for seed in seeds]
-        return waves + [[self._run_of(candidate, seed) for seed in seeds] for candidate in chosen[RESERVED:]]
-
-    def _run_of(self, candidate: Candidate, seed: int) -> "_JudgingRun":
+    def _judging_run(self, candidate: Candidate, seed: int, *, wait: bool) -> Trial | None:
+        """A finalist with another seed. Where another worker runs it, waits for the result, or returns None."""
         folder = self.folder / "finals" / f"{candidate.number:04d}" / f"seed-{seed}"
-        return _JudgingRun(candidate, seed, folder)
-
-    def _judging_run(self, run: "_JudgingRun", *, wait: bool) -> Trial | None:
-        """Its result. Where another worker makes it, waits for that, or returns None."""
-        run.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(run.folder / RUN_LOCK, timeout=-1 if wait else 0):
-                spec = self._spec(run.candidate.settings, choosing=False, max_steps=self.budget.steps, seed=run.seed)
-                is_new = not self.session.has_trial(run.folder)
-                trial = self.session.trial(spec, run.folder)
+            with FileLock(folder / RUN_LOCK, timeout=-1 if wait else 0):
+                spec = self._spec(candidate.settings, choosing=False, max_steps=self.budget.steps, seed=seed)
+                is_new = not self.session.has_trial(folder)
+                trial = self.session.trial(spec, folder)
                 if is_new:
-                    self.session.log(f"trial {run.candidate.number} again, seed {run.seed}: {trial.summary}")
+                    self.session.log(f"trial {candidate.number} again, seed {seed}: {trial.summary}")
                 return trial
         except Timeout:
             return None
 
-    def _write_config(self, name: str, finalist: Finalist) -> Path:
+    def _write_config(self, name: str, finalist: Finalist) -> None:
         """Writes what `tailora train --config` takes: the run's settings with those of the finalist."""
         path = self.folder / name
         own = self.train.model_dump(exclude_unset=True, exclude={"resume_from_checkpoint"})
@@ -318,41 +322,3 @@ class _Search:
         values = {**own, **changes, "output_dir": str(path.with_suffix(""))}
         TrainConfig(**values)
         write_file(path, config_text(values).encode())
-        return path
-
-
-@dataclass(frozen=True)
-class _JudgingRun:
-    """A finalist with another seed."""
-
-    candidate: Candidate
-    seed: int
-    folder: Path
-
-
-def _line(candidate: Candidate) -> str:
-    """A trial in a line of the log."""
-    loss = "no loss" if candidate.eval_loss is None else f"{candidate.eval_loss:.4f}"
-    ended = "" if candidate.state == DONE else f", {candidate.state}: {candidate.message}"
-    return f"trial {candidate.number}: {loss}{ended}  ({in_words(candidate.settings)})"
-
-
-def _limits(
-    budget: Budget,
-    axes: Mapping[str, Axis],
-    trials: int,
-    best: Finalist,
-    importances: Mapping[str, float],
-    examples: int,
-) -> list[str]:
-    """What limits the verdict. examples: that judge."""
-    edges = [name for name, value in best.settings.items() if at_edge(axes[name], value)]
-    notes = {
-        f"{', '.join(edges)} of the best trial is at the edge of its range: a wider range may hold better": edges,
-        f"trials had {budget.steps:,} of the {budget.longest:,} steps that the settings ask for; in longer runs a "
-        "lower learning rate and a higher rank may be better": budget.steps < budget.longest,
-        f"{trials} trials are too few to tell which settings matter": not importances,
-        f"only {examples} held-out examples judge: more of them, by --eval-data or --validation-split, show smaller "
-        "differences": examples < FEW_EXAMPLES,
-    }
-    return [text for text, applies in notes.items() if applies]

@@ -63,12 +63,13 @@ def open_folder(
 
     Raises ConfigError for a folder with other settings, or with other files.
     """
-    file = folder / name
+    file, content = folder / name, json.loads(json.dumps(settings))  # with lists for tuples, as in a file
     if file.exists() and begun:
-        stored = _current(json.loads(file.read_text()))
-        if identity(stored) != identity(_as_json(settings)):
+        stored = json.loads(file.read_text())
+        stored["train"] = without_removed(stored["train"])
+        if identity(stored) != identity(content):
             raise ConfigError(f"{folder} holds a {study} with other settings; give another --output-dir")
-        if stored == _as_json(settings):
+        if stored == content:
             return
     elif file.exists():
         for entry in discard:
@@ -79,15 +80,6 @@ def open_folder(
         raise ConfigError(f"{folder} is not empty and holds no {study}; give another --output-dir")
     create_output_folder(folder)
     write_file(file, json.dumps(settings, indent=1).encode())
-
-
-def _current(stored: dict[str, Any]) -> dict[str, Any]:
-    return {**stored, "train": without_removed(stored["train"])}
-
-
-def _as_json(settings: Settings) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(json.dumps(settings))
-    return content
 
 
 class StudySession:
@@ -119,6 +111,14 @@ class StudySession:
     def note_truncated(self, trial: Trial, max_length: int) -> None:
         if count := trial.numbers.get("truncated"):
             self.note(f"{count} examples are longer than --max-length {max_length} and were cut")
+
+    def plan(self, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The content of plan.json, which `find` returns when there is none yet."""
+        file = self.folder / PLAN
+        if not file.exists():
+            write_file(file, json.dumps(find()).encode())
+        content: dict[str, Any] = json.loads(file.read_text())
+        return content
 
     def has_trial(self, path: Path) -> bool:
         return (path / RESULT).exists()

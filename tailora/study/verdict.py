@@ -10,63 +10,57 @@ tell". Losses are nats per token; `margin` is the difference that does not matte
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from tailora.evaluation.statistics import Difference
-from tailora.study.results import Finalist
-
-
-@dataclass(frozen=True)
-class ArmStanding:
-    """One arm beside the reference.
-
-    parameters: how many are trained.    difference: loss of the arm - loss of the reference; None for the reference.
-    p_value: adjusted for the number of arms.    bracketed: whether its best learning rate was within those tried.
-    """
-
-    name: str
-    parameters: int
-    difference: Difference | None
-    p_value: float | None
-    bracketed: bool
-
+from tailora.study.results import ArmResult, Finalist
+from tailora.study.trial import DONE
 
 # ---- compare
 
 
 def compare_verdict(
-    standings: Sequence[ArmStanding], reference: str, margin: float, failures: Mapping[str, str]
+    arms: Sequence[ArmResult], p_values: Mapping[str, float], reference: str, margin: float
 ) -> tuple[str, str | None]:
     """Returns the text, and the name of the arm that it is about; None where there is nothing to compare.
 
-    failures: arm -> why it could not be trained.
+    p_values: arm -> p of no difference from the reference, adjusted for the number of arms.
     """
-    by_name = {arm.name: arm for arm in standings}
-    compared = [(arm, arm.difference) for arm in standings if arm.difference is not None]
-    sentences = [f"{name} {reason}." for name, reason in failures.items()]
-    if not compared or reference not in by_name:
+    done = {arm.name: arm for arm in arms if arm.outcome == DONE}
+    sentences = [f"{arm.name} {arm.outcome}." for arm in arms if arm.name not in done]
+    compared = [(arm, arm.difference) for arm in done.values() if arm.difference is not None]
+    if not compared:
         return " ".join([*sentences, "There is nothing to compare."]), None
     safe = [(arm, difference) for arm, difference in compared if difference.high < margin]
     if safe:  # the smallest arm that is shown to lose less than the margin
-        arm, difference = min(safe, key=lambda pair: pair[0].parameters)
+        arm, difference = min(safe, key=lambda pair: _parameters(pair[0]))
     else:
         arm, difference = min(compared, key=lambda pair: pair[1].value)
-    sentences.append(_compare_finding(arm, difference, by_name[reference], margin))
-    edge = [arm.name for arm in standings if not arm.bracketed]
+    sentences.append(_compare_finding(arm, difference, done[reference], p_values[arm.name], margin))
+    edge = [arm.name for arm in done.values() if not arm.bracketed]
     if edge:
         sentences.append(
-            f"The best learning rate of {', '.join(edge)} is at the edge of those that were tried, so an untried one "
-            "may be better: try more with --rate-tries."
+            f"The best learning rate of {', '.join(edge)} is the lowest or the highest that was tried, so there may be "
+            "a better one beyond it: try more with --rate-tries."
         )
     return " ".join(sentences), arm.name
 
 
-def _compare_finding(arm: ArmStanding, difference: Difference, reference: ArmStanding, margin: float) -> str:
-    numbers = f"{arm.name} - {reference.name} = {difference_in_words(difference, arm.p_value)}"
-    low, high = difference.low, difference.high
-    advice = _take(arm, reference, arm_is_better=high < 0)
+def _parameters(arm: ArmResult) -> int:
+    return arm.trainable_parameters or 0
+
+
+def _compare_finding(
+    arm: ArmResult, difference: Difference, reference: ArmResult, p_value: float, margin: float
+) -> str:
+    numbers = f"{arm.name} - {reference.name} = {difference_in_words(difference, p_value)}"
+    both, low, high = f"{arm.name} or {reference.name}", difference.low, difference.high
     if difference.seeds == 1:
-        return one_seed(f"{arm.name} or {reference.name}", numbers)
+        return one_seed(both, numbers)
+    smaller, larger = arm, reference
+    if _parameters(reference) < _parameters(arm) and high >= 0:
+        smaller, larger = reference, arm
+    times = _parameters(larger) / _parameters(smaller)
+    advice = f"Take {smaller.name}" + (f": it trains {times:,.0f}x fewer parameters." if times >= 1.5 else ".")
     if high < 0:
         finding, could_change = f"{arm.name} is better than {reference.name}", [reference]
     elif low > margin:
@@ -78,63 +72,51 @@ def _compare_finding(arm: ArmStanding, difference: Difference, reference: ArmSta
         )
         could_change = [arm, reference]
     elif high < margin:
-        finding = f"{arm.name} may be better than {reference.name}, and is worse by {high:.3f} nats per token at most"
+        finding = f"{arm.name} is worse than {reference.name} by at most {high:.3f} nats per token, and may be better"
         could_change = [reference]
     else:
-        return unclear(f"{arm.name} or {reference.name}", difference, numbers, margin)
-    untuned = [standing.name for standing in could_change if not standing.bracketed]
+        return unclear(both, difference, numbers, margin)
+    untuned = [arm.name for arm in could_change if not arm.bracketed]
     if untuned:
-        reason = f"{' and '.join(untuned)} may do better at another learning rate"
-        return f"Cannot tell yet, since {reason}. So far, {finding} ({numbers})."
+        names = " and ".join(untuned)
+        return (
+            f"Cannot tell yet: {names} may do better at a learning rate that was not tried. At the rates that were "
+            f"tried, {finding} ({numbers})."
+        )
     return f"{finding} ({numbers}). {advice}"
-
-
-def _take(arm: ArmStanding, reference: ArmStanding, *, arm_is_better: bool) -> str:
-    """Which to take: the arm, or the reference if it trains fewer parameters and does as well."""
-    chosen, other = (arm, reference)
-    if reference.parameters < arm.parameters and not arm_is_better:
-        chosen, other = other, chosen
-    times = other.parameters / chosen.parameters
-    return f"Take {chosen.name}" + (f": it trains {times:,.0f}x fewer parameters." if times >= 1.5 else ".")
 
 
 # ---- search
 
 
-def search_verdict(
-    finalists: Sequence[Finalist], cheapest: Finalist, differences: Mapping[int, Difference], margin: float
-) -> str:
-    """finalists: the best first.    differences: number of a finalist -> its loss - that of the best."""
+def search_verdict(finalists: Sequence[Finalist], cheapest: Finalist, margin: float) -> str:
+    """finalists: the best first."""
     best = finalists[0]
     low, high = best.interval
     take_best = f"Take trial {best.number}: held-out loss {best.eval_loss:.3f} (95% interval {low:.3f} to {high:.3f})."
     if len(finalists) == 1:
-        return f"{take_best} No trial with fewer trained parameters came near it, so it is also the cheapest."
+        return f"{take_best} No trial with fewer trained parameters came close, so it is also the cheapest."
+    compared = min(finalists[1:], key=lambda finalist: finalist.eval_loss) if cheapest is best else cheapest
+    difference = compared.difference
+    assert difference is not None  # which only the best has not
+    words = difference_in_words(difference, compared.p_value)
+    times = best.trainable_parameters / max(compared.trainable_parameters, 1)
+    fewer = f"{times:.1f}x fewer trained parameters" if times < 10 else f"{times:,.0f}x fewer trained parameters"
     if cheapest is best:
-        nearest = min(finalists[1:], key=lambda finalist: finalist.eval_loss)
-        numbers = difference_in_words(differences[nearest.number], nearest.p_value)
         return (
-            f"{take_best} The smaller ones are worse: the nearest, trial {nearest.number} with "
-            f"{_fewer(nearest, best)}, by {numbers}."
+            f"{take_best} The smaller ones are worse: the difference to the closest, trial {compared.number} with "
+            f"{fewer}, is {words}."
         )
-    difference = differences[cheapest.number]
-    numbers = f"trial {cheapest.number} - trial {best.number} = {difference_in_words(difference, cheapest.p_value)}"
+    numbers = f"trial {cheapest.number} - trial {best.number} = {words}"
     both = f"trial {cheapest.number} or trial {best.number}"
-    than_best = f"{_fewer(cheapest, best)} than trial {best.number}, the best of the search,"
-    take = f"Take trial {cheapest.number}: it has {than_best}"
+    take = f"Take trial {cheapest.number}: it has {fewer} than trial {best.number}, the best of the search,"
     if difference.seeds == 1:
         return one_seed(both, numbers)
     if difference.high < 0:
         return f"{take} and is better when both are run again ({numbers})."
     if difference.high < margin:
-        return f"{take} and is worse by {difference.high:.3f} nats per token at most ({numbers})."
-    smaller = f"Trial {cheapest.number} has {_fewer(cheapest, best)}."
-    return f"{unclear(both, difference, numbers, margin)} {smaller}"
-
-
-def _fewer(finalist: Finalist, best: Finalist) -> str:
-    times = best.trainable_parameters / max(finalist.trainable_parameters, 1)
-    return f"{times:.1f}x fewer trained parameters" if times < 10 else f"{times:,.0f}x fewer trained parameters"
+        return f"{take} and is worse by at most {difference.high:.3f} nats per token ({numbers})."
+    return f"{unclear(both, difference, numbers, margin)} Trial {cheapest.number} has {fewer}."
 
 
 # ---- both
@@ -150,8 +132,8 @@ def one_seed(both: str, numbers: str) -> str:
 def unclear(both: str, difference: Difference, numbers: str, margin: float) -> str:
     """The interval is too wide to say that either is better, or that they differ by less than the margin."""
     return (
-        f"Cannot tell whether {both} is better, to within {margin:g} nats per token ({numbers}). "
-        f"{what_would_tell(difference, margin)}"
+        f"Cannot tell whether {both} is better: the 95% interval is too wide for a margin of {margin:g} nats per token "
+        f"({numbers}). {what_would_tell(difference, margin)}"
     )
 
 
@@ -161,7 +143,7 @@ def what_would_tell(difference: Difference, margin: float) -> str:
     times = (half_width / (margin / 2)) ** 2
     if difference.from_examples > 0.5:
         count = math.ceil(difference.examples * times)
-        return f"Most of the uncertainty comes from the examples: about {count:,} that judge would be enough."
+        return f"Most of the uncertainty comes from the examples: about {count:,} judging examples would be enough."
     count = max(math.ceil(difference.seeds * times), difference.seeds + 1)
     return f"Most of the uncertainty comes from the seeds: about {count:,} seeds would be enough."
 

@@ -1,9 +1,11 @@
 """Steps of a trial, from what a few steps cost and the time there is."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
 from tailora.errors import ConfigError
 from tailora.study.budget import Budget, Costs, budget_for
@@ -17,7 +19,7 @@ def test_the_steps_of_a_trial_fill_the_time() -> None:
     assert 0.85 * 1800 < expected <= 0.9 * 1800
     assert budget_for(COSTS, longest=20, seconds=1800, trials=10, judging_runs=6).steps == 20
     assert budget_for(COSTS, longest=500, seconds=np.inf, trials=10, judging_runs=6).steps == 500
-    assert Budget.from_dict(json.loads(json.dumps(budget.to_dict()))) == budget
+    assert TypeAdapter(Budget).validate_json(json.dumps(asdict(budget))) == budget
     fewer = budget_for(COSTS, longest=500, seconds=520, trials=None, judging_runs=6)
     assert fewer.steps >= 9
 

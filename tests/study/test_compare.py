@@ -49,7 +49,7 @@ def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: 
     assert lora.difference is not None
     assert lora.difference.value == pytest.approx(lora.eval_loss - full.eval_loss)
     assert found.verdict
-    assert "edge of those that were tried" in found.verdict
+    assert "the lowest or the highest that was tried" in found.verdict
     assert found.judged_examples == 9
     assert json.loads((tmp_path / "study" / "report.json").read_text())["verdict"] == found.verdict
     assert found.verdict in unescape(write_page(tmp_path / "study").read_text())
@@ -83,7 +83,7 @@ def test_minutes_are_planned_once_and_a_comparison_may_be_asked_for_more(
     assert final["before"] == probe["before"]
     assert read(next(runs.glob("r4/seed*")))["numbers"]["writing_seconds"] < probe["numbers"]["seconds"]
     short = compare(
-        train, asked.replaced(minutes=0.01, seeds=9), log=heard.append, run_trial=run_here
+        train, asked.replaced(minutes=0.001, seeds=9), log=heard.append, run_trial=run_here
     )  # no time for more: what is there
     assert short.arms == first.arms
     assert short.notes == ["--minutes left time for 1 of 9 seeds"]
@@ -155,7 +155,7 @@ def test_too_few_held_out_examples_are_found_before_any_step(small_run: TrainCon
 
 def test_too_little_time_is_refused_with_what_it_needs(small_run: TrainConfig, tmp_path: Path) -> None:
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
-    with pytest.raises(ConfigError, match=r"--minutes 0\.01 were over when r4 had been timed: give more"):
-        compare(train, SMALL.replaced(minutes=0.01), run_trial=run_here)
+    with pytest.raises(ConfigError, match=r"--minutes 0\.001 were over when r4 had been timed: give more"):
+        compare(train, SMALL.replaced(minutes=0.001), run_trial=run_here)
     with pytest.raises(ConfigError, match=r"--minutes 1 is too short for 120 runs of 2 arms: .* give more"):
         compare(train, SMALL.replaced(minutes=1.0, seeds=100, rate_tries=20), run_trial=run_here)

@@ -76,6 +76,17 @@ def test_an_arm_that_failed_keeps_its_reason() -> None:
 # ---- search
 
 
+OTHERS = {
+    "trials": [],
+    "importances": {},
+    "steps": 9,
+    "notes": [],
+    "settings": {},
+    "seconds": 1.0,
+    "config": "best.yaml",
+}
+
+
 def candidate(number: int, loss: float, parameters: int, state: str = "done") -> Candidate:
     return Candidate(number, state, {"r": parameters}, loss, parameters, 1.0)
 
@@ -118,9 +129,9 @@ def runs_with(apart: dict[int, float], spread: float = 0.001, seeds: int = 3) ->
 @pytest.mark.parametrize(
     ("apart", "spread", "seeds", "cheapest", "message"),
     [
-        ({0: 0.0, 1: 0.005}, 0.001, 3, 1, "Take trial 1: it has 10x fewer .* trial 0.*worse by 0.00. .*at most"),
+        ({0: 0.0, 1: 0.005}, 0.001, 3, 1, "Take trial 1: it has 10x fewer .* trial 0.*worse by at most 0.00."),
         ({0: 0.0, 1: -0.1}, 0.001, 3, 1, "Take trial 1.*and is better"),
-        ({0: 0.0, 1: 0.1}, 0.001, 3, 0, "Take trial 0.*smaller ones are worse: .*trial 1.*by .0.100"),
+        ({0: 0.0, 1: 0.1}, 0.001, 3, 0, "Take trial 0.*smaller ones are worse: .*trial 1 with 10x fewer .*is .0.100"),
         ({0: 0.0, 1: 0.0}, 0.9, 3, 1, "Cannot tell whether trial 1 or trial 0.*Most of the uncertainty"),
         ({0: 0.0, 1: 0.0}, 0.001, 1, 1, "Cannot tell.*--seeds 3"),
     ],
@@ -129,7 +140,7 @@ def test_the_cheapest_is_not_shown_to_be_worse(
     apart: dict[int, float], spread: float, seeds: int, cheapest: int, message: str
 ) -> None:
     chosen = [candidate(0, 2.0, 1000), candidate(1, 2.01, 100)]
-    found = judge_finalists(chosen, runs_with(apart, spread, seeds), 0.02)
+    found = judge_finalists(chosen, runs_with(apart, spread, seeds), 0.02, **OTHERS)
     assert (found.best.number, found.cheapest.number) == (0, cheapest)
     assert found.judged_examples == len(judging_half(80)) == 40
     assert found.base_loss == pytest.approx(4)

@@ -1,16 +1,25 @@
 """The sentences follow from the numbers, and say so when the runs cannot tell."""
 
+from dataclasses import replace
+
 import pytest
 
 from tailora.evaluation.statistics import Difference
-from tailora.study.verdict import ArmStanding, compare_verdict, what_would_tell
+from tailora.study.results import ArmResult
+from tailora.study.verdict import compare_verdict, what_would_tell
 
-FULL = ArmStanding("full", 1_000_000, None, None, True)
+FULL = ArmResult("full", {}, "done", trainable_parameters=1_000_000, bracketed=True)
 
 
-def arm(low: float, high: float, *, seeds: int = 3, name: str = "lora", parameters: int = 10_000, **changes: object):
+def arm(
+    low: float, high: float, *, seeds: int = 3, name: str = "lora", parameters: int = 10_000, bracketed: bool = True
+) -> ArmResult:
     difference = Difference((low + high) / 2, low, high, 0.04, 60, seeds, 0.9)
-    return ArmStanding(name, parameters, difference, 0.04, bool(changes.get("bracketed", True)))
+    return ArmResult(name, {}, "done", trainable_parameters=parameters, difference=difference, bracketed=bracketed)
+
+
+def verdict_of(*arms: ArmResult) -> tuple[str, str | None]:
+    return compare_verdict(arms, dict.fromkeys([arm.name for arm in arms], 0.04), "full", 0.02)
 
 
 @pytest.mark.parametrize(
@@ -27,20 +36,24 @@ def arm(low: float, high: float, *, seeds: int = 3, name: str = "lora", paramete
             0.012,
             "lora and full are equally good: they differ by less than 0.02 nats per token (lora - full = +0.001",
         ),
-        (-0.05, 0.01, "lora may be better than full, and is worse by 0.010 nats per token at most"),
-        (-0.05, 0.05, "Cannot tell whether lora or full is better, to within 0.02 nats per token"),
+        (-0.05, 0.01, "lora is worse than full by at most 0.010 nats per token, and may be better"),
+        (
+            -0.05,
+            0.05,
+            "Cannot tell whether lora or full is better: the 95% interval is too wide for a margin of 0.02 nats",
+        ),
         (0.01, 0.05, "Cannot tell whether lora or full is better"),  # perhaps worse, perhaps by too little to matter
     ],
 )
 def test_each_finding_has_its_words(low: float, high: float, start: str) -> None:
-    verdict, subject = compare_verdict([FULL, arm(low, high)], "full", 0.02, {})
+    verdict, subject = verdict_of(FULL, arm(low, high))
     assert verdict.startswith(start)
     assert subject == "lora"
     assert ("100x fewer parameters" in verdict) == ("Take lora" in verdict)
 
 
 def test_one_seed_tells_nothing() -> None:
-    verdict, _ = compare_verdict([FULL, arm(-0.01, 0.01, seeds=1)], "full", 0.02, {})
+    verdict, _ = verdict_of(FULL, arm(-0.01, 0.01, seeds=1))
     assert verdict.startswith("Cannot tell")
     assert "--seeds 3" in verdict
 
@@ -48,15 +61,15 @@ def test_one_seed_tells_nothing() -> None:
 def test_the_cheapest_arm_that_is_good_enough_is_taken() -> None:
     arms = [arm(-0.01, 0.01, name="r64", parameters=9), arm(-0.01, 0.015, name="r8", parameters=3)]
     arms += [arm(0.1, 0.2, name="r1", parameters=1)]
-    verdict, subject = compare_verdict([FULL, *arms], "full", 0.02, {})
+    verdict, subject = verdict_of(FULL, *arms)
     assert subject == "r8"
     assert "Take r8" in verdict
 
 
 def test_a_rate_at_the_edge_is_mentioned() -> None:
-    verdict, _ = compare_verdict([FULL, arm(-0.05, -0.03, bracketed=False)], "full", 0.02, {})
+    verdict, _ = verdict_of(FULL, arm(-0.05, -0.03, bracketed=False))
     assert verdict.startswith("lora is better than full")  # it may be better still
-    assert "best learning rate of lora is at the edge of those that were tried" in verdict
+    assert "best learning rate of lora is the lowest or the highest that was tried" in verdict
 
 
 @pytest.mark.parametrize(
@@ -66,35 +79,38 @@ def test_a_rate_at_the_edge_is_mentioned() -> None:
         (0.03, 0.05, "lora", "full is better than lora"),
         (-0.01, 0.012, "lora", "lora and full are equally good"),
         (-0.01, 0.012, "full", "lora and full are equally good"),
-        (-0.05, 0.01, "full", "lora may be better than full, and is worse by 0.010"),
+        (-0.05, 0.01, "full", "lora is worse than full by at most 0.010"),
     ],
 )
 def test_an_arm_that_was_not_tuned_has_not_lost(low: float, high: float, untuned: str, so_far: str) -> None:
-    full = ArmStanding("full", 1_000_000, None, None, untuned != "full")
-    verdict, _ = compare_verdict([full, arm(low, high, bracketed=untuned != "lora")], "full", 0.02, {})
+    full = replace(FULL, bracketed=untuned != "full")
+    verdict, _ = verdict_of(full, arm(low, high, bracketed=untuned != "lora"))
     assert verdict.startswith(
-        f"Cannot tell yet, since {untuned} may do better at another learning rate. So far, {so_far}"
+        f"Cannot tell yet: {untuned} may do better at a learning rate that was not tried. "
+        f"At the rates that were tried, {so_far}"
     )
     assert "Take" not in verdict
     assert "try more with --rate-tries" in verdict
 
 
 def test_arms_that_failed_are_mentioned() -> None:
-    verdict, subject = compare_verdict([FULL], "full", 0.02, {"lora": "failed at every rate tried"})
+    verdict, subject = verdict_of(FULL, ArmResult("lora", {}, "failed at every rate tried"))
     assert verdict == "lora failed at every rate tried. There is nothing to compare."
     assert subject is None
 
 
 def test_what_it_would_take_is_of_the_larger_source() -> None:
     of_examples = Difference(0, -0.04, 0.04, 0.5, 50, 3, 0.9)
-    assert "about 800 that judge" in what_would_tell(of_examples, 0.02)  # a quarter of the width: 16 times as many
+    assert "about 800 judging examples" in what_would_tell(
+        of_examples, 0.02
+    )  # a quarter of the width: 16 times as many
     of_seeds = Difference(0, -0.02, 0.02, 0.5, 50, 3, 0.1)
     assert "about 12 seeds would be enough" in what_would_tell(of_seeds, 0.02)
 
 
 def test_of_two_that_do_as_well_the_one_that_trains_less_is_taken() -> None:
     large = arm(-0.01, 0.01, name="r64", parameters=2_000_000)
-    verdict, _ = compare_verdict([FULL, large], "full", 0.02, {})
+    verdict, _ = verdict_of(FULL, large)
     assert verdict.endswith("Take full: it trains 2x fewer parameters.")
-    better, _ = compare_verdict([FULL, arm(-0.05, -0.03, name="r64", parameters=2_000_000)], "full", 0.02, {})
+    better, _ = verdict_of(FULL, arm(-0.05, -0.03, name="r64", parameters=2_000_000))
     assert better.endswith("Take r64.")
