@@ -269,7 +269,7 @@ def _finish(
         "seconds": seconds,
     }
     if folder is not None:
-        write_report(folder, KIND, payload)
+        write_report(folder, KIND, payload, allow_nan=False)
         log(write_page_if_possible(folder))
     report = TypeAdapter(EvalReport).validate_python(payload)
     if as_json:

@@ -79,7 +79,7 @@ def inspect(
             folder, model, data, other=second, options=options, quantize=method, log=log, progress=progress
         )
     if output_dir is not None:
-        write_report(output_dir, "inspect", inspection.to_dict())
+        write_report(output_dir, "inspect", inspection.to_dict(), allow_nan=False)
         log(write_page_if_possible(output_dir))
     if json:
         print_json(inspection.to_dict())

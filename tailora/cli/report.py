@@ -19,7 +19,7 @@ def report(folder: Folder, /, *, json: Json = False) -> int:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give the output folder of a run or a study")
     if (folder / RUN).exists():
-        from tailora.report.train_report import write_train_report  # loads torch
+        from tailora.report.pages.train import write_train_report  # loads torch
 
         write_train_report(folder)
     page = write_page(folder)

@@ -130,7 +130,7 @@ def fit(settings: Settings, *, as_json: bool, questions: Sequence[str] | None = 
     from accelerate import PartialState
 
     from tailora.cli.progress import shown
-    from tailora.report.train_report import write_train_report
+    from tailora.report.pages.train import write_train_report
     from tailora.train.events import Interrupted
     from tailora.train.trainer import run
 

@@ -26,7 +26,11 @@ def recorded_settings(adapter: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def write_report(folder: Path, kind: str, content: Mapping[str, Any]) -> Path:
-    """Writes report.json, from which `tailora report` makes the page, and returns its path. Raises WriteError."""
-    write_file(folder / REPORT, json.dumps({"kind": kind, **content}, indent=1).encode())
+def write_report(folder: Path, kind: str, content: Mapping[str, Any], *, allow_nan: bool = True) -> Path:
+    """Writes report.json, from which `tailora report` makes the page, and returns its path. Raises WriteError.
+
+    allow_nan: write NaN and Infinity, which not every program reads as JSON, for runs that diverged; if False, raises
+        ValueError for them.
+    """
+    write_file(folder / REPORT, json.dumps({"kind": kind, **content}, indent=1, allow_nan=allow_nan).encode())
     return folder / REPORT

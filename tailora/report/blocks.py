@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:  # matplotlib is an optional package
+from tailora.report.format import setting
+
+if TYPE_CHECKING:
     from tailora.report.charts import Canvas
 
 # Where a block is shown. The page has all of them; the terminal has those that are "always" shown, and with --all those
@@ -62,12 +64,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval, for a figure. runs: the values that it is the mean of."""
+    """A value for a figure. ends: of its interval.    runs: the values that it is the mean of."""
 
     name: str
     value: float
-    low: float | None = None
-    high: float | None = None
+    ends: tuple[float | None, float | None] | None = None
     runs: Sequence[float] = ()
 
 
@@ -171,18 +172,39 @@ class Page:
     conclusion: Section | None = None
 
 
-# ---- Blocks that several pages have
+# ---- Columns and blocks that several pages have
+
+INTERVAL = Column("95% interval", numeric=True, interval=True)
+
+
+def numeric(*names: str) -> list[Column]:
+    """Columns of numbers."""
+    return [Column(name, numeric=True) for name in names]
+
+
+def bar_figure(
+    name: str,
+    values: Mapping[str, float],
+    show: Callable[[float], str],
+    title: str,
+    caption: str,
+    *,
+    one_colour: bool = False,
+    wide: bool = False,
+) -> Figure | None:
+    """A bar for each value, which is written beside it. one_colour: the names are no series of other figures."""
+    if not values:
+        return None
+    alt = f"{title}: {', '.join(f'{label} {show(value)}' for label, value in values.items())}."
+    return Figure(name, lambda canvas: canvas.bars(values, show, one_colour=one_colour), alt, caption, wide)
 
 
 def settings_table(title: str, *groups: tuple[str, Mapping[str, object]]) -> Table | None:
     """A folded table of settings. groups: name of a group ("" for none) -> its settings."""
-    from tailora.report.format import setting
-
-    rows = [(group, name, setting(value)) for group, settings in groups for name, value in settings.items()]
+    rows = [[group, name, setting(value)] for group, settings in groups for name, value in settings.items()]
     if not rows:
         return None
-    named = any(group for group, _, _ in rows)
-    columns = [Column("setting"), Column("value")]
-    if named:
-        return Table([Column("of"), *columns], rows, title, folded=True, detail="page")
-    return Table(columns, [row[1:] for row in rows], title, folded=True, detail="page")
+    columns = [Column("of"), Column("setting"), Column("value")]
+    if not any(group for group, *_ in rows):
+        columns, rows = columns[1:], [row[1:] for row in rows]
+    return Table(columns, rows, title, folded=True, detail="page")

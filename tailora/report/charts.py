@@ -1,25 +1,31 @@
-"""What figures are drawn with: a canvas, which knows the kinds of chart that several pages have.
+"""What figures are drawn with: their colours, and a canvas, which knows the kinds of chart that several pages have.
 
-Widths and heights are in CSS pixels; colours are those of `colours`.
+Widths and heights are in CSS pixels. matplotlib is an optional package, so it is imported where something is drawn.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.collections import PolyCollection
-from matplotlib.colors import ListedColormap, Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from tailora.report.blocks import Estimate, HeatMap
-from tailora.report.colours import DASHED, GRID, HEAT, INK, PAPER, SERIES, SOFT, heat_colour
 from tailora.report.format import learning_rate, one_line
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import Locator
+
+# Each colour stands for a variable of the page, with a light and a dark value (style.css)
+INK, SOFT, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
+SERIES = [f"#0a0a0{i}" for i in range(8)]
+HEAT = [f"#0b0b{i:02x}" for i in range(16)]  # from little to much
+VARIABLES = {INK: "ink", SOFT: "soft", GRID: "grid", PAPER: "paper"}
+VARIABLES |= {colour: f"series-{i}" for i, colour in enumerate(SERIES)}
+VARIABLES |= {colour: f"heat-{i}" for i, colour in enumerate(HEAT)}
+DASHED = (0, (4, 3))
 
 FEW_STEPS = 8  # runs of so many steps get no running mean
 DIFFERENT_VALUES = 4  # of each of two settings, without which there is no surface over them
@@ -32,16 +38,29 @@ Floats: TypeAlias = NDArray[np.float64]
 Show: TypeAlias = Callable[[float], str]
 
 
+def series_colour(number: int) -> str:
+    return SERIES[number % len(SERIES)]
+
+
+def heat_colour(value: float, low: float, high: float) -> str:
+    """The colour of a value between these."""
+    share = (value - low) / (high - low) if high > low else 0.0
+    return HEAT[min(int(max(share, 0.0) * len(HEAT)), len(HEAT) - 1)]
+
+
 class Canvas:
     """A matplotlib figure of a given width.
 
-    axes: where the figure is drawn, after `new_axes`.
+    axes: where the figure is drawn, after `new_axes`.    legend_columns: of the legend, where something has a label.
     tips: id of a collection of marks -> the text for each of them when it is pointed at.
     """
 
-    axes: Axes
+    axes: "Axes"
+    legend_columns = 4
 
     def __init__(self, width: float) -> None:
+        from matplotlib.figure import Figure
+
         self.width = width
         self.wide = width > 600
         self.figure = Figure()
@@ -50,27 +69,39 @@ class Canvas:
     def set_height(self, height: float) -> None:
         self.figure.set_size_inches(self.width / 72, height / 72)
 
-    def new_axes(self, height: float, x_label: str = "", y_label: str = "") -> Axes:
+    def new_axes(self, height: float, x_label: str = "", y_label: str = "", *, whole_numbers: str = "") -> "Axes":
+        """whole_numbers: "x" or "y", the axis that has ticks at whole numbers alone."""
+        from matplotlib.ticker import MaxNLocator
+
         self.set_height(height)
         self.axes = self.figure.add_subplot()
         self.axes.set_xlabel(x_label)
         self.axes.set_ylabel(y_label)
+        if whole_numbers:
+            self._set_ticks(whole_numbers, MaxNLocator(integer=True, nbins=7), "{:,.0f}".format)
         return self.axes
 
-    def add_tips(self, marks: Artist, name: str, texts: Sequence[str]) -> None:
+    def add_legend(self) -> None:
+        """Above the axes, where something has a label."""
+        handles, texts = self.figure.axes[0].get_legend_handles_labels()
+        if handles:
+            place: dict[str, Any] = {"loc": "outside upper left", "borderaxespad": 0.2}
+            self.figure.legend(handles, texts, ncols=self.legend_columns, **place)
+
+    def add_tips(self, marks: "Artist", texts: Sequence[str]) -> None:
+        name = f"tips-{len(self.tips)}"
         marks.set_gid(name)
         self.tips[name] = texts
 
-    def legend(self, columns: int = 4) -> None:
-        """Above the axes."""
-        handles, texts = self.axes.get_legend_handles_labels()
-        if handles:
-            self.figure.legend(handles, texts, loc="outside upper left", ncols=columns, borderaxespad=0.2)
+    def points(self, points: Sequence[tuple[float, float]], tips: Sequence[str], **style: Any) -> None:
+        self.add_tips(self.axes.scatter(*zip(*points, strict=True), **style), tips)
 
     # ---- Axes
 
     def log_axis(self, which: str, show: Show = learning_rate) -> None:
         """Ticks at 1, 2 and 5 of each decade on a short axis, else at the decades; labels without superscripts."""
+        from matplotlib.ticker import LogLocator
+
         getattr(self.axes, f"set_{which}scale")("log")
         low, high = getattr(self.axes, f"get_{which}lim")()
         decades = math.log10(high / low)
@@ -79,13 +110,14 @@ class Canvas:
 
     def powers_axis(self, which: str, values: Sequence[float]) -> None:
         """A logarithmic axis with a tick at each of these values."""
+        from matplotlib.ticker import FixedLocator
+
         getattr(self.axes, f"set_{which}scale")("log", base=2)
         self._set_ticks(which, FixedLocator(sorted(set(values))), "{:g}".format)
 
-    def whole_numbers(self, which: str) -> None:
-        self._set_ticks(which, MaxNLocator(integer=True, nbins=7), "{:,.0f}".format)
+    def _set_ticks(self, which: str, locator: "Locator", show: Show) -> None:
+        from matplotlib.ticker import FuncFormatter, NullLocator
 
-    def _set_ticks(self, which: str, locator: Locator, show: Show) -> None:
         axis = getattr(self.axes, f"{which}axis")
         axis.set_major_locator(locator)
         axis.set_major_formatter(FuncFormatter(lambda number, _: show(number)))
@@ -111,12 +143,15 @@ class Canvas:
 
         reference: a dashed line.    colours: of the rows, as numbers of a series; by default they all differ.
         """
+        from matplotlib.ticker import MaxNLocator
+
         axes = self.new_axes(64 + 44 * len(rows), unit)
         place: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "va": "bottom"}
         for y, row in enumerate(rows):
-            colour = SERIES[(colours[y] if colours else y) % len(SERIES)]
-            if row.low is not None and row.high is not None:
-                axes.plot([row.low, row.high], [y, y], color=colour, linewidth=3, alpha=0.45)
+            colour = series_colour(colours[y] if colours else y)
+            low, high = row.ends or (None, None)
+            if low is not None and high is not None:
+                axes.plot([low, high], [y, y], color=colour, linewidth=3, alpha=0.45)
             axes.plot(row.runs, [y + 0.2] * len(row.runs), "o", color=colour, markersize=3.5)
             axes.plot([row.value], [y], "o", color=colour, markersize=9, markeredgecolor=PAPER, markeredgewidth=1.5)
             axes.annotate(f"{row.value:{form}}".replace("-", "−"), (row.value, y), weight="bold", **place)
@@ -130,7 +165,7 @@ class Canvas:
     def bars(self, values: Mapping[str, float], show: Show, *, one_colour: bool = False) -> None:
         """Bars with their values. one_colour: the names are no series of other figures."""
         axes = self.new_axes(24 + 30 * len(values))
-        colours = [SERIES[0 if one_colour else y % len(SERIES)] for y in range(len(values))]
+        colours = [series_colour(0 if one_colour else y) for y in range(len(values))]
         axes.barh(range(len(values)), list(values.values()), height=0.62, color=colours)
         least, most = min(0.0, *values.values()), max(0.0, *values.values())
         for y, value in enumerate(values.values()):
@@ -160,8 +195,11 @@ class Canvas:
 
     # ---- A third number as a colour
 
-    def colour_scale(self, axes: Axes | list[Axes], ends: tuple[float, float], show: Show, title: str) -> None:
+    def colour_scale(self, axes: "Axes | list[Axes]", ends: tuple[float, float], show: Show, title: str) -> None:
         """What the colours from one end to the other mean, above the axes."""
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import ListedColormap, Normalize
+
         low, high = ends
         shades = ScalarMappable(Normalize(low, high if high > low else low + 1), ListedColormap(HEAT))
         bar = self.figure.colorbar(shades, ax=axes, location="top", shrink=0.5, aspect=26, anchor=(0.0, 0.0), pad=0.03)
@@ -173,10 +211,14 @@ class Canvas:
 
     def heat_map(self, heat: HeatMap) -> None:
         """A row for each name, in order of appearance, and a column for each layer."""
+        from matplotlib.collections import PolyCollection
+
         rows = list(dict.fromkeys(row for row, _ in heat.cells))
         layers = sorted({layer for _, layer in heat.cells})
         axes = self.new_axes(92 + 22 * len(rows), "layer")
-        corners = [_square(layers.index(layer), rows.index(row)) for row, layer in heat.cells]
+        places = [(layers.index(layer), rows.index(row)) for row, layer in heat.cells]
+        square = ((-0.47, -0.47), (0.47, -0.47), (0.47, 0.47), (-0.47, 0.47))  # leaves a gap between cells
+        corners = [[(x + right, y + down) for right, down in square] for x, y in places]
         colours = [heat_colour(value, 0, heat.top) for value in heat.cells.values()]
         squares = PolyCollection(corners, facecolors=colours, linewidths=0)
         axes.add_collection(squares)
@@ -189,24 +231,28 @@ class Canvas:
         axes.spines["bottom"].set_visible(False)
         self.colour_scale(axes, (0, heat.top), heat.show, heat.title)
         tips = [f"layer {layer}, {row}: {heat.show(value)}" for (row, layer), value in heat.cells.items()]
-        self.add_tips(squares, "cells", tips)
+        self.add_tips(squares, tips)
 
-    def surface(self, x: Sequence[float], y: Sequence[float], z: Sequence[float], low: float, high: float) -> Artist:
-        """Values z at points on logarithmic axes, low ones in strong colours; between enough points they are smoothed.
+    def surface(
+        self, points: Sequence[tuple[float, float, float]], low: float, high: float, tips: Sequence[str]
+    ) -> None:
+        """Points on logarithmic axes, low values in strong colours; between enough points the values are smoothed.
 
-        Returns the marks of the points.
+        points: x, y, value.    low, high: the values at which colours end.
         """
+        x, y, z = zip(*points, strict=True)
         axes, shades = self.axes, [heat_colour(-value, -high, -low) for value in z]
         axes.scatter(x, y, s=130, c=PAPER, linewidths=0, zorder=3, clip_on=False)
-        marks = axes.scatter(x, y, s=64, c=shades, edgecolors=INK, linewidths=1, zorder=3, clip_on=False)
+        self.points(
+            list(zip(x, y, strict=True)), tips, s=64, c=shades, edgecolors=INK, linewidths=1, zorder=3, clip_on=False
+        )
         if min(len(set(x)), len(set(y))) >= DIFFERENT_VALUES:
-            points = np.log2(np.stack([x, y], axis=1))  # (points, 2): a factor of 2 is a length of 1
-            columns, rows = (np.linspace(float(axis.min()), float(axis.max()), GRID_POINTS) for axis in points.T)
+            places = np.log2(np.stack([x, y], axis=1))  # (points, 2): a factor of 2 is a length of 1
+            columns, rows = (np.linspace(float(axis.min()), float(axis.max()), GRID_POINTS) for axis in places.T)
             grid = np.stack(np.meshgrid(columns, rows), axis=-1)  # (rows, columns, 2)
-            smooth = smoothed(points, np.minimum(z, high), grid)
+            smooth = smoothed(places, np.minimum(z, high), grid)
             levels = np.linspace(low, high, len(HEAT) + 1)
             axes.contourf(2**columns, 2**rows, np.clip(smooth, low, high), levels=levels, colors=HEAT[::-1])
-        return marks
 
 
 def running_mean(values: Floats) -> Floats:
@@ -216,12 +262,6 @@ def running_mean(values: Floats) -> Floats:
     steps = np.arange(len(values))
     low, high = np.maximum(steps - half, 0), np.minimum(steps + half + 1, len(values))
     return np.asarray((sums[high] - sums[low]) / (high - low))
-
-
-def _square(x: int, y: int) -> list[tuple[float, float]]:
-    """The corners of a cell, with a gap around it."""
-    half = 0.47
-    return [(x - half, y - half), (x + half, y - half), (x + half, y + half), (x - half, y + half)]
 
 
 def smoothed(points: Floats, values: Floats, grid: Floats) -> Floats:

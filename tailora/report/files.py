@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -13,7 +13,16 @@ from tailora.errors import ConfigError, FormatError, listing, require_packages
 from tailora.formats.run_folder import PAGE, REPORT
 from tailora.report.blocks import Page
 
-KINDS = ("plan", "train", "eval", "compare", "search", "learning-rates", "inspect")
+PAGES = {  # kind of report.json -> NAME: pages/NAME.py has NAME_page, a function from the kind's result to its page
+    "plan": "plan",
+    "train": "train",
+    "eval": "eval",
+    "compare": "compare",
+    "search": "search",
+    "learning-rates": "lr_range",
+    "inspect": "inspect",
+}
+KINDS = list(PAGES)
 PACKAGES = ("matplotlib", "jinja2")
 
 
@@ -54,43 +63,12 @@ def page_of(content: Any, path: Path | str) -> Page:
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
         kind = content.get("kind") if isinstance(content, dict) else type(content).__name__
         raise FormatError(f"{path} is of kind {kind!r}; known are {', '.join(KINDS)}")
-    make_page = _page_maker(content["kind"])
+    name = PAGES[content["kind"]]
+    make_page = getattr(import_module(f"tailora.report.pages.{name}"), f"{name}_page")  # most results come with torch
     result_type = next(iter(get_type_hints(make_page).values()))  # of the function's one parameter
     try:
-        return make_page(TypeAdapter(result_type).validate_python(content))
+        page: Page = make_page(TypeAdapter(result_type).validate_python(content))
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors()]
         raise FormatError(f"{path} does not fit its kind, {content['kind']}:\n{listing(problems)}") from None
-
-
-def _page_maker(kind: str) -> Callable[[Any], Page]:
-    """A function from the kind's result to its page. Imports late, since most results come with torch."""
-    match kind:
-        case "plan":
-            from tailora.report.pages.plan import plan_page
-
-            return plan_page
-        case "train":
-            from tailora.report.pages.train import train_page
-
-            return train_page
-        case "eval":
-            from tailora.report.pages.eval import eval_page
-
-            return eval_page
-        case "compare":
-            from tailora.report.pages.compare import compare_page
-
-            return compare_page
-        case "search":
-            from tailora.report.pages.search import search_page
-
-            return search_page
-        case "learning-rates":
-            from tailora.report.pages.lr_range import lr_range_page
-
-            return lr_range_page
-        case _:
-            from tailora.report.pages.inspect import inspect_page
-
-            return inspect_page
+    return page

@@ -61,8 +61,9 @@ def p_value(number: float) -> str:
     return "< .001" if number < 0.001 else f"{number:.3f}"
 
 
-def interval(low: float | None, high: float | None, form: str = ".3f") -> str:
-    """'1.200 to 1.300'; '' without an interval (None or NaN). form: of a format string."""
+def interval(ends: tuple[float | None, float | None] | None, form: str = ".3f") -> str:
+    """'1.200 to 1.300'; '' without an interval, or where its ends are None or NaN. form: of a format string."""
+    low, high = ends or (None, None)
     if low is None or high is None or math.isnan(low):
         return ""
     return f"{low:{form}} to {high:{form}}"

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
+from tailora.core.patterns import layer_index
 from tailora.report.format import NONE
 from tailora.study.model_layout import DEPTHS, depth_of, layer_range
 
@@ -55,3 +56,13 @@ def by_depth(modules: Sequence[Module], layers: int) -> list[tuple[str, str, lis
         (layer_range([module.path for module in own]) or depth or NONE, names[own[0].path], own)
         for (depth, _), own in ordered
     ]
+
+
+def by_layer(modules: Sequence[HasPath], measure: str) -> dict[tuple[str, int], float]:
+    """The cells of a heat map: a matrix's short name and its layer -> the module's attribute `measure`, if not None."""
+    names = short_names(module.path for module in modules)
+    return {
+        (names[module.path], layer): float(value)
+        for module in modules
+        if (layer := layer_index(module.path)) is not None and (value := getattr(module, measure)) is not None
+    }

@@ -7,8 +7,7 @@ renamed so that those of two figures do not clash; style sheets and metadata, wh
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
@@ -16,8 +15,7 @@ from xml.etree.ElementTree import Element
 import matplotlib as mpl
 from cycler import cycler
 
-from tailora.report.charts import Canvas
-from tailora.report.colours import GRID, INK, SERIES, SOFT, VARIABLES
+from tailora.report.charts import GRID, INK, SERIES, SOFT, VARIABLES, Canvas
 
 STYLE: dict[str, Any] = {
     "figure.dpi": 72,  # a unit is a CSS pixel
@@ -65,22 +63,16 @@ COLOUR = re.compile(r"#0[0-9a-f]{5}")
 REFERENCE = re.compile(r"#([\w-]+)")
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """Within the block figures are drawn in the style of the pages."""
-    with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the page's fonts draw the text, not matplotlib's
-        yield
-
-
 def svg(draw: Callable[[Canvas], None], width: float, name: str, alt: str) -> str:
     """An <svg> element. name: unique on the page.    alt: what a screen reader says."""
-    with style():
+    same_ids = {"svg.hashsalt": name}  # every time
+    with mpl.rc_context({**mpl.rcParamsDefault, **STYLE, **same_ids}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the page's fonts draw the text, not matplotlib's
         canvas = Canvas(width)
         draw(canvas)
+        canvas.add_legend()
         file = io.StringIO()
-        with mpl.rc_context({"svg.hashsalt": name}):  # the same ids every time
-            canvas.figure.savefig(file, format="svg", metadata=NO_METADATA)
+        canvas.figure.savefig(file, format="svg", metadata=NO_METADATA)
     root = ElementTree.fromstring(file.getvalue())
     _remove_namespaces_and_styles(root)
     _rename_ids(root, name, canvas.tips)
@@ -102,24 +94,22 @@ def _remove_namespaces_and_styles(root: Element) -> None:
 
 
 def _rename_ids(root: Element, name: str, tips: Mapping[str, Sequence[str]]) -> None:
-    """Ids that are referred to get the figure's name in front; the others are removed. Adds the tips."""
+    """Ids that are referred to get the figure's name in front; the others are removed.
+
+    Adds the tips: a <title> for each mark, which browsers show when it is pointed at.
+    """
     used = {id_ for element in root.iter() for value in element.attrib.values() for id_ in REFERENCE.findall(value)}
     for element in root.iter():
         id_ = element.attrib.pop("id", None)
         if id_ is not None and id_ in tips:
-            _add_tips(element, tips[id_])
+            marks = [m for m in element.iter() if m.tag == "use" or (m.tag == "path" and "id" not in m.attrib)]
+            for mark, text in zip(marks, tips[id_], strict=True):
+                ElementTree.SubElement(mark, "title").text = text
         if id_ in used:
             element.set("id", f"{name}-{id_}")
         for key in ("href", "clip-path"):
             if key in element.attrib:
                 element.set(key, REFERENCE.sub(rf"#{name}-\1", element.attrib[key]))
-
-
-def _add_tips(group: Element, texts: Sequence[str]) -> None:
-    """A <title> for each mark, which browsers show when it is pointed at."""
-    marks = [mark for mark in group.iter() if mark.tag == "use" or (mark.tag == "path" and "id" not in mark.attrib)]
-    for mark, text in zip(marks, texts, strict=True):
-        ElementTree.SubElement(mark, "title").text = text
 
 
 def _use_variables(root: Element) -> None:

@@ -11,6 +11,7 @@ import pytest
 from report.contents import CONTENTS, EVIL
 
 from tailora.errors import ConfigError, FormatError
+from tailora.formats.run_folder import write_report
 from tailora.report.files import write_page
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -132,3 +133,10 @@ def test_an_unfinished_run_has_a_page(tmp_path: Path) -> None:
     assert "not finished" in text
     assert "Answers" not in Outline(text).text
     assert EVIL not in text
+
+
+def test_only_reports_of_runs_that_may_diverge_hold_nan(tmp_path: Path) -> None:
+    write_report(tmp_path, "train", {"steps": [{"loss": float("nan")}]})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_report(tmp_path, "eval", {"seconds": float("inf")}, allow_nan=False)
+    assert "NaN" in (tmp_path / "report.json").read_text()  # the earlier report is still there

@@ -1,258 +1,248 @@
-"""The page of a comparison."""
+"""The page of a comparison, and the figures of losses that it shares with the page of a search."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tailora.report.blocks import Column, Figure, Number, Page, Section, Table, settings_table
-from tailora.report.colours import PAPER, SERIES
+from tailora.evaluation.statistics import Difference
+from tailora.report.blocks import (
+    INTERVAL,
+    Block,
+    Column,
+    Estimate,
+    Figure,
+    Number,
+    Page,
+    Section,
+    Table,
+    bar_figure,
+    numeric,
+    settings_table,
+)
+from tailora.report.charts import GRID, PAPER, Canvas, series_colour
 from tailora.report.format import count, duration, interval, learning_rate, one_line, p_value, plural, signed
-from tailora.report.pages.losses import JudgedLoss, differences_figure, losses_figure
 from tailora.study.results import ArmResult, Comparison
 from tailora.train.memory import format_bytes
 
-if TYPE_CHECKING:  # matplotlib is an optional package
-    from tailora.report.charts import Canvas
-
-COSTS: list[tuple[str, str, Callable[[float], str]]] = [  # attribute of an arm, title, how it is written
-    ("seconds", "Time of training", duration),
-    ("peak_memory_bytes", "Peak memory", format_bytes),
-    ("trainable_parameters", "Trained parameters", count),
-    ("bytes", "Size on disk", format_bytes),
+COSTS: list[tuple[str, str, str, Callable[[float], str]]] = [  # attribute of an arm, title, column, how it is written
+    ("seconds", "Time of training", "training", duration),
+    ("peak_memory_bytes", "Peak memory", "peak memory", format_bytes),
+    ("trainable_parameters", "Trained parameters", "trained", count),
+    ("bytes", "Size on disk", "on disk", format_bytes),
 ]
 
 
 def compare_page(comparison: Comparison) -> Page:
     arms = [arm for arm in comparison.arms if arm.eval_loss is not None]
-    judged = f"judged on {comparison.judged_examples:,} held-out examples that chose no learning rate"
-    rows = [JudgedLoss(arm.name, arm.eval_loss or 0.0, arm.interval, arm.difference, arm.seed_losses) for arm in arms]
-    margin = comparison.settings.get("compare", {}).get("margin")
+    seeds, steps = plural(len(comparison.seeds), "seed"), plural(comparison.steps, "step")
+    changes = [(f"{arm.name}:", arm.changes) for arm in comparison.arms]
+    shared = [
+        (part, {name: value for name, value in settings.items() if name != "arms"})
+        for part, settings in comparison.settings.items()
+    ]
     sections = [
         Section(
             "Which is better",
-            f"Each arm at its own best learning rate, {plural(comparison.steps, 'step')}, "
-            f"{plural(len(comparison.seeds), 'seed')}, {judged}.",
-            [
-                losses_figure(rows, comparison.base_loss),
-                differences_figure(rows, comparison.reference, margin),
-                _loss_table(comparison, arms),
-            ],
+            f"Each arm at its own best learning rate, {steps}, {seeds}, judged on {comparison.judged_examples:,} "
+            "held-out examples that chose no learning rate.",
+            _losses(comparison, arms),
         ),
         Section("Training", "All arms saw the same examples in the same order.", [_training(arms)]),
-        Section(
-            "What it costs",
-            "Means over the seeds; memory is the highest of all.",
-            [*_cost_figures(arms), _cost_table(arms)],
-        ),
+        Section("What it costs", "Means over the seeds; memory is the highest of all.", _costs(arms)),
         Section(
             "What was forgotten",
             "How far each arm is from the base on text of other tasks, beside what it learned.",
-            [_forgetting(arms), _other_text(arms)],
+            _forgetting(arms),
         ),
         Section(
             "Learning rates tried",
             "An arm whose learning rate was not searched is no control. Losses are those of the other half of the "
             "held-out examples.",
-            [_rates_figure(comparison.arms), _rates_table(comparison.arms)],
+            _rates(comparison.arms),
         ),
-        Section("Settings", "", [_settings(comparison)]),
+        Section("Settings", "", [settings_table("Settings", *changes, *shared)]),
+    ]
+    numbers = [
+        Number(f"held-out loss, {one_line(arm.name, 20)}", f"{arm.eval_loss:.3f}", interval(arm.interval), "page")
+        for arm in arms[:3]
+    ]
+    numbers += [
+        Number("held-out loss, base", f"{comparison.base_loss:.3f}", "before any training"),
+        Number("seeds", str(len(comparison.seeds)), f"{steps} each", detail="page"),
+        Number("time of all runs", duration(comparison.seconds)),
     ]
     names = [arm.name for arm in comparison.arms]
     title = " against ".join(names) if len(names) == 2 else f"{len(names)} arms compared"
     failed = [f"{arm.name}: {arm.outcome}" for arm in comparison.arms if arm.eval_loss is None]
-    notes = [*failed, *comparison.notes]
-    return Page("compare", title, comparison.verdict, _numbers(comparison, arms), sections, notes)
+    return Page("compare", title, comparison.verdict, numbers, sections, [*failed, *comparison.notes])
 
 
-def _numbers(comparison: Comparison, arms: Sequence[ArmResult]) -> list[Number]:
-    losses = []
-    for arm in arms[:3]:
-        name = f"held-out loss, {one_line(arm.name, 20)}"
-        losses.append(Number(name, f"{arm.eval_loss:.3f}", _ends(arm), detail="page"))
-    return [
-        *losses,
-        Number("held-out loss, base", f"{comparison.base_loss:.3f}", "before any training"),
-        Number("seeds", str(len(comparison.seeds)), f"{plural(comparison.steps, 'step')} each", detail="page"),
-        Number("time of all runs", duration(comparison.seconds)),
-    ]
+# ---- Losses, and differences from one of them: for the page of a search, too
 
 
-def _ends(arm: ArmResult) -> str:
-    return interval(*(arm.interval or (None, None)))
+def judged_figures(
+    losses: Sequence[Estimate],
+    base_loss: float,
+    differences: Mapping[str, Difference | None],
+    reference: str,
+    margin: float | None,
+) -> list[Figure | None]:
+    """differences: name of a loss -> its difference from the reference's loss.
+    margin: differences up to so many nats per token make no difference to the user.
+    """
+    known = {name: difference for name, difference in differences.items() if difference}
+    listed = "; ".join(f"{loss.name} {loss.value:.3f} ({interval(loss.ends)})" for loss in losses)
+    seeds = "; small dots: each seed" if any(loss.runs for loss in losses) else ""
+    losses_figure = Figure(
+        "losses",
+        lambda canvas: canvas.estimates(losses, "held-out loss, nats per token"),
+        f"Held-out loss of each with its 95% interval: {listed}.",
+        f"Held-out loss, with 95% intervals over examples and seeds{seeds}. The base has {base_loss:.3f}. All are "
+        "judged on the same examples, so overlapping intervals say little: look at the differences.",
+    )
+
+    def draw_differences(canvas: Canvas) -> None:
+        rows = [Estimate(name, apart.value, (apart.low, apart.high)) for name, apart in known.items()]
+        colours = [number for number, loss in enumerate(losses) if loss.name in known]  # those of the losses
+        unit = f"loss − loss of {one_line(reference, 18)}, nats per token"
+        canvas.estimates(rows, unit, reference=0.0, form="+.3f", colours=colours)
+        if margin is not None:
+            canvas.axes.axvspan(-margin, margin, color=GRID, alpha=0.6, linewidth=0, zorder=0)
+
+    listed = "; ".join(
+        f"{name} {apart.value:+.3f} ({interval((apart.low, apart.high), '+.3f')})" for name, apart in known.items()
+    )
+    band = "" if margin is None else f" Shaded: within the margin of {margin:g}, which makes no difference."
+    differences_figure = Figure(
+        "differences",
+        draw_differences,
+        f"Difference of each from {reference} with its 95% interval: {listed}.",
+        f"Difference from {reference} on the same examples and seeds, with its 95% interval; left is better.{band}",
+    )
+    return [losses_figure if losses else None, differences_figure if known else None]
 
 
-# ---- Losses
+def difference_cells(difference: Difference | None, p: float | None, missing: str = "") -> list[str]:
+    """The difference, its interval and its p-value. missing: in place of the difference."""
+    value = signed(difference.value) if difference else missing
+    ends = f"{signed(difference.low)} to {signed(difference.high)}" if difference else ""
+    return [value, ends, "" if p is None else p_value(p)]
 
 
-def _loss_table(comparison: Comparison, arms: Sequence[ArmResult]) -> Table:
-    columns = [
-        Column("arm"),
-        Column("learning rate", numeric=True),
-        Column("held-out loss", numeric=True),
-        Column("95% interval", numeric=True, interval=True),
-        Column(f"- {comparison.reference}", numeric=True),
-        Column("95% interval", numeric=True, interval=True),
-        Column("p", numeric=True, priority=1),
-    ]
+def _losses(comparison: Comparison, arms: Sequence[ArmResult]) -> list[Block | None]:
+    losses = [Estimate(arm.name, arm.eval_loss or 0.0, arm.interval, arm.seed_losses) for arm in arms]
+    differences = {arm.name: arm.difference for arm in arms}
+    margin = comparison.settings.get("compare", {}).get("margin")
     rows = []
     for arm in arms:
-        difference, p = arm.difference, comparison.p_values.get(arm.name)
         rate = "" if arm.learning_rate is None else learning_rate(arm.learning_rate)
-        rows.append(
-            [
-                arm.name,
-                rate if arm.bracketed else f"{rate} (edge)",
-                f"{arm.eval_loss:.3f}",
-                _ends(arm),
-                signed(difference.value) if difference else "",
-                f"{signed(difference.low)} to {signed(difference.high)}" if difference else "",
-                "" if p is None else p_value(p),
-            ]
-        )
-    return Table(columns, rows)
+        rate = rate if arm.bracketed else f"{rate} (edge)"
+        cells = difference_cells(arm.difference, comparison.p_values.get(arm.name))
+        rows.append([arm.name, rate, f"{arm.eval_loss:.3f}", interval(arm.interval), *cells])
+    first = [Column("arm"), *numeric("learning rate", "held-out loss"), INTERVAL]
+    columns = [*first, *numeric(f"- {comparison.reference}"), INTERVAL, Column("p", numeric=True, priority=1)]
+    figures = judged_figures(losses, comparison.base_loss, differences, comparison.reference, margin)
+    return [*figures, Table(columns, rows)]
+
+
+# ---- The other sections
 
 
 def _training(arms: Sequence[ArmResult]) -> Figure | None:
     runs = {arm.name: [losses for losses in arm.train_losses if losses] for arm in arms}
     values = "; ".join(f"{name} from {own[0][0]:.3f} to {own[0][-1]:.3f}" for name, own in runs.items() if own)
-    if not values:
-        return None
-    return Figure(
-        "training",
-        partial(_draw_training, runs),
-        f"Line chart of training losses. {values}.",
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.new_axes(310, "step", "loss, nats per token", whole_numbers="x")
+        for number, (name, own) in enumerate(runs.items()):
+            if own:
+                canvas.losses(own, series_colour(number), one_line(name, 28))
+        axes.margins(x=0.02)
+
+    alt = f"Line chart of training losses. {values}."
+    caption = (
         "Loss of each step's examples before the step, in nats per token. Thin lines: each seed. Thick lines: running "
-        "mean of all seeds.",
-        wide=True,
+        "mean of all seeds."
     )
+    return Figure("training", draw, alt, caption, wide=True) if values else None
 
 
-def _draw_training(runs: Mapping[str, Sequence[Sequence[float]]], canvas: "Canvas") -> None:
-    axes = canvas.new_axes(310, "step", "loss, nats per token")
-    for number, (name, own) in enumerate(runs.items()):
-        if own:
-            canvas.losses(own, SERIES[number % len(SERIES)], one_line(name, 28))
-    canvas.whole_numbers("x")
-    axes.margins(x=0.02)
-    canvas.legend()
-
-
-# ---- Costs
-
-
-def _cost_figures(arms: Sequence[ArmResult]) -> list[Figure]:
+def _costs(arms: Sequence[ArmResult]) -> list[Block | None]:
     figures = []
-    for name, title, show in COSTS:
+    for name, title, _, show in COSTS:
         values = {arm.name: float(getattr(arm, name)) for arm in arms if getattr(arm, name) is not None}
-        if values:
-            figures.append(_bars(f"cost-{name.replace('_', '-')}", values, show, title, f"{title}."))
-    return figures
-
-
-def _bars(name: str, values: Mapping[str, float], show: Callable[[float], str], title: str, caption: str) -> Figure:
-    listed = ", ".join(f"{arm} {show(value)}" for arm, value in values.items())
-    return Figure(name, lambda canvas: canvas.bars(values, show), f"{title}: {listed}.", caption)
-
-
-def _cost_table(arms: Sequence[ArmResult]) -> Table:
-    names = ("training", "peak memory", "trained", "on disk", "KL from base")
+        figures.append(bar_figure(f"cost-{name.replace('_', '-')}", values, show, title, f"{title}."))
     rows = []
     for arm in arms:
-        values = [getattr(arm, name) for name, _, _ in COSTS]
-        cells = ["" if value is None else show(value) for value, (_, _, show) in zip(values, COSTS, strict=True)]
+        costs = [(getattr(arm, name), show) for name, _, _, show in COSTS]
+        cells = ["" if value is None else show(value) for value, show in costs]
         rows.append([arm.name, *cells, f"{arm.forgetting['kl']:.3f}" if arm.forgetting else ""])
     note = "KL: nats per token, on text of other tasks; how much was forgotten." if any(row[-1] for row in rows) else ""
-    return Table([Column("arm"), *(Column(name, numeric=True) for name in names)], rows, note=note)
+    columns = [Column("arm"), *numeric(*(column for _, _, column, _ in COSTS), "KL from base")]
+    return [*figures, Table(columns, rows, note=note)]
 
 
-# ---- What was forgotten
-
-
-def _forgetting(arms: Sequence[ArmResult]) -> Figure | None:
+def _forgetting(arms: Sequence[ArmResult]) -> list[Block | None]:
     points = [(number, arm.name, arm.eval_loss or 0.0, arm.forgetting) for number, arm in enumerate(arms)]
     known = [(number, name, loss, lost["kl"]) for number, name, loss, lost in points if lost]
-    if not known:
-        return None
     values = "; ".join(f"{name}: KL {kl:.3f}, loss {loss:.3f}" for _, name, loss, kl in known)
-    return Figure(
-        "forgetting",
-        partial(_draw_forgetting, known),
-        f"Held-out loss against distance from the base. {values}.",
-        "Further left: learned more. Lower: forgot less. KL(base || tuned) in nats per token of the other text.",
-    )
 
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.new_axes(300, "held-out loss, nats per token", "KL, nats per token")
+        for number, name, loss, kl in known:
+            colour, text = series_colour(number), one_line(name, 20)
+            axes.plot([loss], [kl], "o", color=colour, markersize=11, markeredgecolor=PAPER, label=text)
+        axes.margins(x=0.15, y=0.2)
+        axes.set_ylim(bottom=0)
+        axes.locator_params("x", nbins=5)
 
-def _draw_forgetting(points: Sequence[tuple[int, str, float, float]], canvas: "Canvas") -> None:
-    axes = canvas.new_axes(300, "held-out loss, nats per token", "KL, nats per token")
-    for number, name, loss, kl in points:
-        colour, text = SERIES[number % len(SERIES)], one_line(name, 20)
-        axes.plot([loss], [kl], "o", color=colour, markersize=11, markeredgecolor=PAPER, label=text)
-    axes.margins(x=0.15, y=0.2)
-    axes.set_ylim(bottom=0)
-    axes.locator_params("x", nbins=5)
-    canvas.legend()
-
-
-def _other_text(arms: Sequence[ArmResult]) -> Figure | None:
+    alt = f"Held-out loss against distance from the base. {values}."
+    caption = "Further left: learned more. Lower: forgot less. KL(base || tuned) in nats per token of the other text."
     rises = {
         arm.name: arm.forgetting["loss_after"] - arm.forgetting["loss_before"]
         for arm in arms
         if arm.forgetting and "loss_after" in arm.forgetting
     }
-    if not rises:
-        return None
-    caption = "By how much the loss on that text rose, nats per token."
-    return _bars("other-text", rises, signed, "Rise of the loss on other text", caption)
+    return [
+        Figure("forgetting", draw, alt, caption) if known else None,
+        bar_figure(
+            "other-text",
+            rises,
+            signed,
+            "Rise of the loss on other text",
+            "By how much the loss on that text rose, nats per token.",
+        ),
+    ]
 
 
-# ---- Learning rates
+def _rates(arms: Sequence[ArmResult]) -> list[Block | None]:
+    losses = {  # of the runs that did not fail
+        arm.name: {rate: loss for rate, loss in sorted(arm.rates.items()) if loss is not None and math.isfinite(loss)}
+        for arm in arms
+    }
+    tried = [arm for arm in arms if losses[arm.name]]
 
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.new_axes(310, "learning rate", "loss, nats per token")
+        for number, arm in enumerate(tried):
+            own, colour, label = losses[arm.name], series_colour(number), one_line(arm.name, 28)
+            hollow: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7}
+            axes.plot(list(own), list(own.values()), "o-", color=colour, label=label, **hollow)
+            if arm.learning_rate in own:
+                axes.plot([arm.learning_rate], [own[arm.learning_rate]], "o", color=colour, markersize=10)
+        canvas.log_axis("x")
 
-def _losses_of_rates(arm: ArmResult) -> dict[float, float]:
-    """Of the runs that did not fail."""
-    return {rate: loss for rate, loss in sorted(arm.rates.items()) if loss is not None and math.isfinite(loss)}
-
-
-def _rates_figure(arms: Sequence[ArmResult]) -> Figure | None:
-    tried = [arm for arm in arms if _losses_of_rates(arm)]
-    if not tried:
-        return None
     best = "; ".join(f"{arm.name} best at {learning_rate(arm.learning_rate)}" for arm in tried if arm.learning_rate)
-    at_edge = [arm.name for arm in tried if not arm.bracketed]
     caption = "Held-out loss at each learning rate tried; filled: the one taken."
+    at_edge = [arm.name for arm in tried if not arm.bracketed]
     if at_edge:
         caption += f" The best of {', '.join(at_edge)} lies at the edge of those tried."
-    return Figure("rates", partial(_draw_rates, tried), f"Loss against learning rate. {best}.", caption, wide=True)
-
-
-def _draw_rates(arms: Sequence[ArmResult], canvas: "Canvas") -> None:
-    axes = canvas.new_axes(310, "learning rate", "loss, nats per token")
-    for number, arm in enumerate(arms):
-        losses, colour = _losses_of_rates(arm), SERIES[number % len(SERIES)]
-        style: dict[str, Any] = {"color": colour, "markerfacecolor": PAPER, "markersize": 7}
-        axes.plot(list(losses), list(losses.values()), "o-", label=one_line(arm.name, 28), **style)
-        best = {rate: loss for rate, loss in losses.items() if rate == arm.learning_rate}
-        axes.plot(list(best), list(best.values()), "o", color=colour, markersize=10)
-    canvas.log_axis("x")
-    canvas.legend()
-
-
-def _rates_table(arms: Sequence[ArmResult]) -> Table | None:
-    losses = {arm.name: _losses_of_rates(arm) for arm in arms}
+    figure = Figure("rates", draw, f"Loss against learning rate. {best}.", caption, wide=True)
     rows = [
         [arm.name, learning_rate(rate), f"{losses[arm.name][rate]:.4f}" if rate in losses[arm.name] else "failed"]
         for arm in arms
         for rate in sorted(arm.rates)
     ]
-    columns = [Column("arm"), Column("learning rate", numeric=True), Column("loss", numeric=True)]
-    return Table(columns, rows, "Learning rates tried", folded=True, detail="page") if rows else None
-
-
-def _settings(comparison: Comparison) -> Table | None:
-    own = [(f"{arm.name}:", arm.changes) for arm in comparison.arms]
-    shared = [
-        (part, {name: value for name, value in settings.items() if name != "arms"})
-        for part, settings in comparison.settings.items()
-    ]
-    return settings_table("Settings", *own, *shared)
+    columns = [Column("arm"), *numeric("learning rate", "loss")]
+    table = Table(columns, rows, "Learning rates tried", folded=True, detail="page")
+    return [figure if tried else None, table if rows else None]

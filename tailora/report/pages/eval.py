@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tailora.evaluation.metrics import METRICS
 from tailora.evaluation.scores import Match
 from tailora.report.blocks import (
+    INTERVAL,
     Answers,
     Block,
     Column,
@@ -17,14 +18,18 @@ from tailora.report.blocks import (
     Page,
     Section,
     Table,
+    numeric,
     settings_table,
 )
+from tailora.report.charts import Canvas
 from tailora.report.format import NONE, decimals, duration, plural
 
-if TYPE_CHECKING:  # matplotlib is an optional package
-    from tailora.report.charts import Canvas
-
-TUNED, BASE = "tuned", "base"
+CUTS = {  # of EvalReport.data: how many rows were cut or left out
+    "truncated": "{:,} rows were longer than --max-length and cut; the longest has {longest:,} tokens",
+    "cut_away": "{:,} of them were left out, because nothing is left to evaluate after the cut",
+    "too_long": "{:,} rows were left out: choices or prompt longer than --max-length or the model allows",
+}
+TUNED, BASE, CHANGE = "tuned", "base", "tuned - base"
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,24 @@ class EvalReport:
 
 
 def eval_page(report: EvalReport) -> Page:
-    known = {"model": report.model, **(report.data or {}), **(report.tasks or {})}
+    data, tasks, subject = report.data or {}, report.tasks or {}, report.adapter or report.model
+    if report.data is None:
+        lead = f"{subject} on tasks of lm-evaluation-harness {tasks.get('lm_eval', '')}".rstrip() + "."
+    else:
+        tokens = f"; {data['supervised_tokens']:,} tokens are judged" if "supervised_tokens" in data else ""
+        lead = f"{subject} on {data['source']}: {plural(data['rows'], 'row')}, read as {data['shape']}{tokens}."
+    missed = [gate.gate for gate in report.gates if not gate.met]
+    if missed:
+        lead += f" Gates not met: {', '.join(missed)}."
+    elif report.gates:
+        lead += " All gates are met."
+    numbers = [
+        Number(name.replace("_", " "), value.shown(), value.ends(), detail="page")
+        for name, value in report.metrics.items()
+        if value.value is not None
+    ]
+    numbers.append(Number("time", duration(report.seconds), detail="page"))
+    known = {"model": report.model, **data, **tasks}
     sections = [
         Section(
             "What was measured",
@@ -79,72 +101,23 @@ def eval_page(report: EvalReport) -> Page:
         Section("Answers", "The first greedy answers; ✓ marks those that are as expected.", _answers(report)),
         Section("Data", "", [settings_table("Data", ("", known))]),
     ]
-    name = (report.adapter or report.model).rstrip("/").rpartition("/")[2]
-    gates = Section("Gates", "", [_gates(report)])
-    return Page("eval", name, _lead(report), _numbers(report), sections, _notes(report), gates)
-
-
-def _lead(report: EvalReport) -> str:
-    data, tasks = report.data, report.tasks or {}
-    lead = report.adapter or report.model
-    if data is None:
-        lead += f" on tasks of lm-evaluation-harness {tasks.get('lm_eval', '')}".rstrip() + "."
-    else:
-        tokens = f"; {data['supervised_tokens']:,} tokens are judged" if "supervised_tokens" in data else ""
-        lead += f" on {data['source']}: {plural(data['rows'], 'row')}, read as {data['shape']}{tokens}."
-    missed = [gate.gate for gate in report.gates if not gate.met]
-    if missed:
-        return f"{lead} Gates not met: {', '.join(missed)}."
-    return f"{lead} {'All gates are met.' if report.gates else ''}".rstrip()
-
-
-def _notes(report: EvalReport) -> list[str]:
-    """What was cut or left out."""
-    data = report.data or {}
-    notes = []
-    if truncated := data.get("truncated"):
-        notes.append(
-            f"{truncated:,} rows were longer than --max-length and cut; the longest has {data['longest']:,} tokens"
-        )
-    if cut_away := data.get("cut_away"):
-        notes.append(f"{cut_away:,} of them were left out, because nothing is left to evaluate after the cut")
-    if too_long := data.get("too_long"):
-        notes.append(f"{too_long:,} rows were left out: choices or prompt longer than --max-length or the model allows")
-    return notes
-
-
-def _numbers(report: EvalReport) -> list[Number]:
-    numbers = [
-        Number(name.replace("_", " "), value.shown(), value.ends(), detail="page")
-        for name, value in report.metrics.items()
-        if value.value is not None
-    ]
-    return [*numbers, Number("time", duration(report.seconds), detail="page")]
-
-
-def _table(report: EvalReport) -> Table:
-    sides = {"base": report.base, TUNED: report.metrics, "tuned - base": report.change}
-    if report.base is None:
-        sides = {"value": report.metrics}
-    columns = [Column("metric")]
-    for side in sides:
-        columns += [Column(side, numeric=True), Column("95% interval", numeric=True, interval=True)]
-    rows = []
-    for name, value in report.metrics.items():
-        row = [name]
-        for side, values in sides.items():
-            own = (values or {}).get(name)
-            row += ["", ""] if own is None else [own.shown("+" if side == "tuned - base" else ""), own.ends()]
-        rows.append([*row, f"{value.n:,}"])
-    return Table([*columns, Column("rows", numeric=True)], rows)
+    notes = [text.format(data[name], **data) for name, text in CUTS.items() if data.get(name)]
+    outcomes = [f"gate {'met' if gate.met else 'NOT MET'}: {gate}" for gate in report.gates]
+    gates = Section("Gates", "", [List(outcomes) if outcomes else None])
+    return Page("eval", subject.rstrip("/").rpartition("/")[2], lead, numbers, sections, notes, gates)
 
 
 def _figures(report: EvalReport) -> list[Figure]:
-    """Beside the base, where that was judged, too."""
+    """Each metric beside the base's, where the base was evaluated, too."""
+
+    def draw(values: dict[str, Value], unit: str, canvas: Canvas) -> None:
+        rows = [Estimate(side, own.value or 0.0, own.interval) for side, own in values.items()]
+        canvas.estimates(rows, unit, form=".3f" if all(abs(row.value) < 10 for row in rows) else ",.1f")
+
     figures = []
     for number, (name, tuned) in enumerate(report.metrics.items()):
-        base = (report.base or {}).get(name)
-        values = {side: value for side, value in ((BASE, base), (TUNED, tuned)) if value and value.value is not None}
+        both = {BASE: (report.base or {}).get(name), TUNED: tuned}
+        values = {side: value for side, value in both.items() if value and value.value is not None}
         if report.base is None or not values:
             continue
         meaning = METRICS.get(name, name)
@@ -154,34 +127,39 @@ def _figures(report: EvalReport) -> list[Figure]:
             ends = f" ({change.ends()})" if change.interval else ""
             caption += f" Change on the same rows: {change.shown('+')}{ends}."
         alt = f"{name}: {'; '.join(f'{side} {value.shown()}' for side, value in values.items())}."
-        draw = partial(_draw, values, name.replace("_", " "))
-        figures.append(Figure(f"metric-{number}", draw, alt, caption))
+        figures.append(Figure(f"metric-{number}", partial(draw, values, name.replace("_", " ")), alt, caption))
     return figures
 
 
-def _draw(values: dict[str, Value], unit: str, canvas: "Canvas") -> None:
-    rows = [Estimate(side, own.value or 0.0, *(own.interval or (None, None))) for side, own in values.items()]
-    canvas.estimates(rows, unit, form=".3f" if all(abs(row.value) < 10 for row in rows) else ",.1f")
-
-
-def _gates(report: EvalReport) -> List | None:
-    items = [f"gate {'met' if gate.met else 'NOT MET'}: {gate}" for gate in report.gates]
-    return List(items) if items else None
+def _table(report: EvalReport) -> Table:
+    sides = {BASE: report.base, TUNED: report.metrics, CHANGE: report.change}
+    if report.base is None:
+        sides = {"value": report.metrics}
+    columns = [Column("metric")]
+    for side in sides:
+        columns += [*numeric(side), INTERVAL]
+    rows = []
+    for name, value in report.metrics.items():
+        row = [name]
+        for side, values in sides.items():
+            own = (values or {}).get(name)
+            row += ["", ""] if own is None else [own.shown("+" if side == CHANGE else ""), own.ends()]
+        rows.append([*row, f"{value.n:,}"])
+    return Table([*columns, *numeric("rows")], rows)
 
 
 def _answers(report: EvalReport) -> list[Block | None]:
+    def marked(match: Match) -> str:
+        return f"{'✓' if match.hit else '✗'} {match.answer}"
+
     tuned, base = report.samples.get(TUNED, []), report.samples.get(BASE, [])
     if not tuned:
         return []
     if len(base) == len(tuned):
         rows = [
-            (f"{after.prompt}\n→ {after.expected}", _marked(before), _marked(after))
+            (f"{after.prompt}\n→ {after.expected}", marked(before), marked(after))
             for before, after in zip(base, tuned, strict=True)
         ]
         return [Answers((BASE, TUNED), rows)]
     columns = [Column("prompt"), Column("expected"), Column("answer")]
-    return [Table(columns, [[match.prompt, match.expected, _marked(match)] for match in tuned])]
-
-
-def _marked(match: Match) -> str:
-    return f"{'✓' if match.hit else '✗'} {match.answer}"
+    return [Table(columns, [[match.prompt, match.expected, marked(match)] for match in tuned])]

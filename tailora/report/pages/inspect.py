@@ -3,80 +3,100 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 from tailora.core.patterns import layer_index
 from tailora.evaluation.spectral import ModuleReport
 from tailora.formats.run_folder import ADAPTER
 from tailora.report.blocks import (
+    INTERVAL,
     Block,
     Column,
+    Detail,
     Estimate,
     Figure,
     Finding,
     HeatMap,
+    List,
     Number,
     Page,
     Paragraph,
     Section,
     Table,
+    numeric,
     settings_table,
 )
-from tailora.report.colours import SERIES, heat_colour
+from tailora.report.charts import SERIES, Canvas, heat_colour
 from tailora.report.format import NONE, interval, one_line, plural, signed, value_range
-from tailora.report.pages.adapter_pair import pair_section
-from tailora.report.paths import by_depth, shared_prefix, short_names
+from tailora.report.paths import by_depth, by_layer, shared_prefix, short_names
 from tailora.study.advice import cost_limit, first_few
-from tailora.study.inspection import Advice, HeldOutLosses, Inspection, TruncationCost
-
-if TYPE_CHECKING:  # matplotlib is an optional package
-    from tailora.report.charts import Canvas
+from tailora.study.inspection import AdapterOverlap, CombinedLosses, HeldOutLosses, Inspection, ModuleOverlap
 
 FEWEST_LAYERS = 3  # for heat maps
 MOST_PANELS = 12  # of spectra
+MEASURES = [  # of a module: column, attribute, how its mean over modules is written, priority of the column
+    ("effective", "effective_rank", ".1f", 0),
+    ("stable", "stable_rank", ".1f", 0),
+    ("energy", "energy", ".1%", 0),  # the sum, not the mean
+    ("‖ΔW‖/‖W‖", "relative_norm", ".2%", 0),
+    ("intruders", "intruders", ".1f", 1),
+    ("random", "intruders_random", ".1f", 2),
+    ("scale", "scaling", ".3g", 2),  # where scales are learned
+]
+# Overlaps of two modules: attribute -> column
+OVERLAPS = {"writes": "writes", "writes_by_chance": "by chance", "reads": "reads", "reads_by_chance": "by chance"}
 
 
 def inspect_page(inspection: Inspection) -> Page:
-    modules, losses = inspection.modules, inspection.held_out
-    rules = [advice.rule for advice in inspection.advice]
-    asked = f"Rules that ask for something: {', '.join(rules)}." if rules else "No rule asks for a change."
-    conclusion = Section(
-        "Advice", "From rules with stated thresholds, each with its numbers (docs/inspect.md).", _advice(inspection)
+    losses, training = inspection.held_out, inspection.training
+    by_depth_table, every_module = _module_tables(inspection)
+    left_out = Table(
+        [Column("left out"), Column("why")], list(inspection.left_out.items()), "Left out", folded=True, detail="page"
     )
+    adapter = {"folder": inspection.adapter, **inspection.config}
     sections = [
         Section(
             "Where the update is",
             "Energy is the share of the adapter's squared norm.",
-            [_by_depth(inspection), *_heat_maps(modules), *_remarks(inspection), _every_module(inspection)],
+            [by_depth_table, *_heat_maps(inspection.modules), *_remarks(inspection), every_module],
         ),
         Section(
             "Spectra",
             "How fast the singular values of each update fall: a flat line uses all of its rank, a steep one little.",
-            [_spectra(modules)],
+            [_spectra(inspection.modules)],
         ),
-        Section(
-            "What the ranks are worth",
-            f"On {losses.data}, {losses.examples:,} held-out examples: loss {losses.base_loss:.4f} with the base, "
-            f"{losses.loss:.4f} with the adapter."
-            if losses
-            else "",
-            [_truncation_figure(losses), _truncation_table(losses)] if losses else [],
-        ),
+        *([_truncation(losses)] if losses else []),
         Section("What was forgotten", "", _forgetting(inspection)),
-        *([] if inspection.pair is None else [pair_section(inspection.pair, inspection.layers)]),
-        Section("Left out, and settings", "", _left_out_and_settings(inspection)),
+        *([_pair(inspection.pair, inspection.layers)] if inspection.pair else []),
+        Section(
+            "Left out, and settings",
+            "",
+            [
+                left_out if inspection.left_out else None,
+                settings_table("Settings of the adapter", ("adapter", adapter), ("its run", training)),
+            ],
+        ),
     ]
-    return Page(
-        "inspect",
-        _title(inspection.adapter),
-        f"{_described(inspection)}. {asked}",
-        _numbers(inspection),
-        sections,
-        _missing(inspection),
-        conclusion,
+    findings: list[Block] = []
+    for advice in inspection.advice:
+        settings = [f"{name}: {json.dumps(value)}" for name, value in advice.setting.items()]  # JSON is YAML, too
+        findings.append(Finding(advice.rule, advice.says, "\n".join(filter(None, [*settings, advice.command]))))
+    conclusion = Section(
+        "Advice",
+        "From rules with stated thresholds, each with its numbers (docs/inspect.md).",
+        findings or [Paragraph("No rule of docs/inspect.md asks for a change.")],
     )
+    rules = [advice.rule for advice in inspection.advice]
+    asked = f"Rules that ask for something: {', '.join(rules)}." if rules else "No rule asks for a change."
+    notes = []  # what more there would be to see
+    if inspection.model is None:
+        base = inspection.named_base or "BASE"
+        notes = [f"--model {base} adds ‖ΔW‖/‖W‖ and intruder dimensions; with --data, too, what the ranks are worth."]
+    elif losses is None:
+        notes = ["--data HELD_OUT adds what the smaller singular values are worth, and what was forgotten."]
+    lead = f"{_described(inspection)}. {asked}"
+    title = _title(inspection.adapter)
+    return Page("inspect", title, lead, _numbers(inspection), sections, notes, conclusion)
 
 
 def _title(adapter: str) -> str:
@@ -106,105 +126,56 @@ def _numbers(inspection: Inspection) -> list[Number]:
         return []
     use, stable = (statistics.median(getattr(module, name) for module in modules) for name in ("use", "stable_rank"))
     numbers = [
-        Number("effective rank / rank", f"{use:.2f}", "median; 1: all of the rank is used", detail="page"),
-        Number("stable rank", f"{stable:.1f}", "median", detail="page"),
+        Number("effective rank / rank", f"{use:.2f}", "median; 1: all of the rank is used", "page"),
+        Number("stable rank", f"{stable:.1f}", "median", "page"),
     ]
     norms = [module.relative_norm for module in modules if module.relative_norm is not None]
     if norms:
-        numbers.append(Number("‖ΔW‖/‖W‖", f"{statistics.median(norms):.2%}", "median", detail="page"))
+        numbers.append(Number("‖ΔW‖/‖W‖", f"{statistics.median(norms):.2%}", "median", "page"))
     intruders = [module.intruders for module in modules if module.intruders is not None]
     by_chance = [module.intruders_random for module in modules if module.intruders_random is not None]
     if intruders and by_chance:
         note = f"{statistics.fmean(by_chance):.1f} in a random update"
-        numbers.append(Number("intruders of 10", f"{statistics.fmean(intruders):.1f}", note, detail="page"))
+        numbers.append(Number("intruders of 10", f"{statistics.fmean(intruders):.1f}", note, "page"))
     if losses:
-        ends = interval(losses.improvement_low, losses.improvement_high)
-        numbers.append(Number("better by, nats per token", f"{losses.improvement:.3f}", ends, detail="page"))
+        ends = interval((losses.improvement_low, losses.improvement_high))
+        numbers.append(Number("better by, nats per token", f"{losses.improvement:.3f}", ends, "page"))
     if inspection.forgetting:
-        kl = f"{inspection.forgetting['kl']:.3f}"
-        numbers.append(Number("KL from the base", kl, "nats per token", detail="page"))
+        numbers.append(Number("KL from the base", f"{inspection.forgetting['kl']:.3f}", "nats per token", "page"))
     return numbers
 
 
-# ---- Advice
+# ---- Where the update is
 
 
-def _advice(inspection: Inspection) -> list[Block | None]:
-    if not inspection.advice:
-        return [Paragraph("No rule of docs/inspect.md asks for a change.")]
-    return [Finding(advice.rule, advice.says, _to_copy(advice)) for advice in inspection.advice]
-
-
-def _to_copy(advice: Advice) -> str:
-    """The settings as YAML, of which JSON is a part, and the command."""
-    settings = [f"{name}: {json.dumps(value)}" for name, value in advice.setting.items()]
-    return "\n".join([*settings, *([advice.command] if advice.command else [])])
-
-
-def _missing(inspection: Inspection) -> list[str]:
-    """What more there would be to see."""
-    if inspection.model is None:
-        base = inspection.named_base or "BASE"
-        return [f"--model {base} adds ‖ΔW‖/‖W‖ and intruder dimensions; with --data, too, what the ranks are worth."]
-    if inspection.held_out is None:
-        return ["--data HELD_OUT adds what the smaller singular values are worth, and what was forgotten."]
-    return []
-
-
-# ---- Modules
-
-
-def _by_depth(inspection: Inspection) -> Table | None:
-    """A row for each third of the layers and name of a matrix."""
+def _module_tables(inspection: Inspection) -> tuple[Table | None, Table | None]:
+    """A row for each third of the layers and name of a matrix; and a row for every module."""
     modules = inspection.modules
-    rows = [[layers, name, *_cells(own, modules)] for layers, name, own in by_depth(modules, inspection.layers)]
-    columns = [Column("layers"), Column("module"), *_columns(modules)]
-    return Table(columns, rows, note="Means of the modules; of energy, sums.") if rows else None
+    if not modules:
+        return None, None
+    measures = [measure for measure in MEASURES if any(getattr(module, measure[1]) is not None for module in modules)]
+    if not any(module.learned_scaling for module in modules):
+        measures = [measure for measure in measures if measure[1] != "scaling"]
 
+    def cells(own: Sequence[ModuleReport]) -> list[str]:
+        texts = [value_range([module.r for module in own])]
+        for _, name, form, _ in measures:
+            values = [value for module in own if (value := getattr(module, name)) is not None]
+            if len(own) == 1 and name in ("intruders", "intruders_random"):
+                form = ".0f"
+            value = (sum if name == "energy" else statistics.fmean)(values) if values else None
+            texts.append(NONE if value is None else format(value, form))
+        return texts
 
-def _every_module(inspection: Inspection) -> Table | None:
-    prefix = shared_prefix(module.path for module in inspection.modules)
-    name = f"module (after {prefix})" if prefix else "module"
-    columns = [Column(name), *_columns(inspection.modules)]
-    rows = [[module.path.removeprefix(prefix), *_cells([module], inspection.modules)] for module in inspection.modules]
+    columns = [*numeric("r"), *(Column(name, numeric=True, priority=priority) for name, _, _, priority in measures)]
+    rows = [[layers, name, *cells(own)] for layers, name, own in by_depth(modules, inspection.layers)]
+    note = "Means of the modules; of energy, sums."
+    by_depth_table = Table([Column("layers"), Column("module"), *columns], rows, note=note)
+    prefix = shared_prefix(module.path for module in modules)
+    first = Column(f"module (after {prefix})" if prefix else "module")
+    rows = [[module.path.removeprefix(prefix), *cells([module])] for module in modules]
     title = f"Every module ({len(rows):,})"
-    return Table(columns, rows, title, folded=True, detail="all") if rows else None
-
-
-def _columns(modules: Sequence[ModuleReport]) -> list[Column]:
-    names = ["r", "effective", "stable", "energy"]
-    names += ["‖ΔW‖/‖W‖"] if _known(modules, "relative_norm") else []
-    columns = [Column(name, numeric=True) for name in names]
-    if _known(modules, "intruders"):
-        columns += [Column("intruders", numeric=True, priority=1), Column("random", numeric=True, priority=2)]
-    return columns + ([Column("scale", numeric=True, priority=2)] if _scales_learned(modules) else [])
-
-
-def _cells(own: Sequence[ModuleReport], modules: Sequence[ModuleReport]) -> list[str]:
-    """Of the columns above. modules: all, which decide on the columns."""
-
-    def mean(name: str, form: str) -> str:
-        values = [value for module in own if (value := getattr(module, name)) is not None]
-        return format(statistics.fmean(values), form) if values else NONE
-
-    counts = ".1f" if len(own) > 1 else ".0f"
-    return [
-        value_range([module.r for module in own]),
-        mean("effective_rank", ".1f"),
-        mean("stable_rank", ".1f"),
-        f"{sum(module.energy for module in own):.1%}",
-        *([mean("relative_norm", ".2%")] if _known(modules, "relative_norm") else []),
-        *([mean("intruders", counts), mean("intruders_random", counts)] if _known(modules, "intruders") else []),
-        *([mean("scaling", ".3g")] if _scales_learned(modules) else []),
-    ]
-
-
-def _known(modules: Sequence[ModuleReport], name: str) -> bool:
-    return any(getattr(module, name) is not None for module in modules)
-
-
-def _scales_learned(modules: Sequence[ModuleReport]) -> bool:
-    return any(module.learned_scaling for module in modules)
+    return by_depth_table, Table([first, *columns], rows, title, folded=True, detail="all")
 
 
 def _remarks(inspection: Inspection) -> list[Paragraph]:
@@ -218,59 +189,28 @@ def _remarks(inspection: Inspection) -> list[Paragraph]:
     return [Paragraph(f"{text}: {first_few(paths)}") for text, paths in by_text.items()]
 
 
-# ---- Heat maps and spectra
-
-
 def _heat_maps(modules: Sequence[ModuleReport]) -> list[HeatMap]:
-    names = short_names(module.path for module in modules)
+    def heat_map(
+        name: str, measure: str, title: str, form: str, top: float | None, caption: str, detail: Detail = "page"
+    ) -> HeatMap:
+        cells = by_layer(modules, measure)
+        highest = max(cells.values(), default=0.0) if top is None else top
+        return HeatMap(f"map-{name}", title, cells, highest, form.format, caption, detail)
+
     if len({layer_index(module.path) for module in modules} - {None}) < FEWEST_LAYERS:
         return []
-    energy, use, norm, intruders = (
-        {
-            (names[module.path], layer): float(value)
-            for module in modules
-            if (layer := layer_index(module.path)) is not None and (value := getattr(module, name)) is not None
-        }
-        for name in ("energy", "use", "relative_norm", "intruders")
-    )
-    percent: Callable[[float], str] = "{:.1%}".format
-    maps = [
-        HeatMap(
-            "map-energy",
-            "energy",
-            energy,
-            max(energy.values(), default=0),
-            percent,
-            "Share of the adapter's squared norm.",
-            detail="always",
-        ),
-        HeatMap(
-            "map-use",
-            "effective rank / rank",
-            use,
-            1.0,
-            "{:.2f}".format,
-            "Effective rank / rank: 1 uses all directions alike; near 0 all but one are idle.",
-            detail="always",
-        ),
-        HeatMap(
-            "map-norm",
-            "relative norm",
-            norm,
-            max(norm.values(), default=0),
-            percent,
-            "‖ΔW‖/‖W‖: how large the update is beside the weight that it changes.",
-        ),
-        HeatMap(
-            "map-intruders",
-            "intruder dimensions",
-            intruders,
-            10.0,
-            "{:.0f}".format,
-            "Of the 10 leading directions of the changed weight, those that are unlike any of the base's.",
-        ),
-    ]
-    return [heat for heat in maps if any(heat.cells.values())]
+    caption = "Share of the adapter's squared norm."
+    energy = heat_map("energy", "energy", "energy", "{:.1%}", None, caption, "always")
+    caption = "Effective rank / rank: 1 uses all directions alike; near 0 all but one are idle."
+    use = heat_map("use", "use", "effective rank / rank", "{:.2f}", 1.0, caption, "always")
+    caption = "‖ΔW‖/‖W‖: how large the update is beside the weight that it changes."
+    norm = heat_map("norm", "relative_norm", "relative norm", "{:.1%}", None, caption)
+    caption = "Of the 10 leading directions of the changed weight, those that are unlike any of the base's."
+    intruders = heat_map("intruders", "intruders", "intruder dimensions", "{:.0f}", 10.0, caption)
+    return [heat for heat in (energy, use, norm, intruders) if any(heat.cells.values())]
+
+
+# ---- Spectra
 
 
 def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
@@ -284,65 +224,56 @@ def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
     energies = {name: sum(module.energy for module in own) for name, own in groups.items()}
     most = sorted(energies, key=lambda name: -energies[name])[:MOST_PANELS]
     shown = {name: own for name, own in groups.items() if name in most}
+    last = max((layer_index(module.path) or 0 for own in shown.values() for module in own), default=0)
+
+    def draw(canvas: Canvas) -> None:
+        columns = min(len(shown), 4 if canvas.wide else 2)
+        lines = math.ceil(len(shown) / columns)
+        canvas.set_height(56 + 150 * lines)
+        panels = list(canvas.figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+        for axes, (name, own) in zip(panels, shown.items(), strict=False):
+            for module in own:
+                values = [value / module.singular_values[0] for value in module.singular_values]
+                colour = heat_colour(2 + (layer_index(module.path) or 0), 0, last + 3)  # the palest is no line
+                axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.2)
+            axes.set_title(one_line(name, 22), fontsize=11.5)
+            axes.set_ylim(0, 1.05)
+            axes.locator_params("x", nbins=4, integer=True, min_n_ticks=1)
+            axes.set_yticks([0, 0.5, 1])
+        for index in range(len(shown), len(panels)):
+            panels[index].set_visible(False)
+            panels[index - columns].tick_params(labelbottom=True)
+        if last:
+            canvas.colour_scale(panels, (0, last), "{:.0f}".format, "layer")
+
     caption = "Singular values of each update, relative to the largest, in falling order; a line for each layer."
     if len(shown) < len(groups):
         caption += f" The {MOST_PANELS} of {len(groups)} matrices with the most energy."
     alt = f"Line charts of the singular values of {sum(map(len, shown.values()))} updates: {', '.join(shown)}."
-    return Figure("spectra", partial(_draw_spectra, shown), alt, caption, wide=True)
-
-
-def _draw_spectra(groups: Mapping[str, Sequence[ModuleReport]], canvas: "Canvas") -> None:
-    columns = min(len(groups), 4 if canvas.wide else 2)
-    lines = math.ceil(len(groups) / columns)
-    canvas.set_height(56 + 150 * lines)
-    panels = list(canvas.figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
-    last = max((layer_index(module.path) or 0 for own in groups.values() for module in own), default=0)
-    for axes, (name, own) in zip(panels, groups.items(), strict=False):
-        for module in own:
-            values = module.singular_values
-            colour = heat_colour(2 + (layer_index(module.path) or 0), 0, last + 3)  # the palest is no line
-            axes.plot(range(1, len(values) + 1), [value / values[0] for value in values], color=colour, linewidth=1.2)
-        axes.set_title(one_line(name, 22), fontsize=11.5)
-        axes.set_ylim(0, 1.05)
-        axes.locator_params("x", nbins=4, integer=True, min_n_ticks=1)
-        axes.set_yticks([0, 0.5, 1])
-    for index in range(len(groups), len(panels)):
-        panels[index].set_visible(False)
-        panels[index - columns].tick_params(labelbottom=True)
-    if last:
-        canvas.colour_scale(panels, (0, last), "{:.0f}".format, "layer")
+    return Figure("spectra", draw, alt, caption, wide=True)
 
 
 # ---- On held-out data
 
 
-def _costs(losses: HeldOutLosses) -> dict[str, TruncationCost]:
-    return {"all modules": losses.half, **losses.groups}
-
-
-def _truncation_figure(losses: HeldOutLosses) -> Figure:
-    values = "; ".join(
-        f"{name} {cost.rise:+.4f} ({interval(cost.low, cost.high, '+.4f')})" for name, cost in _costs(losses).items()
+def _truncation(losses: HeldOutLosses) -> Section:
+    costs = {"all modules": losses.half, **losses.groups}
+    listed = "; ".join(
+        f"{name} {cost.rise:+.4f} ({interval((cost.low, cost.high), '+.4f')})" for name, cost in costs.items()
     )
+
+    def draw(canvas: Canvas) -> None:
+        rows = [Estimate(name, cost.rise, (cost.low, cost.high)) for name, cost in costs.items()]
+        unit = "rise of held-out loss, nats per token"
+        canvas.estimates(rows, unit, reference=0.0, form="+.4f", colours=[0] * len(rows))
+
     text = "Rise of the held-out loss without the lower half of the singular values"
     caption = f"{text} of these modules, with 95% intervals."
-    return Figure("half", partial(_draw_truncation, losses), f"{text}: {values}.", caption, wide=True)
-
-
-def _draw_truncation(losses: HeldOutLosses, canvas: "Canvas") -> None:
-    rows = [Estimate(name, cost.rise, cost.low, cost.high) for name, cost in _costs(losses).items()]
-    unit = "rise of held-out loss, nats per token"
-    canvas.estimates(rows, unit, reference=0.0, form="+.4f", colours=[0] * len(rows))
-
-
-def _truncation_table(losses: HeldOutLosses) -> Table:
     columns = [
         Column("without the lower half of"),
-        Column("loss", numeric=True),
-        Column("rise", numeric=True),
-        Column("95% interval", numeric=True, interval=True),
-        Column("of the gain", numeric=True),
-        Column("limit", numeric=True),
+        *numeric("loss", "rise"),
+        INTERVAL,
+        *numeric("of the gain", "limit"),
         Column("of the values", numeric=True, priority=1),
     ]
     rows = [
@@ -350,14 +281,19 @@ def _truncation_table(losses: HeldOutLosses) -> Table:
             name,
             f"{cost.loss:.4f}",
             signed(cost.rise, 4),
-            interval(cost.low, cost.high, "+.4f"),
+            interval((cost.low, cost.high), "+.4f"),
             NONE if cost.cost is None else f"{cost.cost:.1%}",
             f"{cost_limit(cost):.1%}",
             f"{cost.values:.0%}",
         ]
-        for name, cost in _costs(losses).items()
+        for name, cost in costs.items()
     ]
-    return Table(columns, rows)
+    return Section(
+        "What the ranks are worth",
+        f"On {losses.data}, {losses.examples:,} held-out examples: loss {losses.base_loss:.4f} with the base, "
+        f"{losses.loss:.4f} with the adapter.",
+        [Figure("half", draw, f"{text}: {listed}.", caption, wide=True), Table(columns, rows)],
+    )
 
 
 def _forgetting(inspection: Inspection) -> list[Block | None]:
@@ -373,30 +309,82 @@ def _forgetting(inspection: Inspection) -> list[Block | None]:
         return [Paragraph(text)]
     points = [(0.0, losses.base_loss, 0.0), (1.0, losses.loss, lost["kl"])]
     points += [(step.strength, step.loss, step.kl) for step in inspection.dial if step.loss is not None]
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.new_axes(280, "strength", "held-out loss")
+        canvas.legend_columns = 2
+        strengths, own_losses, kls = zip(*sorted(points), strict=True)
+        axes.plot(strengths, own_losses, "o-", color=SERIES[0], label="held-out loss")
+        right = axes.twinx()
+        right.plot(strengths, kls, "s--", color=SERIES[1])
+        axes.plot([], [], "s--", color=SERIES[1], label="KL from the base (right)")
+        right.set_ylabel("KL")
+        right.set_ylim(bottom=0)
+        right.grid(visible=False)
+
     alt = f"Held-out loss and KL from the base at {len(points)} strengths of the adapter."
     caption = "What a lower strength keeps: held-out loss, and KL from the base on other text; nats per token."
-    return [Paragraph(text), Figure("dial", partial(_draw_dial, sorted(points)), alt, caption, wide=True)]
+    return [Paragraph(text), Figure("dial", draw, alt, caption, wide=True)]
 
 
-def _draw_dial(points: Sequence[tuple[float, float, float]], canvas: "Canvas") -> None:
-    axes = canvas.new_axes(280, "strength", "held-out loss")
-    strengths, losses, kls = zip(*points, strict=True)
-    axes.plot(strengths, losses, "o-", color=SERIES[0], label="held-out loss")
-    right = axes.twinx()
-    right.plot(strengths, kls, "s--", color=SERIES[1])
-    axes.plot([], [], "s--", color=SERIES[1], label="KL from the base (right)")
-    right.set_ylabel("KL")
-    right.set_ylim(bottom=0)
-    right.grid(visible=False)
-    canvas.legend(2)
+# ---- Beside a second adapter of the same base
 
 
-def _left_out_and_settings(inspection: Inspection) -> list[Block | None]:
-    left_out = Table(
-        [Column("left out"), Column("why")], list(inspection.left_out.items()), "Left out", folded=True, detail="page"
+def _pair(pair: AdapterOverlap, layers: int) -> Section:
+    modules, title = pair.modules, "Beside the other adapter"
+    if not modules:
+        return Section(title, f"Beside {pair.other}.", [Paragraph("No matrix is in both.")])
+    blocks: list[Block | None] = []
+    caption = "1: the two updates have the same space, 0: orthogonal spaces; chance is in the table."
+    for name, spaces in (("writes", "output spaces"), ("reads", "input spaces")):
+        if cells := by_layer(modules, name):
+            heat = HeatMap(f"map-{name}", f"overlap of the {spaces}", cells, 1.0, "{:.2f}".format, caption)
+            blocks.append(heat)
+    if pair.losses:
+        blocks += _combined_losses(pair.losses)
+
+    def cells_of(own: Sequence[ModuleOverlap]) -> list[str]:
+        """Means of the modules."""
+        cosine = statistics.fmean(module.cosine for module in own)
+        overlaps = (statistics.fmean(getattr(module, name) for module in own) for name in OVERLAPS)
+        lengths = [(module.sum_norm, math.hypot(module.norm, module.other_norm)) for module in own]
+        sums = [sum_norm / length for sum_norm, length in lengths if length]
+        relative_sum = f"{statistics.fmean(sums):.2f}" if sums else NONE
+        return [signed(cosine, 2), *(f"{overlap:.2f}" for overlap in overlaps), relative_sum]
+
+    columns = [Column("module"), *numeric("cosine", *OVERLAPS.values(), "sum")]
+    rows = [[where, name, *cells_of(own)] for where, name, own in by_depth(modules, layers)]
+    note = (
+        "writes, reads: overlap of the spaces of outputs and of inputs, and that of random spaces. sum: length of the "
+        "sum of both updates; 1 for orthogonal ones, 1.41 for the same update twice, 0 for opposite ones."
     )
-    groups: list[tuple[str, Mapping[str, Any]]] = [
-        ("adapter", {"folder": inspection.adapter, **inspection.config}),
-        ("its run", inspection.training),
-    ]
-    return [left_out if inspection.left_out else None, settings_table("Settings of the adapter", *groups)]
+    blocks.append(Table([Column("layers"), *columns], rows, note=note))
+    owners = {"only in this one": pair.only_here, "only in the other": pair.only_there}
+    items = [f"{len(paths)} {owner}: {first_few(paths)}" for owner, paths in owners.items() if paths]
+    blocks.append(List(items) if items else None)
+    rows = [[module.path, *cells_of([module])] for module in modules]
+    blocks.append(Table(columns, rows, "Overlap of every matrix", folded=True, detail="all"))
+    text = (
+        f"Beside {pair.other}: cosine of the updates of all matrices that both adapt {signed(pair.cosine)}; 1 for the "
+        "same update, 0 for orthogonal ones, -1 for opposite ones."
+    )
+    return Section(title, text, blocks)
+
+
+def _combined_losses(losses: CombinedLosses) -> list[Block]:
+    values = {"base": losses.base, "this one": losses.one, "the other": losses.other, "both": losses.both}
+    listed = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    rows = [Estimate(name, value) for name, value in values.items()]
+    figure = Figure(
+        "together",
+        lambda canvas: canvas.estimates(rows, "held-out loss, nats per token"),
+        f"Held-out losses: {listed}.",
+        "Held-out loss with either adapter, and with both added up.",
+        wide=True,
+    )
+    ends = interval((losses.worse_low, losses.worse_high), "+.4f")
+    text = (
+        f"Held-out loss: base {losses.base:.4f}, this adapter {losses.one:.4f}, the other {losses.other:.4f}, both "
+        f"added up {losses.both:.4f}: {signed(losses.worse, 4)} from the better one{f' ({ends})' if ends else ''}."
+    )
+    return [figure, Paragraph(text)]

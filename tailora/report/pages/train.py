@@ -1,20 +1,25 @@
-"""The page of a training run."""
+"""The report of a training run: report.json, made from the files that the run left in its folder, and its page."""
 
+import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from tailora.errors import FormatError
+from tailora.evaluation.generate import Answer
+from tailora.evaluation.statistics import before_and_after, describe_change
+from tailora.formats.run_folder import RUN, write_report
 from tailora.report.blocks import Answers, Block, Figure, Number, Page, Paragraph, Section, settings_table
-from tailora.report.colours import DASHED, INK, SERIES, SOFT
+from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
 from tailora.report.format import count, duration, interval, plural, share
-from tailora.report.train_report import HeldOut, Result, Step, TrainReport
 from tailora.train.memory import format_bytes
 
-if TYPE_CHECKING:  # matplotlib is an optional package
-    from tailora.report.charts import Canvas
-
+METRICS, SAMPLES, EXAMPLES = "metrics.jsonl", "samples.json", "examples.jsonl"
 MOST_MARKS = 1000  # of a scatter plot
 COLUMNS = [  # of metrics.jsonl -> unit, caption
     ("learning_rate", "learning rate", "Learning rate of each step."),
@@ -24,33 +29,169 @@ COLUMNS = [  # of metrics.jsonl -> unit, caption
 ]
 
 
+# ---- report.json
+
+
+@dataclass(frozen=True)
+class Step:
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    memory_bytes: float
+
+
+@dataclass(frozen=True)
+class StepEvaluation:
+    """The held-out loss after a step."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Of each held-out example: its tokens that count, and their loss in nats before and after training."""
+
+    tokens: list[int]
+    before: list[float]
+    after: list[float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The numbers of a finished run (`train.events.TrainResult`), with 95% intervals."""
+
+    steps: int
+    train_tokens: int
+    tokens_per_second: float
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    best_step: int
+    trainable_parameters: int
+    total_parameters: int
+    peak_memory_bytes: int
+    seconds: float
+    eval_loss_before_95: tuple[float, float] | None = None
+    eval_loss_after_95: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What report.json of a run holds. run: run.json without settings and result."""
+
+    settings: dict[str, Any]
+    run: dict[str, Any]
+    steps: list[Step]
+    evaluations: list[StepEvaluation]
+    samples: list[Answer]
+    result: Result | None  # None where the run was interrupted or diverged
+    held_out: HeldOut | None
+    verdict: str
+
+
+def write_train_report(folder: Path) -> dict[str, Any]:
+    """Writes report.json and returns its content. Raises FormatError where a file of the run cannot be read."""
+    header = _read_json(folder / RUN)
+    try:
+        result, settings = header.pop("result"), header.pop("settings")
+    except KeyError as missing:
+        raise FormatError(f"{folder / RUN} lacks {missing}; it was not written by a run") from None
+    metrics = _read_lines(folder / METRICS)
+    examples = _read_lines(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
+    held_out, losses = None, {}
+    if examples:
+        held_out = {name: [row[name] for row in examples] for name in ("tokens", "before", "after")}
+        losses = before_and_after(held_out["before"], held_out["after"], held_out["tokens"])
+    if result is None:
+        verdict = "The run has not finished: it was interrupted, failed, or is still going on."
+    elif losses:
+        verdict = describe_change(losses["change"], len(examples))
+    elif result["eval_loss_after"] is None:
+        verdict = "There was no held-out data, so nothing can be said about whether it worked: give --eval-data FILE."
+    else:
+        change = f"{result['eval_loss_before']:.3f} to {result['eval_loss_after']:.3f}"
+        verdict = f"Held-out loss went from {change} nats per token; its interval was not recorded."
+    if result is not None and losses:
+        result["eval_loss_change"] = losses["change"].value
+        for name, loss in losses.items():
+            result[f"eval_loss_{name}_95"] = None if math.isnan(loss.low) else (loss.low, loss.high)
+    content = {
+        "verdict": verdict,
+        "settings": settings,
+        "run": header,
+        "steps": [line for line in metrics if "loss" in line],
+        "evaluations": [{"step": line["step"], "loss": line["eval_loss"]} for line in metrics if "eval_loss" in line],
+        "samples": _read_json(folder / SAMPLES) if (folder / SAMPLES).exists() else [],
+        "result": result,
+        "held_out": held_out,
+    }
+    write_report(folder, "train", content)
+    return content
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is not JSON: {error}") from None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Without a last line that has no end: the run is still writing it, or was cut off."""
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise FormatError(f"{path} holds a line that is not JSON: {error}") from None
+
+
+# ---- The page
+
+
 def train_page(report: TrainReport) -> Page:
+    result, run = report.result, report.run
     model = str(report.settings["model"]).rstrip("/").rpartition("/")[2]
-    held_out = report.held_out
+    numbers: list[Number] = []
+    loss_text = "Nats per learned token: of each step's examples, before the step, and of the held-out examples."
+    answers: Block | None = None
+    if result is not None:
+        numbers = _numbers(result)
+        if report.evaluations:
+            loss_text += f" The weights of step {result.best_step} are kept."
+        answers = Paragraph("No answers were compared: there was no held-out prompt, or --samples is 0.")
+    if report.samples:
+        answers = Answers(("base", "tuned"), [(answer.prompt, answer.base, answer.tuned) for answer in report.samples])
+    decided = {name: value for name, value in run.items() if not isinstance(value, dict | list)}
+    data = {name: value for name, value in (run.get("data") or {}).items() if name != "lengths"}
+    tables = {
+        "Settings": report.settings,
+        "Data": data,
+        "Decided by the run": decided,
+        "Versions": run.get("versions") or {},
+        "Machine": run.get("machine") or {},
+    }
     sections = [
-        Section("Loss", _loss_text(report), [_loss(report)]),
-        Section(
-            "Each held-out example",
-            _examples_text(held_out) if held_out else "",
-            [_examples(held_out), _changes(held_out)] if held_out else [],
-        ),
-        Section("Answers before and after", "Greedy answers to the same prompts.", [_answers(report)]),
+        Section("Loss", loss_text, [_loss(report)]),
+        *([_examples(report.held_out)] if report.held_out else []),
+        Section("Answers before and after", "Greedy answers to the same prompts.", [answers]),
         Section("The course of the run", "Schedule, gradients, speed and memory of every step.", _course(report.steps)),
-        Section("Settings and machine", "", _origin(report)),
+        Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
     ]
-    numbers = [] if report.result is None else _numbers(report.result)
     return Page("train", f"{model}, fine-tuned", report.verdict, numbers, sections)
 
 
 def _numbers(result: Result) -> list[Number]:
-    numbers = [
-        Number(f"held-out loss {when}", f"{loss:.3f}", _loss_note(loss, ends))
-        for when, loss, ends in (
-            ("before", result.eval_loss_before, result.eval_loss_before_95),
-            ("after", result.eval_loss_after, result.eval_loss_after_95),
-        )
-        if loss is not None
-    ]
+    numbers = []
+    for when, loss, ends in (
+        ("before", result.eval_loss_before, result.eval_loss_before_95),
+        ("after", result.eval_loss_after, result.eval_loss_after_95),
+    ):
+        if loss is not None:
+            note = f"perplexity {math.exp(min(loss, 700)):,.1f}"
+            note = f"{interval(ends)}; {note}" if ends else note
+            numbers.append(Number(f"held-out loss {when}", f"{loss:.3f}", note))
     of_all = f"{share(result.trainable_parameters, result.total_parameters)} of {count(result.total_parameters)}"
     kept = f"{count(result.train_tokens)} tokens; step {result.best_step:,} is kept"
     return [
@@ -62,138 +203,75 @@ def _numbers(result: Result) -> list[Number]:
     ]
 
 
-def _loss_note(loss: float, ends: tuple[float, float] | None) -> str:
-    perplexity = f"perplexity {np.exp(min(loss, 700)):,.1f}"
-    return f"{interval(*ends)}; {perplexity}" if ends else perplexity
-
-
-# ---- Loss
-
-
-def _loss_text(report: TrainReport) -> str:
-    kept = f" The weights of step {report.result.best_step} are kept." if report.result and report.evaluations else ""
-    return f"Nats per learned token: of each step's examples, before the step, and of the held-out examples.{kept}"
-
-
 def _loss(report: TrainReport) -> Figure | None:
     steps, evaluations = report.steps, report.evaluations
     if not steps:
         return None
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.new_axes(320 if canvas.wide else 280, "step", "loss, nats per token", whole_numbers="x")
+        canvas.losses([[step.loss for step in steps]], SERIES[0], "training, running mean")
+        if evaluations:
+            x, y = [point.step for point in evaluations], [point.loss for point in evaluations]
+            axes.plot(x, y, "o-", color=SERIES[1], markersize=7, linewidth=1.5, label="held out")
+        axes.margins(x=0.02)
+
     alt = f"Line chart. Training loss of {len(steps)} steps, from {steps[0].loss:.3f} to {steps[-1].loss:.3f}."
     if evaluations:
         alt += f" Held-out loss from {evaluations[0].loss:.3f} to {evaluations[-1].loss:.3f}."
     caption = "Thin line: each step. Thick line: running mean. Dots: all held-out examples."
-    return Figure("loss", partial(_draw_loss, report), alt, caption, wide=True)
+    return Figure("loss", draw, alt, caption, wide=True)
 
 
-def _draw_loss(report: TrainReport, canvas: "Canvas") -> None:
-    axes = canvas.new_axes(320 if canvas.wide else 280, "step", "loss, nats per token")
-    losses = [step.loss for step in report.steps]
-    canvas.losses([losses], SERIES[0], "training, running mean")
-    if report.evaluations:
-        steps = [evaluation.step for evaluation in report.evaluations]
-        losses = [evaluation.loss for evaluation in report.evaluations]
-        axes.plot(steps, losses, "o-", color=SERIES[1], markersize=7, linewidth=1.5, label="held out")
-    canvas.whole_numbers("x")
-    axes.margins(x=0.02)
-    canvas.legend()
-
-
-# ---- Held-out examples
-
-
-def _per_token(held_out: HeldOut) -> tuple[list[float], list[float]]:
-    """Losses before and after, in nats per token, of each example that has tokens which count."""
+def _examples(held_out: HeldOut) -> Section:
     examples = zip(held_out.before, held_out.after, held_out.tokens, strict=True)
-    pairs = [(before / tokens, after / tokens) for before, after, tokens in examples if tokens > 0]
-    return [before for before, _ in pairs], [after for _, after in pairs]
+    pairs = [(before / tokens, after / tokens) for before, after, tokens in examples if tokens > 0]  # nats per token
 
+    def draw_examples(canvas: Canvas) -> None:
+        axes = canvas.new_axes(330, "loss before", "loss after")
+        shown = pairs[:: 1 + len(pairs) // MOST_MARKS]
+        tips = [f"{before:.3f} to {after:.3f}" for before, after in shown]
+        canvas.points(shown, tips, s=26, color=SERIES[0], alpha=0.6, linewidths=0)
+        ends = [min(map(min, shown)), max(map(max, shown))]
+        axes.plot(ends, ends, color=SOFT, linewidth=1.2, linestyle=DASHED)
 
-def _examples_text(held_out: HeldOut) -> str:
-    before, after = _per_token(held_out)
-    better = sum(second < first for first, second in zip(before, after, strict=True))
-    return f"{better:,} of {plural(len(before), 'example')} have a lower loss after training."
+    def draw_changes(canvas: Canvas) -> None:
+        axes = canvas.new_axes(330, "change, nats per token", "examples", whole_numbers="y")
+        bins = min(30, max(5, len(pairs) // 4))
+        changes = [after - before for before, after in pairs]
+        axes.hist(changes, bins=bins, color=SERIES[0], alpha=0.85, rwidth=0.92)
+        axes.axvline(0, color=INK, linewidth=1.2, linestyle=DASHED)
+        axes.grid(visible=False, axis="x")
 
-
-def _examples(held_out: HeldOut) -> Figure:
-    alt = f"Scatter plot of {len(held_out.tokens)} held-out examples: loss before against loss after."
-    caption = "Each dot is a held-out example; those below the line have improved."
-    return Figure("examples", partial(_draw_examples, held_out), alt, caption)
-
-
-def _draw_examples(held_out: HeldOut, canvas: "Canvas") -> None:
-    axes = canvas.new_axes(330, "loss before", "loss after")
-    before, after = _per_token(held_out)
-    every = 1 + len(before) // MOST_MARKS
-    before, after = before[::every], after[::every]
-    marks = axes.scatter(before, after, s=26, color=SERIES[0], alpha=0.6, linewidths=0)
-    ends = [min(*before, *after), max(*before, *after)]
-    axes.plot(ends, ends, color=SOFT, linewidth=1.2, linestyle=DASHED)
-    tips = [f"{first:.3f} to {second:.3f}" for first, second in zip(before, after, strict=True)]
-    canvas.add_tips(marks, "examples", tips)
-
-
-def _changes(held_out: HeldOut) -> Figure:
-    alt = "Histogram of the change of the loss of each held-out example."
-    caption = "Change of each example's loss, after - before; the dashed line marks no change."
-    return Figure("changes", partial(_draw_changes, held_out), alt, caption)
-
-
-def _draw_changes(held_out: HeldOut, canvas: "Canvas") -> None:
-    axes = canvas.new_axes(330, "change, nats per token", "examples")
-    before, after = map(np.array, _per_token(held_out))
-    bins = min(30, max(5, len(before) // 4))
-    axes.hist(after - before, bins=bins, color=SERIES[0], alpha=0.85, rwidth=0.92)
-    axes.axvline(0, color=INK, linewidth=1.2, linestyle=DASHED)
-    canvas.whole_numbers("y")
-    axes.grid(visible=False, axis="x")
-
-
-# ---- Answers, the course of the run, settings
-
-
-def _answers(report: TrainReport) -> Block | None:
-    if report.samples:
-        return Answers(("base", "tuned"), [(answer.prompt, answer.base, answer.tuned) for answer in report.samples])
-    if report.result is None:
-        return None
-    return Paragraph("No answers were compared: there was no held-out prompt, or --samples is 0.")
+    better = sum(after < before for before, after in pairs)
+    scatter_plot = Figure(
+        "examples",
+        draw_examples,
+        f"Scatter plot of {len(held_out.tokens)} held-out examples: loss before against loss after.",
+        "Each dot is a held-out example; those below the line have improved.",
+    )
+    histogram = Figure(
+        "changes",
+        draw_changes,
+        "Histogram of the change of the loss of each held-out example.",
+        "Change of each example's loss, after - before; the dashed line marks no change.",
+    )
+    text = f"{better:,} of {plural(len(pairs), 'example')} have a lower loss after training."
+    return Section("Each held-out example", text, [scatter_plot, histogram])
 
 
 def _course(steps: Sequence[Step]) -> list[Figure]:
-    if not steps:
-        return []
-    return [
-        Figure(
-            name.replace("_", "-"),
-            partial(_draw_column, steps, name, unit),
-            f"Line chart: {caption} From {getattr(steps[0], name):.3g} to {getattr(steps[-1], name):.3g}.",
-            caption,
-        )
-        for name, unit, caption in COLUMNS
-    ]
+    def draw(name: str, unit: str, canvas: Canvas) -> None:
+        axes = canvas.new_axes(200, "step", unit, whole_numbers="x")
+        values = np.array([getattr(step, name) for step in steps]) / (1e9 if name == "memory_bytes" else 1)
+        axes.plot([step.step for step in steps], values, color=SERIES[0])
+        if name == "grad_norm" and values.min() > 0 and values.max() > 30 * values.min():
+            canvas.log_axis("y")
+        elif name != "tokens_per_second":
+            axes.set_ylim(bottom=0)
 
-
-def _draw_column(steps: Sequence[Step], name: str, unit: str, canvas: "Canvas") -> None:
-    axes = canvas.new_axes(200, "step", unit)
-    values = np.array([getattr(step, name) for step in steps]) / (1e9 if name == "memory_bytes" else 1)
-    axes.plot([step.step for step in steps], values, color=SERIES[0])
-    canvas.whole_numbers("x")
-    if name == "grad_norm" and values.min() > 0 and values.max() > 30 * values.min():
-        canvas.log_axis("y")
-    elif name != "tokens_per_second":
-        axes.set_ylim(bottom=0)
-
-
-def _origin(report: TrainReport) -> list[Block | None]:
-    """The settings, the data and the machine."""
-    run: dict[str, Any] = report.run
-    decided = {name: value for name, value in run.items() if not isinstance(value, dict | list)}
-    data = {name: value for name, value in (run.get("data") or {}).items() if name != "lengths"}
-    return [
-        settings_table("Settings", ("", report.settings)),
-        settings_table("Data", ("", data)),
-        settings_table("Decided by the run", ("", decided)),
-        settings_table("Versions", ("", run.get("versions") or {})),
-        settings_table("Machine", ("", run.get("machine") or {})),
-    ]
+    figures = []
+    for name, unit, caption in COLUMNS if steps else []:
+        alt = f"Line chart: {caption} From {getattr(steps[0], name):.3g} to {getattr(steps[-1], name):.3g}."
+        figures.append(Figure(name.replace("_", "-"), partial(draw, name, unit), alt, caption))
+    return figures
