@@ -13,7 +13,16 @@ from typing import Any, SupportsFloat
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, as_module, check_compatible, grouped
-from tailora.core.attach import Swapped, attach, detach, encoders_around, fast_path_mixin, mixin_for, swap_class
+from tailora.core.attach import (
+    Swapped,
+    attach,
+    attached,
+    detach,
+    encoders_around,
+    fast_path_mixin,
+    mixin_for,
+    swap_class,
+)
 from tailora.core.inference import generating
 from tailora.core.layer_types import layer_path_of
 from tailora.core.mixed_batch import BatchRows, batch_row_parts, check_row_names, repeats_of_generate
@@ -157,17 +166,13 @@ class AdapterSet:
         check_compatible(adapters, by_row=True)
         batch = BatchRows(by_row, tuple(self.adapters), next(self.base_model.parameters()).device)
         parts = batch_row_parts(batch, self.adapters, self._layer_paths, self.layers)
-        attached = {path: vars(layer)["active_adapters"] for path, layer in self.layers.items()}
         obstacle = self.training_obstacle
-        for path, layer in self.layers.items():
-            attach(layer, parts.get(path, ()))
         self.batch, self.training_obstacle = batch, _training_obstacle(adapters)
         try:
-            yield
+            with attached({layer: parts.get(path, ()) for path, layer in self.layers.items()}):
+                yield
         finally:
             self.batch, self.training_obstacle = None, obstacle
-            for path, layer_parts in attached.items():
-                attach(self.layers[path], layer_parts)
 
     def check_no_batch(self, action: str) -> None:
         """Raises RowsError within a block of `activated_by_row`."""

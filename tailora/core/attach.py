@@ -6,11 +6,11 @@ reference, so that the base model's parameters and state dict stay what they wer
     Adapted          W x + b, and what each active adapter adds
     AdaptedWhole     a layer whose layer type computes all of it
     Substituted      a module that was copied and trained whole
-    swap_class, attach, detach
+    swap_class, attach, attached, detach
                      change a layer's class, set its active adapters, and give the class back
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar, cast
@@ -156,6 +156,19 @@ def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
 def attach(layer: nn.Module, adapters: tuple[nn.Module, ...]) -> None:
     """Let a layer whose class is swapped run with these adapters and no others."""
     layer.__dict__["active_adapters"] = adapters  # past nn.Module's __setattr__: a reference, not a registration
+
+
+@contextmanager
+def attached(adapters: Mapping[nn.Module, tuple[nn.Module, ...]]) -> Iterator[None]:
+    """Within the block each of these layers runs with its adapters here, afterwards with those that it had."""
+    before = {layer: vars(layer)["active_adapters"] for layer in adapters}
+    try:
+        for layer, own_adapters in adapters.items():
+            attach(layer, own_adapters)
+        yield
+    finally:
+        for layer, own_adapters in before.items():
+            attach(layer, own_adapters)
 
 
 def detach(layer: nn.Module) -> None:

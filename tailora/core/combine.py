@@ -30,7 +30,7 @@ from tailora.core.low_rank import Factors, concatenated, nearest_of_rank, produc
 from tailora.core.multihead_attention import projections
 from tailora.core.patterns import commonest, portable_patterns, portable_targets
 from tailora.core.quantization import dense_weight
-from tailora.core.targets import candidate_at, target_at
+from tailora.core.targets import target_at
 from tailora.errors import AdapterError, ConfigError, listing, nearest
 
 # ---- One update: a layer's output changes by dW x + db
@@ -101,7 +101,7 @@ def build_adapter(
     """
     factors = _equal_ranks_in_attention(factors, base_model)
     only_parts = LoRAConfig(fused_parts=settings.get("fused_parts", {}))
-    stacks = {path for path in factors if candidate_at(base_model, path, only_parts).layer_type.is_stacked}
+    stacks = {path for path in factors if target_at(base_model, path, only_parts).layer_type.is_stacked}
     ranks = {path: own.B.shape[2] * (1 if path in stacks else own.B.shape[0]) for path, own in factors.items()}
     layers_only = [path for path in ranks if path not in stacks]
     r = commonest(ranks)
@@ -180,10 +180,7 @@ class Combination:
 
 @torch.no_grad()
 def combine_adapters(
-    adapter_named: Callable[[str], Adapter],
-    weights: Mapping[str, float],
-    base_model: nn.Module,
-    settings: Combination,
+    adapter_named: Callable[[str], Adapter], weights: Mapping[str, float], base_model: nn.Module, settings: Combination
 ) -> tuple[Adapter, Truncation]:
     """Returns sum_i weights_i dW_i as one adapter, which shares nothing with its sources; biases likewise.
 
@@ -215,7 +212,7 @@ def combine_adapters(
             )
     if problems:
         raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")
-    results = {path: METHODS[settings.method](own, settings) for path, own in updates.items()}
+    results = {path: _combined(own, settings) for path, own in updates.items()}
     factors = {path: own for path, (own, _) in results.items()}
     if infinite := [path for path, own in factors.items() if not own.is_finite]:
         raise AdapterError(
@@ -348,28 +345,29 @@ def _combined_modules(
     return modules, problems
 
 
-# ---- Methods: the weighted updates of one layer -> factors, and the relative error of their rank
+# ---- Methods: the weighted updates of one layer -> one update
 
 
-Combined = tuple[Factors, float]
+def _combined(updates: list[WeightedUpdate], settings: Combination) -> tuple[Factors, float]:
+    """The factors of one layer, and the relative error of their rank."""
+    factors = [update.factors for update in updates]
+    if settings.method == "cat":  # A = [w_i s_i A_i], B = [B_i]; or the same in the fewer ranks that the matrix has
+        total = concatenated(factors)
+        limit = min(total.B.shape[1], total.A.shape[2])
+        return (total if total.B.shape[2] <= limit else truncated(product_spectrum(total), limit)), 0.0
+    r = rank_per_group(settings.r or max(update.layer.r for update in updates), updates[0].layer)
+    if settings.method == "svd" and all(is_product(update.layer, update.base) for update in updates):
+        spectrum = product_spectrum(concatenated(factors))
+        k = min(r, spectrum.S.shape[1])
+        return truncated(spectrum, k), truncation_error(spectrum.S, k)
+    return nearest_of_rank(DENSE_METHODS[settings.method](updates, settings), r)
 
 
-def _cat(updates: list[WeightedUpdate], _: Combination) -> Combined:
-    """A = [w_i s_i A_i], B = [B_i]. Where the ranks add up to more than the matrix has, the same update in fewer."""
-    total = concatenated([update.factors for update in updates])
-    limit = min(total.B.shape[1], total.A.shape[2])
-    return (total if total.B.shape[2] <= limit else truncated(product_spectrum(total), limit)), 0.0
+def _sum(updates: list[WeightedUpdate], _: Combination) -> Tensor:
+    return torch.stack([update.dense for update in updates]).sum(0)
 
 
-def _svd(updates: list[WeightedUpdate], settings: Combination) -> Combined:
-    if not all(is_product(update.layer, update.base) for update in updates):
-        return nearest_of_rank(torch.stack([update.dense for update in updates]).sum(0), _rank(updates, settings))
-    spectrum = product_spectrum(concatenated([update.factors for update in updates]))
-    k = min(_rank(updates, settings), spectrum.S.shape[1])
-    return truncated(spectrum, k), truncation_error(spectrum.S, k)
-
-
-def _ties(updates: list[WeightedUpdate], settings: Combination) -> Combined:
+def _ties(updates: list[WeightedUpdate], settings: Combination) -> Tensor:
     """Trim, elect a sign, average what agrees (arXiv:2306.01708, alg. 1), of the weighted updates.
 
     With one weight for all it is the paper's lambda.
@@ -380,36 +378,25 @@ def _ties(updates: list[WeightedUpdate], settings: Combination) -> Combined:
     kept = max(1, round(density * size))  # of every update, the largest
     thresholds = [magnitudes.kthvalue(size - kept + 1).values for magnitudes in dense.abs().flatten(1)]
     trimmed = dense * (dense.abs() >= torch.stack(thresholds).view(-1, 1, 1, 1))
-    elected = trimmed.sum(0).sign()
-    agrees = (trimmed.sign() == elected) & (trimmed != 0)
-    return nearest_of_rank((trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1), _rank(updates, settings))
+    agrees = (trimmed.sign() == trimmed.sum(0).sign()) & (trimmed != 0)
+    return (trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 
-def _dare(updates: list[WeightedUpdate], settings: Combination) -> Combined:
-    """Drop entries with probability p, divide the others by 1 - p (arXiv:2311.03099, eq. 2 and 3), add up."""
+def _dare(updates: list[WeightedUpdate], settings: Combination) -> Tensor:
+    """Drop entries with probability p, divide the others by 1 - p (arXiv:2311.03099, eq. 2 and 3), add up.
+
+    What is dropped is drawn on the CPU, by a generator of this adapter and layer alone.
+    """
     p = 0.5 if settings.drop is None else settings.drop
-    dropped = [_dropped(update, p, settings.seed or 0) for update in updates]
-    return nearest_of_rank(torch.stack(dropped).sum(0), _rank(updates, settings))
+    dropped = []
+    for update in updates:
+        digest = hashlib.sha256(f"{int(settings.seed or 0)}\n{update.adapter}\n{update.path}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        dense = update.dense
+        kept = torch.rand(dense.shape, generator=generator) >= p
+        dropped.append(dense * kept.to(dense.device) / (1 - p))
+    return torch.stack(dropped).sum(0)
 
 
-def _dropped(update: WeightedUpdate, p: float, seed: int) -> Tensor:
-    """The choice is drawn on the CPU, by a generator of this adapter and layer alone."""
-    digest = hashlib.sha256(f"{int(seed)}\n{update.adapter}\n{update.path}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    dense = update.dense
-    kept = torch.rand(dense.shape, generator=generator) >= p
-    return dense * kept.to(dense.device) / (1 - p)
-
-
-def _rank(updates: list[WeightedUpdate], settings: Combination) -> int:
-    """The rank per group: as set, or the highest of the sources."""
-    r = settings.r or max(update.layer.r for update in updates)
-    return rank_per_group(r, updates[0].layer)
-
-
-METHODS: dict[str, Callable[[list[WeightedUpdate], Combination], Combined]] = {
-    "cat": _cat,
-    "svd": _svd,
-    "ties": _ties,
-    "dare": _dare,
-}
+DENSE_METHODS = {"svd": _sum, "ties": _ties, "dare": _dare}
+METHODS = ("cat", *DENSE_METHODS)

@@ -10,8 +10,7 @@ rank k with one factor zero, so that the model computes what the base computes. 
 with A = 0 that of A is B^T G. So the memory is that of training at rank k, for any layer type.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from tailora.core.adalora import alpha_at_same_scale, with_ranks
 from tailora.core.adapter import Adapter, adapter_dtype, low_rank_layer
-from tailora.core.attach import attach
+from tailora.core.attach import attached
 from tailora.core.config import LoRAConfig
 from tailora.core.init import DATA_INITS, GRADIENT_INITS, WITH_FROZEN_START
 from tailora.core.layer import LoRALayer
@@ -150,7 +149,7 @@ def gradient_spectra(targets: Mapping[str, Target], run: Pass, count: int) -> di
     probes = {path: _probe(target, count) for path, target in targets.items()}
     left: dict[str, Tensor] = {}
     right = {path: gaussian(_by_group(probe, probe.lora_A).shape, probe.lora_A) for path, probe in probes.items()}
-    with _attached(probes, targets):
+    with attached({target.layer: (probes[path],) for path, target in targets.items()}):
         for _ in range(GRADIENT_PASSES // 2):
             for path, probe in probes.items():
                 _fix(probe, "A", orthonormal(right[path].mT).mT)
@@ -201,19 +200,6 @@ def _check_finite(probes: Mapping[str, LoRALayer]) -> None:
             f"on these batches the gradient of {', '.join(broken[:5])} ({len(broken)} layers) is not finite; look at "
             "the loss of each batch"
         )
-
-
-@contextmanager
-def _attached(probes: Mapping[str, LoRALayer], targets: Mapping[str, Target]) -> Iterator[None]:
-    """Within the block each layer computes with its probe alone."""
-    before = {path: vars(target.layer)["active_adapters"] for path, target in targets.items()}
-    try:
-        for path, target in targets.items():
-            attach(target.layer, (probes[path],))
-        yield
-    finally:
-        for path, target in targets.items():
-            attach(target.layer, before[path])
 
 
 # ---- Inputs

@@ -133,8 +133,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
         *_unmatched_selectors(candidates, modules, config),
         *_unmatched_patterns(candidates, selected, config),
         *_conflicts(selected, to_save, config),
-        *_rank_problems(targets),
-        *_slot_problems(targets, config),
+        *_target_problems(targets, config),
         *extra_problems,
     ]
     if not selected and not problems:
@@ -176,37 +175,38 @@ def parameter_candidates(modules: Modules) -> dict[str, TargetCandidate]:
     return {candidate.path: candidate for path, module in modules.items() for candidate in _parameters_of(path, module)}
 
 
-def candidate_at(model: nn.Module, path: str, config: LoRAConfig) -> TargetCandidate:
-    """Returns the candidate at this path without looking at the rest of the model. Raises TargetError without one."""
+def target_at(model: nn.Module, path: str, config: LoRAConfig) -> Target:
+    """Returns the target at this path, selected or not, without looking at the rest of the model.
+
+    Raises TargetError where nothing can be adapted.
+    """
     layer_path = layer_path_of(model, path)
     module, parent = model.get_submodule(layer_path), model.get_submodule(layer_path.rpartition(".")[0])
     for candidate in (*_of_module(layer_path, module, parent, config), *_parameters_of(layer_path, module)):
         if candidate.path == path:
-            return candidate
+            return target_of(candidate, config)
     raise TargetError(f"{path} is a {type(module).__name__}, which has no low-rank form there")
 
 
 def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConfig) -> Iterator[TargetCandidate]:
-    """The projections of an attention; a layer and the parts of it that are known."""
+    """The projections of an attention; a layer and the parts of it that `fused_parts` or a table of classes names."""
     for name, projection in projections(module).items():
         yield TargetCandidate(f"{path}.{name}" if path else name, path, module, projection)
     layer_type = layer_type_of(module)
     if layer_type is None or (parent is not module and projections(parent)):
         return
     yield TargetCandidate(path, path, module, layer_type)
-    if layer_type.is_linear and path:
-        for part, output_slice in _output_slices(path, parent, layer_type.dims(module)[1], config).items():
-            yield TargetCandidate(f"{path}.{part}", path, module, layer_type, output_slice)
-
-
-def _output_slices(path: str, parent: nn.Module, out_features: int, config: LoRAConfig) -> dict[str, OutputSlice]:
-    """The parts of a fused layer, as `fused_parts` or the table of known classes says; {} for any other layer."""
+    if not layer_type.is_linear or not path:
+        return
+    _, out_features = layer_type.dims(module)
     configured = patterns.by_pattern(path, config.fused_parts, None)
     layout = layout_of(parent, path.rpartition(".")[2], out_features) if configured is None else configured
     try:
-        return output_slices(layout, out_features) if layout else {}
+        slices = output_slices(layout, out_features) if layout else {}
     except ValueError as error:
         raise TargetError(f"fused_parts: {path}: {error}") from None
+    for part, output_slice in slices.items():
+        yield TargetCandidate(f"{path}.{part}", path, module, layer_type, output_slice)
 
 
 def _parameters_of(path: str, module: nn.Module) -> Iterator[TargetCandidate]:
@@ -291,11 +291,6 @@ def target_of(candidate: TargetCandidate, config: LoRAConfig) -> Target:
     r = patterns.by_pattern(candidate.pattern_names, config.rank_pattern, config.r)
     alpha = patterns.by_pattern(candidate.pattern_names, config.alpha_pattern, config.lora_alpha)
     return Target(**vars(candidate), r=r, lora_alpha=alpha)
-
-
-def target_at(model: nn.Module, path: str, config: LoRAConfig) -> Target:
-    """Returns the target at this path, selected or not. Raises TargetError where nothing can be adapted."""
-    return target_of(candidate_at(model, path, config), config)
 
 
 def saved_modules(modules: Modules, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -511,45 +506,40 @@ def _conflicts(selected: Mapping[str, TargetCandidate], to_save: Modules, config
     for path, module in to_save.items():
         if "forward" in vars(module):
             problems.append(f"{path}: its forward was replaced on the instance; it cannot be trained whole")
-    return problems + [quantized_whole(path) for path, module in to_save.items() if quantized_layers(module)]
+        if quantized_layers(module):
+            problems.append(quantized_whole(path))
+    return problems
 
 
 def quantized_whole(path: str) -> str:
     return f"{path} is quantised and cannot be trained whole; adapt it (target_modules), or load the base unquantised"
 
 
-def _rank_problems(targets: Iterable[Target]) -> list[str]:
-    """Ranks that are too large; and different ones in one attention, for which PEFT's files hold one rank."""
-    ranks: dict[str, set[int]] = {}
-    for target in targets:
-        if "in_proj_weight" in projections(target.layer):
-            ranks.setdefault(target.layer_path, set()).add(target.r)
-    problems = [
-        f"{path}: its matrices have the ranks {sorted(own)}; take one" for path, own in ranks.items() if len(own) > 1
-    ]
-    for target in targets:
-        (in_features, out_features), limit = target.dims, min(target.dims)
-        if not 1 <= target.r <= limit:
-            matrix = f"a matrix of {in_features} -> {out_features}"
-            problems.append(f"{target.path}: r = {target.r} on {matrix}; take 1..{limit}")
-    return problems
-
-
-def _slot_problems(targets: list[Target], config: LoRAConfig) -> list[str]:
-    """Slots of the equation that the config fills and some of the layers do not have."""
+def _target_problems(targets: Iterable[Target], config: LoRAConfig) -> list[str]:
+    """Ranks that are too large, and slots of the equation that the config fills and a layer does not have."""
     problems = []
     biases = [name for name, is_on in (("lora_bias", config.lora_bias), ("bias", config.bias != "none")) if is_on]
+    ranks: dict[str, set[int]] = {}  # of the matrices of an attention, by its path
     for target in targets:
+        path, (in_features, out_features) = target.path, target.dims
+        if not 1 <= target.r <= min(target.dims):
+            matrix = f"a matrix of {in_features} -> {out_features}"
+            problems.append(f"{path}: r = {target.r} on {matrix}; take 1..{min(target.dims)}")
+        if "in_proj_weight" in projections(target.layer):
+            ranks.setdefault(target.layer_path, set()).add(target.r)
         if biases and (target.output_slice or target.layer_type.replaces_forward):
             problems.append(
-                f"{target.path}: {', '.join(biases)}: no bias of a part of a fused layer, of attention or beside a "
-                "parameter is trained; exclude it"
+                f"{path}: {', '.join(biases)}: no bias of a part of a fused layer, of attention or beside a parameter "
+                "is trained; exclude it"
             )
         if config.use_dora and not target.layer_type.supports_dora:
-            problems.append(f"{target.path}: use_dora: how its rows would be scaled is not known; exclude it")
+            problems.append(f"{path}: use_dora: how its rows would be scaled is not known; exclude it")
         if config.lora_bias and target.layer_type is EMBEDDING:
-            problems.append(f"{target.path}: lora_bias on an Embedding, whose file has no place for it")
+            problems.append(f"{path}: lora_bias on an Embedding, whose file has no place for it")
+    for path, own_ranks in ranks.items():
+        if len(own_ranks) > 1:  # PEFT's files hold one rank for an attention
+            problems.append(f"{path}: its matrices have the ranks {sorted(own_ranks)}; take one")
     has_bias = [isinstance(getattr(target.layer, "bias", None), nn.Parameter) for target in targets]
-    if config.bias == "lora_only" and targets and not any(has_bias):
+    if config.bias == "lora_only" and has_bias and not any(has_bias):
         problems.append("bias='lora_only': none of the adapted layers has a bias; take bias='none' or lora_bias=True")
     return problems

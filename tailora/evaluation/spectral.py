@@ -18,7 +18,7 @@ from tailora.core.extras import TrainedBias
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import layer_of
 from tailora.core.low_rank import Factors, Spectrum, leading_triplets, product_spectrum, rank_for_energy
-from tailora.core.targets import candidate_at
+from tailora.core.targets import target_at
 from tailora.formats.offline import TRAINED_WHOLE, OfflineAdapter
 
 # ---- Ranks and subspaces
@@ -202,12 +202,12 @@ def updates_of(adapter: Adapter, base_model: nn.Module) -> tuple[dict[str, Updat
 
 def _update_of_layer(path: str, layer: LoRALayer, adapter: Adapter, base_model: nn.Module) -> Update:
     module = layer_of(base_model, path)
-    candidate = candidate_at(base_model, path, adapter.config)
+    target = target_at(base_model, path, adapter.config)
     has_dora = layer.lora_magnitude_vector is not None
 
     def weight() -> Tensor:
-        stored = candidate.weight
-        matrix = candidate.matrix(stored)
+        stored = target.weight
+        matrix = target.matrix(stored)
         return stored if matrix is None else matrix
 
     return Update(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, grouped
-from tailora.core.attach import Swapped, attach, evaluating
+from tailora.core.attach import Swapped, attached, evaluating
 from tailora.core.dequantize import Change, common_dtype, dequantize_to_linear
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_path_of
 from tailora.core.quantization import quantized_layers
@@ -195,19 +195,14 @@ def _undo(parameters: dict[str, nn.Parameter], undo: list[Change], module: nn.Mo
 @contextmanager
 def with_only_adapter(base_model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
     """In the block, `adapter` alone is active; its layers must be those of an adapter that the base has. None: none."""
-    before = {module: vars(module)["active_adapters"] for module in base_model.modules() if isinstance(module, Swapped)}
     parts = adapter.parts if adapter else {}
-    try:
-        for module in before:
-            attach(module, ())
-        parts_of_layers = grouped((layer_path_of(base_model, path), part) for path, part in parts.items())
-        for path, own_parts in parts_of_layers.items():
-            attach(base_model.get_submodule(path), own_parts)
-        with evaluating(nn.ModuleList(parts.values())):
-            yield base_model
-    finally:
-        for module, active in before.items():
-            attach(module, active)
+    active: dict[nn.Module, tuple[nn.Module, ...]] = {
+        module: () for module in base_model.modules() if isinstance(module, Swapped)
+    }
+    for path, own_parts in grouped((layer_path_of(base_model, path), part) for path, part in parts.items()).items():
+        active[base_model.get_submodule(path)] = own_parts
+    with attached(active), evaluating(nn.ModuleList(parts.values())):
+        yield base_model
 
 
 # ---- Format peft
