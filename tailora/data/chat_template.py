@@ -88,11 +88,8 @@ class ChatTokenizer:
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         """Returns the template's text for the messages. Raises DataError with the template's own words if it fails."""
         with _template_errors():
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
+            options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+            return str(self.tokenizer.apply_chat_template(messages, **options))
 
     def render_generation_spans(self, messages: Messages) -> tuple[str, list["Span"]]:
         """Returns the template's text, and the spans between {% generation %} and {% endgeneration %}."""

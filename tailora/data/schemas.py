@@ -62,12 +62,186 @@ class Choices:
     answer: int
 
 
+# ---- From a row to a sample: one function per schema. Each raises DataError with the cause alone.
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function": "tool",
+}
+# These change what should be trained, so ignoring them would silently train on something else.
+UNSUPPORTED_KEYS = ("tool_calls", "function_call", "weight")
+
+
+def from_messages(values: dict[str, Any]) -> Conversation:
+    return _with_reply(Conversation(_messages(values["messages"], "messages")))
+
+
+def from_sharegpt(values: dict[str, Any]) -> Conversation:
+    messages = _messages(values["conversations"], "conversations", _sharegpt_message)
+    if values.get("system"):
+        messages.insert(0, {"role": "system", "content": _text(values["system"], "system")})
+    return _with_reply(Conversation(messages))
+
+
+def from_prompt(values: dict[str, Any]) -> Sample:
+    prompt, completion = values["prompt"], values["completion"]
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return _pair(_text(prompt, "prompt"), _text(completion, "completion"))
+    before = _as_messages(prompt, "prompt", "user")
+    after = _as_messages(completion, "completion", "assistant")
+    return _with_reply(Conversation(before + after, first=len(before)))
+
+
+def from_alpaca(values: dict[str, Any]) -> Pair:
+    parts = [_text(values["instruction"], "instruction"), _text(values.get("input") or "", "input")]
+    # Base models see prompt and answer as one text, so the prompt brings the blank line between them.
+    prompt = "".join(f"{part}\n\n" for part in parts if part.strip())
+    return _pair(prompt, _text(values["output"], "output"))
+
+
+def from_text(values: dict[str, Any]) -> Text:
+    text = _text(values["text"], "text")
+    if not text.strip():
+        raise DataError("nothing to learn: the text is empty")
+    return Text(text)
+
+
+def from_choices(values: dict[str, Any]) -> Choices:
+    prompt = values["prompt"] if "prompt" in values else values["question"]
+    texts, labels = _choices(values["choices"])
+    answer = _answer_index(values["answer"] if "answer" in values else values["label"], texts, labels)
+    # Base models see prompt and choice as one text: a space between them, as in lm-evaluation-harness.
+    space = "" if isinstance(prompt, str) and prompt[-1:].isspace() else " "
+    options = (from_prompt({"prompt": prompt, "completion": space + text}) for text in texts)
+    return Choices(tuple(option for option in options if not isinstance(option, Text)), answer)
+
+
+# ---- Values of a row: checked, or DataError
+
+
+def _pair(prompt: str, completion: str) -> Pair:
+    if not completion.strip():
+        raise DataError("nothing to learn: the completion is empty")
+    return Pair(prompt, completion)
+
+
+def _with_reply(conversation: Conversation) -> Conversation:
+    trained = [message for message in conversation.messages[conversation.first :] if message["role"] == "assistant"]
+    if not any(message["content"].strip() for message in trained):
+        raise DataError("nothing to learn: no assistant message with content")
+    return conversation
+
+
+def _choices(value: Any) -> tuple[list[str], list[str]]:
+    """Returns texts, and their labels if the row names them, as {"text": [...], "label": [...]} does."""
+    labels: Any = []
+    if isinstance(value, dict) and value.keys() == {"text", "label"}:
+        value, labels = value["text"], value["label"]
+        if not isinstance(labels, list) or not isinstance(value, list) or len(labels) != len(value):
+            raise DataError("choices has not one label for every text")
+    if not isinstance(value, list) or len(value) < 2:
+        raise DataError(f"choices is {_short_repr(value)} where a list of two or more texts is needed")
+    texts = [_text(str(text) if type(text) in (int, float) else text, f"choices[{n}]") for n, text in enumerate(value)]
+    if empty := [f"choices[{index}]" for index, text in enumerate(texts) if not text.strip()]:
+        raise DataError(f"{', '.join(empty)} is empty")
+    return [text.strip() for text in texts], [str(label) for label in labels]
+
+
+def _answer_index(value: Any, texts: list[str], labels: list[str]) -> int:
+    """Returns the index of the choice that the answer names by its label, its index from 0, its letter or its text.
+
+    Raises DataError if it names none, or could name two.
+    """
+    answer = str(value).strip() if type(value) in (int, str) else ""
+    if answer in labels:
+        return labels.index(answer)
+    indices = list(map(str, range(len(texts))))
+    names = {"an index": indices}
+    if isinstance(value, str):
+        names |= {"the letter": list(string.ascii_uppercase[: len(texts)]), "the text": texts}
+    meanings = {name: values.index(answer) for name, values in names.items() if answer in values}
+    if len(set(meanings.values())) == 1:
+        return next(iter(meanings.values()))
+    if meanings:
+        raise DataError(
+            f"answer {_short_repr(value)} is {' and '.join(meanings)} of different choices; "
+            "write the index, from 0, as a number"
+        )
+    possible = f"a label ({', '.join(labels)})" if labels else f"an index from 0 to {indices[-1]}, a letter"
+    raise DataError(f"answer {_short_repr(value)} is none of the choices; write {possible} or the text of a choice")
+
+
+def _as_messages(value: Any, name: str, role: str) -> Messages:
+    return _messages(value, name) if isinstance(value, list) else [{"role": role, "content": _text(value, name)}]
+
+
+def _message(message: Any, name: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise DataError(f"{name} is {_short_repr(message)} where an object with role and content is needed")
+    role = message.get("role")
+    if role not in ROLES:
+        raise DataError(
+            f"{name}: role {_short_repr(role)} is unknown{nearest(str(role), ROLES)}; roles are {', '.join(ROLES)}"
+        )
+    for key in UNSUPPORTED_KEYS:
+        if message.get(key) not in (None, [], {}, 1):
+            raise DataError(f"{name}: {key} cannot be learned from yet; remove it or the row")
+    content = message.get("content")
+    if isinstance(content, list):  # of text parts
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise DataError(f"{name}.content holds {_short_repr(part)}; only text parts can be learned from")
+        content = "".join(_text(part.get("text"), f"{name}.content") for part in content)
+    # Other text, such as reasoning_content, is left to the chat template.
+    other = {key: _text(value, f"{name}.{key}") for key, value in message.items() if isinstance(value, str)}
+    return {**other, "role": role, "content": _text(content, f"{name}.content")}
+
+
+def _sharegpt_message(turn: Any, name: str) -> dict[str, str]:
+    if isinstance(turn, dict) and "role" in turn:
+        return _message(turn, name)
+    if not isinstance(turn, dict) or "from" not in turn:
+        raise DataError(f"{name} is {_short_repr(turn)} where an object with from and value is needed")
+    sender = turn["from"]
+    if sender not in SHAREGPT_ROLES:
+        raise DataError(f"{name}: from {_short_repr(sender)} is unknown; known are {', '.join(SHAREGPT_ROLES)}")
+    return {"role": SHAREGPT_ROLES[sender], "content": _text(turn.get("value"), f"{name}.value")}
+
+
+def _messages(value: Any, name: str, read: Callable[[Any, str], dict[str, str]] = _message) -> Messages:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{name} is {_short_repr(value)} where a list of messages is needed")
+    return [read(message, f"{name}[{index}]") for index, message in enumerate(value)]
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} is {_short_repr(value)} where text is needed")
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(f"{name} holds half of a surrogate pair (a broken \\ud... escape), which no tokenizer reads")
+    return value
+
+
+def _short_repr(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 # ---- The schema of a source
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
+    """convert: from the values by key to the sample; raises DataError with the cause alone."""
+
     name: str
+    convert: Callable[[dict[str, Any]], Sample | Choices]
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
@@ -78,16 +252,16 @@ class Schema:
 
 # Where several fit, the first wins: `messages` says more than the `prompt` that often stands beside it.
 SCHEMAS = (
-    Schema("messages", ("messages",)),
-    Schema("sharegpt", ("conversations",), ("system",)),
-    Schema("prompt/completion", ("prompt", "completion")),
-    Schema("alpaca", ("instruction", "output"), ("input",)),
+    Schema("messages", from_messages, ("messages",)),
+    Schema("sharegpt", from_sharegpt, ("conversations",), ("system",)),
+    Schema("prompt/completion", from_prompt, ("prompt", "completion")),
+    Schema("alpaca", from_alpaca, ("instruction", "output"), ("input",)),
     *(
-        Schema("choices", (prompt, "choices", answer))
+        Schema("choices", from_choices, (prompt, "choices", answer))
         for prompt in ("prompt", "question")
         for answer in ("answer", "label")
     ),
-    Schema("text", ("text",)),
+    Schema("text", from_text, ("text",)),
 )
 KNOWN_KEYS = tuple(dict.fromkeys(key for schema in SCHEMAS for key in schema.keys))
 SYNONYMS = {  # only for the hint in an error: no column is renamed without --field
@@ -174,198 +348,9 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str]) -> str:
     )
 
 
-# ---- From a row to a sample: one function per schema. Each raises DataError with the cause alone.
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    **{role: role for role in ROLES},
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function": "tool",
-}
-# These change what should be trained, so ignoring them would silently train on something else.
-UNSUPPORTED_KEYS = ("tool_calls", "function_call", "weight")
-
-
 def convert_row(row: Row, mapping: ColumnMapping) -> Sample | Choices | RowProblem:
     """Returns the row's sample, or why it has none."""
     try:
-        return CONVERTERS[mapping.schema.name](mapping.values(row.fields))
+        return mapping.schema.convert(mapping.values(row.fields))
     except DataError as error:
         return RowProblem(row.file, row.number, str(error))
-
-
-def from_messages(values: dict[str, Any]) -> Conversation:
-    return _with_reply(Conversation(_messages(values["messages"], "messages")))
-
-
-def from_sharegpt(values: dict[str, Any]) -> Conversation:
-    turns = _message_list(values["conversations"], "conversations")
-    messages = [_sharegpt_message(turn, f"conversations[{index}]") for index, turn in enumerate(turns)]
-    if values.get("system"):
-        messages.insert(0, {"role": "system", "content": _text(values["system"], "system")})
-    return _with_reply(Conversation(messages))
-
-
-def from_prompt(values: dict[str, Any]) -> Sample:
-    prompt, completion = values["prompt"], values["completion"]
-    if not isinstance(prompt, list) and not isinstance(completion, list):
-        return _pair(_text(prompt, "prompt"), _text(completion, "completion"))
-    before = _as_messages(prompt, "prompt", "user")
-    after = _as_messages(completion, "completion", "assistant")
-    return _with_reply(Conversation(before + after, first=len(before)))
-
-
-def from_alpaca(values: dict[str, Any]) -> Pair:
-    parts = [_text(values["instruction"], "instruction"), _text(values.get("input") or "", "input")]
-    # Base models see prompt and answer as one text, so the prompt brings the blank line between them.
-    prompt = "".join(f"{part}\n\n" for part in parts if part.strip())
-    return _pair(prompt, _text(values["output"], "output"))
-
-
-def from_text(values: dict[str, Any]) -> Text:
-    text = _text(values["text"], "text")
-    if not text.strip():
-        raise DataError("nothing to learn: the text is empty")
-    return Text(text)
-
-
-def from_choices(values: dict[str, Any]) -> Choices:
-    prompt = values["prompt"] if "prompt" in values else values["question"]
-    texts, labels = _choices(values["choices"])
-    answer = _answer_index(values["answer"] if "answer" in values else values["label"], texts, labels)
-    # Base models see prompt and choice as one text: a space between them, as in lm-evaluation-harness.
-    space = "" if isinstance(prompt, str) and prompt[-1:].isspace() else " "
-    options = (from_prompt({"prompt": prompt, "completion": space + text}) for text in texts)
-    return Choices(tuple(option for option in options if not isinstance(option, Text)), answer)
-
-
-CONVERTERS: dict[str, Callable[[dict[str, Any]], Sample | Choices]] = {
-    "messages": from_messages,
-    "sharegpt": from_sharegpt,
-    "prompt/completion": from_prompt,
-    "alpaca": from_alpaca,
-    "choices": from_choices,
-    "text": from_text,
-}
-
-# ---- Values of a row: checked, or DataError
-
-
-def _pair(prompt: str, completion: str) -> Pair:
-    if not completion.strip():
-        raise DataError("nothing to learn: the completion is empty")
-    return Pair(prompt, completion)
-
-
-def _with_reply(conversation: Conversation) -> Conversation:
-    trained = [message for message in conversation.messages[conversation.first :] if message["role"] == "assistant"]
-    if not any(message["content"].strip() for message in trained):
-        raise DataError("nothing to learn: no assistant message with content")
-    return conversation
-
-
-def _choices(value: Any) -> tuple[list[str], list[str]]:
-    """Returns texts, and their labels if the row names them, as {"text": [...], "label": [...]} does."""
-    labels: Any = []
-    if isinstance(value, dict) and value.keys() == {"text", "label"}:
-        value, labels = value["text"], value["label"]
-        if not isinstance(labels, list) or not isinstance(value, list) or len(labels) != len(value):
-            raise DataError("choices has not one label for every text")
-    if not isinstance(value, list) or len(value) < 2:
-        raise DataError(f"choices is {_short_repr(value)} where a list of two or more texts is needed")
-    texts = [_text(str(text) if type(text) in (int, float) else text, f"choices[{n}]") for n, text in enumerate(value)]
-    if empty := [f"choices[{index}]" for index, text in enumerate(texts) if not text.strip()]:
-        raise DataError(f"{', '.join(empty)} is empty")
-    return [text.strip() for text in texts], [str(label) for label in labels]
-
-
-def _answer_index(value: Any, texts: list[str], labels: list[str]) -> int:
-    """Returns the index of the choice that the answer names by its label, its index from 0, its letter or its text.
-
-    Raises DataError if it names none, or could name two.
-    """
-    answer = str(value).strip() if type(value) in (int, str) else ""
-    if answer in labels:
-        return labels.index(answer)
-    indices = list(map(str, range(len(texts))))
-    names = {"an index": indices}
-    if isinstance(value, str):
-        names |= {"the letter": list(string.ascii_uppercase[: len(texts)]), "the text": texts}
-    meanings = {name: values.index(answer) for name, values in names.items() if answer in values}
-    if len(set(meanings.values())) == 1:
-        return next(iter(meanings.values()))
-    if meanings:
-        raise DataError(
-            f"answer {_short_repr(value)} is {' and '.join(meanings)} of different choices; "
-            "write the index, from 0, as a number"
-        )
-    possible = f"a label ({', '.join(labels)})" if labels else f"an index from 0 to {indices[-1]}, a letter"
-    raise DataError(f"answer {_short_repr(value)} is none of the choices; write {possible} or the text of a choice")
-
-
-def _as_messages(value: Any, name: str, role: str) -> Messages:
-    return _messages(value, name) if isinstance(value, list) else [{"role": role, "content": _text(value, name)}]
-
-
-def _messages(value: Any, name: str) -> Messages:
-    return [_message(message, f"{name}[{index}]") for index, message in enumerate(_message_list(value, name))]
-
-
-def _message_list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{name} is {_short_repr(value)} where a list of messages is needed")
-    return value
-
-
-def _message(message: Any, name: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise DataError(f"{name} is {_short_repr(message)} where an object with role and content is needed")
-    role = message.get("role")
-    if role not in ROLES:
-        raise DataError(
-            f"{name}: role {_short_repr(role)} is unknown{nearest(str(role), ROLES)}; roles are {', '.join(ROLES)}"
-        )
-    for key in UNSUPPORTED_KEYS:
-        if message.get(key) not in (None, [], {}, 1):
-            raise DataError(f"{name}: {key} cannot be learned from yet; remove it or the row")
-    # Other text, such as reasoning_content, is left to the chat template.
-    other = {key: _text(value, f"{name}.{key}") for key, value in message.items() if isinstance(value, str)}
-    return {**other, "role": role, "content": _content(message.get("content"), f"{name}.content")}
-
-
-def _sharegpt_message(turn: Any, name: str) -> dict[str, str]:
-    if isinstance(turn, dict) and "role" in turn:
-        return _message(turn, name)
-    if not isinstance(turn, dict) or "from" not in turn:
-        raise DataError(f"{name} is {_short_repr(turn)} where an object with from and value is needed")
-    sender = turn["from"]
-    if sender not in SHAREGPT_ROLES:
-        raise DataError(f"{name}: from {_short_repr(sender)} is unknown; known are {', '.join(SHAREGPT_ROLES)}")
-    return {"role": SHAREGPT_ROLES[sender], "content": _text(turn.get("value"), f"{name}.value")}
-
-
-def _content(value: Any, name: str) -> str:
-    """A text, or a list of text parts {"type": "text", "text": ...}."""
-    if not isinstance(value, list):
-        return _text(value, name)
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise DataError(f"{name} holds {_short_repr(part)}; only text parts can be learned from")
-    return "".join(_text(part.get("text"), name) for part in value)
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name} is {_short_repr(value)} where text is needed")
-    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise DataError(f"{name} holds half of a surrogate pair (a broken \\ud... escape), which no tokenizer reads")
-    return value
-
-
-def _short_repr(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -21,31 +21,24 @@ SMALL = 1e-6  # absolute, for weights near 0
 
 def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> dict[str, LayerFingerprint]:
     """Returns the fingerprint of the weight at every path; `layer_types` has the type of its layer."""
-    return {path: _fingerprint(base_model, path, layer_type) for path, layer_type in layer_types.items()}
-
-
-def _fingerprint(base_model: nn.Module, path: str, layer_type: LayerType) -> LayerFingerprint:
-    layer = layer_of(base_model, path)
-    storage, weight = storage_of(layer), dense_weight(layer, layer_type.weight_name)
-    if storage is PLAIN or layer_type.weight_name != "weight":
-        return LayerFingerprint(shape=list(weight.shape), weights=_sample(weight))
-    spread = in_file_layout(layer, storage.spread(layer, weight).expand(dense_shape(layer)))
-    weight = in_file_layout(layer, weight)
-    return LayerFingerprint(
-        shape=list(weight.shape), weights=_sample(weight), spread=_sample(spread), storage=storage.name(layer)
-    )
+    result = {}
+    for path, layer_type in layer_types.items():
+        layer = layer_of(base_model, path)
+        storage, weight, quantization = storage_of(layer), dense_weight(layer, layer_type.weight_name), {}
+        if storage is not PLAIN and layer_type.weight_name == "weight":
+            spread = in_file_layout(layer, storage.spread(layer, weight).expand(dense_shape(layer)))
+            weight = in_file_layout(layer, weight)
+            quantization = {"spread": _sample(spread), "storage": storage.name(layer)}
+        result[path] = LayerFingerprint(shape=list(weight.shape), weights=_sample(weight), **quantization)
+    return result
 
 
 def fingerprint_differences(
-    stored: Mapping[str, LayerFingerprint], base_model: nn.Module, layer_types: Mapping[str, LayerType]
+    stored: Mapping[str, LayerFingerprint], current: Mapping[str, LayerFingerprint]
 ) -> list[str]:
-    """Returns what differs between the stored fingerprints and this base model; [] if it is the same."""
-    return [
-        difference
-        for path, layer_type in layer_types.items()
-        if path in stored
-        and (difference := _difference(path, stored[path], _fingerprint(base_model, path, layer_type)))
-    ]
+    """Returns how the layers that both have differ; [] if they are the same."""
+    differences = (_difference(path, stored[path], layer) for path, layer in current.items() if path in stored)
+    return [difference for difference in differences if difference]
 
 
 def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tailora.core.adapter import Adapter, extra_parts, low_rank_layer, share_parameters, trained_copy
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import LayerType, layer_of, layer_type_of, obstacle
+from tailora.core.layer_types import layer_of, layer_type_of, obstacle
 from tailora.core.quantization import quantized_layers, storage_obstacle
 from tailora.core.targets import (
     Target,
@@ -29,7 +29,7 @@ from tailora.core.targets import (
 )
 from tailora.errors import BaseMismatchError, ConfigError, FormatError, PatternError, TargetError, listing
 from tailora.formats import gguf, kohya_diffusers, mlx, peft, peft_config
-from tailora.formats.fingerprint import fingerprint_differences
+from tailora.formats.fingerprint import fingerprint, fingerprint_differences
 from tailora.formats.peft_paths import PeftLayer, peft_layers
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -144,7 +144,7 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
     for key, parameter in parameters.items():
         parameter.data.copy_(tensors.extras[key])
     if not allow_base_mismatch:
-        _check_base(stored, base_model, {path: layer.layer_type for path, layer in low_rank.items()})
+        _check_base(stored, base_model, low_rank)
     _restore_learned_scales(stored, low_rank)
     share_parameters({path: modules[path] for path in copies}, copies)
     return Adapter(config, low_rank, copies, extras)
@@ -322,9 +322,10 @@ def _shape_problems(
 # ---- What the metadata of the weights says
 
 
-def _check_base(stored: peft.StoredAdapter, base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> None:
-    problems = fingerprint_differences(stored.metadata.base, base_model, layer_types)
-    if problems:
+def _check_base(stored: peft.StoredAdapter, base_model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    expected = stored.metadata.base
+    layer_types = {path: layer.layer_type for path, layer in layers.items() if path in expected}
+    if problems := fingerprint_differences(expected, fingerprint(base_model, layer_types)):
         shown = [*problems[:5], *([f"and {len(problems) - 5} layers more"] if len(problems) > 5 else [])]
         raise BaseMismatchError(
             f"{stored.folder} was made for another base model than this one: {listing(shown)}\n"

@@ -44,18 +44,17 @@ def low_rank_problems(source: ExportSource, layer_types: Sequence[LayerType]) ->
     layers = adapter.low_rank.values()
     problems = []
     if any(layer.lora_magnitude_vector is not None for layer in layers):
-        problems.append(f"use_dora: a magnitude per output is not low-rank; {MERGED}")
+        problems.append("use_dora: a magnitude per output is not low-rank")
     if any(layer.lora_bias is not None or layer.bias is not None for layer in layers):
-        problems.append(f"trained biases have no place there; {MERGED}")
+        problems.append("trained biases have no place there")
     if adapter.extras:
-        problems.append(f"trained biases and token rows have no place there ({', '.join(adapter.extras)}); {MERGED}")
+        problems.append(f"trained biases and token rows have no place there ({', '.join(adapter.extras)})")
     if adapter.saved:
-        problems.append(f"modules_to_save: {', '.join(adapter.saved)} were trained whole; {MERGED}")
-    return problems + [
-        f"{path}: a {layer.layer_type.name} has no place there; {MERGED}"
-        for path, layer in adapter.low_rank.items()
-        if layer.layer_type not in layer_types
-    ]
+        problems.append(f"modules_to_save: {', '.join(adapter.saved)} were trained whole")
+    for path, layer in adapter.low_rank.items():
+        if layer.layer_type not in layer_types:
+            problems.append(f"{path}: a {layer.layer_type.name} has no place there")
+    return [f"{problem}; {MERGED}" for problem in problems]
 
 
 @torch.no_grad()

@@ -25,10 +25,11 @@ UNSUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "velora_config": (None,),
 }
-SHARED_SETTINGS = (  # that have the same name and meaning in LoRAConfig
-    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"),
-    *("use_rslora", "use_dora", "lora_bias", "trainable_token_indices"),
+OTHER_SETTINGS = (  # in the order of the file
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "bias"),
+    *("use_rslora", "use_dora", "lora_bias"),
 )
+SHARED_SETTINGS = ("r", "lora_alpha", "lora_dropout", *OTHER_SETTINGS)  # of the same name and meaning in LoRAConfig
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 DOUBLES_OUT_PROJ = Version("0.21.2")
 TASK_TYPES = {
@@ -63,17 +64,8 @@ def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: 
         "lora_dropout": config.lora_dropout,
         "target_modules": portable_targets(modules, module_paths) if modules else [],
         "target_parameters": (endings if are_clear else sorted(parameters)) or None,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-        "modules_to_save": config.modules_to_save,
-        "trainable_token_indices": config.trainable_token_indices,
-        "bias": config.bias,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "lora_bias": config.lora_bias,
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
+        **{name: getattr(config, name) for name in OTHER_SETTINGS},
         "fan_in_fan_out": False,
         "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
     }
