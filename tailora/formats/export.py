@@ -64,18 +64,19 @@ def export(source: ExportSource, folder: Path, to: str) -> ExportReport:
     export_format = FORMATS[to]
     low_rank_export.raise_problems(f"{to} cannot hold this adapter", export_format.problems(source))
     ids = comparison_ids(source.base_model)
-    with with_only_adapter(source.base_model, source.adapter) as model:
-        live = float32_logits(model, ids)
-    with with_only_adapter(source.base_model, None) as model:
-        base = float32_logits(model, ids)
+
+    def logits_with(adapter: Adapter | None) -> Tensor:
+        with with_only_adapter(source.base_model, adapter) as model:
+            return float32_logits(model, ids)
+
+    live, base = logits_with(source.adapter), logits_with(None)
     with replace_folder(folder) as temporary:
         changes = export_format.write(temporary, source)
         content = export_format.read(temporary, source)
         if isinstance(content, nn.Module):
             reloaded = float32_logits(content, ids)
         else:
-            with with_only_adapter(source.base_model, restore(content, source.base_model)) as model:
-                reloaded = float32_logits(model, ids)
+            reloaded = logits_with(restore(content, source.base_model))
         rounded = to == "merged" and common_dtype(source.base_model).itemsize == 2
         comparison = compare_logits(live, base, reloaded, f"{folder} ({to})", rounded=rounded)
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
@@ -151,15 +152,10 @@ def comparison_ids(base_model: Any) -> Tensor:
 
 @torch.no_grad()
 def float32_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """(batch, length) -> (batch, length, vocabulary), float32, in evaluation mode; the model is left as it was."""
-    with evaluating(model), float32_forward(model):
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.float()
+    """(batch, length) -> (batch, length, vocabulary), in evaluation mode; the model is left as it was.
 
-
-@contextmanager
-def float32_forward(model: nn.Module) -> Iterator[None]:
-    """In the block, every module runs with its parameters in float32, and quantised layers as plain ones."""
+    Every module runs with its parameters in float32, and quantised layers run as plain ones.
+    """
     handles = []
     quantized = {id(layer) for layer in quantized_layers(model).values()}
     for module in model.modules():
@@ -172,10 +168,12 @@ def float32_forward(model: nn.Module) -> Iterator[None]:
             handles.append(module.register_forward_pre_hook(partial(_to_float32, parameters, children, undo)))
             handles.append(module.register_forward_hook(partial(_undo, parameters, undo), always_call=True))
     try:
-        yield
+        with evaluating(model):
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()
+    return logits.float()
 
 
 def _to_float32(

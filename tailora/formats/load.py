@@ -130,7 +130,7 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
     # The parts, filled with these tensors
     low_rank: dict[str, LoRALayer] = {}
     for path in dict.fromkeys((*tensors.low_rank, *targets)):
-        layer = _low_rank(path, base_model, config, tensors, empty, stored.metadata.start)
+        layer = _low_rank(path, empty.get(path), base_model, config, tensors, stored.metadata.start)
         if layer is not None:
             low_rank[path] = layer
     quantized = [path for path in tensors.saved if quantized_layers(modules[path])]
@@ -257,27 +257,25 @@ def _sort_tensors(
 
 
 def _low_rank(
-    path: str,
-    base_model: nn.Module,
-    config: LoRAConfig,
-    tensors: SortedTensors,
-    empty: Mapping[str, LoRALayer],
-    with_start: bool,
+    path: str, empty: LoRALayer | None, base_model: nn.Module, config: LoRAConfig, tensors: SortedTensors, start: bool
 ) -> LoRALayer | None:
-    """The layer with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`."""
+    """The layer with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`.
+
+    empty: the layer to be filled; None for one that the settings do not name.
+    """
     module = layer_of(base_model, path)
     if reason := obstacle(module) or storage_obstacle(module):
         tensors.problems.append(f"{path}: {reason}")
         return None
     try:
-        layer = empty.get(path) or low_rank_layer(target_at(base_model, path, config), config, fresh=False)
+        layer = empty or low_rank_layer(target_at(base_model, path, config), config, fresh=False)
     except (ConfigError, TargetError) as error:
         tensors.problems.append(f"{path}: {error}")
         return None
     slots = tensors.low_rank.get(path, {})
     problems = _shape_problems(
         {f"{SLOT_NAMES[slot]} of {path}": tensor for slot, tensor in slots.items()},
-        {f"{SLOT_NAMES[slot]} of {path}": tensor for slot, tensor in peft.layer_to_peft(layer, with_start).items()},
+        {f"{SLOT_NAMES[slot]} of {path}": tensor for slot, tensor in peft.layer_to_peft(layer, start).items()},
         {
             f"{SLOT_NAMES[slot]} of {path}": f": {reason} in the settings, or a {layer.layer_type.name} has none"
             for slot, reason in WITHOUT_SLOT.items()
@@ -286,7 +284,7 @@ def _low_rank(
     tensors.problems += problems
     if not problems:
         try:
-            peft.load_layer(layer, slots, with_start)
+            peft.load_layer(layer, slots, start)
         except FormatError as error:
             tensors.problems.append(f"{path}: {error}")
     return layer

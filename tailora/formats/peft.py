@@ -62,18 +62,6 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_model: nn.Module) -> 
     is in B. A frozen start doubles the ranks.
     Raises DivergedError for weights that are not finite, WriteError if the folder cannot be written.
     """
-    files = _file_contents(adapter, base_model)
-    with wrap_os_error(folder):
-        if folder.exists():
-            for name, content in files.items():
-                write_file(folder / name, content)
-            return
-        with replace_folder(folder) as temporary:
-            for name, content in files.items():
-                (temporary / name).write_bytes(content)
-
-
-def _file_contents(adapter: Adapter, base_model: nn.Module) -> dict[str, bytes]:
     layers = list(peft_layers(base_model, adapter.low_rank).values())
     tensors = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter_to_peft(adapter, layers).items()}
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
@@ -92,11 +80,19 @@ def _file_contents(adapter: Adapter, base_model: nn.Module) -> dict[str, bytes]:
         f"LoRA adapter of {len(low_rank)} layers, r = {settings['r']}, alpha = {settings['lora_alpha']:g}. "
         f"Loads with {readers}."
     )
-    return {
+    files = {
         WEIGHTS: safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()}),
         ADAPTER_CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
         CARD: model_card(settings, about).encode(),
     }
+    with wrap_os_error(folder):
+        if folder.exists():
+            for name, content in files.items():
+                write_file(folder / name, content)
+            return
+        with replace_folder(folder) as temporary:
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
 
 
 def model_card(settings: Mapping[str, Any], about: str) -> str:
