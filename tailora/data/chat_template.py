@@ -177,7 +177,8 @@ def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample
         text = tokenizer.render(chat.messages)
         spans_or_none = (_reply_span(chat.messages, index, text, tokenizer) for index in replies if index >= chat.first)
         spans = [span for span in spans_or_none if span is not None]
-    turns = [turn for turn in (_end_turn(text, span, tokenizer) for span in spans) if turn.start < turn.end]
+    all_turns = (_end_turn(text, span, tokenizer) for span in spans)
+    turns = [(start, end, has_end) for start, end, has_end in all_turns if start < end]
     if not turns and any(replies):
         raise DataError(
             "no reply can be located: the chat template writes replies otherwise than it prompts for them; "
@@ -185,12 +186,13 @@ def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample
         )
     if not turns:
         raise DataError("nothing to learn: the conversation has no reply, or only one that it begins with")
-    if not turns[-1].has_end:
+    _, last_end, has_end = turns[-1]
+    if not has_end:
         _check_eos(tokenizer)
     return RenderedSample(
-        text=text[: turns[-1].end],  # nothing is trained after it
-        trained_spans=[(turn.start, turn.end) for turn in turns],
-        add_eos=not turns[-1].has_end,
+        text=text[:last_end],  # nothing is trained after it
+        trained_spans=[(start, end) for start, end, _ in turns],
+        add_eos=not has_end,
         untrained_replies=max(0, sum(index >= chat.first for index in replies) - len(turns)),
     )
 
@@ -215,16 +217,11 @@ def _reply_span(messages: Messages, index: int, text: str, tokenizer: ChatTokeni
     return None
 
 
-class Turn(NamedTuple):
-    """has_end: its last token tells generation to stop."""
+def _end_turn(text: str, span: Span, tokenizer: ChatTokenizer) -> tuple[int, int, bool]:
+    """The reply up to the token that ends it: EOS, or else the first of the special tokens that close the span.
 
-    start: int
-    end: int
-    has_end: bool
-
-
-def _end_turn(text: str, span: Span, tokenizer: ChatTokenizer) -> Turn:
-    """The reply up to the token that ends it: EOS, or else the first of the special tokens that close the span."""
+    Returns its start and end, and whether its last token tells generation to stop.
+    """
     start, end = span
     # The special tokens at the end of the reply, with white space between them or not, and where each ends
     closing = []
@@ -235,7 +232,7 @@ def _end_turn(text: str, span: Span, tokenizer: ChatTokenizer) -> Turn:
         rest = rest[: -len(token)].rstrip()
     if closing:
         eos_ends = [token_end for token, token_end in closing if token == tokenizer.eos]
-        return Turn(start, min(eos_ends or [token_end for _, token_end in closing]), has_end=True)
+        return start, min(eos_ends or [token_end for _, token_end in closing]), True
     if tokenizer.eos and text.startswith(tokenizer.eos, end):
-        return Turn(start, end + len(tokenizer.eos), has_end=True)  # {% generation %} around the words alone
-    return Turn(start, end, has_end=False)
+        return start, end + len(tokenizer.eos), True  # {% generation %} around the words alone
+    return start, end, False

@@ -18,10 +18,9 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock
 
@@ -31,8 +30,7 @@ from tailora.formats.io import replace_folder, wrap_os_error
 from tailora.quiet import quiet_transformers
 
 
-@dataclass(frozen=True, slots=True)
-class Wheel:
+class Wheel(NamedTuple):
     """A pinned wheel. Only files inside are read; it is never installed or imported."""
 
     name: str

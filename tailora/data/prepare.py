@@ -156,21 +156,45 @@ def prepare(
     """
     chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows)
     data = _load_source(source, "train", chat_tokenizer, field, max_length)
+    counts = [data.counts]
     if eval_source is not None:
         eval_data = _load_source(eval_source, "validation", chat_tokenizer, field, max_length)
-        report = _report([data, eval_data], data.examples, eval_data.examples, chat_tokenizer)
-        return PreparedData(data.examples, eval_data.examples, report, eval_data.samples)
-    split = dataset.split_examples(data.examples.hashes(), validation_split, seed)
-    train, held_out = data.examples.select(split.train), data.examples.select(split.held_out)
-    report = _report([data], train, held_out, chat_tokenizer)
-    return PreparedData(train, held_out, report, [data.samples[index] for index in split.held_out])
+        counts.append(eval_data.counts)
+        train, held_out, eval_samples = data.examples, eval_data.examples, eval_data.samples
+    else:
+        split = dataset.split_examples(data.examples.hashes(), validation_split, seed)
+        train, held_out = data.examples.select(split.train), data.examples.select(split.held_out)
+        eval_samples = [data.samples[index] for index in split.held_out]
+    lengths = np.concatenate([train.lengths, held_out.lengths])
+    repeated, duplicates = dataset.count_repeats(train.hashes(), held_out.hashes())
+    report = DataReport(
+        source=source,
+        eval_source=eval_source,
+        shape=data.mapping.schema.name,
+        mapping=data.mapping.columns,
+        ignored=list(data.mapping.ignored),
+        chat_template=chat_tokenizer.template is not None,
+        rows=sum(part.rows for part in counts),
+        train=len(train),
+        eval=len(held_out),
+        tokens=int(lengths.sum()),
+        supervised_tokens=int(train.supervised.sum() + held_out.supervised.sum()),
+        longest=max(part.longest for part in counts),
+        truncated=sum(part.truncated for part in counts),
+        cut_away=sum(part.cut_away for part in counts),
+        replies_not_learned=sum(part.replies_not_learned for part in counts),
+        repeated=repeated,
+        duplicates=duplicates,
+        lengths=dataset.length_histogram(lengths),
+        sha256=dataset.dataset_hash(train, held_out),
+    )
+    return PreparedData(train, held_out, report, eval_samples)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedSource:
-    """One source, tokenised. samples[i] became examples[i]."""
+    """samples[i] became examples[i]."""
 
-    name: str
     mapping: ColumnMapping
     examples: Examples
     samples: list[Sample]
@@ -193,33 +217,7 @@ def _load_source(
     if not kept:
         raise _all_cut(source, max_length, counts.longest)
     examples = Examples.of(row.encoded.example for row in kept)
-    return LoadedSource(source, mapping, examples, [row.sample for row in kept], counts)
-
-
-def _report(sources: list[LoadedSource], train: Examples, held_out: Examples, tokenizer: ChatTokenizer) -> DataReport:
-    lengths = np.concatenate([train.lengths, held_out.lengths])
-    repeated, duplicates = dataset.count_repeats(train.hashes(), held_out.hashes())
-    return DataReport(
-        source=sources[0].name,
-        eval_source=sources[1].name if len(sources) > 1 else None,
-        shape=sources[0].mapping.schema.name,
-        mapping=sources[0].mapping.columns,
-        ignored=list(sources[0].mapping.ignored),
-        chat_template=tokenizer.template is not None,
-        rows=sum(source.counts.rows for source in sources),
-        train=len(train),
-        eval=len(held_out),
-        tokens=int(lengths.sum()),
-        supervised_tokens=int(train.supervised.sum() + held_out.supervised.sum()),
-        longest=max(source.counts.longest for source in sources),
-        truncated=sum(source.counts.truncated for source in sources),
-        cut_away=sum(source.counts.cut_away for source in sources),
-        replies_not_learned=sum(source.counts.replies_not_learned for source in sources),
-        repeated=repeated,
-        duplicates=duplicates,
-        lengths=dataset.length_histogram(lengths),
-        sha256=dataset.dataset_hash(train, held_out),
-    )
+    return LoadedSource(mapping, examples, [row.sample for row in kept], counts)
 
 
 # ---- Training data as a stream

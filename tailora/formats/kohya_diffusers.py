@@ -23,18 +23,9 @@ from tailora.formats.io import read_safetensors
 from tailora.formats.low_rank_export import as_stored_adapter, raise_problems
 from tailora.formats.peft import KEY_PREFIX, StoredAdapter
 
-SLOT_OF_SUFFIX = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_down.weight": "A",
-    ".lora_up.weight": "B",
-    ".lora.down.weight": "A",
-    ".lora.up.weight": "B",
-    ".lora_linear_layer.down.weight": "A",
-    ".lora_linear_layer.up.weight": "B",
-    "_lora.down.weight": "A",
-    "_lora.up.weight": "B",
-    ".alpha": "alpha",
+SUFFIXES = {
+    "A": (".lora_A", ".lora_down", ".lora.down", ".lora_linear_layer.down", "_lora.down"),
+    "B": (".lora_B", ".lora_up", ".lora.up", ".lora_linear_layer.up", "_lora.up"),
 }
 OTHER_METHODS = {  # part of a key -> the method that writes it
     "hada_": "LoHa",
@@ -92,9 +83,12 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
 
 def _split_key(key: str) -> tuple[str, str]:
     """Returns the layer's name, and A, B or alpha; '' for a key that is not LoRA."""
-    for suffix, slot in SLOT_OF_SUFFIX.items():
-        if key.endswith(suffix):
-            return key.removesuffix(suffix), slot
+    if key.endswith(".alpha"):
+        return key.removesuffix(".alpha"), "alpha"
+    for slot, suffixes in SUFFIXES.items():
+        for suffix in suffixes:
+            if key.endswith(f"{suffix}.weight"):
+                return key.removesuffix(f"{suffix}.weight"), slot
     return key, ""
 
 

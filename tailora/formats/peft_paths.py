@@ -112,7 +112,16 @@ def peft_layers(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, 
     for path, layer in layers.items():
         module_path = module_paths[path]
         module = model.get_submodule(module_path)
-        prefix = _key_prefix(path, module_path, module, layer, paths_of_module[module_path])
+        prefix = module_path
+        if layer.output_slice is None and path != module_path:
+            if layer.layer_type.is_stacked:
+                order = [f"{module_path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+                outer = [other for other in paths_of_module[module_path] if order.index(other) > order.index(path)]
+                prefix += ".base_layer" * len(outer)
+            elif path.endswith("out_proj"):
+                prefix = f"{module_path}.base_layer.out_proj".removeprefix(".")
+            elif "in_proj_weight" not in projections(module):
+                prefix = path
         if prefix in result:
             result[prefix].layers[path] = layer
             continue
@@ -123,15 +132,3 @@ def peft_layers(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, 
             norms = RowNorms(module, layer.layer_type, layer.lora_A.dtype).squares.sqrt()
         result[prefix] = PeftLayer(prefix, pattern_path, {path: layer}, scale, norms)
     return result
-
-
-def _key_prefix(path: str, module_path: str, module: nn.Module, layer: LoRALayer, paths_of_module: list[str]) -> str:
-    if layer.output_slice is not None or path == module_path:
-        return module_path
-    if layer.layer_type.is_stacked:
-        order = [f"{module_path}.{name}" for name, _ in module.named_parameters(recurse=False)]
-        outer = [other for other in paths_of_module if order.index(other) > order.index(path)]
-        return module_path + ".base_layer" * len(outer)
-    if path.endswith("out_proj"):
-        return f"{module_path}.base_layer.out_proj".removeprefix(".")
-    return module_path if "in_proj_weight" in projections(module) else path
