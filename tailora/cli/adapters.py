@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from statistics import median
@@ -69,9 +69,8 @@ def combine(
     report = adapted.combine(weights, RESULT, method, r=r, density=density, drop=drop, seed=seed)
     adapted.save_adapter(output_dir, RESULT)
     sources = ", ".join(f"{name} x {value:g}" for name, value in weights.items())
-    payload = {"method": method, "weights": weights, **_layers(report)}
-    _finish(f"combined {sources} by {method}", [_summary(report)], base, output_dir, payload, json)
-    return 0
+    payload = {"method": method, "weights": weights}
+    return _finish(f"combined {sources} by {method}", report, [], base, output_dir, payload, json)
 
 
 def parse_weights(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str, float]:
@@ -128,38 +127,31 @@ def shrink(
     check_new_folder(output_dir)
     check(r, energy, loss=None if data is None else len, budget=max_loss_increase)  # any function; ours needs the model
     base = base_model_name(model, [folder])
-    run = merge_settings(flags, None, arguments={"model": base, **({"data": data} if data else {})}).config
+    config = merge_settings(flags, None, arguments={"model": base, "data": data})
     device = "cpu" if data is None else None
     loaded = load_model(base, {SOURCE: folder}, quantize="none", dtype="stored", device=device)
     adapted = loaded.model
-    lines, losses = [], {}
+    lines: list[str] = []
+    losses: dict[str, float] = {}
     if data is None:
         report = adapted.shrink(SOURCE, RESULT, r=r, energy=energy)
     else:
-        loss = _loss_function(run, adapted, loaded.tokenizer)
+        from tailora.evaluation.scores import loss_on_data
+
+        evaluate = loss_on_data(config, adapted, loaded.tokenizer, note)
+
+        def loss(_: "LoRAModel") -> float:  # nats per supervised token
+            value = evaluate().loss
+            log(f"loss {value:.4f}")
+            return value
+
         report = adapted.shrink(SOURCE, RESULT, loss=loss, budget=max_loss_increase)
         losses = {"loss_before": loss(adapted)}
         adapted.set_adapter(RESULT)
         losses["loss_after"] = loss(adapted)
         lines = [f"loss on {data}: {losses['loss_before']:.4f} before, {losses['loss_after']:.4f} after"]
     adapted.save_adapter(output_dir, RESULT)
-    payload = {**losses, **_layers(report)}
-    _finish(f"shrunk {folder}", [_summary(report), *lines], base, output_dir, payload, json)
-    return 0
-
-
-def _loss_function(config: TrainConfig, model: "LoRAModel", tokenizer: Any) -> Callable[["LoRAModel"], float]:
-    """Returns a function that computes and logs the model's loss on the data, in nats per supervised token."""
-    from tailora.evaluation.scores import loss_on_data
-
-    evaluate = loss_on_data(config, model, tokenizer, note)
-
-    def loss(_: "LoRAModel") -> float:
-        value = evaluate().loss
-        log(f"loss {value:.4f}")
-        return value
-
-    return loss
+    return _finish(f"shrunk {folder}", report, lines, base, output_dir, losses, json)
 
 
 # ---- `tailora extract`
@@ -185,7 +177,7 @@ def extract(
 
     Lists what differs between the models and is not in the adapter.
     """
-    config = merge_settings(flags, None, arguments={"model": model}).config.lora()
+    config = merge_settings(flags, None, arguments={"model": model}).lora()
     from tailora.core.compress import check  # loads torch
     from tailora.formats.export import check_new_folder
     from tailora.model import LoRAModel
@@ -197,10 +189,9 @@ def extract(
     adapted, report = LoRAModel.from_difference(base, other, config, r=r, energy=energy)
     adapted.save_adapter(output_dir)
     left_over = {name: change if isfinite(change) else None for name, change in report.left_over.items()}
-    payload = {"tuned": tuned, **_layers(report), "left_over": left_over}
-    lines = [_summary(report), *poor_fit_advice(report.error), *_left_over_lines(report.left_over)]
-    _finish(f"extracted from {tuned}", lines, model, output_dir, payload, json)
-    return 0
+    payload = {"tuned": tuned, "left_over": left_over}
+    lines = [*poor_fit_advice(report.error), *_left_over_lines(report.left_over)]
+    return _finish(f"extracted from {tuned}", report, lines, model, output_dir, payload, json)
 
 
 def poor_fit_advice(error: Mapping[str, float]) -> list[str]:
@@ -230,29 +221,35 @@ def _left_over_lines(left_over: Mapping[str, float]) -> list[str]:
 # ---- What all three print
 
 
-def _layers(report: "Truncation") -> dict[str, Any]:
-    """Returns rank and relative error of every layer, for JSON."""
-    layers = {path: {"rank": rank, "error": report.error[path]} for path, rank in report.rank.items()}
-    return {"layers": layers, "worst_error": report.worst}
-
-
-def _summary(report: "Truncation") -> str:
-    """Returns layers, ranks and what the lower rank loses, in one line."""
+def _finish(
+    done: str,
+    report: "Truncation",
+    lines: Sequence[str],
+    model: str,
+    folder: Path,
+    payload: dict[str, Any],
+    as_json: bool,
+) -> int:
+    """Prints one JSON object with `payload`, or a summary, `lines` and the command to try the adapter."""
+    if as_json:
+        layers = {path: {"rank": rank, "error": report.error[path]} for path, rank in report.rank.items()}
+        print_json(
+            {"output_dir": str(folder), "model": model, **payload, "layers": layers, "worst_error": report.worst}
+        )
+        return 0
     ranks = [rank for rank in report.rank.values() if rank]
     span = f"{min(ranks)}" if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
     empty = len(report.rank) - len(ranks)
     left = f"; {empty} layers are no longer adapted" if empty else ""
-    if report.worst < 1e-6:
-        return f"{len(ranks)} layers of rank {span}{left}; nothing is lost"
-    errors = f"{median(report.error.values()):.2%} (median), {report.worst:.2%} (largest)"
-    return f"{len(ranks)} layers of rank {span}{left}; relative error of the updates: {errors}"
-
-
-def _finish(done: str, lines: Sequence[str], model: str, folder: Path, payload: dict[str, Any], as_json: bool) -> None:
-    """Prints one JSON object, or lines that end in the command to try the adapter."""
-    if as_json:
-        print_json({"output_dir": str(folder), "model": model, **payload})
-        return
+    errors = "nothing is lost"
+    if report.worst >= 1e-6:
+        middle = median(report.error.values())
+        errors = f"relative error of the updates: {middle:.2%} (median), {report.worst:.2%} (largest)"
     command = shlex.join(["tailora", "chat", "--model", model, "--adapter", str(folder)])
-    for line in (f"{done}: {lines[0]}", *lines[1:], f"written to {folder}; to try it: {command}"):
+    for line in (
+        f"{done}: {len(ranks)} layers of rank {span}{left}; {errors}",
+        *lines,
+        f"written to {folder}; to try it: {command}",
+    ):
         stdout().print(line, markup=False, soft_wrap=True)
+    return 0

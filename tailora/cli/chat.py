@@ -5,7 +5,7 @@ Answers go to stdout, everything else to stderr.
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -23,10 +23,11 @@ from tailora.cli.models import (
     Temperature,
     TopP,
     load_model,
-    memory_errors,
     parse_adapters,
 )
 from tailora.errors import AdapterError, ConfigError, DataError, MemoryLimitError, nearest
+
+MEMORY_ADVICE = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
 
 # ---- `tailora chat`
 
@@ -37,10 +38,11 @@ HELP = """\
 /reset                     forget the conversation
 /help                      show these lines
 /quit                      end (so does the end of the input)"""
+COMMANDS = [line.split()[0] for line in HELP.splitlines()]
 
 
 @dataclass
-class Conversation:
+class ChatSession:
     loaded: Loaded
     sampling: dict[str, Any]  # arguments of `stream_reply`
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -62,42 +64,37 @@ def chat(
     """
     loaded = load_model(model, parse_adapters(adapter or []), quantize=quantize)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    conversation = Conversation(loaded, sampling)
+    session = ChatSession(loaded, sampling)
     if loaded.adapters:
         loaded.model.set_adapter(loaded.adapters[0])
     log(f"{model} with {' or '.join(loaded.adapters) or 'no adapter'}; /help lists the commands")
-    for line in typed_lines():
-        if line == "/quit":
-            break
-        if line.startswith("/"):
-            run_command(conversation, line)
-        else:
-            answer(conversation, line)
-    return 0
-
-
-def typed_lines() -> Iterator[str]:
-    """Yields what the user types, without empty lines, until the end of the input."""
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
             line = input(prompt).strip()
         except EOFError:
-            return
-        if line:
-            yield line
+            return 0
+        if line == "/quit":
+            return 0
+        if line.startswith("/"):
+            try:
+                log(run_command(session, line))
+            except (AdapterError, ConfigError) as error:  # a mistake, which has changed nothing
+                log(str(error))
+        elif line:
+            answer(session, line)
 
 
-def answer(conversation: Conversation, text: str) -> None:
+def answer(session: ChatSession, text: str) -> None:
     """Streams the answer. Ctrl-C ends it and keeps what there is; a message that cannot be answered is dropped."""
     from tailora.evaluation.generate import stream_reply
 
-    loaded = conversation.loaded
-    messages = [*conversation.messages, {"role": "user", "content": text}]
+    loaded = session.loaded
+    messages = [*session.messages, {"role": "user", "content": text}]
     reply = ""
     try:
-        with memory_errors():
-            for piece in stream_reply(loaded.model, loaded.tokenizer, messages, **conversation.sampling):
+        with explained_memory_errors():
+            for piece in stream_reply(loaded.model, loaded.tokenizer, messages, **session.sampling):
                 reply += piece
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -107,34 +104,36 @@ def answer(conversation: Conversation, text: str) -> None:
         log(f"error: {error}\nthe message is dropped; /reset forgets the conversation and makes room")
         return
     print(flush=True)
-    conversation.messages[:] = [*messages, {"role": "assistant", "content": reply}]
+    session.messages[:] = [*messages, {"role": "assistant", "content": reply}]
 
 
-def run_command(conversation: Conversation, line: str) -> None:
-    """Runs one /command; a mistake prints a message and changes nothing."""
-    name, *words = line.split()
-    if name not in COMMANDS:
-        log(f"{name} is not a command{nearest(name, COMMANDS) or '; /help lists them'}")
-        return
-    try:
-        log(COMMANDS[name](conversation, words))
-    except (AdapterError, ConfigError) as error:
-        log(str(error))
+def run_command(session: ChatSession, line: str) -> str:
+    """Runs one /command and returns what to show. Raises ConfigError or AdapterError."""
+    model, names = session.loaded.model, session.loaded.adapters
+    command, *words = line.split()
+    match command:
+        case "/adapter":
+            if not names:
+                raise ConfigError("no adapter is loaded: start with --adapter FOLDER")
+            if not words:
+                raise ConfigError(f"/adapter NAME [STRENGTH]; there are: {', '.join(names)}")
+            strength = parse_strength(words[1:])
+            model.set_adapter(words[0])
+            model.set_scale(words[0], strength)
+            return f"adapter {words[0]} at {strength:g}"
+        case "/base":
+            if names:
+                model.set_adapter(None)
+            return "no adapter"
+        case "/reset":
+            session.messages.clear()
+            return "the conversation starts again"
+        case "/help":
+            return HELP
+    raise ConfigError(f"{command} is not a command{nearest(command, COMMANDS) or '; /help lists them'}")
 
 
-def _adapter(conversation: Conversation, words: list[str]) -> str:
-    names = conversation.loaded.adapters
-    if not names:
-        raise ConfigError("no adapter is loaded: start with --adapter FOLDER")
-    if not words:
-        raise ConfigError(f"/adapter NAME [STRENGTH]; there are: {', '.join(names)}")
-    name, strength = words[0], _strength(words[1:])
-    conversation.loaded.model.set_adapter(name)
-    conversation.loaded.model.set_scale(name, strength)
-    return f"adapter {name} at {strength:g}"
-
-
-def _strength(words: list[str]) -> float:
+def parse_strength(words: list[str]) -> float:
     try:
         (strength,) = [float(word) for word in words] or [1.0]
     except ValueError:
@@ -142,24 +141,6 @@ def _strength(words: list[str]) -> float:
     if not math.isfinite(strength):
         raise ConfigError(f"a strength is one number such as 0.7; got {' '.join(words)}")
     return strength
-
-
-def _base(conversation: Conversation, _words: list[str]) -> str:
-    if conversation.loaded.adapters:
-        conversation.loaded.model.set_adapter(None)
-    return "no adapter"
-
-
-def _reset(conversation: Conversation, _words: list[str]) -> str:
-    conversation.messages.clear()
-    return "the conversation starts again"
-
-
-def _help(_conversation: Conversation, _words: list[str]) -> str:
-    return HELP
-
-
-COMMANDS = {"/adapter": _adapter, "/base": _base, "/reset": _reset, "/help": _help}
 
 
 # ---- `tailora generate`
@@ -188,7 +169,9 @@ def generate(
 
     Several adapters are all active, and their updates add up.
     """
-    prompts = prompt or [_stdin_prompt()]
+    prompts = prompt or ["" if sys.stdin.isatty() else sys.stdin.read().strip()]
+    if prompts == [""]:
+        raise ConfigError("nothing to answer: give --prompt TEXT, or pipe a text in")
     loaded = load_model(model, parse_adapters(adapter or []), quantize=quantize)
     from tailora.evaluation.generate import stream_reply
 
@@ -197,27 +180,25 @@ def generate(
     answers = []
     for text in prompts:
         messages = [*first, {"role": "user", "content": text}]
-        pieces = stream_reply(loaded.model, loaded.tokenizer, messages, **sampling)
-        with memory_errors():
-            answers.append({"prompt": text, "text": "".join(pieces) if json else _print_pieces(pieces)})
+        reply = ""
+        with explained_memory_errors():
+            for piece in stream_reply(loaded.model, loaded.tokenizer, messages, **sampling):
+                reply += piece
+                if not json:
+                    print(piece, end="", flush=True)
+        answers.append({"prompt": text, "text": reply})
+        if not json:
+            print(flush=True)
     if json:
         print_json({"model": model, "adapters": loaded.adapters, "answers": answers})
     return 0
 
 
-def _print_pieces(pieces: Iterable[str]) -> str:
-    text = ""
-    for piece in pieces:
-        text += piece
-        print(piece, end="", flush=True)
-    print(flush=True)
-    return text
+# ---- What both share
 
 
-def _stdin_prompt() -> str:
-    if sys.stdin.isatty():
-        raise ConfigError("nothing to answer: give --prompt TEXT, or pipe a text in")
-    text = sys.stdin.read().strip()
-    if not text:
-        raise ConfigError("nothing to answer: stdin is empty; give --prompt TEXT, or pipe a text in")
-    return text
+def explained_memory_errors() -> AbstractContextManager[None]:
+    """Within the block, running out of memory raises MemoryLimitError with the cause and what helps."""
+    from tailora.train.memory import explain_out_of_memory
+
+    return explain_out_of_memory("answering", lambda: MEMORY_ADVICE)

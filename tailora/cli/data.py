@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
-from tailora.cli.main import note, print_json, stdout
+from tailora.cli.main import print_json, stdout
 from tailora.cli.models import load_vocabulary
 from tailora.train.config import TrainConfig
 
@@ -40,14 +40,12 @@ def data(
 
     Shows columns, counts, lengths, and in some examples which tokens are learned and which are only read.
     """
-    settings = merge_settings(flags, config, arguments={"data": file} if file else {})
-    for text in settings.notes:
-        note(text)
+    settings = merge_settings(flags, config, arguments={"data": file})
     from tailora.data.tokenize import preview
     from tailora.train.dataloader import read_whole
 
-    tokenizer, embedding_rows = load_vocabulary(settings.config.model)
-    prepared = read_whole(settings.config, tokenizer, embedding_rows)
+    tokenizer, embedding_rows = load_vocabulary(settings.model)
+    prepared = read_whole(settings, tokenizer, embedding_rows)
     report = prepared.report.to_dict()
     examples = [preview(prepared.train[index], tokenizer) for index in range(min(rows, len(prepared.train)))]
     if json:

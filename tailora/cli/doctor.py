@@ -47,11 +47,12 @@ def collect_facts() -> Facts:
 
     from tailora.data.demo import cache_folder
     from tailora.train.memory import available_bytes
-    from tailora.train.model_loading import METHODS
+    from tailora.train.model_loading import METHODS, obstacle
 
+    device = _device()
     own = {"tailora": __version__, "python": platform.python_version()}
     return {
-        "device": _device(),
+        "device": device,
         "threads": {
             "cores": os.cpu_count(),
             "torch": torch.get_num_threads(),
@@ -63,7 +64,7 @@ def collect_facts() -> Facts:
         },
         "demo cache": _disk(cache_folder()),
         "Hub cache": _disk(Path(HF_HUB_CACHE)),
-        "quantize": {name: _quantize_state(name) for name in METHODS},
+        "quantize": {name: obstacle(name, device["type"]) or "works" for name in METHODS},
         "packages": {**own, **{name: _version(name) for name in PACKAGES}},
     }
 
@@ -101,14 +102,6 @@ def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def _quantize_state(name: str) -> str:
-    import torch
-
-    from tailora.train.model_loading import obstacle
-
-    return obstacle(name, "cuda" if torch.cuda.is_available() else "cpu") or "works"
 
 
 def _disk(folder: Path) -> dict[str, Any]:

@@ -3,21 +3,17 @@
 import json as jsonlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 from pydantic import TypeAdapter
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tailora.cli.flags import Json, flags_of, merge_settings
-from tailora.cli.main import log, note, on_terminal, print_json, stderr, stdout
+from tailora.cli.main import log, note, print_json, stderr, stdout
 from tailora.cli.models import BaseModel, Quantize, base_model_name, find_adapter, load_model, recorded
 from tailora.errors import ConfigError
 from tailora.evaluation.metrics import METRICS, QUOTES_HINT, Gate, check_gates, parse_gates, parse_metrics
@@ -28,52 +24,6 @@ from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from tailora.evaluation.scores import Scores
-
-
-# ---- Progress, and gates for JSON
-
-
-SECONDS_BETWEEN_LINES = 5.0
-
-
-@contextmanager
-def progress(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function to call with rows done and rows in all: a bar on a terminal, else a line every few seconds."""
-    if not on_terminal(console):
-        console.print("reading model and data")
-        yield _lines(console)
-        return
-    columns = TextColumn("rows"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _lines(console: Console) -> Callable[[int, int], None]:
-    last = monotonic()
-
-    def show_line(done: int, total: int) -> None:
-        nonlocal last
-        if monotonic() - last >= SECONDS_BETWEEN_LINES:
-            last = monotonic()
-            console.print(f"{done:,} of {total:,} rows", soft_wrap=True)
-
-    return show_line
-
-
-def gate_outcomes(gates: Sequence[Gate], values: Mapping[str, float]) -> list[dict[str, Any]]:
-    """For JSON: each gate with its value, null where that is no number, and whether it is met."""
-    return [
-        {
-            "gate": str(gate),
-            "value": values[gate.metric] if math.isfinite(values[gate.metric]) else None,
-            "met": gate.is_met(values[gate.metric]),
-        }
-        for gate in gates
-    ]
-
-
-# ---- The command
 
 
 Flags: Any = flags_of(TrainConfig, only=["field", "max_length", "dtype"])
@@ -132,7 +82,7 @@ NO_HARNESS_FLAGS = HarnessFlags()
 
 
 @dataclass(frozen=True)
-class Target:
+class EvalTarget:
     """What is evaluated."""
 
     model: str
@@ -176,18 +126,18 @@ def eval(
     if data is None and not harness.names:
         raise ConfigError("nothing to evaluate on: give --data FILE, or --tasks of lm-evaluation-harness")
     _check_output_dir(output_dir)
-    max_length = target.recorded("max_length")
-    defaults = {"max_length": max_length} if max_length else {}
-    run = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model}).config
+    defaults = {"max_length": target.recorded("max_length")}
+    config = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model})
 
-    from tailora.evaluation.lm_eval import HarnessOptions, evaluate_tasks, find_tasks
+    from tailora.cli.progress import counter  # loads torch
+    from tailora.evaluation.lm_eval import evaluate_tasks, find_tasks
     from tailora.evaluation.scores import EvalOptions, Scores, normalizer, score, without_adapter
     from tailora.train.memory import explain_out_of_memory
 
     options = EvalOptions(
         metrics=tuple(metric_names),
         extra_metrics=tuple(gate.metric for gate in gates if not gate.is_on_task),
-        max_length=run.max_length,
+        max_length=config.max_length,
         max_new_tokens=max_new_tokens,
         normalize=() if normalize == "none" else tuple(normalize.split(",")),
         limit=limit,
@@ -200,35 +150,43 @@ def eval(
     folders = {} if target.folder is None else {"default": target.folder}
     scores = Scores({}, {} if base else None, {} if base else None)
     with explain_out_of_memory("evaluating", lambda: MEMORY_ADVICE):
-        loaded = load_model(target.model, folders, quantize=quantize, dtype=run.dtype)
+        log("reading model and data")
+        loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype)
         adapted = loaded.model if loaded.adapters else without_adapter(loaded.model)
         if data is not None:
             _warn_of_training_data(target, data)
-            with progress(stderr()) as show_progress:
-                arguments: Any = {"field": run.field, "base": base, "log": note, "progress": show_progress}
+            with counter(stderr(), "rows") as progress:
+                arguments: Any = {"field": config.field, "base": base, "log": note, "progress": progress}
                 scores = scores.merge(score(adapted, loaded.tokenizer, data, options, **arguments))
         if tasks is not None:
-            harness_options = HarnessOptions(
-                harness.num_fewshot, harness.apply_chat_template, limit, harness.batch_size
+            harness_scores = evaluate_tasks(
+                adapted,
+                loaded.tokenizer,
+                tasks,
+                base=base,
+                batch_size=harness.batch_size,
+                num_fewshot=harness.num_fewshot,
+                apply_chat_template=harness.apply_chat_template,
+                limit=limit,
             )
-            scores = scores.merge(evaluate_tasks(adapted, loaded.tokenizer, tasks, harness_options, base=base))
+            scores = scores.merge(harness_scores)
     return _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
 
 
-def find_target(adapter: str | None, model: str | None) -> Target:
+def find_target(adapter: str | None, model: str | None) -> EvalTarget:
     """Raises ConfigError or FormatError if there is nothing to evaluate at these places."""
     if adapter is None:
         if model is None:
             raise ConfigError("nothing to evaluate: give an ADAPTER, or --model M for a model without one")
-        return Target(model, None, None)
+        return EvalTarget(model, None, None)
     path = Path(adapter)
     model_folder = next((folder for folder in (path, path / "model") if (folder / "config.json").is_file()), None)
     if model_folder is not None and not (path / "adapter_config.json").exists():
         if model is not None:
             raise ConfigError(f"{adapter} is a whole model, not an adapter for {model}: leave one of the two out")
-        return Target(str(model_folder), None, None)
+        return EvalTarget(str(model_folder), None, None)
     folder = find_adapter(adapter)
-    return Target(base_model_name(model, [folder]), adapter, folder)
+    return EvalTarget(base_model_name(model, [folder]), adapter, folder)
 
 
 def _check_output_dir(folder: Path | None) -> None:
@@ -243,7 +201,7 @@ def _check_output_dir(folder: Path | None) -> None:
         raise ConfigError(f"--output-dir {folder} holds a {REPORT} of something else; give another folder")
 
 
-def _warn_of_training_data(target: Target, data: str) -> None:
+def _warn_of_training_data(target: EvalTarget, data: str) -> None:
     from tailora.data.demo import resolve_demo
 
     recorded_data = target.recorded("data")
@@ -256,16 +214,22 @@ def _warn_of_training_data(target: Target, data: str) -> None:
 
 
 def _finish(
-    target: Target, scores: "Scores", gates: Sequence[Gate], seconds: float, folder: Path | None, as_json: bool
+    target: EvalTarget, scores: "Scores", gates: Sequence[Gate], seconds: float, folder: Path | None, as_json: bool
 ) -> int:
     """Writes the report, prints the scores, and returns the exit code."""
     from tailora.report.pages.eval import EvalReport, eval_page
 
+    outcomes = []
+    for gate in gates:
+        value = scores.values()[gate.metric]
+        outcomes.append(
+            {"gate": str(gate), "value": value if math.isfinite(value) else None, "met": gate.is_met(value)}
+        )
     payload = {
         "model": target.model,
         "adapter": target.adapter,
         **scores.to_dict(),
-        "gates": gate_outcomes(gates, scores.values()),
+        "gates": outcomes,
         "seconds": seconds,
     }
     if folder is not None:
@@ -277,6 +241,6 @@ def _finish(
     else:
         print_page(stdout(), eval_page(report))
     missed = [gate for gate in report.gates if not gate.met]
-    for gate in missed:
-        stderr().print(f"gate not met: {gate}", style="red", markup=False, soft_wrap=True)
+    for missed_gate in missed:
+        stderr().print(f"gate not met: {missed_gate}", style="red", markup=False, soft_wrap=True)
     return GATE_NOT_MET if missed else 0

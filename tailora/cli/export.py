@@ -88,17 +88,14 @@ def show(console: Console, result: "ExportReport", base: str, seconds: float) ->
 def next_command(result: "ExportReport", base: str) -> str:
     """Returns a command that uses the result, to be copied."""
     folder, name = str(result.folder), result.folder.resolve().name
-    rank = _rank(result.folder) if result.format == "portable" else ""
-    adapters = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"{name}={folder}"]
+    if result.format == "portable":
+        rank = str(json_module.loads((result.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"])
+        adapters = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"{name}={folder}"]
+        return shlex.join(["vllm", "serve", base, *adapters])
     commands = {
         "peft": ["tailora", "chat", "--model", base, "--adapter", folder],
-        "portable": ["vllm", "serve", base, *adapters],
         "gguf": ["ollama", "create", name, "-f", str(result.folder / "Modelfile")],
         "mlx": ["mlx_lm.generate", "--model", base, "--adapter-path", folder, "--prompt", "Hello"],
         "merged": ["tailora", "chat", "--model", folder],
     }
     return shlex.join(commands[result.format])
-
-
-def _rank(folder: Path) -> str:
-    return str(json_module.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"])

@@ -6,7 +6,7 @@ and limits. Comparisons and searches have further fields (study/config.py). This
     Flags: Any = flags_of(TrainConfig, only=["field", "max_length"])
 
     def command(*, config: ConfigFile = None, json: Json = False, flags: Flags = None) -> int:
-        run = merge_settings(flags, config, defaults={})
+        run = merge_settings(flags, config)
 
 A value goes  flag or YAML -> plain Python -> `TrainConfig`, which alone decides what is valid.
 Later wins: the command's own defaults, then `--config run.yaml`, then flags.
@@ -14,7 +14,6 @@ Later wins: the command's own defaults, then `--config run.yaml`, then flags.
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin
@@ -22,6 +21,7 @@ from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_orig
 from cyclopts import Group, Parameter
 from pydantic.fields import FieldInfo
 
+from tailora.cli.main import note
 from tailora.core.config import ALIASES, StrictModel
 from tailora.errors import ConfigError, listing, nearest
 from tailora.train.config import TrainConfig
@@ -42,12 +42,6 @@ Json = Annotated[
     bool, Parameter(negative=(), help="print one JSON object as the last line of stdout", show_default=False)
 ]
 ConfigFile = Annotated[Path | None, Parameter(name="--config", help="YAML file of settings; flags override it")]
-
-
-@dataclass(frozen=True)
-class Settings:
-    config: TrainConfig
-    notes: list[str]
 
 
 # ---- Flags of a schema's fields
@@ -78,7 +72,16 @@ def flags_of(
 
 
 def _flag(name: str, field: FieldInfo, default: Any, group: Group | None) -> Any:
-    value_type, metavar = _value_type(field)
+    """Returns the annotation of one flag. Numbers stay text, which the schema converts."""
+    first = _types(field)[0]
+    value_type: Any = str
+    metavar = None
+    if first is bool or get_origin(first) is Literal:
+        value_type = first
+    elif get_origin(first) in (list, dict):
+        value_type, metavar = list[str], "A,B" if get_origin(first) is list else "KEY=VALUE,..."
+    else:
+        metavar = first.__name__.upper()
     parameter = Parameter(
         name=f"--{name.replace('_', '-')}",
         help=field.description,
@@ -90,21 +93,11 @@ def _flag(name: str, field: FieldInfo, default: Any, group: Group | None) -> Any
     return Annotated[value_type, parameter]
 
 
-def _value_type(field: FieldInfo) -> tuple[Any, str | None]:
-    """Returns a flag's type and the word for its value in --help. Numbers stay text, which the schema converts."""
-    first = _types(field)[0]
-    if first is bool or get_origin(first) is Literal:
-        return first, None
-    if get_origin(first) in (list, dict):
-        return list[str], "A,B" if get_origin(first) is list else "KEY=VALUE,..."
-    return str, first.__name__.upper()
-
-
 def _types(field: FieldInfo) -> list[Any]:
     """Returns the types that a field accepts, without None."""
-    if get_origin(field.annotation) not in (Union, UnionType):
-        return [field.annotation]
-    return [member for member in get_args(field.annotation) if member is not type(None)]
+    is_union = get_origin(field.annotation) in (Union, UnionType)
+    members = get_args(field.annotation) if is_union else (field.annotation,)
+    return [member for member in members if member is not type(None)]
 
 
 # ---- From what was given to a TrainConfig
@@ -117,48 +110,72 @@ def merge_settings(
     defaults: Mapping[str, Any] | None = None,
     arguments: Mapping[str, Any] | None = None,
     ignore: Collection[str] = (),
-) -> Settings:
-    """Returns the settings of a run. Raises ConfigError with all that is wrong.
+) -> TrainConfig:
+    """Returns the settings of a run; prints a note for each that goes by another tool's name.
 
-    defaults: the command's own.
-    arguments: settings that were typed without a flag.
+    defaults: the command's own. arguments: settings that were typed without a flag. In both, None stands for not given.
     ignore: keys of the file that the caller reads itself.
+    Raises ConfigError with all that is wrong.
     """
-    in_file = read_config_file(config_file) if config_file else {}
-    in_file = {name: value for name, value in in_file.items() if name not in ignore}
+    content = read_config_file(config_file) if config_file else {}
+    in_file = {name: value for name, value in content.items() if name not in ignore}
     typed = dict(flags or {})
-    notes = [f"{name} is read as {ALIASES[name]}" for name in (*in_file, *typed) if name in ALIASES]
+    for name in (*in_file, *typed):
+        if name in ALIASES:
+            note(f"{name} is read as {ALIASES[name]}")
     typed = {name: _plain(name, value) for name, value in _without_aliases(typed).items()}
-    typed |= arguments or {}
+    typed |= _without_none(arguments)
     in_file = _without_aliases(in_file, f"--config {config_file}: ")
-    values = {**(defaults or {}), **in_file, **typed}
-    if problem := _problem(values):
-        raise ConfigError(_origin(problem, {**(defaults or {}), **typed}, config_file) + problem)
-    return Settings(TrainConfig(**_with_demo_eval_data(values)), notes)
+    own = _without_none(defaults)
+    try:
+        return _checked_config({**own, **in_file, **typed})
+    except ConfigError as error:
+        raise ConfigError(_origin(str(error), {**own, **typed}, config_file) + str(error)) from None
+
+
+def _without_none(values: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (values or {}).items() if value is not None}
+
+
+def _checked_config(values: dict[str, Any]) -> TrainConfig:
+    """Raises ConfigError. The demo's data comes with held-out data of its own."""
+    if values.get("data", "demo") == "demo" and not values.keys() & {"eval_data", "validation_split"}:
+        values = {**values, "eval_data": "demo"}
+    config = TrainConfig(**values)
+    config.lora()
+    return config
+
+
+def _origin(problem: str, without_file: dict[str, Any], config_file: Path | None) -> str:
+    """Returns the file's name, as a prefix of the message, if the problem comes from the file."""
+    try:
+        _checked_config(without_file)
+    except ConfigError as error:
+        return "" if str(error) == problem else f"--config {config_file} and the flags: "
+    return f"--config {config_file}: "
 
 
 def parse_settings(text: str) -> dict[str, Any]:
     """Returns the settings in `key=value,key=value`, each read as its flag would be. Raises ConfigError."""
-    pairs = [pair.partition("=") for pair in NEXT_PAIR.split(text) if pair]
-    problems = [f"expected key=value, got {''.join(pair)}" for pair in pairs if not (pair[0] and pair[2])]
-    names = [name for name, _, value in pairs if name and value]
-    problems += [f"unknown setting {name!r}{nearest(name, FIELDS)}" for name in names if name not in FIELDS]
-    problems += [f"{name} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
-    if problems:
-        raise ConfigError(f"{text}: {listing(problems)}")
-    several = {name for name in names if get_origin(_types(FIELDS[name])[0]) in (list, dict)}
-    return {name: _plain(name, [value] if name in several else value) for name, _, value in pairs}
+    pairs = parse_pairs(text, [text] if text else [], known=FIELDS)
+    several = {name for name in pairs if get_origin(_types(FIELDS[name])[0]) in (list, dict)}
+    return {name: _plain(name, [value] if name in several else value) for name, value in pairs.items()}
 
 
-def parse_pairs(name: str, tokens: list[str], *, split_last: bool = False) -> dict[str, str]:
+def parse_pairs(
+    name: str, tokens: list[str], *, split_last: bool = False, known: Collection[str] | None = None
+) -> dict[str, str]:
     """Returns the pairs of `--name key=value,key=value` as text; a comma within a value is kept. Raises ConfigError.
 
     split_last: a key may itself hold '=', as regular expressions do, so that the last '=' ends it.
+    known: the keys that there are; None if any is allowed.
     """
     cut = str.rpartition if split_last else str.partition
     parts = [cut(pair, "=") for token in tokens for pair in NEXT_PAIR.split(token)]
-    keys = [key for key, _, _ in parts]
     problems = [f"{name}: expected key=value, got {''.join(part)}" for part in parts if not (part[0] and part[2])]
+    keys = [key for key, _, value in parts if key and value]
+    if known is not None:
+        problems += [f"{name}: unknown setting {key!r}{nearest(key, known)}" for key in keys if key not in known]
     problems += [f"{name}: {key} is given twice" for key in dict.fromkeys(keys) if keys.count(key) > 1]
     if problems:
         raise ConfigError(listing(problems))
@@ -190,23 +207,3 @@ def _without_aliases(values: Mapping[str, Any], where: str = "") -> dict[str, An
     if problems:
         raise ConfigError(where + listing(problems))
     return {name: values[names[0]] for name, names in given.items()}
-
-
-def _with_demo_eval_data(values: dict[str, Any]) -> dict[str, Any]:
-    """The demo's data comes with held-out data of its own."""
-    split_is_given = "eval_data" in values or "validation_split" in values
-    return values if split_is_given or values.get("data", "demo") != "demo" else {**values, "eval_data": "demo"}
-
-
-def _problem(values: dict[str, Any]) -> str:
-    try:
-        TrainConfig(**_with_demo_eval_data(values)).lora()
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def _origin(problem: str, without_file: dict[str, Any], config_file: Path | None) -> str:
-    """Returns the file's name, as a prefix of the message, if the problem comes from the file."""
-    own = _problem(without_file)
-    return "" if own == problem else f"--config {config_file} and the flags: " if own else f"--config {config_file}: "

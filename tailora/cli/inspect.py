@@ -1,16 +1,13 @@
 """`tailora inspect ADAPTER`: what an adapter has learned, where, and what follows from it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
-from rich.progress import BarColumn, Progress, TextColumn
 
 from tailora.cli.flags import Json, flags_of, merge_settings
-from tailora.cli.main import log, on_terminal, print_json, stderr, stdout
+from tailora.cli.main import log, print_json, stderr, stdout
 from tailora.cli.models import AdapterPath, Quantize, base_model_of, find_adapter, quantize_method, recorded
 from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
@@ -61,20 +58,20 @@ def inspect(
     if model is None and (data is not None or forgetting_data is not None):
         hint = base_model_of(folder) or "FOLDER"
         raise ConfigError(f"--data and --forgetting-data need the base model: give --model {hint}")
-    from tailora.formats.export import check_new_folder  # loads torch
+    from tailora.cli.progress import counter  # loads torch
+    from tailora.formats.export import check_new_folder
     from tailora.report.pages.inspect import inspect_page
     from tailora.study.inspect import InspectOptions
     from tailora.study.inspect import inspect as run
 
     if output_dir is not None:
         check_new_folder(output_dir)
-    max_length = recorded(folder, "max_length")
-    defaults = {"max_length": max_length} if max_length else {}
-    settings = merge_settings(flags, None, defaults=defaults, arguments={"data": data} if data else {}).config
+    defaults = {"max_length": recorded(folder, "max_length")}
+    settings = merge_settings(flags, None, defaults=defaults, arguments={"data": data})
     options = InspectOptions(data, settings.field, settings.max_length, forgetting_data, intruders, seed)
     folders = [folder] if second is None else [folder, second]
     method = None if model is None else quantize_method(folders, quantize)
-    with _bar() as progress:
+    with counter(stderr(), "modules") as progress:
         inspection = run(
             folder, model, data, other=second, options=options, quantize=method, log=log, progress=progress
         )
@@ -86,20 +83,3 @@ def inspect(
     else:
         print_page(stdout(), inspect_page(inspection), everything=all_)
     return 0
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    """Yields a function that shows how many modules are done: a bar, on a terminal only."""
-    if not on_terminal(stderr()):
-        yield lambda *_: None
-        return
-    with Progress(
-        TextColumn("modules"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed}/{task.total}"),
-        console=stderr(),
-        transient=True,
-    ) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, of: bar.update(task, completed=done, total=of)

@@ -26,9 +26,9 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "demo": ("train", "Fine-tune a small model on real chats, and see what it changed."),
     "plan": ("plan", "Show what a run would train, whether it fits, and how long it takes."),
     "train": ("train", "Fine-tune a model on your data."),
-    "compare": ("compare", "Compare LoRA with full fine-tuning on your model and data."),
+    "compare": ("study", "Compare LoRA with full fine-tuning on your model and data."),
     "eval": ("eval", "Evaluate an adapter on held-out data, next to its base model."),
-    "search": ("search", "Search the best settings, and the cheapest that are as good."),
+    "search": ("study", "Search the best settings, and the cheapest that are as good."),
     "report": ("report", "Write the report.html of a run or a study again."),
     "chat": ("chat", "Chat with a model, with or without adapters."),
     "generate": ("chat", "Answer prompts, each on its own."),
@@ -50,7 +50,7 @@ ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user
 }
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes")  # transformers imports torchao; all of them warn
 INTERRUPTED = 130
-MAX_LINES = 21  # of a message
+MAX_LINES = 21  # of a message; --json prints all of it
 MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
 
 
@@ -108,7 +108,10 @@ def fail(error: BaseException, as_json: bool) -> int:
     """Prints what went wrong, and returns the exit code for it."""
     code, message = exit_code(error), str(error)
     label = "interrupted" if code == INTERRUPTED else "error"
-    stderr().print(f"{label}: {shortened(message)}" if message else label, style="red", markup=False, soft_wrap=True)
+    lines = message.splitlines()
+    if (more := len(lines) - MAX_LINES) > 1:  # hundreds of layers can have the same problem
+        message = "\n".join([*lines[:MAX_LINES], f"  ... and {more} more lines; --json prints all"])
+    stderr().print(f"{label}: {message}" if message else label, style="red", markup=False, soft_wrap=True)
     if as_json:
         print_json_error(error)
     return code
@@ -124,13 +127,6 @@ def exit_code(error: BaseException) -> int:
             return 2
         case _:
             return 1
-
-
-def shortened(message: str) -> str:
-    """Returns the first lines of a message: hundreds of layers can have the same problem."""
-    lines = message.splitlines()
-    more = len(lines) - MAX_LINES
-    return message if more <= 1 else "\n".join([*lines[:MAX_LINES], f"  ... and {more} more lines; --json prints all"])
 
 
 def is_out_of_memory(error: Exception) -> bool:

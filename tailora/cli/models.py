@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -18,7 +17,6 @@ from tailora.train.config import Quantize as QuantizeMethod
 METHODS = f"{', '.join(get_args(QuantizeMethod))} or none"
 LORA_FILE = ".safetensors"
 BASE_MODEL_KEYS = ("base_model_name_or_path", "model")  # in adapter_config.json of PEFT, of mlx-lm
-MEMORY_ADVICE = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
 
 # ---- Flags
 
@@ -57,9 +55,20 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
 
     Without a name an adapter is called as its run or its folder. Raises ConfigError with all that is wrong.
     """
-    pairs = [_parse_adapter(text) for text in texts]
+    pairs = []
+    for text in texts:
+        name, equals, folder = ("", "", text) if Path(text).exists() else text.partition("=")
+        path = adapter_folder(Path(folder if equals else text))
+        if not equals:
+            resolved = path.resolve()
+            name = resolved.parent.name if path.name == ADAPTER else resolved.name.removesuffix(LORA_FILE)
+        pairs.append((name, path))
     names = [name for name, _ in pairs]
-    problems = [f"{path} is not a folder" for _, path in pairs if not (path.is_dir() or is_lora_file(path))]
+    problems = [
+        f"{path} is not a folder"
+        for _, path in pairs
+        if not (path.is_dir() or (path.is_file() and path.suffix == LORA_FILE))
+    ]
     problems += [
         f"two adapters are called {name}: write NAME=FOLDER" for name in dict.fromkeys(names) if names.count(name) > 1
     ]
@@ -68,22 +77,9 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
     return dict(pairs)
 
 
-def _parse_adapter(text: str) -> tuple[str, Path]:
-    name, equals, folder = ("", "", text) if Path(text).exists() else text.partition("=")
-    path = adapter_folder(Path(folder if equals else text))
-    if equals:
-        return name, path
-    resolved = path.resolve()
-    return resolved.parent.name if path.name == ADAPTER else resolved.name.removesuffix(LORA_FILE), path
-
-
 def find_adapter(text: str) -> Path:
     """Returns the adapter's own folder or file. Raises ConfigError if there is none."""
     return next(iter(parse_adapters([f"adapter={text}"]).values()))
-
-
-def is_lora_file(path: Path) -> bool:
-    return path.is_file() and path.suffix == LORA_FILE
 
 
 def recorded(folder: Path, setting: str) -> Any:
@@ -194,10 +190,3 @@ def load_vocabulary(model: str) -> tuple[Any, int]:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model {model!r} has no tokenizer and config that can be read: {error}") from error
     return tokenizer, empty.get_input_embeddings().weight.shape[0]
-
-
-def memory_errors() -> AbstractContextManager[None]:
-    """Within the block, running out of memory raises MemoryLimitError with the cause and what helps."""
-    from tailora.train.memory import explain_out_of_memory
-
-    return explain_out_of_memory("answering", lambda: MEMORY_ADVICE)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, merge_settings
-from tailora.cli.main import log, note, print_json, stdout
+from tailora.cli.main import log, print_json, stdout
 from tailora.errors import ConfigError
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
@@ -41,12 +41,10 @@ def plan(
     """
     available = None if memory is None else bytes_of(memory)
     settings = merge_settings(flags, config)
-    for text in settings.notes:
-        note(text)
     from tailora.report.pages.plan import plan_page  # loads torch
     from tailora.study.plan import plan as run
 
-    report = run(settings.config, measure, memory=available, output_dir=output_dir, log=log)
+    report = run(settings, measure, memory=available, output_dir=output_dir, log=log)
     if json:
         print_json(report.to_dict())
     else:

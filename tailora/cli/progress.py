@@ -1,14 +1,14 @@
-"""What a run prints to stderr: a header, then a progress bar on a terminal, or a line every few seconds elsewhere."""
+"""What commands print to stderr while they work: a bar on a terminal, or a line every few seconds elsewhere."""
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from time import monotonic
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tailora.cli.data import warnings_of
 from tailora.cli.main import on_terminal
@@ -18,8 +18,46 @@ SECONDS_BETWEEN_LINES = 5.0
 WIDTH = 100  # of the header at most; a terminal may be narrower
 
 
+# ---- Counts, such as the rows that were evaluated or the steps of a study's runs
+
+
 @contextmanager
-def shown(console: Console) -> Iterator[Listener]:
+def counter(console: Console, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function to call with how many units are done, and of how many."""
+    if on_terminal(console):
+        columns = TextColumn(unit), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    last = monotonic()
+
+    def show_line(done: int, total: int) -> None:
+        nonlocal last
+        if monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = monotonic()
+            console.print(f"{done:,} of {total:,} {unit}", soft_wrap=True)
+
+    yield show_line
+
+
+def step_counter(console: Console) -> Callable[[int, int, float], None] | None:
+    """Returns a function that shows step, steps and loss on one line of a terminal; None elsewhere."""
+    if not on_terminal(console):
+        return None
+
+    def show_step(step: int, steps: int, loss: float) -> None:
+        end = "\r" if step < steps else "\r\x1b[K"
+        console.print(f"  step {step}/{steps}  loss {loss:.3f}   ", end=end, style="dim")
+
+    return show_step
+
+
+# ---- A training run
+
+
+@contextmanager
+def run_progress(console: Console) -> Iterator[Listener]:
     """Yields the listener to pass to `run` as `on_event`."""
     if not on_terminal(console):
         console.print("reading model and data")
@@ -27,7 +65,16 @@ def shown(console: Console) -> Iterator[Listener]:
         return
     columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}")
     with Progress(*columns, console=console, transient=True) as bar:
-        yield _bar_listener(bar)
+        task = bar.add_task("reading model and data", total=None, figures="")
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Stepped):
+                step = f"step {event.step}/{event.max_steps}"
+                bar.update(task, description=step, total=event.max_steps, completed=event.step, figures=figures(event))
+            else:
+                _print(bar.console, event)
+
+        yield listen
 
 
 def _line_listener(console: Console) -> Listener:
@@ -40,19 +87,6 @@ def _line_listener(console: Console) -> Listener:
         elif monotonic() - last >= SECONDS_BETWEEN_LINES or event.step == event.max_steps:
             last = monotonic()
             console.print(f"step {event.step}/{event.max_steps}  {figures(event)}", soft_wrap=True)
-
-    return listen
-
-
-def _bar_listener(bar: Progress) -> Listener:
-    task = bar.add_task("reading model and data", total=None, figures="")
-
-    def listen(event: Event) -> None:
-        if isinstance(event, Stepped):
-            step = f"step {event.step}/{event.max_steps}"
-            bar.update(task, description=step, total=event.max_steps, completed=event.step, figures=figures(event))
-        else:
-            _print(bar.console, event)
 
     return listen
 
@@ -83,25 +117,37 @@ def _print(console: Console, event: Event) -> None:
 
 def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
     """Returns what will be trained on what, and the reason where the settings left a choice, in lines of `width`."""
-    settings = header["settings"]
+    settings, data = header["settings"], header["data"]
     total, trained = header["total_parameters"], header["trainable_parameters"]
     full = settings["method"] == "full"
     base = f"{(total if full else total - trained) / 1e6:,.1f}M"
-    adapter = f"{header['adapted_layers']} layers, {trained:,} parameters ({trained / total:.2%})"
     reason = "what this machine is fastest with" if settings["dtype"] == "auto" else "as asked"
     quantize = settings.get("quantize")
     stored = (
         f"linear layers in {quantize} ({header['base_bytes'] / 1e6:,.0f} MB in all), the rest in " if quantize else ""
     )
+    lines = {
+        "model": f"{settings['model']}, {base} parameters, {stored}{header['dtype']} ({reason}) on {header['device']}"
+    }
+    if full:
+        lines["trained"] = "all weights of the model"
+    else:
+        lines["adapter"] = f"{header['adapted_layers']} layers, {trained:,} parameters ({trained / total:.2%})"
+        if target_r := settings.get("target_r"):
+            lines["ranks"] = f"from {settings['r']} to {target_r} on average, larger where they matter (AdaLoRA)"
+        if settings.get("init_lora_weights", "kaiming") != "kaiming":
+            lines["start"] = header["start"]
+        if (ratio := settings.get("loraplus_lr_ratio", 1)) != 1:
+            lines["rates"] = f"B learns {ratio:g} times as fast as the rest (LoRA+)"
+    if data is None or settings["streaming"]:  # streamed data is not known yet
+        lines["data"] = f"streamed; {data['eval']:,} examples held out" if data else "streamed"
+    else:
+        lines["data"] = f"{data['train']:,} examples, {data['eval']:,} held out; read as {data['shape']}"
+        lines |= warnings_of(data)
     batches = "packed into one row, attention inside each" if header["packed"] else "padded to the longest"
     examples = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * header["processes"]
-    lines = {
-        "model": f"{settings['model']}, {base} parameters, {stored}{header['dtype']} ({reason}) on {header['device']}",
-        **({"trained": "all weights of the model"} if full else {"adapter": adapter, **_uncommon(settings, header)}),
-        **_data(header["data"], settings["streaming"]),
-        "steps": f"{header['max_steps']:,} of {examples} examples, {batches}",
-        **dict(part.split(": ", 1) for part in header["kernels"].split("; ")),
-    }
+    lines["steps"] = f"{header['max_steps']:,} of {examples} examples, {batches}"
+    lines |= dict(part.split(": ", 1) for part in header["kernels"].split("; "))
     indent = max(map(len, lines)) + 2
     return "\n".join(_wrap(f"{name:<{indent}}", text, width) for name, text in lines.items())
 
@@ -111,24 +157,3 @@ def _wrap(label: str, text: str, width: int) -> str:
     space = " " * len(label)
     wrapper = textwrap.TextWrapper(max(width - len(label), 20), break_long_words=False, break_on_hyphens=False)
     return "\n".join(f"{space if number else label}{line}" for number, line in enumerate(wrapper.wrap(text)))
-
-
-def _uncommon(settings: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, str]:
-    """Returns lines for what few adapters have: changing ranks, another initialization, LoRA+."""
-    ratio, target_r = settings.get("loraplus_lr_ratio", 1), settings.get("target_r")
-    ranks = f"from {settings.get('r')} to {target_r} on average, larger where they matter (AdaLoRA)"
-    return {
-        **({"ranks": ranks} if target_r else {}),
-        **({"start": header["start"]} if settings.get("init_lora_weights", "kaiming") != "kaiming" else {}),
-        **({"rates": f"B learns {ratio:g} times as fast as the rest (LoRA+)"} if ratio != 1 else {}),
-    }
-
-
-def _data(report: Mapping[str, Any] | None, streaming: bool) -> dict[str, str]:
-    """Returns lines for the data and for what of it was cut or left out; streamed data is not known yet."""
-    if report is None or streaming:
-        return {"data": f"streamed; {report['eval']:,} examples held out" if report else "streamed"}
-    return {
-        "data": f"{report['train']:,} examples, {report['eval']:,} held out; read as {report['shape']}",
-        **warnings_of(report),
-    }

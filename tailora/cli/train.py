@@ -4,14 +4,14 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tailora.cli.flags import ConfigFile, Json, Settings, flags_of, merge_settings
-from tailora.cli.main import log, note, print_json, stderr, stdout
+from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
+from tailora.cli.main import log, print_json, stderr, stdout
 from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT
 from tailora.report.blocks import Code, Column, Section, Table
@@ -20,7 +20,7 @@ from tailora.report.terminal import print_page, print_section
 from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from tailora.train.events import Interrupted, TrainResult
+    from tailora.train.events import TrainResult
 
 Flags: Any = flags_of(TrainConfig)
 
@@ -46,9 +46,8 @@ DemoFlags: Any = flags_of(TrainConfig, defaults={**DEFAULTS, "output_dir": str(F
 def demo(*, config: ConfigFile = None, json: Json = False, flags: DemoFlags = None) -> int:
     """Fine-tune a small model on real chats, and see what it changed. The flags are those of `train`."""
     chosen = merge_settings(flags, config, defaults=DEFAULTS)
-    if "output_dir" not in chosen.config.model_fields_set:
-        folder = demo_folder(chosen.config.resume_from_checkpoint)
-        chosen = replace(chosen, config=chosen.config.model_copy(update={"output_dir": str(folder)}))
+    if "output_dir" not in chosen.model_fields_set:
+        chosen = chosen.model_copy(update={"output_dir": str(demo_folder(chosen.resume_from_checkpoint))})
     return fit(chosen, as_json=json, questions=QUESTIONS)
 
 
@@ -122,45 +121,39 @@ def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
 # ---- What `train` and `demo` share: train, compare answers, print
 
 
-def fit(settings: Settings, *, as_json: bool, questions: Sequence[str] | None = None) -> int:
+def fit(config: TrainConfig, *, as_json: bool, questions: Sequence[str] | None = None) -> int:
     """Trains, answers `questions` (by default held-out prompts) with the base and the tuned model, and prints.
 
     Raises what `run` raises. KeyboardInterrupt carries the command that resumes the run.
     """
     from accelerate import PartialState
 
-    from tailora.cli.progress import shown
+    from tailora.cli.progress import run_progress
     from tailora.report.pages.train import write_train_report
     from tailora.train.events import Interrupted
     from tailora.train.trainer import run
 
-    for text in settings.notes:
-        note(text)
     try:
-        with shown(stderr()) as listener:
-            result = run(settings.config, on_event=listener)
+        with run_progress(stderr()) as listener:
+            result = run(config, on_event=listener)
     except Interrupted as interrupted:
-        raise KeyboardInterrupt(resume_command(settings.config, interrupted)) from interrupted
+        command = ["tailora", "train", "--config", str(Path(config.output_dir) / "config.yaml")]
+        command += ["--resume-from-checkpoint", str(interrupted.folder)]
+        message = f"the run so far is saved in {interrupted.folder}; to resume it:\n{shlex.join(command)}"
+        raise KeyboardInterrupt(message) from interrupted
     if not PartialState().is_main_process:
         return 0
-    answer_samples(result, settings.config.samples, questions)
+    answer_samples(result, config.samples, questions)
     folder = Path(result.output_dir)
     report = write_train_report(folder)
     page = write_page_if_possible(folder)
     if as_json:
         print_json(report["result"])
     else:
-        show(stdout(), settings.config, folder)
+        show(stdout(), config, folder)
         if not (folder / PAGE).exists():
             log(page)
     return 0
-
-
-def resume_command(config: TrainConfig, interrupted: "Interrupted") -> str:
-    """Returns the message after Ctrl-C; the command is on a line of its own, to be copied."""
-    command = ["tailora", "train", "--config", str(Path(config.output_dir) / "config.yaml")]
-    command += ["--resume-from-checkpoint", str(interrupted.folder)]
-    return f"the run so far is saved in {interrupted.folder}; to resume it:\n{shlex.join(command)}"
 
 
 def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] | None) -> None:

@@ -7,6 +7,7 @@ The order is that of the work: what is asked becomes token ids, `generation_argu
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
@@ -123,18 +124,12 @@ def free_positions(model: Any, length: int) -> int:
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Returns the end tokens of the model and the tokenizer, and the one that ends a reply in training."""
     own = model.generation_config.eos_token_id
-    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, _end_of_turn(tokenizer)}
+    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        with suppress(DataError):  # the template can be chatted with, but not trained on
+            ids.add(int(encode_sample(Conversation(turns), tokenizer, max_length=100_000).input_ids[-1]))
     return sorted(ids - {None})
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    if not tokenizer.chat_template:
-        return None
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        return int(encode_sample(Conversation(turns), tokenizer, max_length=100_000).input_ids[-1])
-    except DataError:  # the template cannot be trained on, but it can be chatted with: the other end tokens stop it
-        return None
 
 
 # ---- One reply, streamed

@@ -5,9 +5,8 @@ are active in it. `find_tasks` checks the tasks before a model is loaded; `evalu
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tailora.errors import ConfigError, DataError, listing, nearest, require_packages
-from tailora.evaluation.scores import BASE, TUNED, Score, Scores
+from tailora.evaluation.scores import BASE, TUNED, Score, Scores, models_to_score
 from tailora.evaluation.statistics import paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.quiet import quiet_loggers
@@ -24,6 +23,7 @@ from tailora.train.random_state import seeded
 NO_FILTER = "none"
 STDERR = "_stderr"
 Z = NormalDist().inv_cdf(0.975)
+LOGGERS = ("lm_eval", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.api.task", "lm_eval.tasks")
 
 
 # ---- Before a model is loaded: do the tasks exist, and can their data be read?
@@ -42,13 +42,27 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
     Raises ConfigError without the extra `eval` and for unknown names, DataError for data that cannot be read.
     """
     require_packages("lm_eval", extra="eval")
-    with _quiet_harness():
+    with quiet_loggers(*LOGGERS):  # their warnings are about the harness's own command line
+        from datasets.exceptions import DatasetsError
+
         manager = _task_manager(names, include_path)
         if unknown := [name for name in names if name not in manager.all_tasks]:
             problems = [f"--tasks: lm_eval has no task {name!r}{nearest(name, manager.all_tasks)}" for name in unknown]
             raise ConfigError(listing(problems))
-        loaded = _load(manager, names)
-    metrics = [f"{name}/{metric}" for name, task in loaded["tasks"].items() for metric in _metrics_of(task)]
+        try:
+            loaded = manager.load(list(names))
+        except (DatasetsError, OSError, ImportError, ValueError) as error:
+            cause = str(error).strip().partition("\n")[0]
+            raise DataError(
+                f"--tasks {','.join(names)}: the tasks' data cannot be read: {cause}. "
+                "lm_eval downloads it from the Hub once, and reads it from the cache afterwards"
+            ) from None
+    metrics = [
+        f"{name}/{_metric_name(metric, task_filter['name'])}"
+        for name, task in loaded["tasks"].items()
+        for metric in task.aggregation()
+        for task_filter in getattr(task.config, "filter_list", None) or [{"name": NO_FILTER}]
+    ]
     groups = [f"{group}/{metric.partition('/')[2]}" for group in loaded["groups"] for metric in metrics]
     return Tasks(tuple(names), manager, tuple(dict.fromkeys([*metrics, *groups])))
 
@@ -65,50 +79,11 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
     return own if set(names) <= set(own.all_subtasks) else TaskManager(include_path=str(include_path))
 
 
-def _load(manager: Any, names: Sequence[str]) -> Any:
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return manager.load(list(names))
-    except (DatasetsError, OSError, ImportError, ValueError) as error:
-        cause = str(error).strip().partition("\n")[0]
-        raise DataError(
-            f"--tasks {','.join(names)}: the tasks' data cannot be read: {cause}. "
-            "lm_eval downloads it from the Hub once, and reads it from the cache afterwards"
-        ) from None
-
-
-def _metrics_of(task: Any) -> Iterator[str]:
-    filters = getattr(task.config, "filter_list", None) or [{"name": NO_FILTER}]
-    for metric in task.aggregation():
-        for task_filter in filters:
-            yield _metric_name(metric, task_filter["name"])
-
-
 def _metric_name(metric: str, filter_name: str) -> str:
     return metric if filter_name == NO_FILTER else f"{metric}/{filter_name}"
 
 
-@contextmanager
-def _quiet_harness() -> Iterator[None]:
-    """The harness's log is not shown: its warnings are about its own command line."""
-    with quiet_loggers(
-        "lm_eval", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.api.task", "lm_eval.tasks"
-    ):
-        yield
-
-
 # ---- Evaluation
-
-
-@dataclass(frozen=True, slots=True)
-class HarnessOptions:
-    """Options of lm_eval, by its names."""
-
-    num_fewshot: int | None = None
-    apply_chat_template: bool = False
-    limit: int | None = None
-    batch_size: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,49 +108,45 @@ class _TaskMetric:
 
 
 def evaluate_tasks(
-    model: LoRAModel, tokenizer: Any, tasks: Tasks, options: HarnessOptions, *, base: bool = True
+    model: LoRAModel, tokenizer: Any, tasks: Tasks, *, base: bool = True, batch_size: int = 8, **options: Any
 ) -> Scores:
     """Evaluates the active adapters on the tasks, and with `base` also the model without them, paired by document.
 
+    options: of lm_eval, by its names: num_fewshot, apply_chat_template, limit.
     Metrics are called TASK/METRIC, or TASK/METRIC/FILTER if the task has filters.
     """
-    models: dict[str, Callable[[], AbstractContextManager[None]]] = {TUNED: nullcontext}
-    if base and model.active_adapters:
-        models[BASE] = model.disable_adapter
     metrics, output = {}, {}
-    for name, activate in models.items():
-        with activate():
-            output = _run(model, tokenizer, tasks, options)
-            metrics[name] = dict(_task_metrics(output))
-    tuned, base_metrics = metrics[TUNED], metrics.get(BASE)
-    return Scores(
+    for name, activated in models_to_score(model, base).items():
+        with quiet_loggers(*LOGGERS), seeded(0), activated():
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+
+            output = simple_evaluate(
+                HFLM(pretrained=model.base_model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=list(tasks.names),
+                task_manager=tasks.manager,
+                log_samples=True,
+                **options,
+            )
+        metrics[name] = dict(_task_metrics(output))
+    tuned = metrics[TUNED]
+    scores = Scores(
         metrics={name: metric.score() for name, metric in tuned.items()},
-        base=None if base_metrics is None else {name: metric.score() for name, metric in base_metrics.items()},
-        change=None
-        if base_metrics is None
-        else {name: metric.change_from(base_metrics[name]) for name, metric in tuned.items()},
+        base=None,
+        change=None,
         tasks={
             "lm_eval": output["lm_eval_version"],
             "versions": dict(output["versions"]),
             "shots": dict(output["n-shot"]),
         },
     )
-
-
-def _run(model: LoRAModel, tokenizer: Any, tasks: Tasks, options: HarnessOptions) -> Any:
-    with _quiet_harness(), seeded(0):
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-
-        return simple_evaluate(
-            HFLM(pretrained=model.base_model, tokenizer=tokenizer, batch_size=options.batch_size),
-            tasks=list(tasks.names),
-            task_manager=tasks.manager,
-            num_fewshot=options.num_fewshot,
-            apply_chat_template=options.apply_chat_template,
-            limit=options.limit,
-            log_samples=True,
-        )
+    if (before := metrics.get(BASE)) is None:
+        return scores
+    return replace(
+        scores,
+        base={name: metric.score() for name, metric in before.items()},
+        change={name: metric.change_from(before[name]) for name, metric in tuned.items()},
+    )
 
 
 def _task_metrics(output: Mapping[str, Any]) -> Iterator[tuple[str, _TaskMetric]]:

@@ -3,7 +3,8 @@
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tailora.errors import ConfigError, listing, nearest
@@ -60,12 +61,13 @@ def parse_gates(texts: Sequence[str]) -> list[Gate]:
     """Returns the gates in texts such as "loss<1.3,acc>.5". Raises ConfigError for all that cannot be read."""
     gates, problems = [], []
     for text in (part for argument in texts for part in argument.split(",")):
-        match = GATE.fullmatch(text)
-        bound = _finite_number(match["bound"]) if match else None
-        if match is None or bound is None:
-            problems.append(f"--gate {text!r}: write METRIC<NUMBER (or <=, >, >=) {QUOTES_HINT}")
-        else:
+        match, bound = GATE.fullmatch(text), math.nan
+        with suppress(ValueError):
+            bound = float(match["bound"]) if match else math.nan
+        if match and math.isfinite(bound):
             gates.append(Gate(_full_name(match["metric"]), match["operator"], bound))
+        else:
+            problems.append(f"--gate {text!r}: write METRIC<NUMBER (or <=, >, >=) {QUOTES_HINT}")
     if problems:
         raise ConfigError(listing(problems))
     return gates
@@ -85,21 +87,12 @@ def check_gates(gates: Sequence[Gate], metrics: Sequence[str], *, base: bool) ->
         raise ConfigError(listing(problems))
 
 
-def _unknown_metric(name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    there_are = f"; there are: {', '.join(names)}"
-    return f"no metric is called {name!r}{nearest(name, names) or there_are}"
+def _unknown_metric(name: str, known: Collection[str]) -> str:
+    there_are = f"; there are: {', '.join(known)}"
+    return f"no metric is called {name!r}{nearest(name, known) or there_are}"
 
 
 def _full_name(name: str) -> str:
     """Returns accuracy for `acc`, and accuracy_change for `acc_change`."""
     stem = name.removesuffix(CHANGE)
     return METRIC_ALIASES.get(stem, stem) + name[len(stem) :]
-
-
-def _finite_number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

@@ -22,7 +22,7 @@ from tailora.data.dataset import Examples
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import EncodedRow, EvalDataReport, EvalSource, check_eval_source, prepare, read_eval_chunks
 from tailora.data.schemas import Conversation, Pair
-from tailora.data.tokenize import prompt_ids, reply_text
+from tailora.data.tokenize import reply_text
 from tailora.errors import ConfigError, DataError, listing, nearest
 from tailora.evaluation.generate import free_positions, generation_arguments, make_prompt
 from tailora.evaluation.metrics import CHANGE, METRICS
@@ -156,24 +156,27 @@ def score(
     Raises DataError if the data lacks what a metric needs, ConfigError for an unknown normalization.
     """
     options = options or EvalOptions()
-    normalizer(options.normalize)
     max_length = min(options.max_length, getattr(model.config, "max_position_embeddings", None) or options.max_length)
     source = EvalSource(resolve_demo(data, "eval_data"), tokenizer, field or {}, max_length, options.limit)
     facts = check_eval_source(source, model.get_input_embeddings().weight.shape[0])
     metrics = choose_metrics(facts, options.metrics, options.extra_metrics)
     evaluator = _Evaluator(model, tokenizer, replace(options, max_length=max_length), metrics, log)
-    models: dict[str, Callable[[], AbstractContextManager[None]]] = {TUNED: nullcontext}
-    if base and model.active_adapters:
-        models[BASE] = model.disable_adapter
+    models = models_to_score(model, base)
     totals = {name: _Totals() for name in models}
     done = 0
-    for chunk in read_eval_chunks(source, CHUNK if evaluator.on_cpu else 16 * CHUNK):
-        for name, activate in models.items():
-            with activate():
+    for chunk in read_eval_chunks(source, CHUNK if model.device.type == "cpu" else 16 * CHUNK):
+        for name, activated in models.items():
+            with activated():
                 evaluator.add(chunk, totals[name])
             done += len(chunk)
             progress(done, len(models) * (facts.rows - facts.cut_away))
     return _scores(totals, metrics, facts)
+
+
+def models_to_score(model: LoRAModel, base: bool) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+    """Returns name -> a context in which `model` computes as the tuned model, and with `base` also as the base."""
+    contexts: dict[str, Callable[[], AbstractContextManager[None]]] = {TUNED: nullcontext}
+    return {**contexts, BASE: model.disable_adapter} if base and model.active_adapters else contexts
 
 
 def without_adapter(base_model: Any) -> LoRAModel:
@@ -222,8 +225,7 @@ class _Evaluator:
     ) -> None:
         self.model, self.tokenizer, self.options, self.log = model, tokenizer, options, log
         self.layout = choose_layout(TrainConfig(), model, tokenizer, log)
-        self.on_cpu = model.device.type == "cpu"
-        self.token_budget = CPU_TOKENS if self.on_cpu else 8 * CPU_TOKENS
+        self.token_budget = _token_budget(model)
         self.normalize = normalizer(options.normalize)
         self.share_prompts: bool | None = None  # None until it was tried on a question
         steps = {self._loss: {"loss", "perplexity"}, self._accuracy: {"accuracy", "accuracy_norm"}}
@@ -318,13 +320,13 @@ def match_answer(
 
     stop_early: a wrong answer ends with its first wrong word.
     """
-    ids = prompt_ids(sample, tokenizer)
-    if free_positions(model, len(ids)) < 1:
+    prompt = make_prompt(sample, tokenizer)
+    if free_positions(model, len(prompt.ids)) < 1:
         return None
     expected = normalize(reply_text(sample))
 
     def answer_in(output: Tensor) -> str:
-        new = output[0, len(ids) :]
+        new = output[0, len(prompt.ids) :]
         return str(tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def is_wrong(output: Tensor, _scores: Any) -> Tensor:
@@ -333,10 +335,9 @@ def match_answer(
         return torch.full((1,), wrong and stop_early, dtype=torch.bool, device=output.device)
 
     with evaluating(model), torch.no_grad():
-        arguments = generation_arguments(model, tokenizer, ids, max_new_tokens=max_new_tokens)
+        arguments = generation_arguments(model, tokenizer, prompt.ids, max_new_tokens=max_new_tokens)
         answer = answer_in(model.generate(**arguments, stopping_criteria=[is_wrong]))
-    prompt = make_prompt(sample, tokenizer).text
-    return Match(prompt, reply_text(sample).strip(), answer.strip(), normalize(answer) == expected)
+    return Match(prompt.text, reply_text(sample).strip(), answer.strip(), normalize(answer) == expected)
 
 
 # ---- From totals to scores
@@ -362,9 +363,11 @@ def _measured(totals: _Totals, metrics: Sequence[str], facts: EvalDataReport) ->
                 raise DataError(f"data {facts.source}: no row leaves room for {name}; raise --max-length")
             yield name, Score(*wilson_interval(hits), len(hits))
             continue
-        sums, counts = np.concatenate(totals.sums), np.concatenate(totals.counts)
-        loss = mean_interval(sums, counts)
-        yield name, Score(*(loss if name == "loss" else Interval(*map(_exp, loss))), len(sums))
+        sums = np.concatenate(totals.sums)
+        values = mean_interval(sums, np.concatenate(totals.counts))
+        if name == "perplexity":
+            values = Interval(*(math.exp(nats) if nats < 700 else math.inf for nats in values))
+        yield name, Score(*values, len(sums))
 
 
 def _changes(base: _Totals, tuned: _Totals, metrics: Sequence[str]) -> Iterator[tuple[str, Score]]:
@@ -375,10 +378,6 @@ def _changes(base: _Totals, tuned: _Totals, metrics: Sequence[str]) -> Iterator[
         elif name == "loss":
             before, after, counts = map(np.concatenate, (base.sums, tuned.sums, tuned.counts))
             yield name, Score(*paired_difference(before, after, counts), len(counts))
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
 
 
 # ---- The loss alone
@@ -398,6 +397,9 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
         embedding_rows=model.get_input_embeddings().weight.shape[0],
     )
     layout = choose_layout(config, model, tokenizer, log)
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    token_budget = CPU_TOKENS if on_cpu else 8 * CPU_TOKENS
-    return lambda: evaluate(model, prepared.train, layout=layout, token_budget=token_budget)
+    return lambda: evaluate(model, prepared.train, layout=layout, token_budget=_token_budget(model))
+
+
+def _token_budget(model: LoRAModel) -> int:
+    """Returns the most tokens of one forward pass."""
+    return CPU_TOKENS if model.device.type == "cpu" else 8 * CPU_TOKENS

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 from cyclopts import App
 
-from tailora.cli.flags import FIELDS, Settings, merge_settings
+from tailora.cli.flags import FIELDS, merge_settings
 from tailora.cli.train import Flags
 from tailora.cli.train import train as command
 from tailora.errors import ConfigError
@@ -15,7 +15,7 @@ from tailora.train.config import TrainConfig
 
 def parsed(
     *tokens: str, yaml: str | None = None, folder: Path | None = None, defaults: dict[str, Any] | None = None
-) -> Settings:
+) -> TrainConfig:
     """What `tailora train TOKENS` would run."""
     app = App()
     app.default(command)
@@ -35,7 +35,7 @@ def test_every_setting_has_a_flag_and_every_flag_a_help_text() -> None:
 
 
 def test_without_flags_the_settings_are_the_defaults() -> None:
-    assert parsed("--data", "mine.jsonl").config == TrainConfig(data="mine.jsonl")
+    assert parsed("--data", "mine.jsonl") == TrainConfig(data="mine.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_without_flags_the_settings_are_the_defaults() -> None:
     ],
 )
 def test_the_data_of_the_demo_brings_its_held_out_part(tokens: list[str], eval_data: str | None) -> None:
-    assert parsed(*tokens).config.eval_data == eval_data
+    assert parsed(*tokens).eval_data == eval_data
 
 
 @pytest.mark.parametrize(
@@ -91,21 +91,21 @@ def test_the_data_of_the_demo_brings_its_held_out_part(tokens: list[str], eval_d
     ],
 )
 def test_a_flag_sets_its_field(tokens: list[str], name: str, value: Any) -> None:
-    assert parsed("--data", "mine.jsonl", *tokens).config == TrainConfig(data="mine.jsonl", **{name: value})
+    assert parsed("--data", "mine.jsonl", *tokens) == TrainConfig(data="mine.jsonl", **{name: value})
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     found = parsed("--r", "4", yaml="r: 8\nseed: 7\n", folder=tmp_path, defaults={"r": 2, "seed": 3, "max_steps": 9})
-    assert found.config == TrainConfig(r=4, seed=7, max_steps=9, eval_data="demo")
+    assert found == TrainConfig(r=4, seed=7, max_steps=9, eval_data="demo")
 
 
 def test_a_switch_can_be_turned_off_again(tmp_path: Path) -> None:
-    assert parsed("--no-use-rslora", yaml="use_rslora: true", folder=tmp_path).config.use_rslora is False
+    assert parsed("--no-use-rslora", yaml="use_rslora: true", folder=tmp_path).use_rslora is False
 
 
 @pytest.mark.parametrize("text", ["learning_rate: 1e-4", "learning-rate: 1e-4", "learning_rate: 0.0001"])
 def test_yaml_numbers_are_numbers(tmp_path: Path, text: str) -> None:
-    assert parsed(yaml=text, folder=tmp_path).config.learning_rate == 1e-4
+    assert parsed(yaml=text, folder=tmp_path).learning_rate == 1e-4
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
@@ -176,13 +176,16 @@ def test_bad_flags_are_refused_with_their_cause(tokens: list[str], message: str)
         (["--cutoff-len", "64"], {"max_length": 64}, "cutoff_len is read as max_length"),
     ],
 )
-def test_names_of_other_tools_are_read_with_a_note(tokens: list[str], changes: dict[str, Any], note: str) -> None:
-    assert parsed(*tokens) == Settings(TrainConfig(eval_data="demo", **changes), [note])
+def test_names_of_other_tools_are_read_with_a_note(
+    tokens: list[str], changes: dict[str, Any], note: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parsed(*tokens) == TrainConfig(eval_data="demo", **changes)
+    assert capsys.readouterr().err == f"note: {note}\n"
 
 
-def test_names_of_other_tools_are_read_in_yaml_too(tmp_path: Path) -> None:
-    found = parsed(yaml="cutoff_len: 64", folder=tmp_path)
-    assert found == Settings(TrainConfig(max_length=64, eval_data="demo"), ["cutoff_len is read as max_length"])
+def test_names_of_other_tools_are_read_in_yaml_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed(yaml="cutoff_len: 64", folder=tmp_path) == TrainConfig(max_length=64, eval_data="demo")
+    assert capsys.readouterr().err == "note: cutoff_len is read as max_length\n"
 
 
 @pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.annotation is float])

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from tailora.cli.data import WARNINGS
-from tailora.cli.progress import format_header, shown
+from tailora.cli.progress import format_header, run_progress
 from tailora.train.events import Evaluated, Event, Note, Stepped
 
 NOTHING_DROPPED = dict.fromkeys(WARNINGS, 0)
@@ -56,7 +56,7 @@ def step(number: int) -> Stepped:
 
 
 def shown_by(file: io.StringIO, events: list[Event]) -> str:
-    with shown(Console(file=file, width=120)) as listener:
+    with run_progress(Console(file=file, width=120)) as listener:
         for event in events:
             listener(event)
     return file.getvalue()

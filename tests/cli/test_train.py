@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -20,7 +18,6 @@ from tailora.cli.train import QUESTIONS, demo_folder, latest_demo_folder
 from tailora.errors import CheckpointError, ConfigError
 from tailora.train.config_file import read_config_file
 
-TAILORA = [sys.executable, "-m", "tailora.cli"]
 PROMISED = {
     "output_dir",
     "steps",
@@ -271,19 +268,21 @@ def test_a_diverged_run_exits_with_3(flags: dict[str, str], capsys: pytest.Captu
     assert error["type"] == "DivergedError"
 
 
-@pytest.mark.slow
-def test_ctrl_c_exits_with_130_and_the_printed_command_goes_on(flags: dict[str, str]) -> None:
-    started = [*TAILORA, *line(flags, {"--max-steps": "400", "--learning-rate": "1e-3"}), "--json"]
-    with subprocess.Popen(started, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
-        next(text for text in running.stderr if text.startswith("step "))
-        os.kill(running.pid, signal.SIGINT)
-        out, said = running.communicate()
-    assert running.returncode == 130, said
-    assert json.loads(out)["error"]["exit_code"] == 130
-    words = said.splitlines()[-1].split()
+def test_ctrl_c_exits_with_130_and_the_printed_command_goes_on(
+    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class InterruptedAtFirstStep(StringIO):
+        def write(self, text: str) -> int:
+            if text.startswith("step 1/"):
+                signal.raise_signal(signal.SIGINT)
+            return super().write(text)
+
+    with redirect_stderr(InterruptedAtFirstStep()) as err:
+        assert main([*line(flags, {"--max-steps": "4"}), "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 130
+    assert "step 4/4" not in err.getvalue()
+    words = err.getvalue().splitlines()[-1].split()
     assert words[:2] == ["tailora", "train"]
     assert words[-2] == "--resume-from-checkpoint"
-    resumed = subprocess.run([*TAILORA, *words[1:], "--json"], capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
-    assert json.loads(resumed.stdout)["steps"] == 400
+    assert main([*words[1:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 4

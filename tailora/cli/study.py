@@ -1,0 +1,139 @@
+"""`tailora compare` and `tailora search`: studies of several training runs on the user's own model and data."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, merge_settings, parse_pairs, parse_settings
+from tailora.cli.main import log, print_json, stderr, stdout
+from tailora.core.config import StrictModel
+from tailora.errors import ConfigError, require_packages
+from tailora.report.blocks import Page
+from tailora.report.files import write_page_if_possible
+from tailora.report.terminal import print_page
+from tailora.study.config import AT_THE_END, FULL, LORA, CompareConfig, SearchConfig
+from tailora.train.config import TrainConfig
+from tailora.train.config_file import read_config_file
+
+LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method"} | AT_THE_END
+
+# ---- `tailora compare`
+
+
+COMPARE_DEFAULTS = {"output_dir": "outputs/compare"}
+CompareFlags: Any = flags_of(TrainConfig, only=FIELDS.keys() - LEFT_OUT - {"learning_rate"}, defaults=COMPARE_DEFAULTS)
+STUDY = "Comparison"
+StudyFlags: Any = flags_of(CompareConfig, only=CompareConfig.model_fields.keys() - {"arms"}, sections={"seeds": STUDY})
+
+Arms = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--arm",
+        negative=(),
+        group=STUDY,
+        help="way of training, as NAME:setting=value,...; repeatable; default: lora with the settings below",
+    ),
+]
+
+
+def compare(
+    *,
+    config: ConfigFile = None,
+    arm: Arms = None,
+    full: Annotated[bool, Parameter(group=STUDY, help="also compare full fine-tuning")] = True,
+    study: StudyFlags = None,
+    json: Json = False,
+    flags: CompareFlags = None,
+) -> int:
+    """Compare LoRA with full fine-tuning on your model and data.
+
+    Each gets a learning rate of its own and is trained with several seeds. After Ctrl-C the same command resumes.
+    """
+    require_packages("scipy", extra="study")
+    in_file = study_settings(config, CompareConfig)
+    if arm is not None or "arms" not in in_file:
+        arms = dict(map(parse_arm, arm)) if arm else {LORA: {}}
+        if len(arms) < len(arm or ()):
+            raise ConfigError("two arms have the same name")
+        in_file["arms"] = {**arms, **({FULL: {"method": FULL}} if full else {})}
+    train = merge_settings(flags, config, defaults=COMPARE_DEFAULTS, ignore=CompareConfig.model_fields)
+    from tailora.report.pages.compare import compare_page  # loads torch
+    from tailora.study.compare import compare as run
+
+    return run_study(run, train, CompareConfig(**{**in_file, **(study or {})}), compare_page, json)
+
+
+def parse_arm(text: str) -> tuple[str, dict[str, Any]]:
+    name, _, settings = text.partition(":")
+    if not name or "/" in name:
+        raise ConfigError(f"--arm {text}: expected NAME:setting=value,..., with a name that can be a folder's")
+    return name, parse_settings(settings)
+
+
+# ---- `tailora search`
+
+
+SEARCH_DEFAULTS = {"output_dir": "outputs/search"}
+LR_ONLY_DEFAULTS = {"output_dir": "outputs/learning-rates"}
+TrainFlags: Any = flags_of(TrainConfig, only=FIELDS.keys() - LEFT_OUT - {"save_total_limit"}, defaults=SEARCH_DEFAULTS)
+SearchFlags: Any = flags_of(SearchConfig, sections={"trials": "Search"})
+
+
+def search(
+    *, config: ConfigFile = None, study: SearchFlags = None, json: Json = False, flags: TrainFlags = None
+) -> int:
+    """Search the best settings, and the cheapest that are as good.
+
+    Searched are learning rate, rank, alpha, targets, dropout and the LoRA+ ratio; --space adds settings or limits
+    their values. A setting that is given is not searched. After Ctrl-C the same command resumes; started a second
+    time, or on another machine with the same --storage, it helps.
+    """
+    require_packages("optuna", "scipy", extra="study")
+    in_file, typed = study_settings(config, SearchConfig), dict(study or {})
+    if "space" in typed:
+        typed["space"] = {**in_file.get("space", {}), **parse_pairs("space", typed["space"])}
+    search_config = SearchConfig(**{**in_file, **typed})
+    defaults = LR_ONLY_DEFAULTS if search_config.lr_only else SEARCH_DEFAULTS
+    train = merge_settings(flags, config, defaults=defaults, ignore=SearchConfig.model_fields)
+    if search_config.lr_only:
+        from tailora.report.pages.lr_range import lr_range_page  # loads torch
+        from tailora.study.lr_range import find_range
+
+        return run_study(find_range, train, search_config, lr_range_page, json)
+    from tailora.report.pages.search import search_page
+    from tailora.study.search import search as run  # loads Optuna
+
+    return run_study(run, train, search_config, search_page, json)
+
+
+# ---- What both share
+
+
+def study_settings(config_file: Path | None, schema: type[StrictModel]) -> dict[str, Any]:
+    """Returns the settings in the file that are of the study itself, not of its training runs."""
+    content = read_config_file(config_file) if config_file else {}
+    return {name: value for name, value in content.items() if name in schema.model_fields}
+
+
+def run_study(
+    run: Callable[..., Any], train: TrainConfig, study: StrictModel, make_page: Callable[[Any], Page], as_json: bool
+) -> int:
+    """Runs a study and prints its result. After Ctrl-C the message has the command that resumes."""
+    from tailora.cli.progress import step_counter  # loads torch
+
+    console = stderr()
+    try:
+        result = run(train, study, log=lambda text: console.print(text, markup=False), progress=step_counter(console))
+    except KeyboardInterrupt:
+        command = shlex.join(["tailora", *sys.argv[1:]])
+        raise KeyboardInterrupt(f"finished runs are in {train.output_dir}; to resume:\n{command}") from None
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print_page(stdout(), make_page(result))
+    log(write_page_if_possible(Path(train.output_dir)))
+    return 0
