@@ -3,30 +3,30 @@
     base_model    the user's model: its parameters, state dict and save_pretrained are what they were
     lora_layers   the parts of the active adapters, by path: all that is trained
 
-A LoRAModel holds an `AdapterSet` (which adapters there are, and which are active) and a `MergeState` (whether they are
-in the weights). Each method checks that the two allow what is asked, and calls the function of `core` or `formats` that
-does it.
+An `AdapterSet` holds the adapters and knows which are active, a `MergeState` knows whether they are in the weights.
+Each method checks that the two allow what is asked, and calls the function of `core` or `formats` that does it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tailora.core import compress, data_init
 from tailora.core.adalora import RankAllocator, as_plain_lora
 from tailora.core.adapter import Adapter, Summary, create, summarise
-from tailora.core.adapter_set import AdapterSet
-from tailora.core.attach import Swapped, evaluating
+from tailora.core.adapter_set import AdapterSet, check_base
+from tailora.core.attach import evaluating
 from tailora.core.combine import Combination, Truncation, combine_adapters
 from tailora.core.config import LoRAConfig
 from tailora.core.merge import MergeReport, MergeState
 from tailora.core.targets import default_config, select
-from tailora.errors import AdapterError, ConfigError, FormatError, TargetError
+from tailora.errors import AdapterError, ConfigError
 from tailora.formats.load import read_any_format, restore
 from tailora.formats.peft import write_peft_folder
 from tailora.formats.peft_model import read_peft_model, release_base
@@ -40,9 +40,8 @@ class LoRAModel(nn.Module):
 
     The base is frozen; what trains is `lora_layers.parameters()`. Adapters are added, loaded and switched by name;
     one called `adapter_name` is made from `config` (default: every linear layer but the output head) and is active.
-
-    Raises TargetError when the config names what the model lacks or what cannot be adapted, and when the base
-    has adapters already.
+    Raises TargetError when the config names what the model lacks or what cannot be adapted, and when the base has
+    adapters already.
     """
 
     base_model: nn.Module
@@ -56,8 +55,7 @@ class LoRAModel(nn.Module):
         *,
         fresh: bool = True,
     ) -> None:
-        super().__init__()
-        _check_base(base_model)
+        check_base(base_model)
         if not isinstance(config, LoRAConfig | None):
             raise ConfigError(f"config is a {type(config).__name__}; take a LoRAConfig, such as LoRAConfig(r=16)")
         config = config or default_config(base_model)
@@ -73,11 +71,10 @@ class LoRAModel(nn.Module):
         allow_base_mismatch: bool = False,
     ) -> Self:
         """Returns the base with the adapter of `folder` active. Raises as `load_adapter`."""
-        _check_base(base_model)
-        adapter = restore(
-            read_any_format(Path(folder), base_model), base_model, allow_base_mismatch=allow_base_mismatch
-        )
-        return cls._of(base_model, {adapter_name: adapter})
+        check_base(base_model)
+        stored = read_any_format(Path(folder), base_model)
+        adapter = restore(stored, base_model, allow_base_mismatch=allow_base_mismatch)
+        return cls.__new__(cls)._wrap(base_model, {adapter_name: adapter})
 
     @classmethod
     def from_difference(
@@ -91,10 +88,10 @@ class LoRAModel(nn.Module):
         energy: float | None = None,
     ) -> tuple[Self, compress.Extraction]:
         """Returns the base with the adapter that comes nearest to a fully tuned copy of it; see `compress.extract`."""
-        _check_base(base_model)
-        _check_base(tuned_model)
+        check_base(base_model)
+        check_base(tuned_model)
         adapter, report = compress.extract(base_model, tuned_model, r=r, energy=energy, config=config or LoRAConfig())
-        return cls._of(base_model, {adapter_name: adapter}), report
+        return cls.__new__(cls)._wrap(base_model, {adapter_name: adapter}), report
 
     @classmethod
     def from_peft(cls, peft_model: Any) -> Self:
@@ -106,24 +103,19 @@ class LoRAModel(nn.Module):
         """
         adapters, active = read_peft_model(peft_model)
         base_model = release_base(peft_model)
-        model = cls._of(base_model, adapters)
+        model = cls.__new__(cls)._wrap(base_model, adapters)
         model.training = base_model.training
         model.set_adapter(active)
         return model
 
-    @classmethod
-    def _of(cls, base_model: nn.Module, adapters: Mapping[str, Adapter]) -> Self:
-        model = cls.__new__(cls)
-        nn.Module.__init__(model)
-        model._wrap(base_model, adapters)
-        return model
-
-    def _wrap(self, base_model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    def _wrap(self, base_model: nn.Module, adapters: Mapping[str, Adapter]) -> Self:
         """Freezes the base and puts adapters, which fit it, around it. The first one is active."""
+        super().__init__()
         self._adapter_set = AdapterSet(base_model, adapters)
         self._merge_state = MergeState(base_model)
         self.base_model = base_model
         self.set_adapter(next(iter(adapters)))
+        return self
 
     # ---- Calling
 
@@ -175,7 +167,8 @@ class LoRAModel(nn.Module):
 
     def add_adapter(self, name: str, config: LoRAConfig) -> None:
         """Adds a fresh adapter; the active ones stay active. Raises AdapterError, TargetError."""
-        self._check_addable(name, "add an adapter")
+        self._adapter_set.check_new(name)
+        self._merge_state.check_unmerged("add an adapter")
         self._adapter_set.add(name, create(select(self.base_model, config), config))
 
     def load_adapter(self, folder: str | Path, name: str = "default", *, allow_base_mismatch: bool = False) -> None:
@@ -184,7 +177,8 @@ class LoRAModel(nn.Module):
         Everything is checked before the model changes. Raises FormatError with all missing, unexpected, misshapen
         and non-finite tensors, BaseMismatchError when it was made for another base, AdapterError for a taken name.
         """
-        self._check_addable(name, "load an adapter")
+        self._adapter_set.check_new(name)
+        self._merge_state.check_unmerged("load an adapter")
         stored = read_any_format(Path(folder), self.base_model)
         self._adapter_set.add(name, restore(stored, self.base_model, allow_base_mismatch=allow_base_mismatch))
 
@@ -195,9 +189,7 @@ class LoRAModel(nn.Module):
         """
         adapter = self._adapter_set[name]
         self._merge_state.check_unmerged("save an adapter")
-        adapter.check_complete(name)
-        if name in (".", "..") or "\0" in name or Path(name).name != name:
-            raise FormatError(f"adapter name {name!r} cannot name a folder; add it under a plain name")
+        adapter.check_can_be_saved(name)
         target = Path(folder) if name == "default" else Path(folder) / name
         write_peft_folder(target, as_plain_lora(adapter), self.base_model)
         return target
@@ -225,10 +217,7 @@ class LoRAModel(nn.Module):
     def set_adapter(self, name: str | Iterable[str] | None) -> None:
         """Makes this adapter the active one. Several are summed; None leaves the plain base."""
         self._merge_state.check_unmerged("switch adapters")
-        self.lora_layers = self._adapter_set.activate(name)
-        parts = (part for name in self.active_adapters for part in self.adapter(name).parts.values())
-        if any(part.training != self.training for part in parts):
-            self.lora_layers.train(self.training)
+        self.lora_layers = self._adapter_set.activate(name, self.training)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """The plain base model within the block."""
@@ -262,15 +251,6 @@ class LoRAModel(nn.Module):
         self._merge_state.check_unmerged("change a strength")
         self._adapter_set.set_strength(name, strength)
 
-    def _check_addable(self, name: str, action: str) -> None:
-        self._adapter_set.check_new(name)
-        self._merge_state.check_unmerged(action)
-
-    def _replace_adapter(self, name: str, adapter: Adapter) -> None:
-        """Puts an adapter of the same layers in the place of this one, active if this one was."""
-        self._adapter_set.replace(name, adapter)
-        self.set_adapter(self.active_adapters)
-
     # ---- Starts from data, and ranks that move
 
     @property
@@ -296,11 +276,10 @@ class LoRAModel(nn.Module):
         run = data_init.passes(self, batches, loss, name, adapter.config)
         with self.disable_adapter(), evaluating(self):
             initialised = data_init.start_from_data(adapter, self.base_model, run, rho)
-        self._replace_adapter(name, initialised)
+        self._adapter_set.replace(name, initialised)
+        self.set_adapter(self.active_adapters)
 
-    def allocate_ranks(
-        self, optimizer: torch.optim.Optimizer, total_steps: int, *, name: str = "default"
-    ) -> RankAllocator:
+    def allocate_ranks(self, optimizer: Optimizer, total_steps: int, *, name: str = "default") -> RankAllocator:
         """AdaLoRA's one call: from here on the optimizer's steps move the ranks of this adapter.
 
         total_steps: optimizer steps of the whole training. `save_adapter` writes plain LoRA of the ranks that are
@@ -315,7 +294,8 @@ class LoRAModel(nn.Module):
 
     def settle_ranks(self, name: str = "default") -> None:
         """After training with AdaLoRA: the adapter becomes plain LoRA of the ranks that are left, as its file is."""
-        self._replace_adapter(name, as_plain_lora(self._adapter_set[name]))
+        self._adapter_set.replace(name, as_plain_lora(self._adapter_set[name]))
+        self.set_adapter(self.active_adapters)
 
     # ---- Adapters out of adapters
 
@@ -336,7 +316,8 @@ class LoRAModel(nn.Module):
         (`drop`, `seed`) thin out the dense updates first. Defaults and sources: `core.combine.Combination`.
         Returns rank and relative error by layer. Raises ConfigError; AdapterError with all that cannot be combined.
         """
-        self._check_addable(name, "combine adapters")
+        self._adapter_set.check_new(name)
+        self._merge_state.check_unmerged("combine adapters")
         settings = Combination(method, r, density, drop, seed)
         adapter, report = combine_adapters(self.adapter, weights, self.base_model, settings)
         self._adapter_set.add(name, adapter)
@@ -357,15 +338,14 @@ class LoRAModel(nn.Module):
         r: highest rank of a layer.    energy: share of the squared singular values to keep in every layer, such as .99.
         loss, budget: `loss(model)` may rise by `budget`; it is called some log2(number of singular values) times while
         `source` (alone, if it is not active) computes with some of them, in the mode that the model is in.
-        Returns rank and relative error by layer. Raises ConfigError, AdapterError; DivergedError for a loss that is
-        not finite.
+        Returns rank and error by layer. Raises ConfigError, AdapterError; DivergedError for a loss that is not finite.
         """
         compress.check(r, energy, loss, budget)
         adapter = self._adapter_set[source]
-        self._check_addable(name, "shrink an adapter")
-        active = self.active_adapters if source in self.active_adapters else source
-        with self._activated(active) if loss else nullcontext():
-            own_loss = (lambda: loss(self)) if loss else None
+        self._adapter_set.check_new(name)
+        self._merge_state.check_unmerged("shrink an adapter")
+        own_loss = partial(loss, self) if loss else None
+        with self._activated(source) if loss and source not in self.active_adapters else nullcontext():
             smaller, report = compress.shrink(adapter, self.base_model, r, energy, own_loss, budget)
         self._adapter_set.add(name, smaller)
         return report
@@ -407,8 +387,8 @@ class LoRAModel(nn.Module):
         in_place: write into the weights themselves where that is possible, without a second copy of them. Whoever else
             holds these tensors sees it, and an interruption leaves some layers merged.
         """
+        self._adapter_set.check_no_batch("merge")
         if not self.is_merged:
-            self._adapter_set.check_no_batch("merge")
             self._merge_state.merge(self._adapter_set.layers, untie_weights=untie_weights, in_place=in_place)
         self._merge_state.forget_originals()
         return self.unload()
@@ -421,17 +401,6 @@ class LoRAModel(nn.Module):
         self._adapter_set.clear()
         self.lora_layers = nn.ModuleDict()
         return self.base_model
-
-
-def _check_base(base_model: Any) -> None:
-    """Raises TargetError for what is no module, and for a model that has adapters."""
-    if not isinstance(base_model, nn.Module):
-        hint = "; load it first: AutoModelForCausalLM.from_pretrained(...)" if isinstance(base_model, str) else ""
-        raise TargetError(f"base_model is a {type(base_model).__name__}, not a torch.nn.Module{hint}")
-    if isinstance(base_model, LoRAModel) or any(isinstance(module, Swapped) for module in base_model.modules()):
-        raise TargetError("this model has tailora adapters already; use its add_adapter, or unload() it first")
-    if hasattr(base_model, "peft_config"):
-        raise TargetError("this model carries PEFT adapters; unload or merge them first")
 
 
 from_peft = LoRAModel.from_peft

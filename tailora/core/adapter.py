@@ -7,6 +7,7 @@
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from tailora.core.layer_types import layer_of, weight_of
 from tailora.core.patterns import inside
 from tailora.core.quantization import dense_shape, weight_count
 from tailora.core.targets import ExtraTargets, Selection, Target
-from tailora.errors import AdapterError, TargetError, listing
+from tailora.errors import AdapterError, FormatError, TargetError, listing
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,14 @@ class Adapter:
             "start_from_data(batches) first"
         )
 
-    def check_complete(self, name: str) -> None:
-        """Raises AdapterError if it cannot be saved yet, as an adapter of this name."""
+    def check_can_be_saved(self, name: str) -> None:
+        """Raises AdapterError if it is not complete yet, FormatError for a name that cannot be a folder's."""
         if reason := self.missing_data(name):
             raise AdapterError(reason)
         if self.config.adalora is not None and not self.has_allocator:
             raise AdapterError(f"the ranks of {name!r} were never moved: allocate_ranks(optimizer, steps) and train")
+        if name in (".", "..") or "\0" in name or Path(name).name != name:
+            raise FormatError(f"adapter name {name!r} cannot name a folder; add it under a plain name")
 
 
 # ---- A fresh adapter

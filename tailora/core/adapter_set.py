@@ -131,10 +131,10 @@ class AdapterSet:
 
     # ---- Choosing what the layers compute
 
-    def activate(self, name: str | Iterable[str] | None) -> nn.ModuleDict:
+    def activate(self, name: str | Iterable[str] | None, training: bool) -> nn.ModuleDict:
         """Lets the layers compute with this adapter, with the sum of several, or with none.
 
-        Returns the parts of the active adapters by path: all that is trained.
+        Returns the parts of the active adapters by path, in training mode or not: all that is trained.
         """
         if not isinstance(name, str | Iterable | None):
             raise AdapterError(f"set_adapter takes a name, several names, or None for the plain base; got {name!r}")
@@ -152,7 +152,10 @@ class AdapterSet:
             attach(self.layers[path], layer_parts)
         self.active = names
         self.training_obstacle = _training_obstacle(adapters)
-        return self._modules[names[0]] if len(names) == 1 else as_module(parts)
+        module = self._modules[names[0]] if len(names) == 1 else as_module(parts)
+        if any(part.training != training for own_parts in parts.values() for part in own_parts):
+            module.train(training)
+        return module
 
     @contextmanager
     def activated_by_row(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -220,6 +223,18 @@ class AdapterSet:
         """Lets a mixed batch put its factors together again."""
         if self.batch is not None:
             self.batch.version += 1
+
+
+def check_base(base_model: Any) -> None:
+    """Raises TargetError for what is no module, and for a model that has adapters."""
+    if not isinstance(base_model, nn.Module):
+        hint = "; load it first: AutoModelForCausalLM.from_pretrained(...)" if isinstance(base_model, str) else ""
+        raise TargetError(f"base_model is a {type(base_model).__name__}, not a torch.nn.Module{hint}")
+    has_adapters = isinstance(getattr(base_model, "_adapter_set", None), AdapterSet)
+    if has_adapters or any(isinstance(module, Swapped) for module in base_model.modules()):
+        raise TargetError("this model has tailora adapters already; use its add_adapter, or unload() it first")
+    if hasattr(base_model, "peft_config"):
+        raise TargetError("this model carries PEFT adapters; unload or merge them first")
 
 
 def _training_obstacle(adapters: Mapping[str, Adapter]) -> str:
