@@ -10,6 +10,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 from rich.box import SIMPLE_HEAD, Box
 from rich.cells import cell_len, set_cell_size
@@ -126,108 +127,89 @@ def _spelled(console: Console, text: str) -> str:
 
 # ---- Tables
 
+Columns: TypeAlias = list[tuple[Column, Sequence[str]]]  # each with its cells
+
 
 def _print_table(console: Console, table: Table, *, lines_between_rows: bool = False) -> None:
-    rows = [[_spelled(console, cell) for cell in row] for row in table.rows]
-    columns = [replace(column, name=_spelled(console, column.name)) for column in table.columns]
     if table.title:
         _print(console, table.title, style="bold")
-    lines_between_rows |= any(column.interval for column in columns)
-    columns, rows = _narrowed(*_with_intervals_below(columns, rows), table.rest, console.width)
-    widths = _widths(columns, rows, console.width)
-    if widths is None:
-        _print_records(console, columns, rows)
+    columns: Columns = [
+        (replace(column, name=_spelled(console, column.name)), [_spelled(console, row[index]) for row in table.rows])
+        for index, column in enumerate(table.columns)
+    ]
+    lines_between_rows |= any(column.interval for column, _ in columns)
+    columns = _narrowed(_with_intervals_below(columns), table.rest, console.width)
+    widths = _widths(columns, console.width)
+    rows = zip(*(cells for _, cells in columns), strict=True)
+    if widths is None:  # too wide by any means: its rows below each other, with a line for every value
+        for first, *others in rows:
+            _print(console, first, style="bold")
+            for (column, _), cell in zip(columns[1:], others, strict=True):
+                if cell:
+                    _print(console, f"  {column.name}: {cell}".replace("\n", " / "))
     else:
-        console.print(_rich_table(console, columns, rows, widths, lines_between_rows))
+        shown = RichTable(
+            box=SIMPLE_HEAD if _unicode(console) else ASCII_HEAD,
+            show_header=any(column.name for column, _ in columns),
+            show_edge=False,
+            show_lines=lines_between_rows,
+            header_style="bold",
+            padding=(0, GAP - 1, 0, 0),
+            pad_edge=False,
+        )
+        for (column, _), width in zip(columns, widths, strict=True):
+            name = Text(_wrapped(column.name, width))
+            shown.add_column(name, justify="right" if column.numeric else "left", width=width, no_wrap=True)
+        for row in rows:
+            shown.add_row(*(Text(_wrapped(cell, width)) for cell, width in zip(row, widths, strict=True)))
+        console.print(shown)
     if table.note:
         _print(console, table.note)
 
 
-def _with_intervals_below(columns: list[Column], rows: list[list[str]]) -> tuple[list[Column], list[list[str]]]:
+def _with_intervals_below(columns: Columns) -> Columns:
     """Intervals as a second line of the column before them."""
-    kept: list[Column] = []
-    merged: list[list[str]] = [[] for _ in rows]
-    for index, column in enumerate(columns):
+    merged: Columns = []
+    for column, cells in columns:
         if column.interval:
-            kept[-1] = replace(kept[-1], name=f"{kept[-1].name}\n{column.name}")
-            for row, cells in zip(rows, merged, strict=True):
-                cells[-1] += f"\n{row[index]}" if row[index] else ""
+            before, values = merged[-1]
+            texts = [f"{value}\n{ends}" if ends else value for value, ends in zip(values, cells, strict=True)]
+            merged[-1] = (replace(before, name=f"{before.name}\n{column.name}"), texts)
         else:
-            kept.append(column)
-            for row, cells in zip(rows, merged, strict=True):
-                cells.append(row[index])
-    return kept, merged
+            merged.append((column, cells))
+    return merged
 
 
-def _narrowed(
-    columns: list[Column], rows: list[list[str]], rest: str, width: int
-) -> tuple[list[Column], list[list[str]]]:
+def _narrowed(columns: Columns, rest: str, width: int) -> Columns:
     """Moves the least important columns into one last column, named `rest`, until the table fits."""
-    kept = list(range(len(columns)))
-    while True:
-        moved = [index for index in range(len(columns)) if index not in kept]
-        shown_columns = [columns[index] for index in kept]
-        shown_rows = [[row[index] for index in kept] for row in rows]
+    priorities = {column.priority for column, _ in columns}
+    for highest in sorted({0} | priorities, reverse=True):
+        kept = [(column, cells) for column, cells in columns if column.priority <= highest]
+        moved = [(column.name, cells) for column, cells in columns if column.priority > highest]
         if moved:
-            shown_columns.append(Column(rest))
-            for row, cells in zip(rows, shown_rows, strict=True):
-                cells.append(", ".join(f"{columns[i].name} {row[i]}" for i in moved if row[i] not in ("", "-", NONE)))
-        lowest = max((columns[index].priority for index in kept), default=0)
-        if lowest == 0 or _widths(shown_columns, shown_rows, width) is not None:
-            return shown_columns, shown_rows
-        kept = [index for index in kept if columns[index].priority < lowest]
+            rows = zip(*([(name, cell) for cell in cells] for name, cells in moved), strict=True)
+            texts = [", ".join(f"{name} {cell}" for name, cell in row if cell not in ("", "-", NONE)) for row in rows]
+            kept.append((Column(rest), texts))
+        if _widths(kept, width) is not None:
+            break
+    return kept
 
 
-def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[int] | None:
+def _widths(columns: Columns, width: int) -> list[int] | None:
     """Of the columns, so that the table fits and no word is broken; None if that cannot be."""
-    cells = [[column.name, *(row[index] for row in rows)] for index, column in enumerate(columns)]
-    widths = [max(cell_len(line) for cell in column for line in (cell.splitlines() or [""])) for column in cells]
+    texts = [[column.name, *cells] for column, cells in columns]
+    widths = [max(cell_len(line) for cell in column for line in (cell.splitlines() or [""])) for column in texts]
     narrowest = [
-        natural if column.numeric else max(cell_len(part.rstrip()) for cell in texts for part in _parts(cell) or [""])
-        for column, texts, natural in zip(columns, cells, widths, strict=True)
+        natural if column.numeric else max(cell_len(part.rstrip()) for cell in own for part in _parts(cell) or [""])
+        for (column, _), own, natural in zip(columns, texts, widths, strict=True)
     ]
     available = width - GAP * (len(columns) - 1)
     if sum(narrowest) > available:
         return None
     while sum(widths) > available:
-        widest = max(
-            (index for index in range(len(widths)) if widths[index] > narrowest[index]), key=lambda i: widths[i]
-        )
-        widths[widest] -= 1
+        shrinkable = [index for index in range(len(widths)) if widths[index] > narrowest[index]]
+        widths[max(shrinkable, key=lambda index: widths[index])] -= 1
     return widths
-
-
-def _rich_table(
-    console: Console,
-    columns: Sequence[Column],
-    rows: Sequence[Sequence[str]],
-    widths: Sequence[int],
-    lines_between_rows: bool,
-) -> RichTable:
-    table = RichTable(
-        box=SIMPLE_HEAD if _unicode(console) else ASCII_HEAD,
-        show_header=any(column.name for column in columns),
-        show_edge=False,
-        show_lines=lines_between_rows,
-        header_style="bold",
-        padding=(0, GAP - 1, 0, 0),
-        pad_edge=False,
-    )
-    for column, width in zip(columns, widths, strict=True):
-        name = Text(_wrapped(column.name, width))
-        table.add_column(name, justify="right" if column.numeric else "left", width=width, no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(_wrapped(cell, width)) for cell, width in zip(row, widths, strict=True)))
-    return table
-
-
-def _print_records(console: Console, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-    """A table that is too wide by any means: its rows below each other, with a line for every value."""
-    for first, *rest in rows:
-        _print(console, first, style="bold")
-        for column, cell in zip(columns[1:], rest, strict=True):
-            if cell:
-                _print(console, f"  {column.name}: {cell}".replace("\n", " / "))
 
 
 def _parts(text: str) -> list[str]:
@@ -270,15 +252,13 @@ def _print_heat_map(console: Console, heat: HeatMap) -> None:
     shades = SHADES if _unicode(console) else ASCII_SHADES
     lines = []
     for name in names:
-        values = [[heat.cells[name, layer] for layer in group if (name, layer) in heat.cells] for group in groups]
-        shaded = (_shade(statistics.fmean(group), heat.top, shades) if group else " " for group in values)
-        lines.append(spelled[name] + " " * GAP + "".join(shaded))
+        line = spelled[name] + " " * GAP
+        for group in groups:
+            values = [heat.cells[name, layer] for layer in group if (name, layer) in heat.cells]
+            share = min(statistics.fmean(values) / heat.top, 1.0) if values and heat.top else 0.0
+            line += shades[round(share * (len(shades) - 1))] if values else " "
+        lines.append(line)
     first, last = str(layers[0]), str(layers[-1])
     lines.append(" " * margin + first.ljust(max(len(groups) - len(last), 2)) + last)
     _print(console, f"{heat.title} by layer, up to {heat.show(heat.top)}", style="bold")
     console.print(Text(printable("\n".join(lines)), no_wrap=True))
-
-
-def _shade(value: float, top: float, shades: str) -> str:
-    share = min(value / top, 1.0) if top else 0.0
-    return shades[round(share * (len(shades) - 1))]
