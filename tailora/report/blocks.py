@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from tailora.report.format import setting
-
 if TYPE_CHECKING:
     from tailora.report.charts import Canvas
 
@@ -170,41 +168,3 @@ class Page:
     sections: Sequence[Section]
     notes: Sequence[str] = ()
     conclusion: Section | None = None
-
-
-# ---- Columns and blocks that several pages have
-
-INTERVAL = Column("95% interval", numeric=True, interval=True)
-
-
-def numeric(*names: str) -> list[Column]:
-    """Columns of numbers."""
-    return [Column(name, numeric=True) for name in names]
-
-
-def bar_figure(
-    name: str,
-    values: Mapping[str, float],
-    show: Callable[[float], str],
-    title: str,
-    caption: str,
-    *,
-    one_colour: bool = False,
-    wide: bool = False,
-) -> Figure | None:
-    """A bar for each value, which is written beside it. one_colour: the names are no series of other figures."""
-    if not values:
-        return None
-    alt = f"{title}: {', '.join(f'{label} {show(value)}' for label, value in values.items())}."
-    return Figure(name, lambda canvas: canvas.bars(values, show, one_colour=one_colour), alt, caption, wide)
-
-
-def settings_table(title: str, *groups: tuple[str, Mapping[str, object]]) -> Table | None:
-    """A folded table of settings. groups: name of a group ("" for none) -> its settings."""
-    rows = [[group, name, setting(value)] for group, settings in groups for name, value in settings.items()]
-    if not rows:
-        return None
-    columns = [Column("of"), Column("setting"), Column("value")]
-    if not any(group for group, *_ in rows):
-        columns, rows = columns[1:], [row[1:] for row in rows]
-    return Table(columns, rows, title, folded=True, detail="page")

@@ -10,19 +10,11 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from tailora.errors import ConfigError, FormatError, listing, require_packages
+from tailora.formats.io import write_file
 from tailora.formats.run_folder import PAGE, REPORT
 from tailora.report.blocks import Page
 
-PAGES = {  # kind of report.json -> NAME: pages/NAME.py has NAME_page, a function from the kind's result to its page
-    "plan": "plan",
-    "train": "train",
-    "eval": "eval",
-    "compare": "compare",
-    "search": "search",
-    "learning-rates": "lr_range",
-    "inspect": "inspect",
-}
-KINDS = list(PAGES)
+KINDS = ("plan", "train", "eval", "compare", "search", "learning-rates", "inspect")
 PACKAGES = ("matplotlib", "jinja2")
 
 
@@ -32,7 +24,6 @@ def write_page(folder: Path) -> Path:
     Raises ConfigError without the extra `study` or without a report.json, FormatError for one that is not tailora's.
     """
     require_packages(*PACKAGES, extra="study")
-    from tailora.formats.io import write_file  # torch
     from tailora.report.html import html
 
     write_file(folder / PAGE, html(read_page(folder)).encode())
@@ -63,8 +54,9 @@ def page_of(content: Any, path: Path | str) -> Page:
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
         kind = content.get("kind") if isinstance(content, dict) else type(content).__name__
         raise FormatError(f"{path} is of kind {kind!r}; known are {', '.join(KINDS)}")
-    name = PAGES[content["kind"]]
-    make_page = getattr(import_module(f"tailora.report.pages.{name}"), f"{name}_page")  # most results come with torch
+    name = content["kind"].replace("learning-rates", "lr_range")
+    # Imported late, since most results come with torch: pages/NAME.py has NAME_page, from a result to its page
+    make_page = getattr(import_module(f"tailora.report.pages.{name}"), f"{name}_page")
     result_type = next(iter(get_type_hints(make_page).values()))  # of the function's one parameter
     try:
         page: Page = make_page(TypeAdapter(result_type).validate_python(content))

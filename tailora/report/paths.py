@@ -1,6 +1,7 @@
 """Short names of matrices, for figures and tables that have no room for paths, and matrices by depth and name."""
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Protocol, TypeVar
 
 from tailora.core.patterns import layer_index
@@ -28,12 +29,8 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
 
 def shared_prefix(paths: Iterable[str]) -> str:
     """What all paths begin with, up to a dot; '' for nothing."""
-    split = [path.split(".")[:-1] for path in paths]
-    shared = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
+    names = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    shared = [same[0] for same in takewhile(lambda same: len(set(same)) == 1, names)]
     return ".".join(shared) + "." if shared else ""
 
 

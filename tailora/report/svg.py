@@ -48,15 +48,10 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.color": INK,
     "text.parse_math": False,  # names are untrusted, and a $ is a $
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "xtick.labelsize": 11.5,
-    "ytick.labelsize": 11.5,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
 }
+for axis in "xy":
+    STYLE |= {f"{axis}tick.color": SOFT, f"{axis}tick.labelsize": 11.5}
+    STYLE |= {f"{axis}tick.major.size": 0, f"{axis}tick.minor.size": 0}
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 FONT = re.compile(r"font: (?:normal )*((?:bold|[1-9]00) )?([\d.]+)px [^;]*")
 COLOUR = re.compile(r"#0[0-9a-f]{5}")

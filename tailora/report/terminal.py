@@ -15,23 +15,10 @@ from typing import TypeAlias
 from rich.box import SIMPLE_HEAD, Box
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.table import Table as RichTable
+from rich.table import Table
 from rich.text import Text
 
-from tailora.report.blocks import (
-    Answers,
-    Block,
-    Code,
-    Column,
-    Figure,
-    Finding,
-    HeatMap,
-    List,
-    Page,
-    Paragraph,
-    Section,
-    Table,
-)
+from tailora.report import blocks
 from tailora.report.format import NONE, printable
 
 ASCII_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
@@ -42,17 +29,17 @@ LONG_WORD = 20  # a longer word, such as the path of a layer, may be broken afte
 FEWEST_LAYERS = 3  # of a heat map
 
 
-def print_page(console: Console, page: Page, *, everything: bool = False) -> None:
+def print_page(console: Console, page: blocks.Page, *, everything: bool = False) -> None:
     """everything: with the blocks that only --all shows."""
     details = {"always", "all"} if everything else {"always"}
     _print(console, page.title, style="bold")
     numbers = [(number.label, number.value, number.note) for number in page.numbers if number.detail in details]
     if numbers:
-        _print_table(console, Table([Column(""), Column(""), Column("")], numbers))
+        _print_table(console, blocks.Table([blocks.Column(""), blocks.Column(""), blocks.Column("")], numbers))
     for section in [*page.sections, *([page.conclusion] if page.conclusion else [])]:
-        blocks = [block for block in section.blocks if block is not None and block.detail in details]
-        if blocks:
-            print_section(console, replace(section, blocks=blocks))
+        shown = [block for block in section.blocks if block is not None and block.detail in details]
+        if shown:
+            print_section(console, replace(section, blocks=shown))
     if page.lead:
         console.print()
         _print(console, page.lead, style="bold")
@@ -60,7 +47,7 @@ def print_page(console: Console, page: Page, *, everything: bool = False) -> Non
         _print(console, f"Note: {note}")
 
 
-def print_section(console: Console, section: Section) -> None:
+def print_section(console: Console, section: blocks.Section) -> None:
     console.print()
     _print(console, section.title, style="bold")
     if section.text:
@@ -71,30 +58,30 @@ def print_section(console: Console, section: Section) -> None:
             if after_table:
                 console.print()
             _print_block(console, block)
-            after_table = isinstance(block, Table | HeatMap | Answers)
+            after_table = isinstance(block, blocks.Table | blocks.HeatMap | blocks.Answers)
 
 
-def _print_block(console: Console, block: Block) -> None:
+def _print_block(console: Console, block: blocks.Block) -> None:
     match block:
-        case Table():
+        case blocks.Table():
             _print_table(console, block)
-        case Answers():
-            columns = [Column(""), *map(Column, block.names)]
-            _print_table(console, Table(columns, block.rows), lines_between_rows=True)
-        case HeatMap():
+        case blocks.Answers():
+            columns = [blocks.Column(""), *map(blocks.Column, block.names)]
+            _print_table(console, blocks.Table(columns, block.rows), lines_between_rows=True)
+        case blocks.HeatMap():
             _print_heat_map(console, block)
-        case Finding():
+        case blocks.Finding():
             _print(console, f"{block.title}: {block.text}")
             _print_lines(console, [f"  {line}" for line in block.code.splitlines()])
-        case Paragraph():
+        case blocks.Paragraph():
             _print(console, block.text)
-        case List():
+        case blocks.List():
             for item in block.items:
                 _print(console, f"- {item}")
-        case Code():
+        case blocks.Code():
             _print(console, block.title, style="bold")
             _print_lines(console, block.text.splitlines())
-        case Figure():
+        case blocks.Figure():
             raise TypeError("a figure is for the page alone")
 
 
@@ -127,10 +114,10 @@ def _spelled(console: Console, text: str) -> str:
 
 # ---- Tables
 
-Columns: TypeAlias = list[tuple[Column, Sequence[str]]]  # each with its cells
+Columns: TypeAlias = list[tuple[blocks.Column, Sequence[str]]]  # each with its cells
 
 
-def _print_table(console: Console, table: Table, *, lines_between_rows: bool = False) -> None:
+def _print_table(console: Console, table: blocks.Table, *, lines_between_rows: bool = False) -> None:
     if table.title:
         _print(console, table.title, style="bold")
     columns: Columns = [
@@ -148,7 +135,7 @@ def _print_table(console: Console, table: Table, *, lines_between_rows: bool = F
                 if cell:
                     _print(console, f"  {column.name}: {cell}".replace("\n", " / "))
     else:
-        shown = RichTable(
+        shown = Table(
             box=SIMPLE_HEAD if _unicode(console) else ASCII_HEAD,
             show_header=any(column.name for column, _ in columns),
             show_edge=False,
@@ -189,7 +176,7 @@ def _narrowed(columns: Columns, rest: str, width: int) -> Columns:
         if moved:
             rows = zip(*([(name, cell) for cell in cells] for name, cells in moved), strict=True)
             texts = [", ".join(f"{name} {cell}" for name, cell in row if cell not in ("", "-", NONE)) for row in rows]
-            kept.append((Column(rest), texts))
+            kept.append((blocks.Column(rest), texts))
         if _widths(kept, width) is not None:
             break
     return kept
@@ -239,7 +226,7 @@ def _wrapped(text: str, width: int) -> str:
 # ---- Heat maps
 
 
-def _print_heat_map(console: Console, heat: HeatMap) -> None:
+def _print_heat_map(console: Console, heat: blocks.HeatMap) -> None:
     """A line for each name, a character for each layer, or for the mean of several where there are many."""
     layers = sorted({layer for _, layer in heat.cells})
     if len(layers) < FEWEST_LAYERS:

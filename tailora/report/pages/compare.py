@@ -1,26 +1,13 @@
-"""The page of a comparison, and the figures of losses that it shares with the page of a search."""
+"""The page of a comparison."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from tailora.evaluation.statistics import Difference
-from tailora.report.blocks import (
-    INTERVAL,
-    Block,
-    Column,
-    Estimate,
-    Figure,
-    Number,
-    Page,
-    Section,
-    Table,
-    bar_figure,
-    numeric,
-    settings_table,
-)
-from tailora.report.charts import GRID, PAPER, Canvas, series_colour
-from tailora.report.format import count, duration, interval, learning_rate, one_line, p_value, plural, signed
+from tailora.report.blocks import Block, Column, Estimate, Figure, Number, Page, Section, Table
+from tailora.report.charts import PAPER, Canvas, series_colour
+from tailora.report.format import count, duration, interval, learning_rate, one_line, plural, signed
+from tailora.report.pages.shared import INTERVAL, bar_figure, difference_cells, judged_figures, numeric, settings_table
 from tailora.study.results import ArmResult, Comparison
 from tailora.train.memory import format_bytes
 
@@ -77,58 +64,6 @@ def compare_page(comparison: Comparison) -> Page:
     return Page("compare", title, comparison.verdict, numbers, sections, [*failed, *comparison.notes])
 
 
-# ---- Losses, and differences from one of them: for the page of a search, too
-
-
-def judged_figures(
-    losses: Sequence[Estimate],
-    base_loss: float,
-    differences: Mapping[str, Difference | None],
-    reference: str,
-    margin: float | None,
-) -> list[Figure | None]:
-    """differences: name of a loss -> its difference from the reference's loss.
-    margin: differences up to so many nats per token make no difference to the user.
-    """
-    known = {name: difference for name, difference in differences.items() if difference}
-    listed = "; ".join(f"{loss.name} {loss.value:.3f} ({interval(loss.ends)})" for loss in losses)
-    seeds = "; small dots: each seed" if any(loss.runs for loss in losses) else ""
-    losses_figure = Figure(
-        "losses",
-        lambda canvas: canvas.estimates(losses, "held-out loss, nats per token"),
-        f"Held-out loss of each with its 95% interval: {listed}.",
-        f"Held-out loss, with 95% intervals over examples and seeds{seeds}. The base has {base_loss:.3f}. All are "
-        "judged on the same examples, so overlapping intervals say little: look at the differences.",
-    )
-
-    def draw_differences(canvas: Canvas) -> None:
-        rows = [Estimate(name, apart.value, (apart.low, apart.high)) for name, apart in known.items()]
-        colours = [number for number, loss in enumerate(losses) if loss.name in known]  # those of the losses
-        unit = f"loss − loss of {one_line(reference, 18)}, nats per token"
-        canvas.estimates(rows, unit, reference=0.0, form="+.3f", colours=colours)
-        if margin is not None:
-            canvas.axes.axvspan(-margin, margin, color=GRID, alpha=0.6, linewidth=0, zorder=0)
-
-    listed = "; ".join(
-        f"{name} {apart.value:+.3f} ({interval((apart.low, apart.high), '+.3f')})" for name, apart in known.items()
-    )
-    band = "" if margin is None else f" Shaded: within the margin of {margin:g}, which makes no difference."
-    differences_figure = Figure(
-        "differences",
-        draw_differences,
-        f"Difference of each from {reference} with its 95% interval: {listed}.",
-        f"Difference from {reference} on the same examples and seeds, with its 95% interval; left is better.{band}",
-    )
-    return [losses_figure if losses else None, differences_figure if known else None]
-
-
-def difference_cells(difference: Difference | None, p: float | None, missing: str = "") -> list[str]:
-    """The difference, its interval and its p-value. missing: in place of the difference."""
-    value = signed(difference.value) if difference else missing
-    ends = f"{signed(difference.low)} to {signed(difference.high)}" if difference else ""
-    return [value, ends, "" if p is None else p_value(p)]
-
-
 def _losses(comparison: Comparison, arms: Sequence[ArmResult]) -> list[Block | None]:
     losses = [Estimate(arm.name, arm.eval_loss or 0.0, arm.interval, arm.seed_losses) for arm in arms]
     differences = {arm.name: arm.difference for arm in arms}
@@ -143,9 +78,6 @@ def _losses(comparison: Comparison, arms: Sequence[ArmResult]) -> list[Block | N
     columns = [*first, *numeric(f"- {comparison.reference}"), INTERVAL, Column("p", numeric=True, priority=1)]
     figures = judged_figures(losses, comparison.base_loss, differences, comparison.reference, margin)
     return [*figures, Table(columns, rows)]
-
-
-# ---- The other sections
 
 
 def _training(arms: Sequence[ArmResult]) -> Figure | None:

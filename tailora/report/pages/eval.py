@@ -6,23 +6,10 @@ from typing import Any
 
 from tailora.evaluation.metrics import METRICS
 from tailora.evaluation.scores import Match
-from tailora.report.blocks import (
-    INTERVAL,
-    Answers,
-    Block,
-    Column,
-    Estimate,
-    Figure,
-    List,
-    Number,
-    Page,
-    Section,
-    Table,
-    numeric,
-    settings_table,
-)
+from tailora.report.blocks import Answers, Block, Column, Estimate, Figure, List, Number, Page, Section, Table
 from tailora.report.charts import Canvas
 from tailora.report.format import NONE, decimals, duration, plural
+from tailora.report.pages.shared import INTERVAL, numeric, settings_table
 
 CUTS = {  # of EvalReport.data: how many rows were cut or left out
     "truncated": "{:,} rows were longer than --max-length and cut; the longest has {longest:,} tokens",

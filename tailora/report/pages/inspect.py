@@ -9,7 +9,6 @@ from tailora.core.patterns import layer_index
 from tailora.evaluation.spectral import ModuleReport
 from tailora.formats.run_folder import ADAPTER
 from tailora.report.blocks import (
-    INTERVAL,
     Block,
     Column,
     Detail,
@@ -23,11 +22,10 @@ from tailora.report.blocks import (
     Paragraph,
     Section,
     Table,
-    numeric,
-    settings_table,
 )
 from tailora.report.charts import SERIES, Canvas, heat_colour
 from tailora.report.format import NONE, interval, one_line, plural, signed, value_range
+from tailora.report.pages.shared import INTERVAL, numeric, settings_table
 from tailora.report.paths import by_depth, by_layer, shared_prefix, short_names
 from tailora.study.advice import cost_limit, first_few
 from tailora.study.inspection import AdapterOverlap, CombinedLosses, HeldOutLosses, Inspection, ModuleOverlap

@@ -1,8 +1,9 @@
 """The page of `search --lr-only`: the held-out loss while the learning rate rises."""
 
-from tailora.report.blocks import Code, Figure, Number, Page, Section, Table, numeric, settings_table
+from tailora.report.blocks import Code, Figure, Number, Page, Section, Table
 from tailora.report.charts import DASHED, SERIES, SOFT, Canvas
 from tailora.report.format import learning_rate
+from tailora.report.pages.shared import numeric, settings_table
 from tailora.study.lr_range import RateRange
 
 

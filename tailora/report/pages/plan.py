@@ -1,21 +1,9 @@
 """The page of a plan."""
 
-from tailora.report.blocks import (
-    Block,
-    Column,
-    Figure,
-    HeatMap,
-    Number,
-    Page,
-    Paragraph,
-    Section,
-    Table,
-    bar_figure,
-    numeric,
-    settings_table,
-)
+from tailora.report.blocks import Block, Column, Figure, HeatMap, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, Canvas
 from tailora.report.format import NONE, count, duration, plural, share
+from tailora.report.pages.shared import bar_figure, numeric, settings_table
 from tailora.report.paths import by_layer, short_names
 from tailora.study.plan import Plan
 from tailora.train.memory import format_bytes

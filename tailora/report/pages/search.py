@@ -7,25 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tailora.report.blocks import (
-    INTERVAL,
-    Block,
-    Code,
-    Column,
-    Estimate,
-    Figure,
-    Number,
-    Page,
-    Paragraph,
-    Section,
-    Table,
-    bar_figure,
-    numeric,
-    settings_table,
-)
+from tailora.report.blocks import Block, Code, Column, Estimate, Figure, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import INK, PAPER, SERIES, SOFT, Canvas
 from tailora.report.format import count, duration, interval, one_line, plural, setting
-from tailora.report.pages.compare import difference_cells, judged_figures
+from tailora.report.pages.shared import INTERVAL, bar_figure, difference_cells, judged_figures, numeric, settings_table
 from tailora.study.results import Candidate, SearchResult
 from tailora.train.memory import format_bytes
 

@@ -14,12 +14,14 @@ from tailora.errors import FormatError
 from tailora.evaluation.generate import Answer
 from tailora.evaluation.statistics import before_and_after, describe_change
 from tailora.formats.run_folder import RUN, write_report
-from tailora.report.blocks import Answers, Block, Figure, Number, Page, Paragraph, Section, settings_table
+from tailora.report.blocks import Answers, Block, Figure, Number, Page, Paragraph, Section
 from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
 from tailora.report.format import count, duration, interval, plural, share
+from tailora.report.pages.shared import settings_table
 from tailora.train.memory import format_bytes
+from tailora.train.run_log import EXAMPLES, METRICS
 
-METRICS, SAMPLES, EXAMPLES = "metrics.jsonl", "samples.json", "examples.jsonl"
+SAMPLES = "samples.json"
 MOST_MARKS = 1000  # of a scatter plot
 COLUMNS = [  # of metrics.jsonl -> unit, caption
     ("learning_rate", "learning rate", "Learning rate of each step."),
@@ -93,13 +95,13 @@ class TrainReport:
 
 def write_train_report(folder: Path) -> dict[str, Any]:
     """Writes report.json and returns its content. Raises FormatError where a file of the run cannot be read."""
-    header = _read_json(folder / RUN)
+    header = _read(folder / RUN)
     try:
         result, settings = header.pop("result"), header.pop("settings")
     except KeyError as missing:
         raise FormatError(f"{folder / RUN} lacks {missing}; it was not written by a run") from None
-    metrics = _read_lines(folder / METRICS)
-    examples = _read_lines(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
+    metrics = _read(folder / METRICS)
+    examples = _read(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
     held_out, losses = None, {}
     if examples:
         held_out = {name: [row[name] for row in examples] for name in ("tokens", "before", "after")}
@@ -123,7 +125,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         "run": header,
         "steps": [line for line in metrics if "loss" in line],
         "evaluations": [{"step": line["step"], "loss": line["eval_loss"]} for line in metrics if "eval_loss" in line],
-        "samples": _read_json(folder / SAMPLES) if (folder / SAMPLES).exists() else [],
+        "samples": _read(folder / SAMPLES) if (folder / SAMPLES).exists() else [],
         "result": result,
         "held_out": held_out,
     }
@@ -131,20 +133,13 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read_json(path: Path) -> Any:
+def _read(path: Path) -> Any:
+    """The content of a .json file, or of each line of a .jsonl file but a last one that is still being written."""
+    text, of_lines = path.read_text(encoding="utf-8"), path.suffix == ".jsonl"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return [json.loads(line) for line in text.split("\n")[:-1]] if of_lines else json.loads(text)
     except ValueError as error:
-        raise FormatError(f"{path} is not JSON: {error}") from None
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Without a last line that has no end: the run is still writing it, or was cut off."""
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
-    try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise FormatError(f"{path} holds a line that is not JSON: {error}") from None
+        raise FormatError(f"{'a line of ' if of_lines else ''}{path} is not JSON: {error}") from None
 
 
 # ---- The page
