@@ -202,7 +202,7 @@ def check_compatible(adapters: Mapping[str, Adapter], *, by_row: bool = False) -
         raise AdapterError(f"these adapters cannot be active together: {listing(problems)}")
 
 
-def grouped(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[nn.Module, ...]]:
+def group_by_path(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[nn.Module, ...]]:
     """Returns the parts by path, those of one path in the given order."""
     groups: dict[str, tuple[nn.Module, ...]] = {}
     for path, part in parts:

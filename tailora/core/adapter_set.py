@@ -12,7 +12,7 @@ from typing import Any, SupportsFloat
 
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter, as_module, check_compatible, grouped
+from tailora.core.adapter import Adapter, as_module, check_compatible, group_by_path
 from tailora.core.attach import (
     Swapped,
     attach,
@@ -87,7 +87,7 @@ class AdapterSet:
         Raises TargetError for a layer that one adapter adapts and another trains whole.
         """
         layer_paths = {path: layer_path_of(self.base_model, path) for path in adapter.parts}
-        parts = grouped((layer_paths[path], part) for path, part in adapter.parts.items())
+        parts = group_by_path((layer_paths[path], part) for path, part in adapter.parts.items())
         layers = {path: self.base_model.get_submodule(path) for path in parts}
         mixins = {path: mixin_for(layer_parts[0]) for path, layer_parts in parts.items()}
         if conflicts := [
@@ -107,7 +107,7 @@ class AdapterSet:
     def replace(self, name: str, adapter: Adapter) -> None:
         """Puts an adapter of the same layers under this name. `activate` lets the layers compute with it."""
         self.adapters[name] = adapter
-        self._modules[name] = as_module(grouped(adapter.parts.items()))
+        self._modules[name] = as_module(group_by_path(adapter.parts.items()))
 
     def remove(self, name: str) -> None:
         """Removes an adapter that is not active. Layers that no other adapter changes get their class back."""
@@ -142,8 +142,8 @@ class AdapterSet:
         adapters = {name: self[name] for name in names}
         self.check_no_batch("switch adapters")
         check_compatible(adapters)
-        parts = grouped(item for adapter in adapters.values() for item in adapter.parts.items())
-        parts_of_layers = grouped(
+        parts = group_by_path(item for adapter in adapters.values() for item in adapter.parts.items())
+        parts_of_layers = group_by_path(
             (self._layer_paths[path], part) for path, own_parts in parts.items() for part in own_parts
         )
         for path in self._layers_of(self.active) - parts_of_layers.keys():

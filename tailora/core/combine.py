@@ -7,7 +7,7 @@ trained biases where the sources change biases.
     One update           what a layer's adapter adds to its weight, as two factors or dense
     build_adapter        an adapter that holds given updates
     combine_adapters     gathers the updates of the sources, and combines those of each layer by a method
-    METHODS              cat, svd, ties, dare
+    METHODS              cat, svd, ties, dare: the updates of one layer become one
 """
 
 import copy
@@ -212,7 +212,7 @@ def combine_adapters(
             )
     if problems:
         raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")
-    results = {path: _combined(own, settings) for path, own in updates.items()}
+    results = {path: _combine_layer(own, settings) for path, own in updates.items()}
     factors = {path: own for path, (own, _) in results.items()}
     if infinite := [path for path, own in factors.items() if not own.is_finite]:
         raise AdapterError(
@@ -348,7 +348,7 @@ def _combined_modules(
 # ---- Methods: the weighted updates of one layer -> one update
 
 
-def _combined(updates: list[WeightedUpdate], settings: Combination) -> tuple[Factors, float]:
+def _combine_layer(updates: list[WeightedUpdate], settings: Combination) -> tuple[Factors, float]:
     """The factors of one layer, and the relative error of their rank."""
     factors = [update.factors for update in updates]
     if settings.method == "cat":  # A = [w_i s_i A_i], B = [B_i]; or the same in the fewer ranks that the matrix has

@@ -92,7 +92,9 @@ def _check_not_zero(largest: Mapping[str, Tensor], quantity: str) -> None:
 def passes(model: nn.Module, batches: Iterable[Any], loss: Loss | None, name: str, config: LoRAConfig) -> Pass:
     """Returns a function that calls the model on every batch, for the initial values of the adapter `name`.
 
-    Raises AdapterError for an adapter that needs no data, DataError without any batch.
+    A batch is a tensor, a mapping of the model's arguments, or anything that `loss` takes.
+    Raises AdapterError for an adapter that needs no data, DataError without any batch; and when it is called,
+    DataError for a batch that is none of these, and where there is no loss.
     """
     init = config.init_lora_weights
     if init not in DATA_INITS:
@@ -107,34 +109,28 @@ def passes(model: nn.Module, batches: Iterable[Any], loss: Loss | None, name: st
     def run() -> None:
         with torch.set_grad_enabled(backward):
             for batch in all_batches:
-                output = call(model, batch) if loss is None else loss(model, batch)
-                if backward:
-                    (loss_of(output) if loss is None else output).backward()
+                if loss is not None:
+                    output = loss(model, batch)
+                elif isinstance(batch, Tensor):
+                    output = model(batch)
+                elif isinstance(batch, Mapping):
+                    output = model(**batch)
+                else:
+                    raise DataError(
+                        f"a batch is a {type(batch).__name__}, which does not say how to call the model; give tensors "
+                        "or mappings of its arguments, or loss=lambda model, batch: ..."
+                    )
+                if not backward:
+                    continue
+                value = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+                if not isinstance(value, Tensor) or value.numel() != 1:
+                    raise DataError(
+                        "the model returned no loss for these batches; put labels into them, or give "
+                        "loss=lambda model, batch: ..., which returns one number"
+                    )
+                torch.autograd.backward(value)
 
     return run
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """Calls the model on a tensor, or on a mapping of its arguments. Raises DataError for any other batch."""
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    raise DataError(
-        f"a batch is a {type(batch).__name__}, which does not say how to call the model; give tensors or mappings of "
-        "its arguments, or loss=lambda model, batch: ..."
-    )
-
-
-def loss_of(output: Any) -> Tensor:
-    """Returns the loss in a model's output. Raises DataError without one."""
-    value = output if isinstance(output, Tensor) else getattr(output, "loss", None)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise DataError(
-            "the model returned no loss for these batches; put labels into them, or give "
-            "loss=lambda model, batch: ..., which returns one number"
-        )
-    return value
 
 
 # ---- Gradients

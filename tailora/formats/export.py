@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter, grouped
+from tailora.core.adapter import Adapter, group_by_path
 from tailora.core.attach import Swapped, attached, evaluating
 from tailora.core.dequantize import Change, common_dtype, dequantize_to_linear
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_path_of
@@ -197,7 +197,9 @@ def with_only_adapter(base_model: nn.Module, adapter: Adapter | None) -> Iterato
     active: dict[nn.Module, tuple[nn.Module, ...]] = {
         module: () for module in base_model.modules() if isinstance(module, Swapped)
     }
-    for path, own_parts in grouped((layer_path_of(base_model, path), part) for path, part in parts.items()).items():
+    for path, own_parts in group_by_path(
+        (layer_path_of(base_model, path), part) for path, part in parts.items()
+    ).items():
         active[base_model.get_submodule(path)] = own_parts
     with attached(active), evaluating(nn.ModuleList(parts.values())):
         yield base_model

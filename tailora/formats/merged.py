@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tailora.core.adapter import grouped
+from tailora.core.adapter import group_by_path
 from tailora.core.dequantize import Change, TensorChange, common_dtype
 from tailora.core.layer_types import layer_path_of
 from tailora.core.merge import MergeReport, check_ties, merge_changes, replace_by_copy
@@ -44,7 +44,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     base: Any = source.base_model
     spill = folder / SPILL
     parts = {**source.adapter.low_rank, **source.adapter.extras}
-    parts_of_layers = grouped((layer_path_of(base, path), part) for path, part in parts.items())
+    parts_of_layers = group_by_path((layer_path_of(base, path), part) for path, part in parts.items())
     layers = {path: (base.get_submodule(path), own_parts) for path, own_parts in parts_of_layers.items()}
     report = MergeReport({})
     try:
