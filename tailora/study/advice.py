@@ -8,7 +8,7 @@ has the same as a table. No other code gives advice.
 
 import shlex
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tailora.evaluation.spectral import ModuleReport
@@ -77,20 +77,17 @@ def dead(inspection: Inspection) -> Iterator[Advice]:
     paths = [module.path for module in modules if module.density <= DEAD * median]
     evidence = {"dead": len(paths), "modules": len(modules), "limit": DEAD, "median": median, "paths": paths}
     if len(paths) == len(modules):
-        yield Advice(
-            "dead",
+        says = (
             f"All {len(paths)} updates are zero: training did not change them, and the adapter has no effect. Check "
-            "for a learning rate of 0, for no steps taken, and for a loss that does not reach these layers.",
-            evidence,
+            "for a learning rate of 0, for no steps taken, and for a loss that does not reach these layers."
         )
+        yield Advice("dead", says, evidence)
     elif paths:
-        yield Advice(
-            "dead",
+        says = (
             f"{len(paths)} of {len(modules)} updates are zero or below {DEAD:g} of the median: {first_few(paths)}. "
-            "Training does not reach these layers, or changing them does not help: leave them out.",
-            evidence,
-            setting={"exclude_modules": paths},
+            "Training does not reach these layers, or changing them does not help: leave them out."
         )
+        yield Advice("dead", says, evidence, setting={"exclude_modules": paths})
 
 
 def no_gain(inspection: Inspection) -> Iterator[Advice]:
@@ -132,36 +129,29 @@ def saturated(inspection: Inspection) -> Iterator[Advice]:
         for name, members in groups.items()
         if name in losses.groups and _mean_use(members) > SATURATED_USE and is_costly(losses.groups[name])
     }
-    some = 0 < len(full) < len(groups)
-    yield _raise_r(full if some else {"all modules": modules}, losses, inspection)
-
-
-def _raise_r(full: Mapping[str, Sequence[ModuleReport]], losses: HeldOutLosses, inspection: Inspection) -> Advice:
-    """full: name of a group -> its modules; "all modules" where no group stands out."""
-    modules = [module for members in full.values() for module in members]
-    ranks = {module.path: min(2 * module.r, module.in_features, module.out_features) for module in modules}
-    same_everywhere = "all modules" in full and len({*ranks.values()}) == 1
-    evidence = [_group_evidence(name, members, losses.groups.get(name, losses.half)) for name, members in full.items()]
-    groups = "; ".join(
-        f"{group['group']}{_in_layers(group['layers'])} {group['cost']:.1%} (limit {group['cost_limit']:.1%}) at "
-        f"effective rank / r {group['use']:.2f}"
-        for group in evidence
-    )
-    return Advice(
+    whole = len(full) in (0, len(groups))  # no group stands out
+    evidence, shares = [], []
+    ranks: dict[str, int] = {}
+    for name, members in ({"all modules": modules} if whole else full).items():
+        cost, use = losses.groups.get(name, losses.half), _mean_use(members)
+        layers = layer_range([module.path for module in members])
+        numbers = {"cost": cost.cost, "cost_limit": cost_limit(cost), "rise": cost.rise, "rise_low": cost.low}
+        evidence.append({"group": name, "layers": layers, **numbers, "use": use})
+        in_layers = f" (layer{'s' if '-' in layers else ''} {layers})" if layers else ""
+        shares.append(
+            f"{name}{in_layers} {cost.cost:.1%} (limit {cost_limit(cost):.1%}) at effective rank / r {use:.2f}"
+        )
+        ranks |= {module.path: min(2 * module.r, module.in_features, module.out_features) for module in members}
+    one_rank = whole and len(set(ranks.values())) == 1
+    yield Advice(
         "saturated",
         f"The lower half of the singular values is worth much of the improvement, and the rank is used up (limit "
-        f"{SATURATED_USE:g}): {groups}. Raise r there; alpha can stay.",
+        f"{SATURATED_USE:g}): {'; '.join(shares)}. Raise r there; alpha can stay.",
         {"groups": evidence, "cost": losses.half.cost, "cost_limit": SATURATED_COST, "use_limit": SATURATED_USE},
         setting={"r": next(iter(ranks.values()))}
-        if same_everywhere
+        if one_rank
         else {"rank_pattern": rank_pattern(ranks, [module.path for module in inspection.modules])},
     )
-
-
-def _group_evidence(name: str, modules: Sequence[ModuleReport], cost: TruncationCost) -> dict[str, Any]:
-    layers = layer_range([module.path for module in modules])
-    numbers = {"cost": cost.cost, "cost_limit": cost_limit(cost), "rise": cost.rise, "rise_low": cost.low}
-    return {"group": name, "layers": layers, **numbers, "use": _mean_use(modules)}
 
 
 def spare(inspection: Inspection) -> Iterator[Advice]:
@@ -270,30 +260,25 @@ def forgetting(inspection: Inspection) -> Iterator[Advice]:
         return
     rise = forgotten["loss_after"] - forgotten["loss_before"]
     measured = [(reduced, reduced.loss) for reduced in inspection.dial if reduced.loss is not None]
-    better = next(
-        (
-            (reduced.strength, (losses.base_loss - loss) / losses.improvement)
-            for reduced, loss in measured
-            if reduced.base_text_rise <= FORGETTING * (losses.base_loss - loss)
-        ),
-        None,
-    )
     tried = ", ".join(f"{reduced.strength:g}: loss {loss:.3f}, KL {reduced.kl:.3f}" for reduced, loss in measured)
-    setting, copied = {}, ""
     cure = "No lower strength that was tried is within the limit: train at a lower rate, or on mixed data."
-    if better is not None:
-        strength, kept = better
-        cure = f"At strength {strength:g} it keeps {kept:.0%} of the gain, and forgets less than the limit."
-        weaker = f"{inspection.adapter}-{strength:g}"
-        parts = ["--adapter", f"a={inspection.adapter}", "--weight", f"a={strength:g}"]
-        setting, copied = {"set_scale": strength}, command("combine", *parts, "--output-dir", weaker)
+    setting, to_copy = {}, ""
+    for reduced, loss in measured:
+        gain = losses.base_loss - loss
+        if reduced.base_text_rise <= FORGETTING * gain:
+            kept, strength = gain / losses.improvement, f"{reduced.strength:g}"
+            cure = f"At strength {strength} it keeps {kept:.0%} of the gain, and forgets less than the limit."
+            setting = {"set_scale": reduced.strength}
+            parts = ["--adapter", f"a={inspection.adapter}", "--weight", f"a={strength}"]
+            to_copy = command("combine", *parts, "--output-dir", f"{inspection.adapter}-{strength}")
+            break
     yield Advice(
         "forgetting",
         f"On {forgotten['text']} the loss rose by {rise:.3f} nats per token, KL {forgotten['kl']:.3f}; "
         f"on the data it fell by {losses.improvement:.3f} (limit: {FORGETTING:g} of that). {cure} ({tried})",
         {"rise": rise, "kl": forgotten["kl"], "improvement": losses.improvement, "limit": FORGETTING},
         setting=setting,
-        command=copied,
+        command=to_copy,
     )
 
 
@@ -311,13 +296,8 @@ def interference(inspection: Inspection) -> Iterator[Advice]:
         f"Added up, the two adapters have a loss of {losses.both:.4f}, {losses.worse:.4f} above the better one alone: "
         f"they disturb each other (cosine of the updates {overlap.cosine:+.2f}). Keep them apart and switch between "
         "them, or choose one for each conversation.",
-        {
-            "worse": losses.worse,
-            "low": losses.worse_low,
-            "one": losses.one,
-            "other": losses.other,
-            "cosine": overlap.cosine,
-        },
+        {"worse": losses.worse, "low": losses.worse_low}
+        | {"one": losses.one, "other": losses.other, "cosine": overlap.cosine},
         command=command("chat", "--model", inspection.model or "BASE", *adapters),
     )
 
@@ -355,10 +335,6 @@ def first_few(paths: Sequence[str]) -> str:
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
-def _in_layers(layers: str) -> str:
-    return f" (layer{'s' if '-' in layers else ''} {layers})" if layers else ""
-
-
 def _nonzero(inspection: Inspection) -> list[ModuleReport]:
     return [module for module in inspection.modules if module.norm > 0]
 
@@ -373,15 +349,4 @@ def _learning_rate(inspection: Inspection, factor: float) -> dict[str, Any]:
     return {"learning_rate": rate * factor} if isinstance(rate, float) else {}
 
 
-RULES = (
-    dead,
-    no_gain,
-    saturated,
-    spare,
-    too_strong,
-    intruders,
-    scales,
-    forgetting,
-    interference,
-    rounding,
-)
+RULES = (dead, no_gain, saturated, spare, too_strong, intruders, scales, forgetting, interference, rounding)

@@ -1,7 +1,6 @@
 """Inspects an adapter: its singular values, how they compare with the base's weights, and what they do on data.
 
-    inspect                   an adapter's files, with or without its base model
-      _inspect_files            files alone: ranks, energy, learned scales
+    inspect                   an adapter's files alone (ranks, energy, learned scales), or loaded with its base model
       inspect_model             in a model: also relative norms and intruder dimensions
         _measure_on_data          with data: losses without the lower half of the singular values, forgetting
       adapter_overlap           beside a second adapter: do both change the same directions?
@@ -19,24 +18,13 @@ from typing import Any
 
 import torch
 
-from tailora.core.adapter import Adapter
-from tailora.core.compress import Spectra, leading_only, spectra_of
+from tailora.core.compress import leading_only, spectra_of
 from tailora.core.low_rank import product_spectrum
 from tailora.errors import ConfigError, listing
+from tailora.evaluation import spectral
 from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
 from tailora.evaluation.scores import loss_on_data
-from tailora.evaluation.spectral import (
-    ModuleReport,
-    Update,
-    chance_overlap,
-    inner_product,
-    module_report,
-    subspace_overlap,
-    update_directions,
-    updates_in_files,
-    updates_of,
-    with_energy,
-)
+from tailora.evaluation.spectral import ModuleReport, Update
 from tailora.evaluation.statistics import Interval, paired_difference
 from tailora.formats.offline import read_offline
 from tailora.formats.run_folder import adapter_folder, recorded_settings
@@ -106,83 +94,59 @@ def inspect(
 
     Nothing is written. Raises ConfigError, FormatError, BaseMismatchError, DataError.
     """
+    started = time.perf_counter()
     options = replace(options or InspectOptions(), data=data)
     folder, other_folder = adapter_folder(Path(adapter)), None if other is None else adapter_folder(Path(other))
-    if model is None:
-        inspection = _inspect_files(folder, other_folder, options)
+    if model is None:  # the files alone
+        content = read_offline(folder)
+        if data is not None:
+            base = f", such as {content.base}, which the adapter names" if content.base else ""
+            raise ConfigError(f"data {data!r} needs a model to be read by: give --model{base}")
+        updates, pair = spectral.updates_in_files(content), None
+        if other_folder is not None:
+            other_updates = spectral.updates_in_files(read_offline(other_folder))
+            pair = adapter_overlap(str(other_folder), updates, other_updates)
+        inspection = Inspection(
+            adapter=str(folder),
+            model=None,
+            named_base=content.base,
+            base_dtype=None,
+            config=content.config.model_dump(),
+            training={},
+            layers=layer_count(updates),
+            modules=_module_reports(updates, options, lambda *_: None),
+            left_out=content.left_out,
+            pair=pair,
+            seconds=time.perf_counter() - started,
+        )
     else:
-        inspection = _inspect_loaded(folder, other_folder, model, options, quantize, log, progress)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded, tokenizer = load_base(model, "auto" if options.uses_data else "stored", device, quantize)
+        adapted = LoRAModel.from_pretrained(loaded, folder, NAME)
+        if other_folder is not None:
+            adapted.load_adapter(other_folder, OTHER)
+        adapted.to(device).eval()
+        second = None if other_folder is None else OTHER
+        inspection = inspect_model(
+            adapted, NAME, options, other=second, tokenizer=tokenizer, log=log, progress=progress
+        )
+        if inspection.pair is not None:
+            inspection = replace(inspection, pair=replace(inspection.pair, other=str(other_folder)))
     settings = recorded_settings(folder)
     training = {name: settings[name] for name in RECORDED if settings.get(name) is not None}
     inspection = replace(inspection, adapter=str(folder), model=model, training=training)
     return replace(inspection, advice=advise(inspection))
 
 
-# ---- The adapter's files, without its model
-
-
-def _inspect_files(folder: Path, other: Path | None, options: InspectOptions) -> Inspection:
-    started = time.perf_counter()
-    content = read_offline(folder)
-    if options.data is not None:
-        base = f", such as {content.base}, which the adapter names" if content.base else ""
-        raise ConfigError(f"data {options.data!r} needs a model to be read by: give --model{base}")
-    updates = updates_in_files(content)
-    return Inspection(
-        adapter=str(folder),
-        model=None,
-        named_base=content.base,
-        base_dtype=None,
-        config=content.config.model_dump(),
-        training={},
-        layers=layer_count(updates),
-        modules=_module_reports(updates, options, lambda *_: None),
-        left_out=content.left_out,
-        pair=None if other is None else adapter_overlap(str(other), updates, updates_in_files(read_offline(other))),
-        seconds=time.perf_counter() - started,
-    )
-
-
 def _module_reports(updates: Mapping[str, Update], options: InspectOptions, progress: Progress) -> list[ModuleReport]:
     """In the order of the layers."""
     reports = []
     for number, path in enumerate(in_order(updates), 1):
-        reports.append(module_report(updates[path], seed=options.seed + number, count_intruders=options.intruders))
+        reports.append(
+            spectral.module_report(updates[path], seed=options.seed + number, count_intruders=options.intruders)
+        )
         progress(number, len(updates))
-    return with_energy(reports)
-
-
-# ---- The adapter in its model
-
-
-def _inspect_loaded(
-    folder: Path,
-    other: Path | None,
-    model: str,
-    options: InspectOptions,
-    quantize: str | None,
-    log: Log,
-    progress: Progress,
-) -> Inspection:
-    """Loads the base and the adapters, and inspects them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base, tokenizer = load_base(model, "auto" if options.uses_data else "stored", device, quantize)
-    adapted = LoRAModel.from_pretrained(base, folder, NAME)
-    if other is not None:
-        adapted.load_adapter(other, OTHER)
-    adapted.to(device).eval()
-    inspection = inspect_model(
-        adapted,
-        NAME,
-        options,
-        other=None if other is None else OTHER,
-        tokenizer=tokenizer,
-        log=log,
-        progress=progress,
-    )
-    if inspection.pair is None:
-        return inspection
-    return replace(inspection, pair=replace(inspection.pair, other=str(other)))
+    return spectral.with_energy(reports)
 
 
 def inspect_model(
@@ -206,10 +170,10 @@ def inspect_model(
     if options.uses_data and tokenizer is None:
         raise ConfigError(f"{options.data or options.forgetting_data} needs the model's tokenizer: give tokenizer")
     adapter = model.adapter(name)
-    updates, left_out = updates_of(adapter, model.base_model)
+    updates, left_out = spectral.updates_of(adapter, model.base_model)
     overlap = None
     if other is not None:
-        overlap = adapter_overlap(other, updates, updates_of(model.adapter(other), model.base_model)[0])
+        overlap = adapter_overlap(other, updates, spectral.updates_of(model.adapter(other), model.base_model)[0])
     config = getattr(model.base_model, "config", None)
     weights = [parameter.dtype for parameter in model.base_model.parameters() if parameter.is_floating_point()]
     inspection = Inspection(
@@ -241,12 +205,18 @@ def _measure_on_data(
     inspection: Inspection, model: LoRAModel, name: str, options: InspectOptions, tokenizer: Any, log: Log
 ) -> Inspection:
     """Held-out losses, forgetting, and where much is forgotten both at lower strengths."""
-    evaluate = None
+    evaluate, pair = None, inspection.pair
     if options.data is not None:
         settings = {"model": inspection.model or NAME, "data": options.data}
         config = TrainConfig(**settings, field=options.field, max_length=options.max_length)
         evaluate = loss_on_data(config, model, tokenizer, log)
-        inspection = _with_losses(inspection, model, name, options.data, evaluate, log)
+        inspection = replace(
+            inspection, held_out=_held_out_losses(inspection, model, name, options.data, evaluate, log)
+        )
+        if pair is not None:
+            combined = _combined_losses(model, (name, pair.other), evaluate)
+            log(f"with {pair.other} alone {combined.other:.4f}, with both {combined.both:.4f}")
+            inspection = replace(inspection, pair=replace(pair, losses=combined))
     if options.forgetting_data is not None:
         texts, source = read_texts(options.forgetting_data, model, tokenizer), options.forgetting_data
     else:
@@ -259,37 +229,16 @@ def _measure_on_data(
     return replace(inspection, dial=_reduced_strengths(model, name, texts, evaluate, log))
 
 
-def _with_losses(
+def _held_out_losses(
     inspection: Inspection, model: LoRAModel, name: str, data: str, evaluate: Evaluate, log: Log
-) -> Inspection:
+) -> HeldOutLosses:
+    """The losses of the base, of the adapter, and of the adapter without the lower half of the singular values of all
+    modules; where that is costly (`advice.is_costly`), of each group of modules, too.
+    """
     adapter = model.adapter(name)
     spectra = spectra_of(
         replace(adapter, low_rank={module.path: adapter.low_rank[module.path] for module in inspection.modules})
     )
-    losses = _held_out_losses(model, name, spectra, by_group(list(spectra), inspection.layers), data, evaluate, log)
-    inspection = replace(inspection, held_out=losses)
-    if inspection.pair is None:
-        return inspection
-    combined = _combined_losses(model, (name, inspection.pair.other), evaluate)
-    log(f"with {inspection.pair.other} alone {combined.other:.4f}, with both {combined.both:.4f}")
-    return replace(inspection, pair=replace(inspection.pair, losses=combined))
-
-
-def _held_out_losses(
-    model: LoRAModel,
-    name: str,
-    spectra: Spectra,
-    groups: Mapping[str, Sequence[str]],
-    data: str,
-    evaluate: Evaluate,
-    log: Log,
-) -> HeldOutLosses:
-    """The losses of the base, of the adapter, and of the adapter without the lower half of the singular values of all
-    modules; where that is costly (`advice.is_costly`), of each group of modules, too.
-
-    groups: name -> paths of its modules.
-    """
-    adapter = model.adapter(name)
     with model.disable_adapter():
         base = evaluate()
     log(f"held-out loss of the base {base.loss:.4f}")
@@ -298,7 +247,9 @@ def _held_out_losses(
     gain = paired_difference(whole.sums, base.sums, base.counts)
 
     def without_lower_half(group: str, paths: Sequence[str]) -> TruncationCost:
-        with leading_only(adapter, spectra, {path: _upper_half(adapter, spectra, path) for path in paths}):
+        # Half of the singular values of each of its groups are kept, rounded up; with a frozen start half of 2r.
+        kept = {path: min(-(-spectra[path].S.shape[1] // 2), adapter.low_rank[path].lora_B.shape[1]) for path in paths}
+        with leading_only(adapter, spectra, kept):
             truncated = evaluate()
         log(f"without the lower half of the singular values in {group} {truncated.loss:.4f}")
         rise = paired_difference(whole.sums, truncated.sums, whole.counts)
@@ -311,6 +262,7 @@ def _held_out_losses(
         )
 
     half = without_lower_half("all modules", list(spectra))
+    groups = by_group(list(spectra), inspection.layers)
     measured = groups if len(groups) > 1 and is_costly(half) else {}
     return HeldOutLosses(
         data,
@@ -322,11 +274,6 @@ def _held_out_losses(
         half=half,
         groups={group: without_lower_half(group, paths) for group, paths in measured.items()},
     )
-
-
-def _upper_half(adapter: Adapter, spectra: Spectra, path: str) -> int:
-    """How many singular values are kept, per group: half of them, rounded up; with a frozen start half of 2r."""
-    return min(-(-spectra[path].S.shape[1] // 2), adapter.low_rank[path].lora_B.shape[1])
 
 
 def _with_ends(interval: Interval) -> tuple[float, float | None, float | None]:
@@ -362,7 +309,10 @@ def adapter_overlap(other: str, here: Mapping[str, Update], there: Mapping[str, 
     Raises ConfigError where the same path has different shapes, as in adapters of different models.
     """
     shared = in_order(here.keys() & there.keys())
-    _check_shapes(other, {path: (_shape(here[path]), _shape(there[path])) for path in shared})
+    shapes = {path: (_shape(here[path]), _shape(there[path])) for path in shared}
+    if wrong := [f"{path}: {ours} here, {theirs} there" for path, (ours, theirs) in shapes.items() if ours != theirs]:
+        shown = [*wrong[:5], *([f"and {len(wrong) - 5} more"] if len(wrong) > 5 else [])]
+        raise ConfigError(f"{other} was made for another model; shapes (groups, out, in) differ: {listing(shown)}")
     modules = [_module_overlap(here[path], there[path]) for path in shared]
     product = sum(module.cosine * module.norm * module.other_norm for module in modules)
     norm = math.hypot(*(module.norm for module in modules))
@@ -381,28 +331,22 @@ def _shape(update: Update) -> tuple[int, int, int]:
     return len(update.factors.B), update.factors.B.shape[1], update.factors.A.shape[2]
 
 
-def _check_shapes(other: str, shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
-    wrong = [f"{path}: {here} here, {there} there" for path, (here, there) in shapes.items() if here != there]
-    if wrong:
-        shown = [*wrong[:5], *([f"and {len(wrong) - 5} more"] if len(wrong) > 5 else [])]
-        raise ConfigError(f"{other} was made for another model; shapes (groups, out, in) differ: {listing(shown)}")
-
-
 def _module_overlap(here: Update, there: Update) -> ModuleOverlap:
     spectrum, other_spectrum = product_spectrum(here.factors), product_spectrum(there.factors)
     norm, other_norm = float(spectrum.S.norm()), float(other_spectrum.S.norm())
-    product = inner_product(here.factors, there.factors)
-    (writes, reads), (other_writes, other_reads) = update_directions(spectrum), update_directions(other_spectrum)
+    product = spectral.inner_product(here.factors, there.factors)
+    writes, reads = spectral.update_directions(spectrum)
+    other_writes, other_reads = spectral.update_directions(other_spectrum)
     return ModuleOverlap(
         path=here.path,
         norm=norm,
         other_norm=other_norm,
         sum_norm=math.sqrt(max(norm**2 + other_norm**2 + 2 * product, 0.0)),
         cosine=product / (norm * other_norm) if norm and other_norm else 0.0,
-        writes=subspace_overlap(writes, other_writes),
-        writes_by_chance=chance_overlap(writes, other_writes),
-        reads=subspace_overlap(reads, other_reads),
-        reads_by_chance=chance_overlap(reads, other_reads),
+        writes=spectral.subspace_overlap(writes, other_writes),
+        writes_by_chance=spectral.chance_overlap(writes, other_writes),
+        reads=spectral.subspace_overlap(reads, other_reads),
+        reads_by_chance=spectral.chance_overlap(reads, other_reads),
     )
 
 

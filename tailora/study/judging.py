@@ -85,7 +85,15 @@ def judge_arms(
 ) -> Comparison:
     """rates, runs: by arm.    Raises ConfigError when no arm could be trained."""
     done = {arm: trials for arm, trials in runs.items() if trials and all(trial.done for trial in trials)}
-    failures = {arm: _failure(rates[arm], runs.get(arm, [])) for arm in study.arms if arm not in done}
+    failures = {}
+    for arm in (arm for arm in study.arms if arm not in done):
+        failed = next((trial for trial in runs.get(arm, []) if not trial.done), None)
+        if failed is not None:
+            failures[arm] = f"{failed.outcome} at its best rate with another seed"
+        elif not rates[arm].fits:
+            failures[arm] = "ran out of memory"
+        else:
+            failures[arm] = f"failed at every rate tried, {', '.join(f'{rate:.2g}' for rate in rates[arm].tried)}"
     if not done:
         reasons = "; ".join(f"{arm}: {reason}" for arm, reason in failures.items())
         raise ConfigError(f"no arm could be trained, so there is nothing to compare: {reasons}")
@@ -128,15 +136,6 @@ def judge_arms(
         settings=settings,
         seconds=seconds,
     )
-
-
-def _failure(rates: LearningRateSearch, trials: Sequence[Trial]) -> str:
-    failed = next((trial for trial in trials if not trial.done), None)
-    if failed is not None:
-        return f"{failed.outcome} at its best rate with another seed"
-    if not rates.fits:
-        return "ran out of memory"
-    return f"failed at every rate tried, {', '.join(f'{rate:.2g}' for rate in rates.tried)}"
 
 
 def _mean(forgetting: Sequence[dict[str, Any]]) -> dict[str, float] | None:

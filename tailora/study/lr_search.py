@@ -32,7 +32,15 @@ class LearningRateSearch:
             return best * COARSE
         if best == min(self.tried):
             return best / COARSE
-        return self._between_neighbours(best)
+        # At a factor of 2 from the best, on the side of the better neighbour, unless that was tried.
+        candidates = [
+            rate for rate in (best * FINE, best / FINE) if not any(math.isclose(rate, tried) for tried in self.tried)
+        ]
+        if not candidates:
+            return None
+        above = min(rate for rate in self.tried if rate > best)
+        below = max(rate for rate in self.tried if rate < best)
+        return max(candidates) if self.tried[above] < self.tried[below] else min(candidates)
 
     def record(self, rate: float, loss: float, *, fits: bool = True) -> None:
         """loss: infinite for a run that diverged.    fits: whether the run fitted into memory."""
@@ -54,14 +62,3 @@ class LearningRateSearch:
     def bracketed(self) -> bool:
         """True if a lower and a higher rate were both worse than the best."""
         return self.best is not None and min(self.tried) < self.best < max(self.tried)
-
-    def _between_neighbours(self, best: float) -> float | None:
-        """A rate at a factor of 2 from the best that was not tried: on the side of the better neighbour, if both."""
-        candidates = [
-            rate for rate in (best * FINE, best / FINE) if not any(math.isclose(rate, tried) for tried in self.tried)
-        ]
-        if not candidates:
-            return None
-        above = min(rate for rate in self.tried if rate > best)
-        below = max(rate for rate in self.tried if rate < best)
-        return max(candidates) if self.tried[above] < self.tried[below] else min(candidates)

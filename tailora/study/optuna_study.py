@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -105,22 +104,12 @@ def _copy_journal(journal: Path, study: optuna.Study) -> None:
     """Copies the trials that an earlier version kept in a file; those that were not finished will be run again."""
     earlier = optuna.load_study(study_name=study.study_name, storage=JournalStorage(JournalFileBackend(str(journal))))
     trials = earlier.get_trials(deepcopy=False)
-    for trial in trials:
-        state = TrialState.FAIL if trial.state == TrialState.RUNNING else trial.state
-        study.add_trial(
-            create_trial(
-                state=state,
-                value=trial.value,
-                params=trial.params,
-                distributions=trial.distributions,
-                user_attrs=trial.user_attrs,
-                system_attrs=trial.system_attrs,
-                intermediate_values=trial.intermediate_values,
-            )
-        )
+    study.add_trials(trials)
     retried = {trial.user_attrs.get(RETRIED) for trial in trials}
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state == TrialState.FAIL and trial.number not in retried:
+    for trial in trials:
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+        if trial.state in (TrialState.RUNNING, TrialState.FAIL) and trial.number not in retried:
             retry(study, trial)
 
 
@@ -159,10 +148,6 @@ def retried_number(trial: FrozenTrial) -> int | None:
     """Number of the trial whose settings this one runs again; None for a trial with new settings."""
     with _experimental():
         return RetryHeartbeatStaleTrialCallback.retried_trial_number(trial)
-
-
-def save_outcome(trial: optuna.Trial, candidate: Candidate) -> None:
-    trial.set_user_attr(OUTCOME, asdict(candidate))
 
 
 # ---- What is tried

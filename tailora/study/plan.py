@@ -29,16 +29,10 @@ from tailora.data.dataset import Example
 from tailora.formats.run_folder import write_report
 from tailora.model import LoRAModel
 from tailora.study.config import FIRST_RATES, FULL, OF_ADAPTERS
+from tailora.train import estimate
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import largest_forward, read_data, split_by_tokens, step_shape
-from tailora.train.estimate import (
-    SHARE,
-    Memory,
-    estimate_memory,
-    fake_model,
-    products_per_second,
-    simulate_step,
-)
+from tailora.train.estimate import Memory
 from tailora.train.memory import available_bytes, used_bytes
 from tailora.train.model_loading import load_tokenizer, read_config
 from tailora.train.setup import start_accelerator
@@ -160,20 +154,20 @@ def plan(
     batches = read_batches(config, shape, accelerator)
     process = used_bytes(device)  # what a run's process holds, too, before its model is loaded
     available = available_bytes(device) + process if memory is None else memory
-    with fake_model(config, shape, device) as fake:
+    with estimate.fake_model(config, shape, device) as fake:
         summary, dtype, kernels = fake.model.summary(), fake.base.dtype, fake.kernels.description
         lora = fake.model if isinstance(fake.model, LoRAModel) else None
         modules = adapted_modules(lora) if lora else []
         groups = trained_groups(lora) if lora else []
         left = unadapted_groups(lora) if lora else []
-        step = simulate_step(fake, batches.largest, checkpointed=config.gradient_checkpointing)
-        needed = estimate_memory(config, fake, step, process)
+        step = estimate.simulate_step(fake, batches.largest, checkpointed=config.gradient_checkpointing)
+        needed = estimate.estimate_memory(config, fake, step, process)
         notes = [*batches.notes, *fake.notes]
     full = None if config.method == FULL else full_fine_tuning(config, shape, batches, device, process, available)
 
     text, tokens = shape.get_text_config(), tokens_of(batches.largest)
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    speed = SHARE * products_per_second(tokens, text.hidden_size, inner, dtype, device)  # operations per second
+    width, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    speed = estimate.SHARE * estimate.products_per_second(tokens, width, inner, dtype, device)  # operations a second
     seconds_per_token = step.flops / tokens / speed
     basis = {
         "memory": "estimated from the shapes, and what this process holds now",
@@ -314,9 +308,9 @@ def full_fine_tuning(
     """The same run with all weights trained. process: bytes that the process holds before its model is loaded."""
     given = config.model_dump(exclude_unset=True, exclude=OF_ADAPTERS)
     full = TrainConfig(**{**given, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
-    with fake_model(full, shape, device) as fake:
-        step = simulate_step(fake, batches.largest, checkpointed=full.gradient_checkpointing)
-        memory = estimate_memory(full, fake, step, process)
+    with estimate.fake_model(full, shape, device) as fake:
+        step = estimate.simulate_step(fake, batches.largest, checkpointed=full.gradient_checkpointing)
+        memory = estimate.estimate_memory(full, fake, step, process)
         parameters = fake.model.summary().trainable_parameters
     return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))
 

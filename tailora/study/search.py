@@ -27,21 +27,12 @@ from pydantic import TypeAdapter
 from tailora.errors import ConfigError
 from tailora.formats.io import write_file
 from tailora.formats.run_folder import write_report
-from tailora.study import optuna_study
+from tailora.study import optuna_study, search_space
 from tailora.study.budget import TIMING_RATE, TIMING_STEPS, Budget, budget_for, longest_run, measure_costs
 from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.judging import by_loss, choose_finalists, judge_finalists
 from tailora.study.results import Candidate, Finalist, SearchResult
-from tailora.study.search_space import (
-    Axis,
-    at_edge,
-    first_values,
-    fit_to_model,
-    in_words,
-    read_space,
-    search_axes,
-    settings_of,
-)
+from tailora.study.search_space import Axis
 from tailora.study.study_store import PLAN, TIMING, Log, StudySession, locked, open_folder
 from tailora.study.trial import (
     DONE,
@@ -80,7 +71,7 @@ def search(
     if study.lr_only:
         raise ConfigError("lr_only is for study.lr_range.find_range, which finds the learning rate alone")
     folder = Path(train.output_dir)
-    space = search_axes(read_space(study.space), train)
+    space = search_space.search_axes(search_space.read_space(study.space), train)
     settings = {
         "train": train.model_dump(mode="json", exclude={"output_dir"}),
         "space": {name: list(axis) if isinstance(axis, tuple) else str(axis) for name, axis in space.items()},
@@ -108,18 +99,20 @@ class _Search:
             stored = json.loads((self.folder / STUDY).read_text())  # as the first worker wrote them
             self.optuna = optuna_study.open_study(self.folder, self.study.storage, stored)
             self._plan()
-            self.axes, notes = fit_to_model(self.space, self.groups, read_space(self.study.space))
+            self.axes, notes = search_space.fit_to_model(
+                self.space, self.groups, search_space.read_space(self.study.space)
+            )
             for note in notes:
                 self.session.note(note)
             if not self.optuna.get_trials(deepcopy=False):
-                self.optuna.enqueue_trial(first_values(self.axes, self.train))
+                self.optuna.enqueue_trial(search_space.first_values(self.axes, self.train))
         self.optuna.pruner = SuccessiveHalvingPruner(min_resource=self.budget.rung, reduction_factor=2)
         self._run_trials()
         return self._judge(settings)
 
     def _spec(self, values: Mapping[str, Any], *, choosing: bool, describe: bool = False, **fixed: Any) -> TrialSpec:
         """Of a run with these values of the space."""
-        changes = settings_of(values, self.groups, self.train)
+        changes = search_space.settings_of(values, self.groups, self.train)
         settings = trial_settings(self.train, changes, **{**AT_THE_END, **fixed})
         return TrialSpec(settings, keep=False, choosing=choosing, describe=describe, before=self.base.get(choosing))
 
@@ -183,7 +176,7 @@ class _Search:
                 self.session.log(f"trial {trial.number} runs trial {number} again, whose process ended early")
             try:
                 candidate = self._candidate(trial)
-                optuna_study.save_outcome(trial, candidate)
+                trial.set_user_attr(optuna_study.OUTCOME, asdict(candidate))
             except UpdateFinishedTrialError:
                 self.failed_meanwhile = True
                 raise
@@ -192,7 +185,7 @@ class _Search:
                 raise
             loss = "no loss" if candidate.eval_loss is None else f"{candidate.eval_loss:.4f}"
             ended = "" if candidate.state == DONE else f", {candidate.state}: {candidate.message}"
-            self.session.log(f"trial {candidate.number}: {loss}{ended}  ({in_words(candidate.settings)})")
+            self.session.log(f"trial {candidate.number}: {loss}{ended}  ({search_space.in_words(candidate.settings)})")
             if candidate.state != DONE or candidate.eval_loss is None:
                 raise TrialPruned
             return candidate.eval_loss
@@ -261,7 +254,7 @@ class _Search:
     def _limits(self, result: SearchResult) -> list[str]:
         """What limits the verdict."""
         budget, examples = self.budget, result.judged_examples
-        edges = [name for name, value in result.best.settings.items() if at_edge(self.axes[name], value)]
+        edges = [name for name, value in result.best.settings.items() if search_space.at_edge(self.axes[name], value)]
         notes = {
             f"{', '.join(edges)} of the best trial is at the edge of its range: a wider range may hold better": edges,
             f"trials had {budget.steps:,} of the {budget.longest:,} steps that the settings ask for; in longer runs a "
@@ -318,7 +311,7 @@ class _Search:
         """Writes what `tailora train --config` takes: the run's settings with those of the finalist."""
         path = self.folder / name
         own = self.train.model_dump(exclude_unset=True, exclude={"resume_from_checkpoint"})
-        changes = settings_of(finalist.settings, self.groups, self.train)
+        changes = search_space.settings_of(finalist.settings, self.groups, self.train)
         values = {**own, **changes, "output_dir": str(path.with_suffix(""))}
         TrainConfig(**values)
         write_file(path, config_text(values).encode())

@@ -28,6 +28,7 @@ SHARED |= {"dtype", "packing"}  # which would change the base
 SCALE = "scale"  # alpha/r, in place of alpha
 TARGETS = ("all-linear", "attention", "mlp")  # words; what they mean is read off the model
 OTHER_NAMES = {**ALIASES, "targets": "target_modules", "lr": "learning_rate", "dropout": "lora_dropout"}
+OF_ADALORA = {"tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
 LINEAR = {"lora_dropout", "weight_decay", "warmup_ratio"}  # may be 0
 RANGE = re.compile(r"\s*([^,\s]+?)\s*\.\.\s*([^,\s]+)\s*")
 
@@ -66,8 +67,13 @@ def read_space(given: Mapping[str, Any]) -> dict[str, Axis]:
         name = OTHER_NAMES.get(written, written)
         if name in axes:
             problems.append(f"{name} is given twice")
-        elif problem := _unfit(written, name):
-            problems.append(problem)
+        elif name in SHARED:
+            problems.append(f"{name} is the same in all trials of a search")
+        elif name not in FIELDS and name != SCALE:
+            close = nearest(written, {*FIELDS, *OTHER_NAMES, SCALE} - SHARED)
+            problems.append(f"unknown setting {written!r}{close}")
+        elif name != SCALE and get_origin(FIELDS[name].annotation) is dict:
+            problems.append(f"{name} holds patterns, which cannot be searched")
         else:
             try:
                 axes[name] = _axis(name, values)
@@ -78,16 +84,6 @@ def read_space(given: Mapping[str, Any]) -> dict[str, Axis]:
     if problems:
         raise ConfigError(listing([f"space: {problem}" for problem in problems]))
     return axes
-
-
-def _unfit(written: str, name: str) -> str:
-    if name in SHARED:
-        return f"{name} is the same in all trials of a search"
-    if name not in FIELDS and name != SCALE:
-        return f"unknown setting {written!r}{nearest(written, {*FIELDS, *OTHER_NAMES, SCALE} - SHARED)}"
-    if name not in FIELDS or get_origin(FIELDS[name].annotation) is not dict:
-        return ""
-    return f"{name} holds patterns, which cannot be searched"
 
 
 def _axis(name: str, values: Any) -> Axis:
@@ -109,7 +105,7 @@ def _between(name: str, low: Any, high: Any) -> Axis:
         raise ConfigError("LOW..HIGH is for numbers; list the values")
     if not low < high:
         raise ConfigError(f"{low:g} is not below {high:g}")
-    if _is_whole(name):
+    if name in FIELDS and int in (FIELDS[name].annotation, *get_args(FIELDS[name].annotation)):
         powers = (2**exponent for exponent in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1))
         return tuple(dict.fromkeys((low, *powers, high)))
     if low <= 0 and name not in LINEAR:
@@ -117,34 +113,20 @@ def _between(name: str, low: Any, high: Any) -> Axis:
     return Range(float(low), float(high), name not in LINEAR)
 
 
-def _is_whole(name: str) -> bool:
-    return name in FIELDS and int in (FIELDS[name].annotation, *get_args(FIELDS[name].annotation))
-
-
 def _value(name: str, value: Any) -> Any:
     """One value, as the schema of a run has it. Raises ConfigError."""
     if name == "target_modules":
         return value if isinstance(value, str) else "+".join(value)
     if name == SCALE:
-        return _scale(value)
-    required = {"learning_rate": 1e-4} if name != "learning_rate" else {}
-    return getattr(TrainConfig(**{**required, **_beside(name), name: value}), name)
-
-
-def _beside(name: str) -> dict[str, Any]:
-    """What a setting needs to be allowed at all."""
-    allocation = {"tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
-    return {"target_r": 1} if name in allocation else {}
-
-
-def _scale(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"scale {value!r} is not a number") from None
-    if not 0 < number < math.inf:
-        raise ConfigError(f"a scale of {number:g} is not above 0")
-    return number
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"scale {value!r} is not a number") from None
+        if not 0 < number < math.inf:
+            raise ConfigError(f"a scale of {number:g} is not above 0")
+        return number
+    required = {"learning_rate": 1e-4} | ({"target_r": 1} if name in OF_ADALORA else {})  # to be allowed at all
+    return getattr(TrainConfig(**{**required, name: value}), name)
 
 
 def search_axes(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis]:
@@ -169,19 +151,19 @@ def search_axes(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis
 
 def first_values(space: Mapping[str, Axis], train: TrainConfig) -> dict[str, Any]:
     """The values that a search begins with: those of the run, or the nearest in the space."""
-    return {name: _nearest(axis, _current_value(name, train)) for name, axis in space.items()}
-
-
-def _current_value(name: str, train: TrainConfig) -> Any:
-    return train.lora_alpha / train.r if name == SCALE else getattr(train, name)
-
-
-def _nearest(axis: Axis, own: Any) -> Any:
-    if isinstance(axis, Range):
-        return min(max(own, axis.low), axis.high)
-    if own in axis or isinstance(own, bool) or not isinstance(own, int | float):
-        return own if own in axis else axis[0]
-    return min((value for value in axis if value is not None), key=lambda value: abs(value - own))
+    values = {}
+    for name, axis in space.items():
+        own = train.lora_alpha / train.r if name == SCALE else getattr(train, name)
+        if isinstance(axis, Range):
+            values[name] = min(max(own, axis.low), axis.high)
+        elif own in axis:
+            values[name] = own
+        elif isinstance(own, bool) or not isinstance(own, int | float):
+            values[name] = axis[0]
+        else:
+            numbers = [value for value in axis if value is not None]
+            values[name] = min(numbers, key=lambda value: abs(value - own))
+    return values
 
 
 def fit_to_model(
@@ -193,33 +175,28 @@ def fit_to_model(
 
     Raises ConfigError for a value that was asked for, and for an axis without any value left.
     """
-    axes: dict[str, Axis] = {}
+    axes = dict(space)
+    reasons = {
+        "r": f"the smallest matrix of the model takes ranks up to {groups.get('largest_r')}",
+        "target_modules": "the names of the model's layers do not show which are attention and which are MLP; give "
+        "names of layers, joined by +",
+    }
     problems: list[str] = []
     notes: list[str] = []
     for name, axis in space.items():
-        axes[name] = axis
-        if isinstance(axis, Range) or not groups:
+        if isinstance(axis, Range) or not groups or name not in reasons:
             continue
-        fitting = tuple(value for value in axis if _fits(name, value, groups))
-        if lost := [value for value in axis if value not in fitting]:
-            reason = (
-                f"the smallest matrix of the model takes ranks up to {groups['largest_r']}"
-                if name == "r"
-                else "the names of the model's layers do not show which are attention and which are MLP; "
-                "give names of layers, joined by +"
-            )
-            text = f"{name} = {', '.join(map(str, lost))}: {reason}"
-            (problems if name in given or not fitting else notes).append(text)
+        if name == "r":
+            fitting = tuple(r for r in axis if r <= groups["largest_r"])
+        else:
+            fitting = tuple(word for word in axis if word not in TARGETS[1:] or word in groups)
         axes[name] = fitting
+        if lost := [value for value in axis if value not in fitting]:
+            text = f"{name} = {', '.join(map(str, lost))}: {reasons[name]}"
+            (problems if name in given or not fitting else notes).append(text)
     if problems:
         raise ConfigError(listing([f"space: {problem}" for problem in problems]))
     return axes, [f"left out of the space: {note}" for note in notes]
-
-
-def _fits(name: str, value: Any, groups: Mapping[str, Any]) -> bool:
-    if name == "r":
-        return bool(value <= groups["largest_r"])
-    return name != "target_modules" or value not in TARGETS[1:] or value in groups
 
 
 def settings_of(values: Mapping[str, Any], groups: Mapping[str, list[str] | str], train: TrainConfig) -> dict[str, Any]:

@@ -121,12 +121,12 @@ class Trial:
 
     outcome: str
     message: str
-    numbers: dict[str, Any]
-    sums: list[float]
-    before: list[float]
-    counts: list[int]
-    forgetting: dict[str, Any] | None
-    bytes: int
+    numbers: dict[str, Any] = field(default_factory=dict)
+    sums: list[float] = field(default_factory=list)
+    before: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    forgetting: dict[str, Any] | None = None
+    bytes: int = 0
     losses: list[float] = field(default_factory=list)
     curve: list[tuple[int, float]] = field(default_factory=list)
     parameters: int = 0
@@ -169,16 +169,15 @@ def _trial(outcome: str, message: str, events: list[TrialEvent], base: BaseLosse
     steps = [event for event in events if not event.held_out]
     evaluations = [event for event in events if event.held_out]
     start = [] if base is None else [(0, float(np.sum(base[0]) / np.sum(base[1])))]
-    missing: dict[str, Any] = {"numbers": {}, "sums": [], "before": [], "counts": [], "forgetting": None, "bytes": 0}
     return Trial(
         outcome,
         message,
-        **{**missing, **results},
         losses=[event.loss for event in steps],
         curve=[*start, *((event.step, event.loss) for event in evaluations)],
         parameters=events[0].parameters if events else 0,
         step_seconds=[event.seconds for event in steps],
         evaluation_seconds=[event.seconds for event in evaluations],
+        **results,
     )
 
 

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tailora.errors import ConfigError
 from tailora.study import optuna_study
-from tailora.study.optuna_study import finished_trials, importances, open_study, running_trials, save_outcome
+from tailora.study.optuna_study import finished_trials, importances, open_study, running_trials
 from tailora.study.results import Candidate
 
 SETTINGS = {"train": {"r": 1}}
@@ -72,7 +72,7 @@ def test_a_worker_that_lives_keeps_its_trial(tmp_path: Path, monkeypatch: pytest
         trial.suggest_float("x", 0, 1)
         time.sleep(4.5)
         counts.append(len(running_trials(other)))
-        save_outcome(trial, candidate(trial.number, 2.0))
+        trial.set_user_attr("outcome", candidate(trial.number, 2.0).__dict__)
         return 2.0
 
     study.optimize(objective, n_trials=1)
