@@ -142,7 +142,11 @@ def gradient_spectra(targets: Mapping[str, Target], run: Pass, count: int) -> di
     They are exact where a layer is so small that all are found.
     run: forward and backward over all of the data; called GRADIENT_PASSES times.
     """
-    probes = {path: _probe(target, count) for path, target in targets.items()}
+    probes = {}  # updates of scale 1 that follow `count` directions per group and some more
+    for path, target in targets.items():
+        groups = target.layer_type.groups(target.layer)
+        k = groups * _directions(min(target.dims) // groups, count)
+        probes[path] = low_rank_layer(replace(target, r=k, lora_alpha=k), LoRAConfig(), fresh=False)
     left: dict[str, Tensor] = {}
     right = {path: gaussian(_by_group(probe, probe.lora_A).shape, probe.lora_A) for path, probe in probes.items()}
     with attached({target.layer: (probes[path],) for path, target in targets.items()}):
@@ -158,13 +162,6 @@ def gradient_spectra(targets: Mapping[str, Target], run: Pass, count: int) -> di
             _check_finite(probes)
             right = {path: _by_group(probe, _gradient(probe.lora_A)) for path, probe in probes.items()}  # B^T G
     return {path: triplets_in_basis(left[path], right[path]) for path in targets}
-
-
-def _probe(target: Target, count: int) -> LoRALayer:
-    """An update of scale 1 that follows `count` directions per group and some more."""
-    groups = target.layer_type.groups(target.layer)
-    k = groups * _directions(min(target.dims) // groups, count)
-    return low_rank_layer(replace(target, r=k, lora_alpha=k), LoRAConfig(), fresh=False)
 
 
 def _directions(size: int, count: int) -> int:

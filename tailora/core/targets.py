@@ -130,8 +130,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     to_save = saved_modules(modules, config)
     extras, extra_problems = extra_targets(model, modules, config, selected, to_save)
     problems = [
-        *_unmatched_selectors(candidates, modules, config),
-        *_unmatched_patterns(candidates, selected, config),
+        *_unmatched_settings(candidates, selected, modules, config),
         *_conflicts(selected, to_save, config),
         *_target_problems(targets, config),
         *extra_problems,
@@ -399,7 +398,12 @@ def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[
 # ---- Problems: names, indices and patterns that match nothing
 
 
-def _unmatched_selectors(candidates: Mapping[str, TargetCandidate], modules: Modules, config: LoRAConfig) -> list[str]:
+def _unmatched_settings(
+    candidates: Mapping[str, TargetCandidate],
+    selected: Mapping[str, TargetCandidate],
+    modules: Modules,
+    config: LoRAConfig,
+) -> list[str]:
     problems = []
     if config.target_modules != "all-linear" and not (config.target_modules == [] and config.target_parameters):
         problems += _unmatched("target_modules", config.target_modules, candidates, modules)
@@ -417,6 +421,13 @@ def _unmatched_selectors(candidates: Mapping[str, TargetCandidate], modules: Mod
     if missing := sorted((layer_indices(config) or set()) - known):
         existing = f"{min(known)}..{max(known)}" if known else "none"
         problems.append(f"layers_to_transform={missing}: no layer has this index; there are: {existing}")
+    for setting, layers in (("rank_pattern", selected), ("alpha_pattern", selected), ("fused_parts", candidates)):
+        last_names = {layer.last_name for layer in layers.values()}
+        names = {name for layer in layers.values() for name in layer.pattern_names}
+        for pattern in getattr(config, setting):
+            if not any(patterns.pattern_matches(pattern, name) for name in names):
+                hint = _hint(pattern, last_names | set(layers), last_names)
+                problems.append(f"{setting}: {pattern!r} matches no adapted layer{hint}")
     return problems
 
 
@@ -466,21 +477,6 @@ def _hint(name: str, known: Collection[str], shown: Iterable[str] | None = None)
     if not examples:
         return "; there are none"
     return nearest(name, known) or f"; there are: {', '.join(examples[:8])}{', ...' if len(examples) > 8 else ''}"
-
-
-def _unmatched_patterns(
-    candidates: Mapping[str, TargetCandidate], selected: Mapping[str, TargetCandidate], config: LoRAConfig
-) -> list[str]:
-    problems = []
-    for setting, layers in (("rank_pattern", selected), ("alpha_pattern", selected), ("fused_parts", candidates)):
-        last_names = {layer.last_name for layer in layers.values()}
-        for pattern in getattr(config, setting):
-            if not any(
-                patterns.pattern_matches(pattern, name) for layer in layers.values() for name in layer.pattern_names
-            ):
-                hint = _hint(pattern, last_names | set(layers), last_names)
-                problems.append(f"{setting}: {pattern!r} matches no adapted layer{hint}")
-    return problems
 
 
 # ---- Problems: layers that cannot be adapted as the config says

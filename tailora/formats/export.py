@@ -197,9 +197,8 @@ def with_only_adapter(base_model: nn.Module, adapter: Adapter | None) -> Iterato
     active: dict[nn.Module, tuple[nn.Module, ...]] = {
         module: () for module in base_model.modules() if isinstance(module, Swapped)
     }
-    for path, own_parts in group_by_path(
-        (layer_path_of(base_model, path), part) for path, part in parts.items()
-    ).items():
+    parts_of_layers = group_by_path((layer_path_of(base_model, path), part) for path, part in parts.items())
+    for path, own_parts in parts_of_layers.items():
         active[base_model.get_submodule(path)] = own_parts
     with attached(active), evaluating(nn.ModuleList(parts.values())):
         yield base_model
