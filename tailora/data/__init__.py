@@ -3,7 +3,8 @@
     readers         files, folders, data sets of the Hub -> rows
     schemas         a row's keys -> a sample: chat messages, prompt and completion, or text
     chat_template   a sample -> its text, rendered by the chat template, and the spans of it that are trained
-    tokenize        text and spans -> token ids and the loss mask -> labels
+    loss_mask       spans of text -> which tokens are trained
+    tokenize        text and loss mask -> token ids and labels
     dataset         examples in flat arrays, the split, the report
     collate         examples -> batches of tensors
 

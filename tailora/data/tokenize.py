@@ -1,6 +1,5 @@
-"""Token ids and labels of samples. `loss_mask` says which tokens are trained; the others get the label -100."""
+"""Token ids and labels of samples. Tokens that the loss mask leaves out get the label -100."""
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -8,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tailora.data.chat_template import ChatTokenizer, RenderedSample, Tokens, render_sample, to_conversation
+from tailora.data.chat_template import ChatTokenizer, RenderedSample, render_sample, to_conversation
 from tailora.data.dataset import IGNORED, Example
+from tailora.data.loss_mask import loss_mask
 from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.errors import DataError
 
@@ -56,56 +56,6 @@ def encode_samples(
         else:
             results.append(DataError("all labels masked: no token of it would be learned"))
     return results
-
-
-# ---- The loss mask
-
-
-def loss_mask(rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer) -> tuple[list[int], list[bool]]:
-    """Returns token ids, with BOS and EOS where they belong, and for each whether it is trained.
-
-    tokens: those of the rendered text as a whole. They are taken if the prompts in it have the tokens that generation
-    sees; otherwise prompts and replies are tokenised one by one.
-    """
-    ids, mask = _mask_from_offsets(rendered, tokens, tokenizer) or _mask_from_pieces(rendered, tokenizer)
-    if rendered.add_bos and ids[: len(tokenizer.bos_ids)] != tokenizer.bos_ids:
-        ids, mask = tokenizer.bos_ids + ids, [False] * len(tokenizer.bos_ids) + mask
-    if rendered.add_eos and tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
-        ids, mask = [*ids, tokenizer.eos_id], [*mask, True]
-    return ids, mask
-
-
-def _mask_from_offsets(
-    rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer
-) -> tuple[list[int], list[bool]] | None:
-    """None if the whole text has other prompt tokens than generation sees, or if there are no offsets."""
-    if tokens.offsets is None:
-        return None
-    ends = [end for _, end in tokens.offsets]
-    mask = [False] * len(tokens.ids)
-    for start, end in rendered.trained_spans:
-        first, last = bisect_right(ends, start), bisect_right(ends, end)
-        # Special tokens split a text before anything else is done to it, so only what follows the last one can differ.
-        split = next((i for i in range(first - 1, 0, -1) if tokens.ids[i] in tokenizer.special_ids), 0)
-        split_start = tokens.offsets[split][0] if split else 0
-        if tokenizer.token_ids(rendered.text[split_start:start]) != tokens.ids[split:first]:
-            return None
-        mask[first:last] = [True] * (last - first)
-    return tokens.ids, mask
-
-
-def _mask_from_pieces(rendered: RenderedSample, tokenizer: ChatTokenizer) -> tuple[list[int], list[bool]]:
-    """Prompts and replies tokenised one by one."""
-    ids: list[int] = []
-    mask: list[bool] = []
-    previous_end = 0
-    for start, end in rendered.trained_spans:
-        for piece, is_trained in ((rendered.text[previous_end:start], False), (rendered.text[start:end], True)):
-            piece_ids = tokenizer.token_ids(piece) if piece else []
-            ids += piece_ids
-            mask += [is_trained] * len(piece_ids)
-        previous_end = end
-    return ids, mask
 
 
 # ---- Prompts and replies of samples, for generation and for people
