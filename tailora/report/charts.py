@@ -216,9 +216,9 @@ class Canvas:
         rows = list(dict.fromkeys(row for row, _ in heat.cells))
         layers = sorted({layer for _, layer in heat.cells})
         axes = self.new_axes(92 + 22 * len(rows), "layer")
-        places = [(layers.index(layer), rows.index(row)) for row, layer in heat.cells]
+        centres = [(layers.index(layer), rows.index(row)) for row, layer in heat.cells]
         square = ((-0.47, -0.47), (0.47, -0.47), (0.47, 0.47), (-0.47, 0.47))  # leaves a gap between cells
-        corners = [[(x + right, y + down) for right, down in square] for x, y in places]
+        corners = [[(x + right, y + down) for right, down in square] for x, y in centres]
         colours = [heat_colour(value, 0, heat.top) for value in heat.cells.values()]
         squares = PolyCollection(corners, facecolors=colours, linewidths=0)
         axes.add_collection(squares)
@@ -247,10 +247,10 @@ class Canvas:
             list(zip(x, y, strict=True)), tips, s=64, c=shades, edgecolors=INK, linewidths=1, zorder=3, clip_on=False
         )
         if min(len(set(x)), len(set(y))) >= DIFFERENT_VALUES:
-            places = np.log2(np.stack([x, y], axis=1))  # (points, 2): a factor of 2 is a length of 1
-            columns, rows = (np.linspace(float(axis.min()), float(axis.max()), GRID_POINTS) for axis in places.T)
+            octaves = np.log2(np.stack([x, y], axis=1))  # (points, 2): a factor of 2 is a length of 1
+            columns, rows = (np.linspace(float(axis.min()), float(axis.max()), GRID_POINTS) for axis in octaves.T)
             grid = np.stack(np.meshgrid(columns, rows), axis=-1)  # (rows, columns, 2)
-            smooth = smoothed(places, np.minimum(z, high), grid)
+            smooth = smoothed(octaves, np.minimum(z, high), grid)
             levels = np.linspace(low, high, len(HEAT) + 1)
             axes.contourf(2**columns, 2**rows, np.clip(smooth, low, high), levels=levels, colors=HEAT[::-1])
 

@@ -61,12 +61,12 @@ class EvalReport:
 
 
 def eval_page(report: EvalReport) -> Page:
-    data, tasks, subject = report.data or {}, report.tasks or {}, report.adapter or report.model
+    data, tasks, evaluated = report.data or {}, report.tasks or {}, report.adapter or report.model
     if report.data is None:
-        lead = f"{subject} on tasks of lm-evaluation-harness {tasks.get('lm_eval', '')}".rstrip() + "."
+        lead = f"{evaluated} on tasks of lm-evaluation-harness {tasks.get('lm_eval', '')}".rstrip() + "."
     else:
         tokens = f"; {data['supervised_tokens']:,} tokens are judged" if "supervised_tokens" in data else ""
-        lead = f"{subject} on {data['source']}: {plural(data['rows'], 'row')}, read as {data['shape']}{tokens}."
+        lead = f"{evaluated} on {data['source']}: {plural(data['rows'], 'row')}, read as {data['shape']}{tokens}."
     missed = [gate.gate for gate in report.gates if not gate.met]
     if missed:
         lead += f" Gates not met: {', '.join(missed)}."
@@ -91,7 +91,7 @@ def eval_page(report: EvalReport) -> Page:
     notes = [text.format(data[name], **data) for name, text in CUTS.items() if data.get(name)]
     outcomes = [f"gate {'met' if gate.met else 'NOT MET'}: {gate}" for gate in report.gates]
     gates = Section("Gates", "", [List(outcomes) if outcomes else None])
-    return Page("eval", subject.rstrip("/").rpartition("/")[2], lead, numbers, sections, notes, gates)
+    return Page("eval", evaluated.rstrip("/").rpartition("/")[2], lead, numbers, sections, notes, gates)
 
 
 def _figures(report: EvalReport) -> list[Figure]:

@@ -93,14 +93,10 @@ def inspect_page(inspection: Inspection) -> Page:
     elif losses is None:
         notes = ["--data HELD_OUT adds what the smaller singular values are worth, and what was forgotten."]
     lead = f"{_described(inspection)}. {asked}"
-    title = _title(inspection.adapter)
-    return Page("inspect", title, lead, _numbers(inspection), sections, notes, conclusion)
-
-
-def _title(adapter: str) -> str:
-    """The folder's name; of an adapter within a run's folder, the run's."""
-    *_, outer, last = ("", *adapter.replace("\\", "/").rstrip("/").split("/"))
-    return outer if last == ADAPTER and outer else last or adapter
+    *_, outer, title = ("", *inspection.adapter.replace("\\", "/").rstrip("/").split("/"))
+    if title == ADAPTER and outer:  # the folder of a run holds the adapter
+        title = outer
+    return Page("inspect", title or inspection.adapter, lead, _numbers(inspection), sections, notes, conclusion)
 
 
 def _described(inspection: Inspection) -> str:

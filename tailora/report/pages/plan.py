@@ -136,7 +136,7 @@ def _parameters(plan: Plan) -> list[Block | None]:
     for module in modules:
         sums[names[module.path]] += module.parameters
     caption = "Trained parameters of each matrix, over all layers."
-    bars = bar_figure("parameters", sums, count, "Trained parameters by matrix", caption, one_colour=True, wide=True)
+    bars = bar_figure("parameters", sums, count, "Trained parameters by matrix", caption, wide=True)
     ranks = by_layer(modules, "r")
     highest = max(ranks.values(), default=0.0)
     heat_map = HeatMap("ranks", "rank", ranks, highest, "{:.0f}".format, "Rank of each matrix, by layer.")

@@ -257,7 +257,7 @@ def _importances(search: SearchResult) -> list[Block | None]:
     ranked = dict(sorted(search.importances.items(), key=lambda item: -item[1]))
     shares = ", ".join(f"{name} {value:.0%}" for name, value in ranked.items())
     title = "Importance of each setting"
-    bars = bar_figure("importances", ranked, "{:.0%}".format, title, f"{title}.", one_colour=True, wide=True)
+    bars = bar_figure("importances", ranked, "{:.0%}".format, title, f"{title}.", wide=True)
     return [Paragraph(f"{shares}.") if shares else None, bars]
 
 

@@ -22,14 +22,13 @@ def bar_figure(
     title: str,
     caption: str,
     *,
-    one_colour: bool = False,
     wide: bool = False,
 ) -> Figure | None:
-    """A bar for each value, which is written beside it. one_colour: the names are no series of other figures."""
+    """A bar for each value, which is written beside it. wide: of one colour, as names that no other figure shows."""
     if not values:
         return None
     alt = f"{title}: {', '.join(f'{label} {show(value)}' for label, value in values.items())}."
-    return Figure(name, lambda canvas: canvas.bars(values, show, one_colour=one_colour), alt, caption, wide)
+    return Figure(name, lambda canvas: canvas.bars(values, show, one_colour=wide), alt, caption, wide)
 
 
 def settings_table(title: str, *groups: tuple[str, Mapping[str, object]]) -> Table | None:
