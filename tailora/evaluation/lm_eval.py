@@ -8,21 +8,19 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from tailora.errors import ConfigError, DataError, listing, nearest, require_packages
 from tailora.evaluation.scores import BASE, TUNED, Score, Scores, models_to_score
-from tailora.evaluation.statistics import paired_difference, share_difference, wilson_interval
+from tailora.evaluation.statistics import Z, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.quiet import quiet_loggers
 from tailora.train.random_state import seeded
 
 NO_FILTER = "none"
 STDERR = "_stderr"
-Z = NormalDist().inv_cdf(0.975)
 LOGGERS = ("lm_eval", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.api.task", "lm_eval.tasks")
 
 

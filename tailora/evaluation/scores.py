@@ -7,7 +7,7 @@ them, and `_scores` turns the totals into means with intervals. `loss_on_data` i
 
 import math
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -346,38 +346,34 @@ def match_answer(
 def _scores(totals: Mapping[str, _Totals], metrics: Sequence[str], facts: EvalDataReport) -> Scores:
     tuned, base = totals[TUNED], totals.get(BASE)
     return Scores(
-        metrics=dict(_measured(tuned, metrics, facts)),
-        base=None if base is None else dict(_measured(base, metrics, facts)),
-        change=None if base is None else dict(_changes(base, tuned, metrics)),
+        metrics={name: _score(name, tuned, facts) for name in metrics},
+        base=None if base is None else {name: _score(name, base, facts) for name in metrics},
+        # perplexity has no change of its own: that of the loss says the same
+        change=None if base is None else {name: _change(name, base, tuned) for name in metrics if name != "perplexity"},
         data=facts,
         too_long=tuned.too_long,
         samples={name: total.samples for name, total in totals.items() if total.samples},
     )
 
 
-def _measured(totals: _Totals, metrics: Sequence[str], facts: EvalDataReport) -> Iterator[tuple[str, Score]]:
-    for name in metrics:
-        if name in SHARES:
-            hits = totals.hits[name]
-            if not hits:
-                raise DataError(f"data {facts.source}: no row leaves room for {name}; raise --max-length")
-            yield name, Score(*wilson_interval(hits), len(hits))
-            continue
-        sums = np.concatenate(totals.sums)
-        values = mean_interval(sums, np.concatenate(totals.counts))
-        if name == "perplexity":
-            values = Interval(*(math.exp(nats) if nats < 700 else math.inf for nats in values))
-        yield name, Score(*values, len(sums))
+def _score(metric: str, totals: _Totals, facts: EvalDataReport) -> Score:
+    if metric in SHARES:
+        hits = totals.hits[metric]
+        if not hits:
+            raise DataError(f"data {facts.source}: no row leaves room for {metric}; raise --max-length")
+        return Score(*wilson_interval(hits), len(hits))
+    sums = np.concatenate(totals.sums)
+    interval = mean_interval(sums, np.concatenate(totals.counts))
+    if metric == "perplexity":
+        interval = Interval(*(math.exp(nats) if nats < 700 else math.inf for nats in interval))
+    return Score(*interval, len(sums))
 
 
-def _changes(base: _Totals, tuned: _Totals, metrics: Sequence[str]) -> Iterator[tuple[str, Score]]:
-    """Perplexity has no change of its own: that of the loss says the same."""
-    for name in metrics:
-        if name in SHARES:
-            yield name, Score(*share_difference(base.hits[name], tuned.hits[name]), len(tuned.hits[name]))
-        elif name == "loss":
-            before, after, counts = map(np.concatenate, (base.sums, tuned.sums, tuned.counts))
-            yield name, Score(*paired_difference(before, after, counts), len(counts))
+def _change(metric: str, base: _Totals, tuned: _Totals) -> Score:
+    if metric in SHARES:
+        return Score(*share_difference(base.hits[metric], tuned.hits[metric]), len(tuned.hits[metric]))
+    before, after, counts = map(np.concatenate, (base.sums, tuned.sums, tuned.counts))
+    return Score(*paired_difference(before, after, counts), len(counts))
 
 
 # ---- The loss alone

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -227,19 +228,7 @@ def _update_of_layer(path: str, layer: LoRALayer, adapter: Adapter, base_model: 
 
 def updates_in_files(content: OfflineAdapter) -> dict[str, Update]:
     """Returns the updates of an adapter whose files were read without its base model."""
-    return {
-        path: Update(
-            path=path,
-            layer_type=stored.layer_type,
-            r=stored.r,
-            factors=stored.factors,
-            scaling=stored.scaling,
-            configured_scaling=stored.configured_scaling,
-            learned_scaling=stored.learned,
-            dora=stored.dora,
-        )
-        for path, stored in content.updates.items()
-    }
+    return {path: Update(path, **vars(stored)) for path, stored in content.updates.items()}
 
 
 # ---- What is reported of an update
@@ -248,7 +237,7 @@ def updates_in_files(content: OfflineAdapter) -> dict[str, Update]:
 ENERGY = 0.99  # share of the squared singular values that `rank_99` keeps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModuleReport:
     """Measures of one update. Norms are Frobenius norms; what needs the base model is None without it.
 
@@ -275,14 +264,14 @@ class ModuleReport:
     rank_99: int
     energy: float
     norm: float
-    relative_norm: float | None
-    intruders: int | None
-    intruders_random: int | None
+    relative_norm: float | None = None
+    intruders: int | None = None
+    intruders_random: int | None = None
     scaling: float
     configured_scaling: float
     learned_scaling: bool
     use_dora: bool
-    note: str
+    note: str = ""
     singular_values: list[float]
 
     @property
@@ -303,7 +292,6 @@ def module_report(update: Update, *, seed: int = 0, count_intruders: bool = True
     rank = S.shape[1] if update.stacked else S.numel()
     groups, m, n = len(S), update.factors.B.shape[1], update.factors.A.shape[2]
     norm = float(S.norm())
-    base = _compare_with_base(update, norm, seed, count_intruders)
     return ModuleReport(
         path=update.path,
         kind=update.layer_type,
@@ -317,15 +305,12 @@ def module_report(update: Update, *, seed: int = 0, count_intruders: bool = True
         rank_99=rank_for_energy(S, ENERGY) * rank // S.shape[1] if norm else 0,
         energy=0.0,
         norm=norm,
-        relative_norm=base.relative_norm,
-        intruders=base.intruders,
-        intruders_random=base.intruders_random,
         scaling=update.scaling,
         configured_scaling=update.configured_scaling,
         learned_scaling=update.learned_scaling,
         use_dora=update.dora,
-        note=base.note,
         singular_values=mean_singular_values(S).tolist(),
+        **_compare_with_base(update, norm, seed, count_intruders),
     )
 
 
@@ -336,30 +321,26 @@ def with_energy(reports: Iterable[ModuleReport]) -> list[ModuleReport]:
     return [replace(module, energy=module.norm**2 / total if total else 0.0) for module in modules]
 
 
-@dataclass(frozen=True)
-class _BaseComparison:
-    relative_norm: float | None = None
-    intruders: int | None = None
-    intruders_random: int | None = None
-    note: str = ""
-
-
-def _compare_with_base(update: Update, norm: float, seed: int, count_intruders: bool) -> _BaseComparison:
+def _compare_with_base(update: Update, norm: float, seed: int, count_intruders: bool) -> dict[str, Any]:
+    """Returns the fields of a report that need the base's weight, or those of them that there are."""
     if update.weight is None:
-        return _BaseComparison()
+        return {}
     W = update.weight().float()
     dense = None if update.dense is None else update.dense().float()
     base_norm = float(W.norm())
     if not base_norm:
-        return _BaseComparison(note="the base's weight is zero")
-    relative = (norm if dense is None else float(dense.norm())) / base_norm
+        return {"note": "the base's weight is zero"}
+    relative_norm = (norm if dense is None else float(dense.norm())) / base_norm
     if not count_intruders:
-        return _BaseComparison(relative)
+        return {"relative_norm": relative_norm}
     if W.ndim != 3 or len(W) > 1:
-        return _BaseComparison(
-            relative, note=f"{len(update.factors.B)} matrices, not one: intruder dimensions are not counted"
-        )
+        note = f"{len(update.factors.B)} matrices, not one: intruder dimensions are not counted"
+        return {"relative_norm": relative_norm, "note": note}
     change = update.factors.dense.to(W) if dense is None else dense
     random = random_update(W.shape[1], W.shape[2], update.factors.B.shape[2], float(change.norm()), seed).dense
     count = intruder_counter(W[0])
-    return _BaseComparison(relative, count((W + change)[0]), count((W + random.to(W))[0]))
+    return {
+        "relative_norm": relative_norm,
+        "intruders": count((W + change)[0]),
+        "intruders_random": count((W + random.to(W))[0]),
+    }

@@ -10,7 +10,6 @@ Losses are given as sums (nats of each example) and counts (tokens of it that ar
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
+Z = NormalDist().inv_cdf(0.975)  # half the width of a 95% interval, in standard errors
 
 
 class Interval(NamedTuple):
@@ -30,7 +30,7 @@ class Interval(NamedTuple):
     high: float
 
 
-# ---- Bootstrap over examples (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, sec. 13.3)
+# ---- Bootstrap over examples, and over seeds (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, sec. 13.3)
 #
 # Tokens of one conversation are alike, so conversations are resampled, not tokens, each with its nats and its tokens.
 # Intervals are percentiles: on 50 simulated conversations of very unequal length, a nominal 95% interval held the true
@@ -44,21 +44,17 @@ def mean_interval(
 
     Raises ValueError if the shapes differ, no token counts, or `level` is not between 0 and 1.
     """
-    pairs = np.stack(_checked_sums(sums, counts, level))  # (2, examples)
-    pairs = pairs[:, pairs[1] > 0]
-    if pairs.size == 0:
+    nats, tokens = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    if nats.ndim != 1 or nats.shape != tokens.shape:
+        raise ValueError(f"sums has shape {nats.shape}, counts {tokens.shape}; both need one number per example")
+    if not 0 < level < 1:
+        raise ValueError(f"level {level} is not between 0 and 1")
+    if not tokens.any():
         raise ValueError("no example has a token that counts")
-    value = _ratio(pairs.sum(axis=1))
-    if pairs.shape[1] < 2:
-        return Interval(value, np.nan, np.nan)
-    resampled = np.fromiter(_resample(pairs, draws, seed), dtype=np.float64, count=draws)
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high))
+    return _bootstrap(nats[None, tokens > 0], tokens[tokens > 0], draws, seed, level)
 
 
-def paired_difference(
-    before: ArrayLike, after: ArrayLike, counts: ArrayLike, *, draws: int = 2000, seed: int = 0, level: float = 0.95
-) -> Interval:
+def paired_difference(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> Interval:
     """Returns the change of the loss per token, after - before, on the same examples: what they share cancels.
 
     before, after: nats, counts: learned tokens; all (examples,). Raises ValueError as `mean_interval` does.
@@ -66,33 +62,28 @@ def paired_difference(
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"before has shape {first.shape}, after {second.shape}; both must be of the same examples")
-    return mean_interval(second - first, counts, draws=draws, seed=seed, level=level)
+    return mean_interval(second - first, counts)
 
 
-def _checked_sums(sums: ArrayLike, counts: ArrayLike, level: float) -> tuple[Floats, Floats]:
-    nats, tokens = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
-    if nats.ndim != 1 or nats.shape != tokens.shape:
-        raise ValueError(f"sums has shape {nats.shape}, counts {tokens.shape}; both need one number per example")
-    _check_level(level)
-    return nats, tokens
+def interval_over_seeds(sums: ArrayLike, counts: ArrayLike) -> Interval:
+    """Returns the loss per token; seeds and examples are both resampled. sums: nats (seeds, examples)."""
+    return _bootstrap(np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64), 2000, 0, 0.95)
 
 
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level {level} is not between 0 and 1")
-
-
-def _ratio(totals: Floats) -> float:
-    return float(totals[0] / totals[1])
-
-
-def _resample(pairs: Floats, draws: int, seed: int) -> Iterator[float]:
-    """Yields the losses of `draws` samples with replacement, of as many examples as there are."""
+def _bootstrap(nats: Floats, tokens: Floats, draws: int, seed: int, level: float) -> Interval:
+    """nats: (seeds, examples), tokens: (examples,)."""
+    seeds, examples = nats.shape
+    value = float(nats.sum() / (seeds * tokens.sum()))
+    if examples < 2:
+        return Interval(value, np.nan, np.nan)
     generator = np.random.default_rng(seed)
-    examples = pairs.shape[1]
-    for _ in range(draws):
+    losses = np.empty(draws)
+    for draw in range(draws):
         times = np.bincount(generator.integers(examples, size=examples), minlength=examples)  # (examples,)
-        yield _ratio(pairs @ times)
+        chosen = nats[generator.integers(seeds, size=seeds)]
+        losses[draw] = (chosen @ times).sum() / (seeds * (tokens @ times))
+    low, high = np.quantile(losses, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high))
 
 
 # ---- Several seeds: crossed random effects
@@ -115,7 +106,7 @@ class Difference:
     from_examples: float  # share of the variance that more examples would reduce; more seeds reduce the rest
 
 
-def difference_over_seeds(first: ArrayLike, second: ArrayLike, counts: ArrayLike, *, level: float = 0.95) -> Difference:
+def difference_over_seeds(first: ArrayLike, second: ArrayLike, counts: ArrayLike) -> Difference:
     """Compares two ways of training on the same examples and seeds.
 
     first, second: nats (seeds, examples); counts: tokens of each example, (examples,).
@@ -144,7 +135,7 @@ def difference_over_seeds(first: ArrayLike, second: ArrayLike, counts: ArrayLike
     error = float(np.sqrt(mean_square / (seeds * examples)))
     if error == 0:
         return Difference(value, value, value, float(value == 0), examples, seeds, share)
-    half = float(stats.t.ppf((1 + level) / 2, degrees)) * error
+    half = float(stats.t.ppf(0.975, degrees)) * error
     p_value = float(2 * stats.t.sf(abs(value) / error, degrees))
     return Difference(value, value - half, value + half, p_value, examples, seeds, share)
 
@@ -164,23 +155,6 @@ def _checked_pairs(first: ArrayLike, second: ArrayLike, counts: ArrayLike) -> tu
     return (after - before)[:, with_tokens], tokens[with_tokens]
 
 
-def interval_over_seeds(
-    sums: ArrayLike, counts: ArrayLike, *, draws: int = 2000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Returns the loss per token; seeds and examples are both resampled. sums: nats (seeds, examples)."""
-    nats, tokens = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
-    seeds, examples = nats.shape
-    value = float(nats.sum() / (seeds * tokens.sum()))
-    generator = np.random.default_rng(seed)
-    losses = np.empty(draws)
-    for draw in range(draws):
-        times = np.bincount(generator.integers(examples, size=examples), minlength=examples)
-        chosen = nats[generator.integers(seeds, size=seeds)]
-        losses[draw] = (chosen @ times).sum() / (seeds * (tokens @ times))
-    low, high = np.quantile(losses, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high))
-
-
 def holm(p_values: list[float]) -> list[float]:
     """Returns p-values adjusted for several tests (Holm, Scandinavian Journal of Statistics 6, 1979)."""
     adjusted = [0.0] * len(p_values)
@@ -197,19 +171,19 @@ def holm(p_values: list[float]) -> list[float]:
 # truth in 35% of samples of 20 and in 65% of samples of 50 (1,500 simulated), Wilson's interval in 94% and 93%.
 
 
-def wilson_interval(hits: ArrayLike, *, level: float = 0.95) -> Interval:
+def wilson_interval(hits: ArrayLike) -> Interval:
     """Returns the share of ones with its interval (Wilson, J. Am. Stat. Assoc. 22, 1927). hits: (examples,), 0 or 1.
 
     Raises ValueError if there are no examples or other values.
     """
     right = _checked_hits(hits)
-    n, share, z = len(right), float(right.mean()), _z(level)
+    n, share, z = len(right), float(right.mean()), Z
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def share_difference(before: ArrayLike, after: ArrayLike, *, level: float = 0.95) -> Interval:
+def share_difference(before: ArrayLike, after: ArrayLike) -> Interval:
     """Returns the change of the share, after - before, on the same examples (Agresti and Min, Stat. Med. 24, 2005).
 
     Only examples that one model got right and the other did not carry information; half an example is added to each
@@ -219,9 +193,9 @@ def share_difference(before: ArrayLike, after: ArrayLike, *, level: float = 0.95
     if first.shape != second.shape:
         raise ValueError(f"{len(first)} examples before, {len(second)} after; both must be of the same examples")
     gained, lost = int((second > first).sum()), int((first > second).sum())
-    n, z = len(first), _z(level)
+    n = len(first)
     up, down = (gained + 0.5) / (n + 2), (lost + 0.5) / (n + 2)
-    half = z * sqrt((up + down - (up - down) ** 2) / (n + 2))
+    half = Z * sqrt((up + down - (up - down) ** 2) / (n + 2))
     return Interval((gained - lost) / n, max(-1.0, up - down - half), min(1.0, up - down + half))
 
 
@@ -230,12 +204,6 @@ def _checked_hits(hits: ArrayLike) -> Floats:
     if right.ndim != 1 or not right.size or not np.isin(right, (0, 1)).all():
         raise ValueError("a share needs at least one example, and a 0 or 1 for each")
     return right
-
-
-def _z(level: float) -> float:
-    """Returns the quantile of the normal distribution for a two-sided interval."""
-    _check_level(level)
-    return NormalDist().inv_cdf((1 + level) / 2)
 
 
 # ---- What training changed on held-out examples

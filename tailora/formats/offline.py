@@ -39,7 +39,7 @@ class StoredUpdate:
     factors: Factors
     scaling: float
     configured_scaling: float
-    learned: bool
+    learned_scaling: bool
     dora: bool
 
 
@@ -130,6 +130,6 @@ def _update(path: str, slots: Mapping[str, Tensor], config: LoRAConfig, stored: 
         ),
         scaling=stored.metadata.scaling.get(path, configured),
         configured_scaling=configured,
-        learned=path in stored.metadata.scaling,
+        learned_scaling=path in stored.metadata.scaling,
         dora="magnitude" in slots,
     )

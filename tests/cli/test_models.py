@@ -31,36 +31,30 @@ def test_the_base_is_quantised_as_the_run_did(tmp_path: Path) -> None:
         quantize_method([nf4, plain], None)
 
 
-def test_training_says_it_and_generate_follows(
-    tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    data = ["--data", str(chats), "--validation-split", "0.2", "--max-steps", "2", "--samples", "0"]
-    assert main(["train", "--model", str(tiny_model), *data, "--quantize", "int8", "--output-dir", str(out)]) == 0
-    assert "linear layers in int8" in capsys.readouterr().err
-    assert quantized_layers(load_model(str(tiny_model), parse_adapters([str(out)])).model)
-    assert not quantized_layers(load_model(str(tiny_model), parse_adapters([str(out)]), quantize="none").model)
-    asked = ["generate", "--model", str(tiny_model), "--adapter", str(out), "--prompt", "hello", "--json"]
-    assert main([*asked, "--max-new-tokens", "3"]) == 0
-    assert json.loads(capsys.readouterr().out)["adapters"] == ["run"]
-    assert main([*asked, "--quantize", "nf5"]) == 2
-    assert "did you mean nf4" in capsys.readouterr().err
-
-
-def test_a_merge_is_into_the_base_that_the_run_had_and_other_exports_leave_it_out(
+def test_generate_and_export_take_the_quantization_of_the_run(
     tiny_model: Path, chats: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     data = ["--data", str(chats), "--validation-split", "0.2", "--max-steps", "2", "--samples", "0"]
     assert main(["train", "--model", str(tiny_model), *data, "--quantize", "int8", "--output-dir", str(out)]) == 0
     shown = capfd.readouterr().err
+    assert "linear layers in int8" in shown
     assert "MatMul8bitLt" not in shown
     assert "Failed to load" not in shown
-    said = {}
-    for asked in ("as the run", "none", "torchao-int8"):
-        more = [] if asked == "as the run" else ["--quantize", asked]
-        assert main(["export", str(out), "--to", "merged", "--output", str(tmp_path / asked), "--json", *more]) == 0
-        said[asked] = json.loads(capfd.readouterr().out)["changes"]
-    assert [len(said[asked]) for asked in said] == [2, 1, 2]
+    assert quantized_layers(load_model(str(tiny_model), parse_adapters([str(out)])).model)
+    assert not quantized_layers(load_model(str(tiny_model), parse_adapters([str(out)]), quantize="none").model)
+
+    asked = ["generate", "--model", str(tiny_model), "--adapter", str(out), "--prompt", "hello", "--json"]
+    assert main([*asked, "--max-new-tokens", "3"]) == 0
+    assert json.loads(capfd.readouterr().out)["adapters"] == ["run"]
+    assert main([*asked, "--quantize", "nf5"]) == 2
+    assert "did you mean nf4" in capfd.readouterr().err
+
+    changes = []  # a merge is into the base that the run had; other exports leave the base out
+    for quantize in ([], ["--quantize", "none"], ["--quantize", "torchao-int8"]):
+        folder = str(tmp_path / f"merged{len(changes)}")
+        assert main(["export", str(out), "--to", "merged", "--output", folder, "--json", *quantize]) == 0
+        changes.append(json.loads(capfd.readouterr().out)["changes"])
+    assert list(map(len, changes)) == [2, 1, 2]
     assert main(["export", str(out), "--to", "portable", "--output", str(tmp_path / "p"), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["logits"]["tolerance"] == 1e-4

@@ -1,6 +1,7 @@
 """`tailora report`: the page of a run made again, and what a run says that cannot make one."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,20 @@ from tailora.cli.main import main
 from tailora.report import files
 
 
-@pytest.fixture
-def run(chats: Path, tiny_model: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def finished(chats_text: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of two steps of training."""
-    line = f"train --model {tiny_model} --data {chats} --output-dir {tmp_path / 'run'} --max-steps 2 --dtype float32"
-    assert main([*line.split(), "--validation-split", "0.25", "--learning-rate", "1e-2"]) == 0
-    return tmp_path / "run"
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "chats.jsonl").write_text(chats_text)
+    line = f"train --model {tiny_model} --data {folder / 'chats.jsonl'} --output-dir {folder / 'run'} --max-steps 2"
+    assert main([*line.split(), "--dtype", "float32", "--validation-split", "0.25", "--learning-rate", "1e-2"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def test_a_page_is_made_again_of_what_the_run_left(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
