@@ -1,6 +1,7 @@
 """`tailora combine`, `tailora shrink` and `tailora extract`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,24 @@ def base(folder: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder).eval()
 
 
-@pytest.fixture
-def adapters(tiny_model: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the adapters `one` (rank 4) and `two` (rank 2, other targets)."""
+    folder = tmp_path_factory.mktemp("adapters")
     configs = {"one": LoRAConfig(r=4), "two": LoRAConfig(r=2, target_modules=["q_proj", "up_proj"])}
     for seed, (name, config) in enumerate(configs.items()):
         torch.manual_seed(seed)
         model = LoRAModel(base(tiny_model), config, adapter_name=name)
         for parameter in model.lora_layers.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
-        model.save_adapter(tmp_path, name)
-    return tmp_path
+        model.save_adapter(folder, name)
+    return folder
+
+
+@pytest.fixture
+def adapters(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, in which a test can write."""
+    return shutil.copytree(made, tmp_path / "adapters")
 
 
 def logits(tiny_model: Path, folder: Path) -> torch.Tensor:

@@ -15,15 +15,16 @@ from tailora.cli.models import parse_adapters
 from tailora.errors import ConfigError
 
 
-@pytest.fixture
-def adapter(tiny_model: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder `run` whose adapter changes what the model says."""
     torch.manual_seed(1)
     model = LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=4, lora_alpha=64))
     for parameter in model.lora_layers.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    model.save_adapter(tmp_path / "run" / "adapter")
-    return tmp_path / "run"
+    run = tmp_path_factory.mktemp("chat") / "run"
+    model.save_adapter(run / "adapter")
+    return run
 
 
 def talk(lines: list[str], tokens: list[str], monkeypatch: pytest.MonkeyPatch) -> int:

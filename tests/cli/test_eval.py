@@ -27,13 +27,13 @@ def found(capsys: pytest.CaptureFixture[str], *tokens: object) -> dict[str, Any]
     return payload
 
 
-@pytest.fixture
-def adapter(tiny_model: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=4))
     for parameter in model.lora_layers.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    return model.save_adapter(tmp_path / "adapter")
+    return model.save_adapter(tmp_path_factory.mktemp("eval") / "adapter")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`tailora inspect`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,9 @@ def made(folder: Path, base: Path, **settings: object) -> Path:
     return model.save_adapter(folder)
 
 
-@pytest.fixture
-def adapter(tiny_model: Path, tmp_path: Path) -> Path:
-    return made(tmp_path / "one", tiny_model)
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("inspect") / "one", tiny_model)
 
 
 def run(capsys: pytest.CaptureFixture[str], *tokens: object) -> tuple[int, str, str]:
@@ -70,7 +71,7 @@ def test_json_is_one_object_and_the_report_has_the_same(
 def test_a_run_s_folder_and_other_formats_are_taken(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter.rename(tmp_path / "adapter")
+    shutil.copytree(adapter, tmp_path / "adapter")
     code, said, _ = run(capsys, tmp_path)
     assert code == 0
     assert f"{tmp_path}/adapter: 14 updates" in said
