@@ -84,7 +84,11 @@ def _single_document(document: tuple[Tensor, ...], scale: float, dropout: float,
     """Returns torch's attention of one document, (1, heads, length, width)."""
     q, k, v = document
     length = q.shape[2]
-    mask = _window_mask(length, window, q.device) if window is not None and window < length else None
+    mask = None
+    if window is not None and window < length:  # a token attends to itself and to the `window` - 1 before it
+        position = torch.arange(length, device=q.device)
+        back = position[:, None] - position
+        mask = (back >= 0) & (back < window)  # (length, length)
     grouped = k.shape[1] != q.shape[1]
     if grouped and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
         # here only that kernel of torch supports grouped heads which stores all scores
@@ -93,13 +97,6 @@ def _single_document(document: tuple[Tensor, ...], scale: float, dropout: float,
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
-
-
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """Returns (length, length), True where a token attends: to itself and to the `window` - 1 tokens before it."""
-    position = torch.arange(length, device=device)
-    back = position[:, None] - position
-    return (back >= 0) & (back < window)
 
 
 def _group_in_blocks(documents: list[tuple[Tensor, ...]], rounded: int, scale: float) -> Tensor:

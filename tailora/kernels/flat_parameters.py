@@ -58,16 +58,37 @@ def flattened(groups: Sequence[Group]) -> Iterator[list[FlatBuffer]]:
     After the block, also after an error, every parameter is a contiguous tensor of its own with its last values and no
     gradient. Raises ConfigError if groups share a parameter or a name.
     """
-    _check_distinct(groups)
-    buffers = [_allocate(group, parameters) for group in groups for parameters in _by_storage(group.parameters)]
+    pairs = [(name, parameter) for group in groups for name, parameter in group.parameters.items()]
+    names, owners = Counter(name for name, _ in pairs), Counter(id(parameter) for _, parameter in pairs)
+    if shared := [name for name, parameter in pairs if names[name] > 1 or owners[id(parameter)] > 1]:
+        problems = [f"{name} is in several optimizer groups, or under several names" for name in dict.fromkeys(shared)]
+        raise ConfigError(f"{listing(problems)}; give every parameter one group and one name")
+    buffers = [buffer for group in groups for buffer in _allocate(group)]
     try:
         for buffer in buffers:
-            _move_in(buffer)
+            values = buffer.whole.detach()
+            for name, parameter in buffer.parameters.items():  # the memory of each is free before the next
+                parameter.data = buffer.view(name, values).copy_(parameter.detach())
+                parameter.grad = buffer.view(name, buffer.gradient)
         yield buffers
     finally:
         for parameter in (parameter for buffer in buffers for parameter in buffer.parameters.values()):
             parameter.grad = None
             parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _allocate(group: Group) -> Iterator[FlatBuffer]:
+    """Yields an empty buffer for each dtype and device of the group."""
+    by_storage: dict[tuple[torch.dtype, torch.device], dict[str, nn.Parameter]] = {}
+    for name, parameter in group.parameters.items():
+        by_storage.setdefault((parameter.dtype, parameter.device), {})[name] = parameter
+    for (dtype, device), parameters in by_storage.items():
+        sizes = (_round_up(parameter.numel(), ALIGNMENT // dtype.itemsize) for parameter in parameters.values())
+        *offsets, end = accumulate(sizes, initial=0)
+        whole = nn.Parameter(torch.zeros(_round_up(end, CHUNK), dtype=dtype, device=device))
+        whole.grad = torch.zeros_like(whole)
+        by_name = dict(zip(parameters, offsets, strict=True))
+        yield FlatBuffer(whole, whole.grad, parameters, by_name, group.rate_factor, group.weight_decay)
 
 
 def gradient_norm(buffers: Sequence[FlatBuffer]) -> Tensor:
@@ -85,59 +106,20 @@ def gradient_norm(buffers: Sequence[FlatBuffer]) -> Tensor:
 
 def check_views(buffers: Sequence[FlatBuffer]) -> None:
     """Raises RuntimeError if a parameter or gradient is no view of its buffer any more: its training would be lost."""
-    if replaced := [name for buffer in buffers for name in _replaced(buffer)]:
+    replaced = []
+    for buffer in buffers:
+        size, values, gradient = buffer.whole.element_size(), buffer.whole.data_ptr(), buffer.gradient.data_ptr()
+        for name, parameter in buffer.parameters.items():
+            start = buffer.offsets[name] * size
+            is_view = parameter.data_ptr() == values + start
+            is_view &= parameter.grad is not None and parameter.grad.data_ptr() == gradient + start
+            if parameter.numel() and not is_view:
+                replaced.append(name)
+    if replaced:
         raise RuntimeError(
             f"{len(replaced)} parameters were replaced while they were trained, first {replaced[0]}: a call like "
             ".to(), zero_grad() or .grad = None reached the model; leave it alone until the run ends"
         )
-
-
-def _check_distinct(groups: Sequence[Group]) -> None:
-    pairs = [(name, parameter) for group in groups for name, parameter in group.parameters.items()]
-    names = Counter(name for name, _ in pairs)
-    owners = Counter(id(parameter) for _, parameter in pairs)
-    if shared := [name for name, parameter in pairs if names[name] > 1 or owners[id(parameter)] > 1]:
-        problems = [f"{name} is in several optimizer groups, or under several names" for name in dict.fromkeys(shared)]
-        raise ConfigError(f"{listing(problems)}; give every parameter one group and one name")
-
-
-def _by_storage(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
-    groups: dict[tuple[torch.dtype, torch.device], dict[str, nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        groups.setdefault((parameter.dtype, parameter.device), {})[name] = parameter
-    return list(groups.values())
-
-
-def _allocate(group: Group, parameters: dict[str, nn.Parameter]) -> FlatBuffer:
-    first = next(iter(parameters.values()))
-    step = ALIGNMENT // first.element_size()
-    *offsets, end = accumulate((_round_up(p.numel(), step) for p in parameters.values()), initial=0)
-    whole = nn.Parameter(torch.zeros(_round_up(end, CHUNK), dtype=first.dtype, device=first.device))
-    whole.grad = torch.zeros_like(whole)
-    by_name = dict(zip(parameters, offsets, strict=True))
-    return FlatBuffer(whole, whole.grad, parameters, by_name, group.rate_factor, group.weight_decay)
-
-
-def _move_in(buffer: FlatBuffer) -> None:
-    """Moves one parameter after the other, so that the memory of each is free before the next."""
-    values = buffer.whole.detach()
-    for name, parameter in buffer.parameters.items():
-        parameter.data = buffer.view(name, values).copy_(parameter.detach())
-        parameter.grad = buffer.view(name, buffer.gradient)
-
-
-def _replaced(buffer: FlatBuffer) -> list[str]:
-    size, values, gradient = buffer.whole.element_size(), buffer.whole.data_ptr(), buffer.gradient.data_ptr()
-    return [
-        name
-        for (name, parameter), offset in zip(buffer.parameters.items(), buffer.offsets.values(), strict=True)
-        if parameter.numel()
-        and (
-            parameter.data_ptr() != values + offset * size
-            or parameter.grad is None
-            or parameter.grad.data_ptr() != gradient + offset * size
-        )
-    ]
 
 
 def _round_up(number: int, step: int) -> int:

@@ -18,7 +18,7 @@ Shapes: q (tokens, heads, width), k and v (tokens, key heads, width).
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -49,18 +49,15 @@ def group_documents(lengths: tuple[int, ...], device: torch.device) -> tuple[Doc
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         groups.setdefault(math.ceil(length / ROUND) * ROUND, []).append(index)
-    return tuple(_group(starts, lengths, indices, rounded, device) for rounded, indices in groups.items())
-
-
-def _group(
-    starts: list[int], lengths: tuple[int, ...], indices: list[int], rounded: int, device: torch.device
-) -> DocumentGroup:
-    first = torch.tensor([starts[index] for index in indices])[:, None]
-    own = torch.tensor([lengths[index] for index in indices])[:, None]
-    column = torch.arange(rounded)
-    read = first + column.minimum(own - 1)  # (documents, rounded)
-    write = torch.where(column < own, read, sum(lengths))
-    return DocumentGroup(len(indices), rounded, read.flatten().to(device), write.flatten().to(device))
+    result = []
+    for rounded, indices in groups.items():
+        first = torch.tensor([starts[index] for index in indices])[:, None]
+        own = torch.tensor([lengths[index] for index in indices])[:, None]
+        column = torch.arange(rounded)
+        read = first + column.minimum(own - 1)  # (documents, rounded)
+        write = torch.where(column < own, read, sum(lengths))
+        result.append(DocumentGroup(len(indices), rounded, read.flatten().to(device), write.flatten().to(device)))
+    return tuple(result)
 
 
 # ---- Flash or blocks
@@ -114,7 +111,10 @@ def attention_forward(
     out = q.new_empty(tokens + 1, heads, width)  # the last position is where padding writes
     saved = []
     for group in groups:
-        rows, own = _forward_of(group, window, thresholds)(q, k, v, group, scale, window)
+        if group.length < thresholds.forward or (window is not None and window < group.length):
+            rows, own = _blocks_forward(q, k, v, group, scale, window)
+        else:
+            rows, own = _flash_forward(q, k, v, group, scale, blocks_backward=group.length < thresholds.both)
         out.index_copy_(0, group.write, rows)
         saved.append(own)
     return out[:tokens], saved
@@ -144,16 +144,6 @@ def attention_backward(
 
 
 Rows = Tensor  # (count * length, heads, width)
-Forward = Callable[[Tensor, Tensor, Tensor, DocumentGroup, float, int | None], tuple[Rows, SavedHeads]]
-
-
-def _forward_of(group: DocumentGroup, window: int | None, thresholds: FlashThresholds) -> Forward:
-    if window is not None and window < group.length:
-        return _blocks_forward
-    if group.length >= thresholds.both:
-        return _flash_forward
-    return _flash_forward_blocks_backward if group.length >= thresholds.forward else _blocks_forward
-
 
 # ---- Flash
 
@@ -163,27 +153,17 @@ flash_backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_b
 
 
 def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, group: DocumentGroup, scale: float, _window: int | None
+    q: Tensor, k: Tensor, v: Tensor, group: DocumentGroup, scale: float, blocks_backward: bool
 ) -> tuple[Rows, SavedHeads]:
-    qs, ks, vs = (_split(part.index_select(0, group.read), group) for part in (q, k, v))
-    output, log_sums = _flash(qs, ks, vs, scale)
-    return _joined(output), SavedHeads(qs, ks, vs, log_sums)
-
-
-def _flash_forward_blocks_backward(
-    q: Tensor, k: Tensor, v: Tensor, group: DocumentGroup, scale: float, _window: int | None
-) -> tuple[Rows, SavedHeads]:
-    own = _gather(q, k, v, group)
-    qs, ks, vs = (part.view(group.count, -1, group.length, part.shape[-1]) for part in (own.q, own.k, own.v))
-    output, _ = _flash(qs, ks, vs, scale)
-    return _joined(output), own
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Returns the output like q, and the logarithm of every softmax's sum."""
+    """blocks_backward: the backward is that of blocks, so what it needs is returned in its shapes."""
+    if blocks_backward:
+        own = _gather(q, k, v, group)
+        qs, ks, vs = (part.view(group.count, -1, group.length, part.shape[-1]) for part in (own.q, own.k, own.v))
+    else:
+        qs, ks, vs = (_split(part.index_select(0, group.read), group) for part in (q, k, v))
     shared_by = q.shape[1] // k.shape[1]
-    output, log_sums = flash_op(q, _repeated(k, shared_by), _repeated(v, shared_by), 0.0, True, scale=scale)
-    return output, log_sums
+    output, log_sums = flash_op(qs, _repeated(ks, shared_by), _repeated(vs, shared_by), 0.0, True, scale=scale)
+    return _joined(output), own if blocks_backward else SavedHeads(qs, ks, vs, log_sums)
 
 
 def _flash_backward(
@@ -225,17 +205,14 @@ def _joined(heads: Tensor) -> Rows:
 # computes the probabilities again, block by block (FlashAttention, sec. 3.1).
 
 
-softmax_backward = torch.ops.aten._softmax_backward_data
-
-
 def _blocks_forward(
     q: Tensor, k: Tensor, v: Tensor, group: DocumentGroup, scale: float, window: int | None
 ) -> tuple[Rows, SavedHeads]:
     own = _gather(q, k, v, group)
     parts = []
-    for block in _blocks(group.length, window):
-        p = _probabilities(own.q, own.k, block, scale, window)
-        parts.append(_unflatten(torch.bmm(p, own.v[:, block.keys]), own.q))
+    for queries, keys in _blocks(group.length, window):
+        p = _probabilities(own.q, own.k, scale, window, queries, keys)
+        parts.append(_unflatten(torch.bmm(p, own.v[:, keys]), own.q))
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # (count * key heads, group, length, width)
     return _by_token(whole, group), own
 
@@ -248,44 +225,35 @@ def _blocks_backward(
     window: int | None,
 ) -> tuple[Rows, Rows, Rows]:
     parts, dk, dv = [], torch.zeros_like(own.k), torch.zeros_like(own.v)
-    for block in _blocks(group.length, window):
-        p = _probabilities(own.q, own.k, block, scale, window)
-        g, queries = gradient[:, :, block.queries].flatten(1, 2), own.q[:, :, block.queries].flatten(1, 2)
-        dp = torch.bmm(g, own.v[:, block.keys].transpose(1, 2))
-        ds = softmax_backward(dp, p, -1, p.dtype).mul_(scale)
-        parts.append(_unflatten(torch.bmm(ds, own.k[:, block.keys]), own.q))
-        dk[:, block.keys].baddbmm_(ds.transpose(1, 2), queries)
-        dv[:, block.keys].baddbmm_(p.transpose(1, 2), g)
+    for queries, keys in _blocks(group.length, window):
+        p = _probabilities(own.q, own.k, scale, window, queries, keys)
+        g = gradient[:, :, queries].flatten(1, 2)
+        dp = torch.bmm(g, own.v[:, keys].transpose(1, 2))
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
+        parts.append(_unflatten(torch.bmm(ds, own.k[:, keys]), own.q))
+        dk[:, keys].baddbmm_(ds.transpose(1, 2), own.q[:, :, queries].flatten(1, 2))
+        dv[:, keys].baddbmm_(p.transpose(1, 2), g)
     dq = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return _by_token(dq, group), _by_token(dk[:, None], group), _by_token(dv[:, None], group)
 
 
-class _Block(NamedTuple):
-    queries: slice
-    keys: slice
-
-
-def _blocks(length: int, window: int | None) -> Iterator[_Block]:
+def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Yields the queries of every block, and the keys that they attend to."""
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        yield _Block(slice(start, stop), slice(0 if window is None else max(start - window + 1, 0), stop))
+        yield slice(start, stop), slice(0 if window is None else max(start - window + 1, 0), stop)
 
 
-def _probabilities(q: Tensor, k: Tensor, block: _Block, scale: float, window: int | None) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, scale: float, window: int | None, queries: slice, keys: slice) -> Tensor:
     """Returns (count * key heads, group * queries, keys)."""
-    queries = q[:, :, block.queries].flatten(1, 2)
-    mask = _mask(block.queries.start - block.keys.start, block.queries.stop - block.queries.start, window, q)
-    mask = mask.repeat(q.shape[1], 1)[None]  # (1, group * queries, keys)
-    return torch.softmax(torch.baddbmm(mask, queries, k[:, block.keys].transpose(1, 2), alpha=scale), dim=-1)
-
-
-def _mask(offset: int, queries: int, window: int | None, like: Tensor) -> Tensor:
-    """Returns (queries, offset + queries), -inf where query i, at position offset + i of the keys, does not attend."""
-    shape = queries, offset + queries
-    mask = torch.full(shape, -math.inf, dtype=like.dtype, device=like.device).triu_(offset + 1)
-    if window is not None and offset + queries > window:
+    offset, count = queries.start - keys.start, queries.stop - queries.start
+    # (queries, keys), -inf where query i, at position offset + i of the keys, does not attend
+    mask = q.new_full((count, offset + count), -math.inf).triu_(offset + 1)
+    if window is not None and offset + count > window:
         mask += torch.full_like(mask, -math.inf).tril_(offset - window)
-    return mask
+    mask = mask.repeat(q.shape[1], 1)[None]  # (1, group * queries, keys)
+    scores = torch.baddbmm(mask, q[:, :, queries].flatten(1, 2), k[:, keys].transpose(1, 2), alpha=scale)
+    return torch.softmax(scores, dim=-1)
 
 
 def _unflatten(rows: Tensor, q: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ The second part of the file chooses one of these for a model: `choose_form`.
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,9 +168,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         _refuse_second_order()
         if ctx.used:
-            raise RuntimeError(
-                "the backward of this loss ran already, and its memory was freed; compute the loss again"
-            )
+            raise RuntimeError("the backward of this loss ran already and its memory was freed; compute the loss again")
         ctx.used = True
         (gradient,) = ctx.saved_tensors
         # in blocks, because a product of two dtypes copies both to the wider
@@ -245,39 +242,27 @@ HALF_TOLERANCE = 5e-2  # bfloat16, float16
 RAMP = 1e3  # logits from -RAMP to RAMP show a soft cap, a scale or a bound that small ones do not
 
 
-def choose_form(model: Model, batch: Batch) -> tuple[str, str | None]:
+def choose_form(model: Model, batch: Batch, compare: bool = True) -> tuple[str, str | None]:
     """Returns the form of least memory with the model's own losses and gradients, and why it is not a chunked one.
 
     A few tokens are enough for `batch`. The model is in evaluation mode, without dropout.
+    compare: False for a model of fake tensors, whose numbers cannot be compared: an unchanged tensor shares its memory.
     """
-    own, chunked = own_form(model), _chunked_form(model)
+    own, chunked = own_form(model), RECOMPUTED
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and not is_quantized(head) and not any(p.requires_grad for p in head.parameters()):
+        chunked = FROZEN  # an adapted or quantized layer is not a plain one
     obstacle = (
         _structural_obstacle(model, batch)
-        or _change_around_head(model, batch)
-        or _difference(model, batch, chunked, own)
+        or _change_around_head(model, batch, compare)
+        or (_difference(model, batch, chunked, own) if compare else None)
     )
     return (own, f"{type(model).__name__} {obstacle}") if obstacle else (chunked, None)
-
-
-def predict_form(model: Model, batch: Batch) -> tuple[str, str | None]:
-    """Returns the same for a model of fake tensors. Numbers are not compared: an unchanged tensor shares its memory."""
-    obstacle = _structural_obstacle(model, batch) or _change_around_head(model, batch, _shares_memory)
-    return (own_form(model), f"{type(model).__name__} {obstacle}") if obstacle else (_chunked_form(model), None)
-
-
-def _chunked_form(model: Model) -> str:
-    return FROZEN if _is_frozen(model.get_output_embeddings()) else RECOMPUTED
 
 
 def own_form(model: Model) -> str:
     """Returns the form that is right for every model: its own logits, at supervised positions if it offers that."""
     return OWN if "logits_to_keep" in inspect.signature(model.forward).parameters else WHOLE
-
-
-def _is_frozen(head: nn.Module | None) -> bool:
-    """True for a plain linear layer without gradients. An adapted or quantized layer is not plain."""
-    plain = type(head) is nn.Linear and not is_quantized(head)
-    return plain and head is not None and not any(parameter.requires_grad for parameter in head.parameters())
 
 
 def _structural_obstacle(model: Model, batch: Batch) -> str | None:
@@ -302,19 +287,15 @@ def _hooked(module: nn.Module) -> bool:
     return "forward" in vars(module) or any(vars(module)[name] for name in HOOKS)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
-
-
-def _shares_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage() is b.untyped_storage()
-
-
-def _change_around_head(model: Model, batch: Batch, same: Callable[[Tensor, Tensor], bool] = _equal) -> str | None:
+def _change_around_head(model: Model, batch: Batch, compare: bool) -> str | None:
     """Returns what the model does to the states before its head, or to the logits after it; None if nothing.
 
     The head's output is replaced by a ramp, which has to come out of the model unchanged.
     """
+
+    def same(a: Tensor, b: Tensor) -> bool:
+        return a.dtype == b.dtype and torch.equal(a, b) if compare else a.untyped_storage() is b.untyped_storage()
+
     seen: dict[str, Tensor] = {}
 
     def after_decoder(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -325,8 +306,8 @@ def _change_around_head(model: Model, batch: Batch, same: Callable[[Tensor, Tens
         seen["ramp"] = torch.linspace(-RAMP, RAMP, output.numel(), device=output.device).view_as(output).to(output)
         return seen["ramp"]
 
-    hooks = [(model.get_decoder(), after_decoder), (model.get_output_embeddings(), after_head)]
-    with torch.no_grad(), _hooks(hooks):
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    with torch.no_grad(), decoder.register_forward_hook(after_decoder), head.register_forward_hook(after_head):
         logits = model(**batch.inputs, use_cache=False).logits
     if seen.keys() != {"states", "head_input", "ramp"}:
         return "does not call its decoder and its head"
@@ -354,18 +335,8 @@ def _results(model: Model, batch: Batch, form: str) -> tuple[Tensor, ...]:
     def after_decoder(_module: nn.Module, _inputs: Any, output: Any) -> None:
         states.append(output[0] if output[0].requires_grad else output[0].requires_grad_())
 
-    with torch.enable_grad(), _hooks([(model.get_decoder(), after_decoder)]):
+    with torch.enable_grad(), model.get_decoder().register_forward_hook(after_decoder):
         losses = FORMS[form](model, batch)
         weights = torch.linspace(1, 2, len(losses), dtype=losses.dtype, device=losses.device)
         (gradient,) = torch.autograd.grad(losses @ weights, states)
     return states[0].detach(), losses.detach().to(gradient.dtype), gradient
-
-
-@contextmanager
-def _hooks(hooks: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -16,7 +16,6 @@ the parameters and the optimizer's moments into a checkpoint and back.
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,6 @@ from tailora.core.adalora import RankAllocator
 from tailora.errors import CheckpointError, listing
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes
 from tailora.kernels.flat_parameters import FlatBuffer
-from tailora.train.config import TrainConfig
 from tailora.train.loss import Evaluation
 from tailora.train.random_state import set_random_state
 from tailora.train.trainable import Trainable, sync_parameters, trained_module
@@ -59,13 +57,22 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         for name, content in contents.items():
             (fresh / name).write_bytes(content)
         if problems := damage(fresh):
+            raise CheckpointError(f"{folder} reads back wrong: {listing(problems)}; the disk may be failing")
+
+
+def load(name: str, output_dir: Path) -> Checkpoint:
+    """Reads a checkpoint, given as a path or as `latest` of a run.
+
+    Raises CheckpointError if there is none; for a damaged one it names the newest good one beside it.
+    """
+    folder = Path(name)
+    if name == "latest":
+        if not (checkpoints := checkpoints_in(output_dir)):
             raise CheckpointError(
-                f"{folder} was written but reads back wrong: {listing(problems)}; the disk may be failing"
+                f"--resume-from-checkpoint latest: {output_dir} holds no checkpoint; give another --output-dir, "
+                "or start without it and with --save-steps"
             )
-
-
-def load(folder: Path) -> Checkpoint:
-    """Reads a checkpoint. Raises CheckpointError; for a damaged one it names the newest good one beside it."""
+        folder = checkpoints[-1]
     if not folder.is_dir():
         there = ", ".join(path.name for path in checkpoints_in(folder.parent))
         raise CheckpointError(f"{folder} is not a folder; checkpoints in {folder.parent}: {there or 'none'}")
@@ -75,7 +82,7 @@ def load(folder: Path) -> Checkpoint:
         remedy = f"the newest good one: --resume-from-checkpoint {good}" if good else "no other is whole: start again"
         raise CheckpointError(f"{folder} is damaged; {remedy}. {listing(problems)}")
     state = json.loads((folder / STATE).read_text())
-    return Checkpoint(state, {Path(name).stem: read_safetensors(folder / name)[0] for name in state["files"]})
+    return Checkpoint(state, {Path(file).stem: read_safetensors(folder / file)[0] for file in state["files"]})
 
 
 def damage(folder: Path) -> list[str]:
@@ -103,24 +110,6 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     entries = output_dir.iterdir() if output_dir.is_dir() else []
     numbered = [(int(match[1]), path) for path in entries if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(numbered)]
-
-
-def locate(name: str, output_dir: Path) -> Path:
-    """Returns the folder that `latest`, or a path, stands for. Raises CheckpointError if there is none."""
-    if name != "latest":
-        return Path(name)
-    if not (checkpoints := checkpoints_in(output_dir)):
-        raise CheckpointError(
-            f"--resume-from-checkpoint latest: {output_dir} holds no checkpoint; give another --output-dir, "
-            "or start without it and with --save-steps"
-        )
-    return checkpoints[-1]
-
-
-def prune(output_dir: Path, keep: int) -> None:
-    """Deletes all checkpoints but the newest `keep`."""
-    for folder in checkpoints_in(output_dir)[:-keep]:
-        shutil.rmtree(folder)
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -174,16 +163,15 @@ class TrainState:
         counters, tensors = saved.state["progress"], saved.tensors.get("evaluations", {})
         state = cls(**{name: counters[name] for name in COUNTERS})
         state.history = [(step, loss) for step, loss in counters["history"]]
-        state.before, best = (_evaluation(tensors, name) for name in ("before", "best"))
-        if best is not None and "best" in saved.tensors:
-            state.best = Best(counters["best_step"], best, dict(saved.tensors["best"]))
+        evaluations = {
+            name: Evaluation(tensors[f"{name}.sums"].numpy(), tensors[f"{name}.counts"].numpy())
+            for name in ("before", "best")
+            if f"{name}.sums" in tensors
+        }
+        state.before = evaluations.get("before")
+        if "best" in evaluations and "best" in saved.tensors:
+            state.best = Best(counters["best_step"], evaluations["best"], dict(saved.tensors["best"]))
         return state
-
-
-def _evaluation(tensors: Mapping[str, Tensor], name: str) -> Evaluation | None:
-    if f"{name}.sums" not in tensors:
-        return None
-    return Evaluation(tensors[f"{name}.sums"].numpy(), tensors[f"{name}.counts"].numpy())
 
 
 # ---- Whether a checkpoint belongs to a run
@@ -211,11 +199,6 @@ FACTS = {  # what else decides the bits of a run -> its name in a message
 }
 
 
-def identity(config: TrainConfig, **facts: Any) -> dict[str, Any]:
-    """Returns what decides the bits of a run: its settings, and facts about data and machine."""
-    return {"settings": config.model_dump(mode="json", exclude=FREE), **facts}
-
-
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raises CheckpointError that names everything in which the two runs differ.
 
@@ -229,24 +212,15 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
         )
     then, now = saved["settings"], current["settings"]
     free = LENGTH if now["lr_scheduler_type"] == "constant" and now["warmup_ratio"] == 0 else set()
-    changes = _changes(then, now, {name: name for name in (then.keys() | now.keys()) - free})
     facts = (saved.keys() & current.keys()) - {"settings"}  # earlier versions recorded fewer
-    changes += _changes(saved, current, {name: FACTS.get(name, name) for name in facts})
-    if changes:
+    compared = [(name, then.get(name), now.get(name)) for name in sorted((then.keys() | now.keys()) - free)]
+    compared += [(FACTS.get(name, name), saved[name], current[name]) for name in sorted(facts)]
+    if changes := [f"{name} was {old!r}, now is {new!r}" for name, old, new in compared if old != new]:
         raise CheckpointError(
             f"the checkpoint was made with other settings, and going on would give results of neither: "
             f"{listing(changes)}\nTo go on, give the earlier values (config.yaml beside the checkpoint has them: "
             "--config); to train with the new ones, start anew in another --output-dir"
         )
-
-
-def _changes(then: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    """Returns both values of everything that differs. names: key -> its name in the message."""
-    return [
-        f"{names[key]} was {then.get(key)!r}, now is {now.get(key)!r}"
-        for key in sorted(names)
-        if then.get(key) != now.get(key)
-    ]
 
 
 # ---- Parameters and optimizer
@@ -299,30 +273,22 @@ def moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer]) -> 
 
 def set_moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer], tensors: Mapping[str, Tensor]) -> None:
     """Restores what `moments` returned. Raises CheckpointError if parameters of one buffer took different steps."""
-    saved: dict[str, dict[str, Tensor]] = {}
-    for full, tensor in tensors.items():
-        name, key = full.rsplit("|", 1)
-        saved.setdefault(name, {})[key] = tensor
-    states = {
-        i: _joined(buffer, {name: saved[name] for name in buffer.parameters if name in saved})
-        for i, buffer in enumerate(buffers)
-    }
+    states = {}
+    for i, buffer in enumerate(buffers):
+        state: dict[str, Tensor] = {}  # stays zero for parameters that were not saved, which never had a gradient
+        counts = {float(tensors[f"{name}|{STEP}"]) for name in buffer.parameters if f"{name}|{STEP}" in tensors}
+        if len(counts) > 1:
+            raise CheckpointError(
+                f"the checkpoint's parameters took from {min(counts):g} to {max(counts):g} optimizer steps, because an "
+                "earlier version skipped those without a gradient; this version takes all steps with all: start anew"
+            )
+        for full_name, tensor in tensors.items():
+            name, key = full_name.rsplit("|", 1)
+            if name in buffer.parameters and key == STEP:
+                state[key] = tensor
+            elif name in buffer.parameters:
+                if key not in state:
+                    state[key] = torch.zeros_like(buffer.gradient)
+                buffer.view(name, state[key]).copy_(tensor)
+        states[i] = state
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _joined(buffer: FlatBuffer, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Returns the state of a whole buffer; zero for parameters that are not in `saved`, which never had a gradient."""
-    counts = {float(state[STEP]) for state in saved.values()}
-    if len(counts) > 1:
-        raise CheckpointError(
-            f"the checkpoint's parameters took from {min(counts):g} to {max(counts):g} optimizer steps, because an "
-            "earlier version skipped those without a gradient; this version takes all steps with all: start anew"
-        )
-    if not saved:
-        return {}
-    first = next(iter(saved.values()))
-    joined = {key: torch.zeros_like(buffer.gradient) for key in first if key != STEP}
-    for name, state in saved.items():
-        for key, tensor in joined.items():
-            buffer.view(name, tensor).copy_(state[key])
-    return {STEP: first[STEP], **joined}

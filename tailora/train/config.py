@@ -1,7 +1,7 @@
 """Every setting of a run: the one schema of `--config run.yaml`, of the flags and of Python. Needs no torch."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -10,6 +10,8 @@ from tailora.errors import ConfigError, listing
 
 Quantize = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 COUNT = 2**31  # above any count that makes sense, and well below what numpy and torch can hold
+PositiveInt = Annotated[int, Field(ge=1, lt=COUNT)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=COUNT)]
 REMOVED = {"prefix_cache_gb"}  # settings of earlier versions, which changed the speed of a run and not its results
 
 
@@ -29,11 +31,9 @@ class TrainConfig(StrictModel):
     eval_data: str | None = Field(None, description="held-out data; by default a part of --data (--validation-split)")
     output_dir: str = Field("outputs/run", description="folder for the adapter, checkpoints and metrics")
     adapter: str | None = Field(None, description="folder of an adapter to train further, instead of a new one")
-    method: Literal["lora", "full"] = Field(
-        "lora", description="train an adapter (lora), or all weights of the model (full)"
-    )
+    method: Literal["lora", "full"] = Field("lora", description="train an adapter (lora) or all weights (full)")
     # adapter
-    r: int = Field(16, ge=1, lt=COUNT, description="rank of the update")
+    r: PositiveInt = Field(16, description="rank of the update")
     lora_alpha: float = Field(32, gt=0, description="the update is scaled by alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability of the input of A")
     target_modules: list[str] | str = Field(
@@ -69,62 +69,48 @@ class TrainConfig(StrictModel):
     tfinal: int | None = Field(
         None, ge=0, lt=COUNT, description="AdaLoRA: steps with the final ranks; default: 30% of the steps"
     )
-    deltaT: int = Field(1, ge=1, lt=COUNT, description="AdaLoRA: steps between two allocations of ranks")
+    deltaT: PositiveInt = Field(1, description="AdaLoRA: steps between two allocations of ranks")
     beta1: float = Field(0.85, ge=0, lt=1, description="AdaLoRA: smoothing of the sensitivity")
     beta2: float = Field(0.85, ge=0, lt=1, description="AdaLoRA: smoothing of the uncertainty")
-    orth_reg_weight: float = Field(
-        0.5, ge=0, description="AdaLoRA: weight of the penalty that keeps A and B orthonormal"
-    )
-    init_batches: int = Field(
-        4, ge=1, lt=COUNT, description="batches of data for the initialisations lora_ga, lora_one and eva"
-    )
+    orth_reg_weight: float = Field(0.5, ge=0, description="AdaLoRA: weight of the penalty keeping A and B orthonormal")
+    init_batches: PositiveInt = Field(4, description="batches for the initialisations lora_ga, lora_one and eva")
     # data
     field: dict[str, str] = Field({}, description="columns of the data: prompt=COLUMN,completion=COLUMN")
     max_length: int = Field(
         1024, ge=8, lt=COUNT, description="longest example in tokens; longer ones are truncated and counted"
     )
     validation_split: float = Field(0.05, ge=0, lt=1, description="share of the examples that is held out")
-    split_seed: int | None = Field(
-        None, ge=0, lt=2**63, description="seed that chooses the held-out examples; default: --seed"
-    )
+    split_seed: int | None = Field(None, ge=0, lt=2**63, description="seed for the held-out examples; default: --seed")
     packing: Literal["auto", "on", "off"] = Field(
         "auto", description="put several examples into one row; attention keeps them apart"
     )
     streaming: bool = Field(False, description="read the data while training, without loading it; needs --max-steps")
     # optimisation
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
-    loraplus_lr_ratio: float = Field(
-        1.0, ge=1, description="LoRA+: learning rate of B, as a multiple of --learning-rate"
-    )
+    loraplus_lr_ratio: float = Field(1.0, ge=1, description="LoRA+: learning rate of B, relative to --learning-rate")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="learning rate schedule after the warm-up"
     )
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is clipped to this norm")
-    max_steps: int | None = Field(
-        None, ge=1, lt=COUNT, description="number of optimizer steps; overrides --num-train-epochs"
-    )
+    max_steps: int | None = Field(None, ge=1, lt=COUNT, description="optimizer steps; overrides --num-train-epochs")
     num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="number of passes over the data")
-    per_device_train_batch_size: int = Field(8, ge=1, lt=COUNT, description="examples per forward pass")
-    gradient_accumulation_steps: int = Field(1, ge=1, lt=COUNT, description="forward passes per optimizer step")
+    per_device_train_batch_size: PositiveInt = Field(8, description="examples per forward pass")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="forward passes per optimizer step")
     gradient_checkpointing: bool = Field(False, description="less memory for activations, about a third more time")
-    fast: Literal["auto", "off"] = Field(
-        "auto", description="use faster kernels where they are verified to give the same results"
-    )
+    fast: Literal["auto", "off"] = Field("auto", description="faster kernels, where verified to give the same results")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="precision of the base model; adapters are float32"
+        "auto", description="precision of the base; adapters: float32"
     )
     quantize: Quantize | None = Field(None, description="quantization of the base model")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of data order, initialisation and dropout")
     # evaluation and files
-    eval_steps: int = Field(0, ge=0, lt=COUNT, description="evaluate every N steps; 0: only before and after training")
-    early_stopping_patience: int = Field(
-        0, ge=0, lt=COUNT, description="stop after N evaluations without improvement; 0: never"
-    )
-    save_steps: int = Field(0, ge=0, lt=COUNT, description="save a checkpoint every N steps; 0: never")
-    save_total_limit: int = Field(2, ge=1, lt=COUNT, description="checkpoints to keep besides the best one")
-    samples: int = Field(3, ge=0, lt=COUNT, description="held-out prompts to answer before and after training")
+    eval_steps: NonNegativeInt = Field(0, description="evaluate every N steps; 0: only before and after training")
+    early_stopping_patience: NonNegativeInt = Field(0, description="stop after N evaluations without gain; 0: never")
+    save_steps: NonNegativeInt = Field(0, description="save a checkpoint every N steps; 0: never")
+    save_total_limit: PositiveInt = Field(2, description="checkpoints to keep besides the best one")
+    samples: NonNegativeInt = Field(3, description="held-out prompts to answer before and after training")
     report_to: list[str] = Field([], description="trackers to log to: tensorboard, wandb, trackio")
     resume_from_checkpoint: str | None = Field(None, description="checkpoint folder to resume from, or 'latest'")
 
@@ -138,8 +124,10 @@ class TrainConfig(StrictModel):
         """Every contradiction between settings, in one complaint."""
         held_out = bool(self.eval_data) or (self.validation_split > 0 and not self.streaming)
         of_adapter = (*LoRAConfig.model_fields, *AdaLoRA.model_fields)
-        changed = [name for name in of_adapter if name in self.model_fields_set and self._differs(name)]
-        idle = [name for name in changed if name in AdaLoRA.model_fields]
+        defaults = {name: type(self).model_fields[name].default for name in of_adapter if name in self.model_fields_set}
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        of_adalora = ", ".join(name for name in changed if name in AdaLoRA.model_fields)
+        full, names = self.method == "full", ", ".join(changed or ["adapter"])
         rules = [
             (self.streaming and self.max_steps is None, "streaming reads without end: give --max-steps"),
             (
@@ -150,34 +138,25 @@ class TrainConfig(StrictModel):
                 self.eval_steps and not held_out,
                 "eval_steps needs held-out data: give --eval-data or --validation-split",
             ),
+            (full and (changed or self.adapter), f"--method full has no adapter: leave out {names}"),
             (
-                self.method == "full" and (changed or self.adapter),
-                f"--method full has no adapter: leave out {', '.join(changed or ['adapter'])}",
-            ),
-            (
-                self.method == "full" and "learning_rate" not in self.model_fields_set,
+                full and "learning_rate" not in self.model_fields_set,
                 "--method full needs a --learning-rate of its own, about a tenth of LoRA's: 5e-5, say",
             ),
             (
-                self.method == "full" and self.loraplus_lr_ratio != 1,
+                full and self.loraplus_lr_ratio != 1,
                 "loraplus_lr_ratio is the rate of B, which --method full has not: leave it out",
             ),
             (
-                self.method == "full" and self.quantize,
+                full and self.quantize,
                 "--method full trains the weights, which cannot be quantised: leave --quantize out",
             ),
-            (
-                self.target_r is None and idle,
-                f"{', '.join(idle)} belong to AdaLoRA: give --target-r",
-            ),
-            (self.adapter and changed, f"--adapter brings its own {', '.join(changed)}: leave them out"),
+            (self.target_r is None and of_adalora, f"{of_adalora} belong to AdaLoRA: give --target-r"),
+            (self.adapter and changed, f"--adapter brings its own {names}: leave them out"),
         ]
         if problems := [text for broken, text in rules if broken]:
             raise ConfigError(listing(problems))
         return self
-
-    def _differs(self, name: str) -> bool:
-        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     def lora(self) -> LoRAConfig:
         shared = LoRAConfig.model_fields.keys() & type(self).model_fields.keys()

@@ -13,7 +13,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, Event, ScalarEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
 from tailora.errors import ConfigError
 
@@ -44,7 +44,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
         _check_limits(text)
         content = _yaml().load(text)
     except DuplicateKeyError as error:
-        raise ConfigError(f"--config {path}{_line(error)}: {_key(text, error)} is given twice") from None
+        mark = error.problem_mark
+        key = text.decode(errors="replace").splitlines()[mark.line][mark.column :].partition(":")[0].strip()
+        raise ConfigError(f"--config {path}{_line(error)}: {key} is given twice") from None
     except MarkedYAMLError as error:
         reason = ", ".join(filter(None, (error.context, error.problem)))
         raise ConfigError(f"--config {path}{_line(error)} cannot be read as YAML: {reason}") from None
@@ -56,15 +58,18 @@ def read_config_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: expected lines `name: value`, got a {type(content).__name__}")
-    return _with_underscores(content, path)
+    keys: dict[str, Any] = {}  # name of the setting -> the key as it is written
+    for key in content:
+        name = str(key).replace("-", "_")
+        if name in keys:
+            raise ConfigError(f"--config {path}: {name} is given twice, as {keys[name]} and as {key}")
+        keys[name] = key
+    return {name: content[key] for name, key in keys.items()}
 
 
 def config_text(settings: Mapping[str, Any]) -> str:
     """Returns the YAML text of these settings. Values are written so that YAML 1.1 and 1.2 read them alike."""
     return "".join(f"{name}: {_value_text(value)}\n" for name, value in settings.items())
-
-
-# ---- Reading
 
 
 def _yaml() -> YAML:
@@ -80,54 +85,30 @@ def _check_limits(text: bytes) -> None:
     open_anchors: list[str | None] = []  # one for each mapping or list around the current event
     aliases = 0
     for event in _yaml().parse(text):
-        if isinstance(event, CollectionEndEvent):
-            open_anchors.pop()
         aliases += isinstance(event, AliasEvent)
-        if problem := _limit(event, open_anchors, aliases):
+        problem = ""
+        match event:
+            case CollectionEndEvent():
+                open_anchors.pop()
+            case AliasEvent() if event.anchor in open_anchors:
+                problem = f"*{event.anchor} contains itself"
+            case AliasEvent() if aliases > MAX_ALIASES:
+                problem = f"more than {MAX_ALIASES} aliases: write the values themselves"
+            case ScalarEvent() | CollectionStartEvent() if event.tag is not None:
+                problem = f"tags ({event.tag}) are not supported: write the value without one"
+            case ScalarEvent() if len(event.value) > MAX_SCALAR:
+                problem = f"a value has more than {MAX_SCALAR:,} characters"
+            case CollectionStartEvent() if len(open_anchors) >= MAX_DEPTH:
+                problem = f"values are nested more than {MAX_DEPTH} levels deep"
+            case CollectionStartEvent():
+                open_anchors.append(event.anchor)
+        if problem:
             raise MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        if isinstance(event, CollectionStartEvent):
-            open_anchors.append(event.anchor)
-
-
-def _limit(event: Event, open_anchors: list[str | None], aliases: int) -> str:
-    """Returns the limit that this event exceeds, or ''."""
-    match event:
-        case AliasEvent() if event.anchor in open_anchors:
-            return f"*{event.anchor} contains itself"
-        case AliasEvent() if aliases > MAX_ALIASES:
-            return f"more than {MAX_ALIASES} aliases: write the values themselves"
-        case ScalarEvent() | CollectionStartEvent() if event.tag is not None:
-            return f"tags ({event.tag}) are not supported: write the value without one"
-        case ScalarEvent() if len(event.value) > MAX_SCALAR:
-            return f"a value has more than {MAX_SCALAR:,} characters"
-        case CollectionStartEvent() if len(open_anchors) >= MAX_DEPTH:
-            return f"values are nested more than {MAX_DEPTH} levels deep"
-    return ""
 
 
 def _line(error: MarkedYAMLError) -> str:
     mark = error.problem_mark or error.context_mark
     return "" if mark is None else f", line {mark.line + 1}"
-
-
-def _key(text: bytes, error: MarkedYAMLError) -> str:
-    """Returns the key that stands where the error is."""
-    mark = error.problem_mark
-    line = text.decode(errors="replace").splitlines()[mark.line]
-    return str(line[mark.column :].partition(":")[0].strip())
-
-
-def _with_underscores(content: Mapping[Any, Any], path: Path) -> dict[str, Any]:
-    keys: dict[str, Any] = {}  # name of the setting -> the key as it is written
-    for key in content:
-        name = str(key).replace("-", "_")
-        if name in keys:
-            raise ConfigError(f"--config {path}: {name} is given twice, as {keys[name]} and as {key}")
-        keys[name] = key
-    return {name: content[key] for name, key in keys.items()}
-
-
-# ---- Writing
 
 
 def _value_text(value: Any) -> str:

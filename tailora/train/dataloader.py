@@ -11,8 +11,8 @@ than another repeats one with weight 0, because all ranks must take part in ever
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import count, islice
 from typing import Any
 
@@ -45,17 +45,32 @@ class TrainingData:
     held_out: Examples | None
     steps: Callable[[int], Iterator[list["MicroBatch"]]]  # number of the first step -> its micro-batches, and so on
     max_steps: int
-    largest: list[Example]  # examples of the forward with the most tokens, as far as the data is known
-    largest_size: ForwardSize
-    longest: Example
-    first_batches: Callable[[int], list[list[Example]]]  # number of batches -> their forwards
+    known: Examples  # the examples to train on; of a stream, its first
+    shape: "StepShape"
     cuts: RowCounts | None = None  # counts what was cut while streaming
 
-    def with_held_out(self, choose: ChooseHeldOut | None) -> "TrainingData":
-        """Returns the same with only the chosen held-out examples."""
-        if choose is None or self.held_out is None:
-            return self
-        return replace(self, held_out=self.held_out.select(choose(len(self.held_out))))
+    @cached_property
+    def largest(self) -> list[Example]:
+        """The examples of the forward with the most tokens, as far as the data is known."""
+        return largest_forward(self.known, self.shape)
+
+    @property
+    def largest_size(self) -> ForwardSize:
+        return ForwardSize(
+            batch_size=self.shape.batch_size,
+            examples=len(self.largest),
+            tokens=sum(len(example.input_ids) for example in self.largest),
+            supervised=sum(example.supervised for example in self.largest),
+            checkpointed=self.shape.checkpointed,
+        )
+
+    @property
+    def longest(self) -> Example:
+        return self.known[int(self.known.lengths.argmax())]
+
+    def first_batches(self, count: int) -> list[list[Example]]:
+        """Returns the forwards of the first batches of the first epoch, of all ranks."""
+        return [[self.known[int(i)] for i in forward] for forward in _forwards(self.known, self.shape, count)]
 
 
 ReadData = Callable[[TrainConfig, int, PreTrainedTokenizerBase, Accelerator], TrainingData]
@@ -70,7 +85,7 @@ def read_data(
         return _streamed(config, tokenizer, embedding_rows, shape)
     data = read_whole(config, tokenizer, embedding_rows)
     max_steps = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch(len(data.train), shape))
-    return _training_data(config, data, partial(dataset_steps, data.train, shape), max_steps, data.train, shape)
+    return TrainingData(data, data.eval, partial(dataset_steps, data.train, shape), max_steps, data.train, shape)
 
 
 def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> PreparedData:
@@ -91,25 +106,23 @@ def _streamed(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int, shape: "StepShape"
 ) -> TrainingData:
     """Data that is read while training; only its first batches are known before."""
-    common: dict[str, Any] = {"field": config.field, "max_length": config.max_length}
+    common: dict[str, Any] = {
+        "field": config.field,
+        "max_length": config.max_length,
+        "embedding_rows": embedding_rows,
+    }
     cuts = RowCounts()
-    read = partial(
-        stream_examples,
-        resolve_demo(config.data, "data"),
-        tokenizer,
-        embedding_rows=embedding_rows,
-        counts=cuts,
-        **common,
-    )
-    eval_data = None
+    read = partial(stream_examples, resolve_demo(config.data, "data"), tokenizer, counts=cuts, **common)
+    eval_data = held_out = None
     if config.eval_data is not None:
         source = resolve_demo(config.eval_data, "eval_data")
-        eval_data = prepare(source, tokenizer, eval_source=source, embedding_rows=embedding_rows, **common)
+        eval_data = prepare(source, tokenizer, eval_source=source, **common)
+        held_out = eval_data.eval
     assert config.max_steps is not None  # TrainConfig requires it
     batches = config.init_batches if config.init_lora_weights in DATA_INITS else 1
     first = Examples.of(islice(read(), shape.batch_size * batches))
     steps = partial(stream_steps, read, shape)
-    return replace(_training_data(config, eval_data, steps, config.max_steps, first, shape), cuts=cuts)
+    return TrainingData(eval_data, held_out, steps, config.max_steps, first, shape, cuts)
 
 
 def stream_notes(data: TrainingData, max_length: int) -> list[str]:
@@ -130,35 +143,7 @@ def random_data(
     ids = random.integers(embedding_rows, size=(2 * shape.examples_per_step, config.max_length)).astype(np.int32)
     examples = Examples.of(Example(row, row) for row in ids)
     steps = partial(dataset_steps, examples, shape)
-    return _training_data(config, None, steps, config.max_steps or 2, examples, shape)
-
-
-def _training_data(
-    config: TrainConfig,
-    prepared: PreparedData | None,
-    steps: Callable[[int], Iterator[list["MicroBatch"]]],
-    max_steps: int,
-    known: Examples,
-    shape: "StepShape",
-) -> TrainingData:
-    """known: the examples to train on; of a stream, its first."""
-    largest = largest_forward(known, shape)
-    return TrainingData(
-        prepared=prepared,
-        held_out=prepared.eval if prepared else None,
-        steps=steps,
-        max_steps=max_steps,
-        largest=largest,
-        largest_size=ForwardSize(
-            batch_size=config.per_device_train_batch_size,
-            examples=len(largest),
-            tokens=sum(len(example.input_ids) for example in largest),
-            supervised=sum(example.supervised for example in largest),
-            checkpointed=config.gradient_checkpointing,
-        ),
-        longest=known[int(known.lengths.argmax())],
-        first_batches=partial(_first_batches, known, shape),
-    )
+    return TrainingData(None, None, steps, config.max_steps or 2, examples, shape)
 
 
 # ---- The examples of every step
@@ -190,6 +175,7 @@ class StepShape:
     rank: int = 0
     world: int = 1
     token_limit: int | None = None  # of one forward; a longer example goes alone
+    checkpointed: bool = False  # with gradient checkpointing
 
     @property
     def examples_per_step(self) -> int:
@@ -205,6 +191,7 @@ def step_shape(config: TrainConfig, accelerator: Accelerator) -> StepShape:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         token_limit=CPU_TOKENS if accelerator.device.type == "cpu" else None,
+        checkpointed=config.gradient_checkpointing,
     )
 
 
@@ -225,36 +212,34 @@ def dataset_steps(examples: Examples, shape: StepShape, start: int = 0) -> Itera
 
 def stream_steps(read: Callable[[], Iterable[Example]], shape: StepShape, start: int = 0) -> Iterator[list[MicroBatch]]:
     """Yields the steps of data that is read in its own order, over and over. Raises DataError if there is none."""
-    stream = islice(_repeated(read), start * shape.examples_per_step, None)
+
+    def repeated() -> Iterator[Example]:
+        while True:
+            example = None
+            for example in read():
+                yield example
+            if example is None:
+                raise DataError("the stream holds no example to learn from")
+
+    stream = islice(repeated(), start * shape.examples_per_step, None)
     while True:
         batches = [list(islice(stream, shape.batch_size)) for _ in range(shape.accumulation * shape.world)]
         yield _share_of_rank(batches, shape)
 
 
-def _repeated(read: Callable[[], Iterable[Example]]) -> Iterator[Example]:
-    while True:
-        empty = True
-        for example in read():
-            empty = False
-            yield example
-        if empty:
-            raise DataError("the stream holds no example to learn from")
-
-
 def _share_of_rank(batches: list[list[Example]], shape: StepShape) -> list[MicroBatch]:
     """Returns this rank's micro-batches of a step: every `world`-th batch, in parts."""
-    shares = [_in_parts(batches[rank :: shape.world], shape.token_limit) for rank in range(shape.world)]
+    shares = [
+        [
+            MicroBatch([batch[i] for i in part])
+            for batch in batches[rank :: shape.world]
+            for part in split_by_tokens([len(example.input_ids) for example in batch], shape.token_limit)
+        ]
+        for rank in range(shape.world)
+    ]
     own = shares[shape.rank]
     missing = max(map(len, shares)) - len(own)
     return own + [MicroBatch(shares[0][0].examples, weight=0.0)] * missing
-
-
-def _in_parts(batches: list[list[Example]], limit: int | None) -> list[MicroBatch]:
-    return [
-        MicroBatch([batch[i] for i in part])
-        for batch in batches
-        for part in split_by_tokens([len(example.input_ids) for example in batch], limit)
-    ]
 
 
 def split_by_tokens(lengths: Sequence[int], limit: int | None) -> list[range]:
@@ -271,11 +256,6 @@ def split_by_tokens(lengths: Sequence[int], limit: int | None) -> list[range]:
             first, tokens = i, 0
         tokens += length
     return [*parts, range(first, len(lengths))]
-
-
-def _first_batches(examples: Examples, shape: StepShape, batches: int | None = None) -> list[list[Example]]:
-    """Returns the forwards of the first batches of the first epoch, of all ranks."""
-    return [[examples[int(i)] for i in forward] for forward in _forwards(examples, shape, batches)]
 
 
 def largest_forward(examples: Examples, shape: StepShape) -> list[Example]:

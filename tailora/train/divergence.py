@@ -1,7 +1,8 @@
 """The messages for a loss or gradient that is not finite: where it began, and what helps."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,31 +30,20 @@ def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
     return f"the gradient of {len(names)} of {len(parameters)} parameters is not finite, first {', '.join(names[:3])}"
 
 
-def broken_loss(model: nn.Module, batches: Sequence[MicroBatch], layout: BatchLayout, device: torch.device) -> str:
+def broken_loss(model: nn.Module, batches: Sequence[MicroBatch], layout: BatchLayout) -> str:
     """Computes the step's losses again and returns the first module whose output is not finite, for a message."""
     modules: list[str] = []
-    with torch.no_grad(), evaluating(model), _record_broken_outputs(model, modules):
+
+    def check(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+            modules.append(name)
+
+    with torch.no_grad(), evaluating(model), ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_hook(partial(check, name)))
         for batch in batches:
-            token_losses(model, batch.examples, layout, device)
+            token_losses(model, batch.examples, layout)
             if modules:
                 return f"the loss is not finite; the first module with such an output is {modules[0]}"
     return "the loss is not finite, though the output of every module that ran is: the logits are too large"
-
-
-@contextmanager
-def _record_broken_outputs(model: nn.Module, modules: list[str]) -> Iterator[None]:
-    """Within the block, names of modules whose output is not finite are added to `modules` as they compute."""
-
-    def check_output_of(name: str) -> Any:
-        def check(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
-                modules.append(name)
-
-        return check
-
-    hooks = [module.register_forward_hook(check_output_of(name)) for name, module in model.named_modules() if name]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -37,22 +37,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from tailora.core.attach import evaluating
 from tailora.core.layer_types import CONV1D, layer_type_of
 from tailora.core.quantization import named_stored_tensors
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.formats.load import lora_config_of, read_any_format
-from tailora.kernels.attention import packed_rows
 from tailora.kernels.fused_attention import flash_backward_op, flash_op, group_documents
-from tailora.kernels.loss import FORMS, own_form, predict_form
+from tailora.kernels.loss import FORMS
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.kernel_choice import Kernels, fused_layers, obstacle_to_kernels, plain_layers, use_kernels
+from tailora.train.kernel_choice import Kernels, described_kernels, obstacle_to_kernels, use_kernels
 from tailora.train.loss import BatchLayout, make_batch
-from tailora.train.model_loading import STORED, Stored, check_unquantized, precision_of
-from tailora.train.packing import choose_packing, packed_logits, random_documents
-from tailora.train.setup import short_examples
+from tailora.train.model_loading import METHODS, Stored, check_unquantized, precision_of
+from tailora.train.setup import choose_layout
 from tailora.train.trainable import FullModel, Trainable, trained_module
 
 # ---- Tensors without contents
@@ -62,8 +59,6 @@ from tailora.train.trainable import FullModel, Trainable, trained_module
 # largest sum, temporaries included, of the code itself rather than of a description of it. It does not see what an
 # operator allocates internally, nor how an allocator rounds and keeps blocks.
 
-
-PartOf = Callable[[Tensor], str]  # new tensor -> name of the part that it is counted under
 
 EQUAL, ITEM = torch.ops.aten.equal.default, torch.ops.aten._local_scalar_dense.default
 
@@ -75,7 +70,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     now, peak: bytes of each part, at present and at the moment of the largest sum.    flops: of all products.
     """
 
-    def __init__(self, known: Iterable[Tensor], part_of: PartOf) -> None:
+    def __init__(self, known: Iterable[Tensor], part_of: Callable[[Tensor], str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -87,7 +82,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self.flops += flops_of(func, args, kwargs, out)
+        packet = getattr(func, "_overloadpacket", None)
+        if func in FLOPS:
+            self.flops += FLOPS[func](*args, **kwargs)
+        elif packet in flop_registry:
+            self.flops += float(flop_registry[packet](*args, **kwargs, out_val=out))
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for output in outputs:
             self._add(output)
@@ -151,39 +150,12 @@ def fake_tensors() -> Iterator[None]:
         group_documents.cache_clear()
 
 
-def tensors_of(*modules: nn.Module) -> Iterator[Tensor]:
-    """Yields parameters, their gradients, and buffers."""
-    for module in modules:
-        for parameter in module.parameters():
-            yield parameter
-            if parameter.grad is not None:
-                yield parameter.grad
-        yield from module.buffers()
-
-
-def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> float:
-    """Returns the multiplications and additions of a matrix product or attention; 0 for other operators."""
-    if func in FLOPS:
-        return FLOPS[func](*args, **kwargs)
-    packet = getattr(func, "_overloadpacket", None)
-    return float(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0.0
-
-
-def _causal_attention(q: Tensor, k: Tensor, *_: Any, **__: Any) -> float:
-    """Scores, and their product with the values, of half of the pairs of tokens."""
-    return 2.0 * q.numel() * k.shape[-2]
-
-
-def _product(_: Tensor, a: Tensor, b: Tensor, **__: Any) -> float:
-    """One product of matrices, or a batch of them."""
-    return 2.0 * a.numel() * b.shape[-1]
-
-
 FLOPS: dict[Any, Callable[..., float]] = {  # operators that torch's table lacks
-    torch.ops.aten.addmm_.default: _product,
-    torch.ops.aten.baddbmm_.default: _product,
-    flash_op.default: _causal_attention,
-    flash_backward_op.default: lambda _gradient, q, k, *_, **__: 2.5 * _causal_attention(q, k),
+    torch.ops.aten.addmm_.default: lambda _, a, b, **__: 2.0 * a.numel() * b.shape[-1],
+    torch.ops.aten.baddbmm_.default: lambda _, a, b, **__: 2.0 * a.numel() * b.shape[-1],
+    # scores, and their product with the values, of half of the pairs of tokens; the backward takes 2.5 times as many
+    flash_op.default: lambda q, k, *_, **__: 2.0 * q.numel() * k.shape[-2],
+    flash_backward_op.default: lambda _, q, k, *__, **___: 5.0 * q.numel() * k.shape[-2],
 }
 
 
@@ -231,81 +203,47 @@ def fake_model(config: TrainConfig, shape: PretrainedConfig, device: torch.devic
         check_unquantized(shape, config.model, config.quantize)
     with fake_tensors():
         model, weights = fake_trainable(config, shape, device)
-        base = cast(PreTrainedModel, model.base_model)
-        layout, notes = _predict_layout(config, model)
-        obstacle = obstacle_to_kernels(config.fast, base, layout, device)
-        kernels = (
-            fused_layers(base, layout, "to be checked against the layers of transformers when the run starts")
-            if obstacle is None
-            else plain_layers(base, layout, device, obstacle)
-        )
-        yield FakeModel(model, layout, kernels, weights, notes)
+        base, notes = cast(PreTrainedModel, model.base_model), list[str]()
+        without_adapter = model.disable_adapter() if isinstance(model, LoRAModel) else nullcontext()  # changes neither
+        with torch.no_grad(), without_adapter:
+            layout = choose_layout(config, model, None, notes.append, compare=False)
+        obstacle = obstacle_to_kernels(config.fast, base, layout)
+        check = "to be checked against the layers of transformers when the run starts"
+        yield FakeModel(model, layout, described_kernels(base, layout, obstacle, check), weights, notes)
 
 
 def fake_trainable(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> tuple[Trainable, Weights]:
     """Returns what is trained, and the bytes of its base. Raises as `fake_model`."""
-    base = _base(config, shape, device)
-    weights = _weights(base, _stored_dtype(shape), None if config.quantize is None else STORED[config.quantize])
+    precision = precision_of(config.dtype, device.type)
+    try:
+        with device:
+            base: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=precision).eval()
+    except ValueError as error:
+        raise ConfigError(f"model {config.model!r} is no causal language model: {error}") from error
+    stored = getattr(shape, "dtype", None) or torch.float32  # according to config.json
+    files: torch.dtype = getattr(torch, stored) if isinstance(stored, str) else stored
+    weights = _weights(base, files, None if config.quantize is None else METHODS[config.quantize].stored)
     if config.method == "full":
         return FullModel(base, cast(Any, None), lambda: base).train(), weights
     settings = lora_config_of(read_any_format(Path(config.adapter), base), base) if config.adapter else config.lora()
     return LoRAModel(base, settings, fresh=False).train(), weights
 
 
-def _base(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> PreTrainedModel:
-    precision = precision_of(config.dtype, device.type)
-    try:
-        with device:
-            base: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=precision)
-    except ValueError as error:
-        raise ConfigError(f"model {config.model!r} is no causal language model: {error}") from error
-    return base.eval()
-
-
-def _predict_layout(config: TrainConfig, model: Trainable) -> tuple[BatchLayout, list[str]]:
-    """Returns how batches and losses will be computed, as far as the model's structure tells, with notes."""
-    base = cast(PreTrainedModel, model.base_model)
-    without_adapter = model.disable_adapter() if isinstance(model, LoRAModel) else nullcontext()  # it changes neither
-    with evaluating(model), torch.no_grad(), without_adapter:
-        packing = choose_packing(base, config.packing, _unsupported_packing)
-        batch, _ = make_batch(short_examples(base), packing.on, 0, base.device)
-        with packed_rows(base) if packing.on else nullcontext():
-            loss, obstacle = predict_form(base, batch) if config.fast == "auto" else (own_form(base), None)
-    notes = [packing.note, obstacle and f"the loss is computed {loss}, which takes more memory: {obstacle}"]
-    return BatchLayout(packing.on, loss, 0), [note for note in notes if note]
-
-
-def _unsupported_packing(base: PreTrainedModel) -> str | None:
-    logits = packed_logits(base, random_documents(base.config))
-    return logits if isinstance(logits, str) else None
-
-
-def _stored_dtype(shape: PretrainedConfig) -> torch.dtype:
-    """Returns the precision of the files, according to config.json."""
-    stored = getattr(shape, "dtype", None) or torch.float32
-    dtype: torch.dtype = getattr(torch, stored) if isinstance(stored, str) else stored
-    return dtype
-
-
 def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None) -> Weights:
     """files: precision of the files.    stored: of a quantized base, whose linear layers then compute as such."""
-    head = base.get_output_embeddings()
-    layers = [module for module in base.modules() if stored and module is not head and _is_linear(module)]
-    quantized = {id(layer.weight): stored.bytes(cast(Tensor, layer.weight)) for layer in layers if stored}
-    for layer in layers:
-        layer.__class__ = _quantized_class(type(layer))
-        layer.__dict__["stored"] = stored
+    quantized: dict[int, int] = {}  # id of the plain weight -> bytes
+    for layer in list(base.modules()) if stored else []:
+        layer_type = layer_type_of(layer)
+        if stored and layer_type and layer_type.is_linear and layer is not base.get_output_embeddings():
+            quantized[id(layer.weight)] = stored.bytes(cast(Tensor, layer.weight))
+            layer.__class__ = _quantized_class(type(layer))  # type: ignore[arg-type]
+            layer.__dict__["stored"] = stored
     tensors = [tensor for _, tensor, _ in named_stored_tensors(base)]
     total = sum(quantized.get(id(tensor), tensor.nbytes) for tensor in tensors)
     if base.dtype != files:  # converted, and the files are closed
         return Weights(total, sum(parameter.numel() for parameter in base.parameters()) * files.itemsize, 0)
     originals = sum(tensor.nbytes for tensor in tensors if id(tensor) in quantized)
     return Weights(total, originals, originals)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    layer_type = layer_type_of(module)
-    return layer_type is not None and layer_type.is_linear
 
 
 class _QuantizedLinear:
@@ -337,14 +275,9 @@ class _DequantizedLinear(torch.autograd.Function):
         return gradients[0] @ dense, None, None, None
 
 
-QUANTIZED = "Quantized"  # prefix of the class names of such layers
-
-
-def _derive(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{QUANTIZED}{cls.__name__}", (_QuantizedLinear, cls), {"__module__": __name__})
-
-
-_quantized_class: Callable[[type[nn.Module]], type[nn.Module]] = cast(Any, cache(_derive))
+@cache
+def _quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Quantized{cls.__name__}", (_QuantizedLinear, cls), {"__module__": __name__})
 
 
 # ---- Memory
@@ -400,28 +333,28 @@ class StepCost:
 
 def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed: bool) -> StepCost:
     """Runs the forward and backward of these examples in one batch, within `fake_model`'s block."""
-    model, base, device = fake.model, fake.base, fake.base.device
+    model, base, trained = fake.model, fake.base, trained_module(fake.model)
     vocabulary = base.config.get_text_config().vocab_size
     trained_shapes = {parameter.shape for parameter in base.parameters() if parameter.requires_grad}
-    parameters = list(trained_module(model).parameters())
 
     def part_of(tensor: Tensor) -> str:
         if tensor.ndim > 1 and tensor.shape[-1] == vocabulary:
             return LOGITS
         return GRADIENTS if tensor.shape in trained_shapes else ACTIVATIONS
 
-    batch, _ = make_batch(examples, fake.layout.packed, fake.layout.pad_id, device)
-    for parameter in parameters:  # as in a run, where gradients are views of a flat buffer
+    batch, _ = make_batch(examples, fake.layout.packed, fake.layout.pad_id, base.device)
+    for parameter in trained.parameters():  # as in a run, where gradients are views of a flat buffer
         parameter.grad = torch.zeros_like(parameter)
-    tracker = MemoryTracker(tensors_of(base, trained_module(model)), part_of)
+    gradients = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
+    weights = [tensor for module in (base, trained) for tensor in (*module.parameters(), *module.buffers())]
+    tracker = MemoryTracker([*weights, *gradients], part_of)
     try:
         with use_kernels(base, fake.layout, fake.kernels, checkpointed=checkpointed), torch.enable_grad(), tracker:
             loss = FORMS[fake.layout.loss](model, batch).sum()
             kept = tracker.now.total()
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
-        for parameter in parameters:
-            parameter.grad = None
+        trained.zero_grad()
     peak = tracker.peak
     return StepCost(peak[ACTIVATIONS], peak[LOGITS], peak[GRADIENTS], kept, tracker.flops)
 
@@ -429,7 +362,9 @@ def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed:
 def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, process: int) -> Memory:
     """Returns the memory of a run.
 
-    step: cost of its largest forward.    process: bytes that the process uses before its model is loaded.
+    step: cost of its largest forward.    process: bytes that the process uses before its model is loaded. On a CPU it
+    also gets what libraries use, and the difference if reading the weights, or reading back what was saved, takes more
+    than a step.
     """
     parameters = list(trained_module(fake.model).parameters())
     trained = sum(parameter.nbytes for parameter in parameters)
@@ -443,18 +378,12 @@ def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, proces
         logits=step.logits,
         process=process,
     )
-    return _on_cpu(config, fake, step, memory) if fake.base.device.type == "cpu" else memory
-
-
-def _on_cpu(config: TrainConfig, fake: FakeModel, step: StepCost, memory: Memory) -> Memory:
-    """Adds what a process on a CPU uses beyond what torch allocates. (The peak of a GPU counts what is allocated.)
-
-    If reading the weights, or reading back what was saved, takes more than a step, `process` gets the difference.
-    """
+    if fake.base.device.type != "cpu":  # the peak of a GPU counts what torch allocates, and nothing else
+        return memory
     libraries = LIBRARIES + (LIBRARIES_16_BIT if fake.base.dtype == torch.bfloat16 else 0)
-    beside = memory.process + fake.weights.left_mapped + libraries + int(FRAGMENTATION * step.bytes)
+    beside = process + fake.weights.left_mapped + libraries + int(FRAGMENTATION * step.bytes)
     in_step = replace(memory, process=beside)
-    reading = memory.process + fake.weights.stored + fake.weights.while_read
+    reading = process + fake.weights.stored + fake.weights.while_read
     reading_back = in_step.total - step.bytes + (fake.weights.stored if config.method == "full" else 0)
     return in_step.with_total(max(in_step.total, reading, reading_back))
 

@@ -79,9 +79,6 @@ class Interrupted(KeyboardInterrupt):
         self.folder = folder
 
 
-# ---- The result
-
-
 IN_MEMORY = {"in_memory": True}
 
 
@@ -110,9 +107,6 @@ class TrainResult:
     def to_dict(self) -> dict[str, Any]:
         """Returns the numbers."""
         return {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata}
-
-
-# ---- Ctrl-C and SIGTERM
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

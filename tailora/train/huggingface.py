@@ -29,9 +29,7 @@ class AdapterTraining:
         trainer.__init__(model.base_model, *args, **kwargs)
         me = cast("Trainer", self)
         if me.is_fsdp_enabled or me.is_deepspeed_enabled:
-            raise ConfigError(
-                "adapter checkpoints are not written under FSDP or DeepSpeed; use DDP, or `tailora train`"
-            )
+            raise ConfigError("adapter checkpoints are not written under FSDP or DeepSpeed: use DDP or `tailora train`")
         if me.args.n_gpu > 1:
             raise ConfigError(
                 f"the trainer would split batches over {me.args.n_gpu} GPUs by nn.DataParallel, whose copies do not "

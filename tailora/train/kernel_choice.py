@@ -42,12 +42,7 @@ NO_KERNELS = Kernels(False, "")
 
 
 def choose_kernels(
-    fast: str,
-    model: Trainable,
-    layout: BatchLayout,
-    sample: Example,
-    device: torch.device,
-    recorded: bool | None = None,
+    fast: str, model: Trainable, layout: BatchLayout, sample: Example, recorded: bool | None = None
 ) -> Kernels:
     """Returns the kernels of a run.
 
@@ -57,62 +52,52 @@ def choose_kernels(
         nothing could be compared.
     """
     base = cast(PreTrainedModel, model.base_model)
-    if (obstacle := obstacle_to_kernels(fast, base, layout, device)) is not None:
-        return plain_layers(base, layout, device, obstacle)
-    if recorded is not None:
-        if not recorded:
-            return plain_layers(base, layout, device, "the run was started with them")
-        return fused_layers(base, layout, "as when the run was started")
-    difference = largest_difference(model, documents(sample, base.config), layout, device)
-    allowed = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
-    if not difference <= allowed:
-        return plain_layers(
-            base, layout, device, f"the fused ones differ from them by {difference:.0e} (allowed: {allowed:.0e})"
+    obstacle, check = obstacle_to_kernels(fast, base, layout), "as when the run was started"
+    if obstacle is None and recorded is None:
+        difference = largest_difference(model, documents(sample, base.config), layout)
+        allowed = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
+        if not difference <= allowed:
+            obstacle = f"the fused ones differ from them by {difference:.0e} (allowed: {allowed:.0e})"
+        check = (
+            "checked against the layers of transformers: outputs and gradients differ by at most "
+            f"{difference:.0e} (relative, allowed: {allowed:.0e})"
         )
-    return fused_layers(
-        base,
-        layout,
-        "checked against the layers of transformers: outputs and gradients differ by at most "
-        f"{difference:.0e} (relative, allowed: {allowed:.0e})",
-    )
+    elif obstacle is None and not recorded:
+        obstacle = "the run was started with them"
+    return described_kernels(base, layout, obstacle, check)
 
 
-def obstacle_to_kernels(fast: str, base: PreTrainedModel, layout: BatchLayout, device: torch.device) -> str | None:
+def obstacle_to_kernels(fast: str, base: PreTrainedModel, layout: BatchLayout) -> str | None:
     """Returns why the fused layers are not even tried; None if they can be."""
     if fast == "off":
         return "--fast off asks for them"
     if not layout.packed:
         return "fused ones need packed batches, and these are padded"
-    if device.type != "cpu":
-        return f"fused ones were not measured on {device.type}"
+    if base.device.type != "cpu":
+        return f"fused ones were not measured on {base.device.type}"
     return obstacle_to_layers(base)
 
 
-def fused_layers(base: PreTrainedModel, layout: BatchLayout, check: str) -> Kernels:
-    """check: how it is known that they give the same results."""
-    thresholds = flash_thresholds(base.dtype)
-    attention = {
-        BLOCKS_ONLY: f"batched products over blocks of {BLOCK} queries",
-        FLASH_ONLY: "torch's flash attention for CPUs, documents of similar length together",
-    }.get(
-        thresholds,
-        f"torch's flash attention for documents of {thresholds.forward:,} tokens and more, blocks of {BLOCK} queries "
-        "for shorter ones",
-    )
-    return _described(True, f"fused for speed, {check}", attention, layout)
+def described_kernels(base: PreTrainedModel, layout: BatchLayout, obstacle: str | None, check: str) -> Kernels:
+    """Returns the fused layers if nothing prevents them, else those of transformers.
 
-
-def plain_layers(base: PreTrainedModel, layout: BatchLayout, device: torch.device, reason: str) -> Kernels:
-    if not layout.packed:
+    check: how it is known that the fused layers give the same results.
+    """
+    fused, thresholds = obstacle is None, flash_thresholds(base.dtype)
+    if fused and thresholds == BLOCKS_ONLY:
+        attention = f"batched products over blocks of {BLOCK} queries"
+    elif fused and thresholds == FLASH_ONLY:
+        attention = "torch's flash attention for CPUs, documents of similar length together"
+    elif fused:
+        length = f"{thresholds.forward:,} tokens and more"
+        attention = f"torch's flash attention for documents of {length}, blocks of {BLOCK} queries for shorter ones"
+    elif not layout.packed:
         attention = f"{base.config._attn_implementation} with a padding mask"
-    elif device.type == "cpu" and base.dtype == torch.bfloat16:
+    elif base.device.type == "cpu" and base.dtype == torch.bfloat16:
         attention = f"blocks of queries for documents of up to {SHORT} tokens, torch's SDPA for each longer one"
     else:
         attention = "torch's SDPA for each document"
-    return _described(False, f"those of transformers, because {reason}", attention, layout)
-
-
-def _described(fused: bool, layers: str, attention: str, layout: BatchLayout) -> Kernels:
+    layers = f"fused for speed, {check}" if fused else f"those of transformers, because {obstacle}"
     return Kernels(fused, f"decoder layers: {layers}; attention: {attention}; loss: {layout.loss}")
 
 
@@ -126,9 +111,7 @@ def documents(sample: Example, config: PretrainedConfig) -> list[Example]:
     return [Example(ids, ids.copy()) for ids in parts]
 
 
-def largest_difference(
-    model: Trainable, examples: Sequence[Example], layout: BatchLayout, device: torch.device
-) -> float:
+def largest_difference(model: Trainable, examples: Sequence[Example], layout: BatchLayout) -> float:
     """Returns the largest relative difference of a fused layer from the layer's own forward on the same input.
 
     Compared are what the layer adds to its input, and the gradients of the input and of the factors.
@@ -136,7 +119,7 @@ def largest_difference(
     base = cast(PreTrainedModel, model.base_model)
     largest = 0.0
     with evaluating(model), zeros_randomized(model), packed_rows(base):
-        for layer, x, arguments in _layer_calls(model, examples, layout, device):
+        for layer, x, arguments in _layer_calls(model, examples, layout):
             plain = _outputs_and_gradients(layer, x, arguments)
             with fast_layers(layer):
                 fused = _outputs_and_gradients(layer, x, arguments)
@@ -145,25 +128,19 @@ def largest_difference(
     return largest
 
 
-LayerCall = tuple[nn.Module, Tensor, dict[str, Any]]  # a layer, its input (1, tokens, hidden), its other arguments
-
-
 def _layer_calls(
-    model: Trainable, examples: Sequence[Example], layout: BatchLayout, device: torch.device
-) -> list[LayerCall]:
-    """Returns what each layer that can be fused is called with."""
-    calls: list[LayerCall] = []
+    model: Trainable, examples: Sequence[Example], layout: BatchLayout
+) -> list[tuple[nn.Module, Tensor, dict[str, Any]]]:
+    """Returns each layer that can be fused, its input (1, tokens, hidden), and the other arguments of its call."""
+    calls = []
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
         calls.append((layer, inputs[0].detach(), arguments))
 
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in eligible(model.base_model)]
-    try:
-        with torch.no_grad():
-            token_losses(model, examples, layout, device)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in eligible(model.base_model):
+            hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
+        token_losses(model, examples, layout)
     return calls
 
 

@@ -38,26 +38,22 @@ class BatchLayout:
 class ModelWithLoss(nn.Module):
     """Calls a model with examples and returns losses, so that a wrapper of modules (DDP) sees one forward."""
 
-    def __init__(self, model: nn.Module, layout: BatchLayout, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, layout: BatchLayout) -> None:
         super().__init__()
-        self.model, self.layout, self.device = model, layout, device
+        self.model, self.layout = model, layout
 
     def forward(self, examples: Sequence[Example], expected_gradient: float) -> tuple[Tensor, Tensor]:
-        return token_losses(self.model, examples, self.layout, self.device, expected_gradient)
+        return token_losses(self.model, examples, self.layout, expected_gradient)
 
 
 def token_losses(
-    model: nn.Module,
-    examples: Sequence[Example],
-    layout: BatchLayout,
-    device: torch.device,
-    expected_gradient: float = 1.0,
+    model: nn.Module, examples: Sequence[Example], layout: BatchLayout, expected_gradient: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss of every supervised token, (supervised,) float32, and the index of its example, (supervised,).
 
     expected_gradient: the gradient that each loss will get, if known; half precision then rounds once less.
     """
-    batch, owners = make_batch(examples, layout.packed, layout.pad_id, device)
+    batch, owners = make_batch(examples, layout.packed, layout.pad_id, next(model.parameters()).device)
     return FORMS[layout.loss](model, replace(batch, expected_gradient=expected_gradient)), owners
 
 
@@ -81,9 +77,6 @@ def _batch(tensors: dict[str, Tensor], other_inputs: dict[str, Any], device: tor
     return Batch({"input_ids": tensors["input_ids"].to(device), **other_inputs}, supervised, labels[supervised])
 
 
-# ---- Held-out evaluation
-
-
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """Summed loss in nats and number of supervised tokens of every example."""
@@ -97,25 +90,17 @@ class Evaluation:
         return float(self.sums.sum() / self.counts.sum())
 
 
-def evaluate(
-    model: Trainable,
-    examples: Examples,
-    *,
-    layout: BatchLayout,
-    token_budget: int,
-    device: torch.device | None = None,
-) -> Evaluation:
+def evaluate(model: Trainable, examples: Examples, *, layout: BatchLayout, token_budget: int) -> Evaluation:
     """Returns the loss of every example without dropout or gradients; bitwise the same each time.
 
     token_budget: most tokens in one forward, padding included; a longer example is computed alone. With the budget of
     training, evaluation needs no more memory than training.
     """
-    device = device or next(model.parameters()).device
     sums = np.zeros(len(examples))
     attention = packed_rows(model.base_model) if layout.packed else nullcontext()
     with torch.no_grad(), evaluating(model), attention:
         for batch in batches_within(token_budget, examples.lengths, layout.packed):
-            losses, owners = token_losses(model, [examples[i] for i in batch], layout, device)
+            losses, owners = token_losses(model, [examples[i] for i in batch], layout)
             np.add.at(sums, batch[owners.cpu().numpy()], losses.cpu().double().numpy())
     return Evaluation(sums, examples.supervised.astype(np.int64))
 

@@ -110,18 +110,13 @@ def measure_cost(forward: Callable[[int, bool], Tensor], tokens: int, model: Pre
     per_token = (whole - half) / (tokens - tokens // 2)
     config, width = model.config.get_text_config(), model.dtype.itemsize
     layers, hidden = config.num_hidden_layers, config.hidden_size
+    quantized = (dense_shape(layer).numel() for layer in quantized_layers(model).values())
     return Cost(
-        fixed=max(whole - per_token * tokens, 0) + dequantized_bytes(model),
+        fixed=max(whole - per_token * tokens, 0) + max(quantized, default=0) * width,
         per_token=per_token,
         per_checkpointed_token=per_token / layers + layers * hidden * width,
         per_supervised=(supervised - whole) / max(tokens - 1, 1),  # nothing predicts the first token
     )
-
-
-def dequantized_bytes(model: PreTrainedModel) -> int:
-    """Returns the bytes of the largest quantized weight when dequantized: one exists at a time."""
-    sizes = (dense_shape(layer).numel() for layer in quantized_layers(model).values())
-    return int(max(sizes, default=0) * model.dtype.itemsize)
 
 
 def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
@@ -166,21 +161,24 @@ def remedies(cost: Cost, size: ForwardSize, longest: int) -> str:
     shorter = replace(size, tokens=size.tokens // 2, supervised=size.supervised // 2)
     options = [
         (
+            size.examples > 1,
             f"--per-device-train-batch-size {half} with gradient accumulation times {size.batch_size / half:g}",
             smaller,
             "the same result in about the same time",
-        )
-        if size.examples > 1
-        else None,
-        ("--gradient-checkpointing", replace(size, checkpointed=True), "the same result in about a third more time")
-        if not size.checkpointed
-        else None,
-        (f"--max-length {longest // 2}", shorter, "half the time for the longest, whose ends are not learned"),
+        ),
+        (
+            not size.checkpointed,
+            "--gradient-checkpointing",
+            replace(size, checkpointed=True),
+            "the same result in about a third more time",
+        ),
+        (True, f"--max-length {longest // 2}", shorter, "half the time for the longest, whose ends are not learned"),
     ]
     before = format_bytes(cost.of(size))
     lines = [
         f"  - {change}: {format_bytes(cost.of(after))} instead of {before}; {effect}"
-        for change, after, effect in filter(None, options)
+        for possible, change, after, effect in options
+        if possible
     ]
     others = [
         "  - fewer --target-modules or --layers-to-transform: layers below the first adapted one keep nothing",

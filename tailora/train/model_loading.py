@@ -12,13 +12,16 @@ transformers leaves the output head and the embedding as they are.
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -43,83 +46,6 @@ LARGEST_ERROR = 0.3  # relative, of the weight and the gradient; 4 bits stay bel
 
 
 @dataclass(frozen=True)
-class Method:
-    package: str
-    settings: Callable[[torch.dtype], Any]  # precision of the other tensors -> quantization_config of transformers
-    layer: Callable[[nn.Linear], nn.Module]  # plain layer -> quantized layer
-
-
-def _four_bits(quant_type: str, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-    )
-
-
-def _four_bit_layer(quant_type: str, plain: nn.Linear) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit
-
-    return _load_weights(Linear4bit(PROBE_SIZE, PROBE_SIZE, quant_type=quant_type), plain)
-
-
-def _int8(_: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_repeated)
-    return BitsAndBytesConfig(load_in_8bit=True)
-
-
-def _is_not_repeated(record: logging.LogRecord) -> bool:
-    """False for the message that bitsandbytes logs at every call of every layer."""
-    return not record.msg.startswith("MatMul8bitLt: inputs will be cast")
-
-
-def _int8_layer(plain: nn.Linear) -> nn.Module:
-    from bitsandbytes.nn import Linear8bitLt
-
-    return _load_weights(Linear8bitLt(PROBE_SIZE, PROBE_SIZE, has_fp16_weights=False), plain)
-
-
-def _load_weights(layer: nn.Module, plain: nn.Linear) -> nn.Module:
-    device = plain.weight.device
-    layer.load_state_dict({name: value.cpu() for name, value in plain.state_dict().items()})
-    return layer.to(device)
-
-
-def _torchao_config(bits: int) -> Any:
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
-
-    return Int8WeightOnlyConfig(version=2) if bits == 8 else Int4WeightOnlyConfig(group_size=32)
-
-
-def _torchao(bits: int, _: torch.dtype) -> Any:
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(_torchao_config(bits))
-
-
-def _torchao_layer(bits: int, plain: nn.Linear) -> nn.Module:
-    from torchao.quantization import quantize_
-
-    plain = plain.requires_grad_(False).to(torch.bfloat16 if bits == 4 else None)
-    quantize_(plain, _torchao_config(bits))
-    return plain
-
-
-METHODS = {
-    "nf4": Method("bitsandbytes", partial(_four_bits, "nf4"), partial(_four_bit_layer, "nf4")),
-    "fp4": Method("bitsandbytes", partial(_four_bits, "fp4"), partial(_four_bit_layer, "fp4")),
-    "int8": Method("bitsandbytes", _int8, _int8_layer),
-    "torchao-int8": Method("torchao", partial(_torchao, 8), partial(_torchao_layer, 8)),
-    "torchao-int4": Method("torchao", partial(_torchao, 4), partial(_torchao_layer, 4)),
-}
-
-
-@dataclass(frozen=True)
 class Stored:
     """What a method's layers need, for an estimate.
 
@@ -132,17 +58,77 @@ class Stored:
     keeps_dense: bool = False
 
 
+@dataclass(frozen=True)
+class Method:
+    package: str
+    settings: Callable[[torch.dtype], Any]  # precision of the other tensors -> quantization_config of transformers
+    layer: Callable[[nn.Linear], nn.Module]  # plain layer -> quantized layer
+    stored: Stored | None = None  # None if unknown
+
+
 def _four_bit_bytes(weight: Tensor) -> int:
     """Half a byte a weight, one byte a block of 64, 4 bytes for 256 blocks, and the two tables of codes."""
     blocks = -(-weight.numel() // 64)
     return weight.numel() // 2 + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
 
 
-STORED = {
-    "nf4": Stored(_four_bit_bytes),
-    "fp4": Stored(_four_bit_bytes),
-    "int8": Stored(lambda weight: weight.numel() + 4 * len(weight), per_output=4),  # sums of int8 are int32
-    "torchao-int8": Stored(lambda weight: weight.numel() + weight.itemsize * len(weight), keeps_dense=True),
+def _int8(_: torch.dtype) -> Any:
+    repeated = "MatMul8bitLt: inputs will be cast"  # logged at every call of every layer
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: not record.msg.startswith(repeated))
+    return transformers.BitsAndBytesConfig(load_in_8bit=True)
+
+
+def _bitsandbytes_layer(class_name: str, settings: dict[str, Any], plain: nn.Linear) -> nn.Module:
+    layer: nn.Module = getattr(import_module("bitsandbytes.nn"), class_name)(PROBE_SIZE, PROBE_SIZE, **settings)
+    layer.load_state_dict({name: value.cpu() for name, value in plain.state_dict().items()})
+    return layer.to(plain.weight.device)
+
+
+def _four_bits(quant_type: str) -> Method:
+    def settings(dtype: torch.dtype) -> Any:
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant_type,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=True,
+        )
+
+    layer = partial(_bitsandbytes_layer, "Linear4bit", {"quant_type": quant_type})
+    return Method("bitsandbytes", settings, layer, Stored(_four_bit_bytes))
+
+
+def _torchao_config(bits: int) -> Any:
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig(version=2) if bits == 8 else Int4WeightOnlyConfig(group_size=32)
+
+
+def _torchao_layer(bits: int, plain: nn.Linear) -> nn.Module:
+    from torchao.quantization import quantize_
+
+    plain = plain.requires_grad_(False).to(torch.bfloat16 if bits == 4 else None)
+    quantize_(plain, _torchao_config(bits))
+    return plain
+
+
+METHODS = {
+    "nf4": _four_bits("nf4"),
+    "fp4": _four_bits("fp4"),
+    "int8": Method(
+        "bitsandbytes",
+        _int8,
+        partial(_bitsandbytes_layer, "Linear8bitLt", {"has_fp16_weights": False}),
+        Stored(lambda weight: weight.numel() + 4 * len(weight), per_output=4),  # sums of int8 are int32
+    ),
+    "torchao-int8": Method(
+        "torchao",
+        lambda _: transformers.TorchAoConfig(_torchao_config(8)),
+        partial(_torchao_layer, 8),
+        Stored(lambda weight: weight.numel() + weight.itemsize * len(weight), keeps_dense=True),
+    ),
+    "torchao-int4": Method(
+        "torchao", lambda _: transformers.TorchAoConfig(_torchao_config(4)), partial(_torchao_layer, 4)
+    ),
 }
 
 
@@ -216,27 +202,33 @@ def precision_of(dtype: str, device: str) -> torch.dtype | str:
 # ---- Loading
 
 
-def read_config(name: str) -> PretrainedConfig:
-    """Returns config.json of a model. Raises ConfigError if it cannot be read."""
+@contextmanager
+def _reading(name: str) -> Iterator[str]:
+    """Yields the folder or Hub id of a model; within the block, what cannot be read raises ConfigError."""
     source = resolve_demo(name, "model")
     check_model_exists(source)
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+            yield source
+    except ConfigError:
+        raise
+    except ImportError as error:  # the package that a quantized model was quantized with
+        raise ConfigError(f"model {name!r} needs a package: {error}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(_unreadable(name, source, error)) from error
+
+
+def read_config(name: str) -> PretrainedConfig:
+    """Returns config.json of a model. Raises ConfigError if it cannot be read."""
+    with _reading(name) as source:
+        return AutoConfig.from_pretrained(source)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Returns the tokenizer of a model. Raises ConfigError if it cannot be read."""
-    source = resolve_demo(name, "model")
-    check_model_exists(source)
-    try:
-        with quiet_transformers():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-            return tokenizer
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(_unreadable(name, source, error)) from error
+    with _reading(name) as source:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    return tokenizer
 
 
 def load_base(
@@ -248,42 +240,28 @@ def load_base(
     quantize: one of METHODS for the linear layers; other tensors have the dtype.
     Raises ConfigError if they cannot be read or quantized. Pickled weights are not read.
     """
-    source = resolve_demo(name, "model")
-    check_model_exists(source)
     precision = precision_of(dtype, device)
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            more: dict[str, Any] = {}  # None would remove the quantization of a model that is quantized already
-            if quantize is not None:
-                more["quantization_config"] = _quantization_config(name, source, quantize, precision, device)
-                if device == "cuda":  # where its kernels are
-                    more["device_map"] = {"": torch.cuda.current_device()}
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source, dtype=precision, use_safetensors=True, output_loading_info=True, **more
-            )
-    except ConfigError:
-        raise
-    except ImportError as error:  # the package that a quantized model was quantized with
-        raise ConfigError(f"model {name!r} needs a package: {error}") from error
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ConfigError(_unreadable(name, source, error)) from error
+    with _reading(name) as source:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        more: dict[str, Any] = {}  # None would remove the quantization of a model that is quantized already
+        if quantize is not None:
+            check_unquantized(AutoConfig.from_pretrained(source), name, quantize)
+            wide = precision if isinstance(precision, torch.dtype) else torch.bfloat16
+            more["quantization_config"] = settings_for(quantize, wide, device)
+            if device == "cuda":  # where its kernels are
+                more["device_map"] = {"": torch.cuda.current_device()}
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=precision, use_safetensors=True, output_loading_info=True, **more
+        )
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"model {name!r} lacks {len(missing)} weights that {type(model).__name__} has, which would be random: "
             f"{', '.join(missing[:3])}; give a complete causal language model"
         )
-    if problems := [
-        f"{path}: {why}" for path, layer in quantized_layers(model).items() if (why := storage_obstacle(layer))
-    ]:
+    obstacles = {path: storage_obstacle(layer) for path, layer in quantized_layers(model).items()}
+    if problems := [f"{path}: {reason}" for path, reason in obstacles.items() if reason]:
         raise ConfigError(f"model {name!r} cannot be used in this quantisation: {listing(problems)}")
     return model, tokenizer
-
-
-def _quantization_config(name: str, source: str, quantize: str, precision: torch.dtype | str, device: str) -> Any:
-    """Raises ConfigError if the method does not work here or the model is quantized already."""
-    check_unquantized(AutoConfig.from_pretrained(source), name, quantize)
-    return settings_for(quantize, precision if isinstance(precision, torch.dtype) else torch.bfloat16, device)
 
 
 def check_unquantized(config: PretrainedConfig, name: str, quantize: str) -> None:

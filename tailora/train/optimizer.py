@@ -15,11 +15,10 @@ def parameter_groups(module: nn.Module, config: TrainConfig) -> list[Group]:
     """Returns the parameters of `module`, grouped by learning rate: with LoRA+ (arXiv:2402.12354), B has its own."""
     parameters = dict(module.named_parameters())
     fast = names_with_higher_lr(module) if config.loraplus_lr_ratio != 1 else set()
+    factors = {False: 1.0, True: config.loraplus_lr_ratio}  # whether B's own rate -> its factor
     groups = [
-        Group({name: p for name, p in parameters.items() if name not in fast}, 1.0, config.weight_decay),
-        Group(
-            {name: p for name, p in parameters.items() if name in fast}, config.loraplus_lr_ratio, config.weight_decay
-        ),
+        Group({name: p for name, p in parameters.items() if (name in fast) == is_fast}, factor, config.weight_decay)
+        for is_fast, factor in factors.items()
     ]
     return [group for group in groups if group.parameters] if fast else groups[:1]
 

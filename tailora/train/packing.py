@@ -1,7 +1,5 @@
 """Whether a model may be given packed rows: tried on the model itself."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,54 +19,34 @@ LENGTHS = (9, 14)
 LONGEST = 512  # of the documents that show a sliding window
 
 
-@dataclass(frozen=True)
-class Packing:
-    on: bool
-    note: str | None = None
+def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True) -> tuple[bool, str | None]:
+    """Returns whether to pack, and why not. Raises ConfigError for the setting `on` if packing would change results.
 
-
-def choose_packing(
-    model: PreTrainedModel, setting: str, find_obstacle: Callable[[PreTrainedModel], str | None] | None = None
-) -> Packing:
-    """Returns whether to pack. Raises ConfigError for the setting `on` if packed rows would change the results.
-
-    setting: auto, on or off.
-    find_obstacle: returns why packed rows are not safe, or None; by default `obstacle_to_packing`.
+    setting: auto, on or off.    compare: False for a model without contents, whose logits tell nothing.
     """
-    if setting == "off":
-        return Packing(False)
-    obstacle = (find_obstacle or obstacle_to_packing)(model)
-    if obstacle is None:
-        return Packing(True)
-    if setting == "on":
+    obstacle = None if setting == "off" else obstacle_to_packing(model, compare=compare)
+    if obstacle is not None and setting == "on":
         raise ConfigError(f"packing = 'on', but {obstacle}; take packing = 'auto' or 'off' for padded batches")
-    return Packing(False, f"padded batches instead of packed rows: {obstacle}")
+    return setting != "off" and obstacle is None, obstacle and f"padded batches instead of packed rows: {obstacle}"
 
 
-def obstacle_to_packing(model: PreTrainedModel) -> str | None:
+def obstacle_to_packing(model: PreTrainedModel, *, compare: bool) -> str | None:
     """Returns why packed rows are not safe, or None if two documents give the logits that each gives alone."""
-    documents = random_documents(model.config)
+    documents, name = random_documents(model.config), type(model).__name__
     with torch.no_grad(), evaluating(model):
+        try:
+            with packed_rows(model):
+                together = _logits(model, documents, packed=True)
+        except (PackingError, TypeError) as error:  # TypeError: forward has no such parameter
+            return f"{name} does not support them ({error})"
+        if not compare:
+            return None
         alone = torch.cat([_logits(model, [document], packed=False) for document in documents])
-        together = packed_logits(model, documents)
-    if isinstance(together, str):
-        return together
     difference = float((together - alone).norm() / alone.norm())
     tolerance = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
     if difference <= tolerance:
         return None
-    return (
-        f"{type(model).__name__} gives other logits for packed documents (by {difference:.1e}, allowed {tolerance:.0e})"
-    )
-
-
-def packed_logits(model: PreTrainedModel, documents: list[Example]) -> Tensor | str:
-    """Returns the logits of the documents in one row, (total, vocabulary); or why the model does not accept them."""
-    try:
-        with packed_rows(model):
-            return _logits(model, documents, packed=True)
-    except (PackingError, TypeError) as error:  # TypeError: forward has no such parameter
-        return f"{type(model).__name__} does not support them ({error})"
+    return f"{name} gives other logits for packed documents (by {difference:.1e}, allowed {tolerance:.0e})"
 
 
 def random_documents(config: Any) -> list[Example]:
@@ -84,10 +62,8 @@ def random_documents(config: Any) -> list[Example]:
 def _logits(model: PreTrainedModel, documents: list[Example], packed: bool) -> Tensor:
     """(total, vocabulary) float32."""
     batch = collate_packed(documents)
-    extra = (
-        {"position_ids": batch["position_ids"].to(model.device), "cu_seq_lens_q": batch["cu_seq_lens"]}
-        if packed
-        else {}
-    )
+    extra = {}
+    if packed:
+        extra = {"position_ids": batch["position_ids"].to(model.device), "cu_seq_lens_q": batch["cu_seq_lens"]}
     logits: Tensor = model(input_ids=batch["input_ids"].to(model.device), use_cache=False, **extra).logits[0]
     return logits.float()

@@ -28,19 +28,18 @@ RUN, CONFIG, METRICS, EXAMPLES = "run.json", "config.yaml", "metrics.jsonl", "ex
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "numpy")
 
 
-# ---- The folder
-
-
 def create_run_folder(config: TrainConfig) -> Path:
     """Creates and returns the output folder. Raises ConfigError if it cannot be written to or holds another run."""
     output_dir = Path(config.output_dir)
     create_output_folder(output_dir)
     resumed = config.resume_from_checkpoint
     own = resumed is not None and (resumed == "latest" or Path(resumed).resolve().parent == output_dir.resolve())
-    if not own and (kept := _results_in(output_dir)):
-        go_on = " or go on with --resume-from-checkpoint latest," if checkpoints_in(output_dir) else ""
+    checkpoints = [path.name for path in checkpoints_in(output_dir)]
+    kept = [*(name for name in (ADAPTER, MODEL) if (output_dir / name).exists()), *checkpoints[-1:]]
+    if kept and not own:
+        go_on = " or go on with --resume-from-checkpoint latest," if checkpoints else ""
         raise ConfigError(
-            f"{output_dir} holds {kept} of an earlier run; give another --output-dir,{go_on} or delete it"
+            f"{output_dir} holds {' and '.join(kept)} of an earlier run; give another --output-dir,{go_on} or delete it"
         )
     return output_dir
 
@@ -57,15 +56,6 @@ def lock(output_dir: Path) -> Iterator[None]:
         yield
     finally:
         file_lock.release()
-
-
-def _results_in(output_dir: Path) -> str:
-    """Returns the names of an earlier run's results; '' if there are none."""
-    names = [name for name in (ADAPTER, MODEL) if (output_dir / name).exists()]
-    return " and ".join([*names, *(path.name for path in checkpoints_in(output_dir)[-1:])])
-
-
-# ---- Its files
 
 
 def write_settings(output_dir: Path, config: TrainConfig) -> None:
@@ -118,15 +108,14 @@ def environment() -> dict[str, Any]:
 
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Returns the commit, and whether anything differs from it; None outside a repository or without git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
 class Metrics:
@@ -135,7 +124,13 @@ class Metrics:
     def __init__(self, output_dir: Path, *, resumed_at: int | None) -> None:
         """resumed_at: lines of later steps are dropped, because those steps are repeated; None starts a new file."""
         path = output_dir / METRICS
-        kept = [] if resumed_at is None or not path.exists() else _lines_up_to(path, resumed_at)
+        kept = []
+        if resumed_at is not None and path.exists():
+            whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
+            try:
+                kept = [line for line in whole if json.loads(line)["step"] <= resumed_at]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise CheckpointError(f"{path} holds a line that no run wrote; move the file away to go on") from None
         write_file(path, "".join(f"{line}\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
 
@@ -145,11 +140,3 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
-    try:
-        return [line for line in whole if json.loads(line)["step"] <= step]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise CheckpointError(f"{path} holds a line that no run wrote; move the file away to go on") from None

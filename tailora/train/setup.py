@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
@@ -34,8 +33,6 @@ from tailora.train.trainable import FullModel, Trainable
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 PROBE_TOKENS = 128  # memory is measured on at most so much of the longest example
 
-# ---- Accelerator
-
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """Returns accelerate with the trackers asked for. Raises ConfigError for trackers that it would ignore."""
@@ -58,9 +55,6 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             "with --mixed_precision no; --dtype sets the precision of the base, and adapters are float32"
         )
     return accelerator
-
-
-# ---- Adapter
 
 
 def attach(
@@ -103,9 +97,7 @@ def adapter_of_checkpoint(config: TrainConfig, saved: Checkpoint | None) -> LoRA
     return LoRAConfig(**saved.state["adapter"])
 
 
-def init_from_data(
-    model: Trainable, data: TrainingData, layout: BatchLayout, device: torch.device, batches: int
-) -> None:
+def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, batches: int) -> None:
     """Initializes an adapter that waits for data from the first batches of the run, the same on every rank."""
     if not isinstance(model, LoRAModel) or not model.waits_for_data:
         return
@@ -113,7 +105,7 @@ def init_from_data(
     supervised = sum(example.supervised for batch in first for example in batch)
 
     def loss(model: Any, examples: Sequence[Example]) -> Tensor:
-        return token_losses(model, examples, layout, device)[0].sum() / supervised
+        return token_losses(model, examples, layout)[0].sum() / supervised
 
     with use_kernels(cast(PreTrainedModel, model.base_model), layout, NO_KERNELS):
         model.start_from_data(first, loss)
@@ -132,30 +124,33 @@ def describe_init(config: TrainConfig) -> str:
     return f"{name}: {source} over {examples}"
 
 
-# ---- Batch layout
-
-
 def choose_layout(
-    config: TrainConfig, model: Trainable, tokenizer: PreTrainedTokenizerBase, note: Callable[[str], None]
+    config: TrainConfig,
+    model: Trainable,
+    tokenizer: PreTrainedTokenizerBase | None,
+    note: Callable[[str], None],
+    *,
+    compare: bool = True,
 ) -> BatchLayout:
     """Returns packed or padded batches, and how the loss is computed; both are tried on the model itself.
 
     note: called with the reason if the model cannot do what is fastest.
+    compare: False for a model without contents, of which only the structure is looked at.
     Raises ConfigError for packing = 'on' if it would change results.
     """
     base = cast(PreTrainedModel, model.base_model)
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    pad_id = next(token for token in candidates if token is not None)
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
+    pad_id = next((token for token in candidates if token is not None), 0)
     with evaluating(model):
-        packing = choose_packing(base, config.packing)
-        with packed_rows(base) if packing.on else nullcontext():
-            batch, _ = make_batch(short_examples(base), packing.on, pad_id, base.device)
-            loss, obstacle = choose_form(base, batch) if config.fast == "auto" else (own_form(base), None)
-    if packing.note:
-        note(packing.note)
+        packed, packing_note = choose_packing(base, config.packing, compare=compare)
+        with packed_rows(base) if packed else nullcontext():
+            batch, _ = make_batch(short_examples(base), packed, pad_id, base.device)
+            loss, obstacle = choose_form(base, batch, compare) if config.fast == "auto" else (own_form(base), None)
+    if packing_note:
+        note(packing_note)
     if obstacle:
         note(f"the loss is computed {loss}, which takes more memory: {obstacle}")
-    return BatchLayout(packing.on, loss, pad_id)
+    return BatchLayout(packed, loss, pad_id)
 
 
 def short_examples(base: PreTrainedModel) -> list[Example]:
@@ -165,19 +160,14 @@ def short_examples(base: PreTrainedModel) -> list[Example]:
     return [Example(ids[part], labels[part]) for part in (slice(0, 10), slice(10, 24))]
 
 
-# ---- Memory
-
-
-def memory_cost(
-    model: Trainable, layout: BatchLayout, kernels: Kernels, example: Example, device: torch.device
-) -> Cost:
+def memory_cost(model: Trainable, layout: BatchLayout, kernels: Kernels, example: Example) -> Cost:
     """Returns the bytes that a forward keeps for its backward, measured on the start of one example."""
     base = cast(PreTrainedModel, model.base_model)
 
     def forward(tokens: int, supervised: bool) -> Tensor:
         ids = example.input_ids[:tokens]
         part = Example(ids, ids if supervised else np.full_like(ids, IGNORED))
-        return token_losses(model, [part], layout, device)[0].sum()
+        return token_losses(model, [part], layout)[0].sum()
 
     with use_kernels(base, layout, kernels):
         return measure_cost(forward, min(len(example.input_ids), PROBE_TOKENS), base)

@@ -46,7 +46,10 @@ class FullModel(nn.Module):
         self.base_model = base_model.requires_grad_()
         self._tokenizer, self._load_original = tokenizer, load_original
         self._weights = dict(base_model.named_parameters())
-        self.trained = nn.ParameterDict({_key(name): _master(weight) for name, weight in self._weights.items()})
+        self.trained = nn.ParameterDict()
+        for name, weight in self._weights.items():
+            wide = adapter_dtype(weight.dtype)
+            self.trained[_key(name)] = weight if weight.dtype == wide else nn.Parameter(weight.detach().to(wide))
         for weight, master in self._pairs():
             cast(Any, weight).register_post_accumulate_grad_hook(_move_gradient_to(master))
 
@@ -76,15 +79,16 @@ class FullModel(nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the weights are those before training, loaded again; named as `LoRAModel`'s method."""
         original = dict(self._load_original().to(next(iter(self._weights.values())).device).named_parameters())
-        self._exchange(original)
+
+        def exchange() -> None:
+            for name, weight in self._weights.items():
+                weight.data, original[name].data = original[name].data, weight.data
+
+        exchange()
         try:
             yield
         finally:
-            self._exchange(original)
-
-    def _exchange(self, original: dict[str, nn.Parameter]) -> None:
-        for name, weight in self._weights.items():
-            weight.data, original[name].data = original[name].data, weight.data
+            exchange()
 
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder in the base's precision, with its tokenizer, atomically. Raises WriteError."""
@@ -105,11 +109,6 @@ class FullModel(nn.Module):
 
 def _key(name: str) -> str:
     return name.replace(".", "/")
-
-
-def _master(weight: nn.Parameter) -> nn.Parameter:
-    wide = adapter_dtype(weight.dtype)
-    return weight if weight.dtype == wide else nn.Parameter(weight.detach().to(wide))
 
 
 def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
@@ -179,10 +178,8 @@ def save(model: Trainable, output_dir: Path) -> Path:
 
 def differences(model: Trainable, folder: Path) -> list[str]:
     """Reads the folder again and returns the names of the tensors that differ from the model's."""
-    return model.differences(folder) if isinstance(model, FullModel) else _adapter_differences(model, folder)
-
-
-def _adapter_differences(model: LoRAModel, folder: Path) -> list[str]:
+    if isinstance(model, FullModel):
+        return model.differences(folder)
     copy = "read back"
     model.load_adapter(folder, copy)
     written = {path: layer.state_dict() for path, layer in model.lora_layers.items()}

@@ -14,9 +14,11 @@ attention adds gradients in no fixed order.
 """
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from threading import Event as ThreadingEvent
 from typing import Any
@@ -26,46 +28,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from tailora.core.adalora import RankAllocator
 from tailora.core.quantization import stored_bytes
 from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError, DivergedError
-from tailora.kernels.flat_parameters import FlatBuffer, flattened
-from tailora.train import checkpoint, run_log, trainable
+from tailora.kernels.flat_parameters import flattened
+from tailora.train import checkpoint, events, run_log, setup, trainable
 from tailora.train.checkpoint import Best, Checkpoint, TrainState
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import ChooseHeldOut, MicroBatch, ReadData, TrainingData, read_data, stream_notes
+from tailora.train.dataloader import ChooseHeldOut, MicroBatch, ReadData, read_data, stream_notes
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
-from tailora.train.events import (
-    Evaluated,
-    Event,
-    Finished,
-    Interrupted,
-    Listener,
-    Note,
-    Prepared,
-    Saved,
-    Stepped,
-    TrainResult,
-    stop_on_signal,
-)
-from tailora.train.kernel_choice import Kernels, choose_kernels, use_kernels
-from tailora.train.loss import BatchLayout, Evaluation, ModelWithLoss, evaluate
+from tailora.train.kernel_choice import choose_kernels, use_kernels
+from tailora.train.loss import Evaluation, ModelWithLoss, evaluate
 from tailora.train.lr_schedule import LRSchedule, lr_schedule
-from tailora.train.memory import Cost, check_fits, explain_out_of_memory, peak_bytes, remedies, reset_peak
+from tailora.train.memory import check_fits, explain_out_of_memory, peak_bytes, remedies, reset_peak
 from tailora.train.model_loading import load_base
 from tailora.train.optimizer import adamw, clip_gradients, optimizer_step, parameter_groups
 from tailora.train.random_state import random_state, seed_all, seeded
-from tailora.train.setup import (
-    attach,
-    choose_layout,
-    describe_init,
-    init_from_data,
-    memory_cost,
-    start_accelerator,
-)
 from tailora.train.trainable import Trainable, sync_parameters, trained_module
 
 OnReady = Callable[[Trainable, PreTrainedTokenizerBase, PreparedData | None], None]
@@ -77,13 +57,13 @@ LIGHTER = (
 
 def run(
     config: TrainConfig,
-    on_event: Listener | None = None,
+    on_event: events.Listener | None = None,
     on_ready: OnReady | None = None,
     *,
     rate_at: LRSchedule | None = None,
     held_out: ChooseHeldOut | None = None,
     before: Evaluation | None = None,
-) -> TrainResult:
+) -> events.TrainResult:
     """Fine-tunes as `config` says: `Trainer(...).train()`, with the same arguments."""
     return Trainer(config, on_event, on_ready, rate_at=rate_at, held_out=held_out, before=before).train()
 
@@ -99,28 +79,10 @@ class Trainer:
     read: reads the data.
     """
 
-    output_dir: Path
-    accelerator: Accelerator
-    base: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    data: TrainingData
-    model: Trainable
-    layout: BatchLayout
-    kernels: Kernels
-    cost: Cost
-    buffers: list[FlatBuffer]  # all parameters that are trained
-    last_good: list[Tensor]  # their values before the last step, whose loss and gradient were finite
-    optimizer: torch.optim.Optimizer
-    allocator: RankAllocator | None  # of AdaLoRA
-    forward: nn.Module  # `ModelWithLoss`, as accelerate prepared it
-    identity: dict[str, Any]  # what a checkpoint of this run must agree with
-    state: TrainState
-    metrics: run_log.Metrics | None  # in the main process
-
     def __init__(
         self,
         config: TrainConfig,
-        on_event: Listener | None = None,
+        on_event: events.Listener | None = None,
         on_ready: OnReady | None = None,
         *,
         rate_at: LRSchedule | None = None,
@@ -131,7 +93,7 @@ class Trainer:
         self.config, self.on_event, self.on_ready = config, on_event, on_ready
         self.rate_at, self.held_out, self.before, self.read = rate_at or lr_schedule(config), held_out, before, read
 
-    def train(self) -> TrainResult:
+    def train(self) -> events.TrainResult:
         """Runs until the last step or until evaluations stop improving.
 
         Raises ConfigError, DataError, TargetError and CheckpointError before anything is trained; while training,
@@ -145,14 +107,14 @@ class Trainer:
             if self.on_ready is not None:
                 self.on_ready(self.model, self.tokenizer, self.data.prepared)
             stack.enter_context(explain_out_of_memory("training", self.memory_remedies))
-            with self.use_kernels(), stop_on_signal() as stop_event:
+            with self.use_kernels(), events.stop_on_signal() as stop_event:
                 self.evaluate_before_training()
                 steps = self.data.steps(state.step)
                 while state.step < max_steps and not self.is_out_of_patience():
                     batches = next(steps)
                     tokens, supervised, stop = self.sum_over_ranks(batches, stop_event)
                     if stop:
-                        raise Interrupted(self.save_checkpoint())
+                        raise events.Interrupted(self.save_checkpoint())
                     self.step(batches, tokens, supervised)
                     if config.eval_steps and (_is_due(config.eval_steps, state.step) or state.step == max_steps):
                         self.evaluate_and_keep_best()
@@ -168,9 +130,9 @@ class Trainer:
             run_log.write_run(self.output_dir, header, result.to_dict())
             run_log.write_examples(self.output_dir, state.before, after)
         for text in stream_notes(self.data, config.max_length):
-            self.report(Note(text))
-        self.report(Saved(result.best_step, folder))
-        self.report(Finished(result.to_dict()))
+            self.report(events.Note(text))
+        self.report(events.Saved(result.best_step, folder))
+        self.report(events.Finished(result.to_dict()))
         return result
 
     # ---- Setup
@@ -179,8 +141,10 @@ class Trainer:
         """Makes everything ready for the first step. Leaving `stack` restores the caller's state and the model."""
         config = self.config
         self.output_dir = run_log.create_run_folder(config)
-        saved = self.load_checkpoint()
-        self.accelerator = accelerator = start_accelerator(config)
+        saved = None
+        if config.resume_from_checkpoint is not None:
+            saved = checkpoint.load(config.resume_from_checkpoint, self.output_dir)
+        self.accelerator = accelerator = setup.start_accelerator(config)
         device, rank = accelerator.device, accelerator.process_index
         reset_peak(device)
         stack.enter_context(run_log.lock(self.output_dir) if accelerator.is_main_process else nullcontext())
@@ -190,19 +154,33 @@ class Trainer:
             self.base, self.tokenizer = load_base(config.model, config.dtype, device.type, config.quantize)
             embedding_rows = self.base.get_input_embeddings().weight.shape[0]
             data = self.read(config, embedding_rows, self.tokenizer, accelerator)
-            self.data = data = data.with_held_out(self.held_out)
-            self.model = attach(config, self.base, self.tokenizer, accelerator, saved)
-            self.layout = choose_layout(config, self.model, self.tokenizer, lambda text: self.report(Note(text)))
-            init_from_data(self.model, data, self.layout, device, config.init_batches)
+            if self.held_out is not None and data.held_out is not None:
+                data = replace(data, held_out=data.held_out.select(self.held_out(len(data.held_out))))
+            self.data = data
+            self.model = setup.attach(config, self.base, self.tokenizer, accelerator, saved)
+            self.layout = setup.choose_layout(
+                config, self.model, self.tokenizer, lambda text: self.report(events.Note(text))
+            )
+            setup.init_from_data(self.model, data, self.layout, config.init_batches)
             recorded = None if saved is None else saved.state["run"].get("layer_kernels")
-            self.kernels = choose_kernels(config.fast, self.model, self.layout, data.longest, device, recorded)
-            self.cost = memory_cost(self.model, self.layout, self.kernels, data.longest, device)
-        self.check_base_losses()
+            self.kernels = choose_kernels(config.fast, self.model, self.layout, data.longest, recorded)
+            self.cost = setup.memory_cost(self.model, self.layout, self.kernels, data.longest)
+        counts = None if data.held_out is None else data.held_out.supervised
+        if self.before is not None and not np.array_equal(self.before.counts, counts):  # type: ignore[arg-type]
+            raise ConfigError("the held-out examples are not those of the base's evaluation: the data has changed")
         check_fits(self.cost, data.largest_size, len(data.longest.input_ids), device)
 
-        groups = parameter_groups(trained_module(self.model), config)
-        self.buffers = stack.enter_context(flattened(groups))
-        self.identity = self.describe_run()
+        self.buffers = stack.enter_context(flattened(parameter_groups(trained_module(self.model), config)))
+        prepared = None if config.streaming else data.prepared
+        self.identity: dict[str, Any] = {  # what a checkpoint of this run must agree with
+            "settings": config.model_dump(mode="json", exclude=checkpoint.FREE),
+            "data": None if prepared is None else prepared.report.sha256,
+            "packed": self.layout.packed,
+            "dtype": str(self.base.dtype),
+            "processes": accelerator.num_processes,
+            "device": device.type,
+            "layer_kernels": self.kernels.layers,
+        }
         if saved is not None:
             checkpoint.check_same_run(saved.state["run"], self.identity)
         self.optimizer = adamw(self.buffers)
@@ -212,41 +190,16 @@ class Trainer:
         if saved is not None:
             self.state = checkpoint.restore(saved, self.model, self.optimizer, self.buffers, rank, self.allocator)
         self.state.before = self.state.before or self.before
+        # the last values whose loss and gradient were finite
         self.last_good = [buffer.whole.detach().clone() for buffer in self.buffers]
-        with_loss = ModelWithLoss(self.model, self.layout, device)
         # device_placement would move buffers that are on the device already, and leave copies behind
-        self.forward = accelerator.prepare_model(with_loss, device_placement=False)
+        self.forward = accelerator.prepare_model(ModelWithLoss(self.model, self.layout), device_placement=False)
         accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
-        resumed_at = None if saved is None else self.state.step
-        self.metrics = run_log.Metrics(self.output_dir, resumed_at=resumed_at) if accelerator.is_main_process else None
-        stack.callback(self.close)
-
-    def load_checkpoint(self) -> Checkpoint | None:
-        """Returns the checkpoint to continue from, verified; None for a new run. Raises CheckpointError."""
-        if self.config.resume_from_checkpoint is None:
-            return None
-        return checkpoint.load(checkpoint.locate(self.config.resume_from_checkpoint, self.output_dir))
-
-    def check_base_losses(self) -> None:
-        """Raises ConfigError if `before` was computed on other held-out examples."""
-        counts = None if self.data.held_out is None else self.data.held_out.supervised
-        if self.before is not None and not np.array_equal(self.before.counts, counts):  # type: ignore[arg-type]
-            raise ConfigError(
-                "the held-out examples are not those that the base was evaluated on: the data has changed"
-            )
-
-    def describe_run(self) -> dict[str, Any]:
-        """Returns what a checkpoint records, so that only the same run continues from it."""
-        prepared = self.data.prepared
-        return checkpoint.identity(
-            self.config,
-            data=None if self.config.streaming or prepared is None else prepared.report.sha256,
-            packed=self.layout.packed,
-            dtype=str(self.base.dtype),
-            processes=self.accelerator.num_processes,
-            device=self.accelerator.device.type,
-            layer_kernels=self.kernels.layers,
-        )
+        stack.callback(accelerator.end_training)
+        self.metrics: run_log.Metrics | None = None
+        if accelerator.is_main_process:
+            self.metrics = run_log.Metrics(self.output_dir, resumed_at=None if saved is None else self.state.step)
+            stack.callback(self.metrics.close)
 
     def write_header(self) -> dict[str, Any]:
         """Writes config.yaml and the first version of run.json; returns what run.json holds, without the result."""
@@ -260,7 +213,7 @@ class Trainer:
             "base_bytes": stored_bytes(self.base),
             "packed": self.layout.packed,
             "kernels": self.kernels.description,
-            "start": describe_init(config),
+            "start": setup.describe_init(config),
             "adapted_layers": len(summary.rows),
             "trainable_parameters": summary.trainable_parameters,
             "total_parameters": summary.total_parameters,
@@ -273,7 +226,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             run_log.write_settings(self.output_dir, config)
             run_log.write_run(self.output_dir, header)
-        self.report(Prepared(header))
+        self.report(events.Prepared(header))
         return header
 
     def use_kernels(self) -> Any:
@@ -282,12 +235,6 @@ class Trainer:
 
     def memory_remedies(self) -> str:
         return remedies(self.cost, self.data.largest_size, len(self.data.longest.input_ids))
-
-    def close(self) -> None:
-        """Ends trackers and metrics."""
-        self.accelerator.end_training()
-        if self.metrics is not None:
-            self.metrics.close()
 
     # ---- A step
 
@@ -322,7 +269,7 @@ class Trainer:
         state.tokens += tokens
         state.supervised_tokens += supervised
         state.seconds += seconds
-        step = Stepped(
+        step = events.Stepped(
             step=state.step,
             max_steps=max_steps,
             loss=loss,
@@ -335,15 +282,9 @@ class Trainer:
             eta_seconds=state.seconds / state.step * (max_steps - state.step),
             memory_bytes=peak_bytes(self.accelerator.device),
         )
-        values = {
-            "loss": loss,
-            "learning_rate": rate,
-            "grad_norm": norm,
-            "tokens": state.tokens,
-            "tokens_per_second": step.tokens_per_second,
-            "memory_bytes": step.memory_bytes,
-        }
-        self.log(state.step, values)
+        values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": state.tokens}
+        speed = {"tokens_per_second": step.tokens_per_second, "memory_bytes": step.memory_bytes}
+        self.log(state.step, {**values, **speed})
         self.report(step)
 
     # ---- Evaluation
@@ -386,20 +327,15 @@ class Trainer:
         wide = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
         sums = torch.zeros(len(held_out), dtype=wide, device=accelerator.device)
         if len(own):
-            part = evaluate(
-                self.model,
-                held_out.select(own),
-                layout=self.layout,
-                token_budget=self.data.largest_size.tokens,
-                device=accelerator.device,
-            )
+            budget = self.data.largest_size.tokens
+            part = evaluate(self.model, held_out.select(own), layout=self.layout, token_budget=budget)
             sums[torch.from_numpy(own).to(sums.device)] = torch.from_numpy(part.sums).to(sums)
         joined = accelerator.reduce(sums, reduction="sum").cpu().double().numpy()
         evaluation = Evaluation(joined, held_out.supervised.astype(np.int64))
         self.state.history.append((self.state.step, evaluation.loss))
         self.log(self.state.step, {"eval_loss": evaluation.loss})
         best = may_be_kept and self.is_best(evaluation)
-        self.report(Evaluated(self.state.step, evaluation.loss, time.perf_counter() - started, best))
+        self.report(events.Evaluated(self.state.step, evaluation.loss, time.perf_counter() - started, best))
         return evaluation
 
     def is_best(self, evaluation: Evaluation) -> bool:
@@ -430,9 +366,10 @@ class Trainer:
                 **trainable.adapter_settings(self.model),
             }
             checkpoint.save(folder, Checkpoint(content, tensors))
-            checkpoint.prune(self.output_dir, self.config.save_total_limit)
+            for old in checkpoint.checkpoints_in(self.output_dir)[: -self.config.save_total_limit]:
+                shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
-        self.report(Saved(state.step, folder))
+        self.report(events.Saved(state.step, folder))
         return folder
 
     def restore_best(self) -> Evaluation | None:
@@ -440,7 +377,7 @@ class Trainer:
         if not all(bool(buffer.whole.isfinite().all()) for buffer in self.buffers):
             raise self.diverged(f"in step {self.state.step}: it left weights that are not finite")
         if self.is_out_of_patience():
-            self.report(Note(f"stopped early: {self.state.since_best} evaluations in a row without gain"))
+            self.report(events.Note(f"stopped early: {self.state.since_best} evaluations in a row without gain"))
         best = self.state.best
         if best is None:
             return self.check_finite(self.held_out_loss(may_be_kept=False))
@@ -461,9 +398,9 @@ class Trainer:
             )
         return folder
 
-    def result(self, after: Evaluation | None, seconds: float) -> TrainResult:
+    def result(self, after: Evaluation | None, seconds: float) -> events.TrainResult:
         state, summary = self.state, self.model.summary()
-        return TrainResult(
+        return events.TrainResult(
             output_dir=str(self.output_dir),
             steps=state.step,
             train_tokens=state.tokens,
@@ -485,7 +422,7 @@ class Trainer:
 
     # ---- Reporting
 
-    def report(self, event: Event) -> None:
+    def report(self, event: events.Event) -> None:
         """Calls the listener, in the main process."""
         if self.on_event is not None and self.accelerator.is_main_process:
             self.on_event(event)
@@ -510,7 +447,7 @@ class Trainer:
         if math.isfinite(loss):  # then the parameters are good as they are
             parameters = {name: p for buffer in self.buffers for name, p in buffer.parameters.items()}
             return self.diverged(f"{where}: {broken_gradients(parameters)}", parameters_are_good=True)
-        cause = broken_loss(self.base, batches, self.layout, self.accelerator.device)
+        cause = broken_loss(self.base, batches, self.layout)
         return self.diverged(f"{where}: {cause}")
 
     def diverged(self, cause: str, *, parameters_are_good: bool = False) -> DivergedError:

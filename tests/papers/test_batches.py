@@ -61,7 +61,7 @@ def test_the_accumulated_gradient_is_that_of_the_full_batch(model: LoRAModel, ro
 
     def gradient(batches: list[list[Example]]) -> Tensor:
         model.zero_grad()
-        forward = ModelWithLoss(model, rows, torch.device("cpu"))
+        forward = ModelWithLoss(model, rows)
         accumulate_gradients(forward, [MicroBatch(batch) for batch in batches], supervised, Accelerator())
         return torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 

@@ -19,11 +19,11 @@ SHORT = {"max_steps": 10, "r": 6, "target_r": 2, "lora_dropout": 0.1, "eval_step
 def test_a_run_moves_ranks_and_goes_on_to_the_same_bytes(settings: Any, tmp_path: Path, stop: int) -> None:
     whole, stopped = (settings(output_dir=str(tmp_path / name), **SHORT) for name in ("whole", "stopped"))
     result = run(whole)
-    found = [layer.r for layer in result.model.lora_layers.values()]
+    ranks = [layer.r for layer in result.model.lora_layers.values()]
     written = json.loads((Path(whole.output_dir) / "adapter" / "adapter_config.json").read_text())
-    assert len(found) <= sum(found) <= 2 * len(found) + sum(r == 1 for r in found)
-    assert len(set(found)) > 1
-    assert sorted(written["rank_pattern"].values()) == sorted(r for r in found if r != 6)
+    assert len(ranks) <= sum(ranks) <= 2 * len(ranks) + sum(r == 1 for r in ranks)
+    assert len(set(ranks)) > 1
+    assert sorted(written["rank_pattern"].values()) == sorted(r for r in ranks if r != 6)
     assert result.best_step >= 8  # of the final ranks
     assert result.eval_loss_after < result.eval_loss_before
     with pytest.raises(events.Interrupted):

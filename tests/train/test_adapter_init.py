@@ -23,12 +23,12 @@ SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "init_batches": 2, "l
 @pytest.mark.parametrize("name", [*WEIGHT_INITS, *DATA_INITS])
 def test_a_run_starts_so_says_so_and_goes_on_to_the_same_bytes(settings: Any, tmp_path: Path, name: str) -> None:
     whole, stopped = (
-        settings(output_dir=str(tmp_path / each), init_lora_weights=name, loraplus_lr_ratio=4, **SHORT)
-        for each in ("whole", "stopped")
+        settings(output_dir=str(tmp_path / folder), init_lora_weights=name, loraplus_lr_ratio=4, **SHORT)
+        for folder in ("whole", "stopped")
     )
-    heard: list[events.Event] = []
-    result = run(whole, on_event=heard.append)
-    header = next(event.header for event in heard if isinstance(event, events.Prepared))
+    reports: list[events.Event] = []
+    result = run(whole, on_event=reports.append)
+    header = next(event.header for event in reports if isinstance(event, events.Prepared))
     assert header["start"].startswith(name)
     assert ("over up to 8 examples" in header["start"]) == (name in DATA_INITS)
     assert result.eval_loss_after < result.eval_loss_before

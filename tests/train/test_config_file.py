@@ -38,9 +38,9 @@ def read(folder: Path, content: str | bytes) -> dict[str, Any]:
     ],
 )
 def test_scalars_follow_yaml_1_2(tmp_path: Path, text: str, value: Any) -> None:
-    found = read(tmp_path, f"key: {text}\n")["key"]
-    assert found == value
-    assert type(found) is type(value)
+    value_read = read(tmp_path, f"key: {text}\n")["key"]
+    assert value_read == value
+    assert type(value_read) is type(value)
 
 
 def test_keys_may_have_dashes_and_anchors_may_be_used(tmp_path: Path) -> None:

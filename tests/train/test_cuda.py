@@ -32,8 +32,8 @@ def result_on_cpu(config: TrainConfig, folder: Path) -> dict[str, Any]:
     code = "import sys; from tailora.train.config import TrainConfig; from tailora.train.trainer import run; "
     code += "run(TrainConfig.model_validate_json(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, settings], env={**os.environ, "ACCELERATE_USE_CPU": "1"}, check=True)
-    found: dict[str, Any] = json.loads((folder / "run.json").read_text())["result"]
-    return found
+    record: dict[str, Any] = json.loads((folder / "run.json").read_text())["result"]
+    return record
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -66,7 +66,7 @@ def test_packed_documents_have_the_logits_that_they_have_alone(config: Pretraine
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().to(DEVICE, dtype)
     documents = [torch.randint(300, (length,), device=DEVICE) for length in LENGTHS]
-    alone = torch.cat([model(each[None], use_cache=False).logits[0] for each in documents])
+    alone = torch.cat([model(document[None], use_cache=False).logits[0] for document in documents])
     ends = torch.tensor([0, *LENGTHS]).cumsum(0)
     positions = torch.cat([torch.arange(length, device=DEVICE) for length in LENGTHS])
     with packed_rows(model):

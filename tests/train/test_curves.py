@@ -74,9 +74,9 @@ def trained(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
                 "eval_steps": 20,
             }
             config = TrainConfig(**{**settings, **changes})
-            heard: list[str] = []
-            run(config, on_event=lambda event: heard.extend(header_of(event)))
-            assert ("checked" in heard[0]) is (config.fast == "auto" and config.packing == "auto")
+            lines: list[str] = []
+            run(config, on_event=lambda event: lines.extend(header_of(event)))
+            assert ("checked" in lines[0]) is (config.fast == "auto" and config.packing == "auto")
             made[key] = losses(config)
         return made[key]
 

@@ -103,7 +103,7 @@ def test_what_a_forward_keeps_is_what_the_real_one_keeps(model_folder: Path, fas
         step = simulate_step(fake, [example(100)], checkpointed=False)
         rows, kernels = fake.layout, fake.kernels
     model = LoRAModel(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), LoRAConfig(r=4)).train()
-    kept = memory_cost(model, rows, kernels, example(100), CPU)
+    kept = memory_cost(model, rows, kernels, example(100))
     load = ForwardSize(1, 1, 100, 99, checkpointed=False)
     assert step.kept == pytest.approx(kept.of(load), rel=0.05)
     assert step.kept < step.activations + step.logits  # with temporaries
@@ -145,7 +145,7 @@ def test_nothing_of_the_simulation_stays_behind(model_folder: Path) -> None:
     model = LoRAModel(base, LoRAConfig(r=4)).train()
     rows = BatchLayout(True, FROZEN, 0)
     with use_kernels(base, rows, Kernels(True, "")):
-        losses, _ = token_losses(model, [example(40)], rows, CPU)
+        losses, _ = token_losses(model, [example(40)], rows)
         losses.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.lora_layers.parameters())
 
@@ -176,10 +176,10 @@ def test_full_fine_tuning_counts_masters_where_the_base_has_16_bits(model_folder
     assert parts["float32"].weights >= 4 * count
     assert parts["float32"].adapters == 0
     assert parts["bfloat16"].adapters == 4 * count
-    for each in parts.values():
-        assert each.gradients >= 4 * count
-        assert each.optimizer == 3 * 4 * count
-        assert each.total == sum(value for name, value in each.to_dict().items() if name != "total")
+    for memory in parts.values():
+        assert memory.gradients >= 4 * count
+        assert memory.optimizer == 3 * 4 * count
+        assert memory.total == sum(value for name, value in memory.to_dict().items() if name != "total")
 
 
 def test_what_the_structure_tells_is_foreseen() -> None:

@@ -61,7 +61,7 @@ def model(request: pytest.FixtureRequest) -> LoRAModel:
 def gradient(model: LoRAModel, batches: list[list[Example]], rows: BatchLayout) -> tuple[float, Tensor]:
     supervised = sum(example.supervised for batch in batches for example in batch)
     model.zero_grad()
-    forward = ModelWithLoss(model, rows, CPU)
+    forward = ModelWithLoss(model, rows)
     mean = accumulate_gradients(forward, [MicroBatch(batch) for batch in batches], supervised, Accelerator())
     return float(mean), torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 
@@ -87,7 +87,7 @@ def test_packed_rows_give_the_gradient_of_padded_ones(model: LoRAModel) -> None:
 
 def test_the_loss_is_the_mean_over_all_tokens_and_not_the_mean_of_means(model: LoRAModel) -> None:
     data = examples()
-    each = [token_losses(model, [example], PADDED, CPU)[0] for example in data]
+    each = [token_losses(model, [example], PADDED)[0] for example in data]
     loss, _ = gradient(model, [[example] for example in data], PADDED)
     assert loss == pytest.approx(float(torch.cat(each).detach().mean()), abs=1e-6)
     assert abs(loss - float(torch.stack([losses.detach().mean() for losses in each]).mean())) > 1e-3
@@ -99,7 +99,7 @@ def test_a_batch_of_weight_zero_counts_for_nothing(model: LoRAModel) -> None:
     model.zero_grad()
     batches = [MicroBatch(data[:2]), MicroBatch(data[2:], weight=0.0)]
     supervised = sum(example.supervised for example in data[:2])
-    accumulate_gradients(ModelWithLoss(model, PADDED, CPU), batches, supervised, Accelerator())
+    accumulate_gradients(ModelWithLoss(model, PADDED), batches, supervised, Accelerator())
     again = torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
     assert torch.equal(again, expected)
 
@@ -109,7 +109,7 @@ def logits_asked_for(model: LoRAModel, rows: BatchLayout) -> int:
     seen: list[int] = []
     head = model.base_model.get_output_embeddings()
     hook = head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.numel() // output.shape[-1]))
-    token_losses(model, examples(), rows, CPU)
+    token_losses(model, examples(), rows)
     hook.remove()
     return seen[0]
 
@@ -124,7 +124,7 @@ def test_logits_exist_at_supervised_positions_only(model: LoRAModel, form: str) 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_losses_that_each_example_has_alone(model: LoRAModel, form: str, packed: bool) -> None:
     with packed_rows(model.base_model) if packed else nullcontext():
-        losses, owners = token_losses(model, examples(), BatchLayout(packed, form, 0), CPU)
+        losses, owners = token_losses(model, examples(), BatchLayout(packed, form, 0))
     for place, example in enumerate(examples()):
         logits = model(input_ids=torch.from_numpy(example.input_ids).long()[None]).logits[0, :-1]
         labels = torch.from_numpy(example.labels).long()[1:]
@@ -180,7 +180,7 @@ def test_evaluation_is_bitwise_repeatable_and_independent_of_its_batches(model: 
     np.testing.assert_allclose(first.sums, small.sums, rtol=1e-5)
     assert (first.counts == held.supervised).all()
     assert model.training
-    losses, owners = token_losses(model.eval(), list(held), PADDED, CPU)
+    losses, owners = token_losses(model.eval(), list(held), PADDED)
     np.testing.assert_allclose(first.sums, np.bincount(owners, losses.detach().numpy()), rtol=1e-5)
 
 

@@ -118,8 +118,8 @@ def test_groups_have_rates_and_decays_of_their_own() -> None:
                 float(nn.utils.clip_grad_norm_(theirs.values(), 3.0)), rel=1e-6
             )
             optimizer_step(optimizer, 1e-3)
-            for each in expected:
-                each.step()
+            for reference in expected:
+                reference.step()
     for name, parameter in theirs.items():
         torch.testing.assert_close(ours[name], parameter, rtol=1e-6, atol=1e-6)
 

@@ -42,21 +42,20 @@ def made(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PACKS)
 def test_models_that_isolate_documents_are_packed(name: str, dtype: torch.dtype) -> None:
-    packing = choose_packing(made(PACKS[name], dtype), "auto")
-    assert (packing.on, packing.note) == (True, None)
+    assert choose_packing(made(PACKS[name], dtype), "auto") == (True, None)
 
 
 @pytest.mark.parametrize("name", DOES_NOT)
 def test_models_that_do_not_get_padded_batches_and_a_reason(name: str) -> None:
     model = made(DOES_NOT[name])
     before = model.config._attn_implementation
-    packing = choose_packing(model, "auto")
-    assert not packing.on
-    assert type(model).__name__ in (packing.note or "")
+    packed, note = choose_packing(model, "auto")
+    assert not packed
+    assert type(model).__name__ in (note or "")
     assert model.config._attn_implementation == before
     with pytest.raises(ConfigError, match="packing = 'on', but"):
         choose_packing(model, "on")
-    assert choose_packing(model, "off").note is None
+    assert choose_packing(model, "off") == (False, None)
 
 
 def test_a_model_that_is_not_packed_still_trains(settings: Any, tmp_path: Any, model_folder: Any) -> None:

@@ -70,7 +70,7 @@ def test_a_run_on_a_quantised_base(settings: Any, model_folder: Path, method: st
 @methods
 def test_losses_and_gradients_are_those_of_the_dequantised_base(model_folder: Path, method: str) -> None:
     """One step of plain descent by the run's loss, with and without the quantised storage."""
-    found = []
+    results = []
     for quantised in (True, False):
         base, _ = load_base(str(model_folder), "float32", "cpu", method)
         if not quantised:
@@ -85,8 +85,8 @@ def test_losses_and_gradients_are_those_of_the_dequantised_base(model_folder: Pa
         ids = torch.arange(40)[None] % 320
         loss = model(input_ids=ids, labels=ids).loss
         gradients = torch.autograd.grad(loss, list(model.lora_layers.parameters()))
-        found.append([loss, *gradients])
-    for one, other in zip(*found, strict=True):
+        results.append([loss, *gradients])
+    for one, other in zip(*results, strict=True):
         assert (one - other).norm() <= 1e-4 * other.norm()
 
 
@@ -135,7 +135,7 @@ def test_the_estimate_counts_what_a_quantised_base_keeps(model_folder: Path, met
         base, _ = load_base(str(model_folder), "float32", "cpu", how)
         assert any(map(is_quantized, base.modules())) == (how is not None)
         model = LoRAModel(base, LoRAConfig(r=4)).train()
-        costs.append(memory_cost(model, BatchLayout(False, FROZEN, 0), Kernels(False, ""), Example(ids, ids), CPU))
+        costs.append(memory_cost(model, BatchLayout(False, FROZEN, 0), Kernels(False, ""), Example(ids, ids)))
     plain, quantised = costs
     dense = 4 * 2 * HIDDEN * (2 * HIDDEN + 2 * KEYS + 3 * INNER)  # all linear layers in float32
     largest = 4 * HIDDEN * INNER

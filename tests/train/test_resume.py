@@ -64,11 +64,11 @@ def test_an_interrupted_run_saves_says_where_and_continues_to_the_same_bytes(
         settings(output_dir=str(tmp_path / name), max_steps=5, lora_dropout=0.1) for name in ("whole", "stopped")
     )
     run(whole)
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(signal_number) for signal_number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(events.Interrupted) as caught:
         run(stopped, on_event=stopping_at(3, number))
     assert caught.value.folder == Path(stopped.output_dir) / "checkpoint-3"
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(signal_number) for signal_number in (signal.SIGINT, signal.SIGTERM)] == handlers
     run(changed(stopped, resume_from_checkpoint=str(caught.value.folder)))
     assert adapter(stopped) == adapter(whole)
 
@@ -193,7 +193,7 @@ def test_a_resume_on_other_data_is_refused(two_checkpoints: TrainConfig) -> None
 def rewrite_recorded(config: TrainConfig, **changes: Any) -> None:
     """Changes what the newest checkpoint says about its run."""
     folder = checkpoints_in(Path(config.output_dir))[-1]
-    saved = checkpoint.load(folder)
+    saved = checkpoint.load(str(folder), folder.parent)
     state = {name: value for name, value in saved.state.items() if name not in ("files", "sha256")}
     checkpoint.save(folder, checkpoint.Checkpoint({**state, "run": {**state["run"], **changes}}, saved.tensors))
 

@@ -108,9 +108,9 @@ def test_the_callers_random_state_is_left_alone(settings: Any) -> None:
 
 def test_the_best_adapter_is_kept_and_not_the_last(settings: Any) -> None:
     config = settings(learning_rate=1.0, lr_scheduler_type="constant", eval_steps=1, max_steps=2)
-    heard: list[events.Evaluated] = []
-    result = run(config, on_event=lambda event: heard.append(event) if isinstance(event, events.Evaluated) else None)
-    trained = {event.step: event.loss for event in heard if event.step > 0}
+    reports: list[events.Evaluated] = []
+    result = run(config, on_event=lambda event: reports.append(event) if isinstance(event, events.Evaluated) else None)
+    trained = {event.step: event.loss for event in reports if event.step > 0}
     best = min(trained, key=trained.__getitem__)
     assert best < 2, "the settings are meant to diverge"
     assert (result.best_step, result.eval_loss_after) == (best, trained[best])
@@ -187,16 +187,16 @@ def test_trackers_that_are_missing_or_unknown_are_errors(settings: Any, monkeypa
 
 
 def test_numbers_of_a_step_add_up(settings: Any) -> None:
-    heard: list[events.Stepped] = []
+    reports: list[events.Stepped] = []
     config = settings(num_train_epochs=2, gradient_accumulation_steps=2)
-    result = run(config, on_event=lambda event: heard.append(event) if isinstance(event, events.Stepped) else None)
+    result = run(config, on_event=lambda event: reports.append(event) if isinstance(event, events.Stepped) else None)
     assert result.data is not None
-    assert len(heard) == result.steps == heard[0].max_steps == 2 * 3  # 24 examples, 8 a step
-    assert sum(event.tokens for event in heard) == result.train_tokens == 2 * int(result.data.train.lengths.sum())
-    assert sum(event.supervised_tokens for event in heard) == result.supervised_tokens
+    assert len(reports) == result.steps == reports[0].max_steps == 2 * 3  # 24 examples, 8 a step
+    assert sum(event.tokens for event in reports) == result.train_tokens == 2 * int(result.data.train.lengths.sum())
+    assert sum(event.supervised_tokens for event in reports) == result.supervised_tokens
     assert result.supervised_tokens == 2 * int(result.data.train.supervised.sum())
-    assert heard[-1].eta_seconds == 0
-    assert heard[-1].memory_bytes >= heard[0].memory_bytes > 0
+    assert reports[-1].eta_seconds == 0
+    assert reports[-1].memory_bytes >= reports[0].memory_bytes > 0
 
 
 @pytest.mark.parametrize(
