@@ -29,8 +29,6 @@ from torch import Tensor
 from tailora.kernels.attention import BLOCK, ROUND
 from tailora.kernels.products import cpu_flags
 
-# ---- Groups of documents
-
 
 @dataclass(frozen=True)
 class DocumentGroup:
@@ -144,8 +142,6 @@ def attention_backward(
 
 
 Rows = Tensor  # (count * length, heads, width)
-
-# ---- Flash
 
 
 flash_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

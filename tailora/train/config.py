@@ -101,7 +101,7 @@ class TrainConfig(StrictModel):
     gradient_checkpointing: bool = Field(False, description="less memory for activations, about a third more time")
     fast: Literal["auto", "off"] = Field("auto", description="faster kernels, where verified to give the same results")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="precision of the base; adapters: float32"
+        "auto", description="precision of the base model; adapters are float32"
     )
     quantize: Quantize | None = Field(None, description="quantization of the base model")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of data order, initialisation and dropout")

@@ -114,9 +114,8 @@ def _line(error: MarkedYAMLError) -> str:
 def _value_text(value: Any) -> str:
     match value:
         case str():  # in quotes: YAML 1.1 takes `on` and `12:30` for a boolean and a number
-            return re.sub(
-                "[^ -~]", lambda character: f"\\U{ord(character[0]):08x}", json.dumps(value, ensure_ascii=False)
-            )
+            text = json.dumps(value, ensure_ascii=False)
+            return re.sub("[^ -~]", lambda character: f"\\U{ord(character[0]):08x}", text)
         case float():  # YAML 1.1 takes 1e-05 for text, and 1.0e-05 for a number
             return repr(value) if "." in repr(value) else repr(value).replace("e", ".0e")
         case dict():

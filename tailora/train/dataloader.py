@@ -33,8 +33,6 @@ from tailora.train.memory import ForwardSize
 # Of one forward on a CPU: 430 tokens/s at 380, 480 at 730, and no more at 1500, which takes twice the memory.
 CPU_TOKENS = 768
 
-# ---- The data of a run
-
 
 ChooseHeldOut = Callable[[int], NDArray[np.int64]]  # number of held-out examples -> indices of those to evaluate
 
@@ -106,11 +104,7 @@ def _streamed(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int, shape: "StepShape"
 ) -> TrainingData:
     """Data that is read while training; only its first batches are known before."""
-    common: dict[str, Any] = {
-        "field": config.field,
-        "max_length": config.max_length,
-        "embedding_rows": embedding_rows,
-    }
+    common: dict[str, Any] = {"field": config.field, "max_length": config.max_length, "embedding_rows": embedding_rows}
     cuts = RowCounts()
     read = partial(stream_examples, resolve_demo(config.data, "data"), tokenizer, counts=cuts, **common)
     eval_data = held_out = None
@@ -144,9 +138,6 @@ def random_data(
     examples = Examples.of(Example(row, row) for row in ids)
     steps = partial(dataset_steps, examples, shape)
     return TrainingData(None, None, steps, config.max_steps or 2, examples, shape)
-
-
-# ---- The examples of every step
 
 
 @dataclass(frozen=True)

@@ -280,9 +280,6 @@ def _quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"Quantized{cls.__name__}", (_QuantizedLinear, cls), {"__module__": __name__})
 
 
-# ---- Memory
-
-
 MOMENTS = 2  # of AdamW
 # Of a process on a CPU, in addition to what torch allocates; benchmarks/plan.py compares the sums with whole runs:
 LIBRARIES = 90 * 10**6  # code that is loaded when it is first called, threads, caches
@@ -386,9 +383,6 @@ def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, proces
     reading = process + fake.weights.stored + fake.weights.while_read
     reading_back = in_step.total - step.bytes + (fake.weights.stored if config.method == "full" else 0)
     return in_step.with_total(max(in_step.total, reading, reading_back))
-
-
-# ---- Speed
 
 
 SHARE = 0.6  # of the speed of products that a whole step reaches; see benchmarks/plan.py

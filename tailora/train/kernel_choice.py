@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tailora.core.attach import Adapted, evaluating
 from tailora.core.layer import LoRALayer
@@ -36,11 +36,6 @@ class Kernels:
     description: str  # for the run's header: decoder layers; attention; loss
 
 
-NO_KERNELS = Kernels(False, "")
-
-# ---- The choice
-
-
 def choose_kernels(
     fast: str, model: Trainable, layout: BatchLayout, sample: Example, recorded: bool | None = None
 ) -> Kernels:
@@ -54,7 +49,10 @@ def choose_kernels(
     base = cast(PreTrainedModel, model.base_model)
     obstacle, check = obstacle_to_kernels(fast, base, layout), "as when the run was started"
     if obstacle is None and recorded is None:
-        difference = largest_difference(model, documents(sample, base.config), layout)
+        # two documents from the start of the sample, longer than a sliding window unless that is long
+        lengths = [len(document.input_ids) for document in random_documents(base.config)]
+        parts = np.split(sample.input_ids[: sum(lengths)], [min(lengths[0], len(sample.input_ids) // 2)])
+        difference = largest_difference(model, [Example(ids, ids.copy()) for ids in parts], layout)
         allowed = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
         if not difference <= allowed:
             obstacle = f"the fused ones differ from them by {difference:.0e} (allowed: {allowed:.0e})"
@@ -99,16 +97,6 @@ def described_kernels(base: PreTrainedModel, layout: BatchLayout, obstacle: str 
         attention = "torch's SDPA for each document"
     layers = f"fused for speed, {check}" if fused else f"those of transformers, because {obstacle}"
     return Kernels(fused, f"decoder layers: {layers}; attention: {attention}; loss: {layout.loss}")
-
-
-# ---- The comparison
-
-
-def documents(sample: Example, config: PretrainedConfig) -> list[Example]:
-    """Returns two documents from the start of the sample, longer than a sliding window unless that is long."""
-    lengths = [len(document.input_ids) for document in random_documents(config)]
-    parts = np.split(sample.input_ids[: sum(lengths)], [min(lengths[0], len(sample.input_ids) // 2)])
-    return [Example(ids, ids.copy()) for ids in parts]
 
 
 def largest_difference(model: Trainable, examples: Sequence[Example], layout: BatchLayout) -> float:
@@ -170,9 +158,6 @@ def zeros_randomized(model: Trainable) -> Iterator[None]:
     finally:
         for factor in zeros:
             factor.data.zero_()
-
-
-# ---- The use
 
 
 @contextmanager

@@ -16,9 +16,8 @@ DECAYS: dict[str, Callable[[float], float]] = {  # share of the steps after warm
 
 def lr_schedule(config: TrainConfig) -> LRSchedule:
     """Returns the schedule that the settings name: warm-up, then a cosine, linear or no decay."""
-    return lambda step, total: learning_rate(
-        step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
-    )
+    settings = config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
+    return lambda step, total: learning_rate(step, total, *settings)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, decay: str) -> float:

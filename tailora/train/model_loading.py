@@ -175,9 +175,6 @@ def _try_layer(method: Method, device: torch.device) -> str | None:
     return None
 
 
-# ---- Precision
-
-
 CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 names, and Arm's
 DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
@@ -197,9 +194,6 @@ def has_bfloat16(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> 
 def precision_of(dtype: str, device: str) -> torch.dtype | str:
     """Returns the dtype of one of `DTYPES`, or for "auto" the one that the device is good at."""
     return DTYPES[("bfloat16" if has_bfloat16(device) else "float32") if dtype == "auto" else dtype]
-
-
-# ---- Loading
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from tailora.model import LoRAModel
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import TrainingData
-from tailora.train.kernel_choice import NO_KERNELS, Kernels, use_kernels
+from tailora.train.kernel_choice import Kernels, use_kernels
 from tailora.train.loss import BatchLayout, make_batch, token_losses
 from tailora.train.memory import Cost, measure_cost
 from tailora.train.model_loading import load_base
@@ -107,7 +107,7 @@ def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, ba
     def loss(model: Any, examples: Sequence[Example]) -> Tensor:
         return token_losses(model, examples, layout)[0].sum() / supervised
 
-    with use_kernels(cast(PreTrainedModel, model.base_model), layout, NO_KERNELS):
+    with use_kernels(cast(PreTrainedModel, model.base_model), layout, Kernels(False, "")):
         model.start_from_data(first, loss)
 
 

@@ -22,9 +22,6 @@ from tailora.errors import MemoryLimitError, TailoraError
 from tailora.formats.io import write_file
 from tailora.train.config import TrainConfig
 
-# ---- Errors of another process. Needs no torch.
-
-
 ERROR = "error.json"
 KILLED = -9  # exit code of a process that the system ended, usually because memory ran out
 
@@ -48,9 +45,6 @@ def error_of(folder: Path, code: int, stderr: str, task: str) -> Exception:
     if code == KILLED:
         return MemoryLimitError(f"{task} was killed, most likely for memory: take a smaller batch size")
     return RuntimeError(f"{task} ended with code {code}: {stderr.strip()[-2000:]}")
-
-
-# ---- A few steps
 
 
 STEPS = 3  # between the two of the largest forward

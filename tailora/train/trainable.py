@@ -11,6 +11,7 @@ A float32 model is its own master.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,10 +38,7 @@ class FullModel(nn.Module):
     trained: nn.ParameterDict
 
     def __init__(
-        self,
-        base_model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        load_original: Callable[[], nn.Module],
+        self, base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, load_original: Callable[[], nn.Module]
     ) -> None:
         super().__init__()
         self.base_model = base_model.requires_grad_()
@@ -51,7 +49,7 @@ class FullModel(nn.Module):
             wide = adapter_dtype(weight.dtype)
             self.trained[_key(name)] = weight if weight.dtype == wide else nn.Parameter(weight.detach().to(wide))
         for weight, master in self._pairs():
-            cast(Any, weight).register_post_accumulate_grad_hook(_move_gradient_to(master))
+            cast(Any, weight).register_post_accumulate_grad_hook(partial(_move_gradient, master))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
@@ -111,18 +109,14 @@ def _key(name: str) -> str:
     return name.replace(".", "/")
 
 
-def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
-    """Returns a hook that adds the gradient of a weight to its master's."""
-
-    def move(weight: Tensor) -> None:
-        gradient = cast(Tensor, weight.grad)
-        if master.grad is None:
-            master.grad = gradient.to(master.dtype)
-        else:
-            master.grad.add_(gradient)
-        weight.grad = None
-
-    return move
+def _move_gradient(master: nn.Parameter, weight: Tensor) -> None:
+    """Adds the gradient of a weight to its master's."""
+    gradient = cast(Tensor, weight.grad)
+    if master.grad is None:
+        master.grad = gradient.to(master.dtype)
+    else:
+        master.grad.add_(gradient)
+    weight.grad = None
 
 
 # ---- What the trainer asks of both
@@ -147,12 +141,6 @@ def rank_allocator(model: Trainable, optimizer: torch.optim.Optimizer, steps: in
     if isinstance(model, FullModel) or model.adapters["default"].adalora is None:
         return None
     return model.allocate_ranks(optimizer, steps)
-
-
-def finalize(model: Trainable) -> None:
-    """Removes the ranks that AdaLoRA has switched off; to be called when training is over."""
-    if not isinstance(model, FullModel):
-        model.settle_ranks()
 
 
 def sync_parameters(model: Trainable) -> None:

@@ -34,6 +34,7 @@ from tailora.core.quantization import stored_bytes
 from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError, DivergedError
 from tailora.kernels.flat_parameters import flattened
+from tailora.model import LoRAModel
 from tailora.train import checkpoint, events, run_log, setup, trainable
 from tailora.train.checkpoint import Best, Checkpoint, TrainState
 from tailora.train.config import TrainConfig
@@ -116,9 +117,9 @@ class Trainer:
                     if stop:
                         raise events.Interrupted(self.save_checkpoint())
                     self.step(batches, tokens, supervised)
-                    if config.eval_steps and (_is_due(config.eval_steps, state.step) or state.step == max_steps):
+                    if config.eval_steps and (state.step % config.eval_steps == 0 or state.step == max_steps):
                         self.evaluate_and_keep_best()
-                    if _is_due(config.save_steps, state.step):
+                    if config.save_steps and state.step % config.save_steps == 0:
                         self.save_checkpoint()
                 after = self.restore_best()
             folder = self.save_trained()
@@ -360,11 +361,7 @@ class Trainer:
                 **({"best": state.best.tensors} if state.best else {}),
                 **({"allocation": self.allocator.state_dict()} if self.allocator else {}),
             }
-            content = {
-                "progress": state.counters(),
-                "run": self.identity,
-                **trainable.adapter_settings(self.model),
-            }
+            content = {"progress": state.counters(), "run": self.identity, **trainable.adapter_settings(self.model)}
             checkpoint.save(folder, Checkpoint(content, tensors))
             for old in checkpoint.checkpoints_in(self.output_dir)[: -self.config.save_total_limit]:
                 shutil.rmtree(old)
@@ -388,7 +385,8 @@ class Trainer:
     def save_trained(self) -> Path:
         """Writes the adapter or the model, reads it back and returns its folder. Raises CheckpointError."""
         folder = trainable.folder_of(self.model, self.output_dir)
-        trainable.finalize(self.model)
+        if isinstance(self.model, LoRAModel):
+            self.model.settle_ranks()  # removes those that AdaLoRA has switched off
         if not self.accelerator.is_main_process:
             return folder
         trainable.save(self.model, self.output_dir)
@@ -485,7 +483,3 @@ def accumulate_gradients(
     with accelerator.no_sync(forward):
         shares = [backward(batch) for batch in first]
     return torch.stack([*shares, backward(last)]).sum()
-
-
-def _is_due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
