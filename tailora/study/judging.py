@@ -86,7 +86,9 @@ def judge_arms(
     """rates, runs: by arm.    Raises ConfigError when no arm could be trained."""
     done = {arm: trials for arm, trials in runs.items() if trials and all(trial.done for trial in trials)}
     failures = {}
-    for arm in (arm for arm in study.arms if arm not in done):
+    for arm in study.arms:
+        if arm in done:
+            continue
         failed = next((trial for trial in runs.get(arm, []) if not trial.done), None)
         if failed is not None:
             failures[arm] = f"{failed.outcome} at its best rate with another seed"

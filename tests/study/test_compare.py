@@ -12,15 +12,10 @@ from tailora.errors import ConfigError
 from tailora.report.files import write_page
 from tailora.study.compare import compare
 from tailora.study.config import CompareConfig, arm_settings
-from tailora.study.trial import Listen, Trial, TrialSpec, run_here, run_in_subprocess
+from tailora.study.trial import Trial, run_here
 from tailora.train.config import TrainConfig
 
 SMALL = CompareConfig(seeds=2, rate_tries=1, arms={"r4": {"learning_rate": 1e-2}, "full": {"method": "full"}})
-
-
-def one_in_a_process(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
-    """Runs the arm `full` with seed 1 in a process of its own, and all others here."""
-    return (run_in_subprocess if folder.name.startswith("seed-1-rate-5e-05") else run_here)(spec, folder, listen)
 
 
 def not_run(*_: Any) -> Trial:
@@ -30,7 +25,7 @@ def not_run(*_: Any) -> Trial:
 def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: Path) -> None:
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
     heard: list[str] = []
-    found = compare(train, SMALL, log=heard.append, run_trial=one_in_a_process)
+    found = compare(train, SMALL, log=heard.append, run_trial=run_here)
     assert [arm.name for arm in found.arms] == ["r4", "full"]
     assert found.reference == "full"
     lora, full = found.arms

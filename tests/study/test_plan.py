@@ -1,6 +1,7 @@
 """The plan of a run: what it says about the run, and that it says the same as the run."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from runs import changed
 
 from tailora.errors import ConfigError, TargetError
 from tailora.study.plan import plan
+from tailora.train import subprocess_worker
 from tailora.train.config import TrainConfig
 from tailora.train.trainer import run
 
@@ -86,7 +88,13 @@ def test_a_few_real_steps_say_what_they_took(small_run: TrainConfig) -> None:
     assert "measured" not in estimated.basis["memory"]
 
 
-def test_a_rehearsal_tells_what_its_process_ran_into(small_run: TrainConfig, tmp_path: Path) -> None:
+def test_a_rehearsal_tells_what_its_process_ran_into(
+    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, subprocess_worker.main(Path(command[-1])), "", "")
+
+    monkeypatch.setattr(subprocess, "run", run_here)
     (tmp_path / "config.json").write_text((Path(small_run.model) / "config.json").read_text())
     with pytest.raises(ConfigError, match="cannot read this folder"):
         plan(TrainConfig(model=str(tmp_path), r=4, max_length=64), measure=True)

@@ -1,16 +1,15 @@
 """A whole search on a tiny model, by workers that share it, one of which is killed."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from search_worker import GRACE, HEARTBEAT, work
 
 from tailora.cli.main import main
 from tailora.study import optuna_study
@@ -20,7 +19,6 @@ from tailora.study.trial import run_here
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 
-HEARTBEAT, GRACE = 1, 10  # seconds
 STUDY = {
     "trials": 4,
     "seeds": 2,
@@ -28,37 +26,11 @@ STUDY = {
     "finalists": 2,
     "space": {"learning_rate": "1e-3..3e-2", "r": "2,8", "target_modules": "all-linear,attention"},
 }
-WORKER = f"""
-import json, sys, time
-from tailora.study import optuna_study
-from tailora.study.config import SearchConfig
-from tailora.study.search import search
-from tailora.study.trial import run_here, run_in_subprocess
-from tailora.train.config import TrainConfig
-from tailora.train.config_file import read_config_file
-
-optuna_study.HEARTBEAT, optuna_study.GRACE = {HEARTBEAT}, {GRACE}
-train, study = map(json.loads, sys.argv[2:])
-
-def run_trial(spec, folder, listen):
-    if sys.argv[1] == "killed" and folder.name == "0001":
-        time.sleep(600)  # until it is killed
-    return run_here(spec, folder, listen)
-
-log = lambda text: print(text, file=sys.stderr, flush=True)
-print(json.dumps(search(TrainConfig(**train), SearchConfig(**study), log, run_trial=run_trial).to_dict()))
-"""
 
 
-def worker(name: str, train: TrainConfig) -> subprocess.Popen[str]:
-    settings = [json.dumps(train.model_dump(exclude_unset=True)), json.dumps(STUDY)]
-    command = [sys.executable, "-c", WORKER, name, *settings]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(there: Callable[[], bool], process: BaseProcess) -> None:
     while not there():
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive()
         time.sleep(0.05)
 
 
@@ -68,22 +40,29 @@ Shared = tuple[Path, list[dict[str, Any]], str]
 @pytest.fixture(scope="module")
 def shared(small_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Shared:
     """One worker begins, and is killed in its second trial; another one goes on, and this process joins it."""
-    folder = tmp_path_factory.mktemp("search") / "study"
+    outputs = tmp_path_factory.mktemp("search")
+    folder, log, result = outputs / "study", outputs / "log.txt", outputs / "result.json"
     train = TrainConfig(**{**small_run.model_dump(exclude_unset=True, exclude={"r"}), "output_dir": str(folder)})
-    first = worker("killed", train)
+    context = multiprocessing.get_context("forkserver")  # which imports once for all workers
+    context.set_forkserver_preload(["tailora.study.search", "tailora.train.trainer"])
+    settings = train.model_dump(exclude_unset=True), STUDY, log, result
+    first, second = (context.Process(target=work, args=settings, kwargs={"stuck_in": name}) for name in ("0001", None))
+    first.start()
     wait_for((folder / "trials" / "0001" / "spec.json").exists, first)
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate()
-    second = worker("joins", train)
+    first.kill()
+    first.join()
+    log.unlink()
+    second.start()
     wait_for((folder / "trials" / "0002" / "spec.json").exists, second)
-    log: list[str] = []
+    lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optuna_study, "HEARTBEAT", HEARTBEAT)
         patch.setattr(optuna_study, "GRACE", GRACE)
-        result = search(train, SearchConfig(**STUDY), log.append, run_trial=run_here)
-    out, err = second.communicate()
-    assert second.returncode == 0, err
-    return folder, [json.loads(out.splitlines()[-1]), json.loads(json.dumps(result.to_dict()))], "\n".join([err, *log])
+        here = search(train, SearchConfig(**STUDY), lines.append, run_trial=run_here)
+    second.join()
+    assert second.exitcode == 0
+    results = [json.loads(result.read_text()), json.loads(json.dumps(here.to_dict()))]
+    return folder, results, "\n".join([log.read_text(), *lines])
 
 
 def test_workers_share_trials_and_that_of_a_killed_one_is_run_again(shared: Shared) -> None:

@@ -129,19 +129,22 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> TrialSpec:
 
 
 def test_a_process_that_is_stopped_keeps_what_it_reported(endless: TrialSpec, tmp_path: Path) -> None:
+    others = psutil.Process().children()  # of other tests
     trial = get_trial(endless, tmp_path, stop=lambda event: "bad" if event.step == 2 else None)
     assert (trial.outcome, trial.message, trial.parameters) == ("pruned", "bad", 7)
     assert trial.curve == [[0, 4.0], [2, 2.0]]
     assert trial.losses == [3.0]
     assert not (tmp_path / "run").exists()
-    assert psutil.Process().children() == []
+    assert psutil.Process().children() == others
     assert get_trial(endless, tmp_path, run_trial=not_run) == trial
 
 
 def test_a_process_that_the_system_kills_is_a_result(endless: TrialSpec, tmp_path: Path) -> None:
+    others = psutil.Process().children()  # of other tests
+
     def kill(_: TrialEvent) -> None:
-        for child in psutil.Process().children():
-            child.kill()
+        (process,) = set(psutil.Process().children()) - set(others)
+        process.kill()
 
     trial = get_trial(endless, tmp_path, stop=kill)
     assert trial.outcome == "out of memory"
