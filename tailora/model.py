@@ -10,7 +10,6 @@ Each method checks that the two allow what is asked, and calls the function of `
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -40,8 +39,7 @@ class LoRAModel(nn.Module):
 
     The base is frozen; what trains is `lora_layers.parameters()`. Adapters are added, loaded and switched by name;
     one called `adapter_name` is made from `config` (default: every linear layer but the output head) and is active.
-    Raises TargetError when the config names what the model lacks or what cannot be adapted, and when the base has
-    adapters already.
+    Raises TargetError when the config names what the model lacks or cannot adapt, or when the base has adapters.
     """
 
     base_model: nn.Module
@@ -203,9 +201,8 @@ class LoRAModel(nn.Module):
         from tailora.formats.export import export  # with the formats that only this needs
         from tailora.formats.low_rank_export import ExportSource
 
-        adapter = self._adapter_set[name]
         self._merge_state.check_unmerged("export an adapter")
-        return export(ExportSource(as_plain_lora(adapter), self.base_model, tokenizer), Path(folder), to)
+        return export(ExportSource(as_plain_lora(self.adapter(name)), self.base_model, tokenizer), Path(folder), to)
 
     def delete_adapter(self, name: str) -> None:
         """Deletes an adapter. If it was active, the others that were stay so."""
@@ -239,7 +236,6 @@ class LoRAModel(nn.Module):
         is: `set_adapter` the names first to have all their parameters in it. With gradient checkpointing, call
         backward within the block. In inference the factors are put together once per block, and again when a
         parameter changes in a way that torch counts: not through `.data` in place, and not in torch.inference_mode.
-
         Raises AdapterError for unknown names, MergeError while merged, RowsError within another such block; and at
         the call RowsError where a layer gets another number of rows, or where rows cannot be known.
         """
@@ -266,7 +262,6 @@ class LoRAModel(nn.Module):
         batches: tensors or mappings of the model's arguments, or anything that `loss` takes; all are held in memory.
         loss: (model, batch) -> one number; without it, the `.loss` of the model's output. EVA needs none.
         rho: EVA gives a layer up to rho times its rank, as many ranks in all, written as `rank_pattern`.
-
         Costs 4 forwards and backwards of every batch (EVA: 3 forwards), in evaluation mode and with no adapter active,
         and the memory of training at rank 2r + 16: full gradients are never held. Call it before making the optimizer.
         Raises AdapterError for another start, DataError where the batches give no loss or do not reach a layer.
@@ -341,12 +336,11 @@ class LoRAModel(nn.Module):
         Returns rank and error by layer. Raises ConfigError, AdapterError; DivergedError for a loss that is not finite.
         """
         compress.check(r, energy, loss, budget)
-        adapter = self._adapter_set[source]
         self._adapter_set.check_new(name)
         self._merge_state.check_unmerged("shrink an adapter")
-        own_loss = partial(loss, self) if loss else None
+        own_loss = (lambda: loss(self)) if loss else None
         with self._activated(source) if loss and source not in self.active_adapters else nullcontext():
-            smaller, report = compress.shrink(adapter, self.base_model, r, energy, own_loss, budget)
+            smaller, report = compress.shrink(self.adapter(source), self.base_model, r, energy, own_loss, budget)
         self._adapter_set.add(name, smaller)
         return report
 
