@@ -222,7 +222,10 @@ def fake_trainable(config: TrainConfig, shape: PretrainedConfig, device: torch.d
         raise ConfigError(f"model {config.model!r} is no causal language model: {error}") from error
     stored = getattr(shape, "dtype", None) or torch.float32  # according to config.json
     files: torch.dtype = getattr(torch, stored) if isinstance(stored, str) else stored
-    weights = _weights(base, files, None if config.quantize is None else METHODS[config.quantize].stored)
+    storage = None if config.quantize is None else METHODS[config.quantize].stored
+    if config.quantize is not None and storage is None:
+        raise ConfigError(f"what --quantize {config.quantize} takes is not known: choose another method to estimate it")
+    weights = _weights(base, files, storage)
     if config.method == "full":
         return FullModel(base, cast(Any, None), lambda: base).train(), weights
     settings = lora_config_of(read_any_format(Path(config.adapter), base), base) if config.adapter else config.lora()

@@ -28,8 +28,6 @@ CGROUP = (  # limit and use of a container, version 2 and 1
 STATUS = Path("/proc/self/status")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc")
 
-# ---- What there is
-
 
 def peak_bytes(device: torch.device) -> int:
     """Returns the most memory used so far: of the device, or of this process on a CPU."""
@@ -136,9 +134,6 @@ def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
     total = sum(kept.values())
     del loss
     return total
-
-
-# ---- What helps
 
 
 def check_fits(cost: Cost, size: ForwardSize, longest: int, device: torch.device) -> int:

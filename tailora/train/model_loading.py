@@ -73,9 +73,13 @@ def _four_bit_bytes(weight: Tensor) -> int:
 
 
 def _int8(_: torch.dtype) -> Any:
-    repeated = "MatMul8bitLt: inputs will be cast"  # logged at every call of every layer
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: not record.msg.startswith(repeated))
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_repeated)
     return transformers.BitsAndBytesConfig(load_in_8bit=True)
+
+
+def _is_not_repeated(record: logging.LogRecord) -> bool:
+    """False for the message that bitsandbytes logs at every call of every layer."""
+    return not record.msg.startswith("MatMul8bitLt: inputs will be cast")
 
 
 def _bitsandbytes_layer(class_name: str, settings: dict[str, Any], plain: nn.Linear) -> nn.Module:
@@ -97,18 +101,20 @@ def _four_bits(quant_type: str) -> Method:
     return Method("bitsandbytes", settings, layer, Stored(_four_bit_bytes))
 
 
-def _torchao_config(bits: int) -> Any:
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+def _torchao(bits: int, stored: Stored | None = None) -> Method:
+    def config() -> Any:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
-    return Int8WeightOnlyConfig(version=2) if bits == 8 else Int4WeightOnlyConfig(group_size=32)
+        return Int8WeightOnlyConfig(version=2) if bits == 8 else Int4WeightOnlyConfig(group_size=32)
 
+    def layer(plain: nn.Linear) -> nn.Module:
+        from torchao.quantization import quantize_
 
-def _torchao_layer(bits: int, plain: nn.Linear) -> nn.Module:
-    from torchao.quantization import quantize_
+        plain = plain.requires_grad_(False).to(torch.bfloat16 if bits == 4 else None)
+        quantize_(plain, config())
+        return plain
 
-    plain = plain.requires_grad_(False).to(torch.bfloat16 if bits == 4 else None)
-    quantize_(plain, _torchao_config(bits))
-    return plain
+    return Method("torchao", lambda _: transformers.TorchAoConfig(config()), layer, stored)
 
 
 METHODS = {
@@ -120,15 +126,10 @@ METHODS = {
         partial(_bitsandbytes_layer, "Linear8bitLt", {"has_fp16_weights": False}),
         Stored(lambda weight: weight.numel() + 4 * len(weight), per_output=4),  # sums of int8 are int32
     ),
-    "torchao-int8": Method(
-        "torchao",
-        lambda _: transformers.TorchAoConfig(_torchao_config(8)),
-        partial(_torchao_layer, 8),
-        Stored(lambda weight: weight.numel() + weight.itemsize * len(weight), keeps_dense=True),
+    "torchao-int8": _torchao(
+        8, Stored(lambda weight: weight.numel() + weight.itemsize * len(weight), keeps_dense=True)
     ),
-    "torchao-int4": Method(
-        "torchao", lambda _: transformers.TorchAoConfig(_torchao_config(4)), partial(_torchao_layer, 4)
-    ),
+    "torchao-int4": _torchao(4),
 }
 
 

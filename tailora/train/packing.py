@@ -24,10 +24,14 @@ def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True
 
     setting: auto, on or off.    compare: False for a model without contents, whose logits tell nothing.
     """
-    obstacle = None if setting == "off" else obstacle_to_packing(model, compare=compare)
-    if obstacle is not None and setting == "on":
+    if setting == "off":
+        return False, None
+    obstacle = obstacle_to_packing(model, compare=compare)
+    if obstacle is None:
+        return True, None
+    if setting == "on":
         raise ConfigError(f"packing = 'on', but {obstacle}; take packing = 'auto' or 'off' for padded batches")
-    return setting != "off" and obstacle is None, obstacle and f"padded batches instead of packed rows: {obstacle}"
+    return False, f"padded batches instead of packed rows: {obstacle}"
 
 
 def obstacle_to_packing(model: PreTrainedModel, *, compare: bool) -> str | None:

@@ -391,9 +391,7 @@ class Trainer:
             return folder
         trainable.save(self.model, self.output_dir)
         if different := trainable.differences(self.model, folder):
-            raise CheckpointError(
-                f"{folder} reads back different in {', '.join(different[:3])}; the disk may be failing"
-            )
+            raise CheckpointError(f"{folder} reads back different in {', '.join(different[:3])}; is the disk failing?")
         return folder
 
     def result(self, after: Evaluation | None, seconds: float) -> events.TrainResult:

@@ -29,7 +29,7 @@ CONFIGS: dict[str, LoRAConfig] = {
 def rows(count: int = 16) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 40, (count, 8), generator=generator).tolist()
-    return Dataset.from_list([{"input_ids": each, "labels": each, "note": "not for the model"} for each in ids])
+    return Dataset.from_list([{"input_ids": row, "labels": row, "note": "not for the model"} for row in ids])
 
 
 def trainer(folder: Path, config: LoRAConfig = CONFIGS["plain"], **settings: Any) -> Any:
@@ -48,8 +48,8 @@ def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.lora_layers.state_dict().items()}
 
 
-def losses(each: Any) -> list[float]:
-    return [entry["loss"] for entry in each.state.log_history if "loss" in entry]
+def losses(trained: Any) -> list[float]:
+    return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -74,20 +74,20 @@ def test_a_checkpoint_holds_the_adapter_alone_and_a_resumed_run_ends_like_a_whol
 
 
 def test_what_is_saved_is_a_peft_folder_of_the_active_adapters(tmp_path: Path) -> None:
-    each = trainer(tmp_path)
-    each.model.add_adapter("b", LoRAConfig(r=2, target_modules=["q_proj"]))
-    each.model.set_adapter("b")
-    each.train()
-    each.save_model(str(tmp_path / "last"))
+    tuner = trainer(tmp_path)
+    tuner.model.add_adapter("b", LoRAConfig(r=2, target_modules=["q_proj"]))
+    tuner.model.set_adapter("b")
+    tuner.train()
+    tuner.save_model(str(tmp_path / "last"))
     assert [path.name for path in (tmp_path / "last").iterdir() if path.is_dir()] == ["b"]
     loaded = LoRAModel.from_pretrained(chat_model(), tmp_path / "last" / "b").eval()
     ids = torch.arange(12).view(2, 6)
-    torch.testing.assert_close(loaded(ids).logits, each.model.eval()(ids).logits)
+    torch.testing.assert_close(loaded(ids).logits, tuner.model.eval()(ids).logits)
     assert loaded.adapters["default"].r == 2
 
 
 def test_the_best_checkpoint_comes_back_at_the_end(tmp_path: Path) -> None:
-    each = trainer(
+    tuner = trainer(
         tmp_path,
         eval_strategy="steps",
         eval_steps=1,
@@ -96,24 +96,24 @@ def test_the_best_checkpoint_comes_back_at_the_end(tmp_path: Path) -> None:
         metric_for_best_model="eval_loss",
         greater_is_better=True,  # so that it is not the last
     )
-    each.train()
-    best = Path(each.state.best_model_checkpoint)
+    tuner.train()
+    best = Path(tuner.state.best_model_checkpoint)
     assert best.name != "checkpoint-4"
     kept = LoRAModel.from_pretrained(chat_model(), best)
-    for name, value in numbers(each.model).items():
+    for name, value in numbers(tuner.model).items():
         assert torch.equal(value, numbers(kept)[name])
-    assert each.evaluate()["eval_loss"] == pytest.approx(each.state.best_metric, rel=1e-5)
+    assert tuner.evaluate()["eval_loss"] == pytest.approx(tuner.state.best_metric, rel=1e-5)
 
 
 def test_gradient_checkpointing_either_way_changes_no_loss(tmp_path: Path) -> None:
-    found = []
+    curves = []
     for number, reentrant in enumerate((None, True, False)):
         on = {} if reentrant is None else {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
-        each = trainer(tmp_path / str(number), activation_checkpointing=reentrant is not None, **on)
-        each.train()
-        found.append(losses(each))
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
-    assert found[2] == pytest.approx(found[0], rel=1e-5)
+        tuner = trainer(tmp_path / str(number), activation_checkpointing=reentrant is not None, **on)
+        tuner.train()
+        curves.append(losses(tuner))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:

@@ -87,10 +87,10 @@ def test_packed_rows_give_the_gradient_of_padded_ones(model: LoRAModel) -> None:
 
 def test_the_loss_is_the_mean_over_all_tokens_and_not_the_mean_of_means(model: LoRAModel) -> None:
     data = examples()
-    each = [token_losses(model, [example], PADDED)[0] for example in data]
+    by_example = [token_losses(model, [example], PADDED)[0] for example in data]
     loss, _ = gradient(model, [[example] for example in data], PADDED)
-    assert loss == pytest.approx(float(torch.cat(each).detach().mean()), abs=1e-6)
-    assert abs(loss - float(torch.stack([losses.detach().mean() for losses in each]).mean())) > 1e-3
+    assert loss == pytest.approx(float(torch.cat(by_example).detach().mean()), abs=1e-6)
+    assert abs(loss - float(torch.stack([losses.detach().mean() for losses in by_example]).mean())) > 1e-3
 
 
 def test_a_batch_of_weight_zero_counts_for_nothing(model: LoRAModel) -> None:

@@ -86,8 +86,8 @@ def test_losses_and_gradients_are_those_of_the_dequantised_base(model_folder: Pa
         loss = model(input_ids=ids, labels=ids).loss
         gradients = torch.autograd.grad(loss, list(model.lora_layers.parameters()))
         results.append([loss, *gradients])
-    for one, other in zip(*results, strict=True):
-        assert (one - other).norm() <= 1e-4 * other.norm()
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_a_method_that_does_not_work_here_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,9 +117,9 @@ def test_a_quantised_model_keeps_its_own_way(model_folder: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match="is quantised already"):
         load_base(str(tmp_path), "float32", "cpu", "int8")
     again, _ = load_base(str(tmp_path), "float32")
-    one, other = (quantized_layers(each) for each in (model, again))
-    assert one.keys() == other.keys()
-    assert all(torch.allclose(dense_weight(one[path]), dense_weight(other[path]), rtol=1e-6) for path in one)
+    layers, loaded = quantized_layers(model), quantized_layers(again)
+    assert layers.keys() == loaded.keys()
+    assert all(torch.allclose(dense_weight(layers[path]), dense_weight(loaded[path]), rtol=1e-6) for path in layers)
 
 
 def test_full_fine_tuning_has_nothing_to_quantise(settings: Any) -> None:
