@@ -4,14 +4,11 @@ A file of `report/pages` turns a result into a `Page`; `report/html.py` and `rep
 plain text: whoever shows it escapes it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from tailora.report.charts import Canvas
+from tailora.report.charts import Canvas
 
 # Where a block is shown. The page has all of them; the terminal has those that are "always" shown, and with --all those
 # of "all", too.
@@ -58,16 +55,6 @@ class Table:
     rest: str = "more"
     folded: bool = False
     detail: Detail = "always"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value for a figure. ends: of its interval.    runs: the values that it is the mean of."""
-
-    name: str
-    value: float
-    ends: tuple[float | None, float | None] | None = None
-    runs: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

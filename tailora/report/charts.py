@@ -5,12 +5,12 @@ Widths and heights are in CSS pixels. matplotlib is an optional package, so it i
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tailora.report.blocks import Estimate, HeatMap
 from tailora.report.format import learning_rate, one_line
 
 if TYPE_CHECKING:
@@ -46,6 +46,16 @@ def heat_colour(value: float, low: float, high: float) -> str:
     """The colour of a value between these."""
     share = (value - low) / (high - low) if high > low else 0.0
     return HEAT[min(int(max(share, 0.0) * len(HEAT)), len(HEAT) - 1)]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value for a figure. ends: of its interval.    runs: the values that it is the mean of."""
+
+    name: str
+    value: float
+    ends: tuple[float | None, float | None] | None = None
+    runs: Sequence[float] = ()
 
 
 class Canvas:
@@ -209,17 +219,20 @@ class Canvas:
         bar.ax.tick_params(length=0, labelsize=11)
         bar.set_label(title, size=11.5, labelpad=6)
 
-    def heat_map(self, heat: HeatMap) -> None:
-        """A row for each name, in order of appearance, and a column for each layer."""
+    def heat_map(self, cells: Mapping[tuple[str, int], float], top: float, show: Show, title: str) -> None:
+        """A row for each name, in order of appearance, and a column for each layer.
+
+        cells: (row, layer) -> value.    top: the value with the strongest colour.
+        """
         from matplotlib.collections import PolyCollection
 
-        rows = list(dict.fromkeys(row for row, _ in heat.cells))
-        layers = sorted({layer for _, layer in heat.cells})
+        rows = list(dict.fromkeys(row for row, _ in cells))
+        layers = sorted({layer for _, layer in cells})
         axes = self.new_axes(92 + 22 * len(rows), "layer")
-        centres = [(layers.index(layer), rows.index(row)) for row, layer in heat.cells]
+        centres = [(layers.index(layer), rows.index(row)) for row, layer in cells]
         square = ((-0.47, -0.47), (0.47, -0.47), (0.47, 0.47), (-0.47, 0.47))  # leaves a gap between cells
         corners = [[(x + right, y + down) for right, down in square] for x, y in centres]
-        colours = [heat_colour(value, 0, heat.top) for value in heat.cells.values()]
+        colours = [heat_colour(value, 0, top) for value in cells.values()]
         squares = PolyCollection(corners, facecolors=colours, linewidths=0)
         axes.add_collection(squares)
         axes.set_xlim(-0.5, len(layers) - 0.5)
@@ -229,8 +242,8 @@ class Canvas:
         axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
-        self.colour_scale(axes, (0, heat.top), heat.show, heat.title)
-        tips = [f"layer {layer}, {row}: {heat.show(value)}" for (row, layer), value in heat.cells.items()]
+        self.colour_scale(axes, (0, top), show, title)
+        tips = [f"layer {layer}, {row}: {show(value)}" for (row, layer), value in cells.items()]
         self.add_tips(squares, tips)
 
     def surface(

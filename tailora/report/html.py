@@ -9,6 +9,7 @@ from markupsafe import Markup
 from tailora import __version__
 from tailora.formats.run_folder import REPORT
 from tailora.report.blocks import Figure, HeatMap, Page, Section
+from tailora.report.charts import Canvas
 from tailora.report.format import printable
 from tailora.report.svg import svg
 
@@ -43,7 +44,11 @@ def html(page: Page) -> str:
 def _figure_of(heat: HeatMap) -> Figure:
     (row, layer), most = max(heat.cells.items(), key=lambda item: item[1])
     alt = f"Heat map of {heat.title} by layer and matrix. Highest: {heat.show(most)} in layer {layer}, {row}."
-    return Figure(heat.name, lambda canvas: canvas.heat_map(heat), alt, heat.caption, wide=True)
+
+    def draw(canvas: Canvas) -> None:
+        canvas.heat_map(heat.cells, heat.top, heat.show, heat.title)
+
+    return Figure(heat.name, draw, alt, heat.caption, wide=True)
 
 
 def _packaged(name: str) -> str:

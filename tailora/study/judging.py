@@ -123,7 +123,7 @@ def judge_arms(
                 **judgement.fields(arm, trials),
             )
         )
-    verdict, subject = compare_verdict(arms, judgement.p_values, reference, study.margin)
+    verdict, compared = compare_verdict(arms, judgement.p_values, reference, study.margin)
     return Comparison(
         arms=arms,
         reference=reference,
@@ -132,7 +132,7 @@ def judge_arms(
         seeds=judgement.seeds,
         judged_examples=judgement.examples,
         verdict=verdict,
-        p_value=judgement.p_values.get(subject) if subject else None,
+        p_value=judgement.p_values.get(compared) if compared else None,
         p_values=judgement.p_values,
         notes=notes,
         settings=settings,

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tailora.report.blocks import Block, Column, Estimate, Figure, Number, Page, Section, Table
-from tailora.report.charts import PAPER, Canvas, series_colour
+from tailora.report.blocks import Block, Column, Figure, Number, Page, Section, Table
+from tailora.report.charts import PAPER, Canvas, Estimate, series_colour
 from tailora.report.format import count, duration, interval, learning_rate, one_line, plural, signed
 from tailora.report.pages.shared import INTERVAL, bar_figure, difference_cells, judged_figures, numeric, settings_table
 from tailora.study.results import ArmResult, Comparison

@@ -6,8 +6,8 @@ from typing import Any
 
 from tailora.evaluation.metrics import METRICS
 from tailora.evaluation.scores import Match
-from tailora.report.blocks import Answers, Block, Column, Estimate, Figure, List, Number, Page, Section, Table
-from tailora.report.charts import Canvas
+from tailora.report.blocks import Answers, Block, Column, Figure, List, Number, Page, Section, Table
+from tailora.report.charts import Canvas, Estimate
 from tailora.report.format import NONE, decimals, duration, plural
 from tailora.report.pages.shared import INTERVAL, numeric, settings_table
 

@@ -12,7 +12,6 @@ from tailora.report.blocks import (
     Block,
     Column,
     Detail,
-    Estimate,
     Figure,
     Finding,
     HeatMap,
@@ -23,7 +22,7 @@ from tailora.report.blocks import (
     Section,
     Table,
 )
-from tailora.report.charts import SERIES, Canvas, heat_colour
+from tailora.report.charts import SERIES, Canvas, Estimate, heat_colour
 from tailora.report.format import NONE, interval, one_line, plural, signed, value_range
 from tailora.report.pages.shared import INTERVAL, numeric, settings_table
 from tailora.report.paths import by_depth, by_layer, shared_prefix, short_names

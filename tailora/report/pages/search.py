@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tailora.report.blocks import Block, Code, Column, Estimate, Figure, Number, Page, Paragraph, Section, Table
-from tailora.report.charts import INK, PAPER, SERIES, SOFT, Canvas
+from tailora.report.blocks import Block, Code, Column, Figure, Number, Page, Paragraph, Section, Table
+from tailora.report.charts import INK, PAPER, SERIES, SOFT, Canvas, Estimate
 from tailora.report.format import count, duration, interval, one_line, plural, setting
 from tailora.report.pages.shared import INTERVAL, bar_figure, difference_cells, judged_figures, numeric, settings_table
 from tailora.study.results import Candidate, SearchResult

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from tailora.evaluation.statistics import Difference
-from tailora.report.blocks import Column, Estimate, Figure, Table
-from tailora.report.charts import GRID, Canvas
+from tailora.report.blocks import Column, Figure, Table
+from tailora.report.charts import GRID, Canvas, Estimate
 from tailora.report.format import interval, one_line, p_value, setting, signed
 
 INTERVAL = Column("95% interval", numeric=True, interval=True)
