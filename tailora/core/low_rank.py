@@ -2,6 +2,7 @@
 
     leading_triplets     of a matrix: exactly where it is small, by random subspace iteration where it is not
     Factors              a product B A that is never formed, its spectrum, sums and truncations
+    Update               what an adapter adds to one matrix: factors, scaling, type of the layer
     nearest_of_rank, nearest_for_energy
                          the nearest product to a matrix
 
@@ -9,6 +10,7 @@ All is batched, since a grouped convolution has one product per group: B (groups
 n are the outputs and the inputs (times the kernel) of a group. Other layer types have one group.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,6 +85,30 @@ class Factors:
     def dense(self) -> Tensor:
         """(groups, m, n)."""
         return self.B @ self.A
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What an adapter adds to one matrix, or to a stack of experts.
+
+    r: rank, as trained.
+    factors: s (B A - B0 A0) by group, of twice the rank if A and B have a frozen initialisation; float32 or wider.
+    stacked: True if the groups are experts, of rank r each; False if they are blocks of one matrix.
+    weight: returns W (groups, m, n), or the weight of a stack as it is stored; None without the base model.
+    dense: returns dW with DoRA's magnitudes (groups, m, n); None if the factors are all of it, or without the base.
+    """
+
+    path: str
+    layer_type: str
+    r: int
+    factors: Factors
+    scaling: float
+    configured_scaling: float
+    learned_scaling: bool = False
+    dora: bool = False
+    stacked: bool = False
+    weight: Callable[[], Tensor] | None = None
+    dense: Callable[[], Tensor] | None = None
 
 
 def zeros(like: Factors) -> Factors:

@@ -1,7 +1,7 @@
 """The spectrum of an adapter's update of one weight matrix: ranks, norms, and directions that the base lacks.
 
-`Update` is what an adapter adds to a matrix, `module_report` measures it. The measures come first: ranks and overlaps
-of subspaces, then intruder dimensions.
+`updates_of` returns what an adapter adds to each matrix, and `module_report` measures it. The measures come first:
+ranks and overlaps of subspaces, then intruder dimensions.
 """
 
 import math
@@ -18,9 +18,9 @@ from tailora.core.combine import MIXES_GROUPS, dense_update, factors_of, mixes_g
 from tailora.core.extras import TrainedBias
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import layer_of
-from tailora.core.low_rank import Factors, Spectrum, leading_triplets, product_spectrum, rank_for_energy
+from tailora.core.low_rank import Factors, Spectrum, Update, leading_triplets, product_spectrum, rank_for_energy
 from tailora.core.targets import target_at
-from tailora.formats.offline import TRAINED_WHOLE, OfflineAdapter
+from tailora.formats.offline import TRAINED_WHOLE
 
 # ---- Ranks and subspaces
 #
@@ -163,30 +163,6 @@ def random_update(m: int, n: int, r: int, norm: float, seed: int = 0) -> Factors
 # ---- The updates of an adapter
 
 
-@dataclass(frozen=True, eq=False)
-class Update:
-    """What an adapter adds to one matrix, or to a stack of experts.
-
-    r: rank, as trained.
-    factors: s (B A - B0 A0) by group, of twice the rank if A and B have a frozen initialisation; float32 or wider.
-    stacked: True if the groups are experts, of rank r each; False if they are blocks of one matrix.
-    weight: returns W (groups, m, n), or the weight of a stack as it is stored; None without the base model.
-    dense: returns dW with DoRA's magnitudes (groups, m, n); None if the factors are all of it, or without the base.
-    """
-
-    path: str
-    layer_type: str
-    r: int
-    factors: Factors
-    scaling: float
-    configured_scaling: float
-    learned_scaling: bool = False
-    dora: bool = False
-    stacked: bool = False
-    weight: Callable[[], Tensor] | None = None
-    dense: Callable[[], Tensor] | None = None
-
-
 def updates_of(adapter: Adapter, base_model: nn.Module) -> tuple[dict[str, Update], dict[str, str]]:
     """Returns the updates by path, and by name what else the adapter holds, with the reason why it is no update."""
     left_out = dict.fromkeys(adapter.saved, TRAINED_WHOLE)
@@ -224,11 +200,6 @@ def _update_of_layer(path: str, layer: LoRALayer, adapter: Adapter, base_model: 
         weight=weight,
         dense=(lambda: dense_update(layer, module)) if has_dora else None,
     )
-
-
-def updates_in_files(content: OfflineAdapter) -> dict[str, Update]:
-    """Returns the updates of an adapter whose files were read without its base model."""
-    return {path: Update(path, **vars(stored)) for path, stored in content.updates.items()}
 
 
 # ---- What is reported of an update

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import initial_scaling
-from tailora.core.low_rank import Factors
+from tailora.core.low_rank import Factors, Update
 from tailora.core.patterns import by_pattern
 from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats import gguf, mlx
@@ -27,30 +27,13 @@ TRAINED_WHOLE = "trained whole, without a low-rank update"
 
 
 @dataclass(frozen=True)
-class StoredUpdate:
-    """The update of one layer as its file has it.
-
-    r: the rank as trained. With a frozen start the factors have twice as many columns.
-    factors: float32, with the scale in A.
-    """
-
-    layer_type: str
-    r: int
-    factors: Factors
-    scaling: float
-    configured_scaling: float
-    learned_scaling: bool
-    dora: bool
-
-
-@dataclass(frozen=True)
 class OfflineAdapter:
     """updates: by path.    left_out: other keys and paths, with the reason why each is no update.
     base: the name of the base model in the files, if there is one.
     """
 
     config: LoRAConfig
-    updates: dict[str, StoredUpdate]
+    updates: dict[str, Update]
     left_out: dict[str, str]
     base: str | None
 
@@ -100,7 +83,7 @@ def read_offline(path: Path) -> OfflineAdapter:
     return OfflineAdapter(config, updates, left_out, base if isinstance(base, str) and base else None)
 
 
-def _update(path: str, slots: Mapping[str, Tensor], config: LoRAConfig, stored: StoredAdapter) -> StoredUpdate | None:
+def _update(path: str, slots: Mapping[str, Tensor], config: LoRAConfig, stored: StoredAdapter) -> Update | None:
     """Returns None if A mixes groups. Raises FormatError for factors that are damaged."""
     A, B = slots["A"], slots["B"]
     if not (A.isfinite().all() and B.isfinite().all()):
@@ -121,7 +104,8 @@ def _update(path: str, slots: Mapping[str, Tensor], config: LoRAConfig, stored: 
         return None
     twice = path.endswith(".base_layer.out_proj") and adds_out_proj_twice(stored.settings or {})
     is_embedding = f"{path}.lora_embedding_A".removeprefix(".") in stored.tensors
-    return StoredUpdate(
+    return Update(
+        path=path,
         layer_type="Embedding" if is_embedding else "Linear" if A.ndim == 2 else "Conv",
         r=r // (2 if stored.metadata.start else 1),
         factors=Factors(

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from tailora.core.compress import leading_only, spectra_of
-from tailora.core.low_rank import product_spectrum
+from tailora.core.low_rank import Update, product_spectrum
 from tailora.errors import ConfigError, listing
 from tailora.evaluation import spectral
 from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
 from tailora.evaluation.scores import loss_on_data
-from tailora.evaluation.spectral import ModuleReport, Update
+from tailora.evaluation.spectral import ModuleReport
 from tailora.evaluation.statistics import Interval, paired_difference
 from tailora.formats.offline import read_offline
 from tailora.formats.run_folder import adapter_folder, recorded_settings
@@ -102,9 +102,9 @@ def inspect(
         if data is not None:
             base = f", such as {content.base}, which the adapter names" if content.base else ""
             raise ConfigError(f"data {data!r} needs a model to be read by: give --model{base}")
-        updates, pair = spectral.updates_in_files(content), None
+        updates, pair = content.updates, None
         if other_folder is not None:
-            other_updates = spectral.updates_in_files(read_offline(other_folder))
+            other_updates = read_offline(other_folder).updates
             pair = adapter_overlap(str(other_folder), updates, other_updates)
         inspection = Inspection(
             adapter=str(folder),

@@ -22,7 +22,6 @@ from tailora.evaluation.spectral import (
     stable_rank,
     subspace_overlap,
     update_directions,
-    updates_in_files,
     updates_of,
     with_energy,
 )
@@ -233,7 +232,7 @@ def test_norms_are_those_of_the_dense_update_and_weight(case: LayerCase, slot: s
 def test_the_file_alone_says_the_same(case: LayerCase, slot: str, tmp_path: Path) -> None:
     model = trained(case, slot)
     model.save_adapter(tmp_path)
-    (beside,), (alone,) = reports(model).values(), map(module_report, updates_in_files(read_offline(tmp_path)).values())
+    (beside,), (alone,) = reports(model).values(), map(module_report, read_offline(tmp_path).updates.values())
     for name in ("path", "r", "rank", "in_features", "out_features", "numbers", "learned_scaling", "rank_99"):
         assert getattr(alone, name) == getattr(beside, name), name
     for name in ("effective_rank", "stable_rank", "norm", "scaling", "configured_scaling", "singular_values"):
@@ -265,7 +264,7 @@ def test_a_frozen_start_counts_twice_and_starts_at_nothing(tmp_path: Path) -> No
     (found,) = reports(model).values()
     assert (found.r, found.rank) == (4, 8)
     model.save_adapter(tmp_path)
-    (alone,) = map(module_report, updates_in_files(read_offline(tmp_path)).values())
+    (alone,) = map(module_report, read_offline(tmp_path).updates.values())
     assert (alone.r, alone.rank) == (4, 8)
     assert alone.singular_values == pytest.approx(found.singular_values, rel=1e-3)
 

@@ -12,8 +12,9 @@ from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.compress import leading_only, spectra_of
+from tailora.core.low_rank import Update
 from tailora.errors import BaseMismatchError, ConfigError, FormatError
-from tailora.evaluation.spectral import Update, updates_of
+from tailora.evaluation.spectral import updates_of
 from tailora.study.inspect import InspectOptions, adapter_overlap, inspect, inspect_model
 from tailora.train.config import TrainConfig
 from tailora.train.trainer import run
