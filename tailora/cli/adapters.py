@@ -15,6 +15,8 @@ from tailora.cli.flags import Json, flags_of, merge_settings
 from tailora.cli.main import log, note, print_json, stdout
 from tailora.cli.models import ADAPTER_FLAG, BaseModel, base_model_name, find_adapter, load_model, parse_adapters
 from tailora.errors import ConfigError, listing, nearest
+from tailora.report.blocks import Code, Paragraph, Section
+from tailora.report.terminal import print_section
 from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def combine(
     adapted.save_adapter(output_dir, RESULT)
     sources = ", ".join(f"{name} x {value:g}" for name, value in weights.items())
     payload = {"method": method, "weights": weights}
-    return _finish(f"combined {sources} by {method}", report, [], base, output_dir, payload, json)
+    return _finish(f"Combined {sources} by {method}", report, [], base, output_dir, payload, json)
 
 
 def parse_weights(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str, float]:
@@ -151,7 +153,7 @@ def shrink(
         losses["loss_after"] = loss(adapted)
         lines = [f"loss on {data}: {losses['loss_before']:.4f} before, {losses['loss_after']:.4f} after"]
     adapted.save_adapter(output_dir, RESULT)
-    return _finish(f"shrunk {folder}", report, lines, base, output_dir, losses, json)
+    return _finish(f"Shrunk {folder}", report, lines, base, output_dir, losses, json)
 
 
 # ---- `tailora extract`
@@ -191,7 +193,7 @@ def extract(
     left_over = {name: change if isfinite(change) else None for name, change in report.left_over.items()}
     payload = {"tuned": tuned, "left_over": left_over}
     lines = [*poor_fit_advice(report.error), *_left_over_lines(report.left_over)]
-    return _finish(f"extracted from {tuned}", report, lines, model, output_dir, payload, json)
+    return _finish(f"Extracted from {tuned}", report, lines, model, output_dir, payload, json)
 
 
 def poor_fit_advice(error: Mapping[str, float]) -> list[str]:
@@ -222,7 +224,7 @@ def _left_over_lines(left_over: Mapping[str, float]) -> list[str]:
 
 
 def _finish(
-    done: str,
+    title: str,
     report: "Truncation",
     lines: Sequence[str],
     model: str,
@@ -246,10 +248,9 @@ def _finish(
         middle = median(report.error.values())
         errors = f"relative error of the updates: {middle:.2%} (median), {report.worst:.2%} (largest)"
     command = shlex.join(["tailora", "chat", "--model", model, "--adapter", str(folder)])
-    for line in (
-        f"{done}: {len(ranks)} layers of rank {span}{left}; {errors}",
-        *lines,
-        f"written to {folder}; to try it: {command}",
-    ):
-        stdout().print(line, markup=False, soft_wrap=True)
+    texts = [f"{len(ranks)} layers of rank {span}{left}; {errors}", *lines]
+    print_section(
+        stdout(),
+        Section(title, "", [*map(Paragraph, texts), Code(command, title=f"Written to {folder}; to try it:")]),
+    )
     return 0

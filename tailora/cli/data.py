@@ -11,7 +11,7 @@ from rich.text import Text
 
 from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import print_json, stdout
-from tailora.cli.models import load_vocabulary
+from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
 
 Flags: Any = flags_of(TrainConfig, only=["model", "eval_data", "field", "max_length", "validation_split", "seed"])
@@ -41,10 +41,20 @@ def data(
     Shows columns, counts, lengths, and in some examples which tokens are learned and which are only read.
     """
     settings = merge_settings(flags, config, arguments={"data": file})
+    import torch
+    from transformers import AutoModelForCausalLM
+
     from tailora.data.tokenize import preview
     from tailora.train.dataloader import read_whole
+    from tailora.train.model_loading import load_tokenizer, read_config
 
-    tokenizer, embedding_rows = load_vocabulary(settings.model)
+    tokenizer, model_config = load_tokenizer(settings.model), read_config(settings.model)
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(model_config)
+    except ValueError as error:
+        raise ConfigError(f"model {settings.model!r} is not a causal language model: {error}") from error
+    embedding_rows = empty.get_input_embeddings().weight.shape[0]
     prepared = read_whole(settings, tokenizer, embedding_rows)
     report = prepared.report.to_dict()
     examples = [preview(prepared.train[index], tokenizer) for index in range(min(rows, len(prepared.train)))]

@@ -78,7 +78,7 @@ def conclusions(facts: Facts) -> list[str]:
     return [
         f"--dtype auto is {dtype}: {size} bytes for each parameter of the base",
         f"a base of {memory / 2 / size / 1e9:.1f}B parameters fills half of the memory; training needs the other half",
-        f"training runs on {device['type']} with {facts['threads']['torch']} threads; to change: OMP_NUM_THREADS",
+        f"training runs on {device['type']}; threads: {facts['threads']['torch']} (OMP_NUM_THREADS changes it)",
     ]
 
 

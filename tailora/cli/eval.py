@@ -14,10 +14,10 @@ from pydantic import TypeAdapter
 
 from tailora.cli.flags import Json, flags_of, merge_settings
 from tailora.cli.main import log, note, print_json, stderr, stdout
-from tailora.cli.models import BaseModel, Quantize, base_model_name, find_adapter, load_model, recorded
+from tailora.cli.models import BaseModel, Quantize, base_model_name, find_adapter, load_model
 from tailora.errors import ConfigError
 from tailora.evaluation.metrics import METRICS, QUOTES_HINT, Gate, check_gates, parse_gates, parse_metrics
-from tailora.formats.run_folder import REPORT, write_report
+from tailora.formats.run_folder import REPORT, recorded_settings, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.train.config import TrainConfig
@@ -70,7 +70,9 @@ class HarnessFlags:
     ] = None
     include_path: Annotated[Path | None, Parameter(help="folder with tasks of your own")] = None
     num_fewshot: Annotated[NonNegativeInt | None, Parameter(help="examples shown before each question")] = None
-    apply_chat_template: Annotated[bool, Parameter(negative=(), help="ask through the chat template")] = False
+    apply_chat_template: Annotated[
+        bool, Parameter(negative=(), show_default=False, help="ask through the chat template")
+    ] = False
     batch_size: Annotated[PositiveInt, Parameter(help="questions per forward pass")] = 8
 
     @property
@@ -89,9 +91,10 @@ class EvalTarget:
     adapter: str | None  # as it was typed
     folder: Path | None  # of the adapter itself
 
-    def recorded(self, setting: str) -> Any:
-        """Returns a setting of the run that made the adapter, or None."""
-        return None if self.folder is None else recorded(self.folder, setting)
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the run that made the adapter, or {}."""
+        return {} if self.folder is None else recorded_settings(self.folder)
 
 
 def eval(
@@ -126,7 +129,7 @@ def eval(
     if data is None and not harness.names:
         raise ConfigError("nothing to evaluate on: give --data FILE, or --tasks of lm-evaluation-harness")
     _check_output_dir(output_dir)
-    defaults = {"max_length": target.recorded("max_length")}
+    defaults = {"max_length": target.settings.get("max_length")}
     config = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model})
 
     from tailora.cli.progress import counter  # loads torch
@@ -204,7 +207,7 @@ def _check_output_dir(folder: Path | None) -> None:
 def _warn_of_training_data(target: EvalTarget, data: str) -> None:
     from tailora.data.demo import resolve_demo
 
-    recorded_data = target.recorded("data")
+    recorded_data = target.settings.get("data")
     if not isinstance(recorded_data, str):
         return
     given, trained_on = resolve_demo(data, "eval_data"), resolve_demo(recorded_data, "data")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from tailora.cli.flags import Json
 from tailora.cli.main import print_json, stdout
 from tailora.cli.models import METHODS, AdapterPath, BaseModel, base_model_name, find_adapter, quantize_method
 from tailora.formats.run_folder import ADAPTER_CONFIG
+from tailora.report.blocks import Block, Code, Column, Paragraph, Section, Table
+from tailora.report.terminal import print_section
 
 if TYPE_CHECKING:
     from tailora.formats.export import ExportReport
@@ -72,17 +72,22 @@ def export(
 
 
 def show(console: Console, result: "ExportReport", base: str, seconds: float) -> None:
-    table = Table("", "", title=f"Written in {seconds:.1f} s", show_header=False, box=None, title_justify="left")
-    for name, size in result.files.items():
-        table.add_row(Text(str(result.folder / name), overflow="fold"), f"{size / 1e6:,.1f} MB")
+    from tailora.train.memory import format_bytes
+
+    files = [(str(result.folder / name), format_bytes(size)) for name, size in result.files.items()]
     changes = "; ".join(result.changes) or "nothing is changed"
     logits = result.logits
     comparison = (
-        f"Read back: logits differ from the live model's by {logits.difference:.1g} of their size "
-        f"(allowed {logits.tolerance:.1g}; the adapter itself changes them by {logits.effect:.2g})."
+        f"Read back: the logits differ from the live model's by {logits.difference:.1g} of their size "
+        f"(allowed: {logits.tolerance:.1g}; the adapter itself changes them by {logits.effect:.2g})."
     )
-    lines = [f"{changes[:1].upper()}{changes[1:]}.", comparison, "To use it:", next_command(result, base)]
-    console.print(table, *map(Text, lines), sep="\n", soft_wrap=True)
+    contents: list[Block] = [
+        Table([Column(""), Column("", numeric=True)], files),
+        Paragraph(f"{changes[:1].upper()}{changes[1:]}."),
+        Paragraph(comparison),
+        Code(next_command(result, base), title="To use it:"),
+    ]
+    print_section(console, Section(f"Written in {seconds:.1f} s", "", contents))
 
 
 def next_command(result: "ExportReport", base: str) -> str:

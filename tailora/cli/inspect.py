@@ -8,9 +8,9 @@ from cyclopts.types import NonNegativeInt
 
 from tailora.cli.flags import Json, flags_of, merge_settings
 from tailora.cli.main import log, print_json, stderr, stdout
-from tailora.cli.models import AdapterPath, Quantize, base_model_of, find_adapter, quantize_method, recorded
+from tailora.cli.models import AdapterPath, Quantize, base_model_of, find_adapter, quantize_method
 from tailora.errors import ConfigError
-from tailora.formats.run_folder import write_report
+from tailora.formats.run_folder import recorded_settings, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.train.config import TrainConfig
@@ -66,7 +66,7 @@ def inspect(
 
     if output_dir is not None:
         check_new_folder(output_dir)
-    defaults = {"max_length": recorded(folder, "max_length")}
+    defaults = {"max_length": recorded_settings(folder).get("max_length")}
     settings = merge_settings(flags, None, defaults=defaults, arguments={"data": data})
     options = InspectOptions(data, settings.field, settings.max_length, forgetting_data, intruders, seed)
     folders = [folder] if second is None else [folder, second]

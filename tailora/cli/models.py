@@ -82,11 +82,6 @@ def find_adapter(text: str) -> Path:
     return next(iter(parse_adapters([f"adapter={text}"]).values()))
 
 
-def recorded(folder: Path, setting: str) -> Any:
-    """Returns a setting from the run.json beside an adapter, or None."""
-    return recorded_settings(folder).get(setting)
-
-
 def quantize_method(folders: Sequence[Path], quantize: str | None) -> str | None:
     """Returns how to quantize the base: as given ("none" for not at all), or as in the runs of all these adapters.
 
@@ -94,7 +89,7 @@ def quantize_method(folders: Sequence[Path], quantize: str | None) -> str | None
     """
     if quantize is not None:
         return None if quantize == "none" else quantize
-    methods = {str(folder): recorded(folder, "quantize") for folder in folders}
+    methods = {str(folder): recorded_settings(folder).get("quantize") for folder in folders}
     methods = {folder: method if isinstance(method, str) else None for folder, method in methods.items()}
     if len(set(methods.values())) > 1:
         differences = ", ".join(f"{folder} {method or 'no quantization'}" for folder, method in methods.items())
@@ -171,22 +166,3 @@ def load_model(
         adapted.load_adapter(folder, name)
     adapted.set_adapter(list(folders))
     return Loaded(adapted.to(device).eval(), tokenizer, list(folders))
-
-
-def load_vocabulary(model: str) -> tuple[Any, int]:
-    """Returns the tokenizer and the number of embedding rows of a model, without its weights. Raises ConfigError."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from tailora.data.demo import resolve_demo
-    from tailora.data.readers import check_model_exists
-
-    source = resolve_demo(model, "model")
-    check_model_exists(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {model!r} has no tokenizer and config that can be read: {error}") from error
-    return tokenizer, empty.get_input_embeddings().weight.shape[0]

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tailora.cli.data import warnings_of
 from tailora.cli.main import on_terminal
+from tailora.report.format import count
 from tailora.train.events import Evaluated, Event, Listener, Note, Prepared, Saved, Stepped
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -120,7 +121,7 @@ def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
     settings, data = header["settings"], header["data"]
     total, trained = header["total_parameters"], header["trainable_parameters"]
     full = settings["method"] == "full"
-    base = f"{(total if full else total - trained) / 1e6:,.1f}M"
+    base = count(total if full else total - trained)
     reason = "what this machine is fastest with" if settings["dtype"] == "auto" else "as asked"
     quantize = settings.get("quantize")
     stored = (

@@ -102,20 +102,17 @@ FILES = {
 
 def show(console: Console, config: TrainConfig, folder: Path) -> None:
     """Prints the page of the run, the files in its folder, and commands to try next."""
-    print_page(console, read_page(folder))
-    rows = [(name, content) for name, content in FILES.items() if (folder / name).exists()]
-    print_section(console, Section(f"Written to {folder}", "", [Table([Column(""), Column("")], rows)]))
-    print_section(console, Section("Next", "", [Code("\n".join(map(shlex.join, next_commands(config, folder))))]))
-
-
-def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
     base = ["--model", config.model]
     tuned = [*base, "--adapter", str(folder)] if config.method == "lora" else ["--model", str(folder / "model")]
-    return [
+    commands = [
         ["tailora", "chat", *tuned],
         ["tailora", "generate", *tuned, "--prompt", "What would you do with a free day?"],
         ["tailora", "data", "YOUR_DATA.jsonl" if config.data == "demo" else config.data, *base],
     ]
+    print_page(console, read_page(folder))
+    rows = [(name, content) for name, content in FILES.items() if (folder / name).exists()]
+    print_section(console, Section(f"Written to {folder}", "", [Table([Column(""), Column("")], rows)]))
+    print_section(console, Section("Next", "", [Code("\n".join(map(shlex.join, commands)))]))
 
 
 # ---- What `train` and `demo` share: train, compare answers, print

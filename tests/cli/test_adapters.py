@@ -58,7 +58,7 @@ def test_combining_gives_the_adapter_that_python_gives(
     sources = ["--adapter", adapters / "one", "--adapter", f"b={adapters / 'two'}", "--weight", "one=.7,b=-.3"]
     code, said, _ = run(capsys, "combine", *sources, "--output-dir", out)  # the base is the one that they name
     assert code == 0
-    assert "combined one x 0.7, b x -0.3 by cat: 14 layers of rank 4 to 6; nothing is lost" in said
+    assert "Combined one x 0.7, b x -0.3 by cat\n14 layers of rank 4 to 6; nothing is lost\n" in said
     assert f"tailora chat --model {tiny_model} --adapter {out}" in said
     model = LoRAModel.from_pretrained(base(tiny_model), adapters / "one", "one")
     model.load_adapter(adapters / "two", "b")

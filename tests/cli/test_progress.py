@@ -91,7 +91,7 @@ def test_evaluations_and_notes_are_always_shown() -> None:
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({}, "99.0M parameters, bfloat16 (what this machine is fastest with) on cpu"),
+        ({}, "99M parameters, bfloat16 (what this machine is fastest with) on cpu"),
         ({"settings": {**HEADER["settings"], "dtype": "bfloat16"}}, "bfloat16 (as asked)"),
         ({}, "210 layers, 1,000,000 parameters (1.00%)"),
         ({}, "90 examples, 10 held out; read as messages"),
