@@ -43,7 +43,12 @@ def make_prompt(question: str | Sample, tokenizer: Any) -> Prompt:
     if isinstance(question, Text):
         opening = " ".join(question.text.split()[:TEXT_PROMPT_WORDS])
         return Prompt(opening, plain_ids(opening, tokenizer))
-    return Prompt(_last_message(question), prompt_ids(question, tokenizer))
+    if isinstance(question, Pair):
+        return Prompt(question.prompt, prompt_ids(question, tokenizer))
+    messages = question.messages
+    replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    last = messages[replies[-1] - 1] if replies else messages[-1]
+    return Prompt(last["content"], prompt_ids(question, tokenizer))
 
 
 def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
@@ -60,13 +65,6 @@ def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
 def plain_ids(text: str, tokenizer: Any) -> list[int]:
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     return chat_tokenizer.bos_ids + chat_tokenizer.token_ids(text)
-
-
-def _last_message(sample: Conversation | Pair) -> str:
-    if isinstance(sample, Pair):
-        return sample.prompt
-    replies = [index for index, message in enumerate(sample.messages) if message["role"] == "assistant"]
-    return sample.messages[replies[-1] - 1]["content"] if replies else sample.messages[-1]["content"]
 
 
 # ---- Decoding: the same for the base and the tuned model

@@ -167,7 +167,8 @@ def score(
     for chunk in read_eval_chunks(source, CHUNK if model.device.type == "cpu" else 16 * CHUNK):
         for name, activated in models.items():
             with activated():
-                evaluator.add(chunk, totals[name])
+                for step in evaluator.steps:
+                    step(chunk, totals[name])
             done += len(chunk)
             progress(done, len(models) * (facts.rows - facts.cut_away))
     return _scores(totals, metrics, facts)
@@ -231,10 +232,6 @@ class _Evaluator:
         steps = {self._loss: {"loss", "perplexity"}, self._accuracy: {"accuracy", "accuracy_norm"}}
         steps[self._exact_match] = {"exact_match"}
         self.steps = [step for step, names in steps.items() if names & set(metrics)]
-
-    def add(self, chunk: list[EncodedRow], totals: _Totals) -> None:
-        for step in self.steps:
-            step(chunk, totals)
 
     def _loss(self, chunk: list[EncodedRow], totals: _Totals) -> None:
         examples = Examples.of(item.encoded.example for item in chunk)

@@ -115,8 +115,17 @@ def difference_over_seeds(first: ArrayLike, second: ArrayLike, counts: ArrayLike
     """
     from scipy import stats  # an optional package
 
-    differences, tokens = _checked_pairs(first, second, counts)
+    before, after, tokens = (np.asarray(values, dtype=np.float64) for values in (first, second, counts))
+    if before.ndim != 2 or before.shape != after.shape or tokens.shape != before.shape[1:]:
+        raise ValueError(
+            f"shapes {before.shape}, {after.shape}, {tokens.shape}; needed are (seeds, examples) twice, (examples,)"
+        )
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+        raise ValueError("a loss is not finite")
+    differences, tokens = (after - before)[:, tokens > 0], tokens[tokens > 0]
     seeds, examples = differences.shape
+    if examples < 2:
+        raise ValueError("fewer than two examples have tokens that count")
     value = float(differences.sum() / (seeds * tokens.sum()))
     residual = (differences - value * tokens) / tokens.mean()  # (seeds, examples): the ratio, linearised; mean 0
     by_example, by_seed = residual.mean(0), residual.mean(1)
@@ -138,21 +147,6 @@ def difference_over_seeds(first: ArrayLike, second: ArrayLike, counts: ArrayLike
     half = float(stats.t.ppf(0.975, degrees)) * error
     p_value = float(2 * stats.t.sf(abs(value) / error, degrees))
     return Difference(value, value - half, value + half, p_value, examples, seeds, share)
-
-
-def _checked_pairs(first: ArrayLike, second: ArrayLike, counts: ArrayLike) -> tuple[Floats, Floats]:
-    """Returns second - first and the counts, of the examples with tokens."""
-    before, after, tokens = (np.asarray(values, dtype=np.float64) for values in (first, second, counts))
-    if before.ndim != 2 or before.shape != after.shape or tokens.shape != before.shape[1:]:
-        raise ValueError(
-            f"shapes {before.shape}, {after.shape}, {tokens.shape}; needed are (seeds, examples) twice, (examples,)"
-        )
-    with_tokens = tokens > 0
-    if with_tokens.sum() < 2:
-        raise ValueError("fewer than two examples have tokens that count")
-    if not (np.isfinite(before).all() and np.isfinite(after).all()):
-        raise ValueError("a loss is not finite")
-    return (after - before)[:, with_tokens], tokens[with_tokens]
 
 
 def holm(p_values: list[float]) -> list[float]:
