@@ -1,7 +1,8 @@
 """The flags that stand for settings, such as `--learning-rate`.
 
-Flags are not declared here: each one is a field of `TrainConfig` (train/config.py), which has its help text, default
-and limits. Comparisons and searches have further fields (study/config.py). This file makes flags of those fields:
+Flags of settings are not declared here: each one is a field of `TrainConfig` (train/config.py), with its help text,
+default and limits. Comparisons and searches have further fields (study/config.py). Flags of one command alone are
+parameters of its function. This file makes flags of the fields:
 
     Flags: Any = flags_of(TrainConfig, only=["field", "max_length"])
 

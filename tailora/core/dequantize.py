@@ -1,4 +1,6 @@
-"""Quantised layers and models made plain, as changes that can be undone: the same objects, the same bits.
+"""Turns quantised layers and models into plain ones, and back: the same objects, the same bits.
+
+The values of a quantised weight come from `quantization.dense_weight`.
 
 TensorChange, ClassChange    one change each; `make` makes it and returns the change that undoes it
 dequantize_layer, dequantize_model

@@ -6,6 +6,8 @@
     mlx        mlx-lm: mlx.py
     merged     a Hugging Face folder without an adapter: merged.py
 
+`low_rank_export.fold_scale` puts the whole scale into B for portable, gguf and mlx.
+
 Below: `export`, the comparison, the formats peft and portable, and the table of all formats.
 """
 
