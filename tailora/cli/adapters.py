@@ -51,7 +51,7 @@ def combine(
     r: Annotated[PositiveInt | None, Parameter(help="highest rank; default: the highest of the adapters")] = None,
     density: Annotated[float | None, Parameter(help="ties: share of the entries to keep; default .2")] = None,
     drop: Annotated[float | None, Parameter(help="dare: probability of dropping an entry; default .5")] = None,
-    seed: Annotated[int | None, Parameter(help="dare: seed of what is dropped; default 0")] = None,
+    seed: Annotated[int | None, Parameter(help="dare: seed for dropping entries; default 0")] = None,
     model: BaseModel = None,
     json: Json = False,
 ) -> int:
@@ -76,15 +76,15 @@ def combine(
 
 
 def parse_weights(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str, float]:
-    """Returns name -> weight for every adapter, 1 by default. Raises ConfigError with all that is wrong."""
+    """Returns name -> weight for every adapter, 1 by default. Raises ConfigError with all problems."""
     weights, problems = dict.fromkeys(folders, 1.0), []
     if RESULT in folders:
         problems.append(f"--adapter: {RESULT!r} is the new adapter's name; write OTHER={folders[RESULT]}")
     for text in (part for argument in texts for part in argument.split(",")):
         name, _, number = text.rpartition("=")
         if name not in folders:
-            known = f"there are: {', '.join(folders)}{nearest(name, folders)}"
-            problems.append(f"--weight {text}: write NAME=NUMBER; {known}")
+            available = f"there are: {', '.join(folders)}{nearest(name, folders)}"
+            problems.append(f"--weight {text}: write NAME=NUMBER; {available}")
             continue
         try:
             weights[name] = float(number)
@@ -127,7 +127,9 @@ def shrink(
     from tailora.formats.export import check_new_folder
 
     check_new_folder(output_dir)
-    check(r, energy, loss=None if data is None else len, budget=max_loss_increase)  # any function; ours needs the model
+    check(
+        r, energy, loss=None if data is None else len, budget=max_loss_increase
+    )  # len stands for the loss, which needs the model
     base = base_model_name(model, [folder])
     config = merge_settings(flags, None, arguments={"model": base, "data": data})
     device = "cpu" if data is None else None
@@ -161,8 +163,8 @@ def shrink(
 
 ExtractFlags: Any = flags_of(TrainConfig, only=["target_modules", "exclude_modules", "modules_to_save"])
 LAYER_NUMBER = re.compile(r"\.\d+\.")
-MAX_LINES = 12  # of what is left over
-POOR_FIT = 0.5  # median relative error from which on most of the difference is missing
+MAX_LINES = 12  # of tensors that are not in the adapter
+POOR_FIT = 0.5  # a median relative error of this or more: the adapter lacks most of the difference
 
 
 def extract(
@@ -177,7 +179,7 @@ def extract(
 ) -> int:
     """Extract the adapter between a base model and a fine-tuned one.
 
-    Lists what differs between the models and is not in the adapter.
+    Lists the tensors that differ between the models and are not in the adapter.
     """
     config = merge_settings(flags, None, arguments={"model": model}).lora()
     from tailora.core.compress import check  # loads torch
@@ -197,14 +199,14 @@ def extract(
 
 
 def poor_fit_advice(error: Mapping[str, float]) -> list[str]:
-    """Returns what to do if most of the difference is not in the adapter, else []."""
+    """Returns advice if most of the difference is not in the adapter, else []."""
     if median(error.values()) < POOR_FIT:
         return []
     return ["Most of the difference has a higher rank than the adapter: raise --r, or give --energy .9"]
 
 
 def _left_over_lines(left_over: Mapping[str, float]) -> list[str]:
-    """Returns lines about what else differs, all layers of a model in one line; [] if nothing does."""
+    """Returns lines on the tensors that are not in the adapter, the same tensor of all layers in one line."""
     if not left_over:
         return []
     groups: dict[str, list[float]] = {}
@@ -216,7 +218,7 @@ def _left_over_lines(left_over: Mapping[str, float]) -> list[str]:
         for name, changes in largest_first[:MAX_LINES]
     ]
     if len(groups) > MAX_LINES:
-        lines.append(f"  and {len(groups) - MAX_LINES} others; --json has them all")
+        lines.append(f"  and {len(groups) - MAX_LINES} more lines; --json has all of them")
     return [f"NOT in the adapter: {len(left_over)} tensors that differ; --modules-to-save adds modules:", *lines]
 
 

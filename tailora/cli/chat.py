@@ -37,7 +37,7 @@ HELP = """\
 /base                      answer without adapters
 /reset                     forget the conversation
 /help                      show these lines
-/quit                      end (so does the end of the input)"""
+/quit                      end the chat, as the end of the input does"""
 COMMANDS = [line.split()[0] for line in HELP.splitlines()]
 
 
@@ -79,14 +79,14 @@ def chat(
         if line.startswith("/"):
             try:
                 log(run_command(session, line))
-            except (AdapterError, ConfigError) as error:  # a mistake, which has changed nothing
+            except (AdapterError, ConfigError) as error:  # a typing mistake; nothing has changed
                 log(str(error))
         elif line:
             answer(session, line)
 
 
 def answer(session: ChatSession, text: str) -> None:
-    """Streams the answer. Ctrl-C ends it and keeps what there is; a message that cannot be answered is dropped."""
+    """Streams the answer. Ctrl-C ends it and keeps the text so far; a message that cannot be answered is dropped."""
     from tailora.evaluation.generate import stream_reply
 
     loaded = session.loaded

@@ -50,7 +50,7 @@ def collect_facts() -> Facts:
     from tailora.train.model_loading import METHODS, obstacle
 
     device = _device()
-    own = {"tailora": __version__, "python": platform.python_version()}
+    versions = {"tailora": __version__, "python": platform.python_version()}
     return {
         "device": device,
         "threads": {
@@ -65,7 +65,7 @@ def collect_facts() -> Facts:
         "demo cache": _disk(cache_folder()),
         "Hub cache": _disk(Path(HF_HUB_CACHE)),
         "quantize": {name: obstacle(name, device["type"]) or "works" for name in METHODS},
-        "packages": {**own, **{name: _version(name) for name in PACKAGES}},
+        "packages": {**versions, **{name: _version(name) for name in PACKAGES}},
     }
 
 
@@ -76,8 +76,8 @@ def conclusions(facts: Facts) -> list[str]:
     size = BYTES_PER_PARAMETER[dtype]
     memory = device["memory"] if "memory" in device else facts["memory"]["available"]
     return [
-        f"--dtype auto is {dtype}: {size} bytes for each parameter of the base",
-        f"a base of {memory / 2 / size / 1e9:.1f}B parameters fills half of the memory; training needs the other half",
+        f"--dtype auto is {dtype}: {size} bytes for each parameter of the base model",
+        f"a base model of {memory / 2 / size / 1e9:.1f}B parameters fills half of the memory; training takes the rest",
         f"training runs on {device['type']}; threads: {facts['threads']['torch']} (OMP_NUM_THREADS changes it)",
     ]
 

@@ -1,4 +1,4 @@
-"""`tailora eval`: how good an adapter is on held-out data, next to its base model, and gates on the scores."""
+"""`tailora eval`: evaluates an adapter and its base model on held-out data, and checks gates on the scores."""
 
 import json as jsonlib
 import math
@@ -63,15 +63,15 @@ Limit = Annotated[PositiveInt | None, Parameter(help="evaluate only the first N 
 @Parameter(name="*", group=Group.create_ordered("lm-evaluation-harness"))
 @dataclass(frozen=True, kw_only=True)
 class HarnessFlags:
-    """Flags with the names of lm_eval's."""
+    """Flags with the names that lm_eval gives them."""
 
     tasks: Annotated[
         list[str] | None, Parameter(negative=(), metavar="A,B", help="tasks to run, such as hellaswag,arc_easy")
     ] = None
-    include_path: Annotated[Path | None, Parameter(help="folder with tasks of your own")] = None
+    include_path: Annotated[Path | None, Parameter(help="folder with your own tasks")] = None
     num_fewshot: Annotated[NonNegativeInt | None, Parameter(help="examples shown before each question")] = None
     apply_chat_template: Annotated[
-        bool, Parameter(negative=(), show_default=False, help="ask through the chat template")
+        bool, Parameter(negative=(), show_default=False, help="format questions with the chat template")
     ] = False
     batch_size: Annotated[PositiveInt, Parameter(help="questions per forward pass")] = 8
 
@@ -105,7 +105,7 @@ def eval(
     model: BaseModel = None,
     metrics: Metrics = None,
     gate: Gates = None,
-    base: Annotated[bool, Parameter(help="also evaluate the base model, to compare with")] = True,
+    base: Annotated[bool, Parameter(help="also evaluate the base model, for comparison")] = True,
     normalize: Normalize = "strip",
     max_new_tokens: Annotated[PositiveInt, Parameter(help="longest answer in tokens, for exact_match")] = 128,
     samples: Annotated[NonNegativeInt, Parameter(help="answers to show, for exact_match")] = 3,
@@ -124,8 +124,8 @@ def eval(
     gates, metric_names = parse_gates(gate or []), parse_metrics(metrics or [])
     target = find_target(adapter, model)
     base = base and target.folder is not None
-    of_data = [gate for gate in gates if not (harness.names and gate.is_on_task)]
-    check_gates(of_data, list(METRICS) if data else [], base=base)
+    data_gates = [gate for gate in gates if not (harness.names and gate.is_on_task)]
+    check_gates(data_gates, list(METRICS) if data else [], base=base)
     if data is None and not harness.names:
         raise ConfigError("nothing to evaluate on: give --data FILE, or --tasks of lm-evaluation-harness")
     _check_output_dir(output_dir)
@@ -177,7 +177,7 @@ def eval(
 
 
 def find_target(adapter: str | None, model: str | None) -> EvalTarget:
-    """Raises ConfigError or FormatError if there is nothing to evaluate at these places."""
+    """Returns what to evaluate. Raises ConfigError or FormatError if there is nothing."""
     if adapter is None:
         if model is None:
             raise ConfigError("nothing to evaluate: give an ADAPTER, or --model M for a model without one")
@@ -201,7 +201,7 @@ def _check_output_dir(folder: Path | None) -> None:
     except (OSError, ValueError, AttributeError):
         kind = None
     if kind != KIND:
-        raise ConfigError(f"--output-dir {folder} holds a {REPORT} of something else; give another folder")
+        raise ConfigError(f"--output-dir {folder} holds a {REPORT} of another command; give another folder")
 
 
 def _warn_of_training_data(target: EvalTarget, data: str) -> None:

@@ -10,7 +10,7 @@ parameters of its function. This file makes flags of the fields:
         run = merge_settings(flags, config)
 
 A value goes  flag or YAML -> plain Python -> `TrainConfig`, which alone decides what is valid.
-Later wins: the command's own defaults, then `--config run.yaml`, then flags.
+Flags override `--config run.yaml`, which overrides the command's own defaults.
 """
 
 import re
@@ -55,11 +55,11 @@ def flags_of(
     sections: Mapping[str, str] = SECTIONS,
     defaults: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Returns the type of a parameter that takes one optional flag per field; the parameter is a dict of those given.
+    """Returns the type of a parameter that takes one optional flag per field: a dict of the flags that were typed.
 
     only: names of the fields; None takes all.
     sections: first field -> title of the section of --help that begins there.
-    defaults: a command's own, shown in --help instead of the schema's.
+    defaults: the command's own defaults, shown in --help instead of the schema's.
     """
     flags: dict[str, Any] = {}
     group = None
@@ -101,7 +101,7 @@ def _types(field: FieldInfo) -> list[Any]:
     return [member for member in members if member is not type(None)]
 
 
-# ---- From what was given to a TrainConfig
+# ---- From flags and file to a TrainConfig
 
 
 def merge_settings(
@@ -112,11 +112,11 @@ def merge_settings(
     arguments: Mapping[str, Any] | None = None,
     ignore: Collection[str] = (),
 ) -> TrainConfig:
-    """Returns the settings of a run; prints a note for each that goes by another tool's name.
+    """Returns the settings of a run; prints a note for each that has another tool's name.
 
-    defaults: the command's own. arguments: settings that were typed without a flag. In both, None stands for not given.
+    defaults: the command's own. arguments: settings that were typed without a flag. In both, None means not given.
     ignore: keys of the file that the caller reads itself.
-    Raises ConfigError with all that is wrong.
+    Raises ConfigError with all problems.
     """
     content = read_config_file(config_file) if config_file else {}
     in_file = {name: value for name, value in content.items() if name not in ignore}
@@ -127,11 +127,11 @@ def merge_settings(
     typed = {name: _plain(name, value) for name, value in _without_aliases(typed).items()}
     typed |= _without_none(arguments)
     in_file = _without_aliases(in_file, f"--config {config_file}: ")
-    own = _without_none(defaults)
+    command_defaults = _without_none(defaults)
     try:
-        return _checked_config({**own, **in_file, **typed})
+        return _checked_config({**command_defaults, **in_file, **typed})
     except ConfigError as error:
-        raise ConfigError(_origin(str(error), {**own, **typed}, config_file) + str(error)) from None
+        raise ConfigError(_origin(str(error), {**command_defaults, **typed}, config_file) + str(error)) from None
 
 
 def _without_none(values: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _without_none(values: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _checked_config(values: dict[str, Any]) -> TrainConfig:
-    """Raises ConfigError. The demo's data comes with held-out data of its own."""
+    """Raises ConfigError. The demo's data has its own held-out data."""
     if values.get("data", "demo") == "demo" and not values.keys() & {"eval_data", "validation_split"}:
         values = {**values, "eval_data": "demo"}
     config = TrainConfig(**values)
@@ -158,25 +158,25 @@ def _origin(problem: str, without_file: dict[str, Any], config_file: Path | None
 
 def parse_settings(text: str) -> dict[str, Any]:
     """Returns the settings in `key=value,key=value`, each read as its flag would be. Raises ConfigError."""
-    pairs = parse_pairs(text, [text] if text else [], known=FIELDS)
-    several = {name for name in pairs if get_origin(_types(FIELDS[name])[0]) in (list, dict)}
-    return {name: _plain(name, [value] if name in several else value) for name, value in pairs.items()}
+    pairs = parse_pairs(text, [text] if text else [], allowed=FIELDS)
+    collections = {name for name in pairs if get_origin(_types(FIELDS[name])[0]) in (list, dict)}
+    return {name: _plain(name, [value] if name in collections else value) for name, value in pairs.items()}
 
 
 def parse_pairs(
-    name: str, tokens: list[str], *, split_last: bool = False, known: Collection[str] | None = None
+    name: str, tokens: list[str], *, split_last: bool = False, allowed: Collection[str] | None = None
 ) -> dict[str, str]:
     """Returns the pairs of `--name key=value,key=value` as text; a comma within a value is kept. Raises ConfigError.
 
-    split_last: a key may itself hold '=', as regular expressions do, so that the last '=' ends it.
-    known: the keys that there are; None if any is allowed.
+    split_last: a key may itself contain '=', as regular expressions do, so the last '=' ends it.
+    allowed: the possible keys; None for any.
     """
     cut = str.rpartition if split_last else str.partition
     parts = [cut(pair, "=") for token in tokens for pair in NEXT_PAIR.split(token)]
     problems = [f"{name}: expected key=value, got {''.join(part)}" for part in parts if not (part[0] and part[2])]
     keys = [key for key, _, value in parts if key and value]
-    if known is not None:
-        problems += [f"{name}: unknown setting {key!r}{nearest(key, known)}" for key in keys if key not in known]
+    if allowed is not None:
+        problems += [f"{name}: unknown setting {key!r}{nearest(key, allowed)}" for key in keys if key not in allowed]
     problems += [f"{name}: {key} is given twice" for key in dict.fromkeys(keys) if keys.count(key) > 1]
     if problems:
         raise ConfigError(listing(problems))
@@ -201,10 +201,12 @@ def _plain(name: str, value: Any) -> Any:
 
 def _without_aliases(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Replaces other tools' names for settings by ours. Raises ConfigError, its message beginning with `where`."""
-    given: dict[str, list[str]] = {}
+    spellings: dict[str, list[str]] = {}  # our name -> the names that were typed for it
     for name in values:
-        given.setdefault(ALIASES.get(name, name), []).append(name)
-    problems = [f"{' and '.join(names)} are the same setting: give one" for names in given.values() if len(names) > 1]
+        spellings.setdefault(ALIASES.get(name, name), []).append(name)
+    problems = [
+        f"{' and '.join(names)} are the same setting: give one" for names in spellings.values() if len(names) > 1
+    ]
     if problems:
         raise ConfigError(where + listing(problems))
-    return {name: values[names[0]] for name, names in given.items()}
+    return {name: values[names[0]] for name, names in spellings.items()}

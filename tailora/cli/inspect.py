@@ -1,4 +1,4 @@
-"""`tailora inspect ADAPTER`: what an adapter has learned, where, and what follows from it."""
+"""`tailora inspect ADAPTER`: shows what an adapter has learned in each layer, with advice for the next run."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ Model = Annotated[
     str | None,
     Parameter(help="base model: folder or Hub id, or 'demo'; for ||dW|| / ||W||, intruder dimensions and --data"),
 ]
-With = Annotated[str | None, Parameter(name="--with", help="another adapter of the same base model, to compare with")]
+With = Annotated[str | None, Parameter(name="--with", help="another adapter of the same base model, for comparison")]
 Data = Annotated[
     str | None, Parameter(help="held-out data, or 'demo': how much the smaller singular values lower the loss there")
 ]
@@ -49,9 +49,9 @@ def inspect(
 ) -> int:
     """Show what an adapter has learned in each layer, with advice for the next run.
 
-    From the adapter alone: ranks and energy of every module. With --model: size next to the base's weights, and
-    directions that the base lacks. With --data: what each part is worth. The rules of the advice are in
-    docs/inspect.md.
+    From the adapter alone: ranks and energy of every module. With --model: the size relative to the
+    base's weights, and directions that the base lacks. With --data: how much each part lowers the loss. The rules of
+    the advice are in docs/inspect.md.
     """
     folder = find_adapter(adapter)
     second = None if with_ is None else find_adapter(with_)

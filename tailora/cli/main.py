@@ -28,7 +28,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "train": ("train", "Fine-tune a model on your data."),
     "compare": ("study", "Compare LoRA with full fine-tuning on your model and data."),
     "eval": ("eval", "Evaluate an adapter on held-out data, next to its base model."),
-    "search": ("study", "Search the best settings, and the cheapest that are as good."),
+    "search": ("study", "Search for the best settings, and the cheapest that are as good."),
     "report": ("report", "Write the report.html of a run or a study again."),
     "chat": ("chat", "Chat with a model, with or without adapters."),
     "generate": ("chat", "Answer prompts, each on its own."),
@@ -44,9 +44,9 @@ SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
 EPILOGUE = "Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged,\n4 a quality gate not met, 130 interrupted."
 HELP = DefaultFormatter(column_specs=(NameColumn.copy(renderer=NameRenderer(max_width=34)), DescriptionColumn))
 ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user has set stays
-    "GOMP_SPINCOUNT": "10000",  # of idle OpenMP threads: the default of 300,000 is slow next to other processes
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # compiled shapes, of 1024: batches of many lengths took 2.9 GB, now 2.4
-    "LRU_CACHE_CAPACITY": "64",  # torch's own cache around oneDNN: 1.07 GB, now .71, at the same speed
+    "GOMP_SPINCOUNT": "10000",  # of idle OpenMP threads; the default, 300,000, is slow if other processes run
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # compiled shapes; with 1024 batches of many lengths took 2.9 GB, now 2.4
+    "LRU_CACHE_CAPACITY": "64",  # torch's cache around oneDNN; took 1.07 GB, now 0.71, at the same speed
 }
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes")  # transformers imports torchao; all of them warn
 INTERRUPTED = 130
@@ -57,7 +57,7 @@ MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     for name, value in ENVIRONMENT.items():
-        if not (name == "GOMP_SPINCOUNT" and "OMP_WAIT_POLICY" in os.environ):  # which it would override
+        if not (name == "GOMP_SPINCOUNT" and "OMP_WAIT_POLICY" in os.environ):  # GOMP_SPINCOUNT would override it
             os.environ.setdefault(name, value)
     escape_unprintable_text()
     tokens = list(sys.argv[1:] if argv is None else argv)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with quiet_loggers(*NOISY_LOGGERS):
             code = app(tokens)(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
-    except BrokenPipeError:  # `tailora ... | head`: without this the interpreter reports another one at exit
+    except BrokenPipeError:  # `tailora ... | head`: without this, Python reports a second error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (TailoraError, CycloptsError, OSError, KeyboardInterrupt) as error:
@@ -130,7 +130,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """True if memory ran out in Python or in torch, which is not imported for the question."""
+    """True if memory ran out in Python or in torch. Does not import torch."""
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from tailora.train import memory

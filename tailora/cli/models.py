@@ -1,4 +1,4 @@
-"""What commands share that take a model and adapters: flags, where the adapters are, loading them."""
+"""Shared by the commands that take a model and adapters: flags, finding the adapters, loading them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ Seed = Annotated[NonNegativeInt, Parameter(help="seed of the sampling", validato
 def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
     """Returns name -> folder for each NAME=FOLDER or FOLDER. A run's folder stands for the adapter in it.
 
-    Without a name an adapter is called as its run or its folder. Raises ConfigError with all that is wrong.
+    Without NAME, an adapter gets the name of its run or folder. Raises ConfigError with all problems.
     """
     pairs = []
     for text in texts:
@@ -78,12 +78,12 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
 
 
 def find_adapter(text: str) -> Path:
-    """Returns the adapter's own folder or file. Raises ConfigError if there is none."""
+    """Returns the adapter's folder or file; `text` may name its run's folder. Raises ConfigError if there is none."""
     return next(iter(parse_adapters([f"adapter={text}"]).values()))
 
 
 def quantize_method(folders: Sequence[Path], quantize: str | None) -> str | None:
-    """Returns how to quantize the base: as given ("none" for not at all), or as in the runs of all these adapters.
+    """Returns how to quantize the base: as `quantize` says ("none": not at all), or as the adapters' runs did.
 
     Raises ConfigError if the runs differ.
     """
@@ -110,7 +110,7 @@ def base_model_of(folder: Path) -> str | None:
 
 
 def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
-    """Returns the base model to load: `model`, or the one that all adapters name. Raises ConfigError."""
+    """Returns the base model to load: `model` if given, else the one that all adapters name. Raises ConfigError."""
     if model is not None:
         return model
     names = {folder: base_model_of(folder) for folder in folders}
@@ -160,9 +160,9 @@ def load_model(
     base, tokenizer = load_base(model, dtype, device, quantize_method(list(folders.values()), quantize))
     if not folders:
         return Loaded(base.to(device).eval(), tokenizer, [])
-    (first, folder), *others = folders.items()
+    (first, folder), *rest = folders.items()
     adapted = LoRAModel.from_pretrained(base, folder, first)
-    for name, folder in others:
+    for name, folder in rest:
         adapted.load_adapter(folder, name)
     adapted.set_adapter(list(folders))
     return Loaded(adapted.to(device).eval(), tokenizer, list(folders))

@@ -1,4 +1,4 @@
-"""`tailora plan`: shows what a run would train, the memory and the time that it takes."""
+"""`tailora plan`: shows what a run would train, how much memory it needs and how long it takes."""
 
 import re
 from pathlib import Path

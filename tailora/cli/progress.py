@@ -24,7 +24,7 @@ WIDTH = 100  # of the header at most; a terminal may be narrower
 
 @contextmanager
 def counter(console: Console, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function to call with how many units are done, and of how many."""
+    """Yields a function to call with the number of units done and their total."""
     if on_terminal(console):
         columns = TextColumn(unit), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console, transient=True) as bar:

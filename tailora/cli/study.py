@@ -35,7 +35,7 @@ Arms = Annotated[
         name="--arm",
         negative=(),
         group=STUDY,
-        help="way of training, as NAME:setting=value,...; repeatable; default: lora with the settings below",
+        help="settings to compare, as NAME:setting=value,...; repeatable; default: lora with the settings below",
     ),
 ]
 
@@ -51,7 +51,7 @@ def compare(
 ) -> int:
     """Compare LoRA with full fine-tuning on your model and data.
 
-    Each gets a learning rate of its own and is trained with several seeds. After Ctrl-C the same command resumes.
+    Each is trained at its own best learning rate, with several seeds. After Ctrl-C the same command resumes.
     """
     require_packages("scipy", extra="study")
     in_file = study_settings(config, CompareConfig)
@@ -70,7 +70,7 @@ def compare(
 def parse_arm(text: str) -> tuple[str, dict[str, Any]]:
     name, _, settings = text.partition(":")
     if not name or "/" in name:
-        raise ConfigError(f"--arm {text}: expected NAME:setting=value,..., with a name that can be a folder's")
+        raise ConfigError(f"--arm {text}: expected NAME:setting=value,..., with a NAME that can be a folder name")
     return name, parse_settings(settings)
 
 
@@ -86,11 +86,11 @@ SearchFlags: Any = flags_of(SearchConfig, sections={"trials": "Search"})
 def search(
     *, config: ConfigFile = None, study: SearchFlags = None, json: Json = False, flags: TrainFlags = None
 ) -> int:
-    """Search the best settings, and the cheapest that are as good.
+    """Search for the best settings, and the cheapest that are as good.
 
-    Searched are learning rate, rank, alpha, targets, dropout and the LoRA+ ratio; --space adds settings or limits
-    their values. A setting that is given is not searched. After Ctrl-C the same command resumes; started a second
-    time, or on another machine with the same --storage, it helps.
+    It varies learning rate, rank, alpha, targets, dropout and the LoRA+ ratio; --space adds settings or limits their
+    values. A setting that is given is not varied. After Ctrl-C the same command resumes. Started a second time, or on
+    another machine with the same --storage, it shares the work.
     """
     require_packages("optuna", "scipy", extra="study")
     in_file, typed = study_settings(config, SearchConfig), dict(study or {})
@@ -114,7 +114,7 @@ def search(
 
 
 def study_settings(config_file: Path | None, schema: type[StrictModel]) -> dict[str, Any]:
-    """Returns the settings in the file that are of the study itself, not of its training runs."""
+    """Returns the settings in the file that belong to the study itself, not to its training runs."""
     content = read_config_file(config_file) if config_file else {}
     return {name: value for name, value in content.items() if name in schema.model_fields}
 

@@ -30,7 +30,7 @@ def train(*, config: ConfigFile = None, json: Json = False, flags: Flags = None)
     return fit(merge_settings(flags, config), as_json=json)
 
 
-# ---- `tailora demo`: `tailora train` on a small model and real conversations, both fetched once.
+# ---- `tailora demo`: `tailora train` on a small model and real conversations, both downloaded once.
 
 
 DEFAULTS: dict[str, Any] = {"model": "demo", "data": "demo", "learning_rate": 1e-3}
@@ -54,7 +54,7 @@ def demo(*, config: ConfigFile = None, json: Json = False, flags: DemoFlags = No
 def demo_folder(checkpoint: str | None) -> Path:
     """Returns the folder of a demo without --output-dir: that of its checkpoint, or a new one, which is created.
 
-    Raises ConfigError if there are several processes, of which each would create a folder.
+    Raises ConfigError if there are several processes, each of which would create a folder.
     """
     if checkpoint is not None:
         return latest_demo_folder(FOLDER) if checkpoint == "latest" else Path(checkpoint).parent
@@ -94,7 +94,7 @@ FILES = {
     "samples.json": "the answers above",
     "metrics.jsonl": "loss, learning rate, speed of every step",
     "examples.jsonl": "loss of every held-out example, before and after",
-    "run.json": "settings, versions, seeds and data hash: what it takes to run it again",
+    "run.json": "settings, versions, seeds and data hash: all that is needed to repeat the run",
     "config.yaml": "the settings, for --config",
     REPORT: "the numbers of report.html, for programs",
 }
@@ -121,7 +121,7 @@ def show(console: Console, config: TrainConfig, folder: Path) -> None:
 def fit(config: TrainConfig, *, as_json: bool, questions: Sequence[str] | None = None) -> int:
     """Trains, answers `questions` (by default held-out prompts) with the base and the tuned model, and prints.
 
-    Raises what `run` raises. KeyboardInterrupt carries the command that resumes the run.
+    Raises what `run` raises. The message of KeyboardInterrupt has the command that resumes the run.
     """
     from accelerate import PartialState
 

@@ -1,4 +1,4 @@
-"""What the numbers of an inspection advise, by rules with stated thresholds and sources.
+"""Advice from the numbers of an inspection, by rules with stated thresholds and sources.
 
     Inspection -> each of RULES -> Advice, or nothing
 
@@ -15,42 +15,42 @@ from tailora.evaluation.spectral import ModuleReport
 from tailora.study.inspection import Advice, HeldOutLosses, Inspection, TruncationCost
 from tailora.study.model_layout import by_group, layer_range, rank_pattern
 
-SATURATED_COST, SATURATED_USE = 0.03, 0.8  # of the improvement; of the rank
+SATURATED_COST, SATURATED_USE = 0.03, 0.8  # shares of the improvement; of the rank
 SPARE_USE = 0.5  # effective rank / rank, median
-DEAD = 1e-3  # root mean square of an update's numbers, of the median's
+DEAD = 1e-3  # root mean square of an update's elements, relative to the median's
 INTRUDING = 1.0  # intruders of 10, mean over modules, above those of a random update
-MOVED = 2.0  # factor of a learned scale from its start
+MOVED = 2.0  # factor between a learned scale and its start
 TOO_STRONG = 1.0  # ||dW|| / ||W||, median
 SLOWER = 4  # the learning rate is divided by it
-FORGETTING = 0.5  # rise of the loss on other text, of the improvement
+FORGETTING = 0.5  # rise of the loss on other text, relative to the improvement
 ROUNDED = 1e-2  # ||dW|| / ||W||, median, in 16 bits
 
 
 def advise(inspection: Inspection) -> list[Advice]:
-    """The advice of all rules, in their order."""
+    """Returns the advice of all rules, in their order."""
     return [advice for rule in RULES for advice in rule(inspection)]
 
 
-# ---- Conditions that several rules, or those who measure for them, ask about
+# ---- Conditions that several rules, or study/inspect.py, use
 
 
 def is_above_zero(value: float, low: float | None) -> bool:
-    """True if the low end of its interval is above 0; where there is no interval, if the value is."""
+    """True if the low end of the interval is above 0; without an interval, if the value is."""
     return (value if low is None else low) > 0
 
 
 def has_gain(losses: HeldOutLosses) -> bool:
-    """True if the adapter lowers the held-out loss beyond doubt."""
+    """True if the adapter lowers the held-out loss, with an interval above 0."""
     return is_above_zero(losses.improvement, losses.improvement_low)
 
 
 def cost_limit(cost: TruncationCost) -> float:
-    """How much of the improvement these modules may cost: their share of SATURATED_COST, by their singular values."""
+    """Returns the share of the improvement that these modules may cost: SATURATED_COST times `cost.values`."""
     return SATURATED_COST * cost.values
 
 
 def is_costly(cost: TruncationCost) -> bool:
-    """True if the lower half costs more than the limit, and its rise of the loss is above 0 beyond doubt."""
+    """True if the lower half costs more than the limit, and the rise of the loss has an interval above 0."""
     return cost.cost is not None and cost.cost > cost_limit(cost) and is_above_zero(cost.rise, cost.low)
 
 
@@ -68,7 +68,7 @@ def forgets_much(inspection: Inspection) -> bool:
 def dead(inspection: Inspection) -> Iterator[Advice]:
     """Where ||s B A|| of a module is 0, or its root mean square is at most DEAD of the median's.
 
-    B starts at 0, so an update of 0 has never been moved. The threshold is ours.
+    B starts at 0, so an update of 0 was never trained. The threshold is ours.
     """
     modules = inspection.modules
     if not modules:
@@ -101,7 +101,7 @@ def no_gain(inspection: Inspection) -> Iterator[Advice]:
         "no gain",
         f"The adapter does not lower the loss on {losses.data}: {losses.base_loss:.4f} with the base, "
         f"{losses.loss:.4f} with it ({interval} for the gain). "
-        "Check that these data are like those it was trained on; if so, train longer or at another rate.",
+        "Check that this data is like the training data; if so, train longer or at another learning rate.",
         {"improvement": losses.improvement, "low": low, "examples": losses.examples},
     )
 
@@ -124,15 +124,15 @@ def saturated(inspection: Inspection) -> Iterator[Advice]:
         name: [module for module in modules if module.path in set(paths)]
         for name, paths in by_group([module.path for module in modules], inspection.layers).items()
     }
-    full = {
+    saturated_groups = {
         name: members
         for name, members in groups.items()
         if name in losses.groups and _mean_use(members) > SATURATED_USE and is_costly(losses.groups[name])
     }
-    whole = len(full) in (0, len(groups))  # no group stands out
+    in_all_modules = len(saturated_groups) in (0, len(groups))
     evidence, shares = [], []
     ranks: dict[str, int] = {}
-    for name, members in ({"all modules": modules} if whole else full).items():
+    for name, members in ({"all modules": modules} if in_all_modules else saturated_groups).items():
         cost, use = losses.groups.get(name, losses.half), _mean_use(members)
         layers = layer_range([module.path for module in members])
         numbers = {"cost": cost.cost, "cost_limit": cost_limit(cost), "rise": cost.rise, "rise_low": cost.low}
@@ -142,7 +142,7 @@ def saturated(inspection: Inspection) -> Iterator[Advice]:
             f"{name}{in_layers} {cost.cost:.1%} (limit {cost_limit(cost):.1%}) at effective rank / r {use:.2f}"
         )
         ranks |= {module.path: min(2 * module.r, module.in_features, module.out_features) for module in members}
-    one_rank = whole and len(set(ranks.values())) == 1
+    one_rank = in_all_modules and len(set(ranks.values())) == 1
     yield Advice(
         "saturated",
         f"The lower half of the singular values is worth much of the improvement, and the rank is used up (limit "
@@ -158,14 +158,14 @@ def spare(inspection: Inspection) -> Iterator[Advice]:
     """Where the median effective rank / r is below SPARE_USE and half of the values hold 99% of the energy; with
     data, the lower half must also be worth at most SATURATED_COST of the improvement.
 
-    The same calibration; Eckart and Young for the energy.
+    Calibrated as `saturated` is. That a smaller r keeps this energy is the theorem of Eckart and Young.
     """
     modules, losses = _nonzero(inspection), inspection.held_out
     if not modules or (losses is not None and (losses.half.cost is None or losses.half.cost > SATURATED_COST)):
         return
     use = statistics.median(module.use for module in modules)
-    kept = statistics.median(module.rank_99 / module.rank for module in modules)
-    if use >= SPARE_USE or kept > SPARE_USE:
+    share_99 = statistics.median(module.rank_99 / module.rank for module in modules)
+    if use >= SPARE_USE or share_99 > SPARE_USE:
         return
     r = max(module.rank_99 for module in modules)
     on_data = ""
@@ -175,8 +175,8 @@ def spare(inspection: Inspection) -> Iterator[Advice]:
     yield Advice(
         "spare ranks",
         f"The median effective rank / r is {use:.2f} (limit {SPARE_USE:g}), and 99% of the energy is in "
-        f"{kept:.0%} of the singular values{on_data}. The adapter can be smaller: r = {r} is enough.",
-        {"use": use, "use_limit": SPARE_USE, "rank_99": r, "kept": kept},
+        f"{share_99:.0%} of the singular values{on_data}. The adapter can be smaller: r = {r} is enough.",
+        {"use": use, "use_limit": SPARE_USE, "rank_99": r, "kept": share_99},
         setting={"r": r},
         command=command("shrink", "--adapter", inspection.adapter, "--energy", ".99", "--output-dir", small),
     )
@@ -188,7 +188,7 @@ def spare(inspection: Inspection) -> Iterator[Advice]:
 def too_strong(inspection: Inspection) -> Iterator[Advice]:
     """Where the median ||dW|| / ||W|| is above TOO_STRONG.
 
-    Calibrated: below .5 for all adapters of a useful rate there, above 1.6 for all of a ruinous one.
+    Calibrated: below .5 for all adapters of a useful learning rate, above 1.6 for all of a ruinous one.
     """
     sizes = [module.relative_norm for module in inspection.modules if module.relative_norm is not None]
     size = statistics.median(sizes) if sizes else 0.0
@@ -228,7 +228,7 @@ def intruders(inspection: Inspection) -> Iterator[Advice]:
 def scales(inspection: Inspection) -> Iterator[Advice]:
     """Where a learned scale is more than a factor of MOVED from its start.
 
-    The best alpha is the same within an octave over ranks. The threshold is ours.
+    Over ranks, the best alpha changes by less than a factor of 2. The threshold is ours.
     """
     factors = {
         module.path: module.scaling / module.configured_scaling
@@ -244,7 +244,11 @@ def scales(inspection: Inspection) -> Iterator[Advice]:
         "scales moved",
         f"{len(moved)} of {len(factors)} learned scales are more than a factor of {MOVED:g} from their start "
         f"({min(moved.values()):.2g} to {max(moved.values()):.2g} times it; the median is {median:.2g}). "
-        + ("Start nearer to where they end." if median > 0 else "Some changed their sign, which A and B could do."),
+        + (
+            "Start nearer to where they end."
+            if median > 0
+            else "Some scales changed sign, which A and B could do instead."
+        ),
         {"moved": len(moved), "learned": len(factors), "limit": MOVED, "median": median, "factors": moved},
         setting={"lora_alpha": round(alpha, 3)} if median > 0 and not 1 / MOVED <= median <= MOVED else {},
     )
@@ -261,13 +265,13 @@ def forgetting(inspection: Inspection) -> Iterator[Advice]:
     rise = forgotten["loss_after"] - forgotten["loss_before"]
     measured = [(reduced, reduced.loss) for reduced in inspection.dial if reduced.loss is not None]
     tried = ", ".join(f"{reduced.strength:g}: loss {loss:.3f}, KL {reduced.kl:.3f}" for reduced, loss in measured)
-    cure = "No lower strength that was tried is within the limit: train at a lower rate, or on mixed data."
+    cure = "No lower strength that was tried is within the limit: train at a lower learning rate, or on mixed data."
     setting, to_copy = {}, ""
     for reduced, loss in measured:
         gain = losses.base_loss - loss
         if reduced.base_text_rise <= FORGETTING * gain:
-            kept, strength = gain / losses.improvement, f"{reduced.strength:g}"
-            cure = f"At strength {strength} it keeps {kept:.0%} of the gain, and forgets less than the limit."
+            gain_share, strength = gain / losses.improvement, f"{reduced.strength:g}"
+            cure = f"At strength {strength} it keeps {gain_share:.0%} of the gain, and forgets less than the limit."
             setting = {"set_scale": reduced.strength}
             parts = ["--adapter", f"a={inspection.adapter}", "--weight", f"a={strength}"]
             to_copy = command("combine", *parts, "--output-dir", f"{inspection.adapter}-{strength}")
@@ -283,8 +287,8 @@ def forgetting(inspection: Inspection) -> Iterator[Advice]:
 
 
 def interference(inspection: Inspection) -> Iterator[Advice]:
-    """Where both adapters together lose more on the data than the better one alone, with an interval above 0 (95%,
-    bootstrap over examples).
+    """Where both adapters together have a higher loss on the data than the better one alone, with an interval above 0
+    (95%, bootstrap over examples).
     """
     overlap = inspection.pair
     losses = None if overlap is None else overlap.losses
@@ -294,7 +298,7 @@ def interference(inspection: Inspection) -> Iterator[Advice]:
     yield Advice(
         "interference",
         f"Added up, the two adapters have a loss of {losses.both:.4f}, {losses.worse:.4f} above the better one alone: "
-        f"they disturb each other (cosine of the updates {overlap.cosine:+.2f}). Keep them apart and switch between "
+        f"they disturb each other (cosine of the updates {overlap.cosine:+.2f}). Do not add them: switch between "
         "them, or choose one for each conversation.",
         {"worse": losses.worse, "low": losses.worse_low}
         | {"one": losses.one, "other": losses.other, "cosine": overlap.cosine},
@@ -318,7 +322,7 @@ def rounding(inspection: Inspection) -> Iterator[Advice]:
     yield Advice(
         "rounding",
         f"The median ||dW|| / ||W|| is {size:.2%} (limit {ROUNDED:.0%}): merged into {inspection.base_dtype} weights, "
-        "the update would be off by a sixth of its size or more. Keep it beside the base, or merge in float32.",
+        "the update would be off by a sixth of its size or more. Leave it unmerged, or merge in float32.",
         {"relative_norm": size, "limit": ROUNDED, "dtype": inspection.base_dtype},
         command=command("export", inspection.adapter, *model, *merged),
     )
@@ -344,7 +348,7 @@ def _mean_use(modules: Sequence[ModuleReport]) -> float:
 
 
 def _learning_rate(inspection: Inspection, factor: float) -> dict[str, Any]:
-    """The setting with the run's learning rate times `factor`; {} where the rate is not known."""
+    """Returns the run's learning rate times `factor`, as a setting; {} if the rate is not known."""
     rate = inspection.training.get("learning_rate")
     return {"learning_rate": rate * factor} if isinstance(rate, float) else {}
 

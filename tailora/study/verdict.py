@@ -1,10 +1,10 @@
 """The verdict of a comparison and of a search: what the numbers show, in plain sentences.
 
     compare_verdict, search_verdict    the whole text
-      one_seed, unclear                  why the runs cannot tell, and what would
+      one_seed, unclear                  why the runs cannot tell, and what would help
       difference_in_words                the numbers behind a statement
 
-A statement is made only where the 95% interval of the difference carries it; otherwise the verdict begins with "Cannot
+A statement is made only if the 95% interval of the difference supports it; otherwise the verdict begins with "Cannot
 tell". Losses are nats per token; `margin` is the difference that does not matter.
 """
 
@@ -31,7 +31,7 @@ def compare_verdict(
     if not compared:
         return " ".join([*sentences, "There is nothing to compare."]), None
     safe = [(arm, difference) for arm, difference in compared if difference.high < margin]
-    if safe:  # the smallest arm that is shown to lose less than the margin
+    if safe:  # the smallest of the arms that are shown to be worse by less than the margin
         arm, difference = min(safe, key=lambda pair: _parameters(pair[0]))
     else:
         arm, difference = min(compared, key=lambda pair: pair[1].value)
@@ -90,7 +90,7 @@ def _compare_finding(
 
 
 def search_verdict(finalists: Sequence[Finalist], cheapest: Finalist, margin: float) -> str:
-    """finalists: the best first."""
+    """Returns the text. finalists: the best first."""
     best = finalists[0]
     low, high = best.interval
     take_best = f"Take trial {best.number}: held-out loss {best.eval_loss:.3f} (95% interval {low:.3f} to {high:.3f})."
@@ -98,13 +98,13 @@ def search_verdict(finalists: Sequence[Finalist], cheapest: Finalist, margin: fl
         return f"{take_best} No trial with fewer trained parameters came close, so it is also the cheapest."
     compared = min(finalists[1:], key=lambda finalist: finalist.eval_loss) if cheapest is best else cheapest
     difference = compared.difference
-    assert difference is not None  # which only the best has not
+    assert difference is not None  # only the best has none
     words = difference_in_words(difference, compared.p_value)
     times = best.trainable_parameters / max(compared.trainable_parameters, 1)
     fewer = f"{times:.1f}x fewer trained parameters" if times < 10 else f"{times:,.0f}x fewer trained parameters"
     if cheapest is best:
         return (
-            f"{take_best} The smaller ones are worse: the difference to the closest, trial {compared.number} with "
+            f"{take_best} The smaller trials are worse: the difference to the closest, trial {compared.number} with "
             f"{fewer}, is {words}."
         )
     numbers = f"trial {cheapest.number} - trial {best.number} = {words}"
@@ -130,7 +130,7 @@ def one_seed(both: str, numbers: str) -> str:
 
 
 def unclear(both: str, difference: Difference, numbers: str, margin: float) -> str:
-    """The interval is too wide to say that either is better, or that they differ by less than the margin."""
+    """Returns the text for an interval that shows neither which is better, nor a difference below the margin."""
     return (
         f"Cannot tell whether {both} is better: the 95% interval is too wide for a margin of {margin:g} nats per token "
         f"({numbers}). {what_would_tell(difference, margin)}"
@@ -138,7 +138,7 @@ def unclear(both: str, difference: Difference, numbers: str, margin: float) -> s
 
 
 def what_would_tell(difference: Difference, margin: float) -> str:
-    """What would narrow the interval to half the margin on either side, by what most of its width comes from."""
+    """Returns how many examples, or seeds, would narrow the interval to half the margin on either side."""
     half_width = (difference.high - difference.low) / 2
     times = (half_width / (margin / 2)) ** 2
     if difference.from_examples > 0.5:

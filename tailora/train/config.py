@@ -16,12 +16,12 @@ REMOVED = {"prefix_cache_gb"}  # settings of earlier versions, which changed the
 
 
 def without_removed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings that an earlier version wrote down, without those that no longer exist."""
+    """Returns settings that an earlier version wrote, without those that no longer exist."""
     return {name: value for name, value in settings.items() if name not in REMOVED}
 
 
 class TrainConfig(StrictModel):
-    """A training run. Adapter fields are those of `LoRAConfig`; the rest carry the field's usual names."""
+    """A training run. Adapter fields are those of `LoRAConfig`; the others have their usual names."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -40,7 +40,7 @@ class TrainConfig(StrictModel):
         "all-linear", description="layers to adapt: names, one regular expression, all-linear, or none"
     )
     target_parameters: list[str] | None = Field(
-        None, description="parameters to adapt that no layer holds, such as experts.down_proj"
+        None, description="parameters to adapt that are no layer's weight, such as experts.down_proj"
     )
     exclude_modules: list[str] | str | None = Field(
         None, description="layers to leave out of the targets: names or one regular expression"
@@ -82,7 +82,7 @@ class TrainConfig(StrictModel):
     validation_split: float = Field(0.05, ge=0, lt=1, description="share of the examples that is held out")
     split_seed: int | None = Field(None, ge=0, lt=2**63, description="seed for the held-out examples; default: --seed")
     packing: Literal["auto", "on", "off"] = Field(
-        "auto", description="put several examples into one row; attention keeps them apart"
+        "auto", description="put several examples into one row; attention stays within each"
     )
     streaming: bool = Field(False, description="read the data while training, without loading it; needs --max-steps")
     # optimisation
@@ -107,7 +107,9 @@ class TrainConfig(StrictModel):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of data order, initialisation and dropout")
     # evaluation and files
     eval_steps: NonNegativeInt = Field(0, description="evaluate every N steps; 0: only before and after training")
-    early_stopping_patience: NonNegativeInt = Field(0, description="stop after N evaluations without gain; 0: never")
+    early_stopping_patience: NonNegativeInt = Field(
+        0, description="stop after N evaluations without improvement; 0: never"
+    )
     save_steps: NonNegativeInt = Field(0, description="save a checkpoint every N steps; 0: never")
     save_total_limit: PositiveInt = Field(2, description="checkpoints to keep besides the best one")
     samples: NonNegativeInt = Field(3, description="held-out prompts to answer before and after training")
@@ -121,12 +123,14 @@ class TrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
-        """Every contradiction between settings, in one complaint."""
+        """Raises ConfigError with all contradictions between settings."""
         held_out = bool(self.eval_data) or (self.validation_split > 0 and not self.streaming)
-        of_adapter = (*LoRAConfig.model_fields, *AdaLoRA.model_fields)
-        defaults = {name: type(self).model_fields[name].default for name in of_adapter if name in self.model_fields_set}
+        adapter_fields = (*LoRAConfig.model_fields, *AdaLoRA.model_fields)
+        defaults = {
+            name: type(self).model_fields[name].default for name in adapter_fields if name in self.model_fields_set
+        }
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
-        of_adalora = ", ".join(name for name in changed if name in AdaLoRA.model_fields)
+        adalora_names = ", ".join(name for name in changed if name in AdaLoRA.model_fields)
         full, names = self.method == "full", ", ".join(changed or ["adapter"])
         rules = [
             (self.streaming and self.max_steps is None, "streaming reads without end: give --max-steps"),
@@ -141,17 +145,17 @@ class TrainConfig(StrictModel):
             (full and (changed or self.adapter), f"--method full has no adapter: leave out {names}"),
             (
                 full and "learning_rate" not in self.model_fields_set,
-                "--method full needs a --learning-rate of its own, about a tenth of LoRA's: 5e-5, say",
+                "--method full needs its own --learning-rate, about a tenth of LoRA's, such as 5e-5",
             ),
             (
                 full and self.loraplus_lr_ratio != 1,
-                "loraplus_lr_ratio is the rate of B, which --method full has not: leave it out",
+                "loraplus_lr_ratio is the rate of B, which --method full does not have: leave it out",
             ),
             (
                 full and self.quantize,
                 "--method full trains the weights, which cannot be quantised: leave --quantize out",
             ),
-            (self.target_r is None and of_adalora, f"{of_adalora} belong to AdaLoRA: give --target-r"),
+            (self.target_r is None and adalora_names, f"{adalora_names} belong to AdaLoRA: give --target-r"),
             (self.adapter and changed, f"--adapter brings its own {names}: leave them out"),
         ]
         if problems := [text for broken, text in rules if broken]:

@@ -45,4 +45,4 @@ def test_the_largest_base_follows_from_memory_and_precision(bfloat16: bool, size
         "threads": {"torch": 2},
         "memory": {"available": 8e9},
     }
-    assert any(f"a base of {size} parameters" in line for line in conclusions(facts))
+    assert any(f"a base model of {size} parameters" in line for line in conclusions(facts))

@@ -144,7 +144,7 @@ def test_a_report_is_written_and_only_over_one_of_its_kind(
     (tmp_path / "out" / "report.json").write_text('{"kind": "compare"}')
     code, said, told = run(capsys, *tokens)
     assert (code, said) == (2, "")
-    assert "holds a report.json of something else" in told
+    assert "holds a report.json of another command" in told
 
 
 def test_a_whole_model_is_judged_alone(tiny_model: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> None:

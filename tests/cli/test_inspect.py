@@ -39,7 +39,7 @@ def test_the_table_fits_80_columns_and_says_what_more_there_is(
     assert code == 0
     assert not told
     assert f"{adapter}: 14 updates of rank 4, scale 8, made for {tiny_model}" in said
-    assert "No rule of docs/inspect.md asks for a change." in said
+    assert "No rule of docs/inspect.md advises a change." in said
     assert f"--model {tiny_model}" in said
     table = [line for line in said.splitlines() if "_proj" in line]
     assert len(table) == 14  # two layers in two thirds, seven names

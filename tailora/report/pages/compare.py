@@ -31,20 +31,20 @@ def compare_page(comparison: Comparison) -> Page:
         Section(
             "Which is better",
             f"Each arm at its own best learning rate, {steps}, {seeds}, judged on {comparison.judged_examples:,} "
-            "held-out examples that chose no learning rate.",
+            "held-out examples that were not used to choose a learning rate.",
             _losses(comparison, arms),
         ),
         Section("Training", "All arms saw the same examples in the same order.", [_training(arms)]),
         Section("What it costs", "Means over the seeds; memory is the highest of all.", _costs(arms)),
         Section(
             "What was forgotten",
-            "How far each arm is from the base on text of other tasks, beside what it learned.",
+            "How far each arm is from the base on text of other tasks, next to what it learned.",
             _forgetting(arms),
         ),
         Section(
             "Learning rates tried",
-            "An arm whose learning rate was not searched is no control. Losses are those of the other half of the "
-            "held-out examples.",
+            "The comparison is fair because every arm has its own best learning rate. Losses are those of the half of "
+            "the held-out examples that chooses it.",
             _rates(comparison.arms),
         ),
         Section("Settings", "", [settings_table("Settings", *changes, *shared)]),
@@ -82,13 +82,15 @@ def _losses(comparison: Comparison, arms: Sequence[ArmResult]) -> list[Block | N
 
 def _training(arms: Sequence[ArmResult]) -> Figure | None:
     runs = {arm.name: [losses for losses in arm.train_losses if losses] for arm in arms}
-    values = "; ".join(f"{name} from {own[0][0]:.3f} to {own[0][-1]:.3f}" for name, own in runs.items() if own)
+    values = "; ".join(
+        f"{name} from {losses[0][0]:.3f} to {losses[0][-1]:.3f}" for name, losses in runs.items() if losses
+    )
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.new_axes(310, "step", "loss, nats per token", whole_numbers="x")
-        for number, (name, own) in enumerate(runs.items()):
-            if own:
-                canvas.losses(own, series_colour(number), one_line(name, 28))
+        for number, (name, losses) in enumerate(runs.items()):
+            if losses:
+                canvas.losses(losses, series_colour(number), one_line(name, 28))
         axes.margins(x=0.02)
 
     alt = f"Line chart of training losses. {values}."
@@ -116,12 +118,12 @@ def _costs(arms: Sequence[ArmResult]) -> list[Block | None]:
 
 def _forgetting(arms: Sequence[ArmResult]) -> list[Block | None]:
     points = [(number, arm.name, arm.eval_loss or 0.0, arm.forgetting) for number, arm in enumerate(arms)]
-    known = [(number, name, loss, lost["kl"]) for number, name, loss, lost in points if lost]
-    values = "; ".join(f"{name}: KL {kl:.3f}, loss {loss:.3f}" for _, name, loss, kl in known)
+    measured = [(number, name, loss, lost["kl"]) for number, name, loss, lost in points if lost]
+    values = "; ".join(f"{name}: KL {kl:.3f}, loss {loss:.3f}" for _, name, loss, kl in measured)
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.new_axes(300, "held-out loss, nats per token", "KL, nats per token")
-        for number, name, loss, kl in known:
+        for number, name, loss, kl in measured:
             colour, text = series_colour(number), one_line(name, 20)
             axes.plot([loss], [kl], "o", color=colour, markersize=11, markeredgecolor=PAPER, label=text)
         axes.margins(x=0.15, y=0.2)
@@ -136,7 +138,7 @@ def _forgetting(arms: Sequence[ArmResult]) -> list[Block | None]:
         if arm.forgetting and "loss_after" in arm.forgetting
     }
     return [
-        Figure("forgetting", draw, alt, caption) if known else None,
+        Figure("forgetting", draw, alt, caption) if measured else None,
         bar_figure(
             "other-text",
             rises,
@@ -157,15 +159,15 @@ def _rates(arms: Sequence[ArmResult]) -> list[Block | None]:
     def draw(canvas: Canvas) -> None:
         axes = canvas.new_axes(310, "learning rate", "loss, nats per token")
         for number, arm in enumerate(tried):
-            own, colour, label = losses[arm.name], series_colour(number), one_line(arm.name, 28)
+            arm_losses, colour, label = losses[arm.name], series_colour(number), one_line(arm.name, 28)
             hollow: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7}
-            axes.plot(list(own), list(own.values()), "o-", color=colour, label=label, **hollow)
-            if arm.learning_rate in own:
-                axes.plot([arm.learning_rate], [own[arm.learning_rate]], "o", color=colour, markersize=10)
+            axes.plot(list(arm_losses), list(arm_losses.values()), "o-", color=colour, label=label, **hollow)
+            if arm.learning_rate in arm_losses:
+                axes.plot([arm.learning_rate], [arm_losses[arm.learning_rate]], "o", color=colour, markersize=10)
         canvas.log_axis("x")
 
     best = "; ".join(f"{arm.name} best at {learning_rate(arm.learning_rate)}" for arm in tried if arm.learning_rate)
-    caption = "Held-out loss at each learning rate tried; filled: the one taken."
+    caption = "Held-out loss at each learning rate tried; filled: the one chosen."
     at_edge = [arm.name for arm in tried if not arm.bracketed]
     if at_edge:
         caption += f" The best of {', '.join(at_edge)} lies at the edge of those tried."

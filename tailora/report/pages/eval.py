@@ -21,7 +21,7 @@ TUNED, BASE, CHANGE = "tuned", "base", "tuned - base"
 
 @dataclass(frozen=True)
 class Value:
-    """A value with its 95% interval over n rows. value: None where it is no number."""
+    """A value with its 95% interval over n rows. value: None if it is not a number."""
 
     value: float | None
     interval: tuple[float, float] | None
@@ -46,7 +46,7 @@ class GateOutcome:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """What report.json of an evaluation holds. data: None where only tasks of lm-evaluation-harness were run."""
+    """What report.json of an evaluation holds. data: None if only tasks of lm-evaluation-harness were run."""
 
     model: str
     adapter: str | None
@@ -78,15 +78,15 @@ def eval_page(report: EvalReport) -> Page:
         if value.value is not None
     ]
     numbers.append(Number("time", duration(report.seconds), detail="page"))
-    known = {"model": report.model, **data, **tasks}
+    facts = {"model": report.model, **data, **tasks}
     sections = [
         Section(
             "What was measured",
             "Loss is in nats per token. Intervals are 95% intervals over the rows.",
             [*_figures(report), _table(report)],
         ),
-        Section("Answers", "The first greedy answers; ✓ marks those that are as expected.", _answers(report)),
-        Section("Data", "", [settings_table("Data", ("", known))]),
+        Section("Answers", "The first greedy answers; ✓ marks those that match the expected ones.", _answers(report)),
+        Section("Data", "", [settings_table("Data", ("", facts))]),
     ]
     notes = [text.format(data[name], **data) for name, text in CUTS.items() if data.get(name)]
     outcomes = [f"gate {'met' if gate.met else 'NOT MET'}: {gate}" for gate in report.gates]
@@ -95,10 +95,10 @@ def eval_page(report: EvalReport) -> Page:
 
 
 def _figures(report: EvalReport) -> list[Figure]:
-    """Each metric beside the base's, where the base was evaluated, too."""
+    """Returns a figure of each metric for the base and the tuned model, if both were evaluated."""
 
     def draw(values: dict[str, Value], unit: str, canvas: Canvas) -> None:
-        rows = [Estimate(side, own.value or 0.0, own.interval) for side, own in values.items()]
+        rows = [Estimate(side, value.value or 0.0, value.interval) for side, value in values.items()]
         canvas.estimates(rows, unit, form=".3f" if all(abs(row.value) < 10 for row in rows) else ",.1f")
 
     figures = []
@@ -129,8 +129,8 @@ def _table(report: EvalReport) -> Table:
     for name, value in report.metrics.items():
         row = [name]
         for side, values in sides.items():
-            own = (values or {}).get(name)
-            row += ["", ""] if own is None else [own.shown("+" if side == CHANGE else ""), own.ends()]
+            cell = (values or {}).get(name)
+            row += ["", ""] if cell is None else [cell.shown("+" if side == CHANGE else ""), cell.ends()]
         rows.append([*row, f"{value.n:,}"])
     return Table([*columns, *numeric("rows")], rows)
 

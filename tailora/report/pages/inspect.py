@@ -59,7 +59,7 @@ def inspect_page(inspection: Inspection) -> Page:
         ),
         Section(
             "Spectra",
-            "How fast the singular values of each update fall: a flat line uses all of its rank, a steep one little.",
+            "How fast the singular values of each update fall: a flat line means that all of the rank is used.",
             [_spectra(inspection.modules)],
         ),
         *([_truncation(losses)] if losses else []),
@@ -81,17 +81,17 @@ def inspect_page(inspection: Inspection) -> Page:
     conclusion = Section(
         "Advice",
         "From rules with stated thresholds, each with its numbers (docs/inspect.md).",
-        findings or [Paragraph("No rule of docs/inspect.md asks for a change.")],
+        findings or [Paragraph("No rule of docs/inspect.md advises a change.")],
     )
     rules = [advice.rule for advice in inspection.advice]
-    asked = f"Rules that ask for something: {', '.join(rules)}." if rules else "No rule asks for a change."
-    notes = []  # what more there would be to see
+    summary = f"Rules that advise a change: {', '.join(rules)}." if rules else "No rule advises a change."
+    notes = []  # flags that would show more
     if inspection.model is None:
         base = inspection.named_base or "BASE"
         notes = [f"--model {base} adds ‖ΔW‖/‖W‖ and intruder dimensions; with --data, too, what the ranks are worth."]
     elif losses is None:
         notes = ["--data HELD_OUT adds what the smaller singular values are worth, and what was forgotten."]
-    lead = f"{_described(inspection)}. {asked}"
+    lead = f"{_described(inspection)}. {summary}"
     *_, outer, title = ("", *inspection.adapter.replace("\\", "/").rstrip("/").split("/"))
     if title == ADAPTER and outer:  # the folder of a run holds the adapter
         title = outer
@@ -142,7 +142,7 @@ def _numbers(inspection: Inspection) -> list[Number]:
 
 
 def _module_tables(inspection: Inspection) -> tuple[Table | None, Table | None]:
-    """A row for each third of the layers and name of a matrix; and a row for every module."""
+    """Returns a table by thirds of the layers and names of matrices, and a table of all modules."""
     modules = inspection.modules
     if not modules:
         return None, None
@@ -172,7 +172,7 @@ def _module_tables(inspection: Inspection) -> tuple[Table | None, Table | None]:
 
 
 def _remarks(inspection: Inspection) -> list[Paragraph]:
-    """What was left out, and what modules note, each with the first few paths."""
+    """Returns what was left out, and the notes of modules, each with the first few paths."""
     by_text: dict[str, list[str]] = {}
     for path, reason in inspection.left_out.items():
         by_text.setdefault(f"Left out, {reason}", []).append(path)
@@ -194,11 +194,11 @@ def _heat_maps(modules: Sequence[ModuleReport]) -> list[HeatMap]:
         return []
     caption = "Share of the adapter's squared norm."
     energy = heat_map("energy", "energy", "energy", "{:.1%}", None, caption, "always")
-    caption = "Effective rank / rank: 1 uses all directions alike; near 0 all but one are idle."
+    caption = "Effective rank / rank: 1 uses all directions alike; near 0 it uses only one."
     use = heat_map("use", "use", "effective rank / rank", "{:.2f}", 1.0, caption, "always")
-    caption = "‖ΔW‖/‖W‖: how large the update is beside the weight that it changes."
+    caption = "‖ΔW‖/‖W‖: the size of the update relative to the weight that it changes."
     norm = heat_map("norm", "relative_norm", "relative norm", "{:.1%}", None, caption)
-    caption = "Of the 10 leading directions of the changed weight, those that are unlike any of the base's."
+    caption = "How many of the 10 leading directions of the changed weight are unlike all of the base's."
     intruders = heat_map("intruders", "intruders", "intruder dimensions", "{:.0f}", 10.0, caption)
     return [heat for heat in (energy, use, norm, intruders) if any(heat.cells.values())]
 
@@ -227,7 +227,9 @@ def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
         for axes, (name, own) in zip(panels, shown.items(), strict=False):
             for module in own:
                 values = [value / module.singular_values[0] for value in module.singular_values]
-                colour = heat_colour(2 + (layer_index(module.path) or 0), 0, last + 3)  # the palest is no line
+                colour = heat_colour(
+                    2 + (layer_index(module.path) or 0), 0, last + 3
+                )  # the palest are too faint for lines
                 axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.2)
             axes.set_title(one_line(name, 22), fontsize=11.5)
             axes.set_ylim(0, 1.05)

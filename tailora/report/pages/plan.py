@@ -8,7 +8,7 @@ from tailora.report.paths import by_layer, short_names
 from tailora.study.plan import Plan
 from tailora.train.memory import format_bytes
 
-NEAR = 2.0  # times the longest bar: memory that is further away is not drawn
+NEAR = 2.0  # times the longest bar: a limit further away is not drawn
 
 
 def plan_page(plan: Plan) -> Page:
@@ -16,7 +16,7 @@ def plan_page(plan: Plan) -> Page:
         Section("What is trained", "", _trained(plan)),
         Section(
             "Memory",
-            f"At the moment when the run holds most, {plan.dtype} on {plan.device}; {plan.basis['memory']}.",
+            f"At the moment of highest use, {plan.dtype} on {plan.device}; {plan.basis['memory']}.",
             _memory(plan),
         ),
         Section("Steps and time", "", [Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
@@ -107,7 +107,7 @@ def _memory(plan: Plan) -> list[Block | None]:
         + ", ".join(f"{part} {format_bytes(memory[part])}" for part in parts if memory[part])
         for name, memory in memories.items()
     )
-    limit = f" Dashed line: the {format_bytes(plan.available_bytes)} that there are." if limit_is_near else ""
+    limit = f" Dashed line: the {format_bytes(plan.available_bytes)} that are available." if limit_is_near else ""
     alt = f"Stacked bars of memory. {listed}."
     rows = [
         [part, *(format_bytes(memory[part]) if memory[part] else NONE for memory in memories.values())]
@@ -124,7 +124,7 @@ def _memory(plan: Plan) -> list[Block | None]:
 def _steps(plan: Plan) -> str:
     per_step = f"{duration(plan.seconds_per_step)} per step"
     if plan.steps is None:
-        return f"{per_step} ({plan.basis['time']}); --data or --max-steps tells how many steps there are."
+        return f"{per_step} ({plan.basis['time']}); give --data or --max-steps for the number of steps."
     together = "" if plan.seconds is None else f", {duration(plan.seconds)} together"
     return f"{plural(plan.steps, 'step')}, {per_step}{together} ({plan.basis['time']})."
 

@@ -17,9 +17,9 @@ from tailora.train.memory import format_bytes
 SHOWN_TRIALS = 12  # in the terminal
 FEWEST_FOR_SURFACE = 4  # trials
 FEWEST_FOR_SLICES = 5  # trials
-WORST_COLOUR = 0.8  # the quantile of the losses at which colours end: how badly the others failed does not matter
-FEW_VALUES = 7  # of a number, which then gets an axis of names
-WIDE_RANGE = 8  # a range that is so many times its start gets a logarithmic axis
+WORST_COLOUR = 0.8  # quantile of the losses at which colours end: how bad still worse trials are does not matter
+FEW_VALUES = 7  # a numeric setting with so few values gets a tick for each
+WIDE_RANGE = 8  # from this ratio of the largest to the smallest value on, the axis is logarithmic
 
 
 def search_page(search: SearchResult) -> Page:
@@ -32,7 +32,7 @@ def search_page(search: SearchResult) -> Page:
         Section(
             "The finalists",
             f"Run again with {plural(len(search.seeds), 'other seed')}, and judged on {search.judged_examples:,} "
-            "held-out examples that chose no trial.",
+            "held-out examples that were not used to choose trials.",
             _finalists(search),
         ),
         Section(
@@ -43,7 +43,7 @@ def search_page(search: SearchResult) -> Page:
         ),
         Section(
             "Learning rate and rank",
-            "Other settings differ from point to point, too, so the surface shows a trend and no law.",
+            "Other settings differ from point to point, too, so the surface shows only a trend.",
             [_rate_and_rank(search, done)],
         ),
         Section(
@@ -73,8 +73,8 @@ def search_page(search: SearchResult) -> Page:
 
 def _finalists(search: SearchResult) -> list[Block | None]:
     names = {finalist.number: f"trial {finalist.number}" for finalist in search.finalists}
-    losses = [Estimate(names[own.number], own.eval_loss, own.interval) for own in search.finalists]
-    differences = {names[own.number]: own.difference for own in search.finalists}
+    losses = [Estimate(names[trial.number], trial.eval_loss, trial.interval) for trial in search.finalists]
+    differences = {names[trial.number]: trial.difference for trial in search.finalists}
     margin = search.settings.get("search", {}).get("margin")
     figures = judged_figures(losses, search.base_loss, differences, f"trial {search.best.number}", margin)
 
@@ -98,7 +98,7 @@ def _finalists(search: SearchResult) -> list[Block | None]:
     else:
         names[search.cheapest.number] += " (cheapest)"
     settings = dict.fromkeys(name for finalist in search.finalists for name in finalist.settings)
-    side_by_side = [[name, *(setting(own.settings.get(name)) for own in search.finalists)] for name in settings]
+    side_by_side = [[name, *(setting(trial.settings.get(name)) for trial in search.finalists)] for name in settings]
     return [
         *figures,
         Table(columns, rows),
@@ -138,7 +138,7 @@ def _table_of_trials(trials: Sequence[Candidate], title: str = "", **options: An
 
 
 def _trials(search: SearchResult, done: Sequence[Candidate]) -> list[Block | None]:
-    # The loss at which runs that came apart are drawn: as it is, it would leave the others no room
+    # Runs that diverged are drawn at this loss: at their own they would leave the others no room
     start = max([search.base_loss, *(trial.curve[0][1] for trial in search.trials if trial.curve)])
     highest = start + max(0.3 * (start - min(map(_loss, done), default=start)), 0.05)
     table = None
@@ -166,10 +166,10 @@ def _history(search: SearchResult, done: Sequence[Candidate], highest: float) ->
                 points = [(trial.number, min(_loss(trial), highest)) for trial in trials]
                 canvas.points(points, [_tip(trial) for trial in trials], c=face, label=name, **marks)
         rings: dict[str, Any] = {"facecolors": "none", "linewidths": 2, "zorder": 4}
-        for place, (finalist, name) in enumerate(((search.best, "best"), (search.cheapest, "cheapest"))):
+        for number, (finalist, name) in enumerate(((search.best, "best"), (search.cheapest, "cheapest"))):
             losses = [_loss(trial) for trial in done if trial.number == finalist.number]
-            x, colour = [finalist.number] * len(losses), SERIES[1 + place]
-            axes.scatter(x, losses, s=170 + 90 * place, edgecolors=colour, label=name, **rings)
+            x, colour = [finalist.number] * len(losses), SERIES[1 + number]
+            axes.scatter(x, losses, s=170 + 90 * number, edgecolors=colour, label=name, **rings)
 
     best = min(done, key=_loss)
     alt = (

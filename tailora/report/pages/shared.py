@@ -24,7 +24,7 @@ def bar_figure(
     *,
     wide: bool = False,
 ) -> Figure | None:
-    """A bar for each value, which is written beside it. wide: of one colour, as names that no other figure shows."""
+    """A bar with its number for each value. wide: in one colour, because no other figure shows these names."""
     if not values:
         return None
     alt = f"{title}: {', '.join(f'{label} {show(value)}' for label, value in values.items())}."
@@ -53,9 +53,9 @@ def judged_figures(
     margin: float | None,
 ) -> list[Figure | None]:
     """differences: name of a loss -> its difference from the reference's loss.
-    margin: differences up to so many nats per token make no difference to the user.
+    margin: smaller differences, in nats per token, do not matter to the user.
     """
-    known = {name: difference for name, difference in differences.items() if difference}
+    measured = {name: difference for name, difference in differences.items() if difference}
     listed = "; ".join(f"{loss.name} {loss.value:.3f} ({interval(loss.ends)})" for loss in losses)
     seeds = "; small dots: each seed" if any(loss.runs for loss in losses) else ""
     losses_figure = Figure(
@@ -67,28 +67,28 @@ def judged_figures(
     )
 
     def draw_differences(canvas: Canvas) -> None:
-        rows = [Estimate(name, apart.value, (apart.low, apart.high)) for name, apart in known.items()]
-        colours = [number for number, loss in enumerate(losses) if loss.name in known]  # those of the losses
+        rows = [Estimate(name, value.value, (value.low, value.high)) for name, value in measured.items()]
+        colours = [number for number, loss in enumerate(losses) if loss.name in measured]  # as in the figure of losses
         unit = f"loss − loss of {one_line(reference, 18)}, nats per token"
         canvas.estimates(rows, unit, reference=0.0, form="+.3f", colours=colours)
         if margin is not None:
             canvas.axes.axvspan(-margin, margin, color=GRID, alpha=0.6, linewidth=0, zorder=0)
 
     listed = "; ".join(
-        f"{name} {apart.value:+.3f} ({interval((apart.low, apart.high), '+.3f')})" for name, apart in known.items()
+        f"{name} {value.value:+.3f} ({interval((value.low, value.high), '+.3f')})" for name, value in measured.items()
     )
-    band = "" if margin is None else f" Shaded: within the margin of {margin:g}, which makes no difference."
+    band = "" if margin is None else f" Shaded: within the margin of {margin:g}, which does not matter."
     differences_figure = Figure(
         "differences",
         draw_differences,
         f"Difference of each from {reference} with its 95% interval: {listed}.",
         f"Difference from {reference} on the same examples and seeds, with its 95% interval; left is better.{band}",
     )
-    return [losses_figure if losses else None, differences_figure if known else None]
+    return [losses_figure if losses else None, differences_figure if measured else None]
 
 
 def difference_cells(difference: Difference | None, p: float | None, missing: str = "") -> list[str]:
-    """The difference, its interval and its p-value. missing: in place of the difference."""
+    """The difference, its interval and its p-value. missing: shown if there is no difference."""
     value = signed(difference.value) if difference else missing
     ends = f"{signed(difference.low)} to {signed(difference.high)}" if difference else ""
     return [value, ends, "" if p is None else p_value(p)]

@@ -54,7 +54,7 @@ class StepEvaluation:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Of each held-out example: its tokens that count, and their loss in nats before and after training."""
+    """For each held-out example: its supervised tokens, and their loss in nats before and after training."""
 
     tokens: list[int]
     before: list[float]
@@ -88,7 +88,7 @@ class TrainReport:
     steps: list[Step]
     evaluations: list[StepEvaluation]
     samples: list[Answer]
-    result: Result | None  # None where the run was interrupted or diverged
+    result: Result | None  # None if the run was interrupted or diverged
     held_out: HeldOut | None
     verdict: str
 
@@ -107,7 +107,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         held_out = {name: [row[name] for row in examples] for name in ("tokens", "before", "after")}
         losses = before_and_after(held_out["before"], held_out["after"], held_out["tokens"])
     if result is None:
-        verdict = "The run has not finished: it was interrupted, failed, or is still going on."
+        verdict = "The run has not finished: it was interrupted, failed, or is still running."
     elif losses:
         verdict = describe_change(losses["change"], len(examples))
     elif result["eval_loss_after"] is None:
@@ -134,7 +134,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    """The content of a .json file, or of each line of a .jsonl file but a last one that is still being written."""
+    """Returns the content of a .json file, or of the lines of a .jsonl file, without an unfinished last line."""
     text, of_lines = path.read_text(encoding="utf-8"), path.suffix == ".jsonl"
     try:
         return [json.loads(line) for line in text.split("\n")[:-1]] if of_lines else json.loads(text)
