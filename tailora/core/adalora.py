@@ -24,7 +24,7 @@ FACTORS = ("lora_A", "lora_B", "lora_E")
 
 
 def budget(step: int, total: int, tinit: int, tfinal: int, initial: int, target: int) -> int:
-    """Returns the ranks in all after optimizer step `step`.
+    """Returns the total number of ranks after optimizer step `step`.
 
     `initial` up to tinit, `target` from total - tfinal on, a cubic between (sec. 3.3):
     (1 - (t - tinit) / (total - tfinal - tinit))^3, which meets both ends.
@@ -43,8 +43,8 @@ class RankAllocator:
     Before each step it adds the gradient of the penalty, and measures sensitivities. After each step it switches off
     the ranks beyond the budget; they may come back until the budget is final.
 
-    kept: path -> mask (r,) of the ranks that stay, once the budget is final.
-    Raises ConfigError where the schedule leaves no steps, or where the ranks in all are less than their target.
+    final_masks: path -> mask (r,) of the ranks that stay; empty until the budget is final.
+    Raises ConfigError if the schedule leaves no steps, or if the target is above the initial number of ranks.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class RankAllocator:
         self.tfinal = total_steps * 3 // 10 if config.tfinal is None else config.tfinal
         if self.tinit + self.tfinal >= total_steps:
             raise ConfigError(
-                f"tinit + tfinal = {self.tinit} + {self.tfinal} leaves none of {total_steps} steps to share ranks out"
+                f"tinit + tfinal = {self.tinit} + {self.tfinal} leaves none of {total_steps} steps to distribute ranks"
             )
         self.layers = dict(layers)
         self.initial = sum(layer.r for layer in self.layers.values())
@@ -64,14 +64,14 @@ class RankAllocator:
             raise ConfigError(f"target_r = {config.target_r} is above the average rank at the start: raise r")
         self.sensitivity = {name: torch.zeros_like(p) for name, p in self._parameters()}
         self.uncertainty = {name: torch.zeros_like(p) for name, p in self._parameters()}
-        self.kept: dict[str, Tensor] = {}
+        self.final_masks: dict[str, Tensor] = {}
         optimizer.register_step_pre_hook(lambda *_: self.before_step())
         optimizer.register_step_post_hook(lambda *_: self.after_step())
 
     @property
     def final(self) -> bool:
-        """True if the ranks move no more."""
-        return bool(self.kept)
+        """True if the ranks do not change any more."""
+        return bool(self.final_masks)
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(f"{path}.{name}", getattr(layer, name)) for path, layer in self.layers.items() for name in FACTORS]
@@ -93,13 +93,13 @@ class RankAllocator:
     def after_step(self) -> None:
         self.step += 1
         if self.final:
-            self._switch_off(self.kept)
+            self._apply_masks(self.final_masks)
         elif self.step >= self.total - self.tfinal:
-            self.kept = self._most_important(self.target)
-            self._switch_off(self.kept)
+            self.final_masks = self._most_important(self.target)
+            self._apply_masks(self.final_masks)
         elif self.step >= self.tinit and (self.step - self.tinit) % self.config.deltaT == 0:
             ranks = budget(self.step, self.total, self.tinit, self.tfinal, self.initial, self.target)
-            self._switch_off(self._most_important(ranks))
+            self._apply_masks(self._most_important(ranks))
 
     def importance(self, path: str) -> Tensor:
         """(r,): s(E_i) + the means of s over row i of A and column i of B, s = sensitivity * uncertainty (sec. 3.2)."""
@@ -114,33 +114,33 @@ class RankAllocator:
         masks = torch.split(mask, [layer.r for layer in self.layers.values()])
         return dict(zip(self.layers, masks, strict=True))
 
-    def _switch_off(self, kept: Mapping[str, Tensor]) -> None:
+    def _apply_masks(self, masks: Mapping[str, Tensor]) -> None:
         for path, layer in self.layers.items():
-            cast(nn.Parameter, layer.lora_E).mul_(kept[path])
+            cast(nn.Parameter, layer.lora_E).mul_(masks[path])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns tensors by name: all that `load_state_dict` needs to go on to the same bits."""
+        """Returns tensors by name: all that `load_state_dict` needs to continue with the same bits."""
         return {
             "step": torch.tensor(self.step),
             **{f"{name}|sensitivity": tensor for name, tensor in self.sensitivity.items()},
             **{f"{name}|uncertainty": tensor for name, tensor in self.uncertainty.items()},
-            **{f"{path}|kept": mask for path, mask in self.kept.items()},
+            **{f"{path}|kept": mask for path, mask in self.final_masks.items()},
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises CheckpointError for the state of another adapter."""
-        own = self.state_dict()
+        current = self.state_dict()
         masks = {name: tensor for name, tensor in tensors.items() if name.endswith("|kept")}
-        if {*own, *masks} != {*tensors, *(f"{path}|kept" for path in self.kept)} or any(
-            tensors[name].shape != own[name].shape for name in own.keys() & tensors.keys()
+        if {*current, *masks} != {*tensors, *(f"{path}|kept" for path in self.final_masks)} or any(
+            tensors[name].shape != current[name].shape for name in current.keys() & tensors.keys()
         ):
-            raise CheckpointError("the checkpoint's rank allocation is of another adapter")
+            raise CheckpointError("the checkpoint's rank allocation belongs to another adapter")
         self.step = int(tensors["step"])
         for name in self.sensitivity:
             self.sensitivity[name].copy_(tensors[f"{name}|sensitivity"])
             self.uncertainty[name].copy_(tensors[f"{name}|uncertainty"])
         device = next(iter(self.sensitivity.values())).device
-        self.kept = {name.removesuffix("|kept"): mask.to(device) for name, mask in masks.items()}
+        self.final_masks = {name.removesuffix("|kept"): mask.to(device) for name, mask in masks.items()}
 
 
 def _add_penalty_gradient(layer: LoRALayer, weight: float) -> None:
@@ -162,7 +162,7 @@ def _add_penalty_gradient(layer: LoRALayer, weight: float) -> None:
 def as_plain_lora(adapter: Adapter) -> Adapter:
     """Returns the same update as plain LoRA: E is multiplied into B, and ranks that are off are left out.
 
-    A layer without any rank keeps one, which is zero. An adapter without AdaLoRA is returned as it is.
+    A layer whose ranks are all off keeps one of zeros. An adapter without AdaLoRA is returned as it is.
     """
     if adapter.config.adalora is None:
         return adapter

@@ -32,8 +32,8 @@ class Adapter:
     low_rank: the low-rank updates.
     saved: trained copies of whole modules (`modules_to_save`).
     extras: trained biases, and rows of embeddings with the heads tied to them.
-    waits_for_data: it starts from data, and has not seen any.
-    has_allocator: with AdaLoRA, an optimizer has moved its ranks.
+    waits_for_data: its initial values come from data that it has not seen yet.
+    has_allocator: with AdaLoRA, `allocate_ranks` was called for it.
     """
 
     config: LoRAConfig
@@ -53,7 +53,7 @@ class Adapter:
         return {**self.low_rank, **self.saved, **self.extras}
 
     def missing_data(self, name: str) -> str:
-        """What to do before an adapter of this name can be trained or saved, or ""."""
+        """Returns what must be done before the adapter can be trained or saved; "" if nothing."""
         if not self.waits_for_data:
             return ""
         return (
@@ -110,7 +110,9 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
     in_features, out_features = target.dims
     weight = weight_of(target.layer, target.layer_type.weight_name)  # as it is stored: its dense value is not needed
     shape_A, shape_B = target.layer_type.shapes(target.layer, target.r)
-    random = config.init_lora_weights if config.init_lora_weights in INITS else "kaiming"  # until weight or data say
+    random = (
+        config.init_lora_weights if config.init_lora_weights in INITS else "kaiming"
+    )  # until weight or data fill it
     layer = LoRALayer(
         in_features,
         out_features,
@@ -143,7 +145,7 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def trained_copy(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module to train whole: of plain classes, in float32 where the base has 16 bits."""
+    """Returns a copy of a module to train in full: of plain classes, in float32 where the base has 16 bits."""
     clone = copy.deepcopy(module)
     for part in clone.modules():
         detach(part)
@@ -155,16 +157,18 @@ def trained_copy(module: nn.Module) -> nn.Module:
 def share_parameters(modules: Mapping[str, nn.Module], copies: Mapping[str, nn.Module]) -> None:
     """Lets copies share the parameters that their modules share, such as a head and its embedding.
 
-    modules, copies: by the same paths. Parameters whose values differ stay apart.
+    modules, copies: by the same paths. Parameters whose values differ stay separate.
     """
     owners: dict[int, tuple[nn.Module, str]] = {}  # id of a module's parameter -> the first copy of it
-    for path, whole in modules.items():
-        for inner, module in whole.named_modules():
-            owner = copies[path].get_submodule(inner)
+    for path, saved_module in modules.items():
+        for inner_path, module in saved_module.named_modules():
+            owner = copies[path].get_submodule(inner_path)
             for name, parameter in module._parameters.items():
                 first, first_name = owners.setdefault(id(parameter), (owner, name))
-                shared, own = first._parameters[first_name], owner._parameters[name]
-                if first is not owner and shared is not None and own is not None and torch.equal(shared, own):
+                shared, separate = first._parameters[first_name], owner._parameters[name]
+                if first is owner or shared is None or separate is None:
+                    continue
+                if torch.equal(shared, separate):
                     owner._parameters[name] = shared
 
 
@@ -187,16 +191,16 @@ def extra_parts(targets: ExtraTargets, modules: Mapping[str, nn.Module]) -> dict
 def check_compatible(adapters: Mapping[str, Adapter], *, by_row: bool = False) -> None:
     """Raises AdapterError where one adapter replaces a module that another one adapts or replaces, too.
 
-    by_row: each row has one of them, so that they may replace the same module, but not one inside another.
+    by_row: every batch row has only one of them, so they may replace the same module, but not a module inside it.
     """
     problems = [
-        f"{name} trains {whole} whole, which {second_name} adapts at {path}"
+        f"{name} trains {saved_path} in full, and {second_name} adapts {path}"
         for name, adapter in adapters.items()
-        for whole in adapter.saved
+        for saved_path in adapter.saved
         for second_name, second in adapters.items()
         if second_name != name
         for path in second.parts
-        if inside(path, whole) and not (by_row and path == whole)
+        if inside(path, saved_path) and not (by_row and path == saved_path)
     ]
     if problems:
         raise AdapterError(f"these adapters cannot be active together: {listing(problems)}")
@@ -221,7 +225,7 @@ def as_module(parts: Mapping[str, tuple[nn.Module, ...]]) -> nn.ModuleDict:
 
 
 def layer_key(path: str) -> str:
-    """The key of a path in `lora_layers`: with / for the dots, which nn.ModuleDict does not take."""
+    """Returns the key of a path in `lora_layers`: / replaces the dots, which nn.ModuleDict does not allow."""
     key = path.replace("/", "//").replace(".", "/")
     return f"/{key}" if not key or hasattr(nn.ModuleDict, key) else key
 
@@ -234,7 +238,7 @@ class SummaryRow:
     path: str
     layer_type: str
     shape: tuple[int, ...]
-    r: int | None  # None for a module trained whole
+    r: int | None  # None for a module trained in full
     lora_alpha: float | None
     parameters: int
 

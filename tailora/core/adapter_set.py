@@ -1,7 +1,7 @@
 """The adapters of one base model: their names, the layers that they change, and which of them are active.
 
 Every part of an adapter (an update, a trained copy, a trained bias) has the path of what it changes. The layer that
-computes with it is mostly at this path, too. A slice of a fused layer and a single parameter have no module of their
+computes with it is usually at the same path. A slice of a fused layer and a single parameter have no module of their
 own: the layer that holds them computes with their updates.
 """
 
@@ -31,9 +31,9 @@ from tailora.errors import AdapterError, ConfigError, RowsError, TargetError, ne
 
 
 class AdapterSet:
-    """Adapters of `base_model`, which is frozen until `clear`, by name.
+    """The adapters of `base_model` by name. The base model is frozen until `clear`.
 
-    Adding an adapter changes the classes of its layers, activating it what they compute.
+    `add` swaps the classes of an adapter's layers; `activate` chooses the adapters that the layers compute with.
 
     adapters: name -> adapter, in the order in which they were added.
     active: names of the adapters that the model computes with.
@@ -53,18 +53,18 @@ class AdapterSet:
         self._modules: dict[str, nn.ModuleDict] = {}  # name -> the adapter's parts as a module
         for name in adapters:
             self.check_new(name)  # before anything of the base changes
-        # Tied parameters are under each of their names, since a merge may untie them
+        # Tied parameters have an entry under each of their names, since a merge may untie them
         parameters = base_model.named_parameters(remove_duplicate=False)
         self._required_grad = {name: parameter.requires_grad for name, parameter in parameters}
         base_model.requires_grad_(False)
-        self._kept_as_stored = prevent_repacking(base_model)
+        self._not_repacked = prevent_repacking(base_model)
         for name, adapter in adapters.items():
             self.add(name, adapter)
 
     # ---- Names
 
     def __getitem__(self, name: str) -> Adapter:
-        """Raises AdapterError, with the names that there are."""
+        """Raises AdapterError, with the existing names, for an unknown one."""
         if name not in self.adapters:
             raise AdapterError(
                 f"no adapter is called {name!r}; there are: {', '.join(self.adapters) or 'none'}"
@@ -82,9 +82,9 @@ class AdapterSet:
     # ---- Adding and removing
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Adds an adapter that is not active yet. Its layers get the class that computes with such parts.
+        """Adds an adapter that is not active yet, and swaps the classes of its layers.
 
-        Raises TargetError for a layer that one adapter adapts and another trains whole.
+        Raises TargetError for a layer that one adapter adapts and another trains in full.
         """
         layer_paths = {path: layer_path_of(self.base_model, path) for path in adapter.parts}
         parts = group_by_path((layer_paths[path], part) for path, part in adapter.parts.items())
@@ -94,7 +94,7 @@ class AdapterSet:
             path for path, layer in layers.items() if isinstance(layer, Swapped) and not isinstance(layer, mixins[path])
         ]:
             raise TargetError(
-                f"adapted by one adapter and trained whole by another: {', '.join(conflicts)}; use two models"
+                f"adapted by one adapter and trained in full by another: {', '.join(conflicts)}; use two models"
             )
         for path in layers.keys() - self.layers.keys():
             swap_class(layers[path], mixins[path])
@@ -120,7 +120,7 @@ class AdapterSet:
         """Removes all adapters, active or not. The base model has its own classes and requires_grad again."""
         for module in self.base_model.modules():
             detach(module)
-        allow_repacking(self._kept_as_stored)
+        allow_repacking(self._not_repacked)
         for name, parameter in self.base_model.named_parameters(remove_duplicate=False):
             parameter.requires_grad = self._required_grad[name]
         self.adapters, self.active, self.layers, self._modules = {}, (), {}, {}
@@ -144,7 +144,7 @@ class AdapterSet:
         check_compatible(adapters)
         parts = group_by_path(item for adapter in adapters.values() for item in adapter.parts.items())
         parts_of_layers = group_by_path(
-            (self._layer_paths[path], part) for path, own_parts in parts.items() for part in own_parts
+            (self._layer_paths[path], part) for path, same_path in parts.items() for part in same_path
         )
         for path in self._layers_of(self.active) - parts_of_layers.keys():
             attach(self.layers[path], ())
@@ -153,13 +153,13 @@ class AdapterSet:
         self.active = names
         self.training_obstacle = _training_obstacle(adapters)
         module = self._modules[names[0]] if len(names) == 1 else as_module(parts)
-        if any(part.training != training for own_parts in parts.values() for part in own_parts):
+        if any(part.training != training for same_path in parts.values() for part in same_path):
             module.train(training)
         return module
 
     @contextmanager
     def activated_by_row(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within the block every row of a batch has the adapter named for it, None for none.
+        """Within the block, every batch row computes with the adapter of its name; None means no adapter.
 
         Raises AdapterError for unknown names, RowsError within another such block.
         """
@@ -183,9 +183,9 @@ class AdapterSet:
             raise RowsError(f"cannot {action} within adapter_rows; leave its block first")
 
     def generation(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Goes around `base_model.generate(*args, **kwargs)`: within the block no adapter changes.
+        """Returns the context in which to call `base_model.generate(*args, **kwargs)`; no adapter may change in it.
 
-        By row, all beams and sequences of a prompt have the prompt's adapter.
+        With an adapter for each batch row, all beams and sequences of a prompt have the prompt's adapter.
         """
         if self.batch is None:
             return generating(self.base_model, self.layers)
@@ -194,7 +194,7 @@ class AdapterSet:
     # ---- Changing all parts of adapters
 
     def set_strength(self, name: str, strength: float) -> None:
-        """Multiplies all that the adapter adds by `strength` from here on. Raises ConfigError unless it is finite."""
+        """Multiplies all that the adapter adds by `strength`. Raises ConfigError unless it is finite."""
         adapter = self[name]
         if not isinstance(strength, SupportsFloat) or not math.isfinite(strength):
             raise ConfigError(f"strength = {strength!r}; take a finite number, 1 is as trained")
@@ -213,20 +213,20 @@ class AdapterSet:
         self._parameters_changed()
 
     def measure_row_norms(self) -> None:
-        """Computes the row norms of the weights again, which DoRA keeps, after the weights moved or were cast."""
+        """Computes the row norms that DoRA caches again, after the weights moved or were cast."""
         for adapter in self.adapters.values():
             for path, layer in adapter.low_rank.items():
                 if layer.row_norms is not None:
                     layer.row_norms.refresh(self.layers[self._layer_paths[path]])
 
     def _parameters_changed(self) -> None:
-        """Lets a mixed batch put its factors together again."""
+        """Makes a mixed batch compute its cached factors again."""
         if self.batch is not None:
             self.batch.version += 1
 
 
 def check_base(base_model: Any) -> None:
-    """Raises TargetError for what is no module, and for a model that has adapters."""
+    """Raises TargetError if the base model is not a module or has adapters already."""
     if not isinstance(base_model, nn.Module):
         hint = "; load it first: AutoModelForCausalLM.from_pretrained(...)" if isinstance(base_model, str) else ""
         raise TargetError(f"base_model is a {type(base_model).__name__}, not a torch.nn.Module{hint}")
@@ -238,5 +238,5 @@ def check_base(base_model: Any) -> None:
 
 
 def _training_obstacle(adapters: Mapping[str, Adapter]) -> str:
-    """Why the first of these that waits for data cannot be trained, or ""."""
+    """Returns why one of these adapters cannot be trained yet; "" if all can."""
     return next((reason for name, adapter in adapters.items() if (reason := adapter.missing_data(name))), "")

@@ -1,13 +1,13 @@
-"""How an adapter meets a layer: the layer's class becomes a cached subclass of its class, and is given back later.
+"""Attaches adapters to layers: a layer's class is swapped for a cached subclass of it, and restored later.
 
 The layer keeps its name, weights, hooks and `isinstance`. It reaches its adapters through an unregistered
 reference, so that the base model's parameters and state dict stay what they were.
 
     Adapted          W x + b, and what each active adapter adds
-    AdaptedWhole     a layer whose layer type computes all of it
-    Substituted      a module that was copied and trained whole
+    AdaptedWhole     a layer whose layer type computes the whole output
+    Substituted      a module that is replaced by its trained copy
     swap_class, attach, attached, detach
-                     change a layer's class, set its active adapters, and give the class back
+                     change a layer's class, set its active adapters, and restore the class
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -59,7 +59,7 @@ class AdaptedWhole(Adapted):
 
 
 class Substituted(Swapped):
-    """Calls a trained copy in the place of the base's module (`modules_to_save`), in the copy's precision."""
+    """Calls a trained copy instead of the base's module (`modules_to_save`), in the copy's precision."""
 
     active_adapters: tuple[nn.Module, ...]
 
@@ -67,11 +67,11 @@ class Substituted(Swapped):
         if not self.active_adapters:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         copy = self.active_adapters[0]
-        own, trained = _dtype(self), _dtype(copy)  # type: ignore[arg-type]
-        if own == trained:
+        base_dtype, copy_dtype = _dtype(self), _dtype(copy)  # type: ignore[arg-type]
+        if base_dtype == copy_dtype:
             return copy(*args, **kwargs)
-        y = copy(*tree_map(_cast(own, trained), args), **tree_map(_cast(own, trained), kwargs))
-        return tree_map(_cast(trained, own), y)
+        to_copy = _cast(base_dtype, copy_dtype)
+        return tree_map(_cast(copy_dtype, base_dtype), copy(*tree_map(to_copy, args), **tree_map(to_copy, kwargs)))
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:
@@ -155,24 +155,24 @@ def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
 
 def attach(layer: nn.Module, adapters: tuple[nn.Module, ...]) -> None:
     """Let a layer whose class is swapped run with these adapters and no others."""
-    layer.__dict__["active_adapters"] = adapters  # past nn.Module's __setattr__: a reference, not a registration
+    layer.__dict__["active_adapters"] = adapters  # a reference: nn.Module.__setattr__ would register them
 
 
 @contextmanager
 def attached(adapters: Mapping[nn.Module, tuple[nn.Module, ...]]) -> Iterator[None]:
-    """Within the block each of these layers runs with its adapters here, afterwards with those that it had."""
+    """Within the block, each layer runs with the given adapters, afterwards with its former ones."""
     before = {layer: vars(layer)["active_adapters"] for layer in adapters}
     try:
-        for layer, own_adapters in adapters.items():
-            attach(layer, own_adapters)
+        for layer, layer_adapters in adapters.items():
+            attach(layer, layer_adapters)
         yield
     finally:
-        for layer, own_adapters in before.items():
-            attach(layer, own_adapters)
+        for layer, layer_adapters in before.items():
+            attach(layer, layer_adapters)
 
 
 def detach(layer: nn.Module) -> None:
-    """Give the layer its former class, and leave nothing in it."""
+    """Give the layer its former class back, and remove its reference to adapters."""
     if isinstance(layer, Swapped):
         cast(Any, layer).__class__ = layer.plain
         layer.__dict__.pop("active_adapters", None)

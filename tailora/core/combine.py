@@ -40,9 +40,9 @@ from tailora.errors import AdapterError, ConfigError, listing, nearest
 
 
 UNSCALED = 1e-6  # |g - 1| up to which DoRA scales nothing: a few roundings of float32
-MIXES_GROUPS = "A reads the channels of all groups, which no grouped weight can hold; keep this adapter by itself"
+MIXES_GROUPS = "A reads the channels of all groups, which no grouped weight can hold; use this adapter by itself"
 SCALES_ROWS = (
-    "DoRA scales the rows of W, which no product of two factors can say; method 'svd' takes the nearest of rank r"
+    "DoRA scales the rows of W, which no product of two factors can express; method 'svd' takes the nearest of rank r"
 )
 
 
@@ -72,13 +72,13 @@ def mixes_groups(layer: LoRALayer) -> bool:
 
 
 def is_product(layer: LoRALayer, base: nn.Module) -> bool:
-    """True if dW is what `factors_of` gives: no DoRA, or one that scales no row."""
+    """True if dW is the product that `factors_of` returns: without DoRA, or if DoRA scales no row."""
     gain = layer.gain(base)
     return gain is None or float((gain.detach() - 1).abs().max()) <= UNSCALED
 
 
 def rank_per_group(r: int, layer: LoRALayer) -> int:
-    """A layer's rank as that of each of its groups (rounded up), or of its experts, who have it each."""
+    """Returns the rank of each group (rounded up) of a layer of rank r; each expert of a stack has all r."""
     return r if layer.layer_type.is_stacked else math.ceil(r / layer.groups)
 
 
@@ -94,15 +94,15 @@ def build_adapter(
     saved: Mapping[str, nn.Module] | None = None,
     **settings: Any,
 ) -> Adapter:
-    """Returns the adapter with these updates, and the config that describes it: alpha = r everywhere, so that s = 1.
+    """Returns an adapter with these updates. Its config has alpha = r everywhere, so that s = 1.
 
-    factors, bias_changes, saved: dW, db (for which `settings` make room) and trained modules, by path.
-    settings: further ones of the LoRAConfig.
+    factors, bias_changes, saved: dW, db and trained modules, by path. db needs `bias` or `lora_bias` in `settings`.
+    settings: further settings of the LoRAConfig.
     """
     factors = _equal_ranks_in_attention(factors, base_model)
-    only_parts = LoRAConfig(fused_parts=settings.get("fused_parts", {}))
-    stacks = {path for path in factors if target_at(base_model, path, only_parts).layer_type.is_stacked}
-    ranks = {path: own.B.shape[2] * (1 if path in stacks else own.B.shape[0]) for path, own in factors.items()}
+    parts_config = LoRAConfig(fused_parts=settings.get("fused_parts", {}))
+    stacks = {path for path in factors if target_at(base_model, path, parts_config).layer_type.is_stacked}
+    ranks = {path: pair.B.shape[2] * (1 if path in stacks else pair.B.shape[0]) for path, pair in factors.items()}
     layers_only = [path for path in ranks if path not in stacks]
     r = commonest(ranks)
     config = LoRAConfig(
@@ -117,27 +117,27 @@ def build_adapter(
         **settings,
     )
     layers = {}
-    for path, own in factors.items():
+    for path, pair in factors.items():
         layer = layers[path] = low_rank_layer(target_at(base_model, path, config), config, fresh=False)
-        layer.lora_A.copy_(own.A.reshape(layer.lora_A.shape))
-        layer.lora_B.copy_(own.B.reshape(layer.lora_B.shape))
+        layer.lora_A.copy_(pair.A.reshape(layer.lora_A.shape))
+        layer.lora_B.copy_(pair.B.reshape(layer.lora_B.shape))
     for path, change in (bias_changes or {}).items():
         bias = layers[path].lora_bias if layers[path].bias is None else layers[path].bias
-        cast(nn.Parameter, bias).add_(change)  # with s = 1 both add what they hold
+        cast(nn.Parameter, bias).add_(change)  # s = 1, so that either one is added as it is
     return Adapter(config, layers, dict(saved or {}))
 
 
 def _equal_ranks_in_attention(factors: Mapping[str, Factors], base_model: nn.Module) -> dict[str, Factors]:
-    """Fills the two matrices of an attention up with zeros to one rank, since PEFT's file has one for both."""
+    """Pads the two matrices of an attention with zeros to the same rank, since PEFT's file has one rank for both."""
     layer_paths = {path: layer_path_of(base_model, path) for path in factors}
     ranks: dict[str, int] = {}
-    for path, own in factors.items():
+    for path, pair in factors.items():
         if "in_proj_weight" in projections(base_model.get_submodule(layer_paths[path])):
-            ranks[layer_paths[path]] = max(own.A.shape[1], ranks.get(layer_paths[path], 0))
+            ranks[layer_paths[path]] = max(pair.A.shape[1], ranks.get(layer_paths[path], 0))
     padded = {}
-    for path, own in factors.items():
-        missing = ranks.get(layer_paths[path], 0) - own.A.shape[1]
-        padded[path] = Factors(F.pad(own.B, (0, missing)), F.pad(own.A, (0, 0, 0, missing))) if missing > 0 else own
+    for path, pair in factors.items():
+        missing = ranks.get(layer_paths[path], 0) - pair.A.shape[1]
+        padded[path] = Factors(F.pad(pair.B, (0, missing)), F.pad(pair.A, (0, 0, 0, missing))) if missing > 0 else pair
     return padded
 
 
@@ -161,13 +161,13 @@ class Truncation:
 
 @dataclass(frozen=True)
 class Combination:
-    """How to combine; None is what a method does not take, or its default.
+    """How to combine. None means the default, or that the method has no such setting.
 
     method: "cat" (exact, ranks add up), "svd" (the best of rank r), "ties" (arXiv:2306.01708) or "dare"
         (arXiv:2311.03099), which act on the dense update of one layer at a time and then cut it to rank r.
     r: highest rank of a layer; default: the highest that a source has there.
     density: TIES keeps this share of the largest entries of every update; .2 as in its sec. 4.
-    drop: DARE zeroes entries with this probability and divides the others by the rest; .5.
+    drop: DARE zeroes entries with this probability p and divides the others by 1 - p; .5.
     seed: of DARE's choice, which is the same on every machine and for every order of the adapters; 0.
     """
 
@@ -185,7 +185,7 @@ def combine_adapters(
     """Returns sum_i weights_i dW_i as one adapter, which shares nothing with its sources; biases likewise.
 
     adapter_named: name -> adapter; raises AdapterError for an unknown one.
-    Raises ConfigError for settings that mean nothing, AdapterError with everything that cannot be combined.
+    Raises ConfigError for invalid settings, AdapterError with everything that cannot be combined.
     """
     check(weights, settings)
     adapters = {name: adapter_named(name) for name in weights}
@@ -199,7 +199,7 @@ def combine_adapters(
         for update in layer_updates:
             if (change := update.layer.bias_change(update.base)) is not None:
                 bias_changes[path] = bias_changes.get(path, 0) + update.weight * change.detach()
-    bias_settings: dict[str, Any] = {}  # under which an adapter of these layers can hold them
+    bias_settings: dict[str, Any] = {}  # with which an adapter of these layers can hold the bias changes
     bases = {path: layer_updates[0].base for path, layer_updates in updates.items()}
     if bias_changes and all(getattr(bases[path], "bias", None) is not None for path in bias_changes):
         bias_settings = {"bias": "lora_only"}
@@ -207,16 +207,15 @@ def combine_adapters(
         bias_settings = {"lora_bias": True}
         if any(isinstance(layer, nn.Embedding) for layer in bases.values()):
             problems.append(
-                "one has biases beside B of layers without a bias, another adapts an embedding; no file holds both "
-                "together"
+                "one has lora_bias on layers without a bias, another adapts an embedding; no file format holds both"
             )
     if problems:
         raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")
-    results = {path: _combine_layer(own, settings) for path, own in updates.items()}
-    factors = {path: own for path, (own, _) in results.items()}
-    if infinite := [path for path, own in factors.items() if not own.is_finite]:
+    results = {path: _combine_layer(layer_updates, settings) for path, layer_updates in updates.items()}
+    factors = {path: pair for path, (pair, _) in results.items()}
+    if infinite := [path for path, pair in factors.items() if not pair.is_finite]:
         raise AdapterError(
-            f"the sum is not finite at {', '.join(infinite[:5])} ({len(infinite)} in all): smaller weights"
+            f"the sum is not finite at {', '.join(infinite[:5])} ({len(infinite)} in all): take smaller weights"
         )
     configs = [adapter.config for adapter in sources.values()]
     dropouts = {config.lora_dropout for config in configs}
@@ -251,7 +250,7 @@ def check(weights: Mapping[str, float], settings: Combination) -> None:
     for name, methods, is_valid, expected in RANGES:
         value = getattr(settings, name)
         if value is not None and method in METHODS and method not in methods:
-            problems.append(f"{name} = {value!r} means nothing to method {method!r}, but to {', '.join(methods)}")
+            problems.append(f"{name} = {value!r} has no effect on method {method!r}, only on {', '.join(methods)}")
         elif value is not None and not (is_number(value) and is_valid(value)):
             problems.append(f"{name} = {value!r}; take {expected}")
     if problems:
@@ -286,7 +285,7 @@ class WeightedUpdate:
 
     @property
     def factors(self) -> Factors:
-        """weight dW, where that is a product."""
+        """weight dW, if it is a product of two factors."""
         factors = factors_of(self.layer)
         return Factors(factors.B, self.weight * factors.A)
 
@@ -322,7 +321,7 @@ def _updates(
 def _combined_modules(
     adapters: Mapping[str, Adapter], weights: Mapping[str, float], base_model: nn.Module
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """Modules trained whole, W + sum_i w_i (W_i - W), where that is the sum of what they compute."""
+    """The modules_to_save as W + sum_i w_i (W_i - W); and a problem for each that is not linear in its weights."""
     modules: dict[str, nn.Module] = {}
     problems = []
     for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.saved):
@@ -339,8 +338,8 @@ def _combined_modules(
         else:
             class_name = type(next(iter(trained.values()))).__name__
             problems.append(
-                f"{path}, trained whole by {', '.join(map(repr, trained))}, is a {class_name}, which is not linear in "
-                "its weights; take it from one adapter, with weight 1"
+                f"{path}, trained in full by {', '.join(map(repr, trained))}, is a {class_name}, which is not linear "
+                "in its weights; take it from one adapter, with weight 1"
             )
     return modules, problems
 
@@ -375,8 +374,8 @@ def _ties(updates: list[WeightedUpdate], settings: Combination) -> Tensor:
     density = 0.2 if settings.density is None else settings.density
     dense = torch.stack([update.dense for update in updates])
     size = dense[0].numel()
-    kept = max(1, round(density * size))  # of every update, the largest
-    thresholds = [magnitudes.kthvalue(size - kept + 1).values for magnitudes in dense.abs().flatten(1)]
+    count = max(1, round(density * size))  # of every update, the largest entries
+    thresholds = [magnitudes.kthvalue(size - count + 1).values for magnitudes in dense.abs().flatten(1)]
     trimmed = dense * (dense.abs() >= torch.stack(thresholds).view(-1, 1, 1, 1))
     agrees = (trimmed.sign() == trimmed.sum(0).sign()) & (trimmed != 0)
     return (trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1)
@@ -393,8 +392,8 @@ def _dare(updates: list[WeightedUpdate], settings: Combination) -> Tensor:
         digest = hashlib.sha256(f"{int(settings.seed or 0)}\n{update.adapter}\n{update.path}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         dense = update.dense
-        kept = torch.rand(dense.shape, generator=generator) >= p
-        dropped.append(dense * kept.to(dense.device) / (1 - p))
+        mask = torch.rand(dense.shape, generator=generator) >= p
+        dropped.append(dense * mask.to(dense.device) / (1 - p))
     return torch.stack(dropped).sum(0)
 
 

@@ -33,7 +33,7 @@ from tailora.core.quantization import dense_weight
 from tailora.core.targets import Selection, Target, select
 from tailora.errors import AdapterError, BaseMismatchError, ConfigError, DivergedError, TargetError, listing
 
-Ranks = Mapping[str, int]  # path -> rank per group; 0: the layer goes
+Ranks = Mapping[str, int]  # path -> rank per group; 0: the layer is dropped
 Spectra = Mapping[str, low_rank.Spectrum]
 KEPT_SETTINGS = (
     *("lora_dropout", "fused_parts", "modules_to_save", "trainable_token_indices"),
@@ -42,11 +42,11 @@ KEPT_SETTINGS = (
 
 
 def check(r: int | None, energy: float | None, loss: object = None, budget: float | None = None) -> None:
-    """Raises ConfigError unless one way to choose the ranks is given, whole and in range."""
-    given = [name for name, value in (("r", r), ("energy", energy), ("loss", loss)) if value is not None]
+    """Raises ConfigError unless exactly one way to choose the ranks is given, with valid values."""
+    methods = [name for name, value in (("r", r), ("energy", energy), ("loss", loss)) if value is not None]
     problems = []
-    if len(given) != 1:
-        problems.append(f"give one way to choose the ranks: r, energy or loss; got {given or 'none'}")
+    if len(methods) != 1:
+        problems.append(f"give one way to choose the ranks: r, energy or loss; got {methods or 'none'}")
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
         problems.append(f"r = {r!r}; take a whole number from 1 on")
     if energy is not None and not (is_number(energy) and 0 < energy <= 1):
@@ -75,13 +75,13 @@ def spectra_of(adapter: Adapter) -> dict[str, low_rank.Spectrum]:
 
 
 def ranks_by_loss(adapter: Adapter, spectra: Spectra, loss: Callable[[], float], budget: float) -> dict[str, int]:
-    """The fewest singular values whose loss is at most that of all of them plus the budget, by bisection.
+    """Returns the ranks with the fewest singular values whose loss is within the budget, found by bisection.
 
-    loss: of the model, which computes with this adapter. It is called about log2 of their number times. The result
-    was measured; that fewer do not suffice holds as far as the loss falls with every value kept.
+    loss: of the model with this adapter; called about log2(number of singular values) times. It may rise by `budget`
+    above the loss with all of them. The result is the fewest possible if every value that is kept lowers the loss.
     Raises DivergedError for a loss that is not finite.
     """
-    values = [(float(own.S[:, j].norm()), path) for path, own in spectra.items() for j in range(own.S.shape[1])]
+    values = [(float(S[:, j].norm()), path) for path, (_, S, _) in spectra.items() for j in range(S.shape[1])]
     values.sort(key=lambda value: -value[0])
 
     def ranks_with(count: int) -> dict[str, int]:
@@ -109,9 +109,9 @@ def ranks_by_loss(adapter: Adapter, spectra: Spectra, loss: Callable[[], float],
 def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[None]:
     """Within the block these layers compute with the leading singular values of s (B A - B0 A0) alone, in place.
 
-    ranks: path -> how many per group, at most what B holds (r); other layers stay. Afterwards all is as it was, to the
-    bit. For measuring, not for training: a frozen start is part of the spectrum and is put aside, and the parameters
-    are others, which hold this update and zeros.
+    ranks: path -> how many per group, at most the rank of B; other layers stay. Afterwards all is restored bit for bit.
+    For measuring, not for training: the parameters are temporary ones, and a frozen start, which is part of the
+    spectrum, is taken out.
     """
     layers = {path: adapter.low_rank[path] for path in ranks if adapter.low_rank[path].scaling.item()}
     names = ("lora_A", "lora_B", "start_A", "start_B", "lora_E")
@@ -146,18 +146,19 @@ def shrink(
 ) -> tuple[Adapter, Truncation]:
     """Returns the adapter cut to at most rank r, to this share of every layer's energy, or as far as the loss allows.
 
-    Magnitudes, biases, token rows, strengths and modules trained whole are copied. A layer that is cut to nothing is
-    adapted no more and has rank 0. It keeps a rank of zeros where it has a magnitude or a bias, or is a matrix of an
-    attention or a stack of experts, for which files need both.
-    loss: of the model, which computes with this adapter. Raises AdapterError, DivergedError.
+    Magnitudes, biases, token rows, strengths and modules trained in full are copied. A layer that is cut to rank 0 is
+    no longer adapted. It keeps one rank of zeros if it has a magnitude or a bias, or is a matrix of an attention or a
+    stack of experts, for which files need both factors.
+    loss: of the model with this adapter. Raises AdapterError, DivergedError.
     """
     spectra = spectra_of(adapter)
     if r is not None:
-        ranks = {path: min(rank_per_group(r, adapter.low_rank[path]), own.S.shape[1]) for path, own in spectra.items()}
+        layers = adapter.low_rank
+        ranks = {path: min(rank_per_group(r, layers[path]), S.shape[1]) for path, (_, S, _) in spectra.items()}
     elif loss is not None and budget is not None:
         ranks = ranks_by_loss(adapter, spectra, loss, budget)
     else:
-        ranks = {path: low_rank.rank_for_energy(own.S, energy or 1.0) for path, own in spectra.items()}
+        ranks = {path: low_rank.rank_for_energy(S, energy or 1.0) for path, (_, S, _) in spectra.items()}
     factors: dict[str, low_rank.Factors] = {
         path: low_rank.truncated(spectra[path], k) for path, k in ranks.items() if k
     }
@@ -186,7 +187,7 @@ def shrink(
 
 @dataclass(frozen=True)
 class Extraction(Truncation):
-    """Rank and error of every layer that differs, and what else differs and is not in the adapter.
+    """Rank and error of every layer that differs, and the differences that the adapter does not hold.
 
     left_over: parameter or buffer -> ||tuned - base|| / ||base|| (inf where the base's is 0).
     """
@@ -215,7 +216,7 @@ def extract(
         if tuned_shapes.get(name, shape) != shape
     ]
     if problems:
-        raise BaseMismatchError(f"the tuned model is not this base, trained: {listing(problems)}")
+        raise BaseMismatchError(f"the tuned model has other parameters than this base: {listing(problems)}")
     selection = select(base, config.replaced(r=1, rank_pattern={}, alpha_pattern={}))
     factors, errors = {}, {}
     for target in selection.targets:
@@ -264,8 +265,8 @@ def _left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[
             if target.output_slice is None:
                 change = torch.zeros_like(change)
             else:  # the other outputs of a fused layer
-                others = 1 - target.output_slice.spread(change.new_ones(target.output_slice.size))  # (out,)
-                change = change * (others if target.layer_type.is_transposed(target.layer) else others[:, None])
+                mask = 1 - target.output_slice.spread(change.new_ones(target.output_slice.size))  # (out,)
+                change = change * (mask if target.layer_type.is_transposed(target.layer) else mask[:, None])
         if change.any():
             norm = float(value.double().norm())
             left_over[name] = float(change.norm()) / norm if norm else math.inf

@@ -21,7 +21,7 @@ Init = Literal["kaiming", "gaussian", "pissa", "olora", "lora_ga", "lora_one", "
 
 
 class StrictModel(BaseModel):
-    """A frozen pydantic model that raises one `ConfigError` for all that is wrong, with the nearest known names."""
+    """A frozen pydantic model that raises one `ConfigError` with all problems, and suggests the nearest known names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -66,7 +66,7 @@ class AdaLoRA(StrictModel):
 
 
 class LoRAConfig(StrictModel):
-    """The settings of one adapter. The library never changes them: what is derived from them is kept elsewhere.
+    """The settings of one adapter, as the user gave them.
 
     r: rank of the update, from 1 to min(in, out) of every target.
     lora_alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
@@ -137,7 +137,7 @@ class LoRAConfig(StrictModel):
     def _check_token_ids(cls, value: Any) -> Any:
         for indices in value.values() if isinstance(value, dict) else [value] if value is not None else []:
             if not indices or len(set(indices)) < len(indices) or min(indices) < 0:
-                raise ValueError("give at least one token id; ids are distinct, from 0 on")
+                raise ValueError("give at least one token id; ids are distinct and not negative")
         return value
 
     @model_validator(mode="after")

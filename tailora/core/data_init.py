@@ -38,7 +38,7 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
 
     Gradients fill its layers in place; EVA makes new layers, of the ranks that it finds.
     run: calls the base on the data, backward included.    rho: EVA gives a layer up to rho times its rank.
-    Raises DataError where the data says nothing about a layer, ConfigError for rho below 1.
+    Raises DataError if the gradient of a layer is zero or its input does not vary, ConfigError for rho below 1.
     """
     if rho < 1:
         raise ConfigError(f"rho = {rho}: a layer may get up to rho r ranks; take 1 (none moves) or more")
@@ -139,10 +139,10 @@ def passes(model: nn.Module, batches: Iterable[Any], loss: Loss | None, name: st
 def gradient_spectra(targets: Mapping[str, Target], run: Pass, count: int) -> dict[str, Spectrum]:
     """Returns the leading triplets of each layer's gradient at the base, at least `count` per group.
 
-    They are exact where a layer is so small that all are found.
+    They are exact for layers so small that all triplets are computed.
     run: forward and backward over all of the data; called GRADIENT_PASSES times.
     """
-    probes = {}  # updates of scale 1 that follow `count` directions per group and some more
+    probes = {}  # updates of scale 1, for `count` directions per group and EXTRA more
     for path, target in targets.items():
         groups = target.layer_type.groups(target.layer)
         k = groups * _directions(min(target.dims) // groups, count)
@@ -199,7 +199,7 @@ def _check_finite(probes: Mapping[str, LoRALayer]) -> None:
 
 
 class InputVariances(NamedTuple):
-    """Variances of a layer's inputs: along each principal direction (k,), the directions (k, n), and in all."""
+    """Variances of a layer's inputs: along each principal direction (k,), the directions (k, n), and the total."""
 
     along: Tensor
     directions: Tensor
@@ -209,7 +209,7 @@ class InputVariances(NamedTuple):
 def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dict[str, InputVariances]:
     """Returns the leading principal components of what each layer reads (of a convolution's patches).
 
-    They are at least `count`. run: forward over all of the data; called INPUT_PASSES times. Layers have no groups.
+    There are at least `count`. run: forward over all of the data; called INPUT_PASSES times. No layer may have groups.
     """
     covariances = {path: _InputCovariance(target, count) for path, target in targets.items()}
     variances = {}
@@ -232,7 +232,7 @@ def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dic
 class _InputCovariance:
     """Subspace iteration on the covariance C of one layer's inputs x.
 
-    A x is what the layer's own update computes, so that this holds for any layer type: with h = A x, the gradient of
+    A x is computed by the layer type's update, so that this works for any layer type: with h = A x, the gradient of
     |h|^2 / 2 is A x x^T, and that of the sum of h is x^T in every row.
     """
 
@@ -266,12 +266,12 @@ class _InputCovariance:
         self.squares += float(self.layer_type.update(layer, x.square(), ones, self.identity[:1, :1]).double().sum())
 
     def iterate(self) -> InputVariances:
-        """Takes the next directions, after a pass; returns the variances along the present ones."""
+        """Returns the variances along the current directions after a pass, and takes the next directions."""
         A, products = self.A.detach().flatten(1), self.products.flatten(1)
         mean = self.sums.flatten(1) / max(self.count, 1)  # (1, n)
         spread = products - self.count * (A @ mean.T) @ mean  # A C, (k, n)
         total = self.squares - self.count * float(mean.square().sum())
-        along, rotation = torch.linalg.eigh(spread @ A.T)  # rising
+        along, rotation = torch.linalg.eigh(spread @ A.T)  # ascending
         variances = InputVariances(along.flip(-1).clamp(min=0), rotation.flip(-1).T @ A, total)
         self.A = orthonormal(spread.T).T.reshape(self.A.shape)
         self._reset()
@@ -281,7 +281,7 @@ class _InputCovariance:
 def distribute_ranks(
     variances: Mapping[str, InputVariances], ranks: Mapping[str, int], limits: Mapping[str, int]
 ) -> dict[str, int]:
-    """Gives as many ranks in all as before to the components that explain the largest share of their layer's variance.
+    """Gives the same total of ranks to the components that explain the largest shares of their layers' variance.
 
     arXiv:2410.07170, eq. 5 and alg. 1; a layer keeps at least one and gets at most its limit.
     """

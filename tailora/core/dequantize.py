@@ -4,7 +4,7 @@ The values of a quantised weight come from `quantization.dense_weight`.
 
 TensorChange, ClassChange    one change each; `make` makes it and returns the change that undoes it
 dequantize_layer, dequantize_model
-                             the changes that make a layer, or all other layers of a model, plain
+                             the changes that dequantise a layer, or all other layers of a model
 """
 
 from collections import OrderedDict
@@ -29,7 +29,7 @@ OF_CONFIGS = frozenset(("quantization_config", "_is_quantized"))
 
 @dataclass(frozen=True)
 class TensorChange:
-    """Another tensor in the place of a module's parameter or buffer."""
+    """Replaces a module's parameter or buffer by another tensor."""
 
     module: nn.Module
     name: str
@@ -45,7 +45,7 @@ class TensorChange:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """Another class of an object, with attributes of its own that it gets and loses."""
+    """Changes the class of an object, and adds and removes attributes."""
 
     target: Any
     cls: type
@@ -53,12 +53,12 @@ class ClassChange:
     removed: frozenset[str]
 
     def make(self) -> "ClassChange":
-        own = vars(self.target)
-        former = {name: own[name] for name in self.added.keys() | self.removed if name in own}
-        undo = ClassChange(self.target, type(self.target), former, frozenset(self.added.keys() - own.keys()))
+        attributes = vars(self.target)
+        former = {name: attributes[name] for name in self.added.keys() | self.removed if name in attributes}
+        undo = ClassChange(self.target, type(self.target), former, frozenset(self.added.keys() - attributes.keys()))
         for name in self.removed:
-            own.pop(name, None)
-        own.update(self.added)
+            attributes.pop(name, None)
+        attributes.update(self.added)
         if self.cls is not type(self.target):
             self.target.__class__ = self.cls
         return undo
@@ -75,13 +75,13 @@ def dequantize_layer(layer: nn.Module, weight: Tensor) -> Iterator[Change]:
         cls = vars(layer)["source_cls"]
         added = {"nx": weight.shape[0], "nf": weight.shape[1]}
     else:
-        own_class = getattr(layer, "plain", type(layer))
-        cls = next(parent for parent in own_class.__mro__ if not _is_of_bitsandbytes(parent))
+        former_class = getattr(layer, "plain", type(layer))
+        cls = next(parent for parent in former_class.__mro__ if not _is_of_bitsandbytes(parent))
     yield TensorChange(layer, "weight", nn.Parameter(weight, requires_grad=False))
     hooks = layer._load_state_dict_pre_hooks
-    kept = {key: hook for key, hook in hooks.items() if not _is_of_bitsandbytes(getattr(hook, "hook", hook))}
-    if len(kept) < len(hooks):
-        added["_load_state_dict_pre_hooks"] = OrderedDict(kept)
+    other_hooks = {key: hook for key, hook in hooks.items() if not _is_of_bitsandbytes(getattr(hook, "hook", hook))}
+    if len(other_hooks) < len(hooks):
+        added["_load_state_dict_pre_hooks"] = OrderedDict(other_hooks)
     yield ClassChange(layer, class_with_plain(layer, cls), added, OF_LAYERS)
 
 
@@ -95,16 +95,16 @@ def _is_of_bitsandbytes(value: Any) -> bool:
     return str(getattr(value, "__module__", "")).startswith("bitsandbytes.")
 
 
-def dequantize_model(model: nn.Module, but: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[Change]:
-    """Yields the changes to all quantised layers but these, and to the model's own marks of a quantised model.
+def dequantize_model(model: nn.Module, exclude: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[Change]:
+    """Yields the changes to all other quantised layers, and to the attributes that mark the model as quantised.
 
     transformers cannot read a model of which only some layers are quantised, so all of it becomes plain.
     """
-    done = {id(layer) for layer in but}
+    excluded = {id(layer) for layer in exclude}
     for layer in quantized_layers(model).values():
-        if id(layer) not in done:
-            yield from dequantize_layer(layer, dense_weight(layer, others=dtype))
-    for module in model.modules():  # a model within a model has marks of its own
+        if id(layer) not in excluded:
+            yield from dequantize_layer(layer, dense_weight(layer, int8_dtype=dtype))
+    for module in model.modules():  # a model within a model is marked, too
         if OF_MODELS & vars(module).keys():
             yield ClassChange(module, type(module), {}, OF_MODELS)
     config = getattr(model, "config", None)

@@ -1,7 +1,7 @@
 """DoRA (arXiv:2402.09353): every output row of W + s B A gets a trained norm m of its own, g = m / ||W + s B A||.
 
 gain            g, of the norms
-weight_scale    what the layer's own weight is multiplied by, for several adapters
+weight_scale    the factor of the layer's own weight, for several adapters
 RowNorms        the norms of one layer, row by row, without W + s B A or an (in x in) product:
 
 ||W + s B A||^2 = ||W||^2 + 2 <W A^T, s B> + <(s B) (A A^T), s B>
@@ -57,8 +57,8 @@ class CachedNorms(NamedTuple):
 class RowNorms:
     """||W + B A|| of every output row of one layer, in float32 at least.
 
-    ||W|| is computed once, and again when the weight is another, as far as torch tells. On a CPU the norms are cached
-    for the next token or the next part of a batch: to compare the factors is cheap beside a product with W.
+    ||W|| is computed once, and again when the weight is replaced or written to, as far as torch tells. On a CPU the
+    norms are cached for the next token or part of a batch: comparing the factors is cheaper than a product with W.
     """
 
     squares: Tensor  # ||W||^2 (out,)
@@ -176,6 +176,6 @@ def _split_like(factor: Tensor, blocks: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _blocks(weight: Tensor) -> Sequence[Tensor]:
-    """Splits along the first dimension; not on a device, in the compiler, and where nothing has to be widened."""
-    whole = weight.device.type != "cpu" or weight.dtype.itemsize > 2 or torch.compiler.is_compiling()
-    return (weight,) if whole else torch.split(weight, max(1, BLOCK // weight[0].numel()))
+    """Splits along the first dimension, except off the CPU, in the compiler, and if nothing has to be widened."""
+    is_one_block = weight.device.type != "cpu" or weight.dtype.itemsize > 2 or torch.compiler.is_compiling()
+    return (weight,) if is_one_block else torch.split(weight, max(1, BLOCK // weight[0].numel()))

@@ -1,7 +1,7 @@
-"""Parameters that a module multiplies with by itself, above all the stacked weights of experts (E, out, in).
+"""Adapts parameters that a module uses without a layer, above all the stacked weights of experts (E, out, in).
 
 The module's own forward runs on a shallow copy of the module, in which `WeightSum` takes the place of each adapted
-parameter. It keeps W and the update s B A = L R apart: x (W + L R) = x W + (x L) R. So no (E, out, in) of updates is
+parameter. It keeps W and the update s B A = L R separate: x (W + L R) = x W + (x L) R. So no (E, out, in) of updates is
 formed, whichever of transformers' implementations runs (a loop over experts, batched or grouped products). Any other
 operation gets the dense sum. With DoRA the sum is g W + L R, and g multiplies x or x W.
 """
@@ -58,7 +58,7 @@ class ParameterLayerType(LayerType):
         return stack.mT if self.is_transposed(layer) else stack
 
     def forward(self, layer: Any, adapters: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        """What the module assigns to itself in its forward is lost with the copy."""
+        """Attributes that the module sets in its forward are lost, since it runs on a copy."""
         names = dict.fromkeys(adapter.layer_type.weight_name for adapter in adapters)
         weights = {name: adapted_weight(layer, name, adapters, layer._parameters[name].dtype) for name in names}
         return layer.plain.forward(with_weights(layer, weights), *args, **kwargs)
@@ -73,7 +73,7 @@ def parameter_layer_type(parameter: str) -> ParameterLayerType:
 
 
 def with_weights(layer: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
-    """Returns a shallow copy of the layer, of its plain class, with these values in the place of its parameters.
+    """Returns a shallow copy of the layer, of its plain class, with these values instead of its parameters.
 
     weights: name -> value; "out_proj.weight" is a parameter of a submodule. The copy shares all else with the layer
     and registers nothing, so that other threads may use the layer at the same time.
@@ -130,7 +130,7 @@ class WeightSum:
             return WeightSum(self.weight[expert], self._lefts[expert], self._rights[expert], scale)
         return self._map(lambda tensor: tensor[index])
 
-    # Unbound once: the gradient of an index is a stack of zeros, a new one for each expert.
+    # Unbound once: the backward of indexing allocates a whole stack for each expert.
     @cached_property
     def _lefts(self) -> Sequence[Tensor]:
         return self.left.unbind()
@@ -172,7 +172,7 @@ class WeightSum:
     def scaled(self, x: Tensor, product: Callable[[Tensor], Tensor], experts: Tensor | None = None) -> Tensor:
         """Returns x (g W), where `product` multiplies by W: g multiplies x or the result, as its shape says.
 
-        experts: which matrix of the stack each row of x meets.
+        experts: index of the matrix that multiplies each row of x.
         """
         if self.scale is None:
             return product(x)

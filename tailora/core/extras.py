@@ -1,10 +1,10 @@
 """What an adapter trains beside its low-rank updates: biases of layers, and rows of an embedding.
 
-    TrainedBias    a bias in the place of a layer's own
+    TrainedBias    replaces a layer's bias
     TokenRows      rows of an embedding
     TokenHead      the output head that is tied to that embedding
 
-An adapted layer calls `add_to` of each, as of a LoRALayer. A merge adds `bias_change` or `row_change` to the layer's
+An adapted layer calls their `add_to`, as that of a LoRALayer. A merge adds `bias_change` or `row_change` to the layer's
 tensors.
 """
 
@@ -36,7 +36,7 @@ def biases_of(module: nn.Module) -> list[str]:
 
 
 class TrainedBias(nn.Module):
-    """A bias in the place of a layer's own, which stays as it is.
+    """Replaces the bias of a layer, whose own bias is not changed.
 
     bias: Parameter, shaped as the layer's.    strength: run-time dial, 1 unless set.
     """

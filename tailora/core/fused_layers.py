@@ -46,7 +46,7 @@ def _gpt2(parent: Any, total: int) -> Layout:
 
 
 def _heads(parent: Any, _: int) -> Layout:
-    """Head after head, each [q|k|v]."""
+    """One [q|k|v] per head."""
     return dict.fromkeys("qkv", getattr(parent, "head_size", None) or parent.head_dim)
 
 
@@ -57,7 +57,7 @@ def _grouped(parent: Any, total: int) -> Layout:
 
 
 def _falcon(parent: Any, total: int) -> Layout:
-    """Key-value group after group, each [its q heads|k|v]; or all q heads and one k and v; or head after head."""
+    """One [its q heads|k|v] per key-value group; or all q heads and one k and v; or one [q|k|v] per head."""
     size = parent.head_dim
     if parent.new_decoder_architecture:
         return {"q": parent.num_heads // parent.num_kv_heads * size, "k": size, "v": size}
@@ -65,7 +65,7 @@ def _falcon(parent: Any, total: int) -> Layout:
 
 
 def _bigcode(parent: Any, total: int) -> Layout:
-    """[q|k|v] where one k and v serve all heads; otherwise head after head."""
+    """[q|k|v] if all heads share one k and v; otherwise one [q|k|v] per head."""
     if parent.is_cross_attention:
         return {}
     kv = parent.kv_dim
@@ -76,7 +76,7 @@ def _gate_up(_: Any, total: int) -> Layout:
     return dict.fromkeys(("gate", "up"), total // 2)
 
 
-# By class of the parent and name of the layer in it. What is missing here is described in LoRAConfig.fused_parts.
+# By class of the parent and name of the layer in it. For other layers users set LoRAConfig.fused_parts.
 LAYOUTS: dict[str, Callable[[Any, int], Layout]] = {
     "GPT2Attention.c_attn": _gpt2,
     "DecisionTransformerGPT2Attention.c_attn": _gpt2,
@@ -97,15 +97,15 @@ LAYOUTS: dict[str, Callable[[Any, int], Layout]] = {
 
 
 def layout_of(parent: nn.Module, name: str, total: int) -> Layout:
-    """Returns the layout of the layer that `parent` calls `name`; {} where none is known or the known one does not fit.
+    """Returns the layout of the layer that `parent` calls `name`; {} if none is known or it does not fit.
 
     total: outputs of the layer.
     """
-    known = [LAYOUTS[key] for cls in type(parent).__mro__ if (key := f"{cls.__name__}.{name}") in LAYOUTS]
-    if not known:
+    layouts = [LAYOUTS[key] for cls in type(parent).__mro__ if (key := f"{cls.__name__}.{name}") in LAYOUTS]
+    if not layouts:
         return {}
     try:
-        layout = known[0](parent, total)
+        layout = layouts[0](parent, total)
     except AttributeError:  # another class of this name
         return {}
     return layout if _divides(layout, total) else {}

@@ -21,16 +21,16 @@ from tailora.core.attach import Adapted, attach
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LINEAR
 
-FEW_TOKENS = 2  # of a forward, for which torch's own kernel is the faster one
+FEW_TOKENS = 2  # up to this many in a forward, torch's own kernel is the faster one
 KERNEL_LOCK = Lock()
 
 
 @contextmanager
 def generating(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Around `base.generate`: within the block adapters are constants, without gradients.
+    """The context of `base.generate`: within the block adapters are constants, without gradients.
 
-    layers: the adapted ones. Changes nothing elsewhere than on a CPU, and where a part is compiled: a compiled layer
-    would be compiled again for every call.
+    layers: the adapted ones. Does nothing off the CPU or if a part of the model is compiled: a compiled layer would be
+    compiled again for every call.
     """
     weight = next(base.parameters(), torch.empty(0))
     compiled = any(module._compiled_call_impl is not None for module in base.modules())
@@ -51,7 +51,7 @@ def generating(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 def _constant_updates(layers: Iterable[nn.Module]) -> dict[nn.Module, tuple[tuple[LoRALayer, ...], "ConstantUpdate"]]:
-    """Returns the adapters of every layer that can have a constant in their place, and the constant."""
+    """Returns layer -> its adapters and the constant that replaces them, for all layers that allow it."""
     constants = {}
     for layer in layers:
         adapters = getattr(layer, "active_adapters", ())
@@ -69,7 +69,7 @@ def _is_constant(adapter: Any) -> bool:
 
 
 class ConstantUpdate:
-    """In the place of a linear layer's adapters while nothing of them changes: adds B (A x), both of them cast."""
+    """Replaces the adapters of a linear layer while they do not change: adds B (A x), with both factors cast."""
 
     def __init__(self, adapters: Sequence[LoRALayer], dtype: torch.dtype) -> None:
         As, Bs = zip(*(adapter.update_factors() for adapter in adapters), strict=True)
@@ -90,10 +90,10 @@ class ConstantUpdate:
 
 @contextmanager
 def few_token_kernel(base: nn.Module) -> Iterator[bool]:
-    """Within the block, forwards of few tokens use torch's own kernel. Yields False while another thread has it.
+    """Within the block, forwards of few tokens use torch's own kernel. Yields False while another thread uses it.
 
-    The choice is a setting of the whole process, so that one `generate` at a time has it: products of other threads
-    use it at the same time, too, and it is slow with many tokens.
+    The choice is a setting of the whole process, so only one `generate` at a time makes it: it also holds for products
+    of other threads, and is slow with many tokens.
     """
     if not (torch._C._get_mkldnn_enabled() and KERNEL_LOCK.acquire(blocking=False)):
         yield not torch._C._get_mkldnn_enabled()

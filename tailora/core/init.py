@@ -26,7 +26,7 @@ def pissa(W: Tensor, r: int, scaling: float) -> InitialFactors:
 
 
 def olora(W: Tensor, r: int, _: float) -> InitialFactors:
-    """W = Q R: B = Q[:, :r], A = R[:r] (arXiv:2406.01775, sec. 3). Needs the first r columns of Q alone."""
+    """W = Q R: B = Q[:, :r], A = R[:r] (arXiv:2406.01775, sec. 3). Needs only the first r columns of Q."""
     Q = torch.linalg.qr(W[..., :r]).Q
     return Q.mT @ W, Q
 
@@ -58,7 +58,7 @@ WITH_FROZEN_START = ("pissa", "olora", "lora_ga")
 
 
 def check_init(targets: Iterable[Target], init: str) -> None:
-    """Raises TargetError with every layer that cannot be initialised so, and why."""
+    """Raises TargetError with every layer that cannot have these initial values, and why."""
     if init not in WEIGHT_INITS and init not in DATA_INITS:
         return
     if problems := [f"{target.path}: {reason}" for target in targets if (reason := _obstacle(target, init))]:

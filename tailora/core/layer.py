@@ -1,7 +1,7 @@
-"""One adapter's share in one layer: s (B A - B0 A0) x, and the other slots of the equation that it fills.
+"""The update that one adapter adds to one layer: s (B A - B0 A0) x, and optional slots for DoRA, AdaLoRA and biases.
 
 `LoRALayer.add_to` is what an adapted layer calls: it adds the adapter's change to W x + b. `LoRALayer.forward` is
-the update alone. The slots that a plain LoRA layer leaves empty stand behind these two.
+the update alone. The methods for the optional slots come last.
 """
 
 import math
@@ -17,7 +17,7 @@ from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer_types import CONV1D, LINEAR, LayerType, Shape
 from tailora.errors import ConfigError
 
-SMALL_BATCH = 32  # tokens; on a CPU it costs more to cast both factors than to multiply up to some 40 tokens by them
+SMALL_BATCH = 32  # tokens; on a CPU, casting both factors costs more than multiplying up to about 40 tokens by them
 
 
 # ---- How a fresh A and B are filled. One of the two is zero, so that training starts at the base model.
@@ -54,17 +54,17 @@ class LoRALayer(nn.Module):
     scaling: s, a 0-dimensional buffer, or a Parameter of one element when learned. Assigning a number fixes it,
         assigning a Parameter makes it learned.
     strength: run-time dial, 1 unless set; multiplies all that the adapter adds and is not saved.
-    output_slice: the outputs of the layer that are updated, where these are not all (q of a fused qkv). out_features
-        is their number, and `forward` gives zero for all other outputs.
+    output_slice: the updated outputs if they are only a part of the layer's (q of a fused qkv). out_features is their
+        number, and `forward` returns zero for all other outputs.
 
     Slots, None where they are empty:
-    start_A, start_B: frozen copies of the factors at the start (`start_from`); the update is s (B A - B0 A0).
+    start_A, start_B: frozen copies of the initial factors (`start_from`); the update is s (B A - B0 A0).
     lora_E: Parameter (r,), trained between the factors: B diag(E) A of AdaLoRA (`add_adalora_diagonal`).
     lora_magnitude_vector: Parameter (out,), m of DoRA (`add_dora`).
     lora_bias: Parameter (out,) beside B; s times it is added.
-    bias: Parameter (out,), trained in the place of the layer's own bias (`add_trained_bias`).
+    bias: Parameter (out,), replaces the layer's bias (`add_trained_bias`).
 
-    lora_alpha=None stands for 2 r, the ratio of `LoRAConfig`'s defaults.
+    lora_alpha=None means 2 r, the ratio of `LoRAConfig`'s defaults.
     Raises ConfigError for a rank outside 1..min(in, out).
     """
 
@@ -129,12 +129,12 @@ class LoRALayer(nn.Module):
             self.reset_parameters(init_lora_weights)
 
     def reset_parameters(self, init_lora_weights: str = "kaiming") -> None:
-        """Start again: one factor random, the other zero."""
+        """Reset the factors: one random, the other zero."""
         self.start_A = self.start_B = None
         if self.layer_type.zero_factor == "B":
             nn.init.zeros_(self.lora_B)
             INITS[init_lora_weights](self.lora_A, self.r)
-        else:  # of an embedding
+        else:  # an embedding
             nn.init.zeros_(self.lora_A)
             nn.init.normal_(self.lora_B)
 
@@ -144,7 +144,7 @@ class LoRALayer(nn.Module):
         """Returns y + the adapter's change of the layer's output W x + b, for the input x.
 
         The change is s (B A - B0 A0) x; with all slots (g - 1) W x + g s (B A - B0 A0) x + b' - b. It has the dtype
-        and shape of `output`. The strength multiplies all of it, so that 0 is off, and several adapters add up.
+        and shape of `output`. The strength multiplies all of it: 0 turns the adapter off.
         """
         if self.lora_magnitude_vector is None and self.lora_bias is None and self.bias is None:
             update: Tensor = self(x, layer, output.dtype)
@@ -163,7 +163,7 @@ class LoRALayer(nn.Module):
     ) -> Tensor:
         """Returns the update s (B A - B0 A0) x, (..., out), computed in `dtype`, by default that of x.
 
-        layer: the adapted layer, which a convolution asks for its stride. gain: g of DoRA (out,), which multiplies it.
+        layer: the adapted layer, which a convolution asks for its stride. gain: g of DoRA, (out,).
         """
         dtype = dtype or (x.dtype if x.is_floating_point() else self.lora_A.dtype)
         if self._is_small_batch(x, dtype):
@@ -213,7 +213,7 @@ class LoRALayer(nn.Module):
             return torch.mv(B, torch.mv(A, x.reshape(-1)) * scale).view(*x.shape[:-1], -1)
         return self.layer_type.update(layer, x, A, B) * scale
 
-    # ---- The update as the layer's weight holds it
+    # ---- The update in the layout of the layer's weight
 
     def delta_weight(self, layer: nn.Module | None = None) -> Tensor:
         """Returns s (B A - B0 A0) in the shape of the layer's weight, in the adapter's precision."""
@@ -268,10 +268,10 @@ class LoRALayer(nn.Module):
 
         A, B: shapes of lora_A and lora_B. Raises ConfigError for other shapes and for numbers that are not finite.
         """
-        for name, given, own in (("A", A, self.lora_A), ("B", B, self.lora_B)):
-            if given.shape != own.shape or not given.isfinite().all():
-                what = f"shape {tuple(given.shape)}" if given.shape != own.shape else "numbers that are not finite"
-                raise ConfigError(f"start of {name}: {what}; take {tuple(own.shape)}, all finite")
+        for name, value, factor in (("A", A, self.lora_A), ("B", B, self.lora_B)):
+            if value.shape != factor.shape or not value.isfinite().all():
+                fault = f"shape {tuple(value.shape)}" if value.shape != factor.shape else "numbers that are not finite"
+                raise ConfigError(f"start of {name}: {fault}; take {tuple(factor.shape)}, all finite")
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
         self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
@@ -304,7 +304,7 @@ class LoRALayer(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """True if the layer becomes W x + s (B A - B0 A0) x + b, which two factors can say (`update_factors`)."""
+        """True if the adapted layer is W x + s (B A - B0 A0) x + b, so that `update_factors` describe it completely."""
         return self.output_slice is None and self.lora_magnitude_vector is self.lora_bias is self.bias is None
 
     def gain(self, layer: nn.Module, *, exact: bool = False) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""How a class of layer stores its matrix and meets its input: one small class for each layer type.
+"""How a class of layer stores its matrix and multiplies its input by it: one small class for each layer type.
 
     LayerType            a product with one matrix, and the methods in which layer types differ
     Linear, Conv1D, Embedding, Convolution
@@ -33,9 +33,9 @@ class LayerType:
     is_stacked: True if A and B hold one matrix per expert.
     reads_numbers: True if x are numbers, which can be cast and dropped out; False for ids.
     supports_dora: True if the output rows of W can have magnitudes.
-    supports_dropout: False if the update meets no input by itself, of which lora_dropout could drop a part.
+    supports_dropout: False if the update is never multiplied by the input itself, which lora_dropout would drop.
     has_matrix: True if `matrix` can read W off the stored weight.
-    has_batch_update: True if `batch_update` is there.
+    has_batch_update: True if `batch_update` works for it.
     replaces_forward: True if the adapted layer is more than W x + s B A x, so that `forward` computes all of it.
     """
 
@@ -90,7 +90,7 @@ class LayerType:
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Callable[..., "LayerType"], tuple[str]]:
-        """Copies and pickles are the same object of the table."""
+        """Makes copies and pickles give the object in LAYER_TYPES."""
         return layer_type_named, (self.name,)
 
 
@@ -207,7 +207,7 @@ MULTIHEAD_ATTENTION = "torch.nn.modules.activation.MultiheadAttention"
 
 
 class RegisteredLayerType(LayerType):
-    """A class of layers whose functions the user gave to `register_layer_type`; those left out are of a matrix."""
+    """A class of layers with the functions given to `register_layer_type`; the defaults are those of a matrix."""
 
     def __init__(
         self,
@@ -273,7 +273,7 @@ def register_layer_type(
         and an update of one input; in the place of `update`. `layer.plain.forward(layer, ...)` is the layer's own.
     weight: the name of the parameter that holds the matrix, as (out, in), or as (in, out) when `transposed`.
     linear: True if "all-linear" means this class, too.
-    replace: allows to register a class again.
+    replace: allows a class to be registered again.
 
     The class is known by its qualified name. Raises ConfigError for a name that is registered already, without
     `replace`, and for one of tailora's own layer types.
@@ -391,7 +391,7 @@ def obstacle(layer: nn.Module) -> str | None:
 
 
 def _only_looks_up(layer: nn.Module) -> bool:
-    """Returns True for nn.Embedding, a class of ours derived from one, and one that multiplies what it looks up."""
+    """Returns True for nn.Embedding, a registered class, an adapted layer, and one that only scales its output."""
     return (
         qualified_name(type(layer)) in LAYER_TYPES or hasattr(layer, "active_adapters") or hasattr(layer, "embed_scale")
     )

@@ -11,7 +11,7 @@ from tailora.errors import ConfigError
 def names_with_higher_lr(module: nn.Module) -> set[str]:
     """Returns the names of the parameters that LoRA+ gives the higher learning rate: B of every update.
 
-    Not of an embedding: its A looks ids up. The ratio is derived for an A that sums over inputs (sec. 3).
+    Embeddings are left out: their A looks up ids, and the ratio is derived for an A that sums over inputs (sec. 3).
     """
     return {
         f"{path}.lora_B".removeprefix(".")

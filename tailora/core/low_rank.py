@@ -6,8 +6,8 @@
     nearest_of_rank, nearest_for_energy
                          the nearest product to a matrix
 
-All is batched, since a grouped convolution has one product per group: B (groups, m, r), A (groups, r, n), where m and
-n are the outputs and the inputs (times the kernel) of a group. Other layer types have one group.
+All functions are batched, since a grouped convolution has one product per group: B (groups, m, r), A (groups, r, n),
+where m and n are the outputs and the inputs (times the kernel) of a group. Other layer types have one group.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 EXACT = 256  # rows or columns; above, a few products cost less than the whole decomposition (.01 s here)
-EXTRA = 16  # directions that the iteration follows beside those that are wanted
+EXTRA = 16  # directions that the iteration follows beyond those that are asked for
 ITERATIONS = 16  # a weight's spectrum falls slowly
 FIRST = 32  # singular values that are computed first, where an energy decides how many are needed
 
@@ -27,7 +27,7 @@ FIRST = 32  # singular values that are computed first, where an energy decides h
 
 
 class Spectrum(NamedTuple):
-    """U (..., m, k), S (..., k) falling, V (..., k, n): M is U diag(S) V and a rest below S[k]."""
+    """U (..., m, k), S (..., k) descending, V (..., k, n): M is U diag(S) V plus smaller triplets."""
 
     U: Tensor
     S: Tensor
@@ -129,7 +129,7 @@ def product_spectrum(factors: Factors) -> Spectrum:
 
 
 def truncated(spectrum: Spectrum, k: int) -> Factors:
-    """Returns the nearest of rank k (Eckart and Young), the singular values shared evenly between the factors."""
+    """Returns the nearest product of rank k (Eckart and Young); each factor has the roots of the singular values."""
     U, S, V = spectrum
     root = S[:, :k].sqrt()
     return Factors(U[..., :k] * root[:, None], root[..., None] * V[:, :k])
@@ -155,14 +155,14 @@ def rank_for_energy(S: Tensor, energy: float, total: float | None = None) -> int
 
 
 def nearest_of_rank(matrix: Tensor, k: int) -> tuple[Factors, float]:
-    """Returns the nearest to (groups, m, n) of which every group has rank k at most, and its relative error."""
+    """Returns the nearest product to (groups, m, n) with rank k at most in every group, and its relative error."""
     k = min(k, *matrix.shape[1:])
     factors = truncated(leading_triplets(matrix, k), k)
     return factors, relative_error(matrix, factors)
 
 
 def nearest_for_energy(matrix: Tensor, energy: float) -> tuple[Factors, float]:
-    """Returns the nearest of the lowest rank that keeps this share of the squared norm, and its relative error.
+    """Returns the product of the lowest rank that keeps this share of the squared norm, and its relative error.
 
     matrix: (groups, m, n).
     """
@@ -178,7 +178,7 @@ def nearest_for_energy(matrix: Tensor, energy: float) -> tuple[Factors, float]:
 
 
 def relative_error(matrix: Tensor, factors: Factors) -> float:
-    """Returns ||dW - B A|| / ||dW|| in the Frobenius norm, computed; 0 where dW is 0."""
+    """Returns ||dW - B A|| / ||dW|| in the Frobenius norm; 0 where dW is 0."""
     total = float(matrix.norm())
     difference = torch.baddbmm(matrix, factors.B.to(matrix), factors.A.to(matrix), alpha=-1)
     return float(difference.norm()) / total if total else 0.0

@@ -1,6 +1,6 @@
 """Merging updates into the weights of a base model, and taking them out again with the same bits.
 
-MergeState           whether a model is merged, and what puts its weights back
+MergeState           whether a model is merged, and how to restore its weights
 merge_changes        the merged tensors of all layers, before anything is written
 merged_weight        W + dW of one layer, rounded once; where `fits_in_place`, over W itself
 check_ties           weights that several modules share
@@ -41,9 +41,9 @@ class MergeReport:
 
     In bfloat16 it is 17% where ||dW|| is a hundredth of ||W||, 79% at a thousandth (measured on random matrices).
 
-    quantization_error: of layers whose weight was quantised, what quantising the merged one again would cost:
-        ||Q(W_merged) - W_merged|| / ||dW||, on some rows. Near 1 the update would be lost. What is merged into is the
-        dequantised weight, and it stays so.
+    quantization_error: of layers whose weight was quantised, the error of quantising the merged weight again:
+        ||Q(W_merged) - W_merged|| / ||dW||, on some rows. Near 1 the update would be lost. The merged weight itself
+        is not quantised.
     """
 
     rounding_error: dict[str, float]
@@ -55,7 +55,7 @@ class MergeReport:
 
 
 class MergeState:
-    """Whether updates are merged into the weights of `base_model`, and what puts the weights back."""
+    """Whether updates are merged into the weights of `base_model`, and how to restore the weights."""
 
     def __init__(self, base_model: nn.Module) -> None:
         self.base_model = base_model
@@ -75,7 +75,7 @@ class MergeState:
         """Puts the parts that are attached to these layers into their weights, and detaches them.
 
         All merged weights are computed and found finite before the first is written. Raises MergeError.
-        in_place: weights that can take their update themselves are overwritten, and cannot be put back.
+        in_place: weights that `fits_in_place` allows are overwritten, and cannot be restored.
         """
         self.check_unmerged("merge")
         attached = {path: (layer, parts) for path, layer in layers.items() if (parts := vars(layer)["active_adapters"])}
@@ -88,8 +88,8 @@ class MergeState:
             users = Counter(parameter.untyped_storage().data_ptr() for _, parameter in parameters_by_name)
             overwritten = [path for path, layer_parts in adapted.items() if fits_in_place(*layer_parts, users)]
         report = MergeReport({})
-        others = {path: layer_parts for path, layer_parts in adapted.items() if path not in overwritten}
-        changes = list(merge_changes(self.base_model, others, report))
+        replaced = {path: layer_parts for path, layer_parts in adapted.items() if path not in overwritten}
+        changes = list(merge_changes(self.base_model, replaced, report))
         parameters: dict[int, nn.Parameter] = {}
         for layer, parts in attached.values():
             if isinstance(layer, Substituted):
@@ -117,7 +117,7 @@ class MergeState:
         self._undo, self._config_untied = [], False
 
     def forget_originals(self) -> None:
-        """Keeps the merged weights for good."""
+        """Makes the merge permanent."""
         self._undo = []
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -136,8 +136,8 @@ class MergeState:
 def merge_changes(base_model: nn.Module, layers: Mapping[str, LayerParts], report: MergeReport) -> Iterator[Change]:
     """Yields the changes that put the merged tensors of these layers in, layer by layer, and fills in the report.
 
-    A quantised model becomes plain as a whole. Raises MergeError with all layers whose class hides what it computes,
-    or, after the last change, with all whose merged weight is not finite.
+    If a layer is quantised, all of the model is dequantised. Raises MergeError with all layers whose class hides what
+    it computes, or, after the last change, with all whose merged weight is not finite.
     """
     if problems := [f"{path}: {reason}" for path, layer_parts in layers.items() if (reason := _obstacle(*layer_parts))]:
         raise MergeError(listing(problems))
@@ -158,7 +158,7 @@ def merge_changes(base_model: nn.Module, layers: Mapping[str, LayerParts], repor
                 merged[indices] = (merged[indices] + change).to(merged.dtype)
         if merged is not None and is_quantized(layer):
             yield from dequantize_layer(layer, merged)
-            report.quantization_error[path] = requantization_error(layer, dense_weight(layer, others=dtype), merged)
+            report.quantization_error[path] = requantization_error(layer, dense_weight(layer, int8_dtype=dtype), merged)
         elif merged is not None:
             module, name = parameter_owner(layer, updates[0].layer_type.weight_name if updates else "weight")
             parameter = nn.Parameter(merged, requires_grad=False)
@@ -175,12 +175,12 @@ def merge_changes(base_model: nn.Module, layers: Mapping[str, LayerParts], repor
 
 
 def _by_weight(layers: Mapping[str, LayerParts]) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
-    """Path, layer and what changes each weight: the parts of one fused weight together, those of several apart."""
+    """Yields the path and layer of every weight that changes, and all parts that change it."""
     for path, (layer, parts) in layers.items():
         names = [part.layer_type.weight_name if isinstance(part, LoRALayer) else "weight" for part in parts]
         for name in dict.fromkeys(names):
             weight_path = path if name == "weight" else f"{path}.{name}".removeprefix(".")
-            yield weight_path, layer, [part for part, own in zip(parts, names, strict=True) if own == name]
+            yield weight_path, layer, [part for part, part_name in zip(parts, names, strict=True) if part_name == name]
 
 
 def _merged_bias(layer: nn.Module, parts: Iterable[nn.Module]) -> Tensor | None:
@@ -205,8 +205,8 @@ def _obstacle(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
         return None
     cls = layer.plain if isinstance(layer, Swapped) else type(layer)
     forward_owner = next(parent for parent in cls.__mro__ if "forward" in vars(parent))
-    known = qualified_name(forward_owner) in LAYER_TYPES or getattr(layer, "embed_scale", None) is not None
-    if known or (isinstance(parts[0], LoRALayer) and parts[0].layer_type.replaces_forward):
+    is_known = qualified_name(forward_owner) in LAYER_TYPES or getattr(layer, "embed_scale", None) is not None
+    if is_known or (isinstance(parts[0], LoRALayer) and parts[0].layer_type.replaces_forward):
         return None
     return f"{cls.__name__} overrides forward, so its weight alone does not say what it computes; keep it unmerged"
 
@@ -214,21 +214,21 @@ def _obstacle(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
 def replace_by_copy(
     module: nn.Module, trained: nn.Module, parameters: dict[int, nn.Parameter]
 ) -> Iterator[TensorChange]:
-    """Yields the tensors of a copy that was trained whole, in the precision of the module that they come to.
+    """Yields the changes that put a trained copy's tensors into its module, in the module's precision.
 
-    parameters: id of a copy's parameter -> the parameter that it became, so that what copies share stays shared.
+    parameters: id of a copy's parameter -> the new parameter, so that parameters that copies share stay shared.
     """
-    for own, copy in zip(module.modules(), trained.modules(), strict=True):
-        for name, parameter in own._parameters.items():
+    for target, copy in zip(module.modules(), trained.modules(), strict=True):
+        for name, parameter in target._parameters.items():
             if parameter is not None:
                 source = cast(nn.Parameter, copy._parameters[name])
                 if id(source) not in parameters:
                     value = source.detach().to(parameter.dtype, copy=True)
                     parameters[id(source)] = nn.Parameter(value, requires_grad=False)
-                yield TensorChange(own, name, parameters[id(source)])
-        for name, buffer in own._buffers.items():
+                yield TensorChange(target, name, parameters[id(source)])
+        for name, buffer in target._buffers.items():
             if buffer is not None:
-                yield TensorChange(own, name, copy._buffers[name].detach().clone())  # type: ignore[union-attr]
+                yield TensorChange(target, name, copy._buffers[name].detach().clone())  # type: ignore[union-attr]
 
 
 # ---- The merged weight of one layer
@@ -242,16 +242,16 @@ def merged_weight(
 
     W + sum of t ((g - 1) W + g s (B A - B0 A0)) over the adapters of strength t. The error is NaN where the weight is
     not finite. A quantised weight is dequantised first. dtype: of the model's plain weights.
-    in_place: written over the weight itself, which `fits_in_place`; the error is not measured, and 0.
+    in_place: overwrites the weight, which `fits_in_place`; the error is then not measured and 0.
     """
     weight = dense_weight(layer, adapters[0].layer_type.weight_name, dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    left, right, own = _terms(layer, adapters, wide)
+    left, right, scale = _terms(layer, adapters, wide)
     shape = groups, m, n = len(left), left.shape[1], right.shape[2]
     merged = weight if in_place else torch.empty_like(weight, memory_format=torch.contiguous_format)
     target = merged.view(shape)
     source = target if in_place else weight.reshape(shape)
-    if own is None and weight.dtype == wide:  # nothing is rounded
+    if scale is None and weight.dtype == wide:  # nothing is rounded
         torch.baddbmm(source, left, right, out=target)
         finite = in_place or math.isfinite(float(merged.sum())) or bool(merged.isfinite().all())
         return merged, 0.0 if finite else math.nan
@@ -268,10 +268,10 @@ def merged_weight(
     for group, rows in blocks:
         block = source[group, rows]
         exact = scratch[: len(block), : block.shape[1]].copy_(block)
-        if own is not None:
-            exact.mul_(own[group] if own.shape[1] == 1 else own[group, rows])
+        if scale is not None:
+            exact.mul_(scale[group] if scale.shape[1] == 1 else scale[group, rows])
         exact.baddbmm_(left[group, rows], right[group])
-        if own is not None:
+        if scale is not None:
             changes.append(torch.linalg.vector_norm(exact - block))
         rounded = target[group, rows].copy_(exact)
         if not in_place:
@@ -288,21 +288,22 @@ def merged_weight(
 
 
 def _terms(layer: nn.Module, adapters: Sequence[LoRALayer], wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The merged weight is own * W + left @ right: left (groups, m, r), right (groups, r, n); own spreads over
-    (groups, m, n), and is None where no adapter has a magnitude.
+    """Returns left (groups, m, r), right (groups, r, n) and scale: the merged weight is scale * W + left @ right.
+
+    scale broadcasts to (groups, m, n); None if no adapter has a magnitude.
     """
     gains = [adapter.gain(layer, exact=True) for adapter in adapters]
     pairs = [adapter.weight_factors(layer, gain) for adapter, gain in zip(adapters, gains, strict=True)]
     left = torch.cat([left.to(wide) for left, _ in pairs], 2)
     right = torch.cat([right.to(wide) for _, right in pairs], 1)
-    own = weight_scale(layer, adapters, gains)
-    return left, right, own if own is None else own.to(wide)
+    scale = weight_scale(layer, adapters, gains)
+    return left, right, scale if scale is None else scale.to(wide)
 
 
 @torch.no_grad()
 def fits_in_place(layer: nn.Module, parts: Sequence[nn.Module], users: Mapping[int, int]) -> bool:
-    """True if the layer's weight can take its updates itself: nothing else changes in the layer, no other parameter
-    has the weight's memory, and every number of it stays finite.
+    """True if the layer's weight may be overwritten: nothing else changes in the layer, no other parameter shares its
+    memory, and every number of it stays finite.
 
     users: address of a storage -> how many parameters of the model have it.
     """
@@ -314,11 +315,11 @@ def fits_in_place(layer: nn.Module, parts: Sequence[nn.Module], users: Mapping[i
     weight = weight_of(layer, updates[0].layer_type.weight_name).detach()
     if users.get(weight.untyped_storage().data_ptr()) != 1 or not weight.is_contiguous() or weight.is_inference():
         return False
-    left, right, own = _terms(layer, updates, torch.promote_types(weight.dtype, torch.float32))
+    left, right, scale = _terms(layer, updates, torch.promote_types(weight.dtype, torch.float32))
     # ||W|| + ||L|| ||R|| bounds every number of the merged weight; to find the largest number itself takes 10x longer
     norm = torch.linalg.vector_norm
     largest = float(norm(weight)) + float(norm(left)) * float(norm(right))
-    return own is None and 2 * largest < torch.finfo(weight.dtype).max  # twice, since norms are rounded, too
+    return scale is None and 2 * largest < torch.finfo(weight.dtype).max  # twice, since norms are rounded, too
 
 
 # ---- Weights that several modules share
@@ -327,7 +328,7 @@ def fits_in_place(layer: nn.Module, parts: Sequence[nn.Module], users: Mapping[i
 def check_ties(model: nn.Module, changes: Iterable[Change], untie_weights: bool) -> bool:
     """Returns True if some changes untie a weight that several modules share.
 
-    An exchange replaces the parameter of one module only, so the others keep the shared one, unless they get the same.
+    A TensorChange replaces the parameter of one module; other modules keep the old one unless they get the same change.
     Raises MergeError for such changes unless `untie_weights`.
     """
     users: dict[int, list[tuple[str, nn.Module, str]]] = {}
@@ -340,9 +341,9 @@ def check_ties(model: nn.Module, changes: Iterable[Change], untie_weights: bool)
     untied = []
     for exchange in exchanges:
         sharing = users.get(id(exchange.module._parameters.get(exchange.name)), [])
-        own = [path for path, module, name in sharing if module is exchange.module and name == exchange.name]
+        changed = [path for path, module, name in sharing if module is exchange.module and name == exchange.name]
         others = [path for path, module, name in sharing if new_tensors.get((id(module), name)) is not exchange.tensor]
-        untied += [f"{own[0]} = {' = '.join(others)}"] if others else []
+        untied += [f"{changed[0]} = {' = '.join(others)}"] if others else []
     if untied and not untie_weights:
         raise MergeError(
             f"merging would change a weight that another layer shares ({', '.join(untied)}); pass untie_weights=True"

@@ -1,16 +1,17 @@
 """A different adapter for every row of a batch: what `LoRAModel.adapter_rows` attaches to the layers for its block.
 
     BatchRows         which adapter each batch row has; shared by all layers
-    BatchRowsLayer    stands where the adapter of a layer does; every batch row gets its own adapter's update
-    BatchRowsModule   the same for modules that are trained whole
+    BatchRowsLayer    replaces the adapter of a layer; every batch row gets its own adapter's update
+    BatchRowsModule   the same for modules that are trained in full
 
 Most layer types multiply the rows by their factors in one batched product (`LayerType.batch_update`), in blocks of
 rows with the same adapter; the others take one adapter after another. Without gradients the factors of all blocks are
 put together once and cached until one of them changes, as torch's version counters and addresses tell. With 64
 adapters this check costs as much as their products, so it is left out where nothing is trained: in `generate` and in
-torch.inference_mode. Under torch.compile the names of the rows are an input of the graph: others compile nothing anew.
+torch.inference_mode. Under torch.compile the names of the rows are an input of the graph, so other names
+cause no recompilation.
 
-Shapes: n batch rows, k adapters of ranks up to R and a zero update behind them, m blocks of `size` rows.
+Shapes: n batch rows, k adapters of ranks up to R followed by a zero update, m blocks of `size` rows.
 """
 
 from collections import Counter
@@ -65,19 +66,19 @@ class BatchRows:
         position = {name: i for i, name in enumerate(names)}
         return torch.tensor([*(position.get(name, len(names)) for name in self.adapters), len(names)]).to(self.device)
 
-    def looked_up(self, lookup: Tensor, repeats: int) -> Tensor:
+    def adapter_positions(self, lookup: Tensor, repeats: int) -> Tensor:
         """Returns the positions as a tensor that depends on the rows, for the compiler: (n repeats,)."""
         positions = lookup[self.ids]
         return positions if repeats == 1 else positions.repeat_interleave(repeats)
 
     def repeats_in(self, x: Tensor, path: str, min_ndim: int) -> int:
-        """Returns how many rows of x stand for each name, beside each other. Raises RowsError for a wrong number."""
+        """Returns how many successive rows of x belong to each name. Raises RowsError for a wrong number of rows."""
         if x.ndim >= min_ndim and x.shape[0] == self.n:
             return 1
         if x.ndim >= min_ndim and x.shape[0] == self.n * self.repeats:
             return self.repeats
         repeated = f", or {self.n * self.repeats} repeated by generate" if self.repeats > 1 else ""
-        packed = "; packed examples are one row: pass them apart, padded" if self.n > 1 and x.shape[0] == 1 else ""
+        packed = "; packed examples are one row: pass them separately, padded" if self.n > 1 and x.shape[0] == 1 else ""
         raise RowsError(
             f"adapter_rows names {self.n} rows{repeated}; {path or 'the model'} got {tuple(x.shape)}, whose first "
             f"dimension must be the rows of the batch{packed}"
@@ -85,7 +86,7 @@ class BatchRows:
 
     @contextmanager
     def generation(self, repeats: int) -> Iterator[None]:
-        """Within the block every name stands for so many rows, and parameters do not change."""
+        """Within the block every name stands for `repeats` rows, and parameters must not change."""
         self.version += 1
         self.repeats, self.generating = repeats, True
         try:
@@ -94,13 +95,13 @@ class BatchRows:
             self.repeats, self.generating = 1, False
 
 
-def check_row_names(names: Any, known: Sequence[str]) -> tuple[str | None, ...]:
-    """Raises AdapterError for anything but a list of names, and for all names of which there is no adapter."""
+def check_row_names(names: Any, adapters: Sequence[str]) -> tuple[str | None, ...]:
+    """Returns the names. Raises AdapterError if they are not a list, and for all that are not among `adapters`."""
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise AdapterError(f"adapter_rows takes a list with a name, or None, for every row of the batch; got {names!r}")
-    wrong = dict.fromkeys(repr(name) for name in names if name is not None and name not in known)
+    wrong = dict.fromkeys(repr(name) for name in names if name is not None and name not in adapters)
     if wrong:
-        raise AdapterError(f"no adapter is called {', '.join(wrong)}; there are: {', '.join(known) or 'none'}")
+        raise AdapterError(f"no adapter is called {', '.join(wrong)}; there are: {', '.join(adapters) or 'none'}")
     return tuple(names)
 
 
@@ -130,10 +131,10 @@ def batch_row_parts(
             low_rank.setdefault(path, {})[name] = layer
         for path, module in adapter.saved.items():
             saved.setdefault(path, {})[name] = module
-    whole = [path for path, parts in low_rank.items() if next(iter(parts.values())).layer_type.replaces_forward]
-    if refused := [path for path in low_rank if path in whole or "experts" in path.split(".")]:
+    shared = [path for path, parts in low_rank.items() if next(iter(parts.values())).layer_type.replaces_forward]
+    if refused := [path for path in low_rank if path in shared or "experts" in path.split(".")]:
         raise RowsError(
-            "attention as a whole adds the updates to its weights, which all rows share, and experts see the tokens of "
+            "nn.MultiheadAttention adds updates to its weights, which all rows share, and experts get the tokens of "
             f"all rows mixed: no adapter by row on {', '.join(refused)}"
         )
     result: dict[str, tuple[Any, ...]] = {
@@ -173,11 +174,11 @@ def stacked_factors(terms: Sequence[LayerTerms], groups: int) -> tuple[Tensor, T
     As = [_pad_ranks(term.A, R, groups) for term in terms]
     Bs = [F.pad(term.B, (0, R // groups - term.B.shape[1])) for term in terms]
     As, Bs = [*As, torch.zeros_like(As[0])], [*Bs, torch.zeros_like(Bs[0])]
-    return torch.stack(As), torch.stack([B.mT for B in Bs]).mT  # B is read by rank
+    return torch.stack(As), torch.stack([B.mT for B in Bs]).mT  # laid out by rank, as it is read
 
 
 def _pad_ranks(A: Tensor, R: int, groups: int) -> Tensor:
-    """(r, ...) -> (R, ...), with zeros behind the ranks of each group."""
+    """(r, ...) -> (R, ...), with zeros after the ranks of each group."""
     if len(A) == R:
         return A
     blocks = A.view(groups, -1, *A.shape[1:])  # (groups, r/groups, ...)
@@ -187,10 +188,10 @@ def _pad_ranks(A: Tensor, R: int, groups: int) -> Tensor:
 
 def stacked_vectors(vectors: Sequence[Tensor | None], which: Tensor) -> Tensor | None:
     """Returns the vector of every row's adapter, which (n,) of k + 1: (n, out); None if no adapter has one."""
-    given = [vector for vector in vectors if vector is not None]
-    if not given:
+    present = [vector for vector in vectors if vector is not None]
+    if not present:
         return None
-    zero = torch.zeros_like(given[0])
+    zero = torch.zeros_like(present[0])
     return torch.stack([*(zero if vector is None else vector for vector in vectors), zero]).index_select(0, which)
 
 
@@ -217,7 +218,7 @@ def make_blocks(positions: Sequence[int], size: int, device: torch.device) -> Bl
     order: list[int] = []
     back = [0] * len(positions)
     for position in sorted(set(positions)):
-        rows = [row for row, own in enumerate(positions) if own == position]
+        rows = [row for row, row_position in enumerate(positions) if row_position == position]
         for start in range(0, len(rows), size):
             block = rows[start : start + size]
             for i, row in enumerate(block, start=len(order)):
@@ -229,10 +230,10 @@ def make_blocks(positions: Sequence[int], size: int, device: torch.device) -> Bl
 
 
 def block_size(counts: Collection[int], tokens: int) -> int:
-    """Returns the cheapest power of two, where adapter i has counts[i] batch rows of so many tokens.
+    """Returns the cheapest power of two, if adapter i has counts[i] batch rows of `tokens` tokens each.
 
     The cost is in units of one product's overhead (2 cores with AVX512-BF16, SmolLM2's shapes): products, tokens
-    multiplied, rows copied. Of one token, 64 rows of 8 adapters in blocks of 8 take a third of 64 blocks of one row.
+    multiplied, rows copied. 64 rows of one token with 8 adapters take a third of the time in blocks of 8.
     """
 
     def cost(size: int) -> float:
@@ -244,12 +245,12 @@ def block_size(counts: Collection[int], tokens: int) -> int:
     return min(sizes, key=cost)
 
 
-# ---- What stands in a layer
+# ---- Layers with an adapter for every batch row
 
 
 @dataclass(eq=False)
 class CachedFactors:
-    """What a call multiplies by, and the tensors that it was made of, which are kept so that no address is reused."""
+    """The factors of a call, and the tensors that they were made of, which are kept so that no address is reused."""
 
     blocks: Blocks
     shape: torch.Size  # of the input
@@ -263,7 +264,7 @@ class CachedFactors:
 
 
 class BatchRowsLayer:
-    """In the place of a layer's adapter: every batch row has its own."""
+    """Replaces the adapter of a layer: every batch row has its own adapter."""
 
     def __init__(self, path: str, parts: Mapping[str, LoRALayer], batch: BatchRows) -> None:
         self.path, self.batch, self.parts = path, batch, tuple(parts.values())
@@ -309,14 +310,14 @@ class BatchRowsLayer:
         return y + self._change(update, output, factors.rescaling, factors.shift)
 
     def _factors(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, repeats: int) -> CachedFactors:
-        """Cached while no gradient is asked for and nothing that they are made of changes."""
+        """Returns the factors; cached as long as gradients are off and nothing that they are made of changes."""
         cache = self._cache
         blocks = cache.blocks if cache is not None and cache.shape == x.shape else self._blocks(x, repeats)
         if torch.is_grad_enabled():
             self._cache = None
             return self._make_factors(blocks, x, layer, dtype, repeats)
-        trusted = self.batch.generating or torch.is_inference_mode_enabled()
-        if cache is not None and cache.blocks is blocks and trusted and cache.version == self.batch.version:
+        is_constant = self.batch.generating or torch.is_inference_mode_enabled()
+        if cache is not None and cache.blocks is blocks and is_constant and cache.version == self.batch.version:
             return cache
         needs_layer = any(part.lora_magnitude_vector is not None or part.bias is not None for part in self.used)
         sources = _tensors((*self.used, layer) if needs_layer else self.used)
@@ -372,29 +373,29 @@ class BatchRowsLayer:
         return _dropout_by_row(x, torch.tensor([*rates, 0.0])[self._repeated_positions(repeats)].to(x.device))
 
     def _add_in_turn(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, repeats: int) -> Tensor:
-        """One adapter after another, each on its rows: what every layer type can do."""
+        """Adds one adapter after another, each on its rows, which works for every layer type."""
         positions = torch.tensor(self._repeated_positions(repeats), device=x.device)
         change = torch.zeros_like(output)
         for position, part in enumerate(self.used):
             if part.training != layer.training:
                 part.train(layer.training)
             rows = (positions == position).nonzero().flatten()
-            own = output[rows]
-            change = change.index_add(0, rows, part.add_to(torch.zeros_like(own), own, x[rows], layer))
+            outputs = output[rows]
+            change = change.index_add(0, rows, part.add_to(torch.zeros_like(outputs), outputs, x[rows], layer))
         return y + change
 
     def _add_in_graph(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, repeats: int) -> Tensor:
-        """The same shapes and operations whatever the rows' names are; with gradients, among the same names."""
+        """Runs the same operations and shapes for any row names; with gradients, for any order of the same names."""
         lookup, parts = (self.lookup_used, self.used) if torch.is_grad_enabled() else (self.lookup, self.parts)
         if not parts:
             return y
-        which = self.batch.looked_up(lookup, repeats).to(x.device)
+        which = self.batch.adapter_positions(lookup, repeats).to(x.device)
         if not self.is_batched:
             zero = torch.zeros_like(output)
             changes = [part.add_to(zero, output, x, layer) for part in parts]
             shape = -1, *[1] * (output.ndim - 1)
-            own = [torch.where((which == i).view(shape), change, 0) for i, change in enumerate(changes)]
-            return y + torch.stack(own).sum(0)
+            masked = [torch.where((which == i).view(shape), change, 0) for i, change in enumerate(changes)]
+            return y + torch.stack(masked).sum(0)
         terms = [layer_terms(part, layer, output.dtype) for part in parts]
         A, B = stacked_factors(terms, parts[0].groups)
         x, rates = x.to(output.dtype), [part.lora_dropout for part in parts]
@@ -417,7 +418,7 @@ def _tensors(parts: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def _state(tensors: Sequence[Tensor]) -> Any:
-    """Returns what differs when one of them has changed, as far as torch tells. Called often, so in few steps."""
+    """Returns a value that differs after one of them has changed, as far as torch tells. Called often, so short."""
     try:
         versions = [tensor._version for tensor in tensors]
     except RuntimeError:  # tensors of inference mode are not counted
@@ -425,11 +426,11 @@ def _state(tensors: Sequence[Tensor]) -> Any:
     return versions, [tensor.data_ptr() for tensor in tensors]
 
 
-# ---- What stands in a module that is trained whole
+# ---- Modules that are trained in full, with a copy for every batch row
 
 
 class BatchRowsModule(nn.Module):
-    """In the place of a copy that was trained whole: every batch row has its own copy, or the base's module."""
+    """Replaces the trained copy of a module: every batch row has its own copy, or the base's module."""
 
     def __init__(self, path: str, copies: Mapping[str, nn.Module], layer: Any, batch: BatchRows) -> None:
         super().__init__()
@@ -438,7 +439,7 @@ class BatchRowsModule(nn.Module):
         self._layer = (layer,)  # a reference, not a registration
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """A tensor whose first dimension is the batch rows is split by row; others go to every copy whole.
+        """A tensor whose first dimension is the batch rows is split by row; other arguments go to every copy unchanged.
 
         All tensors of the output have the batch rows as their first dimension.
         """
@@ -446,7 +447,7 @@ class BatchRowsModule(nn.Module):
         repeats = self.batch.repeats_in(first, self.path, 1)
         n = self.batch.n * repeats
         if torch.compiler.is_compiling():
-            which = self.batch.looked_up(self.lookup, repeats)
+            which = self.batch.adapter_positions(self.lookup, repeats)
             outputs = [self._run(position, args, kwargs) for position in range(len(self.copies) + 1)]
             return tree_map(lambda *tensors: torch.stack(tensors)[which, torch.arange(n)], *outputs)
         positions = torch.tensor([position for position in self.positions for _ in range(repeats)])
@@ -460,16 +461,16 @@ class BatchRowsModule(nn.Module):
         return tree_map(lambda *tensors: torch.cat(tensors).index_select(0, back.to(tensors[0].device)), *outputs)
 
     def _run(self, position: int, args: Any, kwargs: Any) -> Any:
-        """Calls the copy at this position, or the base's module behind them, in the base's own precision."""
+        """Calls the copy at this position, or after the last copy the base's module, in the base's own precision."""
         (layer,) = self._layer
         if position < len(self.copies):
             copy = self.copies[position]
             if copy.training != layer.training:
                 copy.train(layer.training)
             return copy(*args, **kwargs)
-        own, trained = (next(module.parameters()).dtype for module in (layer, self))
-        args, kwargs = tree_map(lambda value: _cast(value, trained, own), (args, kwargs))
-        return tree_map(lambda value: _cast(value, own, trained), layer.plain.forward(layer, *args, **kwargs))
+        base_dtype, copy_dtype = (next(module.parameters()).dtype for module in (layer, self))
+        args, kwargs = tree_map(lambda value: _cast(value, copy_dtype, base_dtype), (args, kwargs))
+        return tree_map(lambda value: _cast(value, base_dtype, copy_dtype), layer.plain.forward(layer, *args, **kwargs))
 
 
 def _cast(value: Any, source: torch.dtype, to: torch.dtype) -> Any:

@@ -1,6 +1,6 @@
 """nn.MultiheadAttention, which reads the weights of its projections and never calls them.
 
-Its own forward runs on a shallow copy of the layer, with W + s B A in the place of each adapted weight.
+Its own forward runs on a shallow copy of the layer, with W + s B A instead of each adapted weight.
 """
 
 from collections.abc import Sequence

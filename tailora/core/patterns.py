@@ -1,6 +1,6 @@
 """Names, regular expressions and layer indices: which paths they match.
 
-Then the other way round: the shortest selector and patterns that mean given paths and values.
+Then the reverse: the shortest selector and patterns for given paths and values.
 """
 
 import re
@@ -20,7 +20,8 @@ MATCH_SECONDS = 0.2  # of CPU time; honest patterns take microseconds
 def matches(selector: Selector, path: str) -> bool:
     """True if the selector means this path (PEFT's rule).
 
-    Of several names one is the path or its end after a dot; a string is a regular expression for the whole path.
+    A collection holds names: one must be the path or its end after a dot. A string is a regular expression for the
+    whole path.
     """
     if isinstance(selector, str):
         return full_match(selector, path)
@@ -32,9 +33,9 @@ def named(name: str, path: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def inside(path: str, whole: str) -> bool:
-    """True for the path of the module `whole`, and of all modules inside it."""
-    return path == whole or path.startswith(f"{whole}.")
+def inside(path: str, parent: str) -> bool:
+    """True for the path of the module `parent`, and of all modules inside it."""
+    return path == parent or path.startswith(f"{parent}.")
 
 
 def exactly(path: str) -> str:
@@ -81,7 +82,7 @@ def layer_index(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdecimal()), None)
 
 
-# ---- The shortest settings that mean given paths and values
+# ---- The shortest settings for given paths and values
 
 
 Number = TypeVar("Number", int, float)

@@ -22,7 +22,7 @@ class Storage:
     """A plain weight."""
 
     def name(self, _layer: Any) -> str:
-        """Returns the format in a word."""
+        """Returns the name of the format."""
         return "plain"
 
     def shape(self, layer: Any) -> torch.Size:
@@ -95,13 +95,13 @@ class FourBit(Storage):
 
     def state(self, layer: Any) -> Any:
         """Returns bitsandbytes' state of the quantisation; FSDP leaves it on the layer alone."""
-        own = getattr(layer.weight, "quant_state", None)
-        return layer.quant_state if own is None else own
+        state = getattr(layer.weight, "quant_state", None)
+        return layer.quant_state if state is None else state
 
     def is_misread(self, layer: Any) -> bool:
         """Returns True if blocks that go on in the next row get the largest number of another block.
 
-        Found by comparison with the same codes as a single row.
+        Compares the result with that of the same codes in a single row.
         """
         from bitsandbytes.functional import dequantize_4bit
 
@@ -139,8 +139,8 @@ class Int8(Storage):
 
     def _scales(self, layer: Any) -> Tensor:
         """Returns the largest of each row, (out, 1); the first forward moves it from the weight to the layer."""
-        own = getattr(layer.weight, "SCB", None)
-        scales: Tensor = layer.state.SCB if own is None else own
+        of_weight = getattr(layer.weight, "SCB", None)
+        scales: Tensor = layer.state.SCB if of_weight is None else of_weight
         return scales[:, None].to(layer.weight.device)
 
 
@@ -196,7 +196,7 @@ def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 PLAIN, FOUR_BIT, INT8, TORCHAO = Storage(), FourBit(), Int8(), TorchAO()
 
-STORAGES: dict[str, Storage] = {  # by the class of the weight, or of the layer: a pickle forgets that of the weight
+STORAGES: dict[str, Storage] = {  # by the class of the weight, or of the layer: a pickle loses the weight's class
     "bitsandbytes.nn.modules.Params4bit": FOUR_BIT,
     "bitsandbytes.nn.modules.Linear4bit": FOUR_BIT,
     "bitsandbytes.nn.modules.Int8Params": INT8,
@@ -227,16 +227,16 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if is_quantized(module)}
 
 
-def dense_weight(layer: nn.Module, name: str = "weight", others: torch.dtype | None = None) -> Tensor:
+def dense_weight(layer: nn.Module, name: str = "weight", int8_dtype: torch.dtype | None = None) -> Tensor:
     """Returns the layer's weight as numbers, in the layout of its class: the weight itself if it is not quantised.
 
-    The precision is the one that was quantised. int8 does not keep it: there it is `others`, the precision of the
+    The precision is the one that was quantised. int8 does not store it: there it is `int8_dtype`, such as that of the
     model's other weights, or float32. name: of another parameter, which is never quantised.
     """
     if name != "weight" or not is_quantized(layer):
         return weight_of(layer, name).detach()
     value = storage_of(layer).dense(layer)
-    return value.to(others) if others is not None and storage_of(layer) is INT8 else value
+    return value.to(int8_dtype) if int8_dtype is not None and storage_of(layer) is INT8 else value
 
 
 def dense_shape(layer: nn.Module, name: str = "weight") -> torch.Size:
@@ -304,7 +304,7 @@ def prevent_repacking(model: nn.Module) -> list[nn.Module]:
     """Keep bitsandbytes from repacking 4-bit weights in place at the first evaluation on a CPU with AVX512-BF16.
 
     Repacking rounds the blocks' scales to bfloat16, so that the base is no longer what it was, and its product has no
-    gradient: training after an evaluation would be wrong in silence (bitsandbytes 0.50). Returns the layers for
+    gradient: training after an evaluation would be silently wrong (bitsandbytes 0.50). Returns the layers for
     `allow_repacking`.
     """
     layers = [layer for layer in model.modules() if vars(layer).get("support_avx512bf16_for_cpu")]
@@ -314,7 +314,7 @@ def prevent_repacking(model: nn.Module) -> list[nn.Module]:
 
 
 def allow_repacking(layers: list[nn.Module]) -> None:
-    """Give bitsandbytes its choice back on these layers, unless they were merged and are no longer quantised."""
+    """Let bitsandbytes repack these layers again, unless they were merged and are no longer quantised."""
     for layer in layers:
         if is_quantized(layer):
             vars(layer)["support_avx512bf16_for_cpu"] = True

@@ -1,12 +1,12 @@
-"""Which layers a LoRAConfig means. Strict: what matches nothing is an error, and all errors are raised at once.
+"""Finds the layers that a LoRAConfig selects. A name that matches nothing is an error; all are raised at once.
 
     Candidates       all matrices of the model that could be adapted: layers, parts of fused layers, parameters
     Selection        those that target_modules, target_parameters, exclude_modules and layers_to_transform leave,
                      each a Target with its rank and alpha; the modules_to_save
     Extra targets    biases and embedding rows to train, and the heads that are tied to these embeddings
-    Problems         what names nothing, contradicts itself or cannot be adapted, in words
+    Problems         messages about settings that match nothing, contradict each other or cannot be applied
 
-`select` goes through all of them in this order.
+`select` runs these steps in this order.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -53,17 +53,17 @@ class TargetCandidate:
 
     @property
     def pattern_names(self) -> tuple[str, ...]:
-        """The paths that a pattern for rank or alpha may match. Part of a layer goes by the layer's path, too."""
+        """The paths that a pattern for rank or alpha may match. For a part of a layer, the layer's path, too."""
         return (self.path,) if self.layer_type.is_stacked else tuple(dict.fromkeys((self.path, self.layer_path)))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The paths that select it. A projection of an attention goes by the attention's, too, as in PEFT."""
+        """The paths that select it. An attention's path selects its projections, too, as in PEFT."""
         return (self.path,) if self.output_slice else self.pattern_names
 
     @property
     def last_name(self) -> str:
-        """The last name of its path; of part of a layer the last two."""
+        """The last name of its path; for a part of a layer the last two."""
         return ".".join(self.path.split(".")[-1 if self.path == self.layer_path else -2 :])
 
     @property
@@ -74,7 +74,7 @@ class TargetCandidate:
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight, dequantised; of a part the whole layer's."""
+        """The layer's weight, dequantised; for a part that of the whole layer."""
         return dense_weight(self.layer, self.layer_type.weight_name)
 
     def matrix(self, weight: Tensor) -> Tensor | None:
@@ -109,7 +109,7 @@ class ExtraTargets:
 
 @dataclass(frozen=True)
 class Selection:
-    """All that a config means in one model. to_save: path -> module to train whole."""
+    """All that a config selects in one model. to_save: path -> module to train in full."""
 
     targets: list[Target]
     to_save: dict[str, nn.Module]
@@ -118,7 +118,7 @@ class Selection:
 
 
 def select(model: nn.Module, config: LoRAConfig) -> Selection:
-    """Returns what `config` means in `model`, targets in the model's order.
+    """Returns what `config` selects in `model`, targets in the model's order.
 
     Raises TargetError with every selector, pattern and index that matches nothing, every layer that cannot be
     adapted and every rank that is too large.
@@ -251,16 +251,16 @@ def _selects(selector: patterns.Selector, candidate: TargetCandidate) -> bool:
 def _all_linear(
     model: Any, modules: Modules, candidates: Mapping[str, TargetCandidate], config: LoRAConfig
 ) -> list[TargetCandidate]:
-    """Every linear layer and attention projection but the output head and what is trained whole."""
+    """Every linear layer and attention projection but the output head and modules trained in full."""
     get_head = getattr(model, "get_output_embeddings", None)  # transformers' convention
     head = get_head() if callable(get_head) else None
-    left_out = {*saved_modules(modules, config), *(path for path, module in modules.items() if module is head)}
+    excluded = {*saved_modules(modules, config), *(path for path, module in modules.items() if module is head)}
     return [
         candidate
         for candidate in candidates.values()
         if (candidate.layer_type.is_linear or candidate.path != candidate.layer_path)
         and not candidate.output_slice
-        and not any(patterns.inside(candidate.layer_path, path) for path in left_out)
+        and not any(patterns.inside(candidate.layer_path, path) for path in excluded)
     ]
 
 
@@ -306,9 +306,9 @@ def saved_modules(modules: Modules, config: LoRAConfig) -> dict[str, nn.Module]:
 def extra_targets(
     model: nn.Module, modules: Modules, config: LoRAConfig, adapted: Collection[str], saved: Collection[str]
 ) -> tuple[ExtraTargets, list[str]]:
-    """Returns the biases, embedding rows and tied heads that the config means, and all problems with them.
+    """Returns the biases, embedding rows and tied heads that the config selects, and all problems with them.
 
-    adapted, saved: paths that low-rank updates and trained copies change already.
+    adapted, saved: paths of the modules with low-rank updates and with trained copies.
     """
     tokens, problems = _token_targets(model, modules, config)
     heads = {
@@ -379,7 +379,7 @@ def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[
     biases, problems = [], []
     for path, module in modules.items():
         names = biases_of(module)
-        if not names or any(patterns.inside(path, whole) for whole in saved):
+        if not names or any(patterns.inside(path, saved_path) for saved_path in saved):
             continue
         if "forward" in vars(module):
             problems.append(f"bias='all': {path}: its forward was replaced on the instance; its bias cannot be trained")
@@ -417,9 +417,9 @@ def _unmatched_settings(
         problems += (
             [] if any(patterns.named(name, path) for path in paths) else [_no_layer("modules_to_save", name, paths)]
         )
-    known = {index for path in candidates if (index := patterns.layer_index(path)) is not None}
-    if missing := sorted((layer_indices(config) or set()) - known):
-        existing = f"{min(known)}..{max(known)}" if known else "none"
+    indices = {index for path in candidates if (index := patterns.layer_index(path)) is not None}
+    if missing := sorted((layer_indices(config) or set()) - indices):
+        existing = f"{min(indices)}..{max(indices)}" if indices else "none"
         problems.append(f"layers_to_transform={missing}: no layer has this index; there are: {existing}")
     for setting, layers in (("rank_pattern", selected), ("alpha_pattern", selected), ("fused_parts", candidates)):
         last_names = {layer.last_name for layer in layers.values()}
@@ -441,26 +441,26 @@ def _unmatched(
             return []
         hint = _hint(selector, {candidate.last_name for candidate in candidates.values()})
         return [f"{setting}={selector!r} is a regular expression that matches no whole path of a layer{hint}"]
-    known = {end for candidate in candidates.values() for name in candidate.names for end in patterns.ends_of(name)}
-    return [_unmatched_name(setting, name, candidates, modules) for name in selector if name not in known]
+    ends = {end for candidate in candidates.values() for name in candidate.names for end in patterns.ends_of(name)}
+    return [_unmatched_name(setting, name, candidates, modules) for name in selector if name not in ends]
 
 
 def _unmatched_name(setting: str, name: str, candidates: Mapping[str, TargetCandidate], modules: Modules) -> str:
     """Why this name selects no candidate."""
     module = next((module for path, module in modules.items() if path and patterns.named(name, path)), None)
     if module is not None and layer_type_of(module) is None and setting != "target_parameters":
-        known = ", ".join([*(cls.rpartition(".")[2] for cls in LAYER_TYPES), "MultiheadAttention"])
-        return f"{setting}: {name!r} is a {type(module).__name__}, which has no low-rank form; layer types: {known}"
-    whole, _, part = name.rpartition(".")
+        types = ", ".join([*(cls.rpartition(".")[2] for cls in LAYER_TYPES), "MultiheadAttention"])
+        return f"{setting}: {name!r} is a {type(module).__name__}, which has no low-rank form; layer types: {types}"
+    layer_name, _, part = name.rpartition(".")
     fused = {candidate.layer_path for candidate in candidates.values() if candidate.output_slice}
     layers = [
         path
         for path, candidate in candidates.items()
-        if whole and patterns.named(whole, path) and not candidate.output_slice
+        if layer_name and patterns.named(layer_name, path) and not candidate.output_slice
     ]
     if layers and layers[0] not in fused:
-        sizes = f'{{"{whole}": {{"{part}": its number of rows, ...}}}}'
-        return f"{setting}: {name!r}: which rows of {whole} are {part} is not known; say it: fused_parts={sizes}"
+        sizes = f'{{"{layer_name}": {{"{part}": its number of rows, ...}}}}'
+        return f"{setting}: {name!r}: which rows of {layer_name} are {part} is not known; set fused_parts={sizes}"
     return _no_layer(setting, name, candidates)
 
 
@@ -471,19 +471,19 @@ def _no_layer(setting: str, name: str, paths: Iterable[str]) -> str:
     return f"{setting}: {name!r} matches no layer{_hint(name, last_names | ends | set(paths), last_names)}"
 
 
-def _hint(name: str, known: Collection[str], shown: Iterable[str] | None = None) -> str:
-    """The known names nearest to `name`; where none is near, examples of `shown`, or else of the known ones."""
-    examples = sorted(set(known if shown is None else shown))
+def _hint(name: str, names: Collection[str], examples: Iterable[str] | None = None) -> str:
+    """Returns the `names` nearest to `name`; if none is near, some `examples`, by default of the names."""
+    examples = sorted(set(names if examples is None else examples))
     if not examples:
         return "; there are none"
-    return nearest(name, known) or f"; there are: {', '.join(examples[:8])}{', ...' if len(examples) > 8 else ''}"
+    return nearest(name, names) or f"; there are: {', '.join(examples[:8])}{', ...' if len(examples) > 8 else ''}"
 
 
 # ---- Problems: layers that cannot be adapted as the config says
 
 
 def _conflicts(selected: Mapping[str, TargetCandidate], to_save: Modules, config: LoRAConfig) -> list[str]:
-    """Layers that cannot be adapted or trained whole, or are to be both."""
+    """Layers that cannot be adapted or trained in full, or are selected for both."""
     problems = []
     for path, candidate in selected.items():
         if config.lora_dropout and not candidate.layer_type.supports_dropout:
@@ -494,25 +494,25 @@ def _conflicts(selected: Mapping[str, TargetCandidate], to_save: Modules, config
         elif reason := obstacle(candidate.layer) or storage_obstacle(candidate.layer):
             problems.append(f"{path}: {reason}")
     problems += [
-        f"{path} is in target_modules and in modules_to_save ({whole})"
+        f"{path} is in target_modules and in modules_to_save ({saved_path})"
         for path in selected
-        for whole in to_save
-        if patterns.inside(path, whole)
+        for saved_path in to_save
+        if patterns.inside(path, saved_path)
     ]
     for path, module in to_save.items():
         if "forward" in vars(module):
-            problems.append(f"{path}: its forward was replaced on the instance; it cannot be trained whole")
+            problems.append(f"{path}: its forward was replaced on the instance; it cannot be trained in full")
         if quantized_layers(module):
-            problems.append(quantized_whole(path))
+            problems.append(quantized_saved_module(path))
     return problems
 
 
-def quantized_whole(path: str) -> str:
-    return f"{path} is quantised and cannot be trained whole; adapt it (target_modules), or load the base unquantised"
+def quantized_saved_module(path: str) -> str:
+    return f"{path} is quantised and cannot be trained in full; adapt it (target_modules), or load the base unquantised"
 
 
 def _target_problems(targets: Iterable[Target], config: LoRAConfig) -> list[str]:
-    """Ranks that are too large, and slots of the equation that the config fills and a layer does not have."""
+    """Ranks that are too large, and settings such as biases and DoRA that a layer does not support."""
     problems = []
     biases = [name for name, is_on in (("lora_bias", config.lora_bias), ("bias", config.bias != "none")) if is_on]
     ranks: dict[str, set[int]] = {}  # of the matrices of an attention, by its path

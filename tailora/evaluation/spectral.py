@@ -20,7 +20,7 @@ from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import layer_of
 from tailora.core.low_rank import Factors, Spectrum, Update, leading_triplets, product_spectrum, rank_for_energy
 from tailora.core.targets import target_at
-from tailora.formats.offline import TRAINED_WHOLE
+from tailora.formats.offline import TRAINED_IN_FULL
 
 # ---- Ranks and subspaces
 #
@@ -165,7 +165,7 @@ def random_update(m: int, n: int, r: int, norm: float, seed: int = 0) -> Factors
 
 def updates_of(adapter: Adapter, base_model: nn.Module) -> tuple[dict[str, Update], dict[str, str]]:
     """Returns the updates by path, and by name what else the adapter holds, with the reason why it is no update."""
-    left_out = dict.fromkeys(adapter.saved, TRAINED_WHOLE)
+    left_out = dict.fromkeys(adapter.saved, TRAINED_IN_FULL)
     for path, part in adapter.extras.items():
         left_out[path] = "a trained bias" if isinstance(part, TrainedBias) else "trained rows of an embedding"
     updates = {}

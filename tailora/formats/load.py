@@ -1,4 +1,4 @@
-"""Loads an adapter: recognises what tool wrote it, and restores it for a base model, or raises with all that is wrong.
+"""Loads an adapter: recognises the tool that wrote it, and restores it for a base model, or raises all problems.
 
 read_any_format     files -> StoredAdapter
 restore             StoredAdapter + base model -> Adapter: find the layers that the settings name, sort the file's
@@ -21,7 +21,7 @@ from tailora.core.quantization import quantized_layers, storage_obstacle
 from tailora.core.targets import (
     Target,
     extra_targets,
-    quantized_whole,
+    quantized_saved_module,
     saved_modules,
     selected_candidates,
     target_at,
@@ -107,14 +107,14 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
     modules = dict(base_model.named_modules())
     # Which layers the settings name
     paths_in_file = _paths_with_factors(stored, modules)
-    config, in_file = stored_configs(stored, paths_in_file)
+    config, file_config = stored_configs(stored, paths_in_file)
     targets = _targets(base_model, modules, config)
     empty = _empty_layers(targets, config)
     wrappers = peft_layers(base_model, empty)
-    if config is not in_file:
-        _check_same_settings(stored, peft_config.with_layer_patterns(config, wrappers.values()), in_file)
+    if config is not file_config:
+        _check_same_settings(stored, peft_config.with_layer_patterns(config, wrappers.values()), file_config)
         adapted = {target.layer_path for target in targets.values()}
-        file_targets = _targets(base_model, modules, in_file)
+        file_targets = _targets(base_model, modules, file_config)
         # Layers that only adapter_config.json names, so that their tensors are reported as missing
         if additional := {path: target for path, target in file_targets.items() if target.layer_path not in adapted}:
             targets, empty = {**targets, **additional}, {**empty, **_empty_layers(additional, config)}
@@ -134,7 +134,7 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
         if layer is not None:
             low_rank[path] = layer
     quantized = [path for path in tensors.saved if quantized_layers(modules[path])]
-    problems += [quantized_whole(path) for path in quantized]
+    problems += [quantized_saved_module(path) for path in quantized]
     copies = {path: _saved_module(path, modules, tensors) for path in tensors.saved if path not in quantized}
     extras = extra_parts(extra, modules)
     parameters = {key: next(extras[path].parameters()) for key, path in extra_paths.items()}
@@ -159,28 +159,28 @@ def lora_config_of(stored: peft.StoredAdapter, base_model: nn.Module) -> LoRACon
 
 
 def stored_configs(stored: peft.StoredAdapter, paths: list[str]) -> tuple[LoRAConfig, LoRAConfig]:
-    """Returns the config in the metadata of the weights, and that in adapter_config.json; twice the same if one lacks.
+    """Returns the config in the metadata of the weights, and that in adapter_config.json; if one is missing, the other.
 
     paths: the targets if the settings name none. Raises FormatError.
     """
-    own = stored.metadata.lora_config(stored.folder)
-    if own is None and stored.metadata.start:
+    saved = stored.metadata.lora_config(stored.folder)
+    if saved is None and stored.metadata.start:
         raise FormatError(f"{stored.folder}: its tailora metadata names a frozen start, but has no settings")
-    if own is not None and stored.settings is None:
-        in_file = own
+    if saved is not None and stored.settings is None:
+        file_config = saved
     else:
-        in_file = peft_config.from_peft_config(stored.settings or {}, paths, stored.folder)
-    configs = own or in_file, in_file
+        file_config = peft_config.from_peft_config(stored.settings or {}, paths, stored.folder)
+    configs = saved or file_config, file_config
     for config in configs:
         peft_config.check_patterns(config, stored.folder)
     return configs
 
 
-def _check_same_settings(stored: peft.StoredAdapter, own: LoRAConfig, in_file: LoRAConfig) -> None:
+def _check_same_settings(stored: peft.StoredAdapter, saved: LoRAConfig, in_file: LoRAConfig) -> None:
     """Raises FormatError if the weights were saved with other settings than adapter_config.json has."""
-    own = peft_config.with_double_rank(own) if stored.metadata.start else own
-    if different := [name for name in peft_config.SHARED_SETTINGS if getattr(own, name) != getattr(in_file, name)]:
-        pairs = (f"{name} = {getattr(in_file, name)!r} here, {getattr(own, name)!r} there" for name in different)
+    saved = peft_config.with_double_rank(saved) if stored.metadata.start else saved
+    if different := [name for name in peft_config.SHARED_SETTINGS if getattr(saved, name) != getattr(in_file, name)]:
+        pairs = (f"{name} = {getattr(in_file, name)!r} here, {getattr(saved, name)!r} there" for name in different)
         raise FormatError(
             f"{stored.folder}: adapter_config.json and the settings that the weights were saved with differ: "
             f"{', '.join(pairs)}. Save the adapter again, or delete adapter_config.json to use the weights' own"
@@ -188,7 +188,8 @@ def _check_same_settings(stored: peft.StoredAdapter, own: LoRAConfig, in_file: L
 
 
 def _targets(base_model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, Target]:
-    return {path: target_of(place, config) for path, place in selected_candidates(base_model, modules, config).items()}
+    candidates = selected_candidates(base_model, modules, config)
+    return {path: target_of(candidate, config) for path, candidate in candidates.items()}
 
 
 def _empty_layers(targets: Mapping[str, Target], config: LoRAConfig) -> dict[str, LoRALayer]:

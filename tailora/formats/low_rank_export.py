@@ -50,7 +50,7 @@ def low_rank_problems(source: ExportSource, layer_types: Sequence[LayerType]) ->
     if adapter.extras:
         problems.append(f"trained biases and token rows have no place there ({', '.join(adapter.extras)})")
     if adapter.saved:
-        problems.append(f"modules_to_save: {', '.join(adapter.saved)} were trained whole")
+        problems.append(f"modules_to_save: {', '.join(adapter.saved)} were trained in full")
     for path, layer in adapter.low_rank.items():
         if layer.layer_type not in layer_types:
             problems.append(f"{path}: a {layer.layer_type.name} has no place there")

@@ -23,7 +23,7 @@ from tailora.formats.peft_config import adds_out_proj_twice
 
 STACKED = "a stack of experts or another parameter, whose factors only the model can part: give --model"
 MIXED_GROUPS = "its A reads the channels of all groups, which is no matrix of the layer"
-TRAINED_WHOLE = "trained whole, without a low-rank update"
+TRAINED_IN_FULL = "trained in full, without a low-rank update"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def read_offline(path: Path) -> OfflineAdapter:
     for key, tensor in stored.tensors.items():
         layer_path, slot = path_and_slot(key)
         if slot is None:
-            left_out[key] = TRAINED_WHOLE
+            left_out[key] = TRAINED_IN_FULL
         else:
             layers.setdefault(layer_path, {})[slot] = tensor
     updates, problems = {}, []
@@ -61,7 +61,7 @@ def read_offline(path: Path) -> OfflineAdapter:
     stacked = tuple(ending for name in modules for ending in (name, f"{name}.base_layer"))
     for layer_path, slots in layers.items():
         if "A" not in slots and "B" not in slots:
-            left_out[layer_path] = TRAINED_WHOLE
+            left_out[layer_path] = TRAINED_IN_FULL
         elif not {"A", "B"} <= slots.keys():
             factor = "A" if "A" in slots else "B"
             problems.append(f"{layer_path}: there is a lora_{factor} without the other factor")

@@ -58,7 +58,7 @@ class AdaptedModule:
 class TrainedGroup:
     """Like layers: in `path` a range stands for the number that tells them apart, layers.{0-29}.
 
-    shape: (in, out); of a parameter that is trained whole its own shape, and r and alpha are None.
+    shape: (in, out); of a parameter that is trained in full its own shape, and r and alpha are None.
     """
 
     path: str

@@ -143,7 +143,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "weight": (["combine", "--adapter", "ONE", "--weight", "one=much"], "'much' is not a number"),
     "nan": (["combine", "--adapter", "ONE", "--weight", "one=nan"], "take a finite number"),
     "method": (["combine", "--adapter", "ONE", "--method", "mean"], "mean"),
-    "useless": (["combine", "--adapter", "ONE", "--density", ".5"], "means nothing to method 'cat'"),
+    "useless": (["combine", "--adapter", "ONE", "--density", ".5"], "has no effect on method 'cat'"),
     "result's name": (["combine", "--adapter", "default=ONE"], "'default' is the new adapter's name"),
     "no adapter": (["combine"], "--adapter"),
     "taken folder": (["combine", "--adapter", "ONE", "--output-dir", "ONE"], "is there already"),

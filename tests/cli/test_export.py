@@ -113,7 +113,7 @@ def test_what_a_format_cannot_hold_exits_with_2(
     assert main(tokens) == 2
     said = json.loads(capsys.readouterr().out)["error"]
     assert said["type"] == "FormatError"
-    assert 'modules_to_save: lm_head were trained whole; export to "merged"' in said["message"]
+    assert 'modules_to_save: lm_head were trained in full; export to "merged"' in said["message"]
     assert not (tmp_path / "out").exists()
 
 

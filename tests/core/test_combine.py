@@ -1,4 +1,4 @@
-"""Combining, shrinking and extracting on whole models: several layers, modules trained whole, what is refused."""
+"""Combining, shrinking and extracting on whole models: several layers, modules trained in full, what is refused."""
 
 import math
 from collections.abc import Callable
@@ -84,7 +84,7 @@ def nested() -> nn.ModuleDict:
 def test_a_module_that_is_not_linear_in_its_weights_is_combined_with_no_other() -> None:
     model = LoRAModel(nested(), LoRAConfig(r=2, target_modules=["last"], modules_to_save=["block"]), adapter_name="a")
     model.combine({"a": 1}, name="copy")
-    with pytest.raises(AdapterError, match=r"block, trained whole by 'a', is a Sequential, which is not linear"):
+    with pytest.raises(AdapterError, match=r"block, trained in full by 'a', is a Sequential, which is not linear"):
         model.combine({"a": 0.5}, name="half")
     assert list(model.adapters) == ["a", "copy"]
 
@@ -98,12 +98,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "nan": ({"weights": {"a": math.nan}}, ConfigError, "weight of 'a' = nan; take a finite number"),
     "not a number": ({"weights": {"a": "much"}}, ConfigError, "weight of 'a' = 'much'"),
     "method": ({"method": "tie"}, ConfigError, "there are: cat, svd, ties, dare; did you mean ties"),
-    "rank of cat": ({"r": 4}, ConfigError, "r = 4 means nothing to method 'cat', but to svd, ties, dare"),
+    "rank of cat": ({"r": 4}, ConfigError, "r = 4 has no effect on method 'cat', only on svd, ties, dare"),
     "rank 0": ({"r": 0, "method": "svd"}, ConfigError, "r = 0; take a whole number from 1 on"),
     "half a rank": ({"r": 1.5, "method": "svd"}, ConfigError, "r = 1.5"),
     "density": ({"density": 0, "method": "ties"}, ConfigError, "density = 0; take a share above 0, at most 1"),
     "drop": ({"drop": 1, "method": "dare"}, ConfigError, "drop = 1; take a probability"),
-    "another's": ({"drop": 0.5, "method": "ties"}, ConfigError, "drop = 0.5 means nothing to method 'ties'"),
+    "another's": ({"drop": 0.5, "method": "ties"}, ConfigError, "drop = 0.5 has no effect on method 'ties'"),
     "two at once": ({"weights": {"a": True}, "method": "x"}, ConfigError, "2 problems"),
 }
 
@@ -122,7 +122,7 @@ def test_invalid_settings_of_combine_are_refused_and_change_nothing(
 def test_a_sum_that_float32_cannot_hold_is_refused() -> None:
     model = LoRAModel(net(torch.float32), LoRAConfig(r=2), adapter_name="a")
     stir(model)
-    with pytest.raises(AdapterError, match=r"not finite at 0, 2 \(2 in all\): smaller weights"):
+    with pytest.raises(AdapterError, match=r"not finite at 0, 2 \(2 in all\): take smaller weights"):
         model.combine({"a": 1e300}, "mix")
     assert list(model.adapters) == ["a"]
 
@@ -139,7 +139,7 @@ def test_nothing_is_combined_or_shrunk_while_merged() -> None:
 def test_adapters_that_cannot_be_active_together_cannot_be_combined() -> None:
     model = LoRAModel(nested(), LoRAConfig(r=2, target_modules=["block.2"]), adapter_name="a")
     model.add_adapter("b", LoRAConfig(r=2, target_modules=["last"], modules_to_save=["block"]))
-    with pytest.raises(AdapterError, match=r"b trains block whole, which a adapts at block\.2"):
+    with pytest.raises(AdapterError, match=r"b trains block in full, and a adapts block\.2"):
         model.combine({"a": 1, "b": 1}, name="mix")
 
 

@@ -405,7 +405,7 @@ def test_nothing_of_a_block_is_held_afterwards() -> None:
     assert copy.deepcopy(model).active_adapters == model.active_adapters
 
 
-# ---- modules trained whole
+# ---- modules trained in full
 
 
 def test_rows_have_their_own_copies_of_modules_trained_whole() -> None:
@@ -457,7 +457,7 @@ def test_names_that_do_not_fit_are_errors() -> None:
     [
         ((2, 8), r"names 3 rows; 0 got \(2, 8\), whose first dimension must be the rows"),
         ((6, 8), r"got \(6, 8\)"),
-        ((1, 7, 8), "packed examples are one row: pass them apart, padded"),
+        ((1, 7, 8), "packed examples are one row: pass them separately, padded"),
         ((8,), r"got \(8,\)"),
         ((3,), r"got \(3,\)"),
     ],
@@ -499,16 +499,16 @@ def test_experts_are_refused_since_their_tokens_are_of_all_rows() -> None:
     base = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])})
     model = LoRAModel(base, LoRAConfig(r=2, target_modules=["experts.0"]), "a")
     with (
-        pytest.raises(RowsError, match=r"experts see the tokens of all rows mixed: no adapter by row on experts\.0"),
+        pytest.raises(RowsError, match=r"experts get the tokens of all rows mixed: no adapter by row on experts\.0"),
         model.adapter_rows(["a"]),
     ):
         pass
     assert model.base_model["experts"][0].active_adapters
 
 
-def test_attention_as_a_whole_is_refused() -> None:
+def test_multihead_attention_is_refused() -> None:
     base = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.Linear(8, 8)})
     model = LoRAModel(base, LoRAConfig(r=2, target_modules=["a"]), "x")
-    reason = "attention as a whole adds the updates to its weights, which all rows share"
+    reason = "nn.MultiheadAttention adds updates to its weights, which all rows share"
     with pytest.raises(RowsError, match=reason), model.adapter_rows(["x"]):
         pass

@@ -290,7 +290,7 @@ def test_what_is_trained_whole_is_left_out_with_a_reason() -> None:
     model = LoRAModel(net, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
     _, left_out = updates_of(model.adapter(), model.base_model)
     assert list(left_out) == ["1"]
-    assert "trained whole" in left_out["1"]
+    assert "trained in full" in left_out["1"]
 
 
 def test_shares_of_energy_add_up() -> None:

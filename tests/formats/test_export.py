@@ -143,7 +143,7 @@ def test_all_that_a_format_cannot_hold_is_reported_at_once(tmp_path: Path, to: s
     next(iter(model.lora_layers.values())).lora_bias = nn.Parameter(torch.ones(32))
     with pytest.raises(FormatError) as caught:
         model.export(tmp_path / "out", to)
-    for part in ("2 problems", "modules_to_save: lm_head were trained whole", "trained biases", 'export to "merged"'):
+    for part in ("2 problems", "modules_to_save: lm_head were trained in full", "trained biases", 'export to "merged"'):
         assert part in str(caught.value)
     assert not list(tmp_path.iterdir())
 

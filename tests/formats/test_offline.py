@@ -43,7 +43,7 @@ def test_scales_follow_patterns_and_modules_trained_whole_are_left_out(tmp_path:
         assert update.r == layer.r
         assert update.scaling == pytest.approx(layer.scaling.item())
         torch.testing.assert_close(update.factors.dense[0], layer.delta_weight().detach(), rtol=1e-5, atol=1e-6)
-    assert offline.left_out == {"model.norm.weight": "trained whole, without a low-rank update"}
+    assert offline.left_out == {"model.norm.weight": "trained in full, without a low-rank update"}
     assert offline.base is None
 
 

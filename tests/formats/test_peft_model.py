@@ -27,7 +27,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"target_modules": ["o_proj", "down_proj"], "use_dora": True},
     "bias beside B": {"target_modules": ["k_proj"], "lora_bias": True},
     "embedding": {"target_modules": ["embed_tokens", "lm_head"]},
-    "head trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "head trained in full": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "rows of new tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 2]}},
 }
 

@@ -11,7 +11,7 @@ from tailora.kernels.flat_parameters import ALIGNMENT, CHUNK, Group, check_views
 
 @pytest.fixture
 def model() -> LoRAModel:
-    """Factors of three shapes, learned scales of one element, and a module trained whole."""
+    """Factors of three shapes, learned scales of one element, and a module trained in full."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5), nn.Linear(5, 3))
     config = LoRAConfig(r=2, target_modules=["0", "2"], modules_to_save=["3"], learn_scaling=True)

@@ -1,4 +1,4 @@
-"""What is trained beside the low-rank updates: biases of all layers, rows of embeddings, tied modules trained whole."""
+"""What is trained beside low-rank updates: biases of all layers, rows of embeddings, tied modules in full."""
 
 import copy
 import pickle

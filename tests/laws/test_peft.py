@@ -110,7 +110,7 @@ LLAMA_CONFIGS: dict[str, dict[str, Any]] = {
     "patterns": {"r": 4, "rank_pattern": {"layers.1.*q_proj": 2, "down_proj": 6}, "alpha_pattern": {"v_proj": 3}},
     "some layers": {"r": 4, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
     "regular expression": {"r": 4, "target_modules": r".*layers\.1.*_proj", "exclude_modules": ["o_proj"]},
-    "head trained whole": {"r": 4, "modules_to_save": ["lm_head"]},
+    "head trained in full": {"r": 4, "modules_to_save": ["lm_head"]},
     "embedding and head": {"r": 4, "target_modules": ["embed_tokens", "lm_head", "k_proj"], "use_rslora": True},
 }
 

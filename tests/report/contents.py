@@ -234,7 +234,7 @@ def inspect() -> dict[str, Any]:
         "config": {"r": 8, "lora_alpha": 16.0, "rank_pattern": {}},
         "training": {"learning_rate": 1e-3},
         "modules": modules,
-        "left_out": {"score": "trained whole"},
+        "left_out": {"score": "trained in full"},
         "held_out": {
             "data": "demo",
             "examples": 100,
