@@ -1,7 +1,7 @@
 """Exports an adapter: writes a folder, reads it back, compares it with the live model, and only then gives it its name.
 
     peft       the folder that tailora, PEFT and most of the ecosystem read
-    portable   the same for servers that ignore half of its settings: vLLM, SGLang, LMDeploy
+    portable   a PEFT folder for servers that ignore many of its settings: vLLM, SGLang, LMDeploy
     gguf       llama.cpp and Ollama: gguf.py
     mlx        mlx-lm: mlx.py
     merged     a Hugging Face folder without an adapter: merged.py
@@ -55,7 +55,7 @@ class ExportReport:
 
 
 def export(source: ExportSource, folder: Path, to: str) -> ExportReport:
-    """Writes a new `folder` whole or not at all, after comparing what it gives when read back with the live model.
+    """Writes a new `folder` completely or not at all, after reading it back and comparing its logits with the model's.
 
     Raises ConfigError for an unknown format or a folder that is not empty, FormatError with all that the format cannot
     hold and for a difference above the tolerance, MergeError, WriteError.
@@ -89,18 +89,18 @@ def check_new_folder(folder: Path) -> None:
     """Raises ConfigError if the folder is not empty or is a file, WriteError if the path cannot be accessed."""
     with wrap_os_error(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} is there already; give another folder, or delete it")
+            raise ConfigError(f"{folder} exists already; give another folder, or delete it")
 
 
 # ---- Comparing the logits of the files, read back, with those of the live model
 #
-# In float32, whatever the weights are in. A bfloat16 forward of the demo's model is 3% (text) to 8% (random tokens) off
+# In float32, whatever the weights' dtype. A bfloat16 forward of the demo's model is 3% (text) to 8% (random tokens) off
 # its float32 one, and one of 4 bits on a CPU rounds more, which would hide errors in a file. The weights of a layer are
 # float32 only while it runs; a quantised layer is a plain one with the dequantised weight while its parent runs.
 
 TOLERANCE = 1e-4  # of the logits' size: float32 sums in another order
 BATCH, LENGTH = 2, 16
-MERGE_REMEDY = "merge into a base in float32 (--dtype float32), or take a format that keeps the adapter apart"
+MERGE_REMEDY = "merge into a base in float32 (--dtype float32), or take a format that keeps the adapter separate"
 
 
 @dataclass(frozen=True)
@@ -194,14 +194,14 @@ def _undo(parameters: dict[str, nn.Parameter], undo: list[Change], module: nn.Mo
 
 @contextmanager
 def with_only_adapter(base_model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
-    """In the block, `adapter` alone is active; its layers must be those of an adapter that the base has. None: none."""
+    """In the block only `adapter` is active, or none. Its layers must be those of an adapter that the base has."""
     parts = adapter.parts if adapter else {}
     active: dict[nn.Module, tuple[nn.Module, ...]] = {
         module: () for module in base_model.modules() if isinstance(module, Swapped)
     }
     parts_of_layers = group_by_path((layer_path_of(base_model, path), part) for path, part in parts.items())
-    for path, own_parts in parts_of_layers.items():
-        active[base_model.get_submodule(path)] = own_parts
+    for path, layer_parts in parts_of_layers.items():
+        active[base_model.get_submodule(path)] = layer_parts
     with attached(active), evaluating(nn.ModuleList(parts.values())):
         yield base_model
 
@@ -211,9 +211,9 @@ def with_only_adapter(base_model: nn.Module, adapter: Adapter | None) -> Iterato
 
 def peft_problems(source: ExportSource) -> list[str]:
     problems = []
-    if dialled := [path for path, layer in source.adapter.low_rank.items() if float(layer.strength) != 1]:
+    if changed := [path for path, layer in source.adapter.low_rank.items() if float(layer.strength) != 1]:
         problems.append(
-            f"the strength dial of {len(dialled)} layers is not 1; set_scale(name, 1), or export to 'portable', which "
+            f"the strength dial of {len(changed)} layers is not 1; set_scale(name, 1), or export to 'portable', which "
             "holds it"
         )
     if unknown := peft.layers_unknown_to_peft(source.adapter):
@@ -287,7 +287,7 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
 
 @dataclass(frozen=True)
 class Format:
-    """problems: what it cannot hold.
+    """problems: what the format cannot hold.
     write: fills a folder and returns what it changed.
     read: the adapter that the folder holds, or the model.
     """

@@ -1,7 +1,7 @@
 """Recognises the base model of an adapter by the shapes and a few weights of the adapted layers.
 
-Values instead of a hash, because a checkpoint that is loaded in another precision, or quantised, is still the same.
-A quantised weight is sampled by its dense value, with how far that may be from the weight before quantisation.
+It stores values, not a hash, so that a checkpoint loaded in another precision or quantised is recognised. Values of
+a quantised weight are dequantised, and stored with their largest distance from the weight before quantisation.
 """
 
 from collections.abc import Mapping

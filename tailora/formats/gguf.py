@@ -1,9 +1,9 @@
-"""A GGUF LoRA for llama.cpp and Ollama, with the names and the row order that the base model's converter gives.
+"""A GGUF LoRA for llama.cpp and Ollama, with the names and the row order of a converted base model.
 
     general.type = adapter   adapter.type = lora   adapter.lora.alpha
     blk.N.attn_q.weight.lora_a (r, in)   .lora_b (out, r)      token_embd.weight.lora_a is (vocabulary, r)
 
-llama.cpp computes alpha / (rank of B) * B A and knows no rsLoRA and no patterns: the scale is in B, alpha is its rank.
+llama.cpp computes alpha / (rank of B) * B A, without rsLoRA or patterns: the scale is in B, and alpha is its rank.
 Names are looked up in the maps of the `gguf` package, which llama.cpp's converter uses, too.
 """
 
@@ -34,7 +34,7 @@ ARCHITECTURES = {
     "cohere": "command-r",
     **{name: name for name in (*SAME_NAME, "stablelm")},
 }
-# Of these, rows of q and k are stored in pairs, as Llama's rotary embedding takes them
+# In these architectures rows of q and k are stored in pairs, as Llama's rotary embedding takes them
 PAIRED_ROWS = ("llama", "granite", "smollm3", "olmo")
 QUERY, KEY = "attn_q.weight", "attn_k.weight"
 
@@ -42,7 +42,7 @@ QUERY, KEY = "attn_q.weight", "attn_k.weight"
 
 
 def problems(source: ExportSource) -> list[str]:
-    """Returns what of the adapter the format cannot hold."""
+    """Returns a message for each part of the adapter that the format cannot hold."""
     result = low_rank_export.low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING))
     try:
         names = tensor_names(source.base_model)
@@ -106,7 +106,7 @@ def read(folder: Path, base_model: nn.Module) -> StoredAdapter:
         fields = {name: field.contents() for name, field in file.fields.items()}
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in file.tensors}
     except (ValueError, IndexError, KeyError) as error:
-        raise FormatError(f"{path} is not a whole GGUF file: {error}") from None
+        raise FormatError(f"{path} is not a complete GGUF file: {error}") from None
     names = tensor_names(base_model)
     header = {"general.type": "adapter", "adapter.type": "lora", "general.architecture": _architecture(base_model)}
     header_problems = [
@@ -128,11 +128,11 @@ def _tensor_problems(tensors: Mapping[str, Tensor], names: set[str]) -> list[str
     result = [f"{key} is quantised; write it as F32" for key, value in tensors.items() if not value.is_floating_point()]
     for key in tensors:
         name, _, factor = key.rpartition(".")
-        other = f"{name}.{'lora_b' if factor == 'lora_a' else 'lora_a'}"
+        partner = f"{name}.{'lora_b' if factor == 'lora_a' else 'lora_a'}"
         if name not in names or factor not in ("lora_a", "lora_b"):
             result.append(f"{key}: the model has no layer for it")
-        elif other not in tensors:
-            result.append(f"{other} is missing")
+        elif partner not in tensors:
+            result.append(f"{partner} is missing")
     return result
 
 
@@ -144,7 +144,7 @@ def tensor_names(base_model: Any) -> dict[str, str]:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     name = _architecture(base_model)
-    architecture = next(known for known, known_name in MODEL_ARCH_NAMES.items() if known_name == name)
+    architecture = next(number for number, arch_name in MODEL_ARCH_NAMES.items() if arch_name == name)
     name_map = get_tensor_name_map(architecture, base_model.config.num_hidden_layers)
     names = {
         path: name_map.get_name(f"{path}.weight", try_suffixes=(".weight",))
@@ -162,7 +162,7 @@ def _architecture(base_model: Any) -> str:
 
 
 def to_gguf(A: Tensor, B: Tensor, name: str, base_model: Any) -> tuple[Tensor, Tensor]:
-    """A and B as the layer has them -> as the file has them. `name` is the weight's in GGUF."""
+    """Returns the layer's A and B in the layout of the file. name: of the weight in GGUF."""
     if heads := _paired_heads(name, base_model):  # within a head: rows i and i + d/2 side by side
         B = B.view(heads, 2, -1, B.shape[1]).transpose(1, 2).reshape(B.shape)
     return A.T if name == TOKEN_EMBEDDING else A, B
@@ -176,7 +176,7 @@ def from_gguf(A: Tensor, B: Tensor, name: str, base_model: Any) -> tuple[Tensor,
 
 
 def _paired_heads(name: str, base_model: Any) -> int:
-    """The number of heads whose rows are stored in pairs; 0 for a weight that is stored as it is."""
+    """Returns the number of heads whose rows are stored in pairs; 0 for a weight that is stored unchanged."""
     if _architecture(base_model) not in PAIRED_ROWS or not name.endswith((QUERY, KEY)):
         return 0
     config = base_model.config

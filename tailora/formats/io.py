@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and safetensors with the same bytes for the same content.
+"""Files that are written completely or not at all, and safetensors with the same bytes for the same content.
 
 New content goes to a temporary sibling, is flushed to the disk and renamed, so no reader sees half of a file.
 """
@@ -106,18 +106,18 @@ def _replace(new: Path, path: Path) -> None:
     if not path.exists():
         os.replace(new, path)
         return
-    aside = Path(mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    backup = Path(mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
     try:
-        os.replace(path, aside)
+        os.replace(path, backup)
     except OSError:
-        aside.rmdir()
+        backup.rmdir()
         raise
     try:
         os.replace(new, path)
     except OSError:
-        os.replace(aside, path)
+        os.replace(backup, path)
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(backup)
 
 
 def _fsync(path: Path) -> None:
@@ -164,9 +164,9 @@ def safetensors_bytes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, st
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """Returns tensors and metadata. Raises FormatError if `path` is not a whole safetensors file."""
+    """Returns tensors and metadata. Raises FormatError if `path` is not a complete safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise FormatError(f"{path} is not a whole safetensors file: {error}; save or copy it again") from None
+        raise FormatError(f"{path} is not a complete safetensors file: {error}; save or copy it again") from None

@@ -41,9 +41,9 @@ KOHYA_NAME = re.compile(r"(lora_[a-z]+\d*)_(.+)")
 
 
 def read(file: Path, base_model: nn.Module) -> StoredAdapter:
-    """Reads what the file has for this model, as a PEFT folder would hold it.
+    """Reads the layers of this model from the file, as a PEFT folder would hold them.
 
-    Raises FormatError with all keys that are not LoRA or fit no layer; warns of the layers of other models.
+    Raises FormatError with all keys that are not LoRA or fit no layer. Warns if there are layers of other models.
     """
     tensors, metadata = read_safetensors(file)
     raise_problems(str(file), _not_lora(tensors))
@@ -101,21 +101,21 @@ def _split_component(name: str) -> tuple[str, str]:
 
 
 def _paths_by_name(base_model: nn.Module) -> dict[str, str]:
-    """Returns name -> path of what can be adapted: the path, and the path with underscores if only one layer has it."""
+    """Returns name -> path of all layers. Names are paths, and paths with underscores if only one layer has them."""
     paths = [path for path, module in base_model.named_modules() if path and layer_type_of(module)]
     kohya_names: dict[str, list[str]] = {}
     for path in paths:
         kohya_names.setdefault(path.replace(".", "_"), []).append(path)
-    return {name: same[0] for name, same in kohya_names.items() if len(same) == 1} | {path: path for path in paths}
+    return {name: named[0] for name, named in kohya_names.items() if len(named) == 1} | {path: path for path in paths}
 
 
 def _find_layer(name: str, paths: Mapping[str, str]) -> tuple[str, str | None]:
     """Returns the component in the name ('' if there is none), and the layer's path if this model has it."""
     name = name.removeprefix(KEY_PREFIX).replace(".processor.", ".")
-    for component, own_name in (("", name), _split_component(name)):
+    for component, layer_name in (("", name), _split_component(name)):
         for ending in ("", ".0"):  # diffusers' to_out is a list
-            if f"{own_name}{ending}" in paths:
-                return component, paths[f"{own_name}{ending}"]
+            if f"{layer_name}{ending}" in paths:
+                return component, paths[f"{layer_name}{ending}"]
     return _split_component(name)[0], None
 
 
@@ -128,9 +128,9 @@ def _not_lora(tensors: Mapping[str, Tensor]) -> list[str]:
     methods = {method for key in tensors for mark, method in OTHER_METHODS.items() if mark in key}
     if methods:
         return [f"holds {', '.join(sorted(methods))}, not plain LoRA; merge it with the tool that wrote it"]
-    if other := [key for key in tensors if _split_key(key)[1] == ""]:
-        count = f"{len(other)} of {len(tensors)} keys"
-        return [f"not LoRA: {', '.join(other[:3])} ({count}); give the file of an adapter"]
+    if unknown := [key for key in tensors if _split_key(key)[1] == ""]:
+        count = f"{len(unknown)} of {len(tensors)} keys"
+        return [f"not LoRA: {', '.join(unknown[:3])} ({count}); give the file of an adapter"]
     return []
 
 

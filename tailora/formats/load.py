@@ -260,7 +260,7 @@ def _sort_tensors(
 def _low_rank(
     path: str, empty: LoRALayer | None, base_model: nn.Module, config: LoRAConfig, tensors: SortedTensors, start: bool
 ) -> LoRALayer | None:
-    """The layer with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`.
+    """Returns the layer with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`.
 
     empty: the layer to be filled; None for one that the settings do not name.
     """
@@ -292,7 +292,7 @@ def _low_rank(
 
 
 def _saved_module(path: str, modules: Modules, tensors: SortedTensors) -> nn.Module:
-    """A copy of the module with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`."""
+    """Returns a copy of the module with the file's tensors. If they do not fit, `tensors.problems` gets the reasons."""
     module, saved = trained_copy(modules[path]), tensors.saved[path]
     problems = _shape_problems(
         {f"{path}.{name}": tensor for name, tensor in saved.items()},
@@ -318,7 +318,7 @@ def _shape_problems(
     return result
 
 
-# ---- What the metadata of the weights says
+# ---- The base and the learned scales in the metadata
 
 
 def _check_base(stored: peft.StoredAdapter, base_model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
@@ -338,7 +338,7 @@ def _restore_learned_scales(stored: peft.StoredAdapter, layers: Mapping[str, LoR
         raise FormatError(f"{stored.folder}: a learned scale without a layer: {', '.join(sorted(unknown))}")
     for path, value in stored.metadata.scaling.items():
         layer = layers[path]
-        scale = value or layer.configured_scaling  # a scale of 0 has erased B: start again
+        scale = value or layer.configured_scaling  # a scale of 0 has erased B: use the configured one
         layer.lora_B.data.mul_(layer.configured_scaling / scale)
         if layer.start_B is not None:
             layer.start_B.mul_(layer.configured_scaling / scale)

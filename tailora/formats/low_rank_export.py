@@ -1,4 +1,4 @@
-"""An adapter as two plain factors per layer, which every consumer understands, and back.
+"""Converts an adapter to two plain factors per layer, which every consumer understands, and back.
 
     y = W x + B A x      A (r, in), B (out, r)
 
@@ -36,9 +36,9 @@ class ExportSource:
 
 
 def low_rank_problems(source: ExportSource, layer_types: Sequence[LayerType]) -> list[str]:
-    """Returns what of the adapter two factors per layer cannot hold, with what to do instead.
+    """Returns a message for each part of the adapter that two factors per layer cannot hold, and what to do.
 
-    layer_types: those that the format has a place for.
+    layer_types: those that the format supports.
     """
     adapter = source.adapter
     layers = adapter.low_rank.values()
@@ -70,8 +70,8 @@ def fold_scale(source: ExportSource) -> dict[str, tuple[Tensor, Tensor]]:
         A, B = A.detach().float().cpu(), B.detach().float().cpu().contiguous()
         module_path = layer_path_of(source.base_model, path)
         if module_path in result:
-            other_A, other_B = result[module_path]
-            A, B = torch.cat([other_A, A]), torch.cat([other_B, B], 1)
+            previous_A, previous_B = result[module_path]
+            A, B = torch.cat([previous_A, A]), torch.cat([previous_B, B], 1)
         result[module_path] = A, B
     return result
 
@@ -85,14 +85,14 @@ def exported_layer_types(source: ExportSource) -> dict[str, LayerType]:
 def pad_ranks(
     factors: Mapping[str, tuple[Tensor, Tensor]], r: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    """Returns the same products, all at rank r, filled up with zeros, and what that changes, in words."""
+    """Returns the same products, padded with zeros to rank r, and a message about it."""
     padded = {path: (F.pad(A, (0, 0, 0, r - len(A))), F.pad(B, (0, r - len(A)))) for path, (A, B) in factors.items()}
     lower = sum(len(A) < r for A, _ in factors.values())
-    return padded, [f"{lower} of {len(factors)} layers are filled up with zeros to rank {r}"] if lower else []
+    return padded, [f"{lower} of {len(factors)} layers are padded with zeros to rank {r}"] if lower else []
 
 
 def fold_changes(source: ExportSource) -> list[str]:
-    """Returns what `fold_scale` changes, in words."""
+    """Returns messages about what `fold_scale` changes."""
     config, layers = source.adapter.config, source.adapter.low_rank.values()
     folded = {
         "rsLoRA's scale alpha/sqrt(r)": config.use_rslora,
@@ -112,7 +112,7 @@ def fold_changes(source: ExportSource) -> list[str]:
     return changes
 
 
-# ---- Back: factors of another format as a PEFT folder would hold them
+# ---- Factors of another format, as a PEFT folder would hold them
 
 
 def as_stored_adapter(
@@ -127,8 +127,8 @@ def as_stored_adapter(
         "r": r,
         "lora_alpha": alpha,
         "target_modules": list(factors),
-        "rank_pattern": {re.escape(path): own for path, own in ranks.items() if own != r},
-        "alpha_pattern": {re.escape(path): own for path, own in alphas.items() if own != alpha},
+        "rank_pattern": {re.escape(path): rank for path, rank in ranks.items() if rank != r},
+        "alpha_pattern": {re.escape(path): value for path, value in alphas.items() if value != alpha},
     }
     tensors = {
         f"{path}{SUFFIXES[slot]}": tensor

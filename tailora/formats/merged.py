@@ -29,7 +29,7 @@ KEY_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def problems(source: ExportSource) -> list[str]:
-    """Returns what of the adapter the format cannot hold."""
+    """Returns a message for each part of the adapter that the format cannot hold."""
     base: Any = source.base_model
     if hasattr(base, "save_pretrained"):
         return []
@@ -45,7 +45,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     spill = folder / SPILL
     parts = {**source.adapter.low_rank, **source.adapter.extras}
     parts_of_layers = group_by_path((layer_path_of(base, path), part) for path, part in parts.items())
-    layers = {path: (base.get_submodule(path), own_parts) for path, own_parts in parts_of_layers.items()}
+    layers = {path: (base.get_submodule(path), layer_parts) for path, layer_parts in parts_of_layers.items()}
     report = MergeReport({})
     try:
         changes = list(_on_disk(merge_changes(base, layers, report), spill))
@@ -69,7 +69,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     notes = [f"rounding to {dtype} changes the update by at most {report.worst:.2g} of its size in a layer"]
     if errors := sorted(report.quantization_error.values()):
         notes.append(
-            f"the base is dequantised as a whole, to {dtype}: what quantising had rounded off stays lost. Quantising "
+            f"the whole base is dequantised, to {dtype}: what quantising had rounded off stays lost. Quantising "
             f"the merged weights again would err by {errors[0]:.2g} to {errors[-1]:.2g} times the update"
         )
     if source.tokenizer is None:

@@ -1,4 +1,4 @@
-"""What tailora stores beside PEFT's fields: JSON under one key of the safetensors metadata. Other readers ignore it."""
+"""Tailora's own fields of an adapter file: JSON under one key of the safetensors metadata. Other tools ignore it."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ class LayerFingerprint(BaseModel):
 
 
 class AdapterMetadata(BaseModel):
-    """Empty for a file that another tool wrote.
+    """What PEFT has no field for; empty for a file that another tool wrote.
 
     config: the settings of LoRAConfig.
     scaling: learned scales by path; the file's B has them folded in.

@@ -3,7 +3,7 @@
     y = W x + scale * (x lora_a) lora_b      lora_a = A^T (in, r), lora_b = B^T (r, out); scale is not divided by r
 
 One rank and one scale for all layers, so what is written has scale 1 and the whole scale in lora_b. `keys` are names
-within a block, or whole paths; a layer that they name and the file lacks gets a lora_b of zeros, which changes nothing.
+within a block, or whole paths; a layer that they name without tensors gets a lora_b of zeros, which changes nothing.
 """
 
 import json
@@ -33,13 +33,13 @@ BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
 
 
 def problems(source: ExportSource) -> list[str]:
-    """Returns what of the adapter the format cannot hold."""
+    """Returns a message for each part of the adapter that the format cannot hold."""
     result = low_rank_export.low_rank_problems(source, (LINEAR, EMBEDDING))
     config: Any = getattr(source.base_model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type not in SAME_PATHS:
         known = ", ".join(SAME_PATHS)
-        result.append(f"model_type {model_type!r}: its layers' names in mlx-lm are not known; known: {known}")
+        result.append(f"model_type {model_type!r}: its layers' names in mlx-lm are not known; known types: {known}")
     layer_types = low_rank_export.exported_layer_types(source).items()
     tied = [path for path, layer_type in layer_types if layer_type is EMBEDDING or path == "lm_head"]
     if tied and getattr(config, "tie_word_embeddings", False):
@@ -71,7 +71,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     base_settings = read_adapter_config(file) if file.is_file() else {}
     theta = (base_settings.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None and "rope_theta" not in base_settings:
-        changes.append(f'mlx-lm needs "rope_theta": {theta} at the top of {file}, or it computes something else')
+        changes.append(f'mlx-lm needs "rope_theta": {theta} at the top of {file}, or its results are wrong')
     return changes
 
 

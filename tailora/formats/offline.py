@@ -1,8 +1,7 @@
 """The updates of an adapter folder, without its base model.
 
-The tensors and settings alone say what the update of a layer is if the layer is one matrix. What only the base can tell
-is left out with the reason (how many experts share a factor), or read as one matrix of the whole layer (the parts of a
-fused layer).
+If a layer is one matrix, the tensors and settings define its update. Stacks of experts, whose number only the base
+knows, are left out with the reason. The parts of a fused layer are read as one matrix of the whole layer.
 """
 
 from collections.abc import Mapping
@@ -21,14 +20,14 @@ from tailora.formats.load import stored_configs
 from tailora.formats.peft import WEIGHTS, StoredAdapter, dense_to_groups, path_and_slot, read_peft_folder
 from tailora.formats.peft_config import adds_out_proj_twice
 
-STACKED = "a stack of experts or another parameter, whose factors only the model can part: give --model"
+STACKED = "a stack of experts or another parameter, whose factors only the model can separate: give --model"
 MIXED_GROUPS = "its A reads the channels of all groups, which is no matrix of the layer"
 TRAINED_IN_FULL = "trained in full, without a low-rank update"
 
 
 @dataclass(frozen=True)
 class OfflineAdapter:
-    """updates: by path.    left_out: other keys and paths, with the reason why each is no update.
+    """updates: by path.    left_out: other keys and paths -> the reason why they are left out.
     base: the name of the base model in the files, if there is one.
     """
 
@@ -41,10 +40,10 @@ class OfflineAdapter:
 def read_offline(path: Path) -> OfflineAdapter:
     """Reads a PEFT folder or one of mlx-lm.
 
-    Raises FormatError with all that is damaged, and ConfigError for files that name layers in the base model's terms.
+    Raises FormatError with all that is damaged, and ConfigError for formats whose layer names need the base model.
     """
     if path.is_file() or (path / gguf.WEIGHTS).is_file():
-        raise ConfigError(f"{path} names its layers in the base model's terms: give --model")
+        raise ConfigError(f"{path}: its layer names can only be read with the base model: give --model")
     is_mlx = (path / mlx.WEIGHTS).is_file() and not (path / WEIGHTS).is_file()
     stored = mlx.read(path) if is_mlx else read_peft_folder(path)
     _, config = stored_configs(stored, [])

@@ -55,7 +55,7 @@ class StoredAdapter:
 
 
 def write_peft_folder(folder: Path, adapter: Adapter, base_model: nn.Module) -> None:
-    """Writes a new folder whole or not at all; in an existing one the files are replaced, the weights first.
+    """Writes a new folder completely or not at all; in an existing one the files are replaced, the weights first.
 
     The weights carry their settings, so that a crash between two files is noticed when reading. The same adapter gives
     the same bytes. The files hold the effective scale: the ratio of a learned or assigned scale to the configured one

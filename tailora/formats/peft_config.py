@@ -16,7 +16,7 @@ from tailora.errors import FormatError, listing
 from tailora.formats.metadata import CONFIG_ERRORS
 from tailora.formats.peft_paths import PeftLayer
 
-# Settings that change what the tensors mean and are not supported here: key -> values that change nothing.
+# Settings that change what the tensors mean and are not supported: key -> values that have no effect.
 UNSUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
@@ -44,7 +44,7 @@ MAX_REPETITIONS = 1000
 
 
 def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: nn.Module) -> dict[str, Any]:
-    """Returns the file's content. The targets are written as the layers they selected, so a reader selects the same."""
+    """Returns the content of the file. Its targets name exactly the adapted layers, so a reader selects the same."""
     layers = list(layers)
     modules = list(dict.fromkeys(layer.pattern_path for layer in layers if not layer.is_parameter))
     parameters = list(dict.fromkeys(layer.pattern_path for layer in layers if layer.is_parameter))
@@ -102,7 +102,7 @@ def with_double_rank(config: LoRAConfig) -> LoRAConfig:
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of settings. Raises FormatError if the file is missing or something else."""
+    """Reads a JSON object of settings. Raises FormatError if the file is missing or not a JSON object."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -149,7 +149,7 @@ def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path
 
 
 def adds_out_proj_twice(settings: Mapping[str, Any]) -> bool:
-    """True if the adapter was trained by a PEFT that adds the update of an attention's out_proj twice, as 0.21.2."""
+    """True if the adapter was trained by a version of PEFT that adds the update of out_proj twice: up to 0.21.2."""
     try:
         return Version(str(settings.get("peft_version", "no version"))) <= DOUBLES_OUT_PROJ
     except InvalidVersion:

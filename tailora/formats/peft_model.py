@@ -1,7 +1,7 @@
 """Takes over the adapters of a `peft.PeftModel` in memory.
 
 The base is read through a copy of its module tree without PEFT's wrappers, around the same parameters. So everything
-is checked while the PEFT model is still whole; `release_base` takes it apart afterwards.
+is checked before the PEFT model changes; then `release_base` removes its wrappers.
 """
 
 import copy
@@ -30,7 +30,7 @@ def read_peft_model(peft_model: Any) -> tuple[dict[str, Adapter], tuple[str, ...
     except ImportError:
         raise TargetError("PEFT is not installed, so there is no PEFT model to take over") from None
     if not isinstance(peft_model, PeftModel):
-        raise TargetError(f"a {type(peft_model).__name__} is no PeftModel: give what peft.get_peft_model returned")
+        raise TargetError(f"a {type(peft_model).__name__} is not a PeftModel: pass the result of peft.get_peft_model")
     model = peft_model.get_base_model()
     layers = _tuner_layers(model)
     if merged := [path for path, layer in layers.items() if layer.merged]:

@@ -1,4 +1,4 @@
-"""The keys under which PEFT stores what is a matrix of its own here: fused parts, attention, named parameters.
+"""PEFT's keys for matrices that have another path in tailora: fused parts, attention, named parameters.
 
 our path                          prefix of PEFT's keys
 c_attn.q                          c_attn: rows of A and columns of B of the whole layer. B is zero in the outputs of
@@ -116,7 +116,7 @@ def peft_layers(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, 
         if layer.output_slice is None and path != module_path:
             if layer.layer_type.is_stacked:
                 order = [f"{module_path}.{name}" for name, _ in module.named_parameters(recurse=False)]
-                outer = [other for other in paths_of_module[module_path] if order.index(other) > order.index(path)]
+                outer = [later for later in paths_of_module[module_path] if order.index(later) > order.index(path)]
                 prefix += ".base_layer" * len(outer)
             elif path.endswith("out_proj"):
                 prefix = f"{module_path}.base_layer.out_proj".removeprefix(".")

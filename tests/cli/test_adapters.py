@@ -146,7 +146,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "useless": (["combine", "--adapter", "ONE", "--density", ".5"], "has no effect on method 'cat'"),
     "result's name": (["combine", "--adapter", "default=ONE"], "'default' is the new adapter's name"),
     "no adapter": (["combine"], "--adapter"),
-    "taken folder": (["combine", "--adapter", "ONE", "--output-dir", "ONE"], "is there already"),
+    "taken folder": (["combine", "--adapter", "ONE", "--output-dir", "ONE"], "exists already"),
     "same": (["extract", "--model", "BASE", "--tuned", "BASE", "--r", "2"], "no selected layer differs"),
     "shapes": (["extract", "--model", "BASE", "--tuned", "OTHER", "--r", "2"], "misshapen model.layers.0.mlp.up_proj"),
 }

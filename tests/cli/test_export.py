@@ -58,7 +58,7 @@ def test_a_merged_model_answers_without_tailora(run: Path, tmp_path: Path, tiny_
     ("tokens", "code", "hint"),
     [
         (["RUN", "--to", "ggml"], 2, 'Choose from: "peft", "portable", "gguf", "mlx", "merged"'),
-        (["RUN", "--to", "gguf", "--output", "OUT"], 2, "is there already; give another folder, or delete it"),
+        (["RUN", "--to", "gguf", "--output", "OUT"], 2, "exists already; give another folder, or delete it"),
         (["absent", "--to", "gguf"], 2, "absent is not a folder"),
         (["NAMELESS", "--to", "gguf"], 2, "does not name its base model in adapter_config.json: give --model"),
         (["RUN", "--to", "gguf", "--model", "absent"], 2, "no such folder here"),

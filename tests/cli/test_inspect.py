@@ -90,7 +90,7 @@ MISTAKES = {
     "data without a model": (["ONE", "--data", "demo"], "give --model BASE"),
     "another base": (["ONE", "--model", "OTHER"], "another base model"),
     "no data": (["ONE", "--model", "BASE", "--data", "absent.jsonl"], "absent.jsonl"),
-    "taken folder": (["ONE", "--output-dir", "ONE"], "is there already"),
+    "taken folder": (["ONE", "--output-dir", "ONE"], "exists already"),
     "unknown": (["ONE", "--modle", "BASE"], "--model"),
     "column": (["ONE", "--field", "prompt"], "field"),
 }

@@ -60,7 +60,7 @@ def test_portable_needs_only_r_and_alpha(tmp_path: Path) -> None:
         torch.testing.assert_close(B @ A, layer.delta_weight(), rtol=1e-5, atol=1e-6)
     assert report.changes == [
         "the scale is multiplied into B (rsLoRA's scale alpha/sqrt(r), alpha_pattern, rank_pattern)",
-        "14 of 14 layers are filled up with zeros to rank 8",
+        "14 of 14 layers are padded with zeros to rank 8",
     ]
 
 
@@ -205,8 +205,8 @@ def test_float32_logits_are_those_of_the_model_in_float32() -> None:
     [
         (lambda m, p: m.export(p / "out", "gguff"), ConfigError, "did you mean gguf"),
         (lambda m, p: m.export(p / "out", "gguf", "absent"), AdapterError, "absent"),
-        (lambda m, p: m.export(p, "gguf"), ConfigError, "is there already"),
-        (lambda m, p: m.export(p / "mine.txt", "gguf"), ConfigError, "is there already"),
+        (lambda m, p: m.export(p, "gguf"), ConfigError, "exists already"),
+        (lambda m, p: m.export(p / "mine.txt", "gguf"), ConfigError, "exists already"),
         (lambda m, p: (m.merge(), m.export(p / "out", "gguf")), MergeError, "unmerge"),
     ],
     ids=["format", "adapter", "folder", "file", "merged"],

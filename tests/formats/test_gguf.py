@@ -62,9 +62,9 @@ def test_a_modelfile_takes_the_base_from_its_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda _: b"", "not a whole GGUF file"),
-        (lambda _: b"GGUF" + b"\xff" * 200, "not a whole GGUF file"),
-        (lambda data: data[:-2000], "not a whole GGUF file"),
+        (lambda _: b"", "not a complete GGUF file"),
+        (lambda _: b"GGUF" + b"\xff" * 200, "not a complete GGUF file"),
+        (lambda data: data[:-2000], "not a complete GGUF file"),
         (lambda data: data.replace(b"adapter.type", b"adapter.tipe"), r"adapter\.type = None, not 'lora'"),
         (
             lambda data: data.replace(b"blk.1.attn_q", b"blk.7.attn_q"),

@@ -189,7 +189,7 @@ def test_damaged_metadata_is_refused(tmp_path: Path, live: LoRAModel, metadata: 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x00" * 64])
 def test_a_file_in_another_format_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "lora.safetensors").write_bytes(content)
-    with pytest.raises(FormatError, match="not a whole safetensors file"):
+    with pytest.raises(FormatError, match="not a complete safetensors file"):
         LoRAModel.from_pretrained(chat_model(), tmp_path / "lora.safetensors")
 
 

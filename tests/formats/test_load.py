@@ -139,8 +139,8 @@ def test_a_hostile_pattern_costs_less_than_a_second(tmp_path: Path, setting: str
         (lambda f: (f / "adapter_config.json").write_text("{"), "is not JSON"),
         (lambda f: (f / "adapter_config.json").write_text("[]"), "holds a list"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
-        (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "not a whole safetensors file"),
-        (lambda f: os.truncate(f / "adapter_model.safetensors", 3000), "not a whole safetensors file"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "not a complete safetensors file"),
+        (lambda f: os.truncate(f / "adapter_model.safetensors", 3000), "not a complete safetensors file"),
     ],
 )
 def test_a_damaged_folder_is_refused(folder: Path, damage: Callable[[Path], Any], message: str) -> None:

@@ -176,5 +176,5 @@ def test_a_refusal_changes_nothing(make: Any, error: type[Exception], message: s
 
 
 def test_a_model_without_peft_is_refused() -> None:
-    with pytest.raises(TargetError, match="a LlamaForCausalLM is no PeftModel"):
+    with pytest.raises(TargetError, match="a LlamaForCausalLM is not a PeftModel"):
         tailora.from_peft(chat_model().eval())
