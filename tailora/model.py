@@ -1,10 +1,10 @@
 """LoRAModel: a base model with adapters.
 
-    base_model    the user's model: its parameters, state dict and save_pretrained are what they were
+    base_model    the user's model, with its parameters, state dict and save_pretrained unchanged
     lora_layers   the parts of the active adapters, by path: all that is trained
 
-An `AdapterSet` holds the adapters and knows which are active, a `MergeState` knows whether they are in the weights.
-Each method checks that the two allow what is asked, and calls the function of `core` or `formats` that does it.
+An `AdapterSet` holds the adapters and knows which are active; a `MergeState` knows whether they are merged. Each
+method checks that both allow the operation, and calls the function of `core` or `formats` that does it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,7 +39,7 @@ class LoRAModel(nn.Module):
 
     The base is frozen; what trains is `lora_layers.parameters()`. Adapters are added, loaded and switched by name;
     one called `adapter_name` is made from `config` (default: every linear layer but the output head) and is active.
-    Raises TargetError when the config names what the model lacks or cannot adapt, or when the base has adapters.
+    Raises TargetError if the config names layers that are missing or cannot be adapted, or if the base has adapters.
     """
 
     base_model: nn.Module
@@ -123,7 +123,7 @@ class LoRAModel(nn.Module):
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base's own. Within `adapter_rows` all beams and sequences of a prompt have the prompt's adapter."""
+        """Calls the base's `generate`. Within `adapter_rows`, all beams and sequences of a prompt have its adapter."""
         with self._adapter_set.generation(args, kwargs):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -160,7 +160,7 @@ class LoRAModel(nn.Module):
         return self._adapter_set.active
 
     def adapter(self, name: str = "default") -> Adapter:
-        """Returns the config and layers of one adapter by path: its own, not copies. Raises AdapterError."""
+        """Returns the config and layers of one adapter by path, not copies of them. Raises AdapterError."""
         return self._adapter_set[name]
 
     def add_adapter(self, name: str, config: LoRAConfig) -> None:
@@ -173,7 +173,7 @@ class LoRAModel(nn.Module):
         """Adds an adapter of tailora, PEFT, mlx-lm, Kohya's tools or diffusers; the active adapters stay active.
 
         Everything is checked before the model changes. Raises FormatError with all missing, unexpected, misshapen
-        and non-finite tensors, BaseMismatchError when it was made for another base, AdapterError for a taken name.
+        and non-finite tensors, BaseMismatchError when it was made for another base, AdapterError if the name exists.
         """
         self._adapter_set.check_new(name)
         self._merge_state.check_unmerged("load an adapter")
@@ -193,10 +193,10 @@ class LoRAModel(nn.Module):
         return target
 
     def export(self, folder: str | Path, to: str, name: str = "default", *, tokenizer: Any = None) -> "ExportReport":
-        """Writes an adapter for others into a new folder: "peft", "portable", "gguf", "mlx" or "merged".
+        """Writes an adapter for other tools into a new folder: "peft", "portable", "gguf", "mlx" or "merged".
 
-        What was written is read back, and its logits are compared with this model's; where they differ nothing is
-        left. `tokenizer` goes with a merged model. Raises as `formats.export.export`.
+        The files are read back and their logits compared with this model's; if they differ, nothing is
+        left. `tokenizer` is saved with a merged model. Raises as `formats.export.export`.
         """
         from tailora.formats.export import export  # with the formats that only this needs
         from tailora.formats.low_rank_export import ExportSource
@@ -205,7 +205,7 @@ class LoRAModel(nn.Module):
         return export(ExportSource(as_plain_lora(self.adapter(name)), self.base_model, tokenizer), Path(folder), to)
 
     def delete_adapter(self, name: str) -> None:
-        """Deletes an adapter. If it was active, the others that were stay so."""
+        """Deletes an adapter. Other active adapters stay active."""
         self._merge_state.check_unmerged("delete an adapter")
         self._adapter_set.check_no_batch("delete an adapter")
         self.set_adapter([active for active in self.active_adapters if active != name])
@@ -217,7 +217,7 @@ class LoRAModel(nn.Module):
         self.lora_layers = self._adapter_set.activate(name, self.training)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """The plain base model within the block."""
+        """Within the block the model is the plain base model."""
         return self._activated(None)
 
     @contextmanager
@@ -230,28 +230,28 @@ class LoRAModel(nn.Module):
             self.set_adapter(active)
 
     def adapter_rows(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
-        """Within the block, every row of a batch (its first dimension) has the adapter named for it, None for none.
+        """Within the block, every row of a batch (its first dimension) has the adapter of its name; None means none.
 
-        In training and inference; what was active before is active again afterwards, and `lora_layers` stays what it
-        is: `set_adapter` the names first to have all their parameters in it. With gradient checkpointing, call
-        backward within the block. In inference the factors are put together once per block, and again when a
-        parameter changes in a way that torch counts: not through `.data` in place, and not in torch.inference_mode.
+        In training and inference; afterwards the former adapters are active again. `lora_layers` does not change: call
+        `set_adapter` with the names first to have all their parameters in it. With gradient checkpointing, call
+        backward within the block. In inference the factors are cached for the block, and computed again when
+        torch counts a change of a parameter: not of `.data` in place, and not in torch.inference_mode.
         Raises AdapterError for unknown names, MergeError while merged, RowsError within another such block; and at
-        the call RowsError where a layer gets another number of rows, or where rows cannot be known.
+        the call RowsError if a layer gets another number of rows, or does not see the rows separately.
         """
         self._merge_state.check_unmerged("choose adapters by row")
         return self._adapter_set.activated_by_row(names)
 
     def set_scale(self, name: str, strength: float) -> None:
-        """Sets the strength of one adapter: 1 is as trained, 0 is off. Holds until set again; is merged, not saved."""
+        """Sets the strength of one adapter: 1 is as trained, 0 is off. It is merged with the adapter, but not saved."""
         self._merge_state.check_unmerged("change a strength")
         self._adapter_set.set_strength(name, strength)
 
-    # ---- Starts from data, and ranks that move
+    # ---- Initial values from data, and AdaLoRA
 
     @property
     def waits_for_data(self) -> bool:
-        """True if an active adapter starts from data and has not seen any: `start_from_data`."""
+        """True if an active adapter needs `start_from_data` before training."""
         return bool(self._adapter_set.training_obstacle)
 
     def start_from_data(
@@ -261,10 +261,10 @@ class LoRAModel(nn.Module):
 
         batches: tensors or mappings of the model's arguments, or anything that `loss` takes; all are held in memory.
         loss: (model, batch) -> one number; without it, the `.loss` of the model's output. EVA needs none.
-        rho: EVA gives a layer up to rho times its rank, as many ranks in all, written as `rank_pattern`.
+        rho: EVA gives a layer up to rho times its rank, with the same total of ranks, written as `rank_pattern`.
         Costs 4 forwards and backwards of every batch (EVA: 3 forwards), in evaluation mode and with no adapter active,
         and the memory of training at rank 2r + 16: full gradients are never held. Call it before making the optimizer.
-        Raises AdapterError for another start, DataError where the batches give no loss or do not reach a layer.
+        Raises AdapterError for another init, DataError if the batches give no loss or do not reach a layer.
         """
         adapter = self._adapter_set[name]
         self._merge_state.check_unmerged("start from data")
@@ -275,10 +275,10 @@ class LoRAModel(nn.Module):
         self.set_adapter(self.active_adapters)
 
     def allocate_ranks(self, optimizer: Optimizer, total_steps: int, *, name: str = "default") -> RankAllocator:
-        """AdaLoRA's one call: from here on the optimizer's steps move the ranks of this adapter.
+        """Starts AdaLoRA: from now on the steps of the optimizer move the ranks of this adapter.
 
         total_steps: optimizer steps of the whole training. `save_adapter` writes plain LoRA of the ranks that are
-        left. Raises AdapterError without `adalora` in the config, ConfigError where the schedule leaves no steps.
+        left. Raises AdapterError without `adalora` in the config, ConfigError if the schedule leaves no steps.
         """
         adapter = self._adapter_set[name]
         if adapter.config.adalora is None:
@@ -288,11 +288,11 @@ class LoRAModel(nn.Module):
         return allocator
 
     def settle_ranks(self, name: str = "default") -> None:
-        """After training with AdaLoRA: the adapter becomes plain LoRA of the ranks that are left, as its file is."""
+        """Turns an adapter trained with AdaLoRA into plain LoRA of the ranks that are left, as in its file."""
         self._adapter_set.replace(name, as_plain_lora(self._adapter_set[name]))
         self.set_adapter(self.active_adapters)
 
-    # ---- Adapters out of adapters
+    # ---- New adapters from existing ones
 
     def combine(
         self,
@@ -308,7 +308,7 @@ class LoRAModel(nn.Module):
         """Adds the adapter `name`: the weighted sum of others' updates, strengths included; active ones stay active.
 
         method: "cat" is exact and its ranks add up; "svd" is the nearest of rank `r`; "ties" (`density`) and "dare"
-        (`drop`, `seed`) thin out the dense updates first. Defaults and sources: `core.combine.Combination`.
+        (`drop`, `seed`) drop entries of the dense updates first. Defaults and sources: `core.combine.Combination`.
         Returns rank and relative error by layer. Raises ConfigError; AdapterError with all that cannot be combined.
         """
         self._adapter_set.check_new(name)
@@ -338,9 +338,9 @@ class LoRAModel(nn.Module):
         compress.check(r, energy, loss, budget)
         self._adapter_set.check_new(name)
         self._merge_state.check_unmerged("shrink an adapter")
-        own_loss = (lambda: loss(self)) if loss else None
+        loss_of_model = (lambda: loss(self)) if loss else None
         with self._activated(source) if loss and source not in self.active_adapters else nullcontext():
-            smaller, report = compress.shrink(self.adapter(source), self.base_model, r, energy, own_loss, budget)
+            smaller, report = compress.shrink(self.adapter(source), self.base_model, r, energy, loss_of_model, budget)
         self._adapter_set.add(name, smaller)
         return report
 
@@ -355,20 +355,20 @@ class LoRAModel(nn.Module):
 
         All merged weights are computed and found finite before the first is written. Raises MergeError; also for
         a weight that another layer shares, unless `untie_weights` gives the adapted layer its own.
-        Returns the rounding error of every layer relative to its update. A quantised base becomes a plain one as a
-        whole: its weights dequantised, its layers of the plain class, its config without a quantization_config.
+        Returns the rounding error of every layer relative to its update. The whole of a quantised base is
+        dequantised: weights, classes of layers, and its config, which loses its quantization_config.
         """
         self._adapter_set.check_no_batch("merge")
         return self._merge_state.merge(self._adapter_set.layers, untie_weights=untie_weights)
 
     def unmerge(self) -> None:
-        """Puts the base's weights back as they were, bit for bit, and the adapters beside them."""
+        """Restores the base's weights bit for bit, and activates the adapters again."""
         self._merge_state.unmerge()
         self.set_adapter(self.active_adapters)
 
     @contextmanager
     def merged(self) -> Iterator[MergeReport]:
-        """Merged within the block."""
+        """Within the block the active adapters are merged."""
         report = self.merge()
         try:
             yield report
@@ -378,8 +378,8 @@ class LoRAModel(nn.Module):
     def merge_and_unload(self, *, untie_weights: bool = False, in_place: bool = False) -> nn.Module:
         """Returns the base model with the active adapters in its weights, and nothing of tailora left.
 
-        in_place: write into the weights themselves where that is possible, without a second copy of them. Whoever else
-            holds these tensors sees it, and an interruption leaves some layers merged.
+        in_place: write into the weights themselves where that is possible, without a second copy of them. Others
+            who hold these tensors see the change, and an interruption leaves some layers merged.
         """
         self._adapter_set.check_no_batch("merge")
         if not self.is_merged:
@@ -388,7 +388,7 @@ class LoRAModel(nn.Module):
         return self.unload()
 
     def unload(self) -> nn.Module:
-        """Returns the base model as it came: classes, weights and requires_grad."""
+        """Returns the base model in its original state: classes, weights and requires_grad."""
         if self.is_merged:
             self.unmerge()
         self._adapter_set.check_no_batch("unload")

@@ -36,7 +36,7 @@ class ChatTokenizer:
 
     bos_ids: what the tokenizer writes before a text, [BOS] or nothing.
     special_tokens: special tokens, which may end a turn.
-    cache: ids by text, for texts that come again, such as the header of a reply.
+    cache: ids by text, for repeated texts such as the header of a reply.
     """
 
     tokenizer: Any
@@ -57,12 +57,12 @@ class ChatTokenizer:
             template = str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
         except ValueError as error:
             raise DataError(f"the tokenizer has several chat templates and no default: {error}") from None
-        bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-        start = next((start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), 0)
+        bare, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+        start = next((start for start in range(len(full)) if full[start : start + len(bare)] == bare), 0)
         return cls(
             tokenizer=tokenizer,
             template=template,
-            bos_ids=list(whole[:start]),
+            bos_ids=list(full[:start]),
             eos=tokenizer.eos_token,
             eos_id=tokenizer.eos_token_id,
             special_ids=frozenset(special),
@@ -121,8 +121,8 @@ GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 class RenderedSample:
     """text, and the spans of it that are trained.
 
-    add_bos: the tokenizer's BOS goes before, since no template has written it.
-    add_eos: EOS goes behind, since the text has no end of its own.
+    add_bos: the tokenizer's BOS goes before the text, since no template has written it.
+    add_eos: EOS goes after the text, since it does not end with one.
     untrained_replies: how many replies are not trained, because the template rewrites them or nothing comes before.
     """
 
@@ -181,7 +181,7 @@ def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample
     turns = [(start, end, has_end) for start, end, has_end in all_turns if start < end]
     if not turns and any(replies):
         raise DataError(
-            "no reply can be located: the chat template writes replies otherwise than it prompts for them; "
+            "no reply can be located: the chat template writes replies in another form than its generation prompt; "
             "put {% generation %} ... {% endgeneration %} around the reply in the template"
         )
     if not turns:
@@ -198,9 +198,9 @@ def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample
 
 
 def _reply_span(messages: Messages, index: int, text: str, tokenizer: ChatTokenizer) -> Span | None:
-    """Where message `index` is in the text of them all, found by rendering the messages before it and up to its end.
+    """Returns the span of message `index` in the text, found by rendering the messages before it and up to its end.
 
-    None if the template does not keep it there.
+    None if the template rewrites it when the chat goes on.
     """
     if index == 0:
         return None  # no model is ever asked to speak first
@@ -218,7 +218,7 @@ def _reply_span(messages: Messages, index: int, text: str, tokenizer: ChatTokeni
 
 
 def _end_turn(text: str, span: Span, tokenizer: ChatTokenizer) -> tuple[int, int, bool]:
-    """The reply up to the token that ends it: EOS, or else the first of the special tokens that close the span.
+    """Ends the reply at EOS, or else at the first of the special tokens that close the span.
 
     Returns its start and end, and whether its last token tells generation to stop.
     """

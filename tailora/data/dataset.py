@@ -186,6 +186,6 @@ def dataset_hash(*parts: Examples) -> str:
 
 def count_repeats(train: list[bytes], held_out: list[bytes]) -> tuple[int, int]:
     """Returns how many examples repeat one of their own side, and how many held-out ones are trained on too."""
-    known = set(train)
+    trained = set(train)
     repeated = sum(len(side) - len(set(side)) for side in (train, held_out))
-    return repeated, sum(value in known for value in held_out)
+    return repeated, sum(value in trained for value in held_out)

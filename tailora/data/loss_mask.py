@@ -12,8 +12,8 @@ from tailora.data.chat_template import ChatTokenizer, RenderedSample, Tokens
 def loss_mask(rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer) -> tuple[list[int], list[bool]]:
     """Returns token ids, with BOS and EOS where they belong, and for each whether it is trained.
 
-    tokens: those of the rendered text as a whole. They are taken if the prompts in it have the tokens that generation
-    sees; otherwise prompts and replies are tokenised one by one.
+    tokens: of the whole rendered text. They are used if its prompts have the same tokens as in generation; otherwise
+    prompts and replies are tokenised one by one.
     """
     ids, mask = _mask_from_offsets(rendered, tokens, tokenizer) or _mask_from_pieces(rendered, tokenizer)
     if rendered.add_bos and ids[: len(tokenizer.bos_ids)] != tokenizer.bos_ids:
@@ -26,7 +26,7 @@ def loss_mask(rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer
 def _mask_from_offsets(
     rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer
 ) -> tuple[list[int], list[bool]] | None:
-    """None if the whole text has other prompt tokens than generation sees, or if there are no offsets."""
+    """Returns None if the prompts have other tokens than in generation, or if there are no offsets."""
     if tokens.offsets is None:
         return None
     ends = [end for _, end in tokens.offsets]

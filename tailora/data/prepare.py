@@ -24,7 +24,7 @@ CHUNK = 1000  # rows tokenised at a time
 
 
 class EncodedRow(NamedTuple):
-    """choices: those of which `sample` is the right one."""
+    """choices: the choices whose right answer is `sample`; None for other schemas."""
 
     sample: Sample
     encoded: EncodedSample
@@ -42,7 +42,7 @@ def encode_source(
     """Returns how the columns are read, and the encoded row or the problem for every item, in order.
 
     detect_from: how many of the first items decide on the schema; None: all.
-    Raises DataError if there is no row among these, or none of a known schema.
+    Raises DataError if these hold no row, or no row of a known schema.
     """
     first = list(islice(items, detect_from))
     rows = [item.fields for item in first if isinstance(item, Row)]
@@ -79,7 +79,7 @@ def _right_choice(sample: Sample | Choices) -> Sample:
 
 @dataclass(slots=True)
 class RowCounts:
-    """Counts of encoded rows. A row counts once, also if its source is read again.
+    """Counts of encoded rows. A row counts once, even if its source is read again.
 
     tokens: after cutting.    longest: tokens of the longest row, before cutting.    truncated: rows cut at max_length.
     cut_away: of those, rows without a trained token left.    replies_not_learned: see RenderedSample.
@@ -120,7 +120,7 @@ def checked_tokenizer(tokenizer: Any, embedding_rows: int | None) -> ChatTokeniz
 
 def _all_cut(source: str, max_length: int, longest: int, use: str = "learned") -> DataError:
     return DataError(
-        f"data {source}: cutting at max_length {max_length} takes away all that would be {use}, in every row; "
+        f"data {source}: cutting at max_length {max_length} removes all tokens that would be {use} from every row; "
         f"raise --max-length (the longest row has {longest} tokens)"
     )
 
@@ -151,7 +151,7 @@ def prepare(
 ) -> PreparedData:
     """Reads, checks and tokenises everything; holds out a part unless there is an `eval_source`.
 
-    embedding_rows: of the model's embedding, which has to have every token id.
+    embedding_rows: rows of the model's embedding, which must have every token id.
     Raises DataError that names every problem with file, row and cause.
     """
     chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows)
@@ -209,15 +209,15 @@ def _load_source(
     results = list(encoded)
     if problems := [result for result in results if isinstance(result, RowProblem)]:
         raise data_error(problems)
-    counts, kept = RowCounts(), []
+    counts, usable = RowCounts(), []
     for row in results:
         if isinstance(row, EncodedRow):
             counts.add(row.encoded, max_length)
-            kept += [row] if row.encoded.example.supervised else []
-    if not kept:
+            usable += [row] if row.encoded.example.supervised else []
+    if not usable:
         raise _all_cut(source, max_length, counts.longest)
-    examples = Examples.of(row.encoded.example for row in kept)
-    return LoadedSource(mapping, examples, [row.sample for row in kept], counts)
+    examples = Examples.of(row.encoded.example for row in usable)
+    return LoadedSource(mapping, examples, [row.sample for row in usable], counts)
 
 
 # ---- Training data as a stream
@@ -234,7 +234,7 @@ def stream_examples(
 ) -> Iterator[Example]:
     """Yields examples in order, while they are read, without those whose trained tokens are all cut off.
 
-    counts: counts the rows; a stream that is read again goes on with the same one.
+    counts: is updated with every row; pass the same one when the stream is read again.
     Raises DataError at the first unusable row, or at the end if no row was usable.
     """
     chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows)
@@ -272,7 +272,7 @@ class EvalDataReport:
 
 @dataclass(frozen=True, slots=True)
 class EvalSource:
-    """How the rows are read. `limit`: only the first so many rows."""
+    """How the rows are read. limit: read at most so many rows."""
 
     name: str
     tokenizer: Any

@@ -57,7 +57,7 @@ def data_error(problems: Sequence[RowProblem]) -> DataError:
 def read_rows(source: str, *, split: str = "train", streaming: bool = False) -> Rows:
     """Yields the rows of `source` in order, and a RowProblem for each that cannot be read.
 
-    split: which part of a folder or Hub data set, unless the source says it: `owner/name[test]`. In a folder the names
+    split: which part of a folder or Hub data set, unless the source names it: `owner/name[test]`. In a folder the names
         of the files decide.
     streaming: Hub data is read while it is used, not downloaded first. Files are always read as they are used.
     Raises DataError if there is nothing to read from.
@@ -68,7 +68,7 @@ def read_rows(source: str, *, split: str = "train", streaming: bool = False) -> 
     if path.is_file():
         if path.suffix.lower() not in READERS:
             suffix = path.suffix or "without a suffix"
-            raise DataError(f"data {path}: the form {suffix} is unknown; readable are {', '.join(READERS)}")
+            raise DataError(f"data {path}: the file type {suffix} is unknown; readable are {', '.join(READERS)}")
         return read_file(path)
     if path.is_dir():
         return _read_folder(path, split)
@@ -184,7 +184,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
 
 
 def _next_values(reader: Iterator[list[str]]) -> list[str] | None:
-    """The next line's values, of any length; None at the end. csv's limit is global, so it is put back."""
+    """The next line's values, of any length; None at the end. csv's limit is global, so it is restored."""
     before = csv.field_size_limit(MAX_CSV_FIELD)
     try:
         return next(reader, None)

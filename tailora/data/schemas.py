@@ -62,7 +62,7 @@ class Choices:
     answer: int
 
 
-# ---- From a row to a sample: one function per schema. Each raises DataError with the cause alone.
+# ---- From a row to a sample: one function per schema. Each raises DataError with the cause; callers add file and row.
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -210,7 +210,7 @@ def _sharegpt_message(turn: Any, name: str) -> dict[str, str]:
         raise DataError(f"{name} is {_short_repr(turn)} where an object with from and value is needed")
     sender = turn["from"]
     if sender not in SHAREGPT_ROLES:
-        raise DataError(f"{name}: from {_short_repr(sender)} is unknown; known are {', '.join(SHAREGPT_ROLES)}")
+        raise DataError(f"{name}: from {_short_repr(sender)} is unknown; values are {', '.join(SHAREGPT_ROLES)}")
     return {"role": SHAREGPT_ROLES[sender], "content": _text(turn.get("value"), f"{name}.value")}
 
 
@@ -238,7 +238,7 @@ def _short_repr(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """convert: from the values by key to the sample; raises DataError with the cause alone."""
+    """convert: from the values by key to the sample; raises DataError with the cause."""
 
     name: str
     convert: Callable[[dict[str, Any]], Sample | Choices]
@@ -250,7 +250,7 @@ class Schema:
         return self.required + self.optional
 
 
-# Where several fit, the first wins: `messages` says more than the `prompt` that often stands beside it.
+# If several fit, the first wins: `messages` says more than the `prompt` that often comes with it.
 SCHEMAS = (
     Schema("messages", from_messages, ("messages",)),
     Schema("sharegpt", from_sharegpt, ("conversations",), ("system",)),

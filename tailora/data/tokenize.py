@@ -54,7 +54,7 @@ def encode_samples(
         if any(mask[1:]):
             results.append(EncodedSample(Example(input_ids, labels), len(ids), result.untrained_replies))
         else:
-            results.append(DataError("all labels masked: no token of it would be learned"))
+            results.append(DataError("all labels masked: no token of this row would be learned"))
     return results
 
 
@@ -82,12 +82,12 @@ def reply_text(sample: Sample) -> str:
 def preview(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     """Returns (text, is trained) pieces in order; joined they are the decoded example with its special tokens."""
     pieces = []
-    end, shown = 0, ""
+    end, previous = 0, ""
     for is_trained, run in groupby(example.labels.tolist(), key=lambda label: label != IGNORED):
         end += len(list(run))
-        # The whole so far, less what was shown: decoding a run alone would lose its leading space.
+        # Decodes all tokens so far and removes the text before: a run decoded alone would lose its leading space.
         ids = example.input_ids[:end].tolist()
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        pieces.append((text[len(shown) :], is_trained))
-        shown = text
+        pieces.append((text[len(previous) :], is_trained))
+        previous = text
     return pieces

@@ -1,4 +1,4 @@
-"""Attention for packed rows, for any model of transformers: every document of the row attends to itself alone.
+"""Attention for packed rows, for any model of transformers: every document of the row attends only to itself.
 
 A packed row is (1, total) tokens; `cu_seq_lens_q` (documents + 1,) says where its documents start and end, and reaches
 this function through the model's keyword arguments, by transformers' attention registry. So no mask of total x total

@@ -107,12 +107,12 @@ def _log_loss(logits: Tensor, targets: Tensor, scale: float, into: Tensor | None
         labels = targets[part, None]  # (block, 1)
         shifted = scratch[: len(labels)].copy_(logits[part])  # (block, vocabulary)
         shifted -= shifted.amax(dim=1, keepdim=True)
-        own = shifted.gather(1, labels)
+        target = shifted.gather(1, labels)
         total = shifted.exp_().sum(dim=1, keepdim=True)
-        losses[part] = (total.log() - own)[:, 0]
+        losses[part] = (total.log() - target)[:, 0]
         if into is not None:
             torch.mul(shifted, scale / total, out=into[part])
-            into[part].scatter_(1, labels, (scale * (own.exp() / total - 1)).to(into.dtype))
+            into[part].scatter_(1, labels, (scale * (target.exp() / total - 1)).to(into.dtype))
     return losses
 
 
@@ -219,14 +219,14 @@ def _rows(values: Tensor, mask: Tensor) -> Tensor:
     return values.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0])
 
 
-def _own(model: Model, batch: Batch) -> Tensor:
+def _own_logits(model: Model, batch: Batch) -> Tensor:
     columns = batch.supervised.any(dim=0).nonzero()[:, 0]  # with a loss in some row of the batch
     logits = model(**batch.inputs, use_cache=False, logits_to_keep=columns).logits  # (batch, columns, vocabulary)
     supervised = batch.supervised[:, columns]
     return cross_entropy(logits.flatten(0, 1) if supervised.all() else _rows(logits, supervised), batch.targets)
 
 
-def _whole(model: Model, batch: Batch) -> Tensor:
+def _own_logits_everywhere(model: Model, batch: Batch) -> Tensor:
     return cross_entropy(_rows(model(**batch.inputs, use_cache=False).logits, batch.supervised), batch.targets)
 
 
@@ -234,7 +234,7 @@ FROZEN = "in chunks of tokens through the frozen output head"
 RECOMPUTED = "in chunks of tokens through a trained output head"
 OWN = "from the model's own logits"
 WHOLE = "from the model's own logits at all positions"
-FORMS: dict[str, Form] = {FROZEN: _frozen, RECOMPUTED: _recomputed, OWN: _own, WHOLE: _whole}
+FORMS: dict[str, Form] = {FROZEN: _frozen, RECOMPUTED: _recomputed, OWN: _own_logits, WHOLE: _own_logits_everywhere}
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of states, losses and gradients, relative to their norm
@@ -243,7 +243,7 @@ RAMP = 1e3  # logits from -RAMP to RAMP show a soft cap, a scale or a bound that
 
 
 def choose_form(model: Model, batch: Batch, compare: bool = True) -> tuple[str, str | None]:
-    """Returns the form of least memory with the model's own losses and gradients, and why it is not a chunked one.
+    """Returns the form of least memory that gives the model's own losses and gradients, and why it is not chunked.
 
     A few tokens are enough for `batch`. The model is in evaluation mode, without dropout.
     compare: False for a model of fake tensors, whose numbers cannot be compared: an unchanged tensor shares its memory.
@@ -261,7 +261,7 @@ def choose_form(model: Model, batch: Batch, compare: bool = True) -> tuple[str, 
 
 
 def own_form(model: Model) -> str:
-    """Returns the form that is right for every model: its own logits, at supervised positions if it offers that."""
+    """Returns the form that is right for every model: its own logits, at supervised positions if it allows that."""
     return OWN if "logits_to_keep" in inspect.signature(model.forward).parameters else WHOLE
 
 

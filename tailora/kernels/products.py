@@ -1,6 +1,6 @@
 """Matrix products that are computed in two parts where oneDNN would leave a core idle.
 
-With AMX and two threads, oneDNN 3.12 gives a bfloat16 product of `rows` x `columns` to one of them where
+With AMX and two threads, oneDNN 3.12 gives a bfloat16 product of `rows` x `columns` to one of them if
 columns <= rows < 2 columns, up to 1024 columns: (700, 576) (576, 576) takes .32 ms on either number of threads, in two
 parts .21 ms. For other shapes, and on processors without AMX, the second thread makes products 1.7 to 2 times as fast,
 and two parts would take 10 to 30% longer.
@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-NARROW = range(128, 1024)  # columns; from 1024 on both threads work, below 128 nothing was measured
-ALIGNED = 32  # rows of the first part: of other numbers some are slow again
+NARROW = range(128, 1024)  # columns; from 1024 on oneDNN uses both threads, below 128 nothing was measured
+ALIGNED = 32  # the first part has a multiple of so many rows: some other numbers are slow again
 
 
 def product(x: Tensor, matrix: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -116,7 +116,7 @@ def test_replies_that_the_template_rewrites_are_reported(bytes_tokenizer, jsonl)
         ('{"text": "a b"}\n{"txt": ""}\n', {}, r"rows.jsonl:2: no text \(read as text\); the row has txt"),
         ('{"text": "a b"}', {"field": {"text": "txt"}}, r"no column 'txt'; did you mean text\?"),
         (json.dumps(chat_row("a", "b")), {}, r"rows.jsonl:1: the tokenizer has no chat template"),
-        ('{"text": "one two three"}', {"max_length": 1}, r"max_length 1 takes away all .*longest row has \d+ tokens"),
+        ('{"text": "one two three"}', {"max_length": 1}, r"max_length 1 removes all .*longest row has \d+ tokens"),
         ('{"text": "a b"}', {}, r"none can be held out"),
         (
             '{"text": "a b"}',
@@ -199,7 +199,7 @@ def test_a_stream_stops_at_a_bad_row(bytes_tokenizer, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [([], "no rows"), ([{"text": "one two three"}], "max_length 1 takes away all that would be learned")],
+    [([], "no rows"), ([{"text": "one two three"}], "max_length 1 removes all tokens that would be learned")],
 )
 def test_a_stream_without_trained_tokens_is_refused(bytes_tokenizer, jsonl, rows, message) -> None:
     with pytest.raises(DataError, match=message):

@@ -212,7 +212,10 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch) -> None:
         ("{folder}/tset", r"did you mean test\?"),
         ("nowhere.jsonl", "no such file or folder"),
         ("not an id", "no such file or folder"),
-        ("{folder}/README.md", r"the form .md is unknown; readable are .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+        (
+            "{folder}/README.md",
+            r"the file type .md is unknown; readable are .jsonl, .ndjson, .json, .csv, .tsv, .parquet",
+        ),
         ("{folder}/empty", "the folder holds no data file; readable are"),
     ],
 )

@@ -169,7 +169,7 @@ def test_a_row_becomes_a_sample(fields, sample) -> None:
         ({"messages": [USER]}, "nothing to learn: no assistant message with content"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "nothing to learn: no assistant message"),
         ({"prompt": [USER, REPLY], "completion": [USER]}, "nothing to learn: no assistant message"),
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0]: from 'alien' is unknown; known are"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0]: from 'alien' is unknown; values are"),
         ({"conversations": [{"value": "x"}]}, "conversations[0] is {'value': 'x'} where an object with from and value"),
         ({"prompt": "a", "completion": " \n"}, "nothing to learn: the completion is empty"),
         ({"prompt": "a", "completion": 42}, "completion is 42 where text is needed"),
