@@ -3,7 +3,7 @@
 An adapter has hundreds of small tensors, and an optimizer, a norm or a copy spends more time on finding them than on
 their numbers. Within `flattened`, each of these is one pass over one buffer:
 
-    whole       | lora_A of layer 0 .. 0 | lora_B of layer 0 .. 0 | lora_A of layer 1 ...   data of the parameters
+    parameter   | lora_A of layer 0 .. 0 | lora_B of layer 0 .. 0 | lora_A of layer 1 ...   data of the parameters
     gradient    | its .grad         .. 0 | ...                                              .grad of the parameters
 
 autograd and DDP add to an existing `.grad` in place, so the backward fills the flat gradient by itself. The gaps, which
@@ -38,7 +38,7 @@ class Group:
 class FlatBuffer:
     """The parameters of a group that share a dtype and a device, one after the other."""
 
-    whole: nn.Parameter  # (total,), the only parameter that the optimizer sees
+    parameter: nn.Parameter  # (total,), the only parameter that the optimizer sees
     gradient: Tensor  # (total,), its .grad
     parameters: dict[str, nn.Parameter]
     offsets: dict[str, int]  # in elements
@@ -66,7 +66,7 @@ def flattened(groups: Sequence[Group]) -> Iterator[list[FlatBuffer]]:
     buffers = [buffer for group in groups for buffer in _allocate(group)]
     try:
         for buffer in buffers:
-            values = buffer.whole.detach()
+            values = buffer.parameter.detach()
             for name, parameter in buffer.parameters.items():  # the memory of each is free before the next
                 parameter.data = buffer.view(name, values).copy_(parameter.detach())
                 parameter.grad = buffer.view(name, buffer.gradient)
@@ -85,10 +85,10 @@ def _allocate(group: Group) -> Iterator[FlatBuffer]:
     for (dtype, device), parameters in by_storage.items():
         sizes = (_round_up(parameter.numel(), ALIGNMENT // dtype.itemsize) for parameter in parameters.values())
         *offsets, end = accumulate(sizes, initial=0)
-        whole = nn.Parameter(torch.zeros(_round_up(end, CHUNK), dtype=dtype, device=device))
-        whole.grad = torch.zeros_like(whole)
+        flat = nn.Parameter(torch.zeros(_round_up(end, CHUNK), dtype=dtype, device=device))
+        flat.grad = torch.zeros_like(flat)
         by_name = dict(zip(parameters, offsets, strict=True))
-        yield FlatBuffer(whole, whole.grad, parameters, by_name, group.rate_factor, group.weight_decay)
+        yield FlatBuffer(flat, flat.grad, parameters, by_name, group.rate_factor, group.weight_decay)
 
 
 def gradient_norm(buffers: Sequence[FlatBuffer]) -> Tensor:
@@ -108,7 +108,11 @@ def check_views(buffers: Sequence[FlatBuffer]) -> None:
     """Raises RuntimeError if a parameter or gradient is no view of its buffer any more: its training would be lost."""
     replaced = []
     for buffer in buffers:
-        size, values, gradient = buffer.whole.element_size(), buffer.whole.data_ptr(), buffer.gradient.data_ptr()
+        size, values, gradient = (
+            buffer.parameter.element_size(),
+            buffer.parameter.data_ptr(),
+            buffer.gradient.data_ptr(),
+        )
         for name, parameter in buffer.parameters.items():
             start = buffer.offsets[name] * size
             is_view = parameter.data_ptr() == values + start

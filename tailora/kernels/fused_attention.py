@@ -130,14 +130,14 @@ def attention_backward(
     key_heads = saved[0].k.shape[:-2].numel() // groups[0].count
     dq = torch.empty_like(gradient)
     dk, dv = (gradient.new_empty(len(gradient), key_heads, gradient.shape[-1]) for _ in range(2))
-    for group, own in zip(groups, saved, strict=True):
+    for group, heads in zip(groups, saved, strict=True):
         rows = gradient.index_select(0, group.write)  # zero for padding
-        if own.log_sums is None:
-            parts = _blocks_backward(_by_key_head(rows, group, key_heads), own, group, scale, window)
+        if heads.log_sums is None:
+            parts = _blocks_backward(_by_key_head(rows, group, key_heads), heads, group, scale, window)
         else:
-            parts = _flash_backward(rows, output, own, group, scale)
-        for whole, part in zip((dq, dk, dv), parts, strict=True):
-            whole.index_copy_(0, group.write, part)
+            parts = _flash_backward(rows, output, heads, group, scale)
+        for total, part in zip((dq, dk, dv), parts, strict=True):
+            total.index_copy_(0, group.write, part)
     return dq[:-1], dk[:-1], dv[:-1]
 
 
@@ -153,24 +153,24 @@ def _flash_forward(
 ) -> tuple[Rows, SavedHeads]:
     """blocks_backward: the backward is that of blocks, so what it needs is returned in its shapes."""
     if blocks_backward:
-        own = _gather(q, k, v, group)
-        qs, ks, vs = (part.view(group.count, -1, group.length, part.shape[-1]) for part in (own.q, own.k, own.v))
+        heads = _gather(q, k, v, group)
+        qs, ks, vs = (part.view(group.count, -1, group.length, part.shape[-1]) for part in (heads.q, heads.k, heads.v))
     else:
         qs, ks, vs = (_split(part.index_select(0, group.read), group) for part in (q, k, v))
     shared_by = q.shape[1] // k.shape[1]
     output, log_sums = flash_op(qs, _repeated(ks, shared_by), _repeated(vs, shared_by), 0.0, True, scale=scale)
-    return _joined(output), own if blocks_backward else SavedHeads(qs, ks, vs, log_sums)
+    return _joined(output), heads if blocks_backward else SavedHeads(qs, ks, vs, log_sums)
 
 
 def _flash_backward(
-    gradient: Rows, output: Tensor, own: SavedHeads, group: DocumentGroup, scale: float
+    gradient: Rows, output: Tensor, heads: SavedHeads, group: DocumentGroup, scale: float
 ) -> tuple[Rows, Rows, Rows]:
-    assert own.log_sums is not None
-    shared_by = own.q.shape[1] // own.k.shape[1]
-    keys, values = _repeated(own.k, shared_by), _repeated(own.v, shared_by)
+    assert heads.log_sums is not None
+    shared_by = heads.q.shape[1] // heads.k.shape[1]
+    keys, values = _repeated(heads.k, shared_by), _repeated(heads.v, shared_by)
     before = _split(output.index_select(0, group.read), group)
     dq, dk, dv = flash_backward_op(
-        _split(gradient, group), own.q, keys, values, before, own.log_sums, 0.0, True, scale=scale
+        _split(gradient, group), heads.q, keys, values, before, heads.log_sums, 0.0, True, scale=scale
     )
     return _joined(dq), _joined(_summed(dk, shared_by)), _joined(_summed(dv, shared_by))
 
@@ -204,30 +204,30 @@ def _joined(heads: Tensor) -> Rows:
 def _blocks_forward(
     q: Tensor, k: Tensor, v: Tensor, group: DocumentGroup, scale: float, window: int | None
 ) -> tuple[Rows, SavedHeads]:
-    own = _gather(q, k, v, group)
+    heads = _gather(q, k, v, group)
     parts = []
     for queries, keys in _blocks(group.length, window):
-        p = _probabilities(own.q, own.k, scale, window, queries, keys)
-        parts.append(_unflatten(torch.bmm(p, own.v[:, keys]), own.q))
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # (count * key heads, group, length, width)
-    return _by_token(whole, group), own
+        p = _probabilities(heads.q, heads.k, scale, window, queries, keys)
+        parts.append(_unflatten(torch.bmm(p, heads.v[:, keys]), heads.q))
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # (count * key heads, group, length, width)
+    return _by_token(joined, group), heads
 
 
 def _blocks_backward(
     gradient: Tensor,  # (count * key heads, group, length, width)
-    own: SavedHeads,
+    heads: SavedHeads,
     group: DocumentGroup,
     scale: float,
     window: int | None,
 ) -> tuple[Rows, Rows, Rows]:
-    parts, dk, dv = [], torch.zeros_like(own.k), torch.zeros_like(own.v)
+    parts, dk, dv = [], torch.zeros_like(heads.k), torch.zeros_like(heads.v)
     for queries, keys in _blocks(group.length, window):
-        p = _probabilities(own.q, own.k, scale, window, queries, keys)
+        p = _probabilities(heads.q, heads.k, scale, window, queries, keys)
         g = gradient[:, :, queries].flatten(1, 2)
-        dp = torch.bmm(g, own.v[:, keys].transpose(1, 2))
+        dp = torch.bmm(g, heads.v[:, keys].transpose(1, 2))
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
-        parts.append(_unflatten(torch.bmm(ds, own.k[:, keys]), own.q))
-        dk[:, keys].baddbmm_(ds.transpose(1, 2), own.q[:, :, queries].flatten(1, 2))
+        parts.append(_unflatten(torch.bmm(ds, heads.k[:, keys]), heads.q))
+        dk[:, keys].baddbmm_(ds.transpose(1, 2), heads.q[:, :, queries].flatten(1, 2))
         dv[:, keys].baddbmm_(p.transpose(1, 2), g)
     dq = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return _by_token(dq, group), _by_token(dk[:, None], group), _by_token(dv[:, None], group)

@@ -267,7 +267,7 @@ def moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer]) -> 
         f"{name}|{key}": tensor.clone() if key == STEP else buffer.view(name, tensor)
         for buffer in buffers
         for name in buffer.parameters
-        for key, tensor in optimizer.state.get(buffer.whole, {}).items()
+        for key, tensor in optimizer.state.get(buffer.parameter, {}).items()
     }
 
 

@@ -30,7 +30,7 @@ def adamw(buffers: Sequence[FlatBuffer]) -> torch.optim.AdamW:
     decay reaches it. A parameter that was never used changes by weight decay alone.
     """
     groups = [
-        {"params": [buffer.whole], "rate_factor": buffer.rate_factor, "weight_decay": buffer.weight_decay}
+        {"params": [buffer.parameter], "rate_factor": buffer.rate_factor, "weight_decay": buffer.weight_decay}
         for buffer in buffers
     ]
     return torch.optim.AdamW(groups, lr=0.0, fused=True)

@@ -192,7 +192,7 @@ class Trainer:
             self.state = checkpoint.restore(saved, self.model, self.optimizer, self.buffers, rank, self.allocator)
         self.state.before = self.state.before or self.before
         # the last values whose loss and gradient were finite
-        self.last_good = [buffer.whole.detach().clone() for buffer in self.buffers]
+        self.last_good = [buffer.parameter.detach().clone() for buffer in self.buffers]
         # device_placement would move buffers that are on the device already, and leave copies behind
         self.forward = accelerator.prepare_model(ModelWithLoss(self.model, self.layout), device_placement=False)
         accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
@@ -261,7 +261,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self.diverged_in_step(batches, loss, rate)
         for copy, buffer in zip(self.last_good, self.buffers, strict=True):
-            copy.copy_(buffer.whole.detach())
+            copy.copy_(buffer.parameter.detach())
         optimizer_step(self.optimizer, rate)
         sync_parameters(self.model)
 
@@ -371,7 +371,7 @@ class Trainer:
 
     def restore_best(self) -> Evaluation | None:
         """Restores the best parameters, or checks and evaluates the last; returns their held-out loss."""
-        if not all(bool(buffer.whole.isfinite().all()) for buffer in self.buffers):
+        if not all(bool(buffer.parameter.isfinite().all()) for buffer in self.buffers):
             raise self.diverged(f"in step {self.state.step}: it left weights that are not finite")
         if self.is_out_of_patience():
             self.report(events.Note(f"stopped early: {self.state.since_best} evaluations in a row without gain"))
@@ -450,7 +450,7 @@ class Trainer:
         """Restores the last good parameters, saves them unless a best adapter is kept, and returns the error."""
         if not parameters_are_good:
             for copy, buffer in zip(self.last_good, self.buffers, strict=True):
-                buffer.whole.detach().copy_(copy)
+                buffer.parameter.detach().copy_(copy)
             sync_parameters(self.model)
         folder = trainable.folder_of(self.model, self.output_dir)
         kept = f"{folder} keeps the best adapter so far"

@@ -44,11 +44,11 @@ def test_one_buffer_holds_all_that_is_trained(model: LoRAModel) -> None:
     with flattened([Group(parameters(model))]) as (flat,):
         assert flat.parameters.keys() == before.keys()
         for name, parameter in parameters(model).items():
-            assert in_buffer(parameter, flat.whole)
+            assert in_buffer(parameter, flat.parameter)
             assert in_buffer(parameter.grad, flat.gradient)
             assert parameter.data_ptr() % ALIGNMENT == parameter.grad.data_ptr() % ALIGNMENT == 0
             assert torch.equal(parameter, before[name])
-            assert torch.equal(flat.view(name, flat.whole), before[name])
+            assert torch.equal(flat.view(name, flat.parameter), before[name])
             assert not parameter.grad.any()
 
 
@@ -69,7 +69,7 @@ def test_what_changes_the_buffer_changes_the_model(model: LoRAModel) -> None:
     x = torch.randn(4, 7)
     with flattened([Group(parameters(model))]) as (flat,):
         before = model(x)
-        flat.whole.detach().mul_(2)
+        flat.parameter.detach().mul_(2)
         assert not torch.allclose(model(x), before)
         last = {name: parameter.detach().clone() for name, parameter in parameters(model).items()}
     assert all(torch.equal(parameter, last[name]) for name, parameter in parameters(model).items())
@@ -113,7 +113,9 @@ def test_groups_dtypes_and_their_settings_have_buffers_of_their_own() -> None:
     )
     groups = [Group({"single": single, "double": double}, 1.0, 0.5), Group({"other": other}, 16.0, 0.0)]
     with flattened(groups) as flats:
-        assert [(list(flat.parameters), flat.whole.dtype, flat.rate_factor, flat.weight_decay) for flat in flats] == [
+        assert [
+            (list(flat.parameters), flat.parameter.dtype, flat.rate_factor, flat.weight_decay) for flat in flats
+        ] == [
             (["single"], torch.float32, 1.0, 0.5),
             (["double"], torch.float64, 1.0, 0.5),
             (["other"], torch.float32, 16.0, 0.0),
@@ -170,4 +172,4 @@ def test_moving_a_model_to_where_it_is_leaves_the_buffers(model: LoRAModel) -> N
 
 def test_the_gaps_take_less_than_one_row() -> None:
     with flattened([Group({str(i): nn.Parameter(torch.ones(16, 576)) for i in range(99)})]) as (flat,):
-        assert 99 * 16 * 576 <= flat.whole.numel() < 99 * 16 * 576 + CHUNK
+        assert 99 * 16 * 576 <= flat.parameter.numel() < 99 * 16 * 576 + CHUNK

@@ -99,7 +99,7 @@ def test_a_step_leaves_zero_gradients_in_the_buffer_and_nothing_in_its_gaps() ->
         for name in flat.parameters:
             flat.view(name, gaps).zero_()
         assert gaps.any()
-        assert not (flat.whole * gaps).any()
+        assert not (flat.parameter * gaps).any()
 
 
 def test_groups_have_rates_and_decays_of_their_own() -> None:
