@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are whole or absent, verified when written and when read, and free of pickle.
+"""Checkpoints: folders that are complete or absent, verified when written and when read, and free of pickle.
 
 checkpoint-N/
   adapter.safetensors      the trained parameters, raw
@@ -9,8 +9,8 @@ checkpoint-N/
   allocation.safetensors   AdaLoRA's state
   state.json               progress, what the run is, SHA-256 of the files above and of itself
 
-This file has, in this order: the folder; the progress of a run; whether a checkpoint belongs to a run; and the way of
-the parameters and the optimizer's moments into a checkpoint and back.
+This file has, in this order: the folder; the progress of a run; the check that a checkpoint belongs to a run; saving
+and restoring the parameters and the optimizer's moments.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes the folder and reads it back. Raises CheckpointError if the disk returns other bytes."""
+    """Writes the folder and reads it back. Raises CheckpointError if the bytes differ."""
     contents = {f"{name}.safetensors": safetensors_bytes(tensors, {}) for name, tensors in checkpoint.tensors.items()}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     body = {**checkpoint.state, "files": sums}
@@ -74,19 +74,23 @@ def load(name: str, output_dir: Path) -> Checkpoint:
             )
         folder = checkpoints[-1]
     if not folder.is_dir():
-        there = ", ".join(path.name for path in checkpoints_in(folder.parent))
-        raise CheckpointError(f"{folder} is not a folder; checkpoints in {folder.parent}: {there or 'none'}")
+        names = ", ".join(path.name for path in checkpoints_in(folder.parent))
+        raise CheckpointError(f"{folder} is not a folder; checkpoints in {folder.parent}: {names or 'none'}")
     if problems := damage(folder):
-        others = [path for path in reversed(checkpoints_in(folder.parent)) if path != folder]
-        good = next((path for path in others if not damage(path)), None)
-        remedy = f"the newest good one: --resume-from-checkpoint {good}" if good else "no other is whole: start again"
+        newest_first = reversed(checkpoints_in(folder.parent))
+        good = next((path for path in newest_first if path != folder and not damage(path)), None)
+        remedy = (
+            f"the newest good one: --resume-from-checkpoint {good}"
+            if good
+            else "there is no other good one: start again"
+        )
         raise CheckpointError(f"{folder} is damaged; {remedy}. {listing(problems)}")
     state = json.loads((folder / STATE).read_text())
     return Checkpoint(state, {Path(file).stem: read_safetensors(folder / file)[0] for file in state["files"]})
 
 
 def damage(folder: Path) -> list[str]:
-    """Returns what is wrong with the files of a checkpoint; [] if nothing is."""
+    """Returns the problems with the files of a checkpoint."""
     try:
         state = json.loads((folder / STATE).read_text())
         body = {key: value for key, value in state.items() if key != "sha256"}
@@ -177,7 +181,7 @@ class TrainState:
 # ---- Whether a checkpoint belongs to a run
 
 
-# These settings may differ when a run is continued: they decide what is kept and shown, not how the weights change.
+# These settings may differ when a run is continued: they change what is saved and shown, not how the weights change.
 FREE = {
     "output_dir",
     "resume_from_checkpoint",
@@ -189,7 +193,7 @@ FREE = {
     "early_stopping_patience",
 }
 LENGTH = {"max_steps", "num_train_epochs"}
-FACTS = {  # what else decides the bits of a run -> its name in a message
+FACTS = {  # what else the exact results of a run depend on -> its name in a message
     "data": "content (SHA-256) of the data",
     "packed": "packing of rows",
     "dtype": "precision of the base",
@@ -208,7 +212,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
         raise CheckpointError(
             "the checkpoint was trained on hidden states of the frozen lower layers that an earlier version of tailora "
             "kept on disk; this version has no such cache, and going on without it would give other results: resume "
-            "with the version that run.json names, or start anew in another --output-dir"
+            "with the version that run.json names, or start again in another --output-dir"
         )
     then, now = saved["settings"], current["settings"]
     free = LENGTH if now["lr_scheduler_type"] == "constant" and now["warmup_ratio"] == 0 else set()
@@ -217,9 +221,9 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
     compared += [(FACTS.get(name, name), saved[name], current[name]) for name in sorted(facts)]
     if changes := [f"{name} was {old!r}, now is {new!r}" for name, old, new in compared if old != new]:
         raise CheckpointError(
-            f"the checkpoint was made with other settings, and going on would give results of neither: "
+            f"the checkpoint was made with other settings, and going on would give a mixture of both: "
             f"{listing(changes)}\nTo go on, give the earlier values (config.yaml beside the checkpoint has them: "
-            "--config); to train with the new ones, start anew in another --output-dir"
+            "--config); to train with the new ones, start again in another --output-dir"
         )
 
 
@@ -249,12 +253,12 @@ def restore(
 
 def set_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies saved tensors into the parameters. Raises CheckpointError unless every tensor fits."""
-    own = module.state_dict()
-    problems = [f"{name} is in one of the two only" for name in sorted(own.keys() ^ tensors.keys())]
+    parameters = module.state_dict()
+    problems = [f"only one of the two has {name}" for name in sorted(parameters.keys() ^ tensors.keys())]
     problems += [
-        f"{name}: {tuple(tensors[name].shape)} saved, {tuple(own[name].shape)} here"
-        for name in sorted(own.keys() & tensors.keys())
-        if own[name].shape != tensors[name].shape
+        f"{name}: {tuple(tensors[name].shape)} saved, {tuple(parameters[name].shape)} here"
+        for name in sorted(parameters.keys() & tensors.keys())
+        if parameters[name].shape != tensors[name].shape
     ]
     if problems:
         raise CheckpointError(f"the checkpoint is of another adapter: {listing(problems)}")
@@ -275,12 +279,12 @@ def set_moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer],
     """Restores what `moments` returned. Raises CheckpointError if parameters of one buffer took different steps."""
     states = {}
     for i, buffer in enumerate(buffers):
-        state: dict[str, Tensor] = {}  # stays zero for parameters that were not saved, which never had a gradient
+        state: dict[str, Tensor] = {}  # stays zero for parameters without a saved state, which never had a gradient
         counts = {float(tensors[f"{name}|{STEP}"]) for name in buffer.parameters if f"{name}|{STEP}" in tensors}
         if len(counts) > 1:
             raise CheckpointError(
                 f"the checkpoint's parameters took from {min(counts):g} to {max(counts):g} optimizer steps, because an "
-                "earlier version skipped those without a gradient; this version takes all steps with all: start anew"
+                "earlier version skipped those without a gradient; this version steps all parameters: start again"
             )
         for full_name, tensor in tensors.items():
             name, key = full_name.rsplit("|", 1)

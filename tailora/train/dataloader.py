@@ -43,13 +43,13 @@ class TrainingData:
     held_out: Examples | None
     steps: Callable[[int], Iterator[list["MicroBatch"]]]  # number of the first step -> its micro-batches, and so on
     max_steps: int
-    known: Examples  # the examples to train on; of a stream, its first
+    known: Examples  # the examples to train on; of a stream, the first ones
     shape: "StepShape"
     cuts: RowCounts | None = None  # counts what was cut while streaming
 
     @cached_property
     def largest(self) -> list[Example]:
-        """The examples of the forward with the most tokens, as far as the data is known."""
+        """The examples of the forward with the most tokens; of a stream, among its first examples."""
         return largest_forward(self.known, self.shape)
 
     @property
@@ -67,7 +67,7 @@ class TrainingData:
         return self.known[int(self.known.lengths.argmax())]
 
     def first_batches(self, count: int) -> list[list[Example]]:
-        """Returns the forwards of the first batches of the first epoch, of all ranks."""
+        """Returns the examples of each forward of the first batches of the first epoch, of all ranks."""
         return [[self.known[int(i)] for i in forward] for forward in _forwards(self.known, self.shape, count)]
 
 
@@ -77,7 +77,7 @@ ReadData = Callable[[TrainConfig, int, PreTrainedTokenizerBase, Accelerator], Tr
 def read_data(
     config: TrainConfig, embedding_rows: int, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
 ) -> TrainingData:
-    """Reads, checks and tokenizes the data that `config` names. Raises DataError with all its problems."""
+    """Reads, checks and tokenizes the data that `config` names. Raises DataError with all problems."""
     shape = step_shape(config, accelerator)
     if config.streaming:
         return _streamed(config, tokenizer, embedding_rows, shape)
@@ -103,7 +103,7 @@ def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embeddin
 def _streamed(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int, shape: "StepShape"
 ) -> TrainingData:
-    """Data that is read while training; only its first batches are known before."""
+    """Returns data that is read while training; only its first batches are read now."""
     common: dict[str, Any] = {"field": config.field, "max_length": config.max_length, "embedding_rows": embedding_rows}
     cuts = RowCounts()
     read = partial(stream_examples, resolve_demo(config.data, "data"), tokenizer, counts=cuts, **common)
@@ -120,7 +120,7 @@ def _streamed(
 
 
 def stream_notes(data: TrainingData, max_length: int) -> list[str]:
-    """Returns what is known of a stream only after it was read."""
+    """Returns notes on a stream that was read: how many rows were cut."""
     if data.cuts is None or data.cuts.truncated == 0:
         return []
     cuts = data.cuts
@@ -131,7 +131,7 @@ def stream_notes(data: TrainingData, max_length: int) -> list[str]:
 def random_data(
     config: TrainConfig, embedding_rows: int, _: PreTrainedTokenizerBase, accelerator: Accelerator
 ) -> TrainingData:
-    """Random tokens instead of data: two steps of examples of max_length, fully supervised, over and over."""
+    """Returns random tokens instead of data: two steps of fully supervised examples of max_length, repeated."""
     shape = step_shape(config, accelerator)
     random = np.random.default_rng(config.seed)
     ids = random.integers(embedding_rows, size=(2 * shape.examples_per_step, config.max_length)).astype(np.int32)
@@ -202,7 +202,7 @@ def dataset_steps(examples: Examples, shape: StepShape, start: int = 0) -> Itera
 
 
 def stream_steps(read: Callable[[], Iterable[Example]], shape: StepShape, start: int = 0) -> Iterator[list[MicroBatch]]:
-    """Yields the steps of data that is read in its own order, over and over. Raises DataError if there is none."""
+    """Yields the steps of data in the order of reading, again and again. Raises DataError if there is none."""
 
     def repeated() -> Iterator[Example]:
         while True:
@@ -228,13 +228,13 @@ def _share_of_rank(batches: list[list[Example]], shape: StepShape) -> list[Micro
         ]
         for rank in range(shape.world)
     ]
-    own = shares[shape.rank]
-    missing = max(map(len, shares)) - len(own)
-    return own + [MicroBatch(shares[0][0].examples, weight=0.0)] * missing
+    share = shares[shape.rank]
+    missing = max(map(len, shares)) - len(share)
+    return share + [MicroBatch(shares[0][0].examples, weight=0.0)] * missing
 
 
 def split_by_tokens(lengths: Sequence[int], limit: int | None) -> list[range]:
-    """Cuts the indices of a batch into ranges of at most `limit` tokens and of about the same size."""
+    """Splits the indices of a batch into ranges of about the same size, of at most `limit` tokens."""
     total = sum(lengths)
     if limit is None or total <= limit:
         return [range(len(lengths))]

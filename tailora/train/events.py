@@ -72,10 +72,10 @@ Listener = Callable[[Event], None]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM arrived; `folder` is the checkpoint to go on from."""
+    """Ctrl-C or SIGTERM arrived; `folder` is the checkpoint to resume from."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(f"interrupted; go on with --resume-from-checkpoint {folder}")
+        super().__init__(f"interrupted; resume with --resume-from-checkpoint {folder}")
         self.folder = folder
 
 

@@ -91,5 +91,5 @@ def _adapting(trainer: type[Any]) -> type[Any]:
     return type(f"Adapter{trainer.__name__}", (AdapterTraining, trainer), {"__module__": __name__})
 
 
-# Returns the class `trainer`, of transformers, TRL or your own, for a LoRAModel; for the same class the same result.
+# Returns the class `trainer` (of transformers, TRL or your own) made to train a LoRAModel; cached by class.
 adapting: Callable[[type[Any]], type[Any]] = cast(Any, cache(_adapting))

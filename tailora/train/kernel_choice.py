@@ -1,7 +1,7 @@
 """Which kernels a run computes with: those that apply are tried on the user's model against transformers' own layers.
 
 choose_kernels    what applies -> tried, compared -> `Kernels`, with a description for the run's header
-use_kernels       within the block the model computes so
+use_kernels       within the block the model computes with them
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,8 +43,8 @@ def choose_kernels(
 
     fast: auto or off. If `auto` cannot use the fused layers, or they give other results, the description says why.
     sample: an example of the run's data, because half precision computes random tokens with large errors in any order.
-    recorded: the choice of the run that is continued. It is taken over: the adapter's tensors are not restored yet, so
-        nothing could be compared.
+    recorded: the choice of the run that is resumed. It is used again, because the adapter's tensors are not restored
+        yet and nothing could be compared.
     """
     base = cast(PreTrainedModel, model.base_model)
     obstacle, check = obstacle_to_kernels(fast, base, layout), "as when the run was started"

@@ -1,7 +1,7 @@
 """How much memory there is, how much the forward of a loaded model keeps, and what helps if that is too much.
 
 `measure_cost` counts what a forward keeps for the backward, on the user's model with one example. It leaves out
-temporaries, so it is a lower bound: what does not fit by it does not fit. `train.estimate` estimates a whole run
+temporaries, so it is a lower bound, and can only show that a run does not fit. `train.estimate` estimates a whole run
 without loading the model.
 """
 
@@ -127,7 +127,7 @@ def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
             storage = part.untyped_storage()
             if storage.data_ptr() not in known:
                 kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would hold its own graph, for ever
+        return tensor.detach()  # the tensor itself would keep its own graph alive for ever
 
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
         loss = forward()  # kept alive while sizes are added up, so that no address is used by two tensors
@@ -137,7 +137,7 @@ def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
 
 
 def check_fits(cost: Cost, size: ForwardSize, longest: int, device: torch.device) -> int:
-    """Returns the bytes that the largest forward keeps. Raises MemoryLimitError if there are not as many free."""
+    """Returns the bytes that the largest forward keeps. Raises MemoryLimitError if fewer are free."""
     needed, available = cost.of(size), available_bytes(device)
     if needed > available:
         cause = f"a step keeps at least {format_bytes(needed)} for its backward, and {format_bytes(available)} are free"
@@ -167,7 +167,12 @@ def remedies(cost: Cost, size: ForwardSize, longest: int) -> str:
             replace(size, checkpointed=True),
             "the same result in about a third more time",
         ),
-        (True, f"--max-length {longest // 2}", shorter, "half the time for the longest, whose ends are not learned"),
+        (
+            True,
+            f"--max-length {longest // 2}",
+            shorter,
+            "half the time for the longest examples, whose ends are not learned",
+        ),
     ]
     before = format_bytes(cost.of(size))
     lines = [

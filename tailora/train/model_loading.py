@@ -1,4 +1,4 @@
-"""Loads the base model and its tokenizer, in the precision that this machine is good at, and quantized if asked.
+"""Loads the base model and its tokenizer, in the precision that suits this machine, and quantized if asked.
 
 The methods of `--quantize`:
 
@@ -42,7 +42,7 @@ from tailora.quiet import quiet_loggers, quiet_transformers
 
 EXTRA = "pip install 'tailora[quantize]'"
 PROBE_SIZE = 64  # inputs and outputs of the layer that a method is tried on
-LARGEST_ERROR = 0.3  # relative, of the weight and the gradient; 4 bits stay below
+LARGEST_ERROR = 0.3  # relative, of the weight and the gradient; 4-bit methods stay below
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def has_bfloat16(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> 
 
 
 def precision_of(dtype: str, device: str) -> torch.dtype | str:
-    """Returns the dtype of one of `DTYPES`, or for "auto" the one that the device is good at."""
+    """Returns the dtype of one of `DTYPES`, or for "auto" the one that suits the device."""
     return DTYPES[("bfloat16" if has_bfloat16(device) else "float32") if dtype == "auto" else dtype]
 
 
@@ -231,7 +231,7 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns model and tokenizer of a folder, a Hub id, or 'demo'.
 
-    dtype: float32, bfloat16, float16, "stored" (that of the files), or "auto" (what this machine is good at).
+    dtype: float32, bfloat16, float16, "stored" (that of the files), or "auto" (what suits this machine).
     quantize: one of METHODS for the linear layers; other tensors have the dtype.
     Raises ConfigError if they cannot be read or quantized. Pickled weights are not read.
     """
@@ -261,9 +261,9 @@ def load_base(
 
 def check_unquantized(config: PretrainedConfig, name: str, quantize: str) -> None:
     """Raises ConfigError if the model is quantized already."""
-    own = getattr(config, "quantization_config", None)
-    if own is not None:
-        method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+    existing = getattr(config, "quantization_config", None)
+    if existing is not None:
+        method = existing.get("quant_method") if isinstance(existing, dict) else existing.quant_method
         raise ConfigError(f"model {name!r} is quantised already ({method}): leave --quantize {quantize} out")
 
 
@@ -272,10 +272,10 @@ def _unreadable(name: str, source: str, error: Exception) -> str:
     if (folder / "model" / "config.json").is_file():
         return f"model {name!r} is the folder of a run, not of a model: give {folder / 'model'}"
     if folder.is_dir():
-        there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        contents = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
         return (
             f"model {name!r}: transformers cannot read this folder as a causal language model: {error}. "
-            f"It holds {there}; needed are config.json, a tokenizer and weights as .safetensors"
+            f"It holds {contents}; needed are config.json, a tokenizer and weights as .safetensors"
         )
     return (
         f"model {name!r} is neither a folder here nor readable from the Hub: {error}. "

@@ -22,7 +22,7 @@ LONGEST = 512  # of the documents that show a sliding window
 def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True) -> tuple[bool, str | None]:
     """Returns whether to pack, and why not. Raises ConfigError for the setting `on` if packing would change results.
 
-    setting: auto, on or off.    compare: False for a model without contents, whose logits tell nothing.
+    setting: auto, on or off.    compare: False for a model without contents, whose logits mean nothing.
     """
     if setting == "off":
         return False, None

@@ -17,7 +17,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within the block everything random follows `seed`; afterwards the caller's states are back."""
+    """Within the block everything random follows `seed`; afterwards the caller's states are restored."""
     before = random_state()
     seed_all(seed)
     try:
@@ -50,5 +50,5 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["torch"])
     for i in range(torch.cuda.device_count()):
         if f"cuda.{i}" not in states:
-            break  # the checkpoint saw fewer GPUs; the run has as many processes as then, so none uses this one
+            break  # the checkpoint was made with fewer GPUs, and no process of the run uses this one
         torch.cuda.set_rng_state(states[f"cuda.{i}"], i)

@@ -33,13 +33,15 @@ def create_run_folder(config: TrainConfig) -> Path:
     output_dir = Path(config.output_dir)
     create_output_folder(output_dir)
     resumed = config.resume_from_checkpoint
-    own = resumed is not None and (resumed == "latest" or Path(resumed).resolve().parent == output_dir.resolve())
+    is_resumed_here = resumed is not None and (
+        resumed == "latest" or Path(resumed).resolve().parent == output_dir.resolve()
+    )
     checkpoints = [path.name for path in checkpoints_in(output_dir)]
-    kept = [*(name for name in (ADAPTER, MODEL) if (output_dir / name).exists()), *checkpoints[-1:]]
-    if kept and not own:
-        go_on = " or go on with --resume-from-checkpoint latest," if checkpoints else ""
+    names = [*(name for name in (ADAPTER, MODEL) if (output_dir / name).exists()), *checkpoints[-1:]]
+    if names and not is_resumed_here:
+        resume = " or resume with --resume-from-checkpoint latest," if checkpoints else ""
         raise ConfigError(
-            f"{output_dir} holds {' and '.join(kept)} of an earlier run; give another --output-dir,{go_on} or delete it"
+            f"{output_dir} holds {' and '.join(names)} of an earlier run; give another --output-dir,{resume} or delete it"
         )
     return output_dir
 
@@ -71,7 +73,7 @@ def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, 
 
 
 def write_examples(output_dir: Path, before: Evaluation | None, after: Evaluation | None) -> None:
-    """Writes examples.jsonl: of each held-out example its supervised tokens, and its loss in nats before and after.
+    """Writes examples.jsonl: the supervised tokens of each held-out example, and its loss in nats before and after.
 
     Without held-out examples there is no file.
     """

@@ -31,7 +31,7 @@ from tailora.train.random_state import seed_all
 from tailora.train.trainable import FullModel, Trainable
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
-PROBE_TOKENS = 128  # memory is measured on at most so much of the longest example
+PROBE_TOKENS = 128  # memory is measured on at most so many tokens of the longest example
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -135,7 +135,7 @@ def choose_layout(
     """Returns packed or padded batches, and how the loss is computed; both are tried on the model itself.
 
     note: called with the reason if the model cannot do what is fastest.
-    compare: False for a model without contents, of which only the structure is looked at.
+    compare: False for a model without contents, whose structure alone decides.
     Raises ConfigError for packing = 'on' if it would change results.
     """
     base = cast(PreTrainedModel, model.base_model)

@@ -1,7 +1,7 @@
-"""Work in a process of its own, and a few real steps of a run in one, to measure their memory and time.
+"""A few real steps of a run in a separate process, to measure their memory and time; errors of such processes.
 
     measure_steps     settings -> `python -m tailora.train.subprocess_worker FOLDER` -> StepsMeasured
-    leave_error, error_of   how an error of such a process reaches the process that started it; also for study.trial
+    leave_error, error_of   pass an error to the process that started this one; used by study.trial, too
 
 The largest forward comes first and again at the end; between them are the first steps of the run. So the peak is that
 of the run, except for what its many other lengths add. Nothing is written outside of the temporary folder.
@@ -27,12 +27,12 @@ KILLED = -9  # exit code of a process that the system ended, usually because mem
 
 
 def leave_error(folder: Path, error: TailoraError) -> None:
-    """Writes the error down for `error_of`; called in the process that fails."""
+    """Writes the error to a file for `error_of`; called in the process that fails."""
     write_file(folder / ERROR, json.dumps({"type": type(error).__name__, "message": str(error)}).encode())
 
 
 def error_of(folder: Path, code: int, stderr: str, task: str) -> Exception:
-    """Returns the error that ended a process: the one that it left, or one that its exit code tells.
+    """Returns the error that ended a process: the one that it left, or else one made from its exit code.
 
     task: what the process was doing, for the message.
     """
@@ -47,7 +47,7 @@ def error_of(folder: Path, code: int, stderr: str, task: str) -> Exception:
     return RuntimeError(f"{task} ended with code {code}: {stderr.strip()[-2000:]}")
 
 
-STEPS = 3  # between the two of the largest forward
+STEPS = 3  # between the two steps of the largest forward
 SPEC, RESULT = "spec.json", "result.json"
 
 
@@ -63,7 +63,7 @@ class StepsMeasured:
 
 
 def measure_steps(config: TrainConfig, *, with_data: bool) -> StepsMeasured:
-    """Takes a few steps in a process of its own and returns what they took.
+    """Takes a few steps in a separate process and returns their memory and time.
 
     with_data: on the data that `config` names, else on random tokens of max_length.
     Raises what a run raises before and in its first steps.
@@ -76,11 +76,11 @@ def measure_steps(config: TrainConfig, *, with_data: bool) -> StepsMeasured:
         process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if process.returncode == 0:
             return StepsMeasured(**json.loads((folder / RESULT).read_text()))
-        raise error_of(folder, process.returncode, process.stderr, "the rehearsal")
+        raise error_of(folder, process.returncode, process.stderr, "the measurement")
 
 
 def main(folder: Path) -> int:
-    """Runs in the process of its own."""
+    """The separate process."""
     spec = json.loads((folder / SPEC).read_text())
     try:
         measured = take_steps(TrainConfig(**spec["settings"]), folder, with_data=spec["with_data"])
@@ -92,7 +92,7 @@ def main(folder: Path) -> int:
 
 
 def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMeasured:
-    """Sets a run up and takes steps of it. On a CPU the peak is that of this process."""
+    """Sets up a run and takes a few of its steps. On a CPU the peak is that of this process."""
     started = time.perf_counter()
     from tailora.train.dataloader import MicroBatch, random_data, read_data  # torch from here on
     from tailora.train.memory import explain_out_of_memory, peak_bytes
@@ -102,7 +102,7 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
     trainer = Trainer(config, read=read_data if with_data else random_data)
     with ExitStack() as stack:
         trainer.setup(stack)
-        stack.enter_context(explain_out_of_memory("rehearsing", trainer.memory_remedies))
+        stack.enter_context(explain_out_of_memory("measuring steps", trainer.memory_remedies))
         stack.enter_context(trainer.use_kernels())
         largest = [MicroBatch(trainer.data.largest)]
         start_seconds = time.perf_counter() - started

@@ -31,7 +31,7 @@ class FullModel(nn.Module):
     """A base model, all of whose weights are trained. Calls, `generate` and other attributes are the base model's.
 
     trained: float32 masters by name, with / for the dots; of a float32 base, its own parameters.
-    load_original: loads the base again, to compare with.
+    load_original: loads the base again, for comparison.
     """
 
     base_model: nn.Module
@@ -75,7 +75,7 @@ class FullModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block the weights are those before training, loaded again; named as `LoRAModel`'s method."""
+        """Within the block the weights are those before training, loaded again. Named like `LoRAModel`'s method."""
         original = dict(self._load_original().to(next(iter(self._weights.values())).device).named_parameters())
 
         def exchange() -> None:
@@ -144,7 +144,7 @@ def rank_allocator(model: Trainable, optimizer: torch.optim.Optimizer, steps: in
 
 
 def sync_parameters(model: Trainable) -> None:
-    """Copies changed parameters to where the model computes with them: of full fine-tuning, masters into weights."""
+    """Copies changed masters into the weights that the model computes with, in full fine-tuning."""
     if isinstance(model, FullModel):
         model.sync_parameters()
 

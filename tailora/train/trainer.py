@@ -7,10 +7,10 @@
     finish    best adapter -> write it, read it back -> run.json
 
 The loss of a step is the summed loss of all micro-batches and ranks, divided by the number of supervised tokens. DDP
-averages gradients over ranks, so every rank multiplies its loss by their number.
+averages gradients over ranks, so every rank multiplies its loss by the number of ranks.
 
-A run that continues from a checkpoint gives the same bits as an uninterrupted one, on a CPU. On a GPU the backward of
-attention adds gradients in no fixed order.
+On a CPU, a resumed run gives bitwise the same result as an uninterrupted one. On a GPU the backward of attention
+adds gradients in no fixed order.
 """
 
 import math
@@ -50,7 +50,7 @@ from tailora.train.random_state import random_state, seed_all, seeded
 from tailora.train.trainable import Trainable, sync_parameters, trained_module
 
 OnReady = Callable[[Trainable, PreTrainedTokenizerBase, PreparedData | None], None]
-LIGHTER = (
+LOADING_REMEDIES = (
     "what helps: --quantize nf4 (a quarter of bfloat16's bytes), --dtype bfloat16 (half the bytes of float32), "
     "a smaller --model, closing other programs"
 )
@@ -151,7 +151,7 @@ class Trainer:
         stack.enter_context(run_log.lock(self.output_dir) if accelerator.is_main_process else nullcontext())
         stack.enter_context(seeded(config.seed))
 
-        with explain_out_of_memory("loading", lambda: LIGHTER):
+        with explain_out_of_memory("loading", lambda: LOADING_REMEDIES):
             self.base, self.tokenizer = load_base(config.model, config.dtype, device.type, config.quantize)
             embedding_rows = self.base.get_input_embeddings().weight.shape[0]
             data = self.read(config, embedding_rows, self.tokenizer, accelerator)
@@ -185,7 +185,7 @@ class Trainer:
         if saved is not None:
             checkpoint.check_same_run(saved.state["run"], self.identity)
         self.optimizer = adamw(self.buffers)
-        seed_all(config.seed + rank)  # each rank draws dropout masks of its own
+        seed_all(config.seed + rank)  # each rank draws its own dropout masks
         self.allocator = trainable.rank_allocator(self.model, self.optimizer, data.max_steps)
         self.state = TrainState()
         if saved is not None:
@@ -241,9 +241,13 @@ class Trainer:
 
     def sum_over_ranks(self, batches: Sequence[MicroBatch], stop_event: ThreadingEvent) -> tuple[int, int, bool]:
         """Returns tokens and supervised tokens of the step over all ranks, and whether any rank was asked to stop."""
-        own = [sum(batch.tokens for batch in batches), sum(batch.supervised for batch in batches), stop_event.is_set()]
+        values = [
+            sum(batch.tokens for batch in batches),
+            sum(batch.supervised for batch in batches),
+            stop_event.is_set(),
+        ]
         tokens, supervised, stops = self.accelerator.reduce(
-            torch.tensor(own, dtype=torch.int64, device=self.accelerator.device), reduction="sum"
+            torch.tensor(values, dtype=torch.int64, device=self.accelerator.device), reduction="sum"
         ).tolist()
         return tokens, supervised, stops > 0
 
@@ -324,13 +328,13 @@ class Trainer:
         if held_out is None or len(held_out) == 0:
             return None
         started = time.perf_counter()
-        own = np.arange(accelerator.process_index, len(held_out), accelerator.num_processes)
+        share = np.arange(accelerator.process_index, len(held_out), accelerator.num_processes)
         wide = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
         sums = torch.zeros(len(held_out), dtype=wide, device=accelerator.device)
-        if len(own):
+        if len(share):
             budget = self.data.largest_size.tokens
-            part = evaluate(self.model, held_out.select(own), layout=self.layout, token_budget=budget)
-            sums[torch.from_numpy(own).to(sums.device)] = torch.from_numpy(part.sums).to(sums)
+            part = evaluate(self.model, held_out.select(share), layout=self.layout, token_budget=budget)
+            sums[torch.from_numpy(share).to(sums.device)] = torch.from_numpy(part.sums).to(sums)
         joined = accelerator.reduce(sums, reduction="sum").cpu().double().numpy()
         evaluation = Evaluation(joined, held_out.supervised.astype(np.int64))
         self.state.history.append((self.state.step, evaluation.loss))
@@ -374,7 +378,7 @@ class Trainer:
         if not all(bool(buffer.parameter.isfinite().all()) for buffer in self.buffers):
             raise self.diverged(f"in step {self.state.step}: it left weights that are not finite")
         if self.is_out_of_patience():
-            self.report(events.Note(f"stopped early: {self.state.since_best} evaluations in a row without gain"))
+            self.report(events.Note(f"stopped early: {self.state.since_best} evaluations in a row without improvement"))
         best = self.state.best
         if best is None:
             return self.check_finite(self.held_out_loss(may_be_kept=False))
@@ -453,12 +457,12 @@ class Trainer:
                 buffer.parameter.detach().copy_(copy)
             sync_parameters(self.model)
         folder = trainable.folder_of(self.model, self.output_dir)
-        kept = f"{folder} keeps the best adapter so far"
+        saved = f"{folder} keeps the best adapter so far"
         if not folder.exists():
-            kept = f"{folder} keeps the last weights with a finite loss"
+            saved = f"{folder} keeps the last weights with a finite loss"
             if self.accelerator.is_main_process:
                 trainable.save(self.model, self.output_dir)
-        return DivergedError(f"training diverged {cause}. {kept}; {REMEDIES}")
+        return DivergedError(f"training diverged {cause}. {saved}; {REMEDIES}")
 
 
 def accumulate_gradients(

@@ -88,7 +88,7 @@ def test_a_few_real_steps_say_what_they_took(small_run: TrainConfig) -> None:
     assert "measured" not in estimated.basis["memory"]
 
 
-def test_a_rehearsal_tells_what_its_process_ran_into(
+def test_an_error_of_the_measuring_process_is_raised(
     small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:

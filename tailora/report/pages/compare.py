@@ -43,7 +43,7 @@ def compare_page(comparison: Comparison) -> Page:
         ),
         Section(
             "Learning rates tried",
-            "The comparison is fair because every arm has its own best learning rate. Losses are those of the half of "
+            "A comparison is fair only if every arm has its own best learning rate. Losses are those of the half of "
             "the held-out examples that chooses it.",
             _rates(comparison.arms),
         ),
