@@ -1,6 +1,6 @@
 """Answers of a model: prompts as token ids, one decoding for every model, streamed replies, comparisons with the base.
 
-The order is that of the work: what is asked becomes token ids, `generation_arguments` adds how to decode them, and
+The parts follow in this order: a question becomes token ids, `generation_arguments` adds how to decode them, and
 `stream_reply` or `compare_answers` runs the model.
 """
 
@@ -121,8 +121,8 @@ def free_positions(model: Any, length: int) -> int:
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Returns the end tokens of the model and the tokenizer, and the one that ends a reply in training."""
-    own = model.generation_config.eos_token_id
-    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    end = model.generation_config.eos_token_id
+    ids = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id}
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         with suppress(DataError):  # the template can be chatted with, but not trained on

@@ -35,7 +35,7 @@ class Tasks:
 
 
 def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
-    """Returns the tasks of these names. include_path: a folder with tasks of the user's own.
+    """Returns the tasks of these names. include_path: a folder with the user's own tasks.
 
     Raises ConfigError without the extra `eval` and for unknown names, DataError for data that cannot be read.
     """

@@ -87,9 +87,9 @@ def check_gates(gates: Sequence[Gate], metrics: Sequence[str], *, base: bool) ->
         raise ConfigError(listing(problems))
 
 
-def _unknown_metric(name: str, known: Collection[str]) -> str:
-    there_are = f"; there are: {', '.join(known)}"
-    return f"no metric is called {name!r}{nearest(name, known) or there_are}"
+def _unknown_metric(name: str, names: Collection[str]) -> str:
+    all_names = f"; there are: {', '.join(names)}"
+    return f"no metric is called {name!r}{nearest(name, names) or all_names}"
 
 
 def _full_name(name: str) -> str:

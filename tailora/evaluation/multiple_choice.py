@@ -1,8 +1,8 @@
-"""Multiple choice: which of several replies has the highest log-likelihood, as lm-evaluation-harness asks it.
+"""Multiple choice: which of several replies has the highest log-likelihood, as in lm-evaluation-harness.
 
 log p(reply | prompt) is summed over the reply's own tokens, without the token that ends a turn. `accuracy` takes the
 reply with the highest log-likelihood, `accuracy_norm` the one with the highest log-likelihood per UTF-8 byte, so that
-long replies have a chance (acc and acc_norm there, where acc_norm divides by characters).
+long replies are not at a disadvantage (acc and acc_norm there; acc_norm divides by characters).
 
 The replies to a question can share one forward pass, in which their prompt is computed once (second part of this file).
 """
@@ -102,9 +102,9 @@ def right_is_likeliest(choices: TokenizedChoices, values: Floats) -> NDArray[np.
 #   positions  | 0 .. p-2                  | p-1, p, ...   | p-1, p, ...   |
 #   attends to | what is before it         | the prompt, and what is before it in its own reply
 #
-# The last token of the prompt is repeated, so that every prediction has a position of its own. A reply is given what it
-# is given alone, so log-likelihoods are those of separate rows, with less work: four replies of 8 tokens to a prompt of
-# 100 take 135 tokens instead of 432.
+# The last token of the prompt is repeated, so that every prediction has its own position. A reply attends to the same
+# tokens as in a separate row, so its log-likelihood is the same, with less work: four replies of 8 tokens to a prompt
+# of 100 take 135 tokens instead of 432.
 
 
 MASKED_ATTENTION = ("sdpa", "eager")  # transformers' attention that takes a mask of (queries, keys)
@@ -193,7 +193,7 @@ def reason_against_shared_prompts(
 
 
 def compare_with_separate(model: Trainable, replies: Sequence[Example], form: str, separate: Floats) -> str | None:
-    """Returns why these replies cannot share their prompt; None if their losses are those of `separate` rows."""
+    """Returns why these replies cannot share their prompt; None if their losses equal `separate`."""
     config = cast(Any, model.base_model).config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if window is not None:

@@ -1,7 +1,7 @@
-"""How good a model is on held-out data, and how much of that its adapter brings.
+"""How good a model is on held-out data, and how much its adapter contributes.
 
-`score` reads the data in chunks. The tuned model and the base evaluate each chunk, and of an example only a few numbers
-are kept, so that the size of the data does not matter. `_Evaluator` computes the metrics of a chunk, `_Totals` keeps
+`score` reads the data in chunks. The tuned model and the base evaluate each chunk, and only a few numbers are kept for
+each example, so that data of any size fits. `_Evaluator` computes the metrics of a chunk, `_Totals` keeps
 them, and `_scores` turns the totals into means with intervals. `loss_on_data` is the plain loss, for other commands.
 """
 
@@ -45,7 +45,7 @@ CHUNK = 64  # examples evaluated at a time on a CPU, by one model and then by th
 NEEDS = {"exact_match": "a reply to compare with", "accuracy": "choices", "accuracy_norm": "choices"}
 SHARES = tuple(NEEDS)  # metrics that are shares of right answers
 
-Progress = Callable[[int, int], None]  # done, of how many
+Progress = Callable[[int, int], None]  # number done, total
 Log = Callable[[str], None]
 
 
@@ -152,7 +152,7 @@ def score(
 
     data: whatever training reads, or 'demo'.
     field: columns of the data, key -> column.
-    log: is told what was decided about the computation.
+    log: called with notes on how the scores are computed.
     Raises DataError if the data lacks what a metric needs, ConfigError for an unknown normalization.
     """
     options = options or EvalOptions()
@@ -209,7 +209,7 @@ def choose_metrics(facts: EvalDataReport, metrics: Sequence[str], extra: Sequenc
 
 @dataclass(slots=True)
 class _Totals:
-    """What one model did, example by example."""
+    """The results of one model, example by example."""
 
     sums: list[Any] = field(default_factory=list)  # nats of the learned tokens, an array per chunk
     counts: list[Any] = field(default_factory=list)
@@ -291,8 +291,8 @@ INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character
 def normalizer(names: Sequence[str]) -> Normalize:
     """Returns a function that applies these normalizations. Raises ConfigError for unknown names."""
     if unknown := [name for name in names if name not in NORMALIZE]:
-        known = f"; there are {', '.join(NORMALIZE)}, or none"
-        problems = [f"--normalize {name}: unknown{nearest(name, NORMALIZE) or known}" for name in unknown]
+        choices = f"; there are {', '.join(NORMALIZE)}, or none"
+        problems = [f"--normalize {name}: unknown{nearest(name, NORMALIZE) or choices}" for name in unknown]
         raise ConfigError(listing(problems))
     steps = [step for name, step in NORMALIZE.items() if name in names]
 

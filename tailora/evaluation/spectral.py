@@ -57,8 +57,8 @@ def update_directions(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     Columns of negligible singular values are zero.
     """
     S = spectrum.S
-    kept = ((S.max() * NEGLIGIBLE < S) & (S > 0)).to(S)[:, None]  # (groups, 1, k)
-    return spectrum.U * kept, spectrum.V.mT * kept
+    mask = ((S.max() * NEGLIGIBLE < S) & (S > 0)).to(S)[:, None]  # (groups, 1, k)
+    return spectrum.U * mask, spectrum.V.mT * mask
 
 
 def subspace_overlap(first: Tensor, second: Tensor) -> float:
@@ -102,7 +102,7 @@ def mean_singular_values(S: Tensor) -> Tensor:
 # threshold. In the paper they come with forgetting. The count for a random update says how many there are by chance.
 
 
-LEADING = 10  # vectors that are looked at: k in the paper
+LEADING = 10  # vectors that are compared: k in the paper
 THRESHOLD = 0.5  # epsilon in the paper
 FULL_SIZE, NEAR = 1024, 64  # a larger W is compared by its NEAR leading vectors first
 TINY = 1e-6  # of the largest singular value: left vectors of smaller ones are rounding
@@ -139,9 +139,9 @@ def intruder_counter(
     def count(tuned: Tensor) -> int:
         u = leading_triplets(tuned, min(k, *tuned.shape)).U
         shares = (near.mT @ u).square()  # (NEAR, k)
-        known = (shares >= threshold**2).any(0)
-        intruders = ~known & (1 - shares.sum(0) < threshold**2)
-        undecided = ~known & ~intruders
+        similar = (shares >= threshold**2).any(0)
+        intruders = ~similar & (1 - shares.sum(0) < threshold**2)
+        undecided = ~similar & ~intruders
         if not undecided.any():
             return int(intruders.sum())
         return int(intruders.sum() + (all_cosines()(u[:, undecided]).abs().amax(0) < threshold).sum())
@@ -202,7 +202,7 @@ def _update_of_layer(path: str, layer: LoRALayer, adapter: Adapter, base_model: 
     )
 
 
-# ---- What is reported of an update
+# ---- The report on an update
 
 
 ENERGY = 0.99  # share of the squared singular values that `rank_99` keeps
@@ -293,7 +293,7 @@ def with_energy(reports: Iterable[ModuleReport]) -> list[ModuleReport]:
 
 
 def _compare_with_base(update: Update, norm: float, seed: int, count_intruders: bool) -> dict[str, Any]:
-    """Returns the fields of a report that need the base's weight, or those of them that there are."""
+    """Returns the fields of a report that need the base's weight, as far as they can be computed."""
     if update.weight is None:
         return {}
     W = update.weight().float()

@@ -1,7 +1,7 @@
 """The description of a page: its numbers, tables and figures, once for the browser and for the terminal.
 
 A file of `report/pages` turns a result into a `Page`; `report/html.py` and `report/terminal.py` show it. All text is
-plain text: whoever shows it escapes it.
+plain text, which html.py escapes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +10,7 @@ from typing import Literal
 
 from tailora.report.charts import Canvas
 
-# Where a block is shown. The page has all of them; the terminal has those that are "always" shown, and with --all those
-# of "all", too.
+# Where a block is shown. The page shows all blocks; the terminal shows "always", and with --all also "all".
 Detail = Literal["always", "all", "page"]
 
 
@@ -59,7 +58,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """Shown by pages alone, and drawn when a page is written: a terminal needs no matplotlib.
+    """Shown only on pages, and drawn when a page is written: a terminal needs no matplotlib.
 
     name: unique on the page.    draw: draws it on a canvas.    alt: text for those who do not see it.
     wide: all of the page's width, and drawn a second time for narrow screens; else half of it.
@@ -134,7 +133,7 @@ Block = Table | Figure | HeatMap | Answers | Finding | Paragraph | List | Code
 
 @dataclass(frozen=True)
 class Section:
-    """text: one sentence that says what is to be seen. Blocks of None are left out."""
+    """text: one sentence that says what the blocks show. Blocks of None are left out."""
 
     title: str
     text: str

@@ -1,4 +1,4 @@
-"""What figures are drawn with: their colours, and a canvas, which knows the kinds of chart that several pages have.
+"""The colours of figures, and a canvas with the charts that several pages use.
 
 Widths and heights are in CSS pixels. matplotlib is an optional package, so it is imported where something is drawn.
 """
@@ -28,11 +28,11 @@ VARIABLES |= {colour: f"heat-{i}" for i, colour in enumerate(HEAT)}
 DASHED = (0, (4, 3))
 
 FEW_STEPS = 8  # runs of so many steps get no running mean
-DIFFERENT_VALUES = 4  # of each of two settings, without which there is no surface over them
+DIFFERENT_VALUES = 4  # of each of two settings; with fewer no surface is drawn
 GRID_POINTS = 50
 WIDTH = 1.0  # of a surface's smoothing, in octaves
 NEAR = 0.1  # weight of the nearest point, below which no surface is drawn
-RIDGE = 0.3  # holds down slopes that rest on few points
+RIDGE = 0.3  # ridge penalty on slopes, which few points determine badly
 
 Floats: TypeAlias = NDArray[np.float64]
 Show: TypeAlias = Callable[[float], str]
@@ -80,7 +80,7 @@ class Canvas:
         self.figure.set_size_inches(self.width / 72, height / 72)
 
     def new_axes(self, height: float, x_label: str = "", y_label: str = "", *, whole_numbers: str = "") -> "Axes":
-        """whole_numbers: "x" or "y", the axis that has ticks at whole numbers alone."""
+        """whole_numbers: "x" or "y", the axis that has ticks only at whole numbers."""
         from matplotlib.ticker import MaxNLocator
 
         self.set_height(height)
@@ -173,7 +173,7 @@ class Canvas:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if self.wide else 5))
 
     def bars(self, values: Mapping[str, float], show: Show, *, one_colour: bool = False) -> None:
-        """Bars with their values. one_colour: the names are no series of other figures."""
+        """Bars with their values. one_colour: for names that appear in no other figure."""
         axes = self.new_axes(24 + 30 * len(values))
         colours = [series_colour(0 if one_colour else y) for y in range(len(values))]
         axes.barh(range(len(values)), list(values.values()), height=0.62, color=colours)

@@ -31,7 +31,7 @@ def write_page(folder: Path) -> Path:
 
 
 def write_page_if_possible(folder: Path) -> str:
-    """Writes report.html where the packages for it are installed. Returns a sentence: where it is, or how to get it."""
+    """Writes report.html if the packages for it are installed. Returns where the page is, or how to get it."""
     if all(map(find_spec, PACKAGES)):
         return f"a page with all of it: {write_page(folder)}"
     return f"a page with all of it: pip install 'tailora[study]' && tailora report {shlex.quote(str(folder))}"
@@ -50,7 +50,7 @@ def read_page(folder: Path) -> Page:
 
 
 def page_of(content: Any, path: Path | str) -> Page:
-    """The page of what a report.json holds. Raises FormatError, which names `path`, for what is no report."""
+    """The page of what a report.json holds. Raises FormatError, which names `path`, if it is not a report."""
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
         kind = content.get("kind") if isinstance(content, dict) else type(content).__name__
         raise FormatError(f"{path} is of kind {kind!r}; known are {', '.join(KINDS)}")

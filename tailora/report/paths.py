@@ -50,8 +50,8 @@ def by_depth(modules: Sequence[Module], layers: int) -> list[tuple[str, str, lis
         groups.setdefault((depth_of(module.path, layers), inner_path(module.path)), []).append(module)
     ordered = sorted(groups.items(), key=lambda item: ["", *DEPTHS].index(item[0][0]))
     return [
-        (layer_range([module.path for module in own]) or depth or NONE, names[own[0].path], own)
-        for (depth, _), own in ordered
+        (layer_range([module.path for module in members]) or depth or NONE, names[members[0].path], members)
+        for (depth, _), members in ordered
     ]
 
 

@@ -1,7 +1,7 @@
 """A matplotlib figure as SVG that fits into a page: its colours are the page's variables, its text is real text.
 
 matplotlib knows no CSS variables, so figures are drawn in placeholder colours, which are replaced afterwards. Ids are
-renamed so that those of two figures do not clash; style sheets and metadata, which would affect the page, are removed.
+renamed so that two figures of a page do not clash; style sheets and metadata, which would affect the page, are removed.
 """
 
 import io
@@ -89,7 +89,7 @@ def _remove_namespaces_and_styles(root: Element) -> None:
 
 
 def _rename_ids(root: Element, name: str, tips: Mapping[str, Sequence[str]]) -> None:
-    """Ids that are referred to get the figure's name in front; the others are removed.
+    """Prefixes ids that are referred to with the figure's name; removes the others.
 
     Adds the tips: a <title> for each mark, which browsers show when it is pointed at.
     """

@@ -1,4 +1,4 @@
-"""A page in the terminal: the blocks that are not for the browser alone, fitted to the terminal's width.
+"""A page in the terminal: all blocks but those for the browser only, fitted to the terminal's width.
 
     title, numbers -> sections -> lead -> notes
 
@@ -89,7 +89,7 @@ def _print_block(console: Console, block: blocks.Block) -> None:
 
 
 def _print(console: Console, text: str, style: str = "") -> None:
-    """A paragraph, broken between words on a terminal and left whole elsewhere."""
+    """A paragraph, broken between words on a terminal and in one line elsewhere."""
     if text:
         text = _spelled(console, text)
         text = _wrapped(text, console.width) if console.is_terminal else text
@@ -128,10 +128,10 @@ def _print_table(console: Console, table: blocks.Table, *, lines_between_rows: b
     columns = _narrowed(_with_intervals_below(columns), table.rest, console.width)
     widths = _widths(columns, console.width)
     rows = zip(*(cells for _, cells in columns), strict=True)
-    if widths is None:  # too wide by any means: its rows below each other, with a line for every value
-        for first, *others in rows:
+    if widths is None:  # too wide: the rows below each other, with a line for every value
+        for first, *rest in rows:
             _print(console, first, style="bold")
-            for (column, _), cell in zip(columns[1:], others, strict=True):
+            for (column, _), cell in zip(columns[1:], rest, strict=True):
                 if cell:
                     _print(console, f"  {column.name}: {cell}".replace("\n", " / "))
     else:
@@ -183,12 +183,12 @@ def _narrowed(columns: Columns, rest: str, width: int) -> Columns:
 
 
 def _widths(columns: Columns, width: int) -> list[int] | None:
-    """Of the columns, so that the table fits and no word is broken; None if that cannot be."""
+    """Returns widths with which the table fits and no word is broken; None if there are none."""
     texts = [[column.name, *cells] for column, cells in columns]
     widths = [max(cell_len(line) for cell in column for line in (cell.splitlines() or [""])) for column in texts]
     narrowest = [
-        natural if column.numeric else max(cell_len(part.rstrip()) for cell in own for part in _parts(cell) or [""])
-        for (column, _), own, natural in zip(columns, texts, widths, strict=True)
+        natural if column.numeric else max(cell_len(part.rstrip()) for cell in cells for part in _parts(cell) or [""])
+        for (column, _), cells, natural in zip(columns, texts, widths, strict=True)
     ]
     available = width - GAP * (len(columns) - 1)
     if sum(narrowest) > available:

@@ -1,11 +1,11 @@
-"""How many steps a trial of a search has, so that enough trials, and the runs that judge, fit into the time there is.
+"""How many steps a trial of a search has, so that enough trials, and the judging runs, fit into the time limit.
 
     measure_costs    a few steps -> Costs
     budget_for       Costs, time, number of trials -> Budget
 
 A trial of S steps takes  fixed + S step + 3 evaluations;  a judging run takes  fixed + S step + one evaluation of twice
-as many examples. What the base has on them is known from the first steps. Successive halving ends half of the trials at
-a third of their steps, and half of the rest at two thirds, so a trial makes about 7/12 of its steps.
+as many examples. The base's losses are known from the first steps. Successive halving ends half of the trials at
+a third of their steps, and half of the rest at two thirds, so a trial takes about 7/12 of its steps.
 """
 
 import math
@@ -20,11 +20,11 @@ from tailora.train.config import TrainConfig
 
 RUNGS = 3  # evaluations of a whole trial, at equal distances; halving at the first and the second
 TIMING_STEPS = 4
-TIMING_RATE = 1e-6  # that hardly trains anything, and so cannot diverge
+TIMING_RATE = 1e-6  # hardly trains anything, and so cannot diverge
 FEWEST_STEPS = 9  # 3 at the first rung
-MOST_TRIALS, FEWEST_TRIALS = 16, 6  # where the time decides
-SAFETY = 0.9  # share of the time that is planned for: a few steps are a short measurement
-SHARE = 7 / 12  # of its steps that a trial makes
+MOST_TRIALS, FEWEST_TRIALS = 16, 6  # if the time limit decides
+SAFETY = 0.9  # share of the time that is planned, since a few steps measure it roughly
+SHARE = 7 / 12  # of its steps that a trial takes on average
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def measure_costs(session: StudySession, spec: TrialSpec, path: Path) -> tuple[C
 
 
 def costs_of(trial: Trial, seconds: float, *, choosing: bool) -> Costs:
-    """seconds: that the trial took just now; nearly none for a trial that was made before.
+    """seconds: that the trial took just now; nearly 0 if it was read from its folder.
     choosing: whether it evaluated the choosing half of the held-out examples only.
     """
     forgetting, writing = (trial.numbers.get(f"{part}_seconds", 0.0) for part in ("forgetting", "writing"))
@@ -88,7 +88,7 @@ def costs_of(trial: Trial, seconds: float, *, choosing: bool) -> Costs:
     return Costs(
         fixed=total - sum(trial.step_seconds) - sum(trial.evaluation_seconds) - forgetting - writing,
         step=median(trial.step_seconds),
-        evaluation=min(trial.evaluation_seconds) / (1 if choosing else 2),  # not one that something held up
+        evaluation=min(trial.evaluation_seconds) / (1 if choosing else 2),  # the fastest, which nothing delayed
         forgetting=forgetting,
     )
 
@@ -102,7 +102,7 @@ def longest_run(train: TrainConfig, examples: int | None) -> int:
 
 
 def budget_for(costs: Costs, longest: int, seconds: float, trials: int | None, judging_runs: int) -> Budget:
-    """seconds: that are left, or infinite.    trials: how many are wanted; None for as many as fit.
+    """seconds: the time left, or infinite.    trials: how many are wanted; None for as many as fit.
 
     Raises ConfigError for too little time.
     """

@@ -4,9 +4,9 @@
     for each arm its own learning rate            judged on the choosing half of the held-out examples
     for each arm and seed a run at that rate      judged on the other half -> differences, verdict
 
-An arm whose rate was not searched is no control, so every arm gets as many tries. The halves keep apart what chose
-the rate and what judges it, and the runs that judge have other seeds than those that chose. Interrupted, the same call
-goes on; finished runs are read from their folders.
+A comparison is fair only if every arm has its own best learning rate, so every arm gets the same number of tries. The
+examples and seeds that judge an arm are not those that chose its rate. The same call resumes an interrupted comparison;
+finished runs are read from their folders.
 """
 
 import json
@@ -58,11 +58,11 @@ def compare(
         "train": train.model_dump(mode="json", exclude={"output_dir"}),
         "compare": study.model_dump(mode="json"),
     }
-    if given := sorted(name for name in AT_THE_END if getattr(train, name)):
-        raise ConfigError(f"a comparison judges every run at its end: leave {' and '.join(given)} out")
+    if names := sorted(name for name in AT_THE_END if getattr(train, name)):
+        raise ConfigError(f"a comparison judges every run at its end: leave {' and '.join(names)} out")
     for arm in study.arms:
-        arm_settings(train, study, arm, learning_rate=study.first_rate(arm))  # raises for what contradicts itself
-    begun = any((folder / RUNS).glob(f"*/[!p]*/{RESULT}"))  # but for the timing runs
+        arm_settings(train, study, arm, learning_rate=study.first_rate(arm))  # raises ConfigError for contradictions
+    begun = any((folder / RUNS).glob(f"*/[!p]*/{RESULT}"))  # without the timing runs
     open_folder(folder, STUDY, settings, "comparison", begun=begun, discard=[RUNS, PLAN], identity=_identity)
     with locked(folder, busy=f"another comparison is writing to {folder} now; give another --output-dir"):
         session = StudySession(folder, study.minutes, log, progress, run_trial)
@@ -72,10 +72,10 @@ def compare(
 
 
 def _identity(settings: Settings) -> Settings:
-    """What makes two comparisons different: with minutes the steps are planned, without they are the settings'."""
+    """What makes two comparisons different. With minutes the steps are planned."""
     study = settings["compare"]
-    kept = {name: value for name, value in study.items() if name not in LATER}
-    return {**settings, "compare": {**kept, "planned": study["minutes"] is not None}}
+    fixed = {name: value for name, value in study.items() if name not in LATER}
+    return {**settings, "compare": {**fixed, "planned": study["minutes"] is not None}}
 
 
 class _Comparison:
@@ -104,7 +104,7 @@ class _Comparison:
         return self.folder / RUNS / arm / name
 
     def _trial(self, arm: str, name: str, *, judging: bool, **fixed: Any) -> Trial:
-        """The run of this name, made now unless it was before. judging: on all held-out examples, with forgetting."""
+        """Reads the run of this name, or runs it. judging: on all held-out examples, with forgetting."""
         choosing, steps = not judging, {"max_steps": self.steps} if self.steps else {}
         spec = TrialSpec(
             arm_settings(self.train, self.study, arm, **{**steps, **fixed}),
@@ -151,7 +151,7 @@ class _Comparison:
             raise ConfigError(f"no arm can be trained: {TIMING_STEPS} steps of each failed; see {self.folder / RUNS}")
         costs = {arm: asdict(costs) for arm, costs in self.costs.items()}
         plan = session.plan(lambda: {"max_steps": self._steps_that_fit(minutes, longest), "costs": costs})
-        if "costs" in plan:  # measured in new processes, with all that such a process does
+        if "costs" in plan:  # of new processes, so that start-up is included
             self.costs = {arm: Costs(**costs) for arm, costs in plan["costs"].items()}
         self.steps = plan["max_steps"]
         session.log(f"{self.steps} steps in each run, planned to fit into the minutes")
@@ -176,11 +176,11 @@ class _Comparison:
     # ---- Which learning rate
 
     def _search_rates(self) -> dict[str, LearningRateSearch]:
-        """The arms take turns, so that each has had as many tries when the time is up."""
+        """The arms take turns, so that all have had equally many tries when the time is up."""
         searches = {
             arm: LearningRateSearch(self.study.first_rate(arm), self.study.rate_tries) for arm in self.study.arms
         }
-        while rates := {arm: rate for arm, own in searches.items() if (rate := own.next_rate()) is not None}:
+        while rates := {arm: rate for arm, search in searches.items() if (rate := search.next_rate()) is not None}:
             names = {arm: f"rate-{rate:.3g}" for arm, rate in rates.items()}
             missing = self._missing(names)
             needed = sum(costs.trial(self.steps, evaluations=1) for costs in missing)

@@ -11,14 +11,17 @@ from tailora.study.search_space import read_space
 from tailora.train.config import TrainConfig
 
 LORA, FULL = "lora", "full"
-AT_THE_END = {"eval_steps", "early_stopping_patience"}  # would choose a step by the examples that judge
+AT_THE_END = {"eval_steps", "early_stopping_patience"}  # these would choose a step by the examples that judge
 SHARED_BY_ARMS = AT_THE_END | {
     *("model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "max_steps"),
     *("num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps", "streaming"),
 }
 OF_ADAPTERS = {*LoRAConfig.model_fields, *AdaLoRA.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
 TRIALS = 20
-FIRST_RATES = {LORA: 5e-4, FULL: 5e-5}  # of the search for a learning rate: full fine-tuning wants about a tenth
+FIRST_RATES = {
+    LORA: 5e-4,
+    FULL: 5e-5,
+}  # where the search for a learning rate starts: full fine-tuning needs about a tenth
 
 
 def trial_settings(
@@ -26,7 +29,7 @@ def trial_settings(
 ) -> dict[str, Any]:
     """Settings of one run of a study, without its output_dir: those of `train` with changes.
 
-    leave_out: settings of `train` that the run does not take.    fixed: settings that stand above the changes.
+    leave_out: settings of `train` that the run does not take.    fixed: settings that override the changes.
 
     Raises ConfigError where they contradict each other.
     """
@@ -46,7 +49,9 @@ class CompareConfig(StrictModel):
     seeds: int = Field(3, ge=1, le=100, description="runs of each arm at its best learning rate")
     rate_tries: int = Field(5, ge=1, le=50, description="runs of each arm to find its best learning rate")
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time limit for the whole study")
-    margin: float = Field(0.02, gt=0, allow_inf_nan=False, description="nats per token that do not matter")
+    margin: float = Field(
+        0.02, gt=0, allow_inf_nan=False, description="differences below this, in nats per token, do not matter"
+    )
     forgetting_data: str | None = Field(None, description="texts not about the task; default: the base model's")
 
     @model_validator(mode="after")
@@ -91,7 +96,9 @@ class SearchConfig(StrictModel):
     )
     seeds: int = Field(3, ge=1, le=100, description="runs of each finalist")
     finalists: int = Field(3, ge=1, le=20, description="trials compared at the end: the best, and cheaper ones")
-    margin: float = Field(0.02, gt=0, allow_inf_nan=False, description="nats per token that do not matter")
+    margin: float = Field(
+        0.02, gt=0, allow_inf_nan=False, description="differences below this, in nats per token, do not matter"
+    )
     storage: str | None = Field(
         None, description="database of the search, to share it between machines: postgresql://... or sqlite:///..."
     )
@@ -104,5 +111,5 @@ class SearchConfig(StrictModel):
 
     @property
     def trial_count(self) -> int | None:
-        """None where the time decides."""
+        """None if the time limit decides."""
         return self.trials if self.trials is not None or self.minutes is not None else TRIALS

@@ -4,7 +4,7 @@
       inspect_model             in a model: also relative norms and intruder dimensions
         _measure_on_data          with data: losses without the lower half of the singular values, forgetting
       adapter_overlap           beside a second adapter: do both change the same directions?
-    study/advice.py           what the numbers advise
+    study/advice.py           turns the numbers into advice
 
 The results are the data classes of `study/inspection.py`. Nothing is trained, and the adapter is not changed.
 """
@@ -46,7 +46,7 @@ from tailora.train.model_loading import load_base
 
 NAME, OTHER = "default", "other"  # of the two adapters in a model that is loaded for them
 RECORDED = ("model", "data", "learning_rate", "num_train_epochs", "max_steps", "seed")
-STRENGTHS = (0.75, 0.5, 0.25)  # tried where the adapter forgets much
+STRENGTHS = (0.75, 0.5, 0.25)  # tried if the adapter forgets much
 
 Log = Callable[[str], None]
 Progress = Callable[[int, int], None]  # module, of modules
@@ -55,7 +55,7 @@ Evaluate = Callable[[], Evaluation]  # the held-out losses of a model as it is n
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """What else is measured where there is a model. Paths and names are those of the command line.
+    """What is measured with a model, in addition. Paths and names are those of the command line.
 
     data: held-out data, or 'demo'.    field, max_length: as in training.
     forgetting_data: texts of other tasks; by default texts that the base itself writes.
@@ -204,7 +204,7 @@ def inspect_model(
 def _measure_on_data(
     inspection: Inspection, model: LoRAModel, name: str, options: InspectOptions, tokenizer: Any, log: Log
 ) -> Inspection:
-    """Held-out losses, forgetting, and where much is forgotten both at lower strengths."""
+    """Adds held-out losses and forgetting, and if much is forgotten, both at lower strengths."""
     evaluate, pair = None, inspection.pair
     if options.data is not None:
         settings = {"model": inspection.model or NAME, "data": options.data}
@@ -242,17 +242,17 @@ def _held_out_losses(
     with model.disable_adapter():
         base = evaluate()
     log(f"held-out loss of the base {base.loss:.4f}")
-    whole = evaluate()
-    log(f"with the adapter {whole.loss:.4f}")
-    gain = paired_difference(whole.sums, base.sums, base.counts)
+    tuned = evaluate()
+    log(f"with the adapter {tuned.loss:.4f}")
+    gain = paired_difference(tuned.sums, base.sums, base.counts)
 
     def without_lower_half(group: str, paths: Sequence[str]) -> TruncationCost:
-        # Half of the singular values of each of its groups are kept, rounded up; with a frozen start half of 2r.
-        kept = {path: min(-(-spectra[path].S.shape[1] // 2), adapter.low_rank[path].lora_B.shape[1]) for path in paths}
-        with leading_only(adapter, spectra, kept):
+        # Of each matrix's singular values half are kept, rounded up; of 2r with a frozen initialisation.
+        ranks = {path: min(-(-spectra[path].S.shape[1] // 2), adapter.low_rank[path].lora_B.shape[1]) for path in paths}
+        with leading_only(adapter, spectra, ranks):
             truncated = evaluate()
         log(f"without the lower half of the singular values in {group} {truncated.loss:.4f}")
-        rise = paired_difference(whole.sums, truncated.sums, whole.counts)
+        rise = paired_difference(tuned.sums, truncated.sums, tuned.counts)
         values = sum(spectra[path].S.numel() for path in paths)
         return TruncationCost(
             truncated.loss,
@@ -266,10 +266,10 @@ def _held_out_losses(
     measured = groups if len(groups) > 1 and is_costly(half) else {}
     return HeldOutLosses(
         data,
-        len(whole.counts),
-        int(whole.counts.sum()),
+        len(tuned.counts),
+        int(tuned.counts.sum()),
         base.loss,
-        whole.loss,
+        tuned.loss,
         *_with_ends(gain),
         half=half,
         groups={group: without_lower_half(group, paths) for group, paths in measured.items()},
@@ -277,7 +277,7 @@ def _held_out_losses(
 
 
 def _with_ends(interval: Interval) -> tuple[float, float | None, float | None]:
-    """Its value, low and high end; None for an end that is not a number, as JSON has none."""
+    """Returns value, low and high end; None for an end that is NaN, which JSON lacks."""
     low, high = (None if math.isnan(end) else end for end in interval[1:])
     return interval.value, low, high
 
@@ -285,7 +285,7 @@ def _with_ends(interval: Interval) -> tuple[float, float | None, float | None]:
 def _reduced_strengths(
     model: LoRAModel, name: str, texts: list[list[int]], evaluate: Evaluate | None, log: Log
 ) -> list[ReducedStrength]:
-    """The adapter at each of STRENGTHS times its strength, which it has again afterwards."""
+    """Returns the adapter's losses at each of STRENGTHS times its strength, which is restored afterwards."""
     results, before = [], next(layer.strength.item() for layer in model.adapter(name).low_rank.values())
     try:
         for strength in STRENGTHS:
@@ -304,9 +304,9 @@ def _reduced_strengths(
 
 
 def adapter_overlap(other: str, here: Mapping[str, Update], there: Mapping[str, Update]) -> AdapterOverlap:
-    """other: name of the second adapter, whose updates are `there`.
+    """Returns how much the updates `here` and `there` overlap. other: name of the second adapter, of `there`.
 
-    Raises ConfigError where the same path has different shapes, as in adapters of different models.
+    Raises ConfigError if the same path has different shapes, as in adapters of different models.
     """
     shared = in_order(here.keys() & there.keys())
     shapes = {path: (_shape(here[path]), _shape(there[path])) for path in shared}
@@ -351,7 +351,7 @@ def _module_overlap(here: Update, there: Update) -> ModuleOverlap:
 
 
 def _combined_losses(model: LoRAModel, names: tuple[str, str], evaluate: Evaluate) -> CombinedLosses:
-    """Losses with either adapter and with both; afterwards the adapters that were active are active again."""
+    """Returns the losses of the base, of either adapter and of both; restores the active adapters."""
     active = model.active_adapters
     evaluations: list[Evaluation] = []
     try:

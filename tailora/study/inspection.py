@@ -111,7 +111,7 @@ class AdapterOverlap:
     losses: CombinedLosses | None = None
 
 
-# ---- The whole
+# ---- The inspection
 
 
 @dataclass(frozen=True)

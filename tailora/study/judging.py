@@ -1,9 +1,9 @@
-"""Judges runs on the half of the held-out examples that chose nothing: losses, differences, and how sure they are.
+"""Judges runs on the half of the held-out examples that chose no settings: losses, differences, and their intervals.
 
     choose_finalists     trials of a search -> those worth running again
     judge_arms           runs of a comparison -> Comparison
     judge_finalists      runs of a search -> finalists, the best, the cheapest that is as good
-      _judge               what both have: losses with intervals, differences from a reference, adjusted p values
+      _judge               used by both: losses with intervals, differences from a reference, adjusted p values
 
 `study/verdict.py` puts the result into words.
 """
@@ -23,13 +23,13 @@ from tailora.study.results import ArmResult, Candidate, Comparison, Finalist, Se
 from tailora.study.trial import DONE, Trial, judging_half
 from tailora.study.verdict import compare_verdict, search_verdict
 
-REACH = 2.0  # margins within which a cheaper trial is run again: one seed on half of the examples is inexact
-LEVEL = 0.05  # of p: below it a difference is taken for real
+REACH = 2.0  # a cheaper trial within so many margins is run again, since one seed on half of the examples is inexact
+LEVEL = 0.05  # p-value below which a difference counts as real
 
 
 @dataclass(frozen=True)
 class _Judgement:
-    """Of several sets of runs, by name. differences, p_values: of all but the reference."""
+    """Results of several sets of runs, by name. differences, p_values: of all but the reference."""
 
     losses: dict[Any, Interval]
     differences: dict[Any, Difference]
@@ -39,7 +39,7 @@ class _Judgement:
     seeds: list[int]
 
     def fields(self, name: Any, runs: Sequence[Trial]) -> dict[str, Any]:
-        """Those that ArmResult and Finalist share."""
+        """Returns the fields that ArmResult and Finalist share."""
         loss = self.losses[name]
         return {
             "eval_loss": loss.value,
@@ -53,10 +53,12 @@ class _Judgement:
 
 def _judge(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Judgement:
     """runs: of equally many seeds, all done."""
-    some = runs[reference][0]
-    indices = judging_half(len(some.counts))
-    counts = np.array(some.counts)[indices]
-    nats = {name: np.array([run.sums for run in own])[:, indices] for name, own in runs.items()}  # (seeds, examples)
+    first = runs[reference][0]
+    indices = judging_half(len(first.counts))
+    counts = np.array(first.counts)[indices]
+    nats = {
+        name: np.array([run.sums for run in trials])[:, indices] for name, trials in runs.items()
+    }  # (seeds, examples)
     differences = {
         name: difference_over_seeds(nats[reference], nats[name], counts) for name in runs if name != reference
     }
@@ -65,7 +67,7 @@ def _judge(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Judgement:
         losses={name: interval_over_seeds(values, counts) for name, values in nats.items()},
         differences=differences,
         p_values=dict(zip(differences, adjusted, strict=True)),
-        base_loss=float(np.array(some.before)[indices].sum() / counts.sum()),
+        base_loss=float(np.array(first.before)[indices].sum() / counts.sum()),
         examples=len(indices),
         seeds=[run.numbers["seed"] for run in runs[reference]],
     )
@@ -141,7 +143,7 @@ def judge_arms(
 
 
 def _mean(forgetting: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """Over the seeds; None where it was not measured, or is not finite since the model is broken."""
+    """Returns means over the seeds; None if it was not measured, or is not finite because the model is broken."""
     if not forgetting:
         return None
     means = {key: float(np.mean([values[key] for values in forgetting])) for key in forgetting[0]}
@@ -177,10 +179,10 @@ def choose_finalists(candidates: Sequence[Candidate], margin: float, most: int) 
 
 
 def judge_finalists(
-    chosen: Sequence[Candidate], runs: Mapping[int, Sequence[Trial]], margin: float, **others: Any
+    chosen: Sequence[Candidate], runs: Mapping[int, Sequence[Trial]], margin: float, **fields: Any
 ) -> SearchResult:
     """chosen: the best first.    runs: number -> runs, one for each seed, all done and equally many.
-    others: fields of SearchResult that are known without judging.
+    fields: fields of SearchResult that are known without judging.
     """
     judgement = _judge({candidate.number: runs[candidate.number] for candidate in chosen}, chosen[0].number)
     finalists = [
@@ -198,7 +200,7 @@ def judge_finalists(
     for finalist in finalists[1:]:
         difference = judgement.differences[finalist.number]
         is_worse = difference.value > 0 and judgement.p_values[finalist.number] < LEVEL
-        if difference.high < margin or not is_worse:  # shown to lose less than the margin, or not shown to be worse
+        if difference.high < margin or not is_worse:  # worse by less than the margin, or not shown to be worse
             good.append(finalist)
     cheapest = min(good, key=lambda finalist: finalist.trainable_parameters)
     return SearchResult(
@@ -209,5 +211,5 @@ def judge_finalists(
         base_loss=judgement.base_loss,
         seeds=judgement.seeds,
         judged_examples=judgement.examples,
-        **others,
+        **fields,
     )

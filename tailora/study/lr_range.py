@@ -26,8 +26,8 @@ STUDY, KIND = "search.json", "learning-rates"
 LOWEST, HIGHEST = 1e-6, 1.0
 STEPS, EVAL_STEPS = 120, 3  # 20 steps per decade
 FEWEST_STEPS = 30
-FALLEN, LOST = 0.05, 0.25  # shares of the whole gain: where the loss begins to fall, and where so much is lost again
-LEAST_GAIN = 0.005  # nats per token: a smaller gain is none
+FALLEN, LOST = 0.05, 0.25  # shares of the gain: reached where the loss begins to fall, lost where it has risen again
+LEAST_GAIN = 0.005  # nats per token; a smaller gain counts as none
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RateRange:
     """Useful learning rates of this model, data, batch size and adapter.
 
     suggestion: the rate of the lowest loss.    low: where the loss begins to fall.
-    high: where it has risen again, or the last rate that was tried.
+    high: where the loss has risen again, or the last rate that was tried.
     gain: by how much the loss fell, in nats per token.    curve: (rate, held-out loss after its step).
     """
 
@@ -70,9 +70,9 @@ def find_range(
     progress: Progress | None = None,
     run_trial: RunTrial = run_in_subprocess,
 ) -> RateRange:
-    """Makes the run in `train.output_dir`, unless it was made before.
+    """Finds the range by a run in `train.output_dir`, unless it was done before.
 
-    Raises ConfigError, also where no rate lowers the loss; whatever else a run raises.
+    Raises ConfigError, also if no rate lowers the loss, and whatever else a run raises.
     """
     if "learning_rate" in train.model_fields_set:
         raise ConfigError("--lr-only finds the learning rate: leave out learning_rate")
@@ -86,7 +86,7 @@ def find_range(
     losses: list[float] = []
 
     def stop(event: TrialEvent) -> str | None:
-        """Ends the run when more is lost than was ever gained: what follows is divergence."""
+        """Ends the run when the loss is well above that of the base: what follows is divergence."""
         if not event.held_out:
             return None
         losses.append(event.loss)

@@ -1,6 +1,6 @@
 """Where in a model a layer is: early, middle or late; attention or MLP. And settings that name groups of layers.
 
-Everything is read off the paths of the layers, so it needs no model: `block_of` is the one definition of "attention"
+All of this follows from the paths of the layers and needs no model: `block_of` is the one definition of "attention"
 and "MLP". Only `target_groups` looks at a model.
 """
 
@@ -69,8 +69,8 @@ def by_group(paths: Sequence[str], layers: int) -> dict[str, list[str]]:
     for path in in_order(paths):
         groups[group_of(path, layers)].append(path)
     order = [f"{depth} {block}" for depth in DEPTHS for block in (ATTENTION, MLP, OTHER)]
-    known = [name for name in order if name in groups]
-    return {name: groups[name] for name in [*known, *(name for name in groups if name not in known)]}
+    ordered = [name for name in order if name in groups]
+    return {name: groups[name] for name in [*ordered, *(name for name in groups if name not in ordered)]}
 
 
 def layer_range(paths: Sequence[str]) -> str:
@@ -93,7 +93,7 @@ def rank_pattern(ranks: Mapping[str, int], paths: Sequence[str]) -> dict[str, in
     """
     pattern: dict[str, int] = {}
     for r in dict.fromkeys(ranks.values()):
-        for expression, matched in _expressions([path for path, own in ranks.items() if own == r]).items():
+        for expression, matched in _expressions([path for path, rank in ranks.items() if rank == r]).items():
             if all(pattern_matches(expression, path) == (path in matched) for path in {*paths, *matched}):
                 pattern[expression] = r
             else:
@@ -143,9 +143,9 @@ def target_groups(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def shortest_names(paths: Collection[str], others: Collection[str]) -> list[str]:
-    """The shortest ends of the paths that no path of `others` has."""
-    taken = {end for path in others for end in _ends(path)}
+def shortest_names(paths: Collection[str], excluded: Collection[str]) -> list[str]:
+    """The shortest ends of the paths that no path of `excluded` has."""
+    taken = {end for path in excluded for end in _ends(path)}
     return list(dict.fromkeys(next((end for end in _ends(path) if end not in taken), path) for path in paths))
 
 

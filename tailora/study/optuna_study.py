@@ -33,7 +33,7 @@ from tailora.study.search_space import Axis, Range
 
 DATABASE, JOURNAL = "study.db", "journal.log"  # JOURNAL: of earlier versions
 OUTCOME, RETRIED = "outcome", "again"  # user attributes of a trial; RETRIED: of earlier versions
-HEARTBEAT, GRACE = 10, 60  # seconds between heartbeats, and without one until a worker counts as dead
+HEARTBEAT, GRACE = 10, 60  # seconds between heartbeats, and until a worker without one counts as dead
 RETRIES = 2  # of a trial whose worker dies: it may be the trial that kills it
 LOCKED = 60  # seconds that a worker waits for another one's write to an SQLite file
 CREATIONS = 5  # attempts to create the tables, which fail when two workers do it at once
@@ -54,7 +54,7 @@ def _experimental() -> Iterator[None]:
 
 
 def open_study(folder: Path, url: str | None, settings: Mapping[str, Any]) -> optuna.Study:
-    """Makes or joins the study of these settings. Raises ConfigError for a database that cannot be used.
+    """Creates or joins the study of these settings. Raises ConfigError for a database that cannot be used.
 
     url: of the database; None for a file in the folder.
     """
@@ -139,7 +139,7 @@ def running_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def finished_trials(study: optuna.Study) -> list[Candidate]:
-    """By whichever worker."""
+    """The finished trials of all workers."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     return [Candidate(**trial.user_attrs[OUTCOME]) for trial in trials if OUTCOME in trial.user_attrs]
 
@@ -154,7 +154,7 @@ def retried_number(trial: FrozenTrial) -> int | None:
 
 
 def sampler(seed: int, number: int) -> TPESampler:
-    """Of one trial: its values depend on seed, number and what is known, not on which process asks.
+    """The sampler of one trial: its values depend on seed, number and the earlier trials, not on the process.
 
     Trials that are running count as bad ones (constant liar), so that no two workers try nearly the same.
     """
@@ -182,13 +182,13 @@ def importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
     Trials that were pruned or diverged count as worse than all others.
     """
     states = (TrialState.COMPLETE, TrialState.PRUNED)
-    known = [trial for trial in trials if trial.state in states and trial.params]
-    done = [trial.value for trial in known if trial.state == TrialState.COMPLETE and trial.value is not None]
-    if len(known) < FEWEST or not done:
+    ended = [trial for trial in trials if trial.state in states and trial.params]
+    done = [trial.value for trial in ended if trial.state == TrialState.COMPLETE and trial.value is not None]
+    if len(ended) < FEWEST or not done:
         return {}
     worst = max(done) + 1.0
     study = optuna.create_study()
-    for trial in known:
+    for trial in ended:
         value = trial.value if trial.state == TrialState.COMPLETE else worst
         study.add_trial(create_trial(params=trial.params, distributions=trial.distributions, value=value))
     with _experimental():

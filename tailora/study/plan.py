@@ -1,11 +1,11 @@
 """Plans a run before any training: what would be trained, whether it fits into memory, how long it takes.
 
 plan
-  read_batches        what the steps read: from the data, or examples of max_length tokens
+  read_batches        what the steps read: the data, or examples of max_length tokens
   fake_model          the run's own adapter and kernels on the model without weights -> memory, operations
   trained_groups      what is trained, in groups of like layers; unadapted_groups: what is not, and why
   full_fine_tuning    the same for full fine-tuning of this model
-  measure_steps       with `measure`: a few real steps in a process of their own -> measured memory and time
+  measure_steps       with `measure`: a few real steps in a separate process -> measured memory and time
 """
 
 from collections import defaultdict
@@ -58,7 +58,7 @@ class AdaptedModule:
 class TrainedGroup:
     """Like layers: in `path` a range stands for the number that tells them apart, layers.{0-29}.
 
-    shape: (in, out); of a parameter that is trained in full its own shape, and r and alpha are None.
+    shape: (in, out); the parameter's shape if it is trained in full; then r and alpha are None.
     """
 
     path: str
@@ -142,9 +142,9 @@ def plan(
     output_dir: Path | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """Plans the run of `config`. Where that names no data, every example has max_length tokens, all learned.
+    """Plans the run of `config`. If that names no data, every example has max_length tokens, all learned.
 
-    measure: also take a few real steps, in a process of their own.    memory: bytes to fit into; by default the free.
+    measure: also take a few real steps, in a separate process.    memory: bytes to fit into; by default what is free.
     output_dir: folder for report.json; nothing is written without it.
 
     Raises ConfigError, TargetError, DataError, FormatError; with `measure` whatever a run raises.
@@ -258,25 +258,25 @@ def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Acce
                 "them learned: shorter ones take less"
             ],
         )
-    known = read_data(config, vocabulary, load_tokenizer(config.model), accelerator)
-    if known.prepared is None or config.streaming:
+    data = read_data(config, vocabulary, load_tokenizer(config.model), accelerator)
+    if data.prepared is None or config.streaming:
         return Batches(
-            largest=known.largest,
-            at=lambda count: _largest_part(known.largest, count, step.token_limit),
+            largest=data.largest,
+            at=lambda count: _largest_part(data.largest, count, step.token_limit),
             most=MOST_EXAMPLES,
             tokens=None,
-            steps=known.max_steps,
-            tokens_per_step=float(known.largest_size.tokens * config.gradient_accumulation_steps),
+            steps=data.max_steps,
+            tokens_per_step=float(data.largest_size.tokens * config.gradient_accumulation_steps),
             notes=["the data is streamed: lengths are those of its first batch"],
         )
-    train = known.prepared.train
+    train = data.prepared.train
     tokens_per_step = float(train.lengths.mean()) * min(step.examples_per_step, len(train))
     return Batches(
-        largest=known.largest,
+        largest=data.largest,
         at=lambda count: largest_forward(train, replace(step, batch_size=count)),
         most=len(train),
-        tokens=round(tokens_per_step * known.max_steps),
-        steps=known.max_steps,
+        tokens=round(tokens_per_step * data.max_steps),
+        steps=data.max_steps,
         tokens_per_step=tokens_per_step,
         notes=[],
     )
@@ -306,8 +306,8 @@ def full_fine_tuning(
     available: int,
 ) -> FullFineTuning:
     """The same run with all weights trained. process: bytes that the process holds before its model is loaded."""
-    given = config.model_dump(exclude_unset=True, exclude=OF_ADAPTERS)
-    full = TrainConfig(**{**given, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
+    settings = config.model_dump(exclude_unset=True, exclude=OF_ADAPTERS)
+    full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
     with estimate.fake_model(full, shape, device) as fake:
         step = estimate.simulate_step(fake, batches.largest, checkpointed=full.gradient_checkpointing)
         memory = estimate.estimate_memory(full, fake, step, process)
@@ -361,7 +361,7 @@ def trained_groups(model: LoRAModel) -> list[TrainedGroup]:
 
 
 def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
-    """Of modules with weights of their own that the active adapter neither adapts nor trains."""
+    """Groups the modules with weights that the active adapter neither adapts nor trains."""
     base, config = model.base_model, model.adapters[model.active_adapters[0]]
     modules = dict(base.named_modules())
     paths = [row.path for row in model.summary().rows]
@@ -373,14 +373,14 @@ def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
     groups: dict[tuple[str, str, str], list[tuple[str, int]]] = defaultdict(list)
     seen: set[int] = set()
     for path, module in modules.items():
-        own = list(module.parameters(recurse=False))
-        if not own or any(path == other or path.startswith(f"{other}.") for other in trained):
+        parameters = list(module.parameters(recurse=False))
+        if not parameters or any(path == other or path.startswith(f"{other}.") for other in trained):
             continue
         layer_type = layer_type_of(module)
         if layer_type is None:
             reason = "no low-rank form: not a matrix"
         elif path in excluded:
-            reason = "exclude_modules takes it away"
+            reason = "exclude_modules leaves it out"
         elif path in in_other_layers:
             reason = "its layer is not in layers_to_transform"
         elif config.target_modules != "all-linear":
@@ -389,8 +389,8 @@ def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
             reason = "the output head, which all-linear leaves out: name it to adapt it"
         else:
             reason = "not among target_modules" if layer_type.is_linear else "not linear: name it to adapt it"
-        count = sum(parameter.numel() for parameter in own if id(parameter) not in seen)
-        seen |= {id(parameter) for parameter in own}
+        count = sum(parameter.numel() for parameter in parameters if id(parameter) not in seen)
+        seen |= {id(parameter) for parameter in parameters}
         name = type(module).__name__.removeprefix("Thawing")
         groups[without_layer(path), name, reason + ("" if count else "; tied to another weight")].append((path, count))
     return [

@@ -119,7 +119,7 @@ class SearchResult:
     """best, cheapest: of the finalists, which come with the best first.
     importances: share of each setting in being among the best quarter of the trials (PED-ANOVA); they sum to 1.
     base_loss: before training, on the judging examples.    steps: of a whole trial.
-    seconds: of all trials and runs, by whichever process.    config: path of best.yaml.
+    seconds: of all trials and runs, in all processes.    config: path of best.yaml.
     """
 
     best: Finalist

@@ -5,8 +5,8 @@
                    the choosing half of the held-out examples decides
     finalists      run again with several seeds; the judging half decides -> best, cheapest, verdict
 
-Several workers may do this in one folder, or on several machines with one database. Each takes trials while some are
-missing, then runs of finalists; all end with the same result. Interrupted, the same call goes on.
+Several workers may share one folder, or one database on several machines. Each runs trials while some are missing, then
+finalists; all end with the same result. The same call resumes an interrupted search.
 """
 
 import json
@@ -85,7 +85,7 @@ def search(
 
 
 class _Search:
-    """One worker's part of a search. What others have done is read from the database and the folder."""
+    """One worker's part of a search. The work of other workers is read from the database and the folder."""
 
     def __init__(self, train: TrainConfig, study: SearchConfig, space: dict[str, Axis], session: StudySession) -> None:
         self.train, self.study, self.space, self.session = train, study, space, session
@@ -111,7 +111,7 @@ class _Search:
         return self._judge(settings)
 
     def _spec(self, values: Mapping[str, Any], *, choosing: bool, describe: bool = False, **fixed: Any) -> TrialSpec:
-        """Of a run with these values of the space."""
+        """The spec of a run with these values of the space."""
         changes = search_space.settings_of(values, self.groups, self.train)
         settings = trial_settings(self.train, changes, **{**AT_THE_END, **fixed})
         return TrialSpec(settings, keep=False, choosing=choosing, describe=describe, before=self.base.get(choosing))
@@ -119,7 +119,7 @@ class _Search:
     # ---- How long a trial is
 
     def _plan(self) -> None:
-        """Sets the budget, the groups of layers, and what the base has. Found once for all workers, under the lock."""
+        """Sets the budget, groups of layers and the base's losses, measured once for all workers, under the lock."""
         plan = self.session.plan(self._measure)
         budget, base = TypeAdapter(Budget).validate_python(plan["plan"]), plan.get("base")
         self.budget, self.groups = budget, plan["parts"]
@@ -148,7 +148,7 @@ class _Search:
     # ---- Trials
 
     def _run_trials(self) -> None:
-        """Until enough are finished, by whichever worker, or the time is up."""
+        """Runs trials until all workers have finished enough, or the time is up."""
         wanted = self.study.trial_count
         while True:
             with locked(self.folder) as lock:
@@ -180,7 +180,7 @@ class _Search:
             except UpdateFinishedTrialError:
                 self.failed_meanwhile = True
                 raise
-            except BaseException:  # what is interrupted is tried again when the search goes on
+            except BaseException:  # an interrupted trial is run again when the search resumes
                 optuna_study.retry(self.optuna, self.optuna.get_trials(deepcopy=False)[trial.number])
                 raise
             loss = "no loss" if candidate.eval_loss is None else f"{candidate.eval_loss:.4f}"
@@ -193,10 +193,12 @@ class _Search:
         self.failed_meanwhile = False
         try:
             self.optuna.optimize(objective, n_trials=1)
-        except ValueError:  # by which Optuna refuses the result of a trial that has ended
+        except ValueError:  # Optuna refuses the result of a trial that has ended
             if not self.failed_meanwhile:
                 raise
-            self.session.note("a trial was lost: this process stood still, and another worker took it for dead")
+            self.session.note(
+                "a trial was lost: this process was suspended, and another worker marked its trial as failed"
+            )
 
     def _candidate(self, trial: optuna.Trial) -> Candidate:
         values = optuna_study.suggest(trial, self.axes)
@@ -268,7 +270,7 @@ class _Search:
     def _judging_runs(self, chosen: Sequence[Candidate]) -> dict[int, list[Trial]]:
         """Number of a finalist -> its runs, equally many of all; finalists that failed with a seed are left out."""
         seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # other than the trials'
-        # Runs that are of use together: the first finalists with each seed, then each other with all its seeds.
+        # Each wave is useful only if complete: the first finalists with a seed; then one of the others with all seeds.
         waves = [[(candidate, seed) for candidate in chosen[:RESERVED]] for seed in seeds]
         waves += [[(candidate, seed) for seed in seeds] for candidate in chosen[RESERVED:]]
         runs: dict[int, list[Trial]] = {candidate.number: [] for candidate in chosen}
@@ -310,8 +312,8 @@ class _Search:
     def _write_config(self, name: str, finalist: Finalist) -> None:
         """Writes what `tailora train --config` takes: the run's settings with those of the finalist."""
         path = self.folder / name
-        own = self.train.model_dump(exclude_unset=True, exclude={"resume_from_checkpoint"})
+        base = self.train.model_dump(exclude_unset=True, exclude={"resume_from_checkpoint"})
         changes = search_space.settings_of(finalist.settings, self.groups, self.train)
-        values = {**own, **changes, "output_dir": str(path.with_suffix(""))}
+        values = {**base, **changes, "output_dir": str(path.with_suffix(""))}
         TrainConfig(**values)
         write_file(path, config_text(values).encode())

@@ -5,8 +5,8 @@
 --space lora_dropout=0.1           this value: not searched
 
 read_space      text, lists and numbers -> an axis for each setting
-search_axes     the default space, with what was asked for in its place
-fit_to_model    what this model cannot take is left out
+search_axes     the default space, with the given axes in place of its own
+fit_to_model    leaves out what this model cannot take
 settings_of     values of a trial -> settings of its run
 """
 
@@ -26,7 +26,7 @@ SHARED |= {"max_steps", "num_train_epochs", "samples", "report_to", "resume_from
 SHARED |= {"save_total_limit", "eval_steps", "early_stopping_patience", "adapter", "method", "max_length", "quantize"}
 SHARED |= {"dtype", "packing"}  # which would change the base
 SCALE = "scale"  # alpha/r, in place of alpha
-TARGETS = ("all-linear", "attention", "mlp")  # words; what they mean is read off the model
+TARGETS = ("all-linear", "attention", "mlp")  # words whose meaning depends on the model
 OTHER_NAMES = {**ALIASES, "targets": "target_modules", "lr": "learning_rate", "dropout": "lora_dropout"}
 OF_ADALORA = {"tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
 LINEAR = {"lora_dropout", "weight_decay", "warmup_ratio"}  # may be 0
@@ -125,19 +125,21 @@ def _value(name: str, value: Any) -> Any:
         if not 0 < number < math.inf:
             raise ConfigError(f"a scale of {number:g} is not above 0")
         return number
-    required = {"learning_rate": 1e-4} | ({"target_r": 1} if name in OF_ADALORA else {})  # to be allowed at all
+    required = {"learning_rate": 1e-4} | (
+        {"target_r": 1} if name in OF_ADALORA else {}
+    )  # or TrainConfig would refuse them
     return getattr(TrainConfig(**{**required, name: value}), name)
 
 
 def search_axes(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis]:
-    """The default space, with what was given in its place. A setting of the run that has a value keeps it.
+    """The default space, with the given axes in place of its own. A setting that the run gives keeps its value.
 
     Raises ConfigError where a setting has both a value and an axis, or where nothing is left to search.
     """
     if train.method != "lora":
-        raise ConfigError("a search is of adapters; `tailora compare` finds the learning rate of full fine-tuning")
+        raise ConfigError("a search needs adapters; `tailora compare` finds the learning rate of full fine-tuning")
     fixed = train.model_fields_set
-    default = {"learning_rate": DEFAULT["learning_rate"]} if train.adapter else DEFAULT  # whose rank is what it is
+    default = {"learning_rate": DEFAULT["learning_rate"]} if train.adapter else DEFAULT  # its rank is fixed
     if both := sorted(given.keys() & fixed):
         raise ConfigError(f"{', '.join(both)}: given a value and a space; leave one of them out")
     if SCALE in given and "lora_alpha" in fixed:
@@ -153,16 +155,16 @@ def first_values(space: Mapping[str, Axis], train: TrainConfig) -> dict[str, Any
     """The values that a search begins with: those of the run, or the nearest in the space."""
     values = {}
     for name, axis in space.items():
-        own = train.lora_alpha / train.r if name == SCALE else getattr(train, name)
+        current = train.lora_alpha / train.r if name == SCALE else getattr(train, name)
         if isinstance(axis, Range):
-            values[name] = min(max(own, axis.low), axis.high)
-        elif own in axis:
-            values[name] = own
-        elif isinstance(own, bool) or not isinstance(own, int | float):
+            values[name] = min(max(current, axis.low), axis.high)
+        elif current in axis:
+            values[name] = current
+        elif isinstance(current, bool) or not isinstance(current, int | float):
             values[name] = axis[0]
         else:
             numbers = [value for value in axis if value is not None]
-            values[name] = min(numbers, key=lambda value: abs(value - own))
+            values[name] = min(numbers, key=lambda value: abs(value - current))
     return values
 
 

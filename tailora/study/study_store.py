@@ -1,8 +1,8 @@
-"""What every study has: a folder with its settings, a lock, the time that it may take, and its trials.
+"""What all studies share: a folder with the settings, a lock, a time limit, and the trials.
 
 compare.json or search.json    the settings; a study with other settings is refused
-plan.json                      how long its trials are, found once
-.lock                          held by the process that changes what all processes share
+plan.json                      how long its trials are, measured once
+.lock                          held by a process while it changes shared files
 """
 
 import json
@@ -30,8 +30,8 @@ Settings = Mapping[str, Any]
 
 @contextmanager
 def locked(folder: Path, busy: str | None = None) -> Iterator[BaseFileLock]:
-    """Holds the lock of the folder, which is made if it is not there. Waits for another process that holds it, or
-    with `busy` raises ConfigError with this message.
+    """Holds the lock of the folder, which is created if missing. Waits while another process holds it; with `busy`
+    raises ConfigError with this message instead.
     """
     create_output_folder(folder)
     lock = FileLock(folder / LOCK)
@@ -55,7 +55,7 @@ def open_folder(
     discard: list[str],
     identity: Callable[[Settings], Settings] = lambda settings: settings,
 ) -> None:
-    """Makes the folder of a study, or opens one that has the same settings.
+    """Creates the folder of a study, or opens one with the same settings.
 
     name: of the file with the settings.    study: what the study is called in messages.
     begun: whether there are results; until then the study may be given other settings, and `discard` is deleted.
@@ -83,7 +83,7 @@ def open_folder(
 
 
 class StudySession:
-    """One process's work on a study: the time that is left, what it has to note, and the trials it runs."""
+    """One process's work on a study: the time left, its notes, and the trials that it runs."""
 
     def __init__(
         self, folder: Path, minutes: float | None, log: Log, progress: Progress | None, run_trial: RunTrial
@@ -103,7 +103,7 @@ class StudySession:
         return math.inf if self.minutes is None else self.minutes * 60 - self.seconds
 
     def note(self, text: str) -> None:
-        """Logs what the report is to mention, too; once."""
+        """Logs a text and keeps it for the report, once."""
         if text not in self.notes:
             self.notes.append(text)
             self.log(text)

@@ -1,7 +1,7 @@
 """One training run of a study, and what came out of it.
 
     get_trial             reads the trial of a folder, or runs it and writes it there
-      run_in_subprocess     in a process of its own: its peak memory is its own, and its end ends nothing else
+      run_in_subprocess     in a separate process, whose peak memory is the trial's, and whose crash ends only the trial
         main                  that process
           run_here              trains; calls `listen` with every step and evaluation
 
@@ -51,16 +51,16 @@ def judging_half(count: int) -> Indices:
 def _shuffled(count: int) -> Indices:
     """Always the same for a count."""
     if count < 4:
-        there = "1 held-out example is" if count == 1 else f"{count} held-out examples are"
+        examples = "1 held-out example is" if count == 1 else f"{count} held-out examples are"
         raise ConfigError(
-            f"{there} too few: one half chooses settings, the other half judges. Hold out at least 4, better 100: "
+            f"{examples} too few: one half chooses settings, the other half judges. Hold out at least 4, better 100: "
             "--eval-data FILE, or a larger --validation-split"
         )
     return np.random.default_rng(0).permutation(count)
 
 
 def on_choosing_half(base: BaseLosses | None) -> BaseLosses | None:
-    """Those of the losses on all held-out examples that choose."""
+    """Returns the base's losses on the choosing half, from those on all held-out examples."""
     if base is None:
         return None
     indices = choosing_half(len(base[0]))
@@ -78,7 +78,7 @@ class TrialSpec:
     choosing: evaluate the choosing half of the held-out examples only.
     rising: (low, high) of a learning rate that rises at every step, in place of the schedule.
     describe: also return the model's `target_groups`.
-    before: what the base has on the held-out examples, where another trial has found it.
+    before: the base's losses on the held-out examples, if another trial has computed them.
     texts: file for the texts that the base writes, shared by all trials of a study; the first trial writes it.
     """
 
@@ -110,7 +110,7 @@ class TrialEvent:
 
 @dataclass(frozen=True)
 class Trial:
-    """What came out of a trial. Unless its outcome is `done`, only what its events told is there.
+    """The result of a trial. Unless its outcome is `done`, it has only what its events reported.
 
     outcome: done, diverged, out of memory, or pruned: ended by `listen`.    message: the reason, unless done.
     numbers: of TrainResult; also seed, parts (the model's `target_groups`), examples to train on, and seconds.
@@ -144,7 +144,7 @@ class Trial:
 
     @property
     def base(self) -> BaseLosses | None:
-        """What the base has, for other trials on the same held-out examples. None unless done."""
+        """The base's losses, for other trials on the same held-out examples. None unless done."""
         return (self.before, self.counts) if self.done else None
 
     def loss(self, indices: Indices | None = None) -> float:
@@ -189,7 +189,7 @@ RunTrial = Callable[[TrialSpec, Path, Listen], Trial]
 
 
 def run_in_subprocess(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
-    """Runs the trial of this folder, whose spec.json is there, in a process of its own. Raises what the run raises."""
+    """Runs the trial of this folder, which has its spec.json, in a separate process. Raises what the run raises."""
     log = folder / "log.txt"
     events: list[TrialEvent] = []
     with (
@@ -248,8 +248,8 @@ def get_trial(
 
 def _identity(spec: dict[str, Any]) -> dict[str, Any]:
     """What makes two specs different trials."""
-    own = {name: value for name, value in spec.items() if name not in NOT_SETTINGS}
-    return {**own, "settings": without_removed(own["settings"])}
+    identity = {name: value for name, value in spec.items() if name not in NOT_SETTINGS}
+    return {**identity, "settings": without_removed(identity["settings"])}
 
 
 def main(folder: Path) -> int:
@@ -334,7 +334,7 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
         **result.to_dict(),
         "seed": config.seed,
         "parts": parts,
-        "examples": None if result.data is None else len(result.data.train),  # of a stream that is not known
+        "examples": None if result.data is None else len(result.data.train),  # unknown for a stream
         "truncated": None if result.data is None else result.data.report.truncated,
     }
     files = folder_of(result.model, Path(result.output_dir)).rglob("*")

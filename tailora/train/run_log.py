@@ -39,9 +39,9 @@ def create_run_folder(config: TrainConfig) -> Path:
     checkpoints = [path.name for path in checkpoints_in(output_dir)]
     names = [*(name for name in (ADAPTER, MODEL) if (output_dir / name).exists()), *checkpoints[-1:]]
     if names and not is_resumed_here:
-        resume = " or resume with --resume-from-checkpoint latest," if checkpoints else ""
+        hint = " or resume with --resume-from-checkpoint latest," if checkpoints else ""
         raise ConfigError(
-            f"{output_dir} holds {' and '.join(names)} of an earlier run; give another --output-dir,{resume} or delete it"
+            f"{output_dir} holds {' and '.join(names)} of an earlier run; give another --output-dir,{hint} or delete it"
         )
     return output_dir
 

@@ -131,7 +131,7 @@ def runs_with(apart: dict[int, float], spread: float = 0.001, seeds: int = 3) ->
     [
         ({0: 0.0, 1: 0.005}, 0.001, 3, 1, "Take trial 1: it has 10x fewer .* trial 0.*worse by at most 0.00."),
         ({0: 0.0, 1: -0.1}, 0.001, 3, 1, "Take trial 1.*and is better"),
-        ({0: 0.0, 1: 0.1}, 0.001, 3, 0, "Take trial 0.*smaller ones are worse: .*trial 1 with 10x fewer .*is .0.100"),
+        ({0: 0.0, 1: 0.1}, 0.001, 3, 0, "Take trial 0.*smaller trials are worse: .*trial 1 with 10x fewer .*is .0.100"),
         ({0: 0.0, 1: 0.0}, 0.9, 3, 1, "Cannot tell whether trial 1 or trial 0.*Most of the uncertainty"),
         ({0: 0.0, 1: 0.0}, 0.001, 1, 1, "Cannot tell.*--seeds 3"),
     ],
