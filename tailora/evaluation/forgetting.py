@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tailora.core.attach import evaluating
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import prepare
+from tailora.errors import DataError
 
 SAMPLES, SAMPLE_LENGTH = 16, 64  # texts written by the base, and their tokens
 MANY_TEXTS = 64  # above this number the base's log-probabilities are kept in bfloat16
@@ -63,11 +64,11 @@ def read_texts(source: str, model: Any, tokenizer: Any, *, count: int = 64, leng
 def forgetting(model: Any, texts: Sequence[Sequence[int]]) -> Forgetting:
     """Compares the active adapters, or a model that was trained in full, with the base on these texts (token ids).
 
-    Raises ValueError if no text has two tokens.
+    Raises DataError if no text has two tokens.
     """
     batches = [torch.tensor([list(ids)], device=model.device) for ids in texts if len(ids) > 1]  # (1, length) each
     if not batches:
-        raise ValueError("no text has two tokens")
+        raise DataError("no text has two tokens: give longer texts to measure forgetting on")
     kept_dtype = torch.bfloat16 if len(batches) > MANY_TEXTS else torch.float32
     with torch.no_grad(), evaluating(model):
         with model.disable_adapter():

@@ -78,6 +78,11 @@ class Trainer:
     held_out: number of held-out examples -> indices of those to evaluate; by default all.
     before: the losses of the base model on them, if known; then they are not computed again.
     read: reads the data.
+
+    After `setup`: `base`, `tokenizer`, `data`, `model` (the adapter around the base, or the base trained in full),
+    `layout` (packed or padded batches), `kernels`, `cost` (memory of a forward), `buffers` (all trained parameters),
+    `last_good` (their last values with a finite loss and gradient), `optimizer`, `allocator` (of AdaLoRA), `forward`
+    (the model with its loss, as accelerate prepared it), `identity`, `state` and `metrics`.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ from tiny import chat_model, chat_tokenizer
 from torch.nn import functional as F
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.errors import DataError
 from tailora.evaluation.forgetting import forgetting, sample_texts
 
 
@@ -60,5 +61,5 @@ def test_the_base_writes_the_same_texts_whatever_is_trained(model: LoRAModel) ->
 
 
 def test_texts_of_one_token_say_nothing(model: LoRAModel) -> None:
-    with pytest.raises(ValueError, match="two tokens"):
+    with pytest.raises(DataError, match="two tokens"):
         forgetting(model, [[1], []])
