@@ -87,6 +87,7 @@ def test_shrinking_by_rank_and_by_energy(tiny_model: Path, adapters: Path, capsy
     )
 
 
+@pytest.mark.slow
 def test_shrinking_within_a_loss_budget(adapters: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = adapters / "small"
     budget = ["--max-loss-increase", 0.01, "--data", chats]

@@ -43,6 +43,7 @@ def quiz(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_adapter_is_judged_beside_the_base_that_it_names(
     adapter: Path, tiny_model: Path, chats: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,12 +74,14 @@ def test_the_adapter_is_judged_beside_the_base_that_it_names(
     assert both["metrics"]["loss"]["value"] == pytest.approx(by_hand / tokens, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_without_the_base(adapter: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone = found(capsys, "eval", adapter, "--data", chats, "--no-base")
     assert alone["base"] is alone["change"] is None
     assert alone["metrics"] == found(capsys, "eval", adapter, "--data", chats)["metrics"]
 
 
+@pytest.mark.slow
 def test_choices_bring_accuracy(adapter: Path, quiz: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = found(capsys, "eval", adapter, "--data", quiz)
     assert both["metrics"].keys() == {"accuracy", "accuracy_norm"} == both["change"].keys()
@@ -92,6 +95,7 @@ def test_choices_bring_accuracy(adapter: Path, quiz: Path, capsys: pytest.Captur
     assert "accuracy_norm" in said
 
 
+@pytest.mark.slow
 def test_gates_decide_the_exit_code(adapter: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = ["eval", adapter, "--data", chats]
     code, said, told = run(capsys, *tokens, "--gate", "loss<100,ppl>0", "--gate", "loss_change>=-50")
@@ -109,6 +113,7 @@ def test_gates_decide_the_exit_code(adapter: Path, chats: Path, capsys: pytest.C
     assert "gate NOT MET: loss<0.1" in said
 
 
+@pytest.mark.slow
 def test_exact_match_is_of_the_answer_in_the_data(
     adapter: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

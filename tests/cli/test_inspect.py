@@ -51,6 +51,7 @@ def test_the_table_fits_80_columns_and_says_what_more_there_is(
     assert "‖ΔW‖/‖W‖" in said
 
 
+@pytest.mark.slow
 def test_json_is_one_object_and_the_report_has_the_same(
     adapter: Path, tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

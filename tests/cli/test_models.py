@@ -31,6 +31,7 @@ def test_the_base_is_quantised_as_the_run_did(tmp_path: Path) -> None:
         quantize_method([nf4, plain], None)
 
 
+@pytest.mark.slow
 def test_generate_and_export_take_the_quantization_of_the_run(
     tiny_model: Path, chats: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from tailora.errors import ConfigError
 PARTS = {"weights", "adapters", "gradients", "optimizer", "activations", "logits", "total"}
 
 
+@pytest.mark.slow
 def test_the_line_of_json_has_what_scripts_ask_for(
     tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

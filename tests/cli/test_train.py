@@ -177,6 +177,7 @@ def test_the_demo_goes_on_from_the_checkpoint_that_was_written_last(tmp_path: Pa
     assert latest_demo_folder(demo) == tmp_path / "demo-3"
 
 
+@pytest.mark.slow
 def test_a_demo_asks_its_own_questions_and_goes_on_in_its_folder(
     flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,12 +263,14 @@ def test_what_cannot_be_trained_exits_with_2(
     assert "Traceback" not in shown.err
 
 
+@pytest.mark.slow
 def test_a_diverged_run_exits_with_3(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*line(flags, {"--learning-rate": "1e38", "--max-steps": "8"}), "--json"]) == 3
     error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     assert error["type"] == "DivergedError"
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_with_130_and_the_printed_command_goes_on(
     flags: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

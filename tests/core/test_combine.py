@@ -328,6 +328,7 @@ def test_singular_values_of_a_product_are_those_of_the_dense_matrix() -> None:
     torch.testing.assert_close(product_spectrum(factors).S, dense, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_large_matrix_is_cut_near_the_optimum_and_leaves_the_random_state_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(1, 700, 600, generator=generator) / 30

@@ -230,6 +230,7 @@ def test_an_encoder_sees_the_rows_and_its_decoder_the_beams() -> None:
         assert found[i, : len(alone)].tolist() == alone.tolist()
 
 
+@pytest.mark.slow
 def test_training_two_adapters_in_one_batch_is_training_each_on_its_rows() -> None:
     def train(step: Callable[[LoRAModel, Tensor], Tensor]) -> LoRAModel:
         model = causal_lm().train()
@@ -296,6 +297,7 @@ def test_adapters_on_a_fused_layer_and_on_parts_of_it() -> None:
 # ---- compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [True, False])
 def test_other_names_for_the_rows_compile_nothing_anew(gradients: bool) -> None:
     torch._dynamo.reset()
@@ -316,6 +318,7 @@ def test_other_names_for_the_rows_compile_nothing_anew(gradients: bool) -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 @layer_cases
 def test_every_kind_compiles_and_its_gradients_are_the_same(case: LayerCase) -> None:
     torch._dynamo.reset()

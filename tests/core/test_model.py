@@ -269,6 +269,7 @@ def test_hooks_keep_working() -> None:
     handle.remove()
 
 
+@pytest.mark.slow
 def test_attaching_takes_linear_time_and_adds_one_module_per_layer() -> None:
     def seconds(layers: int) -> float:
         base = nn.Sequential(*[nn.Linear(8, 8) for _ in range(layers)])

@@ -82,6 +82,7 @@ def test_the_right_reply_counts_where_its_value_is_highest(tokenizer: PreTrained
     assert right_is_likeliest(found, -values).tolist() == [False, False, False]
 
 
+@pytest.mark.slow
 def test_a_model_that_was_taught_the_right_replies_picks_them(tiny: Make, tokenizer: PreTrainedTokenizerFast) -> None:
     model = LoRAModel(tiny(), LoRAConfig(r=8)).eval()
     questions = [asked(place, prompt) for place, prompt in enumerate(("hello", "today", "user"))]

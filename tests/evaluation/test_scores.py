@@ -50,6 +50,7 @@ def reference_loss(model: LoRAModel, data: str, tokenizer: PreTrainedTokenizerFa
     return nats / tokens
 
 
+@pytest.mark.slow
 def test_every_metric_is_computed_in_evaluation_mode(
     tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, quiz: str
 ) -> None:
@@ -76,6 +77,7 @@ def test_the_loss_on_data_is_computed_in_evaluation_mode(
     assert evaluate().loss == pytest.approx(reference_loss(tuned, quiz, tokenizer), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_chunks_of_a_stream_give_what_one_batch_gives(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

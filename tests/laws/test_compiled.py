@@ -47,6 +47,7 @@ def gradients(model: nn.Module, call: Callable[[nn.Module], Tensor], parameters:
     return [y.detach(), *torch.autograd.grad((y - 1).square().sum(), parameters)]
 
 
+@pytest.mark.slow
 @pairs_of(CASES, per_slot=1)
 def test_a_step_is_one_graph_forward_and_one_backward_for_adapters_of_equal_shape(case: LayerCase, slot: str) -> None:
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ def matrix(rows: int, columns: int, S: Tensor) -> Tensor:
     return left * S @ right.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
 def test_the_iteration_comes_within_its_bound_of_the_best(decay: float) -> None:
     """||M - Q Q^T M|| against sigma_{k+1}: Halko, Martinsson, Tropp (arXiv:0909.4061), alg. 4.4 and 5.1, cor. 10.10."""

@@ -22,6 +22,7 @@ def not_run(*_: Any) -> Trial:
     raise AssertionError("every trial is there")
 
 
+@pytest.mark.slow
 def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: Path) -> None:
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
     heard: list[str] = []
@@ -62,6 +63,7 @@ def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: 
         compare(train.replaced(r=2), SMALL)
 
 
+@pytest.mark.slow
 def test_minutes_are_planned_once_and_a_comparison_may_be_asked_for_more(
     small_run: TrainConfig, tmp_path: Path
 ) -> None:
@@ -148,6 +150,7 @@ def test_too_few_held_out_examples_are_found_before_any_step(small_run: TrainCon
     assert not heard
 
 
+@pytest.mark.slow
 def test_too_little_time_is_refused_with_what_it_needs(small_run: TrainConfig, tmp_path: Path) -> None:
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
     with pytest.raises(ConfigError, match=r"--minutes 0\.001 were over when r4 had been timed: give more"):

@@ -45,6 +45,7 @@ def test_files_alone_say_ranks_energy_and_scales(tuned: TrainConfig) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_beside_the_base_and_on_data(tuned: TrainConfig) -> None:
     heard: list[str] = []
     counted: list[tuple[int, int]] = []
@@ -81,6 +82,7 @@ def test_beside_the_base_and_on_data(tuned: TrainConfig) -> None:
         assert one.norm == pytest.approx(other.norm, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_forgetting_alone(tuned: TrainConfig) -> None:
     found = inspect(tuned.output_dir, tuned.model, options=InspectOptions(forgetting_data=tuned.data, intruders=False))
     assert found.held_out is None
@@ -207,6 +209,7 @@ def test_what_only_one_adapts_is_listed_and_other_models_are_refused(pair: LoRAM
         adapter_overlap("other", updates(pair, "one"), updates(other, "default"))
 
 
+@pytest.mark.slow
 def test_two_adapters_on_data(tuned: TrainConfig, tmp_path: Path) -> None:
     """The second undoes the first: both together are the base."""
     base = LlamaForCausalLM.from_pretrained(tuned.model)

@@ -17,6 +17,7 @@ from tailora.train.trainer import run
 PARTS = {"weights", "adapters", "gradients", "optimizer", "activations", "logits", "total"}
 
 
+@pytest.mark.slow
 def test_counts_steps_and_forward_are_those_of_the_run(small_run: TrainConfig, tmp_path: Path) -> None:
     planned = plan(small_run)
     headers: list[dict[str, Any]] = []
@@ -34,6 +35,7 @@ def test_counts_steps_and_forward_are_those_of_the_run(small_run: TrainConfig, t
     assert planned.kernels.split(";")[2] == header["kernels"].split(";")[2]
 
 
+@pytest.mark.slow
 def test_a_folder_with_config_json_alone_is_enough(small_run: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((Path(small_run.model) / "config.json").read_text())
     found = plan(TrainConfig(model=str(tmp_path), r=4, max_length=64, max_steps=10)).to_dict()
@@ -53,6 +55,7 @@ def test_what_is_left_alone_has_a_reason(small_run: TrainConfig) -> None:
     assert [each.path for each in found.groups] == ["model.layers.1.self_attn.q_proj"]
 
 
+@pytest.mark.slow
 def test_the_batch_that_fits_grows_with_the_room(small_run: TrainConfig) -> None:
     alone = TrainConfig(**small_run.model_dump(exclude_unset=True, exclude={"data"}), max_length=300)
     one, much = plan(alone, memory=10**6), plan(alone, memory=10**11)
@@ -76,6 +79,7 @@ def test_mistakes_are_told(small_run: TrainConfig, changes: dict[str, Any], erro
         plan(changed(small_run, **changes))
 
 
+@pytest.mark.slow
 def test_a_few_real_steps_say_what_they_took(small_run: TrainConfig) -> None:
     estimated, measured = plan(small_run), plan(small_run, measure=True)
     took = measured.measured
@@ -107,6 +111,7 @@ def test_a_report_is_written_when_asked_for(small_run: TrainConfig, tmp_path: Pa
     assert content["memory"]["total"] == found.memory.total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

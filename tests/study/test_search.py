@@ -65,6 +65,7 @@ def shared(small_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder, results, "\n".join([log.read_text(), *lines])
 
 
+@pytest.mark.slow
 def test_workers_share_trials_and_that_of_a_killed_one_is_run_again(shared: Shared) -> None:
     folder, results, log = shared
     for result in results:
@@ -80,6 +81,7 @@ def test_workers_share_trials_and_that_of_a_killed_one_is_run_again(shared: Shar
     assert log.count("timing 4 steps") == 0  # planned once, by the first
 
 
+@pytest.mark.slow
 def test_a_finished_search_is_read_and_its_yaml_trains(
     shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +103,7 @@ def test_a_finished_search_is_read_and_its_yaml_trains(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["trainable_parameters"] == best["trainable_parameters"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_is_tried_again_when_the_search_goes_on(small_run: TrainConfig, tmp_path: Path) -> None:
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
     study = SearchConfig(trials=2, seeds=1, finalists=1, space={"learning_rate": "1e-3..3e-2"})

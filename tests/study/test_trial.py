@@ -66,6 +66,7 @@ def test_a_process_of_its_own_gives_the_same_as_this_one(plain: Trial, small_run
     assert not (tmp_path / "here" / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_is_known_of_the_base_is_not_computed_again(plain: Trial, small_run: TrainConfig, tmp_path: Path) -> None:
     shared = TrialSpec(settings(small_run), forgetting="", before=plain.base, texts=str(tmp_path / "texts.json"))
     trials = [get_trial(shared, tmp_path / name, run_trial=run_here) for name in ("first", "second")]

@@ -106,6 +106,7 @@ def saved(family: str, text: Path, folder: Path) -> Path:
 CASES = [(way, "Llama") for way in WAYS] + [("--fast off", family) for family in FAMILIES if family != "Llama"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "family"), CASES)
 def test_the_curve_stays_within_a_thousandth(trained: Any, way: str, family: str) -> None:
     curve, other = trained(family), trained(family, **WAYS[way])

@@ -75,11 +75,13 @@ def two_ranks(make_settings: Any, tmp_path_factory: pytest.TempPathFactory) -> T
     return TwoRanks(config, process)
 
 
+@pytest.mark.slow
 def test_two_ranks_add_up_their_gradients_in_the_flat_buffer(two_ranks: TwoRanks) -> None:
     assert two_ranks.process.returncode == 0, two_ranks.process.stderr
     assert [f"gradients of rank {rank} agree" in two_ranks.process.stdout for rank in range(2)] == [True, True]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_adapter_that_one_does(two_ranks: TwoRanks, settings: Any) -> None:
     assert two_ranks.process.returncode == 0, two_ranks.process.stderr
     one, two = settings(gradient_accumulation_steps=2, **SHARED), two_ranks.config
