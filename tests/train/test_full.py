@@ -137,7 +137,7 @@ def test_the_header_says_what_trains(full: Settings) -> None:
     [
         ({"r": 8, "learning_rate": 1e-4}, "leave out r"),
         ({"adapter": "somewhere", "learning_rate": 1e-4}, "leave out adapter"),
-        ({}, "needs a --learning-rate of its own"),
+        ({}, "needs its own --learning-rate"),
     ],
 )
 def test_settings_that_contradict_it_are_refused(changes: dict[str, Any], told: str) -> None:
