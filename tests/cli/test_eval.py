@@ -138,6 +138,7 @@ def test_exact_match_is_of_the_answer_in_the_data(
     assert "The first greedy answers" in shown
 
 
+@pytest.mark.slow
 def test_a_report_is_written_and_only_over_one_of_its_kind(
     adapter: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_page_is_made_again_of_what_the_run_left(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content, page = (run / "report.json").read_bytes(), (run / "report.html").read_bytes()
     for name in ("report.json", "report.html"):

@@ -77,6 +77,7 @@ def finished(tiny_model: Path, chats_text: str, tmp_path_factory: pytest.TempPat
     return FinishedRun(flags, folder / "run", out.getvalue(), err.getvalue())
 
 
+@pytest.mark.slow
 def test_it_ends_with_what_changed_and_what_comes_next(
     finished: FinishedRun,
 ) -> None:
@@ -110,6 +111,7 @@ def test_samples_are_held_out_prompts_answered_by_both(finished: FinishedRun) ->
     assert all(sample.keys() == {"prompt", "base", "tuned"} for sample in samples)
 
 
+@pytest.mark.slow
 def test_the_written_config_repeats_the_run(finished: FinishedRun, tmp_path: Path) -> None:
     config = finished.folder / "config.yaml"
     assert main(["train", "--config", str(config), "--output-dir", str(tmp_path / "again")]) == 0
@@ -225,6 +227,7 @@ def test_what_was_cut_of_a_stream_is_told_at_the_end(flags: dict[str, str], caps
     assert re.search(r"note: \d+ of 24 streamed rows were longer than --max-length 28: cut", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_a_resume_with_other_settings_names_each_with_both_values_and_what_to_do(
     flags: dict[str, str], chats: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,7 @@ def computed(model: nn.Module, on_vectors: bool) -> Tensor:
 
 @cases
 @pytest.mark.parametrize("method", ["cat", "svd"])
+@pytest.mark.slow
 def test_combined_weights_add_up_and_survive_a_file(
     make: Any, a: dict[str, Any], b: dict[str, Any], method: str, tmp_path: Path
 ) -> None:
@@ -103,6 +104,7 @@ def test_combined_weights_add_up_and_survive_a_file(
 
 
 @cases
+@pytest.mark.slow
 def test_shrinking_by_each_way_gives_a_file_that_computes_the_same(
     make: Any, a: dict[str, Any], b: dict[str, Any], tmp_path: Path
 ) -> None:

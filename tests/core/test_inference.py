@@ -64,6 +64,7 @@ def watched() -> Iterator[list[tuple[int, bool]]]:
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.slow
 def test_tokens_and_logits_are_those_of_the_plain_path(config: str, prompt: str) -> None:
     model = stirred(CONFIGS[config])
     with watched() as seen:
@@ -87,6 +88,7 @@ def test_several_adapters_and_their_strengths_are_one_constant() -> None:
     torch.testing.assert_close(found, logits_of(model.base_model, PROMPTS["one"]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_few_rows_leave_onednn_and_many_do_not() -> None:
     model = stirred(CONFIGS["all"], torch.bfloat16)
     forced = {"prefix_allowed_tokens_fn": lambda *_: [7]}
@@ -174,6 +176,7 @@ def test_dropout_in_training_is_drawn() -> None:
     assert seen == []
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_left_alone() -> None:
     model = stirred(CONFIGS["all"])
     model.base_model.model.layers[0].compile(backend="eager")  # type: ignore[union-attr,index,operator]

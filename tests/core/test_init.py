@@ -27,6 +27,7 @@ def config(case: LayerCase, name: str, **changes: Any) -> LoRAConfig:
 @every_layer
 @pytest.mark.parametrize("name", ["pissa", "olora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
 def test_initial_values_from_the_weight_compute_the_base_and_change_no_weight(
     case: LayerCase, name: str, dtype: torch.dtype
 ) -> None:
@@ -67,6 +68,7 @@ def test_initial_values_from_the_weight_do_not_depend_on_the_random_state(name: 
 
 
 @pytest.mark.parametrize("shape", [(300, 400), (400, 300), (2, 300, 300)])
+@pytest.mark.slow
 def test_leading_triplets_of_a_large_matrix_are_the_exact_ones(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     rows, columns = torch.linalg.qr(torch.randn(shape))[0], torch.linalg.qr(torch.randn(shape).mT)[0]
@@ -186,6 +188,7 @@ def language_model(name: str, **changes: Any) -> LoRAModel:
 @pytest.mark.parametrize(
     "changes", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}, {"learn_scaling": True}], ids=str
 )
+@pytest.mark.slow
 def test_peft_loads_every_initialisation_on_the_unmodified_base_and_writes_it_back(
     name: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def one_by_one(model: LoRAModel, x: Tensor, names: list[str | None]) -> Tensor:
 
 @pairs
 @pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.slow
 def test_every_row_is_what_its_adapter_alone_makes_of_it(case: LayerCase, slot: str, gradients: bool) -> None:
     model, x = mixed(case, slot, torch.float64), rows_of(case, 5, torch.float64)
     with torch.set_grad_enabled(gradients):

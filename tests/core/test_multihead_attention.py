@@ -83,6 +83,7 @@ def same_as_merged(
 @pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.slow
 def test_adapted_attention_is_torch_s_on_the_merged_weights(
     settings: dict[str, Any], call: dict[str, Any], training: bool
 ) -> None:

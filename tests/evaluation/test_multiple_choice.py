@@ -152,6 +152,7 @@ def neox() -> Any:
 @pytest.mark.parametrize("make", [chat_model, gpt2, neox], ids=["llama", "gpt2", "neox"])
 @pytest.mark.parametrize("form", [OWN, FROZEN, WHOLE])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.slow
 def test_a_reply_has_the_loss_that_it_has_alone(make: Any, form: str, attention: str) -> None:
     model = LoRAModel(make().eval(), LoRAConfig(r=2))
     model.base_model.set_attn_implementation(attention)  # type: ignore[operator]

@@ -26,6 +26,7 @@ def test_the_value_is_nats_over_tokens_not_the_mean_of_means() -> None:
 
 
 @pytest.mark.parametrize(("level", "tolerance"), [(0.95, 0.04), (0.5, 0.09)])
+@pytest.mark.slow
 def test_the_interval_holds_the_truth_as_often_as_it_says(level: float, tolerance: float) -> None:
     generator = np.random.default_rng(0)
     found = [mean_interval(*conversations(generator, 100), draws=400, seed=i, level=level) for i in range(300)]

@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what consumers get wrong in silence
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.slow
 def test_every_format_computes_what_the_live_model_does(tmp_path: Path, to: str, settings: dict[str, Any]) -> None:
     model = adapted(settings)
     before = logits(model)

@@ -138,6 +138,7 @@ def plain_twin(folder: Path, model: LoRAModel, dtype: torch.dtype = torch.bfloat
 
 @pytest.mark.parametrize("targets", ["all-linear", "some"])
 @pytest.mark.parametrize(("family", "how"), CASES)
+@pytest.mark.slow
 def test_the_merged_export_of_a_quantized_model_is_a_plain_model(
     family: str, how: str, targets: str, tmp_path: Path
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_quantized_model_after_merge_and_unload_saves_and_loads_as_a_plain_one
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize(("family", "how"), CASES)
+@pytest.mark.slow
 def test_float32_logits_use_the_dequantized_weights(family: str, how: str, use_dora: bool, tmp_path: Path) -> None:
     model = LoRAModel(quantized(tmp_path / "base", family, how), LoRAConfig(r=4, use_dora=use_dora))
     for parameter in model.lora_layers.parameters():

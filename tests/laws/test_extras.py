@@ -127,6 +127,7 @@ def test_a_fresh_adapter_computes_the_base_and_training_moves_it_alone(
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in COMPILED else pytest.mark.exhaustive) for name in CASES]
 )
+@pytest.mark.slow
 def test_compiled_it_computes_the_same(name: str) -> None:
     base, batch, settings = CASES[name]
     model, x = adapted(base, settings), batch()

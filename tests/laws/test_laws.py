@@ -167,6 +167,7 @@ def test_a_copy_and_a_pickle_are_models_of_their_own(case: LayerCase, slot: str)
 
 
 @pairs_of(ALL_PAIRS, per_slot=1)
+@pytest.mark.slow
 def test_one_graph_and_no_recompile_for_an_adapter_of_equal_shape(case: LayerCase, slot: str) -> None:
     torch._dynamo.reset()
     model, x = trained(case, slot), case.batch()

@@ -55,6 +55,7 @@ def test_peft_reads_what_we_write(case: LayerCase, slot: str, tmp_path: Path) ->
 
 
 @pairs
+@pytest.mark.slow
 def test_we_read_what_peft_writes(case: LayerCase, slot: str, tmp_path: Path) -> None:
     theirs, x = peft.get_peft_model(case.net(), peft.LoraConfig(**peft_settings(case, slot))).eval(), case.batch()
     randomise(theirs)

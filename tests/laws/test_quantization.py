@@ -71,6 +71,7 @@ def test_a_fresh_adapter_computes_the_base(case: LayerCase, slot: str) -> None:
 
 
 @pairs
+@pytest.mark.slow
 def test_the_output_and_all_gradients_are_those_of_the_dense_weight(case: LayerCase, slot: str) -> None:
     model, plain = trained(case, slot), LoRAModel(oracle(case), config(case, slot))
     stir(plain)
@@ -87,6 +88,7 @@ def test_the_output_and_all_gradients_are_those_of_the_dense_weight(case: LayerC
 
 
 @mergeable
+@pytest.mark.slow
 def test_the_merged_model_is_plain_and_computes_the_same_and_unmerging_gives_back_the_same_objects(
     case: LayerCase, slot: str
 ) -> None:
@@ -140,6 +142,7 @@ def test_the_merged_weight_has_the_precision_that_was_quantised(case: LayerCase)
 
 
 @pairs
+@pytest.mark.slow
 def test_training_moves_the_adapter_and_nothing_of_the_base(case: LayerCase, slot: str) -> None:
     model = LoRAModel(case.net(), config(case, slot)).train()
     before = held(model.base_model)
@@ -171,6 +174,7 @@ def test_unload_gives_back_class_object_and_attributes(case: LayerCase) -> None:
 
 
 @pairs
+@pytest.mark.slow
 def test_an_adapter_moves_between_the_quantised_base_and_its_original(
     case: LayerCase, slot: str, tmp_path: Path
 ) -> None:
@@ -212,6 +216,7 @@ def test_no_weight_is_farther_from_the_original_than_the_spread_says(base: Stora
 
 
 @pairs
+@pytest.mark.slow
 def test_a_copy_and_a_pickle_are_models_of_their_own(case: LayerCase, slot: str) -> None:
     model, x = trained(case, slot), case.batch()
     expected = model(x).detach()

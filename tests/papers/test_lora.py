@@ -36,6 +36,7 @@ def test_eckart_young_bounds_what_rank_r_can_learn(r: int, tail: float) -> None:
 
 
 @pytest.mark.parametrize(("use_rslora", "slope"), [(False, -0.5), (True, 0.0)])
+@pytest.mark.slow
 def test_rslora_keeps_the_gradient_norm_flat_in_the_rank(use_rslora: bool, slope: float) -> None:
     """Slope of log ||grad B|| over log r at the start (rsLoRA, arXiv:2312.03732, thm. 3.2)."""
     ranks = [2**k for k in range(9)]

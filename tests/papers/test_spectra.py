@@ -36,6 +36,7 @@ def test_the_iteration_comes_within_its_bound_of_the_best(decay: float) -> None:
     torch.testing.assert_close(found.U.T @ M @ found.V.T, torch.diag(found.S))
 
 
+@pytest.mark.slow
 def test_probes_of_low_rank_iterate_towards_the_gradient_s_triplets() -> None:
     """Alg. 4.4 with G A^T and B^T G for the products: the start is the gradient's leading part (arXiv:0909.4061)."""
     torch.manual_seed(0)

@@ -1,9 +1,11 @@
 """The pages in a real browser: no errors, every figure drawn, nothing wider than a small screen, nothing fetched."""
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
@@ -15,6 +17,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
 ]
 WIDTHS = {"screen": 1100, "small": 400}
+SCHEMES: list[Literal["light", "dark"]] = ["light", "dark"]
 PAPER = 688  # A4 less the margins, in CSS pixels
 TOO_WIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 # a figure is drawn when its marks have a place on the screen, within the figure
@@ -48,36 +51,36 @@ def page_file(request: pytest.FixtureRequest, written_page: Callable[[str], Path
     return written_page(request.param)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", WIDTHS)
-def test_a_page_opens_without_a_word_and_shows_every_figure(
-    browser: Browser, page_file: Path, width: str, scheme: str
-) -> None:
-    page = browser.new_page(viewport={"width": WIDTHS[width], "height": 800}, color_scheme=scheme)
-    said: list[str] = []
+def test_a_page_opens_without_a_message_and_shows_every_figure(browser: Browser, page_file: Path) -> None:
+    page = browser.new_page()
+    messages: list[str] = []
     fetched: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("dialog", lambda dialog: messages.append(f"dialog: {dialog.message}"))
     page.on("request", lambda request: fetched.append(request.url))
     page.goto(page_file.as_uri())
     page.wait_for_load_state("networkidle")
-    assert said == []
+    for scheme, width in itertools.product(SCHEMES, WIDTHS):
+        page.set_viewport_size({"width": WIDTHS[width], "height": 800})
+        page.emulate_media(color_scheme=scheme)
+        figures = page.eval_on_selector_all("figure", DRAWN)
+        assert figures
+        for figure in figures:
+            assert figure["shown"] == 1, (scheme, width)
+            assert figure["marks"] > 5, (scheme, width)
+            assert figure["outside"] == 0, (scheme, width)
+            assert figure["height"] > 60, (scheme, width)
+            assert figure["smallest"] > 9, (scheme, width)  # CSS pixels
+        assert page.evaluate(TOO_WIDE) == 0, (scheme, width)
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (background == "rgb(255, 255, 255)") == (scheme == "light"), width
+    assert messages == []
     assert [url for url in fetched if not url.startswith("data:")] == [page_file.as_uri()]
-    figures = page.eval_on_selector_all("figure", DRAWN)
-    assert figures
-    for figure in figures:
-        assert figure["shown"] == 1
-        assert figure["marks"] > 5
-        assert figure["outside"] == 0
-        assert figure["height"] > 60
-        assert figure["smallest"] > 9  # CSS pixels
-    assert page.evaluate(TOO_WIDE) == 0
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
     page.close()
 
 
+@pytest.mark.slow
 def test_a_page_prints_light_on_paper_whatever_the_screen(browser: Browser, page_file: Path) -> None:
     page = browser.new_page(color_scheme="dark")
     page.goto(page_file.as_uri())

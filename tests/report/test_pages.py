@@ -101,6 +101,7 @@ def test_text_is_never_taken_as_html_or_as_mathematics(page: tuple[str, str]) ->
     assert "$x^2$" in Outline(text).text
 
 
+@pytest.mark.slow
 def test_the_same_numbers_give_the_same_page(page: tuple[str, str], tmp_path: Path) -> None:
     kind, text = page
     assert made(CONTENTS[kind](), tmp_path) == text

@@ -92,6 +92,7 @@ def test_the_suggested_rate_trains_as_well_as_the_best_of_a_grid(
     assert loss_at(rates.suggestion) < min(grid.values()) + 0.1 * (rates.base_loss - min(grid.values()))
 
 
+@pytest.mark.slow
 def test_the_command_shows_what_was_found_before(
     found: tuple[RateRange, TrainConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,6 +52,7 @@ def plain(small_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> T
     return trial
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_gives_the_same_as_this_one(plain: Trial, small_run: TrainConfig, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     here = get_trial(

@@ -21,6 +21,7 @@ SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "init_batches": 2, "l
 
 
 @pytest.mark.parametrize("name", [*WEIGHT_INITS, *DATA_INITS])
+@pytest.mark.slow
 def test_a_run_starts_so_says_so_and_goes_on_to_the_same_bytes(settings: Any, tmp_path: Path, name: str) -> None:
     whole, stopped = (
         settings(output_dir=str(tmp_path / folder), init_lora_weights=name, loraplus_lr_ratio=4, **SHORT)

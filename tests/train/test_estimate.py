@@ -84,6 +84,7 @@ QV = ["q_proj", "v_proj"]
     ],
     ids=["2-7B qv", "2-7B", "3-8B", "3-8B dora", "3.2-1B", "qwen", "smol", "roberta", "gpt-2", "gpt-3"],
 )
+@pytest.mark.slow
 def test_counts_are_the_known_ones(shape: PretrainedConfig, settings: dict[str, Any], count: int) -> None:
     with fake_tensors():
         model, _ = fake_trainable(TrainConfig(**settings), shape, torch.device("meta"))

@@ -53,6 +53,7 @@ def losses(trained: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_adapter_alone_and_a_resumed_run_ends_like_a_whole_one(
     config: LoRAConfig, tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_the_best_checkpoint_comes_back_at_the_end(tmp_path: Path) -> None:
     assert tuner.evaluate()["eval_loss"] == pytest.approx(tuner.state.best_metric, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_either_way_changes_no_loss(tmp_path: Path) -> None:
     curves = []
     for number, reentrant in enumerate((None, True, False)):

@@ -246,6 +246,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("more", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.slow
 def test_every_adapter_variant_continues_to_the_same_bytes(settings: Any, tmp_path: Path, more: dict[str, Any]) -> None:
     whole, stopped = (settings(output_dir=str(tmp_path / name), max_steps=4, **more) for name in ("whole", "stopped"))
     run(whole)
