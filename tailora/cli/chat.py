@@ -22,6 +22,7 @@ from tailora.cli.models import (
     Seed,
     Temperature,
     TopP,
+    base_model_name,
     load_model,
     parse_adapters,
 )
@@ -50,7 +51,7 @@ class ChatSession:
 
 def chat(
     *,
-    model: Model = "demo",
+    model: Model = None,
     adapter: Adapters = None,
     quantize: Quantize = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -62,7 +63,9 @@ def chat(
 
     The first adapter is active at the start. /help lists what can be typed.
     """
-    loaded = load_model(model, parse_adapters(adapter or []), quantize=quantize)
+    folders = parse_adapters(adapter or [])
+    model = base_model_name(model, list(folders.values()))
+    loaded = load_model(model, folders, quantize=quantize)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     session = ChatSession(loaded, sampling)
     if loaded.adapters:
@@ -154,7 +157,7 @@ Prompts = Annotated[
 
 def generate(
     *,
-    model: Model = "demo",
+    model: Model = None,
     adapter: Adapters = None,
     prompt: Prompts = None,
     system: Annotated[str | None, Parameter(help="system message")] = None,
@@ -172,7 +175,9 @@ def generate(
     prompts = prompt or ["" if sys.stdin.isatty() else sys.stdin.read().strip()]
     if prompts == [""]:
         raise ConfigError("nothing to answer: give --prompt TEXT, or pipe a text in")
-    loaded = load_model(model, parse_adapters(adapter or []), quantize=quantize)
+    folders = parse_adapters(adapter or [])
+    model = base_model_name(model, list(folders.values()))
+    loaded = load_model(model, folders, quantize=quantize)
     from tailora.evaluation.generate import stream_reply
 
     sampling: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}

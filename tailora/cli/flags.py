@@ -23,6 +23,7 @@ from cyclopts import Group, Parameter
 from pydantic.fields import FieldInfo
 
 from tailora.cli.main import note
+from tailora.cli.models import base_model_name, find_adapter
 from tailora.core.config import ALIASES, StrictModel
 from tailora.errors import ConfigError, listing, nearest
 from tailora.train.config import TrainConfig
@@ -128,6 +129,9 @@ def merge_settings(
     typed |= _without_none(arguments)
     in_file = _without_aliases(in_file, f"--config {config_file}: ")
     command_defaults = _without_none(defaults)
+    given = {**command_defaults, **in_file, **typed}
+    if isinstance(adapter := given.get("adapter"), str) and "model" not in given:  # it is trained further on its base
+        command_defaults["model"] = base_model_name(None, [find_adapter(adapter)])
     try:
         return _checked_config({**command_defaults, **in_file, **typed})
     except ConfigError as error:

@@ -8,8 +8,7 @@ from cyclopts.types import NonNegativeInt
 
 from tailora.cli.flags import Json, flags_of, merge_settings
 from tailora.cli.main import log, print_json, stderr, stdout
-from tailora.cli.models import AdapterPath, Quantize, base_model_of, find_adapter, quantize_method
-from tailora.errors import ConfigError
+from tailora.cli.models import AdapterPath, Quantize, base_model_name, find_adapter, quantize_method
 from tailora.formats.run_folder import recorded_settings, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
@@ -19,7 +18,10 @@ Flags: Any = flags_of(TrainConfig, only=["field", "max_length"])
 
 Model = Annotated[
     str | None,
-    Parameter(help="base model: folder or Hub id, or 'demo'; for ||dW|| / ||W||, intruder dimensions and --data"),
+    Parameter(
+        help="base model: folder or Hub id, or 'demo'; for ||dW|| / ||W|| and intruder dimensions; "
+        "with --data by default the one that the adapter names"
+    ),
 ]
 With = Annotated[str | None, Parameter(name="--with", help="another adapter of the same base model, for comparison")]
 Data = Annotated[
@@ -55,9 +57,8 @@ def inspect(
     """
     folder = find_adapter(adapter)
     second = None if with_ is None else find_adapter(with_)
-    if model is None and (data is not None or forgetting_data is not None):
-        hint = base_model_of(folder) or "FOLDER"
-        raise ConfigError(f"--data and --forgetting-data need the base model: give --model {hint}")
+    if data is not None or forgetting_data is not None:  # the loss needs the base model
+        model = base_model_name(model, [folder])
     from tailora.cli.progress import counter  # loads torch
     from tailora.formats.export import check_new_folder
     from tailora.report.pages.inspect import inspect_page

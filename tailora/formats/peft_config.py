@@ -57,7 +57,7 @@ def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: 
     return {
         "peft_type": "LORA",
         "task_type": next((task for ending, task in TASK_TYPES.items() if class_name.endswith(ending)), None),
-        "base_model_name_or_path": getattr(getattr(base_model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": base_model_name(base_model),
         "inference_mode": True,
         "r": config.r,
         "lora_alpha": config.lora_alpha if config.lora_alpha % 1 else int(config.lora_alpha),
@@ -69,6 +69,11 @@ def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: 
         "fan_in_fan_out": False,
         "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
     }
+
+
+def base_model_name(base_model: nn.Module) -> str | None:
+    """Returns the folder or Hub id that the base model was read from, as it was given; None if it is unknown."""
+    return getattr(getattr(base_model, "config", None), "_name_or_path", None) or None
 
 
 def with_layer_patterns(config: LoRAConfig, layers: Iterable[PeftLayer]) -> LoRAConfig:

@@ -88,7 +88,7 @@ def test_a_run_s_folder_and_other_formats_are_taken(
 MISTAKES = {
     "no adapter": (["BASE"], "adapter_model.safetensors"),
     "no folder": (["absent"], "absent is not a folder"),
-    "data without a model": (["ONE", "--data", "demo"], "give --model BASE"),
+    "no data, base of the adapter": (["ONE", "--data", "absent.jsonl"], "the base model is BASE, as ONE says"),
     "another base": (["ONE", "--model", "OTHER"], "another base model"),
     "no data": (["ONE", "--model", "BASE", "--data", "absent.jsonl"], "absent.jsonl"),
     "taken folder": (["ONE", "--output-dir", "ONE"], "exists already"),

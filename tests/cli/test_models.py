@@ -1,13 +1,17 @@
-"""`--quantize` of `train`, and what `generate` makes of an adapter that was trained so."""
+"""The base model of an adapter: which one it is, and how it is quantized."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaForCausalLM
 
+from tailora import LoRAConfig, LoRAModel
+from tailora.cli.flags import merge_settings
 from tailora.cli.main import main
-from tailora.cli.models import load_model, parse_adapters, quantize_method
+from tailora.cli.models import base_model_name, load_model, parse_adapters, quantize_method
 from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError
 
@@ -59,3 +63,70 @@ def test_generate_and_export_take_the_quantization_of_the_run(
     assert list(map(len, changes)) == [2, 1, 2]
     assert main(["export", str(out), "--to", "portable", "--output", str(tmp_path / "p"), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["logits"]["tolerance"] == 1e-4
+
+
+@pytest.fixture
+def project(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with `models/base` and `run/adapter`, which names its base by this relative path."""
+    project = tmp_path / "project"
+    shutil.copytree(tiny_model, project / "models" / "base")
+    monkeypatch.chdir(project)
+    model = LoRAModel(LlamaForCausalLM.from_pretrained("models/base"), LoRAConfig(r=2))
+    model.save_adapter("run/adapter")
+    return project
+
+
+SHORT = ["--max-new-tokens", "2", "--prompt", "hello"]
+
+
+@pytest.mark.usefixtures("project")
+def test_generate_loads_the_base_that_the_adapter_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--adapter", "run", *SHORT, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["model"] == "models/base"
+    assert "note: the base model is models/base, as run/adapter says; --model gives another" in shown.err
+
+
+def test_a_relative_base_is_found_from_any_folder(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--adapter", str(project / "run"), *SHORT, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == str(project / "models" / "base")
+    moved = project.rename(tmp_path / "moved")
+    monkeypatch.chdir(moved)
+    assert base_model_name(None, [moved / "run" / "adapter"]) == "models/base"
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "export", "inspect", "combine", "shrink", "train"])
+def test_every_command_says_where_the_name_of_a_missing_base_is_from(
+    command: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree("models")
+    out = ["--output-dir", "out"]
+    tokens = {
+        "generate": ["--adapter", "run", *SHORT],
+        "eval": ["run", "--data", "demo"],
+        "export": ["run", "--to", "peft", "--output", "out"],
+        "inspect": ["run", "--data", "demo"],
+        "combine": ["--adapter", "run", *out],
+        "shrink": ["--adapter", "run", "--r", "1", *out],
+        "train": ["--adapter", "run/adapter", *out],
+    }
+    assert main([command, *tokens[command]]) == 2
+    told = capsys.readouterr().err
+    assert f"run/adapter names its base model models/base ({project / 'models' / 'base'}); give --model" in told
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("project")
+def test_training_an_adapter_further_takes_its_base(tmp_path: Path) -> None:
+    assert merge_settings({"adapter": "run/adapter"}, None).model == "models/base"
+    assert merge_settings({"adapter": "run/adapter", "model": "other"}, None).model == "other"
+    (tmp_path / "run.yaml").write_text("adapter: run/adapter\nmodel: third")
+    assert merge_settings(None, tmp_path / "run.yaml").model == "third"
+    assert merge_settings({"adapter": "run/adapter"}, None, defaults={"model": "demo"}).model == "demo"
+
+
+def test_without_an_adapter_the_model_is_the_demo() -> None:
+    assert base_model_name(None, []) == "demo"
