@@ -125,7 +125,7 @@ class BaseOfAdapter:
         return self.name if self.folder is None else f"{self.name} ({self.folder})"
 
     @property
-    def found(self) -> str:
+    def location(self) -> str:
         """The folder where the base was, if it is still there and the name leads to another place; else the name."""
         if self.folder is None or not self.folder.is_dir():
             return self.name
@@ -161,7 +161,7 @@ def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
     if model is not None or not folders:
         return model or DEMO
     bases = {folder: base_of(folder) for folder in folders}
-    names = {folder: base and base.found for folder, base in bases.items()}
+    names = {folder: base and base.location for folder, base in bases.items()}
     problems = [
         f"{folder} does not name its base model in {ADAPTER_CONFIG}: give --model"
         for folder, name in names.items()
