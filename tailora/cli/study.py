@@ -15,11 +15,11 @@ from tailora.errors import ConfigError, require_packages
 from tailora.report.blocks import Page
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
-from tailora.study.config import AT_THE_END, FULL, LORA, CompareConfig, SearchConfig
+from tailora.study.config import FULL, LORA, STEP_CHOICE, CompareConfig, SearchConfig
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 
-LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method"} | AT_THE_END
+LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method"} | STEP_CHOICE
 
 # ---- `tailora compare`
 

@@ -72,6 +72,9 @@ class Figure:
     detail: Detail = "page"
 
 
+FEWEST_LAYERS = 3  # that a heat map is worth in the terminal, and of an adapter
+
+
 @dataclass(frozen=True)
 class HeatMap:
     """A value for each matrix (a row) and layer (a column). In the terminal each value is one character.

@@ -26,7 +26,6 @@ ASCII = {"−": "-", "–": "-", "×": "x", "‖": "||", "Δ": "d", "→": "->",
 SHADES, ASCII_SHADES = "▁▂▃▄▅▆▇█", ".:-=+*#%@"
 GAP = 2  # between two columns
 LONG_WORD = 20  # a longer word, such as the path of a layer, may be broken after . / and _
-FEWEST_LAYERS = 3  # of a heat map
 
 
 def print_page(console: Console, page: blocks.Page, *, everything: bool = False) -> None:
@@ -229,7 +228,7 @@ def _wrapped(text: str, width: int) -> str:
 def _print_heat_map(console: Console, heat: blocks.HeatMap) -> None:
     """A line for each name, a character for each layer, or for the mean of several where there are many."""
     layers = sorted({layer for _, layer in heat.cells})
-    if len(layers) < FEWEST_LAYERS:
+    if len(layers) < blocks.FEWEST_LAYERS:
         return
     names = list(dict.fromkeys(name for name, _ in heat.cells))
     spelled = {name: set_cell_size(_spelled(console, name), max(map(cell_len, names))) for name in names}

@@ -20,7 +20,7 @@ from tailora.errors import ConfigError
 from tailora.formats.io import write_file
 from tailora.formats.run_folder import write_report
 from tailora.study.budget import FEWEST_STEPS, SAFETY, TIMING_STEPS, Costs, costs_of, longest_run
-from tailora.study.config import AT_THE_END, FULL, CompareConfig, arm_settings
+from tailora.study.config import FULL, STEP_CHOICE, CompareConfig, arm_settings
 from tailora.study.judging import judge_arms
 from tailora.study.lr_search import LearningRateSearch
 from tailora.study.results import Comparison
@@ -58,7 +58,7 @@ def compare(
         "train": train.model_dump(mode="json", exclude={"output_dir"}),
         "compare": study.model_dump(mode="json"),
     }
-    if names := sorted(name for name in AT_THE_END if getattr(train, name)):
+    if names := sorted(name for name in STEP_CHOICE if getattr(train, name)):
         raise ConfigError(f"a comparison judges every run at its end: leave {' and '.join(names)} out")
     for arm in study.arms:
         arm_settings(train, study, arm, learning_rate=study.first_rate(arm))  # raises ConfigError for contradictions

@@ -11,8 +11,8 @@ from tailora.study.search_space import read_space
 from tailora.train.config import TrainConfig
 
 LORA, FULL = "lora", "full"
-AT_THE_END = {"eval_steps", "early_stopping_patience"}  # these would choose a step by the examples that judge
-SHARED_BY_ARMS = AT_THE_END | {
+STEP_CHOICE = {"eval_steps", "early_stopping_patience"}  # these would choose a step by the examples that judge
+SHARED_BY_ARMS = STEP_CHOICE | {
     *("model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "max_steps"),
     *("num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps", "streaming"),
 }

@@ -162,8 +162,9 @@ def _loss(candidate: Candidate) -> float:
 
 
 def choose_finalists(candidates: Sequence[Candidate], margin: float, most: int) -> list[Candidate]:
-    """The best trial, then the cheapest within REACH margins of it, then the next cheapest that are better than that
-    one; `most` at most.
+    """Returns the best trial, then those within REACH margins of it that train fewer parameters than every better one.
+
+    The best stand first; `most` at most.
     """
     done = by_loss([candidate for candidate in candidates if candidate.state == DONE])
     if not done:
@@ -174,8 +175,7 @@ def choose_finalists(candidates: Sequence[Candidate], margin: float, most: int) 
         within_reach = _loss(candidate) <= _loss(best) + REACH * margin
         if within_reach and (candidate.trainable_parameters or 0) < (front[-1].trainable_parameters or 0):
             front.append(candidate)
-    cheaper = front[:0:-1]
-    return [best, *cheaper[: most - 1]]
+    return front[:most]
 
 
 def judge_finalists(

@@ -11,6 +11,7 @@ Optuna puts the trial's settings back into the queue, a few times at most.
 
 import hashlib
 import json
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,8 +95,9 @@ def _storage(url: str) -> RDBStorage:
 
 def _unusable(url: str, error: Exception) -> ConfigError:
     cause = str(error.__cause__ or error).splitlines()[0]
+    shown = re.sub(r"(://[^/@]*:)[^/@]*@", r"\1***@", url)  # without the password
     return ConfigError(
-        f"--storage {url} cannot be used: {cause}. Give the URL of a database in the form of SQLAlchemy, such as "
+        f"--storage {shown} cannot be used: {cause}. Give the URL of a database in the form of SQLAlchemy, such as "
         "sqlite:///study.db or postgresql+psycopg2://user:password@host/name, with its driver installed"
     )
 

@@ -54,7 +54,7 @@ RUN_LOCK = "run.lock"
 POLL_SECONDS = 1.0
 RESERVED = 2  # finalists that time is kept for: the best, and a cheaper one
 FEW_EXAMPLES = 20
-AT_THE_END = {"save_steps": 0, "eval_steps": 0, "early_stopping_patience": 0}  # of runs that are evaluated once
+ONE_EVALUATION = {"save_steps": 0, "eval_steps": 0, "early_stopping_patience": 0}  # settings of a judging run
 
 
 def search(
@@ -113,7 +113,7 @@ class _Search:
     def _spec(self, values: Mapping[str, Any], *, choosing: bool, describe: bool = False, **fixed: Any) -> TrialSpec:
         """The spec of a run with these values of the space."""
         changes = search_space.settings_of(values, self.groups, self.train)
-        settings = trial_settings(self.train, changes, **{**AT_THE_END, **fixed})
+        settings = trial_settings(self.train, changes, **{**ONE_EVALUATION, **fixed})
         return TrialSpec(settings, keep=False, choosing=choosing, describe=describe, before=self.base.get(choosing))
 
     # ---- How long a trial is
@@ -245,7 +245,7 @@ class _Search:
             importances=optuna_study.importances(self.optuna.get_trials(deepcopy=False)),
             steps=self.budget.steps,
             notes=self.session.notes,
-            settings={**settings, "search": self.study.model_dump(mode="json")},
+            settings={**settings, "search": self.study.model_dump(mode="json", exclude={"storage"})},
             seconds=math.fsum(seconds),
             config=str(self.folder / BEST),
         )

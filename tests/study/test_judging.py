@@ -100,8 +100,8 @@ def test_finalists_are_the_best_and_what_is_cheaper_within_reach() -> None:
         candidate(4, 2.50, 1),  # out of reach
         candidate(5, 1.90, 1, "pruned"),
     ]
-    assert [finalist.number for finalist in choose_finalists(tried, 0.02, 3)] == [0, 3, 1]
-    assert [finalist.number for finalist in choose_finalists(tried, 0.02, 2)] == [0, 3]
+    assert [finalist.number for finalist in choose_finalists(tried, 0.02, 3)] == [0, 1, 3]
+    assert [finalist.number for finalist in choose_finalists(tried, 0.02, 2)] == [0, 1]
     assert [finalist.number for finalist in choose_finalists(tried, 0.02, 1)] == [0]
     assert choose_finalists([tried[5]], 0.02, 3) == []
 

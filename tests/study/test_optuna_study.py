@@ -11,6 +11,8 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import MetaData
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 
 from tailora.errors import ConfigError
 from tailora.study import optuna_study
@@ -112,6 +114,24 @@ def test_workers_that_start_at_once_make_the_tables_once(tmp_path: Path) -> None
         assert worker.exitcode == 0
 
 
+@pytest.mark.parametrize("error", [IntegrityError, ProgrammingError, OperationalError])
+def test_tables_that_another_worker_creates_at_the_same_time_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[DBAPIError]
+) -> None:
+    """What PostgreSQL raises when both create them, by the exceptions that SQLAlchemy makes of it."""
+    create_all = MetaData.create_all
+    failures = [error("CREATE TABLE", None, Exception("pg_type_typname_nsp_index"))]
+
+    def collide(*args: Any, **kwargs: Any) -> None:
+        create_all(*args, **kwargs)  # by the other worker
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(MetaData, "create_all", collide)
+    assert open_study(tmp_path, None, SETTINGS).get_trials() == []
+    assert not failures
+
+
 def test_trials_in_the_file_of_an_earlier_version_are_taken_over(tmp_path: Path) -> None:
     name = open_study(tmp_path / "x", f"sqlite:///{tmp_path}/name.db", SETTINGS).study_name
     storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
@@ -134,6 +154,10 @@ def test_trials_in_the_file_of_an_earlier_version_are_taken_over(tmp_path: Path)
 def test_a_database_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--storage nonsense cannot be used: Could not parse"):
         open_study(tmp_path, "nonsense", SETTINGS)
+    with pytest.raises(ConfigError) as refusal:
+        open_study(tmp_path, "nonsense://me:secret@host/name", SETTINGS)
+    assert "--storage nonsense://me:***@host/name cannot be used" in str(refusal.value)
+    assert "secret" not in str(refusal.value)
     with pytest.raises(ConfigError, match="cannot be used: unable to open database file"):
         open_study(tmp_path, f"sqlite:///{tmp_path}/none/study.db", SETTINGS)
 

@@ -9,6 +9,7 @@ from tailora.core.patterns import layer_index
 from tailora.evaluation.spectral import ModuleReport
 from tailora.formats.run_folder import ADAPTER
 from tailora.report.blocks import (
+    FEWEST_LAYERS,
     Block,
     Column,
     Detail,
@@ -29,7 +30,6 @@ from tailora.report.paths import by_depth, by_layer, shared_prefix, short_names
 from tailora.study.advice import cost_limit, first_few
 from tailora.study.inspection import AdapterOverlap, CombinedLosses, HeldOutLosses, Inspection, ModuleOverlap
 
-FEWEST_LAYERS = 3  # for heat maps
 MOST_PANELS = 12  # of spectra
 MEASURES = [  # of a module: column, attribute, how its mean over modules is written, priority of the column
     ("effective", "effective_rank", ".1f", 0),
