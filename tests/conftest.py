@@ -1,6 +1,11 @@
 """Leaves out the tests that are marked `exhaustive`, unless the command line's -m names that marker."""
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each would wait for one another on two cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(tryfirst=True)
