@@ -77,7 +77,8 @@ class LoRAConfig(StrictModel):
     layers_to_transform: adapt only layers with these indices (the first number in the path).
     rank_pattern, alpha_pattern: regular expression -> value; matches like `(.*\\.)?KEY$`, the first match wins.
     target_parameters: parameters that a module uses without a layer, such as the stacked weights of experts
-        (`["experts.gate_up_proj", "experts.down_proj"]`): names, exact or the end of a path after a dot.
+        (`["experts.gate_up_proj", "experts.down_proj"]`): names, exact or the end of a path after a dot. The weight of
+        a linear layer (`"mlp.down_proj.weight"`) means the layer.
     fused_parts: pattern -> sizes of the parts of a fused layer in the order of its output rows, repeated until all
         rows are used: `{"to_qkv": {"q": 64, "k": 64, "v": 64}}`. A part is a target: `target_modules=["to_qkv.q"]`.
         The parts of the classes in `core.fused_layers.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...) are known.

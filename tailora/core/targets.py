@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class TargetCandidate:
     path: of the matrix: the layer's own, or one name longer for a part of it (`c_attn.q`, `experts.down_proj`).
     layer, layer_path: the module that computes with the matrix, and its path.
     output_slice: of a part of a fused layer, its outputs.
+    parameter_path: of a layer that `target_parameters` names, the path of its weight, for names and patterns.
     """
 
     path: str
@@ -50,11 +51,14 @@ class TargetCandidate:
     layer: nn.Module
     layer_type: LayerType
     output_slice: OutputSlice | None = None
+    parameter_path: str | None = None
 
     @property
     def pattern_names(self) -> tuple[str, ...]:
         """The paths that a pattern for rank or alpha may match. For a part of a layer, the layer's path, too."""
-        return (self.path,) if self.layer_type.is_stacked else tuple(dict.fromkeys((self.path, self.layer_path)))
+        if self.layer_type.is_stacked or self.parameter_path:
+            return (self.parameter_path or self.path,)
+        return tuple(dict.fromkeys((self.path, self.layer_path)))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -170,8 +174,23 @@ def module_candidates(modules: Modules, config: LoRAConfig) -> dict[str, TargetC
 
 
 def parameter_candidates(modules: Modules) -> dict[str, TargetCandidate]:
-    """Returns all that `target_parameters` can name: matrices, and stacks of them, of modules of no layer type."""
-    return {candidate.path: candidate for path, module in modules.items() for candidate in _parameters_of(path, module)}
+    """Returns all that `target_parameters` can name, by the path of the parameter.
+
+    They are matrices, and stacks of them, of modules of no layer type, and the weights (out, in) of linear layers.
+    """
+    candidates: dict[str, TargetCandidate] = {}
+    for path, module in modules.items():
+        candidates |= {candidate.path: candidate for candidate in _parameters_of(path, module)}
+        parent = modules.get(path.rpartition(".")[0], module)
+        for candidate in _of_module(path, module, parent, LoRAConfig()):
+            if (
+                candidate.path == path
+                and candidate.layer_type.is_linear
+                and not candidate.layer_type.is_transposed(module)
+            ):
+                weight_path = f"{path}.weight"
+                candidates[weight_path] = replace(candidate, parameter_path=weight_path)
+    return candidates
 
 
 def target_at(model: nn.Module, path: str, config: LoRAConfig) -> Target:
@@ -232,8 +251,10 @@ def selected_candidates(model: nn.Module, modules: Modules, config: LoRAConfig) 
         candidate for candidate in selected if not (candidate.output_slice and candidate.layer_path in whole_layers)
     ]
     parameter_names = config.target_parameters or []
+    selected_layers = {candidate.path for candidate in selected}
     for path, candidate in parameter_candidates(modules).items() if parameter_names else ():
-        selected += [candidate] if any(patterns.named(name, path) for name in parameter_names) else []
+        if candidate.path not in selected_layers and any(patterns.named(name, path) for name in parameter_names):
+            selected.append(candidate)
     if config.exclude_modules is not None:
         selected = list(_without(config.exclude_modules, selected, candidates))
     indices = layer_indices(config)

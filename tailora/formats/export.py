@@ -216,11 +216,8 @@ def peft_problems(source: ExportSource) -> list[str]:
             f"the strength dial of {len(changed)} layers is not 1; set_scale(name, 1), or export to 'portable', which "
             "holds it"
         )
-    if unknown := peft.layers_unknown_to_peft(source.adapter):
-        problems.append(
-            f"PEFT has no use_dora on attention and parameters: {', '.join(unknown[:3])} ({len(unknown)} in all); "
-            "save_adapter keeps it for tailora, and 'merged' holds it"
-        )
+    if reason := peft.unknown_to_peft(peft_layers(source.base_model, source.adapter.low_rank).values()):
+        problems.append(f"{reason}; save_adapter keeps it for tailora, and 'merged' holds it")
     return problems
 
 

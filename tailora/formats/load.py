@@ -112,7 +112,7 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
     empty = _empty_layers(targets, config)
     wrappers = peft_layers(base_model, empty)
     if config is not file_config:
-        _check_same_settings(stored, peft_config.with_layer_patterns(config, wrappers.values()), file_config)
+        _check_same_settings(stored, peft_config.as_peft_computes(config, wrappers.values()), file_config)
         adapted = {target.layer_path for target in targets.values()}
         file_targets = _targets(base_model, modules, file_config)
         # Layers that only adapter_config.json names, so that their tensors are reported as missing

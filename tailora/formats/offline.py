@@ -13,7 +13,7 @@ from torch import Tensor
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import initial_scaling
 from tailora.core.low_rank import Factors, Update
-from tailora.core.patterns import by_pattern
+from tailora.core.patterns import by_pattern, matches
 from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats import gguf, mlx
 from tailora.formats.load import stored_configs
@@ -56,19 +56,27 @@ def read_offline(path: Path) -> OfflineAdapter:
         else:
             layers.setdefault(layer_path, {})[slot] = tensor
     updates, problems = {}, []
-    modules = [name.rpartition(".")[0] or name for name in config.target_parameters or []]
+    parameters = config.target_parameters or []
+    weights = [
+        name.removesuffix(".weight") for name in parameters if name.endswith(".weight")
+    ]  # one matrix, or a stack
+    modules = [name.rpartition(".")[0] or name for name in parameters if not name.endswith(".weight")]
     stacked = tuple(ending for name in modules for ending in (name, f"{name}.base_layer"))
     for layer_path, slots in layers.items():
+        is_weight = matches(weights, layer_path)
+        pattern_path = f"{layer_path}.weight" if is_weight else layer_path.partition(".base_layer")[0]
+        r = by_pattern(pattern_path, config.rank_pattern, config.r)
+        alpha = by_pattern(pattern_path, config.alpha_pattern, config.lora_alpha)
         if "A" not in slots and "B" not in slots:
             left_out[layer_path] = TRAINED_IN_FULL
         elif not {"A", "B"} <= slots.keys():
             factor = "A" if "A" in slots else "B"
             problems.append(f"{layer_path}: there is a lora_{factor} without the other factor")
-        elif layer_path.endswith(stacked):
+        elif layer_path.endswith(stacked) or (is_weight and len(slots["A"]) != r):
             left_out[layer_path] = STACKED
         else:
             try:
-                update = _update(layer_path, slots, config, stored)
+                update = _update(layer_path, slots, r, alpha, config.use_rslora, stored)
             except FormatError as error:
                 problems.append(f"{layer_path}: {error}")
                 continue
@@ -82,15 +90,14 @@ def read_offline(path: Path) -> OfflineAdapter:
     return OfflineAdapter(config, updates, left_out, base if isinstance(base, str) and base else None)
 
 
-def _update(path: str, slots: Mapping[str, Tensor], config: LoRAConfig, stored: StoredAdapter) -> Update | None:
+def _update(
+    path: str, slots: Mapping[str, Tensor], r: int, alpha: float, use_rslora: bool, stored: StoredAdapter
+) -> Update | None:
     """Returns None if A mixes groups. Raises FormatError for factors that are damaged."""
     A, B = slots["A"], slots["B"]
     if not (A.isfinite().all() and B.isfinite().all()):
         raise FormatError("its factors are not finite")
-    pattern_path = path.partition(".base_layer")[0]
-    r = by_pattern(pattern_path, config.rank_pattern, config.r)
-    alpha = by_pattern(pattern_path, config.alpha_pattern, config.lora_alpha)
-    configured = initial_scaling(r, alpha, config.use_rslora)  # the same if rank and alpha are doubled for a start
+    configured = initial_scaling(r, alpha, use_rslora)  # the same if rank and alpha are doubled for a start
     if stored.metadata.start and stored.settings is None:  # PEFT's settings have the doubled rank already
         r *= 2
     per_group = B.shape[1] if B.ndim > 1 else 0

@@ -8,6 +8,7 @@ Below: the folder, then its tensors: of a layer, of grouped convolutions, of tra
 """
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,11 @@ from tailora.formats.fingerprint import TOLERANCE, fingerprint
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes, wrap_os_error, write_file
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata, parse_metadata
 from tailora.formats.peft_config import (
+    as_peft_computes,
     base_model_name,
     read_adapter_config,
     to_peft_config,
     with_double_rank,
-    with_layer_patterns,
 )
 from tailora.formats.peft_paths import PeftLayer, peft_layers
 from tailora.formats.run_folder import ADAPTER_CONFIG
@@ -80,13 +81,18 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_model: nn.Module) -> 
         base=fingerprint(base_model, {path: layer.layer_type for path, layer in low_rank}),
         base_folder=relative_base_folder(base_model),
     )
-    config = with_layer_patterns(adapter.config, layers)
+    config = as_peft_computes(adapter.config, layers)
     settings = to_peft_config(with_double_rank(config) if adapter.has_start else config, layers, base_model)
-    readers = "tailora" if layers_unknown_to_peft(adapter) else "tailora and PEFT"
+    unknown = unknown_to_peft(layers)
     about = (
         f"LoRA adapter of {len(low_rank)} layers, r = {settings['r']}, alpha = {settings['lora_alpha']:g}. "
-        f"Loads with {readers}."
+        f"Loads with {'tailora' if unknown else 'tailora and PEFT'}."
     )
+    if unknown:
+        about += f" PEFT cannot load it: {unknown}."
+        warnings.warn(f"{folder}: PEFT cannot load this adapter, only tailora can: {unknown}", stacklevel=2)
+    elif config.lora_dropout != adapter.config.lora_dropout:
+        about += f" Was trained with lora_dropout = {adapter.config.lora_dropout:g}, which PEFT does not have here."
     files = {
         WEIGHTS: safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()}),
         ADAPTER_CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
@@ -115,12 +121,24 @@ def model_card(settings: Mapping[str, Any], about: str) -> str:
     return f"---\nlibrary_name: peft\n{base_line}tags:\n- lora\n- tailora\n---\n\n{about}\n"
 
 
-def layers_unknown_to_peft(adapter: Adapter) -> list[str]:
-    """Returns the paths that PEFT has no form for: magnitudes on attention and on stacked experts."""
-    layers = adapter.low_rank.items()
-    return [
-        path for path, layer in layers if layer.layer_type.replaces_forward and layer.lora_magnitude_vector is not None
+def unknown_to_peft(layers: Iterable[PeftLayer]) -> str:
+    """Returns what PEFT has no form for, and where; "" if nothing.
+
+    It has neither magnitudes nor biases for attention and parameters.
+    """
+    unknown = [
+        path
+        for peft_layer in layers
+        for path, layer in peft_layer.layers.items()
+        if (peft_layer.is_parameter or layer.layer_type.replaces_forward)
+        and not (layer.lora_magnitude_vector is None and layer.lora_bias is None)
     ]
+    if not unknown:
+        return ""
+    return (
+        "it has no use_dora and no lora_bias on attention, experts, and layers that are named like projections of "
+        f"experts: {', '.join(unknown[:3])} ({len(unknown)} in all)"
+    )
 
 
 def read_peft_folder(folder: Path) -> StoredAdapter:

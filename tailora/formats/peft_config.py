@@ -76,11 +76,13 @@ def base_model_name(base_model: nn.Module) -> str | None:
     return getattr(getattr(base_model, "config", None), "_name_or_path", None) or None
 
 
-def with_layer_patterns(config: LoRAConfig, layers: Iterable[PeftLayer]) -> LoRAConfig:
-    """Returns the config with patterns for every layer whose rank or scale the config alone does not give.
+def as_peft_computes(config: LoRAConfig, layers: Iterable[PeftLayer]) -> LoRAConfig:
+    """Returns the config with patterns for every layer whose rank or scale the config alone does not give PEFT.
 
-    Such layers hold several parts of a fused layer, each with a rank and scale of its own.
+    Such layers hold several parts of a fused layer, each with a rank and scale of its own, or are target_parameters.
+    With these PEFT has no dropout.
     """
+    layers = list(layers)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for layer in layers:
@@ -89,7 +91,11 @@ def with_layer_patterns(config: LoRAConfig, layers: Iterable[PeftLayer]) -> LoRA
             ranks[exactly(path)] = layer.r
         if not math.isclose(alpha, by_pattern(path, config.alpha_pattern, config.lora_alpha), rel_tol=1e-9):
             alphas[exactly(path)] = alpha
-    return config.replaced(rank_pattern=ranks | config.rank_pattern, alpha_pattern=alphas | config.alpha_pattern)
+    return config.replaced(
+        rank_pattern=ranks | config.rank_pattern,
+        alpha_pattern=alphas | config.alpha_pattern,
+        lora_dropout=0.0 if any(layer.is_parameter for layer in layers) else config.lora_dropout,
+    )
 
 
 def with_double_rank(config: LoRAConfig) -> LoRAConfig:

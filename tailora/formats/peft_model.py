@@ -114,8 +114,9 @@ def _read_adapter(peft_model: Any, name: str, base: nn.Module, layers: Mapping[s
     )
     adapter = restore(stored, base)
     for path, layer in adapter.low_rank.items():
-        # PEFT has one scale for all parts of a fused layer
-        peft_layer = layers[path] if path in layers else layers[path.rpartition(".")[0]]
+        # PEFT may adapt a layer by the name of its weight, and has one scale for all parts of a fused layer
+        names = (path, f"{path}.weight", path.rpartition(".")[0])
+        peft_layer = next(layers[name] for name in names if name in layers)
         scaling = torch.tensor(float(peft_layer.scaling[name])).to(layer.scaling)
         if scaling != layer.scaling:  # set_scale and scale_layer change it
             layer.scaling = scaling

@@ -6,6 +6,8 @@ c_attn.q                          c_attn: rows of A and columns of B of the whol
 attn.in_proj_weight               attn
 attn.out_proj                     attn.base_layer.out_proj
 experts.gate_up_proj, .down_proj  experts.base_layer, experts: nested wrappers, the first parameter is the innermost
+
+PEFT also takes some layers for projections of experts, which have the same names. `named_like_experts` finds them.
 """
 
 from collections.abc import Mapping
@@ -30,6 +32,7 @@ class PeftLayer:
     pattern_path: the path that PEFT matches rank_pattern and alpha_pattern against.
     layers: path -> the LoRALayers in it. Several are parts of one fused layer, one after another in the rank.
     scale: the scale that PEFT computes for it; the B of a part with another scale is multiplied by the ratio.
+    is_parameter: whether PEFT finds it by `target_parameters`.
     row_norms: ||W|| of every output, (out,), if parts of it have DoRA magnitudes.
     """
 
@@ -37,11 +40,8 @@ class PeftLayer:
     pattern_path: str
     layers: dict[str, LoRALayer]
     scale: float
+    is_parameter: bool = False
     row_norms: Tensor | None = None
-
-    @property
-    def is_parameter(self) -> bool:
-        return next(iter(self.layers.values())).layer_type.is_stacked
 
     @property
     def r(self) -> int:
@@ -107,6 +107,7 @@ def peft_layers(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, 
     paths_of_module: dict[str, list[str]] = {}
     for path, module_path in module_paths.items():
         paths_of_module.setdefault(module_path, []).append(path)
+    expert_names = named_like_experts(model)
     result: dict[str, PeftLayer] = {}
     scales: dict[str, float] = {}
     for path, layer in layers.items():
@@ -125,10 +126,34 @@ def peft_layers(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, 
         if prefix in result:
             result[prefix].layers[path] = layer
             continue
-        pattern_path = path if layer.layer_type.is_stacked else module_path
+        is_parameter, pattern_path = layer.layer_type.is_stacked, path if layer.layer_type.is_stacked else module_path
+        if module_path.rpartition(".")[2] in expert_names and not is_parameter:
+            is_parameter, pattern_path = True, f"{module_path}.weight"
         scale = scales.setdefault(pattern_path, layer.configured_scaling)
         norms = None
         if layer.output_slice is not None and layer.lora_magnitude_vector is not None:
             norms = RowNorms(module, layer.layer_type, layer.lora_A.dtype).squares.sqrt()
-        result[prefix] = PeftLayer(prefix, pattern_path, {path: layer}, scale, norms)
+        result[prefix] = PeftLayer(prefix, pattern_path, {path: layer}, scale, is_parameter, norms)
     return result
+
+
+# Where transformers 4 had a layer for each projection of each expert, transformers 5 has one parameter for all experts.
+# PEFT (0.19 and later) converts target_modules of that time by the last name alone: a dense layer `mlp.gate_proj`, or
+# one of a shared expert, is lost to the experts. It does not convert target_parameters, and takes the weight of a
+# linear layer there; the keys of the tensors are the same.
+NAMES_OF_EXPERTS = {  # a weight of one expert in the files of transformers -> the names that PEFT converts
+    "mlp.experts.*.gate_proj.weight": frozenset(("gate", "gate_proj", "up_proj", "down_proj")),
+    ".experts.*.w1.weight": frozenset(("gate", "w1", "w2", "w3")),
+}
+
+
+def named_like_experts(model: nn.Module) -> frozenset[str]:
+    """Returns the last names of layers that PEFT would take for projections of this model's experts."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if not isinstance(model_type, str):
+        return frozenset()
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # imports all of transformers
+
+    conversions = get_checkpoint_conversion_mapping(model_type) or []
+    patterns = {pattern for conversion in conversions for pattern in getattr(conversion, "source_patterns", [])}
+    return frozenset().union(*(names for pattern, names in NAMES_OF_EXPERTS.items() if pattern in patterns))

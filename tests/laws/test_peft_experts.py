@@ -1,0 +1,217 @@
+"""Default targets on mixtures of experts, in PEFT's files both ways.
+
+PEFT takes dense layers of these models for projections of their experts, because they have the same names.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from cases import stir
+from torch import Tensor, nn
+
+import tailora
+from tailora import LoRAConfig, LoRAModel
+from tailora.formats.offline import read_offline
+
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 40,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OF_FOUR = {"num_experts": 4, "num_experts_per_tok": 2}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN = {**OF_FOUR, "moe_intermediate_size": 8, "mlp_only_layers": [0]}
+SHARED = {"shared_expert_intermediate_size": 8}
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+    "num_key_value_heads": 4,
+}
+ERNIE = {
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_intermediate_size": 8,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": 1,
+    "moe_num_shared_experts": 1,
+    "moe_layer_interval": 1,
+}
+LINEAR_ATTENTION = {
+    f"linear_{name}": size
+    for name, size in {"num_key_heads": 2, "num_value_heads": 2, "key_head_dim": 4, "value_head_dim": 4}.items()
+}
+JAMBA = {
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "mamba_d_state": 4,
+    "mamba_dt_rank": 4,
+    "use_mamba_kernels": False,
+}
+DBRX = {
+    "d_model": 16,
+    "n_heads": 4,
+    "n_layers": 2,
+    "vocab_size": 40,
+    "max_seq_len": 64,
+    "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16},
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8},
+}
+FULL = ["full_attention"] * 2
+# Prefix of the names in transformers -> settings of its config beside SIZES
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "DeepseekV3": {**DEEPSEEK, **LATENT},
+    "DeepseekV2": {**DEEPSEEK, **LATENT, "head_dim": 4},
+    "DeepseekV32": {**DEEPSEEK, **LATENT, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
+    "Glm4Moe": {**DEEPSEEK, "head_dim": 4},
+    "Glm4MoeLite": {**DEEPSEEK, **LATENT},
+    "Dots1": {**DEEPSEEK, "head_dim": 4},
+    "Ernie4_5_Moe": ERNIE,
+    "HunYuanMoEV1": {"num_experts": 4, "moe_topk": 2, "head_dim": 4},
+    "Qwen2Moe": {**QWEN, **SHARED},
+    "Qwen3Moe": {**QWEN, "head_dim": 4},
+    "Qwen3Next": {
+        **QWEN,
+        **SHARED,
+        **LINEAR_ATTENTION,
+        "head_dim": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "Olmoe": OF_FOUR,
+    "FlexOlmo": OF_FOUR,
+    "Mixtral": LOCAL,
+    "MiniMax": {**LOCAL, "head_dim": 4, "layer_types": FULL},
+    "GptOss": {**LOCAL, "head_dim": 4},
+    "GraniteMoe": LOCAL,
+    "GraniteMoeShared": {**LOCAL, "shared_intermediate_size": 8},
+    "Phimoe": LOCAL,
+    "Jamba": {**OF_FOUR, **JAMBA},
+    "Dbrx": DBRX,
+    "Llama4": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "head_dim": 4,
+        "intermediate_size_mlp": 24,
+        "interleave_moe_layer_step": 2,
+    },
+}
+EXCLUDED = ["router", "shared_expert_gate"]  # linear layers that give a tuple, or one number
+IDS = torch.arange(24).view(2, 12) + 3
+
+
+@pytest.fixture(autouse=True)
+def _others_warn_as_they_like() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def fresh(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    config_class = getattr(transformers, f"{name}TextConfig" if name == "Llama4" else f"{name}Config")
+    config = config_class(**({} if name == "Dbrx" else SIZES) | ARCHITECTURES[name])
+    if name == "Dbrx":
+        config.attn_config.rope_theta = 1e4  # transformers forgets its default
+    base: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for path, parameter in base.named_parameters():
+        if "expert" in path:
+            nn.init.normal_(parameter, std=0.3)
+    return base
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    result: Tensor = model.eval()(IDS).logits
+    return result
+
+
+def excluded(base: nn.Module) -> list[str] | None:
+    linear = [path for path, module in base.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in EXCLUDED if any(path.endswith(f".{name}") for path in linear)] or None
+
+
+def adapted(name: str, **settings: Any) -> LoRAModel:
+    base = fresh(name)
+    model = LoRAModel(base, LoRAConfig(r=2, lora_alpha=6, exclude_modules=excluded(base), **settings))
+    stir(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "DeepseekV3" else pytest.mark.slow) for name in ARCHITECTURES]
+)
+def test_the_default_targets_of_experts_models_are_the_same_in_peft(name: str, tmp_path: Path) -> None:
+    model = adapted(name)
+    expected = logits(model)
+    assert (expected - logits(fresh(name))).abs().max() > 0.01
+    model.save_adapter(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(fresh(name), str(tmp_path / "ours"))
+    torch.testing.assert_close(logits(theirs), expected, **TOLERANCE)
+    assert torch.equal(logits(LoRAModel.from_pretrained(fresh(name), tmp_path / "ours")), expected)
+
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    back = LoRAModel.from_pretrained(fresh(name), tmp_path / "theirs")
+    torch.testing.assert_close(logits(back), expected, **TOLERANCE)
+    torch.testing.assert_close(logits(tailora.from_peft(theirs)), expected, **TOLERANCE)
+
+    config = peft.LoraConfig(r=2, target_modules="all-linear", exclude_modules=excluded(fresh(name)))
+    trained = peft.get_peft_model(fresh(name), config)
+    generator = torch.Generator().manual_seed(5)
+    for path, parameter in trained.named_parameters():
+        if "lora_" in path:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    trained.save_pretrained(str(tmp_path / "trained"))
+    ours = LoRAModel.from_pretrained(fresh(name), tmp_path / "trained")
+    torch.testing.assert_close(logits(ours), logits(trained), **TOLERANCE)
+
+
+def test_ranks_scales_and_dropout_of_dense_layers_named_like_experts(tmp_path: Path) -> None:
+    settings = {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"mlp.up_proj": 5}, "lora_dropout": 0.1}
+    model = adapted("DeepseekV3", use_rslora=True, **settings)
+    model.save_adapter(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(fresh("DeepseekV3"), str(tmp_path))
+    torch.testing.assert_close(logits(theirs), logits(model), **TOLERANCE)
+    assert LoRAModel.from_pretrained(fresh("DeepseekV3"), tmp_path).adapters == model.adapters
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0
+    assert "lora_dropout = 0.1, which PEFT does not have here" in (tmp_path / "README.md").read_text()
+    updates, low_rank = read_offline(tmp_path).updates, model.adapter().low_rank
+    assert updates.keys() == low_rank.keys()
+    alone = updates["model.layers.0.mlp.down_proj"].factors.dense[0]
+    torch.testing.assert_close(alone, low_rank["model.layers.0.mlp.down_proj"].delta_weight().detach(), **TOLERANCE)
+
+
+def test_saving_says_that_peft_cannot_load_dora_there(tmp_path: Path) -> None:
+    model = adapted("DeepseekV3", use_dora=True)
+    with pytest.warns(UserWarning, match=r"PEFT cannot load this adapter.*use_dora.*mlp\.gate_proj"):
+        model.save_adapter(tmp_path)
+    assert "PEFT cannot load it" in (tmp_path / "README.md").read_text()
+    assert torch.equal(logits(LoRAModel.from_pretrained(fresh("DeepseekV3"), tmp_path)), logits(model))
+    with pytest.raises(ValueError, match="use_dora"):
+        peft.PeftModel.from_pretrained(fresh("DeepseekV3"), str(tmp_path))
