@@ -1,6 +1,6 @@
 """`tailora data FILE --model M`: shows what training would learn from the file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -11,18 +11,12 @@ from rich.text import Text
 
 from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import print_json, stdout
+from tailora.data.dataset import warnings_of
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
 
 Flags: Any = flags_of(TrainConfig, only=["model", "eval_data", "field", "max_length", "validation_split", "seed"])
 BAR = 40  # characters of the longest bar
-WARNINGS = {  # count in the data's report -> name, meaning
-    "truncated": ("cut", "examples are longer than --max-length"),
-    "cut_away": ("left out", "examples whose learned tokens were all cut away"),
-    "replies_not_learned": ("not learned", "replies that the chat template rewrites once the chat continues"),
-    "repeated": ("repeated", "rows are copies of an earlier row"),
-    "duplicates": ("DUPLICATES", "held-out rows are also trained on: the held-out loss will look too good"),
-}
 
 Pieces = list[tuple[str, bool]]  # text, learned
 
@@ -64,11 +58,6 @@ def data(
     else:
         show(stdout(), report, examples)
     return 0
-
-
-def warnings_of(report: Mapping[str, Any]) -> dict[str, str]:
-    """Returns name -> count and meaning for what was cut, left out or found twice; also shown when a run starts."""
-    return {name: f"{report[key]:,} {meaning}" for key, (name, meaning) in WARNINGS.items() if report[key]}
 
 
 def show(console: Console, report: dict[str, Any], examples: Sequence[Pieces]) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tailora.cli.data import warnings_of
 from tailora.cli.main import on_terminal
+from tailora.data.dataset import warnings_of
 from tailora.report.format import count
 from tailora.train.events import Evaluated, Event, Listener, Note, Prepared, Saved, Stepped
 

@@ -1,7 +1,7 @@
 """Tokenised examples, stored end to end in two flat arrays; the split into train and held-out; the report."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
@@ -31,6 +31,11 @@ class Example:
     def supervised(self) -> int:
         """The number of trained tokens."""
         return int(np.count_nonzero(self.labels[1:] != IGNORED))
+
+    @property
+    def hash(self) -> bytes:
+        """Equal for copies: examples with the same ids and labels."""
+        return hashlib.sha256(self.input_ids.tobytes() + self.labels.tobytes()).digest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,9 +85,12 @@ class Examples:
     def select(self, indices: Iterable[int] | Int64) -> "Examples":
         return Examples.of(self[int(index)] for index in indices)
 
+    def distinct(self) -> "Examples":
+        """Returns the examples that are no copy of an earlier one."""
+        return self.select(copies[0] for copies in group_equal(self.hashes()))
+
     def hashes(self) -> list[bytes]:
-        """One hash per example, equal if ids and labels are."""
-        return [hashlib.sha256(example.input_ids.tobytes() + example.labels.tobytes()).digest() for example in self]
+        return [example.hash for example in self]
 
 
 # ---- The split
@@ -93,18 +101,20 @@ class Split(NamedTuple):
     held_out: list[int]
 
 
-def split_examples(hashes: Sequence[bytes], share: float, seed: int) -> Split:
+def split_examples(hashes: Sequence[bytes], share: float, seed: int, left_out: int = 0) -> Split:
     """Returns the indices of the examples on either side. Equal examples go to the same side.
 
     share: of the examples to hold out, at least one; 0 holds out none. The same arguments give the same split.
+    left_out: how many rows were left out because of --max-length, for the message.
     Raises DataError if there are not two different examples.
     """
     if not share:
         return Split(list(range(len(hashes))), [])
     groups = group_equal(hashes)
     if len(groups) < 2:
+        more = f"; {left_out:,} more rows were left out, too long for --max-length: raise it" if left_out else ""
         raise DataError(
-            f"{len(groups)} different example in {len(hashes)} rows: none can be held out; "
+            f"{distinct_of(len(hashes), len(groups), 'example')}: none can be held out{more}; "
             "add data, or use --validation-split 0"
         )
     target = max(1, round(len(hashes) * share))
@@ -123,6 +133,12 @@ def group_equal(hashes: Sequence[bytes]) -> list[list[int]]:
     for index, value in enumerate(hashes):
         groups.setdefault(value, []).append(index)
     return list(groups.values())
+
+
+def distinct_of(examples: int, distinct: int, name: str) -> str:
+    """7, 3, "example" -> "7 examples, 3 distinct"; without the second part if there are no copies."""
+    words = f"{examples:,} {name}{'s' * (examples != 1)}"
+    return words if distinct == examples else f"{words}, {distinct:,} distinct"
 
 
 # ---- The report
@@ -150,6 +166,7 @@ class DataReport:
     rows: int  # usable rows of source and eval_source
     train: int  # examples
     eval: int
+    eval_copies: int  # of eval, copies of other held-out examples: they are not evaluated again
     tokens: int  # train and eval
     supervised_tokens: int
     longest: int  # tokens of the longest row, before cutting
@@ -167,6 +184,21 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "supervised_share": self.supervised_share}
+
+
+WARNINGS = {  # count in the report -> name, meaning
+    "truncated": ("cut", "examples are longer than --max-length"),
+    "cut_away": ("left out", "examples whose learned tokens were all cut away"),
+    "replies_not_learned": ("not learned", "replies that the chat template rewrites once the chat continues"),
+    "repeated": ("repeated", "rows are copies of an earlier row"),
+    "eval_copies": ("copies", "held-out examples are copies of others: each text is evaluated once"),
+    "duplicates": ("DUPLICATES", "held-out rows are also trained on: the held-out loss will look too good"),
+}
+
+
+def warnings_of(report: Mapping[str, Any]) -> dict[str, str]:
+    """Returns name -> count and meaning for what was cut, left out or found twice. report: DataReport.to_dict()."""
+    return {name: f"{report[key]:,} {meaning}" for key, (name, meaning) in WARNINGS.items() if report[key]}
 
 
 def length_histogram(lengths: Int64, bins: int = 10) -> list[Bin]:

@@ -3,6 +3,7 @@
 readers -> schemas -> chat_template -> tokenize -> dataset, 1000 rows at a time; see the package's docstring
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -130,7 +131,7 @@ def _all_cut(source: str, max_length: int, longest: int, use: str = "learned") -
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedData:
-    """eval_samples[i] became eval[i]."""
+    """eval: distinct examples, since copies would count as independent ones. eval_samples[i] became eval[i]."""
 
     train: Examples
     eval: Examples
@@ -160,11 +161,12 @@ def prepare(
     if eval_source is not None:
         eval_data = _load_source(eval_source, "validation", chat_tokenizer, field, max_length)
         counts.append(eval_data.counts)
-        train, held_out, eval_samples = data.examples, eval_data.examples, eval_data.samples
+        train, held_out, samples = data.examples, eval_data.examples, eval_data.samples
     else:
-        split = dataset.split_examples(data.examples.hashes(), validation_split, seed)
+        split = dataset.split_examples(data.examples.hashes(), validation_split, seed, data.counts.cut_away)
         train, held_out = data.examples.select(split.train), data.examples.select(split.held_out)
-        eval_samples = [data.samples[index] for index in split.held_out]
+        samples = [data.samples[index] for index in split.held_out]
+    distinct = [copies[0] for copies in dataset.group_equal(held_out.hashes())]
     lengths = np.concatenate([train.lengths, held_out.lengths])
     repeated, duplicates = dataset.count_repeats(train.hashes(), held_out.hashes())
     report = DataReport(
@@ -177,6 +179,7 @@ def prepare(
         rows=sum(part.rows for part in counts),
         train=len(train),
         eval=len(held_out),
+        eval_copies=len(held_out) - len(distinct),
         tokens=int(lengths.sum()),
         supervised_tokens=int(train.supervised.sum() + held_out.supervised.sum()),
         longest=max(part.longest for part in counts),
@@ -188,7 +191,7 @@ def prepare(
         lengths=dataset.length_histogram(lengths),
         sha256=dataset.dataset_hash(train, held_out),
     )
-    return PreparedData(train, held_out, report, eval_samples)
+    return PreparedData(train, held_out.select(distinct), report, [samples[index] for index in distinct])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -268,6 +271,7 @@ class EvalDataReport:
     longest: int  # tokens of the longest row, before cutting
     truncated: int  # rows cut at max_length
     cut_away: int  # of those: no supervised token is left
+    copies: int  # rows that are copies of an earlier one: they are not evaluated again
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,12 +294,13 @@ def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport
     """Reads all of it. Raises DataError that names every problem with file, row and cause."""
     tokenizer = checked_tokenizer(source.tokenizer, embedding_rows)
     mapping, results = source.read()
-    problems, counts = [], RowCounts()
+    problems, counts, seen = [], RowCounts(), set[bytes]()
     for result in results:
         if isinstance(result, RowProblem):
             problems.append(result)
         else:
             counts.add(result.encoded, source.max_length)
+            _is_evaluated(result, seen)
     if problems:
         raise data_error(problems)
     if counts.rows == counts.cut_away:
@@ -303,17 +308,32 @@ def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport
     numbers = asdict(counts)
     del numbers["replies_not_learned"]
     has_template = tokenizer.template is not None
-    return EvalDataReport(source.name, mapping.schema.name, mapping.columns, has_template, **numbers)
+    copies = counts.rows - counts.cut_away - len(seen)
+    return EvalDataReport(source.name, mapping.schema.name, mapping.columns, has_template, **numbers, copies=copies)
+
+
+def _is_evaluated(row: EncodedRow, seen: set[bytes]) -> bool:
+    """Returns False if the row has no supervised token or is a copy of a row in `seen`, to which it is added.
+
+    Copies have the same ids and labels up to max_length, and the same choices.
+    """
+    example = row.encoded.example
+    key = hashlib.sha256(example.hash + repr(row.choices).encode()).digest()
+    if not example.supervised or key in seen:
+        return False
+    seen.add(key)
+    return True
 
 
 def read_eval_chunks(source: EvalSource, size: int) -> Iterator[list[EncodedRow]]:
-    """Yields the rows that have supervised tokens, of `size` rows at a time.
+    """Yields the rows that have supervised tokens, without copies of earlier rows, of `size` rows at a time.
 
     Raises DataError if the data has problems that `check_eval_source` did not see, because it has changed.
     """
     _, results = source.read()
+    seen = set[bytes]()
     while chunk := list(islice(results, size)):
         if problems := [result for result in chunk if isinstance(result, RowProblem)]:
             raise data_error(problems)
-        if rows := [row for row in chunk if isinstance(row, EncodedRow) and row.encoded.example.supervised]:
+        if rows := [row for row in chunk if isinstance(row, EncodedRow) and _is_evaluated(row, seen)]:
             yield rows

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
-from tailora.data.dataset import Examples
+from tailora.data.dataset import Examples, distinct_of
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import EncodedRow, EvalDataReport, EvalSource, check_eval_source, prepare, read_eval_chunks
 from tailora.data.schemas import Conversation, Pair
@@ -150,6 +150,7 @@ def score(
 ) -> Scores:
     """Evaluates the active adapters on `data`, and with `base` also the model without them, on the same examples.
 
+    Copies of a row are evaluated once: they would count as independent examples in the intervals.
     data: whatever training reads, or 'demo'.
     field: columns of the data, key -> column.
     log: called with notes on how the scores are computed.
@@ -170,7 +171,7 @@ def score(
                 for step in evaluator.steps:
                     step(chunk, totals[name])
             done += len(chunk)
-            progress(done, len(models) * (facts.rows - facts.cut_away))
+            progress(done, len(models) * (facts.rows - facts.cut_away - facts.copies))
     return _scores(totals, metrics, facts)
 
 
@@ -377,7 +378,7 @@ def _change(metric: str, base: _Totals, tuned: _Totals) -> Score:
 
 
 def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log) -> Callable[[], Evaluation]:
-    """Returns a function that evaluates the active adapters on all of `config.data`, example by example.
+    """Returns a function that evaluates the active adapters on the distinct examples of `config.data`, one by one.
 
     'demo' is the held-out part of the demo's data. Raises DataError with all that is wrong with the data.
     """
@@ -389,8 +390,11 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
         validation_split=0.0,
         embedding_rows=model.get_input_embeddings().weight.shape[0],
     )
+    examples = prepared.train.distinct()
+    if len(examples) < len(prepared.train):
+        log(f"{distinct_of(len(prepared.train), len(examples), 'held-out example')}: copies are evaluated once")
     layout = choose_layout(config, model, tokenizer, log)
-    return lambda: evaluate(model, prepared.train, layout=layout, token_budget=_token_budget(model))
+    return lambda: evaluate(model, examples, layout=layout, token_budget=_token_budget(model))
 
 
 def _token_budget(model: LoRAModel) -> int:

@@ -215,12 +215,12 @@ def before_and_after(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> 
     }
 
 
-def describe_change(change: Interval, examples: int) -> str:
-    """Returns the change in words; an interval that contains 0 shows none."""
+def describe_change(change: Interval, examples: str) -> str:
+    """Returns the change in words; an interval that contains 0 shows none. examples: "10 held-out examples"."""
     value, low, high = change
+    where = f"over {examples}"
     if math.isnan(low):
-        return f"Loss changed by {value:+.3f} on the only held-out example: too little to tell whether it worked."
-    where = f"over {examples} held-out examples"
+        return f"Loss changed by {value:+.3f} {where}: too little to tell whether it worked."
     if low <= 0 <= high:
         return f"No change shown: {value:+.3f} nats per token (95% interval {low:+.3f} to {high:+.3f}, {where})."
     direction, small, large = ("down", -high, -low) if value < 0 else ("UP", low, high)

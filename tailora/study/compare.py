@@ -96,7 +96,7 @@ class _Comparison:
         runs = self._judging_runs(rates)
         done = next((trial for trials in runs.values() for trial in trials if trial.done), None)
         if done is not None:
-            self.session.note_truncated(done, self.train.max_length)
+            self.session.note_data(done)
         seconds = json.loads((self.folder / CLOCK).read_text())
         return judge_arms(self.study, rates, runs, notes=self.session.notes, settings=settings, seconds=seconds)
 

@@ -25,7 +25,7 @@ from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import layer_path_of, layer_type_of
 from tailora.core.patterns import layer_index
 from tailora.core.targets import selected_candidates
-from tailora.data.dataset import Example
+from tailora.data.dataset import Example, warnings_of
 from tailora.formats.run_folder import write_report
 from tailora.model import LoRAModel
 from tailora.study.config import FIRST_RATES, FULL, OF_ADAPTERS
@@ -278,7 +278,7 @@ def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Acce
         tokens=round(tokens_per_step * data.max_steps),
         steps=data.max_steps,
         tokens_per_step=tokens_per_step,
-        notes=[],
+        notes=[f"data: {text}" for text in warnings_of(data.prepared.report.to_dict()).values()],
     )
 
 

@@ -138,7 +138,7 @@ class _Search:
         choosing_half(len(trial.counts))  # raises for too few examples, before anything is kept
         longest, runs = longest_run(self.train, trial.numbers["examples"]), RESERVED * self.study.seeds
         budget = budget_for(costs, longest, self.session.seconds_left, self.study.trial_count, runs)
-        self.session.note_truncated(trial, self.train.max_length)
+        self.session.note_data(trial)
         return {"plan": asdict(budget), "parts": trial.numbers["parts"], "base": trial.base}
 
     @property

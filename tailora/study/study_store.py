@@ -108,9 +108,10 @@ class StudySession:
             self.notes.append(text)
             self.log(text)
 
-    def note_truncated(self, trial: Trial, max_length: int) -> None:
-        if count := trial.numbers.get("truncated"):
-            self.note(f"{count} examples are longer than --max-length {max_length} and were cut")
+    def note_data(self, trial: Trial) -> None:
+        """Notes what of the data was cut, left out or found twice."""
+        for text in trial.numbers["data_warnings"]:
+            self.note(text)
 
     def plan(self, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The content of plan.json, which `find` returns when there is none yet."""

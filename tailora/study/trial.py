@@ -51,10 +51,11 @@ def judging_half(count: int) -> Indices:
 def _shuffled(count: int) -> Indices:
     """Always the same for a count."""
     if count < 4:
-        examples = "1 held-out example is" if count == 1 else f"{count} held-out examples are"
+        examples = "1 distinct held-out example is" if count == 1 else f"{count} distinct held-out examples are"
         raise ConfigError(
             f"{examples} too few: one half chooses settings, the other half judges. Hold out at least 4, better 100: "
-            "--eval-data FILE, or a larger --validation-split"
+            "--eval-data FILE, or a larger --validation-split. Copies do not count, nor do rows "
+            "that --max-length leaves nothing of"
         )
     return np.random.default_rng(0).permutation(count)
 
@@ -297,6 +298,7 @@ def run_here(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
 
 def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) -> dict[str, Any]:
     """The fields of a Trial that is done."""
+    from tailora.data.dataset import warnings_of
     from tailora.study.model_layout import target_groups  # torch from here on
     from tailora.train.events import Evaluated, Event, Prepared, Stepped
     from tailora.train.loss import Evaluation
@@ -335,7 +337,7 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
         "seed": config.seed,
         "parts": parts,
         "examples": None if result.data is None else len(result.data.train),  # unknown for a stream
-        "truncated": None if result.data is None else result.data.report.truncated,
+        "data_warnings": [] if result.data is None else list(warnings_of(result.data.report.to_dict()).values()),
     }
     files = folder_of(result.model, Path(result.output_dir)).rglob("*")
     forgotten, seconds = (None, {}) if spec.forgetting is None else _forgetting(result, spec)

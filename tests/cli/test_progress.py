@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tailora.cli.data import WARNINGS
 from tailora.cli.progress import format_header, run_progress
+from tailora.data.dataset import WARNINGS
 from tailora.train.events import Evaluated, Event, Note, Stepped
 
 NOTHING_DROPPED = dict.fromkeys(WARNINGS, 0)
@@ -113,6 +113,7 @@ def test_the_header_says_what_was_chosen_and_why(changes: dict[str, object], par
         ("cut_away", "left out 1,234 examples"),
         ("replies_not_learned", "not learned 1,234 replies"),
         ("repeated", "repeated 1,234 rows"),
+        ("eval_copies", "copies 1,234 held-out examples are copies of others"),
         ("duplicates", "DUPLICATES 1,234 held-out rows are also trained on"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tailora.data.dataset import warnings_of
 from tailora.data.prepare import RowCounts, prepare, stream_examples
 from tailora.data.schemas import Conversation, Pair
 from tailora.errors import DataError
@@ -58,6 +59,21 @@ def test_copies_stay_on_one_side_and_are_counted(bytes_tokenizer, jsonl) -> None
     prepared = prepare(jsonl(PAIRS[:5] * 4), bytes_tokenizer(), validation_split=0.2)
     assert (prepared.report.repeated, prepared.report.duplicates) == (15, 0)
     assert not set(prepared.train.hashes()) & set(prepared.eval.hashes())
+
+
+def test_copies_among_the_held_out_examples_are_evaluated_once(bytes_tokenizer, jsonl) -> None:
+    held = jsonl([PAIRS[0], PAIRS[1], PAIRS[0], PAIRS[0], PAIRS[2], PAIRS[1], PAIRS[0]], "held.jsonl")
+    prepared = prepare(jsonl(PAIRS[3:]), bytes_tokenizer(), eval_source=held)
+    assert (prepared.report.eval, prepared.report.eval_copies) == (7, 4)
+    assert prepared.eval.source_indices.tolist() == [0, 1, 4]
+    assert prepared.eval_samples == [Pair(**row) for row in PAIRS[:3]]
+    assert warnings_of(prepared.report.to_dict())["copies"].startswith("4 held-out examples are copies of others")
+
+
+def test_a_split_that_fails_names_the_rows_that_were_too_long(bytes_tokenizer, jsonl) -> None:
+    rows = [PAIRS[0], *({"prompt": f"hello {number} " * 40, "completion": "you"} for number in range(5))]
+    with pytest.raises(DataError, match=r"^1 example: none can be held out; 5 more rows were left out.*--max-length"):
+        prepare(jsonl(rows), bytes_tokenizer(), max_length=16)
 
 
 def test_a_separate_eval_source_is_used_whole_and_leaks_are_counted(bytes_tokenizer, jsonl) -> None:

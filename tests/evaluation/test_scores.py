@@ -77,6 +77,33 @@ def test_the_loss_on_data_is_computed_in_evaluation_mode(
     assert evaluate().loss == pytest.approx(reference_loss(tuned, quiz, tokenizer), rel=1e-5)
 
 
+def test_copies_of_a_row_are_no_further_examples(
+    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"hello {number}", "completion": "you today"} for number in range(3)]
+    paths = {"once": rows, "copied": [*rows, *rows[1:], rows[2], rows[2]]}
+    scores, losses = {}, {}
+    for name, content in paths.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+        scores[name] = score(tuned, tokenizer, str(path))
+        losses[name] = loss_on_data(TrainConfig(data=str(path)), tuned, tokenizer, lambda _: None)().sums.tolist()
+    assert scores["copied"].metrics == scores["once"].metrics
+    assert scores["copied"].change == scores["once"].change
+    assert scores["copied"].data is not None
+    assert (scores["copied"].data.rows, scores["copied"].data.copies) == (7, 4)
+    assert losses["copied"] == losses["once"]
+
+
+def test_questions_that_differ_in_a_wrong_choice_are_no_copies(
+    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "quiz.jsonl"
+    rows = [{**QUIZ[0], "choices": ["how are", wrong]} for wrong in ("user", "you", "user")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert score(tuned, tokenizer, str(path)).metrics["accuracy"].n == 2
+
+
 @pytest.mark.slow
 def test_chunks_of_a_stream_give_what_one_batch_gives(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from tailora.evaluation.statistics import (
+    Interval,
+    describe_change,
     difference_over_seeds,
     holm,
     interval_over_seeds,
@@ -233,3 +235,10 @@ def test_other_numbers_are_refused(hits: list[float]) -> None:
         wilson_interval(hits)
     with pytest.raises(ValueError, match="both must be of the same"):
         share_difference([0, 1], [0])
+
+
+def test_a_change_is_said_over_its_examples() -> None:
+    assert "over 7 held-out examples, 3 distinct)" in describe_change(
+        Interval(-1, -2, -0.5), "7 held-out examples, 3 distinct"
+    )
+    assert "over 1 held-out example: too little" in describe_change(Interval(-1, np.nan, np.nan), "1 held-out example")

@@ -145,7 +145,7 @@ def test_too_few_held_out_examples_are_found_before_any_step(small_run: TrainCon
     few.write_text("".join(Path(small_run.data).read_text().splitlines(keepends=True)[:3]))
     train = small_run.replaced(eval_data=str(few), output_dir=str(tmp_path / "study"))
     heard: list[int] = []
-    with pytest.raises(ConfigError, match="3 held-out examples are too few"):
+    with pytest.raises(ConfigError, match="3 distinct held-out examples are too few"):
         compare(train, SMALL, progress=lambda step, *_: heard.append(step), run_trial=run_here)
     assert not heard
 

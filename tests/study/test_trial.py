@@ -188,5 +188,5 @@ def test_studies_start_a_process_for_each_trial(study: Callable[..., Any]) -> No
 
 def test_the_halves_of_the_held_out_examples_are_all_of_them() -> None:
     assert sorted([*choosing_half(41), *judging_half(41)]) == list(range(41))
-    with pytest.raises(ConfigError, match="1 held-out example is too few"):
+    with pytest.raises(ConfigError, match="1 distinct held-out example is too few"):
         judging_half(1)

@@ -4,16 +4,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from tailora.data.dataset import distinct_of
 from tailora.evaluation.metrics import METRICS
 from tailora.evaluation.scores import Match
 from tailora.report.blocks import Answers, Block, Column, Figure, List, Number, Page, Section, Table
 from tailora.report.charts import Canvas, Estimate
-from tailora.report.format import NONE, decimals, duration, plural
+from tailora.report.format import NONE, decimals, duration
 from tailora.report.pages.shared import INTERVAL, numeric, settings_table
 
 CUTS = {  # of EvalReport.data: how many rows were cut or left out
     "truncated": "{:,} rows were longer than --max-length and cut; the longest has {longest:,} tokens",
     "cut_away": "{:,} of them were left out, because nothing is left to evaluate after the cut",
+    "copies": "{:,} rows are copies of others: each text was evaluated once",
     "too_long": "{:,} rows were left out: choices or prompt longer than --max-length or the model allows",
 }
 TUNED, BASE, CHANGE = "tuned", "base", "tuned - base"
@@ -66,7 +68,8 @@ def eval_page(report: EvalReport) -> Page:
         lead = f"{evaluated} on tasks of lm-evaluation-harness {tasks.get('lm_eval', '')}".rstrip() + "."
     else:
         tokens = f"; {data['supervised_tokens']:,} tokens are judged" if "supervised_tokens" in data else ""
-        lead = f"{evaluated} on {data['source']}: {plural(data['rows'], 'row')}, read as {data['shape']}{tokens}."
+        rows = distinct_of(data["rows"], data["rows"] - data.get("copies", 0), "row")
+        lead = f"{evaluated} on {data['source']}: {rows}, read as {data['shape']}{tokens}."
     missed = [gate.gate for gate in report.gates if not gate.met]
     if missed:
         lead += f" Gates not met: {', '.join(missed)}."
@@ -82,7 +85,7 @@ def eval_page(report: EvalReport) -> Page:
     sections = [
         Section(
             "What was measured",
-            "Loss is in nats per token. Intervals are 95% intervals over the rows.",
+            "Loss is in nats per token. Intervals are 95% intervals over the distinct rows.",
             [*_figures(report), _table(report)],
         ),
         Section("Answers", "The first greedy answers; ✓ marks those that match the expected ones.", _answers(report)),

@@ -285,7 +285,7 @@ def _truncation(losses: HeldOutLosses) -> Section:
     ]
     return Section(
         "What the ranks are worth",
-        f"On {losses.data}, {losses.examples:,} held-out examples: loss {losses.base_loss:.4f} with the base, "
+        f"On {losses.data}, {losses.examples:,} distinct held-out examples: loss {losses.base_loss:.4f} with the base, "
         f"{losses.loss:.4f} with the adapter.",
         [Figure("half", draw, f"{text}: {listed}.", caption, wide=True), Table(columns, rows)],
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tailora.data.dataset import distinct_of
 from tailora.errors import FormatError
 from tailora.evaluation.generate import Answer
 from tailora.evaluation.statistics import before_and_after, describe_change
@@ -109,7 +110,9 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     if result is None:
         verdict = "The run has not finished: it was interrupted, failed, or is still running."
     elif losses:
-        verdict = describe_change(losses["change"], len(examples))
+        data = header.get("data") or {}
+        rows = data["eval"] if data.get("eval", 0) - data.get("eval_copies", 0) == len(examples) else len(examples)
+        verdict = describe_change(losses["change"], distinct_of(rows, len(examples), "held-out example"))
     elif result["eval_loss_after"] is None:
         verdict = "There was no held-out data, so nothing can be said about whether it worked: give --eval-data FILE."
     else:
