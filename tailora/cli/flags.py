@@ -43,6 +43,14 @@ MODULE_NAMES = re.compile(r"[\w.,-]+")  # anything else is a regular expression
 Json = Annotated[
     bool, Parameter(negative=(), help="print one JSON object as the last line of stdout", show_default=False)
 ]
+Overwrite = Annotated[  # for every command that refuses a folder with an earlier result
+    bool,
+    Parameter(
+        negative=(),
+        help="replace an earlier result in the output folder; it is deleted when the new one is whole",
+        show_default=False,
+    ),
+]
 ConfigFile = Annotated[Path | None, Parameter(name="--config", help="YAML file of settings; flags override it")]
 
 

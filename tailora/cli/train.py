@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
+from tailora.cli.flags import ConfigFile, Json, Overwrite, flags_of, merge_settings
 from tailora.cli.main import log, print_json, stderr, stdout
 from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 Flags: Any = flags_of(TrainConfig)
 
 
-def train(*, config: ConfigFile = None, json: Json = False, flags: Flags = None) -> int:
+def train(*, config: ConfigFile = None, json: Json = False, overwrite: Overwrite = False, flags: Flags = None) -> int:
     """Fine-tune a model on your data. `tailora data FILE` shows beforehand what it would learn from."""
-    return fit(merge_settings(flags, config), as_json=json)
+    return fit(merge_settings(flags, config), as_json=json, overwrite=overwrite)
 
 
 # ---- `tailora demo`: `tailora train` on a small model and real conversations, both downloaded once.
@@ -43,12 +43,14 @@ QUESTIONS = [
 DemoFlags: Any = flags_of(TrainConfig, defaults={**DEFAULTS, "output_dir": str(FOLDER)})
 
 
-def demo(*, config: ConfigFile = None, json: Json = False, flags: DemoFlags = None) -> int:
+def demo(
+    *, config: ConfigFile = None, json: Json = False, overwrite: Overwrite = False, flags: DemoFlags = None
+) -> int:
     """Fine-tune a small model on real chats, and see what it changed. The flags are those of `train`."""
     chosen = merge_settings(flags, config, defaults=DEFAULTS)
     if "output_dir" not in chosen.model_fields_set:
         chosen = chosen.model_copy(update={"output_dir": str(demo_folder(chosen.resume_from_checkpoint))})
-    return fit(chosen, as_json=json, questions=QUESTIONS)
+    return fit(chosen, as_json=json, overwrite=overwrite, questions=QUESTIONS)
 
 
 def demo_folder(checkpoint: str | None) -> Path:
@@ -118,7 +120,7 @@ def show(console: Console, config: TrainConfig, folder: Path) -> None:
 # ---- What `train` and `demo` share: train, compare answers, print
 
 
-def fit(config: TrainConfig, *, as_json: bool, questions: Sequence[str] | None = None) -> int:
+def fit(config: TrainConfig, *, as_json: bool, overwrite: bool, questions: Sequence[str] | None = None) -> int:
     """Trains, answers `questions` (by default held-out prompts) with the base and the tuned model, and prints.
 
     Raises what `run` raises. The message of KeyboardInterrupt has the command that resumes the run.
@@ -132,7 +134,7 @@ def fit(config: TrainConfig, *, as_json: bool, questions: Sequence[str] | None =
 
     try:
         with run_progress(stderr()) as listener:
-            result = run(config, on_event=listener)
+            result = run(config, on_event=listener, overwrite=overwrite)
     except Interrupted as interrupted:
         command = ["tailora", "train", "--config", str(Path(config.output_dir) / "config.yaml")]
         command += ["--resume-from-checkpoint", str(interrupted.folder)]

@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from tailora.core.layer_types import LayerType, layer_of
-from tailora.core.quantization import PLAIN, dense_shape, dense_weight, in_file_layout, storage_of
+from tailora.core.layer_types import LINEAR, LayerType, layer_of
+from tailora.core.quantization import PLAIN, dense_shape, dense_weight, in_file_layout, quantized_layers, storage_of
 from tailora.formats.metadata import LayerFingerprint
 
 SAMPLES = 8  # weights per layer
@@ -33,15 +33,32 @@ def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> 
     return result
 
 
+def model_fingerprint(model: nn.Module) -> dict[str, LayerFingerprint]:
+    """Returns the fingerprint of every parameter by name, and of every quantised layer by path."""
+    quantized = quantized_layers(model)
+    plain = {
+        name: parameter if parameter.ndim else parameter[None]
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in quantized and parameter.numel()
+    }
+    return {
+        **fingerprint(model, dict.fromkeys(quantized, LINEAR)),
+        **{name: LayerFingerprint(shape=list(p.shape), weights=_sample(p)) for name, p in plain.items()},
+    }
+
+
 def fingerprint_differences(
-    stored: Mapping[str, LayerFingerprint], current: Mapping[str, LayerFingerprint]
+    stored: Mapping[str, LayerFingerprint], current: Mapping[str, LayerFingerprint], *, exact: bool = False
 ) -> list[str]:
-    """Returns how the layers that both have differ; [] if they are the same."""
-    differences = (_difference(path, stored[path], layer) for path, layer in current.items() if path in stored)
+    """Returns how the layers that both have differ; [] if they are the same.
+
+    exact: the precision is the same, so that only quantisation may explain a difference.
+    """
+    differences = (_difference(path, stored[path], layer, exact) for path, layer in current.items() if path in stored)
     return [difference for difference in differences if difference]
 
 
-def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint) -> str | None:
+def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint, exact: bool) -> str | None:
     if stored.shape != current.shape:
         return f"{path}: made for a weight of shape {tuple(stored.shape)}, here it is {tuple(current.shape)}"
     if len(stored.weights) != SAMPLES or len(stored.spread) not in (0, SAMPLES):
@@ -50,15 +67,17 @@ def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint) 
     spread = torch.zeros(SAMPLES, dtype=torch.float64)
     for layer in (stored, current):
         spread += torch.tensor(layer.spread or 0.0, dtype=torch.float64)
-    excess = (now - before).abs() - (SMALL + TOLERANCE * before.abs() + spread)
+    rounding = 0 if exact else SMALL + TOLERANCE * before.abs()
+    excess = (now - before).abs() - (rounding + spread)
     if (excess <= 0).all():
         return None
     worst = int(excess.argmax())
     stored_as, loaded_as = (f" in {layer.storage}" if layer.spread else "" for layer in (stored, current))
     explained = f"; quantisation explains {spread[worst]:.2g} of it" if stored_as or loaded_as else ""
+    digits = 9 if exact else 5
     return (
-        f"{path}: made for other weights (a sampled one was {before[worst]:.5g}{stored_as}, "
-        f"here it is {now[worst]:.5g}{loaded_as}{explained})"
+        f"{path}: made for other weights (a sampled one was {before[worst]:.{digits}g}{stored_as}, "
+        f"here it is {now[worst]:.{digits}g}{loaded_as}{explained})"
     )
 
 

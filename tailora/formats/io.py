@@ -6,8 +6,9 @@ New content goes to a temporary sibling, is flushed to the disk and renamed, so 
 import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile, mkdtemp, mkstemp
@@ -24,6 +25,8 @@ REMEDIES = {  # error number of the system -> what to do
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a folder that you may write to"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or give a folder on another disk"),
 }
+
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.new|\.old|)")  # what `tempfile` makes of our prefixes
 
 # ---- Atomic writing
 
@@ -73,6 +76,25 @@ def replace_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
             raise
         _fsync(target.parent)
+
+
+def remove_leftovers(folder: Path, is_known: Callable[[str], bool]) -> None:
+    """Removes what killed processes left of `write_file` and `replace_folder`, for the names that `is_known` accepts.
+
+    A folder that was moved aside for a new one that never came is put back. No other process may write meanwhile.
+    """
+    with wrap_os_error(folder):
+        for path in list(folder.iterdir()):
+            match = TEMPORARY.fullmatch(path.name)
+            if match is None or not is_known(match["name"]):
+                continue
+            target = folder / match["name"]
+            if path.is_file():
+                path.unlink()
+            elif match["suffix"] == ".old" and not target.exists() and any(path.iterdir()):
+                path.rename(target)
+            else:
+                shutil.rmtree(path)
 
 
 def create_output_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ from tailora.formats.io import write_file
 
 ADAPTER, ADAPTER_CONFIG, RUN = "adapter", "adapter_config.json", "run.json"
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
+SAMPLES = "samples.json"
 
 
 def adapter_folder(path: Path) -> Path:

@@ -16,7 +16,7 @@ and restoring the parameters and the optimizer's moments.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from tailora.core.adalora import RankAllocator
 from tailora.errors import CheckpointError, listing
+from tailora.formats.fingerprint import fingerprint_differences
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes
+from tailora.formats.metadata import LayerFingerprint
 from tailora.kernels.flat_parameters import FlatBuffer
 from tailora.train.loss import Evaluation
 from tailora.train.random_state import set_random_state
@@ -60,33 +62,68 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{folder} reads back wrong: {listing(problems)}; the disk may be failing")
 
 
-def load(name: str, output_dir: Path) -> Checkpoint:
-    """Reads a checkpoint, given as a path or as `latest` of a run.
+def load(name: str, output_dir: Path, note: Callable[[str], None]) -> Checkpoint:
+    """Reads a checkpoint, given as a path or as `latest` of a run: the newest that is not damaged.
 
-    Raises CheckpointError if there is none; for a damaged one it names the newest good one beside it.
+    note: called with what is wrong with a newer one.
+    Raises CheckpointError if there is none; for a damaged one, given as a path, it names the newest good one beside it.
     """
-    folder = Path(name)
     if name == "latest":
-        if not (checkpoints := checkpoints_in(output_dir)):
-            raise CheckpointError(
-                f"--resume-from-checkpoint latest: {output_dir} holds no checkpoint; give another --output-dir, "
-                "or start without it and with --save-steps"
-            )
-        folder = checkpoints[-1]
+        return _load_latest(output_dir, note)
+    folder = Path(name)
+    beside = [path for path in reversed(checkpoints_in(folder.parent)) if path != folder]
     if not folder.is_dir():
-        names = ", ".join(path.name for path in checkpoints_in(folder.parent))
+        names = ", ".join(path.name for path in reversed(beside))
         raise CheckpointError(f"{folder} is not a folder; checkpoints in {folder.parent}: {names or 'none'}")
-    if problems := damage(folder):
-        newest_first = reversed(checkpoints_in(folder.parent))
-        good = next((path for path in newest_first if path != folder and not damage(path)), None)
+    try:
+        return _read(folder)
+    except CheckpointError as error:
+        good = next((path for path in beside if not damage(path)), None)
         remedy = (
             f"the newest good one: --resume-from-checkpoint {good}"
             if good
             else "there is no other good one: start again"
         )
-        raise CheckpointError(f"{folder} is damaged; {remedy}. {listing(problems)}")
+        raise CheckpointError(f"{folder} is damaged; {remedy}. {error}") from None
+
+
+def _load_latest(output_dir: Path, note: Callable[[str], None]) -> Checkpoint:
+    problems = []
+    for folder in reversed(checkpoints_in(output_dir)):
+        try:
+            saved = _read(folder)
+        except CheckpointError as error:
+            problems.append(f"{folder.name} is damaged: {error}")
+        else:
+            for problem in problems:
+                note(f"resuming from {folder.name}, because {problem}")
+            return saved
+    if problems:
+        raise CheckpointError(f"no checkpoint in {output_dir} is whole; start again. {listing(problems)}")
+    raise CheckpointError(
+        f"--resume-from-checkpoint latest: {output_dir} holds no checkpoint; give another --output-dir, "
+        "or start without it and with --save-steps"
+    )
+
+
+def _read(folder: Path) -> Checkpoint:
+    """Raises CheckpointError with the problems of a damaged one; earlier versions also saved NaN."""
+    if problems := damage(folder):
+        raise CheckpointError(listing(problems))
     state = json.loads((folder / STATE).read_text())
-    return Checkpoint(state, {Path(file).stem: read_safetensors(folder / file)[0] for file in state["files"]})
+    tensors = {Path(file).stem: read_safetensors(folder / file)[0] for file in state["files"]}
+    if problems := not_finite(tensors):
+        raise CheckpointError(f"it holds NaN or infinity: {listing(problems)}")
+    return Checkpoint(state, tensors)
+
+
+def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """Returns the number and the first of the tensors of each file that hold NaN or infinity."""
+    broken = {
+        file: [name for name, tensor in content.items() if not tensor.isfinite().all()]
+        for file, content in tensors.items()
+    }
+    return [f"{file}: {len(names)} tensors, first {names[0]}" for file, names in broken.items() if names]
 
 
 def damage(folder: Path) -> list[str]:
@@ -203,10 +240,11 @@ FACTS = {  # what else the exact results of a run depend on -> its name in a mes
 }
 
 
-def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, diverged: bool = False) -> None:
     """Raises CheckpointError that names everything in which the two runs differ.
 
-    A run of constant learning rate may become longer: its steps do not depend on its length.
+    A run of constant learning rate may become longer: its steps do not depend on its length. A run that diverged may
+    go on with a lower learning rate: with the same one it would diverge again.
     """
     if saved.get("prefix"):
         raise CheckpointError(
@@ -216,15 +254,29 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
         )
     then, now = saved["settings"], current["settings"]
     free = LENGTH if now["lr_scheduler_type"] == "constant" and now["warmup_ratio"] == 0 else set()
-    facts = (saved.keys() & current.keys()) - {"settings"}  # earlier versions recorded fewer
+    if diverged and now["learning_rate"] < then["learning_rate"]:
+        free = free | {"learning_rate"}
+    facts = (saved.keys() & current.keys()) - {"settings", "base"}  # earlier versions recorded fewer
     compared = [(name, then.get(name), now.get(name)) for name in sorted((then.keys() | now.keys()) - free)]
     compared += [(FACTS.get(name, name), saved[name], current[name]) for name in sorted(facts)]
-    if changes := [f"{name} was {old!r}, now is {new!r}" for name, old, new in compared if old != new]:
+    changes = [f"{name} was {old!r}, now is {new!r}" for name, old, new in compared if old != new]
+    if changes := changes + _base_changes(saved.get("base", {}), current["base"]):
         raise CheckpointError(
             f"the checkpoint was made with other settings, and going on would give a mixture of both: "
             f"{listing(changes)}\nTo go on, give the earlier values (config.yaml beside the checkpoint has them: "
             "--config); to train with the new ones, start again in another --output-dir"
         )
+
+
+def _base_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Returns how the weights of the base differ from those that the checkpoint was trained on, in at most one line."""
+    then, now = (
+        {name: LayerFingerprint.model_validate(layer) for name, layer in layers.items()} for layers in (saved, current)
+    )
+    differences = fingerprint_differences(then, now, exact=True)
+    if not differences:
+        return []
+    return [f"weights of the base differ in {len(differences)} of {len(now)} tensors, first {differences[0]}"]
 
 
 # ---- Parameters and optimizer

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,47 +18,112 @@ from filelock import FileLock, Timeout
 
 import tailora
 from tailora.errors import CheckpointError, ConfigError
-from tailora.formats.io import create_output_folder, write_file
-from tailora.train.checkpoint import checkpoints_in
+from tailora.formats.io import create_output_folder, remove_leftovers, wrap_os_error, write_file
+from tailora.formats.run_folder import PAGE, REPORT, RUN, SAMPLES
+from tailora.train.checkpoint import NAME, checkpoints_in
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
 from tailora.train.loss import Evaluation
 from tailora.train.trainable import ADAPTER, MODEL
 
-RUN, CONFIG, METRICS, EXAMPLES = "run.json", "config.yaml", "metrics.jsonl", "examples.jsonl"
+CONFIG, METRICS, EXAMPLES = "config.yaml", "metrics.jsonl", "examples.jsonl"
+FILES = (ADAPTER, MODEL, RUN, CONFIG, METRICS, EXAMPLES, SAMPLES, REPORT, PAGE)  # and checkpoint-N
+LOCK, HOLDER = ".lock", ".lock-holder"  # the second says who holds the first
+EARLIER = "earlier-run"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "numpy")
 
 
-def create_run_folder(config: TrainConfig) -> Path:
-    """Creates and returns the output folder. Raises ConfigError if it cannot be written to or holds another run."""
-    output_dir = Path(config.output_dir)
+@contextmanager
+def lock(output_dir: Path) -> Iterator[None]:
+    """Within the block no other run can write to this folder, which is created.
+
+    Raises ConfigError if another one does, or if the folder cannot be written to.
+    """
     create_output_folder(output_dir)
+    file_lock, holder = FileLock(output_dir / LOCK), output_dir / HOLDER
+    try:
+        file_lock.acquire(timeout=0)
+    except Timeout:
+        by = f" ({holder.read_text()})" if holder.exists() else ""
+        raise ConfigError(
+            f"another run is writing to {output_dir} now{by}; give another --output-dir, or wait until it has ended"
+        ) from None
+    try:
+        write_file(holder, f"process {os.getpid()} on {platform.node()}".encode())
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        file_lock.release()
+
+
+def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
+    """Removes what killed runs left half written. Raises ConfigError if the folder holds another run.
+
+    overwrite: such a run may be replaced, if a run.json shows that it is one.
+    """
+    output_dir = Path(config.output_dir)
     resumed = config.resume_from_checkpoint
+    if overwrite and resumed is not None:
+        raise ConfigError(
+            "--overwrite replaces the run that --resume-from-checkpoint would go on with: give one of them"
+        )
+    remove_leftovers(output_dir, lambda name: name in FILES or NAME.fullmatch(name) is not None)
     is_resumed_here = resumed is not None and (
         resumed == "latest" or Path(resumed).resolve().parent == output_dir.resolve()
     )
     checkpoints = [path.name for path in checkpoints_in(output_dir)]
     names = [*(name for name in (ADAPTER, MODEL) if (output_dir / name).exists()), *checkpoints[-1:]]
-    if names and not is_resumed_here:
-        hint = " or resume with --resume-from-checkpoint latest," if checkpoints else ""
-        raise ConfigError(
-            f"{output_dir} holds {' and '.join(names)} of an earlier run; give another --output-dir,{hint} or delete it"
-        )
-    return output_dir
+    if not names or is_resumed_here or (overwrite and _read_run(output_dir)):
+        return
+    content = f"{output_dir} holds {' and '.join(names)}"
+    if overwrite:
+        raise ConfigError(f"--overwrite: {content}, but no {RUN} of a run of tailora; give another --output-dir")
+    hints = "resume with --resume-from-checkpoint latest, " if checkpoints else ""
+    raise ConfigError(
+        f"{content} of an earlier run; give another --output-dir, {hints}replace it with --overwrite, or delete it"
+    )
 
 
-@contextmanager
-def lock(output_dir: Path) -> Iterator[None]:
-    """Within the block no other run can write to this folder. Raises ConfigError if another one does."""
-    file_lock = FileLock(output_dir / ".lock")
+def set_aside(output_dir: Path) -> Path | None:
+    """Moves the files of an earlier run to the folder earlier-run beside them, and returns it; None if there are none.
+
+    If that folder is there already, the run that should have replaced it did not finish: then its files are deleted.
+    """
+    aside, partial = output_dir / EARLIER, output_dir / f".{EARLIER}"
+    files = [path for name in FILES if (path := output_dir / name).exists()] + checkpoints_in(output_dir)
+    if not files and not partial.exists():
+        return aside if aside.exists() else None
+    with wrap_os_error(aside):
+        if aside.exists():
+            for path in files:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            return aside
+        partial.mkdir(exist_ok=True)  # renamed when it is complete, so that a crash loses nothing
+        for path in files:
+            path.rename(partial / path.name)
+        partial.rename(aside)
+    return aside
+
+
+def delete_earlier(output_dir: Path) -> None:
+    """Deletes the run that was set aside, now that the new one is whole."""
+    if _read_run(output_dir / EARLIER):
+        with wrap_os_error(output_dir / EARLIER):
+            shutil.rmtree(output_dir / EARLIER)
+
+
+def has_diverged(output_dir: Path) -> bool:
+    """True if run.json says that the run ended because a loss or its weights were not finite."""
+    return bool(_read_run(output_dir).get("diverged"))
+
+
+def _read_run(output_dir: Path) -> dict[str, Any]:
+    """Returns what run.json holds; {} if no run has written it."""
     try:
-        file_lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"another run is writing to {output_dir} now; give another --output-dir") from None
-    try:
-        yield
-    finally:
-        file_lock.release()
+        content = json.loads((output_dir / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) and {"settings", "finished"} <= content.keys() else {}
 
 
 def write_settings(output_dir: Path, config: TrainConfig) -> None:

@@ -14,6 +14,7 @@ adds gradients in no fixed order.
 """
 
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from tailora.core.quantization import stored_bytes
 from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError, DivergedError
+from tailora.formats.fingerprint import model_fingerprint
 from tailora.kernels.flat_parameters import flattened
 from tailora.model import LoRAModel
 from tailora.train import checkpoint, events, run_log, setup, trainable
@@ -64,9 +66,12 @@ def run(
     rate_at: LRSchedule | None = None,
     held_out: ChooseHeldOut | None = None,
     before: Evaluation | None = None,
+    overwrite: bool = False,
 ) -> events.TrainResult:
     """Fine-tunes as `config` says: `Trainer(...).train()`, with the same arguments."""
-    return Trainer(config, on_event, on_ready, rate_at=rate_at, held_out=held_out, before=before).train()
+    return Trainer(
+        config, on_event, on_ready, rate_at=rate_at, held_out=held_out, before=before, overwrite=overwrite
+    ).train()
 
 
 class Trainer:
@@ -78,6 +83,8 @@ class Trainer:
     held_out: number of held-out examples -> indices of those to evaluate; by default all.
     before: the losses of the base model on them, if known; then they are not computed again.
     read: reads the data.
+    overwrite: replaces an earlier run in the output folder. It is moved to earlier-run in that folder when everything
+        is loaded, and deleted when the new adapter is whole.
 
     After `setup`: `base`, `tokenizer`, `data`, `model` (the adapter around the base, or the base trained in full),
     `layout` (packed or padded batches), `kernels`, `cost` (memory of a forward), `buffers` (all trained parameters),
@@ -95,8 +102,9 @@ class Trainer:
         held_out: ChooseHeldOut | None = None,
         before: Evaluation | None = None,
         read: ReadData = read_data,
+        overwrite: bool = False,
     ) -> None:
-        self.config, self.on_event, self.on_ready = config, on_event, on_ready
+        self.config, self.on_event, self.on_ready, self.overwrite = config, on_event, on_ready, overwrite
         self.rate_at, self.held_out, self.before, self.read = rate_at or lr_schedule(config), held_out, before, read
 
     def train(self) -> events.TrainResult:
@@ -109,7 +117,7 @@ class Trainer:
         with ExitStack() as stack:
             self.setup(stack)
             config, state, max_steps = self.config, self.state, self.data.max_steps
-            header = self.write_header()
+            self.header = self.write_header()
             if self.on_ready is not None:
                 self.on_ready(self.model, self.tokenizer, self.data.prepared)
             stack.enter_context(explain_out_of_memory("training", self.memory_remedies))
@@ -127,16 +135,19 @@ class Trainer:
                     if config.save_steps and state.step % config.save_steps == 0:
                         self.save_checkpoint()
                 after = self.restore_best()
+                self.accept_checkpoint()
             folder = self.save_trained()
+            if self.accelerator.is_main_process:
+                run_log.delete_earlier(self.output_dir)
             # The files exist when any rank returns. And gloo's threads release the tensors of the last collective, for
             # which they need Python's lock: a rank that ended at once could hold it while joining them, for ever.
             self.accelerator.wait_for_everyone()
         result = self.result(after, time.perf_counter() - started)
         if self.accelerator.is_main_process:
-            run_log.write_run(self.output_dir, header, result.to_dict())
+            run_log.write_run(self.output_dir, self.header, result.to_dict())
             run_log.write_examples(self.output_dir, state.before, after)
         for text in stream_notes(self.data, config.max_length):
-            self.report(events.Note(text))
+            self.note(text)
         self.report(events.Saved(result.best_step, folder))
         self.report(events.Finished(result.to_dict()))
         return result
@@ -146,27 +157,29 @@ class Trainer:
     def setup(self, stack: ExitStack) -> None:
         """Makes everything ready for the first step. Leaving `stack` restores the caller's state and the model."""
         config = self.config
-        self.output_dir = run_log.create_run_folder(config)
-        saved = None
-        if config.resume_from_checkpoint is not None:
-            saved = checkpoint.load(config.resume_from_checkpoint, self.output_dir)
+        self.output_dir = Path(config.output_dir)
         self.accelerator = accelerator = setup.start_accelerator(config)
         device, rank = accelerator.device, accelerator.process_index
         reset_peak(device)
-        stack.enter_context(run_log.lock(self.output_dir) if accelerator.is_main_process else nullcontext())
+        if accelerator.is_main_process:
+            stack.enter_context(run_log.lock(self.output_dir))
+            run_log.check_run_folder(config, overwrite=self.overwrite)
+        saved, self.has_diverged = None, False
+        if (resumed := config.resume_from_checkpoint) is not None:
+            saved = checkpoint.load(resumed, self.output_dir, self.note)
+            self.has_diverged = run_log.has_diverged(self.output_dir if resumed == "latest" else Path(resumed).parent)
         stack.enter_context(seeded(config.seed))
 
         with explain_out_of_memory("loading", lambda: LOADING_REMEDIES):
             self.base, self.tokenizer = load_base(config.model, config.dtype, device.type, config.quantize)
+            base = model_fingerprint(self.base)
             embedding_rows = self.base.get_input_embeddings().weight.shape[0]
             data = self.read(config, embedding_rows, self.tokenizer, accelerator)
             if self.held_out is not None and data.held_out is not None:
                 data = replace(data, held_out=data.held_out.select(self.held_out(len(data.held_out))))
             self.data = data
             self.model = setup.attach(config, self.base, self.tokenizer, accelerator, saved)
-            self.layout = setup.choose_layout(
-                config, self.model, self.tokenizer, lambda text: self.report(events.Note(text))
-            )
+            self.layout = setup.choose_layout(config, self.model, self.tokenizer, self.note)
             setup.init_from_data(self.model, data, self.layout, config.init_batches)
             recorded = None if saved is None else saved.state["run"].get("layer_kernels")
             self.kernels = choose_kernels(config.fast, self.model, self.layout, data.longest, recorded)
@@ -186,9 +199,13 @@ class Trainer:
             "processes": accelerator.num_processes,
             "device": device.type,
             "layer_kernels": self.kernels.layers,
+            "base": {name: layer.model_dump(by_alias=True, exclude_defaults=True) for name, layer in base.items()},
         }
         if saved is not None:
-            checkpoint.check_same_run(saved.state["run"], self.identity)
+            checkpoint.check_same_run(saved.state["run"], self.identity, diverged=self.has_diverged)
+            earlier_rate = saved.state["run"]["settings"]["learning_rate"]
+            if config.learning_rate < earlier_rate:
+                self.note(f"the learning rate is {config.learning_rate:g} from here on; it was {earlier_rate:g}")
         self.optimizer = adamw(self.buffers)
         seed_all(config.seed + rank)  # each rank draws its own dropout masks
         self.allocator = trainable.rank_allocator(self.model, self.optimizer, data.max_steps)
@@ -203,7 +220,10 @@ class Trainer:
         accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
         stack.callback(accelerator.end_training)
         self.metrics: run_log.Metrics | None = None
+        self.unproven: Path | None = None  # the checkpoint of the last step: no loss was computed with its weights yet
         if accelerator.is_main_process:
+            if self.overwrite and (aside := run_log.set_aside(self.output_dir)):
+                self.note(f"the earlier run is in {aside} until this one has finished")
             self.metrics = run_log.Metrics(self.output_dir, resumed_at=None if saved is None else self.state.step)
             stack.callback(self.metrics.close)
 
@@ -228,6 +248,7 @@ class Trainer:
             "data": None if data.prepared is None else data.prepared.report.to_dict(),
             **run_log.environment(),
             "estimated_activation_bytes": self.cost.of(data.largest_size),
+            "diverged": self.has_diverged,
         }
         if self.accelerator.is_main_process:
             run_log.write_settings(self.output_dir, config)
@@ -269,6 +290,7 @@ class Trainer:
         rate = self.rate_at(state.step, max_steps)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self.diverged_in_step(batches, loss, rate)
+        self.accept_checkpoint()
         for copy, buffer in zip(self.last_good, self.buffers, strict=True):
             copy.copy_(buffer.parameter.detach())
         optimizer_step(self.optimizer, rate)
@@ -357,33 +379,41 @@ class Trainer:
     # ---- Saving
 
     def save_checkpoint(self) -> Path:
-        """Writes checkpoint-N and deletes the oldest beyond the limit; returns its folder."""
+        """Writes checkpoint-N and returns its folder. Raises DivergedError for values that are not finite."""
         state = self.state
         folder = self.output_dir / f"checkpoint-{state.step}"
+        tensors = {
+            "adapter": trained_module(self.model).state_dict(),
+            "optimizer": checkpoint.moments(self.optimizer, self.buffers),
+            **({"evaluations": evaluations} if (evaluations := state.evaluations()) else {}),
+            **({"best": state.best.tensors} if state.best else {}),
+            **({"allocation": self.allocator.state_dict()} if self.allocator else {}),
+        }
+        if broken := checkpoint.not_finite(tensors):
+            raise self.diverged(f"in step {state.step}: it left values that are not finite ({'; '.join(broken)})")
         random_states = gather_object([random_state()])
         if self.accelerator.is_main_process:
-            tensors = {
-                "adapter": trained_module(self.model).state_dict(),
-                "optimizer": checkpoint.moments(self.optimizer, self.buffers),
-                **{f"random-{rank}": tensors for rank, tensors in enumerate(random_states)},
-                **({"evaluations": evaluations} if (evaluations := state.evaluations()) else {}),
-                **({"best": state.best.tensors} if state.best else {}),
-                **({"allocation": self.allocator.state_dict()} if self.allocator else {}),
-            }
+            tensors |= {f"random-{rank}": states for rank, states in enumerate(random_states)}
             content = {"progress": state.counters(), "run": self.identity, **trainable.adapter_settings(self.model)}
             checkpoint.save(folder, Checkpoint(content, tensors))
-            for old in checkpoint.checkpoints_in(self.output_dir)[: -self.config.save_total_limit]:
-                shutil.rmtree(old)
+        self.unproven = folder
         self.accelerator.wait_for_everyone()
         self.report(events.Saved(state.step, folder))
         return folder
+
+    def accept_checkpoint(self) -> None:
+        """Deletes the oldest checkpoints beyond the limit, now that the weights of the newest gave a finite loss."""
+        if self.unproven is not None and self.accelerator.is_main_process:
+            for old in checkpoint.checkpoints_in(self.output_dir)[: -self.config.save_total_limit]:
+                shutil.rmtree(old)
+        self.unproven = None
 
     def restore_best(self) -> Evaluation | None:
         """Restores the best parameters, or checks and evaluates the last; returns their held-out loss."""
         if not all(bool(buffer.parameter.isfinite().all()) for buffer in self.buffers):
             raise self.diverged(f"in step {self.state.step}: it left weights that are not finite")
         if self.is_out_of_patience():
-            self.report(events.Note(f"stopped early: {self.state.since_best} evaluations in a row without improvement"))
+            self.note(f"stopped early: {self.state.since_best} evaluations in a row without improvement")
         best = self.state.best
         if best is None:
             return self.check_finite(self.held_out_loss(may_be_kept=False))
@@ -432,6 +462,9 @@ class Trainer:
         if self.on_event is not None and self.accelerator.is_main_process:
             self.on_event(event)
 
+    def note(self, text: str) -> None:
+        self.report(events.Note(text))
+
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Writes numbers to metrics.jsonl and to the trackers."""
         if self.metrics is not None:
@@ -463,11 +496,24 @@ class Trainer:
             sync_parameters(self.model)
         folder = trainable.folder_of(self.model, self.output_dir)
         saved = f"{folder} keeps the best adapter so far"
+        is_main = self.accelerator.is_main_process
         if not folder.exists():
             saved = f"{folder} keeps the last weights with a finite loss"
-            if self.accelerator.is_main_process:
+            if is_main:
                 trainable.save(self.model, self.output_dir)
-        return DivergedError(f"training diverged {cause}. {saved}; {REMEDIES}")
+        if is_main and self.unproven and not parameters_are_good:
+            shutil.rmtree(self.unproven)
+        if is_main:
+            self.header["diverged"] = True  # allows a resume with a lower learning rate
+            run_log.write_run(self.output_dir, self.header)
+        good = checkpoint.checkpoints_in(self.output_dir)
+        resume = ""
+        if good:
+            words = ["--config", str(self.output_dir / run_log.CONFIG), "--resume-from-checkpoint", str(good[-1])]
+            words += ["--learning-rate", f"{self.config.learning_rate / 10:g}"]
+            resume = f"\nthe last good checkpoint is {good[-1]}; to resume it with a lower rate:\n"
+            resume += shlex.join(["tailora", "train", *words])
+        return DivergedError(f"training diverged {cause}. {saved}; {REMEDIES}{resume}")
 
 
 def accumulate_gradients(

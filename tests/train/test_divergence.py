@@ -1,14 +1,20 @@
 """What is kept when the numbers break, and who may write where."""
 
+import os
+import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import adapter, stopping_at
 from safetensors.torch import load_file
 
-from tailora.errors import ConfigError, DivergedError
+from tailora.errors import CheckpointError, ConfigError, DataError, DivergedError
+from tailora.train.checkpoint import checkpoints_in
+from tailora.train.events import Event, Interrupted, Note, Stepped
 from tailora.train.run_log import lock
-from tailora.train.trainer import run
+from tailora.train.trainer import Trainer, run
 
 
 @pytest.mark.parametrize(
@@ -28,10 +34,96 @@ def test_the_last_good_adapter_is_kept(settings: Any, changes: dict[str, Any], c
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-def test_a_folder_that_another_run_writes_to_is_refused(settings: Any) -> None:
+@pytest.mark.parametrize("limit", [1, 3])
+def test_the_last_good_checkpoint_is_kept_named_and_resumed_with_a_lower_rate(settings: Any, limit: int) -> None:
+    changes = {"max_steps": 3, "save_steps": 1, "save_total_limit": limit, "warmup_ratio": 0}
+    config = settings(lr_scheduler_type="constant", validation_split=0, **changes)
+
+    class RateTooHigh:
+        def __call__(self, step: int, _steps: int) -> float:
+            return 1e-2 if step == 0 else 1e38
+
+    with pytest.raises(DivergedError, match=r"the last good checkpoint is .*checkpoint-1;") as caught:
+        run(config, rate_at=RateTooHigh())
+    assert [path.name for path in checkpoints_in(Path(config.output_dir))] == ["checkpoint-1"]
+    words = shlex.split(str(caught.value).splitlines()[-1])
+    assert words[:2] == ["tailora", "train"]
+    assert words[-4:] == ["--resume-from-checkpoint", f"{config.output_dir}/checkpoint-1", "--learning-rate", "0.001"]
+    with pytest.raises(CheckpointError, match=r"learning_rate was 0\.01, now is 0\.1"):
+        run(config.replaced(resume_from_checkpoint="latest", learning_rate=0.1))
+    notes: list[str] = []
+    result = run(
+        config.replaced(resume_from_checkpoint="latest", learning_rate=1e-3),
+        on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    )
+    assert result.steps == 3
+    assert "the learning rate is 0.001 from here on; it was 0.01" in notes
+
+
+def test_no_checkpoint_holds_values_that_are_not_finite(settings: Any) -> None:
+    config = settings(max_steps=3, save_steps=1, warmup_ratio=0, validation_split=0)
+
+    def break_moments(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 2:
+            (moment, *_) = (state["exp_avg_sq"] for state in trainer.optimizer.state.values())
+            moment[0] = float("inf")
+
+    trainer = Trainer(config, break_moments)
+    with pytest.raises(DivergedError, match=r"in step 2: .* \(optimizer: 1 tensors, first (?s:.*)checkpoint-1"):
+        trainer.train()
+    assert [path.name for path in checkpoints_in(Path(config.output_dir))] == ["checkpoint-1"]
+
+
+def test_a_folder_that_another_run_writes_to_is_refused_before_anything_is_loaded(settings: Any) -> None:
     config = settings(max_steps=1)
-    Path(config.output_dir).mkdir(parents=True)
-    with lock(Path(config.output_dir)), pytest.raises(ConfigError, match="another run is writing"):
-        run(config)
+    busy = rf"another run is writing to .* \(process {os.getpid()} on"
+    with lock(Path(config.output_dir)), pytest.raises(ConfigError, match=busy):
+        run(config.replaced(model="no such model", data="no such data"))
     run(config)
     assert (Path(config.output_dir) / "adapter").is_dir()
+
+
+def test_the_leftovers_of_killed_runs_are_removed_and_a_folder_between_two_names_is_put_back(settings: Any) -> None:
+    config = settings(max_steps=1)
+    folder = Path(config.output_dir)
+    for name in (".checkpoint-4.abcdefgh.new", ".adapter.abcdefgh.new", ".model.abcdefgh.old", ".notes.abcdefgh.new"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "part").write_text("")
+    for name in (".run.json.abcdefgh", ".notes.abcdefgh"):
+        (folder / name).write_text("")
+    with lock(folder), pytest.raises(ConfigError):
+        run(config)
+    assert len(list(folder.iterdir())) == 7  # with .lock: nothing of a run that is alive is touched
+    with pytest.raises(ConfigError, match="holds model of an earlier run"):
+        run(config)
+    assert {path.name for path in folder.iterdir()} == {".lock", ".notes.abcdefgh", ".notes.abcdefgh.new", "model"}
+
+
+def test_overwrite_keeps_the_earlier_run_until_the_new_one_is_whole(settings: Any) -> None:
+    config = settings(max_steps=2, save_steps=1)
+    folder = Path(config.output_dir)
+    run(config)
+    (folder / "mine.txt").write_text("")
+    before = adapter(config)
+    with pytest.raises(ConfigError, match="replace it with --overwrite"):
+        run(config)
+    with pytest.raises(DataError):
+        run(config.replaced(data="no such data"), overwrite=True)
+    assert adapter(config) == before
+    other = config.replaced(seed=1)
+    for _ in range(2):  # the second finds the earlier run set aside, and what the first has left
+        with pytest.raises(Interrupted):
+            run(other, stopping_at(1, signal.SIGINT), overwrite=True)
+        assert (folder / "earlier-run" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+        assert not (folder / "adapter").exists()
+    run(other, overwrite=True)
+    assert adapter(config) != before
+    assert {path.name for path in folder.iterdir()} == {
+        *(".lock", "adapter", "checkpoint-1", "checkpoint-2", "config.yaml", "examples.jsonl"),
+        *("metrics.jsonl", "mine.txt", "run.json"),
+    }
+    with pytest.raises(ConfigError, match="give one of them"):
+        run(other.replaced(resume_from_checkpoint="latest"), overwrite=True)
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"but no run\.json"):
+        run(other, overwrite=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from runs import adapter, changed, losses, stopping_at
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from tailora.errors import CheckpointError
 from tailora.kernels.flat_parameters import Group, flattened
@@ -147,13 +148,7 @@ HARMS = [(name, "changed") for name in FILES] + [("adapter.safetensors", "cut"),
 REST = [(name, harm) for name in FILES for harm in ("cut", "missing") if (name, harm) not in HARMS]
 
 
-@pytest.mark.parametrize(
-    ("name", "harm"), [*HARMS, *(pytest.param(*pair, marks=pytest.mark.exhaustive) for pair in REST)]
-)
-def test_a_damaged_checkpoint_is_refused_and_the_good_one_named(
-    two_checkpoints: TrainConfig, name: str, harm: str
-) -> None:
-    path = Path(two_checkpoints.output_dir) / "checkpoint-4" / name
+def harm_file(path: Path, harm: str) -> None:
     content = path.read_bytes()
     if harm == "missing":
         path.unlink()
@@ -162,11 +157,62 @@ def test_a_damaged_checkpoint_is_refused_and_the_good_one_named(
     else:
         middle = len(content) // 2
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"), [*HARMS, *(pytest.param(*pair, marks=pytest.mark.exhaustive) for pair in REST)]
+)
+def test_a_damaged_checkpoint_is_refused_by_path_and_latest_takes_the_good_one_and_says_so(
+    two_checkpoints: TrainConfig, name: str, harm: str
+) -> None:
+    newest = Path(two_checkpoints.output_dir) / "checkpoint-4"
+    before, notes = adapter(two_checkpoints), []
+    harm_file(newest / name, harm)
     with pytest.raises(CheckpointError, match=r"checkpoint-4 is damaged.*checkpoint-2") as caught:
-        run(two_checkpoints)
+        run(changed(two_checkpoints, resume_from_checkpoint=str(newest)))
     assert name in str(caught.value)
+    run(two_checkpoints, on_event=lambda event: notes.append(event.text) if isinstance(event, events.Note) else None)
+    assert notes[0].startswith("resuming from checkpoint-2, because checkpoint-4 is damaged")
+    assert name in notes[0]
+    assert adapter(two_checkpoints) == before
+
+
+def test_no_whole_checkpoint_is_an_error(two_checkpoints: TrainConfig) -> None:
+    for folder in checkpoints_in(Path(two_checkpoints.output_dir)):
+        (folder / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
+        run(two_checkpoints)
+
+
+def test_a_checkpoint_with_nan_of_an_earlier_version_is_not_taken(two_checkpoints: TrainConfig) -> None:
+    folder, notes = Path(two_checkpoints.output_dir) / "checkpoint-4", []
+    saved = checkpoint.load(str(folder), folder.parent, notes.append)
+    next(iter(saved.tensors["optimizer"].values())).fill_(float("nan"))
+    rewrite(folder, saved)
+    checkpoint.load("latest", folder.parent, notes.append)
+    assert "checkpoint-4 is damaged: it holds NaN or infinity: optimizer: 1 tensors" in notes[0]
+
+
+def test_a_resume_on_other_weights_at_the_same_path_is_refused_with_both_values(
+    two_checkpoints: TrainConfig, model_folder: Path, tmp_path: Path
+) -> None:
     before = adapter(two_checkpoints)
-    run(changed(two_checkpoints, resume_from_checkpoint=str(path.parent.parent / "checkpoint-2")))
+    kept = shutil.copytree(model_folder, tmp_path / "kept")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_folder)
+        norm = model.model.norm.weight  # not an adapted layer
+        with torch.no_grad():
+            norm.add_(1e-6)
+        model.save_pretrained(model_folder)
+        expected = (
+            r"weights of the base differ in 1 of \d+ tensors, first model\.norm\.weight.*was 1, here it is 1\.0000009"
+        )
+        with pytest.raises(CheckpointError, match=expected):
+            run(two_checkpoints)
+    finally:
+        shutil.copytree(kept, model_folder, dirs_exist_ok=True)
+    rewrite_recorded(two_checkpoints, base={})  # an earlier version recorded nothing about the base
+    run(two_checkpoints)
     assert adapter(two_checkpoints) == before
 
 
@@ -193,9 +239,14 @@ def test_a_resume_on_other_data_is_refused(two_checkpoints: TrainConfig) -> None
 def rewrite_recorded(config: TrainConfig, **changes: Any) -> None:
     """Changes what the newest checkpoint says about its run."""
     folder = checkpoints_in(Path(config.output_dir))[-1]
-    saved = checkpoint.load(str(folder), folder.parent)
+    saved = checkpoint.load(str(folder), folder.parent, print)
+    rewrite(folder, saved, run={**saved.state["run"], **changes})
+
+
+def rewrite(folder: Path, saved: checkpoint.Checkpoint, **changes: Any) -> None:
+    """Writes the checkpoint again, with other tensors or another state, as if a run had written it."""
     state = {name: value for name, value in saved.state.items() if name not in ("files", "sha256")}
-    checkpoint.save(folder, checkpoint.Checkpoint({**state, "run": {**state["run"], **changes}}, saved.tensors))
+    checkpoint.save(folder, checkpoint.Checkpoint({**state, **changes}, saved.tensors))
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes_if_it_trained_without_cached_states(

@@ -14,7 +14,7 @@ from tailora.data.dataset import distinct_of
 from tailora.errors import FormatError
 from tailora.evaluation.generate import Answer
 from tailora.evaluation.statistics import before_and_after, describe_change
-from tailora.formats.run_folder import RUN, write_report
+from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Figure, Number, Page, Paragraph, Section
 from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
 from tailora.report.format import count, duration, interval, plural, share
@@ -22,7 +22,6 @@ from tailora.report.pages.shared import settings_table
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import EXAMPLES, METRICS
 
-SAMPLES = "samples.json"
 MOST_MARKS = 1000  # of a scatter plot
 COLUMNS = [  # of metrics.jsonl -> unit, caption
     ("learning_rate", "learning rate", "Learning rate of each step."),
