@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
@@ -26,12 +27,30 @@ from tailora.core.config import LoRAConfig
 from tailora.core.merge import MergeReport, MergeState
 from tailora.core.targets import default_config, select
 from tailora.errors import AdapterError, ConfigError
+from tailora.formats.hub import UPLOAD_OPTIONS, check_save_arguments, local_folder, upload
 from tailora.formats.load import read_any_format, restore
 from tailora.formats.peft import write_peft_folder
 from tailora.formats.peft_model import read_peft_model, release_base
 
 if TYPE_CHECKING:
     from tailora.formats.export import ExportReport
+
+PEFT_NAMES = {  # what users of PEFT call -> what is called here
+    "peft_config": "adapters (name -> LoRAConfig)",
+    "get_base_model": "base_model",
+    "active_adapter": "active_adapters",
+    "merge_adapter": "merge()",
+    "unmerge_adapter": "unmerge()",
+    "add_weighted_adapter": "combine({name: weight}, new_name)",
+    "get_model_status": "summary()",
+    "get_layer_status": "summary()",
+    "enable_adapters": "set_adapter(name)",
+    "disable_adapters": "set_adapter(None), or `with disable_adapter():`",
+}
+TRAINER = (
+    "a trainer of transformers or TRL would not save a LoRAModel as an adapter; make its class with "
+    "tailora.train.huggingface.adapting: adapting(Trainer)(model=lora_model, ...)"
+)
 
 
 class LoRAModel(nn.Module):
@@ -65,14 +84,20 @@ class LoRAModel(nn.Module):
         base_model: nn.Module,
         folder: str | Path,
         adapter_name: str = "default",
+        is_trainable: bool = True,
         *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
         allow_base_mismatch: bool = False,
     ) -> Self:
-        """Returns the base with the adapter of `folder` active. Raises as `load_adapter`."""
+        """Returns the base with the adapter of `folder` active. Takes and raises what `load_adapter` does."""
         check_base(base_model)
-        stored = read_any_format(Path(folder), base_model)
-        adapter = restore(stored, base_model, allow_base_mismatch=allow_base_mismatch)
-        return cls.__new__(cls)._wrap(base_model, {adapter_name: adapter})
+        path = local_folder(folder, revision=revision, token=token, subfolder=subfolder)
+        adapter = restore(read_any_format(path, base_model), base_model, allow_base_mismatch=allow_base_mismatch)
+        model = cls.__new__(cls)._wrap(base_model, {adapter_name: adapter})
+        model.lora_layers.requires_grad_(is_trainable)
+        return model
 
     @classmethod
     def from_difference(
@@ -133,7 +158,11 @@ class LoRAModel(nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
-            return getattr(self.base_model, name)
+        if name in PEFT_NAMES:
+            raise AttributeError(f"LoRAModel has no {name}, which is PEFT's; use {PEFT_NAMES[name]}")
+        if name == "accepts_loss_kwargs":  # transformers' Trainer alone asks for it, before it does anything
+            raise ConfigError(TRAINER)
+        return getattr(self.base_model, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`to`, `cuda`, `float`... also reach the adapters that are not active, and the weights before a merge."""
@@ -143,6 +172,16 @@ class LoRAModel(nn.Module):
         if not self.is_merged:
             self._adapter_set.measure_row_norms()
         return self
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Returns the number of parameters that are trained, and of all; a quantised base counts as if it were not."""
+        trained = sum(parameter.numel() for parameter in self.lora_layers.parameters() if parameter.requires_grad)
+        return trained, self.summary().total_parameters
+
+    def print_trainable_parameters(self) -> None:
+        """Prints both numbers and their ratio, in the words of PEFT."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
     def summary(self) -> Summary:
         """Returns path, layer type, shape, r, alpha and parameters of what the active adapters adapt."""
@@ -169,16 +208,33 @@ class LoRAModel(nn.Module):
         self._merge_state.check_unmerged("add an adapter")
         self._adapter_set.add(name, create(select(self.base_model, config), config))
 
-    def load_adapter(self, folder: str | Path, name: str = "default", *, allow_base_mismatch: bool = False) -> None:
+    def load_adapter(
+        self,
+        folder: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = True,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        allow_base_mismatch: bool = False,
+    ) -> None:
         """Adds an adapter of tailora, PEFT, mlx-lm, Kohya's tools or diffusers; the active adapters stay active.
 
+        folder: a folder or file; if there is none, "owner/name" of the Hub, at a `revision`, with a `token`.
+        subfolder: the folder in it that holds the adapter.    is_trainable: False freezes its parameters.
         Everything is checked before the model changes. Raises FormatError with all missing, unexpected, misshapen
-        and non-finite tensors, BaseMismatchError when it was made for another base, AdapterError if the name exists.
+        and non-finite tensors, BaseMismatchError when it was made for another base, AdapterError if the name exists,
+        FetchError if the Hub has no such adapter or cannot be reached.
         """
-        self._adapter_set.check_new(name)
+        self._adapter_set.check_new(adapter_name)
         self._merge_state.check_unmerged("load an adapter")
-        stored = read_any_format(Path(folder), self.base_model)
-        self._adapter_set.add(name, restore(stored, self.base_model, allow_base_mismatch=allow_base_mismatch))
+        path = local_folder(folder, revision=revision, token=token, subfolder=subfolder)
+        stored = read_any_format(path, self.base_model)
+        adapter = restore(stored, self.base_model, allow_base_mismatch=allow_base_mismatch)
+        for part in adapter.parts.values():
+            part.requires_grad_(is_trainable)
+        self._adapter_set.add(adapter_name, adapter)
 
     def save_adapter(self, folder: str | Path, name: str = "default") -> Path:
         """Writes the PEFT folder, atomically; an adapter not called "default" goes into a subfolder of its name.
@@ -191,6 +247,39 @@ class LoRAModel(nn.Module):
         target = Path(folder) if name == "default" else Path(folder) / name
         write_peft_folder(target, as_plain_lora(adapter), self.base_model)
         return target
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        *,
+        is_main_process: bool = True,
+        **others: Any,
+    ) -> None:
+        """Writes adapters as PEFT's method of this name does: `save_adapter` for the selected ones, by default all.
+
+        The base model is saved by `base_model.save_pretrained`. Does nothing unless `is_main_process`. Arguments of
+        PEFT and transformers that would change what is written are refused. Raises ConfigError, and as `save_adapter`.
+        """
+        check_save_arguments({"safe_serialization": safe_serialization, **others})
+        names = [*self.adapters] if selected_adapters is None else selected_adapters
+        self._merge_state.check_unmerged("save an adapter")
+        for name in names:
+            self.adapter(name).check_can_be_saved(name)
+        for name in names if is_main_process else ():
+            self.save_adapter(save_directory, name)
+
+    def push_to_hub(self, repo_id: str, *, tags: Sequence[str] = (), **options: Any) -> str:
+        """Uploads what `save_pretrained` writes to a repository of the Hub; returns the address of the commit.
+
+        options: private, token, revision, create_pr, commit_message, commit_description, as in transformers, and
+        those of `save_pretrained`. Raises WriteError if the Hub does not take the files.
+        """
+        of_upload = {name: options.pop(name) for name in UPLOAD_OPTIONS & options.keys()}
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)
+            return upload(Path(folder), repo_id, tags=tags, **of_upload)
 
     def export(self, folder: str | Path, to: str, name: str = "default", *, tokenizer: Any = None) -> "ExportReport":
         """Writes an adapter for other tools into a new folder: "peft", "portable", "gguf", "mlx" or "merged".

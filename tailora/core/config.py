@@ -2,6 +2,7 @@
 
 import math
 import re
+from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,6 +18,7 @@ ALIASES = {
     "init_r": "r",
 }
 
+TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora", "lora_ga", "lora_one", "eva"]
 
 
@@ -94,6 +96,8 @@ class LoRAConfig(StrictModel):
         weights of the base model. lora_ga, lora_one, eva: from training data, by `LoRAModel.start_from_data`. The
         weights of the base model are never changed.
     adalora: moves ranks to the layers where they matter, while training (`LoRAModel.allocate_ranks`).
+    task_type: the kind of task, by PEFT's names or as its TaskType. It changes nothing here. It is written to the
+        adapter's folder, where PEFT chooses by it which of its classes loads the adapter; None: by the base's class.
     """
 
     r: int = Field(16, ge=1)
@@ -115,6 +119,12 @@ class LoRAConfig(StrictModel):
     learn_scaling: bool = False
     init_lora_weights: Init = "kaiming"
     adalora: AdaLoRA | None = None
+    task_type: TaskType | None = None
+
+    @field_validator("task_type", mode="before")
+    @classmethod
+    def _value_of_enum(cls, value: Any) -> Any:
+        return value.value if isinstance(value, Enum) else value
 
     @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "fused_parts")
     @classmethod

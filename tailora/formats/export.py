@@ -31,6 +31,7 @@ from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError, FormatError, nearest
 from tailora.formats import gguf, low_rank_export, merged, mlx, peft
 from tailora.formats.fingerprint import fingerprint
+from tailora.formats.hub import CARD, model_card
 from tailora.formats.io import replace_folder, safetensors_bytes, wrap_os_error
 from tailora.formats.load import restore
 from tailora.formats.low_rank_export import ExportSource
@@ -273,10 +274,10 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
     )
     layers = peft_layers(source.base_model, source.adapter.low_rank).values()
     settings = to_peft_config(config, layers, source.base_model)
-    card = peft.model_card(settings, PORTABLE_CARD.format(layers=len(factors), r=r))
+    card = model_card(settings, PORTABLE_CARD.format(layers=len(factors), r=r))
     (folder / peft.WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()}))
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / peft.CARD).write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
     return [*low_rank_export.fold_changes(source), *padding]
 
 

@@ -23,6 +23,7 @@ from tailora.core.layer_types import EMBEDDING
 from tailora.core.targets import ExtraTargets
 from tailora.errors import DivergedError, FormatError
 from tailora.formats.fingerprint import TOLERANCE, fingerprint
+from tailora.formats.hub import CARD, model_card
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes, wrap_os_error, write_file
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata, parse_metadata
 from tailora.formats.peft_config import (
@@ -36,7 +37,7 @@ from tailora.formats.peft_paths import PeftLayer, peft_layers
 from tailora.formats.run_folder import ADAPTER_CONFIG
 
 KEY_PREFIX = "base_model.model."
-WEIGHTS, CARD = "adapter_model.safetensors", "README.md"
+WEIGHTS = "adapter_model.safetensors"
 
 OTHER_SUFFIXES = {"magnitude": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias", "bias": ".base_layer.bias"}
 SUFFIXES = {"A": ".lora_A.weight", "B": ".lora_B.weight", **OTHER_SUFFIXES}
@@ -113,12 +114,6 @@ def relative_base_folder(base_model: nn.Module) -> str | None:
     name = base_model_name(base_model)
     path = Path(name or "")
     return str(path.resolve()) if name and not path.is_absolute() and path.is_dir() else None
-
-
-def model_card(settings: Mapping[str, Any], about: str) -> str:
-    base = settings["base_model_name_or_path"]
-    base_line = f"base_model: {base}\n" if base else ""
-    return f"---\nlibrary_name: peft\n{base_line}tags:\n- lora\n- tailora\n---\n\n{about}\n"
 
 
 def unknown_to_peft(layers: Iterable[PeftLayer]) -> str:

@@ -5,12 +5,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from packaging.version import InvalidVersion, Version
 from torch import nn
 
-from tailora.core.config import LoRAConfig
+from tailora.core.config import LoRAConfig, TaskType
 from tailora.core.patterns import by_pattern, exactly, matches, portable_targets
 from tailora.errors import FormatError, listing
 from tailora.formats.metadata import CONFIG_ERRORS
@@ -56,7 +56,8 @@ def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: 
     class_name = type(base_model).__name__
     return {
         "peft_type": "LORA",
-        "task_type": next((task for ending, task in TASK_TYPES.items() if class_name.endswith(ending)), None),
+        "task_type": config.task_type
+        or next((task for ending, task in TASK_TYPES.items() if class_name.endswith(ending)), None),
         "base_model_name_or_path": base_model_name(base_model),
         "inference_mode": True,
         "r": config.r,
@@ -147,6 +148,7 @@ def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path
     if problems:
         raise FormatError(f"{source}: {listing(problems)}")
     values = {key: settings[key] for key in SHARED_SETTINGS if settings.get(key) is not None}
+    values["task_type"] = task if (task := settings.get("task_type")) in get_args(TaskType) else None
     values["init_lora_weights"] = "gaussian" if init == "gaussian" else "kaiming"  # the tensors exist: it has no effect
     values["target_parameters"] = settings.get("target_parameters") or None
     values["target_modules"] = settings.get("target_modules") or ([] if values["target_parameters"] else paths)

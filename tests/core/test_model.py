@@ -1,9 +1,12 @@
 """LoRAModel: adapters by name, and what stays as it was."""
 
+import json
+import re
 import time
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from cases import stir
@@ -14,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.adapter import layer_key
 from tailora.errors import AdapterError, ConfigError, MergeError, TargetError
+from tailora.model import PEFT_NAMES
 
 
 def net() -> nn.Sequential:
@@ -405,3 +409,43 @@ def test_an_embedding_that_looks_up_something_else_is_refused() -> None:
 
     with pytest.raises(TargetError, match="Positions overrides forward"):
         LoRAModel(nn.Sequential(Positions(8, 4)), LoRAConfig(r=2, target_modules=["0"]))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
+def test_the_numbers_of_parameters_are_those_of_peft(capsys: pytest.CaptureFixture[str]) -> None:
+    model = LoRAModel(chat_model(), LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    expected = peft.get_peft_model(chat_model(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    assert model.get_nb_trainable_parameters() == expected.get_nb_trainable_parameters()
+    expected.print_trainable_parameters()
+    model.print_trainable_parameters()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
+def test_an_adapter_that_is_loaded_for_use_alone_has_no_trainable_parameters(tmp_path: Path) -> None:
+    LoRAModel(net(), LoRAConfig(r=2)).save_pretrained(tmp_path)
+    model = LoRAModel.from_pretrained(net(), tmp_path, is_trainable=False)
+    model.load_adapter(tmp_path, "b", is_trainable=False)
+    assert model.get_nb_trainable_parameters()[0] == 0
+    model.set_adapter("b")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.load_adapter(tmp_path, adapter_name="c")
+    model.set_adapter("c")
+    assert all(parameter.requires_grad for parameter in model.lora_layers.parameters())
+
+
+def test_the_other_names_of_peft_lead_to_ours() -> None:
+    model = LoRAModel(chat_model())
+    for name, ours in PEFT_NAMES.items():
+        with pytest.raises(AttributeError, match=f"no {name}, which is PEFT's; use {re.escape(ours)}"):
+            getattr(model, name)
+        assert hasattr(LoRAModel, ours.partition("(")[0].strip()) or ours == "base_model"
+
+
+@pytest.mark.parametrize("task_type", ["TOKEN_CLS", peft.TaskType.TOKEN_CLS])
+def test_the_task_type_is_written_to_the_folder(task_type: Any, tmp_path: Path) -> None:
+    LoRAModel(net(), LoRAConfig(r=2, task_type=task_type)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "TOKEN_CLS"
+    assert LoRAModel.from_pretrained(net(), tmp_path).adapters["default"].task_type == "TOKEN_CLS"
+    with pytest.raises(ConfigError, match="task_type = 'CHAT': input should be 'SEQ_CLS'"):
+        LoRAConfig(task_type="CHAT")

@@ -128,6 +128,13 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         adapting(Trainer)(model=model, args=arguments)
 
 
+def test_a_trainer_that_would_not_save_an_adapter_names_the_one_that_does(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True)
+    with pytest.raises(ConfigError, match=r"adapting\(Trainer\)\(model=lora_model"):
+        Trainer(model=LoRAModel(chat_model()), args=arguments, train_dataset=rows())
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapting_trainer_is_the_trainer() -> None:
     assert adapting(Trainer) is adapting(Trainer)
     assert issubclass(adapting(Trainer), Trainer)

@@ -1,0 +1,195 @@
+"""Adapters on the Hub: uploaded to and downloaded from a stand-in for its server, by huggingface_hub's own client."""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from tiny import chat_model
+from tiny_adapters import IDS, adapted, logits
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.errors import ConfigError, FetchError, FormatError, MergeError, WriteError
+
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+COMMIT = "0" * 40
+TOKEN = "hf_secret"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One private repository, `user/adapter`, in a dictionary of the server."""
+
+    def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def json(self, value: Any) -> None:
+        self.answer(200, json.dumps(value).encode())
+
+    def handle_request(self) -> None:
+        files: dict[str, bytes] = self.server.files  # type: ignore[attr-defined]
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.requests.append((self.command, self.path, body))  # type: ignore[attr-defined]
+        path = self.path.partition("?")[0]
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}" or "nobody" in path:
+            self.answer(401, X_Error_Code="RepoNotFound")
+        elif path == "/api/repos/create":
+            self.json({"url": f"http://{self.headers['Host']}/user/adapter", "name": "user/adapter"})
+        elif path.endswith("/preupload/main"):
+            asked = json.loads(body)["files"]
+            answers = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]
+            self.json({"files": answers})
+        elif path.endswith("/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.json(
+                {
+                    "commitUrl": f"http://{self.headers['Host']}/user/adapter/commit/{COMMIT}",
+                    "commitOid": COMMIT,
+                    "success": True,
+                }
+            )
+        elif "/resolve/" in path:
+            content = files.get(path.partition("/resolve/")[2].partition("/")[2])
+            if content is None:
+                self.answer(404, X_Error_Code="EntryNotFound")
+            else:
+                digest = hashlib.sha256(content).hexdigest()
+                self.answer(200, content, ETag=f'"{digest}"', X_Repo_Commit=COMMIT)
+        elif "/tree/" in path:
+            self.json([{"type": "file", "path": name, "size": len(files[name]), "oid": COMMIT} for name in files])
+        elif path.startswith("/api/models/user/adapter"):
+            siblings = [{"rfilename": name, "size": len(files[name])} for name in files]
+            self.json({"id": "user/adapter", "sha": COMMIT, "siblings": siblings})
+        else:
+            self.json({})
+
+    do_GET = do_POST = do_HEAD = handle_request
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.requests = {}, []
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_adapter_is_pushed_and_comes_back(hub: Any) -> None:
+    model = adapted()
+    address = model.push_to_hub("user/adapter", private=True, token=TOKEN, tags=["poems"], commit_message="First")
+    assert address == f"http://127.0.0.1:{hub.server_port}/user/adapter/commit/{COMMIT}"
+    assert sorted(hub.files) == FILES
+    created = next(json.loads(body) for _, path, body in hub.requests if path == "/api/repos/create")
+    assert (created["name"], created["organization"], created["visibility"]) == ("adapter", "user", "private")
+    assert any(b'"summary": "First"' in body for _, _, body in hub.requests)
+    assert ModelCard(hub.files["README.md"].decode()).data.tags == ["lora", "tailora", "poems"]
+
+    loaded = LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
+    assert torch.equal(logits(loaded), logits(model))
+
+    hub.files["README.md"] = b"my own words"
+    model.push_to_hub("user/adapter", token=TOKEN)
+    assert hub.files["README.md"] == b"my own words"
+
+
+def test_an_adapter_in_a_subfolder_of_a_repository_is_loaded_beside_another(hub: Any) -> None:
+    source = adapted()
+    source.add_adapter("b", LoRAConfig(r=2))
+    source.push_to_hub("user/adapter", token=TOKEN)
+    assert sorted(hub.files) == sorted([*FILES, *(f"b/{name}" for name in FILES)])
+    model = LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
+    model.load_adapter("user/adapter", adapter_name="b", subfolder="b", token=TOKEN)
+    assert model.adapters["b"].r == 2
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_the_hub_refuses_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        FetchError, match=r"'nobody/x': no such folder here, and the Hub has no such repository.*HF_TOK"
+    ):
+        LoRAModel.from_pretrained(chat_model(), "nobody/x", token=TOKEN)
+    with pytest.raises(WriteError, match=r"not uploaded to 'user/adapter': .*HF_TOKEN"):
+        adapted().push_to_hub("user/adapter", token="hf_wrong")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FetchError, match=r"no such folder here, and the Hub cannot be reached.*HF_HUB_OFFLINE"):
+        LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
+    with pytest.raises(WriteError, match="HF_HUB_OFFLINE"):
+        adapted().push_to_hub("user/adapter", token=TOKEN)
+    with pytest.raises(FormatError, match="is not a folder"):
+        LoRAModel.from_pretrained(chat_model(), tmp_path / "missing")
+
+
+def test_a_local_folder_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = adapted()
+    model.save_pretrained("user/adapter")
+    assert torch.equal(logits(LoRAModel.from_pretrained(chat_model(), "user/adapter")), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
+def test_save_pretrained_writes_all_adapters_as_peft_does_and_never_the_base(tmp_path: Path) -> None:
+    model = adapted()
+    model.add_adapter("b", LoRAConfig(r=2))
+    model.save_pretrained(tmp_path / "all")
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == sorted([*FILES, "b"])
+    read = peft.PeftModel.from_pretrained(chat_model(), str(tmp_path / "all")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(read(input_ids=IDS).logits, logits(model), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "b", safe_serialization=True, selected_adapters=["b"], max_shard_size="5GB")
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["b"]
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    model.base_model.save_pretrained(tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors").exists()
+
+
+def test_save_pretrained_refuses_what_it_would_not_do(tmp_path: Path) -> None:
+    model = adapted()
+    with pytest.raises(
+        ConfigError, match=r"2 problems(.|\n)*safetensors only(.|\n)*state_dic: .*did you mean state_dict"
+    ):
+        model.save_pretrained(tmp_path / "a", safe_serialization=False, state_dic={})
+    with pytest.raises(LookupError, match="no adapter is called 'c'"):
+        model.save_pretrained(tmp_path / "a", selected_adapters=["default", "c"])
+    with model.merged(), pytest.raises(MergeError, match="cannot save an adapter"):
+        model.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("base", "in_metadata"), [("owner/base", "owner/base"), ("/home/me/base", None)])
+def test_the_card_names_the_base_and_the_settings(base: str, in_metadata: str | None, tmp_path: Path) -> None:
+    model = adapted({"r": 4, "use_rslora": True})
+    model.base_model.config._name_or_path = base
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == in_metadata  # the Hub refuses a commit whose base is no repository
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
+    assert f"Base model: {base}\n" in card.text
+    assert "| r | 4 |" in card.text
+    assert "| use_rslora | True |" in card.text
