@@ -138,7 +138,7 @@ def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _could_be_repository(name: str | Path) -> bool:
     """True for `owner/name` in the Hub's characters. A Path is always local."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     if not isinstance(name, str) or name.count("/") != 1:
         return False
