@@ -30,7 +30,7 @@ from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_path_of
 from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError, FormatError, nearest
 from tailora.formats import gguf, low_rank_export, merged, mlx, peft
-from tailora.formats.fingerprint import fingerprint
+from tailora.formats.fingerprint import fingerprint, vocabulary_size
 from tailora.formats.hub import CARD, model_card
 from tailora.formats.io import replace_folder, safetensors_bytes, wrap_os_error
 from tailora.formats.load import restore
@@ -262,7 +262,11 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
         tensors[f"{peft.KEY_PREFIX}{path}{suffixes['A']}"] = A
         tensors[f"{peft.KEY_PREFIX}{path}{suffixes['B']}"] = B
     base_folder = peft.relative_base_folder(source.base_model)
-    metadata = AdapterMetadata(base=fingerprint(source.base_model, layer_types), base_folder=base_folder)
+    metadata = AdapterMetadata(
+        base=fingerprint(source.base_model, layer_types),
+        vocabulary=vocabulary_size(source.base_model),
+        base_folder=base_folder,
+    )
     config = source.adapter.config.replaced(
         r=r,
         lora_alpha=r,

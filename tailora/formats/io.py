@@ -186,9 +186,17 @@ def safetensors_bytes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, st
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """Returns tensors and metadata. Raises FormatError if `path` is not a complete safetensors file."""
+    """Returns tensors and metadata; 8-bit floats as float32, since torch computes little with them.
+
+    Raises FormatError if `path` is not a complete safetensors file.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         raise FormatError(f"{path} is not a complete safetensors file: {error}; save or copy it again") from None
+    is_8_bit_float = {
+        name: tensor.is_floating_point() and tensor.dtype.itemsize == 1 for name, tensor in tensors.items()
+    }
+    return {name: tensor.float() if is_8_bit_float[name] else tensor for name, tensor in tensors.items()}, metadata

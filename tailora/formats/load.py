@@ -29,7 +29,7 @@ from tailora.core.targets import (
 )
 from tailora.errors import BaseMismatchError, ConfigError, FormatError, PatternError, TargetError, listing
 from tailora.formats import gguf, kohya_diffusers, mlx, peft, peft_config
-from tailora.formats.fingerprint import fingerprint, fingerprint_differences
+from tailora.formats.fingerprint import fingerprint, fingerprint_differences, input_embedding
 from tailora.formats.peft_paths import PeftLayer, peft_layers
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -105,6 +105,8 @@ def restore(stored: peft.StoredAdapter, base_model: nn.Module, *, allow_base_mis
 
 def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_mismatch: bool) -> Adapter:
     modules = dict(base_model.named_modules())
+    if not allow_base_mismatch:
+        _check_vocabulary(stored, base_model)
     # Which layers the settings name
     paths_in_file = _paths_with_factors(stored, modules)
     config, file_config = stored_configs(stored, paths_in_file)
@@ -147,7 +149,15 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
         _check_base(stored, base_model, low_rank)
     _restore_learned_scales(stored, low_rank)
     share_parameters({path: modules[path] for path in copies}, copies)
-    return Adapter(config, low_rank, copies, extras)
+    adapter = Adapter(config, low_rank, copies, extras)
+    if overflown := [
+        f"not finite in {tensor.dtype}: {name} of {path}"
+        for path, part in adapter.parts.items()
+        for name, tensor in part.state_dict().items()
+        if not tensor.isfinite().all()
+    ]:
+        raise FormatError(f"{stored.folder} does not fit this model: {listing(overflown)}")
+    return adapter
 
 
 # ---- The config, and the layers that it names
@@ -254,6 +264,10 @@ def _sort_tensors(
             result.problems.append(f"unexpected {key} {tuple(tensor.shape)}: {reason}")
         if not tensor.isfinite().all():
             result.problems.append(f"not finite: {key} {tuple(tensor.shape)}")
+        if saved_path is None and not tensor.is_floating_point():
+            result.problems.append(
+                f"{key} {tuple(tensor.shape)} holds {tensor.dtype}, where factors and biases are floats"
+            )
     return result
 
 
@@ -319,6 +333,22 @@ def _shape_problems(
 
 
 # ---- The base and the learned scales in the metadata
+
+
+def _check_vocabulary(stored: peft.StoredAdapter, base_model: nn.Module) -> None:
+    path, embedding = input_embedding(base_model) or ("", None)
+    if embedding is None:
+        return
+    # A file of another tool may hold the whole embedding
+    saved = (stored.tensors.get(path + ending) for ending in peft.BASE_WEIGHTS)
+    sizes = [len(weight) for weight in saved if weight is not None and weight.ndim]
+    before, now = stored.metadata.vocabulary or next(iter(sizes), None), embedding.num_embeddings
+    if before not in (None, now):
+        raise BaseMismatchError(
+            f"{stored.folder} was made for a vocabulary of {before} tokens (rows of {path}), this base has {now}. "
+            f"Call resize_token_embeddings({before}) on the base model, with the new rows of the one that it was "
+            "trained on, or pass allow_base_mismatch=True to go on."
+        )
 
 
 def _check_base(stored: peft.StoredAdapter, base_model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:

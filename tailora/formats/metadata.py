@@ -34,6 +34,7 @@ class AdapterMetadata(BaseModel):
     scaling: learned scales by path; the file's B has them folded in.
     start: whether the second half of the ranks is the frozen start, with B negated.
     base: fingerprint of the base model by path.
+    vocabulary: rows of the base model's input embedding; None for a model without one.
     base_folder: absolute path of the base model, whose name in adapter_config.json is a relative path.
     """
 
@@ -44,6 +45,7 @@ class AdapterMetadata(BaseModel):
     scaling: dict[str, FiniteFloat] = {}
     start: bool = False
     base: dict[str, LayerFingerprint] = {}
+    vocabulary: int | None = None
     base_folder: str | None = None
 
     def to_json(self) -> str:

@@ -22,7 +22,7 @@ from tailora.core.layer import LoRALayer, concatenate_ranks
 from tailora.core.layer_types import EMBEDDING
 from tailora.core.targets import ExtraTargets
 from tailora.errors import DivergedError, FormatError
-from tailora.formats.fingerprint import TOLERANCE, fingerprint
+from tailora.formats.fingerprint import TOLERANCE, fingerprint, vocabulary_size
 from tailora.formats.hub import CARD, model_card
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes, wrap_os_error, write_file
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata, parse_metadata
@@ -80,6 +80,7 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_model: nn.Module) -> 
         scaling={path: layer.scaling.item() for path, layer in low_rank if layer.learns_scaling},
         start=adapter.has_start,
         base=fingerprint(base_model, {path: layer.layer_type for path, layer in low_rank}),
+        vocabulary=vocabulary_size(base_model),
         base_folder=relative_base_folder(base_model),
     )
     config = as_peft_computes(adapter.config, layers)

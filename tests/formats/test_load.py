@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import chat_model
 from tiny_adapters import adapted, logits
@@ -30,6 +31,16 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None
     tensors = load_file(folder / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def change_metadata(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change tailora's own fields; the tensors stay."""
+    file = folder / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    fields = json.loads(metadata["tailora"])
+    change(fields)
+    save_file(load_file(file), file, {**metadata, "tailora": json.dumps(fields)})
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -67,6 +78,48 @@ def test_missing_unexpected_misshapen_and_non_finite_tensors_are_reported_at_onc
         "not finite: model.layers.0.mlp.down_proj.lora_A.weight (4, 64)",
     ):
         assert part in str(caught.value)
+
+
+NOT_FINITE: dict[str, tuple[dict[str, Any], str, float, torch.dtype, str]] = {
+    "a head trained in full": (
+        {"modules_to_save": ["lm_head"]},
+        "lm_head",
+        torch.inf,
+        torch.float32,
+        r"not finite: lm_h",
+    ),
+    "token rows": ({"trainable_token_indices": [1]}, "delta", torch.nan, torch.float32, r"not finite: .*tokens_delta"),
+    "magnitudes": ({"use_dora": True}, "magnitude", torch.nan, torch.float32, r"not finite: .*magnitude_vector"),
+    "too large for float32": (
+        {},
+        "lora_B",
+        1e200,
+        torch.float64,
+        r"not finite in torch.float32: lora_B of model\.layers",
+    ),
+    "8 bits": ({}, "lora_B", torch.nan, torch.float8_e4m3fn, r"not finite: .*lora_B"),
+    "integers": ({}, "lora_B", 3, torch.int32, r"lora_A.weight \(4, 64\) holds torch.int32, where factors"),
+}
+
+
+@pytest.mark.parametrize(("settings", "key", "value", "dtype", "message"), NOT_FINITE.values(), ids=NOT_FINITE)
+def test_no_tensor_that_is_not_finite_is_loaded(
+    tmp_path: Path, settings: dict[str, Any], key: str, value: float, dtype: torch.dtype, message: str
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        next(tensor for name, tensor in tensors.items() if key in name).view(-1)[0] = value
+
+    edit(adapted({"lora_alpha": 32, **settings}).save_adapter(tmp_path), change)
+    with pytest.raises(FormatError, match=message):
+        LoRAModel.from_pretrained(chat_model(), tmp_path)
+
+
+def test_a_learned_scale_that_makes_a_factor_infinite_is_refused(tmp_path: Path) -> None:
+    folder = adapted({"learn_scaling": True}).save_adapter(tmp_path)
+    change_metadata(folder, lambda metadata: metadata["scaling"].update(dict.fromkeys(metadata["scaling"], 1e-320)))
+    with pytest.raises(FormatError, match=r"not finite in torch\.float32: lora_B"):
+        LoRAModel.from_pretrained(chat_model(), folder)
 
 
 def test_a_refused_adapter_leaves_the_model_as_it_was(folder: Path) -> None:
@@ -171,6 +224,31 @@ def test_an_adapter_for_other_weights_is_refused_unless_allowed(folder: Path) ->
         LoRAModel.from_pretrained(chat_model(initializer_range=0.03), folder)
     model = LoRAModel.from_pretrained(chat_model(initializer_range=0.03), folder, allow_base_mismatch=True)
     assert len(model.lora_layers) == 4
+
+
+def test_an_adapter_of_a_resized_base_is_refused_on_the_original_one(tmp_path: Path) -> None:
+    resized = chat_model()
+    resized.resize_token_embeddings(310)
+    model = adapted({"target_modules": ["q_proj"]}, resized)
+    model.save_adapter(tmp_path)
+    message = r"(?s)vocabulary of 310 tokens.*this base has 300.*resize_token_embeddings\(310\).*allow_base_mismatch"
+    with pytest.raises(BaseMismatchError, match=message):
+        LoRAModel.from_pretrained(chat_model(), tmp_path)
+    assert len(LoRAModel.from_pretrained(chat_model(), tmp_path, allow_base_mismatch=True).lora_layers) == 2
+    expected = logits(model)
+    assert torch.equal(logits(LoRAModel.from_pretrained(model.unload(), tmp_path)), expected)
+
+
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.embed_tokens.base_layer.weight"])
+def test_the_vocabulary_of_a_file_without_metadata_is_that_of_its_embedding(folder: Path, key: str) -> None:
+    edit(folder, lambda tensors: tensors.update({f"base_model.model.{key}": torch.zeros(310, 32)}))
+    with pytest.raises(BaseMismatchError, match=r"vocabulary of 310 tokens .*this base has 300"):
+        LoRAModel.from_pretrained(chat_model(), folder)
+
+
+def test_an_adapter_of_before_the_vocabulary_was_stored_loads(folder: Path) -> None:
+    change_metadata(folder, lambda metadata: metadata.pop("vocabulary"))
+    assert len(LoRAModel.from_pretrained(chat_model(), folder).lora_layers) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
