@@ -61,7 +61,7 @@ def data(
 
 
 def show(console: Console, report: dict[str, Any], examples: Sequence[Pieces]) -> None:
-    console.print(facts(report), "", histogram(report["lengths"]), sep="\n", markup=False)
+    console.print(facts(report), "", histogram(report["lengths"]), sep="\n")
     in_colour = console.color_system is not None and not console.no_color
     legend = highlighted([("learned", True), (" and only read", False)], in_colour)
     for number, pieces in enumerate(examples, 1):

@@ -35,7 +35,7 @@ def doctor(*, json: Json = False) -> int:
         for row, (name, value) in enumerate(values.items()):
             table.add_row(section if row == 0 else "", name, Text(_value_text(name, value)))
     console = stdout()
-    console.print(table, "", *conclusions(facts), sep="\n", markup=False, soft_wrap=True)
+    console.print(table, "", *conclusions(facts), sep="\n", soft_wrap=True)
     return 0
 
 

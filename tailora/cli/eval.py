@@ -245,5 +245,5 @@ def _finish(
         print_page(stdout(), eval_page(report))
     missed = [gate for gate in report.gates if not gate.met]
     for missed_gate in missed:
-        stderr().print(f"gate not met: {missed_gate}", style="red", markup=False, soft_wrap=True)
+        stderr().print(f"gate not met: {missed_gate}", style="red", soft_wrap=True)
     return GATE_NOT_MET if missed else 0

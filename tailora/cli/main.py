@@ -111,7 +111,7 @@ def fail(error: BaseException, as_json: bool) -> int:
     lines = message.splitlines()
     if (more := len(lines) - MAX_LINES) > 1:  # hundreds of layers can have the same problem
         message = "\n".join([*lines[:MAX_LINES], f"  ... and {more} more lines; --json prints all"])
-    stderr().print(f"{label}: {message}" if message else label, style="red", markup=False, soft_wrap=True)
+    stderr().print(f"{label}: {message}" if message else label, style="red", soft_wrap=True)
     if as_json:
         print_json_error(error)
     return code
@@ -140,15 +140,16 @@ def is_out_of_memory(error: Exception) -> bool:
 
 # ---- Output: results go to stdout, everything else to stderr
 #
+# Texts of users, such as paths and prompts, may hold brackets: a console shows them as they are, without markup.
 # rich honours NO_COLOR and FORCE_COLOR. A progress bar needs more than colour: a real terminal.
 
 
 def stdout() -> Console:
-    return Console(highlight=False, emoji=False)
+    return Console(markup=False, highlight=False, emoji=False)
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False, emoji=False)
+    return Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
 def on_terminal(console: Console) -> bool:
@@ -158,7 +159,7 @@ def on_terminal(console: Console) -> bool:
 
 def log(text: str) -> None:
     """Prints to stderr."""
-    stderr().print(text, style="dim", markup=False, soft_wrap=True)
+    stderr().print(text, style="dim", soft_wrap=True)
 
 
 def note(text: str) -> None:

@@ -26,7 +26,7 @@ WIDTH = 100  # of the header at most; a terminal may be narrower
 def counter(console: Console, unit: str) -> Iterator[Callable[[int, int], None]]:
     """Yields a function to call with the number of units done and their total."""
     if on_terminal(console):
-        columns = TextColumn(unit), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
+        columns = TextColumn(unit, markup=False), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("", total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -64,7 +64,11 @@ def run_progress(console: Console) -> Iterator[Listener]:
         console.print("reading model and data")
         yield _line_listener(console)
         return
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}")
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[figures]}", markup=False),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("reading model and data", total=None, figures="")
 
@@ -110,7 +114,7 @@ def _print(console: Console, event: Event) -> None:
             text = f"note: {event.text}"
         case _:
             return
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 # ---- The header

@@ -26,5 +26,5 @@ def report(folder: Folder, /, *, json: Json = False) -> int:
     if json:
         print_json({"report": str(page), "data": str(folder / REPORT)})
     else:
-        stdout().print(str(page), markup=False, soft_wrap=True)
+        stdout().print(str(page), soft_wrap=True)
     return 0

@@ -127,7 +127,7 @@ def run_study(
 
     console = stderr()
     try:
-        result = run(train, study, log=lambda text: console.print(text, markup=False), progress=step_counter(console))
+        result = run(train, study, log=lambda text: console.print(text), progress=step_counter(console))
     except KeyboardInterrupt:
         command = shlex.join(["tailora", *sys.argv[1:]])
         raise KeyboardInterrupt(f"finished runs are in {train.output_dir}; to resume:\n{command}") from None

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.table import Table
 
 from tailora import errors
-from tailora.cli.main import COMMANDS, exit_code, main
+from tailora.cli.main import COMMANDS, exit_code, main, stderr, stdout
 
 TAILORA = [sys.executable, "-m", "tailora.cli"]
 
@@ -187,3 +188,67 @@ def test_run_as_a_module_it_is_the_same_program(tmp_path: Path) -> None:
     done = subprocess.run([*TAILORA, "train", "--config", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --config")
+
+
+# ---- Brackets in texts of users, which rich would take for markup
+
+BRACKETS = ("[bold]x[/bold]", "[/]", "[study]")
+MESSAGES = {  # command -> arguments, in which TEXT stands for a text with brackets that the message must show
+    "demo": ["--r TEXT"],
+    "plan": ["--memory TEXT", "--model TEXT"],
+    "train": [
+        "TEXT",
+        "--TEXT",
+        "--config TEXT",
+        "--model TEXT",
+        "--adapter TEXT",
+        "--field TEXT",
+        "--dtype TEXT",
+    ],
+    "compare": ["--arm a:TEXT", "--minutes TEXT"],
+    "eval": ["TEXT --data demo", "--model TEXT --data TEXT", "--model TEXT --gate TEXT", "--model TEXT --metrics TEXT"],
+    "search": ["--space TEXT"],
+    "report": ["TEXT"],
+    "chat": ["--model TEXT", "--adapter TEXT"],
+    "generate": ["--model TEXT --prompt TEXT", "--adapter TEXT --prompt TEXT"],
+    "combine": ["--adapter TEXT --output-dir TEXT"],
+    "shrink": ["--adapter TEXT --output-dir TEXT"],
+    "extract": ["--model TEXT --tuned TEXT --output-dir TEXT --r 1"],
+    "inspect": ["TEXT", "TEXT --with TEXT"],
+    "export": ["TEXT --to TEXT --output TEXT", "TEXT --to peft --output TEXT"],
+    "data": ["--model TEXT"],
+    "doctor": ["TEXT"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_message_shows_brackets_as_they_were_typed(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for text in BRACKETS:
+        for arguments in MESSAGES[command]:
+            assert main([command, *(part.replace("TEXT", text) for part in arguments.split())]) == 2, arguments
+            told = capsys.readouterr().err
+            assert text in told
+            assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("text", BRACKETS)
+def test_no_console_reads_markup(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table(text, title=text)
+    table.add_row(text)
+    for console in (stdout(), stderr()):
+        console.print(text, table)
+    shown = capsys.readouterr()
+    assert shown.out.count(text) == shown.err.count(text) == 4
+
+
+def test_the_extra_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(errors, "find_spec", lambda _: None)
+    assert main(["compare"]) == 2
+    assert "pip install 'tailora[study]'" in capsys.readouterr().err
