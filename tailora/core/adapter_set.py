@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, as_module, check_compatible, group_by_path
 from tailora.core.attach import (
+    FrozenStatistics,
     Swapped,
     attach,
     attached,
     detach,
     encoders_around,
     fast_path_mixin,
+    has_running_statistics,
     mixin_for,
+    runs_adapters,
     swap_class,
 )
 from tailora.core.inference import generating
@@ -31,7 +34,7 @@ from tailora.errors import AdapterError, ConfigError, RowsError, TargetError, ne
 
 
 class AdapterSet:
-    """The adapters of `base_model` by name. The base model is frozen until `clear`.
+    """The adapters of `base_model` by name. The base model is frozen until `clear`, with its running statistics.
 
     `add` swaps the classes of an adapter's layers; `activate` chooses the adapters that the layers compute with.
 
@@ -57,6 +60,7 @@ class AdapterSet:
         parameters = base_model.named_parameters(remove_duplicate=False)
         self._required_grad = {name: parameter.requires_grad for name, parameter in parameters}
         base_model.requires_grad_(False)
+        _freeze_statistics(base_model)
         self._not_repacked = prevent_repacking(base_model)
         for name, adapter in adapters.items():
             self.add(name, adapter)
@@ -91,7 +95,7 @@ class AdapterSet:
         layers = {path: self.base_model.get_submodule(path) for path in parts}
         mixins = {path: mixin_for(layer_parts[0]) for path, layer_parts in parts.items()}
         if conflicts := [
-            path for path, layer in layers.items() if isinstance(layer, Swapped) and not isinstance(layer, mixins[path])
+            path for path, layer in layers.items() if runs_adapters(layer) and not isinstance(layer, mixins[path])
         ]:
             raise TargetError(
                 f"adapted by one adapter and trained in full by another: {', '.join(conflicts)}; use two models"
@@ -114,7 +118,9 @@ class AdapterSet:
         layer_paths = self._layers_of([name])
         del self.adapters[name], self._modules[name]
         for path in layer_paths - self._layers_of(self.adapters):
-            detach(self.layers.pop(path))
+            layer = self.layers.pop(path)
+            detach(layer)
+            _freeze_statistics(layer)
 
     def clear(self) -> None:
         """Removes all adapters, active or not. The base model has its own classes and requires_grad again."""
@@ -235,6 +241,16 @@ def check_base(base_model: Any) -> None:
         raise TargetError("this model has tailora adapters already; use its add_adapter, or unload() it first")
     if hasattr(base_model, "peft_config"):
         raise TargetError("this model carries PEFT adapters; unload or merge them first")
+
+
+def _freeze_statistics(model: nn.Module) -> None:
+    """Keeps training from moving the base's running statistics: an adapter would compute something else when loaded.
+
+    Trained copies of `modules_to_save` belong to the adapter and have statistics of their own.
+    """
+    for module in model.modules():
+        if has_running_statistics(module):
+            swap_class(module, FrozenStatistics)
 
 
 def _training_obstacle(adapters: Mapping[str, Adapter]) -> str:

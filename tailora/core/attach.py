@@ -6,6 +6,7 @@ reference, so that the base model's parameters and state dict stay what they wer
     Adapted          W x + b, and what each active adapter adds
     AdaptedWhole     a layer whose layer type computes the whole output
     Substituted      a module that is replaced by its trained copy
+    FrozenStatistics a normalisation of the base, whose running statistics stay what they are
     swap_class, attach, attached, detach
                      change a layer's class, set its active adapters, and restore the class
 """
@@ -24,15 +25,15 @@ from tailora.core.layer import LoRALayer
 
 
 class Swapped:
-    """The parent of all classes that a layer's class is swapped for. `plain` is the layer's former class.
+    """The parent of all classes that a layer's class is swapped for. `plain` is the class that the layer came with.
 
-    Copies and pickles remember the plain class, since the derived one cannot be imported.
+    Copies and pickles remember the mixins and the plain class, since the derived class cannot be imported.
     """
 
     plain: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, _: Any) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-        return _new_instance, (mixin_of(type(self)), self.plain), self.__dict__
+        return _new_instance, (mixins_of(type(self)), self.plain), self.__dict__
 
 
 class Adapted(Swapped):
@@ -82,6 +83,23 @@ def _cast(source: torch.dtype | None, to: torch.dtype | None) -> Callable[[Any],
     return lambda value: value.to(to) if isinstance(value, Tensor) and value.dtype == source else value
 
 
+# ---- Normalisations with running statistics, which training would move
+
+
+class FrozenStatistics(Swapped):
+    """A module in evaluation mode, whatever `train` asks for: it uses its running statistics, and leaves them alone.
+
+    The mode that was asked for is kept, for the time when the module has its own class again.
+    """
+
+    training = property(lambda _: False, lambda self, mode: self.__dict__.update(training=mode))
+
+
+def has_running_statistics(module: nn.Module) -> bool:
+    """True for BatchNorm, and InstanceNorm with track_running_stats, of torch or of the same make."""
+    return isinstance(module._buffers.get("running_mean"), Tensor)
+
+
 # ---- Encoders of torch, whose fast path for inference reads weights without calling the layers
 
 
@@ -118,15 +136,17 @@ def fast_path_mixin(module: nn.Module) -> type[Swapped]:
 
 
 def _derive(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {"plain": cls, "__module__": __name__})
+    plain = cls.plain if issubclass(cls, Swapped) else cls
+    return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {"plain": plain, "__module__": __name__})
 
 
 # One class per pair, so that layers share a type. The stub of lru_cache takes module classes for unhashable.
 derived_class: Callable[[type[Swapped], type[nn.Module]], type[nn.Module]] = cast(Any, cache(_derive))
 
 
-def mixin_of(cls: type) -> type[Swapped]:
-    return cls.__mro__[1]
+def mixins_of(cls: type) -> tuple[type[Swapped], ...]:
+    """Returns the mixins of a derived class, the outermost first: one, or one around FrozenStatistics."""
+    return (cls.__mro__[1], *((FrozenStatistics,) if issubclass(cls.__mro__[2], FrozenStatistics) else ()))
 
 
 def mixin_for(part: nn.Module) -> type[Swapped]:
@@ -137,18 +157,29 @@ def mixin_for(part: nn.Module) -> type[Swapped]:
 
 
 def class_with_plain(module: nn.Module, plain: type[nn.Module]) -> type[nn.Module]:
-    """Returns `plain`, or the class derived from it by the module's mixin if the module's class is swapped."""
-    return derived_class(mixin_of(type(module)), plain) if isinstance(module, Swapped) else plain
+    """Returns `plain`, or the class derived from it by the module's mixins if the module's class is swapped."""
+    return _with_mixins(mixins_of(type(module)), plain) if isinstance(module, Swapped) else plain
 
 
-def _new_instance(mixin: type[Swapped], plain: type[nn.Module]) -> nn.Module:
-    cls = derived_class(mixin, plain)
+def _with_mixins(mixins: tuple[type[Swapped], ...], plain: type[nn.Module]) -> type[nn.Module]:
+    for mixin in reversed(mixins):
+        plain = derived_class(mixin, plain)
+    return plain
+
+
+def _new_instance(mixins: tuple[type[Swapped], ...], plain: type[nn.Module]) -> nn.Module:
+    cls = _with_mixins(mixins, plain)
     return cls.__new__(cls)
+
+
+def runs_adapters(module: nn.Module) -> bool:
+    """True if the module's class is swapped, and not only to freeze its statistics."""
+    return isinstance(module, Swapped) and mixins_of(type(module)) != (FrozenStatistics,)
 
 
 def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
     """Give the module the class derived by the mixin; it computes as before until adapters are attached."""
-    if not isinstance(module, Swapped):
+    if not runs_adapters(module) and not isinstance(module, mixin):
         module.__class__ = derived_class(mixin, type(module))
         attach(module, ())
 
@@ -172,7 +203,7 @@ def attached(adapters: Mapping[nn.Module, tuple[nn.Module, ...]]) -> Iterator[No
 
 
 def detach(layer: nn.Module) -> None:
-    """Give the layer its former class back, and remove its reference to adapters."""
+    """Give the layer the class back that it came with, and remove its reference to adapters."""
     if isinstance(layer, Swapped):
         cast(Any, layer).__class__ = layer.plain
         layer.__dict__.pop("active_adapters", None)
@@ -184,10 +215,10 @@ def detach(layer: nn.Module) -> None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the block; afterwards every module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, vars(module).get("training", module.training)) for module in model.modules()]  # as asked for
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in modes:
+            module.training = mode
