@@ -1,4 +1,4 @@
-"""A frozen base keeps the running statistics of its normalisations, so that an adapter computes the same when loaded."""
+"""A frozen base keeps the running statistics of its normalisations: an adapter computes the same when loaded."""
 
 import copy
 import pickle
