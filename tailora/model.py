@@ -25,7 +25,7 @@ from tailora.core.attach import evaluating
 from tailora.core.combine import Combination, Truncation, combine_adapters
 from tailora.core.config import LoRAConfig
 from tailora.core.merge import MergeReport, MergeState
-from tailora.core.targets import default_config, select
+from tailora.core.targets import fitted_config, select
 from tailora.errors import AdapterError, ConfigError
 from tailora.formats.hub import UPLOAD_OPTIONS, check_save_arguments, local_folder, upload
 from tailora.formats.load import read_any_format, restore
@@ -75,7 +75,7 @@ class LoRAModel(nn.Module):
         check_base(base_model)
         if not isinstance(config, LoRAConfig | None):
             raise ConfigError(f"config is a {type(config).__name__}; take a LoRAConfig, such as LoRAConfig(r=16)")
-        config = config or default_config(base_model)
+        config = fitted_config(base_model, config or LoRAConfig())
         self._wrap(base_model, {adapter_name: create(select(base_model, config), config, fresh=fresh)})
 
     @classmethod
@@ -206,6 +206,7 @@ class LoRAModel(nn.Module):
         """Adds a fresh adapter; the active ones stay active. Raises AdapterError, TargetError."""
         self._adapter_set.check_new(name)
         self._merge_state.check_unmerged("add an adapter")
+        config = fitted_config(self.base_model, config)
         self._adapter_set.add(name, create(select(self.base_model, config), config))
 
     def load_adapter(

@@ -1,11 +1,12 @@
-"""A random chat model of 30,000 parameters and its tokenizer. Both are made in about a second."""
+"""A random chat model of 30,000 parameters and its tokenizer, and small models of any class of transformers."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -42,3 +43,60 @@ def chat_model(**settings: Any) -> LlamaForCausalLM:
     }
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **settings}))
+
+
+SMALL: dict[int, str] = {  # size -> settings of transformers' configs that get it
+    1: "n_group topk_group num_nextn_predict_layers num_mem_blocks num_key_value_groups num_ngroups "
+    "mamba_n_groups n_groups",
+    2: "num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers num_decoder_layers depth "
+    "num_key_value_heads num_kv_heads n_head_kv num_kv_head num_experts_per_tok moe_topk "
+    "num_selected_experts moe_top_k num_experts_per_token top_k_experts first_k_dense_replace "
+    "decoder_num_hidden_layers num_encoder_layers encoder_num_hidden_layers attn_layer_period "
+    "expert_layer_period conv_L_cache global_attn_every_n_layers",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
+    "num_experts num_local_experts n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads "
+    "linear_num_key_heads linear_num_value_heads num_linear_heads attention_heads "
+    "decoder_num_attention_heads encoder_num_attention_heads num_attn_heads mamba_d_conv conv_kernel "
+    "linear_conv_kernel_dim num_conv_pos_embedding_groups",
+    8: "head_dim d_kv v_head_dim qk_nope_head_dim qk_rope_head_dim kv_channels attention_head_size "
+    "attention_head_dim mamba_head_dim mamba_d_head linear_key_head_dim linear_value_head_dim patch_size "
+    "rotary_dim mamba_headdim hidden_size_per_layer_input state_size mamba_d_state ssm_state_size "
+    "chunk_size global_head_dim num_mel_bins num_conv_pos_embeddings conv_chunk_size mamba_chunk_size",
+    16: "q_lora_rank kv_lora_rank mamba_dt_rank time_step_rank lora_rank vocab_size_per_layer_input",
+    32: "hidden_size d_model n_embd dim embed_dim embedding_size decoder_hidden_size word_embed_proj_dim "
+    "image_size emb_dim rnn_width lru_width attention_hidden_size emb_size output_hidden_size "
+    "classifier_proj_size decoder_hidden_dim encoder_hidden_size index_head_dim",
+    64: "intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim hidden_dim "
+    "moe_intermediate_size ffn_hidden_size shared_expert_intermediate_size intermediate_dim "
+    "mlp_hidden_size shared_intermediate_size d_inner max_position_embeddings n_positions n_ctx "
+    "max_seq_len encoder_intermediate_size decoder_intermediate_size block_size sliding_window "
+    "moe_shared_expert_intermediate_size expert_ffn_hidden_size max_source_positions max_target_positions "
+    "mamba_d_ssm inner_dim dense_intermediate_size intermediate_size_mlp",
+    80: "vocab_size text_vocab_size",
+}
+SMALL_BY_NAME = {name: size for size, names in SMALL.items() for name in names.split()}
+TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "sep_token_id": 2}
+
+
+def tiny_config(config_class: type[PreTrainedConfig], settings: dict[str, Any] | None = None) -> PreTrainedConfig:
+    """Returns the class's default config with small sizes and no dropout, also in the configs inside it."""
+    default, settings = config_class(), settings or {}
+    small: dict[str, Any] = {
+        name: size
+        for name, size in SMALL_BY_NAME.items()
+        if isinstance(getattr(default, name, None), int) and not isinstance(getattr(default, name), bool)
+    }
+    small |= {name: index for name, index in TOKEN_IDS.items() if isinstance(getattr(default, name, None), int)}
+    small |= {name: 0.0 for name, value in default.to_dict().items() if "drop" in name and isinstance(value, float)}
+    small |= {"pad_token_id": 0} | ({"apply_spec_augment": False} if hasattr(default, "apply_spec_augment") else {})
+    for name in config_class.sub_configs:
+        if (inner := getattr(default, name, None)) is not None:
+            small[name] = tiny_config(type(inner), settings.get(name))
+    return config_class(**{**small, **settings})
+
+
+def tiny_model(class_name: str, **settings: Any) -> PreTrainedModel:
+    """Returns a small model of this class of transformers with random weights. `settings` are those of its config."""
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    return model_class(tiny_config(model_class.config_class, settings))

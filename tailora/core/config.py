@@ -70,7 +70,8 @@ class AdaLoRA(StrictModel):
 class LoRAConfig(StrictModel):
     """The settings of one adapter, as the user gave them.
 
-    r: rank of the update, from 1 to min(in, out) of every target.
+    r: rank of the update, at most min(in, out) of a target. A layer that "all-linear" or a regular expression reached
+        and that is smaller has a lower rank at the same scale (see `core.targets.fitted_config`).
     lora_alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
     lora_dropout: probability of dropping an input of A in training.
     target_modules: layers to adapt: names (exact, or the end of a path after a dot), one regular expression that must
@@ -84,7 +85,8 @@ class LoRAConfig(StrictModel):
     fused_parts: pattern -> sizes of the parts of a fused layer in the order of its output rows, repeated until all
         rows are used: `{"to_qkv": {"q": 64, "k": 64, "v": 64}}`. A part is a target: `target_modules=["to_qkv.q"]`.
         The parts of the classes in `core.fused_layers.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...) are known.
-    modules_to_save: modules that are trained in full and saved with the adapter.
+    modules_to_save: modules that are trained in full and saved with the adapter. None with "all-linear": the heads
+        that transformers adds to a base model for classification and question answering (classifier, score, ...).
     trainable_token_indices: token ids whose embeddings are trained, such as those of new tokens: name of the
         embedding -> ids, or ids of the input embedding. An output head that is tied to it follows.
     bias: biases of the base model to train, in copies that belong to the adapter: "none", those of the adapted layers

@@ -1,14 +1,17 @@
 """Finds the layers that a LoRAConfig selects. A name that matches nothing is an error; all are raised at once.
 
+    Fitted config    the config with what it leaves to the model: heads to train in full, and ranks that fit
     Candidates       all matrices of the model that could be adapted: layers, parts of fused layers, parameters
     Selection        those that target_modules, target_parameters, exclude_modules and layers_to_transform leave,
                      each a Target with its rank and alpha; the modules_to_save
     Extra targets    biases and embedding rows to train, and the heads that are tied to these embeddings
     Problems         messages about settings that match nothing, contradict each other or cannot be applied
 
-`select` runs these steps in this order.
+`select` runs the steps from Candidates to Problems in this order.
 """
 
+import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -135,7 +138,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     extras, extra_problems = extra_targets(model, modules, config, selected, to_save)
     problems = [
         *_unmatched_settings(candidates, selected, modules, config),
-        *_conflicts(selected, to_save, config),
+        *_conflicts(candidates, selected, to_save, config),
         *_target_problems(targets, config),
         *extra_problems,
     ]
@@ -147,15 +150,65 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     return Selection(targets, to_save, extras, modules)
 
 
-def default_config(model: nn.Module) -> LoRAConfig:
-    """Returns the defaults, with a lower rank at the same scale for layers that are too small for theirs."""
-    config = LoRAConfig()
-    selected = selected_candidates(model, dict(model.named_modules()), config)
-    limits = {path: min(candidate.dims) for path, candidate in selected.items()}
-    low = {patterns.exactly(path): limit for path, limit in limits.items() if limit < config.r}
-    return config.replaced(
-        rank_pattern=low, alpha_pattern={path: config.lora_alpha * limit / config.r for path, limit in low.items()}
-    )
+# ---- What a config leaves to the model: heads to train in full, and ranks that fit
+
+HAS_TASK_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|XVector)")
+
+
+def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """Returns the config with what it leaves to the model: heads to train in full, and ranks that fit.
+
+    Heads: those of `task_heads`, if the targets are "all-linear" and modules_to_save is not set.
+    Ranks: a layer that "all-linear" or a regular expression reached has no higher rank than its smaller side, at the
+    scale that it would have had. rank_pattern and alpha_pattern say so. A layer that is named keeps its rank.
+    """
+    if config.target_modules == "all-linear" and config.modules_to_save is None:
+        config = config.replaced(modules_to_save=task_heads(model) or None)
+    if not isinstance(config.target_modules, str):
+        return config
+    candidates = selected_candidates(model, dict(model.named_modules()), config.replaced(target_parameters=None))
+    lowered: dict[str, Target] = {}
+    for path, candidate in candidates.items():
+        is_named = patterns.by_pattern(candidate.pattern_names, config.rank_pattern, None) is not None
+        if not is_named and config.r > min(candidate.dims):
+            lowered[path] = target_of(candidate, config)
+    if not lowered:
+        return config
+    ranks = {patterns.exactly(path): min(target.dims) for path, target in lowered.items()}
+    power = 0.5 if config.use_rslora else 1
+    alphas = {
+        patterns.exactly(path): target.lora_alpha * (min(target.dims) / config.r) ** power
+        for path, target in lowered.items()
+    }
+    if "r" in config.model_fields_set:
+        shown = ", ".join([f"{path} ({min(target.dims)})" for path, target in lowered.items()][:5])
+        more = f" and {len(lowered) - 5} more" if len(lowered) > 5 else ""
+        warnings.warn(
+            f"r = {config.r} becomes the smaller side of layers that have less, at the same scale "
+            f"(rank_pattern and alpha_pattern of the adapter's config say so): {shown}{more}",
+            stacklevel=3,
+        )
+    return config.replaced(rank_pattern=ranks | config.rank_pattern, alpha_pattern=alphas | config.alpha_pattern)
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """Returns the names of the heads that transformers puts beside the base model for a task such as classification.
+
+    They begin untrained: `classifier`, `score`, `qa_outputs`, ... Where the base model is not one module of its own
+    (CLIP, T5), they are the model's own linear layers. A name that modules of the base model end with, too, is left
+    out: PEFT would take them all.
+    """
+    if not HAS_TASK_HEAD.search(type(model).__name__):
+        return []
+    base_model = getattr(model, getattr(model, "base_model_prefix", ""), None)  # transformers' convention
+    heads = [
+        name
+        for name, module in model.named_children()
+        if module is not base_model and (base_model is not None or isinstance(module, nn.Linear))
+        if next(module.parameters(), None) is not None and not quantized_layers(module)
+    ]
+    others = [path for path, _ in model.named_modules() if not any(patterns.inside(path, head) for head in heads)]
+    return [head for head in heads if not any(path.endswith(head) for path in others)]
 
 
 # ---- Candidates
@@ -238,10 +291,15 @@ def _parameters_of(path: str, module: nn.Module) -> Iterator[TargetCandidate]:
 
 
 def selected_candidates(model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, TargetCandidate]:
-    """Returns the candidates that the config selects, by path. Names that match nothing are no error here."""
+    """Returns the candidates that the config selects, by path. Names that match nothing are no error here.
+
+    What `modules_to_save` names, and what is inside of it, is no candidate, as in PEFT: `target_modules=["dense"]` with
+    `modules_to_save=["classifier"]` leaves `classifier.dense` out.
+    """
+    saved = saved_modules(modules, config)
     candidates = module_candidates(modules, config)
     if config.target_modules == "all-linear":
-        selected = _all_linear(model, modules, candidates, config)
+        selected = _all_linear(model, candidates)
     else:
         names = config.target_modules
         selector = names if isinstance(names, str) else frozenset(names)  # there may be thousands
@@ -262,6 +320,7 @@ def selected_candidates(model: nn.Module, modules: Modules, config: LoRAConfig) 
         candidate.path: candidate
         for candidate in selected
         if indices is None or patterns.layer_index(candidate.path) in indices
+        if not any(patterns.inside(candidate.layer_path, path) for path in saved)
     }
 
 
@@ -269,19 +328,16 @@ def _selects(selector: patterns.Selector, candidate: TargetCandidate) -> bool:
     return any(patterns.matches(selector, name) for name in candidate.names)
 
 
-def _all_linear(
-    model: Any, modules: Modules, candidates: Mapping[str, TargetCandidate], config: LoRAConfig
-) -> list[TargetCandidate]:
-    """Every linear layer and attention projection but the output head and modules trained in full."""
+def _all_linear(model: Any, candidates: Mapping[str, TargetCandidate]) -> list[TargetCandidate]:
+    """Every linear layer and attention projection but the output head."""
     get_head = getattr(model, "get_output_embeddings", None)  # transformers' convention
     head = get_head() if callable(get_head) else None
-    excluded = {*saved_modules(modules, config), *(path for path, module in modules.items() if module is head)}
     return [
         candidate
         for candidate in candidates.values()
         if (candidate.layer_type.is_linear or candidate.path != candidate.layer_path)
         and not candidate.output_slice
-        and not any(patterns.inside(candidate.layer_path, path) for path in excluded)
+        and candidate.layer is not head
     ]
 
 
@@ -503,8 +559,13 @@ def _hint(name: str, names: Collection[str], examples: Iterable[str] | None = No
 # ---- Problems: layers that cannot be adapted as the config says
 
 
-def _conflicts(selected: Mapping[str, TargetCandidate], to_save: Modules, config: LoRAConfig) -> list[str]:
-    """Layers that cannot be adapted or trained in full, or are selected for both."""
+def _conflicts(
+    candidates: Mapping[str, TargetCandidate],
+    selected: Mapping[str, TargetCandidate],
+    to_save: Modules,
+    config: LoRAConfig,
+) -> list[str]:
+    """Layers that cannot be adapted or trained in full, or are named for both."""
     problems = []
     for path, candidate in selected.items():
         if config.lora_dropout and not candidate.layer_type.supports_dropout:
@@ -514,12 +575,20 @@ def _conflicts(selected: Mapping[str, TargetCandidate], to_save: Modules, config
             )
         elif reason := obstacle(candidate.layer) or storage_obstacle(candidate.layer):
             problems.append(f"{path}: {reason}")
-    problems += [
-        f"{path} is in target_modules and in modules_to_save ({saved_path})"
-        for path in selected
-        for saved_path in to_save
-        if patterns.inside(path, saved_path)
-    ]
+    if to_save and not isinstance(config.target_modules, str):
+        owners = {
+            path: next((saved for saved in to_save if patterns.inside(candidate.layer_path, saved)), None)
+            for path, candidate in candidates.items()
+        }
+        outside = (candidates[path].names for path, owner in owners.items() if owner is None)
+        names = set(config.target_modules) - {
+            end for names in outside for name in names for end in patterns.ends_of(name)
+        }
+        problems += [
+            f"{path} is in target_modules and in modules_to_save ({owner}); take one"
+            for path, owner in owners.items()
+            if owner is not None and _selects(names, candidates[path])
+        ]
     for path, module in to_save.items():
         if "forward" in vars(module):
             problems.append(f"{path}: its forward was replaced on the instance; it cannot be trained in full")
@@ -540,8 +609,11 @@ def _target_problems(targets: Iterable[Target], config: LoRAConfig) -> list[str]
     for target in targets:
         path, (in_features, out_features) = target.path, target.dims
         if not 1 <= target.r <= min(target.dims):
-            matrix = f"a matrix of {in_features} -> {out_features}"
-            problems.append(f"{path}: r = {target.r} on {matrix}; take 1..{min(target.dims)}")
+            limit = min(target.dims)
+            problems.append(
+                f"{path}: r = {target.r} on a matrix of {in_features} -> {out_features}; take 1..{limit} "
+                f"(rank_pattern={{{target.last_name!r}: {limit}}}), or train it in full (modules_to_save)"
+            )
         if "in_proj_weight" in projections(target.layer):
             ranks.setdefault(target.layer_path, set()).add(target.r)
         if biases and (target.output_slice or target.layer_type.replaces_forward):

@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import chat_model
+from tiny import chat_model, tiny_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.patterns import layer_index
+from tailora.core.patterns import inside, layer_index
+from tailora.core.targets import task_heads
 from tailora.errors import ConfigError, TargetError
 
 
@@ -86,6 +87,79 @@ def test_all_problems_are_raised_at_once() -> None:
 def test_the_index_is_the_first_number_of_the_path() -> None:
     assert layer_index("model.layers.3.mlp.experts.5.w1") == 3
     assert layer_index("lm_head") is None
+
+
+@pytest.mark.parametrize(
+    ("class_name", "heads"),
+    [
+        ("BertForSequenceClassification", ["classifier"]),
+        ("RobertaForTokenClassification", ["classifier"]),
+        ("DistilBertForMultipleChoice", ["pre_classifier", "classifier"]),
+        ("LlamaForQuestionAnswering", ["qa_outputs"]),
+        ("Qwen2ForSequenceClassification", ["score"]),
+        ("ViTForImageClassification", ["classifier"]),
+        ("T5ForQuestionAnswering", ["qa_outputs"]),  # its base model is not one module
+        ("T5ForSequenceClassification", ["classification_head"]),
+        ("Wav2Vec2ForSequenceClassification", ["projector", "classifier"]),
+        ("BertForMaskedLM", []),
+        ("BertForPreTraining", []),
+        ("LlamaForCausalLM", []),
+        ("T5ForConditionalGeneration", []),
+    ],
+)
+def test_the_heads_of_a_task_are_trained_in_full(class_name: str, heads: list[str]) -> None:
+    with torch.device("meta"):
+        base = tiny_model(class_name)
+    assert task_heads(base) == heads
+    model = LoRAModel(base, LoRAConfig())
+    assert sorted(model.adapter().saved) == sorted(heads)
+    assert not any(inside(path, head) for path in model.adapter().low_rank for head in heads)
+    assert (model.adapters["default"].modules_to_save or []) == heads
+
+
+def test_heads_are_not_touched_where_targets_or_modules_to_save_are_chosen() -> None:
+    with torch.device("meta"):
+        base = tiny_model("BertForSequenceClassification")
+    for settings in ({"target_modules": ["query"]}, {"modules_to_save": []}, {"modules_to_save": ["pooler"]}):
+        model = LoRAModel(base, LoRAConfig(r=2, **settings))
+        assert list(model.adapter().saved) == [f"bert.{name}" for name in settings.get("modules_to_save", [])]
+        model.unload()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"target_modules": r"[0-9]"}, {"use_rslora": True}, {"alpha_pattern": {"1": 5}}]
+)
+def test_a_wildcard_lowers_the_rank_of_small_layers_at_the_same_scale(settings: dict[str, Any]) -> None:
+    def base() -> nn.Module:
+        return nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 3))
+
+    with pytest.warns(UserWarning, match=r"r = 16 becomes the smaller side.*: 1 \(3\)$"):
+        model = LoRAModel(base(), LoRAConfig(r=16, **settings))
+    assert [layer.r for layer in model.adapter().low_rank.values()] == [16, 3]
+    alpha = 5 if "alpha_pattern" in settings else 32
+    scale = alpha / 4 if "use_rslora" in settings else alpha / 16
+    assert model.adapter().low_rank["1"].scaling.item() == pytest.approx(scale)
+    assert model.adapters["default"].rank_pattern == {"^1": 3}
+
+
+def test_a_name_does_not_reach_into_a_module_that_is_trained_in_full() -> None:
+    with torch.device("meta"):
+        base = tiny_model("RobertaForSequenceClassification")
+    settings: dict[str, Any]
+    for settings in ({"target_modules": ["dense"]}, {"target_modules": r".*dense|.*out_proj"}):
+        model = LoRAModel(base, LoRAConfig(r=2, modules_to_save=["classifier"], **settings))
+        assert model.adapter().low_rank
+        assert not any(path.startswith("classifier") for path in model.adapter().low_rank)
+        model.unload()
+
+
+def test_a_small_layer_that_is_named_is_refused_with_the_remedy() -> None:
+    base = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 3))
+    for settings in ({"target_modules": ["1"]}, {"rank_pattern": {"1": 16}}):
+        with pytest.raises(
+            TargetError, match=r"1: r = 16 on a matrix of 30 -> 3; take 1..3 \(rank_pattern=\{'1': 3\}\)"
+        ):
+            LoRAModel(base, LoRAConfig(r=16, **settings))
 
 
 def test_without_a_config_small_layers_get_the_rank_that_fits_at_the_same_scale() -> None:
