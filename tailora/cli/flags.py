@@ -24,8 +24,8 @@ from pydantic.fields import FieldInfo
 
 from tailora.cli.main import note
 from tailora.cli.models import base_model_name, find_adapter
-from tailora.core.config import ALIASES, StrictModel
-from tailora.errors import ConfigError, listing, nearest
+from tailora.core.config import ALIASES, StrictModel, suggestion
+from tailora.errors import ConfigError, listing
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 
@@ -188,7 +188,7 @@ def parse_pairs(
     problems = [f"{name}: expected key=value, got {''.join(part)}" for part in parts if not (part[0] and part[2])]
     keys = [key for key, _, value in parts if key and value]
     if allowed is not None:
-        problems += [f"{name}: unknown setting {key!r}{nearest(key, allowed)}" for key in keys if key not in allowed]
+        problems += [f"{name}: unknown setting {key!r}{suggestion(key, allowed)}" for key in keys if key not in allowed]
     problems += [f"{name}: {key} is given twice" for key in dict.fromkeys(keys) if keys.count(key) > 1]
     if problems:
         raise ConfigError(listing(problems))

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnknownOptionError
 from cyclopts.help import DefaultFormatter
 from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
 from rich.console import Console
@@ -106,7 +106,7 @@ def app(tokens: Sequence[str] = ()) -> App:
 
 def fail(error: BaseException, as_json: bool) -> int:
     """Prints what went wrong, and returns the exit code for it."""
-    code, message = exit_code(error), str(error)
+    code, message = exit_code(error), message_of(error)
     label = "interrupted" if code == INTERRUPTED else "error"
     lines = message.splitlines()
     if (more := len(lines) - MAX_LINES) > 1:  # hundreds of layers can have the same problem
@@ -115,6 +115,19 @@ def fail(error: BaseException, as_json: bool) -> int:
     if as_json:
         print_json_error(error)
     return code
+
+
+def message_of(error: BaseException) -> str:
+    """Returns the message; for a flag that other tools have, with our name for it."""
+    if isinstance(error, UnknownOptionError) and error.token.keyword:
+        from tailora.core.config import our_name
+
+        flag = error.token.keyword.partition("=")[0]
+        known = {name.lstrip("-").replace("-", "_") for item in error.argument_collection for name in item.names}
+        name, value = our_name(flag.lstrip("-").replace("-", "_"), known)
+        if name:
+            return f"Unknown option: {flag}. It is --{name.replace('_', '-')}{value and f' {value}'} here."
+    return str(error)
 
 
 def exit_code(error: BaseException) -> int:
@@ -172,7 +185,7 @@ def print_json(payload: dict[str, Any]) -> None:
 
 
 def print_json_error(error: BaseException) -> None:
-    print_json({"error": {"type": type(error).__name__, "message": str(error), "exit_code": exit_code(error)}})
+    print_json({"error": {"type": type(error).__name__, "message": message_of(error), "exit_code": exit_code(error)}})
 
 
 def escape_unprintable_text() -> None:

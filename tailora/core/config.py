@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Collection
 from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
@@ -9,17 +10,72 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tailora.errors import ConfigError, listing, nearest
 
-ALIASES = {
-    "lora_rank": "r",
-    "lora_r": "r",
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "cutoff_len": "max_length",
-    "init_r": "r",
+ALIASES = {"lora_rank": "r", "lora_r": "r", "cutoff_len": "max_length", "init_r": "r"}  # are read as our names
+NAMES_OF_OTHER_TOOLS = {  # our name, with a value if theirs is a switch -> names in TRL, Axolotl, LLaMA-Factory, ...
+    "model": "base_model model_name_or_path model_name model_id model_path checkpoint_dir",
+    "data": "dataset datasets dataset_name dataset_path train_file train_data train_dataset",
+    "eval_data": "eval_dataset eval_file test_datasets test_data val_data validation_file valid_data",
+    "output_dir": "output out out_dir save_dir save_path output_path output_folder",
+    "adapter": "adapter_path adapter_name_or_path lora_model_dir lora_path lora lora_weights peft_model",
+    "method": "finetuning_type fine_tune_type train_type tuner_type",
+    "r": "rank lora_dim lora_attn_dim",
+    "lora_alpha": "alpha network_alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets lora_target lora_target_modules lora_targets lora_keys",
+    "layers_to_transform": "lora_layers_to_transform",
+    "modules_to_save": "lora_modules_to_save additional_target",
+    "use_rslora": "rslora peft_use_rslora",
+    "use_dora": "dora peft_use_dora",
+    "init_lora_weights": "peft_init_lora_weights init_lora",
+    "max_length": "seq_len seq_length max_seq_length max_seq_len sequence_len sequence_length block_size",
+    "validation_split": "val_size val_set_size eval_split val_split_fraction test_size test_split",
+    "packing": "sample_packing eval_packing",
+    "learning_rate": "lr",
+    "loraplus_lr_ratio": "loraplus_ratio",
+    "lr_scheduler_type": "scheduler lr_scheduler lr_schedule scheduler_type",
+    "warmup_ratio": "warmup warmup_steps lr_warmup_steps",
+    "max_grad_norm": "grad_clip gradient_clipping clip_grad_norm",
+    "max_steps": "steps iters num_steps max_train_steps train_iters",
+    "num_train_epochs": "epochs num_epochs epoch n_epochs train_epochs",
+    "per_device_train_batch_size": "batch_size micro_batch_size train_batch_size per_device_batch_size bs",
+    "gradient_accumulation_steps": "gradient_accumulation grad_accum grad_accumulation_steps accumulation_steps",
+    "gradient_checkpointing": "grad_checkpoint grad_checkpointing use_gradient_checkpointing",
+    "dtype": "torch_dtype precision compute_dtype mixed_precision fp16",
+    "dtype bfloat16": "bf16 bfloat16",
+    "dtype float32": "fp32 float32",
+    "quantize": "quantization quantization_bit quant bits",
+    "quantize nf4": "load_in_4bit use_4bit qlora",
+    "quantize int8": "load_in_8bit use_8bit",
+    "seed": "random_state random_seed data_seed",
+    "eval_steps": "steps_per_eval eval_interval eval_every",
+    "early_stopping_patience": "patience",
+    "save_steps": "save_every save_interval steps_per_save",
+    "report_to": "logger log_with",
+    "resume_from_checkpoint": "resume resume_from resume_adapter_file",
+    "max_new_tokens": "max_tokens n_predict num_predict max_gen_len max_output_tokens",
+    "temperature": "temp",
+    "prompts": "prompts_file input_file prompt_file",
+    "system": "system_prompt system_message",
+    "memory": "vram gpu_memory max_memory",
+    "trials": "n_trials num_trials",
+    "to": "format export_format outtype",
 }
+OUR_NAMES = {theirs: ours for ours, names in NAMES_OF_OTHER_TOOLS.items() for theirs in names.split()}
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora", "lora_ga", "lora_one", "eva"]
+
+
+def our_name(theirs: str, known: Collection[str]) -> tuple[str, str]:
+    """Returns the known setting that another tool calls `theirs`, and the value if theirs is a switch; '' for none."""
+    name, _, value = OUR_NAMES.get(theirs, ALIASES.get(theirs, "")).partition(" ")
+    return (name, value) if name in known else ("", "")
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """Returns '; it is NAME here' for a name of another tool, else what `nearest` returns."""
+    ours, value = our_name(name, known)
+    return f"; it is {f'{ours}: {value}' if value else ours} here" if ours else nearest(name, known)
 
 
 class StrictModel(BaseModel):
@@ -41,9 +97,7 @@ class StrictModel(BaseModel):
 def _explain(problem: Any, model: type[BaseModel]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        alias = ALIASES.get(name)
-        hint = f"; did you mean {alias}?" if alias in model.model_fields else nearest(name, model.model_fields)
-        return f"unknown setting {name!r}{hint}"
+        return f"unknown setting {name!r}{suggestion(name, model.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to what our validators raise
     return f"{name} = {problem['input']!r}: {message[:1].lower()}{message[1:]}" if name else message
 

@@ -7,8 +7,10 @@ import pytest
 from cyclopts import App
 
 from tailora.cli.flags import FIELDS, merge_settings
+from tailora.cli.main import main
 from tailora.cli.train import Flags
 from tailora.cli.train import train as command
+from tailora.core.config import ALIASES, NAMES_OF_OTHER_TOOLS, OUR_NAMES, LoRAConfig
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
 
@@ -205,3 +207,59 @@ def test_no_count_is_larger_than_what_torch_and_numpy_hold(name: str) -> None:
 def test_limits_hold_in_python_too(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         TrainConfig(**{name: value})
+
+
+PEERS = {  # what users of TRL, Axolotl, LLaMA-Factory, Unsloth, LitGPT and mlx-lm type -> what it is here
+    "--lr": "--learning-rate",
+    "--batch-size": "--per-device-train-batch-size",
+    "--micro-batch-size": "--per-device-train-batch-size",
+    "--epochs": "--num-train-epochs",
+    "--num-epochs": "--num-train-epochs",
+    "--iters": "--max-steps",
+    "--rank": "--r",
+    "--alpha": "--lora-alpha",
+    "--dropout": "--lora-dropout",
+    "--targets": "--target-modules",
+    "--lora-target": "--target-modules",
+    "--seq-len": "--max-length",
+    "--max-seq-length": "--max-length",
+    "--sequence_len": "--max-length",
+    "--load-in-4bit": "--quantize nf4",
+    "--load-in-8bit": "--quantize int8",
+    "--bf16": "--dtype bfloat16",
+    "--dataset": "--data",
+    "--base-model": "--model",
+    "--model_name_or_path": "--model",
+    "--output": "--output-dir",
+    "--gradient-accumulation": "--gradient-accumulation-steps",
+    "--warmup": "--warmup-ratio",
+    "--scheduler": "--lr-scheduler-type",
+    "--val-set-size": "--validation-split",
+}
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PEERS.items())
+def test_a_flag_of_another_tool_is_answered_with_ours(
+    theirs: str, ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train", "demo", "plan"):
+        assert main([name, theirs, "1", "--json"]) == 2
+        shown = capsys.readouterr()
+        assert shown.err == f"error: Unknown option: {theirs}. It is {ours} here.\n"
+        assert f"It is {ours} here." in shown.out
+    name, setting = (text.removeprefix("--").replace("-", "_") for text in (theirs, ours.replace(" ", ": ")))
+    with pytest.raises(ConfigError, match=f"unknown setting '{name}'; it is {setting} here"):
+        parsed(yaml=f"{name}: 1", folder=tmp_path)
+
+
+def test_lora_config_in_python_names_the_setting_too() -> None:
+    with pytest.raises(ConfigError, match="3 problems") as caught:
+        LoRAConfig(rank=8, alpha=16, lr=1e-3)
+    assert "unknown setting 'rank'; it is r here" in str(caught.value)
+    assert "unknown setting 'alpha'; it is lora_alpha here" in str(caught.value)
+    assert "unknown setting 'lr'" in str(caught.value)
+
+
+def test_a_setting_is_no_name_of_another_tool() -> None:
+    assert not OUR_NAMES.keys() & {*FIELDS, *ALIASES}
+    assert sum(len(names.split()) for names in NAMES_OF_OTHER_TOOLS.values()) == len(OUR_NAMES)
