@@ -80,7 +80,7 @@ def facts(report: dict[str, Any]) -> Table:
         "format": "the model's chat template" if report["chat_template"] else "plain text, without a chat template",
         "rows": f"{report['rows']:,}: {report['train']:,} to train on, {report['eval']:,} held out",
         "tokens": f"{report['tokens']:,}, {learned}",
-        "longest": f"{report['longest']:,} tokens",
+        "longest": f"{'at least ' * (report['read_in_part'] > 0)}{report['longest']:,} tokens",
         **warnings_of(report),
         "sha256": report["sha256"],
     }

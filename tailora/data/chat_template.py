@@ -11,16 +11,19 @@ A reply's span ends with its end-of-turn token; the model never generates what t
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 from jinja2.exceptions import TemplateError
+from tokenizers.models import BPE, WordLevel, WordPiece
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tailora.data.schemas import Conversation, Messages, Pair, Sample, Text
 from tailora.errors import DataError
 
 # ---- A tokenizer and its chat template
+
+MOST_CACHED = 100  # characters of a text whose ids are kept; the prompts of all rows would fill the memory
 
 
 class Tokens(NamedTuple):
@@ -36,7 +39,8 @@ class ChatTokenizer:
 
     bos_ids: what the tokenizer writes before a text, [BOS] or nothing.
     special_tokens: special tokens, which may end a turn.
-    cache: ids by text, for repeated texts such as the header of a reply.
+    is_local: the tokens of a text do not depend on what comes much later in it. A Unigram model weighs the whole text.
+    cache: ids by text, for short texts that are repeated, such as the header of a reply.
     """
 
     tokenizer: Any
@@ -46,6 +50,7 @@ class ChatTokenizer:
     eos_id: int | None
     special_ids: frozenset[int]
     special_tokens: tuple[str, ...]
+    is_local: bool
     cache: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
@@ -67,6 +72,7 @@ class ChatTokenizer:
             eos_id=tokenizer.eos_token_id,
             special_ids=frozenset(special),
             special_tokens=tuple(sorted({str(name) for name in tokenizer.convert_ids_to_tokens(sorted(special))})),
+            is_local=tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.model, BPE | WordPiece | WordLevel),
         )
 
     def tokenize(self, texts: list[str]) -> list[Tokens]:
@@ -81,9 +87,12 @@ class ChatTokenizer:
         return [Tokens(*pair) for pair in zip(output["input_ids"], offsets, strict=True)]
 
     def token_ids(self, text: str) -> list[int]:
-        if text not in self.cache:
-            self.cache[text] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return self.cache[text]
+        ids = self.cache.get(text)
+        if ids is None:
+            ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            if len(text) <= MOST_CACHED:
+                self.cache[text] = ids
+        return ids
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         """Returns the template's text for the messages. Raises DataError with the template's own words if it fails."""
@@ -131,6 +140,13 @@ class RenderedSample:
     add_bos: bool = False
     add_eos: bool = False
     untrained_replies: int = 0
+
+    def beginning(self, size: int) -> "RenderedSample":
+        """Returns the first `size` characters, and the spans in them."""
+        if len(self.text) <= size:
+            return self
+        spans = [(start, min(end, size)) for start, end in self.trained_spans if start < size]
+        return replace(self, text=self.text[:size], trained_spans=spans, add_eos=False)
 
 
 def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> RenderedSample:

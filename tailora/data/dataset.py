@@ -171,6 +171,7 @@ class DataReport:
     supervised_tokens: int
     longest: int  # tokens of the longest row, before cutting
     truncated: int  # examples cut at max_length
+    read_in_part: int  # of those, rows so long that not all of their tokens were counted: `longest` is a lower bound
     cut_away: int  # examples left out because the cut took all trained tokens
     replies_not_learned: int  # the template rewrites them once the chat goes on, or nothing comes before them
     repeated: int  # rows that repeat an earlier row of the same side

@@ -83,6 +83,7 @@ class RowCounts:
     """Counts of encoded rows. A row counts once, even if its source is read again.
 
     tokens: after cutting.    longest: tokens of the longest row, before cutting.    truncated: rows cut at max_length.
+    read_in_part: of those, rows so long that their tokens were not all counted: `longest` is a lower bound then.
     cut_away: of those, rows without a trained token left.    replies_not_learned: see RenderedSample.
     """
 
@@ -91,6 +92,7 @@ class RowCounts:
     supervised_tokens: int = 0
     longest: int = 0
     truncated: int = 0
+    read_in_part: int = 0
     cut_away: int = 0
     replies_not_learned: int = 0
 
@@ -102,6 +104,7 @@ class RowCounts:
             self.supervised_tokens += example.supervised
             self.longest = max(self.longest, encoded.length)
             self.truncated += encoded.length > max_length
+            self.read_in_part += not encoded.is_whole
             self.cut_away += example.supervised == 0
             self.replies_not_learned += encoded.untrained_replies
 
@@ -119,7 +122,8 @@ def checked_tokenizer(tokenizer: Any, embedding_rows: int | None) -> ChatTokeniz
     return ChatTokenizer.of(tokenizer)
 
 
-def _all_cut(source: str, max_length: int, longest: int, use: str = "learned") -> DataError:
+def _all_cut(source: str, max_length: int, counts: RowCounts, use: str = "learned") -> DataError:
+    longest = f"{'at least ' * (counts.read_in_part > 0)}{counts.longest:,}"
     return DataError(
         f"data {source}: cutting at max_length {max_length} removes all tokens that would be {use} from every row; "
         f"raise --max-length (the longest row has {longest} tokens)"
@@ -184,6 +188,7 @@ def prepare(
         supervised_tokens=int(train.supervised.sum() + held_out.supervised.sum()),
         longest=max(part.longest for part in counts),
         truncated=sum(part.truncated for part in counts),
+        read_in_part=sum(part.read_in_part for part in counts),
         cut_away=sum(part.cut_away for part in counts),
         replies_not_learned=sum(part.replies_not_learned for part in counts),
         repeated=repeated,
@@ -218,7 +223,7 @@ def _load_source(
             counts.add(row.encoded, max_length)
             usable += [row] if row.encoded.example.supervised else []
     if not usable:
-        raise _all_cut(source, max_length, counts.longest)
+        raise _all_cut(source, max_length, counts)
     examples = Examples.of(row.encoded.example for row in usable)
     return LoadedSource(mapping, examples, [row.sample for row in usable], counts)
 
@@ -251,7 +256,7 @@ def stream_examples(
             is_empty = False
             yield row.encoded.example
     if is_empty:
-        raise _all_cut(source, max_length, counts.longest)
+        raise _all_cut(source, max_length, counts)
 
 
 # ---- Evaluation data of any size: read once to check all of it, and again in chunks to be scored
@@ -270,6 +275,7 @@ class EvalDataReport:
     supervised_tokens: int
     longest: int  # tokens of the longest row, before cutting
     truncated: int  # rows cut at max_length
+    read_in_part: int  # of those, rows so long that not all of their tokens were counted
     cut_away: int  # of those: no supervised token is left
     copies: int  # rows that are copies of an earlier one: they are not evaluated again
 
@@ -304,7 +310,7 @@ def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport
     if problems:
         raise data_error(problems)
     if counts.rows == counts.cut_away:
-        raise _all_cut(source.name, source.max_length, counts.longest, use="judged")
+        raise _all_cut(source.name, source.max_length, counts, use="judged")
     numbers = asdict(counts)
     del numbers["replies_not_learned"]
     has_template = tokenizer.template is not None

@@ -11,6 +11,7 @@
 In choices, prompt may be called question, and answer label.
 """
 
+import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -124,6 +125,8 @@ def from_choices(values: dict[str, Any]) -> Choices:
 
 # ---- Values of a row: checked, or DataError
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 def _pair(prompt: str, completion: str) -> Pair:
     if not completion.strip():
@@ -223,7 +226,7 @@ def _messages(value: Any, name: str, read: Callable[[Any, str], dict[str, str]] 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{name} is {_short_repr(value)} where text is needed")
-    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+    if not value.isascii() and SURROGATE.search(value):
         raise DataError(f"{name} holds half of a surrogate pair (a broken \\ud... escape), which no tokenizer reads")
     return value
 

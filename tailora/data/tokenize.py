@@ -1,5 +1,6 @@
 """Token ids and labels of samples. Tokens that the loss mask leaves out get the label -100."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -7,19 +8,27 @@ from typing import Any
 
 import numpy as np
 
-from tailora.data.chat_template import ChatTokenizer, RenderedSample, render_sample, to_conversation
+from tailora.data.chat_template import ChatTokenizer, RenderedSample, Tokens, render_sample, to_conversation
 from tailora.data.dataset import IGNORED, Example
 from tailora.data.loss_mask import loss_mask
 from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.errors import DataError
 
+# A text of many megabytes is not tokenized whole, only to be cut at max_length. If the tokenizer is local, a beginning
+# of the text gives the same tokens, but for the last few: 5 at most, in random and in periodic texts.
+CHARACTERS = 64  # of a text, read at first for each token that is needed; where they do not suffice, more is read
+MARGIN = 256  # last tokens of such a beginning, which are not used
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedSample:
-    """length: before cutting at max_length.    untrained_replies: replies that could not be located."""
+    """length: before cutting at max_length.    is_whole: False if only the beginning was read, of `length` tokens.
+    untrained_replies: replies that could not be located.
+    """
 
     example: Example
     length: int
+    is_whole: bool
     untrained_replies: int
 
 
@@ -41,21 +50,32 @@ def encode_samples(
             rendered.append(render_sample(sample, tokenizer))
         except DataError as error:
             rendered.append(error)
-    tokens = iter(tokenizer.tokenize([result.text for result in rendered if isinstance(result, RenderedSample)]))
-    results: list[EncodedSample | DataError] = []
-    for result in rendered:
-        if isinstance(result, DataError):
-            results.append(result)
-            continue
-        ids, mask = loss_mask(result, next(tokens), tokenizer)
-        input_ids = np.array(ids[:max_length], dtype=np.int32)
-        labels = np.where(mask[:max_length], input_ids, IGNORED).astype(np.int32)
-        labels[:1] = IGNORED  # nothing predicts the first token
-        if any(mask[1:]):
-            results.append(EncodedSample(Example(input_ids, labels), len(ids), result.untrained_replies))
-        else:
-            results.append(DataError("all labels masked: no token of this row would be learned"))
-    return results
+    size = (max_length + MARGIN) * CHARACTERS if tokenizer.is_local else sys.maxsize
+    beginnings = [result.beginning(size) for result in rendered if isinstance(result, RenderedSample)]
+    tokens = iter(tokenizer.tokenize([beginning.text for beginning in beginnings]))
+    return [
+        result if isinstance(result, DataError) else _encode(result, size, next(tokens), tokenizer, max_length)
+        for result in rendered
+    ]
+
+
+def _encode(
+    rendered: RenderedSample, size: int, tokens: Tokens, tokenizer: ChatTokenizer, max_length: int
+) -> EncodedSample | DataError:
+    """tokens: of the first `size` characters of the text."""
+    ids, mask = loss_mask(rendered.beginning(size), tokens, tokenizer, max_length)
+    while len(rendered.text) > size and len(ids) - MARGIN <= max_length:
+        size *= 4
+        (tokens,) = tokenizer.tokenize([rendered.beginning(size).text])
+        ids, mask = loss_mask(rendered.beginning(size), tokens, tokenizer, max_length)
+    is_whole = len(rendered.text) <= size
+    input_ids = np.array(ids[:max_length], dtype=np.int32)
+    labels = np.where(mask[:max_length], input_ids, IGNORED).astype(np.int32)
+    labels[:1] = IGNORED  # nothing predicts the first token
+    if is_whole and not any(mask[1:]):
+        return DataError("all labels masked: no token of this row would be learned")
+    length = len(ids) if is_whole else len(ids) - MARGIN
+    return EncodedSample(Example(input_ids, labels), length, is_whole, rendered.untrained_replies)
 
 
 # ---- Prompts and replies of samples, for generation and for people

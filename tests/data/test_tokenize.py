@@ -4,12 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import processors
-from transformers import ByT5Tokenizer
+from tokenizers import Tokenizer, models, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from tailora.data import tokenize
+from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED, Example
 from tailora.data.schemas import Conversation, Pair, Sample, Text
-from tailora.data.tokenize import encode_sample, preview, prompt_ids, reply_text
+from tailora.data.tokenize import EncodedSample, encode_sample, encode_samples, preview, prompt_ids, reply_text
 from tailora.errors import DataError
 
 # ---- Encoding
@@ -176,6 +178,80 @@ def test_the_prompt_of_a_chat_ends_where_the_reply_begins(bytes_tokenizer, chatm
     assert tokenizer.decode(asked) == "<|im_start|>user\nhello how<|im_end|>\n<|im_start|>assistant\n"
     assert prompt_ids(Conversation(CHAT.messages[:1]), tokenizer) == asked
     assert prompt_ids(Pair("hello how", "fine"), tokenizer) == asked
+
+
+# ---- Long texts, of which only the beginning is tokenized
+
+
+def random_text(random: np.random.Generator, most: int) -> str:
+    letters = ["ab", "a", "hello how are é ", " \n", "😀x", "</s> "][random.integers(6)]
+    return "".join(random.choice(list(letters), size=random.integers(1, most)).tolist()) + "."
+
+
+def random_sample(random: np.random.Generator, kind: str) -> Sample:
+    if kind == "text":
+        return Text(random_text(random, 900))
+    if kind == "pair":
+        return Pair(random_text(random, 300), random_text(random, 900))
+    turns = [random_text(random, 150) for _ in range(2 * random.integers(1, 6))]
+    roles = ["user", "assistant"] * len(turns)
+    return Conversation([{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)])
+
+
+@pytest.mark.parametrize("kind", ["text", "pair", "chat"])
+@pytest.mark.parametrize("family", ["bytes", "words"])
+def test_the_beginning_of_a_text_gives_the_tokens_of_the_whole(
+    bytes_tokenizer, words_tokenizer, chatml, monkeypatch, kind, family
+) -> None:
+    make, template = (bytes_tokenizer, chatml) if family == "bytes" else (words_tokenizer, LLAMA2)
+    tokenizer = ChatTokenizer.of(make(template if kind == "chat" else None))
+    random = np.random.default_rng(0)
+    samples = [random_sample(random, kind) for _ in range(40)]
+    for max_length in (1, 20, 60):
+        monkeypatch.setattr(tokenize, "CHARACTERS", 10**6)
+        whole = encode_samples(samples, tokenizer, max_length)
+        monkeypatch.setattr(tokenize, "CHARACTERS", 1)
+        monkeypatch.setattr(tokenize, "MARGIN", 16)
+        parts = encode_samples(samples, tokenizer, max_length)
+        for one, other in zip(whole, parts, strict=True):
+            assert isinstance(one, EncodedSample)
+            assert isinstance(other, EncodedSample)
+            assert one.example.input_ids.tolist() == other.example.input_ids.tolist()
+            assert one.example.labels.tolist() == other.example.labels.tolist()
+            assert (one.length > max_length) == (other.length > max_length)
+            assert one.length >= other.length
+            assert one.length == other.length or not other.is_whole
+        assert sum(not part.is_whole for part in parts if isinstance(part, EncodedSample)) > 10
+
+
+@pytest.mark.parametrize("at", ["prompt", "completion"])
+def test_a_text_of_megabytes_is_not_tokenized_whole(bytes_tokenizer, chatml, monkeypatch, at: str) -> None:
+    tokenizer = ChatTokenizer.of(bytes_tokenizer(chatml))
+    sizes: list[int] = []
+    original = type(tokenizer.tokenizer).__call__
+
+    def counted(self: Any, text: str | list[str], **options: Any) -> Any:
+        sizes.extend(map(len, [text] if isinstance(text, str) else text))
+        return original(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer.tokenizer), "__call__", counted)
+    texts = {"prompt": "hello", "completion": "you", at: "how are you " * 300_000}
+    (result,) = encode_samples([Pair(**texts)], tokenizer, 64)
+    assert isinstance(result, EncodedSample)
+    assert not result.is_whole
+    assert result.length > 64 == len(result.example.input_ids)
+    assert result.example.supervised == (0 if at == "prompt" else 64 - int(np.argmax(result.example.labels != IGNORED)))
+    assert sum(sizes) < 100_000
+    assert max(map(len, tokenizer.cache), default=0) <= 100
+
+
+def test_a_unigram_model_reads_the_whole_text() -> None:
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("aaa", -1.5)], unk_id=0))
+    tokenizer = ChatTokenizer.of(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    assert not tokenizer.is_local
+    (result,) = encode_samples([Text("a" * 100_000)], tokenizer, 8)
+    assert isinstance(result, EncodedSample)
+    assert result.is_whole
 
 
 # ---- Preview
