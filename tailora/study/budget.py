@@ -1,28 +1,30 @@
-"""How many steps a trial of a search has, so that enough trials, and the judging runs, fit into the time limit.
+"""What the runs of a study cost, and how much of the study fits into its time limit.
 
-    measure_costs    a few steps -> Costs
-    budget_for       Costs, time, number of trials -> Budget
+    measure_costs    a few steps -> Costs; ends as soon as they show that the time is too short
+    fit              Costs, time -> Extent and steps: less is done until runs of a useful length fit
+    too_short        the error for a time in which not even the least fits
 
-A trial of S steps takes  fixed + S step + 3 evaluations;  a judging run takes  fixed + S step + one evaluation of twice
-as many examples. The base's losses are known from the first steps. Successive halving ends half of the trials at
-a third of their steps, and half of the rest at two thirds, so a trial takes about 7/12 of its steps.
+A trial of S steps takes  fixed + S step + evaluations;  a judging run takes  fixed + S step + one evaluation of twice
+as many examples. The base's losses are known from the first steps. Successive halving ends half of the trials of a
+search at a third of their steps, and half of the rest at two thirds, so a trial takes about 7/12 of its steps.
 """
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 
 from tailora.errors import ConfigError
 from tailora.study.study_store import StudySession
-from tailora.study.trial import Trial, TrialSpec
+from tailora.study.trial import Listen, Trial, TrialEvent
 from tailora.train.config import TrainConfig
 
 RUNGS = 3  # evaluations of a whole trial, at equal distances; halving at the first and the second
 TIMING_STEPS = 4
 TIMING_RATE = 1e-6  # hardly trains anything, and so cannot diverge
 FEWEST_STEPS = 9  # 3 at the first rung
-MOST_TRIALS, FEWEST_TRIALS = 16, 6  # if the time limit decides
+FEWEST_SEEDS = 2  # one seed does not show how much results change from seed to seed
+FEWEST_HELD_OUT = 40  # examples, half of which judge
 SAFETY = 0.9  # share of the time that is planned, since a few steps measure it roughly
 SHARE = 7 / 12  # of its steps that a trial takes on average
 
@@ -46,14 +48,40 @@ class Costs:
     def judging_run(self, steps: int) -> float:
         return self.fixed + steps * self.step + 2 * self.evaluation + self.forgetting
 
+    def on_part(self, share: float) -> "Costs":
+        """Returns the costs with this share of the held-out examples."""
+        return replace(self, evaluation=share * self.evaluation)
+
+
+START = Costs(fixed=2, step=0, evaluation=0)  # no run takes less: a new process loads torch and the model
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much a study does.
+
+    tries: learning rates of an arm, or trials of a search.    seeds: of each arm or finalist that is judged.
+    part: share of the held-out examples that are used.
+    """
+
+    tries: int
+    seeds: int
+    part: float = 1.0
+
 
 @dataclass(frozen=True)
 class Budget:
-    """steps: of a whole trial.    longest: how many the run's settings ask for."""
+    """steps: of a whole trial.    longest: how many the run's settings ask for.
+    seeds: that time is kept for.    held_out: number of held-out examples that are used; None for all.
+    minutes: that this was planned for.
+    """
 
     steps: int
     longest: int
     costs: Costs
+    seeds: int = FEWEST_SEEDS
+    held_out: int | None = None
+    minutes: float | None = None
 
     @property
     def rung(self) -> int:
@@ -70,54 +98,98 @@ class Budget:
         return self.costs.judging_run(self.steps)
 
 
-def measure_costs(session: StudySession, spec: TrialSpec, path: Path) -> tuple[Costs, Trial]:
-    """Runs a few steps, and returns what runs like this cost, and the trial. Raises ConfigError if it fails."""
-    started = session.seconds
-    trial = session.trial(spec, path)
-    if not trial.done:
-        raise ConfigError(f"{TIMING_STEPS} steps at a learning rate of {TIMING_RATE:g} already fail: {trial.message}")
-    return costs_of(trial, session.seconds - started, choosing=spec.choosing), trial
+# ---- What runs cost
 
 
-def costs_of(trial: Trial, seconds: float, *, choosing: bool) -> Costs:
+def measure_costs(
+    session: StudySession, run: Callable[[Listen], Trial], check: Callable[[Costs], object], *, choosing: bool
+) -> tuple[Costs | None, Trial]:
+    """Runs a few steps. Returns what runs like this cost, or None if they failed; and the trial.
+
+    check: called with every step and evaluation; gets costs that are not too high, and raises if these are too high.
+    choosing: whether only the choosing half of the held-out examples is evaluated.
+    """
+    begun, halves = session.seconds, 1 if choosing else 2
+    seconds: dict[bool, list[float]] = {True: [], False: []}  # held_out -> of each event
+
+    def listen(event: TrialEvent) -> None:
+        seconds[event.held_out].append(event.seconds)
+        steps, evaluations = seconds[False], seconds[True]
+        check(
+            Costs(
+                fixed=session.seconds - begun - sum(steps) - sum(evaluations),
+                step=min(steps[1:], default=0.0),  # the first step is slower
+                evaluation=min(evaluations, default=0.0) / halves,
+            )
+        )
+
+    trial = run(listen)
+    return costs_of(trial, session.seconds - begun, halves) if trial.done else None, trial
+
+
+def costs_of(trial: Trial, seconds: float, halves: int) -> Costs:
     """seconds: that the trial took just now; nearly 0 if it was read from its folder.
-    choosing: whether it evaluated the choosing half of the held-out examples only.
+    halves: of the held-out examples that it evaluated.
     """
     forgetting, writing = (trial.numbers.get(f"{part}_seconds", 0.0) for part in ("forgetting", "writing"))
     total = max(seconds, trial.numbers["seconds"] + forgetting + writing)
     return Costs(
         fixed=total - sum(trial.step_seconds) - sum(trial.evaluation_seconds) - forgetting - writing,
         step=median(trial.step_seconds),
-        evaluation=min(trial.evaluation_seconds) / (1 if choosing else 2),  # the fastest, which nothing delayed
+        evaluation=min(trial.evaluation_seconds) / halves,  # the fastest, which nothing delayed
         forgetting=forgetting,
     )
 
 
-def longest_run(train: TrainConfig, examples: int | None) -> int:
-    """Steps that the settings ask for."""
-    if train.max_steps is not None or examples is None:
-        return train.max_steps or 1
-    epoch = math.ceil(math.ceil(examples / train.per_device_train_batch_size) / train.gradient_accumulation_steps)
-    return math.ceil(train.num_train_epochs * epoch)
+# ---- What fits
 
 
-def budget_for(costs: Costs, longest: int, seconds: float, trials: int | None, judging_runs: int) -> Budget:
-    """seconds: the time left, or infinite.    trials: how many are wanted; None for as many as fit.
+def longest_run(train: TrainConfig, trial: Trial) -> int:
+    """Returns the steps that the settings ask for. trial: any trial on the same data."""
+    return train.max_steps or trial.numbers["all_steps"] or 1
 
-    Raises ConfigError for too little time.
+
+def extents(wanted: Extent, fewest: Extent) -> Iterator[Extent]:
+    """Yields what is wanted, then less, in the order in which it is given up: tries, seeds, held-out examples."""
+    for tries in range(wanted.tries, fewest.tries - 1, -1):
+        yield replace(wanted, tries=tries)
+    for seeds in range(wanted.seeds - 1, fewest.seeds - 1, -1):
+        yield replace(fewest, seeds=seeds, part=wanted.part)
+    part = wanted.part
+    while part > fewest.part:
+        part = max(part / 2, fewest.part)
+        yield replace(fewest, part=part)
+
+
+def fit(
+    wanted: Extent, fewest: Extent, longest: int, seconds: float, needed: Callable[[Extent, int], float]
+) -> tuple[Extent, int] | None:
+    """Returns the most that fits into the seconds in runs of FEWEST_STEPS, and the steps that fit then, or None.
+
+    longest: steps that the settings ask for.    needed: extent, steps -> seconds, which grow evenly with the steps.
     """
     if math.isinf(seconds):
-        return Budget(longest, longest, costs)
-    shortest = min(FEWEST_STEPS, longest)
-    for count in [trials] if trials else range(MOST_TRIALS, FEWEST_TRIALS - 1, -1):
-        fixed = count * costs.trial(0, SHARE) + judging_runs * costs.judging_run(0)
-        steps = int((seconds * SAFETY - fixed) / (costs.step * (SHARE * count + judging_runs)))
-        if steps >= shortest:
-            return Budget(min(steps, longest), longest, costs)
-    fewest = trials or FEWEST_TRIALS
-    needs = (fewest * costs.trial(shortest, SHARE) + judging_runs * costs.judging_run(shortest)) / SAFETY
-    raise ConfigError(
-        f"{fewest} trials of {shortest} steps and {judging_runs} runs that judge take about {math.ceil(needs / 60)} "
-        f"minutes, and {max(seconds, 0) / 60:.1f} are left: give more --minutes, or fewer --seeds, --finalists or "
-        "--trials"
+        return wanted, longest
+    for extent in extents(wanted, fewest):
+        start = needed(extent, 0)
+        steps = int((seconds * SAFETY - start) / (needed(extent, 1) - start))
+        if steps >= min(FEWEST_STEPS, longest):
+            return extent, min(steps, longest)
+    return None
+
+
+def fewest_part(held_out: int) -> float:
+    """Returns the smallest share of so many held-out examples that is of use."""
+    return min(1.0, FEWEST_HELD_OUT / held_out)
+
+
+def too_short(session: StudySession, seconds: float, what: str, given: Sequence[str]) -> ConfigError:
+    """seconds: that the least takes from now on.    what: the least, in the plural.
+    given: flags that the user gave, of which less would do.
+    """
+    minutes = math.ceil((session.seconds + seconds / SAFETY) / 60)
+    return ConfigError(
+        f"--minutes {session.minutes:g} is too short: {what} take about {minutes} "
+        f"minute{'s' * (minutes > 1)} or more. Use --minutes {minutes}, "
+        f"{''.join(f'fewer {flag}, ' for flag in given)}or a smaller --max-length"
     )

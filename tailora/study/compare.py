@@ -10,16 +10,28 @@ finished runs are read from their folders.
 """
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tailora.errors import ConfigError
 from tailora.formats.io import write_file
 from tailora.formats.run_folder import write_report
-from tailora.study.budget import FEWEST_STEPS, SAFETY, TIMING_STEPS, Costs, costs_of, longest_run
+from tailora.study.budget import (
+    FEWEST_SEEDS,
+    FEWEST_STEPS,
+    START,
+    TIMING_STEPS,
+    Costs,
+    Extent,
+    fewest_part,
+    fit,
+    longest_run,
+    measure_costs,
+    too_short,
+)
 from tailora.study.config import FULL, STEP_CHOICE, CompareConfig, arm_settings
 from tailora.study.judging import judge_arms
 from tailora.study.lr_search import LearningRateSearch
@@ -29,16 +41,18 @@ from tailora.study.trial import (
     OUT_OF_MEMORY,
     RESULT,
     BaseLosses,
+    Listen,
     Progress,
     RunTrial,
     Trial,
     TrialSpec,
-    on_choosing_half,
+    base_on,
     run_in_subprocess,
 )
 from tailora.train.config import TrainConfig
 
 STUDY, CLOCK, RUNS = "compare.json", "seconds.json", "runs"
+FEWEST_TRIES = 3  # learning rates: the best, a lower and a higher one
 LATER = {"seeds", "rate_tries", "minutes", "margin"}  # of which a comparison may be asked for more
 
 
@@ -75,7 +89,14 @@ def _identity(settings: Settings) -> Settings:
     """What makes two comparisons different. With minutes the steps are planned."""
     study = settings["compare"]
     fixed = {name: value for name, value in study.items() if name not in LATER}
-    return {**settings, "compare": {**fixed, "planned": study["minutes"] is not None}}
+    return {**settings, "compare": {**fixed, "minutes": "given" if study["minutes"] is not None else "not given"}}
+
+
+def _needed(costs: Sequence[Costs], extent: Extent, steps: int) -> float:
+    """Returns the seconds of all runs of the arms with these costs."""
+    of_arms = [arm.on_part(extent.part) for arm in costs]
+    tries = sum(arm.trial(steps, evaluations=1) for arm in of_arms)
+    return extent.tries * tries + extent.seeds * sum(arm.judging_run(steps) for arm in of_arms)
 
 
 class _Comparison:
@@ -87,11 +108,13 @@ class _Comparison:
         self.earlier_seconds = json.loads(clock.read_text()) if clock.exists() else 0.0
         self.steps = 0  # planned for every run, with --minutes; 0 leaves the settings' own
         self.costs: dict[str, Costs] = {}  # of each arm, with --minutes
+        self.seeds = 0  # that time is kept for, with --minutes
+        self.held_out: int | None = None  # number of held-out examples that are used; None for all
         self.base: dict[tuple[str, bool], BaseLosses | None] = {}  # arm, choosing -> losses of its base
 
     def run(self, settings: dict[str, Any]) -> Comparison:
         if self.study.minutes is not None:
-            self._plan_steps(self.study.minutes)
+            self._plan()
         rates = self._search_rates()
         runs = self._judging_runs(rates)
         done = next((trial for trials in runs.values() for trial in trials if trial.done), None)
@@ -103,7 +126,7 @@ class _Comparison:
     def _path(self, arm: str, name: str) -> Path:
         return self.folder / RUNS / arm / name
 
-    def _trial(self, arm: str, name: str, *, judging: bool, **fixed: Any) -> Trial:
+    def _trial(self, arm: str, name: str, *, judging: bool, stop: Listen | None = None, **fixed: Any) -> Trial:
         """Reads the run of this name, or runs it. judging: on all held-out examples, with forgetting."""
         choosing, steps = not judging, {"max_steps": self.steps} if self.steps else {}
         spec = TrialSpec(
@@ -113,10 +136,11 @@ class _Comparison:
             choosing=choosing,
             before=self.base.get((arm, choosing)),
             texts=str(self.folder / "texts.json"),
+            held_out=self.held_out,
         )
         path = self._path(arm, name)
         is_new = not self.session.has_trial(path)
-        trial = self.session.trial(spec, path)
+        trial = self.session.trial(spec, path, stop)
         if is_new:
             seconds = self.earlier_seconds + self.session.seconds
             write_file(self.folder / CLOCK, json.dumps(seconds).encode())
@@ -132,46 +156,91 @@ class _Comparison:
             if arm in self.costs and not self.session.has_trial(self._path(arm, name))
         ]
 
-    # ---- How long a run is
+    # ---- How much fits into the minutes
 
-    def _plan_steps(self, minutes: float) -> None:
-        """Sets the steps that fit into the minutes, and what they cost, measured in a few steps of each arm."""
-        session, longest, planned = self.session, 1, (self.folder / PLAN).exists()
+    def _plan(self) -> None:
+        """Sets the length of the runs, what they cost, and the base's losses, from a few steps of each arm."""
+        plan = self.session.plan(self._measure)
+        bases = {arm: self._timing(arm).base for arm in self.study.arms}  # of the whole held-out data
+        self.steps, self.held_out = plan["max_steps"], plan.get("held_out")
+        self.costs = {arm: Costs(**costs) for arm, costs in plan["costs"].items()}
+        self.seeds = plan.get("seeds", self.study.seeds)
+        for arm, base in bases.items():
+            for choosing in (True, False):
+                self.base[arm, choosing] = base_on(base, self.held_out, choosing=choosing)
+        self.session.log(f"{self.steps} steps in each run, planned to fit into the minutes")
+        if self.held_out is not None:
+            self.session.note(f"--minutes left time for {self.held_out} of {plan['examples']} held-out examples")
+        if plan.get("minutes", self.session.minutes) != self.session.minutes:
+            self.session.note(
+                f"the runs have {self.steps} steps, which were planned for --minutes {plan['minutes']:g}; for longer "
+                "ones give another --output-dir"
+            )
+
+    def _timing(self, arm: str, stop: Listen | None = None) -> Trial:
+        rate = self.study.first_rate(arm) / 100
+        return self._trial(arm, TIMING, judging=True, stop=stop, learning_rate=rate, max_steps=TIMING_STEPS)
+
+    def _measure(self) -> dict[str, Any]:
+        """The plan. Raises ConfigError as soon as it is clear that the minutes are too short."""
+        session, wanted = self.session, Extent(self.study.rate_tries, self.study.seeds)
+        self._check_time({}, START)
+        longest, held_out = 1, 0
         for arm in self.study.arms:
             session.log(f"timing {TIMING_STEPS} steps of {arm}")
-            begun, rate = session.seconds, self.study.first_rate(arm) / 100
-            trial = self._trial(arm, TIMING, judging=True, learning_rate=rate, max_steps=TIMING_STEPS)
-            if trial.done:
-                self.costs[arm] = costs_of(trial, session.seconds - begun, choosing=False)
-                self.base[arm, True] = on_choosing_half(trial.base)
-                longest = longest_run(self.train, trial.numbers["examples"])
-            if session.seconds_left < 0 and not planned:
-                raise ConfigError(f"--minutes {minutes:g} were over when {arm} had been timed: give more")
+            check, timing = partial(self._check_time, dict(self.costs)), partial(self._timing, arm)
+            costs, trial = measure_costs(session, timing, check, choosing=False)
+            if costs is not None:
+                self.costs[arm] = costs
+                longest, held_out = longest_run(self.train, trial), len(trial.counts)
         if not self.costs:
             raise ConfigError(f"no arm can be trained: {TIMING_STEPS} steps of each failed; see {self.folder / RUNS}")
-        costs = {arm: asdict(costs) for arm, costs in self.costs.items()}
-        plan = session.plan(lambda: {"max_steps": self._steps_that_fit(minutes, longest), "costs": costs})
-        if "costs" in plan:  # of new processes, so that start-up is included
-            self.costs = {arm: Costs(**costs) for arm, costs in plan["costs"].items()}
-        self.steps = plan["max_steps"]
-        session.log(f"{self.steps} steps in each run, planned to fit into the minutes")
-
-    def _steps_that_fit(self, minutes: float, longest: int) -> int:
-        """longest: steps that the settings ask for. Raises ConfigError for too little time."""
-        tries, seeds = self.study.rate_tries, self.study.seeds
-        fixed = sum(
-            tries * costs.trial(0, evaluations=1) + seeds * costs.judging_run(0) for costs in self.costs.values()
+        fewest, needed = self._fewest(fewest_part(held_out)), partial(_needed, list(self.costs.values()))
+        found = fit(wanted, fewest, longest, session.seconds_left, needed)
+        if found is None:
+            raise self._too_short(needed(fewest, min(FEWEST_STEPS, longest)), min(FEWEST_STEPS, longest))
+        extent, steps = found
+        session.log(
+            f"time for {extent.tries} learning rates and {extent.seeds} seeds of each arm; where it is too short, "
+            "learning rates are left out first, then seeds, then held-out examples, then steps"
         )
-        step = (tries + seeds) * sum(costs.step for costs in self.costs.values())
-        steps = int((self.session.seconds_left * SAFETY - fixed) / step)
-        fewest = min(FEWEST_STEPS, longest)
-        if steps < fewest:
-            needs = math.ceil((self.session.seconds + (fixed + fewest * step) / SAFETY) / 60)
-            raise ConfigError(
-                f"--minutes {minutes:g} is too short for {tries + seeds} runs of {len(self.costs)} arms: "
-                f"{fewest} steps each take {needs} minutes; give more, or fewer --seeds or --rate-tries"
-            )
-        return min(steps, longest)
+        return {
+            "max_steps": steps,
+            "costs": {arm: asdict(costs.on_part(extent.part)) for arm, costs in self.costs.items()},
+            "seeds": extent.seeds,
+            "held_out": None if extent.part == 1 else round(extent.part * held_out),
+            "examples": held_out,
+            "minutes": session.minutes,
+        }
+
+    def _fewest(self, part: float) -> Extent:
+        """The least that allows a verdict. What the user has given is not reduced. part: of the held-out examples."""
+        given = self.study.model_fields_set
+        tries = self.study.rate_tries if "rate_tries" in given else min(FEWEST_TRIES, self.study.rate_tries)
+        return Extent(tries, self.study.seeds if "seeds" in given else min(FEWEST_SEEDS, self.study.seeds), part)
+
+    def _check_time(self, timed: Mapping[str, Costs], costs: Costs) -> None:
+        """Raises ConfigError if the time left is too short.
+
+        timed: costs of the arms that have been timed.    costs: not too high, of the arm that is timed now.
+        """
+        missing = len(self.study.arms) - len(timed)
+        steps = min(FEWEST_STEPS, self.train.max_steps or FEWEST_STEPS)
+        needed = _needed([*timed.values(), *[costs] * missing], self._fewest(part=0), steps)
+        needed += (missing - 1) * costs.judging_run(TIMING_STEPS)
+        if needed > self.session.seconds_left:
+            raise self._too_short(needed, steps)
+
+    def _too_short(self, needed: float, steps: int) -> ConfigError:
+        fewest = self._fewest(part=0)
+        what = (
+            f"{len(self.study.arms)} arms with {fewest.tries} learning rates and {fewest.seeds} seeds each, and "
+            f"{steps} steps a run,"
+        )
+        given = [
+            f"--{name.replace('_', '-')}" for name in ("seeds", "rate_tries") if name in self.study.model_fields_set
+        ]
+        return too_short(self.session, needed, what, given)
 
     # ---- Which learning rate
 
@@ -184,7 +253,7 @@ class _Comparison:
             names = {arm: f"rate-{rate:.3g}" for arm, rate in rates.items()}
             missing = self._missing(names)
             needed = sum(costs.trial(self.steps, evaluations=1) for costs in missing)
-            needed += self.study.seeds * sum(costs.judging_run(self.steps) for costs in self.costs.values())
+            needed += self.seeds * sum(costs.judging_run(self.steps) for costs in self.costs.values())
             if missing and searches[next(iter(rates))].tried and self.session.seconds_left < needed:
                 self.session.note("the search for learning rates was cut short by --minutes")
                 break

@@ -9,6 +9,7 @@ examples throughout, which gives a smooth curve. Rates above the lowest point un
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
-from tailora.study.budget import SAFETY, TIMING_RATE, TIMING_STEPS, measure_costs
+from tailora.study.budget import SAFETY, START, TIMING_RATE, TIMING_STEPS, Costs, measure_costs, too_short
 from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.study_store import PLAN, TIMING, Log, StudySession, locked, open_folder
 from tailora.study.trial import Progress, RunTrial, Trial, TrialEvent, TrialSpec, run_in_subprocess
@@ -108,17 +109,26 @@ def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
     """At most STEPS. Raises ConfigError for too few."""
     if session.minutes is None:
         return STEPS
+
+    def needed(costs: Costs, steps: int) -> float:
+        return costs.trial(steps, evaluations=1 + steps // EVAL_STEPS)
+
+    def check(costs: Costs, share: float = 1.0) -> float:
+        """Returns the seconds left. Raises ConfigError if they are too few. share: of them that is planned."""
+        left = share * session.seconds_left
+        if needed(costs, FEWEST_STEPS) > left:
+            what = f"{FEWEST_STEPS} steps, which a range of learning rates needs,"
+            raise too_short(session, needed(costs, FEWEST_STEPS), what, [])
+        return left
+
+    check(START)
     spec = _spec(train, learning_rate=TIMING_RATE, max_steps=TIMING_STEPS)
-    costs, _ = measure_costs(session, spec, session.folder / TIMING)
-    step, fixed = costs.step + costs.evaluation / EVAL_STEPS, costs.fixed + costs.evaluation
-    timing = costs.trial(TIMING_STEPS)
-    steps = min(STEPS, int((session.minutes * 60 * SAFETY - fixed - timing) / step))
-    if steps < FEWEST_STEPS:
-        needs = (fixed + timing + FEWEST_STEPS * step) / SAFETY / 60
-        raise ConfigError(
-            f"{FEWEST_STEPS} steps take {needs:.1f} minutes: give more --minutes than {session.minutes:g}"
-        )
-    return steps
+    timing = partial(session.trial, spec, session.folder / TIMING)
+    costs, trial = measure_costs(session, timing, check, choosing=True)
+    if costs is None:
+        raise ConfigError(f"{TIMING_STEPS} steps at a learning rate of {TIMING_RATE:g} already fail: {trial.message}")
+    left = check(costs, SAFETY)
+    return max(steps for steps in range(FEWEST_STEPS, STEPS + 1) if needed(costs, steps) <= left)
 
 
 def _spec(train: TrainConfig, rising: tuple[float, float] | None = None, **changes: Any) -> TrialSpec:

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,22 @@ from tailora.errors import ConfigError
 from tailora.formats.io import write_file
 from tailora.formats.run_folder import write_report
 from tailora.study import optuna_study, search_space
-from tailora.study.budget import TIMING_RATE, TIMING_STEPS, Budget, budget_for, longest_run, measure_costs
+from tailora.study.budget import (
+    FEWEST_SEEDS,
+    FEWEST_STEPS,
+    SHARE,
+    START,
+    TIMING_RATE,
+    TIMING_STEPS,
+    Budget,
+    Costs,
+    Extent,
+    fewest_part,
+    fit,
+    longest_run,
+    measure_costs,
+    too_short,
+)
 from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.judging import by_loss, choose_finalists, judge_finalists
 from tailora.study.results import Candidate, Finalist, SearchResult
@@ -42,8 +58,8 @@ from tailora.study.trial import (
     Trial,
     TrialEvent,
     TrialSpec,
+    base_on,
     choosing_half,
-    on_choosing_half,
     run_in_subprocess,
 )
 from tailora.train.config import TrainConfig
@@ -52,6 +68,7 @@ from tailora.train.config_file import config_text
 STUDY, BEST, CHEAPEST = "search.json", "best.yaml", "cheapest.yaml"
 RUN_LOCK = "run.lock"
 POLL_SECONDS = 1.0
+MOST_TRIALS, FEWEST_TRIALS = 16, 6  # if the time limit decides
 RESERVED = 2  # finalists that time is kept for: the best, and a cheaper one
 FEW_EXAMPLES = 20
 ONE_EVALUATION = {"save_steps": 0, "eval_steps": 0, "early_stopping_patience": 0}  # settings of a judging run
@@ -92,6 +109,7 @@ class _Search:
         self.folder = session.folder
         self.groups: dict[str, Any] = {}  # of the model's layers, and the largest r
         self.base: dict[bool, BaseLosses | None] = {}  # choosing -> losses of the base on those held-out examples
+        self.held_out: int | None = None  # number of held-out examples that are used; None for all
         self.failed_meanwhile = False  # whether the trial under way was marked as failed by another worker
 
     def run(self, settings: dict[str, Any]) -> SearchResult:
@@ -114,7 +132,14 @@ class _Search:
         """The spec of a run with these values of the space."""
         changes = search_space.settings_of(values, self.groups, self.train)
         settings = trial_settings(self.train, changes, **{**ONE_EVALUATION, **fixed})
-        return TrialSpec(settings, keep=False, choosing=choosing, describe=describe, before=self.base.get(choosing))
+        return TrialSpec(
+            settings,
+            keep=False,
+            choosing=choosing,
+            describe=describe,
+            before=self.base.get(choosing),
+            held_out=self.held_out,
+        )
 
     # ---- How long a trial is
 
@@ -122,8 +147,8 @@ class _Search:
         """Sets the budget, groups of layers and the base's losses, measured once for all workers, under the lock."""
         plan = self.session.plan(self._measure)
         budget, base = TypeAdapter(Budget).validate_python(plan["plan"]), plan.get("base")
-        self.budget, self.groups = budget, plan["parts"]
-        self.base = {True: on_choosing_half(base), False: base}
+        self.budget, self.groups, self.held_out = budget, plan["parts"], budget.held_out
+        self.base = {choosing: base_on(base, self.held_out, choosing=choosing) for choosing in (True, False)}
         of = f" of the {budget.longest:,} that the settings ask for" if budget.steps < budget.longest else ""
         self.session.log(f"a trial has {budget.steps:,} steps{of} and takes up to {budget.trial_seconds:,.0f} s")
 
@@ -134,16 +159,63 @@ class _Search:
         values = {"r": min(ranks)} if isinstance(ranks, tuple) else {}
         fixed = {"learning_rate": TIMING_RATE, "max_steps": TIMING_STEPS}
         spec = self._spec(values, choosing=False, describe=True, **fixed)
-        costs, trial = measure_costs(self.session, spec, self.folder / TIMING)
+        self._check_time(START)
+        timing = partial(self.session.trial, spec, self.folder / TIMING)
+        costs, trial = measure_costs(self.session, timing, self._check_time, choosing=False)
+        if costs is None:
+            raise ConfigError(
+                f"{TIMING_STEPS} steps at a learning rate of {TIMING_RATE:g} already fail: {trial.message}"
+            )
         choosing_half(len(trial.counts))  # raises for too few examples, before anything is kept
-        longest, runs = longest_run(self.train, trial.numbers["examples"]), RESERVED * self.study.seeds
-        budget = budget_for(costs, longest, self.session.seconds_left, self.study.trial_count, runs)
+        longest, fewest = longest_run(self.train, trial), self._fewest(fewest_part(len(trial.counts)))
+        wanted = Extent(self.study.trial_count or MOST_TRIALS, self.study.seeds)
+        found = fit(wanted, fewest, longest, self.session.seconds_left, partial(self._needed, costs))
+        if found is None:
+            steps = min(FEWEST_STEPS, longest)
+            raise self._too_short(self._needed(costs, fewest, steps), steps)
+        extent, steps = found
+        budget = Budget(
+            steps=steps,
+            longest=longest,
+            costs=costs.on_part(extent.part),
+            seeds=extent.seeds,
+            held_out=None if extent.part == 1 else round(extent.part * len(trial.counts)),
+            minutes=self.session.minutes,
+        )
         self.session.note_data(trial)
         return {"plan": asdict(budget), "parts": trial.numbers["parts"], "base": trial.base}
 
     @property
+    def _reserved(self) -> int:
+        """Finalists that time is kept for."""
+        return min(RESERVED, self.study.finalists)
+
+    @property
     def _reserved_seconds(self) -> float:
-        return RESERVED * self.study.seeds * self.budget.judging_seconds
+        return self._reserved * self.budget.seeds * self.budget.judging_seconds
+
+    def _fewest(self, part: float) -> Extent:
+        """The least that allows a verdict. What the user has given is not reduced. part: of the held-out examples."""
+        seeds = self.study.seeds if "seeds" in self.study.model_fields_set else min(FEWEST_SEEDS, self.study.seeds)
+        return Extent(self.study.trials or FEWEST_TRIALS, seeds, part)
+
+    def _needed(self, costs: Costs, extent: Extent, steps: int) -> float:
+        """Seconds of all trials and judging runs."""
+        costs = costs.on_part(extent.part)
+        return extent.tries * costs.trial(steps, SHARE) + self._reserved * extent.seeds * costs.judging_run(steps)
+
+    def _check_time(self, costs: Costs) -> None:
+        """Raises ConfigError if the time left is too short. costs: not too high."""
+        steps = min(FEWEST_STEPS, self.train.max_steps or FEWEST_STEPS)
+        needed = self._needed(costs, self._fewest(part=0), steps)
+        if needed > self.session.seconds_left:
+            raise self._too_short(needed, steps)
+
+    def _too_short(self, needed: float, steps: int) -> ConfigError:
+        fewest = self._fewest(part=0)
+        what = f"{fewest.tries} trials of {steps} steps and {self._reserved * fewest.seeds} runs that judge"
+        given = [f"--{name}" for name in ("trials", "seeds", "finalists") if name in self.study.model_fields_set]
+        return too_short(self.session, needed, what, given)
 
     # ---- Trials
 
@@ -261,6 +333,10 @@ class _Search:
             f"{', '.join(edges)} of the best trial is at the edge of its range: a wider range may hold better": edges,
             f"trials had {budget.steps:,} of the {budget.longest:,} steps that the settings ask for; in longer runs a "
             "lower learning rate and a higher rank may be better": budget.steps < budget.longest,
+            f"--minutes left time for {self.held_out} of the held-out examples": self.held_out is not None,
+            f"the length of a trial was planned for --minutes {budget.minutes or 0:g}; for longer trials give another "
+            "--output-dir": None not in (budget.minutes, self.session.minutes)
+            and budget.minutes != self.session.minutes,
             f"{len(result.trials)} trials are too few to tell which settings matter": not result.importances,
             f"only {examples} held-out examples judge: more of them, by --eval-data or --validation-split, show "
             "smaller differences": examples < FEW_EXAMPLES,

@@ -67,8 +67,11 @@ def open_folder(
     if file.exists() and begun:
         stored = json.loads(file.read_text())
         stored["train"] = without_removed(stored["train"])
-        if identity(stored) != identity(content):
-            raise ConfigError(f"{folder} holds a {study} with other settings; give another --output-dir")
+        if changes := differences(identity(stored), identity(content)):
+            raise ConfigError(
+                f"{folder} holds a {study} with other settings: {'; '.join(changes)}. Give the former settings to "
+                "continue it, or another --output-dir"
+            )
         if stored == content:
             return
     elif file.exists():
@@ -80,6 +83,18 @@ def open_folder(
         raise ConfigError(f"{folder} is not empty and holds no {study}; give another --output-dir")
     create_output_folder(folder)
     write_file(file, json.dumps(settings, indent=1).encode())
+
+
+def differences(stored: Settings, asked: Settings) -> list[str]:
+    """Returns a line for each setting that differs; settings stand in sections."""
+    lines = []
+    for name in dict.fromkeys([*stored, *asked]):
+        before, now = stored.get(name), asked.get(name)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            lines += differences(before, now)
+        elif before != now:
+            lines.append(f"{name} was {json.dumps(before)}, and is now {json.dumps(now)}")
+    return lines
 
 
 class StudySession:

@@ -60,11 +60,20 @@ def _shuffled(count: int) -> Indices:
     return np.random.default_rng(0).permutation(count)
 
 
-def on_choosing_half(base: BaseLosses | None) -> BaseLosses | None:
-    """Returns the base's losses on the choosing half, from those on all held-out examples."""
+def evaluated(count: int, held_out: int | None, *, choosing: bool) -> Indices:
+    """Indices of the examples that a trial evaluates, of `count`. held_out: how many are used; None for all.
+
+    The halves are those of the examples that are used.
+    """
+    used = np.arange(count) if held_out is None else np.sort(_shuffled(count)[:held_out])
+    return used[choosing_half(len(used))] if choosing else used
+
+
+def base_on(base: BaseLosses | None, held_out: int | None, *, choosing: bool) -> BaseLosses | None:
+    """Returns the base's losses on what a trial evaluates, from those on all held-out examples."""
     if base is None:
         return None
-    indices = choosing_half(len(base[0]))
+    indices = evaluated(len(base[0]), held_out, choosing=choosing)
     return [base[0][index] for index in indices], [base[1][index] for index in indices]
 
 
@@ -81,6 +90,7 @@ class TrialSpec:
     describe: also return the model's `target_groups`.
     before: the base's losses on the held-out examples, if another trial has computed them.
     texts: file for the texts that the base writes, shared by all trials of a study; the first trial writes it.
+    held_out: number of held-out examples that are used, if not all.
     """
 
     settings: dict[str, Any]
@@ -91,6 +101,7 @@ class TrialSpec:
     describe: bool = False
     before: BaseLosses | None = None
     texts: str | None = None
+    held_out: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,7 @@ class Trial:
     """The result of a trial. Unless its outcome is `done`, it has only what its events reported.
 
     outcome: done, diverged, out of memory, or pruned: ended by `listen`.    message: the reason, unless done.
-    numbers: of TrainResult; also seed, parts (the model's `target_groups`), examples to train on, and seconds.
+    numbers: of TrainResult; also seed, parts (the model's `target_groups`), all_steps of the epochs, and seconds.
     sums, before: nats of each held-out example, of the trained model and of the base.    counts: learned tokens.
     bytes: size on disk of what was trained.    losses: of each step's examples, before the step.
     curve: (step, held-out loss).    parameters: how many are trained; 0 when the trial ended before its first step.
@@ -229,7 +240,7 @@ def get_trial(
     Raises ConfigError when the folder holds a trial with other settings; whatever else the run raises.
     """
     if (folder / RESULT).exists():
-        if _identity(json.loads((folder / SPEC).read_text())) != _identity(json.loads(json.dumps(asdict(spec)))):
+        if _identity(TrialSpec(**json.loads((folder / SPEC).read_text()))) != _identity(spec):
             raise ConfigError(f"{folder} holds a trial with other settings; give another --output-dir")
         return Trial(**json.loads((folder / RESULT).read_text()))
     shutil.rmtree(folder / RUN, ignore_errors=True)  # of a trial that was interrupted
@@ -247,9 +258,10 @@ def get_trial(
     return Trial(**json.loads((folder / RESULT).read_text()))  # with lists for tuples, as when it is read later
 
 
-def _identity(spec: dict[str, Any]) -> dict[str, Any]:
-    """What makes two specs different trials."""
-    identity = {name: value for name, value in spec.items() if name not in NOT_SETTINGS}
+def _identity(spec: TrialSpec) -> dict[str, Any]:
+    """What makes two specs different trials, as it is read from a file."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
+    identity = {name: value for name, value in content.items() if name not in NOT_SETTINGS}
     return {**identity, "settings": without_removed(identity["settings"])}
 
 
@@ -300,6 +312,7 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
     """The fields of a Trial that is done."""
     from tailora.data.dataset import warnings_of
     from tailora.study.model_layout import target_groups  # torch from here on
+    from tailora.train.dataloader import epoch_steps
     from tailora.train.events import Evaluated, Event, Prepared, Stepped
     from tailora.train.loss import Evaluation
     from tailora.train.lr_schedule import lr_range_test
@@ -327,7 +340,7 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
         on_event=on_event,
         on_ready=on_ready,
         rate_at=None if rates is None else lambda step, steps: lr_range_test(step, steps, *rates),
-        held_out=choosing_half if spec.choosing else None,
+        held_out=lambda count: evaluated(count, spec.held_out, choosing=spec.choosing),
         before=None if spec.before is None else Evaluation(*map(np.array, spec.before)),
     )
     if result.before is None or result.after is None:
@@ -336,7 +349,7 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
         **result.to_dict(),
         "seed": config.seed,
         "parts": parts,
-        "examples": None if result.data is None else len(result.data.train),  # unknown for a stream
+        "all_steps": None if result.data is None else epoch_steps(config, len(result.data.train)),  # not of a stream
         "data_warnings": [] if result.data is None else list(warnings_of(result.data.report.to_dict()).values()),
     }
     files = folder_of(result.model, Path(result.output_dir)).rglob("*")

@@ -82,7 +82,7 @@ def read_data(
     if config.streaming:
         return _streamed(config, tokenizer, embedding_rows, shape)
     data = read_whole(config, tokenizer, embedding_rows)
-    max_steps = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch(len(data.train), shape))
+    max_steps = config.max_steps or epoch_steps(config, len(data.train), shape.world)
     return TrainingData(data, data.eval, partial(dataset_steps, data.train, shape), max_steps, data.train, shape)
 
 
@@ -184,6 +184,12 @@ def step_shape(config: TrainConfig, accelerator: Accelerator) -> StepShape:
         token_limit=CPU_TOKENS if accelerator.device.type == "cpu" else None,
         checkpointed=config.gradient_checkpointing,
     )
+
+
+def epoch_steps(config: TrainConfig, examples: int, world: int = 1) -> int:
+    """Returns the steps of `num_train_epochs` epochs of so many examples."""
+    shape = StepShape(config.per_device_train_batch_size, config.gradient_accumulation_steps, world=world)
+    return math.ceil(config.num_train_epochs * steps_per_epoch(examples, shape))
 
 
 def steps_per_epoch(examples: int, shape: StepShape) -> int:

@@ -1,31 +1,72 @@
-"""Steps of a trial, from what a few steps cost and the time there is."""
+"""How much of a study fits into its time, from what a few steps cost."""
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
 from tailora.errors import ConfigError
-from tailora.study.budget import Budget, Costs, budget_for
+from tailora.study.budget import Budget, Costs, Extent, extents, fewest_part, fit, measure_costs, too_short
+from tailora.study.study_store import StudySession
+from tailora.study.trial import Listen, Trial, TrialEvent, run_in_subprocess
 
 COSTS = Costs(fixed=12, step=2, evaluation=2)
+WANTED, FEWEST = Extent(tries=5, seeds=3), Extent(tries=3, seeds=2, part=0.4)
+
+
+def session(folder: Path, minutes: float) -> StudySession:
+    return StudySession(folder, minutes, lambda _: None, None, run_in_subprocess)
+
+
+def needed(extent: Extent, steps: int) -> float:
+    costs = COSTS.on_part(extent.part)
+    return extent.tries * costs.trial(steps, 7 / 12) + extent.seeds * costs.judging_run(steps)
 
 
 def test_the_steps_of_a_trial_fill_the_time() -> None:
-    budget = budget_for(COSTS, longest=500, seconds=1800, trials=10, judging_runs=6)
-    expected = 10 * COSTS.trial(budget.steps, 7 / 12) + 6 * COSTS.judging_run(budget.steps)
-    assert 0.85 * 1800 < expected <= 0.9 * 1800
-    assert budget_for(COSTS, longest=20, seconds=1800, trials=10, judging_runs=6).steps == 20
-    assert budget_for(COSTS, longest=500, seconds=np.inf, trials=10, judging_runs=6).steps == 500
+    assert fit(WANTED, FEWEST, 500, 1800, needed) == (WANTED, 126)
+    assert 0.89 * 1800 < needed(WANTED, 126) <= 0.9 * 1800
+    assert fit(WANTED, FEWEST, 20, 1800, needed) == (WANTED, 20)  # no more than the settings ask for
+    assert fit(WANTED, FEWEST, 500, np.inf, needed) == (WANTED, 500)
+    budget = Budget(steps=126, longest=500, costs=COSTS, held_out=40)
     assert TypeAdapter(Budget).validate_json(json.dumps(asdict(budget))) == budget
-    fewer = budget_for(COSTS, longest=500, seconds=520, trials=None, judging_runs=6)
-    assert fewer.steps >= 9
 
 
-def test_too_little_time_is_refused_with_what_it_needs() -> None:
-    with pytest.raises(
-        ConfigError, match=r"10 trials of 9 steps and 6 runs that judge take about 9 minutes.*--minutes"
-    ):
-        budget_for(COSTS, longest=500, seconds=60, trials=10, judging_runs=6)
+def test_less_is_done_before_the_time_is_refused() -> None:
+    order = [(extent.tries, extent.seeds, extent.part) for extent in extents(WANTED, FEWEST)]
+    assert order == [(5, 3, 1), (4, 3, 1), (3, 3, 1), (3, 2, 1), (3, 2, 0.5), (3, 2, 0.4)]
+    assert list(extents(WANTED, WANTED)) == [WANTED]  # what the user gave
+    least = needed(FEWEST, 9) / 0.9
+    for extent in extents(WANTED, FEWEST):
+        assert fit(WANTED, FEWEST, 500, needed(extent, 9) / 0.9 + 1e-6, needed) == (extent, 9)
+    assert fit(WANTED, FEWEST, 500, least - 1, needed) is None
+    assert [fewest_part(count) for count in (10, 40, 100)] == [1, 1, 0.4]
+
+
+def test_too_little_time_is_refused_with_what_it_needs(tmp_path: Path) -> None:
+    error = too_short(session(tmp_path, 3), 500, "6 runs", ["--seeds"])
+    assert str(error) == (
+        "--minutes 3 is too short: 6 runs take about 10 minutes or more. Use --minutes 10, fewer --seeds, or a smaller "
+        "--max-length"
+    )
+
+
+def test_timing_ends_with_the_first_event_that_shows_that_the_time_is_too_short(tmp_path: Path) -> None:
+    seen: list[Costs] = []
+
+    def run(listen: Listen) -> Trial:
+        for step, seconds in enumerate((6.0, 9.0, 4.0, 5.0)):
+            listen(TrialEvent(step, 4, 2.0, held_out=step == 0, parameters=1, seconds=seconds))
+        raise AssertionError("it goes on")
+
+    def check(costs: Costs) -> None:
+        seen.append(costs)
+        if costs.step > 3:
+            raise ConfigError("too short")
+
+    with pytest.raises(ConfigError, match="too short"):
+        measure_costs(session(tmp_path, 1), run, check, choosing=False)
+    assert [(costs.step, costs.evaluation) for costs in seen] == [(0, 3), (0, 3), (4, 3)]  # not the first step

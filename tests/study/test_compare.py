@@ -10,9 +10,11 @@ import pytest
 
 from tailora.errors import ConfigError
 from tailora.report.files import write_page
-from tailora.study.compare import compare
+from tailora.study.budget import Extent
+from tailora.study.compare import _Comparison, compare
 from tailora.study.config import CompareConfig, arm_settings
-from tailora.study.trial import Trial, run_here
+from tailora.study.study_store import StudySession
+from tailora.study.trial import Listen, Trial, TrialEvent, TrialSpec, run_here
 from tailora.train.config import TrainConfig
 
 SMALL = CompareConfig(seeds=2, rate_tries=1, arms={"r4": {"learning_rate": 1e-2}, "full": {"method": "full"}})
@@ -57,10 +59,14 @@ def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: 
     assert again.arms == found.arms
     wider = compare(train, SMALL.replaced(margin=5.0), run_trial=not_run)
     assert wider.settings["compare"]["margin"] == 5.0
-    with pytest.raises(ConfigError, match="other settings"):
+    with pytest.raises(ConfigError, match=r'forgetting_data was null, and is now "texts\.jsonl"'):
         compare(train, SMALL.replaced(forgetting_data="texts.jsonl"))
-    with pytest.raises(ConfigError, match="other settings"):
-        compare(train.replaced(r=2), SMALL)
+    with pytest.raises(
+        ConfigError, match=r"r was 4, and is now 2; .*max_steps was null, and is now 7.*Give the former"
+    ):
+        compare(train.replaced(r=2, max_steps=7), SMALL)
+    with pytest.raises(ConfigError, match='minutes was "not given", and is now "given"'):
+        compare(train, SMALL.replaced(minutes=5.0))
 
 
 @pytest.mark.slow
@@ -71,7 +77,8 @@ def test_minutes_are_planned_once_and_a_comparison_may_be_asked_for_more(
     asked, heard = SMALL.replaced(minutes=5.0, seeds=1), []
     first = compare(train, asked, log=heard.append, run_trial=run_here)
     assert "3 steps in each run, planned to fit into the minutes" in heard
-    assert json.loads((tmp_path / "study" / "plan.json").read_text())["max_steps"] == 3  # as the settings ask
+    plan = json.loads((tmp_path / "study" / "plan.json").read_text())
+    assert (plan["max_steps"], plan["seeds"], plan["held_out"], plan["minutes"]) == (3, 1, None, 5)
     runs = tmp_path / "study" / "runs"
     (texts,) = (tmp_path / "study").glob("texts.json")
     assert len(json.loads(texts.read_text())) == 16
@@ -83,7 +90,8 @@ def test_minutes_are_planned_once_and_a_comparison_may_be_asked_for_more(
         train, asked.replaced(minutes=0.001, seeds=9), log=heard.append, run_trial=run_here
     )  # no time for more: what is there
     assert short.arms == first.arms
-    assert short.notes == ["--minutes left time for 1 of 9 seeds"]
+    planned = "the runs have 3 steps, which were planned for --minutes 5; for longer ones give another --output-dir"
+    assert short.notes == [planned, "--minutes left time for 1 of 9 seeds"]
     more = compare(train, asked.replaced(seeds=2), run_trial=run_here)
     assert more.seeds == [1, 2]
 
@@ -150,10 +158,43 @@ def test_too_few_held_out_examples_are_found_before_any_step(small_run: TrainCon
     assert not heard
 
 
-@pytest.mark.slow
 def test_too_little_time_is_refused_with_what_it_needs(small_run: TrainConfig, tmp_path: Path) -> None:
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
-    with pytest.raises(ConfigError, match=r"--minutes 0\.001 were over when r4 had been timed: give more"):
-        compare(train, SMALL.replaced(minutes=0.001), run_trial=run_here)
-    with pytest.raises(ConfigError, match=r"--minutes 1 is too short for 120 runs of 2 arms: .* give more"):
-        compare(train, SMALL.replaced(minutes=1.0, seeds=100, rate_tries=20), run_trial=run_here)
+    with pytest.raises(
+        ConfigError, match=r"--minutes 0\.1 is too short: 2 arms with 1 learning rates and 2 seeds each"
+    ):
+        compare(train, SMALL.replaced(minutes=0.1), run_trial=not_run)  # not even the start of all runs
+
+    def slow(_: TrialSpec, __: Path, listen: Listen) -> Trial:
+        for step in range(4):
+            listen(TrialEvent(step, 4, 2.0, held_out=step == 0, parameters=1, seconds=60.0))
+        raise AssertionError("it is clear after the second step")
+
+    with pytest.raises(
+        ConfigError, match=r"9 steps a run, take about \d+ minutes or more\. Use --minutes \d+, fewer --seeds, "
+    ):
+        compare(train, SMALL.replaced(minutes=9.0), run_trial=slow)
+    assert not (tmp_path / "study" / "plan.json").exists()
+
+
+def test_fewer_examples_are_held_out_where_time_is_short(
+    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the 18 examples: 4 choose and 5 judge."""
+    monkeypatch.setattr(
+        "tailora.study.compare.fit", lambda wanted, *_: (Extent(wanted.tries, wanted.seeds, part=0.5), 2)
+    )
+    train = small_run.replaced(output_dir=str(tmp_path / "study"))
+    found = compare(train, SMALL.replaced(minutes=60.0, seeds=1), run_trial=run_here)
+    assert found.judged_examples == 5
+    assert found.notes == ["--minutes left time for 9 of 18 held-out examples"]
+    rate, final = (read(next((tmp_path / "study" / "runs").glob(f"full/{name}*"))) for name in ("rate", "seed"))
+    assert (len(rate["sums"]), len(final["sums"])) == (4, 9)
+
+
+def test_what_the_user_gave_is_not_reduced(small_run: TrainConfig, tmp_path: Path) -> None:
+    session = StudySession(tmp_path, 5.0, lambda _: None, None, run_here)
+    given = {"arms": {"a": {}, "b": {}}, "minutes": 5.0}
+    assert _Comparison(small_run, CompareConfig(**given), session)._fewest(part=0.4) == Extent(3, 2, 0.4)
+    asked = CompareConfig(**given, seeds=5, rate_tries=7)
+    assert _Comparison(small_run, asked, session)._fewest(part=0.4) == Extent(7, 5, 0.4)

@@ -12,10 +12,12 @@ import pytest
 from search_worker import GRACE, HEARTBEAT, work
 
 from tailora.cli.main import main
+from tailora.errors import ConfigError
 from tailora.study import optuna_study
 from tailora.study.config import SearchConfig
+from tailora.study.lr_range import find_range
 from tailora.study.search import search
-from tailora.study.trial import run_here
+from tailora.study.trial import Listen, Trial, TrialEvent, TrialSpec, run_here
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 
@@ -122,6 +124,28 @@ def test_an_interrupted_trial_is_tried_again_when_the_search_goes_on(small_run: 
         for name in ("0000", "0001")
     )
     assert first == again
+
+
+def test_too_little_time_for_a_search_is_refused_with_what_it_needs(small_run: TrainConfig, tmp_path: Path) -> None:
+    train = small_run.replaced(output_dir=str(tmp_path / "study"))
+
+    def slow(_: TrialSpec, __: Path, listen: Listen) -> Trial:
+        for step in range(4):
+            listen(TrialEvent(step, 4, 2.0, held_out=step == 0, parameters=1, seconds=60.0))
+        raise AssertionError("it is clear after the second step")
+
+    with pytest.raises(ConfigError, match=r"--minutes 0\.1 is too short: 6 trials of 9 steps and 4 runs that judge"):
+        search(train, SearchConfig(minutes=0.1), run_trial=not_run)
+    with pytest.raises(
+        ConfigError, match=r"9 trials .* and 3 runs .* Use --minutes \d+, fewer --trials, fewer --seeds"
+    ):
+        search(train, SearchConfig(minutes=9, trials=9, seeds=3, finalists=1), run_trial=slow)
+    with pytest.raises(ConfigError, match=r"--minutes 9 is too short: 30 steps, which a range of learning rates needs"):
+        find_range(train.replaced(output_dir=str(tmp_path / "range")), SearchConfig(minutes=9), run_trial=slow)
+
+
+def not_run(*_: Any) -> Trial:
+    raise AssertionError("nothing is run")
 
 
 def test_the_command_says_what_is_wrong_with_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,11 +22,11 @@ from tailora.study.trial import (
     Trial,
     TrialEvent,
     TrialSpec,
+    base_on,
     choosing_half,
     get_trial,
     judging_half,
     main,
-    on_choosing_half,
     run_here,
     run_in_subprocess,
 )
@@ -78,12 +78,23 @@ def test_what_is_known_of_the_base_is_not_computed_again(plain: Trial, small_run
         assert trial.forgetting == plain.forgetting
         assert np.array(trial.curve) == pytest.approx(np.array(plain.curve))
         assert trial.numbers["eval_loss_before"] == plain.numbers["eval_loss_before"]
-    base = on_choosing_half(plain.base)
+    base = base_on(plain.base, None, choosing=True)
     half = get_trial(replace(shared, choosing=True, before=base), tmp_path / "half", run_trial=run_here)
     assert base is not None
     assert half.before == base[0]
     assert half.counts == base[1]
     assert half.sums == pytest.approx([plain.sums[index] for index in choosing_half(len(plain.sums))])
+    few = replace(shared, held_out=6)
+    judged, chosen = (
+        get_trial(
+            replace(few, choosing=choosing, before=base_on(plain.base, 6, choosing=choosing)),
+            tmp_path / f"few-{choosing}",
+            run_trial=run_here,
+        )
+        for choosing in (False, True)
+    )
+    assert len(judged.sums) == 6
+    assert chosen.sums == pytest.approx([judged.sums[index] for index in choosing_half(6)])  # not the judging half
 
 
 def test_a_trial_that_is_stopped_keeps_what_it_reported(small_run: TrainConfig, tmp_path: Path) -> None:
