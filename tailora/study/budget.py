@@ -109,7 +109,7 @@ def measure_costs(
     check: called with every step and evaluation; gets costs that are not too high, and raises if these are too high.
     choosing: whether only the choosing half of the held-out examples is evaluated.
     """
-    begun, halves = session.seconds, 1 if choosing else 2
+    begun, half_count = session.seconds, 1 if choosing else 2
     seconds: dict[bool, list[float]] = {True: [], False: []}  # held_out -> of each event
 
     def listen(event: TrialEvent) -> None:
@@ -119,24 +119,24 @@ def measure_costs(
             Costs(
                 fixed=session.seconds - begun - sum(steps) - sum(evaluations),
                 step=min(steps[1:], default=0.0),  # the first step is slower
-                evaluation=min(evaluations, default=0.0) / halves,
+                evaluation=min(evaluations, default=0.0) / half_count,
             )
         )
 
     trial = run(listen)
-    return costs_of(trial, session.seconds - begun, halves) if trial.done else None, trial
+    return costs_of(trial, session.seconds - begun, half_count) if trial.done else None, trial
 
 
-def costs_of(trial: Trial, seconds: float, halves: int) -> Costs:
+def costs_of(trial: Trial, seconds: float, half_count: int) -> Costs:
     """seconds: that the trial took just now; nearly 0 if it was read from its folder.
-    halves: of the held-out examples that it evaluated.
+    half_count: halves of the held-out examples that it evaluated.
     """
     forgetting, writing = (trial.numbers.get(f"{part}_seconds", 0.0) for part in ("forgetting", "writing"))
     total = max(seconds, trial.numbers["seconds"] + forgetting + writing)
     return Costs(
         fixed=total - sum(trial.step_seconds) - sum(trial.evaluation_seconds) - forgetting - writing,
         step=median(trial.step_seconds),
-        evaluation=min(trial.evaluation_seconds) / halves,  # the fastest, which nothing delayed
+        evaluation=min(trial.evaluation_seconds) / half_count,  # the fastest, which nothing delayed
         forgetting=forgetting,
     )
 
@@ -149,28 +149,28 @@ def longest_run(train: TrainConfig, trial: Trial) -> int:
     return train.max_steps or trial.numbers["all_steps"] or 1
 
 
-def extents(wanted: Extent, fewest: Extent) -> Iterator[Extent]:
-    """Yields what is wanted, then less, in the order in which it is given up: tries, seeds, held-out examples."""
-    for tries in range(wanted.tries, fewest.tries - 1, -1):
-        yield replace(wanted, tries=tries)
-    for seeds in range(wanted.seeds - 1, fewest.seeds - 1, -1):
-        yield replace(fewest, seeds=seeds, part=wanted.part)
-    part = wanted.part
+def extents(most: Extent, fewest: Extent) -> Iterator[Extent]:
+    """Yields the most, then less, in the order in which it is given up: tries, seeds, held-out examples."""
+    for tries in range(most.tries, fewest.tries - 1, -1):
+        yield replace(most, tries=tries)
+    for seeds in range(most.seeds - 1, fewest.seeds - 1, -1):
+        yield replace(fewest, seeds=seeds, part=most.part)
+    part = most.part
     while part > fewest.part:
         part = max(part / 2, fewest.part)
         yield replace(fewest, part=part)
 
 
 def fit(
-    wanted: Extent, fewest: Extent, longest: int, seconds: float, needed: Callable[[Extent, int], float]
+    most: Extent, fewest: Extent, longest: int, seconds: float, needed: Callable[[Extent, int], float]
 ) -> tuple[Extent, int] | None:
     """Returns the most that fits into the seconds in runs of FEWEST_STEPS, and the steps that fit then, or None.
 
     longest: steps that the settings ask for.    needed: extent, steps -> seconds, which grow evenly with the steps.
     """
     if math.isinf(seconds):
-        return wanted, longest
-    for extent in extents(wanted, fewest):
+        return most, longest
+    for extent in extents(most, fewest):
         start = needed(extent, 0)
         steps = int((seconds * SAFETY - start) / (needed(extent, 1) - start))
         if steps >= min(FEWEST_STEPS, longest):

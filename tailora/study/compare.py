@@ -196,10 +196,10 @@ class _Comparison:
         if not self.costs:
             raise ConfigError(f"no arm can be trained: {TIMING_STEPS} steps of each failed; see {self.folder / RUNS}")
         fewest, needed = self._fewest(fewest_part(held_out)), partial(_needed, list(self.costs.values()))
-        found = fit(wanted, fewest, longest, session.seconds_left, needed)
-        if found is None:
+        choice = fit(wanted, fewest, longest, session.seconds_left, needed)
+        if choice is None:
             raise self._too_short(needed(fewest, min(FEWEST_STEPS, longest)), min(FEWEST_STEPS, longest))
-        extent, steps = found
+        extent, steps = choice
         session.log(
             f"time for {extent.tries} learning rates and {extent.seeds} seeds of each arm; where it is too short, "
             "learning rates are left out first, then seeds, then held-out examples, then steps"

@@ -169,11 +169,11 @@ class _Search:
         choosing_half(len(trial.counts))  # raises for too few examples, before anything is kept
         longest, fewest = longest_run(self.train, trial), self._fewest(fewest_part(len(trial.counts)))
         wanted = Extent(self.study.trial_count or MOST_TRIALS, self.study.seeds)
-        found = fit(wanted, fewest, longest, self.session.seconds_left, partial(self._needed, costs))
-        if found is None:
+        choice = fit(wanted, fewest, longest, self.session.seconds_left, partial(self._needed, costs))
+        if choice is None:
             steps = min(FEWEST_STEPS, longest)
             raise self._too_short(self._needed(costs, fewest, steps), steps)
-        extent, steps = found
+        extent, steps = choice
         budget = Budget(
             steps=steps,
             longest=longest,
