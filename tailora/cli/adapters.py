@@ -15,6 +15,7 @@ from tailora.cli.flags import Json, flags_of, merge_settings
 from tailora.cli.main import log, note, print_json, stdout
 from tailora.cli.models import ADAPTER_FLAG, BaseModel, base_model_name, find_adapter, load_model, parse_adapters
 from tailora.errors import ConfigError, listing, nearest
+from tailora.formats.io import check_new_folder
 from tailora.report.blocks import Code, Paragraph, Section
 from tailora.report.terminal import print_section
 from tailora.train.config import TrainConfig
@@ -59,12 +60,11 @@ def combine(
 
     The new adapter's update is the weighted sum of the updates of all adapters, in every layer.
     """
+    check_new_folder(output_dir)
     folders = parse_adapters(adapter)
     weights = parse_weights(weight or [], folders)
     from tailora.core.combine import Combination, check  # loads torch
-    from tailora.formats.export import check_new_folder
 
-    check_new_folder(output_dir)
     check(weights, Combination(method, r, density, drop, seed))
     base = base_model_name(model, list(folders.values()))
     adapted = load_model(base, folders, quantize="none", dtype="stored", device="cpu").model
@@ -120,13 +120,12 @@ def shrink(
 
     Every layer keeps its largest singular values. How many is decided by --r, by --energy, or by --max-loss-increase.
     """
+    check_new_folder(output_dir)
     folder = find_adapter(str(adapter))
     if (data is None) != (max_loss_increase is None):
         raise ConfigError("--max-loss-increase and --data go together: the loss is measured on the data")
     from tailora.core.compress import check  # loads torch
-    from tailora.formats.export import check_new_folder
 
-    check_new_folder(output_dir)
     check(
         r, energy, loss=None if data is None else len, budget=max_loss_increase
     )  # len stands for the loss, which needs the model
@@ -182,12 +181,11 @@ def extract(
     Lists the tensors that differ between the models and are not in the adapter.
     """
     config = merge_settings(flags, None, arguments={"model": model}).lora()
+    check_new_folder(output_dir)
     from tailora.core.compress import check  # loads torch
-    from tailora.formats.export import check_new_folder
     from tailora.model import LoRAModel
     from tailora.train.model_loading import load_base
 
-    check_new_folder(output_dir)
     check(r, energy)
     base, other = load_base(model, "stored")[0], load_base(tuned, "stored")[0]
     adapted, report = LoRAModel.from_difference(base, other, config, r=r, energy=energy)

@@ -5,14 +5,16 @@ Answers go to stdout, everything else to stderr.
 
 import math
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from json import dumps
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from tailora.cli.flags import Json
-from tailora.cli.main import log, print_json
+from tailora.cli.flags import Json, Overwrite
+from tailora.cli.main import log, print_json, stderr
 from tailora.cli.models import (
     Adapters,
     Loaded,
@@ -26,8 +28,11 @@ from tailora.cli.models import (
     load_model,
     parse_adapters,
 )
+from tailora.data.readers import READERS, Row, RowProblem, data_error, read_file
 from tailora.errors import AdapterError, ConfigError, DataError, MemoryLimitError, nearest
+from tailora.formats.io import check_new_file, write_file
 
+System = Annotated[str | None, Parameter(help="system message, before the conversation")]
 MEMORY_ADVICE = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
 
 # ---- `tailora chat`
@@ -46,6 +51,7 @@ COMMANDS = [line.split()[0] for line in HELP.splitlines()]
 class ChatSession:
     loaded: Loaded
     sampling: dict[str, Any]  # arguments of `stream_reply`
+    system: list[dict[str, str]] = field(default_factory=list)  # the system message, if there is one
     messages: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -53,6 +59,7 @@ def chat(
     *,
     model: Model = None,
     adapter: Adapters = None,
+    system: System = None,
     quantize: Quantize = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
@@ -67,7 +74,7 @@ def chat(
     model = base_model_name(model, list(folders.values()))
     loaded = load_model(model, folders, quantize=quantize)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    session = ChatSession(loaded, sampling)
+    session = ChatSession(loaded, sampling, system_messages(system))
     if loaded.adapters:
         loaded.model.set_adapter(loaded.adapters[0])
     log(f"{model} with {' or '.join(loaded.adapters) or 'no adapter'}; /help lists the commands")
@@ -97,7 +104,7 @@ def answer(session: ChatSession, text: str) -> None:
     reply = ""
     try:
         with explained_memory_errors():
-            for piece in stream_reply(loaded.model, loaded.tokenizer, messages, **session.sampling):
+            for piece in stream_reply(loaded.model, loaded.tokenizer, [*session.system, *messages], **session.sampling):
                 reply += piece
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -154,52 +161,110 @@ Prompts = Annotated[
     Parameter(name="--prompt", negative=(), help="prompt to answer; repeatable; default: all of stdin"),
 ]
 
+PromptsFile = Annotated[
+    Path | None, Parameter(help="file of prompts: JSONL, JSON, CSV or Parquet with a column prompt, or one a line")
+]
+OutputFile = Annotated[Path | None, Parameter(help="JSONL file for prompts and answers, instead of stdout")]
+
 
 def generate(
     *,
     model: Model = None,
     adapter: Adapters = None,
     prompt: Prompts = None,
-    system: Annotated[str | None, Parameter(help="system message")] = None,
+    prompts: PromptsFile = None,
+    system: System = None,
     quantize: Quantize = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    output: OutputFile = None,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:
     """Answer prompts, each on its own.
 
     Several adapters are all active, and their updates add up.
     """
-    prompts = prompt or ["" if sys.stdin.isatty() else sys.stdin.read().strip()]
-    if prompts == [""]:
-        raise ConfigError("nothing to answer: give --prompt TEXT, or pipe a text in")
+    if prompt and prompts is not None:
+        raise ConfigError("--prompt and --prompts both say what to answer: give one")
+    if output is not None:
+        check_new_file(output, overwrite=overwrite)
+    questions = (prompt or [piped_text()]) if prompts is None else read_prompts(prompts)
     folders = parse_adapters(adapter or [])
     model = base_model_name(model, list(folders.values()))
     loaded = load_model(model, folders, quantize=quantize)
+    from tailora.cli.progress import counter  # loads torch
     from tailora.evaluation.generate import stream_reply
 
     sampling: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    first = [{"role": "system", "content": system}] if system else []
+    is_shown = output is None and not json
     answers = []
-    for text in prompts:
-        messages = [*first, {"role": "user", "content": text}]
-        reply = ""
-        with explained_memory_errors():
-            for piece in stream_reply(loaded.model, loaded.tokenizer, messages, **sampling):
-                reply += piece
-                if not json:
-                    print(piece, end="", flush=True)
-        answers.append({"prompt": text, "text": reply})
-        if not json:
-            print(flush=True)
+    with counter(stderr(), "prompts") if output else nullcontext(lambda *_: None) as progress:
+        for number, text in enumerate(questions, 1):
+            messages = [*system_messages(system), {"role": "user", "content": text}]
+            reply = ""
+            with explained_memory_errors():
+                for piece in stream_reply(loaded.model, loaded.tokenizer, messages, **sampling):
+                    reply += piece
+                    if is_shown:
+                        print(piece, end="", flush=True)
+            answers.append({"prompt": text, "answer": reply})
+            progress(number, len(questions))
+            if is_shown:
+                print(flush=True)
+    if output is not None:
+        write_file(output, "".join(f"{dumps(answer, ensure_ascii=False)}\n" for answer in answers).encode())
+        log(f"{len(answers):,} answers written to {output}")
     if json:
-        print_json({"model": model, "adapters": loaded.adapters, "answers": answers})
+        texts = [{"prompt": answer["prompt"], "text": answer["answer"]} for answer in answers]
+        print_json({"model": model, "adapters": loaded.adapters, "answers": texts})
     return 0
 
 
+def piped_text() -> str:
+    """Returns all of stdin. Raises ConfigError if there is none."""
+    text = "" if sys.stdin.isatty() else sys.stdin.read().strip()
+    if not text:
+        raise ConfigError("nothing to answer: give --prompt TEXT or --prompts FILE, or pipe a text in")
+    return text
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Returns `prompt` of each row of a data file such as JSONL, or each line of any other file but empty ones.
+
+    Raises ConfigError or DataError with all problems.
+    """
+    if path.suffix.lower() not in READERS:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeError) as error:
+            cause = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error}"
+            raise ConfigError(f"--prompts {path}: {cause}") from None
+        prompts = [line for line in lines if line.strip()]
+    else:
+        rows = list(read_file(path))
+        problems = [row for row in rows if isinstance(row, RowProblem)]
+        fields = [row for row in rows if isinstance(row, Row)]
+        problems += [
+            RowProblem(row.file, row.number, f"no text under 'prompt'; it has {', '.join(row.fields) or 'nothing'}")
+            for row in fields
+            if not (isinstance(row.fields.get("prompt"), str) and row.fields["prompt"].strip())
+        ]
+        if problems:
+            raise data_error(problems)
+        prompts = [row.fields["prompt"] for row in fields]
+    if not prompts:
+        raise ConfigError(f"--prompts {path} holds no prompt")
+    return prompts
+
+
 # ---- What both share
+
+
+def system_messages(text: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": text}] if text else []
 
 
 def explained_memory_errors() -> AbstractContextManager[None]:

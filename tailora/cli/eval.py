@@ -13,7 +13,7 @@ from cyclopts.types import NonNegativeInt, PositiveInt
 from pydantic import TypeAdapter
 
 from tailora.cli.flags import Json, flags_of, merge_settings
-from tailora.cli.main import log, note, print_json, stderr, stdout
+from tailora.cli.main import GATE_NOT_MET, log, note, print_json, stderr, stdout
 from tailora.cli.models import BaseModel, Quantize, base_model_name, find_adapter, load_model
 from tailora.errors import ConfigError
 from tailora.evaluation.metrics import METRICS, QUOTES_HINT, Gate, check_gates, parse_gates, parse_metrics
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Flags: Any = flags_of(TrainConfig, only=["field", "max_length", "dtype"])
 KIND = "eval"  # of report.json
-GATE_NOT_MET = 4  # exit code
 MEMORY_ADVICE = "what helps: a smaller --max-length, --quantize nf4, --dtype bfloat16, closing other programs"
 
 Adapter = Annotated[str | None, Parameter(help="folder of an adapter, or of the run that made it")]
@@ -122,12 +121,13 @@ def eval(
     """
     started = time.monotonic()
     gates, metric_names = parse_gates(gate or []), parse_metrics(metrics or [])
+    data_gates = [gate for gate in gates if not (harness.names and gate.is_on_task)]
+    if data is None and (data_gates or not harness.names):
+        what = f"--gate {data_gates[0]} needs held-out data" if data_gates else "nothing to evaluate on"
+        raise ConfigError(f"{what}: give --data FILE, or --tasks of lm-evaluation-harness and gates on TASK/METRIC")
     target = find_target(adapter, model)
     base = base and target.folder is not None
-    data_gates = [gate for gate in gates if not (harness.names and gate.is_on_task)]
-    check_gates(data_gates, list(METRICS) if data else [], base=base)
-    if data is None and not harness.names:
-        raise ConfigError("nothing to evaluate on: give --data FILE, or --tasks of lm-evaluation-harness")
+    check_gates(data_gates, list(METRICS), base=base)
     _check_output_dir(output_dir)
     defaults = {"max_length": target.settings.get("max_length")}
     config = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model})

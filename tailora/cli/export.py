@@ -12,6 +12,7 @@ from rich.console import Console
 from tailora.cli.flags import Json
 from tailora.cli.main import print_json, stdout
 from tailora.cli.models import METHODS, AdapterPath, BaseModel, base_model_name, find_adapter, quantize_method
+from tailora.formats.io import check_new_folder
 from tailora.formats.run_folder import ADAPTER_CONFIG
 from tailora.report.blocks import Block, Code, Column, Paragraph, Section, Table
 from tailora.report.terminal import print_section
@@ -49,13 +50,12 @@ def export(
     The result is read back and must compute the same as the model with its adapter.
     """
     path = find_adapter(adapter)
+    check_new_folder(output)
     base = base_model_name(model, [path])
-    from tailora.formats.export import check_new_folder  # loads torch
-    from tailora.model import LoRAModel
+    from tailora.model import LoRAModel  # loads torch
     from tailora.quiet import quiet_transformers
     from tailora.train.model_loading import load_base
 
-    check_new_folder(output)
     if quantize is None and to != "merged":
         quantize = "none"  # the base's weights are not in the result
     loaded, tokenizer = load_base(base, dtype, quantize=quantize_method([path], quantize))

@@ -47,7 +47,7 @@ Overwrite = Annotated[  # for every command that refuses a folder with an earlie
     bool,
     Parameter(
         negative=(),
-        help="replace an earlier result in the output folder; it is deleted when the new one is whole",
+        help="replace an earlier result in the place of the output; it is deleted when the new one is whole",
         show_default=False,
     ),
 ]

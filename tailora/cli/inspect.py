@@ -9,6 +9,7 @@ from cyclopts.types import NonNegativeInt
 from tailora.cli.flags import Json, flags_of, merge_settings
 from tailora.cli.main import log, print_json, stderr, stdout
 from tailora.cli.models import AdapterPath, Quantize, base_model_name, find_adapter, quantize_method
+from tailora.formats.io import check_new_folder
 from tailora.formats.run_folder import recorded_settings, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
@@ -57,16 +58,15 @@ def inspect(
     """
     folder = find_adapter(adapter)
     second = None if with_ is None else find_adapter(with_)
+    if output_dir is not None:
+        check_new_folder(output_dir)
     if data is not None or forgetting_data is not None:  # the loss needs the base model
         model = base_model_name(model, [folder])
     from tailora.cli.progress import counter  # loads torch
-    from tailora.formats.export import check_new_folder
     from tailora.report.pages.inspect import inspect_page
     from tailora.study.inspect import InspectOptions
     from tailora.study.inspect import inspect as run
 
-    if output_dir is not None:
-        check_new_folder(output_dir)
     defaults = {"max_length": recorded_settings(folder).get("max_length")}
     settings = merge_settings(flags, None, defaults=defaults, arguments={"data": data})
     options = InspectOptions(data, settings.field, settings.max_length, forgetting_data, intruders, seed)

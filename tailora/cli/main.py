@@ -1,6 +1,6 @@
 """The program `tailora`: runs a command, and turns every failure into a message and an exit code.
 
-    0 done   1 failed   2 usage or settings   3 diverged   4 a quality gate not met   130 interrupted
+    0 done   1 failed   2 usage or settings   3 diverged   4 a gate or a plan not met   130 interrupted
 
 A message goes to stderr. With `--json` the last line of stdout is {"error": {"type", "message", "exit_code"}}.
 An unexpected exception is a bug of tailora: its traceback is printed to stderr.
@@ -41,7 +41,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "doctor": ("doctor", "Show what this machine can do."),
 }
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
-EPILOGUE = "Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged,\n4 a quality gate not met, 130 interrupted."
+EPILOGUE = "Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged,\n4 a quality gate not met or a plan that does not fit, 130 interrupted."
 HELP = DefaultFormatter(column_specs=(NameColumn.copy(renderer=NameRenderer(max_width=34)), DescriptionColumn))
 ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user has set stays
     "GOMP_SPINCOUNT": "10000",  # of idle OpenMP threads; the default, 300,000, is slow if other processes run
@@ -49,7 +49,7 @@ ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user
     "LRU_CACHE_CAPACITY": "64",  # torch's cache around oneDNN; took 1.07 GB, now 0.71, at the same speed
 }
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes")  # transformers imports torchao; all of them warn
-INTERRUPTED = 130
+GATE_NOT_MET, INTERRUPTED = 4, 130  # exit codes
 MAX_LINES = 21  # of a message; --json prints all of it
 MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
 

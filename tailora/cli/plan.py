@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, merge_settings
-from tailora.cli.main import log, print_json, stdout
+from tailora.cli.main import GATE_NOT_MET, log, print_json, stdout
 from tailora.errors import ConfigError
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
@@ -37,7 +37,7 @@ def plan(
     """Show what a run would train, whether it fits, and how long it takes.
 
     The flags are those of tailora train. Weights are read only with --measure. Without --data all examples are
-    assumed to have --max-length tokens.
+    assumed to have --max-length tokens. The exit code is 4 if the run does not fit.
     """
     available = None if memory is None else bytes_of(memory)
     settings = merge_settings(flags, config)
@@ -51,7 +51,7 @@ def plan(
         print_page(stdout(), plan_page(report))
     if output_dir is not None:
         log(write_page_if_possible(output_dir))
-    return 0
+    return 0 if report.fits else GATE_NOT_MET
 
 
 def bytes_of(text: str) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -89,11 +90,13 @@ def latest_demo_folder(folder: Path) -> Path:
 # ---- What a finished run prints: its page, its files, and what to do next
 
 
+SAMPLES = "samples.json"
+PROMPT_LENGTH = 60  # characters of the prompt in the commands to try next
 FILES = {
     PAGE: "all of this and more, to look at in a browser",
     ADAPTER: "the adapter, a PEFT folder",
     "model": "the model, a Hugging Face folder",
-    "samples.json": "the answers above",
+    SAMPLES: "the answers above",
     "metrics.jsonl": "loss, learning rate, speed of every step",
     "examples.jsonl": "loss of every held-out example, before and after",
     "run.json": "settings, versions, seeds and data hash: all that is needed to repeat the run",
@@ -104,17 +107,38 @@ FILES = {
 
 def show(console: Console, config: TrainConfig, folder: Path) -> None:
     """Prints the page of the run, the files in its folder, and commands to try next."""
-    base = ["--model", config.model]
-    tuned = [*base, "--adapter", str(folder)] if config.method == "lora" else ["--model", str(folder / "model")]
-    commands = [
-        ["tailora", "chat", *tuned],
-        ["tailora", "generate", *tuned, "--prompt", "What would you do with a free day?"],
-        ["tailora", "data", "YOUR_DATA.jsonl" if config.data == "demo" else config.data, *base],
-    ]
     print_page(console, read_page(folder))
     rows = [(name, content) for name, content in FILES.items() if (folder / name).exists()]
     print_section(console, Section(f"Written to {folder}", "", [Table([Column(""), Column("")], rows)]))
-    print_section(console, Section("Next", "", [Code("\n".join(map(shlex.join, commands)))]))
+    print_section(console, Section("Next", "", [Code("\n".join(map(shlex.join, next_commands(config, folder))))]))
+
+
+def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
+    """Returns commands that use the result of this run: with a prompt of its own data, and its held-out data."""
+    is_lora = config.method == "lora"
+    tuned = ["--adapter", str(folder)] if is_lora else ["--model", str(folder / "model")]
+    columns = [f"{ours}={theirs}" for ours, theirs in config.field.items()]
+    held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *(["--field", ",".join(columns)] if columns else [])]
+    commands = [
+        ["tailora", "chat", *tuned],
+        ["tailora", "generate", *tuned, "--prompt", first_prompt(folder)],
+        ["tailora", "eval", *([str(folder)] if is_lora else tuned), *held_out],
+    ]
+    if is_lora:
+        commands.append(["tailora", "export", str(folder), "--to", "gguf", "--output", f"{folder}-gguf"])
+    if config.data == "demo":
+        commands.append(["tailora", "data", "YOUR_DATA.jsonl", "--model", config.model])
+    return commands
+
+
+def first_prompt(folder: Path) -> str:
+    """Returns the first prompt that the run answered, in one line and shortened."""
+    try:
+        samples = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        samples = []
+    words = " ".join(samples[0]["prompt"].split()) if samples else ""
+    return textwrap.shorten(words, PROMPT_LENGTH, placeholder="") or words[:PROMPT_LENGTH] or "Hello!"
 
 
 # ---- What `train` and `demo` share: train, compare answers, print
@@ -166,4 +190,4 @@ def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] |
     with explain_out_of_memory("comparing answers", lambda: advice):
         samples = compare_answers(result.model, result.tokenizer, (questions or held_out)[:count])
     content = json.dumps([asdict(answer) for answer in samples], ensure_ascii=False, indent=2)
-    write_file(Path(result.output_dir) / "samples.json", content.encode())
+    write_file(Path(result.output_dir) / SAMPLES, content.encode())

@@ -204,6 +204,11 @@ def compare_answers(
 
 
 def _greedy_answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int) -> str:
-    """Prompts are answered one by one: padding to a common length would change the rounding, and with it words."""
-    output = model.generate(**generation_arguments(model, tokenizer, ids, max_new_tokens=max_new_tokens))  # (1, length)
-    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)).strip()
+    """Returns the answer, with … at the end if it is cut.
+
+    Prompts are answered one by one: padding to a common length would change the rounding, and with it words.
+    """
+    arguments = generation_arguments(model, tokenizer, ids, max_new_tokens=max_new_tokens)
+    new = model.generate(**arguments)[0, len(ids) :]  # (length,)
+    is_cut = int(new[-1]) not in (arguments["generation_config"].eos_token_id or [])
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip() + ("…" if is_cut else "")

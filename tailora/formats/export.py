@@ -32,7 +32,7 @@ from tailora.errors import ConfigError, FormatError, nearest
 from tailora.formats import gguf, low_rank_export, merged, mlx, peft
 from tailora.formats.fingerprint import fingerprint, vocabulary_size
 from tailora.formats.hub import CARD, model_card
-from tailora.formats.io import replace_folder, safetensors_bytes, wrap_os_error
+from tailora.formats.io import check_new_folder, replace_folder, safetensors_bytes
 from tailora.formats.load import restore
 from tailora.formats.low_rank_export import ExportSource
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata
@@ -84,13 +84,6 @@ def export(source: ExportSource, folder: Path, to: str) -> ExportReport:
         comparison = compare_logits(live, base, reloaded, f"{folder} ({to})", rounded=rounded)
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     return ExportReport(folder, to, files, changes, comparison)
-
-
-def check_new_folder(folder: Path) -> None:
-    """Raises ConfigError if the folder is not empty or is a file, WriteError if the path cannot be accessed."""
-    with wrap_os_error(folder):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} exists already; give another folder, or delete it")
 
 
 # ---- Comparing the logits of the files, read back, with those of the live model

@@ -109,6 +109,22 @@ def create_output_folder(folder: Path) -> None:
         ) from None
 
 
+def check_new_file(path: Path, *, overwrite: bool) -> None:
+    """Raises ConfigError if there is a file, unless it may be overwritten, or a folder, or no folder to write to."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give the path of a file")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists already; give another file, or --overwrite")
+    create_output_folder(path.parent)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raises ConfigError if the folder is not empty or is a file, WriteError if the path cannot be accessed."""
+    with wrap_os_error(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"{folder} exists already; give another folder, or delete it")
+
+
 @contextmanager
 def wrap_os_error(path: Path) -> Iterator[None]:
     """Turns an OSError in the block into a WriteError that names `path` instead of a temporary sibling."""

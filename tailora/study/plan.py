@@ -97,6 +97,7 @@ class Plan:
     full: None where the run itself is full fine-tuning.    available_bytes: what it may take.
     batch_size_that_fits: 0 where not even one example does.    largest_forward: examples, tokens.
     tokens, seconds: of all steps, None where their number is not known.    basis: how memory and time were found.
+    remedies: settings that take less memory, if the run does not fit.
     """
 
     model: str
@@ -122,6 +123,7 @@ class Plan:
     measured: StepsMeasured | None
     basis: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    remedies: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -188,6 +190,7 @@ def plan(
             f"memory stops growing with the batch size at {tokens_of(largest):,} tokens: a larger batch goes through "
             "the model in parts"
         )
+    batch_size = batch_size_that_fits(available, needed, batches)
     result = Plan(
         model=config.model,
         method=config.method,
@@ -202,7 +205,7 @@ def plan(
         full=full,
         available_bytes=available,
         batch_size=config.per_device_train_batch_size,
-        batch_size_that_fits=batch_size_that_fits(available, needed, batches),
+        batch_size_that_fits=batch_size,
         largest_forward={"examples": len(batches.largest), "tokens": tokens},
         kernels=kernels,
         tokens=batches.tokens,
@@ -212,11 +215,29 @@ def plan(
         measured=measured,
         basis=basis,
         notes=notes,
+        remedies=remedies(config, batch_size) if needed.total > available else [],
         settings=config.model_dump(mode="json", exclude_unset=True),
     )
     if output_dir is not None:
         write_report(output_dir, "plan", result.to_dict())
     return result
+
+
+def remedies(config: TrainConfig, batch_size: int) -> list[str]:
+    """Returns settings that take less memory. batch_size: the largest that fits, 0 for none."""
+    examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    accumulation = -(-examples // max(batch_size, 1))
+    options = [
+        (
+            batch_size > 0,
+            f"--per-device-train-batch-size {batch_size} --gradient-accumulation-steps {accumulation}",
+        ),
+        (not config.gradient_checkpointing, "--gradient-checkpointing"),
+        (config.method == FULL, "--method lora"),
+        (config.method != FULL and not config.quantize, "--quantize nf4"),
+        (config.max_length > 128, f"--max-length {config.max_length // 2}"),
+    ]
+    return [*(text for helps, text in options if helps), "a smaller --model"]
 
 
 # ---- What the steps read

@@ -199,3 +199,76 @@ def test_an_adapter_is_called_as_asked_or_as_its_run(adapter: Path, tmp_path: Pa
     assert parse_adapters([str(tmp_path / "a=b")]) == {"a=b": tmp_path / "a=b"}
     with pytest.raises(ConfigError, match="2 problems"):
         parse_adapters(["nowhere", "x=nowhere"])
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_system_message_changes_the_answer_and_stays_after_a_reset(
+    command: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == "chat":
+        assert (
+            talk(["hello", "/reset", "hello"], ["--model", str(tiny_model), "--system", "be brief"], monkeypatch) == 0
+        )
+        first, second = capsys.readouterr().out.splitlines()
+        assert first == second
+        assert talk(["hello"], ["--model", str(tiny_model)], monkeypatch) == 0
+        assert capsys.readouterr().out.splitlines() != [first]
+    tokens = ["generate", "--model", str(tiny_model), "--max-new-tokens", "6", "--prompt", "hello"]
+    assert main([*tokens, "--system", "be brief"]) == 0
+    answer = capsys.readouterr().out
+    assert answer.splitlines() == [first] if command == "chat" else answer
+    assert main(tokens) == 0
+    assert capsys.readouterr().out != answer
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("prompts.txt", "hello\n\nwhat colour?\n"),
+        ("prompts.jsonl", '{"prompt": "hello"}\n{"prompt": "what colour?", "id": 3}\n'),
+    ],
+)
+def test_prompts_of_a_file_are_answered_into_a_file(
+    name: str, text: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(text)
+    output = tmp_path / "out" / "answers.jsonl"
+    tokens = ["generate", "--model", str(tiny_model), "--max-new-tokens", "4"]
+    to_file = [*tokens, "--prompts", str(tmp_path / name), "--output", str(output)]
+    assert main(to_file) == 0
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert f"2 answers written to {output}" in shown.err
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in written] == ["hello", "what colour?"]
+    assert main([*tokens, "--prompt", "hello", "--prompt", "what colour?", "--json"]) == 0
+    assert [row["answer"] for row in written] == [row["text"] for row in json.loads(capsys.readouterr().out)["answers"]]
+    assert main(to_file) == 2
+    assert "exists already; give another file, or --overwrite" in capsys.readouterr().err
+    assert main([*to_file, "--overwrite"]) == 0
+    assert [path.name for path in output.parent.iterdir()] == ["answers.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("a.txt", b"\n \n", "holds no prompt"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a"}\n{"text": "b"}\n{"prompt": 3}\n{',
+            "a.jsonl:2: no text under 'prompt'; it has text",
+        ),
+        ("absent.txt", None, "absent.txt: No such file"),
+        ("absent.jsonl", None, "absent.jsonl: No such file"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_refused_before_the_model_is_loaded(
+    name: str, content: bytes | None, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    output = tmp_path / "answers.jsonl"
+    assert main(["generate", "--model", "absent", "--prompts", str(tmp_path / name), "--output", str(output)]) == 2
+    assert hint in capsys.readouterr().err
+    assert not output.exists()

@@ -177,6 +177,11 @@ def test_a_run_is_followed_and_told_what_it_was_trained_on(
 BAD: dict[str, tuple[list[str], str]] = {
     "nothing": (["--data", "CHATS"], "nothing to evaluate: give an ADAPTER"),
     "no data": (["ONE"], "nothing to evaluate on: give --data"),
+    "gate without data": (["ONE", "--gate", "loss<1"], "--gate loss<1 needs held-out data: give --data"),
+    "gate of a task and one without data": (
+        ["ONE", "--tasks", "a", "--gate", "a/acc>0,loss<1"],
+        "loss<1 needs held-out",
+    ),
     "no folder": (["absent", "--data", "CHATS"], "absent is not a folder"),
     "no file": (["ONE", "--data", "absent.jsonl"], "absent.jsonl: no such file"),
     "gate": (["ONE", "--data", "CHATS", "--gate", "loss"], "write METRIC<NUMBER"),

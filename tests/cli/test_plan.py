@@ -8,6 +8,8 @@ import pytest
 from tailora.cli.main import main
 from tailora.cli.plan import bytes_of
 from tailora.errors import ConfigError
+from tailora.study.plan import remedies
+from tailora.train.config import TrainConfig
 
 PARTS = {"weights", "adapters", "gradients", "optimizer", "activations", "logits", "total"}
 
@@ -44,6 +46,24 @@ def test_what_is_shown_fits_a_narrow_terminal(
     assert "the output head" in " ".join(table.split())
     assert "without --data" in words
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]  # nothing is written
+
+
+def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ["plan", "--model", str(tiny_model), "--per-device-train-batch-size", "64"]
+    assert main([*tokens, "--memory", "1MB"]) == 4
+    shown = capsys.readouterr().out
+    assert "It does not fit" in shown
+    assert "What helps: --gradient-checkpointing; --quantize nf4; --max-length 512; a smaller --model." in shown
+    assert main([*tokens, "--memory", "1MB", "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"]
+    first = "--per-device-train-batch-size 24 --gradient-accumulation-steps 6"
+    config = TrainConfig(per_device_train_batch_size=64, gradient_accumulation_steps=2)
+    assert remedies(config, 24)[0] == first
+    full = TrainConfig(method="full", learning_rate=1e-4, gradient_checkpointing=True, max_length=64)
+    assert remedies(full, 0) == ["--method lora", "a smaller --model"]
 
 
 @pytest.mark.parametrize(

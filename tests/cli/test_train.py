@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,8 +15,9 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from tailora.cli.main import main
-from tailora.cli.train import QUESTIONS, demo_folder, latest_demo_folder
+from tailora.cli.train import QUESTIONS, demo_folder, first_prompt, latest_demo_folder, next_commands
 from tailora.errors import CheckpointError, ConfigError
+from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 
 PROMISED = {
@@ -292,3 +294,32 @@ def test_ctrl_c_exits_with_130_and_the_printed_command_goes_on(
     assert words[-2] == "--resume-from-checkpoint"
     assert main([*words[1:], "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 4
+
+
+def test_what_comes_next_fits_the_run(finished: FinishedRun) -> None:
+    _, _, following = finished.out.partition("\nNext\n")
+    folder = str(finished.folder)
+    prompt = json.loads((finished.folder / "samples.json").read_text())[0]["prompt"]
+    assert [shlex.split(line) for line in following.splitlines() if line] == [
+        ["tailora", "chat", "--adapter", folder],
+        ["tailora", "generate", "--adapter", folder, "--prompt", prompt],
+        ["tailora", "eval", folder, "--data", "HELD_OUT.jsonl"],
+        ["tailora", "export", folder, "--to", "gguf", "--output", f"{folder}-gguf"],
+    ]
+
+
+def test_a_long_prompt_is_shortened_to_one_line(tmp_path: Path) -> None:
+    assert first_prompt(tmp_path) == "Hello!"
+    for prompt, shown in {"it's\n two": "it's two", "word " * 40: "word " * 11 + "word", "x" * 90: "x" * 60}.items():
+        (tmp_path / "samples.json").write_text(json.dumps([{"prompt": prompt, "base": "", "tuned": ""}]))
+        assert first_prompt(tmp_path) == shown
+
+
+def test_next_commands_name_the_held_out_data_and_its_columns(tmp_path: Path) -> None:
+    config = TrainConfig(data="a.jsonl", eval_data="b.jsonl", field={"prompt": "my question", "completion": "answer"})
+    commands = next_commands(config, tmp_path)
+    assert commands[2][3:] == ["--data", "b.jsonl", "--field", "prompt=my question,completion=answer"]
+    full = next_commands(TrainConfig(method="full", learning_rate=1e-4), tmp_path)
+    assert full[0] == ["tailora", "chat", "--model", str(tmp_path / "model")]
+    assert full[2] == ["tailora", "eval", "--model", str(tmp_path / "model"), "--data", "HELD_OUT.jsonl"]
+    assert full[3] == ["tailora", "data", "YOUR_DATA.jsonl", "--model", "demo"]

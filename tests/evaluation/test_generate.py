@@ -180,7 +180,7 @@ def test_base_and_tuned_each_say_their_own(tuned: LoRAModel, tiny: Make, tokeniz
     for question, answer in zip(questions, found, strict=True):
         base = "".join(stream_reply(tiny(), tokenizer, asked(question), max_new_tokens=12)).strip()
         own = "".join(stream_reply(tuned, tokenizer, asked(question), max_new_tokens=12)).strip()
-        assert answer == Answer(question, base, own)
+        assert answer == Answer(question, f"{base}…", f"{own}…")  # both are cut
         assert base != own
 
 
@@ -208,7 +208,25 @@ def test_a_sample_is_asked_for_its_last_reply(tuned: LoRAModel, tokenizer: PreTr
     sample = Conversation([*turns, {"role": "assistant", "content": "never seen"}])
     (answer,) = compare_answers(tuned, tokenizer, [sample], max_new_tokens=12)
     assert answer.prompt == "are you"
-    assert answer.tuned == "".join(stream_reply(tuned, tokenizer, turns, max_new_tokens=12)).strip()
+    assert answer.tuned.removesuffix("…") == "".join(stream_reply(tuned, tokenizer, turns, max_new_tokens=12)).strip()
+
+
+def test_only_an_answer_that_is_cut_ends_in_dots(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = LoRAModel(model, LoRAConfig(r=4))
+    (cut,) = compare_answers(adapted, tokenizer, ["hello"], max_new_tokens=5)
+    assert cut.base.endswith("…")
+    generate = LlamaForCausalLM.generate
+
+    def with_end(self: LlamaForCausalLM, inputs: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        ids = generate(self, inputs=inputs, **arguments)
+        ids[0, -1] = tokenizer.eos_token_id
+        return ids
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", with_end)
+    (whole,) = compare_answers(adapted, tokenizer, ["hello"], max_new_tokens=5)
+    assert not whole.base.endswith("…")
 
 
 @pytest.mark.parametrize("template", [True, False])

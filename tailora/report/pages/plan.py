@@ -41,6 +41,8 @@ def plan_page(plan: Plan) -> Page:
         lead += f" Full fine-tuning needs {format_bytes(full.memory.total)}."
         note = f"batches of {full.batch_size_that_fits} fit" if full.batch_size_that_fits else "does not fit"
         numbers.append(Number("memory, full fine-tuning", format_bytes(full.memory.total), note, "page"))
+    if plan.remedies:
+        lead += f" What helps: {'; '.join(plan.remedies)}."
     note = f"asked for: {plan.batch_size}"
     numbers.append(Number("batch size that fits", f"{plan.batch_size_that_fits:,}", note, "page"))
     if plan.steps is not None:
