@@ -41,7 +41,9 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "doctor": ("doctor", "Show what this machine can do."),
 }
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
-EPILOGUE = "Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged,\n4 a quality gate not met or a plan that does not fit, 130 interrupted."
+EPILOGUE = """\
+Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged,
+4 a quality gate not met or a plan that does not fit, 130 interrupted."""
 HELP = DefaultFormatter(column_specs=(NameColumn.copy(renderer=NameRenderer(max_width=34)), DescriptionColumn))
 ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user has set stays
     "GOMP_SPINCOUNT": "10000",  # of idle OpenMP threads; the default, 300,000, is slow if other processes run
