@@ -9,8 +9,9 @@ check_ties           weights that several modules share
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -208,7 +209,45 @@ def _obstacle(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
     is_known = qualified_name(forward_owner) in LAYER_TYPES or getattr(layer, "embed_scale", None) is not None
     if is_known or (isinstance(parts[0], LoRALayer) and parts[0].layer_type.replaces_forward):
         return None
+    if _is_product(layer, cls):
+        return None
     return f"{cls.__name__} overrides forward, so its weight alone does not say what it computes; keep it unmerged"
+
+
+@torch.no_grad()
+def _is_product(layer: nn.Module, cls: type[nn.Module]) -> bool:
+    """True if the own `forward` of a linear class computes what its parent class does, W x + b, and nothing else.
+
+    It is tried on a copy of the layer with random weights, so that a weight that was computed before is noticed, too.
+    """
+    parent: Any = next((parent for parent in cls.__mro__ if qualified_name(parent) in LAYER_TYPES), None)
+    if parent is None or not LAYER_TYPES[qualified_name(parent)].is_linear:
+        return False
+    with torch.random.fork_rng():
+        random = {
+            id(parameter): nn.Parameter(torch.randn_like(parameter), requires_grad=False)
+            for parameter in layer.parameters()
+        }
+        probe: Any = deepcopy(layer, {**random, id(vars(layer).get("active_adapters")): ()})
+        probe.__class__ = cls
+        weight = weight_of(probe)
+        in_features = LAYER_TYPES[qualified_name(parent)].dims(layer)[0]
+        x = torch.randn(2, 3, in_features, dtype=weight.dtype, device=weight.device)
+        x[1] *= 30
+        before = x.clone()
+        for training in (True, False):
+            probe.train(training)
+            try:
+                y = cls.forward(probe, x)
+            except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # it needs other arguments
+                return False
+            expected = parent.forward(probe, x)
+            if not isinstance(y, Tensor) or (y.shape, y.dtype) != (expected.shape, expected.dtype):
+                return False
+            tolerance = torch.finfo(y.dtype).eps ** 0.5
+            if not torch.allclose(y, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+                return False
+    return torch.equal(x, before)
 
 
 def replace_by_copy(

@@ -10,6 +10,7 @@ from cases import stir
 from tiny import chat_model
 from torch import nn
 from transformers import LlamaForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import MergeError
@@ -123,6 +124,50 @@ def test_what_cannot_be_done_while_merged_is_refused() -> None:
     model.set_adapter(None)
     with pytest.raises(MergeError, match="no adapter is active"):
         model.merge()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_forward_that_computes_the_product_by_itself_is_merged(dtype: torch.dtype) -> None:
+    class Counting(FalconLinear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls.append(x.shape)
+            return super().forward(x)
+
+    base = nn.Sequential(FalconLinear(8, 8), Counting(8, 8, bias=False)).to(dtype)
+    base[1].calls = []
+    model, x = LoRAModel(base, LoRAConfig(r=2)), torch.randn(3, 8, dtype=dtype)
+    stir(model)
+    expected = model(x)
+    state = torch.random.get_rng_state()
+    model.merge()
+    assert len(base[1].calls) == 1  # trying the class leaves the layer and the random state alone
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.testing.assert_close(model(x), expected, **({} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}))
+
+
+def test_a_forward_that_computes_something_else_is_not_merged() -> None:
+    class Noisy(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+    class Remembering(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.W, self.bias)
+
+    class Clamped(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.clamp(-5, 5))
+
+    class TwoInputs(nn.Linear):
+        def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + z
+
+    for cls in (Noisy, Remembering, Clamped, TwoInputs):
+        layer = cls(8, 8)
+        layer.__dict__["W"] = layer.weight.detach().clone()
+        model = LoRAModel(nn.Sequential(layer), LoRAConfig(r=2))
+        with pytest.raises(MergeError, match=f"{cls.__name__} overrides forward"):
+            model.merge()
 
 
 def test_a_class_that_hides_what_it_computes_is_not_merged() -> None:
