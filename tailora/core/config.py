@@ -142,7 +142,8 @@ class LoRAConfig(StrictModel):
     modules_to_save: modules that are trained in full and saved with the adapter. None with "all-linear": the heads
         that transformers adds to a base model for classification and question answering (classifier, score, ...).
     trainable_token_indices: token ids whose embeddings are trained, such as those of new tokens: name of the
-        embedding -> ids, or ids of the input embedding. An output head that is tied to it follows.
+        embedding -> ids, or ids of the input embedding. An output head that is tied to it follows. The embedding
+        itself gives the row of its padding token no gradient, as in torch and PEFT.
     bias: biases of the base model to train, in copies that belong to the adapter: "none", those of the adapted layers
         ("lora_only"), or those of all layers ("all").
     lora_bias: adds a trained bias to the update.

@@ -66,6 +66,8 @@ class TokenRows(nn.Module):
 
     trainable_tokens_delta: Parameter (n, dim), the rows themselves, in the order of the indices; the name is PEFT's.
     strength: run-time dial, 1 unless set.
+    padding: position of the padding token among the indices, or None. As in torch and PEFT, the embedding gives its row
+        no gradient; a head that is tied to the embedding does.
     """
 
     indices: Tensor
@@ -80,12 +82,14 @@ class TokenRows(nn.Module):
         self.register_buffer("indices", ids, persistent=False)  # (n,)
         self.register_buffer("strength", torch.ones((), device=weight.device, dtype=dtype), persistent=False)
         self.trainable_tokens_delta = nn.Parameter(weight[ids].to(dtype))
+        padding = getattr(layer, "padding_idx", None)
+        self.padding = indices.index(padding) if padding is not None and padding in indices else None
 
     def add_to(self, y: Tensor, output: Tensor, ids: Tensor, layer: nn.Module) -> Tensor:
         """y, output (..., dim): of the embedding for ids (...)."""
         trained_ids = self.indices[self.order]
         position = torch.searchsorted(trained_ids, ids.long()).clamp(max=len(trained_ids) - 1)
-        vectors = F.embedding(self.order[position], self.trainable_tokens_delta)
+        vectors = F.embedding(self.order[position], self.trainable_tokens_delta, self.padding)
         scale = getattr(layer, "embed_scale", None)
         vectors = vectors if scale is None else vectors * scale
         change = (vectors - output) * self.strength

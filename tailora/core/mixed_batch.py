@@ -1,7 +1,8 @@
 """A different adapter for every row of a batch: what `LoRAModel.adapter_rows` attaches to the layers for its block.
 
     BatchRows         which adapter each batch row has; shared by all layers
-    BatchRowsLayer    replaces the adapter of a layer; every batch row gets its own adapter's update
+    BatchRowsParts    replaces the parts of all adapters in a layer: adds one after another, each on its rows
+    BatchRowsLayer    the same for low-rank updates, where it can be in one product
     BatchRowsModule   the same for modules that are trained in full
 
 Most layer types multiply the rows by their factors in one batched product (`LayerType.batch_update`), in blocks of
@@ -15,19 +16,21 @@ Shapes: n batch rows, k adapters of ranks up to R followed by a zero update, m b
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from tailora.core.adapter import Adapter
+from tailora.core.attach import evaluating
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import EMBEDDING
+from tailora.core.layer_types import EMBEDDING, layer_type_of
 from tailora.errors import AdapterError, RowsError
 
 # ---- Which adapter each batch row has
@@ -119,18 +122,18 @@ def batch_row_parts(
     """Returns what to attach to every layer while the batch rows have these adapters, by path.
 
     layer_paths: path of a part of an adapter -> path of its layer. Raises RowsError for layers that do not see the
-    batch rows, and for trained biases and token rows.
+    batch rows.
     """
-    used = {name: adapters[name] for name in dict.fromkeys(batch.names) if name is not None}
-    if extras := [f"{path} of {name}" for name, adapter in used.items() for path in adapter.extras]:
-        raise RowsError(f"trained biases and token rows cannot be chosen by row: {', '.join(extras[:5])}")
     low_rank: dict[str, dict[str, LoRALayer]] = {}  # path -> name of the adapter -> its part
     saved: dict[str, dict[str, nn.Module]] = {}
+    extras: dict[str, dict[str, nn.Module]] = {}
     for name, adapter in adapters.items():
         for path, layer in adapter.low_rank.items():
             low_rank.setdefault(path, {})[name] = layer
         for path, module in adapter.saved.items():
             saved.setdefault(path, {})[name] = module
+        for path, part in adapter.extras.items():
+            extras.setdefault(path, {})[name] = part
     shared = [path for path, parts in low_rank.items() if next(iter(parts.values())).layer_type.replaces_forward]
     if refused := [path for path in low_rank if path in shared or "experts" in path.split(".")]:
         raise RowsError(
@@ -142,6 +145,9 @@ def batch_row_parts(
     }
     for path, parts in low_rank.items():
         result[layer_paths[path]] = (*result.get(layer_paths[path], ()), BatchRowsLayer(path, parts, batch))
+    for path, extra_parts in extras.items():
+        min_ndim = 1 if layer_type_of(layers[path]) is EMBEDDING else 2
+        result[path] = (*result.get(path, ()), BatchRowsParts(path, extra_parts, batch, min_ndim))
     for parts_of_layer in result.values():
         if len(parts_of_layer) == 1 and isinstance(parts_of_layer[0], BatchRowsLayer):
             parts_of_layer[0].is_alone = True
@@ -263,33 +269,81 @@ class CachedFactors:
     version: int = 0  # of the batch, when the state was compared last
 
 
-class BatchRowsLayer:
-    """Replaces the adapter of a layer: every batch row has its own adapter."""
+class BatchRowsParts:
+    """Replaces the parts of all adapters in a layer: adds one after another, each on its rows.
 
-    def __init__(self, path: str, parts: Mapping[str, LoRALayer], batch: BatchRows) -> None:
+    This works for every part: updates of any layer type, trained biases, token rows and heads.
+    """
+
+    def __init__(self, path: str, parts: Mapping[str, Any], batch: BatchRows, min_ndim: int) -> None:
         self.path, self.batch, self.parts = path, batch, tuple(parts.values())
         used_names = [name for name in parts if name in batch.names]
         self.used = tuple(parts[name] for name in used_names)
         self.positions = batch.positions(used_names)
         self.lookup, self.lookup_used = batch.lookup(tuple(parts)), batch.lookup(used_names)
-        first = self.parts[0]
-        self.layer_type, self.output_slice = first.layer_type, first.output_slice
-        self.kernel_ndim = first.lora_A.ndim - 2
-        self.min_ndim = 1 if self.layer_type is EMBEDDING else 2 + self.kernel_ndim  # of an input with batch rows
-        one_shape = len({part.lora_A.shape[1:] for part in self.parts}) == 1  # not an A that reads all groups
-        self.is_batched = self.layer_type.has_batch_update and one_shape
-        self.is_alone = False  # True if no other part of the layer reads its output
-        self._cache: CachedFactors | None = None
+        self.min_ndim = min_ndim  # of an input with batch rows
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """Returns y + what the rows' adapters change of the layer's `output`, as `LoRALayer.add_to`."""
         repeats = self.batch.repeats_in(x, self.path, self.min_ndim)
         if torch.compiler.is_compiling():
             return self._add_in_graph(y, output, x, layer, repeats)
-        if not self.used:
+        return self._add_in_turn(y, output, x, layer, repeats) if self.used else y
+
+    def _add_in_turn(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, repeats: int) -> Tensor:
+        positions = torch.tensor(self._repeated_positions(repeats), device=x.device)
+        change = torch.zeros_like(output)
+        for position, part in enumerate(self.used):
+            if part.training != layer.training:
+                part.train(layer.training)
+            rows = (positions == position).nonzero().flatten()
+            outputs = output[rows]
+            change = change.index_add(0, rows, part.add_to(torch.zeros_like(outputs), outputs, x[rows], layer))
+        return y + change
+
+    def _add_in_graph(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, repeats: int) -> Tensor:
+        """Runs the same operations and shapes for any row names; with gradients, for any order of the same names."""
+        lookup, parts = (self.lookup_used, self.used) if torch.is_grad_enabled() else (self.lookup, self.parts)
+        if not parts:
             return y
-        if not self.is_batched:
-            return self._add_in_turn(y, output, x, layer, repeats)
+        which = self.batch.adapter_positions(lookup, repeats).to(x.device)
+        return y + self._change_in_graph(parts, which, output, x, layer)
+
+    def _change_in_graph(
+        self, parts: Sequence[Any], which: Tensor, output: Tensor, x: Tensor, layer: nn.Module
+    ) -> Tensor:
+        """Returns what the parts change. which: (n,) position of each row's part, len(parts) for none."""
+        zero = torch.zeros_like(output)
+        changes = [part.add_to(zero, output, x, layer) for part in parts]
+        shape = -1, *[1] * (output.ndim - 1)
+        return torch.stack([torch.where((which == i).view(shape), change, 0) for i, change in enumerate(changes)]).sum(
+            0
+        )
+
+    def _repeated_positions(self, repeats: int) -> list[int]:
+        return [position for position in self.positions for _ in range(repeats)]
+
+
+class BatchRowsLayer(BatchRowsParts):
+    """Replaces the low-rank updates of a layer: all in one product where the layer type has one."""
+
+    used: tuple[LoRALayer, ...]
+    parts: tuple[LoRALayer, ...]
+
+    def __init__(self, path: str, parts: Mapping[str, LoRALayer], batch: BatchRows) -> None:
+        first = next(iter(parts.values()))
+        self.layer_type, self.output_slice = first.layer_type, first.output_slice
+        self.kernel_ndim = first.lora_A.ndim - 2
+        super().__init__(path, parts, batch, 1 if self.layer_type is EMBEDDING else 2 + self.kernel_ndim)
+        one_shape = len({part.lora_A.shape[1:] for part in self.parts}) == 1  # not an A that reads all groups
+        self.is_batched = self.layer_type.has_batch_update and one_shape
+        self.is_alone = False  # True if no other part of the layer reads its output
+        self._cache: CachedFactors | None = None
+
+    def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        if torch.compiler.is_compiling() or not self.is_batched or not self.used:
+            return super().add_to(y, output, x, layer)
+        repeats = self.batch.repeats_in(x, self.path, self.min_ndim)
         factors = self._factors(x, layer, output.dtype, repeats)
         x = self._dropout(x.to(output.dtype), layer, repeats)
         blocks = factors.blocks
@@ -338,9 +392,6 @@ class BatchRowsLayer:
             self.batch.blocks[key] = make_blocks(positions, size, x.device)
         return self.batch.blocks[key]
 
-    def _repeated_positions(self, repeats: int) -> list[int]:
-        return [position for position in self.positions for _ in range(repeats)]
-
     def _make_factors(
         self, blocks: Blocks, x: Tensor, layer: nn.Module, dtype: torch.dtype, repeats: int
     ) -> CachedFactors:
@@ -372,30 +423,11 @@ class BatchRowsLayer:
             return F.dropout(x, rates[0])
         return _dropout_by_row(x, torch.tensor([*rates, 0.0])[self._repeated_positions(repeats)].to(x.device))
 
-    def _add_in_turn(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, repeats: int) -> Tensor:
-        """Adds one adapter after another, each on its rows, which works for every layer type."""
-        positions = torch.tensor(self._repeated_positions(repeats), device=x.device)
-        change = torch.zeros_like(output)
-        for position, part in enumerate(self.used):
-            if part.training != layer.training:
-                part.train(layer.training)
-            rows = (positions == position).nonzero().flatten()
-            outputs = output[rows]
-            change = change.index_add(0, rows, part.add_to(torch.zeros_like(outputs), outputs, x[rows], layer))
-        return y + change
-
-    def _add_in_graph(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, repeats: int) -> Tensor:
-        """Runs the same operations and shapes for any row names; with gradients, for any order of the same names."""
-        lookup, parts = (self.lookup_used, self.used) if torch.is_grad_enabled() else (self.lookup, self.parts)
-        if not parts:
-            return y
-        which = self.batch.adapter_positions(lookup, repeats).to(x.device)
+    def _change_in_graph(
+        self, parts: Sequence[LoRALayer], which: Tensor, output: Tensor, x: Tensor, layer: nn.Module
+    ) -> Tensor:
         if not self.is_batched:
-            zero = torch.zeros_like(output)
-            changes = [part.add_to(zero, output, x, layer) for part in parts]
-            shape = -1, *[1] * (output.ndim - 1)
-            masked = [torch.where((which == i).view(shape), change, 0) for i, change in enumerate(changes)]
-            return y + torch.stack(masked).sum(0)
+            return super()._change_in_graph(parts, which, output, x, layer)
         terms = [layer_terms(part, layer, output.dtype) for part in parts]
         A, B = stacked_factors(terms, parts[0].groups)
         x, rates = x.to(output.dtype), [part.lora_dropout for part in parts]
@@ -403,7 +435,7 @@ class BatchRowsLayer:
             x = _dropout_by_row(x, torch.tensor([*rates, 0.0], device=x.device)[which])
         update = self.layer_type.batch_update(layer, x, A.index_select(0, which), B.mT.index_select(0, which).mT)
         rescaling = stacked_vectors([term.rescaling for term in terms], which)
-        return y + self._change(update, output, rescaling, stacked_vectors([term.shift for term in terms], which))
+        return self._change(update, output, rescaling, stacked_vectors([term.shift for term in terms], which))
 
 
 def _dropout_by_row(x: Tensor, rates: Tensor) -> Tensor:
@@ -437,28 +469,90 @@ class BatchRowsModule(nn.Module):
         self.path, self.batch, self.copies = path, batch, nn.ModuleList(copies.values())
         self.positions, self.lookup = batch.positions(tuple(copies)), batch.lookup(tuple(copies))
         self._layer = (layer,)  # a reference, not a registration
+        self._dims: dict[tuple[int, ...], list[int]] = {}  # what `_batch_dims` found, by the inputs' dimensions
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """A tensor whose first dimension is the batch rows is split by row; other arguments go to every copy unchanged.
 
-        All tensors of the output have the batch rows as their first dimension.
+        Each tensor of the output has the batch rows in the dimension that `_batch_dims` finds. Raises RowsError for
+        a module that takes or returns them in another way.
         """
         first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        self._check_class(args, kwargs)
         repeats = self.batch.repeats_in(first, self.path, 1)
         n = self.batch.n * repeats
+        positions = torch.tensor([position for position in self.positions for _ in range(repeats)])
         if torch.compiler.is_compiling():
             which = self.batch.adapter_positions(self.lookup, repeats)
             outputs = [self._run(position, args, kwargs) for position in range(len(self.copies) + 1)]
-            return tree_map(lambda *tensors: torch.stack(tensors)[which, torch.arange(n)], *outputs)
-        positions = torch.tensor([position for position in self.positions for _ in range(repeats)])
-        outputs, order = [], []
-        for position in sorted(set(positions.tolist())):
-            rows = (positions == position).nonzero().flatten()
-            own_args, own_kwargs = tree_map(lambda value: _rows_of(value, n, rows), (args, kwargs))  # noqa: B023
-            outputs.append(self._run(position, own_args, own_kwargs))
-            order.append(rows)
-        back = torch.cat(order).argsort()
-        return tree_map(lambda *tensors: torch.cat(tensors).index_select(0, back.to(tensors[0].device)), *outputs)
+            index = which, torch.arange(n)
+            return self._joined(
+                lambda dim, tensors: torch.stack(tensors).movedim(dim + 1, 1)[index].movedim(0, dim),
+                self._batch_dims(args, kwargs, n) if n > 1 else None,
+                outputs,
+            )
+        used = sorted(set(self.positions))
+        if len(used) == 1:
+            return self._run(used[0], args, kwargs)
+        dims = self._batch_dims(args, kwargs, n)
+        rows = [(positions == position).nonzero().flatten() for position in used]
+        back = torch.cat(rows).argsort()
+        outputs = [
+            self._run(position, *tree_map(lambda value: _rows_of(value, n, own_rows), (args, kwargs)))  # noqa: B023
+            for position, own_rows in zip(used, rows, strict=True)
+        ]
+        return self._joined(
+            lambda dim, tensors: torch.cat(tensors, dim).index_select(dim, back.to(tensors[0].device)), dims, outputs
+        )
+
+    def _check_class(self, args: Any, kwargs: Any) -> None:
+        (layer,) = self._layer
+        if getattr(layer, "batch_first", True) is False:
+            raise RowsError(f"{self.path} has batch_first=False, and adapter_rows needs the rows first")
+        if isinstance(layer, nn.RNNBase) and len(args) + len(kwargs) > 1:
+            raise RowsError(f"{self.path} is given a hidden state, whose rows are not first; no adapter by row")
+
+    def _batch_dims(self, args: Any, kwargs: Any, n: int) -> list[int]:
+        """Returns the dimension of each tensor of the output that holds the batch rows.
+
+        It is the one that grows from 1 to 2 when a copy runs on one row and on two. Raises RowsError without one.
+        """
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        key = tuple(leaf.ndim for leaf in leaves)
+        if key in self._dims and not torch.compiler.is_compiling():
+            return self._dims[key]
+        copy = self.copies[0]
+        shapes = []
+        with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else evaluating(copy):
+            for count in (1, 2):
+                rows = torch.arange(count, device=leaves[0].device)
+                own_args, own_kwargs = tree_map(lambda value: _rows_of(value, n, rows), (args, kwargs))  # noqa: B023
+                output = tree_leaves(copy(*own_args, **own_kwargs))
+                if other := [type(leaf).__name__ for leaf in output if not isinstance(leaf, Tensor | None)]:
+                    raise RowsError(f"{self.path} returns a {other[0]}, which is not split by row")
+                shapes.append([tuple(leaf.shape) for leaf in output if leaf is not None])
+        dims = []
+        for shape, shape_of_2 in zip(*shapes, strict=True):
+            sizes = list(zip(shape, shape_of_2, strict=False))
+            grown = [dim for dim, pair in enumerate(sizes) if pair != (pair[0], pair[0])]
+            if len(shape) != len(shape_of_2) or [sizes[dim] for dim in grown] != [(1, 2)]:
+                raise RowsError(
+                    f"{self.path} returns {shape} for one row and {shape_of_2} for two, not a dimension of rows"
+                )
+            dims.append(grown[0])
+        if not torch.compiler.is_compiling():
+            self._dims[key] = dims
+        return dims
+
+    @staticmethod
+    def _joined(join: Callable[[int, list[Tensor]], Tensor], dims: list[int] | None, outputs: list[Any]) -> Any:
+        """Returns the outputs of the copies as one. dims: of the tensors in an output; None for the first of each."""
+        leaves = [tree_leaves(output) for output in outputs]
+        order = iter(dims) if dims is not None else repeat(0)
+        joined = [
+            None if tensors[0] is None else join(next(order), list(tensors)) for tensors in zip(*leaves, strict=True)
+        ]
+        return tree_unflatten(joined, tree_flatten(outputs[0])[1])
 
     def _run(self, position: int, args: Any, kwargs: Any) -> Any:
         """Calls the copy at this position, or after the last copy the base's module, in the base's own precision."""

@@ -442,12 +442,10 @@ def _token_targets(model: Any, modules: Modules, config: LoRAConfig) -> tuple[di
                 continue
             if reason := obstacle(module):
                 problems.append(f"{at}: {reason}")
-            size, padding = cast(nn.Embedding, module).num_embeddings, module.padding_idx
+            size = cast(nn.Embedding, module).num_embeddings
             if outside := [index for index in indices if not 0 <= index < size]:
                 existing = f"there are 0..{size - 1} (resize_token_embeddings comes before the adapter)"
                 problems.append(f"{at}: no rows {outside[:5]}; {existing}")
-            if padding in indices:
-                problems.append(f"{at}: {padding} is the padding token, which the model does not learn")
     return ({}, problems) if problems else (tokens, [])
 
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -435,6 +436,101 @@ def test_rows_have_their_own_copies_of_modules_trained_whole() -> None:
     weights = [model.adapter(name).saved["2"].weight.grad for name in "ab"]
     assert all(gradient.abs().sum() > 0 for gradient in weights)
     assert torch.equal(model(x), model(x))
+
+
+class Recurrent(nn.Module):
+    """Takes (n, steps, 8). `kind` says what the module `inner` returns, and how its rows lie."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first = kind, nn.Linear(8, 8)
+        self.inner: nn.Module = nn.GRU(8, 8, num_layers=2, batch_first=kind != "time first")
+        if kind not in ("gru", "time first", "state"):
+            self.inner = Outputs(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.kind == "time first":
+            return self.inner(x.transpose(0, 1))[0].transpose(0, 1)
+        if self.kind == "state":
+            return self.inner(x, x.new_ones(2, len(x), 8))[0]
+        output = self.inner(x)
+        if self.kind == "gru":
+            y, h = output  # (n, steps, 8), (layers, n, 8)
+            return y + h.sum(0)[:, None]
+        return output["y"] + output["z"][1] if isinstance(output, dict) else output
+
+
+class Outputs(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.linear = kind, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x)
+        if self.kind == "dict":
+            return {"y": y, "nothing": None, "z": (y[:, 0].T, 2 * y)}
+        if self.kind == "dataclass":
+            return Output(y)
+        if self.kind == "mean":
+            return y.mean(0)
+        return y.flatten(0, 1) if self.kind == "flat" else y
+
+
+@dataclass
+class Output:
+    y: Tensor
+
+
+def recurrent(kind: str) -> LoRAModel:
+    torch.manual_seed(0)
+    config = LoRAConfig(r=2, target_modules=["first"], modules_to_save=["inner"])
+    model = LoRAModel(Recurrent(kind), config, "a")
+    model.add_adapter("b", config)
+    for seed, name in enumerate("ba"):
+        model.set_adapter(name)
+        stir(model, seed)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gru", "dict", "linear"])
+@pytest.mark.parametrize(
+    "names", [["a", "b"], ["a", None], ["b", "a", "b"], ["a", "b", None, "a"], ["b", "b"]], ids=str
+)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_outputs_of_modules_trained_whole_are_joined_along_their_rows(
+    kind: str, names: list[str | None], steps: int
+) -> None:
+    model, x = recurrent(kind), torch.randn(len(names), steps, 8)
+    for module in (model.eval(), model.train()):
+        expected = one_by_one(module, x, names)
+        with module.adapter_rows(names):
+            torch.testing.assert_close(module(x), expected)
+            torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("time first", "batch_first=False"),
+        ("state", "hidden state, whose rows are not first"),
+        ("dataclass", "inner returns a Output, which is not split by row"),
+        ("mean", r"inner returns \(3, 8\) for one row and \(3, 8\) for two"),
+        ("flat", r"inner returns \(3, 8\) for one row and \(6, 8\) for two"),
+    ],
+)
+def test_modules_trained_whole_that_do_not_keep_the_rows_apart_are_refused(kind: str, message: str) -> None:
+    model, x = recurrent(kind), torch.randn(3, 3, 8)
+    with pytest.raises(RowsError, match=message), model.adapter_rows(["a", None, "b"]):
+        model(x)
+
+
+def test_other_dimensions_of_rows_compile() -> None:
+    torch._dynamo.reset()
+    model, x, names = recurrent("dict"), torch.randn(3, 3, 8), ["a", None, "b"]
+    with model.eval().adapter_rows(names):
+        expected = model(x)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
 
 
 # ---- what is refused

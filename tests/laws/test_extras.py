@@ -12,12 +12,13 @@ import pytest
 import torch
 from cases import stir
 from safetensors.torch import load_file
+from tiny import chat_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.attach import Swapped
-from tailora.errors import AdapterError, FormatError, MergeError, RowsError, TargetError
+from tailora.errors import AdapterError, FormatError, MergeError, TargetError
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
@@ -222,7 +223,7 @@ def test_an_embedding_of_a_grown_vocabulary_is_trained_whole(names: list[str], t
         torch.testing.assert_close(logits(model, ids()), expected)
         base: Any = model.base_model
         assert (base.lm_head.weight is base.model.embed_tokens.weight) == tied
-    with pytest.raises(FormatError, match=r"misshapen model.embed_tokens.weight"):
+    with pytest.raises(FormatError, match="vocabulary of 24 tokens"):
         LoRAModel.from_pretrained(llama(tied, 20), tmp_path)
 
 
@@ -279,6 +280,28 @@ def test_adapters_with_biases_add_up(settings: Settings) -> None:
 
 
 @cases
+def test_every_row_of_a_batch_has_the_extras_of_its_adapter(base: Base, batch: Batch, settings: Settings) -> None:
+    model, x = adapted(base, settings), batch()
+    stir(model)
+    model.add_adapter("plain", LoRAConfig(r=1, target_modules=targets(model.base_model)))
+    model.add_adapter("other", model.adapters["default"])
+    model.set_adapter("other")
+    stir(model, seed=5)
+    model.eval()
+    names = [["default", None, "other", "plain"][i % 4] for i in range(len(x))]
+    expected = []
+    for i, name in enumerate(names):
+        model.set_adapter(name)
+        expected.append(logits(model, x)[i])
+    model.set_adapter(None)
+    with model.adapter_rows(names):
+        torch.testing.assert_close(logits(model, x), torch.stack(expected), **TOLERANCE)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda ids: logits(model, ids), backend="eager")
+        torch.testing.assert_close(compiled(x), torch.stack(expected), **TOLERANCE)
+
+
+@cases
 def test_extras_are_copied_by_shrink_and_refused_by_combine(base: Base, batch: Batch, settings: Settings) -> None:
     model, x = adapted(base, settings), batch()
     stir(model)
@@ -289,10 +312,35 @@ def test_extras_are_copied_by_shrink_and_refused_by_combine(base: Base, batch: B
     model.add_adapter("plain", LoRAConfig(r=1, target_modules=targets(model.base_model)))
     with pytest.raises(AdapterError, match="it trains"):
         model.combine({"default": 1, "plain": 1}, "sum", "svd")
-    with pytest.raises(RowsError, match="cannot be chosen by row"), model.adapter_rows(["default", None]):
-        pass
     with model.adapter_rows(["plain", None][: len(x)] + [None] * (len(x) - 2)):
         torch.testing.assert_close(logits(model, x), logits(base(), x))  # a fresh one; no row has the others
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_padding_row_gets_the_gradient_that_peft_gives_it(tied: bool) -> None:
+    def base() -> nn.Module:
+        return chat_model(num_hidden_layers=1, pad_token_id=0, tie_word_embeddings=tied)
+
+    ids = torch.tensor([[0, 5, 7, 0]])
+    config = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [5, 0]}
+    ours, theirs = LoRAModel(base(), LoRAConfig(**config)), peft.get_peft_model(base(), peft.LoraConfig(**config))
+    for model in (ours, theirs):
+        model(input_ids=ids, labels=ids).loss.backward()
+    (expected,) = (p.grad for name, p in theirs.named_parameters() if name.endswith("tokens_delta.default"))
+    found = ours.adapter().extras["model.embed_tokens"].trainable_tokens_delta.grad
+    torch.testing.assert_close(found, expected)
+    assert (found[1].abs().sum() > 0) == tied
+
+
+def test_adapters_of_a_batch_train_rows_of_their_own_tokens() -> None:
+    base = chat_model(num_hidden_layers=1, tie_word_embeddings=True)
+    model = LoRAModel(base, LoRAConfig(r=2, trainable_token_indices=[5, 9]), "a")
+    model.add_adapter("b", LoRAConfig(r=2, trainable_token_indices=[7, 5, 11]))
+    ids = torch.tensor([[5, 7, 9], [5, 7, 9], [5, 11, 9]])
+    with model.adapter_rows(["a", None, "b"]):
+        model(input_ids=ids, labels=ids).loss.backward()
+    by_adapter = [model.adapter(name).extras["model.embed_tokens"].trainable_tokens_delta for name in "ab"]
+    assert all((rows.grad.abs().sum(-1) > 0).all() for rows in by_adapter)  # the head is tied, so all rows
 
 
 def test_rows_of_a_gemma_embedding_are_scaled_as_the_others() -> None:
