@@ -6,7 +6,7 @@ from collections.abc import Collection
 from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from tailora.errors import ConfigError, listing, nearest
 
@@ -131,7 +131,10 @@ class LoRAConfig(StrictModel):
     target_modules: layers to adapt: names (exact, or the end of a path after a dot), one regular expression that must
         match the whole path, or "all-linear" (every linear layer but the output head).
     exclude_modules: layers to leave out of the targets, in the same forms.
-    layers_to_transform: adapt only layers with these indices (the first number in the path).
+    layers_to_transform: adapt only layers with these indices, as in PEFT: the first number in the path that follows two
+        names or more. Layers that `target_modules` names by their whole path are adapted in any case.
+    layers_pattern: name of the list of layers that `layers_to_transform` counts, or several: "blocks" for 3 in
+        `blocks.3.experts.2.proj`, where the rule above gives 2.
     rank_pattern, alpha_pattern: regular expression -> value; matches like `(.*\\.)?KEY$`, the first match wins.
     target_parameters: parameters that a module uses without a layer, such as the stacked weights of experts
         (`["experts.gate_up_proj", "experts.down_proj"]`): names, exact or the end of a path after a dot. The weight of
@@ -139,8 +142,9 @@ class LoRAConfig(StrictModel):
     fused_parts: pattern -> sizes of the parts of a fused layer in the order of its output rows, repeated until all
         rows are used: `{"to_qkv": {"q": 64, "k": 64, "v": 64}}`. A part is a target: `target_modules=["to_qkv.q"]`.
         The parts of the classes in `core.fused_layers.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...) are known.
-    modules_to_save: modules that are trained in full and saved with the adapter. None with "all-linear": the heads
-        that transformers adds to a base model for classification and question answering (classifier, score, ...).
+    modules_to_save: modules that are trained in full and saved with the adapter: the ends of their paths, as in PEFT.
+        None with "all-linear": the heads that transformers adds to a base model for classification and question
+        answering (classifier, score, ...).
     trainable_token_indices: token ids whose embeddings are trained, such as those of new tokens: name of the
         embedding -> ids, or ids of the input embedding. An output head that is tied to it follows. The embedding
         itself gives the row of its padding token no gradient, as in torch and PEFT.
@@ -163,6 +167,7 @@ class LoRAConfig(StrictModel):
     target_modules: list[str] | str = "all-linear"
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     target_parameters: list[str] | None = None
@@ -183,10 +188,18 @@ class LoRAConfig(StrictModel):
     def _value_of_enum(cls, value: Any) -> Any:
         return value.value if isinstance(value, Enum) else value
 
-    @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "fused_parts")
+    @property
+    def layers_patterns(self) -> list[str]:
+        """`layers_pattern` as a list; [] means any."""
+        return [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+
+    @field_validator(
+        "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "fused_parts", "layers_pattern"
+    )
     @classmethod
-    def _check_regular_expressions(cls, value: Any) -> Any:
-        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:
+    def _check_regular_expressions(cls, value: Any, info: ValidationInfo) -> Any:
+        holds_patterns = isinstance(value, dict) or (info.field_name == "layers_pattern" and value is not None)
+        for pattern in [value] if isinstance(value, str) else value if holds_patterns else []:
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -210,6 +223,8 @@ class LoRAConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        if self.layers_patterns and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says which numbers layers_to_transform means; give both")
         if self.use_dora and self.lora_bias:
             raise ValueError(
                 "lora_bias with use_dora: no tool reads an adapter with both; bias='lora_only' trains biases"

@@ -65,7 +65,8 @@ class LoRALayer(nn.Module):
     bias: Parameter (out,), replaces the layer's bias (`add_trained_bias`).
 
     lora_alpha=None means 2 r, the ratio of `LoRAConfig`'s defaults.
-    Raises ConfigError for a rank outside 1..min(in, out).
+    Raises ConfigError for a rank outside 1..min(in, out). For factors that exist (init_lora_weights=None) it may be
+    higher, since PEFT allows it.
     """
 
     lora_A: nn.Parameter
@@ -99,7 +100,7 @@ class LoRALayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= rank <= min(in_features, out_features):
+        if rank < 1 or (init_lora_weights is not None and rank > min(in_features, out_features)):
             raise ConfigError(
                 f"rank = {rank} on a layer of {in_features} -> {out_features}; take 1..{min(in_features, out_features)}"
             )

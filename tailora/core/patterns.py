@@ -24,13 +24,21 @@ def matches(selector: Selector, path: str) -> bool:
     whole path.
     """
     if isinstance(selector, str):
-        return full_match(selector, path)
+        return full_match(selector, path) is not None
     return any(end in selector for end in ends_of(path))
 
 
 def named(name: str, path: str) -> bool:
     """True if the path is `name`, or ends with it after a dot."""
     return path == name or path.endswith(f".{name}")
+
+
+def ends_with(name: str, path: str) -> bool:
+    """True if the path ends with the name, which may be a part of its last name: `head` in `lm_head`.
+
+    This is PEFT's rule for modules_to_save and trainable_token_indices.
+    """
+    return bool(name) and path.endswith(name)
 
 
 def inside(path: str, parent: str) -> bool:
@@ -51,23 +59,25 @@ def ends_of(path: str) -> Iterator[str]:
         yield path
 
 
-def full_match(pattern: str, path: str) -> bool:
-    """True if the regular expression matches the whole path.
+def full_match(pattern: str, path: str) -> "regex.Match[str] | None":
+    """Returns the match if the regular expression matches the whole path.
 
     Raises PatternError after MATCH_SECONDS: an adapter's file may bring a pattern whose time doubles with every letter.
     """
     try:
-        return regex.fullmatch(pattern, path, timeout=MATCH_SECONDS) is not None
+        return regex.fullmatch(pattern, path, timeout=MATCH_SECONDS)
     except TimeoutError:
         raise PatternError(
             f"the regular expression {pattern!r} takes more than {MATCH_SECONDS} s to match {path!r}; "
             "repeat no group that can match in several ways, or list the names"
         ) from None
+    except regex.error as error:  # re takes some that regex does not
+        raise PatternError(f"the regular expression {pattern!r} cannot be used: {error}") from None
 
 
 def pattern_matches(pattern: str, path: str) -> bool:
     """True if the pattern of rank_pattern or alpha_pattern matches the path, or its end after a dot (PEFT's rule)."""
-    return full_match(rf"(.*\.)?({pattern})$", path)
+    return full_match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def by_pattern(paths: str | Iterable[str], patterns: Mapping[str, T], default: T) -> T:
@@ -80,6 +90,18 @@ def by_pattern(paths: str | Iterable[str], patterns: Mapping[str, T], default: T
 def layer_index(path: str) -> int | None:
     """Returns the first number in the path: `model.layers.3.mlp.experts.5` is in layer 3."""
     return next((int(part) for part in path.split(".") if part.isdecimal()), None)
+
+
+def transformed_layer(path: str, layers_patterns: Collection[str]) -> int | None:
+    """Returns the number that `layers_to_transform` is compared with (PEFT's rule); None if the path has none.
+
+    It is the first number that follows two names or more: 3 in `model.layers.3.mlp`, but 2 in `blocks.3.experts.2.fc`.
+    With `layers_pattern` it follows one of these names: `blocks` gives 3 in the second path.
+    """
+    for pattern in [rf"(?:^|.*?\.){name}" for name in layers_patterns] or [r".*?\.[^.]*"]:
+        if (match := full_match(rf"{pattern}\.(?P<layer>\d+)\..*", path)) is not None:
+            return int(match["layer"])
+    return None
 
 
 # ---- The shortest settings for given paths and values

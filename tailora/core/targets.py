@@ -315,13 +315,28 @@ def selected_candidates(model: nn.Module, modules: Modules, config: LoRAConfig) 
             selected.append(candidate)
     if config.exclude_modules is not None:
         selected = list(_without(config.exclude_modules, selected, candidates))
+    selected = [
+        candidate for candidate in selected if not any(patterns.inside(candidate.layer_path, path) for path in saved)
+    ]
     indices = layer_indices(config)
-    return {
-        candidate.path: candidate
-        for candidate in selected
-        if indices is None or patterns.layer_index(candidate.path) in indices
-        if not any(patterns.inside(candidate.layer_path, path) for path in saved)
-    }
+    if indices is not None:
+        numbers = _layer_numbers([candidate.path for candidate in selected], config)
+        in_full = config.target_modules if isinstance(config.target_modules, list) else []
+        selected = [
+            candidate for candidate in selected if numbers[candidate.path] in indices or candidate.path in in_full
+        ]
+    return {candidate.path: candidate for candidate in selected}
+
+
+def _layer_numbers(paths: Iterable[str], config: LoRAConfig) -> dict[str, int | None]:
+    """Path -> the number that `layers_to_transform` means.
+
+    Where PEFT knows no number of a layer at all, as in `layers.3.mlp`, this is the first number.
+    """
+    numbers = {path: patterns.transformed_layer(path, config.layers_patterns) for path in paths}
+    if config.layers_patterns or any(number is not None for number in numbers.values()):
+        return numbers
+    return {path: patterns.layer_index(path) for path in numbers}
 
 
 def _selects(selector: patterns.Selector, candidate: TargetCandidate) -> bool:
@@ -373,7 +388,9 @@ def saved_modules(modules: Modules, config: LoRAConfig) -> dict[str, nn.Module]:
     """Returns what `modules_to_save` names, by path."""
     names = config.modules_to_save or []
     return {
-        path: module for path, module in modules.items() if path and any(patterns.named(name, path) for name in names)
+        path: module
+        for path, module in modules.items()
+        if path and any(patterns.ends_with(name, path) for name in names)
     }
 
 
@@ -430,11 +447,16 @@ def _token_targets(model: Any, modules: Modules, config: LoRAConfig) -> tuple[di
     tokens: dict[str, list[int]] = {}
     problems = []
     for name, indices in by_name.items():
-        paths = [path for path in modules if patterns.named(name, path)]
+        paths = [path for path in modules if patterns.ends_with(name, path)]
         if not paths:
             embeddings = [path for path, module in modules.items() if layer_type_of(module) is EMBEDDING]
             problems.append(f"trainable_token_indices: {name!r} matches no module{nearest(name, embeddings)}")
         for path in paths:
+            if any(
+                modules[path]._parameters.get("weight") is modules[embedding].weight and rows == indices
+                for embedding, rows in tokens.items()
+            ):
+                continue  # a head that is tied to an embedding with the same rows follows it
             tokens[path], module = indices, modules[path]
             at = f"trainable_token_indices: {path}"
             if layer_type_of(module) is not EMBEDDING:
@@ -490,9 +512,9 @@ def _unmatched_settings(
     paths = [path for path in modules if path]
     for name in config.modules_to_save or []:
         problems += (
-            [] if any(patterns.named(name, path) for path in paths) else [_no_layer("modules_to_save", name, paths)]
+            [] if any(patterns.ends_with(name, path) for path in paths) else [_no_layer("modules_to_save", name, paths)]
         )
-    indices = {index for path in candidates if (index := patterns.layer_index(path)) is not None}
+    indices = {index for index in _layer_numbers(candidates, config).values() if index is not None}
     if missing := sorted((layer_indices(config) or set()) - indices):
         existing = f"{min(indices)}..{max(indices)}" if indices else "none"
         problems.append(f"layers_to_transform={missing}: no layer has this index; there are: {existing}")

@@ -5,6 +5,7 @@ restore             StoredAdapter + base model -> Adapter: find the layers that 
                     tensors by layer, fill them in, check the base
 """
 
+import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -110,6 +111,8 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
     # Which layers the settings name
     paths_in_file = _paths_with_factors(stored, modules)
     config, file_config = stored_configs(stored, paths_in_file)
+    if (stored.settings or {}).get("ensure_weight_tying"):
+        config = file_config = _with_tied_modules(file_config, base_model, modules, stored)
     targets = _targets(base_model, modules, config)
     empty = _empty_layers(targets, config)
     wrappers = peft_layers(base_model, empty)
@@ -200,6 +203,28 @@ def _check_same_settings(stored: peft.StoredAdapter, saved: LoRAConfig, in_file:
 def _targets(base_model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, Target]:
     candidates = selected_candidates(base_model, modules, config)
     return {path: target_of(candidate, config) for path, candidate in candidates.items()}
+
+
+def _with_tied_modules(
+    config: LoRAConfig, base_model: nn.Module, modules: Modules, stored: peft.StoredAdapter
+) -> LoRAConfig:
+    """Returns the config with all of a group of tied layers in modules_to_save if one is (`ensure_weight_tying`).
+
+    Their copies share the weight. Factors of tied layers are apart here: this warns that training them parts them.
+    """
+    _, embedding = input_embedding(base_model) or ("", None)
+    if embedding is None:
+        return config
+    tied = [path for path, module in modules.items() if module._parameters.get("weight") is embedding.weight]
+    if len({path for path, slot in map(peft.path_and_slot, stored.tensors) if slot and path in tied}) > 1:
+        warnings.warn(
+            f"{stored.folder}: ensure_weight_tying: the outputs are the same here, but training this adapter further "
+            f"parts the factors of {' and '.join(tied)}",
+            stacklevel=2,
+        )
+    if not saved_modules(modules, config).keys() & set(tied):
+        return config
+    return config.replaced(modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *tied])))
 
 
 def _empty_layers(targets: Mapping[str, Target], config: LoRAConfig) -> dict[str, LoRALayer]:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -16,20 +17,32 @@ from tailora.errors import FormatError, listing
 from tailora.formats.metadata import CONFIG_ERRORS
 from tailora.formats.peft_paths import PeftLayer
 
-# Settings that change what the tensors mean and are not supported: key -> values that have no effect.
-UNSUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None, []),
-    "use_qalora": (False, None),
-    "megatron_config": (None,),
-    "layer_replication": (None, []),
-    "arrow_config": (None,),
-    "velora_config": (None,),
+# Settings that change what the tensors mean, or how they are trained, and are not supported unless they are OFF.
+UNSUPPORTED_SETTINGS = (
+    *("alora_invocation_tokens", "use_qalora", "megatron_config", "layer_replication", "arrow_config"),
+    *("velora_config", "use_bdlora", "monteclora_config", "kasa_config"),
+)
+OFF: tuple[Any, ...] = (None, False, [], {}, "")
+# Settings that change nothing in an adapter whose tensors exist -> why.
+SETTINGS_WITHOUT_EFFECT = {
+    **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config"), "of the init"),
+    **dict.fromkeys(("inference_mode", "runtime_config"), "how PEFT runs it"),
+    **dict.fromkeys(("auto_mapping", "revision"), "where the base model is from"),
+    "fan_in_fan_out": "the layer's class says how its weight is stored",
+    "megatron_core": "without megatron_config",
+    "qalora_group_size": "without use_qalora",
 }
 OTHER_SETTINGS = (  # in the order of the file
     *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "bias"),
     *("use_rslora", "use_dora", "lora_bias"),
 )
 SHARED_SETTINGS = ("r", "lora_alpha", "lora_dropout", *OTHER_SETTINGS)  # of the same name and meaning in LoRAConfig
+SETTINGS_TAKEN = (
+    *SHARED_SETTINGS,
+    *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "init_lora_weights", "ensure_weight_tying"),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+)
+INITS_WITHOUT_EFFECT = ("true", "false", "none", "gaussian", "eva", "orthogonal")  # the tensors exist
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 DOUBLES_OUT_PROJ = Version("0.21.2")
 TASK_TYPES = {
@@ -132,29 +145,47 @@ def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path
     paths: the modules that have tensors; they are the targets if the settings name none.
     Raises FormatError with every setting that would make the adapter compute something else here.
     """
-    init = str(settings.get("init_lora_weights"))
+    init = str(settings.get("init_lora_weights")).lower()
     problems = [
         f"{key} = {settings[key]!r} is not supported; merge the adapter with the tool that wrote it"
-        for key, neutral in UNSUPPORTED_SETTINGS.items()
-        if settings.get(key) not in neutral
+        for key in UNSUPPORTED_SETTINGS
+        if settings.get(key) not in OFF
     ]
     if settings.get("peft_type") != "LORA":
         problems.append(f"peft_type = {settings.get('peft_type')!r}; this reads 'LORA'")
-    if init.lower().startswith(INITS_THAT_CHANGE_THE_BASE):
+    if init == "mica":
+        problems.append(
+            "init_lora_weights = 'mica' trains A alone, and here B would be trained, too. To use the adapter without "
+            "training it, set init_lora_weights to true in adapter_config.json: the outputs are the same"
+        )
+    elif init.startswith(INITS_THAT_CHANGE_THE_BASE):
         problems.append(
             f"init_lora_weights = {settings['init_lora_weights']!r} changed the base's weights, which the folder does "
             "not hold; convert it with PEFT (path_initial_model_for_weight_conversion)"
         )
+    elif init not in INITS_WITHOUT_EFFECT:
+        problems.append(
+            f"init_lora_weights = {settings['init_lora_weights']!r} is not known; merge the adapter with PEFT"
+        )
     if problems:
         raise FormatError(f"{source}: {listing(problems)}")
+    known = {*SETTINGS_TAKEN, *SETTINGS_WITHOUT_EFFECT, *UNSUPPORTED_SETTINGS}
+    if unknown := {key: value for key, value in settings.items() if key not in known and value not in OFF}:
+        shown = ", ".join(f"{key} = {value!r:.80}" for key, value in unknown.items())
+        warnings.warn(
+            f"{source}: adapter_config.json has settings that tailora does not know and leaves out: {shown}. Compare "
+            "the outputs with those of the tool that wrote it",
+            stacklevel=2,
+        )
     values = {key: settings[key] for key in SHARED_SETTINGS if settings.get(key) is not None}
     values["task_type"] = task if (task := settings.get("task_type")) in get_args(TaskType) else None
     values["init_lora_weights"] = "gaussian" if init == "gaussian" else "kaiming"  # the tensors exist: it has no effect
     values["target_parameters"] = settings.get("target_parameters") or None
     values["target_modules"] = settings.get("target_modules") or ([] if values["target_parameters"] else paths)
-    if not settings.get("layers_pattern"):  # with it PEFT counts other numbers; the tensors say which layers
-        values["layers_to_transform"] = settings.get("layers_to_transform")
-        values["exclude_modules"] = settings.get("exclude_modules") or None
+    indices = settings.get("layers_to_transform")
+    values["layers_to_transform"] = None if indices == [] else indices
+    values["layers_pattern"] = None if indices in (None, []) else settings.get("layers_pattern") or None
+    values["exclude_modules"] = settings.get("exclude_modules") or None
     try:
         return LoRAConfig(**values)
     except CONFIG_ERRORS as error:
@@ -172,7 +203,7 @@ def adds_out_proj_twice(settings: Mapping[str, Any]) -> bool:
 def check_patterns(config: LoRAConfig, source: Path) -> None:
     """Raises FormatError for nested counts such as {1000}, with which a short pattern would need gigabytes."""
     selectors = [selector for selector in (config.target_modules, config.exclude_modules) if isinstance(selector, str)]
-    for pattern in (*selectors, *config.rank_pattern, *config.alpha_pattern):
+    for pattern in (*selectors, *config.layers_patterns, *config.rank_pattern, *config.alpha_pattern):
         counts = [max(map(int, NUMBER.findall(braces)), default=1) for braces in BRACES.findall(pattern)]
         if math.prod(max(1, count) for count in counts) > MAX_REPETITIONS:
             raise FormatError(

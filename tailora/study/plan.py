@@ -390,7 +390,9 @@ def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
     get_head = getattr(base, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     excluded = set(selected_candidates(base, modules, config.replaced(exclude_modules=None)))
-    in_other_layers = set(selected_candidates(base, modules, config.replaced(layers_to_transform=None)))
+    in_other_layers = set(
+        selected_candidates(base, modules, config.replaced(layers_to_transform=None, layers_pattern=None))
+    )
     groups: dict[tuple[str, str, str], list[tuple[str, int]]] = defaultdict(list)
     seen: set[int] = set()
     for path, module in modules.items():

@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_scales_follow_patterns_and_modules_trained_whole_are_left_out(tmp_path: Path) -> None:
     patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 5}}
-    config = LoRAConfig(r=4, lora_alpha=8, use_rslora=True, modules_to_save=["norm"], **patterns)
+    config = LoRAConfig(r=4, lora_alpha=8, use_rslora=True, modules_to_save=["model.norm"], **patterns)
     model = LoRAModel(chat_model(), config)
     stir(model)
     model.save_adapter(tmp_path)

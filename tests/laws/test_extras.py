@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.attach import Swapped
-from tailora.errors import AdapterError, FormatError, MergeError, TargetError
+from tailora.errors import AdapterError, BaseMismatchError, FormatError, MergeError, TargetError
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
@@ -223,8 +223,12 @@ def test_an_embedding_of_a_grown_vocabulary_is_trained_whole(names: list[str], t
         torch.testing.assert_close(logits(model, ids()), expected)
         base: Any = model.base_model
         assert (base.lm_head.weight is base.model.embed_tokens.weight) == tied
-    with pytest.raises(FormatError, match="vocabulary of 24 tokens"):
+    with pytest.raises(
+        BaseMismatchError, match=r"vocabulary of 24 tokens \(rows of model.embed_tokens\), this base has 20"
+    ):
         LoRAModel.from_pretrained(llama(tied, 20), tmp_path)
+    with pytest.raises(FormatError, match=r"misshapen model.embed_tokens.weight"):
+        LoRAModel.from_pretrained(llama(tied, 20), tmp_path, allow_base_mismatch=True)
 
 
 def test_a_file_that_holds_the_base_s_embedding_is_read_where_it_is_this_base_s(tmp_path: Path) -> None:
