@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tailora.errors import ConfigError, DataError, listing, nearest
 
 MAX_SHOWN = 20  # problems
-MAX_CSV_FIELD = 2**31 - 1  # characters: what a C long holds everywhere; Python's limit is 131,072
+MAX_LINE = 2**27  # bytes, and characters of a CSV field (Python's own limit is 131,072)
+MAX_JSON = 2**31  # bytes of a file that is one JSON value: reading it takes several times its size
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "|"}
 SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")  # owner/name, and a configuration after a colon
 WITH_SPLIT = re.compile(r"(?P<source>[^\[]+)\[(?P<split>.+)\]")
@@ -107,16 +109,61 @@ def _split_of(path: Path) -> str | None:
 def read_file(path: Path) -> Rows:
     """Yields the rows of one file, by its suffix. A file that cannot be opened is a RowProblem."""
     try:
-        yield from READERS[path.suffix.lower()](path)
+        suffix = path.suffix.lower()
+        if suffix != ".parquet" and (cause := _not_text(path)):
+            yield RowProblem(str(path), 0, cause)
+        else:
+            yield from READERS[suffix](path)
     except OSError as error:
         yield RowProblem(str(path), 0, error.strerror or str(error))
+
+
+FIRST_BYTES = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+}
+INSTEAD = {"gzip": "unpack it first", "zip": "unpack it first; from a spreadsheet, export CSV in UTF-8"}
+
+
+def _not_text(path: Path) -> str | None:
+    """Returns what a file is whose first bytes show that it is not UTF-8, and what to do; None for any other."""
+    with path.open("rb") as file:
+        first = file.read(4)
+    name = next((name for start, name in FIRST_BYTES.items() if first.startswith(start)), None)
+    if name is None and len(first) > 1 and first[:2].count(0) == 1:  # no byte order mark
+        name = "UTF-16LE" if first[1] == 0 else "UTF-16BE"
+    return name and f"the file is {name}, not UTF-8 text: {INSTEAD.get(name) or _convert(name)}"
+
+
+def _convert(encoding: str) -> str:
+    return f"convert it with `iconv -f {encoding} -t UTF-8 OLD > NEW`"
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """Yields the lines of a file; None for one that is longer than MAX_LINE, which is skipped."""
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) <= MAX_LINE:
+            yield line
+        else:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(2**20)
+            yield None
+
+
+TOO_LONG = f"the line has more than {MAX_LINE // 2**20} MiB: are there no line breaks between the rows?"
 
 
 def read_jsonl(path: Path) -> Rows:
     """One JSON object per line; blank lines are skipped."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
+        for number, line in enumerate(_lines(file), 1):
+            if line is None:
+                yield RowProblem(str(path), number, TOO_LONG)
+            elif line.strip():
                 try:
                     value = json.loads(line.decode("utf-8-sig").rstrip())
                 except (ValueError, RecursionError) as error:
@@ -127,6 +174,10 @@ def read_jsonl(path: Path) -> Rows:
 
 def read_json(path: Path) -> Rows:
     """A list of objects, an object that holds one such list, or JSON lines under the name .json."""
+    if path.stat().st_size > MAX_JSON:
+        cause = f"the file has more than {MAX_JSON // 2**30} GiB: write JSON lines (.jsonl), which are read one by one"
+        yield RowProblem(str(path), 0, cause)
+        return
     try:
         value = json.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -162,10 +213,14 @@ def _row(path: Path, number: int, value: Any) -> Row | RowProblem:
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Rows:
-    """Separated values whose first line names the columns. The number of a row is its last line."""
+    """Separated values whose first line names the columns. The number of a row is its last line.
+
+    delimiter: unless another of DELIMITERS makes more columns of the first line.
+    """
+    columns = {other: _columns(path, other) for other in (delimiter, *DELIMITERS)}
+    delimiter = max(columns, key=lambda other: columns[other])  # of equal ones the first
     with path.open("rb") as file:
-        lines = (line.decode("utf-8-sig") for line in file)
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        reader = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
         try:
             header = _next_values(reader) or []
             if repeated := sorted(name for name, count in Counter(header).items() if count > 1):
@@ -175,7 +230,10 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
                 if values and len(values) == len(header):
                     yield Row(str(path), reader.line_num, dict(zip(header, values, strict=True)))
                 elif values:
-                    cause = f"{len(values)} values where the header names {len(header)} columns"
+                    cause = (
+                        f"{len(values)} values where the header names {len(header)} columns, separated by "
+                        f"{DELIMITERS[delimiter]}"
+                    )
                     yield RowProblem(str(path), reader.line_num, cause)
         except UnicodeDecodeError as error:
             yield RowProblem(str(path), reader.line_num + 1, _not_utf8(error))
@@ -183,9 +241,25 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
             yield RowProblem(str(path), reader.line_num, f"not CSV: {error}")
 
 
+def _columns(path: Path, delimiter: str) -> int:
+    """Returns how many columns the first line has; 0 if it cannot be read so."""
+    with path.open("rb") as file:
+        try:
+            return len(_next_values(csv.reader(_decoded(file), delimiter=delimiter, strict=True)) or [])
+        except (UnicodeDecodeError, csv.Error):
+            return 0
+
+
+def _decoded(file: BinaryIO) -> Iterator[str]:
+    for line in _lines(file):
+        if line is None:
+            raise csv.Error(TOO_LONG)
+        yield line.decode("utf-8-sig")
+
+
 def _next_values(reader: Iterator[list[str]]) -> list[str] | None:
     """The next line's values, of any length; None at the end. csv's limit is global, so it is restored."""
-    before = csv.field_size_limit(MAX_CSV_FIELD)
+    before = csv.field_size_limit(MAX_LINE)
     try:
         return next(reader, None)
     finally:
@@ -206,7 +280,10 @@ def read_parquet(path: Path) -> Rows:
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}"
+    return (
+        f"not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; if the file comes from Windows, "
+        f"{_convert('WINDOWS-1252')}"
+    )
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tailora.data import readers
 from tailora.data.readers import Row, RowProblem, check_model_exists, data_error, read_file, read_hub, read_rows
 from tailora.errors import ConfigError, DataError
 
@@ -94,6 +95,26 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, name, write, number
         ("a.csv", b"prompt,prompt\na,b\n", 1, "the header names prompt more than once"),
         ("a.csv", b'prompt\n"a', 2, "not CSV: unexpected end of data"),
         ("a.csv", b"prompt\na\n\xff\n", 3, "not UTF-8: byte 0 is 0xff"),
+        (
+            "a.csv",
+            "prompt\nnaïve\n".encode("cp1252"),
+            2,
+            "from Windows, convert it with `iconv -f WINDOWS-",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a"}'.encode("utf-16"),
+            0,
+            "the file is UTF-16, not UTF-8 text: convert it with",
+        ),
+        ("a.json", '[{"text": "a"}]'.encode("utf-32"), 0, "the file is UTF-32, not UTF-8 text"),
+        ("a.tsv", "text\na\n".encode("utf-16le"), 0, "the file is UTF-16LE, not UTF-8 text"),
+        ("a.csv", "text\na\n".encode("utf-16be"), 0, "the file is UTF-16BE, not UTF-8 text"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00", 0, "the file is gzip, not UTF-8 text: unpack it first"),
+        ("a.csv", b"PK\x03\x04", 0, "the file is zip, not UTF-8 text: unpack it first; from a spreadsheet, export CSV"),
+        ("a.jsonl", b"\0" * 100, 1, "not JSON"),
+        ("a.jsonl", b'{"text": "a"}{"text": "b"}', 1, "not JSON: Extra data"),
+        ("a.csv", b"a;b\n1;2;3\n", 2, "3 values where the header names 2 columns, separated by semicolons"),
         ("a.parquet", b"not a table", 0, "not Parquet: Parquet magic bytes not found"),
     ],
 )
@@ -103,6 +124,49 @@ def test_an_unreadable_row_is_named_with_file_number_and_cause(tmp_path: Path, n
     (problem,) = [item for item in read_file(path) if isinstance(item, RowProblem)]
     assert (problem.file, problem.number) == (str(path), number)
     assert cause in problem.cause
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_delimiter_is_the_one_that_makes_most_columns(tmp_path: Path, bom, suffix: str, delimiter: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    lines = [["prompt", "completion"], ["hello, world; or | so", "é"]]
+    path.write_bytes(
+        bom
+        + "".join(f"{delimiter.join(f'{chr(34)}{value}{chr(34)}' for value in line)}\r\n" for line in lines).encode()
+    )
+    assert list(read_file(path)) == [Row(str(path), 2, {"prompt": "hello, world; or | so", "completion": "é"})]
+
+
+def test_a_single_column_holds_any_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text\na; b | c\n")
+    assert list(read_file(path)) == [Row(str(path), 2, {"text": "a; b | c"})]
+
+
+def test_a_line_that_is_too_long_for_a_row_is_skipped(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE", 100)
+    lines = ['{"text": "a"}', '{"text": "%s"}' % ("b" * 80), '{"text": "%s"}' % ("c" * 3_000_000), '{"text": "d"}']
+    for end, count in (("\n", 4), ("", 4)):
+        path = tmp_path / "a.jsonl"
+        path.write_text("\n".join(lines) + end)
+        items = list(read_file(path))
+        assert [type(item) for item in items] == [Row, Row, RowProblem, Row]
+        assert len(items) == count
+        assert items[2].number == 3
+        assert "are there no line breaks between the rows?" in items[2].cause
+    table = tmp_path / "a.csv"
+    table.write_text("text\n" + "x" * 1000)
+    assert [str(item) for item in read_file(table)] == [f"{table}:1: not CSV: {readers.TOO_LONG}"]
+
+
+def test_a_huge_json_value_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with path.open("wb") as file:
+        file.truncate(readers.MAX_JSON + 1)  # sparse
+    (problem,) = read_file(path)
+    assert "more than 2 GiB: write JSON lines" in problem.cause
 
 
 def test_good_lines_around_a_bad_one_are_still_read(tmp_path: Path) -> None:
