@@ -1,16 +1,36 @@
-"""Leaves out the tests that are marked `exhaustive`, unless the command line's -m names that marker."""
+"""Leaves out the tests that are marked `exhaustive`, unless the command line's -m names that marker.
+
+Tests with random input (hypothesis) run on a few inputs, always the same; with `-m exhaustive` on many new ones.
+"""
 
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each would wait for one another on two cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+COMMON = {
+    "deadline": 20_000,
+    "database": None,
+    "suppress_health_check": [HealthCheck.too_slow],
+}  # deadline: ms for an input
+settings.register_profile("default", max_examples=50, derandomize=True, **COMMON)
+settings.register_profile("exhaustive", max_examples=5000, print_blob=True, **COMMON)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("exhaustive" if "exhaustive" in config.option.markexpr else "default")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "exhaustive" in config.option.markexpr:
+        for item in items:
+            if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+                item.add_marker(pytest.mark.exhaustive)
         return
     exhaustive = [item for item in items if item.get_closest_marker("exhaustive")]
     config.hook.pytest_deselected(items=exhaustive)

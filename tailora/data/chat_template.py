@@ -18,7 +18,7 @@ from jinja2.exceptions import TemplateError
 from tokenizers.models import BPE, WordLevel, WordPiece
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tailora.data.schemas import Conversation, Messages, Pair, Sample, Text
+from tailora.data.schemas import SURROGATE, Conversation, Messages, Pair, Sample, Text
 from tailora.errors import DataError
 
 # ---- A tokenizer and its chat template
@@ -98,7 +98,7 @@ class ChatTokenizer:
         """Returns the template's text for the messages. Raises DataError with the template's own words if it fails."""
         with _template_errors():
             options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-            return str(self.tokenizer.apply_chat_template(messages, **options))
+            return _checked(str(self.tokenizer.apply_chat_template(messages, **options)))
 
     def render_generation_spans(self, messages: Messages) -> tuple[str, list["Span"]]:
         """Returns the template's text, and the spans between {% generation %} and {% endgeneration %}."""
@@ -109,15 +109,24 @@ class ChatTokenizer:
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
-        return str(text), [(start, end) for start, end in spans]
+            text = _checked(str(text))
+        return text, [(start, end) for start, end in spans]
 
 
 @contextmanager
 def _template_errors() -> Iterator[None]:
+    """Turns what the code in a template raises into a DataError."""
     try:
         yield
-    except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"the chat template refuses this conversation: {error}") from None
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        cause = str(error) or type(error).__name__
+        raise DataError(f"the chat template refuses this conversation: {cause}") from None
+
+
+def _checked(text: str) -> str:
+    if not text.isascii() and SURROGATE.search(text):
+        raise ValueError("it writes half of a surrogate pair, which no tokenizer reads")
+    return text
 
 
 # ---- A sample -> its text and the trained spans

@@ -50,7 +50,10 @@ def encode_source(
     if not rows:
         problems = [item for item in first if isinstance(item, RowProblem)]
         raise data_error(problems or [RowProblem(source, 0, "no rows: there is nothing to learn from")])
-    mapping = detect_schema(rows, field)
+    try:
+        mapping = detect_schema(rows, field)
+    except DataError as error:
+        raise DataError(f"data {source}: {error}") from None
     return mapping, _encode_rows(chain(first, items), mapping, tokenizer, max_length)
 
 

@@ -12,10 +12,12 @@ In choices, prompt may be called question, and answer label.
 """
 
 import re
+import reprlib
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeAlias
 
 from tailora.data.readers import Row, RowProblem
@@ -85,8 +87,8 @@ def from_messages(values: dict[str, Any]) -> Conversation:
 
 def from_sharegpt(values: dict[str, Any]) -> Conversation:
     messages = _messages(values["conversations"], "conversations", _sharegpt_message)
-    if values.get("system"):
-        messages.insert(0, {"role": "system", "content": _text(values["system"], "system")})
+    if system := _optional_text(values, "system"):
+        messages.insert(0, {"role": "system", "content": system})
     return _with_reply(Conversation(messages))
 
 
@@ -100,7 +102,7 @@ def from_prompt(values: dict[str, Any]) -> Sample:
 
 
 def from_alpaca(values: dict[str, Any]) -> Pair:
-    parts = [_text(values["instruction"], "instruction"), _text(values.get("input") or "", "input")]
+    parts = [_text(values["instruction"], "instruction"), _optional_text(values, "input")]
     # Base models see prompt and answer as one text, so the prompt brings the blank line between them.
     prompt = "".join(f"{part}\n\n" for part in parts if part.strip())
     return _pair(prompt, _text(values["output"], "output"))
@@ -153,6 +155,8 @@ def _choices(value: Any) -> tuple[list[str], list[str]]:
     texts = [_text(str(text) if type(text) in (int, float) else text, f"choices[{n}]") for n, text in enumerate(value)]
     if empty := [f"choices[{index}]" for index, text in enumerate(texts) if not text.strip()]:
         raise DataError(f"{', '.join(empty)} is empty")
+    if wrong := [label for label in labels if type(label) not in (int, str)]:
+        raise DataError(f"choices has the label {_short_repr(wrong[0])} where text or a whole number is needed")
     return [text.strip() for text in texts], [str(label) for label in labels]
 
 
@@ -189,9 +193,8 @@ def _message(message: Any, name: str) -> dict[str, str]:
         raise DataError(f"{name} is {_short_repr(message)} where an object with role and content is needed")
     role = message.get("role")
     if role not in ROLES:
-        raise DataError(
-            f"{name}: role {_short_repr(role)} is unknown{nearest(str(role), ROLES)}; roles are {', '.join(ROLES)}"
-        )
+        hint = nearest(role, ROLES) if isinstance(role, str) else ""
+        raise DataError(f"{name}: role {_short_repr(role)} is unknown{hint}; roles are {', '.join(ROLES)}")
     for key in UNSUPPORTED_KEYS:
         if message.get(key) not in (None, [], {}, 1):
             raise DataError(f"{name}: {key} cannot be learned from yet; remove it or the row")
@@ -212,7 +215,7 @@ def _sharegpt_message(turn: Any, name: str) -> dict[str, str]:
     if not isinstance(turn, dict) or "from" not in turn:
         raise DataError(f"{name} is {_short_repr(turn)} where an object with from and value is needed")
     sender = turn["from"]
-    if sender not in SHAREGPT_ROLES:
+    if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
         raise DataError(f"{name}: from {_short_repr(sender)} is unknown; values are {', '.join(SHAREGPT_ROLES)}")
     return {"role": SHAREGPT_ROLES[sender], "content": _text(turn.get("value"), f"{name}.value")}
 
@@ -223,6 +226,11 @@ def _messages(value: Any, name: str, read: Callable[[Any, str], dict[str, str]] 
     return [read(message, f"{name}[{index}]") for index, message in enumerate(value)]
 
 
+def _optional_text(values: dict[str, Any], key: str) -> str:
+    value = values.get(key)
+    return "" if value is None else _text(value, key)
+
+
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{name} is {_short_repr(value)} where text is needed")
@@ -231,8 +239,18 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
+def _names(keys: Collection[str]) -> str:
+    names = [key if len(key) <= 60 else f"{key[:57]}..." for key in islice(keys, MOST_NAMES)]
+    return ", ".join(names) + (f" and {len(keys) - MOST_NAMES:,} more" if len(keys) > MOST_NAMES else "")
+
+
+MOST_NAMES = 50  # keys of a row that a message lists
+SHORT = reprlib.Repr()  # neither long values nor deep ones are written out
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
+
+
 def _short_repr(value: Any) -> str:
-    text = repr(value)
+    text = SHORT.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -289,7 +307,7 @@ class ColumnMapping:
         """Returns key of the schema -> the row's value. Raises DataError if the row lacks a required one."""
         required = [column for key, column in self.columns.items() if key in self.schema.required]
         if missing := [column for column in required if column not in fields]:
-            present = ", ".join(fields) or "no keys"
+            present = _names(fields) or "no keys"
             raise DataError(f"no {' and no '.join(missing)} (read as {self.schema.name}); the row has {present}")
         return {key: fields[column] for key, column in self.columns.items() if column in fields}
 
@@ -309,7 +327,7 @@ def detect_schema(rows: Iterable[Mapping[str, Any]], field: Mapping[str, str] | 
     ]
     problems += [
         f"--field {key}={column}: the data has no column {column!r}{nearest(column, columns)}; "
-        f"there are {', '.join(columns)}"
+        f"there are {_names(columns)}"
         for key, column in field.items()
         if column not in columns
     ]
@@ -346,7 +364,7 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str]) -> str:
             hint = "Perhaps: " + " ".join(f"--field {key}={column}" for key, column in guess.items() if key != column)
             break
     return (
-        f"the rows have the keys {', '.join(columns) or '(none)'}, which fit no known schema"
+        f"the rows have the keys {_names(columns) or '(none)'}, which fit no known schema"
         f"{flags and f' with{flags}'}.\nKnown: {known}.\n{hint}"
     )
 

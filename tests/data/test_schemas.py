@@ -176,6 +176,14 @@ def test_a_row_becomes_a_sample(fields, sample) -> None:
         ({"instruction": "a", "output": ""}, "nothing to learn: the completion is empty"),
         ({"text": ""}, "nothing to learn: the text is empty"),
         ({"text": "\ud83d"}, "text holds half of a surrogate pair"),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "conversations[0]: from ['gpt'] is unknown; values are"),
+        ({"conversations": [{"from": "gpt", "value": "a"}], "system": {}}, "system is {} where text is needed"),
+        ({"instruction": "a", "output": "b", "input": 0}, "input is 0 where text is needed"),
+        ({"messages": [{"role": {}, "content": "a"}]}, "messages[0]: role {} is unknown; roles are"),
+        (
+            {"question": "a", "choices": {"text": ["b", "c"], "label": [1.5, None]}, "answer": 0},
+            "choices has the label 1.5 where text or a whole number is needed",
+        ),
         ({"text": ["x" * 99]}, "text is ['" + "x" * 55 + "... where text is needed"),
     ],
 )
