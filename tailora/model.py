@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,7 +22,7 @@ from tailora.core import compress, data_init
 from tailora.core.adalora import RankAllocator, as_plain_lora
 from tailora.core.adapter import Adapter, Summary, create, summarise
 from tailora.core.adapter_set import AdapterSet, check_base
-from tailora.core.attach import evaluating
+from tailora.core.attach import LayerCalls, evaluating
 from tailora.core.combine import Combination, Truncation, combine_adapters
 from tailora.core.config import LoRAConfig
 from tailora.core.merge import MergeReport, MergeState
@@ -145,6 +146,9 @@ class LoRAModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and self._adapter_set.training_obstacle:
             raise AdapterError(self._adapter_set.training_obstacle)
+        if not torch.compiler.is_compiling():
+            trains = self.training and torch.is_grad_enabled()
+            self._adapter_set.watch_first_step(self.lora_layers.parameters(), trains=trains)
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,6 +176,10 @@ class LoRAModel(nn.Module):
         if not self.is_merged:
             self._adapter_set.measure_row_norms()
         return self
+
+    def layer_calls(self) -> LayerCalls:
+        """Returns what notes, from its `start` to its `stop`, which of the active adapters' layers a forward calls."""
+        return self._adapter_set.layer_calls()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Returns the number of parameters that are trained, and of all; a quantised base counts as if it were not."""

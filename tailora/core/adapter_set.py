@@ -6,7 +6,7 @@ own: the layer that holds them computes with their updates.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, SupportsFloat
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, as_module, check_compatible, group_by_path
 from tailora.core.attach import (
+    FirstStep,
     FrozenStatistics,
+    LayerCalls,
     Swapped,
     attach,
     attached,
@@ -52,6 +54,9 @@ class AdapterSet:
         self.layers: dict[str, nn.Module] = {}
         self.batch: BatchRows | None = None
         self.training_obstacle = ""
+        self._watched: set[str] = set()  # paths of layers whose first training step was watched
+        self._unwatched: set[str] = set()
+        self._first_step: FirstStep | None = None
         self._layer_paths: dict[str, str] = {}  # path of an adapter's part -> path of the layer that computes with it
         self._modules: dict[str, nn.ModuleDict] = {}  # name -> the adapter's parts as a module
         for name in adapters:
@@ -157,11 +162,38 @@ class AdapterSet:
         for path, layer_parts in parts_of_layers.items():
             attach(self.layers[path], layer_parts)
         self.active = names
+        self._unwatched = self._layers_of(names) - self._watched
         self.training_obstacle = _training_obstacle(adapters)
         module = self._modules[names[0]] if len(names) == 1 else as_module(parts)
         if any(part.training != training for same_path in parts.values() for part in same_path):
             module.train(training)
         return module
+
+    def layer_calls(self) -> LayerCalls:
+        """Returns what notes which layers of the active adapters a forward calls. Their first step is not watched."""
+        self._watched |= self._unwatched
+        self._unwatched = set()
+        return LayerCalls(self.base_model, self._in_order(self._layers_of(self.active)))
+
+    def watch_first_step(self, parameters: Iterable[nn.Parameter], *, trains: bool) -> None:
+        """Before a forward. Lets the first training step of every layer warn of those that it does not call.
+
+        Costs nothing afterwards. Compiled models are not watched, since hooks would be compiled into them.
+        """
+        if self._first_step is not None:
+            self._first_step.stop()
+            self._first_step = None
+        if not trains or not self._unwatched:
+            return
+        layers = self._in_order(self._unwatched)
+        self._watched |= self._unwatched
+        self._unwatched = set()
+        if not any(module._compiled_call_impl for module in self.base_model.modules()):
+            self._first_step = FirstStep(self.base_model, layers)
+            self._first_step.watch(parameters)
+
+    def _in_order(self, paths: Collection[str]) -> dict[str, nn.Module]:
+        return {path: layer for path, layer in self.layers.items() if path in paths}
 
     @contextmanager
     def activated_by_row(self, names: Sequence[str | None]) -> Iterator[None]:

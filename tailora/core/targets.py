@@ -27,10 +27,12 @@ from tailora.core.layer_types import (
     EMBEDDING,
     LAYER_TYPES,
     LayerType,
+    Use,
     is_called,
     layer_path_of,
     layer_type_of,
     obstacle,
+    uses_of_children,
 )
 from tailora.core.multihead_attention import projections
 from tailora.core.quantization import dense_weight, quantized_layers, storage_obstacle
@@ -47,6 +49,7 @@ class TargetCandidate:
     layer, layer_path: the module that computes with the matrix, and its path.
     output_slice: of a part of a fused layer, its outputs.
     parameter_path: of a layer that `target_parameters` names, the path of its weight, for names and patterns.
+    use: whether the module around the layer calls it, or reads its weight without calling it.
     """
 
     path: str
@@ -55,6 +58,7 @@ class TargetCandidate:
     layer_type: LayerType
     output_slice: OutputSlice | None = None
     parameter_path: str | None = None
+    use: Use = "called"
 
     @property
     def pattern_names(self) -> tuple[str, ...]:
@@ -266,7 +270,8 @@ def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConf
     layer_type = layer_type_of(module)
     if layer_type is None or (parent is not module and projections(parent)):
         return
-    yield TargetCandidate(path, path, module, layer_type)
+    use = uses_of_children(type(parent)).get(path.rpartition(".")[2], "called") if parent is not module else "called"
+    yield TargetCandidate(path, path, module, layer_type, use=use)
     if not layer_type.is_linear or not path:
         return
     _, out_features = layer_type.dims(module)
@@ -277,7 +282,7 @@ def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConf
     except ValueError as error:
         raise TargetError(f"fused_parts: {path}: {error}") from None
     for part, output_slice in slices.items():
-        yield TargetCandidate(f"{path}.{part}", path, module, layer_type, output_slice)
+        yield TargetCandidate(f"{path}.{part}", path, module, layer_type, output_slice, use=use)
 
 
 def _parameters_of(path: str, module: nn.Module) -> Iterator[TargetCandidate]:
@@ -344,7 +349,7 @@ def _selects(selector: patterns.Selector, candidate: TargetCandidate) -> bool:
 
 
 def _all_linear(model: Any, candidates: Mapping[str, TargetCandidate]) -> list[TargetCandidate]:
-    """Every linear layer and attention projection but the output head."""
+    """Every linear layer and attention projection but the output head, and layers whose weight is also read."""
     get_head = getattr(model, "get_output_embeddings", None)  # transformers' convention
     head = get_head() if callable(get_head) else None
     return [
@@ -353,6 +358,7 @@ def _all_linear(model: Any, candidates: Mapping[str, TargetCandidate]) -> list[T
         if (candidate.layer_type.is_linear or candidate.path != candidate.layer_path)
         and not candidate.output_slice
         and candidate.layer is not head
+        and candidate.use == "called"
     ]
 
 
@@ -592,6 +598,10 @@ def _conflicts(
             problems.append(
                 f"{path}: the update of a weight that the module reads by itself has no input to drop; "
                 "set lora_dropout=0"
+            )
+        elif candidate.use == "read":
+            problems.append(
+                f"{path}: the module around it reads its weight without calling it: an adapter does nothing"
             )
         elif reason := obstacle(candidate.layer) or storage_obstacle(candidate.layer):
             problems.append(f"{path}: {reason}")

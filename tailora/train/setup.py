@@ -6,16 +6,17 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tailora.core.attach import evaluating
+from tailora.core.attach import evaluating, not_called_message
 from tailora.core.config import LoRAConfig
 from tailora.core.init import DATA_INITS, GRADIENT_INITS
 from tailora.data.dataset import IGNORED, Example
-from tailora.errors import ConfigError, listing, nearest
+from tailora.errors import ConfigError, TargetError, listing, nearest
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import choose_form, own_form
 from tailora.model import LoRAModel
@@ -109,6 +110,38 @@ def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, ba
 
     with use_kernels(cast(PreTrainedModel, model.base_model), layout, Kernels(False, "")):
         model.start_from_data(first, loss)
+
+
+def check_layers_are_called(
+    model: Trainable, layout: BatchLayout, example: Example, note: Callable[[str], None]
+) -> None:
+    """Runs the start of one example through the model, and looks which adapted layers are called.
+
+    note: called with the layers that were not called although the module around them was.
+    Raises TargetError if the weight of such a layer is read by another module, or if no layer was called at all.
+    """
+    if not isinstance(model, LoRAModel):
+        return
+    ids = example.input_ids[:PROBE_TOKENS]
+    device = next(model.parameters()).device
+    batch, _ = make_batch([Example(ids, ids)], False, layout.pad_id, device)
+    calls = model.layer_calls()
+    with torch.no_grad(), evaluating(model), calls.reads():
+        calls.start()
+        try:
+            model(**batch.inputs)
+        finally:
+            calls.stop()
+    if read := calls.read_elsewhere:
+        names = sorted({path.rpartition(".")[2] for path in read})
+        raise TargetError(
+            f"the model reads the weights of {', '.join(read[:5])} ({len(read)} in all) without calling these layers: "
+            f"adapters there would do nothing. Leave them out: --exclude-modules {' '.join(names)}"
+        )
+    if calls.none_called:
+        raise TargetError(f"the model calls none of the adapted layers for text: {', '.join([*calls.layers][:5])}")
+    if paths := calls.not_called:
+        note(not_called_message(paths))
 
 
 def describe_init(config: TrainConfig) -> str:

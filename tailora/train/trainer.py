@@ -180,6 +180,7 @@ class Trainer:
             self.data = data
             self.model = setup.attach(config, self.base, self.tokenizer, accelerator, saved)
             self.layout = setup.choose_layout(config, self.model, self.tokenizer, self.note)
+            setup.check_layers_are_called(self.model, self.layout, data.longest, self.note)
             setup.init_from_data(self.model, data, self.layout, config.init_batches)
             recorded = None if saved is None else saved.state["run"].get("layer_kernels")
             self.kernels = choose_kernels(config.fast, self.model, self.layout, data.longest, recorded)

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tailora.errors import ConfigError, DivergedError
+from tailora.errors import ConfigError, DivergedError, TargetError
 from tailora.model import LoRAModel
 from tailora.train import events
 from tailora.train.config import TrainConfig
@@ -49,6 +50,37 @@ def test_a_run_leaves_what_is_needed_to_repeat_it(settings: Any) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3]
+
+
+def read_down_proj(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    """Reads a weight without calling its layer, in a way that the code does not tell."""
+    gated = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+    return torch.nn.functional.linear(gated, next(mlp.get_submodule("down_proj").parameters()))
+
+
+def skip_down_proj(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = mlp.gate_proj(x)[..., : x.shape[-1]] + mlp.up_proj(x)[..., : x.shape[-1]]
+    return result
+
+
+def test_a_layer_whose_weight_is_read_without_a_call_is_refused_before_training(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", read_down_proj)
+    message = r"reads the weights of model.layers.0.mlp.down_proj, .*\(2 in all\).*--exclude-modules down_proj"
+    with pytest.raises(TargetError, match=message):
+        run(settings(max_steps=1, fast="off"))
+    assert run(settings(max_steps=1, exclude_modules=["down_proj"], fast="off")).steps == 1
+
+
+def test_a_layer_that_is_not_called_is_noted(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", skip_down_proj)
+    notes: list[str] = []
+    run(
+        settings(max_steps=1, fast="off"),
+        lambda event: notes.append(event.text) if isinstance(event, events.Note) else None,
+    )
+    assert any("were not called" in note and "layers.1.mlp.down_proj (2 in all)" in note for note in notes)
 
 
 def test_run_json_knows_the_commit(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
