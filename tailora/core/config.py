@@ -60,6 +60,7 @@ NAMES_OF_OTHER_TOOLS = {  # our name, with a value if theirs is a switch -> name
     "trials": "n_trials num_trials",
     "to": "format export_format outtype",
 }
+MAX_SHOWN = 200  # characters of a wrong value in a message
 OUR_NAMES = {theirs: ours for ours, names in NAMES_OF_OTHER_TOOLS.items() for theirs in names.split()}
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
@@ -94,12 +95,21 @@ class StrictModel(BaseModel):
         return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
 
 
+def _shown(value: Any) -> str:
+    """Returns the repr of a value, shortened. Python writes no integer of more than 4,300 digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a value with too many digits"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]}... ({len(text):,} characters)"
+
+
 def _explain(problem: Any, model: type[BaseModel]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown setting {name!r}{suggestion(name, model.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to what our validators raise
-    return f"{name} = {problem['input']!r}: {message[:1].lower()}{message[1:]}" if name else message
+    return f"{name} = {_shown(problem['input'])}: {message[:1].lower()}{message[1:]}" if name else message
 
 
 class AdaLoRA(StrictModel):

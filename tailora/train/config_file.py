@@ -6,6 +6,7 @@ are limited, and tags such as `!!int` are refused. Needs no torch.
 
 import json
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
+from ruamel.yaml.reader import ReaderError
 
 from tailora.errors import ConfigError
 
-MAX_BYTES, MAX_DEPTH, MAX_ALIASES, MAX_SCALAR = 100_000, 20, 20, 3_000
+MAX_BYTES, MAX_DEPTH, MAX_ALIASES, MAX_SCALAR, MAX_VALUES = 100_000, 20, 20, 3_000, 5_000
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Constructor(SafeConstructor):
@@ -35,36 +39,45 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
-    if len(text) > MAX_BYTES:
+    if len(content) > MAX_BYTES:
         raise ConfigError(f"--config {path} has more than {MAX_BYTES:,} bytes, which is too large for settings")
+    text = _decoded(content, path)
     try:
         _check_limits(text)
-        content = _yaml().load(text)
+        settings = _yaml().load(text)
     except DuplicateKeyError as error:
         mark = error.problem_mark
-        key = text.decode(errors="replace").splitlines()[mark.line][mark.column :].partition(":")[0].strip()
+        key = text.splitlines()[mark.line][mark.column :].partition(":")[0].strip()
         raise ConfigError(f"--config {path}{_line(error)}: {key} is given twice") from None
     except MarkedYAMLError as error:
         reason = ", ".join(filter(None, (error.context, error.problem)))
         raise ConfigError(f"--config {path}{_line(error)} cannot be read as YAML: {reason}") from None
-    except (YAMLError, ValueError) as error:  # ValueError: text such as 0x_ that looks like a number
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        reason = f"the character U+{error.character:04X} is not allowed"
+        raise ConfigError(f"--config {path}, line {line} cannot be read as YAML: {reason}") from None
+    except (
+        YAMLError,
+        ValueError,
+        OverflowError,
+    ) as error:  # the last two: 0x_, which looks like a number; "\\UFFFFFFFF"
         raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from None
     except TypeError:  # ruamel.yaml puts the key into a dict
         raise ConfigError(f"--config {path}: the name of a setting must be text, not a list or a mapping") from None
-    if content is None:
+    if settings is None:
         return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: expected lines `name: value`, got a {type(content).__name__}")
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--config {path}: expected lines `name: value`, got a {type(settings).__name__}")
     keys: dict[str, Any] = {}  # name of the setting -> the key as it is written
-    for key in content:
+    for key in settings:
         name = str(key).replace("-", "_")
         if name in keys:
             raise ConfigError(f"--config {path}: {name} is given twice, as {keys[name]} and as {key}")
         keys[name] = key
-    return {name: content[key] for name, key in keys.items()}
+    return {name: settings[key] for name, key in keys.items()}
 
 
 def config_text(settings: Mapping[str, Any]) -> str:
@@ -80,12 +93,23 @@ def _yaml() -> YAML:
     return yaml
 
 
-def _check_limits(text: bytes) -> None:
+def _decoded(content: bytes, path: Path) -> str:
+    """Returns the text of a file in UTF-8, or in UTF-16 with a byte order mark. Raises ConfigError."""
+    encoding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"--config {path}, line {line} cannot be decoded: save the file as UTF-8") from None
+
+
+def _check_limits(text: str) -> None:
     """Raises MarkedYAMLError for what could exhaust memory or the stack, before any value is made of it."""
     open_anchors: list[str | None] = []  # one for each mapping or list around the current event
-    aliases = 0
+    aliases = values = 0
     for event in _yaml().parse(text):
         aliases += isinstance(event, AliasEvent)
+        values += isinstance(event, ScalarEvent)
         problem = ""
         match event:
             case CollectionEndEvent():
@@ -98,6 +122,10 @@ def _check_limits(text: bytes) -> None:
                 problem = f"tags ({event.tag}) are not supported: write the value without one"
             case ScalarEvent() if len(event.value) > MAX_SCALAR:
                 problem = f"a value has more than {MAX_SCALAR:,} characters"
+            case ScalarEvent() if SURROGATE.search(event.value):
+                problem = "half of a surrogate pair is no character"
+            case ScalarEvent() if values > MAX_VALUES:
+                problem = f"more than {MAX_VALUES:,} values, which is too many for settings"
             case CollectionStartEvent() if len(open_anchors) >= MAX_DEPTH:
                 problem = f"values are nested more than {MAX_DEPTH} levels deep"
             case CollectionStartEvent():
