@@ -1,6 +1,8 @@
 """`tailora data FILE --model M`: shows what training would learn from the file."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -13,6 +15,9 @@ from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import print_json, stdout
 from tailora.data.dataset import warnings_of
 from tailora.errors import ConfigError
+from tailora.report.blocks import Code, Section
+from tailora.report.format import printable
+from tailora.report.terminal import print_section
 from tailora.train.config import TrainConfig
 
 Flags: Any = flags_of(TrainConfig, only=["model", "eval_data", "field", "max_length", "validation_split", "seed"])
@@ -57,7 +62,17 @@ def data(
         print_json({**report, "examples": shown})
     else:
         show(stdout(), report, examples)
+        command = train_command(settings.data, config, flags or {})
+        print_section(stdout(), Section("Next", "", [Code(shlex.join(command))]))
     return 0
+
+
+def train_command(source: str, config: Path | None, flags: Mapping[str, str | list[str]]) -> list[str]:
+    """Returns the command that trains on what was shown, with the flags that were typed."""
+    command = ["tailora", "train", "--data", source, *(["--config", str(config)] if config else [])]
+    for name, value in flags.items():
+        command += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else ",".join(value)]
+    return command
 
 
 def show(console: Console, report: dict[str, Any], examples: Sequence[Pieces]) -> None:
@@ -87,7 +102,7 @@ def facts(report: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, value in values.items():
         if value:
-            table.add_row(name, Text(value))
+            table.add_row(name, Text(printable(value)))
     return table
 
 

@@ -357,7 +357,7 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str]) -> str:
     lower = {column.lower(): column for column in columns}
     for schema in SCHEMAS:
         guess = {
-            key: next((lower[name] for name in (key, *SYNONYMS.get(key, ())) if name in lower), None)
+            key: field.get(key) or next((lower[name] for name in (key, *SYNONYMS.get(key, ())) if name in lower), None)
             for key in schema.required
         }
         if all(guess.values()) and len(set(guess.values())) == len(guess):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,21 @@ def test_the_file_can_come_from_a_config(
     (tmp_path / "run.yaml").write_text(f"data: {chats}\nmodel: {tiny_model}\nmax_length: 28\n")
     assert main(["data", "--config", str(tmp_path / "run.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["truncated"] > 0
+
+
+def test_the_next_command_repeats_the_flags(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"q": f"q{number}", "a": f"a{number}", "\ud800": 1} for number in range(8)]
+    Path("my rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("run.yaml").write_text("r: 4\n")
+    flags = ["--model", str(tiny_model), "--field", "prompt=q", "--field", "completion=a", "--validation-split", "0.3"]
+    assert main(["data", "my rows.jsonl", *flags, "--config", "run.yaml"]) == 0
+    *_, command = capsys.readouterr().out.strip().splitlines()
+    words = shlex.split(command)
+    assert words[:6] == ["tailora", "train", "--data", "my rows.jsonl", "--config", "run.yaml"]
+    assert words[6:] == ["--model", str(tiny_model), "--field", "prompt=q,completion=a", "--validation-split", "0.3"]
 
 
 @pytest.mark.parametrize(

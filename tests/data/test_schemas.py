@@ -67,6 +67,8 @@ def test_unknown_keys_are_listed_with_the_known_schemas_and_a_hint() -> None:
     assert text.count("choices (") == 1
     with pytest.raises(DataError, match="Perhaps: --field prompt=ctx --field choices=endings --field answer=label"):
         detect_schema([row("ctx", "endings", "label")])
+    with pytest.raises(DataError, match="Perhaps: --field prompt=first --field completion=answer"):
+        detect_schema([row("first", "answer")], {"prompt": "first"})
 
 
 def test_keys_that_resemble_nothing_get_the_general_hint() -> None:
