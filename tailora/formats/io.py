@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile, mkdtemp, mkstemp
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -132,12 +132,30 @@ def wrap_os_error(path: Path) -> Iterator[None]:
         yield
     except TailoraError:  # some of them are OSErrors
         raise
-    except OSError as error:
+    except Exception as caught:
+        if (error := _os_error(caught)) is None:
+            raise
         cause = f"{error.strerror or error}; {REMEDIES.get(error.errno or 0, 'give another path')}"
         file = next((parent for parent in (*reversed(path.parents), path) if os.path.isfile(parent)), None)
         if file is not None and error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
             cause = f"{file} is a file, not a folder; give another path, or move that file away"
-        raise WriteError(f"{path} cannot be written: {cause}") from error
+        raise WriteError(f"{path} cannot be written: {cause}") from caught
+
+
+def _os_error(error: Exception) -> OSError | None:
+    """Returns the system's error, also where tokenizers and safetensors (Rust) tell it only in their message."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if isinstance(error, OSError) or number is None:
+        return error if isinstance(error, OSError) else None
+    return OSError(int(number[1]), os.strerror(int(number[1])))
+
+
+def read_json_file(path: Path, remedy: str) -> Any:
+    """Returns the content of a file that we wrote. Raises FormatError if it is damaged. remedy: what to do then."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is damaged ({error}): {remedy}") from error
 
 
 def _replace(new: Path, path: Path) -> None:

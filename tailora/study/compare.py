@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tailora.errors import ConfigError
-from tailora.formats.io import write_file
+from tailora.formats.io import read_json_file, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study.budget import (
     FEWEST_SEEDS,
@@ -36,7 +36,7 @@ from tailora.study.config import FULL, STEP_CHOICE, CompareConfig, arm_settings
 from tailora.study.judging import judge_arms
 from tailora.study.lr_search import LearningRateSearch
 from tailora.study.results import Comparison
-from tailora.study.study_store import PLAN, TIMING, Log, Settings, StudySession, locked, open_folder
+from tailora.study.study_store import DAMAGED, PLAN, TIMING, Log, Settings, StudySession, locked, open_folder
 from tailora.study.trial import (
     OUT_OF_MEMORY,
     RESULT,
@@ -76,9 +76,10 @@ def compare(
         raise ConfigError(f"a comparison judges every run at its end: leave {' and '.join(names)} out")
     for arm in study.arms:
         arm_settings(train, study, arm, learning_rate=study.first_rate(arm))  # raises ConfigError for contradictions
-    begun = any((folder / RUNS).glob(f"*/[!p]*/{RESULT}"))  # without the timing runs
-    open_folder(folder, STUDY, settings, "comparison", begun=begun, discard=[RUNS, PLAN], identity=_identity)
-    with locked(folder, busy=f"another comparison is writing to {folder} now; give another --output-dir"):
+    busy = f"another comparison is writing to {folder} now; give another --output-dir"
+    with locked(folder, STUDY, "comparison", busy=busy):
+        begun = any((folder / RUNS).glob(f"*/[!p]*/{RESULT}"))  # without the timing runs
+        open_folder(folder, STUDY, settings, "comparison", begun=begun, discard=[RUNS, PLAN], identity=_identity)
         session = StudySession(folder, study.minutes, log, progress, run_trial)
         comparison = _Comparison(train, study, session).run(settings)
     write_report(folder, "compare", comparison.to_dict())
@@ -105,7 +106,7 @@ class _Comparison:
     def __init__(self, train: TrainConfig, study: CompareConfig, session: StudySession) -> None:
         self.train, self.study, self.session, self.folder = train, study, session, session.folder
         clock = self.folder / CLOCK
-        self.earlier_seconds = json.loads(clock.read_text()) if clock.exists() else 0.0
+        self.earlier_seconds = read_json_file(clock, DAMAGED) if clock.exists() else 0.0
         self.steps = 0  # planned for every run, with --minutes; 0 leaves the settings' own
         self.costs: dict[str, Costs] = {}  # of each arm, with --minutes
         self.seeds = 0  # that time is kept for, with --minutes
@@ -120,7 +121,7 @@ class _Comparison:
         done = next((trial for trials in runs.values() for trial in trials if trial.done), None)
         if done is not None:
             self.session.note_data(done)
-        seconds = json.loads((self.folder / CLOCK).read_text())
+        seconds = read_json_file(self.folder / CLOCK, DAMAGED)
         return judge_arms(self.study, rates, runs, notes=self.session.notes, settings=settings, seconds=seconds)
 
     def _path(self, arm: str, name: str) -> Path:

@@ -1,6 +1,7 @@
 """The settings of a comparison and of a search, beside those of their training runs. Needs no torch."""
 
 from collections.abc import Collection, Mapping
+from itertools import combinations
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -61,6 +62,11 @@ class CompareConfig(StrictModel):
             for name, changes in self.arms.items()
             for key in changes
             if key in SHARED_BY_ARMS
+        ]
+        problems += [
+            f"arms {first!r} and {second!r} have the same settings"
+            for (first, changes), (second, others) in combinations(self.arms.items(), 2)
+            if changes == others and self.method(first) != FULL
         ]
         if len(self.arms) < 2:
             problems.append(f"a comparison needs two arms; there is {', '.join(self.arms) or 'none'}")

@@ -20,10 +20,10 @@ from tailora.formats.run_folder import write_report
 from tailora.study.budget import SAFETY, START, TIMING_RATE, TIMING_STEPS, Costs, measure_costs, too_short
 from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.study_store import PLAN, TIMING, Log, StudySession, locked, open_folder
-from tailora.study.trial import Progress, RunTrial, Trial, TrialEvent, TrialSpec, run_in_subprocess
+from tailora.study.trial import RESULT, Progress, RunTrial, Trial, TrialEvent, TrialSpec, run_in_subprocess
 from tailora.train.config import TrainConfig
 
-STUDY, KIND = "search.json", "learning-rates"
+STUDY, RISING, KIND = "search.json", "rising", "learning-rates"
 LOWEST, HIGHEST = 1e-6, 1.0
 STEPS, EVAL_STEPS = 120, 3  # 20 steps per decade
 FEWEST_STEPS = 30
@@ -94,12 +94,13 @@ def find_range(
         gain = losses[0] - min(losses)
         return "diverging" if event.loss > losses[0] + max(gain, 0.1) else None
 
-    with locked(folder):
-        open_folder(folder, STUDY, settings, "search", begun=(folder / PLAN).exists(), discard=[TIMING])
+    with locked(folder, STUDY, "search"):
+        begun = (folder / RISING / RESULT).exists()
+        open_folder(folder, STUDY, settings, "search", begun=begun, discard=[TIMING, PLAN, RISING])
         steps = session.plan(lambda: {"steps": _steps_that_fit(train, session)})["steps"]
         log(f"up to {steps} steps, at learning rates from {LOWEST:g} to {HIGHEST:g}, until the gain is lost")
         spec = _spec(train, rising=(LOWEST, HIGHEST), max_steps=steps, eval_steps=EVAL_STEPS)
-        trial = session.trial(spec, folder / "rising", stop)
+        trial = session.trial(spec, folder / RISING, stop)
     rates = read_range(trial, steps, settings)
     write_report(folder, KIND, {"verdict": rates.verdict, **rates.to_dict()})
     return rates

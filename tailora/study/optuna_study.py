@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
@@ -93,12 +94,30 @@ def _storage(url: str) -> RDBStorage:
     raise AssertionError
 
 
+@contextmanager
+def explained_errors(folder: Path, url: str | None) -> Iterator[None]:
+    """Within the block, a database that fails in the middle of a search raises ConfigError."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        raise ConfigError(
+            f"the database of the search, {_without_password(url) if url else folder / DATABASE}, cannot be used any "
+            f"more: {_first_line(error)}. When it can, the same command continues the search"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error.__cause__ or error).splitlines()[0]
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"(://[^/@]*:)[^/@]*@", r"\1***@", url)
+
+
 def _unusable(url: str, error: Exception) -> ConfigError:
-    cause = str(error.__cause__ or error).splitlines()[0]
-    shown = re.sub(r"(://[^/@]*:)[^/@]*@", r"\1***@", url)  # without the password
     return ConfigError(
-        f"--storage {shown} cannot be used: {cause}. Give the URL of a database in the form of SQLAlchemy, such as "
-        "sqlite:///study.db or postgresql+psycopg2://user:password@host/name, with its driver installed"
+        f"--storage {_without_password(url)} cannot be used: {_first_line(error)}. Give the URL of a database in the "
+        "form of SQLAlchemy, such as sqlite:///study.db or postgresql+psycopg2://user:password@host/name, with its driver installed"
     )
 
 

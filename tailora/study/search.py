@@ -9,7 +9,6 @@ Several workers may share one folder, or one database on several machines. Each 
 finalists; all end with the same result. The same call resumes an interrupted search.
 """
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from optuna.pruners import SuccessiveHalvingPruner
 from pydantic import TypeAdapter
 
 from tailora.errors import ConfigError
-from tailora.formats.io import write_file
+from tailora.formats.io import read_json_file, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study import optuna_study, search_space
 from tailora.study.budget import (
@@ -49,7 +48,7 @@ from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.judging import by_loss, choose_finalists, judge_finalists
 from tailora.study.results import Candidate, Finalist, SearchResult
 from tailora.study.search_space import Axis
-from tailora.study.study_store import PLAN, TIMING, Log, StudySession, locked, open_folder
+from tailora.study.study_store import DAMAGED, PLAN, TIMING, Log, StudySession, locked, open_folder
 from tailora.study.trial import (
     DONE,
     BaseLosses,
@@ -93,10 +92,11 @@ def search(
         "train": train.model_dump(mode="json", exclude={"output_dir"}),
         "space": {name: list(axis) if isinstance(axis, tuple) else str(axis) for name, axis in space.items()},
     }
-    with locked(folder):
+    with locked(folder, STUDY, "search"):
         open_folder(folder, STUDY, settings, "search", begun=(folder / PLAN).exists(), discard=[TIMING])
     session = StudySession(folder, study.minutes, log, progress, run_trial)
-    result = _Search(train, study, space, session).run(settings)
+    with optuna_study.explained_errors(folder, study.storage):
+        result = _Search(train, study, space, session).run(settings)
     write_report(folder, "search", result.to_dict())
     return result
 
@@ -113,8 +113,8 @@ class _Search:
         self.failed_meanwhile = False  # whether the trial under way was marked as failed by another worker
 
     def run(self, settings: dict[str, Any]) -> SearchResult:
-        with locked(self.folder):
-            stored = json.loads((self.folder / STUDY).read_text())  # as the first worker wrote them
+        with locked(self.folder, STUDY, "search"):
+            stored = read_json_file(self.folder / STUDY, DAMAGED)  # as the first worker wrote them
             self.optuna = optuna_study.open_study(self.folder, self.study.storage, stored)
             self._plan()
             self.axes, notes = search_space.fit_to_model(
@@ -223,7 +223,7 @@ class _Search:
         """Runs trials until all workers have finished enough, or the time is up."""
         wanted = self.study.trial_count
         while True:
-            with locked(self.folder) as lock:
+            with locked(self.folder, STUDY, "search") as lock:
                 running = len(optuna_study.running_trials(self.optuna))
                 finished = len(optuna_study.finished_trials(self.optuna))
                 missing = wanted is None or running + finished < wanted

@@ -17,23 +17,31 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from tailora.errors import ConfigError
-from tailora.formats.io import create_output_folder, write_file
+from tailora.formats.io import create_output_folder, read_json_file, write_file
 from tailora.study.trial import RESULT, Listen, Progress, RunTrial, Trial, TrialSpec, get_trial
 from tailora.train.config import without_removed
 
 PLAN, LOCK, TIMING = "plan.json", ".lock", "probe"
 EARLIER_LOCK = ".claim"  # of earlier versions
+DAMAGED = "give another --output-dir, or delete this folder and start again"
 
 Log = Callable[[str], None]
 Settings = Mapping[str, Any]
 
 
 @contextmanager
-def locked(folder: Path, busy: str | None = None) -> Iterator[BaseFileLock]:
+def locked(folder: Path, name: str, study: str, busy: str | None = None) -> Iterator[BaseFileLock]:
     """Holds the lock of the folder, which is created if missing. Waits while another process holds it; with `busy`
     raises ConfigError with this message instead.
+
+    name: of the file with the settings.    study: what the study is called in messages.
+
+    Raises ConfigError for a folder with other files, and leaves nothing in it.
     """
     create_output_folder(folder)
+    others = [entry for entry in folder.iterdir() if entry.name not in (LOCK, EARLIER_LOCK)]
+    if others and not (folder / name).exists():
+        raise ConfigError(f"{folder} is not empty and holds no {study}; give another --output-dir")
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=-1 if busy is None else 0)
@@ -55,17 +63,17 @@ def open_folder(
     discard: list[str],
     identity: Callable[[Settings], Settings] = lambda settings: settings,
 ) -> None:
-    """Creates the folder of a study, or opens one with the same settings.
+    """Writes the settings of a new study, or checks those of one that is continued. The folder is locked.
 
     name: of the file with the settings.    study: what the study is called in messages.
     begun: whether there are results; until then the study may be given other settings, and `discard` is deleted.
     identity: the part of the settings that must be the same.
 
-    Raises ConfigError for a folder with other settings, or with other files.
+    Raises ConfigError for a folder with other settings.
     """
     file, content = folder / name, json.loads(json.dumps(settings))  # with lists for tuples, as in a file
     if file.exists() and begun:
-        stored = json.loads(file.read_text())
+        stored = read_json_file(file, DAMAGED)
         stored["train"] = without_removed(stored["train"])
         if changes := differences(identity(stored), identity(content)):
             raise ConfigError(
@@ -79,9 +87,6 @@ def open_folder(
             shutil.rmtree(folder / entry, ignore_errors=True)
             if (folder / entry).is_file():
                 (folder / entry).unlink()
-    elif folder.exists() and any(entry.name not in (LOCK, EARLIER_LOCK) for entry in folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no {study}; give another --output-dir")
-    create_output_folder(folder)
     write_file(file, json.dumps(settings, indent=1).encode())
 
 
@@ -133,7 +138,7 @@ class StudySession:
         file = self.folder / PLAN
         if not file.exists():
             write_file(file, json.dumps(find()).encode())
-        content: dict[str, Any] = json.loads(file.read_text())
+        content: dict[str, Any] = read_json_file(file, DAMAGED)
         return content
 
     def has_trial(self, path: Path) -> bool:

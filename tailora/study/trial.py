@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailora.errors import ConfigError, DivergedError, MemoryLimitError, TailoraError
-from tailora.formats.io import write_file
+from tailora.formats.io import read_json_file, write_file
 from tailora.train import subprocess_worker
 from tailora.train.config import TrainConfig, without_removed
 
@@ -240,9 +240,10 @@ def get_trial(
     Raises ConfigError when the folder holds a trial with other settings; whatever else the run raises.
     """
     if (folder / RESULT).exists():
-        if _identity(TrialSpec(**json.loads((folder / SPEC).read_text()))) != _identity(spec):
+        remedy = f"delete {folder}, and the same command runs it again"
+        if _identity(TrialSpec(**read_json_file(folder / SPEC, remedy))) != _identity(spec):
             raise ConfigError(f"{folder} holds a trial with other settings; give another --output-dir")
-        return Trial(**json.loads((folder / RESULT).read_text()))
+        return Trial(**read_json_file(folder / RESULT, remedy))
     shutil.rmtree(folder / RUN, ignore_errors=True)  # of a trial that was interrupted
     write_file(folder / SPEC, json.dumps(asdict(spec), indent=1).encode())
 

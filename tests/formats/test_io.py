@@ -107,3 +107,12 @@ def test_metadata_is_sorted() -> None:
     metadata = {str(number): "" for number in range(20)}
     assert len({safetensors_bytes({}, dict(reversed(metadata.items()))), safetensors_bytes({}, metadata)}) == 1
     assert list(json.loads(safetensors_bytes({}, metadata)[8:])["__metadata__"]) == sorted(metadata)
+
+
+def test_a_full_disk_is_told_also_where_rust_tells_it_in_a_message_only(tmp_path: Path) -> None:
+    message = "out cannot be written: No space left on device; free some space"
+    with pytest.raises(WriteError, match=message), replace_folder(tmp_path / "out"):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+    with pytest.raises(KeyError), replace_folder(tmp_path / "out"):
+        raise KeyError("x")
+    assert list(tmp_path.iterdir()) == []

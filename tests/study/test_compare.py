@@ -107,6 +107,7 @@ def read(folder: Path) -> dict[str, Any]:
         ({"arms": {"one": {}}}, "needs two arms"),
         ({"arms": {"a": {"method": "full"}, "b": {"method": "full"}}}, "to one arm only"),
         ({"arms": {"a": {"data": "x"}, "b": {"seed": 1}}}, "'a' changes data.*'b' changes seed"),
+        ({"arms": {"a": {"r": 4}, "b": {"r": 8}, "c": {"r": 4}}}, "arms 'a' and 'c' have the same settings"),
         ({"seeds": 0}, "seeds"),
         ({"minuts": 3}, "did you mean"),
     ],
@@ -140,6 +141,23 @@ def test_a_step_chosen_by_the_examples_that_judge_is_refused(small_run: TrainCon
     with pytest.raises(ConfigError, match="leave early_stopping_patience and eval_steps out"):
         compare(train, SMALL)
     assert not (tmp_path / "study").exists()
+
+
+def test_a_second_comparison_leaves_the_runs_of_the_first_alone(small_run: TrainConfig, tmp_path: Path) -> None:
+    """Also before the first result, when other settings would replace those of the folder."""
+    train = small_run.replaced(output_dir=str(tmp_path))
+    heard: list[int] = []
+
+    def second(_: TrialSpec, folder: Path, __: Listen) -> Trial:
+        with pytest.raises(ConfigError, match="another comparison is writing to"):
+            compare(train.replaced(r=2), SMALL, run_trial=not_run)
+        assert (folder / "spec.json").exists()
+        heard.append(json.loads((tmp_path / "compare.json").read_text())["train"]["r"])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(train, SMALL, run_trial=second)
+    assert heard == [4]
 
 
 def test_a_folder_with_other_things_is_left_alone(small_run: TrainConfig, tmp_path: Path) -> None:
@@ -194,7 +212,7 @@ def test_fewer_examples_are_held_out_where_time_is_short(
 
 def test_what_the_user_gave_is_not_reduced(small_run: TrainConfig, tmp_path: Path) -> None:
     session = StudySession(tmp_path, 5.0, lambda _: None, None, run_here)
-    given = {"arms": {"a": {}, "b": {}}, "minutes": 5.0}
+    given = {"arms": {"a": {"r": 2}, "b": {}}, "minutes": 5.0}
     assert _Comparison(small_run, CompareConfig(**given), session)._fewest(part=0.4) == Extent(3, 2, 0.4)
     asked = CompareConfig(**given, seeds=5, rate_tries=7)
     assert _Comparison(small_run, asked, session)._fewest(part=0.4) == Extent(7, 5, 0.4)

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +91,15 @@ def test_the_suggested_rate_trains_as_well_as_the_best_of_a_grid(
     grid = {rate: loss_at(rate) for rate in 10 ** np.arange(-4.5, -0.9, 0.5)}
     assert rates.base_loss - min(grid.values()) > 1  # there is something to learn, and rates that do not
     assert loss_at(rates.suggestion) < min(grid.values()) + 0.1 * (rates.base_loss - min(grid.values()))
+
+
+def test_settings_may_change_until_the_run_has_ended(small_run: TrainConfig, tmp_path: Path) -> None:
+    def fail(*_: Any) -> Trial:
+        raise ConfigError("no such data")
+
+    for r in (2, 4):
+        with pytest.raises(ConfigError, match="no such data"):
+            find_range(small_run.replaced(r=r, output_dir=str(tmp_path)), SearchConfig(lr_only=True), run_trial=fail)
 
 
 @pytest.mark.slow

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.exceptions import StorageInternalError
 from search_worker import GRACE, HEARTBEAT, work
+from sqlalchemy.exc import OperationalError
 
 from tailora.cli.main import main
 from tailora.errors import ConfigError
@@ -146,6 +148,20 @@ def test_too_little_time_for_a_search_is_refused_with_what_it_needs(small_run: T
 
 def not_run(*_: Any) -> Trial:
     raise AssertionError("nothing is run")
+
+
+def test_a_database_that_fails_in_the_middle_of_a_search_is_named(
+    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: Any) -> None:
+        raise StorageInternalError("lost") from OperationalError("SELECT", None, Exception("server closed"))
+
+    monkeypatch.setattr(optuna_study, "open_study", lose)
+    train = small_run.replaced(output_dir=str(tmp_path / "study"))
+    with pytest.raises(
+        ConfigError, match=r"//me:\*\*\*@host/name, cannot be used any more: .*server closed.*same command"
+    ):
+        search(train, SearchConfig(storage="postgresql://me:secret@host/name"))
 
 
 def test_the_command_says_what_is_wrong_with_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,18 +1,22 @@
 """The folder of a study: whose it is, and one process at a time."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from filelock import BaseFileLock
 
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, FormatError
 from tailora.study.config import SearchConfig
 from tailora.study.search import search
-from tailora.study.study_store import PLAN, locked, open_folder
+from tailora.study.study_store import PLAN, StudySession, locked, open_folder
+from tailora.study.trial import run_here
 from tailora.train.config import TrainConfig
 
 
 def opened(folder: Path, r: int, **removed: object) -> None:
     begun = (folder / PLAN).exists()
+    folder.mkdir(exist_ok=True)
     open_folder(folder, "search.json", {"train": {"r": r, **removed}}, "search", begun=begun, discard=["probe"])
 
 
@@ -28,6 +32,17 @@ def test_a_study_with_other_settings_is_refused(small_run: TrainConfig, tmp_path
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty and holds no search"):
         search(small_run.replaced(output_dir=str(tmp_path)), SearchConfig(trials=2))
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_damaged_file_of_a_study_is_named(tmp_path: Path) -> None:
+    opened(tmp_path, 1)
+    (tmp_path / PLAN).write_text("{")
+    with pytest.raises(FormatError, match=r"plan\.json is damaged .*delete this folder and start again"):
+        StudySession(tmp_path, None, print, None, run_here).plan(dict)
+    (tmp_path / "search.json").write_text("{")
+    with pytest.raises(FormatError, match=r"search\.json is damaged"):
+        opened(tmp_path, 1)
 
 
 def test_settings_that_earlier_versions_had_make_no_difference(tmp_path: Path) -> None:
@@ -39,7 +54,10 @@ def test_settings_that_earlier_versions_had_make_no_difference(tmp_path: Path) -
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(ConfigError, match="it is taken"), locked(tmp_path, busy="it is taken"):
+    def lock(busy: str | None = None) -> AbstractContextManager[BaseFileLock]:
+        return locked(tmp_path, "search.json", "search", busy)
+
+    with lock(), pytest.raises(ConfigError, match="it is taken"), lock("it is taken"):
         pass
-    with locked(tmp_path, busy="it is taken"):
+    with lock("it is taken"):
         pass
