@@ -117,8 +117,8 @@ def _without_password(url: str) -> str:
 def _unusable(url: str, error: Exception) -> ConfigError:
     return ConfigError(
         f"--storage {_without_password(url)} cannot be used: {_first_line(error)}. Give the URL of a database in the "
-        "form of SQLAlchemy, such as sqlite:///study.db or postgresql+psycopg2://user:password@host/name, with its driver "
-        "installed"
+        "form of SQLAlchemy, such as sqlite:///study.db or postgresql+psycopg2://user:password@host/name, with its "
+        "driver installed"
     )
 
 
