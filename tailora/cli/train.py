@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tailora.cli.flags import ConfigFile, Json, Overwrite, flags_of, merge_settings
-from tailora.cli.main import log, print_json, stderr, stdout
-from tailora.errors import CheckpointError, ConfigError
-from tailora.formats.run_folder import ADAPTER, PAGE, REPORT
-from tailora.report.blocks import Code, Column, Section, Table
+from tailora.cli.main import log, note, print_json, stderr, stdout
+from tailora.errors import CheckpointError, ConfigError, WriteError
+from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES
+from tailora.report.blocks import Code, Column, Page, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
 from tailora.report.terminal import print_page, print_section
 from tailora.train.config import TrainConfig
@@ -105,9 +105,10 @@ FILES = {
 }
 
 
-def show(console: Console, config: TrainConfig, folder: Path) -> None:
-    """Prints the page of the run, the files in its folder, and commands to try next."""
-    print_page(console, read_page(folder))
+def show(console: Console, config: TrainConfig, folder: Path, page: Page | None) -> None:
+    """Prints the page of the run if there is one, the files in its folder, and commands to try next."""
+    if page is not None:
+        print_page(console, page)
     rows = [(name, content) for name, content in FILES.items() if (folder / name).exists()]
     print_section(console, Section(f"Written to {folder}", "", [Table([Column(""), Column("")], rows)]))
     print_section(console, Section("Next", "", [Code("\n".join(map(shlex.join, next_commands(config, folder))))]))
@@ -135,7 +136,7 @@ def first_prompt(folder: Path) -> str:
     """Returns the first prompt that the run answered, in one line and shortened."""
     try:
         samples = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError:  # none was asked for, or the file could not be written
         samples = []
     words = " ".join(samples[0]["prompt"].split()) if samples else ""
     return textwrap.shorten(words, PROMPT_LENGTH, placeholder="") or words[:PROMPT_LENGTH] or "Hello!"
@@ -166,15 +167,19 @@ def fit(config: TrainConfig, *, as_json: bool, overwrite: bool, questions: Seque
         raise KeyboardInterrupt(message) from interrupted
     if not PartialState().is_main_process:
         return 0
-    answer_samples(result, config.samples, questions)
-    folder = Path(result.output_dir)
-    report = write_train_report(folder)
-    page = write_page_if_possible(folder)
+    folder, numbers, report, page = Path(result.output_dir), result.to_dict(), None, ""
+    try:
+        answer_samples(result, config.samples, questions)
+        report = write_train_report(folder)
+        page = write_page_if_possible(folder)
+    except WriteError as error:  # what was trained is whole, so the run has not failed
+        again = shlex.join(["tailora", "report", str(folder)])
+        note(f"what was trained is whole, but its report is not: {error}. Then `{again}` writes the report")
     if as_json:
-        print_json(report["result"])
+        print_json((report and report["result"]) or numbers)
     else:
-        show(stdout(), config, folder)
-        if not (folder / PAGE).exists():
+        show(stdout(), config, folder, None if report is None else read_page(folder))
+        if page and not (folder / PAGE).exists():
             log(page)
     return 0
 

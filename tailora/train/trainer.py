@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tailora.core.quantization import stored_bytes
 from tailora.data.prepare import PreparedData
-from tailora.errors import CheckpointError, ConfigError, DivergedError
+from tailora.errors import CheckpointError, ConfigError, DivergedError, WriteError
 from tailora.formats.fingerprint import model_fingerprint
 from tailora.kernels.flat_parameters import flattened
 from tailora.model import LoRAModel
@@ -144,8 +144,11 @@ class Trainer:
             self.accelerator.wait_for_everyone()
         result = self.result(after, time.perf_counter() - started)
         if self.accelerator.is_main_process:
-            run_log.write_run(self.output_dir, self.header, result.to_dict())
-            run_log.write_examples(self.output_dir, state.before, after)
+            try:
+                run_log.write_run(self.output_dir, self.header, result.to_dict())
+                run_log.write_examples(self.output_dir, state.before, after)
+            except WriteError as error:  # what was trained is whole, so the run has not failed
+                self.note(str(error))
         for text in stream_notes(self.data, config.max_length):
             self.note(text)
         self.report(events.Saved(result.best_step, folder))

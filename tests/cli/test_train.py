@@ -16,7 +16,9 @@ from transformers import LlamaForCausalLM
 
 from tailora.cli.main import main
 from tailora.cli.train import QUESTIONS, demo_folder, first_prompt, latest_demo_folder, next_commands
-from tailora.errors import CheckpointError, ConfigError
+from tailora.errors import CheckpointError, ConfigError, WriteError
+from tailora.formats import run_folder
+from tailora.train import run_log
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 
@@ -216,6 +218,36 @@ def test_memory_that_ends_while_answers_are_compared_leaves_the_adapter(
     assert "--samples 0" in said
     assert "Traceback" not in said
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["samples.json", "report.json", "report.html"])
+def test_a_report_that_cannot_be_written_is_a_note_and_not_a_failure(
+    flags: dict[str, str], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / name).mkdir(parents=True)
+    assert main([*line(flags), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert f"note: what was trained is whole, but its report is not: {tmp_path / 'run' / name} cannot be" in shown.err
+    assert f"tailora report {tmp_path / 'run'}" in shown.err
+    assert json.loads(shown.out).keys() >= PROMISED
+    (tmp_path / "run" / name).rmdir()
+    assert main(["report", str(tmp_path / "run")]) == 0
+
+
+def test_without_a_report_the_files_are_shown(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, _content: bytes) -> None:
+        raise WriteError(f"{path} cannot be written: No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_file", full)
+    monkeypatch.setattr(run_log, "write_examples", lambda folder, *_: full(folder / "examples.jsonl", b""))
+    assert main(line(flags)) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("No space left on device") == 2
+    assert "adapter_model" not in shown.out
+    assert "the adapter, a PEFT folder" in shown.out
+    assert "tailora chat" in shown.out
 
 
 def test_what_was_cut_is_told_before_training(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
