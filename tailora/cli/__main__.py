@@ -1,7 +1,67 @@
-"""`python -m tailora.cli`: the same as `tailora`."""
+"""The program `tailora`, also `python -m tailora.cli`: Ctrl-C and SIGTERM end it with a message, whatever it is doing.
 
+The first signal raises KeyboardInterrupt, so that files are cleaned up; a second of the same kind ends the process at
+once. One of the other kind changes nothing: launchers such as torchrun send SIGTERM after a Ctrl-C. While it trains,
+a run handles the first signal itself (`train.events.StopSignals`).
+"""
+
+import os
+import signal
 import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
 
-from tailora.cli.main import main
+from tailora.cli import INTERRUPTED
 
-sys.exit(main())
+
+class InterruptSignals:
+    """Handles SIGINT and SIGTERM, unless they are ignored, as SIGINT is in the background of a shell script."""
+
+    def __init__(self) -> None:
+        self.received: set[int] = set()
+        sys.unraisablehook = self._on_unraisable
+        self.handle_with(self)
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if number in self.received:
+            end_now()
+        is_first = not self.received
+        self.received.add(number)
+        if is_first:
+            raise KeyboardInterrupt
+
+    def handle_with(self, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)
+
+    def _on_unraisable(self, failure: "sys.UnraisableHookArgs") -> None:
+        """Python goes on after a KeyboardInterrupt that was raised in a destructor; we do not."""
+        if issubclass(failure.exc_type, KeyboardInterrupt):
+            end_now()
+        sys.__unraisablehook__(failure)
+
+
+def end_now() -> NoReturn:
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+def run() -> NoReturn:
+    """Runs the command line and ends the process."""
+    signals = InterruptSignals()  # before the imports, which take a second
+    try:
+        from tailora.cli.main import main
+
+        code = main(interrupted=lambda: bool(signals.received))
+    except BaseException:
+        if not signals.received:
+            raise
+        end_now()
+    signals.handle_with(signal.SIG_IGN)  # all is done; Python removes its modules, and takes its handlers back first
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cyclopts import App, CycloptsError, UnknownOptionError
@@ -19,6 +19,7 @@ from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
 from rich.console import Console
 
 from tailora import __version__
+from tailora.cli import INTERRUPTED
 from tailora.errors import MemoryLimitError, TailoraError
 from tailora.quiet import quiet_loggers
 
@@ -51,13 +52,16 @@ ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user
     "LRU_CACHE_CAPACITY": "64",  # torch's cache around oneDNN; took 1.07 GB, now 0.71, at the same speed
 }
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes")  # transformers imports torchao; all of them warn
-GATE_NOT_MET, INTERRUPTED = 4, 130  # exit codes
+GATE_NOT_MET = 4  # exit code
 MAX_LINES = 21  # of a message; --json prints all of it
 MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code."""
+def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] = lambda: False) -> int:
+    """Runs one command line and returns its exit code.
+
+    interrupted: True after a signal. Then any exception is its effect: libraries turn KeyboardInterrupt into others.
+    """
     for name, value in ENVIRONMENT.items():
         if not (name == "GOMP_SPINCOUNT" and "OMP_WAIT_POLICY" in os.environ):  # GOMP_SPINCOUNT would override it
             os.environ.setdefault(name, value)
@@ -72,8 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (TailoraError, CycloptsError, OSError, KeyboardInterrupt) as error:
-        return fail(error, as_json)
+        return fail(
+            KeyboardInterrupt() if interrupted() and not isinstance(error, KeyboardInterrupt) else error, as_json
+        )
     except Exception as error:
+        if interrupted():
+            return fail(KeyboardInterrupt(), as_json)
         if is_out_of_memory(error):
             cause = (str(error).strip() or type(error).__name__).splitlines()[0]
             return fail(MemoryLimitError(f"out of memory: {cause}\n{MEMORY_ADVICE}"), as_json)

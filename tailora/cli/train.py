@@ -90,7 +90,6 @@ def latest_demo_folder(folder: Path) -> Path:
 # ---- What a finished run prints: its page, its files, and what to do next
 
 
-SAMPLES = "samples.json"
 PROMPT_LENGTH = 60  # characters of the prompt in the commands to try next
 FILES = {
     PAGE: "all of this and more, to look at in a browser",

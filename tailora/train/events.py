@@ -5,12 +5,11 @@ The library prints nothing. `run(config, on_event=listener)` calls the listener 
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -112,30 +111,38 @@ class TrainResult:
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """Yields an event that the first SIGINT or SIGTERM sets, so that the run stops between two steps.
+class StopSignals:
+    """Stops the run between two steps at the first SIGINT or SIGTERM, from `handle` to `restore`.
 
-    A second signal has its usual effect. Only the main thread receives signals; in other threads the event is never
-    set.
+    A second signal of the same kind has its usual effect. One of the other kind changes nothing, because launchers send
+    SIGTERM after a Ctrl-C. The end of the `with` block restores, too, when everything is cleaned up. Only the main
+    thread receives signals.
     """
-    stop_event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop_event
-        return
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def restore_handlers() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self._earlier: dict[int, Any] = {}
 
-    def request_stop(_number: int, _frame: FrameType | None) -> None:
-        stop_event.set()
-        restore_handlers()
+    def handle(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {number: signal.getsignal(number) for number in SIGNALS}
+            for number in SIGNALS:
+                signal.signal(number, self._request_stop)
 
-    for number in SIGNALS:
-        signal.signal(number, request_stop)
-    try:
-        yield stop_event
-    finally:
-        restore_handlers()
+    def restore(self) -> None:
+        for number in list(self._earlier):
+            self._restore(number)
+
+    def _request_stop(self, number: int, _frame: FrameType | None) -> None:
+        self.stop.set()
+        self._restore(number)
+
+    def _restore(self, number: int) -> None:
+        if number in self._earlier:
+            signal.signal(number, self._earlier.pop(number))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()

@@ -114,19 +114,20 @@ class Trainer:
         DivergedError if a loss or gradient is not finite, MemoryLimitError, and Interrupted after Ctrl-C or SIGTERM.
         """
         started = time.perf_counter()
-        with ExitStack() as stack:
+        with events.StopSignals() as signals, ExitStack() as stack:
             self.setup(stack)
             config, state, max_steps = self.config, self.state, self.data.max_steps
             self.header = self.write_header()
             if self.on_ready is not None:
                 self.on_ready(self.model, self.tokenizer, self.data.prepared)
             stack.enter_context(explain_out_of_memory("training", self.memory_remedies))
-            with self.use_kernels(), events.stop_on_signal() as stop_event:
+            signals.handle()
+            with self.use_kernels():
                 self.evaluate_before_training()
                 steps = self.data.steps(state.step)
                 while state.step < max_steps and not self.is_out_of_patience():
                     batches = next(steps)
-                    tokens, supervised, stop = self.sum_over_ranks(batches, stop_event)
+                    tokens, supervised, stop = self.sum_over_ranks(batches, signals.stop)
                     if stop:
                         raise events.Interrupted(self.save_checkpoint())
                     self.step(batches, tokens, supervised)
@@ -136,6 +137,7 @@ class Trainer:
                         self.save_checkpoint()
                 after = self.restore_best()
                 self.accept_checkpoint()
+            signals.restore()
             folder = self.save_trained()
             if self.accelerator.is_main_process:
                 run_log.delete_earlier(self.output_dir)

@@ -252,3 +252,75 @@ def test_the_extra_that_is_missing_is_named(
     monkeypatch.setattr(errors, "find_spec", lambda _: None)
     assert main(["compare"]) == 2
     assert "pip install 'tailora[study]'" in capsys.readouterr().err
+
+
+# ---- Signals
+
+
+SIGNALLED = """
+import atexit, os, signal, sys
+import tailora.cli.__main__ as program
+
+def send(name):
+    os.kill(os.getpid(), getattr(signal, name))
+
+class InDestructor:
+    def __del__(self):
+        send("SIGINT")
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "rich.console":
+            send("SIGTERM")
+
+def command(*_, **__):
+    case = sys.argv[1]
+    if case == "ignored by a library":
+        try:
+            send("SIGINT")
+        except KeyboardInterrupt:
+            raise ImportError("cannot import this")
+    elif case == "in a destructor":
+        InDestructor()
+        print("went on")
+    elif case == "another while cleaning up":
+        try:
+            send("SIGINT")
+        finally:
+            send("SIGTERM")
+            print("cleaned up", flush=True)
+    elif case == "the same while cleaning up":
+        try:
+            send("SIGTERM")
+        finally:
+            send("SIGTERM")
+            print("cleaned up", flush=True)
+    elif case == "at the end":
+        atexit.register(send, "SIGINT")
+        atexit.register(send, "SIGTERM")
+        return 4
+
+if sys.argv[1] == "importing":
+    sys.meta_path.insert(0, Finder())
+else:
+    import tailora.cli.main
+    tailora.cli.main.app = lambda _: command
+program.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "out", "code"),
+    [
+        ("importing", "", 130),
+        ("ignored by a library", "", 130),
+        ("in a destructor", "", 130),
+        ("another while cleaning up", "cleaned up\n", 130),
+        ("the same while cleaning up", "", 130),
+        ("at the end", "", 4),
+    ],
+)
+def test_signals_end_the_program_with_a_message_and_no_traceback(case: str, out: str, code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, case], capture_output=True, text=True, check=False)
+    assert done.stderr == ("interrupted\n" if code == 130 else "")
+    assert (done.stdout, done.returncode) == (out, code)

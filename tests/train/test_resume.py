@@ -74,6 +74,20 @@ def test_an_interrupted_run_saves_says_where_and_continues_to_the_same_bytes(
     assert adapter(stopped) == adapter(whole)
 
 
+def test_another_signal_while_an_interrupted_run_saves_and_ends_changes_nothing(settings: Any, tmp_path: Path) -> None:
+    """As torchrun does: SIGTERM to every process after Ctrl-C."""
+
+    def stop(event: events.Event) -> None:
+        if isinstance(event, events.Stepped):
+            os.kill(os.getpid(), signal.SIGINT)
+        if isinstance(event, events.Saved):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(events.Interrupted) as caught:
+        run(settings(max_steps=2), on_event=stop)
+    assert caught.value.folder == tmp_path / "out" / "checkpoint-1"
+
+
 def test_a_run_interrupted_before_its_first_step_goes_on(settings: Any, tmp_path: Path) -> None:
     whole, stopped = (settings(output_dir=str(tmp_path / name), max_steps=2) for name in ("whole", "stopped"))
     run(whole)
