@@ -22,6 +22,7 @@ A message says what was asked, what there is, and what to do. All problems of an
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from errno import ENOMEM
 from importlib.util import find_spec
 
 
@@ -92,6 +93,23 @@ class FetchError(TailoraError, OSError):
 
 class WriteError(TailoraError, OSError):
     pass
+
+
+OUT_OF_MEMORY = (
+    *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "std::bad_alloc"),
+    *("failed to map segment", "can't start new thread"),  # a library, the stack of a thread
+    *("could not create a primitive", "error return without exception set"),  # oneDNN; Python within an import
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if memory ran out in Python, torch, a library or the system; most of them say so only in their text."""
+    if isinstance(error, TailoraError):
+        return False
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == ENOMEM):
+        return True
+    says_so = isinstance(error, RuntimeError | ImportError | SystemError) or type(error).__name__ == "SafetensorError"
+    return says_so and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:

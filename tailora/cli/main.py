@@ -20,7 +20,7 @@ from rich.console import Console
 
 from tailora import __version__
 from tailora.cli import INTERRUPTED
-from tailora.errors import MemoryLimitError, TailoraError
+from tailora.errors import MemoryLimitError, TailoraError, is_out_of_memory
 from tailora.quiet import quiet_loggers
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
@@ -75,16 +75,14 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] =
     except BrokenPipeError:  # `tailora ... | head`: without this, Python reports a second error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (TailoraError, CycloptsError, OSError, KeyboardInterrupt) as error:
-        return fail(
-            KeyboardInterrupt() if interrupted() and not isinstance(error, KeyboardInterrupt) else error, as_json
-        )
-    except Exception as error:
-        if interrupted():
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted() and not isinstance(error, KeyboardInterrupt):
             return fail(KeyboardInterrupt(), as_json)
         if is_out_of_memory(error):
             cause = (str(error).strip() or type(error).__name__).splitlines()[0]
             return fail(MemoryLimitError(f"out of memory: {cause}\n{MEMORY_ADVICE}"), as_json)
+        if isinstance(error, TailoraError | CycloptsError | OSError | KeyboardInterrupt):
+            return fail(error, as_json)
         stderr().print("This is a bug in tailora: please report it with the lines below.", style="bold red")
         if as_json:
             print_json_error(error)
@@ -150,15 +148,6 @@ def exit_code(error: BaseException) -> int:
             return 2
         case _:
             return 1
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """True if memory ran out in Python or in torch. Does not import torch."""
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from tailora.train import memory
-
-    return memory.is_out_of_memory(error)
 
 
 # ---- Output: results go to stdout, everything else to stderr

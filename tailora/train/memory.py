@@ -19,14 +19,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from tailora.core.quantization import dense_shape, inner_tensors, quantized_layers, stored_tensors
-from tailora.errors import MemoryLimitError
+from tailora.errors import MemoryLimitError, is_out_of_memory
 
-CGROUP = (  # limit and use of a container, version 2 and 1
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-)
+CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # the groups of this process; all groups
+CGROUP_FILES = {  # folder of a version -> its files of limit and use, and the files in memory that can be dropped
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 STATUS = Path("/proc/self/status")
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc")
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -56,15 +56,42 @@ def used_bytes(device: torch.device) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Returns the memory that can still be allocated; on a CPU within the container's limit."""
+    """Returns the memory that can still be allocated; on a CPU within the limits of containers and of the process."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, for its next tensors
         return int(torch.cuda.mem_get_info(device)[0]) + idle
-    free = [int(psutil.virtual_memory().available)]
-    for limit, used in CGROUP:
-        if limit.exists() and (text := limit.read_text().strip()).isdigit():
-            free.append(int(text) - int(used.read_text()))
+    free = [int(psutil.virtual_memory().available), *_free_in_cgroups(), *_free_in_process()]
     return max(min(free), 0)
+
+
+def _free_in_cgroups() -> list[int]:
+    """Returns what is free in each control group of this process that has a limit, and in each group around it."""
+    free = []
+    for line in CGROUP.read_text().splitlines() if CGROUP.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        version = "memory" if "memory" in controllers.split(",") else controllers
+        if version not in CGROUP_FILES:
+            continue
+        limit, used, droppable = CGROUP_FILES[version]
+        inside = Path(path.lstrip("/"))
+        for group in (CGROUPS / version / part for part in (inside, *inside.parents)):
+            # in a container the path may be that of the host, of which only the top is there
+            if (group / limit).exists() and (text := (group / limit).read_text().strip()).isdigit():
+                counts = (group / "memory.stat").read_text().split()
+                free.append(int(text) - int((group / used).read_text()) + int(counts[counts.index(droppable) + 1]))
+    return free
+
+
+def _free_in_process() -> list[int]:
+    """Returns what `ulimit -v` and `ulimit -d` leave to this process, where they are set."""
+    if sys.platform != "linux":
+        return []
+    import resource
+
+    memory = psutil.Process().memory_info()
+    used = {resource.RLIMIT_AS: memory.vms, resource.RLIMIT_DATA: memory.data}
+    limits = {kind: resource.getrlimit(kind)[0] for kind in used}
+    return [limit - used[kind] for kind, limit in limits.items() if limit != resource.RLIM_INFINITY]
 
 
 # ---- What a forward keeps
@@ -188,19 +215,12 @@ def remedies(cost: Cost, size: ForwardSize, longest: int) -> str:
     return "\n".join(["what helps:", *(lines + others)[:3]])
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True if torch or Python ran out of memory; on a CPU torch says so only in the text of a RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return not isinstance(error, MemoryLimitError)
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
-
-
 @contextmanager
 def explain_out_of_memory(doing: str, advice: Callable[[], str]) -> Iterator[None]:
     """Within the block, running out of memory raises MemoryLimitError with the cause and what helps."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         cause = str(error).strip().splitlines()[0] if str(error) else type(error).__name__

@@ -4,15 +4,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tailora.core.config import LoRAConfig
 from tailora.data.dataset import Example
-from tailora.errors import MemoryLimitError
+from tailora.errors import MemoryLimitError, is_out_of_memory
 from tailora.kernels.loss import FROZEN, OWN, RECOMPUTED
 from tailora.model import LoRAModel
+from tailora.train import memory
 from tailora.train.kernel_choice import Kernels
 from tailora.train.loss import BatchLayout
 from tailora.train.memory import (
@@ -22,7 +25,6 @@ from tailora.train.memory import (
     check_fits,
     explain_out_of_memory,
     format_bytes,
-    is_out_of_memory,
     peak_bytes,
     used_bytes,
 )
@@ -38,7 +40,7 @@ torch.set_num_threads(1)
 from tailora.train.config import TrainConfig
 from tailora.train.events import Prepared
 from tailora.train.trainer import run
-from tailora.errors import MemoryLimitError
+from tailora.errors import MemoryLimitError, is_out_of_memory
 def starve(event):
     if isinstance(event, Prepared):  # after the estimate was found to fit
         limit = psutil.Process().memory_info().vms + 1_000_000
@@ -108,6 +110,12 @@ def test_the_estimate_is_what_the_forward_keeps(model_folder: Path, form: str, k
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
         (MemoryLimitError("said already"), False),
+        (OSError(12, "Cannot allocate memory"), True),
+        (OSError(28, "No space left on device"), False),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), True),
+        (SafetensorError("I/O error: Cannot allocate memory (os error 12)"), True),
+        (RuntimeError("can't start new thread"), True),
+        (RuntimeError("could not create a primitive"), True),
     ],
 )
 def test_running_out_of_memory_is_told_from_other_errors(error: Exception, expected: bool) -> None:
@@ -137,6 +145,48 @@ def test_running_out_in_training_names_cause_and_remedies(settings: Any, model_f
     assert "allocate" in process.stdout.splitlines()[0]
     assert process.stdout.count("\n  - ") == 3
     assert "--per-device-train-batch-size 1 with gradient accumulation times 8" in process.stdout
+
+
+def write_group(folder: Path, files: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(content)
+
+
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+@pytest.mark.parametrize(
+    ("lines", "mount", "names"), [("0::{}", "", V2), ("4:cpu:/\n3:hugetlb,memory:{}", "memory", V1)]
+)
+@pytest.mark.parametrize("tightest", ["", "outer", "outer/inner"])
+def test_the_smallest_limit_of_nested_control_groups_counts(
+    lines: str, mount: str, names: tuple[str, str, str], tightest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, used, droppable = names
+    for path in ("", "outer", "outer/inner"):
+        most = "9000" if path == tightest else {V2: "max", V1: "9223372036854771712"}[names]
+        stat = f"anon 1\n{droppable} 500\n"
+        write_group(tmp_path / mount / path, {limit: f"{most}\n", used: "7000\n", "memory.stat": stat})
+    (tmp_path / "of this process").write_text(lines.format("/outer/inner") + "\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "of this process")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    assert available_bytes(CPU) == 2500
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and RLIMIT_DATA")
+@pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_limits_of_the_process_count(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    used = psutil.Process().memory_info()
+    limit = (used.vms if kind == "RLIMIT_AS" else used.data) + 10_000_000
+    own = resource.getrlimit
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda asked: (limit, limit) if asked == getattr(resource, kind) else own(asked)
+    )
+    assert 8_000_000 < available_bytes(CPU) <= 10_000_000
 
 
 def test_the_peak_grows_by_what_is_allocated_beyond_it() -> None:
