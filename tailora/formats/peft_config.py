@@ -12,7 +12,8 @@ from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from tailora.core.config import LoRAConfig, TaskType
-from tailora.core.patterns import by_pattern, exactly, matches, portable_targets
+from tailora.core.patterns import by_pattern, ends_with, exactly, matches, portable_targets
+from tailora.core.targets import saved_modules
 from tailora.errors import FormatError, listing
 from tailora.formats.metadata import CONFIG_ERRORS
 from tailora.formats.peft_paths import PeftLayer
@@ -50,6 +51,12 @@ TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+# Ends of the heads that PEFT's class of the task looks for in the file
+HEADS_OF_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 BRACES, NUMBER = re.compile(r"\{[\d\s,]*\}"), re.compile(r"\d+")
 MAX_REPETITIONS = 1000
 
@@ -66,11 +73,9 @@ def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: 
     parameter_paths = [path for path, _ in base_model.named_parameters(remove_duplicate=False)]
     are_clear = set(parameters) == {path for path in parameter_paths if matches(endings, path)}
     module_paths = [path for path, _ in base_model.named_modules()]
-    class_name = type(base_model).__name__
     return {
         "peft_type": "LORA",
-        "task_type": config.task_type
-        or next((task for ending, task in TASK_TYPES.items() if class_name.endswith(ending)), None),
+        "task_type": _task_type(config, base_model),
         "base_model_name_or_path": base_model_name(base_model),
         "inference_mode": True,
         "r": config.r,
@@ -83,6 +88,24 @@ def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: 
         "fan_in_fan_out": False,
         "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
     }
+
+
+def _task_type(config: LoRAConfig, base_model: nn.Module) -> str | None:
+    """Returns the user's task, or that of the base's class if the adapter has the heads which PEFT then looks for."""
+    class_name = type(base_model).__name__
+    task = config.task_type or next((task for ending, task in TASK_TYPES.items() if class_name.endswith(ending)), None)
+    modules = dict(base_model.named_modules())
+    names = HEADS_OF_TASK.get(task or "", ())
+    heads = [path for path in modules if any(ends_with(name, path) for name in names)]
+    if missing := [path for path in heads if path not in saved_modules(modules, config)]:
+        if config.task_type is None:
+            return None
+        warnings.warn(
+            f"task_type={task!r}: PEFT looks for the weights of {', '.join(missing)} and cannot load the adapter without "
+            f"them; train them in full (modules_to_save={missing}), or leave task_type out",
+            stacklevel=2,
+        )
+    return task
 
 
 def base_model_name(base_model: nn.Module) -> str | None:

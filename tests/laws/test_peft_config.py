@@ -318,6 +318,26 @@ def test_the_same_settings_select_the_same_here(name: str) -> None:
     assert {row.path for row in rows if not row.r} == ({"my_head"} if "modules_to_save" in settings else set())
 
 
+def test_the_task_of_a_classifier_is_written_only_where_its_head_is(tmp_path: Path) -> None:
+    bare = LoRAModel(fresh(classifier), LoRAConfig(r=2, **Q))
+    bare.save_adapter(tmp_path / "bare")
+    assert json.loads((tmp_path / "bare/adapter_config.json").read_text())["task_type"] is None
+    theirs = peft.PeftModel.from_pretrained(fresh(classifier), str(tmp_path / "bare"))
+    torch.testing.assert_close(output(theirs), output(bare), **TOLERANCE)
+
+    whole = LoRAModel(fresh(classifier), LoRAConfig(r=2, modules_to_save=["score"], **Q))
+    whole.save_adapter(tmp_path / "whole")
+    assert json.loads((tmp_path / "whole/adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    theirs = peft.PeftModel.from_pretrained(fresh(classifier), str(tmp_path / "whole"))
+    torch.testing.assert_close(output(theirs), output(whole), **TOLERANCE)
+
+    named = LoRAModel(fresh(classifier), LoRAConfig(r=2, task_type="SEQ_CLS", **Q))
+    with pytest.warns(UserWarning, match=r"looks for the weights of score .*modules_to_save=\['score'\]"):
+        named.save_adapter(tmp_path / "named")
+    with pytest.raises(KeyError):
+        peft.PeftModel.from_pretrained(fresh(classifier), str(tmp_path / "named"))
+
+
 def test_layers_pattern_without_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match="layers_pattern says which numbers layers_to_transform means; give both"):
         LoRAConfig(layers_pattern="h")
