@@ -1,6 +1,5 @@
 """Shared by the commands that take a model and adapters: flags, finding the adapters, loading them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tailora.cli.main import note
 from tailora.data.demo import DEMO, resolve_demo
 from tailora.data.readers import check_model_exists
 from tailora.errors import ConfigError, FormatError, listing
+from tailora.formats.io import read_json_object
 from tailora.formats.metadata import METADATA_KEY, parse_metadata
 from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, adapter_folder, recorded_settings
 from tailora.train.config import Quantize as QuantizeMethod
@@ -138,9 +138,9 @@ def base_of(adapter: Path) -> BaseOfAdapter | None:
     What is wrong with an adapter is reported where it is loaded.
     """
     try:
-        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        settings = read_json_object(adapter / ADAPTER_CONFIG)
         name = next(settings[key] for key in BASE_MODEL_KEYS if settings.get(key))
-    except (OSError, ValueError, AttributeError, RecursionError, StopIteration):
+    except (FormatError, StopIteration):
         return None
     if not isinstance(name, str):
         return None

@@ -7,6 +7,7 @@ llama.cpp computes alpha / (rank of B) * B A, without rsLoRA or patterns: the sc
 Names are looked up in the maps of the `gguf` package, which llama.cpp's converter uses, too.
 """
 
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_type_of
 from tailora.errors import FormatError
 from tailora.formats import low_rank_export
+from tailora.formats.io import check_is_file
 from tailora.formats.low_rank_export import MERGED, ExportSource
 from tailora.formats.peft import StoredAdapter
 
@@ -101,26 +103,28 @@ def read(folder: Path, base_model: nn.Module) -> StoredAdapter:
     from gguf import GGUFReader
 
     path = folder / WEIGHTS
+    check_is_file(path)
     try:
         file = GGUFReader(path)
         fields = {name: field.contents() for name, field in file.fields.items()}
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in file.tensors}
-    except (ValueError, IndexError, KeyError) as error:
+    except (OSError, ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
         raise FormatError(f"{path} is not a complete GGUF file: {error}") from None
     names = tensor_names(base_model)
     header = {"general.type": "adapter", "adapter.type": "lora", "general.architecture": _architecture(base_model)}
     header_problems = [
         f"{key} = {fields.get(key)!r}, not {value!r}" for key, value in header.items() if fields.get(key) != value
     ]
-    header_problems += [] if "adapter.lora.alpha" in fields else ["adapter.lora.alpha is missing"]
+    alpha = fields.get("adapter.lora.alpha")
+    if not isinstance(alpha, int | float):
+        header_problems.append(f"adapter.lora.alpha = {alpha!r}, not a number")
     low_rank_export.raise_problems(str(path), header_problems + _tensor_problems(tensors, set(names.values())))
     factors = {}
     for layer_path, name in names.items():
         if f"{name}.lora_a" in tensors:
             A, B = tensors[f"{name}.lora_a"].float(), tensors[f"{name}.lora_b"].float()
             factors[layer_path] = from_gguf(A, B, name, base_model)
-    alpha = float(fields["adapter.lora.alpha"])
-    scales = {layer_path: alpha / B.shape[1] if alpha else 1.0 for layer_path, (_, B) in factors.items()}
+    scales = {layer_path: float(alpha) / B.shape[1] if alpha else 1.0 for layer_path, (_, B) in factors.items()}
     return low_rank_export.as_stored_adapter(folder, factors, scales)
 
 

@@ -190,6 +190,50 @@ def _umask() -> int:
     return current
 
 
+# ---- Reading
+
+
+def check_is_file(path: Path) -> None:
+    """Raises FormatError unless there is a regular file: reading a device or a named pipe may never end."""
+    if path.is_dir():
+        raise FormatError(f"{path} is a folder, where a file is needed")
+    if not os.path.lexists(path):
+        raise FormatError(f"{path} does not exist")
+    if not path.is_file():
+        kind = "a link that leads to no file" if path.is_symlink() else "a device or pipe"
+        raise FormatError(f"{path} is {kind}; copy the adapter again")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a file that holds a JSON object, such as adapter_config.json.
+
+    Raises FormatError if it is missing, no regular file or no JSON object, or has a key twice.
+    """
+    check_is_file(path)
+    try:
+        settings = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_distinct_keys, parse_constant=_refuse_constant
+        )
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise FormatError(f"{path} holds a {type(settings).__name__}, not an object of settings")
+    return settings
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return dict(pairs)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 # ---- Safetensors
 
 
@@ -224,11 +268,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
 
     Raises FormatError if `path` is not a complete safetensors file.
     """
+    check_is_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} is not a complete safetensors file: {error}; save or copy it again") from None
     is_8_bit_float = {
         name: tensor.is_floating_point() and tensor.dtype.itemsize == 1 for name, tensor in tensors.items()

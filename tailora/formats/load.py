@@ -5,6 +5,7 @@ restore             StoredAdapter + base model -> Adapter: find the layers that 
                     tensors by layer, fill them in, check the base
 """
 
+import os
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -59,7 +60,7 @@ def read_any_format(path: Path, base_model: nn.Module) -> peft.StoredAdapter:
     """
     if path.is_file():
         return kohya_diffusers.read(path, base_model)
-    if (path / peft.WEIGHTS).exists() or not path.is_dir():
+    if os.path.lexists(path / peft.WEIGHTS) or not path.is_dir():
         return peft.read_peft_folder(path)
     if (path / mlx.WEIGHTS).is_file():
         return mlx.read(path)
@@ -114,7 +115,7 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
     if (stored.settings or {}).get("ensure_weight_tying"):
         config = file_config = _with_tied_modules(file_config, base_model, modules, stored)
     targets = _targets(base_model, modules, config)
-    empty = _empty_layers(targets, config)
+    empty = _empty_layers(targets, config, stored)
     wrappers = peft_layers(base_model, empty)
     if config is not file_config:
         _check_same_settings(stored, peft_config.as_peft_computes(config, wrappers.values()), file_config)
@@ -122,7 +123,7 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
         file_targets = _targets(base_model, modules, file_config)
         # Layers that only adapter_config.json names, so that their tensors are reported as missing
         if additional := {path: target for path, target in file_targets.items() if target.layer_path not in adapted}:
-            targets, empty = {**targets, **additional}, {**empty, **_empty_layers(additional, config)}
+            targets, empty = {**targets, **additional}, {**empty, **_empty_layers(additional, config, stored)}
             wrappers = peft_layers(base_model, empty)
     # Which tensors the file has for them
     saved_paths = saved_modules(modules, config)
@@ -135,7 +136,7 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
     # The parts, filled with these tensors
     low_rank: dict[str, LoRALayer] = {}
     for path in dict.fromkeys((*tensors.low_rank, *targets)):
-        layer = _low_rank(path, empty.get(path), base_model, config, tensors, stored.metadata.start)
+        layer = _low_rank(path, empty.get(path), base_model, config, tensors, stored)
         if layer is not None:
             low_rank[path] = layer
     quantized = [path for path in tensors.saved if quantized_layers(modules[path])]
@@ -227,13 +228,22 @@ def _with_tied_modules(
     return config.replaced(modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *tied])))
 
 
-def _empty_layers(targets: Mapping[str, Target], config: LoRAConfig) -> dict[str, LoRALayer]:
+def _empty_layers(
+    targets: Mapping[str, Target], config: LoRAConfig, stored: peft.StoredAdapter
+) -> dict[str, LoRALayer]:
     """Layers to be filled. Those whose rank does not fit are left out; `_low_rank` reports them."""
     layers = {}
     for path, target in targets.items():
         with suppress(ConfigError, TargetError):
-            layers[path] = low_rank_layer(target, config, fresh=False)
+            layers[path] = _empty_layer(target, config, stored)
     return layers
+
+
+def _empty_layer(target: Target, config: LoRAConfig, stored: peft.StoredAdapter) -> LoRALayer:
+    """Raises ConfigError for a rank that no tensor in the file can have, for which memory may not suffice."""
+    if target.r > stored.largest_size:
+        raise ConfigError(f"r = {target.r} in the settings; the largest size of a tensor here is {stored.largest_size}")
+    return low_rank_layer(target, config, fresh=False)
 
 
 def _paths_with_factors(stored: peft.StoredAdapter, modules: Modules) -> list[str]:
@@ -297,7 +307,12 @@ def _sort_tensors(
 
 
 def _low_rank(
-    path: str, empty: LoRALayer | None, base_model: nn.Module, config: LoRAConfig, tensors: SortedTensors, start: bool
+    path: str,
+    empty: LoRALayer | None,
+    base_model: nn.Module,
+    config: LoRAConfig,
+    tensors: SortedTensors,
+    stored: peft.StoredAdapter,
 ) -> LoRALayer | None:
     """Returns the layer with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`.
 
@@ -308,14 +323,15 @@ def _low_rank(
         tensors.problems.append(f"{path}: {reason}")
         return None
     try:
-        layer = empty or low_rank_layer(target_at(base_model, path, config), config, fresh=False)
+        layer = empty or _empty_layer(target_at(base_model, path, config), config, stored)
     except (ConfigError, TargetError) as error:
         tensors.problems.append(f"{path}: {error}")
         return None
     slots = tensors.low_rank.get(path, {})
+    needed = peft.layer_to_peft(layer, stored.metadata.start)
     problems = _shape_problems(
         {f"{SLOT_NAMES[slot]} of {path}": tensor for slot, tensor in slots.items()},
-        {f"{SLOT_NAMES[slot]} of {path}": tensor for slot, tensor in peft.layer_to_peft(layer, start).items()},
+        {f"{SLOT_NAMES[slot]} of {path}": tensor for slot, tensor in needed.items()},
         {
             f"{SLOT_NAMES[slot]} of {path}": f": {reason} in the settings, or a {layer.layer_type.name} has none"
             for slot, reason in WITHOUT_SLOT.items()
@@ -324,7 +340,7 @@ def _low_rank(
     tensors.problems += problems
     if not problems:
         try:
-            peft.load_layer(layer, slots, start)
+            peft.load_layer(layer, slots, stored.metadata.start)
         except FormatError as error:
             tensors.problems.append(f"{path}: {error}")
     return layer

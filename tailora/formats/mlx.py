@@ -8,6 +8,7 @@ within a block, or whole paths; a layer that they name without tensors gets a lo
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ from torch import Tensor
 from tailora.core.layer_types import EMBEDDING, LINEAR
 from tailora.errors import FormatError
 from tailora.formats import low_rank_export
-from tailora.formats.io import read_safetensors, safetensors_bytes
+from tailora.formats.io import read_json_object, read_safetensors, safetensors_bytes
 from tailora.formats.low_rank_export import MERGED, ExportSource
 from tailora.formats.peft import OTHER_SUFFIXES, StoredAdapter
-from tailora.formats.peft_config import read_adapter_config
 from tailora.formats.run_folder import ADAPTER_CONFIG
 
 WEIGHTS = "adapters.safetensors"
@@ -68,7 +68,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     changes = [*low_rank_export.fold_changes(source), *padding]
     # mlx-lm silently takes a rope_theta of 10,000 if config.json has it in rope_parameters alone
     file = Path(getattr(config, "_name_or_path", "")) / "config.json"
-    base_settings = read_adapter_config(file) if file.is_file() else {}
+    base_settings = read_json_object(file) if file.is_file() else {}
     theta = (base_settings.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None and "rope_theta" not in base_settings:
         changes.append(f'mlx-lm needs "rope_theta": {theta} at the top of {file}, or its results are wrong')
@@ -80,7 +80,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
 
 def read(folder: Path) -> StoredAdapter:
     """Reads what mlx-lm trained, as a PEFT folder would hold it. Raises FormatError."""
-    settings = read_adapter_config(folder / ADAPTER_CONFIG)
+    settings = read_json_object(folder / ADAPTER_CONFIG)
     tensors, _ = read_safetensors(folder / WEIGHTS)
     fine_tune_type = settings.get("fine_tune_type", "lora")
     if fine_tune_type not in ("lora", "dora"):
@@ -101,7 +101,7 @@ def read(folder: Path) -> StoredAdapter:
     low_rank_export.raise_problems(str(folder), tensor_problems)
     parameters = settings.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or not scale > 0:
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale <= sys.float_info.max:
         raise FormatError(f"{folder / ADAPTER_CONFIG}: lora_parameters.scale is {scale!r}; it must be a number above 0")
     factors = {path: (layer["lora_a"].T, layer["lora_b"].T) for path, layer in layers.items()}
     base = {"base_model_name_or_path": settings["model"]} if isinstance(settings.get("model"), str) else {}

@@ -8,9 +8,11 @@ Below: the folder, then its tensors: of a layer, of grouped convolutions, of tra
 """
 
 import json
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,18 @@ from tailora.core.targets import ExtraTargets
 from tailora.errors import DivergedError, FormatError
 from tailora.formats.fingerprint import TOLERANCE, fingerprint, vocabulary_size
 from tailora.formats.hub import CARD, model_card
-from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes, wrap_os_error, write_file
+from tailora.formats.io import (
+    read_json_object,
+    read_safetensors,
+    replace_folder,
+    safetensors_bytes,
+    wrap_os_error,
+    write_file,
+)
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata, parse_metadata
 from tailora.formats.peft_config import (
     as_peft_computes,
     base_model_name,
-    read_adapter_config,
     to_peft_config,
     with_double_rank,
 )
@@ -60,6 +68,11 @@ class StoredAdapter:
     settings: dict[str, Any] | None
     tensors: dict[str, Tensor]
     metadata: AdapterMetadata
+
+    @cached_property
+    def largest_size(self) -> int:
+        """The largest size of a tensor's dimension, which no rank exceeds."""
+        return max((size for tensor in self.tensors.values() for size in tensor.shape), default=0)
 
 
 def write_peft_folder(folder: Path, adapter: Adapter, base_model: nn.Module) -> None:
@@ -141,15 +154,15 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
     """Reads a folder written by tailora or PEFT. Raises FormatError. A pickle is never opened."""
     if not folder.is_dir():
         raise FormatError(f"{folder} is not a folder; an adapter is a folder with {WEIGHTS} and {ADAPTER_CONFIG}")
-    if not (folder / WEIGHTS).is_file():
+    if not os.path.lexists(folder / WEIGHTS):
         pickled = " (adapter_model.bin is a pickle, which can run code and is not read; save it as safetensors)"
         raise FormatError(f"{folder} has no {WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}")
     tensors, file_metadata = read_safetensors(folder / WEIGHTS)
     if wrong := [key for key in tensors if not key.startswith(KEY_PREFIX)]:
         raise FormatError(f"{folder / WEIGHTS}: keys start with {KEY_PREFIX!r}; these do not: {', '.join(wrong[:5])}")
     metadata = parse_metadata(file_metadata.get(METADATA_KEY), folder / WEIGHTS)
-    describes_itself = metadata.config is not None and not (folder / ADAPTER_CONFIG).exists()
-    settings = None if describes_itself else read_adapter_config(folder / ADAPTER_CONFIG)
+    describes_itself = metadata.config is not None and not os.path.lexists(folder / ADAPTER_CONFIG)
+    settings = None if describes_itself else read_json_object(folder / ADAPTER_CONFIG)
     return StoredAdapter(
         folder, settings, {key.removeprefix(KEY_PREFIX): value for key, value in tensors.items()}, metadata
     )

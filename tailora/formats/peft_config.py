@@ -1,6 +1,5 @@
 """adapter_config.json: PEFT's settings of an adapter, to and from a LoRAConfig."""
 
-import json
 import math
 import re
 import warnings
@@ -46,7 +45,7 @@ SETTINGS_TAKEN = (
 INITS_WITHOUT_EFFECT = ("true", "false", "none", "gaussian", "eva", "orthogonal")  # the tensors exist
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 DOUBLES_OUT_PROJ = Version("0.21.2")
-TASK_TYPES = {
+TASK_TYPES: dict[str, TaskType] = {
     "ForCausalLM": "CAUSAL_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
@@ -90,7 +89,7 @@ def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: 
     }
 
 
-def _task_type(config: LoRAConfig, base_model: nn.Module) -> str | None:
+def _task_type(config: LoRAConfig, base_model: nn.Module) -> TaskType | None:
     """Returns the user's task, or that of the base's class if the adapter has the heads which PEFT then looks for."""
     class_name = type(base_model).__name__
     task = config.task_type or next((task for ending, task in TASK_TYPES.items() if class_name.endswith(ending)), None)
@@ -101,8 +100,8 @@ def _task_type(config: LoRAConfig, base_model: nn.Module) -> str | None:
         if config.task_type is None:
             return None
         warnings.warn(
-            f"task_type={task!r}: PEFT looks for the weights of {', '.join(missing)} and cannot load the adapter without "
-            f"them; train them in full (modules_to_save={missing}), or leave task_type out",
+            f"task_type={task!r}: PEFT looks for the weights of {', '.join(missing)} and cannot load the adapter "
+            f"without them; train them in full (modules_to_save={missing}), or leave task_type out",
             stacklevel=2,
         )
     return task
@@ -147,19 +146,6 @@ def with_double_rank(config: LoRAConfig) -> LoRAConfig:
 
 
 # ---- adapter_config.json -> LoRAConfig
-
-
-def read_adapter_config(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of settings. Raises FormatError if the file is missing or not a JSON object."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FormatError(f"{path} does not exist; an adapter folder holds adapter_config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise FormatError(f"{path} holds a {type(settings).__name__}, not an object of settings")
-    return settings
 
 
 def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path) -> LoRAConfig:

@@ -5,10 +5,11 @@ import os
 import pickle
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -19,6 +20,7 @@ from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import BaseMismatchError, FormatError
+from tailora.formats.offline import read_offline
 
 
 @pytest.fixture
@@ -185,21 +187,86 @@ def test_a_hostile_pattern_costs_less_than_a_second(tmp_path: Path, setting: str
     assert time.process_time() - started < 1
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: (f / "adapter_config.json").write_text("[" * 100_000), "is not JSON"),
-        (lambda f: (f / "adapter_config.json").write_text("{"), "is not JSON"),
-        (lambda f: (f / "adapter_config.json").write_text("[]"), "holds a list"),
-        (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
-        (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "not a complete safetensors file"),
-        (lambda f: os.truncate(f / "adapter_model.safetensors", 3000), "not a complete safetensors file"),
-    ],
-)
+def write_config(text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "adapter_config.json").write_text(text)
+
+
+def replace(name: str, make: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
+def write_header(content: bytes, size: int) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "adapter_model.safetensors").write_bytes(size.to_bytes(8, "little") + content)
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PLACES: list[tuple[Callable[[Path], Any], str]] = [
+    (Path.mkdir, "is a folder, where a file is needed"),
+    (lambda path: path.symlink_to(path), "is a link that leads to no file"),
+    (lambda path: path.symlink_to("/dev/zero"), "is a link that leads to no file"),
+    (lambda path: path.symlink_to("nowhere"), "is a link that leads to no file"),
+    (os.mkfifo, "is a device or pipe"),
+]
+DAMAGE: list[tuple[Callable[[Path], Any], str]] = [
+    *((replace(name, make), f"{name} {message}") for name in (CONFIG, WEIGHTS) for make, message in PLACES),
+    (write_config("[" * 100_000), "is not JSON"),
+    (write_config('{"a":' * 50_000), "is not JSON"),
+    (write_config("{"), "is not JSON"),
+    (write_config(""), "is not JSON"),
+    (write_config("[]"), "holds a list"),
+    (write_config("null"), "holds a NoneType"),
+    (write_config('{"r": NaN}'), "NaN is no number of JSON"),
+    (write_config('{"r": -Infinity}'), "-Infinity is no number of JSON"),
+    (write_config('{"r": ' + "9" * 5000 + "}"), "is not JSON"),
+    (write_config('{"peft_type": "LORA", "r": 4, "r": 5}'), "the key 'r' occurs twice"),
+    (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), "is not JSON"),
+    (lambda f: (f / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
+    (lambda f: (f / WEIGHTS).write_bytes(b""), "not a complete safetensors file"),
+    (lambda f: os.truncate(f / WEIGHTS, 9), "not a complete safetensors file"),
+    (lambda f: os.truncate(f / WEIGHTS, 3000), "not a complete safetensors file"),
+    (write_header(b"{}", 2**63 - 1), "not a complete safetensors file"),
+    (write_header(b"[" * 200_000, 200_000), "not a complete safetensors file"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE)
 def test_a_damaged_folder_is_refused(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(folder)
-    with pytest.raises(FormatError, match=message):
+    for read in (read_offline, lambda path: LoRAModel.from_pretrained(chat_model(), path)):
+        with pytest.raises(FormatError, match=message):
+            read(folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_file_that_may_not_be_read_is_refused(folder: Path, name: str) -> None:
+    (folder / name).chmod(0)
+    with pytest.raises(FormatError, match=name):
         LoRAModel.from_pretrained(chat_model(), folder)
+
+
+WRONG: list[Any] = [
+    *(None, True, 0, 1, -1, 1.5, 10**30, "", "x", "(", "\ud800", [], [1], ["x"], [None], [[]], [["a", "b"]]),
+    *({}, {"x": 1}, {"x": "y"}, {"x": {"y": [1]}}),
+]
+
+
+@pytest.mark.parametrize("name", peft.LoraConfig().to_dict())
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # settings of a wrong type that have no effect
+def test_a_setting_of_any_type_is_taken_or_refused(folder: Path, name: str) -> None:
+    edit(folder, lambda tensors: tensors)
+    path, base = folder / CONFIG, chat_model()
+    settings = json.loads(path.read_text())
+    for value in WRONG:
+        path.write_text(json.dumps({**settings, name: value}))
+        for read in (read_offline, lambda path: LoRAModel.from_pretrained(base, path).unload()):
+            with suppress(FormatError):
+                read(folder)
 
 
 def test_a_pickle_is_never_opened(folder: Path) -> None:
