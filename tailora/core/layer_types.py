@@ -411,6 +411,12 @@ def _uses_of_children(cls: type[nn.Module]) -> dict[str, Use]:
 uses_of_children: Callable[[type[nn.Module]], dict[str, Use]] = cast(Any, cache(_uses_of_children))
 
 
+def use_of(model: nn.Module, path: str) -> Use:
+    """Returns how the module around the layer at this path uses it, as far as its code tells."""
+    owner, _, name = path.rpartition(".")
+    return uses_of_children(type(model.get_submodule(owner))).get(name, "called") if path else "called"
+
+
 def _methods_from(cls: type, name: str, seen: set[str]) -> Iterator[ast.AST]:
     """Yields the code of a method and of all methods that it names; what it overrides, too, if it mentions `super`."""
     seen.add(name)

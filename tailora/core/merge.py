@@ -28,7 +28,7 @@ from tailora.core.dequantize import (
 from tailora.core.dora import weight_scale
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias, token_rows_of
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import LAYER_TYPES, parameter_owner, qualified_name, weight_of
+from tailora.core.layer_types import LAYER_TYPES, parameter_owner, qualified_name, use_of, weight_of
 from tailora.core.quantization import dense_weight, is_quantized
 from tailora.errors import MergeError, listing
 
@@ -87,7 +87,11 @@ class MergeState:
         if in_place:
             parameters_by_name = self.base_model.named_parameters(remove_duplicate=False)
             users = Counter(parameter.untyped_storage().data_ptr() for _, parameter in parameters_by_name)
-            overwritten = [path for path, layer_parts in adapted.items() if fits_in_place(*layer_parts, users)]
+            overwritten = [
+                path
+                for path, layer_parts in adapted.items()
+                if use_of(self.base_model, path) != "read" and fits_in_place(*layer_parts, users)
+            ]
         report = MergeReport({})
         replaced = {path: layer_parts for path, layer_parts in adapted.items() if path not in overwritten}
         changes = list(merge_changes(self.base_model, replaced, report))
@@ -140,7 +144,15 @@ def merge_changes(base_model: nn.Module, layers: Mapping[str, LayerParts], repor
     If a layer is quantised, all of the model is dequantised. Raises MergeError with all layers whose class hides what
     it computes, or, after the last change, with all whose merged weight is not finite.
     """
-    if problems := [f"{path}: {reason}" for path, layer_parts in layers.items() if (reason := _obstacle(*layer_parts))]:
+    problems = [f"{path}: {reason}" for path, layer_parts in layers.items() if (reason := _obstacle(*layer_parts))]
+    problems += [
+        f"{path}: the module around it reads its weight without calling it, so its adapter does nothing, and "
+        "would when it is merged; leave it out (exclude_modules), or keep the adapter unmerged"
+        for path, (layer, parts) in layers.items()
+        if use_of(base_model, path) == "read"
+        and any(bool(part.delta_weight(layer).any()) for part in parts if isinstance(part, LoRALayer))
+    ]
+    if problems:
         raise MergeError(listing(problems))
     dtype = common_dtype(base_model)
     tied: dict[object, nn.Parameter] = {}  # what an embedding and its head share stays shared

@@ -1,8 +1,10 @@
 """Layers whose weight is read without a call: their adapters would do nothing until they are merged."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from transformers.models.t5.modeling_t5 import T5DenseActDense
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.layer_types import uses_of_children
-from tailora.errors import TargetError
+from tailora.errors import MergeError, TargetError
 
 
 class Block(nn.Module):
@@ -83,6 +85,25 @@ def test_an_adapter_on_mamba_computes_the_same_merged() -> None:
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(TargetError, match=r"dt_proj: the module around it reads"):
         LoRAModel(mamba(), LoRAConfig(r=2, target_modules=["dt_proj"]))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
+def test_a_file_of_peft_with_such_a_layer_computes_as_in_peft_and_is_not_merged(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["in_proj", "dt_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(mamba(), config).eval()
+    theirs.save_pretrained(tmp_path)
+    model, ids = LoRAModel.from_pretrained(mamba(), tmp_path).eval(), torch.arange(12).view(2, 6)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits)
+    with pytest.raises(MergeError, match=r"layers\.0\.mixer\.dt_proj: the module around it reads its weight"):
+        model.merge()
+    with pytest.raises(MergeError, match="dt_proj"):
+        model.merge_and_unload(in_place=True)
+    for path, layer in model.adapter().low_rank.items():
+        if path.endswith("dt_proj"):  # as it is after training
+            nn.init.zeros_(layer.lora_B)
+    expected = model(ids).logits
+    with model.merged():
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_attention_of_wavlm_is_no_default_target() -> None:
