@@ -88,6 +88,7 @@ class RowCounts:
     tokens: after cutting.    longest: tokens of the longest row, before cutting.    truncated: rows cut at max_length.
     read_in_part: of those, rows so long that their tokens were not all counted: `longest` is a lower bound then.
     cut_away: of those, rows without a trained token left.    replies_not_learned: see RenderedSample.
+    duplicates: rows that are held-out examples too, if `held_out` has the hashes of those.
     """
 
     rows: int = 0
@@ -98,6 +99,8 @@ class RowCounts:
     read_in_part: int = 0
     cut_away: int = 0
     replies_not_learned: int = 0
+    duplicates: int = 0
+    held_out: frozenset[bytes] = frozenset()
 
     def add(self, encoded: EncodedSample, max_length: int) -> None:
         example = encoded.example
@@ -110,6 +113,7 @@ class RowCounts:
             self.read_in_part += not encoded.is_whole
             self.cut_away += example.supervised == 0
             self.replies_not_learned += encoded.untrained_replies
+            self.duplicates += bool(self.held_out) and example.hash in self.held_out
 
 
 def checked_tokenizer(tokenizer: Any, embedding_rows: int | None) -> ChatTokenizer:
@@ -315,7 +319,8 @@ def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport
     if counts.rows == counts.cut_away:
         raise _all_cut(source.name, source.max_length, counts, use="judged")
     numbers = asdict(counts)
-    del numbers["replies_not_learned"]
+    for name in ("replies_not_learned", "duplicates", "held_out"):
+        del numbers[name]
     has_template = tokenizer.template is not None
     copies = counts.rows - counts.cut_away - len(seen)
     return EvalDataReport(source.name, mapping.schema.name, mapping.columns, has_template, **numbers, copies=copies)

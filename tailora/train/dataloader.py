@@ -45,7 +45,7 @@ class TrainingData:
     max_steps: int
     known: Examples  # the examples to train on; of a stream, the first ones
     shape: "StepShape"
-    cuts: RowCounts | None = None  # counts what was cut while streaming
+    counts: RowCounts | None = None  # of a stream, while it is read
 
     @cached_property
     def largest(self) -> list[Example]:
@@ -105,27 +105,33 @@ def _streamed(
 ) -> TrainingData:
     """Returns data that is read while training; only its first batches are read now."""
     common: dict[str, Any] = {"field": config.field, "max_length": config.max_length, "embedding_rows": embedding_rows}
-    cuts = RowCounts()
-    read = partial(stream_examples, resolve_demo(config.data, "data"), tokenizer, counts=cuts, **common)
     eval_data = held_out = None
     if config.eval_data is not None:
         source = resolve_demo(config.eval_data, "eval_data")
         eval_data = prepare(source, tokenizer, eval_source=source, **common)
         held_out = eval_data.eval
+    counts = RowCounts(held_out=frozenset(held_out.hashes() if held_out else ()))
+    read = partial(stream_examples, resolve_demo(config.data, "data"), tokenizer, counts=counts, **common)
     assert config.max_steps is not None  # TrainConfig requires it
     batches = config.init_batches if config.init_lora_weights in DATA_INITS else 1
     first = Examples.of(islice(read(), shape.batch_size * batches))
     steps = partial(stream_steps, read, shape)
-    return TrainingData(eval_data, held_out, steps, config.max_steps, first, shape, cuts)
+    return TrainingData(eval_data, held_out, steps, config.max_steps, first, shape, counts)
 
 
 def stream_notes(data: TrainingData, max_length: int) -> list[str]:
-    """Returns notes on a stream that was read: how many rows were cut."""
-    if data.cuts is None or data.cuts.truncated == 0:
+    """Returns notes on a stream that was read: how many rows were cut, and how many are held out too."""
+    counts, notes = data.counts, []
+    if counts is None:
         return []
-    cuts = data.cuts
-    lost = f"; {cuts.cut_away:,} of them were left out, with nothing to learn before the cut" if cuts.cut_away else ""
-    return [f"{cuts.truncated:,} of {cuts.rows:,} streamed rows were longer than --max-length {max_length}: cut{lost}"]
+    rows = f"of {counts.rows:,} streamed rows"
+    if counts.truncated:
+        lost = f"; {counts.cut_away:,} of them were left out, with nothing to learn before the cut"
+        cut = f"cut{lost if counts.cut_away else ''}"
+        notes.append(f"{counts.truncated:,} {rows} were longer than --max-length {max_length}: {cut}")
+    if counts.duplicates:
+        notes.append(f"{counts.duplicates:,} {rows} are held-out rows too: the held-out loss looks too good")
+    return notes
 
 
 def random_data(

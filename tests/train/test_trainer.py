@@ -203,8 +203,10 @@ def test_a_folder_that_is_no_model_is_described(settings: Any, tmp_path: Path) -
 
 def test_streaming_trains_on_the_rows_in_order(settings: Any, data_file: Path) -> None:
     config = settings(streaming=True, max_steps=9, eval_data=str(data_file))  # 36 examples: more than one pass
-    result = run(config)
+    notes: list[str] = []
+    result = run(config, on_event=lambda event: notes.append(event.text) if isinstance(event, events.Note) else None)
     assert result.steps == 9
+    assert "30 of 30 streamed rows are held-out rows too: the held-out loss looks too good" in notes
     assert result.eval_loss_after < result.eval_loss_before
     without = run(settings(streaming=True, max_steps=1, output_dir=f"{config.output_dir}-2"))
     assert (without.eval_loss_before, without.data) == (None, None)
