@@ -138,6 +138,38 @@ def plan() -> str:
     return "\n\n".join([*tables.plan(content["cells"]), source])
 
 
+# ---- docs/architectures.md
+
+COLUMNS = ("attach", "train", "merge", "rows", "compile", "PEFT reads", "reads PEFT")
+FEW_WORDS = (  # what a reason says -> what the table says
+    ("experts get the tokens of all rows", "refused: experts"),
+    ("whose first dimension must be the rows", "refused: rows flattened"),
+    ("not a dimension of rows", "refused: rows flattened"),
+    ("is incompatible with Mamba", "PEFT refuses"),
+)
+
+
+def architectures() -> str:
+    """The number that do it in each column, and a line for every architecture that was tried."""
+    tried = {name: cells for name, cells in read("architectures")["architectures"].items() if "base" not in cells}
+    lines = {name: [few_words(cells[column]) for column in COLUMNS] for name, cells in tried.items()}
+    counts = [sum(line[i].startswith("yes") for line in lines.values()) for i in range(len(COLUMNS))]
+    total = ["**of " + str(len(lines)) + "**", *(f"**{count}**" for count in counts)]
+    rows = [[f"`{name}`", *line] for name, line in sorted(lines.items())]
+    return tables.table(["class", *COLUMNS], [total, *rows])
+
+
+def few_words(reason: str) -> str:
+    words = next((words for part, words in FEW_WORDS if part in reason), reason)
+    return words if len(words) < 50 else f"{words[:47].strip()}..."
+
+
+def untried() -> str:
+    """The classes whose small base model does not run, in a sentence."""
+    names = [name for name, cells in read("architectures")["architectures"].items() if "base" in cells]
+    return f"The small model itself does not run in {len(names)} further classes: {', '.join(sorted(names))}."
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what makes it
     "README.md": {"demo-output": demo_output, "table": readme_table, "compare": compare_verdict},
     "docs/performance.md": {
@@ -157,6 +189,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "tiny-lm-search": lambda: tiny_lm_tables.searched(read("tiny_lm_search")),
     },
     "docs/plan.md": {"memory": plan},
+    "docs/architectures.md": {"architectures": architectures, "untried": untried},
 }
 
 

@@ -85,6 +85,7 @@ def tiny_config(config_class: type[PreTrainedConfig], settings: dict[str, Any] |
         name: size
         for name, size in SMALL_BY_NAME.items()
         if isinstance(getattr(default, name, None), int) and not isinstance(getattr(default, name), bool)
+        if not isinstance(getattr(config_class, name, None), property)
     }
     small |= {name: index for name, index in TOKEN_IDS.items() if isinstance(getattr(default, name, None), int)}
     small |= {name: 0.0 for name, value in default.to_dict().items() if "drop" in name and isinstance(value, float)}

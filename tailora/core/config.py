@@ -167,8 +167,9 @@ class LoRAConfig(StrictModel):
         weights of the base model. lora_ga, lora_one, eva: from training data, by `LoRAModel.start_from_data`. The
         weights of the base model are never changed.
     adalora: moves ranks to the layers where they matter, while training (`LoRAModel.allocate_ranks`).
-    task_type: the kind of task, by PEFT's names or as its TaskType. It changes nothing here. It is written to the
-        adapter's folder, where PEFT chooses by it which of its classes loads the adapter; None: by the base's class.
+    task_type: the kind of task, by PEFT's names or as its TaskType. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" the
+        head of the model is added to modules_to_save, whatever the targets are. It is written to the adapter's folder,
+        where PEFT chooses by it which of its classes loads the adapter; None: by the base's class.
     """
 
     r: int = Field(16, ge=1)

@@ -158,16 +158,21 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
 
 HAS_TASK_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|XVector)")
 
+TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's
+
 
 def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """Returns the config with what it leaves to the model: heads to train in full, and ranks that fit.
 
-    Heads: those of `task_heads`, if the targets are "all-linear" and modules_to_save is not set.
+    Heads: those of `task_heads`, if the targets are "all-linear" and modules_to_save is not set, or if task_type says
+        that there are such heads, as in PEFT.
     Ranks: a layer that "all-linear" or a regular expression reached has no higher rank than its smaller side, at the
     scale that it would have had. rank_pattern and alpha_pattern say so. A layer that is named keeps its rank.
     """
-    if config.target_modules == "all-linear" and config.modules_to_save is None:
-        config = config.replaced(modules_to_save=task_heads(model) or None)
+    is_open = config.target_modules == "all-linear" and config.modules_to_save is None
+    heads = task_heads(model) if is_open or config.task_type in TASKS_WITH_HEAD else []
+    if missing := [head for head in heads if head not in (config.modules_to_save or [])]:
+        config = config.replaced(modules_to_save=[*(config.modules_to_save or []), *missing])
     if not isinstance(config.target_modules, str):
         return config
     candidates = selected_candidates(model, dict(model.named_modules()), config.replaced(target_parameters=None))

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from tiny import chat_model, tiny_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -140,6 +142,16 @@ def test_a_wildcard_lowers_the_rank_of_small_layers_at_the_same_scale(settings: 
     scale = alpha / 4 if "use_rslora" in settings else alpha / 16
     assert model.adapter().low_rank["1"].scaling.item() == pytest.approx(scale)
     assert model.adapters["default"].rank_pattern == {"^1": 3}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, because of PEFT
+@pytest.mark.parametrize("chosen", [None, ["pooler"], ["classifier"]])
+def test_a_task_type_adds_the_head_as_in_peft(chosen: list[str] | None) -> None:
+    settings: dict[str, Any] = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS", "modules_to_save": chosen}
+    model = LoRAModel(tiny_model("BertForSequenceClassification"), LoRAConfig(**settings))
+    theirs = peft.get_peft_model(tiny_model("BertForSequenceClassification"), peft.LoraConfig(**settings))
+    in_full = [path for path, module in theirs.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    assert sorted(model.adapter().saved) == sorted(path.removeprefix("base_model.model.") for path in in_full)
 
 
 def test_a_name_does_not_reach_into_a_module_that_is_trained_in_full() -> None:
