@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -28,26 +28,14 @@ from tailora.core.config import LoRAConfig
 from tailora.core.merge import MergeReport, MergeState
 from tailora.core.targets import fitted_config, select
 from tailora.errors import AdapterError, ConfigError
-from tailora.formats.hub import UPLOAD_OPTIONS, check_save_arguments, local_folder, upload
-from tailora.formats.load import read_any_format, restore
+from tailora.formats.hub import UPLOAD_OPTIONS, check_save_arguments, upload
+from tailora.formats.load import LoadOptions, load
 from tailora.formats.peft import write_peft_folder
-from tailora.formats.peft_model import read_peft_model, release_base
+from tailora.formats.peft_model import PEFT_NAMES, read_peft_model, release_base
 
 if TYPE_CHECKING:
     from tailora.formats.export import ExportReport
 
-PEFT_NAMES = {  # what users of PEFT call -> what is called here
-    "peft_config": "adapters (name -> LoRAConfig)",
-    "get_base_model": "base_model",
-    "active_adapter": "active_adapters",
-    "merge_adapter": "merge()",
-    "unmerge_adapter": "unmerge()",
-    "add_weighted_adapter": "combine({name: weight}, new_name)",
-    "get_model_status": "summary()",
-    "get_layer_status": "summary()",
-    "enable_adapters": "set_adapter(name)",
-    "disable_adapters": "set_adapter(None), or `with disable_adapter():`",
-}
 TRAINER = (
     "a trainer of transformers or TRL would not save a LoRAModel as an adapter; make its class with "
     "tailora.train.huggingface.adapting: adapting(Trainer)(model=lora_model, ...)"
@@ -85,20 +73,12 @@ class LoRAModel(nn.Module):
         base_model: nn.Module,
         folder: str | Path,
         adapter_name: str = "default",
-        is_trainable: bool = True,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        subfolder: str | None = None,
-        allow_base_mismatch: bool = False,
+        **options: Unpack[LoadOptions],
     ) -> Self:
         """Returns the base with the adapter of `folder` active. Takes and raises what `load_adapter` does."""
         check_base(base_model)
-        path = local_folder(folder, revision=revision, token=token, subfolder=subfolder)
-        adapter = restore(read_any_format(path, base_model), base_model, allow_base_mismatch=allow_base_mismatch)
-        model = cls.__new__(cls)._wrap(base_model, {adapter_name: adapter})
-        model.lora_layers.requires_grad_(is_trainable)
-        return model
+        adapter = load(folder, base_model, **options)
+        return cls.__new__(cls)._wrap(base_model, {adapter_name: adapter})
 
     @classmethod
     def from_difference(
@@ -217,33 +197,19 @@ class LoRAModel(nn.Module):
         config = fitted_config(self.base_model, config)
         self._adapter_set.add(name, create(select(self.base_model, config), config))
 
-    def load_adapter(
-        self,
-        folder: str | Path,
-        adapter_name: str = "default",
-        is_trainable: bool = True,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        subfolder: str | None = None,
-        allow_base_mismatch: bool = False,
-    ) -> None:
+    def load_adapter(self, folder: str | Path, adapter_name: str = "default", **options: Unpack[LoadOptions]) -> None:
         """Adds an adapter of tailora, PEFT, mlx-lm, Kohya's tools or diffusers; the active adapters stay active.
 
-        folder: a folder or file; if there is none, "owner/name" of the Hub, at a `revision`, with a `token`.
-        subfolder: the folder in it that holds the adapter.    is_trainable: False freezes its parameters.
+        folder: a folder or file; if there is none, "owner/name" of the Hub.
+        options: revision, token and subfolder of a repository; is_trainable=False freezes the adapter;
+            allow_base_mismatch=True loads one that was made for another base. See `LoadOptions`.
         Everything is checked before the model changes. Raises FormatError with all missing, unexpected, misshapen
         and non-finite tensors, BaseMismatchError when it was made for another base, AdapterError if the name exists,
         FetchError if the Hub has no such adapter or cannot be reached.
         """
         self._adapter_set.check_new(adapter_name)
         self._merge_state.check_unmerged("load an adapter")
-        path = local_folder(folder, revision=revision, token=token, subfolder=subfolder)
-        stored = read_any_format(path, self.base_model)
-        adapter = restore(stored, self.base_model, allow_base_mismatch=allow_base_mismatch)
-        for part in adapter.parts.values():
-            part.requires_grad_(is_trainable)
-        self._adapter_set.add(adapter_name, adapter)
+        self._adapter_set.add(adapter_name, load(folder, self.base_model, **options))
 
     def save_adapter(self, folder: str | Path, name: str = "default") -> Path:
         """Writes the PEFT folder, atomically; an adapter not called "default" goes into a subfolder of its name.

@@ -1,5 +1,6 @@
 """Loads an adapter: recognises the tool that wrote it, and restores it for a base model, or raises all problems.
 
+load                a path, or a repository of the Hub -> Adapter; by the two steps below
 read_any_format     files -> StoredAdapter
 restore             StoredAdapter + base model -> Adapter: find the layers that the settings name, sort the file's
                     tensors by layer, fill them in, check the base
@@ -11,6 +12,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from tailora.core.targets import (
 from tailora.errors import BaseMismatchError, ConfigError, FormatError, PatternError, TargetError, listing
 from tailora.formats import gguf, kohya_diffusers, mlx, peft, peft_config
 from tailora.formats.fingerprint import fingerprint, fingerprint_differences, input_embedding
+from tailora.formats.hub import local_folder
 from tailora.formats.peft_paths import PeftLayer, peft_layers
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -49,6 +52,44 @@ WITHOUT_SLOT = {
 }
 
 Modules = Mapping[str, nn.Module]
+
+# ---- A path or a repository -> Adapter
+
+
+class LoadOptions(TypedDict, total=False):
+    """Keyword arguments of `load`, which has their meaning."""
+
+    revision: str | None
+    token: str | bool | None
+    subfolder: str | None
+    is_trainable: bool
+    allow_base_mismatch: bool
+
+
+def load(
+    source: str | Path,
+    base_model: nn.Module,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+    is_trainable: bool = True,
+    allow_base_mismatch: bool = False,
+) -> Adapter:
+    """Returns the adapter of a file or folder; if there is none, of the repository "owner/name" of the Hub.
+
+    revision: branch, tag or commit of the repository.    token: for a private one.
+    subfolder: the folder in it that holds the adapter.
+    is_trainable: False freezes its parameters.
+    allow_base_mismatch: loads an adapter that was made for another base.
+    Raises FetchError, FormatError and BaseMismatchError. The base does not change.
+    """
+    path = local_folder(source, revision=revision, token=token, subfolder=subfolder)
+    adapter = restore(read_any_format(path, base_model), base_model, allow_base_mismatch=allow_base_mismatch)
+    for part in adapter.parts.values() if not is_trainable else ():
+        part.requires_grad_(False)
+    return adapter
+
 
 # ---- Files of any tool -> StoredAdapter
 

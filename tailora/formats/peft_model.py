@@ -18,6 +18,19 @@ from tailora.formats.load import restore
 from tailora.formats.metadata import AdapterMetadata
 from tailora.formats.peft import KEY_PREFIX, StoredAdapter
 
+PEFT_NAMES = {  # attribute of a PeftModel -> what a LoRAModel has for it
+    "peft_config": "adapters (name -> LoRAConfig)",
+    "get_base_model": "base_model",
+    "active_adapter": "active_adapters",
+    "merge_adapter": "merge()",
+    "unmerge_adapter": "unmerge()",
+    "add_weighted_adapter": "combine({name: weight}, new_name)",
+    "get_model_status": "summary()",
+    "get_layer_status": "summary()",
+    "enable_adapters": "set_adapter(name)",
+    "disable_adapters": "set_adapter(None), or `with disable_adapter():`",
+}
+
 
 def read_peft_model(peft_model: Any) -> tuple[dict[str, Adapter], tuple[str, ...]]:
     """Returns copies of all adapters of a `peft.PeftModel` by name, with their scales as they are now.

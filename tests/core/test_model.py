@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.adapter import layer_key
 from tailora.errors import AdapterError, ConfigError, MergeError, TargetError
-from tailora.model import PEFT_NAMES
+from tailora.formats.peft_model import PEFT_NAMES
 
 
 def net() -> nn.Sequential:
