@@ -10,8 +10,9 @@ from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 from safetensors import SafetensorError, safe_open
 
-from tailora.cli.main import note
-from tailora.data.demo import DEMO, resolve_demo
+from tailora.cli.main import note, stderr
+from tailora.cli.progress import download_progress
+from tailora.data.demo import DEMO, data_folder, model_folder, resolve_demo
 from tailora.data.readers import check_model_exists
 from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats.io import read_json_object
@@ -187,6 +188,15 @@ def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
 # ---- Loading
 
 
+def fetch_demo(model: str, *data: str | None) -> None:
+    """Fetches the demo's model and data, if they are asked for and not here yet. Raises FetchError."""
+    with download_progress(stderr()) as progress:
+        if model == DEMO:
+            model_folder(progress)
+        if DEMO in data:
+            data_folder(progress)
+
+
 @dataclass(frozen=True)
 class Loaded:
     model: Any  # a LoRAModel with every adapter active, or the base itself without adapters; in evaluation mode
@@ -213,6 +223,7 @@ def load_model(
     from tailora.model import LoRAModel
     from tailora.train.model_loading import load_base
 
+    fetch_demo(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     base, tokenizer = load_base(model, dtype, device, quantize_method(list(folders.values()), quantize))
     if not folders:

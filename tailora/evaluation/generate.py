@@ -5,9 +5,9 @@ The parts follow in this order: a question becomes token ids, `generation_argume
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
@@ -187,20 +187,30 @@ class Answer:
 
 
 def compare_answers(
-    model: Trainable, tokenizer: Any, questions: Sequence[str | Sample], *, max_new_tokens: int = 48
+    model: Trainable,
+    tokenizer: Any,
+    questions: Sequence[str | Sample],
+    *,
+    max_new_tokens: int = 48,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[Answer]:
     """Returns greedy answers of the base and the tuned model, side by side.
 
     For a sample, its last reply is generated again. Prompts that leave the model no positions for an answer are
     left out. Raises DataError if the chat template refuses a prompt.
+    progress: called with the number of answers done and their total.
     """
     prompts = [make_prompt(question, tokenizer) for question in questions]
     prompts = [prompt for prompt in prompts if free_positions(model, len(prompt.ids)) > 0]
+    texts: list[list[str]] = []  # of the tuned model, then of the base
     with evaluating(model):
-        tuned = [_greedy_answer(model, tokenizer, prompt.ids, max_new_tokens) for prompt in prompts]
-        with model.disable_adapter():
-            base = [_greedy_answer(model, tokenizer, prompt.ids, max_new_tokens) for prompt in prompts]
-    return [Answer(prompt.text, *texts) for prompt, *texts in zip(prompts, base, tuned, strict=True)]
+        for which in (nullcontext(), model.disable_adapter()):
+            texts.append([])
+            with which:
+                for prompt in prompts:
+                    texts[-1].append(_greedy_answer(model, tokenizer, prompt.ids, max_new_tokens))
+                    progress(sum(map(len, texts)), 2 * len(prompts))
+    return [Answer(prompt.text, base, tuned) for prompt, tuned, base in zip(prompts, *texts, strict=True)]
 
 
 def _greedy_answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int) -> str:

@@ -34,6 +34,14 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class EvaluationProgress:
+    """So many of this rank's held-out examples are evaluated."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Stepped:
     step: int  # steps done
     max_steps: int
@@ -66,7 +74,7 @@ class Finished:
     result: dict[str, Any]
 
 
-Event = Prepared | Evaluated | Stepped | Saved | Note | Finished
+Event = Prepared | EvaluationProgress | Evaluated | Stepped | Saved | Note | Finished
 Listener = Callable[[Event], None]
 
 

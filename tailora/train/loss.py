@@ -7,7 +7,7 @@
 Position i predicts token i + 1. The first label of each document is -100, so no prediction crosses a boundary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,18 +90,29 @@ class Evaluation:
         return float(self.sums.sum() / self.counts.sum())
 
 
-def evaluate(model: Trainable, examples: Examples, *, layout: BatchLayout, token_budget: int) -> Evaluation:
+def evaluate(
+    model: Trainable,
+    examples: Examples,
+    *,
+    layout: BatchLayout,
+    token_budget: int,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Evaluation:
     """Returns the loss of every example without dropout or gradients; bitwise the same each time.
 
     token_budget: most tokens in one forward, padding included; a longer example is computed alone. With the budget of
     training, evaluation needs no more memory than training.
+    progress: called with the number of examples done and their total.
     """
+    done = 0
     sums = np.zeros(len(examples))
     attention = packed_rows(model.base_model) if layout.packed else nullcontext()
     with torch.no_grad(), evaluating(model), attention:
         for batch in batches_within(token_budget, examples.lengths, layout.packed):
             losses, owners = token_losses(model, [examples[i] for i in batch], layout)
             np.add.at(sums, batch[owners.cpu().numpy()], losses.cpu().double().numpy())
+            done += len(batch)
+            progress(done, len(examples))
     return Evaluation(sums, examples.supervised.astype(np.int64))
 
 

