@@ -13,7 +13,7 @@ from torch import Tensor
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import initial_scaling
 from tailora.core.low_rank import Factors, Update
-from tailora.core.patterns import by_pattern, matches
+from tailora.core.patterns import by_pattern, ends_of, matches
 from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats import gguf, mlx
 from tailora.formats.load import stored_configs
@@ -22,6 +22,7 @@ from tailora.formats.peft_config import adds_out_proj_twice
 
 STACKED = "a stack of experts or another parameter, whose factors only the model can separate: give --model"
 MIXED_GROUPS = "its A reads the channels of all groups, which is no matrix of the layer"
+WITHOUT_TENSORS = "target_modules names it, and the file has no tensors of it"
 TRAINED_IN_FULL = "trained in full, without a low-rank update"
 
 
@@ -84,8 +85,19 @@ def read_offline(path: Path) -> OfflineAdapter:
                 left_out[layer_path] = MIXED_GROUPS
             else:
                 updates[layer_path] = update
+    in_file = {layer_path.partition(".base_layer")[0] for layer_path in layers}
+    problems += [  # a part of a layer has the tensors of the layer
+        f"{path}: its tensors are missing"
+        for path in stored.metadata.base
+        if not {path, path.rpartition(".")[0]} & in_file
+    ]
+    if not stored.tensors:
+        problems.append(f"{WEIGHTS} holds no tensors")
     if problems:
         raise FormatError(f"{stored.folder}: {listing(problems)}")
+    if stored.settings and isinstance(config.target_modules, list):
+        ends = {end for path in in_file for end in ends_of(path)}
+        left_out |= {name: WITHOUT_TENSORS for name in config.target_modules if name not in ends}
     base = (stored.settings or {}).get("base_model_name_or_path")
     return OfflineAdapter(config, updates, left_out, base if isinstance(base, str) and base else None)
 

@@ -148,6 +148,10 @@ def with_double_rank(config: LoRAConfig) -> LoRAConfig:
 # ---- adapter_config.json -> LoRAConfig
 
 
+def changes_the_base(init_lora_weights: object) -> bool:
+    return str(init_lora_weights).lower().startswith(INITS_THAT_CHANGE_THE_BASE)
+
+
 def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path) -> LoRAConfig:
     """Returns the LoRAConfig for PEFT's settings.
 
@@ -165,9 +169,9 @@ def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path
     if init == "mica":
         problems.append(
             "init_lora_weights = 'mica' trains A alone, and here B would be trained, too. To use the adapter without "
-            "training it, set init_lora_weights to true in adapter_config.json: the outputs are the same"
+            "training it, set init_lora_weights to true in its adapter_config.json: the outputs are the same"
         )
-    elif init.startswith(INITS_THAT_CHANGE_THE_BASE):
+    elif changes_the_base(init):
         problems.append(
             f"init_lora_weights = {settings['init_lora_weights']!r} changed the base's weights, which the folder does "
             "not hold; convert it with PEFT (path_initial_model_for_weight_conversion)"

@@ -17,6 +17,7 @@ from tailora.errors import FormatError, TargetError, listing
 from tailora.formats.load import restore
 from tailora.formats.metadata import AdapterMetadata
 from tailora.formats.peft import KEY_PREFIX, StoredAdapter
+from tailora.formats.peft_config import changes_the_base
 
 PEFT_NAMES = {  # attribute of a PeftModel -> what a LoRAModel has for it
     "peft_config": "adapters (name -> LoRAConfig)",
@@ -117,7 +118,8 @@ def _read_adapter(peft_model: Any, name: str, base: nn.Module, layers: Mapping[s
         key: sorted(value) if isinstance(value, set) else value
         for key, value in peft_model.peft_config[name].to_dict().items()
     }
-    settings["init_lora_weights"] = True  # an init that changes the base has already done so
+    if changes_the_base(settings["init_lora_weights"]):
+        settings["init_lora_weights"] = True  # the base has changed already
     tensors = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
     stored = StoredAdapter(
         Path(f"adapter {name!r}"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import LAYERS, stir, trained
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import chat_model
 from torch import nn
@@ -94,3 +95,22 @@ def test_a_missing_factor_and_files_that_need_the_model_are_refused(folder: Path
         read_offline(tmp_path / "loose.safetensors")
     with pytest.raises(FormatError, match="is not a folder"):
         read_offline(tmp_path / "absent")
+
+
+def test_missing_tensors_are_named(tmp_path: Path) -> None:
+    model = LoRAModel(chat_model(), LoRAConfig(r=4, target_modules=["q_proj", "k_proj"]))
+    stir(model)
+    file = model.save_adapter(tmp_path) / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    whole = load_file(file)
+    save_file({key: tensor for key, tensor in whole.items() if "layers.0" in key}, file, metadata)
+    with pytest.raises(
+        FormatError, match=r"(?s)2 problems.*model\.layers\.1\.self_attn\.q_proj: its tensors are missing"
+    ):
+        read_offline(tmp_path)
+    save_file({key: tensor for key, tensor in whole.items() if "q_proj" in key}, file, {"format": "pt"})
+    assert read_offline(tmp_path).left_out == {"k_proj": "target_modules names it, and the file has no tensors of it"}
+    save_file({}, file, {"format": "pt"})
+    with pytest.raises(FormatError, match="holds no tensors"):
+        read_offline(tmp_path)

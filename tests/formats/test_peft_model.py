@@ -149,6 +149,12 @@ def _replicated() -> Any:
     )
 
 
+def _mica() -> Any:
+    return peft.get_peft_model(
+        chat_model().eval(), peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="mica")
+    )
+
+
 def _not_finite() -> Any:
     peft_model = peft_model_of("plain")
     next(value for name, value in peft_model.named_parameters() if "lora_B" in name).data[0, 0] = torch.nan
@@ -159,6 +165,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "merged": (_merged_model, TargetError, r"adapters are merged at .*q_proj.* \(4 in all\); call unmerge_adapter"),
     "another method": (_other_method, FormatError, "peft_type = 'IA3'; this reads 'LORA'"),
     "a setting": (_replicated, FormatError, "layer_replication"),
+    "an init that keeps B": (_mica, FormatError, "'mica' trains A alone"),
     "not finite": (_not_finite, FormatError, "not finite"),
 }
 
