@@ -20,6 +20,7 @@ from tailora.errors import ConfigError
 from tailora.formats.io import read_json_file, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study.budget import (
+    FEWEST_HELD_OUT,
     FEWEST_SEEDS,
     FEWEST_STEPS,
     START,
@@ -46,7 +47,7 @@ from tailora.study.trial import (
     RunTrial,
     Trial,
     TrialSpec,
-    base_on,
+    on_choosing_half,
     run_in_subprocess,
 )
 from tailora.train.config import TrainConfig
@@ -127,8 +128,20 @@ class _Comparison:
     def _path(self, arm: str, name: str) -> Path:
         return self.folder / RUNS / arm / name
 
-    def _trial(self, arm: str, name: str, *, judging: bool, stop: Listen | None = None, **fixed: Any) -> Trial:
-        """Reads the run of this name, or runs it. judging: on all held-out examples, with forgetting."""
+    def _trial(
+        self,
+        arm: str,
+        name: str,
+        *,
+        judging: bool,
+        held_out: int | None = None,
+        stop: Listen | None = None,
+        **fixed: Any,
+    ) -> Trial:
+        """Reads the run of this name, or runs it.
+
+        judging: on both halves of the held-out examples, with forgetting.    held_out: how many, if not as planned.
+        """
         choosing, steps = not judging, {"max_steps": self.steps} if self.steps else {}
         spec = TrialSpec(
             arm_settings(self.train, self.study, arm, **{**steps, **fixed}),
@@ -137,7 +150,7 @@ class _Comparison:
             choosing=choosing,
             before=self.base.get((arm, choosing)),
             texts=str(self.folder / "texts.json"),
-            held_out=self.held_out,
+            held_out=held_out or self.held_out,
         )
         path = self._path(arm, name)
         is_new = not self.session.has_trial(path)
@@ -145,7 +158,7 @@ class _Comparison:
         if is_new:
             seconds = self.earlier_seconds + self.session.seconds
             write_file(self.folder / CLOCK, json.dumps(seconds).encode())
-        if self.base.get((arm, choosing)) is None:
+        if self.base.get((arm, choosing)) is None and name != TIMING:
             self.base[arm, choosing] = trial.base
         return trial
 
@@ -162,13 +175,13 @@ class _Comparison:
     def _plan(self) -> None:
         """Sets the length of the runs, what they cost, and the base's losses, from a few steps of each arm."""
         plan = self.session.plan(self._measure)
-        bases = {arm: self._timing(arm).base for arm in self.study.arms}  # of the whole held-out data
+        timed = {arm: self._timing(arm) for arm in self.study.arms}
         self.steps, self.held_out = plan["max_steps"], plan.get("held_out")
         self.costs = {arm: Costs(**costs) for arm, costs in plan["costs"].items()}
         self.seeds = plan.get("seeds", self.study.seeds)
-        for arm, base in bases.items():
-            for choosing in (True, False):
-                self.base[arm, choosing] = base_on(base, self.held_out, choosing=choosing)
+        for arm, trial in timed.items():
+            if trial.done and len(trial.counts) == (self.held_out or trial.numbers["held_out"]):
+                self.base[arm, True], self.base[arm, False] = on_choosing_half(trial.base), trial.base
         self.session.log(f"{self.steps} steps in each run, planned to fit into the minutes")
         if self.held_out is not None:
             self.session.note(f"--minutes left time for {self.held_out} of {plan['examples']} held-out examples")
@@ -180,20 +193,23 @@ class _Comparison:
 
     def _timing(self, arm: str, stop: Listen | None = None) -> Trial:
         rate = self.study.first_rate(arm) / 100
-        return self._trial(arm, TIMING, judging=True, stop=stop, learning_rate=rate, max_steps=TIMING_STEPS)
+        fixed = {"learning_rate": rate, "max_steps": TIMING_STEPS}
+        return self._trial(arm, TIMING, judging=True, held_out=FEWEST_HELD_OUT, stop=stop, **fixed)
 
     def _measure(self) -> dict[str, Any]:
         """The plan. Raises ConfigError as soon as it is clear that the minutes are too short."""
         session, wanted = self.session, Extent(self.study.rate_tries, self.study.seeds)
         self._check_time({}, START)
         longest, held_out = 1, 0
+        timed: dict[str, Costs] = {}  # arm -> costs on the fewest held-out examples
         for arm in self.study.arms:
             session.log(f"timing {TIMING_STEPS} steps of {arm}")
-            check, timing = partial(self._check_time, dict(self.costs)), partial(self._timing, arm)
+            check, timing = partial(self._check_time, dict(timed)), partial(self._timing, arm)
             costs, trial = measure_costs(session, timing, check, choosing=False)
+            timed[arm] = costs or START
             if costs is not None:
-                self.costs[arm] = costs
-                longest, held_out = longest_run(self.train, trial), len(trial.counts)
+                longest, held_out = longest_run(self.train, trial), trial.numbers["held_out"]
+                self.costs[arm] = costs.on_part(held_out / len(trial.counts))
         if not self.costs:
             raise ConfigError(f"no arm can be trained: {TIMING_STEPS} steps of each failed; see {self.folder / RUNS}")
         fewest, needed = self._fewest(fewest_part(held_out)), partial(_needed, list(self.costs.values()))
@@ -223,17 +239,18 @@ class _Comparison:
     def _check_time(self, timed: Mapping[str, Costs], costs: Costs) -> None:
         """Raises ConfigError if the time left is too short.
 
-        timed: costs of the arms that have been timed.    costs: not too high, of the arm that is timed now.
+        timed: costs of the arms that have been timed.    costs: not too high, of the arm that is timed now. Both on the
+        fewest held-out examples.
         """
         missing = len(self.study.arms) - len(timed)
         steps = min(FEWEST_STEPS, self.train.max_steps or FEWEST_STEPS)
-        needed = _needed([*timed.values(), *[costs] * missing], self._fewest(part=0), steps)
+        needed = _needed([*timed.values(), *[costs] * missing], self._fewest(part=1), steps)
         needed += (missing - 1) * costs.judging_run(TIMING_STEPS)
         if needed > self.session.seconds_left:
             raise self._too_short(needed, steps)
 
     def _too_short(self, needed: float, steps: int) -> ConfigError:
-        fewest = self._fewest(part=0)
+        fewest = self._fewest(part=1)
         what = (
             f"{len(self.study.arms)} arms with {fewest.tries} learning rates and {fewest.seeds} seeds each, and "
             f"{steps} steps a run,"

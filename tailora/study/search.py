@@ -29,6 +29,7 @@ from tailora.formats.io import read_json_file, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study import optuna_study, search_space
 from tailora.study.budget import (
+    FEWEST_HELD_OUT,
     FEWEST_SEEDS,
     FEWEST_STEPS,
     SHARE,
@@ -57,8 +58,8 @@ from tailora.study.trial import (
     Trial,
     TrialEvent,
     TrialSpec,
-    base_on,
     choosing_half,
+    on_choosing_half,
     run_in_subprocess,
 )
 from tailora.train.config import TrainConfig
@@ -148,7 +149,7 @@ class _Search:
         plan = self.session.plan(self._measure)
         budget, base = TypeAdapter(Budget).validate_python(plan["plan"]), plan.get("base")
         self.budget, self.groups, self.held_out = budget, plan["parts"], budget.held_out
-        self.base = {choosing: base_on(base, self.held_out, choosing=choosing) for choosing in (True, False)}
+        self.base = {True: on_choosing_half(base), False: base}
         of = f" of the {budget.longest:,} that the settings ask for" if budget.steps < budget.longest else ""
         self.session.log(f"a trial has {budget.steps:,} steps{of} and takes up to {budget.trial_seconds:,.0f} s")
 
@@ -158,7 +159,7 @@ class _Search:
         ranks = self.space.get("r")
         values = {"r": min(ranks)} if isinstance(ranks, tuple) else {}
         fixed = {"learning_rate": TIMING_RATE, "max_steps": TIMING_STEPS}
-        spec = self._spec(values, choosing=False, describe=True, **fixed)
+        spec = replace(self._spec(values, choosing=False, describe=True, **fixed), held_out=FEWEST_HELD_OUT)
         self._check_time(START)
         timing = partial(self.session.trial, spec, self.folder / TIMING)
         costs, trial = measure_costs(self.session, timing, self._check_time, choosing=False)
@@ -167,7 +168,9 @@ class _Search:
                 f"{TIMING_STEPS} steps at a learning rate of {TIMING_RATE:g} already fail: {trial.message}"
             )
         choosing_half(len(trial.counts))  # raises for too few examples, before anything is kept
-        longest, fewest = longest_run(self.train, trial), self._fewest(fewest_part(len(trial.counts)))
+        examples = trial.numbers["held_out"]
+        costs = costs.on_part(examples / len(trial.counts))
+        longest, fewest = longest_run(self.train, trial), self._fewest(fewest_part(examples))
         wanted = Extent(self.study.trial_count or MOST_TRIALS, self.study.seeds)
         choice = fit(wanted, fewest, longest, self.session.seconds_left, partial(self._needed, costs))
         if choice is None:
@@ -179,11 +182,12 @@ class _Search:
             longest=longest,
             costs=costs.on_part(extent.part),
             seeds=extent.seeds,
-            held_out=None if extent.part == 1 else round(extent.part * len(trial.counts)),
+            held_out=None if extent.part == 1 else round(extent.part * examples),
             minutes=self.session.minutes,
         )
         self.session.note_data(trial)
-        return {"plan": asdict(budget), "parts": trial.numbers["parts"], "base": trial.base}
+        base = trial.base if len(trial.counts) == (budget.held_out or examples) else None
+        return {"plan": asdict(budget), "parts": trial.numbers["parts"], "base": base}
 
     @property
     def _reserved(self) -> int:
@@ -205,14 +209,14 @@ class _Search:
         return extent.tries * costs.trial(steps, SHARE) + self._reserved * extent.seeds * costs.judging_run(steps)
 
     def _check_time(self, costs: Costs) -> None:
-        """Raises ConfigError if the time left is too short. costs: not too high."""
+        """Raises ConfigError if the time left is too short. costs: not too high, on the fewest held-out examples."""
         steps = min(FEWEST_STEPS, self.train.max_steps or FEWEST_STEPS)
-        needed = self._needed(costs, self._fewest(part=0), steps)
+        needed = self._needed(costs, self._fewest(part=1), steps)
         if needed > self.session.seconds_left:
             raise self._too_short(needed, steps)
 
     def _too_short(self, needed: float, steps: int) -> ConfigError:
-        fewest = self._fewest(part=0)
+        fewest = self._fewest(part=1)
         what = f"{fewest.tries} trials of {steps} steps and {self._reserved * fewest.seeds} runs that judge"
         given = [f"--{name}" for name in ("trials", "seeds", "finalists") if name in self.study.model_fields_set]
         return too_short(self.session, needed, what, given)
@@ -286,6 +290,7 @@ class _Search:
             return "out of time" if self.session.seconds > until else None
 
         result = self.session.trial(spec, self.folder / "trials" / f"{trial.number:04d}", stop)
+        self.base[True] = self.base[True] or result.base
         losses = [loss for step, loss in result.curve if step > 0]
         return Candidate(
             number=trial.number,
@@ -379,6 +384,7 @@ class _Search:
                 spec = self._spec(candidate.settings, choosing=False, max_steps=self.budget.steps, seed=seed)
                 is_new = not self.session.has_trial(folder)
                 trial = self.session.trial(spec, folder)
+                self.base[False] = self.base[False] or trial.base
                 if is_new:
                     self.session.log(f"trial {candidate.number} again, seed {seed}: {trial.summary}")
                 return trial

@@ -10,9 +10,11 @@ A trial that diverges or does not fit into memory is a result, not an error: bot
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -69,11 +71,11 @@ def evaluated(count: int, held_out: int | None, *, choosing: bool) -> Indices:
     return used[choosing_half(len(used))] if choosing else used
 
 
-def base_on(base: BaseLosses | None, held_out: int | None, *, choosing: bool) -> BaseLosses | None:
-    """Returns the base's losses on what a trial evaluates, from those on all held-out examples."""
+def on_choosing_half(base: BaseLosses | None) -> BaseLosses | None:
+    """Returns the base's losses on the choosing half, from those on all examples that are used."""
     if base is None:
         return None
-    indices = evaluated(len(base[0]), held_out, choosing=choosing)
+    indices = choosing_half(len(base[0]))
     return [base[0][index] for index in indices], [base[1][index] for index in indices]
 
 
@@ -125,7 +127,8 @@ class Trial:
     """The result of a trial. Unless its outcome is `done`, it has only what its events reported.
 
     outcome: done, diverged, out of memory, or pruned: ended by `listen`.    message: the reason, unless done.
-    numbers: of TrainResult; also seed, parts (the model's `target_groups`), all_steps of the epochs, and seconds.
+    numbers: of TrainResult; also seed, held_out (how many examples there are), parts (the model's `target_groups`),
+    all_steps (of the epochs), and seconds.
     sums, before: nats of each held-out example, of the trained model and of the base.    counts: learned tokens.
     bytes: size on disk of what was trained.    losses: of each step's examples, before the step.
     curve: (step, held-out loss).    parameters: how many are trained; 0 when the trial ended before its first step.
@@ -206,7 +209,9 @@ def run_in_subprocess(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
     events: list[TrialEvent] = []
     with (
         log.open("w") as stderr,
-        subprocess.Popen([*COMMAND, str(folder)], stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+        subprocess.Popen(
+            [*COMMAND, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as process,
     ):
         assert process.stdout is not None
         try:
@@ -282,6 +287,12 @@ def main(folder: Path) -> int:
     return 0
 
 
+def _exit_with_parent() -> None:
+    """Ends this process when the one that started it is killed: until then stdin, a pipe from it, has no end."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
+
+
 # ---- The training itself
 
 
@@ -323,17 +334,22 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
     config = TrainConfig(**{**spec.settings, "output_dir": str(folder / RUN)})
     header = {"steps": 0, "parameters": 0}
     parts: dict[str, Any] = {}
+    held_out: list[int] = []
 
     def on_event(event: Event) -> None:
         if isinstance(event, Prepared):
             header.update(steps=event.header["max_steps"], parameters=event.header["trainable_parameters"])
         if isinstance(event, Stepped | Evaluated):
-            held_out = isinstance(event, Evaluated)
-            record(TrialEvent(event.step, loss=event.loss, held_out=held_out, seconds=event.seconds, **header))
+            of_held_out = isinstance(event, Evaluated)
+            record(TrialEvent(event.step, loss=event.loss, held_out=of_held_out, seconds=event.seconds, **header))
 
     def on_ready(model: Any, *_: Any) -> None:
         if spec.describe:
             parts.update(target_groups(model.base_model))
+
+    def choose(count: int) -> Indices:
+        held_out.append(count)
+        return evaluated(count, spec.held_out, choosing=spec.choosing)
 
     rates = spec.rising
     result = run(
@@ -341,7 +357,7 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
         on_event=on_event,
         on_ready=on_ready,
         rate_at=None if rates is None else lambda step, steps: lr_range_test(step, steps, *rates),
-        held_out=lambda count: evaluated(count, spec.held_out, choosing=spec.choosing),
+        held_out=choose,
         before=None if spec.before is None else Evaluation(*map(np.array, spec.before)),
     )
     if result.before is None or result.after is None:
@@ -349,6 +365,7 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
     numbers = {
         **result.to_dict(),
         "seed": config.seed,
+        "held_out": sum(held_out),
         "parts": parts,
         "all_steps": None if result.data is None else epoch_steps(config, len(result.data.train)),  # not of a stream
         "data_warnings": [] if result.data is None else list(warnings_of(result.data.report.to_dict()).values()),
@@ -385,4 +402,5 @@ def _forgetting(result: Any, spec: TrialSpec) -> tuple[dict[str, Any], dict[str,
 
 
 if __name__ == "__main__":
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     sys.exit(main(Path(sys.argv[1])))

@@ -1,8 +1,10 @@
 """One trial: in a process of its own and in this one, ended early, failed, and read again."""
 
+import json
+import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,16 @@ from tailora.study.config import trial_settings
 from tailora.study.lr_range import find_range
 from tailora.study.search import search
 from tailora.study.trial import (
+    COMMAND,
     Listen,
     Trial,
     TrialEvent,
     TrialSpec,
-    base_on,
     choosing_half,
     get_trial,
     judging_half,
     main,
+    on_choosing_half,
     run_here,
     run_in_subprocess,
 )
@@ -78,16 +81,16 @@ def test_what_is_known_of_the_base_is_not_computed_again(plain: Trial, small_run
         assert trial.forgetting == plain.forgetting
         assert np.array(trial.curve) == pytest.approx(np.array(plain.curve))
         assert trial.numbers["eval_loss_before"] == plain.numbers["eval_loss_before"]
-    base = base_on(plain.base, None, choosing=True)
+    base = on_choosing_half(plain.base)
     half = get_trial(replace(shared, choosing=True, before=base), tmp_path / "half", run_trial=run_here)
     assert base is not None
     assert half.before == base[0]
     assert half.counts == base[1]
     assert half.sums == pytest.approx([plain.sums[index] for index in choosing_half(len(plain.sums))])
-    few = replace(shared, held_out=6)
+    few = replace(shared, held_out=6, before=None)
     judged, chosen = (
         get_trial(
-            replace(few, choosing=choosing, before=base_on(plain.base, 6, choosing=choosing)),
+            replace(few, choosing=choosing),
             tmp_path / f"few-{choosing}",
             run_trial=run_here,
         )
@@ -150,6 +153,19 @@ def test_a_process_that_is_stopped_keeps_what_it_reported(endless: TrialSpec, tm
     assert not (tmp_path / "run").exists()
     assert psutil.Process().children() == others
     assert get_trial(endless, tmp_path, run_trial=not_run) == trial
+
+
+@pytest.mark.slow
+def test_a_process_ends_when_the_one_that_started_it_is_killed(small_run: TrainConfig, tmp_path: Path) -> None:
+    spec = TrialSpec(settings(small_run, max_steps=1_000_000))
+    (tmp_path / "spec.json").write_text(json.dumps(asdict(spec)))
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*COMMAND, str(tmp_path)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert b"loss" in process.stdout.readline()
+        process.stdin.close()  # as the system does
+        assert process.wait(timeout=60) == 1
 
 
 def test_a_process_that_the_system_kills_is_a_result(endless: TrialSpec, tmp_path: Path) -> None:
