@@ -115,20 +115,6 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert done.returncode == 1
 
 
-def test_a_second_interrupt_while_the_program_ends_is_quiet() -> None:
-    code = """
-import atexit, os, signal, sys
-from tailora.cli import main
-def stop(*_, **__):
-    raise KeyboardInterrupt
-atexit.register(os.kill, os.getpid(), signal.SIGINT)
-main.app, sys.argv = lambda _: stop, ["tailora", "train"]
-sys.exit(main.main())
-"""
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (process.returncode, process.stderr.strip()) == (130, "interrupted")
-
-
 def test_a_bug_keeps_its_traceback_and_asks_for_a_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
