@@ -17,7 +17,7 @@ from tailora.data.dataset import warnings_of
 from tailora.errors import ConfigError
 from tailora.report.blocks import Code, Section
 from tailora.report.format import printable
-from tailora.report.terminal import print_section
+from tailora.report.terminal import print_rich_table, print_section
 from tailora.train.config import TrainConfig
 
 Flags: Any = flags_of(TrainConfig, only=["model", "eval_data", "field", "max_length", "validation_split", "seed"])
@@ -76,12 +76,14 @@ def train_command(source: str, config: Path | None, flags: Mapping[str, str | li
 
 
 def show(console: Console, report: dict[str, Any], examples: Sequence[Pieces]) -> None:
-    console.print(facts(report), "", histogram(report["lengths"]), sep="\n")
+    print_rich_table(console, facts(report))
+    console.print()
+    print_rich_table(console, histogram(report["lengths"]))
     in_colour = console.color_system is not None and not console.no_color
     legend = highlighted([("learned", True), (" and only read", False)], in_colour)
     for number, pieces in enumerate(examples, 1):
         console.print(Text.assemble((f"\nexample {number}: ", "bold"), legend))
-        console.print(highlighted(pieces, in_colour), soft_wrap=True)
+        console.print(highlighted(pieces, in_colour), soft_wrap=not console.is_terminal)
 
 
 def facts(report: dict[str, Any]) -> Table:

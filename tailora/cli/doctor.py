@@ -12,7 +12,8 @@ from rich.text import Text
 
 from tailora import __version__
 from tailora.cli.flags import Json
-from tailora.cli.main import print_json, stdout
+from tailora.cli.main import print_json, print_text, stdout
+from tailora.report.terminal import print_rich_table
 
 PACKAGES = ["torch", "transformers", "accelerate", "safetensors", "datasets", "pydantic", "cyclopts", "rich", "gguf"]
 BYTES_PER_PARAMETER = {"bfloat16": 2, "float32": 4}
@@ -35,7 +36,9 @@ def doctor(*, json: Json = False) -> int:
         for row, (name, value) in enumerate(values.items()):
             table.add_row(section if row == 0 else "", name, Text(_value_text(name, value)))
     console = stdout()
-    console.print(table, "", *conclusions(facts), sep="\n", soft_wrap=True)
+    print_rich_table(console, table)
+    console.print()
+    print_text(console, "\n".join(conclusions(facts)))
     return 0
 
 

@@ -13,7 +13,7 @@ from cyclopts.types import NonNegativeInt, PositiveInt
 from pydantic import TypeAdapter
 
 from tailora.cli.flags import Json, flags_of, merge_settings
-from tailora.cli.main import GATE_NOT_MET, log, note, print_json, stderr, stdout
+from tailora.cli.main import GATE_NOT_MET, log, note, print_json, print_text, stderr, stdout
 from tailora.cli.models import BaseModel, Quantize, base_model_name, find_adapter, load_model
 from tailora.errors import ConfigError
 from tailora.evaluation.metrics import METRICS, QUOTES_HINT, Gate, check_gates, parse_gates, parse_metrics
@@ -245,5 +245,5 @@ def _finish(
         print_page(stdout(), eval_page(report))
     missed = [gate for gate in report.gates if not gate.met]
     for missed_gate in missed:
-        stderr().print(f"gate not met: {missed_gate}", style="red", soft_wrap=True)
+        print_text(stderr(), f"gate not met: {missed_gate}", "red")
     return GATE_NOT_MET if missed else 0

@@ -119,7 +119,7 @@ def fail(error: BaseException, as_json: bool) -> int:
     lines = message.splitlines()
     if (more := len(lines) - MAX_LINES) > 1:  # hundreds of layers can have the same problem
         message = "\n".join([*lines[:MAX_LINES], f"  ... and {more} more lines; --json prints all"])
-    stderr().print(f"{label}: {message}" if message else label, style="red", soft_wrap=True)
+    print_text(stderr(), f"{label}: {message}" if message else label, "red")
     if as_json:
         print_json_error(error)
     return code
@@ -169,9 +169,15 @@ def on_terminal(console: Console) -> bool:
     return console.file.isatty() and not console.is_dumb_terminal
 
 
+def print_text(console: Console, text: str, style: str | None = None) -> None:
+    """Prints lines of text. A terminal gets them broken between words, all but those that are a command to copy."""
+    for line in text.splitlines():
+        console.print(line, style=style, soft_wrap=not console.is_terminal or line.startswith("tailora "))
+
+
 def log(text: str) -> None:
     """Prints to stderr."""
-    stderr().print(text, style="dim", soft_wrap=True)
+    print_text(stderr(), text, "dim")
 
 
 def note(text: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tailora.cli.main import on_terminal
+from tailora.cli.main import on_terminal, print_text
 from tailora.data.dataset import warnings_of
 from tailora.report.format import count
 
@@ -160,7 +160,7 @@ def _print(console: Console, event: "Event") -> None:
             text = f"note: {event.text}"
         case _:
             return
-    console.print(text, soft_wrap=True)
+    print_text(console, text)
 
 
 # ---- The header

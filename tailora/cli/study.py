@@ -3,13 +3,14 @@
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, merge_settings, parse_pairs, parse_settings
-from tailora.cli.main import log, print_json, stderr, stdout
+from tailora.cli.main import log, print_json, print_text, stderr, stdout
 from tailora.core.config import StrictModel
 from tailora.errors import ConfigError, require_packages
 from tailora.report.blocks import Page
@@ -127,7 +128,7 @@ def run_study(
 
     console = stderr()
     try:
-        result = run(train, study, log=lambda text: console.print(text), progress=step_counter(console))
+        result = run(train, study, log=partial(print_text, console), progress=step_counter(console))
     except KeyboardInterrupt:
         command = shlex.join(["tailora", *sys.argv[1:]])
         raise KeyboardInterrupt(f"finished runs are in {train.output_dir}; to resume:\n{command}") from None

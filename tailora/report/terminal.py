@@ -148,9 +148,17 @@ def _print_table(console: Console, table: blocks.Table, *, lines_between_rows: b
             shown.add_column(name, justify="right" if column.numeric else "left", width=width, no_wrap=True)
         for row in rows:
             shown.add_row(*(Text(_wrapped(cell, width)) for cell, width in zip(row, widths, strict=True)))
-        console.print(shown)
+        print_rich_table(console, shown)
     if table.note:
         _print(console, table.note)
+
+
+def print_rich_table(console: Console, table: Table) -> None:
+    """Prints the table without blanks at the ends of lines."""
+    for segments in console.render_lines(table, pad=False):
+        line = Text.assemble(*((segment.text, segment.style or "") for segment in segments))
+        line.rstrip()
+        console.print(line, soft_wrap=True)
 
 
 def _with_intervals_below(columns: Columns) -> Columns:

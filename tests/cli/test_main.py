@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -324,3 +325,49 @@ def test_signals_end_the_program_with_a_message_and_no_traceback(case: str, out:
     done = subprocess.run([sys.executable, "-c", SIGNALLED, case], capture_output=True, text=True, check=False)
     assert done.stderr == ("interrupted\n" if code == 130 else "")
     assert (done.stdout, done.returncode) == (out, code)
+
+
+# ---- What a terminal shows
+
+ANSI = re.compile(r"\x1b\[[\d;]*m")
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        ["data", "unknown.jsonl", "--model", "MODEL"],
+        ["data", "chats.jsonl", "--model", "MODEL"],
+        ["doctor"],
+        ["plan", "--model", "MODEL"],
+        ["train", "--model", "absent model", "--r", "0", "--learning-rate", "fast"],
+        ["train", "--model", "./absent", "--data", "chats.jsonl"],
+    ],
+    ids=" ".join,
+)
+def test_a_terminal_gets_the_words_of_a_pipe_in_lines_that_fit(
+    tokens: list[str],
+    width: int,
+    tiny_model: Path,
+    chats: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(chats.parent)
+    monkeypatch.setenv("COLUMNS", str(width))
+    Path("model").symlink_to(tiny_model)
+    Path("unknown.jsonl").write_text('{"key": 1}\n')
+    monkeypatch.setattr("tailora.cli.doctor.conclusions", lambda _: [" ".join(["conclusion"] * 40)])
+    shown = {}
+    for name in ("pipe", "terminal"):
+        if name == "terminal":
+            monkeypatch.setenv("FORCE_COLOR", "1")
+            monkeypatch.setenv("NO_COLOR", "1")
+        main(["model" if token == "MODEL" else token for token in tokens])
+        captured = capsys.readouterr()
+        shown[name] = ANSI.sub("", captured.out + captured.err)
+    assert not [line for line in shown["pipe"].splitlines() if line != line.rstrip()]
+    lines = shown["terminal"].splitlines()
+    assert not [line for line in lines if len(line) > width and not line.startswith("tailora ")]
+    if tokens[0] not in ("plan", "doctor"):  # which tell how much memory is free now
+        assert shown["terminal"].split() == shown["pipe"].split()
