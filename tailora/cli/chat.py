@@ -72,6 +72,7 @@ def chat(
     """
     folders = parse_adapters(adapter or [])
     model = base_model_name(model, list(folders.values()))
+    log("reading the model")
     loaded = load_model(model, folders, quantize=quantize)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     session = ChatSession(loaded, sampling, system_messages(system))
@@ -194,8 +195,9 @@ def generate(
     questions = (prompt or [piped_text()]) if prompts is None else read_prompts(prompts)
     folders = parse_adapters(adapter or [])
     model = base_model_name(model, list(folders.values()))
+    log("reading the model")
     loaded = load_model(model, folders, quantize=quantize)
-    from tailora.cli.progress import counter  # loads torch
+    from tailora.cli.progress import counter
     from tailora.evaluation.generate import stream_reply
 
     sampling: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}

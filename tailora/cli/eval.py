@@ -132,7 +132,8 @@ def eval(
     defaults = {"max_length": target.settings.get("max_length")}
     config = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model})
 
-    from tailora.cli.progress import counter  # loads torch
+    log("reading model and data")
+    from tailora.cli.progress import counter
     from tailora.evaluation.lm_eval import evaluate_tasks, find_tasks
     from tailora.evaluation.scores import EvalOptions, Scores, normalizer, score, without_adapter
     from tailora.train.memory import explain_out_of_memory
@@ -153,7 +154,6 @@ def eval(
     folders = {} if target.folder is None else {"default": target.folder}
     scores = Scores({}, {} if base else None, {} if base else None)
     with explain_out_of_memory("evaluating", lambda: MEMORY_ADVICE):
-        log("reading model and data")
         loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype)
         adapted = loaded.model if loaded.adapters else without_adapter(loaded.model)
         if data is not None:

@@ -124,7 +124,7 @@ def run_study(
     run: Callable[..., Any], train: TrainConfig, study: StrictModel, make_page: Callable[[Any], Page], as_json: bool
 ) -> int:
     """Runs a study and prints its result. After Ctrl-C the message has the command that resumes."""
-    from tailora.cli.progress import step_counter  # loads torch
+    from tailora.cli.progress import step_counter
 
     console = stderr()
     try:

@@ -19,6 +19,7 @@ from tailora.errors import TailoraError
 from tailora.formats.peft import WEIGHTS
 from tailora.formats.run_folder import ADAPTER_CONFIG
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*settings that tailora does not know")
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6)
 VALUES = st.recursive(
     SCALARS | st.sampled_from([10**400, "((a+)+)+$", "0", "all-linear"]),
@@ -85,7 +86,6 @@ def changed(draw: st.DrawFn, settings: dict[str, Any], values: st.SearchStrategy
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*settings that tailora does not know")
 @given(data=st.data())
 def test_other_settings_load_the_same_adapter_or_are_refused(
     data: st.DataObject, good: Path, load: Callable[[str, bytes], Tensor]
