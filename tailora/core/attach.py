@@ -6,7 +6,7 @@ reference, so that the base model's parameters and state dict stay what they wer
     Adapted          W x + b, and what each active adapter adds
     AdaptedWhole     a layer whose layer type computes the whole output
     Substituted      a module that is replaced by its trained copy
-    FrozenStatistics a normalisation of the base, whose running statistics stay what they are
+    FrozenStatistics a normalisation of the base, whose running statistics stay as they are
     swap_class, attach, attached, detach
                      change a layer's class, set its active adapters, and restore the class
     LayerCalls, FirstStep
@@ -100,9 +100,13 @@ class FrozenStatistics(Swapped):
     training = property(lambda _: False, lambda self, mode: self.__dict__.update(training=mode))
 
 
+# Buffers that a forward in training mode moves: of BatchNorm, and InstanceNorm with track_running_stats, also of other
+# libraries; of spectral_norm as a parametrization, and as a hook.
+RUNNING_STATISTICS = ("running_mean", "_u", "weight_u")
+
+
 def has_running_statistics(module: nn.Module) -> bool:
-    """True for BatchNorm, and InstanceNorm with track_running_stats, of torch or of the same make."""
-    return isinstance(module._buffers.get("running_mean"), Tensor)
+    return any(isinstance(module._buffers.get(name), Tensor) for name in RUNNING_STATISTICS)
 
 
 # ---- Encoders of torch, whose fast path for inference reads weights without calling the layers
@@ -235,11 +239,14 @@ class LayerCalls:
 
     def start(self) -> None:
         for module in {*self.layers.values(), *self.owners.values()}:
-            self._handles.append(module.register_forward_pre_hook(lambda module, _: self._ran.add(module)))
+            self._handles.append(module.register_forward_pre_hook(self._note))
 
     def stop(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+
+    def _note(self, module: nn.Module, _: Any) -> None:
+        self._ran.add(module)
 
     @property
     def none_called(self) -> bool:

@@ -1,5 +1,6 @@
 """Layers whose weight is read without a call: their adapters would do nothing until they are merged."""
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,7 @@ def test_a_model_whose_layers_are_all_called_leaves_no_hooks() -> None:
 def test_without_a_backward_nothing_is_left_or_said() -> None:
     model = LoRAModel(Hidden(), LoRAConfig(r=2)).train()
     model(torch.randn(3, 8))
+    pickle.dumps(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.eval()(torch.randn(3, 8)).sum().backward()

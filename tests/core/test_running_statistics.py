@@ -79,6 +79,17 @@ def test_training_leaves_the_base_as_it_is_and_the_adapter_comes_back_the_same(
     assert torch.equal(loaded(x), model.eval()(x))
 
 
+@pytest.mark.parametrize("adapted", ["0", "1"])
+@pytest.mark.parametrize("spectral_norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*spectral_norm:FutureWarning")
+def test_spectral_norm_keeps_its_vectors(spectral_norm: Any, adapted: str) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 4)).eval()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    train(LoRAModel(base, LoRAConfig(r=2, target_modules=[adapted])).train())
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
 def test_gradient_checkpointing_changes_nothing_about_it() -> None:
     model = LoRAModel(Net(batch_norm, checkpointed=True), LoRAConfig(r=2, target_modules=["first", "last"]))
     train(model.train())
