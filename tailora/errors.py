@@ -15,6 +15,7 @@
     ├── DivergedError(ArithmeticError) a loss or gradient that is not finite
     ├── MemoryLimitError(MemoryError) the machine's memory is too small for what was asked
     ├── FetchError(OSError)          something that had to be downloaded and was not
+    ├── ProcessFailedError(RuntimeError) another process of a distributed run has failed
     └── WriteError(OSError)          a file or folder that cannot be written
 
 A message says what was asked, what there is, and what to do. All problems of an error are gathered before it is raised.
@@ -89,6 +90,14 @@ class MemoryLimitError(TailoraError, MemoryError):
 
 class FetchError(TailoraError, OSError):
     pass
+
+
+class ProcessFailedError(TailoraError, RuntimeError):
+    """Another process of a distributed run has failed. `is_shown`: that process shows the message."""
+
+    def __init__(self, message: str, exit_code: int = 1, *, is_shown: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code, self.is_shown = exit_code, is_shown
 
 
 class WriteError(TailoraError, OSError):

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from tailora.cli import INTERRUPTED
 from tailora.cli.flags import ConfigFile, Json, Overwrite, flags_of, merge_settings
 from tailora.cli.main import log, note, print_json, stderr, stdout
 from tailora.cli.models import fetch_demo
 from tailora.cli.progress import counter, run_progress
-from tailora.errors import CheckpointError, ConfigError, WriteError
+from tailora.errors import CheckpointError, ConfigError, ProcessFailedError, WriteError
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES
 from tailora.report.blocks import Code, Column, Page, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
@@ -161,7 +162,13 @@ def fit(config: TrainConfig, *, as_json: bool, overwrite: bool, questions: Seque
 
         try:
             result = run(config, on_event=listener, overwrite=overwrite)
+        except ProcessFailedError as error:
+            if not error.is_shown:
+                raise
+            return error.exit_code
         except Interrupted as interrupted:
+            if not PartialState().is_main_process:
+                return INTERRUPTED
             command = ["tailora", "train", "--config", str(Path(config.output_dir) / "config.yaml")]
             command += ["--resume-from-checkpoint", str(interrupted.folder)]
             message = f"the run so far is saved in {interrupted.folder}; to resume it:\n{shlex.join(command)}"

@@ -29,6 +29,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from tailora.core.quantization import stored_bytes
@@ -141,8 +142,7 @@ class Trainer:
             folder = self.save_trained()
             if self.accelerator.is_main_process:
                 run_log.delete_earlier(self.output_dir)
-            # The files exist when any rank returns. And gloo's threads release the tensors of the last collective, for
-            # which they need Python's lock: a rank that ended at once could hold it while joining them, for ever.
+            # the files exist when any rank returns
             self.accelerator.wait_for_everyone()
         result = self.result(after, time.perf_counter() - started)
         if self.accelerator.is_main_process:
@@ -164,6 +164,8 @@ class Trainer:
         config = self.config
         self.output_dir = Path(config.output_dir)
         self.accelerator = accelerator = setup.start_accelerator(config)
+        stack.callback(accelerator.end_training)
+        stack.enter_context(setup.fail_together(accelerator))
         device, rank = accelerator.device, accelerator.process_index
         reset_peak(device)
         if accelerator.is_main_process:
@@ -223,8 +225,12 @@ class Trainer:
         self.last_good = [buffer.parameter.detach().clone() for buffer in self.buffers]
         # device_placement would move buffers that are on the device already, and leave copies behind
         self.forward = accelerator.prepare_model(ModelWithLoss(self.model, self.layout), device_placement=False)
+        if isinstance(self.forward, DistributedDataParallel):
+            # Its reducer must not hold the last reference to the process group: it would join gloo's threads while it
+            # holds Python's lock, which they need to release their tensors. Python drops the attribute that was set
+            # last after the reducer, and without its lock.
+            vars(self.forward)["kept_process_group"] = self.forward.process_group
         accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
-        stack.callback(accelerator.end_training)
         self.metrics: run_log.Metrics | None = None
         self.unproven: Path | None = None  # the checkpoint of the last step: no loss was computed with its weights yet
         if accelerator.is_main_process:
