@@ -60,6 +60,12 @@ def run() -> NoReturn:
             raise
         end_now()
     signals.handle_with(signal.SIG_IGN)  # all is done; Python removes its modules, and takes its handlers back first
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # gloo's threads outlive the run: DDP leaves references to the process group. If one of them asks for Python's
+        # lock while Python ends, the process aborts or waits for ever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tailora.train.config import TrainConfig
+from tailora.train.run_log import write_settings
 from tailora.train.trainer import run
 
 LONGEST = 300  # s; some 15 on an idle machine
@@ -101,3 +103,56 @@ def test_two_ranks_train_the_adapter_that_one_does(two_ranks: TwoRanks, settings
         "random-0.safetensors",
         "random-1.safetensors",
     }
+
+
+FAILING = """
+import sys
+import tailora.train.trainer as trainer
+from tailora.errors import DataError
+from tailora.train import run_log
+from tailora.cli.__main__ import run
+step = trainer.Trainer.step
+case = sys.argv.pop()
+
+def failing_step(self, *arguments):
+    if case == "a step" and self.accelerator.process_index == 1:
+        raise DataError("row 7 is broken")
+    return step(self, *arguments)
+
+def broken(*_, **__):
+    raise DataError("row 7 is broken")
+
+trainer.Trainer.step = failing_step
+if case == "before loading":  # in the main process alone
+    run_log.check_run_folder = broken
+run()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["before loading", "a step"])
+def test_a_failure_of_one_process_ends_all_with_one_message_and_its_exit_code(
+    case: str, settings: Any, tmp_path: Path
+) -> None:
+    config = settings(max_steps=2)
+    write_settings(tmp_path, config)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-c", FAILING, "train", "--config", str(tmp_path / "config.yaml"), case]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = "".join(process.communicate(timeout=LONGEST)[1] for process in processes)
+    assert [process.returncode for process in processes] == [2, 2], told
+    assert told.count("error: row 7 is broken") == 1
+    assert told.count("error:") == 1
+    assert "Traceback" not in told
