@@ -63,7 +63,8 @@ def combine(
     check_new_folder(output_dir)
     folders = parse_adapters(adapter)
     weights = parse_weights(weight or [], folders)
-    from tailora.core.combine import Combination, check  # loads torch
+    log("reading the model")
+    from tailora.core.combine import Combination, check
 
     check(weights, Combination(method, r, density, drop, seed))
     base = base_model_name(model, list(folders.values()))
@@ -124,7 +125,8 @@ def shrink(
     folder = find_adapter(str(adapter))
     if (data is None) != (max_loss_increase is None):
         raise ConfigError("--max-loss-increase and --data go together: the loss is measured on the data")
-    from tailora.core.compress import check  # loads torch
+    log("reading the model")
+    from tailora.core.compress import check
 
     check(
         r, energy, loss=None if data is None else len, budget=max_loss_increase
@@ -182,7 +184,8 @@ def extract(
     """
     config = merge_settings(flags, None, arguments={"model": model}).lora()
     check_new_folder(output_dir)
-    from tailora.core.compress import check  # loads torch
+    log("reading the model")
+    from tailora.core.compress import check
     from tailora.model import LoRAModel
     from tailora.train.model_loading import load_base
 

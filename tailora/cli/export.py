@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from tailora.cli.flags import Json
-from tailora.cli.main import print_json, stdout
+from tailora.cli.main import log, print_json, stdout
 from tailora.cli.models import METHODS, AdapterPath, BaseModel, base_model_name, find_adapter, quantize_method
 from tailora.formats.io import check_new_folder
 from tailora.formats.run_folder import ADAPTER_CONFIG
@@ -52,7 +52,8 @@ def export(
     path = find_adapter(adapter)
     check_new_folder(output)
     base = base_model_name(model, [path])
-    from tailora.model import LoRAModel  # loads torch
+    log("reading the model")
+    from tailora.model import LoRAModel
     from tailora.quiet import quiet_transformers
     from tailora.train.model_loading import load_base
 

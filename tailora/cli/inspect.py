@@ -62,6 +62,7 @@ def inspect(
         check_new_folder(output_dir)
     if data is not None or forgetting_data is not None:  # the loss needs the base model
         model = base_model_name(model, [folder])
+    log("reading the adapter")
     from tailora.cli.progress import counter
     from tailora.report.pages.inspect import inspect_page
     from tailora.study.inspect import InspectOptions

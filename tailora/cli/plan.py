@@ -41,7 +41,8 @@ def plan(
     """
     available = None if memory is None else bytes_of(memory)
     settings = merge_settings(flags, config)
-    from tailora.report.pages.plan import plan_page  # loads torch
+    log("reading model and data")
+    from tailora.report.pages.plan import plan_page
     from tailora.study.plan import plan as run
 
     report = run(settings, measure, memory=available, output_dir=output_dir, log=log)

@@ -64,11 +64,18 @@ def download_progress(console: Console) -> Iterator[Callable[[str, int, int], No
     """Yields a function to call with what is fetched, the number of bytes so far, and that of all bytes."""
     if on_terminal(console):
         columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), DownloadColumn()
-        with Progress(*columns, TextColumn("{task.percentage:.0f}%"), console=console, transient=True) as bar:
-            task = bar.add_task("", total=None, visible=False)
-            yield lambda what, done, total: bar.update(
-                task, description=what, completed=done, total=total, visible=True
-            )
+        bar = Progress(*columns, TextColumn("{task.percentage:.0f}%"), console=console, transient=True)
+        task = bar.add_task("", total=None)
+
+        def update(what: str, done: int, total: int) -> None:
+            bar.start()  # at the first call: most often nothing has to be fetched
+            bar.update(task, description=what, completed=done, total=total)
+
+        try:
+            yield update
+        finally:
+            if bar.live.is_started:
+                bar.stop()
         return
     last = -SECONDS_BETWEEN_LINES
 

@@ -62,7 +62,8 @@ def compare(
             raise ConfigError("two arms have the same name")
         in_file["arms"] = {**arms, **({FULL: {"method": FULL}} if full else {})}
     train = merge_settings(flags, config, defaults=COMPARE_DEFAULTS, ignore=CompareConfig.model_fields)
-    from tailora.report.pages.compare import compare_page  # loads torch
+    log("reading model and data")
+    from tailora.report.pages.compare import compare_page
     from tailora.study.compare import compare as run
 
     return run_study(run, train, CompareConfig(**{**in_file, **(study or {})}), compare_page, json)
@@ -101,7 +102,8 @@ def search(
     defaults = LR_ONLY_DEFAULTS if search_config.lr_only else SEARCH_DEFAULTS
     train = merge_settings(flags, config, defaults=defaults, ignore=SearchConfig.model_fields)
     if search_config.lr_only:
-        from tailora.report.pages.lr_range import lr_range_page  # loads torch
+        log("reading model and data")
+        from tailora.report.pages.lr_range import lr_range_page
         from tailora.study.lr_range import find_range
 
         return run_study(find_range, train, search_config, lr_range_page, json)

@@ -163,8 +163,9 @@ def test_a_download_shows_bytes_and_a_percentage(is_terminal: bool, monkeypatch:
     assert ("10.0/40.0 MB" if is_terminal else "10.0 of 40.0 MB") in shown
 
 
-def test_nothing_is_shown_of_a_download_that_is_not_needed() -> None:
-    file = io.StringIO()
+@pytest.mark.parametrize("file", [Terminal(), io.StringIO()])
+def test_nothing_is_shown_of_a_download_that_is_not_needed(file: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     with download_progress(Console(file=file)):
         pass
     assert file.getvalue() == ""
