@@ -167,7 +167,8 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     Heads: those of `task_heads`, if the targets are "all-linear" and modules_to_save is not set, or if task_type says
         that there are such heads, as in PEFT.
     Ranks: a layer that "all-linear" or a regular expression reached has no higher rank than its smaller side, at the
-    scale that it would have had. rank_pattern and alpha_pattern say so. A layer that is named keeps its rank.
+    scale that it would have had. rank_pattern and alpha_pattern say so. A layer that is named keeps its rank, and so do
+    all if none has room for the r that was set: `select` refuses them.
     """
     is_open = config.target_modules == "all-linear" and config.modules_to_save is None
     heads = task_heads(model) if is_open or config.task_type in TASKS_WITH_HEAD else []
@@ -181,7 +182,8 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
         is_named = patterns.by_pattern(candidate.pattern_names, config.rank_pattern, None) is not None
         if not is_named and config.r > min(candidate.dims):
             lowered[path] = target_of(candidate, config)
-    if not lowered:
+    was_set = "r" in config.model_fields_set
+    if not lowered or (was_set and len(lowered) == len(candidates)):
         return config
     ranks = {patterns.exactly(path): min(target.dims) for path, target in lowered.items()}
     power = 0.5 if config.use_rslora else 1
@@ -189,7 +191,7 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
         patterns.exactly(path): target.lora_alpha * (min(target.dims) / config.r) ** power
         for path, target in lowered.items()
     }
-    if "r" in config.model_fields_set:
+    if was_set:
         shown = ", ".join([f"{path} ({min(target.dims)})" for path, target in lowered.items()][:5])
         more = f" and {len(lowered) - 5} more" if len(lowered) > 5 else ""
         warnings.warn(

@@ -165,6 +165,11 @@ def test_a_name_does_not_reach_into_a_module_that_is_trained_in_full() -> None:
         model.unload()
 
 
+def test_a_rank_that_no_layer_has_room_for_is_refused() -> None:
+    with pytest.raises(TargetError, match="r = 1000 on a matrix of 32 -> 16"):
+        LoRAModel(chat_model(), LoRAConfig(r=1000))
+
+
 def test_a_small_layer_that_is_named_is_refused_with_the_remedy() -> None:
     base = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 3))
     for settings in ({"target_modules": ["1"]}, {"rank_pattern": {"1": 16}}):
@@ -199,7 +204,7 @@ def test_a_forward_replaced_on_the_instance_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_rank": 4}, "unknown setting 'lora_rank'; did you mean r?"),
+        ({"lora_rank": 4}, "unknown setting 'lora_rank'; it is r here"),
         ({"target_module": ["q"]}, "unknown setting 'target_module'; did you mean target_modules"),
         ({"r": 0}, "r = 0"),
         ({"r": "many"}, "r = 'many'"),
