@@ -218,8 +218,8 @@ class _Comparison:
             raise self._too_short(needed(fewest, min(FEWEST_STEPS, longest)), min(FEWEST_STEPS, longest))
         extent, steps = choice
         session.log(
-            f"time for {extent.tries} learning rates and {extent.seeds} seeds of each arm; less time means "
-            f"fewer steps ({FEWEST_STEPS} at least), then fewer learning rates, seeds and held-out examples, in this order"
+            f"time for {extent.tries} learning rates and {extent.seeds} seeds of each arm; less time means, in order, "
+            f"fewer steps ({FEWEST_STEPS} at least), then fewer learning rates, seeds and held-out examples"
         )
         return {
             "max_steps": steps,
