@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import print_json, stdout
-from tailora.data.dataset import warnings_of
+from tailora.data.dataset import held_out_of, warnings_of
 from tailora.errors import ConfigError
 from tailora.report.blocks import Code, Section
 from tailora.report.format import printable
@@ -95,7 +95,7 @@ def facts(report: dict[str, Any]) -> Table:
         "read as": f"{report['shape']} ({mapping})",
         "not used": ", ".join(report["ignored"]),
         "format": "the model's chat template" if report["chat_template"] else "plain text, without a chat template",
-        "rows": f"{report['rows']:,}: {report['train']:,} to train on, {report['eval']:,} held out",
+        "rows": f"{report['rows']:,}: {report['train']:,} to train on, {held_out_of(report)}",
         "tokens": f"{report['tokens']:,}, {learned}",
         "longest": f"{'at least ' * (report['read_in_part'] > 0)}{report['longest']:,} tokens",
         **warnings_of(report),

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tailora.cli.main import on_terminal, print_text
-from tailora.data.dataset import warnings_of
+from tailora.data.dataset import held_out_of, warnings_of
 from tailora.report.format import count
 
 if TYPE_CHECKING:
@@ -198,9 +198,9 @@ def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
         if (ratio := settings.get("loraplus_lr_ratio", 1)) != 1:
             lines["rates"] = f"B learns {ratio:g} times as fast as the rest (LoRA+)"
     if data is None or settings["streaming"]:  # streamed data is not known yet
-        lines["data"] = f"streamed; {data['eval']:,} examples held out" if data else "streamed"
+        lines["data"] = f"streamed; {held_out_of(data)}" if data else "streamed"
     else:
-        lines["data"] = f"{data['train']:,} examples, {data['eval']:,} held out; read as {data['shape']}"
+        lines["data"] = f"{data['train']:,} examples, {held_out_of(data)}; read as {data['shape']}"
         lines |= warnings_of(data)
     batches = "packed into one row, attention inside each" if header["packed"] else "padded to the longest"
     examples = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * header["processes"]

@@ -141,6 +141,12 @@ def distinct_of(examples: int, distinct: int, name: str) -> str:
     return words if distinct == examples else f"{words}, {distinct:,} distinct"
 
 
+def held_out_of(report: Mapping[str, Any]) -> str:
+    """Returns "7 held out, 3 distinct", without the second part if there are no copies. report: as in warnings_of."""
+    distinct = f", {report['eval'] - report['eval_copies']:,} distinct" if report["eval_copies"] else ""
+    return f"{report['eval']:,} held out{distinct}"
+
+
 # ---- The report
 
 

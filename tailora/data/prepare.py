@@ -279,7 +279,7 @@ class EvalDataReport:
     chat_template: bool
     rows: int
     tokens: int  # after cutting
-    supervised_tokens: int
+    supervised_tokens: int  # of the rows that are evaluated, without copies
     longest: int  # tokens of the longest row, before cutting
     truncated: int  # rows cut at max_length
     read_in_part: int  # of those, rows so long that not all of their tokens were counted
@@ -307,18 +307,18 @@ def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport
     """Reads all of it. Raises DataError that names every problem with file, row and cause."""
     tokenizer = checked_tokenizer(source.tokenizer, embedding_rows)
     mapping, results = source.read()
-    problems, counts, seen = [], RowCounts(), set[bytes]()
+    problems, counts, seen, judged = [], RowCounts(), set[bytes](), 0
     for result in results:
         if isinstance(result, RowProblem):
             problems.append(result)
         else:
             counts.add(result.encoded, source.max_length)
-            _is_evaluated(result, seen)
+            judged += result.encoded.example.supervised if _is_evaluated(result, seen) else 0
     if problems:
         raise data_error(problems)
     if counts.rows == counts.cut_away:
         raise _all_cut(source.name, source.max_length, counts, use="judged")
-    numbers = asdict(counts)
+    numbers = {**asdict(counts), "supervised_tokens": judged}
     for name in ("replies_not_learned", "duplicates", "held_out"):
         del numbers[name]
     has_template = tokenizer.template is not None

@@ -299,7 +299,7 @@ def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Acce
         tokens=round(tokens_per_step * data.max_steps),
         steps=data.max_steps,
         tokens_per_step=tokens_per_step,
-        notes=[f"data: {text}" for text in warnings_of(data.prepared.report.to_dict()).values()],
+        notes=[f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()],
     )
 
 

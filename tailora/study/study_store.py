@@ -130,8 +130,8 @@ class StudySession:
 
     def note_data(self, trial: Trial) -> None:
         """Notes what of the data was cut, left out or found twice."""
-        for text in trial.numbers["data_warnings"]:
-            self.note(text)
+        for name, text in trial.numbers["data_warnings"].items():
+            self.note(f"{name}: {text}")
 
     def plan(self, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The content of plan.json, which `find` returns when there is none yet."""

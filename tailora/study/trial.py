@@ -368,7 +368,7 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
         "held_out": sum(held_out),
         "parts": parts,
         "all_steps": None if result.data is None else epoch_steps(config, len(result.data.train)),  # not of a stream
-        "data_warnings": [] if result.data is None else list(warnings_of(result.data.report.to_dict()).values()),
+        "data_warnings": {} if result.data is None else warnings_of(result.data.report.to_dict()),
     }
     files = folder_of(result.model, Path(result.output_dir)).rglob("*")
     forgotten, seconds = (None, {}) if spec.forgetting is None else _forgetting(result, spec)

@@ -115,7 +115,6 @@ def test_the_header_says_what_was_chosen_and_why(changes: dict[str, object], par
         ("cut_away", "left out 1,234 examples"),
         ("replies_not_learned", "not learned 1,234 replies"),
         ("repeated", "repeated 1,234 rows"),
-        ("eval_copies", "copies 1,234 held-out examples are copies of others"),
         ("duplicates", "DUPLICATES 1,234 held-out rows are also trained on"),
     ],
 )
@@ -129,6 +128,12 @@ def test_the_header_has_a_line_for_what_was_dropped_and_for_nothing_else(key: st
     assert len(after) == len(before) + 1
 
 
+def test_the_header_says_how_many_held_out_examples_are_distinct() -> None:
+    text = " ".join(format_header({**HEADER, "data": {**HEADER["data"], "eval_copies": 4}}).split())
+    assert "90 examples, 10 held out, 6 distinct; read as" in text
+    assert "copies 4 held-out examples are copies of others: each text is evaluated once" in text
+
+
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_the_header_breaks_lines_between_words_only(width: int) -> None:
     lines = format_header(HEADER, width).splitlines()
@@ -140,7 +145,7 @@ def test_the_header_breaks_lines_between_words_only(width: int) -> None:
 def test_streamed_data_is_not_counted_though_the_held_out_is() -> None:
     data = {**HEADER["data"], "duplicates": 10}
     text = format_header({**HEADER, "data": data, "settings": {**HEADER["settings"], "streaming": True}})
-    assert "streamed; 10 examples held out" in text
+    assert "streamed; 10 held out" in text
     assert "DUPLICATES" not in text
 
 

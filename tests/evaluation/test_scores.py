@@ -91,7 +91,9 @@ def test_copies_of_a_row_are_no_further_examples(
     assert scores["copied"].metrics == scores["once"].metrics
     assert scores["copied"].change == scores["once"].change
     assert scores["copied"].data is not None
+    assert scores["once"].data is not None
     assert (scores["copied"].data.rows, scores["copied"].data.copies) == (7, 4)
+    assert scores["copied"].data.supervised_tokens == scores["once"].data.supervised_tokens
     assert losses["copied"] == losses["once"]
 
 
