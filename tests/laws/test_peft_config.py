@@ -220,7 +220,19 @@ def written_by_peft(make: Callable[[], nn.Module], settings: dict[str, Any], fol
     return output(theirs)
 
 
-@pytest.mark.parametrize(("make", "settings"), CASES.values(), ids=CASES)
+QUICK = (
+    "defaults",
+    "nested numbers",
+    "parameter, patterns",
+    "tied embedding and head",
+    "rank above a linear layer's outputs",
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [pytest.param(*case, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, case in CASES.items()],
+)
 def test_what_peft_writes_computes_the_same_here_and_again_in_peft(
     make: Callable[[], nn.Module], settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -355,6 +367,7 @@ HIGH_RANK = [
 
 
 @pytest.mark.parametrize("name", HIGH_RANK)
+@pytest.mark.slow
 def test_an_adapter_of_a_rank_above_its_layer_trains_merges_combines_and_shrinks(name: str, tmp_path: Path) -> None:
     make, settings = CASES[name]
     expected = written_by_peft(make, settings, tmp_path)
