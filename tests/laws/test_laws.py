@@ -139,6 +139,7 @@ def test_merge_and_unload_leaves_a_plain_module_that_computes_the_same(
     torch.testing.assert_close(base(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*PEFT cannot load this adapter:UserWarning")  # DoRA on attention and experts
 @pairs
 def test_an_adapter_survives_its_file(case: LayerCase, slot: str, tmp_path: Path) -> None:
     model, x = trained(case, slot), case.batch()
