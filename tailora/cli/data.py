@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import print_json, stdout
+from tailora.cli.models import fetch_demo
 from tailora.data.dataset import held_out_of, warnings_of
 from tailora.errors import ConfigError
 from tailora.report.blocks import Code, Section
@@ -40,6 +41,7 @@ def data(
     Shows columns, counts, lengths, and in some examples which tokens are learned and which are only read.
     """
     settings = merge_settings(flags, config, arguments={"data": file})
+    fetch_demo(settings.model, settings.data, settings.eval_data)
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -8,6 +8,7 @@ from cyclopts import Parameter
 
 from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import GATE_NOT_MET, log, print_json, stdout
+from tailora.cli.models import fetch_demo
 from tailora.errors import ConfigError
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
@@ -41,6 +42,8 @@ def plan(
     """
     available = None if memory is None else bytes_of(memory)
     settings = merge_settings(flags, config)
+    with_data = "data" in settings.model_fields_set
+    fetch_demo(settings.model, *((settings.data, settings.eval_data) if with_data else ()))
     log("reading model and data")
     from tailora.report.pages.plan import plan_page
     from tailora.study.plan import plan as run

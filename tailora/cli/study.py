@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, merge_settings, parse_pairs, parse_settings
 from tailora.cli.main import log, print_json, print_text, stderr, stdout
+from tailora.cli.models import fetch_demo
 from tailora.core.config import StrictModel
 from tailora.errors import ConfigError, require_packages
 from tailora.report.blocks import Page
@@ -128,6 +129,7 @@ def run_study(
     """Runs a study and prints its result. After Ctrl-C the message has the command that resumes."""
     from tailora.cli.progress import step_counter
 
+    fetch_demo(train.model, train.data, train.eval_data)
     console = stderr()
     try:
         result = run(train, study, log=partial(print_text, console), progress=step_counter(console))

@@ -265,7 +265,7 @@ def run_pip(command: Sequence[str], folder: Path, progress: Callable[[int], None
                 while process.poll() is None:
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(POLL_SECONDS)
-                    progress(size_of(Path(temporary)))
+                    progress(largest_wheel(folder))
             except BaseException:
                 process.kill()
                 raise
@@ -273,13 +273,13 @@ def run_pip(command: Sequence[str], folder: Path, progress: Callable[[int], None
         return process.returncode, output.read().decode(errors="replace")
 
 
-def size_of(folder: Path) -> int:
-    """Returns the bytes of the wheels in a folder that another process is changing."""
-    total = 0
+def largest_wheel(folder: Path) -> int:
+    """Returns the bytes of the largest wheel in a folder that pip is changing: pip moves the wheel when it is whole."""
+    sizes = [0]
     for path in folder.rglob("*.whl"):
         with suppress(FileNotFoundError):
-            total += path.stat().st_size
-    return total
+            sizes.append(path.stat().st_size)
+    return max(sizes)
 
 
 def explain_pip_error(output: str) -> str:

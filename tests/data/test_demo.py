@@ -239,12 +239,15 @@ def test_the_bytes_of_a_download_are_reported(wheel: MakeWheel, tmp_path: Path) 
     assert {(what, total) for what, _, total in reports} == {("fetching parcel", 1234)}
 
 
-def test_the_bytes_in_pip_s_folder_are_counted_while_it_runs(tmp_path: Path) -> None:
-    code = "import os, time; open(os.environ['TMPDIR'] + '/x.whl', 'wb').write(b'abc'); time.sleep(1); print('done')"
+def test_the_bytes_of_pip_are_counted_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "import os, time; open(os.environ['TMPDIR'] + '/x.whl', 'wb').write(b'abc'); time.sleep(.5);"
+    code += "os.rename(os.environ['TMPDIR'] + '/x.whl', 'x.whl'); time.sleep(.5); print('done')"
     counts: list[int] = []
     assert run_pip([sys.executable, "-c", code], tmp_path, counts.append) == (0, "done\n")
+    assert counts == sorted(counts)  # also when the wheel is moved
     assert counts[-1] == 3
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["x.whl"]
 
 
 @pytest.mark.parametrize("wrong", ["wheel", "file inside"])
