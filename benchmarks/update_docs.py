@@ -146,6 +146,9 @@ FEW_WORDS = (  # what a reason says -> what the table says
     ("whose first dimension must be the rows", "refused: rows flattened"),
     ("not a dimension of rows", "refused: rows flattened"),
     ("is incompatible with Mamba", "PEFT refuses"),
+    ("get_input_embeddings", "PEFT refuses"),
+    ("leaves no layer to adapt", "no linear layers"),
+    ("No modules were targeted", "no linear layers"),
 )
 
 
@@ -167,7 +170,7 @@ def few_words(reason: str) -> str:
 def untried() -> str:
     """The classes whose small base model does not run, in a sentence."""
     names = [name for name, cells in read("architectures")["architectures"].items() if "base" in cells]
-    return f"The small model itself does not run in {len(names)} further classes: {', '.join(sorted(names))}."
+    return f"Not tried, as the small model itself does not run: {', '.join(sorted(names)) or 'none'}."
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what makes it

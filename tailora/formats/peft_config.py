@@ -92,7 +92,9 @@ def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: 
 def _task_type(config: LoRAConfig, base_model: nn.Module) -> TaskType | None:
     """Returns the user's task, or that of the base's class if the adapter has the heads which PEFT then looks for."""
     class_name = type(base_model).__name__
-    task = config.task_type or next((task for ending, task in TASK_TYPES.items() if class_name.endswith(ending)), None)
+    task = config.task_type
+    if task is None and getattr(base_model, "main_input_name", "input_ids") == "input_ids":  # PEFT's classes pass it on
+        task = next((task for ending, task in TASK_TYPES.items() if class_name.endswith(ending)), None)
     modules = dict(base_model.named_modules())
     names = HEADS_OF_TASK.get(task or "", ())
     heads = [path for path in modules if any(ends_with(name, path) for name in names)]
