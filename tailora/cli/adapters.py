@@ -44,8 +44,8 @@ Method = Annotated[
 
 
 def combine(
-    *,
     adapter: Annotated[list[str], ADAPTER_FLAG],
+    *,
     weight: Weights = None,
     output_dir: OutputDir,
     method: Method = "cat",
@@ -104,8 +104,8 @@ SOURCE = "source"  # name of the adapter that is shrunk
 
 
 def shrink(
-    *,
     adapter: Annotated[Path, Parameter(help="folder of the adapter, or of the run that made it")],
+    *,
     output_dir: OutputDir,
     r: Rank = None,
     energy: Energy = None,

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
-from tailora.cli.main import print_json, stdout
+from tailora.cli.main import note, print_json, stdout
 from tailora.cli.models import fetch_demo
 from tailora.data.dataset import held_out_of, warnings_of
 from tailora.errors import ConfigError
@@ -28,7 +28,7 @@ Pieces = list[tuple[str, bool]]  # text, learned
 
 
 def data(
-    file: Annotated[str | None, Parameter(help="JSONL, JSON, CSV, Parquet, folder or Hub id, or 'demo'")] = None,
+    file: Annotated[str | None, Parameter(help="JSONL, JSON, CSV, Parquet, folder, Hub id; default: 'demo'")] = None,
     /,
     *,
     config: ConfigFile = None,
@@ -41,6 +41,8 @@ def data(
     Shows columns, counts, lengths, and in some examples which tokens are learned and which are only read.
     """
     settings = merge_settings(flags, config, arguments={"data": file})
+    if "data" not in settings.model_fields_set:
+        note("no file was given, so this is the demo's data; `tailora data FILE` shows yours")
     fetch_demo(settings.model, settings.data, settings.eval_data)
     import torch
     from transformers import AutoModelForCausalLM
@@ -94,7 +96,7 @@ def facts(report: dict[str, Any]) -> Table:
     values = {
         "source": report["source"],
         "held-out source": report["eval_source"],
-        "read as": f"{report['shape']} ({mapping})",
+        "read as": report["shape"] if mapping == report["shape"] else f"{report['shape']} ({mapping})",
         "not used": ", ".join(report["ignored"]),
         "format": "the model's chat template" if report["chat_template"] else "plain text, without a chat template",
         "rows": f"{report['rows']:,}: {report['train']:,} to train on, {held_out_of(report)}",

@@ -12,6 +12,7 @@ from rich.console import Console
 from tailora.cli.flags import Json
 from tailora.cli.main import log, print_json, stdout
 from tailora.cli.models import METHODS, AdapterPath, BaseModel, base_model_name, find_adapter, quantize_method
+from tailora.data.demo import resolve_demo
 from tailora.formats.io import check_new_folder
 from tailora.formats.run_folder import ADAPTER_CONFIG
 from tailora.report.blocks import Block, Code, Column, Paragraph, Section, Table
@@ -78,8 +79,9 @@ def show(console: Console, result: "ExportReport", base: str, seconds: float) ->
     files = [(str(result.folder / name), format_bytes(size)) for name, size in result.files.items()]
     changes = "; ".join(result.changes) or "nothing is changed"
     logits = result.logits
+    equal, differ = "are equal to", f"differ by {logits.difference:.1g} of their size from"
     comparison = (
-        f"Read back: the logits differ from the live model's by {logits.difference:.1g} of their size "
+        f"Read back: the logits {differ if logits.difference else equal} the live model's "
         f"(allowed: {logits.tolerance:.1g}; the adapter itself changes them by {logits.effect:.2g})."
     )
     contents: list[Block] = [
@@ -94,14 +96,15 @@ def show(console: Console, result: "ExportReport", base: str, seconds: float) ->
 def next_command(result: "ExportReport", base: str) -> str:
     """Returns a command that uses the result, to be copied."""
     folder, name = str(result.folder), result.folder.resolve().name
+    base_folder = resolve_demo(base, "model")  # other programs do not know "demo"
     if result.format == "portable":
         rank = str(json_module.loads((result.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"])
         adapters = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"{name}={folder}"]
-        return shlex.join(["vllm", "serve", base, *adapters])
+        return shlex.join(["vllm", "serve", base_folder, *adapters])
     commands = {
         "peft": ["tailora", "chat", "--model", base, "--adapter", folder],
         "gguf": ["ollama", "create", name, "-f", str(result.folder / "Modelfile")],
-        "mlx": ["mlx_lm.generate", "--model", base, "--adapter-path", folder, "--prompt", "Hello"],
+        "mlx": ["mlx_lm.generate", "--model", base_folder, "--adapter-path", folder, "--prompt", "Hello"],
         "merged": ["tailora", "chat", "--model", folder],
     }
     return shlex.join(commands[result.format])

@@ -143,7 +143,18 @@ def merge_settings(
     try:
         return _checked_config({**command_defaults, **in_file, **typed})
     except ConfigError as error:
-        raise ConfigError(_origin(str(error), {**command_defaults, **typed}, config_file) + str(error)) from None
+        origin = _origin(str(error), {**command_defaults, **typed}, config_file)
+        raise ConfigError(origin + _with_flags(str(error), typed)) from None
+
+
+def _with_flags(message: str, typed: Mapping[str, Any]) -> str:
+    """Returns the message with `--learning-rate fast` in place of `learning_rate = 'fast'`, for what was typed."""
+    for name, value in typed.items():
+        if isinstance(value, str):
+            setting = rf"(?<![\w.]){name} = {re.escape(repr(value))}: "
+            flag = f"--{name.replace('_', '-')} {value}: ".replace("\\", r"\\")  # re.sub reads escapes
+            message = re.sub(setting, flag, message)
+    return message
 
 
 def _without_none(values: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -9,11 +9,12 @@ An unexpected exception is a bug of tailora: its traceback is printed to stderr.
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cyclopts import App, CycloptsError, UnknownOptionError
+from cyclopts import App, CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 from cyclopts.help import DefaultFormatter
 from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
 from rich.console import Console
@@ -41,6 +42,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "data": ("data", "Show what training would learn from a file."),
     "doctor": ("doctor", "Show what this machine can do."),
 }
+TAKE_DATA = ("demo", "plan", "train", "compare", "eval", "search")  # with the flag --data
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
 EPILOGUE = """\
 Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged,
@@ -126,7 +128,7 @@ def fail(error: BaseException, as_json: bool) -> int:
 
 
 def message_of(error: BaseException) -> str:
-    """Returns the message; for a flag that other tools have, with our name for it."""
+    """Returns the message, in our words where the command line itself is wrong; other tools' flags get our names."""
     if isinstance(error, UnknownOptionError) and error.token.keyword:
         from tailora.core.config import our_name
 
@@ -135,6 +137,14 @@ def message_of(error: BaseException) -> str:
         name, value = our_name(flag.lstrip("-").replace("-", "_"), known)
         if name:
             return f"Unknown option: {flag}. It is --{name.replace('_', '-')}{value and f' {value}'} here."
+    if isinstance(error, MissingArgumentError) and error.argument and error.command_chain and not error.keyword:
+        command, argument = " ".join(error.command_chain), error.argument
+        name = argument.name if argument.field_info.is_keyword else argument.name.upper()
+        return f"{command} needs {name}: {argument.parameter.help}. `tailora {command} --help` lists all arguments"
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens and error.command_chain:
+        command, unused = error.command_chain[0], shlex.join(error.unused_tokens)
+        hint = f". For data, write --data {unused}" if command in TAKE_DATA else ""
+        return f"{command} takes no argument {unused}{hint}. `tailora {command} --help` lists all arguments"
     return str(error)
 
 

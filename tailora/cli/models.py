@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from tailora.cli.main import note, stderr
 from tailora.cli.progress import download_progress
-from tailora.data.demo import DEMO, data_folder, model_folder, resolve_demo
+from tailora.data.demo import DEMO, data_folder, model_folder, name_of_model, resolve_demo
 from tailora.data.readers import check_model_exists
 from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats.io import read_json_object
@@ -162,7 +162,7 @@ def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
     if model is not None or not folders:
         return model or DEMO
     bases = {folder: base_of(folder) for folder in folders}
-    names = {folder: base and base.location for folder, base in bases.items()}
+    names = {folder: base and name_of_model(base.location) for folder, base in bases.items()}
     problems = [
         f"{folder} does not name its base model in {ADAPTER_CONFIG}: give --model"
         for folder, name in names.items()

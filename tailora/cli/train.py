@@ -52,9 +52,16 @@ def demo(
 ) -> int:
     """Fine-tune a small model on real chats, and see what it changed. The flags are those of `train`."""
     chosen = merge_settings(flags, config, defaults=DEFAULTS)
-    if "output_dir" not in chosen.model_fields_set:
-        chosen = chosen.model_copy(update={"output_dir": str(demo_folder(chosen.resume_from_checkpoint))})
-    return fit(chosen, as_json=json, overwrite=overwrite, questions=QUESTIONS)
+    if "output_dir" in chosen.model_fields_set:
+        return fit(chosen, as_json=json, overwrite=overwrite, questions=QUESTIONS)
+    folder = demo_folder(chosen.resume_from_checkpoint)
+    chosen = chosen.model_copy(update={"output_dir": str(folder)})
+    try:
+        return fit(chosen, as_json=json, overwrite=overwrite, questions=QUESTIONS)
+    except BaseException:
+        if folder.is_dir() and not any(folder.iterdir()):  # the run did not begin
+            folder.rmdir()
+        raise
 
 
 def demo_folder(checkpoint: str | None) -> Path:

@@ -366,6 +366,7 @@ def check_model_exists(name: str) -> None:
 
     if Path(name).is_dir():
         return
+    token = "; HF_TOKEN opens private and gated models"
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=HUB_TIMEOUT)
@@ -375,7 +376,7 @@ def check_model_exists(name: str) -> None:
     except HfHubHTTPError:
         return  # the Hub answers, but is busy: transformers asks again
     except HFValidationError:
-        cause = "it is not a Hub id"
+        cause, token = "it is not a Hub id", ""
     except (HTTPError, OfflineModeIsEnabled) as error:
         first_line = str(error).strip().partition("\n")[0]
         cause = f"the Hub cannot be reached ({first_line.rstrip('.')})"
@@ -383,5 +384,5 @@ def check_model_exists(name: str) -> None:
     siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     raise ConfigError(
         f"model {name!r}: no such folder here, and {cause}{nearest(path.name, siblings) or '.'} "
-        "Give a folder, a Hub id such as owner/name, or 'demo'; HF_TOKEN opens private and gated models"
+        f"Give a folder, a Hub id such as owner/name, or 'demo'{token}"
     )

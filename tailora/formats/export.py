@@ -94,7 +94,6 @@ def export(source: ExportSource, folder: Path, to: str) -> ExportReport:
 
 TOLERANCE = 1e-4  # of the logits' size: float32 sums in another order
 BATCH, LENGTH = 2, 16
-MERGE_REMEDY = "merge into a base in float32 (--dtype float32), or take a format that keeps the adapter separate"
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def compare_logits(live: Tensor, base: Tensor, reloaded: Tensor, exported: str, 
         raise FormatError(
             f"{exported}: read back, its logits differ from the live model's by {difference:.2g} of their size; "
             f"allowed is {tolerance:.2g}, and the adapter's own effect is {effect:.2g}. Nothing was written; "
-            f"{MERGE_REMEDY if rounded else 'please report it'}"
+            f"{merged.ROUNDING_REMEDY if rounded else 'please report it'}"
         )
     return LogitComparison(difference, effect, tolerance)
 

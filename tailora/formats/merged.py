@@ -23,6 +23,8 @@ from tailora.formats.low_rank_export import ExportSource
 
 SHARD = "2GB"  # largest safetensors file
 SPILL = ".merged"
+LARGE_ERROR = 0.1  # of an update, by rounding: more is worth a remedy
+ROUNDING_REMEDY = "leave the adapter unmerged, or merge it into a base in float32 (--dtype float32)"
 KEY_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 # ---- Writing
@@ -67,6 +69,8 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     spill.unlink(missing_ok=True)
     dtype = str(common_dtype(base)).removeprefix("torch.")
     notes = [f"rounding to {dtype} changes the update by at most {report.worst:.2g} of its size in a layer"]
+    if report.worst > LARGE_ERROR:
+        notes[0] += f". To keep all of it, {ROUNDING_REMEDY}"
     if errors := sorted(report.quantization_error.values()):
         notes.append(
             f"the whole base is dequantised, to {dtype}: what quantising had rounded off stays lost. Quantising "

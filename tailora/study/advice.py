@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tailora.evaluation.spectral import ModuleReport
+from tailora.formats.merged import ROUNDING_REMEDY
 from tailora.study.inspection import Advice, HeldOutLosses, Inspection, TruncationCost
 from tailora.study.model_layout import by_group, layer_range, rank_pattern
 
@@ -322,7 +323,7 @@ def rounding(inspection: Inspection) -> Iterator[Advice]:
     yield Advice(
         "rounding",
         f"The median ||dW|| / ||W|| is {size:.2%} (limit {ROUNDED:.0%}): merged into {inspection.base_dtype} weights, "
-        "the update would be off by a sixth of its size or more. Leave it unmerged, or merge in float32.",
+        f"the update would be off by a sixth of its size or more: {ROUNDING_REMEDY}.",
         {"relative_norm": size, "limit": ROUNDED, "dtype": inspection.base_dtype},
         command=command("export", inspection.adapter, *model, *merged),
     )

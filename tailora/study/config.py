@@ -53,7 +53,9 @@ class CompareConfig(StrictModel):
     margin: float = Field(
         0.02, gt=0, allow_inf_nan=False, description="differences below this, in nats per token, do not matter"
     )
-    forgetting_data: str | None = Field(None, description="texts not about the task; default: the base model's")
+    forgetting_data: str | None = Field(
+        None, description="texts that are not about the task; default: texts that the base model writes"
+    )
 
     @model_validator(mode="after")
     def _arms_differ(self) -> Self:

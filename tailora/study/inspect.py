@@ -20,6 +20,7 @@ import torch
 
 from tailora.core.compress import leading_only, spectra_of
 from tailora.core.low_rank import Update, product_spectrum
+from tailora.data.demo import name_of_model
 from tailora.errors import ConfigError, listing
 from tailora.evaluation import spectral
 from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
@@ -99,8 +100,9 @@ def inspect(
     folder, other_folder = adapter_folder(Path(adapter)), None if other is None else adapter_folder(Path(other))
     if model is None:  # the files alone
         content = read_offline(folder)
+        named_base = None if content.base is None else name_of_model(content.base)
         if data is not None:
-            base = f", such as {content.base}, which the adapter names" if content.base else ""
+            base = f", such as {named_base}, which the adapter names" if named_base else ""
             raise ConfigError(f"data {data!r} needs a model to be read by: give --model{base}")
         updates, pair = content.updates, None
         if other_folder is not None:
@@ -109,7 +111,7 @@ def inspect(
         inspection = Inspection(
             adapter=str(folder),
             model=None,
-            named_base=content.base,
+            named_base=named_base,
             base_dtype=None,
             config=content.config.model_dump(),
             training={},

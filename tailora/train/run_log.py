@@ -28,6 +28,7 @@ from tailora.train.trainable import ADAPTER, MODEL
 
 CONFIG, METRICS, EXAMPLES = "config.yaml", "metrics.jsonl", "examples.jsonl"
 FILES = (ADAPTER, MODEL, RUN, CONFIG, METRICS, EXAMPLES, SAMPLES, REPORT, PAGE)  # and checkpoint-N
+RESULTS = {ADAPTER: "an adapter", MODEL: "a model"}
 LOCK, HOLDER = ".lock", ".lock-holder"  # the second says who holds the first
 EARLIER = "earlier-run"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "numpy")
@@ -37,8 +38,10 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", 
 def lock(output_dir: Path) -> Iterator[None]:
     """Within the block no other run can write to this folder, which is created.
 
+    If the block fails before it has written anything, nothing is left: no lock file, and no folder that was new.
     Raises ConfigError if another one does, or if the folder cannot be written to.
     """
+    is_new = not output_dir.exists()
     create_output_folder(output_dir)
     file_lock, holder = FileLock(output_dir / LOCK), output_dir / HOLDER
     try:
@@ -51,6 +54,13 @@ def lock(output_dir: Path) -> Iterator[None]:
     try:
         write_file(holder, f"process {os.getpid()} on {platform.node()}".encode())
         yield
+    except BaseException:
+        if {path.name for path in output_dir.iterdir()} <= {LOCK, HOLDER}:
+            for path in output_dir.iterdir():
+                path.unlink()
+            if is_new:
+                output_dir.rmdir()
+        raise
     finally:
         holder.unlink(missing_ok=True)
         file_lock.release()
@@ -72,7 +82,7 @@ def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
         resumed == "latest" or Path(resumed).resolve().parent == output_dir.resolve()
     )
     checkpoints = [path.name for path in checkpoints_in(output_dir)]
-    names = [*(name for name in (ADAPTER, MODEL) if (output_dir / name).exists()), *checkpoints[-1:]]
+    names = [*(text for name, text in RESULTS.items() if (output_dir / name).exists()), *checkpoints[-1:]]
     if not names or is_resumed_here or (overwrite and _read_run(output_dir)):
         return
     content = f"{output_dir} holds {' and '.join(names)}"

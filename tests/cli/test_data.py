@@ -67,6 +67,18 @@ def test_json_has_the_report_and_the_examples(
     assert any(piece["learned"] for piece in found["examples"][0])
 
 
+def test_without_a_file_it_says_that_the_data_is_the_demos(
+    chats: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tailora.train.dataloader.resolve_demo", lambda *_: str(chats))
+    assert main(["data", "--model", str(tiny_model), "--validation-split", "0.2"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith("note: no file was given, so this is the demo's data")
+    assert re.search(r"^read as +messages$", shown.out, re.MULTILINE)
+    assert main(["data", str(chats), "--model", str(tiny_model)]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_columns_can_be_named(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "qa.jsonl"
     path.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"a{i}"}) + "\n" for i in range(8)))

@@ -39,18 +39,35 @@ def test_help_and_version_exit_with_0(
         (["trian"], 'Did you mean "train"'),
         (["train", "--learning-rat", "1"], "Did you mean --learning-rate"),
         (["demo", "--max-step", "1"], "Did you mean --max-steps"),
-        (["train", "--r", "0"], "r = '0'"),
+        (["train", "--r", "0"], "error: --r 0: input should be"),
         (["train", "--dtype", "float16"], "float32"),
-        (["train", "--learning-rate", "fast"], "learning_rate = 'fast'"),
+        (["train", "--learning-rate", "fast"], "error: --learning-rate fast: input should be"),
         (["train", "--config", "absent.yaml"], "absent.yaml"),
         (["train", "stray"], "stray"),
         (["train", "--r"], "requires an argument"),
+        (["train", "chats.jsonl"], "train takes no argument chats.jsonl. For data, write --data chats.jsonl"),
+        (["doctor", "stray"], "doctor takes no argument stray. `tailora doctor --help`"),
+        (["shrink", "out"], "shrink needs --output-dir: new folder for the adapter"),
+        (["export", "--to", "gguf"], "export needs ADAPTER: folder of an adapter"),
+        (["export", "out", "--to", "gguf"], "export needs --output: new folder"),
+        (["demo", "--model", "./absent"], "no such folder here"),
+        (
+            ["train", "--model", "./absent"],
+            "it is not a Hub id. Give a folder, a Hub id such as owner/name, or 'demo'\n",
+        ),
     ],
 )
-def test_a_mistaken_command_line_exits_with_2_and_a_hint(
-    tokens: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+def test_a_mistaken_command_line_exits_with_2_and_a_hint_and_leaves_nothing(
+    tokens: list[str],
+    hint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(tokens) == 2
+    assert not list(tmp_path.rglob("*demo*"))
+    assert not list(tmp_path.rglob(".lock"))
     shown = capsys.readouterr()
     assert hint in shown.err
     assert "Traceback" not in shown.err
@@ -62,7 +79,7 @@ def test_with_json_the_error_is_the_last_line_on_stdout(capsys: pytest.CaptureFi
     error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     assert error["type"] == "ConfigError"
     assert error["exit_code"] == 2
-    assert error["message"].startswith("r = '0'")
+    assert error["message"].startswith("--r 0: ")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import stir
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
@@ -63,6 +64,33 @@ def test_generate_and_export_take_the_quantization_of_the_run(
     assert list(map(len, changes)) == [2, 1, 2]
     assert main(["export", str(out), "--to", "portable", "--output", str(tmp_path / "p"), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["logits"]["tolerance"] == 1e-4
+
+
+def test_the_demo_is_called_demo_where_tailora_takes_the_name_and_has_its_path_elsewhere(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TAILORA_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "home" / "demo-1" / "SmolLM2-135M-Instruct"
+    shutil.copytree(tiny_model, folder)
+    model = LoRAModel(LlamaForCausalLM.from_pretrained(folder), LoRAConfig(r=2))
+    stir(model)
+    model.save_adapter(tmp_path / "run" / "adapter")
+    run = str(tmp_path / "run")
+    shown = {}
+    for name, command in {
+        "inspect": ["inspect", run],
+        "shrink": ["shrink", run, "--r", "1", "--output-dir", str(tmp_path / "small")],
+        "peft": ["export", run, "--to", "peft", "--output", str(tmp_path / "peft")],
+        "mlx": ["export", run, "--to", "mlx", "--output", str(tmp_path / "mlx")],
+    }.items():
+        assert main(command) == 0
+        shown[name] = capsys.readouterr().out
+    assert "made for demo. " in shown["inspect"]
+    assert "Note: --model demo adds" in shown["inspect"]
+    assert "tailora chat --model demo --adapter" in shown["shrink"]
+    assert "tailora chat --model demo --adapter" in shown["peft"]
+    assert "Read back: the logits are equal to the live model's (" in shown["peft"]
+    assert f"mlx_lm.generate --model {folder} --adapter-path" in shown["mlx"]
 
 
 @pytest.fixture

@@ -72,11 +72,21 @@ def test_a_merged_folder_has_all_files(tmp_path: Path, monkeypatch: pytest.Monke
     assert report.changes[0].startswith("rounding to bfloat16 changes the update by at most 0.0")
 
 
+def test_a_merge_in_16_bits_that_loses_much_of_an_update_says_what_keeps_it(tmp_path: Path) -> None:
+    model = adapted(base=chat_model().to(torch.bfloat16))
+    for layer in list(model.lora_layers.values())[1:]:
+        layer.scaling = 1e-9
+    layer = next(iter(model.lora_layers.values()))
+    layer.scaling /= 8
+    (note,) = [text for text in model.export(tmp_path / "out", "merged").changes if text.startswith("rounding")]
+    assert note.endswith(f"in a layer. To keep all of it, {merged.ROUNDING_REMEDY}")
+
+
 def test_a_merge_in_16_bits_that_loses_the_adapter_is_refused(tmp_path: Path) -> None:
     model = adapted(base=chat_model().to(torch.bfloat16))
     for layer in model.lora_layers.values():
         layer.scaling = 1e-4
-    with pytest.raises(FormatError, match=r"Nothing was written; merge into a base in float32"):
+    with pytest.raises(FormatError, match="Nothing was written; leave the adapter unmerged"):
         model.export(tmp_path / "out", "merged")
     assert not list(tmp_path.iterdir())
     assert model.export(tmp_path / "out", "portable").logits.difference < 1e-4

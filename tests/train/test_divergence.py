@@ -94,9 +94,19 @@ def test_the_leftovers_of_killed_runs_are_removed_and_a_folder_between_two_names
     with lock(folder), pytest.raises(ConfigError):
         run(config)
     assert len(list(folder.iterdir())) == 7  # with .lock: nothing of a run that is alive is touched
-    with pytest.raises(ConfigError, match="holds model of an earlier run"):
+    with pytest.raises(ConfigError, match="holds a model of an earlier run"):
         run(config)
     assert {path.name for path in folder.iterdir()} == {".lock", ".notes.abcdefgh", ".notes.abcdefgh.new", "model"}
+
+
+def test_a_block_that_writes_nothing_leaves_no_lock_and_no_new_folder(tmp_path: Path) -> None:
+    mine, new = tmp_path / "mine", tmp_path / "new"
+    mine.mkdir()
+    for folder in (mine, new):
+        with pytest.raises(DataError), lock(folder):
+            raise DataError("bad data")
+    assert [*tmp_path.iterdir()] == [mine]
+    assert not list(mine.iterdir())
 
 
 def test_overwrite_keeps_the_earlier_run_until_the_new_one_is_whole(settings: Any) -> None:
