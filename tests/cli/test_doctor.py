@@ -23,10 +23,11 @@ def test_json_tells_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
 def test_memory_is_what_training_may_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    limit.write_text("3000000\n")
-    used.write_text("1000000\n")
-    monkeypatch.setattr("tailora.train.memory.CGROUP", ((limit, used),))
+    files = {"memory.max": "3000000\n", "memory.current": "1000000\n", "memory.stat": "inactive_file 0\n"}
+    for name, content in {**files, "groups": "0::/\n"}.items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr("tailora.train.memory.CGROUP", tmp_path / "groups")
+    monkeypatch.setattr("tailora.train.memory.CGROUPS", tmp_path)
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["memory"]["available"] == 2_000_000
 
