@@ -36,6 +36,10 @@ class TailoraError(Exception):
         return " ".join(str(part) for part in self.args)
 
 
+class TailoraWarning(UserWarning):
+    """Category of all warnings of tailora. The command line prints them as notes."""
+
+
 class ConfigError(TailoraError, ValueError):
     exit_code = 2
 

@@ -11,7 +11,9 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from cyclopts import App, CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
@@ -21,7 +23,7 @@ from rich.console import Console
 
 from tailora import __version__
 from tailora.cli import INTERRUPTED
-from tailora.errors import MemoryLimitError, TailoraError, is_out_of_memory
+from tailora.errors import MemoryLimitError, TailoraError, TailoraWarning, is_out_of_memory
 from tailora.quiet import quiet_loggers
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] =
     tokens = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in tokens
     try:
-        with quiet_loggers(*NOISY_LOGGERS):
+        with quiet_loggers(*NOISY_LOGGERS), warnings_as_notes():
             code = app(tokens)(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except BrokenPipeError:  # `tailora ... | head`: without this, Python reports a second error at exit
@@ -192,6 +194,22 @@ def log(text: str) -> None:
 
 def note(text: str) -> None:
     log(f"note: {text}")
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """In the block, tailora's warnings are printed as notes, without the line of code that Python adds."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def print_warning(message: Warning | str, category: type[Warning], *where: Any, **to: Any) -> None:
+            if issubclass(category, TailoraWarning):
+                note(str(message))
+            else:
+                show(message, category, *where, **to)
+
+        warnings.showwarning = print_warning
+        yield
 
 
 def print_json(payload: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tailora.core.extras import Extra
 from tailora.core.layer import LoRALayer
+from tailora.errors import TailoraWarning
 
 
 class Swapped:
@@ -317,7 +318,7 @@ class FirstStep(LayerCalls):
 
     def _after_backward(self, _: Tensor) -> None:
         if self._handles and (paths := self.not_called):
-            warnings.warn(not_called_message(paths), stacklevel=2)
+            warnings.warn(not_called_message(paths), TailoraWarning, stacklevel=2)
         super().stop()
 
     def stop(self) -> None:

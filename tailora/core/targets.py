@@ -36,7 +36,7 @@ from tailora.core.layer_types import (
 )
 from tailora.core.multihead_attention import projections
 from tailora.core.quantization import dense_weight, quantized_layers, storage_obstacle
-from tailora.errors import TargetError, listing, nearest
+from tailora.errors import TailoraWarning, TargetError, listing, nearest
 
 Modules = Mapping[str, nn.Module]  # of the whole model, by path
 
@@ -197,6 +197,7 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
         warnings.warn(
             f"r = {config.r} becomes the smaller side of layers that have less, at the same scale "
             f"(rank_pattern and alpha_pattern of the adapter's config say so): {shown}{more}",
+            TailoraWarning,
             stacklevel=3,
         )
     return config.replaced(rank_pattern=ranks | config.rank_pattern, alpha_pattern=alphas | config.alpha_pattern)

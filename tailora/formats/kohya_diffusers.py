@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tailora.core.layer_types import layer_type_of
-from tailora.errors import FormatError, nearest
+from tailora.errors import FormatError, TailoraWarning, nearest
 from tailora.formats.io import read_safetensors
 from tailora.formats.low_rank_export import as_stored_adapter, raise_problems
 from tailora.formats.peft import KEY_PREFIX, StoredAdapter
@@ -68,7 +68,9 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
     raise_problems(str(file), problems)
     if unknown:
         counts = ", ".join(f"{component} ({len(set(names))} layers)" for component, names in unknown.items())
-        warnings.warn(f"{file} also holds layers of other models, which are left out: {counts}", stacklevel=2)
+        warnings.warn(
+            f"{file} also holds layers of other models, which are left out: {counts}", TailoraWarning, stacklevel=2
+        )
     scales = {}
     for path, layer in layers.items():
         alpha = float(layer["alpha"]) if "alpha" in layer else 0.0  # 0 means none in Kohya's tools, too

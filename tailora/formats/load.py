@@ -31,7 +31,15 @@ from tailora.core.targets import (
     target_at,
     target_of,
 )
-from tailora.errors import BaseMismatchError, ConfigError, FormatError, PatternError, TargetError, listing
+from tailora.errors import (
+    BaseMismatchError,
+    ConfigError,
+    FormatError,
+    PatternError,
+    TailoraWarning,
+    TargetError,
+    listing,
+)
 from tailora.formats import gguf, kohya_diffusers, mlx, peft, peft_config
 from tailora.formats.fingerprint import fingerprint, fingerprint_differences, input_embedding
 from tailora.formats.hub import local_folder
@@ -262,6 +270,7 @@ def _with_tied_modules(
         warnings.warn(
             f"{stored.folder}: ensure_weight_tying: the outputs are the same here, but training this adapter further "
             f"parts the factors of {' and '.join(tied)}",
+            TailoraWarning,
             stacklevel=2,
         )
     if not saved_modules(modules, config).keys() & set(tied):

@@ -23,7 +23,7 @@ from tailora.core.adapter import Adapter
 from tailora.core.layer import LoRALayer, concatenate_ranks
 from tailora.core.layer_types import EMBEDDING
 from tailora.core.targets import ExtraTargets
-from tailora.errors import DivergedError, FormatError
+from tailora.errors import DivergedError, FormatError, TailoraWarning
 from tailora.formats.fingerprint import TOLERANCE, fingerprint, vocabulary_size
 from tailora.formats.hub import CARD, model_card
 from tailora.formats.io import (
@@ -105,7 +105,9 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_model: nn.Module) -> 
     )
     if unknown:
         about += f" PEFT cannot load it: {unknown}."
-        warnings.warn(f"{folder}: PEFT cannot load this adapter, only tailora can: {unknown}", stacklevel=2)
+        warnings.warn(
+            f"{folder}: PEFT cannot load this adapter, only tailora can: {unknown}", TailoraWarning, stacklevel=2
+        )
     elif config.lora_dropout != adapter.config.lora_dropout:
         about += f" Was trained with lora_dropout = {adapter.config.lora_dropout:g}, which PEFT does not have here."
     files = {

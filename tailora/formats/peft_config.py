@@ -13,7 +13,7 @@ from torch import nn
 from tailora.core.config import LoRAConfig, TaskType
 from tailora.core.patterns import by_pattern, ends_with, exactly, matches, portable_targets
 from tailora.core.targets import saved_modules
-from tailora.errors import FormatError, listing
+from tailora.errors import FormatError, TailoraWarning, listing
 from tailora.formats.metadata import CONFIG_ERRORS
 from tailora.formats.peft_paths import PeftLayer
 
@@ -104,6 +104,7 @@ def _task_type(config: LoRAConfig, base_model: nn.Module) -> TaskType | None:
         warnings.warn(
             f"task_type={task!r}: PEFT looks for the weights of {', '.join(missing)} and cannot load the adapter "
             f"without them; train them in full (modules_to_save={missing}), or leave task_type out",
+            TailoraWarning,
             stacklevel=2,
         )
     return task
@@ -190,6 +191,7 @@ def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path
         warnings.warn(
             f"{source}: adapter_config.json has settings that tailora does not know and leaves out: {shown}. Compare "
             "the outputs with those of the tool that wrote it",
+            TailoraWarning,
             stacklevel=2,
         )
     values = {key: settings[key] for key in SHARED_SETTINGS if settings.get(key) is not None}

@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from rich.table import Table
 
 from tailora import errors
-from tailora.cli.main import COMMANDS, exit_code, main, stderr, stdout
+from tailora.cli.main import COMMANDS, exit_code, main, stderr, stdout, warnings_as_notes
+from tailora.errors import TailoraWarning
 
 TAILORA = [sys.executable, "-m", "tailora.cli"]
 
@@ -262,6 +264,15 @@ def test_no_console_reads_markup(text: str, capsys: pytest.CaptureFixture[str]) 
         console.print(text, table)
     shown = capsys.readouterr()
     assert shown.out.count(text) == shown.err.count(text) == 4
+
+
+def test_a_warning_of_tailora_is_a_note_and_those_of_others_stay_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings_as_notes():
+        warnings.simplefilter("always")
+        warnings.warn("r becomes 8", TailoraWarning, stacklevel=1)
+        with pytest.warns(UserWarning, match="of another package"):
+            warnings.warn("of another package", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "note: r becomes 8\n"
 
 
 def test_the_extra_that_is_missing_is_named(
