@@ -4,6 +4,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+TORCHAO_LOGGERS = ("torchao", "torch.utils._pytree")  # that warn when torchao is imported
+
 
 @contextmanager
 def quiet_transformers(*, warnings: bool = True) -> Iterator[None]:

@@ -24,7 +24,7 @@ from rich.console import Console
 from tailora import __version__
 from tailora.cli import INTERRUPTED
 from tailora.errors import MemoryLimitError, TailoraError, TailoraWarning, is_out_of_memory
-from tailora.quiet import quiet_loggers
+from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "demo": ("train", "Fine-tune a small model on real chats, and see what it changed."),
@@ -55,7 +55,7 @@ ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # compiled shapes; with 1024 batches of many lengths took 2.9 GB, now 2.4
     "LRU_CACHE_CAPACITY": "64",  # torch's cache around oneDNN; took 1.07 GB, now 0.71, at the same speed
 }
-NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes")  # transformers imports torchao; all of them warn
+NOISY_LOGGERS = (*TORCHAO_LOGGERS, "bitsandbytes")
 GATE_NOT_MET = 4  # exit code
 MAX_LINES = 21  # of a message; --json prints all of it
 MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"

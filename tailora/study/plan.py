@@ -97,7 +97,7 @@ class Plan:
     full: None where the run itself is full fine-tuning.    available_bytes: what it may take.
     batch_size_that_fits: 0 where not even one example does.    largest_forward: examples, tokens.
     tokens, seconds: of all steps, None where their number is not known.    basis: how memory and time were found.
-    remedies: settings that take less memory, if the run does not fit.
+    remedies: settings that take less memory, if the run does not fit.    examples: to train on, if they are known.
     """
 
     model: str
@@ -125,6 +125,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     remedies: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    examples: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -187,8 +188,8 @@ def plan(
     largest = batches.at(batches.most)
     if len(largest) < batches.most:
         notes.append(
-            f"memory stops growing with the batch size at {tokens_of(largest):,} tokens: a larger batch goes through "
-            "the model in parts"
+            f"with any batch size, at most {tokens_of(largest):,} tokens go through the model at once: a larger batch "
+            "is split, and needs no more memory"
         )
     batch_size = batch_size_that_fits(available, needed, batches)
     result = Plan(
@@ -217,6 +218,7 @@ def plan(
         notes=notes,
         remedies=remedies(config, batch_size) if needed.total > available else [],
         settings=config.model_dump(mode="json", exclude_unset=True),
+        examples=batches.examples,
     )
     if output_dir is not None:
         write_report(output_dir, "plan", result.to_dict())
@@ -248,16 +250,21 @@ MOST_EXAMPLES = 4096  # of a batch, where the data does not say how many there a
 @dataclass(frozen=True, eq=False)
 class Batches:
     """largest: the examples of the largest forward.    at: batch size -> its largest forward.
-    most: examples that a batch can have.    tokens: of all steps; tokens, steps: None where they are not known.
+    examples: all that are trained on.    tokens: of all steps. examples, tokens, steps: None where they are not known.
     """
 
     largest: list[Example]
     at: Callable[[int], list[Example]]
-    most: int
+    examples: int | None
     tokens: int | None
     steps: int | None
     tokens_per_step: float
     notes: list[str]
+
+    @property
+    def most(self) -> int:
+        """Examples that a batch can have."""
+        return MOST_EXAMPLES if self.examples is None else self.examples
 
 
 def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Accelerator) -> Batches:
@@ -270,7 +277,7 @@ def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Acce
         return Batches(
             largest=_largest_part([example], step.batch_size, step.token_limit),
             at=lambda count: _largest_part([example], count, step.token_limit),
-            most=MOST_EXAMPLES,
+            examples=None,
             tokens=None if config.max_steps is None else round(tokens_per_step * config.max_steps),
             steps=config.max_steps,
             tokens_per_step=tokens_per_step,
@@ -284,7 +291,7 @@ def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Acce
         return Batches(
             largest=data.largest,
             at=lambda count: _largest_part(data.largest, count, step.token_limit),
-            most=MOST_EXAMPLES,
+            examples=None,
             tokens=None,
             steps=data.max_steps,
             tokens_per_step=float(data.largest_size.tokens * config.gradient_accumulation_steps),
@@ -295,7 +302,7 @@ def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Acce
     return Batches(
         largest=data.largest,
         at=lambda count: largest_forward(train, replace(step, batch_size=count)),
-        most=len(train),
+        examples=len(train),
         tokens=round(tokens_per_step * data.max_steps),
         steps=data.max_steps,
         tokens_per_step=tokens_per_step,

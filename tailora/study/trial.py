@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from tailora.errors import ConfigError, DivergedError, MemoryLimitError, TailoraError
 from tailora.formats.io import read_json_file, write_file
+from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 from tailora.train import subprocess_worker
 from tailora.train.config import TrainConfig, without_removed
 
@@ -403,4 +404,5 @@ def _forgetting(result: Any, spec: TrialSpec) -> tuple[dict[str, Any], dict[str,
 
 if __name__ == "__main__":
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    sys.exit(main(Path(sys.argv[1])))
+    with quiet_loggers(*TORCHAO_LOGGERS):
+        sys.exit(main(Path(sys.argv[1])))

@@ -20,6 +20,7 @@ from pathlib import Path
 from tailora import errors
 from tailora.errors import MemoryLimitError, TailoraError
 from tailora.formats.io import write_file
+from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 from tailora.train.config import TrainConfig
 
 ERROR = "error.json"
@@ -122,4 +123,5 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    with quiet_loggers(*TORCHAO_LOGGERS):
+        sys.exit(main(Path(sys.argv[1])))

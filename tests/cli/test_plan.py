@@ -1,6 +1,7 @@
 """`tailora plan`."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,17 @@ def test_what_is_shown_fits_a_narrow_terminal(
     assert "the output head" in " ".join(table.split())
     assert "without --data" in words
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]  # nothing is written
+
+
+def test_it_says_that_all_examples_fit_and_how_many_go_through_the_model_at_once(
+    tiny_model: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--model", str(tiny_model), "--data", str(chats), "--memory", "100GB"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^batch size that fits +(\d+) \(all examples\) +\1 \(all examples\)$", shown, re.MULTILINE)
+    assert re.search(r"The largest batch puts 8 examples, \d+ tokens in all, through the model at once\.", shown)
+    assert main(["plan", "--model", str(tiny_model)]) == 0
+    assert "all examples" not in capsys.readouterr().out
 
 
 def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(

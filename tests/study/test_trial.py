@@ -160,12 +160,16 @@ def test_a_process_ends_when_the_one_that_started_it_is_killed(small_run: TrainC
     spec = TrialSpec(settings(small_run, max_steps=1_000_000))
     (tmp_path / "spec.json").write_text(json.dumps(asdict(spec)))
     pipe = subprocess.PIPE
-    with subprocess.Popen([*COMMAND, str(tmp_path)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+    with (
+        (tmp_path / "log.txt").open("w") as log,
+        subprocess.Popen([*COMMAND, str(tmp_path)], stdin=pipe, stdout=pipe, stderr=log) as process,
+    ):
         assert process.stdin is not None
         assert process.stdout is not None
         assert b"loss" in process.stdout.readline()
         process.stdin.close()  # as the system does
         assert process.wait(timeout=60) == 1
+    assert not (tmp_path / "log.txt").read_text()  # no warnings of the packages that transformers imports
 
 
 def test_a_process_that_the_system_kills_is_a_result(endless: TrialSpec, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def plan_page(plan: Plan) -> Page:
     forward, memory, full = plan.largest_forward, format_bytes(plan.memory.total), plan.full
     lead = (
         f"{'It fits' if plan.fits else 'It does not fit'}: {memory} of {format_bytes(plan.available_bytes)}. The "
-        f"largest forward has {plural(forward['examples'], 'example')} of {forward['tokens']:,} tokens together."
+        f"largest batch puts {plural(forward['examples'], 'example')}, {forward['tokens']:,} tokens in all, through "
+        "the model at once."
     )
     trained = f"{share(plan.trainable_parameters, plan.total_parameters)} of {count(plan.total_parameters)}"
     numbers = [
@@ -44,7 +45,7 @@ def plan_page(plan: Plan) -> Page:
     if plan.remedies:
         lead += f" What helps: {'; '.join(plan.remedies)}."
     note = f"asked for: {plan.batch_size}"
-    numbers.append(Number("batch size that fits", f"{plan.batch_size_that_fits:,}", note, "page"))
+    numbers.append(Number("batch size that fits", _batch_size(plan, plan.batch_size_that_fits), note, "page"))
     if plan.steps is not None:
         numbers.append(Number("steps", f"{plan.steps:,}", detail="page"))
     if plan.seconds is not None:
@@ -116,11 +117,15 @@ def _memory(plan: Plan) -> list[Block | None]:
         for part in plan.memory.to_dict()
     ]
     fitting = [plan.batch_size_that_fits, *([plan.full.batch_size_that_fits] if plan.full else [])]
-    rows.append(["batch size that fits", *(f"{number:,}" if number else "none" for number in fitting)])
+    rows.append(["batch size that fits", *(_batch_size(plan, number) for number in fitting)])
     return [
         Figure("memory", draw, alt, f"Memory by part.{limit}", wide=True),
         Table([Column("part"), *numeric(*memories)], rows),
     ]
+
+
+def _batch_size(plan: Plan, fitting: int) -> str:
+    return f"{fitting:,}{' (all examples)' if fitting == plan.examples else ''}" if fitting else "none"
 
 
 def _steps(plan: Plan) -> str:
