@@ -3,14 +3,19 @@
 Tests with random input (hypothesis) run on a few inputs, always the same; with `-m exhaustive` on many new ones.
 """
 
+import logging
 import os
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tailora.quiet import TORCHAO_LOGGERS
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each would wait for one another on two cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+for name in TORCHAO_LOGGERS:  # processes of xdist print at their start
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 COMMON = {
     "deadline": 20_000,

@@ -41,7 +41,7 @@ def lock(output_dir: Path) -> Iterator[None]:
     If the block fails before it has written anything, nothing is left: no lock file, and no folder that was new.
     Raises ConfigError if another one does, or if the folder cannot be written to.
     """
-    is_new = not output_dir.exists()
+    new_folders = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     create_output_folder(output_dir)
     file_lock, holder = FileLock(output_dir / LOCK), output_dir / HOLDER
     try:
@@ -58,8 +58,9 @@ def lock(output_dir: Path) -> Iterator[None]:
         if {path.name for path in output_dir.iterdir()} <= {LOCK, HOLDER}:
             for path in output_dir.iterdir():
                 path.unlink()
-            if is_new:
-                output_dir.rmdir()
+            for folder in new_folders:
+                if not any(folder.iterdir()):  # another run may have begun beside this one
+                    folder.rmdir()
         raise
     finally:
         holder.unlink(missing_ok=True)

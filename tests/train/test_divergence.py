@@ -100,7 +100,7 @@ def test_the_leftovers_of_killed_runs_are_removed_and_a_folder_between_two_names
 
 
 def test_a_block_that_writes_nothing_leaves_no_lock_and_no_new_folder(tmp_path: Path) -> None:
-    mine, new = tmp_path / "mine", tmp_path / "new"
+    mine, new = tmp_path / "mine", tmp_path / "outputs" / "new"
     mine.mkdir()
     for folder in (mine, new):
         with pytest.raises(DataError), lock(folder):
