@@ -6,6 +6,7 @@ Tests with random input (hypothesis) run on a few inputs, always the same; with 
 import logging
 import os
 
+import limits
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -27,6 +28,7 @@ settings.register_profile("exhaustive", max_examples=1000, print_blob=True, **CO
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    limits.terminal = os.dup(2)  # pytest captures 2 from here on
     settings.load_profile("exhaustive" if "exhaustive" in config.option.markexpr else "default")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import limited
 
 from tailora.cli.flags import FIELDS, merge_settings
 from tailora.cli.main import COMMANDS, app, main
@@ -103,7 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def is_read_or_refused(file: Path, content: bytes) -> None:
     file.write_bytes(content)
-    with suppress(ConfigError):
+    with limited(), suppress(ConfigError):
         assert isinstance(merge_settings(None, file), TrainConfig)
 
 
@@ -204,4 +205,5 @@ def nothing_is_loaded(folder: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("nothing_is_loaded")
 @given(tokens=command_lines())
 def test_any_command_line_ends_with_an_exit_code(tokens: list[str]) -> None:
-    assert main(tokens) in EXIT_CODES
+    with limited():
+        assert main(tokens) in EXIT_CODES

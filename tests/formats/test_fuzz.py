@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import limited
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
@@ -65,7 +66,7 @@ def load(base: Net, good: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         original = (good / name).read_bytes()
         (folder / name).write_bytes(content)
         try:
-            with torch.no_grad():
+            with limited(), torch.no_grad():
                 return LoRAModel.from_pretrained(copy.deepcopy(base), folder).eval()(X)  # type: ignore[no-any-return]
         finally:
             (folder / name).write_bytes(original)

@@ -1,0 +1,27 @@
+"""The limits for tests with hostile input notice what they are for."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from limits import CLEAR, limited
+
+HANG = "import limits, time\nwith limits.limited(hang_seconds=0.2):\n    time.sleep(60)\n"
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="only Linux tells the peak of a block")
+def test_memory_of_torch_counts_even_if_it_is_free_again() -> None:
+    with limited(most_bytes=100_000_000):
+        torch.ones(10_000_000)  # 40 MB
+    with pytest.raises(AssertionError, match="the limit is 100 MB"), limited(most_bytes=100_000_000):
+        torch.ones(50_000_000)
+
+
+def test_a_hang_ends_the_process_and_shows_where_it_is() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", HANG], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30
+    )
+    assert ended.returncode == 1
+    assert 'File "<string>", line 3' in ended.stderr
