@@ -111,7 +111,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _without_password(url: str) -> str:
-    return re.sub(r"(://[^/@]*:)[^/@]*@", r"\1***@", url)
+    """Returns the URL with *** for its passwords. One that is not quoted may hold / and @, so it ends at the last @."""
+    url = re.sub(r"(://[^:]*:).*@", r"\1***@", url)
+    return re.sub(r"(?i)([?&][^=&]*(?:password|passwd|pwd)=)[^&]*", r"\1***", url)
 
 
 def _unusable(url: str, error: Exception) -> ConfigError:

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from tailora.errors import ConfigError
-from tailora.formats.io import create_output_folder, read_json_file, write_file
+from tailora.formats.io import TEMPORARY, create_output_folder, read_json_file, write_file
 from tailora.study.trial import RESULT, Listen, Progress, RunTrial, Trial, TrialSpec, get_trial
 from tailora.train.config import without_removed
 
@@ -39,7 +39,9 @@ def locked(folder: Path, name: str, study: str, busy: str | None = None) -> Iter
     Raises ConfigError for a folder with other files, and leaves nothing in it.
     """
     create_output_folder(folder)
-    others = [entry for entry in folder.iterdir() if entry.name not in (LOCK, EARLIER_LOCK)]
+    others = {entry.name for entry in folder.iterdir()} - {LOCK, EARLIER_LOCK}
+    written_now = (TEMPORARY.fullmatch(entry) for entry in others)  # by a worker that begins at the same time
+    others -= {match[0] for match in written_now if match and match["name"] == name}
     if others and not (folder / name).exists():
         raise ConfigError(f"{folder} is not empty and holds no {study}; give another --output-dir")
     lock = FileLock(folder / LOCK)

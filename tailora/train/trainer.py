@@ -145,6 +145,7 @@ class Trainer:
             # the files exist when any rank returns
             self.accelerator.wait_for_everyone()
         result = self.result(after, time.perf_counter() - started)
+        self.header["diverged"] = False  # also if it was resumed after it had
         if self.accelerator.is_main_process:
             try:
                 run_log.write_run(self.output_dir, self.header, result.to_dict())

@@ -151,6 +151,20 @@ def test_trials_in_the_file_of_an_earlier_version_are_taken_over(tmp_path: Path)
         assert len(study.get_trials()) == 4
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:sec/ret@s@host/name", "postgresql://me:***@host/name"),
+        ("postgresql://me@home:secret@host/name", "postgresql://me@home:***@host/name"),
+        ("postgresql:///name?user=me&password=secret&x=1", "postgresql:///name?user=me&password=***&x=1"),
+        ("postgresql://host:5432/name?sslPassword=secret", "postgresql://host:5432/name?sslPassword=***"),
+        ("sqlite:///folder/study.db", "sqlite:///folder/study.db"),
+    ],
+)
+def test_passwords_are_hidden(url: str, shown: str) -> None:
+    assert optuna_study._without_password(url) == shown
+
+
 def test_a_database_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--storage nonsense cannot be used: Could not parse"):
         open_study(tmp_path, "nonsense", SETTINGS)

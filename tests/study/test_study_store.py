@@ -53,6 +53,14 @@ def test_settings_that_earlier_versions_had_make_no_difference(tmp_path: Path) -
     assert (tmp_path / "search.json").read_text() == before  # by which workers find their database
 
 
+def test_workers_begin_at_the_same_time(tmp_path: Path) -> None:
+    (tmp_path / ".search.json.abcdefgh").touch()  # the first worker is writing it
+    with locked(tmp_path, "search.json", "search"):
+        pass
+    with pytest.raises(ConfigError, match="holds no comparison"), locked(tmp_path, "compare.json", "comparison"):
+        pass
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     def lock(busy: str | None = None) -> AbstractContextManager[BaseFileLock]:
         return locked(tmp_path, "search.json", "search", busy)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tailora.errors import CheckpointError, ConfigError, DataError, DivergedError
 from tailora.train.checkpoint import checkpoints_in
 from tailora.train.events import Event, Interrupted, Note, Stepped
-from tailora.train.run_log import lock
+from tailora.train.run_log import has_diverged, lock
 from tailora.train.trainer import Trainer, run
 
 
@@ -58,6 +58,7 @@ def test_the_last_good_checkpoint_is_kept_named_and_resumed_with_a_lower_rate(se
     )
     assert result.steps == 3
     assert "the learning rate is 0.001 from here on; it was 0.01" in notes
+    assert not has_diverged(Path(config.output_dir))
 
 
 def test_no_checkpoint_holds_values_that_are_not_finite(settings: Any) -> None:
