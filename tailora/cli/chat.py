@@ -5,7 +5,8 @@ Answers go to stdout, everything else to stderr.
 
 import math
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
@@ -30,7 +31,7 @@ from tailora.cli.models import (
 )
 from tailora.data.readers import READERS, Row, RowProblem, data_error, read_file
 from tailora.errors import AdapterError, ConfigError, DataError, MemoryLimitError, nearest
-from tailora.formats.io import check_new_file, write_file
+from tailora.formats.io import check_new_file, partial_file, write_lines
 
 System = Annotated[str | None, Parameter(help="system message, before the conversation")]
 MEMORY_ADVICE = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
@@ -190,9 +191,9 @@ def generate(
     """
     if prompt and prompts is not None:
         raise ConfigError("--prompt and --prompts both say what to answer: give one")
-    if output is not None:
-        check_new_file(output, overwrite=overwrite)
     questions = (prompt or [piped_text()]) if prompts is None else read_prompts(prompts)
+    for path in (output, partial_file(output)) if output is not None else ():
+        check_new_file(path, overwrite=overwrite)
     folders = parse_adapters(adapter or [])
     model = base_model_name(model, list(folders.values()))
     log("reading the model")
@@ -203,7 +204,10 @@ def generate(
     sampling: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     is_shown = output is None and not json
     answers = []
-    with counter(stderr(), "prompts") if output else nullcontext(lambda *_: None) as progress:
+    with (
+        counter(stderr(), "prompts") if output else nullcontext(lambda *_: None) as progress,
+        partial_answers(output) if output else nullcontext(lambda _: None) as write,
+    ):
         for number, text in enumerate(questions, 1):
             messages = [*system_messages(system), {"role": "user", "content": text}]
             reply = ""
@@ -212,17 +216,27 @@ def generate(
                     reply += piece
                     if is_shown:
                         print(piece, end="", flush=True)
-            answers.append({"prompt": text, "answer": reply})
+            answers.append({"prompt": text, "text": reply})
+            write(dumps(answers[-1], ensure_ascii=False))
             progress(number, len(questions))
             if is_shown:
                 print(flush=True)
     if output is not None:
-        write_file(output, "".join(f"{dumps(answer, ensure_ascii=False)}\n" for answer in answers).encode())
         log(f"{len(answers):,} answers written to {output}")
     if json:
-        texts = [{"prompt": answer["prompt"], "text": answer["answer"]} for answer in answers]
-        print_json({"model": model, "adapters": loaded.adapters, "answers": texts})
+        print_json({"model": model, "adapters": loaded.adapters, "answers": answers})
     return 0
+
+
+@contextmanager
+def partial_answers(output: Path) -> Iterator[Callable[[str], None]]:
+    """Yields the function of `write_lines`. If the block fails, says where the answers so far are."""
+    try:
+        with write_lines(output) as write:
+            yield write
+    finally:
+        if (partial := partial_file(output)).exists():
+            log(f"the answers so far are in {partial}")
 
 
 def piped_text() -> str:

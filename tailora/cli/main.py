@@ -19,11 +19,12 @@ from typing import Any
 from cyclopts import App, CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 from cyclopts.help import DefaultFormatter
 from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
+from cyclopts.utils import is_option_like
 from rich.console import Console
 
 from tailora import __version__
 from tailora.cli import INTERRUPTED
-from tailora.errors import MemoryLimitError, TailoraError, TailoraWarning, is_out_of_memory
+from tailora.errors import MemoryLimitError, TailoraError, TailoraWarning, is_out_of_memory, listing
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
@@ -132,13 +133,7 @@ def fail(error: BaseException, as_json: bool) -> int:
 def message_of(error: BaseException) -> str:
     """Returns the message, in our words where the command line itself is wrong; other tools' flags get our names."""
     if isinstance(error, UnknownOptionError) and error.token.keyword:
-        from tailora.core.config import our_name
-
-        flag = error.token.keyword.partition("=")[0]
-        known = {name.lstrip("-").replace("-", "_") for item in error.argument_collection for name in item.names}
-        name, value = our_name(flag.lstrip("-").replace("-", "_"), known)
-        if name:
-            return f"Unknown option: {flag}. It is --{name.replace('_', '-')}{value and f' {value}'} here."
+        return listing([_unknown_option(error, flag) for flag in _unknown_flags(error)])
     if isinstance(error, MissingArgumentError) and error.argument and error.command_chain and not error.keyword:
         command, argument = " ".join(error.command_chain), error.argument
         name = argument.name if argument.field_info.is_keyword else argument.name.upper()
@@ -147,6 +142,24 @@ def message_of(error: BaseException) -> str:
         command, unused = error.command_chain[0], shlex.join(error.unused_tokens)
         hint = f". For data, write --data {unused}" if command in TAKE_DATA else ""
         return f"{command} takes no argument {unused}{hint}. `tailora {command} --help` lists all arguments"
+    return str(error)
+
+
+def _unknown_flags(error: UnknownOptionError) -> list[str]:
+    """Returns all flags of the line that the command does not have; cyclopts reports the first."""
+    line = list(error.root_input_tokens or ())
+    unused = app().parse_known_args(line)[2]
+    flags = [token.partition("=")[0] for token in unused if is_option_like(token)]
+    return list(dict.fromkeys(flags)) or [str(error.token.keyword)]
+
+
+def _unknown_option(error: UnknownOptionError, flag: str) -> str:
+    from tailora.core.config import our_name
+
+    known = {name.lstrip("-").replace("-", "_") for item in error.argument_collection for name in item.names}
+    if ours := our_name(flag.lstrip("-").replace("-", "_"), known, is_flag=True):
+        return f"Unknown option: {flag}. I{ours[1:]}."
+    error.token = error.token.evolve(keyword=flag)
     return str(error)
 
 

@@ -62,21 +62,33 @@ NAMES_OF_OTHER_TOOLS = {  # our name, with a value if theirs is a switch -> name
 }
 MAX_SHOWN = 200  # characters of a wrong value in a message
 OUR_NAMES = {theirs: ours for ours, names in NAMES_OF_OTHER_TOOLS.items() for theirs in names.split()}
+OTHER_UNITS = dict.fromkeys(("warmup_steps", "lr_warmup_steps"), ", a share of all steps")  # ours, if theirs differs
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora", "lora_ga", "lora_one", "eva"]
 
 
-def our_name(theirs: str, known: Collection[str]) -> tuple[str, str]:
-    """Returns the known setting that another tool calls `theirs`, and the value if theirs is a switch; '' for none."""
-    name, _, value = OUR_NAMES.get(theirs, ALIASES.get(theirs, "")).partition(" ")
-    return (name, value) if name in known else ("", "")
+def our_name(theirs: str, known: Collection[str], *, is_flag: bool = False) -> str:
+    """Returns 'it is NAME here' if another tool, or another part of tailora, has a setting `theirs`; '' for others.
+
+    is_flag: write --our-name in place of our_name.
+    """
+    if theirs in NAMES_OF_OTHER_TOOLS:
+        name, value = theirs, ""
+    else:
+        name, _, value = OUR_NAMES.get(theirs, ALIASES.get(theirs, "")).partition(" ")
+    if not name:
+        return ""
+    shown = f"--{name.replace('_', '-')}{value and f' {value}'}" if is_flag else f"{name}{value and f': {value}'}"
+    if name not in known:
+        return f"it is {shown} in commands of tailora, but no setting here"
+    return f"it is {shown} here{OTHER_UNITS.get(theirs, '')}"
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
-    """Returns '; it is NAME here' for a name of another tool, else what `nearest` returns."""
-    ours, value = our_name(name, known)
-    return f"; it is {f'{ours}: {value}' if value else ours} here" if ours else nearest(name, known)
+    """Returns '; ' and what `our_name` returns for a name that it knows, else what `nearest` returns."""
+    ours = our_name(name, known)
+    return f"; {ours}" if ours else nearest(name, known)
 
 
 class StrictModel(BaseModel):

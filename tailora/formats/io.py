@@ -52,6 +52,32 @@ def write_file(path: Path, content: bytes) -> None:
         _fsync(path.parent)
 
 
+def partial_file(path: Path) -> Path:
+    """Returns where `write_lines` writes before it is done."""
+    return path.with_name(f"{path.name}.partial")
+
+
+@contextmanager
+def write_lines(path: Path) -> Iterator[Callable[[str], None]]:
+    """Yields a function that adds a line to a partial file, which is renamed to `path` at the end of the block.
+
+    If the block fails, the partial file stays with the lines so far; without lines it is removed.
+    Raises WriteError if the file cannot be written.
+    """
+    partial = partial_file(path)
+    with wrap_os_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                yield lambda line: print(line, file=file, flush=True)
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            if partial.exists() and not partial.stat().st_size:
+                partial.unlink()
+        _fsync(path.parent)
+
+
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary sibling of `path`. It is renamed to `path` at the end of the block, or removed on an error.
@@ -110,12 +136,18 @@ def create_output_folder(folder: Path) -> None:
 
 
 def check_new_file(path: Path, *, overwrite: bool) -> None:
-    """Raises ConfigError if there is a file, unless it may be overwritten, or a folder, or no folder to write to."""
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; give the path of a file")
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists already; give another file, or --overwrite")
-    create_output_folder(path.parent)
+    """Raises ConfigError if there is a folder, or a file that may not be overwritten. Makes nothing.
+
+    Raises WriteError if the first folder of the path that is there cannot be written to.
+    """
+    with wrap_os_error(path):
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; give the path of a file")
+        if path.exists() and not overwrite:
+            raise ConfigError(f"{path} exists already; give another file, or --overwrite")
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        with TemporaryFile(dir=parent):
+            pass
 
 
 def check_new_folder(folder: Path) -> None:

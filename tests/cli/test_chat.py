@@ -242,7 +242,7 @@ def test_prompts_of_a_file_are_answered_into_a_file(
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in written] == ["hello", "what colour?"]
     assert main([*tokens, "--prompt", "hello", "--prompt", "what colour?", "--json"]) == 0
-    assert [row["answer"] for row in written] == [row["text"] for row in json.loads(capsys.readouterr().out)["answers"]]
+    assert written == json.loads(capsys.readouterr().out)["answers"]
     assert main(to_file) == 2
     assert "exists already; give another file, or --overwrite" in capsys.readouterr().err
     assert main([*to_file, "--overwrite"]) == 0
@@ -268,7 +268,52 @@ def test_prompts_that_cannot_be_read_are_refused_before_the_model_is_loaded(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    output = tmp_path / "answers.jsonl"
+    output = tmp_path / "new" / "answers.jsonl"
     assert main(["generate", "--model", "absent", "--prompts", str(tmp_path / name), "--output", str(output)]) == 2
     assert hint in capsys.readouterr().err
-    assert not output.exists()
+    assert not output.parent.exists()
+
+
+def test_an_output_in_a_file_is_refused_in_words_of_generate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "x" / "y.jsonl"
+    assert main(["generate", "--model", "absent", "--prompt", "a", "--output", str(output)]) != 0
+    shown = capsys.readouterr().err
+    assert f"{tmp_path / 'file'} is a file, not a folder; give another path" in shown
+    assert "--output-dir" not in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(torch.OutOfMemoryError("CUDA out of memory"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_answers_so_far_stay_in_a_partial_file(
+    error: BaseException,
+    code: int,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    generate, calls = LlamaForCausalLM.generate, iter([None, None, error, error])
+
+    def fails_later(*arguments: Any, **named: Any) -> Any:
+        if (problem := next(calls, None)) is not None:
+            raise problem
+        return generate(*arguments, **named)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", fails_later)
+    output = tmp_path / "answers.jsonl"
+    partial = tmp_path / "answers.jsonl.partial"
+    prompts = [part for text in "abc" for part in ("--prompt", text)]
+    tokens = ["generate", "--model", str(tiny_model), "--max-new-tokens", "4", *prompts, "--output", str(output)]
+    assert main(tokens) == code
+    assert f"the answers so far are in {partial}" in capsys.readouterr().err
+    assert [json.loads(line)["prompt"] for line in partial.read_text().splitlines()] == ["a", "b"]
+    assert main(tokens) == 2
+    assert f"{partial} exists already; give another file, or --overwrite" in capsys.readouterr().err
+    assert main([*tokens, "--overwrite"]) == code  # the first prompt fails: there is nothing to keep
+    assert list(tmp_path.iterdir()) == []
+    assert main(tokens) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]

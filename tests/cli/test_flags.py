@@ -257,7 +257,29 @@ def test_lora_config_in_python_names_the_setting_too() -> None:
         LoRAConfig(rank=8, alpha=16, lr=1e-3)
     assert "unknown setting 'rank'; it is r here" in str(caught.value)
     assert "unknown setting 'alpha'; it is lora_alpha here" in str(caught.value)
-    assert "unknown setting 'lr'" in str(caught.value)
+    assert "unknown setting 'lr'; it is learning_rate in commands of tailora, but no setting here" in str(caught.value)
+    for name, ours in {"load_in_4bit": "quantize: nf4", "learning_rate": "learning_rate"}.items():
+        with pytest.raises(ConfigError, match=f"it is {ours} in commands of tailora") as caught:
+            LoRAConfig(**{name: 1})
+        assert "did you mean" not in str(caught.value)
+
+
+def test_steps_of_warmup_are_answered_with_the_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="it is warmup_ratio here, a share of all steps"):
+        parsed(yaml="warmup_steps: 100", folder=tmp_path)
+    assert main(["train", "--warmup-steps", "100"]) == 2
+    assert "It is --warmup-ratio here, a share of all steps." in capsys.readouterr().err
+
+
+def test_all_unknown_flags_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--lr", "1", "--modle=x", "--zzzz", "3", "--lr", "2"]) == 2
+    shown = capsys.readouterr().err
+    assert "3 problems" in shown
+    assert "Unknown option: --lr. It is --learning-rate here." in shown
+    assert "Unknown option: --modle. Did you mean --model?" in shown
+    assert "Unknown option: --zzzz." in shown
+    assert main(["generate", "--lr", "1"]) == 2
+    assert "--lr. It is --learning-rate in commands of tailora, but no setting here." in capsys.readouterr().err
 
 
 def test_a_setting_is_no_name_of_another_tool() -> None:
