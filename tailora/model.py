@@ -29,7 +29,7 @@ from tailora.core.merge import MergeReport, MergeState
 from tailora.core.targets import fitted_config, select
 from tailora.errors import AdapterError, ConfigError
 from tailora.formats.hub import UPLOAD_OPTIONS, check_save_arguments, upload
-from tailora.formats.load import LoadOptions, load
+from tailora.formats.load import LoadOptions, check_load_options, load
 from tailora.formats.peft import write_peft_folder
 from tailora.formats.peft_model import PEFT_NAMES, read_peft_model, release_base
 
@@ -76,6 +76,7 @@ class LoRAModel(nn.Module):
         **options: Unpack[LoadOptions],
     ) -> Self:
         """Returns the base with the adapter of `folder` active. Takes and raises what `load_adapter` does."""
+        check_load_options(options, name="adapter_name")
         check_base(base_model)
         adapter = load(folder, base_model, **options)
         return cls.__new__(cls)._wrap(base_model, {adapter_name: adapter})
@@ -127,8 +128,7 @@ class LoRAModel(nn.Module):
         if self.training and self._adapter_set.training_obstacle:
             raise AdapterError(self._adapter_set.training_obstacle)
         if not torch.compiler.is_compiling():
-            trains = self.training and torch.is_grad_enabled()
-            self._adapter_set.watch_first_step(self.lora_layers.parameters(), trains=trains)
+            self._adapter_set.watch_first_step(self.lora_layers.parameters(), training=self.training)
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -197,7 +197,7 @@ class LoRAModel(nn.Module):
         config = fitted_config(self.base_model, config)
         self._adapter_set.add(name, create(select(self.base_model, config), config))
 
-    def load_adapter(self, folder: str | Path, adapter_name: str = "default", **options: Unpack[LoadOptions]) -> None:
+    def load_adapter(self, folder: str | Path, name: str = "default", **options: Unpack[LoadOptions]) -> None:
         """Adds an adapter of tailora, PEFT, mlx-lm, Kohya's tools or diffusers; the active adapters stay active.
 
         folder: a folder or file; if there is none, "owner/name" of the Hub.
@@ -205,11 +205,12 @@ class LoRAModel(nn.Module):
             allow_base_mismatch=True loads one that was made for another base. See `LoadOptions`.
         Everything is checked before the model changes. Raises FormatError with all missing, unexpected, misshapen
         and non-finite tensors, BaseMismatchError when it was made for another base, AdapterError if the name exists,
-        FetchError if the Hub has no such adapter or cannot be reached.
+        FetchError if the Hub has no such adapter or cannot be reached, ConfigError for an unknown option.
         """
-        self._adapter_set.check_new(adapter_name)
+        check_load_options(options, adapter_name="name")
+        self._adapter_set.check_new(name)
         self._merge_state.check_unmerged("load an adapter")
-        self._adapter_set.add(adapter_name, load(folder, self.base_model, **options))
+        self._adapter_set.add(name, load(folder, self.base_model, **options))
 
     def save_adapter(self, folder: str | Path, name: str = "default") -> Path:
         """Writes the PEFT folder, atomically; an adapter not called "default" goes into a subfolder of its name.
@@ -249,11 +250,14 @@ class LoRAModel(nn.Module):
         """Uploads what `save_pretrained` writes to a repository of the Hub; returns the address of the commit.
 
         options: private, token, revision, create_pr, commit_message, commit_description, as in transformers, and
-        those of `save_pretrained`. Raises WriteError if the Hub does not take the files.
+        those of `save_pretrained`. Does nothing and returns "" unless `is_main_process`. Raises WriteError if the Hub
+        does not take the files.
         """
         of_upload = {name: options.pop(name) for name in UPLOAD_OPTIONS & options.keys()}
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, **options)
+            if not options.get("is_main_process", True):
+                return ""
             return upload(Path(folder), repo_id, tags=tags, **of_upload)
 
     def export(self, folder: str | Path, to: str, name: str = "default", *, tokenizer: Any = None) -> "ExportReport":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, SupportsFloat
 
+import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, as_module, check_compatible, group_by_path
@@ -120,6 +121,7 @@ class AdapterSet:
 
     def remove(self, name: str) -> None:
         """Removes an adapter that is not active. Layers that no other adapter changes get their class back."""
+        self._stop_first_step()
         layer_paths = self._layers_of([name])
         del self.adapters[name], self._modules[name]
         for path in layer_paths - self._layers_of(self.adapters):
@@ -129,6 +131,7 @@ class AdapterSet:
 
     def clear(self) -> None:
         """Removes all adapters, active or not. The base model has its own classes and requires_grad again."""
+        self._stop_first_step()
         for module in self.base_model.modules():
             detach(module)
         allow_repacking(self._not_repacked)
@@ -175,22 +178,29 @@ class AdapterSet:
         self._unwatched = set()
         return LayerCalls(self.base_model, self._in_order(self._layers_of(self.active)))
 
-    def watch_first_step(self, parameters: Iterable[nn.Parameter], *, trains: bool) -> None:
+    def watch_first_step(self, parameters: Iterable[nn.Parameter], *, training: bool) -> None:
         """Before a forward. Lets the first training step of every layer warn of those that it does not call.
 
-        Costs nothing afterwards. Compiled models are not watched, since hooks would be compiled into them.
+        A step may have several forwards, also without gradients, as DPO has; one in evaluation mode means that no
+        backward comes. Costs nothing afterwards. Compiled models are not watched, since hooks would be compiled into
+        them.
         """
-        if self._first_step is not None:
-            self._first_step.stop()
-            self._first_step = None
-        if not trains or not self._unwatched:
+        if self._first_step is not None and (self._first_step.has_ended or not training):
+            self._stop_first_step()
+        if not training or not torch.is_grad_enabled() or not self._unwatched:
             return
+        self._stop_first_step()
         layers = self._in_order(self._unwatched)
         self._watched |= self._unwatched
         self._unwatched = set()
         if not any(module._compiled_call_impl for module in self.base_model.modules()):
             self._first_step = FirstStep(self.base_model, layers)
             self._first_step.watch(parameters)
+
+    def _stop_first_step(self) -> None:
+        if self._first_step is not None:
+            self._first_step.stop()
+            self._first_step = None
 
     def _in_order(self, paths: Collection[str]) -> dict[str, nn.Module]:
         return {path: layer for path, layer in self.layers.items() if path in paths}

@@ -307,6 +307,10 @@ class FirstStep(LayerCalls):
     `stop` ends it, if none comes.
     """
 
+    @property
+    def has_ended(self) -> bool:
+        return not self._handles
+
     def watch(self, parameters: Iterable[nn.Parameter]) -> None:
         """Begins before the forward. The gradient of one of these parameters tells that there was a backward."""
         self.start()

@@ -20,7 +20,15 @@ SAVE_ARGUMENTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "save_peft_format": ((True,), "the folder has PEFT's format"),
 }
 UPLOAD_OPTIONS = {"private", "token", "revision", "create_pr", "commit_message", "commit_description"}
-FILES = ("*.safetensors", "*.gguf", "*.json")  # of an adapter; a pickle is not even downloaded
+# The files of an adapter's folder: of PEFT, mlx-lm, `export` to GGUF and diffusers. A pickle is not even downloaded.
+ADAPTER_WEIGHTS = (
+    "adapter_model.safetensors",
+    "adapters.safetensors",
+    "adapter.gguf",
+    "pytorch_lora_weights.safetensors",
+)
+ADAPTER_SETTINGS = "adapter_config.json"
+FILES_OF_MODELS = ("config.json", "model_index.json")  # beside them, a file of any other name is no adapter
 CARD = "README.md"
 OF_HUB = "HF_TOKEN opens private and gated repositories"
 
@@ -30,18 +38,65 @@ def local_folder(
 ) -> Path:
     """Returns the path that `source` means: a file or folder here, or else a repository `owner/name` of the Hub.
 
-    The repository's files are downloaded once. revision: a branch, tag or commit. token: for a private repository.
-    Raises FetchError if `source` could be a repository and the Hub has none, or cannot be reached.
+    Only the adapter's files are downloaded, once. revision: a branch, tag or commit. token: for a private repository.
+    Raises FetchError if `source` could be a repository and the Hub has none, it holds no adapter, or the Hub cannot be
+    reached and the files were not downloaded before.
     """
     if Path(source).exists() or not _could_be_repository(source):
         path = Path(source)
     else:
-        from huggingface_hub import snapshot_download
-
         with _hub_errors(FetchError, f"adapter {str(source)!r}: no such folder here, and"):
-            patterns = list(FILES)
-            path = Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=patterns))
+            path = _download(str(source), revision, token, subfolder)
     return path / subfolder if subfolder else path
+
+
+def _download(repo_id: str, revision: str | None, token: str | bool | None, subfolder: str | None) -> Path:
+    """Returns the folder with the adapter's files, which are those downloaded before if the Hub cannot be reached."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's or httpx2's
+        HfHubHTTPError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        files = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+    except HfHubHTTPError:
+        raise
+    except (OfflineModeIsEnabled, HTTPError):
+        try:
+            return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError as error:
+            if hasattr(error, "snapshot_path"):  # complete but for files that are not the adapter's
+                return Path(error.snapshot_path)
+            raise
+    wanted = _adapter_files(files, repo_id, subfolder)
+    return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted))
+
+
+def _adapter_files(files: Sequence[str], repo_id: str, subfolder: str | None) -> list[str]:
+    """Returns the repository's files that are the adapter in its subfolder. Raises FetchError if there is none."""
+    folder = f"{subfolder.strip('/')}/" if subfolder else ""
+    names = [name.removeprefix(folder) for name in files if name.startswith(folder)]
+    weights = [name for name in ADAPTER_WEIGHTS if name in names][:1]
+    if not weights and not any(name in names for name in FILES_OF_MODELS):
+        weights = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+    if len(weights) == 1:
+        return [folder + name for name in (*weights, ADAPTER_SETTINGS) if name in names]
+    at = f"{repo_id}{f' (subfolder {subfolder})' if subfolder else ''}"
+    if weights:
+        names_shown = ", ".join(weights[:5])
+        raise FetchError(
+            f"{at} on the Hub holds several files and none called {ADAPTER_WEIGHTS[0]}: {names_shown}; fetch one with "
+            f"`hf download {repo_id} {folder}{weights[0]}` and give its path"
+        )
+    pickled = (
+        " but adapter_model.bin, a pickle, which can run code and is not read" if "adapter_model.bin" in names else ""
+    )
+    folders = {name.rpartition("/")[0] for name in files if name.rpartition("/")[2] in ADAPTER_WEIGHTS}
+    hint = f"; there is one in: {', '.join(sorted(folders - {''})[:5])} (subfolder=...)" if folders - {""} else ""
+    raise FetchError(f"{at} on the Hub holds no adapter{pickled}: none of {', '.join(ADAPTER_WEIGHTS)}{hint}")
 
 
 def check_save_arguments(arguments: Mapping[str, Any]) -> None:

@@ -39,6 +39,7 @@ from tailora.errors import (
     TailoraWarning,
     TargetError,
     listing,
+    nearest,
 )
 from tailora.formats import gguf, kohya_diffusers, mlx, peft, peft_config
 from tailora.formats.fingerprint import fingerprint, fingerprint_differences, input_embedding
@@ -72,6 +73,20 @@ class LoadOptions(TypedDict, total=False):
     subfolder: str | None
     is_trainable: bool
     allow_base_mismatch: bool
+
+
+def check_load_options(options: Mapping[str, object], **names: str) -> None:
+    """Raises ConfigError with all options that `load` does not have. names: a wrong option -> its right name."""
+    known = LoadOptions.__annotations__
+    problems = [
+        f"{option} is no option of loading"
+        + (f"; it is {names[option]} here" if option in names else nearest(option, known))
+        + f"; there are: {', '.join((*names.values(), *known))}"
+        for option in options
+        if option not in known
+    ]
+    if problems:
+        raise ConfigError(listing(problems))
 
 
 def load(

@@ -143,6 +143,23 @@ def test_the_first_backward_warns_of_layers_that_were_not_called() -> None:
     step(model)  # the layer was named before
 
 
+def test_two_forwards_before_the_backward_are_one_step() -> None:
+    model = LoRAModel(Hidden(), LoRAConfig(r=2)).train()
+    chosen, rejected = model(torch.randn(3, 8)), model(torch.randn(3, 8))
+    with model.disable_adapter(), torch.no_grad():
+        reference = model(torch.randn(3, 8))
+    with pytest.warns(UserWarning, match="not called.*: read, conditional"):
+        (chosen - rejected - reference).sum().backward()
+    step(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_unload_leaves_no_hooks_of_a_step_without_a_backward() -> None:
+    model = LoRAModel(Hidden(), LoRAConfig(r=2)).train()
+    model(torch.randn(3, 8))
+    assert not any(module._forward_pre_hooks for module in model.unload().modules())
+
+
 def test_a_model_whose_layers_are_all_called_leaves_no_hooks() -> None:
     base = Block()
     base.call_all = True

@@ -429,9 +429,18 @@ def test_an_adapter_that_is_loaded_for_use_alone_has_no_trainable_parameters(tmp
     assert model.get_nb_trainable_parameters()[0] == 0
     model.set_adapter("b")
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    model.load_adapter(tmp_path, adapter_name="c")
+    model.load_adapter(tmp_path, name="c")
     model.set_adapter("c")
     assert all(parameter.requires_grad for parameter in model.lora_layers.parameters())
+
+
+def test_an_option_of_loading_that_there_is_not_is_named_with_the_right_one(tmp_path: Path) -> None:
+    model: Any = LoRAModel(net(), LoRAConfig(r=2))
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*adapter_name .*it is name here.*did you mean is_trainable"):
+        model.load_adapter(tmp_path, adapter_name="b", is_trainble=True)
+    from_pretrained: Any = LoRAModel.from_pretrained
+    with pytest.raises(ConfigError, match="name is no option of loading; it is adapter_name here"):
+        from_pretrained(net(), tmp_path, name="b")
 
 
 def test_the_other_names_of_peft_lead_to_ours() -> None:

@@ -18,6 +18,10 @@ from tiny_adapters import IDS, adapted, logits
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError, FetchError, FormatError, MergeError, WriteError
+from tailora.formats import gguf, load, mlx
+from tailora.formats import peft as peft_format
+from tailora.formats.hub import ADAPTER_SETTINGS, ADAPTER_WEIGHTS
+from tailora.formats.run_folder import ADAPTER_CONFIG
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 COMMIT = "0" * 40
@@ -124,8 +128,60 @@ def test_an_adapter_in_a_subfolder_of_a_repository_is_loaded_beside_another(hub:
     source.push_to_hub("user/adapter", token=TOKEN)
     assert sorted(hub.files) == sorted([*FILES, *(f"b/{name}" for name in FILES)])
     model = LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
-    model.load_adapter("user/adapter", adapter_name="b", subfolder="b", token=TOKEN)
+    model.load_adapter("user/adapter", name="b", subfolder="b", token=TOKEN)
     assert model.adapters["b"].r == 2
+
+
+def fetched(hub: Any) -> set[str]:
+    """Names of the files that were downloaded."""
+    paths = [path.partition("?")[0] for command, path, _ in hub.requests if command == "GET"]
+    return {path.partition("/resolve/")[2].partition("/")[2] for path in paths if "/resolve/" in path}
+
+
+def test_only_the_files_of_the_adapter_are_downloaded(hub: Any) -> None:
+    source = adapted()
+    source.add_adapter("b", LoRAConfig(r=2))
+    source.push_to_hub("user/adapter", token=TOKEN)
+    hub.files |= {"model.safetensors": b"huge", "checkpoint-5/adapter_model.safetensors": b"old", "run.json": b"{}"}
+    LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
+    assert fetched(hub) == {"adapter_config.json", "adapter_model.safetensors"}
+    hub.requests.clear()
+    LoRAModel.from_pretrained(chat_model(), "user/adapter", subfolder="b", token=TOKEN)
+    assert fetched(hub) == {"b/adapter_config.json", "b/adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["config.json", "model.safetensors"], r"'?user/adapter on the Hub holds no adapter: none of adapter_model"),
+        (["adapter_config.json", "adapter_model.bin"], "adapter_model.bin, a pickle"),
+        (["a/adapter_model.safetensors"], r"there is one in: a \(subfolder=\.\.\.\)"),
+        (["one.safetensors", "two.safetensors"], "several files .*hf download user/adapter one.safetensors"),
+    ],
+)
+def test_a_repository_without_an_adapter_is_refused_first(files: list[str], message: str, hub: Any) -> None:
+    hub.files |= dict.fromkeys(files, b"{}")
+    with pytest.raises(FetchError, match=message):
+        LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
+    assert not fetched(hub)
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_was_downloaded_is_loaded_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted().push_to_hub("user/adapter", token=TOKEN)
+    LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
+
+
+def test_the_names_of_adapter_files_are_those_of_the_formats() -> None:
+    assert ADAPTER_WEIGHTS == (peft_format.WEIGHTS, mlx.WEIGHTS, gguf.WEIGHTS, load.DIFFUSERS_WEIGHTS)
+    assert ADAPTER_SETTINGS == ADAPTER_CONFIG
+
+
+def test_only_the_main_process_pushes(hub: Any) -> None:
+    assert adapted().push_to_hub("user/adapter", token=TOKEN, is_main_process=False) == ""
+    assert not hub.requests
 
 
 @pytest.mark.usefixtures("hub")
