@@ -54,12 +54,15 @@ def choose_kernels(
         parts = np.split(sample.input_ids[: sum(lengths)], [min(lengths[0], len(sample.input_ids) // 2)])
         difference = largest_difference(model, [Example(ids, ids.copy()) for ids in parts], layout)
         allowed = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
-        if not difference <= allowed:
+        if difference is None:
+            obstacle = "they do not call every adapted layer, and the fused ones would"
+        elif not difference <= allowed:
             obstacle = f"the fused ones differ from them by {difference:.0e} (allowed: {allowed:.0e})"
-        check = (
-            "checked against the layers of transformers: outputs and gradients differ by at most "
-            f"{difference:.0e} (relative, allowed: {allowed:.0e})"
-        )
+        else:
+            check = (
+                "checked against the layers of transformers: outputs and gradients differ by at most "
+                f"{difference:.0e} (relative, allowed: {allowed:.0e})"
+            )
     elif obstacle is None and not recorded:
         obstacle = "the run was started with them"
     return described_kernels(base, layout, obstacle, check)
@@ -99,10 +102,11 @@ def described_kernels(base: PreTrainedModel, layout: BatchLayout, obstacle: str 
     return Kernels(fused, f"decoder layers: {layers}; attention: {attention}; loss: {layout.loss}")
 
 
-def largest_difference(model: Trainable, examples: Sequence[Example], layout: BatchLayout) -> float:
+def largest_difference(model: Trainable, examples: Sequence[Example], layout: BatchLayout) -> float | None:
     """Returns the largest relative difference of a fused layer from the layer's own forward on the same input.
 
-    Compared are what the layer adds to its input, and the gradients of the input and of the factors.
+    Compared are what the layer adds to its input, and the gradients of the input and of the factors. None if the own
+    forward of a layer does not use all of its factors.
     """
     base = cast(PreTrainedModel, model.base_model)
     largest = 0.0
@@ -111,6 +115,8 @@ def largest_difference(model: Trainable, examples: Sequence[Example], layout: Ba
             plain = _outputs_and_gradients(layer, x, arguments)
             with fast_layers(layer):
                 fused = _outputs_and_gradients(layer, x, arguments)
+            if plain is None or fused is None:
+                return None
             differences = [(a - b).norm() / a.norm() for a, b in zip(plain, fused, strict=True) if a.any()]
             largest = max(largest, *map(float, differences))
     return largest
@@ -132,15 +138,20 @@ def _layer_calls(
     return calls
 
 
-def _outputs_and_gradients(layer: nn.Module, x: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
-    """Returns what the layer adds to x, what it adds to the gradient of x, and the gradients of its factors."""
+def _outputs_and_gradients(layer: nn.Module, x: Tensor, arguments: dict[str, Any]) -> list[Tensor] | None:
+    """Returns what the layer adds to x, what it adds to the gradient of x, and the gradients of its factors.
+
+    None if the layer does not use all of its factors.
+    """
     adapted = [module for module in layer.modules() if isinstance(module, Adapted)]
     factors = [parameter for module in adapted for part in module.active_adapters for parameter in part.parameters()]
     weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     with torch.enable_grad():
         x = x.requires_grad_()
         y = layer(x, **arguments)
-        dx, *gradients = torch.autograd.grad(y, [x, *factors], weights)
+        dx, *gradients = torch.autograd.grad(y, [x, *factors], weights, allow_unused=True)
+    if any(gradient is None for gradient in gradients):
+        return None
     return [(y - x).detach().float(), (dx - weights).float(), *gradients]
 
 
