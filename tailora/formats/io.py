@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile, mkdtemp, mkstemp
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from tailora.errors import ConfigError, FormatError, TailoraError, WriteError
@@ -21,6 +22,7 @@ from tailora.errors import ConfigError, FormatError, TailoraError, WriteError
 if TYPE_CHECKING:
     from torch import Tensor
 
+Kind = TypeVar("Kind")
 REMEDIES = {  # error number of the system -> what to do
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a folder that you may write to"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or give a folder on another disk"),
@@ -182,14 +184,6 @@ def _os_error(error: Exception) -> OSError | None:
     return OSError(int(number[1]), os.strerror(int(number[1])))
 
 
-def read_json_file(path: Path, remedy: str) -> Any:
-    """Returns the content of a file that we wrote. Raises FormatError if it is damaged. remedy: what to do then."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path} is damaged ({error}): {remedy}") from error
-
-
 def _replace(new: Path, path: Path) -> None:
     if not path.exists():
         os.replace(new, path)
@@ -241,18 +235,36 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Raises FormatError if it is missing, no regular file or no JSON object, or has a key twice.
     """
+    settings = _read_json(path, parse_constant=_refuse_constant)
+    if not isinstance(settings, dict):
+        raise FormatError(f"{path} holds a {type(settings).__name__}, not an object of settings")
+    return settings
+
+
+def read_own_json(path: Path, kind: type[Kind], remedy: str) -> Kind:
+    """Reads a file that we wrote as a value of this type, such as a dataclass. It may hold NaN, of a run that diverged.
+
+    Raises FormatError if it is missing or damaged or holds something else. remedy: what to do then.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(_read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise FormatError(f"{path} is damaged ({where}{first['msg']}): {remedy}") from None
+    except FormatError as error:
+        raise FormatError(f"{error}: {remedy}") from None
+
+
+def _read_json(path: Path, parse_constant: Callable[[str], Any] | None = None) -> Any:
     check_is_file(path)
     try:
-        settings = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=_distinct_keys, parse_constant=_refuse_constant
-        )
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=_distinct_keys, parse_constant=parse_constant)
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise FormatError(f"{path} holds a {type(settings).__name__}, not an object of settings")
-    return settings
 
 
 def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

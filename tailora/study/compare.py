@@ -11,13 +11,13 @@ finished runs are read from their folders.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tailora.errors import ConfigError
-from tailora.formats.io import read_json_file, write_file
+from tailora.formats.io import read_own_json, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study.budget import (
     FEWEST_HELD_OUT,
@@ -89,9 +89,9 @@ def compare(
 
 def _identity(settings: Settings) -> Settings:
     """What makes two comparisons different. With minutes the steps are planned."""
-    study = settings["compare"]
+    study = settings.get("compare", {})
     fixed = {name: value for name, value in study.items() if name not in LATER}
-    return {**settings, "compare": {**fixed, "minutes": "given" if study["minutes"] is not None else "not given"}}
+    return {**settings, "compare": {**fixed, "minutes": "given" if study.get("minutes") is not None else "not given"}}
 
 
 def _needed(costs: Sequence[Costs], extent: Extent, steps: int) -> float:
@@ -101,13 +101,30 @@ def _needed(costs: Sequence[Costs], extent: Extent, steps: int) -> float:
     return extent.tries * tries + extent.seeds * sum(arm.judging_run(steps) for arm in of_arms)
 
 
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """plan.json; that of an earlier version may end after the costs.
+
+    max_steps: of each run.    costs: of each arm.    seeds: that time is kept for.
+    held_out: number of held-out examples that are used, None for all; of so many `examples`.
+    minutes: that this was planned for.
+    """
+
+    max_steps: int
+    costs: dict[str, Costs]
+    seeds: int | None = None
+    held_out: int | None = None
+    examples: int | None = None
+    minutes: float | None = None
+
+
 class _Comparison:
     """The runs of one comparison, in order."""
 
     def __init__(self, train: TrainConfig, study: CompareConfig, session: StudySession) -> None:
         self.train, self.study, self.session, self.folder = train, study, session, session.folder
         clock = self.folder / CLOCK
-        self.earlier_seconds = read_json_file(clock, DAMAGED) if clock.exists() else 0.0
+        self.earlier_seconds = read_own_json(clock, float, DAMAGED) if clock.exists() else 0.0
         self.steps = 0  # planned for every run, with --minutes; 0 leaves the settings' own
         self.costs: dict[str, Costs] = {}  # of each arm, with --minutes
         self.seeds = 0  # that time is kept for, with --minutes
@@ -122,7 +139,7 @@ class _Comparison:
         done = next((trial for trials in runs.values() for trial in trials if trial.done), None)
         if done is not None:
             self.session.note_data(done)
-        seconds = read_json_file(self.folder / CLOCK, DAMAGED)
+        seconds = read_own_json(self.folder / CLOCK, float, DAMAGED)
         return judge_arms(self.study, rates, runs, notes=self.session.notes, settings=settings, seconds=seconds)
 
     def _path(self, arm: str, name: str) -> Path:
@@ -174,20 +191,19 @@ class _Comparison:
 
     def _plan(self) -> None:
         """Sets the length of the runs, what they cost, and the base's losses, from a few steps of each arm."""
-        plan = self.session.plan(self._measure)
+        plan = self.session.plan(self._measure, ComparisonPlan)
         timed = {arm: self._timing(arm) for arm in self.study.arms}
-        self.steps, self.held_out = plan["max_steps"], plan.get("held_out")
-        self.costs = {arm: Costs(**costs) for arm, costs in plan["costs"].items()}
-        self.seeds = plan.get("seeds", self.study.seeds)
+        self.steps, self.held_out, self.costs = plan.max_steps, plan.held_out, plan.costs
+        self.seeds = self.study.seeds if plan.seeds is None else plan.seeds
         for arm, trial in timed.items():
             if trial.done and len(trial.counts) == (self.held_out or trial.numbers["held_out"]):
                 self.base[arm, True], self.base[arm, False] = on_choosing_half(trial.base), trial.base
         self.session.log(f"{self.steps} steps in each run, planned to fit into the minutes")
         if self.held_out is not None:
-            self.session.note(f"--minutes left time for {self.held_out} of {plan['examples']} held-out examples")
-        if plan.get("minutes", self.session.minutes) != self.session.minutes:
+            self.session.note(f"--minutes left time for {self.held_out} of {plan.examples} held-out examples")
+        if plan.minutes not in (None, self.session.minutes):
             self.session.note(
-                f"the runs have {self.steps} steps, which were planned for --minutes {plan['minutes']:g}; for longer "
+                f"the runs have {self.steps} steps, which were planned for --minutes {plan.minutes:g}; for longer "
                 "ones give another --output-dir"
             )
 
@@ -196,7 +212,7 @@ class _Comparison:
         fixed = {"learning_rate": rate, "max_steps": TIMING_STEPS}
         return self._trial(arm, TIMING, judging=True, held_out=FEWEST_HELD_OUT, stop=stop, **fixed)
 
-    def _measure(self) -> dict[str, Any]:
+    def _measure(self) -> ComparisonPlan:
         """The plan. Raises ConfigError as soon as it is clear that the minutes are too short."""
         session, wanted = self.session, Extent(self.study.rate_tries, self.study.seeds)
         self._check_time({}, START)
@@ -221,14 +237,14 @@ class _Comparison:
             f"time for {extent.tries} learning rates and {extent.seeds} seeds of each arm; less time means, in order, "
             f"fewer steps ({FEWEST_STEPS} at least), then fewer learning rates, seeds and held-out examples"
         )
-        return {
-            "max_steps": steps,
-            "costs": {arm: asdict(costs.on_part(extent.part)) for arm, costs in self.costs.items()},
-            "seeds": extent.seeds,
-            "held_out": None if extent.part == 1 else round(extent.part * held_out),
-            "examples": held_out,
-            "minutes": session.minutes,
-        }
+        return ComparisonPlan(
+            max_steps=steps,
+            costs={arm: costs.on_part(extent.part) for arm, costs in self.costs.items()},
+            seeds=extent.seeds,
+            held_out=None if extent.part == 1 else round(extent.part * held_out),
+            examples=held_out,
+            minutes=session.minutes,
+        )
 
     def _fewest(self, part: float) -> Extent:
         """The least that allows a verdict. What the user has given is not reduced. part: of the held-out examples."""

@@ -32,6 +32,13 @@ LEAST_GAIN = 0.005  # nats per token; a smaller gain counts as none
 
 
 @dataclass(frozen=True)
+class RangePlan:
+    """plan.json.    steps: of the run."""
+
+    steps: int
+
+
+@dataclass(frozen=True)
 class RateRange:
     """Useful learning rates of this model, data, batch size and adapter.
 
@@ -97,7 +104,7 @@ def find_range(
     with locked(folder, STUDY, "search"):
         begun = (folder / RISING / RESULT).exists()
         open_folder(folder, STUDY, settings, "search", begun=begun, discard=[TIMING, PLAN, RISING])
-        steps = session.plan(lambda: {"steps": _steps_that_fit(train, session)})["steps"]
+        steps = session.plan(lambda: RangePlan(_steps_that_fit(train, session)), RangePlan).steps
         log(f"up to {steps} steps, at learning rates from {LOWEST:g} to {HIGHEST:g}, until the gain is lost")
         spec = _spec(train, rising=(LOWEST, HIGHEST), max_steps=steps, eval_steps=EVAL_STEPS)
         trial = session.trial(spec, folder / RISING, stop)

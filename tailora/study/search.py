@@ -12,7 +12,7 @@ finalists; all end with the same result. The same call resumes an interrupted se
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,10 +22,9 @@ import optuna
 from filelock import FileLock, Timeout
 from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
 from optuna.pruners import SuccessiveHalvingPruner
-from pydantic import TypeAdapter
 
 from tailora.errors import ConfigError
-from tailora.formats.io import read_json_file, write_file
+from tailora.formats.io import read_own_json, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study import optuna_study, search_space
 from tailora.study.budget import (
@@ -102,6 +101,15 @@ def search(
     return result
 
 
+@dataclass(frozen=True)
+class SearchPlan:
+    """plan.json.    parts: the model's groups of layers.    base: its losses, if all examples in use were evaluated."""
+
+    plan: Budget
+    parts: dict[str, Any]
+    base: BaseLosses | None = None
+
+
 class _Search:
     """One worker's part of a search. The work of other workers is read from the database and the folder."""
 
@@ -115,7 +123,7 @@ class _Search:
 
     def run(self, settings: dict[str, Any]) -> SearchResult:
         with locked(self.folder, STUDY, "search"):
-            stored = read_json_file(self.folder / STUDY, DAMAGED)  # as the first worker wrote them
+            stored = read_own_json(self.folder / STUDY, dict[str, Any], DAMAGED)  # as the first worker wrote them
             self.optuna = optuna_study.open_study(self.folder, self.study.storage, stored)
             self._plan()
             self.axes, notes = search_space.fit_to_model(
@@ -146,14 +154,14 @@ class _Search:
 
     def _plan(self) -> None:
         """Sets the budget, groups of layers and the base's losses, measured once for all workers, under the lock."""
-        plan = self.session.plan(self._measure)
-        budget, base = TypeAdapter(Budget).validate_python(plan["plan"]), plan.get("base")
-        self.budget, self.groups, self.held_out = budget, plan["parts"], budget.held_out
-        self.base = {True: on_choosing_half(base), False: base}
+        plan = self.session.plan(self._measure, SearchPlan)
+        budget = plan.plan
+        self.budget, self.groups, self.held_out = budget, plan.parts, budget.held_out
+        self.base = {True: on_choosing_half(plan.base), False: plan.base}
         of = f" of the {budget.longest:,} that the settings ask for" if budget.steps < budget.longest else ""
         self.session.log(f"a trial has {budget.steps:,} steps{of} and takes up to {budget.trial_seconds:,.0f} s")
 
-    def _measure(self) -> dict[str, Any]:
+    def _measure(self) -> SearchPlan:
         """The plan, from a few steps of all layers, which take longest, at the lowest r, which fits if any."""
         self.session.log(f"timing {TIMING_STEPS} steps")
         ranks = self.space.get("r")
@@ -187,7 +195,7 @@ class _Search:
         )
         self.session.note_data(trial)
         base = trial.base if len(trial.counts) == (budget.held_out or examples) else None
-        return {"plan": asdict(budget), "parts": trial.numbers["parts"], "base": base}
+        return SearchPlan(budget, trial.numbers["parts"], base)
 
     @property
     def _reserved(self) -> int:

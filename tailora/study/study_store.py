@@ -11,13 +11,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from tailora.errors import ConfigError
-from tailora.formats.io import TEMPORARY, create_output_folder, read_json_file, write_file
+from tailora.errors import ConfigError, FormatError
+from tailora.formats.io import TEMPORARY, create_output_folder, read_own_json, write_file
 from tailora.study.trial import RESULT, Listen, Progress, RunTrial, Trial, TrialSpec, get_trial
 from tailora.train.config import without_removed
 
@@ -27,6 +28,7 @@ DAMAGED = "give another --output-dir, or delete this folder and start again"
 
 Log = Callable[[str], None]
 Settings = Mapping[str, Any]
+Plan = TypeVar("Plan")
 
 
 @contextmanager
@@ -75,7 +77,10 @@ def open_folder(
     """
     file, content = folder / name, json.loads(json.dumps(settings))  # with lists for tuples, as in a file
     if file.exists() and begun:
-        stored = read_json_file(file, DAMAGED)
+        stored = read_own_json(file, dict[str, Any], DAMAGED)
+        sections = [name for name, value in content.items() if isinstance(value, dict) and name in {"train", *stored}]
+        if wrong := [name for name in sections if not isinstance(stored.get(name), dict)]:
+            raise FormatError(f"{file} is damaged ({' and '.join(wrong)} should hold settings): {DAMAGED}")
         stored["train"] = without_removed(stored["train"])
         if changes := differences(identity(stored), identity(content)):
             raise ConfigError(
@@ -135,13 +140,12 @@ class StudySession:
         for name, text in trial.numbers["data_warnings"].items():
             self.note(f"{name}: {text}")
 
-    def plan(self, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The content of plan.json, which `find` returns when there is none yet."""
+    def plan(self, find: Callable[[], Plan], kind: type[Plan]) -> Plan:
+        """The content of plan.json, a dataclass, which `find` returns when there is none yet."""
         file = self.folder / PLAN
         if not file.exists():
-            write_file(file, json.dumps(find()).encode())
-        content: dict[str, Any] = read_json_file(file, DAMAGED)
-        return content
+            write_file(file, json.dumps(asdict(cast(Any, find()))).encode())
+        return read_own_json(file, kind, DAMAGED)
 
     def has_trial(self, path: Path) -> bool:
         return (path / RESULT).exists()

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailora.errors import ConfigError, DivergedError, MemoryLimitError, TailoraError
-from tailora.formats.io import read_json_file, write_file
+from tailora.formats.io import read_own_json, write_file
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 from tailora.train import subprocess_worker
 from tailora.train.config import TrainConfig, without_removed
@@ -245,11 +245,11 @@ def get_trial(
 
     Raises ConfigError when the folder holds a trial with other settings; whatever else the run raises.
     """
+    remedy = f"delete {folder}, and the same command runs it again"
     if (folder / RESULT).exists():
-        remedy = f"delete {folder}, and the same command runs it again"
-        if _identity(TrialSpec(**read_json_file(folder / SPEC, remedy))) != _identity(spec):
+        if _identity(read_own_json(folder / SPEC, TrialSpec, remedy)) != _identity(spec):
             raise ConfigError(f"{folder} holds a trial with other settings; give another --output-dir")
-        return Trial(**read_json_file(folder / RESULT, remedy))
+        return read_own_json(folder / RESULT, Trial, remedy)
     shutil.rmtree(folder / RUN, ignore_errors=True)  # of a trial that was interrupted
     write_file(folder / SPEC, json.dumps(asdict(spec), indent=1).encode())
 
@@ -262,7 +262,7 @@ def get_trial(
     if not (spec.keep and trial.done):
         shutil.rmtree(folder / RUN, ignore_errors=True)
     write_file(folder / RESULT, json.dumps(asdict(trial)).encode())
-    return Trial(**json.loads((folder / RESULT).read_text()))  # with lists for tuples, as when it is read later
+    return read_own_json(folder / RESULT, Trial, remedy)  # as when it is read later
 
 
 def _identity(spec: TrialSpec) -> dict[str, Any]:

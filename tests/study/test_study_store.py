@@ -1,5 +1,6 @@
 """The folder of a study: whose it is, and one process at a time."""
 
+import math
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -8,9 +9,9 @@ from filelock import BaseFileLock
 
 from tailora.errors import ConfigError, FormatError
 from tailora.study.config import SearchConfig
-from tailora.study.search import search
+from tailora.study.search import SearchPlan, search
 from tailora.study.study_store import PLAN, StudySession, locked, open_folder
-from tailora.study.trial import run_here
+from tailora.study.trial import Trial, TrialSpec, get_trial, run_here
 from tailora.train.config import TrainConfig
 
 
@@ -37,12 +38,32 @@ def test_a_study_with_other_settings_is_refused(small_run: TrainConfig, tmp_path
 
 def test_a_damaged_file_of_a_study_is_named(tmp_path: Path) -> None:
     opened(tmp_path, 1)
-    (tmp_path / PLAN).write_text("{")
-    with pytest.raises(FormatError, match=r"plan\.json is damaged .*delete this folder and start again"):
-        StudySession(tmp_path, None, print, None, run_here).plan(dict)
-    (tmp_path / "search.json").write_text("{")
-    with pytest.raises(FormatError, match=r"search\.json is damaged"):
-        opened(tmp_path, 1)
+    session = StudySession(tmp_path, None, print, None, run_here)
+    for content in ("{", "[" * 100_000, "[]", "null", '{"parts": {}}', '{"plan": 1, "parts": {}}'):
+        (tmp_path / PLAN).write_text(content)
+        with pytest.raises(
+            FormatError, match=r"plan\.json is (not JSON|damaged) *.*delete this folder and start again"
+        ):
+            session.plan(pytest.fail, SearchPlan)
+    for content in ("{", "[]", "{}", '{"train": []}'):
+        (tmp_path / "search.json").write_text(content)
+        with pytest.raises(FormatError, match=r"search\.json is (not JSON|damaged)"):
+            opened(tmp_path, 1)
+
+
+@pytest.mark.parametrize("name", ["spec.json", "trial.json"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"outcome": "done", "settings": 1}', None])
+def test_a_damaged_trial_is_named(tmp_path: Path, name: str, content: str | None) -> None:
+    spec, trial = TrialSpec({}, rising=(1e-4, 1e-2)), Trial("diverged", "", curve=[(1, math.nan)])
+    get_trial(spec, tmp_path, run_trial=lambda *_: trial)
+    assert repr(get_trial(spec, tmp_path, run_trial=run_here)) == repr(trial)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    if content is None and name == "trial.json":  # then it is run
+        return
+    with pytest.raises(FormatError, match=rf"{name} .*: delete {tmp_path}, and the same command runs it again"):
+        get_trial(spec, tmp_path, run_trial=run_here)
 
 
 def test_settings_that_earlier_versions_had_make_no_difference(tmp_path: Path) -> None:

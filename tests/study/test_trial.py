@@ -148,7 +148,7 @@ def test_a_process_that_is_stopped_keeps_what_it_reported(endless: TrialSpec, tm
     others = psutil.Process().children()  # of other tests
     trial = get_trial(endless, tmp_path, stop=lambda event: "bad" if event.step == 2 else None)
     assert (trial.outcome, trial.message, trial.parameters) == ("pruned", "bad", 7)
-    assert trial.curve == [[0, 4.0], [2, 2.0]]
+    assert trial.curve == [(0, 4.0), (2, 2.0)]
     assert trial.losses == [3.0]
     assert not (tmp_path / "run").exists()
     assert psutil.Process().children() == others
