@@ -15,13 +15,14 @@ from tailora.cli.progress import download_progress
 from tailora.data.demo import DEMO, data_folder, model_folder, name_of_model, resolve_demo
 from tailora.data.readers import check_model_exists
 from tailora.errors import ConfigError, FormatError, listing
+from tailora.formats.hub import local_folder
 from tailora.formats.io import read_json_object
 from tailora.formats.metadata import METADATA_KEY, parse_metadata
-from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, adapter_folder, recorded_settings
+from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder, recorded_settings
 from tailora.train.config import Quantize as QuantizeMethod
 
 METHODS = f"{', '.join(get_args(QuantizeMethod))} or none"
-LORA_FILE, WEIGHTS = ".safetensors", "adapter_model.safetensors"
+LORA_FILE = ".safetensors"
 BASE_MODEL_KEYS = ("base_model_name_or_path", "model")  # in adapter_config.json of PEFT, of mlx-lm
 
 # ---- Flags
@@ -42,11 +43,11 @@ ADAPTER_FLAG = Parameter(
     name="--adapter",
     negative=(),
     metavar="NAME=FOLDER",
-    help="folder of an adapter, with or without a name; repeatable",
+    help="adapter: folder or Hub id, with or without a name; repeatable",
 )
 Adapters = Annotated[list[str] | None, ADAPTER_FLAG]
 AdapterPath = Annotated[
-    str, Parameter(name="adapter", help="folder of an adapter or of a run, or a LoRA file (.safetensors)")
+    str, Parameter(name="adapter", help="folder of an adapter or of a run, a Hub id, or a LoRA file (.safetensors)")
 ]
 Quantize = Annotated[
     str | None, Parameter(help=f"quantization of the base model: {METHODS}; default: as in the adapter's run")
@@ -65,14 +66,16 @@ Seed = Annotated[NonNegativeInt, Parameter(help="seed of the sampling", validato
 def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
     """Returns name -> folder for each NAME=FOLDER or FOLDER. A run's folder stands for the adapter in it.
 
-    Without NAME, an adapter gets the name of its run or folder. Raises ConfigError with all problems.
+    A repository owner/name of the Hub stands for its files, which are downloaded once. Without NAME, an adapter gets
+    the name of its run, folder or repository. Raises ConfigError with all problems, and FetchError.
     """
     pairs = []
     for text in texts:
         name, equals, folder = ("", "", text) if Path(text).exists() else text.partition("=")
-        path = adapter_folder(Path(folder if equals else text))
+        source = folder if equals else text
+        path = adapter_folder(local_folder(source))
         if not equals:
-            resolved = path.resolve()
+            resolved = path.resolve() if Path(source).exists() else Path(source)  # the Hub's folder is called by a hash
             name = resolved.parent.name if path.name == ADAPTER else resolved.name.removesuffix(LORA_FILE)
         pairs.append((name, path))
     names = [name for name, _ in pairs]
@@ -90,7 +93,7 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
 
 
 def find_adapter(text: str) -> Path:
-    """Returns the adapter's folder or file; `text` may name its run's folder. Raises ConfigError if there is none."""
+    """Returns the adapter's folder or file. `text` is what `parse_adapters` takes, without a name. Raises the same."""
     return next(iter(parse_adapters([f"adapter={text}"]).values()))
 
 
@@ -146,7 +149,7 @@ def base_of(adapter: Path) -> BaseOfAdapter | None:
     if not isinstance(name, str):
         return None
     try:
-        with safe_open(adapter / WEIGHTS, framework="numpy") as file:
+        with safe_open(adapter / ADAPTER_WEIGHTS, framework="numpy") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
         folder = parse_metadata(text, adapter).base_folder
     except (OSError, SafetensorError, FormatError):

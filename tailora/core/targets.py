@@ -158,7 +158,12 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
 
 HAS_TASK_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|XVector)")
 
-TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's
+# Ends of the heads that PEFT's class of the task looks for in the file
+HEADS_OF_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
@@ -171,7 +176,7 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     all if none has room for the r that was set: `select` refuses them.
     """
     is_open = config.target_modules == "all-linear" and config.modules_to_save is None
-    heads = task_heads(model) if is_open or config.task_type in TASKS_WITH_HEAD else []
+    heads = task_heads(model) if is_open or config.task_type in HEADS_OF_TASK else []
     if missing := [head for head in heads if head not in (config.modules_to_save or [])]:
         config = config.replaced(modules_to_save=[*(config.modules_to_save or []), *missing])
     if not isinstance(config.target_modules, str):

@@ -38,7 +38,7 @@ from tailora.formats.low_rank_export import ExportSource
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata
 from tailora.formats.peft_config import to_peft_config
 from tailora.formats.peft_paths import peft_layers
-from tailora.formats.run_folder import ADAPTER_CONFIG
+from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,9 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
     layers = peft_layers(source.base_model, source.adapter.low_rank).values()
     settings = to_peft_config(config, layers, source.base_model)
     card = model_card(settings, PORTABLE_CARD.format(layers=len(factors), r=r))
-    (folder / peft.WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()}))
+    (folder / ADAPTER_WEIGHTS).write_bytes(
+        safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()})
+    )
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / CARD).write_text(card, encoding="utf-8")
     return [*low_rank_export.fold_changes(source), *padding]

@@ -45,6 +45,7 @@ from tailora.formats import gguf, kohya_diffusers, mlx, peft, peft_config
 from tailora.formats.fingerprint import fingerprint, fingerprint_differences, input_embedding
 from tailora.formats.hub import local_folder
 from tailora.formats.peft_paths import PeftLayer, peft_layers
+from tailora.formats.run_folder import ADAPTER_WEIGHTS
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 SLOT_NAMES = {
@@ -124,7 +125,7 @@ def read_any_format(path: Path, base_model: nn.Module) -> peft.StoredAdapter:
     """
     if path.is_file():
         return kohya_diffusers.read(path, base_model)
-    if os.path.lexists(path / peft.WEIGHTS) or not path.is_dir():
+    if os.path.lexists(path / ADAPTER_WEIGHTS) or not path.is_dir():
         return peft.read_peft_folder(path)
     if (path / mlx.WEIGHTS).is_file():
         return mlx.read(path)
@@ -135,7 +136,7 @@ def read_any_format(path: Path, base_model: nn.Module) -> peft.StoredAdapter:
     files = sorted(path.glob("*.safetensors"))
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
-        raise FormatError(f"{path} holds several files and none called {peft.WEIGHTS}; give one of them: {names}")
+        raise FormatError(f"{path} holds several files and none called {ADAPTER_WEIGHTS}; give one of them: {names}")
     return kohya_diffusers.read(files[0], base_model) if files else peft.read_peft_folder(path)
 
 

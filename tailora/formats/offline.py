@@ -17,8 +17,9 @@ from tailora.core.patterns import by_pattern, ends_of, matches
 from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats import gguf, mlx
 from tailora.formats.load import stored_configs
-from tailora.formats.peft import WEIGHTS, StoredAdapter, dense_to_groups, path_and_slot, read_peft_folder
+from tailora.formats.peft import StoredAdapter, dense_to_groups, path_and_slot, read_peft_folder
 from tailora.formats.peft_config import adds_out_proj_twice
+from tailora.formats.run_folder import ADAPTER_WEIGHTS
 
 STACKED = "a stack of experts or another parameter, whose factors only the model can separate: give --model"
 MIXED_GROUPS = "its A reads the channels of all groups, which is no matrix of the layer"
@@ -45,7 +46,7 @@ def read_offline(path: Path) -> OfflineAdapter:
     """
     if path.is_file() or (path / gguf.WEIGHTS).is_file():
         raise ConfigError(f"{path}: its layer names can only be read with the base model: give --model")
-    is_mlx = (path / mlx.WEIGHTS).is_file() and not (path / WEIGHTS).is_file()
+    is_mlx = (path / mlx.WEIGHTS).is_file() and not (path / ADAPTER_WEIGHTS).is_file()
     stored = mlx.read(path) if is_mlx else read_peft_folder(path)
     _, config = stored_configs(stored, [])
     layers: dict[str, dict[str, Tensor]] = {}  # path -> slot -> tensor
@@ -92,7 +93,7 @@ def read_offline(path: Path) -> OfflineAdapter:
         if not {path, path.rpartition(".")[0]} & in_file
     ]
     if not stored.tensors:
-        problems.append(f"{WEIGHTS} holds no tensors")
+        problems.append(f"{ADAPTER_WEIGHTS} holds no tensors")
     if problems:
         raise FormatError(f"{stored.folder}: {listing(problems)}")
     if stored.settings and isinstance(config.target_modules, list):

@@ -42,10 +42,9 @@ from tailora.formats.peft_config import (
     with_double_rank,
 )
 from tailora.formats.peft_paths import PeftLayer, peft_layers
-from tailora.formats.run_folder import ADAPTER_CONFIG
+from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 KEY_PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
 
 OTHER_SUFFIXES = {"magnitude": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias", "bias": ".base_layer.bias"}
 SUFFIXES = {"A": ".lora_A.weight", "B": ".lora_B.weight", **OTHER_SUFFIXES}
@@ -111,7 +110,7 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_model: nn.Module) -> 
     elif config.lora_dropout != adapter.config.lora_dropout:
         about += f" Was trained with lora_dropout = {adapter.config.lora_dropout:g}, which PEFT does not have here."
     files = {
-        WEIGHTS: safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()}),
+        ADAPTER_WEIGHTS: safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()}),
         ADAPTER_CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
         CARD: model_card(settings, about).encode(),
     }
@@ -155,14 +154,20 @@ def unknown_to_peft(layers: Iterable[PeftLayer]) -> str:
 def read_peft_folder(folder: Path) -> StoredAdapter:
     """Reads a folder written by tailora or PEFT. Raises FormatError. A pickle is never opened."""
     if not folder.is_dir():
-        raise FormatError(f"{folder} is not a folder; an adapter is a folder with {WEIGHTS} and {ADAPTER_CONFIG}")
-    if not os.path.lexists(folder / WEIGHTS):
+        raise FormatError(
+            f"{folder} is not a folder; an adapter is a folder with {ADAPTER_WEIGHTS} and {ADAPTER_CONFIG}"
+        )
+    if not os.path.lexists(folder / ADAPTER_WEIGHTS):
         pickled = " (adapter_model.bin is a pickle, which can run code and is not read; save it as safetensors)"
-        raise FormatError(f"{folder} has no {WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}")
-    tensors, file_metadata = read_safetensors(folder / WEIGHTS)
+        raise FormatError(
+            f"{folder} has no {ADAPTER_WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}"
+        )
+    tensors, file_metadata = read_safetensors(folder / ADAPTER_WEIGHTS)
     if wrong := [key for key in tensors if not key.startswith(KEY_PREFIX)]:
-        raise FormatError(f"{folder / WEIGHTS}: keys start with {KEY_PREFIX!r}; these do not: {', '.join(wrong[:5])}")
-    metadata = parse_metadata(file_metadata.get(METADATA_KEY), folder / WEIGHTS)
+        raise FormatError(
+            f"{folder / ADAPTER_WEIGHTS}: keys start with {KEY_PREFIX!r}; these do not: {', '.join(wrong[:5])}"
+        )
+    metadata = parse_metadata(file_metadata.get(METADATA_KEY), folder / ADAPTER_WEIGHTS)
     describes_itself = metadata.config is not None and not os.path.lexists(folder / ADAPTER_CONFIG)
     settings = None if describes_itself else read_json_object(folder / ADAPTER_CONFIG)
     return StoredAdapter(

@@ -12,7 +12,7 @@ from torch import nn
 
 from tailora.core.config import LoRAConfig, TaskType
 from tailora.core.patterns import by_pattern, ends_with, exactly, matches, portable_targets
-from tailora.core.targets import saved_modules
+from tailora.core.targets import HEADS_OF_TASK, saved_modules
 from tailora.errors import FormatError, TailoraWarning, listing
 from tailora.formats.metadata import CONFIG_ERRORS
 from tailora.formats.peft_paths import PeftLayer
@@ -49,12 +49,6 @@ TASK_TYPES: dict[str, TaskType] = {
     "ForCausalLM": "CAUSAL_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
-# Ends of the heads that PEFT's class of the task looks for in the file
-HEADS_OF_TASK = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
 }
 BRACES, NUMBER = re.compile(r"\{[\d\s,]*\}"), re.compile(r"\d+")
 MAX_REPETITIONS = 1000

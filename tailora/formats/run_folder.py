@@ -7,7 +7,8 @@ from typing import Any
 
 from tailora.formats.io import write_file
 
-ADAPTER, ADAPTER_CONFIG, RUN = "adapter", "adapter_config.json", "run.json"
+ADAPTER, RUN = "adapter", "run.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as in PEFT
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
 SAMPLES = "samples.json"
 

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
@@ -41,6 +40,7 @@ from tailora.core.layer_types import CONV1D, layer_type_of
 from tailora.core.quantization import named_stored_tensors
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
+from tailora.formats.hub import local_folder
 from tailora.formats.load import lora_config_of, read_any_format
 from tailora.kernels.fused_attention import flash_backward_op, flash_op, group_documents
 from tailora.kernels.loss import FORMS
@@ -228,7 +228,9 @@ def fake_trainable(config: TrainConfig, shape: PretrainedConfig, device: torch.d
     weights = _weights(base, files, storage)
     if config.method == "full":
         return FullModel(base, cast(Any, None), lambda: base).train(), weights
-    settings = lora_config_of(read_any_format(Path(config.adapter), base), base) if config.adapter else config.lora()
+    settings = (
+        lora_config_of(read_any_format(local_folder(config.adapter), base), base) if config.adapter else config.lora()
+    )
     return LoRAModel(base, settings, fresh=False).train(), weights
 
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import TailoraError
-from tailora.formats.peft import WEIGHTS
-from tailora.formats.run_folder import ADAPTER_CONFIG
+from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*settings that tailora does not know")
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6)
@@ -103,7 +102,7 @@ def test_another_header_is_loaded_or_refused(
     data: st.DataObject, good: Path, load: Callable[[str, bytes], Tensor]
 ) -> None:
     """A header may name other tensors of the right shapes, which cannot be noticed."""
-    original = (good / WEIGHTS).read_bytes()
+    original = (good / ADAPTER_WEIGHTS).read_bytes()
     end = 8 + int.from_bytes(original[:8], "little")
     header = json.loads(original[8:end])
     metadata = json.loads(header["__metadata__"]["tailora"])
@@ -113,7 +112,7 @@ def test_another_header_is_loaded_or_refused(
     of_file = of_tailora.map(lambda text: {**header, "__metadata__": {"format": "pt", "tailora": text}})
     text = json.dumps(data.draw(of_file | changed(header, entry | VALUES))).encode()
     with suppress(TailoraError):
-        assert load(WEIGHTS, len(text).to_bytes(8, "little") + text + original[end:]).shape == (5, 3)
+        assert load(ADAPTER_WEIGHTS, len(text).to_bytes(8, "little") + text + original[end:]).shape == (5, 3)
 
 
 @given(position=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255), cut=st.booleans())
@@ -121,7 +120,7 @@ def test_damaged_bytes_are_loaded_or_refused(
     position: float, byte: int, cut: bool, good: Path, load: Callable[[str, bytes], Tensor]
 ) -> None:
     """Weights have no checksum: other finite values are loaded."""
-    for name in (WEIGHTS, ADAPTER_CONFIG):
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
         content = bytearray((good / name).read_bytes())
         place = int(position * len(content))
         content = content[:place] if cut else content

@@ -17,6 +17,7 @@ from tiny import chat_model
 from tiny_adapters import IDS, adapted, logits
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.cli.models import parse_adapters
 from tailora.errors import ConfigError, FetchError, FormatError, MergeError, WriteError
 from tailora.formats import gguf, load, mlx
 from tailora.formats import peft as peft_format
@@ -120,6 +121,18 @@ def test_an_adapter_is_pushed_and_comes_back(hub: Any) -> None:
     hub.files["README.md"] = b"my own words"
     model.push_to_hub("user/adapter", token=TOKEN)
     assert hub.files["README.md"] == b"my own words"
+
+
+@pytest.mark.usefixtures("hub")
+def test_commands_take_an_adapter_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted().push_to_hub("user/adapter", token=TOKEN)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    folders = parse_adapters(["user/adapter", "poems=user/adapter"])
+    assert list(folders) == ["adapter", "poems"]
+    assert all((folder / "adapter_model.safetensors").is_file() for folder in folders.values())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FetchError, match="adapter 'user/other': no such folder here, and the Hub cannot be reached"):
+        parse_adapters(["user/other"])
 
 
 def test_an_adapter_in_a_subfolder_of_a_repository_is_loaded_beside_another(hub: Any) -> None:

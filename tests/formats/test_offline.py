@@ -13,16 +13,16 @@ from torch import nn
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError, FormatError
 from tailora.formats.offline import read_offline
-from tailora.formats.peft import WEIGHTS
+from tailora.formats.run_folder import ADAPTER_WEIGHTS
 
 
 def changed(folder: Path, **tensors: torch.Tensor) -> None:
     """The file with other tensors, its metadata gone; keys are ends of those in the file."""
-    held = load_file(folder / WEIGHTS)
+    held = load_file(folder / ADAPTER_WEIGHTS)
     for end, tensor in tensors.items():
         (key,) = (key for key in held if key.endswith(f"{end}.weight"))
         held[key] = tensor
-    save_file(held, folder / WEIGHTS)
+    save_file(held, folder / ADAPTER_WEIGHTS)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_parts_of_a_fused_layer_are_read_as_one_matrix(tmp_path: Path) -> None:
 def test_a_factor_that_mixes_groups_is_left_out(tmp_path: Path) -> None:
     case = next(case for case in LAYERS if case.name == "conv2d grouped")
     trained(case).save_adapter(tmp_path)
-    (A,) = (tensor for key, tensor in load_file(tmp_path / WEIGHTS).items() if "lora_A" in key)
+    (A,) = (tensor for key, tensor in load_file(tmp_path / ADAPTER_WEIGHTS).items() if "lora_A" in key)
     changed(tmp_path, lora_A=torch.randn(A.shape))
     offline = read_offline(tmp_path)
     assert not offline.updates
@@ -86,11 +86,11 @@ def test_a_damaged_file_is_refused(folder: Path, tensors: dict[str, torch.Tensor
 
 
 def test_a_missing_factor_and_files_that_need_the_model_are_refused(folder: Path, tmp_path: Path) -> None:
-    held = {key: tensor for key, tensor in load_file(folder / WEIGHTS).items() if "lora_B" not in key}
-    save_file(held, folder / WEIGHTS)
+    held = {key: tensor for key, tensor in load_file(folder / ADAPTER_WEIGHTS).items() if "lora_B" not in key}
+    save_file(held, folder / ADAPTER_WEIGHTS)
     with pytest.raises(FormatError, match="a: there is a lora_A without the other factor"):
         read_offline(folder)
-    (tmp_path / "loose.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
+    (tmp_path / "loose.safetensors").write_bytes((folder / ADAPTER_WEIGHTS).read_bytes())
     with pytest.raises(ConfigError, match="give --model"):
         read_offline(tmp_path / "loose.safetensors")
     with pytest.raises(FormatError, match="is not a folder"):
