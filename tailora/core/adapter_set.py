@@ -24,7 +24,7 @@ from tailora.core.attach import (
     detach,
     encoders_around,
     fast_path_mixin,
-    has_running_statistics,
+    has_training_buffers,
     mixin_for,
     runs_adapters,
     swap_class,
@@ -291,7 +291,7 @@ def _freeze_statistics(model: nn.Module) -> None:
     Trained copies of `modules_to_save` belong to the adapter and have statistics of their own.
     """
     for module in model.modules():
-        if has_running_statistics(module):
+        if has_training_buffers(module):
             swap_class(module, FrozenStatistics)
 
 

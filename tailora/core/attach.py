@@ -6,7 +6,7 @@ reference, so that the base model's parameters and state dict stay what they wer
     Adapted          W x + b, and what each active adapter adds
     AdaptedWhole     a layer whose layer type computes the whole output
     Substituted      a module that is replaced by its trained copy
-    FrozenStatistics a normalisation of the base, whose running statistics stay as they are
+    FrozenStatistics a normalisation of the base, whose statistics of training stay as they are
     swap_class, attach, attached, detach
                      change a layer's class, set its active adapters, and restore the class
     LayerCalls, FirstStep
@@ -89,11 +89,11 @@ def _cast(source: torch.dtype | None, to: torch.dtype | None) -> Callable[[Any],
     return lambda value: value.to(to) if isinstance(value, Tensor) and value.dtype == source else value
 
 
-# ---- Normalisations with running statistics, which training would move
+# ---- Normalisations of activations or weights, with statistics that training would move
 
 
 class FrozenStatistics(Swapped):
-    """A module in evaluation mode, whatever `train` asks for: it uses its running statistics, and leaves them alone.
+    """A module in evaluation mode, whatever `train` asks for: it uses its statistics, and leaves them alone.
 
     The mode that was asked for is kept, for the time when the module has its own class again.
     """
@@ -101,13 +101,13 @@ class FrozenStatistics(Swapped):
     training = property(lambda _: False, lambda self, mode: self.__dict__.update(training=mode))
 
 
-# Buffers that a forward in training mode moves: of BatchNorm, and InstanceNorm with track_running_stats, also of other
-# libraries; of spectral_norm as a parametrization, and as a hook.
-RUNNING_STATISTICS = ("running_mean", "_u", "weight_u")
+# Statistics that a forward in training mode moves: of BatchNorm, and InstanceNorm with track_running_stats, also of
+# other libraries; of spectral_norm as a parametrization, and as a hook.
+TRAINING_BUFFERS = ("running_mean", "_u", "weight_u")
 
 
-def has_running_statistics(module: nn.Module) -> bool:
-    return any(isinstance(module._buffers.get(name), Tensor) for name in RUNNING_STATISTICS)
+def has_training_buffers(module: nn.Module) -> bool:
+    return any(isinstance(module._buffers.get(name), Tensor) for name in TRAINING_BUFFERS)
 
 
 # ---- Encoders of torch, whose fast path for inference reads weights without calling the layers

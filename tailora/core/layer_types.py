@@ -411,10 +411,9 @@ def _uses_of_children(cls: type[nn.Module]) -> dict[str, Use]:
 uses_of_children: Callable[[type[nn.Module]], dict[str, Use]] = cast(Any, cache(_uses_of_children))
 
 
-def use_of(model: nn.Module, path: str) -> Use:
-    """Returns how the module around the layer at this path uses it, as far as its code tells."""
-    owner, _, name = path.rpartition(".")
-    return uses_of_children(type(model.get_submodule(owner))).get(name, "called") if path else "called"
+def use_of(parent: nn.Module, name: str) -> Use:
+    """Returns how a module uses the layer that is its child of this name, as far as its code tells."""
+    return uses_of_children(type(parent)).get(name, "called")
 
 
 def _methods_from(cls: type, name: str, seen: set[str]) -> Iterator[ast.AST]:

@@ -90,7 +90,7 @@ class MergeState:
             overwritten = [
                 path
                 for path, layer_parts in adapted.items()
-                if use_of(self.base_model, path) != "read" and fits_in_place(*layer_parts, users)
+                if not _is_only_read(self.base_model, path) and fits_in_place(*layer_parts, users)
             ]
         report = MergeReport({})
         replaced = {path: layer_parts for path, layer_parts in adapted.items() if path not in overwritten}
@@ -149,7 +149,7 @@ def merge_changes(base_model: nn.Module, layers: Mapping[str, LayerParts], repor
         f"{path}: the module around it reads its weight without calling it, so its adapter does nothing, and "
         "would when it is merged; leave it out (exclude_modules), or keep the adapter unmerged"
         for path, (layer, parts) in layers.items()
-        if use_of(base_model, path) == "read"
+        if _is_only_read(base_model, path)
         and any(bool(part.delta_weight(layer).any()) for part in parts if isinstance(part, LoRALayer))
     ]
     if problems:
@@ -185,6 +185,12 @@ def merge_changes(base_model: nn.Module, layers: Mapping[str, LayerParts], repor
         raise MergeError(listing(problems))
     if quantized := [layer for layer, _ in layers.values() if is_quantized(layer)]:
         yield from dequantize_model(base_model, quantized, dtype)
+
+
+def _is_only_read(base_model: nn.Module, path: str) -> bool:
+    """True if the module around the layer reads its weight and never calls it."""
+    owner, _, name = path.rpartition(".")
+    return use_of(base_model.get_submodule(owner), name) == "read"
 
 
 def _by_weight(layers: Mapping[str, LayerParts]) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
@@ -235,12 +241,14 @@ def _is_product(layer: nn.Module, cls: type[nn.Module]) -> bool:
     parent: Any = next((parent for parent in cls.__mro__ if qualified_name(parent) in LAYER_TYPES), None)
     if parent is None or not LAYER_TYPES[qualified_name(parent)].is_linear:
         return False
-    with torch.random.fork_rng():
+    own_weight = weight_of(layer)
+    with torch.random.fork_rng([own_weight.device] if own_weight.is_cuda else []):
         random = {
             id(parameter): nn.Parameter(torch.randn_like(parameter), requires_grad=False)
             for parameter in layer.parameters()
         }
-        probe: Any = deepcopy(layer, {**random, id(vars(layer).get("active_adapters")): ()})
+        attached = {id(vars(layer)["active_adapters"]): ()} if "active_adapters" in vars(layer) else {}
+        probe: Any = deepcopy(layer, {**random, **attached})
         probe.__class__ = cls
         weight = weight_of(probe)
         in_features = LAYER_TYPES[qualified_name(parent)].dims(layer)[0]

@@ -12,7 +12,7 @@
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from tailora.core.layer_types import (
     layer_path_of,
     layer_type_of,
     obstacle,
-    uses_of_children,
+    use_of,
 )
 from tailora.core.multihead_attention import projections
 from tailora.core.quantization import dense_weight, quantized_layers, storage_obstacle
@@ -251,15 +251,10 @@ def parameter_candidates(modules: Modules) -> dict[str, TargetCandidate]:
     candidates: dict[str, TargetCandidate] = {}
     for path, module in modules.items():
         candidates |= {candidate.path: candidate for candidate in _parameters_of(path, module)}
-        parent = modules.get(path.rpartition(".")[0], module)
-        for candidate in _of_module(path, module, parent, LoRAConfig()):
-            if (
-                candidate.path == path
-                and candidate.layer_type.is_linear
-                and not candidate.layer_type.is_transposed(module)
-            ):
-                weight_path = f"{path}.weight"
-                candidates[weight_path] = replace(candidate, parameter_path=weight_path)
+        layer = _layer_candidate(path, module, modules.get(path.rpartition(".")[0], module))
+        if layer and layer.layer_type.is_linear and not layer.layer_type.is_transposed(module):
+            weight_path = f"{path}.weight"
+            candidates[weight_path] = replace(layer, parameter_path=weight_path)
     return candidates
 
 
@@ -280,14 +275,13 @@ def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConf
     """The projections of an attention; a layer and the parts of it that `fused_parts` or a table of classes names."""
     for name, projection in projections(module).items():
         yield TargetCandidate(f"{path}.{name}" if path else name, path, module, projection)
-    layer_type = layer_type_of(module)
-    if layer_type is None or (parent is not module and projections(parent)):
+    layer = _layer_candidate(path, module, parent)
+    if layer is None:
         return
-    use = uses_of_children(type(parent)).get(path.rpartition(".")[2], "called") if parent is not module else "called"
-    yield TargetCandidate(path, path, module, layer_type, use=use)
-    if not layer_type.is_linear or not path:
+    yield layer
+    if not layer.layer_type.is_linear or not path:
         return
-    _, out_features = layer_type.dims(module)
+    _, out_features = layer.dims
     configured = patterns.by_pattern(path, config.fused_parts, None)
     layout = layout_of(parent, path.rpartition(".")[2], out_features) if configured is None else configured
     try:
@@ -295,7 +289,15 @@ def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConf
     except ValueError as error:
         raise TargetError(f"fused_parts: {path}: {error}") from None
     for part, output_slice in slices.items():
-        yield TargetCandidate(f"{path}.{part}", path, module, layer_type, output_slice, use=use)
+        yield replace(layer, path=f"{path}.{part}", output_slice=output_slice)
+
+
+def _layer_candidate(path: str, module: nn.Module, parent: nn.Module) -> TargetCandidate | None:
+    """Returns the module as a layer to adapt; None for one of no layer type, and for the projection of an attention."""
+    layer_type = layer_type_of(module)
+    if layer_type is None or (parent is not module and projections(parent)):
+        return None
+    return TargetCandidate(path, path, module, layer_type, use=use_of(parent, path.rpartition(".")[2]))
 
 
 def _parameters_of(path: str, module: nn.Module) -> Iterator[TargetCandidate]:
@@ -644,15 +646,18 @@ def quantized_saved_module(path: str) -> str:
     return f"{path} is quantised and cannot be trained in full; adapt it (target_modules), or load the base unquantised"
 
 
-def _target_problems(targets: Iterable[Target], config: LoRAConfig) -> list[str]:
+def _target_problems(targets: Sequence[Target], config: LoRAConfig) -> list[str]:
     """Ranks that are too large, and settings such as biases and DoRA that a layer does not support."""
     problems = []
     biases = [name for name, is_on in (("lora_bias", config.lora_bias), ("bias", config.bias != "none")) if is_on]
     ranks: dict[str, set[int]] = {}  # of the matrices of an attention, by its path
+    none_has_room = len(targets) > 1 and all(target.r == config.r > min(target.dims) for target in targets)
+    if none_has_room:
+        largest = max(min(target.dims) for target in targets)
+        problems.append(f"r = {config.r} is above the smaller side of every layer; the largest that fits is {largest}")
     for target in targets:
         path, (in_features, out_features) = target.path, target.dims
-        if not 1 <= target.r <= min(target.dims):
-            limit = min(target.dims)
+        if not none_has_room and target.r > (limit := min(target.dims)):
             problems.append(
                 f"{path}: r = {target.r} on a matrix of {in_features} -> {out_features}; take 1..{limit} "
                 f"(rank_pattern={{{target.last_name!r}: {limit}}}), or train it in full (modules_to_save)"

@@ -8,11 +8,12 @@ import pytest
 import torch
 from cases import stir
 from tiny import chat_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.core.merge import _is_product
 from tailora.errors import MergeError
 
 
@@ -168,6 +169,21 @@ def test_a_forward_that_computes_something_else_is_not_merged() -> None:
         model = LoRAModel(nn.Sequential(layer), LoRAConfig(r=2))
         with pytest.raises(MergeError, match=f"{cls.__name__} overrides forward"):
             model.merge()
+
+
+def test_the_trial_of_an_own_forward_copies_the_layer_as_it_is() -> None:
+    class Optional(nn.Linear):
+        activation = None
+
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            self.__dict__["activation"] = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y if self.activation is None else self.activation(y)
+
+    assert _is_product(Optional(4, 3), Optional)
 
 
 def test_a_class_that_hides_what_it_computes_is_not_merged() -> None:
