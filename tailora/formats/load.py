@@ -17,6 +17,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from tailora.core import patterns
 from tailora.core.adapter import Adapter, extra_parts, low_rank_layer, share_parameters, trained_copy
 from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer
@@ -191,7 +192,7 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
             targets, empty = {**targets, **additional}, {**empty, **_empty_layers(additional, config, stored)}
             wrappers = peft_layers(base_model, empty)
     # Which tensors the file has for them
-    saved_paths = saved_modules(modules, config)
+    saved_paths = _saved_paths(stored, modules, config)
     extra, extra_problems = extra_targets(base_model, modules, config, {*targets, *paths_in_file}, saved_paths)
     extra_paths = peft.extra_keys(extra)
     tensors = _sort_tensors(stored, modules, saved_paths, wrappers, extra_paths)
@@ -269,6 +270,26 @@ def _check_same_settings(stored: peft.StoredAdapter, saved: LoRAConfig, in_file:
 def _targets(base_model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, Target]:
     candidates = selected_candidates(base_model, modules, config)
     return {path: target_of(candidate, config) for path, candidate in candidates.items()}
+
+
+def _saved_paths(stored: peft.StoredAdapter, modules: Modules, config: LoRAConfig) -> list[str]:
+    """Returns the paths of the modules that the file must hold in full.
+
+    Files of tailora of before their paths were stored may be from when a name in modules_to_save meant a whole path or
+    its end after a dot. They must hold these modules; of others that end with the name, those with tensors count.
+    """
+    paths = list(saved_modules(modules, config))
+    if stored.metadata.config is None:
+        return paths
+    if (stored_paths := stored.metadata.saved_modules) is not None:
+        return [path for path in paths if path in stored_paths]
+    in_full = [key for key in stored.tensors if not peft.path_and_slot(key)[1]]
+    return [
+        path
+        for path in paths
+        if any(patterns.named(name, path) for name in config.modules_to_save or [])
+        or any(key.startswith(f"{path}.") for key in in_full)
+    ]
 
 
 def _with_tied_modules(

@@ -35,6 +35,7 @@ class AdapterMetadata(BaseModel):
     start: whether the second half of the ranks is the frozen start, with B negated.
     base: fingerprint of the base model by path.
     vocabulary: rows of the base model's input embedding; None for a model without one.
+    saved_modules: paths of the modules that were trained in full; None in files of before it was stored.
     base_folder: absolute path of the base model, whose name in adapter_config.json is a relative path.
     """
 
@@ -46,6 +47,7 @@ class AdapterMetadata(BaseModel):
     start: bool = False
     base: dict[str, LayerFingerprint] = {}
     vocabulary: int | None = None
+    saved_modules: list[str] | None = None
     base_folder: str | None = None
 
     def to_json(self) -> str:

@@ -1,9 +1,11 @@
 """Loading an adapter: every tensor fits, or all that is wrong is named; nothing in a file is trusted."""
 
+import copy
 import json
 import os
 import pickle
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -316,6 +318,82 @@ def test_the_vocabulary_of_a_file_without_metadata_is_that_of_its_embedding(fold
 def test_an_adapter_of_before_the_vocabulary_was_stored_loads(folder: Path) -> None:
     change_metadata(folder, lambda metadata: metadata.pop("vocabulary"))
     assert len(LoRAModel.from_pretrained(chat_model(), folder).lora_layers) == 4
+
+
+class Norms(nn.Module):
+    """`norm` is the whole name of one module, and the end of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.input_norm, self.norm = nn.Linear(6, 6), nn.LayerNorm(6), nn.LayerNorm(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.fc(self.input_norm(x)))  # type: ignore[no-any-return]
+
+
+def folder_with_norms(folder: Path, without: str, *, is_older: bool) -> LoRAModel:
+    """Returns the model of a folder with modules_to_save=["norm"] that lacks the tensors of one module.
+
+    is_older: as tailora wrote it when the name meant a whole last name, and the paths were not stored.
+    """
+    model = LoRAModel(Norms(), LoRAConfig(r=2, target_modules=["fc"], modules_to_save=["norm"]))
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad and without not in path.split("."):
+            nn.init.normal_(parameter)
+    model.save_adapter(folder)
+    file = folder / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = {
+        key: tensor for key, tensor in load_file(file).items() if not key.startswith(f"base_model.model.{without}.")
+    }
+    save_file(tensors, file, metadata)
+    if is_older:
+        change_metadata(folder, lambda fields: fields.pop("saved_modules", None))
+    return model
+
+
+def test_an_older_folder_holds_only_the_module_that_the_whole_name_meant(tmp_path: Path) -> None:
+    model = folder_with_norms(tmp_path / "old", "input_norm", is_older=True)
+    x = torch.randn(4, 6)
+    loaded = LoRAModel.from_pretrained(Norms(), tmp_path / "old")
+    assert torch.equal(loaded(x), model(x))
+    again = LoRAModel.from_pretrained(Norms(), loaded.save_adapter(tmp_path / "new"))
+    assert torch.equal(again(x), model(x))
+
+
+def test_an_older_folder_has_factors_of_a_layer_whose_name_ends_with_that_of_a_module(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(OrderedDict(fc_head=nn.Linear(6, 6), head=nn.Linear(6, 3)))
+    model = LoRAModel(copy.deepcopy(base), LoRAConfig(r=2, target_modules=["fc_head"]))
+    for parameter in model.lora_layers.parameters():
+        nn.init.normal_(parameter)
+    folder = model.save_adapter(tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    head = {f"base_model.model.head.{name}": torch.randn_like(value) for name, value in base.head.state_dict().items()}
+    with safe_open(file, "pt") as opened:
+        save_file(load_file(file) | head, file, opened.metadata())
+    change_metadata(
+        folder, lambda fields: (fields.pop("saved_modules"), fields["config"].update(modules_to_save=["head"]))
+    )
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "modules_to_save": ["head"]}))
+    loaded = LoRAModel.from_pretrained(copy.deepcopy(base), folder)
+    x = torch.randn(4, 6)
+    model.base_model.head.load_state_dict({key.rpartition(".")[2]: value for key, value in head.items()})
+    torch.testing.assert_close(loaded(x), model(x))
+    again = LoRAModel.from_pretrained(copy.deepcopy(base), loaded.save_adapter(tmp_path / "new"))
+    torch.testing.assert_close(again(x), model(x))
+
+
+@pytest.mark.parametrize(("without", "is_older"), [("norm", True), ("norm", False), ("input_norm", False)])
+def test_a_folder_without_tensors_of_a_module_that_it_names_is_refused(
+    tmp_path: Path, without: str, is_older: bool
+) -> None:
+    folder_with_norms(tmp_path / "adapter", without, is_older=is_older)
+    with pytest.raises(FormatError, match=f"missing {without}, which modules_to_save names"):
+        LoRAModel.from_pretrained(Norms(), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
