@@ -17,10 +17,11 @@ from tailora.cli.main import log, note, print_json, stderr, stdout
 from tailora.cli.models import fetch_demo
 from tailora.cli.progress import counter, run_progress
 from tailora.errors import CheckpointError, ConfigError, ProcessFailedError, WriteError
-from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES
+from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES, checkpoints_in
 from tailora.report.blocks import Code, Column, Page, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
 from tailora.report.terminal import print_page, print_section
+from tailora.train import run_log
 from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -85,8 +86,6 @@ def demo_folder(checkpoint: str | None) -> Path:
 
 def latest_demo_folder(folder: Path) -> Path:
     """Returns the one of `folder`, folder-2, ... with the newest checkpoint. Raises CheckpointError if none has one."""
-    from tailora.train.checkpoint import checkpoints_in  # loads torch
-
     folders = [path for path in (folder, *folder.parent.glob(f"{folder.name}-*")) if path.is_dir()]
     with_checkpoint = [(checkpoints_in(path)[-1].stat().st_mtime, path) for path in folders if checkpoints_in(path)]
     if not with_checkpoint:
@@ -159,6 +158,7 @@ def fit(config: TrainConfig, *, as_json: bool, overwrite: bool, questions: Seque
 
     Raises what `run` raises. The message of KeyboardInterrupt has the command that resumes the run.
     """
+    run_log.check_before_loading(config, overwrite=overwrite)
     fetch_demo(config.model, config.data, config.eval_data)
     with run_progress(stderr()) as listener:  # says that work begins, before torch is loaded
         from accelerate import PartialState

@@ -1,14 +1,16 @@
 """The files in the output folder of a run or a study, by name. Importing this needs no torch."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tailora.formats.io import write_file
 
-ADAPTER, RUN = "adapter", "run.json"
+ADAPTER, MODEL, RUN = "adapter", "model", "run.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as in PEFT
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
 SAMPLES = "samples.json"
 
@@ -17,6 +19,13 @@ def adapter_folder(path: Path) -> Path:
     """Returns the folder of the adapter: `path` itself, or the adapter in it if `path` is the folder of a run."""
     inside = path / ADAPTER
     return inside if not (path / ADAPTER_CONFIG).exists() and inside.is_dir() else path
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """Returns the checkpoint folders of a run, oldest first."""
+    entries = output_dir.iterdir() if output_dir.is_dir() else []
+    numbered = [(int(match[1]), path) for path in entries if (match := CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
 
 
 def recorded_settings(adapter: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ and restoring the parameters and the optimizer's moments.
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from tailora.errors import CheckpointError, listing
 from tailora.formats.fingerprint import fingerprint_differences
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes
 from tailora.formats.metadata import LayerFingerprint
+from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import FlatBuffer
 from tailora.train.loss import Evaluation
 from tailora.train.random_state import set_random_state
@@ -38,7 +38,6 @@ from tailora.train.trainable import Trainable, sync_parameters, trained_module
 
 
 STATE = "state.json"
-NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -144,13 +143,6 @@ def damage(folder: Path) -> list[str]:
         elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
             problems.append(f"{name} is not what was written")
     return problems
-
-
-def checkpoints_in(output_dir: Path) -> list[Path]:
-    """Returns the checkpoint folders of a run, oldest first."""
-    entries = output_dir.iterdir() if output_dir.is_dir() else []
-    numbered = [(int(match[1]), path) for path in entries if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered)]
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -10,21 +10,20 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 from filelock import FileLock, Timeout
 
 import tailora
 from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.io import create_output_folder, remove_leftovers, wrap_os_error, write_file
-from tailora.formats.run_folder import PAGE, REPORT, RUN, SAMPLES
-from tailora.train.checkpoint import NAME, checkpoints_in
+from tailora.formats.run_folder import ADAPTER, CHECKPOINT, MODEL, PAGE, REPORT, RUN, SAMPLES, checkpoints_in
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
-from tailora.train.loss import Evaluation
-from tailora.train.trainable import ADAPTER, MODEL
+
+if TYPE_CHECKING:
+    from tailora.train.loss import Evaluation
 
 CONFIG, METRICS, EXAMPLES = "config.yaml", "metrics.jsonl", "examples.jsonl"
 FILES = (ADAPTER, MODEL, RUN, CONFIG, METRICS, EXAMPLES, SAMPLES, REPORT, PAGE)  # and checkpoint-N
@@ -67,8 +66,13 @@ def lock(output_dir: Path) -> Iterator[None]:
         file_lock.release()
 
 
+def remove_run_leftovers(output_dir: Path) -> None:
+    """Removes what killed runs left half written. The folder is locked."""
+    remove_leftovers(output_dir, lambda name: name in FILES or CHECKPOINT.fullmatch(name) is not None)
+
+
 def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
-    """Removes what killed runs left half written. Raises ConfigError if the folder holds another run.
+    """Raises ConfigError if the folder holds another run.
 
     overwrite: such a run may be replaced, if a run.json shows that it is one.
     """
@@ -78,7 +82,6 @@ def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
         raise ConfigError(
             "--overwrite replaces the run that --resume-from-checkpoint would go on with: give one of them"
         )
-    remove_leftovers(output_dir, lambda name: name in FILES or NAME.fullmatch(name) is not None)
     is_resumed_here = resumed is not None and (
         resumed == "latest" or Path(resumed).resolve().parent == output_dir.resolve()
     )
@@ -93,6 +96,16 @@ def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
     raise ConfigError(
         f"{content} of an earlier run; give another --output-dir, {hints}replace it with --overwrite, or delete it"
     )
+
+
+def check_before_loading(config: TrainConfig, *, overwrite: bool) -> None:
+    """Does what `check_run_folder` does, without the lock, so that the user need not wait for torch to be loaded.
+
+    Where another run may be writing now, the trainer alone checks; and in a run of several processes, of which one that
+    ended here would leave the others waiting.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1" and not (Path(config.output_dir) / HOLDER).exists():
+        check_run_folder(config, overwrite=overwrite)
 
 
 def set_aside(output_dir: Path) -> Path | None:
@@ -149,7 +162,7 @@ def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, 
     write_file(output_dir / RUN, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def write_examples(output_dir: Path, before: Evaluation | None, after: Evaluation | None) -> None:
+def write_examples(output_dir: Path, before: "Evaluation | None", after: "Evaluation | None") -> None:
     """Writes examples.jsonl: the supervised tokens of each held-out example, and its loss in nats before and after.
 
     Without held-out examples there is no file.
@@ -166,6 +179,8 @@ def write_examples(output_dir: Path, before: Evaluation | None, after: Evaluatio
 
 def environment() -> dict[str, Any]:
     """Returns versions, machine and the state of the working folder's git repository."""
+    import torch  # the checks of the folder come before torch is loaded
+
     return {
         "versions": {
             "tailora": tailora.__version__,

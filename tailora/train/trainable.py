@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tailora.core.adalora import RankAllocator
 from tailora.core.adapter import Summary, SummaryRow, adapter_dtype, parameter_count
 from tailora.formats.io import replace_folder
+from tailora.formats.run_folder import ADAPTER, MODEL
 from tailora.model import LoRAModel
 from tailora.quiet import quiet_transformers
 
@@ -123,7 +124,6 @@ def _move_gradient(master: nn.Parameter, weight: Tensor) -> None:
 
 
 Trainable = LoRAModel | FullModel
-ADAPTER, MODEL = "adapter", "model"  # folders that a run leaves in its output folder
 
 
 def trained_module(model: Trainable) -> nn.Module:

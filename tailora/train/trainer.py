@@ -36,6 +36,7 @@ from tailora.core.quantization import stored_bytes
 from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError, DivergedError, WriteError
 from tailora.formats.fingerprint import model_fingerprint
+from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import flattened
 from tailora.model import LoRAModel
 from tailora.train import checkpoint, events, run_log, setup, trainable
@@ -171,6 +172,7 @@ class Trainer:
         reset_peak(device)
         if accelerator.is_main_process:
             stack.enter_context(run_log.lock(self.output_dir))
+            run_log.remove_run_leftovers(self.output_dir)
             run_log.check_run_folder(config, overwrite=self.overwrite)
         saved, self.has_diverged = None, False
         if (resumed := config.resume_from_checkpoint) is not None:
@@ -423,7 +425,7 @@ class Trainer:
     def accept_checkpoint(self) -> None:
         """Deletes the oldest checkpoints beyond the limit, now that the weights of the newest gave a finite loss."""
         if self.unproven is not None and self.accelerator.is_main_process:
-            for old in checkpoint.checkpoints_in(self.output_dir)[: -self.config.save_total_limit]:
+            for old in checkpoints_in(self.output_dir)[: -self.config.save_total_limit]:
                 shutil.rmtree(old)
         self.unproven = None
 
@@ -525,7 +527,7 @@ class Trainer:
         if is_main:
             self.header["diverged"] = True  # allows a resume with a lower learning rate
             run_log.write_run(self.output_dir, self.header)
-        good = checkpoint.checkpoints_in(self.output_dir)
+        good = checkpoints_in(self.output_dir)
         resume = ""
         if good:
             words = ["--config", str(self.output_dir / run_log.CONFIG), "--resume-from-checkpoint", str(good[-1])]

@@ -279,6 +279,24 @@ def test_a_resume_with_other_settings_names_each_with_both_values_and_what_to_do
 
 
 @pytest.mark.parametrize(
+    ("more", "hint"), [([], "holds an adapter of an earlier run"), (["--overwrite"], "but no run.json of a run")]
+)
+def test_a_taken_folder_is_refused_before_torch_is_loaded(
+    flags: dict[str, str],
+    more: list[str],
+    hint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    monkeypatch.setattr("tailora.cli.train.run_progress", pytest.fail)  # torch is loaded within it
+    assert main([*line(flags), *more]) == 2
+    assert hint in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
     ("flag", "value", "hint"),
     [
         ("--target-modules", "q_porj", "q_proj"),

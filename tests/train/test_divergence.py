@@ -11,7 +11,7 @@ from runs import adapter, stopping_at
 from safetensors.torch import load_file
 
 from tailora.errors import CheckpointError, ConfigError, DataError, DivergedError
-from tailora.train.checkpoint import checkpoints_in
+from tailora.formats.run_folder import checkpoints_in
 from tailora.train.events import Event, Interrupted, Note, Stepped
 from tailora.train.run_log import has_diverged, lock
 from tailora.train.trainer import Trainer, run

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tailora.errors import CheckpointError
+from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import Group, flattened
 from tailora.train import checkpoint, events
-from tailora.train.checkpoint import checkpoints_in, moments, set_moments
+from tailora.train.checkpoint import moments, set_moments
 from tailora.train.config import TrainConfig
 from tailora.train.optimizer import adamw, optimizer_step
 from tailora.train.trainer import run
