@@ -22,7 +22,7 @@ from tailora.core import compress, data_init
 from tailora.core.adalora import RankAllocator, as_plain_lora
 from tailora.core.adapter import Adapter, Summary, create, summarise
 from tailora.core.adapter_set import AdapterSet, check_base
-from tailora.core.attach import LayerCalls, evaluating
+from tailora.core.attach import evaluating
 from tailora.core.combine import Combination, Truncation, combine_adapters
 from tailora.core.config import LoRAConfig
 from tailora.core.merge import MergeReport, MergeState
@@ -156,10 +156,6 @@ class LoRAModel(nn.Module):
         if not self.is_merged:
             self._adapter_set.measure_row_norms()
         return self
-
-    def layer_calls(self) -> LayerCalls:
-        """Returns what notes, from its `start` to its `stop`, which of the active adapters' layers a forward calls."""
-        return self._adapter_set.layer_calls()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Returns the number of parameters that are trained, and of all; a quantised base counts as if it were not."""

@@ -34,7 +34,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "compare": ("study", "Compare LoRA with full fine-tuning on your model and data."),
     "eval": ("eval", "Evaluate an adapter on held-out data, next to its base model."),
     "search": ("study", "Search for the best settings, and the cheapest that are as good."),
-    "report": ("report", "Write the report.html of a run or a study again."),
+    "report": ("study", "Write the report.html of a run or a study again."),
     "chat": ("chat", "Chat with a model, with or without adapters."),
     "generate": ("chat", "Answer prompts, each on its own."),
     "combine": ("adapters", "Combine several adapters into one."),

@@ -1,4 +1,4 @@
-"""`tailora compare` and `tailora search`: studies of several training runs on the user's own model and data."""
+"""`tailora compare` and `tailora search`, studies of several training runs on the user's own data; `tailora report`."""
 
 import shlex
 import sys
@@ -14,8 +14,9 @@ from tailora.cli.main import log, print_json, print_text, stderr, stdout
 from tailora.cli.models import fetch_demo
 from tailora.core.config import StrictModel
 from tailora.errors import ConfigError, require_packages
+from tailora.formats.run_folder import REPORT, RUN
 from tailora.report.blocks import Page
-from tailora.report.files import write_page_if_possible
+from tailora.report.files import write_page, write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.study.config import FULL, LORA, STEP_CHOICE, CompareConfig, SearchConfig
 from tailora.train.config import TrainConfig
@@ -141,4 +142,28 @@ def run_study(
     else:
         print_page(stdout(), make_page(result))
     log(write_page_if_possible(Path(train.output_dir)))
+    return 0
+
+
+# ---- `tailora report`
+
+
+RunFolder = Annotated[
+    Path, Parameter(help="output folder of a run, plan, comparison, search, evaluation or inspection")
+]
+
+
+def report(folder: RunFolder, /, *, json: Json = False) -> int:
+    """Write the report.html of a run or a study again, from the files in FOLDER."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; give the output folder of a run or a study")
+    if (folder / RUN).exists():
+        from tailora.report.pages.train import write_train_report  # loads torch
+
+        write_train_report(folder)
+    page = write_page(folder)
+    if json:
+        print_json({"report": str(page), "data": str(folder / REPORT)})
+    else:
+        stdout().print(str(page), soft_wrap=True)
     return 0

@@ -8,16 +8,14 @@ own: the layer that holds them computes with their updates.
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, cast
 
 import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, as_module, check_compatible, group_by_path
 from tailora.core.attach import (
-    FirstStep,
     FrozenStatistics,
-    LayerCalls,
     Swapped,
     attach,
     attached,
@@ -30,6 +28,7 @@ from tailora.core.attach import (
     swap_class,
 )
 from tailora.core.inference import generating
+from tailora.core.layer_calls import FirstStep, LayerCalls
 from tailora.core.layer_types import layer_path_of
 from tailora.core.mixed_batch import BatchRows, batch_row_parts, check_row_names, repeats_of_generate
 from tailora.core.quantization import allow_repacking, prevent_repacking
@@ -173,10 +172,13 @@ class AdapterSet:
         return module
 
     def layer_calls(self) -> LayerCalls:
-        """Returns what notes which layers of the active adapters a forward calls. Their first step is not watched."""
+        """Returns what notes which layers of the active adapters a forward calls."""
+        return LayerCalls(self.base_model, self._in_order(self._layers_of(self.active)))
+
+    def skip_first_step(self) -> None:
+        """Leaves out the watch of the first training step, for the layers of the active adapters."""
         self._watched |= self._unwatched
         self._unwatched = set()
-        return LayerCalls(self.base_model, self._in_order(self._layers_of(self.active)))
 
     def watch_first_step(self, parameters: Iterable[nn.Parameter], *, training: bool) -> None:
         """Before a forward. Lets the first training step of every layer warn of those that it does not call.
@@ -191,8 +193,7 @@ class AdapterSet:
             return
         self._stop_first_step()
         layers = self._in_order(self._unwatched)
-        self._watched |= self._unwatched
-        self._unwatched = set()
+        self.skip_first_step()
         if not any(module._compiled_call_impl for module in self.base_model.modules()):
             self._first_step = FirstStep(self.base_model, layers)
             self._first_step.watch(parameters)
@@ -271,6 +272,16 @@ class AdapterSet:
         """Makes a mixed batch compute its cached factors again."""
         if self.batch is not None:
             self.batch.version += 1
+
+
+def layer_calls(model: nn.Module) -> LayerCalls:
+    """Returns what notes which layers of a LoRAModel's active adapters a forward calls.
+
+    It takes the place of the model's own watch of the first training step, which would say the same again.
+    """
+    adapter_set = cast(AdapterSet, model._adapter_set)
+    adapter_set.skip_first_step()
+    return adapter_set.layer_calls()
 
 
 def check_base(base_model: Any) -> None:

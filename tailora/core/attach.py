@@ -9,11 +9,8 @@ reference, so that the base model's parameters and state dict stay what they wer
     FrozenStatistics a normalisation of the base, whose statistics of training stay as they are
     swap_class, attach, attached, detach
                      change a layer's class, set its active adapters, and restore the class
-    LayerCalls, FirstStep
-                     tell which adapted layers a forward calls
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -21,13 +18,10 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.hooks import RemovableHandle
+from torch.utils._pytree import tree_map
 
 from tailora.core.extras import Extra
 from tailora.core.layer import LoRALayer
-from tailora.errors import TailoraWarning
 
 
 class Swapped:
@@ -217,127 +211,6 @@ def detach(layer: nn.Module) -> None:
     if isinstance(layer, Swapped):
         cast(Any, layer).__class__ = layer.plain
         layer.__dict__.pop("active_adapters", None)
-
-
-# ---- Adapted layers that a forward does not call
-#
-# Some modules read the weight of a layer without calling it. Its adapter then does nothing until it is merged.
-
-
-class LayerCalls:
-    """Notes, from `start` to `stop`, which adapted layers run, and which of the modules that hold them do.
-
-    layers: path -> adapted layer of `base_model`.
-    """
-
-    def __init__(self, base_model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        modules = dict(base_model.named_modules())
-        self.layers = dict(layers)
-        self.owners = {path: modules[_owner(path, modules)] for path in layers}
-        self._ran: set[nn.Module] = set()
-        self._read: set[str] = set()
-        self._handles: list[RemovableHandle] = []
-
-    def start(self) -> None:
-        for module in {*self.layers.values(), *self.owners.values()}:
-            self._handles.append(module.register_forward_pre_hook(self._note))
-
-    def stop(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _note(self, module: nn.Module, _: Any) -> None:
-        self._ran.add(module)
-
-    @property
-    def none_called(self) -> bool:
-        return self._ran.isdisjoint(self.layers.values())
-
-    @property
-    def not_called(self) -> list[str]:
-        """Paths of layers that did not run although the module around them did.
-
-        An expert without tokens and a layer in a tower of another modality are not among them.
-        """
-        return [
-            path for path, layer in self.layers.items() if layer not in self._ran and self.owners[path] in self._ran
-        ]
-
-    @property
-    def read_elsewhere(self) -> list[str]:
-        """Those of `not_called` whose weight took part in a computation within `reads`."""
-        return [path for path in self.not_called if path in self._read]
-
-    def reads(self) -> TorchDispatchMode:
-        """Returns a context that looks at the tensors of every operation, which slows it down."""
-        weights: dict[int, list[str]] = {}
-        for path, layer in self.layers.items():
-            for parameter in layer.parameters(recurse=False):
-                storage = parameter.untyped_storage() if type(parameter) is nn.Parameter else None
-                if storage is not None and storage.nbytes() == parameter.nbytes:  # else it is known by no address
-                    weights.setdefault(storage.data_ptr(), []).append(path)
-        return _Reads(weights, self._read)
-
-
-class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds the paths to `read` whose weights, found by the address of their storage, an operation takes."""
-
-    def __init__(self, paths: Mapping[int, list[str]], read: set[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.paths, self.read = paths, read
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in tree_leaves((args, kwargs)):
-            if type(value) in (Tensor, nn.Parameter):
-                self.read.update(self.paths.get(value.untyped_storage().data_ptr(), ()))
-        return func(*args, **(kwargs or {}))
-
-
-def _owner(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """Returns the path of the module whose forward calls the layer at `path`: the next one that is no mere list."""
-    owner = path.rpartition(".")[0]
-    while isinstance(modules[owner], nn.ModuleList | nn.ModuleDict):
-        owner = owner.rpartition(".")[0]
-    return owner
-
-
-class FirstStep(LayerCalls):
-    """Warns of layers that a forward did not call, when the backward that follows comes.
-
-    `stop` ends it, if none comes.
-    """
-
-    @property
-    def has_ended(self) -> bool:
-        return not self._handles
-
-    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Begins before the forward. The gradient of one of these parameters tells that there was a backward."""
-        self.start()
-        self._of_gradients = [
-            parameter.register_post_accumulate_grad_hook(self._after_backward)  # type: ignore[no-untyped-call]
-            for parameter in parameters
-            if parameter.requires_grad
-        ]
-
-    def _after_backward(self, _: Tensor) -> None:
-        if self._handles and (paths := self.not_called):
-            warnings.warn(not_called_message(paths), TailoraWarning, stacklevel=2)
-        super().stop()
-
-    def stop(self) -> None:
-        super().stop()
-        while self._of_gradients:
-            self._of_gradients.pop().remove()
-
-
-def not_called_message(paths: list[str]) -> str:
-    names = sorted({path.rpartition(".")[2] for path in paths})
-    return (
-        f"these adapted layers were not called, although the module around them was: {', '.join(paths[:5])} "
-        f"({len(paths)} in all). Their adapters do nothing and are not trained; if the module reads their weights by "
-        f"itself, a merge would change what it computes. Leave them out: exclude_modules={names}"
-    )
 
 
 # ---- Evaluation mode

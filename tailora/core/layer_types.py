@@ -9,13 +9,10 @@
 Shapes: A (r, in), B (out, r). Convolutions carry their kernel in A: A (r, in/groups, *kernel), B (out, r/groups).
 """
 
-import ast
-import inspect
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from math import prod
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -373,67 +370,7 @@ def is_called(layer: nn.Module) -> bool:
     return type(layer).__name__ != "NonDynamicallyQuantizableLinear"
 
 
-# ---- Layers whose weight another module reads without calling them, as Mamba does with dt_proj. An adapter on such a
-# layer would do nothing until it is merged. The code of the module's forward tells.
-
-Use = Literal["called", "called or read", "read"]
-ABOUT_A_WEIGHT = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad"}
-
-
-def _uses_of_children(cls: type[nn.Module]) -> dict[str, Use]:
-    """Returns name of a child -> how the forward of a class of modules uses it; without the children that it calls.
-
-    "called or read": one branch calls the child, another hands its weight to a function, such as a fused kernel, or
-    multiplies by it. Empty if the code cannot be read.
-    """
-    read, operands, used = set[str](), set[str](), set[str]()
-    for tree in _methods_from(cls, "forward", set()):
-        parents = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
-        for node in ast.walk(tree):
-            if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"):
-                continue
-            attribute = parents[node]
-            if not isinstance(attribute, ast.Attribute):
-                used.add(node.attr)
-            elif attribute.attr == "weight":
-                parent = parents[attribute]
-                if isinstance(parent, ast.Attribute) and parent.attr in ABOUT_A_WEIGHT:
-                    continue
-                read.add(node.attr)
-                parent = parents[parent] if isinstance(parent, ast.keyword) else parent
-                is_question = isinstance(parent, ast.Call) and ast.unparse(parent.func) in ("isinstance", "hasattr")
-                if isinstance(parent, ast.Call | ast.BinOp) and not is_question:
-                    operands.add(node.attr)
-    return {name: "called or read" if name in used else "read" for name in read if name in operands or name not in used}
-
-
-# Once for each class. The stub of lru_cache takes module classes for unhashable.
-uses_of_children: Callable[[type[nn.Module]], dict[str, Use]] = cast(Any, cache(_uses_of_children))
-
-
-def use_of(parent: nn.Module, name: str) -> Use:
-    """Returns how a module uses the layer that is its child of this name, as far as its code tells."""
-    return uses_of_children(type(parent)).get(name, "called")
-
-
-def _methods_from(cls: type, name: str, seen: set[str]) -> Iterator[ast.AST]:
-    """Yields the code of a method and of all methods that it names; what it overrides, too, if it mentions `super`."""
-    seen.add(name)
-    for owner in cls.__mro__:
-        method = inspect.unwrap(vars(owner).get(name))  # type: ignore[arg-type]
-        if owner.__module__.startswith("torch.") or not inspect.isfunction(method):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-        except (OSError, SyntaxError):
-            continue
-        yield tree
-        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        for called in sorted(names - seen):
-            if called not in seen and inspect.isfunction(inspect.getattr_static(cls, called, None)):
-                yield from _methods_from(cls, called, seen)
-        if not any(isinstance(node, ast.Name) and node.id == "super" for node in ast.walk(tree)):
-            return
+# ---- Layers that cannot be adapted
 
 
 def obstacle(layer: nn.Module) -> str | None:

@@ -28,7 +28,8 @@ from tailora.core.dequantize import (
 from tailora.core.dora import weight_scale
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias, token_rows_of
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import LAYER_TYPES, parameter_owner, qualified_name, use_of, weight_of
+from tailora.core.layer_calls import use_of
+from tailora.core.layer_types import LAYER_TYPES, parameter_owner, qualified_name, weight_of
 from tailora.core.quantization import dense_weight, is_quantized
 from tailora.errors import MergeError, listing
 

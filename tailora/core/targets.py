@@ -23,16 +23,15 @@ from tailora.core.config import LoRAConfig
 from tailora.core.experts import parameter_layer_type
 from tailora.core.extras import adds_its_bias, biases_of
 from tailora.core.fused_layers import OutputSlice, layout_of, output_slices
+from tailora.core.layer_calls import Use, only_read_message, use_of
 from tailora.core.layer_types import (
     EMBEDDING,
     LAYER_TYPES,
     LayerType,
-    Use,
     is_called,
     layer_path_of,
     layer_type_of,
     obstacle,
-    use_of,
 )
 from tailora.core.multihead_attention import projections
 from tailora.core.quantization import dense_weight, quantized_layers, storage_obstacle
@@ -614,12 +613,10 @@ def _conflicts(
                 f"{path}: the update of a weight that the module reads by itself has no input to drop; "
                 "set lora_dropout=0"
             )
-        elif candidate.use == "read":
-            problems.append(
-                f"{path}: the module around it reads its weight without calling it: an adapter does nothing"
-            )
-        elif reason := obstacle(candidate.layer) or storage_obstacle(candidate.layer):
+        elif candidate.use != "read" and (reason := obstacle(candidate.layer) or storage_obstacle(candidate.layer)):
             problems.append(f"{path}: {reason}")
+    if only_read := [path for path, candidate in selected.items() if candidate.use == "read"]:
+        problems.append(only_read_message(only_read))
     if to_save and not isinstance(config.target_modules, str):
         owners = {
             path: next((saved for saved in to_save if patterns.inside(candidate.layer_path, saved)), None)

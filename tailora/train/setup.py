@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tailora.core.attach import evaluating, not_called_message
+from tailora.core.adapter_set import layer_calls
+from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
 from tailora.core.init import DATA_INITS, GRADIENT_INITS
+from tailora.core.layer_calls import last_names, not_called_message
 from tailora.data.dataset import IGNORED, Example
 from tailora.errors import ConfigError, ProcessFailedError, TargetError, listing, nearest
 from tailora.kernels.attention import packed_rows
@@ -206,7 +208,7 @@ def check_layers_are_called(
     ids = example.input_ids[:PROBE_TOKENS]
     device = next(model.parameters()).device
     batch, _ = make_batch([Example(ids, ids)], False, layout.pad_id, device)
-    calls = model.layer_calls()
+    calls = layer_calls(model)
     with torch.no_grad(), evaluating(model), calls.reads():
         calls.start()
         try:
@@ -214,10 +216,9 @@ def check_layers_are_called(
         finally:
             calls.stop()
     if read := calls.read_elsewhere:
-        names = sorted({path.rpartition(".")[2] for path in read})
         raise TargetError(
             f"the model reads the weights of {', '.join(read[:5])} ({len(read)} in all) without calling these layers: "
-            f"adapters there would do nothing. Leave them out: --exclude-modules {' '.join(names)}"
+            f"adapters there would do nothing. Leave them out: --exclude-modules {' '.join(last_names(read))}"
         )
     if calls.none_called:
         raise TargetError(f"the model calls none of the adapted layers for text: {', '.join([*calls.layers][:5])}")

@@ -17,7 +17,8 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.t5.modeling_t5 import T5DenseActDense
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.layer_types import uses_of_children
+from tailora.core.adapter_set import layer_calls
+from tailora.core.layer_calls import uses_of_children
 from tailora.errors import MergeError, TargetError
 
 
@@ -56,8 +57,15 @@ def test_what_forward_reads_without_a_call_is_no_default_target_and_refused_by_n
     assert uses_of_children(Block) == {"read": "read"}
     adapted = LoRAModel(Block(), LoRAConfig(r=2)).adapter().low_rank
     assert set(adapted) == {"called", "conditional", "experts.0.0", "experts.1.0"}
-    with pytest.raises(TargetError, match="read: the module around it reads its weight without calling it"):
-        LoRAModel(Block(), LoRAConfig(r=2, target_modules=["called", "read"]))
+    base = nn.ModuleList(Block() for _ in range(7))
+    message = (
+        r"^the modules around these layers read their weights .*: 0\.read, .*4\.read \(7 in all\)\. Adapters there "
+        r"would do nothing\. Leave them out: exclude_modules=\['read'\]$"
+    )
+    with pytest.raises(TargetError, match=message):
+        LoRAModel(base, LoRAConfig(r=2, target_modules=["called", "read"]))
+    adapted = LoRAModel(base, LoRAConfig(r=2, target_modules=["called", "read"], exclude_modules=["read"])).adapter()
+    assert len(adapted.low_rank) == 7
 
 
 @pytest.mark.parametrize(
@@ -84,7 +92,7 @@ def test_an_adapter_on_mamba_computes_the_same_merged() -> None:
     expected = model(ids).logits
     with model.merged():
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(TargetError, match=r"dt_proj: the module around it reads"):
+    with pytest.raises(TargetError, match=r"without calling them: .*dt_proj.*exclude_modules=\['dt_proj'\]"):
         LoRAModel(mamba(), LoRAConfig(r=2, target_modules=["dt_proj"]))
 
 
@@ -183,7 +191,7 @@ def test_without_a_backward_nothing_is_left_or_said() -> None:
 
 def test_a_trace_tells_a_branch_that_was_not_taken_from_a_weight_that_is_read() -> None:
     model: Any = LoRAModel(Hidden(), LoRAConfig(r=2))
-    calls = model.layer_calls()
+    calls = layer_calls(model)
     with torch.no_grad(), calls.reads():
         calls.start()
         model(torch.randn(3, 8))
