@@ -93,7 +93,7 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_model: nn.Module) -> 
         start=adapter.has_start,
         base=fingerprint(base_model, {path: layer.layer_type for path, layer in low_rank}),
         vocabulary=vocabulary_size(base_model),
-        saved_modules=list(adapter.saved),
+        saved_modules=sorted(adapter.saved),
         base_folder=relative_base_folder(base_model),
     )
     config = as_peft_computes(adapter.config, layers)
