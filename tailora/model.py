@@ -256,17 +256,21 @@ class LoRAModel(nn.Module):
                 return ""
             return upload(Path(folder), repo_id, tags=tags, **of_upload)
 
-    def export(self, folder: str | Path, to: str, name: str = "default", *, tokenizer: Any = None) -> "ExportReport":
+    def export(
+        self, folder: str | Path, to: str, name: str = "default", *, tokenizer: Any = None, overwrite: bool = False
+    ) -> "ExportReport":
         """Writes an adapter for other tools into a new folder: "peft", "portable", "gguf", "mlx" or "merged".
 
         The files are read back and their logits compared with this model's; if they differ, nothing is
-        left. `tokenizer` is saved with a merged model. Raises as `formats.export.export`.
+        left. `tokenizer` is saved with a merged model. `overwrite` replaces a folder that holds nothing but an
+        exported adapter. Raises as `formats.export.export`.
         """
         from tailora.formats.export import export  # with the formats that only this needs
         from tailora.formats.low_rank_export import ExportSource
 
         self._merge_state.check_unmerged("export an adapter")
-        return export(ExportSource(as_plain_lora(self.adapter(name)), self.base_model, tokenizer), Path(folder), to)
+        source = ExportSource(as_plain_lora(self.adapter(name)), self.base_model, tokenizer)
+        return export(source, Path(folder), to, overwrite=overwrite)
 
     def delete_adapter(self, name: str) -> None:
         """Deletes an adapter. Other active adapters stay active."""

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, PositiveInt
 
-from tailora.cli.flags import Json, flags_of, merge_settings
+from tailora.cli.flags import Json, Overwrite, flags_of, merge_settings
 from tailora.cli.main import log, note, print_json, stdout
 from tailora.cli.models import ADAPTER_FLAG, BaseModel, base_model_name, find_adapter, load_model, parse_adapters
 from tailora.errors import ConfigError, listing, nearest
-from tailora.formats.io import check_new_folder
+from tailora.formats.run_folder import ADAPTER_FILES, check_result_folder
 from tailora.report.blocks import Code, Paragraph, Section
 from tailora.report.terminal import print_section
 from tailora.train.config import TrainConfig
@@ -54,14 +54,15 @@ def combine(
     drop: Annotated[float | None, Parameter(help="dare: probability of dropping an entry; default .5")] = None,
     seed: Annotated[int | None, Parameter(help="dare: seed for dropping entries; default 0")] = None,
     model: BaseModel = None,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:
     """Combine several adapters into one.
 
     The new adapter's update is the weighted sum of the updates of all adapters, in every layer.
     """
-    check_new_folder(output_dir)
     folders = parse_adapters(adapter)
+    check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite, sources=folders.values())
     weights = parse_weights(weight or [], folders)
     log("reading the model")
     from tailora.core.combine import Combination, check
@@ -114,6 +115,7 @@ def shrink(
     ] = None,
     data: Annotated[str | None, Parameter(help="held-out data for --max-loss-increase, or 'demo'")] = None,
     model: BaseModel = None,
+    overwrite: Overwrite = False,
     json: Json = False,
     flags: ShrinkFlags = None,
 ) -> int:
@@ -121,8 +123,8 @@ def shrink(
 
     Every layer keeps its largest singular values. How many is decided by --r, by --energy, or by --max-loss-increase.
     """
-    check_new_folder(output_dir)
     folder = find_adapter(str(adapter))
+    check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite, sources=[folder])
     if (data is None) != (max_loss_increase is None):
         raise ConfigError("--max-loss-increase and --data go together: the loss is measured on the data")
     log("reading the model")
@@ -175,6 +177,7 @@ def extract(
     output_dir: OutputDir,
     r: Rank = None,
     energy: Energy = None,
+    overwrite: Overwrite = False,
     json: Json = False,
     flags: ExtractFlags = None,
 ) -> int:
@@ -183,7 +186,7 @@ def extract(
     Lists the tensors that differ between the models and are not in the adapter.
     """
     config = merge_settings(flags, None, arguments={"model": model}).lora()
-    check_new_folder(output_dir)
+    check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite)
     log("reading the model")
     from tailora.core.compress import check
     from tailora.model import LoRAModel

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from tailora.cli.flags import Json
+from tailora.cli.flags import Json, Overwrite
 from tailora.cli.main import log, print_json, stdout
 from tailora.cli.models import METHODS, AdapterPath, BaseModel, base_model_name, find_adapter, quantize_method
 from tailora.data.demo import resolve_demo
-from tailora.formats.io import check_new_folder
-from tailora.formats.run_folder import ADAPTER_CONFIG
+from tailora.formats.run_folder import ADAPTER_CONFIG, EXPORTED_FILES, check_result_folder
 from tailora.report.blocks import Block, Code, Column, Paragraph, Section, Table
 from tailora.report.terminal import print_section
 
@@ -44,6 +43,7 @@ def export(
     model: BaseModel = None,
     dtype: Dtype = "stored",
     quantize: Quantize = None,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:
     """Export an adapter to llama.cpp, Ollama, vLLM, mlx-lm or PEFT, or merge it.
@@ -51,7 +51,7 @@ def export(
     The result is read back and must compute the same as the model with its adapter.
     """
     path = find_adapter(adapter)
-    check_new_folder(output)
+    check_result_folder(output, EXPORTED_FILES, overwrite=overwrite, sources=[path])
     base = base_model_name(model, [path])
     log("reading the model")
     from tailora.model import LoRAModel
@@ -64,7 +64,7 @@ def export(
     adapted = LoRAModel.from_pretrained(loaded, path)
     started = time.perf_counter()
     with quiet_transformers():
-        result = adapted.export(output, to, tokenizer=tokenizer)
+        result = adapted.export(output, to, tokenizer=tokenizer, overwrite=overwrite)
     seconds = time.perf_counter() - started
     if json:
         print_json({**result.to_dict(), "model": base, "seconds": seconds})

@@ -43,7 +43,8 @@ MODULE_NAMES = re.compile(r"[\w.,-]+")  # anything else is a regular expression
 Json = Annotated[
     bool, Parameter(negative=(), help="print one JSON object as the last line of stdout", show_default=False)
 ]
-Overwrite = Annotated[  # for every command that refuses a folder with an earlier result
+# Not for compare and search, which go on in their folder, nor for eval, which replaces its own report
+Overwrite = Annotated[
     bool,
     Parameter(
         negative=(),

@@ -6,11 +6,10 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
 
-from tailora.cli.flags import Json, flags_of, merge_settings
+from tailora.cli.flags import Json, Overwrite, flags_of, merge_settings
 from tailora.cli.main import log, print_json, stderr, stdout
 from tailora.cli.models import AdapterPath, Quantize, base_model_name, find_adapter, quantize_method
-from tailora.formats.io import check_new_folder
-from tailora.formats.run_folder import recorded_settings, write_report
+from tailora.formats.run_folder import REPORT_FILES, check_result_folder, recorded_settings, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.train.config import TrainConfig
@@ -47,6 +46,7 @@ def inspect(
     seed: Annotated[NonNegativeInt, Parameter(help="seed of the random updates that intruders are compared with")] = 0,
     all_: Annotated[bool, Parameter(name="--all", negative=(), help="show a row for every module")] = False,
     output_dir: OutputDir = None,
+    overwrite: Overwrite = False,
     json: Json = False,
     flags: Flags = None,
 ) -> int:
@@ -59,7 +59,7 @@ def inspect(
     folder = find_adapter(adapter)
     second = None if with_ is None else find_adapter(with_)
     if output_dir is not None:
-        check_new_folder(output_dir)
+        check_result_folder(output_dir, REPORT_FILES, overwrite=overwrite)
     if data is not None or forgetting_data is not None:  # the loss needs the base model
         model = base_model_name(model, [folder])
     log("reading the adapter")

@@ -32,13 +32,13 @@ from tailora.errors import ConfigError, FormatError, nearest
 from tailora.formats import gguf, low_rank_export, merged, mlx, peft
 from tailora.formats.fingerprint import fingerprint, vocabulary_size
 from tailora.formats.hub import CARD, model_card
-from tailora.formats.io import check_new_folder, replace_folder, safetensors_bytes
+from tailora.formats.io import replace_folder, safetensors_bytes
 from tailora.formats.load import restore
 from tailora.formats.low_rank_export import ExportSource
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata
 from tailora.formats.peft_config import to_peft_config
 from tailora.formats.peft_paths import peft_layers
-from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORTED_FILES, check_result_folder
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,16 @@ class ExportReport:
         return {**asdict(self), "folder": str(self.folder)}
 
 
-def export(source: ExportSource, folder: Path, to: str) -> ExportReport:
+def export(source: ExportSource, folder: Path, to: str, *, overwrite: bool = False) -> ExportReport:
     """Writes a new `folder` completely or not at all, after reading it back and comparing its logits with the model's.
 
+    overwrite: as in `run_folder.check_result_folder`.
     Raises ConfigError for an unknown format or a folder that is not empty, FormatError with all that the format cannot
     hold and for a difference above the tolerance, MergeError, WriteError.
     """
     if to not in FORMATS:
         raise ConfigError(f"no format is called {to!r}{nearest(to, FORMATS)}; there are: {', '.join(FORMATS)}")
-    check_new_folder(folder)
+    check_result_folder(folder, EXPORTED_FILES, overwrite=overwrite)
     export_format = FORMATS[to]
     low_rank_export.raise_problems(f"{to} cannot hold this adapter", export_format.problems(source))
     ids = comparison_ids(source.base_model)

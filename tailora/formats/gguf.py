@@ -21,8 +21,9 @@ from tailora.formats import low_rank_export
 from tailora.formats.io import check_is_file
 from tailora.formats.low_rank_export import MERGED, ExportSource
 from tailora.formats.peft import StoredAdapter
+from tailora.formats.run_folder import GGUF_WEIGHTS, MODELFILE
 
-WEIGHTS, MODELFILE = "adapter.gguf", "Modelfile"
+WEIGHTS = GGUF_WEIGHTS
 TOKEN_EMBEDDING, OUTPUT_HEAD = "token_embd.weight", "output.weight"
 
 

@@ -156,7 +156,7 @@ def check_new_folder(folder: Path) -> None:
     """Raises ConfigError if the folder is not empty or is a file, WriteError if the path cannot be accessed."""
     with wrap_os_error(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} exists already; give another folder, or delete it")
+            raise ConfigError(f"{folder} exists already; give another folder, delete it, or replace it (--overwrite)")
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from tailora.formats import low_rank_export
 from tailora.formats.io import read_json_object, read_safetensors, safetensors_bytes
 from tailora.formats.low_rank_export import MERGED, ExportSource
 from tailora.formats.peft import OTHER_SUFFIXES, StoredAdapter
-from tailora.formats.run_folder import ADAPTER_CONFIG
+from tailora.formats.run_folder import ADAPTER_CONFIG, MLX_WEIGHTS
 
-WEIGHTS = "adapters.safetensors"
+WEIGHTS = MLX_WEIGHTS
 SAME_PATHS = (  # transformers' model_type whose layers have the same paths in mlx-lm
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "olmo2"),
     *("starcoder2", "stablelm", "cohere"),

@@ -2,17 +2,23 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tailora.formats.io import write_file
+from tailora.errors import ConfigError
+from tailora.formats.hub import CARD
+from tailora.formats.io import check_new_folder, wrap_os_error, write_file
 
 ADAPTER, MODEL, RUN = "adapter", "model", "run.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as in PEFT
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS = "adapter.gguf", "Modelfile", "adapters.safetensors"
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
 SAMPLES = "samples.json"
+ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD)
+EXPORTED_FILES = (*ADAPTER_FILES, GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS)  # a merged model looks like any other
+REPORT_FILES = (REPORT, PAGE)
 
 
 def adapter_folder(path: Path) -> Path:
@@ -26,6 +32,29 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     entries = output_dir.iterdir() if output_dir.is_dir() else []
     numbered = [(int(match[1]), path) for path in entries if (match := CHECKPOINT.fullmatch(path.name))]
     return [path for _, path in sorted(numbered)]
+
+
+def check_result_folder(folder: Path, files: Collection[str], *, overwrite: bool, sources: Iterable[Path] = ()) -> None:
+    """Raises ConfigError if the folder is not empty, unless it may be overwritten and holds an earlier result alone.
+
+    files: names of the files of a result. A folder that holds anything else is never replaced, nor is the adapter of a
+        run, nor one of `sources`, which the command reads.
+    """
+    if not overwrite or not folder.is_dir():
+        check_new_folder(folder)
+        return
+    with wrap_os_error(folder):
+        target = folder.resolve()
+        others = sorted(path.name for path in target.iterdir() if path.name not in files or not path.is_file())
+    if others:
+        problem = f"holds {', '.join(others[:3])}{', ...' * (len(others) > 3)}; replaced are only {', '.join(files)}"
+    elif target.name == ADAPTER and (target.parent / RUN).exists():
+        problem = "is the adapter of a run"
+    elif any(target in (path, *path.parents) for path in map(Path.resolve, sources)):
+        problem = "holds what this command reads"
+    else:
+        return
+    raise ConfigError(f"--overwrite: {folder} {problem}; give another folder")
 
 
 def recorded_settings(adapter: Path) -> dict[str, Any]:

@@ -80,6 +80,13 @@ def test_shrinking_by_rank_and_by_energy(tiny_model: Path, adapters: Path, capsy
     code, said, _ = run(capsys, "shrink", "--adapter", adapters / "one", "--r", 2, "--output-dir", adapters / "a")
     assert code == 0
     assert "14 layers of rank 2; relative error of the updates: " in said
+    again = ["shrink", "--adapter", adapters / "one", "--r", 1, "--output-dir", adapters / "a", "--overwrite"]
+    code, said, _ = run(capsys, *again)
+    assert code == 0
+    assert "14 layers of rank 1;" in said
+    code, _, told = run(capsys, *again[:-2], adapters / "one", "--overwrite")
+    assert code == 2
+    assert "holds what this command reads" in told
     code, _, _ = run(capsys, "shrink", "--adapter", adapters / "one", "--energy", 1, "--output-dir", adapters / "b")
     assert code == 0
     torch.testing.assert_close(

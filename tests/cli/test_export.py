@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,11 @@ def test_a_merged_model_answers_without_tailora(run: Path, tmp_path: Path, tiny_
     ("tokens", "code", "hint"),
     [
         (["RUN", "--to", "ggml"], 2, 'Choose from: "peft", "portable", "gguf", "mlx", "merged"'),
-        (["RUN", "--to", "gguf", "--output", "OUT"], 2, "exists already; give another folder, or delete it"),
+        (
+            ["RUN", "--to", "gguf", "--output", "OUT"],
+            2,
+            "exists already; give another folder, delete it, or replace it",
+        ),
         (["absent", "--to", "gguf"], 2, "absent is not a folder"),
         (["NAMELESS", "--to", "gguf"], 2, "does not name its base model in adapter_config.json: give --model"),
         (["RUN", "--to", "gguf", "--model", "absent"], 2, "no such folder here"),
@@ -78,6 +83,42 @@ def test_mistakes(
     assert hint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+def test_overwrite_replaces_an_exported_adapter(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--to", "gguf", "--output", str(out)]) == 0
+    assert main(["export", str(run), "--to", "mlx", "--output", str(out)]) == 2
+    assert "replace it (--overwrite)" in capsys.readouterr().err
+    assert main(["export", str(run), "--to", "mlx", "--output", str(out), "--overwrite"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapters.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_overwrite_never_deletes_what_is_no_exported_adapter(
+    run: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "run.json").write_text("{}")
+    model, mine = tmp_path / "model", tmp_path / "mine"
+    shutil.copytree(tiny_model, model)
+    shutil.copytree(run / "adapter", mine)
+    (mine / "notes.txt").touch()
+    source = tmp_path / "source"
+    shutil.copytree(run / "adapter", source)
+    for adapter, folder, problem in [
+        (run, model, "holds chat_template.jinja, config.json, "),
+        (run, mine, "holds notes.txt; replaced are only adapter_model.safetensors, adapter_config.json"),
+        (run, copy, "holds adapter, run.json; "),
+        (run, copy / "adapter", "is the adapter of a run"),
+        (source, source, "holds what this command reads"),
+        (source / "adapter_model.safetensors", source, "holds what this command reads"),
+    ]:
+        before = sorted(folder.rglob("*"))
+        assert main(["export", str(adapter), "--to", "peft", "--output", str(folder), "--overwrite"]) == 2
+        assert problem in capsys.readouterr().err
+        assert sorted(folder.rglob("*")) == before
 
 
 def test_a_lora_file_of_another_tool_becomes_a_peft_folder_and_answers(

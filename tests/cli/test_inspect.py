@@ -92,6 +92,7 @@ MISTAKES = {
     "another base": (["ONE", "--model", "OTHER"], "another base model"),
     "no data": (["ONE", "--model", "BASE", "--data", "absent.jsonl"], "absent.jsonl"),
     "taken folder": (["ONE", "--output-dir", "ONE"], "exists already"),
+    "no report": (["ONE", "--output-dir", "ONE", "--overwrite"], "replaced are only report.json, report.html"),
     "unknown": (["ONE", "--modle", "BASE"], "--model"),
     "column": (["ONE", "--field", "prompt"], "field"),
 }
