@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
-from tailora.core.config import ALIASES
-from tailora.errors import ConfigError, listing, nearest
+from tailora.core.config import ALIASES, OUR_NAMES, suggestion
+from tailora.errors import ConfigError, listing
 from tailora.train.config import TrainConfig
 
 FIELDS = TrainConfig.model_fields
@@ -27,8 +27,8 @@ SHARED |= {"save_total_limit", "eval_steps", "early_stopping_patience", "adapter
 SHARED |= {"dtype", "packing"}  # which would change the base
 SCALE = "scale"  # alpha/r, in place of alpha
 TARGETS = ("all-linear", "attention", "mlp")  # words whose meaning depends on the model
-SHORT_NAMES = {"rank": "r", "alpha": "lora_alpha", "lr": "learning_rate", "dropout": "lora_dropout"}
-OTHER_NAMES = {**ALIASES, **SHORT_NAMES, "targets": "target_modules"}
+SHORT_NAMES = ("rank", "alpha", "lr", "dropout", "targets")  # also taken, since a space is often typed by hand
+OTHER_NAMES = {**ALIASES, **{name: OUR_NAMES[name] for name in SHORT_NAMES}}
 OF_ADALORA = {"tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
 LINEAR = {"lora_dropout", "weight_decay", "warmup_ratio"}  # may be 0
 RANGE = re.compile(r"\s*([^,\s]+?)\s*\.\.\s*([^,\s]+)\s*")
@@ -71,8 +71,8 @@ def read_space(given: Mapping[str, Any]) -> dict[str, Axis]:
         elif name in SHARED:
             problems.append(f"{name} is the same in all trials of a search")
         elif name not in FIELDS and name != SCALE:
-            close = nearest(written, {*FIELDS, *OTHER_NAMES, SCALE} - SHARED)
-            problems.append(f"unknown setting {written!r}{close}")
+            hint = suggestion(written, {*FIELDS, *OTHER_NAMES, SCALE} - SHARED)
+            problems.append(f"unknown setting {written!r}{hint}")
         elif name != SCALE and get_origin(FIELDS[name].annotation) is dict:
             problems.append(f"{name} holds patterns, which cannot be searched")
         else:

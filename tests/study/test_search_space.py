@@ -39,6 +39,8 @@ def test_a_space_is_read_from_text_lists_and_ranges() -> None:
     ("space", "message"),
     [
         ({"ranks": "4"}, "unknown setting 'ranks'; did you mean rank"),
+        ({"lora_dim": "4"}, "unknown setting 'lora_dim'; it is r here"),
+        ({"warmup_steps": "4"}, "unknown setting 'warmup_steps'; it is warmup_ratio here, a share"),
         ({"model": "x"}, "model is the same in all trials"),
         ({"r": "0,4"}, "greater than or equal to 1"),
         ({"learning_rate": "1e-2..1e-4"}, "0.01 is not below 0.0001"),
