@@ -1,19 +1,26 @@
-"""What a run reports while it trains, what it returns, and how Ctrl-C stops it.
+"""What a run reports while it trains, what it returns, and what stops it: Ctrl-C, or a process of it that fails.
 
 The library prints nothing. `run(config, on_event=listener)` calls the listener with the events below.
 """
 
+import json
+import os
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
+from accelerate import Accelerator
+from torch.distributed import distributed_c10d
 from transformers import PreTrainedTokenizerBase
 
 from tailora.data.prepare import PreparedData
+from tailora.errors import ProcessFailedError
 from tailora.train.loss import Evaluation
 from tailora.train.trainable import Trainable
 
@@ -154,3 +161,78 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         self.restore()
+
+
+FAILURE = "tailora.failure"  # where the first process that fails leaves its message for the others
+SECONDS_TO_END = 45.0  # for a process that waits in a collective with one that has failed
+
+
+@contextmanager
+def fail_together(accelerator: Accelerator) -> Iterator[None]:
+    """An error within the block on one process ends all of them; only the first that fails raises its own error.
+
+    The others raise ProcessFailedError as soon as their collective breaks, or end after SECONDS_TO_END if it does not.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    watch = FailureWatch(distributed_c10d._get_default_store(), accelerator.process_index)
+    watch.start()
+    try:
+        yield
+    except Interrupted:  # by agreement of all
+        raise
+    except BaseException as error:
+        is_broken_collective = isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+        if not is_broken_collective and watch.report(error):
+            raise
+        failure = watch.failure_of_another()
+        if failure is None:
+            raise ProcessFailedError(
+                "another process of this run ended without a message, most likely killed for memory: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        text = f"process {failure['rank']} of this run failed: {failure['message']}"
+        raise ProcessFailedError(text, failure["exit_code"], is_shown=True) from error
+    finally:
+        watch.ended.set()
+
+
+class FailureWatch(threading.Thread):
+    """Looks every second whether another process has failed, and ends this one if it does not notice.
+
+    It may not, in a collective of NCCL. The first failure is kept here, because the store may end with its process.
+    """
+
+    def __init__(self, store: distributed_c10d.Store, rank: int) -> None:
+        super().__init__(daemon=True)
+        self.store, self.rank, self.ended, self.seen = store, rank, threading.Event(), threading.Event()
+        self.failure: dict[str, Any] = {}
+
+    def run(self) -> None:
+        while not self.ended.wait(1):
+            try:
+                if not self.store.check([FAILURE]):
+                    continue
+                self.failure = json.loads(self.store.get(FAILURE))
+            except RuntimeError:  # the process that held the store has ended
+                return
+            self.seen.set()
+            if self.failure["rank"] != self.rank and not self.ended.wait(SECONDS_TO_END):
+                os._exit(self.failure["exit_code"])
+            return
+
+    def report(self, error: BaseException) -> bool:
+        """Leaves the error for the other processes; False if another one has failed before."""
+        failure = {"rank": self.rank, "message": str(error), "exit_code": getattr(error, "exit_code", 1)}
+        try:
+            first = json.loads(self.store.compare_set(FAILURE, "", json.dumps(failure)))
+        except RuntimeError:
+            return True
+        if first == failure:
+            time.sleep(2)  # until the others have looked
+        return bool(first == failure)
+
+    def failure_of_another(self) -> dict[str, Any] | None:
+        """Returns the failure of another process, which may be about to leave it; None if it left none."""
+        return self.failure if self.seen.wait(5) else None

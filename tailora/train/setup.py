@@ -1,12 +1,8 @@
 """The functions that `Trainer.setup` calls, in the order in which it calls them."""
 
 import importlib.util
-import json
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from threading import Event, Thread
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
-from torch.distributed import distributed_c10d
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.adapter_set import layer_calls
@@ -23,11 +18,10 @@ from tailora.core.config import LoRAConfig
 from tailora.core.init import DATA_INITS, GRADIENT_INITS
 from tailora.core.layer_calls import last_names, not_called_message
 from tailora.data.dataset import IGNORED, Example
-from tailora.errors import ConfigError, ProcessFailedError, TargetError, listing, nearest
+from tailora.errors import ConfigError, TargetError, listing, nearest
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import choose_form, own_form
 from tailora.model import LoRAModel
-from tailora.train import events
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import TrainingData
@@ -64,81 +58,6 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             "with --mixed_precision no; --dtype sets the precision of the base, and adapters are float32"
         )
     return accelerator
-
-
-FAILURE = "tailora.failure"  # where the first process that fails leaves its message for the others
-SECONDS_TO_END = 45.0  # for a process that waits in a collective with one that has failed
-
-
-@contextmanager
-def fail_together(accelerator: Accelerator) -> Iterator[None]:
-    """An error within the block on one process ends all of them; only the first that fails raises its own error.
-
-    The others raise ProcessFailedError as soon as their collective breaks, or end after SECONDS_TO_END if it does not.
-    """
-    if accelerator.num_processes == 1:
-        yield
-        return
-    watch = FailureWatch(distributed_c10d._get_default_store(), accelerator.process_index)
-    watch.start()
-    try:
-        yield
-    except events.Interrupted:  # by agreement of all
-        raise
-    except BaseException as error:
-        is_broken_collective = isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
-        if not is_broken_collective and watch.report(error):
-            raise
-        failure = watch.failure_of_another()
-        if failure is None:
-            raise ProcessFailedError(
-                "another process of this run ended without a message, most likely killed for memory: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-        text = f"process {failure['rank']} of this run failed: {failure['message']}"
-        raise ProcessFailedError(text, failure["exit_code"], is_shown=True) from error
-    finally:
-        watch.ended.set()
-
-
-class FailureWatch(Thread):
-    """Looks every second whether another process has failed, and ends this one if it does not notice.
-
-    It may not, in a collective of NCCL. The first failure is kept here, because the store may end with its process.
-    """
-
-    def __init__(self, store: distributed_c10d.Store, rank: int) -> None:
-        super().__init__(daemon=True)
-        self.store, self.rank, self.ended, self.seen = store, rank, Event(), Event()
-        self.failure: dict[str, Any] = {}
-
-    def run(self) -> None:
-        while not self.ended.wait(1):
-            try:
-                if not self.store.check([FAILURE]):
-                    continue
-                self.failure = json.loads(self.store.get(FAILURE))
-            except RuntimeError:  # the process that held the store has ended
-                return
-            self.seen.set()
-            if self.failure["rank"] != self.rank and not self.ended.wait(SECONDS_TO_END):
-                os._exit(self.failure["exit_code"])
-            return
-
-    def report(self, error: BaseException) -> bool:
-        """Leaves the error for the other processes; False if another one has failed before."""
-        failure = {"rank": self.rank, "message": str(error), "exit_code": getattr(error, "exit_code", 1)}
-        try:
-            first = json.loads(self.store.compare_set(FAILURE, "", json.dumps(failure)))
-        except RuntimeError:
-            return True
-        if first == failure:
-            time.sleep(2)  # until the others have looked
-        return bool(first == failure)
-
-    def failure_of_another(self) -> dict[str, Any] | None:
-        """Returns the failure of another process, which may be about to leave it; None if it left none."""
-        return self.failure if self.seen.wait(5) else None
 
 
 def attach(

@@ -167,7 +167,7 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.accelerator = accelerator = setup.start_accelerator(config)
         stack.callback(accelerator.end_training)
-        stack.enter_context(setup.fail_together(accelerator))
+        stack.enter_context(events.fail_together(accelerator))
         device, rank = accelerator.device, accelerator.process_index
         reset_peak(device)
         if accelerator.is_main_process:
