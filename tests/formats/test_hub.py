@@ -19,10 +19,8 @@ from tiny_adapters import IDS, adapted, logits
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.models import parse_adapters
 from tailora.errors import ConfigError, FetchError, FormatError, MergeError, WriteError
-from tailora.formats import gguf, load, mlx
-from tailora.formats import peft as peft_format
+from tailora.formats import gguf, load, mlx, run_folder
 from tailora.formats.hub import ADAPTER_SETTINGS, ADAPTER_WEIGHTS
-from tailora.formats.run_folder import ADAPTER_CONFIG
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 COMMIT = "0" * 40
@@ -188,8 +186,8 @@ def test_what_was_downloaded_is_loaded_without_the_hub(monkeypatch: pytest.Monke
 
 
 def test_the_names_of_adapter_files_are_those_of_the_formats() -> None:
-    assert ADAPTER_WEIGHTS == (peft_format.WEIGHTS, mlx.WEIGHTS, gguf.WEIGHTS, load.DIFFUSERS_WEIGHTS)
-    assert ADAPTER_SETTINGS == ADAPTER_CONFIG
+    assert ADAPTER_WEIGHTS == (run_folder.ADAPTER_WEIGHTS, mlx.WEIGHTS, gguf.WEIGHTS, load.DIFFUSERS_WEIGHTS)
+    assert ADAPTER_SETTINGS == run_folder.ADAPTER_CONFIG
 
 
 def test_only_the_main_process_pushes(hub: Any) -> None:
