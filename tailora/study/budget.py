@@ -2,6 +2,7 @@
 
     measure_costs    a few steps -> Costs; ends as soon as they show that the time is too short
     fit              Costs, time -> Extent and steps: less is done until runs of a useful length fit
+    TimeLimit        the same for a comparison or a search, with an error where not even the least fits
     too_short        the error for a time in which not even the least fits
 
 A trial of S steps takes  fixed + S step + evaluations;  a judging run takes  fixed + S step + one evaluation of twice
@@ -10,7 +11,7 @@ search at a third of their steps, and half of the rest at two thirds, so a trial
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -193,3 +194,60 @@ def too_short(session: StudySession, seconds: float, what: str, given: Sequence[
         f"minute{'s' * (minutes > 1)} or more. Use --minutes {minutes}, "
         f"{''.join(f'fewer {flag}, ' for flag in given)}or a smaller --max-length"
     )
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """What a study does if there is time, and the least that it does, which must fit into its minutes.
+
+    wanted: everything.    fewest_tries: that allow a verdict.
+    fixed: of 'tries' and 'seeds' what the user has given; it is not reduced.
+    describe: extent, steps of a run -> the runs of that extent in words, in the plural.
+    given: flags that the user gave, of which less would do.
+    """
+
+    session: StudySession
+    wanted: Extent
+    fewest_tries: int
+    fixed: Collection[str]
+    describe: Callable[[Extent, int], str]
+    given: Sequence[str]
+
+    def fewest(self, part: float = 1.0) -> Extent:
+        """Returns the least that allows a verdict. part: of the held-out examples."""
+        tries, seeds = self.wanted.tries, self.wanted.seeds
+        return Extent(
+            tries if "tries" in self.fixed else min(self.fewest_tries, tries),
+            seeds if "seeds" in self.fixed else min(FEWEST_SEEDS, seeds),
+            part,
+        )
+
+    def check(self, needed: Callable[[Extent, int], float], longest: int | None) -> None:
+        """Raises ConfigError if the time left is too short for the least.
+
+        needed: extent, steps -> seconds, not too many, on the fewest held-out examples.
+        longest: steps that the settings ask for, if known.
+        """
+        steps = min(FEWEST_STEPS, longest or FEWEST_STEPS)
+        if needed(self.fewest(), steps) > self.session.seconds_left:
+            raise self._too_short(needed(self.fewest(), steps), steps)
+
+    def choose(self, needed: Callable[[Extent, int], float], longest: int, held_out: int) -> tuple[Extent, int]:
+        """Returns the extent and the steps that fit, as `fit` does. Raises ConfigError if not even the least fits.
+
+        held_out: number of held-out examples.
+        """
+        fewest = self.fewest(fewest_part(held_out))
+        choice = fit(self.wanted, fewest, longest, self.session.seconds_left, needed)
+        if choice is None:
+            steps = min(FEWEST_STEPS, longest)
+            raise self._too_short(needed(fewest, steps), steps)
+        return choice
+
+    def _too_short(self, seconds: float, steps: int) -> ConfigError:
+        return too_short(self.session, seconds, self.describe(self.fewest(), steps), self.given)
+
+
+def held_out_in_use(extent: Extent, held_out: int) -> int | None:
+    """Returns how many of so many held-out examples are used; None for all."""
+    return None if extent.part == 1 else round(extent.part * held_out)

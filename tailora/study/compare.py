@@ -21,17 +21,15 @@ from tailora.formats.io import read_own_json, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study.budget import (
     FEWEST_HELD_OUT,
-    FEWEST_SEEDS,
     FEWEST_STEPS,
     START,
     TIMING_STEPS,
     Costs,
     Extent,
-    fewest_part,
-    fit,
+    TimeLimit,
+    held_out_in_use,
     longest_run,
     measure_costs,
-    too_short,
 )
 from tailora.study.config import FULL, STEP_CHOICE, CompareConfig, arm_settings
 from tailora.study.judging import judge_arms
@@ -123,6 +121,7 @@ class _Comparison:
 
     def __init__(self, train: TrainConfig, study: CompareConfig, session: StudySession) -> None:
         self.train, self.study, self.session, self.folder = train, study, session, session.folder
+        self.limit = self._time_limit()
         clock = self.folder / CLOCK
         self.earlier_seconds = read_own_json(clock, float, DAMAGED) if clock.exists() else 0.0
         self.steps = 0  # planned for every run, with --minutes; 0 leaves the settings' own
@@ -214,7 +213,7 @@ class _Comparison:
 
     def _measure(self) -> ComparisonPlan:
         """The plan. Raises ConfigError as soon as it is clear that the minutes are too short."""
-        session, wanted = self.session, Extent(self.study.rate_tries, self.study.seeds)
+        session = self.session
         self._check_time({}, START)
         longest, held_out = 1, 0
         timed: dict[str, Costs] = {}  # arm -> costs on the fewest held-out examples
@@ -228,11 +227,7 @@ class _Comparison:
                 self.costs[arm] = costs.on_part(held_out / len(trial.counts))
         if not self.costs:
             raise ConfigError(f"no arm can be trained: {TIMING_STEPS} steps of each failed; see {self.folder / RUNS}")
-        fewest, needed = self._fewest(fewest_part(held_out)), partial(_needed, list(self.costs.values()))
-        choice = fit(wanted, fewest, longest, session.seconds_left, needed)
-        if choice is None:
-            raise self._too_short(needed(fewest, min(FEWEST_STEPS, longest)), min(FEWEST_STEPS, longest))
-        extent, steps = choice
+        extent, steps = self.limit.choose(partial(_needed, list(self.costs.values())), longest, held_out)
         session.log(
             f"time for {extent.tries} learning rates and {extent.seeds} seeds of each arm; less time means, in order, "
             f"fewer steps ({FEWEST_STEPS} at least), then fewer learning rates, seeds and held-out examples"
@@ -241,16 +236,25 @@ class _Comparison:
             max_steps=steps,
             costs={arm: costs.on_part(extent.part) for arm, costs in self.costs.items()},
             seeds=extent.seeds,
-            held_out=None if extent.part == 1 else round(extent.part * held_out),
+            held_out=held_out_in_use(extent, held_out),
             examples=held_out,
             minutes=session.minutes,
         )
 
-    def _fewest(self, part: float) -> Extent:
-        """The least that allows a verdict. What the user has given is not reduced. part: of the held-out examples."""
-        given = self.study.model_fields_set
-        tries = self.study.rate_tries if "rate_tries" in given else min(FEWEST_TRIES, self.study.rate_tries)
-        return Extent(tries, self.study.seeds if "seeds" in given else min(FEWEST_SEEDS, self.study.seeds), part)
+    def _time_limit(self) -> TimeLimit:
+        study, names = self.study, {"seeds": "seeds", "rate_tries": "tries"}
+        given = [name for name in names if name in study.model_fields_set]
+        return TimeLimit(
+            self.session,
+            Extent(study.rate_tries, study.seeds),
+            FEWEST_TRIES,
+            [names[name] for name in given],
+            lambda extent, steps: (
+                f"{len(study.arms)} arms with {extent.tries} learning rates and {extent.seeds} seeds each, and "
+                f"{steps} steps a run,"
+            ),
+            [f"--{name.replace('_', '-')}" for name in given],
+        )
 
     def _check_time(self, timed: Mapping[str, Costs], costs: Costs) -> None:
         """Raises ConfigError if the time left is too short.
@@ -259,22 +263,8 @@ class _Comparison:
         fewest held-out examples.
         """
         missing = len(self.study.arms) - len(timed)
-        steps = min(FEWEST_STEPS, self.train.max_steps or FEWEST_STEPS)
-        needed = _needed([*timed.values(), *[costs] * missing], self._fewest(part=1), steps)
-        needed += (missing - 1) * costs.judging_run(TIMING_STEPS)
-        if needed > self.session.seconds_left:
-            raise self._too_short(needed, steps)
-
-    def _too_short(self, needed: float, steps: int) -> ConfigError:
-        fewest = self._fewest(part=1)
-        what = (
-            f"{len(self.study.arms)} arms with {fewest.tries} learning rates and {fewest.seeds} seeds each, and "
-            f"{steps} steps a run,"
-        )
-        given = [
-            f"--{name.replace('_', '-')}" for name in ("seeds", "rate_tries") if name in self.study.model_fields_set
-        ]
-        return too_short(self.session, needed, what, given)
+        of_arms, timing = [*timed.values(), *[costs] * missing], (missing - 1) * costs.judging_run(TIMING_STEPS)
+        self.limit.check(lambda extent, steps: _needed(of_arms, extent, steps) + timing, self.train.max_steps)
 
     # ---- Which learning rate
 

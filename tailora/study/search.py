@@ -29,8 +29,6 @@ from tailora.formats.run_folder import write_report
 from tailora.study import optuna_study, search_space
 from tailora.study.budget import (
     FEWEST_HELD_OUT,
-    FEWEST_SEEDS,
-    FEWEST_STEPS,
     SHARE,
     START,
     TIMING_RATE,
@@ -38,11 +36,10 @@ from tailora.study.budget import (
     Budget,
     Costs,
     Extent,
-    fewest_part,
-    fit,
+    TimeLimit,
+    held_out_in_use,
     longest_run,
     measure_costs,
-    too_short,
 )
 from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.judging import by_loss, choose_finalists, judge_finalists
@@ -115,7 +112,7 @@ class _Search:
 
     def __init__(self, train: TrainConfig, study: SearchConfig, space: dict[str, Axis], session: StudySession) -> None:
         self.train, self.study, self.space, self.session = train, study, space, session
-        self.folder = session.folder
+        self.folder, self.limit = session.folder, self._time_limit()
         self.groups: dict[str, Any] = {}  # of the model's layers, and the largest r
         self.base: dict[bool, BaseLosses | None] = {}  # choosing -> losses of the base on those held-out examples
         self.held_out: int | None = None  # number of held-out examples that are used; None for all
@@ -178,19 +175,14 @@ class _Search:
         choosing_half(len(trial.counts))  # raises for too few examples, before anything is kept
         examples = trial.numbers["held_out"]
         costs = costs.on_part(examples / len(trial.counts))
-        longest, fewest = longest_run(self.train, trial), self._fewest(fewest_part(examples))
-        wanted = Extent(self.study.trial_count or MOST_TRIALS, self.study.seeds)
-        choice = fit(wanted, fewest, longest, self.session.seconds_left, partial(self._needed, costs))
-        if choice is None:
-            steps = min(FEWEST_STEPS, longest)
-            raise self._too_short(self._needed(costs, fewest, steps), steps)
-        extent, steps = choice
+        longest = longest_run(self.train, trial)
+        extent, steps = self.limit.choose(partial(self._needed, costs), longest, examples)
         budget = Budget(
             steps=steps,
             longest=longest,
             costs=costs.on_part(extent.part),
             seeds=extent.seeds,
-            held_out=None if extent.part == 1 else round(extent.part * examples),
+            held_out=held_out_in_use(extent, examples),
             minutes=self.session.minutes,
         )
         self.session.note_data(trial)
@@ -206,10 +198,19 @@ class _Search:
     def _reserved_seconds(self) -> float:
         return self._reserved * self.budget.seeds * self.budget.judging_seconds
 
-    def _fewest(self, part: float) -> Extent:
-        """The least that allows a verdict. What the user has given is not reduced. part: of the held-out examples."""
-        seeds = self.study.seeds if "seeds" in self.study.model_fields_set else min(FEWEST_SEEDS, self.study.seeds)
-        return Extent(self.study.trials or FEWEST_TRIALS, seeds, part)
+    def _time_limit(self) -> TimeLimit:
+        study = self.study
+        fixed = {"tries": study.trials is not None, "seeds": "seeds" in study.model_fields_set}
+        return TimeLimit(
+            self.session,
+            Extent(study.trial_count or MOST_TRIALS, study.seeds),
+            FEWEST_TRIALS,
+            [name for name, is_fixed in fixed.items() if is_fixed],
+            lambda extent, steps: (
+                f"{extent.tries} trials of {steps} steps and {self._reserved * extent.seeds} runs that judge"
+            ),
+            [f"--{name}" for name in ("trials", "seeds", "finalists") if name in study.model_fields_set],
+        )
 
     def _needed(self, costs: Costs, extent: Extent, steps: int) -> float:
         """Seconds of all trials and judging runs."""
@@ -218,16 +219,7 @@ class _Search:
 
     def _check_time(self, costs: Costs) -> None:
         """Raises ConfigError if the time left is too short. costs: not too high, on the fewest held-out examples."""
-        steps = min(FEWEST_STEPS, self.train.max_steps or FEWEST_STEPS)
-        needed = self._needed(costs, self._fewest(part=1), steps)
-        if needed > self.session.seconds_left:
-            raise self._too_short(needed, steps)
-
-    def _too_short(self, needed: float, steps: int) -> ConfigError:
-        fewest = self._fewest(part=1)
-        what = f"{fewest.tries} trials of {steps} steps and {self._reserved * fewest.seeds} runs that judge"
-        given = [f"--{name}" for name in ("trials", "seeds", "finalists") if name in self.study.model_fields_set]
-        return too_short(self.session, needed, what, given)
+        self.limit.check(partial(self._needed, costs), self.train.max_steps)
 
     # ---- Trials
 

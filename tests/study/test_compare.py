@@ -200,7 +200,7 @@ def test_fewer_examples_are_held_out_where_time_is_short(
 ) -> None:
     """Half of the 18 examples: 4 choose and 5 judge."""
     monkeypatch.setattr(
-        "tailora.study.compare.fit", lambda wanted, *_: (Extent(wanted.tries, wanted.seeds, part=0.5), 2)
+        "tailora.study.budget.fit", lambda wanted, *_: (Extent(wanted.tries, wanted.seeds, part=0.5), 2)
     )
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
     found = compare(train, SMALL.replaced(minutes=60.0, seeds=1), run_trial=run_here)
@@ -213,6 +213,6 @@ def test_fewer_examples_are_held_out_where_time_is_short(
 def test_what_the_user_gave_is_not_reduced(small_run: TrainConfig, tmp_path: Path) -> None:
     session = StudySession(tmp_path, 5.0, lambda _: None, None, run_here)
     given = {"arms": {"a": {"r": 2}, "b": {}}, "minutes": 5.0}
-    assert _Comparison(small_run, CompareConfig(**given), session)._fewest(part=0.4) == Extent(3, 2, 0.4)
+    assert _Comparison(small_run, CompareConfig(**given), session).limit.fewest(part=0.4) == Extent(3, 2, 0.4)
     asked = CompareConfig(**given, seeds=5, rate_tries=7)
-    assert _Comparison(small_run, asked, session)._fewest(part=0.4) == Extent(7, 5, 0.4)
+    assert _Comparison(small_run, asked, session).limit.fewest(part=0.4) == Extent(7, 5, 0.4)
