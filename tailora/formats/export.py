@@ -31,14 +31,14 @@ from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError, FormatError, nearest
 from tailora.formats import gguf, low_rank_export, merged, mlx, peft
 from tailora.formats.fingerprint import fingerprint, vocabulary_size
-from tailora.formats.hub import CARD, model_card
+from tailora.formats.hub import model_card
 from tailora.formats.io import replace_folder, safetensors_bytes
 from tailora.formats.load import restore
 from tailora.formats.low_rank_export import ExportSource
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata
 from tailora.formats.peft_config import to_peft_config
 from tailora.formats.peft_paths import peft_layers
-from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORTED_FILES, check_result_folder
+from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, EXPORTED_FILES, check_result_folder
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from tailora.errors import ConfigError, FetchError, WriteError, listing, nearest
+from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, GGUF_WEIGHTS, MLX_WEIGHTS
 
 # What save_pretrained of PEFT and transformers takes: argument -> values that change nothing here, and what to do
 # instead of another value. None instead of values: all.
@@ -21,15 +23,8 @@ SAVE_ARGUMENTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
 }
 UPLOAD_OPTIONS = {"private", "token", "revision", "create_pr", "commit_message", "commit_description"}
 # The files of an adapter's folder: of PEFT, mlx-lm, `export` to GGUF and diffusers. A pickle is not even downloaded.
-ADAPTER_WEIGHTS = (
-    "adapter_model.safetensors",
-    "adapters.safetensors",
-    "adapter.gguf",
-    "pytorch_lora_weights.safetensors",
-)
-ADAPTER_SETTINGS = "adapter_config.json"
+WEIGHTS_OF_FORMATS = (ADAPTER_WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, "pytorch_lora_weights.safetensors")
 FILES_OF_MODELS = ("config.json", "model_index.json")  # beside them, a file of any other name is no adapter
-CARD = "README.md"
 OF_HUB = "HF_TOKEN opens private and gated repositories"
 
 
@@ -71,7 +66,7 @@ def _download(repo_id: str, revision: str | None, token: str | bool | None, subf
             if hasattr(error, "snapshot_path"):  # complete but for files that are not the adapter's
                 return Path(error.snapshot_path)
             raise
-    wanted = _adapter_files(files, repo_id, subfolder)
+    wanted = [escape(name) for name in _adapter_files(files, repo_id, subfolder)]
     return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted))
 
 
@@ -79,24 +74,24 @@ def _adapter_files(files: Sequence[str], repo_id: str, subfolder: str | None) ->
     """Returns the repository's files that are the adapter in its subfolder. Raises FetchError if there is none."""
     folder = f"{subfolder.strip('/')}/" if subfolder else ""
     names = [name.removeprefix(folder) for name in files if name.startswith(folder)]
-    weights = [name for name in ADAPTER_WEIGHTS if name in names][:1]
+    weights = [name for name in WEIGHTS_OF_FORMATS if name in names][:1]
     if not weights and not any(name in names for name in FILES_OF_MODELS):
         weights = [name for name in names if "/" not in name and name.endswith(".safetensors")]
     if len(weights) == 1:
-        return [folder + name for name in (*weights, ADAPTER_SETTINGS) if name in names]
+        return [folder + name for name in (*weights, ADAPTER_CONFIG) if name in names]
     at = f"{repo_id}{f' (subfolder {subfolder})' if subfolder else ''}"
     if weights:
         names_shown = ", ".join(weights[:5])
         raise FetchError(
-            f"{at} on the Hub holds several files and none called {ADAPTER_WEIGHTS[0]}: {names_shown}; fetch one with "
+            f"{at} on the Hub holds several files and none called {ADAPTER_WEIGHTS}: {names_shown}; fetch one with "
             f"`hf download {repo_id} {folder}{weights[0]}` and give its path"
         )
     pickled = (
         " but adapter_model.bin, a pickle, which can run code and is not read" if "adapter_model.bin" in names else ""
     )
-    folders = {name.rpartition("/")[0] for name in files if name.rpartition("/")[2] in ADAPTER_WEIGHTS}
+    folders = {name.rpartition("/")[0] for name in files if name.rpartition("/")[2] in WEIGHTS_OF_FORMATS}
     hint = f"; there is one in: {', '.join(sorted(folders - {''})[:5])} (subfolder=...)" if folders - {""} else ""
-    raise FetchError(f"{at} on the Hub holds no adapter{pickled}: none of {', '.join(ADAPTER_WEIGHTS)}{hint}")
+    raise FetchError(f"{at} on the Hub holds no adapter{pickled}: none of {', '.join(WEIGHTS_OF_FORMATS)}{hint}")
 
 
 def check_save_arguments(arguments: Mapping[str, Any]) -> None:

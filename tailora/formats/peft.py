@@ -25,7 +25,7 @@ from tailora.core.layer_types import EMBEDDING
 from tailora.core.targets import ExtraTargets
 from tailora.errors import DivergedError, FormatError, TailoraWarning
 from tailora.formats.fingerprint import TOLERANCE, fingerprint, vocabulary_size
-from tailora.formats.hub import CARD, model_card
+from tailora.formats.hub import model_card
 from tailora.formats.io import (
     read_json_object,
     read_safetensors,
@@ -42,7 +42,7 @@ from tailora.formats.peft_config import (
     with_double_rank,
 )
 from tailora.formats.peft_paths import PeftLayer, peft_layers
-from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD
 
 KEY_PREFIX = "base_model.model."
 

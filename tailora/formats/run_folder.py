@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from tailora.errors import ConfigError
-from tailora.formats.hub import CARD
 from tailora.formats.io import check_new_folder, wrap_os_error, write_file
 
 ADAPTER, MODEL, RUN = "adapter", "model", "run.json"
@@ -16,6 +15,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS = "adapter.gguf", "Modelfile", "adapters.safetensors"
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
 SAMPLES = "samples.json"
+CARD = "README.md"
 ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD)
 EXPORTED_FILES = (*ADAPTER_FILES, GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS)  # a merged model looks like any other
 REPORT_FILES = (REPORT, PAGE)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import peft
 import pytest
@@ -19,8 +20,9 @@ from tiny_adapters import IDS, adapted, logits
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.models import parse_adapters
 from tailora.errors import ConfigError, FetchError, FormatError, MergeError, WriteError
-from tailora.formats import gguf, load, mlx, run_folder
-from tailora.formats.hub import ADAPTER_SETTINGS, ADAPTER_WEIGHTS
+from tailora.formats import gguf, load, mlx
+from tailora.formats.hub import WEIGHTS_OF_FORMATS
+from tailora.formats.run_folder import ADAPTER_WEIGHTS
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 COMMIT = "0" * 40
@@ -45,7 +47,7 @@ class Hub(BaseHTTPRequestHandler):
         files: dict[str, bytes] = self.server.files  # type: ignore[attr-defined]
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.requests.append((self.command, self.path, body))  # type: ignore[attr-defined]
-        path = self.path.partition("?")[0]
+        path = unquote(self.path.partition("?")[0])
         if self.headers.get("Authorization") != f"Bearer {TOKEN}" or "nobody" in path:
             self.answer(401, X_Error_Code="RepoNotFound")
         elif path == "/api/repos/create":
@@ -161,6 +163,13 @@ def test_only_the_files_of_the_adapter_are_downloaded(hub: Any) -> None:
     assert fetched(hub) == {"b/adapter_config.json", "b/adapter_model.safetensors"}
 
 
+def test_the_only_file_of_a_repository_may_have_any_name(hub: Any) -> None:
+    hub.files |= {"sketch[v2].safetensors": b"damaged", "preview.png": b""}
+    with pytest.raises(FormatError, match=r"sketch\[v2\].safetensors is not a complete"):
+        LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
+    assert fetched(hub) == {"sketch%5Bv2%5D.safetensors"}
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -186,8 +195,7 @@ def test_what_was_downloaded_is_loaded_without_the_hub(monkeypatch: pytest.Monke
 
 
 def test_the_names_of_adapter_files_are_those_of_the_formats() -> None:
-    assert ADAPTER_WEIGHTS == (run_folder.ADAPTER_WEIGHTS, mlx.WEIGHTS, gguf.WEIGHTS, load.DIFFUSERS_WEIGHTS)
-    assert ADAPTER_SETTINGS == run_folder.ADAPTER_CONFIG
+    assert WEIGHTS_OF_FORMATS == (ADAPTER_WEIGHTS, mlx.WEIGHTS, gguf.WEIGHTS, load.DIFFUSERS_WEIGHTS)
 
 
 def test_only_the_main_process_pushes(hub: Any) -> None:
