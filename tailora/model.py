@@ -31,7 +31,7 @@ from tailora.errors import AdapterError, ConfigError
 from tailora.formats.hub import UPLOAD_OPTIONS, check_save_arguments, upload
 from tailora.formats.load import LoadOptions, check_load_options, load
 from tailora.formats.peft import write_peft_folder
-from tailora.formats.peft_model import PEFT_NAMES, read_peft_model, release_base
+from tailora.formats.peft_model import PEFT_NAMES, check_no_adapter_names, read_peft_model, release_base
 
 if TYPE_CHECKING:
     from tailora.formats.export import ExportReport
@@ -62,9 +62,7 @@ class LoRAModel(nn.Module):
         fresh: bool = True,
     ) -> None:
         check_base(base_model)
-        if not isinstance(config, LoRAConfig | None):
-            raise ConfigError(f"config is a {type(config).__name__}; take a LoRAConfig, such as LoRAConfig(r=16)")
-        config = fitted_config(base_model, config or LoRAConfig())
+        config = fitted_config(base_model, LoRAConfig() if config is None else config)
         self._wrap(base_model, {adapter_name: create(select(base_model, config), config, fresh=fresh)})
 
     @classmethod
@@ -75,11 +73,17 @@ class LoRAModel(nn.Module):
         adapter_name: str = "default",
         **options: Unpack[LoadOptions],
     ) -> Self:
-        """Returns the base with the adapter of `folder` active. Takes and raises what `load_adapter` does."""
+        """Returns the base with the adapter of `folder` active. Takes and raises what `load_adapter` does.
+
+        The adapter is in the mode of the base, which transformers loads in evaluation mode: call `train()` to train it.
+        """
         check_load_options(options, name="adapter_name")
         check_base(base_model)
         adapter = load(folder, base_model, **options)
-        return cls.__new__(cls)._wrap(base_model, {adapter_name: adapter})
+        model = cls.__new__(cls)._wrap(base_model, {adapter_name: adapter})
+        model.training = base_model.training and options.get("is_trainable", True)
+        model.lora_layers.train(model.training)
+        return model
 
     @classmethod
     def from_difference(
@@ -125,6 +129,7 @@ class LoRAModel(nn.Module):
     # ---- Calling
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        check_no_adapter_names(kwargs)
         if self.training and self._adapter_set.training_obstacle:
             raise AdapterError(self._adapter_set.training_obstacle)
         if not torch.compiler.is_compiling():
@@ -133,8 +138,15 @@ class LoRAModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base's `generate`. Within `adapter_rows`, all beams and sequences of a prompt have its adapter."""
+        check_no_adapter_names(kwargs)
         with self._adapter_set.generation(args, kwargs):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the base's method. Raises AdapterError if an adapter holds the embeddings or the head at their size."""
+        base: Any = self.base_model
+        self._adapter_set.check_not_adapted((base.get_input_embeddings(), base.get_output_embeddings()), "resize")
+        return base.resize_token_embeddings(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -236,6 +248,8 @@ class LoRAModel(nn.Module):
         """
         check_save_arguments({"safe_serialization": safe_serialization, **others})
         names = [*self.adapters] if selected_adapters is None else selected_adapters
+        if not names:
+            raise AdapterError("there is no adapter to save; the base model is saved by base_model.save_pretrained")
         self._merge_state.check_unmerged("save an adapter")
         for name in names:
             self.adapter(name).check_can_be_saved(name)

@@ -206,6 +206,15 @@ class AdapterSet:
     def _in_order(self, paths: Collection[str]) -> dict[str, nn.Module]:
         return {path: layer for path, layer in self.layers.items() if path in paths}
 
+    def check_not_adapted(self, modules: Collection[nn.Module | None], operation: str) -> None:
+        """Raises AdapterError if an adapter has factors for one of these modules, or a trained copy of it."""
+        paths = {path for adapter in self.adapters.values() for path in (*adapter.low_rank, *adapter.saved)}
+        if adapted := [path for path, layer in self.layers.items() if path in paths and layer in modules]:
+            raise AdapterError(
+                f"an adapter of {', '.join(adapted)} has its present size: {operation} the base model before it gets "
+                "adapters"
+            )
+
     @contextmanager
     def activated_by_row(self, names: Sequence[str | None]) -> Iterator[None]:
         """Within the block, every batch row computes with the adapter of its name; None means no adapter.

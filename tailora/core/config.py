@@ -175,9 +175,9 @@ class LoRAConfig(StrictModel):
     lora_bias: adds a trained bias to the update.
     use_dora: trains the magnitude of every output row of the adapted weight (DoRA, arXiv:2402.09353).
     learn_scaling: trains the scale of every layer, which begins with the value above.
-    init_lora_weights: initialisation of A and B. kaiming, gaussian: A is random and B zero. pissa, olora: from the
-        weights of the base model. lora_ga, lora_one, eva: from training data, by `LoRAModel.start_from_data`. The
-        weights of the base model are never changed.
+    init_lora_weights: initialisation of A and B. kaiming (True, as in PEFT), gaussian: A is random and B zero. pissa,
+        olora: from the weights of the base model. lora_ga, lora_one, eva: from training data, by
+        `LoRAModel.start_from_data`. The weights of the base model are never changed.
     adalora: moves ranks to the layers where they matter, while training (`LoRAModel.allocate_ranks`).
     task_type: the kind of task, by PEFT's names or as its TaskType. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" the
         head of the model is added to modules_to_save, whatever the targets are. It is written to the adapter's folder,
@@ -205,6 +205,11 @@ class LoRAConfig(StrictModel):
     init_lora_weights: Init = "kaiming"
     adalora: AdaLoRA | None = None
     task_type: TaskType | None = None
+
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _default_of_peft(cls, value: Any) -> Any:
+        return "kaiming" if value is True else value
 
     @field_validator("task_type", mode="before")
     @classmethod

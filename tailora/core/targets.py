@@ -35,7 +35,7 @@ from tailora.core.layer_types import (
 )
 from tailora.core.multihead_attention import projections
 from tailora.core.quantization import dense_weight, quantized_layers, storage_obstacle
-from tailora.errors import TailoraWarning, TargetError, listing, nearest
+from tailora.errors import ConfigError, TailoraWarning, TargetError, listing, nearest
 
 Modules = Mapping[str, nn.Module]  # of the whole model, by path
 
@@ -174,6 +174,8 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     scale that it would have had. rank_pattern and alpha_pattern say so. A layer that is named keeps its rank, and so do
     all if none has room for the r that was set: `select` refuses them.
     """
+    if not isinstance(config, LoRAConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; take a LoRAConfig, such as LoRAConfig(r=16)")
     is_open = config.target_modules == "all-linear" and config.modules_to_save is None
     heads = task_heads(model) if is_open or config.task_type in HEADS_OF_TASK else []
     if missing := [head for head in heads if head not in (config.modules_to_save or [])]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tailora.core.adapter import Adapter
-from tailora.errors import FormatError, TargetError, listing
+from tailora.errors import AdapterError, FormatError, TargetError, listing
 from tailora.formats.load import restore
 from tailora.formats.metadata import AdapterMetadata
 from tailora.formats.peft import KEY_PREFIX, StoredAdapter
@@ -30,7 +30,18 @@ PEFT_NAMES = {  # attribute of a PeftModel -> what a LoRAModel has for it
     "get_layer_status": "summary()",
     "enable_adapters": "set_adapter(name)",
     "disable_adapters": "set_adapter(None), or `with disable_adapter():`",
+    "enable_adapter_layers": "set_adapter(name)",
+    "disable_adapter_layers": "set_adapter(None), or `with disable_adapter():`",
 }
+
+
+def check_no_adapter_names(arguments: Mapping[str, Any]) -> None:
+    """Raises AdapterError for PEFT's argument of a forward, which many base models would take and ignore."""
+    if "adapter_names" in arguments:
+        raise AdapterError(
+            "adapter_names is an argument of PEFT; call the model within `with model.adapter_rows(names):`, "
+            "where None stands for PEFT's '__base__'"
+        )
 
 
 def read_peft_model(peft_model: Any) -> tuple[dict[str, Adapter], tuple[str, ...]]:

@@ -458,3 +458,60 @@ def test_the_task_type_is_written_to_the_folder(task_type: Any, tmp_path: Path) 
     assert LoRAModel.from_pretrained(net(), tmp_path).adapters["default"].task_type == "TOKEN_CLS"
     with pytest.raises(ConfigError, match="task_type = 'CHAT': input should be 'SEQ_CLS'"):
         LoRAConfig(task_type="CHAT")
+
+
+# ---- What users of PEFT try
+
+
+def test_a_loaded_adapter_is_in_the_mode_of_its_base(tmp_path: Path) -> None:
+    model = LoRAModel(net(), LoRAConfig(r=2, lora_dropout=0.5))
+    stir(model)
+    model.save_adapter(tmp_path)
+    x, expected = torch.randn(4, 8), None
+    for base_model, is_trainable in ((net().eval(), True), (net(), False)):
+        loaded = LoRAModel.from_pretrained(base_model, tmp_path, is_trainable=is_trainable)
+        assert not loaded.training
+        expected = model.eval()(x)
+        torch.testing.assert_close(loaded(x), expected)
+    assert LoRAModel.from_pretrained(net(), tmp_path).training
+
+
+def test_the_argument_of_peft_for_rows_is_refused_and_leads_to_ours() -> None:
+    model = LoRAModel(chat_model(), LoRAConfig(r=2))
+    tokens = torch.arange(6).view(2, 3)
+    for call in (model, model.generate):
+        with pytest.raises(AdapterError, match="adapter_rows"):
+            call(input_ids=tokens, adapter_names=["default", "__base__"])
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_embeddings_that_an_adapter_holds_are_not_resized(settings: dict[str, Any]) -> None:
+    model = LoRAModel(chat_model(), LoRAConfig(r=2, **settings))
+    rows = model.base_model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    with pytest.raises(AdapterError, match="resize the base model before"):
+        model.resize_token_embeddings(rows + 8)
+    assert model.base_model.get_input_embeddings().num_embeddings == rows  # type: ignore[operator]
+
+
+def test_embeddings_that_no_adapter_holds_are_resized() -> None:
+    model = LoRAModel(chat_model(), LoRAConfig(r=2, target_modules=["q_proj"]))
+    rows = model.base_model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    model.resize_token_embeddings(rows + 8)
+    assert model(torch.tensor([[rows + 7]])).logits.shape[-1] == rows + 8
+
+
+def test_saving_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    model = LoRAModel(net(), LoRAConfig(r=2))
+    model.delete_adapter("default")
+    with pytest.raises(AdapterError, match="no adapter to save"):
+        model.save_pretrained(tmp_path / "out")
+
+
+def test_a_config_of_peft_is_refused_by_name() -> None:
+    model = LoRAModel(net(), LoRAConfig(r=2))
+    with pytest.raises(ConfigError, match="take a LoRAConfig"):
+        model.add_adapter("b", peft.LoraConfig(r=2))  # type: ignore[arg-type]
+
+
+def test_the_default_start_of_peft_is_ours() -> None:
+    assert LoRAConfig(init_lora_weights=True).init_lora_weights == "kaiming"  # type: ignore[arg-type]
