@@ -117,8 +117,11 @@ def _without_password(url: str) -> str:
 
 
 def _unusable(url: str, error: Exception) -> ConfigError:
+    cause = _first_line(error)
+    if re.match(r"[^?]*://[^:]*:[^?]*@[^?]*@", url):  # then the cause may quote a part of the password
+        cause = "its password holds an @, which is written %40 in a URL"
     return ConfigError(
-        f"--storage {_without_password(url)} cannot be used: {_first_line(error)}. Give the URL of a database in the "
+        f"--storage {_without_password(url)} cannot be used: {cause}. Give the URL of a database in the "
         "form of SQLAlchemy, such as sqlite:///study.db or postgresql+psycopg2://user:password@host/name, with its "
         "driver installed"
     )

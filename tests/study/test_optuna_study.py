@@ -172,6 +172,11 @@ def test_a_database_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         open_study(tmp_path, "nonsense://me:secret@host/name", SETTINGS)
     assert "--storage nonsense://me:***@host/name cannot be used" in str(refusal.value)
     assert "secret" not in str(refusal.value)
+    with pytest.raises(
+        ConfigError, match=r"postgresql://me:\*\*\*@host/name cannot be used: .* written %40"
+    ) as refusal:
+        open_study(tmp_path, "postgresql://me:sec@ret:x@host/name", SETTINGS)
+    assert "ret:x" not in str(refusal.value)
     with pytest.raises(ConfigError, match="cannot be used: unable to open database file"):
         open_study(tmp_path, f"sqlite:///{tmp_path}/none/study.db", SETTINGS)
 
