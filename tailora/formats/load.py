@@ -351,9 +351,9 @@ def _sort_tensors(
 ) -> SortedTensors:
     doubled_out_proj = peft_config.adds_out_proj_twice(stored.settings or {})
     result = SortedTensors()
-    for key, tensor in stored.tensors.items():
+    for key, tensor in peft.without_second_copies(stored.tensors).items():
         path, slot = peft.path_and_slot(key)
-        saved_path = next((saved for saved in saved_paths if key.startswith(f"{saved}.")), None)
+        saved_path = peft.saved_path_of(key, saved_paths, modules)
         if slot and path in wrappers:
             wrapper = wrappers[path]
             if slot == "B" and path.endswith("base_layer.out_proj") and doubled_out_proj:
@@ -468,7 +468,7 @@ def _check_vocabulary(stored: peft.StoredAdapter, base_model: nn.Module) -> None
     if embedding is None:
         return
     # A file of another tool may hold the whole embedding
-    saved = (stored.tensors.get(path + ending) for ending in peft.BASE_WEIGHTS)
+    saved = (stored.tensors.get(f"{path}{ending}.weight") for ending in peft.BASE_MODULES)
     sizes = [len(weight) for weight in saved if weight is not None and weight.ndim]
     before, now = stored.metadata.vocabulary or next(iter(sizes), None), embedding.num_embeddings
     if before not in (None, now):

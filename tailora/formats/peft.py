@@ -304,26 +304,51 @@ def extra_keys(targets: ExtraTargets) -> dict[str, str]:
 
 # ---- Weights of the base, which PEFT saves with adapted or resized embeddings
 
-BASE_WEIGHTS = (".token_adapter.base_layer.weight", ".base_layer.weight", ".weight")
+BASE_MODULES = (".token_adapter.base_layer", ".base_layer", ".original_module", "")
 
 
 def base_weight_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, Tensor] | None:
-    """Returns path and weight of the base's module if the key names one; None otherwise."""
-    path = next((key.removesuffix(ending) for ending in BASE_WEIGHTS if key.endswith(ending)), None)
-    weight = getattr(modules.get(path or ""), "weight", None)
-    return None if path is None or not isinstance(weight, Tensor) else (path, weight)
+    """Returns name and tensor of the base's weight or bias if the key names one; None otherwise."""
+    owner, _, name = key.rpartition(".")
+    path = next(owner.removesuffix(ending) for ending in BASE_MODULES if owner.endswith(ending))
+    weight = getattr(modules.get(path), name, None) if path and name in ("weight", "bias") else None
+    return (f"{path}.{name}", weight) if isinstance(weight, Tensor) else None
 
 
-def base_weight_problem(key: str, tensor: Tensor, path: str, weight: Tensor) -> str | None:
+def base_weight_problem(key: str, tensor: Tensor, name: str, weight: Tensor) -> str | None:
     """Returns how the file's tensor differs from the base's weight, which it cannot replace; None if it is the same."""
     if weight.shape != tensor.shape:
-        resize = f"; resize_token_embeddings({len(tensor)}) comes first" if weight.shape[1:] == tensor.shape[1:] else ""
-        return f"the file's {path}.weight is {tuple(tensor.shape)}, the model's {tuple(weight.shape)}{resize}"
+        is_resized = weight.shape[1:] == tensor.shape[1:] != ()
+        resize = f"; resize_token_embeddings({len(tensor)}) comes first" if is_resized else ""
+        return f"the file's {name} is {tuple(tensor.shape)}, the model's {tuple(weight.shape)}{resize}"
     differs = ~torch.isclose(weight.detach().float().cpu(), tensor.float(), rtol=TOLERANCE, atol=1e-6)
-    rows = differs.flatten(1).any(1).nonzero()[:, 0].tolist() if differs.ndim > 1 else []
+    rows = differs.reshape(len(differs), -1).any(1).nonzero()[:, 0].tolist() if differs.ndim else []
     if not rows:
         return None
     return (
-        f"the file has other values in {len(rows)} rows of {path}.weight ({rows[0]}..{rows[-1]}) than this base, "
-        f"which is never changed here; copy the file's {key} into the base's {path}.weight, then load the adapter"
+        f"the file has other values in {len(rows)} rows of {name} ({rows[0]}..{rows[-1]}) than this base, "
+        f"which is never changed here; copy the file's {key} into the base's {name}, then load the adapter"
     )
+
+
+def saved_path_of(key: str, saved_paths: Iterable[str], modules: Mapping[str, nn.Module]) -> str | None:
+    """Returns the path of the module of modules_to_save whose trained tensor the key names; None otherwise.
+
+    If PEFT saves the embeddings, the file has three tensors for one that is trained: PEFT reads `lm_head.weight`;
+    `lm_head.modules_to_save.weight` is the same again; `lm_head.original_module.weight` is the base's.
+    """
+    path = next((path for path in saved_paths if key.startswith(f"{path}.")), None)
+    part = key.removeprefix(f"{path}.").partition(".")[0]
+    is_wrapper = part in ("modules_to_save", "original_module") and f"{path}.{part}" not in modules
+    return None if is_wrapper else path
+
+
+def without_second_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out `path.modules_to_save.name` where the file has the same tensor as `path.name`."""
+
+    def is_second_copy(key: str, tensor: Tensor) -> bool:
+        path, wrapper, name = key.rpartition(".modules_to_save.")
+        first = tensors.get(f"{path}.{name}") if wrapper else None
+        return first is not None and first.dtype == tensor.dtype and first.equal(tensor)
+
+    return {key: tensor for key, tensor in tensors.items() if not is_second_copy(key, tensor)}

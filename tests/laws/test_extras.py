@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from cases import stir
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import chat_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -245,6 +245,54 @@ def test_a_file_that_holds_the_base_s_embedding_is_read_where_it_is_this_base_s(
         LoRAModel.from_pretrained(other, tmp_path)
     with pytest.raises(FormatError, match=r"resize_token_embeddings\(24\)"):
         LoRAModel.from_pretrained(llama(False, 20), tmp_path)
+
+
+@pytest.mark.parametrize("names", [["embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head"]])
+@pytest.mark.parametrize(("tied", "is_resized"), [(True, True), (False, True), (False, False)])
+def test_a_file_with_trained_and_saved_embeddings_loads(
+    names: list[str], tied: bool, is_resized: bool, tmp_path: Path
+) -> None:
+    """PEFT saves the embeddings of a resized base by itself: of a trained one the copy twice, and the base's weight."""
+    llama(tied).save_pretrained(tmp_path / "base")
+
+    def base() -> Any:
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(0)
+        if is_resized:
+            model.resize_token_embeddings(28)
+        if not tied:
+            model.lm_head.bias = nn.Parameter(torch.arange(1.0, 1 + model.lm_head.out_features))
+        return model.eval()
+
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=list(names), task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(base(), settings).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path / "adapter"
+    theirs.save_pretrained(str(folder), save_embedding_layers="auto" if is_resized else True)
+    keys = set(load_file(folder / "adapter_model.safetensors"))
+    assert any(key.endswith(f"{names[0]}.original_module.weight") for key in keys)
+    assert any(key.endswith(f"{names[0]}.modules_to_save.weight") for key in keys)
+    ours = LoRAModel.from_pretrained(base(), folder).eval()
+    assert torch.equal(logits(ours, ids()), logits(theirs, ids()))
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert torch.equal(logits(ours, ids()), logits(theirs, ids()))
+    other = base()
+    layer = other.lm_head if "lm_head" in names else other.model.embed_tokens
+    layer.weight.data[21:23] += 1
+    with pytest.raises(FormatError, match=r"other values in 2 rows of .*\(21..22\).*original_module.weight into"):
+        LoRAModel.from_pretrained(other, folder)
+
+
+def test_two_versions_of_a_trained_embedding_are_refused(tmp_path: Path) -> None:
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    peft.get_peft_model(llama(False), settings).save_pretrained(str(tmp_path), save_embedding_layers=True)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.modules_to_save.weight"] += 1
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match=r"unexpected lm_head.modules_to_save.weight"):
+        LoRAModel.from_pretrained(llama(False), tmp_path)
 
 
 @pytest.mark.parametrize(
