@@ -162,6 +162,7 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
         pickled = " (adapter_model.bin is a pickle, which can run code and is not read; save it as safetensors)"
         raise FormatError(
             f"{folder} has no {ADAPTER_WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}"
+            f"{_about_subfolders(folder)}"
         )
     tensors, file_metadata = read_safetensors(folder / ADAPTER_WEIGHTS)
     if wrong := [key for key in tensors if not key.startswith(KEY_PREFIX)]:
@@ -174,6 +175,16 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
     return StoredAdapter(
         folder, settings, {key.removeprefix(KEY_PREFIX): value for key, value in tensors.items()}, metadata
     )
+
+
+def _about_subfolders(folder: Path) -> str:
+    """Returns which subfolders are adapters, as of a model with several names, and how to load one; "" if none is."""
+    names = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_WEIGHTS}"))
+    if not names:
+        return ""
+    shown = ", ".join(names[:5]) + (f" ({len(names)} in all)" if len(names) > 5 else "")
+    which = f"subfolders {shown} have" if len(names) > 1 else f"subfolder {shown} has"
+    return f"; its {which} one: give subfolder={names[0]!r}, or {folder / names[0]} as the folder"
 
 
 def adapter_to_peft(adapter: Adapter, layers: Iterable[PeftLayer]) -> dict[str, Tensor]:

@@ -243,6 +243,20 @@ def test_a_damaged_folder_is_refused(folder: Path, damage: Callable[[Path], Any]
             read(folder)
 
 
+def test_a_folder_of_several_adapters_names_them(tmp_path: Path) -> None:
+    model = LoRAModel(chat_model(), LoRAConfig(r=2, target_modules=["q_proj"]), "a")
+    model.add_adapter("b", LoRAConfig(r=2, target_modules=["v_proj"]))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "logs").mkdir()
+    message = (
+        r"has no adapter_model.safetensors; its subfolders a, b have one: give subfolder='a', or .*/a as the folder"
+    )
+    for read in (read_offline, lambda path: LoRAModel.from_pretrained(chat_model(), path)):
+        with pytest.raises(FormatError, match=message):
+            read(tmp_path)
+    assert len(LoRAModel.from_pretrained(chat_model(), tmp_path, subfolder="a").lora_layers) == 2
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_a_file_that_may_not_be_read_is_refused(folder: Path, name: str) -> None:
