@@ -11,7 +11,7 @@ import pytest
 def test_importing_the_library_takes_at_most_a_quarter_more_cpu_time_than_torch() -> None:
     ours = "import torch; from tailora import LoRAConfig, LoRALayer, LoRAModel"
     with_tailora, torch_alone = [], []
-    for _ in range(3):  # a busy machine may spoil one measurement
+    for _ in range(8):  # the other test worker may spoil some measurements
         with_tailora.append(cpu_seconds(ours))
         torch_alone.append(cpu_seconds("import torch"))
         if min(with_tailora) <= 1.25 * min(torch_alone):

@@ -42,11 +42,11 @@ from tailora.errors import (
     listing,
     nearest,
 )
-from tailora.formats import gguf, kohya_diffusers, mlx, peft, peft_config
+from tailora.formats import kohya_diffusers, mlx, peft, peft_config
 from tailora.formats.fingerprint import fingerprint, fingerprint_differences, input_embedding
 from tailora.formats.hub import local_folder
 from tailora.formats.peft_paths import PeftLayer, peft_layers
-from tailora.formats.run_folder import ADAPTER_WEIGHTS
+from tailora.formats.run_folder import ADAPTER_WEIGHTS, GGUF_WEIGHTS
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 SLOT_NAMES = {
@@ -130,7 +130,9 @@ def read_any_format(path: Path, base_model: nn.Module) -> peft.StoredAdapter:
         return peft.read_peft_folder(path)
     if (path / mlx.WEIGHTS).is_file():
         return mlx.read(path)
-    if (path / gguf.WEIGHTS).is_file():
+    if (path / GGUF_WEIGHTS).is_file():
+        from tailora.formats import gguf  # loaded here, since most imports of tailora read none
+
         return gguf.read(path, base_model)
     if (path / DIFFUSERS_WEIGHTS).is_file():
         return kohya_diffusers.read(path / DIFFUSERS_WEIGHTS, base_model)

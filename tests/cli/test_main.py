@@ -288,6 +288,7 @@ def test_the_extra_that_is_missing_is_named(
 
 SIGNALLED = """
 import atexit, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 import tailora.cli.__main__ as program
 
 def send(name):
