@@ -467,11 +467,11 @@ def test_a_loaded_adapter_is_in_the_mode_of_its_base(tmp_path: Path) -> None:
     model = LoRAModel(net(), LoRAConfig(r=2, lora_dropout=0.5))
     stir(model)
     model.save_adapter(tmp_path)
-    x, expected = torch.randn(4, 8), None
+    x = torch.randn(4, 8)
+    expected = model.eval()(x)
     for base_model, is_trainable in ((net().eval(), True), (net(), False)):
         loaded = LoRAModel.from_pretrained(base_model, tmp_path, is_trainable=is_trainable)
         assert not loaded.training
-        expected = model.eval()(x)
         torch.testing.assert_close(loaded(x), expected)
     assert LoRAModel.from_pretrained(net(), tmp_path).training
 
