@@ -23,7 +23,7 @@ from arms import FAST_OFF, Step, load_base_model, synthetic_task, tailora
 from shapes import DTYPES, Shape
 from torch import Tensor
 
-from tailora.train.model_loading import has_bfloat16
+from tailora.core.device import has_bfloat16
 
 BOUNDS = Path(__file__).parent / "bounds.json"
 SHAPE = Shape(192, 512, 6, 6, 3, 8192, tied=True, rows=4, length=128)

@@ -13,10 +13,10 @@ from typing import Any
 
 from arms import FAST_OFF
 
+from tailora.core.device import has_bfloat16
 from tailora.data.dataset import Examples
 from tailora.train.config import TrainConfig
 from tailora.train.events import Event, Prepared, Stepped
-from tailora.train.model_loading import has_bfloat16
 from tailora.train.trainer import run
 
 SNAPSHOTS = 5  # evenly spaced, the last after the last step

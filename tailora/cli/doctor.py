@@ -88,23 +88,16 @@ def conclusions(facts: Facts) -> list[str]:
 def _device() -> dict[str, Any]:
     import torch
 
-    from tailora.train.model_loading import has_bfloat16
+    from tailora.core.device import device_name, has_bfloat16
 
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         device = {"type": "cuda", "name": gpu.name, "count": torch.cuda.device_count(), "memory": gpu.total_memory}
     elif torch.backends.mps.is_available():
-        device = {"type": "mps", "name": _processor()}
+        device = {"type": "mps", "name": device_name(torch.device("mps"))}
     else:
-        device = {"type": "cpu", "name": _processor()}
+        device = {"type": "cpu", "name": device_name(torch.device("cpu"))}
     return {**device, "bfloat16": has_bfloat16(str(device["type"]))}
-
-
-def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Returns the name of the CPU. On Linux it is in /proc/cpuinfo, where `platform` knows only the architecture."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _disk(folder: Path) -> dict[str, Any]:

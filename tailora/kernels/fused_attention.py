@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tailora.core.device import cpu_flags
 from tailora.kernels.attention import BLOCK, ROUND
-from tailora.kernels.products import cpu_flags
 
 
 @dataclass(frozen=True)

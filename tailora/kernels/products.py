@@ -6,11 +6,10 @@ parts .21 ms. For other shapes, and on processors without AMX, the second thread
 and two parts would take 10 to 30% longer.
 """
 
-from functools import lru_cache
-from pathlib import Path
-
 import torch
 from torch import Tensor
+
+from tailora.core.device import cpu_flags
 
 NARROW = range(128, 1024)  # columns; from 1024 on oneDNN uses both threads, below 128 nothing was measured
 ALIGNED = 32  # the first part has a multiple of so many rows: some other numbers are slow again
@@ -49,11 +48,3 @@ def _parts(x: Tensor, matrix: Tensor) -> list[slice]:
 def _leaves_core_idle(x: Tensor) -> bool:
     amx = x.dtype == torch.bfloat16 and x.device.type == "cpu" and "amx_bf16" in cpu_flags()
     return amx and torch.get_num_threads() == 2
-
-
-@lru_cache
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """Returns the flags that Linux lists for the processor; none on other systems."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    flags = (line for line in lines if line.lower().startswith(("flags", "features")))
-    return frozenset(next(flags, "").split())

@@ -33,11 +33,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tailora.core.device import has_bfloat16
 from tailora.core.quantization import dense_weight, is_quantized, prevent_repacking, quantized_layers, storage_obstacle
 from tailora.data.demo import resolve_demo
 from tailora.data.readers import check_model_exists
 from tailora.errors import ConfigError, listing, nearest
-from tailora.kernels.products import cpu_flags
 from tailora.quiet import quiet_loggers, quiet_transformers
 
 EXTRA = "pip install 'tailora[quantize]'"
@@ -176,20 +176,12 @@ def _try_layer(method: Method, device: torch.device) -> str | None:
     return None
 
 
-CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 names, and Arm's
 DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "stored": "auto",  # what transformers calls it
 }
-
-
-def has_bfloat16(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """True if the device multiplies bfloat16 in hardware; emulation is slower than float32."""
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device == "cpu" and bool(CPU_FLAGS & cpu_flags(cpuinfo))
 
 
 def precision_of(dtype: str, device: str) -> torch.dtype | str:

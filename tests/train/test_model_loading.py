@@ -3,24 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tailora.core.device import has_bfloat16
 from tailora.errors import ConfigError
-from tailora.train.model_loading import has_bfloat16, load_base
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("flags\t\t: fpu sse2 avx512_bf16 amx_tile", True),
-        ("flags\t\t: fpu sse2 amx_bf16", True),
-        ("Features\t: fp asimd bf16 i8mm", True),
-        ("flags\t\t: fpu sse2 avx2 avx512f", False),
-        ("model name\t: Some CPU with bf16 in its name", False),
-    ],
-)
-def test_bfloat16_is_read_off_the_processors_flags(tmp_path: Path, line: str, expected: bool) -> None:
-    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
-    assert has_bfloat16("cpu", tmp_path / "cpuinfo") == expected
-    assert not has_bfloat16("cpu", tmp_path / "missing")
+from tailora.train.model_loading import load_base
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,120 @@
+"""The devices of this machine: which one is chosen, what it can do, and what it is called."""
+
+import platform
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from tailora.errors import ConfigError
+
+ORDER = ("cuda", "xpu", "mps")  # before any other accelerator that torch knows; AMD's cards are "cuda" too
+AUTO = "auto"
+CPUINFO = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of a CPU: x86's names, and Arm's
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """Returns the device of this name: auto (or None), cpu, cuda, cuda:1, xpu, mps, ...
+
+    auto is the first of CUDA, XPU, MPS and any other accelerator that is here, else the CPU. A name without an index
+    means torch's current device of its kind. Raises ConfigError if there is no such device.
+    """
+    there = devices()
+    try:
+        asked = _with_index(torch.device(there[0].type if name is None or name == AUTO else name))
+    except (RuntimeError, AssertionError):  # no name of a device; torch is built without this kind of device
+        asked = None
+    if asked in there:
+        return asked
+    names = ", ".join([AUTO, *map(str, there)])
+    raise ConfigError(f"device {name!r} is not here: torch {torch.__version__} finds {names}")
+
+
+def devices() -> list[torch.device]:
+    """Returns every device of this machine, the best kind first and the CPU last."""
+    other = torch.accelerator.current_accelerator()
+    kinds = dict.fromkeys([*ORDER, *([other.type] if other else [])])
+    counts = {kind: torch.get_device_module(kind).device_count() for kind in kinds}
+    return [*(torch.device(kind, index) for kind in kinds for index in range(counts[kind])), torch.device("cpu")]
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """Returns cuda:0 for cuda, so that devices can be compared with those of tensors. The CPU has no index."""
+    module = torch.get_device_module(device)
+    if device.type == "cpu" or not module.device_count():
+        return torch.device(device.type)
+    current = module.current_device() if hasattr(module, "current_device") else 0  # torch.mps has one device
+    return torch.device(device.type, current if device.index is None else device.index)
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the name of the card, or of the processor."""
+    module = torch.get_device_module(device)
+    if hasattr(module, "get_device_name"):
+        return str(module.get_device_name(device))
+    if device.type == "mps" and hasattr(torch.backends.mps, "get_name"):  # newer than torch 2.7
+        return str(torch.backends.mps.get_name())
+    return _processor()
+
+
+def _processor(cpuinfo: Path = CPUINFO) -> str:
+    """Returns the name of the CPU. On Linux it is in /proc/cpuinfo, where `platform` knows only the architecture."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what was queued. A CPU queues nothing."""
+    if device.type == "mps":
+        torch.mps.synchronize()  # it takes no argument
+    elif device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+# ---- What a device computes in
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Returns float64, or float32 where the device has no float64: Apple's, and some of Intel's."""
+    if device.type in ("cpu", "cuda", "meta"):
+        return torch.float64
+    if device.type == "mps":
+        return torch.float32
+    return torch.float64 if _computes(torch.float64, device) else torch.float32
+
+
+def has_bfloat16(device: torch.device | str = "cpu", cpuinfo: Path = CPUINFO) -> bool:
+    """True if the device multiplies bfloat16 in hardware; emulation is slower than float32.
+
+    MPS does not tell: there it is True if the system can multiply bfloat16 at all, which it can from macOS 14 on.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return bool(BFLOAT16_FLAGS & cpu_flags(cpuinfo))
+    if device.type == "mps":
+        return _computes(torch.bfloat16, device)
+    module = torch.get_device_module(device)
+    if device.type in ("cuda", "xpu"):
+        with module.device(device):  # both ask about the current device
+            return bool(module.is_bf16_supported(including_emulation=False))
+    return hasattr(module, "is_bf16_supported") and bool(module.is_bf16_supported())
+
+
+def _computes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tries a small product: True if the device has this precision. The result is not waited for."""
+    try:
+        x = torch.ones(2, 2, dtype=dtype, device=device)
+        torch.mm(x, x)
+    except (TypeError, RuntimeError):  # MPS raises the first, XPU the second
+        return False
+    return True
+
+
+@lru_cache
+def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
+    """Returns the flags that Linux lists for the processor; none on other systems."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    flags = (line for line in lines if line.lower().startswith(("flags", "features")))
+    return frozenset(next(flags, "").split())
