@@ -1,0 +1,12 @@
+"""Tests on the pretend accelerator."""
+
+import pretend_accelerator
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    if lacks := pretend_accelerator.missing():
+        pytest.skip(f"the pretend accelerator cannot be built here: this machine lacks {lacks}")
+    return pretend_accelerator.install()
