@@ -13,7 +13,7 @@ Shapes: q (tokens, heads, width), k and v (tokens, key heads, width).
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -61,7 +61,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float
     cu_seq_lens: (documents + 1,), where documents begin and the last ends.
     window: tokens that a token attends to, itself among them.
     """
-    output, _ = _forward_operator(q, k, v, cu_seq_lens, scale, window)
+    output: Tensor = _forward_operator(q, k, v, cu_seq_lens, scale, window)[0]
     return output
 
 
@@ -98,12 +98,12 @@ def backward(
     for group in groups:
         padded = gradient.index_select(0, group.read).mul_(group.is_token)
         heads = _by_key_head(padded, group, k.shape[1])
-        parts = _blocks_backward(heads, _read(q, k, v, group, scale), group, scale, window)
+        parts: Sequence[Tensor] = _blocks_backward(heads, _read(q, k, v, group, scale), group, scale, window)
         for total, part in zip(gradients, parts, strict=True):
             total.index_copy_(0, group.write, part)
     for rows in single:
-        saved = (x[rows] for x in (gradient, q, k, v, output, log_sums))
-        for total, part in zip(gradients, _flash_backward(*saved, scale), strict=True):
+        parts = _flash_backward(gradient[rows], q[rows], k[rows], v[rows], output[rows], log_sums[rows], scale)
+        for total, part in zip(gradients, parts, strict=True):
             total[rows] = part
     dq, dk, dv = (total[:-1] for total in gradients)
     return dq, dk, dv
@@ -185,7 +185,7 @@ def split_documents(
 
 flash_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-READS_SHARED_HEADS = TorchVersion(torch.__version__) >= (2, 10)  # before, every query head needs keys of its own
+READS_SHARED_HEADS = TorchVersion(torch.__version__) >= "2.10"  # before, every query head needs keys of its own
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -196,13 +196,13 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
 
 def _flash_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, log_sums: Tensor, scale: float
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """Returns the gradients of one document's q, k and v."""
     g, before, sums = (x.transpose(0, 1)[None] for x in (gradient, output, log_sums))
     parts = flash_backward_op(g, *_flash_heads(q, k, v), before, sums, 0.0, True, scale=scale)
     if not READS_SHARED_HEADS:
-        parts = [part.unflatten(1, (x.shape[1], -1)).sum(2) for part, x in zip(parts, (q, k, v), strict=True)]
-    return [part[0].transpose(0, 1) for part in parts]
+        parts = [torch.unflatten(part, 1, (x.shape[1], -1)).sum(2) for part, x in zip(parts, (q, k, v), strict=True)]
+    return tuple(part[0].transpose(0, 1) for part in parts)
 
 
 def _flash_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,7 +272,7 @@ def _probabilities(heads: Heads, queries: slice, keys: slice, window: int | None
     q, k = heads.q[:, :, queries], heads.k[:, keys]  # q (count * key heads, group, queries, width)
     scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2))
     offset, count = queries.start - keys.start, q.shape[2]  # query i is at position offset + i of the keys
-    by_query = scores.unflatten(1, (-1, count))  # (count * key heads, group, queries, keys)
+    by_query = torch.unflatten(scores, 1, (-1, count))  # (count * key heads, group, queries, keys)
     by_query[..., offset:] += q.new_full((count, count), -math.inf).triu_(1)
     if window is not None and offset + count > window:
         by_query += q.new_full((count, offset + count), -math.inf).tril_(offset - window)
