@@ -73,7 +73,7 @@ class WeightState(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor) -> "WeightState":
         version = None if weight.is_inference() else weight._version
-        return cls(ref(weight), StorageWeakRef(weight.untyped_storage()), version)
+        return cls(ref(weight), StorageWeakRef(weight.untyped_storage()), version)  # type: ignore[no-untyped-call]
 
 
 class RowNorms:
