@@ -13,7 +13,17 @@ from cyclopts.types import NonNegativeFloat, PositiveInt
 
 from tailora.cli.flags import Json, Overwrite, flags_of, merge_settings
 from tailora.cli.main import log, note, print_json, stdout
-from tailora.cli.models import ADAPTER_FLAG, BaseModel, base_model_name, find_adapter, load_model, parse_adapters
+from tailora.cli.models import (
+    ADAPTER_FLAG,
+    DEVICE_HELP,
+    BaseModel,
+    Device,
+    announced_device,
+    base_model_name,
+    find_adapter,
+    load_model,
+    parse_adapters,
+)
 from tailora.errors import ConfigError, listing, nearest
 from tailora.formats.run_folder import ADAPTER_FILES, check_result_folder
 from tailora.report.blocks import Code, Paragraph, Section
@@ -54,6 +64,7 @@ def combine(
     drop: Annotated[float | None, Parameter(help="dare: probability of dropping an entry; default .5")] = None,
     seed: Annotated[int | None, Parameter(help="dare: seed for dropping entries; default 0")] = None,
     model: BaseModel = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:
@@ -69,7 +80,7 @@ def combine(
 
     check(weights, Combination(method, r, density, drop, seed))
     base = base_model_name(model, list(folders.values()))
-    adapted = load_model(base, folders, quantize="none", dtype="stored", device="cpu").model
+    adapted = load_model(base, folders, quantize="none", dtype="stored", device=device).model
     report = adapted.combine(weights, RESULT, method, r=r, density=density, drop=drop, seed=seed)
     adapted.save_adapter(output_dir, RESULT)
     sources = ", ".join(f"{name} x {value:g}" for name, value in weights.items())
@@ -101,6 +112,9 @@ def parse_weights(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str
 
 
 ShrinkFlags: Any = flags_of(TrainConfig, only=["field", "max_length"])
+ShrinkDevice = Annotated[
+    str | None, Parameter(name="--device", help=f"{DEVICE_HELP}; default: auto with --data, else cpu")
+]
 SOURCE = "source"  # name of the adapter that is shrunk
 
 
@@ -115,6 +129,7 @@ def shrink(
     ] = None,
     data: Annotated[str | None, Parameter(help="held-out data for --max-loss-increase, or 'demo'")] = None,
     model: BaseModel = None,
+    device: ShrinkDevice = None,
     overwrite: Overwrite = False,
     json: Json = False,
     flags: ShrinkFlags = None,
@@ -135,7 +150,7 @@ def shrink(
     )  # len stands for the loss, which needs the model
     base = base_model_name(model, [folder])
     config = merge_settings(flags, None, arguments={"model": base, "data": data})
-    device = "cpu" if data is None else None
+    device = device or ("cpu" if data is None else "auto")
     loaded = load_model(base, {SOURCE: folder}, quantize="none", dtype="stored", device=device)
     adapted = loaded.model
     lines: list[str] = []
@@ -177,6 +192,7 @@ def extract(
     output_dir: OutputDir,
     r: Rank = None,
     energy: Energy = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     json: Json = False,
     flags: ExtractFlags = None,
@@ -193,7 +209,8 @@ def extract(
     from tailora.train.model_loading import load_base
 
     check(r, energy)
-    base, other = load_base(model, "stored")[0], load_base(tuned, "stored")[0]
+    chosen = announced_device(device)
+    base, other = (load_base(name, "stored", chosen)[0] for name in (model, tuned))
     adapted, report = LoRAModel.from_difference(base, other, config, r=r, energy=energy)
     adapted.save_adapter(output_dir)
     left_over = {name: change if isfinite(change) else None for name, change in report.left_over.items()}

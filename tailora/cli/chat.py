@@ -18,6 +18,7 @@ from tailora.cli.flags import Json, Overwrite
 from tailora.cli.main import log, print_json, stderr
 from tailora.cli.models import (
     Adapters,
+    Device,
     Loaded,
     MaxNewTokens,
     Model,
@@ -66,6 +67,7 @@ def chat(
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
     seed: Seed = 0,
+    device: Device = "auto",
 ) -> int:
     """Chat with a model, with or without adapters.
 
@@ -74,7 +76,7 @@ def chat(
     folders = parse_adapters(adapter or [])
     model = base_model_name(model, list(folders.values()))
     log("reading the model")
-    loaded = load_model(model, folders, quantize=quantize)
+    loaded = load_model(model, folders, quantize=quantize, device=device)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     session = ChatSession(loaded, sampling, system_messages(system))
     if loaded.adapters:
@@ -181,6 +183,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    device: Device = "auto",
     output: OutputFile = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -197,7 +200,7 @@ def generate(
     folders = parse_adapters(adapter or [])
     model = base_model_name(model, list(folders.values()))
     log("reading the model")
-    loaded = load_model(model, folders, quantize=quantize)
+    loaded = load_model(model, folders, quantize=quantize, device=device)
     from tailora.cli.progress import counter
     from tailora.evaluation.generate import stream_reply
 

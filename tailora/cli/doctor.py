@@ -67,7 +67,7 @@ def collect_facts() -> Facts:
         },
         "demo cache": _disk(cache_folder()),
         "Hub cache": _disk(Path(HF_HUB_CACHE)),
-        "quantize": {name: obstacle(name, device["type"]) or "works" for name in METHODS},
+        "quantize": {name: obstacle(name, torch.device(device["type"])) or "works" for name in METHODS},
         "packages": {**versions, **{name: _version(name) for name in PACKAGES}},
     }
 

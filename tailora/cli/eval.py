@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from tailora.cli.flags import Json, flags_of, merge_settings
 from tailora.cli.main import GATE_NOT_MET, log, note, print_json, print_text, stderr, stdout
-from tailora.cli.models import BaseModel, Quantize, base_model_name, find_adapter, load_model
+from tailora.cli.models import BaseModel, Device, Quantize, base_model_name, find_adapter, load_model
 from tailora.errors import ConfigError
 from tailora.evaluation.metrics import METRICS, QUOTES_HINT, Gate, check_gates, parse_gates, parse_metrics
 from tailora.formats.run_folder import REPORT, recorded_settings, write_report
@@ -110,6 +110,7 @@ def eval(
     samples: Annotated[NonNegativeInt, Parameter(help="answers to show, for exact_match")] = 3,
     limit: Limit = None,
     quantize: Quantize = None,
+    device: Device = "auto",
     harness: HarnessFlags = NO_HARNESS_FLAGS,
     output_dir: Annotated[Path | None, Parameter(help="folder for report.json and report.html")] = None,
     json: Json = False,
@@ -154,7 +155,7 @@ def eval(
     folders = {} if target.folder is None else {"default": target.folder}
     scores = Scores({}, {} if base else None, {} if base else None)
     with explain_out_of_memory("evaluating", lambda: MEMORY_ADVICE):
-        loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype)
+        loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=device)
         adapted = loaded.model if loaded.adapters else without_adapter(loaded.model)
         if data is not None:
             _warn_of_training_data(target, data)

@@ -11,7 +11,16 @@ from rich.console import Console
 
 from tailora.cli.flags import Json, Overwrite
 from tailora.cli.main import log, print_json, stdout
-from tailora.cli.models import METHODS, AdapterPath, BaseModel, base_model_name, find_adapter, quantize_method
+from tailora.cli.models import (
+    METHODS,
+    AdapterPath,
+    BaseModel,
+    Device,
+    announced_device,
+    base_model_name,
+    find_adapter,
+    quantize_method,
+)
 from tailora.data.demo import resolve_demo
 from tailora.formats.run_folder import ADAPTER_CONFIG, EXPORTED_FILES, check_result_folder
 from tailora.report.blocks import Block, Code, Column, Paragraph, Section, Table
@@ -43,6 +52,7 @@ def export(
     model: BaseModel = None,
     dtype: Dtype = "stored",
     quantize: Quantize = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:
@@ -60,7 +70,7 @@ def export(
 
     if quantize is None and to != "merged":
         quantize = "none"  # the base's weights are not in the result
-    loaded, tokenizer = load_base(base, dtype, quantize=quantize_method([path], quantize))
+    loaded, tokenizer = load_base(base, dtype, announced_device(device), quantize_method([path], quantize))
     adapted = LoRAModel.from_pretrained(loaded, path)
     started = time.perf_counter()
     with quiet_transformers():

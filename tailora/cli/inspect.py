@@ -8,7 +8,15 @@ from cyclopts.types import NonNegativeInt
 
 from tailora.cli.flags import Json, Overwrite, flags_of, merge_settings
 from tailora.cli.main import log, print_json, stderr, stdout
-from tailora.cli.models import AdapterPath, Quantize, base_model_name, find_adapter, quantize_method
+from tailora.cli.models import (
+    AdapterPath,
+    Device,
+    Quantize,
+    announced_device,
+    base_model_name,
+    find_adapter,
+    quantize_method,
+)
 from tailora.formats.run_folder import REPORT_FILES, check_result_folder, recorded_settings, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
@@ -43,6 +51,7 @@ def inspect(
     forgetting_data: Forgetting = None,
     intruders: Annotated[bool, Parameter(help="count intruder dimensions, by far the slowest part")] = True,
     quantize: Quantize = None,
+    device: Device = "auto",
     seed: Annotated[NonNegativeInt, Parameter(help="seed of the random updates that intruders are compared with")] = 0,
     all_: Annotated[bool, Parameter(name="--all", negative=(), help="show a row for every module")] = False,
     output_dir: OutputDir = None,
@@ -73,9 +82,18 @@ def inspect(
     options = InspectOptions(data, settings.field, settings.max_length, forgetting_data, intruders, seed)
     folders = [folder] if second is None else [folder, second]
     method = None if model is None else quantize_method(folders, quantize)
+    chosen = None if model is None else announced_device(device)
     with counter(stderr(), "modules") as progress:
         inspection = run(
-            folder, model, data, other=second, options=options, quantize=method, log=log, progress=progress
+            folder,
+            model,
+            data,
+            other=second,
+            options=options,
+            quantize=method,
+            device=chosen,
+            log=log,
+            progress=progress,
         )
     if output_dir is not None:
         write_report(output_dir, "inspect", inspection.to_dict(), allow_nan=False)

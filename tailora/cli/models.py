@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 from safetensors import SafetensorError, safe_open
 
-from tailora.cli.main import note, stderr
+from tailora.cli.main import log, note, stderr
 from tailora.cli.progress import download_progress
 from tailora.data.demo import DEMO, data_folder, model_folder, name_of_model, resolve_demo
 from tailora.data.readers import check_model_exists
@@ -20,6 +20,10 @@ from tailora.formats.io import read_json_object
 from tailora.formats.metadata import METADATA_KEY, parse_metadata
 from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder, recorded_settings
 from tailora.train.config import Quantize as QuantizeMethod
+from tailora.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
 
 METHODS = f"{', '.join(get_args(QuantizeMethod))} or none"
 LORA_FILE = ".safetensors"
@@ -52,6 +56,8 @@ AdapterPath = Annotated[
 Quantize = Annotated[
     str | None, Parameter(help=f"quantization of the base model: {METHODS}; default: as in the adapter's run")
 ]
+DEVICE_HELP = TrainConfig.model_fields["device"].description
+Device = Annotated[str, Parameter(help=DEVICE_HELP)]
 MaxNewTokens = Annotated[PositiveInt, Parameter(help="longest answer, in tokens")]
 Temperature = Annotated[NonNegativeFloat, Parameter(help="sampling temperature; 0: always the likeliest token")]
 TopP = Annotated[
@@ -200,6 +206,15 @@ def fetch_demo(model: str, *data: str | None) -> None:
             data_folder(progress)
 
 
+def announced_device(name: str) -> "torch.device":
+    """Returns the device of this name, and says which it is. Raises ConfigError."""
+    from tailora.core.device import choose_device, device_name
+
+    device = choose_device(name)
+    log(f"device: {device}, {device_name(device)}")
+    return device
+
+
 @dataclass(frozen=True)
 class Loaded:
     model: Any  # a LoRAModel with every adapter active, or the base itself without adapters; in evaluation mode
@@ -213,27 +228,25 @@ def load_model(
     *,
     quantize: str | None = None,
     dtype: str = "auto",
-    device: str | None = None,
+    device: str = "auto",
 ) -> Loaded:
-    """Loads a base model and adapters, name -> folder.
+    """Loads a base model and adapters, name -> folder, onto a device, and says which.
 
     quantize: a method, "none", or None for the one that the adapters were trained with.
-    dtype: as in `train.model_loading.load_base`. device: None for a GPU if there is one.
+    dtype: as in `train.model_loading.load_base`.    device: as in `core.device.choose_device`.
     Raises ConfigError, FormatError, BaseMismatchError.
     """
-    import torch
-
     from tailora.model import LoRAModel
     from tailora.train.model_loading import load_base
 
     fetch_demo(model)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    base, tokenizer = load_base(model, dtype, device, quantize_method(list(folders.values()), quantize))
+    chosen = announced_device(device)
+    base, tokenizer = load_base(model, dtype, chosen, quantize_method(list(folders.values()), quantize))
     if not folders:
-        return Loaded(base.to(device).eval(), tokenizer, [])
+        return Loaded(base.eval(), tokenizer, [])
     (first, folder), *rest = folders.items()
     adapted = LoRAModel.from_pretrained(base, folder, first)
     for name, folder in rest:
         adapted.load_adapter(folder, name)
     adapted.set_adapter(list(folders))
-    return Loaded(adapted.to(device).eval(), tokenizer, list(folders))
+    return Loaded(adapted.eval(), tokenizer, list(folders))

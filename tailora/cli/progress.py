@@ -185,7 +185,8 @@ def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
         f"linear layers in {quantize} ({header['base_bytes'] / 1e6:,.0f} MB in all), the rest in " if quantize else ""
     )
     lines = {
-        "model": f"{settings['model']}, {base} parameters, {stored}{header['dtype']} ({reason}) on {header['device']}"
+        "model": f"{settings['model']}, {base} parameters, {stored}{header['dtype']} ({reason})",
+        "device": f"{header['device']}, {header['device_name']}",
     }
     if full:
         lines["trained"] = "all weights of the model"

@@ -1,6 +1,7 @@
 """The devices of this machine: which one is chosen, what it can do, and what it is called."""
 
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -65,6 +66,13 @@ def _processor(cpuinfo: Path = CPUINFO) -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+def as_current(device: torch.device) -> AbstractContextManager[object]:
+    """Within the block it is torch's current device of its kind, where libraries put what names no device."""
+    module = torch.get_device_module(device)
+    context: AbstractContextManager[object] = module.device(device) if hasattr(module, "device") else nullcontext()
+    return context
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what was queued. A CPU queues nothing."""
     if device.type == "mps":
@@ -96,10 +104,9 @@ def has_bfloat16(device: torch.device | str = "cpu", cpuinfo: Path = CPUINFO) ->
     if device.type == "mps":
         return _computes(torch.bfloat16, device)
     module = torch.get_device_module(device)
-    if device.type in ("cuda", "xpu"):
-        with module.device(device):  # both ask about the current device
-            return bool(module.is_bf16_supported(including_emulation=False))
-    return hasattr(module, "is_bf16_supported") and bool(module.is_bf16_supported())
+    without_emulation = {"including_emulation": False} if device.type in ("cuda", "xpu") else {}
+    with as_current(device):  # the question is about the current device
+        return hasattr(module, "is_bf16_supported") and bool(module.is_bf16_supported(**without_emulation))
 
 
 def _computes(dtype: torch.dtype, device: torch.device) -> bool:

@@ -243,7 +243,8 @@ def _is_product(layer: nn.Module, cls: type[nn.Module]) -> bool:
     if parent is None or not LAYER_TYPES[qualified_name(parent)].is_linear:
         return False
     own_weight = weight_of(layer)
-    with torch.random.fork_rng([own_weight.device] if own_weight.is_cuda else []):
+    device = own_weight.device
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         random = {
             id(parameter): nn.Parameter(torch.randn_like(parameter), requires_grad=False)
             for parameter in layer.parameters()

@@ -16,6 +16,7 @@ from tailora.core.attach import evaluating
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import prepare
 from tailora.errors import DataError
+from tailora.train.random_state import seeded
 
 SAMPLES, SAMPLE_LENGTH = 16, 64  # texts written by the base, and their tokens
 MANY_TEXTS = 64  # above this number the base's log-probabilities are kept in bfloat16
@@ -32,12 +33,10 @@ class Forgetting:
 def sample_texts(
     model: Any, tokenizer: Any, *, count: int = SAMPLES, length: int = SAMPLE_LENGTH, seed: int = 0
 ) -> list[list[int]]:
-    """Returns token ids that the model, its adapters off, samples at temperature 1. torch's random state is kept."""
+    """Returns token ids that the model, its adapters off, samples at temperature 1. Random states are kept."""
     start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
     ids = torch.full((count, 1), start, device=model.device)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), evaluating(model), model.disable_adapter():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.no_grad(), evaluating(model), model.disable_adapter():
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tailora.core.compress import leading_only, spectra_of
+from tailora.core.device import choose_device
 from tailora.core.low_rank import Update, product_spectrum
 from tailora.data.demo import name_of_model
 from tailora.errors import ConfigError, listing
@@ -84,6 +85,7 @@ def inspect(
     other: str | Path | None = None,
     options: InspectOptions | None = None,
     quantize: str | None = None,
+    device: torch.device | str | None = None,
     log: Log = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> Inspection:
@@ -92,6 +94,7 @@ def inspect(
 
     adapter: a folder of tailora, PEFT or mlx-lm, a run's folder, or with `model` any file that `load_adapter` reads.
     other: a second adapter of the same base to compare with.
+    device: of the model; by default a GPU if there is one.
 
     Nothing is written. Raises ConfigError, FormatError, BaseMismatchError, DataError.
     """
@@ -122,12 +125,12 @@ def inspect(
             seconds=time.perf_counter() - started,
         )
     else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = choose_device() if device is None else torch.device(device)
         loaded, tokenizer = load_base(model, "auto" if options.uses_data else "stored", device, quantize)
         adapted = LoRAModel.from_pretrained(loaded, folder, NAME)
         if other_folder is not None:
             adapted.load_adapter(other_folder, OTHER)
-        adapted.to(device).eval()
+        adapted.eval()
         second = None if other_folder is None else OTHER
         inspection = inspect_model(
             adapted, NAME, options, other=second, tokenizer=tokenizer, log=log, progress=progress

@@ -213,6 +213,7 @@ class TrainState:
 # These settings may differ when a run is continued: they change what is saved and shown, not how the weights change.
 FREE = {
     "output_dir",
+    "device",  # of which the kind is compared
     "resume_from_checkpoint",
     "report_to",
     "samples",

@@ -104,6 +104,9 @@ class TrainConfig(StrictModel):
         "auto", description="precision of the base model; adapters are float32"
     )
     quantize: Quantize | None = Field(None, description="quantization of the base model")
+    device: str = Field(
+        "auto", description="device to run on: auto (a GPU if there is one), cpu, cuda, cuda:1, mps, xpu"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of data order, initialisation and dropout")
     # evaluation and files
     eval_steps: NonNegativeInt = Field(0, description="evaluate every N steps; 0: only before and after training")

@@ -29,10 +29,18 @@ CGROUP_FILES = {  # folder of a version -> its files of limit and use, and the f
 STATUS = Path("/proc/self/status")
 
 
+# ---- What there is, of a device or, for a CPU, of this process
+
+
 def peak_bytes(device: torch.device) -> int:
-    """Returns the most memory used so far: of the device, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Returns the most memory used so far: of the device, or of this process on a CPU.
+
+    MPS keeps no peak: what torch has taken from the system stands for it, since torch gives nothing back by itself.
+    """
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).max_memory_allocated(device))
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     if STATUS.exists():  # on Linux, where ru_maxrss starts at the peak of the process that started this one
@@ -44,22 +52,37 @@ def peak_bytes(device: torch.device) -> int:
 
 def reset_peak(device: torch.device) -> None:
     """Starts a new peak, so that earlier runs in this process do not count. On a CPU the peak cannot be reset."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type == "mps":
+        torch.mps.empty_cache()
+    elif device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def used_bytes(device: torch.device) -> int:
     """Returns the memory that this process uses now, of the device or on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return int(torch.mps.current_allocated_memory())
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
 
 
 def available_bytes(device: torch.device) -> int:
-    """Returns the memory that can still be allocated; on a CPU within the limits of containers and of the process."""
-    if device.type == "cuda":
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, for its next tensors
-        return int(torch.cuda.mem_get_info(device)[0]) + idle
+    """Returns the memory that can still be allocated; on a CPU within the limits of containers and of the process.
+
+    MPS shares the system's memory, of which torch takes as much as the system recommends for a GPU.
+    """
+    if device.type == "mps":
+        used, taken = torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory()
+        free = [torch.mps.recommended_max_memory() - used, psutil.virtual_memory().available + taken - used]
+        return max(int(min(free)), 0)
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        idle = int(module.memory_reserved(device) - module.memory_allocated(device))  # torch's, for its next tensors
+        try:
+            return int(module.mem_get_info(device)[0]) + idle
+        except RuntimeError:  # of an Intel GPU under WSL2, whose driver does not tell
+            return int(module.get_device_properties(device).total_memory) - int(module.memory_allocated(device))
     free = [int(psutil.virtual_memory().available), *_free_in_cgroups(), *_free_in_process()]
     return max(min(free), 0)
 

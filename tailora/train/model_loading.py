@@ -133,7 +133,7 @@ METHODS = {
 }
 
 
-def settings_for(name: str, dtype: torch.dtype, device: str) -> Any:
+def settings_for(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Returns quantization_config of `from_pretrained`. Raises ConfigError if the method does not work here."""
     if name not in METHODS:
         raise ConfigError(f"quantize {name!r} is unknown; there are {', '.join(METHODS)}{nearest(name, METHODS)}")
@@ -145,14 +145,14 @@ def settings_for(name: str, dtype: torch.dtype, device: str) -> Any:
     return METHODS[name].settings(dtype)
 
 
-def obstacle(name: str, device: str) -> str | None:
+def obstacle(name: str, device: torch.device) -> str | None:
     """Tries the method on a small layer, forward and backward; returns why it does not work here, or None."""
     method = METHODS[name]
     if importlib.util.find_spec(method.package) is None:
         return f"{method.package} is not installed: {EXTRA}"
     try:
         with quiet_loggers(method.package):  # bitsandbytes logs a kernel that it does not find
-            return _try_layer(method, torch.device(device))
+            return _try_layer(method, device)
     except (ImportError, OSError, RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         cause = (str(error).strip() or repr(error)).splitlines()[0]
         return f"{method.package} cannot run on {device}: {cause}"
@@ -184,7 +184,7 @@ DTYPES: dict[str, torch.dtype | str] = {
 }
 
 
-def precision_of(dtype: str, device: str) -> torch.dtype | str:
+def precision_of(dtype: str, device: torch.device) -> torch.dtype | str:
     """Returns the dtype of one of `DTYPES`, or for "auto" the one that suits the device."""
     return DTYPES[("bfloat16" if has_bfloat16(device) else "float32") if dtype == "auto" else dtype]
 
@@ -219,14 +219,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    name: str, dtype: str = "auto", device: str = "cpu", quantize: str | None = None
+    name: str, dtype: str = "auto", device: torch.device | str = "cpu", quantize: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns model and tokenizer of a folder, a Hub id, or 'demo'.
 
-    dtype: float32, bfloat16, float16, "stored" (that of the files), or "auto" (what suits this machine).
+    dtype: float32, bfloat16, float16, "stored" (that of the files), or "auto" (what suits the device).
+    device: where every weight goes as soon as it is read, so that host memory never holds the whole model.
     quantize: one of METHODS for the linear layers; other tensors have the dtype.
     Raises ConfigError if they cannot be read or quantized. Pickled weights are not read.
     """
+    device = torch.device(device)
     precision = precision_of(dtype, device)
     with _reading(name) as source:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -235,10 +237,8 @@ def load_base(
             check_unquantized(AutoConfig.from_pretrained(source), name, quantize)
             wide = precision if isinstance(precision, torch.dtype) else torch.bfloat16
             more["quantization_config"] = settings_for(quantize, wide, device)
-            if device == "cuda":  # where its kernels are
-                more["device_map"] = {"": torch.cuda.current_device()}
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=precision, use_safetensors=True, output_loading_info=True, **more
+            source, dtype=precision, device_map={"": device}, use_safetensors=True, output_loading_info=True, **more
         )
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tailora.core.device import devices
+
 
 def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)  # CUDA too
+    torch.manual_seed(seed)  # of every device too
 
 
 @contextmanager
@@ -27,17 +29,16 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def random_state() -> dict[str, Tensor]:
-    """Returns the states of all generators as tensors, CUDA's as `cuda.0`, `cuda.1`, ..."""
+    """Returns the states of all generators as tensors, those of devices as `cuda.0`, `cuda.1`, `mps.0`, ..."""
     version, words, gauss_next = random.getstate()
     _algorithm, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python.spare": torch.tensor([] if gauss_next is None else [gauss_next], dtype=torch.float64),
         "numpy": torch.tensor([*np.asarray(keys).tolist(), position, has_gauss], dtype=torch.int64),
         "numpy.spare": torch.tensor([gauss], dtype=torch.float64),
         "torch": torch.get_rng_state(),
-        **{f"cuda.{i}": state for i, state in enumerate(cuda)},
+        **{_name(device): torch.get_device_module(device).get_rng_state(device) for device in _accelerators()},
     }
 
 
@@ -48,7 +49,14 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
     *keys, position, has_gauss = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, states["numpy.spare"].item()))
     torch.set_rng_state(states["torch"])
-    for i in range(torch.cuda.device_count()):
-        if f"cuda.{i}" not in states:
-            break  # the checkpoint was made with fewer GPUs, and no process of the run uses this one
-        torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
+    for device in _accelerators():
+        if _name(device) in states:  # else the checkpoint was made without it, and no process of the run uses it
+            torch.get_device_module(device).set_rng_state(states[_name(device)], device)
+
+
+def _accelerators() -> list[torch.device]:
+    return [device for device in devices() if device.type != "cpu"]
+
+
+def _name(device: torch.device) -> str:
+    return f"{device.type}.{device.index}"

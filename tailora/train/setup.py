@@ -1,20 +1,22 @@
 """The functions that `Trainer.setup` calls, in the order in which it calls them."""
 
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate import Accelerator, PartialState
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.adapter_set import layer_calls
 from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
+from tailora.core.device import AUTO, choose_device
 from tailora.core.init import DATA_INITS, GRADIENT_INITS
 from tailora.core.layer_calls import last_names, not_called_message
 from tailora.data.dataset import IGNORED, Example
@@ -38,7 +40,7 @@ PROBE_TOKENS = 128  # memory is measured on at most so many tokens of the longes
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Returns accelerate with the trackers asked for. Raises ConfigError for trackers that it would ignore."""
+    """Returns accelerate on the device and with the trackers asked for. Raises ConfigError if one is not here."""
     problems = []
     for name in config.report_to:
         if name not in TRACKERS:
@@ -48,6 +50,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     if problems:
         raise ConfigError(listing(problems))
     accelerator = Accelerator(
+        cpu=start_on_device(config.device).type == "cpu",
         log_with=config.report_to or None,
         project_dir=config.output_dir,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # or the environment's would scale ours
@@ -58,6 +61,25 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             "with --mixed_precision no; --dtype sets the precision of the base, and adapters are float32"
         )
     return accelerator
+
+
+def start_on_device(name: str) -> torch.device:
+    """Makes accelerate use a device, and returns it; of several processes each has the one of its rank.
+
+    For auto the environment of `accelerate launch` decides first. Raises ConfigError.
+    """
+    if name == AUTO:
+        name = "cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else os.environ.get("ACCELERATE_TORCH_DEVICE", AUTO)
+    device = choose_device(name)
+    state = PartialState(cpu=device.type == "cpu")
+    if state.num_processes == 1:
+        state.device = device  # it would keep that of an earlier run in this process
+    elif ":" in name or state.device.type != device.type:
+        raise ConfigError(
+            f"--device {name}: each of the {state.num_processes} processes takes the device of its own rank, here "
+            f"{state.device}; give --device {state.device.type}, or start one process"
+        )
+    return torch.device(state.device)
 
 
 def attach(
@@ -76,14 +98,14 @@ def attach(
     if config.method == "full":
         if accelerator.num_processes > 1:
             raise ConfigError("--method full trains in one process only; start it without torchrun")
-        base = base.to(accelerator.device)
-        return FullModel(base, tokenizer, lambda: load_base(config.model, config.dtype, base.device.type)[0]).train()
+        device = base.device
+        return FullModel(base, tokenizer, lambda: load_base(config.model, config.dtype, device)[0]).train()
     if config.adapter:
         model = LoRAModel.from_pretrained(base, config.adapter)
     else:
         settings = adapter_of_checkpoint(config, saved)
         model = LoRAModel(base, settings or config.lora(), fresh=settings is None)
-    return model.to(accelerator.device).train()
+    return model.train()
 
 
 def adapter_of_checkpoint(config: TrainConfig, saved: Checkpoint | None) -> LoRAConfig | None:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
+from tailora.core.device import as_current, device_name
 from tailora.core.quantization import stored_bytes
 from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError, DivergedError, WriteError
@@ -169,6 +170,7 @@ class Trainer:
         stack.callback(accelerator.end_training)
         stack.enter_context(events.fail_together(accelerator))
         device, rank = accelerator.device, accelerator.process_index
+        stack.enter_context(as_current(device))
         reset_peak(device)
         if accelerator.is_main_process:
             stack.enter_context(run_log.lock(self.output_dir))
@@ -181,7 +183,7 @@ class Trainer:
         stack.enter_context(seeded(config.seed))
 
         with explain_out_of_memory("loading", lambda: LOADING_REMEDIES):
-            self.base, self.tokenizer = load_base(config.model, config.dtype, device.type, config.quantize)
+            self.base, self.tokenizer = load_base(config.model, config.dtype, device, config.quantize)
             base = model_fingerprint(self.base)
             embedding_rows = self.base.get_input_embeddings().weight.shape[0]
             data = self.read(config, embedding_rows, self.tokenizer, accelerator)
@@ -249,6 +251,7 @@ class Trainer:
             "settings": config.model_dump(mode="json"),
             "model": self.base.config.name_or_path,
             "device": str(self.accelerator.device),
+            "device_name": device_name(self.accelerator.device),
             "processes": self.accelerator.num_processes,
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "base_bytes": stored_bytes(self.base),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cases import stir
 from transformers import LlamaForCausalLM
 
@@ -13,6 +14,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.cli.flags import merge_settings
 from tailora.cli.main import main
 from tailora.cli.models import base_model_name, load_model, parse_adapters, quantize_method
+from tailora.core.device import device_name
 from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError
 
@@ -158,3 +160,37 @@ def test_training_an_adapter_further_takes_its_base(tmp_path: Path) -> None:
 
 def test_without_an_adapter_the_model_is_the_demo() -> None:
     assert base_model_name(None, []) == "demo"
+
+
+COMMANDS_WITH_A_DEVICE = {
+    "train": ["--model", "{model}", "--data", "{data}", "--output-dir", "{out}"],
+    "plan": ["--model", "{model}"],
+    "generate": ["--adapter", "{adapter}", "--prompt", "hello"],
+    "chat": ["--adapter", "{adapter}"],
+    "eval": ["{adapter}", "--data", "{data}"],
+    "inspect": ["{adapter}", "--model", "{model}"],
+    "combine": ["--adapter", "{adapter}", "--output-dir", "{out}"],
+    "shrink": ["{adapter}", "--r", "1", "--output-dir", "{out}"],
+    "extract": ["--model", "{model}", "--tuned", "{model}", "--r", "1", "--output-dir", "{out}"],
+    "export": ["{adapter}", "--to", "peft", "--output", "{out}"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS_WITH_A_DEVICE)
+def test_a_device_that_is_not_here_is_refused_before_anything_is_written(
+    command: str, tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=2)).save_adapter(adapter)
+    paths = {"model": tiny_model, "data": chats, "adapter": adapter, "out": out}
+    arguments = [argument.format(**paths) for argument in COMMANDS_WITH_A_DEVICE[command]]
+    assert main([command, *arguments, "--device", "xpu:7"]) == 2
+    error = capsys.readouterr().err
+    assert "device 'xpu:7' is not here: torch" in error
+    assert not out.exists() or not list(out.rglob("*.*"))
+
+
+def test_the_device_is_named(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", str(tiny_model), "--device", "cpu", "--prompt", "hello", "--max-new-tokens", "1"]
+    assert main(["generate", *arguments]) == 0
+    assert f"device: cpu, {device_name(torch.device('cpu'))}" in capsys.readouterr().err

@@ -23,7 +23,8 @@ HEADER: dict[str, Any] = {
         "streaming": False,
     },
     "data": {"train": 90, "eval": 10, "shape": "messages", **NOTHING_DROPPED},
-    "device": "cpu",
+    "device": "cuda:0",
+    "device_name": "NVIDIA T4",
     "dtype": "bfloat16",
     "packed": True,
     "kernels": "decoder layers: those of transformers, because --fast off asks for them; "
@@ -93,8 +94,9 @@ def test_evaluations_and_notes_are_always_shown() -> None:
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({}, "99M parameters, bfloat16 (what this machine is fastest with) on cpu"),
+        ({}, "99M parameters, bfloat16 (what this machine is fastest with)"),
         ({"settings": {**HEADER["settings"], "dtype": "bfloat16"}}, "bfloat16 (as asked)"),
+        ({}, "device cuda:0, NVIDIA T4"),
         ({}, "210 layers, 1,000,000 parameters (1.00%)"),
         ({}, "90 examples, 10 held out; read as messages"),
         ({}, "12 of 8 examples, packed"),

@@ -134,12 +134,12 @@ run()
 def test_a_failure_of_one_process_ends_all_with_one_message_and_its_exit_code(
     case: str, settings: Any, tmp_path: Path
 ) -> None:
-    config = settings(max_steps=2)
+    config = settings(max_steps=2, device="cpu")
     write_settings(tmp_path, config)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-c", FAILING, "train", "--config", str(tmp_path / "config.yaml"), case]
     processes = [
         subprocess.Popen(

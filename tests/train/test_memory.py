@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -26,6 +27,7 @@ from tailora.train.memory import (
     explain_out_of_memory,
     format_bytes,
     peak_bytes,
+    reset_peak,
     used_bytes,
 )
 from tailora.train.setup import memory_cost
@@ -196,6 +198,38 @@ def test_the_peak_grows_by_what_is_allocated_beyond_it() -> None:
     assert block.nbytes > gap
     assert 0.15e9 < peak_bytes(CPU) - before < 0.25e9
     assert 0 < available_bytes(CPU) < 2**50
+
+
+def test_apples_gpu_shares_the_systems_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    mps, free = torch.device("mps"), 4_000
+    sizes = {"current_allocated_memory": 1_000, "driver_allocated_memory": 3_000, "recommended_max_memory": 10_000}
+    for name, size in sizes.items():
+        monkeypatch.setattr(torch.mps, name, lambda size=size: size)
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: emptied.append(True))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert (used_bytes(mps), peak_bytes(mps)) == (1_000, 3_000)
+    assert available_bytes(mps) == free + 2_000  # what torch holds and does not use can be used, too
+    free = 20_000
+    assert available_bytes(mps) == 9_000
+    reset_peak(mps)
+    assert emptied
+
+
+def test_where_the_driver_does_not_tell_it_is_what_torch_has_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: torch.device) -> None:
+        raise RuntimeError("The device does not support querying for available free memory")
+
+    for name, function in {
+        "memory_reserved": lambda _: 500,
+        "memory_allocated": lambda _: 300,
+        "mem_get_info": fail,
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=1_000),
+    }.items():
+        monkeypatch.setattr(torch.xpu, name, function)
+    assert available_bytes(torch.device("xpu", 0)) == 700
 
 
 @pytest.mark.parametrize(

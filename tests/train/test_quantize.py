@@ -96,18 +96,18 @@ def test_a_method_that_does_not_work_here_is_refused_with_the_reason(monkeypatch
 
     monkeypatch.setitem(METHODS, "fp4", METHODS["fp4"].__class__("bitsandbytes", METHODS["fp4"].settings, broken))
     with pytest.raises(ConfigError, match="fp4 does not work here: bitsandbytes cannot run on cpu: no kernel image"):
-        settings_for("fp4", torch.float32, "cpu")
+        settings_for("fp4", torch.float32, CPU)
     monkeypatch.setitem(METHODS, "fp4", METHODS["fp4"].__class__("no_such_package", METHODS["fp4"].settings, broken))
     with pytest.raises(ConfigError, match=r"no_such_package is not installed: pip install 'tailora\[quantize\]'"):
-        settings_for("fp4", torch.float32, "cpu")
+        settings_for("fp4", torch.float32, CPU)
     with pytest.raises(ConfigError, match="did you mean nf4"):
-        settings_for("nf8", torch.float32, "cpu")
+        settings_for("nf8", torch.float32, CPU)
 
 
 def test_what_works_here_is_found_out_by_trying() -> None:
-    assert {method for method in METHODS if obstacle(method, "cpu")} == NOT_HERE
+    assert {method for method in METHODS if obstacle(method, CPU)} == NOT_HERE
     with pytest.raises(ConfigError, match="torchao-int4 does not work here: torchao cannot run on cpu: "):
-        settings_for("torchao-int4", torch.bfloat16, "cpu")
+        settings_for("torchao-int4", torch.bfloat16, CPU)
 
 
 def test_a_quantised_model_keeps_its_own_way(model_folder: Path, tmp_path: Path) -> None:

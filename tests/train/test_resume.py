@@ -240,6 +240,13 @@ def test_a_resume_with_other_settings_is_refused_by_name(two_checkpoints: TrainC
         run(changed(two_checkpoints, **changes))
 
 
+def test_a_resume_may_name_the_device_of_the_run(two_checkpoints: TrainConfig) -> None:
+    run(changed(two_checkpoints, device="cpu"))
+    rewrite_recorded(two_checkpoints, device="cuda")
+    with pytest.raises(CheckpointError, match="kind of device was 'cuda', now is 'cpu'"):
+        run(two_checkpoints)
+
+
 def test_a_resume_on_other_data_is_refused(two_checkpoints: TrainConfig) -> None:
     data = Path(two_checkpoints.data)
     content = data.read_text()

@@ -1,0 +1,110 @@
+"""What the files that know devices say about one that is neither CUDA nor MPS."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from pretend_accelerator import counted, memory_limit, no_float64
+from tiny import chat_model, chat_tokenizer
+
+from tailora.core.device import choose_device, device_name, devices, has_bfloat16, synchronize, wide_dtype
+from tailora.train.memory import available_bytes, peak_bytes, reset_peak, used_bytes
+from tailora.train.model_loading import load_base
+from tailora.train.random_state import random_state, seeded, set_random_state
+from tailora.train.setup import start_on_device
+
+pytestmark = pytest.mark.device
+
+
+def test_an_accelerator_that_torch_knows_is_chosen(device: torch.device) -> None:
+    assert choose_device() == choose_device("auto") == choose_device("pretend") == choose_device("pretend:0") == device
+    assert devices() == [device, torch.device("cpu")]
+    assert device_name(device) == "pretend accelerator"
+    assert has_bfloat16(device)
+    assert wide_dtype(device) == torch.float64
+    with no_float64():
+        assert wide_dtype(device) == torch.float32
+    with counted() as counts:
+        synchronize(device)
+    assert counts.synchronisations == {"device": 1}
+
+
+def test_accelerate_follows_the_device_of_each_run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_TORCH_DEVICE")
+    try:
+        for name, expected in (("cpu", "cpu"), ("auto", "pretend:0"), ("cpu", "cpu"), ("pretend", "pretend:0")):
+            assert str(start_on_device(name)) == str(PartialState().device) == expected
+        monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+        assert str(start_on_device("auto")) == "cpu"
+        assert str(start_on_device("pretend")) == "pretend:0"
+    finally:
+        PartialState().device = device
+
+
+def test_random_numbers_of_the_device_are_saved_and_restored(device: torch.device) -> None:
+    states = random_state()
+    assert states["pretend.0"].device.type == "cpu"
+    first = torch.rand(3, device=device)
+    with seeded(5):
+        torch.rand(3, device=device)
+    set_random_state(states)
+    assert torch.equal(torch.rand(3, device=device), first)
+    del states["pretend.0"]  # a checkpoint of a machine without it
+    set_random_state(states)
+
+
+def test_memory_is_that_of_the_device(device: torch.device) -> None:
+    reset_peak(device)
+    before = used_bytes(device)
+    a = torch.zeros(1_000_000, device=device)
+    assert used_bytes(device) == before + 4_000_000
+    with memory_limit(before + 5_000_000):
+        assert available_bytes(device) == 1_000_000
+    del a
+    assert used_bytes(device) == before
+    assert peak_bytes(device) == before + 4_000_000
+    reset_peak(device)
+    assert peak_bytes(device) == before
+
+
+def largest_growth(action: Callable[[], object], size: Callable[[], int]) -> int:
+    """Returns by how much `size` grows at most while the action runs."""
+    start = size()
+    sizes, stop = [start], threading.Event()
+
+    def sample() -> None:
+        while not stop.is_set():
+            sizes.append(size())
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        action()
+    finally:
+        stop.set()
+        thread.join()
+    return max(sizes) - start
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much memory is of no file")
+def test_the_host_never_holds_the_model(device: torch.device, tmp_path: Path) -> None:
+    model = chat_model(vocab_size=320, hidden_size=512, intermediate_size=2048, num_hidden_layers=5)
+    model.save_pretrained(tmp_path, max_shard_size="5MB")
+    chat_tokenizer(["red green"]).save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 10
+
+    def host() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024 - used_bytes(device)  # the device's is the host's
+
+    loaded = []
+    growth = largest_growth(lambda: loaded.append(load_base(str(tmp_path), "bfloat16", device)[0]), host)
+    assert {tensor.device for tensor in loaded[0].state_dict().values()} == {device}
+    size = sum(parameter.nbytes for parameter in loaded[0].parameters())
+    assert size > 30_000_000
+    assert growth < 10_000_000  # of tensors of at most 4 MB, four are converted at a time
