@@ -184,8 +184,8 @@ class LoRALayer(nn.Module):
         The scale multiplies B in B's own precision: in bfloat16 it would lose its small steps.
         """
         A, B = self.unscaled_factors()
-        B = B * (self.scaling * self.strength)
-        return A, B if gain is None else B * gain[:, None]
+        scale = self.scaling * self.strength
+        return A, B * (scale if gain is None else (scale * gain)[:, None])
 
     def unscaled_factors(self) -> tuple[Tensor, Tensor]:
         """Returns two factors whose product is B A - B0 A0: A and B, or B diag(E) of AdaLoRA.

@@ -20,7 +20,7 @@ from tailora.core.attach import Adapted, Swapped, derived_class
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LINEAR, qualified_name
 from tailora.core.quantization import is_quantized
-from tailora.kernels import fused_attention
+from tailora.kernels import cpu_attention
 from tailora.kernels.products import add_product, product
 
 # ---- Linear layers that share an input, with their updates: forward and backward, by large products.
@@ -254,8 +254,7 @@ class Layer:
     width: int  # of a head
     scale: float
     window: int | None
-    documents: tuple[fused_attention.DocumentGroup, ...]
-    thresholds: fused_attention.FlashThresholds
+    cu_seq_lens: Tensor
     dropout: float
     seed: int
     checkpointed: bool
@@ -277,7 +276,7 @@ class Kept(NamedTuple):
     """All tensors are (tokens, ...)."""
 
     x: Tensor
-    heads: list[fused_attention.SavedHeads]
+    heads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, output, log sums
     raw: tuple[tuple[Tensor, Tensor], ...]  # q and k before their norms, where they have some, and 1 / rms
     attended: Tensor
     middle: Tensor
@@ -337,10 +336,8 @@ def _forward(x: Tensor, cos: Tensor, sin: Tensor, layer: Layer) -> tuple[Tensor,
         (q, q_inverse), (k, k_inverse), raw_q, raw_k = layer.head_norms[0](q), layer.head_norms[1](k), q, k
         raw = (raw_q, q_inverse), (raw_k, k_inverse)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    attended, heads = fused_attention.attention_forward(
-        q, k, v, layer.documents, layer.scale, layer.window, layer.thresholds
-    )
-    attended = attended.flatten(1)
+    by_head, log_sums = cpu_attention.forward(q, k, v, layer.cu_seq_lens, layer.scale, layer.window)
+    heads, attended = (q, k, v, by_head, log_sums), by_head.flatten(1)
     (middle,), low_o = forward(attended, layer.named("o"), layer.noise(1, attended, "o"), residual=x)
     n2, middle_inverse = layer.middle_norm(middle)
     (gate, up), low_mlp = forward(n2, layer.named("gate", "up"), layer.noise(2, n2, "gate", "up"))
@@ -384,14 +381,9 @@ def _attention_backward(
     pairs = _named(["o"], backward_factors(kept.attended, [gradient], o, kept.low_o, low, noise))
     if not (wants_x or layer.adapted("q", "k", "v")):
         return None, pairs
-    tokens, width = kept.attended.shape
-    rows = gradient.new_zeros(tokens + 1, width)  # the last row is what padding reads
-    backward_input([gradient], o, low, noise, out=rows[:-1])
-    by_head = rows.view(tokens + 1, -1, layer.width)
-    output = kept.attended.view(tokens, -1, layer.width)
-    q, k, v = fused_attention.attention_backward(
-        by_head, output, kept.heads, layer.documents, layer.scale, layer.window
-    )
+    tokens = len(kept.attended)
+    by_head = backward_input([gradient], o, low, noise).view(tokens, -1, layer.width)
+    q, k, v = cpu_attention.backward(by_head, *kept.heads, layer.cu_seq_lens, layer.scale, layer.window)
     q, k = rotate(q, cos, -sin), rotate(k, cos, -sin)
     if layer.head_norms:
         q, k = (
@@ -542,8 +534,7 @@ def _described(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Layer | N
         width=attention.head_dim,
         scale=attention.scaling,
         window=_window(attention),
-        documents=fused_attention.group_documents(tuple(ends.diff().tolist()), x.device),
-        thresholds=fused_attention.flash_thresholds(x.dtype),
+        cu_seq_lens=ends,
         dropout=dropout,
         seed=new_seed() if dropout else 0,
         checkpointed=cast(Any, module).checkpointed,

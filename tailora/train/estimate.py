@@ -42,7 +42,8 @@ from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.formats.hub import local_folder
 from tailora.formats.load import lora_config_of, read_any_format
-from tailora.kernels.fused_attention import flash_backward_op, flash_op, group_documents
+from tailora.kernels import cpu_attention
+from tailora.kernels.cpu_attention import flash_backward_op, flash_op, split_documents
 from tailora.kernels.loss import FORMS
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
@@ -81,6 +82,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in OPERATORS:  # what they allocate inside counts, too
+            with self:
+                return OPERATORS[func](*args, **kwargs)
         out = func(*args, **kwargs)
         packet = getattr(func, "_overloadpacket", None)
         if func in FLOPS:
@@ -141,15 +145,19 @@ class _RealInputsComputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Within the block, new tensors have no contents."""
-    group_documents.cache_clear()  # cached index tensors must not pass between real and fake runs
+    split_documents.cache_clear()  # cached index tensors must not pass between real and fake runs
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _RealInputsComputed(), warnings.catch_warnings():  # type: ignore[no-untyped-call]
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # in deepcopy
             yield
     finally:
-        group_documents.cache_clear()
+        split_documents.cache_clear()
 
 
+OPERATORS: dict[Any, Callable[..., Any]] = {  # of ours, and their functions
+    torch.ops.tailora.packed_attention.default: cpu_attention.forward,
+    torch.ops.tailora.packed_attention_backward.default: cpu_attention.backward,
+}
 FLOPS: dict[Any, Callable[..., float]] = {  # operators that torch's table lacks
     torch.ops.aten.addmm_.default: lambda _, a, b, **__: 2.0 * a.numel() * b.shape[-1],
     torch.ops.aten.baddbmm_.default: lambda _, a, b, **__: 2.0 * a.numel() * b.shape[-1],

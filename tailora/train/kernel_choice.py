@@ -18,8 +18,8 @@ from tailora.core.attach import Adapted, evaluating
 from tailora.core.layer import LoRALayer
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.kernels.attention import BLOCK, SHORT, packed_rows
-from tailora.kernels.fused_attention import BLOCKS_ONLY, FLASH_ONLY, flash_thresholds
+from tailora.kernels.attention import packed_rows
+from tailora.kernels.cpu_attention import BLOCK, BLOCKS_ONLY, FLASH_ONLY, flash_thresholds
 from tailora.kernels.llama import eligible, fast_layers, obstacle_to_layers
 from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.packing import random_documents
@@ -84,22 +84,24 @@ def described_kernels(base: PreTrainedModel, layout: BatchLayout, obstacle: str 
 
     check: how it is known that the fused layers give the same results.
     """
-    fused, thresholds = obstacle is None, flash_thresholds(base.dtype)
-    if fused and thresholds == BLOCKS_ONLY:
-        attention = f"batched products over blocks of {BLOCK} queries"
-    elif fused and thresholds == FLASH_ONLY:
-        attention = "torch's flash attention for CPUs, documents of similar length together"
-    elif fused:
-        length = f"{thresholds.forward:,} tokens and more"
-        attention = f"torch's flash attention for documents of {length}, blocks of {BLOCK} queries for shorter ones"
-    elif not layout.packed:
-        attention = f"{base.config._attn_implementation} with a padding mask"
-    elif base.device.type == "cpu" and base.dtype == torch.bfloat16:
-        attention = f"blocks of queries for documents of up to {SHORT} tokens, torch's SDPA for each longer one"
-    else:
-        attention = "torch's SDPA for each document"
+    fused = obstacle is None
     layers = f"fused for speed, {check}" if fused else f"those of transformers, because {obstacle}"
-    return Kernels(fused, f"decoder layers: {layers}; attention: {attention}; loss: {layout.loss}")
+    return Kernels(fused, f"decoder layers: {layers}; attention: {_attention(base, layout)}; loss: {layout.loss}")
+
+
+def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:
+    """Returns how attention is computed, for the run's header."""
+    if not layout.packed:
+        return f"{base.config._attn_implementation} with a padding mask"
+    if base.device.type != "cpu":
+        return "torch's SDPA for each document"
+    thresholds = flash_thresholds(base.dtype)
+    if thresholds == BLOCKS_ONLY:
+        return f"batched products over blocks of {BLOCK} queries"
+    if thresholds == FLASH_ONLY:
+        return "torch's flash attention for CPUs, documents of similar length together"
+    length = f"{thresholds.forward:,} tokens and more"
+    return f"torch's flash attention for documents of {length}, blocks of {BLOCK} queries for shorter ones"
 
 
 def largest_difference(model: Trainable, examples: Sequence[Example], layout: BatchLayout) -> float | None:

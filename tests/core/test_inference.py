@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.inference import FEW_TOKENS, ConstantUpdate
 from tailora.core.layer import LoRALayer
-from tests.tiny import chat_model
+from tests.tiny import chat_model, tiny_model
 
 CONFIGS = {
     "all": LoRAConfig(r=4),
@@ -21,7 +22,9 @@ CONFIGS = {
     "frozen start": LoRAConfig(r=4, init_lora_weights="pissa"),
     "DoRA": LoRAConfig(r=4, use_dora=True),
     "embedding": LoRAConfig(r=4, target_modules=["embed_tokens", "v_proj"]),
-    "biases": LoRAConfig(r=4, bias="lora_only"),
+    "trained biases": LoRAConfig(r=4, bias="lora_only"),
+    "DoRA with biases": LoRAConfig(r=4, use_dora=True, bias="lora_only"),
+    "biases beside B": LoRAConfig(r=4, lora_bias=True),
 }
 PROMPTS = {
     "one": torch.tensor([[5, 9, 200, 31]]),
@@ -32,10 +35,14 @@ PROMPTS = {
 
 def stirred(config: LoRAConfig, dtype: torch.dtype = torch.float32) -> LoRAModel:
     model = LoRAModel(chat_model(initializer_range=0.3, attention_bias=True).to(dtype), config).eval()
+    stir(model)
+    return model
+
+
+def stir(model: LoRAModel) -> None:
     for parameter in model.lora_layers.parameters():
         if parameter.numel() > 1:
             nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 def logits_of(model: Any, prompt: Tensor, **more: Any) -> Tensor:
@@ -69,23 +76,65 @@ def test_tokens_and_logits_are_those_of_the_plain_path(config: str, prompt: str)
     model = stirred(CONFIGS[config])
     with watched() as seen:
         found = logits_of(model, PROMPTS[prompt])
-    assert bool(seen) is (config != "DoRA")
+    assert seen
     expected = logits_of(model.base_model, PROMPTS[prompt])  # past LoRAModel.generate
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, logits_of(model.unload(), PROMPTS[prompt]), atol=0.1)
 
 
-def test_several_adapters_and_their_strengths_are_one_constant() -> None:
-    model = stirred(CONFIGS["all"])
-    model.add_adapter("second", CONFIGS["some"])
+@pytest.mark.parametrize("second", ["some", "DoRA", "DoRA with biases"])
+def test_several_adapters_and_their_strengths_are_one_constant(second: str) -> None:
+    model = stirred(CONFIGS["all" if second == "some" else "DoRA"])
+    model.add_adapter("second", CONFIGS[second])
     model.set_adapter(["default", "second"])
-    for parameter in model.lora_layers.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    stir(model)
     model.set_scale("second", 0.5)
     with watched() as seen:
         found = logits_of(model, PROMPTS["one"])
     assert len(seen) == 6 * 14
     torch.testing.assert_close(found, logits_of(model.base_model, PROMPTS["one"]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "Phi3ForCausalLM"])
+def test_layers_that_store_the_transpose_and_parts_of_fused_layers(architecture: str) -> None:
+    model = LoRAModel(tiny_model(architecture), LoRAConfig(r=4, use_dora=True)).eval()
+    stir(model)
+    prompt = PROMPTS["two"] % 80
+    with watched() as seen:
+        found = logits_of(model, prompt)
+    assert seen
+    torch.testing.assert_close(found, logits_of(model.base_model, prompt), rtol=1e-4, atol=1e-4)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute or copy, each of which is a kernel on a device. Views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and func not in (torch.ops.aten._unsafe_view.default,)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize(("config", "most"), [("all", 2), ("DoRA", 3), ("DoRA with biases", 3)])
+def test_a_token_takes_at_most_three_more_operations_in_each_layer(config: str, most: int, rows: int) -> None:
+    """Counts operators of torch on a CPU; the path is the same on every device."""
+
+    def operations(model: Any, tokens: int) -> int:
+        prompt = torch.full((rows, 3), 7)
+        with Operations() as operations:
+            logits_of(model, prompt, max_new_tokens=tokens, min_new_tokens=tokens)
+        return operations.count
+
+    model = stirred(CONFIGS[config], torch.bfloat16)
+    logits_of(model, PROMPTS["token"])  # a CPU keeps the norms
+    base = model.base_model
+    adapted = operations(model, 4) - operations(model, 3)
+    model.set_adapter(None)
+    assert 0 < adapted - (operations(base, 4) - operations(base, 3)) <= most * 14
 
 
 @pytest.mark.slow

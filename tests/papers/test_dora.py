@@ -1,5 +1,6 @@
 """DoRA (arXiv:2402.09353): one test per equation cited."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.core import dora
 
 
 def stirred(r: int = 4, dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[LoRAModel, Any, Any]:
@@ -109,15 +111,44 @@ def test_the_strength_dial_and_a_second_adapter_scale_and_add_what_the_weight_ch
         torch.testing.assert_close(model(x), together)
 
 
-def test_a_changed_base_is_measured_again() -> None:
+def _written(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight.mul_(3)
+
+
+def _replaced(weight: Tensor) -> None:
+    """With other memory twice, which may be the same memory again; torch counts no change of the weight."""
+    for _ in range(2):
+        weight.data = weight.data * 2
+
+
+@pytest.mark.parametrize("change", [_written, _replaced])
+def test_a_changed_base_is_measured_again(change: Callable[[Tensor], None]) -> None:
     model, base, _ = stirred()
     x = torch.randn(5, 24, dtype=torch.float64)
     model(x)
-    with torch.no_grad():
-        base.weight.mul_(3)
+    change(base.weight)
     expected = model(x)
     with model.merged():
         torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("size", "bound"), [(0.1, 6e-5), (1.0, 3e-4)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_in_the_weight_s_own_precision_is_near_enough(
+    dtype: torch.dtype, size: float, bound: float, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on devices, where W as a whole would be widened. `size`: of the update, in units of W."""
+    monkeypatch.setattr(dora, "_has_blocks", lambda _: False)
+    torch.manual_seed(0)
+    W, A = (torch.randn(1, 576, 576) / 24).to(dtype), (torch.rand(1, 16, 576) * 2 - 1) / 24
+    B = W.float() @ A.mT  # along W, so that the product counts most
+    B *= size / (B @ A).norm(dim=2).mean()
+    truth = (W.double() + B.double() @ A.double()).norm(dim=2).flatten()
+    stored, left, right = (W.mT, A.mT, B.mT) if transposed else (W, B, A)
+    norms = dora.row_norms(stored, transposed, dora.row_squares(stored, transposed, torch.float32), left, right)
+    torch.testing.assert_close(norms.double(), truth, rtol=bound, atol=0)
 
 
 @torch.no_grad()

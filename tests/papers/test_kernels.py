@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.kernels import fused_attention as attention
+from tailora.kernels import cpu_attention as attention
 from tailora.kernels.llama import inverse_rms, rms_norm, rotate, swiglu
 
 
@@ -57,19 +57,16 @@ def test_swiglu_gates_by_swish() -> None:
 
 
 @pytest.mark.parametrize("torchs", [True, False])
-def test_attention_s_backward_computes_the_probabilities_again(torchs: bool) -> None:
+def test_attention_s_backward_computes_the_probabilities_again(monkeypatch: pytest.MonkeyPatch, torchs: bool) -> None:
     """FlashAttention (arXiv:2205.14135): Y = P V; dV = P^T dY, dS = P (dP - D), D = rowsum(dY Y) (alg. 4, app. B.2)."""
     torch.manual_seed(0)
     lengths, heads, width = (5, 3, 40), 2, 16
     q, k, v, dY = (normal(sum(lengths), heads, width) for _ in range(4))
-    documents = attention.group_documents(lengths, torch.device("cpu"))
-    scale = 1 / math.sqrt(width)
-    Y, kept = attention.attention_forward(
-        q, k, v, documents, scale, None, attention.FLASH_ONLY if torchs else attention.BLOCKS_ONLY
-    )
-    assert all((each.log_sums is not None) == torchs for each in kept)
-    padded = torch.cat([dY, dY.new_zeros(1, heads, width)])
-    found = (Y, *attention.attention_backward(padded, Y, kept, documents, scale, None))
+    thresholds = attention.FLASH_ONLY if torchs else attention.BLOCKS_ONLY
+    monkeypatch.setattr(attention, "flash_thresholds", lambda _: thresholds)
+    ends, scale = torch.tensor([0, *lengths]).cumsum(0), 1 / math.sqrt(width)
+    Y, log_sums = attention.forward(q, k, v, ends, scale, None)
+    found = (Y, *attention.backward(dY, q, k, v, Y, log_sums, ends, scale, None))
     expected = [torch.cat(parts) for parts in zip(*_by_document(q, k, v, dY, lengths, scale), strict=True)]
     for ours, papers in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, papers, rtol=1e-10, atol=1e-10)

@@ -1,3 +1,4 @@
+import itertools
 import sys
 
 import pytest
@@ -5,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailora.kernels import fused_attention
-from tailora.kernels.fused_attention import BLOCKS_ONLY, FLASH_ONLY, FlashThresholds
+from tailora.kernels import cpu_attention
+from tailora.kernels.cpu_attention import BLOCKS_ONLY, FLASH_ONLY, FlashThresholds
 
 CPU = torch.device("cpu")
 
@@ -44,7 +45,7 @@ def by_torch(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: 
     ],
 )
 def test_flash_and_blocks_give_torchs_attention_and_gradients(
-    lengths: tuple[int, ...], window: int | None, thresholds: FlashThresholds
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], window: int | None, thresholds: FlashThresholds
 ) -> None:
     torch.manual_seed(0)
     tokens = sum(lengths)
@@ -52,11 +53,27 @@ def test_flash_and_blocks_give_torchs_attention_and_gradients(
     expected = by_torch(q, k, v, lengths, window)
     gradient = torch.randn_like(expected)
     expected.backward(gradient)
-    documents = fused_attention.group_documents(lengths, CPU)
+    ends = torch.tensor([0, *itertools.accumulate(lengths)])
+    monkeypatch.setattr(cpu_attention, "flash_thresholds", lambda _: thresholds)
     with torch.no_grad():
-        output, kept = fused_attention.attention_forward(q, k, v, documents, 0.3, window, thresholds)
-        with_padding = torch.cat([gradient, torch.zeros(1, 6, 8, dtype=torch.float64)])
-        gradients = fused_attention.attention_backward(with_padding, output, kept, documents, 0.3, window)
+        output, log_sums = cpu_attention.forward(q, k, v, ends, 0.3, window)
+        gradients = cpu_attention.backward(gradient, q, k, v, output, log_sums, ends, 0.3, window)
     torch.testing.assert_close(output, expected.detach(), rtol=0, atol=1e-12)
     for found, tensor in zip(gradients, (q, k, v), strict=True):
         torch.testing.assert_close(found, tensor.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_torchs_checks_of_operators_pass(window: int | None) -> None:
+    q, k, v = (torch.randn(12, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    ends = torch.tensor([0, 4, 12], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.tailora.packed_attention.default, (q, k, v, ends, 0.3, window))
+
+
+def test_the_backward_keeps_heads_and_output_and_no_probabilities() -> None:
+    kept: list[Tensor] = []
+    q, k, v = (torch.randn(512, heads, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        output = cpu_attention.attention(q, k, v, torch.tensor([0, 512]), 0.3, None)
+    sizes = sorted(x.numel() for x in kept)
+    assert sizes == sorted([2, 512 * 4, *(x.numel() for x in (q, k, v, output))])

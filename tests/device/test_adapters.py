@@ -1,0 +1,145 @@
+"""What adapters cost on a device: kernels of a decoded token, and DoRA's norms, which never wait for the device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pretend_accelerator import counted, no_synchronisation
+from torch import Tensor, nn
+
+from tailora import LoRAConfig, LoRAModel
+from tests.tiny import chat_model
+
+pytestmark = pytest.mark.device
+
+PROJECTIONS = 14  # of the chat model's two layers
+DORA = LoRAConfig(r=4, use_dora=True)
+
+
+def stirred(device: torch.device, config: LoRAConfig, dtype: torch.dtype = torch.float32) -> LoRAModel:
+    model = LoRAModel(chat_model(initializer_range=0.3, attention_bias=True).to(device, dtype), config).eval()
+    stir(model)
+    return model
+
+
+def stir(model: LoRAModel) -> None:
+    for parameter in model.lora_layers.parameters():
+        nn.init.normal_(parameter, std=0.3)
+
+
+# ---- Decoding
+
+
+def decoded(model: Any, prompt: Tensor, tokens: int = 4) -> Tensor:
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(prompt, output_logits=True, return_dict_in_generate=True, **settings)
+    return torch.stack(found.logits, dim=1)
+
+
+def kernels_of_a_token(model: Any, prompt: Tensor) -> int:
+    totals = []
+    for tokens in (3, 4):
+        with counted() as counts:
+            decoded(model, prompt, tokens)
+        totals.append(counts.kernels.total())
+    return totals[1] - totals[0]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize(("config", "most"), [(LoRAConfig(r=4), 2), (DORA, 3)])
+@pytest.mark.parametrize("names", [["default"], ["default", "second"]])
+def test_a_decoded_token_takes_two_more_kernels_for_each_projection_and_three_with_dora(
+    device: torch.device, config: LoRAConfig, most: int, rows: int, names: list[str]
+) -> None:
+    model, prompt = stirred(device, config, torch.bfloat16), torch.full((rows, 3), 7, device=device)
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    model.set_adapter(names)
+    stir(model)
+    adapted = kernels_of_a_token(model, prompt)
+    model.set_adapter(None)
+    assert adapted - kernels_of_a_token(model, prompt) == most * PROJECTIONS
+
+
+@pytest.mark.parametrize("config", [LoRAConfig(r=4), DORA])
+def test_it_decodes_what_the_plain_path_decodes(device: torch.device, config: LoRAConfig) -> None:
+    model, prompt = stirred(device, config), torch.tensor([[5, 9, 200, 31], [7, 7, 1, 250]], device=device)
+    plain = decoded(model.base_model, prompt)  # past LoRAModel.generate
+    torch.testing.assert_close(decoded(model, prompt), plain, rtol=1e-4, atol=1e-4)
+
+
+# ---- DoRA's norms
+
+
+def layer_and_adapter(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[LoRAModel, Any, Any]:
+    torch.manual_seed(0)
+    model = LoRAModel(nn.Sequential(nn.Linear(512, 256)).to(device, dtype), LoRAConfig(r=4, use_dora=True))
+    (adapter,) = model.lora_layers.values()
+    adapter.lora_B.data.normal_(std=0.05)
+    return model, model.base_model[0], adapter  # type: ignore[index]
+
+
+def trained_by(**settings: bool) -> Callable[[LoRAModel], None]:
+    def step(model: LoRAModel) -> None:
+        optimizer = torch.optim.SGD(model.lora_layers.parameters(), lr=0.1, **settings)
+        for parameter in model.lora_layers.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    return step
+
+
+def part_of(model: LoRAModel) -> Any:
+    return next(iter(model.lora_layers.values()))
+
+
+CHANGES: dict[str, Callable[[LoRAModel], Any]] = {
+    "through .data": lambda model: part_of(model).lora_A.data.mul_(2),
+    "of .data": lambda model: setattr(part_of(model).lora_A, "data", part_of(model).lora_A.data * 2),
+    "of a buffer through .data": lambda model: part_of(model).scaling.data.mul_(2),
+    "load_state_dict": lambda model: model.lora_layers.load_state_dict(
+        {name: tensor * 2 for name, tensor in model.lora_layers.state_dict().items()}
+    ),
+    "optimizer": trained_by(foreach=False),
+    "foreach optimizer": trained_by(foreach=True),
+    "fused optimizer": trained_by(fused=True),
+    "scaling": lambda model: setattr(part_of(model), "scaling", 5.0),
+    "strength": lambda model: model.set_scale("default", 0.5),
+    "base": lambda model: model.base_model.load_state_dict(
+        {name: tensor * 2 for name, tensor in model.base_model.state_dict().items()}
+    ),
+    "precision": lambda model: model.to(torch.bfloat16).to(torch.float32),
+}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_norms_follow_every_change(device: torch.device, change: str, context: Callable[[], Any]) -> None:
+    model, layer, adapter = layer_and_adapter(device)
+    x = torch.randn(3, 512, device=device)
+    with context():
+        before = model(x)
+    CHANGES[change](model)
+    with context():
+        after = model(x)
+    assert not torch.equal(after, before)
+    W, bias = layer.weight, layer.bias
+    V = W + adapter.scaling * adapter.lora_B @ adapter.lora_A
+    full = x @ (adapter.lora_magnitude_vector[:, None] * V / V.norm(dim=1, keepdim=True)).T + bias
+    plain = x @ W.T + bias
+    torch.testing.assert_close(after, plain + adapter.strength * (full - plain), rtol=1e-4, atol=1e-4)
+
+
+def test_the_norms_wait_for_nothing_and_widen_no_weight(device: torch.device) -> None:
+    model, layer, adapter = layer_and_adapter(device, torch.bfloat16)
+    x, module = torch.randn(3, 512, device=device, dtype=torch.bfloat16), torch.get_device_module(device)
+    model(x)
+    before = module.memory_allocated()
+    module.reset_peak_memory_stats()
+    with no_synchronisation(), counted() as counts:
+        adapter.gain(layer)
+    assert module.max_memory_allocated() - before < layer.weight.numel()  # half of the weight's 16 bits
+    assert counts.kernels.total() <= 16
+    with no_synchronisation():
+        model(x).float().sum().backward()
