@@ -4,24 +4,27 @@ A packed row is (1, total) tokens; `cu_seq_lens_q` (documents + 1,) says where i
 `packed_attention` through the model's keyword arguments, by transformers' attention registry. So no mask of total x
 total exists, and no work is done for pairs of tokens from different documents.
 
-On a CPU it is one operator, `kernels.cpu_attention`. On other devices, and with dropout of attention, each document is
-computed by torch's scaled_dot_product_attention.
+On a CPU it is one operator, `kernels.cpu_attention`; with dropout of attention, each document is computed by torch's
+scaled_dot_product_attention. On other devices one of the providers in `kernels.device_attention` computes it.
 
-Attention sinks, position biases and soft caps are not supported and raise PackingError.
+Position biases are not supported and raise PackingError; so do soft caps and attention sinks that the provider lacks.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from tailora.kernels import cpu_attention
+from tailora.kernels.device_attention import PROVIDERS, DeviceRow, Documents, Options
 
 NAME = "tailora_packed"
+CPU = "cpu"  # the provider of a CPU
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
@@ -41,12 +44,14 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    packed_row: DeviceRow | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Returns causal attention within each document, (1, total, heads, width), and no weights. Raises PackingError."""
     if cu_seq_lens_q is None:
         raise PackingError("the model did not pass cu_seq_lens_q on to its attention")
-    unsupported = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    supported = () if packed_row is None else packed_row.supports
+    unsupported = [name for name in UNSUPPORTED if name not in supported and kwargs.get(name) is not None]
     if attention_mask is not None:
         unsupported.append("an attention mask")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
@@ -56,7 +61,10 @@ def packed_attention(
     if unsupported:
         raise PackingError(f"the attention of {type(module).__name__} asks for {', '.join(unsupported)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if dropout or query.device.type != "cpu":
+    if packed_row is not None:
+        options = Options(scale, dropout, sliding_window, kwargs.get("softcap"), kwargs.get("s_aux"))
+        return packed_row.attend(query, key, value, options), None
+    if dropout:
         return _by_document(query, key, value, cu_seq_lens_q.diff().tolist(), scale, dropout, sliding_window), None
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))  # (total, heads, width)
     return cpu_attention.attention(q, k, v, cu_seq_lens_q, scale, sliding_window)[None], None
@@ -81,36 +89,58 @@ def _single_document(document: tuple[Tensor, ...], scale: float, dropout: float,
         back = position[:, None] - position
         mask = (back >= 0) & (back < window)  # (length, length)
     grouped = k.shape[1] != q.shape[1]
-    if grouped and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
-        # here only that kernel of torch supports grouped heads which stores all scores
-        k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in (k, v))
-        grouped = False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
 
 
-def _no_mask(*, attention_mask: Tensor | None = None, **_: Any) -> None:
-    if attention_mask is not None:
-        raise PackingError("a packed row has no padding, yet an attention mask was given")
-
-
+# No mask function is registered under this name, so transformers makes no mask. To make one it would look for documents
+# in position_ids, for which the host has to wait.
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, _no_mask)
 
 
 @contextmanager
-def packed_rows(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block the model's attention reads packed rows; afterwards it is restored. Raises PackingError."""
+def packed_rows(model: PreTrainedModel, provider: str | None = None) -> Iterator[None]:
+    """Within the block the model's attention reads packed rows; afterwards it is restored. Raises PackingError.
+
+    provider: a key of `device_attention.PROVIDERS`, or CPU. None: CPU on a CPU, and what every other device can do.
+    """
     config = model.config
     parts = {name: part for name in config.sub_configs if (part := getattr(config, name)) is not None}
     before = {"": config._attn_implementation, **{name: part._attn_implementation for name, part in parts.items()}}
     if getattr(config, "attention_chunk_size", None) is not None:
         raise PackingError("the model attends in chunks (attention_chunk_size)")
+    provider = provider or (CPU if model.device.type == "cpu" else "sdpa")
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    prepare = partial(
+        _prepare, PROVIDERS.get(provider), (None, getattr(config.get_text_config(), "sliding_window", None))
+    )
     model.set_attn_implementation(NAME)
     try:
         if config._attn_implementation != NAME:
             raise PackingError(f"{type(model).__name__} does not let its attention be chosen")
-        yield
+        with (decoder or model).register_forward_pre_hook(prepare, with_kwargs=True):
+            yield
     finally:
         model.set_attn_implementation(before)
+
+
+def _prepare(
+    provider: type[DeviceRow] | None,
+    windows: tuple[int | None, ...],
+    _decoder: nn.Module,
+    inputs: tuple[Any, ...],
+    arguments: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Adds what all layers share to the arguments of the decoder, which passes them on. Raises PackingError."""
+    if arguments.get("attention_mask") is not None:
+        raise PackingError("a packed row has no padding, yet an attention mask was given")
+    ends, longest = arguments.get("cu_seq_lens_q"), arguments.get("max_length_q")
+    if provider is None or ends is None:
+        return inputs, arguments
+    if longest is None:
+        raise PackingError("the model was not given max_length_q")
+    tokens = next(iter(inputs), arguments.get("input_ids"))
+    tokens = arguments["inputs_embeds"] if tokens is None else tokens
+    ends = ends.to(tokens.device, non_blocking=True)
+    return inputs, {**arguments, "packed_row": provider(Documents(ends, longest, tokens.shape[1], windows))}

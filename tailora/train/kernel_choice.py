@@ -20,6 +20,7 @@ from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.cpu_attention import BLOCK, BLOCKS_ONLY, FLASH_ONLY, flash_thresholds
+from tailora.kernels.device_attention import PROVIDERS
 from tailora.kernels.llama import eligible, fast_layers, obstacle_to_layers
 from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.packing import random_documents
@@ -93,8 +94,8 @@ def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:
     """Returns how attention is computed, for the run's header."""
     if not layout.packed:
         return f"{base.config._attn_implementation} with a padding mask"
-    if base.device.type != "cpu":
-        return "torch's SDPA for each document"
+    if layout.attention in PROVIDERS:
+        return PROVIDERS[layout.attention].description
     thresholds = flash_thresholds(base.dtype)
     if thresholds == BLOCKS_ONLY:
         return f"batched products over blocks of {BLOCK} queries"
@@ -112,7 +113,7 @@ def largest_difference(model: Trainable, examples: Sequence[Example], layout: Ba
     """
     base = cast(PreTrainedModel, model.base_model)
     largest = 0.0
-    with evaluating(model), zeros_randomized(model), packed_rows(base):
+    with evaluating(model), zeros_randomized(model), packed_rows(base, layout.attention):
         for layer, x, arguments in _layer_calls(model, examples, layout):
             plain = _outputs_and_gradients(layer, x, arguments)
             with fast_layers(layer):
@@ -183,7 +184,7 @@ def use_kernels(
     """
     with ExitStack() as stack:
         if layout.packed:
-            stack.enter_context(packed_rows(base))
+            stack.enter_context(packed_rows(base, layout.attention))
         if kernels.layers:
             stack.enter_context(fast_layers(base, checkpointed=checkpointed))
         elif checkpointed:

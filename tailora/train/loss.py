@@ -33,6 +33,7 @@ class BatchLayout:
     packed: bool
     loss: str  # a key of kernels.loss.FORMS
     pad_id: int
+    attention: str | None = None  # what computes it for packed rows: see `kernels.attention.packed_rows`
 
 
 class ModelWithLoss(nn.Module):
@@ -62,7 +63,8 @@ def make_batch(examples: Sequence[Example], packed: bool, pad_id: int, device: t
     if packed:
         row = collate_packed(examples)
         ends = row["cu_seq_lens"]  # (documents + 1,), stays on the CPU, where it is read
-        documents = {"position_ids": row["position_ids"].to(device), "cu_seq_lens_q": ends}
+        longest = max(len(example.input_ids) for example in examples)
+        documents = {"position_ids": row["position_ids"].to(device), "cu_seq_lens_q": ends, "max_length_q": longest}
         batch = _batch(row, documents, device)
         positions = batch.supervised[0].nonzero()[:, 0]
         return batch, torch.searchsorted(ends[1:].to(positions), positions, right=True)
@@ -106,7 +108,7 @@ def evaluate(
     """
     done = 0
     sums = np.zeros(len(examples))
-    attention = packed_rows(model.base_model) if layout.packed else nullcontext()
+    attention = packed_rows(model.base_model, layout.attention) if layout.packed else nullcontext()
     with torch.no_grad(), evaluating(model), attention:
         for batch in batches_within(token_budget, examples.lengths, layout.packed):
             losses, owners = token_losses(model, [examples[i] for i in batch], layout)

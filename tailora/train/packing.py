@@ -1,73 +1,119 @@
-"""Whether a model may be given packed rows: tried on the model itself."""
+"""Whether a model may be given packed rows, and what computes their attention: tried on the model itself."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tailora.core.attach import evaluating
 from tailora.data.collate import collate_packed
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.kernels.attention import PackingError, packed_rows
+from tailora.kernels.attention import CPU, PackingError, packed_rows
+from tailora.kernels.device_attention import BLOCK, PROVIDERS
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative to the logits' norm
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative to the norm of logits and gradients
 HALF_TOLERANCE = 5e-2  # bfloat16, float16: two orders of summation differ by about 1e-2
 LENGTHS = (9, 14)
+LONG = 2 * BLOCK + 4  # tokens of another document, which the providers of devices cut into blocks
 LONGEST = 512  # of the documents that show a sliding window
+# What a provider may raise that does not fit the model, the device or the installed packages
+REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
 
 
-def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True) -> tuple[bool, str | None]:
-    """Returns whether to pack, and why not. Raises ConfigError for the setting `on` if packing would change results.
+def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True) -> tuple[str | None, str | None]:
+    """Returns what computes the attention of packed rows, None for padded batches; and why not something better.
+
+    Raises ConfigError for the setting `on` if packing would change results.
 
     setting: auto, on or off.    compare: False for a model without contents, whose logits mean nothing.
     """
     if setting == "off":
-        return False, None
-    obstacle = obstacle_to_packing(model, compare=compare)
-    if obstacle is None:
-        return True, None
+        return None, None
+    obstacles: dict[str, str] = {}
+    for provider in candidates(model.device):
+        obstacle = obstacle_to_provider(model, provider, compare=compare)
+        if obstacle is None:
+            passed_over = "; ".join(f"not by {name}, because {reason}" for name, reason in obstacles.items())
+            return provider, f"attention is computed by {provider}; {passed_over}" if passed_over else None
+        obstacles[provider] = obstacle
+    reasons = "; ".join(dict.fromkeys(obstacles.values()))
     if setting == "on":
-        raise ConfigError(f"packing = 'on', but {obstacle}; take packing = 'auto' or 'off' for padded batches")
-    return False, f"padded batches instead of packed rows: {obstacle}"
+        raise ConfigError(f"packing = 'on', but {reasons}; take packing = 'auto' or 'off' for padded batches")
+    return None, f"padded batches instead of packed rows: {reasons}"
 
 
-def obstacle_to_packing(model: PreTrainedModel, *, compare: bool) -> str | None:
-    """Returns why packed rows are not safe, or None if two documents give the logits that each gives alone."""
-    documents, name = random_documents(model.config), type(model).__name__
-    with torch.no_grad(), evaluating(model):
+def candidates(device: torch.device) -> list[str]:
+    """Returns the providers to try, the best first."""
+    return [CPU] if device.type == "cpu" else [*PROVIDERS]
+
+
+def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool) -> str | None:
+    """Returns why packed rows are not safe with it, or None if documents give the results that each gives alone."""
+    name, row = type(model).__name__, PROVIDERS.get(provider)
+    if row is not None and (missing := row.obstacle(model.device, model.dtype)):
+        return missing
+    documents = random_documents(model.config, () if row is None else (LONG,))
+    refusals = (PackingError, TypeError) if row is None else REFUSALS  # TypeError: forward has no such parameter
+    with evaluating(model):
         try:
-            with packed_rows(model):
-                together = _logits(model, documents, packed=True)
-        except (PackingError, TypeError) as error:  # TypeError: forward has no such parameter
-            return f"{name} does not support them ({error})"
+            with packed_rows(model, provider):
+                together = _results(model, documents, packed=True, gradient=compare)
+                if row is not None and not row.has_dropout:
+                    model.train()  # the provider raises if the model asks for dropout
+                    _results(model, documents, packed=True, gradient=False)
+                    model.eval()
+        except torch.OutOfMemoryError:
+            raise
+        except refusals as error:
+            return f"{name} does not support them ({str(error).splitlines()[0]})"
         if not compare:
             return None
-        alone = torch.cat([_logits(model, [document], packed=False) for document in documents])
-    difference = float((together - alone).norm() / alone.norm())
+        alone = [_results(model, [document], packed=False, gradient=True) for document in documents]
     tolerance = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
-    if difference <= tolerance:
-        return None
-    return f"{name} gives other logits for packed documents (by {difference:.1e}, allowed {tolerance:.0e})"
+    for what, actual, parts in zip(("logits", "gradients"), together, zip(*alone, strict=True), strict=True):
+        expected = torch.cat(parts)
+        difference = float((actual - expected).norm() / expected.norm())
+        if not difference <= tolerance:
+            return f"{name} gives other {what} for packed documents (by {difference:.1e}, allowed {tolerance:.0e})"
+    return None
 
 
-def random_documents(config: Any) -> list[Example]:
-    """Returns two documents of random tokens to try a model on, longer than a sliding window unless that is long."""
+def random_documents(config: Any, further: tuple[int, ...] = ()) -> list[Example]:
+    """Returns two documents of random tokens to try a model on, longer than a sliding window unless that is long.
+
+    further: lengths of other documents, which come first.
+    """
     window = getattr(config, "sliding_window", None) or 0
-    lengths = [max(length, window + 2 if window <= LONGEST else 0) for length in LENGTHS]
+    lengths = [*further, *(max(length, window + 2 if window <= LONGEST else 0) for length in LENGTHS)]
     random = np.random.default_rng(0)
     vocabulary = config.get_text_config().vocab_size
     ids = [random.integers(vocabulary, size=length).astype(np.int32) for length in lengths]
     return [Example(input_ids, input_ids.copy()) for input_ids in ids]
 
 
-def _logits(model: PreTrainedModel, documents: list[Example], packed: bool) -> Tensor:
-    """(total, vocabulary) float32."""
+def _results(model: PreTrainedModel, documents: list[Example], packed: bool, gradient: bool) -> tuple[Tensor, ...]:
+    """Returns logits (total, vocabulary), and the gradient of weighted logits by the embeddings, (total, hidden)."""
     batch = collate_packed(documents)
-    extra = {}
+    extra: dict[str, Any] = {}
     if packed:
-        extra = {"position_ids": batch["position_ids"].to(model.device), "cu_seq_lens_q": batch["cu_seq_lens"]}
-    logits: Tensor = model(input_ids=batch["input_ids"].to(model.device), use_cache=False, **extra).logits[0]
-    return logits.float()
+        ends, longest = batch["cu_seq_lens"], max(len(document.input_ids) for document in documents)
+        extra = {"position_ids": batch["position_ids"].to(model.device)}
+        extra |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    states: list[Tensor] = []
+
+    def after_embedding(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        states.append(output.detach().requires_grad_())
+        return states[0]
+
+    hook = model.get_input_embeddings().register_forward_hook(after_embedding) if gradient else nullcontext()
+    with torch.set_grad_enabled(gradient), hook:
+        logits = model(input_ids=batch["input_ids"].to(model.device), use_cache=False, **extra).logits[0].float()
+    if not gradient:
+        return (logits,)
+    weights = torch.linspace(-1, 1, logits.shape[1], device=logits.device)
+    (slope,) = torch.autograd.grad((logits @ weights).sum(), states)
+    return logits.detach(), slope[0].float()

@@ -198,15 +198,16 @@ def choose_layout(
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
     pad_id = next((token for token in candidates if token is not None), 0)
     with evaluating(model):
-        packed, packing_note = choose_packing(base, config.packing, compare=compare)
-        with packed_rows(base) if packed else nullcontext():
+        attention, packing_note = choose_packing(base, config.packing, compare=compare)
+        packed = attention is not None
+        with packed_rows(base, attention) if packed else nullcontext():
             batch, _ = make_batch(short_examples(base), packed, pad_id, base.device)
             loss, obstacle = choose_form(base, batch, compare) if config.fast == "auto" else (own_form(base), None)
     if packing_note:
         note(packing_note)
     if obstacle:
         note(f"the loss is computed {loss}, which takes more memory: {obstacle}")
-    return BatchLayout(packed, loss, pad_id)
+    return BatchLayout(packed, loss, pad_id, attention)
 
 
 def short_examples(base: PreTrainedModel) -> list[Example]:

@@ -1,7 +1,9 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -15,7 +17,8 @@ from transformers import (
 )
 
 from tailora.errors import ConfigError
-from tailora.train import events
+from tailora.kernels.device_attention import PROVIDERS, DeviceRow, Documents, FlexRow, Options, PaddedRow
+from tailora.train import events, packing
 from tailora.train.packing import choose_packing
 from tailora.train.trainer import run
 
@@ -42,20 +45,123 @@ def made(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PACKS)
 def test_models_that_isolate_documents_are_packed(name: str, dtype: torch.dtype) -> None:
-    assert choose_packing(made(PACKS[name], dtype), "auto") == (True, None)
+    assert choose_packing(made(PACKS[name], dtype), "auto") == ("cpu", None)
 
 
 @pytest.mark.parametrize("name", DOES_NOT)
 def test_models_that_do_not_get_padded_batches_and_a_reason(name: str) -> None:
     model = made(DOES_NOT[name])
     before = model.config._attn_implementation
-    packed, note = choose_packing(model, "auto")
-    assert not packed
+    attention, note = choose_packing(model, "auto")
+    assert attention is None
     assert type(model).__name__ in (note or "")
     assert model.config._attn_implementation == before
     with pytest.raises(ConfigError, match="packing = 'on', but"):
         choose_packing(model, "on")
-    assert choose_packing(model, "off") == (False, None)
+    assert choose_packing(model, "off") == (None, None)
+
+
+# ---- The providers of other devices, tried on the CPU
+
+
+class AcrossDocuments(PaddedRow):
+    """Takes the row for one document."""
+
+    def __init__(self, documents: Documents) -> None:
+        whole = torch.tensor([0, documents.total], dtype=torch.int32)
+        super().__init__(Documents(whole, documents.total, documents.total, documents.windows))
+
+
+class NoGradient(PaddedRow):
+    """Computes no gradient of the values."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+        return super().attend(q, k, v.detach(), options)
+
+
+class NoDropout(PaddedRow):
+    has_dropout = False
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+        if options.dropout:
+            raise ValueError("it has no dropout")
+        return super().attend(q, k, v, options)
+
+
+class NotHere(PaddedRow):
+    @staticmethod
+    def missing() -> str | None:
+        return "the package is not installed"
+
+
+@pytest.fixture
+def offered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function that offers providers beside "sdpa" to the choice."""
+
+    def offer(*names: str, **rows: type[DeviceRow]) -> None:
+        for name, row in rows.items():
+            monkeypatch.setitem(PROVIDERS, name, row)
+        monkeypatch.setattr(packing, "candidates", lambda _: [*names, *rows, "sdpa"])
+
+    return offer
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_padded_documents_are_taken_for_every_model(name: str, offered: Callable[..., None]) -> None:
+    offered()
+    assert choose_packing(made(PACKS[name]), "auto") == ("sdpa", None)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [(AcrossDocuments, "other logits"), (NoGradient, "other gradients"), (NotHere, "not installed")],
+)
+def test_a_provider_that_is_wrong_or_missing_is_passed_over(
+    row: type[DeviceRow], reason: str, offered: Callable[..., None]
+) -> None:
+    offered(wrong=row)
+    attention, note = choose_packing(made(PACKS["llama"]), "auto")
+    assert attention == "sdpa"
+    assert note is not None
+    assert "attention is computed by sdpa; not by wrong, because" in note
+    assert reason in note
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_provider_without_dropout_is_taken_for_models_without(dropout: float, offered: Callable[..., None]) -> None:
+    offered(without=NoDropout)
+    model = made(LlamaConfig(**GROUPED, attention_dropout=dropout)).train()
+    attention, note = choose_packing(model, "auto")
+    assert attention == ("sdpa" if dropout else "without")
+    assert ("has no dropout" in (note or "")) == bool(dropout)
+    assert model.training
+
+
+def test_what_torch_refuses_is_passed_over_with_its_reason(
+    offered: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FlexRow, "device_types", ("cpu",))
+    offered("flex_attention")
+    attention, note = choose_packing(made(LlamaConfig(**{**GROUPED, "num_attention_heads": 2})), "auto")
+    assert attention == "sdpa"
+    assert "not by flex_attention, because LlamaForCausalLM does not support them (FlexAttention does not" in str(note)
+
+
+def test_a_soft_cap_that_no_provider_has_is_refused(offered: Callable[..., None]) -> None:
+    offered()
+    attention, note = choose_packing(made(DOES_NOT["softcap"]), "auto")
+    assert attention is None
+    assert "softcap" in str(note)
+
+
+def test_a_run_records_what_computes_its_attention(offered: Callable[..., None], settings: Any) -> None:
+    offered(missing=NotHere)
+    seen: list[events.Event] = []
+    run(settings(max_steps=2), on_event=seen.append)
+    notes = [event.text for event in seen if isinstance(event, events.Note)]
+    assert any("not by missing, because the package is not installed" in note for note in notes)
+    headers = [event.header for event in seen if isinstance(event, events.Prepared)]
+    assert "torch's SDPA, documents padded to the longest one" in str(headers[0])
 
 
 def test_a_model_that_is_not_packed_still_trains(settings: Any, tmp_path: Any, model_folder: Any) -> None:

@@ -1,0 +1,329 @@
+"""Attention for packed rows on devices other than the CPU: one call per layer, whatever the number of documents.
+
+A provider is a class. An instance of it is made once per forward, on the device and without reading anything back to
+the host; its `attend` is then called by every layer. `train.packing` tries the providers on the user's model, in this
+order, and takes the first that gives the right results:
+
+    FlashRow    flash attention of the package flash_attn, or of the package kernels, as transformers finds them
+    VarlenRow   the flash attention that torch brings along for documents of several lengths
+    FlexRow     torch's flex_attention with a mask of blocks: blocks outside documents and windows cost nothing
+    PaddedRow   torch's SDPA, every document padded to the longest one
+
+Shapes: q (1, heads, total, width), k and v (1, key heads, total, width); the result is (1, total, heads, width).
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers.integrations.flex_attention import get_flex_attention_lse_kwargs
+from transformers.modeling_flash_attention_utils import _flash_attention_forward, lazy_import_flash_attention
+
+FLASH = "flash_attention_2"  # transformers takes the package flash_attn, or else a build that `kernels` downloads
+HALF = (torch.bfloat16, torch.float16)
+BLOCK = 128  # tokens of a block of flex_attention's mask
+
+Window = int | None  # tokens that a token attends to, itself included; None: all before it
+
+
+class Documents(NamedTuple):
+    """The documents of a packed row."""
+
+    ends: Tensor  # (documents + 1,) int32, where they begin and the last ends
+    longest: int  # tokens of a document
+    total: int
+    windows: Collection[Window]  # of the model's layers
+
+
+class Options(NamedTuple):
+    """What a layer asks of its attention."""
+
+    scale: float
+    dropout: float
+    window: Window
+    softcap: float | None = None  # scores are softcap * tanh(score / softcap)
+    s_aux: Tensor | None = None  # attention sinks: the score of a key without a value, (heads,)
+
+
+class DeviceRow(ABC):
+    """One packed row as a provider needs it."""
+
+    description: str  # for the run's header
+    supports: tuple[str, ...] = ()  # of `Options`, beyond the first three
+    device_types: tuple[str, ...] = ()  # empty: any, as far as torch can
+    half_precision: bool = False  # True if it computes nothing else
+    has_dropout: bool = True
+
+    @classmethod
+    def obstacle(cls, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Returns why this provider need not be tried; None if it may work."""
+        if cls.device_types and device.type not in cls.device_types:
+            return f"there is none for {device.type}"
+        if cls.half_precision and dtype not in HALF:
+            return f"it needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+        return cls.missing()
+
+    @staticmethod
+    def missing() -> str | None:
+        """Returns what is not installed; None if all is there."""
+        return None
+
+    @abstractmethod
+    def __init__(self, documents: Documents) -> None: ...
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+        """Returns causal attention within each document. Raises ValueError for what the provider cannot do."""
+
+
+class FlashRow(DeviceRow):
+    description = "flash attention of the package flash_attn or kernels"
+    supports = ("softcap",)
+    device_types = ("cuda", "xpu")
+    half_precision = True
+
+    @staticmethod
+    def missing() -> str | None:
+        try:
+            lazy_import_flash_attention(FLASH)
+        except (ImportError, ValueError, OSError) as error:  # no package; no network, no build for this machine
+            return str(error).splitlines()[0]
+        return None
+
+    def __init__(self, documents: Documents) -> None:
+        self.ends, self.longest = documents.ends, documents.longest
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+        rows = [heads.transpose(1, 2) for heads in (q, k, v)]  # (1, total, heads, width)
+        output: Tensor = _flash_attention_forward(
+            *rows,
+            None,
+            query_length=q.shape[2],
+            is_causal=True,
+            dropout=options.dropout,
+            softmax_scale=options.scale,
+            sliding_window=options.window,
+            softcap=options.softcap,
+            cu_seq_lens_q=self.ends,
+            cu_seq_lens_k=self.ends,
+            max_length_q=self.longest,
+            max_length_k=self.longest,
+            attn_implementation=FLASH,
+        )
+        return output
+
+
+class VarlenRow(DeviceRow):
+    description = "torch's flash attention for documents of several lengths"
+    device_types = ("cuda",)
+    half_precision = True
+    has_dropout = False
+
+    @staticmethod
+    def missing() -> str | None:
+        return None if "window_size" in _varlen_parameters() else f"torch {torch.__version__} has none that is complete"
+
+    def __init__(self, documents: Documents) -> None:
+        self.ends, self.longest = documents.ends, documents.longest
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        if options.dropout:
+            raise ValueError("torch's varlen_attn has no dropout")
+        compute: Callable[..., Tensor] = varlen_attn  # type: ignore[assignment]  # not for all of its options
+        if "enable_gqa" in _varlen_parameters():
+            compute = partial(compute, enable_gqa=True)
+        else:
+            k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
+        rows = [heads[0].transpose(0, 1) for heads in (q, k, v)]  # (total, heads, width)
+        bounds = (self.ends, self.ends, self.longest, self.longest)
+        before = -1 if options.window is None else options.window - 1  # tokens that count; -1: all
+        return compute(*rows, *bounds, scale=options.scale, window_size=(before, 0))[None]
+
+
+@lru_cache
+def _varlen_parameters() -> Collection[str]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return ()
+    return inspect.signature(varlen_attn).parameters.keys()
+
+
+class FlexRow(DeviceRow):
+    description = "torch's flex_attention with a mask of blocks"
+    supports = ("softcap", "s_aux")
+    device_types = ("cuda", "xpu", "mps")  # on a CPU torch computes no gradients of it
+    has_dropout = False
+
+    def __init__(self, documents: Documents) -> None:
+        self.masks = {
+            window: block_mask(first_keys(documents.ends, documents.total, window)) for window in documents.windows
+        }
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+        if options.dropout:
+            raise ValueError("torch's flex_attention has no dropout")
+        cap, sinks = options.softcap, options.s_aux
+        fused = q.device.type != "cpu" and not torch.compiler.is_compiling()  # within compiled layers it is traced
+        compute: Any = _compiled_flex() if fused else flex_attention
+        compute = partial(
+            compute,
+            *(q, k, v),
+            score_mod=None if cap is None else partial(_capped, cap),
+            block_mask=self.masks[options.window],
+            scale=options.scale,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )
+        if sinks is None:
+            output: Tensor = compute()
+            return output.transpose(1, 2)
+        output, sums = compute(**get_flex_attention_lse_kwargs(True))
+        log_sums: Tensor = getattr(sums, "lse", sums)  # (1, heads, total), itself before torch 2.9
+        # softmax over the keys and the sink: each probability times sum / (sum + exp(sink))
+        share = torch.sigmoid(log_sums - sinks[:, None])[..., None]
+        return (output * share).to(output.dtype).transpose(1, 2)
+
+
+def _capped(cap: float, score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
+    return cap * torch.tanh(score / cap)
+
+
+@lru_cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def first_keys(ends: Tensor, total: int, window: Window) -> Tensor:
+    """Returns the first token that each token attends to, (total,) int32: of its document, and of its window."""
+    tokens = torch.arange(total, dtype=torch.int32, device=ends.device)
+    starts = ends[torch.searchsorted(ends[1:], tokens, right=True)]
+    return starts if window is None else torch.maximum(starts, tokens - (window - 1))
+
+
+def block_mask(first: Tensor) -> BlockMask:
+    """Returns the mask of flex_attention for tokens that attend to `first` (total,) up to themselves.
+
+    `first` never falls from one token to the next. So a block of queries reads the blocks of keys from its first
+    token's first key to itself, and those from its last token's first key on, except itself, without a look at single
+    tokens.
+    """
+    total, device = len(first), first.device
+    blocks = torch.arange(-(-total // BLOCK), device=device)  # (blocks,)
+    opening = first[blocks * BLOCK] // BLOCK  # block of keys, (blocks,)
+    closing = -(-first[(blocks * BLOCK + BLOCK - 1).clamp(max=total - 1)] // BLOCK)
+    before = blocks < blocks[:, None]  # (blocks of queries, blocks of keys)
+    whole = before & (blocks >= closing[:, None])
+    partly = (before | (blocks == blocks[:, None])) & (blocks >= opening[:, None]) & ~whole
+
+    def attends(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= first[query])
+
+    return BlockMask.from_kv_blocks(
+        *_listed(partly), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=attends, seq_lengths=(total, total)
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns how many are True in each row, and their columns, before all others."""
+    count = blocks.sum(dim=-1, dtype=torch.int32)
+    columns = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return count[None, None], columns[None, None].to(torch.int32)
+
+
+class PaddedRow(DeviceRow):
+    description = "torch's SDPA, documents padded to the longest one"
+
+    def __init__(self, documents: Documents) -> None:
+        ends, longest, total, windows = documents
+        tokens = torch.arange(total, dtype=torch.int32, device=ends.device)
+        document = torch.searchsorted(ends[1:], tokens, right=True)  # (total,)
+        position, count = tokens - ends[document], len(ends) - 1
+        whole = Padding(count, longest, document * longest + position, 1, None)
+        self.paddings: dict[Window, Padding] = dict.fromkeys(windows, whole)
+        for window in windows:
+            if window is not None and window < longest:
+                blocks = 1 if longest <= 2 * window else -(-longest // window)
+                length = longest if blocks == 1 else blocks * window
+                mask = window_mask(window, blocks, length // blocks, ends.device)
+                repeats = 1 if blocks == 1 else count
+                index = document * length + position
+                self.paddings[window] = Padding(count, length, index, blocks, mask.repeat(repeats, 1, 1, 1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+        padding = self.paddings[options.window]
+        if not (q.device.type == "cuda" and q.dtype in HALF and padding.mask is None):
+            # elsewhere only that kernel of torch supports grouped heads which stores all scores, or none does
+            k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
+        q, k, v = padding.queries_keys_values(q, k, v)
+        output = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=padding.mask,
+            dropout_p=options.dropout,
+            is_causal=padding.mask is None,
+            scale=options.scale,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )  # (documents * blocks, heads, queries, width)
+        return output.transpose(1, 2).flatten(0, 1).index_select(0, padding.token_index)[None]
+
+
+class Padding(NamedTuple):
+    """Documents padded at the end, each to `length` tokens, and cut into blocks of queries.
+
+    The queries of one block attend to the keys of their own block and of the one before it, which is zero for the
+    first. With one block they attend to their own.
+    """
+
+    documents: int
+    length: int
+    token_index: Tensor  # (total,), where a token is among documents * length
+    blocks: int
+    mask: Tensor | None  # (1 or documents * blocks, 1, queries, keys); None: to all keys up to their own
+
+    def queries_keys_values(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """(1, heads, total, width) -> (documents * blocks, heads, queries or keys, width)."""
+        padded = [self._padded(heads) for heads in (q, k, v)]
+        if self.blocks == 1:
+            return padded
+        size = self.length // self.blocks
+        around = [padded[0], *(F.pad(heads, (0, 0, size, 0)) for heads in padded[1:])]
+        sizes = (size, 2 * size, 2 * size)
+        # (documents, heads, blocks, width, queries or keys)
+        cut = [heads.unfold(2, span, size) for heads, span in zip(around, sizes, strict=True)]
+        return [heads.mT.transpose(1, 2).flatten(0, 1) for heads in cut]
+
+    def _padded(self, heads: Tensor) -> Tensor:
+        """(1, heads, total, width) -> (documents, heads, length, width), zero behind the end of each document."""
+        rows = heads[0].transpose(0, 1)  # (total, heads, width)
+        padded = rows.new_zeros(self.documents * self.length, *rows.shape[1:]).index_copy(0, self.token_index, rows)
+        return padded.view(self.documents, self.length, *rows.shape[1:]).transpose(1, 2)
+
+
+def window_mask(window: int, blocks: int, queries: int, device: torch.device) -> Tensor:
+    """Returns which keys the queries of each block attend to, (blocks, 1, queries, keys)."""
+    query = torch.arange(queries, device=device)[:, None]
+    key = torch.arange(0 if blocks == 1 else -queries, queries, device=device)
+    first = torch.arange(blocks, device=device)[:, None, None, None] * queries  # of each block
+    return (key <= query) & (key > query - window) & (key + first >= 0)
+
+
+def repeated(heads: Tensor, count: int) -> Tensor:
+    """Repeats heads for the query heads that read them: (1, key heads, total, width) -> (1, count, total, width)."""
+    return heads if heads.shape[1] == count else heads.repeat_interleave(count // heads.shape[1], dim=1)
+
+
+PROVIDERS: dict[str, type[DeviceRow]] = {
+    "flash_attention_2": FlashRow,
+    "varlen_attn": VarlenRow,
+    "flex_attention": FlexRow,
+    "sdpa": PaddedRow,
+}
