@@ -16,11 +16,11 @@ Shapes: n batch rows, k adapters of ranks up to R followed by a zero update, m b
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,7 @@ class BatchRows:
     n: int = field(init=False)
     ids: Tensor = field(init=False)  # (n,) numbers of the rows' adapters, len(adapters) for None
     blocks: dict[Any, "Blocks"] = field(default_factory=dict)  # shared by layers with the same adapters
+    tensors: dict[Any, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.n = len(self.names)  # a number for the compiler, which would guard the names
@@ -67,12 +68,20 @@ class BatchRows:
     def lookup(self, names: Sequence[str]) -> Tensor:
         """Returns number of an adapter -> its position among `names`, len(names) for others: (loaded + 1,)."""
         position = {name: i for i, name in enumerate(names)}
-        return torch.tensor([*(position.get(name, len(names)) for name in self.adapters), len(names)]).to(self.device)
+        return self.tensor([*(position.get(name, len(names)) for name in self.adapters), len(names)], self.device)
 
     def adapter_positions(self, lookup: Tensor, repeats: int) -> Tensor:
         """Returns the positions as a tensor that depends on the rows, for the compiler: (n repeats,)."""
         positions = lookup[self.ids]
         return positions if repeats == 1 else positions.repeat_interleave(repeats)
+
+    def tensor(self, numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Returns the numbers as a tensor, made once for all layers: a copy to a device is a wait of the host."""
+        key = tuple(numbers), device, dtype
+        if key not in self.tensors:
+            with torch.inference_mode(False):  # a later forward may need a gradient
+                self.tensors[key] = torch.tensor(numbers, device=device, dtype=dtype)
+        return self.tensors[key]
 
     def repeats_in(self, x: Tensor, path: str, min_ndim: int) -> int:
         """Returns how many successive rows of x belong to each name. Raises RowsError for a wrong number of rows."""
@@ -205,12 +214,13 @@ def stacked_vectors(vectors: Sequence[Tensor | None], which: Tensor) -> Tensor |
 class Blocks:
     """Blocks of `size` batch rows that have the same adapter, so that one product serves them all.
 
-    which: (m,) position of each block's adapter.
+    which: (m,) position of each block's adapter.    rows: (n,) position of each batch row's adapter.
     order: (m size,) batch rows, block after block; a block that is not full repeats its first row.
-    back: (n,) position of each batch row in `order`. Both are None where each block is one row.
+    back: (n,) position of each batch row in `order`. Both are None where the batch rows are in this order already.
     """
 
     which: Tensor
+    rows: Tensor
     order: Tensor | None = None
     back: Tensor | None = None
     size: int = 1
@@ -218,36 +228,61 @@ class Blocks:
 
 def make_blocks(positions: Sequence[int], size: int, device: torch.device) -> Blocks:
     """positions: of each batch row's adapter."""
+    which, order = _in_blocks(positions, size)
+    with torch.inference_mode(False):  # a later forward may need a gradient
+        index = [torch.tensor(values, device=device) for values in (which, positions)]
+        if order == [*range(len(positions))]:
+            return Blocks(index[0], index[1], size=size)
+        place = {row: i for i, row in reversed([*enumerate(order)])}
+        index += [torch.tensor(values, device=device) for values in (order, [place[row] for row in sorted(place)])]
+    return Blocks(index[0], index[1], index[2], index[3], size)
+
+
+def _in_blocks(positions: Sequence[int], size: int) -> tuple[list[int], list[int]]:
+    """Returns `which` and `order` of Blocks. Adapters come in the order of their first row."""
     if size == 1:
-        return Blocks(torch.tensor(positions, device=device))
+        return [*positions], [*range(len(positions))]
     which: list[int] = []
     order: list[int] = []
-    back = [0] * len(positions)
-    for position in sorted(set(positions)):
+    for position in dict.fromkeys(positions):
         rows = [row for row, row_position in enumerate(positions) if row_position == position]
         for start in range(0, len(rows), size):
             block = rows[start : start + size]
-            for i, row in enumerate(block, start=len(order)):
-                back[row] = i
             order += block + [block[0]] * (size - len(block))
             which.append(position)
-    index = [torch.tensor(values, device=device) for values in (which, order, back)]
-    return Blocks(index[0], index[1], index[2], size)
+    return which, order
 
 
-def block_size(counts: Collection[int], tokens: int) -> int:
-    """Returns the cheapest power of two, if adapter i has counts[i] batch rows of `tokens` tokens each.
+class BlockCosts(NamedTuple):
+    """What a batched product costs, in any unit: each block, each token multiplied, and rows put in order and back."""
 
-    The cost is in units of one product's overhead (2 cores with AVX512-BF16, SmolLM2's shapes): products, tokens
-    multiplied, rows copied. 64 rows of one token with 8 adapters take a third of the time in blocks of 8.
-    """
+    block: float
+    token: float
+    order: float
+    copied_token: float
+
+
+BLOCK_COSTS = {  # by type of device
+    # In units of one product's overhead: 2 cores with AVX512-BF16, SmolLM2's shapes. 64 rows of one token with 8
+    # adapters take a third of the time in blocks of 8.
+    "cpu": BlockCosts(block=1, token=1 / 64, order=0, copied_token=1 / 8),
+}
+# Reckoned for a card, in units of one kernel's launch (4 us; 3 TB/s, r = 16, 4096 -> 4096): all blocks are one kernel
+# and each reads its factors; putting the rows in order and back is two kernels.
+DEVICE_COSTS = BlockCosts(block=1 / 50, token=0, order=2, copied_token=1 / 300)
+
+
+def block_size(positions: Sequence[int], tokens: int, costs: BlockCosts) -> int:
+    """Returns the cheapest size of a block, if each batch row has this adapter and this many tokens."""
+    most = max(Counter(positions).values())
 
     def cost(size: int) -> float:
-        m = sum(-(-count // size) for count in counts)
-        copied = sum(counts) * tokens / 8 if size > 1 else 0
-        return m + m * size * tokens / 64 + copied
+        which, order = _in_blocks(positions, size)
+        in_order = order == [*range(len(positions))]
+        moved = 0 if in_order else costs.order + costs.copied_token * len(positions) * tokens
+        return len(which) * (costs.block + costs.token * size * tokens) + moved
 
-    sizes: list[int] = [2**power for power in range(max(counts).bit_length())]
+    sizes: list[int] = [*(2**power for power in range(most.bit_length())), most]
     return min(sizes, key=cost)
 
 
@@ -291,12 +326,12 @@ class BatchRowsParts:
         return self._add_in_turn(y, output, x, layer, repeats) if self.used else y
 
     def _add_in_turn(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, repeats: int) -> Tensor:
-        positions = torch.tensor(self._repeated_positions(repeats), device=x.device)
+        positions = self._repeated_positions(repeats)
         change = torch.zeros_like(output)
         for position, part in enumerate(self.used):
             if part.training != layer.training:
                 part.train(layer.training)
-            rows = (positions == position).nonzero().flatten()
+            rows = self.batch.tensor(_rows_at(positions, position), x.device)
             outputs = output[rows]
             change = change.index_add(0, rows, part.add_to(torch.zeros_like(outputs), outputs, x[rows], layer))
         return y + change
@@ -347,21 +382,30 @@ class BatchRowsLayer(BatchRowsParts):
         factors = self._factors(x, layer, output.dtype, repeats)
         x = self._dropout(x.to(output.dtype), layer, repeats)
         blocks = factors.blocks
-        if blocks.order is None or blocks.back is None:
-            is_product = (
-                self.kernel_ndim == 0 and self.output_slice is None and factors.rescaling is factors.shift is None
-            )
-            if self.is_alone and is_product and not torch.is_grad_enabled() and y.is_contiguous():
-                # In place: in a long prompt the sum would take as long as the products.
-                hidden = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), factors.A.mT)
-                y.view(len(y), -1, y.shape[-1]).baddbmm_(hidden, factors.B.mT)
-                return y
-            update = self.layer_type.batch_update(layer, x, factors.A, factors.B)
-        else:
-            x = x.index_select(0, blocks.order).view(-1, blocks.size, *x.shape[1:])
-            update = self.layer_type.batch_update(layer, x, factors.A, factors.B)
-            update = update.flatten(0, 1).index_select(0, blocks.back)
+        if self._is_in_place(y, blocks):
+            return self._add_in_place(y, x, factors)
+        if blocks.order is not None:
+            x = x.index_select(0, blocks.order)
+        in_blocks = x if blocks.size == 1 else x.view(-1, blocks.size, *x.shape[1:])
+        update = self.layer_type.batch_update(layer, in_blocks, factors.A, factors.B)
+        update = update if blocks.size == 1 else update.flatten(0, 1)
+        if blocks.back is not None:
+            update = update.index_select(0, blocks.back)
         return y + self._change(update, output, factors.rescaling, factors.shift)
+
+    def _is_in_place(self, y: Tensor, blocks: Blocks) -> bool:
+        """True if y, the layer's own output, can be changed: in a long prompt a sum takes as long as the products."""
+        is_product = self.kernel_ndim == 0 and self.output_slice is None and blocks.order is None
+        return self.is_alone and is_product and not torch.is_grad_enabled() and y.is_contiguous()
+
+    def _add_in_place(self, y: Tensor, x: Tensor, factors: "CachedFactors") -> Tensor:
+        if factors.rescaling is not None:
+            y.addcmul_(y, self._over_tokens(factors.rescaling, y))
+        if factors.shift is not None:
+            y.add_(self._over_tokens(factors.shift, y))
+        hidden = torch.bmm(x.reshape(len(factors.A), -1, x.shape[-1]), factors.A.mT)  # (m, size tokens, r)
+        y.view(len(factors.A), -1, y.shape[-1]).baddbmm_(hidden, factors.B.mT)
+        return y
 
     def _factors(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, repeats: int) -> CachedFactors:
         """Returns the factors; cached as long as gradients are off and nothing that they are made of changes."""
@@ -369,7 +413,7 @@ class BatchRowsLayer(BatchRowsParts):
         blocks = cache.blocks if cache is not None and cache.shape == x.shape else self._blocks(x, repeats)
         if torch.is_grad_enabled():
             self._cache = None
-            return self._make_factors(blocks, x, layer, dtype, repeats)
+            return self._make_factors(blocks, x, layer, dtype)
         is_constant = self.batch.generating or torch.is_inference_mode_enabled()
         if cache is not None and cache.blocks is blocks and is_constant and cache.version == self.batch.version:
             return cache
@@ -377,7 +421,7 @@ class BatchRowsLayer(BatchRowsParts):
         sources = _tensors((*self.used, layer) if needs_layer else self.used)
         state = dtype, _state(sources)
         if cache is None or cache.blocks is not blocks or cache.state != state:
-            cache = self._make_factors(blocks, x, layer, dtype, repeats)
+            cache = self._make_factors(blocks, x, layer, dtype)
             cache.state, cache.sources = state, [tensor.detach() for tensor in sources]
         cache.version, self._cache = self.batch.version, cache
         return cache
@@ -388,19 +432,18 @@ class BatchRowsLayer(BatchRowsParts):
         key = tuple(self.positions), repeats, tokens, x.device, is_matrix
         if key not in self.batch.blocks:
             positions = self._repeated_positions(repeats)
-            size = block_size(Counter(positions).values(), tokens) if is_matrix else 1
+            costs = BLOCK_COSTS.get(x.device.type, DEVICE_COSTS)
+            size = block_size(positions, tokens, costs) if is_matrix else 1
             self.batch.blocks[key] = make_blocks(positions, size, x.device)
         return self.batch.blocks[key]
 
-    def _make_factors(
-        self, blocks: Blocks, x: Tensor, layer: nn.Module, dtype: torch.dtype, repeats: int
-    ) -> CachedFactors:
+    def _make_factors(self, blocks: Blocks, x: Tensor, layer: nn.Module, dtype: torch.dtype) -> CachedFactors:
         terms = [layer_terms(part, layer, dtype) for part in self.used]
         A, B = stacked_factors(terms, self.used[0].groups)
         A, B = A.index_select(0, blocks.which), B.mT.index_select(0, blocks.which).mT
-        which = torch.tensor(self._repeated_positions(repeats), device=x.device)
-        rescaling = stacked_vectors([term.rescaling for term in terms], which)
-        return CachedFactors(blocks, x.shape, A, B, rescaling, stacked_vectors([term.shift for term in terms], which))
+        rescaling = stacked_vectors([term.rescaling for term in terms], blocks.rows)
+        shift = stacked_vectors([term.shift for term in terms], blocks.rows)
+        return CachedFactors(blocks, x.shape, A, B, rescaling, shift)
 
     def _change(self, update: Tensor, output: Tensor, rescaling: Tensor | None, shift: Tensor | None) -> Tensor:
         """Returns update + output * rescaling + shift; the last two (n, out)."""
@@ -421,7 +464,9 @@ class BatchRowsLayer(BatchRowsParts):
             return x
         if len(set(rates)) == 1:
             return F.dropout(x, rates[0])
-        return _dropout_by_row(x, torch.tensor([*rates, 0.0])[self._repeated_positions(repeats)].to(x.device))
+        by_position = [*rates, 0.0]
+        by_row = [by_position[position] for position in self._repeated_positions(repeats)]
+        return _dropout_by_row(x, self.batch.tensor(by_row, x.device, torch.float32))
 
     def _change_in_graph(
         self, parts: Sequence[LoRALayer], which: Tensor, output: Tensor, x: Tensor, layer: nn.Module
@@ -436,6 +481,10 @@ class BatchRowsLayer(BatchRowsParts):
         update = self.layer_type.batch_update(layer, x, A.index_select(0, which), B.mT.index_select(0, which).mT)
         rescaling = stacked_vectors([term.rescaling for term in terms], which)
         return self._change(update, output, rescaling, stacked_vectors([term.shift for term in terms], which))
+
+
+def _rows_at(positions: Sequence[int], position: int) -> list[int]:
+    return [row for row, row_position in enumerate(positions) if row_position == position]
 
 
 def _dropout_by_row(x: Tensor, rates: Tensor) -> Tensor:
@@ -481,7 +530,6 @@ class BatchRowsModule(nn.Module):
         self._check_class(args, kwargs)
         repeats = self.batch.repeats_in(first, self.path, 1)
         n = self.batch.n * repeats
-        positions = torch.tensor([position for position in self.positions for _ in range(repeats)])
         if torch.compiler.is_compiling():
             which = self.batch.adapter_positions(self.lookup, repeats)
             outputs = [self._run(position, args, kwargs) for position in range(len(self.copies) + 1)]
@@ -495,14 +543,19 @@ class BatchRowsModule(nn.Module):
         if len(used) == 1:
             return self._run(used[0], args, kwargs)
         dims = self._batch_dims(args, kwargs, n)
-        rows = [(positions == position).nonzero().flatten() for position in used]
-        back = torch.cat(rows).argsort()
+        positions = [position for position in self.positions for _ in range(repeats)]
+        rows = [_rows_at(positions, position) for position in used]
+        in_turn = [row for own_rows in rows for row in own_rows]
+        back = sorted(range(n), key=in_turn.__getitem__)
+        tensor = self.batch.tensor
         outputs = [
-            self._run(position, *tree_map(lambda value: _rows_of(value, n, own_rows), (args, kwargs)))  # noqa: B023
+            self._run(position, *tree_map(lambda value: _rows_of(value, n, own_rows, tensor), (args, kwargs)))  # noqa: B023
             for position, own_rows in zip(used, rows, strict=True)
         ]
         return self._joined(
-            lambda dim, tensors: torch.cat(tensors, dim).index_select(dim, back.to(tensors[0].device)), dims, outputs
+            lambda dim, tensors: torch.cat(tensors, dim).index_select(dim, tensor(back, tensors[0].device)),
+            dims,
+            outputs,
         )
 
     def _check_class(self, args: Any, kwargs: Any) -> None:
@@ -525,8 +578,7 @@ class BatchRowsModule(nn.Module):
         shapes = []
         with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else evaluating(copy):
             for count in (1, 2):
-                rows = torch.arange(count, device=leaves[0].device)
-                own_args, own_kwargs = tree_map(lambda value: _rows_of(value, n, rows), (args, kwargs))  # noqa: B023
+                own_args, own_kwargs = tree_map(lambda value: _first_rows(value, n, count), (args, kwargs))  # noqa: B023
                 output = tree_leaves(copy(*own_args, **own_kwargs))
                 if other := [type(leaf).__name__ for leaf in output if not isinstance(leaf, Tensor | None)]:
                     raise RowsError(f"{self.path} returns a {other[0]}, which is not split by row")
@@ -571,6 +623,13 @@ def _cast(value: Any, source: torch.dtype, to: torch.dtype) -> Any:
     return value.to(to) if isinstance(value, Tensor) and value.dtype == source else value
 
 
-def _rows_of(value: Any, n: int, rows: Tensor) -> Any:
-    has_rows = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == n
-    return value.index_select(0, rows.to(value.device)) if has_rows else value
+def _has_rows(value: Any, n: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == n
+
+
+def _rows_of(value: Any, n: int, rows: Sequence[int], tensor: Callable[[Sequence[int], torch.device], Tensor]) -> Any:
+    return value.index_select(0, tensor(rows, value.device)) if _has_rows(value, n) else value
+
+
+def _first_rows(value: Any, n: int, count: int) -> Any:
+    return value[:count] if _has_rows(value, n) else value

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from tailora import LoRAConfig, LoRAModel
 from tailora.core import mixed_batch
 from tailora.core.layer_types import Linear
-from tailora.core.mixed_batch import BatchRowsLayer, block_size, make_blocks
+from tailora.core.mixed_batch import BLOCK_COSTS, DEVICE_COSTS, BatchRowsLayer, block_size, make_blocks
 from tailora.errors import AdapterError, MergeError, RowsError
 
 ROWED = [case for case in LAYERS if case.shape != (12,)]  # one vector has no rows
@@ -112,21 +112,37 @@ def test_blocks_of_every_size_agree_with_one_by_one(count: int, shape: tuple[int
         torch.testing.assert_close(found, expected, **close)
 
 
+def in_turn(adapters: int, n: int = 64) -> list[int]:
+    return [row % adapters for row in range(n)]
+
+
 def test_blocks_are_large_where_many_rows_of_one_token_have_the_same_adapter() -> None:
-    sizes = [block_size([64 // k] * k, tokens=1) for k in (1, 2, 8, 32, 64)]
-    assert sizes == [64, 32, 8, 2, 1]
-    assert [block_size([64 // k] * k, tokens=16) for k in (2, 8, 64)] == [1, 1, 1]
-    assert 1 < block_size([50, *[1] * 10], tokens=1) < 50
+    cpu = BLOCK_COSTS["cpu"]
+    assert [block_size(in_turn(k), 1, cpu) for k in (1, 2, 8, 32, 64)] == [64, 32, 8, 2, 1]
+    assert [block_size(in_turn(k), 16, cpu) for k in (2, 8, 64)] == [1, 1, 1]
+    assert 1 < block_size([0] * 50 + [*range(1, 11)], 1, cpu) < 50
 
 
-def test_blocks_hold_every_row_of_their_adapter_once() -> None:
-    positions = [0, 2, 0, 1, 0, 2, 0, 0]
+def test_blocks_cost_no_copies_where_the_rows_come_in_their_order() -> None:
+    for costs in (BLOCK_COSTS["cpu"], DEVICE_COSTS):
+        assert [block_size(sorted(in_turn(k)), 1, costs) for k in (1, 2, 8, 64)] == [64, 32, 8, 1]
+        assert block_size([0] * 5, 1, costs) == 5
+        assert make_blocks(sorted(in_turn(2)), 32, torch.device("cpu")).order is None
+
+
+def test_a_device_puts_rows_in_order_only_where_many_have_one_adapter() -> None:
+    assert [block_size(in_turn(k), 1, DEVICE_COSTS) for k in (2, 8, 64)] == [1, 1, 1]
+    assert block_size(in_turn(8, 512), 1, DEVICE_COSTS) == 64
+
+
+@pytest.mark.parametrize("positions", [[0, 2, 0, 1, 0, 2, 0, 0], [1, 1, 0, 2, 2]])
+def test_blocks_hold_every_row_of_their_adapter_once(positions: list[int]) -> None:
     blocks = make_blocks(positions, 2, torch.device("cpu"))
-    assert blocks.which.tolist() == [0, 0, 0, 1, 2]
+    assert blocks.which.tolist() == [0, 0, 0, 2, 1] if len(positions) == 8 else [1, 0, 2]
     assert blocks.order is not None
     assert blocks.back is not None
-    assert blocks.order[blocks.back].tolist() == list(range(8))
-    assert [blocks.which.tolist()[i // 2] for i in blocks.back.tolist()] == positions
+    assert blocks.order[blocks.back].tolist() == list(range(len(positions)))
+    assert [blocks.which.tolist()[i // 2] for i in blocks.back.tolist()] == positions == blocks.rows.tolist()
 
 
 def test_layer_types_without_a_batched_product_take_one_adapter_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
