@@ -84,7 +84,7 @@ class LayerCase:
         return Net(self.store(layer) if self.store else layer, self.call)
 
     def batch(self, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
         if not self.shape:
             ids = torch.randint(0, 20, (3, 5), generator=generator)
             ids[0, 0] = 0  # the padding id, which has no gradient
@@ -354,7 +354,7 @@ def trained(case: LayerCase, slot: str = "plain", dtype: torch.dtype = torch.flo
 
 
 def stir(model: LoRAModel, seed: int = 2) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     for layer in model.lora_layers.values():
         for name, parameter in layer.named_parameters():
             value = torch.randn(parameter.shape, generator=generator) * 0.2

@@ -312,7 +312,7 @@ void record_stream(Tensor&, at::Stream) {}
 // On CUDA these wait for the device: the size of their result depends on values, or a value is checked on the host.
 const std::set<std::string> SYNCHRONISING = {
     "aten::nonzero", "aten::masked_select", "aten::_unique", "aten::_unique2", "aten::unique_consecutive", "aten::unique_dim",
-    "aten::equal", "aten::bincount", "aten::histc", "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_eig",
+    "aten::equal", "aten::bincount", "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_eig",
     "aten::multinomial"};
 // These take indices that lie on the host and copy them.
 const std::set<std::string> INDEXING = {"aten::index", "aten::_index_put_impl_"};
@@ -323,7 +323,7 @@ std::string cause_of_waiting(const std::string& name, const std::vector<Tensor>&
   if (name == "aten::repeat_interleave" && arguments.size() == 2 && arguments[1].isNone()) return name;  // no output_size
   if (name != "aten::_index_put_impl_") return "";  // aten::index calls nonzero and copies for itself
   for (const auto& index : arguments[1].toListRef()) {
-    if (index.isNone()) continue;
+    if (index.isNone() || !index.toTensor().defined()) continue;
     if (!is_here(index.toTensor())) return "aten::index_put_ with indices that lie on the host";
     bool filled = tensors.back().numel() == 1;  // CUDA fills the masked places
     if (index.toTensor().scalar_type() == at::kBool && !filled) return "aten::index_put_ with a mask";
@@ -383,7 +383,7 @@ struct Call {
     if (argument.isOptionalTensorList()) {
       c10::List<std::optional<Tensor>> list;
       for (const auto& item : argument.toListRef())
-        list.push_back(item.isNone() ? std::nullopt : std::optional<Tensor>(host(item.toTensor())));
+        list.push_back(item.isNone() || !item.toTensor().defined() ? std::nullopt : std::optional<Tensor>(host(item.toTensor())));
       return list;
     }
     if (argument.isDevice()) return c10::Device(c10::DeviceType::CPU);
@@ -399,7 +399,8 @@ struct Call {
       if (there.is_same(result)) return here;
     for (const auto& [here, there] : views) {
       if (!there.storage().is_alias_of(result.storage()) || !result.storage().data()) continue;
-      auto view = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(here.storage()), here.key_set(), result.dtype());
+      auto view = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(here.storage()), here.key_set(),
+                                                           result.dtype());
       view.unsafeGetTensorImpl()->set_storage_offset(result.storage_offset());
       view.unsafeGetTensorImpl()->set_sizes_and_strides(result.sizes(), result.strides());
       return view;
@@ -469,6 +470,13 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, cons
   return {to_device(input_grad), to_device(weight_grad), to_device(bias_grad)};
 }
 
+// The CPU has no histogram of integers.
+Tensor histogram(const Tensor& self, int64_t bins, const at::Scalar& low, const at::Scalar& high) {
+  if (low.toDouble() == high.toDouble()) synchronise("aten::histc");  // the limits are read from the values
+  count(kernels, "aten::histc");
+  return to_device(at::histc(on_host(self).to(at::kDouble), bins, low, high).to(self.scalar_type()));
+}
+
 // Attention in one kernel forward and one backward, as flash attention on CUDA, where the CPU's flash attention can do it.
 int64_t choose_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
                          double dropout, bool, std::optional<double>, bool) {
@@ -520,6 +528,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("_local_scalar_dense", &item);
   m.impl("record_stream", &record_stream);
+  m.impl("histc", &histogram);
   m.impl("convolution_overrideable", &convolution);
   m.impl("convolution_backward_overrideable", &convolution_backward);
   m.impl("_scaled_dot_product_fused_attention_overrideable", &attention);

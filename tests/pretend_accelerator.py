@@ -14,7 +14,7 @@ import shutil
 import types
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ def _device_module(device: Any) -> types.ModuleType:
         "is_initialized": lambda: True,
         "is_bf16_supported": lambda including_emulation=True: True,  # noqa: ARG005
         "_is_in_bad_fork": lambda: False,
+        "device": lambda _device: nullcontext(),
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda _device: None,

@@ -392,7 +392,7 @@ def _dare(updates: list[WeightedUpdate], settings: Combination) -> Tensor:
         digest = hashlib.sha256(f"{int(settings.seed or 0)}\n{update.adapter}\n{update.path}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         dense = update.dense
-        mask = torch.rand(dense.shape, generator=generator) >= p
+        mask = torch.rand(dense.shape, generator=generator, device="cpu") >= p
         dropped.append(dense * mask.to(dense.device) / (1 - p))
     return torch.stack(dropped).sum(0)
 

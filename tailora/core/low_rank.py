@@ -64,7 +64,7 @@ def orthonormal(columns: Tensor) -> Tensor:
 
 def gaussian(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Returns N(0, 1), always the same numbers, whatever the device; torch's random state is left alone."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(like)
 
 
 # ---- Products of two factors

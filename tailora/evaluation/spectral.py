@@ -155,7 +155,7 @@ def random_update(m: int, n: int, r: int, norm: float, seed: int = 0) -> Factors
     torch's random state is not used.
     """
     generator = torch.Generator().manual_seed(seed)
-    B, A = torch.randn(1, m, r, generator=generator), torch.randn(1, r, n, generator=generator)
+    B, A = (torch.randn(1, *size, generator=generator, device="cpu") for size in ((m, r), (r, n)))
     length = float(((B.mT @ B) * (A @ A.mT)).sum().sqrt())  # ||B A||_F
     return Factors(B * (norm / length), A)
 

@@ -161,14 +161,14 @@ def obstacle(name: str, device: torch.device) -> str | None:
 def _try_layer(method: Method, device: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
     plain = nn.Linear(PROBE_SIZE, PROBE_SIZE).to(device)
-    plain.weight.data.copy_(torch.randn(PROBE_SIZE, PROBE_SIZE, generator=generator))
+    plain.weight.data.copy_(torch.randn(PROBE_SIZE, PROBE_SIZE, generator=generator, device="cpu"))
     expected = plain.weight.detach().clone()
     layer = method.layer(plain)
     prevent_repacking(layer)
     if not is_quantized(layer):
         return f"{method.package} left the weight as it was"
     dense = dense_weight(layer)  # merging needs it
-    x: Tensor = torch.randn(8, PROBE_SIZE, generator=generator).to(device, dense.dtype).requires_grad_()
+    x: Tensor = torch.randn(8, PROBE_SIZE, generator=generator, device="cpu").to(device, dense.dtype).requires_grad_()
     (gradient,) = torch.autograd.grad(layer(x).sum(), x)
     for name, actual, exact in (("gradient", gradient[0], expected.sum(0)), ("weight", dense, expected)):
         if (error := float((actual - exact).norm() / exact.norm())) > LARGEST_ERROR:

@@ -278,7 +278,7 @@ def test_extracting_reports_what_an_adapter_cannot_hold() -> None:
 
 def test_a_tuned_language_model_comes_back_with_its_norms_and_embedding(tmp_path: Path) -> None:
     ids, tuned = torch.arange(24).view(2, 12), chat_model()
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "q_proj" in name or "norm" in name or "embed" in name:
@@ -322,7 +322,7 @@ def test_what_cannot_be_extracted_is_refused() -> None:
 
 
 def test_singular_values_of_a_product_are_those_of_the_dense_matrix() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     factors = Factors(torch.randn(1, 40, 6, generator=generator), torch.randn(1, 6, 30, generator=generator))
     dense = torch.linalg.svdvals(factors.dense.double())[:, :6]
     torch.testing.assert_close(product_spectrum(factors).S, dense, rtol=1e-6, atol=1e-6)
@@ -330,7 +330,7 @@ def test_singular_values_of_a_product_are_those_of_the_dense_matrix() -> None:
 
 @pytest.mark.slow
 def test_a_large_matrix_is_cut_near_the_optimum_and_leaves_the_random_state_alone() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     matrix = torch.randn(1, 700, 600, generator=generator) / 30
     matrix += torch.randn(1, 700, 8, generator=generator) @ torch.randn(1, 8, 600, generator=generator)
     state = torch.get_rng_state()

@@ -81,7 +81,9 @@ def outputs(model: LoRAModel, name: str) -> Tensor:
 
 def computed(model: nn.Module, on_vectors: bool) -> Tensor:
     if on_vectors:
-        found: Tensor = model(torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1)).double())
+        found: Tensor = model(
+            torch.randn(2, 7, 12, generator=torch.Generator(torch.get_default_device()).manual_seed(1)).double()
+        )
         return found.detach()
     logits: Tensor = model(torch.arange(20).view(2, 10)).logits
     return logits.detach()

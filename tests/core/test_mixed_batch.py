@@ -185,7 +185,7 @@ def test_a_language_model_with_padded_rows_of_adapters_with_other_targets(archit
     model = causal_lm(architecture)
     names = ["q", None, "m", "all", "q"]
     lengths = [7, 3, 9, 1, 4]
-    ids = torch.randint(1, 50, (5, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 50, (5, 9), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     mask = (torch.arange(9) >= 9 - torch.tensor(lengths)[:, None]).long()  # left padding
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad(), model.adapter_rows(names):
@@ -205,7 +205,7 @@ def test_a_language_model_with_padded_rows_of_adapters_with_other_targets(archit
 @pytest.mark.parametrize("asked", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
 def test_beams_have_their_prompt_s_adapter(asked: dict[str, int]) -> None:
     model, names = causal_lm(), ["q", None, "all"]
-    ids = torch.randint(1, 50, (3, 4), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 50, (3, 4), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **asked}
     with model.adapter_rows(names):
         found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
@@ -220,7 +220,7 @@ def test_beams_have_their_prompt_s_adapter(asked: dict[str, int]) -> None:
 
 def test_sampled_sequences_of_a_prompt_have_its_adapter() -> None:
     model = causal_lm()
-    ids = torch.randint(1, 50, (2, 4), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 50, (2, 4), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     sampled = {"max_new_tokens": 1, "do_sample": True, "num_return_sequences": 3, "pad_token_id": 0}
     sampled |= {"return_dict_in_generate": True, "output_logits": True}
     with model.adapter_rows(["q", "all"]):
@@ -238,7 +238,7 @@ def test_an_encoder_sees_the_rows_and_its_decoder_the_beams() -> None:
     model = LoRAModel(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)), LoRAConfig(r=4), "a")
     stir(model)
     model.eval()
-    ids = torch.randint(2, 50, (2, 6), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, 50, (2, 6), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
     with model.adapter_rows(["a", None]):
         found = model.generate(ids, **settings)
@@ -254,7 +254,7 @@ def test_training_two_adapters_in_one_batch_is_training_each_on_its_rows() -> No
         model = causal_lm().train()
         model.set_adapter(["q", "m"])
         optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=1e-2, fused=True)
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(1)
         for _ in range(4):
             step(model, torch.randint(1, 50, (4, 6), generator=generator)).backward()
             optimizer.step()
@@ -303,7 +303,7 @@ def test_adapters_on_a_fused_layer_and_on_parts_of_it() -> None:
     model.add_adapter("parts", LoRAConfig(r=4, target_modules=[r"c_attn.q", "c_attn.v"], use_dora=True))
     model.set_adapter("parts")
     stir(model, 5)
-    ids = torch.randint(1, 50, (4, 5), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 50, (4, 5), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     names = ["q", "parts", None, "parts"]
     with torch.no_grad():
         with model.adapter_rows(names):
@@ -327,7 +327,7 @@ def test_other_names_for_the_rows_compile_nothing_anew(gradients: bool) -> None:
         return graph
 
     compiled = torch.compile(model, fullgraph=True, backend=count)
-    ids = torch.randint(1, 50, (4, 5), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 50, (4, 5), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     batches = [["q", "m", None, "all"], ["all", "q", "m", "m"], ["m", "q", None, "all"]]
     if not gradients:
         batches += [["q", "q", None, None], [None] * 4]  # with gradients, an adapter of no row has none

@@ -11,7 +11,7 @@ from tailora import LoRAConfig, LoRAModel
 
 def stirred(base: nn.Module, **settings: Any) -> LoRAModel:
     model = LoRAModel(base, LoRAConfig(**{"r": 2, "lora_alpha": 6, **settings}))
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(3)
     for layer in model.lora_layers.values():
         for parameter in layer.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3
@@ -48,7 +48,7 @@ def attention(seed: int = 0, **settings: Any) -> nn.MultiheadAttention:
 
 
 def inputs(layer: nn.MultiheadAttention, case: str) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     draw = [
         torch.randn(3, length, width, generator=generator)
         for length, width in ((5, 12), (7, layer.kdim), (7, layer.vdim))

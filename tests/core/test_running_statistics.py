@@ -44,7 +44,7 @@ def batch_norm() -> nn.Module:
 
 def train(model: LoRAModel, steps: int = 3) -> None:
     optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=1e-2)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     for _ in range(steps):
         model(torch.randn(8, 4, generator=generator) + 3).square().mean().backward()
         optimizer.step()

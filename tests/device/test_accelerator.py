@@ -40,6 +40,17 @@ def test_kernels_are_counted_and_views_are_none(device: torch.device) -> None:
     assert not counts.synchronisations
 
 
+def test_views_and_writes_reach_the_same_memory(device: torch.device) -> None:
+    a = torch.zeros(4, 3, device=device)
+    with torch.inference_mode():
+        a.T[1].add_(2)
+    a[2, :, None] = torch.ones(3, 1, device=device)
+    a[[0, 3], 2] = torch.tensor([5.0, 6.0], device=device)
+    torch.mul(a, 2, out=(out := torch.empty(0, device=device)))
+    assert a.tolist() == [[0, 2, 5], [0, 2, 0], [1, 1, 1], [0, 2, 6]]
+    assert torch.equal(out, a * 2)
+
+
 WAITING = {
     "item": lambda a: a.sum().item(),
     "copy to the host": lambda a: a.cpu(),

@@ -168,7 +168,7 @@ def asked(question: str) -> list[dict[str, str]]:
 @pytest.fixture
 def tuned(model: LlamaForCausalLM) -> LoRAModel:
     tuned = LoRAModel(model, LoRAConfig(r=4, lora_dropout=0.5))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     for layer in tuned.lora_layers.values():
         torch.nn.init.normal_(layer.lora_B, std=0.3, generator=generator)
     return tuned

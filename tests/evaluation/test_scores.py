@@ -21,7 +21,7 @@ QUIZ = [{"prompt": f"hello {n}", "choices": ["how are", "you today", "user"], "a
 def tuned(model: LlamaForCausalLM) -> LoRAModel:
     """In training mode, with much dropout in the adapter and in the base's attention."""
     tuned = LoRAModel(model, LoRAConfig(r=4, lora_dropout=0.5))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     for layer in tuned.lora_layers.values():
         torch.nn.init.normal_(layer.lora_B, std=0.3, generator=generator)
     return tuned.train()

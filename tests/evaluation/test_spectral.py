@@ -29,7 +29,9 @@ from tailora.formats.offline import read_offline
 
 
 def orthonormal(m: int, k: int, seed: int = 0) -> Tensor:
-    basis: Tensor = torch.linalg.qr(torch.randn(m, k, generator=torch.Generator().manual_seed(seed))).Q
+    basis: Tensor = torch.linalg.qr(
+        torch.randn(m, k, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
+    ).Q
     return basis
 
 
@@ -120,14 +122,16 @@ SHAPES = [(60, 40), (40, 60), (EXACT + 44, EXACT + 84), (EXACT + 84, EXACT + 44)
 
 def weight(m: int, n: int) -> Tensor:
     """Of a spectrum that falls as slowly as those of trained weights do."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(3)
     U, _, V = torch.linalg.svd(torch.randn(m, n, generator=generator), full_matrices=False)
     return U * torch.arange(1, min(m, n) + 1).float().pow(-0.5) @ V
 
 
 def spread(length: int) -> Tensor:
     """A direction that is none of anybody's."""
-    return torch.nn.functional.normalize(torch.randn(length, 1, generator=torch.Generator().manual_seed(9)), dim=0)
+    return torch.nn.functional.normalize(
+        torch.randn(length, 1, generator=torch.Generator(torch.get_default_device()).manual_seed(9)), dim=0
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)

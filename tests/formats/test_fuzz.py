@@ -37,7 +37,7 @@ class Net(nn.Module):
         return self.head(self.second(self.first(x).relu()))  # type: ignore[no-any-return]
 
 
-X = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+X = torch.randn(5, 12, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
 
 
 @pytest.fixture(scope="module")

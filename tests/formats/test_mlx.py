@@ -32,7 +32,7 @@ def mlx_settings(**changes: Any) -> dict[str, Any]:
 
 
 def mlx_tensors() -> Tensors:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     shapes = {f"{Q}.lora_a": (32, 4), f"{Q}.lora_b": (4, 32), f"{DOWN}.lora_a": (64, 4), f"{DOWN}.lora_b": (4, 32)}
     return {key: torch.randn(shape, generator=generator) * 0.1 for key, shape in shapes.items()}
 

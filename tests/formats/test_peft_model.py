@@ -40,7 +40,7 @@ def _ignore_warnings_of_peft() -> Iterator[None]:
 
 
 def stir(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens")):
             noise = torch.randn(parameter.shape, generator=generator) * 0.2

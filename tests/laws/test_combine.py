@@ -169,7 +169,7 @@ def test_the_error_of_dora_at_a_low_rank_is_that_of_the_weight(case: LayerCase, 
 def test_a_frozen_start_becomes_plain_of_twice_the_rank(case: LayerCase) -> None:
     model, x = LoRAModel(case.net(torch.float64), config(case)), case.batch(torch.float64)
     layer: Any = next(iter(model.lora_layers.values()))
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(4)
     start = [torch.randn(each.shape, generator=generator).double() * 0.3 for each in (layer.lora_A, layer.lora_B)]
     layer.start_from(*start)
     stir(model)

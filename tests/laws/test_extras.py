@@ -73,10 +73,14 @@ def ids() -> Tensor:
 
 ROWS = {"trainable_token_indices": [23, 3, 20]}
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, Any]]] = {
-    "all biases": (mixed, lambda: torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1)), {"bias": "all"}),
+    "all biases": (
+        mixed,
+        lambda: torch.randn(3, 4, 8, generator=torch.Generator(torch.get_default_device()).manual_seed(1)),
+        {"bias": "all"},
+    ),
     "all biases and dora": (
         mixed,
-        lambda: torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1)),
+        lambda: torch.randn(3, 4, 8, generator=torch.Generator(torch.get_default_device()).manual_seed(1)),
         {"bias": "all", "use_dora": True},
     ),
     "rows": (lambda: llama(False), ids, ROWS),

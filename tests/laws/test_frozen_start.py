@@ -21,7 +21,7 @@ layer_cases = all_of(ALL_LAYERS)
 def started(case: LayerCase, dtype: torch.dtype = torch.float32) -> LoRAModel:
     model = LoRAModel(case.net(dtype), config(case))
     (layer,) = model.lora_layers.values()
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(4)
     layer.start_from(*(torch.randn(factor.shape, generator=generator) for factor in (layer.lora_A, layer.lora_B)))
     return model
 

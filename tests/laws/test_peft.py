@@ -39,7 +39,7 @@ def peft_settings(case: LayerCase, slot: str) -> dict[str, Any]:
 
 
 def randomise(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
     for name, parameter in model.named_parameters():
         if "lora_" in name or (parameter.requires_grad and name.endswith("bias")):
             value = torch.randn(parameter.shape, generator=generator) * 0.2

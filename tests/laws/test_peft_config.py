@@ -210,7 +210,7 @@ def output(model: nn.Module) -> Tensor:
 
 def written_by_peft(make: Callable[[], nn.Module], settings: dict[str, Any], folder: Path) -> Tensor:
     theirs = peft.get_peft_model(fresh(make), peft.LoraConfig(**settings))
-    generator, seen = torch.Generator().manual_seed(5), set()
+    generator, seen = torch.Generator(torch.get_default_device()).manual_seed(5), set()
     for name, parameter in theirs.named_parameters():
         if id(parameter) not in seen and parameter.requires_grad:
             seen.add(id(parameter))

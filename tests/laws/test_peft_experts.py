@@ -183,7 +183,7 @@ def test_the_default_targets_of_experts_models_are_the_same_in_peft(name: str, t
 
     config = peft.LoraConfig(r=2, target_modules="all-linear", exclude_modules=excluded(fresh(name)))
     trained = peft.get_peft_model(fresh(name), config)
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
     for path, parameter in trained.named_parameters():
         if "lora_" in path:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2

@@ -172,7 +172,7 @@ def test_the_same_config_adapts_the_same_in_peft(
     make: Callable[[], nn.Module], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     theirs = peft.get_peft_model(fresh(make), peft.LoraConfig(r=2, lora_alpha=6, **settings)).eval()
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2

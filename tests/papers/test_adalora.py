@@ -202,7 +202,7 @@ def test_invalid_rank_allocations_are_refused(tmp_path: Path) -> None:
 def test_every_slot_computes_the_same_when_ranks_are_dropped(settings: dict[str, Any], tmp_path: Path) -> None:
     model = LoRAModel(chat_model(), LoRAConfig(r=6, adalora=AdaLoRA(target_r=2), **settings))
     model.allocate_ranks(torch.optim.SGD(model.lora_layers.parameters(), lr=0.1), 10)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     for layer in model.lora_layers.values():
         layer.lora_E.data = torch.randn(6, generator=generator) * (torch.rand(6, generator=generator) > 0.5)
         if layer.learns_scaling:

@@ -27,7 +27,7 @@ CONFIGS: dict[str, LoRAConfig] = {
 
 
 def rows(count: int = 16) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     ids = torch.randint(3, 40, (count, 8), generator=generator).tolist()
     return Dataset.from_list([{"input_ids": row, "labels": row, "note": "not for the model"} for row in ids])
 
