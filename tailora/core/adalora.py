@@ -65,7 +65,7 @@ class RankAllocator:
         self.sensitivity = {name: torch.zeros_like(p) for name, p in self._parameters()}
         self.uncertainty = {name: torch.zeros_like(p) for name, p in self._parameters()}
         self.final_masks: dict[str, Tensor] = {}
-        optimizer.register_step_pre_hook(lambda *_: self.before_step())
+        optimizer.register_step_pre_hook(lambda used, *_: self.before_step(getattr(used, "found_inf", None)))
         optimizer.register_step_post_hook(lambda *_: self.after_step())
 
     @property
@@ -77,7 +77,8 @@ class RankAllocator:
         return [(f"{path}.{name}", getattr(layer, name)) for path, layer in self.layers.items() for name in FACTORS]
 
     @torch.no_grad()
-    def before_step(self) -> None:
+    def before_step(self, found_inf: Tensor | None = None) -> None:
+        """found_inf: 0-dimensional, 1.0 if the optimizer leaves this step out, because a gradient is not finite."""
         for layer in self.layers.values():
             _add_penalty_gradient(layer, self.config.orth_reg_weight)
         if self.final:
@@ -86,8 +87,13 @@ class RankAllocator:
             if parameter.grad is None:
                 continue
             sensitivity = (parameter * parameter.grad).abs()  # |w dL/dw|
+            if found_inf is not None:
+                sensitivity = torch.where(found_inf.bool(), self.sensitivity[name], sensitivity)
             smooth = self.sensitivity[name].lerp_(sensitivity, 1 - self.config.beta1)
-            self.uncertainty[name].lerp_((sensitivity - smooth).abs(), 1 - self.config.beta2)
+            uncertainty = (sensitivity - smooth).abs()
+            if found_inf is not None:
+                uncertainty = torch.where(found_inf.bool(), self.uncertainty[name], uncertainty)
+            self.uncertainty[name].lerp_(uncertainty, 1 - self.config.beta2)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -81,6 +81,11 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
+def copies_by_itself(device: torch.device) -> bool:
+    """True if the device copies from and to pinned memory while the host goes on. MPS shares the host's memory."""
+    return device.type not in ("cpu", "mps", "meta")
+
+
 # ---- What a device computes in
 
 

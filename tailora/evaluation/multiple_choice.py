@@ -157,21 +157,21 @@ def _batch_losses(model: Trainable, questions: Sequence[SharedPrompt], form: str
     """Returns the loss of every reply, by question, from one forward pass."""
     parameter = next(model.parameters())
     ids, positions, replies, targets = (
-        torch.from_numpy(np.concatenate([getattr(question, name) for question in questions])).to(parameter.device)
+        np.concatenate([getattr(question, name) for question in questions])  # (tokens,)
         for name in ("ids", "positions", "replies", "targets")
     )
-    sizes = torch.tensor([len(question.ids) for question in questions])
-    owners = torch.repeat_interleave(torch.arange(len(questions)), sizes).to(parameter.device)  # (tokens,)
-    learned = targets != IGNORED
+    question_of = np.repeat(np.arange(len(questions)), [len(question.ids) for question in questions])  # (tokens,)
+    owners, reply_of = (torch.from_numpy(array).to(parameter.device) for array in (question_of, replies))
+    attends = _attention_mask(owners, reply_of, parameter.dtype)  # (tokens, tokens)
     inputs = {
-        "input_ids": ids[None],
-        "position_ids": positions[None],
-        "attention_mask": _attention_mask(owners, replies, parameter.dtype)[None, None],
+        "input_ids": torch.from_numpy(ids)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "attention_mask": attends[None, None],
     }
-    losses = FORMS[form](model, Batch(inputs, learned[None], targets[learned])).cpu().double().numpy()  # (learned,)
-    reply_of_loss = replies[learned].cpu().numpy()
+    batch = Batch.of(inputs, targets[None], replies[None]).to(parameter.device)
+    losses = FORMS[form](model, batch).cpu().double().numpy()  # (learned,)
     ends = np.cumsum([int((question.targets != IGNORED).sum()) for question in questions])[:-1]
-    by_question = zip(np.split(reply_of_loss, ends), np.split(losses, ends), strict=True)
+    by_question = zip(np.split(batch.owners, ends), np.split(losses, ends), strict=True)
     return [np.bincount(reply, nats).astype(np.float64) for reply, nats in by_question]
 
 

@@ -16,14 +16,18 @@ The second part of the file chooses one of these for a model: `choose_form`.
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tailora.core.device import copies_by_itself
 from tailora.core.quantization import is_quantized
+from tailora.data.dataset import IGNORED
 
 CHUNK_BYTES = 30 << 20  # of logits; malloc returns blocks of 32 MB and more to the system, and new pages take time
 DEVICE_CHUNK_BYTES = 256 << 20  # on a GPU, where every chunk reads the head from the device's memory
@@ -32,18 +36,18 @@ BLOCK_ELEMENTS = 1 << 18  # float32 numbers at a time and core: 1 MB, which a co
 
 
 def frozen_head(
-    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None = None, expected: float = 1.0
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None = None, expected: float | Tensor = 1.0
 ) -> Tensor:
     """Returns -log softmax(hidden weight^T + bias)[targets] in nats, at least float32.
 
     (rows, hidden), (rows,), (vocabulary, hidden), (vocabulary,) -> (rows,). expected: the gradient that each loss will
-    get, if known; the result is right for any other. Raises ValueError for a head that requires a gradient.
+    get, if known, not 0; the result is right for any other. Raises ValueError for a head that requires a gradient.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("frozen_head computes no gradient for the head, and this one requires it; use recomputed_head")
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         return _through_head(hidden, targets, weight, bias, 1.0, into=None)
-    losses: Tensor = _FrozenHead.apply(hidden, targets, weight, bias, expected or 1.0)  # type: ignore[no-untyped-call]
+    losses: Tensor = _FrozenHead.apply(hidden, targets, weight, bias, expected)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -78,7 +82,7 @@ def chunk_rows(vocabulary: int, hidden: Tensor) -> int:
 
 
 def _through_head(
-    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, scale: float, into: Tensor | None
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, scale: float | Tensor, into: Tensor | None
 ) -> Tensor:
     """Returns losses, chunk by chunk in one buffer; writes their gradients by `hidden`, times `scale`, to `into`."""
     losses = hidden.new_empty(len(targets), dtype=_wide(hidden.dtype))
@@ -97,7 +101,7 @@ def _through_head(
     return losses
 
 
-def _log_loss(logits: Tensor, targets: Tensor, scale: float, into: Tensor | None) -> Tensor:
+def _log_loss(logits: Tensor, targets: Tensor, scale: float | Tensor, into: Tensor | None) -> Tensor:
     """Returns losses, (rows,); writes scale (p - onehot) to `into`, like the logits or the logits themselves."""
     wide = _wide(logits.dtype)
     losses = logits.new_empty(len(targets), dtype=wide)
@@ -139,7 +143,7 @@ def _refuse_second_order() -> None:
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, expected: float
+        ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, expected: float | Tensor
     ) -> Tensor:
         gradient = torch.empty_like(hidden)  # (rows, hidden), of each row's loss times `expected`
         losses = _through_head(hidden, targets, weight, bias, expected, into=gradient)
@@ -186,12 +190,46 @@ class _CrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The model's input, and the tokens that it is to predict."""
+    """The model's input, and the tokens that it is to predict, by index: the host would wait for a device's masks."""
 
     inputs: dict[str, Any]  # keyword arguments; input_ids (batch, length)
-    supervised: Tensor  # (batch, length), True where the prediction has a loss
-    targets: Tensor  # (supervised,), in the order of the mask
-    expected_gradient: float = 1.0  # of each loss, if known
+    supervised: Tensor  # (supervised,), positions in (batch * length) whose prediction has a loss
+    targets: Tensor  # (supervised,), the tokens to predict there
+    columns: Tensor  # (columns,), positions in a row that have a loss in some row of the batch
+    within_columns: Tensor | None  # (supervised,), positions in (batch * columns); None if all have a loss, in order
+    owners: NDArray[np.int64]  # (supervised,), on the host: which example each belongs to
+    weight: float = 1.0  # 0: computed to keep step with other ranks, not counted
+    expected_gradient: float | Tensor = 1.0  # of each loss, if known; not 0
+
+    @classmethod
+    def of(cls, inputs: dict[str, Any], next_tokens: NDArray[np.int64], owners: NDArray[np.int64]) -> "Batch":
+        """Returns the batch on the CPU. next_tokens, owners: (batch, length); IGNORED where nothing is predicted."""
+        rows, columns = np.nonzero(next_tokens != IGNORED)  # (supervised,) each, in the order of rows
+        used = np.unique(columns)
+        within = rows * len(used) + np.searchsorted(used, columns)
+        return cls(
+            inputs=inputs,
+            supervised=torch.from_numpy(rows * next_tokens.shape[1] + columns),
+            targets=torch.from_numpy(next_tokens[rows, columns]),
+            columns=torch.from_numpy(used),
+            within_columns=None if len(within) == len(next_tokens) * len(used) else torch.from_numpy(within),
+            owners=owners[rows, columns],
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the batch on the device. The host does not wait, if the device can copy by itself."""
+        if device.type == "cpu":
+            return self
+
+        def copy(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.device == device:
+                return value
+            if copies_by_itself(device):
+                return value.pin_memory().to(device, non_blocking=True)
+            return value.to(device)
+
+        moved = {name: copy(getattr(self, name)) for name in ("supervised", "targets", "columns", "within_columns")}
+        return replace(self, inputs={name: copy(value) for name, value in self.inputs.items()}, **moved)
 
 
 Model = Any  # of transformers, or a LoRAModel around one
@@ -210,24 +248,21 @@ def _recomputed(model: Model, batch: Batch) -> Tensor:
 
 def _states(model: Model, batch: Batch) -> Tensor:
     """Returns the decoder's states at supervised positions, (supervised, hidden)."""
-    states = model.get_decoder()(**batch.inputs, use_cache=False)[0]  # (batch, length, hidden)
-    return _rows(states, batch.supervised)
-
-
-def _rows(values: Tensor, mask: Tensor) -> Tensor:
-    """Returns the values where the mask (batch, length) is True. By index, whose length fake tensors know."""
-    return values.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0])
+    states: Tensor = model.get_decoder()(**batch.inputs, use_cache=False)[0]  # (batch, length, hidden)
+    return states.flatten(0, 1).index_select(0, batch.supervised)
 
 
 def _own_logits(model: Model, batch: Batch) -> Tensor:
-    columns = batch.supervised.any(dim=0).nonzero()[:, 0]  # with a loss in some row of the batch
-    logits = model(**batch.inputs, use_cache=False, logits_to_keep=columns).logits  # (batch, columns, vocabulary)
-    supervised = batch.supervised[:, columns]
-    return cross_entropy(logits.flatten(0, 1) if supervised.all() else _rows(logits, supervised), batch.targets)
+    logits = model(**batch.inputs, use_cache=False, logits_to_keep=batch.columns).logits  # (batch, columns, vocabulary)
+    rows = logits.flatten(0, 1)
+    if batch.within_columns is not None:
+        rows = rows.index_select(0, batch.within_columns)
+    return cross_entropy(rows, batch.targets)
 
 
 def _own_logits_everywhere(model: Model, batch: Batch) -> Tensor:
-    return cross_entropy(_rows(model(**batch.inputs, use_cache=False).logits, batch.supervised), batch.targets)
+    logits = model(**batch.inputs, use_cache=False).logits  # (batch, length, vocabulary)
+    return cross_entropy(logits.flatten(0, 1).index_select(0, batch.supervised), batch.targets)
 
 
 FROZEN = "in chunks of tokens through the frozen output head"

@@ -2,6 +2,7 @@
 
     `read_data`       settings -> TrainingData, read as a whole or streamed
     `dataset_steps`   which examples each step sees; `stream_steps`: the same of streamed data
+    `one_ahead`       the same as tensors on the device, prepared in the background
 
 A step's examples depend only on the settings and the number of the step, so that a run can be continued. A step is
 `accumulation` batches of `batch_size` examples on every rank. A batch of more than `token_limit` tokens goes through
@@ -11,22 +12,27 @@ than another repeats one with weight 0, because all ranks must take part in ever
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from tailora.core.device import copies_by_itself
 from tailora.core.init import DATA_INITS
 from tailora.data.collate import plan_batches
 from tailora.data.dataset import Example, Examples
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import PreparedData, RowCounts, prepare, stream_examples
 from tailora.errors import DataError
+from tailora.kernels.loss import Batch
 from tailora.train.config import TrainConfig
 from tailora.train.memory import ForwardSize
 
@@ -41,7 +47,7 @@ ChooseHeldOut = Callable[[int], NDArray[np.int64]]  # number of held-out example
 class TrainingData:
     prepared: PreparedData | None  # None when streaming without eval_data
     held_out: Examples | None
-    steps: Callable[[int], Iterator[list["MicroBatch"]]]  # number of the first step -> its micro-batches, and so on
+    steps: Callable[[int], Iterator["Step"]]  # number of the first step -> it, and the steps after it
     max_steps: int
     known: Examples  # the examples to train on; of a stream, the first ones
     shape: "StepShape"
@@ -153,13 +159,53 @@ class MicroBatch:
     examples: list[Example]
     weight: float = 1.0  # 0: computed to keep step with the other ranks, not counted
 
-    @property
-    def tokens(self) -> int:
-        return sum(len(example.input_ids) for example in self.examples) if self.weight else 0
 
-    @property
-    def supervised(self) -> int:
-        return sum(example.supervised for example in self.examples) if self.weight else 0
+@dataclass(frozen=True)
+class Step:
+    """What this rank computes in one optimizer step, and the size of the step over all ranks."""
+
+    micro_batches: list[MicroBatch]
+    tokens: int
+    supervised: int  # tokens with a loss
+
+    @classmethod
+    def of(cls, micro_batches: list[MicroBatch], examples: Iterable[Example]) -> "Step":
+        """examples: those of all ranks."""
+        sizes = [(len(example.input_ids), example.supervised) for example in examples]
+        return cls(micro_batches, sum(tokens for tokens, _ in sizes), sum(supervised for _, supervised in sizes))
+
+
+@dataclass(frozen=True, eq=False)
+class CollatedStep:
+    """The same as tensors on the device."""
+
+    batches: list[Batch]
+    tokens: int
+    supervised: int
+
+
+@contextmanager
+def one_ahead(steps: Iterator[CollatedStep], device: torch.device) -> Iterator[Iterator[CollatedStep]]:
+    """Yields the steps. A thread prepares the next one, if the device computes while the host goes on.
+
+    What `steps` raises is raised when the turn of that step has come. One step more than those taken may be read.
+    """
+    if not copies_by_itself(device):
+        yield steps
+        return
+
+    def use_device() -> None:  # a thread starts with the first one
+        torch.get_device_module(device).set_device(device)
+
+    with ThreadPoolExecutor(1, "collate", initializer=use_device) as thread:
+
+        def taken() -> Iterator[CollatedStep]:
+            following = thread.submit(next, steps, None)
+            while (step := following.result()) is not None:
+                following = thread.submit(next, steps, None)
+                yield step
+
+        yield taken()
 
 
 @dataclass(frozen=True)
@@ -202,7 +248,7 @@ def steps_per_epoch(examples: int, shape: StepShape) -> int:
     return math.ceil(math.ceil(examples / shape.batch_size) / (shape.accumulation * shape.world))
 
 
-def dataset_steps(examples: Examples, shape: StepShape, start: int = 0) -> Iterator[list[MicroBatch]]:
+def dataset_steps(examples: Examples, shape: StepShape, start: int = 0) -> Iterator[Step]:
     """Yields the steps from number `start` on, epoch after epoch, without end."""
     first_epoch, skipped = divmod(start, steps_per_epoch(len(examples), shape))
     size = shape.accumulation * shape.world
@@ -213,7 +259,7 @@ def dataset_steps(examples: Examples, shape: StepShape, start: int = 0) -> Itera
             yield _share_of_rank([[examples[int(i)] for i in batch] for batch in step], shape)
 
 
-def stream_steps(read: Callable[[], Iterable[Example]], shape: StepShape, start: int = 0) -> Iterator[list[MicroBatch]]:
+def stream_steps(read: Callable[[], Iterable[Example]], shape: StepShape, start: int = 0) -> Iterator[Step]:
     """Yields the steps of data in the order of reading, again and again. Raises DataError if there is none."""
 
     def repeated() -> Iterator[Example]:
@@ -230,8 +276,8 @@ def stream_steps(read: Callable[[], Iterable[Example]], shape: StepShape, start:
         yield _share_of_rank(batches, shape)
 
 
-def _share_of_rank(batches: list[list[Example]], shape: StepShape) -> list[MicroBatch]:
-    """Returns this rank's micro-batches of a step: every `world`-th batch, in parts."""
+def _share_of_rank(batches: list[list[Example]], shape: StepShape) -> Step:
+    """Returns this rank's part of a step: every `world`-th batch, in micro-batches."""
     shares = [
         [
             MicroBatch([batch[i] for i in part])
@@ -242,7 +288,8 @@ def _share_of_rank(batches: list[list[Example]], shape: StepShape) -> list[Micro
     ]
     share = shares[shape.rank]
     missing = max(map(len, shares)) - len(share)
-    return share + [MicroBatch(shares[0][0].examples, weight=0.0)] * missing
+    share += [MicroBatch(shares[0][0].examples, weight=0.0)] * missing
+    return Step.of(share, chain.from_iterable(batches))
 
 
 def split_by_tokens(lengths: Sequence[int], limit: int | None) -> list[range]:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.attach import evaluating
-from tailora.train.dataloader import MicroBatch
-from tailora.train.loss import BatchLayout, token_losses
+from tailora.kernels.loss import FORMS, Batch
 
 REMEDIES = (
     "what helps: a tenth of the --learning-rate, a longer --warmup-ratio, a smaller --max-grad-norm, --dtype float32; "
@@ -30,7 +29,7 @@ def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
     return f"the gradient of {len(names)} of {len(parameters)} parameters is not finite, first {', '.join(names[:3])}"
 
 
-def broken_loss(model: nn.Module, batches: Sequence[MicroBatch], layout: BatchLayout) -> str:
+def broken_loss(model: nn.Module, batches: Sequence[Batch], form: str) -> str:
     """Computes the step's losses again and returns the first module whose output is not finite, for a message."""
     modules: list[str] = []
 
@@ -43,7 +42,7 @@ def broken_loss(model: nn.Module, batches: Sequence[MicroBatch], layout: BatchLa
             if name:
                 hooks.enter_context(module.register_forward_hook(partial(check, name)))
         for batch in batches:
-            token_losses(model, batch.examples, layout)
+            FORMS[form](model, batch)
             if modules:
                 return f"the loss is not finite; the first module with such an output is {modules[0]}"
     return "the loss is not finite, though the output of every module that ran is: the logits are too large"

@@ -57,10 +57,11 @@ class Stepped:
     grad_norm: float  # before clipping
     tokens: int  # of this step, over all ranks
     supervised_tokens: int
-    seconds: float
+    seconds: float  # since the results of the step before were there, or since this step began if that was later
     tokens_per_second: float  # of training so far, without evaluations
     eta_seconds: float
     memory_bytes: int  # peak so far
+    skipped: bool = False  # it changed nothing, because a gradient overflowed float16 at the loss scale
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,21 @@
 """Losses in nats at the supervised positions of examples, for training and for held-out evaluation.
 
     examples -> `make_batch`: one packed row (1, total), or padded rows (batch, longest)
-             -> `token_losses`: one loss per supervised token
-             -> `ModelWithLoss` for the backward, `evaluate` for the loss of every held-out example
+             -> `ModelWithLoss`: one loss per supervised token, for the backward
+             -> `evaluate`: the loss of every held-out example
 
 Position i predicts token i + 1. The first label of each document is -100, so no prediction crosses a boundary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tailora.core.attach import evaluating
 from tailora.data.collate import collate_packed, collate_padded
@@ -24,6 +23,8 @@ from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, Batch
 from tailora.train.trainable import Trainable
+
+READ_EVERY = 32  # batches of an evaluation: the host waits for the device only then
 
 
 @dataclass(frozen=True)
@@ -37,46 +38,40 @@ class BatchLayout:
 
 
 class ModelWithLoss(nn.Module):
-    """Calls a model with examples and returns losses, so that a wrapper of modules (DDP) sees one forward."""
+    """Calls a model with a batch and returns losses, so that a wrapper of modules (DDP) sees one forward."""
 
     def __init__(self, model: nn.Module, layout: BatchLayout) -> None:
         super().__init__()
         self.model, self.layout = model, layout
 
-    def forward(self, examples: Sequence[Example], expected_gradient: float) -> tuple[Tensor, Tensor]:
-        return token_losses(self.model, examples, self.layout, expected_gradient)
+    def forward(self, batch: Batch) -> Tensor:
+        return FORMS[self.layout.loss](self.model, batch)
 
 
 def token_losses(
-    model: nn.Module, examples: Sequence[Example], layout: BatchLayout, expected_gradient: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Returns the loss of every supervised token, (supervised,) float32, and the index of its example, (supervised,).
-
-    expected_gradient: the gradient that each loss will get, if known; half precision then rounds once less.
-    """
-    batch, owners = make_batch(examples, layout.packed, layout.pad_id, next(model.parameters()).device)
-    return FORMS[layout.loss](model, replace(batch, expected_gradient=expected_gradient)), owners
+    model: nn.Module, examples: Sequence[Example], layout: BatchLayout
+) -> tuple[Tensor, npt.NDArray[np.int64]]:
+    """Returns the loss of every supervised token, (supervised,), at least float32, and the index of its example."""
+    batch = make_batch(examples, layout.packed, layout.pad_id, next(model.parameters()).device)
+    return FORMS[layout.loss](model, batch), batch.owners
 
 
-def make_batch(examples: Sequence[Example], packed: bool, pad_id: int, device: torch.device) -> tuple[Batch, Tensor]:
-    """Returns the model's input, and the index of the example of each supervised token, (supervised,)."""
+def make_batch(examples: Sequence[Example], packed: bool, pad_id: int, device: torch.device) -> Batch:
+    """Returns the model's input and the tokens to predict. All that depends on them is computed on the host."""
+    lengths = [len(example.input_ids) for example in examples]
     if packed:
-        row = collate_packed(examples)
-        ends = row["cu_seq_lens"]  # (documents + 1,), stays on the CPU, where it is read
-        longest = max(len(example.input_ids) for example in examples)
-        documents = {"position_ids": row["position_ids"].to(device), "cu_seq_lens_q": ends, "max_length_q": longest}
-        batch = _batch(row, documents, device)
-        positions = batch.supervised[0].nonzero()[:, 0]
-        return batch, torch.searchsorted(ends[1:].to(positions), positions, right=True)
-    padded = collate_padded(examples, pad_id)
-    batch = _batch(padded, {"attention_mask": padded["attention_mask"].to(device)}, device)
-    return batch, batch.supervised.nonzero()[:, 0]
-
-
-def _batch(tensors: dict[str, Tensor], other_inputs: dict[str, Any], device: torch.device) -> Batch:
-    labels = F.pad(tensors["labels"][:, 1:], (0, 1), value=IGNORED).to(device)  # (batch, length), of the next token
-    supervised = labels != IGNORED
-    return Batch({"input_ids": tensors["input_ids"].to(device), **other_inputs}, supervised, labels[supervised])
+        tensors: dict[str, Any] = dict(collate_packed(examples))
+        ends = tensors.pop("cu_seq_lens")  # (documents + 1,)
+        tensors |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        tensors |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        owners = np.repeat(np.arange(len(examples)), lengths)[None]  # (1, total)
+    else:
+        tensors = dict(collate_padded(examples, pad_id))
+        owners = np.broadcast_to(np.arange(len(examples))[:, None], tensors["labels"].shape)
+    labels = tensors.pop("labels").numpy()
+    next_tokens = np.full_like(labels, IGNORED)
+    next_tokens[:, :-1] = labels[:, 1:]
+    return Batch.of(tensors, next_tokens, owners).to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,12 +103,17 @@ def evaluate(
     """
     done = 0
     sums = np.zeros(len(examples))
+    unread: list[tuple[npt.NDArray[np.int64], Tensor]] = []  # index of the example of each loss; the losses
     attention = packed_rows(model.base_model, layout.attention) if layout.packed else nullcontext()
     with torch.no_grad(), evaluating(model), attention:
         for batch in batches_within(token_budget, examples.lengths, layout.packed):
             losses, owners = token_losses(model, [examples[i] for i in batch], layout)
-            np.add.at(sums, batch[owners.cpu().numpy()], losses.cpu().double().numpy())
+            unread.append((batch[owners], losses))
             done += len(batch)
+            if len(unread) == READ_EVERY or done == len(examples):
+                values = torch.cat([losses for _, losses in unread]).cpu().double().numpy()
+                np.add.at(sums, np.concatenate([indices for indices, _ in unread]), values)
+                unread.clear()
             progress(done, len(examples))
     return Evaluation(sums, examples.supervised.astype(np.int64))
 

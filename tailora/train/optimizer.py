@@ -1,11 +1,15 @@
-"""AdamW over flat buffers, its parameter groups, and gradient clipping. The learning rate comes from `lr_schedule`."""
+"""AdamW over flat buffers: parameter groups, clipping, loss scaling, and steps only where all is finite.
 
-import math
-from collections.abc import Sequence
+The learning rate comes from `lr_schedule`. Nothing here makes the host wait for the device.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tailora.core.device import wide_dtype
 from tailora.core.loraplus import names_with_higher_lr
 from tailora.kernels.flat_parameters import FlatBuffer, Group, gradient_norm
 from tailora.train.config import TrainConfig
@@ -37,21 +41,103 @@ def adamw(buffers: Sequence[FlatBuffer]) -> torch.optim.AdamW:
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Takes one step at `rate` times each group's factor; the gradients are zero afterwards, and still views."""
+    """Takes one step at `rate` times each group's factor. With `optimizer.found_inf` 1 nothing changes."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and found_inf.device.type == "mps" and found_inf:
+        return  # the fused AdamW of MPS does not look at it
     optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
 
 
-def clip_gradients(buffers: Sequence[FlatBuffer], max_norm: float) -> float:
-    """Scales the gradients down to `max_norm` and returns the norm that they had before.
+def clip_gradients(buffers: Sequence[FlatBuffer], max_norm: float, loss_scale: "LossScale | None" = None) -> Tensor:
+    """Scales the gradients down to `max_norm` and returns the norm that they had before, 0-dimensional.
 
-    If that norm is not finite, the gradients are left as they are, so that one can see which of them caused it.
+    loss_scale: what the gradients are divided by first. The host does not wait for the norm. If it is not finite, the
+    gradients are left as they are, so that one can see which of them caused it.
     """
-    norm = float(gradient_norm(buffers))
-    scale = max_norm / (norm + 1e-6)  # as torch's clip_grad_norm_
-    if math.isfinite(norm) and scale < 1:
+    norm = gradient_norm(buffers).to(wide_dtype(buffers[0].gradient.device))
+    if loss_scale is not None:
+        norm = norm / loss_scale.value
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+    if loss_scale is not None:
+        factor = factor / loss_scale.value
+    factor = torch.where(norm.isfinite(), factor, 1.0)
+    if factor.device.type != "cpu" or factor != 1:  # on a CPU, asking costs nothing and spares a pass
         for buffer in buffers:
-            buffer.gradient.mul_(scale)
+            buffer.gradient.mul_(factor.to(buffer.gradient.device))
     return norm
+
+
+class LossScale:
+    """The factor of a loss whose gradients are computed in float16, where small ones would be zero (arXiv:1710.03740).
+
+    torch.amp.GradScaler's rule: half after a step whose gradients overflow, double after `INTERVAL` good ones. All on
+    the device, so that the host need not wait.
+    """
+
+    FIRST, LEAST, INTERVAL = 2.0**16, 1.0, 2000
+
+    def __init__(self, device: torch.device) -> None:
+        self.value = torch.full((), self.FIRST, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)  # in a row
+
+    def update(self, overflow: Tensor) -> None:
+        """overflow: whether a gradient of the step was not finite, 0-dimensional."""
+        good_steps = torch.where(overflow, 0, self.good_steps + 1)
+        grows = good_steps == self.INTERVAL
+        factor = torch.where(overflow, 0.5, torch.where(grows, 2.0, 1.0))
+        self.value.mul_(factor)
+        self.good_steps.copy_(torch.where(grows, 0, good_steps))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        self.value.copy_(tensors["value"])
+        self.good_steps.copy_(tensors["good_steps"])
+
+
+class FiniteUpdates:
+    """Takes optimizer steps whose loss and gradients are finite; decides it on the device, without the host.
+
+    diverged: 0-dimensional, True from the first step on that was not finite. Nothing changes any more after it.
+    last_good: the last parameters with a finite loss, by buffer.
+    A gradient that is not finite only because of the loss scale is no divergence: the step is left out and the scale is
+    halved, down to LossScale.LEAST.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer], loss_scale: LossScale | None
+    ) -> None:
+        self.optimizer, self.buffers, self.loss_scale = optimizer, buffers, loss_scale
+        device = buffers[0].parameter.device
+        self.last_good = [buffer.parameter.detach().clone() for buffer in buffers]
+        self.diverged = torch.zeros((), dtype=torch.bool, device=device)
+        self.skipped = torch.zeros((), device=device)  # 1.0 if the last step changed nothing
+        cast(Any, optimizer).found_inf = self.skipped  # which fused optimizers look at
+
+    def step(self, loss: Tensor, norm: Tensor, rate: float) -> None:
+        """loss, norm: of the step and of its gradients, 0-dimensional."""
+        loss_is_finite, overflow = loss.isfinite().to(norm.device), ~norm.isfinite()
+        good_parameters = loss_is_finite & ~self.diverged
+        for copy, buffer in zip(self.last_good, self.buffers, strict=True):
+            copy_if(good_parameters.to(copy.device), buffer.parameter.detach(), copy)
+        fatal = overflow if self.loss_scale is None else overflow & (self.loss_scale.value <= LossScale.LEAST)
+        self.diverged |= fatal | ~loss_is_finite
+        self.skipped.copy_(self.diverged | overflow)
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflow)
+        optimizer_step(self.optimizer, rate)
+
+    def restore_last_good(self) -> None:
+        for copy, buffer in zip(self.last_good, self.buffers, strict=True):
+            buffer.parameter.detach().copy_(copy)
+
+
+def copy_if(condition: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copies if the condition, 0-dimensional, is True."""
+    if condition.device.type != "cpu":
+        torch.where(condition, source, target, out=target)
+    elif condition:  # there reading it costs nothing, and copying is faster
+        target.copy_(source)

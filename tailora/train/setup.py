@@ -148,7 +148,7 @@ def check_layers_are_called(
         return
     ids = example.input_ids[:PROBE_TOKENS]
     device = next(model.parameters()).device
-    batch, _ = make_batch([Example(ids, ids)], False, layout.pad_id, device)
+    batch = make_batch([Example(ids, ids)], False, layout.pad_id, device)
     calls = layer_calls(model)
     with torch.no_grad(), evaluating(model), calls.reads():
         calls.start()
@@ -201,7 +201,7 @@ def choose_layout(
         attention, packing_note = choose_packing(base, config.packing, compare=compare)
         packed = attention is not None
         with packed_rows(base, attention) if packed else nullcontext():
-            batch, _ = make_batch(short_examples(base), packed, pad_id, base.device)
+            batch = make_batch(short_examples(base), packed, pad_id, base.device)
             loss, obstacle = choose_form(base, batch, compare) if config.fast == "auto" else (own_form(base), None)
     if packing_note:
         note(packing_note)

@@ -95,7 +95,7 @@ def main(folder: Path) -> int:
 def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMeasured:
     """Sets up a run and takes a few of its steps. On a CPU the peak is that of this process."""
     started = time.perf_counter()
-    from tailora.train.dataloader import MicroBatch, random_data, read_data  # torch from here on
+    from tailora.train.dataloader import MicroBatch, Step, random_data, read_data  # torch from here on
     from tailora.train.memory import explain_out_of_memory, peak_bytes
     from tailora.train.trainer import Trainer
 
@@ -105,13 +105,14 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
         trainer.setup(stack)
         stack.enter_context(explain_out_of_memory("measuring steps", trainer.memory_remedies))
         stack.enter_context(trainer.use_kernels())
-        largest = [MicroBatch(trainer.data.largest)]
+        largest = Step.of([MicroBatch(trainer.data.largest)], trainer.data.largest)
         start_seconds = time.perf_counter() - started
         seconds, tokens = [], []
-        for batches in [largest, *islice(trainer.data.steps(0), STEPS), largest]:
+        for step in [largest, *islice(trainer.data.steps(0), STEPS), largest]:
             began = time.perf_counter()
-            tokens.append(sum(batch.tokens for batch in batches))
-            trainer.step(batches, tokens[-1], sum(batch.supervised for batch in batches))
+            trainer.step(trainer.collated(step))
+            trainer.read_steps()
+            tokens.append(step.tokens)
             seconds.append(time.perf_counter() - began)
         return StepsMeasured(
             peak_bytes=peak_bytes(trainer.accelerator.device),

@@ -9,6 +9,9 @@
 The loss of a step is the summed loss of all micro-batches and ranks, divided by the number of supervised tokens. DDP
 averages gradients over ranks, so every rank multiplies its loss by the number of ranks.
 
+On a device the host queues a step before it reads the loss of the one before, so that the device never waits. What
+depends on numbers is decided there (`FiniteUpdates`). The queue is empty whenever something is evaluated or saved.
+
 On a CPU, a resumed run gives bitwise the same result as an uninterrupted one. On a GPU the backward of attention
 adds gradients in no fixed order.
 """
@@ -17,11 +20,12 @@ import math
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from threading import Event as ThreadingEvent
 from typing import Any
 
 import numpy as np
@@ -32,25 +36,34 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
-from tailora.core.device import as_current, device_name
+from tailora.core.device import as_current, copies_by_itself, device_name, wide_dtype
 from tailora.core.quantization import stored_bytes
 from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError, DivergedError, WriteError
 from tailora.formats.fingerprint import model_fingerprint
 from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import flattened
+from tailora.kernels.loss import Batch
 from tailora.model import LoRAModel
 from tailora.train import checkpoint, events, run_log, setup, trainable
 from tailora.train.checkpoint import Best, Checkpoint, TrainState
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import ChooseHeldOut, MicroBatch, ReadData, read_data, stream_notes
+from tailora.train.dataloader import (
+    ChooseHeldOut,
+    CollatedStep,
+    ReadData,
+    Step,
+    one_ahead,
+    read_data,
+    stream_notes,
+)
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.kernel_choice import choose_kernels, use_kernels
-from tailora.train.loss import Evaluation, ModelWithLoss, evaluate
+from tailora.train.loss import Evaluation, ModelWithLoss, evaluate, make_batch
 from tailora.train.lr_schedule import LRSchedule, lr_schedule
 from tailora.train.memory import check_fits, explain_out_of_memory, peak_bytes, remedies, reset_peak
 from tailora.train.model_loading import load_base
-from tailora.train.optimizer import adamw, clip_gradients, optimizer_step, parameter_groups
+from tailora.train.optimizer import FiniteUpdates, LossScale, adamw, clip_gradients, parameter_groups
 from tailora.train.random_state import random_state, seed_all, seeded
 from tailora.train.trainable import Trainable, sync_parameters, trained_module
 
@@ -77,6 +90,36 @@ def run(
     ).train()
 
 
+class AsyncCopy:
+    """A copy of a small tensor on the host, made while the host goes on."""
+
+    def __init__(self, values: Tensor) -> None:
+        """values: 1-dimensional."""
+        self.values, self.copied = values, None
+        if copies_by_itself(values.device):
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.copied = torch.Event(values.device)
+            self.copied.record()
+
+    def read(self) -> list[float]:
+        """Waits for the copy, and not for what was queued after it."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        numbers: list[float] = self.values.tolist()
+        return numbers
+
+
+@dataclass(frozen=True, eq=False)
+class QueuedStep:
+    """A step whose results were not read yet."""
+
+    step: CollatedStep
+    rate: float
+    started: float  # time.perf_counter
+    results: AsyncCopy  # loss, norm of the gradient, loss scale, whether skipped, diverged, asked to stop
+
+
 class Trainer:
     """One fine-tuning run. `train()` runs it; `setup()` and `step()` alone measure what a few steps take.
 
@@ -91,8 +134,9 @@ class Trainer:
 
     After `setup`: `base`, `tokenizer`, `data`, `model` (the adapter around the base, or the base trained in full),
     `layout` (packed or padded batches), `kernels`, `cost` (memory of a forward), `buffers` (all trained parameters),
-    `last_good` (their last values with a finite loss and gradient), `optimizer`, `allocator` (of AdaLoRA), `forward`
-    (the model with its loss, as accelerate prepared it), `identity`, `state` and `metrics`.
+    `optimizer`, `updates` (its steps, and the last good parameters), `allocator` (of AdaLoRA), `forward` (the model
+    with its loss, as accelerate prepared it), `identity`, `state`, `queue` (steps whose results were not read yet) and
+    `metrics`.
     """
 
     def __init__(
@@ -127,16 +171,16 @@ class Trainer:
             signals.handle()
             with self.use_kernels():
                 self.evaluate_before_training()
-                steps = self.data.steps(state.step)
-                while state.step < max_steps and not self.is_out_of_patience():
-                    batches = next(steps)
-                    tokens, supervised, stop = self.sum_over_ranks(batches, signals.stop)
-                    if stop:
+                steps = stack.enter_context(self.collated_steps())
+                while self.queued_steps < max_steps and not self.is_out_of_patience():
+                    step = next(steps)
+                    if self.stops if self.accelerator.num_processes > 1 else signals.stop.is_set():
                         raise events.Interrupted(self.save_checkpoint())
-                    self.step(batches, tokens, supervised)
-                    if config.eval_steps and (state.step % config.eval_steps == 0 or state.step == max_steps):
+                    self.step(step, stop=signals.stop.is_set())
+                    done = self.queued_steps
+                    if config.eval_steps and (done % config.eval_steps == 0 or done == max_steps):
                         self.evaluate_and_keep_best()
-                    if config.save_steps and state.step % config.save_steps == 0:
+                    if config.save_steps and done % config.save_steps == 0:
                         self.save_checkpoint()
                 after = self.restore_best()
                 self.accept_checkpoint()
@@ -226,8 +270,13 @@ class Trainer:
         if saved is not None:
             self.state = checkpoint.restore(saved, self.model, self.optimizer, self.buffers, rank, self.allocator)
         self.state.before = self.state.before or self.before
-        # the last values whose loss and gradient were finite
-        self.last_good = [buffer.parameter.detach().clone() for buffer in self.buffers]
+        loss_scale = LossScale(device) if self.base.dtype == torch.float16 else None
+        if loss_scale is not None and saved is not None and "loss_scale" in saved.tensors:
+            loss_scale.load_state_dict(saved.tensors["loss_scale"])
+        self.updates = FiniteUpdates(self.optimizer, self.buffers, loss_scale)
+        self.queue: deque[QueuedStep] = deque()
+        self.last_read = 0.0  # when the results of a step were last read
+        self.stops = False  # True if a rank was asked to stop
         # device_placement would move buffers that are on the device already, and leave copies behind
         self.forward = accelerator.prepare_model(ModelWithLoss(self.model, self.layout), device_placement=False)
         if isinstance(self.forward, DistributedDataParallel):
@@ -283,59 +332,86 @@ class Trainer:
 
     # ---- A step
 
-    def sum_over_ranks(self, batches: Sequence[MicroBatch], stop_event: ThreadingEvent) -> tuple[int, int, bool]:
-        """Returns tokens and supervised tokens of the step over all ranks, and whether any rank was asked to stop."""
-        values = [
-            sum(batch.tokens for batch in batches),
-            sum(batch.supervised for batch in batches),
-            stop_event.is_set(),
-        ]
-        tokens, supervised, stops = self.accelerator.reduce(
-            torch.tensor(values, dtype=torch.int64, device=self.accelerator.device), reduction="sum"
-        ).tolist()
-        return tokens, supervised, stops > 0
+    @property
+    def queued_steps(self) -> int:
+        """Steps that were computed or, on a device, queued for it."""
+        return self.state.step + len(self.queue)
 
-    def step(self, batches: Sequence[MicroBatch], tokens: int, supervised: int) -> None:
-        """Takes one optimizer step and reports it. Raises DivergedError if the loss or a gradient is not finite.
+    def collated_steps(self) -> AbstractContextManager[Iterator[CollatedStep]]:
+        """Within the block, yields the steps that are left, as tensors on the device."""
+        left = islice(self.data.steps(self.state.step), self.data.max_steps - self.state.step)
+        return one_ahead(map(self.collated, left), self.accelerator.device)
 
-        tokens, supervised: tokens, and tokens with a loss, of the step over all ranks.
+    def collated(self, step: Step) -> CollatedStep:
+        """Returns the step as tensors on the device."""
+        packed, pad_id, device = self.layout.packed, self.layout.pad_id, self.accelerator.device
+        parts = [(make_batch(part.examples, packed, pad_id, device), part.weight) for part in step.micro_batches]
+        return CollatedStep([replace(batch, weight=weight) for batch, weight in parts], step.tokens, step.supervised)
+
+    def step(self, step: CollatedStep, *, stop: bool = False) -> None:
+        """Takes one optimizer step and reports it; on a device, queues it and reports the one before.
+
+        stop: whether this rank was asked to stop.
+        Raises DivergedError if the loss or a gradient is not finite, of this step or, on a device, of the one before.
         """
-        started = time.perf_counter()
-        state, max_steps = self.state, self.data.max_steps
-        share = accumulate_gradients(self.forward, batches, supervised, self.accelerator)
-        loss = float(self.accelerator.reduce(share, reduction="sum"))
-        norm = clip_gradients(self.buffers, self.config.max_grad_norm)
-        rate = self.rate_at(state.step, max_steps)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self.diverged_in_step(batches, loss, rate)
-        self.accept_checkpoint()
-        for copy, buffer in zip(self.last_good, self.buffers, strict=True):
-            copy.copy_(buffer.parameter.detach())
-        optimizer_step(self.optimizer, rate)
+        started, updates = time.perf_counter(), self.updates
+        scale = None if updates.loss_scale is None else updates.loss_scale.value.clone()  # of this step
+        self.optimizer.zero_grad(set_to_none=False)
+        share = accumulate_gradients(self.forward, step.batches, step.supervised, self.accelerator, scale)
+        loss, stops = self.accelerator.reduce(torch.stack([share, torch.full_like(share, stop)]), reduction="sum")
+        norm = clip_gradients(self.buffers, self.config.max_grad_norm, updates.loss_scale)
+        rate = self.rate_at(self.queued_steps, self.data.max_steps)
+        updates.step(loss, norm, rate)
         sync_parameters(self.model)
+        values = (loss, norm, norm.new_ones(()) if scale is None else scale, updates.skipped, updates.diverged, stops)
+        results = torch.stack([value.to(norm) for value in values])
+        self.queue.append(QueuedStep(step, rate, started, AsyncCopy(results)))
+        while len(self.queue) > int(copies_by_itself(norm.device)):
+            self.read_step()
 
-        seconds = time.perf_counter() - started
+    def read_steps(self) -> None:
+        """Waits for all queued steps and reports them. Raises DivergedError."""
+        while self.queue:
+            self.read_step()
+
+    def read_step(self) -> None:
+        """Waits for the first of the queued steps and reports it. Raises DivergedError."""
+        queued, state, max_steps = self.queue.popleft(), self.state, self.data.max_steps
+        loss, norm, scale, skipped, diverged, stops = queued.results.read()
+        if diverged:
+            raise self.diverged_in_step(queued, loss)
+        self.stops = stops > 0
+        self.accept_checkpoint()
+        step, now = queued.step, time.perf_counter()
+        seconds = now - max(queued.started, self.last_read)
+        self.last_read = now
         state.step += 1
-        state.tokens += tokens
-        state.supervised_tokens += supervised
+        state.tokens += step.tokens
+        state.supervised_tokens += step.supervised
         state.seconds += seconds
-        step = events.Stepped(
+        event = events.Stepped(
             step=state.step,
             max_steps=max_steps,
             loss=loss,
-            learning_rate=rate,
+            learning_rate=queued.rate,
             grad_norm=norm,
-            tokens=tokens,
-            supervised_tokens=supervised,
+            tokens=step.tokens,
+            supervised_tokens=step.supervised,
             seconds=seconds,
             tokens_per_second=state.tokens / state.seconds,
             eta_seconds=state.seconds / state.step * (max_steps - state.step),
             memory_bytes=peak_bytes(self.accelerator.device),
+            skipped=bool(skipped),
         )
-        values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": state.tokens}
-        speed = {"tokens_per_second": step.tokens_per_second, "memory_bytes": step.memory_bytes}
+        values = {"loss": loss, "learning_rate": queued.rate, "grad_norm": norm, "tokens": state.tokens}
+        if self.updates.loss_scale is not None:
+            values["loss_scale"] = scale
+        if skipped:
+            del values["grad_norm"]  # JSON has no infinity
+            self.note(f"step {state.step} changes nothing: a gradient overflows float16 at the loss scale {scale:g}")
+        speed = {"tokens_per_second": event.tokens_per_second, "memory_bytes": event.memory_bytes}
         self.log(state.step, {**values, **speed})
-        self.report(step)
+        self.report(event)
 
     # ---- Evaluation
 
@@ -351,6 +427,7 @@ class Trainer:
 
     def evaluate_and_keep_best(self) -> None:
         """Evaluates, and keeps the adapter if it is the best so far; with AdaLoRA, if its ranks are final."""
+        self.read_steps()
         may_be_kept = self.allocator is None or self.allocator.final
         evaluation = self.check_finite(self.held_out_loss(may_be_kept=may_be_kept))
         if evaluation is None or not may_be_kept:
@@ -374,8 +451,7 @@ class Trainer:
             return None
         started = time.perf_counter()
         share = np.arange(accelerator.process_index, len(held_out), accelerator.num_processes)
-        wide = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
-        sums = torch.zeros(len(held_out), dtype=wide, device=accelerator.device)
+        sums = np.zeros(len(held_out))
         if len(share):
             budget = self.data.largest_size.tokens
             part = evaluate(
@@ -385,9 +461,12 @@ class Trainer:
                 token_budget=budget,
                 progress=lambda done, total: self.report(events.EvaluationProgress(done, total)),
             )
-            sums[torch.from_numpy(share).to(sums.device)] = torch.from_numpy(part.sums).to(sums)
-        joined = accelerator.reduce(sums, reduction="sum").cpu().double().numpy()
-        evaluation = Evaluation(joined, held_out.supervised.astype(np.int64))
+            sums[share] = part.sums
+        if accelerator.num_processes > 1:
+            wide = wide_dtype(accelerator.device)
+            joined = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device, wide), reduction="sum")
+            sums = joined.cpu().double().numpy()
+        evaluation = Evaluation(sums, held_out.supervised.astype(np.int64))
         self.state.history.append((self.state.step, evaluation.loss))
         self.log(self.state.step, {"eval_loss": evaluation.loss})
         best = may_be_kept and self.is_best(evaluation)
@@ -404,7 +483,8 @@ class Trainer:
 
     def save_checkpoint(self) -> Path:
         """Writes checkpoint-N and returns its folder. Raises DivergedError for values that are not finite."""
-        state = self.state
+        self.read_steps()
+        state, loss_scale = self.state, self.updates.loss_scale
         folder = self.output_dir / f"checkpoint-{state.step}"
         tensors = {
             "adapter": trained_module(self.model).state_dict(),
@@ -412,6 +492,7 @@ class Trainer:
             **({"evaluations": evaluations} if (evaluations := state.evaluations()) else {}),
             **({"best": state.best.tensors} if state.best else {}),
             **({"allocation": self.allocator.state_dict()} if self.allocator else {}),
+            **({"loss_scale": loss_scale.state_dict()} if loss_scale else {}),
         }
         if broken := checkpoint.not_finite(tensors):
             raise self.diverged(f"in step {state.step}: it left values that are not finite ({'; '.join(broken)})")
@@ -434,6 +515,7 @@ class Trainer:
 
     def restore_best(self) -> Evaluation | None:
         """Restores the best parameters, or checks and evaluates the last; returns their held-out loss."""
+        self.read_steps()
         if not all(bool(buffer.parameter.isfinite().all()) for buffer in self.buffers):
             raise self.diverged(f"in step {self.state.step}: it left weights that are not finite")
         if self.is_out_of_patience():
@@ -503,21 +585,25 @@ class Trainer:
             return evaluation
         raise self.diverged(f"in step {self.state.step}: the held-out loss after it is {evaluation.loss}")
 
-    def diverged_in_step(self, batches: Sequence[MicroBatch], loss: float, rate: float) -> DivergedError:
+    def diverged_in_step(self, queued: QueuedStep, loss: float) -> DivergedError:
         """Returns the error for a step whose loss or gradient is not finite, with the module where that began."""
-        where = f"in step {self.state.step + 1} (learning rate {rate:.3g})"
-        if math.isfinite(loss):  # then the parameters are good as they are
-            parameters = {name: p for buffer in self.buffers for name, p in buffer.parameters.items()}
-            return self.diverged(f"{where}: {broken_gradients(parameters)}", parameters_are_good=True)
-        cause = broken_loss(self.base, batches, self.layout)
-        return self.diverged(f"{where}: {cause}")
+        where = f"in step {self.state.step + 1} (learning rate {queued.rate:.3g})"
+        if not math.isfinite(loss):
+            cause = broken_loss(self.base, queued.step.batches, self.layout.loss)
+            return self.diverged(f"{where}: {cause}")
+        if self.queue:  # the gradients are those of a later step by now; the parameters are still the same
+            self.optimizer.zero_grad(set_to_none=False)
+            accumulate_gradients(self.forward, queued.step.batches, queued.step.supervised, self.accelerator)
+        parameters = {name: p for buffer in self.buffers for name, p in buffer.parameters.items()}
+        return self.diverged(f"{where}: {broken_gradients(parameters)}", parameters_are_good=True)
 
     def diverged(self, cause: str, *, parameters_are_good: bool = False) -> DivergedError:
-        """Restores the last good parameters, saves them unless a best adapter is kept, and returns the error."""
-        if not parameters_are_good:
-            for copy, buffer in zip(self.last_good, self.buffers, strict=True):
-                buffer.parameter.detach().copy_(copy)
-            sync_parameters(self.model)
+        """Restores the last good parameters, saves them unless a best adapter is kept, and returns the error.
+
+        parameters_are_good: those before the step gave a finite loss.
+        """
+        self.updates.restore_last_good()
+        sync_parameters(self.model)
         folder = trainable.folder_of(self.model, self.output_dir)
         saved = f"{folder} keeps the best adapter so far"
         is_main = self.accelerator.is_main_process
@@ -541,19 +627,26 @@ class Trainer:
 
 
 def accumulate_gradients(
-    forward: nn.Module, batches: Sequence[MicroBatch], supervised: int, accelerator: Accelerator
+    forward: nn.Module,
+    batches: Sequence[Batch],
+    supervised: int,
+    accelerator: Accelerator,
+    loss_scale: Tensor | None = None,
 ) -> Tensor:
     """Runs forward and backward of a step's micro-batches; returns this rank's share of the loss, 0-dimensional.
 
     forward: `ModelWithLoss`, as accelerate prepared it.
     supervised: tokens with a loss in the whole step, over all micro-batches and ranks.
+    loss_scale: what the gradients are multiplied by, 0-dimensional; nothing if it is None.
     """
+    factor = accelerator.num_processes if loss_scale is None else accelerator.num_processes * loss_scale
 
-    def backward(batch: MicroBatch) -> Tensor:  # a function, so that no batch's graph outlives it
+    def backward(batch: Batch) -> Tensor:  # a function, so that no batch's graph outlives it
         scale = batch.weight / supervised
-        losses, _ = forward(batch.examples, scale * accelerator.num_processes)
+        expected = scale * factor if batch.weight else 1.0
+        losses = forward(replace(batch, expected_gradient=expected))
         share: Tensor = losses.sum() * scale
-        accelerator.backward(share * accelerator.num_processes)
+        accelerator.backward(share * factor)
         return share.detach()
 
     *first, last = batches

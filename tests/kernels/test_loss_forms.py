@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from tailora.core.config import LoRAConfig
+from tailora.data.dataset import IGNORED
 from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED, WHOLE, Batch, choose_form
 from tailora.model import LoRAModel
 
@@ -67,7 +69,9 @@ def batch_of() -> Batch:
     mask[0, 9:] = 0
     wanted = mask.roll(-1, 1).bool() & (torch.rand(2, 12, generator=random) < 0.7)
     wanted[:, -1] = False
-    return Batch({"input_ids": ids, "attention_mask": mask}, wanted, ids.roll(-1, 1)[wanted])
+    next_tokens = ids.roll(-1, 1).masked_fill(~wanted, IGNORED)
+    rows = np.arange(2)[:, None].repeat(12, axis=1)
+    return Batch.of({"input_ids": ids, "attention_mask": mask}, next_tokens.numpy(), rows)
 
 
 def form_of(model: nn.Module) -> tuple[str, str | None]:
@@ -79,7 +83,7 @@ def assert_right(model: LoRAModel, form: str, tolerance: float) -> None:
     """Losses and gradients by all that is trained are those of torch on full logits; the losses weigh differently."""
     batch, trained = batch_of(), list(model.lora_layers.parameters())
     weights = torch.linspace(-1, 2, len(batch.targets), dtype=torch.float64)
-    logits = model(**batch.inputs).logits[batch.supervised]
+    logits = model(**batch.inputs).logits.flatten(0, 1)[batch.supervised]
     results = [
         [losses.detach(), *torch.autograd.grad(losses @ weights, trained)]
         for losses in (FORMS[form](model, batch), F.cross_entropy(logits, batch.targets, reduction="none"))

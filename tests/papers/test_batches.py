@@ -14,8 +14,7 @@ from tailora.data.collate import collate_packed
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FROZEN
-from tailora.train.dataloader import MicroBatch
-from tailora.train.loss import BatchLayout, ModelWithLoss, evaluate
+from tailora.train.loss import BatchLayout, ModelWithLoss, evaluate, make_batch
 from tailora.train.trainer import accumulate_gradients
 
 LENGTHS = (3, 5, 40, 60)
@@ -62,7 +61,8 @@ def test_the_accumulated_gradient_is_that_of_the_full_batch(model: LoRAModel, ro
     def gradient(batches: list[list[Example]]) -> Tensor:
         model.zero_grad()
         forward = ModelWithLoss(model, rows)
-        accumulate_gradients(forward, [MicroBatch(batch) for batch in batches], supervised, Accelerator())
+        made = [make_batch(batch, rows.packed, rows.pad_id, torch.device("cpu")) for batch in batches]
+        accumulate_gradients(forward, made, supervised, Accelerator())
         return torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 
     with packed_rows(model.base_model) if rows.packed else nullcontext():

@@ -45,6 +45,7 @@ def test_a_run_s_buffers_give_the_plain_loop_s_steps() -> None:
     with flattened(parameter_groups(ours.lora_layers, TrainConfig(loraplus_lr_ratio=8))) as flats:
         optimizer = adamw(flats)
         for _ in range(4):
+            optimizer.zero_grad(set_to_none=False)
             loss(ours).backward()
             optimizer_step(optimizer, 1e-2)
             plain.zero_grad()

@@ -21,6 +21,7 @@ def test_adamw_decays_apart_from_the_gradient() -> None:
     with flattened(parameter_groups(model.lora_layers, TrainConfig(weight_decay=decay))) as flats:
         optimizer = adamw(flats)
         for t, rate in enumerate((1e-2, 3e-2, 2e-3, 1e-2), start=1):
+            optimizer.zero_grad(set_to_none=False)
             (model(x) - 1).square().sum().backward()
             for name, parameter in named.items():
                 g = parameter.grad

@@ -6,7 +6,7 @@ import pytest
 from tailora.data.dataset import Example, Examples
 from tailora.errors import DataError
 from tailora.train.dataloader import (
-    MicroBatch,
+    Step,
     StepShape,
     dataset_steps,
     split_by_tokens,
@@ -23,8 +23,8 @@ def example(number: int) -> Example:
 DATA = Examples.of(example(number) for number in range(23))
 
 
-def numbers(step: list[MicroBatch]) -> list[list[int]]:
-    return [[int(example.input_ids[0]) for example in batch.examples] for batch in step if batch.weight]
+def numbers(step: Step) -> list[list[int]]:
+    return [[int(example.input_ids[0]) for example in part.examples] for part in step.micro_batches if part.weight]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -46,7 +46,11 @@ def test_every_epoch_sees_every_example_once_over_all_ranks(world: int) -> None:
 def test_all_ranks_take_part_in_every_forward(world: int) -> None:
     ranks = [islice(dataset_steps(DATA, StepShape(4, 2, rank=rank, world=world)), 6) for rank in range(world)]
     for steps in zip(*ranks, strict=True):
-        assert len({len(step) for step in steps}) == 1
+        assert len({len(step.micro_batches) for step in steps}) == 1
+        sizes = [
+            len(example.input_ids) for step in steps for m in step.micro_batches if m.weight for example in m.examples
+        ]
+        assert {(step.tokens, step.supervised) for step in steps} == {(sum(sizes), sum(sizes) - len(sizes))}
 
 
 @pytest.mark.parametrize("start", [1, 5, 6, 7, 13])
@@ -94,4 +98,4 @@ def test_a_step_in_parts_holds_the_same_examples(world: int) -> None:
         )
         for one, other in zip(whole, cut, strict=True):
             assert sorted(chain(*numbers(one))) == sorted(chain(*numbers(other)))
-            assert all(batch.tokens <= 8 for batch in other)
+            assert all(sum(len(example.input_ids) for example in part.examples) <= 8 for part in other.micro_batches)

