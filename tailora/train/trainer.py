@@ -176,7 +176,7 @@ class Trainer:
                     step = next(steps)
                     if self.stops if self.accelerator.num_processes > 1 else signals.stop.is_set():
                         raise events.Interrupted(self.save_checkpoint())
-                    self.step(step, stop=signals.stop.is_set())
+                    self.step(step, signals.stop.is_set())
                     done = self.queued_steps
                     if config.eval_steps and (done % config.eval_steps == 0 or done == max_steps):
                         self.evaluate_and_keep_best()
@@ -348,7 +348,7 @@ class Trainer:
         parts = [(make_batch(part.examples, packed, pad_id, device), part.weight) for part in step.micro_batches]
         return CollatedStep([replace(batch, weight=weight) for batch, weight in parts], step.tokens, step.supervised)
 
-    def step(self, step: CollatedStep, *, stop: bool = False) -> None:
+    def step(self, step: CollatedStep, stop: bool = False) -> None:
         """Takes one optimizer step and reports it; on a device, queues it and reports the one before.
 
         stop: whether this rank was asked to stop.
