@@ -206,13 +206,13 @@ class Batch:
         """Returns the batch on the CPU. next_tokens, owners: (batch, length); IGNORED where nothing is predicted."""
         rows, columns = np.nonzero(next_tokens != IGNORED)  # (supervised,) each, in the order of rows
         used = np.unique(columns)
-        within = rows * len(used) + np.searchsorted(used, columns)
+        places = rows * len(used) + np.searchsorted(used, columns)
         return cls(
             inputs=inputs,
             supervised=torch.from_numpy(rows * next_tokens.shape[1] + columns),
             targets=torch.from_numpy(next_tokens[rows, columns]),
             columns=torch.from_numpy(used),
-            within_columns=None if len(within) == len(next_tokens) * len(used) else torch.from_numpy(within),
+            within_columns=None if len(places) == len(next_tokens) * len(used) else torch.from_numpy(places),
             owners=owners[rows, columns],
         )
 
