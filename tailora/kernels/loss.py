@@ -206,13 +206,13 @@ class Batch:
         """Returns the batch on the CPU. next_tokens, owners: (batch, length); IGNORED where nothing is predicted."""
         rows, columns = np.nonzero(next_tokens != IGNORED)  # (supervised,) each, in the order of rows
         used = np.unique(columns)
-        places = rows * len(used) + np.searchsorted(used, columns)
+        indices = rows * len(used) + np.searchsorted(used, columns)
         return cls(
             inputs=inputs,
             supervised=torch.from_numpy(rows * next_tokens.shape[1] + columns),
             targets=torch.from_numpy(next_tokens[rows, columns]),
             columns=torch.from_numpy(used),
-            within_columns=None if len(places) == len(next_tokens) * len(used) else torch.from_numpy(places),
+            within_columns=None if len(indices) == len(next_tokens) * len(used) else torch.from_numpy(indices),
             owners=owners[rows, columns],
         )
 
