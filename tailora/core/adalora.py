@@ -127,7 +127,7 @@ class RankAllocator:
     def state_dict(self) -> dict[str, Tensor]:
         """Returns tensors by name: all that `load_state_dict` needs to continue with the same bits."""
         return {
-            "step": torch.tensor(self.step),
+            "step": torch.tensor(self.step, device="cpu"),
             **{f"{name}|sensitivity": tensor for name, tensor in self.sensitivity.items()},
             **{f"{name}|uncertainty": tensor for name, tensor in self.uncertainty.items()},
             **{f"{path}|kept": mask for path, mask in self.final_masks.items()},

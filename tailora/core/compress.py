@@ -29,6 +29,7 @@ from tailora.core.combine import (
     rank_per_group,
 )
 from tailora.core.config import LoRAConfig
+from tailora.core.device import wide_dtype
 from tailora.core.quantization import dense_weight
 from tailora.core.targets import Selection, Target, select
 from tailora.errors import AdapterError, BaseMismatchError, ConfigError, DivergedError, TargetError, listing
@@ -260,7 +261,8 @@ def _left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[
         copied = any(name.startswith(f"{path}.") for path in selection.to_save)
         if copied or torch.equal(value, tuned_value := tuned_values[name].to(value)):
             continue
-        change = tuned_value.double() - value.double()
+        wide = wide_dtype(value.device)
+        change = tuned_value.to(wide) - value.to(wide)
         for target in targets.get(name, []):
             if target.output_slice is None:
                 change = torch.zeros_like(change)
@@ -268,6 +270,6 @@ def _left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[
                 mask = 1 - target.output_slice.spread(change.new_ones(target.output_slice.size))  # (out,)
                 change = change * (mask if target.layer_type.is_transposed(target.layer) else mask[:, None])
         if change.any():
-            norm = float(value.double().norm())
+            norm = float(value.to(wide).norm())
             left_over[name] = float(change.norm()) / norm if norm else math.inf
     return left_over

@@ -21,6 +21,7 @@ from tailora.core.adalora import alpha_at_same_scale, with_ranks
 from tailora.core.adapter import Adapter, adapter_dtype, low_rank_layer
 from tailora.core.attach import attached
 from tailora.core.config import LoRAConfig
+from tailora.core.device import read_together, wide_dtype
 from tailora.core.init import DATA_INITS, GRADIENT_INITS, WITH_FROZEN_START
 from tailora.core.layer import LoRALayer
 from tailora.core.low_rank import EXACT, EXTRA, Spectrum, gaussian, orthonormal, triplets_in_basis
@@ -79,10 +80,21 @@ def _init_from_inputs(adapter: Adapter, targets: Mapping[str, Target], run: Pass
 
 
 def _check_not_zero(largest: Mapping[str, Tensor], quantity: str) -> None:
-    if zero := [path for path, value in largest.items() if value == 0]:
+    values = read_together(list(largest.values()))
+    if zero := [path for path, value in zip(largest, values, strict=True) if value == 0]:
         raise DataError(
             f"these batches say nothing about {', '.join(zero[:5])} ({len(zero)} layers): the {quantity} is zero. "
             "Give more batches, exclude_modules, or init_lora_weights='kaiming'"
+        )
+
+
+def _check_finite(values: Mapping[str, Tensor], quantity: str) -> None:
+    """Raises DataError with every layer whose value is not finite. quantity: what it is of the layer."""
+    flags = read_together([value.isfinite().all() for value in values.values()])
+    if broken := [path for path, flag in zip(values, flags, strict=True) if not flag]:
+        raise DataError(
+            f"on these batches {quantity} {', '.join(broken[:5])} ({len(broken)} layers) is not finite; look at the "
+            "loss of each batch"
         )
 
 
@@ -154,12 +166,12 @@ def gradient_spectra(targets: Mapping[str, Target], run: Pass, count: int) -> di
             for path, probe in probes.items():
                 _fix(probe, "A", orthonormal(right[path].mT).mT)
             run()
-            _check_finite(probes)
+            _check_finite({path: _gradient(probe.lora_B) for path, probe in probes.items()}, "the gradient of")
             for path, probe in probes.items():
                 left[path] = orthonormal(_by_group(probe, _gradient(probe.lora_B)))  # G A^T
                 _fix(probe, "B", left[path])
             run()
-            _check_finite(probes)
+            _check_finite({path: _gradient(probe.lora_A) for path, probe in probes.items()}, "the gradient of")
             right = {path: _by_group(probe, _gradient(probe.lora_A)) for path, probe in probes.items()}  # B^T G
     return {path: triplets_in_basis(left[path], right[path]) for path in targets}
 
@@ -186,20 +198,14 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def _check_finite(probes: Mapping[str, LoRALayer]) -> None:
-    factors = [(path, factor) for path, probe in probes.items() for factor in (probe.lora_A, probe.lora_B)]
-    if broken := list(dict.fromkeys(path for path, factor in factors if not _gradient(factor).isfinite().all())):
-        raise DataError(
-            f"on these batches the gradient of {', '.join(broken[:5])} ({len(broken)} layers) is not finite; look at "
-            "the loss of each batch"
-        )
-
-
 # ---- Inputs
 
 
 class InputVariances(NamedTuple):
-    """Variances of a layer's inputs: along each principal direction (k,), the directions (k, n), and the total."""
+    """Variances of a layer's inputs: along each principal direction (k,), the directions (k, n), and the total.
+
+    The directions are on the layer's device, what ranks are chosen by is on the CPU.
+    """
 
     along: Tensor
     directions: Tensor
@@ -212,7 +218,6 @@ def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dic
     There are at least `count`. run: forward over all of the data; called INPUT_PASSES times. No layer may have groups.
     """
     covariances = {path: _InputCovariance(target, count) for path, target in targets.items()}
-    variances = {}
     for _ in range(INPUT_PASSES):
         hooks = [
             target.layer.register_forward_pre_hook(covariances[path].add_inputs) for path, target in targets.items()
@@ -222,11 +227,15 @@ def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dic
         finally:
             for hook in hooks:
                 hook.remove()
-        for path, covariance in covariances.items():
-            if not covariance.products.isfinite().all():
-                raise DataError(f"on these batches the inputs of {path} are not finite")
-            variances[path] = covariance.iterate()
-    return variances
+        _check_finite({path: covariance.products for path, covariance in covariances.items()}, "what is read by")
+        for covariance in covariances.values():
+            covariance.end_pass()
+    projected = read_together([covariance.projected for covariance in covariances.values()])
+    totals = read_together([covariance.total for covariance in covariances.values()])
+    return {
+        path: covariance.variances(matrix, float(total))
+        for (path, covariance), matrix, total in zip(covariances.items(), projected, totals, strict=True)
+    }
 
 
 class _InputCovariance:
@@ -243,13 +252,14 @@ class _InputCovariance:
         like = torch.empty((), device=target.weight.device, dtype=adapter_dtype(target.weight.dtype))
         shape, _ = target.layer_type.shapes(target.layer, k)
         self.A = orthonormal(gaussian((size, k), like)).T.reshape(shape)
-        self.identity = torch.eye(k).to(like)  # the B that makes the update A x
+        self.identity = torch.eye(k, dtype=like.dtype, device=like.device)  # the B that makes the update A x
+        self.wide = wide_dtype(like.device)
         self._reset()
 
     def _reset(self) -> None:
         """Sums over the inputs of a pass: A x x^T, x^T, |x|^2 and 1."""
         self.products, self.sums = torch.zeros_like(self.A), torch.zeros_like(self.A[:1])
-        self.squares, self.count = 0.0, 0
+        self.squares, self.count = self.A.new_zeros((), dtype=self.wide), 0
 
     def add_inputs(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         """A forward pre-hook."""
@@ -263,19 +273,24 @@ class _InputCovariance:
         self.sums += sums[:1]
         self.count += h.numel() // len(A)
         ones = torch.ones_like(self.A[:1])
-        self.squares += float(self.layer_type.update(layer, x.square(), ones, self.identity[:1, :1]).double().sum())
+        self.squares += self.layer_type.update(layer, x.square(), ones, self.identity[:1, :1]).to(self.wide).sum()
 
-    def iterate(self) -> InputVariances:
-        """Returns the variances along the current directions after a pass, and takes the next directions."""
-        A, products = self.A.detach().flatten(1), self.products.flatten(1)
+    def end_pass(self) -> None:
+        """Keeps what the pass says about its directions, and takes the next directions."""
+        self.directions = A = self.A.detach().flatten(1)
+        products = self.products.flatten(1)
         mean = self.sums.flatten(1) / max(self.count, 1)  # (1, n)
         spread = products - self.count * (A @ mean.T) @ mean  # A C, (k, n)
-        total = self.squares - self.count * float(mean.square().sum())
-        along, rotation = torch.linalg.eigh(spread @ A.T)  # ascending
-        variances = InputVariances(along.flip(-1).clamp(min=0), rotation.flip(-1).T @ A, total)
+        self.total = self.squares - self.count * mean.square().sum().to(self.wide)
+        self.projected = spread @ A.T  # A C A^T, (k, k)
         self.A = orthonormal(spread.T).T.reshape(self.A.shape)
         self._reset()
-        return variances
+
+    def variances(self, projected: Tensor, total: float) -> InputVariances:
+        """Returns the variances along the directions of the last pass, from what `end_pass` left, on the CPU."""
+        along, rotation = torch.linalg.eigh(projected)  # ascending
+        directions = rotation.flip(-1).T.to(self.directions) @ self.directions
+        return InputVariances(along.flip(-1).clamp(min=0), directions, total)
 
 
 def distribute_ranks(

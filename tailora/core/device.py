@@ -1,11 +1,13 @@
 """The devices of this machine: which one is chosen, what it can do, and what it is called."""
 
 import platform
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tailora.errors import ConfigError
 
@@ -86,6 +88,19 @@ def copies_by_itself(device: torch.device) -> bool:
     return device.type not in ("cpu", "mps", "meta")
 
 
+def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the tensors on the CPU. The host waits once for each device and precision, not for each tensor."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(index)
+    read = {}
+    for indices in groups.values():
+        flat = torch.cat([tensors[index].detach().flatten() for index in indices]).cpu()
+        parts = flat.split([tensors[index].numel() for index in indices])
+        read |= {index: part.view(tensors[index].shape) for index, part in zip(indices, parts, strict=True)}
+    return [read[index] for index in range(len(tensors))]
+
+
 # ---- What a device computes in
 
 
@@ -108,6 +123,8 @@ def has_bfloat16(device: torch.device | str = "cpu", cpuinfo: Path = CPUINFO) ->
         return bool(BFLOAT16_FLAGS & cpu_flags(cpuinfo))
     if device.type == "mps":
         return _computes(torch.bfloat16, device)
+    if device.type == "meta":
+        return False
     module = torch.get_device_module(device)
     without_emulation = {"including_emulation": False} if device.type in ("cuda", "xpu") else {}
     with as_current(device):  # the question is about the current device

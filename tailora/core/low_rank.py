@@ -64,7 +64,7 @@ def orthonormal(columns: Tensor) -> Tensor:
 
 def gaussian(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Returns N(0, 1), always the same numbers, whatever the device; torch's random state is left alone."""
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(like)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
 
 
 # ---- Products of two factors
@@ -146,7 +146,7 @@ def rank_for_energy(S: Tensor, energy: float, total: float | None = None) -> int
 
     total: the sum of all squares, where S has only the leading ones.
     """
-    reached = S.double().square().sum(0).cumsum(0)  # over the groups, which share one rank
+    reached = S.cpu().double().square().sum(0).cumsum(0)  # over the groups, which share one rank
     wanted = energy * (float(reached[-1]) if total is None else total)
     return 1 + int((reached[:-1] < wanted).sum())
 
@@ -169,7 +169,7 @@ def nearest_for_energy(matrix: Tensor, energy: float) -> tuple[Factors, float]:
     total, largest_rank = float(matrix.norm()) ** 2, min(matrix.shape[1:])
     k = min(FIRST, largest_rank)
     spectrum = leading_triplets(matrix, k)
-    while k < largest_rank and (energy == 1 or float(spectrum.S.double().square().sum()) < energy * total):
+    while k < largest_rank and (energy == 1 or float(spectrum.S.cpu().double().square().sum()) < energy * total):
         k = min(4 * k, largest_rank)
         spectrum = leading_triplets(matrix, k)
     rank = rank_for_energy(spectrum.S, energy, None if k == largest_rank else total)

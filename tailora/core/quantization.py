@@ -65,7 +65,8 @@ class FourBit(Storage):
         """Half the widest gap between codes, times the block's largest; double quantisation rounds that one, too."""
         from bitsandbytes.functional import dequantize_blockwise
 
-        state, rounding = self.state(layer), torch.zeros(())
+        state = self.state(layer)
+        rounding: Tensor | float = 0.0
         largest = state.absmax.float()  # (blocks,)
         if state.nested:
             largest = dequantize_blockwise(state.absmax, state.state2).float() + state.offset

@@ -36,7 +36,7 @@ def effective_rank(S: Tensor) -> float:
 
     S: singular values, any shape. Roy and Vetterli, "The effective rank" (EUSIPCO 2007), def. 1.
     """
-    values = S.double().flatten()
+    values = S.cpu().double().flatten()
     total = float(values.sum())
     if total == 0:
         return 0.0
@@ -46,7 +46,7 @@ def effective_rank(S: Tensor) -> float:
 
 def stable_rank(S: Tensor) -> float:
     """Returns ||.||_F^2 / sigma_1^2, or 0 for zeros. Rudelson and Vershynin (arXiv:math/0503442), sec. 1."""
-    values = S.double().flatten()
+    values = S.cpu().double().flatten()
     largest = float(values.max()) if values.numel() else 0.0
     return float((values / largest).square().sum()) if largest else 0.0
 
@@ -84,15 +84,16 @@ def _columns(basis: Tensor) -> Tensor:
 
 
 def inner_product(first: Factors, second: Factors) -> float:
-    """Returns <dW1, dW2> = tr((B1^T B2) (A2 A1^T)), summed over the groups, in float64."""
-    left = first.B.double().mT @ second.B.double()  # (groups, r1, r2)
-    right = first.A.double() @ second.A.double().mT
+    """Returns <dW1, dW2> = tr((B1^T B2) (A2 A1^T)), summed over the groups, in float64 on the CPU."""
+    B1, A1, B2, A2 = (factor.cpu().double() for factor in (first.B, first.A, second.B, second.A))
+    left = B1.mT @ B2  # (groups, r1, r2)
+    right = A1 @ A2.mT
     return float((left * right).sum())
 
 
 def mean_singular_values(S: Tensor) -> Tensor:
     """Returns the root mean square over the groups of singular values (groups, k), largest first: (k,)."""
-    return torch.sqrt(S.double().square().mean(0))
+    return torch.sqrt(S.cpu().double().square().mean(0))
 
 
 # ---- Intruder dimensions: singular vectors of the tuned weight that the base's weight does not have
@@ -297,6 +298,7 @@ def _compare_with_base(update: Update, norm: float, seed: int, count_intruders: 
     if update.weight is None:
         return {}
     W = update.weight().float()
+    W = W.cpu() if W.device.type == "mps" else W  # MPS has no eigenvalues of a matrix (torch 2.13)
     dense = None if update.dense is None else update.dense().float()
     base_norm = float(W.norm())
     if not base_norm:
@@ -307,7 +309,7 @@ def _compare_with_base(update: Update, norm: float, seed: int, count_intruders: 
     if W.ndim != 3 or len(W) > 1:
         note = f"{len(update.factors.B)} matrices, not one: intruder dimensions are not counted"
         return {"relative_norm": relative_norm, "note": note}
-    change = update.factors.dense.to(W) if dense is None else dense
+    change = (update.factors.dense if dense is None else dense).to(W)
     random = random_update(W.shape[1], W.shape[2], update.factors.B.shape[2], float(change.norm()), seed).dense
     count = intruder_counter(W[0])
     return {

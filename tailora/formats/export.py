@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tailora.core.adapter import Adapter, group_by_path
 from tailora.core.attach import Swapped, attached, evaluating
 from tailora.core.dequantize import Change, common_dtype, dequantize_to_linear
+from tailora.core.device import wide_dtype
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_path_of
 from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError, FormatError, nearest
@@ -131,7 +132,7 @@ def compare_logits(live: Tensor, base: Tensor, reloaded: Tensor, exported: str, 
 
 
 def _root_mean_square(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())
+    return float(values.to(wide_dtype(values.device)).square().mean().sqrt())
 
 
 def comparison_ids(base_model: Any) -> Tensor:
@@ -142,7 +143,7 @@ def comparison_ids(base_model: Any) -> Tensor:
             f"{type(base_model).__name__} has no config.vocab_size, so there is nothing to compare it with after "
             "export; save_adapter and merge work for every module"
         )
-    ids = torch.arange(1, BATCH * LENGTH + 1) * 7919 % vocabulary  # a prime: no pattern
+    ids = torch.arange(1, BATCH * LENGTH + 1, device="cpu") * 7919 % vocabulary  # a prime: no pattern
     return ids.view(BATCH, LENGTH).to(next(base_model.parameters()).device)
 
 

@@ -82,10 +82,10 @@ def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint, 
         return f"{path}: made for a weight of shape {tuple(stored.shape)}, here it is {tuple(current.shape)}"
     if len(stored.weights) != SAMPLES or len(stored.spread) not in (0, SAMPLES):
         return f"{path}: its fingerprint has {len(stored.weights)} weights, not {SAMPLES}"
-    before, now = (torch.tensor(layer.weights, dtype=torch.float64) for layer in (stored, current))
-    spread = torch.zeros(SAMPLES, dtype=torch.float64)
+    before, now = (torch.tensor(layer.weights, dtype=torch.float64, device="cpu") for layer in (stored, current))
+    spread = torch.zeros(SAMPLES, dtype=torch.float64, device="cpu")
     for layer in (stored, current):
-        spread += torch.tensor(layer.spread or 0.0, dtype=torch.float64)
+        spread += torch.tensor(layer.spread or 0.0, dtype=torch.float64, device="cpu")
     rounding = 0 if exact else SMALL + TOLERANCE * before.abs()
     excess = (now - before).abs() - (rounding + spread)
     if (excess <= 0).all():
@@ -108,5 +108,5 @@ def _sample(weight: Tensor) -> list[float]:
 
 @lru_cache
 def _sample_index(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    index = torch.linspace(0, shape.numel() - 1, SAMPLES, dtype=torch.float64).long()
+    index = torch.linspace(0, shape.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
     return torch.unravel_index(index.to(device), shape)

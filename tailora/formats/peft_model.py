@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tailora.core.adapter import Adapter
@@ -143,7 +142,7 @@ def _read_adapter(peft_model: Any, name: str, base: nn.Module, layers: Mapping[s
         # PEFT may adapt a layer by the name of its weight, and has one scale for all parts of a fused layer
         names = (path, f"{path}.weight", path.rpartition(".")[0])
         peft_layer = next(layers[name] for name in names if name in layers)
-        scaling = torch.tensor(float(peft_layer.scaling[name])).to(layer.scaling)
+        scaling = layer.scaling.new_tensor(float(peft_layer.scaling[name]))
         if scaling != layer.scaling:  # set_scale and scale_layer change it
             layer.scaling = scaling
     return adapter

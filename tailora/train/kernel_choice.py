@@ -148,7 +148,7 @@ def _outputs_and_gradients(layer: nn.Module, x: Tensor, arguments: dict[str, Any
     """
     adapted = [module for module in layer.modules() if isinstance(module, Adapted)]
     factors = [parameter for module in adapted for part in module.active_adapters for parameter in part.parameters()]
-    weights = torch.randn(x.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(x)
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
     with torch.enable_grad():
         x = x.requires_grad_()
         y = layer(x, **arguments)

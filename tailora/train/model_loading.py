@@ -160,7 +160,7 @@ def obstacle(name: str, device: torch.device) -> str | None:
 
 def _try_layer(method: Method, device: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    plain = nn.Linear(PROBE_SIZE, PROBE_SIZE).to(device)
+    plain = nn.Linear(PROBE_SIZE, PROBE_SIZE, device=device)
     plain.weight.data.copy_(torch.randn(PROBE_SIZE, PROBE_SIZE, generator=generator, device="cpu"))
     expected = plain.weight.detach().clone()
     layer = method.layer(plain)

@@ -33,10 +33,10 @@ def random_state() -> dict[str, Tensor]:
     version, words, gauss_next = random.getstate()
     _algorithm, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
-        "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python.spare": torch.tensor([] if gauss_next is None else [gauss_next], dtype=torch.float64),
-        "numpy": torch.tensor([*np.asarray(keys).tolist(), position, has_gauss], dtype=torch.int64),
-        "numpy.spare": torch.tensor([gauss], dtype=torch.float64),
+        "python": torch.tensor([version, *words], dtype=torch.int64, device="cpu"),
+        "python.spare": torch.tensor([] if gauss_next is None else [gauss_next], dtype=torch.float64, device="cpu"),
+        "numpy": torch.tensor([*np.asarray(keys).tolist(), position, has_gauss], dtype=torch.int64, device="cpu"),
+        "numpy.spare": torch.tensor([gauss], dtype=torch.float64, device="cpu"),
         "torch": torch.get_rng_state(),
         **{_name(device): torch.get_device_module(device).get_rng_state(device) for device in _accelerators()},
     }

@@ -1,0 +1,133 @@
+"""What one does with adapters, each on a device of choice; tests compare the tensors that come out."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import stir
+from tiny import chat_model
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.config import AdaLoRA
+from tailora.evaluation.forgetting import forgetting
+from tailora.study.inspect import InspectOptions, inspect_model
+
+Tensors = Mapping[str, Tensor]
+WIDE = {"hidden_size": 288, "intermediate_size": 320, "head_dim": 8}  # too wide for an exact decomposition
+
+
+def base(device: torch.device, **settings: Any) -> LlamaForCausalLM:
+    with torch.device("cpu"):
+        model = chat_model(**{"num_hidden_layers": 1, **settings})
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def batch(device: torch.device) -> dict[str, Any]:
+    ids = torch.arange(12, device=device).view(2, 6)
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def stirred(device: torch.device, **settings: Any) -> LoRAModel:
+    model = LoRAModel(base(torch.device("cpu")), LoRAConfig(**{"r": 4, **settings}))
+    with torch.device("cpu"):
+        stir(model)
+    return model.to(device)
+
+
+def loaded(device: torch.device, folder: Path, **settings: Any) -> LoRAModel:
+    stirred(device, **settings).save_adapter(folder / "adapter")
+    return LoRAModel.from_pretrained(base(device), folder / "adapter")
+
+
+def step(model: LoRAModel) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.lora_layers.parameters(), foreach=False)
+    model.train()
+    model(**batch(model.device)).loss.backward()
+    with torch.device("cpu"):  # torch's optimizers make their counters on the default device
+        optimizer.step()
+    return optimizer
+
+
+def started(init: str, device: torch.device, _: Path) -> Tensors:
+    config = LoRAConfig(r=4, init_lora_weights=init, target_modules=["q_proj", "up_proj"])
+    model = LoRAModel(base(device, **WIDE), config)
+    if init in ("lora_ga", "lora_one", "eva"):
+        model.start_from_data([batch(device)])
+    return {path: layer.lora_B @ layer.lora_A for path, layer in model.lora_layers.items()}
+
+
+def trained(device: torch.device, _: Path) -> Tensors:
+    model = stirred(device, use_dora=True, trainable_token_indices=[3], modules_to_save=["lm_head"])
+    step(model)
+    return model.lora_layers.state_dict()
+
+
+def allocated(device: torch.device, _: Path) -> Tensors:
+    model = stirred(device, adalora=AdaLoRA(target_r=2, tinit=0, tfinal=1))
+    allocator = model.allocate_ranks(step(model), 2)
+    step(model)
+    return {**model.lora_layers.state_dict(), **allocator.state_dict()}
+
+
+def products(model: LoRAModel, name: str) -> Tensors:
+    return {path: layer.lora_B @ layer.lora_A for path, layer in model.adapter(name).low_rank.items()}
+
+
+def shrunk(device: torch.device, folder: Path) -> Tensors:
+    model = loaded(device, folder, init_lora_weights="pissa")
+    model.shrink("default", "small", energy=0.9)
+    return products(model, "small")
+
+
+def combined(device: torch.device, folder: Path) -> Tensors:
+    model = loaded(device, folder)
+    model.combine({"default": 0.5}, "dropped", "dare", r=2)
+    model.combine({"default": 0.5, "dropped": 1.0}, "sum", "svd", r=2)
+    return products(model, "sum")
+
+
+def extracted(device: torch.device, _: Path) -> Tensors:
+    model, tuned = base(device), base(device)
+    for parameter in tuned.parameters():
+        parameter.data *= 1.5
+    result, report = LoRAModel.from_difference(model, tuned, LoRAConfig(), energy=0.5)
+    assert report.left_over
+    return products(result, "default")
+
+
+def merged(device: torch.device, folder: Path) -> Tensors:
+    model = loaded(device, folder, use_dora=True)
+    model.merge()
+    return model.base_model.state_dict()
+
+
+def exported(device: torch.device, folder: Path) -> Tensors:
+    report = loaded(device, folder).export(folder / "out", "peft")
+    return {"effect": torch.tensor(report.logits.effect, device="cpu")}
+
+
+def inspected(device: torch.device, folder: Path) -> Tensors:
+    model = loaded(device, folder)
+    model.load_adapter(folder / "adapter", "other")
+    inspection = inspect_model(model, options=InspectOptions(), other="other")
+    assert inspection.pair is not None
+    values = {module.path: torch.tensor(module.singular_values, device="cpu") for module in inspection.modules}
+    return {**values, "cosine": torch.tensor(inspection.pair.cosine, device="cpu")}
+
+
+def forgotten(device: torch.device, folder: Path) -> Tensors:
+    return {"kl": torch.tensor(forgetting(loaded(device, folder), [[1, 2, 3]]).kl, device="cpu")}
+
+
+INITS = ("pissa", "olora", "lora_ga", "lora_one", "eva")
+ACTIONS: dict[str, Callable[[torch.device, Path], Tensors]] = {
+    **{init: partial(started, init) for init in INITS},
+    **{
+        action.__name__: action
+        for action in (trained, allocated, shrunk, combined, extracted, merged, exported, inspected, forgotten)
+    },
+}
