@@ -93,10 +93,10 @@ def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
         groups.setdefault((tensor.device, tensor.dtype), []).append(index)
-    read = {}
+    read: dict[int, Tensor] = {}
     for indices in groups.values():
         flat = torch.cat([tensors[index].detach().flatten() for index in indices]).cpu()
-        parts = flat.split([tensors[index].numel() for index in indices])
+        parts = torch.split(flat, [tensors[index].numel() for index in indices])
         read |= {index: part.view(tensors[index].shape) for index, part in zip(indices, parts, strict=True)}
     return [read[index] for index in range(len(tensors))]
 

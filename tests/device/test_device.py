@@ -11,7 +11,10 @@ from accelerate import PartialState
 from pretend_accelerator import counted, memory_limit, no_float64
 from tiny import chat_model, chat_tokenizer
 
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.data_init import GRADIENT_PASSES, INPUT_PASSES
 from tailora.core.device import choose_device, device_name, devices, has_bfloat16, synchronize, wide_dtype
+from tailora.core.init import DATA_INITS
 from tailora.train.memory import available_bytes, peak_bytes, reset_peak, used_bytes
 from tailora.train.model_loading import load_base
 from tailora.train.random_state import random_state, seeded, set_random_state
@@ -69,6 +72,27 @@ def test_memory_is_that_of_the_device(device: torch.device) -> None:
     assert peak_bytes(device) == before + 4_000_000
     reset_peak(device)
     assert peak_bytes(device) == before
+
+
+def waits_of_start(device: torch.device, init: str, layers: int, batches: int) -> int:
+    """How often the host waits for the device while an adapter starts from data."""
+    config = LoRAConfig(r=2, init_lora_weights=init, target_modules=["q_proj", "up_proj"])
+    model = LoRAModel(chat_model(num_hidden_layers=layers).to(device), config)
+    data = [{"input_ids": (ids := torch.arange(12, device=device).view(2, 6)), "labels": ids, "use_cache": False}]
+    with counted() as counts:
+        model.start_from_data(data * batches)
+    return sum(counts.synchronisations.values())
+
+
+@pytest.mark.parametrize("init", DATA_INITS)
+def test_a_start_from_data_waits_for_the_device_rarely(device: torch.device, init: str) -> None:
+    waits = {
+        (layers, batches): waits_of_start(device, init, layers, batches) for layers in (1, 3) for batches in (1, 5)
+    }
+    passes = INPUT_PASSES if init == "eva" else GRADIENT_PASSES
+    for layers in (1, 3):
+        assert waits[layers, 5] - waits[layers, 1] <= passes * 4  # one in each forward, by transformers
+    assert waits[3, 1] - waits[1, 1] <= 6 * 4  # once for each adapted layer: its random directions, its svd
 
 
 def largest_growth(action: Callable[[], object], size: Callable[[], int]) -> int:
