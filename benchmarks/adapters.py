@@ -51,7 +51,7 @@ def run_cell(what: str, value: int, dtype: str, threads: int) -> dict[str, Any]:
 
 def switch(count: int, dtype: str) -> dict[str, list[float]]:
     """Returns the seconds of `set_adapter`, to each of `count` loaded adapters in turn, on 42 linear layers."""
-    with synthetic_task(SMALL) as (_, folder, _ids):
+    with synthetic_task(SMALL) as (_, folder, _rows):
         ours, peft = both_with_adapters(folder, dtype, count)
         arms = {
             "tailora": switch_in_turn(ours.set_adapter, count),
@@ -86,7 +86,7 @@ def prefill(count: int, dtype: str) -> dict[str, list[float]]:
 def mixed_batch(count: int, dtype: str, length: int) -> dict[str, list[float]]:
     """Returns the seconds of a forward; `first call` also enters the `with` block, which gathers the factors."""
     names = [str(row % count) for row in range(ROWS)]
-    with synthetic_task(SMALL) as (_, folder, _ids):
+    with synthetic_task(SMALL) as (_, folder, _rows):
         base = load_base_model(folder, dtype).eval()
         ours, peft = both_with_adapters(folder, dtype, count)
         ours.eval(), peft.eval()
@@ -111,7 +111,7 @@ def mixed_batch(count: int, dtype: str, length: int) -> dict[str, list[float]]:
 def merge(layers: int, dtype: str) -> dict[str, list[float]]:
     """Returns the seconds, per linear layer, of merging one adapter into the weights, and of unmerging it."""
     shape = SMALL if layers == SMALL.layers else SHAPES["S"]
-    with synthetic_task(shape) as (_, folder, _ids):
+    with synthetic_task(shape) as (_, folder, _rows):
         ours, peft = LoRAModel(load_base_model(folder, dtype)), peft_model(load_base_model(folder, dtype), "default")
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:

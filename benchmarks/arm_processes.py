@@ -14,19 +14,19 @@ from typing import Any
 
 from arms import FAST_OFF, Step, Stopped, full, peft, train_config
 from shapes import DTYPES, Shape, products
-from torch import Tensor
 
+from tailora.data.dataset import Example
 from tailora.train.events import Event, Note, Prepared, Stepped
 from tailora.train.trainer import run
 
 # An arm's process sends True when everything is loaded. Then it waits: True asks for the next step, False ends it.
 # After each step it sends the loss; before that, tailora also sends texts about its choices.
-Arm = Callable[[Connection, Shape, Path, Tensor, str], None]
+Arm = Callable[[Connection, Shape, Path, list[Example], str], None]
 
 
 @contextmanager
 def arms_in_processes(
-    shape: Shape, folder: Path, ids: Tensor, dtype: str
+    shape: Shape, folder: Path, rows: list[Example], dtype: str
 ) -> Iterator[tuple[dict[str, Step], list[str]]]:
     """Yields the step of each arm by name, and what tailora's run said about its choices; then ends the processes."""
     context, notes = get_context("spawn"), list[str]()
@@ -34,7 +34,7 @@ def arms_in_processes(
         steps = {}
         for name, arm in ARMS.items():
             parent, child = context.Pipe()
-            process = context.Process(target=arm, args=(child, shape, folder, ids, dtype), daemon=True)
+            process = context.Process(target=arm, args=(child, shape, folder, rows, dtype), daemon=True)
             process.start()
             stack.callback(process.join)
             stack.callback(parent.send, False)
@@ -84,23 +84,23 @@ def serve_steps(connection: Connection, step: Callable[[], Any]) -> None:
         connection.send(0.0)
 
 
-def _tailora(connection: Connection, shape: Shape, folder: Path, _ids: Tensor, dtype: str) -> None:
+def _tailora(connection: Connection, shape: Shape, folder: Path, _rows: list[Example], dtype: str) -> None:
     serve_run(connection, shape, folder, dtype, {})
 
 
-def _fast_off(connection: Connection, shape: Shape, folder: Path, _ids: Tensor, dtype: str) -> None:
+def _fast_off(connection: Connection, shape: Shape, folder: Path, _rows: list[Example], dtype: str) -> None:
     serve_run(connection, shape, folder, dtype, FAST_OFF)
 
 
-def _peft(connection: Connection, shape: Shape, folder: Path, ids: Tensor, dtype: str) -> None:
-    serve_steps(connection, peft(folder, ids, shape, dtype))
+def _peft(connection: Connection, shape: Shape, folder: Path, rows: list[Example], dtype: str) -> None:
+    serve_steps(connection, peft(folder, rows, shape, dtype))
 
 
-def _full(connection: Connection, shape: Shape, folder: Path, ids: Tensor, dtype: str) -> None:
-    serve_steps(connection, full(folder, ids, shape, dtype))
+def _full(connection: Connection, shape: Shape, folder: Path, rows: list[Example], dtype: str) -> None:
+    serve_steps(connection, full(folder, rows, shape, dtype))
 
 
-def _products(connection: Connection, shape: Shape, _folder: Path, _ids: Tensor, dtype: str) -> None:
+def _products(connection: Connection, shape: Shape, _folder: Path, _rows: list[Example], dtype: str) -> None:
     serve_steps(connection, products(shape, DTYPES[dtype]))
 
 

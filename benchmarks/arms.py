@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Semaphore
@@ -20,6 +20,8 @@ import torch
 from shapes import DTYPES, Shape, write_model, write_rows
 from torch import Tensor, nn
 
+from tailora.data.collate import collate_padded, plan_batches
+from tailora.data.dataset import Example
 from tailora.train.config import TrainConfig
 from tailora.train.events import Event, Note, Prepared, Stepped
 from tailora.train.trainer import OnReady, run
@@ -30,8 +32,8 @@ ENDLESS = 1_000_000  # steps: the benchmark ends before the run does
 
 
 @contextmanager
-def synthetic_task(shape: Shape) -> Iterator[tuple[ExitStack, Path, Tensor]]:
-    """A folder with a random model and rows.jsonl, the ids of the rows, and a stack that ends the runs."""
+def synthetic_task(shape: Shape) -> Iterator[tuple[ExitStack, Path, list[Example]]]:
+    """A folder with a random model and rows.jsonl, the rows, and a stack that ends the runs."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         write_model(shape, folder / "model")
@@ -126,7 +128,9 @@ def train_config(shape: Shape, folder: Path, output: Path, dtype: str, settings:
 # ---- PEFT and full fine-tuning, in a plain loop
 
 
-def peft(folder: Path, ids: Tensor, shape: Shape, dtype: str, *, r: int = 16, extra: int = 0, **options: Any) -> Step:
+def peft(
+    folder: Path, rows: list[Example], shape: Shape, dtype: str, *, r: int = 16, extra: int = 0, **options: Any
+) -> Step:
     """Returns the steps of PEFT as documented: all linear layers, float32 adapters.
 
     extra: how many adapters are loaded beside the one that trains.
@@ -137,12 +141,12 @@ def peft(folder: Path, ids: Tensor, shape: Shape, dtype: str, *, r: int = 16, ex
     model = get_peft_model(load_base_model(folder, dtype), settings)
     for number in range(extra):
         model.add_adapter(f"extra-{number}", settings)
-    return plain_step(model, ids, shape, **options)
+    return plain_step(model, rows, shape, **options)
 
 
-def full(folder: Path, ids: Tensor, shape: Shape, dtype: str, **options: Any) -> Step:
+def full(folder: Path, rows: list[Example], shape: Shape, dtype: str, **options: Any) -> Step:
     """Returns steps that train every weight, in the model's own precision."""
-    return plain_step(load_base_model(folder, dtype), ids, shape, **options)
+    return plain_step(load_base_model(folder, dtype), rows, shape, **options)
 
 
 def load_base_model(folder: Path, dtype: str) -> Any:
@@ -151,21 +155,17 @@ def load_base_model(folder: Path, dtype: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=DTYPES[dtype])
 
 
-def plain_step(model: Any, ids: Tensor, shape: Shape, *, checkpointing: bool = False) -> Step:
-    """Returns the step of every tutorial: forward with labels, backward, clipping, fused AdamW; no padding.
-
-    ids: (steps * rows, length), used again and again.
-    """
+def plain_step(model: Any, rows: list[Example], shape: Shape, *, checkpointing: bool = False) -> Step:
+    """Returns the step of every tutorial: forward with labels, backward, clipping, fused AdamW."""
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
-    batches = cycle(torch.split(ids, shape.rows))
+    batches = padded_batches(rows, shape)
 
     def step() -> float:
-        batch = next(batches)
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss = model(**next(batches), use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -173,3 +173,11 @@ def plain_step(model: Any, ids: Tensor, shape: Shape, *, checkpointing: bool = F
         return float(loss.detach())
 
     return step
+
+
+def padded_batches(rows: list[Example], shape: Shape) -> Iterator[dict[str, Tensor]]:
+    """Yields the batches of tailora's run, grouped by length and padded, without end; no mask where none is needed."""
+    for epoch in count():
+        for batch in plan_batches([len(row.input_ids) for row in rows], batch_size=shape.rows, seed=0, epoch=epoch):
+            padded = collate_padded([rows[int(i)] for i in batch], pad_id=0)
+            yield {name: part for name, part in padded.items() if name != "attention_mask" or not part.all()}

@@ -19,11 +19,11 @@ from typing import Any
 os.environ.update({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
 
 import measure
-from arms import FAST_OFF, Step, load_base_model, synthetic_task, tailora
+from arms import FAST_OFF, Step, load_base_model, padded_batches, synthetic_task, tailora
 from shapes import DTYPES, Shape
-from torch import Tensor
 
 from tailora.core.device import has_bfloat16
+from tailora.data.dataset import Example
 
 BOUNDS = Path(__file__).parent / "bounds.json"
 SHAPE = Shape(192, 512, 6, 6, 3, 8192, tied=True, rows=4, length=128)
@@ -37,21 +37,21 @@ def measure_ratios() -> dict[str, dict[str, float]]:
 
 
 def ratios_of(dtype: str) -> dict[str, float]:
-    with synthetic_task(SHAPE) as (stack, folder, ids):
+    with synthetic_task(SHAPE) as (stack, folder, rows):
         arms: dict[str, Any] = {
             "tailora": tailora(stack, SHAPE, folder, dtype).step,
             "fast off": tailora(stack, SHAPE, folder, dtype, FAST_OFF).step,
-            "base": frozen_step(load_base_model(folder, dtype), ids),
+            "base": frozen_step(load_base_model(folder, dtype), rows),
         }
         times = measure.take_turns(arms, ROUNDS, measure.clock_for(threads=1), warm_up=2)
     median = {name: statistics.median(values) for name, values in times.items()}
     return {f"tailora / {name}": median["tailora"] / median[name] for name in ("fast off", "base")}
 
 
-def frozen_step(model: Any, ids: Tensor) -> Step:
+def frozen_step(model: Any, rows: list[Example]) -> Step:
     """Returns a step of the frozen model: its loss on all tokens, and the gradient of its input."""
     model.requires_grad_(False)
-    batch = ids[: SHAPE.rows]
+    batch = next(padded_batches(rows, SHAPE))["input_ids"]
     embedded = model.get_input_embeddings()(batch).requires_grad_()
 
     def step() -> float:

@@ -42,10 +42,10 @@ def run_cell(axis: str, value: int, dtype: str, threads: int, rounds: int) -> di
         for number in range(extra):
             model.add_adapter(f"extra-{number}", model.adapters["default"])
 
-    with synthetic_task(shape) as (stack, folder, ids):
+    with synthetic_task(shape) as (stack, folder, rows):
         settings = {"r": r, "lora_alpha": 2 * r}
         ours = tailora(stack, shape, folder, dtype, settings, on_ready=load_others)
-        arms = {"tailora": ours.step, "PEFT": peft(folder, ids, shape, dtype, r=r, extra=extra)}
+        arms = {"tailora": ours.step, "PEFT": peft(folder, rows, shape, dtype, r=r, extra=extra)}
         times = measure.take_turns(arms, rounds, measure.clock_for(threads))
     return {
         "tokens": shape.tokens,

@@ -51,7 +51,7 @@ def run_cell(what: str, value: Any, dtype: str, threads: int, rounds: int) -> di
 
 def decode(cache: str, dtype: str, threads: int, rounds: int) -> dict[str, list[float]]:
     """Returns the seconds of the first token and of each later token by arm; every round runs all arms."""
-    with synthetic_task(SHAPE) as (_, folder, _ids):
+    with synthetic_task(SHAPE) as (_, folder, _rows):
         ours = LoRAModel(load_base_model(folder, dtype)).eval()
         peft = peft_model(load_base_model(folder, dtype), "default").eval()
         randomize_factors(ours)
@@ -102,7 +102,7 @@ def time_answer(model: Any, prompt: Tensor, cache: str, clock: Callable[[], floa
 
 def switch(count: int, dtype: str) -> dict[str, list[float]]:
     """Returns the seconds of `set_adapter` with `count` adapters loaded, on 210 linear layers."""
-    with synthetic_task(SHAPE) as (_, folder, _ids):
+    with synthetic_task(SHAPE) as (_, folder, _rows):
         ours, peft = both_with_adapters(folder, dtype, count)
         arms = {"tailora": switch_in_turn(ours.set_adapter, count), "PEFT": switch_in_turn(peft.set_adapter, count)}
         return measure.take_turns(arms, SWITCHES, time.process_time, warm_up=5)

@@ -29,13 +29,13 @@ def cells(quick: bool) -> list[measure.Cell]:
 def run_cell(shape: str, dtype: str, checkpointing: bool, arm: str, threads: int) -> dict[str, Any]:
     """Returns the bytes held between steps, and how far the highest moment of a step is above them."""
     sizes = SHAPES[shape]
-    with synthetic_task(sizes) as (stack, folder, ids):
+    with synthetic_task(sizes) as (stack, folder, rows):
         settings = {"gradient_checkpointing": checkpointing}
         makers: dict[str, Any] = {
             "tailora": lambda: tailora(stack, sizes, folder, dtype, settings).step,
             "fast off": lambda: tailora(stack, sizes, folder, dtype, {**settings, **FAST_OFF}).step,
-            "PEFT": lambda: peft(folder, ids, sizes, dtype, checkpointing=checkpointing),
-            "full": lambda: full(folder, ids, sizes, dtype, checkpointing=checkpointing),
+            "PEFT": lambda: peft(folder, rows, sizes, dtype, checkpointing=checkpointing),
+            "full": lambda: full(folder, rows, sizes, dtype, checkpointing=checkpointing),
         }
         step: Step = makers[arm]()
         step()

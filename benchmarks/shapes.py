@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
+
+from tailora.data.dataset import Example, Int64
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RANK = 16
@@ -29,10 +31,24 @@ class Shape:
     tied: bool
     rows: int  # sequences in a step
     length: int  # tokens of each
+    shortest: int | None = None  # if set, sequences have from so many tokens to `length`
+    steps: int = 4  # in a pass over the data
+
+    @cached_property
+    def lengths(self) -> Int64:
+        """Tokens of every row, (steps * rows,)."""
+        shortest = self.length if self.shortest is None else self.shortest
+        return np.random.default_rng(1).integers(shortest, self.length + 1, size=self.steps * self.rows)
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.length
+        """Tokens of a step, rounded mean of all."""
+        return round(self.lengths.sum() / self.steps)
+
+    @property
+    def steps_per_turn(self) -> int:
+        """Steps of an arm before the next arm has its turn: a whole pass if rows differ in length."""
+        return 1 if self.shortest is None else self.steps
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Returns inputs and outputs of the seven linear layers of a decoder layer."""
@@ -52,6 +68,8 @@ SHAPES = {
     "S": Shape(576, 1536, 30, 9, 3, 49152, tied=True, rows=4, length=256),  # SmolLM2-135M
     "T": Shape(288, 768, 6, 6, 6, 32000, tied=True, rows=8, length=256),  # stories15M
     "W": Shape(2048, 5632, 4, 32, 8, 32000, tied=False, rows=2, length=256),  # four layers of a 1B model
+    # ten layers of S with a small head, documents of many lengths
+    "D": Shape(576, 1536, 10, 9, 3, 1000, tied=True, rows=8, length=250, shortest=60, steps=8),
 }
 SMALL = replace(SHAPES["S"], layers=6)  # where depth makes no difference
 
@@ -66,7 +84,7 @@ def step_flops(shape: Shape, r: int = RANK) -> float:
     frozen = shape.layers * sum(n_in * n_out for n_in, n_out in linears.values()) + shape.hidden * shape.vocabulary
     first = sum(n_in * n_out for name, (n_in, n_out) in linears.items() if name in "qkv")
     adapters = shape.layers * r * sum(n_in + n_out for n_in, n_out in linears.values())
-    attention = shape.layers * shape.rows * shape.length**2 * shape.hidden
+    attention = shape.layers * shape.hidden * float(np.square(shape.lengths).sum()) / shape.steps
     return 4.0 * tokens * frozen - 2.0 * tokens * first + 6.0 * tokens * adapters + 6.0 * attention
 
 
@@ -123,10 +141,12 @@ def write_model(shape: Shape, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0").save_pretrained(folder)
 
 
-def write_rows(shape: Shape, path: Path, steps: int = 4) -> Tensor:
-    """Writes JSONL of texts with `length` tokens each, the end included; returns their ids (steps * rows, length)."""
-    ids = np.random.default_rng(0).integers(1, shape.vocabulary, size=(steps * shape.rows, shape.length))
-    ids[:, -1] = 0
+def write_rows(shape: Shape, path: Path) -> list[Example]:
+    """Writes JSONL of texts, the end of each a token; returns them as examples, all of whose tokens are trained."""
+    random = np.random.default_rng(0)
+    ids = [random.integers(1, shape.vocabulary, size=length, dtype=np.int32) for length in shape.lengths]
+    for row in ids:
+        row[-1] = 0
     rows: list[dict[str, Any]] = [{"text": " ".join(f"w{i}" for i in row[:-1])} for row in ids]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return torch.from_numpy(ids)
+    return [Example(row, row) for row in ids]
