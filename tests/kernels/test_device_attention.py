@@ -3,24 +3,41 @@
 import math
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import flex_attention
+from torch.nn.attention import flex_attention, varlen
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    modeling_flash_attention_utils,
+)
+from transformers.integrations import hub_kernels
 
 from tailora.kernels.device_attention import (
     BLOCK,
+    PROVIDERS,
     DeviceRow,
     Documents,
+    FlashRow,
     FlexRow,
     Options,
     PaddedRow,
+    VarlenRow,
+    _varlen_parameters,
     block_mask,
     first_keys,
 )
+from tailora.train import packing
 
 CPU = torch.device("cpu")
 LENGTHS = [7, 300, 1, 140, 13]  # blocks of keys that a block of queries needs in part, as a whole, and not at all
@@ -74,6 +91,7 @@ def flex_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")  # torch's own
         yield
 
 
@@ -189,3 +207,205 @@ def test_padded_documents_take_one_call_of_attention(window: int | None) -> None
         assert operators([64]) == many
     assert sum("attention" in name and "backward" not in name for name in many) == 1
     assert not set(many) & set(READS)
+
+
+# ---- Flash attention cannot run here. Stand-ins compute the definition from the arguments that it would get.
+
+
+class StandIn:
+    """Takes arguments as flash attention does and notes them."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def flash_attn_varlen_func(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+    ) -> Tensor:
+        assert causal
+        assert (cu_seqlens_q.dtype, cu_seqlens_k.dtype) == (torch.int32, torch.int32)
+        self.calls.append({"dropout": dropout_p, "longest": (max_seqlen_q, max_seqlen_k), "dtype": q.dtype})
+        return self.attention(q, k, v, cu_seqlens_q, softmax_scale, window_size[0], {"softcap": softcap})
+
+    def varlen_attn(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:
+        """As in torch 2.11, which does not group heads."""
+        assert window_size[1] == 0  # causal
+        assert (cu_seq_q.dtype, cu_seq_k.dtype) == (torch.int32, torch.int32)
+        assert q.shape[1] == k.shape[1] == v.shape[1]
+        self.calls.append({"longest": (max_q, max_k)})
+        return self.attention(q, k, v, cu_seq_q, scale, window_size[0], {})
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float | None, before: int, options: dict[str, Any]
+    ) -> Tensor:
+        heads = [rows.transpose(0, 1)[None] for rows in (q, k, v)]
+        return definition(*heads, ends.diff().tolist(), scale or 1, None if before < 0 else before + 1, options)[0]
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """The stand-in in place of the kernel that transformers would download."""
+    kernel, repository = StandIn(), modeling_flash_attention_utils.FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
+    asked: list[str] = []
+
+    def get_kernel(name: str, **_: Any) -> SimpleNamespace:
+        asked.append(name)
+        assert name == repository
+        return SimpleNamespace(flash_attn_varlen_func=kernel.flash_attn_varlen_func)
+
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", get_kernel)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setitem(interface._global_mapping, repository, None)  # so that it is taken away afterwards
+    monkeypatch.setattr(FlashRow, "device_types", ("cpu",))
+    return kernel
+
+
+@pytest.fixture
+def torchs_flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    stand_in = StandIn()
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in.varlen_attn)
+    monkeypatch.setattr(VarlenRow, "device_types", ("cpu",))
+    _varlen_parameters.cache_clear()
+    yield stand_in
+    _varlen_parameters.cache_clear()
+
+
+@pytest.mark.parametrize("window", [None, 5, 1000])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_flash_attention_gets_the_documents(flash: StandIn, window: int | None, cap: float | None) -> None:
+    assert FlashRow.obstacle(CPU, torch.bfloat16) is None
+    inputs, row = heads_of(LENGTHS), row_of(FlashRow, LENGTHS, window)
+    expected = results(lambda *heads: definition(*heads, LENGTHS, 0.3, window, {"softcap": cap}), inputs)
+    actual = results(lambda *heads: row.attend(*heads, Options(0.3, 0.1, window, cap)), inputs)
+    for ours, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    assert flash.calls == [{"dropout": 0.1, "longest": (300, 300), "dtype": torch.float32}]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_torchs_flash_attention_gets_the_documents(torchs_flash: StandIn, window: int | None) -> None:
+    assert VarlenRow.obstacle(CPU, torch.bfloat16) is None
+    inputs, row = heads_of(LENGTHS), row_of(VarlenRow, LENGTHS, window)
+    expected = results(lambda *heads: definition(*heads, LENGTHS, 0.3, window, {}), inputs)
+    actual = results(lambda *heads: row.attend(*heads, Options(0.3, 0.0, window)), inputs)
+    for ours, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    assert torchs_flash.calls == [{"longest": (300, 300)}]
+    with pytest.raises(ValueError, match="no dropout"):
+        row.attend(*inputs, Options(0.3, 0.1, window))
+
+
+def test_the_operator_of_torchs_flash_attention_takes_our_arguments() -> None:
+    """On tensors without contents, which is all that can be done without a card."""
+    inputs = [tensor.to("meta", torch.bfloat16).requires_grad_() for tensor in heads_of(LENGTHS)]
+    row = VarlenRow(Documents(ends_of(LENGTHS).to("meta"), max(LENGTHS), sum(LENGTHS), {None}))
+    assert row.attend(*inputs, Options(0.3, 0.0, 5)).shape == (1, sum(LENGTHS), 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("row", "device", "dtype", "reason"),
+    [
+        (FlashRow, "mps", torch.float16, "none for mps"),
+        (FlashRow, "cuda", torch.float32, "needs bfloat16 or float16, not float32"),
+        (FlashRow, "cuda", torch.float16, "kernels` is either not installed"),
+        (VarlenRow, "xpu", torch.float16, "none for xpu"),
+        (VarlenRow, "cuda", torch.float32, "needs bfloat16 or float16"),
+        (FlexRow, "other", torch.float32, "none for other"),
+    ],
+)
+def test_an_obstacle_says_what_is_missing(row: type[DeviceRow], device: str, dtype: torch.dtype, reason: str) -> None:
+    assert reason in str(row.obstacle(SimpleNamespace(type=device), dtype))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("flash")
+def test_a_kernel_that_cannot_be_fetched_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to the Hub")
+
+    monkeypatch.setattr(hub_kernels, "get_kernel", offline)
+    assert "no route to the Hub" in str(FlashRow.obstacle(CPU, torch.bfloat16))
+
+
+@pytest.mark.usefixtures("torchs_flash")
+def test_torchs_flash_attention_without_windows_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def varlen_attn(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False) -> None:
+        """As in torch 2.10."""
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    assert "none that is complete" in str(VarlenRow.obstacle(CPU, torch.bfloat16))
+
+
+# ---- In a model
+
+
+SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+KINDS = ["sliding_attention", "full_attention"]
+MODELS = {
+    "llama": LlamaConfig(**GROUPED),
+    "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, attn_pdrop=0.0),
+    "gemma 2": Gemma2Config(**GROUPED, head_dim=16, sliding_window=9, layer_types=KINDS, attn_logit_softcapping=0.2),
+    "gpt-oss": GptOssConfig(**GROUPED, head_dim=16, sliding_window=9, layer_types=KINDS, num_local_experts=4),
+}
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that lets a model choose among providers that the CPU would not be offered."""
+
+    def force(name: str) -> None:
+        monkeypatch.setattr(packing, "candidates", lambda _: [name])
+        monkeypatch.setattr(PROVIDERS[name], "device_types", ("cpu",))
+
+    return force
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_with_soft_caps_and_sinks_are_packed_by_flex_attention(name: str, forced: Any) -> None:
+    forced("flex_attention")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager")
+    for layer, parameter in model.named_parameters():
+        if layer.endswith("sinks"):
+            parameter.data.normal_()
+    attention, note = packing.choose_packing(model, "auto")
+    assert attention == "flex_attention", note
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_packed_by_flash_attention_unless_they_have_sinks(name: str, forced: Any, flash: StandIn) -> None:
+    forced("flash_attention_2")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager").bfloat16()
+    attention, note = packing.choose_packing(model, "auto")
+    if name == "gpt-oss":
+        assert attention is None
+        assert "s_aux" in str(note)
+    else:
+        assert (attention, note) == ("flash_attention_2", None)
+        assert {call["dtype"] for call in flash.calls} == {torch.bfloat16}
