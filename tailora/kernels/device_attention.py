@@ -177,7 +177,8 @@ class FlexRow(DeviceRow):
         compute = partial(
             compute,
             *(q, k, v),
-            score_mod=None if cap is None else partial(_capped, cap),
+            # as a tensor, because the compiler would take the number for a variable, which flex_attention refuses
+            score_mod=None if cap is None else partial(_capped, q.new_full((), cap, dtype=torch.float32)),
             block_mask=self.masks[options.window],
             scale=options.scale,
             enable_gqa=k.shape[1] != q.shape[1],
@@ -192,13 +193,13 @@ class FlexRow(DeviceRow):
         return (output * share).to(output.dtype).transpose(1, 2)
 
 
-def _capped(cap: float, score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
+def _capped(cap: Tensor, score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
     return cap * torch.tanh(score / cap)
 
 
 @lru_cache
 def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention)  # lengths become dynamic when the second one is seen
 
 
 def first_keys(ends: Tensor, total: int, window: Window) -> Tensor:

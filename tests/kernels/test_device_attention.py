@@ -95,8 +95,8 @@ def flex_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 5, 130, 200])
+@pytest.mark.parametrize("key_heads", [2, 4])
 @pytest.mark.parametrize("provider", [FlexRow, PaddedRow])
 def test_attention_and_gradients_are_the_definitions(
     provider: type[DeviceRow], key_heads: int, window: int | None
