@@ -131,6 +131,17 @@ def has_bfloat16(device: torch.device | str = "cpu", cpuinfo: Path = CPUINFO) ->
         return hasattr(module, "is_bf16_supported") and bool(module.is_bf16_supported(**without_emulation))
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """Returns the precision of at most 32 bits in which the device multiplies fastest.
+
+    That is bfloat16 where it has that, float16 on NVIDIA's cards before Ampere (its gradients need a loss scale), else
+    float32.
+    """
+    if has_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
 def _computes(dtype: torch.dtype, device: torch.device) -> bool:
     """Tries a small product: True if the device has this precision. The result is not waited for."""
     try:

@@ -100,7 +100,7 @@ class TrainConfig(StrictModel):
     gradient_accumulation_steps: PositiveInt = Field(1, description="forward passes per optimizer step")
     gradient_checkpointing: bool = Field(False, description="less memory for activations, about a third more time")
     fast: Literal["auto", "off"] = Field("auto", description="faster kernels, where verified to give the same results")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the base model; adapters are float32"
     )
     quantize: Quantize | None = Field(None, description="quantization of the base model")

@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tailora.core.device import has_bfloat16
+from tailora.core.device import fast_dtype
 from tailora.core.quantization import dense_weight, is_quantized, prevent_repacking, quantized_layers, storage_obstacle
 from tailora.data.demo import resolve_demo
 from tailora.data.readers import check_model_exists
@@ -186,7 +186,7 @@ DTYPES: dict[str, torch.dtype | str] = {
 
 def precision_of(dtype: str, device: torch.device) -> torch.dtype | str:
     """Returns the dtype of one of `DTYPES`, or for "auto" the one that suits the device."""
-    return DTYPES[("bfloat16" if has_bfloat16(device) else "float32") if dtype == "auto" else dtype]
+    return fast_dtype(device) if dtype == "auto" else DTYPES[dtype]
 
 
 @contextmanager

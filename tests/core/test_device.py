@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tailora.core.device import choose_device, device_name, devices, has_bfloat16, synchronize, wide_dtype
+from tailora.core.device import choose_device, device_name, devices, fast_dtype, has_bfloat16, synchronize, wide_dtype
 from tailora.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -83,8 +83,9 @@ def test_apples_gpu_is_asked_for_bfloat16_and_never_for_float64(
 
     monkeypatch.setattr(torch, "ones", ones)
     assert has_bfloat16("mps") == (error is None)
+    assert fast_dtype(torch.device("mps")) == (torch.float32 if error else torch.bfloat16)
     assert wide_dtype(torch.device("mps")) == torch.float32
-    assert asked == [(torch.bfloat16, "mps")]
+    assert asked == [(torch.bfloat16, "mps")] * 2
 
 
 @pytest.mark.usefixtures("cards")
@@ -108,6 +109,7 @@ def test_a_card_is_asked_about_itself_and_emulation_does_not_count(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or hardware)
     assert has_bfloat16(torch.device("cuda:1")) == hardware
     assert asked == ["cuda:1"]
+    assert fast_dtype(torch.device("cuda:1")) == (torch.bfloat16 if hardware else torch.float16)
 
 
 def test_the_cpu_has_a_name_float64_and_nothing_to_wait_for() -> None:
