@@ -124,7 +124,11 @@ def load(folder: Path, source: ExportSource) -> nn.Module:
     from transformers import AutoTokenizer
 
     base: Any = source.base_model
-    settings = {"dtype": base.dtype, "attn_implementation": base.config._attn_implementation}
+    settings = {
+        "dtype": base.dtype,
+        "device_map": {"": base.device},
+        "attn_implementation": base.config._attn_implementation,
+    }
     model, report = type(base).from_pretrained(folder, output_loading_info=True, use_safetensors=True, **settings)
     problems = [f"{name}: {', '.join(sorted(report[name])[:3])}" for name in KEY_PROBLEMS if report[name]]
     if source.tokenizer is not None:
@@ -132,5 +136,5 @@ def load(folder: Path, source: ExportSource) -> nn.Module:
         problems += ["the chat template did not survive"] if template != source.tokenizer.chat_template else []
     if problems:
         raise FormatError(f"the merged model does not load as it was saved: {'; '.join(problems)}")
-    loaded: nn.Module = model.to(base.device)
+    loaded: nn.Module = model
     return loaded

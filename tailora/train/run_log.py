@@ -16,6 +16,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 import tailora
+from tailora.core.device import device_name, devices
 from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.io import create_output_folder, remove_leftovers, wrap_os_error, write_file
 from tailora.formats.run_folder import ADAPTER, CHECKPOINT, MODEL, PAGE, REPORT, RUN, SAMPLES, checkpoints_in
@@ -193,7 +194,7 @@ def environment() -> dict[str, Any]:
             "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_bytes": psutil.virtual_memory().total,
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "gpus": [device_name(device) for device in devices() if device.type != "cpu"],
         },
         "git": git_state(Path.cwd()),
         "command": sys.argv,

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pretend_accelerator import counted, memory_limit, no_float64
 from tiny import chat_model, chat_tokenizer
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.core.config import AdaLoRA
 from tailora.core.data_init import GRADIENT_PASSES, INPUT_PASSES
 from tailora.core.device import choose_device, device_name, devices, has_bfloat16, synchronize, wide_dtype
 from tailora.core.init import DATA_INITS
@@ -72,6 +74,39 @@ def test_memory_is_that_of_the_device(device: torch.device) -> None:
     assert peak_bytes(device) == before + 4_000_000
     reset_peak(device)
     assert peak_bytes(device) == before
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dora": {"use_dora": True, "learn_scaling": True},
+    "bias": {"lora_bias": True},
+    "beside the layers": {"trainable_token_indices": [3], "modules_to_save": ["lm_head"]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora", "use_dora": True},
+    "adalora": {"adalora": AdaLoRA(target_r=2)},
+}
+
+
+def places(model: LoRAModel) -> dict[str, tuple[torch.device, int]]:
+    return {name: (tensor.device, tensor.data_ptr()) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_is_made_and_loaded_where_the_model_is(device: torch.device, name: str, tmp_path: Path) -> None:
+    base = chat_model().to(device)
+    model = LoRAModel(base, LoRAConfig(r=2, **ADAPTERS[name]))
+    before = places(model)
+    assert {place for place, _ in before.values()} == {device}
+    with counted() as counts:
+        model.to(device)
+    assert places(model) == before
+    assert not counts.copies
+    assert not counts.kernels
+    if name == "adalora":
+        return  # its ranks are to be chosen before it can be saved
+    model.save_adapter(tmp_path)
+    again = LoRAModel.from_pretrained(chat_model().to(device), tmp_path)
+    assert {place for place, _ in places(again).values()} == {device}
 
 
 def waits_of_start(device: torch.device, init: str, layers: int, batches: int) -> int:
