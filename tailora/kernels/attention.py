@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from tailora.kernels import cpu_attention
 from tailora.kernels.device_attention import PROVIDERS, DeviceRow, Documents, Options
 
 NAME = "tailora_packed"
+PADDED = "tailora_padded"
 CPU = "cpu"  # the provider of a CPU
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 
@@ -106,8 +109,6 @@ def packed_rows(model: PreTrainedModel, provider: str | None = None) -> Iterator
     provider: a key of `device_attention.PROVIDERS`, or CPU. None: CPU on a CPU, and what every other device can do.
     """
     config = model.config
-    parts = {name: part for name in config.sub_configs if (part := getattr(config, name)) is not None}
-    before = {"": config._attn_implementation, **{name: part._attn_implementation for name, part in parts.items()}}
     if getattr(config, "attention_chunk_size", None) is not None:
         raise PackingError("the model attends in chunks (attention_chunk_size)")
     provider = provider or (CPU if model.device.type == "cpu" else "sdpa")
@@ -115,14 +116,46 @@ def packed_rows(model: PreTrainedModel, provider: str | None = None) -> Iterator
     prepare = partial(
         _prepare, PROVIDERS.get(provider), (None, getattr(config.get_text_config(), "sliding_window", None))
     )
-    model.set_attn_implementation(NAME)
-    try:
+    with _attention(model, NAME):
         if config._attn_implementation != NAME:
             raise PackingError(f"{type(model).__name__} does not let its attention be chosen")
         with (decoder or model).register_forward_pre_hook(prepare, with_kwargs=True):
             yield
+
+
+@contextmanager
+def padded_rows(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the host does not wait for a device to find out whether padded rows need a mask: they get one.
+
+    On a CPU, and for attention other than SDPA, nothing changes.
+    """
+    if model.device.type == "cpu" or model.config._attn_implementation != "sdpa":
+        yield
+        return
+    with _attention(model, PADDED):
+        yield
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Within the block the model uses this attention of transformers' registry."""
+    config = model.config
+    parts = {name: part for name in config.sub_configs if (part := getattr(config, name)) is not None}
+    before = {"": config._attn_implementation, **{name: part._attn_implementation for name, part in parts.items()}}
+    model.set_attn_implementation(name)
+    try:
+        yield
     finally:
         model.set_attn_implementation(before)
+
+
+def _always_masked(**arguments: Any) -> Tensor:
+    mask: Tensor = sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
+    return mask
+
+
+AttentionInterface.register(PADDED, sdpa_attention_forward)
+AttentionMaskInterface.register(PADDED, _always_masked)
 
 
 def _prepare(

@@ -18,7 +18,7 @@ from tailora.core.attach import Adapted, evaluating
 from tailora.core.layer import LoRALayer
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.kernels.attention import packed_rows
+from tailora.kernels.attention import packed_rows, padded_rows
 from tailora.kernels.cpu_attention import BLOCK, BLOCKS_ONLY, FLASH_ONLY, flash_thresholds
 from tailora.kernels.device_attention import PROVIDERS
 from tailora.kernels.llama import eligible, fast_layers, obstacle_to_layers
@@ -183,8 +183,7 @@ def use_kernels(
     checkpointed: with gradient checkpointing. Raises ConfigError if the model does not support it.
     """
     with ExitStack() as stack:
-        if layout.packed:
-            stack.enter_context(packed_rows(base, layout.attention))
+        stack.enter_context(packed_rows(base, layout.attention) if layout.packed else padded_rows(base))
         if kernels.layers:
             stack.enter_context(fast_layers(base, checkpointed=checkpointed))
         elif checkpointed:

@@ -8,19 +8,19 @@ Position i predicts token i + 1. The first label of each document is -100, so no
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tailora.core.attach import evaluating
 from tailora.data.collate import collate_packed, collate_padded
 from tailora.data.dataset import IGNORED, Example, Examples
-from tailora.kernels.attention import packed_rows
+from tailora.kernels.attention import packed_rows, padded_rows
 from tailora.kernels.loss import FORMS, Batch
 from tailora.train.trainable import Trainable
 
@@ -104,7 +104,8 @@ def evaluate(
     done = 0
     sums = np.zeros(len(examples))
     unread: list[tuple[npt.NDArray[np.int64], Tensor]] = []  # index of the example of each loss; the losses
-    attention = packed_rows(model.base_model, layout.attention) if layout.packed else nullcontext()
+    base = cast(PreTrainedModel, model.base_model)
+    attention = packed_rows(base, layout.attention) if layout.packed else padded_rows(base)
     with torch.no_grad(), evaluating(model), attention:
         for batch in batches_within(token_budget, examples.lengths, layout.packed):
             losses, owners = token_losses(model, [examples[i] for i in batch], layout)

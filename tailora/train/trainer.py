@@ -403,11 +403,11 @@ class Trainer:
             memory_bytes=peak_bytes(self.accelerator.device),
             skipped=bool(skipped),
         )
-        values = {"loss": loss, "learning_rate": queued.rate, "grad_norm": norm, "tokens": state.tokens}
+        shown_norm = None if skipped else norm  # JSON has no infinity
+        values = {"loss": loss, "learning_rate": queued.rate, "grad_norm": shown_norm, "tokens": state.tokens}
         if self.updates.loss_scale is not None:
             values["loss_scale"] = scale
         if skipped:
-            del values["grad_norm"]  # JSON has no infinity
             self.note(f"step {state.step} changes nothing: a gradient overflows float16 at the loss scale {scale:g}")
         speed = {"tokens_per_second": event.tokens_per_second, "memory_bytes": event.memory_bytes}
         self.log(state.step, {**values, **speed})
@@ -575,7 +575,7 @@ class Trainer:
         """Writes numbers to metrics.jsonl and to the trackers."""
         if self.metrics is not None:
             self.metrics.write(step=step, **values)
-        self.accelerator.log(values, step=step)
+        self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
 
     # ---- Divergence
 

@@ -39,7 +39,7 @@ class Step:
     step: int
     loss: float
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None  # None where a gradient overflowed float16 and the step changed nothing
     tokens_per_second: float
     memory_bytes: float
 
@@ -258,17 +258,23 @@ def _examples(held_out: HeldOut) -> Section:
 
 
 def _course(steps: Sequence[Step]) -> list[Figure]:
+    def known(name: str) -> list[Step]:
+        return [step for step in steps if getattr(step, name) is not None]
+
     def draw(name: str, unit: str, canvas: Canvas) -> None:
         axes = canvas.new_axes(200, "step", unit, whole_numbers="x")
-        values = np.array([getattr(step, name) for step in steps]) / (1e9 if name == "memory_bytes" else 1)
-        axes.plot([step.step for step in steps], values, color=SERIES[0])
+        shown = known(name)
+        values = np.array([getattr(step, name) for step in shown]) / (1e9 if name == "memory_bytes" else 1)
+        axes.plot([step.step for step in shown], values, color=SERIES[0])
         if name == "grad_norm" and values.min() > 0 and values.max() > 30 * values.min():
             canvas.log_axis("y")
         elif name != "tokens_per_second":
             axes.set_ylim(bottom=0)
 
     figures = []
-    for name, unit, caption in COLUMNS if steps else []:
-        alt = f"Line chart: {caption} From {getattr(steps[0], name):.3g} to {getattr(steps[-1], name):.3g}."
+    for name, unit, caption in COLUMNS:
+        if not (shown := known(name)):
+            continue
+        alt = f"Line chart: {caption} From {getattr(shown[0], name):.3g} to {getattr(shown[-1], name):.3g}."
         figures.append(Figure(name.replace("_", "-"), partial(draw, name, unit), alt, caption))
     return figures

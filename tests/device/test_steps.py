@@ -1,0 +1,221 @@
+"""Steps on a device: the host waits once a step, whatever is in it, and what it reads late changes nothing."""
+
+import json
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from pretend_accelerator import build, counted, no_synchronisation
+from runs import adapter, changed, losses, stopping_at
+from tiny import chat_model, chat_tokenizer
+
+from tailora.core.config import LoRAConfig
+from tailora.data.dataset import IGNORED, Example, Examples
+from tailora.errors import DataError, DivergedError
+from tailora.formats.run_folder import checkpoints_in
+from tailora.kernels.attention import packed_rows, padded_rows
+from tailora.kernels.loss import FORMS, FROZEN
+from tailora.model import LoRAModel
+from tailora.train.config import TrainConfig
+from tailora.train.dataloader import CollatedStep, one_ahead
+from tailora.train.events import Evaluated, Event, Interrupted, Stepped
+from tailora.train.loss import BatchLayout, ModelWithLoss, evaluate, make_batch
+from tailora.train.trainer import Trainer, accumulate_gradients, run
+
+pytestmark = [pytest.mark.device, pytest.mark.usefixtures("device")]
+
+WORDS = ["red", "blue", "green", "north", "south", "one", "two", "three", "sun", "rain"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models of 2 and 4 layers, and 30 conversations."""
+    folder = tmp_path_factory.mktemp("steps")
+    for layers in (2, 4):
+        chat_model(intermediate_size=48, initializer_range=0.2, num_hidden_layers=layers).save_pretrained(
+            folder / f"{layers} layers"
+        )
+        chat_tokenizer([" ".join(WORDS)] * 3, eos_token="<|im_end|>").save_pretrained(folder / f"{layers} layers")
+    rows = [
+        {"prompt": f"{i}: {' '.join(WORDS[: 1 + i % 7])}", "completion": " ".join(WORDS[i % 5 : 5 + i % 3])}
+        for i in range(30)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def settings(folder: Path, tmp_path: Path) -> Any:
+    def make(layers: int = 2, **changes: Any) -> TrainConfig:
+        defaults = {
+            "model": str(folder / f"{layers} layers"),
+            "data": str(folder / "rows.jsonl"),
+            "output_dir": str(tmp_path / "out"),
+            "dtype": "float32",
+            "r": 4,
+            "learning_rate": 1e-2,
+            "validation_split": 0,
+            "per_device_train_batch_size": 2,
+            "max_steps": 5,
+        }
+        if changes.get("method") == "full":
+            del defaults["r"]
+        return TrainConfig(**{**defaults, **changes})
+
+    return make
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "one micro-batch": {},
+    "four micro-batches": {"gradient_accumulation_steps": 4},
+    "four layers": {"layers": 4},
+    "one document": {"per_device_train_batch_size": 1},
+    "eight documents": {"per_device_train_batch_size": 8},
+    "a trained head": {"modules_to_save": ["lm_head"]},
+    "own logits": {"fast": "off"},
+    "padded": {"packing": "off"},
+    "padded, four micro-batches": {"packing": "off", "gradient_accumulation_steps": 4},
+    "padded, own logits": {"packing": "off", "fast": "off"},
+    "dropout and DoRA": {"lora_dropout": 0.1, "use_dora": True},
+    "AdaLoRA": {"target_r": 2, "max_steps": 12},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "full": {"method": "full"},
+    "float16": {"dtype": "float16"},
+    "clipped": {"max_grad_norm": 1e-3},
+}
+
+
+class Waits:
+    """A listener that counts how often the host waits between two reports of a step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Counter[str]] = []
+        self.last: Counter[str] | None = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Stepped):
+            now = Counter(build().synchronisations())
+            if self.last is not None:
+                self.steps.append(now - self.last)
+            self.last = now
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_host_waits_once_a_step(settings: Any, case: str) -> None:
+    waits, config = Waits(), settings(**CASES[case])
+    run(config, waits)
+    assert len(waits.steps) == config.max_steps - 1
+    assert all(step == {"event": 1} for step in waits.steps), waits.steps
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_no_form_of_the_loss_waits(device: torch.device, form: str, packed: bool) -> None:
+    model = LoRAModel(chat_model().to(device), LoRAConfig(r=4))
+    ids = np.arange(20, dtype=np.int32)
+    examples = [Example(part, np.where(part % 3, part, IGNORED)) for part in (ids[:5], ids[5:])]
+    batch = make_batch(examples, packed, 0, device)
+    forward = ModelWithLoss(model, BatchLayout(packed, form, 0))
+    with packed_rows(model.base_model) if packed else padded_rows(model.base_model), no_synchronisation():
+        accumulate_gradients(forward, [batch, batch], 2 * len(batch.owners), Accelerator())
+
+
+def test_an_evaluation_waits_once_for_many_batches(device: torch.device) -> None:
+    model = LoRAModel(chat_model().to(device), LoRAConfig(r=4))
+    ids = np.arange(20, dtype=np.int32)
+    held_out = Examples.of([Example(ids, ids)] * 8)
+    for packed in (True, False):
+        with counted() as counts:
+            evaluate(model, held_out, layout=BatchLayout(packed, FROZEN, 0), token_budget=40)
+        assert counts.synchronisations.total() == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_is_that_of_a_cpu(settings: Any, tmp_path: Path, case: str) -> None:
+    changes = {"validation_split": 0.2, "eval_steps": 2, **CASES[case], "lora_dropout": 0.0}
+    here, there = (settings(**changes, device=name, output_dir=str(tmp_path / name)) for name in ("auto", "cpu"))
+    if here.dtype != "float32":
+        pytest.skip("rounding differs by more than the test could tell")
+    reports: list[Event] = []
+    run(here, reports.append)
+    run(there)
+    ours, theirs = losses(here), losses(there)
+    assert [step for step, _ in ours] == [step for step, _ in theirs]
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], abs=1e-4)
+    steps = [event.step for event in reports if isinstance(event, Stepped)]
+    assert steps == list(range(1, here.max_steps + 1))
+    done = [(type(event), event.step) for event in reports if isinstance(event, Stepped | Evaluated)]
+    for place, (kind, step) in enumerate(done):
+        if kind is Evaluated and step:
+            assert done[place - 1] == (Stepped, step)  # everything before an evaluation is reported before it
+
+
+def test_a_stopped_run_continues_to_the_same_bytes(settings: Any, tmp_path: Path) -> None:
+    whole, stopped = (
+        settings(output_dir=str(tmp_path / name), lora_dropout=0.1, dtype="float16") for name in ("whole", "stopped")
+    )
+    run(whole)
+    with pytest.raises(Interrupted) as caught:
+        run(stopped, stopping_at(2, signal.SIGINT))
+    assert caught.value.folder.name == "checkpoint-3"  # step 3 was queued when the report of step 2 was heard
+    run(changed(stopped, resume_from_checkpoint="latest"))
+    assert adapter(stopped) == adapter(whole)
+    assert losses(stopped) == losses(whole)
+
+
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_a_divergence_that_is_read_late_changes_nothing_and_is_saved_nowhere(
+    settings: Any, tmp_path: Path, part: str
+) -> None:
+    constant = {"lr_scheduler_type": "constant", "warmup_ratio": 0}
+    config = settings(save_steps=2, max_steps=6, **constant)
+    good = {"loss": 1, "gradient": 2}[part]  # steps whose weights gave a finite loss in the next one
+    short = settings(output_dir=str(tmp_path / "short"), max_steps=good, **constant)
+    run(short)
+    trainer = BreakingTrainer(config, part=part, broken=3)
+    where = "first module with such an output" if part == "loss" else "gradient of 1 of "
+    with pytest.raises(DivergedError, match=rf"in step 3 .*{where}"):
+        trainer.train()
+    assert trainer.queued == 4  # one step more was queued by then
+    assert adapter(config) == adapter(short)
+    saved = [path.name for path in checkpoints_in(Path(config.output_dir))]
+    assert saved == ([] if part == "loss" else ["checkpoint-2"])
+    assert [step for step, _ in losses(config)] == [1, 2]
+
+
+class BreakingTrainer(Trainer):
+    """A run whose loss or gradient is not finite in one step."""
+
+    def __init__(self, config: TrainConfig, part: str, broken: int) -> None:
+        super().__init__(config)
+        self.part, self.broken, self.queued = part, broken, 0
+
+    def step(self, step: CollatedStep, stop: bool = False) -> None:
+        self.queued += 1
+        if self.queued == self.broken:  # and from then on
+            layer = self.base.model.layers[0].mlp.down_proj
+            parameter = next(p for name, p in self.buffers[0].parameters.items() if "down_proj.lora_B" in name)
+            nan = float("nan")
+            if self.part == "loss":
+                layer.register_forward_hook(lambda _module, _inputs, output: output * nan)
+            else:
+                parameter.register_hook(lambda gradient: gradient * nan)
+        super().step(step, stop)
+
+
+def test_what_the_data_raises_is_raised_when_its_step_has_come(device: torch.device) -> None:
+    def steps() -> Iterator[CollatedStep]:
+        yield CollatedStep([], 1, 1)
+        yield CollatedStep([], 2, 2)
+        raise DataError("row 7 is broken")
+
+    with one_ahead(steps(), device) as loaded:
+        assert [next(loaded).tokens, next(loaded).tokens] == [1, 2]
+        with pytest.raises(DataError, match="row 7"):
+            next(loaded)

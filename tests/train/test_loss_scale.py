@@ -1,0 +1,175 @@
+"""float16: the loss is scaled, so that small gradients are not zero; a step that overflows changes nothing."""
+
+import copy
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from runs import adapter, changed, losses, stopping_at
+from tiny import chat_model
+from torch import Tensor, nn
+
+from tailora.core.config import AdaLoRA, LoRAConfig
+from tailora.data.dataset import Example
+from tailora.errors import DivergedError
+from tailora.kernels.attention import packed_rows
+from tailora.kernels.flat_parameters import Group, flattened
+from tailora.kernels.loss import FORMS, FROZEN, RECOMPUTED
+from tailora.model import LoRAModel
+from tailora.report.pages.train import write_train_report
+from tailora.train import optimizer
+from tailora.train.events import Event, Interrupted, Note, Stepped
+from tailora.train.loss import BatchLayout, ModelWithLoss, make_batch
+from tailora.train.optimizer import FiniteUpdates, LossScale, adamw, clip_gradients
+from tailora.train.trainer import accumulate_gradients, run
+
+CPU = torch.device("cpu")
+
+
+def test_the_rule_is_that_of_torchs_grad_scaler() -> None:
+    ours = LossScale(CPU)
+    theirs, growth = torch.tensor(2.0**16), torch.tensor(0, dtype=torch.int32)
+    overflows = torch.rand(9000, generator=torch.Generator().manual_seed(0)) < 4e-4
+    seen = set()
+    for overflow in overflows:
+        torch._amp_update_scale_(theirs, growth, overflow.float(), 2.0, 0.5, 2000)
+        ours.update(overflow)
+        seen.add(float(ours.value))
+        assert (float(ours.value), int(ours.good_steps)) == (float(theirs), int(growth))
+    assert len(seen) > 2
+
+
+def gradient(model: LoRAModel, layout: BatchLayout, supervised: int, scale: Tensor | None) -> Tensor:
+    """The gradient of a step of so many supervised tokens, of which one batch is computed here."""
+    model.zero_grad()
+    ids = torch.randint(300, (200,), generator=torch.Generator().manual_seed(0)).numpy()
+    batch = make_batch([Example(part, part) for part in (ids[:60], ids[60:])], layout.packed, 0, CPU)
+    accumulate_gradients(ModelWithLoss(model, layout), [batch], supervised, Accelerator(cpu=True), scale)
+    flat = torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
+    return flat if scale is None else flat / scale
+
+
+@pytest.mark.parametrize("form", [FROZEN, RECOMPUTED, *[form for form in FORMS if form not in (FROZEN, RECOMPUTED)]])
+def test_gradients_of_64k_tokens_are_as_near_to_those_of_float32_as_those_of_500(form: str) -> None:
+    half = LoRAModel(chat_model().half(), LoRAConfig(r=4))
+    for layer in half.lora_layers.values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    whole = LoRAModel(chat_model().half().float(), LoRAConfig(r=4))  # the same rounded weights
+    whole.lora_layers.load_state_dict(half.lora_layers.state_dict())
+    layout, errors = BatchLayout(True, form, 0), {}
+    with packed_rows(half.base_model), packed_rows(whole.base_model):
+        for supervised in (500, 65536):
+            exact = gradient(whole, layout, supervised, None)
+            for name, scale in (("scaled", LossScale(CPU).value), ("plain", None)):
+                difference = gradient(half, layout, supervised, scale) - exact
+                errors[name, supervised] = float(difference.norm() / exact.norm())
+    assert errors["scaled", 65536] < 1.2 * errors["scaled", 500] < 0.02
+    assert errors["plain", 65536] > 0.1
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    torch.manual_seed(0)
+    return {"a": nn.Parameter(torch.randn(5, 3)), "b": nn.Parameter(torch.randn(7))}
+
+
+def test_a_step_that_overflows_changes_neither_parameters_nor_moments() -> None:
+    one = torch.ones(())
+    with flattened([Group(parameters())]) as buffers:
+        adam = adamw(buffers)
+        updates = FiniteUpdates(adam, buffers, LossScale(CPU))
+        states = []
+        for number, broken in enumerate((False, True, False)):
+            adam.zero_grad(set_to_none=False)
+            buffers[0].gradient.fill_(float("inf") if broken else updates.loss_scale.value * (1 + number))
+            norm = clip_gradients(buffers, 1e9, updates.loss_scale)
+            updates.step(one, norm, 0.1)
+            assert bool(updates.skipped) == broken
+            state = adam.state[buffers[0].parameter]
+            states.append(copy.deepcopy([buffers[0].parameter.detach(), *state.values()]))
+        assert all(torch.equal(a, b) for a, b in zip(states[0], states[1], strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(states[1], states[2], strict=True))
+        assert (float(updates.loss_scale.value), bool(updates.diverged)) == (2.0**15, False)
+
+
+def test_an_overflow_at_the_least_scale_is_a_divergence_and_nothing_changes_after_it() -> None:
+    one = torch.ones(())
+    with flattened([Group(parameters())]) as buffers:
+        updates = FiniteUpdates(adamw(buffers), buffers, LossScale(CPU))
+        before = buffers[0].parameter.detach().clone()
+        for _ in range(17):
+            assert not updates.diverged
+            updates.step(one, torch.tensor(float("inf")), 0.1)
+        assert updates.diverged
+        buffers[0].gradient.fill_(1.0)
+        updates.step(one, one, 0.1)
+        assert torch.equal(buffers[0].parameter, before)
+        updates.restore_last_good()
+        assert torch.equal(buffers[0].parameter, before)
+
+
+def test_rank_allocation_learns_nothing_from_a_step_that_overflows() -> None:
+    model = LoRAModel(
+        nn.Sequential(nn.Linear(6, 5)), LoRAConfig(r=4, target_modules=["0"], adalora=AdaLoRA(target_r=2))
+    )
+    with flattened([Group(dict(model.lora_layers.named_parameters()))]) as buffers:
+        adam = adamw(buffers)
+        updates = FiniteUpdates(adam, buffers, LossScale(CPU))
+        allocator = model.allocate_ranks(adam, 50)
+        for broken in (False, True):
+            buffers[0].gradient.fill_(float("nan") if broken else 1.0)
+            updates.step(torch.ones(()), buffers[0].gradient.norm(), 0.1)
+            if not broken:
+                before = {name: tensor.clone() for name, tensor in allocator.state_dict().items()}
+        after = allocator.state_dict()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name != "step")
+        assert int(after["step"]) == 2
+
+
+@pytest.fixture
+def high_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first steps overflow, and the scale grows again after three good ones."""
+    monkeypatch.setattr(LossScale, "FIRST", 2.0**24)
+    monkeypatch.setattr(LossScale, "INTERVAL", 3)
+
+
+@pytest.mark.usefixtures("high_scale")
+def test_a_run_reports_steps_that_change_nothing_and_learns_from_the_others(settings: Any) -> None:
+    seen: list[Event] = []
+    config = settings(dtype="float16", max_steps=16)
+    result = run(config, seen.append)
+    steps = [event for event in seen if isinstance(event, Stepped)]
+    skipped = [step.step for step in steps if step.skipped]
+    assert skipped[:2] == [1, 2]
+    assert len(skipped) < 14
+    notes = [event.text for event in seen if isinstance(event, Note) and "changes nothing" in event.text]
+    assert notes[0] == "step 1 changes nothing: a gradient overflows float16 at the loss scale 1.67772e+07"
+    assert len(notes) == len(skipped)
+    assert result.eval_loss_after < result.eval_loss_before
+    folder = Path(config.output_dir)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scales = [line["loss_scale"] for line in lines if "loss" in line]
+    assert scales[:2] == [2.0**24, 2.0**23]
+    assert [line["step"] for line in lines if line.get("grad_norm", 0) is None] == skipped
+    assert write_train_report(folder)["steps"][0]["grad_norm"] is None
+
+
+@pytest.mark.usefixtures("high_scale")
+def test_a_resumed_run_goes_on_with_the_same_scale(settings: Any, tmp_path: Path) -> None:
+    whole, stopped = (settings(output_dir=str(tmp_path / name), dtype="float16", max_steps=12) for name in ("a", "b"))
+    run(whole)
+    with pytest.raises(Interrupted):
+        run(stopped, stopping_at(10, signal.SIGINT))
+    run(changed(stopped, resume_from_checkpoint="latest"))
+    assert adapter(stopped) == adapter(whole)
+    assert losses(stopped) == losses(whole)
+
+
+def test_a_run_whose_gradients_overflow_at_every_scale_diverges(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossScale, "FIRST", 4.0)
+    monkeypatch.setattr(optimizer, "gradient_norm", lambda _: torch.tensor(float("inf")))
+    with pytest.raises(DivergedError, match=r"in step 3 .*overflows"):
+        run(settings(dtype="float16", max_steps=5))
