@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.integrations import hub_kernels
 
+from tailora.kernels.attention import packed_rows
 from tailora.kernels.device_attention import (
     BLOCK,
     PROVIDERS,
@@ -409,3 +410,33 @@ def test_models_are_packed_by_flash_attention_unless_they_have_sinks(name: str, 
     else:
         assert (attention, note) == ("flash_attention_2", None)
         assert {call["dtype"] for call in flash.calls} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_padded_documents_are_traced_within_compiled_layers() -> None:
+    """Four graphs for any lengths: of the first layer, whose input needs no gradient, and of the others; with one
+    document and with several."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS["llama"])
+    model.get_input_embeddings().requires_grad_(False)
+    compiled = AutoModelForCausalLM.from_config(MODELS["llama"])
+    compiled.load_state_dict(model.state_dict())
+    compiled.get_input_embeddings().requires_grad_(False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for layer in compiled.model.layers:
+        layer.compile(fullgraph=True, dynamic=True, backend="eager")
+    for lengths in ([9, 30, 40], [64], [8] * 8, [3, 200]):
+        ends, ids = ends_of(lengths), torch.randint(300, (1, sum(lengths)))
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        bounds = {"cu_seq_lens_q": ends, "max_length_q": max(lengths), "position_ids": positions, "use_cache": False}
+        outputs = []
+        for made in (model, compiled):
+            made.zero_grad()
+            with packed_rows(made, "sdpa"):
+                outputs.append(made(ids, **bounds).logits)
+            outputs[-1].square().sum().backward()
+        assert torch.equal(*outputs)
+        for ours, theirs in zip(model.parameters(), compiled.parameters(), strict=True):
+            assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4

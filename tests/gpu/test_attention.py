@@ -1,0 +1,81 @@
+"""The providers of attention on a GPU: right on a model, also with windows over 512 tokens, and the host never waits.
+
+tests/device/test_attention.py runs the same steps on the pretend accelerator, tests/kernels/test_device_attention.py
+the providers on the CPU.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, PreTrainedModel
+
+from tailora.kernels.attention import packed_rows
+from tailora.kernels.device_attention import PROVIDERS
+from tailora.train.packing import choose_packing, obstacle_to_provider
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+
+SIZES = {"vocab_size": 300, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SIZES, "intermediate_size": 128, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**GROUPED),
+    "mistral": MistralConfig(**GROUPED, sliding_window=20),
+    "long window": MistralConfig(**GROUPED, sliding_window=600, max_position_embeddings=4096),
+    "gemma 2": Gemma2Config(**GROUPED, head_dim=64, sliding_window=20),
+}
+SOFT_CAP = {"varlen_attn", "sdpa"}  # providers that have none
+
+
+def made(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval().to("cuda", dtype)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_documents_have_the_logits_and_gradients_that_they_have_alone(
+    provider: str, dtype: torch.dtype, name: str
+) -> None:
+    if missing := PROVIDERS[provider].obstacle(torch.device("cuda"), dtype):
+        pytest.skip(f"{provider}: {missing}")
+    obstacle = obstacle_to_provider(made(name, dtype), provider, compare=True)
+    if name == "gemma 2" and provider in SOFT_CAP:
+        assert "softcap" in str(obstacle)
+    else:
+        assert obstacle is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_provider_is_chosen(dtype: torch.dtype) -> None:
+    attention, _ = choose_packing(made("llama", dtype), "auto")
+    assert attention in (("varlen_attn", "flash_attention_2") if dtype == torch.bfloat16 else ("flex_attention",))
+
+
+@pytest.fixture
+def waiting_is_an_error() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("waiting_is_an_error")
+@pytest.mark.parametrize("name", ["llama", "mistral", "long window"])
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_the_host_does_not_wait_in_a_step(provider: str, name: str) -> None:
+    if missing := PROVIDERS[provider].obstacle(torch.device("cuda"), torch.bfloat16):
+        pytest.skip(f"{provider}: {missing}")
+    model, lengths = made(name, torch.bfloat16), [700, 9, 14, 1300]
+    ends = torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32)
+    row = {
+        "input_ids": torch.randint(300, (1, sum(lengths)), device="cuda"),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to("cuda"),
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+    with packed_rows(model, provider):
+        model(**row, use_cache=False).logits.sum().backward()  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        model(**row, use_cache=False).logits.sum().backward()
