@@ -1,5 +1,6 @@
-"""Leaves out the tests that are marked `exhaustive` or `device`, unless the command line's -m names that marker.
+"""Leaves out the tests that are marked `exhaustive`, `device` or `gpu`, unless the command line's -m names that marker.
 
+The other tests mean the CPU, also on a machine with a card: without `-m gpu` they see no other device.
 Tests with random input (hypothesis) run on a few inputs, always the same; with `-m exhaustive` on many new ones.
 `-m device` installs the pretend accelerator, so that all tests of that process see it.
 """
@@ -9,8 +10,10 @@ import os
 import re
 
 import limits
+import on_device
 import pretend_accelerator
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tailora.quiet import TORCHAO_LOGGERS
@@ -38,8 +41,41 @@ def chosen(config: pytest.Config, marker: str) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     limits.terminal = os.dup(2)  # pytest captures 2 from here on
     settings.load_profile("exhaustive" if chosen(config, "exhaustive") else "default")
+    if not chosen(config, "gpu"):
+        hide_devices()
     if chosen(config, "device") and not pretend_accelerator.missing():
-        pretend_accelerator.install()
+        config.pluginmanager.register(TestsOnDevice())
+
+
+def hide_devices() -> None:
+    """Hides this machine's cards from torch, also in the processes that tests start."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    for kind in {"xpu", "mps", getattr(torch.accelerator.current_accelerator(), "type", "xpu")} - {"cuda"}:
+        torch.get_device_module(kind).device_count = lambda: 0
+
+
+class TestsOnDevice:
+    """Adds the tests that can run on the pretend accelerator to those that are written for it."""
+
+    def __init__(self) -> None:
+        self.device = pretend_accelerator.install()
+        del os.environ["ACCELERATE_USE_CPU"]
+
+    def pytest_collectstart(self, collector: pytest.Collector) -> None:
+        if isinstance(collector, pytest.Module):  # its tensors are made when it is imported, which is next
+            on_device.set_default_device(collector.path, self.device)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        on_device.set_default_device(item.path, self.device)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        unfit = {"slow", "gpu", "exhaustive", "network"}
+        for item in items:
+            if on_device.runs(item.nodeid.removeprefix("tests/")) and not unfit & {m.name for m in item.iter_markers()}:
+                item.add_marker(pytest.mark.device)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,7 +85,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
                 item.add_marker(pytest.mark.exhaustive)
         return
-    left_out = {name for name in ("exhaustive", "device") if not chosen(config, name)}
+    left_out = {name for name in ("exhaustive", "device", "gpu") if not chosen(config, name)}
     deselected = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]

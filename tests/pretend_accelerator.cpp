@@ -479,12 +479,21 @@ Tensor histogram(const Tensor& self, int64_t bins, const at::Scalar& low, const 
 
 // Attention in one kernel forward and one backward, as flash attention on CUDA, where the CPU's flash attention can do it.
 int64_t choose_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
-                         double dropout, bool, std::optional<double>, bool) {
-  bool same_sizes = query.dim() == 4 && query.size(1) == key.size(1) && query.size(3) == key.size(3) &&
-                    key.sizes() == value.sizes() && query.numel() && key.numel();
+                         double dropout, bool, std::optional<double>, bool grouped) {
+  bool same_sizes = query.dim() == 4 && query.size(3) == key.size(3) && key.sizes() == value.sizes() && query.numel() &&
+                    key.numel() && (grouped || query.size(1) == key.size(1));
   bool plain_mask = !mask || !mask->defined() || (!mask->requires_grad() && (mask->dim() == 2 || mask->dim() == 4));
   bool fused = same_sizes && plain_mask && dropout == 0 && at::globalContext().userEnabledFlashSDP();
   return static_cast<int64_t>(fused ? at::SDPBackend::overrideable : at::SDPBackend::math);
+}
+
+// A key or value for each head of the query, and the gradient of that.
+Tensor for_each_head(const Tensor& key, const Tensor& query) {
+  return key.repeat_interleave(query.size(1) / key.size(1), 1);
+}
+
+Tensor for_each_head_backward(const Tensor& grad, const Tensor& key) {
+  return grad.unflatten(1, {key.size(1), -1}).sum(2);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor> attention(
@@ -492,8 +501,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Ten
     bool, std::optional<double> scale) {
   count(kernels, "aten::scaled_dot_product_attention");
   auto added = mask ? std::optional<Tensor>(on_host(*mask)) : std::nullopt;
-  auto [output, logsumexp] = at::_scaled_dot_product_flash_attention_for_cpu(on_host(query), on_host(key), on_host(value),
-                                                                             dropout, causal, added, scale);
+  auto [output, logsumexp] = at::_scaled_dot_product_flash_attention_for_cpu(
+      on_host(query), for_each_head(on_host(key), query), for_each_head(on_host(value), query), dropout, causal, added, scale);
   return {to_device(output), to_device(logsumexp), Tensor(), Tensor(), query.size(2), key.size(2), Tensor(), Tensor(), Tensor()};
 }
 
@@ -504,9 +513,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   count(kernels, "aten::scaled_dot_product_attention_backward");
   auto added = mask.defined() ? std::optional<Tensor>(on_host(mask)) : std::nullopt;
   auto [query_grad, key_grad, value_grad] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-      on_host(grad), on_host(query), on_host(key), on_host(value), on_host(output), on_host(logsumexp), dropout, causal, added,
-      scale);
-  return {to_device(query_grad), to_device(key_grad), to_device(value_grad), Tensor()};
+      on_host(grad), on_host(query), for_each_head(on_host(key), query), for_each_head(on_host(value), query), on_host(output),
+      on_host(logsumexp), dropout, causal, added, scale);
+  return {to_device(query_grad), to_device(for_each_head_backward(key_grad, key)),
+          to_device(for_each_head_backward(value_grad, value)), Tensor()};
 }
 
 }  // namespace

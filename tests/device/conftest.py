@@ -3,6 +3,7 @@
 import pretend_accelerator
 import pytest
 import torch
+from tiny_run import data_file, make_settings, model_folder, settings  # noqa: F401
 
 
 @pytest.fixture(scope="session")

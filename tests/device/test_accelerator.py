@@ -145,17 +145,18 @@ def test_float64_can_be_missing(device: torch.device) -> None:
         assert (a * 2.5).dtype == torch.float32
 
 
-def test_attention_is_one_kernel_in_each_direction(device: torch.device) -> None:
+@pytest.mark.parametrize("heads", [2, 4])
+def test_attention_is_one_kernel_in_each_direction(device: torch.device, heads: int) -> None:
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    q, k, v = torch.randn(1, heads, 5, 8), *torch.randn(2, 1, 2, 5, 8)
     here = [x.to(device).requires_grad_() for x in (q, k, v)]
     there = [x.requires_grad_() for x in (q, k, v)]
     with counted() as counts:
-        output = F.scaled_dot_product_attention(*here, is_causal=True)
+        output = F.scaled_dot_product_attention(*here, is_causal=True, enable_gqa=heads > 2)
         output.backward(torch.ones_like(output))
     assert counts.kernels["aten::scaled_dot_product_attention"] == 1
     assert counts.kernels["aten::scaled_dot_product_attention_backward"] == 1
-    expected = F.scaled_dot_product_attention(*there, is_causal=True)
+    expected = F.scaled_dot_product_attention(*there, is_causal=True, enable_gqa=heads > 2)
     expected.sum().backward()
     torch.testing.assert_close(output.cpu(), expected)
     for own, theirs in zip(here, there, strict=True):

@@ -75,7 +75,8 @@ def test_eight_documents_take_the_kernels_of_three(device: torch.device, name: s
     )
     assert not many.synchronisations
     if name == "llama":
-        assert counts([sum(LENGTHS)]).kernels == many.kernels
+        one = counts([sum(LENGTHS)])  # it is not padded, so that two views of a layer are no copies
+        assert many.kernels - one.kernels == {"aten::copy_": 2 * 2}
 
 
 def test_what_torch_cannot_compute_there_is_passed_over_with_its_reason(device: torch.device) -> None:

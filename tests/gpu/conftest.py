@@ -1,0 +1,47 @@
+"""Each test here runs on a card with `-m gpu`, and on the pretend accelerator with `-m device`."""
+
+from collections.abc import Iterator
+
+import pretend_accelerator
+import pytest
+import torch
+from tiny_run import data_file, make_settings, model_folder, settings  # noqa: F401
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+PRETEND = pytest.param("pretend", marks=pytest.mark.device)
+
+
+def found(name: str) -> torch.device:
+    if name == "pretend":
+        if lacks := pretend_accelerator.missing():
+            pytest.skip(f"the pretend accelerator cannot be built here: this machine lacks {lacks}")
+        return pretend_accelerator.install()
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+@pytest.fixture(params=[CUDA, PRETEND])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return found(request.param)
+
+
+@pytest.fixture(params=[CUDA, "cpu"])
+def cuda_or_cpu(request: pytest.FixtureRequest) -> torch.device:
+    """For what the pretend accelerator lacks: there the test runs on the CPU, by default."""
+    return found(request.param)
+
+
+@pytest.fixture(params=[CUDA, pytest.param("cpu", marks=pytest.mark.exhaustive)])
+def two_cards(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("there are not two GPUs")
+    return found(request.param)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
