@@ -5,6 +5,9 @@ temporaries, so it is a lower bound, and can only show that a run does not fit. 
 without loading the model.
 """
 
+import ctypes
+import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +30,8 @@ CGROUP_FILES = {  # folder of a version -> its files of limit and use, and the f
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 STATUS = Path("/proc/self/status")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT_BYTES, MMAP_BYTES = 256 * 2**20, 32 * 2**20  # glibc takes no larger threshold for mmap
 
 
 # ---- What there is, of a device or, for a CPU, of this process
@@ -56,6 +61,23 @@ def reset_peak(device: torch.device) -> None:
         torch.mps.empty_cache()
     elif device.type != "cpu":
         torch.get_device_module(device).reset_peak_memory_stats(device)
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Lets glibc's malloc keep up to 256 MB that are free, so that a step does not fault in its pages again.
+
+    By default it returns them to the system whenever about twice its largest block is free: where no tensor is large,
+    after every layer. That takes 7% of a step. Does nothing where the environment sets malloc, with another C library,
+    and on other devices.
+    """
+    is_set = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(
+        name.startswith("MALLOC_") and name != "MALLOC_ARENA_MAX" for name in os.environ
+    )
+    if device.type != "cpu" or is_set or platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
 def used_bytes(device: torch.device) -> int:

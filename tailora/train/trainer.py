@@ -61,7 +61,14 @@ from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.kernel_choice import choose_kernels, use_kernels
 from tailora.train.loss import Evaluation, ModelWithLoss, evaluate, make_batch
 from tailora.train.lr_schedule import LRSchedule, lr_schedule
-from tailora.train.memory import check_fits, explain_out_of_memory, peak_bytes, remedies, reset_peak
+from tailora.train.memory import (
+    check_fits,
+    explain_out_of_memory,
+    keep_freed_memory,
+    peak_bytes,
+    remedies,
+    reset_peak,
+)
 from tailora.train.model_loading import load_base
 from tailora.train.optimizer import FiniteUpdates, LossScale, adamw, clip_gradients, parameter_groups
 from tailora.train.random_state import random_state, seed_all, seeded
@@ -216,6 +223,7 @@ class Trainer:
         device, rank = accelerator.device, accelerator.process_index
         stack.enter_context(as_current(device))
         reset_peak(device)
+        keep_freed_memory(device)
         if accelerator.is_main_process:
             stack.enter_context(run_log.lock(self.output_dir))
             run_log.remove_run_leftovers(self.output_dir)

@@ -1,4 +1,6 @@
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -238,3 +240,29 @@ def test_where_the_driver_does_not_tell_it_is_what_torch_has_not_taken(
 )
 def test_sizes_are_for_people(count: float, text: str) -> None:
     assert format_bytes(count) == text
+
+
+FAULTS = """
+import resource, torch
+from tailora.train.memory import keep_freed_memory
+keep_freed_memory(torch.device("cpu"))
+def faults():
+    for _ in range(20):
+        blocks = [bytearray(2**22) for _ in range(8)]  # 32 MB, zeroed
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+print(faults() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's malloc")
+@pytest.mark.parametrize(("environment", "is_kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "1000000"}, False)])
+def test_freed_memory_is_kept_unless_the_environment_sets_malloc(environment: dict[str, str], is_kept: bool) -> None:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+
+    run = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, env=inherited | environment
+    )
+    assert (int(run.stdout) < 1000) is is_kept
