@@ -20,6 +20,7 @@ from tailora.kernels.attention import packed_rows
 from tailora.kernels.flat_parameters import Group, flattened
 from tailora.kernels.loss import FORMS, FROZEN, RECOMPUTED
 from tailora.model import LoRAModel
+from tailora.report.files import write_page
 from tailora.report.pages.train import write_train_report
 from tailora.train import optimizer
 from tailora.train.events import Event, Interrupted, Note, Stepped
@@ -155,6 +156,7 @@ def test_a_run_reports_steps_that_change_nothing_and_learns_from_the_others(sett
     assert scales[:2] == [2.0**24, 2.0**23]
     assert [line["step"] for line in lines if line.get("grad_norm", 0) is None] == skipped
     assert write_train_report(folder)["steps"][0]["grad_norm"] is None
+    assert write_page(folder).exists()
 
 
 @pytest.mark.usefixtures("high_scale")
