@@ -1,53 +1,174 @@
-"""Decoder layers compiled by torch.compile, for any architecture: the same results in fewer passes over memory."""
+"""Decoder layers compiled by torch.compile, of any architecture: the same results in fewer passes over memory.
 
-from collections.abc import Iterator
+A layer is compiled as a whole, without graph breaks, once for each kind of layer and not for each layer or length:
+attention is one operator that reads the documents' lengths inside. The first layer, whose input needs no gradient, has
+a graph of its own. Only calls that compute gradients are compiled, so evaluation and generation are as without.
+
+    decoder_layers        the layers of a model, by structure
+    obstacle_to_compiling why a model's layers cannot be compiled
+    CompiledLayers        compiled code, and the block in which a model uses it
+    expected_seconds      how long compiling will take; inductor's cache is kept in the user's cache folder
+"""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import is_dynamo_supported
+from torch._dynamo.exc import TorchDynamoException
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
+from torch.utils._triton import has_triton
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tailora.core.attach import Adapted
+from tailora.core.device import cpu_flags
+from tailora.data.demo import cache_folder
+
+COMPILER_ERRORS = (TorchDynamoException, InductorError)
+MOST_KINDS = 4  # of layers: each is compiled on its own
+CPU_GAIN = {torch.bfloat16: 0.1}
+COLD_SECONDS, WARM_SECONDS = 16.0, 5.0  # for a graph, by far the most of it in inductor and the C++ compiler
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the modules that a model repeats, by structure: elements of a list that are decoder layers or adapted."""
+    """Returns what a model repeats: elements of its lists that are decoder layers or hold adapted layers."""
     found: dict[nn.Module, None] = {}
-    inside: set[nn.Module] = set()
+    inside: set[nn.Module] = set()  # of a layer that was found, such as its experts
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and module not in inside:
             for layer in module:
-                if isinstance(layer, GradientCheckpointingLayer) or any(isinstance(m, Adapted) for m in layer.modules()):
+                if isinstance(layer, GradientCheckpointingLayer) or any(
+                    isinstance(m, Adapted) for m in layer.modules()
+                ):
                     found[layer] = None
                     inside.update(layer.modules())
     return list(found)
 
 
-def _call(layer: nn.Module, args: Any, kwargs: Any) -> Any:
-    return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+def obstacle_to_compiling(model: nn.Module, device: torch.device) -> str | None:
+    """Returns why the model's layers are not even tried; None if they can be."""
+    layers = decoder_layers(model)
+    if not layers:
+        return f"{type(model).__name__} has no list of layers"
+    if (kinds := len({_kind(layer) for layer in layers})) > MOST_KINDS:
+        return f"they are of {kinds} kinds, each of which is compiled on its own (at most {MOST_KINDS})"
+    if not is_dynamo_supported():
+        return "torch.compile does not support this Python or system"
+    if device.type in ("cuda", "xpu"):
+        return None if has_triton() else "torch.compile needs triton for this device, which is not installed"
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "torch.compile needs a C++ compiler (g++ or clang++), and there is none"
+    return None
 
 
-@contextmanager
-def compiled_layers(layers: list[nn.Module], activation_memory: float = 1.0, backend: str = "inductor") -> Iterator[None]:
-    """Within the block the layers are compiled while gradients are computed."""
-    function = FunctionType(_call.__code__.replace(), globals(), "call_layer")
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """Returns what layers share that are computed by the same code: classes, and tensors by name, shape and dtype."""
+    classes = tuple(type(module).__qualname__ for module in layer.modules())
+    parts = [layer, *(part for m in layer.modules() if isinstance(m, Adapted) for part in m.active_adapters)]
+    tensors = tuple(
+        (name, tensor.shape, tensor.dtype, tensor.requires_grad)
+        for part in parts
+        for name, tensor in (*part.named_parameters(), *part.named_buffers())
+    )
+    return classes, tensors
 
-    def call_of(layer: nn.Module) -> Any:
+
+def _call(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return layer._call_impl(*args, **kwargs)
+
+
+class CompiledLayers:
+    """Compiled code for the layers of one model, kept while this object lives.
+
+    activation_memory: share of the activations that is kept for the backward; the rest is computed again, what is
+        cheap first (torch's activation_memory_budget).
+    """
+
+    def __init__(self, activation_memory: float = 1.0, backend: str = "inductor") -> None:
+        self.activation_memory = activation_memory
+        # a code object of its own: torch keeps compiled code, and counts how often it compiled, by code object
+        function = FunctionType(_call.__code__.replace(), globals())
+        self._compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+
+    @contextmanager
+    def used_by(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        """Within the block, these layers are compiled where they compute gradients."""
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled" / "inductor"))
+        try:
+            for layer in layers:
+                layer._compiled_call_impl = self._call_of(layer)  # not a part of copies and pickles
+            with (
+                warnings.catch_warnings(),
+                functorch_config.patch(activation_memory_budget=self.activation_memory),
+                # on a CPU a pool of compiling processes takes longer to start than two graphs to compile
+                inductor_config.patch(compile_threads=1 if _is_on_cpu(layers) else inductor_config.compile_threads),
+            ):
+                # the compiler asks activations for .grad, and hides torch's warning about it only where it is printed
+                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+                yield
+        finally:
+            for layer in layers:
+                layer._compiled_call_impl = None
+
+    def _call_of(self, layer: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():
-                return compiled(layer, args, kwargs)
-            return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+                return self._compiled(layer, args, kwargs)
+            return layer._call_impl(*args, **kwargs)
 
         return call
 
-    try:
-        for layer in layers:
-            layer._compiled_call_impl = call_of(layer)
-        with torch._functorch.config.patch(activation_memory_budget=activation_memory):
-            yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("_compiled_call_impl", None)
+
+def _is_on_cpu(layers: Sequence[nn.Module]) -> bool:
+    return all(parameter.device.type == "cpu" for layer in layers for parameter in layer.parameters())
+
+
+# ---- What compiling is worth, and the time that it takes
+
+
+def compiled_gain(device: torch.device, dtype: torch.dtype) -> float:
+    """Returns the share of the layers' time that compiling is expected to save.
+
+    Measured on a CPU; reckoned for CUDA and XPU from the traffic of the passes that are fused. Elsewhere nothing is
+    known, and compiled layers have to be asked for.
+    """
+    if device.type == "cpu":
+        return CPU_GAIN.get(dtype, 0.0)
+    return 0.15 if device.type in ("cuda", "xpu") else 0.0
+
+
+def expected_seconds(layers: Sequence[nn.Module], activation_memory: float) -> float:
+    """Returns how long compiling these layers will take: less if it was done before."""
+    graphs = len({_kind(layer) for layer in layers}) + 1  # one more for the first layer
+    return graphs * (WARM_SECONDS if _record(layers, activation_memory).exists() else COLD_SECONDS)
+
+
+def note_compiled(layers: Sequence[nn.Module], activation_memory: float) -> None:
+    """Remember that inductor's cache has the code of these layers."""
+    record = _record(layers, activation_memory)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.touch()
+
+
+def _record(layers: Sequence[nn.Module], activation_memory: float) -> Path:
+    facts = (
+        torch.__version__,
+        sorted(cpu_flags()),
+        torch.get_num_threads(),
+        str(next(layers[0].parameters()).device),
+        activation_memory,
+        sorted({repr(_kind(layer)) for layer in layers}),
+    )
+    return cache_folder() / "compiled" / f"seen-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"

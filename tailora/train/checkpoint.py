@@ -214,6 +214,7 @@ class TrainState:
 FREE = {
     "output_dir",
     "device",  # of which the kind is compared
+    "activation_memory",  # compared with the kernels
     "resume_from_checkpoint",
     "report_to",
     "samples",

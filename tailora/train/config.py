@@ -99,7 +99,13 @@ class TrainConfig(StrictModel):
     per_device_train_batch_size: PositiveInt = Field(8, description="examples per forward pass")
     gradient_accumulation_steps: PositiveInt = Field(1, description="forward passes per optimizer step")
     gradient_checkpointing: bool = Field(False, description="less memory for activations, about a third more time")
-    fast: Literal["auto", "off"] = Field("auto", description="faster kernels, where verified to give the same results")
+    fast: Literal["auto", "compile", "off"] = Field(
+        "auto",
+        description="faster kernels, where verified to give the same results; compile: compiled layers in any case",
+    )
+    activation_memory: float = Field(
+        1.0, gt=0, le=1, description="share of the activations that compiled layers keep; the rest is computed again"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the base model; adapters are float32"
     )
@@ -136,6 +142,14 @@ class TrainConfig(StrictModel):
         adalora_names = ", ".join(name for name in changed if name in AdaLoRA.model_fields)
         full, names = self.method == "full", ", ".join(changed or ["adapter"])
         rules = [
+            (
+                self.activation_memory < 1 and (self.fast == "off" or self.gradient_checkpointing),
+                "activation_memory needs compiled layers, which --fast off and --gradient-checkpointing exclude",
+            ),
+            (
+                self.fast == "compile" and self.gradient_checkpointing,
+                "compiled layers exclude --gradient-checkpointing: take --activation-memory 0.4 instead",
+            ),
             (self.streaming and self.max_steps is None, "streaming reads without end: give --max-steps"),
             (
                 self.early_stopping_patience and not self.eval_steps,

@@ -1,76 +1,186 @@
 """Which kernels a run computes with: those that apply are tried on the user's model against transformers' own layers.
 
-choose_kernels    what applies -> tried, compared -> `Kernels`, with a description for the run's header
+choose_kernels    what applies -> tried, compared -> `Kernels`, with a description for the run's header: compiled
+                  layers if the rest of the run pays for compiling, else the Llama kernels, else those of transformers
 use_kernels       within the block the model computes with them
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tailora.core.attach import Adapted, evaluating
+from tailora.core.device import synchronize
 from tailora.core.layer import LoRALayer
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.kernels.attention import packed_rows, padded_rows
+from tailora.kernels.compiled_layers import (
+    COMPILER_ERRORS,
+    CompiledLayers,
+    compiled_gain,
+    decoder_layers,
+    expected_seconds,
+    note_compiled,
+    obstacle_to_compiling,
+)
 from tailora.kernels.cpu_attention import BLOCK, BLOCKS_ONLY, FLASH_ONLY, flash_thresholds
 from tailora.kernels.device_attention import PROVIDERS
 from tailora.kernels.llama import eligible, fast_layers, obstacle_to_layers
+from tailora.train.config import TrainConfig
 from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.packing import random_documents
 from tailora.train.trainable import Trainable, trained_module
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}  # float64: transformers computes norms in float32
 HALF_TOLERANCE = 0.1  # bfloat16, float16
+TIMED_TOKENS = 256  # of a layer whose time is measured
 SPREAD = 0.02  # standard deviation of factors that start at zero, while gradients are compared
+
+
+PLAIN, LLAMA, COMPILED = "plain", "llama", "compiled"
+NAMES = {LLAMA: "the Llama kernels", COMPILED: "compiled layers"}
 
 
 @dataclass(frozen=True)
 class Kernels:
-    layers: bool  # decoder layers of the Llama family as one autograd Function each
+    layers: str  # PLAIN: those of transformers; LLAMA: one autograd Function each; COMPILED: by torch.compile
     description: str  # for the run's header: decoder layers; attention; loss
+    compiled: CompiledLayers | None = None
+
+    @property
+    def record(self) -> bool | str:
+        """What a checkpoint remembers; the booleans are from before layers were compiled."""
+        if self.compiled is None:
+            return self.layers == LLAMA
+        return f"{COMPILED}, activation_memory {self.compiled.activation_memory:g}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left of a run."""
+
+    tokens: float  # of this rank
+    sample: Example  # of the run's data, because half precision computes random tokens with large errors in any order
 
 
 def choose_kernels(
-    fast: str, model: Trainable, layout: BatchLayout, sample: Example, recorded: bool | None = None
+    config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: bool | str | None = None
 ) -> Kernels:
-    """Returns the kernels of a run.
+    """Returns the kernels of a run, whose description says why others are not used.
 
-    fast: auto or off. If `auto` cannot use the fused layers, or they give other results, the description says why.
-    sample: an example of the run's data, because half precision computes random tokens with large errors in any order.
     recorded: the choice of the run that is resumed. It is used again, because the adapter's tensors are not restored
         yet and nothing could be compared.
+    Raises ConfigError if compiled layers are asked for and there is an obstacle.
+    """
+    base, reasons = cast(PreTrainedModel, model.base_model), []
+    asked = config.fast == "compile" or config.activation_memory < 1
+    if config.fast != "off":
+        kernels, obstacle = _try_compiled(config, model, layout, work, recorded)
+        if kernels is not None:
+            return kernels
+        if asked:
+            name = "--fast compile" if config.fast == "compile" else "--activation-memory"
+            raise ConfigError(f"{name} needs compiled layers, which this run cannot have: {obstacle}; leave it out")
+        reasons.append(f"{NAMES[COMPILED]}: {obstacle}")
+    obstacle, check = obstacle_to_kernels(config.fast, base, layout), "as when the run was started"
+    if obstacle is None and recorded is None:
+        obstacle, check = _compared(model, _parts(work.sample, base), layout, None)
+    elif obstacle is None and recorded is not True:
+        obstacle = "the run was started without"
+    return described_kernels(base, layout, obstacle, check, reasons)
+
+
+def _try_compiled(
+    config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: bool | str | None
+) -> tuple[Kernels | None, str | None]:
+    """Returns kernels with compiled layers, or why there are none."""
+    base, budget = cast(PreTrainedModel, model.base_model), config.activation_memory
+    if config.gradient_checkpointing:
+        return None, "--gradient-checkpointing computes each layer again"
+    if obstacle := obstacle_to_compiling(base, base.device):
+        return None, obstacle
+    kernels = Kernels(COMPILED, "", CompiledLayers(budget))
+    if recorded is not None:
+        if recorded != kernels.record:
+            return None, "the run was started without"
+        gain, check = "", "as when the run was started"
+    else:
+        layers, parts = decoder_layers(base), _parts(work.sample, base)
+        saved, gain = _expected_gain(model, work, layout)
+        compiling = expected_seconds(layers, budget)
+        if config.fast == "auto" and budget == 1 and saved < compiling:
+            return None, f"they would save about {saved:.0f} s of this run, and compiling takes about {compiling:.0f} s"
+        try:
+            obstacle, check = _compared(model, parts, layout, kernels.compiled)
+        except COMPILER_ERRORS as error:
+            return None, f"torch.compile refuses them ({str(error).strip().splitlines()[0]})"
+        if obstacle:
+            return None, obstacle
+        note_compiled(layers, budget)
+    kept = "" if budget == 1 else f", keeping {budget:.0%} of the activations"
+    text = f"decoder layers: compiled{kept}{gain}, {check}; attention: {_attention(base, layout)}; loss: {layout.loss}"
+    return replace(kernels, description=text), None
+
+
+def _expected_gain(model: Trainable, work: Work, layout: BatchLayout) -> tuple[float, str]:
+    """Returns the seconds that compiled layers are expected to save in this run, and a text that says so.
+
+    The time of the layers as they are is measured on this model.
     """
     base = cast(PreTrainedModel, model.base_model)
-    obstacle, check = obstacle_to_kernels(fast, base, layout), "as when the run was started"
-    if obstacle is None and recorded is None:
-        # two documents from the start of the sample, longer than a sliding window unless that is long
-        lengths = [len(document.input_ids) for document in random_documents(base.config)]
-        parts = np.split(sample.input_ids[: sum(lengths)], [min(lengths[0], len(sample.input_ids) // 2)])
-        difference = largest_difference(model, [Example(ids, ids.copy()) for ids in parts], layout)
-        allowed = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
-        if difference is None:
-            obstacle = "they do not call every adapted layer, and the fused ones would"
-        elif not difference <= allowed:
-            obstacle = f"the fused ones differ from them by {difference:.0e} (allowed: {allowed:.0e})"
-        else:
-            check = (
-                "checked against the layers of transformers: outputs and gradients differ by at most "
-                f"{difference:.0e} (relative, allowed: {allowed:.0e})"
-            )
-    elif obstacle is None and not recorded:
-        obstacle = "the run was started with them"
-    return described_kernels(base, layout, obstacle, check)
+    share = compiled_gain(base.device, base.dtype)
+    if share == 0:
+        return 0.0, ""
+    ids = np.resize(work.sample.input_ids, TIMED_TOKENS)
+    layers = decoder_layers(base)
+    with _gradients_computed(model, layout):
+        layer, inputs, arguments = _layer_calls(model, layers[-1:], [Example(ids, ids.copy())], layout)[0]
+        seconds = []
+        for _ in range(3):
+            synchronize(base.device)
+            started = time.perf_counter()
+            _outputs_and_gradients(layer, inputs, arguments)
+            synchronize(base.device)
+            seconds.append(time.perf_counter() - started)
+    total = broadcast_object_list([min(seconds) * len(layers) * work.tokens / TIMED_TOKENS])[0]  # all ranks agree
+    return total * share, f", expected to save {share:.0%} of about {total:.0f} s in them"
+
+
+def _compared(
+    model: Trainable, parts: Sequence[Example], layout: BatchLayout, compiled: CompiledLayers | None
+) -> tuple[str | None, str]:
+    """Returns why the layers are not right on this model, and how it is known that they are."""
+    base = cast(PreTrainedModel, model.base_model)
+    difference = largest_difference(model, parts, layout, compiled)
+    allowed = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
+    if difference is None:
+        return "those of transformers do not call every adapted layer, and these would", ""
+    if not difference <= allowed:
+        return f"they differ from those of transformers by {difference:.0e} (allowed: {allowed:.0e})", ""
+    return None, (
+        "checked against the layers of transformers: outputs and gradients differ by at most "
+        f"{difference:.0e} (relative, allowed: {allowed:.0e})"
+    )
+
+
+def _parts(sample: Example, base: PreTrainedModel) -> list[Example]:
+    """Returns two documents from the start of the sample, longer than a sliding window unless that is long."""
+    lengths = [len(document.input_ids) for document in random_documents(base.config)]
+    parts = np.split(sample.input_ids[: sum(lengths)], [min(lengths[0], len(sample.input_ids) // 2)])
+    return [Example(ids, ids.copy()) for ids in parts]
 
 
 def obstacle_to_kernels(fast: str, base: PreTrainedModel, layout: BatchLayout) -> str | None:
-    """Returns why the fused layers are not even tried; None if they can be."""
+    """Returns why the Llama kernels are not even tried; None if they can be."""
     if fast == "off":
         return "--fast off asks for them"
     if not layout.packed:
@@ -80,14 +190,18 @@ def obstacle_to_kernels(fast: str, base: PreTrainedModel, layout: BatchLayout) -
     return obstacle_to_layers(base)
 
 
-def described_kernels(base: PreTrainedModel, layout: BatchLayout, obstacle: str | None, check: str) -> Kernels:
-    """Returns the fused layers if nothing prevents them, else those of transformers.
+def described_kernels(
+    base: PreTrainedModel, layout: BatchLayout, obstacle: str | None, check: str, reasons: Sequence[str] = ()
+) -> Kernels:
+    """Returns the Llama kernels if nothing prevents them, else the layers of transformers.
 
-    check: how it is known that the fused layers give the same results.
+    check: how it is known that the Llama kernels give the same results.    reasons: why others are not used.
     """
     fused = obstacle is None
     layers = f"fused for speed, {check}" if fused else f"those of transformers, because {obstacle}"
-    return Kernels(fused, f"decoder layers: {layers}; attention: {_attention(base, layout)}; loss: {layout.loss}")
+    others = "".join(f" ({reason})" for reason in reasons)
+    text = f"decoder layers: {layers}{others}; attention: {_attention(base, layout)}; loss: {layout.loss}"
+    return Kernels(LLAMA if fused else PLAIN, text)
 
 
 def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:
@@ -105,56 +219,87 @@ def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:
     return f"torch's flash attention for documents of {length}, blocks of {BLOCK} queries for shorter ones"
 
 
-def largest_difference(model: Trainable, examples: Sequence[Example], layout: BatchLayout) -> float | None:
-    """Returns the largest relative difference of a fused layer from the layer's own forward on the same input.
+def largest_difference(
+    model: Trainable, examples: Sequence[Example], layout: BatchLayout, compiled: CompiledLayers | None = None
+) -> float | None:
+    """Returns the largest relative difference of a layer from its own forward on the same input.
 
+    compiled: code of the layers; None compares the Llama kernels.
     Compared are what the layer adds to its input, and the gradients of the input and of the factors. None if the own
-    forward of a layer does not use all of its factors.
+    forward of a layer does not use all the factors that the other uses.
     """
     base = cast(PreTrainedModel, model.base_model)
+    layers = eligible(base) if compiled is None else decoder_layers(base)
     largest = 0.0
-    with evaluating(model), zeros_randomized(model), packed_rows(base, layout.attention):
-        for layer, x, arguments in _layer_calls(model, examples, layout):
-            plain = _outputs_and_gradients(layer, x, arguments)
-            with fast_layers(layer):
-                fused = _outputs_and_gradients(layer, x, arguments)
-            if plain is None or fused is None:
+    with _gradients_computed(model, layout):
+        for layer, inputs, arguments in _layer_calls(model, layers, examples, layout):
+            plain = _outputs_and_gradients(layer, inputs, arguments)
+            with fast_layers(layer) if compiled is None else compiled.used_by([layer]):
+                other = _outputs_and_gradients(layer, inputs, arguments)
+            if any((a is None) != (b is None) for a, b in zip(plain, other, strict=True)):
                 return None
-            differences = [(a - b).norm() / a.norm() for a, b in zip(plain, fused, strict=True) if a.any()]
-            largest = max(largest, *map(float, differences))
+            pairs = [(a, b) for a, b in zip(plain, other, strict=True) if a is not None and b is not None and a.any()]
+            largest = max(largest, *(float((a - b).norm() / a.norm()) for a, b in pairs), 0.0)
     return largest
 
 
-def _layer_calls(
-    model: Trainable, examples: Sequence[Example], layout: BatchLayout
-) -> list[tuple[nn.Module, Tensor, dict[str, Any]]]:
-    """Returns each layer that can be fused, its input (1, tokens, hidden), and the other arguments of its call."""
-    calls = []
+@contextmanager
+def _gradients_computed(model: Trainable, layout: BatchLayout) -> Iterator[None]:
+    """Within the block layers can be compared: nothing is drawn at random, and no gradient is zero.
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
-        calls.append((layer, inputs[0].detach(), arguments))
+    A model without dropout stays in training mode, for which compiled code is made.
+    """
+    base = cast(PreTrainedModel, model.base_model)
+    with ExitStack() as stack:
+        if _has_dropout(base):
+            stack.enter_context(evaluating(model))
+        stack.enter_context(zeros_randomized(model))
+        stack.enter_context(packed_rows(base, layout.attention) if layout.packed else padded_rows(base))
+        yield
+
+
+def _has_dropout(base: nn.Module) -> bool:
+    adapters = (part for module in base.modules() if isinstance(module, Adapted) for part in module.active_adapters)
+    return (
+        any(isinstance(adapter, LoRALayer) and adapter.lora_dropout > 0 for adapter in adapters)
+        or any(isinstance(module, nn.Dropout) and module.p > 0 for module in base.modules())
+        or any(getattr(module, "attention_dropout", 0) for module in base.modules())
+    )
+
+
+LayerCall = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # its inputs: x (batch, tokens, hidden), others
+
+
+def _layer_calls(
+    model: Trainable, layers: Sequence[nn.Module], examples: Sequence[Example], layout: BatchLayout
+) -> list[LayerCall]:
+    """Returns the calls of these layers in a forward of the examples."""
+    calls: list[LayerCall] = []
+
+    def note(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        calls.append((layer, inputs, arguments))
 
     with ExitStack() as hooks, torch.no_grad():
-        for layer in eligible(model.base_model):
+        for layer in layers:
             hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
         token_losses(model, examples, layout)
     return calls
 
 
-def _outputs_and_gradients(layer: nn.Module, x: Tensor, arguments: dict[str, Any]) -> list[Tensor] | None:
-    """Returns what the layer adds to x, what it adds to the gradient of x, and the gradients of its factors.
+def _outputs_and_gradients(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> list[Tensor | None]:
+    """Returns what the layer adds to its input, what it adds to the input's gradient, and the gradients of its factors.
 
-    None if the layer does not use all of its factors.
+    A gradient is None if the layer does not use the factor.
     """
     adapted = [module for module in layer.modules() if isinstance(module, Adapted)]
     factors = [parameter for module in adapted for part in module.active_adapters for parameter in part.parameters()]
+    x, others = inputs[0].detach(), inputs[1:]
     weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
     with torch.enable_grad():
         x = x.requires_grad_()
-        y = layer(x, **arguments)
+        y = layer(x, *others, **arguments)
+        y = y[0] if isinstance(y, tuple) else y
         dx, *gradients = torch.autograd.grad(y, [x, *factors], weights, allow_unused=True)
-    if any(gradient is None for gradient in gradients):
-        return None
     return [(y - x).detach().float(), (dx - weights).float(), *gradients]
 
 
@@ -184,7 +329,9 @@ def use_kernels(
     """
     with ExitStack() as stack:
         stack.enter_context(packed_rows(base, layout.attention) if layout.packed else padded_rows(base))
-        if kernels.layers:
+        if kernels.compiled is not None:
+            stack.enter_context(kernels.compiled.used_by(decoder_layers(base)))
+        elif kernels.layers == LLAMA:
             stack.enter_context(fast_layers(base, checkpointed=checkpointed))
         elif checkpointed:
             stack.enter_context(checkpointed_layers(base))

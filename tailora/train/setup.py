@@ -27,7 +27,7 @@ from tailora.model import LoRAModel
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import TrainingData
-from tailora.train.kernel_choice import Kernels, use_kernels
+from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
 from tailora.train.loss import BatchLayout, make_batch, token_losses
 from tailora.train.memory import Cost, measure_cost
 from tailora.train.model_loading import load_base
@@ -132,7 +132,7 @@ def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, ba
     def loss(model: Any, examples: Sequence[Example]) -> Tensor:
         return token_losses(model, examples, layout)[0].sum() / supervised
 
-    with use_kernels(cast(PreTrainedModel, model.base_model), layout, Kernels(False, "")):
+    with use_kernels(cast(PreTrainedModel, model.base_model), layout, Kernels(PLAIN, "")):
         model.start_from_data(first, loss)
 
 

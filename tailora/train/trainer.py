@@ -58,7 +58,7 @@ from tailora.train.dataloader import (
     stream_notes,
 )
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
-from tailora.train.kernel_choice import choose_kernels, use_kernels
+from tailora.train.kernel_choice import Work, choose_kernels, use_kernels
 from tailora.train.loss import Evaluation, ModelWithLoss, evaluate, make_batch
 from tailora.train.lr_schedule import LRSchedule, lr_schedule
 from tailora.train.memory import (
@@ -247,7 +247,8 @@ class Trainer:
             setup.check_layers_are_called(self.model, self.layout, data.longest, self.note)
             setup.init_from_data(self.model, data, self.layout, config.init_batches)
             recorded = None if saved is None else saved.state["run"].get("layer_kernels")
-            self.kernels = choose_kernels(config.fast, self.model, self.layout, data.longest, recorded)
+            work = Work(data.tokens(0 if saved is None else saved.state["progress"]["step"]), data.longest)
+            self.kernels = choose_kernels(config, self.model, self.layout, work, recorded)
             self.cost = setup.memory_cost(self.model, self.layout, self.kernels, data.longest)
         counts = None if data.held_out is None else data.held_out.supervised
         if self.before is not None and not np.array_equal(self.before.counts, counts):  # type: ignore[arg-type]
@@ -263,7 +264,7 @@ class Trainer:
             "dtype": str(self.base.dtype),
             "processes": accelerator.num_processes,
             "device": device.type,
-            "layer_kernels": self.kernels.layers,
+            "layer_kernels": self.kernels.record,
             "base": {name: layer.model_dump(by_alias=True, exclude_defaults=True) for name, layer in base.items()},
         }
         if saved is not None:

@@ -25,7 +25,7 @@ from tailora.kernels.loss import FROZEN, OWN
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.estimate import estimate_memory, fake_model, fake_tensors, fake_trainable, simulate_step
-from tailora.train.kernel_choice import Kernels, use_kernels
+from tailora.train.kernel_choice import LLAMA, Kernels, use_kernels
 from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.memory import ForwardSize
 from tailora.train.model_loading import load_base, read_config
@@ -145,7 +145,7 @@ def test_nothing_of_the_simulation_stays_behind(model_folder: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model = LoRAModel(base, LoRAConfig(r=4)).train()
     rows = BatchLayout(True, FROZEN, 0)
-    with use_kernels(base, rows, Kernels(True, "")):
+    with use_kernels(base, rows, Kernels(LLAMA, "")):
         losses, _ = token_losses(model, [example(40)], rows)
         losses.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.lora_layers.parameters())

@@ -16,7 +16,7 @@ from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.kernels.loss import FROZEN
 from tailora.train.events import Prepared
-from tailora.train.kernel_choice import Kernels
+from tailora.train.kernel_choice import PLAIN, Kernels
 from tailora.train.loss import BatchLayout
 from tailora.train.model_loading import METHODS, load_base, obstacle, settings_for
 from tailora.train.setup import memory_cost
@@ -135,7 +135,7 @@ def test_the_estimate_counts_what_a_quantised_base_keeps(model_folder: Path, met
         base, _ = load_base(str(model_folder), "float32", "cpu", how)
         assert any(map(is_quantized, base.modules())) == (how is not None)
         model = LoRAModel(base, LoRAConfig(r=4)).train()
-        costs.append(memory_cost(model, BatchLayout(False, FROZEN, 0), Kernels(False, ""), Example(ids, ids)))
+        costs.append(memory_cost(model, BatchLayout(False, FROZEN, 0), Kernels(PLAIN, ""), Example(ids, ids)))
     plain, quantised = costs
     dense = 4 * 2 * HIDDEN * (2 * HIDDEN + 2 * KEYS + 3 * INNER)  # all linear layers in float32
     largest = 4 * HIDDEN * INNER

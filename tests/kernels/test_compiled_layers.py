@@ -1,0 +1,188 @@
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.exc import InvalidCxxCompiler
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    PhiConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.config import AdaLoRA
+from tailora.kernels import compiled_layers
+from tailora.kernels.attention import packed_rows
+from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers, obstacle_to_compiling
+
+SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": partial(LlamaConfig, **GROUPED),
+    "qwen3": partial(Qwen3Config, **GROUPED, head_dim=8),
+    "gemma": partial(GemmaConfig, **GROUPED, head_dim=8),
+    "gemma2": partial(Gemma2Config, **GROUPED, head_dim=8, attn_logit_softcapping=None),
+    "gemma3": partial(
+        Gemma3TextConfig,
+        **GROUPED,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi": partial(PhiConfig, **SIZES, intermediate_size=48),
+    "phi3": partial(Phi3Config, **GROUPED, pad_token_id=0, sliding_window=None),
+    "gpt2": partial(GPT2Config, vocab_size=300, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, attn_pdrop=0),
+    "mixtral": partial(MixtralConfig, **GROUPED, num_local_experts=4),
+    "qwen3_moe": partial(Qwen3MoeConfig, **GROUPED, head_dim=8, num_experts=4, moe_intermediate_size=24),
+}
+SLOTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "scale": {"learn_scaling": True},
+    "bias": {"lora_bias": True},
+    "start": {"init_lora_weights": "pissa"},
+    "adalora": {"adalora": AdaLoRA(target_r=2)},
+}
+LENGTHS = [(3, 7), (12, 4, 9), (5,)]
+
+
+def adapted(config: PretrainedConfig, **settings: Any) -> LoRAModel:
+    torch.manual_seed(0)
+    model = LoRAModel(AutoModelForCausalLM.from_config(config), LoRAConfig(r=4, **settings)).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.data.normal_(0, 0.02)
+    return model
+
+
+def row(lengths: tuple[int, ...]) -> dict[str, Any]:
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    ids = torch.randint(300, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
+    return {"input_ids": ids, "position_ids": positions, "cu_seq_lens_q": ends, "use_cache": False}
+
+
+def gradients(model: LoRAModel, lengths: tuple[int, ...]) -> Tensor:
+    model.zero_grad()
+    logits = model(**row(lengths)).logits
+    (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return torch.cat(found)
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def assert_compiled_is_plain(model: LoRAModel, backend: str) -> None:
+    layers = decoder_layers(model.base_model)
+    assert len(layers) == model.base_model.config.num_hidden_layers
+    with packed_rows(model.base_model):
+        plain = [gradients(model, lengths) for lengths in LENGTHS]
+        with CompiledLayers(backend=backend).used_by(layers):
+            compiled = [gradients(model, lengths) for lengths in LENGTHS]
+    for found, expected in zip(compiled, plain, strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.slow
+def test_two_graphs_serve_every_depth_and_length() -> None:
+    counters.clear()
+    assert_compiled_is_plain(adapted(LlamaConfig(**{**GROUPED, "num_hidden_layers": 3})), "aot_eager")
+    assert graphs() == 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_inductors_code_gives_the_gradients_of_the_plain_layers() -> None:
+    assert_compiled_is_plain(adapted(LlamaConfig(**GROUPED)), "inductor")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("slot", SLOTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_and_slot_is_compiled_without_graph_breaks(architecture: str, slot: str) -> None:
+    assert_compiled_is_plain(adapted(ARCHITECTURES[architecture](), **SLOTS[slot]), "aot_eager")
+
+
+def test_layers_are_found_by_structure() -> None:
+    for name, config in ARCHITECTURES.items():
+        model = LoRAModel(AutoModelForCausalLM.from_config(config()), LoRAConfig(r=2))
+        layers = decoder_layers(model.base_model)
+        assert len(layers) == 2, name  # and not the experts within them
+
+
+def test_within_the_block_copies_pickles_evaluation_and_generation_are_plain() -> None:
+    model = adapted(LlamaConfig(**GROUPED))
+    layers = decoder_layers(model.base_model)
+    prompt = torch.arange(5)[None]
+    expected = model.generate(prompt, max_new_tokens=4, do_sample=False)
+    counters.clear()
+    with CompiledLayers(backend="aot_eager").used_by(layers):
+        assert all(layer._compiled_call_impl for layer in layers)
+        copied = copy.deepcopy(model)
+        pickled = pickle.loads(pickle.dumps(model.base_model))
+        assert not any(layer._compiled_call_impl for m in (copied, pickled) for layer in decoder_layers(m))
+        assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False), expected)
+        with torch.no_grad(), packed_rows(model.base_model):
+            model(**row((3, 4)))
+        model.merge()
+        model.unmerge()
+    assert graphs() == 0
+    assert not any(layer._compiled_call_impl for layer in layers)
+    assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False), expected)
+
+
+@pytest.mark.slow
+def test_a_part_of_the_activations_is_kept() -> None:
+    kept = []
+    for activation_memory in (1.0, 0.3):
+        model = adapted(LlamaConfig(**GROUPED))
+        sizes: dict[int, int] = {}
+
+        def note(x: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        for parameter in model.parameters():
+            sizes[parameter.untyped_storage().data_ptr()] = 0
+        layers = decoder_layers(model.base_model)
+        with packed_rows(model.base_model), CompiledLayers(activation_memory, "aot_eager").used_by(layers):
+            gradients(model, (40, 30))
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+                loss = model(**row((40, 30))).logits.sum()
+            for parameter in model.parameters():
+                sizes.pop(parameter.untyped_storage().data_ptr(), None)
+            kept.append(sum(sizes.values()))
+            loss.backward()
+    assert kept[1] < 0.6 * kept[0]
+
+
+def test_layers_of_many_kinds_and_a_missing_compiler_are_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    config = LlamaConfig(**{**GROUPED, "num_hidden_layers": 5})
+    model = adapted(config, rank_pattern={rf".*layers\.{i}\..*": i + 1 for i in range(5)})
+    assert "5 kinds" in (obstacle_to_compiling(model.base_model, cpu) or "")
+    model = adapted(config)
+    assert obstacle_to_compiling(model.base_model, cpu) is None
+
+    def no_compiler() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(compiled_layers, "get_cpp_compiler", no_compiler)
+    assert "C++ compiler" in (obstacle_to_compiling(model.base_model, cpu) or "")

@@ -1,0 +1,68 @@
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tailora.errors import ConfigError
+from tailora.formats.io import read_safetensors
+from tailora.kernels.compiled_layers import CompiledLayers
+from tailora.train import events
+from tailora.train.config import TrainConfig
+from tailora.train.trainer import run
+
+
+def kernels(config: TrainConfig, stop_at: int | None = None) -> str:
+    """Runs, until a step if one is given, and returns what the header says about kernels."""
+    found: list[str] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.Prepared):
+            found.append(event.header["kernels"])
+        if isinstance(event, events.Stepped) and event.step == stop_at:
+            signal.raise_signal(signal.SIGINT)
+
+    if stop_at is None:
+        run(config, on_event=listen)
+    else:
+        with pytest.raises(events.Interrupted):
+            run(config, on_event=listen)
+    return found[0]
+
+
+def adapter(config: TrainConfig) -> dict[str, Any]:
+    tensors, _ = read_safetensors(Path(config.output_dir) / "adapter" / "adapter_model.safetensors")
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+def test_a_short_run_does_not_pay_for_compiling(settings: Any) -> None:
+    text = kernels(settings(max_steps=1))
+    assert "compiled layers: they would save about 0 s of this run, and compiling takes about" in text
+    assert "fused for speed, checked" in text
+
+
+def test_activation_memory_is_refused_where_layers_cannot_be_compiled(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tailora.train.kernel_choice.obstacle_to_compiling", lambda *_: "there is no compiler")
+    with pytest.raises(ConfigError, match=r"--activation-memory needs compiled layers.*there is no compiler"):
+        run(settings(max_steps=1, activation_memory=0.5))
+    with pytest.raises(ConfigError, match="activation_memory needs compiled layers"):
+        settings(activation_memory=0.5, gradient_checkpointing=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_with_dropout_is_resumed_bit_for_bit(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAILORA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tailora.train.kernel_choice.CompiledLayers", partial(CompiledLayers, backend="aot_eager"))
+    common = {"max_steps": 3, "save_steps": 1, "lora_dropout": 0.1, "fast": "compile", "activation_memory": 0.7}
+    whole, stopped = (settings(output_dir=str(tmp_path / name), **common) for name in ("whole", "stopped"))
+    assert "compiled, keeping 70% of the activations, checked against" in kernels(whole)
+    kernels(stopped, stop_at=2)
+    resumed = stopped.model_copy(update={"resume_from_checkpoint": "latest"})
+    assert "compiled, keeping 70% of the activations, as when the run was started" in kernels(resumed)
+    assert adapter(resumed) == adapter(whole)
+    assert list((tmp_path / "home" / "compiled").glob("seen-*"))
