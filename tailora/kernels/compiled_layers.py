@@ -42,7 +42,7 @@ COLD_SECONDS, WARM_SECONDS = 16.0, 5.0  # for a graph, by far the most of it in 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Returns what a model repeats: elements of its lists that are decoder layers or hold adapted layers."""
-    found: dict[nn.Module, None] = {}
+    layers: dict[nn.Module, None] = {}
     inside: set[nn.Module] = set()  # of a layer that was found, such as its experts
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and module not in inside:
@@ -50,9 +50,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
                 if isinstance(layer, GradientCheckpointingLayer) or any(
                     isinstance(m, Adapted) for m in layer.modules()
                 ):
-                    found[layer] = None
+                    layers[layer] = None
                     inside.update(layer.modules())
-    return list(found)
+    return list(layers)
 
 
 def obstacle_to_compiling(model: nn.Module, device: torch.device) -> str | None:

@@ -25,7 +25,7 @@ from tailora.kernels.loss import FROZEN, OWN
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.estimate import estimate_memory, fake_model, fake_tensors, fake_trainable, simulate_step
-from tailora.train.kernel_choice import LLAMA, Kernels, use_kernels
+from tailora.train.kernel_choice import LLAMA, PLAIN, Kernels, use_kernels
 from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.memory import ForwardSize
 from tailora.train.model_loading import load_base, read_config
@@ -190,7 +190,7 @@ def test_what_the_structure_tells_is_foreseen() -> None:
     with fake_model(TrainConfig(r=4), shape, CPU) as fake:
         assert fake.layout.loss == OWN
         assert "scale" in fake.notes[0]
-        assert not fake.kernels.layers
+        assert fake.kernels.layers == PLAIN
 
 
 def test_targets_that_match_nothing_are_refused_without_weights() -> None:
