@@ -61,6 +61,8 @@ def packed_attention(
         unsupported.append("attention to later tokens")
     if key.shape[2] != query.shape[2]:
         unsupported.append("keys of another sequence")
+    if packed_row is not None and packed_row.windows is not None and sliding_window not in packed_row.windows:
+        unsupported.append(f"a sliding window of {sliding_window}, which neither its config nor a module has")
     if unsupported:
         raise PackingError(f"the attention of {type(module).__name__} asks for {', '.join(unsupported)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -113,14 +115,19 @@ def packed_rows(model: PreTrainedModel, provider: str | None = None) -> Iterator
         raise PackingError("the model attends in chunks (attention_chunk_size)")
     provider = provider or (CPU if model.device.type == "cpu" else "sdpa")
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    prepare = partial(
-        _prepare, PROVIDERS.get(provider), (None, getattr(config.get_text_config(), "sliding_window", None))
-    )
+    prepare = partial(_prepare, PROVIDERS.get(provider), sliding_windows(model))
     with _attention(model, NAME):
         if config._attn_implementation != NAME:
             raise PackingError(f"{type(model).__name__} does not let its attention be chosen")
-        with (decoder or model).register_forward_pre_hook(prepare, with_kwargs=True):
+        with (model if decoder is None else decoder).register_forward_pre_hook(prepare, with_kwargs=True):
             yield
+
+
+def sliding_windows(model: PreTrainedModel) -> tuple[int | None, ...]:
+    """Returns every window that a layer may ask for, None for layers without."""
+    owners = [model.config.get_text_config(), *model.modules()]
+    windows = {getattr(owner, "sliding_window", None) for owner in owners}
+    return None, *sorted(window for window in windows if isinstance(window, int))
 
 
 @contextmanager

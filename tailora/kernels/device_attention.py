@@ -59,6 +59,7 @@ class DeviceRow(ABC):
     device_types: tuple[str, ...] = ()  # empty: any, as far as torch can
     half_precision: bool = False  # True if it computes nothing else
     has_dropout: bool = True
+    windows: Collection[Window] | None = None  # those that it was prepared for; None: any
 
     @classmethod
     def obstacle(cls, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -164,6 +165,7 @@ class FlexRow(DeviceRow):
     has_dropout = False
 
     def __init__(self, documents: Documents) -> None:
+        self.windows = documents.windows
         self.masks = {
             window: block_mask(first_keys(documents.ends, documents.total, window)) for window in documents.windows
         }
@@ -244,6 +246,7 @@ class PaddedRow(DeviceRow):
 
     def __init__(self, documents: Documents) -> None:
         ends, longest, total, windows = documents
+        self.windows = windows
         tokens = torch.arange(total, dtype=torch.int32, device=ends.device)
         document = torch.searchsorted(ends[1:], tokens, right=True)  # (total,)
         position, count = tokens - ends[document], len(ends) - 1

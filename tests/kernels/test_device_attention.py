@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.integrations import hub_kernels
 
-from tailora.kernels.attention import packed_rows
+from tailora.kernels.attention import packed_rows, sliding_windows
 from tailora.kernels.device_attention import (
     BLOCK,
     PROVIDERS,
@@ -325,7 +326,9 @@ def test_the_operator_of_torchs_flash_attention_takes_our_arguments() -> None:
     """On tensors without contents, which is all that can be done without a card."""
     inputs = [tensor.to("meta", torch.bfloat16).requires_grad_() for tensor in heads_of(LENGTHS)]
     row = VarlenRow(Documents(ends_of(LENGTHS).to("meta"), max(LENGTHS), sum(LENGTHS), {None}))
-    assert row.attend(*inputs, Options(0.3, 0.0, 5)).shape == (1, sum(LENGTHS), 4, 16)
+    output = row.attend(*inputs, Options(0.3, 0.0, 5))
+    assert output.shape == (1, sum(LENGTHS), 4, 16)
+    assert [gradient.shape for gradient in torch.autograd.grad(output.sum(), inputs)] == [x.shape for x in inputs]
 
 
 @pytest.mark.parametrize(
@@ -410,6 +413,20 @@ def test_models_are_packed_by_flash_attention_unless_they_have_sinks(name: str, 
     else:
         assert (attention, note) == ("flash_attention_2", None)
         assert {call["dtype"] for call in flash.calls} == {torch.bfloat16}
+
+
+def test_windows_are_found_in_the_config_and_in_modules(forced: Any) -> None:
+    model = AutoModelForCausalLM.from_config(MODELS["gemma 2"])
+    assert sliding_windows(model) == (None, 9)
+    model.model.layers[0].self_attn.sliding_window = 4
+    assert sliding_windows(model) == (None, 4, 9)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**GROUPED))
+    forced("sdpa")
+    for layer in model.model.layers:
+        layer.self_attn.forward = partial(layer.self_attn.forward, sliding_window=7)  # by no attribute
+    attention, note = packing.choose_packing(model, "auto")
+    assert attention is None
+    assert "a sliding window of 7" in str(note)
 
 
 @pytest.mark.slow
