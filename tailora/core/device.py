@@ -25,9 +25,14 @@ def choose_device(name: str | None = None) -> torch.device:
     """
     there = devices()
     try:
-        asked = _with_index(torch.device(there[0].type if name is None or name == AUTO else name))
-    except (RuntimeError, AssertionError):  # no name of a device; torch is built without this kind of device
+        asked = torch.device(there[0].type if name is None or name == AUTO else name)
+    except RuntimeError:  # no name of a device
         asked = None
+    if asked is not None and asked.type in {device.type for device in there}:
+        try:
+            asked = _with_index(asked)
+        except (RuntimeError, AssertionError) as error:  # the driver is too old, another process has the card, ...
+            raise ConfigError(f"device {asked} cannot be used: {error}\n--device cpu does without it") from error
     if asked in there:
         return asked
     names = ", ".join([AUTO, *map(str, there)])
@@ -44,11 +49,12 @@ def devices() -> list[torch.device]:
 
 def _with_index(device: torch.device) -> torch.device:
     """Returns cuda:0 for cuda, so that devices can be compared with those of tensors. The CPU has no index."""
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device != torch.device(device.type):  # it has an index
+        return device
     module = torch.get_device_module(device)
-    if device.type == "cpu" or not module.device_count():
-        return torch.device(device.type)
-    current = module.current_device() if hasattr(module, "current_device") else 0  # torch.mps has one device
-    return torch.device(device.type, current if device.index is None else device.index)
+    return torch.device(device.type, module.current_device() if hasattr(module, "current_device") else 0)  # MPS has one
 
 
 def device_name(device: torch.device) -> str:

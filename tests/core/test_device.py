@@ -41,6 +41,18 @@ def test_auto_is_the_first_accelerator_and_a_kind_alone_is_its_current_device() 
     assert str(choose_device()) == str(choose_device("auto")) == "cuda:1"
 
 
+@pytest.mark.usefixtures("cards")
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_card_that_torch_cannot_start_is_named_with_the_cause(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> int:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "current_device", fail)
+    with pytest.raises(ConfigError, match=r"device cuda cannot be used: The NVIDIA driver.*\n--device cpu"):
+        choose_device(name)
+    assert choose_device("cpu") == CPU
+
+
 @pytest.mark.usefixtures("no_cards")
 def test_without_an_accelerator_auto_is_the_cpu() -> None:
     assert choose_device() == choose_device("auto") == CPU

@@ -439,6 +439,8 @@ def test_an_option_of_loading_that_there_is_not_is_named_with_the_right_one(tmp_
     with pytest.raises(ConfigError, match=r"(?s)2 problems.*adapter_name .*it is name here.*did you mean is_trainable"):
         model.load_adapter(tmp_path, adapter_name="b", is_trainble=True)
     from_pretrained: Any = LoRAModel.from_pretrained
+    with pytest.raises(ConfigError, match="torch_device is no option of loading; an adapter goes to the devices of"):
+        from_pretrained(net(), tmp_path, torch_device="cuda")
     with pytest.raises(ConfigError, match="name is no option of loading; it is adapter_name here"):
         from_pretrained(net(), tmp_path, name="b")
 

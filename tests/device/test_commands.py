@@ -17,6 +17,19 @@ COLOURS = ["red", "green", "blue", "white"]
 ENDS = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 
 
+SETTINGS = "--learning-rate 1e-2 --samples 0 --r 2 --validation-split 0.3 --dtype float32 --max-steps 4 --save-steps 2"
+
+
+def train(top: Path, out: str, *more: str) -> list[str]:
+    """Returns a command line that trains the model in the folder."""
+    paths = ["--model", str(top / "model"), "--data", str(top / "chats.jsonl"), "--output-dir", str(top / out)]
+    return ["train", *paths, *SETTINGS.split(), *more]
+
+
+def adapter(top: Path, out: str) -> bytes:
+    return (top / out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
 @pytest.fixture(scope="module")
 def folder(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
     """A model, data and a run on the CPU, in a folder."""
@@ -29,20 +42,7 @@ def folder(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Pa
     tokenizer.save_pretrained(top / "model")
     chat_model(max_position_embeddings=512).save_pretrained(top / "model")
     (top / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    settings = [
-        "--max-steps",
-        "3",
-        "--learning-rate",
-        "1e-2",
-        "--samples",
-        "0",
-        "--r",
-        "2",
-        "--validation-split",
-        "0.3",
-    ]
-    arguments = ["--model", str(top / "model"), "--data", str(top / "chats.jsonl"), "--output-dir", str(top / "run")]
-    assert main(["train", *arguments, *settings, "--dtype", "float32", "--device", "cpu"]) == 0
+    assert main(train(top, "run", "--device", "cpu")) == 0
     return top
 
 
@@ -108,3 +108,20 @@ def test_a_command_gives_on_the_device_what_it_gives_on_the_cpu(
         results.append(chosen(json.loads(shown.out.splitlines()[-1])))
     on_cpu, on_device = results
     assert on_device == (on_cpu if command in WORDS else pytest.approx(on_cpu, rel=1e-3))
+
+
+def test_a_run_on_the_device_resumes_to_the_bit(folder: Path, device: torch.device) -> None:
+    more = ["--device", device.type, "--lora-dropout", "0.3"]
+    assert main(train(folder, "whole", *more)) == 0
+    checkpoint = str(folder / "whole" / "checkpoint-2")
+    assert main(train(folder, "resumed", *more, "--resume-from-checkpoint", checkpoint)) == 0
+    assert adapter(folder, "resumed") == adapter(folder, "whole")
+    record = json.loads((folder / "whole" / "run.json").read_text())
+    assert (record["device"], record["device_name"]) == (str(device), "pretend accelerator")
+    assert record["machine"]["gpus"] == ["pretend accelerator"]
+
+
+def test_a_run_on_the_cpu_stays_there_whatever_the_default_device(folder: Path, device: torch.device) -> None:
+    with torch.device(device):
+        assert main(train(folder, "cpu", "--device", "cpu")) == 0
+    assert adapter(folder, "cpu") == adapter(folder, "run")

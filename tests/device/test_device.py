@@ -11,12 +11,15 @@ import torch
 from accelerate import PartialState
 from pretend_accelerator import counted, memory_limit, no_float64
 from tiny import chat_model, chat_tokenizer
+from torch import nn
+from torch.nn import functional as F
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.config import AdaLoRA
 from tailora.core.data_init import GRADIENT_PASSES, INPUT_PASSES
 from tailora.core.device import choose_device, device_name, devices, has_bfloat16, synchronize, wide_dtype
 from tailora.core.init import DATA_INITS
+from tailora.evaluation.forgetting import sample_texts
 from tailora.train.memory import available_bytes, peak_bytes, reset_peak, used_bytes
 from tailora.train.model_loading import load_base
 from tailora.train.random_state import random_state, seeded, set_random_state
@@ -60,6 +63,20 @@ def test_random_numbers_of_the_device_are_saved_and_restored(device: torch.devic
     assert torch.equal(torch.rand(3, device=device), first)
     del states["pretend.0"]  # a checkpoint of a machine without it
     set_random_state(states)
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def test_what_draws_random_numbers_for_itself_leaves_the_devices_state(device: torch.device) -> None:
+    merged = LoRAModel(nn.Sequential(OwnForward(8, 8)), LoRAConfig(r=2, target_modules=["0"])).to(device)
+    model = LoRAModel(chat_model().to(device), LoRAConfig(r=2))
+    state = random_state()["pretend.0"]
+    merged.merge()  # tries the own forward on random numbers
+    sample_texts(model, chat_tokenizer(["red"]), count=2, length=3)
+    assert torch.equal(random_state()["pretend.0"], state)
 
 
 def test_memory_is_that_of_the_device(device: torch.device) -> None:
