@@ -116,8 +116,11 @@ def products(shape: Shape, dtype: torch.dtype) -> Callable[[], None]:
     return step
 
 
-def write_model(shape: Shape, folder: Path) -> None:
-    """Writes a Hugging Face folder: random weights in bfloat16, and a tokenizer whose words are w0, w1, ..."""
+def write_model(shape: Shape, folder: Path, device: torch.device | None = None) -> None:
+    """Writes a Hugging Face folder: random weights in bfloat16, and a tokenizer whose words are w0, w1, ...
+
+    device: where the weights are made.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -135,7 +138,9 @@ def write_model(shape: Shape, folder: Path) -> None:
         dtype=torch.bfloat16,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    with torch.device(device or "cpu"):
+        model = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(shape.vocabulary)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0").save_pretrained(folder)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import device_tables
 import tables
 import tiny_lm_tables
 
@@ -173,6 +174,15 @@ def untried() -> str:
     return f"Not tried, as the small model itself does not run: {', '.join(sorted(names)) or 'none'}."
 
 
+# ---- docs/devices.md
+
+
+def devices() -> str:
+    """What gpu.py measured on each card; without any file, that there was none."""
+    paths = sorted((RESULTS / "devices").glob("*.json"))
+    return device_tables.devices([json.loads(path.read_text()) for path in paths])
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what makes it
     "README.md": {"demo-output": demo_output, "table": readme_table, "compare": compare_verdict},
     "docs/performance.md": {
@@ -192,6 +202,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "tiny-lm-search": lambda: tiny_lm_tables.searched(read("tiny_lm_search")),
     },
     "docs/plan.md": {"memory": plan},
+    "docs/devices.md": {"devices": devices},
     "docs/architectures.md": {"architectures": architectures, "untried": untried},
 }
 

@@ -1,0 +1,124 @@
+"""benchmarks/gpu.py with tiny shapes: every cell gives figures, one that fails leaves its reason, tables are made."""
+
+import importlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# of PEFT, with transformers 5.24
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def cells(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("gpu_cells")
+
+
+@pytest.fixture
+def gpu(cells: Any) -> Any:  # noqa: ARG001  # makes the import possible
+    return importlib.import_module("gpu")
+
+
+@pytest.fixture
+def folder(cells: Any, tmp_path: Path) -> Path:
+    cells.model(torch.device("cpu"), tmp_path, "tiny")
+    return tmp_path
+
+
+def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    gpu, result = importlib.import_module("gpu"), {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("{"):
+            gpu.merge(result, json.loads(line))
+    return result
+
+
+def as_text(cell: dict[str, Any], result: dict[str, Any]) -> str:
+    device = {"type": "cpu", "name": "a card", "memory_bytes": 2**34, "cuda": "12.8", "hip": None}
+    contents = {"machine": {"packages": {"torch": "2.13"}}, "device": device, "shape": "tiny"}
+    tables = importlib.import_module("device_tables")
+    return str(tables.devices([{**contents, "cells": [{"cell": cell, "result": result}]}]))
+
+
+@pytest.mark.slow
+def test_ceilings(cells: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells.ceilings(torch.device("cpu"), folder, 64)
+    result = reported(capsys)
+    assert {*result["flops"]} == {"bfloat16", "float16", "float32"}
+    assert min(*result["flops"].values(), result["bytes_per_second"], result["launch_seconds"]) > 0
+    assert "a card, 16 GiB" in as_text({"what": "ceilings"}, result)
+
+
+@pytest.mark.slow
+def test_decoding(cells: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells.decode(torch.device("cpu"), folder, "tiny", rows=2, new_tokens=3)
+    result = reported(capsys)
+    arms = ["base", "tailora", "tailora, DoRA", "tailora, merged", "PEFT", "PEFT, DoRA"]
+    assert [name for name, arm in result.items() if isinstance(arm, dict)] == arms
+    assert all(len(result[arm]["first"]) == len(result[arm]["next"]) == 3 for arm in arms)
+    assert "| tailora, DoRA | " in as_text({"what": "decode", "model": "tiny", "rows": 2}, result)
+
+
+@pytest.mark.slow
+def test_mixed_batches(cells: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells.rows(torch.device("cpu"), folder, "tiny", rows=4, adapters=[1, 2])
+    result = reported(capsys)
+    assert [*result["1"]] == [*result["2"]] == ["base", "tailora", "tailora, in order", "PEFT"]
+    assert "| PEFT | " in as_text({"what": "rows", "model": "tiny", "rows": 4}, result)
+
+
+@pytest.mark.slow
+def test_training_in_turn(
+    cells: Any, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = {"PEFT + Trainer": ("trainer", {}), "wrong": ("tailora", {"lora_alpha": -1})}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    task = cells.task_of(folder, "tiny", 64, 16)
+    cells.train_in_turn(torch.device("cpu"), folder, [task], arms, steps=1, rounds=2)
+    result = reported(capsys)
+    trained, wrong = result["16"]["PEFT + Trainer"], result["16"]["wrong"]
+    assert len(trained["seconds"]) == 2
+    assert trained["tokens_per_second"] > 0
+    assert "lora_alpha" in wrong["failed"]
+    text = as_text({"what": "train", "model": "tiny", "tokens": 64}, result)
+    assert "tiny, 64 tokens a step in documents of 16" in text
+    assert "lora_alpha" in text
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_or_takes_too_long_leaves_its_reason(gpu: Any, tmp_path: Path) -> None:
+    decode = {"what": "decode", "model": "tiny", "rows": 1, "new_tokens": 2}
+    failed = gpu.run_cell(decode, tmp_path, "cpu", 100)
+    assert failed["failed"] == "exit code 1"
+    assert any("tiny" in line for line in failed["said"])
+    started = time.monotonic()
+    late = gpu.run_cell({"what": "ceilings", "square": 64}, tmp_path, "cpu", 0.2)
+    assert late["failed"] == "took longer than 0 s"
+    assert time.monotonic() - started < 10
+    assert "Not finished: decode tiny 1: exit code 1." in as_text(
+        {"what": "decode", "model": "tiny", "rows": 1}, failed
+    )
+
+
+def test_without_results_the_page_says_so(cells: Any) -> None:
+    assert "never run on a card" in importlib.import_module("device_tables").devices([])
+    assert cells.SHAPES["8B"].hidden == 4096
+
+
+@pytest.mark.device
+def test_kernels_and_waits_are_counted_on_the_pretend_accelerator(
+    cells: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells.decode(cells.use_device("pretend"), folder, "tiny", rows=1, new_tokens=3)
+    result = reported(capsys)
+    projections = 14
+    assert result["tailora"]["kernels"] == result["base"]["kernels"] + 2 * projections
+    assert result["tailora, DoRA"]["kernels"] == result["base"]["kernels"] + 3 * projections
+    assert result["tailora, merged"]["kernels"] == result["base"]["kernels"]
+    assert result["PEFT"]["kernels"] > result["tailora"]["kernels"]
