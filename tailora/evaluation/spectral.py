@@ -298,7 +298,7 @@ def _compare_with_base(update: Update, norm: float, seed: int, count_intruders: 
     if update.weight is None:
         return {}
     W = update.weight().float()
-    W = W.cpu() if W.device.type == "mps" else W  # MPS has no eigenvalues of a matrix (torch 2.13)
+    W = W.cpu() if W.device.type == "mps" else W  # torch 2.13 has no eigenvalues there
     dense = None if update.dense is None else update.dense().float()
     base_norm = float(W.norm())
     if not base_norm:
