@@ -13,7 +13,7 @@ from tailora.data.collate import collate_packed
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.kernels.attention import CPU, PackingError, packed_rows
-from tailora.kernels.device_attention import BLOCK, PROVIDERS
+from tailora.kernels.device_attention import BLOCK, HALF, PROVIDERS
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative to the norm of logits and gradients
 HALF_TOLERANCE = 5e-2  # bfloat16, float16: two orders of summation differ by about 1e-2
@@ -24,17 +24,21 @@ LONGEST = 512  # of the documents that show a sliding window
 REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
 
 
-def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True) -> tuple[str | None, str | None]:
+def choose_packing(
+    model: PreTrainedModel, setting: str, *, compare: bool = True, device_type: str | None = None
+) -> tuple[str | None, str | None]:
     """Returns what computes the attention of packed rows, None for padded batches; and why not something better.
 
     Raises ConfigError for the setting `on` if packing would change results.
 
     setting: auto, on or off.    compare: False for a model without contents, whose logits mean nothing.
+    device_type: of such a model, where it would run; by default, where it is.
     """
     if setting == "off":
         return None, None
     obstacles: dict[str, str] = {}
-    for provider in candidates(model.device):
+    expected = predicted_provider(device_type or model.device.type, model.dtype)
+    for provider in candidates(model.device) if compare else [expected]:
         obstacle = obstacle_to_provider(model, provider, compare=compare)
         if obstacle is None:
             passed_over = "; ".join(f"not by {name}, because {reason}" for name, reason in obstacles.items())
@@ -51,10 +55,17 @@ def candidates(device: torch.device) -> list[str]:
     return [CPU] if device.type == "cpu" else [*PROVIDERS]
 
 
+def predicted_provider(device_type: str, dtype: torch.dtype) -> str:
+    """Returns the provider that a model without contents is reckoned with."""
+    if device_type == "cpu":
+        return CPU
+    return "varlen_attn" if device_type == "cuda" and dtype in HALF else "sdpa"
+
+
 def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool) -> str | None:
     """Returns why packed rows are not safe with it, or None if documents give the results that each gives alone."""
     name, row = type(model).__name__, PROVIDERS.get(provider)
-    if row is not None and (missing := row.obstacle(model.device, model.dtype)):
+    if row is not None and compare and (missing := row.obstacle(model.device, model.dtype)):
         return missing
     documents = random_documents(model.config, () if row is None else (LONG,))
     refusals = (PackingError, TypeError) if row is None else REFUSALS  # TypeError: forward has no such parameter
@@ -62,7 +73,7 @@ def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool
         try:
             with packed_rows(model, provider):
                 together = _results(model, documents, packed=True, gradient=compare)
-                if row is not None and not row.has_dropout:
+                if row is not None and compare and not row.has_dropout:
                     model.train()  # the provider raises if the model asks for dropout
                     _results(model, documents, packed=True, gradient=False)
                     model.eval()

@@ -187,18 +187,20 @@ def choose_layout(
     note: Callable[[str], None],
     *,
     compare: bool = True,
+    device_type: str | None = None,
 ) -> BatchLayout:
     """Returns packed or padded batches, and how the loss is computed; both are tried on the model itself.
 
     note: called with the reason if the model cannot do what is fastest.
     compare: False for a model without contents, whose structure alone decides.
+    device_type: of such a model, where it would run; by default, where it is.
     Raises ConfigError for packing = 'on' if it would change results.
     """
     base = cast(PreTrainedModel, model.base_model)
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
     pad_id = next((token for token in candidates if token is not None), 0)
     with evaluating(model):
-        attention, packing_note = choose_packing(base, config.packing, compare=compare)
+        attention, packing_note = choose_packing(base, config.packing, compare=compare, device_type=device_type)
         packed = attention is not None
         with packed_rows(base, attention) if packed else nullcontext():
             batch = make_batch(short_examples(base), packed, pad_id, base.device)

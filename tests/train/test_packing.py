@@ -174,3 +174,20 @@ def test_a_model_that_is_not_packed_still_trains(settings: Any, tmp_path: Any, m
     result = run(config, on_event=lambda event: notes.append(event.text) if isinstance(event, events.Note) else None)
     assert any("softcap" in note for note in notes)
     assert result.eval_loss_after < result.eval_loss_before
+
+
+@pytest.mark.parametrize(
+    ("device_type", "dtype", "provider"),
+    [
+        ("cuda", torch.bfloat16, "varlen_attn"),
+        ("cuda", torch.float32, "sdpa"),
+        ("mps", torch.float16, "sdpa"),
+        (None, torch.float16, "sdpa"),
+    ],
+)
+def test_a_model_without_contents_is_reckoned_with_the_attention_of_its_device(
+    device_type: str | None, dtype: torch.dtype, provider: str
+) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(PACKS["llama"]).to(dtype)
+    assert choose_packing(model, "auto", compare=False, device_type=device_type) == (provider, None)
