@@ -16,7 +16,7 @@ def devices(contents: list[Content]) -> str:
 def device(content: Content) -> str:
     card = content["device"]
     memory = f", {card['memory_bytes'] / 2**30:.0f} GiB" if card["memory_bytes"] else ""
-    versions = ", ".join(f"{name} {card[name]}" for name in ("cuda", "hip") if card[name])
+    versions = ", ".join(f"{name} {card[name]}" for name in ("cuda", "hip", "dtype") if card[name])
     shapes = "" if content["shape"] == "real" else " Tiny shapes: to try the script, not to read the figures."
     about = f"{packages(content)}{f'; {versions}' if versions else ''}.{shapes}"
     parts = [f"### {card['name']}{memory}", about]

@@ -57,7 +57,7 @@ def cells(sizes: Sizes) -> list[tuple[float, dict[str, Any]]]:
     models = list(dict.fromkeys([sizes.small, sizes.large]))
     documents, rounds = list(sizes.documents), {"steps": sizes.steps, "rounds": 3}
     training = [
-        (90.0, {"what": "train", "model": model, "tokens": tokens, "documents": documents, **rounds})
+        (60.0, {"what": "train", "model": model, "tokens": tokens, "documents": documents, **rounds})
         for tokens in sizes.tokens
         for model in models
     ]
@@ -70,13 +70,13 @@ def cells(sizes: Sizes) -> list[tuple[float, dict[str, Any]]]:
     mixed = {"what": "rows", "model": sizes.small, "rows": sizes.rows, "adapters": list(sizes.adapters)}
     return [
         *((90.0, {"what": "model", "model": model}) for model in models),
+        (100.0, {"what": "tests"}),
         (30.0, {"what": "ceilings", "square": sizes.square}),
         *training,
         (60.0, quantized),
         *decoding,
         (60.0, mixed),
         (90.0, {"what": "curves", "model": sizes.small, "steps": sizes.curve_steps}),
-        (120.0, {"what": "tests"}),
     ]
 
 

@@ -19,12 +19,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from shapes import DTYPES, Shape, write_model, write_rows
 from shapes import SHAPES as CPU_SHAPES
+from shapes import Shape, write_model, write_rows
 from torch import Tensor
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.device import choose_device, device_name, synchronize
+from tailora.core.device import choose_device, device_name, fast_dtype, synchronize
 
 SHAPES = {
     "135M": CPU_SHAPES["S"],
@@ -32,7 +32,6 @@ SHAPES = {
     "8B": Shape(4096, 14336, 8, 32, 8, 128256, tied=False, rows=1, length=2048),
     "tiny": Shape(64, 128, 2, 4, 2, 500, tied=True, rows=2, length=64),
 }
-DTYPE = "bfloat16"
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")  # of CUDA's runtime
 R = 16
 COPIED = 2**30  # bytes
@@ -58,7 +57,7 @@ def use_device(name: str) -> torch.device:
 def about(device: torch.device) -> dict[str, Any]:
     module = torch.get_device_module(device)
     memory = module.mem_get_info(device)[1] if hasattr(module, "mem_get_info") else None
-    versions = {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    versions = {"cuda": torch.version.cuda, "hip": torch.version.hip, "dtype": str(fast_dtype(device))}
     return {"type": device.type, "name": device_name(device), "memory_bytes": memory, **versions}
 
 
@@ -298,8 +297,8 @@ def training_arms() -> dict[str, tuple[str, dict[str, Any]]]:
         "tailora, fast off": ("tailora", {"fast": "off"}),
         "PEFT + Trainer": ("trainer", {}),
     }
-    if "compiled" in get_args(TrainConfig.model_fields["fast"].annotation):
-        arms["tailora, compiled layers"] = ("tailora", {"fast": "compiled"})
+    if "compile" in get_args(TrainConfig.model_fields["fast"].annotation):
+        arms["tailora, compiled layers"] = ("tailora", {"fast": "compile"})
     if find_spec("trl"):
         arms["TRL, packed"] = ("trl", {"packing": True})
     if find_spec("liger_kernel"):
@@ -344,7 +343,6 @@ def run_config(task: Task, turns: Turns, settings: dict[str, Any]) -> Any:
             "max_length": task.shape.length,
             "per_device_train_batch_size": task.shape.rows,
             "max_steps": 1_000_000,
-            "dtype": DTYPE,
             "r": R,
             "device": str(turns.device),
             **settings,
@@ -380,7 +378,7 @@ def run_trl(task: Task, turns: Turns, _chosen: list[str], settings: dict[str, An
 
 def _run_in_trainers(function: str, task: Task, turns: Turns, settings: dict[str, Any]) -> None:
     import trainers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from tailora.data.dataset import Example
 
@@ -393,7 +391,7 @@ def _run_in_trainers(function: str, task: Task, turns: Turns, settings: dict[str
     getattr(trainers, function)(
         run_config(task, turns, {}),
         turns,
-        base=AutoModelForCausalLM.from_pretrained(task.model, dtype=DTYPES[DTYPE]).to(turns.device),
+        base=load(Path(task.model), turns.device),
         tokenizer=AutoTokenizer.from_pretrained(task.model),
         examples=[Example(row, row) for row in rows],
         **on_device,
@@ -428,8 +426,8 @@ def nf4(
 
     gradients = []
     ids = random_ids(model, (1, 64), device)
-    quantized, _ = load_base(str(folder / model), DTYPE, device, "nf4")
-    dense, _ = load_base(str(folder / model), DTYPE, device)
+    quantized, _ = load_base(str(folder / model), "auto", device, "nf4")
+    dense, _ = load_base(str(folder / model), "auto", device)
     with torch.no_grad():
         for name, layer in quantized.named_modules():
             if is_quantized(layer):
@@ -501,17 +499,16 @@ def rows(device: torch.device, folder: Path, model: str, rows: int, adapters: li
     from peft import LoraConfig, get_peft_model
 
     ids = random_ids(model, (rows, 1), device)
-    names = [str(number) for number in range(max(adapters))]
-    ours = LoRAModel(load(folder / model, device), LoRAConfig(r=R), names[0])
     settings = LoraConfig(r=R, target_modules="all-linear", task_type="CAUSAL_LM")
-    theirs = get_peft_model(load(folder / model, device), settings, adapter_name=names[0])
-    for name in names[1:]:
-        ours.add_adapter(name, LoRAConfig(r=R))
-        theirs.add_adapter(name, settings)
-    randomize(ours)
-    ours.eval(), theirs.eval()
+    ours = LoRAModel(load(folder / model, device), LoRAConfig(r=R), "0").eval()
+    theirs = get_peft_model(load(folder / model, device), settings, adapter_name="0").eval()
     base = load(folder / model, device).eval()
     for count in adapters:
+        for name in map(str, range(len(ours.adapters), count)):
+            ours.add_adapter(name, LoRAConfig(r=R))
+            theirs.add_adapter(name, settings)
+        randomize(ours)
+        names = [*ours.adapters]
         in_turn = [names[row % count] for row in range(rows)]
         arms: dict[str, tuple[Any, dict[str, Any], list[str] | None]] = {
             "base": (base, {}, None),
@@ -541,7 +538,7 @@ def random_ids(model: str, size: tuple[int, int], device: torch.device) -> Tenso
 def load(folder: Path, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[DTYPE]).to(device)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=fast_dtype(device)).to(device)
 
 
 def randomize(model: LoRAModel) -> None:

@@ -40,7 +40,7 @@ def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def as_text(cell: dict[str, Any], result: dict[str, Any]) -> str:
-    device = {"type": "cpu", "name": "a card", "memory_bytes": 2**34, "cuda": "12.8", "hip": None}
+    device = {"type": "cpu", "name": "a card", "memory_bytes": 2**34, "cuda": "12.8", "hip": None, "dtype": "bfloat16"}
     contents = {"machine": {"packages": {"torch": "2.13"}}, "device": device, "shape": "tiny"}
     tables = importlib.import_module("device_tables")
     return str(tables.devices([{**contents, "cells": [{"cell": cell, "result": result}]}]))

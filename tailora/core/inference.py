@@ -38,10 +38,11 @@ def generating(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
     """
     weight = next(base.parameters(), torch.empty(0))
     compiled = any(module._compiled_call_impl is not None for module in base.modules())
-    if compiled or torch.is_autocast_enabled(weight.device.type):
+    kind = weight.device.type  # "meta" where accelerate keeps the weights elsewhere
+    if compiled or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         yield
         return
-    is_for_few = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    is_for_few = kind == "cpu" and weight.dtype == torch.bfloat16
     with torch.no_grad(), few_token_kernel(base) if is_for_few else nullcontext(True) as has_kernel:
         constants = _constant_updates(layers.values()) if has_kernel else {}
         for layer, constant in constants.items():

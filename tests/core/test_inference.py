@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.inference import FEW_TOKENS, ConstantUpdate
+from tailora.core.inference import FEW_TOKENS, ConstantUpdate, generating
 from tailora.core.layer import LoRALayer
 from tests.tiny import chat_model, tiny_model
 
@@ -232,3 +232,11 @@ def test_a_compiled_model_is_left_alone() -> None:
     with watched() as seen:
         logits_of(model, PROMPTS["one"])
     assert seen == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_base_may_be_anywhere(device: str) -> None:
+    """accelerate leaves weights that it keeps on a disk on the device "meta"."""
+    layer = nn.Linear(2, 2, device=device)
+    with generating(nn.Sequential(layer), {"0": layer}):
+        assert not torch.is_grad_enabled()
