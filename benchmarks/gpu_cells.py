@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from shapes import SHAPES as CPU_SHAPES
@@ -26,13 +26,16 @@ from torch import Tensor
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.device import choose_device, device_name, fast_dtype, synchronize
 
+if TYPE_CHECKING:
+    from tailora.data.dataset import Example
+
 SHAPES = {
     "135M": CPU_SHAPES["S"],
     # The widths of Llama 3 8B; eight of its 32 layers, since the models of all arms are in memory together.
     "8B": Shape(4096, 14336, 8, 32, 8, 128256, tied=False, rows=1, length=2048),
     "tiny": Shape(64, 128, 2, 4, 2, 500, tied=True, rows=2, length=64),
 }
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")  # of CUDA's runtime
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")  # cudaDeviceSynchronize is the profiler's
 R = 16
 COPIED = 2**30  # bytes
 
@@ -95,7 +98,8 @@ def counted(device: torch.device) -> Iterator[dict[str, int]]:
 
         with pretend_accelerator.counted() as found:
             yield counts
-        counts |= {"kernels": found.kernels.total(), "waits": found.synchronisations.total()}
+        waits = found.synchronisations.total() - found.synchronisations["device"]
+        counts |= {"kernels": found.kernels.total(), "waits": waits}
     else:
         yield counts
 
@@ -204,7 +208,7 @@ class Task:
     shape: Shape
     model: str  # folder
     data: str  # file
-    ids: Tensor  # (documents, length)
+    examples: "list[Example]"
 
 
 def train(
@@ -218,8 +222,7 @@ def train(
 def task_of(folder: Path, model: str, tokens: int, length: int) -> Task:
     shape = replace(SHAPES[model], rows=tokens // length, length=length)
     data = folder / f"{model}-{tokens}-{length}.jsonl"
-    ids = write_rows(shape, data)
-    return Task(shape, str(folder / model), str(data), ids)
+    return Task(shape, str(folder / model), str(data), write_rows(shape, data))
 
 
 @dataclass(frozen=True)
@@ -380,9 +383,6 @@ def _run_in_trainers(function: str, task: Task, turns: Turns, settings: dict[str
     import trainers
     from transformers import AutoTokenizer
 
-    from tailora.data.dataset import Example
-
-    rows = [row.numpy().astype("int32") for row in task.ids]
     on_device = {
         "use_cpu": turns.device.type == "cpu",
         "bf16": turns.device.type != "cpu",
@@ -393,7 +393,7 @@ def _run_in_trainers(function: str, task: Task, turns: Turns, settings: dict[str
         turns,
         base=load(Path(task.model), turns.device),
         tokenizer=AutoTokenizer.from_pretrained(task.model),
-        examples=[Example(row, row) for row in rows],
+        examples=task.examples,
         **on_device,
         **settings,
     )
