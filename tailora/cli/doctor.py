@@ -5,7 +5,7 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.table import Table
 from rich.text import Text
@@ -15,8 +15,12 @@ from tailora.cli.flags import Json
 from tailora.cli.main import print_json, print_text, stdout
 from tailora.report.terminal import print_rich_table
 
+if TYPE_CHECKING:
+    import torch
+
 PACKAGES = ["torch", "transformers", "accelerate", "safetensors", "datasets", "pydantic", "cyclopts", "rich", "gguf"]
-BYTES_PER_PARAMETER = {"bfloat16": 2, "float32": 4}
+BYTES_PER_PARAMETER = {"bfloat16": 2, "float16": 2, "float32": 4}
+WORKS = "works"
 BYTES = ("memory", "total", "available", "free")
 
 Facts = dict[str, dict[str, Any]]  # section -> name -> value
@@ -25,14 +29,15 @@ Facts = dict[str, dict[str, Any]]  # section -> name -> value
 def doctor(*, json: Json = False) -> int:
     """Show what this machine can do.
 
-    Shows device, bfloat16, threads, memory, disk, quantization methods and versions of packages.
+    Shows every device with its memory and precision, and which attention, compiled layers and quantization methods
+    would work there; threads, memory, disk, and versions of packages.
     """
     facts = collect_facts()
     if json:
         print_json({**facts, "meaning": conclusions(facts)})
         return 0
     table = Table.grid(padding=(0, 2))
-    for section, values in facts.items():
+    for section, values in rows(facts).items():
         for row, (name, value) in enumerate(values.items()):
             table.add_row(section if row == 0 else "", name, Text(_value_text(name, value)))
     console = stdout()
@@ -48,14 +53,15 @@ def collect_facts() -> Facts:
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    from tailora.core.device import choose_device, devices
     from tailora.data.demo import cache_folder
     from tailora.train.memory import available_bytes
-    from tailora.train.model_loading import METHODS, obstacle
 
-    device = _device()
+    by_device, chosen = {str(device): device_facts(device) for device in devices()}, str(choose_device())
     versions = {"tailora": __version__, "python": platform.python_version()}
     return {
-        "device": device,
+        "device": {"auto": chosen, "type": chosen.partition(":")[0], **by_device[chosen]},
+        "devices": by_device,
         "threads": {
             "cores": os.cpu_count(),
             "torch": torch.get_num_threads(),
@@ -67,37 +73,74 @@ def collect_facts() -> Facts:
         },
         "demo cache": _disk(cache_folder()),
         "Hub cache": _disk(Path(HF_HUB_CACHE)),
-        "quantize": {name: obstacle(name, torch.device(device["type"])) or "works" for name in METHODS},
         "packages": {**versions, **{name: _version(name) for name in PACKAGES}},
     }
+
+
+def device_facts(device: "torch.device") -> dict[str, Any]:
+    """Returns what a device is, and for each method "works" or why it does not work there; nothing is run but probes.
+
+    dtype: what --dtype auto means there.    capability: of an NVIDIA or AMD card.
+    """
+    from tailora.core.device import capability, compiler_obstacle, device_name, has_bfloat16
+    from tailora.kernels.device_attention import PROVIDERS
+    from tailora.train.memory import available_bytes, total_bytes
+    from tailora.train.model_loading import METHODS, obstacle, precision_of
+
+    precision = cast("torch.dtype", precision_of("auto", device))
+    attention = {name: provider.obstacle(device, precision) or WORKS for name, provider in PROVIDERS.items()}
+    return {
+        "name": device_name(device),
+        "memory": total_bytes(device),
+        "available": available_bytes(device),
+        "bfloat16": has_bfloat16(device),
+        "dtype": str(precision).removeprefix("torch."),
+        "capability": capability(device),
+        "attention": {"own operator": WORKS} if device.type == "cpu" else attention,
+        "compiled layers": compiler_obstacle(device) or WORKS,
+        "quantize": {name: obstacle(name, device) or WORKS for name in METHODS},
+    }
+
+
+def rows(facts: Facts) -> Facts:
+    """Returns section -> name -> what is shown, a line each. The devices have a section for each of their facts."""
+    devices = facts["devices"]
+    methods = {
+        section: {
+            f"{device} {method}": text
+            for device, abilities in devices.items()
+            for method, text in abilities[section].items()
+        }
+        for section in ("attention", "quantize")
+    }
+    return {
+        "devices": {
+            device: _device_text(abilities, device == facts["device"]["auto"]) for device, abilities in devices.items()
+        },
+        "attention": methods["attention"],
+        "compiled layers": {device: abilities["compiled layers"] for device, abilities in devices.items()},
+        "quantize": methods["quantize"],
+        **{section: values for section, values in facts.items() if section not in ("device", "devices")},
+    }
+
+
+def _device_text(abilities: dict[str, Any], is_auto: bool) -> str:
+    parts = [abilities["name"], _value_text("memory", abilities["memory"]), abilities["dtype"]]
+    if abilities["capability"]:
+        parts.append(f"capability {abilities['capability']}")
+    return ", ".join(parts) + ("; taken by --device auto" if is_auto else "")
 
 
 def conclusions(facts: Facts) -> list[str]:
     """Returns what follows for training, in sentences."""
     device = facts["device"]
-    dtype = "bfloat16" if device["bfloat16"] else "float32"
-    size = BYTES_PER_PARAMETER[dtype]
-    memory = device["memory"] if "memory" in device else facts["memory"]["available"]
+    size = BYTES_PER_PARAMETER[device["dtype"]]
+    memory = facts["memory"]["available"] if device["type"] == "cpu" else device["memory"]
     return [
-        f"--dtype auto is {dtype}: {size} bytes for each parameter of the base model",
+        f"--dtype auto is {device['dtype']}: {size} bytes for each parameter of the base model",
         f"a base model of {memory / 2 / size / 1e9:.1f}B parameters fills half of the memory; training takes the rest",
-        f"training runs on {device['type']}; threads: {facts['threads']['torch']} (OMP_NUM_THREADS changes it)",
+        f"training runs on {device['auto']}; threads: {facts['threads']['torch']} (OMP_NUM_THREADS changes it)",
     ]
-
-
-def _device() -> dict[str, Any]:
-    import torch
-
-    from tailora.core.device import device_name, has_bfloat16
-
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        device = {"type": "cuda", "name": gpu.name, "count": torch.cuda.device_count(), "memory": gpu.total_memory}
-    elif torch.backends.mps.is_available():
-        device = {"type": "mps", "name": device_name(torch.device("mps"))}
-    else:
-        device = {"type": "cpu", "name": device_name(torch.device("cpu"))}
-    return {**device, "bfloat16": has_bfloat16(str(device["type"]))}
 
 
 def _disk(folder: Path) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def plan(
     """Show what a run would train, whether it fits, and how long it takes.
 
     The flags are those of tailora train. Weights are read only with --measure. Without --data all examples are
-    assumed to have --max-length tokens. The exit code is 4 if the run does not fit.
+    assumed to have --max-length tokens. The exit code is 4 if the run does not fit. --device may also name a
+    card that is not here, such as "H100 80GB": then memory and time are reckoned from its data sheet.
     """
     available = None if memory is None else bytes_of(memory)
     settings = merge_settings(flags, config)

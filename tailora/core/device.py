@@ -1,9 +1,12 @@
 """The devices of this machine: which one is chosen, what it can do, and what it is called."""
 
+import os
 import platform
+import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -81,6 +84,14 @@ def as_current(device: torch.device) -> AbstractContextManager[object]:
     return context
 
 
+def capability(device: torch.device) -> str | None:
+    """Returns the compute capability of an NVIDIA card, such as 9.0, or the architecture of an AMD one."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return str(properties.gcnArchName) if torch.version.hip else f"{properties.major}.{properties.minor}"
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what was queued. A CPU queues nothing."""
     if device.type == "mps":
@@ -129,7 +140,7 @@ def has_bfloat16(device: torch.device | str = "cpu", cpuinfo: Path = CPUINFO) ->
         return bool(BFLOAT16_FLAGS & cpu_flags(cpuinfo))
     if device.type == "mps":
         return _computes(torch.bfloat16, device)
-    if device.type == "meta":
+    if device.type == "meta":  # computes nothing
         return False
     module = torch.get_device_module(device)
     without_emulation = {"including_emulation": False} if device.type in ("cuda", "xpu") else {}
@@ -146,6 +157,18 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     if has_bfloat16(device):
         return torch.bfloat16
     return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def compiler_obstacle(device: torch.device) -> str | None:
+    """Returns why torch.compile cannot make code for the device; None if the compilers that it needs are there."""
+    if device.type not in ("cpu", *ORDER):
+        return f"torch compiles nothing for {device.type}"
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
+    if device.type != "mps" and not any(map(shutil.which, compilers)):
+        return f"there is no C++ compiler ({', '.join(compilers)})"
+    if device.type in ("cuda", "xpu") and find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
 
 
 def _computes(dtype: torch.dtype, device: torch.device) -> bool:

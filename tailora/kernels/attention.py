@@ -69,7 +69,7 @@ def packed_attention(
     if packed_row is not None:
         options = Options(scale, dropout, sliding_window, kwargs.get("softcap"), kwargs.get("s_aux"))
         return packed_row.attend(query, key, value, options), None
-    if dropout:
+    if dropout and query.device.type != "meta":  # there the operator stands for flash attention, which has dropout
         return _by_document(query, key, value, cu_seq_lens_q.diff().tolist(), scale, dropout, sliding_window), None
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))  # (total, heads, width)
     return cpu_attention.attention(q, k, v, cu_seq_lens_q, scale, sliding_window)[None], None

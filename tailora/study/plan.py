@@ -5,6 +5,8 @@ plan
   fake_model          the run's own adapter and kernels on the model without weights -> memory, operations
   trained_groups      what is trained, in groups of like layers; unadapted_groups: what is not, and why
   full_fine_tuning    the same for full fine-tuning of this model
+  options             settings that take less memory, and what they leave room for
+  study.cards         the time of a step on a card that is not here
   measure_steps       with `measure`: a few real steps in a separate process -> measured memory and time
 """
 
@@ -21,19 +23,22 @@ from accelerate import Accelerator
 from transformers import PretrainedConfig
 
 from tailora.core.adapter import layer_key
+from tailora.core.device import choose_device
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import layer_path_of, layer_type_of
 from tailora.core.patterns import layer_index
 from tailora.core.targets import selected_candidates
 from tailora.data.dataset import Example, warnings_of
+from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
 from tailora.model import LoRAModel
+from tailora.study.cards import CONTEXT, LONGEST_NAME, Card, StepTime, find_cards, step_time
 from tailora.study.config import FIRST_RATES, FULL, OF_ADAPTERS
 from tailora.train import estimate
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import largest_forward, read_data, split_by_tokens, step_shape
+from tailora.train.dataloader import largest_forward, read_data, split_by_tokens, step_shape, token_limit
 from tailora.train.estimate import Memory
-from tailora.train.memory import available_bytes, used_bytes
+from tailora.train.memory import available_bytes, format_bytes, used_bytes
 from tailora.train.model_loading import load_tokenizer, read_config
 from tailora.train.setup import start_accelerator
 from tailora.train.subprocess_worker import StepsMeasured, measure_steps
@@ -91,6 +96,19 @@ class FullFineTuning:
 
 
 @dataclass(frozen=True)
+class Option:
+    """What other settings would take, reckoned from the step of the plan.
+
+    batch_size, tokens: the largest batch that fits, and the longest example in a batch of its own; 0 for none.
+    """
+
+    settings: str
+    memory: int
+    batch_size: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run with these settings would be. Memory in bytes, time in seconds.
 
@@ -98,6 +116,7 @@ class Plan:
     batch_size_that_fits: 0 where not even one example does.    largest_forward: examples, tokens.
     tokens, seconds: of all steps, None where their number is not known.    basis: how memory and time were found.
     remedies: settings that take less memory, if the run does not fit.    examples: to train on, if they are known.
+    card, step_time: of a card that is not here; the time is that of the largest forward and its backward.
     """
 
     model: str
@@ -126,6 +145,9 @@ class Plan:
     remedies: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     examples: int | None = None
+    options: list[Option] = field(default_factory=list)
+    card: Card | None = None
+    step_time: StepTime | None = None
 
     @property
     def fits(self) -> bool:
@@ -147,43 +169,46 @@ def plan(
 ) -> Plan:
     """Plans the run of `config`. If that names no data, every example has max_length tokens, all learned.
 
+    config: its device may also be the name of a card that is not here, such as "H100 80GB".
     measure: also take a few real steps, in a separate process.    memory: bytes to fit into; by default what is free.
     output_dir: folder for report.json; nothing is written without it.
 
     Raises ConfigError, TargetError, DataError, FormatError; with `measure` whatever a run raises.
     """
-    accelerator = start_accelerator(config.replaced(report_to=[]))
-    device, shape = accelerator.device, read_config(config.model)
-    batches = read_batches(config, shape, accelerator)
-    process = used_bytes(device)  # what a run's process holds, too, before its model is loaded
-    available = available_bytes(device) + process if memory is None else memory
-    with estimate.fake_model(config, shape, device) as fake:
+    place = place_of(config)
+    accelerator = start_accelerator(config.replaced(report_to=[], **({"device": "cpu"} if place.card else {})))
+    if measure and place.card:
+        raise ConfigError(f"--measure takes real steps, and there is no {place.name} here: leave one of the two out")
+    available = place.available if memory is None else memory
+    shape = read_config(config.model)
+    batches = read_batches(config, shape, accelerator, token_limit(place.device.type))
+    with estimate.fake_model(config, shape, place.device) as fake:
         summary, dtype, kernels = fake.model.summary(), fake.base.dtype, fake.kernels.description
         lora = fake.model if isinstance(fake.model, LoRAModel) else None
         modules = adapted_modules(lora) if lora else []
         groups = trained_groups(lora) if lora else []
         left = unadapted_groups(lora) if lora else []
         step = estimate.simulate_step(fake, batches.largest, checkpointed=config.gradient_checkpointing)
-        needed = estimate.estimate_memory(config, fake, step, process)
-        notes = [*batches.notes, *fake.notes]
-    full = None if config.method == FULL else full_fine_tuning(config, shape, batches, device, process, available)
+        needed = estimate.estimate_memory(config, fake, step, place.process)
+        notes = [*place.notes, *batches.notes, *fake.notes]
+        alternatives = {AS_SET: needed, **checkpointing(config, fake, step, batches, place)}
+    alternatives |= quantization(config, shape, step, batches, place)
+    full = None if config.method == FULL else full_fine_tuning(config, shape, batches, place, available)
 
-    text, tokens = shape.get_text_config(), tokens_of(batches.largest)
-    width, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    speed = estimate.SHARE * estimate.products_per_second(tokens, width, inner, dtype, device)  # operations a second
-    seconds_per_token = step.flops / tokens / speed
-    basis = {
-        "memory": "estimated from the shapes, and what this process holds now",
-        "time": f"a rough rule: {step.flops / tokens / 1e9:.2g} GFLOP a token at {speed / 1e9:,.0f} GFLOP/s",
-    }
+    time = None
+    if isinstance(place.device, torch.device):
+        seconds_per_step, time_basis = time_here(shape, batches, step, dtype, place.device)
+    elif place.card:
+        time = step_time(place.card, step.operators)
+        seconds_per_step, time_basis = time_on_card(time, config, batches)
+    basis = {"memory": f"estimated from the shapes, and {place.process_basis}", "time": time_basis}
     measured = None
     if measure:
         log("a few real steps are measured")
         measured = measure_steps(config, with_data="data" in config.model_fields_set)
         needed, kernels = needed.with_total(measured.peak_bytes), measured.kernels
-        seconds_per_token = measured.seconds_per_token
+        seconds_per_step = measured.seconds_per_token * batches.tokens_per_step
         basis = dict.fromkeys(basis, f"measured in {measured.steps} steps")
-    seconds_per_step = seconds_per_token * batches.tokens_per_step
 
     largest = batches.at(batches.most)
     if len(largest) < batches.most:
@@ -196,7 +221,7 @@ def plan(
         model=config.model,
         method=config.method,
         dtype=str(dtype).removeprefix("torch."),
-        device=str(device),
+        device=place.name,
         trainable_parameters=summary.trainable_parameters,
         total_parameters=summary.total_parameters,
         modules=modules,
@@ -207,7 +232,7 @@ def plan(
         available_bytes=available,
         batch_size=config.per_device_train_batch_size,
         batch_size_that_fits=batch_size,
-        largest_forward={"examples": len(batches.largest), "tokens": tokens},
+        largest_forward={"examples": len(batches.largest), "tokens": tokens_of(batches.largest)},
         kernels=kernels,
         tokens=batches.tokens,
         steps=batches.steps,
@@ -219,10 +244,88 @@ def plan(
         remedies=remedies(config, batch_size) if needed.total > available else [],
         settings=config.model_dump(mode="json", exclude_unset=True),
         examples=batches.examples,
+        options=[option(settings, memory, batches, shape, available) for settings, memory in alternatives.items()],
+        card=place.card,
+        step_time=time,
     )
     if output_dir is not None:
         write_report(output_dir, "plan", result.to_dict())
     return result
+
+
+# ---- Where it would run
+
+
+@dataclass(frozen=True)
+class Place:
+    """The device of a run: one of this machine, or a card that is not here.
+
+    available: bytes that a run may take.
+    process: bytes that its process holds before its model is loaded, and process_basis how they are known.
+    """
+
+    name: str
+    device: torch.device | estimate.AbsentDevice
+    process: int
+    process_basis: str
+    available: int
+    card: Card | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def place_of(config: TrainConfig) -> Place:
+    """Returns the device that the settings name. Raises ConfigError if no device here and no card has this name."""
+    name = config.device[:LONGEST_NAME]
+    try:
+        device = choose_device(name)
+    except ConfigError as error:
+        try:
+            return place_of_card(config, find_cards(name))
+        except ConfigError as unknown:
+            raise ConfigError(f"{error}; and {unknown}") from unknown
+    process = used_bytes(device)
+    basis = "what this process holds now"
+    return Place(str(device), device, process, basis, available_bytes(device) + process)
+
+
+def place_of_card(config: TrainConfig, cards: list[Card]) -> Place:
+    """Returns the first of the cards as a place, with a note on the others."""
+    card, others = cards[0], [card.name for card in cards[1:]]
+    notes = [
+        f"reckoned from the data sheet of {card}, never measured on a card: real memory may be some percent more, real "
+        "time a multiple"
+    ]
+    if others:
+        more = f" and {len(others) - 4} more" if len(others) > 5 else ""
+        notes.append(f"{card.name} is meant; of similar names there are {', '.join(others[: 4 if more else 5])}{more}")
+    auto = torch.bfloat16 if card.has_bfloat16 else torch.float16
+    precision = auto if config.dtype == "auto" else getattr(torch, config.dtype)
+    basis = f"{format_bytes(CONTEXT)} for the card's context"
+    absent = estimate.AbsentDevice(card.device, precision)
+    return Place(card.name, absent, CONTEXT, basis, card.available_bytes, card, notes)
+
+
+# ---- Time
+
+
+def time_here(
+    shape: PretrainedConfig, batches: "Batches", step: estimate.StepCost, dtype: torch.dtype, device: torch.device
+) -> tuple[float, str]:
+    """Returns seconds of a step by the speed of products on a device of this machine, and how they were found."""
+    text, tokens = shape.get_text_config(), tokens_of(batches.largest)
+    width, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    speed = estimate.SHARE * estimate.products_per_second(tokens, width, inner, dtype, device)  # operations a second
+    rule = f"a rough rule: {step.flops / tokens / 1e9:.2g} GFLOP a token at {speed / 1e9:,.0f} GFLOP/s"
+    return step.flops / tokens / speed * batches.tokens_per_step, rule
+
+
+def time_on_card(time: StepTime, config: TrainConfig, batches: "Batches") -> tuple[float, str]:
+    """Returns seconds of a step from the roofline time of the largest forward, and how they were found."""
+    share = batches.tokens_per_step / tokens_of(batches.largest)  # of the largest forward's work
+    forwards = max(config.gradient_accumulation_steps, share)
+    work, launches = (time.products + time.memory) * share, time.launches * forwards
+    bound = "starting kernels, one by one from Python" if launches > work else "the card's work"
+    return max(work, launches), f"reckoned from the data sheet, never measured on a card; bound by {bound}"
 
 
 def remedies(config: TrainConfig, batch_size: int) -> list[str]:
@@ -267,9 +370,13 @@ class Batches:
         return MOST_EXAMPLES if self.examples is None else self.examples
 
 
-def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Accelerator) -> Batches:
-    """Without data, of examples of max_length tokens. Raises DataError with all that is wrong with the data."""
-    step, vocabulary = step_shape(config, accelerator), shape.get_text_config().vocab_size
+def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Accelerator, limit: int | None) -> Batches:
+    """Without data, of examples of max_length tokens. Raises DataError with all that is wrong with the data.
+
+    limit: tokens that go through the model at once on the device of the plan.
+    """
+    step = replace(step_shape(config, accelerator), token_limit=limit)
+    vocabulary = shape.get_text_config().vocab_size
     if "data" not in config.model_fields_set:
         ids = np.arange(config.max_length, dtype=np.int32) % vocabulary
         example = Example(ids, ids)
@@ -287,6 +394,7 @@ def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Acce
             ],
         )
     data = read_data(config, vocabulary, load_tokenizer(config.model), accelerator)
+    data = replace(data, shape=replace(data.shape, token_limit=limit))
     if data.prepared is None or config.streaming:
         return Batches(
             largest=data.largest,
@@ -329,18 +437,53 @@ def full_fine_tuning(
     config: TrainConfig,
     shape: PretrainedConfig,
     batches: Batches,
-    device: torch.device,
-    process: int,
+    place: Place,
     available: int,
 ) -> FullFineTuning:
-    """The same run with all weights trained. process: bytes that the process holds before its model is loaded."""
+    """The same run with all weights trained."""
     settings = config.model_dump(exclude_unset=True, exclude=OF_ADAPTERS)
     full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
-    with estimate.fake_model(full, shape, device) as fake:
+    with estimate.fake_model(full, shape, place.device) as fake:
         step = estimate.simulate_step(fake, batches.largest, checkpointed=full.gradient_checkpointing)
-        memory = estimate.estimate_memory(full, fake, step, process)
+        memory = estimate.estimate_memory(full, fake, step, place.process)
         parameters = fake.model.summary().trainable_parameters
     return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))
+
+
+AS_SET = "as set"
+CHECKPOINTING, QUANTIZATION = "--gradient-checkpointing", "--quantize nf4"
+
+
+def checkpointing(
+    config: TrainConfig, fake: estimate.FakeModel, step: estimate.StepCost, batches: Batches, place: Place
+) -> dict[str, Memory]:
+    """Returns the memory with checkpointing, unless the run has it already."""
+    if config.gradient_checkpointing:
+        return {}
+    cheaper = estimate.with_less_memory(step, fake, tokens_of(batches.largest), checkpointed=True)
+    return {CHECKPOINTING: estimate.estimate_memory(config, fake, cheaper, place.process)}
+
+
+def quantization(
+    config: TrainConfig, shape: PretrainedConfig, step: estimate.StepCost, batches: Batches, place: Place
+) -> dict[str, Memory]:
+    """Returns the memory with a base in 4 bits, without and with checkpointing, unless the run has a quantized one."""
+    if config.method == FULL or config.quantize or getattr(shape, "quantization_config", None) is not None:
+        return {}
+    with estimate.fake_model(config.replaced(quantize="nf4"), shape, place.device) as fake:
+        cheaper = estimate.with_less_memory(step, fake, 0, checkpointed=False)
+        memory = estimate.estimate_memory(config, fake, cheaper, place.process)
+        both = checkpointing(config, fake, step, batches, place)
+    return {QUANTIZATION: memory, **{f"{QUANTIZATION} {settings}": less for settings, less in both.items()}}
+
+
+def option(settings: str, memory: Memory, batches: Batches, shape: PretrainedConfig, available: int) -> Option:
+    """The longest example: activations grow with its tokens, and the model has so many positions."""
+    growth = (available - memory.total) / max(memory.activations, 1)
+    longest = max(int(tokens_of(batches.largest) * (1 + growth)), 0)
+    positions = getattr(shape.get_text_config(), "max_position_embeddings", None) or longest
+    batch_size = batch_size_that_fits(available, memory, batches)
+    return Option(settings, memory.total, batch_size, min(longest, positions))
 
 
 def batch_size_that_fits(available: int, memory: Memory, batches: Batches) -> int:

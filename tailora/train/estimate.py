@@ -19,7 +19,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -32,10 +32,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from tailora.core.device import synchronize
 from tailora.core.layer_types import CONV1D, layer_type_of
 from tailora.core.quantization import named_stored_tensors
 from tailora.data.dataset import Example
@@ -43,11 +43,12 @@ from tailora.errors import ConfigError
 from tailora.formats.hub import local_folder
 from tailora.formats.load import lora_config_of, read_any_format
 from tailora.kernels import cpu_attention
+from tailora.kernels.attention import CPU
 from tailora.kernels.cpu_attention import flash_backward_op, flash_op, split_documents
 from tailora.kernels.loss import FORMS
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.kernel_choice import Kernels, described_kernels, obstacle_to_kernels, use_kernels
+from tailora.train.kernel_choice import PLAIN, Kernels, described_kernels, obstacle_to_kernels, use_kernels
 from tailora.train.loss import BatchLayout, make_batch
 from tailora.train.model_loading import METHODS, Stored, check_unquantized, precision_of
 from tailora.train.setup import choose_layout
@@ -61,42 +62,80 @@ from tailora.train.trainable import FullModel, Trainable, trained_module
 # operator allocates internally, nor how an allocator rounds and keeps blocks.
 
 
-EQUAL, ITEM = torch.ops.aten.equal.default, torch.ops.aten._local_scalar_dense.default
+aten = torch.ops.aten
+EQUAL, ITEM, DEVICE = aten.equal.default, aten._local_scalar_dense.default, torch.ops.prim.device.default
+GATHERS = {aten.embedding, aten.index, aten.index_select, aten.gather}  # read as much as they return, not all
+WRITES = {aten.copy_, aten.zero_, aten.fill_}  # do not read the tensor that they change
+NO_KERNELS = {  # beside views
+    *(aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten._unsafe_view),
+    *(aten.detach, aten.alias, aten.lift_fresh),
+}
+ROUNDING = 512  # bytes: sizes that torch's allocators for devices give out are multiples
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The work of one operator, which is one kernel on a device or few. dtype: of what it returns."""
+
+    flops: float  # of products
+    bytes: int  # read and written
+    dtype: torch.dtype
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yields the tensors among arguments or results, also those in lists. torch's trees do it at twice the cost."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within this mode, storages that operators allocate are counted under the part that `part_of` names.
 
-    known: tensors whose storages are counted elsewhere.
-    now, peak: bytes of each part, at present and at the moment of the largest sum.    flops: of all products.
+    known: tensors whose storages are counted elsewhere.    lengths: of the documents of a packed row.
+    now, peak: bytes of each part, at present and at the moment of the largest sum.    operators: how often each ran.
     """
 
-    def __init__(self, known: Iterable[Tensor], part_of: Callable[[Tensor], str]) -> None:
+    def __init__(self, known: Iterable[Tensor], part_of: Callable[[Tensor], str], lengths: Sequence[int] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self.flops = 0.0
-        self._part_of = part_of
+        self.operators: Counter[Operator] = Counter()
+        self._part_of, self._lengths = part_of, lengths
         self._alive = {id(tensor.untyped_storage()): ("", 0) for tensor in known}
         self._largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in OPERATORS:  # what they allocate inside counts, too
+        if func in ON_CPU and args[0].device.type == "cpu":  # what they allocate inside counts, too
             with self:
-                return OPERATORS[func](*args, **kwargs)
+                return ON_CPU[func](*args, **kwargs)
         out = func(*args, **kwargs)
+        if func is DEVICE:
+            return out
         packet = getattr(func, "_overloadpacket", None)
-        if func in FLOPS:
-            self.flops += FLOPS[func](*args, **kwargs)
-        elif packet in flop_registry:
-            self.flops += float(flop_registry[packet](*args, **kwargs, out_val=out))
-        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        inputs, outputs = list(_tensors(args)), list(_tensors((out,)))
+        if outputs and not func.is_view and packet not in NO_KERNELS:
+            read = outputs if packet in GATHERS else inputs[1:] if packet in WRITES else inputs
+            moved = sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in (*read, *outputs))
+            self.operators[Operator(self._flops(func, args, kwargs, out), moved, outputs[0].dtype)] += 1
         for output in outputs:
             self._add(output)
         if torch.Tag.pointwise in func.tags:
-            self._add_conversions([leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)], outputs)
+            self._add_conversions(inputs, outputs)
         return out
+
+    def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
+        if func in ON_CPU:  # attention of documents on another device; the last argument is the window
+            windows = [(length, min(args[-1] or length, length)) for length in self._lengths]
+            pairs = sum(window * (length - window / 2) for length, window in windows)
+            return float(2 * PRODUCTS_OF_ATTENTION[func] * out[0][0].numel() * pairs)
+        if func in FLOPS:
+            return FLOPS[func](*args, **kwargs)
+        packet = getattr(func, "_overloadpacket", None)
+        return float(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0.0
 
     def _add_conversions(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """On a CPU a pointwise operator on several dtypes copies all to the widest while it runs."""
@@ -114,6 +153,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if id(storage) in self._alive:
             return
         part, size = self._part_of(tensor), storage.nbytes()
+        if tensor.device.type != "cpu":
+            size = -(-size // ROUNDING) * ROUNDING
         self._alive[id(storage)] = part, size
         weakref.finalize(storage, self._subtract, id(storage))
         self.now[part] += size
@@ -133,7 +174,7 @@ class _RealInputsComputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = [*_tensors(args), *_tensors(kwargs.values())]
         if inputs and not any(isinstance(tensor, FakeTensor) for tensor in inputs):
             with no_dispatch():
                 return func(*args, **kwargs)
@@ -154,13 +195,15 @@ def fake_tensors() -> Iterator[None]:
         split_documents.cache_clear()
 
 
-OPERATORS: dict[Any, Callable[..., Any]] = {  # of ours, and their functions
-    torch.ops.tailora.packed_attention.default: cpu_attention.forward,
-    torch.ops.tailora.packed_attention_backward.default: cpu_attention.backward,
-}
+PACKED, PACKED_BACKWARD = (
+    torch.ops.tailora.packed_attention.default,
+    torch.ops.tailora.packed_attention_backward.default,
+)
+ON_CPU: dict[Any, Callable[..., Any]] = {PACKED: cpu_attention.forward, PACKED_BACKWARD: cpu_attention.backward}
+PRODUCTS_OF_ATTENTION = {PACKED: 2, PACKED_BACKWARD: 5}  # scores, values; the scores again, and four gradients
 FLOPS: dict[Any, Callable[..., float]] = {  # operators that torch's table lacks
-    torch.ops.aten.addmm_.default: lambda _, a, b, **__: 2.0 * a.numel() * b.shape[-1],
-    torch.ops.aten.baddbmm_.default: lambda _, a, b, **__: 2.0 * a.numel() * b.shape[-1],
+    aten.addmm_.default: lambda _, a, b, **__: 2.0 * a.numel() * b.shape[-1],
+    aten.baddbmm_.default: lambda _, a, b, **__: 2.0 * a.numel() * b.shape[-1],
     # scores, and their product with the values, of half of the pairs of tokens; the backward takes 2.5 times as many
     flash_op.default: lambda q, k, *_, **__: 2.0 * q.numel() * k.shape[-2],
     flash_backward_op.default: lambda _, q, k, *__, **___: 5.0 * q.numel() * k.shape[-2],
@@ -184,6 +227,7 @@ class Weights:
     stored: int
     while_read: int  # in addition, until all are read
     left_mapped: int  # in addition, afterwards: of a quantized base the files' weights that were quantized
+    dense: int  # in addition, while a quantized layer computes: the largest dense weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,8 +245,32 @@ class FakeModel:
         return cast(PreTrainedModel, self.model.base_model)
 
 
+@dataclass(frozen=True)
+class AbsentDevice:
+    """A device that is not here. type: what torch calls its kind.    precision: of the base.
+
+    Its tensors are on "meta": autograd takes no tensors of a device that is absent, not even without contents. They
+    take the code's way for devices. Of attention that is torch's SDPA in its general form, which keeps all scores, as
+    on MPS. On CUDA and XPU a run finds flash or flex_attention, which keep one sum a token and head: there the CPU's
+    operator, which does the same, stands for them.
+    """
+
+    type: str
+    precision: torch.dtype
+
+    @property
+    def keeps_scores(self) -> bool:
+        return self.type == "mps"
+
+    @property
+    def attention(self) -> str:
+        return "SDPA, all scores kept" if self.keeps_scores else "flash or flex_attention, no scores kept"
+
+
 @contextmanager
-def fake_model(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> Iterator[FakeModel]:
+def fake_model(
+    config: TrainConfig, shape: PretrainedConfig, device: torch.device | AbsentDevice
+) -> Iterator[FakeModel]:
     """Within the block no tensor has contents; yields the model of this shape that `config` would train on `device`.
 
     Raises ConfigError, TargetError, FormatError.
@@ -215,17 +283,28 @@ def fake_model(config: TrainConfig, shape: PretrainedConfig, device: torch.devic
         without_adapter = model.disable_adapter() if isinstance(model, LoRAModel) else nullcontext()  # changes neither
         with torch.no_grad(), without_adapter:
             layout = choose_layout(config, model, None, notes.append, compare=False)
-        obstacle = obstacle_to_kernels(config.fast, base, layout)
-        check = "to be checked against the layers of transformers when the run starts"
-        yield FakeModel(model, layout, described_kernels(base, layout, obstacle, check), weights, notes)
+        if isinstance(device, AbsentDevice):
+            if layout.packed and not device.keeps_scores:
+                layout = replace(layout, attention=CPU)
+            kernels = Kernels(PLAIN, f"decoder layers: plain; attention: {device.attention}; loss: {layout.loss}")
+        else:
+            obstacle = obstacle_to_kernels(config.fast, base, layout)
+            check = "to be checked against the layers of transformers when the run starts"
+            kernels = described_kernels(base, layout, obstacle, check)
+        yield FakeModel(model, layout, kernels, weights, notes)
 
 
-def fake_trainable(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> tuple[Trainable, Weights]:
+def fake_trainable(
+    config: TrainConfig, shape: PretrainedConfig, device: torch.device | AbsentDevice
+) -> tuple[Trainable, Weights]:
     """Returns what is trained, and the bytes of its base. Raises as `fake_model`."""
-    precision = precision_of(config.dtype, device)
+    if isinstance(device, AbsentDevice):
+        place, dtype = torch.device("meta"), cast(torch.dtype | str, device.precision)
+    else:
+        place, dtype = device, precision_of(config.dtype, device)
     try:
-        with device:
-            base: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=precision).eval()
+        with place:
+            base: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
     except ValueError as error:
         raise ConfigError(f"model {config.model!r} is no causal language model: {error}") from error
     stored = getattr(shape, "dtype", None) or torch.float32  # according to config.json
@@ -253,10 +332,11 @@ def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None) -
             layer.__dict__["stored"] = stored
     tensors = [tensor for _, tensor, _ in named_stored_tensors(base)]
     total = sum(quantized.get(id(tensor), tensor.nbytes) for tensor in tensors)
+    dense = max((tensor.nbytes for tensor in tensors if id(tensor) in quantized), default=0)
     if base.dtype != files:  # converted, and the files are closed
-        return Weights(total, sum(parameter.numel() for parameter in base.parameters()) * files.itemsize, 0)
+        return Weights(total, sum(parameter.numel() for parameter in base.parameters()) * files.itemsize, 0, dense)
     originals = sum(tensor.nbytes for tensor in tensors if id(tensor) in quantized)
-    return Weights(total, originals, originals)
+    return Weights(total, originals, originals, dense)
 
 
 class _QuantizedLinear:
@@ -297,7 +377,8 @@ MOMENTS = 2  # of AdamW
 # Of a process on a CPU, in addition to what torch allocates; benchmarks/plan.py compares the sums with whole runs:
 LIBRARIES = 90 * 10**6  # code that is loaded when it is first called, threads, caches
 LIBRARIES_16_BIT = 40 * 10**6  # code that oneDNN compiles for 16-bit products, at most 64 of them
-FRAGMENTATION = 0.1  # share of a step's memory that the allocator keeps in addition
+FRAGMENTATION = 0.1  # share of a step's memory that the allocator keeps in addition; on a device never measured
+WORKSPACE = 32 * 2**20  # of a device, for products: what torch gives cuBLAS on an H100; others take less
 LOGITS, ACTIVATIONS, GRADIENTS = "logits", "activations", "gradients"
 
 
@@ -311,7 +392,7 @@ class Memory:
     optimizer: int  # two moments of AdamW, a copy of before the step, and of the best where evaluations choose
     activations: int  # kept for the backward, and temporaries, at the largest moment
     logits: int  # at that moment
-    process: int  # interpreter, libraries, and what the allocator keeps beyond what is allocated
+    process: int  # interpreter, libraries, a card's context, and what the allocator keeps beyond what is allocated
 
     @property
     def total(self) -> int:
@@ -334,7 +415,11 @@ class StepCost:
     logits: int
     gradients: int  # of 16-bit weights, on their way to the float32 masters
     kept: int  # from the forward for the backward
-    flops: float
+    operators: Mapping[Operator, int]  # how often each runs
+
+    @property
+    def flops(self) -> float:
+        return sum(count * operator.flops for operator, count in self.operators.items())
 
     @property
     def bytes(self) -> int:
@@ -357,7 +442,7 @@ def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed:
         parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
     weights = [tensor for module in (base, trained) for tensor in (*module.parameters(), *module.buffers())]
-    tracker = MemoryTracker([*weights, *gradients], part_of)
+    tracker = MemoryTracker([*weights, *gradients], part_of, [len(example.input_ids) for example in examples])
     try:
         with use_kernels(base, fake.layout, fake.kernels, checkpointed=checkpointed), torch.enable_grad(), tracker:
             loss = FORMS[fake.layout.loss](model, batch).sum()
@@ -366,15 +451,27 @@ def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed:
     finally:
         trained.zero_grad()
     peak = tracker.peak
-    return StepCost(peak[ACTIVATIONS], peak[LOGITS], peak[GRADIENTS], kept, tracker.flops)
+    return StepCost(peak[ACTIVATIONS], peak[LOGITS], peak[GRADIENTS], kept, tracker.operators)
+
+
+def with_less_memory(step: StepCost, fake: FakeModel, tokens: int, *, checkpointed: bool) -> StepCost:
+    """Returns about what the step would cost with checkpointing, or with the quantized layers of `fake`.
+
+    step: of a plain model, with `tokens` tokens. Checkpointing keeps the input of every layer, and all of one layer.
+    """
+    text, activations = fake.base.config.get_text_config(), step.activations
+    if checkpointed:
+        layers = text.num_hidden_layers
+        activations = activations // layers + layers * text.hidden_size * fake.base.dtype.itemsize * tokens
+    return replace(step, activations=activations + fake.weights.dense)
 
 
 def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, process: int) -> Memory:
     """Returns the memory of a run.
 
-    step: cost of its largest forward.    process: bytes that the process uses before its model is loaded. On a CPU it
-    also gets what libraries use, and the difference if reading the weights, or reading back what was saved, takes more
-    than a step.
+    step: cost of its largest forward.    process: bytes that the process uses of the device before its model is loaded.
+    It also gets what libraries use and allocators keep, and on a CPU the difference if reading the weights, or reading
+    back what was saved, takes more than a step.
     """
     parameters = list(trained_module(fake.model).parameters())
     trained = sum(parameter.nbytes for parameter in parameters)
@@ -388,10 +485,11 @@ def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, proces
         logits=step.logits,
         process=process,
     )
-    if fake.base.device.type != "cpu":  # the peak of a GPU counts what torch allocates, and nothing else
-        return memory
+    kept_by_allocator = int(FRAGMENTATION * step.bytes)
+    if fake.base.device.type != "cpu":  # weights are read onto it file by file
+        return replace(memory, process=process + WORKSPACE + kept_by_allocator)
     libraries = LIBRARIES + (LIBRARIES_16_BIT if fake.base.dtype == torch.bfloat16 else 0)
-    beside = process + fake.weights.left_mapped + libraries + int(FRAGMENTATION * step.bytes)
+    beside = process + fake.weights.left_mapped + libraries + kept_by_allocator
     in_step = replace(memory, process=beside)
     reading = process + fake.weights.stored + fake.weights.while_read
     reading_back = in_step.total - step.bytes + (fake.weights.stored if config.method == "full" else 0)
@@ -410,7 +508,6 @@ def products_per_second(tokens: int, width: int, inner: int, dtype: torch.dtype,
     for _ in range(1 + REPEATS):
         started = time.perf_counter()
         torch.mm(x, weight.T)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     return 2.0 * tokens * width * inner / median(seconds[1:])

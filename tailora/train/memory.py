@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
+from tailora.core.device import device_name
 from tailora.core.quantization import dense_shape, inner_tensors, quantized_layers, stored_tensors
 from tailora.errors import MemoryLimitError, is_out_of_memory
 
@@ -107,6 +108,18 @@ def available_bytes(device: torch.device) -> int:
             return int(module.get_device_properties(device).total_memory) - int(module.memory_allocated(device))
     free = [int(psutil.virtual_memory().available), *_free_in_cgroups(), *_free_in_process()]
     return max(min(free), 0)
+
+
+def total_bytes(device: torch.device) -> int:
+    """Returns the memory that the device has; of MPS what the system recommends, of the memory that both share."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().total)
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    module = torch.get_device_module(device)
+    if hasattr(module, "get_device_properties"):
+        return int(module.get_device_properties(device).total_memory)
+    return int(module.mem_get_info(device)[1])
 
 
 def _free_in_cgroups() -> list[int]:
@@ -212,9 +225,18 @@ def check_fits(cost: Cost, size: ForwardSize, longest: int, device: torch.device
     """Returns the bytes that the largest forward keeps. Raises MemoryLimitError if fewer are free."""
     needed, available = cost.of(size), available_bytes(device)
     if needed > available:
-        cause = f"a step keeps at least {format_bytes(needed)} for its backward, and {format_bytes(available)} are free"
+        free = f"{format_bytes(available)} are free{_of_device(device)}"
+        cause = f"a step keeps at least {format_bytes(needed)} for its backward, and {free}"
         raise MemoryLimitError(f"out of memory before the first step: {cause}\n{remedies(cost, size, longest)}")
     return needed
+
+
+def _of_device(device: torch.device) -> str:
+    """Returns the device and its memory, as the end of a message. Nothing for a CPU."""
+    if device.type == "cpu":
+        return ""
+    memory = "of the memory shared with the system" if device.type == "mps" else "in all"
+    return f" on {device} ({device_name(device)}, {format_bytes(total_bytes(device))} {memory})"
 
 
 def remedies(cost: Cost, size: ForwardSize, longest: int) -> str:

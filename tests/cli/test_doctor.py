@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tailora import __version__
-from tailora.cli.doctor import conclusions
+from tailora.cli.doctor import collect_facts, conclusions
 from tailora.cli.main import main
+from tailora.core.device import compiler_obstacle
 
 
 def test_json_tells_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,11 +40,69 @@ def test_words_hold_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
         assert fact in shown
 
 
-@pytest.mark.parametrize(("bfloat16", "size"), [(True, "2.0B"), (False, "1.0B")])
-def test_the_largest_base_follows_from_memory_and_precision(bfloat16: bool, size: str) -> None:
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", "2.0B"), ("float16", "2.0B"), ("float32", "1.0B")])
+def test_the_largest_base_follows_from_memory_and_precision(dtype: str, size: str) -> None:
     facts = {
-        "device": {"type": "cpu", "bfloat16": bfloat16},
+        "device": {"auto": "cpu", "type": "cpu", "dtype": dtype, "memory": 64e9},
         "threads": {"torch": 2},
         "memory": {"available": 8e9},
     }
     assert any(f"a base model of {size} parameters" in line for line in conclusions(facts))
+
+
+def test_every_device_has_its_memory_and_says_what_works_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"]["auto"] in found["devices"]
+    for device in found["devices"].values():
+        assert 0 < device["available"] <= device["memory"]
+        assert device["dtype"] in {"bfloat16", "float16", "float32"}
+        assert device["compiled layers"]
+        assert set(device["quantize"]) >= {"nf4", "int8"}
+        assert "works" in device["attention"].values()
+    assert found["devices"]["cpu"]["memory"] == found["memory"]["total"]
+
+
+def test_a_machine_with_cards_is_shown_on_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = {
+        "name": "NVIDIA H100 80GB HBM3",
+        "memory": 85e9,
+        "available": 84e9,
+        "bfloat16": True,
+        "dtype": "bfloat16",
+        "capability": "9.0",
+        "attention": {"flash_attention_2": "the package flash_attn is not installed", "varlen_attn": "works"},
+        "compiled layers": "the package triton is not installed",
+        "quantize": {"nf4": "works"},
+    }
+    here = collect_facts()
+    facts = {**here, "device": {"auto": "cuda:0", "type": "cuda", **card}}
+    facts["devices"] = {"cuda:0": card, "cuda:1": card, **here["devices"]}
+    monkeypatch.setattr("tailora.cli.doctor.collect_facts", lambda: facts)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["doctor"]) == 0
+    table = capsys.readouterr().out.partition("--dtype auto is")[0]
+    assert max(map(len, table.splitlines())) <= 80
+    words = " ".join(table.split())
+    assert "cuda:0 NVIDIA H100 80GB HBM3, 85.0 GB, bfloat16, capability 9.0; taken by --device auto cuda:1" in words
+    assert "cuda:1 varlen_attn works" in words
+    assert "cuda:0 the package triton is not installed" in words
+
+
+@pytest.mark.parametrize(
+    ("kind", "lacking", "reason"),
+    [
+        ("cpu", "g++", "no C++ compiler"),
+        ("cuda", "triton", "triton is not installed"),
+        ("meta", "", "nothing for meta"),
+    ],
+)
+def test_what_compiled_layers_lack_is_named(
+    kind: str, lacking: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None if lacking == "g++" else name)
+    monkeypatch.setattr("tailora.core.device.find_spec", lambda name: None if name == lacking else name)
+    assert reason in str(compiler_obstacle(torch.device(kind)))

@@ -49,6 +49,46 @@ def test_what_is_shown_fits_a_narrow_terminal(
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]  # nothing is written
 
 
+@pytest.mark.parametrize("columns", [80, 100])
+def test_a_card_that_is_not_here_is_planned_from_its_data_sheet(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["plan", "--model", str(tiny_model), "--device", "h100", "--max-steps", "10"]) == 0
+    table, _, words = capsys.readouterr().out.partition("It fits")
+    assert (
+        max(len(line) for line in table.splitlines() if not re.search(r"[.;:] ", line)) <= columns
+    )  # not of sentences
+    assert "bfloat16 on H100 SXM 80GB" in table
+    assert "starting kernels, meanwhile" in table
+    assert "--quantize nf4" in table
+    assert re.search(r"never measured on a card; bound by starting\s+kernels", table)  # a tiny model
+    assert "of 80 GB" in words
+    assert "H100 PCIe 80GB, H100 NVL 94GB" in words
+
+
+def test_the_json_of_a_card_has_its_figures_and_the_parts_of_the_time(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ["plan", "--model", str(tiny_model), "--max-steps", "10", "--json", "--device"]
+    assert main([*tokens, "T4"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device"], found["dtype"]) == ("T4 16GB", "float16")  # it has no bfloat16
+    assert found["available_bytes"] == 16e9
+    assert found["card"]["bandwidth"] == 320
+    assert found["step_time"].keys() == {"products", "memory", "launches"}
+    assert found["seconds"] == pytest.approx(10 * found["seconds_per_step"])
+    assert "never measured on a card" in found["basis"]["time"]
+    assert found["memory"]["process"] > 5e8  # the card's context, and what products need
+    settings = {option["settings"]: option for option in found["options"]}
+    assert settings["as set"]["memory"] == found["memory"]["total"]
+    assert settings["--gradient-checkpointing"]["memory"] < found["memory"]["total"]
+    assert main([*tokens, "M2 Max 32GB", "--dtype", "float32", "--memory", "1MB"]) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device"], found["dtype"], found["available_bytes"]) == ("M2 Max 32GB", "float32", 10**6)
+    assert all(option["batch_size"] == option["tokens"] == 0 for option in found["options"])
+
+
 def test_it_says_that_all_examples_fit_and_how_many_go_through_the_model_at_once(
     tiny_model: Path, chats: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +125,10 @@ def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
         (["--model", "MODEL", "--target-modules", "q_prj"], "q_proj"),
         (["--model", "MODEL", "--method", "full", "--r", "4", "--learning-rate", "1e-4"], "no adapter"),
         (["--model", "MODEL", "--memory", "much"], "8GB"),
+        (["--model", "MODEL", "--device", "h1000"], "did you mean h200, h100 sxm"),
+        (["--model", "MODEL", "--device", "9" * 10_000], "docs/plan.md"),
+        (["--model", "MODEL", "--device", "\x1b[2J"], "no card"),
+        (["--model", "MODEL", "--device", "L4", "--measure"], "no L4 24GB here"),
     ],
 )
 def test_mistakes_exit_with_2(

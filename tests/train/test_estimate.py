@@ -24,7 +24,14 @@ from tailora.errors import TargetError
 from tailora.kernels.loss import FROZEN, OWN
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.estimate import estimate_memory, fake_model, fake_tensors, fake_trainable, simulate_step
+from tailora.train.estimate import (
+    AbsentDevice,
+    estimate_memory,
+    fake_model,
+    fake_tensors,
+    fake_trainable,
+    simulate_step,
+)
 from tailora.train.kernel_choice import LLAMA, PLAIN, Kernels, use_kernels
 from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.memory import ForwardSize
@@ -196,3 +203,18 @@ def test_what_the_structure_tells_is_foreseen() -> None:
 def test_targets_that_match_nothing_are_refused_without_weights() -> None:
     with fake_tensors(), pytest.raises(TargetError, match="q_prj"):
         fake_trainable(TrainConfig(target_modules=["q_prj"]), SMOLLM2, torch.device("meta"))
+
+
+def test_a_card_that_is_absent_takes_the_way_of_devices(model_folder: Path) -> None:
+    """In the precision of the card; on CUDA attention keeps no scores, on MPS their number grows with the square."""
+    config, growth = TrainConfig(model=str(model_folder), r=4), {}
+    for kind in ("cuda", "mps"):
+        with fake_model(config, read_config(config.model), AbsentDevice(kind, torch.float16)) as fake:
+            assert fake.base.dtype == torch.float16
+            short, long = (simulate_step(fake, [example(n)], checkpointed=False) for n in (400, 1600))
+            total = estimate_memory(config, fake, long, process=0)
+        growth[kind] = long.activations / short.activations
+        assert total.process > 0.1 * long.bytes  # what the allocator keeps
+        assert 4 < long.flops / short.flops < 16
+    assert growth["cuda"] < 4.2
+    assert growth["mps"] > 8

@@ -19,7 +19,12 @@ def plan_page(plan: Plan) -> Page:
             f"At the moment of highest use, {plan.dtype} on {plan.device}; {plan.basis['memory']}.",
             _memory(plan),
         ),
-        Section("Steps and time", "", [Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
+        Section(
+            "What fits",
+            f"Into {format_bytes(plan.available_bytes)}; the rest of the settings as set.",
+            [_options(plan)],
+        ),
+        Section("Steps and time", "", [Paragraph(_steps(plan)), _step_time(plan), Paragraph(plan.kernels)]),
         Section(
             "Parameters by matrix",
             f"{plural(len(plan.modules), 'matrix', 'matrices')} with a low-rank update.",
@@ -49,7 +54,8 @@ def plan_page(plan: Plan) -> Page:
     if plan.steps is not None:
         numbers.append(Number("steps", f"{plan.steps:,}", detail="page"))
     if plan.seconds is not None:
-        numbers.append(Number("time", duration(plan.seconds), "estimated", "page"))
+        note = "reckoned from a data sheet" if plan.card else "estimated"
+        numbers.append(Number("time", duration(plan.seconds), note, "page"))
     name = plan.model.rstrip("/").rpartition("/")[2]
     return Page("plan", f"{name}, before any training", lead, numbers, sections, plan.notes)
 
@@ -126,6 +132,27 @@ def _memory(plan: Plan) -> list[Block | None]:
 
 def _batch_size(plan: Plan, fitting: int) -> str:
     return f"{fitting:,}{' (all examples)' if fitting == plan.examples else ''}" if fitting else "none"
+
+
+def _options(plan: Plan) -> Table:
+    rows = [
+        [option.settings, format_bytes(option.memory), _batch_size(plan, option.batch_size), f"{option.tokens:,}"]
+        for option in plan.options
+    ]
+    columns = [Column("settings"), *numeric("memory", "largest batch", "tokens, if alone in it")]
+    return Table(columns, rows)
+
+
+def _step_time(plan: Plan) -> Table | None:
+    if plan.step_time is None:
+        return None
+    time = plan.step_time
+    rows = [
+        ["products", duration(time.products)],
+        ["reading and writing memory", duration(time.memory)],
+        ["starting kernels, meanwhile", duration(time.launches)],
+    ]
+    return Table([Column("of the largest forward and its backward"), *numeric("time")], rows)
 
 
 def _steps(plan: Plan) -> str:
