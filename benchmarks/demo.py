@@ -51,8 +51,8 @@ def peft() -> dict[str, float]:
     from tailora.data.demo import data_file, eval_file
     from tailora.data.prepare import prepare
     from tailora.train.config import TrainConfig
-    from tailora.train.lr_schedule import learning_rate
     from tailora.train.model_loading import load_base
+    from tailora.train.optimizer import learning_rate
 
     started = time.perf_counter()
     config = TrainConfig(**DEFAULTS)

@@ -328,7 +328,7 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
     from tailora.train.dataloader import epoch_steps
     from tailora.train.events import Evaluated, Event, Prepared, Stepped
     from tailora.train.loss import Evaluation
-    from tailora.train.lr_schedule import lr_range_test
+    from tailora.train.optimizer import lr_range_test
     from tailora.train.trainable import folder_of
     from tailora.train.trainer import run
 

@@ -60,7 +60,6 @@ from tailora.train.dataloader import (
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.kernel_choice import Work, choose_kernels, use_kernels
 from tailora.train.loss import Evaluation, ModelWithLoss, evaluate, make_batch
-from tailora.train.lr_schedule import LRSchedule, lr_schedule
 from tailora.train.memory import (
     check_fits,
     explain_out_of_memory,
@@ -70,7 +69,15 @@ from tailora.train.memory import (
     reset_peak,
 )
 from tailora.train.model_loading import load_base
-from tailora.train.optimizer import FiniteUpdates, LossScale, adamw, clip_gradients, parameter_groups
+from tailora.train.optimizer import (
+    FiniteUpdates,
+    LossScale,
+    LRSchedule,
+    adamw,
+    clip_gradients,
+    lr_schedule,
+    parameter_groups,
+)
 from tailora.train.random_state import random_state, seed_all, seeded
 from tailora.train.trainable import Trainable, sync_parameters, trained_module
 

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tailora.evaluation.spectral import effective_rank, intruder_counter, stable_rank, subspace_overlap
 from tailora.study.optuna_study import importances
-from tailora.train.lr_schedule import lr_range_test
+from tailora.train.optimizer import lr_range_test
 
 
 @pytest.mark.parametrize("planted", [0, 1, 3])

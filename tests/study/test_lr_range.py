@@ -15,7 +15,7 @@ from tailora.study.lr_range import HIGHEST, LOWEST, STEPS, RateRange, find_range
 from tailora.study.search import search
 from tailora.study.trial import Trial, run_here
 from tailora.train.config import TrainConfig
-from tailora.train.lr_schedule import lr_range_test
+from tailora.train.optimizer import lr_range_test
 from tailora.train.trainer import run
 
 

@@ -12,8 +12,7 @@ from tailora.errors import DivergedError
 from tailora.kernels.flat_parameters import Group, check_views, flattened
 from tailora.train.config import TrainConfig
 from tailora.train.divergence import broken_gradients
-from tailora.train.lr_schedule import learning_rate
-from tailora.train.optimizer import adamw, clip_gradients, optimizer_step, parameter_groups
+from tailora.train.optimizer import adamw, clip_gradients, learning_rate, optimizer_step, parameter_groups
 from tailora.train.trainer import run
 
 
