@@ -136,12 +136,10 @@ def test_an_evaluation_waits_once_for_many_batches(device: torch.device) -> None
         assert counts.synchronisations.total() == 1
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if "dtype" not in CASES[case]])  # 16 bits round too much
 def test_a_run_is_that_of_a_cpu(settings: Any, tmp_path: Path, case: str) -> None:
     changes = {"validation_split": 0.2, "eval_steps": 2, **CASES[case], "lora_dropout": 0.0}
     here, there = (settings(**changes, device=name, output_dir=str(tmp_path / name)) for name in ("auto", "cpu"))
-    if here.dtype != "float32":
-        pytest.skip("rounding differs by more than the test could tell")
     reports: list[Event] = []
     run(here, reports.append)
     run(there)
