@@ -106,7 +106,7 @@ def test_two_ranks_train_the_adapter_that_one_does(two_ranks: TwoRanks, settings
 
 
 FAILING = """
-import sys
+import os, signal, sys
 import tailora.train.trainer as trainer
 from tailora.errors import DataError
 from tailora.train import run_log
@@ -115,8 +115,11 @@ step = trainer.Trainer.step
 case = sys.argv.pop()
 
 def failing_step(self, *arguments):
-    if case == "a step" and self.accelerator.process_index == 1:
-        raise DataError("row 7 is broken")
+    if self.accelerator.process_index == 1:
+        if case == "a step":
+            raise DataError("row 7 is broken")
+        if case == "a signal" and self.state.step == 0:
+            os.kill(os.getpid(), signal.SIGINT)
     return step(self, *arguments)
 
 def broken(*_, **__):
@@ -129,18 +132,14 @@ run()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["before loading", "a step"])
-def test_a_failure_of_one_process_ends_all_with_one_message_and_its_exit_code(
-    case: str, settings: Any, tmp_path: Path
-) -> None:
-    config = settings(max_steps=2, device="cpu")
-    write_settings(tmp_path, config)
+def ended_by(case: str, config: TrainConfig, folder: Path) -> tuple[list[int], str]:
+    """Starts two processes; returns their exit codes, and what they wrote to stderr."""
+    write_settings(folder, config)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", FAILING, "train", "--config", str(tmp_path / "config.yaml"), case]
+    command = [sys.executable, "-c", FAILING, "train", "--config", str(folder / "config.yaml"), case]
     processes = [
         subprocess.Popen(
             command,
@@ -152,7 +151,25 @@ def test_a_failure_of_one_process_ends_all_with_one_message_and_its_exit_code(
         for rank in range(2)
     ]
     told = "".join(process.communicate(timeout=LONGEST)[1] for process in processes)
-    assert [process.returncode for process in processes] == [2, 2], told
+    return [process.returncode for process in processes], told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["before loading", "a step"])
+def test_a_failure_of_one_process_ends_all_with_one_message_and_its_exit_code(
+    case: str, settings: Any, tmp_path: Path
+) -> None:
+    codes, told = ended_by(case, settings(max_steps=2, device="cpu"), tmp_path)
+    assert codes == [2, 2], told
     assert told.count("error: row 7 is broken") == 1
     assert told.count("error:") == 1
     assert "Traceback" not in told
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_same_step(settings: Any, tmp_path: Path) -> None:
+    config = settings(max_steps=6, device="cpu")
+    codes, told = ended_by("a signal", config, tmp_path)
+    assert codes == [130, 130], told
+    (folder,) = Path(config.output_dir).glob("checkpoint-*")
+    assert folder.name == "checkpoint-2"  # the signal came in step 1, and step 2 told the other process
