@@ -3,13 +3,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from accelerate import PartialState
+from tiny import chat_model
 
+from tailora import LoRAConfig, LoRAModel
+from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.formats.io import read_safetensors
-from tailora.kernels.compiled_layers import CompiledLayers
-from tailora.train import events
+from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers, expected_seconds
+from tailora.kernels.loss import FROZEN
+from tailora.train import events, kernel_choice
 from tailora.train.config import TrainConfig
+from tailora.train.kernel_choice import COMPILED, LLAMA, Work, choose_kernels
+from tailora.train.loss import BatchLayout
 from tailora.train.trainer import run
 
 
@@ -50,6 +58,24 @@ def test_activation_memory_is_refused_where_layers_cannot_be_compiled(
         run(settings(max_steps=1, activation_memory=0.5))
     with pytest.raises(ConfigError, match="activation_memory needs compiled layers"):
         settings(activation_memory=0.5, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize(("share", "tokens", "layers"), [(0.9, 1e12, COMPILED), (0.9, 1.0, LLAMA), (0.1, 1e12, LLAMA)])
+def test_compiled_layers_are_taken_if_the_rest_of_the_run_pays_for_compiling(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, share: float, tokens: float, layers: str
+) -> None:
+    """A share of .1 of the plain layers' time is less than the Llama kernels save."""
+    monkeypatch.setenv("TAILORA_HOME", str(tmp_path))
+    monkeypatch.setattr(kernel_choice, "compiled_gain", lambda *_: share)
+    monkeypatch.setattr(kernel_choice, "_compared", lambda *_: (None, "checked"))
+    PartialState()
+    model = LoRAModel(chat_model(), LoRAConfig(r=2)).train()
+    ids = np.arange(40, dtype=np.int32)
+    work = Work(tokens, Example(ids, ids))
+    kernels = choose_kernels(TrainConfig(), model, BatchLayout(True, FROZEN, 0), work)
+    assert kernels.layers == layers
+    assert ("expected to save 73% of about" in kernels.description) == (layers == COMPILED)
+    assert expected_seconds(decoder_layers(model.base_model), 1.0) == (10 if layers == COMPILED else 32)
 
 
 @pytest.mark.slow
