@@ -82,7 +82,8 @@ def device_facts(device: "torch.device") -> dict[str, Any]:
 
     dtype: what --dtype auto means there.    capability: of an NVIDIA or AMD card.
     """
-    from tailora.core.device import capability, compiler_obstacle, device_name, has_bfloat16
+    from tailora.core.device import capability, device_name, has_bfloat16
+    from tailora.kernels.compiled_layers import compiler_obstacle
     from tailora.kernels.device_attention import PROVIDERS
     from tailora.train.memory import available_bytes, total_bytes
     from tailora.train.model_loading import METHODS, obstacle, precision_of

@@ -1,12 +1,9 @@
 """The devices of this machine: which one is chosen, what it can do, and what it is called."""
 
-import os
 import platform
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -157,18 +154,6 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     if has_bfloat16(device):
         return torch.bfloat16
     return torch.float16 if device.type == "cuda" else torch.float32
-
-
-def compiler_obstacle(device: torch.device) -> str | None:
-    """Returns why torch.compile cannot make code for the device; None if the compilers that it needs are there."""
-    if device.type not in ("cpu", *ORDER):
-        return f"torch compiles nothing for {device.type}"
-    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
-    if device.type != "mps" and not any(map(shutil.which, compilers)):
-        return f"there is no C++ compiler ({', '.join(compilers)})"
-    if device.type in ("cuda", "xpu") and find_spec("triton") is None:
-        return "the package triton is not installed"
-    return None
 
 
 def _computes(dtype: torch.dtype, device: torch.device) -> bool:

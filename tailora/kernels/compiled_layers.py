@@ -64,6 +64,11 @@ def obstacle_to_compiling(model: nn.Module, device: torch.device) -> str | None:
         return f"{type(model).__name__} has no list of layers"
     if (kinds := len({_kind(layer) for layer in layers})) > MOST_KINDS:
         return f"they are of {kinds} kinds, each of which is compiled on its own (at most {MOST_KINDS})"
+    return compiler_obstacle(device)
+
+
+def compiler_obstacle(device: torch.device) -> str | None:
+    """Returns why torch.compile cannot make code for the device; None if the compiler that it needs is there."""
     if not is_dynamo_supported():
         return "torch.compile does not support this Python or system"
     if device.type in ("cuda", "xpu"):

@@ -31,6 +31,7 @@ from tailora.core.targets import selected_candidates
 from tailora.data.dataset import Example, warnings_of
 from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
+from tailora.kernels.compiled_layers import obstacle_to_compiling
 from tailora.model import LoRAModel
 from tailora.study.cards import CONTEXT, LONGEST_NAME, Card, StepTime, find_cards, step_time
 from tailora.study.config import FIRST_RATES, FULL, OF_ADAPTERS
@@ -189,9 +190,16 @@ def plan(
         groups = trained_groups(lora) if lora else []
         left = unadapted_groups(lora) if lora else []
         step = estimate.simulate_step(fake, batches.largest, checkpointed=config.gradient_checkpointing)
-        needed = estimate.estimate_memory(config, fake, step, place.process)
         notes = [*place.notes, *batches.notes, *fake.notes]
-        alternatives = {AS_SET: needed, **checkpointing(config, fake, step, batches, place)}
+        if asks_for_compiled_layers(config):
+            step = estimate.with_compiled_layers(step, fake, config.activation_memory)
+            notes.append("what compiled layers keep is reckoned from one measurement, not simulated")
+        needed = estimate.estimate_memory(config, fake, step, place.process)
+        alternatives = {
+            AS_SET: needed,
+            **compiled_layers(config, fake, step, place),
+            **checkpointing(config, fake, step, batches, place),
+        }
     alternatives |= quantization(config, shape, step, batches, place)
     full = None if config.method == FULL else full_fine_tuning(config, shape, batches, place, available)
 
@@ -241,7 +249,7 @@ def plan(
         measured=measured,
         basis=basis,
         notes=notes,
-        remedies=remedies(config, batch_size) if needed.total > available else [],
+        remedies=remedies(config, batch_size, ACTIVATIONS in alternatives) if needed.total > available else [],
         settings=config.model_dump(mode="json", exclude_unset=True),
         examples=batches.examples,
         options=[option(settings, memory, batches, shape, available) for settings, memory in alternatives.items()],
@@ -328,7 +336,7 @@ def time_on_card(time: StepTime, config: TrainConfig, batches: "Batches") -> tup
     return max(work, launches), f"reckoned from the data sheet, never measured on a card; bound by {bound}"
 
 
-def remedies(config: TrainConfig, batch_size: int) -> list[str]:
+def remedies(config: TrainConfig, batch_size: int, can_compile: bool) -> list[str]:
     """Returns settings that take less memory. batch_size: the largest that fits, 0 for none."""
     examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
     accumulation = -(-examples // max(batch_size, 1))
@@ -337,7 +345,8 @@ def remedies(config: TrainConfig, batch_size: int) -> list[str]:
             batch_size > 0,
             f"--per-device-train-batch-size {batch_size} --gradient-accumulation-steps {accumulation}",
         ),
-        (not config.gradient_checkpointing, "--gradient-checkpointing"),
+        (can_compile, ACTIVATIONS),
+        (not (config.gradient_checkpointing or asks_for_compiled_layers(config)), CHECKPOINTING),
         (config.method == FULL, "--method lora"),
         (config.method != FULL and not config.quantize, "--quantize nf4"),
         (config.max_length > 128, f"--max-length {config.max_length // 2}"),
@@ -451,14 +460,32 @@ def full_fine_tuning(
 
 
 AS_SET = "as set"
+ACTIVATION_MEMORY = 0.4  # the smallest that was measured; it costs little time
+ACTIVATIONS = f"--activation-memory {ACTIVATION_MEMORY}"
 CHECKPOINTING, QUANTIZATION = "--gradient-checkpointing", "--quantize nf4"
+
+
+def asks_for_compiled_layers(config: TrainConfig) -> bool:
+    return config.fast == "compile" or config.activation_memory < 1
+
+
+def compiled_layers(
+    config: TrainConfig, fake: estimate.FakeModel, step: estimate.StepCost, place: Place
+) -> dict[str, Memory]:
+    """Returns the memory with compiled layers that keep less, unless the run excludes them or has them already."""
+    excluded = config.fast == "off" or config.gradient_checkpointing or asks_for_compiled_layers(config)
+    device = place.device
+    if excluded or (isinstance(device, torch.device) and obstacle_to_compiling(fake.base, device)):
+        return {}
+    cheaper = estimate.with_compiled_layers(step, fake, ACTIVATION_MEMORY)
+    return {ACTIVATIONS: estimate.estimate_memory(config, fake, cheaper, place.process)}
 
 
 def checkpointing(
     config: TrainConfig, fake: estimate.FakeModel, step: estimate.StepCost, batches: Batches, place: Place
 ) -> dict[str, Memory]:
-    """Returns the memory with checkpointing, unless the run has it already."""
-    if config.gradient_checkpointing:
+    """Returns the memory with checkpointing, unless the run has it already or compiled layers exclude it."""
+    if config.gradient_checkpointing or asks_for_compiled_layers(config):
         return {}
     cheaper = estimate.with_less_memory(step, fake, tokens_of(batches.largest), checkpointed=True)
     return {CHECKPOINTING: estimate.estimate_memory(config, fake, cheaper, place.process)}

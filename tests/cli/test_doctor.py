@@ -9,7 +9,6 @@ import torch
 from tailora import __version__
 from tailora.cli.doctor import collect_facts, conclusions
 from tailora.cli.main import main
-from tailora.core.device import compiler_obstacle
 
 
 def test_json_tells_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,20 +88,3 @@ def test_a_machine_with_cards_is_shown_on_80_columns(
     assert "cuda:0 NVIDIA H100 80GB HBM3, 85.0 GB, bfloat16, capability 9.0; taken by --device auto cuda:1" in words
     assert "cuda:1 varlen_attn works" in words
     assert "cuda:0 the package triton is not installed" in words
-
-
-@pytest.mark.parametrize(
-    ("kind", "lacking", "reason"),
-    [
-        ("cpu", "g++", "no C++ compiler"),
-        ("cuda", "triton", "triton is not installed"),
-        ("meta", "", "nothing for meta"),
-    ],
-)
-def test_what_compiled_layers_lack_is_named(
-    kind: str, lacking: str, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr("shutil.which", lambda name: None if lacking == "g++" else name)
-    monkeypatch.setattr("tailora.core.device.find_spec", lambda name: None if name == lacking else name)
-    assert reason in str(compiler_obstacle(torch.device(kind)))

@@ -89,6 +89,20 @@ def test_the_json_of_a_card_has_its_figures_and_the_parts_of_the_time(
     assert all(option["batch_size"] == option["tokens"] == 0 for option in found["options"])
 
 
+def test_less_activation_memory_takes_less_and_is_told_once(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ["plan", "--model", str(tiny_model), "--device", "L4", "--json"]
+    found = []
+    for more in ([], ["--activation-memory", "0.4"], ["--fast", "off"], ["--gradient-checkpointing"]):
+        assert main([*tokens, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    options = [{option["settings"]: option["memory"] for option in plan["options"]} for plan in found]
+    assert options[0]["--activation-memory 0.4"] == found[1]["memory"]["total"] < found[0]["memory"]["total"]
+    assert all("--activation-memory 0.4" not in others for others in options[1:])
+    assert any("compiled layers" in note for note in found[1]["notes"])
+
+
 def test_it_says_that_all_examples_fit_and_how_many_go_through_the_model_at_once(
     tiny_model: Path, chats: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,15 +121,16 @@ def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
     assert main([*tokens, "--memory", "1MB"]) == 4
     shown = capsys.readouterr().out
     assert "It does not fit" in shown
-    assert "What helps: --gradient-checkpointing; --quantize nf4; --max-length 512; a smaller --model." in shown
+    helps = "--activation-memory 0.4; --gradient-checkpointing; --quantize nf4; --max-length 512; a smaller --model."
+    assert f"What helps: {helps}" in shown
     assert main([*tokens, "--memory", "1MB", "--json"]) == 4
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"]
     first = "--per-device-train-batch-size 24 --gradient-accumulation-steps 6"
     config = TrainConfig(per_device_train_batch_size=64, gradient_accumulation_steps=2)
-    assert remedies(config, 24)[0] == first
+    assert remedies(config, 24, can_compile=True)[0] == first
     full = TrainConfig(method="full", learning_rate=1e-4, gradient_checkpointing=True, max_length=64)
-    assert remedies(full, 0) == ["--method lora", "a smaller --model"]
+    assert remedies(full, 0, can_compile=False) == ["--method lora", "a smaller --model"]
 
 
 @pytest.mark.parametrize(
