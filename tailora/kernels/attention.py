@@ -69,7 +69,8 @@ def packed_attention(
     if packed_row is not None:
         options = Options(scale, dropout, sliding_window, kwargs.get("softcap"), kwargs.get("s_aux"))
         return packed_row.attend(query, key, value, options), None
-    if dropout and query.device.type != "meta":  # there the operator stands for flash attention, which has dropout
+    # on meta the operator stands for flash attention, which has dropout
+    if (dropout and query.device.type != "meta") or value.shape[-1] != query.shape[-1]:
         return _by_document(query, key, value, cu_seq_lens_q.diff().tolist(), scale, dropout, sliding_window), None
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))  # (total, heads, width)
     return cpu_attention.attention(q, k, v, cu_seq_lens_q, scale, sliding_window)[None], None
@@ -153,7 +154,10 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation({part: own for part, own in before.items() if own is not None})
+        for part, own in before.items():
+            if own is None:  # which transformers does not set
+                parts[part]._attn_implementation = None
 
 
 def _always_masked(**arguments: Any) -> Tensor:

@@ -98,10 +98,14 @@ def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool
 def random_documents(config: Any, further: tuple[int, ...] = ()) -> list[Example]:
     """Returns two documents of random tokens to try a model on, longer than a sliding window unless that is long.
 
-    further: lengths of other documents, which come first.
+    further: lengths of other documents, which come first, cut to what the model has positions for.
     """
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or LONG
     window = getattr(config, "sliding_window", None) or 0
-    lengths = [*further, *(max(length, window + 2 if window <= LONGEST else 0) for length in LENGTHS)]
+    lengths = [
+        *(min(length, most) for length in further),
+        *(max(length, window + 2 if window <= LONGEST else 0) for length in LENGTHS),
+    ]
     random = np.random.default_rng(0)
     vocabulary = config.get_text_config().vocab_size
     ids = [random.integers(vocabulary, size=length).astype(np.int32) for length in lengths]

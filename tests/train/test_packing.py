@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
     GPTNeoConfig,
@@ -13,6 +14,8 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MptConfig,
+    OPTConfig,
     PreTrainedModel,
 )
 
@@ -28,11 +31,24 @@ PACKS = {
     "llama": LlamaConfig(**GROUPED),
     "gpt2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4),
     "mistral": MistralConfig(**GROUPED, sliding_window=6),
+    "values of another width": DeepseekV3Config(
+        **{**GROUPED, "num_key_value_heads": 4},
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=6,
+        first_k_dense_replace=2,
+    ),
+    "few positions": OPTConfig(
+        **{**SIZES, "max_position_embeddings": 16, "ffn_dim": 48, "word_embed_proj_dim": 32, "attention_dropout": 0.1}
+    ),
 }
 DOES_NOT = {
     "softcap": Gemma2Config(**GROUPED, head_dim=8),
     "own attention": GPTNeoConfig(**SIZES, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
     "recurrence": MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "no registry": MptConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4),
     "chunks": Llama4TextConfig(**GROUPED, intermediate_size_mlp=48, num_local_experts=2, head_dim=8),
 }
 
