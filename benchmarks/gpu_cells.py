@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -51,9 +52,8 @@ def use_device(name: str) -> torch.device:
     """Returns the device, with "pretend" the accelerator of the tests, which this process then has."""
     if name == "pretend":
         sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-        import pretend_accelerator
-
-        return pretend_accelerator.install()
+        device: torch.device = importlib.import_module("pretend_accelerator").install()
+        return device
     return choose_device(name)
 
 
@@ -94,9 +94,7 @@ def counted(device: torch.device) -> Iterator[dict[str, int]]:
         counts["kernels"] = sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
         counts["waits"] = sum(event.name in WAITS for event in events)
     elif device.type == "pretend":
-        import pretend_accelerator
-
-        with pretend_accelerator.counted() as found:
+        with importlib.import_module("pretend_accelerator").counted() as found:
             yield counts
         waits = found.synchronisations.total() - found.synchronisations["device"]
         counts |= {"kernels": found.kernels.total(), "waits": waits}
@@ -291,17 +289,13 @@ def measure_in_turn(processes: dict[str, ArmProcess], task: Task, steps: int, ro
 def training_arms() -> dict[str, tuple[str, dict[str, Any]]]:
     """Returns name -> function of trainers.py, and its settings."""
     from importlib.util import find_spec
-    from typing import get_args
-
-    from tailora.train.config import TrainConfig
 
     arms: dict[str, tuple[str, dict[str, Any]]] = {
         "tailora": ("tailora", {}),
         "tailora, fast off": ("tailora", {"fast": "off"}),
+        "tailora, compiled layers": ("tailora", {"fast": "compile"}),
         "PEFT + Trainer": ("trainer", {}),
     }
-    if "compile" in get_args(TrainConfig.model_fields["fast"].annotation):
-        arms["tailora, compiled layers"] = ("tailora", {"fast": "compile"})
     if find_spec("trl"):
         arms["TRL, packed"] = ("trl", {"packing": True})
     if find_spec("liger_kernel"):
@@ -470,7 +464,7 @@ def decode(device: torch.device, folder: Path, model: str, rows: int, new_tokens
     for name, is_dora in (("PEFT", False), ("PEFT, DoRA", True)):
         settings = LoraConfig(r=R, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=is_dora)
         theirs = get_peft_model(load(folder / model, device), settings).eval()
-        arms[name] = lambda theirs=theirs: decoding_times(theirs, prompt, new_tokens, device)
+        arms[name] = partial(decoding_times, theirs, prompt, new_tokens, device)
     times = [{name: arm() for name, arm in arms.items()} for _ in range(4)][1:]
     for name in arms:
         of_arm = [turn[name] for turn in times]
@@ -484,7 +478,7 @@ def decoding_times(model: Any, prompt: Tensor, new_tokens: int, device: torch.de
         settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
 
-    one, many = (seconds_of(lambda count=count: generate(count), device, repeats=1)[0] for count in (1, new_tokens))
+    one, many = (seconds_of(partial(generate, count), device, repeats=1)[0] for count in (1, new_tokens))
     totals = []
     for count in (2, 3):
         with counted(device) as counts:

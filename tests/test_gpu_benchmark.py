@@ -32,7 +32,8 @@ def folder(cells: Any, tmp_path: Path) -> Path:
 
 
 def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    gpu, result = importlib.import_module("gpu"), {}
+    gpu: Any = importlib.import_module("gpu")
+    result: dict[str, Any] = {}
     for line in capsys.readouterr().out.splitlines():
         if line.startswith("{"):
             gpu.merge(result, json.loads(line))

@@ -140,7 +140,7 @@ class ConstantUpdate:
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """Returns y + the adapters' changes: y itself, changed, which is the layer's own output."""
-        if torch.compiler.is_compiling():  # transformers compiles for a static cache, and would again for new constants
+        if torch.compiler.is_compiling():  # transformers does, for a static cache; CUDA graphs overwrite what they made
             for adapter in self.adapters:
                 y = adapter.add_to(y, output, x, layer)
             return y

@@ -240,3 +240,29 @@ def test_the_base_may_be_anywhere(device: str) -> None:
     layer = nn.Linear(2, 2, device=device)
     with generating(nn.Sequential(layer), {"0": layer}):
         assert not torch.is_grad_enabled()
+
+
+def test_a_call_that_transformers_compiles_makes_no_constants_and_is_compiled_once() -> None:
+    """For a static cache on a card, `generate` compiles the call of the base, as CUDA graphs, within the block."""
+    torch._dynamo.reset()
+    model, graphs, x = (
+        LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2, use_dora=True)).eval(),
+        [],
+        torch.randn(3, 8),
+    )
+    stir(model)
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model.base_model.__call__, fullgraph=True, backend=count)
+    with torch.no_grad():
+        expected, seen = model(x), []
+        for _ in range(4):
+            with generating(model.base_model, model._adapter_set.layers):
+                torch.testing.assert_close(compiled(x), expected)
+                (constant,) = model.base_model[0].active_adapters  # type: ignore[index,union-attr]
+                assert constant._constants is None
+            seen.append(len(graphs))
+    assert seen[1] == seen[3]
