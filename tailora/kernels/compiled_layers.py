@@ -35,6 +35,7 @@ from tailora.core.device import cpu_flags
 from tailora.data.demo import cache_folder
 
 COMPILER_ERRORS = (TorchDynamoException, InductorError)
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 MOST_KINDS = 4  # of layers: each is compiled on its own
 # bfloat16 with AMX: 10 layers of SmolLM's shape take .73 of the plain layers' time (one thread). In float32 they take
 # the same time, and without AMX the passes that are fused are 8% of a step
@@ -112,8 +113,9 @@ class CompiledLayers:
     @contextmanager
     def used_by(self, layers: Sequence[nn.Module]) -> Iterator[None]:
         """Within the block, these layers are compiled where they compute gradients."""
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled" / "inductor"))
+        user_folder = os.environ.get(CACHE_VARIABLE)
         try:
+            os.environ[CACHE_VARIABLE] = user_folder or str(cache_folder() / "compiled" / "inductor")
             for layer in layers:
                 layer._compiled_call_impl = self._call_of(layer)  # not a part of copies and pickles
             with (
@@ -128,6 +130,8 @@ class CompiledLayers:
         finally:
             for layer in layers:
                 layer._compiled_call_impl = None
+            if user_folder is None:
+                os.environ.pop(CACHE_VARIABLE, None)
 
     def _call_of(self, layer: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -111,6 +111,7 @@ def test_two_graphs_serve_every_depth_and_length() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch uses what it calls deprecated
 def test_inductors_code_gives_the_gradients_of_the_plain_layers() -> None:
     assert_compiled_is_plain(adapted(LlamaConfig(**GROUPED)), "inductor")
 
