@@ -1,7 +1,7 @@
 """The providers of attention on a GPU: right on a model, also with windows over 512 tokens, and the host never waits.
 
-tests/device/test_attention.py runs the same steps on the pretend accelerator, tests/kernels/test_device_attention.py
-the providers on the CPU.
+On the pretend accelerator only torch's SDPA can be tried; tests/kernels/test_device_attention.py tries the others on
+the CPU.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,6 @@ from tailora.kernels.attention import packed_rows
 from tailora.kernels.device_attention import PROVIDERS
 from tailora.train.packing import choose_packing, obstacle_to_provider
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
-
 SIZES = {"vocab_size": 300, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SIZES, "intermediate_size": 128, "num_key_value_heads": 2}
 CONFIGS = {
@@ -27,20 +25,20 @@ CONFIGS = {
 SOFT_CAP = {"varlen_attn", "sdpa"}  # providers that have none
 
 
-def made(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def made(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval().to("cuda", dtype)
+    return AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval().to(device, dtype)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_documents_have_the_logits_and_gradients_that_they_have_alone(
-    provider: str, dtype: torch.dtype, name: str
+    device: torch.device, provider: str, dtype: torch.dtype, name: str
 ) -> None:
-    if missing := PROVIDERS[provider].obstacle(torch.device("cuda"), dtype):
+    if missing := PROVIDERS[provider].obstacle(device, dtype):
         pytest.skip(f"{provider}: {missing}")
-    obstacle = obstacle_to_provider(made(name, dtype), provider, compare=True)
+    obstacle = obstacle_to_provider(made(name, dtype, device), provider, compare=True)
     if name == "gemma 2" and provider in SOFT_CAP:
         assert "softcap" in str(obstacle)
     else:
@@ -48,28 +46,31 @@ def test_documents_have_the_logits_and_gradients_that_they_have_alone(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_provider_is_chosen(dtype: torch.dtype) -> None:
-    attention, _ = choose_packing(made("llama", dtype), "auto")
-    assert attention in (("varlen_attn", "flash_attention_2") if dtype == torch.bfloat16 else ("flex_attention",))
+def test_a_provider_is_chosen(device: torch.device, dtype: torch.dtype) -> None:
+    attention, _ = choose_packing(made("llama", dtype, device), "auto")
+    if device.type == "cuda":
+        assert attention in (("varlen_attn", "flash_attention_2") if dtype == torch.bfloat16 else ("flex_attention",))
+    else:
+        assert attention == "sdpa"
 
 
 @pytest.fixture
-def waiting_is_an_error() -> Iterator[None]:
+def waiting_is_an_error(device: torch.device) -> Iterator[None]:
     yield
-    torch.cuda.set_sync_debug_mode("default")
+    torch.get_device_module(device).set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("waiting_is_an_error")
 @pytest.mark.parametrize("name", ["llama", "mistral", "long window"])
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_the_host_does_not_wait_in_a_step(provider: str, name: str) -> None:
-    if missing := PROVIDERS[provider].obstacle(torch.device("cuda"), torch.bfloat16):
+def test_the_host_does_not_wait_in_a_step(device: torch.device, provider: str, name: str) -> None:
+    if missing := PROVIDERS[provider].obstacle(device, torch.bfloat16):
         pytest.skip(f"{provider}: {missing}")
-    model, lengths = made(name, torch.bfloat16), [700, 9, 14, 1300]
-    ends = torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32)
+    model, lengths = made(name, torch.bfloat16, device), [700, 9, 14, 1300]
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     row = {
-        "input_ids": torch.randint(300, (1, sum(lengths)), device="cuda"),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to("cuda"),
+        "input_ids": torch.randint(300, (1, sum(lengths)), device=device),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
         "max_length_q": max(lengths),
@@ -77,5 +78,5 @@ def test_the_host_does_not_wait_in_a_step(provider: str, name: str) -> None:
     }
     with packed_rows(model, provider):
         model(**row, use_cache=False).logits.sum().backward()  # compiles
-        torch.cuda.set_sync_debug_mode("error")
+        torch.get_device_module(device).set_sync_debug_mode("error")
         model(**row, use_cache=False).logits.sum().backward()

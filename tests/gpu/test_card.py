@@ -1,4 +1,4 @@
-"""On a GPU what a CPU gives: training, attention, losses, adapters, quantised bases, memory.
+"""On a GPU what a CPU gives: training, losses, adapters, quantised bases, memory.
 
 `pytest -m gpu` runs it on a card, `pytest -m device` on the pretend accelerator (conftest.py).
 """
@@ -15,27 +15,14 @@ import torch
 from adapter_actions import ACTIONS
 from tiny import chat_model
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PretrainedConfig
+from transformers import AutoTokenizer
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.kernels.attention import packed_rows
-from tailora.kernels.device_attention import PROVIDERS
 from tailora.kernels.loss import frozen_head, recomputed_head
 from tailora.train import events
 from tailora.train.memory import available_bytes, peak_bytes, reset_peak
 from tailora.train.run_log import write_settings
 from tailora.train.trainer import Trainer, run
-
-SIZES = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED: dict[str, Any] = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
-CONFIGS = {
-    "grouped heads": LlamaConfig(**GROUPED),
-    "window": MistralConfig(**GROUPED, sliding_window=5),
-    "window over 512": MistralConfig(**GROUPED, sliding_window=520),
-}
-LENGTHS = {"window over 512": [530, 1, 700, 3]}
-DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # -> how far outputs may be apart
-
 
 # ---- Training
 
@@ -122,30 +109,6 @@ def test_two_cards_train_the_adapter_that_one_does(
 
 
 # ---- Parts of a step
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_packed_documents_have_the_logits_that_they_have_alone(
-    device: torch.device, provider: str, dtype: torch.dtype, name: str
-) -> None:
-    if obstacle := PROVIDERS[provider].obstacle(device, dtype):
-        pytest.skip(f"{provider}: {obstacle}")
-    torch.manual_seed(0)
-    config: PretrainedConfig = CONFIGS[name]
-    model = AutoModelForCausalLM.from_config(config).eval().to(device, dtype)
-    lengths = LENGTHS.get(name, [7, 1, 12, 3])
-    documents = [torch.randint(300, (length,)).to(device) for length in lengths]
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    row: dict[str, Any] = {"input_ids": torch.cat(documents)[None], "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
-    row |= {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device)}
-    row |= {"max_length_q": max(lengths), "max_length_k": max(lengths), "use_cache": False}
-    with torch.no_grad():
-        alone = torch.cat([model(document[None], use_cache=False).logits[0] for document in documents])
-        with packed_rows(model, provider):
-            together = model(**row).logits[0]
-    torch.testing.assert_close(together, alone, rtol=DTYPES[dtype], atol=DTYPES[dtype])
 
 
 @pytest.mark.parametrize("form", ["frozen", "recomputed"])
