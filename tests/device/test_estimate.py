@@ -83,7 +83,7 @@ def test_the_peak_is_the_estimated_one(
     with scores_kept(absent.keeps_scores):
         peak, kernels = peak_of_step(config, shape, examples, device)
     assert step.bytes == pytest.approx(peak, rel=0.15)
-    assert sum(step.operators.values()) == pytest.approx(kernels, rel=0.15)
+    assert sum(step.operators.values()) == pytest.approx(kernels, rel=0.2)  # padding takes kernels, too
 
 
 def test_what_does_not_fit_names_the_device_and_its_memory(device: torch.device) -> None:
