@@ -256,11 +256,14 @@ def train_in_turn(
     place = Path(tempfile.mkdtemp(dir=folder))
     processes = {name: ArmProcess.start(device, place / str(i), *arm) for i, (name, arm) in enumerate(arms.items())}
     for task in tasks:
-        report({str(task.shape.length): measure_in_turn(processes, task, steps, rounds)})
+        for results in measure_in_turn(processes, task, steps, rounds):
+            report({str(task.shape.length): results})
 
 
-def measure_in_turn(processes: dict[str, ArmProcess], task: Task, steps: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Returns what a step of each arm took. Removes the processes that have ended."""
+def measure_in_turn(
+    processes: dict[str, ArmProcess], task: Task, steps: int, rounds: int
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Yields what is known of a step of each arm, after every round. Removes the processes that have ended."""
     results: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in processes}
 
     def ask(name: str, message: Any) -> dict[str, Any]:
@@ -272,18 +275,19 @@ def measure_in_turn(processes: dict[str, ArmProcess], task: Task, steps: int, ro
 
     for name in [*processes]:
         results[name]["start_seconds"] = ask(name, task).get("seconds")
+        yield results
     for _ in range(rounds):
         for name in [*processes]:
             if "failed" not in (answer := ask(name, (steps, False))):
                 results[name]["seconds"].append(answer.pop("seconds"))
                 results[name] |= answer
+                results[name]["tokens_per_second"] = task.shape.tokens / median(results[name]["seconds"])
+        yield results
     for name in [*processes]:
         if "failed" not in (answer := ask(name, (1, True))):
             results[name] |= {key: answer[key] for key in ("kernels", "waits") if key in answer}
             results[name]["chosen"] = ask(name, None).get("chosen")
-        if results[name]["seconds"]:
-            results[name]["tokens_per_second"] = task.shape.tokens / median(results[name]["seconds"])
-    return results
+    yield results
 
 
 def training_arms() -> dict[str, tuple[str, dict[str, Any]]]:
