@@ -14,9 +14,11 @@ LEFT_OUT = {  # a pattern of tests -> why they cannot run there
     r"core/test_inference\.py::test_a_second_generate_meanwhile": "looks at kernels of the CPU",
     r"evaluation/test_generate\.py::test_the_static_cache": "the static cache is the CPU's choice",
     r"train/test_full\.py::test_the_header_says": "the header names the CPU's kernels",
-    r"train/(test_gradient_checkpointing\.py::test_layers_below|test_resume\.py::test_an_interrupted_run_saves)": (
-        "a device's step is reported while the next one is queued, so that a listener stops it one step later"
+    r"train/(test_gradient_checkpointing\.py::test_layers_below|test_resume\.py)": (
+        "a device's step is reported while the next one is queued, so that a listener stops it one step later;"
+        " tests/device/test_steps.py stops and continues runs"
     ),
+    r"train/test_loss_scale\.py::test_gradients_of_64k": "makes an accelerator of the CPU",
     r"(train/test_quantize|formats/test_merged)\.py::.*(quantised_base|int8|quantization)": "bitsandbytes, torchao",
     r"laws/(test_quantization|.*(nf4|fp4|int8|int4))": "bitsandbytes and torchao have no kernels for it",
     r"laws/(test_table|test_peft_experts\.py::test_ranks_scales|test_peft_special_layers\.py::test_a_linear_layer)": (
