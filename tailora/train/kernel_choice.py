@@ -123,7 +123,8 @@ def _try_compiled(
         try:
             obstacle, check = _compared(model, parts, layout, kernels.compiled)
         except COMPILER_ERRORS as error:
-            return None, f"torch.compile refuses them ({str(error).strip().splitlines()[0]})"
+            cause = " ".join(str(error).split("\n\n")[0].split())  # what follows are hints for torch's developers
+            return None, f"torch.compile refuses them ({cause})"
         if obstacle:
             return None, obstacle
         note_compiled(layers, budget)

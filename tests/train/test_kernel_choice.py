@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from accelerate import PartialState
 from tiny import chat_model
+from torch._inductor.exc import InductorError
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import Example
@@ -76,6 +77,15 @@ def test_compiled_layers_are_taken_if_the_rest_of_the_run_pays_for_compiling(
     assert kernels.layers == layers
     assert ("expected to save 73% of about" in kernels.description) == (layers == COMPILED)
     assert expected_seconds(decoder_layers(model.base_model), 1.0) == (10 if layers == COMPILED else 32)
+
+
+def test_the_cause_is_said_if_the_compiler_fails(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise InductorError(ValueError("no such instruction"), None)
+
+    monkeypatch.setattr(kernel_choice, "_compared", fails)
+    with pytest.raises(ConfigError, match=r"--fast compile needs compiled layers.*ValueError: no such instruction"):
+        run(settings(max_steps=1, fast="compile"))
 
 
 @pytest.mark.slow
