@@ -13,7 +13,9 @@ LEFT_OUT = {  # a pattern of tests -> why they cannot run there
     r"core/test_mixed_batch\.py::.*-gru\]": "torch has one kernel for GRU cells on accelerators, and it is CUDA's",
     r"core/test_inference\.py::test_a_second_generate_meanwhile": "looks at kernels of the CPU",
     r"evaluation/test_generate\.py::test_the_static_cache": "the static cache is the CPU's choice",
-    r"train/test_full\.py::test_the_header_says": "the header names the CPU's kernels",
+    r"train/(test_full\.py::test_the_header_says|test_trainer\.py::test_a_layer_that_is_not_called)": (
+        "the header names the CPU's kernels"
+    ),
     r"train/(test_gradient_checkpointing\.py::test_layers_below|test_resume\.py)": (
         "a device's step is reported while the next one is queued, so that a listener stops it one step later;"
         " tests/device/test_steps.py stops and continues runs"
