@@ -27,16 +27,21 @@ def plan_batches(lengths: Int64 | Sequence[int], *, batch_size: int, seed: int, 
     return [batches[index] for index in random.permutation(len(batches))]
 
 
-def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
+def collate_packed(examples: Sequence[Example], pad_id: int = 0, pad_to_multiple_of: int = 1) -> dict[str, Tensor]:
     """Puts all examples in one row, each a document of its own.
+
+    The last document is padded until `total` is a multiple: no earlier token attends to the padding, and it has no
+    label.
 
     input_ids, labels, position_ids: (1, total) int64. Positions restart with every document, and every document's first
     label is -100, so that shifting never predicts one document from another.
     cu_seq_lens: (documents + 1,) int32, where documents begin and the last ends.
     """
     lengths = [len(example.input_ids) for example in examples]
-    input_ids = np.concatenate([example.input_ids for example in examples])  # (total,)
-    labels = np.concatenate([example.labels for example in examples])
+    padding = -sum(lengths) % pad_to_multiple_of
+    lengths[-1] += padding
+    input_ids = np.concatenate([*(example.input_ids for example in examples), np.full(padding, pad_id)])  # (total,)
+    labels = np.concatenate([*(example.labels for example in examples), np.full(padding, IGNORED)])
     ends = np.cumsum([0, *lengths])
     labels[ends[:-1]] = IGNORED
     positions = np.concatenate([np.arange(length) for length in lengths])

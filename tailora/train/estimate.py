@@ -437,7 +437,7 @@ def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed:
             return LOGITS
         return GRADIENTS if tensor.shape in trained_shapes else ACTIVATIONS
 
-    batch = make_batch(examples, fake.layout.packed, fake.layout.pad_id, base.device)
+    batch = make_batch(examples, fake.layout, base.device)
     for parameter in trained.parameters():  # as in a run, where gradients are views of a flat buffer
         parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]

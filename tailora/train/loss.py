@@ -35,6 +35,7 @@ class BatchLayout:
     loss: str  # a key of kernels.loss.FORMS
     pad_id: int
     attention: str | None = None  # what computes it for packed rows: see `kernels.attention.packed_rows`
+    pad_to_multiple_of: int = 1  # the tokens of a packed row
 
 
 class ModelWithLoss(nn.Module):
@@ -52,21 +53,21 @@ def token_losses(
     model: nn.Module, examples: Sequence[Example], layout: BatchLayout
 ) -> tuple[Tensor, npt.NDArray[np.int64]]:
     """Returns the loss of every supervised token, (supervised,), at least float32, and the index of its example."""
-    batch = make_batch(examples, layout.packed, layout.pad_id, next(model.parameters()).device)
+    batch = make_batch(examples, layout, next(model.parameters()).device)
     return FORMS[layout.loss](model, batch), batch.owners
 
 
-def make_batch(examples: Sequence[Example], packed: bool, pad_id: int, device: torch.device) -> Batch:
+def make_batch(examples: Sequence[Example], layout: BatchLayout, device: torch.device) -> Batch:
     """Returns the model's input and the tokens to predict. All that depends on them is computed on the host."""
-    lengths = [len(example.input_ids) for example in examples]
-    if packed:
-        tensors: dict[str, Any] = dict(collate_packed(examples))
+    if layout.packed:
+        tensors: dict[str, Any] = dict(collate_packed(examples, layout.pad_id, layout.pad_to_multiple_of))
         ends = tensors.pop("cu_seq_lens")  # (documents + 1,)
+        lengths = ends.diff().tolist()
         tensors |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
         tensors |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
         owners = np.repeat(np.arange(len(examples)), lengths)[None]  # (1, total)
     else:
-        tensors = dict(collate_padded(examples, pad_id))
+        tensors = dict(collate_padded(examples, layout.pad_id))
         owners = np.broadcast_to(np.arange(len(examples))[:, None], tensors["labels"].shape)
     labels = tensors.pop("labels").numpy()
     next_tokens = np.full_like(labels, IGNORED)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -37,6 +38,8 @@ from tailora.train.trainable import FullModel, Trainable
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 PROBE_TOKENS = 128  # memory is measured on at most so many tokens of the longest example
+# Of a packed row in 16 bits: oneDNN compiles a product anew for every number of tokens, tensor cores want multiples of 8
+PAD_TO_MULTIPLE_OF = 16
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -148,7 +151,7 @@ def check_layers_are_called(
         return
     ids = example.input_ids[:PROBE_TOKENS]
     device = next(model.parameters()).device
-    batch = make_batch([Example(ids, ids)], False, layout.pad_id, device)
+    batch = make_batch([Example(ids, ids)], replace(layout, packed=False), device)
     calls = layer_calls(model)
     with torch.no_grad(), evaluating(model), calls.reads():
         calls.start()
@@ -201,15 +204,17 @@ def choose_layout(
     pad_id = next((token for token in candidates if token is not None), 0)
     with evaluating(model):
         attention, packing_note = choose_packing(base, config.packing, compare=compare, device_type=device_type)
-        packed = attention is not None
+        packed, own = attention is not None, own_form(base)
+        multiple = PAD_TO_MULTIPLE_OF if base.dtype.itemsize == 2 else 1
+        layout = BatchLayout(packed, own, pad_id, attention, multiple)
         with packed_rows(base, attention) if packed else nullcontext():
-            batch = make_batch(short_examples(base), packed, pad_id, base.device)
-            loss, obstacle = choose_form(base, batch, compare) if config.fast == "auto" else (own_form(base), None)
+            batch = make_batch(short_examples(base), layout, base.device)
+            loss, obstacle = (own, None) if config.fast == "off" else choose_form(base, batch, compare)
     if packing_note:
         note(packing_note)
     if obstacle:
         note(f"the loss is computed {loss}, which takes more memory: {obstacle}")
-    return BatchLayout(packed, loss, pad_id, attention)
+    return replace(layout, loss=loss)
 
 
 def short_examples(base: PreTrainedModel) -> list[Example]:

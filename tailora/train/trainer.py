@@ -360,9 +360,11 @@ class Trainer:
 
     def collated(self, step: Step) -> CollatedStep:
         """Returns the step as tensors on the device."""
-        packed, pad_id, device = self.layout.packed, self.layout.pad_id, self.accelerator.device
-        parts = [(make_batch(part.examples, packed, pad_id, device), part.weight) for part in step.micro_batches]
-        return CollatedStep([replace(batch, weight=weight) for batch, weight in parts], step.tokens, step.supervised)
+        device = self.accelerator.device
+        batches = [
+            replace(make_batch(part.examples, self.layout, device), weight=part.weight) for part in step.micro_batches
+        ]
+        return CollatedStep(batches, step.tokens, step.supervised)
 
     def step(self, step: CollatedStep, stop: bool = False) -> None:
         """Takes one optimizer step and reports it; on a device, queues it and reports the one before.

@@ -60,7 +60,7 @@ def peak_of_step(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    batch = make_batch(examples, layout.packed, layout.pad_id, device)
+    batch = make_batch(examples, layout, device)
     reset_peak(device)
     before = used_bytes(device)
     kernels = Kernels(PLAIN, "")

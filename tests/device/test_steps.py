@@ -120,8 +120,9 @@ def test_no_form_of_the_loss_waits(device: torch.device, form: str, packed: bool
     model = LoRAModel(chat_model().to(device), LoRAConfig(r=4))
     ids = np.arange(20, dtype=np.int32)
     examples = [Example(part, np.where(part % 3, part, IGNORED)) for part in (ids[:5], ids[5:])]
-    batch = make_batch(examples, packed, 0, device)
-    forward = ModelWithLoss(model, BatchLayout(packed, form, 0))
+    layout = BatchLayout(packed, form, 0)
+    batch = make_batch(examples, layout, device)
+    forward = ModelWithLoss(model, layout)
     with packed_rows(model.base_model) if packed else padded_rows(model.base_model), no_synchronisation():
         accumulate_gradients(forward, [batch, batch], 2 * len(batch.owners), Accelerator())
 

@@ -18,7 +18,11 @@ from tailora.train.loss import BatchLayout, ModelWithLoss, evaluate, make_batch
 from tailora.train.trainer import accumulate_gradients
 
 LENGTHS = (3, 5, 40, 60)
-ROWS = {"packed": BatchLayout(True, FROZEN, 0), "padded": BatchLayout(False, FROZEN, 0)}
+ROWS = {
+    "packed": BatchLayout(True, FROZEN, 0),
+    "packed, padded to a multiple": BatchLayout(True, FROZEN, 0, pad_to_multiple_of=16),
+    "padded": BatchLayout(False, FROZEN, 0),
+}
 rows_of = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 
 
@@ -61,7 +65,7 @@ def test_the_accumulated_gradient_is_that_of_the_full_batch(model: LoRAModel, ro
     def gradient(batches: list[list[Example]]) -> Tensor:
         model.zero_grad()
         forward = ModelWithLoss(model, rows)
-        made = [make_batch(batch, rows.packed, rows.pad_id, torch.device("cpu")) for batch in batches]
+        made = [make_batch(batch, rows, torch.device("cpu")) for batch in batches]
         accumulate_gradients(forward, made, supervised, Accelerator())
         return torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 

@@ -62,7 +62,7 @@ def gradient(model: LoRAModel, batches: list[list[Example]], rows: BatchLayout) 
     supervised = sum(example.supervised for batch in batches for example in batch)
     model.zero_grad()
     forward = ModelWithLoss(model, rows)
-    made = [make_batch(batch, rows.packed, rows.pad_id, CPU) for batch in batches]
+    made = [make_batch(batch, rows, CPU) for batch in batches]
     mean = accumulate_gradients(forward, made, supervised, Accelerator())
     return float(mean), torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 
@@ -98,7 +98,7 @@ def test_a_batch_of_weight_zero_counts_for_nothing(model: LoRAModel) -> None:
     data = examples()
     _, expected = gradient(model, [data[:2]], PADDED)
     model.zero_grad()
-    batches = [make_batch(data[:2], False, 0, CPU), replace(make_batch(data[2:], False, 0, CPU), weight=0.0)]
+    batches = [make_batch(data[:2], PADDED, CPU), replace(make_batch(data[2:], PADDED, CPU), weight=0.0)]
     supervised = sum(example.supervised for example in data[:2])
     accumulate_gradients(ModelWithLoss(model, PADDED), batches, supervised, Accelerator())
     again = torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
