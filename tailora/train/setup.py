@@ -38,7 +38,7 @@ from tailora.train.trainable import FullModel, Trainable
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 PROBE_TOKENS = 128  # memory is measured on at most so many tokens of the longest example
-# Of a packed row in 16 bits: oneDNN compiles a product anew for every number of tokens, tensor cores want multiples of 8
+# Of a packed row in 16 bits: oneDNN compiles a product for every number of tokens; tensor cores want multiples of 8
 PAD_TO_MULTIPLE_OF = 16
 
 
