@@ -4,8 +4,8 @@ A packed row is (1, total) tokens; `cu_seq_lens_q` (documents + 1,) says where i
 `packed_attention` through the model's keyword arguments, by transformers' attention registry. So no mask of total x
 total exists, and no work is done for pairs of tokens from different documents.
 
-On a CPU it is one operator, `kernels.cpu_attention`; with dropout of attention, each document is computed by torch's
-scaled_dot_product_attention. On other devices one of the providers in `kernels.device_attention` computes it.
+On a CPU it is one operator, `kernels.cpu_attention`, which has no dropout of attention. With dropout, and on other
+devices, one of the providers in `kernels.device_attention` computes it.
 
 Position biases are not supported and raise PackingError; so do soft caps and attention sinks that the provider lacks.
 """
@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tailora.kernels import cpu_attention
-from tailora.kernels.device_attention import PROVIDERS, DeviceRow, Documents, Options
+from tailora.kernels.device_attention import PROVIDERS, DeviceRow, Documents, Options, PaddedRow
 
 NAME = "tailora_packed"
 PADDED = "tailora_padded"
@@ -43,6 +42,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -66,38 +66,15 @@ def packed_attention(
     if unsupported:
         raise PackingError(f"the attention of {type(module).__name__} asks for {', '.join(unsupported)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if packed_row is None and dropout and query.device.type != "meta":  # there the operator stands for flash attention
+        if max_length_q is None:
+            raise PackingError("the model did not pass max_length_q on to its attention")
+        packed_row = PaddedRow(Documents(cu_seq_lens_q, max_length_q, query.shape[2], (sliding_window,)))
     if packed_row is not None:
         options = Options(scale, dropout, sliding_window, kwargs.get("softcap"), kwargs.get("s_aux"))
         return packed_row.attend(query, key, value, options), None
-    # on meta the operator stands for flash attention, which has dropout
-    if (dropout and query.device.type != "meta") or value.shape[-1] != query.shape[-1]:
-        return _by_document(query, key, value, cu_seq_lens_q.diff().tolist(), scale, dropout, sliding_window), None
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))  # (total, heads, width)
     return cpu_attention.attention(q, k, v, cu_seq_lens_q, scale, sliding_window)[None], None
-
-
-def _by_document(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float, dropout: float, window: int | None
-) -> Tensor:
-    """Returns torch's attention of every document, (1, total, heads, width)."""
-    documents = zip(*(torch.split(heads, lengths, dim=2) for heads in (query, key, value)), strict=True)
-    outputs = [_single_document(document, scale, dropout, window) for document in documents]
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
-
-
-def _single_document(document: tuple[Tensor, ...], scale: float, dropout: float, window: int | None) -> Tensor:
-    """Returns torch's attention of one document, (1, heads, length, width)."""
-    q, k, v = document
-    length = q.shape[2]
-    mask = None
-    if window is not None and window < length:  # a token attends to itself and to the `window` - 1 before it
-        position = torch.arange(length, device=q.device)
-        back = position[:, None] - position
-        mask = (back >= 0) & (back < window)  # (length, length)
-    grouped = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
-    )
 
 
 # No mask function is registered under this name, so transformers makes no mask. To make one it would look for documents

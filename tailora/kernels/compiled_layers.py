@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.eval_frame import is_dynamo_supported
 from torch._dynamo.exc import TorchDynamoException
 from torch._functorch import config as functorch_config
@@ -37,6 +38,9 @@ from tailora.data.demo import cache_folder
 COMPILER_ERRORS = (TorchDynamoException, InductorError)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 MOST_KINDS = 4  # of layers: each is compiled on its own
+# of all kinds: a kind has some more in the first layer, without a mask, in evaluation mode, for one document, ... At
+# torch's own limit of 8 the next one would be an error in the middle of a run
+MOST_GRAPHS = 64
 # bfloat16 with AMX: 10 layers of SmolLM's shape take .73 of the plain layers' time (one thread). In float32 they take
 # the same time, and without AMX the passes that are fused are 8% of a step
 CPU_GAIN = 0.25
@@ -114,12 +118,14 @@ class CompiledLayers:
     def used_by(self, layers: Sequence[nn.Module]) -> Iterator[None]:
         """Within the block, these layers are compiled where they compute gradients."""
         user_folder = os.environ.get(CACHE_VARIABLE)
+        before = [layer._compiled_call_impl for layer in layers]
         try:
             os.environ[CACHE_VARIABLE] = user_folder or str(cache_folder() / "compiled" / "inductor")
             for layer in layers:
                 layer._compiled_call_impl = self._call_of(layer)  # not a part of copies and pickles
             with (
                 warnings.catch_warnings(),
+                dynamo_config.patch(recompile_limit=MOST_GRAPHS),
                 functorch_config.patch(activation_memory_budget=self.activation_memory),
                 # on a CPU a pool of compiling processes takes longer to start than two graphs to compile
                 inductor_config.patch(compile_threads=1 if _is_on_cpu(layers) else inductor_config.compile_threads),
@@ -128,8 +134,8 @@ class CompiledLayers:
                 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
                 yield
         finally:
-            for layer in layers:
-                layer._compiled_call_impl = None
+            for layer, call in zip(layers, before, strict=True):
+                layer._compiled_call_impl = call
             if user_folder is None:
                 os.environ.pop(CACHE_VARIABLE, None)
 

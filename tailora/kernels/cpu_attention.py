@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import register_flop_formula
 
@@ -62,6 +63,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float
     cu_seq_lens: (documents + 1,), where documents begin and the last ends.
     window: tokens that a token attends to, itself among them.
     """
+    width = v.shape[-1]
+    if width != q.shape[-1]:  # the operator has one width; zeros change neither scores nor outputs
+        widest = max(width, q.shape[-1])
+        q, k, v = (F.pad(heads, (0, widest - heads.shape[-1])) for heads in (q, k, v))
+        return attention(q, k, v, cu_seq_lens, scale, window)[..., :width]
     output: Tensor = _forward_operator(q, k, v, cu_seq_lens, scale, window)[0]
     return output
 

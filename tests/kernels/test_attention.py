@@ -90,6 +90,42 @@ def test_the_models_own_attention_comes_back_after_an_error() -> None:
     assert model.config._attn_implementation == before
 
 
+def test_dropout_of_attention_stays_within_documents_and_the_sliding_window() -> None:
+    """A value of one document reaches the tokens of its own window alone, about as many of them as dropout keeps."""
+    torch.manual_seed(0)
+    lengths, window = [30, 7, 1, 23], 5
+    total = sum(lengths)
+    q, k = torch.randn(2, 1, 2, total, 8) / 100  # equal weights
+    v = torch.eye(total).expand(1, 2, total, total)
+    output, _ = packed_attention(
+        torch.nn.Module(),
+        *(q, k, v, None),
+        cu_seq_lens_q=torch.tensor([0, *lengths]).cumsum(0),
+        max_length_q=max(lengths),
+        dropout=0.5,
+        sliding_window=window,
+    )
+    document = torch.repeat_interleave(torch.tensor(lengths))
+    back = torch.arange(total)[:, None] - torch.arange(total)
+    allowed = (document[:, None] == document) & (back >= 0) & (back < window)
+    read = output[0].transpose(0, 1) > 0  # (heads, total, total)
+    assert not (read & ~allowed).any()
+    assert 0.3 < read.sum() / (2 * allowed.sum()) < 0.7
+
+
+@pytest.mark.parametrize("width", [3, 20])
+def test_values_may_have_another_width_than_keys(width: int) -> None:
+    torch.manual_seed(0)
+    heads = [torch.randn(1, 2, 9, size, requires_grad=True) for size in (8, 8, width)]
+    ours, _ = packed_attention(torch.nn.Module(), *heads, None, cu_seq_lens_q=torch.tensor([0, 9]))
+    torchs = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+    weights = torch.randn_like(torchs)
+    torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5)
+    pairs = zip(*(torch.autograd.grad(output, heads, weights) for output in (ours, torchs)), strict=True)
+    for actual, expected in pairs:
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_soft_cap_is_refused_by_name() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Gemma2Config(**GROUPED, head_dim=8)).eval()

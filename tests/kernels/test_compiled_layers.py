@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InvalidCxxCompiler
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -76,7 +77,13 @@ def row(lengths: tuple[int, ...]) -> dict[str, Any]:
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     ids = torch.randint(300, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
-    return {"input_ids": ids, "position_ids": positions, "cu_seq_lens_q": ends, "use_cache": False}
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "use_cache": False,
+        "cu_seq_lens_q": ends,
+        "max_length_q": max(lengths),
+    }
 
 
 def gradients(model: LoRAModel, lengths: tuple[int, ...]) -> Tensor:
@@ -94,20 +101,57 @@ def graphs() -> int:
 def assert_compiled_is_plain(model: LoRAModel, backend: str) -> None:
     layers = decoder_layers(model.base_model)
     assert len(layers) == model.base_model.config.num_hidden_layers
+    counters.clear()
     with packed_rows(model.base_model):
         plain = [gradients(model, lengths) for lengths in LENGTHS]
         with CompiledLayers(backend=backend).used_by(layers):
             compiled = [gradients(model, lengths) for lengths in LENGTHS]
+    assert graphs() >= 2
     for found, expected in zip(compiled, plain, strict=True):
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.slow
 def test_two_graphs_serve_every_depth_and_length() -> None:
-    counters.clear()
     assert_compiled_is_plain(adapted(LlamaConfig(**{**GROUPED, "num_hidden_layers": 3})), "aot_eager")
     assert graphs() == 2
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_dropout_of_attention_takes_a_graph_for_one_document_and_one_for_several() -> None:
+    model = adapted(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.1))
+    counters.clear()
+    with packed_rows(model.base_model), CompiledLayers(backend="eager").used_by(decoder_layers(model.base_model)):
+        for lengths in [*LENGTHS, (2, 3, 4, 5), (6, 1, 1, 1, 1)]:
+            model(**row(lengths)).logits.sum().backward()
+    assert graphs() == 2 * 2  # of the first layer, and of the others
+
+
+@pytest.mark.slow
+def test_values_of_another_width_take_the_graphs_of_others() -> None:
+    widths = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6}
+    config = DeepseekV3Config(**{**GROUPED, "num_key_value_heads": 4}, **widths, first_k_dense_replace=2)
+    assert_compiled_is_plain(adapted(config), "eager")
+    assert graphs() == 2
+
+
+def test_more_graphs_than_torch_allows_by_itself_are_compiled() -> None:
+    layers = [nn.Linear(4, size) for size in range(2, 12)]
+    counters.clear()
+    with CompiledLayers(backend="eager").used_by(layers):
+        for layer in layers:
+            layer(torch.ones(3, 4))
+    assert graphs() == len(layers)
+
+
+def test_what_the_user_compiled_is_used_again_afterwards() -> None:
+    layer = nn.Linear(4, 4)
+    layer.compile(backend="eager")
+    own = layer._compiled_call_impl
+    with CompiledLayers(backend="eager").used_by([layer]):
+        assert layer._compiled_call_impl is not own
+    assert layer._compiled_call_impl is own
 
 
 @pytest.mark.slow
