@@ -331,21 +331,21 @@ def serve(
         reset(device)
 
 
-def run_config(task: Task, turns: Turns, settings: dict[str, Any]) -> Any:
+def run_config(task: Task, folder: Path, device: torch.device, settings: dict[str, Any]) -> Any:
     from tailora.train.config import TrainConfig
 
     return TrainConfig(
         **{
             "model": task.model,
             "data": task.data,
-            "output_dir": str(turns.folder / "run"),
+            "output_dir": str(folder / "run"),
             "validation_split": 0,
             "samples": 0,
             "max_length": task.shape.length,
             "per_device_train_batch_size": task.shape.rows,
             "max_steps": 1_000_000,
             "r": R,
-            "device": str(turns.device),
+            "device": str(device),
             **settings,
         }
     )
@@ -364,7 +364,7 @@ def run_tailora(task: Task, turns: Turns, chosen: list[str], settings: dict[str,
             case Prepared():
                 chosen.append(event.header["kernels"])
 
-    run(run_config(task, turns, settings), on_event=on_event)
+    run(run_config(task, turns.folder, turns.device, settings), on_event=on_event)
 
 
 def run_trainer(task: Task, turns: Turns, _chosen: list[str], settings: dict[str, Any]) -> None:
@@ -387,7 +387,7 @@ def _run_in_trainers(function: str, task: Task, turns: Turns, settings: dict[str
         "num_train_epochs": 1_000_000,
     }
     getattr(trainers, function)(
-        run_config(task, turns, {}),
+        run_config(task, turns.folder, turns.device, {}),
         turns,
         base=load(Path(task.model), turns.device),
         tokenizer=AutoTokenizer.from_pretrained(task.model),
@@ -553,21 +553,19 @@ def randomize(model: LoRAModel) -> None:
 
 def curves(device: torch.device, folder: Path, model: str, steps: int) -> None:
     """Reports the losses of the same run on the device and on the CPU."""
-    from tailora.train.config import TrainConfig
     from tailora.train.events import Event, Stepped
     from tailora.train.trainer import run
 
     task = task_of(folder, model, 512 if model != "tiny" else 128, 64)
-    for name, place in (("device", str(device)), ("cpu", "cpu")):
+    for name, place in (("device", device), ("cpu", torch.device("cpu"))):
         losses: list[float] = []
 
         def on_event(event: Event, losses: list[float] = losses) -> None:
             if isinstance(event, Stepped):
                 losses.append(event.loss)
 
-        turns = Turns(multiprocessing.Pipe()[0], torch.device(place), folder / f"curve-{name}")
-        settings = {"max_steps": steps, "learning_rate": 1e-3, "device": place}
-        run(TrainConfig(**run_config(task, turns, settings).model_dump()), on_event=on_event)
+        settings = {"max_steps": steps, "learning_rate": 1e-3}
+        run(run_config(task, folder / f"curve-{name}", place, settings), on_event=on_event)
         report({"losses": {name: losses}})
 
 

@@ -51,9 +51,7 @@ def choose_packing(
 
 
 def candidates(device: torch.device) -> list[str]:
-    """Returns the providers to try, the best first; on "meta" the one that every device has."""
-    if device.type == "meta":
-        return [*PROVIDERS][-1:]
+    """Returns the providers to try, the best first."""
     return [CPU] if device.type == "cpu" else [*PROVIDERS]
 
 
