@@ -10,6 +10,7 @@ from tiny import chat_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    DeepseekV3Config,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
@@ -218,3 +219,13 @@ def test_a_card_that_is_absent_takes_the_way_of_devices(model_folder: Path) -> N
         assert 4 < long.flops / short.flops < 16
     assert growth["cuda"] < 4.2
     assert growth["mps"] > 8
+
+
+def test_values_of_another_width_are_estimated_for_a_card_too() -> None:
+    sizes = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 12}
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 12, "first_k_dense_replace": 2}
+    shape = DeepseekV3Config(**sizes, **heads, **ranks)
+    with fake_model(TrainConfig(r=4), shape, AbsentDevice("cuda", torch.bfloat16)) as fake:
+        short, long = (simulate_step(fake, [example(n)], checkpointed=False) for n in (400, 1600))
+    assert long.activations < 4.2 * short.activations  # no scores are kept
