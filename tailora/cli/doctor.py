@@ -54,7 +54,7 @@ def collect_facts() -> Facts:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from tailora.core.device import choose_device, devices
-    from tailora.data.demo import cache_folder
+    from tailora.formats.io import cache_folder
     from tailora.train.memory import available_bytes
 
     by_device, chosen = {str(device): device_facts(device) for device in devices()}, str(choose_device())

@@ -28,7 +28,7 @@ from filelock import FileLock
 
 from tailora.data.schemas import Messages
 from tailora.errors import FetchError, WriteError
-from tailora.formats.io import replace_folder, wrap_os_error
+from tailora.formats.io import cache_folder, replace_folder, wrap_os_error
 from tailora.quiet import quiet_transformers
 
 
@@ -189,13 +189,6 @@ def chat_turns(chat: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 # ---- The cache
-
-
-def cache_folder() -> Path:
-    """Returns TAILORA_HOME, or tailora in the user's cache folder."""
-    home = os.environ.get("TAILORA_HOME")
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home).expanduser() if home else Path(user_cache) / "tailora"
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -1,6 +1,7 @@
 """Files that are written completely or not at all, and safetensors with the same bytes for the same content.
 
 New content goes to a temporary sibling, is flushed to the disk and renamed, so no reader sees half of a file.
+`cache_folder` is where files are kept that can be made again.
 """
 
 import errno
@@ -31,6 +32,13 @@ REMEDIES = {  # error number of the system -> what to do
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.new|\.old|)")  # what `tempfile` makes of our prefixes
 
 # ---- Atomic writing
+
+
+def cache_folder() -> Path:
+    """Returns TAILORA_HOME, or tailora in the user's cache folder."""
+    home = os.environ.get("TAILORA_HOME")
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home).expanduser() if home else Path(user_cache) / "tailora"
 
 
 def write_file(path: Path, content: bytes) -> None:

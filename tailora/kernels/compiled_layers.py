@@ -33,7 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tailora.core.attach import Adapted
 from tailora.core.device import cpu_flags
-from tailora.data.demo import cache_folder
+from tailora.formats.io import cache_folder
 
 COMPILER_ERRORS = (TorchDynamoException, InductorError)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"

@@ -20,7 +20,6 @@ from tailora.data.demo import (
     TRAIN,
     Wheel,
     build_once,
-    cache_folder,
     conversations,
     data_file,
     eval_file,
@@ -284,25 +283,6 @@ def test_an_index_that_does_not_answer_is_named_as_the_cause(tmp_path: Path, mon
 )
 def test_the_output_of_pip_becomes_a_cause_and_a_remedy(output: str, words: str) -> None:
     assert words in explain_pip_error(output)
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"TAILORA_HOME": "/a", "XDG_CACHE_HOME": "/b"}, Path("/a")),
-        ({"TAILORA_HOME": "~/a"}, Path("/home/me/a")),
-        ({"XDG_CACHE_HOME": "/b"}, Path("/b/tailora")),
-        ({}, Path("/home/me/.cache/tailora")),
-    ],
-)
-def test_the_cache_is_where_the_user_wants_it(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: Path
-) -> None:
-    for name in ("TAILORA_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/me", **variables}.items():
-        monkeypatch.setenv(name, value)
-    assert cache_folder() == expected
 
 
 def test_a_folder_is_built_once(tmp_path: Path) -> None:

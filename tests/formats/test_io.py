@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tailora.errors import WriteError
-from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes, write_file
+from tailora.formats.io import cache_folder, read_safetensors, replace_folder, safetensors_bytes, write_file
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -116,3 +116,22 @@ def test_a_full_disk_is_told_also_where_rust_tells_it_in_a_message_only(tmp_path
     with pytest.raises(KeyError), replace_folder(tmp_path / "out"):
         raise KeyError("x")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"TAILORA_HOME": "/a", "XDG_CACHE_HOME": "/b"}, Path("/a")),
+        ({"TAILORA_HOME": "~/a"}, Path("/home/me/a")),
+        ({"XDG_CACHE_HOME": "/b"}, Path("/b/tailora")),
+        ({}, Path("/home/me/.cache/tailora")),
+    ],
+)
+def test_the_cache_is_where_the_user_wants_it(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: Path
+) -> None:
+    for name in ("TAILORA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/home/me", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == expected
