@@ -12,9 +12,10 @@ import sys
 import tarfile
 from pathlib import Path
 
-from tailora.data.demo import build_once, cache_folder, check_hash, explain_pip_error, write_jsonl
+from tailora.data.demo import build_once, check_hash, explain_pip_error, write_jsonl
 from tailora.data.schemas import Messages
 from tailora.errors import FetchError
+from tailora.formats.io import cache_folder
 
 PACKAGE = "vaderSentiment==3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"

@@ -48,7 +48,7 @@ from tailora.kernels.cpu_attention import flash_backward_op, flash_op, split_doc
 from tailora.kernels.loss import FORMS
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.kernel_choice import LLAMA, PLAIN, Kernels, described_kernels, obstacle_to_kernels, use_kernels
+from tailora.train.kernel_choice import LLAMA, PLAIN, Kernels, described_kernels, obstacle_to_llama_kernels, use_kernels
 from tailora.train.loss import BatchLayout, make_batch
 from tailora.train.model_loading import METHODS, Stored, check_unquantized, precision_of
 from tailora.train.setup import choose_layout
@@ -288,7 +288,7 @@ def fake_model(
                 layout = replace(layout, attention=CPU)
             kernels = Kernels(PLAIN, f"decoder layers: plain; attention: {device.attention}; loss: {layout.loss}")
         else:
-            obstacle = obstacle_to_kernels(config.fast, base, layout)
+            obstacle = obstacle_to_llama_kernels(config.fast, base, layout)
             check = "to be checked against the layers of transformers when the run starts"
             kernels = described_kernels(base, layout, obstacle, check)
         yield FakeModel(model, layout, kernels, weights, notes)

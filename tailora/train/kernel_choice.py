@@ -92,7 +92,7 @@ def choose_kernels(
             name = "--fast compile" if config.fast == "compile" else "--activation-memory"
             raise ConfigError(f"{name} needs compiled layers, which this run cannot have: {obstacle}; leave it out")
         reasons.append(f"{NAMES[COMPILED]}: {obstacle}")
-    obstacle, check = obstacle_to_kernels(config.fast, base, layout), "as when the run was started"
+    obstacle, check = obstacle_to_llama_kernels(config.fast, base, layout), "as when the run was started"
     if obstacle is None and recorded is None:
         obstacle, check = _compared(model, _parts(work.sample, base), layout, None)
     elif obstacle is None and recorded is not True:
@@ -140,7 +140,7 @@ def _expected_gain(model: Trainable, work: Work, layout: BatchLayout) -> tuple[f
     """
     base = cast(PreTrainedModel, model.base_model)
     share = compiled_gain(base.device, base.dtype)
-    if obstacle_to_kernels("auto", base, layout) is None:
+    if obstacle_to_llama_kernels("auto", base, layout) is None:
         share -= LLAMA_GAIN
     if share <= 0:
         return 0.0, ""
@@ -183,7 +183,7 @@ def _parts(sample: Example, base: PreTrainedModel) -> list[Example]:
     return [Example(ids, ids.copy()) for ids in parts]
 
 
-def obstacle_to_kernels(fast: str, base: PreTrainedModel, layout: BatchLayout) -> str | None:
+def obstacle_to_llama_kernels(fast: str, base: PreTrainedModel, layout: BatchLayout) -> str | None:
     """Returns why the Llama kernels are not even tried; None if they can be."""
     if fast == "off":
         return "--fast off asks for them"
