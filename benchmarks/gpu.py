@@ -90,19 +90,9 @@ def run_cell(cell: dict[str, Any], folder: Path, device: str, limit: float) -> d
     """Returns what the cell's process printed: JSON objects, a line each, merged. "failed" says why it ended early."""
     command = [sys.executable, __file__, "--cell", json.dumps(cell), "--folder", str(folder), "--device", device]
     if cell["what"] == "tests":
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu",
-            "-q",
-            "-n",
-            "0",
-            "-p",
-            "no:cacheprovider",
-            str(ROOT / "tests"),
-        ]
+        # without pytest-xdist, which the options in pyproject.toml need
+        options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+        command = [sys.executable, "-m", "pytest", *options, str(ROOT / "tests" / "gpu")]
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import stir
-from tiny import chat_model
+from tiny import chat_model, stir
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import peft
 import torch
-from cases import stir
-from tiny import tiny_model
+from tiny import stir, tiny_model
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers.models.auto import modeling_auto as auto

@@ -11,6 +11,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from tiny import stir
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, quantize_
 from transformers import GptOssConfig, MixtralConfig
@@ -18,8 +19,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
-from tailora import LoRAConfig, LoRALayer, LoRAModel
-from tailora.core.layer_types import EMBEDDING
+from tailora import LoRAConfig, LoRAModel
 
 
 def _called(layer: nn.Module, x: Tensor) -> Any:
@@ -351,15 +351,3 @@ def trained(case: LayerCase, slot: str = "plain", dtype: torch.dtype = torch.flo
     model = LoRAModel(case.net(dtype), config(case, slot))
     stir(model)
     return model.eval()
-
-
-def stir(model: LoRAModel, seed: int = 2) -> None:
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    for layer in model.lora_layers.values():
-        for name, parameter in layer.named_parameters():
-            value = torch.randn(parameter.shape, generator=generator) * 0.2
-            parameter.data = (value + 1.5 if name in ("scaling", "lora_magnitude_vector") else value).to(
-                parameter.dtype
-            )
-        if isinstance(layer, LoRALayer) and layer.layer_type is EMBEDDING:
-            layer.lora_A.data[:, 0] = 0  # the padding id's column starts at zero and has no gradient

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import stir
 from safetensors.torch import load_file
-from tiny import chat_model, chat_tokenizer
+from tiny import chat_model, chat_tokenizer, stir
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel

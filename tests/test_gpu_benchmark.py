@@ -107,6 +107,16 @@ def test_a_cell_that_fails_or_takes_too_long_leaves_its_reason(gpu: Any, tmp_pat
     )
 
 
+@pytest.mark.slow
+def test_the_tests_of_a_card_need_no_plugin_of_pytest(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    result = gpu.run_cell({"what": "tests"}, tmp_path, "cpu", 100)
+    assert result["code"] == 0, result["said"]
+    assert "skipped" in result["said"][-1]
+
+
 def test_without_results_the_page_says_so(cells: Any) -> None:
     assert "never run on a card" in importlib.import_module("device_tables").devices([])
     assert cells.SHAPES["8B"].hidden == 4096

@@ -1,4 +1,5 @@
-"""A random chat model of 30,000 parameters and its tokenizer, and small models of any class of transformers."""
+"""A random chat model of 30,000 parameters and its tokenizer, small models of any class of transformers, and random
+values for adapters."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,6 +8,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from tailora import LoRALayer, LoRAModel
+from tailora.core.layer_types import EMBEDDING
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -101,3 +105,16 @@ def tiny_model(class_name: str, **settings: Any) -> PreTrainedModel:
     model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
     return model_class(tiny_config(model_class.config_class, settings))
+
+
+def stir(model: LoRAModel, seed: int = 2) -> None:
+    """Gives all that the adapters train random values, which depend on nothing but the seed."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    for layer in model.lora_layers.values():
+        for name, parameter in layer.named_parameters():
+            value = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.data = (value + 1.5 if name in ("scaling", "lora_magnitude_vector") else value).to(
+                parameter.dtype
+            )
+        if isinstance(layer, LoRALayer) and layer.layer_type is EMBEDDING:
+            layer.lora_A.data[:, 0] = 0  # the padding id's column starts at zero and has no gradient

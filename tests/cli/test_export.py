@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import stir
 from safetensors.torch import load_file, save_file
+from tiny import stir
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel

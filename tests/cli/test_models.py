@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import stir
+from tiny import stir
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel

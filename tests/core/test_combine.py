@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import stir
-from tiny import chat_model
+from tiny import chat_model, stir
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import stir
+from tiny import stir
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import stir
+from tiny import stir
 from torch import nn
 
 import tailora

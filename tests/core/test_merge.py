@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import stir
-from tiny import chat_model
+from tiny import chat_model, stir
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear

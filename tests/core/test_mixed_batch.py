@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, PAIRS, SLOTS, LayerCase, all_of, pairs_of, stir
+from cases import LAYERS, PAIRS, SLOTS, LayerCase, all_of, pairs_of
+from tiny import stir
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 

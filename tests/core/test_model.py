@@ -9,8 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import stir
-from tiny import chat_model
+from tiny import chat_model, stir
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import LAYERS, PAIRS, SPECIAL_LAYERS, SPECIAL_PAIRS, LayerCase, all_of, stir, trained
+from cases import LAYERS, PAIRS, SPECIAL_LAYERS, SPECIAL_PAIRS, LayerCase, all_of, trained
+from tiny import stir
 from torch import Tensor
 
 from tailora import LoRAConfig, LoRAModel

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import stir
-from tiny import chat_model, chat_tokenizer
+from tiny import chat_model, chat_tokenizer, stir
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.demo import GGUF, GGUF_SHA256, MODEL, extract_from_wheel

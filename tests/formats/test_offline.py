@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import LAYERS, stir, trained
+from cases import LAYERS, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import chat_model
+from tiny import chat_model, stir
 from torch import nn
 
 from tailora import LoRAConfig, LoRAModel

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import stir
 from safetensors.torch import load_file
-from tiny import chat_model
+from tiny import chat_model, stir
 from tiny_adapters import adapted
 from torch import nn
 

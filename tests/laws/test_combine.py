@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, PAIRS, SLOTS, LayerCase, all_of, config, pairs_of, stir
+from cases import LAYERS, PAIRS, SLOTS, LayerCase, all_of, config, pairs_of
+from tiny import stir
 from torch import Tensor
 
 from tailora import LoRAConfig, LoRAModel

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, SPECIAL_LAYERS, LayerCase, config, pairs_of, stir
+from cases import LAYERS, SPECIAL_LAYERS, LayerCase, config, pairs_of
+from tiny import stir
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func

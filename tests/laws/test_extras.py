@@ -10,9 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import stir
 from safetensors.torch import load_file, save_file
-from tiny import chat_model
+from tiny import chat_model, stir
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

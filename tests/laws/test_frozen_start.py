@@ -9,7 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import ALL_LAYERS, LayerCase, all_of, config, stir
+from cases import ALL_LAYERS, LayerCase, all_of, config
+from tiny import stir
 from torch import Tensor
 
 from tailora import LoRALayer, LoRAModel

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ALL_LAYERS, ALL_PAIRS, UNMERGEABLE, LayerCase, all_of, config, pairs_of, stir, trained
+from cases import ALL_LAYERS, ALL_PAIRS, UNMERGEABLE, LayerCase, all_of, config, pairs_of, trained
+from tiny import stir
 from torch import Tensor
 
 from tailora import LoRAModel

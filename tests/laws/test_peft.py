@@ -9,9 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import LAYERS, PAIRS, PEFT_FAILS, SLOTS, LayerCase, all_of, config, pairs_of, stir, trained
+from cases import LAYERS, PAIRS, PEFT_FAILS, SLOTS, LayerCase, all_of, config, pairs_of, trained
 from safetensors.torch import load_file
-from tiny import chat_model
+from tiny import chat_model, stir
 from torch import nn
 from transformers import LlamaForCausalLM
 

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
-from cases import stir
+from tiny import stir
 from torch import Tensor, nn
 
 import tailora

@@ -11,8 +11,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import SPECIAL_LAYERS, SPECIAL_PAIRS, LayerCase, pairs_of, stir, trained
+from cases import SPECIAL_LAYERS, SPECIAL_PAIRS, LayerCase, pairs_of, trained
 from safetensors.torch import load_file, save_file
+from tiny import stir
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,

@@ -20,9 +20,9 @@ from cases import (
     bitsandbytes_4bit,
     config,
     pairs_of,
-    stir,
     trained,
 )
+from tiny import stir
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import stir
-from tiny import chat_model
+from tiny import chat_model, stir
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
