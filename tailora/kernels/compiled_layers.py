@@ -166,9 +166,13 @@ def compiled_gain(device: torch.device, dtype: torch.dtype) -> float:
     return 0.15 if device.type in ("cuda", "xpu") else 0.0
 
 
-def expected_seconds(layers: Sequence[nn.Module], activation_memory: float) -> float:
-    """Returns how long compiling these layers will take: less if it was done before."""
-    graphs = len({_kind(layer) for layer in layers}) + 1  # one more for the first layer
+def expected_seconds(layers: Sequence[nn.Module], activation_memory: float, has_dropout: bool = False) -> float:
+    """Returns how long compiling these layers will take: less if it was done before.
+
+    has_dropout: they are compiled without it, too, to be compared.
+    """
+    kinds = len({_kind(layer) for layer in layers})
+    graphs = kinds + 1 + (kinds if has_dropout else 0)  # one more for the first layer
     return graphs * (WARM_SECONDS if _record(layers, activation_memory).exists() else COLD_SECONDS)
 
 

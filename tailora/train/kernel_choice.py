@@ -22,7 +22,6 @@ from tailora.core.device import synchronize
 from tailora.core.layer import LoRALayer
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.kernels.attention import packed_rows, padded_rows
 from tailora.kernels.compiled_layers import (
     COMPILER_ERRORS,
     CompiledLayers,
@@ -109,7 +108,8 @@ def _try_compiled(
         return None, "--gradient-checkpointing computes each layer again"
     if obstacle := obstacle_to_compiling(base, base.device):
         return None, obstacle
-    kernels = Kernels(COMPILED, "", CompiledLayers(budget))
+    compiled = CompiledLayers(budget)
+    kernels = Kernels(COMPILED, "", compiled)
     if recorded is not None:
         if recorded != kernels.record:
             return None, "the run was started without"
@@ -117,11 +117,13 @@ def _try_compiled(
     else:
         layers, parts = decoder_layers(base), _parts(work.sample, base)
         saved, gain = _expected_gain(model, work, layout)
-        compiling = expected_seconds(layers, budget)
+        compiling = expected_seconds(layers, budget, _has_dropout(base))
         if config.fast == "auto" and budget == 1 and saved < compiling:
             return None, f"they would save about {saved:.0f} s of this run, and compiling takes about {compiling:.0f} s"
         try:
-            obstacle, check = _compared(model, parts, layout, kernels.compiled)
+            obstacle, check = _compared(model, parts, layout, compiled)
+            if obstacle is None and _has_dropout(base):
+                _compile_for_training(model, parts, layout, compiled)
         except COMPILER_ERRORS as error:
             cause = " ".join(str(error).split("\n\n")[0].split())  # what follows are hints for torch's developers
             return None, f"torch.compile refuses them ({cause})"
@@ -174,6 +176,18 @@ def _compared(
         "checked against the layers of transformers: outputs and gradients differ by at most "
         f"{difference:.0e} (relative, allowed: {allowed:.0e})"
     )
+
+
+def _compile_for_training(
+    model: Trainable, parts: Sequence[Example], layout: BatchLayout, compiled: CompiledLayers
+) -> None:
+    """Compiles the layers as a run with dropout calls them, so that an error shows before the run starts."""
+    base = cast(PreTrainedModel, model.base_model)
+    layers = decoder_layers(base)
+    with layout.used_by(base):
+        for layer, inputs, arguments in _layer_calls(model, layers, parts, layout):
+            with compiled.used_by([layer]):
+                _outputs_and_gradients(layer, inputs, arguments)
 
 
 def _parts(sample: Example, base: PreTrainedModel) -> list[Example]:
@@ -258,7 +272,7 @@ def _gradients_computed(model: Trainable, layout: BatchLayout) -> Iterator[None]
         if _has_dropout(base):
             stack.enter_context(evaluating(model))
         stack.enter_context(zeros_randomized(model))
-        stack.enter_context(packed_rows(base, layout.attention) if layout.packed else padded_rows(base))
+        stack.enter_context(layout.used_by(base))
         yield
 
 
@@ -332,7 +346,7 @@ def use_kernels(
     checkpointed: with gradient checkpointing. Raises ConfigError if the model does not support it.
     """
     with ExitStack() as stack:
-        stack.enter_context(packed_rows(base, layout.attention) if layout.packed else padded_rows(base))
+        stack.enter_context(layout.used_by(base))
         if kernels.compiled is not None:
             stack.enter_context(kernels.compiled.used_by(decoder_layers(base)))
         elif kernels.layers == LLAMA:

@@ -8,6 +8,7 @@ Position i predicts token i + 1. The first label of each document is -100, so no
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -36,6 +37,10 @@ class BatchLayout:
     pad_id: int
     attention: str | None = None  # what computes it for packed rows: see `kernels.attention.packed_rows`
     pad_to_multiple_of: int = 1  # the tokens of a packed row
+
+    def used_by(self, base: PreTrainedModel) -> AbstractContextManager[None]:
+        """Within the block the model's attention reads batches of this layout; afterwards it is restored."""
+        return packed_rows(base, self.attention) if self.packed else padded_rows(base)
 
 
 class ModelWithLoss(nn.Module):
@@ -106,8 +111,7 @@ def evaluate(
     sums = np.zeros(len(examples))
     unread: list[tuple[npt.NDArray[np.int64], Tensor]] = []  # index of the example of each loss; the losses
     base = cast(PreTrainedModel, model.base_model)
-    attention = packed_rows(base, layout.attention) if layout.packed else padded_rows(base)
-    with torch.no_grad(), evaluating(model), attention:
+    with torch.no_grad(), evaluating(model), layout.used_by(base):
         for batch in batches_within(token_budget, examples.lengths, layout.packed):
             losses, owners = token_losses(model, [examples[i] for i in batch], layout)
             unread.append((batch[owners], losses))

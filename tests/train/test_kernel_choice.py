@@ -8,6 +8,7 @@ import pytest
 from accelerate import PartialState
 from tiny import chat_model
 from torch._inductor.exc import InductorError
+from torch.fx import GraphModule
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import Example
@@ -86,6 +87,20 @@ def test_the_cause_is_said_if_the_compiler_fails(settings: Any, monkeypatch: pyt
     monkeypatch.setattr(kernel_choice, "_compared", fails)
     with pytest.raises(ConfigError, match=r"--fast compile needs compiled layers.*ValueError: no such instruction"):
         run(settings(max_steps=1, fast="compile"))
+
+
+def test_layers_that_cannot_be_compiled_with_their_dropout_are_refused_before_the_run(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backend(graph: GraphModule, _: Any) -> Any:
+        if "dropout" in graph.code:
+            raise ValueError("no dropout")
+        return graph
+
+    monkeypatch.setenv("TAILORA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(kernel_choice, "CompiledLayers", partial(CompiledLayers, backend=backend))
+    with pytest.raises(ConfigError, match=r"--fast compile needs compiled layers.*ValueError: no dropout"):
+        run(settings(max_steps=1, fast="compile", lora_dropout=0.1))
 
 
 @pytest.mark.slow
