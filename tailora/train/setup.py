@@ -3,7 +3,6 @@
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -22,7 +21,6 @@ from tailora.core.init import DATA_INITS, GRADIENT_INITS
 from tailora.core.layer_calls import last_names, not_called_message
 from tailora.data.dataset import IGNORED, Example
 from tailora.errors import ConfigError, TargetError, listing, nearest
-from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import choose_form, own_form
 from tailora.model import LoRAModel
 from tailora.train.checkpoint import Checkpoint
@@ -207,7 +205,7 @@ def choose_layout(
         packed, own = attention is not None, own_form(base)
         multiple = PAD_TO_MULTIPLE_OF if base.dtype.itemsize == 2 else 1
         layout = BatchLayout(packed, own, pad_id, attention, multiple)
-        with packed_rows(base, attention) if packed else nullcontext():
+        with layout.used_by(base):
             batch = make_batch(short_examples(base), layout, base.device)
             loss, obstacle = (own, None) if config.fast == "off" else choose_form(base, batch, compare)
     if packing_note:
