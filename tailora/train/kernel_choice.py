@@ -230,9 +230,9 @@ def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:
         return PROVIDERS[layout.attention].description
     thresholds = flash_thresholds(base.dtype)
     if thresholds == BLOCKS_ONLY:
-        return f"batched products over blocks of {BLOCK} queries"
+        return f"batched products over blocks of {BLOCK} queries, documents of similar length together"
     if thresholds == FLASH_ONLY:
-        return "torch's flash attention for CPUs, documents of similar length together"
+        return "torch's flash attention for CPUs"
     length = f"{thresholds.forward:,} tokens and more"
     return f"torch's flash attention for documents of {length}, blocks of {BLOCK} queries for shorter ones"
 
