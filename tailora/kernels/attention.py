@@ -92,7 +92,7 @@ def packed_rows(model: PreTrainedModel, provider: str | None = None) -> Iterator
         raise PackingError("the model attends in chunks (attention_chunk_size)")
     provider = provider or (CPU if model.device.type == "cpu" else "sdpa")
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    prepare = partial(_prepare, PROVIDERS.get(provider), sliding_windows(model))
+    prepare = partial(_prepare, None if provider == CPU else PROVIDERS[provider], sliding_windows(model))
     with _attention(model, NAME):
         if config._attn_implementation != NAME:
             raise PackingError(f"{type(model).__name__} does not let its attention be chosen")

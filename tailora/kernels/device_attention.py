@@ -326,7 +326,7 @@ def repeated(heads: Tensor, count: int) -> Tensor:
 
 
 PROVIDERS: dict[str, type[DeviceRow]] = {
-    "flash_attention_2": FlashRow,
+    FLASH: FlashRow,
     "varlen_attn": VarlenRow,
     "flex_attention": FlexRow,
     "sdpa": PaddedRow,
