@@ -75,6 +75,10 @@ class WeightState(NamedTuple):
         version = None if weight.is_inference() else weight._version
         return cls(ref(weight), StorageWeakRef(weight.untyped_storage()), version)  # type: ignore[no-untyped-call]
 
+    def is_of(self, weight: Tensor) -> bool:
+        """True if it is the state of this tensor now. Two weak references would compare the numbers of the tensors."""
+        return self.weight() is weight and self[1:] == WeightState.of(weight)[1:]
+
 
 class RowNorms:
     """||W + B A|| of every output row of one layer, in float32 at least.
@@ -105,11 +109,11 @@ class RowNorms:
     def refresh(self, layer: nn.Module) -> None:
         """Compute ||W|| again if the layer's weight is another tensor or was written to."""
         name = self.layer_type.weight_name
-        state = WeightState.of(weight_of(layer, name))
-        if self._weight != state:
+        weight = weight_of(layer, name)
+        if self._weight is None or not self._weight.is_of(weight):
             self._is_quantized = name == "weight" and is_quantized(layer)  # here: the compiler cannot trace it
             self.squares = row_squares(self._dense(layer), self.layer_type.is_transposed(layer), self.dtype)
-            self._weight, self._cache = state, None
+            self._weight, self._cache = WeightState.of(weight), None
 
     @torch.no_grad()
     def __call__(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:

@@ -111,23 +111,29 @@ def test_the_strength_dial_and_a_second_adapter_scale_and_add_what_the_weight_ch
         torch.testing.assert_close(model(x), together)
 
 
-def _written(weight: Tensor) -> None:
+def _written(layer: nn.Linear) -> None:
     with torch.no_grad():
-        weight.mul_(3)
+        layer.weight.mul_(3)
 
 
-def _replaced(weight: Tensor) -> None:
-    """With other memory twice, which may be the same memory again; torch counts no change of the weight."""
+def _other_memory(layer: nn.Linear) -> None:
+    """Twice, which may be the same memory again; torch counts no change of the weight."""
     for _ in range(2):
-        weight.data = weight.data * 2
+        layer.weight.data = layer.weight.data * 2
 
 
-@pytest.mark.parametrize("change", [_written, _replaced])
-def test_a_changed_base_is_measured_again(change: Callable[[Tensor], None]) -> None:
+def _other_tensor(layer: nn.Linear) -> Tensor:
+    weight = layer.weight
+    layer.weight = nn.Parameter(weight.detach() * 2, requires_grad=False)
+    return weight
+
+
+@pytest.mark.parametrize("change", [_written, _other_memory, _other_tensor])
+def test_a_changed_base_is_measured_again(change: Callable[[nn.Linear], Tensor | None]) -> None:
     model, base, _ = stirred()
     x = torch.randn(5, 24, dtype=torch.float64)
     model(x)
-    change(base.weight)
+    _kept = change(base)  # the old weight, if there is one, stays alive
     expected = model(x)
     with model.merged():
         torch.testing.assert_close(model(x), expected)
