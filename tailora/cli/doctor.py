@@ -57,7 +57,8 @@ def collect_facts() -> Facts:
     from tailora.formats.io import cache_folder
     from tailora.train.memory import available_bytes
 
-    by_device, chosen = {str(device): device_facts(device) for device in devices()}, str(choose_device())
+    chosen = str(choose_device())  # first, because it says why a card cannot be used
+    by_device = {str(device): device_facts(device) for device in devices()}
     versions = {"tailora": __version__, "python": platform.python_version()}
     return {
         "device": {"auto": chosen, "type": chosen.partition(":")[0], **by_device[chosen]},

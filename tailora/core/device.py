@@ -29,10 +29,9 @@ def choose_device(name: str | None = None) -> torch.device:
     except RuntimeError:  # no name of a device
         asked = None
     if asked is not None and asked.type in {device.type for device in there}:
-        try:
-            asked = _with_index(asked)
-        except (RuntimeError, AssertionError) as error:  # the driver is too old, another process has the card, ...
-            raise ConfigError(f"device {asked} cannot be used: {error}\n--device cpu does without it") from error
+        if cause := obstacle_to_start(asked):
+            raise ConfigError(f"device {asked} cannot be used: {cause}\n--device cpu does without it")
+        asked = _with_index(asked)
     if asked in there:
         return asked
     names = ", ".join([AUTO, *map(str, there)])
@@ -47,11 +46,27 @@ def devices() -> list[torch.device]:
     return [*(torch.device(kind, index) for kind in kinds for index in range(counts[kind])), torch.device("cpu")]
 
 
+def accelerators() -> list[torch.device]:
+    """Returns every device but the CPU that torch can use."""
+    return [device for device in devices() if device.type != "cpu" and obstacle_to_start(device) is None]
+
+
+def obstacle_to_start(device: torch.device) -> str | None:
+    """Returns why torch cannot use devices of this kind, such as a driver that is too old; None if it can."""
+    module = torch.get_device_module(device)
+    try:
+        if hasattr(module, "current_device"):  # which starts them; MPS is always started
+            module.current_device()
+    except (RuntimeError, AssertionError) as error:
+        return str(error)
+    return None
+
+
 def _with_index(device: torch.device) -> torch.device:
     """Returns cuda:0 for cuda, so that devices can be compared with those of tensors. The CPU has no index."""
     if device.type == "cpu":
         return torch.device("cpu")
-    if device != torch.device(device.type):  # it has an index
+    if device.index is not None:
         return device
     module = torch.get_device_module(device)
     return torch.device(device.type, module.current_device() if hasattr(module, "current_device") else 0)  # MPS has one
@@ -113,6 +128,26 @@ def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
         parts = torch.split(flat, [tensors[index].numel() for index in indices])
         read |= {index: part.view(tensors[index].shape) for index, part in zip(indices, parts, strict=True)}
     return [read[index] for index in range(len(tensors))]
+
+
+class AsyncCopy:
+    """A copy of a small tensor on the host, made while the host goes on."""
+
+    def __init__(self, values: Tensor) -> None:
+        """values: 1-dimensional."""
+        self.values, self.copied = values, None
+        if copies_by_itself(values.device):
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.copied = torch.Event(values.device)
+            self.copied.record()
+
+    def read(self) -> list[float]:
+        """Waits for the copy, and not for what was queued after it."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        numbers: list[float] = self.values.tolist()
+        return numbers
 
 
 # ---- What a device computes in

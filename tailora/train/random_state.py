@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tailora.core.device import devices
+from tailora.core.device import accelerators
 
 
 def seed_all(seed: int) -> None:
@@ -38,7 +38,7 @@ def random_state() -> dict[str, Tensor]:
         "numpy": torch.tensor([*np.asarray(keys).tolist(), position, has_gauss], dtype=torch.int64, device="cpu"),
         "numpy.spare": torch.tensor([gauss], dtype=torch.float64, device="cpu"),
         "torch": torch.get_rng_state(),
-        **{_name(device): torch.get_device_module(device).get_rng_state(device) for device in _accelerators()},
+        **{_name(device): torch.get_device_module(device).get_rng_state(device) for device in accelerators()},
     }
 
 
@@ -49,13 +49,9 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
     *keys, position, has_gauss = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, states["numpy.spare"].item()))
     torch.set_rng_state(states["torch"])
-    for device in _accelerators():
+    for device in accelerators():
         if _name(device) in states:  # else the checkpoint was made without it, and no process of the run uses it
             torch.get_device_module(device).set_rng_state(states[_name(device)], device)
-
-
-def _accelerators() -> list[torch.device]:
-    return [device for device in devices() if device.type != "cpu"]
 
 
 def _name(device: torch.device) -> str:

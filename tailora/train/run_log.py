@@ -16,7 +16,6 @@ import psutil
 from filelock import FileLock, Timeout
 
 import tailora
-from tailora.core.device import device_name, devices
 from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.io import create_output_folder, remove_leftovers, wrap_os_error, write_file
 from tailora.formats.run_folder import ADAPTER, CHECKPOINT, MODEL, PAGE, REPORT, RUN, SAMPLES, checkpoints_in
@@ -182,6 +181,8 @@ def environment() -> dict[str, Any]:
     """Returns versions, machine and the state of the working folder's git repository."""
     import torch  # the checks of the folder come before torch is loaded
 
+    from tailora.core.device import accelerators, device_name
+
     return {
         "versions": {
             "tailora": tailora.__version__,
@@ -194,7 +195,7 @@ def environment() -> dict[str, Any]:
             "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_bytes": psutil.virtual_memory().total,
-            "gpus": [device_name(device) for device in devices() if device.type != "cpu"],
+            "gpus": [device_name(device) for device in accelerators()],
         },
         "git": git_state(Path.cwd()),
         "command": sys.argv,

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
-from tailora.core.device import as_current, copies_by_itself, device_name, wide_dtype
+from tailora.core.device import AsyncCopy, as_current, copies_by_itself, device_name, wide_dtype
 from tailora.core.quantization import stored_bytes
 from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError, DivergedError, WriteError
@@ -102,26 +102,6 @@ def run(
     return Trainer(
         config, on_event, on_ready, rate_at=rate_at, held_out=held_out, before=before, overwrite=overwrite
     ).train()
-
-
-class AsyncCopy:
-    """A copy of a small tensor on the host, made while the host goes on."""
-
-    def __init__(self, values: Tensor) -> None:
-        """values: 1-dimensional."""
-        self.values, self.copied = values, None
-        if copies_by_itself(values.device):
-            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self.values.copy_(values, non_blocking=True)
-            self.copied = torch.Event(values.device)
-            self.copied.record()
-
-    def read(self) -> list[float]:
-        """Waits for the copy, and not for what was queued after it."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        numbers: list[float] = self.values.tolist()
-        return numbers
 
 
 @dataclass(frozen=True, eq=False)

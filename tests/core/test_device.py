@@ -5,6 +5,8 @@ import torch
 
 from tailora.core.device import choose_device, device_name, devices, fast_dtype, has_bfloat16, synchronize, wide_dtype
 from tailora.errors import ConfigError
+from tailora.train.random_state import random_state
+from tailora.train.run_log import environment
 
 CPU = torch.device("cpu")
 
@@ -42,15 +44,22 @@ def test_auto_is_the_first_accelerator_and_a_kind_alone_is_its_current_device() 
 
 
 @pytest.mark.usefixtures("cards")
-@pytest.mark.parametrize("name", ["auto", "cuda"])
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
 def test_a_card_that_torch_cannot_start_is_named_with_the_cause(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> int:
         raise RuntimeError("The NVIDIA driver on your system is too old")
 
     monkeypatch.setattr(torch.cuda, "current_device", fail)
-    with pytest.raises(ConfigError, match=r"device cuda cannot be used: The NVIDIA driver.*\n--device cpu"):
+    with pytest.raises(ConfigError, match=r"device cuda(:0)? cannot be used: The NVIDIA driver.*\n--device cpu"):
         choose_device(name)
+
+
+@pytest.mark.usefixtures("no_cards")
+def test_the_cpu_does_without_a_card_that_torch_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the driver tells it; this torch cannot use it
     assert choose_device("cpu") == CPU
+    assert "cuda.0" not in random_state()
+    assert environment()["machine"]["gpus"] == []
 
 
 @pytest.mark.usefixtures("no_cards")
