@@ -1,6 +1,7 @@
 """Batches: which examples go together, and how they become tensors."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ def plan_batches(lengths: Int64 | Sequence[int], *, batch_size: int, seed: int, 
     return [batches[index] for index in random.permutation(len(batches))]
 
 
-def collate_packed(examples: Sequence[Example], pad_id: int = 0, pad_to_multiple_of: int = 1) -> dict[str, Tensor]:
+def collate_packed(examples: Sequence[Example], pad_id: int = 0, pad_to_multiple_of: int = 1) -> dict[str, Any]:
     """Puts all examples in one row, each a document of its own.
 
     The last document is padded until `total` is a multiple: no earlier token attends to the padding, and it has no
@@ -35,7 +36,8 @@ def collate_packed(examples: Sequence[Example], pad_id: int = 0, pad_to_multiple
 
     input_ids, labels, position_ids: (1, total) int64. Positions restart with every document, and every document's first
     label is -100, so that shifting never predicts one document from another.
-    cu_seq_lens: (documents + 1,) int32, where documents begin and the last ends.
+    cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) int32, where documents begin and the last ends.
+    max_length_q, max_length_k: tokens of the longest document, a Python int.
     """
     lengths = [len(example.input_ids) for example in examples]
     padding = -sum(lengths) % pad_to_multiple_of
@@ -49,7 +51,8 @@ def collate_packed(examples: Sequence[Example], pad_id: int = 0, pad_to_multiple
         "input_ids": torch.from_numpy(input_ids.astype(np.int64))[None],
         "position_ids": torch.from_numpy(positions.astype(np.int64))[None],
         "labels": torch.from_numpy(labels.astype(np.int64))[None],
-        "cu_seq_lens": torch.from_numpy(ends.astype(np.int32)),
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.from_numpy(ends.astype(np.int32))),
+        **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
     }
 
 

@@ -65,19 +65,15 @@ def token_losses(
 def make_batch(examples: Sequence[Example], layout: BatchLayout, device: torch.device) -> Batch:
     """Returns the model's input and the tokens to predict. All that depends on them is computed on the host."""
     if layout.packed:
-        tensors: dict[str, Any] = dict(collate_packed(examples, layout.pad_id, layout.pad_to_multiple_of))
-        ends = tensors.pop("cu_seq_lens")  # (documents + 1,)
-        lengths = ends.diff().tolist()
-        tensors |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
-        tensors |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
-        owners = np.repeat(np.arange(len(examples)), lengths)[None]  # (1, total)
+        inputs: dict[str, Any] = collate_packed(examples, layout.pad_id, layout.pad_to_multiple_of)
+        owners = np.repeat(np.arange(len(examples)), inputs["cu_seq_lens_q"].diff().numpy())[None]  # (1, total)
     else:
-        tensors = dict(collate_padded(examples, layout.pad_id))
-        owners = np.broadcast_to(np.arange(len(examples))[:, None], tensors["labels"].shape)
-    labels = tensors.pop("labels").numpy()
+        inputs = dict(collate_padded(examples, layout.pad_id))
+        owners = np.broadcast_to(np.arange(len(examples))[:, None], inputs["labels"].shape)
+    labels = inputs.pop("labels").numpy()
     next_tokens = np.full_like(labels, IGNORED)
     next_tokens[:, :-1] = labels[:, 1:]
-    return Batch.of(tensors, next_tokens, owners).to(device)
+    return Batch.of(inputs, next_tokens, owners).to(device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,21 +24,18 @@ LONGEST = 512  # of the documents that show a sliding window
 REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
 
 
-def choose_packing(
-    model: PreTrainedModel, setting: str, *, compare: bool = True, device_type: str | None = None
-) -> tuple[str | None, str | None]:
+def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True) -> tuple[str | None, str | None]:
     """Returns what computes the attention of packed rows, None for padded batches; and why not something better.
 
     Raises ConfigError for the setting `on` if packing would change results.
 
     setting: auto, on or off.    compare: False for a model without contents, whose logits mean nothing.
-    device_type: of such a model, where it would run; by default, where it is.
     """
     if setting == "off":
         return None, None
     obstacles: dict[str, str] = {}
-    expected = predicted_provider(device_type or model.device.type, model.dtype)
-    for provider in candidates(model.device) if compare else [expected]:
+    device_type = model.device.type
+    for provider in candidates(device_type) if compare else [predicted_provider(device_type, model.dtype)]:
         obstacle = obstacle_to_provider(model, provider, compare=compare)
         if obstacle is None:
             passed_over = "; ".join(f"not by {name}, because {reason}" for name, reason in obstacles.items())
@@ -50,9 +47,9 @@ def choose_packing(
     return None, f"padded batches instead of packed rows: {reasons}"
 
 
-def candidates(device: torch.device) -> list[str]:
+def candidates(device_type: str) -> list[str]:
     """Returns the providers to try, the best first."""
-    return [CPU] if device.type == "cpu" else [*PROVIDERS]
+    return [CPU] if device_type == "cpu" else [*PROVIDERS]
 
 
 def predicted_provider(device_type: str, dtype: torch.dtype) -> str:
@@ -112,12 +109,9 @@ def random_documents(config: Any, further: tuple[int, ...] = ()) -> list[Example
 
 def _results(model: PreTrainedModel, documents: list[Example], packed: bool, gradient: bool) -> tuple[Tensor, ...]:
     """Returns logits (total, vocabulary), and the gradient of weighted logits by the embeddings, (total, hidden)."""
-    batch = collate_packed(documents)
-    extra: dict[str, Any] = {}
-    if packed:
-        ends, longest = batch["cu_seq_lens"], max(len(document.input_ids) for document in documents)
-        extra = {"position_ids": batch["position_ids"].to(model.device)}
-        extra |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    row = collate_packed(documents)
+    names = row.keys() - {"labels"} if packed else {"input_ids"}
+    inputs = {name: row[name].to(model.device) if isinstance(row[name], Tensor) else row[name] for name in names}
     states: list[Tensor] = []
 
     def after_embedding(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -126,7 +120,7 @@ def _results(model: PreTrainedModel, documents: list[Example], packed: bool, gra
 
     hook = model.get_input_embeddings().register_forward_hook(after_embedding) if gradient else nullcontext()
     with torch.set_grad_enabled(gradient), hook:
-        logits = model(input_ids=batch["input_ids"].to(model.device), use_cache=False, **extra).logits[0].float()
+        logits = model(**inputs, use_cache=False).logits[0].float()
     if not states:  # or the model reads its embeddings without calling them
         return (logits.detach(),)
     weights = torch.linspace(-1, 1, logits.shape[1], device=logits.device)

@@ -188,20 +188,18 @@ def choose_layout(
     note: Callable[[str], None],
     *,
     compare: bool = True,
-    device_type: str | None = None,
 ) -> BatchLayout:
     """Returns packed or padded batches, and how the loss is computed; both are tried on the model itself.
 
     note: called with the reason if the model cannot do what is fastest.
     compare: False for a model without contents, whose structure alone decides.
-    device_type: of such a model, where it would run; by default, where it is.
     Raises ConfigError for packing = 'on' if it would change results.
     """
     base = cast(PreTrainedModel, model.base_model)
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
     pad_id = next((token for token in candidates if token is not None), 0)
     with evaluating(model):
-        attention, packing_note = choose_packing(base, config.packing, compare=compare, device_type=device_type)
+        attention, packing_note = choose_packing(base, config.packing, compare=compare)
         packed, own = attention is not None, own_form(base)
         multiple = PAD_TO_MULTIPLE_OF if base.dtype.itemsize == 2 else 1
         layout = BatchLayout(packed, own, pad_id, attention, multiple)

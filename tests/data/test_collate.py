@@ -53,12 +53,14 @@ def test_packed_documents_keep_their_own_positions_and_borders() -> None:
     assert packed["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert packed["labels"].tolist() == [[IGNORED, 2, 3, IGNORED, 5]]
-    assert packed["cu_seq_lens"].tolist() == [0, 3, 5]
-    assert {name: tensor.dtype for name, tensor in packed.items()} == {
+    assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 3, 5]
+    assert packed["max_length_q"] == packed["max_length_k"] == 3
+    assert {name: tensor.dtype for name, tensor in packed.items() if isinstance(tensor, torch.Tensor)} == {
         "input_ids": torch.int64,
         "position_ids": torch.int64,
         "labels": torch.int64,
-        "cu_seq_lens": torch.int32,
+        "cu_seq_lens_q": torch.int32,
+        "cu_seq_lens_k": torch.int32,
     }
     assert PAIR[1].labels.tolist() == [4, 5]  # the store is left alone
 
