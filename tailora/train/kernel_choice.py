@@ -112,7 +112,7 @@ def _try_compiled(
     kernels = Kernels(COMPILED, "", compiled)
     if recorded is not None:
         if recorded != kernels.record:
-            return None, "the run was started without"
+            return None, "the run was started without them, or with another --activation-memory"
         gain, check = "", "as when the run was started"
     else:
         layers, parts = decoder_layers(base), _parts(work.sample, base)
@@ -149,7 +149,10 @@ def _expected_gain(model: Trainable, work: Work, layout: BatchLayout) -> tuple[f
     ids = np.resize(work.sample.input_ids, TIMED_TOKENS)
     layers = decoder_layers(base)
     with _gradients_computed(model, layout):
-        layer, inputs, arguments = _layer_calls(model, layers[-1:], [Example(ids, ids.copy())], layout)[0]
+        calls = _layer_calls(model, layers, [Example(ids, ids.copy())], layout)
+        if not calls:  # the layers are those of another modality
+            return 0.0, ""
+        layer, inputs, arguments = calls[-1]
         seconds = []
         for _ in range(3):
             synchronize(base.device)
@@ -157,7 +160,7 @@ def _expected_gain(model: Trainable, work: Work, layout: BatchLayout) -> tuple[f
             _outputs_and_gradients(layer, inputs, arguments)
             synchronize(base.device)
             seconds.append(time.perf_counter() - started)
-    total = broadcast_object_list([min(seconds) * len(layers) * work.tokens / TIMED_TOKENS])[0]  # all ranks agree
+    total = broadcast_object_list([min(seconds) * len(calls) * work.tokens / TIMED_TOKENS])[0]  # all ranks agree
     return total * share, f", expected to save {share:.0%} of about {total:.0f} s in them"
 
 

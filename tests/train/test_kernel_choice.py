@@ -1,4 +1,5 @@
 import signal
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from accelerate import PartialState
 from tiny import chat_model
+from torch import nn
 from torch._inductor.exc import InductorError
 from torch.fx import GraphModule
 from torch.nn import functional as F
@@ -79,6 +81,19 @@ def test_compiled_layers_are_taken_if_the_rest_of_the_run_pays_for_compiling(
     assert kernels.layers == layers
     assert ("expected to save 73% of about" in kernels.description) == (layers == COMPILED)
     assert expected_seconds(decoder_layers(model.base_model), 1.0) == (10 if layers == COMPILED else 32)
+
+
+def test_layers_that_text_does_not_reach_are_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TAILORA_HOME", str(tmp_path))
+    monkeypatch.setattr(kernel_choice, "compiled_gain", lambda *_: 0.9)
+    monkeypatch.setattr(kernel_choice, "_compared", lambda *_: (None, "checked"))
+    PartialState()
+    base = chat_model()
+    base.tower = nn.ModuleList([deepcopy(decoder_layers(base)[0])])  # after the layers that are called
+    ids = np.arange(40, dtype=np.int32)
+    model = LoRAModel(base, LoRAConfig(r=2, target_modules=["q_proj"])).train()
+    kernels = choose_kernels(TrainConfig(), model, BatchLayout(True, FROZEN, 0), Work(1e12, Example(ids, ids)))
+    assert kernels.layers == COMPILED
 
 
 def test_the_cause_is_said_if_the_compiler_fails(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
