@@ -87,13 +87,10 @@ class RankAllocator:
             if parameter.grad is None:
                 continue
             sensitivity = (parameter * parameter.grad).abs()  # |w dL/dw|
-            if found_inf is not None:
-                sensitivity = torch.where(found_inf.bool(), self.sensitivity[name], sensitivity)
-            smooth = self.sensitivity[name].lerp_(sensitivity, 1 - self.config.beta1)
-            uncertainty = (sensitivity - smooth).abs()
-            if found_inf is not None:
-                uncertainty = torch.where(found_inf.bool(), self.uncertainty[name], uncertainty)
-            self.uncertainty[name].lerp_(uncertainty, 1 - self.config.beta2)
+            smooth = self.sensitivity[name].lerp(sensitivity, 1 - self.config.beta1)
+            uncertainty = self.uncertainty[name].lerp((sensitivity - smooth).abs(), 1 - self.config.beta2)
+            for mean, new in ((self.sensitivity[name], smooth), (self.uncertainty[name], uncertainty)):
+                mean.copy_(new if found_inf is None else torch.where(found_inf.bool(), mean, new))
 
     @torch.no_grad()
     def after_step(self) -> None:

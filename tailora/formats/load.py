@@ -77,17 +77,22 @@ class LoadOptions(TypedDict, total=False):
     allow_base_mismatch: bool
 
 
-PLACED = "; an adapter goes to the devices of the layers that it adapts"
-OTHER_OPTIONS = dict.fromkeys(("torch_device", "device", "device_map"), PLACED)  # of PEFT and transformers
+DEVICE_OPTIONS = ("torch_device", "device", "device_map")  # of PEFT and transformers
 
 
 def check_load_options(options: Mapping[str, object], **names: str) -> None:
     """Raises ConfigError with all options that `load` does not have. names: a wrong option -> its right name."""
     known = LoadOptions.__annotations__
+
+    def advice(option: str) -> str:
+        if option in names:
+            return f"; it is {names[option]} here"
+        if option in DEVICE_OPTIONS:
+            return "; an adapter goes to the devices of the layers that it adapts"
+        return nearest(option, known)
+
     problems = [
-        f"{option} is no option of loading"
-        + (f"; it is {names[option]} here" if option in names else OTHER_OPTIONS.get(option) or nearest(option, known))
-        + f"; there are: {', '.join((*names.values(), *known))}"
+        f"{option} is no option of loading{advice(option)}; there are: {', '.join((*names.values(), *known))}"
         for option in options
         if option not in known
     ]

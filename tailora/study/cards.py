@@ -181,15 +181,6 @@ class StepTime:
     memory: float  # operators that are bound by the memory's bandwidth
     launches: float
 
-    @property
-    def total(self) -> float:
-        """The host starts kernels while the card computes, so the longer one counts."""
-        return max(self.products + self.memory, self.launches)
-
-    @property
-    def is_bound_by_launches(self) -> bool:
-        return self.launches > self.products + self.memory
-
 
 def step_time(card: Card, operators: Mapping[Operator, int]) -> StepTime:
     """Returns the roofline time of operators: each takes as long as its products or its traffic, whichever is longer.

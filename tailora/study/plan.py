@@ -331,27 +331,10 @@ def time_on_card(time: StepTime, config: TrainConfig, batches: "Batches") -> tup
     """Returns seconds of a step from the roofline time of the largest forward, and how they were found."""
     share = batches.tokens_per_step / tokens_of(batches.largest)  # of the largest forward's work
     forwards = max(config.gradient_accumulation_steps, share)
+    # the host starts kernels while the card computes, so the longer one counts
     work, launches = (time.products + time.memory) * share, time.launches * forwards
     bound = "starting kernels, one by one from Python" if launches > work else "the card's work"
     return max(work, launches), f"reckoned from the data sheet, never measured on a card; bound by {bound}"
-
-
-def remedies(config: TrainConfig, batch_size: int, can_compile: bool) -> list[str]:
-    """Returns settings that take less memory. batch_size: the largest that fits, 0 for none."""
-    examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    accumulation = -(-examples // max(batch_size, 1))
-    options = [
-        (
-            batch_size > 0,
-            f"--per-device-train-batch-size {batch_size} --gradient-accumulation-steps {accumulation}",
-        ),
-        (can_compile, ACTIVATIONS),
-        (not (config.gradient_checkpointing or asks_for_compiled_layers(config)), CHECKPOINTING),
-        (config.method == FULL, "--method lora"),
-        (config.method != FULL and not config.quantize, "--quantize nf4"),
-        (config.max_length > 128, f"--max-length {config.max_length // 2}"),
-    ]
-    return [*(text for helps, text in options if helps), "a smaller --model"]
 
 
 # ---- What the steps read
@@ -528,6 +511,24 @@ def batch_size_that_fits(available: int, memory: Memory, batches: Batches) -> in
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def remedies(config: TrainConfig, batch_size: int, can_compile: bool) -> list[str]:
+    """Returns settings that take less memory. batch_size: the largest that fits, 0 for none."""
+    examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    accumulation = -(-examples // max(batch_size, 1))
+    options = [
+        (
+            batch_size > 0,
+            f"--per-device-train-batch-size {batch_size} --gradient-accumulation-steps {accumulation}",
+        ),
+        (can_compile, ACTIVATIONS),
+        (not (config.gradient_checkpointing or asks_for_compiled_layers(config)), CHECKPOINTING),
+        (config.method == FULL, "--method lora"),
+        (config.method != FULL and not config.quantize, "--quantize nf4"),
+        (config.max_length > 128, f"--max-length {config.max_length // 2}"),
+    ]
+    return [*(text for helps, text in options if helps), "a smaller --model"]
 
 
 # ---- What is trained, and what is not
