@@ -45,9 +45,7 @@ TIMED_TOKENS = 256  # of a layer whose time is measured
 LLAMA_GAIN = 0.17  # share of the time of transformers' layers that the Llama kernels save, in bfloat16 with AMX
 SPREAD = 0.02  # standard deviation of factors that start at zero, while gradients are compared
 
-
 PLAIN, LLAMA, COMPILED = "plain", "llama", "compiled"
-NAMES = {LLAMA: "the Llama kernels", COMPILED: "compiled layers"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def choose_kernels(
         if asked:
             name = "--fast compile" if config.fast == "compile" else "--activation-memory"
             raise ConfigError(f"{name} needs compiled layers, which this run cannot have: {obstacle}; leave it out")
-        reasons.append(f"{NAMES[COMPILED]}: {obstacle}")
+        reasons.append(f"compiled layers: {obstacle}")
     obstacle, check = obstacle_to_llama_kernels(config.fast, base, layout), "as when the run was started"
     if obstacle is None and recorded is None:
         obstacle, check = _compared(model, _parts(work.sample, base), layout, None)

@@ -95,15 +95,15 @@ def random_documents(config: Any, further: tuple[int, ...] = ()) -> list[Example
 
     further: lengths of other documents, which come first, cut to what the model has positions for.
     """
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) or LONG
+    config = config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or LONG
     window = getattr(config, "sliding_window", None) or 0
     lengths = [
         *(min(length, most) for length in further),
         *(max(length, window + 2 if window <= LONGEST else 0) for length in LENGTHS),
     ]
     random = np.random.default_rng(0)
-    vocabulary = config.get_text_config().vocab_size
-    ids = [random.integers(vocabulary, size=length).astype(np.int32) for length in lengths]
+    ids = [random.integers(config.vocab_size, size=length).astype(np.int32) for length in lengths]
     return [Example(input_ids, input_ids.copy()) for input_ids in ids]
 
 

@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma2Config,
+    Gemma3Config,
     GPT2Config,
     GPTNeoConfig,
     Llama4TextConfig,
@@ -22,7 +23,7 @@ from transformers import (
 from tailora.errors import ConfigError
 from tailora.kernels.device_attention import PROVIDERS, DeviceRow, Documents, FlexRow, Options, PaddedRow
 from tailora.train import events, packing
-from tailora.train.packing import choose_packing, predicted_provider
+from tailora.train.packing import choose_packing, predicted_provider, random_documents
 from tailora.train.trainer import run
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -190,6 +191,11 @@ def test_a_model_that_is_not_packed_still_trains(settings: Any, tmp_path: Any, m
     result = run(config, on_event=lambda event: notes.append(event.text) if isinstance(event, events.Note) else None)
     assert any("softcap" in note for note in notes)
     assert result.eval_loss_after < result.eval_loss_before
+
+
+def test_a_model_of_text_and_images_is_tried_on_documents_longer_than_its_window() -> None:
+    config = Gemma3Config(text_config={"sliding_window": 40, "vocab_size": 50})
+    assert all(len(document.input_ids) > 40 for document in random_documents(config))
 
 
 @pytest.mark.parametrize(
