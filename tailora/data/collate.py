@@ -32,7 +32,7 @@ def collate_packed(examples: Sequence[Example], pad_id: int = 0, pad_to_multiple
     """Puts all examples in one row, each a document of its own.
 
     The last document is padded until `total` is a multiple: no earlier token attends to the padding, and it has no
-    label.
+    label. Its positions are 0, because the model may have none behind the document.
 
     input_ids, labels, position_ids: (1, total) int64. Positions restart with every document, and every document's first
     label is -100, so that shifting never predicts one document from another.
@@ -46,7 +46,7 @@ def collate_packed(examples: Sequence[Example], pad_id: int = 0, pad_to_multiple
     labels = np.concatenate([*(example.labels for example in examples), np.full(padding, IGNORED)])
     ends = np.cumsum([0, *lengths])
     labels[ends[:-1]] = IGNORED
-    positions = np.concatenate([np.arange(length) for length in lengths])
+    positions = np.concatenate([*(np.arange(len(example.input_ids)) for example in examples), np.zeros(padding)])
     return {
         "input_ids": torch.from_numpy(input_ids.astype(np.int64))[None],
         "position_ids": torch.from_numpy(positions.astype(np.int64))[None],
