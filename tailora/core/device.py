@@ -66,7 +66,7 @@ def _with_index(device: torch.device) -> torch.device:
     """Returns cuda:0 for cuda, so that devices can be compared with those of tensors. The CPU has no index."""
     if device.type == "cpu":
         return torch.device("cpu")
-    if device.index is not None:
+    if device != torch.device(device.type):  # it has an index, which mypy takes for always there
         return device
     module = torch.get_device_module(device)
     return torch.device(device.type, module.current_device() if hasattr(module, "current_device") else 0)  # MPS has one
