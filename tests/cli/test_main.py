@@ -42,7 +42,7 @@ def test_help_and_version_exit_with_0(
         (["train", "--learning-rat", "1"], "Did you mean --learning-rate"),
         (["demo", "--max-step", "1"], "Did you mean --max-steps"),
         (["train", "--r", "0"], "error: --r 0: input should be"),
-        (["train", "--dtype", "float16"], "float32"),
+        (["train", "--dtype", "float8"], "float32"),
         (["train", "--learning-rate", "fast"], "error: --learning-rate fast: input should be"),
         (["train", "--config", "absent.yaml"], "absent.yaml"),
         (["train", "stray"], "stray"),
