@@ -20,6 +20,9 @@ LEFT_OUT = {  # a pattern of tests -> why they cannot run there
         "a device's step is reported while the next one is queued, so that a listener stops it one step later;"
         " tests/device/test_steps.py stops and continues runs"
     ),
+    r"train/test_kernel_choice\.py::test_(a_short_run|layers_that_cannot)": (
+        "the compiler makes no code for it, and the Llama kernels are the CPU's"
+    ),
     r"train/test_loss_scale\.py::test_gradients_of_64k": "makes an accelerator of the CPU",
     r"(train/test_quantize|formats/test_merged)\.py::.*(quantised_base|int8|quantization)": "bitsandbytes, torchao",
     r"laws/(test_quantization|.*(nf4|fp4|int8|int4))": "bitsandbytes and torchao have no kernels for it",

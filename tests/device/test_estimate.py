@@ -71,7 +71,11 @@ def peak_of_step(
 
 @pytest.mark.parametrize("type_of_device", ["cuda", "mps"])
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"use_dora": True}], ids=str)
-@pytest.mark.parametrize(("shape", "lengths"), [(LLAMA, [300]), (LLAMA, [128] * 4), (GPT2, [200, 190])], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "lengths"),
+    [(LLAMA, [300]), (LLAMA, [128] * 4), (GPT2, [200, 190])],
+    ids=["Llama, one document", "Llama, four", "GPT-2"],
+)
 def test_the_peak_is_the_estimated_one(
     device: torch.device, shape: PretrainedConfig, lengths: list[int], changes: dict[str, Any], type_of_device: str
 ) -> None:
