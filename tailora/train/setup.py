@@ -127,6 +127,7 @@ def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, ba
     """Initializes an adapter that waits for data from the first batches of the run, the same on every rank."""
     if not isinstance(model, LoRAModel) or not model.waits_for_data:
         return
+    layout = replace(layout, pad_to_multiple_of=1)  # inputs of padding would count as the data's
     first = data.first_batches(batches)
     supervised = sum(example.supervised for batch in first for example in batch)
 

@@ -50,6 +50,27 @@ def test_a_run_starts_so_says_so_and_goes_on_to_the_same_bytes(settings: Any, tm
     torch.testing.assert_close(ours.eval()(ids).logits, expected, rtol=2e-5, atol=2e-5)
 
 
+def test_a_start_from_data_sees_no_padding(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed rows in 16 bits are padded, and the principal components must be those of the data alone."""
+    sizes: list[tuple[int, int]] = []  # tokens of each forward, and those of its examples
+
+    def start_from_data(model: Any, batches: Any, loss: Any) -> None:
+        embedding = model.base_model.get_input_embeddings()
+        for batch in batches:
+            seen: list[int] = []
+            with embedding.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].numel())):
+                loss(model, batch)
+            sizes.append((sum(seen), sum(len(example.input_ids) for example in batch)))
+        start(model, batches, loss)
+
+    start = LoRAModel.start_from_data
+    monkeypatch.setattr(LoRAModel, "start_from_data", start_from_data)
+    run(settings(dtype="bfloat16", init_lora_weights="eva", max_steps=1))
+    assert sizes
+    assert all(forward == data for forward, data in sizes)
+    assert any(data % 16 for _, data in sizes)
+
+
 def test_training_goes_on_from_a_started_adapter(settings: Any, tmp_path: Path) -> None:
     first = settings(output_dir=str(tmp_path / "first"), init_lora_weights="pissa", **SHORT)
     before = run(first)
