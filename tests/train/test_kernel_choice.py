@@ -119,7 +119,7 @@ def test_layers_that_cannot_be_compiled_with_their_dropout_are_refused_before_th
         run(settings(max_steps=1, fast="compile", lora_dropout=0.1))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_compiled_run_with_dropout_is_resumed_bit_for_bit(
     settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
