@@ -228,7 +228,10 @@ def _umask() -> int:
 
 
 def check_is_file(path: Path) -> None:
-    """Raises FormatError unless there is a regular file: reading a device or a named pipe may never end."""
+    """Raises FormatError unless there is a regular file that may be read.
+
+    Reading a device or a named pipe may never end.
+    """
     if path.is_dir():
         raise FormatError(f"{path} is a folder, where a file is needed")
     if not os.path.lexists(path):
@@ -236,6 +239,10 @@ def check_is_file(path: Path) -> None:
     if not path.is_file():
         kind = "a link that leads to no file" if path.is_symlink() else "a device or pipe"
         raise FormatError(f"{path} is {kind}; copy the adapter again")
+    try:
+        path.open("rb").close()
+    except OSError as error:  # safetensors would say that the file does not exist
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
