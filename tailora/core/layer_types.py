@@ -9,6 +9,7 @@
 Shapes: A (r, in), B (out, r). Convolutions carry their kernel in A: A (r, in/groups, *kernel), B (out, r/groups).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
 from math import prod
@@ -23,7 +24,7 @@ from tailora.errors import ConfigError, MergeError, TargetError, listing
 Shape = tuple[int, ...]
 
 
-class LayerType:
+class LayerType(ABC):
     """A layer whose output is W x + b for its input x and one matrix W.
 
     name: what summaries and error messages call the layer type.
@@ -51,9 +52,9 @@ class LayerType:
     has_batch_update: bool = False
     replaces_forward: bool = False
 
+    @abstractmethod
     def dims(self, layer: Any) -> tuple[int, int]:
         """Returns (in, out) of the layer's matrix. The rank is at most the smaller of the two."""
-        raise NotImplementedError
 
     def shapes(self, layer: Any, r: int) -> tuple[Shape, Shape]:
         """Returns the shapes of A and B at rank r."""
@@ -87,7 +88,7 @@ class LayerType:
 
     def forward(self, layer: Any, adapters: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns what the layer computes with all these adapters, where `replaces_forward`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"an adapter adds to the output of {self.name}, it does not replace it")
 
     def __reduce__(self) -> tuple[Callable[..., "LayerType"], tuple[str]]:
         """Makes copies and pickles give the object in LAYER_TYPES."""

@@ -153,7 +153,7 @@ def obstacle(name: str, device: torch.device) -> str | None:
     try:
         with quiet_loggers(method.package):  # bitsandbytes logs a kernel that it does not find
             return _try_layer(method, device)
-    except (ImportError, OSError, RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, AssertionError, ValueError) as error:
         cause = (str(error).strip() or repr(error)).splitlines()[0]
         return f"{method.package} cannot run on {device}: {cause}"
 
