@@ -258,8 +258,8 @@ CHECKS: dict[str, Callable[[str], str]] = {
 }
 
 ERRORS = (  # what a model or a library raises where something does not fit
-    *(TailoraError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, AssertionError),
-    *(NotImplementedError, ArithmeticError),
+    *(TailoraError, RuntimeError, ValueError, TypeError, AttributeError, LookupError),
+    *(ImportError, AssertionError, ArithmeticError),
 )
 
 

@@ -19,6 +19,10 @@ CHATML = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 300  # the 256 bytes, the special tokens and a few merges
 
+# of small models of transformers; with heads that share keys
+SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED: dict[str, Any] = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+
 
 def chat_tokenizer(texts: Iterable[str], **special: str) -> PreTrainedTokenizerFast:
     """Returns a byte-level tokenizer, as GPT-2's. `special`: which of SPECIAL is eos_token, pad_token or bos_token."""

@@ -1,12 +1,13 @@
 """Fixtures: a tiny chat model with its tokenizer in a folder, a file of conversations, and settings that use them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import chat_model, chat_tokenizer
 
 from tailora.train.config import TrainConfig
@@ -64,3 +65,12 @@ def make_settings(model_folder: Path, data_file: Path) -> Settings:
 def settings(make_settings: Settings, model_folder: Path, tmp_path: Path) -> Settings:
     """The same for the test's own folder. A test file may have a `model_folder` of its own."""
     return partial(make_settings, output_dir=str(tmp_path / "out"), model=str(model_folder))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in the same order everywhere, and no fight over the cores. For the folders whose conftest imports it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

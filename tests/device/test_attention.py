@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from pretend_accelerator import Counts, counted, no_synchronisation
+from tiny import GROUPED
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel
 
@@ -13,8 +14,6 @@ from tailora.train.packing import choose_packing
 
 pytestmark = pytest.mark.device
 
-SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 CONFIGS = {
     "llama": LlamaConfig(**GROUPED),
     "gpt2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4),

@@ -1,11 +1,9 @@
 """Each test here runs on a card with `-m gpu`, and on the pretend accelerator with `-m device`."""
 
-from collections.abc import Iterator
-
 import pretend_accelerator
 import pytest
 import torch
-from tiny_run import data_file, make_settings, model_folder, settings  # noqa: F401
+from tiny_run import data_file, make_settings, model_folder, one_thread, settings  # noqa: F401
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 PRETEND = pytest.param("pretend", marks=pytest.mark.device)
@@ -13,9 +11,7 @@ PRETEND = pytest.param("pretend", marks=pytest.mark.device)
 
 def found(name: str) -> torch.device:
     if name == "pretend":
-        if lacks := pretend_accelerator.missing():
-            pytest.skip(f"the pretend accelerator cannot be built here: this machine lacks {lacks}")
-        return pretend_accelerator.install()
+        return pretend_accelerator.install_or_skip()
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
@@ -37,11 +33,3 @@ def two_cards(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("there are not two GPUs")
     return found(request.param)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny import GROUPED
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -13,8 +14,6 @@ from transformers import (
 from tailora.kernels.attention import PackingError, packed_attention, packed_rows
 from tailora.kernels.cpu_attention import BLOCK
 
-SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 CONFIGS = {
     "llama": LlamaConfig(**GROUPED),
     "qwen2": Qwen2Config(**GROUPED),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import GROUPED, SIZES
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InvalidCxxCompiler
@@ -31,8 +32,6 @@ from tailora.kernels import compiled_layers
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers, obstacle_to_compiling
 
-SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": partial(LlamaConfig, **GROUPED),
     "qwen3": partial(Qwen3Config, **GROUPED, head_dim=8),

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import GROUPED, SIZES
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -26,8 +27,6 @@ from tailora.train import events, packing
 from tailora.train.packing import choose_packing, predicted_provider, random_documents
 from tailora.train.trainer import run
 
-SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 PACKS = {
     "llama": LlamaConfig(**GROUPED),
     "gpt2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4),
