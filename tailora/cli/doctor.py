@@ -98,7 +98,7 @@ def device_facts(device: "torch.device") -> dict[str, Any]:
         "bfloat16": has_bfloat16(device),
         "dtype": str(precision).removeprefix("torch."),
         "capability": capability(device),
-        "attention": {"own operator": WORKS} if device.type == "cpu" else attention,
+        "attention": {"tailora's operator": WORKS} if device.type == "cpu" else attention,
         "compiled layers": compiler_obstacle(device) or WORKS,
         "quantize": {name: obstacle(name, device) or WORKS for name in METHODS},
     }

@@ -34,8 +34,8 @@ def choose_device(name: str | None = None) -> torch.device:
         asked = _with_index(asked)
     if asked in there:
         return asked
-    names = ", ".join([AUTO, *map(str, there)])
-    raise ConfigError(f"device {name!r} is not here: torch {torch.__version__} finds {names}")
+    names = ", ".join(map(str, there))
+    raise ConfigError(f"device {name!r} is not here: torch {torch.__version__} finds {names}; {AUTO} takes the first")
 
 
 def devices() -> list[torch.device]:
