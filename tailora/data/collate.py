@@ -28,11 +28,8 @@ def plan_batches(lengths: Int64 | Sequence[int], *, batch_size: int, seed: int, 
     return [batches[index] for index in random.permutation(len(batches))]
 
 
-def collate_packed(examples: Sequence[Example], pad_id: int = 0, pad_to_multiple_of: int = 1) -> dict[str, Any]:
+def collate_packed(examples: Sequence[Example]) -> dict[str, Any]:
     """Puts all examples in one row, each a document of its own.
-
-    The last document is padded until `total` is a multiple: no earlier token attends to the padding, and it has no
-    label. Its positions are 0, because the model may have none behind the document.
 
     input_ids, labels, position_ids: (1, total) int64. Positions restart with every document, and every document's first
     label is -100, so that shifting never predicts one document from another.
@@ -40,13 +37,11 @@ def collate_packed(examples: Sequence[Example], pad_id: int = 0, pad_to_multiple
     max_length_q, max_length_k: tokens of the longest document, a Python int.
     """
     lengths = [len(example.input_ids) for example in examples]
-    padding = -sum(lengths) % pad_to_multiple_of
-    lengths[-1] += padding
-    input_ids = np.concatenate([*(example.input_ids for example in examples), np.full(padding, pad_id)])  # (total,)
-    labels = np.concatenate([*(example.labels for example in examples), np.full(padding, IGNORED)])
+    input_ids = np.concatenate([example.input_ids for example in examples])  # (total,)
+    labels = np.concatenate([example.labels for example in examples])
     ends = np.cumsum([0, *lengths])
     labels[ends[:-1]] = IGNORED
-    positions = np.concatenate([*(np.arange(len(example.input_ids)) for example in examples), np.zeros(padding)])
+    positions = np.concatenate([np.arange(length) for length in lengths])
     return {
         "input_ids": torch.from_numpy(input_ids.astype(np.int64))[None],
         "position_ids": torch.from_numpy(positions.astype(np.int64))[None],

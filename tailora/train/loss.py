@@ -36,7 +36,6 @@ class BatchLayout:
     loss: str  # a key of kernels.loss.FORMS
     pad_id: int
     attention: str | None = None  # what computes it for packed rows: see `kernels.attention.packed_rows`
-    pad_to_multiple_of: int = 1  # the tokens of a packed row
 
     def used_by(self, base: PreTrainedModel) -> AbstractContextManager[None]:
         """Within the block the model's attention reads batches of this layout; afterwards it is restored."""
@@ -65,7 +64,7 @@ def token_losses(
 def make_batch(examples: Sequence[Example], layout: BatchLayout, device: torch.device) -> Batch:
     """Returns the model's input and the tokens to predict. All that depends on them is computed on the host."""
     if layout.packed:
-        inputs: dict[str, Any] = collate_packed(examples, layout.pad_id, layout.pad_to_multiple_of)
+        inputs: dict[str, Any] = collate_packed(examples)
         owners = np.repeat(np.arange(len(examples)), inputs["cu_seq_lens_q"].diff().numpy())[None]  # (1, total)
     else:
         inputs = dict(collate_padded(examples, layout.pad_id))

@@ -36,8 +36,6 @@ from tailora.train.trainable import FullModel, Trainable
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 PROBE_TOKENS = 128  # memory is measured on at most so many tokens of the longest example
-# Of a packed row in 16 bits: oneDNN compiles a product for every number of tokens; tensor cores want multiples of 8
-PAD_TO_MULTIPLE_OF = 16
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -127,7 +125,6 @@ def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, ba
     """Initializes an adapter that waits for data from the first batches of the run, the same on every rank."""
     if not isinstance(model, LoRAModel) or not model.waits_for_data:
         return
-    layout = replace(layout, pad_to_multiple_of=1)  # inputs of padding would count as the data's
     first = data.first_batches(batches)
     supervised = sum(example.supervised for batch in first for example in batch)
 
@@ -202,8 +199,7 @@ def choose_layout(
     with evaluating(model):
         attention, packing_note = choose_packing(base, config.packing, compare=compare)
         packed, own = attention is not None, own_form(base)
-        multiple = PAD_TO_MULTIPLE_OF if base.dtype.itemsize == 2 else 1
-        layout = BatchLayout(packed, own, pad_id, attention, multiple)
+        layout = BatchLayout(packed, own, pad_id, attention)
         with layout.used_by(base):
             batch = make_batch(short_examples(base), layout, base.device)
             loss, obstacle = (own, None) if config.fast == "off" else choose_form(base, batch, compare)

@@ -65,17 +65,6 @@ def test_packed_documents_keep_their_own_positions_and_borders() -> None:
     assert PAIR[1].labels.tolist() == [4, 5]  # the store is left alone
 
 
-def test_a_packed_row_is_padded_behind_its_last_document() -> None:
-    packed = collate_packed(PAIR, pad_id=9, pad_to_multiple_of=4)
-    assert packed["input_ids"].tolist() == [[1, 2, 3, 4, 5, 9, 9, 9]]
-    assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0, 0]]
-    assert packed["labels"].tolist() == [[IGNORED, 2, 3, IGNORED, 5, IGNORED, IGNORED, IGNORED]]
-    assert packed["cu_seq_lens_q"].tolist() == [0, 3, 8]
-    assert packed["max_length_q"] == 5
-    for name, value in collate_packed(PAIR).items():
-        assert getattr(packed[name], "dtype", None) == getattr(value, "dtype", None)
-
-
 def test_padding_is_masked_and_not_trained() -> None:
     padded = collate_padded(PAIR, pad_id=9)
     assert padded["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]

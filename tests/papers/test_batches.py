@@ -20,7 +20,6 @@ from tailora.train.trainer import accumulate_gradients
 LENGTHS = (3, 5, 40, 60)
 ROWS = {
     "packed": BatchLayout(True, FROZEN, 0),
-    "packed, padded to a multiple": BatchLayout(True, FROZEN, 0, pad_to_multiple_of=16),
     "padded": BatchLayout(False, FROZEN, 0),
 }
 rows_of = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
