@@ -6,7 +6,7 @@ their numbers. Within `flattened`, each of these is one pass over one buffer:
     parameter   | lora_A of layer 0 .. 0 | lora_B of layer 0 .. 0 | lora_A of layer 1 ...   data of the parameters
     gradient    | its .grad         .. 0 | ...                                              .grad of the parameters
 
-autograd and DDP add to an existing `.grad` in place, so the backward fills the flat gradient by itself. The gaps, which
+autograd adds to an existing `.grad` in place, so the backward fills the flat gradient by itself. The gaps, which
 keep every view aligned, are zero in both buffers and stay zero under AdamW.
 """
 

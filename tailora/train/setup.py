@@ -85,18 +85,15 @@ def attach(
     config: TrainConfig,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
     saved: Checkpoint | None = None,
 ) -> Trainable:
     """Returns the base with its adapter, or wrapped for full fine-tuning, in training mode.
 
     saved: the checkpoint to continue from; its adapter's settings are used, its tensors are restored later.
-    Raises ConfigError for full fine-tuning on several ranks, TargetError.
+    Raises TargetError.
     """
     seed_all(config.seed)
     if config.method == "full":
-        if accelerator.num_processes > 1:
-            raise ConfigError("--method full trains in one process only; start it without torchrun")
         device = base.device
         return FullModel(base, tokenizer, lambda: load_base(config.model, config.dtype, device)[0]).train()
     if config.adapter:

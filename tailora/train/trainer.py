@@ -6,8 +6,8 @@
     loop      forward and backward of each micro-batch -> clip -> AdamW -> evaluate -> save a checkpoint
     finish    best adapter -> write it, read it back -> run.json
 
-The loss of a step is the summed loss of all micro-batches and ranks, divided by the number of supervised tokens. DDP
-averages gradients over ranks, so every rank multiplies its loss by the number of ranks.
+The loss of a step is the summed loss of all micro-batches and ranks, divided by the number of supervised tokens. Ranks
+add up their gradients once a step (`train.parallel`).
 
 On a device the host queues a step before it reads the loss of the one before, so that the device never waits. What
 depends on numbers is decided there (`FiniteUpdates`). The queue is empty whenever something is evaluated or saved.
@@ -30,10 +30,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from tailora.core.device import AsyncCopy, as_current, copies_by_itself, device_name, wide_dtype
@@ -78,6 +78,7 @@ from tailora.train.optimizer import (
     lr_schedule,
     parameter_groups,
 )
+from tailora.train.parallel import send_from_first_rank, sum_over_ranks
 from tailora.train.random_state import random_state, seed_all, seeded
 from tailora.train.trainable import Trainable, sync_parameters, trained_module
 
@@ -204,8 +205,9 @@ class Trainer:
         """Makes everything ready for the first step. Leaving `stack` restores the caller's state and the model."""
         config = self.config
         self.output_dir = Path(config.output_dir)
+        own_group = not dist.is_initialized()  # one that the caller started stays
         self.accelerator = accelerator = setup.start_accelerator(config)
-        stack.callback(accelerator.end_training)
+        stack.callback(self.end_training, own_group)
         stack.enter_context(events.fail_together(accelerator))
         device, rank = accelerator.device, accelerator.process_index
         stack.enter_context(as_current(device))
@@ -229,7 +231,7 @@ class Trainer:
             if self.held_out is not None and data.held_out is not None:
                 data = replace(data, held_out=data.held_out.select(self.held_out(len(data.held_out))))
             self.data = data
-            self.model = setup.attach(config, self.base, self.tokenizer, accelerator, saved)
+            self.model = setup.attach(config, self.base, self.tokenizer, saved)
             self.layout = setup.choose_layout(config, self.model, self.tokenizer, self.note)
             setup.check_layers_are_called(self.model, self.layout, data.longest, self.note)
             setup.init_from_data(self.model, data, self.layout, config.init_batches)
@@ -243,6 +245,7 @@ class Trainer:
         check_fits(self.cost, data.largest_size, len(data.longest.input_ids), device)
 
         self.buffers = stack.enter_context(flattened(parameter_groups(trained_module(self.model), config)))
+        send_from_first_rank(self.buffers, trained_module(self.model))
         prepared = None if config.streaming else data.prepared
         self.identity: dict[str, Any] = {  # what a checkpoint of this run must agree with
             "settings": config.model_dump(mode="json", exclude=checkpoint.FREE),
@@ -273,13 +276,11 @@ class Trainer:
         self.queue: deque[QueuedStep] = deque()
         self.last_read = 0.0  # when the results of a step were last read
         self.stops = False  # True if a rank was asked to stop
-        # device_placement would move buffers that are on the device already, and leave copies behind
-        self.forward = accelerator.prepare_model(ModelWithLoss(self.model, self.layout), device_placement=False)
-        if isinstance(self.forward, DistributedDataParallel):
-            # Its reducer must not hold the last reference to the process group: it would join gloo's threads while it
-            # holds Python's lock, which they need to release their tensors. Python drops the attribute that was set
-            # last after the reducer, and without its lock.
-            vars(self.forward)["kept_process_group"] = self.forward.process_group
+        # device_placement would move buffers that are on the device already, and leave copies behind; evaluation_mode
+        # leaves out DDP, and autocast stays as `accelerate launch --mixed_precision` asks for it
+        self.forward = accelerator.prepare_model(
+            ModelWithLoss(self.model, self.layout), device_placement=False, evaluation_mode=True
+        )
         accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
         self.metrics: run_log.Metrics | None = None
         self.unproven: Path | None = None  # the checkpoint of the last step: no loss was computed with its weights yet
@@ -288,6 +289,13 @@ class Trainer:
                 self.note(f"the earlier run is in {aside} until this one has finished")
             self.metrics = run_log.Metrics(self.output_dir, resumed_at=None if saved is None else self.state.step)
             stack.callback(self.metrics.close)
+
+    def end_training(self, own_group: bool) -> None:
+        """Ends the trackers, and the process group if this run started it."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if own_group and dist.is_initialized():
+            dist.destroy_process_group()
 
     def write_header(self) -> dict[str, Any]:
         """Writes config.yaml and the first version of run.json; returns what run.json holds, without the result."""
@@ -354,8 +362,7 @@ class Trainer:
         """
         started, updates = time.perf_counter(), self.updates
         scale = None if updates.loss_scale is None else updates.loss_scale.value.clone()  # of this step
-        self.optimizer.zero_grad(set_to_none=False)
-        share = accumulate_gradients(self.forward, step.batches, step.supervised, self.accelerator, scale)
+        share = self.compute_gradients(step, scale)
         loss, stops = self.accelerator.reduce(torch.stack([share, torch.full_like(share, stop)]), reduction="sum")
         norm = clip_gradients(self.buffers, self.config.max_grad_norm, updates.loss_scale)
         rate = self.rate_at(self.queued_steps, self.data.max_steps)
@@ -366,6 +373,13 @@ class Trainer:
         self.queue.append(QueuedStep(step, rate, started, AsyncCopy(results)))
         while len(self.queue) > int(copies_by_itself(norm.device)):
             self.read_step()
+
+    def compute_gradients(self, step: CollatedStep, loss_scale: Tensor | None = None) -> Tensor:
+        """Fills the buffers with the gradients of a step, of all ranks; returns this rank's share of its loss."""
+        self.optimizer.zero_grad(set_to_none=False)
+        share = accumulate_gradients(self.forward, step.batches, step.supervised, loss_scale)
+        sum_over_ranks(self.buffers)
+        return share
 
     def read_steps(self) -> None:
         """Waits for all queued steps and reports them. Raises DivergedError."""
@@ -590,8 +604,7 @@ class Trainer:
             cause = broken_loss(self.base, queued.step.batches, self.layout.loss)
             return self.diverged(f"{where}: {cause}")
         if self.queue:  # the gradients are those of a later step by now; the parameters are still the same
-            self.optimizer.zero_grad(set_to_none=False)
-            accumulate_gradients(self.forward, queued.step.batches, queued.step.supervised, self.accelerator)
+            self.compute_gradients(queued.step)
         parameters = {name: p for buffer in self.buffers for name, p in buffer.parameters.items()}
         return self.diverged(f"{where}: {broken_gradients(parameters)}", parameters_are_good=True)
 
@@ -625,29 +638,21 @@ class Trainer:
 
 
 def accumulate_gradients(
-    forward: nn.Module,
-    batches: Sequence[Batch],
-    supervised: int,
-    accelerator: Accelerator,
-    loss_scale: Tensor | None = None,
+    forward: nn.Module, batches: Sequence[Batch], supervised: int, loss_scale: Tensor | None = None
 ) -> Tensor:
-    """Runs forward and backward of a step's micro-batches; returns this rank's share of the loss, 0-dimensional.
+    """Runs forward and backward of a rank's micro-batches; returns its share of the step's loss, 0-dimensional.
 
     forward: `ModelWithLoss`, as accelerate prepared it.
     supervised: tokens with a loss in the whole step, over all micro-batches and ranks.
     loss_scale: what the gradients are multiplied by, 0-dimensional; nothing if it is None.
     """
-    factor = accelerator.num_processes if loss_scale is None else accelerator.num_processes * loss_scale
+    factor = 1.0 if loss_scale is None else loss_scale
 
     def backward(batch: Batch) -> Tensor:  # a function, so that no batch's graph outlives it
         scale = batch.weight / supervised
-        expected = scale * factor if batch.weight else 1.0
-        losses = forward(replace(batch, expected_gradient=expected))
+        losses = forward(replace(batch, expected_gradient=scale * factor if batch.weight else 1.0))
         share: Tensor = losses.sum() * scale
-        accelerator.backward(share * factor)
+        torch.autograd.backward(share * factor)
         return share.detach()
 
-    *first, last = batches
-    with accelerator.no_sync(forward):
-        shares = [backward(batch) for batch in first]
-    return torch.stack([*shares, backward(last)]).sum()
+    return torch.stack([backward(batch) for batch in batches]).sum()

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from pretend_accelerator import build, counted, no_synchronisation
 from runs import adapter, changed, losses, stopping_at
 from tiny import chat_model, chat_tokenizer
@@ -124,7 +123,7 @@ def test_no_form_of_the_loss_waits(device: torch.device, form: str, packed: bool
     batch = make_batch(examples, layout, device)
     forward = ModelWithLoss(model, layout)
     with packed_rows(model.base_model) if packed else padded_rows(model.base_model), no_synchronisation():
-        accumulate_gradients(forward, [batch, batch], 2 * len(batch.owners), Accelerator())
+        accumulate_gradients(forward, [batch, batch], 2 * len(batch.owners))
 
 
 def test_an_evaluation_waits_once_for_many_batches(device: torch.device) -> None:

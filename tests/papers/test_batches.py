@@ -5,7 +5,6 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from tiny import VOCABULARY, chat_model
 from torch import Tensor
 
@@ -65,7 +64,7 @@ def test_the_accumulated_gradient_is_that_of_the_full_batch(model: LoRAModel, ro
         model.zero_grad()
         forward = ModelWithLoss(model, rows)
         made = [make_batch(batch, rows, torch.device("cpu")) for batch in batches]
-        accumulate_gradients(forward, made, supervised, Accelerator())
+        accumulate_gradients(forward, made, supervised)
         return torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 
     with packed_rows(model.base_model) if rows.packed else nullcontext():

@@ -1,4 +1,4 @@
-"""Two processes on one machine: the gradient, the held-out loss and the files are those of one process."""
+"""Two processes on one machine: the adapter, the held-out loss and the files are those of one process."""
 
 import json
 import os
@@ -20,89 +20,64 @@ LONGEST = 300  # s; some 15 on an idle machine
 WORKER = """
 import json, sys
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 torch.set_num_threads(1)
-from tailora import LoRAConfig, LoRAModel
-from tailora.kernels.flat_parameters import Group, check_views, flattened
 from tailora.train.config import TrainConfig
-from tailora.train.trainer import run
+from tailora.train.trainer import Trainer
 
-torch.distributed.init_process_group("gloo")  # which the run uses, and ends
-rank = torch.distributed.get_rank()
-torch.manual_seed(0)
-base = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5)).double()  # another order of sums shows less
-model = LoRAModel(base, LoRAConfig(r=2, target_modules=["0", "2"]))
-for path in ("0", "2"):
-    nn.init.normal_(model.lora_layers[path].lora_B)
-batches = torch.randn(2, 3, 4, 7).double()  # (ranks, micro-batches, rows, inputs)
-for batch in batches.flatten(0, 1):
-    (model(batch).square().sum() / 2).backward()  # DDP takes the mean over ranks
-expected = {name: parameter.grad.clone() for name, parameter in model.lora_layers.named_parameters()}
-with flattened([Group(dict(model.lora_layers.named_parameters()))]) as (buffer,):
-    parallel = DistributedDataParallel(model)
-    for again in range(2):
-        *first, last = batches[rank]
-        with parallel.no_sync():
-            for batch in first:
-                parallel(batch).square().sum().backward()
-        parallel(last).square().sum().backward()
-        check_views([buffer])
-        for name, gradient in expected.items():
-            torch.testing.assert_close(buffer.view(name, buffer.gradient), gradient)
-        buffer.gradient.zero_()
-print(f"gradients of rank {rank} agree")
-torch.distributed.barrier()  # gloo must be idle when the reducer is freed
-run(TrainConfig(**json.loads(sys.argv[1])))
+torch.distributed.init_process_group("gloo")  # which the runs use, and leave
+for settings in json.loads(sys.argv[1]):
+    trainer = Trainer(TrainConfig(**settings))
+    trainer.train()
+    for buffer in trainer.buffers:
+        of_first = buffer.parameter.detach().clone()
+        torch.distributed.broadcast(of_first, src=0)
+        assert torch.equal(of_first, buffer.parameter)
 """
-SHARED = {"num_train_epochs": 2, "per_device_train_batch_size": 3, "eval_steps": 3, "save_steps": 3}
+SHARED = {"num_train_epochs": 2, "per_device_train_batch_size": 3, "eval_steps": 3, "save_steps": 3}  # 8 steps
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": {"method": "full", "learning_rate": 1e-3, "r": 16},
+}
 
 
 class TwoRanks(NamedTuple):
-    config: TrainConfig
+    folder: Path  # the output of each case is in a folder of its name
     process: "subprocess.CompletedProcess[str]"
 
 
 @pytest.fixture(scope="module")
 def two_ranks(make_settings: Any, tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
-    """One start of two processes, which compare gradients in a flat buffer and then train."""
+    """One start of two processes, which train every case, and compare what they trained."""
     folder = tmp_path_factory.mktemp("ranks")
-    config = make_settings(output_dir=str(folder / "out"), **SHARED)  # 8 batches an epoch, 4 steps
+    configs = [make_settings(output_dir=str(folder / name), **SHARED, **changes) for name, changes in CASES.items()]
     script = folder / "worker.py"
     script.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]  # on a free port
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    arguments = [*command, str(script), config.model_dump_json()]
+    arguments = [*command, str(script), json.dumps([config.model_dump(exclude_unset=True) for config in configs])]
     process = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, timeout=LONGEST)
-    return TwoRanks(config, process)
+    return TwoRanks(folder, process)
 
 
 @pytest.mark.slow
-def test_two_ranks_add_up_their_gradients_in_the_flat_buffer(two_ranks: TwoRanks) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_train_what_one_does(case: str, two_ranks: TwoRanks, settings: Any) -> None:
     assert two_ranks.process.returncode == 0, two_ranks.process.stderr
-    assert [f"gradients of rank {rank} agree" in two_ranks.process.stdout for rank in range(2)] == [True, True]
-
-
-@pytest.mark.slow
-def test_two_ranks_train_the_adapter_that_one_does(two_ranks: TwoRanks, settings: Any) -> None:
-    assert two_ranks.process.returncode == 0, two_ranks.process.stderr
-    one, two = settings(gradient_accumulation_steps=2, **SHARED), two_ranks.config
+    one, two = settings(gradient_accumulation_steps=2, **SHARED, **CASES[case]), two_ranks.folder / case
     result = run(one)
-    weights = [load_file(Path(config.output_dir) / "adapter" / "adapter_model.safetensors") for config in (one, two)]
+    name = "model/model.safetensors" if case == "full" else "adapter/adapter_model.safetensors"
+    weights = [load_file(folder / name) for folder in (Path(one.output_dir), two)]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-4)
-    record = json.loads((Path(two.output_dir) / "run.json").read_text())
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-6)
+    record = json.loads((two / "run.json").read_text())
     assert (record["processes"], record["finished"]) == (2, True)
     for name in ("steps", "train_tokens", "supervised_tokens", "best_step"):
         assert record["result"][name] == getattr(result, name)
-    assert record["result"]["eval_loss_after"] == pytest.approx(result.eval_loss_after, abs=1e-4)
-    lines = [json.loads(line) for line in (Path(two.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert record["result"]["eval_loss_after"] == pytest.approx(result.eval_loss_after, abs=1e-6)
+    lines = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, result.steps + 1))
-    assert {path.name for path in (Path(two.output_dir) / "checkpoint-6").iterdir()} >= {
-        "random-0.safetensors",
-        "random-1.safetensors",
-    }
+    assert {path.name for path in (two / "checkpoint-6").iterdir()} >= {"random-0.safetensors", "random-1.safetensors"}
 
 
 FAILING = """

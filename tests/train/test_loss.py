@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from tiny import chat_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,7 +62,7 @@ def gradient(model: LoRAModel, batches: list[list[Example]], rows: BatchLayout) 
     model.zero_grad()
     forward = ModelWithLoss(model, rows)
     made = [make_batch(batch, rows, CPU) for batch in batches]
-    mean = accumulate_gradients(forward, made, supervised, Accelerator())
+    mean = accumulate_gradients(forward, made, supervised)
     return float(mean), torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 
 
@@ -100,7 +99,7 @@ def test_a_batch_of_weight_zero_counts_for_nothing(model: LoRAModel) -> None:
     model.zero_grad()
     batches = [make_batch(data[:2], PADDED, CPU), replace(make_batch(data[2:], PADDED, CPU), weight=0.0)]
     supervised = sum(example.supervised for example in data[:2])
-    accumulate_gradients(ModelWithLoss(model, PADDED), batches, supervised, Accelerator())
+    accumulate_gradients(ModelWithLoss(model, PADDED), batches, supervised)
     again = torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
     assert torch.equal(again, expected)
 

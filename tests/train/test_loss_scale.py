@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from runs import adapter, changed, losses, stopping_at
 from tiny import chat_model
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ def gradient(model: LoRAModel, layout: BatchLayout, supervised: int, scale: Tens
     model.zero_grad()
     ids = torch.randint(300, (200,), generator=torch.Generator().manual_seed(0)).numpy()
     batch = make_batch([Example(part, part) for part in (ids[:60], ids[60:])], layout, CPU)
-    accumulate_gradients(ModelWithLoss(model, layout), [batch], supervised, Accelerator(cpu=True), scale)
+    accumulate_gradients(ModelWithLoss(model, layout), [batch], supervised, scale)
     flat = torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
     return flat if scale is None else flat / scale
 
