@@ -20,7 +20,7 @@ LEFT_OUT = {  # a pattern of tests -> why they cannot run there
         "a device's step is reported while the next one is queued, so that a listener stops it one step later;"
         " tests/device/test_steps.py stops and continues runs"
     ),
-    r"train/test_kernel_choice\.py::test_(a_short_run|layers_that_cannot)": (
+    r"train/test_kernel_choice\.py::test_(where_no_gain|layers_that_cannot)": (
         "the compiler makes no code for it, and the Llama kernels are the CPU's"
     ),
     r"train/test_loss_scale\.py::test_gradients_of_64k": "makes an accelerator of the CPU",

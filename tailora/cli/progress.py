@@ -1,5 +1,6 @@
 """What commands print to stderr while they work: a bar on a terminal, or a line every few seconds elsewhere."""
 
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -206,7 +207,7 @@ def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
     batches = "packed into one row, attention inside each" if header["packed"] else "padded to the longest"
     examples = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * header["processes"]
     lines["steps"] = f"{header['max_steps']:,} of {examples} examples, {batches}"
-    lines |= dict(part.split(": ", 1) for part in header["kernels"].split("; "))
+    lines |= dict(part.split(": ", 1) for part in re.split("; (?=attention: |loss: )", header["kernels"]))
     indent = max(map(len, lines)) + 2
     return "\n".join(_wrap(f"{name:<{indent}}", text, width) for name, text in lines.items())
 

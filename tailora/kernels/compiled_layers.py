@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -124,14 +124,13 @@ class CompiledLayers:
             for layer in layers:
                 layer._compiled_call_impl = self._call_of(layer)  # not a part of copies and pickles
             with (
-                warnings.catch_warnings(),
+                # the compiler asks activations for .grad, and hides torch's warning about it only where it is printed
+                _ignored("The .grad attribute of a Tensor that is not a leaf"),
                 dynamo_config.patch(recompile_limit=MOST_GRAPHS),
                 functorch_config.patch(activation_memory_budget=self.activation_memory),
                 # on a CPU a pool of compiling processes takes longer to start than two graphs to compile
                 inductor_config.patch(compile_threads=1 if _is_on_cpu(layers) else inductor_config.compile_threads),
             ):
-                # the compiler asks activations for .grad, and hides torch's warning about it only where it is printed
-                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
                 yield
         finally:
             for layer, call in zip(layers, before, strict=True):
@@ -146,6 +145,20 @@ class CompiledLayers:
             return layer._call_impl(*args, **kwargs)
 
         return call
+
+
+@contextmanager
+def _ignored(message: str) -> Iterator[None]:
+    """Within the block a warning is ignored. `warnings.catch_warnings` would undo the filters that others set there."""
+    before = list(warnings.filters)
+    warnings.filterwarnings("ignore", message=message)
+    added = warnings.filters[0]
+    try:
+        yield
+    finally:
+        filters = cast("list[Any]", warnings.filters)
+        if added not in before and added in filters:
+            filters.remove(added)
 
 
 def _is_on_cpu(layers: Sequence[nn.Module]) -> bool:

@@ -39,7 +39,7 @@ from tailora.train import estimate
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import largest_forward, read_data, split_by_tokens, step_shape, token_limit
 from tailora.train.estimate import Memory
-from tailora.train.memory import available_bytes, format_bytes, used_bytes
+from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, used_bytes
 from tailora.train.model_loading import load_tokenizer, read_config
 from tailora.train.setup import start_accelerator
 from tailora.train.subprocess_worker import StepsMeasured, measure_steps
@@ -443,7 +443,6 @@ def full_fine_tuning(
 
 
 AS_SET = "as set"
-ACTIVATION_MEMORY = 0.4  # the smallest that was measured; it costs little time
 ACTIVATIONS = f"--activation-memory {ACTIVATION_MEMORY}"
 CHECKPOINTING, QUANTIZATION = "--gradient-checkpointing", "--quantize nf4"
 

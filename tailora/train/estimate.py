@@ -48,7 +48,14 @@ from tailora.kernels.cpu_attention import flash_backward_op, flash_op, split_doc
 from tailora.kernels.loss import FORMS
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.kernel_choice import LLAMA, PLAIN, Kernels, described_kernels, obstacle_to_llama_kernels, use_kernels
+from tailora.train.kernel_choice import (
+    PLAIN,
+    Kernels,
+    described_kernels,
+    obstacle_to_llama_kernels,
+    share_kept,
+    use_kernels,
+)
 from tailora.train.loss import BatchLayout, make_batch
 from tailora.train.model_loading import METHODS, Stored, check_unquantized, precision_of
 from tailora.train.setup import choose_layout
@@ -454,16 +461,10 @@ def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed:
     return StepCost(peak[ACTIVATIONS], peak[LOGITS], peak[GRADIENTS], kept, tracker.operators)
 
 
-# Of what plain layers keep for the backward, compiled ones keep this share, times --activation-memory: 141 of 182 MB,
-# measured on SmolLM2's shape in bfloat16. Compiled code cannot be simulated without contents. Down to .4 the bytes were
-# about proportional. The Llama kernels keep about half.
-COMPILED_SHARE, LLAMA_SHARE = 0.77, 0.5
-
-
 def with_compiled_layers(step: StepCost, fake: FakeModel, activation_memory: float) -> StepCost:
-    """Returns about what the step of `fake` would cost with compiled layers."""
-    share = COMPILED_SHARE * activation_memory / (LLAMA_SHARE if fake.kernels.layers == LLAMA else 1)
-    return replace(step, activations=step.activations - int(step.kept * (1 - min(share, 1))))
+    """Returns about what the step of `fake` would cost with compiled layers, which cannot be simulated."""
+    share = share_kept(fake.kernels, activation_memory)
+    return replace(step, activations=step.activations - int(step.kept * (1 - share)))
 
 
 def with_less_memory(step: StepCost, fake: FakeModel, tokens: int, *, checkpointed: bool) -> StepCost:

@@ -1,19 +1,21 @@
 """Which kernels a run computes with: those that apply are tried on the user's model against transformers' own layers.
 
 choose_kernels    what applies -> tried, compared -> `Kernels`, with a description for the run's header: compiled
-                  layers if the rest of the run pays for compiling, else the Llama kernels, else those of transformers
+                  layers if the rest of the run pays for compiling and they are faster here, else the Llama kernels,
+                  else the layers of transformers. All processes of a run choose the same.
 use_kernels       within the block the model computes with them
+share_kept        how much compiled layers keep for the backward, of what others keep
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,12 +38,14 @@ from tailora.kernels.device_attention import PROVIDERS
 from tailora.kernels.llama import eligible, fast_layers, obstacle_to_layers
 from tailora.train.config import TrainConfig
 from tailora.train.loss import BatchLayout, token_losses
+from tailora.train.memory import ACTIVATION_MEMORY
 from tailora.train.packing import random_documents
 from tailora.train.trainable import Trainable, trained_module
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}  # float64: transformers computes norms in float32
 HALF_TOLERANCE = 0.1  # bfloat16, float16
-TIMED_TOKENS = 256  # of a layer whose time is measured
+TIMED_TOKENS = 256  # of a layer whose time is measured, in two documents like those that are compared
+TIMES = 3  # that it is measured, of which the shortest counts
 LLAMA_GAIN = 0.17  # share of the time of transformers' layers that the Llama kernels save, in bfloat16 with AMX
 SPREAD = 0.02  # standard deviation of factors that start at zero, while gradients are compared
 
@@ -80,86 +84,154 @@ def choose_kernels(
     Raises ConfigError if compiled layers are asked for and there is an obstacle.
     """
     base, reasons = cast(PreTrainedModel, model.base_model), []
-    asked = config.fast == "compile" or config.activation_memory < 1
     if config.fast != "off":
         kernels, obstacle = _try_compiled(config, model, layout, work, recorded)
         if kernels is not None:
             return kernels
-        if asked:
+        if _asks_for_compiled(config):
             name = "--fast compile" if config.fast == "compile" else "--activation-memory"
             raise ConfigError(f"{name} needs compiled layers, which this run cannot have: {obstacle}; leave it out")
+        if isinstance(recorded, str):
+            raise ConfigError(
+                f"the run was started with layers that are {recorded}, which it cannot have now: {obstacle}; resume it "
+                "where and as it was started, or start again in another --output-dir"
+            )
         reasons.append(f"compiled layers: {obstacle}")
     obstacle, check = obstacle_to_llama_kernels(config.fast, base, layout), "as when the run was started"
     if obstacle is None and recorded is None:
         obstacle, check = _compared(model, _parts(work.sample, base), layout, None)
+        obstacle = _obstacle_of_any(obstacle)
     elif obstacle is None and recorded is not True:
         obstacle = "the run was started without"
     return described_kernels(base, layout, obstacle, check, reasons)
+
+
+def _asks_for_compiled(config: TrainConfig) -> bool:
+    return config.fast == "compile" or config.activation_memory < 1
+
+
+def _obstacle_of_any(obstacle: str | None) -> str | None:
+    """Returns the obstacle of the first process that has one, so that all of them choose the same."""
+    return next((text for text in gather_object([obstacle]) if text is not None), None)
 
 
 def _try_compiled(
     config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: bool | str | None
 ) -> tuple[Kernels | None, str | None]:
     """Returns kernels with compiled layers, or why there are none."""
-    base, budget = cast(PreTrainedModel, model.base_model), config.activation_memory
+    base, budget, asked = cast(PreTrainedModel, model.base_model), config.activation_memory, _asks_for_compiled(config)
     if config.gradient_checkpointing:
         return None, "--gradient-checkpointing computes each layer again"
-    if obstacle := obstacle_to_compiling(base, base.device):
+    if obstacle := _obstacle_of_any(obstacle_to_compiling(base, base.device)):
         return None, obstacle
     compiled = CompiledLayers(budget)
     kernels = Kernels(COMPILED, "", compiled)
-    if recorded is not None:
-        if recorded != kernels.record:
-            return None, "the run was started without them, or with another --activation-memory"
-        gain, check = "", "as when the run was started"
-    else:
-        layers, parts = decoder_layers(base), _parts(work.sample, base)
-        saved, gain = _expected_gain(model, work, layout)
-        compiling = expected_seconds(layers, budget, _has_dropout(base))
-        if config.fast == "auto" and budget == 1 and saved < compiling:
-            return None, f"they would save about {saved:.0f} s of this run, and compiling takes about {compiling:.0f} s"
-        try:
-            obstacle, check = _compared(model, parts, layout, compiled)
-            if obstacle is None and _has_dropout(base):
-                _compile_for_training(model, parts, layout, compiled)
-        except COMPILER_ERRORS as error:
-            cause = " ".join(str(error).split("\n\n")[0].split())  # what follows are hints for torch's developers
-            return None, f"torch.compile refuses them ({cause})"
-        if obstacle:
-            return None, obstacle
-        note_compiled(layers, budget)
+    if recorded is not None and recorded != kernels.record:
+        return None, "the run was started without them, or with another --activation-memory"
+    if recorded is None and not asked and (obstacle := _costs_more_than_it_saves(model, work, layout)):
+        return None, obstacle
+    obstacle, check, time_share = _compile(model, work, layout, compiled, resumed=recorded is not None)
+    if obstacle := _obstacle_of_any(obstacle):
+        return None, obstacle
+    if recorded is None:
+        share, others = broadcast_object_list([time_share])[0]
+        speed = f"a layer takes {share:.2f} of the time of {others}"
+        if share >= 1 and not asked:
+            return None, f"they were compiled, but {speed}"
+        check = f"{speed}, {check}"
     kept = "" if budget == 1 else f", keeping {budget:.0%} of the activations"
-    text = f"decoder layers: compiled{kept}{gain}, {check}; attention: {_attention(base, layout)}; loss: {layout.loss}"
+    text = f"decoder layers: compiled{kept}, {check}; attention: {_attention(base, layout)}; loss: {layout.loss}"
     return replace(kernels, description=text), None
 
 
-def _expected_gain(model: Trainable, work: Work, layout: BatchLayout) -> tuple[float, str]:
-    """Returns the seconds that compiled layers are expected to save in this run, and a text that says so.
+def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout) -> str | None:
+    """Returns why the rest of the run does not pay for compiling, as the first process sees it.
 
-    The time of the layers as they are is measured on this model.
+    What compiling saves is a known share of the time of the layers as they are, which is measured on this model.
     """
     base = cast(PreTrainedModel, model.base_model)
-    share = compiled_gain(base.device, base.dtype)
+    layers, share, obstacle = decoder_layers(base), compiled_gain(base.device, base.dtype), None
     if obstacle_to_llama_kernels("auto", base, layout) is None:
         share -= LLAMA_GAIN
     if share <= 0:
-        return 0.0, ""
+        place = "this CPU" if base.device.type == "cpu" else base.device.type
+        dtype = str(base.dtype).removeprefix("torch.")
+        obstacle = f"no gain is known on {place} in {dtype}; --fast compile tries them"
+    else:
+        with layout.used_by(base):
+            calls = _layer_calls(model, layers, _timed_examples(work), layout)
+            seconds = min(_seconds(*calls[-1]) for _ in range(TIMES)) if calls else 0.0
+        saved = share * seconds * len(calls) * work.tokens / TIMED_TOKENS
+        compiling = expected_seconds(layers, 1.0, _has_dropout(base))
+        if saved < compiling:
+            obstacle = f"they would save about {saved:.0f} s of this run, and compiling takes about {compiling:.0f} s"
+    return cast("str | None", broadcast_object_list([obstacle])[0])
+
+
+def _timed_examples(work: Work) -> list[Example]:
     ids = np.resize(work.sample.input_ids, TIMED_TOKENS)
-    layers = decoder_layers(base)
-    with _gradients_computed(model, layout):
-        calls = _layer_calls(model, layers, [Example(ids, ids.copy())], layout)
-        if not calls:  # the layers are those of another modality
-            return 0.0, ""
-        layer, inputs, arguments = calls[-1]
-        seconds = []
-        for _ in range(3):
-            synchronize(base.device)
-            started = time.perf_counter()
-            _outputs_and_gradients(layer, inputs, arguments)
-            synchronize(base.device)
-            seconds.append(time.perf_counter() - started)
-    total = broadcast_object_list([min(seconds) * len(calls) * work.tokens / TIMED_TOKENS])[0]  # all ranks agree
-    return total * share, f", expected to save {share:.0%} of about {total:.0f} s in them"
+    return [Example(part, part.copy()) for part in np.split(ids, [TIMED_TOKENS // 2 - 8])]  # of different lengths
+
+
+def _seconds(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> float:
+    """Returns the time of the layer's forward and backward."""
+    device = inputs[0].device
+    synchronize(device)
+    started = time.perf_counter()
+    _outputs_and_gradients(layer, inputs, arguments)
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def _compile(
+    model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers, *, resumed: bool
+) -> tuple[str | None, str, tuple[float, str]]:
+    """Compiles the layers. Returns why they are not right, how it is known that they are, and their time.
+
+    The time is a share of that of others, and their name. A resumed run is only called: see `choose_kernels`.
+    """
+    base, no_time = cast(PreTrainedModel, model.base_model), (0.0, "")
+    layers, parts = decoder_layers(base), _parts(work.sample, base)
+    try:
+        if resumed:
+            _compile_for_training(model, parts, layout, compiled)
+            return None, "as when the run was started", no_time
+        obstacle, check = _compared(model, parts, layout, compiled)
+        if obstacle:
+            return obstacle, "", no_time
+        if _has_dropout(base):
+            _compile_for_training(model, parts, layout, compiled)
+        time_share = _time_share(model, work, layout, compiled)
+    except COMPILER_ERRORS as error:
+        cause = " ".join(str(error).split("\n\n")[0].split())  # what follows are hints for torch's developers
+        return f"torch.compile refuses them ({cause})", "", no_time
+    note_compiled(layers, compiled.activation_memory)
+    if time_share is None:
+        return "text does not reach them", "", no_time
+    return None, check, time_share
+
+
+def _time_share(
+    model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers
+) -> tuple[float, str] | None:
+    """Returns the time of a compiled layer as a share of that of what is used otherwise, and what that is.
+
+    None if no layer is called. The layer is as the run calls it, with its dropout.
+    """
+    base = cast(PreTrainedModel, model.base_model)
+    with layout.used_by(base):
+        calls = _layer_calls(model, decoder_layers(base), _timed_examples(work), layout)
+        if not calls:
+            return None
+        layer = calls[-1][0]
+        is_llama = obstacle_to_llama_kernels("auto", base, layout) is None and bool(eligible(layer))
+        ours, theirs = [], []
+        for _ in range(1 + TIMES):  # in turns; the first of each is not counted
+            with compiled.used_by([layer]):
+                ours.append(_seconds(*calls[-1]))
+            with fast_layers(layer) if is_llama else nullcontext():
+                theirs.append(_seconds(*calls[-1]))
+    return min(ours[1:]) / min(theirs[1:]), "the Llama kernels" if is_llama else "those of transformers"
 
 
 def _compared(
@@ -221,6 +293,25 @@ def described_kernels(
     others = "".join(f" ({reason})" for reason in reasons)
     text = f"decoder layers: {layers}{others}; attention: {_attention(base, layout)}; loss: {layout.loss}"
     return Kernels(LLAMA if fused else PLAIN, text)
+
+
+# Of what plain layers keep for the backward, compiled ones keep this share, times --activation-memory: 141 of 182 MB,
+# measured on SmolLM2's shape in bfloat16. Down to .4 the bytes were about proportional. The Llama kernels keep half.
+COMPILED_SHARE, LLAMA_SHARE = 0.77, 0.5
+
+
+def share_kept(kernels: Kernels, activation_memory: float) -> float:
+    """Returns what compiled layers keep for the backward, as a share of what the layers of these kernels keep."""
+    kept = {PLAIN: 1.0, LLAMA: LLAMA_SHARE, COMPILED: COMPILED_SHARE}[kernels.layers]
+    if kernels.compiled is not None:
+        kept *= kernels.compiled.activation_memory
+    return min(COMPILED_SHARE * activation_memory / kept, 1.0)
+
+
+def share_kept_instead(config: TrainConfig, base: PreTrainedModel, kernels: Kernels) -> float | None:
+    """Returns what ACTIVATION_MEMORY would leave of what these layers keep; None if it is no choice for this run."""
+    excluded = config.fast == "off" or config.gradient_checkpointing or config.activation_memory <= ACTIVATION_MEMORY
+    return None if excluded or obstacle_to_compiling(base, base.device) else share_kept(kernels, ACTIVATION_MEMORY)
 
 
 def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:

@@ -32,6 +32,7 @@ CGROUP_FILES = {  # folder of a version -> its files of limit and use, and the f
 }
 STATUS = Path("/proc/self/status")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+ACTIVATION_MEMORY = 0.4  # that is recommended: the smallest that was measured; it costs little time
 KEPT_BYTES, MMAP_BYTES = 256 * 2**20, 32 * 2**20  # glibc takes no larger threshold for mmap
 
 
@@ -221,13 +222,20 @@ def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
     return total
 
 
-def check_fits(cost: Cost, size: ForwardSize, longest: int, device: torch.device) -> int:
-    """Returns the bytes that the largest forward keeps. Raises MemoryLimitError if fewer are free."""
+def check_fits(
+    cost: Cost, size: ForwardSize, longest: int, device: torch.device, compiled_share: float | None = None
+) -> int:
+    """Returns the bytes that the largest forward keeps. Raises MemoryLimitError if fewer are free.
+
+    longest, compiled_share: see `remedies`.
+    """
     needed, available = cost.of(size), available_bytes(device)
     if needed > available:
         free = f"{format_bytes(available)} are free{_of_device(device)}"
         cause = f"a step keeps at least {format_bytes(needed)} for its backward, and {free}"
-        raise MemoryLimitError(f"out of memory before the first step: {cause}\n{remedies(cost, size, longest)}")
+        raise MemoryLimitError(
+            f"out of memory before the first step: {cause}\n{remedies(cost, size, longest, compiled_share)}"
+        )
     return needed
 
 
@@ -239,10 +247,11 @@ def _of_device(device: torch.device) -> str:
     return f" on {device} ({device_name(device)}, {format_bytes(total_bytes(device))} {memory})"
 
 
-def remedies(cost: Cost, size: ForwardSize, longest: int) -> str:
+def remedies(cost: Cost, size: ForwardSize, longest: int, compiled_share: float | None = None) -> str:
     """Returns three changes of the settings, each with its effect on memory and time.
 
     longest: tokens of the longest example.
+    compiled_share: of what layers keep, what ACTIVATION_MEMORY leaves; None if layers cannot be compiled.
     """
     half = max(size.examples // 2, 1)
     share = half / size.examples
@@ -252,25 +261,31 @@ def remedies(cost: Cost, size: ForwardSize, longest: int) -> str:
         (
             size.examples > 1,
             f"--per-device-train-batch-size {half} with gradient accumulation times {size.batch_size / half:g}",
-            smaller,
+            cost.of(smaller),
             "the same result in about the same time",
+        ),
+        (
+            compiled_share is not None,
+            f"--activation-memory {ACTIVATION_MEMORY}",
+            replace(cost, per_token=cost.per_token * (compiled_share or 1)).of(size),
+            "the same result in about the same time, after about half a minute of compiling",
         ),
         (
             not size.checkpointed,
             "--gradient-checkpointing",
-            replace(size, checkpointed=True),
+            cost.of(replace(size, checkpointed=True)),
             "the same result in about a third more time",
         ),
         (
             True,
             f"--max-length {longest // 2}",
-            shorter,
+            cost.of(shorter),
             "half the time for the longest examples, whose ends are not learned",
         ),
     ]
     before = format_bytes(cost.of(size))
     lines = [
-        f"  - {change}: {format_bytes(cost.of(after))} instead of {before}; {effect}"
+        f"  - {change}: {format_bytes(after)} instead of {before}; {effect}"
         for possible, change, after, effect in options
         if possible
     ]

@@ -58,7 +58,7 @@ from tailora.train.dataloader import (
     stream_notes,
 )
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
-from tailora.train.kernel_choice import Work, choose_kernels, use_kernels
+from tailora.train.kernel_choice import Work, choose_kernels, share_kept_instead, use_kernels
 from tailora.train.loss import Evaluation, ModelWithLoss, evaluate, make_batch
 from tailora.train.memory import (
     check_fits,
@@ -128,10 +128,10 @@ class Trainer:
         is loaded, and deleted when the new adapter is whole.
 
     After `setup`: `base`, `tokenizer`, `data`, `model` (the adapter around the base, or the base trained in full),
-    `layout` (packed or padded batches), `kernels`, `cost` (memory of a forward), `buffers` (all trained parameters),
-    `optimizer`, `updates` (its steps, and the last good parameters), `allocator` (of AdaLoRA), `forward` (the model
-    with its loss, as accelerate prepared it), `identity`, `state`, `queue` (steps whose results were not read yet) and
-    `metrics`.
+    `layout` (packed or padded batches), `kernels`, `cost` (memory of a forward), `compiled_share` (of it, what compiled
+    layers could keep), `buffers` (all trained parameters), `optimizer`, `updates` (its steps, and the last good
+    parameters), `allocator` (of AdaLoRA), `forward` (the model with its loss, as accelerate prepared it), `identity`,
+    `state`, `queue` (steps whose results were not read yet) and `metrics`.
     """
 
     def __init__(
@@ -242,7 +242,8 @@ class Trainer:
         counts = None if data.held_out is None else data.held_out.supervised
         if self.before is not None and not np.array_equal(self.before.counts, counts):  # type: ignore[arg-type]
             raise ConfigError("the held-out examples are not those of the base's evaluation: the data has changed")
-        check_fits(self.cost, data.largest_size, len(data.longest.input_ids), device)
+        self.compiled_share = share_kept_instead(config, self.base, self.kernels)
+        check_fits(self.cost, data.largest_size, len(data.longest.input_ids), device, self.compiled_share)
 
         self.buffers = stack.enter_context(flattened(parameter_groups(trained_module(self.model), config)))
         send_from_first_rank(self.buffers, trained_module(self.model))
@@ -332,7 +333,7 @@ class Trainer:
         return use_kernels(self.base, self.layout, self.kernels, checkpointed=self.config.gradient_checkpointing)
 
     def memory_remedies(self) -> str:
-        return remedies(self.cost, self.data.largest_size, len(self.data.longest.input_ids))
+        return remedies(self.cost, self.data.largest_size, len(self.data.longest.input_ids), self.compiled_share)
 
     # ---- A step
 

@@ -104,6 +104,7 @@ def test_evaluations_and_notes_are_always_shown() -> None:
         ({"data": None}, "streamed"),
         ({}, "decoder layers those of transformers, because --fast off asks for them"),
         ({}, "loss from the model's own logits"),
+        ({"kernels": HEADER["kernels"].replace("asks for them", "does; so")}, "because --fast off does; so attention"),
     ],
 )
 def test_the_header_says_what_was_chosen_and_why(changes: dict[str, object], part: str) -> None:

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -151,6 +152,15 @@ def test_what_the_user_compiled_is_used_again_afterwards() -> None:
     with CompiledLayers(backend="eager").used_by([layer]):
         assert layer._compiled_call_impl is not own
     assert layer._compiled_call_impl is own
+
+
+def test_filters_of_warnings_that_others_set_within_the_block_stay() -> None:
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        with CompiledLayers(backend="eager").used_by([]):
+            warnings.filterwarnings("error", message="of others")
+            warnings.warn("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed", stacklevel=1)
+        assert [action for action, *_ in warnings.filters] == ["error", *(action for action, *_ in before)]
 
 
 @pytest.mark.slow

@@ -73,6 +73,15 @@ def test_a_load_beyond_the_machine_is_refused_with_three_priced_remedies() -> No
         assert f"{price} instead of 8,100,000 GB" in remedy
 
 
+def test_where_layers_can_be_compiled_less_activation_memory_comes_before_checkpointing() -> None:
+    load = ForwardSize(batch_size=8, examples=8, tokens=8 * 10**9, supervised=10**9, checkpointed=False)
+    with pytest.raises(MemoryLimitError) as caught:
+        check_fits(COST, load, 1024, CPU, compiled_share=0.5)
+    remedies = str(caught.value).splitlines()[2:]
+    assert "--activation-memory 0.4: 4,100,000 GB instead of 8,100,000 GB" in remedies[1]
+    assert "--gradient-checkpointing" in remedies[2]
+
+
 @pytest.mark.parametrize("examples", [1, 8])
 @pytest.mark.parametrize("checkpointed", [True, False])
 def test_there_are_three_remedies_whatever_is_used_up(examples: int, checkpointed: bool) -> None:
