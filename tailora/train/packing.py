@@ -16,7 +16,9 @@ from tailora.kernels.attention import CPU, PackingError, packed_rows
 from tailora.kernels.device_attention import BLOCK, HALF, PROVIDERS
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative to the norm of logits and gradients
-HALF_TOLERANCE = 5e-2  # bfloat16, float16: two orders of summation differ by about 1e-2
+# bfloat16, float16: two orders of summation give the demo's model, of 30 layers, logits that differ by .01 to .02 and
+# gradients that differ by .05 to .09. Documents that attend to each other: logits by .13 and more, gradients by .38
+HALF_TOLERANCE = {"logits": 5e-2, "gradients": 0.2}
 LENGTHS = (9, 14)
 LONG = 2 * BLOCK + 4  # tokens of another document, which the providers of devices cut into blocks
 LONGEST = 512  # of the documents that show a sliding window
@@ -81,10 +83,10 @@ def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool
         if not compare:
             return None
         alone = [_results(model, [document], packed=False, gradient=True) for document in documents]
-    tolerance = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
     for what, actual, parts in zip(("logits", "gradients"), together, zip(*alone, strict=True), strict=False):
         expected = torch.cat(parts)
         difference = float((actual - expected).norm() / expected.norm())
+        tolerance = TOLERANCE.get(model.dtype, HALF_TOLERANCE[what])
         if not difference <= tolerance:
             return f"{name} gives other {what} for packed documents (by {difference:.1e}, allowed {tolerance:.0e})"
     return None

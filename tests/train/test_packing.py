@@ -14,6 +14,7 @@ from transformers import (
     GPTNeoConfig,
     Llama4TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
     MptConfig,
@@ -62,6 +63,15 @@ def made(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 @pytest.mark.parametrize("name", PACKS)
 def test_models_that_isolate_documents_are_packed(name: str, dtype: torch.dtype) -> None:
     assert choose_packing(made(PACKS[name], dtype), "auto") == ("cpu", None)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_in_the_gradients_of_a_deep_model_is_no_reason_for_padding(seed: int) -> None:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{**GROUPED, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12, "initializer_range": 0.2}
+    )
+    assert choose_packing(LlamaForCausalLM(config).to(torch.bfloat16), "auto") == ("cpu", None)
 
 
 @pytest.mark.parametrize("name", DOES_NOT)
