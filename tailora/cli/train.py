@@ -25,6 +25,7 @@ from tailora.train import run_log
 from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from tailora.evaluation.generate import Answer
     from tailora.train.events import TrainResult
 
 Flags: Any = flags_of(TrainConfig)
@@ -181,6 +182,8 @@ def fit(config: TrainConfig, *, as_json: bool, overwrite: bool, questions: Seque
             message = f"the run so far is saved in {interrupted.folder}; to resume it:\n{shlex.join(command)}"
             raise KeyboardInterrupt(message) from interrupted
     if not PartialState().is_main_process:
+        if config.fsdp:  # all processes compute an answer together
+            sample_answers(result, config.samples, questions)
         return 0
     folder, numbers, report, page = Path(result.output_dir), result.to_dict(), None, ""
     try:
@@ -199,16 +202,23 @@ def fit(config: TrainConfig, *, as_json: bool, overwrite: bool, questions: Seque
     return 0
 
 
+def sample_answers(
+    result: "TrainResult", count: int, questions: Sequence[str] | None, **options: Any
+) -> list["Answer"]:
+    """Returns answers of the base and the tuned model to the first `count` questions, by default held-out prompts."""
+    from tailora.evaluation.generate import compare_answers
+
+    held_out = result.data.eval_samples if result.data else []
+    return compare_answers(result.model, result.tokenizer, (questions or held_out)[:count], **options)
+
+
 def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] | None) -> None:
     """Writes samples.json: answers of the base and the tuned model to the first `count` questions."""
-    from tailora.evaluation.generate import compare_answers
     from tailora.formats.io import write_file
     from tailora.train.memory import explain_out_of_memory
 
-    held_out = result.data.eval_samples if result.data else []
     advice = f"the adapter is complete, in {result.output_dir}; --samples 0 compares no answers"
     with explain_out_of_memory("comparing answers", lambda: advice), counter(stderr(), "answers") as progress:
-        chosen = (questions or held_out)[:count]
-        samples = compare_answers(result.model, result.tokenizer, chosen, progress=progress)
+        samples = sample_answers(result, count, questions, progress=progress)
     content = json.dumps([asdict(answer) for answer in samples], ensure_ascii=False, indent=2)
     write_file(Path(result.output_dir) / SAMPLES, content.encode())

@@ -18,7 +18,7 @@ from tailora.core.config import LoRAConfig
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias
 from tailora.core.init import DATA_INITS, WEIGHT_INITS, WITH_FROZEN_START, check_init, init_from_weight
 from tailora.core.layer import INITS, LoRALayer
-from tailora.core.layer_types import layer_of, weight_of
+from tailora.core.layer_types import layer_of, weight_of, whole_tensor
 from tailora.core.patterns import inside
 from tailora.core.quantization import dense_shape, weight_count
 from tailora.core.targets import ExtraTargets, Selection, Target
@@ -149,6 +149,11 @@ def trained_copy(module: nn.Module) -> nn.Module:
     clone = copy.deepcopy(module)
     for part in clone.modules():
         detach(part)
+    for owner in clone.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if (whole := whole_tensor(parameter)) is not parameter:
+                owner._parameters[name] = nn.Parameter(whole)
+                owner._load_state_dict_post_hooks.clear()  # of FSDP2, for the module that was copied
     for parameter in clone.parameters():
         parameter.data = parameter.data.to(adapter_dtype(parameter.dtype))
     return clone.requires_grad_()

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tailora.core.device import wide_dtype
 from tailora.core.fused_layers import OutputSlice
-from tailora.core.layer_types import LayerType, weight_of
+from tailora.core.layer_types import LayerType, weight_of, whole_tensor
 from tailora.core.quantization import dense_weight, is_quantized
 
 BLOCK = 2**18  # numbers of a 16-bit weight that are widened at a time: on a CPU they stay in the cache
@@ -142,7 +142,7 @@ class RowNorms:
         """Returns the dense weight (groups, m, n), as `LayerType.factors` has it; of a fused layer the slice alone."""
         layer_type = self.layer_type
         name = layer_type.weight_name
-        weight = dense_weight(layer, name) if self._is_quantized else weight_of(layer, name).detach()
+        weight = dense_weight(layer, name) if self._is_quantized else whole_tensor(weight_of(layer, name).detach())
         if self.output_slice is not None:
             transposed = layer_type.is_transposed(layer)
             weight = self.output_slice.take(weight) if transposed else self.output_slice.take(weight.mT).mT

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailora.core.layer_types import qualified_name, weight_of
+from tailora.core.layer_types import qualified_name, weight_of, whole_tensor
 
 # Classes that add their bias to the rest of their output, by the dimension of the output that it runs along.
 BIAS_LAST = (nn.Linear, nn.LayerNorm)
@@ -45,8 +45,8 @@ class TrainedBias(nn.Module):
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        bias = cast(Tensor, layer.bias)
-        self.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
+        bias = whole_tensor(cast(Tensor, layer.bias).detach())
+        self.bias = nn.Parameter(bias.to(dtype, copy=True))
         self.register_buffer("strength", torch.ones((), device=bias.device, dtype=dtype), persistent=False)
 
     def add_to(self, y: Tensor, output: Tensor, _x: Tensor, layer: nn.Module) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tailora.core import dora
 from tailora.core.fused_layers import OutputSlice
-from tailora.core.layer_types import CONV1D, LINEAR, LayerType, Shape
+from tailora.core.layer_types import CONV1D, LINEAR, LayerType, Shape, whole_tensor
 from tailora.errors import ConfigError
 
 SMALL_BATCH = 32  # tokens; on a CPU, casting both factors costs more than multiplying up to about 40 tokens by them
@@ -301,7 +301,7 @@ class LoRALayer(nn.Module):
     def add_trained_bias(self, layer: nn.Module) -> None:
         """Train a copy of the layer's bias. Does nothing if the layer has none."""
         if isinstance(bias := getattr(layer, "bias", None), Tensor):
-            self.bias = nn.Parameter(bias.detach().to(self.lora_A, copy=True))
+            self.bias = nn.Parameter(whole_tensor(bias.detach()).to(self.lora_A, copy=True))
 
     @property
     def is_plain(self) -> bool:

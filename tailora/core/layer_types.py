@@ -342,6 +342,12 @@ def weight_of(layer: nn.Module, name: str = "weight") -> Tensor:
     return weight
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Returns the tensor; of one of which each rank holds a part (FSDP2) all of it, for which all ranks must call."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
+
+
 def parameter_owner(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Returns the submodule that holds the parameter `name`, such as "out_proj.weight", and its name there."""
     path, _, last = name.rpartition(".")

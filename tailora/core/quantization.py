@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.layer_types import qualified_name, weight_of
+from tailora.core.layer_types import qualified_name, weight_of, whole_tensor
 
 
 class Storage:
@@ -31,7 +31,7 @@ class Storage:
 
     def dense(self, layer: Any) -> Tensor:
         """Returns the dense weight in the precision that was quantised, or in float32 where it is not known."""
-        return weight_of(layer).detach()
+        return whole_tensor(weight_of(layer).detach())
 
     def spread(self, _layer: Any, dense: Tensor) -> Tensor:
         """Returns how far from `dense` the numbers may have been before quantisation; broadcasts to (out, in)."""
@@ -192,7 +192,8 @@ def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from inner_tensors(getattr(tensor, name))
+        if isinstance(part := getattr(tensor, name), Tensor):  # a DTensor also has its mesh there
+            yield from inner_tensors(part)
 
 
 PLAIN, FOUR_BIT, INT8, TORCHAO = Storage(), FourBit(), Int8(), TorchAO()
@@ -235,7 +236,7 @@ def dense_weight(layer: nn.Module, name: str = "weight", int8_dtype: torch.dtype
     model's other weights, or float32. name: of another parameter, which is never quantised.
     """
     if name != "weight" or not is_quantized(layer):
-        return weight_of(layer, name).detach()
+        return whole_tensor(weight_of(layer, name).detach())
     value = storage_of(layer).dense(layer)
     return value.to(int8_dtype) if int8_dtype is not None and storage_of(layer) is INT8 else value
 

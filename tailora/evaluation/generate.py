@@ -21,6 +21,7 @@ from tailora.data.chat_template import ChatTokenizer
 from tailora.data.schemas import Conversation, Messages, Pair, Sample, Text
 from tailora.data.tokenize import encode_sample, prompt_ids
 from tailora.errors import DataError
+from tailora.train.parallel import is_sharded
 from tailora.train.random_state import seeded
 from tailora.train.trainable import Trainable
 
@@ -194,7 +195,7 @@ def compare_answers(
     max_new_tokens: int = 48,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[Answer]:
-    """Returns greedy answers of the base and the tuned model, side by side.
+    """Returns greedy answers of the base and the tuned model, side by side; of a sharded model on all ranks together.
 
     For a sample, its last reply is generated again. Prompts that leave the model no positions for an answer are
     left out. Raises DataError if the chat template refuses a prompt.
@@ -203,22 +204,23 @@ def compare_answers(
     prompts = [make_prompt(question, tokenizer) for question in questions]
     prompts = [prompt for prompt in prompts if free_positions(model, len(prompt.ids)) > 0]
     texts: list[list[str]] = []  # of the tuned model, then of the base
+    synced_gpus = is_sharded(model)  # no rank stops before the others
     with evaluating(model):
         for which in (nullcontext(), model.disable_adapter()):
             texts.append([])
             with which:
                 for prompt in prompts:
-                    texts[-1].append(_greedy_answer(model, tokenizer, prompt.ids, max_new_tokens))
+                    texts[-1].append(_greedy_answer(model, tokenizer, prompt.ids, max_new_tokens, synced_gpus))
                     progress(sum(map(len, texts)), 2 * len(prompts))
     return [Answer(prompt.text, base, tuned) for prompt, tuned, base in zip(prompts, *texts, strict=True)]
 
 
-def _greedy_answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int) -> str:
+def _greedy_answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, synced_gpus: bool) -> str:
     """Returns the answer, with … at the end if it is cut.
 
     Prompts are answered one by one: padding to a common length would change the rounding, and with it words.
     """
     arguments = generation_arguments(model, tokenizer, ids, max_new_tokens=max_new_tokens)
-    new = model.generate(**arguments)[0, len(ids) :]  # (length,)
+    new = model.generate(**arguments, synced_gpus=synced_gpus)[0, len(ids) :]  # (length,)
     is_cut = int(new[-1]) not in (arguments["generation_config"].eos_token_id or [])
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip() + ("…" if is_cut else "")

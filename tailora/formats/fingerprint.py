@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.layer_types import LINEAR, LayerType, layer_of
+from tailora.core.layer_types import LINEAR, LayerType, layer_of, whole_tensor
 from tailora.core.quantization import PLAIN, dense_shape, dense_weight, in_file_layout, quantized_layers, storage_of
 from tailora.formats.metadata import LayerFingerprint
 
@@ -102,7 +102,8 @@ def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint, 
 
 def _sample(weight: Tensor) -> list[float]:
     """Returns SAMPLES values, evenly spaced in the order of a file, without a copy of the weight."""
-    values: list[float] = weight.detach()[_sample_index(weight.shape, weight.device)].float().tolist()
+    weight = whole_tensor(weight.detach())
+    values: list[float] = weight[_sample_index(weight.shape, weight.device)].float().tolist()
     return values
 
 

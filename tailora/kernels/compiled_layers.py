@@ -28,6 +28,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._triton import has_triton
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -67,6 +68,8 @@ def obstacle_to_compiling(model: nn.Module, device: torch.device) -> str | None:
     layers = decoder_layers(model)
     if not layers:
         return f"{type(model).__name__} has no list of layers"
+    if any(isinstance(layer, FSDPModule) for layer in layers):
+        return "--fsdp gathers the weights of each layer between its operations, which cannot be compiled"
     if (kinds := len({_kind(layer) for layer in layers})) > MOST_KINDS:
         return f"they are of {kinds} kinds, each of which is compiled on its own (at most {MOST_KINDS})"
     return compiler_obstacle(device)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tailora.core.attach import Adapted, Swapped, derived_class
@@ -439,7 +440,10 @@ class FastLayer(Swapped):
         if layer is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         cos, sin = (part[0] for part in kwargs["position_embeddings"])  # (tokens, width)
-        return run(hidden_states[0], cos, sin, layer)[None]
+        # no view, because FSDP2 hooks the output, and an operation in place would lose the hook of a view
+        output = run(hidden_states[0], cos, sin, layer)
+        whole: Tensor = torch.ops.aten._unsafe_view(output, [1, *output.shape])
+        return whole
 
 
 @contextmanager
@@ -458,7 +462,12 @@ def fast_layers(model: nn.Module, *, checkpointed: bool = False) -> Iterator[int
 
 
 def _family(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if qualified_name(type(module)) in FAMILY]
+    return [module for module in model.modules() if qualified_name(_class_of(module)) in FAMILY]
+
+
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    """Returns the class of a layer, before FSDP2 put its own in front."""
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
 def eligible(model: nn.Module) -> list[nn.Module]:

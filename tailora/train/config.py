@@ -113,6 +113,11 @@ class TrainConfig(StrictModel):
     device: str = Field(
         "auto", description="device to run on: auto (a GPU if there is one), cpu, cuda, cuda:1, mps, xpu"
     )
+    fsdp: bool = Field(False, description="share the base model out among the processes (FSDP2)")
+    fsdp_reshard_after_forward: bool = Field(
+        True, description="FSDP2: free gathered weights between forward and backward"
+    )
+    fsdp_offload_params: bool = Field(False, description="FSDP2: keep each process's part in the host's memory")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of data order, initialisation and dropout")
     # evaluation and files
     eval_steps: NonNegativeInt = Field(0, description="evaluate every N steps; 0: only before and after training")
@@ -171,6 +176,15 @@ class TrainConfig(StrictModel):
             (
                 full and self.quantize,
                 "--method full trains the weights, which cannot be quantised: leave --quantize out",
+            ),
+            (full and self.fsdp, "--method full does not share its weights out yet: leave --fsdp out"),
+            (
+                self.quantize and self.fsdp,
+                "the parts of a quantised base cannot be shared out yet: leave --fsdp or --quantize out",
+            ),
+            (
+                not self.fsdp and (self.fsdp_offload_params or not self.fsdp_reshard_after_forward),
+                "fsdp_offload_params and fsdp_reshard_after_forward say how --fsdp works: give --fsdp",
             ),
             (self.target_r is None and adalora_names, f"{adalora_names} belong to AdaLoRA: give --target-r"),
             (self.adapter and changed, f"--adapter brings its own {names}: leave them out"),

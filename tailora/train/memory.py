@@ -205,19 +205,19 @@ def measure_cost(forward: Callable[[int, bool], Tensor], tokens: int, model: Pre
 
 def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
     """Returns the bytes that autograd keeps after the forward, without the model's weights."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in stored_tensors(model)}
-    kept: dict[int, int] = {}
+    known = {part.untyped_storage().data_ptr() for tensor in stored_tensors(model) for part in inner_tensors(tensor)}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         for part in inner_tensors(tensor):
             storage = part.untyped_storage()
             if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = storage.nbytes()
+                kept[storage._cdata] = storage
         return tensor.detach()  # the tensor itself would keep its own graph alive for ever
 
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
         loss = forward()  # kept alive while sizes are added up, so that no address is used by two tensors
-    total = sum(kept.values())
+    total = sum(storage.nbytes() for storage in kept.values())  # FSDP2 has freed the weights that it gathered
     del loss
     return total
 

@@ -14,6 +14,7 @@ from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.kernels.attention import CPU, PackingError, packed_rows
 from tailora.kernels.device_attention import BLOCK, HALF, PROVIDERS
+from tailora.train.parallel import forget_forward
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative to the norm of logits and gradients
 # bfloat16, float16: two orders of summation give the demo's model, of 30 layers, logits that differ by .01 to .02 and
@@ -79,6 +80,7 @@ def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool
         except torch.OutOfMemoryError:
             raise
         except refusals as error:
+            forget_forward(model)
             return f"{name} does not support them ({str(error).splitlines()[0]})"
         if not compare:
             return None

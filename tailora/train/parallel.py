@@ -1,5 +1,9 @@
 """Several processes that train one adapter: each has a whole copy of it, and they add up their gradients.
 
+With `shard_base` each holds only a part of the base model (FSDP2): the decoder layers, which are nearly all of it, are
+gathered one after the other while a forward or backward runs through them. Embeddings, the last norm and the head stay
+whole on every rank, which needs the head where the most memory is used.
+
 The gradients of an adapter lie in a few flat buffers, so that one collective per buffer and step sums them, after the
 last micro-batch. Unlike DDP this needs no wrapper around the model, and a parameter that the examples of a rank do not
 use has a gradient of zero there.
@@ -9,7 +13,13 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
+from tailora.errors import ConfigError
+from tailora.kernels.compiled_layers import decoder_layers
 from tailora.kernels.flat_parameters import FlatBuffer
 
 
@@ -35,3 +45,57 @@ def send_from_first_rank(buffers: Sequence[FlatBuffer], module: nn.Module) -> No
         frozen = [tensor for name, tensor in module.named_buffers() if name in saved]
         for tensor in (*(buffer.parameter.detach() for buffer in buffers), *frozen):
             dist.broadcast(tensor, src=0)
+
+
+# ---- Sharding the base
+
+
+def shard_base(base: PreTrainedModel, *, reshard_after_forward: bool, offload: bool) -> None:
+    """Leaves on each rank its part of every decoder layer's weights, rows i n/ranks to (i + 1) n/ranks of each.
+
+    From then on every forward, and every read of a weight's numbers (`whole_tensor`), needs all ranks.
+    reshard_after_forward: False keeps gathered weights until the backward has used them.
+    offload: keeps the parts in the host's memory.
+    Raises ConfigError for a model without decoder layers.
+    """
+    root = _root(base)
+    layers = [layer for layer in decoder_layers(base) if root is base or layer in set(root.modules())]
+    if not layers:
+        raise ConfigError(
+            f"--fsdp shares out the layers of a decoder, and {type(base).__name__} has no list of layers; leave it out"
+        )
+    mesh = init_device_mesh(base.device.type, (dist.get_world_size(),))
+    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for layer in layers:
+        fully_shard(
+            layer,
+            mesh=mesh,
+            reshard_after_forward=reshard_after_forward,
+            offload_policy=policy,
+            ignored_params={parameter for parameter in layer.parameters() if parameter.ndim == 0},
+        )
+    sharded = {parameter for layer in layers for parameter in layer.parameters()}
+    # without weights of its own it lets the layers prefetch one another, and ends a forward and a backward
+    fully_shard(root, mesh=mesh, ignored_params={p for p in root.parameters() if p not in sharded})
+
+
+def _root(base: PreTrainedModel) -> nn.Module:
+    """Returns what every forward calls: the decoder, because the loss calls it without the head."""
+    decoder: nn.Module | None = base.get_decoder() if hasattr(base, "get_decoder") else None
+    return base if decoder is None or not decoder_layers(decoder) else decoder
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def forget_forward(model: nn.Module) -> None:
+    """Lets a sharded model run again after a forward that raised an error. For others it does nothing."""
+    root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
+    if root is not None:
+        root.reset_iter_state()
+
+
+def rank_bytes(model: nn.Module) -> int:
+    """Returns the bytes of the parameters that this rank holds between two steps."""
+    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in model.parameters())

@@ -31,6 +31,7 @@ from tailora.train.loss import BatchLayout, make_batch, token_losses
 from tailora.train.memory import Cost, measure_cost
 from tailora.train.model_loading import load_base
 from tailora.train.packing import choose_packing
+from tailora.train.parallel import forget_forward
 from tailora.train.random_state import seed_all
 from tailora.train.trainable import FullModel, Trainable
 
@@ -40,6 +41,7 @@ PROBE_TOKENS = 128  # memory is measured on at most so many tokens of the longes
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """Returns accelerate on the device and with the trackers asked for. Raises ConfigError if one is not here."""
+    check_launch()
     problems = []
     for name in config.report_to:
         if name not in TRACKERS:
@@ -59,7 +61,30 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             f"accelerate's mixed_precision {accelerator.mixed_precision} scales losses, which is not supported: launch "
             "with --mixed_precision no; --dtype sets the precision of the base, and adapters are float32"
         )
+    if config.fsdp and accelerator.num_processes == 1:
+        raise ConfigError(
+            "--fsdp shares the base model out among several processes, and this is one: leave it out, or start with "
+            "torchrun --nproc-per-node N -m tailora -- train ..."
+        )
     return accelerator
+
+
+LAUNCHED_WITH = {  # variables of `accelerate launch` -> what to do instead
+    "ACCELERATE_USE_FSDP": (
+        "FSDP, whose settings would not be followed: launch without --use_fsdp and give tailora --fsdp, which is FSDP2"
+    ),
+    "ACCELERATE_USE_DEEPSPEED": (
+        "DeepSpeed, whose engine would take the place of the training loop: launch without --use_deepspeed, and give "
+        "tailora --fsdp to share the base model out among the processes"
+    ),
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM, which trains models of its own: launch without --use_megatron_lm",
+}
+
+
+def check_launch() -> None:
+    """Raises ConfigError if `accelerate launch` asks for an engine that does not train here."""
+    if problems := [text for name, text in LAUNCHED_WITH.items() if parse_flag_from_env(name)]:
+        raise ConfigError(f"accelerate was launched with {listing(problems)}")
 
 
 def start_on_device(name: str) -> torch.device:
@@ -224,4 +249,6 @@ def memory_cost(model: Trainable, layout: BatchLayout, kernels: Kernels, example
         return token_losses(model, [part], layout)[0].sum()
 
     with use_kernels(base, layout, kernels):
-        return measure_cost(forward, min(len(example.input_ids), PROBE_TOKENS), base)
+        cost = measure_cost(forward, min(len(example.input_ids), PROBE_TOKENS), base)
+    forget_forward(base)
+    return cost

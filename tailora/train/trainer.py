@@ -26,12 +26,13 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -77,7 +78,7 @@ from tailora.train.optimizer import (
     lr_schedule,
     parameter_groups,
 )
-from tailora.train.parallel import send_from_first_rank, sum_over_ranks
+from tailora.train.parallel import send_from_first_rank, shard_base, sum_over_ranks
 from tailora.train.random_state import random_state, seed_all, seeded
 from tailora.train.trainable import Trainable, sync_parameters, trained_module
 
@@ -204,7 +205,8 @@ class Trainer:
         """Makes everything ready for the first step. Leaving `stack` restores the caller's state and the model."""
         config = self.config
         self.output_dir = Path(config.output_dir)
-        own_group = not dist.is_initialized()  # one that the caller started stays
+        # a group that the caller started stays, and one without which the model cannot be used
+        own_group = not dist.is_initialized() and not config.fsdp
         self.accelerator = accelerator = setup.start_accelerator(config)
         stack.callback(self.end_training, own_group)
         stack.enter_context(events.fail_together(accelerator))
@@ -224,6 +226,12 @@ class Trainer:
 
         with explain_out_of_memory("loading", lambda: LOADING_REMEDIES):
             self.base, self.tokenizer = load_base(config.model, config.dtype, device, config.quantize)
+            if config.fsdp:
+                shard_base(
+                    self.base,
+                    reshard_after_forward=config.fsdp_reshard_after_forward,
+                    offload=config.fsdp_offload_params,
+                )
             base = model_fingerprint(self.base)
             embedding_rows = self.base.get_input_embeddings().weight.shape[0]
             data = self.read(config, embedding_rows, self.tokenizer, accelerator)
@@ -450,8 +458,7 @@ class Trainer:
         parameters = trained_module(self.model).state_dict()
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in parameters.items()}
         self.state.best, self.state.since_best = Best(self.state.step, evaluation, tensors), 0
-        if self.accelerator.is_main_process:
-            trainable.save(self.model, self.output_dir)
+        self.save_model()
 
     def held_out_loss(self, *, may_be_kept: bool) -> Evaluation | None:
         """Evaluates this rank's share of the held-out examples and joins the shares; None if there are none.
@@ -544,12 +551,25 @@ class Trainer:
         folder = trainable.folder_of(self.model, self.output_dir)
         if isinstance(self.model, LoRAModel):
             self.model.settle_ranks()  # removes those that AdaLoRA has switched off
-        if not self.accelerator.is_main_process:
-            return folder
-        trainable.save(self.model, self.output_dir)
-        if different := trainable.differences(self.model, folder):
-            raise CheckpointError(f"{folder} reads back different in {', '.join(different[:3])}; is the disk failing?")
+        self.save_model(compare=True)
         return folder
+
+    def save_model(self, *, compare: bool = False) -> None:
+        """Writes the adapter or the model, in the main process. compare: reads it back, or raises CheckpointError.
+
+        If the base is shared out, all ranks read its weights together, so the others do the same in a folder of their
+        own, which is deleted.
+        """
+        with ExitStack() as stack:
+            folder = self.output_dir
+            if not self.accelerator.is_main_process:
+                if not self.config.fsdp:
+                    return
+                folder = Path(stack.enter_context(TemporaryDirectory()))
+            written = trainable.save(self.model, folder)
+            if compare and (different := trainable.differences(self.model, written)):
+                names = ", ".join(different[:3])
+                raise CheckpointError(f"{written} reads back different in {names}; is the disk failing?")
 
     def result(self, after: Evaluation | None, seconds: float) -> events.TrainResult:
         state, summary = self.state, self.model.summary()
@@ -618,10 +638,9 @@ class Trainer:
         folder = trainable.folder_of(self.model, self.output_dir)
         saved = f"{folder} keeps the best adapter so far"
         is_main = self.accelerator.is_main_process
-        if not folder.exists():
+        if not broadcast_object_list([folder.exists()])[0]:
             saved = f"{folder} keeps the last weights with a finite loss"
-            if is_main:
-                trainable.save(self.model, self.output_dir)
+            self.save_model()
         if is_main and self.unproven and not parameters_are_good:
             shutil.rmtree(self.unproven)
         if is_main:

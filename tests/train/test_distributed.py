@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,76 +15,208 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tailora.cli.train import sample_answers
+from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
 from tailora.train.run_log import write_settings
+from tailora.train.setup import start_accelerator
 from tailora.train.trainer import run
 
-LONGEST = 300  # s; some 15 on an idle machine
+LONGEST = 600  # s; some 15 on an idle machine, 150 for the exhaustive test
 WORKER = """
-import json, sys
+import json, sys, warnings
 import torch
 torch.set_num_threads(1)
 from tailora.train import kernel_choice
 from tailora.train.config import TrainConfig
+from tailora.train.parallel import rank_bytes
 from tailora.train.trainer import Trainer
+from tailora.cli.train import fit
 
+warnings.simplefilter("error", UserWarning)
 torch.distributed.init_process_group("gloo")  # which the runs use, and leave
-if torch.distributed.get_rank() == 1:
+rank = torch.distributed.get_rank()
+if rank == 1:
     kernel_choice.obstacle_to_compiling = lambda *_: "the second machine has no compiler"
-for settings in json.loads(sys.argv[1]):
-    trainer = Trainer(TrainConfig(**settings))
-    trainer.train()
+trainers, train = [], Trainer.train
+Trainer.train = lambda self: (trainers.append(self), train(self))[1]
+for name, settings in json.loads(sys.argv[1]).items():
+    config = TrainConfig(**settings)
+    if name == "sharded":
+        fit(config, as_json=True, overwrite=False)
+    else:
+        Trainer(config).train()
+    trainer = trainers.pop()
+    print(f"{name} on rank {rank}: {rank_bytes(trainer.base)} bytes of the base")
     for buffer in trainer.buffers:
         of_first = buffer.parameter.detach().clone()
         torch.distributed.broadcast(of_first, src=0)
         assert torch.equal(of_first, buffer.parameter)
 """
-SHARED = {"num_train_epochs": 2, "per_device_train_batch_size": 3, "eval_steps": 3, "save_steps": 3}  # 8 steps
+SHARED = {"num_train_epochs": 5, "per_device_train_batch_size": 3, "eval_steps": 9, "save_steps": 9}  # 20 steps
+SLOTS = {"use_dora": True, "learn_scaling": True, "modules_to_save": ["lm_head"]}
 CASES: dict[str, dict[str, Any]] = {
     "lora": {},
     "full": {"method": "full", "learning_rate": 1e-3, "r": 16},
+    "sharded": {"fsdp": True},
+    "sharded, with all slots": {"fsdp": True, "gradient_checkpointing": True, "fast": "off", **SLOTS},
 }
 
 
-class TwoRanks(NamedTuple):
+class Ranks(NamedTuple):
     folder: Path  # the output of each case is in a folder of its name
     process: "subprocess.CompletedProcess[str]"
 
+    def bytes_of_base(self, case: str) -> list[int]:
+        return [int(number) for number in re.findall(rf"^{case} on rank \d: (\d+) bytes", self.process.stdout, re.M)]
 
-@pytest.fixture(scope="module")
-def two_ranks(make_settings: Any, tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
-    """One start of two processes, which train every case, and compare what they trained."""
-    folder = tmp_path_factory.mktemp("ranks")
-    configs = [make_settings(output_dir=str(folder / name), **SHARED, **changes) for name, changes in CASES.items()]
+
+def train_on_ranks(count: int, configs: dict[str, TrainConfig], folder: Path) -> Ranks:
+    """One start of several processes, which train every case, and compare what they trained."""
     script = folder / "worker.py"
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]  # on a free port
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]  # on a free port
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    arguments = [*command, str(script), json.dumps([config.model_dump(exclude_unset=True) for config in configs])]
-    process = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, timeout=LONGEST)
-    return TwoRanks(folder, process)
+    settings = json.dumps({name: config.model_dump(exclude_unset=True) for name, config in configs.items()})
+    command = [sys.executable, "-m", *launcher, str(script), settings]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=LONGEST)
+    assert process.returncode == 0, process.stderr
+    return Ranks(folder, process)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(make_settings: Any, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    folder = tmp_path_factory.mktemp("ranks")
+    configs = {name: make_settings(output_dir=str(folder / name), **SHARED, **CASES[name]) for name in CASES}
+    return train_on_ranks(2, configs, folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_train_what_one_does(case: str, two_ranks: TwoRanks, settings: Any) -> None:
-    assert two_ranks.process.returncode == 0, two_ranks.process.stderr
-    one, two = settings(gradient_accumulation_steps=2, **SHARED, **CASES[case]), two_ranks.folder / case
+def test_two_ranks_train_what_one_does(case: str, two_ranks: Ranks, settings: Any) -> None:
+    one = settings(gradient_accumulation_steps=2, **SHARED, **{**CASES[case], "fsdp": False})
+    two = two_ranks.folder / case
     result = run(one)
-    name = "model/model.safetensors" if case == "full" else "adapter/adapter_model.safetensors"
-    weights = [load_file(folder / name) for folder in (Path(one.output_dir), two)]
+    file = "model/model.safetensors" if case == "full" else "adapter/adapter_model.safetensors"
+    weights = [load_file(folder / file) for folder in (Path(one.output_dir), two)]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-6)
     record = json.loads((two / "run.json").read_text())
     assert (record["processes"], record["finished"]) == (2, True)
-    assert "compiled layers: the second machine has no compiler" in record["kernels"]  # on the first neither
+    if case == "lora":
+        assert "compiled layers: the second machine has no compiler" in record["kernels"]  # on the first neither
     for name in ("steps", "train_tokens", "supervised_tokens", "best_step"):
         assert record["result"][name] == getattr(result, name)
     assert record["result"]["eval_loss_after"] == pytest.approx(result.eval_loss_after, abs=1e-6)
-    lines = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, result.steps + 1))
-    assert {path.name for path in (two / "checkpoint-6").iterdir()} >= {"random-0.safetensors", "random-1.safetensors"}
+    lines, expected = (
+        [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+        for folder in (two, Path(one.output_dir))
+    )
+    assert [line["step"] for line in lines] == list(range(1, result.steps + 1))
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], abs=1e-6)
+    checkpoints = [load_file(folder / "checkpoint-18/adapter.safetensors") for folder in (Path(one.output_dir), two)]
+    for name, tensor in checkpoints[0].items():
+        torch.testing.assert_close(checkpoints[1][name], tensor, rtol=0, atol=1e-6)
+    assert {path.name for path in (two / "checkpoint-18").iterdir()} >= {
+        "random-0.safetensors",
+        "random-1.safetensors",
+    }
+
+
+@pytest.mark.slow
+def test_ranks_answer_together_and_only_the_first_writes_and_prints(two_ranks: Ranks, settings: Any) -> None:
+    one, two = settings(gradient_accumulation_steps=2, **SHARED), two_ranks.folder / "sharded"
+    answers = [asdict(answer) for answer in sample_answers(run(one), one.samples, None)]
+    assert json.loads((two / "samples.json").read_text()) == answers
+    assert len(answers) == one.samples
+    assert two_ranks.process.stdout.count('"eval_loss_after"') == 1
+    assert (two / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_holds_half_of_the_decoder_layers(two_ranks: Ranks, model_folder: Path) -> None:
+    weights = load_file(model_folder / "model.safetensors")
+    layers = sum(tensor.nbytes for name, tensor in weights.items() if ".layers." in name)
+    whole = sum(tensor.nbytes for tensor in weights.values())
+    assert two_ranks.bytes_of_base("lora") == [whole, whole]
+    assert two_ranks.bytes_of_base("sharded") == [whole - layers // 2] * 2
+
+
+PRODUCT: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {"lora_dropout": 0.1},
+    "dropout, transformers' layers": {"lora_dropout": 0.1, "fast": "off", "gradient_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": True},
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "padded": {"packing": "off"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "slots": SLOTS,
+    "bias": {"lora_bias": True},
+    "copies of a layer's modules": {"modules_to_save": ["input_layernorm", "down_proj"], "target_modules": ["q_proj"]},
+    "adalora": {"target_r": 2},
+    **{init: {"init_lora_weights": init} for init in ("pissa", "olora", "lora_ga", "lora_one", "eva")},
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "copied": {},
+    "sharded": {"fsdp": True},
+    "gathered until the backward": {"fsdp": True, "fsdp_reshard_after_forward": False},
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_sharded_base_gives_the_bits_of_a_copied_one(ranks: int, make_settings: Any, tmp_path: Path) -> None:
+    """3 ranks share out 2 heads and 48 rows unevenly."""
+    cases = list(product(PRODUCT, WAYS))
+    shared = {**SHARED, "num_train_epochs": 2, "eval_steps": 2}
+    configs = {
+        f"{case}/{way}": make_settings(
+            output_dir=str(tmp_path / case / way), **{**shared, **PRODUCT[case], **WAYS[way]}
+        )
+        for case, way in cases
+    }
+    train_on_ranks(ranks, configs, tmp_path)
+    for case, way in cases:
+        files = [tmp_path / case / kind / "adapter/adapter_model.safetensors" for kind in ("copied", way)]
+        assert files[0].read_bytes() == files[1].read_bytes(), (case, way)
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "launch without --use_fsdp and give tailora --fsdp"),
+        ("ACCELERATE_USE_DEEPSPEED", "launch without --use_deepspeed, and give tailora --fsdp"),
+        ("ACCELERATE_USE_MEGATRON_LM", "launch without --use_megatron_lm"),
+    ],
+)
+def test_engines_that_accelerate_would_bring_are_refused(
+    variable: str, message: str, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ConfigError, match=message):
+        start_accelerator(settings())
+
+
+def test_one_process_has_nothing_to_share_out(settings: Any) -> None:
+    with pytest.raises(ConfigError, match="several processes, and this is one"):
+        start_accelerator(settings(fsdp=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fsdp_offload_params": True}, "give --fsdp"),
+        ({"fsdp_reshard_after_forward": False}, "give --fsdp"),
+        ({"fsdp": True, "quantize": "nf4"}, "leave --fsdp or --quantize out"),
+        ({"fsdp": True, "method": "full", "learning_rate": 1e-5, "r": 16}, "leave --fsdp out"),
+    ],
+)
+def test_settings_that_do_not_go_with_sharding_are_refused(
+    changes: dict[str, Any], message: str, settings: Any
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(**changes)
 
 
 FAILING = """
