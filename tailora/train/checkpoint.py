@@ -226,6 +226,7 @@ FREE = {
     "eval_steps",
     "early_stopping_patience",
 }
+ACCUMULATION = "gradient_accumulation_steps"
 LENGTH = {"max_steps", "num_train_epochs"}
 FACTS = {  # what else the exact results of a run depend on -> its name in a message
     "data": "content (SHA-256) of the data",
@@ -241,7 +242,8 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, dive
     """Raises CheckpointError that names everything in which the two runs differ.
 
     A run of constant learning rate may become longer: its steps do not depend on its length. A run that diverged may
-    go on with a lower learning rate: with the same one it would diverge again.
+    go on with a lower learning rate: with the same one it would diverge again. The number of processes may change if
+    --gradient-accumulation-steps keeps the batches of a step the same.
     """
     if saved.get("prefix"):
         raise CheckpointError(
@@ -254,15 +256,27 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, dive
     if diverged and now["learning_rate"] < then["learning_rate"]:
         free = free | {"learning_rate"}
     facts = (saved.keys() & current.keys()) - {"settings", "base"}  # earlier versions recorded fewer
+    remedy = ""
+    if saved.get("processes") != current["processes"]:
+        batches, rest = divmod(batches_per_step(saved), current["processes"])
+        if batches_per_step(saved) == batches_per_step(current):
+            facts, free = facts - {"processes"}, free | {ACCUMULATION}
+        elif not rest:
+            remedy = f"\nthe same steps on {current['processes']} processes: --gradient-accumulation-steps {batches}"
     compared = [(name, then.get(name), now.get(name)) for name in sorted((then.keys() | now.keys()) - free)]
     compared += [(FACTS.get(name, name), saved[name], current[name]) for name in sorted(facts)]
     changes = [f"{name} was {old!r}, now is {new!r}" for name, old, new in compared if old != new]
     if changes := changes + _base_changes(saved.get("base", {}), current["base"]):
         raise CheckpointError(
             f"the checkpoint was made with other settings, and going on would give a mixture of both: "
-            f"{listing(changes)}\nTo go on, give the earlier values (config.yaml beside the checkpoint has them: "
-            "--config); to train with the new ones, start again in another --output-dir"
+            f"{listing(changes)}{remedy}\nTo go on, give the earlier values (config.yaml beside the checkpoint has "
+            "them: --config); to train with the new ones, start again in another --output-dir"
         )
+
+
+def batches_per_step(run: Mapping[str, Any]) -> int:
+    """Returns how many batches all processes of a run compute in a step."""
+    return int(run["settings"][ACCUMULATION]) * int(run.get("processes", 1))
 
 
 def _base_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -287,16 +301,20 @@ def restore(
     model: Trainable,
     optimizer: torch.optim.Optimizer,
     buffers: Sequence[FlatBuffer],
-    rank: int,
+    rank: int | None,
     allocator: RankAllocator | None = None,
 ) -> TrainState:
-    """Restores parameters, optimizer and random states; returns the progress. Raises CheckpointError."""
+    """Restores parameters, optimizer and random states; returns the progress. Raises CheckpointError.
+
+    rank: whose random states to take; None leaves them.
+    """
     set_parameters(trained_module(model), saved.tensors["adapter"])
     sync_parameters(model)
     set_moments(optimizer, buffers, saved.tensors["optimizer"])
     if allocator is not None:
         allocator.load_state_dict(saved.tensors["allocation"])
-    set_random_state(saved.tensors[f"random-{rank}"])
+    if rank is not None:
+        set_random_state(saved.tensors[f"random-{rank}"])
     return TrainState.of(saved)
 
 

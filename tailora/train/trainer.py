@@ -275,7 +275,14 @@ class Trainer:
         self.allocator = trainable.rank_allocator(self.model, self.optimizer, data.max_steps)
         self.state = TrainState()
         if saved is not None:
-            self.state = checkpoint.restore(saved, self.model, self.optimizer, self.buffers, rank, self.allocator)
+            before, now = saved.state["run"].get("processes", 1), accelerator.num_processes
+            if before != now:
+                seed_all(config.seed + rank + 1000 * saved.state["progress"]["step"])  # other masks than at the start
+                self.note(
+                    f"{now} processes go on instead of {before}: the steps are the same, masks of dropout are not"
+                )
+            drawn_by = rank if before == now else None
+            self.state = checkpoint.restore(saved, self.model, self.optimizer, self.buffers, drawn_by, self.allocator)
         self.state.before = self.state.before or self.before
         loss_scale = LossScale(device) if self.base.dtype == torch.float16 else None
         if loss_scale is not None and saved is not None and "loss_scale" in saved.tensors:

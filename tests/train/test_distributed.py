@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from runs import changed
 from safetensors.torch import load_file
 
 from tailora.cli.train import sample_answers
-from tailora.errors import ConfigError
+from tailora.errors import CheckpointError, ConfigError
 from tailora.train.config import TrainConfig
 from tailora.train.run_log import write_settings
 from tailora.train.setup import start_accelerator
@@ -60,7 +61,9 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "learning_rate": 1e-3, "r": 16},
     "sharded": {"fsdp": True},
     "sharded, with all slots": {"fsdp": True, "gradient_checkpointing": True, "fast": "off", **SLOTS},
+    "sharded, resumed from one process": {"fsdp": True},
 }
+RESUMED = "sharded, resumed from one process"
 
 
 class Ranks(NamedTuple):
@@ -88,6 +91,9 @@ def train_on_ranks(count: int, configs: dict[str, TrainConfig], folder: Path) ->
 def two_ranks(make_settings: Any, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ranks")
     configs = {name: make_settings(output_dir=str(folder / name), **SHARED, **CASES[name]) for name in CASES}
+    one = make_settings(output_dir=str(folder / "one"), gradient_accumulation_steps=2, **SHARED)
+    run(one)
+    configs[RESUMED] = changed(configs[RESUMED], resume_from_checkpoint=str(folder / "one/checkpoint-9"))
     return train_on_ranks(2, configs, folder)
 
 
@@ -113,8 +119,9 @@ def test_two_ranks_train_what_one_does(case: str, two_ranks: Ranks, settings: An
         [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
         for folder in (two, Path(one.output_dir))
     )
-    assert [line["step"] for line in lines] == list(range(1, result.steps + 1))
-    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], abs=1e-6)
+    first = 10 if case == RESUMED else 1
+    assert [line["step"] for line in lines] == list(range(first, result.steps + 1))
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected[first - 1 :]], abs=1e-6)
     checkpoints = [load_file(folder / "checkpoint-18/adapter.safetensors") for folder in (Path(one.output_dir), two)]
     for name, tensor in checkpoints[0].items():
         torch.testing.assert_close(checkpoints[1][name], tensor, rtol=0, atol=1e-6)
@@ -132,6 +139,21 @@ def test_ranks_answer_together_and_only_the_first_writes_and_prints(two_ranks: R
     assert len(answers) == one.samples
     assert two_ranks.process.stdout.count('"eval_loss_after"') == 1
     assert (two / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_stopped(two_ranks: Ranks, settings: Any) -> None:
+    stopped, notes = two_ranks.folder / "sharded", list[str]()
+    one = settings(**SHARED, gradient_accumulation_steps=2, resume_from_checkpoint=str(stopped / "checkpoint-9"))
+    with pytest.raises(CheckpointError, match="the same steps on 1 processes: --gradient-accumulation-steps 2"):
+        run(changed(one, gradient_accumulation_steps=3))
+    run(one, lambda event: notes.append(getattr(event, "text", "")))
+    assert "1 processes go on instead of 2: the steps are the same, masks of dropout are not" in notes
+    tensors, expected = (
+        load_file(folder / "adapter/adapter_model.safetensors") for folder in (Path(one.output_dir), stopped)
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
