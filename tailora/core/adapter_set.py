@@ -257,8 +257,8 @@ class AdapterSet:
         if not isinstance(strength, SupportsFloat) or not math.isfinite(strength):
             raise ConfigError(f"strength = {strength!r}; take a finite number, 1 is as trained")
         for part in (*adapter.low_rank.values(), *adapter.extras.values()):
-            if isinstance(value := getattr(part, "strength", None), Tensor):
-                value.fill_(strength)
+            if hasattr(part, "strength"):
+                cast(Any, part).strength = float(strength)
         self._parameters_changed()
 
     def apply_to_inactive(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:

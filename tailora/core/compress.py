@@ -173,7 +173,7 @@ def shrink(
     with torch.no_grad():
         for path, layer in smaller.low_rank.items():
             source = adapter.low_rank[path]
-            layer.strength.copy_(source.strength)
+            layer.strength = source.strength
             for slot, scale in (("lora_magnitude_vector", 1), ("bias", 1), ("lora_bias", source.scaling)):
                 if (value := getattr(source, slot)) is not None:
                     getattr(layer, slot).copy_(value * scale)

@@ -14,6 +14,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
 
 from tailora.core.device import wide_dtype
 from tailora.core.fused_layers import OutputSlice
@@ -23,11 +24,14 @@ from tailora.core.quantization import dense_weight, is_quantized
 BLOCK = 2**18  # numbers of a 16-bit weight that are widened at a time: on a CPU they stay in the cache
 
 
-def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
+def gain(magnitude: Tensor, norms: Tensor, has_zeros: bool = True) -> Tensor:
     """Returns g = m / ||W + s B A|| (out,).
 
     A row of norm 0 adds nothing to the output, whatever its gain; it is m + 1 there, so that B gets a gradient.
+    has_zeros: whether a norm may be 0.
     """
+    if not has_zeros:
+        return magnitude / norms
     is_zero = norms == 0
     return (magnitude + is_zero) / (norms + is_zero)
 
@@ -88,10 +92,11 @@ class RowNorms:
     Fused optimizers and writers to `.data` change A and B without a trace. On a CPU the values are compared: that is
     cheaper than a product with W, and the norms are kept for the next token or part of a batch. On another device the
     host would have to wait for the comparison, so every forward computes the norms, in a few kernels that read W once.
-    They are constants only while `generate` runs, when no adapter may change (core.inference).
+    They are constants only while `generate` or an evaluation runs, when no adapter may change (core.inference).
     """
 
     squares: Tensor  # ||W||^2 (out,)
+    has_zeros: bool  # whether W has rows of zeros: only their norms may be 0
 
     def __init__(
         self, layer: nn.Module, layer_type: LayerType, dtype: torch.dtype, output_slice: OutputSlice | None = None
@@ -113,6 +118,8 @@ class RowNorms:
         if self._weight is None or not self._weight.is_of(weight):
             self._is_quantized = name == "weight" and is_quantized(layer)  # here: the compiler cannot trace it
             self.squares = row_squares(self._dense(layer), self.layer_type.is_transposed(layer), self.dtype)
+            # the host waits for it once; a tensor without contents has none
+            self.has_zeros = not self.squares.is_meta and bool((self.squares == 0).any())
             self._weight, self._cache = WeightState.of(weight), None
 
     @torch.no_grad()
@@ -128,7 +135,8 @@ class RowNorms:
 
     def _compute(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         left, right = self.layer_type.factors(layer, A, B)
-        return row_norms(self._dense(layer), self.layer_type.is_transposed(layer), self.squares, left, right)
+        weight, transposed = self._dense(layer), self.layer_type.is_transposed(layer)
+        return row_norms(weight, transposed, self.squares, left, right, self.has_zeros)
 
     @torch.no_grad()
     def exact(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
@@ -136,7 +144,7 @@ class RowNorms:
         dtype = wide_dtype(A.device)
         weight, transposed = self._dense(layer), self.layer_type.is_transposed(layer)
         squares = row_squares(weight, transposed, dtype)
-        return row_norms(weight, transposed, squares, *self.layer_type.factors(layer, A, B))
+        return row_norms(weight, transposed, squares, *self.layer_type.factors(layer, A, B), self.has_zeros)
 
     def _dense(self, layer: nn.Module) -> Tensor:
         """Returns the dense weight (groups, m, n), as `LayerType.factors` has it; of a fused layer the slice alone."""
@@ -165,19 +173,22 @@ def row_squares(weight: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
     return torch.cat([block.to(dtype).square().sum(dim + 1) for block in _blocks(weight)]).flatten()
 
 
-def row_norms(weight: Tensor, transposed: bool, squares: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def row_norms(
+    weight: Tensor, transposed: bool, squares: Tensor, left: Tensor, right: Tensor, has_zeros: bool = True
+) -> Tensor:
     """Returns ||W + L R|| of every output row: (out,), in the dtype of `squares`, which is ||W||^2.
 
-    W (groups, m, n), L (groups, m, r), R (groups, r, n).
+    W (groups, m, n), L (groups, m, r), R (groups, r, n). has_zeros: if not, no norm is 0, whatever rounding does: it is
+    1 then.
     """
     left, right = left.to(squares.dtype), right.to(squares.dtype)
     if transposed:
-        change = torch.baddbmm(_left_product(left, weight), left.mT @ left, right, beta=2)  # (groups, r, n)
+        change = _left_product(left, weight).baddbmm_(left.mT @ left, right, beta=2)  # (groups, r, n)
         change = (change * right).sum(1)
     else:
-        change = torch.baddbmm(_product(weight, right.mT), left, right @ right.mT, beta=2)  # (groups, m, r)
+        change = _product(weight, right.mT).baddbmm_(left, right @ right.mT, beta=2)  # (groups, m, r)
         change = (change * left).sum(2)
-    return (squares + change.flatten()).clamp(min=0).sqrt()
+    return F.threshold(squares + change.flatten(), 0, 0 if has_zeros else 1).sqrt()
 
 
 def _product(weight: Tensor, right: Tensor) -> Tensor:

@@ -41,13 +41,11 @@ class TrainedBias(nn.Module):
     bias: Parameter, shaped as the layer's.    strength: run-time dial, 1 unless set.
     """
 
-    strength: Tensor
-
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         bias = whole_tensor(cast(Tensor, layer.bias).detach())
         self.bias = nn.Parameter(bias.to(dtype, copy=True))
-        self.register_buffer("strength", torch.ones((), device=bias.device, dtype=dtype), persistent=False)
+        self.strength = 1.0
 
     def add_to(self, y: Tensor, output: Tensor, _x: Tensor, layer: nn.Module) -> Tensor:
         change = self.bias_change(layer).to(output.dtype)
@@ -72,7 +70,6 @@ class TokenRows(nn.Module):
 
     indices: Tensor
     order: Tensor
-    strength: Tensor
 
     def __init__(self, layer: nn.Module, indices: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__()
@@ -80,7 +77,7 @@ class TokenRows(nn.Module):
         ids = torch.tensor(indices, device=weight.device)
         self.register_buffer("order", ids.argsort(), persistent=False)
         self.register_buffer("indices", ids, persistent=False)  # (n,)
-        self.register_buffer("strength", torch.ones((), device=weight.device, dtype=dtype), persistent=False)
+        self.strength = 1.0
         self.trainable_tokens_delta = nn.Parameter(weight[ids].to(dtype))
         padding = getattr(layer, "padding_idx", None)
         self.padding = indices.index(padding) if padding is not None and padding in indices else None

@@ -1,9 +1,9 @@
-"""What `generate` does to decode faster: adapters do not change, and tokens come one by one.
+"""What `generate` and evaluations do with less work: adapters do not change, and tokens may come one by one.
 
 A product with one token reads its weight once, so all else is overhead. While `generate` runs,
 
     the adapters of a linear layer are two constant factors, cast and scaled once: two short products, and with DoRA
-        one pass over the layer's output
+        one pass over the layer's output; so they are in an evaluation on other devices than the CPU, too
     on a CPU one token in bfloat16 goes to torch's own kernel; oneDNN's, made for many tokens, takes 1.5 to 1.9 times as
         long
 
@@ -34,25 +34,62 @@ KERNEL_LOCK = Lock()
 def generating(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """The context of `base.generate`: within the block adapters are constants, without gradients.
 
-    layers: the adapted ones. Does nothing if a part of the model is compiled: a compiled layer would be compiled again.
+    layers: the adapted ones. Does nothing where `_may_be_constant` is False.
     """
-    weight = next(base.parameters(), torch.empty(0))
-    compiled = any(module._compiled_call_impl is not None for module in base.modules())
-    kind = weight.device.type  # "meta" where accelerate keeps the weights elsewhere
-    if compiled or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not _may_be_constant(base):
         yield
         return
-    is_for_few = kind == "cpu" and weight.dtype == torch.bfloat16
-    with torch.no_grad(), few_token_kernel(base) if is_for_few else nullcontext(True) as has_kernel:
-        constants = _constant_updates(layers.values()) if has_kernel else {}
+    weight = _first_weight(base)
+    is_for_few = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    with (
+        torch.no_grad(),
+        few_token_kernel(base) if is_for_few else nullcontext(True) as has_kernel,
+        _attached_constants(layers.values() if has_kernel else ()),
+    ):
+        yield
+
+
+@contextmanager
+def constant_adapters(base: nn.Module) -> Iterator[None]:
+    """The context of an evaluation, without gradients: within the block no adapter may change.
+
+    On a CPU nothing is different: there DoRA's norms are kept as long as the factors are equal (`dora.RowNorms`).
+    """
+    layers = [module for module in base.modules() if isinstance(module, Adapted)]
+    is_device = _first_weight(base).device.type != "cpu"
+    with torch.no_grad(), _attached_constants(layers if is_device and _may_be_constant(base) else ()):
+        yield
+
+
+def _first_weight(base: nn.Module) -> Tensor:
+    """Its device is "meta" where accelerate keeps the weights elsewhere."""
+    return next(base.parameters(), torch.empty(0))
+
+
+def _may_be_constant(base: nn.Module) -> bool:
+    """False under autocast, and if a part of the model is compiled: a compiled layer would be compiled again.
+
+    Layers that are compiled only where they compute gradients are none of these.
+    """
+    calls = [module._compiled_call_impl for module in base.modules()]
+    if any(call is not None and not getattr(call, "only_with_gradients", False) for call in calls):
+        return False
+    kind = _first_weight(base).device.type
+    return not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+
+
+@contextmanager
+def _attached_constants(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block these layers run with constants in place of their adapters."""
+    constants = _constant_updates(layers)
+    for layer, constant in constants.items():
+        attach(layer, (constant,))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
         for layer, constant in constants.items():
-            attach(layer, (constant,))  # type: ignore[arg-type]
-        try:
-            yield
-        finally:
-            for layer, constant in constants.items():
-                if cast(Any, layer).active_adapters == (constant,):  # else the adapter was switched meanwhile
-                    attach(layer, constant.adapters)
+            if cast(Any, layer).active_adapters == (constant,):  # else the adapter was switched meanwhile
+                attach(layer, constant.adapters)
 
 
 def _constant_updates(layers: Iterable[nn.Module]) -> dict[nn.Module, "ConstantUpdate"]:

@@ -72,7 +72,6 @@ class LoRALayer(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scaling: Tensor
-    strength: Tensor
     start_A: Tensor | None
     start_B: Tensor | None
     lora_E: nn.Parameter | None
@@ -112,7 +111,7 @@ class LoRALayer(nn.Module):
         shape_A, shape_B = shapes or ((rank, in_features), (out_features, rank))
         self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
-        self.register_buffer("strength", self._scalar(1.0), persistent=False)
+        self.strength = 1.0  # a number of the host: at 1 it takes no kernel
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
         self.register_parameter("lora_E", None)
@@ -147,45 +146,54 @@ class LoRALayer(nn.Module):
         The change is s (B A - B0 A0) x; with all slots (g - 1) W x + g s (B A - B0 A0) x + b' - b. It has the dtype
         and shape of `output`. The strength multiplies all of it: 0 turns the adapter off.
         """
-        if self.lora_magnitude_vector is None and self.lora_bias is None and self.bias is None:
-            update: Tensor = self(x, layer, output.dtype)
-            return y + update
-        gain = self.gain(layer)
-        change: Tensor = self(x, layer, output.dtype, gain)
-        rescaling, shift = self.output_terms(layer, gain)
-        if rescaling is not None:
-            change = torch.addcmul(change, output, self._over_kernel(rescaling, output.dtype))
-        if shift is not None:
-            change = change + self._over_kernel(shift, output.dtype)
-        return y + change
+        factors = None if self.lora_magnitude_vector is None else self.scaled_factors()
+        update: Tensor = self(x, layer, output.dtype, factors)
+        rescaling, shift = self.output_terms(layer, self.gain(layer, factors=factors))
+        if rescaling is None:
+            y = torch.add(y, update, alpha=self.strength)
+        else:  # (g - 1) W x + g u is u + (g - 1) (W x + u) for the update u, so g multiplies one tensor, and not B too
+            whole = output + update
+            y = whole if y is output and self.strength == 1 else torch.add(y, update, alpha=self.strength)
+            y = y + whole * self._over_kernel(rescaling, output.dtype)  # addcmul has two more kernels in the backward
+        return y if shift is None else y + self._over_kernel(shift, output.dtype)
 
     def forward(
-        self, x: Tensor, layer: nn.Module | None = None, dtype: torch.dtype | None = None, gain: Tensor | None = None
+        self,
+        x: Tensor,
+        layer: nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+        factors: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Returns the update s (B A - B0 A0) x, (..., out), computed in `dtype`, by default that of x.
+        """Returns the update s (B A - B0 A0) x, (..., out), computed in `dtype`, by default that of x; of strength 1.
 
-        layer: the adapted layer, which a convolution asks for its stride. gain: g of DoRA, (out,).
+        layer: the adapted layer, which a convolution asks for its stride.    factors: what `scaled_factors` returned.
         """
         dtype = dtype or (x.dtype if x.is_floating_point() else self.lora_A.dtype)
         if self._is_small_batch(x, dtype):
-            update = self._small_batch_update(x, layer, gain).to(dtype)
+            update = self._small_batch_update(x, layer).to(dtype)
         else:
             if self.layer_type.reads_numbers:
                 x = x.to(dtype)
                 if self.lora_dropout:
                     x = F.dropout(x, self.lora_dropout, self.training)
-            A, B = self.update_factors(gain)
+            A, B = factors or self.scaled_factors()
             update = self.layer_type.update(layer, x, A.to(dtype), B.to(dtype))  # B (A x), the scale in B
         return update if self.output_slice is None else self.output_slice.spread(update)
 
     def update_factors(self, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns A and s B, two factors whose product is g s (B A - B0 A0), times the strength; differentiable.
+        """Returns two factors whose product is g s (B A - B0 A0), times the strength; differentiable."""
+        A, B = self.scaled_factors()
+        if self.strength != 1:
+            B = B * self.strength
+        return A, B if gain is None else B * gain[:, None]
+
+    def scaled_factors(self) -> tuple[Tensor, Tensor]:
+        """Returns A and s B, two factors whose product is s (B A - B0 A0); differentiable.
 
         The scale multiplies B in B's own precision: in bfloat16 it would lose its small steps.
         """
         A, B = self.unscaled_factors()
-        scale = self.scaling * self.strength
-        return A, B * (scale if gain is None else (scale * gain)[:, None])
+        return A, B * self.scaling
 
     def unscaled_factors(self) -> tuple[Tensor, Tensor]:
         """Returns two factors whose product is B A - B0 A0: A and B, or B diag(E) of AdaLoRA.
@@ -204,10 +212,9 @@ class LoRALayer(nn.Module):
             return False
         return x.numel() <= SMALL_BATCH * self.in_features
 
-    def _small_batch_update(self, x: Tensor, layer: nn.Module | None, gain: Tensor | None) -> Tensor:
+    def _small_batch_update(self, x: Tensor, layer: nn.Module | None) -> Tensor:
         """The update in the factors' own precision: x is cast and the result scaled, not the larger factors."""
-        (A, B), scale = self.unscaled_factors(), self.scaling * self.strength
-        B = B if gain is None else B * gain[:, None]
+        (A, B), scale = self.unscaled_factors(), self.scaling
         if self.layer_type.reads_numbers:
             x = x.to(A.dtype)
         if x.numel() == self.in_features and self.layer_type in (LINEAR, CONV1D):  # one token
@@ -252,10 +259,10 @@ class LoRALayer(nn.Module):
         for table in (self._parameters, self._buffers):
             table.pop("scaling", None)
         if isinstance(value, nn.Parameter):
-            value.data = value.data.to(self.strength)  # the device and dtype of the layer
+            value.data = value.data.to(self.lora_A)  # the device and dtype of the layer
             self.register_parameter("scaling", value)
         else:
-            number = value.detach().to(self.strength).reshape(()) if isinstance(value, Tensor) else self._scalar(value)
+            number = value.detach().to(self.lora_A).reshape(()) if isinstance(value, Tensor) else self._scalar(value)
             self.register_buffer("scaling", number)
 
     def _scalar(self, value: float) -> Tensor:
@@ -308,18 +315,20 @@ class LoRALayer(nn.Module):
         """True if the adapted layer is W x + s (B A - B0 A0) x + b, so that `update_factors` describe it completely."""
         return self.output_slice is None and self.lora_magnitude_vector is self.lora_bias is self.bias is None
 
-    def gain(self, layer: nn.Module, *, exact: bool = False) -> Tensor | None:
+    def gain(
+        self, layer: nn.Module, *, exact: bool = False, factors: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor | None:
         """Returns g = m / ||W + s (B A - B0 A0)||, (out,), or None without DoRA.
 
-        No gradient flows through the norm (arXiv:2402.09353, sec. 4.3). exact: compute it in float64, for a merge.
+        No gradient flows through the norm (arXiv:2402.09353, sec. 4.3).
+        exact: compute it in float64, for a merge.    factors: what `scaled_factors` returned.
         """
         if self.lora_magnitude_vector is None or self.row_norms is None:
             return None
         with torch.no_grad():
-            A, B = self.unscaled_factors()
-            B = B * self.scaling
+            A, B = (factor.detach() for factor in factors or self.scaled_factors())
             norms = self.row_norms.exact(layer, A, B) if exact else self.row_norms(layer, A, B)
-        return dora.gain(self.lora_magnitude_vector, norms)
+        return dora.gain(self.lora_magnitude_vector, norms, self.row_norms.has_zeros)
 
     def output_terms(self, layer: nn.Module, gain: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Returns the rescaling g - 1 of the layer's output W x + b, and the bias to add; (out,) each, None for zero.
@@ -337,7 +346,7 @@ class LoRALayer(nn.Module):
 
     def rescaling(self, gain: Tensor) -> Tensor:
         """Returns g - 1 times the strength for all outputs of the layer, (out,); zero outside of `output_slice`."""
-        rescaling = self.strength * (gain - 1)
+        rescaling = gain - 1 if self.strength == 1 else self.strength * (gain - 1)
         return rescaling if self.output_slice is None else self.output_slice.spread(rescaling)
 
     def bias_change(self, layer: nn.Module) -> Tensor | None:
@@ -346,7 +355,7 @@ class LoRALayer(nn.Module):
         if self.bias is not None:
             difference = self.bias - cast(Tensor, layer.bias)
             change = difference if change is None else change + difference
-        return None if change is None else change * self.strength
+        return change if change is None or self.strength == 1 else change * self.strength
 
     def _over_kernel(self, vector: Tensor, dtype: torch.dtype) -> Tensor:
         """(out,) -> (out, 1, ...), with one dimension for each dimension of the kernel."""

@@ -419,7 +419,7 @@ class BatchRowsLayer(BatchRowsParts):
             return cache
         needs_layer = any(part.lora_magnitude_vector is not None or part.bias is not None for part in self.used)
         sources = _tensors((*self.used, layer) if needs_layer else self.used)
-        state = dtype, _state(sources)
+        state = dtype, _state(sources), [part.strength for part in self.used]
         if cache is None or cache.blocks is not blocks or cache.state != state:
             cache = self._make_factors(blocks, x, layer, dtype)
             cache.state, cache.sources = state, [tensor.detach() for tensor in sources]

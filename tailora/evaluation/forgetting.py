@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tailora.core.attach import evaluating
+from tailora.core.inference import constant_adapters
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import prepare
 from tailora.errors import DataError
@@ -73,13 +74,14 @@ def forgetting(model: Any, texts: Sequence[Sequence[int]]) -> Forgetting:
         with model.disable_adapter():
             base = [_log_probabilities(model, ids).to("cpu", kept_dtype) for ids in batches]
         kl, before, after, tokens = 0.0, 0.0, 0.0, 0
-        for ids, kept in zip(batches, base, strict=True):
-            new, old = _log_probabilities(model, ids), kept.to(ids.device).float()  # (length - 1, vocabulary)
-            kl += float((old.exp() * (old - new)).sum())
-            targets = ids[0, 1:, None]
-            before -= float(old.gather(1, targets).sum())
-            after -= float(new.gather(1, targets).sum())
-            tokens += len(targets)
+        with constant_adapters(model.base_model):
+            for ids, kept in zip(batches, base, strict=True):
+                new, old = _log_probabilities(model, ids), kept.to(ids.device).float()  # (length - 1, vocabulary)
+                kl += float((old.exp() * (old - new)).sum())
+                targets = ids[0, 1:, None]
+                before -= float(old.gather(1, targets).sum())
+                after -= float(new.gather(1, targets).sum())
+                tokens += len(targets)
     return Forgetting(kl / tokens, before / tokens, after / tokens, tokens)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tailora.core.inference import constant_adapters
 from tailora.errors import ConfigError, DataError, listing, nearest, require_packages
 from tailora.evaluation.scores import BASE, TUNED, Score, Scores, models_to_score
 from tailora.evaluation.statistics import Z, paired_difference, share_difference, wilson_interval
@@ -115,7 +116,7 @@ def evaluate_tasks(
     """
     metrics, output = {}, {}
     for name, activated in models_to_score(model, base).items():
-        with quiet_loggers(*LOGGERS), seeded(0), activated():
+        with quiet_loggers(*LOGGERS), seeded(0), activated(), constant_adapters(model.base_model):
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tailora.core.attach import evaluating
+from tailora.core.inference import constant_adapters
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.data.schemas import Choices
@@ -146,7 +147,7 @@ def shared_prompt_losses(
     shared = [share_prompt(replies) for replies in questions]
     lengths = np.array([len(question.ids) for question in shared], dtype=np.int64)
     losses: list[Floats] = [np.zeros(0)] * len(shared)
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), constant_adapters(model.base_model):
         for batch in batches_within(token_budget, lengths, packed=True):
             for i, nats in zip(batch, _batch_losses(model, [shared[i] for i in batch], form), strict=True):
                 losses[i] = nats

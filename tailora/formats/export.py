@@ -206,7 +206,7 @@ def with_only_adapter(base_model: nn.Module, adapter: Adapter | None) -> Iterato
 
 def peft_problems(source: ExportSource) -> list[str]:
     problems = []
-    if changed := [path for path, layer in source.adapter.low_rank.items() if float(layer.strength) != 1]:
+    if changed := [path for path, layer in source.adapter.low_rank.items() if layer.strength != 1]:
         problems.append(
             f"the strength dial of {len(changed)} layers is not 1; set_scale(name, 1), or export to 'portable', which "
             "holds it"

@@ -99,7 +99,7 @@ def fold_changes(source: ExportSource) -> list[str]:
         "alpha_pattern": bool(config.alpha_pattern),
         "rank_pattern": bool(config.rank_pattern),
         "learned scales": any(layer.learns_scaling for layer in layers),
-        "the strength dial": any(float(layer.strength) != 1 for layer in layers),
+        "the strength dial": any(layer.strength != 1 for layer in layers),
     }
     names = ", ".join(name for name, is_used in folded.items() if is_used)
     changes = ["the scale is multiplied into B" + (f" ({names})" if names else "")]

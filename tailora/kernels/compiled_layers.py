@@ -147,6 +147,7 @@ class CompiledLayers:
                 return self._compiled(layer, args, kwargs)
             return layer._call_impl(*args, **kwargs)
 
+        cast(Any, call).only_with_gradients = True  # for `core.inference`
         return call
 
 

@@ -291,7 +291,7 @@ def _reduced_strengths(
     model: LoRAModel, name: str, texts: list[list[int]], evaluate: Evaluate | None, log: Log
 ) -> list[ReducedStrength]:
     """Returns the adapter's losses at each of STRENGTHS times its strength, which is restored afterwards."""
-    results, before = [], next(layer.strength.item() for layer in model.adapter(name).low_rank.values())
+    results, before = [], next(layer.strength for layer in model.adapter(name).low_rank.values())
     try:
         for strength in STRENGTHS:
             model.set_scale(name, strength * before)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tailora.core.attach import evaluating
+from tailora.core.inference import constant_adapters
 from tailora.data.collate import collate_packed, collate_padded
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.kernels.attention import packed_rows, padded_rows
@@ -106,7 +107,7 @@ def evaluate(
     sums = np.zeros(len(examples))
     unread: list[tuple[npt.NDArray[np.int64], Tensor]] = []  # index of the example of each loss; the losses
     base = cast(PreTrainedModel, model.base_model)
-    with torch.no_grad(), evaluating(model), layout.used_by(base):
+    with torch.no_grad(), evaluating(model), constant_adapters(base), layout.used_by(base):
         for batch in batches_within(token_budget, examples.lengths, layout.packed):
             losses, owners = token_losses(model, [examples[i] for i in batch], layout)
             unread.append((batch[owners], losses))

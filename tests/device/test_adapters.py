@@ -3,13 +3,22 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pretend_accelerator import counted, no_synchronisation
+from tiny import chat_model
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
-from tests.tiny import chat_model
+from tailora.core import inference
+from tailora.core.attach import Adapted
+from tailora.core.layer import LoRALayer
+from tailora.data.dataset import IGNORED, Example, Examples
+from tailora.evaluation.forgetting import forgetting
+from tailora.evaluation.multiple_choice import shared_prompt_losses
+from tailora.kernels.loss import FROZEN
+from tailora.train.loss import BatchLayout, evaluate
 
 pytestmark = pytest.mark.device
 
@@ -67,6 +76,61 @@ def test_it_decodes_what_the_plain_path_decodes(device: torch.device, config: Lo
     model, prompt = stirred(device, config), torch.tensor([[5, 9, 200, 31], [7, 7, 1, 250]], device=device)
     plain = decoded(model.base_model, prompt)  # past LoRAModel.generate
     torch.testing.assert_close(decoded(model, prompt), plain, rtol=1e-4, atol=1e-4)
+
+
+# ---- Evaluation
+
+LAYOUT = BatchLayout(packed=True, loss=FROZEN, pad_id=0, attention="sdpa")
+
+
+def example(length: int) -> Example:
+    ids = np.arange(1, length + 1, dtype=np.int32)
+    return Example(ids, np.where(ids > length - 4, ids, IGNORED))
+
+
+def held_out(model: LoRAModel, count: int) -> Any:
+    return evaluate(model, Examples.of([example(40)] * count), layout=LAYOUT, token_budget=40).sums
+
+
+def shared_prompts(model: LoRAModel, count: int) -> Any:
+    questions = [[example(40), example(40)]] * count
+    return np.concatenate(shared_prompt_losses(model, questions, FROZEN, token_budget=40))
+
+
+def other_text(model: LoRAModel, count: int) -> Any:
+    return forgetting(model, [list(range(40))] * count).loss_after
+
+
+@pytest.mark.parametrize("evaluation", [held_out, shared_prompts, other_text])
+@pytest.mark.parametrize(("config", "most"), [(LoRAConfig(r=4), 2), (DORA, 3)], ids=["LoRA", "DoRA"])
+def test_an_evaluation_computes_norms_once_and_adds_as_few_kernels_as_decoding(
+    device: torch.device, config: LoRAConfig, most: int, evaluation: Callable[[LoRAModel, int], Any]
+) -> None:
+    model = stirred(device, config, torch.bfloat16)
+
+    def kernels_of_a_batch() -> int:
+        totals = []
+        for batches in (1, 2):
+            with counted() as counts:
+                evaluation(model, batches)
+            totals.append(counts.kernels.total())
+        return totals[1] - totals[0]
+
+    adapted = kernels_of_a_batch()
+    layers = [module for module in model.base_model.modules() if isinstance(module, Adapted)]
+    assert {type(part) for layer in layers for part in layer.active_adapters} == {LoRALayer}
+    model.set_adapter(None)
+    assert adapted - kernels_of_a_batch() == most * PROJECTIONS
+
+
+@pytest.mark.parametrize("evaluation", [held_out, shared_prompts, other_text])
+def test_an_evaluation_gives_what_the_plain_path_gives(
+    device: torch.device, evaluation: Callable[[LoRAModel, int], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = stirred(device, DORA)
+    constant = evaluation(model, 2)
+    monkeypatch.setattr(inference, "_constant_updates", lambda _: {})
+    np.testing.assert_allclose(constant, evaluation(model, 2), rtol=1e-5)
 
 
 # ---- DoRA's norms

@@ -86,6 +86,8 @@ def test_a_row_of_zeros_has_no_direction_and_breaks_nothing() -> None:
     y.sum().backward()
     torch.testing.assert_close(y[:, 3], base.bias[3].expand(5))
     assert all(parameter.grad.isfinite().all() for parameter in model.lora_layers.parameters())
+    assert adapter.lora_B.grad[3].any()  # so that it does not stay zero
+    assert adapter.row_norms.has_zeros
 
 
 def test_the_strength_dial_and_a_second_adapter_scale_and_add_what_the_weight_changes_by() -> None:
