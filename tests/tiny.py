@@ -1,7 +1,7 @@
 """A random chat model of 30,000 parameters and its tokenizer, small models of any class of transformers, and random
 values for adapters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -109,6 +109,21 @@ def tiny_model(class_name: str, **settings: Any) -> PreTrainedModel:
     model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
     return model_class(tiny_config(model_class.config_class, settings))
+
+
+def packed_row(lengths: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Returns the inputs of a model for one row, (1, tokens), of random documents of these lengths."""
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    ids = torch.randint(300, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
+    return {
+        "input_ids": ids.to(device),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+        "use_cache": False,
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
 
 
 def stir(model: LoRAModel, seed: int = 2) -> None:

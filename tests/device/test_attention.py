@@ -1,12 +1,14 @@
-"""Attention of packed rows on a device: one call per layer for any number of documents, and the host never waits."""
+"""Attention of packed rows on a device: one call per layer for any number of documents, and the host never waits.
+
+tests/gpu/test_attention.py compares its results with those of each document alone, here too.
+"""
 
 from typing import Any
 
 import pytest
 import torch
 from pretend_accelerator import Counts, counted, no_synchronisation
-from tiny import GROUPED
-from torch import Tensor
+from tiny import GROUPED, packed_row
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel
 
 from tailora.kernels.attention import packed_rows
@@ -30,30 +32,9 @@ def made(name: str, device: torch.device) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(CONFIGS[name]).eval().to(device)
 
 
-def row_of(lengths: list[int], device: torch.device) -> dict[str, Any]:
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
-    ids = torch.randint(300, (1, sum(lengths)), generator=torch.Generator().manual_seed(0)).to(device)
-    bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
-    return {"input_ids": ids, "position_ids": positions, **bounds}
-
-
-def step(model: PreTrainedModel, row: dict[str, Any]) -> Tensor:
+def step(model: PreTrainedModel, row: dict[str, Any]) -> None:
     with no_synchronisation():
-        logits: Tensor = model(**row, use_cache=False).logits
-        logits.sum().backward()
-    return logits.detach()
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_documents_have_the_logits_that_they_have_alone(device: torch.device, name: str) -> None:
-    model, row = made(name, device), row_of(LENGTHS, device)
-    with packed_rows(model):
-        together = step(model, row)[0]
-    documents = row["input_ids"][0].split(LENGTHS)
-    with torch.no_grad():
-        alone = torch.cat([model(document[None], use_cache=False).logits[0] for document in documents])
-    torch.testing.assert_close(together.cpu(), alone.cpu(), rtol=0, atol=1e-5)
+        model(**row).logits.sum().backward()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -61,7 +42,7 @@ def test_eight_documents_take_the_kernels_of_three(device: torch.device, name: s
     model = made(name, device)
 
     def counts(lengths: list[int]) -> Counts:
-        row = row_of(lengths, device)
+        row = packed_row(lengths, device)
         model.zero_grad()
         with packed_rows(model), counted() as found:
             step(model, row)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tiny import packed_row
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, PreTrainedModel
 
 from tailora.kernels.attention import packed_rows
@@ -66,17 +67,8 @@ def waiting_is_an_error(device: torch.device) -> Iterator[None]:
 def test_the_host_does_not_wait_in_a_step(device: torch.device, provider: str, name: str) -> None:
     if missing := PROVIDERS[provider].obstacle(device, torch.bfloat16):
         pytest.skip(f"{provider}: {missing}")
-    model, lengths = made(name, torch.bfloat16, device), [700, 9, 14, 1300]
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    row = {
-        "input_ids": torch.randint(300, (1, sum(lengths)), device=device),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
+    model, row = made(name, torch.bfloat16, device), packed_row([700, 9, 14, 1300], device)
     with packed_rows(model, provider):
-        model(**row, use_cache=False).logits.sum().backward()  # compiles
+        model(**row).logits.sum().backward()  # compiles
         torch.get_device_module(device).set_sync_debug_mode("error")
-        model(**row, use_cache=False).logits.sum().backward()
+        model(**row).logits.sum().backward()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import packed_row
 from torch import Tensor
 from torch.nn.attention import flex_attention, varlen
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -444,14 +445,12 @@ def test_padded_documents_are_traced_within_compiled_layers() -> None:
     for layer in compiled.model.layers:
         layer.compile(fullgraph=True, dynamic=True, backend="eager")
     for lengths in ([9, 30, 40], [64], [8] * 8, [3, 200]):
-        ends, ids = ends_of(lengths), torch.randint(300, (1, sum(lengths)))
-        positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        bounds = {"cu_seq_lens_q": ends, "max_length_q": max(lengths), "position_ids": positions, "use_cache": False}
+        row = packed_row(lengths)
         outputs = []
         for made in (model, compiled):
             made.zero_grad()
             with packed_rows(made, "sdpa"):
-                outputs.append(made(ids, **bounds).logits)
+                outputs.append(made(**row).logits)
             outputs[-1].square().sum().backward()
         assert torch.equal(*outputs)
         for ours, theirs in zip(model.parameters(), compiled.parameters(), strict=True):
