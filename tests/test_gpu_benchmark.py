@@ -107,7 +107,7 @@ def test_a_cell_that_fails_or_takes_too_long_leaves_its_reason(gpu: Any, tmp_pat
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_tests_of_a_card_need_no_plugin_of_pytest(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

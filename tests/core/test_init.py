@@ -33,7 +33,10 @@ def test_initial_values_from_the_weight_compute_the_base_and_change_no_weight(
 ) -> None:
     model, x = LoRAModel(case.net(dtype), config(case, name)), case.batch(dtype)
     (layer,) = model.lora_layers.values()
-    assert torch.equal(model(x), case.net(dtype).requires_grad_(False)(x))
+    with (
+        torch.no_grad()
+    ):  # torch multiplies otherwise by a weight that requires a gradient; some CPUs then round so, too
+        assert torch.equal(model(x), case.net(dtype).requires_grad_(False)(x))
     assert torch.equal(case.weight(model.base_model), case.weight(case.net(dtype)))
     assert layer.lora_A.any()
     assert layer.lora_B.any()

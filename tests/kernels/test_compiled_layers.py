@@ -94,7 +94,7 @@ def assert_compiled_is_plain(model: LoRAModel, backend: str) -> None:
         plain = [gradients(model, lengths) for lengths in LENGTHS]
         with CompiledLayers(backend=backend).used_by(layers):
             compiled = [gradients(model, lengths) for lengths in LENGTHS]
-    assert graphs() >= 2
+    assert graphs() >= min(2, len(layers))
     for found, expected in zip(compiled, plain, strict=True):
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
@@ -156,7 +156,8 @@ def test_filters_of_warnings_that_others_set_within_the_block_stay() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch uses what it calls deprecated
 def test_inductors_code_gives_the_gradients_of_the_plain_layers() -> None:
-    assert_compiled_is_plain(adapted(LlamaConfig(**GROUPED)), "inductor")
+    config = LlamaConfig(**{**GROUPED, "num_hidden_layers": 1})
+    assert_compiled_is_plain(adapted(config, target_modules=["q_proj"]), "inductor")
 
 
 @pytest.mark.exhaustive

@@ -63,7 +63,7 @@ def test_a_step_is_one_graph_forward_and_one_backward_for_adapters_of_equal_shap
     assert (counting.forwards, counting.backwards) == (1, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # by default tests/kernels/test_compiled_layers.py compiles with inductor
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own
 def test_the_default_compiler_trains_both_adapters() -> None:
     torch._dynamo.reset()

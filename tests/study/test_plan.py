@@ -116,18 +116,23 @@ def test_a_report_is_written_when_asked_for(small_run: TrainConfig, tmp_path: Pa
     "changes",
     [
         {"lora_dropout": 0.1},
-        {"lora_dropout": 0.1, "fast": "off"},
         {"lora_dropout": 0.1, "gradient_checkpointing": True},
-        {"packing": "off"},
         {"packing": "off", "lora_dropout": 0.1, "fast": "off"},
-        {"use_dora": True, "lora_dropout": 0.1},
-        {"init_lora_weights": "pissa"},
         {"init_lora_weights": "eva"},
         {"target_r": 2},
-        {"lora_bias": True},
         {"modules_to_save": ["lm_head"]},
-        {"trainable_token_indices": [3]},
-        {"layers_to_transform": [1]},
+        *(
+            pytest.param(changes, marks=pytest.mark.exhaustive)
+            for changes in (
+                {"lora_dropout": 0.1, "fast": "off"},
+                {"packing": "off"},
+                {"use_dora": True, "lora_dropout": 0.1},
+                {"init_lora_weights": "pissa"},
+                {"lora_bias": True},
+                {"trainable_token_indices": [3]},
+                {"layers_to_transform": [1]},
+            )
+        ),
     ],
     ids=str,
 )

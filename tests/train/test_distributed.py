@@ -291,7 +291,7 @@ def ended_by(case: str, config: TrainConfig, folder: Path) -> tuple[list[int], s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["before loading", "a step"])
+@pytest.mark.parametrize("case", [pytest.param("before loading", marks=pytest.mark.exhaustive), "a step"])
 def test_a_failure_of_one_process_ends_all_with_one_message_and_its_exit_code(
     case: str, settings: Any, tmp_path: Path
 ) -> None:

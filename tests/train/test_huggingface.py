@@ -1,8 +1,9 @@
 """A LoRAModel in trainers of transformers and TRL."""
 
-import os
-import subprocess
+import runpy
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,23 +141,31 @@ def test_an_adapting_trainer_is_the_trainer() -> None:
     assert issubclass(adapting(Trainer), Trainer)
 
 
-def run_example(name: str, *tokens: object) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(EXAMPLES / name), *map(str, tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()[-1]
+@pytest.fixture
+def run_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a file as a program, in this process, and returns the last line that it prints."""
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+
+    def run(name: str, *tokens: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, tokens)])
+        with warnings.catch_warnings(action="ignore"):
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out.splitlines()[-1]
+
+    return run
 
 
 @pytest.mark.slow
-def test_the_example_of_transformers_runs(model_folder: Path, tmp_path: Path) -> None:
+def test_the_example_of_transformers_runs(run_example: Callable[..., str], model_folder: Path, tmp_path: Path) -> None:
     given = ["--model", model_folder, "--output-dir", tmp_path, "--max-steps"]
     assert run_example("transformers_trainer.py", *given, 4).startswith("held-out loss ")
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow
-def test_the_example_of_trl_runs(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_the_example_of_trl_runs(
+    run_example: Callable[..., str], model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("trl", exc_type=ImportError)
     given = ["--model", model_folder, "--data", data_file, "--output-dir", tmp_path / "out", "--max-steps", 3]
     assert run_example("trl_sft.py", *given).startswith("loss ")
