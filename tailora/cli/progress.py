@@ -45,14 +45,20 @@ def counter(console: Console, unit: str) -> Iterator[Callable[[int, int], None]]
     yield show_line
 
 
-def step_counter(console: Console) -> Callable[[int, int, float], None] | None:
-    """Returns a function that shows step, steps and loss on one line of a terminal; None elsewhere."""
+def step_counter(console: Console, workers: int = 1) -> Callable[..., None] | None:
+    """Returns a function that shows step, steps and loss of each worker on one line of a terminal; None elsewhere."""
     if not on_terminal(console):
         return None
+    states: dict[int, str] = {}  # of each worker under way
 
-    def show_step(step: int, steps: int, loss: float) -> None:
-        end = "\r" if step < steps else "\r\x1b[K"
-        console.print(f"  step {step}/{steps}  loss {loss:.3f}   ", end=end, style="dim")
+    def show_step(step: int, steps: int, loss: float, worker: int = 1) -> None:
+        states[worker] = f"step {step}/{steps}  loss {loss:.3f}"
+        if step == steps:
+            del states[worker]
+        several = workers > 1
+        parts = [f"{number}: {state}" if several else state for number, state in sorted(states.items())]
+        line = "   ".join(parts)[: console.width - 3]  # a longer one would break, and stay
+        console.print(f"  {line}", end="\x1b[K\r", style="dim")
 
     return show_step
 

@@ -93,8 +93,9 @@ def search(
     """Search for the best settings, and the cheapest that are as good.
 
     It varies learning rate, rank, alpha, targets, dropout and the LoRA+ ratio; --space adds settings or limits their
-    values. A setting that is given is not varied. After Ctrl-C the same command resumes. Started a second time, or on
-    another machine with the same --storage, it shares the work.
+    values. A setting that is given is not varied. After Ctrl-C the same command resumes. With --workers 4 it runs four
+    trials at a time, each on a device of its own. Started again, or on another machine with the same --storage, it
+    shares the work.
     """
     require_packages("optuna", "scipy", extra="study")
     in_file, typed = study_settings(config, SearchConfig), dict(study or {})
@@ -125,7 +126,11 @@ def study_settings(config_file: Path | None, schema: type[StrictModel]) -> dict[
 
 
 def run_study(
-    run: Callable[..., Any], train: TrainConfig, study: StrictModel, make_page: Callable[[Any], Page], as_json: bool
+    run: Callable[..., Any],
+    train: TrainConfig,
+    study: CompareConfig | SearchConfig,
+    make_page: Callable[[Any], Page],
+    as_json: bool,
 ) -> int:
     """Runs a study and prints its result. After Ctrl-C the message has the command that resumes."""
     from tailora.cli.progress import step_counter
@@ -133,7 +138,8 @@ def run_study(
     fetch_demo(train.model, train.data, train.eval_data)
     console = stderr()
     try:
-        result = run(train, study, log=partial(print_text, console), progress=step_counter(console))
+        progress = step_counter(console, study.workers)
+        result = run(train, study, log=partial(print_text, console), progress=progress)
     except KeyboardInterrupt:
         command = shlex.join(["tailora", *sys.argv[1:]])
         raise KeyboardInterrupt(f"finished runs are in {train.output_dir}; to resume:\n{command}") from None

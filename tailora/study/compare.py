@@ -6,14 +6,16 @@
 
 A comparison is fair only if every arm has its own best learning rate, so every arm gets the same number of tries. The
 examples and seeds that judge an arm are not those that chose its rate. The same call resumes an interrupted comparison;
-finished runs are read from their folders.
+finished runs are read from their folders. With several workers the arms try their rates at the same time, and all runs
+that judge are made side by side.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from tailora.errors import ConfigError
@@ -35,7 +37,18 @@ from tailora.study.config import FULL, STEP_CHOICE, CompareConfig, arm_settings
 from tailora.study.judging import judge_arms
 from tailora.study.lr_search import LearningRateSearch
 from tailora.study.results import Comparison
-from tailora.study.study_store import DAMAGED, PLAN, TIMING, Log, Settings, StudySession, locked, open_folder
+from tailora.study.study_store import (
+    DAMAGED,
+    PLAN,
+    TIMING,
+    Log,
+    Settings,
+    StudySession,
+    locked,
+    make_workers,
+    open_folder,
+    threads_of,
+)
 from tailora.study.trial import (
     OUT_OF_MEMORY,
     RESULT,
@@ -45,6 +58,7 @@ from tailora.study.trial import (
     RunTrial,
     Trial,
     TrialSpec,
+    Worker,
     on_choosing_half,
     run_in_subprocess,
 )
@@ -52,7 +66,8 @@ from tailora.train.config import TrainConfig
 
 STUDY, CLOCK, RUNS = "compare.json", "seconds.json", "runs"
 FEWEST_TRIES = 3  # learning rates: the best, a lower and a higher one
-LATER = {"seeds", "rate_tries", "minutes", "margin"}  # of which a comparison may be asked for more
+LATER = {"seeds", "rate_tries", "minutes", "margin", "workers"}  # of which a comparison may be asked for more
+SIDE_BY_SIDE = "{} runs were made at a time, so what they took is not what one alone takes"
 
 
 def compare(
@@ -80,7 +95,8 @@ def compare(
         begun = any((folder / RUNS).glob(f"*/[!p]*/{RESULT}"))  # without the timing runs
         open_folder(folder, STUDY, settings, "comparison", begun=begun, discard=[RUNS, PLAN], identity=_identity)
         session = StudySession(folder, study.minutes, log, progress, run_trial)
-        comparison = _Comparison(train, study, session).run(settings)
+        workers = make_workers(study.workers, train.device) if study.workers > 1 else []
+        comparison = _Comparison(train, study, session, workers).run(settings)
     write_report(folder, "compare", comparison.to_dict())
     return comparison
 
@@ -117,10 +133,13 @@ class ComparisonPlan:
 
 
 class _Comparison:
-    """The runs of one comparison, in order."""
+    """The runs of one comparison, in order; with workers, as many at a time as there are."""
 
-    def __init__(self, train: TrainConfig, study: CompareConfig, session: StudySession) -> None:
+    def __init__(
+        self, train: TrainConfig, study: CompareConfig, session: StudySession, workers: Sequence[Worker] = ()
+    ) -> None:
         self.train, self.study, self.session, self.folder = train, study, session, session.folder
+        self.workers = workers
         self.limit = self._time_limit()
         clock = self.folder / CLOCK
         self.earlier_seconds = read_own_json(clock, float, DAMAGED) if clock.exists() else 0.0
@@ -133,6 +152,8 @@ class _Comparison:
     def run(self, settings: dict[str, Any]) -> Comparison:
         if self.study.minutes is not None:
             self._plan()
+        if self.workers:
+            self.session.note(SIDE_BY_SIDE.format(len(self.workers)))
         rates = self._search_rates()
         runs = self._judging_runs(rates)
         done = next((trial for trials in runs.values() for trial in trials if trial.done), None)
@@ -152,11 +173,13 @@ class _Comparison:
         judging: bool,
         held_out: int | None = None,
         stop: Listen | None = None,
+        session: StudySession | None = None,
         **fixed: Any,
     ) -> Trial:
         """Reads the run of this name, or runs it.
 
         judging: on both halves of the held-out examples, with forgetting.    held_out: how many, if not as planned.
+        session: of the worker, if there are several.
         """
         choosing, steps = not judging, {"max_steps": self.steps} if self.steps else {}
         spec = TrialSpec(
@@ -170,13 +193,32 @@ class _Comparison:
         )
         path = self._path(arm, name)
         is_new = not self.session.has_trial(path)
-        trial = self.session.trial(spec, path, stop)
+        trial = (session or self.session).trial(spec, path, stop)
         if is_new:
             seconds = self.earlier_seconds + self.session.seconds
             write_file(self.folder / CLOCK, json.dumps(seconds).encode())
         if self.base.get((arm, choosing)) is None and name != TIMING:
             self.base[arm, choosing] = trial.base
         return trial
+
+    def _each(self, run: Callable[[str, StudySession], Trial], arms: Sequence[Any]) -> Iterator[Trial]:
+        """Yields the results of `run` in the order of `arms`; workers run several at a time."""
+        if not self.workers:
+            yield from (run(arm, self.session) for arm in arms)
+            return
+        free: SimpleQueue[StudySession] = SimpleQueue()
+        for worker in self.workers:
+            free.put(self.session.of_worker(worker))
+
+        def run_on_worker(arm: Any) -> Trial:
+            session = free.get()
+            try:
+                return run(arm, session)
+            finally:
+                free.put(session)
+
+        with threads_of(self.workers) as pool:
+            yield from pool.map(run_on_worker, arms)
 
     def _missing(self, names: Mapping[str, str]) -> list[Costs]:
         """Costs of the runs (arm -> name) that are not made yet, as far as costs are known."""
@@ -208,7 +250,7 @@ class _Comparison:
 
     def _timing(self, arm: str, stop: Listen | None = None) -> Trial:
         rate = self.study.first_rate(arm) / 100
-        fixed = {"learning_rate": rate, "max_steps": TIMING_STEPS}
+        fixed: dict[str, Any] = {"learning_rate": rate, "max_steps": TIMING_STEPS}
         return self._trial(arm, TIMING, judging=True, held_out=FEWEST_HELD_OUT, stop=stop, **fixed)
 
     def _measure(self) -> ComparisonPlan:
@@ -281,8 +323,11 @@ class _Comparison:
             if missing and searches[next(iter(rates))].tried and self.session.seconds_left < needed:
                 self.session.note("the search for learning rates was cut short by --minutes")
                 break
-            for arm, rate in rates.items():
-                trial = self._trial(arm, names[arm], judging=False, learning_rate=rate)
+
+            def try_rate(arm: str, session: StudySession, rates: Any = rates, names: Any = names) -> Trial:
+                return self._trial(arm, names[arm], judging=False, session=session, learning_rate=rates[arm])
+
+            for (arm, rate), trial in zip(rates.items(), self._each(try_rate, list(rates)), strict=True):
                 loss = trial.loss()  # on the choosing half, which is all that was evaluated
                 searches[arm].record(rate, loss, fits=trial.outcome != OUT_OF_MEMORY)
                 result = f"held-out loss {loss:.4f}" if trial.done else trial.outcome
@@ -294,15 +339,26 @@ class _Comparison:
     def _judging_runs(self, rates: Mapping[str, LearningRateSearch]) -> dict[str, list[Trial]]:
         best = {arm: search.best for arm, search in rates.items() if search.best is not None}
         runs: dict[str, list[Trial]] = {arm: [] for arm in best}
-        for number in range(1, self.study.seeds + 1):
-            seed = self.train.seed + number  # the rates were found with the seed itself
-            names = {arm: f"seed-{seed}-rate-{rate:.3g}" for arm, rate in best.items()}
-            needed = sum(costs.judging_run(self.steps) for costs in self._missing(names))
-            if number > 1 and self.session.seconds_left < needed:
-                self.session.note(f"--minutes left time for {number - 1} of {self.study.seeds} seeds")
+
+        def name_of(arm: str, seed: int) -> str:
+            return f"seed-{seed}-rate-{best[arm]:.3g}"
+
+        def judge(run: Any, session: StudySession) -> Trial:
+            arm, seed = run
+            fixed: dict[str, Any] = {"learning_rate": best[arm], "seed": seed}
+            return self._trial(arm, name_of(arm, seed), judging=True, session=session, **fixed)
+
+        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # without that of the rates
+        waves = [[(arm, seed) for arm in best] for seed in seeds]
+        if self.workers:  # the first run writes texts that all others measure forgetting on
+            runs_in_all = [run for wave in waves for run in wave]
+            waves = [runs_in_all[:1], runs_in_all[1:]]
+        for number, wave in enumerate(waves):
+            missing = self._missing({arm: name_of(arm, seed) for arm, seed in wave})
+            if number and self.session.seconds_left < sum(costs.judging_run(self.steps) for costs in missing):
+                self.session.note(f"--minutes left time for {number} of {self.study.seeds} seeds")
                 break
-            for arm, rate in best.items():
-                trial = self._trial(arm, names[arm], judging=True, learning_rate=rate, seed=seed)
+            for (arm, seed), trial in zip(wave, self._each(judge, wave), strict=True):
                 runs[arm].append(trial)
-                self.session.log(f"{arm}: seed {seed} at its best rate {rate:.2g}, {trial.summary}")
+                self.session.log(f"{arm}: seed {seed} at its best rate {best[arm]:.2g}, {trial.summary}")
         return runs

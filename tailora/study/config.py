@@ -41,6 +41,9 @@ def trial_settings(
     return values
 
 
+WORKERS = "runs at a time: each has a device of its own, or on a CPU its share of the cores"
+
+
 class CompareConfig(StrictModel):
     """A comparison of arms. An arm is the settings of the run with a few of them changed."""
 
@@ -56,6 +59,7 @@ class CompareConfig(StrictModel):
     forgetting_data: str | None = Field(
         None, description="texts that are not about the task; default: texts that the base model writes"
     )
+    workers: int = Field(1, ge=1, le=1000, description=WORKERS)
 
     @model_validator(mode="after")
     def _arms_differ(self) -> Self:
@@ -74,6 +78,11 @@ class CompareConfig(StrictModel):
             problems.append(f"a comparison needs two arms; there is {', '.join(self.arms) or 'none'}")
         if sum(self.method(name) == FULL for name in self.arms) > 1:
             problems.append("give method=full to one arm only: there is only one full fine-tuning")
+        if self.workers > 1 and self.minutes is not None:
+            problems.append(
+                "minutes plans runs one after the other, by what each takes alone: leave out workers or minutes, and "
+                "limit the runs by max_steps, seeds and rate_tries"
+            )
         if problems:
             raise ConfigError(listing(problems))
         return self
@@ -110,11 +119,14 @@ class SearchConfig(StrictModel):
     storage: str | None = Field(
         None, description="database of the search, to share it between machines: postgresql://... or sqlite:///..."
     )
+    workers: int = Field(1, ge=1, le=1000, description=WORKERS)
     lr_only: bool = Field(False, description="only find the useful range of learning rates, in one run")
 
     @model_validator(mode="after")
     def _space_is_read(self) -> Self:
         read_space(self.space)
+        if self.lr_only and self.workers > 1:
+            raise ConfigError("lr_only is one run: leave out workers")
         return self
 
     @property

@@ -5,13 +5,16 @@
                    the choosing half of the held-out examples decides
     finalists      run again with several seeds; the judging half decides -> best, cheapest, verdict
 
-Several workers may share one folder, or one database on several machines. Each runs trials while some are missing, then
+Several workers may share one search: threads of this process, each of which runs its trials on a device of its own; and
+processes on one folder, or on one database from several machines. Each runs trials while some are missing, then
 finalists; all end with the same result. The same call resumes an interrupted search.
 """
 
+import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -45,7 +48,17 @@ from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.judging import by_loss, choose_finalists, judge_finalists
 from tailora.study.results import Candidate, Finalist, SearchResult
 from tailora.study.search_space import Axis
-from tailora.study.study_store import DAMAGED, PLAN, TIMING, Log, StudySession, locked, open_folder
+from tailora.study.study_store import (
+    DAMAGED,
+    PLAN,
+    TIMING,
+    Log,
+    StudySession,
+    locked,
+    make_workers,
+    open_folder,
+    threads_of,
+)
 from tailora.study.trial import (
     DONE,
     BaseLosses,
@@ -54,6 +67,7 @@ from tailora.study.trial import (
     Trial,
     TrialEvent,
     TrialSpec,
+    Worker,
     choosing_half,
     on_choosing_half,
     run_in_subprocess,
@@ -81,6 +95,7 @@ def search(
 
     Raises ConfigError; whatever a run raises that is neither divergence nor lack of memory.
     """
+    workers = make_workers(study.workers, train.device) if study.workers > 1 else []
     if study.lr_only:
         raise ConfigError("lr_only is for study.lr_range.find_range, which finds the learning rate alone")
     folder = Path(train.output_dir)
@@ -93,7 +108,7 @@ def search(
         open_folder(folder, STUDY, settings, "search", begun=(folder / PLAN).exists(), discard=[TIMING])
     session = StudySession(folder, study.minutes, log, progress, run_trial)
     with optuna_study.explained_errors(folder, study.storage):
-        result = _Search(train, study, space, session).run(settings)
+        result = _Search(train, study, space, session).run(settings, workers)
     write_report(folder, "search", result.to_dict())
     return result
 
@@ -108,7 +123,12 @@ class SearchPlan:
 
 
 class _Search:
-    """One worker's part of a search. The work of other workers is read from the database and the folder."""
+    """One worker's part of a search. The work of other workers is read from the database and the folder.
+
+    failed_meanwhile: whether the trial under way was marked as failed by another worker.
+    """
+
+    failed_meanwhile = False
 
     def __init__(self, train: TrainConfig, study: SearchConfig, space: dict[str, Axis], session: StudySession) -> None:
         self.train, self.study, self.space, self.session = train, study, space, session
@@ -116,12 +136,43 @@ class _Search:
         self.groups: dict[str, Any] = {}  # of the model's layers, and the largest r
         self.base: dict[bool, BaseLosses | None] = {}  # choosing -> losses of the base on those held-out examples
         self.held_out: int | None = None  # number of held-out examples that are used; None for all
-        self.failed_meanwhile = False  # whether the trial under way was marked as failed by another worker
 
-    def run(self, settings: dict[str, Any]) -> SearchResult:
+    def run(self, settings: dict[str, Any], workers: Sequence[Worker]) -> SearchResult:
+        """workers: none if this process runs one trial at a time."""
+        if workers:
+            self.session = self.session.of_worker(workers[0])  # which measures, and runs what others leave
+        self._prepare()
+        if workers:
+            self._run_workers(workers)
+        else:
+            self._work()
+        return self._judge(settings)
+
+    def _run_workers(self, workers: Sequence[Worker]) -> None:
+        """Runs trials and finalists, each worker in a thread. What a worker that fails leaves, the others run.
+
+        Raises what the first of them raised if all fail.
+        """
+        failures = []
+        with threads_of(workers) as pool:
+            running = {pool.submit(self._of_worker(worker)._work): worker for worker in workers}
+            for future in as_completed(running):
+                if (error := future.exception()) is not None:
+                    failures.append(error)
+                    self.session.note(f"worker {running[future].number} ended early: {error}")
+        if len(failures) == len(workers):
+            raise failures[0]
+
+    def _of_worker(self, worker: Worker) -> "_Search":
+        search = copy.copy(self)
+        search.session = self.session.of_worker(worker)
+        search._open_study()
+        return search
+
+    def _prepare(self) -> None:
+        """Plans the search, or reads its plan, and adds the settings as they are as its first trial."""
         with locked(self.folder, STUDY, "search"):
-            stored = read_own_json(self.folder / STUDY, dict[str, Any], DAMAGED)  # as the first worker wrote them
-            self.optuna = optuna_study.open_study(self.folder, self.study.storage, stored)
+            self._open_study()
             self._plan()
             self.axes, notes = search_space.fit_to_model(
                 self.space, self.groups, search_space.read_space(self.study.space)
@@ -130,9 +181,15 @@ class _Search:
                 self.session.note(note)
             if not self.optuna.get_trials(deepcopy=False):
                 self.optuna.enqueue_trial(search_space.first_values(self.axes, self.train))
+
+    def _open_study(self) -> None:
+        stored = read_own_json(self.folder / STUDY, dict[str, Any], DAMAGED)  # as the first worker wrote them
+        self.optuna = optuna_study.open_study(self.folder, self.study.storage, stored)
+
+    def _work(self) -> None:
         self.optuna.pruner = SuccessiveHalvingPruner(min_resource=self.budget.rung, reduction_factor=2)
         self._run_trials()
-        return self._judge(settings)
+        self._run_finals(self._finalists())
 
     def _spec(self, values: Mapping[str, Any], *, choosing: bool, describe: bool = False, **fixed: Any) -> TrialSpec:
         """The spec of a run with these values of the space."""
@@ -196,7 +253,11 @@ class _Search:
 
     @property
     def _reserved_seconds(self) -> float:
-        return self._reserved * self.budget.seeds * self.budget.judging_seconds
+        return self._rounds(self._reserved * self.budget.seeds) * self.budget.judging_seconds
+
+    def _rounds(self, runs: int) -> int:
+        """How often the workers of this process have to run one each, for so many runs."""
+        return math.ceil(runs / self.study.workers)
 
     def _time_limit(self) -> TimeLimit:
         study = self.study
@@ -214,8 +275,8 @@ class _Search:
 
     def _needed(self, costs: Costs, extent: Extent, steps: int) -> float:
         """Seconds of all trials and judging runs."""
-        costs = costs.on_part(extent.part)
-        return extent.tries * costs.trial(steps, SHARE) + self._reserved * extent.seeds * costs.judging_run(steps)
+        costs, judging = costs.on_part(extent.part), self._rounds(self._reserved * extent.seeds)
+        return self._rounds(extent.tries) * costs.trial(steps, SHARE) + judging * costs.judging_run(steps)
 
     def _check_time(self, costs: Costs) -> None:
         """Raises ConfigError if the time left is too short. costs: not too high, on the fewest held-out examples."""
@@ -238,6 +299,7 @@ class _Search:
             if late or not running:
                 break
             time.sleep(POLL_SECONDS)  # another worker's trial may fail, and then has to be run again
+            self.session.check_stopped()
         if missing and wanted is not None:
             self.session.note(f"--minutes left time for {finished} of {wanted} trials")
 
@@ -305,9 +367,12 @@ class _Search:
 
     # ---- Finalists
 
-    def _judge(self, settings: dict[str, Any]) -> SearchResult:
+    def _finalists(self) -> list[Candidate]:
         candidates = optuna_study.finished_trials(self.optuna)
-        chosen = choose_finalists(candidates, self.study.margin, self.study.finalists)
+        return choose_finalists(candidates, self.study.margin, self.study.finalists)
+
+    def _judge(self, settings: dict[str, Any]) -> SearchResult:
+        candidates, chosen = optuna_study.finished_trials(self.optuna), self._finalists()
         if not chosen:
             ends = "; ".join(f"trial {candidate.number} {candidate.state}" for candidate in candidates)
             raise ConfigError(f"no trial was finished, so there is nothing to choose from: {ends or 'none was begun'}")
@@ -350,21 +415,7 @@ class _Search:
 
     def _judging_runs(self, chosen: Sequence[Candidate]) -> dict[int, list[Trial]]:
         """Number of a finalist -> its runs, equally many of all; finalists that failed with a seed are left out."""
-        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # other than the trials'
-        # Each wave is useful only if complete: the first finalists with a seed; then one of the others with all seeds.
-        waves = [[(candidate, seed) for candidate in chosen[:RESERVED]] for seed in seeds]
-        waves += [[(candidate, seed) for seed in seeds] for candidate in chosen[RESERVED:]]
-        runs: dict[int, list[Trial]] = {candidate.number: [] for candidate in chosen}
-        for wave in waves:
-            if any(runs.values()) and self.session.seconds_left < len(wave) * self.budget.judging_seconds:
-                self.session.note("--minutes left no time for all seeds and finalists")
-                break
-            for candidate, seed in wave:
-                self._judging_run(candidate, seed, wait=False)
-            for candidate, seed in wave:
-                trial = self._judging_run(candidate, seed, wait=True)
-                assert trial is not None
-                runs[candidate.number].append(trial)
+        runs = self._run_finals(chosen)
         failed = {number: [trial for trial in trials if not trial.done] for number, trials in runs.items()}
         for number, trials in failed.items():
             if trials:
@@ -375,12 +426,37 @@ class _Search:
             raise ConfigError("all finalists failed with another seed, so there is nothing to choose from")
         return good
 
-    def _judging_run(self, candidate: Candidate, seed: int, *, wait: bool) -> Trial | None:
-        """A finalist with another seed. Where another worker runs it, waits for the result, or returns None."""
-        folder = self.folder / "finals" / f"{candidate.number:04d}" / f"seed-{seed}"
+    def _run_finals(self, chosen: Sequence[Candidate]) -> dict[int, list[Trial]]:
+        """Runs what is missing, and what no other worker runs, as long as there is time. Returns the runs of each."""
+        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # other than the trials'
+        # Each wave is useful only if complete: the first finalists with a seed; then one of the others with all seeds.
+        waves = [[(candidate, seed) for candidate in chosen[:RESERVED]] for seed in seeds]
+        waves += [[(candidate, seed) for seed in seeds] for candidate in chosen[RESERVED:]]
+        runs: dict[int, list[Trial]] = {candidate.number: [] for candidate in chosen}
+        for wave in waves:
+            missing = sum(not self.session.has_trial(self._final_folder(*run)) for run in wave)
+            needed = self._rounds(missing) * self.budget.judging_seconds
+            if missing and any(runs.values()) and self.session.seconds_left < needed:
+                self.session.note("--minutes left no time for all seeds and finalists")
+                break
+            for candidate, seed in wave:
+                self._judging_run(candidate, seed)
+            for candidate, seed in wave:
+                while (trial := self._judging_run(candidate, seed)) is None:
+                    time.sleep(POLL_SECONDS)
+                    self.session.check_stopped()
+                runs[candidate.number].append(trial)
+        return runs
+
+    def _final_folder(self, candidate: Candidate, seed: int) -> Path:
+        return self.folder / "finals" / f"{candidate.number:04d}" / f"seed-{seed}"
+
+    def _judging_run(self, candidate: Candidate, seed: int) -> Trial | None:
+        """A finalist with another seed; None while another worker runs it."""
+        folder = self._final_folder(candidate, seed)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(folder / RUN_LOCK, timeout=-1 if wait else 0):
+            with FileLock(folder / RUN_LOCK, timeout=0):
                 spec = self._spec(candidate.settings, choosing=False, max_steps=self.budget.steps, seed=seed)
                 is_new = not self.session.has_trial(folder)
                 trial = self.session.trial(spec, folder)

@@ -3,15 +3,22 @@
 compare.json or search.json    the settings; a study with other settings is refused
 plan.json                      how long its trials are, measured once
 .lock                          held by a process while it changes shared files
+
+With several workers, each is a thread of this process that runs its trials in processes of their own.
 """
 
+import copy
 import json
 import math
+import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,7 +26,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from tailora.errors import ConfigError, FormatError
 from tailora.formats.io import TEMPORARY, create_output_folder, read_own_json, write_file
-from tailora.study.trial import RESULT, Listen, Progress, RunTrial, Trial, TrialSpec, get_trial
+from tailora.study.trial import RESULT, Listen, Progress, RunTrial, Trial, TrialSpec, Worker, get_trial
 from tailora.train.config import without_removed
 
 PLAN, LOCK, TIMING = "plan.json", ".lock", "probe"
@@ -109,6 +116,43 @@ def differences(stored: Settings, asked: Settings) -> list[str]:
     return lines
 
 
+# ---- Workers
+
+
+def make_workers(count: int, device: str) -> list[Worker]:
+    """Returns workers for the devices of the kind that `device` names. Raises ConfigError for more than there are."""
+    from tailora.core.device import choose_device, devices
+    from tailora.train.setup import device_asked_for  # torch from here on
+
+    name = device_asked_for(device)
+    kind = choose_device(name).type
+    if kind == "cpu":
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        return [Worker(number, None, max(cores // count, 1)) for number in range(1, count + 1)]
+    if ":" in name:
+        raise ConfigError(f"--workers {count} take a device each, and --device {name} is one: give --device {kind}")
+    there = [str(device) for device in devices() if device.type == kind]
+    if count > len(there):
+        raise ConfigError(
+            f"--workers {count} take a device each, and there {'are' if len(there) > 1 else 'is'} {', '.join(there)}: "
+            f"give --workers {len(there)}"
+        )
+    return [Worker(number, name) for number, name in enumerate(there[:count], start=1)]
+
+
+@contextmanager
+def threads_of(workers: Sequence[Worker]) -> Iterator[ThreadPoolExecutor]:
+    """Yields a pool with a thread for each worker. An exception within the block, such as a Ctrl-C, stops them all."""
+    with ThreadPoolExecutor(len(workers)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for worker in workers:
+                worker.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 class StudySession:
     """One process's work on a study: the time left, its notes, and the trials that it runs."""
 
@@ -118,6 +162,18 @@ class StudySession:
         self.folder, self.minutes, self.log = folder, minutes, log
         self.notes: list[str] = []
         self._started, self._progress, self._run_trial = time.monotonic(), progress, run_trial
+        self.worker: Worker | None = None  # that runs the trials, if there are several
+
+    def of_worker(self, worker: Worker) -> "StudySession":
+        """Returns the same session, with the same clock and notes, whose trials this worker runs."""
+        session = copy.copy(self)
+        session.worker = worker
+        return session
+
+    def check_stopped(self) -> None:
+        """Raises KeyboardInterrupt if the worker was stopped."""
+        if self.worker is not None:
+            self.worker.check()
 
     @property
     def seconds(self) -> float:
@@ -151,4 +207,9 @@ class StudySession:
         return (path / RESULT).exists()
 
     def trial(self, spec: TrialSpec, path: Path, stop: Listen | None = None) -> Trial:
-        return get_trial(spec, path, progress=self._progress, stop=stop, run_trial=self._run_trial)
+        self.check_stopped()
+        progress, run_trial = self._progress, self._run_trial
+        if self.worker is not None:
+            progress = progress and partial(progress, worker=self.worker.number)
+            run_trial = partial(run_trial, worker=self.worker)
+        return get_trial(spec, path, progress=progress, stop=stop, run_trial=run_trial)

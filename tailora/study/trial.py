@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,18 +199,55 @@ def _trial(outcome: str, message: str, events: list[TrialEvent], base: BaseLosse
 
 # ---- Running it
 
-Progress = Callable[[int, int, float], None]  # step, of steps, loss
+Progress = Callable[..., None]  # step, of steps, loss; of several workers also the number of its worker
 Listen = Callable[[TrialEvent], str | None]  # returns why the trial is to end now, or None
-RunTrial = Callable[[TrialSpec, Path, Listen], Trial]
+RunTrial = Callable[..., Trial]  # TrialSpec, Path, Listen; of several workers also worker=
 
 
-def run_in_subprocess(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
+class Worker:
+    """Runs trials beside other workers, one at a time.
+
+    device: its own, such as cuda:1.    threads: of its trials on a CPU, its share of the cores.
+    """
+
+    def __init__(self, number: int, device: str | None, threads: int | None = None) -> None:
+        self.number, self.device, self.threads = number, device, threads
+        self.stopped = False
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self, command: list[str], **options: Any) -> "subprocess.Popen[str]":
+        """Starts the process of a trial. A Ctrl-C does not reach it, since a trial that it ends has not failed."""
+        variables = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+        if self.device is not None:
+            command = [*command, self.device]
+        if sys.platform != "win32":
+            options["process_group"] = 0
+        self.check()
+        process = self._process = subprocess.Popen(command, env={**variables, **os.environ}, **options)
+        if self.stopped:
+            process.kill()
+        return process
+
+    def stop(self) -> None:
+        """Ends the trial under way, from another thread; the worker begins no other."""
+        self.stopped = True
+        if self._process is not None:
+            self._process.kill()
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt after `stop`."""
+        if self.stopped:
+            raise KeyboardInterrupt
+
+
+def run_in_subprocess(spec: TrialSpec, folder: Path, listen: Listen, worker: Worker | None = None) -> Trial:
     """Runs the trial of this folder, which has its spec.json, in a separate process. Raises what the run raises."""
     log = folder / "log.txt"
     events: list[TrialEvent] = []
+    start = subprocess.Popen if worker is None else worker.start
     with (
         log.open("w") as stderr,
-        subprocess.Popen(
+        start(
             [*COMMAND, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
         ) as process,
     ):
@@ -226,6 +263,8 @@ def run_in_subprocess(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
             process.wait()
         finally:
             process.kill()  # has no effect on a process that has ended
+    if worker is not None:
+        worker.check()
     if process.returncode == subprocess_worker.KILLED:
         return _trial(OUT_OF_MEMORY, "killed by the system, most likely for memory", events, spec.before)
     raise subprocess_worker.error_of(folder, process.returncode, log.read_text(), f"the run in {folder}")
@@ -272,9 +311,14 @@ def _identity(spec: TrialSpec) -> dict[str, Any]:
     return {**identity, "settings": without_removed(identity["settings"])}
 
 
-def main(folder: Path) -> int:
-    """The process of a trial: writes events, and at the end the trial, as lines of JSON to stdout."""
+def main(folder: Path, device: str | None = None) -> int:
+    """The process of a trial: writes events, and at the end the trial, as lines of JSON to stdout.
+
+    device: of its worker, in place of that in the settings.
+    """
     spec = TrialSpec(**json.loads((folder / SPEC).read_text()))
+    if device is not None:
+        spec = replace(spec, settings={**spec.settings, "device": device})
 
     def listen(event: TrialEvent) -> None:
         print(json.dumps(asdict(event)), flush=True)
@@ -405,4 +449,4 @@ def _forgetting(result: Any, spec: TrialSpec) -> tuple[dict[str, Any], dict[str,
 if __name__ == "__main__":
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     with quiet_loggers(*TORCHAO_LOGGERS):
-        sys.exit(main(Path(sys.argv[1])))
+        sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

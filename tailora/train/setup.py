@@ -90,10 +90,9 @@ def check_launch() -> None:
 def start_on_device(name: str) -> torch.device:
     """Makes accelerate use a device, and returns it; of several processes each has the one of its rank.
 
-    For auto the environment of `accelerate launch` decides first. Raises ConfigError.
+    Raises ConfigError.
     """
-    if name == AUTO:
-        name = "cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else os.environ.get("ACCELERATE_TORCH_DEVICE", AUTO)
+    name = device_asked_for(name)
     device = choose_device(name)
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes == 1:
@@ -104,6 +103,13 @@ def start_on_device(name: str) -> torch.device:
             f"{state.device}; give --device {state.device.type}, or start one process"
         )
     return torch.device(state.device)
+
+
+def device_asked_for(name: str) -> str:
+    """Returns the name of the device: for auto the environment of `accelerate launch` decides first."""
+    if name != AUTO:
+        return name
+    return "cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else os.environ.get("ACCELERATE_TORCH_DEVICE", AUTO)
 
 
 def attach(

@@ -1,0 +1,174 @@
+"""Several workers in one search or comparison. The processes of their trials are real, and train nothing."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tailora.core import device
+from tailora.errors import ConfigError
+from tailora.study import trial as trial_module
+from tailora.study.compare import compare
+from tailora.study.config import CompareConfig, SearchConfig, trial_settings
+from tailora.study.search import search
+from tailora.study.study_store import make_workers
+from tailora.study.trial import TrialSpec, run_here
+from tailora.train.config import TrainConfig
+
+SCRIPT = Path(__file__).with_name("made_up_trial.py")
+WORKERS, TRIALS = 3, 6
+STUDY = SearchConfig(
+    trials=TRIALS, seeds=2, finalists=2, workers=WORKERS, space={"learning_rate": "1e-4..1e-1", "r": "2,4"}
+)
+
+
+@pytest.fixture(scope="module")
+def template(small_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("template")
+    settings = trial_settings(small_run, {}, max_steps=1, save_steps=0, eval_steps=0)
+    trial = run_here(TrialSpec(settings, describe=True), folder, lambda _: None)
+    forgotten = {"kl": 0.1, "loss_before": 2.0, "loss_after": 2.1, "tokens": 100}
+    file = folder / "template.json"
+    file.write_text(json.dumps({**asdict(trial), "forgetting": forgotten}))
+    return file
+
+
+@pytest.fixture
+def train(small_run: TrainConfig, tmp_path: Path) -> TrainConfig:
+    settings = small_run.model_dump(exclude_unset=True, exclude={"r", "output_dir"})
+    return TrainConfig(**settings, output_dir=str(tmp_path / "study"))
+
+
+def use_made_up_trials(patch: pytest.MonkeyPatch, template: Path, seconds: float = 0.2, crashes: str = "none") -> None:
+    command = (sys.executable, "-I", str(SCRIPT), str(template), str(seconds), crashes)
+    patch.setattr(trial_module, "COMMAND", command)
+
+
+def facts_of(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{pattern}/facts.json"))]
+
+
+def most_at_a_time(facts: list[dict[str, Any]]) -> int:
+    starts = [fact["from"] for fact in facts]
+    return max(sum(fact["from"] <= moment < fact["to"] for fact in facts) for moment in starts)
+
+
+def test_workers_share_a_search_and_what_one_leaves_is_run_by_another(
+    train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_made_up_trials(monkeypatch, template, crashes="0002")
+    seen: set[int] = set()
+    found = search(train, STUDY, progress=lambda *_, worker: seen.add(worker))
+    trials, finals = facts_of(tmp_path / "study", "trials/*"), facts_of(tmp_path / "study", "finals/*/*")
+    assert len(found.trials) == TRIALS == len(trials)
+    assert [trial.number for trial in found.trials] == [number for number in range(TRIALS + 1) if number != 2]
+    assert 1 < most_at_a_time(trials) <= WORKERS
+    assert 1 < most_at_a_time(finals) <= WORKERS
+    assert seen == {1, 2, 3}
+    share = str(max(len(os.sched_getaffinity(0)) // WORKERS, 1))
+    assert {fact["threads"] for fact in trials} == {os.environ.get("OMP_NUM_THREADS", share)}
+    specs = [json.loads(path.read_text())["settings"] for path in (tmp_path / "study" / "trials").glob("*/spec.json")]
+    several = [rate for rate, count in Counter(spec["learning_rate"] for spec in specs).items() if count > 1]
+    lost = json.loads((tmp_path / "study" / "trials" / "0002" / "spec.json").read_text())["settings"]
+    assert several == [lost["learning_rate"]]  # above all, not the settings as they are
+    (note,) = [note for note in found.notes if "ended early" in note]
+    assert "the card has fallen off the bus" in note
+    assert found.best.number == min(found.trials, key=lambda trial: trial.eval_loss or 9).number
+    assert found.seeds == [1, 2]
+    again = search(train, STUDY.replaced(workers=1), run_trial=not_run)
+    assert again.best == found.best
+
+
+def not_run(*_: Any, **__: Any) -> Any:
+    raise AssertionError("every trial is there")
+
+
+def test_a_search_whose_workers_all_fail_says_why(
+    train: TrainConfig, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_made_up_trials(monkeypatch, template, seconds=0)
+    search(train, STUDY.replaced(trials=2))
+    monkeypatch.setattr(trial_module, "COMMAND", (sys.executable, "-I", "-c", "raise SystemExit('no card')"))
+    with pytest.raises(RuntimeError, match="no card"):
+        search(train, STUDY.replaced(trials=4))
+
+
+def test_an_interrupt_ends_all_workers_and_the_search_goes_on(
+    train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_made_up_trials(monkeypatch, template, seconds=0)
+    search(train, STUDY.replaced(trials=2))
+    use_made_up_trials(monkeypatch, template, seconds=60)
+    processes = []
+    start = trial_module.Worker.start
+
+    def started(*args: Any, **options: Any) -> Any:
+        processes.append(start(*args, **options))
+        if len(processes) == WORKERS:
+            assert threading.main_thread().ident is not None
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return processes[-1]
+
+    monkeypatch.setattr(trial_module.Worker, "start", started)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        search(train, STUDY)
+    assert time.monotonic() - begun < 30
+    assert [process.poll() for process in processes] == [-signal.SIGKILL] * WORKERS
+    use_made_up_trials(monkeypatch, template, seconds=0)
+    found = search(train, STUDY)
+    assert len(found.trials) == TRIALS
+    specs = [json.loads(path.read_text())["settings"] for path in (tmp_path / "study" / "trials").glob("*/spec.json")]
+    assert len(specs) == TRIALS + WORKERS  # the interrupted ones are run again, with the same settings
+    assert sum(count == 2 for count in Counter(spec["learning_rate"] for spec in specs).values()) == WORKERS
+
+
+def test_workers_share_the_runs_of_a_comparison(
+    train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_made_up_trials(monkeypatch, template)
+    arms = {"a": {"r": 2}, "b": {"r": 4}}
+    study = CompareConfig(arms=arms, seeds=3, rate_tries=3, workers=WORKERS)
+    found = compare(train, study)
+    rates, runs = (facts_of(tmp_path / "study", f"runs/*/{name}-*") for name in ("rate", "seed"))
+    assert (len(rates), most_at_a_time(rates)) == (2 * 3, 2)  # the next rate of an arm follows from its last
+    assert (len(runs), most_at_a_time(runs)) == (2 * 3, WORKERS)
+    first, second, *_ = sorted(runs, key=lambda fact: fact["from"])
+    assert first["to"] <= second["from"]  # it writes the texts that all share
+    assert any("3 runs were made at a time" in note for note in found.notes)
+    alone = compare(train, study.replaced(workers=1), run_trial=not_run)
+    assert alone.arms == found.arms
+
+
+def test_each_worker_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [torch.device("cuda", index) for index in range(4)]
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(device, "devices", lambda: [*cards, torch.device("cpu")])
+    monkeypatch.setattr(device, "obstacle_to_start", lambda _: None)
+    monkeypatch.setattr(device, "_with_index", lambda asked: torch.device(asked.type, asked.index or 0))
+    assert [worker.device for worker in make_workers(3, "auto")] == ["cuda:0", "cuda:1", "cuda:2"]
+    with pytest.raises(ConfigError, match=r"there are cuda:0, cuda:1, cuda:2, cuda:3: give --workers 4"):
+        make_workers(5, "cuda")
+    with pytest.raises(ConfigError, match="--device cuda:1 is one: give --device cuda"):
+        make_workers(2, "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("schema", "settings", "message"),
+    [
+        (CompareConfig, {"workers": 2, "minutes": 5}, "leave out workers or minutes"),
+        (SearchConfig, {"workers": 2, "lr_only": True}, "lr_only is one run"),
+    ],
+)
+def test_what_workers_cannot_share_is_refused(schema: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        schema(**settings)
