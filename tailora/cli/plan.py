@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.types import PositiveInt
 
 from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import GATE_NOT_MET, log, print_json, stdout
@@ -23,6 +24,13 @@ Measure = Annotated[bool, Parameter(negative=(), help="also measure a few real s
 Memory = Annotated[
     str | None, Parameter(name="--memory", help="memory to fit into, such as 8GB; default: what is free")
 ]
+Nproc = Annotated[
+    PositiveInt,
+    Parameter(name="--nproc", help="processes that train together, a device each; memory and time are of one of them"),
+]
+Fsdp = Annotated[
+    bool, Parameter(negative=(), help="FSDP2 shards the base over the processes of --nproc", show_default=False)
+]
 OutputDir = Annotated[Path | None, Parameter(name="--output-dir", help="folder for a report with all numbers")]
 
 
@@ -31,6 +39,8 @@ def plan(
     config: ConfigFile = None,
     measure: Measure = False,
     memory: Memory = None,
+    nproc: Nproc = 1,
+    fsdp: Fsdp = False,
     output_dir: OutputDir = None,
     json: Json = False,
     flags: Flags = None,
@@ -49,7 +59,7 @@ def plan(
     from tailora.report.pages.plan import plan_page
     from tailora.study.plan import plan as run
 
-    report = run(settings, measure, memory=available, output_dir=output_dir, log=log)
+    report = run(settings, measure, memory=available, nproc=nproc, fsdp=fsdp, output_dir=output_dir, log=log)
     if json:
         print_json(report.to_dict())
     else:

@@ -37,7 +37,7 @@ from tailora.study.cards import CONTEXT, LONGEST_NAME, Card, StepTime, find_card
 from tailora.study.config import FIRST_RATES, FULL, OF_ADAPTERS
 from tailora.train import estimate
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import largest_forward, read_data, split_by_tokens, step_shape, token_limit
+from tailora.train.dataloader import epoch_steps, largest_forward, read_data, split_by_tokens, step_shape, token_limit
 from tailora.train.estimate import Memory
 from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, used_bytes
 from tailora.train.model_loading import load_tokenizer, read_config
@@ -110,6 +110,18 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """Several processes that train together, a device each.
+
+    fsdp: whether FSDP2 shards the base over them.    sent_bytes: that each sends in a step, and about as many it gets.
+    """
+
+    count: int
+    fsdp: bool
+    sent_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run with these settings would be. Memory in bytes, time in seconds.
 
@@ -118,6 +130,7 @@ class Plan:
     tokens, seconds: of all steps, None where their number is not known.    basis: how memory and time were found.
     remedies: settings that take less memory, if the run does not fit.    examples: to train on, if they are known.
     card, step_time: of a card that is not here; the time is that of the largest forward and its backward.
+    ranks: None for one process; of several, memory and time are those of one of them.
     """
 
     model: str
@@ -149,6 +162,7 @@ class Plan:
     options: list[Option] = field(default_factory=list)
     card: Card | None = None
     step_time: StepTime | None = None
+    ranks: Ranks | None = None
 
     @property
     def fits(self) -> bool:
@@ -165,6 +179,8 @@ def plan(
     measure: bool = False,
     *,
     memory: int | None = None,
+    nproc: int = 1,
+    fsdp: bool = False,
     output_dir: Path | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Plan:
@@ -172,17 +188,24 @@ def plan(
 
     config: its device may also be the name of a card that is not here, such as "H100 80GB".
     measure: also take a few real steps, in a separate process.    memory: bytes to fit into; by default what is free.
+    nproc: processes that train together.    fsdp: whether FSDP2 shards the base over them.
     output_dir: folder for report.json; nothing is written without it.
 
     Raises ConfigError, TargetError, DataError, FormatError; with `measure` whatever a run raises.
     """
-    place = place_of(config)
+    place = replace(place_of(config), shards=nproc if fsdp else 1)
     accelerator = start_accelerator(config.replaced(report_to=[], **({"device": "cpu"} if place.card else {})))
     if measure and place.card:
         raise ConfigError(f"--measure takes real steps, and there is no {place.name} here: leave one of the two out")
+    if measure and nproc > 1:
+        raise ConfigError(f"--measure takes real steps in one process, and --nproc {nproc} asks for several")
     available = place.available if memory is None else memory
+    if fsdp and nproc == 1:
+        raise ConfigError("--fsdp shards the base over several processes: give their number, --nproc")
+    if is_shared := nproc > 1 and place.device == torch.device("cpu"):
+        available //= nproc
     shape = read_config(config.model)
-    batches = read_batches(config, shape, accelerator, token_limit(place.device.type))
+    batches = read_batches(config, shape, accelerator, token_limit(place.device.type), nproc)
     with estimate.fake_model(config, shape, place.device) as fake:
         summary, dtype, kernels = fake.model.summary(), fake.base.dtype, fake.kernels.description
         lora = fake.model if isinstance(fake.model, LoRAModel) else None
@@ -194,7 +217,10 @@ def plan(
         if asks_for_compiled_layers(config):
             step = estimate.with_compiled_layers(step, fake, config.activation_memory)
             notes.append("what compiled layers keep is reckoned from one measurement, not simulated")
-        needed = estimate.estimate_memory(config, fake, step, place.process)
+        needed = estimate.estimate_memory(config, fake, step, place.process, place.shards)
+        ranks = ranks_of(fake, batches, nproc, fsdp=fsdp)
+        if is_shared:
+            notes.append(f"each of the {nproc} processes may take an equal share of the memory that is free here")
         alternatives = {
             AS_SET: needed,
             **compiled_layers(config, fake, step, place),
@@ -249,12 +275,15 @@ def plan(
         measured=measured,
         basis=basis,
         notes=notes,
-        remedies=remedies(config, batch_size, ACTIVATIONS in alternatives) if needed.total > available else [],
+        remedies=remedies(config, batch_size, ACTIVATIONS in alternatives, can_shard=nproc > 1 and not fsdp)
+        if needed.total > available
+        else [],
         settings=config.model_dump(mode="json", exclude_unset=True),
         examples=batches.examples,
         options=[option(settings, memory, batches, shape, available) for settings, memory in alternatives.items()],
         card=place.card,
         step_time=time,
+        ranks=ranks,
     )
     if output_dir is not None:
         write_report(output_dir, "plan", result.to_dict())
@@ -270,6 +299,7 @@ class Place:
 
     available: bytes that a run may take.
     process: bytes that its process holds before its model is loaded, and process_basis how they are known.
+    shards: ranks that the base is sharded over.
     """
 
     name: str
@@ -279,6 +309,7 @@ class Place:
     available: int
     card: Card | None = None
     notes: list[str] = field(default_factory=list)
+    shards: int = 1
 
 
 def place_of(config: TrainConfig) -> Place:
@@ -346,6 +377,7 @@ MOST_EXAMPLES = 4096  # of a batch, where the data does not say how many there a
 class Batches:
     """largest: the examples of the largest forward.    at: batch size -> its largest forward.
     examples: all that are trained on.    tokens: of all steps. examples, tokens, steps: None where they are not known.
+    tokens_per_step: of one rank.
     """
 
     largest: list[Example]
@@ -362,10 +394,12 @@ class Batches:
         return MOST_EXAMPLES if self.examples is None else self.examples
 
 
-def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Accelerator, limit: int | None) -> Batches:
+def read_batches(
+    config: TrainConfig, shape: PretrainedConfig, accelerator: Accelerator, limit: int | None, nproc: int = 1
+) -> Batches:
     """Without data, of examples of max_length tokens. Raises DataError with all that is wrong with the data.
 
-    limit: tokens that go through the model at once on the device of the plan.
+    limit: tokens that go through the model at once on the device of the plan.    nproc: ranks that share a step.
     """
     step = replace(step_shape(config, accelerator), token_limit=limit)
     vocabulary = shape.get_text_config().vocab_size
@@ -377,7 +411,7 @@ def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Acce
             largest=_largest_part([example], step.batch_size, step.token_limit),
             at=lambda count: _largest_part([example], count, step.token_limit),
             examples=None,
-            tokens=None if config.max_steps is None else round(tokens_per_step * config.max_steps),
+            tokens=None if config.max_steps is None else round(nproc * tokens_per_step * config.max_steps),
             steps=config.max_steps,
             tokens_per_step=tokens_per_step,
             notes=[
@@ -398,13 +432,15 @@ def read_batches(config: TrainConfig, shape: PretrainedConfig, accelerator: Acce
             notes=["the data is streamed: lengths are those of its first batch"],
         )
     train = data.prepared.train
-    tokens_per_step = float(train.lengths.mean()) * min(step.examples_per_step, len(train))
+    steps = config.max_steps or epoch_steps(config, len(train), nproc)
+    per_rank = min(step.examples_per_step, len(train) / nproc)  # examples
+    tokens_per_step = float(train.lengths.mean()) * per_rank
     return Batches(
         largest=data.largest,
         at=lambda count: largest_forward(train, replace(step, batch_size=count)),
         examples=len(train),
-        tokens=round(tokens_per_step * data.max_steps),
-        steps=data.max_steps,
+        tokens=round(nproc * tokens_per_step * steps),
+        steps=steps,
         tokens_per_step=tokens_per_step,
         notes=[f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()],
     )
@@ -425,6 +461,14 @@ def tokens_of(examples: list[Example]) -> int:
 # ---- Memory
 
 
+def ranks_of(fake: estimate.FakeModel, batches: Batches, nproc: int, *, fsdp: bool) -> Ranks | None:
+    """Returns None for one process. A step has as many forwards as its tokens make of the largest one."""
+    if nproc == 1:
+        return None
+    forwards = max(batches.tokens_per_step / tokens_of(batches.largest), 1.0)
+    return Ranks(nproc, fsdp, estimate.sent_bytes(fake, nproc, forwards, sharded=fsdp))
+
+
 def full_fine_tuning(
     config: TrainConfig,
     shape: PretrainedConfig,
@@ -437,7 +481,7 @@ def full_fine_tuning(
     full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
     with estimate.fake_model(full, shape, place.device) as fake:
         step = estimate.simulate_step(fake, batches.largest, checkpointed=full.gradient_checkpointing)
-        memory = estimate.estimate_memory(full, fake, step, place.process)
+        memory = estimate.estimate_memory(full, fake, step, place.process, place.shards)
         parameters = fake.model.summary().trainable_parameters
     return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))
 
@@ -460,7 +504,7 @@ def compiled_layers(
     if excluded or (isinstance(device, torch.device) and obstacle_to_compiling(fake.base, device)):
         return {}
     cheaper = estimate.with_compiled_layers(step, fake, ACTIVATION_MEMORY)
-    return {ACTIVATIONS: estimate.estimate_memory(config, fake, cheaper, place.process)}
+    return {ACTIVATIONS: estimate.estimate_memory(config, fake, cheaper, place.process, place.shards)}
 
 
 def checkpointing(
@@ -470,7 +514,7 @@ def checkpointing(
     if config.gradient_checkpointing or asks_for_compiled_layers(config):
         return {}
     cheaper = estimate.with_less_memory(step, fake, tokens_of(batches.largest), checkpointed=True)
-    return {CHECKPOINTING: estimate.estimate_memory(config, fake, cheaper, place.process)}
+    return {CHECKPOINTING: estimate.estimate_memory(config, fake, cheaper, place.process, place.shards)}
 
 
 def quantization(
@@ -481,7 +525,7 @@ def quantization(
         return {}
     with estimate.fake_model(config.replaced(quantize="nf4"), shape, place.device) as fake:
         cheaper = estimate.with_less_memory(step, fake, 0, checkpointed=False)
-        memory = estimate.estimate_memory(config, fake, cheaper, place.process)
+        memory = estimate.estimate_memory(config, fake, cheaper, place.process, place.shards)
         both = checkpointing(config, fake, step, batches, place)
     return {QUANTIZATION: memory, **{f"{QUANTIZATION} {settings}": less for settings, less in both.items()}}
 
@@ -512,7 +556,7 @@ def batch_size_that_fits(available: int, memory: Memory, batches: Batches) -> in
     return low
 
 
-def remedies(config: TrainConfig, batch_size: int, can_compile: bool) -> list[str]:
+def remedies(config: TrainConfig, batch_size: int, can_compile: bool, *, can_shard: bool = False) -> list[str]:
     """Returns settings that take less memory. batch_size: the largest that fits, 0 for none."""
     examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
     accumulation = -(-examples // max(batch_size, 1))
@@ -521,6 +565,7 @@ def remedies(config: TrainConfig, batch_size: int, can_compile: bool) -> list[st
             batch_size > 0,
             f"--per-device-train-batch-size {batch_size} --gradient-accumulation-steps {accumulation}",
         ),
+        (can_shard, "--fsdp"),
         (can_compile, ACTIVATIONS),
         (not (config.gradient_checkpointing or asks_for_compiled_layers(config)), CHECKPOINTING),
         (config.method == FULL, "--method lora"),

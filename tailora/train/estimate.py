@@ -44,6 +44,7 @@ from tailora.formats.hub import local_folder
 from tailora.formats.load import lora_config_of, read_any_format
 from tailora.kernels import cpu_attention
 from tailora.kernels.attention import CPU
+from tailora.kernels.compiled_layers import decoder_layers
 from tailora.kernels.cpu_attention import flash_backward_op, flash_op, split_documents
 from tailora.kernels.loss import FORMS
 from tailora.model import LoRAModel
@@ -235,6 +236,8 @@ class Weights:
     while_read: int  # in addition, until all are read
     left_mapped: int  # in addition, afterwards: of a quantized base the files' weights that were quantized
     dense: int  # in addition, while a quantized layer computes: the largest dense weight
+    layer: int = 0  # of `stored`, the largest decoder layer
+    outside: int = 0  # of `stored`, what is in no decoder layer: embeddings, head, the last norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,10 +343,15 @@ def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None) -
     tensors = [tensor for _, tensor, _ in named_stored_tensors(base)]
     total = sum(quantized.get(id(tensor), tensor.nbytes) for tensor in tensors)
     dense = max((tensor.nbytes for tensor in tensors if id(tensor) in quantized), default=0)
+    layers = [
+        sum(quantized.get(id(tensor), tensor.nbytes) for tensor in layer.parameters()) for layer in decoder_layers(base)
+    ]
+    parts = {"layer": max(layers, default=0), "outside": max(total - sum(layers), 0)}
     if base.dtype != files:  # converted, and the files are closed
-        return Weights(total, sum(parameter.numel() for parameter in base.parameters()) * files.itemsize, 0, dense)
+        read = sum(parameter.numel() for parameter in base.parameters()) * files.itemsize
+        return Weights(total, read, 0, dense, **parts)
     originals = sum(tensor.nbytes for tensor in tensors if id(tensor) in quantized)
-    return Weights(total, originals, originals, dense)
+    return Weights(total, originals, originals, dense, **parts)
 
 
 class _QuantizedLinear:
@@ -400,6 +408,7 @@ class Memory:
     activations: int  # kept for the backward, and temporaries, at the largest moment
     logits: int  # at that moment
     process: int  # interpreter, libraries, a card's context, and what the allocator keeps beyond what is allocated
+    gathered: int = 0  # of sharded weights, what a rank has whole while it computes with them
 
     @property
     def total(self) -> int:
@@ -479,17 +488,36 @@ def with_less_memory(step: StepCost, fake: FakeModel, tokens: int, *, checkpoint
     return replace(step, activations=activations + fake.weights.dense)
 
 
-def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, process: int) -> Memory:
-    """Returns the memory of a run.
+def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, process: int, shards: int = 1) -> Memory:
+    """Returns the memory of a run; of one rank, if FSDP2 shards the base over several.
 
     step: cost of its largest forward.    process: bytes that the process uses of the device before its model is loaded.
     It also gets what libraries use and allocators keep, and on a CPU the difference if reading the weights, or reading
     back what was saved, takes more than a step.
     """
-    parameters = list(trained_module(fake.model).parameters())
-    trained = sum(parameter.nbytes for parameter in parameters)
+    memory, weights = _of_one_process(config, fake, step, process), fake.weights
+    if shards > 1:
+        memory, weights = _on_one_rank(memory, fake, shards)
+    kept_by_allocator = int(FRAGMENTATION * step.bytes)
+    if fake.base.device.type != "cpu":  # weights are read onto it file by file
+        return replace(memory, process=process + WORKSPACE + kept_by_allocator)
+    libraries = LIBRARIES + (LIBRARIES_16_BIT if fake.base.dtype == torch.bfloat16 else 0)
+    beside = process + weights.left_mapped + libraries + kept_by_allocator
+    in_step = replace(memory, process=beside)
+    reading = process + weights.stored + weights.while_read
+    reading_back = in_step.total - step.bytes + (weights.stored if config.method == "full" else 0)
+    return in_step.with_total(max(in_step.total, reading, reading_back))
+
+
+def trained_bytes(fake: FakeModel) -> int:
+    """Returns the bytes of what is trained, and of its gradients."""
+    return sum(parameter.nbytes for parameter in trained_module(fake.model).parameters())
+
+
+def _of_one_process(config: TrainConfig, fake: FakeModel, step: StepCost, process: int) -> Memory:
+    parameters, trained = list(trained_module(fake.model).parameters()), trained_bytes(fake)
     of_base = {id(parameter) for parameter in fake.base.parameters()}  # a float32 model is its own master
-    memory = Memory(
+    return Memory(
         weights=fake.weights.stored,
         adapters=sum(parameter.nbytes for parameter in parameters if id(parameter) not in of_base),
         gradients=trained + step.gradients,
@@ -498,15 +526,56 @@ def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, proces
         logits=step.logits,
         process=process,
     )
-    kept_by_allocator = int(FRAGMENTATION * step.bytes)
-    if fake.base.device.type != "cpu":  # weights are read onto it file by file
-        return replace(memory, process=process + WORKSPACE + kept_by_allocator)
-    libraries = LIBRARIES + (LIBRARIES_16_BIT if fake.base.dtype == torch.bfloat16 else 0)
-    beside = process + fake.weights.left_mapped + libraries + kept_by_allocator
-    in_step = replace(memory, process=beside)
-    reading = process + fake.weights.stored + fake.weights.while_read
-    reading_back = in_step.total - step.bytes + (fake.weights.stored if config.method == "full" else 0)
-    return in_step.with_total(max(in_step.total, reading, reading_back))
+
+
+# Whole layers that a rank has at a time under FSDP2: the one that computes, and the next, which is gathered meanwhile
+GATHERED_LAYERS = 2
+
+
+def _on_one_rank(memory: Memory, fake: FakeModel, shards: int) -> tuple[Memory, Weights]:
+    """Returns what one of `shards` ranks has of the memory of one process, and of its weights.
+
+    FSDP2 shards the base, layer by layer; what is outside of the layers is gathered for the whole step. Adapters, their
+    gradients and their optimizer are whole on every rank. In full fine-tuning all of these are sharded, too; a layer's
+    gradient is whole, and once more as the input of the reduce-scatter, until its shards are summed.
+    """
+
+    def share(size: int) -> int:
+        return -(-size // shards)
+
+    weights = fake.weights
+    gathered = weights.outside + GATHERED_LAYERS * weights.layer
+    memory = replace(memory, weights=share(weights.stored), gathered=gathered)
+    if isinstance(fake.model, FullModel):
+        memory = replace(
+            memory,
+            adapters=share(memory.adapters),
+            gradients=share(trained_bytes(fake)) + gathered,
+            optimizer=share(memory.optimizer),
+        )
+    on_rank = replace(
+        weights,
+        stored=share(weights.stored),
+        while_read=share(weights.while_read),
+        left_mapped=share(weights.left_mapped),
+    )
+    return memory, on_rank
+
+
+def sent_bytes(fake: FakeModel, ranks: int, forwards: float, *, sharded: bool) -> int:
+    """Returns the bytes that a rank sends in a step, by the least that its collectives need; it receives as many.
+
+    forwards: of a step, each with its backward.    sharded: by FSDP2; or else every rank has the whole base.
+    Sums take twice what is summed. A layer is gathered for the forward and again for the backward, what is outside of
+    layers once. The gradients of an adapter are summed once a step, those of a sharded model after every backward.
+    """
+    share, weights = (ranks - 1) / ranks, fake.weights
+    trained = trained_bytes(fake)
+    if not sharded:
+        return int(share * 2 * trained)
+    gathered = forwards * (2 * weights.stored - weights.outside)
+    is_full = isinstance(fake.model, FullModel)
+    return int(share * (gathered + (forwards * weights.stored if is_full else 2 * trained)))
 
 
 SHARE = 0.6  # of the speed of products that a whole step reaches; see benchmarks/plan.py

@@ -2,16 +2,19 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import changed
+from transformers import LlamaForCausalLM
 
 from tailora.errors import ConfigError, TargetError
-from tailora.study.plan import plan
+from tailora.study.plan import Ranks, plan
 from tailora.train import subprocess_worker
 from tailora.train.config import TrainConfig
+from tailora.train.model_loading import read_config
 from tailora.train.trainer import run
 
 PARTS = {"weights", "adapters", "gradients", "optimizer", "activations", "logits", "total"}
@@ -140,3 +143,40 @@ def test_every_way_of_training_can_be_planned(small_run: TrainConfig, changes: d
     found = plan(small_run.replaced(**changes))
     assert found.memory.activations > 0
     assert found.trainable_parameters > 0
+
+
+def test_a_rank_has_a_share_of_what_fsdp2_shards(small_run: TrainConfig) -> None:
+    settings = small_run.model_dump(exclude_unset=True, exclude={"data", "eval_data"})
+    config = TrainConfig(**{**settings, "max_steps": 5, "per_device_train_batch_size": 1})  # one forward a step
+    base = LlamaForCausalLM(read_config(config.model))
+    sizes = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in base.model.layers]
+    one, replicated, sharded = plan(config), plan(config, nproc=4), plan(config, nproc=4, fsdp=True)
+    stored = one.memory.weights
+    outside = stored - sum(sizes)
+    adapter = 4 * one.trainable_parameters
+    assert one.ranks is None
+    assert replace(replicated.memory, process=0) == replace(one.memory, process=0)  # this process grows meanwhile
+    assert replicated.ranks == Ranks(4, fsdp=False, sent_bytes=2 * adapter * 3 // 4)
+    memory = sharded.memory
+    assert (memory.weights, memory.gathered) == (stored // 4, outside + 2 * max(sizes))
+    same = ("adapters", "gradients", "optimizer", "activations", "logits")
+    assert [getattr(memory, part) for part in same] == [getattr(one.memory, part) for part in same]
+    assert sharded.ranks == Ranks(4, fsdp=True, sent_bytes=(2 * stored - outside + 2 * adapter) * 3 // 4)
+    assert sharded.tokens == 4 * (one.tokens or 0)
+    assert one.full is not None
+    assert sharded.full is not None
+    full, whole = sharded.full.memory, one.full.memory
+    assert (full.weights, full.optimizer) == (whole.weights // 4, whole.optimizer // 4)
+    assert full.gradients == pytest.approx(
+        stored / 4 + memory.gathered, abs=64
+    )  # a layer's is whole until it is summed
+    with pytest.raises(ConfigError, match="give their number, --nproc"):
+        plan(config, fsdp=True)
+    with pytest.raises(ConfigError, match="in one process"):
+        plan(config, measure=True, nproc=2)
+
+
+def test_ranks_share_the_steps_of_an_epoch(small_run: TrainConfig) -> None:
+    one, two = plan(small_run), plan(small_run, nproc=2)
+    assert (one.steps, two.steps) == (22, 12)  # the last step of each epoch is short
+    assert two.available_bytes < one.available_bytes  # both take from the memory of this machine

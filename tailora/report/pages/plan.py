@@ -16,7 +16,7 @@ def plan_page(plan: Plan) -> Page:
         Section("What is trained", "", _trained(plan)),
         Section(
             "Memory",
-            f"At the moment of highest use, {plan.dtype} on {plan.device}; {plan.basis['memory']}.",
+            f"At the moment of highest use, {plan.dtype} on {plan.device}{_of_each(plan)}; {plan.basis['memory']}.",
             _memory(plan),
         ),
         Section(
@@ -24,7 +24,9 @@ def plan_page(plan: Plan) -> Page:
             f"Into {format_bytes(plan.available_bytes)}; the rest of the settings as set.",
             [_options(plan)],
         ),
-        Section("Steps and time", "", [Paragraph(_steps(plan)), _step_time(plan), Paragraph(plan.kernels)]),
+        Section(
+            "Steps and time", "", [*_ranks(plan), Paragraph(_steps(plan)), _step_time(plan), Paragraph(plan.kernels)]
+        ),
         Section(
             "Parameters by matrix",
             f"{plural(len(plan.modules), 'matrix', 'matrices')} with a low-rank update.",
@@ -153,6 +155,20 @@ def _step_time(plan: Plan) -> Table | None:
         ["starting kernels, meanwhile", duration(time.launches)],
     ]
     return Table([Column("of the largest forward and its backward"), *numeric("time")], rows)
+
+
+def _of_each(plan: Plan) -> str:
+    return "" if plan.ranks is None else f", in each of {plan.ranks.count} processes"
+
+
+def _ranks(plan: Plan) -> list[Block | None]:
+    """What several processes do together."""
+    if plan.ranks is None:
+        return []
+    ranks = plan.ranks
+    how = "FSDP2 shards the base over them" if ranks.fsdp else "each has the whole base"
+    sent = f"{format_bytes(ranks.sent_bytes)} in a step, and gets as many; the time that this takes is not counted"
+    return [Paragraph(f"{ranks.count} processes train together; {how}. Each sends {sent}.")]
 
 
 def _steps(plan: Plan) -> str:
