@@ -116,7 +116,7 @@ def whole(model: str, method: str) -> dict[str, Any]:
 
 
 def link_seconds(sent: float, gpus: int) -> float:
-    """Seconds of collectives in which each GPU sends so much. Between nodes, all ports of a node carry the data once."""
+    """Seconds of collectives in which each GPU sends so much. Between nodes, a node's ports carry the data once."""
     speed = NVLINK if gpus <= GPUS_PER_NODE else min(NVLINK, GPUS_PER_NODE * NETWORK)
     return sent / (LINK_REACHED * speed)
 

@@ -28,9 +28,6 @@ Nproc = Annotated[
     PositiveInt,
     Parameter(name="--nproc", help="processes that train together, a device each; memory and time are of one of them"),
 ]
-Fsdp = Annotated[
-    bool, Parameter(negative=(), help="FSDP2 shards the base over the processes of --nproc", show_default=False)
-]
 OutputDir = Annotated[Path | None, Parameter(name="--output-dir", help="folder for a report with all numbers")]
 
 
@@ -40,7 +37,6 @@ def plan(
     measure: Measure = False,
     memory: Memory = None,
     nproc: Nproc = 1,
-    fsdp: Fsdp = False,
     output_dir: OutputDir = None,
     json: Json = False,
     flags: Flags = None,
@@ -59,7 +55,7 @@ def plan(
     from tailora.report.pages.plan import plan_page
     from tailora.study.plan import plan as run
 
-    report = run(settings, measure, memory=available, nproc=nproc, fsdp=fsdp, output_dir=output_dir, log=log)
+    report = run(settings, measure, memory=available, nproc=nproc, output_dir=output_dir, log=log)
     if json:
         print_json(report.to_dict())
     else:

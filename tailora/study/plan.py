@@ -180,7 +180,6 @@ def plan(
     *,
     memory: int | None = None,
     nproc: int = 1,
-    fsdp: bool = False,
     output_dir: Path | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Plan:
@@ -188,20 +187,21 @@ def plan(
 
     config: its device may also be the name of a card that is not here, such as "H100 80GB".
     measure: also take a few real steps, in a separate process.    memory: bytes to fit into; by default what is free.
-    nproc: processes that train together.    fsdp: whether FSDP2 shards the base over them.
+    nproc: processes that train together.
     output_dir: folder for report.json; nothing is written without it.
 
     Raises ConfigError, TargetError, DataError, FormatError; with `measure` whatever a run raises.
     """
-    place = replace(place_of(config), shards=nproc if fsdp else 1)
-    accelerator = start_accelerator(config.replaced(report_to=[], **({"device": "cpu"} if place.card else {})))
+    place = replace(place_of(config), shards=nproc if config.fsdp else 1)
+    in_one = {**WITHOUT_FSDP, "report_to": [], **({"device": "cpu"} if place.card else {})}
+    accelerator = start_accelerator(config.replaced(**in_one))
     if measure and place.card:
         raise ConfigError(f"--measure takes real steps, and there is no {place.name} here: leave one of the two out")
     if measure and nproc > 1:
         raise ConfigError(f"--measure takes real steps in one process, and --nproc {nproc} asks for several")
     available = place.available if memory is None else memory
-    if fsdp and nproc == 1:
-        raise ConfigError("--fsdp shards the base over several processes: give their number, --nproc")
+    if config.fsdp and nproc == 1:
+        raise ConfigError("--fsdp shares the base model out among several processes: give their number, --nproc")
     if is_shared := nproc > 1 and place.device == torch.device("cpu"):
         available //= nproc
     shape = read_config(config.model)
@@ -218,7 +218,7 @@ def plan(
             step = estimate.with_compiled_layers(step, fake, config.activation_memory)
             notes.append("what compiled layers keep is reckoned from one measurement, not simulated")
         needed = estimate.estimate_memory(config, fake, step, place.process, place.shards)
-        ranks = ranks_of(fake, batches, nproc, fsdp=fsdp)
+        ranks = ranks_of(config, fake, batches, nproc)
         if is_shared:
             notes.append(f"each of the {nproc} processes may take an equal share of the memory that is free here")
         alternatives = {
@@ -275,7 +275,7 @@ def plan(
         measured=measured,
         basis=basis,
         notes=notes,
-        remedies=remedies(config, batch_size, ACTIVATIONS in alternatives, can_shard=nproc > 1 and not fsdp)
+        remedies=remedies(config, batch_size, ACTIVATIONS in alternatives, can_shard=nproc > 1 and not config.fsdp)
         if needed.total > available
         else [],
         settings=config.model_dump(mode="json", exclude_unset=True),
@@ -461,12 +461,14 @@ def tokens_of(examples: list[Example]) -> int:
 # ---- Memory
 
 
-def ranks_of(fake: estimate.FakeModel, batches: Batches, nproc: int, *, fsdp: bool) -> Ranks | None:
+def ranks_of(config: TrainConfig, fake: estimate.FakeModel, batches: Batches, nproc: int) -> Ranks | None:
     """Returns None for one process. A step has as many forwards as its tokens make of the largest one."""
     if nproc == 1:
         return None
     forwards = max(batches.tokens_per_step / tokens_of(batches.largest), 1.0)
-    return Ranks(nproc, fsdp, estimate.sent_bytes(fake, nproc, forwards, sharded=fsdp))
+    gathers = 2 if config.fsdp_reshard_after_forward else 1
+    sent = estimate.sent_bytes(fake, nproc, forwards, sharded=config.fsdp, gathers=gathers)
+    return Ranks(nproc, config.fsdp, sent)
 
 
 def full_fine_tuning(
@@ -477,7 +479,7 @@ def full_fine_tuning(
     available: int,
 ) -> FullFineTuning:
     """The same run with all weights trained."""
-    settings = config.model_dump(exclude_unset=True, exclude=OF_ADAPTERS)
+    settings = config.model_dump(exclude_unset=True, exclude={*OF_ADAPTERS, *WITHOUT_FSDP})
     full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
     with estimate.fake_model(full, shape, place.device) as fake:
         step = estimate.simulate_step(fake, batches.largest, checkpointed=full.gradient_checkpointing)
@@ -486,6 +488,7 @@ def full_fine_tuning(
     return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))
 
 
+WITHOUT_FSDP = {"fsdp": False, "fsdp_reshard_after_forward": True, "fsdp_offload_params": False}
 AS_SET = "as set"
 ACTIVATIONS = f"--activation-memory {ACTIVATION_MEMORY}"
 CHECKPOINTING, QUANTIZATION = "--gradient-checkpointing", "--quantize nf4"
@@ -499,7 +502,8 @@ def compiled_layers(
     config: TrainConfig, fake: estimate.FakeModel, step: estimate.StepCost, place: Place
 ) -> dict[str, Memory]:
     """Returns the memory with compiled layers that keep less, unless the run excludes them or has them already."""
-    excluded = config.fast == "off" or config.gradient_checkpointing or asks_for_compiled_layers(config)
+    asked = asks_for_compiled_layers(config)
+    excluded = config.fast == "off" or config.gradient_checkpointing or asked or config.fsdp
     device = place.device
     if excluded or (isinstance(device, torch.device) and obstacle_to_compiling(fake.base, device)):
         return {}
@@ -520,8 +524,9 @@ def checkpointing(
 def quantization(
     config: TrainConfig, shape: PretrainedConfig, step: estimate.StepCost, batches: Batches, place: Place
 ) -> dict[str, Memory]:
-    """Returns the memory with a base in 4 bits, without and with checkpointing, unless the run has a quantized one."""
-    if config.method == FULL or config.quantize or getattr(shape, "quantization_config", None) is not None:
+    """Returns the memory with a base in 4 bits, without and with checkpointing, unless the run excludes it."""
+    is_quantized = config.quantize or getattr(shape, "quantization_config", None) is not None
+    if config.method == FULL or is_quantized or config.fsdp:
         return {}
     with estimate.fake_model(config.replaced(quantize="nf4"), shape, place.device) as fake:
         cheaper = estimate.with_less_memory(step, fake, 0, checkpointed=False)
@@ -569,7 +574,7 @@ def remedies(config: TrainConfig, batch_size: int, can_compile: bool, *, can_sha
         (can_compile, ACTIVATIONS),
         (not (config.gradient_checkpointing or asks_for_compiled_layers(config)), CHECKPOINTING),
         (config.method == FULL, "--method lora"),
-        (config.method != FULL and not config.quantize, "--quantize nf4"),
+        (config.method != FULL and not config.quantize and not config.fsdp, "--quantize nf4"),
         (config.max_length > 128, f"--max-length {config.max_length // 2}"),
     ]
     return [*(text for helps, text in options if helps), "a smaller --model"]

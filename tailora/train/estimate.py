@@ -498,6 +498,8 @@ def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, proces
     memory, weights = _of_one_process(config, fake, step, process), fake.weights
     if shards > 1:
         memory, weights = _on_one_rank(memory, fake, shards)
+        if not config.fsdp_reshard_after_forward:  # gathered layers stay until the backward has used them
+            memory = replace(memory, gathered=fake.weights.stored - fake.weights.outside)
     kept_by_allocator = int(FRAGMENTATION * step.bytes)
     if fake.base.device.type != "cpu":  # weights are read onto it file by file
         return replace(memory, process=process + WORKSPACE + kept_by_allocator)
@@ -535,47 +537,50 @@ GATHERED_LAYERS = 2
 def _on_one_rank(memory: Memory, fake: FakeModel, shards: int) -> tuple[Memory, Weights]:
     """Returns what one of `shards` ranks has of the memory of one process, and of its weights.
 
-    FSDP2 shards the base, layer by layer; what is outside of the layers is gathered for the whole step. Adapters, their
-    gradients and their optimizer are whole on every rank. In full fine-tuning all of these are sharded, too; a layer's
-    gradient is whole, and once more as the input of the reduce-scatter, until its shards are summed.
+    FSDP2 shards the decoder layers (`train.parallel`). What is outside of them, adapters, their gradients and their
+    optimizer are whole on every rank. In full fine-tuning, which does not do it yet, all would be sharded; a gradient
+    is whole, and once more as the input of the reduce-scatter, until its shards are summed.
     """
 
     def share(size: int) -> int:
         return -(-size // shards)
 
-    weights = fake.weights
-    gathered = weights.outside + GATHERED_LAYERS * weights.layer
-    memory = replace(memory, weights=share(weights.stored), gathered=gathered)
+    weights, gathered = fake.weights, GATHERED_LAYERS * fake.weights.layer
+    stored = weights.outside + share(weights.stored - weights.outside)
     if isinstance(fake.model, FullModel):
+        stored, gathered = share(weights.stored), gathered + weights.outside
         memory = replace(
             memory,
             adapters=share(memory.adapters),
             gradients=share(trained_bytes(fake)) + gathered,
             optimizer=share(memory.optimizer),
         )
+    memory = replace(memory, weights=stored, gathered=gathered)
     on_rank = replace(
         weights,
-        stored=share(weights.stored),
+        stored=stored,
         while_read=share(weights.while_read),
         left_mapped=share(weights.left_mapped),
     )
     return memory, on_rank
 
 
-def sent_bytes(fake: FakeModel, ranks: int, forwards: float, *, sharded: bool) -> int:
+def sent_bytes(fake: FakeModel, ranks: int, forwards: float, *, sharded: bool, gathers: int = 2) -> int:
     """Returns the bytes that a rank sends in a step, by the least that its collectives need; it receives as many.
 
     forwards: of a step, each with its backward.    sharded: by FSDP2; or else every rank has the whole base.
-    Sums take twice what is summed. A layer is gathered for the forward and again for the backward, what is outside of
-    layers once. The gradients of an adapter are summed once a step, those of a sharded model after every backward.
+    Sums take twice what is summed. A layer is gathered for the forward and again for the backward, or once if it is not
+    freed between them (gathers = 1). The gradients of an adapter are summed once a step; those of a fully trained model
+    after every backward, to shards.
     """
     share, weights = (ranks - 1) / ranks, fake.weights
     trained = trained_bytes(fake)
     if not sharded:
         return int(share * 2 * trained)
-    gathered = forwards * (2 * weights.stored - weights.outside)
-    is_full = isinstance(fake.model, FullModel)
-    return int(share * (gathered + (forwards * weights.stored if is_full else 2 * trained)))
+    layers = weights.stored - weights.outside
+    if isinstance(fake.model, FullModel):
+        return int(share * forwards * (gathers * layers + weights.outside + weights.stored))
+    return int(share * (forwards * gathers * layers + 2 * trained))
 
 
 SHARE = 0.6  # of the speed of products that a whole step reaches; see benchmarks/plan.py
