@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import device_tables
+import scaling_tables
 import tables
 import tiny_lm_tables
 
@@ -203,6 +204,12 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     },
     "docs/plan.md": {"memory": plan},
     "docs/devices.md": {"devices": devices},
+    "docs/scaling.md": {
+        "models": lambda: scaling_tables.models(read("scaling")),
+        "memory": lambda: scaling_tables.memory(read("scaling")),
+        "time": lambda: scaling_tables.time(read("scaling")),
+        "experts": lambda: scaling_tables.experts_in_nf4(read("scaling")),
+    },
     "docs/architectures.md": {"architectures": architectures, "untried": untried},
 }
 

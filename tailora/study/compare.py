@@ -201,7 +201,7 @@ class _Comparison:
             self.base[arm, choosing] = trial.base
         return trial
 
-    def _each(self, run: Callable[[str, StudySession], Trial], arms: Sequence[Any]) -> Iterator[Trial]:
+    def _side_by_side(self, run: Callable[[str, StudySession], Trial], arms: Sequence[Any]) -> Iterator[Trial]:
         """Yields the results of `run` in the order of `arms`; workers run several at a time."""
         if not self.workers:
             yield from (run(arm, self.session) for arm in arms)
@@ -327,7 +327,7 @@ class _Comparison:
             def try_rate(arm: str, session: StudySession, rates: Any = rates, names: Any = names) -> Trial:
                 return self._trial(arm, names[arm], judging=False, session=session, learning_rate=rates[arm])
 
-            for (arm, rate), trial in zip(rates.items(), self._each(try_rate, list(rates)), strict=True):
+            for (arm, rate), trial in zip(rates.items(), self._side_by_side(try_rate, list(rates)), strict=True):
                 loss = trial.loss()  # on the choosing half, which is all that was evaluated
                 searches[arm].record(rate, loss, fits=trial.outcome != OUT_OF_MEMORY)
                 result = f"held-out loss {loss:.4f}" if trial.done else trial.outcome
@@ -358,7 +358,7 @@ class _Comparison:
             if number and self.session.seconds_left < sum(costs.judging_run(self.steps) for costs in missing):
                 self.session.note(f"--minutes left time for {number} of {self.study.seeds} seeds")
                 break
-            for (arm, seed), trial in zip(wave, self._each(judge, wave), strict=True):
+            for (arm, seed), trial in zip(wave, self._side_by_side(judge, wave), strict=True):
                 runs[arm].append(trial)
                 self.session.log(f"{arm}: seed {seed} at its best rate {best[arm]:.2g}, {trial.summary}")
         return runs
