@@ -3,11 +3,12 @@ import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import GROUPED, SIZES, packed_row
+from tiny import GROUPED, SIZES, chat_model, chat_tokenizer, packed_row, stir
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InvalidCxxCompiler
@@ -23,6 +24,7 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -32,6 +34,7 @@ from tailora.core.config import AdaLoRA
 from tailora.kernels import compiled_layers
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers, obstacle_to_compiling
+from tailora.train.model_loading import load_base
 
 ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": partial(LlamaConfig, **GROUPED),
@@ -74,9 +77,9 @@ def adapted(config: PretrainedConfig, **settings: Any) -> LoRAModel:
     return model
 
 
-def gradients(model: LoRAModel, lengths: tuple[int, ...]) -> Tensor:
+def gradients(model: LoRAModel, inputs: dict[str, Any]) -> Tensor:
     model.zero_grad()
-    logits = model(**packed_row(lengths)).logits
+    logits = model(**inputs).logits
     (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
     found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return torch.cat(found)
@@ -91,9 +94,9 @@ def assert_compiled_is_plain(model: LoRAModel, backend: str) -> None:
     assert len(layers) == model.base_model.config.num_hidden_layers
     counters.clear()
     with packed_rows(model.base_model):
-        plain = [gradients(model, lengths) for lengths in LENGTHS]
+        plain = [gradients(model, packed_row(lengths)) for lengths in LENGTHS]
         with CompiledLayers(backend=backend).used_by(layers):
-            compiled = [gradients(model, lengths) for lengths in LENGTHS]
+            compiled = [gradients(model, packed_row(lengths)) for lengths in LENGTHS]
     assert graphs() >= min(2, len(layers))
     for found, expected in zip(compiled, plain, strict=True):
         assert (found - expected).norm() <= 1e-5 * expected.norm()
@@ -161,6 +164,72 @@ def test_inductors_code_gives_the_gradients_of_the_plain_layers() -> None:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch uses what it calls deprecated
+@pytest.mark.parametrize(
+    ("architecture", "slot"),
+    [
+        *((name, "plain") for name in ("qwen3", "gemma3", "phi", "gpt2", "mixtral", "qwen3_moe")),
+        *(("llama", slot) for slot in SLOTS if slot != "plain"),
+    ],
+)
+def test_inductors_code_of_other_architectures_and_slots_gives_the_same_gradients(architecture: str, slot: str) -> None:
+    assert_compiled_is_plain(adapted(ARCHITECTURES[architecture](), **SLOTS[slot]), "inductor")
+
+
+def padded(shape: tuple[int, int]) -> dict[str, Any]:
+    """Returns rows of different lengths, padded on the right."""
+    ids = torch.randint(300, shape, generator=torch.Generator().manual_seed(shape[1]))
+    lengths = torch.arange(shape[1], shape[1] - shape[0], -1)
+    return {"input_ids": ids, "attention_mask": (torch.arange(shape[1]) < lengths[:, None]).long(), "use_cache": False}
+
+
+@pytest.mark.exhaustive
+def test_padded_batches_take_two_graphs() -> None:
+    model, compiled = adapted(LlamaConfig(**GROUPED)), CompiledLayers(backend="aot_eager")
+    counters.clear()
+    for shape in [(3, 7), (4, 12), (2, 9)]:
+        expected = gradients(model, padded(shape))
+        with compiled.used_by(decoder_layers(model.base_model)):
+            found = gradients(model, padded(shape))
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert graphs() == 2
+
+
+def base_in_4_bits(folder: Path) -> PreTrainedModel:
+    chat_model(hidden_size=64).save_pretrained(folder)
+    chat_tokenizer(["a"]).save_pretrained(folder)
+    return load_base(str(folder), "float32", "cpu", "nf4")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch uses what it calls deprecated
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.exhaustive)])
+def test_rows_with_different_adapters_on_a_base_in_4_bits_take_two_graphs(backend: str, tmp_path: Path) -> None:
+    model = LoRAModel(base_in_4_bits(tmp_path), LoRAConfig(r=4, target_modules=["q_proj"])).train()
+    model.add_adapter("mlp", LoRAConfig(r=2, target_modules=["up_proj", "down_proj"], learn_scaling=True))
+    stir(model)
+    compiled, layers = CompiledLayers(backend=backend), decoder_layers(model.base_model)
+    counters.clear()
+    for names, length in [(["default", "mlp", None, "mlp"], 7), (["mlp", "mlp", "default", None], 12)]:
+        with model.adapter_rows(names):
+            expected = gradients(model, padded((4, length)))
+            with compiled.used_by(layers):
+                found = gradients(model, padded((4, length)))
+        assert found.any()
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert graphs() == 2
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch uses what it calls deprecated
+@pytest.mark.parametrize("slot", SLOTS)
+def test_every_slot_on_a_base_in_4_bits_is_compiled(slot: str, tmp_path: Path) -> None:
+    model = LoRAModel(base_in_4_bits(tmp_path), LoRAConfig(r=4, **SLOTS[slot])).train()
+    stir(model)
+    assert_compiled_is_plain(model, "aot_eager")
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("slot", SLOTS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_and_slot_is_compiled_without_graph_breaks(architecture: str, slot: str) -> None:
@@ -210,7 +279,7 @@ def test_a_part_of_the_activations_is_kept() -> None:
             sizes[parameter.untyped_storage().data_ptr()] = 0
         layers = decoder_layers(model.base_model)
         with packed_rows(model.base_model), CompiledLayers(activation_memory, "aot_eager").used_by(layers):
-            gradients(model, (40, 30))
+            gradients(model, packed_row((40, 30)))
             with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
                 loss = model(**packed_row((40, 30))).logits.sum()
             for parameter in model.parameters():

@@ -25,7 +25,7 @@ from tailora.train.trainer import run
 
 LONGEST = 600  # s; some 15 on an idle machine, 150 for the exhaustive test
 WORKER = """
-import json, sys, warnings
+import functools, json, sys, warnings
 import torch
 torch.set_num_threads(1)
 from tailora.train import kernel_choice
@@ -37,12 +37,15 @@ from tailora.cli.train import fit
 warnings.simplefilter("error", UserWarning)
 torch.distributed.init_process_group("gloo")  # which the runs use, and leave
 rank = torch.distributed.get_rank()
-if rank == 1:
-    kernel_choice.obstacle_to_compiling = lambda *_: "the second machine has no compiler"
+kernel_choice.CompiledLayers = functools.partial(kernel_choice.CompiledLayers, backend="aot_eager")
+obstacle_to_compiling = kernel_choice.obstacle_to_compiling
 trainers, train = [], Trainer.train
 Trainer.train = lambda self: (trainers.append(self), train(self))[1]
 for name, settings in json.loads(sys.argv[1]).items():
     config = TrainConfig(**settings)
+    lacks_compiler = rank == 1 and config.fast != "compile"
+    obstacles = (lambda *_: "the second machine has no compiler"), obstacle_to_compiling
+    kernel_choice.obstacle_to_compiling = obstacles[0] if lacks_compiler else obstacles[1]
     if name == "sharded":
         fit(config, as_json=True, overwrite=False)
     else:
@@ -239,6 +242,24 @@ def test_settings_that_do_not_go_with_sharding_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(**changes)
+
+
+@pytest.mark.exhaustive
+def test_two_ranks_train_with_compiled_layers_what_one_does_without(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAILORA_HOME", str(tmp_path / "home"))
+    one = settings(gradient_accumulation_steps=2, fast="off", **SHARED)
+    run(one)
+    compiled = settings(fast="compile", **SHARED, output_dir=str(tmp_path / "compiled"))
+    train_on_ranks(2, {"compiled": compiled}, tmp_path)
+    assert "decoder layers: compiled" in json.loads((tmp_path / "compiled" / "run.json").read_text())["kernels"]
+    weights = [
+        load_file(folder / "adapter/adapter_model.safetensors")
+        for folder in (Path(one.output_dir), tmp_path / "compiled")
+    ]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5)
 
 
 FAILING = """
