@@ -117,7 +117,6 @@ class TrainConfig(StrictModel):
     fsdp_reshard_after_forward: bool = Field(
         True, description="FSDP2: free gathered weights between forward and backward"
     )
-    fsdp_offload_params: bool = Field(False, description="FSDP2: keep each process's part in the host's memory")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of data order, initialisation and dropout")
     # evaluation and files
     eval_steps: NonNegativeInt = Field(0, description="evaluate every N steps; 0: only before and after training")
@@ -183,8 +182,8 @@ class TrainConfig(StrictModel):
                 "the parts of a quantised base cannot be shared out yet: leave --fsdp or --quantize out",
             ),
             (
-                not self.fsdp and (self.fsdp_offload_params or not self.fsdp_reshard_after_forward),
-                "fsdp_offload_params and fsdp_reshard_after_forward say how --fsdp works: give --fsdp",
+                not self.fsdp and not self.fsdp_reshard_after_forward,
+                "fsdp_reshard_after_forward says how --fsdp works: give --fsdp",
             ),
             (self.target_r is None and adalora_names, f"{adalora_names} belong to AdaLoRA: give --target-r"),
             (self.adapter and changed, f"--adapter brings its own {names}: leave them out"),

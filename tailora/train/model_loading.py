@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -40,6 +40,7 @@ from tailora.data.readers import check_model_exists
 from tailora.errors import ConfigError, listing, nearest
 from tailora.quiet import quiet_loggers, quiet_transformers
 
+Shard = Callable[[PreTrainedModel], None]
 EXTRA = "pip install 'tailora[quantize]'"
 PROBE_SIZE = 64  # inputs and outputs of the layer that a method is tried on
 LARGEST_ERROR = 0.3  # relative, of the weight and the gradient; 4-bit methods stay below
@@ -218,14 +219,42 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@contextmanager
+def _sharded_before_weights(shard: Shard | None) -> Iterator[None]:
+    """Within the block `from_pretrained` shards a model while it is on meta; each rank then reads its parts alone.
+
+    transformers reads the part of every DTensor, but it shards after plans of its own, which do not fit our loss.
+    """
+    if shard is None:
+        yield
+        return
+    load: Any = PreTrainedModel._load_pretrained_model
+
+    def shard_and_load(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        shard(model)
+        return load(model, *args, **kwargs)
+
+    cast(Any, PreTrainedModel)._load_pretrained_model = staticmethod(shard_and_load)
+    try:
+        yield
+    finally:
+        cast(Any, PreTrainedModel)._load_pretrained_model = staticmethod(load)
+
+
 def load_base(
-    name: str, dtype: str = "auto", device: torch.device | str = "cpu", quantize: str | None = None
+    name: str,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    quantize: str | None = None,
+    *,
+    shard: Shard | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns model and tokenizer of a folder, a Hub id, or 'demo'.
 
     dtype: float32, bfloat16, float16, "stored" (that of the files), or "auto" (what suits the device).
     device: where every weight goes as soon as it is read, so that host memory never holds the whole model.
     quantize: one of METHODS for the linear layers; other tensors have the dtype.
+    shard: is called with the model before it has weights, and shards it; of what it shards each rank reads its part.
     Raises ConfigError if they cannot be read or quantized. Pickled weights are not read.
     """
     device = torch.device(device)
@@ -237,9 +266,10 @@ def load_base(
             check_unquantized(AutoConfig.from_pretrained(source), name, quantize)
             wide = precision if isinstance(precision, torch.dtype) else torch.bfloat16
             more["quantization_config"] = settings_for(quantize, wide, device)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=precision, device_map={"": device}, use_safetensors=True, output_loading_info=True, **more
-        )
+        with _sharded_before_weights(shard):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=precision, device_map={"": device}, use_safetensors=True, output_loading_info=True, **more
+            )
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"model {name!r} lacks {len(missing)} weights that {type(model).__name__} has, which would be random: "

@@ -11,10 +11,11 @@ use has a gradient of zero there.
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -50,33 +51,30 @@ def send_from_first_rank(buffers: Sequence[FlatBuffer], module: nn.Module) -> No
 # ---- Sharding the base
 
 
-def shard_base(base: PreTrainedModel, *, reshard_after_forward: bool, offload: bool) -> None:
+def shard_base(base: PreTrainedModel, device: torch.device, *, reshard_after_forward: bool) -> None:
     """Leaves on each rank its part of every decoder layer's weights, rows i n/ranks to (i + 1) n/ranks of each.
 
+    base: on `device`, or on meta; then weights are loaded afterwards.
     From then on every forward, and every read of a weight's numbers (`whole_tensor`), needs all ranks.
     reshard_after_forward: False keeps gathered weights until the backward has used them.
-    offload: keeps the parts in the host's memory.
     Raises ConfigError for a model without decoder layers.
     """
     root = _root(base)
-    layers = [layer for layer in decoder_layers(base) if root is base or layer in set(root.modules())]
+    layers = decoder_layers(root)
     if not layers:
         raise ConfigError(
             f"--fsdp shares out the layers of a decoder, and {type(base).__name__} has no list of layers; leave it out"
         )
-    mesh = init_device_mesh(base.device.type, (dist.get_world_size(),))
-    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in layers:
         fully_shard(
             layer,
             mesh=mesh,
             reshard_after_forward=reshard_after_forward,
-            offload_policy=policy,
             ignored_params={parameter for parameter in layer.parameters() if parameter.ndim == 0},
         )
-    sharded = {parameter for layer in layers for parameter in layer.parameters()}
     # without weights of its own it lets the layers prefetch one another, and ends a forward and a backward
-    fully_shard(root, mesh=mesh, ignored_params={p for p in root.parameters() if p not in sharded})
+    fully_shard(root, mesh=mesh, ignored_params={p for p in root.parameters() if not isinstance(p, DTensor)})
 
 
 def _root(base: PreTrainedModel) -> nn.Module:

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -225,13 +226,10 @@ class Trainer:
         stack.enter_context(seeded(config.seed))
 
         with explain_out_of_memory("loading", lambda: LOADING_REMEDIES):
-            self.base, self.tokenizer = load_base(config.model, config.dtype, device, config.quantize)
-            if config.fsdp:
-                shard_base(
-                    self.base,
-                    reshard_after_forward=config.fsdp_reshard_after_forward,
-                    offload=config.fsdp_offload_params,
-                )
+            shard = partial(shard_base, device=device, reshard_after_forward=config.fsdp_reshard_after_forward)
+            self.base, self.tokenizer = load_base(
+                config.model, config.dtype, device, config.quantize, shard=shard if config.fsdp else None
+            )
             base = model_fingerprint(self.base)
             embedding_rows = self.base.get_input_embeddings().weight.shape[0]
             data = self.read(config, embedding_rows, self.tokenizer, accelerator)

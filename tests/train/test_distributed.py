@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -13,12 +14,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from runs import changed
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PreTrainedModel
 
 from tailora.cli.train import sample_answers
 from tailora.errors import CheckpointError, ConfigError
 from tailora.train.config import TrainConfig
+from tailora.train.model_loading import load_base
+from tailora.train.parallel import shard_base
 from tailora.train.run_log import write_settings
 from tailora.train.setup import start_accelerator
 from tailora.train.trainer import run
@@ -168,6 +175,35 @@ def test_a_rank_holds_half_of_the_decoder_layers(two_ranks: Ranks, model_folder:
     assert two_ranks.bytes_of_base("sharded") == [whole - layers // 2] * 2
 
 
+@pytest.fixture
+def second_of_three() -> Iterator[None]:
+    """This process takes itself for the second of three, whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("second_of_three")
+def test_a_rank_reads_its_own_rows_of_the_files(model_folder: Path) -> None:
+    devices = []
+
+    def shard(model: PreTrainedModel) -> None:
+        devices.append(model.device.type)
+        shard_base(model, torch.device("cpu"), reshard_after_forward=True)
+
+    model, _ = load_base(str(model_folder), "float32", shard=shard)
+    assert devices == ["meta"]
+    files = load_file(model_folder / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    sharded = [name for name, parameter in parameters.items() if isinstance(parameter, DTensor)]
+    assert {name for name in parameters if ".layers." in name} == set(sharded)
+    for name, parameter in parameters.items():
+        rows = files[name].chunk(3)[1] if name in sharded else files[name]
+        assert torch.equal(parameter.to_local() if name in sharded else parameter, rows), name
+    again, _ = load_base(str(model_folder), "float32")
+    assert not any(isinstance(parameter, DTensor) for parameter in again.parameters())
+
+
 PRODUCT: dict[str, dict[str, Any]] = {
     "plain": {},
     "dropout": {"lora_dropout": 0.1},
@@ -231,7 +267,6 @@ def test_one_process_has_nothing_to_share_out(settings: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fsdp_offload_params": True}, "give --fsdp"),
         ({"fsdp_reshard_after_forward": False}, "give --fsdp"),
         ({"fsdp": True, "quantize": "nf4"}, "leave --fsdp or --quantize out"),
         ({"fsdp": True, "method": "full", "learning_rate": 1e-5, "r": 16}, "leave --fsdp out"),
