@@ -4,6 +4,7 @@ import json as jsonlib
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,7 +119,7 @@ def eval(
 ) -> int:
     """Evaluate an adapter on held-out data, next to its base model.
 
-    Without an adapter, --model alone is evaluated.
+    Without an adapter, --model alone is evaluated. Started by torchrun, the processes share the examples.
     """
     started = time.monotonic()
     gates, metric_names = parse_gates(gate or []), parse_metrics(metrics or [])
@@ -138,6 +139,7 @@ def eval(
     from tailora.evaluation.lm_eval import evaluate_tasks, find_tasks
     from tailora.evaluation.scores import EvalOptions, Scores, normalizer, score, without_adapter
     from tailora.train.memory import explain_out_of_memory
+    from tailora.train.setup import launched_ranks
 
     options = EvalOptions(
         metrics=tuple(metric_names),
@@ -154,13 +156,23 @@ def eval(
         check_gates(gates, [*(METRICS if data else ()), *tasks.metrics], base=base)
     folders = {} if target.folder is None else {"default": target.folder}
     scores = Scores({}, {} if base else None, {} if base else None)
-    with explain_out_of_memory("evaluating", lambda: MEMORY_ADVICE):
-        loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=device)
+    with explain_out_of_memory("evaluating", lambda: MEMORY_ADVICE), launched_ranks(device) as ranks:
+        if ranks is not None and tasks is not None:
+            raise ConfigError("--tasks runs in one process: leave torchrun out, or give --data alone")
+        chosen = device if ranks is None else str(ranks.device)
+        loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=chosen)
         adapted = loaded.model if loaded.adapters else without_adapter(loaded.model)
         if data is not None:
             _warn_of_training_data(target, data)
-            with counter(stderr(), "rows") as progress:
-                arguments: Any = {"field": config.field, "base": base, "log": note, "progress": progress}
+            shown = ranks is None or ranks.is_main_process
+            with counter(stderr(), "rows") if shown else nullcontext(lambda *_: None) as progress:
+                arguments: Any = {
+                    "field": config.field,
+                    "base": base,
+                    "log": note,
+                    "progress": progress,
+                    "ranks": ranks,
+                }
                 scores = scores.merge(score(adapted, loaded.tokenizer, data, options, **arguments))
         if tasks is not None:
             harness_scores = evaluate_tasks(
@@ -174,6 +186,8 @@ def eval(
                 limit=limit,
             )
             scores = scores.merge(harness_scores)
+    if ranks is not None and not ranks.is_main_process:
+        return 0
     return _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
 
 

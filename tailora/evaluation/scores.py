@@ -2,7 +2,8 @@
 
 `score` reads the data in chunks. The tuned model and the base evaluate each chunk, and only a few numbers are kept for
 each example, so that data of any size fits. `_Evaluator` computes the metrics of a chunk, `_Totals` keeps
-them, and `_scores` turns the totals into means with intervals. `loss_on_data` is the plain loss, for other commands.
+them, and `_scores` turns the totals into means with intervals. Of several ranks each evaluates a share of every chunk,
+and all get the scores of all examples. `loss_on_data` is the plain loss, for other commands.
 """
 
 import math
@@ -10,10 +11,13 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from tailora.core.attach import evaluating
@@ -147,6 +151,7 @@ def score(
     base: bool = True,
     log: Log = lambda _: None,
     progress: Progress = lambda *_: None,
+    ranks: PartialState | None = None,
 ) -> Scores:
     """Evaluates the active adapters on `data`, and with `base` also the model without them, on the same examples.
 
@@ -154,6 +159,7 @@ def score(
     data: whatever training reads, or 'demo'.
     field: columns of the data, key -> column.
     log: called with notes on how the scores are computed.
+    ranks: of the processes that call this together, each with the same model; None for one process.
     Raises DataError if the data lacks what a metric needs, ConfigError for an unknown normalization.
     """
     options = options or EvalOptions()
@@ -165,14 +171,16 @@ def score(
     models = models_to_score(model, base)
     totals = {name: _Totals() for name in models}
     done = 0
-    for chunk in read_eval_chunks(source, CHUNK if model.device.type == "cpu" else 16 * CHUNK):
+    rank, world = (0, 1) if ranks is None else (ranks.process_index, ranks.num_processes)
+    for chunk in read_eval_chunks(source, world * (CHUNK if model.device.type == "cpu" else 16 * CHUNK)):
+        share = chunk[rank::world]
         for name, activated in models.items():
             with activated():
-                for step in evaluator.steps:
-                    step(chunk, totals[name])
+                for step in evaluator.steps if share else ():
+                    step(share, totals[name])
             done += len(chunk)
             progress(done, len(models) * (facts.rows - facts.cut_away - facts.copies))
-    return _scores(totals, metrics, facts)
+    return _scores(totals if world == 1 else _joined(gather_object([totals]), options.samples), metrics, facts)
 
 
 def models_to_score(model: LoRAModel, base: bool) -> dict[str, Callable[[], AbstractContextManager[None]]]:
@@ -217,6 +225,35 @@ class _Totals:
     hits: dict[str, list[bool]] = field(default_factory=lambda: {name: [] for name in SHARES})
     samples: list[Match] = field(default_factory=list)
     too_long: int = 0
+
+
+def _joined(of_ranks: Sequence[Mapping[str, _Totals]], most_samples: int) -> dict[str, _Totals]:
+    """Returns the totals of all ranks in the order of one process: they had the examples of every chunk in turn."""
+    joined = {}
+    for name in of_ranks[0]:
+        parts = [totals[name] for totals in of_ranks]
+        samples = [match for turn in zip_longest(*(part.samples for part in parts)) for match in turn if match]
+        joined[name] = _Totals(
+            sums=_chunks_in_turn([part.sums for part in parts], np.float64),
+            counts=_chunks_in_turn([part.counts for part in parts], np.int64),
+            hits={
+                metric: _in_turn([np.array(part.hits[metric], bool) for part in parts]).tolist() for metric in SHARES
+            },
+            samples=samples[:most_samples],
+            too_long=sum(part.too_long for part in parts),
+        )
+    return joined
+
+
+def _chunks_in_turn(of_ranks: Sequence[list[Any]], dtype: type) -> list[Any]:
+    """Returns the array of every chunk; a rank without examples of the last chunk has none of it."""
+    return [_in_turn(arrays) for arrays in zip_longest(*of_ranks, fillvalue=np.zeros(0, dtype))]
+
+
+def _in_turn(parts: Sequence[Any]) -> Any:
+    """Returns the elements of the arrays in turn, of each array the first, then of each the second, and so on."""
+    turns = np.concatenate([np.arange(len(part)) + rank / len(parts) for rank, part in enumerate(parts)])
+    return np.concatenate(parts)[np.argsort(turns)]
 
 
 class _Evaluator:

@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from tailora.data.dataset import IGNORED, Example
 from tailora.errors import ConfigError, TargetError, listing, nearest
 from tailora.kernels.loss import choose_form, own_form
 from tailora.model import LoRAModel
+from tailora.train import events
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import TrainingData
@@ -103,6 +105,24 @@ def start_on_device(name: str) -> torch.device:
             f"{state.device}; give --device {state.device.type}, or start one process"
         )
     return torch.device(state.device)
+
+
+@contextmanager
+def launched_ranks(device: str) -> Iterator[PartialState | None]:
+    """Yields the place of this process among those that torchrun has started; None if it was started alone.
+
+    The ranks get a device each, and if one fails all do.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    start_on_device(device)
+    state = PartialState()
+    try:
+        with events.fail_together(cast(Accelerator, state)):
+            yield state
+    finally:
+        state.destroy_process_group()
 
 
 def device_asked_for(name: str) -> str:

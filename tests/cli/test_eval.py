@@ -1,6 +1,9 @@
 """`tailora eval`."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +221,24 @@ def test_mistakes_exit_with_2(
     assert hint in told
     assert not said
     assert "Traceback" not in told
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_share_the_examples_and_print_one_result(
+    adapter: Path, quiz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ["eval", adapter, "--data", quiz, "--dtype", "float32", "--field", "prompt=question", "--json"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [*launch, "tailora.cli", "--", *map(str, tokens), "--output-dir", str(tmp_path / "out")]
+    two = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert two.returncode == 0, two.stderr
+    (line,) = two.stdout.splitlines()
+    shared, alone = json.loads(line), found(capsys, *tokens[:-1])
+    for part in ("metrics", "base", "change"):
+        for name, one in alone[part].items():
+            assert shared[part][name]["n"] == one["n"] == len(QUIZ)
+            assert shared[part][name]["value"] == pytest.approx(one["value"], abs=1e-6)
+            assert shared[part][name]["interval"] == pytest.approx(one["interval"], abs=1e-6)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["metrics"] == shared["metrics"]

@@ -1,7 +1,10 @@
 """Scores of held-out data: without dropout, next to the base, and of the exact rows."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.schemas import Pair
 from tailora.errors import ConfigError, DataError
+from tailora.evaluation import scores as scores_module
 from tailora.evaluation.metrics import METRICS
 from tailora.evaluation.scores import EvalOptions, Score, Scores, loss_on_data, match_answer, normalizer, score
 from tailora.train.config import TrainConfig
@@ -169,3 +173,27 @@ def test_scores_become_json_without_nan_and_are_merged() -> None:
         "tasks": {"lm_eval": "0"},
         "samples": {},
     }
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(7, marks=pytest.mark.exhaustive)])  # of 7 one has no example
+def test_ranks_that_share_the_examples_get_the_scores_of_one_process(
+    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, quiz: str, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    monkeypatch.setattr(scores_module, "CHUNK", 1)  # several chunks, the last one short
+    options = EvalOptions(metrics=tuple(METRICS), max_new_tokens=2, samples=4)
+    one = score(tuned, tokenizer, quiz, options)
+    shares: list[Any] = []
+
+    def gather(own: list[Any]) -> Any:
+        """Of the last rank alone: by then all shares are there."""
+        shares.extend(own)
+        if len(shares) < world:
+            raise InterruptedError
+        return shares
+
+    monkeypatch.setattr(scores_module, "gather_object", gather)
+    for rank in range(world):
+        ranks: Any = SimpleNamespace(process_index=rank, num_processes=world)
+        with pytest.raises(InterruptedError) if rank < world - 1 else nullcontext():
+            shared = score(tuned, tokenizer, quiz, options, ranks=ranks)
+    assert shared == one

@@ -16,6 +16,7 @@ import torch
 
 from tailora.core import device
 from tailora.errors import ConfigError
+from tailora.study import search as search_module
 from tailora.study import trial as trial_module
 from tailora.study.compare import compare
 from tailora.study.config import CompareConfig, SearchConfig, trial_settings
@@ -49,6 +50,7 @@ def train(small_run: TrainConfig, tmp_path: Path) -> TrainConfig:
 
 
 def use_made_up_trials(patch: pytest.MonkeyPatch, template: Path, seconds: float = 0.2, crashes: str = "none") -> None:
+    patch.setattr(search_module, "POLL_SECONDS", 0.05)
     command = (sys.executable, "-I", str(SCRIPT), str(template), str(seconds), crashes)
     patch.setattr(trial_module, "COMMAND", command)
 
@@ -62,6 +64,7 @@ def most_at_a_time(facts: list[dict[str, Any]]) -> int:
     return max(sum(fact["from"] <= moment < fact["to"] for fact in facts) for moment in starts)
 
 
+@pytest.mark.slow
 def test_workers_share_a_search_and_what_one_leaves_is_run_by_another(
     train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +105,7 @@ def test_a_search_whose_workers_all_fail_says_why(
         search(train, STUDY.replaced(trials=4))
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_all_workers_and_the_search_goes_on(
     train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
