@@ -1,5 +1,6 @@
 """Flags, and how they are merged with a YAML file and with defaults. None of this needs torch."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any, get_args
 
@@ -238,15 +239,16 @@ PEERS = {  # what users of TRL, Axolotl, LLaMA-Factory, Unsloth, LitGPT and mlx-
 }
 
 
-@pytest.mark.parametrize(("theirs", "ours"), PEERS.items())
+# each flag with one of the commands that train, in turn
+@pytest.mark.parametrize(("subcommand", "theirs"), [*zip(cycle(("train", "demo", "plan")), PEERS, strict=False)])
 def test_a_flag_of_another_tool_is_answered_with_ours(
-    theirs: str, ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    subcommand: str, theirs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("train", "demo", "plan"):
-        assert main([name, theirs, "1", "--json"]) == 2
-        shown = capsys.readouterr()
-        assert shown.err == f"error: Unknown option: {theirs}. It is {ours} here.\n"
-        assert f"It is {ours} here." in shown.out
+    ours = PEERS[theirs]
+    assert main([subcommand, theirs, "1", "--json"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == f"error: Unknown option: {theirs}. It is {ours} here.\n"
+    assert f"It is {ours} here." in shown.out
     name, setting = (text.removeprefix("--").replace("-", "_") for text in (theirs, ours.replace(" ", ": ")))
     with pytest.raises(ConfigError, match=f"unknown setting '{name}'; it is {setting} here"):
         parsed(yaml=f"{name}: 1", folder=tmp_path)

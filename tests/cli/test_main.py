@@ -361,7 +361,7 @@ def test_signals_end_the_program_with_a_message_and_no_traceback(case: str, out:
 ANSI = re.compile(r"\x1b\[[\d;]*m")
 
 
-@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("width", [80, pytest.param(100, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     "tokens",
     [

@@ -32,7 +32,7 @@ def started(case: LayerCase, dtype: torch.dtype = torch.float32) -> LoRAModel:
 @pytest.mark.parametrize("training", [True, False])
 def test_the_update_is_exactly_zero_at_the_start(case: LayerCase, dtype: torch.dtype, training: bool) -> None:
     model, x = started(case, dtype).train(training), case.batch(dtype)
-    with torch.set_grad_enabled(training):
+    with torch.no_grad():  # see test_initial_values_from_the_weight in tests/core/test_init.py
         assert torch.equal(model(x), case.net(dtype).requires_grad_(False)(x))
     assert (
         torch.count_nonzero(next(iter(model.lora_layers.values())).delta_weight(model.base_model.block["target"])) == 0
