@@ -12,11 +12,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from arms import FAST_OFF, Step, Stopped, full, peft, train_config
+from arms import FAST_OFF, Step, Stopped, choices_in, full, peft, train_config
 from shapes import DTYPES, Shape, products
 
 from tailora.data.dataset import Example
-from tailora.train.events import Event, Note, Prepared, Stepped
+from tailora.train.events import Event, Stepped
 from tailora.train.trainer import run
 
 # An arm's process sends True when everything is loaded. Then it waits: True asks for the next step, False ends it.
@@ -60,21 +60,18 @@ def serve_run(connection: Connection, shape: Shape, folder: Path, dtype: str, se
     """tailora's own run, which pauses after each step until the next is asked for."""
 
     def on_event(event: Event) -> None:
-        match event:
-            case Stepped():
-                connection.send(event.loss)
-                if not connection.recv():
-                    raise Stopped
-            case Note():
-                connection.send(event.text)
-            case Prepared():
-                connection.send(event.header["kernels"])
+        for text in choices_in(event):
+            connection.send(text)
+        if isinstance(event, Stepped):
+            connection.send(event.loss)
+            if not connection.recv():
+                raise Stopped
 
     output = folder / f"run{'-off' if settings else ''}"
     connection.send(True)
     if connection.recv():
         with suppress(Stopped):
-            run(train_config(shape, folder, output, dtype, settings), on_event=on_event)
+            run(train_config(shape, folder, output, {"dtype": dtype, **settings}), on_event=on_event)
 
 
 def serve_steps(connection: Connection, step: Callable[[], Any]) -> None:

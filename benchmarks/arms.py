@@ -90,26 +90,32 @@ def tailora(
 ) -> TailoraArm:
     """Returns the steps of tailora's own run on the folder of `synthetic_task`. The first includes the start-up."""
     output = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    config = train_config(shape, folder, output / "run", dtype, settings or {})
+    config = train_config(shape, folder, output / "run", {"dtype": dtype, **(settings or {})})
     events = stack.enter_context(closing(paused_run(config, on_ready)))
     notes: list[str] = []
 
     def step() -> float:
         for event in events:
-            match event:
-                case Stepped():
-                    return event.loss
-                case Note():
-                    notes.append(event.text)
-                case Prepared():
-                    notes.append(event.header["kernels"])
+            notes.extend(choices_in(event))
+            if isinstance(event, Stepped):
+                return event.loss
         raise RuntimeError("the run ended before its last step")
 
     return TailoraArm(step, notes)
 
 
-def train_config(shape: Shape, folder: Path, output: Path, dtype: str, settings: dict[str, Any]) -> TrainConfig:
-    """Returns the settings of an endless run on the folder of `synthetic_task`."""
+def choices_in(event: Event) -> list[str]:
+    """Returns what a run says about its choices with this event, if anything."""
+    match event:
+        case Note():
+            return [event.text]
+        case Prepared():
+            return [event.header["kernels"]]
+    return []
+
+
+def train_config(shape: Shape, folder: Path, output: Path, settings: dict[str, Any]) -> TrainConfig:
+    """Returns the settings of an endless run on the folder of `synthetic_task`, unless `settings` names other files."""
     return TrainConfig(
         **{
             "model": str(folder / "model"),
@@ -119,7 +125,6 @@ def train_config(shape: Shape, folder: Path, output: Path, dtype: str, settings:
             "max_length": shape.length,
             "per_device_train_batch_size": shape.rows,
             "max_steps": ENDLESS,
-            "dtype": dtype,
             **settings,
         }
     )

@@ -149,10 +149,6 @@ def launches(device: torch.device, count: int = 1000) -> list[float]:
 # ---- Training: every arm in a process of its own, and blocks of steps in turn
 
 
-class Stopped(Exception):
-    """Ends an arm's run."""
-
-
 @dataclass
 class Turns:
     """Is told of every step of an arm. After each block of steps it sends what they took, and waits for the next."""
@@ -194,6 +190,8 @@ class Turns:
         reset(self.device)
         message = self.connection.recv()
         if message is None:
+            from arms import Stopped  # with all that a run needs: other cells do without
+
             raise Stopped
         self.measured, self.is_counted = message
         self.left = self.measured + 1
@@ -320,6 +318,8 @@ def serve(
     device = use_device("pretend" if device_type == "pretend" else device_name)
     for module in ARM_MODULES[function]:  # all arms at the same time, before their first turn
         importlib.import_module(module)
+    from arms import Stopped
+
     for number in itertools.count():
         task: Task = connection.recv()
         turns = Turns(connection, device, folder / str(number))
@@ -332,37 +332,22 @@ def serve(
 
 
 def run_config(task: Task, folder: Path, device: torch.device, settings: dict[str, Any]) -> Any:
-    from tailora.train.config import TrainConfig
+    from arms import train_config
 
-    return TrainConfig(
-        **{
-            "model": task.model,
-            "data": task.data,
-            "output_dir": str(folder / "run"),
-            "validation_split": 0,
-            "samples": 0,
-            "max_length": task.shape.length,
-            "per_device_train_batch_size": task.shape.rows,
-            "max_steps": 1_000_000,
-            "r": R,
-            "device": str(device),
-            **settings,
-        }
-    )
+    own = {"model": task.model, "data": task.data, "samples": 0, "r": R, "device": str(device)}
+    return train_config(task.shape, folder, folder / "run", {**own, **settings})
 
 
 def run_tailora(task: Task, turns: Turns, chosen: list[str], settings: dict[str, Any]) -> None:
-    from tailora.train.events import Event, Note, Prepared, Stepped
+    from arms import choices_in
+
+    from tailora.train.events import Event, Stepped
     from tailora.train.trainer import run
 
     def on_event(event: Event) -> None:
-        match event:
-            case Stepped():
-                turns.after_step()
-            case Note():
-                chosen.append(event.text)
-            case Prepared():
-                chosen.append(event.header["kernels"])
+        chosen.extend(choices_in(event))
+        if isinstance(event, Stepped):
+            turns.after_step()
 
     run(run_config(task, turns.folder, turns.device, settings), on_event=on_event)
 
