@@ -9,6 +9,10 @@ import logging
 import os
 import re
 
+# two workers with two threads each would wait for one another on two cores; torch reads this when it is loaded
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import limits
 import on_device
 import pretend_accelerator
@@ -17,9 +21,6 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tailora.quiet import TORCHAO_LOGGERS
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each would wait for one another on two cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 for name in TORCHAO_LOGGERS:  # processes of xdist print at their start
     logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,5 +1,6 @@
-"""The limits for tests with hostile input notice what they are for."""
+"""The limits for tests with hostile input notice what they are for; two processes of tests share two cores."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +26,8 @@ def test_a_hang_ends_the_process_and_shows_where_it_is() -> None:
     )
     assert ended.returncode == 1
     assert 'File "<string>", line 3' in ended.stderr
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="a process alone uses all cores")
+def test_one_of_two_processes_computes_in_one_thread() -> None:
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
