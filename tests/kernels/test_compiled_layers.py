@@ -50,7 +50,9 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "phi": partial(PhiConfig, **SIZES, intermediate_size=48),
     "phi3": partial(Phi3Config, **GROUPED, pad_token_id=0, sliding_window=None),
-    "gpt2": partial(GPT2Config, vocab_size=300, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, attn_pdrop=0),
+    "gpt2": partial(
+        GPT2Config, vocab_size=300, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0
+    ),
     "mixtral": partial(MixtralConfig, **GROUPED, num_local_experts=4),
     "qwen3_moe": partial(
         Qwen3MoeConfig, **GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
