@@ -58,7 +58,7 @@ class FourBit(Storage):
     def dense(self, layer: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        value: Tensor = dequantize_4bit(layer.weight.data, self.state(layer))
+        value: Tensor = dequantize_4bit(whole_tensor(layer.weight.data), self.state(layer))
         return value
 
     def spread(self, layer: Any, dense: Tensor) -> Tensor:
@@ -111,7 +111,9 @@ class FourBit(Storage):
             return False
         one_row = copy(state)
         one_row.shape = torch.Size((1, state.shape.numel()))
-        return not torch.equal(dequantize_4bit(layer.weight.data, one_row).view(state.shape), self.dense(layer))
+        return not torch.equal(
+            dequantize_4bit(whole_tensor(layer.weight.data), one_row).view(state.shape), self.dense(layer)
+        )
 
 
 def _half_gap(code: Tensor) -> Tensor:

@@ -178,10 +178,6 @@ class TrainConfig(StrictModel):
             ),
             (full and self.fsdp, "--method full does not share its weights out yet: leave --fsdp out"),
             (
-                self.quantize and self.fsdp,
-                "the parts of a quantised base cannot be shared out yet: leave --fsdp or --quantize out",
-            ),
-            (
                 not self.fsdp and not self.fsdp_reshard_after_forward,
                 "fsdp_reshard_after_forward says how --fsdp works: give --fsdp",
             ),

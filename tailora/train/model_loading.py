@@ -34,7 +34,15 @@ from transformers import (
 )
 
 from tailora.core.device import fast_dtype
-from tailora.core.quantization import dense_weight, is_quantized, prevent_repacking, quantized_layers, storage_obstacle
+from tailora.core.quantization import (
+    FOUR_BIT,
+    dense_weight,
+    is_quantized,
+    prevent_repacking,
+    quantized_layers,
+    storage_obstacle,
+    storage_of,
+)
 from tailora.data.demo import resolve_demo
 from tailora.data.readers import check_model_exists
 from tailora.errors import ConfigError, listing, nearest
@@ -254,7 +262,8 @@ def load_base(
     dtype: float32, bfloat16, float16, "stored" (that of the files), or "auto" (what suits the device).
     device: where every weight goes as soon as it is read, so that host memory never holds the whole model.
     quantize: one of METHODS for the linear layers; other tensors have the dtype.
-    shard: is called with the model before it has weights, and shards it; of what it shards each rank reads its part.
+    shard: is called with the model before it has weights, and shards it; of what it shards each rank reads its part. A
+        quantized model is sharded when it is loaded, because a weight is quantized as a whole.
     Raises ConfigError if they cannot be read or quantized. Pickled weights are not read.
     """
     device = torch.device(device)
@@ -266,7 +275,8 @@ def load_base(
             check_unquantized(AutoConfig.from_pretrained(source), name, quantize)
             wide = precision if isinstance(precision, torch.dtype) else torch.bfloat16
             more["quantization_config"] = settings_for(quantize, wide, device)
-        with _sharded_before_weights(shard):
+        is_plain = quantize is None and stored_quantization(AutoConfig.from_pretrained(source)) is None
+        with _sharded_before_weights(shard if is_plain else None):
             model, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype=precision, device_map={"": device}, use_safetensors=True, output_loading_info=True, **more
             )
@@ -278,15 +288,34 @@ def load_base(
     obstacles = {path: storage_obstacle(layer) for path, layer in quantized_layers(model).items()}
     if problems := [f"{path}: {reason}" for path, reason in obstacles.items() if reason]:
         raise ConfigError(f"model {name!r} cannot be used in this quantisation: {listing(problems)}")
+    if shard is not None and not is_plain:
+        check_can_be_sharded(model, name)
+        shard(model)
     return model, tokenizer
 
 
 def check_unquantized(config: PretrainedConfig, name: str, quantize: str) -> None:
     """Raises ConfigError if the model is quantized already."""
-    existing = getattr(config, "quantization_config", None)
-    if existing is not None:
-        method = existing.get("quant_method") if isinstance(existing, dict) else existing.quant_method
+    if (method := stored_quantization(config)) is not None:
         raise ConfigError(f"model {name!r} is quantised already ({method}): leave --quantize {quantize} out")
+
+
+def stored_quantization(config: PretrainedConfig) -> str | None:
+    """Returns how the files of a model are quantized; None if they are not."""
+    existing = getattr(config, "quantization_config", None)
+    if existing is None:
+        return None
+    return str(existing.get("quant_method") if isinstance(existing, dict) else existing.quant_method)
+
+
+def check_can_be_sharded(model: nn.Module, name: str) -> None:
+    """Raises ConfigError unless all quantized weights keep what else they need on their layer, as 4 bits do."""
+    storages = {storage_of(layer).name(layer): storage_of(layer) for layer in quantized_layers(model).values()}
+    if others := [method for method, storage in storages.items() if storage is not FOUR_BIT]:
+        raise ConfigError(
+            f"model {name!r} is quantised as {', '.join(others)}, whose scales FSDP2 would lose with the whole weight: "
+            "take --quantize nf4, or leave --fsdp out"
+        )
 
 
 def _unreadable(name: str, source: str, error: Exception) -> str:

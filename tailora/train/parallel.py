@@ -9,6 +9,7 @@ last micro-batch. Unlike DDP this needs no wrapper around the model, and a param
 use has a gradient of zero there.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -73,6 +74,8 @@ def shard_base(base: PreTrainedModel, device: torch.device, *, reshard_after_for
             reshard_after_forward=reshard_after_forward,
             ignored_params={parameter for parameter in layer.parameters() if parameter.ndim == 0},
         )
+    # Torch warns where a gathered layer's output is a view, as GPT-2's decoder's is; the root gathers nothing
+    warnings.filterwarnings("ignore", message=rf"FSDP2-wrapped module \(FSDP{type(root).__name__}\) returned a view")
     # without weights of its own it lets the layers prefetch one another, and ends a forward and a backward
     fully_shard(root, mesh=mesh, ignored_params={p for p in root.parameters() if not isinstance(p, DTensor)})
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from runs import changed
 from safetensors.torch import load_file
+from tiny import tiny_model
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
@@ -204,6 +206,11 @@ def test_a_rank_reads_its_own_rows_of_the_files(model_folder: Path) -> None:
     assert not any(isinstance(parameter, DTensor) for parameter in again.parameters())
 
 
+def test_a_base_whose_scales_would_be_lost_is_not_sharded(model_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="is quantised as int8, whose scales FSDP2 would lose"):
+        load_base(str(model_folder), "float32", quantize="int8", shard=lambda _: pytest.fail("it is sharded"))
+
+
 PRODUCT: dict[str, dict[str, Any]] = {
     "plain": {},
     "dropout": {"lora_dropout": 0.1},
@@ -218,6 +225,13 @@ PRODUCT: dict[str, dict[str, Any]] = {
     "adalora": {"target_r": 2},
     **{init: {"init_lora_weights": init} for init in ("pissa", "olora", "lora_ga", "lora_one", "eva")},
 }
+MODELS: dict[str, dict[str, Any]] = {
+    "Qwen3MoeForCausalLM": {},
+    "GPT2LMHeadModel": {},
+    "Gemma3ForCausalLM": {},
+    "MambaForCausalLM": {},
+    "LlamaForCausalLM": {"quantize": "nf4", "use_dora": True},
+}
 WAYS: dict[str, dict[str, Any]] = {
     "copied": {},
     "sharded": {"fsdp": True},
@@ -227,14 +241,19 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_a_sharded_base_gives_the_bits_of_a_copied_one(ranks: int, make_settings: Any, tmp_path: Path) -> None:
-    """3 ranks share out 2 heads and 48 rows unevenly."""
-    cases = list(product(PRODUCT, WAYS))
+def test_a_sharded_base_gives_the_bits_of_a_copied_one(
+    ranks: int, make_settings: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    """3 ranks share out the 32 rows of most weights unevenly."""
+    tried = dict(PRODUCT)
+    for name, changes in MODELS.items():
+        shutil.copytree(model_folder, tmp_path / name)  # the tokenizer
+        tiny_model(name, vocab_size=320, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / name)
+        tried[name] = {"model": str(tmp_path / name), **changes}
+    cases = list(product(tried, WAYS))
     shared = {**SHARED, "num_train_epochs": 2, "eval_steps": 2}
     configs = {
-        f"{case}/{way}": make_settings(
-            output_dir=str(tmp_path / case / way), **{**shared, **PRODUCT[case], **WAYS[way]}
-        )
+        f"{case}/{way}": make_settings(output_dir=str(tmp_path / case / way), **{**shared, **tried[case], **WAYS[way]})
         for case, way in cases
     }
     train_on_ranks(ranks, configs, tmp_path)
@@ -268,7 +287,6 @@ def test_one_process_has_nothing_to_share_out(settings: Any) -> None:
     ("changes", "message"),
     [
         ({"fsdp_reshard_after_forward": False}, "give --fsdp"),
-        ({"fsdp": True, "quantize": "nf4"}, "leave --fsdp or --quantize out"),
         ({"fsdp": True, "method": "full", "learning_rate": 1e-5, "r": 16}, "leave --fsdp out"),
     ],
 )
