@@ -95,12 +95,14 @@ def evaluate(
     *,
     layout: BatchLayout,
     token_budget: int,
+    forwards: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Evaluation:
     """Returns the loss of every example without dropout or gradients; bitwise the same each time.
 
     token_budget: most tokens in one forward, padding included; a longer example is computed alone. With the budget of
     training, evaluation needs no more memory than training.
+    forwards: how many there are at least, on ranks that share a base; those without an example of their own repeat one.
     progress: called with the number of examples done and their total.
     """
     done = 0
@@ -117,6 +119,9 @@ def evaluate(
                 np.add.at(sums, np.concatenate([indices for indices, _ in unread]), values)
                 unread.clear()
             progress(done, len(examples))
+            forwards -= 1
+        for _ in range(forwards):
+            token_losses(model, [examples[0]], layout)
     return Evaluation(sums, examples.supervised.astype(np.int64))
 
 

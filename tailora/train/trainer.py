@@ -60,7 +60,7 @@ from tailora.train.dataloader import (
 )
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.kernel_choice import Work, choose_kernels, share_kept_instead, use_kernels
-from tailora.train.loss import Evaluation, ModelWithLoss, evaluate, make_batch
+from tailora.train.loss import Evaluation, ModelWithLoss, batches_within, evaluate, make_batch
 from tailora.train.memory import (
     check_fits,
     explain_out_of_memory,
@@ -474,18 +474,25 @@ class Trainer:
         if held_out is None or len(held_out) == 0:
             return None
         started = time.perf_counter()
-        share = np.arange(accelerator.process_index, len(held_out), accelerator.num_processes)
+        budget, ranks = self.data.largest_size.tokens, accelerator.num_processes
+        shares = [np.arange(rank, len(held_out), ranks) for rank in range(min(ranks, len(held_out)))]
+        forwards = 0
+        if self.config.fsdp:  # every forward needs all ranks
+            batches = [list(batches_within(budget, held_out.lengths[share], self.layout.packed)) for share in shares]
+            forwards = max(map(len, batches))
         sums = np.zeros(len(held_out))
-        if len(share):
-            budget = self.data.largest_size.tokens
+        has_share = accelerator.process_index < len(shares)
+        if has_share or forwards:
+            share = shares[accelerator.process_index if has_share else 0]
             part = evaluate(
                 self.model,
                 held_out.select(share),
                 layout=self.layout,
                 token_budget=budget,
+                forwards=forwards,
                 progress=lambda done, total: self.report(events.EvaluationProgress(done, total)),
             )
-            sums[share] = part.sums
+            sums[share] = part.sums if has_share else 0
         if accelerator.num_processes > 1:
             wide = wide_dtype(accelerator.device)
             joined = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device, wide), reduction="sum")

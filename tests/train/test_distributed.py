@@ -73,6 +73,13 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "learning_rate": 1e-3, "r": 16},
     "sharded": {"fsdp": True},
     "sharded, with all slots": {"fsdp": True, "gradient_checkpointing": True, "fast": "off", **SLOTS},
+    # one rank evaluates 3 examples, the other 2, and has to take part in the third forward
+    "sharded, evaluated unevenly": {
+        "fsdp": True,
+        "per_device_train_batch_size": 1,
+        "validation_split": 1 / 6,
+        "max_steps": 20,
+    },
     "sharded, resumed from one process": {"fsdp": True},
 }
 RESUMED = "sharded, resumed from one process"
@@ -102,7 +109,7 @@ def train_on_ranks(count: int, configs: dict[str, TrainConfig], folder: Path) ->
 @pytest.fixture(scope="module")
 def two_ranks(make_settings: Any, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ranks")
-    configs = {name: make_settings(output_dir=str(folder / name), **SHARED, **CASES[name]) for name in CASES}
+    configs = {name: make_settings(output_dir=str(folder / name), **{**SHARED, **CASES[name]}) for name in CASES}
     one = make_settings(output_dir=str(folder / "one"), gradient_accumulation_steps=2, **SHARED)
     run(one)
     configs[RESUMED] = changed(configs[RESUMED], resume_from_checkpoint=str(folder / "one/checkpoint-9"))
@@ -112,7 +119,7 @@ def two_ranks(make_settings: Any, tmp_path_factory: pytest.TempPathFactory) -> R
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_what_one_does(case: str, two_ranks: Ranks, settings: Any) -> None:
-    one = settings(gradient_accumulation_steps=2, **SHARED, **{**CASES[case], "fsdp": False})
+    one = settings(gradient_accumulation_steps=2, **{**SHARED, **CASES[case], "fsdp": False})
     two = two_ranks.folder / case
     result = run(one)
     file = "model/model.safetensors" if case == "full" else "adapter/adapter_model.safetensors"
@@ -248,7 +255,9 @@ def test_a_sharded_base_gives_the_bits_of_a_copied_one(
     tried = dict(PRODUCT)
     for name, changes in MODELS.items():
         shutil.copytree(model_folder, tmp_path / name)  # the tokenizer
-        tiny_model(name, vocab_size=320, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / name)
+        tiny_model(name, vocab_size=320, hidden_size=64, head_dim=16, intermediate_size=128).save_pretrained(
+            tmp_path / name
+        )
         tried[name] = {"model": str(tmp_path / name), **changes}
     cases = list(product(tried, WAYS))
     shared = {**SHARED, "num_train_epochs": 2, "eval_steps": 2}
