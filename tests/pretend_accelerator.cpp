@@ -480,8 +480,9 @@ Tensor histogram(const Tensor& self, int64_t bins, const at::Scalar& low, const 
 // Attention in one kernel forward and one backward, as flash attention on CUDA, where the CPU's flash attention can do it.
 int64_t choose_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
                          double dropout, bool, std::optional<double>, bool grouped) {
-  bool same_sizes = query.dim() == 4 && query.size(3) == key.size(3) && key.sizes() == value.sizes() && query.numel() &&
-                    key.numel() && (grouped || query.size(1) == key.size(1));
+  // the compiler's tensors have symbols for sizes
+  bool same_sizes = query.dim() == 4 && query.sym_size(3) == key.sym_size(3) && key.sym_sizes() == value.sym_sizes() &&
+                    query.sym_numel() != 0 && key.sym_numel() != 0 && (grouped || query.sym_size(1) == key.sym_size(1));
   bool plain_mask = !mask || !mask->defined() || (!mask->requires_grad() && (mask->dim() == 2 || mask->dim() == 4));
   bool fused = same_sizes && plain_mask && dropout == 0 && at::globalContext().userEnabledFlashSDP();
   return static_cast<int64_t>(fused ? at::SDPBackend::overrideable : at::SDPBackend::math);
@@ -496,6 +497,11 @@ Tensor for_each_head_backward(const Tensor& grad, const Tensor& key) {
   return grad.unflatten(1, {key.size(1), -1}).sum(2);
 }
 
+// The compiler knows attention and its gradients with the strides of the query, key and value.
+Tensor laid_out_as(const Tensor& model, const Tensor& values) {
+  return to_device(at::empty_like(on_host(model)).copy_(values));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor> attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, double dropout, bool causal,
     bool, std::optional<double> scale) {
@@ -503,7 +509,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Ten
   auto added = mask ? std::optional<Tensor>(on_host(*mask)) : std::nullopt;
   auto [output, logsumexp] = at::_scaled_dot_product_flash_attention_for_cpu(
       on_host(query), for_each_head(on_host(key), query), for_each_head(on_host(value), query), dropout, causal, added, scale);
-  return {to_device(output), to_device(logsumexp), Tensor(), Tensor(), query.size(2), key.size(2), Tensor(), Tensor(), Tensor()};
+  auto seed = empty({}, at::kLong, {}, {}, {}, {}), offset = empty({}, at::kLong, {}, {}, {}, {});  // the compiler keeps them
+  return {laid_out_as(query, output), to_device(logsumexp), Tensor(), Tensor(), query.size(2), key.size(2), seed, offset, Tensor()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
@@ -515,8 +522,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   auto [query_grad, key_grad, value_grad] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
       on_host(grad), on_host(query), for_each_head(on_host(key), query), for_each_head(on_host(value), query), on_host(output),
       on_host(logsumexp), dropout, causal, added, scale);
-  return {to_device(query_grad), to_device(for_each_head_backward(key_grad, key)),
-          to_device(for_each_head_backward(value_grad, value)), Tensor()};
+  return {laid_out_as(query, query_grad), laid_out_as(key, for_each_head_backward(key_grad, key)),
+          laid_out_as(value, for_each_head_backward(value_grad, value)), Tensor()};
 }
 
 }  // namespace

@@ -35,13 +35,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tailora.core.attach import Adapted
 from tailora.core.device import cpu_flags
 from tailora.formats.io import cache_folder
+from tailora.kernels.device_attention import MOST_GRAPHS
 
 COMPILER_ERRORS = (TorchDynamoException, InductorError)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 MOST_KINDS = 4  # of layers: each is compiled on its own
-# of all kinds: a kind has some more in the first layer, without a mask, in evaluation mode, for one document, ... At
-# torch's own limit of 8 the next one would be an error in the middle of a run
-MOST_GRAPHS = 64
 # bfloat16 with AMX: 10 layers of SmolLM's shape take .73 of the plain layers' time (one thread). In float32 they take
 # the same time, and without AMX the passes that are fused are 8% of a step
 CPU_GAIN = 0.25
@@ -129,6 +127,8 @@ class CompiledLayers:
             with (
                 # the compiler asks activations for .grad, and hides torch's warning about it only where it is printed
                 _ignored("The .grad attribute of a Tensor that is not a leaf"),
+                # a kind of layer has some more graphs in the first layer, without a mask, in evaluation mode, for one
+                # document, ... At torch's own limit the next one would be an error in the middle of a run
                 dynamo_config.patch(recompile_limit=MOST_GRAPHS),
                 functorch_config.patch(activation_memory_budget=self.activation_memory),
                 # on a CPU a pool of compiling processes takes longer to start than two graphs to compile

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.integrations.flex_attention import get_flex_attention_lse_kwargs
@@ -28,6 +29,10 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 FLASH = "flash_attention_2"  # transformers takes the package flash_attn, or else a build that `kernels` downloads
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 128  # tokens of a block of flex_attention's mask
+COMPILER = "inductor"  # torch.compile's backend for flex_attention
+# of one function, at most. Torch's own limit is 8; a model takes two for each kind of mask or score of its layers, two
+# more without gradients, and as many again for rows within one block
+MOST_GRAPHS = 64
 
 Window = int | None  # tokens that a token attends to, itself included; None: all before it
 
@@ -174,8 +179,8 @@ class FlexRow(DeviceRow):
         if options.dropout:
             raise ValueError("torch's flex_attention has no dropout")
         cap, sinks = options.softcap, options.s_aux
-        fused = q.device.type != "cpu" and not torch.compiler.is_compiling()  # within compiled layers it is traced
-        compute: Any = _compiled_flex() if fused else flex_attention
+        is_fused = q.device.type in FlexRow.device_types and not torch.compiler.is_compiling()  # which traces it itself
+        compute: Any = _fused_flex if is_fused else flex_attention
         compute = partial(
             compute,
             *(q, k, v),
@@ -199,9 +204,15 @@ def _capped(cap: Tensor, score: Tensor, _batch: Tensor, _head: Tensor, _query: T
     return cap * torch.tanh(score / cap)
 
 
+def _fused_flex(*args: Any, **kwargs: Any) -> Any:
+    """flex_attention, compiled for any lengths. Beyond torch's own limit of graphs it would store all scores."""
+    with dynamo_config.patch(recompile_limit=MOST_GRAPHS):
+        return _compiled_flex(COMPILER)(*args, **kwargs)
+
+
 @lru_cache
-def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention)  # lengths become dynamic when the second one is seen
+def _compiled_flex(compiler: str) -> Callable[..., Any]:
+    return torch.compile(flex_attention, fullgraph=True, dynamic=True, backend=compiler)
 
 
 def first_keys(ends: Tensor, total: int, window: Window) -> Tensor:

@@ -55,8 +55,7 @@ def test_eight_documents_take_the_kernels_of_three(device: torch.device, name: s
     )
     assert not many.synchronisations
     if name == "llama":
-        one = counts([sum(LENGTHS)])  # it is not padded, so that two views of a layer are no copies
-        assert many.kernels - one.kernels == {"aten::copy_": 2 * 2}
+        assert many.kernels == counts([sum(LENGTHS)]).kernels
 
 
 def test_what_torch_cannot_compute_there_is_passed_over_with_its_reason(device: torch.device) -> None:

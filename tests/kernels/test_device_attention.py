@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.integrations import hub_kernels
 
+from tailora.kernels import device_attention
 from tailora.kernels.attention import packed_rows, sliding_windows
 from tailora.kernels.device_attention import (
     BLOCK,
@@ -132,6 +133,23 @@ def test_flex_attention_computes_soft_caps_and_sinks(options: dict[str, Any], wi
     actual = results(lambda *heads: row.attend(*heads, Options(1.0, 0.0, window, **options)), inputs)
     for ours, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_graphs_of_flex_attention_serve_all_lengths_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for rows within a block of the mask. torch's own limit of graphs does not count."""
+    monkeypatch.setattr(FlexRow, "device_types", ("cpu",))
+    monkeypatch.setattr(device_attention, "COMPILER", "eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for lengths in ([7, 300, 1], [40], [130] * 3, [5, 5]):
+            for window in (None, 5):
+                inputs, row = heads_of(lengths), row_of(FlexRow, lengths, window)
+                attend = partial(row.attend, options=Options(0.3, 0.0, window))
+                expected = results(partial(definition, lengths=lengths, scale=0.3, window=window, options={}), inputs)
+                torch.testing.assert_close(results(attend, inputs), expected, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("window", WINDOWS)
