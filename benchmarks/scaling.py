@@ -125,7 +125,7 @@ def cell(model: str, method: str, gpus: int, numbers: dict[str, Any]) -> dict[st
     """One line: with a whole base on each GPU where that fits, which communicates least, or else sharded."""
     replicated, sharded = numbers["memory"][1], numbers["memory"][gpus]
     fits = sum(replicated.values()) <= CARD.available_bytes
-    shards = gpus > 1 and not fits and method != "QLoRA"  # what --fsdp takes
+    shards = gpus > 1 and not fits
     memory = sharded if shards else replicated
     sent = 0.0 if gpus == 1 else numbers["sent"][gpus, shards]
     seconds, links = numbers["seconds"], link_seconds(sent, gpus)

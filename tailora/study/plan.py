@@ -526,7 +526,7 @@ def quantization(
 ) -> dict[str, Memory]:
     """Returns the memory with a base in 4 bits, without and with checkpointing, unless the run excludes it."""
     is_quantized = config.quantize or getattr(shape, "quantization_config", None) is not None
-    if config.method == FULL or is_quantized or config.fsdp:
+    if config.method == FULL or is_quantized:
         return {}
     with estimate.fake_model(config.replaced(quantize="nf4"), shape, place.device) as fake:
         cheaper = estimate.with_less_memory(step, fake, 0, checkpointed=False)
@@ -574,7 +574,7 @@ def remedies(config: TrainConfig, batch_size: int, can_compile: bool, *, can_sha
         (can_compile, ACTIVATIONS),
         (not (config.gradient_checkpointing or asks_for_compiled_layers(config)), CHECKPOINTING),
         (config.method == FULL, "--method lora"),
-        (config.method != FULL and not config.quantize and not config.fsdp, "--quantize nf4"),
+        (config.method != FULL and not config.quantize, "--quantize nf4"),
         (config.max_length > 128, f"--max-length {config.max_length // 2}"),
     ]
     return [*(text for helps, text in options if helps), "a smaller --model"]
