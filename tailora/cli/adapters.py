@@ -18,8 +18,8 @@ from tailora.cli.models import (
     DEVICE_HELP,
     BaseModel,
     Device,
-    announced_device,
     base_model_name,
+    device_of_flag,
     find_adapter,
     load_model,
     parse_adapters,
@@ -209,7 +209,7 @@ def extract(
     from tailora.train.model_loading import load_base
 
     check(r, energy)
-    chosen = announced_device(device)
+    chosen = device_of_flag(device)
     base, other = (load_base(name, "stored", chosen)[0] for name in (model, tuned))
     adapted, report = LoRAModel.from_difference(base, other, config, r=r, energy=energy)
     adapted.save_adapter(output_dir)

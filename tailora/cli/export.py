@@ -16,8 +16,8 @@ from tailora.cli.models import (
     AdapterPath,
     BaseModel,
     Device,
-    announced_device,
     base_model_name,
+    device_of_flag,
     find_adapter,
     quantize_method,
 )
@@ -70,7 +70,7 @@ def export(
 
     if quantize is None and to != "merged":
         quantize = "none"  # the base's weights are not in the result
-    loaded, tokenizer = load_base(base, dtype, announced_device(device), quantize_method([path], quantize))
+    loaded, tokenizer = load_base(base, dtype, device_of_flag(device), quantize_method([path], quantize))
     adapted = LoRAModel.from_pretrained(loaded, path)
     started = time.perf_counter()
     with quiet_transformers():

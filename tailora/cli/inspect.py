@@ -12,8 +12,8 @@ from tailora.cli.models import (
     AdapterPath,
     Device,
     Quantize,
-    announced_device,
     base_model_name,
+    device_of_flag,
     find_adapter,
     quantize_method,
 )
@@ -82,7 +82,7 @@ def inspect(
     options = InspectOptions(data, settings.field, settings.max_length, forgetting_data, intruders, seed)
     folders = [folder] if second is None else [folder, second]
     method = None if model is None else quantize_method(folders, quantize)
-    chosen = None if model is None else announced_device(device)
+    chosen = None if model is None else device_of_flag(device)
     with counter(stderr(), "modules") as progress:
         inspection = run(
             folder,

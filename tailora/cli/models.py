@@ -206,8 +206,8 @@ def fetch_demo(model: str, *data: str | None) -> None:
             data_folder(progress)
 
 
-def announced_device(name: str) -> "torch.device":
-    """Returns the device of this name, and says which it is. Raises ConfigError."""
+def device_of_flag(name: str) -> "torch.device":
+    """Returns the device that --device names, and says which it is. Raises ConfigError."""
     from tailora.core.device import choose_device, device_name
 
     device = choose_device(name)
@@ -240,7 +240,7 @@ def load_model(
     from tailora.train.model_loading import load_base
 
     fetch_demo(model)
-    chosen = announced_device(device)
+    chosen = device_of_flag(device)
     base, tokenizer = load_base(model, dtype, chosen, quantize_method(list(folders.values()), quantize))
     if not folders:
         return Loaded(base.eval(), tokenizer, [])

@@ -52,7 +52,7 @@ from tailora.train.config import TrainConfig
 from tailora.train.kernel_choice import (
     PLAIN,
     Kernels,
-    described_kernels,
+    llama_or_plain_kernels,
     obstacle_to_llama_kernels,
     share_kept,
     use_kernels,
@@ -300,7 +300,7 @@ def fake_model(
         else:
             obstacle = obstacle_to_llama_kernels(config.fast, base, layout)
             check = "to be checked against the layers of transformers when the run starts"
-            kernels = described_kernels(base, layout, obstacle, check)
+            kernels = llama_or_plain_kernels(base, layout, obstacle, check)
         yield FakeModel(model, layout, kernels, weights, notes)
 
 

@@ -103,7 +103,7 @@ def choose_kernels(
         obstacle = _obstacle_of_any(obstacle)
     elif obstacle is None and recorded is not True:
         obstacle = "the run was started without"
-    return described_kernels(base, layout, obstacle, check, reasons)
+    return llama_or_plain_kernels(base, layout, obstacle, check, reasons)
 
 
 def _asks_for_compiled(config: TrainConfig) -> bool:
@@ -281,7 +281,7 @@ def obstacle_to_llama_kernels(fast: str, base: PreTrainedModel, layout: BatchLay
     return obstacle_to_layers(base)
 
 
-def described_kernels(
+def llama_or_plain_kernels(
     base: PreTrainedModel, layout: BatchLayout, obstacle: str | None, check: str, reasons: Sequence[str] = ()
 ) -> Kernels:
     """Returns the Llama kernels if nothing prevents them, else the layers of transformers.
