@@ -26,6 +26,8 @@ from difflib import get_close_matches
 from errno import ENOMEM
 from importlib.util import find_spec
 
+INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
+
 
 class TailoraError(Exception):
     """Base of all errors below. `exit_code` is what the command line returns for it."""

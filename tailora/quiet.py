@@ -25,6 +25,22 @@ def quiet_transformers(*, warnings: bool = True) -> Iterator[None]:
 
 
 @contextmanager
+def silent_loggers(*names: str) -> Iterator[None]:
+    """In the block, the loggers of these names and those below them pass on nothing, whatever level they have."""
+    loggers, handler = [logging.getLogger(name) for name in names], logging.NullHandler()
+    propagate = [logger.propagate for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)  # without one, Python's last resort would print
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, value in zip(loggers, propagate, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate = value
+
+
+@contextmanager
 def quiet_loggers(*names: str) -> Iterator[None]:
     """In the block, the loggers of these names pass on errors only."""
     loggers = [logging.getLogger(name) for name in names]

@@ -1,8 +1,8 @@
-"""The program `tailora`, also `python -m tailora.cli`: Ctrl-C and SIGTERM end it with a message, whatever it is doing.
+"""The program `tailora`, also `python -m tailora`: Ctrl-C and SIGTERM end it with a message, whatever it is doing.
 
 The first signal raises KeyboardInterrupt, so that files are cleaned up; a second of the same kind ends the process at
 once. One of the other kind changes nothing: launchers such as torchrun send SIGTERM after a Ctrl-C. While it trains,
-a run handles the first signal itself (`train.events.StopSignals`).
+a run handles the first signal itself (`train.events.StopSignals`), and then says that it is ending.
 """
 
 import os
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from tailora.cli import INTERRUPTED
+from tailora.errors import INTERRUPTED
 
 
 class InterruptSignals:
@@ -20,13 +20,14 @@ class InterruptSignals:
 
     def __init__(self) -> None:
         self.received: set[int] = set()
+        self.is_ending = False  # True if a run has stopped and is about to say why
         sys.unraisablehook = self._on_unraisable
         self.handle_with(self)
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         if number in self.received:
             end_now()
-        is_first = not self.received
+        is_first = not self.received and not self.is_ending
         self.received.add(number)
         if is_first:
             raise KeyboardInterrupt
@@ -44,7 +45,9 @@ class InterruptSignals:
 
 
 def end_now() -> NoReturn:
-    os.write(2, b"interrupted\n")
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first and "TAILORA_NPROC_PER_NODE" not in os.environ:  # else the process that started this one says it
+        os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)
 
 

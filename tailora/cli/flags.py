@@ -52,6 +52,10 @@ Overwrite = Annotated[
         show_default=False,
     ),
 ]
+NprocPerNode = Annotated[
+    str | None,
+    Parameter(name="--nproc-per-node", help="processes to train in: a number, or gpu or auto for one per device"),
+]
 ConfigFile = Annotated[Path | None, Parameter(name="--config", help="YAML file of settings; flags override it")]
 
 

@@ -4,6 +4,8 @@
 
 A message goes to stderr. With `--json` the last line of stdout is {"error": {"type", "message", "exit_code"}}.
 An unexpected exception is a bug of tailora: its traceback is printed to stderr.
+
+Of several processes of one run, rank 0 alone prints notes, and one prints the message of a failure: see `fail`.
 """
 
 import io
@@ -11,9 +13,11 @@ import json
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from cyclopts import App, CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
@@ -23,8 +27,7 @@ from cyclopts.utils import is_option_like
 from rich.console import Console
 
 from tailora import __version__
-from tailora.cli import INTERRUPTED
-from tailora.errors import MemoryLimitError, TailoraError, TailoraWarning, is_out_of_memory, listing
+from tailora.errors import INTERRUPTED, MemoryLimitError, TailoraError, TailoraWarning, is_out_of_memory, listing
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
@@ -57,7 +60,10 @@ ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user
     "LRU_CACHE_CAPACITY": "64",  # torch's cache around oneDNN; took 1.07 GB, now 0.71, at the same speed
 }
 NOISY_LOGGERS = (*TORCHAO_LOGGERS, "bitsandbytes")
+PROGRAMS = ("tailora ", "torchrun ", "accelerate ", "python ")  # with which a command to copy begins
 GATE_NOT_MET = 4  # exit code
+ARGUMENTS: ContextVar[list[str]] = ContextVar("arguments")  # of the command line that `main` runs
+SECONDS_FOR_RANK_0 = 5.0  # in which it says what went wrong in all processes, before another one does
 MAX_LINES = 21  # of a message; --json prints all of it
 MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
 
@@ -72,6 +78,9 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] =
             os.environ.setdefault(name, value)
     escape_unprintable_text()
     tokens = list(sys.argv[1:] if argv is None else argv)
+    if tokens[:1] == ["--"]:  # torchrun passes it on; without it, it would take --r for a flag of its own
+        tokens = tokens[1:]
+    ARGUMENTS.set(tokens)
     as_json = "--json" in tokens
     try:
         with quiet_loggers(*NOISY_LOGGERS), warnings_as_notes():
@@ -118,8 +127,18 @@ def app(tokens: Sequence[str] = ()) -> App:
 
 
 def fail(error: BaseException, as_json: bool) -> int:
-    """Prints what went wrong, and returns the exit code for it."""
+    """Prints what went wrong, and returns the exit code for it.
+
+    Where `tailora.train.launch` has started this process, it prints nothing: the process that started it does. Where
+    torchrun has, rank 0 prints what goes wrong before the processes know of each other, unless it fails in another one
+    alone; later the first that fails prints (`train.events.fail_together`).
+    """
     code, message = exit_code(error), message_of(error)
+    if "WORLD_SIZE" in os.environ:
+        from tailora.train.launch import is_started_here, leave_failure
+
+        if (leave_failure(error, message, code) and is_started_here()) or _rank_0_says_so(error):
+            return code
     label = "interrupted" if code == INTERRUPTED else "error"
     lines = message.splitlines()
     if (more := len(lines) - MAX_LINES) > 1:  # hundreds of layers can have the same problem
@@ -128,6 +147,19 @@ def fail(error: BaseException, as_json: bool) -> int:
     if as_json:
         print_json_error(error)
     return code
+
+
+def _rank_0_says_so(error: BaseException) -> bool:
+    """True if rank 0 prints this error, too: then the launcher ends this process, which gives rank 0 time for it."""
+    if is_rank_0() or hasattr(error, "__notes__"):  # the notes say that the processes agreed that this one prints
+        return False
+    if isinstance(error, KeyboardInterrupt):
+        return True
+    try:
+        time.sleep(SECONDS_FOR_RANK_0)
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 def message_of(error: BaseException) -> str:
@@ -197,12 +229,18 @@ def on_terminal(console: Console) -> bool:
 def print_text(console: Console, text: str, style: str | None = None) -> None:
     """Prints lines of text. A terminal gets them broken between words, all but those that are a command to copy."""
     for line in text.splitlines():
-        console.print(line, style=style, soft_wrap=not console.is_terminal or line.startswith("tailora "))
+        console.print(line, style=style, soft_wrap=not console.is_terminal or line.startswith(PROGRAMS))
+
+
+def is_rank_0() -> bool:
+    """False in all but the first of several processes of one run."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def log(text: str) -> None:
-    """Prints to stderr."""
-    print_text(stderr(), text, "dim")
+    """Prints to stderr, in the first of several processes."""
+    if is_rank_0():
+        print_text(stderr(), text, "dim")
 
 
 def note(text: str) -> None:

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tailora.cli import INTERRUPTED
-from tailora.cli.flags import ConfigFile, Json, Overwrite, flags_of, merge_settings
-from tailora.cli.main import log, note, print_json, stderr, stdout
+from tailora.cli.flags import ConfigFile, Json, NprocPerNode, Overwrite, flags_of, merge_settings
+from tailora.cli.main import ARGUMENTS, is_rank_0, log, note, print_json, stderr, stdout
 from tailora.cli.models import fetch_demo
 from tailora.cli.progress import counter, run_progress
-from tailora.errors import CheckpointError, ConfigError, ProcessFailedError, WriteError
+from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, ProcessFailedError, WriteError
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES, checkpoints_in
 from tailora.report.blocks import Code, Column, Page, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
 from tailora.report.terminal import print_page, print_section
 from tailora.train import run_log
 from tailora.train.config import TrainConfig
+from tailora.train.launch import count_processes, how_to_resume, is_started_here, launch
 
 if TYPE_CHECKING:
     from tailora.evaluation.generate import Answer
@@ -31,9 +31,17 @@ if TYPE_CHECKING:
 Flags: Any = flags_of(TrainConfig)
 
 
-def train(*, config: ConfigFile = None, json: Json = False, overwrite: Overwrite = False, flags: Flags = None) -> int:
+def train(
+    *,
+    config: ConfigFile = None,
+    json: Json = False,
+    overwrite: Overwrite = False,
+    nproc_per_node: NprocPerNode = None,
+    flags: Flags = None,
+) -> int:
     """Fine-tune a model on your data. `tailora data FILE` shows beforehand what it would learn from."""
-    return fit(merge_settings(flags, config), as_json=json, overwrite=overwrite)
+    chosen = merge_settings(flags, config)
+    return fit(chosen, as_json=json, overwrite=overwrite, nproc_per_node=nproc_per_node)
 
 
 # ---- `tailora demo`: `tailora train` on a small model and real conversations, both downloaded once.
@@ -50,16 +58,26 @@ DemoFlags: Any = flags_of(TrainConfig, defaults={**DEFAULTS, "output_dir": str(F
 
 
 def demo(
-    *, config: ConfigFile = None, json: Json = False, overwrite: Overwrite = False, flags: DemoFlags = None
+    *,
+    config: ConfigFile = None,
+    json: Json = False,
+    overwrite: Overwrite = False,
+    nproc_per_node: NprocPerNode = None,
+    flags: DemoFlags = None,
 ) -> int:
     """Fine-tune a small model on real chats, and see what it changed. The flags are those of `train`."""
     chosen = merge_settings(flags, config, defaults=DEFAULTS)
+
+    def fit_demo() -> int:
+        return fit(chosen, as_json=json, overwrite=overwrite, questions=QUESTIONS, nproc_per_node=nproc_per_node)
+
     if "output_dir" in chosen.model_fields_set:
-        return fit(chosen, as_json=json, overwrite=overwrite, questions=QUESTIONS)
+        return fit_demo()
     folder = demo_folder(chosen.resume_from_checkpoint)
     chosen = chosen.model_copy(update={"output_dir": str(folder)})
+    ARGUMENTS.get().extend(["--output-dir", str(folder)])  # for the processes of --nproc-per-node
     try:
-        return fit(chosen, as_json=json, overwrite=overwrite, questions=QUESTIONS)
+        return fit_demo()
     except BaseException:
         if folder.is_dir() and not any(folder.iterdir()):  # the run did not begin
             folder.rmdir()
@@ -154,14 +172,28 @@ def first_prompt(folder: Path) -> str:
 # ---- What `train` and `demo` share: train, compare answers, print
 
 
-def fit(config: TrainConfig, *, as_json: bool, overwrite: bool, questions: Sequence[str] | None = None) -> int:
+def fit(
+    config: TrainConfig,
+    *,
+    as_json: bool,
+    overwrite: bool,
+    questions: Sequence[str] | None = None,
+    nproc_per_node: str | None = None,
+) -> int:
     """Trains, answers `questions` (by default held-out prompts) with the base and the tuned model, and prints.
 
+    nproc_per_node: starts as many processes of this command, each of which does all this.
     Raises what `run` raises. The message of KeyboardInterrupt has the command that resumes the run.
     """
     run_log.check_before_loading(config, overwrite=overwrite)
     fetch_demo(config.model, config.data, config.eval_data)
-    with run_progress(stderr()) as listener:  # says that work begins, before torch is loaded
+    if nproc_per_node is not None:
+        processes = count_processes(nproc_per_node, config.device)
+        if processes > 1 and not is_started_here():
+            log(f"starting {processes} processes")
+            launch(ARGUMENTS.get(), processes, Path(config.output_dir))
+            return 0
+    with run_progress(stderr() if is_rank_0() else Console(quiet=True)) as listener:  # before torch is loaded
         from accelerate import PartialState
 
         from tailora.report.pages.train import write_train_report
@@ -177,9 +209,7 @@ def fit(config: TrainConfig, *, as_json: bool, overwrite: bool, questions: Seque
         except Interrupted as interrupted:
             if not PartialState().is_main_process:
                 return INTERRUPTED
-            command = ["tailora", "train", "--config", str(Path(config.output_dir) / "config.yaml")]
-            command += ["--resume-from-checkpoint", str(interrupted.folder)]
-            message = f"the run so far is saved in {interrupted.folder}; to resume it:\n{shlex.join(command)}"
+            message = f"the run so far is saved in {interrupted.folder}; {how_to_resume(interrupted.folder)}"
             raise KeyboardInterrupt(message) from interrupted
     if not PartialState().is_main_process:
         if config.fsdp:  # all processes compute an answer together

@@ -20,7 +20,8 @@ from torch.distributed import distributed_c10d
 from transformers import PreTrainedTokenizerBase
 
 from tailora.data.prepare import PreparedData
-from tailora.errors import ProcessFailedError
+from tailora.errors import INTERRUPTED, ProcessFailedError
+from tailora.train.launch import how_to_go_on, world_size
 from tailora.train.loss import Evaluation
 from tailora.train.trainable import Trainable
 
@@ -125,19 +126,26 @@ class TrainResult:
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SECONDS_FOR_ONE_SIGNAL = 5.0  # in which one of several processes may get it twice
 
 
 class StopSignals:
     """Stops the run between two steps at the first SIGINT or SIGTERM, from `handle` to `restore`.
 
     A second signal of the same kind has its usual effect. One of the other kind changes nothing, because launchers send
-    SIGTERM after a Ctrl-C. The end of the `with` block restores, too, when everything is cleaned up. Only the main
-    thread receives signals.
+    SIGTERM after a Ctrl-C. Nor does a second one that one of several processes gets soon after the first: Slurm sends
+    signals to all processes, and the launcher among them passes them on. The end of the `with` block restores, too,
+    when everything is cleaned up. Only the main thread receives signals.
+
+    A handler of before may have the attribute `is_ending`. It becomes True when the run has stopped, or has failed as
+    one of several processes, which launchers then end with SIGTERM: that must not keep this one from saying why.
     """
 
     def __init__(self) -> None:
         self.stop = threading.Event()
         self._earlier: dict[int, Any] = {}
+        self._times: dict[int, float] = {}  # when a signal came first
+        self._handlers: list[Any] = []
 
     def handle(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -151,16 +159,27 @@ class StopSignals:
 
     def _request_stop(self, number: int, _frame: FrameType | None) -> None:
         self.stop.set()
-        self._restore(number)
+        now = time.monotonic()
+        first = self._times.setdefault(number, now)
+        if world_size() == 1:
+            self._restore(number)
+        elif now - first > SECONDS_FOR_ONE_SIGNAL:
+            self._restore(number)
+            signal.raise_signal(number)
 
     def _restore(self, number: int) -> None:
         if number in self._earlier:
             signal.signal(number, self._earlier.pop(number))
 
     def __enter__(self) -> Self:
+        self._handlers = [signal.getsignal(number) for number in SIGNALS]
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, Interrupted) or (error is not None and world_size() > 1):
+            for handler in self._handlers:
+                if hasattr(handler, "is_ending"):
+                    handler.is_ending = True
         self.restore()
 
 
@@ -169,10 +188,14 @@ SECONDS_TO_END = 45.0  # for a process that waits in a collective with one that 
 
 
 @contextmanager
-def fail_together(accelerator: Accelerator) -> Iterator[None]:
+def fail_together(accelerator: Accelerator, output_dir: Path | None = None) -> Iterator[None]:
     """An error within the block on one process ends all of them; only the first that fails raises its own error.
 
     The others raise ProcessFailedError as soon as their collective breaks, or end after SECONDS_TO_END if it does not.
+    If a process ends without an error, as one that is killed does, the first of the others to notice says so. A note
+    on the error marks the one that is to be shown.
+
+    output_dir: of the run, to name its last checkpoint; None if this is no run.
     """
     if accelerator.num_processes == 1:
         yield
@@ -185,14 +208,20 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
         raise
     except BaseException as error:
         is_broken_collective = isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+        note = f"in process {watch.rank} of {accelerator.num_processes}"
         if not is_broken_collective and watch.report(error):
+            error.add_note(note)
             raise
         failure = watch.failure_of_another()
         if failure is None:
-            raise ProcessFailedError(
-                "another process of this run ended without a message, most likely killed for memory: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+            lost = ProcessFailedError(
+                "another process of this run ended without a message, most likely killed for memory "
+                f"({str(error).splitlines()[0]}){'' if output_dir is None else f'; {how_to_go_on(output_dir)}'}"
+            )
+            if watch.report(lost):
+                lost.add_note(note)
+                raise lost from error
+            raise ProcessFailedError(str(lost), lost.exit_code, is_shown=True) from error
         text = f"process {failure['rank']} of this run failed: {failure['message']}"
         raise ProcessFailedError(text, failure["exit_code"], is_shown=True) from error
     finally:
@@ -225,7 +254,8 @@ class FailureWatch(threading.Thread):
 
     def report(self, error: BaseException) -> bool:
         """Leaves the error for the other processes; False if another one has failed before."""
-        failure = {"rank": self.rank, "message": str(error), "exit_code": getattr(error, "exit_code", 1)}
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+        failure = {"rank": self.rank, "message": str(error), "exit_code": code}
         try:
             first = json.loads(self.store.compare_set(FAILURE, "", json.dumps(failure)))
         except RuntimeError:

@@ -29,6 +29,7 @@ from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import TrainingData
 from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
+from tailora.train.launch import check_all_started
 from tailora.train.loss import BatchLayout, make_batch, token_losses
 from tailora.train.memory import Cost, measure_cost
 from tailora.train.model_loading import load_base
@@ -44,6 +45,7 @@ PROBE_TOKENS = 128  # memory is measured on at most so many tokens of the longes
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """Returns accelerate on the device and with the trackers asked for. Raises ConfigError if one is not here."""
     check_launch()
+    check_all_started()
     problems = []
     for name in config.report_to:
         if name not in TRACKERS:
@@ -65,8 +67,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         )
     if config.fsdp and accelerator.num_processes == 1:
         raise ConfigError(
-            "--fsdp shares the base model out among several processes, and this is one: leave it out, or start with "
-            "torchrun --nproc-per-node N -m tailora -- train ..."
+            "--fsdp shares the base model out among several processes, and this is one: leave it out, or start several "
+            "with --nproc-per-node gpu"
         )
     return accelerator
 

@@ -17,7 +17,6 @@ adds gradients in no fixed order.
 """
 
 import math
-import shlex
 import shutil
 import time
 from collections import deque
@@ -46,7 +45,7 @@ from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import flattened
 from tailora.kernels.loss import Batch
 from tailora.model import LoRAModel
-from tailora.train import checkpoint, events, run_log, setup, trainable
+from tailora.train import checkpoint, events, launch, run_log, setup, trainable
 from tailora.train.checkpoint import Best, Checkpoint, TrainState
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import (
@@ -210,7 +209,7 @@ class Trainer:
         own_group = not dist.is_initialized() and not config.fsdp
         self.accelerator = accelerator = setup.start_accelerator(config)
         stack.callback(self.end_training, own_group)
-        stack.enter_context(events.fail_together(accelerator))
+        stack.enter_context(events.fail_together(accelerator, self.output_dir))
         device, rank = accelerator.device, accelerator.process_index
         stack.enter_context(as_current(device))
         reset_peak(device)
@@ -661,10 +660,8 @@ class Trainer:
         good = checkpoints_in(self.output_dir)
         resume = ""
         if good:
-            words = ["--config", str(self.output_dir / run_log.CONFIG), "--resume-from-checkpoint", str(good[-1])]
-            words += ["--learning-rate", f"{self.config.learning_rate / 10:g}"]
-            resume = f"\nthe last good checkpoint is {good[-1]}; to resume it with a lower rate:\n"
-            resume += shlex.join(["tailora", "train", *words])
+            lower = ("--learning-rate", f"{self.config.learning_rate / 10:g}")
+            resume = f"\nthe last good checkpoint is {good[-1]}; {launch.how_to_resume(good[-1], *lower)}"
         return DivergedError(f"training diverged {cause}. {saved}; {REMEDIES}{resume}")
 
 

@@ -1,0 +1,524 @@
+"""Several processes of one run: started by tailora, torchrun and accelerate, interrupted, killed, and resumed."""
+
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from tailora import errors
+from tailora.cli.main import ARGUMENTS, fail, log, main
+from tailora.core import device
+from tailora.errors import ConfigError, DataError, ProcessFailedError
+from tailora.quiet import silent_loggers
+from tailora.train import launch
+from tailora.train.config import TrainConfig
+from tailora.train.config_file import config_text
+from tailora.train.events import SECONDS_FOR_ONE_SIGNAL, Interrupted, StopSignals
+from tailora.train.launch import (
+    ERROR_FILE,
+    STARTED_HERE,
+    check_all_started,
+    count_processes,
+    how_to_go_on,
+    leave_failure,
+)
+
+LONGEST = 300  # s; some 10 on an idle machine
+SECONDS_TO_END = 60  # after a process of the run was killed
+LONG = {"max_steps": 5000, "save_steps": 5, "lr_scheduler_type": "constant", "warmup_ratio": 0, "samples": 0}
+
+
+# ---- Real processes
+
+
+class Start:
+    """`tailora train` in two processes, in the background. Its output goes to a file."""
+
+    def __init__(self, command: list[str], folder: Path, **environment: str) -> None:
+        self.log = folder / "log"
+        kept = {name: value for name, value in os.environ.items() if name not in ("ACCELERATE_USE_CPU", STARTED_HERE)}
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=file,
+                env={**kept, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", **environment},
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background of a shell
+            )
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        end = time.monotonic() + LONGEST
+        while not happened():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.05)
+
+    def pid(self, rank: int) -> int:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(child.pid for child in children if child.environ().get("RANK") == str(rank))
+
+    def end(self, limit: float = LONGEST) -> tuple[int, str]:
+        """Waits; returns the exit code, and all that was printed. No process is left."""
+        try:
+            code = self.process.wait(limit)
+        finally:
+            for child in psutil.process_iter(["cmdline"]):
+                if str(self.log.parent) in " ".join(child.info["cmdline"] or []):
+                    child.kill()
+        return code, self.log.read_text()
+
+
+def launcher(name: str, words: list[str]) -> list[str]:
+    python = [sys.executable, "-m"]
+    torchrun = [*python, "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tailora", "--"]
+    accelerate = [*python, "accelerate.commands.launch", "--multi-gpu", "--num-processes", "2"]
+    ways = {
+        "tailora": [*python, "tailora", *words, "--nproc-per-node", "2"],
+        "torchrun": [*torchrun, *words],
+        "accelerate": [*accelerate, "--main_process_port", "0", "-m", "tailora", *words],
+    }
+    return ways[name]
+
+
+def flags(config: TrainConfig) -> list[str]:
+    values = config.model_dump(exclude_unset=True, mode="json").items()
+    return ["train", *(word for name, value in values for word in (f"--{name.replace('_', '-')}", str(value)))]
+
+
+def resumed(text: str, *more: str) -> list[str]:
+    """Returns the command in the last line of a message, as this Python runs it."""
+    words = shlex.split(text.splitlines()[-1])
+    program = ["-m", "tailora"] if words[0] == "tailora" else []
+    return [sys.executable, *program, *words[1:], *more]
+
+
+def errors_in(text: str) -> list[str]:
+    return re.findall(r"^(?:error|interrupted): .*|^Traceback.*", text, re.M)
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return sorted(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_interrupted_resumed_and_killed(settings: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = Start(launcher("tailora", flags(settings(**LONG))), tmp_path)
+    run.wait_for(lambda: bool(checkpoints(out)))
+    os.kill(run.pid(1), signal.SIGINT)  # to one of them; the test below has the launcher's
+    code, text = run.end()
+    assert code == 130, text
+    saved = checkpoints(out)[-1]
+    (message,) = errors_in(text)
+    assert message == f"interrupted: the run so far is saved in {out}/checkpoint-{saved}; to resume it:"
+    command = f"tailora train --nproc-per-node 2 --config {out}/config.yaml --resume-from-checkpoint "
+    assert text.splitlines()[-1] == f"{command}{out}/checkpoint-{saved}"
+    assert text.count("reading model and data") == 1  # rank 0 alone
+    record = json.loads((out / "run.json").read_text())
+    assert (record["processes"], record["machine"]["threads"]) == (2, 1)
+    assert "nproc" not in (out / "config.yaml").read_text()
+
+    run = Start(resumed(text), tmp_path)
+    run.wait_for(lambda: checkpoints(out)[-1] > saved)
+    os.kill(run.pid(1), signal.SIGKILL)
+    code, text = run.end(SECONDS_TO_END)
+    assert code == 1
+    (message,) = errors_in(text)
+    cause = "error: process 1 of 2 was ended by SIGKILL, most likely for memory; the last checkpoint is "
+    assert message == f"{cause}{out}/checkpoint-{checkpoints(out)[-1]}; to resume it:"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("way", ["tailora", "torchrun", "accelerate"])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_launcher_stops_all_and_the_printed_command_goes_on(
+    way: str, number: str, settings: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run = Start(launcher(way, flags(settings(**LONG))), tmp_path)
+    run.wait_for(lambda: bool(checkpoints(out)))
+    run.process.send_signal(getattr(signal, number))
+    code, text = run.end()
+    assert code == (130 if way == "tailora" else 1)  # torchrun and accelerate have no other
+    assert text.count("interrupted") == 1
+    (command,) = re.findall(r"; to resume it:\n(.*)", text)
+    steps = checkpoints(out)[-1] + 4
+    code, text = Start(resumed(command, "--max-steps", str(steps)), tmp_path).end()
+    assert code == 0, text
+    record = json.loads((out / "run.json").read_text())
+    assert (record["processes"], record["result"]["steps"]) == (2, steps)
+
+
+KILL = """
+import os, signal, sys, threading, time
+
+def patch(case):
+    while not hasattr(sys.modules.get("tailora.train.trainer"), "Trainer"):
+        time.sleep(.01)
+    trainer = sys.modules["tailora.train.trainer"]
+    owner, name = {
+        "loading": (trainer.setup, "attach"),
+        "step": (trainer, "clip_gradients"),
+        "save": (trainer.checkpoint, "damage" if os.environ["RANK"] == "0" else "not_finite"),
+        "evaluation": (trainer, "evaluate"),
+    }[case]
+    before, calls = getattr(owner, name), []
+
+    def dies(*arguments, **named):
+        calls.append(1)
+        if len(calls) == (1 if case == "loading" else 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return before(*arguments, **named)
+
+    setattr(owner, name, dies)
+
+case, _, rank = os.environ.get("DIES", "").partition(" ")
+if case and os.environ.get("RANK") == rank:
+    threading.Thread(target=patch, args=[case], daemon=True).start()
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("way", ["tailora", "torchrun"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("case", ["loading", "step", "save", "evaluation"])
+def test_a_killed_process_ends_all_with_one_message_and_the_run_resumes(
+    case: str, rank: int, way: str, settings: Any, tmp_path: Path
+) -> None:
+    """torchrun's own table of failures comes in addition."""
+    (tmp_path / "sitecustomize.py").write_text(KILL)
+    out, path = tmp_path / "out", f"{tmp_path}:{os.getcwd()}"
+    words = flags(settings(**{**LONG, "save_steps": 1, "eval_steps": 2}))
+    run = Start(launcher(way, words), tmp_path, PYTHONPATH=path, DIES=f"{case} {rank}")
+    run.wait_for(lambda: "reading model" in run.log.read_text())
+    started = time.monotonic()
+    try:
+        code, text = run.end(LONGEST)
+    finally:
+        took = time.monotonic() - started
+    assert took < SECONDS_TO_END + 30  # 30 s until it dies
+    assert code == 1
+    ours = [line for line in errors_in(text) if not line.startswith("Traceback")]
+    if case == "loading":
+        assert not checkpoints(out)
+        assert len(ours) == 1 or way == "torchrun"
+        return
+    (message,) = ours
+    assert "killed for memory" in message or f"process {rank} of 2 was ended by SIGKILL" in message
+    (command,) = set(re.findall(r"; to resume it:\n(.*)", text))
+    steps = checkpoints(out)[-1] + 4
+    code, text = Start(resumed(command, "--max-steps", str(steps)), tmp_path).end()
+    assert code == 0, text
+    assert json.loads((out / "run.json").read_text())["finished"]
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+
+
+# ---- How a process was started
+
+
+TORCHRUN = ["/usr/bin/python3", "/usr/bin/torchrun", "--nnodes", "2", "--rdzv-endpoint", "a:1", "-m", "tailora"]
+ACCELERATE = ["/usr/bin/python3", "/bin/accelerate", "launch", "--config_file", "two.yaml", "-m", "tailora"]
+
+
+@pytest.mark.parametrize(
+    ("parent", "argv", "expected"),
+    [
+        ([*TORCHRUN, "--", "train"], ["train"], "torchrun --nnodes 2 --rdzv-endpoint a:1 -m tailora -- plan --r 4"),
+        ([*TORCHRUN, "train"], ["train"], "torchrun --nnodes 2 --rdzv-endpoint a:1 -m tailora -- plan --r 4"),
+        ([*ACCELERATE, "train"], ["train"], "accelerate launch --config_file two.yaml -m tailora -- plan --r 4"),
+        (
+            ["python", "-m", "torch.distributed.run", "--nproc-per-node", "4", "bin/tailora", "--", "train"],
+            ["--", "train"],
+            "python -m torch.distributed.run --nproc-per-node 4 bin/tailora -- plan --r 4",
+        ),
+        (["python", "/bin/torchrun", "mine.py"], [], "torchrun --nproc-per-node 2 -m tailora -- plan --r 4"),
+        ([], ["train"], "torchrun --nproc-per-node 2 -m tailora -- plan --r 4"),
+    ],
+)
+def test_a_command_is_started_as_this_process_was(
+    parent: list[str], argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["tailora", *argv])
+    process = SimpleNamespace(parent=lambda: SimpleNamespace(cmdline=lambda: parent) if parent else None)
+    monkeypatch.setattr(launch.psutil, "Process", lambda: process)
+    assert launch.command_line("plan", "--r", "4") == expected
+
+
+def test_a_command_of_one_process_and_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.command_line("plan", "--r", "4") == "tailora plan --r 4"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(STARTED_HERE, "2")
+    assert launch.command_line("plan", "--r", "4") == "tailora plan --nproc-per-node 2 --r 4"
+
+
+def test_two_machines_resume_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert launch.how_to_resume(Path("out/checkpoint-3"), "--learning-rate", "1").splitlines() == [
+        "to resume it with a lower rate, on each machine:",
+        "tailora train --config out/config.yaml --resume-from-checkpoint out/checkpoint-3 --learning-rate 1",
+    ]
+
+
+def test_one_process_of_accelerate_that_should_be_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in launch.RANKS_OF_OTHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    check_all_started()
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(ConfigError, match="add --multi-gpu"):
+        check_all_started()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_all_started()
+
+
+# ---- How many processes
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "there", "expected"),
+    [
+        ("3", "auto", ["cpu"], 3),
+        ("auto", "auto", ["cpu"], 1),
+        ("gpu", "auto", ["cpu"], "no device but the CPU"),
+        ("two", "auto", ["cpu"], "give a number"),
+        ("0", "auto", ["cpu"], "give a number"),
+        ("gpu", "auto", ["cuda:0", "cuda:1", "cpu"], 2),
+        ("auto", "cuda", ["cuda:0", "cuda:1", "cpu"], 2),
+        ("2", "cpu", ["cuda:0", "cpu"], 2),
+        ("2", "auto", ["cuda:0", "cpu"], "there are 1 of cuda"),
+        ("2", "cuda:1", ["cuda:0", "cuda:1", "cpu"], "give --device cuda"),
+        ("1", "cuda:1", ["cuda:0", "cuda:1", "cpu"], 1),
+    ],
+)
+def test_the_number_of_processes(
+    asked: str, name: str, there: list[str], expected: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "devices", lambda: [device.torch.device(one) for one in there])
+    if isinstance(expected, int):
+        assert count_processes(asked, name) == expected
+    else:
+        with pytest.raises(ConfigError, match=expected):
+            count_processes(asked, name)
+
+
+def test_a_process_of_torchrun_starts_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="has started 2 processes already"):
+        count_processes("2", "auto")
+
+
+def test_cores_are_shared_out() -> None:
+    cores = launch.threads_per_process(1)
+    assert launch.threads_per_process(2) == max(cores // 2, 1)
+    assert launch.threads_per_process(10_000) == 1
+
+
+def test_mistakes_are_refused_once_before_any_process_is_started(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tailora.cli.train.launch", pytest.fail)
+    config = tmp_path / "config.yaml"
+    config.write_text(config_text(settings().model_dump()))
+    for mistake, message in (
+        ("--nproc-per-node 0", "give a number"),
+        ("--nproc-per-node 2 --lora-alpha -1", "--lora-alpha -1: "),
+        ("--nproc-per-node 2 --resume-from-checkpoint latest --overwrite", "give one of them"),
+    ):
+        assert main(["train", "--config", str(config), *mistake.split()]) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert shown.count("error: ") == 1
+
+
+def test_the_processes_get_the_arguments_and_the_new_folder_of_a_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    started: list[Any] = []
+    monkeypatch.setattr("tailora.cli.train.fetch_demo", lambda *_: None)
+    monkeypatch.setattr("tailora.cli.train.launch", lambda *arguments: started.append(arguments))
+    assert main(["--", "demo", "--r", "4", "--nproc-per-node", "2"]) == 0
+    folder = "outputs/demo"
+    assert started == [(["demo", "--r", "4", "--nproc-per-node", "2", "--output-dir", folder], 2, Path(folder))]
+    assert main(["demo", "--nproc-per-node", "1", "--r", "0"]) == 2
+    assert ARGUMENTS.get() == ["demo", "--nproc-per-node", "1", "--r", "0"]
+
+
+# ---- Which message is shown
+
+
+def ended(*codes: tuple[int, int]) -> dict[int, Any]:
+    return {rank: SimpleNamespace(exitcode=code) for rank, code in codes}
+
+
+@pytest.fixture
+def leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    monkeypatch.setenv(STARTED_HERE, "3")
+
+    def leave_for(rank: int, error: BaseException, code: int) -> None:
+        (tmp_path / str(rank)).mkdir(exist_ok=True)
+        monkeypatch.setenv(ERROR_FILE, str(tmp_path / str(rank) / "error.json"))
+        assert leave_failure(error, str(error), code)
+
+    return leave_for
+
+
+def test_the_first_error_of_its_own_is_shown(leave: Any, tmp_path: Path) -> None:
+    leave(0, ProcessFailedError("another process ended"), 1)
+    leave(2, DataError("row 7"), 2)
+    leave(1, DataError("row 8"), 2)
+    cause = launch._cause(ended((0, 1), (1, 2), (2, 2)), tmp_path, tmp_path, False)
+    assert (type(cause), str(cause)) == (DataError, "row 7")
+
+
+def test_an_error_of_another_type_keeps_its_exit_code(leave: Any, tmp_path: Path) -> None:
+    leave(1, FileNotFoundError("no such file"), 2)
+    cause = launch._cause(ended((1, 2)), tmp_path, tmp_path, False)
+    assert isinstance(cause, ProcessFailedError)
+    assert (str(cause), cause.exit_code) == ("no such file", 2)
+
+
+def test_a_killed_process_is_the_cause_and_not_what_the_others_say(leave: Any, tmp_path: Path) -> None:
+    leave(0, ProcessFailedError("another process ended"), 1)
+    leave(1, KeyboardInterrupt(), 130)  # torch's launcher ended it
+    cause = launch._cause(ended((2, -9), (0, 1), (1, 130)), tmp_path, tmp_path, False)
+    assert str(cause).startswith("process 2 of 3 was ended by SIGKILL, most likely for memory; no checkpoint")
+    (tmp_path / "checkpoint-4").mkdir()
+    cause = launch._cause(ended((2, -11), (0, 1)), tmp_path, tmp_path, False)
+    assert "ended by SIGSEGV; the last checkpoint" in str(cause)
+    assert str(cause).endswith(f"--resume-from-checkpoint {tmp_path}/checkpoint-4")
+
+
+def test_an_interrupted_run_says_how_to_resume_it(leave: Any, tmp_path: Path) -> None:
+    leave(1, KeyboardInterrupt(), 130)
+    leave(0, KeyboardInterrupt("the run so far is saved"), 130)
+    cause = launch._cause(ended((1, 130), (0, 130)), tmp_path, tmp_path, True)
+    assert (type(cause), str(cause)) == (KeyboardInterrupt, "the run so far is saved")
+    cause = launch._cause(ended((1, -2), (0, -2)), tmp_path / "none", tmp_path, True)
+    assert (type(cause), cause.args) == (KeyboardInterrupt, ())
+
+
+def test_a_process_without_a_message_shows_the_end_of_what_it_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STARTED_HERE, "3")
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "stderr.log").write_text("".join(f"line {number}\n" for number in range(50)))
+    cause = str(launch._cause(ended((1, 1)), tmp_path, tmp_path, False))
+    assert cause.startswith("process 1 of 3 ended with exit code 1:\nline 30\n")
+    assert cause.endswith("line 49")
+
+
+def test_without_a_launcher_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ERROR_FILE, raising=False)
+    assert not leave_failure(DataError("row 7"), "row 7", 2)
+    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "absent" / "error.json"))
+    assert not leave_failure(DataError("row 7"), "row 7", 2)
+    assert how_to_go_on(tmp_path) == "no checkpoint was saved yet: --save-steps N saves one every N steps"
+
+
+def test_rank_0_alone_speaks_unless_the_processes_agreed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(ERROR_FILE, raising=False)
+    monkeypatch.setattr("tailora.cli.main.SECONDS_FOR_RANK_0", 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    log("a note")
+    assert fail(KeyboardInterrupt(), False) == 130
+    assert capsys.readouterr().err == ""
+    assert fail(ConfigError("rank 0 has not ended this process"), False) == 2
+    first = DataError("row 7")
+    first.add_note("in process 1 of 2")
+    monkeypatch.setattr("tailora.cli.main.SECONDS_FOR_RANK_0", 1000)
+    assert fail(first, False) == 2
+    assert capsys.readouterr().err == "error: rank 0 has not ended this process\nerror: row 7\n"
+    monkeypatch.setenv("RANK", "0")
+    log("a note")
+    assert fail(KeyboardInterrupt(), False) == 130
+    assert capsys.readouterr().err == "a note\ninterrupted\n"
+
+
+def test_torch_and_tailora_read_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv(ERROR_FILE, str(file))
+    leave_failure(DataError("row 7"), "row 7", 2)
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file=str(file))
+    assert abs(failure.timestamp - time.time()) < 60
+    assert "row 7" in str(ChildFailedError("tailora", {1: failure}))
+
+
+# ---- Signals
+
+
+class Handler:
+    is_ending = False
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+
+    def __call__(self, number: int, _frame: object) -> None:
+        self.received.append(number)
+
+
+def test_one_of_several_processes_takes_a_signal_that_comes_twice_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    handler = Handler()
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with suppress(Interrupted), StopSignals() as signals:
+            signals.handle()
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.stop.is_set()
+            assert handler.received == []
+            first = time.monotonic()
+            monkeypatch.setattr(time, "monotonic", lambda: first + SECONDS_FOR_ONE_SIGNAL + 1)
+            signal.raise_signal(signal.SIGTERM)
+            assert handler.received == [signal.SIGTERM]
+            raise Interrupted(Path("checkpoint-1"))
+        assert handler.is_ending
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("size", "error", "expected"), [("1", DataError, False), ("2", DataError, True)])
+def test_a_launchers_signal_does_not_keep_a_process_from_saying_why_it_failed(
+    size: str, error: type[Exception], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    handler = Handler()
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(error), StopSignals():
+            raise error("row 7")
+        assert handler.is_ending is expected
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_silent_loggers_say_nothing_not_even_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("silent.below")
+    with silent_loggers("silent"):
+        logger.error("of another package")
+    assert capsys.readouterr().err == ""
+    assert logging.getLogger("silent").propagate
+    assert errors.INTERRUPTED == 130
