@@ -530,8 +530,10 @@ def _of_one_process(config: TrainConfig, fake: FakeModel, step: StepCost, proces
     )
 
 
-# Whole layers that a rank has at a time under FSDP2: the one that computes, and the next, which is gathered meanwhile
-GATHERED_LAYERS = 2
+# Copies of a layer that a rank has at a time under FSDP2, measured with gloo (docs/distributed.md): gathered rows and
+# whole weights of the layer that computes and of its neighbours. On a card never measured
+GATHERED_LAYERS = 5
+GRADIENTS_OF_LAYERS = 2  # copies: whole, and as the input of the reduce-scatter
 
 
 def _on_one_rank(memory: Memory, fake: FakeModel, shards: int) -> tuple[Memory, Weights]:
@@ -552,7 +554,7 @@ def _on_one_rank(memory: Memory, fake: FakeModel, shards: int) -> tuple[Memory, 
         memory = replace(
             memory,
             adapters=share(memory.adapters),
-            gradients=share(trained_bytes(fake)) + gathered,
+            gradients=share(trained_bytes(fake)) + weights.outside + GRADIENTS_OF_LAYERS * weights.layer,
             optimizer=share(memory.optimizer),
         )
     memory = replace(memory, weights=stored, gathered=gathered)
