@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 from tiny import chat_model, chat_tokenizer, stir
+from torch.distributed.run import get_args_parser
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.cli.main import COMMANDS, main
+from tailora.cli.main import COMMANDS, app, main
 from tailora.formats.export import FORMATS
 from tailora.train.model_loading import METHODS
 
@@ -90,6 +92,22 @@ def test_the_lines_for_adapters_in_memory_run() -> None:
         if '"plain"' in line:
             model.delete_adapter("plain")
     assert not model.is_merged
+
+
+def test_the_lines_that_start_several_processes_are_those_of_their_launchers() -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", page("distributed"), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines() if " train " in line]
+    starts = []
+    for words in map(shlex.split, lines):
+        ours = words[words.index("train") :]
+        assert not app(ours).parse_known_args(ours)[2], ours
+        if words[0] == "accelerate":
+            parsed = launch_command_parser().parse_args(words[2:])
+        elif words[0] != "tailora":
+            parsed = get_args_parser().parse_args([word for word in words if word not in ("srun", "torchrun")])
+        starts.append(words[0])
+        assert words[0] == "tailora" or (parsed.module, parsed.training_script) == (True, "tailora")
+    assert starts == ["tailora", "torchrun", "accelerate", "torchrun", "srun"]
 
 
 def test_every_command_is_in_the_table() -> None:
