@@ -201,7 +201,7 @@ def plan(
         raise ConfigError(f"--measure takes real steps in one process, and --nproc {nproc} asks for several")
     available = place.available if memory is None else memory
     if config.fsdp and nproc == 1:
-        raise ConfigError("--fsdp shares the base model out among several processes: give their number, --nproc")
+        raise ConfigError("--fsdp shards the base model over several processes: give their number, --nproc")
     if is_shared := nproc > 1 and place.device == torch.device("cpu"):
         available //= nproc
     shape = read_config(config.model)

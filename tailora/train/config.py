@@ -113,7 +113,7 @@ class TrainConfig(StrictModel):
     device: str = Field(
         "auto", description="device to run on: auto (a GPU if there is one), cpu, cuda, cuda:1, mps, xpu"
     )
-    fsdp: bool = Field(False, description="share the base model out among the processes (FSDP2)")
+    fsdp: bool = Field(False, description="shard the base model over the processes (FSDP2)")
     fsdp_reshard_after_forward: bool = Field(
         True, description="FSDP2: free gathered weights between forward and backward"
     )
@@ -176,7 +176,7 @@ class TrainConfig(StrictModel):
                 full and self.quantize,
                 "--method full trains the weights, which cannot be quantised: leave --quantize out",
             ),
-            (full and self.fsdp, "--method full does not share its weights out yet: leave --fsdp out"),
+            (full and self.fsdp, "--method full does not shard its weights yet: leave --fsdp out"),
             (
                 not self.fsdp and not self.fsdp_reshard_after_forward,
                 "fsdp_reshard_after_forward says how --fsdp works: give --fsdp",

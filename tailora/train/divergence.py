@@ -42,7 +42,7 @@ def broken_loss(model: nn.Module, batches: Sequence[Batch], form: str) -> str:
             if name:
                 hooks.enter_context(module.register_forward_hook(partial(check, name)))
         for batch in batches:
-            FORMS[form](model, batch)  # all of them, because ranks that share a base must run the same forwards
+            FORMS[form](model, batch)  # all of them, because ranks with a sharded base run the same forwards
     if modules:
         return f"the loss is not finite; the first module with such an output is {modules[0]}"
     return "the loss is not finite, though the output of every module that ran is: the logits are too large"

@@ -102,7 +102,7 @@ def evaluate(
 
     token_budget: most tokens in one forward, padding included; a longer example is computed alone. With the budget of
     training, evaluation needs no more memory than training.
-    forwards: how many there are at least, on ranks that share a base; those without an example of their own repeat one.
+    forwards: the least number of them, for ranks with a sharded base; one without examples left repeats one.
     progress: called with the number of examples done and their total.
     """
     done = 0

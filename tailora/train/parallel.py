@@ -64,7 +64,7 @@ def shard_base(base: PreTrainedModel, device: torch.device, *, reshard_after_for
     layers = decoder_layers(root)
     if not layers:
         raise ConfigError(
-            f"--fsdp shares out the layers of a decoder, and {type(base).__name__} has no list of layers; leave it out"
+            f"--fsdp shards the layers of a decoder, and {type(base).__name__} has no list of layers; leave it out"
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in layers:

@@ -67,8 +67,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         )
     if config.fsdp and accelerator.num_processes == 1:
         raise ConfigError(
-            "--fsdp shares the base model out among several processes, and this is one: leave it out, or start several "
-            "with --nproc-per-node gpu"
+            "--fsdp shards the base model over several processes, and this is one: leave it out, or start several with "
+            "--nproc-per-node gpu"
         )
     return accelerator
 
@@ -79,7 +79,7 @@ LAUNCHED_WITH = {  # variables of `accelerate launch` -> what to do instead
     ),
     "ACCELERATE_USE_DEEPSPEED": (
         "DeepSpeed, whose engine would take the place of the training loop: launch without --use_deepspeed, and give "
-        "tailora --fsdp to share the base model out among the processes"
+        "tailora --fsdp to shard the base model over the processes"
     ),
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM, which trains models of its own: launch without --use_megatron_lm",
 }

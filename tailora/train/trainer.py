@@ -568,7 +568,7 @@ class Trainer:
     def save_model(self, *, compare: bool = False) -> None:
         """Writes the adapter or the model, in the main process. compare: reads it back, or raises CheckpointError.
 
-        If the base is shared out, all ranks read its weights together, so the others do the same in a folder of their
+        If the base is sharded, all ranks read its weights together, so the others do the same in a folder of their
         own, which is deleted.
         """
         with ExitStack() as stack:

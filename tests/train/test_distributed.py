@@ -251,7 +251,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_a_sharded_base_gives_the_bits_of_a_copied_one(
     ranks: int, make_settings: Any, model_folder: Path, tmp_path: Path
 ) -> None:
-    """3 ranks share out the 32 rows of most weights unevenly."""
+    """3 ranks shard the 32 rows of most weights unevenly."""
     tried = dict(PRODUCT)
     for name, changes in MODELS.items():
         shutil.copytree(model_folder, tmp_path / name)  # the tokenizer
@@ -287,7 +287,7 @@ def test_engines_that_accelerate_would_bring_are_refused(
         start_accelerator(settings())
 
 
-def test_one_process_has_nothing_to_share_out(settings: Any) -> None:
+def test_one_process_has_nothing_to_shard(settings: Any) -> None:
     with pytest.raises(ConfigError, match="several processes, and this is one"):
         start_accelerator(settings(fsdp=True))
 
