@@ -66,8 +66,6 @@ def obstacle_to_compiling(model: nn.Module, device: torch.device) -> str | None:
     layers = decoder_layers(model)
     if not layers:
         return f"{type(model).__name__} has no list of layers"
-    if any(isinstance(layer, FSDPModule) for layer in layers):
-        return "--fsdp gathers the weights of each layer between its operations, which cannot be compiled"
     if (kinds := len({_kind(layer) for layer in layers})) > MOST_KINDS:
         return f"they are of {kinds} kinds, each of which is compiled on its own (at most {MOST_KINDS})"
     return compiler_obstacle(device)
@@ -99,6 +97,9 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _call(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    cls: Any = type(layer)
+    if issubclass(cls, FSDPModule):  # whose hooks, which gather its weights, run around the compiled code
+        return cls.forward(layer, *args, **kwargs)
     return layer._call_impl(*args, **kwargs)
 
 
@@ -119,11 +120,15 @@ class CompiledLayers:
     def used_by(self, layers: Sequence[nn.Module]) -> Iterator[None]:
         """Within the block, these layers are compiled where they compute gradients."""
         user_folder = os.environ.get(CACHE_VARIABLE)
-        before = [layer._compiled_call_impl for layer in layers]
+        sharded = [layer for layer in layers if isinstance(layer, FSDPModule)]
+        whole = [layer for layer in layers if not isinstance(layer, FSDPModule)]
+        before = [layer._compiled_call_impl for layer in whole]
         try:
             os.environ[CACHE_VARIABLE] = user_folder or str(cache_folder() / "compiled" / "inductor")
-            for layer in layers:
+            for layer in whole:
                 layer._compiled_call_impl = self._call_of(layer)  # not a part of copies and pickles
+            for layer in sharded:
+                vars(layer)["forward"] = self._call_of(layer)
             with (
                 # the compiler asks activations for .grad, and hides torch's warning about it only where it is printed
                 _ignored("The .grad attribute of a Tensor that is not a leaf"),
@@ -136,16 +141,16 @@ class CompiledLayers:
             ):
                 yield
         finally:
-            for layer, call in zip(layers, before, strict=True):
+            for layer, call in zip(whole, before, strict=True):
                 layer._compiled_call_impl = call
+            for layer in sharded:
+                vars(layer).pop("forward", None)
             if user_folder is None:
                 os.environ.pop(CACHE_VARIABLE, None)
 
     def _call_of(self, layer: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled():
-                return self._compiled(layer, args, kwargs)
-            return layer._call_impl(*args, **kwargs)
+            return (self._compiled if torch.is_grad_enabled() else _call)(layer, args, kwargs)
 
         cast(Any, call).only_with_gradients = True  # for `core.inference`
         return call

@@ -1,17 +1,19 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import GROUPED, SIZES, chat_model, chat_tokenizer, packed_row, stir
+import torch.distributed as dist
+from tiny import GROUPED, SIZES, chat_model, chat_tokenizer, packed_row, stir, tiny_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -35,6 +37,7 @@ from tailora.kernels import compiled_layers
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers, obstacle_to_compiling
 from tailora.train.model_loading import load_base
+from tailora.train.parallel import shard_base
 
 ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": partial(LlamaConfig, **GROUPED),
@@ -304,3 +307,32 @@ def test_layers_of_many_kinds_and_a_missing_compiler_are_obstacles(monkeypatch: 
 
     monkeypatch.setattr(compiled_layers, "get_cpp_compiler", no_compiler)
     assert "C++ compiler" in (obstacle_to_compiling(model.base_model, cpu) or "")
+
+
+@pytest.fixture
+def only_rank() -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("only_rank")
+def test_sharded_layers_are_compiled_once_for_all() -> None:
+    """FSDP2 frees the weights after the forward and gathers them for the backward, around the compiled code."""
+    graphs, gradients = [], []
+    for sharded in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        base = tiny_model("LlamaForCausalLM", num_hidden_layers=3)
+        if sharded:
+            shard_base(base, torch.device("cpu"), reshard_after_forward=True)
+        model = LoRAModel(base, LoRAConfig(r=2)).train()
+        ids = torch.arange(12)[None]
+        with CompiledLayers(backend="eager").used_by(decoder_layers(base)):
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([parameter.grad for parameter in model.lora_layers.parameters()])
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert not any("forward" in vars(layer) for layer in decoder_layers(base))
+    assert graphs[0] == graphs[1] > 0
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))

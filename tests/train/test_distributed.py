@@ -225,6 +225,7 @@ PRODUCT: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "accumulation": {"gradient_accumulation_steps": 3},
     "padded": {"packing": "off"},
+    "compiled": {"fast": "compile", "max_steps": 4},
     "bfloat16": {"dtype": "bfloat16"},
     "slots": SLOTS,
     "bias": {"lora_bias": True},
