@@ -502,8 +502,7 @@ def compiled_layers(
     config: TrainConfig, fake: estimate.FakeModel, step: estimate.StepCost, place: Place
 ) -> dict[str, Memory]:
     """Returns the memory with compiled layers that keep less, unless the run excludes them or has them already."""
-    asked = asks_for_compiled_layers(config)
-    excluded = config.fast == "off" or config.gradient_checkpointing or asked or config.fsdp
+    excluded = config.fast == "off" or config.gradient_checkpointing or asks_for_compiled_layers(config)
     device = place.device
     if excluded or (isinstance(device, torch.device) and obstacle_to_compiling(fake.base, device)):
         return {}
