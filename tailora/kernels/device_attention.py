@@ -30,6 +30,7 @@ FLASH = "flash_attention_2"  # transformers takes the package flash_attn, or els
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 128  # tokens of a block of flex_attention's mask
 COMPILER = "inductor"  # torch.compile's backend for flex_attention
+NOT_COMPILED = ("cpu",)  # devices where flex_attention is called as it is: their compiler makes no backward of it
 # of one function, at most. Torch's own limit is 8; a model takes two for each kind of mask or score of its layers, two
 # more without gradients, and as many again for rows within one block
 MOST_GRAPHS = 64
@@ -179,7 +180,7 @@ class FlexRow(DeviceRow):
         if options.dropout:
             raise ValueError("torch's flex_attention has no dropout")
         cap, sinks = options.softcap, options.s_aux
-        is_fused = q.device.type in FlexRow.device_types and not torch.compiler.is_compiling()  # which traces it itself
+        is_fused = q.device.type not in NOT_COMPILED and not torch.compiler.is_compiling()  # which traces it itself
         compute: Any = _fused_flex if is_fused else flex_attention
         compute = partial(
             compute,

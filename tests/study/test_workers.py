@@ -112,6 +112,7 @@ def test_an_interrupt_ends_all_workers_and_the_search_goes_on(
     use_made_up_trials(monkeypatch, template, seconds=0)
     search(train, STUDY.replaced(trials=2))
     use_made_up_trials(monkeypatch, template, seconds=60)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     processes = []
     start = trial_module.Worker.start
 
