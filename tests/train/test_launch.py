@@ -353,9 +353,10 @@ def test_the_processes_get_the_arguments_and_the_new_folder_of_a_demo(
     started: list[Any] = []
     monkeypatch.setattr("tailora.cli.train.fetch_demo", lambda *_: None)
     monkeypatch.setattr("tailora.cli.train.launch", lambda *arguments: started.append(arguments))
-    assert main(["--", "demo", "--r", "4", "--nproc-per-node", "2"]) == 0
+    given = ["demo", "--r", "4", "--device", "cpu", "--nproc-per-node", "2"]
+    assert main(["--", *given]) == 0
     folder = "outputs/demo"
-    assert started == [(["demo", "--r", "4", "--nproc-per-node", "2", "--output-dir", folder], 2, Path(folder))]
+    assert started == [([*given, "--output-dir", folder], 2, Path(folder))]
     assert main(["demo", "--nproc-per-node", "1", "--r", "0"]) == 2
     assert ARGUMENTS.get() == ["demo", "--nproc-per-node", "1", "--r", "0"]
 
