@@ -21,7 +21,7 @@ import tiny_lm_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MACHINES = {"With AMX": ".", "Without AMX": "zen4"}  # title -> folder of results
+MACHINES = {"With AMX": ".", "Without AMX, Zen 4": "zen4", "Without AMX, Zen 5": "zen5"}  # title -> folder of results
 TRAINER = "PEFT + Trainer, grouped by length"
 SPEED = ("real", "steps", "memory", "curves", "growth", "inference", "adapters", "startup")  # docs/performance.md
 
