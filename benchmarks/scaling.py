@@ -3,7 +3,8 @@
     python benchmarks/scaling.py        writes benchmarks/results/scaling.json, which docs/scaling.md shows
 
 Memory, products and traffic are those that `tailora plan` finds: the run's own code on tensors without contents, with
-4 and with 8 decoder layers; all quantities grow evenly with the layers, so the whole model follows. Time is the
+4 and with 8 decoder layers; all quantities grow evenly with the layers, so the whole model follows. Memory is that of a
+step and that of loading, and the larger of the two has to fit. Time is the
 roofline of tailora/study/cards.py, beside the time that the collectives take on links of a data sheet.
 
 Shapes are those of the models' public config.json, written down here from memory and checked by their known number of
@@ -80,7 +81,8 @@ def simulated(model: str, method: str, layers: int) -> dict[str, Any]:
             "parameters": sum(parameter.numel() for parameter in fake.base.parameters()),
             "trained": estimate.trained_bytes(fake) // 4,
             "operators": step.operators,
-            "memory": {n: asdict(estimate.estimate_memory(config, fake, step, CONTEXT, n)) for n in GPUS},
+            "memory": {n: asdict(estimate.memory_of_step(config, fake, step, CONTEXT, n)) for n in GPUS},
+            "loading": {n: estimate.memory_of_loading(fake, CONTEXT, n) for n in GPUS},
             "sent": {
                 (n, sharded): estimate.sent_bytes(fake, n, 1, sharded=sharded)
                 for n in GPUS
@@ -111,6 +113,7 @@ def whole(model: str, method: str) -> dict[str, Any]:
         "memory": {
             n: {part: grown(few["memory"][n][part], many["memory"][n][part], layers) for part in PARTS} for n in GPUS
         },
+        "loading": {n: grown(few["loading"][n], many["loading"][n], layers) for n in GPUS},
         "sent": {key: grown(few["sent"][key], many["sent"][key], layers) for key in few["sent"]},
     }
 
@@ -123,21 +126,23 @@ def link_seconds(sent: float, gpus: int) -> float:
 
 def cell(model: str, method: str, gpus: int, numbers: dict[str, Any]) -> dict[str, Any]:
     """One line: with a whole base on each GPU where that fits, which communicates least, or else sharded."""
-    replicated, sharded = numbers["memory"][1], numbers["memory"][gpus]
-    fits = sum(replicated.values()) <= CARD.available_bytes
-    shards = gpus > 1 and not fits
-    memory = sharded if shards else replicated
-    sent = 0.0 if gpus == 1 else numbers["sent"][gpus, shards]
+
+    def largest(shards: int) -> float:
+        return float(max(sum(numbers["memory"][shards].values()), numbers["loading"][shards]))
+
+    shards = 1 if largest(1) <= CARD.available_bytes else gpus
+    is_sharded, memory = shards > 1, numbers["memory"][shards]
+    sent = 0.0 if gpus == 1 else numbers["sent"][gpus, is_sharded]
     seconds, links = numbers["seconds"], link_seconds(sent, gpus)
     computing = max(seconds["products"] + seconds["memory"], seconds["launches"])
     step = max(computing, links)  # the collectives of one layer run while another one computes
-    total = sum(memory.values())
     return {
         "cell": {"model": model, "method": method, "gpus": gpus},
         "result": {
-            "sharded": shards,
-            "memory": {**memory, "total": total},
-            "fits": total <= CARD.available_bytes,
+            "sharded": is_sharded,
+            "memory": {**memory, "total": sum(memory.values())},
+            "loading": numbers["loading"][shards],
+            "fits": largest(shards) <= CARD.available_bytes,
             "sent_bytes": sent,
             "computing_seconds": computing,
             "link_seconds": links,

@@ -29,11 +29,11 @@ def memory(content: Content) -> str:
     """GB of a rank."""
     rows = []
     for cell in content["cells"]:
-        parts = cell["result"]["memory"]
+        result, parts = cell["result"], cell["result"]["memory"]
         sums = [sum(parts[name] for name in names) for names in GROUPS.values()]
-        fits = "" if cell["result"]["fits"] else ", too much"
-        rows.append([*name_of(cell), *map(gigabytes, sums), f"{gigabytes(parts['total'])}{fits}"])
-    return table(["model", "method", "GPUs", "base", *GROUPS, "together"], rows)
+        fits = "" if result["fits"] else "too much"
+        rows.append([*name_of(cell), *map(gigabytes, [*sums, parts["total"], result["loading"]]), fits])
+    return table(["model", "method", "GPUs", "base", *GROUPS, "together", "while loading", ""], rows)
 
 
 def time(content: Content) -> str:

@@ -236,8 +236,9 @@ class Weights:
     while_read: int  # in addition, until all are read
     left_mapped: int  # in addition, afterwards: of a quantized base the files' weights that were quantized
     dense: int  # in addition, while a quantized layer computes: the largest dense weight
-    layer: int = 0  # of `stored`, the largest decoder layer
-    outside: int = 0  # of `stored`, what is in no decoder layer: embeddings, head, the last norm
+    is_quantized: bool = False
+    layer: int = 0  # of `stored`, the parameters of the largest decoder layer, which FSDP2 shards
+    outside: int = 0  # of `stored`, what is no parameter of a decoder layer: embeddings, head, last norm; scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,19 +335,25 @@ def fake_trainable(
 def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None) -> Weights:
     """files: precision of the files.    stored: of a quantized base, whose linear layers then compute as such."""
     quantized: dict[int, int] = {}  # id of the plain weight -> bytes
+    codes: dict[int, int] = {}  # the same without the scales
     for layer in list(base.modules()) if stored else []:
         layer_type = layer_type_of(layer)
         if stored and layer_type and layer_type.is_linear and layer is not base.get_output_embeddings():
-            quantized[id(layer.weight)] = stored.bytes(cast(Tensor, layer.weight))
+            weight = cast(Tensor, layer.weight)
+            quantized[id(weight)], codes[id(weight)] = stored.bytes(weight), stored.codes(weight)
             layer.__class__ = _quantized_class(type(layer))  # type: ignore[arg-type]
             layer.__dict__["stored"] = stored
     tensors = [tensor for _, tensor, _ in named_stored_tensors(base)]
     total = sum(quantized.get(id(tensor), tensor.nbytes) for tensor in tensors)
     dense = max((tensor.nbytes for tensor in tensors if id(tensor) in quantized), default=0)
     layers = [
-        sum(quantized.get(id(tensor), tensor.nbytes) for tensor in layer.parameters()) for layer in decoder_layers(base)
+        sum(codes.get(id(tensor), tensor.nbytes) for tensor in layer.parameters()) for layer in decoder_layers(base)
     ]
-    parts = {"layer": max(layers, default=0), "outside": max(total - sum(layers), 0)}
+    parts: dict[str, Any] = {
+        "is_quantized": bool(quantized),
+        "layer": max(layers, default=0),
+        "outside": max(total - sum(layers), 0),
+    }
     if base.dtype != files:  # converted, and the files are closed
         read = sum(parameter.numel() for parameter in base.parameters()) * files.itemsize
         return Weights(total, read, 0, dense, **parts)
@@ -492,23 +499,43 @@ def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, proces
     """Returns the memory of a run; of one rank, if FSDP2 shards the base over several.
 
     step: cost of its largest forward.    process: bytes that the process uses of the device before its model is loaded.
-    It also gets what libraries use and allocators keep, and on a CPU the difference if reading the weights, or reading
+    It also gets what libraries use and allocators keep, and the difference if loading the weights, or on a CPU reading
     back what was saved, takes more than a step.
     """
+    in_step = memory_of_step(config, fake, step, process, shards)
+    largest = max(in_step.total, memory_of_loading(fake, process, shards))
+    if fake.base.device.type == "cpu" and isinstance(fake.model, FullModel):
+        largest = max(largest, in_step.total - step.bytes + fake.weights.stored)
+    return in_step.with_total(largest)
+
+
+def memory_of_step(config: TrainConfig, fake: FakeModel, step: StepCost, process: int, shards: int = 1) -> Memory:
+    """Returns the memory of a run in its largest step; arguments as of `estimate_memory`."""
     memory, weights = _of_one_process(config, fake, step, process), fake.weights
     if shards > 1:
-        memory, weights = _on_one_rank(memory, fake, shards)
+        memory = _on_one_rank(memory, fake, shards)
         if not config.fsdp_reshard_after_forward:  # gathered layers stay until the backward has used them
-            memory = replace(memory, gathered=fake.weights.stored - fake.weights.outside)
+            memory = replace(memory, gathered=weights.stored - weights.outside)
     kept_by_allocator = int(FRAGMENTATION * step.bytes)
-    if fake.base.device.type != "cpu":  # weights are read onto it file by file
+    if fake.base.device.type != "cpu":
         return replace(memory, process=process + WORKSPACE + kept_by_allocator)
     libraries = LIBRARIES + (LIBRARIES_16_BIT if fake.base.dtype == torch.bfloat16 else 0)
-    beside = process + weights.left_mapped + libraries + kept_by_allocator
-    in_step = replace(memory, process=beside)
-    reading = process + weights.stored + weights.while_read
-    reading_back = in_step.total - step.bytes + (weights.stored if config.method == "full" else 0)
-    return in_step.with_total(max(in_step.total, reading, reading_back))
+    left_mapped = weights.left_mapped
+    return replace(memory, process=process + left_mapped + libraries + kept_by_allocator)
+
+
+def memory_of_loading(fake: FakeModel, process: int, shards: int = 1) -> int:
+    """Returns the bytes of a process while it loads the base; of one rank, if FSDP2 shards the base over several.
+
+    A rank reads its rows of every weight. It quantizes whole weights, so a quantized model is whole before it is
+    sharded. On a CPU the files stay mapped until all is read; a device gets one weight after the other.
+    """
+    weights = fake.weights
+    stored, while_read = weights.stored, weights.while_read
+    if shards > 1 and not weights.is_quantized:
+        stored = _stored_on_rank(fake, shards)
+        while_read = while_read * stored // weights.stored
+    return process + stored + (while_read if fake.base.device.type == "cpu" else weights.dense)
 
 
 def trained_bytes(fake: FakeModel) -> int:
@@ -536,35 +563,35 @@ GATHERED_LAYERS = 5
 GRADIENTS_OF_LAYERS = 2  # copies: whole, and as the input of the reduce-scatter
 
 
-def _on_one_rank(memory: Memory, fake: FakeModel, shards: int) -> tuple[Memory, Weights]:
-    """Returns what one of `shards` ranks has of the memory of one process, and of its weights.
+def _on_one_rank(memory: Memory, fake: FakeModel, shards: int) -> Memory:
+    """Returns what one of `shards` ranks has of the memory of one process.
 
     FSDP2 shards the decoder layers (`train.parallel`). What is outside of them, adapters, their gradients and their
     optimizer are whole on every rank. In full fine-tuning, which does not do it yet, all would be sharded; a gradient
     is whole, and once more as the input of the reduce-scatter, until its shards are summed.
     """
-
-    def share(size: int) -> int:
-        return -(-size // shards)
-
     weights, gathered = fake.weights, GATHERED_LAYERS * fake.weights.layer
-    stored = weights.outside + share(weights.stored - weights.outside)
     if isinstance(fake.model, FullModel):
-        stored, gathered = share(weights.stored), gathered + weights.outside
+        gathered += weights.outside
         memory = replace(
             memory,
-            adapters=share(memory.adapters),
-            gradients=share(trained_bytes(fake)) + weights.outside + GRADIENTS_OF_LAYERS * weights.layer,
-            optimizer=share(memory.optimizer),
+            adapters=_share(memory.adapters, shards),
+            gradients=_share(trained_bytes(fake), shards) + weights.outside + GRADIENTS_OF_LAYERS * weights.layer,
+            optimizer=_share(memory.optimizer, shards),
         )
-    memory = replace(memory, weights=stored, gathered=gathered)
-    on_rank = replace(
-        weights,
-        stored=stored,
-        while_read=share(weights.while_read),
-        left_mapped=share(weights.left_mapped),
-    )
-    return memory, on_rank
+    return replace(memory, weights=_stored_on_rank(fake, shards), gathered=gathered)
+
+
+def _stored_on_rank(fake: FakeModel, shards: int) -> int:
+    """Returns the bytes of the base's weights that one of `shards` ranks keeps."""
+    weights = fake.weights
+    if isinstance(fake.model, FullModel):
+        return _share(weights.stored, shards)
+    return weights.outside + _share(weights.stored - weights.outside, shards)
+
+
+def _share(size: int, shards: int) -> int:
+    return -(-size // shards)
 
 
 def sent_bytes(fake: FakeModel, ranks: int, forwards: float, *, sharded: bool, gathers: int = 2) -> int:

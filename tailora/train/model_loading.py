@@ -58,13 +58,18 @@ LARGEST_ERROR = 0.3  # relative, of the weight and the gradient; 4-bit methods s
 class Stored:
     """What a method's layers need, for an estimate.
 
-    bytes: plain weight -> bytes when quantized.    per_output: temporary bytes for each number of a layer's output.
+    codes, scales: plain weight -> bytes of the quantized numbers, which FSDP2 can shard, and of their scales, which it
+    leaves whole.    per_output: temporary bytes for each number of a layer's output.
     keeps_dense: True if the dense weight of every layer is kept for the backward, False if one exists at a time.
     """
 
-    bytes: Callable[[Tensor], int]
+    codes: Callable[[Tensor], int]
+    scales: Callable[[Tensor], int]
     per_output: float = 0
     keeps_dense: bool = False
+
+    def bytes(self, weight: Tensor) -> int:
+        return self.codes(weight) + self.scales(weight)
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,15 @@ class Method:
     stored: Stored | None = None  # None if unknown
 
 
-def _four_bit_bytes(weight: Tensor) -> int:
-    """Half a byte a weight, one byte a block of 64, 4 bytes for 256 blocks, and the two tables of codes."""
+def _four_bit_codes(weight: Tensor) -> int:
+    """Half a byte a weight."""
+    return weight.numel() // 2
+
+
+def _four_bit_scales(weight: Tensor) -> int:
+    """One byte a block of 64, 4 bytes for 256 blocks, and the two tables of codes."""
     blocks = -(-weight.numel() // 64)
-    return weight.numel() // 2 + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
+    return blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
 
 
 def _int8(_: torch.dtype) -> Any:
@@ -107,7 +117,7 @@ def _four_bits(quant_type: str) -> Method:
         )
 
     layer = partial(_bitsandbytes_layer, "Linear4bit", {"quant_type": quant_type})
-    return Method("bitsandbytes", settings, layer, Stored(_four_bit_bytes))
+    return Method("bitsandbytes", settings, layer, Stored(_four_bit_codes, _four_bit_scales))
 
 
 def _torchao(bits: int, stored: Stored | None = None) -> Method:
@@ -133,11 +143,9 @@ METHODS = {
         "bitsandbytes",
         _int8,
         partial(_bitsandbytes_layer, "Linear8bitLt", {"has_fp16_weights": False}),
-        Stored(lambda weight: weight.numel() + 4 * len(weight), per_output=4),  # sums of int8 are int32
+        Stored(Tensor.numel, lambda weight: 4 * len(weight), per_output=4),  # sums of int8 are int32
     ),
-    "torchao-int8": _torchao(
-        8, Stored(lambda weight: weight.numel() + weight.itemsize * len(weight), keeps_dense=True)
-    ),
+    "torchao-int8": _torchao(8, Stored(Tensor.numel, lambda weight: weight.itemsize * len(weight), keeps_dense=True)),
     "torchao-int4": _torchao(4),
 }
 

@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import chat_tokenizer
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -14,12 +17,13 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     RobertaConfig,
 )
 
 from tailora.core.config import LoRAConfig
-from tailora.core.quantization import stored_bytes
+from tailora.core.quantization import stored_bytes, stored_tensors
 from tailora.data.dataset import Example
 from tailora.errors import TargetError
 from tailora.kernels.loss import FROZEN, OWN
@@ -31,12 +35,15 @@ from tailora.train.estimate import (
     fake_model,
     fake_tensors,
     fake_trainable,
+    memory_of_loading,
+    sent_bytes,
     simulate_step,
 )
 from tailora.train.kernel_choice import LLAMA, PLAIN, Kernels, use_kernels
 from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.memory import ForwardSize
 from tailora.train.model_loading import load_base, read_config
+from tailora.train.parallel import shard_base
 from tailora.train.setup import memory_cost
 
 CPU = torch.device("cpu")
@@ -171,6 +178,38 @@ def test_the_bytes_of_the_base_are_those_of_the_loaded_one(tmp_path: Path, quant
         _, weights = fake_trainable(config, read_config(config.model), CPU)
     base, _ = load_base(str(tmp_path), "bfloat16", "cpu", quantize)
     assert weights.stored == pytest.approx(stored_bytes(base), rel=0.02)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_the_bytes_of_a_rank_are_those_of_the_sharded_base(tmp_path: Path, quantize: str | None) -> None:
+    """Scales stay whole, and a base is whole until it is quantized; of a plain one a rank reads its own rows."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
+    shape = LlamaConfig(vocab_size=320, **sizes)
+    AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    chat_tokenizer(["one"], eos_token="<|im_end|>").save_pretrained(tmp_path)
+    config = TrainConfig(model=str(tmp_path), quantize=quantize, dtype="bfloat16", r=4)
+    with fake_model(config, read_config(config.model), AbsentDevice("cuda", torch.bfloat16)) as fake:
+        step = simulate_step(fake, [example(20)], checkpointed=False)
+        memory = estimate_memory(config, fake, step, process=0, shards=3)
+        sent = sent_bytes(fake, 3, 1, sharded=True) - sent_bytes(fake, 3, 1, sharded=False)
+    before, loading = [], memory_of_loading(fake, process=0, shards=3)
+
+    def shard(model: PreTrainedModel) -> None:
+        before.append(0 if model.device.type == "meta" else stored_bytes(model))
+        shard_base(model, CPU, reshard_after_forward=True)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
+    try:
+        base, _ = load_base(str(tmp_path), "bfloat16", "cpu", quantize, shard=shard)
+        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in stored_tensors(base)]
+        sharded = sum(parameter.nbytes for parameter in base.parameters() if isinstance(parameter, DTensor))
+    finally:
+        dist.destroy_process_group()
+    assert memory.weights == pytest.approx(sum(tensor.nbytes for tensor in local), rel=0.02)
+    largest = max(before[0], memory.weights)
+    assert loading == pytest.approx(largest + fake.weights.dense, rel=0.02)
+    assert memory.total >= loading
+    assert sent == pytest.approx(2 * sharded * 2 / 3, rel=0.02)  # for the forward, and again for the backward
 
 
 def test_full_fine_tuning_counts_masters_where_the_base_has_16_bits(model_folder: Path) -> None:
