@@ -65,6 +65,7 @@ for name, settings in json.loads(sys.argv[1]).items():
         of_first = buffer.parameter.detach().clone()
         torch.distributed.broadcast(of_first, src=0)
         assert torch.equal(of_first, buffer.parameter)
+torch.distributed.destroy_process_group()
 """
 SHARED = {"num_train_epochs": 5, "per_device_train_batch_size": 3, "eval_steps": 9, "save_steps": 9}  # 20 steps
 SLOTS = {"use_dora": True, "learn_scaling": True, "modules_to_save": ["lm_head"]}
