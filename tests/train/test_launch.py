@@ -193,16 +193,16 @@ if case and os.environ.get("RANK") == rank:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("way", ["tailora", "torchrun"])
+@pytest.mark.parametrize(("way", "more"), [("tailora", []), ("tailora", ["--fsdp"]), ("torchrun", [])])
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("case", ["loading", "step", "save", "evaluation"])
 def test_a_killed_process_ends_all_with_one_message_and_the_run_resumes(
-    case: str, rank: int, way: str, settings: Any, tmp_path: Path
+    case: str, rank: int, way: str, more: list[str], settings: Any, tmp_path: Path
 ) -> None:
     """torchrun's own table of failures comes in addition."""
     (tmp_path / "sitecustomize.py").write_text(KILL)
     out, path = tmp_path / "out", f"{tmp_path}:{os.getcwd()}"
-    words = flags(settings(**{**LONG, "save_steps": 1, "eval_steps": 2}))
+    words = [*flags(settings(**{**LONG, "save_steps": 1, "eval_steps": 2})), *more]
     run = Start(launcher(way, words), tmp_path, PYTHONPATH=path, DIES=f"{case} {rank}")
     run.wait_for(lambda: "reading model" in run.log.read_text())
     started = time.monotonic()
