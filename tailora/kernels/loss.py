@@ -277,20 +277,26 @@ HALF_TOLERANCE = 5e-2  # bfloat16, float16
 RAMP = 1e3  # logits from -RAMP to RAMP show a soft cap, a scale or a bound that small ones do not
 
 
-def choose_form(model: Model, batch: Batch, compare: bool = True) -> tuple[str, str | None]:
+Agree = Callable[[str | None], str | None]  # the obstacle on this rank -> that of all ranks
+
+
+def choose_form(
+    model: Model, batch: Batch, compare: bool = True, agree: Agree = lambda obstacle: obstacle
+) -> tuple[str, str | None]:
     """Returns the form of least memory that gives the model's own losses and gradients, and why it is not chunked.
 
     A few tokens are enough for `batch`. The model is in evaluation mode, without dropout.
     compare: False for a model of fake tensors, whose numbers cannot be compared: an unchanged tensor shares its memory.
+    agree: gives all ranks of a run the same obstacle, after each forward, since one of a sharded model needs all ranks.
     """
     own, chunked = own_form(model), RECOMPUTED
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and not is_quantized(head) and not any(p.requires_grad for p in head.parameters()):
         chunked = FROZEN  # an adapted or quantized layer is not a plain one
     obstacle = (
-        _structural_obstacle(model, batch)
-        or _change_around_head(model, batch, compare)
-        or (_difference(model, batch, chunked, own) if compare else None)
+        agree(_structural_obstacle(model, batch))
+        or agree(_change_around_head(model, batch, compare))
+        or (agree(_difference(model, batch, chunked, own)) if compare else None)
     )
     return (own, f"{type(model).__name__} {obstacle}") if obstacle else (chunked, None)
 

@@ -8,14 +8,14 @@ share_kept        how much compiled layers keep for the backward, of what others
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -40,6 +40,7 @@ from tailora.train.config import TrainConfig
 from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.memory import ACTIVATION_MEMORY
 from tailora.train.packing import random_documents
+from tailora.train.parallel import first_of_ranks
 from tailora.train.trainable import Trainable, trained_module
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}  # float64: transformers computes norms in float32
@@ -50,6 +51,7 @@ LLAMA_GAIN = 0.17  # share of the time of transformers' layers that the Llama ke
 SPREAD = 0.02  # standard deviation of factors that start at zero, while gradients are compared
 
 PLAIN, LLAMA, COMPILED = "plain", "llama", "compiled"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,11 @@ def choose_kernels(
                 "where and as it was started, or start again in another --output-dir"
             )
         reasons.append(f"compiled layers: {obstacle}")
-    obstacle, check = obstacle_to_llama_kernels(config.fast, base, layout), "as when the run was started"
+    obstacle = first_of_ranks(obstacle_to_llama_kernels(config.fast, base, layout))
+    check = "as when the run was started"
     if obstacle is None and recorded is None:
         obstacle, check = _compared(model, _parts(work.sample, base), layout, None)
-        obstacle = _obstacle_of_any(obstacle)
+        obstacle = first_of_ranks(obstacle)
     elif obstacle is None and recorded is not True:
         obstacle = "the run was started without"
     return llama_or_plain_kernels(base, layout, obstacle, check, reasons)
@@ -110,11 +113,6 @@ def _asks_for_compiled(config: TrainConfig) -> bool:
     return config.fast == "compile" or config.activation_memory < 1
 
 
-def _obstacle_of_any(obstacle: str | None) -> str | None:
-    """Returns the obstacle of the first process that has one, so that all of them choose the same."""
-    return next((text for text in gather_object([obstacle]) if text is not None), None)
-
-
 def _try_compiled(
     config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: bool | str | None
 ) -> tuple[Kernels | None, str | None]:
@@ -122,7 +120,7 @@ def _try_compiled(
     base, budget, asked = cast(PreTrainedModel, model.base_model), config.activation_memory, _asks_for_compiled(config)
     if config.gradient_checkpointing:
         return None, "--gradient-checkpointing computes each layer again"
-    if obstacle := _obstacle_of_any(obstacle_to_compiling(base, base.device)):
+    if obstacle := first_of_ranks(obstacle_to_compiling(base, base.device)):
         return None, obstacle
     compiled = CompiledLayers(budget)
     kernels = Kernels(COMPILED, "", compiled)
@@ -131,7 +129,7 @@ def _try_compiled(
     if recorded is None and not asked and (obstacle := _costs_more_than_it_saves(model, work, layout)):
         return None, obstacle
     obstacle, check, time_share = _compile(model, work, layout, compiled, resumed=recorded is not None)
-    if obstacle := _obstacle_of_any(obstacle):
+    if obstacle is not None:
         return None, obstacle
     if recorded is None:
         share, others = broadcast_object_list([time_share])[0]
@@ -145,7 +143,7 @@ def _try_compiled(
 
 
 def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout) -> str | None:
-    """Returns why the rest of the run does not pay for compiling, as the first process sees it.
+    """Returns why the rest of the run does not pay for compiling. Times are those of the first process.
 
     What compiling saves is a known share of the time of the layers as they are, which is measured on this model.
     """
@@ -157,14 +155,15 @@ def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout)
         place = "this CPU" if base.device.type == "cpu" else base.device.type
         dtype = str(base.dtype).removeprefix("torch.")
         obstacle = f"no gain is known on {place} in {dtype}; --fast compile tries them"
-    else:
-        with layout.used_by(base):
-            calls = _layer_calls(model, layers, _timed_examples(work), layout)
-            seconds = min(_seconds(*calls[-1]) for _ in range(TIMES)) if calls else 0.0
-        saved = share * seconds * len(calls) * work.tokens / TIMED_TOKENS
-        compiling = expected_seconds(layers, 1.0, _has_dropout(base))
-        if saved < compiling:
-            obstacle = f"they would save about {saved:.0f} s of this run, and compiling takes about {compiling:.0f} s"
+    if (obstacle := first_of_ranks(obstacle)) is not None:
+        return obstacle
+    with layout.used_by(base):
+        calls = _layer_calls(model, layers, _timed_examples(work), layout)
+        seconds = min(_seconds(*calls[-1]) for _ in range(TIMES)) if calls else 0.0
+    saved = share * seconds * len(calls) * work.tokens / TIMED_TOKENS
+    compiling = expected_seconds(layers, 1.0, _has_dropout(base))
+    if saved < compiling:
+        obstacle = f"they would save about {saved:.0f} s of this run, and compiling takes about {compiling:.0f} s"
     return cast("str | None", broadcast_object_list([obstacle])[0])
 
 
@@ -186,29 +185,46 @@ def _seconds(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any
 def _compile(
     model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers, *, resumed: bool
 ) -> tuple[str | None, str, tuple[float, str]]:
-    """Compiles the layers. Returns why they are not right, how it is known that they are, and their time.
+    """Compiles the layers. Returns why they are not right on some rank, how it is known that they are, and their time.
 
     The time is a share of that of others, and their name. A resumed run is only called: see `choose_kernels`.
     """
     base, no_time = cast(PreTrainedModel, model.base_model), (0.0, "")
-    layers, parts = decoder_layers(base), _parts(work.sample, base)
-    try:
-        if resumed:
-            _compile_for_training(model, parts, layout, compiled)
-            return None, "as when the run was started", no_time
-        obstacle, check = _compared(model, parts, layout, compiled)
-        if obstacle:
-            return obstacle, "", no_time
+    parts = _parts(work.sample, base)
+
+    def compile_for_training() -> tuple[None, None]:
+        _compile_for_training(model, parts, layout, compiled)
+        return None, None
+
+    def measure() -> tuple[str | None, tuple[float, str]]:
         if _has_dropout(base):
-            _compile_for_training(model, parts, layout, compiled)
+            compile_for_training()
         time_share = _time_share(model, work, layout, compiled)
+        return ("text does not reach them", no_time) if time_share is None else (None, time_share)
+
+    if resumed:
+        obstacle, _ = _on_all_ranks(compile_for_training)
+        return obstacle, "as when the run was started", no_time
+    obstacle, check = _on_all_ranks(lambda: _compared(model, parts, layout, compiled))
+    if obstacle is not None:
+        return obstacle, "", no_time
+    obstacle, time_share = _on_all_ranks(measure)
+    if obstacle is None:
+        note_compiled(decoder_layers(base), compiled.activation_memory)
+    return obstacle, check or "", time_share or no_time
+
+
+def _on_all_ranks(trial: Callable[[], tuple[str | None, T]]) -> tuple[str | None, T | None]:
+    """Returns the obstacle that the trial of a rank finds, and the result of this rank's; None if there is none.
+
+    That torch.compile refuses the layers is an obstacle, too.
+    """
+    try:
+        obstacle, result = trial()
     except COMPILER_ERRORS as error:
         cause = " ".join(str(error).split("\n\n")[0].split())  # what follows are hints for torch's developers
-        return f"torch.compile refuses them ({cause})", "", no_time
-    note_compiled(layers, compiled.activation_memory)
-    if time_share is None:
-        return "text does not reach them", "", no_time
-    return None, check, time_share
+        return first_of_ranks(f"torch.compile refuses them ({cause})"), None
+    return first_of_ranks(obstacle), result
 
 
 def _time_share(

@@ -1,5 +1,10 @@
-"""Whether a model may be given packed rows, and what computes their attention: tried on the model itself."""
+"""Whether a model may be given packed rows, and what computes their attention: tried on the model itself.
 
+All ranks of a run choose the same, what every rank can do. They agree after each forward that is tried, because with a
+sharded base every forward needs all ranks.
+"""
+
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +19,7 @@ from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.kernels.attention import CPU, PackingError, packed_rows
 from tailora.kernels.device_attention import BLOCK, HALF, PROVIDERS
-from tailora.train.parallel import forget_forward
+from tailora.train.parallel import first_of_ranks, forget_forward
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative to the norm of logits and gradients
 # bfloat16, float16: two orders of summation give the demo's model, of 30 layers, logits that differ by .01 to .02 and
@@ -63,9 +68,12 @@ def predicted_provider(device_type: str, dtype: torch.dtype) -> str:
 
 
 def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool) -> str | None:
-    """Returns why packed rows are not safe with it, or None if documents give the results that each gives alone."""
-    name, row = type(model).__name__, PROVIDERS.get(provider)
-    if row is not None and compare and (missing := row.obstacle(model.device, model.dtype)):
+    """Returns why packed rows are not safe with it, or None if documents give the results that each gives alone.
+
+    Without `compare` the structure of the model alone decides, which is the same on every rank.
+    """
+    name, row, refusal = type(model).__name__, PROVIDERS.get(provider), None
+    if row is not None and compare and (missing := first_of_ranks(row.obstacle(model.device, model.dtype))):
         return missing
     documents = random_documents(model.config, () if row is None else (LONG,))
     refusals = (PackingError, TypeError) if row is None else REFUSALS  # TypeError: forward has no such parameter
@@ -81,15 +89,25 @@ def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool
             raise
         except refusals as error:
             forget_forward(model)
-            return f"{name} does not support them ({str(error).splitlines()[0]})"
+            refusal = f"{name} does not support them ({str(error).splitlines()[0]})"
         if not compare:
-            return None
+            return refusal
+        if (refusal := first_of_ranks(refusal)) is not None:
+            return refusal
         alone = [_results(model, [document], packed=False, gradient=True) for document in documents]
+    return first_of_ranks(_difference(model, together, alone))
+
+
+def _difference(
+    model: PreTrainedModel, together: tuple[Tensor, ...], alone: Sequence[tuple[Tensor, ...]]
+) -> str | None:
+    """Returns how the results of packed documents differ from those of each alone; None if they are the same."""
     for what, actual, parts in zip(("logits", "gradients"), together, zip(*alone, strict=True), strict=False):
         expected = torch.cat(parts)
         difference = float((actual - expected).norm() / expected.norm())
         tolerance = TOLERANCE.get(model.dtype, HALF_TOLERANCE[what])
         if not difference <= tolerance:
+            name = type(model).__name__
             return f"{name} gives other {what} for packed documents (by {difference:.1e}, allowed {tolerance:.0e})"
     return None
 

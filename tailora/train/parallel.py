@@ -11,6 +11,7 @@ use has a gradient of zero there.
 
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,23 @@ from tailora.errors import ConfigError
 from tailora.kernels.compiled_layers import decoder_layers
 from tailora.kernels.flat_parameters import FlatBuffer
 
+T = TypeVar("T")
+
 
 def has_other_ranks() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def first_of_ranks(value: T | None) -> T | None:
+    """Returns the value of the first rank that has one, and None if no rank has. All ranks must call it.
+
+    With it, an obstacle on one rank is one on all ranks, so that all choose the same.
+    """
+    if not has_other_ranks():
+        return value
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return next((item for item in values if item is not None), None)
 
 
 def sum_over_ranks(buffers: Sequence[FlatBuffer]) -> None:

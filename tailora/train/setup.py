@@ -34,7 +34,7 @@ from tailora.train.loss import BatchLayout, make_batch, token_losses
 from tailora.train.memory import Cost, measure_cost
 from tailora.train.model_loading import load_base
 from tailora.train.packing import choose_packing
-from tailora.train.parallel import forget_forward
+from tailora.train.parallel import first_of_ranks, forget_forward
 from tailora.train.random_state import seed_all
 from tailora.train.trainable import FullModel, Trainable
 
@@ -239,6 +239,7 @@ def choose_layout(
 ) -> BatchLayout:
     """Returns packed or padded batches, and how the loss is computed; both are tried on the model itself.
 
+    All ranks of a run choose the same.
     note: called with the reason if the model cannot do what is fastest.
     compare: False for a model without contents, whose structure alone decides.
     Raises ConfigError for packing = 'on' if it would change results.
@@ -252,7 +253,10 @@ def choose_layout(
         layout = BatchLayout(packed, own, pad_id, attention)
         with layout.used_by(base):
             batch = make_batch(short_examples(base), layout, base.device)
-            loss, obstacle = (own, None) if config.fast == "off" else choose_form(base, batch, compare)
+            loss, obstacle = own, None
+            if config.fast != "off":
+                agree = {"agree": first_of_ranks} if compare else {}  # the structure is the same on every rank
+                loss, obstacle = choose_form(base, batch, compare, **agree)
     if packing_note:
         note(packing_note)
     if obstacle:

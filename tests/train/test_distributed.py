@@ -35,6 +35,8 @@ from tailora.train.trainer import run
 LONGEST = 600  # s; some 15 on an idle machine, 150 for the exhaustive test
 WORKER = """
 import functools, json, sys, warnings
+from contextlib import nullcontext
+from unittest import mock
 import torch
 torch.set_num_threads(1)
 from tailora.train import kernel_choice
@@ -48,6 +50,13 @@ torch.distributed.init_process_group("gloo")  # which the runs use, and leave
 rank = torch.distributed.get_rank()
 kernel_choice.CompiledLayers = functools.partial(kernel_choice.CompiledLayers, backend="aot_eager")
 obstacle_to_compiling = kernel_choice.obstacle_to_compiling
+LACKING = {  # case -> what the second rank cannot do, and the first can
+    "sharded, one rank packs": mock.patch("tailora.train.packing.TOLERANCE", {torch.float32: -1.0}),
+    "sharded, one rank splits the loss": mock.patch("tailora.kernels.loss.TOLERANCE", {torch.float32: -1.0}),
+    "sharded, one rank has Llama kernels": mock.patch(
+        "tailora.train.kernel_choice.obstacle_to_layers", lambda _: "the second machine lacks them"
+    ),
+}
 trainers, train = [], Trainer.train
 Trainer.train = lambda self: (trainers.append(self), train(self))[1]
 for name, settings in json.loads(sys.argv[1]).items():
@@ -58,7 +67,8 @@ for name, settings in json.loads(sys.argv[1]).items():
     if name == "sharded":
         fit(config, as_json=True, overwrite=False)
     else:
-        Trainer(config).train()
+        with LACKING.get(name, nullcontext()) if rank else nullcontext():
+            Trainer(config).train()
     trainer = trainers.pop()
     print(f"{name} on rank {rank}: {rank_bytes(trainer.base)} bytes of the base")
     for buffer in trainer.buffers:
@@ -82,6 +92,9 @@ CASES: dict[str, dict[str, Any]] = {
         "max_steps": 20,
     },
     "sharded, resumed from one process": {"fsdp": True},
+    "sharded, one rank packs": {"fsdp": True},
+    "sharded, one rank splits the loss": {"fsdp": True},
+    "sharded, one rank has Llama kernels": {"fsdp": True},
 }
 RESUMED = "sharded, resumed from one process"
 
@@ -149,6 +162,22 @@ def test_two_ranks_train_what_one_does(case: str, two_ranks: Ranks, settings: An
         "random-0.safetensors",
         "random-1.safetensors",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        ("sharded", "decoder layers: fused for speed"),
+        ("sharded, one rank packs", "fused ones need packed batches, and these are padded"),
+        ("sharded, one rank splits the loss", "loss: from the model's own logits"),
+        ("sharded, one rank has Llama kernels", "because the second machine lacks them"),
+    ],
+)
+def test_all_ranks_compute_as_every_rank_can(case: str, kernels: str, two_ranks: Ranks) -> None:
+    record = json.loads((two_ranks.folder / case / "run.json").read_text())
+    assert kernels in record["kernels"]
+    assert record["packed"] == ("packs" not in case)
 
 
 @pytest.mark.slow
