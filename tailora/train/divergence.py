@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tailora.core.attach import evaluating
 from tailora.kernels.loss import FORMS, Batch
+from tailora.train.parallel import first_of_ranks, is_sharded
 
 REMEDIES = (
     "what helps: a tenth of the --learning-rate, a longer --warmup-ratio, a smaller --max-grad-norm, --dtype float32; "
@@ -30,7 +31,17 @@ def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
 
 
 def broken_loss(model: nn.Module, batches: Sequence[Batch], form: str) -> str:
-    """Computes the step's losses again and returns the first module whose output is not finite, for a message."""
+    """Computes the step's losses again and returns which module's output is not finite, for a message.
+
+    All ranks call it with their batches, and all get the module of the first rank that has one.
+    """
+    module = first_of_ranks(_broken_module(model, batches, form))
+    if module is None:
+        return "the loss is not finite, though the output of every module that ran is: the logits are too large"
+    return f"the loss is not finite; the first module with such an output is {module}"
+
+
+def _broken_module(model: nn.Module, batches: Sequence[Batch], form: str) -> str | None:
     modules: list[str] = []
 
     def check(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -42,7 +53,7 @@ def broken_loss(model: nn.Module, batches: Sequence[Batch], form: str) -> str:
             if name:
                 hooks.enter_context(module.register_forward_hook(partial(check, name)))
         for batch in batches:
-            FORMS[form](model, batch)  # all of them, because ranks with a sharded base run the same forwards
-    if modules:
-        return f"the loss is not finite; the first module with such an output is {modules[0]}"
-    return "the loss is not finite, though the output of every module that ran is: the logits are too large"
+            FORMS[form](model, batch)
+            if modules and not is_sharded(model):  # ranks with a sharded base run the same forwards
+                break
+    return next(iter(modules), None)

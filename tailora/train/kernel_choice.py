@@ -161,7 +161,7 @@ def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout)
         calls = _layer_calls(model, layers, _timed_examples(work), layout)
         seconds = min(_seconds(*calls[-1]) for _ in range(TIMES)) if calls else 0.0
     saved = share * seconds * len(calls) * work.tokens / TIMED_TOKENS
-    compiling = expected_seconds(layers, 1.0, _has_dropout(base))
+    compiling = expected_seconds(layers, 1.0, has_dropout(base))
     if saved < compiling:
         obstacle = f"they would save about {saved:.0f} s of this run, and compiling takes about {compiling:.0f} s"
     return cast("str | None", broadcast_object_list([obstacle])[0])
@@ -197,7 +197,7 @@ def _compile(
         return None, None
 
     def measure() -> tuple[str | None, tuple[float, str]]:
-        if _has_dropout(base):
+        if has_dropout(base):
             compile_for_training()
         time_share = _time_share(model, work, layout, compiled)
         return ("text does not reach them", no_time) if time_share is None else (None, time_share)
@@ -377,14 +377,14 @@ def _gradients_computed(model: Trainable, layout: BatchLayout) -> Iterator[None]
     """
     base = cast(PreTrainedModel, model.base_model)
     with ExitStack() as stack:
-        if _has_dropout(base):
+        if has_dropout(base):
             stack.enter_context(evaluating(model))
         stack.enter_context(zeros_randomized(model))
         stack.enter_context(layout.used_by(base))
         yield
 
 
-def _has_dropout(base: nn.Module) -> bool:
+def has_dropout(base: nn.Module) -> bool:
     adapters = (part for module in base.modules() if isinstance(module, Adapted) for part in module.active_adapters)
     return (
         any(isinstance(adapter, LoRALayer) and adapter.lora_dropout > 0 for adapter in adapters)

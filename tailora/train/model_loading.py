@@ -277,16 +277,22 @@ def load_base(
     device = torch.device(device)
     precision = precision_of(dtype, device)
     with _reading(name) as source:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
+        is_plain = quantize is None and stored_quantization(config) is None
         more: dict[str, Any] = {}  # None would remove the quantization of a model that is quantized already
         if quantize is not None:
-            check_unquantized(AutoConfig.from_pretrained(source), name, quantize)
+            check_unquantized(config, name, quantize)
             wide = precision if isinstance(precision, torch.dtype) else torch.bfloat16
             more["quantization_config"] = settings_for(quantize, wide, device)
-        is_plain = quantize is None and stored_quantization(AutoConfig.from_pretrained(source)) is None
         with _sharded_before_weights(shard if is_plain else None):
             model, report = AutoModelForCausalLM.from_pretrained(
-                source, dtype=precision, device_map={"": device}, use_safetensors=True, output_loading_info=True, **more
+                source,
+                config=config,
+                dtype=precision,
+                device_map={"": device},
+                use_safetensors=True,
+                output_loading_info=True,
+                **more,
             )
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(

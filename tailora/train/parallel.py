@@ -9,16 +9,16 @@ last micro-batch. Unlike DDP this needs no wrapper around the model, and a param
 use has a gradient of zero there.
 """
 
-import warnings
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from tailora.errors import ConfigError
@@ -89,10 +89,14 @@ def shard_base(base: PreTrainedModel, device: torch.device, *, reshard_after_for
             reshard_after_forward=reshard_after_forward,
             ignored_params={parameter for parameter in layer.parameters() if parameter.ndim == 0},
         )
-    # Torch warns where a gathered layer's output is a view, as GPT-2's decoder's is; the root gathers nothing
-    warnings.filterwarnings("ignore", message=rf"FSDP2-wrapped module \(FSDP{type(root).__name__}\) returned a view")
+    root.register_forward_hook(_copy_views)  # before FSDP2's own
     # without weights of its own it lets the layers prefetch one another, and ends a forward and a backward
     fully_shard(root, mesh=mesh, ignored_params={p for p in root.parameters() if not isinstance(p, DTensor)})
+
+
+def _copy_views(_root: nn.Module, _inputs: Any, output: Any) -> Any:
+    """Returns the output without views, such as GPT-2's: in-place changes of them would lose FSDP2's hooks."""
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor._is_view() else tensor, output)
 
 
 def _root(base: PreTrainedModel) -> nn.Module:
@@ -110,8 +114,3 @@ def forget_forward(model: nn.Module) -> None:
     root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
     if root is not None:
         root.reset_iter_state()
-
-
-def rank_bytes(model: nn.Module) -> int:
-    """Returns the bytes of the parameters that this rank holds between two steps."""
-    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in model.parameters())

@@ -58,7 +58,7 @@ from tailora.train.dataloader import (
     stream_notes,
 )
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
-from tailora.train.kernel_choice import Work, choose_kernels, share_kept_instead, use_kernels
+from tailora.train.kernel_choice import Work, choose_kernels, has_dropout, share_kept_instead, use_kernels
 from tailora.train.loss import Evaluation, ModelWithLoss, batches_within, evaluate, make_batch
 from tailora.train.memory import (
     check_fits,
@@ -275,9 +275,8 @@ class Trainer:
             before, now = saved.state["run"].get("processes", 1), accelerator.num_processes
             if before != now:
                 seed_all(config.seed + rank + 1000 * saved.state["progress"]["step"])  # other masks than at the start
-                self.note(
-                    f"{now} processes go on instead of {before}: the steps are the same, masks of dropout are not"
-                )
+                masks = ", masks of dropout are not" if has_dropout(self.base) else ""
+                self.note(f"{now} processes go on instead of {before}: the steps are the same{masks}")
             drawn_by = rank if before == now else None
             self.state = checkpoint.restore(saved, self.model, self.optimizer, self.buffers, drawn_by, self.allocator)
         self.state.before = self.state.before or self.before
@@ -657,6 +656,7 @@ class Trainer:
         if is_main:
             self.header["diverged"] = True  # allows a resume with a lower learning rate
             run_log.write_run(self.output_dir, self.header)
+        self.accelerator.wait_for_everyone()  # all ranks see the same checkpoints
         good = checkpoints_in(self.output_dir)
         resume = ""
         if good:

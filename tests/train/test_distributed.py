@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import product
@@ -35,13 +36,14 @@ from tailora.train.trainer import run
 LONGEST = 600  # s; some 15 on an idle machine, 150 for the exhaustive test
 WORKER = """
 import functools, json, sys, warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from unittest import mock
 import torch
 torch.set_num_threads(1)
 from tailora.train import kernel_choice
 from tailora.train.config import TrainConfig
-from tailora.train.parallel import rank_bytes
+from tailora.errors import DivergedError, ProcessFailedError
+from tailora.train import trainer as trainer_file
 from tailora.train.trainer import Trainer
 from tailora.cli.train import fit
 
@@ -57,6 +59,20 @@ LACKING = {  # case -> what the second rank cannot do, and the first can
         "tailora.train.kernel_choice.obstacle_to_layers", lambda _: "the second machine lacks them"
     ),
 }
+
+def break_norm(model, *_):
+    if rank == 1:
+        model.get_decoder().norm.register_forward_hook(lambda norm, inputs, output: output * float("nan"))
+
+def broken_loss(*arguments, broken_loss=trainer_file.broken_loss):
+    cause = broken_loss(*arguments)
+    print(f"cause on rank {rank}: {cause}")
+    return cause
+
+def held_bytes(parameter):
+    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).nbytes
+
+trainer_file.broken_loss = broken_loss
 trainers, train = [], Trainer.train
 Trainer.train = lambda self: (trainers.append(self), train(self))[1]
 for name, settings in json.loads(sys.argv[1]).items():
@@ -66,11 +82,14 @@ for name, settings in json.loads(sys.argv[1]).items():
     kernel_choice.obstacle_to_compiling = obstacles[0] if lacks_compiler else obstacles[1]
     if name == "sharded":
         fit(config, as_json=True, overwrite=False)
+    elif "broken" in name:
+        with suppress(DivergedError, ProcessFailedError):
+            Trainer(config, on_ready=break_norm).train()
     else:
         with LACKING.get(name, nullcontext()) if rank else nullcontext():
             Trainer(config).train()
     trainer = trainers.pop()
-    print(f"{name} on rank {rank}: {rank_bytes(trainer.base)} bytes of the base")
+    print(f"{name} on rank {rank}: {sum(map(held_bytes, trainer.base.parameters()))} bytes of the base")
     for buffer in trainer.buffers:
         of_first = buffer.parameter.detach().clone()
         torch.distributed.broadcast(of_first, src=0)
@@ -124,6 +143,8 @@ def train_on_ranks(count: int, configs: dict[str, TrainConfig], folder: Path) ->
 def two_ranks(make_settings: Any, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ranks")
     configs = {name: make_settings(output_dir=str(folder / name), **{**SHARED, **CASES[name]}) for name in CASES}
+    diverging = {"fsdp": True, "validation_split": 0, "max_steps": 1, "gradient_accumulation_steps": 2}
+    configs["broken on one rank"] = make_settings(output_dir=str(folder / "broken"), **diverging)
     one = make_settings(output_dir=str(folder / "one"), gradient_accumulation_steps=2, **SHARED)
     run(one)
     configs[RESUMED] = changed(configs[RESUMED], resume_from_checkpoint=str(folder / "one/checkpoint-9"))
@@ -181,6 +202,12 @@ def test_all_ranks_compute_as_every_rank_can(case: str, kernels: str, two_ranks:
 
 
 @pytest.mark.slow
+def test_every_rank_names_the_module_that_broke_on_one(two_ranks: Ranks) -> None:
+    causes = re.findall(r"cause on rank \d: (.*)", two_ranks.process.stdout)
+    assert causes == ["the loss is not finite; the first module with such an output is model.norm"] * 2
+
+
+@pytest.mark.slow
 def test_ranks_answer_together_and_only_the_first_writes_and_prints(two_ranks: Ranks, settings: Any) -> None:
     one, two = settings(gradient_accumulation_steps=2, **SHARED), two_ranks.folder / "sharded"
     answers = [asdict(answer) for answer in sample_answers(run(one), one.samples, None)]
@@ -197,7 +224,7 @@ def test_one_process_goes_on_where_two_stopped(two_ranks: Ranks, settings: Any) 
     with pytest.raises(CheckpointError, match="the same steps on 1 processes: --gradient-accumulation-steps 2"):
         run(changed(one, gradient_accumulation_steps=3))
     run(one, lambda event: notes.append(getattr(event, "text", "")))
-    assert "1 processes go on instead of 2: the steps are the same, masks of dropout are not" in notes
+    assert "1 processes go on instead of 2: the steps are the same" in notes  # there is no dropout
     tensors, expected = (
         load_file(folder / "adapter/adapter_model.safetensors") for folder in (Path(one.output_dir), stopped)
     )
@@ -241,6 +268,16 @@ def test_a_rank_reads_its_own_rows_of_the_files(model_folder: Path) -> None:
         assert torch.equal(parameter.to_local() if name in sharded else parameter, rows), name
     again, _ = load_base(str(model_folder), "float32")
     assert not any(isinstance(parameter, DTensor) for parameter in again.parameters())
+
+
+@pytest.mark.usefixtures("second_of_three")
+def test_a_decoder_whose_output_is_a_view_is_sharded_without_a_warning() -> None:
+    model, filters = tiny_model("GPT2LMHeadModel"), list(warnings.filters)
+    shard_base(model, torch.device("cpu"), reshard_after_forward=True)
+    states = model.get_decoder()(torch.zeros(1, 2, dtype=torch.long))[0]
+    assert states.requires_grad
+    assert not states._is_view()
+    assert warnings.filters == filters
 
 
 def test_a_base_whose_scales_would_be_lost_is_not_sharded(model_folder: Path) -> None:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import adapter, stopping_at
 from safetensors.torch import load_file
+from torch import nn
 
 from tailora.errors import CheckpointError, ConfigError, DataError, DivergedError
 from tailora.formats.run_folder import checkpoints_in
+from tailora.kernels.loss import FORMS
+from tailora.train.divergence import broken_loss
 from tailora.train.events import Event, Interrupted, Note, Stepped
 from tailora.train.run_log import has_diverged, lock
 from tailora.train.trainer import Trainer, run
@@ -59,6 +63,22 @@ def test_the_last_good_checkpoint_is_kept_named_and_resumed_with_a_lower_rate(se
     assert result.steps == 3
     assert "the learning rate is 0.001 from here on; it was 0.01" in notes
     assert not has_diverged(Path(config.output_dir))
+
+
+def test_the_first_broken_batch_is_enough_to_name_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, computed = nn.Sequential(nn.Linear(1, 1)), list[Any]()
+    model[0].weight.data.fill_(float("nan"))
+
+    def losses(model: nn.Module, batch: Any) -> torch.Tensor:
+        computed.append(batch)
+        return model(torch.ones(1))
+
+    monkeypatch.setitem(FORMS, "of a test", losses)
+    batches: list[Any] = ["first", "second"]
+    assert (
+        broken_loss(model, batches, "of a test") == "the loss is not finite; the first module with such an output is 0"
+    )
+    assert computed == ["first"]
 
 
 def test_no_checkpoint_holds_values_that_are_not_finite(settings: Any) -> None:
