@@ -27,7 +27,15 @@ from cyclopts.utils import is_option_like
 from rich.console import Console
 
 from tailora import __version__
-from tailora.errors import INTERRUPTED, MemoryLimitError, TailoraError, TailoraWarning, is_out_of_memory, listing
+from tailora.errors import (
+    INTERRUPTED,
+    MemoryLimitError,
+    ProcessFailedError,
+    TailoraError,
+    TailoraWarning,
+    is_out_of_memory,
+    listing,
+)
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
@@ -90,6 +98,8 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] =
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, ProcessFailedError) and error.is_shown:
+            return error.exit_code
         if interrupted() and not isinstance(error, KeyboardInterrupt):
             return fail(KeyboardInterrupt(), as_json)
         if is_out_of_memory(error):

@@ -5,6 +5,7 @@ import os
 import shlex
 import textwrap
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from tailora.cli.flags import ConfigFile, Json, NprocPerNode, Overwrite, flags_o
 from tailora.cli.main import ARGUMENTS, is_rank_0, log, note, print_json, stderr, stdout
 from tailora.cli.models import fetch_demo
 from tailora.cli.progress import counter, run_progress
-from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, ProcessFailedError, WriteError
+from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, WriteError
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES, checkpoints_in
 from tailora.report.blocks import Code, Column, Page, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
@@ -193,31 +194,33 @@ def fit(
             log(f"starting {processes} processes")
             launch(ARGUMENTS.get(), processes, Path(config.output_dir))
             return 0
-    with run_progress(stderr() if is_rank_0() else Console(quiet=True)) as listener:  # before torch is loaded
-        from accelerate import PartialState
+    with ExitStack() as stack:
+        with run_progress(stderr() if is_rank_0() else Console(quiet=True)) as listener:  # before torch is loaded
+            from accelerate import PartialState
 
-        from tailora.report.pages.train import write_train_report
-        from tailora.train.events import Interrupted
-        from tailora.train.trainer import run
+            from tailora.report.pages.train import write_train_report
+            from tailora.train.events import Interrupted, fail_together
+            from tailora.train.parallel import own_process_group
+            from tailora.train.trainer import run
 
-        try:
-            result = run(config, on_event=listener, overwrite=overwrite)
-        except ProcessFailedError as error:
-            if not error.is_shown:
-                raise
-            return error.exit_code
-        except Interrupted as interrupted:
-            if not PartialState().is_main_process:
-                return INTERRUPTED
-            message = f"the run so far is saved in {interrupted.folder}; {how_to_resume(interrupted.folder)}"
-            raise KeyboardInterrupt(message) from interrupted
-    if not PartialState().is_main_process:
+            stack.enter_context(own_process_group())
+            try:
+                result = run(config, on_event=listener, overwrite=overwrite)
+            except Interrupted as interrupted:
+                if not PartialState().is_main_process:
+                    return INTERRUPTED
+                message = f"the run so far is saved in {interrupted.folder}; {how_to_resume(interrupted.folder)}"
+                raise KeyboardInterrupt(message) from interrupted
+        folder, numbers, report, page = Path(result.output_dir), result.to_dict(), None, ""
+        is_main, answers = PartialState().is_main_process, list["Answer"]()
         if config.fsdp:  # all processes compute an answer together
-            sample_answers(result, config.samples, questions)
+            stack.enter_context(fail_together(PartialState(), folder))
+        if config.fsdp or is_main:
+            answers = answer_samples(result, config.samples, questions)
+    if not is_main:
         return 0
-    folder, numbers, report, page = Path(result.output_dir), result.to_dict(), None, ""
     try:
-        answer_samples(result, config.samples, questions)
+        write_samples(folder, answers)
         report = write_train_report(folder)
         page = write_page_if_possible(folder)
     except WriteError as error:  # what was trained is whole, so the run has not failed
@@ -242,13 +245,19 @@ def sample_answers(
     return compare_answers(result.model, result.tokenizer, (questions or held_out)[:count], **options)
 
 
-def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] | None) -> None:
-    """Writes samples.json: answers of the base and the tuned model to the first `count` questions."""
-    from tailora.formats.io import write_file
+def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] | None) -> list["Answer"]:
+    """Returns what `sample_answers` does, and shows its progress in the first of several processes."""
     from tailora.train.memory import explain_out_of_memory
 
     advice = f"the adapter is complete, in {result.output_dir}; --samples 0 compares no answers"
-    with explain_out_of_memory("comparing answers", lambda: advice), counter(stderr(), "answers") as progress:
-        samples = sample_answers(result, count, questions, progress=progress)
-    content = json.dumps([asdict(answer) for answer in samples], ensure_ascii=False, indent=2)
-    write_file(Path(result.output_dir) / SAMPLES, content.encode())
+    console = stderr() if is_rank_0() else Console(quiet=True)
+    with explain_out_of_memory("comparing answers", lambda: advice), counter(console, "answers") as progress:
+        return sample_answers(result, count, questions, progress=progress)
+
+
+def write_samples(folder: Path, answers: Sequence["Answer"]) -> None:
+    """Writes samples.json. Raises WriteError."""
+    from tailora.formats.io import write_file
+
+    content = json.dumps([asdict(answer) for answer in answers], ensure_ascii=False, indent=2)
+    write_file(folder / SAMPLES, content.encode())

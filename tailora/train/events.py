@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.distributed import distributed_c10d
 from transformers import PreTrainedTokenizerBase
 
@@ -188,7 +188,7 @@ SECONDS_TO_END = 45.0  # for a process that waits in a collective with one that 
 
 
 @contextmanager
-def fail_together(accelerator: Accelerator, output_dir: Path | None = None) -> Iterator[None]:
+def fail_together(accelerator: Accelerator | PartialState, output_dir: Path | None = None) -> Iterator[None]:
     """An error within the block on one process ends all of them; only the first that fails raises its own error.
 
     The others raise ProcessFailedError as soon as their collective breaks, or end after SECONDS_TO_END if it does not.

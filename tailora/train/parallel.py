@@ -9,7 +9,9 @@ last micro-batch. Unlike DDP this needs no wrapper around the model, and a param
 use has a gradient of zero there.
 """
 
-from collections.abc import Sequence
+import atexit
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +32,27 @@ T = TypeVar("T")
 
 def has_other_ranks() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def own_process_group(*, until_exit: bool = False) -> Iterator[None]:
+    """Ends the process group that is started within the block. One that was there before is left alone.
+
+    A process that ends with an open group of gloo aborts, more often than not.
+    until_exit: ends the group when Python ends, unless the block raises. Until then a sharded model needs it for every
+    call, and a further run of the same script: with torchrun a process can start a group only once.
+    """
+    with ExitStack() as stack:
+        if not dist.is_initialized():
+            stack.callback(_end_process_group)
+        yield
+        if until_exit:
+            atexit.register(stack.pop_all().close)
+
+
+def _end_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def first_of_ranks(value: T | None) -> T | None:

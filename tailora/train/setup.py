@@ -34,7 +34,7 @@ from tailora.train.loss import BatchLayout, make_batch, token_losses
 from tailora.train.memory import Cost, measure_cost
 from tailora.train.model_loading import load_base
 from tailora.train.packing import choose_packing
-from tailora.train.parallel import first_of_ranks, forget_forward
+from tailora.train.parallel import first_of_ranks, forget_forward, own_process_group
 from tailora.train.random_state import seed_all
 from tailora.train.trainable import FullModel, Trainable
 
@@ -118,13 +118,11 @@ def launched_ranks(device: str) -> Iterator[PartialState | None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
-    start_on_device(device)
-    state = PartialState()
-    try:
-        with events.fail_together(cast(Accelerator, state)):
+    with own_process_group():
+        start_on_device(device)
+        state = PartialState()
+        with events.fail_together(state):
             yield state
-    finally:
-        state.destroy_process_group()
 
 
 def device_asked_for(name: str) -> str:

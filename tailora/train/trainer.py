@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -78,7 +77,7 @@ from tailora.train.optimizer import (
     lr_schedule,
     parameter_groups,
 )
-from tailora.train.parallel import send_from_first_rank, shard_base, sum_over_ranks
+from tailora.train.parallel import own_process_group, send_from_first_rank, shard_base, sum_over_ranks
 from tailora.train.random_state import random_state, seed_all, seeded
 from tailora.train.trainable import Trainable, sync_parameters, trained_module
 
@@ -205,10 +204,9 @@ class Trainer:
         """Makes everything ready for the first step. Leaving `stack` restores the caller's state and the model."""
         config = self.config
         self.output_dir = Path(config.output_dir)
-        # a group that the caller started stays, and one without which the model cannot be used
-        own_group = not dist.is_initialized() and not config.fsdp
+        stack.enter_context(own_process_group(until_exit=True))
         self.accelerator = accelerator = setup.start_accelerator(config)
-        stack.callback(self.end_training, own_group)
+        stack.callback(self.end_trackers)
         stack.enter_context(events.fail_together(accelerator, self.output_dir))
         device, rank = accelerator.device, accelerator.process_index
         stack.enter_context(as_current(device))
@@ -301,12 +299,9 @@ class Trainer:
             self.metrics = run_log.Metrics(self.output_dir, resumed_at=None if saved is None else self.state.step)
             stack.callback(self.metrics.close)
 
-    def end_training(self, own_group: bool) -> None:
-        """Ends the trackers, and the process group if this run started it."""
+    def end_trackers(self) -> None:
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        if own_group and dist.is_initialized():
-            dist.destroy_process_group()
 
     def write_header(self) -> dict[str, Any]:
         """Writes config.yaml and the first version of run.json; returns what run.json holds, without the result."""

@@ -126,10 +126,10 @@ class Ranks(NamedTuple):
         return [int(number) for number in re.findall(rf"^{case} on rank \d: (\d+) bytes", self.process.stdout, re.M)]
 
 
-def train_on_ranks(count: int, configs: dict[str, TrainConfig], folder: Path) -> Ranks:
-    """One start of several processes, which train every case, and compare what they trained."""
+def train_on_ranks(count: int, configs: dict[str, TrainConfig], folder: Path, program: str = WORKER) -> Ranks:
+    """One start of several processes, which train every case. By default they compare what they trained."""
     script = folder / "worker.py"
-    script.write_text(WORKER)
+    script.write_text(program)
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]  # on a free port
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     settings = json.dumps({name: config.model_dump(exclude_unset=True) for name, config in configs.items()})
@@ -239,6 +239,30 @@ def test_a_rank_holds_half_of_the_decoder_layers(two_ranks: Ranks, model_folder:
     whole = sum(tensor.nbytes for tensor in weights.values())
     assert two_ranks.bytes_of_base("lora") == [whole, whole]
     assert two_ranks.bytes_of_base("sharded") == [whole - layers // 2] * 2
+
+
+SCRIPT = """
+import atexit, json, sys
+import torch.distributed
+atexit.register(lambda: print(f"open at the end: {torch.distributed.is_initialized()}"))
+from tailora.train.config import TrainConfig
+from tailora.train.trainer import run
+
+for settings in json.loads(sys.argv[1]).values():
+    result = run(TrainConfig(**settings))
+result.model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_runs_twice_uses_the_sharded_model_and_ends_the_group_at_its_end(
+    make_settings: Any, tmp_path: Path
+) -> None:
+    configs = {
+        name: make_settings(output_dir=str(tmp_path / name), max_steps=1, fsdp=name == "sharded")
+        for name in ("copied", "sharded")
+    }
+    assert train_on_ranks(2, configs, tmp_path, SCRIPT).process.stdout.count("open at the end: False") == 2
 
 
 @pytest.fixture
@@ -395,6 +419,7 @@ def test_two_ranks_train_with_compiled_layers_what_one_does_without(
 FAILING = """
 import os, signal, sys
 import tailora.train.trainer as trainer
+from tailora.cli import train
 from tailora.errors import DataError
 from tailora.train import run_log
 from tailora.cli.__main__ import run
@@ -412,7 +437,14 @@ def failing_step(self, *arguments):
 def broken(*_, **__):
     raise DataError("row 7 is broken")
 
+def failing_answers(*arguments, answers=train.sample_answers, **options):
+    if os.environ["RANK"] == "1":
+        raise DataError("row 7 is broken")
+    return answers(*arguments, **options)
+
 trainer.Trainer.step = failing_step
+if case == "an answer":
+    train.sample_answers = failing_answers
 if case == "before loading":  # in the main process alone
     run_log.check_run_folder = broken
 run()
@@ -442,11 +474,11 @@ def ended_by(case: str, config: TrainConfig, folder: Path) -> tuple[list[int], s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [pytest.param("before loading", marks=pytest.mark.exhaustive), "a step"])
+@pytest.mark.parametrize("case", [pytest.param("before loading", marks=pytest.mark.exhaustive), "a step", "an answer"])
 def test_a_failure_of_one_process_ends_all_with_one_message_and_its_exit_code(
     case: str, settings: Any, tmp_path: Path
 ) -> None:
-    codes, told = ended_by(case, settings(max_steps=2, device="cpu"), tmp_path)
+    codes, told = ended_by(case, settings(max_steps=2, device="cpu", fsdp=case == "an answer"), tmp_path)
     assert codes == [2, 2], told
     assert told.count("error: row 7 is broken") == 1
     assert told.count("error:") == 1
