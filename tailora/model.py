@@ -30,6 +30,7 @@ from tailora.core.targets import fitted_config, select
 from tailora.errors import AdapterError, ConfigError
 from tailora.formats.hub import UPLOAD_OPTIONS, check_save_arguments, upload
 from tailora.formats.load import LoadOptions, check_load_options, load
+from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.peft import write_peft_folder
 from tailora.formats.peft_model import PEFT_NAMES, check_no_adapter_names, read_peft_model, release_base
 
@@ -220,16 +221,19 @@ class LoRAModel(nn.Module):
         self._merge_state.check_unmerged("load an adapter")
         self._adapter_set.add(name, load(folder, self.base_model, **options))
 
-    def save_adapter(self, folder: str | Path, name: str = "default") -> Path:
+    def save_adapter(
+        self, folder: str | Path, name: str = "default", *, base: Mapping[str, LayerFingerprint] | None = None
+    ) -> Path:
         """Writes the PEFT folder, atomically; an adapter not called "default" goes into a subfolder of its name.
 
+        base: `formats.peft.base_fingerprint` of the adapter, if it is known; by default it is read from the base.
         Returns the folder written. The strength (`set_scale`) is not saved; a learned or assigned scale is.
         """
         adapter = self._adapter_set[name]
         self._merge_state.check_unmerged("save an adapter")
         adapter.check_can_be_saved(name)
         target = Path(folder) if name == "default" else Path(folder) / name
-        write_peft_folder(target, as_plain_lora(adapter), self.base_model)
+        write_peft_folder(target, as_plain_lora(adapter), self.base_model, base)
         return target
 
     def save_pretrained(

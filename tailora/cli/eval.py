@@ -2,6 +2,7 @@
 
 import json as jsonlib
 import math
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -139,6 +140,7 @@ def eval(
     from tailora.evaluation.lm_eval import evaluate_tasks, find_tasks
     from tailora.evaluation.scores import EvalOptions, Scores, normalizer, score, without_adapter
     from tailora.train.memory import explain_out_of_memory
+    from tailora.train.parallel import first_of_ranks
     from tailora.train.setup import launched_ranks
 
     options = EvalOptions(
@@ -186,9 +188,11 @@ def eval(
                 limit=limit,
             )
             scores = scores.merge(harness_scores)
-    if ranks is not None and not ranks.is_main_process:
-        return 0
-    return _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
+        is_main, code = ranks is None or ranks.is_main_process, None
+        if is_main:
+            code = _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
+            sys.stdout.flush()  # launchers may end this process as soon as another has ended with this code
+        return first_of_ranks(code) or 0
 
 
 def find_target(adapter: str | None, model: str | None) -> EvalTarget:

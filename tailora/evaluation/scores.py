@@ -170,16 +170,17 @@ def score(
     evaluator = _Evaluator(model, tokenizer, replace(options, max_length=max_length), metrics, log)
     models = models_to_score(model, base)
     totals = {name: _Totals() for name in models}
-    done = 0
+    start = done = 0  # index of the first example of a chunk; evaluations done, of all models
     rank, world = (0, 1) if ranks is None else (ranks.process_index, ranks.num_processes)
     for chunk in read_eval_chunks(source, world * (CHUNK if model.device.type == "cpu" else 16 * CHUNK)):
-        share = chunk[rank::world]
+        share = {start + i: chunk[i] for i in range(rank, len(chunk), world)}
         for name, activated in models.items():
             with activated():
                 for step in evaluator.steps if share else ():
                     step(share, totals[name])
             done += len(chunk)
             progress(done, len(models) * (facts.rows - facts.cut_away - facts.copies))
+        start += len(chunk)
     return _scores(totals if world == 1 else _joined(gather_object([totals]), options.samples), metrics, facts)
 
 
@@ -223,7 +224,7 @@ class _Totals:
     sums: list[Any] = field(default_factory=list)  # nats of the learned tokens, an array per chunk
     counts: list[Any] = field(default_factory=list)
     hits: dict[str, list[bool]] = field(default_factory=lambda: {name: [] for name in SHARES})
-    samples: list[Match] = field(default_factory=list)
+    samples: dict[int, Match] = field(default_factory=dict)  # by index of the example
     too_long: int = 0
 
 
@@ -232,14 +233,14 @@ def _joined(of_ranks: Sequence[Mapping[str, _Totals]], most_samples: int) -> dic
     joined = {}
     for name in of_ranks[0]:
         parts = [totals[name] for totals in of_ranks]
-        samples = [match for turn in zip_longest(*(part.samples for part in parts)) for match in turn if match]
+        samples = sorted(item for part in parts for item in part.samples.items())
         joined[name] = _Totals(
             sums=_chunks_in_turn([part.sums for part in parts], np.float64),
             counts=_chunks_in_turn([part.counts for part in parts], np.int64),
             hits={
                 metric: _in_turn([np.array(part.hits[metric], bool) for part in parts]).tolist() for metric in SHARES
             },
-            samples=samples[:most_samples],
+            samples=dict(samples[:most_samples]),
             too_long=sum(part.too_long for part in parts),
         )
     return joined
@@ -257,7 +258,7 @@ def _in_turn(parts: Sequence[Any]) -> Any:
 
 
 class _Evaluator:
-    """Computes the metrics of a chunk of examples, with whatever adapters are active."""
+    """Computes the metrics of a chunk of examples, by index, with whatever adapters are active."""
 
     def __init__(
         self, model: LoRAModel, tokenizer: Any, options: EvalOptions, metrics: Sequence[str], log: Log
@@ -271,14 +272,14 @@ class _Evaluator:
         steps[self._exact_match] = {"exact_match"}
         self.steps = [step for step, names in steps.items() if names & set(metrics)]
 
-    def _loss(self, chunk: list[EncodedRow], totals: _Totals) -> None:
-        examples = Examples.of(item.encoded.example for item in chunk)
+    def _loss(self, chunk: Mapping[int, EncodedRow], totals: _Totals) -> None:
+        examples = Examples.of(item.encoded.example for item in chunk.values())
         evaluation = evaluate(self.model, examples, layout=self.layout, token_budget=self.token_budget)
         totals.sums.append(evaluation.sums)
         totals.counts.append(evaluation.counts)
 
-    def _accuracy(self, chunk: list[EncodedRow], totals: _Totals) -> None:
-        questions = [item.choices for item in chunk if item.choices is not None]
+    def _accuracy(self, chunk: Mapping[int, EncodedRow], totals: _Totals) -> None:
+        questions = [item.choices for item in chunk.values() if item.choices is not None]
         choices = tokenize_choices(questions, self.tokenizer, self.options.max_length)
         totals.too_long += choices.left_out
         if not len(choices.answers):
@@ -294,8 +295,8 @@ class _Evaluator:
         totals.hits["accuracy"] += right_is_likeliest(choices, likelihoods).tolist()
         totals.hits["accuracy_norm"] += right_is_likeliest(choices, likelihoods / choices.bytes).tolist()
 
-    def _exact_match(self, chunk: list[EncodedRow], totals: _Totals) -> None:
-        for item in chunk:
+    def _exact_match(self, chunk: Mapping[int, EncodedRow], totals: _Totals) -> None:
+        for index, item in chunk.items():
             is_shown = len(totals.samples) < self.options.samples
             match = match_answer(
                 self.model,
@@ -309,7 +310,8 @@ class _Evaluator:
                 totals.too_long += 1
                 continue
             totals.hits["exact_match"].append(match.hit)
-            totals.samples += [match] * is_shown
+            if is_shown:
+                totals.samples[index] = match
 
 
 # ---- Exact match: is the model's greedy answer the reply in the data, after normalization?
@@ -387,7 +389,7 @@ def _scores(totals: Mapping[str, _Totals], metrics: Sequence[str], facts: EvalDa
         change=None if base is None else {name: _change(name, base, tuned) for name in metrics if name != "perplexity"},
         data=facts,
         too_long=tuned.too_long,
-        samples={name: total.samples for name, total in totals.items() if total.samples},
+        samples={name: [*total.samples.values()] for name, total in totals.items() if total.samples},
     )
 
 

@@ -101,7 +101,7 @@ def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint, 
 
 
 def _sample(weight: Tensor) -> list[float]:
-    """Returns SAMPLES values, evenly spaced in the order of a file, without a copy of the weight."""
+    """Returns SAMPLES values, evenly spaced in the order of a file. Of a sharded weight the whole is gathered."""
     weight = whole_tensor(weight.detach())
     values: list[float] = weight[_sample_index(weight.shape, weight.device)].float().tolist()
     return values

@@ -34,7 +34,7 @@ from tailora.formats.io import (
     wrap_os_error,
     write_file,
 )
-from tailora.formats.metadata import METADATA_KEY, AdapterMetadata, parse_metadata
+from tailora.formats.metadata import METADATA_KEY, AdapterMetadata, LayerFingerprint, parse_metadata
 from tailora.formats.peft_config import (
     as_peft_computes,
     base_model_name,
@@ -74,12 +74,20 @@ class StoredAdapter:
         return max((size for tensor in self.tensors.values() for size in tensor.shape), default=0)
 
 
-def write_peft_folder(folder: Path, adapter: Adapter, base_model: nn.Module) -> None:
+def base_fingerprint(adapter: Adapter, base_model: nn.Module) -> dict[str, LayerFingerprint]:
+    """Returns the fingerprint of the weights that the adapter adapts. Of a sharded base, all ranks must call it."""
+    return fingerprint(base_model, {path: layer.layer_type for path, layer in adapter.low_rank.items()})
+
+
+def write_peft_folder(
+    folder: Path, adapter: Adapter, base_model: nn.Module, base: Mapping[str, LayerFingerprint] | None = None
+) -> None:
     """Writes a new folder completely or not at all; in an existing one the files are replaced, the weights first.
 
     The weights carry their settings, so that a crash between two files is noticed when reading. The same adapter gives
     the same bytes. The files hold the effective scale: the ratio of a learned or assigned scale to the configured one
     is in B. A frozen start doubles the ranks.
+    base: `base_fingerprint`, if it is known; by default it is read from the base.
     Raises DivergedError for weights that are not finite, WriteError if the folder cannot be written.
     """
     layers = list(peft_layers(base_model, adapter.low_rank).values())
@@ -87,11 +95,12 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_model: nn.Module) -> 
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise DivergedError(f"the adapter is not saved: not finite are {', '.join(broken[:5])} ({len(broken)} in all)")
     low_rank = adapter.low_rank.items()
+    fingerprints = base_fingerprint(adapter, base_model) if base is None else base
     metadata = AdapterMetadata(
         config=adapter.config.model_dump(),
         scaling={path: layer.scaling.item() for path, layer in low_rank if layer.learns_scaling},
         start=adapter.has_start,
-        base=fingerprint(base_model, {path: layer.layer_type for path, layer in low_rank}),
+        base={path: fingerprints[path] for path in adapter.low_rank},
         vocabulary=vocabulary_size(base_model),
         saved_modules=sorted(adapter.saved),
         base_folder=relative_base_folder(base_model),

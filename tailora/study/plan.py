@@ -40,7 +40,7 @@ from tailora.train.config import TrainConfig
 from tailora.train.dataloader import epoch_steps, largest_forward, read_data, split_by_tokens, step_shape, token_limit
 from tailora.train.estimate import Memory
 from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, used_bytes
-from tailora.train.model_loading import load_tokenizer, read_config
+from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config
 from tailora.train.setup import start_accelerator
 from tailora.train.subprocess_worker import StepsMeasured, measure_steps
 
@@ -205,6 +205,8 @@ def plan(
     if is_shared := nproc > 1 and place.device == torch.device("cpu"):
         available //= nproc
     shape = read_config(config.model)
+    if config.fsdp:
+        check_can_be_sharded(shape, config.model, config.quantize)
     batches = read_batches(config, shape, accelerator, token_limit(place.device.type), nproc)
     with estimate.fake_model(config, shape, place.device) as fake:
         summary, dtype, kernels = fake.model.summary(), fake.base.dtype, fake.kernels.description

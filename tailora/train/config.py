@@ -9,6 +9,7 @@ from tailora.core.config import AdaLoRA, Init, LoRAConfig, StrictModel
 from tailora.errors import ConfigError, listing
 
 Quantize = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
+SHARDED_QUANTIZE = ("nf4", "fp4")  # which FSDP2 can shard: it would lose the scales of the others with the whole weight
 COUNT = 2**31  # above any count that makes sense, and well below what numpy and torch can hold
 PositiveInt = Annotated[int, Field(ge=1, lt=COUNT)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=COUNT)]
@@ -177,6 +178,10 @@ class TrainConfig(StrictModel):
                 "--method full trains the weights, which cannot be quantised: leave --quantize out",
             ),
             (full and self.fsdp, "--method full does not shard its weights yet: leave --fsdp out"),
+            (
+                self.fsdp and self.quantize and self.quantize not in SHARDED_QUANTIZE,
+                f"--fsdp shards no base in {self.quantize}, whose scales it would lose: take --quantize nf4 or fp4",
+            ),
             (
                 not self.fsdp and not self.fsdp_reshard_after_forward,
                 "fsdp_reshard_after_forward says how --fsdp works: give --fsdp",

@@ -35,18 +35,17 @@ from transformers import (
 
 from tailora.core.device import fast_dtype
 from tailora.core.quantization import (
-    FOUR_BIT,
     dense_weight,
     is_quantized,
     prevent_repacking,
     quantized_layers,
     storage_obstacle,
-    storage_of,
 )
 from tailora.data.demo import resolve_demo
 from tailora.data.readers import check_model_exists
 from tailora.errors import ConfigError, listing, nearest
 from tailora.quiet import quiet_loggers, quiet_transformers
+from tailora.train.config import SHARDED_QUANTIZE
 
 Shard = Callable[[PreTrainedModel], None]
 EXTRA = "pip install 'tailora[quantize]'"
@@ -272,13 +271,15 @@ def load_base(
     quantize: one of METHODS for the linear layers; other tensors have the dtype.
     shard: is called with the model before it has weights, and shards it; of what it shards each rank reads its part. A
         quantized model is sharded when it is loaded, because a weight is quantized as a whole.
-    Raises ConfigError if they cannot be read or quantized. Pickled weights are not read.
+    Raises ConfigError if they cannot be read, quantized or sharded. Pickled weights are not read.
     """
     device = torch.device(device)
     precision = precision_of(dtype, device)
     with _reading(name) as source:
         tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
         is_plain = quantize is None and stored_quantization(config) is None
+        if shard is not None:
+            check_can_be_sharded(config, name, quantize)
         more: dict[str, Any] = {}  # None would remove the quantization of a model that is quantized already
         if quantize is not None:
             check_unquantized(config, name, quantize)
@@ -303,7 +304,6 @@ def load_base(
     if problems := [f"{path}: {reason}" for path, reason in obstacles.items() if reason]:
         raise ConfigError(f"model {name!r} cannot be used in this quantisation: {listing(problems)}")
     if shard is not None and not is_plain:
-        check_can_be_sharded(model, name)
         shard(model)
     return model, tokenizer
 
@@ -316,19 +316,28 @@ def check_unquantized(config: PretrainedConfig, name: str, quantize: str) -> Non
 
 def stored_quantization(config: PretrainedConfig) -> str | None:
     """Returns how the files of a model are quantized; None if they are not."""
-    existing = getattr(config, "quantization_config", None)
-    if existing is None:
-        return None
-    return str(existing.get("quant_method") if isinstance(existing, dict) else existing.quant_method)
+    settings = _quantization_settings(config)
+    return str(settings["quant_method"]) if settings else None
 
 
-def check_can_be_sharded(model: nn.Module, name: str) -> None:
-    """Raises ConfigError unless all quantized weights keep what else they need on their layer, as 4 bits do."""
-    storages = {storage_of(layer).name(layer): storage_of(layer) for layer in quantized_layers(model).values()}
-    if others := [method for method, storage in storages.items() if storage is not FOUR_BIT]:
+def _quantization_settings(config: PretrainedConfig) -> dict[str, Any]:
+    existing = getattr(config, "quantization_config", None) or {}
+    return existing if isinstance(existing, dict) else existing.to_dict()
+
+
+def check_can_be_sharded(config: PretrainedConfig, name: str, quantize: str | None = None) -> None:
+    """Raises ConfigError unless all quantized weights keep what else they need on their layer, as 4 bits do.
+
+    quantize: how the weights will be quantized; None leaves them as the files have them.
+    """
+    stored = stored_quantization(config)
+    if quantize in SHARDED_QUANTIZE or (quantize is None and _quantization_settings(config).get("load_in_4bit")):
+        return
+    if (method := quantize or stored) is not None:
+        eight_bits = ", in 8 bits" if _quantization_settings(config).get("load_in_8bit") else ""
         raise ConfigError(
-            f"model {name!r} is quantised as {', '.join(others)}, whose scales FSDP2 would lose with the whole weight: "
-            "take --quantize nf4, or leave --fsdp out"
+            f"model {name!r} is quantised as {method}{eight_bits}, whose scales FSDP2 would lose with the whole "
+            "weight: take a model in full precision and --quantize nf4, or leave --fsdp out"
         )
 
 

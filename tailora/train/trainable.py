@@ -9,7 +9,7 @@ sec. 3.1):
 A float32 model is its own master.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.adalora import RankAllocator
 from tailora.core.adapter import Summary, SummaryRow, adapter_dtype, parameter_count
+from tailora.formats import peft
 from tailora.formats.io import replace_folder
+from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.run_folder import ADAPTER, MODEL
 from tailora.model import LoRAModel
 from tailora.quiet import quiet_transformers
@@ -154,13 +156,21 @@ def folder_of(model: Trainable, output_dir: Path) -> Path:
     return output_dir / (MODEL if isinstance(model, FullModel) else ADAPTER)
 
 
-def save(model: Trainable, output_dir: Path) -> Path:
-    """Writes the adapter's or the model's folder atomically and returns it. Raises WriteError."""
+def base_fingerprint(model: Trainable) -> dict[str, LayerFingerprint]:
+    """Returns what the files of an adapter say about its base; {} without an adapter. All ranks must call it."""
+    return {} if isinstance(model, FullModel) else peft.base_fingerprint(model.adapter(), model.base_model)
+
+
+def save(model: Trainable, output_dir: Path, base: Mapping[str, LayerFingerprint]) -> Path:
+    """Writes the adapter's or the model's folder atomically and returns it. Raises WriteError.
+
+    base: `base_fingerprint`, which does not change: with it, nothing of a sharded base is gathered.
+    """
     folder = folder_of(model, output_dir)
     if isinstance(model, FullModel):
         model.save(folder)
     else:
-        model.save_adapter(folder)
+        model.save_adapter(folder, base=base)
     return folder
 
 

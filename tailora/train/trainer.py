@@ -127,10 +127,11 @@ class Trainer:
         is loaded, and deleted when the new adapter is whole.
 
     After `setup`: `base`, `tokenizer`, `data`, `model` (the adapter around the base, or the base trained in full),
-    `layout` (packed or padded batches), `kernels`, `cost` (memory of a forward), `compiled_share` (of it, what compiled
-    layers could keep), `buffers` (all trained parameters), `optimizer`, `updates` (its steps, and the last good
-    parameters), `allocator` (of AdaLoRA), `forward` (the model with its loss, as accelerate prepared it), `identity`,
-    `state`, `queue` (steps whose results were not read yet) and `metrics`.
+    `layout` (packed or padded batches), `base_fingerprint` (of the adapted weights), `kernels`, `cost` (memory of a
+    forward), `compiled_share` (of it, what compiled layers could keep), `buffers` (all trained parameters),
+    `optimizer`, `updates` (its steps, and the last good parameters), `allocator` (of AdaLoRA), `forward` (the model
+    with its loss, as accelerate prepared it), `identity`, `state`, `queue` (steps whose results were not read yet) and
+    `metrics`.
     """
 
     def __init__(
@@ -237,6 +238,7 @@ class Trainer:
             self.layout = setup.choose_layout(config, self.model, self.tokenizer, self.note)
             setup.check_layers_are_called(self.model, self.layout, data.longest, self.note)
             setup.init_from_data(self.model, data, self.layout, config.init_batches)
+            self.base_fingerprint = trainable.base_fingerprint(self.model)
             recorded = None if saved is None else saved.state["run"].get("layer_kernels")
             work = Work(data.tokens(0 if saved is None else saved.state["progress"]["step"]), data.longest)
             self.kernels = choose_kernels(config, self.model, self.layout, work, recorded)
@@ -562,16 +564,16 @@ class Trainer:
     def save_model(self, *, compare: bool = False) -> None:
         """Writes the adapter or the model, in the main process. compare: reads it back, or raises CheckpointError.
 
-        If the base is sharded, all ranks read its weights together, so the others do the same in a folder of their
-        own, which is deleted.
+        Reading back takes all ranks of a sharded base, so the others do the same in a folder of their own, which is
+        deleted.
         """
         with ExitStack() as stack:
             folder = self.output_dir
             if not self.accelerator.is_main_process:
-                if not self.config.fsdp:
+                if not (self.config.fsdp and compare):
                     return
                 folder = Path(stack.enter_context(TemporaryDirectory()))
-            written = trainable.save(self.model, folder)
+            written = trainable.save(self.model, folder, self.base_fingerprint)
             if compare and (different := trainable.differences(self.model, written)):
                 names = ", ".join(different[:3])
                 raise CheckpointError(f"{written} reads back different in {names}; is the disk failing?")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -242,3 +243,26 @@ def test_two_processes_of_torchrun_share_the_examples_and_print_one_result(
             assert shared[part][name]["value"] == pytest.approx(one["value"], abs=1e-6)
             assert shared[part][name]["interval"] == pytest.approx(one["interval"], abs=1e-6)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["metrics"] == shared["metrics"]
+
+
+@pytest.mark.slow
+def test_all_processes_end_with_the_exit_code_of_an_unmet_gate(adapter: Path, chats: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tailora", "eval", adapter, "--data", chats, "--gate", "loss<0.001", "--no-base"]
+    processes = [
+        subprocess.Popen(
+            [*map(str, command), "--device", "cpu"],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [4, 4], outputs
+    assert "gate not met: loss<0.001" in outputs[0]
+    assert "gate not met" not in outputs[1]

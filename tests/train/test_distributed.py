@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from tailora.cli.train import sample_answers
 from tailora.errors import CheckpointError, ConfigError
+from tailora.study.plan import plan
 from tailora.train.config import TrainConfig
 from tailora.train.model_loading import load_base
 from tailora.train.parallel import shard_base
@@ -72,7 +73,12 @@ def broken_loss(*arguments, broken_loss=trainer_file.broken_loss):
 def held_bytes(parameter):
     return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).nbytes
 
+def save_model(self, *, compare=False, save=Trainer.save_model):
+    with nullcontext() if compare else mock.patch("torch.distributed.tensor.DTensor.full_tensor", None):
+        save(self, compare=compare)  # gathers nothing
+
 trainer_file.broken_loss = broken_loss
+Trainer.save_model = save_model
 trainers, train = [], Trainer.train
 Trainer.train = lambda self: (trainers.append(self), train(self))[1]
 for name, settings in json.loads(sys.argv[1]).items():
@@ -304,9 +310,27 @@ def test_a_decoder_whose_output_is_a_view_is_sharded_without_a_warning() -> None
     assert warnings.filters == filters
 
 
-def test_a_base_whose_scales_would_be_lost_is_not_sharded(model_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="is quantised as int8, whose scales FSDP2 would lose"):
-        load_base(str(model_folder), "float32", quantize="int8", shard=lambda _: pytest.fail("it is sharded"))
+STORED = [
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes, in 8 bits"),
+    ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "torchao"),
+]
+
+
+@pytest.mark.parametrize(("stored", "method"), STORED)
+def test_a_base_whose_scales_would_be_lost_is_refused_before_it_is_loaded(
+    stored: dict[str, Any], method: str, settings: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "quantized"
+    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    refusal = f"is quantised as {method}, whose scales FSDP2 would lose"
+    with pytest.raises(ConfigError, match=refusal):
+        load_base(str(folder), "float32", shard=lambda _: None)
+    with pytest.raises(ConfigError, match=refusal):
+        plan(settings(model=str(folder), fsdp=True), nproc=2)
+    with pytest.raises(ConfigError, match="is quantised as int8, whose scales"):
+        load_base(str(model_folder), "float32", quantize="int8", shard=lambda _: None)
 
 
 PRODUCT: dict[str, dict[str, Any]] = {
@@ -389,6 +413,10 @@ def test_one_process_has_nothing_to_shard(settings: Any) -> None:
     [
         ({"fsdp_reshard_after_forward": False}, "give --fsdp"),
         ({"fsdp": True, "method": "full", "learning_rate": 1e-5, "r": 16}, "leave --fsdp out"),
+        *(
+            ({"fsdp": True, "quantize": method}, f"--fsdp shards no base in {method}.*: take --quantize nf4")
+            for method in ("int8", "torchao-int8", "torchao-int4")
+        ),
     ],
 )
 def test_settings_that_do_not_go_with_sharding_are_refused(
