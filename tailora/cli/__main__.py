@@ -64,8 +64,8 @@ def run() -> NoReturn:
         end_now()
     signals.handle_with(signal.SIG_IGN)  # all is done; Python removes its modules, and takes its handlers back first
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # gloo's threads outlive the run: DDP leaves references to the process group. If one of them asks for Python's
-        # lock while Python ends, the process aborts or waits for ever.
+        # gloo's threads outlive a process group that something still refers to, as after a run with --fsdp. If one of
+        # them asks for Python's lock while Python ends, the process aborts or waits for ever.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
