@@ -2,7 +2,8 @@
 
 The first signal raises KeyboardInterrupt, so that files are cleaned up; a second of the same kind ends the process at
 once. One of the other kind changes nothing: launchers such as torchrun send SIGTERM after a Ctrl-C. While it trains,
-a run handles the first signal itself (`train.events.StopSignals`), and then says that it is ending.
+a run handles the first signal itself (`train.events.StopSignals`). A process that is ending for another reason is not
+interrupted any more: the launcher that ends it must not keep it from saying why.
 """
 
 import os
@@ -20,16 +21,18 @@ class InterruptSignals:
 
     def __init__(self) -> None:
         self.received: set[int] = set()
-        self.is_ending = False  # True if a run has stopped and is about to say why
+        self.has_interrupted = False  # True if a signal has raised KeyboardInterrupt
+        self.is_ending = False  # set when a run has stopped or failed and is about to say why
         sys.unraisablehook = self._on_unraisable
         self.handle_with(self)
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         if number in self.received:
             end_now()
-        is_first = not self.received and not self.is_ending
+        interrupts = not self.received and not self.is_ending
         self.received.add(number)
-        if is_first:
+        if interrupts:
+            self.has_interrupted = True
             raise KeyboardInterrupt
 
     def handle_with(self, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
@@ -57,9 +60,9 @@ def run() -> NoReturn:
     try:
         from tailora.cli.main import main
 
-        code = main(interrupted=lambda: bool(signals.received))
+        code = main(interrupted=lambda: signals.has_interrupted)
     except BaseException:
-        if not signals.received:
+        if not signals.has_interrupted:
             raise
         end_now()
     signals.handle_with(signal.SIG_IGN)  # all is done; Python removes its modules, and takes its handlers back first

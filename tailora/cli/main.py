@@ -79,7 +79,8 @@ MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-
 def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] = lambda: False) -> int:
     """Runs one command line and returns its exit code.
 
-    interrupted: True after a signal. Then any exception is its effect: libraries turn KeyboardInterrupt into others.
+    interrupted: True if a signal has raised KeyboardInterrupt. Then any exception is its effect: libraries turn it into
+        others.
     """
     for name, value in ENVIRONMENT.items():
         if not (name == "GOMP_SPINCOUNT" and "OMP_WAIT_POLICY" in os.environ):  # GOMP_SPINCOUNT would override it

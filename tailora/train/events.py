@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -137,8 +137,8 @@ class StopSignals:
     signals to all processes, and the launcher among them passes them on. The end of the `with` block restores, too,
     when everything is cleaned up. Only the main thread receives signals.
 
-    A handler of before may have the attribute `is_ending`. It becomes True when the run has stopped, or has failed as
-    one of several processes, which launchers then end with SIGTERM: that must not keep this one from saying why.
+    When the run has stopped, or has failed as one of several processes, the handlers of before are told so: see
+    `announce_end`.
     """
 
     def __init__(self) -> None:
@@ -177,10 +177,19 @@ class StopSignals:
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         if isinstance(error, Interrupted) or (error is not None and world_size() > 1):
-            for handler in self._handlers:
-                if hasattr(handler, "is_ending"):
-                    handler.is_ending = True
+            announce_end(self._handlers)
         self.restore()
+
+
+def announce_end(handlers: Iterable[Any]) -> None:
+    """Sets the attribute `is_ending` of those handlers of signals that have it: this process is about to say why it ends.
+
+    As soon as one of several processes has ended, launchers send SIGTERM to the others, which must not replace the
+    message of this one.
+    """
+    for handler in handlers:
+        if hasattr(handler, "is_ending"):
+            handler.is_ending = True
 
 
 FAILURE = "tailora.failure"  # where the first process that fails leaves its message for the others
@@ -207,6 +216,7 @@ def fail_together(accelerator: Accelerator | PartialState, output_dir: Path | No
     except Interrupted:  # by agreement of all
         raise
     except BaseException as error:
+        announce_end(map(signal.getsignal, SIGNALS))
         is_broken_collective = isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
         note = f"in process {watch.rank} of {accelerator.num_processes}"
         if not is_broken_collective and watch.report(error):

@@ -17,8 +17,10 @@ from typing import Any
 
 import psutil
 import pytest
+from torch.distributed import HashStore
 
 from tailora import errors
+from tailora.cli import __main__ as program
 from tailora.cli.main import ARGUMENTS, fail, log, main
 from tailora.core import device
 from tailora.errors import ConfigError, DataError, ProcessFailedError
@@ -26,7 +28,7 @@ from tailora.quiet import silent_loggers
 from tailora.train import launch
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
-from tailora.train.events import SECONDS_FOR_ONE_SIGNAL, Interrupted, StopSignals
+from tailora.train.events import SECONDS_FOR_ONE_SIGNAL, Interrupted, StopSignals, fail_together
 from tailora.train.launch import (
     ERROR_FILE,
     STARTED_HERE,
@@ -161,6 +163,32 @@ def test_a_signal_to_the_launcher_stops_all_and_the_printed_command_goes_on(
     assert code == 0, text
     record = json.loads((out / "run.json").read_text())
     assert (record["processes"], record["result"]["steps"]) == (2, steps)
+
+
+@pytest.mark.parametrize(
+    ("way", "mistake"),
+    [
+        pytest.param("tailora", ("target_modules", "nosuch"), marks=pytest.mark.slow),
+        *(
+            pytest.param(way, mistake, marks=pytest.mark.exhaustive)
+            for way, mistake in (
+                ("tailora", ("data", "missing.jsonl")),
+                ("tailora", ("model", "nosuchfolder")),
+                ("tailora", ("resume_from_checkpoint", "nosuch/checkpoint-9")),
+                ("torchrun", ("target_modules", "nosuch")),
+            )
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_mistake_that_all_processes_notice_is_shown_once(
+    way: str, mistake: tuple[str, str], settings: Any, tmp_path: Path
+) -> None:
+    code, text = Start(launcher(way, flags(settings(**dict([mistake])))), tmp_path).end()
+    assert code == (2 if way == "tailora" else 1), text  # torchrun has no other
+    (message,) = [line for line in errors_in(text) if not line.startswith("Traceback")]  # torchrun's own
+    assert message.startswith("error: ")
+    assert mistake[1] in message
 
 
 KILL = """
@@ -470,6 +498,11 @@ def test_torch_and_tailora_read_the_same_file(tmp_path: Path, monkeypatch: pytes
 # ---- Signals
 
 
+def two_processes() -> Any:
+    """Returns what `fail_together` reads of accelerate, in the first of two processes."""
+    return SimpleNamespace(num_processes=2, process_index=0)
+
+
 class Handler:
     is_ending = False
 
@@ -501,19 +534,39 @@ def test_one_of_several_processes_takes_a_signal_that_comes_twice_for_one(monkey
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize(("size", "error", "expected"), [("1", DataError, False), ("2", DataError, True)])
+@pytest.mark.parametrize(
+    ("size", "block", "code", "message"),
+    [
+        ("1", StopSignals, 130, "interrupted\n"),
+        ("2", StopSignals, 2, "error: row 7\n"),
+        ("2", lambda: fail_together(two_processes()), 2, "error: row 7\n"),
+    ],
+    ids=["alone", "a run", "an evaluation"],
+)
 def test_a_launchers_signal_does_not_keep_a_process_from_saying_why_it_failed(
-    size: str, error: type[Exception], expected: bool, monkeypatch: pytest.MonkeyPatch
+    size: str, block: Any, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def command(*_: object, **__: object) -> None:
+        try:
+            with block():
+                raise DataError("row 7")
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
     monkeypatch.setenv("WORLD_SIZE", size)
-    handler = Handler()
-    before = signal.signal(signal.SIGTERM, handler)
+    monkeypatch.setattr("tailora.cli.main.app", lambda _: command)
+    monkeypatch.setattr("tailora.train.events.distributed_c10d._get_default_store", HashStore)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with pytest.raises(error), StopSignals():
-            raise error("row 7")
-        assert handler.is_ending is expected
+        with pytest.raises(SystemExit) as end:
+            program.run()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert end.value.code == code
+    assert capsys.readouterr().err == message
 
 
 def test_silent_loggers_say_nothing_not_even_errors(capsys: pytest.CaptureFixture[str]) -> None:
