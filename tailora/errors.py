@@ -99,11 +99,11 @@ class FetchError(TailoraError, OSError):
 
 
 class ProcessFailedError(TailoraError, RuntimeError):
-    """Another process of a distributed run has failed. `is_shown`: that process shows the message."""
+    """Another process of a distributed run has failed. `traceback`: of that process, if it has met a bug of tailora."""
 
-    def __init__(self, message: str, exit_code: int = 1, *, is_shown: bool = False) -> None:
+    def __init__(self, message: str, exit_code: int = 1, *, traceback: str = "") -> None:
         super().__init__(message)
-        self.exit_code, self.is_shown = exit_code, is_shown
+        self.exit_code, self.traceback = exit_code, traceback
 
 
 class WriteError(TailoraError, OSError):

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from tailora.errors import INTERRUPTED
+from tailora.train.launch import is_launched_by_tailora, rank, world_size
 
 
 class InterruptSignals:
@@ -48,8 +49,7 @@ class InterruptSignals:
 
 
 def end_now() -> NoReturn:
-    is_first = os.environ.get("RANK", "0") == "0"
-    if is_first and "TAILORA_NPROC_PER_NODE" not in os.environ:  # else the process that started this one says it
+    if rank() == 0 and not is_launched_by_tailora():  # else the process that started this one says it
         os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)
 
@@ -66,7 +66,7 @@ def run() -> NoReturn:
             raise
         end_now()
     signals.handle_with(signal.SIG_IGN)  # all is done; Python removes its modules, and takes its handlers back first
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         # gloo's threads outlive a process group that something still refers to, as after a run with --fsdp. If one of
         # them asks for Python's lock while Python ends, the process aborts or waits for ever.
         sys.stdout.flush()

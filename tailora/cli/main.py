@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from tailora.errors import (
     listing,
 )
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
+from tailora.train import launch
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "demo": ("train", "Fine-tune a small model on real chats, and see what it changed."),
@@ -73,6 +75,7 @@ GATE_NOT_MET = 4  # exit code
 ARGUMENTS: ContextVar[list[str]] = ContextVar("arguments")  # of the command line that `main` runs
 SECONDS_FOR_RANK_0 = 5.0  # in which it says what went wrong in all processes, before another one does
 MAX_LINES = 21  # of a message; --json prints all of it
+BUG = "This is a bug in tailora: please report it with the lines below."
 MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
 
 
@@ -98,17 +101,13 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] =
     except BrokenPipeError:  # `tailora ... | head`: without this, Python reports a second error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, ProcessFailedError) and error.is_shown:
-            return error.exit_code
-        if interrupted() and not isinstance(error, KeyboardInterrupt):
-            return fail(KeyboardInterrupt(), as_json)
-        if is_out_of_memory(error):
-            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return fail(MemoryLimitError(f"out of memory: {cause}\n{MEMORY_ADVICE}"), as_json)
+    except (Exception, KeyboardInterrupt) as caught:
+        error = _explained(caught, interrupted())
         if isinstance(error, TailoraError | CycloptsError | OSError | KeyboardInterrupt):
             return fail(error, as_json)
-        stderr().print("This is a bug in tailora: please report it with the lines below.", style="bold red")
+        if _launcher_shows(error, traceback.format_exc()):
+            return 1
+        stderr().print(BUG, style="bold red")
         if as_json:
             print_json_error(error)
         raise
@@ -137,19 +136,35 @@ def app(tokens: Sequence[str] = ()) -> App:
 # ---- Failures
 
 
+def _explained(error: BaseException, is_interrupted: bool) -> BaseException:
+    """Returns the error to show instead of one that is the effect of a signal or of too little memory.
+
+    Its cause knows the rank that shows it. What another rank shows stays as it is.
+    """
+    explained = error
+    if is_interrupted and not isinstance(error, KeyboardInterrupt) and launch.shown_by(error) in (None, launch.rank()):
+        explained = KeyboardInterrupt()
+    elif is_out_of_memory(error):
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        explained = MemoryLimitError(f"out of memory: {cause}\n{MEMORY_ADVICE}")
+    if explained is not error:
+        explained.__cause__ = error
+    return explained
+
+
 def fail(error: BaseException, as_json: bool) -> int:
     """Prints what went wrong, and returns the exit code for it.
 
     Where `tailora.train.launch` has started this process, it prints nothing: the process that started it does. Where
-    torchrun has, rank 0 prints what goes wrong before the processes know of each other, unless it fails in another one
-    alone; later the first that fails prints (`train.events.fail_together`).
+    torchrun has, the rank prints it on which the processes have agreed (`train.events.fail_together`). Before they know
+    of each other that is rank 0, unless it fails in another one alone.
     """
     code, message = exit_code(error), message_of(error)
-    if "WORLD_SIZE" in os.environ:
-        from tailora.train.launch import is_started_here, leave_failure
-
-        if (leave_failure(error, message, code) and is_started_here()) or _rank_0_says_so(error):
-            return code
+    if _launcher_shows(error) or _another_rank_shows(error):
+        return code
+    if isinstance(error, ProcessFailedError) and error.traceback:
+        stderr().print(BUG, style="bold red")
+        print_text(stderr(), error.traceback)
     label = "interrupted" if code == INTERRUPTED else "error"
     lines = message.splitlines()
     if (more := len(lines) - MAX_LINES) > 1:  # hundreds of layers can have the same problem
@@ -157,17 +172,30 @@ def fail(error: BaseException, as_json: bool) -> int:
     print_text(stderr(), f"{label}: {message}" if message else label, "red")
     if as_json:
         print_json_error(error)
+    if launch.has_lost_launcher():
+        launch.remove_launcher_folder()
     return code
 
 
-def _rank_0_says_so(error: BaseException) -> bool:
-    """True if rank 0 prints this error, too: then the launcher ends this process, which gives rank 0 time for it."""
-    if is_rank_0() or hasattr(error, "__notes__"):  # the notes say that the processes agreed that this one prints
+def _launcher_shows(error: BaseException, bug: str = "") -> bool:
+    """Leaves the error for the launcher of this process, if it has one; True if that shows it.
+
+    bug: the traceback, if the error is a bug of tailora.
+    """
+    is_recorded = launch.leave_failure(error, message_of(error), exit_code(error), bug)
+    return is_recorded and launch.is_launched_by_tailora() and not launch.has_lost_launcher()
+
+
+def _another_rank_shows(error: BaseException) -> bool:
+    """True if another rank prints this error."""
+    if (number := launch.shown_by(error)) is not None:
+        return number != launch.rank()
+    if is_rank_0():
         return False
     if isinstance(error, KeyboardInterrupt):
         return True
     try:
-        time.sleep(SECONDS_FOR_RANK_0)
+        time.sleep(SECONDS_FOR_RANK_0)  # if rank 0 prints it, too, the launcher ends this process meanwhile
     except KeyboardInterrupt:
         return True
     return False
@@ -245,7 +273,7 @@ def print_text(console: Console, text: str, style: str | None = None) -> None:
 
 def is_rank_0() -> bool:
     """False in all but the first of several processes of one run."""
-    return os.environ.get("RANK", "0") == "0"
+    return launch.rank() == 0
 
 
 def log(text: str) -> None:

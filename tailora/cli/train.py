@@ -1,7 +1,6 @@
 """`tailora train` and `tailora demo`: fine-tune a model, and show whether it worked."""
 
 import json
-import os
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from tailora.report.files import read_page, write_page_if_possible
 from tailora.report.terminal import print_page, print_section
 from tailora.train import run_log
 from tailora.train.config import TrainConfig
-from tailora.train.launch import count_processes, how_to_resume, is_started_here, launch
+from tailora.train.launch import count_processes, how_to_resume, is_launched_by_tailora, launch, world_size
 
 if TYPE_CHECKING:
     from tailora.evaluation.generate import Answer
@@ -92,7 +91,7 @@ def demo_folder(checkpoint: str | None) -> Path:
     """
     if checkpoint is not None:
         return latest_demo_folder(FOLDER) if checkpoint == "latest" else Path(checkpoint).parent
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise ConfigError("several processes must write to one folder: give --output-dir")
     number, folder = 1, FOLDER
     while True:
@@ -188,9 +187,9 @@ def fit(
     """
     run_log.check_before_loading(config, overwrite=overwrite)
     fetch_demo(config.model, config.data, config.eval_data)
-    if nproc_per_node is not None:
+    if nproc_per_node is not None and not is_launched_by_tailora():
         processes = count_processes(nproc_per_node, config.device)
-        if processes > 1 and not is_started_here():
+        if processes > 1:
             log(f"starting {processes} processes")
             launch(ARGUMENTS.get(), processes, Path(config.output_dir))
             return 0

@@ -28,6 +28,7 @@ from tailora.errors import ConfigError, FormatError
 from tailora.formats.io import TEMPORARY, create_output_folder, read_own_json, write_file
 from tailora.study.trial import RESULT, Listen, Progress, RunTrial, Trial, TrialSpec, Worker, get_trial
 from tailora.train.config import without_removed
+from tailora.train.launch import device_asked_for
 
 PLAN, LOCK, TIMING = "plan.json", ".lock", "probe"
 EARLIER_LOCK = ".claim"  # of earlier versions
@@ -121,8 +122,7 @@ def differences(stored: Settings, asked: Settings) -> list[str]:
 
 def make_workers(count: int, device: str) -> list[Worker]:
     """Returns workers for the devices of the kind that `device` names. Raises ConfigError for more than there are."""
-    from tailora.core.device import choose_device, devices
-    from tailora.train.setup import device_asked_for  # torch from here on
+    from tailora.core.device import choose_device, devices  # torch from here on
 
     name = device_asked_for(device)
     kind = choose_device(name).type

@@ -16,12 +16,12 @@ from types import FrameType
 from typing import Any, Self
 
 from accelerate import Accelerator, PartialState
-from torch.distributed import distributed_c10d
+from torch.distributed import distributed_c10d, is_torchelastic_launched
 from transformers import PreTrainedTokenizerBase
 
 from tailora.data.prepare import PreparedData
 from tailora.errors import INTERRUPTED, ProcessFailedError
-from tailora.train.launch import how_to_go_on, world_size
+from tailora.train.launch import how_to_go_on, show_by, world_size
 from tailora.train.loss import Evaluation
 from tailora.train.trainable import Trainable
 
@@ -182,7 +182,7 @@ class StopSignals:
 
 
 def announce_end(handlers: Iterable[Any]) -> None:
-    """Sets the attribute `is_ending` of those handlers of signals that have it: this process is about to say why it ends.
+    """Sets the attribute `is_ending` of handlers of signals that have it: this process is about to say why it ends.
 
     As soon as one of several processes has ended, launchers send SIGTERM to the others, which must not replace the
     message of this one.
@@ -201,8 +201,8 @@ def fail_together(accelerator: Accelerator | PartialState, output_dir: Path | No
     """An error within the block on one process ends all of them; only the first that fails raises its own error.
 
     The others raise ProcessFailedError as soon as their collective breaks, or end after SECONDS_TO_END if it does not.
-    If a process ends without an error, as one that is killed does, the first of the others to notice says so. A note
-    on the error marks the one that is to be shown.
+    If a process ends without an error, as one that is killed does, the first of the others to notice says so. Each
+    error knows which rank is to show it (`launch.shown_by`).
 
     output_dir: of the run, to name its last checkpoint; None if this is no run.
     """
@@ -217,63 +217,80 @@ def fail_together(accelerator: Accelerator | PartialState, output_dir: Path | No
         raise
     except BaseException as error:
         announce_end(map(signal.getsignal, SIGNALS))
-        is_broken_collective = isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
-        note = f"in process {watch.rank} of {accelerator.num_processes}"
-        if not is_broken_collective and watch.report(error):
-            error.add_note(note)
+        cause, failure = error, {}
+        if is_broken_collective(error):
+            cause, failure = lost_process(error, output_dir), watch.failure_of_another()
+        failure = failure or watch.report(cause)
+        if failure["rank"] != watch.rank:
+            text = f"process {failure['rank']} of this run failed: {failure['message']}"
+            cause = ProcessFailedError(text, failure["exit_code"])
+        show_by(cause, failure["rank"])
+        if cause is error:
             raise
-        failure = watch.failure_of_another()
-        if failure is None:
-            lost = ProcessFailedError(
-                "another process of this run ended without a message, most likely killed for memory "
-                f"({str(error).splitlines()[0]}){'' if output_dir is None else f'; {how_to_go_on(output_dir)}'}"
-            )
-            if watch.report(lost):
-                lost.add_note(note)
-                raise lost from error
-            raise ProcessFailedError(str(lost), lost.exit_code, is_shown=True) from error
-        text = f"process {failure['rank']} of this run failed: {failure['message']}"
-        raise ProcessFailedError(text, failure["exit_code"], is_shown=True) from error
+        raise cause from error
     finally:
         watch.ended.set()
+
+
+def is_broken_collective(error: BaseException) -> bool:
+    """True if the error says that another process has left a collective."""
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+
+
+def lost_process(error: BaseException, output_dir: Path | None) -> ProcessFailedError:
+    """Returns what to say of a collective that broke because a process ended without an error."""
+    return ProcessFailedError(
+        "another process of this run ended without a message, most likely killed for memory "
+        f"({str(error).splitlines()[0]}){'' if output_dir is None else f'; {how_to_go_on(output_dir)}'}"
+    )
 
 
 class FailureWatch(threading.Thread):
     """Looks every second whether another process has failed, and ends this one if it does not notice.
 
     It may not, in a collective of NCCL. The first failure is kept here, because the store may end with its process.
+    If the launcher has ended, as when it is killed, nobody else ends this process: then it gets a SIGTERM, so that it
+    saves a checkpoint.
     """
 
     def __init__(self, store: distributed_c10d.Store, rank: int) -> None:
         super().__init__(daemon=True)
         self.store, self.rank, self.ended, self.seen = store, rank, threading.Event(), threading.Event()
         self.failure: dict[str, Any] = {}
+        self.has_store = True
+        self.launcher = os.getppid() if is_torchelastic_launched() else None  # else the parent may end before the run
 
     def run(self) -> None:
         while not self.ended.wait(1):
-            try:
-                if not self.store.check([FAILURE]):
-                    continue
-                self.failure = json.loads(self.store.get(FAILURE))
-            except RuntimeError:  # the process that held the store has ended
+            if self.launcher not in (None, os.getppid()):
+                os.kill(os.getpid(), signal.SIGTERM)
                 return
-            self.seen.set()
-            if self.failure["rank"] != self.rank and not self.ended.wait(SECONDS_TO_END):
-                os._exit(self.failure["exit_code"])
-            return
+            self._look()
+            if self.failure:
+                self.seen.set()
+                if self.failure["rank"] != self.rank and not self.ended.wait(SECONDS_TO_END):
+                    os._exit(self.failure["exit_code"])
+                return
 
-    def report(self, error: BaseException) -> bool:
-        """Leaves the error for the other processes; False if another one has failed before."""
+    def _look(self) -> None:
+        try:
+            if self.has_store and self.store.check([FAILURE]):
+                self.failure = json.loads(self.store.get(FAILURE))
+        except RuntimeError:  # the process that held it has ended
+            self.has_store = False
+
+    def report(self, error: BaseException) -> dict[str, Any]:
+        """Leaves the error for the other processes. Returns the first failure: this one, or that of another process."""
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
         failure = {"rank": self.rank, "message": str(error), "exit_code": code}
         try:
-            first = json.loads(self.store.compare_set(FAILURE, "", json.dumps(failure)))
+            first: dict[str, Any] = json.loads(self.store.compare_set(FAILURE, "", json.dumps(failure)))
         except RuntimeError:
-            return True
+            return self.failure or failure
         if first == failure:
             time.sleep(2)  # until the others have looked
-        return bool(first == failure)
+        return first
 
-    def failure_of_another(self) -> dict[str, Any] | None:
-        """Returns the failure of another process, which may be about to leave it; None if it left none."""
-        return self.failure if self.seen.wait(5) else None
+    def failure_of_another(self) -> dict[str, Any]:
+        """Returns the failure of another process, which may be about to leave it; {} if it left none."""
+        return self.failure if self.seen.wait(5) else {}

@@ -12,6 +12,7 @@ of ours. `launch` raises the one error of the run: that of the process that fail
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -24,23 +25,23 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from tailora import errors
-from tailora.errors import INTERRUPTED, ConfigError, ProcessFailedError
-from tailora.formats.run_folder import checkpoints_in
+from tailora.errors import INTERRUPTED, ConfigError, ProcessFailedError, TailoraError, WriteError
 from tailora.quiet import silent_loggers
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-STARTED_HERE = "TAILORA_NPROC_PER_NODE"  # set for the processes that `launch` starts
+LAUNCHED_BY_TAILORA = "TAILORA_NPROC_PER_NODE"  # set for the processes that `launch` starts: their number
+LAUNCHER_PID, LAUNCHER_FOLDER = "TAILORA_LAUNCHER_PID", "TAILORA_LAUNCHER_FOLDER"  # the same, of `launch` itself
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torch's launcher reads why a process failed
-RANKS_OF_OTHERS = ("WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+LAUNCHER_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+NODE_RANK_FLAGS = ("--node-rank", "--node_rank", "--machine-rank", "--machine_rank")  # of torchrun and accelerate
 PROGRAM = ("tailora", "tailora.cli")  # names of the module, and of the script
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 MAX_SIGNALS = 3  # of one kind; then the processes are killed
 TAIL = 20  # lines of a process that failed without a message
+SHOWN_BY = "shown_by_rank"  # attribute of an error
 
 
 # ---- How this process was started
@@ -52,52 +53,87 @@ def world_size() -> int:
 
 
 def rank() -> int:
+    """Returns the number of this process in its run, as its launcher says."""
     return int(os.environ.get("RANK", "0"))
 
 
-def is_started_here() -> bool:
+def is_launched_by_tailora() -> bool:
     """True in a process that `launch` has started; that one prints its messages."""
-    return STARTED_HERE in os.environ
+    return LAUNCHED_BY_TAILORA in os.environ
+
+
+def has_lost_launcher() -> bool:
+    """True in a process that `launch` has started and that has ended before it, as when it was killed."""
+    return LAUNCHER_PID in os.environ and os.environ[LAUNCHER_PID] != str(os.getppid())
 
 
 def command_line(command: str, *arguments: str) -> str:
-    """Returns the line that runs a command of tailora in as many processes as this one's run has."""
-    if count := os.environ.get(STARTED_HERE):
+    """Returns the line that runs a command of tailora in as many processes as this one's run has.
+
+    It is the same for all machines of the run: without the rank of this one.
+    """
+    if count := os.environ.get(LAUNCHED_BY_TAILORA):
         return shlex.join(["tailora", command, "--nproc-per-node", count, *arguments])
     if world_size() == 1:
         return shlex.join(["tailora", command, *arguments])
-    return shlex.join([*_launcher(), "--", command, *arguments])  # torchrun would take --r for its own without --
+    launcher, _ = _launcher()
+    return shlex.join([*launcher, "--", command, *arguments])  # torchrun would take --r for its own without --
 
 
-def _launcher() -> list[str]:
-    """Returns the command line of torchrun or accelerate that started this process, up to the program's name."""
-    parent, ours = psutil.Process().parent(), sys.argv[1:]
-    words = parent.cmdline() if parent else []
-    count = len(words) - len(ours)
-    is_ours = words[count:] == ours
+def _launcher() -> tuple[list[str], str]:
+    """Returns the command line of torchrun or accelerate that started this process, up to the program's name.
+
+    The flag with the rank of this machine is left out, and returned with it; "" if there is none.
+    """
+    words, arguments = _parent_command_line(), sys.argv[1:]
+    count = len(words) - len(arguments)
+    is_same = words[count:] == arguments
     if count > 0 and words[count - 1] == "--":  # which torchrun does not pass on, depending on Python's version
         count -= 1
-    if is_ours and count > 2 and Path(words[count - 1]).name in PROGRAM:
+    if is_same and count > 2 and Path(words[count - 1]).name in PROGRAM:
         is_script = not words[1].startswith("-")  # python /usr/bin/torchrun ..., or python -m torch.distributed.run ...
-        return [Path(words[1]).name, *words[2:count]] if is_script else ["python", *words[1:count]]
-    here = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
-    return ["torchrun", "--nproc-per-node", here, "-m", "tailora"]
+        return _without_node_rank([Path(words[1]).name, *words[2:count]] if is_script else ["python", *words[1:count]])
+    on_this_machine = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    return ["torchrun", "--nproc-per-node", on_this_machine, "-m", "tailora"], ""
 
 
-def how_to_resume(checkpoint: Path, *changes: str) -> str:
-    """Returns "to resume it:" and the command that resumes a run, in as many processes as it has now.
+def _parent_command_line() -> list[str]:
+    """Returns the words of the command that started this process; none if the system does not tell."""
+    import psutil
+
+    try:
+        parent = psutil.Process().parent()
+        return parent.cmdline() if parent else []
+    except psutil.Error:  # it has ended, or belongs to another user
+        return []
+
+
+def _without_node_rank(words: Sequence[str]) -> tuple[list[str], str]:
+    for index, word in enumerate(words):
+        flag, equals, _ = word.partition("=")
+        if flag in NODE_RANK_FLAGS:
+            return [*words[:index], *words[index + (1 if equals else 2) :]], flag
+    return list(words), ""
+
+
+def how_to_resume(checkpoint: Path, *changes: str, purpose: str = "to resume it") -> str:
+    """Returns the purpose and the command that resumes a run, in as many processes as it has now.
 
     changes: further flags, such as a lower learning rate.
     """
-    where = ", on each machine" if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else ""
-    what = " with a lower rate" if "--learning-rate" in changes else ""
+    where = ""
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        _, flag = _launcher()
+        where = ", on each machine" + (f" with its own {flag} before -m" if flag else "")
     config = str(checkpoint.parent / "config.yaml")
     line = command_line("train", "--config", config, "--resume-from-checkpoint", str(checkpoint), *changes)
-    return f"to resume it{what}{where}:\n{line}"
+    return f"{purpose}{where}:\n{line}"
 
 
 def how_to_go_on(output_dir: Path) -> str:
     """Returns what is left of a run that has failed: its last checkpoint, and the command that resumes it."""
+    from tailora.formats.run_folder import checkpoints_in
+
     if checkpoints := checkpoints_in(output_dir):
         return f"the last checkpoint is {checkpoints[-1]}; {how_to_resume(checkpoints[-1])}"
     return "no checkpoint was saved yet: --save-steps N saves one every N steps"
@@ -106,7 +142,7 @@ def how_to_go_on(output_dir: Path) -> str:
 def check_all_started() -> None:
     """Raises ConfigError if `accelerate launch` was to start several processes and has started one, as it may."""
     is_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
-    if is_accelerate and not any(name in os.environ for name in RANKS_OF_OTHERS):
+    if is_accelerate and not any(name in os.environ for name in LAUNCHER_VARIABLES):
         raise ConfigError(
             "accelerate launch was asked for several processes and started one, as it does where it finds no several "
             "GPUs: add --multi-gpu, which works on CPUs too, or take `tailora train --nproc-per-node 2`"
@@ -121,7 +157,7 @@ def count_processes(asked: str, device: str) -> int:
 
     device: the value of --device. Raises ConfigError.
     """
-    if world_size() > 1 and not is_started_here():
+    if world_size() > 1:
         raise ConfigError(
             f"--nproc-per-node: a launcher has started {world_size()} processes already; give the flag to it alone"
         )
@@ -129,21 +165,36 @@ def count_processes(asked: str, device: str) -> int:
         raise ConfigError(f"--nproc-per-node {asked}: give a number of processes, or gpu or auto for one per device")
     from tailora.core.device import AUTO, devices
 
-    there = devices()
-    kind, _, index = (there[0].type if device == AUTO else device).partition(":")
-    count = [candidate.type for candidate in there].count(kind)
-    if kind == "cpu":
+    candidates, device = devices(), device_asked_for(device)
+    device_type, _, index = (candidates[0].type if device == AUTO else device).partition(":")
+    count = [candidate.type for candidate in candidates].count(device_type)
+    if not count:
+        names = ", ".join(map(str, candidates))
+        raise ConfigError(f"--device {device} is not here: torch finds {names}; {AUTO} takes the first")
+    if device_type == "cpu":
         if asked == "gpu":
-            raise ConfigError("--nproc-per-node gpu: there is no device but the CPU; give a number of processes")
+            raise ConfigError("--nproc-per-node gpu: the device is the CPU; give a number of processes")
         return 1 if asked == "auto" else int(asked)
-    wanted = count if not asked.isdecimal() else int(asked)
+    wanted = int(asked) if asked.isdecimal() else count
     if wanted > 1 and index:
         raise ConfigError(
-            f"--device {device}: each of the {wanted} processes takes the device of its own rank; give --device {kind}"
+            f"--device {device}: each of the {wanted} processes takes the device of its own rank; "
+            f"give --device {device_type}"
         )
     if wanted > count:
-        raise ConfigError(f"--nproc-per-node {asked}: each process needs a device, and there are {count} of {kind}")
+        raise ConfigError(
+            f"--nproc-per-node {asked}: each process needs a device, and there are {count} of {device_type}"
+        )
     return wanted
+
+
+def device_asked_for(name: str) -> str:
+    """Returns the name of the device: for auto the environment of `accelerate launch` decides first."""
+    if name != "auto":
+        return name
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "t", "y"):
+        return "cpu"
+    return os.environ.get("ACCELERATE_TORCH_DEVICE", name)
 
 
 def threads_per_process(count: int) -> int:
@@ -162,12 +213,18 @@ def launch(arguments: Sequence[str], count: int, output_dir: Path) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     threads = os.environ.get("OMP_NUM_THREADS", str(threads_per_process(count)))
-    environment = {STARTED_HERE: str(count), "OMP_NUM_THREADS": threads}
     with (
         tempfile.TemporaryDirectory(prefix="tailora-") as name,
         silent_loggers("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"),
-        _environment(environment),
-        PassedOn() as signals,
+        _environment(
+            {
+                LAUNCHED_BY_TAILORA: str(count),
+                LAUNCHER_PID: str(os.getpid()),
+                LAUNCHER_FOLDER: name,
+                "OMP_NUM_THREADS": threads,
+            }
+        ),
+        SignalForwarder() as signals,
         ThreadPoolExecutor(1) as executor,
     ):
         folder = Path(name)
@@ -184,11 +241,11 @@ def launch(arguments: Sequence[str], count: int, output_dir: Path) -> None:
         )
         # In a thread torch's launcher leaves signals to us: it would kill the processes 30 s after the first.
         future = executor.submit(elastic_launch(config, sys.executable), "-m", "tailora", *arguments)
-        signals.pass_on_until_done(future)
+        signals.forward_until_done(future)
         try:
             future.result()
         except ChildFailedError as failed:
-            raise _cause(failed.failures, folder, output_dir, signals.are_any) from None
+            raise _cause(failed.failures, folder, output_dir, count, signals.has_received) from None
 
 
 @contextmanager
@@ -205,8 +262,8 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-class PassedOn:
-    """Within the block signals are not handled here but passed on to the processes that this one has started.
+class SignalForwarder:
+    """Within the block signals are not handled here but forwarded to the processes that this one has started.
 
     Each of these leads a session of its own, so that no Ctrl-C reaches it from the terminal.
     """
@@ -215,7 +272,7 @@ class PassedOn:
         self.pending: list[int] = []
         self.counts: dict[int, int] = {}
 
-    def __enter__(self) -> "PassedOn":
+    def __enter__(self) -> "SignalForwarder":
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         self.earlier = {number: signal.getsignal(number) for number in numbers}
         for number, handler in self.earlier.items():
@@ -228,14 +285,16 @@ class PassedOn:
             signal.signal(number, handler)
 
     @property
-    def are_any(self) -> bool:
+    def has_received(self) -> bool:
         return bool(self.counts)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self.counts[number] = self.counts.get(number, 0) + 1
         self.pending.append(number if self.counts[number] < MAX_SIGNALS else signal.SIGKILL)
 
-    def pass_on_until_done(self, future: "Future[Any]") -> None:
+    def forward_until_done(self, future: "Future[Any]") -> None:
+        import psutil
+
         while not future.done():
             wait([future], timeout=0.1)
             children = psutil.Process().children() if self.pending else []
@@ -249,19 +308,44 @@ class PassedOn:
 # ---- Why a run has failed
 
 
-def leave_failure(error: BaseException, message: str, exit_code: int) -> bool:
-    """Writes why this process fails to the file that torch's launcher gave it, if any; False if there is none."""
-    file = os.environ.get(ERROR_FILE)
-    if not file:
+def show_by(error: BaseException, number: int) -> None:
+    """Notes on the error the rank that shows it, as the processes have agreed; the others stay silent."""
+    vars(error)[SHOWN_BY] = number
+
+
+def shown_by(error: BaseException) -> int | None:
+    """Returns the rank that shows this error, or its cause; None if the processes have agreed on none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if SHOWN_BY in vars(cause):
+            return int(vars(cause)[SHOWN_BY])
+        cause = cause.__cause__
+    return None
+
+
+def leave_failure(error: BaseException, message: str, exit_code: int, traceback: str = "") -> bool:
+    """Writes why this process fails to the file that torch's launcher gave it, if any; False if there is none.
+
+    traceback: of an error that is a bug of tailora.
+    """
+    from tailora.formats.io import write_file
+
+    file = Path(os.environ.get(ERROR_FILE, ""))
+    if ERROR_FILE not in os.environ or not file.parent.is_dir():
         return False
-    seen_by_torch = {"py_callstack": message, "timestamp": str(int(time.time()))}
-    ours = {"type": type(error).__name__, "exit_code": exit_code, "time": time.time()}
-    content = {"message": {"message": message, "extraInfo": {**seen_by_torch, **ours}}}
+    for_torch = {"py_callstack": traceback or message, "timestamp": str(int(time.time()))}
+    for_launch = {"type": type(error).__name__, "exit_code": exit_code, "time": time.time(), "traceback": traceback}
+    extra = {**for_torch, **for_launch, "rank": rank()}
     try:
-        Path(file).write_text(json.dumps(content), encoding="utf-8")
-    except OSError:
+        write_file(file, json.dumps({"message": {"message": message, "extraInfo": extra}}).encode())
+    except WriteError:
         return False
     return True
+
+
+def remove_launcher_folder() -> None:
+    """Removes the temporary folder of a launcher that has ended without doing so."""
+    shutil.rmtree(os.environ[LAUNCHER_FOLDER], ignore_errors=True)  # another process may do the same
 
 
 def _failure_in(file: Path) -> dict[str, Any]:
@@ -270,38 +354,49 @@ def _failure_in(file: Path) -> dict[str, Any]:
 
 
 def _cause(
-    failures: "Mapping[int, ProcessFailure]", folder: Path, output_dir: Path, are_signals: bool
+    failures: "Mapping[int, ProcessFailure]", folder: Path, output_dir: Path, count: int, has_signal: bool
 ) -> BaseException:
     """Returns the one error to show for all processes: the first that has a cause of its own.
 
     failures: by rank, in the order in which torch's launcher saw the processes end.
+    count: of all processes.
+    has_signal: True if this run was interrupted.
     """
-    files = sorted(folder.glob("**/error.json"))
-    left = sorted(map(_failure_in, files), key=lambda failure: failure["time"])
-    is_effect = {ProcessFailedError.__name__, KeyboardInterrupt.__name__}  # of another one's failure, or of a signal
-    if own := [failure for failure in left if failure["type"] not in is_effect]:
-        return _error(own[0])
+    from tailora.formats.run_folder import checkpoints_in
+
+    recorded = sorted(map(_failure_in, folder.glob("**/error.json")), key=lambda failure: failure["time"])
+    interrupted = [failure for failure in recorded if failure["type"] == KeyboardInterrupt.__name__]
+    of_others = [failure for failure in recorded if failure["type"] == ProcessFailedError.__name__]
+    for failure in recorded:
+        if failure not in interrupted and failure not in of_others:
+            return _error(failure, count)
+    for failure in interrupted:
+        if failure["message"]:  # the run has saved a checkpoint
+            return KeyboardInterrupt(failure["message"])
     number, first = next(iter(failures.items()))
-    who = f"process {number} of {os.environ[STARTED_HERE]}"
-    if first.exitcode < 0 and not are_signals:
+    if has_signal or first.exitcode == INTERRUPTED:
+        return KeyboardInterrupt(*([how_to_go_on(output_dir)] if checkpoints_in(output_dir) else []))
+    who = f"process {number} of {count}"
+    if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
         why = ", most likely for memory" if name == "SIGKILL" else ""
         return ProcessFailedError(f"{who} was ended by {name}{why}; {how_to_go_on(output_dir)}")
-    if left:
-        return _error(max(left, key=lambda failure: len(failure["message"])))  # one knows how to resume
-    if are_signals or first.exitcode == INTERRUPTED:
-        return KeyboardInterrupt(*([how_to_go_on(output_dir)] if checkpoints_in(output_dir) else []))
+    for failure in of_others:
+        if failure["rank"] == number:
+            return _error(failure, count)
     printed = "".join(file.read_text(errors="replace") for file in folder.glob(f"**/{number}/stderr.log"))
     lines = "\n".join(printed.splitlines()[-TAIL:])
     return ProcessFailedError(f"{who} ended with exit code {first.exitcode}" + (f":\n{lines}" if lines else ""))
 
 
-def _error(failure: Mapping[str, Any]) -> BaseException:
-    """Returns the error that a process has left, of its own type if it is one of ours."""
-    kind, message, code = failure["type"], failure["message"], failure["exit_code"]
-    if code == INTERRUPTED:
-        return KeyboardInterrupt(message) if message else KeyboardInterrupt()
-    if kind == ProcessFailedError.__name__ or not hasattr(errors, kind):
+def _error(failure: Mapping[str, Any], count: int) -> BaseException:
+    """Returns the error that a process has recorded, of its own type if it is one of tailora's."""
+    name, message, code = failure["type"], failure["message"], failure["exit_code"]
+    if failure["traceback"]:
+        text = f"process {failure['rank']} of {count} failed: {name}: {message}"
+        return ProcessFailedError(text, code, traceback=failure["traceback"])
+    error_type = getattr(errors, name, ProcessFailedError)
+    if issubclass(error_type, ProcessFailedError) or not issubclass(error_type, TailoraError):
         return ProcessFailedError(message, code)
-    error: BaseException = getattr(errors, kind)(message)
+    error: BaseException = error_type(message)
     return error

@@ -21,6 +21,7 @@ from tailora.formats.io import create_output_folder, remove_leftovers, wrap_os_e
 from tailora.formats.run_folder import ADAPTER, CHECKPOINT, MODEL, PAGE, REPORT, RUN, SAMPLES, checkpoints_in
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
+from tailora.train.launch import world_size
 
 if TYPE_CHECKING:
     from tailora.train.loss import Evaluation
@@ -104,7 +105,7 @@ def check_before_loading(config: TrainConfig, *, overwrite: bool) -> None:
     Where another run may be writing now, the trainer alone checks; and in a run of several processes, of which one that
     ended here would leave the others waiting.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1" and not (Path(config.output_dir) / HOLDER).exists():
+    if world_size() == 1 and not (Path(config.output_dir) / HOLDER).exists():
         check_run_folder(config, overwrite=overwrite)
 
 

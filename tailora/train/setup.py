@@ -1,7 +1,6 @@
 """The functions that `Trainer.setup` calls, in the order in which it calls them."""
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tailora.core.adapter_set import layer_calls
 from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
-from tailora.core.device import AUTO, choose_device
+from tailora.core.device import choose_device
 from tailora.core.init import DATA_INITS, GRADIENT_INITS
 from tailora.core.layer_calls import last_names, not_called_message
 from tailora.data.dataset import IGNORED, Example
@@ -29,7 +28,7 @@ from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import TrainingData
 from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
-from tailora.train.launch import check_all_started
+from tailora.train.launch import check_all_started, device_asked_for, world_size
 from tailora.train.loss import BatchLayout, make_batch, token_losses
 from tailora.train.memory import Cost, measure_cost
 from tailora.train.model_loading import load_base
@@ -115,7 +114,7 @@ def launched_ranks(device: str) -> Iterator[PartialState | None]:
 
     The ranks get a device each, and if one fails all do.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         yield None
         return
     with own_process_group():
@@ -123,13 +122,6 @@ def launched_ranks(device: str) -> Iterator[PartialState | None]:
         state = PartialState()
         with events.fail_together(state):
             yield state
-
-
-def device_asked_for(name: str) -> str:
-    """Returns the name of the device: for auto the environment of `accelerate launch` decides first."""
-    if name != AUTO:
-        return name
-    return "cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else os.environ.get("ACCELERATE_TORCH_DEVICE", AUTO)
 
 
 def attach(

@@ -658,7 +658,8 @@ class Trainer:
         resume = ""
         if good:
             lower = ("--learning-rate", f"{self.config.learning_rate / 10:g}")
-            resume = f"\nthe last good checkpoint is {good[-1]}; {launch.how_to_resume(good[-1], *lower)}"
+            command = launch.how_to_resume(good[-1], *lower, purpose="to resume it with a lower rate")
+            resume = f"\nthe last good checkpoint is {good[-1]}; {command}"
         return DivergedError(f"training diverged {cause}. {saved}; {REMEDIES}{resume}")
 
 

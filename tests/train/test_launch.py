@@ -1,5 +1,6 @@
 """Several processes of one run: started by tailora, torchrun and accelerate, interrupted, killed, and resumed."""
 
+import errno
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from torch.distributed import HashStore
 
 from tailora import errors
 from tailora.cli import __main__ as program
-from tailora.cli.main import ARGUMENTS, fail, log, main
+from tailora.cli.main import ARGUMENTS, BUG, MAX_LINES, fail, log, main
 from tailora.core import device
 from tailora.errors import ConfigError, DataError, ProcessFailedError
 from tailora.quiet import silent_loggers
@@ -31,11 +32,12 @@ from tailora.train.config_file import config_text
 from tailora.train.events import SECONDS_FOR_ONE_SIGNAL, Interrupted, StopSignals, fail_together
 from tailora.train.launch import (
     ERROR_FILE,
-    STARTED_HERE,
+    LAUNCHED_BY_TAILORA,
     check_all_started,
     count_processes,
     how_to_go_on,
     leave_failure,
+    show_by,
 )
 
 LONGEST = 300  # s; some 10 on an idle machine
@@ -51,7 +53,9 @@ class Start:
 
     def __init__(self, command: list[str], folder: Path, **environment: str) -> None:
         self.log = folder / "log"
-        kept = {name: value for name, value in os.environ.items() if name not in ("ACCELERATE_USE_CPU", STARTED_HERE)}
+        kept = {
+            name: value for name, value in os.environ.items() if name not in ("ACCELERATE_USE_CPU", LAUNCHED_BY_TAILORA)
+        }
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
                 command,
@@ -209,6 +213,8 @@ def patch(case):
     def dies(*arguments, **named):
         calls.append(1)
         if len(calls) == (1 if case == "loading" else 3):
+            if "RAISES" in os.environ:
+                raise ZeroDivisionError("a bug")
             os.kill(os.getpid(), signal.SIGKILL)
         return before(*arguments, **named)
 
@@ -255,6 +261,50 @@ def test_a_killed_process_ends_all_with_one_message_and_the_run_resumes(
     assert not [path.name for path in out.iterdir() if path.name.startswith(".") and path.name != ".lock"]
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", ["loading", "step"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("way", ["tailora", "torchrun"])
+def test_a_bug_in_one_process_is_shown_once_with_its_traceback(
+    way: str, rank: int, case: str, settings: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(KILL)
+    run = Start(
+        launcher(way, flags(settings(**LONG))),
+        tmp_path,
+        PYTHONPATH=f"{tmp_path}:{os.getcwd()}",
+        DIES=f"{case} {rank}",
+        RAISES="",
+    )
+    code, text = run.end()
+    assert code == 1
+    assert text.count("This is a bug in tailora") == 1
+    prefix = "" if way == "tailora" else rf"\[rank{rank}\]: "  # torch's
+    assert len(re.findall(rf"^{prefix}ZeroDivisionError: a bug$", text, re.M)) == 1
+    if way == "tailora":
+        assert errors_in(text) == [
+            "Traceback (most recent call last):",
+            f"error: process {rank} of 2 failed: ZeroDivisionError: a bug",
+        ]
+
+
+@pytest.mark.slow
+def test_a_run_whose_launcher_was_killed_saves_a_checkpoint_and_ends(settings: Any, tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    out = tmp_path / "out"
+    run = Start(launcher("tailora", flags(settings(**LONG))), tmp_path, TMPDIR=str(temporary))
+    run.wait_for(lambda: bool(checkpoints(out)))
+    ranks = [psutil.Process(run.pid(rank)) for rank in range(2)]
+    run.process.kill()
+    assert not psutil.wait_procs(ranks, SECONDS_TO_END)[1]
+    _, text = run.end()
+    saved = checkpoints(out)[-1]
+    (message,) = errors_in(text)
+    assert message == f"interrupted: the run so far is saved in {out}/checkpoint-{saved}; to resume it:"
+    assert not list(temporary.glob("tailora-*"))
+
+
 # ---- How a process was started
 
 
@@ -284,27 +334,52 @@ def test_a_command_is_started_as_this_process_was(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", ["tailora", *argv])
     process = SimpleNamespace(parent=lambda: SimpleNamespace(cmdline=lambda: parent) if parent else None)
-    monkeypatch.setattr(launch.psutil, "Process", lambda: process)
+    monkeypatch.setattr(psutil, "Process", lambda: process)
     assert launch.command_line("plan", "--r", "4") == expected
 
 
 def test_a_command_of_one_process_and_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.command_line("plan", "--r", "4") == "tailora plan --r 4"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv(STARTED_HERE, "2")
+    monkeypatch.setenv(LAUNCHED_BY_TAILORA, "2")
     assert launch.command_line("plan", "--r", "4") == "tailora plan --nproc-per-node 2 --r 4"
 
 
-def test_two_machines_resume_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("more", "where", "expected"),
+    [
+        (["--node-rank", "0", "--max-restarts", "1"], " with its own --node-rank before -m", ["--max-restarts", "1"]),
+        (["--node_rank=0"], " with its own --node_rank before -m", []),
+        (["--rdzv-backend", "c10d"], "", ["--rdzv-backend", "c10d"]),
+    ],
+)
+def test_two_machines_resume_on_each(
+    more: list[str], where: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = ["python", "/bin/torchrun", "--nnodes", "2", *more, "-m", "tailora", "--", "train"]
+    process = SimpleNamespace(parent=lambda: SimpleNamespace(cmdline=lambda: start))
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    monkeypatch.setattr(sys, "argv", ["tailora", "train"])
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    assert launch.how_to_resume(Path("out/checkpoint-3"), "--learning-rate", "1").splitlines() == [
-        "to resume it with a lower rate, on each machine:",
-        "tailora train --config out/config.yaml --resume-from-checkpoint out/checkpoint-3 --learning-rate 1",
-    ]
+    purpose, line = launch.how_to_resume(Path("out/checkpoint-3"), "--r", "1", purpose="to go on").splitlines()
+    assert purpose == f"to go on, on each machine{where}:"
+    resume = ["--config", "out/config.yaml", "--resume-from-checkpoint", "out/checkpoint-3", "--r", "1"]
+    assert shlex.split(line) == ["torchrun", "--nnodes", "2", *expected, "-m", "tailora", "--", "train", *resume]
+
+
+def test_a_launcher_of_another_user_does_not_tell_its_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise psutil.AccessDenied
+
+    process = SimpleNamespace(parent=lambda: SimpleNamespace(cmdline=refuse))
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launch.command_line("plan") == "torchrun --nproc-per-node 2 -m tailora -- plan"
 
 
 def test_one_process_of_accelerate_that_should_be_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in launch.RANKS_OF_OTHERS:
+    for name in launch.LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     check_all_started()
@@ -319,11 +394,11 @@ def test_one_process_of_accelerate_that_should_be_several_is_refused(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("asked", "name", "there", "expected"),
+    ("asked", "name", "names", "expected"),
     [
         ("3", "auto", ["cpu"], 3),
         ("auto", "auto", ["cpu"], 1),
-        ("gpu", "auto", ["cpu"], "no device but the CPU"),
+        ("gpu", "auto", ["cpu"], "the device is the CPU"),
         ("two", "auto", ["cpu"], "give a number"),
         ("0", "auto", ["cpu"], "give a number"),
         ("gpu", "auto", ["cuda:0", "cuda:1", "cpu"], 2),
@@ -332,17 +407,34 @@ def test_one_process_of_accelerate_that_should_be_several_is_refused(monkeypatch
         ("2", "auto", ["cuda:0", "cpu"], "there are 1 of cuda"),
         ("2", "cuda:1", ["cuda:0", "cuda:1", "cpu"], "give --device cuda"),
         ("1", "cuda:1", ["cuda:0", "cuda:1", "cpu"], 1),
+        ("gpu", "npu", ["cuda:0", "cpu"], "--device npu is not here: torch finds cuda:0, cpu"),
     ],
 )
 def test_the_number_of_processes(
-    asked: str, name: str, there: list[str], expected: int | str, monkeypatch: pytest.MonkeyPatch
+    asked: str, name: str, names: list[str], expected: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "devices", lambda: [device.torch.device(one) for one in there])
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(device, "devices", lambda: [device.torch.device(name) for name in names])
     if isinstance(expected, int):
         assert count_processes(asked, name) == expected
     else:
         with pytest.raises(ConfigError, match=expected):
             count_processes(asked, name)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({"ACCELERATE_USE_CPU": "true"}, 3), ({"ACCELERATE_TORCH_DEVICE": "cpu"}, 3), ({}, "there are 1 of cuda")],
+)
+def test_accelerates_variables_decide_first(
+    variables: dict[str, str], expected: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(device, "devices", lambda: [device.torch.device(name) for name in ("cuda:0", "cpu")])
+    with pytest.raises(ConfigError, match=expected) if isinstance(expected, str) else nullcontext():
+        assert count_processes("3", "auto") == expected
 
 
 def test_a_process_of_torchrun_starts_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,6 +466,21 @@ def test_mistakes_are_refused_once_before_any_process_is_started(
         assert shown.count("error: ") == 1
 
 
+def test_a_process_of_ours_starts_and_counts_no_others(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: object) -> None:
+        raise ConfigError("this process trains")
+
+    monkeypatch.setenv(LAUNCHED_BY_TAILORA, "2")
+    monkeypatch.setattr("tailora.cli.train.count_processes", pytest.fail)
+    monkeypatch.setattr("tailora.cli.train.run_progress", refuse)
+    config = tmp_path / "config.yaml"
+    config.write_text(config_text(settings().model_dump()))
+    assert main(["train", "--config", str(config), "--nproc-per-node", "2"]) == 2
+    assert capsys.readouterr().err == "error: this process trains\n"
+
+
 def test_the_processes_get_the_arguments_and_the_new_folder_of_a_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,12 +505,11 @@ def ended(*codes: tuple[int, int]) -> dict[int, Any]:
 
 @pytest.fixture
 def leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    monkeypatch.setenv(STARTED_HERE, "3")
-
-    def leave_for(rank: int, error: BaseException, code: int) -> None:
+    def leave_for(rank: int, error: BaseException, code: int, traceback: str = "") -> None:
         (tmp_path / str(rank)).mkdir(exist_ok=True)
+        monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv(ERROR_FILE, str(tmp_path / str(rank) / "error.json"))
-        assert leave_failure(error, str(error), code)
+        assert leave_failure(error, str(error), code, traceback)
 
     return leave_for
 
@@ -412,24 +518,65 @@ def test_the_first_error_of_its_own_is_shown(leave: Any, tmp_path: Path) -> None
     leave(0, ProcessFailedError("another process ended"), 1)
     leave(2, DataError("row 7"), 2)
     leave(1, DataError("row 8"), 2)
-    cause = launch._cause(ended((0, 1), (1, 2), (2, 2)), tmp_path, tmp_path, False)
+    cause = launch._cause(ended((0, 1), (1, 2), (2, 2)), tmp_path, tmp_path, 3, False)
     assert (type(cause), str(cause)) == (DataError, "row 7")
 
 
 def test_an_error_of_another_type_keeps_its_exit_code(leave: Any, tmp_path: Path) -> None:
     leave(1, FileNotFoundError("no such file"), 2)
-    cause = launch._cause(ended((1, 2)), tmp_path, tmp_path, False)
+    cause = launch._cause(ended((1, 2)), tmp_path, tmp_path, 3, False)
     assert isinstance(cause, ProcessFailedError)
     assert (str(cause), cause.exit_code) == ("no such file", 2)
+
+
+def test_a_bug_is_shown_with_its_traceback_also_if_another_process_ends_first(leave: Any, tmp_path: Path) -> None:
+    leave(0, ProcessFailedError("process 1 of this run failed: division by zero"), 1)
+    leave(1, ZeroDivisionError("division by zero"), 1, "Traceback ...")
+    cause = launch._cause(ended((0, 1), (1, 1)), tmp_path, tmp_path, 2, False)
+    assert isinstance(cause, ProcessFailedError)
+    assert str(cause) == "process 1 of 2 failed: ZeroDivisionError: division by zero"
+    assert cause.traceback == "Traceback ..."
+
+
+def test_the_traceback_of_a_bug_goes_to_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail_to_divide(*_: object, **__: object) -> float:
+        return 1 / 0
+
+    monkeypatch.setattr("tailora.cli.main.app", lambda _: fail_to_divide)
+    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
+    monkeypatch.setenv(LAUNCHED_BY_TAILORA, "2")
+    assert main([]) == 1
+    assert capsys.readouterr().err == ""
+    cause = launch._cause(ended((0, 1)), tmp_path, tmp_path, 2, False)
+    assert isinstance(cause, ProcessFailedError)
+    assert "in fail_to_divide" in cause.traceback
+    monkeypatch.delenv(LAUNCHED_BY_TAILORA)
+    with pytest.raises(ZeroDivisionError):  # torchrun prints no more than its own table
+        main([])
+    assert capsys.readouterr().err == f"{BUG}\n"
+
+
+def test_the_launcher_prints_all_of_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lead_to_a_bug(*_: object, **__: object) -> None:
+        raise ProcessFailedError("process 0 of 2 failed: row 7", traceback=lines)
+
+    lines = "".join(f"line {number}\n" for number in range(3 * MAX_LINES))
+    monkeypatch.setattr("tailora.cli.main.app", lambda _: lead_to_a_bug)
+    assert main([]) == 1
+    assert capsys.readouterr().err == f"{BUG}\n{lines}error: process 0 of 2 failed: row 7\n"
 
 
 def test_a_killed_process_is_the_cause_and_not_what_the_others_say(leave: Any, tmp_path: Path) -> None:
     leave(0, ProcessFailedError("another process ended"), 1)
     leave(1, KeyboardInterrupt(), 130)  # torch's launcher ended it
-    cause = launch._cause(ended((2, -9), (0, 1), (1, 130)), tmp_path, tmp_path, False)
+    cause = launch._cause(ended((2, -9), (0, 1), (1, 130)), tmp_path, tmp_path, 3, False)
     assert str(cause).startswith("process 2 of 3 was ended by SIGKILL, most likely for memory; no checkpoint")
     (tmp_path / "checkpoint-4").mkdir()
-    cause = launch._cause(ended((2, -11), (0, 1)), tmp_path, tmp_path, False)
+    cause = launch._cause(ended((2, -11), (0, 1)), tmp_path, tmp_path, 3, False)
     assert "ended by SIGSEGV; the last checkpoint" in str(cause)
     assert str(cause).endswith(f"--resume-from-checkpoint {tmp_path}/checkpoint-4")
 
@@ -437,19 +584,16 @@ def test_a_killed_process_is_the_cause_and_not_what_the_others_say(leave: Any, t
 def test_an_interrupted_run_says_how_to_resume_it(leave: Any, tmp_path: Path) -> None:
     leave(1, KeyboardInterrupt(), 130)
     leave(0, KeyboardInterrupt("the run so far is saved"), 130)
-    cause = launch._cause(ended((1, 130), (0, 130)), tmp_path, tmp_path, True)
+    cause = launch._cause(ended((1, 130), (0, 130)), tmp_path, tmp_path, 3, True)
     assert (type(cause), str(cause)) == (KeyboardInterrupt, "the run so far is saved")
-    cause = launch._cause(ended((1, -2), (0, -2)), tmp_path / "none", tmp_path, True)
+    cause = launch._cause(ended((1, -2), (0, -2)), tmp_path / "none", tmp_path, 3, True)
     assert (type(cause), cause.args) == (KeyboardInterrupt, ())
 
 
-def test_a_process_without_a_message_shows_the_end_of_what_it_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(STARTED_HERE, "3")
+def test_a_process_without_a_message_shows_the_end_of_what_it_printed(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "stderr.log").write_text("".join(f"line {number}\n" for number in range(50)))
-    cause = str(launch._cause(ended((1, 1)), tmp_path, tmp_path, False))
+    cause = str(launch._cause(ended((1, 1)), tmp_path, tmp_path, 3, False))
     assert cause.startswith("process 1 of 3 ended with exit code 1:\nline 30\n")
     assert cause.endswith("line 49")
 
@@ -460,6 +604,16 @@ def test_without_a_launcher_nothing_is_left(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv(ERROR_FILE, str(tmp_path / "absent" / "error.json"))
     assert not leave_failure(DataError("row 7"), "row 7", 2)
     assert how_to_go_on(tmp_path) == "no checkpoint was saved yet: --save-steps N saves one every N steps"
+
+
+def test_a_failure_is_recorded_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disk_is_full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
+    monkeypatch.setattr(os, "fsync", disk_is_full)
+    assert not leave_failure(DataError("row 7"), "row 7", 2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_rank_0_alone_speaks_unless_the_processes_agreed(
@@ -474,7 +628,7 @@ def test_rank_0_alone_speaks_unless_the_processes_agreed(
     assert capsys.readouterr().err == ""
     assert fail(ConfigError("rank 0 has not ended this process"), False) == 2
     first = DataError("row 7")
-    first.add_note("in process 1 of 2")
+    show_by(first, 1)
     monkeypatch.setattr("tailora.cli.main.SECONDS_FOR_RANK_0", 1000)
     assert fail(first, False) == 2
     assert capsys.readouterr().err == "error: rank 0 has not ended this process\nerror: row 7\n"
@@ -482,6 +636,22 @@ def test_rank_0_alone_speaks_unless_the_processes_agreed(
     log("a note")
     assert fail(KeyboardInterrupt(), False) == 130
     assert capsys.readouterr().err == "a note\ninterrupted\n"
+
+
+@pytest.mark.parametrize(("number", "code", "message"), [(0, 130, "interrupted\n"), (1, 2, "")], ids=["own", "another"])
+def test_a_signal_explains_an_error_unless_another_rank_shows_it(
+    number: int, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail_in_a_library(*_: object, **__: object) -> None:
+        error = ConfigError("what a library made of KeyboardInterrupt")
+        show_by(error, number)
+        raise error
+
+    monkeypatch.setattr("tailora.cli.main.app", lambda _: fail_in_a_library)
+    monkeypatch.delenv(ERROR_FILE, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([], interrupted=lambda: True) == code
+    assert capsys.readouterr().err == message
 
 
 def test_torch_and_tailora_read_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
