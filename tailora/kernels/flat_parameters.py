@@ -32,6 +32,7 @@ class Group:
     parameters: Mapping[str, nn.Parameter]
     rate_factor: float = 1.0  # times the run's learning rate
     weight_decay: float = 0.0
+    sharded: bool = False  # True: each rank has its part of every parameter, and of the gradients of all ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class FlatBuffer:
     offsets: dict[str, int]  # in elements
     rate_factor: float
     weight_decay: float
+    sharded: bool
 
     def view(self, name: str, tensor: Tensor) -> Tensor:
         """Returns the part of a (total,) tensor that belongs to parameter `name`, as a view of that shape."""
@@ -88,7 +90,8 @@ def _allocate(group: Group) -> Iterator[FlatBuffer]:
         flat = nn.Parameter(torch.zeros(_round_up(end, CHUNK), dtype=dtype, device=device))
         flat.grad = torch.zeros_like(flat)
         by_name = dict(zip(parameters, offsets, strict=True))
-        yield FlatBuffer(flat, flat.grad, parameters, by_name, group.rate_factor, group.weight_decay)
+        settings = group.rate_factor, group.weight_decay, group.sharded
+        yield FlatBuffer(flat, flat.grad, parameters, by_name, *settings)
 
 
 def gradient_norm(buffers: Sequence[FlatBuffer]) -> Tensor:

@@ -32,12 +32,13 @@ from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import FlatBuffer
 from tailora.train.loss import Evaluation
 from tailora.train.random_state import set_random_state
-from tailora.train.trainable import Trainable, sync_parameters, trained_module
+from tailora.train.trainable import Trainable, own_tensors, sync_parameters, trained_module
 
 # ---- The folder
 
 
 STATE = "state.json"
+BY_PARAMETER = ("adapter", "optimizer", "best")  # files of tensors of which each rank may have a part
 
 
 @dataclass(frozen=True)
@@ -307,14 +308,18 @@ def restore(
 
     rank: whose random states to take; None leaves them.
     """
-    set_parameters(trained_module(model), saved.tensors["adapter"])
+    tensors = {
+        file: own_tensors(model, content) if file in BY_PARAMETER else content
+        for file, content in saved.tensors.items()
+    }
+    set_parameters(trained_module(model), tensors["adapter"])
     sync_parameters(model)
-    set_moments(optimizer, buffers, saved.tensors["optimizer"])
+    set_moments(optimizer, buffers, tensors["optimizer"])
     if allocator is not None:
-        allocator.load_state_dict(saved.tensors["allocation"])
+        allocator.load_state_dict(tensors["allocation"])
     if rank is not None:
-        set_random_state(saved.tensors[f"random-{rank}"])
-    return TrainState.of(saved)
+        set_random_state(tensors[f"random-{rank}"])
+    return TrainState.of(Checkpoint(saved.state, tensors))
 
 
 def set_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

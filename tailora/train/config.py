@@ -177,7 +177,6 @@ class TrainConfig(StrictModel):
                 full and self.quantize,
                 "--method full trains the weights, which cannot be quantised: leave --quantize out",
             ),
-            (full and self.fsdp, "--method full does not shard its weights yet: leave --fsdp out"),
             (
                 self.fsdp and self.quantize and self.quantize not in SHARDED_QUANTIZE,
                 f"--fsdp shards no base in {self.quantize}, whose scales it would lose: take --quantize nf4 or fp4",

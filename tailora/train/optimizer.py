@@ -5,28 +5,32 @@ needs no scheduler state.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tailora.core.device import wide_dtype
 from tailora.core.loraplus import names_with_higher_lr
-from tailora.kernels.flat_parameters import FlatBuffer, Group, gradient_norm
+from tailora.kernels.flat_parameters import FlatBuffer, Group
 from tailora.train.config import TrainConfig
+from tailora.train.parallel import gradient_norm_over_ranks
 
 
-def parameter_groups(module: nn.Module, config: TrainConfig) -> list[Group]:
-    """Returns the parameters of `module`, grouped by learning rate: with LoRA+ (arXiv:2402.12354), B has its own."""
-    parameters = dict(module.named_parameters())
+def parameter_groups(module: nn.Module, config: TrainConfig, sharded: Container[str] = ()) -> list[Group]:
+    """Returns the parameters of `module`, grouped by learning rate: with LoRA+ (arXiv:2402.12354), B has its own.
+
+    sharded: names of parameters of which each rank has a part; these are groups of their own.
+    """
     fast = names_with_higher_lr(module) if config.loraplus_lr_ratio != 1 else set()
-    factors = {False: 1.0, True: config.loraplus_lr_ratio}  # whether B's own rate -> its factor
-    groups = [
-        Group({name: p for name, p in parameters.items() if (name in fast) == is_fast}, factor, config.weight_decay)
-        for is_fast, factor in factors.items()
+    groups: dict[tuple[bool, bool], dict[str, nn.Parameter]] = {(False, False): {}}  # whether B's own rate, and sharded
+    for name, parameter in module.named_parameters():
+        groups.setdefault((name in fast, name in sharded), {})[name] = parameter
+    return [
+        Group(parameters, config.loraplus_lr_ratio if is_fast else 1.0, config.weight_decay, is_sharded)
+        for (is_fast, is_sharded), parameters in groups.items()
+        if parameters
     ]
-    return [group for group in groups if group.parameters] if fast else groups[:1]
 
 
 def adamw(buffers: Sequence[FlatBuffer]) -> torch.optim.AdamW:
@@ -58,7 +62,7 @@ def clip_gradients(buffers: Sequence[FlatBuffer], max_norm: float, loss_scale: "
     loss_scale: what the gradients are divided by first. The host does not wait for the norm. If it is not finite, the
     gradients are left as they are, so that one can see which of them caused it.
     """
-    norm = gradient_norm(buffers).to(wide_dtype(buffers[0].gradient.device))
+    norm = gradient_norm_over_ranks(buffers)
     if loss_scale is not None:
         norm = norm / loss_scale.value
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_

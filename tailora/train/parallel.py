@@ -7,31 +7,39 @@ whole on every rank, which needs the head where the most memory is used.
 The gradients of an adapter lie in a few flat buffers, so that one collective per buffer and step sums them, after the
 last micro-batch. Unlike DDP this needs no wrapper around the model, and a parameter that the examples of a rank do not
 use has a gradient of zero there.
+
+In full fine-tuning of a sharded base each rank trains its part of the decoder layers. FSDP2 adds up their gradients
+after every backward, and leaves each rank those of its part.
 """
 
 import atexit
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
+from tailora.core.device import wide_dtype
 from tailora.errors import ConfigError
 from tailora.kernels.compiled_layers import decoder_layers
-from tailora.kernels.flat_parameters import FlatBuffer
+from tailora.kernels.flat_parameters import FlatBuffer, gradient_norm
 
 T = TypeVar("T")
 
 
 def has_other_ranks() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @contextmanager
@@ -68,10 +76,23 @@ def first_of_ranks(value: T | None) -> T | None:
 
 
 def sum_over_ranks(buffers: Sequence[FlatBuffer]) -> None:
-    """Adds up the gradients of all ranks; every rank gets the sum."""
+    """Adds up the gradients of all ranks; every rank gets the sum. FSDP2 has done it for sharded parameters."""
     if has_other_ranks():
         for buffer in buffers:
-            dist.all_reduce(buffer.gradient)
+            if not buffer.sharded:
+                dist.all_reduce(buffer.gradient)
+
+
+def gradient_norm_over_ranks(buffers: Sequence[FlatBuffer]) -> Tensor:
+    """Returns the Euclidean norm of all gradients, of sharded ones over all ranks, 0-dimensional, in a wide dtype."""
+    dtype = wide_dtype(buffers[0].gradient.device)
+    sharded = [buffer for buffer in buffers if buffer.sharded]
+    if not sharded:
+        return gradient_norm(buffers).to(dtype)
+    whole = [buffer for buffer in buffers if not buffer.sharded]
+    square = gradient_norm(sharded).to(dtype).square()
+    dist.all_reduce(square)
+    return (gradient_norm(whole).to(dtype).square() + square).sqrt()
 
 
 def send_from_first_rank(buffers: Sequence[FlatBuffer], module: nn.Module) -> None:
@@ -83,7 +104,7 @@ def send_from_first_rank(buffers: Sequence[FlatBuffer], module: nn.Module) -> No
     if has_other_ranks():
         saved = module.state_dict().keys()
         frozen = [tensor for name, tensor in module.named_buffers() if name in saved]
-        for tensor in (*(buffer.parameter.detach() for buffer in buffers), *frozen):
+        for tensor in (*(buffer.parameter.detach() for buffer in buffers if not buffer.sharded), *frozen):
             dist.broadcast(tensor, src=0)
 
 
@@ -110,8 +131,12 @@ def shard_base(base: PreTrainedModel, device: torch.device, *, reshard_after_for
             layer,
             mesh=mesh,
             reshard_after_forward=reshard_after_forward,
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
             ignored_params={parameter for parameter in layer.parameters() if parameter.ndim == 0},
         )
+        sharded = cast(FSDPModule, layer)
+        sharded.set_gradient_divide_factor(1.0)  # gradients are the sum over all ranks, not their mean
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no factor in its sum
     root.register_forward_hook(_copy_views)  # before FSDP2's own
     # without weights of its own it lets the layers prefetch one another, and ends a forward and a backward
     fully_shard(root, mesh=mesh, ignored_params={p for p in root.parameters() if not isinstance(p, DTensor)})
@@ -126,6 +151,25 @@ def _root(base: PreTrainedModel) -> nn.Module:
     """Returns what every forward calls: the decoder, because the loss calls it without the head."""
     decoder: nn.Module | None = base.get_decoder() if hasattr(base, "get_decoder") else None
     return base if decoder is None or not decoder_layers(decoder) else decoder
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """Returns this rank's part of a sharded tensor, which shares its memory, or the tensor if it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of_whole(whole: Tensor, sharded: DTensor) -> Tensor:
+    """Returns the part of a whole tensor that this rank has of `sharded`, which has the same shape."""
+    rank, parts = sharded.device_mesh.get_local_rank(), whole.chunk(sharded.device_mesh.size())
+    return parts[rank] if rank < len(parts) else whole[:0]
+
+
+def whole_of_parts(part: Tensor, sharded: DTensor) -> Tensor:
+    """Returns the whole tensor of which each rank gives the part that it has of `sharded`."""
+    placed = part.to(sharded.device)
+    return DTensor.from_local(
+        placed, sharded.device_mesh, sharded.placements, shape=sharded.shape, stride=sharded.stride()
+    ).full_tensor()
 
 
 def is_sharded(model: nn.Module) -> bool:

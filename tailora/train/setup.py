@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -31,7 +32,7 @@ from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
 from tailora.train.launch import check_all_started, device_asked_for, world_size
 from tailora.train.loss import BatchLayout, make_batch, token_losses
 from tailora.train.memory import Cost, measure_cost
-from tailora.train.model_loading import load_base
+from tailora.train.model_loading import Shard, load_base
 from tailora.train.packing import choose_packing
 from tailora.train.parallel import first_of_ranks, forget_forward, own_process_group
 from tailora.train.random_state import seed_all
@@ -129,16 +130,19 @@ def attach(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     saved: Checkpoint | None = None,
+    shard: Shard | None = None,
 ) -> Trainable:
     """Returns the base with its adapter, or wrapped for full fine-tuning, in training mode.
 
     saved: the checkpoint to continue from; its adapter's settings are used, its tensors are restored later.
+    shard: how the base was sharded, for the original weights that full fine-tuning is compared with.
     Raises TargetError.
     """
     seed_all(config.seed)
     if config.method == "full":
         device = base.device
-        return FullModel(base, tokenizer, lambda: load_base(config.model, config.dtype, device)[0]).train()
+        load = partial(load_base, config.model, config.dtype, device, shard=shard)
+        return FullModel(base, tokenizer, lambda: load()[0]).train()
     if config.adapter:
         model = LoRAModel.from_pretrained(base, config.adapter)
     else:

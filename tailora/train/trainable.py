@@ -7,6 +7,9 @@ sec. 3.1):
     16-bit gradient -> added to the master's gradient -> AdamW changes the master -> rounded into the weight
 
 A float32 model is its own master.
+
+If FSDP2 has sharded the base, the masters are those of this rank's parts, also in float32. `FullModel.whole` and
+`parts` turn tensors of parts, as the optimizer has them, into whole ones, as files have them, and back.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,22 +21,26 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.adalora import RankAllocator
 from tailora.core.adapter import Summary, SummaryRow, adapter_dtype, parameter_count
+from tailora.core.layer_types import whole_tensor
 from tailora.formats import peft
 from tailora.formats.io import replace_folder
 from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.run_folder import ADAPTER, MODEL
 from tailora.model import LoRAModel
 from tailora.quiet import quiet_transformers
+from tailora.train.parallel import is_first_rank, part_of, part_of_whole, whole_of_parts
 
 
 class FullModel(nn.Module):
     """A base model, all of whose weights are trained. Calls, `generate` and other attributes are the base model's.
 
     trained: float32 masters by name, with / for the dots; of a float32 base, its own parameters.
+    sharded: the weights by the same names of which this rank has a part (FSDP2).
     load_original: loads the base again, for comparison.
     """
 
@@ -48,9 +55,11 @@ class FullModel(nn.Module):
         self._tokenizer, self._load_original = tokenizer, load_original
         self._weights = dict(base_model.named_parameters())
         self.trained = nn.ParameterDict()
+        self.sharded = {_key(name): weight for name, weight in self._weights.items() if isinstance(weight, DTensor)}
         for name, weight in self._weights.items():
-            wide = adapter_dtype(weight.dtype)
-            self.trained[_key(name)] = weight if weight.dtype == wide else nn.Parameter(weight.detach().to(wide))
+            key, wide = _key(name), adapter_dtype(weight.dtype)
+            is_master = weight.dtype == wide and key not in self.sharded
+            self.trained[key] = weight if is_master else nn.Parameter(part_of(weight.detach()).to(wide, copy=True))
         for weight, master in self._pairs():
             cast(Any, weight).register_post_accumulate_grad_hook(partial(_move_gradient, master))
 
@@ -66,7 +75,7 @@ class FullModel(nn.Module):
             return getattr(self.base_model, name)
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Returns each 16-bit weight and its master."""
+        """Returns each weight that is not its own master, and its master."""
         pairs = [(weight, self.trained[_key(name)]) for name, weight in self._weights.items()]
         return [(weight, master) for weight, master in pairs if weight is not master]
 
@@ -74,16 +83,20 @@ class FullModel(nn.Module):
     def sync_parameters(self) -> None:
         """Rounds the masters into the weights; to be called after every change of the masters."""
         for weight, master in self._pairs():
-            weight.copy_(master)
+            part_of(weight).copy_(master)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the weights are those before training, loaded again. Named like `LoRAModel`'s method."""
-        original = dict(self._load_original().to(next(iter(self._weights.values())).device).named_parameters())
+        original = dict(self._load_original().named_parameters())
 
+        @torch.no_grad()
         def exchange() -> None:
             for name, weight in self._weights.items():
-                weight.data, original[name].data = original[name].data, weight.data
+                now, other = part_of(weight), part_of(original[name])
+                kept = now.clone()
+                now.copy_(other)
+                other.copy_(kept)
 
         exchange()
         try:
@@ -91,17 +104,59 @@ class FullModel(nn.Module):
         finally:
             exchange()
 
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns tensors by parameter or `parameter|key` with what other ranks have of them, on the CPU.
+
+        All ranks must call it; only the first gets the tensors.
+        """
+        result = {}
+        for name, tensor in tensors.items():
+            weight = self._sharded_weight(name, tensor)
+            whole = tensor if weight is None else whole_of_parts(tensor, weight)
+            if is_first_rank():
+                result[name] = whole.cpu()
+        return result
+
+    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns this rank's parts of what `whole` has returned on the first."""
+        return {
+            name: tensor if (weight := self._sharded_weight(name, tensor)) is None else part_of_whole(tensor, weight)
+            for name, tensor in tensors.items()
+        }
+
+    def _sharded_weight(self, name: str, tensor: Tensor) -> DTensor | None:
+        """Returns the weight whose parts a tensor with this name has; numbers, such as AdamW's step, have no parts."""
+        return self.sharded.get(name.partition("|")[0]) if tensor.ndim else None
+
     def save(self, folder: Path) -> None:
-        """Writes a Hugging Face folder in the base's precision, with its tokenizer, atomically. Raises WriteError."""
+        """Writes a Hugging Face folder in the base's precision, with its tokenizer, atomically. Raises WriteError.
+
+        All ranks that have a part of the weights must call it; only the first writes.
+        """
+        weights = self._whole_weights(self.base_model.state_dict())
+        if not is_first_rank():
+            return
         with replace_folder(folder) as fresh, quiet_transformers():
-            cast(PreTrainedModel, self.base_model).save_pretrained(fresh)
+            cast(PreTrainedModel, self.base_model).save_pretrained(fresh, state_dict=weights)
             self._tokenizer.save_pretrained(fresh)
 
     def differences(self, folder: Path) -> list[str]:
-        """Returns the names of the weights that differ in the folder."""
-        own: dict[str, Tensor] = self.base_model.state_dict()
-        stored = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-        return [name for name in self._weights if name not in stored or not torch.equal(stored[name], own[name].cpu())]
+        """Returns the names of the weights that differ in the folder; as `save`, for the first rank."""
+        own = self._whole_weights(self._weights)
+        files = sorted(folder.glob("*.safetensors")) if own else []
+        stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        return [
+            name for name, tensor in own.items() if name not in stored or not torch.equal(stored[name], tensor.cpu())
+        ]
+
+    def _whole_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the weights on the first rank, and {} on the others."""
+        whole = {}
+        for name, weight in weights.items():
+            gathered = whole_tensor(weight.detach()).cpu() if isinstance(weight, DTensor) else weight
+            if is_first_rank():
+                whole[name] = gathered
+        return whole
 
     def summary(self) -> Summary:
         count = parameter_count(self.base_model)
@@ -114,7 +169,7 @@ def _key(name: str) -> str:
 
 def _move_gradient(master: nn.Parameter, weight: Tensor) -> None:
     """Adds the gradient of a weight to its master's."""
-    gradient = cast(Tensor, weight.grad)
+    gradient = part_of(cast(Tensor, weight.grad))
     if master.grad is None:
         master.grad = gradient.to(master.dtype)
     else:
@@ -131,6 +186,21 @@ Trainable = LoRAModel | FullModel
 def trained_module(model: Trainable) -> nn.Module:
     """Returns the module whose parameters are all that is trained."""
     return model.trained if isinstance(model, FullModel) else model.lora_layers
+
+
+def sharded_names(model: Trainable) -> set[str]:
+    """Returns the names of the trained parameters of which each rank has a part; none of an adapter."""
+    return set(model.sharded) if isinstance(model, FullModel) else set()
+
+
+def whole_tensors(model: Trainable, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors by parameter, or `parameter|key`, with the parts that other ranks have, for the first rank."""
+    return model.whole(tensors) if isinstance(model, FullModel) else dict(tensors)
+
+
+def own_tensors(model: Trainable, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what this rank has of the tensors that `whole_tensors` has returned on the first."""
+    return model.parts(tensors) if isinstance(model, FullModel) else dict(tensors)
 
 
 def adapter_settings(model: Trainable) -> dict[str, Any]:
@@ -165,6 +235,7 @@ def save(model: Trainable, output_dir: Path, base: Mapping[str, LayerFingerprint
     """Writes the adapter's or the model's folder atomically and returns it. Raises WriteError.
 
     base: `base_fingerprint`, which does not change: with it, nothing of a sharded base is gathered.
+    If the base is sharded, all ranks must call it for a model, and only the first writes.
     """
     folder = folder_of(model, output_dir)
     if isinstance(model, FullModel):

@@ -224,17 +224,17 @@ class Trainer:
         stack.enter_context(seeded(config.seed))
 
         with explain_out_of_memory("loading", lambda: LOADING_REMEDIES):
-            shard = partial(shard_base, device=device, reshard_after_forward=config.fsdp_reshard_after_forward)
-            self.base, self.tokenizer = load_base(
-                config.model, config.dtype, device, config.quantize, shard=shard if config.fsdp else None
-            )
+            shard = None
+            if config.fsdp:
+                shard = partial(shard_base, device=device, reshard_after_forward=config.fsdp_reshard_after_forward)
+            self.base, self.tokenizer = load_base(config.model, config.dtype, device, config.quantize, shard=shard)
             base = model_fingerprint(self.base)
             embedding_rows = self.base.get_input_embeddings().weight.shape[0]
             data = self.read(config, embedding_rows, self.tokenizer, accelerator)
             if self.held_out is not None and data.held_out is not None:
                 data = replace(data, held_out=data.held_out.select(self.held_out(len(data.held_out))))
             self.data = data
-            self.model = setup.attach(config, self.base, self.tokenizer, saved)
+            self.model = setup.attach(config, self.base, self.tokenizer, saved, shard)
             self.layout = setup.choose_layout(config, self.model, self.tokenizer, self.note)
             setup.check_layers_are_called(self.model, self.layout, data.longest, self.note)
             setup.init_from_data(self.model, data, self.layout, config.init_batches)
@@ -249,7 +249,8 @@ class Trainer:
         self.compiled_share = share_kept_instead(config, self.base, self.kernels)
         check_fits(self.cost, data.largest_size, len(data.longest.input_ids), device, self.compiled_share)
 
-        self.buffers = stack.enter_context(flattened(parameter_groups(trained_module(self.model), config)))
+        groups = parameter_groups(trained_module(self.model), config, trainable.sharded_names(self.model))
+        self.buffers = stack.enter_context(flattened(groups))
         send_from_first_rank(self.buffers, trained_module(self.model))
         prepared = None if config.streaming else data.prepared
         self.identity: dict[str, Any] = {  # what a checkpoint of this run must agree with
@@ -520,7 +521,10 @@ class Trainer:
             **({"allocation": self.allocator.state_dict()} if self.allocator else {}),
             **({"loss_scale": loss_scale.state_dict()} if loss_scale else {}),
         }
-        if broken := checkpoint.not_finite(tensors):
+        for file in checkpoint.BY_PARAMETER:
+            if file in tensors:
+                tensors[file] = trainable.whole_tensors(self.model, tensors[file])
+        if broken := broadcast_object_list([checkpoint.not_finite(tensors)])[0]:
             raise self.diverged(f"in step {state.step}: it left values that are not finite ({'; '.join(broken)})")
         random_states = gather_object([random_state()])
         if self.accelerator.is_main_process:
@@ -542,7 +546,7 @@ class Trainer:
     def restore_best(self) -> Evaluation | None:
         """Restores the best parameters, or checks and evaluates the last; returns their held-out loss."""
         self.read_steps()
-        if not all(bool(buffer.parameter.isfinite().all()) for buffer in self.buffers):
+        if not all(gather_object([bool(buffer.parameter.isfinite().all()) for buffer in self.buffers])):
             raise self.diverged(f"in step {self.state.step}: it left weights that are not finite")
         if self.is_out_of_patience():
             self.note(f"stopped early: {self.state.since_best} evaluations in a row without improvement")
