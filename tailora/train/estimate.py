@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from tailora.core.adapter import adapter_dtype
 from tailora.core.device import synchronize
 from tailora.core.layer_types import CONV1D, layer_type_of
 from tailora.core.quantization import named_stored_tensors
@@ -560,33 +561,38 @@ def _of_one_process(config: TrainConfig, fake: FakeModel, step: StepCost, proces
 # Copies of a layer that a rank has at a time under FSDP2, measured with gloo (docs/distributed.md): gathered rows and
 # whole weights of the layer that computes and of its neighbours. On a card never measured
 GATHERED_LAYERS = 5
-GRADIENTS_OF_LAYERS = 2  # copies: whole, and as the input of the reduce-scatter
 
 
 def _on_one_rank(memory: Memory, fake: FakeModel, shards: int) -> Memory:
     """Returns what one of `shards` ranks has of the memory of one process.
 
     FSDP2 shards the decoder layers (`train.parallel`). What is outside of them, adapters, their gradients and their
-    optimizer are whole on every rank. In full fine-tuning, which does not do it yet, all would be sharded; a gradient
-    is whole, and once more as the input of the reduce-scatter, until its shards are summed.
+    optimizer are whole on every rank. In full fine-tuning a rank has float32 masters of its part of the layers; the
+    gradient of a layer is whole, and once more in float32 for the reduce-scatter, until its shards are summed.
     """
-    weights, gathered = fake.weights, GATHERED_LAYERS * fake.weights.layer
+    weights = fake.weights
     if isinstance(fake.model, FullModel):
-        gathered += weights.outside
+        trained = trained_bytes(fake)
+        of_layers = _in_float32(weights.stored - weights.outside, fake)
+        on_rank, outside = _share(of_layers, shards), trained - of_layers
         memory = replace(
             memory,
-            adapters=_share(memory.adapters, shards),
-            gradients=_share(trained_bytes(fake), shards) + weights.outside + GRADIENTS_OF_LAYERS * weights.layer,
-            optimizer=_share(memory.optimizer, shards),
+            adapters=on_rank + (outside if memory.adapters else 0),
+            gradients=on_rank + outside + weights.layer + _in_float32(weights.layer, fake),
+            optimizer=memory.optimizer // trained * (on_rank + outside),
         )
-    return replace(memory, weights=_stored_on_rank(fake, shards), gathered=gathered)
+    return replace(memory, weights=_stored_on_rank(fake, shards), gathered=GATHERED_LAYERS * weights.layer)
+
+
+def _in_float32(size: int, fake: FakeModel) -> int:
+    """Returns the bytes of the masters of so many bytes of weights, in full fine-tuning."""
+    dtype = fake.base.dtype
+    return size // dtype.itemsize * adapter_dtype(dtype).itemsize
 
 
 def _stored_on_rank(fake: FakeModel, shards: int) -> int:
     """Returns the bytes of the base's weights that one of `shards` ranks keeps."""
     weights = fake.weights
-    if isinstance(fake.model, FullModel):
-        return _share(weights.stored, shards)
     return weights.outside + _share(weights.stored - weights.outside, shards)
 
 
@@ -599,8 +605,8 @@ def sent_bytes(fake: FakeModel, ranks: int, forwards: float, *, sharded: bool, g
 
     forwards: of a step, each with its backward.    sharded: by FSDP2; or else every rank has the whole base.
     Sums take twice what is summed. A layer is gathered for the forward and again for the backward, or once if it is not
-    freed between them (gathers = 1). The gradients of an adapter are summed once a step; those of a fully trained model
-    after every backward, to shards.
+    freed between them (gathers = 1). The gradients of what is whole are summed once a step; those of fully trained
+    layers after every backward, in float32, to shards.
     """
     share, weights = (ranks - 1) / ranks, fake.weights
     trained = trained_bytes(fake)
@@ -608,7 +614,8 @@ def sent_bytes(fake: FakeModel, ranks: int, forwards: float, *, sharded: bool, g
         return int(share * 2 * trained)
     layers = weights.stored - weights.outside
     if isinstance(fake.model, FullModel):
-        return int(share * forwards * (gathers * layers + weights.outside + weights.stored))
+        of_layers = _in_float32(layers, fake)
+        return int(share * (forwards * (gathers * layers + of_layers) + 2 * (trained - of_layers)))
     return int(share * (forwards * gathers * layers + 2 * trained))
 
 

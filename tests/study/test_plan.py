@@ -166,10 +166,12 @@ def test_a_rank_has_a_share_of_what_fsdp2_shards(small_run: TrainConfig) -> None
     assert one.full is not None
     assert sharded.full is not None
     full, whole = sharded.full.memory, one.full.memory
-    assert (full.weights, full.optimizer) == (whole.weights // 4, whole.optimizer // 4)
-    assert full.gradients == pytest.approx(
-        stored / 4 + outside + 2 * max(sizes), abs=64
-    )  # a layer's is whole until it is summed
+    assert whole.adapters == 0  # float32 weights are their own masters, but not the parts of sharded ones
+    assert (full.weights, full.adapters) == (memory.weights, sum(sizes) // 4)
+    trained = sum(parameter.nbytes for parameter in base.parameters())
+    on_rank = trained - sum(sizes) + sum(sizes) // 4
+    assert full.optimizer == whole.optimizer // trained * on_rank
+    assert full.gradients == on_rank + 2 * max(sizes)  # a layer's gradient is whole until it is summed
     with pytest.raises(ConfigError, match="give their number, --nproc"):
         plan(config.replaced(fsdp=True))
     with pytest.raises(ConfigError, match="in one process"):
