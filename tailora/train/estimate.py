@@ -586,7 +586,7 @@ def _on_one_rank(memory: Memory, fake: FakeModel, shards: int) -> Memory:
 
 def _in_float32(size: int, fake: FakeModel) -> int:
     """Returns the bytes of the masters of so many bytes of weights, in full fine-tuning."""
-    dtype = fake.base.dtype
+    dtype: torch.dtype = fake.base.dtype
     return size // dtype.itemsize * adapter_dtype(dtype).itemsize
 
 

@@ -568,13 +568,13 @@ class Trainer:
     def save_model(self, *, compare: bool = False) -> None:
         """Writes the adapter or the model, in the main process. compare: reads it back, or raises CheckpointError.
 
-        Reading back takes all ranks of a sharded base, so the others do the same in a folder of their own, which is
-        deleted.
+        Reading back takes all ranks of a sharded base, as does writing weights of which each has a part: the others
+        do the same in a folder of their own, which is deleted.
         """
         with ExitStack() as stack:
             folder = self.output_dir
             if not self.accelerator.is_main_process:
-                if not (self.config.fsdp and compare):
+                if not (self.config.fsdp and (compare or trainable.sharded_names(self.model))):
                     return
                 folder = Path(stack.enter_context(TemporaryDirectory()))
             written = trainable.save(self.model, folder, self.base_fingerprint)

@@ -74,8 +74,9 @@ def held_bytes(parameter):
     return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).nbytes
 
 def save_model(self, *, compare=False, save=Trainer.save_model):
-    with nullcontext() if compare else mock.patch("torch.distributed.tensor.DTensor.full_tensor", None):
-        save(self, compare=compare)  # gathers nothing
+    may_gather = compare or self.config.method == "full"
+    with nullcontext() if may_gather else mock.patch("torch.distributed.tensor.DTensor.full_tensor", None):
+        save(self, compare=compare)
 
 trainer_file.broken_loss = broken_loss
 Trainer.save_model = save_model
