@@ -123,6 +123,7 @@ class CompiledLayers:
         sharded = [layer for layer in layers if isinstance(layer, FSDPModule)]
         whole = [layer for layer in layers if not isinstance(layer, FSDPModule)]
         before = [layer._compiled_call_impl for layer in whole]
+        forwards = [vars(layer).get("forward") for layer in sharded]
         try:
             os.environ[CACHE_VARIABLE] = user_folder or str(cache_folder() / "compiled" / "inductor")
             for layer in whole:
@@ -143,8 +144,10 @@ class CompiledLayers:
         finally:
             for layer, call in zip(whole, before, strict=True):
                 layer._compiled_call_impl = call
-            for layer in sharded:
+            for layer, forward in zip(sharded, forwards, strict=True):
                 vars(layer).pop("forward", None)
+                if forward is not None:
+                    layer.forward = forward
             if user_folder is None:
                 os.environ.pop(CACHE_VARIABLE, None)
 

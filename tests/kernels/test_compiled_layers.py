@@ -13,6 +13,7 @@ from tiny import GROUPED, SIZES, chat_model, chat_tokenizer, packed_row, stir, t
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
     AutoModelForCausalLM,
@@ -150,6 +151,17 @@ def test_what_the_user_compiled_is_used_again_afterwards() -> None:
     with CompiledLayers(backend="eager").used_by([layer]):
         assert layer._compiled_call_impl is not own
     assert layer._compiled_call_impl is own
+
+
+def test_the_forward_of_a_sharded_layer_is_what_it_was_afterwards() -> None:
+    layers: list[Any] = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    for layer in layers:
+        layer.__class__ = type("ShardedLinear", (FSDPModule, nn.Linear), {})  # as `fully_shard` does
+    layers[0].forward = own = partial(nn.Linear.forward, layers[0])
+    with CompiledLayers(backend="eager").used_by(layers):
+        assert layers[0].forward is not own
+    assert layers[0].forward is own
+    assert "forward" not in vars(layers[1])
 
 
 def test_filters_of_warnings_that_others_set_within_the_block_stay() -> None:
