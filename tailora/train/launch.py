@@ -333,7 +333,7 @@ def leave_failure(error: BaseException, message: str, exit_code: int, traceback:
     file = Path(os.environ.get(ERROR_FILE, ""))
     if ERROR_FILE not in os.environ or not file.parent.is_dir():
         return False
-    for_torch = {"py_callstack": traceback or message, "timestamp": str(int(time.time()))}
+    for_torch = {"py_callstack": traceback or message or type(error).__name__, "timestamp": str(int(time.time()))}
     for_launch = {"type": type(error).__name__, "exit_code": exit_code, "time": time.time(), "traceback": traceback}
     extra = {**for_torch, **for_launch, "rank": rank()}
     try:

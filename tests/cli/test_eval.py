@@ -230,7 +230,7 @@ def test_two_processes_of_torchrun_share_the_examples_and_print_one_result(
 ) -> None:
     tokens = ["eval", adapter, "--data", quiz, "--dtype", "float32", "--field", "prompt=question", "--json"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = [*launch, "tailora.cli", "--", *map(str, tokens), "--output-dir", str(tmp_path / "out")]
+    command = [*launch, "tailora", "--", *map(str, tokens), "--output-dir", str(tmp_path / "out")]
     two = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300
     )
