@@ -105,7 +105,9 @@ def demo() -> str:
     parts = []
     for title, folder in MACHINES.items():
         content = read("demo", folder)
-        repeats = f"Median and range of {len(content['runs']['tailora'])} runs, in turn, each in a process of its own."
+        count = len(content["runs"]["tailora"])
+        several = f"Median and range of {count} runs, in turn, each in a process of its own."
+        repeats = several if count > 1 else "One run of each, in a process of its own."
         parts += [f"### {title}", tables.demo(content["summary"]), repeats]
     return "\n\n".join(parts)
 

@@ -603,6 +603,12 @@ def test_an_interrupted_run_says_how_to_resume_it(leave: Any, tmp_path: Path) ->
     assert (type(cause), str(cause)) == (KeyboardInterrupt, "the run so far is saved")
     cause = launch._cause(ended((1, -2), (0, -2)), tmp_path / "none", tmp_path, 3, True)
     assert (type(cause), cause.args) == (KeyboardInterrupt, ())
+    (tmp_path / "checkpoint-4").mkdir()
+    leave(0, KeyboardInterrupt(), 130)  # by a second signal
+    for failures, has_signal in (((1, -9), (0, -9)), True), (((1, 130), (0, 1)), False):
+        cause = launch._cause(ended(*failures), tmp_path, tmp_path, 3, has_signal)
+        assert isinstance(cause, KeyboardInterrupt)
+        assert str(cause).startswith(f"the last checkpoint is {tmp_path}/checkpoint-4; to resume it:\n")
 
 
 def test_a_process_without_a_message_shows_the_end_of_what_it_printed(tmp_path: Path) -> None:
