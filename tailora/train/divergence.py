@@ -19,15 +19,20 @@ REMEDIES = (
 
 
 def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
-    """Returns which gradients are not finite, for a message."""
+    """Returns which gradients are not finite on the first rank that has such gradients, for a message."""
+    names = first_of_ranks(_not_finite(parameters))
+    if names is None:
+        return "the norm of all gradients overflows, though each is finite"
+    return f"the gradient of {len(names)} of {len(parameters)} parameters is not finite, first {', '.join(names[:3])}"
+
+
+def _not_finite(parameters: Mapping[str, nn.Parameter]) -> list[str] | None:
     names = [
         name.replace("/", ".")
         for name, parameter in parameters.items()
         if parameter.grad is not None and not parameter.grad.isfinite().all()
     ]
-    if not names:
-        return "the norm of all gradients overflows, though each is finite"
-    return f"the gradient of {len(names)} of {len(parameters)} parameters is not finite, first {', '.join(names[:3])}"
+    return names or None
 
 
 def broken_loss(model: nn.Module, batches: Sequence[Batch], form: str) -> str:

@@ -172,6 +172,13 @@ def whole_of_parts(part: Tensor, sharded: DTensor) -> Tensor:
     ).full_tensor()
 
 
+def free_gathered(model: nn.Module) -> None:
+    """Frees weights that a forward has gathered and kept: the next one gathers them again, with what has changed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 

@@ -33,7 +33,7 @@ from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.run_folder import ADAPTER, MODEL
 from tailora.model import LoRAModel
 from tailora.quiet import quiet_transformers
-from tailora.train.parallel import is_first_rank, part_of, part_of_whole, whole_of_parts
+from tailora.train.parallel import free_gathered, is_first_rank, part_of, part_of_whole, whole_of_parts
 
 
 class FullModel(nn.Module):
@@ -82,6 +82,7 @@ class FullModel(nn.Module):
     @torch.no_grad()
     def sync_parameters(self) -> None:
         """Rounds the masters into the weights; to be called after every change of the masters."""
+        free_gathered(self.base_model)
         for weight, master in self._pairs():
             part_of(weight).copy_(master)
 
@@ -92,6 +93,7 @@ class FullModel(nn.Module):
 
         @torch.no_grad()
         def exchange() -> None:
+            free_gathered(self.base_model)
             for name, weight in self._weights.items():
                 now, other = part_of(weight), part_of(original[name])
                 kept = now.clone()
