@@ -18,7 +18,7 @@ from tailora.core.config import LoRAConfig
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias
 from tailora.core.init import DATA_INITS, WEIGHT_INITS, WITH_FROZEN_START, check_init, init_from_weight
 from tailora.core.layer import INITS, LoRALayer
-from tailora.core.layer_types import layer_of, weight_of, whole_tensor
+from tailora.core.layer_types import computing_device, layer_of, weight_of, whole_tensor
 from tailora.core.patterns import inside
 from tailora.core.quantization import dense_shape, weight_count
 from tailora.core.targets import ExtraTargets, Selection, Target
@@ -127,7 +127,7 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
         shapes=(shape_A, (target.output_slice.size, *shape_B[1:]) if target.output_slice else shape_B),
         groups=target.layer_type.groups(target.layer),
         output_slice=target.output_slice,
-        device=weight.device,
+        device=computing_device(weight),
         dtype=adapter_dtype(weight.dtype),
     )
     if config.adalora is not None:

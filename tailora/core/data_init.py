@@ -24,6 +24,7 @@ from tailora.core.config import LoRAConfig
 from tailora.core.device import read_together, wide_dtype
 from tailora.core.init import DATA_INITS, GRADIENT_INITS, WITH_FROZEN_START
 from tailora.core.layer import LoRALayer
+from tailora.core.layer_types import computing_device
 from tailora.core.low_rank import EXACT, EXTRA, Spectrum, gaussian, orthonormal, triplets_in_basis
 from tailora.core.targets import Target, target_at
 from tailora.errors import AdapterError, ConfigError, DataError
@@ -249,7 +250,7 @@ class _InputCovariance:
         self.layer_type = target.layer_type
         size = target.layer_type.dims(target.layer)[0]
         k = _directions(size, count)
-        like = torch.empty((), device=target.weight.device, dtype=adapter_dtype(target.weight.dtype))
+        like = torch.empty((), device=computing_device(target.weight), dtype=adapter_dtype(target.weight.dtype))
         shape, _ = target.layer_type.shapes(target.layer, k)
         self.A = orthonormal(gaussian((size, k), like)).T.reshape(shape)
         self.identity = torch.eye(k, dtype=like.dtype, device=like.device)  # the B that makes the update A x

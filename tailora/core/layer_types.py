@@ -343,9 +343,28 @@ def weight_of(layer: nn.Module, name: str = "weight") -> Tensor:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """Returns the tensor; of one of which each rank holds a part (FSDP2) all of it, for which all ranks must call."""
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """Returns the tensor; of one of which each rank holds a part (FSDP2) all of it, for which all ranks must call.
+
+    It is on the device that computes with it, also if the parts are kept in host memory.
+    """
+    if not hasattr(tensor, "full_tensor"):  # of a DTensor, which is not imported here: that takes time
+        return tensor
+    parts: Any = tensor
+    device = computing_device(tensor)
+    if parts.device != device:
+        on_device = parts.to_local().to(device)
+        size = {"shape": parts.shape, "stride": parts.stride()}
+        parts = type(parts).from_local(on_device, parts.device_mesh, parts.placements, **size)
+    whole: Tensor = parts.full_tensor()
     return whole
+
+
+def computing_device(weight: Tensor) -> torch.device:
+    """Returns the device that computes with a weight, of which FSDP2 may keep the parts in host memory."""
+    kind: str = weight.device_mesh.device_type if hasattr(weight, "device_mesh") else weight.device.type
+    if kind == weight.device.type:
+        return weight.device
+    return torch.empty(0, device=kind).device  # with the index of the current one
 
 
 def parameter_owner(layer: nn.Module, name: str) -> tuple[nn.Module, str]:

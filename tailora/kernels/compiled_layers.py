@@ -34,6 +34,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tailora.core.attach import Adapted
 from tailora.core.device import cpu_flags
+from tailora.core.layer_types import computing_device
 from tailora.formats.io import cache_folder
 from tailora.kernels.device_attention import MOST_GRAPHS
 
@@ -174,7 +175,7 @@ def _ignored(message: str) -> Iterator[None]:
 
 
 def _is_on_cpu(layers: Sequence[nn.Module]) -> bool:
-    return all(parameter.device.type == "cpu" for layer in layers for parameter in layer.parameters())
+    return all(computing_device(weight).type == "cpu" for layer in layers for weight in layer.parameters())
 
 
 # ---- What compiling is worth, and the time that it takes
@@ -213,7 +214,7 @@ def _record(layers: Sequence[nn.Module], activation_memory: float) -> Path:
         torch.__version__,
         sorted(cpu_flags()),
         torch.get_num_threads(),
-        str(next(layers[0].parameters()).device),
+        str(computing_device(next(layers[0].parameters()))),
         activation_memory,
         sorted({repr(_kind(layer)) for layer in layers}),
     )

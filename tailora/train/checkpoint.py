@@ -217,6 +217,7 @@ FREE = {
     "device",  # of which the kind is compared
     "fsdp",
     "fsdp_reshard_after_forward",
+    "fsdp_offload_params",
     "activation_memory",  # compared with the kernels
     "resume_from_checkpoint",
     "report_to",

@@ -118,6 +118,9 @@ class TrainConfig(StrictModel):
     fsdp_reshard_after_forward: bool = Field(
         True, description="FSDP2: free gathered weights between forward and backward"
     )
+    fsdp_offload_params: bool = Field(
+        False, description="FSDP2: keep sharded weights in host memory; each layer is copied to the device when it runs"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of data order, initialisation and dropout")
     # evaluation and files
     eval_steps: NonNegativeInt = Field(0, description="evaluate every N steps; 0: only before and after training")
@@ -184,6 +187,11 @@ class TrainConfig(StrictModel):
             (
                 not self.fsdp and not self.fsdp_reshard_after_forward,
                 "fsdp_reshard_after_forward says how --fsdp works: give --fsdp",
+            ),
+            (self.fsdp_offload_params and not self.fsdp, "fsdp_offload_params says how --fsdp works: give --fsdp"),
+            (
+                self.fsdp_offload_params and (full or self.quantize),
+                "fsdp_offload_params is for frozen weights that are not quantised: leave it out",
             ),
             (self.target_r is None and adalora_names, f"{adalora_names} belong to AdaLoRA: give --target-r"),
             (self.adapter and changed, f"--adapter brings its own {names}: leave them out"),

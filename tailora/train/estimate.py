@@ -517,6 +517,8 @@ def memory_of_step(config: TrainConfig, fake: FakeModel, step: StepCost, process
         memory = _on_one_rank(memory, fake, shards)
         if not config.fsdp_reshard_after_forward:  # gathered layers stay until the backward has used them
             memory = replace(memory, gathered=weights.stored - weights.outside)
+        if config.fsdp_offload_params:
+            memory = replace(memory, weights=weights.outside)
     kept_by_allocator = int(FRAGMENTATION * step.bytes)
     if fake.base.device.type != "cpu":
         return replace(memory, process=process + WORKSPACE + kept_by_allocator)

@@ -46,8 +46,8 @@ from tailora.data.readers import check_model_exists
 from tailora.errors import ConfigError, listing, nearest
 from tailora.quiet import quiet_loggers, quiet_transformers
 from tailora.train.config import SHARDED_QUANTIZE
+from tailora.train.parallel import Sharding
 
-Shard = Callable[[PreTrainedModel], None]
 EXTRA = "pip install 'tailora[quantize]'"
 PROBE_SIZE = 64  # inputs and outputs of the layer that a method is tried on
 LARGEST_ERROR = 0.3  # relative, of the weight and the gradient; 4-bit methods stay below
@@ -235,18 +235,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _sharded_before_weights(shard: Shard | None) -> Iterator[None]:
+def _sharded_before_weights(sharding: Sharding | None) -> Iterator[None]:
     """Within the block `from_pretrained` shards a model while it is on meta; each rank then reads its parts alone.
 
     transformers reads the part of every DTensor, but it shards after plans of its own, which do not fit our loss.
     """
-    if shard is None:
+    if sharding is None:
         yield
         return
     load: Any = PreTrainedModel._load_pretrained_model
 
     def shard_and_load(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        shard(model)
+        sharding.shard(model)
         return load(model, *args, **kwargs)
 
     cast(Any, PreTrainedModel)._load_pretrained_model = staticmethod(shard_and_load)
@@ -262,14 +262,14 @@ def load_base(
     device: torch.device | str = "cpu",
     quantize: str | None = None,
     *,
-    shard: Shard | None = None,
+    sharding: Sharding | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns model and tokenizer of a folder, a Hub id, or 'demo'.
 
     dtype: float32, bfloat16, float16, "stored" (that of the files), or "auto" (what suits the device).
     device: where every weight goes as soon as it is read, so that host memory never holds the whole model.
     quantize: one of METHODS for the linear layers; other tensors have the dtype.
-    shard: is called with the model before it has weights, and shards it; of what it shards each rank reads its part. A
+    sharding: of the model, before it has weights; of what is sharded each rank reads its part alone. A
         quantized model is sharded when it is loaded, because a weight is quantized as a whole.
     Raises ConfigError if they cannot be read, quantized or sharded. Pickled weights are not read.
     """
@@ -278,14 +278,14 @@ def load_base(
     with _reading(name) as source:
         tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
         is_plain = quantize is None and stored_quantization(config) is None
-        if shard is not None:
+        if sharding is not None:
             check_can_be_sharded(config, name, quantize)
         more: dict[str, Any] = {}  # None would remove the quantization of a model that is quantized already
         if quantize is not None:
             check_unquantized(config, name, quantize)
             wide = precision if isinstance(precision, torch.dtype) else torch.bfloat16
             more["quantization_config"] = settings_for(quantize, wide, device)
-        with _sharded_before_weights(shard if is_plain else None):
+        with _sharded_before_weights(sharding if is_plain else None):
             model, report = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
@@ -303,8 +303,10 @@ def load_base(
     obstacles = {path: storage_obstacle(layer) for path, layer in quantized_layers(model).items()}
     if problems := [f"{path}: {reason}" for path, reason in obstacles.items() if reason]:
         raise ConfigError(f"model {name!r} cannot be used in this quantisation: {listing(problems)}")
-    if shard is not None and not is_plain:
-        shard(model)
+    if sharding is not None and is_plain:
+        sharding.offload(model)
+    elif sharding is not None:
+        sharding.shard(model)
     return model, tokenizer
 
 

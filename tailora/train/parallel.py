@@ -1,6 +1,6 @@
 """Several processes that train one adapter: each has a whole copy of it, and they add up their gradients.
 
-With `shard_base` each holds only a part of the base model (FSDP2): the decoder layers, which are nearly all of it, are
+With `Sharding` each holds only a part of the base model (FSDP2): the decoder layers, which are nearly all of it, are
 gathered one after the other while a forward or backward runs through them. Embeddings, the last norm and the head stay
 whole on every rank, which needs the head where the most memory is used.
 
@@ -15,13 +15,14 @@ after every backward, and leaves each rank those of its part.
 import atexit
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
@@ -111,35 +112,58 @@ def send_from_first_rank(buffers: Sequence[FlatBuffer], module: nn.Module) -> No
 # ---- Sharding the base
 
 
-def shard_base(base: PreTrainedModel, device: torch.device, *, reshard_after_forward: bool) -> None:
+@dataclass(frozen=True)
+class Sharding:
     """Leaves on each rank its part of every decoder layer's weights, rows i n/ranks to (i + 1) n/ranks of each.
 
-    base: on `device`, or on meta; then weights are loaded afterwards.
     From then on every forward, and every read of a weight's numbers (`whole_tensor`), needs all ranks.
+
+    device: of this rank.
     reshard_after_forward: False keeps gathered weights until the backward has used them.
-    Raises ConfigError for a model without decoder layers.
+    offload_params: keeps the rank's parts in pinned host memory, from where a layer is copied to the device for each
+        forward and backward.
     """
-    root = _root(base)
-    layers = decoder_layers(root)
-    if not layers:
-        raise ConfigError(
-            f"--fsdp shards the layers of a decoder, and {type(base).__name__} has no list of layers; leave it out"
-        )
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in layers:
-        fully_shard(
-            layer,
-            mesh=mesh,
-            reshard_after_forward=reshard_after_forward,
-            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
-            ignored_params={parameter for parameter in layer.parameters() if parameter.ndim == 0},
-        )
-        sharded = cast(FSDPModule, layer)
-        sharded.set_gradient_divide_factor(1.0)  # gradients are the sum over all ranks, not their mean
-        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no factor in its sum
-    root.register_forward_hook(_copy_views)  # before FSDP2's own
-    # without weights of its own it lets the layers prefetch one another, and ends a forward and a backward
-    fully_shard(root, mesh=mesh, ignored_params={p for p in root.parameters() if not isinstance(p, DTensor)})
+
+    device: torch.device
+    reshard_after_forward: bool = True
+    offload_params: bool = False
+
+    def shard(self, base: PreTrainedModel) -> None:
+        """Shards a base that is on `device`, or on meta; then weights are loaded afterwards.
+
+        Raises ConfigError for a model without decoder layers.
+        """
+        root = _root(base)
+        layers = decoder_layers(root)
+        if not layers:
+            raise ConfigError(
+                f"--fsdp shards the layers of a decoder, and {type(base).__name__} has no list of layers; leave it out"
+            )
+        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
+        for layer in layers:
+            fully_shard(
+                layer,
+                mesh=mesh,
+                reshard_after_forward=self.reshard_after_forward,
+                offload_policy=CPUOffloadPolicy() if self.offload_params else OffloadPolicy(),
+                mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+                ignored_params={parameter for parameter in layer.parameters() if parameter.ndim == 0},
+            )
+            sharded = cast(FSDPModule, layer)
+            sharded.set_gradient_divide_factor(1.0)  # gradients are the sum over all ranks, not their mean
+            sharded.set_force_sum_reduction_for_comms(True)  # gloo has no factor in its sum
+        root.register_forward_hook(_copy_views)  # before FSDP2's own
+        # without weights of its own it lets the layers prefetch one another, and ends a forward and a backward
+        fully_shard(root, mesh=mesh, ignored_params={p for p in root.parameters() if not isinstance(p, DTensor)})
+
+    def offload(self, base: PreTrainedModel) -> None:
+        """Moves this rank's parts of a loaded base to host memory, if that was asked for."""
+        if not self.offload_params:
+            return
+        for module in base.modules():
+            for name, parameter in module._parameters.items():
+                if isinstance(parameter, DTensor):
+                    module._parameters[name] = nn.Parameter(parameter.detach().cpu(), parameter.requires_grad)
 
 
 def _copy_views(_root: nn.Module, _inputs: Any, output: Any) -> Any:

@@ -32,9 +32,9 @@ from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
 from tailora.train.launch import check_all_started, device_asked_for, world_size
 from tailora.train.loss import BatchLayout, make_batch, token_losses
 from tailora.train.memory import Cost, measure_cost
-from tailora.train.model_loading import Shard, load_base
+from tailora.train.model_loading import load_base
 from tailora.train.packing import choose_packing
-from tailora.train.parallel import first_of_ranks, forget_forward, own_process_group
+from tailora.train.parallel import Sharding, first_of_ranks, forget_forward, own_process_group
 from tailora.train.random_state import seed_all
 from tailora.train.trainable import FullModel, Trainable
 
@@ -69,6 +69,10 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(
             "--fsdp shards the base model over several processes, and this is one: leave it out, or start several with "
             "--nproc-per-node gpu"
+        )
+    if config.fsdp_offload_params and accelerator.device.type == "cpu":
+        raise ConfigError(
+            "--fsdp-offload-params keeps weights in host memory, where they are on a CPU in any case: leave it out"
         )
     return accelerator
 
@@ -130,18 +134,18 @@ def attach(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     saved: Checkpoint | None = None,
-    shard: Shard | None = None,
+    sharding: Sharding | None = None,
 ) -> Trainable:
     """Returns the base with its adapter, or wrapped for full fine-tuning, in training mode.
 
     saved: the checkpoint to continue from; its adapter's settings are used, its tensors are restored later.
-    shard: how the base was sharded, for the original weights that full fine-tuning is compared with.
+    sharding: of the base, for the original weights that full fine-tuning is compared with.
     Raises TargetError.
     """
     seed_all(config.seed)
     if config.method == "full":
         device = base.device
-        load = partial(load_base, config.model, config.dtype, device, shard=shard)
+        load = partial(load_base, config.model, config.dtype, device, sharding=sharding)
         return FullModel(base, tokenizer, lambda: load()[0]).train()
     if config.adapter:
         model = LoRAModel.from_pretrained(base, config.adapter)

@@ -23,7 +23,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -77,7 +76,7 @@ from tailora.train.optimizer import (
     lr_schedule,
     parameter_groups,
 )
-from tailora.train.parallel import own_process_group, send_from_first_rank, shard_base, sum_over_ranks
+from tailora.train.parallel import Sharding, own_process_group, send_from_first_rank, sum_over_ranks
 from tailora.train.random_state import random_state, seed_all, seeded
 from tailora.train.trainable import Trainable, sync_parameters, trained_module
 
@@ -224,17 +223,18 @@ class Trainer:
         stack.enter_context(seeded(config.seed))
 
         with explain_out_of_memory("loading", lambda: LOADING_REMEDIES):
-            shard = None
-            if config.fsdp:
-                shard = partial(shard_base, device=device, reshard_after_forward=config.fsdp_reshard_after_forward)
-            self.base, self.tokenizer = load_base(config.model, config.dtype, device, config.quantize, shard=shard)
+            how = config.fsdp_reshard_after_forward, config.fsdp_offload_params
+            sharding = Sharding(device, *how) if config.fsdp else None
+            self.base, self.tokenizer = load_base(
+                config.model, config.dtype, device, config.quantize, sharding=sharding
+            )
             base = model_fingerprint(self.base)
             embedding_rows = self.base.get_input_embeddings().weight.shape[0]
             data = self.read(config, embedding_rows, self.tokenizer, accelerator)
             if self.held_out is not None and data.held_out is not None:
                 data = replace(data, held_out=data.held_out.select(self.held_out(len(data.held_out))))
             self.data = data
-            self.model = setup.attach(config, self.base, self.tokenizer, saved, shard)
+            self.model = setup.attach(config, self.base, self.tokenizer, saved, sharding)
             self.layout = setup.choose_layout(config, self.model, self.tokenizer, self.note)
             setup.check_layers_are_called(self.model, self.layout, data.longest, self.note)
             setup.init_from_data(self.model, data, self.layout, config.init_batches)

@@ -2,17 +2,20 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from pretend_accelerator import counted, memory_limit, no_float64
 from tiny import chat_model, chat_tokenizer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.config import AdaLoRA
@@ -22,6 +25,7 @@ from tailora.core.init import DATA_INITS
 from tailora.evaluation.forgetting import sample_texts
 from tailora.train.memory import available_bytes, peak_bytes, reset_peak, used_bytes
 from tailora.train.model_loading import load_base
+from tailora.train.parallel import Sharding
 from tailora.train.random_state import random_state, seeded, set_random_state
 from tailora.train.setup import start_on_device
 
@@ -208,3 +212,37 @@ def test_a_model_in_many_files_is_quantised_tensor_by_tensor(tmp_path: Path) -> 
     size = sum(parameter.nbytes for parameter in loaded[0].parameters())
     assert size < weights * 0.6
     assert growth < size + 25_000_000 < weights * 1.5  # of float32 in 4 MB, bfloat16 in 2 and their blocks; not of all
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of one, whose collectives copy."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_offloaded_weights_stay_in_host_memory_and_change_nothing(
+    settings: dict[str, Any], device: torch.device, tmp_path: Path
+) -> None:
+    chat_model().save_pretrained(tmp_path)
+    chat_tokenizer(["one"]).save_pretrained(tmp_path)
+    ids = torch.arange(12, device=device)[None]
+    results = []
+    for sharding in (None, Sharding(device, offload_params=True)):
+        base, _ = load_base(str(tmp_path), "float32", device, sharding=sharding)
+        with seeded(0), torch.no_grad():
+            model = LoRAModel(base, LoRAConfig(r=4, **settings))
+            for layer in model.lora_layers.values():
+                layer.lora_B.add_(0.01)
+        (loss := model(input_ids=ids, labels=ids).loss).backward()
+        results.append([loss, *(parameter.grad for parameter in model.lora_layers.parameters())])
+    for offloaded, expected in zip(*reversed(results), strict=True):
+        assert offloaded.device == device
+        assert torch.equal(offloaded, expected)
+    for name, parameter in base.named_parameters():
+        assert parameter.device.type == ("cpu" if isinstance(parameter, DTensor) else device.type), name
+    assert sum(isinstance(parameter, DTensor) for parameter in base.parameters()) > 10
+    assert all(buffer.device == device for buffer in base.buffers())

@@ -38,7 +38,7 @@ from tailora.kernels import compiled_layers
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers, obstacle_to_compiling
 from tailora.train.model_loading import load_base
-from tailora.train.parallel import shard_base
+from tailora.train.parallel import Sharding
 
 ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": partial(LlamaConfig, **GROUPED),
@@ -338,7 +338,7 @@ def test_sharded_layers_are_compiled_once_for_all() -> None:
         counters.clear()
         base = tiny_model("LlamaForCausalLM", num_hidden_layers=3)
         if sharded:
-            shard_base(base, torch.device("cpu"), reshard_after_forward=True)
+            Sharding(torch.device("cpu")).shard(base)
         model = LoRAModel(base, LoRAConfig(r=2)).train()
         ids = torch.arange(12)[None]
         with CompiledLayers(backend="eager").used_by(decoder_layers(base)):

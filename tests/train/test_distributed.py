@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from runs import changed
 from safetensors.torch import load_file
 from tiny import tiny_model
@@ -29,7 +30,7 @@ from tailora.errors import CheckpointError, ConfigError
 from tailora.study.plan import plan
 from tailora.train.config import TrainConfig
 from tailora.train.model_loading import load_base
-from tailora.train.parallel import shard_base
+from tailora.train.parallel import Sharding
 from tailora.train.run_log import write_settings
 from tailora.train.setup import start_accelerator
 from tailora.train.trainer import run
@@ -67,8 +68,12 @@ def break_norm(model, *_):
 
 def broken_loss(*arguments, broken_loss=trainer_file.broken_loss):
     cause = broken_loss(*arguments)
-    print(f"cause on rank {rank}: {cause}")
+    tell(f"cause on rank {rank}: {cause}")
     return cause
+
+def tell(line):  # in one write: the ranks share the pipe
+    sys.stdout.write(line + "\\n")
+    sys.stdout.flush()
 
 def held_bytes(parameter):
     return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).nbytes
@@ -96,7 +101,7 @@ for name, settings in json.loads(sys.argv[1]).items():
         with LACKING.get(name, nullcontext()) if rank else nullcontext():
             Trainer(config).train()
     trainer = trainers.pop()
-    print(f"{name} on rank {rank}: {sum(map(held_bytes, trainer.base.parameters()))} bytes of the base")
+    tell(f"{name} on rank {rank}: {sum(map(held_bytes, trainer.base.parameters()))} bytes of the base")
     for buffer in (buffer for buffer in trainer.buffers if not buffer.sharded):
         of_first = buffer.parameter.detach().clone()
         torch.distributed.broadcast(of_first, src=0)
@@ -297,11 +302,12 @@ def second_of_three() -> Iterator[None]:
 def test_a_rank_reads_its_own_rows_of_the_files(model_folder: Path) -> None:
     devices = []
 
-    def shard(model: PreTrainedModel) -> None:
-        devices.append(model.device.type)
-        shard_base(model, torch.device("cpu"), reshard_after_forward=True)
+    class Recorded(Sharding):
+        def shard(self, base: PreTrainedModel) -> None:
+            devices.append(base.device.type)
+            super().shard(base)
 
-    model, _ = load_base(str(model_folder), "float32", shard=shard)
+    model, _ = load_base(str(model_folder), "float32", sharding=Recorded(torch.device("cpu")))
     assert devices == ["meta"]
     files = load_file(model_folder / "model.safetensors")
     parameters = dict(model.named_parameters())
@@ -317,7 +323,7 @@ def test_a_rank_reads_its_own_rows_of_the_files(model_folder: Path) -> None:
 @pytest.mark.usefixtures("second_of_three")
 def test_a_decoder_whose_output_is_a_view_is_sharded_without_a_warning() -> None:
     model, filters = tiny_model("GPT2LMHeadModel"), list(warnings.filters)
-    shard_base(model, torch.device("cpu"), reshard_after_forward=True)
+    Sharding(torch.device("cpu")).shard(model)
     states = model.get_decoder()(torch.zeros(1, 2, dtype=torch.long))[0]
     assert states.requires_grad
     assert not states._is_view()
@@ -340,11 +346,11 @@ def test_a_base_whose_scales_would_be_lost_is_refused_before_it_is_loaded(
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
     refusal = f"is quantised as {method}, whose scales FSDP2 would lose"
     with pytest.raises(ConfigError, match=refusal):
-        load_base(str(folder), "float32", shard=lambda _: None)
+        load_base(str(folder), "float32", sharding=Sharding(torch.device("cpu")))
     with pytest.raises(ConfigError, match=refusal):
         plan(settings(model=str(folder), fsdp=True), nproc=2)
     with pytest.raises(ConfigError, match="is quantised as int8, whose scales"):
-        load_base(str(model_folder), "float32", quantize="int8", shard=lambda _: None)
+        load_base(str(model_folder), "float32", quantize="int8", sharding=Sharding(torch.device("cpu")))
 
 
 PRODUCT: dict[str, dict[str, Any]] = {
@@ -474,6 +480,12 @@ def test_engines_that_accelerate_would_bring_are_refused(
         start_accelerator(settings())
 
 
+def test_a_cpu_has_nothing_to_offload(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(ConfigError, match="--fsdp-offload-params keeps weights in host memory, where they are"):
+        start_accelerator(settings(fsdp=True, fsdp_offload_params=True))
+
+
 def test_one_process_has_nothing_to_shard(settings: Any) -> None:
     with pytest.raises(ConfigError, match="several processes, and this is one"):
         start_accelerator(settings(fsdp=True))
@@ -483,6 +495,8 @@ def test_one_process_has_nothing_to_shard(settings: Any) -> None:
     ("changes", "message"),
     [
         ({"fsdp_reshard_after_forward": False}, "give --fsdp"),
+        ({"fsdp_offload_params": True}, "give --fsdp"),
+        ({"fsdp_offload_params": True, "fsdp": True, "quantize": "nf4"}, "not quantised: leave it out"),
         *(
             ({"fsdp": True, "quantize": method}, f"--fsdp shards no base in {method}.*: take --quantize nf4")
             for method in ("int8", "torchao-int8", "torchao-int4")

@@ -43,7 +43,7 @@ from tailora.train.kernel_choice import LLAMA, PLAIN, Kernels, use_kernels
 from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.memory import ForwardSize
 from tailora.train.model_loading import load_base, read_config
-from tailora.train.parallel import shard_base
+from tailora.train.parallel import Sharding
 from tailora.train.setup import memory_cost
 
 CPU = torch.device("cpu")
@@ -194,13 +194,14 @@ def test_the_bytes_of_a_rank_are_those_of_the_sharded_base(tmp_path: Path, quant
         sent = sent_bytes(fake, 3, 1, sharded=True) - sent_bytes(fake, 3, 1, sharded=False)
     before, loading = [], memory_of_loading(fake, process=0, shards=3)
 
-    def shard(model: PreTrainedModel) -> None:
-        before.append(0 if model.device.type == "meta" else stored_bytes(model))
-        shard_base(model, CPU, reshard_after_forward=True)
+    class Recorded(Sharding):
+        def shard(self, base: PreTrainedModel) -> None:
+            before.append(0 if base.device.type == "meta" else stored_bytes(base))
+            super().shard(base)
 
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
     try:
-        base, _ = load_base(str(tmp_path), "bfloat16", "cpu", quantize, shard=shard)
+        base, _ = load_base(str(tmp_path), "bfloat16", "cpu", quantize, sharding=Recorded(CPU))
         local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in stored_tensors(base)]
         sharded = sum(parameter.nbytes for parameter in base.parameters() if isinstance(parameter, DTensor))
     finally:
