@@ -84,18 +84,19 @@ class Start:
         try:
             code = self.process.wait(limit)
         finally:
-            left = self.kill()
-        assert not left, self.log.read_text()
+            remaining = self.kill()
+        assert not remaining, self.log.read_text()
         return code, self.log.read_text()
 
     def kill(self) -> list[psutil.Process]:
         """Kills all processes of this run, and returns them."""
         processes = psutil.process_iter(["cmdline"])
-        left = [process for process in processes if str(self.log.parent) in " ".join(process.info["cmdline"] or [])]
-        for process in left:
+        folder = str(self.log.parent)
+        remaining = [process for process in processes if folder in " ".join(process.info["cmdline"] or [])]
+        for process in remaining:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        return left
+        return remaining
 
 
 def launcher(name: str, words: list[str]) -> list[str]:
@@ -256,8 +257,7 @@ def test_a_killed_process_ends_all_with_one_message_and_the_run_resumes(
         took = time.monotonic() - started
     assert took < SECONDS_TO_END + 30  # 30 s until it dies
     assert code == 1
-    ours = [line for line in errors_in(text) if not line.startswith("Traceback")]
-    (message,) = ours
+    (message,) = [line for line in errors_in(text) if not line.startswith("Traceback")]  # torchrun's own
     if case == "loading":
         assert not checkpoints(out)
         none = "; no checkpoint was saved yet: --save-steps N saves one every N steps"
@@ -303,12 +303,17 @@ def test_a_bug_in_one_process_is_shown_once_with_its_traceback(
         ]
 
 
-@pytest.mark.slow
-def test_a_run_whose_launcher_was_killed_saves_a_checkpoint_and_ends(settings: Any, tmp_path: Path) -> None:
-    temporary = tmp_path / "temporary"
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("tailora", marks=pytest.mark.slow),
+        *(pytest.param(way, marks=pytest.mark.exhaustive) for way in ("torchrun", "accelerate")),
+    ],
+)
+def test_a_run_whose_launcher_was_killed_saves_a_checkpoint_and_ends(way: str, settings: Any, tmp_path: Path) -> None:
+    out, temporary = tmp_path / "out", tmp_path / "temporary"
     temporary.mkdir()
-    out = tmp_path / "out"
-    run = Start(launcher("tailora", flags(settings(**LONG))), tmp_path, TMPDIR=str(temporary))
+    run = Start(launcher(way, flags(settings(**LONG))), tmp_path, TMPDIR=str(temporary))
     run.wait_for(lambda: bool(checkpoints(out)))
     ranks = [psutil.Process(run.pid(rank)) for rank in range(2)]
     run.process.kill()
@@ -317,6 +322,7 @@ def test_a_run_whose_launcher_was_killed_saves_a_checkpoint_and_ends(settings: A
     saved = checkpoints(out)[-1]
     (message,) = errors_in(text)
     assert message == f"interrupted: the run so far is saved in {out}/checkpoint-{saved}; to resume it:"
+    assert f" --resume-from-checkpoint {out}/checkpoint-{saved}" in text
     assert not list(temporary.glob("tailora-*"))
 
 
