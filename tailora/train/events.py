@@ -16,12 +16,12 @@ from types import FrameType
 from typing import Any, Self
 
 from accelerate import Accelerator, PartialState
-from torch.distributed import distributed_c10d, is_torchelastic_launched
+from torch.distributed import distributed_c10d
 from transformers import PreTrainedTokenizerBase
 
 from tailora.data.prepare import PreparedData
 from tailora.errors import INTERRUPTED, ProcessFailedError
-from tailora.train.launch import how_to_go_on, show_by, world_size
+from tailora.train.launch import how_to_go_on, launcher_pid, show_by, world_size
 from tailora.train.loss import Evaluation
 from tailora.train.trainable import Trainable
 
@@ -258,7 +258,7 @@ class FailureWatch(threading.Thread):
         self.store, self.rank, self.ended, self.seen = store, rank, threading.Event(), threading.Event()
         self.failure: dict[str, Any] = {}
         self.has_store = True
-        self.launcher = os.getppid() if is_torchelastic_launched() else None  # else the parent may end before the run
+        self.launcher = launcher_pid()
 
     def run(self) -> None:
         while not self.ended.wait(1):

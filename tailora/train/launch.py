@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tailora import errors
 from tailora.errors import INTERRUPTED, ConfigError, ProcessFailedError, TailoraError, WriteError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 LAUNCHED_BY_TAILORA = "TAILORA_NPROC_PER_NODE"  # set for the processes that `launch` starts: their number
 LAUNCHER_PID, LAUNCHER_FOLDER = "TAILORA_LAUNCHER_PID", "TAILORA_LAUNCHER_FOLDER"  # the same, of `launch` itself
+TORCH_LAUNCHER = "TORCHELASTIC_RUN_ID"  # set by torch's launcher, and so by torchrun and accelerate
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torch's launcher reads why a process failed
 LAUNCHER_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 NODE_RANK_FLAGS = ("--node-rank", "--node_rank", "--machine-rank", "--machine_rank")  # of torchrun and accelerate
@@ -62,9 +64,49 @@ def is_launched_by_tailora() -> bool:
     return LAUNCHED_BY_TAILORA in os.environ
 
 
+def launcher_pid() -> int | None:
+    """Returns the id of the torch launcher that started this process; None without one.
+
+    A parent of another kind may end before the run, such as the shell of a script that starts each rank.
+    """
+    if pid := os.environ.get(LAUNCHER_PID):
+        return int(pid)
+    return os.getppid() if TORCH_LAUNCHER in os.environ else None
+
+
 def has_lost_launcher() -> bool:
-    """True in a process that `launch` has started and that has ended before it, as when it was killed."""
-    return LAUNCHER_PID in os.environ and os.environ[LAUNCHER_PID] != str(os.getppid())
+    """True in a process that `launch` has started if `launch` has ended before it, as when it was killed."""
+    return LAUNCHER_PID in os.environ and launcher_pid() != os.getppid()
+
+
+@contextmanager
+def end_with_launcher() -> Iterator[None]:
+    """Within the block this process ends soon after its launcher.
+
+    It is for code of torch that waits for other processes, through the launcher, where no signal has an effect.
+    """
+    launcher, is_done = launcher_pid(), threading.Event()
+
+    def watch() -> None:
+        while not is_done.wait(1):
+            if os.getppid() != launcher:
+                end_without_launcher()
+
+    if launcher is not None:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_done.set()
+
+
+def end_without_launcher() -> NoReturn:
+    """Ends this process, of which nothing is to be saved."""
+    if rank() == 0:
+        os.write(2, b"interrupted\n")
+    if has_lost_launcher():
+        remove_launcher_folder()
+    os._exit(INTERRUPTED)
 
 
 def command_line(command: str, *arguments: str) -> str:

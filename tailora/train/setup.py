@@ -29,7 +29,7 @@ from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import TrainingData
 from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
-from tailora.train.launch import check_all_started, device_asked_for, world_size
+from tailora.train.launch import check_all_started, device_asked_for, end_with_launcher, world_size
 from tailora.train.loss import BatchLayout, make_batch, token_losses
 from tailora.train.memory import Cost, measure_cost
 from tailora.train.model_loading import load_base
@@ -102,7 +102,8 @@ def start_on_device(name: str) -> torch.device:
     """
     name = device_asked_for(name)
     device = choose_device(name)
-    state = PartialState(cpu=device.type == "cpu")
+    with end_with_launcher():
+        state = PartialState(cpu=device.type == "cpu")
     if state.num_processes == 1:
         state.device = device  # it would keep that of an earlier run in this process
     elif ":" in name or state.device.type != device.type:

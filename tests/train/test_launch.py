@@ -326,6 +326,22 @@ def test_a_run_whose_launcher_was_killed_saves_a_checkpoint_and_ends(way: str, s
     assert not list(temporary.glob("tailora-*"))
 
 
+@pytest.mark.exhaustive
+def test_processes_whose_launcher_is_killed_before_they_have_found_each_other_end(
+    settings: Any, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    run = Start(launcher("tailora", flags(settings(**LONG))), tmp_path, TMPDIR=str(temporary))
+    run.wait_for(lambda: "reading model" in run.log.read_text())
+    ranks = [psutil.Process(run.pid(rank)) for rank in range(2)]
+    run.process.kill()
+    psutil.wait_procs(ranks, SECONDS_TO_END)
+    _, text = run.end()
+    assert errors_in(text) == ["interrupted"]
+    assert not list(temporary.glob("tailora-*"))
+
+
 # ---- How a process was started
 
 
