@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from tailora.cli.train import sample_answers
 from tailora.errors import CheckpointError, ConfigError
+from tailora.formats.run_folder import checkpoints_in
 from tailora.study.plan import plan
 from tailora.train.config import TrainConfig
 from tailora.train.model_loading import load_base
@@ -269,7 +270,7 @@ def test_a_rank_holds_half_of_the_decoder_layers(two_ranks: Ranks, model_folder:
 SCRIPT = """
 import atexit, json, sys
 import torch.distributed
-atexit.register(lambda: print(f"open at the end: {torch.distributed.is_initialized()}"))
+atexit.register(lambda: print(f"open at the end: {torch.distributed.is_initialized()}\\n", end=""))
 from tailora.train.config import TrainConfig
 from tailora.train.trainer import run
 
@@ -424,7 +425,7 @@ FULL_PRODUCT: dict[str, dict[str, Any]] = {
 
 TOLERANCE = {  # absolute and relative, of weights that a step changes by 1e-3
     "bfloat16": (2e-3, 2**-7),  # the sum over ranks of a gradient is rounded to 16 bits; a unit in the last place
-    "GPT2LMHeadModel": (1e-5, 0.0),  # the bias of keys has no gradient but rounding errors, which AdamW scales up
+    "GPT2LMHeadModel": (1e-5, 1e-6),  # the bias of keys has no gradient but rounding errors, which AdamW scales up
 }
 
 
@@ -448,14 +449,14 @@ def test_full_fine_tuning_of_a_sharded_model_equals_that_of_a_copied_one(
             load_file(tmp_path / case / way / "model/model.safetensors") for way in ("sharded", "copied")
         )
         assert of_sharded.keys() == of_copied.keys()
-        atol, rtol = TOLERANCE.get(case, (1e-6, 0.0))
+        atol, rtol = TOLERANCE.get(case, (1e-6, 1e-6))
         for name, tensor in of_copied.items():
             torch.testing.assert_close(of_sharded[name], tensor, atol=atol, rtol=rtol)
     stopped = tmp_path / "plain/sharded"
     one = make_settings(
         output_dir=str(tmp_path / "one"),
         gradient_accumulation_steps=ranks,
-        resume_from_checkpoint=str(stopped / "checkpoint-2"),
+        resume_from_checkpoint=str(checkpoints_in(stopped)[0]),
         **{**SHARED, **FULL, "num_train_epochs": 2, "eval_steps": 2, "save_steps": 2},
     )
     run(one)
