@@ -45,22 +45,31 @@ def counter(console: Console, unit: str) -> Iterator[Callable[[int, int], None]]
     yield show_line
 
 
-def step_counter(console: Console, workers: int = 1) -> Callable[..., None] | None:
-    """Returns a function that shows step, steps and loss of each worker on one line of a terminal; None elsewhere."""
-    if not on_terminal(console):
-        return None
-    states: dict[int, str] = {}  # of each worker under way
+class StepCounter:
+    """Shows step, steps and loss of the trial of each worker on one line of a terminal."""
 
-    def show_step(step: int, steps: int, loss: float, worker: int = 1) -> None:
-        states[worker] = f"step {step}/{steps}  loss {loss:.3f}"
-        if step == steps:
-            del states[worker]
-        several = workers > 1
-        parts = [f"{number}: {state}" if several else state for number, state in sorted(states.items())]
-        line = "   ".join(parts)[: console.width - 3]  # a longer one would break, and stay
-        console.print(f"  {line}", end="\x1b[K\r", style="dim")
+    def __init__(self, console: Console, workers: int = 1) -> None:
+        self._console, self._several = console, workers > 1
+        self._states: dict[int, str] = {}  # of each worker under way
 
-    return show_step
+    def step(self, step: int, steps: int, loss: float, *, worker: int) -> None:
+        self._states[worker] = f"step {step}/{steps}  loss {loss:.3f}"
+        self._show()
+
+    def end(self, *, worker: int) -> None:
+        """Takes the worker off the line: its trial has ended, or has failed."""
+        self._states.pop(worker, None)
+        self._show()
+
+    def _show(self) -> None:
+        parts = [f"{number}: {state}" if self._several else state for number, state in sorted(self._states.items())]
+        line = "   ".join(parts)[: self._console.width - 3]  # a longer one would break, and stay
+        self._console.print(f"  {line}", end="\x1b[K\r", style="dim")
+
+
+def step_counter(console: Console, workers: int = 1) -> StepCounter | None:
+    """Returns what shows the steps of a study's trials on a terminal; None elsewhere."""
+    return StepCounter(console, workers) if on_terminal(console) else None
 
 
 # ---- Downloads

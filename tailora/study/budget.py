@@ -12,7 +12,7 @@ search at a third of their steps, and half of the rest at two thirds, so a trial
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from statistics import median
 
 from tailora.errors import ConfigError
@@ -52,6 +52,19 @@ class Costs:
     def on_part(self, share: float) -> "Costs":
         """Returns the costs with this share of the held-out examples."""
         return replace(self, evaluation=share * self.evaluation)
+
+
+def seconds_of_workers(costs: Sequence[Costs], seconds: Callable[[Costs], float], workers: int) -> float:
+    """Returns how long workers take at most for runs of these costs, if each begins the next when it is free.
+
+    seconds: of one run. That is the mean load of a worker, and what the last run takes while others have none (Graham's
+    bound); of that run every part counts as that of the dearest, so that the result grows evenly with the steps.
+    """
+    if not costs:
+        return 0.0
+    parts = zip(*map(astuple, costs), strict=True)
+    dearest = seconds(Costs(*map(max, parts)))
+    return sum(map(seconds, costs)) / workers + (1 - 1 / workers) * dearest
 
 
 START = Costs(fixed=2, step=0, evaluation=0)  # no run takes less: a new process loads torch and the model

@@ -7,13 +7,14 @@
 A comparison is fair only if every arm has its own best learning rate, so every arm gets the same number of tries. The
 examples and seeds that judge an arm are not those that chose its rate. The same call resumes an interrupted comparison;
 finished runs are read from their folders. With several workers the arms try their rates at the same time, and all runs
-that judge are made side by side.
+that judge are made at the same time.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -32,6 +33,7 @@ from tailora.study.budget import (
     held_out_in_use,
     longest_run,
     measure_costs,
+    seconds_of_workers,
 )
 from tailora.study.config import FULL, STEP_CHOICE, CompareConfig, arm_settings
 from tailora.study.judging import judge_arms
@@ -67,7 +69,6 @@ from tailora.train.config import TrainConfig
 STUDY, CLOCK, RUNS = "compare.json", "seconds.json", "runs"
 FEWEST_TRIES = 3  # learning rates: the best, a lower and a higher one
 LATER = {"seeds", "rate_tries", "minutes", "margin", "workers"}  # of which a comparison may be asked for more
-SIDE_BY_SIDE = "{} runs were made at a time, so what they took is not what one alone takes"
 
 
 def compare(
@@ -90,12 +91,12 @@ def compare(
         raise ConfigError(f"a comparison judges every run at its end: leave {' and '.join(names)} out")
     for arm in study.arms:
         arm_settings(train, study, arm, learning_rate=study.first_rate(arm))  # raises ConfigError for contradictions
+    workers = make_workers(study.workers, train.device, study.minutes)
     busy = f"another comparison is writing to {folder} now; give another --output-dir"
     with locked(folder, STUDY, "comparison", busy=busy):
         begun = any((folder / RUNS).glob(f"*/[!p]*/{RESULT}"))  # without the timing runs
         open_folder(folder, STUDY, settings, "comparison", begun=begun, discard=[RUNS, PLAN], identity=_identity)
         session = StudySession(folder, study.minutes, log, progress, run_trial)
-        workers = make_workers(study.workers, train.device) if study.workers > 1 else []
         comparison = _Comparison(train, study, session, workers).run(settings)
     write_report(folder, "compare", comparison.to_dict())
     return comparison
@@ -108,11 +109,19 @@ def _identity(settings: Settings) -> Settings:
     return {**settings, "compare": {**fixed, "minutes": "given" if study.get("minutes") is not None else "not given"}}
 
 
-def _needed(costs: Sequence[Costs], extent: Extent, steps: int) -> float:
+def _needed(costs: Sequence[Costs], extent: Extent, steps: int, workers: int) -> float:
     """Returns the seconds of all runs of the arms with these costs."""
     of_arms = [arm.on_part(extent.part) for arm in costs]
-    tries = sum(arm.trial(steps, evaluations=1) for arm in of_arms)
-    return extent.tries * tries + extent.seeds * sum(arm.judging_run(steps) for arm in of_arms)
+    tries = _seconds_of_tries(of_arms, steps, workers)
+    return extent.tries * tries + _seconds_of_judging(of_arms * extent.seeds, steps, workers)
+
+
+def _seconds_of_tries(costs: Sequence[Costs], steps: int, workers: int) -> float:
+    return seconds_of_workers(costs, lambda arm: arm.trial(steps, evaluations=1), workers)
+
+
+def _seconds_of_judging(costs: Sequence[Costs], steps: int, workers: int) -> float:
+    return seconds_of_workers(costs, lambda arm: arm.judging_run(steps), workers)
 
 
 @dataclass(frozen=True)
@@ -152,10 +161,9 @@ class _Comparison:
     def run(self, settings: dict[str, Any]) -> Comparison:
         if self.study.minutes is not None:
             self._plan()
-        if self.workers:
-            self.session.note(SIDE_BY_SIDE.format(len(self.workers)))
         rates = self._search_rates()
         runs = self._judging_runs(rates)
+        self.session.note_workers(chain(*runs.values()))
         done = next((trial for trials in runs.values() for trial in trials if trial.done), None)
         if done is not None:
             self.session.note_data(done)
@@ -201,7 +209,11 @@ class _Comparison:
             self.base[arm, choosing] = trial.base
         return trial
 
-    def _side_by_side(self, run: Callable[[str, StudySession], Trial], arms: Sequence[Any]) -> Iterator[Trial]:
+    @property
+    def _runs_at_a_time(self) -> int:
+        return max(len(self.workers), 1)
+
+    def _at_the_same_time(self, run: Callable[[str, StudySession], Trial], arms: Sequence[Any]) -> Iterator[Trial]:
         """Yields the results of `run` in the order of `arms`; workers run several at a time."""
         if not self.workers:
             yield from (run(arm, self.session) for arm in arms)
@@ -220,11 +232,11 @@ class _Comparison:
         with threads_of(self.workers) as pool:
             yield from pool.map(run_on_worker, arms)
 
-    def _missing(self, names: Mapping[str, str]) -> list[Costs]:
-        """Costs of the runs (arm -> name) that are not made yet, as far as costs are known."""
+    def _missing(self, runs: Iterable[tuple[str, str]]) -> list[Costs]:
+        """Costs of the runs (arm, name) that are not made yet, as far as costs are known."""
         return [
             self.costs[arm]
-            for arm, name in names.items()
+            for arm, name in runs
             if arm in self.costs and not self.session.has_trial(self._path(arm, name))
         ]
 
@@ -269,7 +281,8 @@ class _Comparison:
                 self.costs[arm] = costs.on_part(held_out / len(trial.counts))
         if not self.costs:
             raise ConfigError(f"no arm can be trained: {TIMING_STEPS} steps of each failed; see {self.folder / RUNS}")
-        extent, steps = self.limit.choose(partial(_needed, list(self.costs.values())), longest, held_out)
+        needed = partial(_needed, list(self.costs.values()), workers=self._runs_at_a_time)
+        extent, steps = self.limit.choose(needed, longest, held_out)
         session.log(
             f"time for {extent.tries} learning rates and {extent.seeds} seeds of each arm; less time means, in order, "
             f"fewer steps ({FEWEST_STEPS} at least), then fewer learning rates, seeds and held-out examples"
@@ -306,7 +319,8 @@ class _Comparison:
         """
         missing = len(self.study.arms) - len(timed)
         of_arms, timing = [*timed.values(), *[costs] * missing], (missing - 1) * costs.judging_run(TIMING_STEPS)
-        self.limit.check(lambda extent, steps: _needed(of_arms, extent, steps) + timing, self.train.max_steps)
+        workers = self._runs_at_a_time
+        self.limit.check(lambda extent, steps: _needed(of_arms, extent, steps, workers) + timing, self.train.max_steps)
 
     # ---- Which learning rate
 
@@ -317,9 +331,9 @@ class _Comparison:
         }
         while rates := {arm: rate for arm, search in searches.items() if (rate := search.next_rate()) is not None}:
             names = {arm: f"rate-{rate:.3g}" for arm, rate in rates.items()}
-            missing = self._missing(names)
-            needed = sum(costs.trial(self.steps, evaluations=1) for costs in missing)
-            needed += self.seeds * sum(costs.judging_run(self.steps) for costs in self.costs.values())
+            missing = self._missing(names.items())
+            needed = _seconds_of_tries(missing, self.steps, self._runs_at_a_time)
+            needed += _seconds_of_judging([*self.costs.values()] * self.seeds, self.steps, self._runs_at_a_time)
             if missing and searches[next(iter(rates))].tried and self.session.seconds_left < needed:
                 self.session.note("the search for learning rates was cut short by --minutes")
                 break
@@ -327,7 +341,7 @@ class _Comparison:
             def try_rate(arm: str, session: StudySession, rates: Any = rates, names: Any = names) -> Trial:
                 return self._trial(arm, names[arm], judging=False, session=session, learning_rate=rates[arm])
 
-            for (arm, rate), trial in zip(rates.items(), self._side_by_side(try_rate, list(rates)), strict=True):
+            for (arm, rate), trial in zip(rates.items(), self._at_the_same_time(try_rate, list(rates)), strict=True):
                 loss = trial.loss()  # on the choosing half, which is all that was evaluated
                 searches[arm].record(rate, loss, fits=trial.outcome != OUT_OF_MEMORY)
                 result = f"held-out loss {loss:.4f}" if trial.done else trial.outcome
@@ -340,25 +354,43 @@ class _Comparison:
         best = {arm: search.best for arm, search in rates.items() if search.best is not None}
         runs: dict[str, list[Trial]] = {arm: [] for arm in best}
 
-        def name_of(arm: str, seed: int) -> str:
-            return f"seed-{seed}-rate-{best[arm]:.3g}"
-
         def judge(run: Any, session: StudySession) -> Trial:
             arm, seed = run
             fixed: dict[str, Any] = {"learning_rate": best[arm], "seed": seed}
-            return self._trial(arm, name_of(arm, seed), judging=True, session=session, **fixed)
+            return self._trial(arm, _name(seed, best[arm]), judging=True, session=session, **fixed)
 
-        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # without that of the rates
-        waves = [[(arm, seed) for arm in best] for seed in seeds]
-        if self.workers:  # the first run writes texts that all others measure forgetting on
-            runs_in_all = [run for wave in waves for run in wave]
-            waves = [runs_in_all[:1], runs_in_all[1:]]
-        for number, wave in enumerate(waves):
-            missing = self._missing({arm: name_of(arm, seed) for arm, seed in wave})
-            if number and self.session.seconds_left < sum(costs.judging_run(self.steps) for costs in missing):
-                self.session.note(f"--minutes left time for {number} of {self.study.seeds} seeds")
+        for wave in self._waves(best):
+            done = min(map(len, runs.values()))
+            missing = self._missing((arm, _name(seed, best[arm])) for arm, seed in wave)
+            needed = _seconds_of_judging(missing, self.steps, self._runs_at_a_time)
+            if done and self.session.seconds_left < needed:
+                self.session.note(f"--minutes left time for {done} of {self.study.seeds} seeds")
                 break
-            for (arm, seed), trial in zip(wave, self._side_by_side(judge, wave), strict=True):
+            alone = 0 if done else 1  # the first run writes the texts that all others measure forgetting on
+            parts = (self._at_the_same_time(judge, part) for part in (wave[:alone], wave[alone:]))
+            for (arm, seed), trial in zip(wave, chain.from_iterable(parts), strict=True):
                 runs[arm].append(trial)
                 self.session.log(f"{arm}: seed {seed} at its best rate {best[arm]:.2g}, {trial.summary}")
         return runs
+
+    def _waves(self, best: Mapping[str, float]) -> list[list[tuple[str, int]]]:
+        """Returns the runs that judge, arm and seed. A wave is of use only as a whole: equally many seeds of all arms.
+
+        With --minutes a wave has no more new seeds than the workers need to have a run each.
+        """
+        if not best:
+            return []
+        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # without that of the rates
+        if self.session.minutes is None:
+            return [[(arm, seed) for seed in seeds for arm in best]]
+        paths = {seed: [self._path(arm, _name(seed, rate)) for arm, rate in best.items()] for seed in seeds}
+        new = [seed for seed in seeds if not all(map(self.session.has_trial, paths[seed]))]
+        count = max(self._runs_at_a_time // len(best), 1)
+        groups = [[seed] for seed in seeds if seed not in new]
+        groups += [new[start : start + count] for start in range(0, len(new), count)]
+        return [[(arm, seed) for seed in group for arm in best] for group in groups]
+
+
+def _name(seed: int, rate: float) -> str:
+    """Returns the folder's name of a run that judges."""
+    return f"seed-{seed}-rate-{rate:.3g}"

@@ -78,11 +78,6 @@ class CompareConfig(StrictModel):
             problems.append(f"a comparison needs two arms; there is {', '.join(self.arms) or 'none'}")
         if sum(self.method(name) == FULL for name in self.arms) > 1:
             problems.append("give method=full to one arm only: there is only one full fine-tuning")
-        if self.workers > 1 and self.minutes is not None:
-            problems.append(
-                "minutes plans runs one after the other, by what each takes alone: leave out workers or minutes, and "
-                "limit the runs by max_steps, seeds and rate_tries"
-            )
         if problems:
             raise ConfigError(listing(problems))
         return self

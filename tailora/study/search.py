@@ -95,7 +95,7 @@ def search(
 
     Raises ConfigError; whatever a run raises that is neither divergence nor lack of memory.
     """
-    workers = make_workers(study.workers, train.device) if study.workers > 1 else []
+    workers = make_workers(study.workers, train.device, study.minutes)
     if study.lr_only:
         raise ConfigError("lr_only is for study.lr_range.find_range, which finds the learning rate alone")
     folder = Path(train.output_dir)
@@ -377,6 +377,7 @@ class _Search:
             ends = "; ".join(f"trial {candidate.number} {candidate.state}" for candidate in candidates)
             raise ConfigError(f"no trial was finished, so there is nothing to choose from: {ends or 'none was begun'}")
         runs = self._judging_runs(chosen)
+        self.session.note_workers(chain(*runs.values()))
         seconds = [candidate.seconds or 0.0 for candidate in candidates]
         seconds += [run.numbers["seconds"] for run in chain(*runs.values())]
         result = judge_finalists(

@@ -13,12 +13,12 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -120,15 +120,26 @@ def differences(stored: Settings, asked: Settings) -> list[str]:
 # ---- Workers
 
 
-def make_workers(count: int, device: str) -> list[Worker]:
-    """Returns workers for the devices of the kind that `device` names. Raises ConfigError for more than there are."""
+def make_workers(count: int, device: str, minutes: float | None = None) -> list[Worker]:
+    """Returns workers for the devices of the kind that `device` names; none for a count of 1, which needs no worker.
+
+    minutes: of the study. They are planned by what a run takes alone, so each worker needs a device of its own.
+    Raises ConfigError for more workers than devices, and for minutes on a CPU.
+    """
+    if count == 1:
+        return []
     from tailora.core.device import choose_device, devices  # torch from here on
 
     name = device_asked_for(device)
     kind = choose_device(name).type
     if kind == "cpu":
+        if minutes is not None:
+            raise ConfigError(
+                f"--minutes {minutes:g} plans runs by what one takes alone, and --workers {count} on a CPU share its "
+                "cores: leave one of the two out; --max-steps and --seeds limit a study too"
+            )
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        return [Worker(number, None, max(cores // count, 1)) for number in range(1, count + 1)]
+        return [Worker(number, count, None, max(cores // count, 1)) for number in range(1, count + 1)]
     if ":" in name:
         raise ConfigError(f"--workers {count} take a device each, and --device {name} is one: give --device {kind}")
     there = [str(device) for device in devices() if device.type == kind]
@@ -137,7 +148,7 @@ def make_workers(count: int, device: str) -> list[Worker]:
             f"--workers {count} take a device each, and there {'are' if len(there) > 1 else 'is'} {', '.join(there)}: "
             f"give --workers {len(there)}"
         )
-    return [Worker(number, name) for number, name in enumerate(there[:count], start=1)]
+    return [Worker(number, count, name) for number, name in enumerate(there[:count], start=1)]
 
 
 @contextmanager
@@ -161,6 +172,7 @@ class StudySession:
     ) -> None:
         self.folder, self.minutes, self.log = folder, minutes, log
         self.notes: list[str] = []
+        self._notes_lock = threading.Lock()
         self._started, self._progress, self._run_trial = time.monotonic(), progress, run_trial
         self.worker: Worker | None = None  # that runs the trials, if there are several
 
@@ -186,15 +198,21 @@ class StudySession:
         return math.inf if self.minutes is None else self.minutes * 60 - self.seconds
 
     def note(self, text: str) -> None:
-        """Logs a text and keeps it for the report, once."""
-        if text not in self.notes:
-            self.notes.append(text)
-            self.log(text)
+        """Logs a text and keeps it for the report, once. Several workers may note the same at the same time."""
+        with self._notes_lock:
+            if text not in self.notes:
+                self.notes.append(text)
+                self.log(text)
 
     def note_data(self, trial: Trial) -> None:
         """Notes what of the data was cut, left out or found twice."""
         for name, text in trial.numbers["data_warnings"].items():
             self.note(f"{name}: {text}")
+
+    def note_workers(self, trials: Iterable[Trial]) -> None:
+        """Notes that trials were made at the same time, if they were; they may have been made by an earlier call."""
+        if (most := max((trial.workers for trial in trials), default=1)) > 1:
+            self.note(f"up to {most} runs were made at a time, so what they took is not what one alone takes")
 
     def plan(self, find: Callable[[], Plan], kind: type[Plan]) -> Plan:
         """The content of plan.json, a dataclass, which `find` returns when there is none yet."""
@@ -208,8 +226,4 @@ class StudySession:
 
     def trial(self, spec: TrialSpec, path: Path, stop: Listen | None = None) -> Trial:
         self.check_stopped()
-        progress, run_trial = self._progress, self._run_trial
-        if self.worker is not None:
-            progress = progress and partial(progress, worker=self.worker.number)
-            run_trial = partial(run_trial, worker=self.worker)
-        return get_trial(spec, path, progress=progress, stop=stop, run_trial=run_trial)
+        return get_trial(spec, path, progress=self._progress, stop=stop, run_trial=self._run_trial, worker=self.worker)

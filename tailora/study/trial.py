@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from tailora.errors import ConfigError, DivergedError, MemoryLimitError, TailoraError
@@ -133,6 +134,7 @@ class Trial:
     sums, before: nats of each held-out example, of the trained model and of the base.    counts: learned tokens.
     bytes: size on disk of what was trained.    losses: of each step's examples, before the step.
     curve: (step, held-out loss).    parameters: how many are trained; 0 when the trial ended before its first step.
+    workers: how many there were, each with a trial of its own at the same time.
     """
 
     outcome: str
@@ -148,6 +150,7 @@ class Trial:
     parameters: int = 0
     step_seconds: list[float] = field(default_factory=list)
     evaluation_seconds: list[float] = field(default_factory=list)
+    workers: int = 1
 
     @property
     def done(self) -> bool:
@@ -199,19 +202,18 @@ def _trial(outcome: str, message: str, events: list[TrialEvent], base: BaseLosse
 
 # ---- Running it
 
-Progress = Callable[..., None]  # step, of steps, loss; of several workers also the number of its worker
 Listen = Callable[[TrialEvent], str | None]  # returns why the trial is to end now, or None
-RunTrial = Callable[..., Trial]  # TrialSpec, Path, Listen; of several workers also worker=
 
 
 class Worker:
     """Runs trials beside other workers, one at a time.
 
-    device: its own, such as cuda:1.    threads: of its trials on a CPU, its share of the cores.
+    number: from 1 to `count`.    device: its own, such as cuda:1.    threads: of its trials on a CPU, its share of the
+    cores.
     """
 
-    def __init__(self, number: int, device: str | None, threads: int | None = None) -> None:
-        self.number, self.device, self.threads = number, device, threads
+    def __init__(self, number: int, count: int, device: str | None, threads: int | None = None) -> None:
+        self.number, self.count, self.device, self.threads = number, count, device, threads
         self.stopped = False
         self._process: subprocess.Popen[str] | None = None
 
@@ -238,6 +240,21 @@ class Worker:
         """Raises KeyboardInterrupt after `stop`."""
         if self.stopped:
             raise KeyboardInterrupt
+
+
+class Progress(Protocol):
+    """Shows the trials under way. worker: the number of the worker that runs the trial; 1 if there are no others."""
+
+    def step(self, step: int, steps: int, loss: float, *, worker: int) -> None: ...
+
+    def end(self, *, worker: int) -> None:
+        """Is called when the trial of this worker has ended, also if it has failed."""
+
+
+class RunTrial(Protocol):
+    """Runs the trial of a folder, which has its spec.json. worker: None if there is only one."""
+
+    def __call__(self, spec: TrialSpec, folder: Path, listen: Listen, worker: Worker | None = None) -> Trial: ...
 
 
 def run_in_subprocess(spec: TrialSpec, folder: Path, listen: Listen, worker: Worker | None = None) -> Trial:
@@ -277,10 +294,11 @@ def get_trial(
     progress: Progress | None = None,
     stop: Listen | None = None,
     run_trial: RunTrial = run_in_subprocess,
+    worker: Worker | None = None,
 ) -> Trial:
     """Returns the trial of this folder. It is run now, unless it was before.
 
-    progress: called with every step.    stop: called with every step and evaluation; it may end the trial.
+    stop: called with every step and evaluation; it may end the trial.    worker: that runs it, if there are several.
 
     Raises ConfigError when the folder holds a trial with other settings; whatever else the run raises.
     """
@@ -292,12 +310,19 @@ def get_trial(
     shutil.rmtree(folder / RUN, ignore_errors=True)  # of a trial that was interrupted
     write_file(folder / SPEC, json.dumps(asdict(spec), indent=1).encode())
 
+    number, count = (1, 1) if worker is None else (worker.number, worker.count)
+
     def listen(event: TrialEvent) -> str | None:
         if progress is not None and not event.held_out:
-            progress(event.step, event.steps, event.loss)
+            progress.step(event.step, event.steps, event.loss, worker=number)
         return None if stop is None else stop(event)
 
-    trial = run_trial(spec, folder, listen)
+    try:
+        trial = run_trial(spec, folder, listen) if worker is None else run_trial(spec, folder, listen, worker=worker)
+    finally:
+        if progress is not None:
+            progress.end(worker=number)
+    trial = replace(trial, workers=count)
     if not (spec.keep and trial.done):
         shutil.rmtree(folder / RUN, ignore_errors=True)
     write_file(folder / RESULT, json.dumps(asdict(trial)).encode())
@@ -438,8 +463,9 @@ def _forgetting(result: Any, spec: TrialSpec) -> tuple[dict[str, Any], dict[str,
         texts = sample_texts(result.model, result.tokenizer)
     else:
         shared = Path(spec.texts)
-        if not shared.exists():
-            write_file(shared, json.dumps(sample_texts(result.model, result.tokenizer)).encode())
+        with FileLock(shared.with_suffix(".lock")):  # trials of other workers may need the same texts
+            if not shared.exists():
+                write_file(shared, json.dumps(sample_texts(result.model, result.tokenizer)).encode())
         texts = json.loads(shared.read_text())
     written = time.monotonic()
     forgotten = asdict(forgetting(result.model, texts))

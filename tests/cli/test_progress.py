@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tailora.cli.progress import counter, download_progress, format_header, run_progress
+from tailora.cli.progress import counter, download_progress, format_header, run_progress, step_counter
 from tailora.data.dataset import WARNINGS
 from tailora.train.events import Evaluated, EvaluationProgress, Event, Note, Stepped
 
@@ -187,6 +187,19 @@ def test_elsewhere_long_work_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch)
     assert file.getvalue() == "1 of 6 answers\n"
     file = io.StringIO()
     assert "30 of 90 held-out examples" in shown_by(file, [EvaluationProgress(30, 90)])
+
+
+def test_a_trial_that_has_failed_leaves_the_line() -> None:
+    file = Terminal()
+    progress = step_counter(Console(file=file, width=120, no_color=True, highlight=False), workers=2)
+    assert progress is not None
+    progress.step(3, 9, 2.5, worker=1)
+    progress.step(1, 9, 3.5, worker=2)
+    assert "1: step 3/9  loss 2.500   2: step 1/9  loss 3.500" in file.getvalue().split("\r")[-2]
+    progress.end(worker=1)
+    assert "  2: step 1/9  loss 3.500" in file.getvalue().split("\r")[-2]
+    assert "step 3/9" not in file.getvalue().split("\r")[-2]
+    assert step_counter(Console(file=io.StringIO())) is None
 
 
 def test_progress_needs_no_torch() -> None:

@@ -33,3 +33,24 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         per_device_train_batch_size=4,
         num_train_epochs=2,
     )
+
+
+class Steps:
+    """A `Progress` that keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int]] = []  # step, steps
+        self.workers: set[int] = set()
+        self.ended: list[int] = []  # workers
+
+    def step(self, step: int, steps: int, _loss: float, *, worker: int) -> None:
+        self.steps.append((step, steps))
+        self.workers.add(worker)
+
+    def end(self, *, worker: int) -> None:
+        self.ended.append(worker)
+
+
+@pytest.fixture
+def progress() -> Steps:
+    return Steps()

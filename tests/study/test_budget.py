@@ -9,7 +9,17 @@ import pytest
 from pydantic import TypeAdapter
 
 from tailora.errors import ConfigError
-from tailora.study.budget import Budget, Costs, Extent, extents, fewest_part, fit, measure_costs, too_short
+from tailora.study.budget import (
+    Budget,
+    Costs,
+    Extent,
+    extents,
+    fewest_part,
+    fit,
+    measure_costs,
+    seconds_of_workers,
+    too_short,
+)
 from tailora.study.study_store import StudySession
 from tailora.study.trial import Listen, Trial, TrialEvent, run_in_subprocess
 
@@ -33,6 +43,26 @@ def test_the_steps_of_a_trial_fill_the_time() -> None:
     assert fit(WANTED, FEWEST, 500, np.inf, needed) == (WANTED, 500)
     budget = Budget(steps=126, longest=500, costs=COSTS, held_out=40)
     assert TypeAdapter(Budget).validate_json(json.dumps(asdict(budget))) == budget
+
+
+def test_workers_take_no_longer_than_planned() -> None:
+    """However the runs are shared out; and the time grows evenly with the steps, which `fit` relies on."""
+    costs = [Costs(fixed=30, step=1, evaluation=2), COSTS, Costs(fixed=1, step=5, evaluation=1)] * 3
+
+    def planned(steps: int, workers: int) -> float:
+        return seconds_of_workers(costs, lambda arm: arm.judging_run(steps), workers)
+
+    for workers in (1, 2, 4, 20):
+        for steps in (0, 7, 70):
+            free_at = [0.0] * workers
+            for cost in costs:
+                free_at[free_at.index(min(free_at))] += cost.judging_run(steps)
+            assert max(free_at) <= planned(steps, workers) + 1e-6
+        assert planned(70, workers) - planned(0, workers) == pytest.approx(
+            10 * (planned(7, workers) - planned(0, workers))
+        )
+    assert planned(7, 1) == pytest.approx(sum(cost.judging_run(7) for cost in costs))
+    assert seconds_of_workers([], lambda arm: arm.fixed, 2) == 0
 
 
 def test_less_is_done_before_the_time_is_refused() -> None:

@@ -166,14 +166,15 @@ def test_a_folder_with_other_things_is_left_alone(small_run: TrainConfig, tmp_pa
         compare(small_run.replaced(output_dir=str(tmp_path)), SMALL)
 
 
-def test_too_few_held_out_examples_are_found_before_any_step(small_run: TrainConfig, tmp_path: Path) -> None:
+def test_too_few_held_out_examples_are_found_before_any_step(
+    small_run: TrainConfig, tmp_path: Path, progress: Any
+) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(Path(small_run.data).read_text().splitlines(keepends=True)[:3]))
     train = small_run.replaced(eval_data=str(few), output_dir=str(tmp_path / "study"))
-    heard: list[int] = []
     with pytest.raises(ConfigError, match="3 distinct held-out examples are too few"):
-        compare(train, SMALL, progress=lambda step, *_: heard.append(step), run_trial=run_here)
-    assert not heard
+        compare(train, SMALL, progress=progress, run_trial=run_here)
+    assert (progress.steps, progress.ended) == ([], [1])
 
 
 def test_too_little_time_is_refused_with_what_it_needs(small_run: TrainConfig, tmp_path: Path) -> None:

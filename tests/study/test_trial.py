@@ -56,17 +56,19 @@ def plain(small_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> T
 
 
 @pytest.mark.slow
-def test_a_process_of_its_own_gives_the_same_as_this_one(plain: Trial, small_run: TrainConfig, tmp_path: Path) -> None:
-    steps: list[tuple[int, int]] = []
+def test_a_process_of_its_own_gives_the_same_as_this_one(
+    plain: Trial, small_run: TrainConfig, tmp_path: Path, progress: Any
+) -> None:
     here = get_trial(
         TrialSpec(settings(small_run), forgetting="", keep=False),
         tmp_path / "here",
-        progress=lambda step, of, _: steps.append((step, of)),
+        progress=progress,
         run_trial=run_here,
     )
     assert (here.outcome, here.sums, here.before, here.losses) == ("done", plain.sums, plain.before, plain.losses)
     assert here.curve == plain.curve
-    assert steps == [(1, 3), (2, 3), (3, 3)]
+    assert progress.steps == [(1, 3), (2, 3), (3, 3)]
+    assert progress.ended == [1]
     assert not (tmp_path / "here" / "run").exists()
 
 

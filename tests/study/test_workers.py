@@ -7,8 +7,10 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,17 +18,20 @@ import torch
 
 from tailora.core import device
 from tailora.errors import ConfigError
+from tailora.evaluation import forgetting
+from tailora.evaluation.forgetting import Forgetting
 from tailora.study import search as search_module
 from tailora.study import trial as trial_module
 from tailora.study.compare import compare
 from tailora.study.config import CompareConfig, SearchConfig, trial_settings
 from tailora.study.search import search
-from tailora.study.study_store import make_workers
+from tailora.study.study_store import StudySession, make_workers
 from tailora.study.trial import TrialSpec, run_here
 from tailora.train.config import TrainConfig
 
 SCRIPT = Path(__file__).with_name("made_up_trial.py")
 WORKERS, TRIALS = 3, 6
+SEVERAL = "up to 3 runs were made at a time, so what they took is not what one alone takes"
 STUDY = SearchConfig(
     trials=TRIALS, seeds=2, finalists=2, workers=WORKERS, space={"learning_rate": "1e-4..1e-1", "r": "2,4"}
 )
@@ -66,17 +71,17 @@ def most_at_a_time(facts: list[dict[str, Any]]) -> int:
 
 @pytest.mark.slow
 def test_workers_share_a_search_and_what_one_leaves_is_run_by_another(
-    train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: Any
 ) -> None:
-    use_made_up_trials(monkeypatch, template, crashes="0002")
-    seen: set[int] = set()
-    found = search(train, STUDY, progress=lambda *_, worker: seen.add(worker))
+    use_made_up_trials(monkeypatch, template, seconds=0.6, crashes="0002")
+    found = search(train, STUDY, progress=progress)
     trials, finals = facts_of(tmp_path / "study", "trials/*"), facts_of(tmp_path / "study", "finals/*/*")
     assert len(found.trials) == TRIALS == len(trials)
     assert [trial.number for trial in found.trials] == [number for number in range(TRIALS + 1) if number != 2]
     assert 1 < most_at_a_time(trials) <= WORKERS
     assert 1 < most_at_a_time(finals) <= WORKERS
-    assert seen == {1, 2, 3}
+    assert progress.workers == {1, 2, 3}
+    assert len(progress.ended) > len(trials) + len(finals)  # with the trial that measures, and the one that failed
     share = str(max(len(os.sched_getaffinity(0)) // WORKERS, 1))
     assert {fact["threads"] for fact in trials} == {os.environ.get("OMP_NUM_THREADS", share)}
     specs = [json.loads(path.read_text())["settings"] for path in (tmp_path / "study" / "trials").glob("*/spec.json")]
@@ -89,6 +94,7 @@ def test_workers_share_a_search_and_what_one_leaves_is_run_by_another(
     assert found.seeds == [1, 2]
     again = search(train, STUDY.replaced(workers=1), run_trial=not_run)
     assert again.best == found.best
+    assert SEVERAL in again.notes  # as was true when the runs were made
 
 
 def not_run(*_: Any, **__: Any) -> Any:
@@ -147,19 +153,59 @@ def test_workers_share_the_runs_of_a_comparison(
     rates, runs = (facts_of(tmp_path / "study", f"runs/*/{name}-*") for name in ("rate", "seed"))
     assert (len(rates), most_at_a_time(rates)) == (2 * 3, 2)  # the next rate of an arm follows from its last
     assert (len(runs), most_at_a_time(runs)) == (2 * 3, WORKERS)
+    assert SEVERAL in found.notes
     first, second, *_ = sorted(runs, key=lambda fact: fact["from"])
     assert first["to"] <= second["from"]  # it writes the texts that all share
-    assert any("3 runs were made at a time" in note for note in found.notes)
     alone = compare(train, study.replaced(workers=1), run_trial=not_run)
     assert alone.arms == found.arms
+    assert SEVERAL in alone.notes  # as was true when the runs were made
 
 
-def test_each_worker_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_were_made_alone_stay_so(train: TrainConfig, template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_made_up_trials(monkeypatch, template, seconds=0)
+    study = CompareConfig(arms={"a": {"r": 2}, "b": {"r": 4}}, seeds=2, rate_tries=3)
+    assert compare(train, study).notes == []
+    assert compare(train, study.replaced(workers=WORKERS), run_trial=not_run).notes == []
+
+
+@pytest.mark.parametrize("run", [compare, search])
+def test_minutes_need_a_device_for_each_worker(run: Any, train: TrainConfig) -> None:
+    """What one run takes alone says nothing of runs that share the cores."""
+    schema = CompareConfig if run is compare else SearchConfig
+    with pytest.raises(ConfigError, match=r"--minutes 5 .* --workers 2 on a CPU share its cores: leave one of the two"):
+        run(train, schema(minutes=5, workers=2), run_trial=not_run)
+    assert not Path(train.output_dir).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("four_cards")
+def test_workers_with_a_device_each_share_a_comparison_of_some_minutes(
+    train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_made_up_trials(monkeypatch, template)
+    study = CompareConfig(arms={"a": {"r": 2}, "b": {"r": 4}}, seeds=3, rate_tries=3, workers=4, minutes=10)
+    found = compare(train, study)
+    runs = facts_of(tmp_path / "study", "runs/*/seed-*")
+    assert (len(runs), most_at_a_time(runs)) == (2 * 3, 3)  # of two seeds; then of the third
+    assert {tuple(fact["device"]) for fact in runs} <= {(f"cuda:{number}",) for number in range(4)}
+    assert found.seeds == [1, 2, 3]
+    monkeypatch.setattr(StudySession, "seconds_left", 0.0)
+    more = compare(train, study.replaced(seeds=9), run_trial=not_run)
+    assert more.arms == found.arms
+    assert "--minutes left time for 3 of 9 seeds" in more.notes
+
+
+@pytest.fixture
+def four_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [torch.device("cuda", index) for index in range(4)]
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(device, "devices", lambda: [*cards, torch.device("cpu")])
     monkeypatch.setattr(device, "obstacle_to_start", lambda _: None)
     monkeypatch.setattr(device, "_with_index", lambda asked: torch.device(asked.type, asked.index or 0))
+
+
+@pytest.mark.usefixtures("four_cards")
+def test_each_worker_has_a_device_of_its_own() -> None:
     assert [worker.device for worker in make_workers(3, "auto")] == ["cuda:0", "cuda:1", "cuda:2"]
     with pytest.raises(ConfigError, match=r"there are cuda:0, cuda:1, cuda:2, cuda:3: give --workers 4"):
         make_workers(5, "cuda")
@@ -167,13 +213,49 @@ def test_each_worker_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
         make_workers(2, "cuda:1")
 
 
-@pytest.mark.parametrize(
-    ("schema", "settings", "message"),
-    [
-        (CompareConfig, {"workers": 2, "minutes": 5}, "leave out workers or minutes"),
-        (SearchConfig, {"workers": 2, "lr_only": True}, "lr_only is one run"),
-    ],
-)
-def test_what_workers_cannot_share_is_refused(schema: Any, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        schema(**settings)
+def test_workers_cannot_share_one_run() -> None:
+    with pytest.raises(ConfigError, match="lr_only is one run"):
+        SearchConfig(workers=2, lr_only=True)
+
+
+def test_workers_note_the_same_once(tmp_path: Path) -> None:
+    """Each looks whether it was noted before any of them has noted it."""
+    begun = threading.Barrier(2)
+
+    class Notes(list[str]):
+        def __contains__(self, text: object) -> bool:
+            there = super().__contains__(text)
+            with suppress(threading.BrokenBarrierError):
+                begun.wait(timeout=0.2)
+            return there
+
+    session = StudySession(tmp_path, None, lambda _: None, None, not_run)
+    session.notes = Notes()
+    threads = [threading.Thread(target=session.note, args=["the same"]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert session.notes == ["the same"]
+
+
+def test_one_of_several_trials_writes_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[list[str]] = []
+
+    def sample_texts(*_: Any) -> list[str]:
+        written.append([f"text {len(written)}"])
+        time.sleep(0.2)
+        return written[-1]
+
+    read: list[Any] = []
+    monkeypatch.setattr(forgetting, "sample_texts", sample_texts)
+    monkeypatch.setattr(forgetting, "forgetting", lambda _, texts: read.append(texts) or Forgetting(0.0, 0.0, 0.0, 1))
+    spec = TrialSpec({}, forgetting="", texts=str(tmp_path / "texts.json"))
+    result = SimpleNamespace(model=None, tokenizer=None)
+    threads = [threading.Thread(target=trial_module._forgetting, args=[result, spec]) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(written) == 1
+    assert read == written * 3
