@@ -14,8 +14,8 @@ from cyclopts import Group, Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 from pydantic import TypeAdapter
 
-from tailora.cli.flags import Json, flags_of, merge_settings
-from tailora.cli.main import GATE_NOT_MET, log, note, print_json, print_text, stderr, stdout
+from tailora.cli.flags import Json, NprocPerNode, flags_of, merge_settings
+from tailora.cli.main import ARGUMENTS, GATE_NOT_MET, log, note, print_json, print_text, stderr, stdout
 from tailora.cli.models import BaseModel, Device, Quantize, base_model_name, find_adapter, load_model
 from tailora.errors import ConfigError
 from tailora.evaluation.metrics import METRICS, QUOTES_HINT, Gate, check_gates, parse_gates, parse_metrics
@@ -23,6 +23,7 @@ from tailora.formats.run_folder import REPORT, recorded_settings, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.train.config import TrainConfig
+from tailora.train.launch import count_processes, is_launched_by_tailora, launch
 
 if TYPE_CHECKING:
     from tailora.evaluation.scores import Scores
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Flags: Any = flags_of(TrainConfig, only=["field", "max_length", "dtype"])
 KIND = "eval"  # of report.json
+IN_ONE_PROCESS = "--tasks runs in one process: leave --nproc-per-node or torchrun out, or give --data alone"
 MEMORY_ADVICE = "what helps: a smaller --max-length, --quantize nf4, --dtype bfloat16, closing other programs"
 
 Adapter = Annotated[str | None, Parameter(help="folder of an adapter, or of the run that made it")]
@@ -116,11 +118,13 @@ def eval(
     harness: HarnessFlags = NO_HARNESS_FLAGS,
     output_dir: Annotated[Path | None, Parameter(help="folder for report.json and report.html")] = None,
     json: Json = False,
+    nproc_per_node: NprocPerNode = None,
     flags: Flags = None,
 ) -> int:
     """Evaluate an adapter on held-out data, next to its base model.
 
-    Without an adapter, --model alone is evaluated. Started by torchrun, the processes share the examples.
+    Without an adapter, --model alone is evaluated. Several processes, of --nproc-per-node or of torchrun, share the
+    examples.
     """
     started = time.monotonic()
     gates, metric_names = parse_gates(gate or []), parse_metrics(metrics or [])
@@ -134,6 +138,14 @@ def eval(
     _check_output_dir(output_dir)
     defaults = {"max_length": target.settings.get("max_length")}
     config = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model})
+
+    if nproc_per_node is not None:
+        processes = count_processes(nproc_per_node, device)
+        if processes > 1 and harness.names:
+            raise ConfigError(IN_ONE_PROCESS)
+        if processes > 1 and not is_launched_by_tailora():
+            log(f"starting {processes} processes")
+            return launch(ARGUMENTS.get(), processes, results=[GATE_NOT_MET])
 
     log("reading model and data")
     from tailora.cli.progress import counter
@@ -160,7 +172,7 @@ def eval(
     scores = Scores({}, {} if base else None, {} if base else None)
     with explain_out_of_memory("evaluating", lambda: MEMORY_ADVICE), launched_ranks(device) as ranks:
         if ranks is not None and tasks is not None:
-            raise ConfigError("--tasks runs in one process: leave torchrun out, or give --data alone")
+            raise ConfigError(IN_ONE_PROCESS)
         chosen = device if ranks is None else str(ranks.device)
         loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=chosen)
         adapted = loaded.model if loaded.adapters else without_adapter(loaded.model)

@@ -54,7 +54,7 @@ Overwrite = Annotated[
 ]
 NprocPerNode = Annotated[
     str | None,
-    Parameter(name="--nproc-per-node", help="processes to train in: a number, or gpu or auto for one per device"),
+    Parameter(name="--nproc-per-node", help="processes to start: a number, or gpu or auto for one per device"),
 ]
 ConfigFile = Annotated[Path | None, Parameter(name="--config", help="YAML file of settings; flags override it")]
 

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -245,10 +245,12 @@ def threads_per_process(count: int) -> int:
     return max(cores // count, 1)
 
 
-def launch(arguments: Sequence[str], count: int, output_dir: Path) -> None:
+def launch(arguments: Sequence[str], count: int, output_dir: Path | None = None, results: Collection[int] = ()) -> int:
     """Runs `python -m tailora ARGUMENTS` in `count` processes on this machine, until all have ended.
 
-    Signals are passed on to them. Raises the error of the process that failed first, with its exit code.
+    output_dir: of a run, which a message says how to resume.    results: exit codes that are no failures.
+    Signals are passed on to the processes. Returns 0, or the one of `results` that the first process had.
+    Raises the error of the process that failed first, with its exit code.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -287,7 +289,11 @@ def launch(arguments: Sequence[str], count: int, output_dir: Path) -> None:
         try:
             future.result()
         except ChildFailedError as failed:
+            first = next(iter(failed.failures.values()))
+            if first.exitcode in results and not any(folder.glob("**/error.json")):
+                return first.exitcode
             raise _cause(failed.failures, folder, output_dir, count, signals.has_received) from None
+    return 0
 
 
 @contextmanager
@@ -396,7 +402,7 @@ def _failure_in(file: Path) -> dict[str, Any]:
 
 
 def _cause(
-    failures: "Mapping[int, ProcessFailure]", folder: Path, output_dir: Path, count: int, has_signal: bool
+    failures: "Mapping[int, ProcessFailure]", folder: Path, output_dir: Path | None, count: int, has_signal: bool
 ) -> BaseException:
     """Returns the one error to show for all processes: the first that has a cause of its own.
 
@@ -417,12 +423,15 @@ def _cause(
             return KeyboardInterrupt(failure["message"])
     number, first = next(iter(failures.items()))
     if has_signal or first.exitcode == INTERRUPTED:
-        return KeyboardInterrupt(*([how_to_go_on(output_dir)] if checkpoints_in(output_dir) else []))
+        if output_dir is None or not checkpoints_in(output_dir):
+            return KeyboardInterrupt()
+        return KeyboardInterrupt(how_to_go_on(output_dir))
     who = f"process {number} of {count}"
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
         why = ", most likely for memory" if name == "SIGKILL" else ""
-        return ProcessFailedError(f"{who} was ended by {name}{why}; {how_to_go_on(output_dir)}")
+        next_step = "" if output_dir is None else f"; {how_to_go_on(output_dir)}"
+        return ProcessFailedError(f"{who} was ended by {name}{why}{next_step}")
     for failure in of_others:
         if failure["rank"] == number:
             return _error(failure, count)

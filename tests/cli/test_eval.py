@@ -224,16 +224,23 @@ def test_mistakes_exit_with_2(
     assert "Traceback" not in told
 
 
+def on_two_processes(way: str, *tokens: object) -> "subprocess.CompletedProcess[str]":
+    words, python = [str(token) for token in tokens], [sys.executable, "-m"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tailora", "--", *words]
+    command = torchrun if way == "torchrun" else ["tailora", *words, "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [*python, *command], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
 @pytest.mark.slow
-def test_two_processes_of_torchrun_share_the_examples_and_print_one_result(
-    adapter: Path, quiz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("way", ["tailora", "torchrun"])
+def test_two_processes_share_the_examples_and_print_one_result(
+    way: str, adapter: Path, quiz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokens = ["eval", adapter, "--data", quiz, "--dtype", "float32", "--field", "prompt=question", "--json"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = [*launch, "tailora", "--", *map(str, tokens), "--output-dir", str(tmp_path / "out")]
-    two = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300
-    )
+    two = on_two_processes(way, *tokens, "--output-dir", tmp_path / "out")
     assert two.returncode == 0, two.stderr
     (line,) = two.stdout.splitlines()
     shared, alone = json.loads(line), found(capsys, *tokens[:-1])
@@ -266,3 +273,18 @@ def test_all_processes_end_with_the_exit_code_of_an_unmet_gate(adapter: Path, ch
     assert [process.returncode for process in processes] == [4, 4], outputs
     assert "gate not met: loss<0.001" in outputs[0]
     assert "gate not met" not in outputs[1]
+
+
+@pytest.mark.slow
+def test_a_gate_that_is_not_met_and_a_mistake_have_their_exit_codes_on_two_processes(adapter: Path, quiz: Path) -> None:
+    tokens = ["eval", adapter, "--data", quiz, "--field", "prompt=question", "--device", "cpu"]
+    two = on_two_processes("tailora", *tokens, "--gate", "accuracy>1")
+    assert two.returncode == 4, two.stderr
+    assert two.stderr.count("gate not met: accuracy>1") == 1
+    assert "error" not in two.stderr
+    two = on_two_processes("tailora", *tokens, "--dtype", "float8")
+    assert two.returncode == 2
+    assert two.stderr.count("error: ") == 1
+    two = on_two_processes("tailora", *tokens, "--tasks", "arc_easy")
+    assert two.returncode == 2
+    assert "--tasks runs in one process: leave --nproc-per-node" in two.stderr
