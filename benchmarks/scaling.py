@@ -76,12 +76,16 @@ def simulated(model: str, method: str, layers: int) -> dict[str, Any]:
     config = TrainConfig(model=model, max_length=LENGTH, gradient_checkpointing=True, **METHODS[method])
     ids = np.arange(LENGTH, dtype=np.int32)
     with estimate.fake_model(config, shape, estimate.AbsentDevice("cuda", torch.bfloat16)) as fake:
-        step = estimate.simulate_step(fake, [Example(ids, ids)], checkpointed=True)
+        of_one, of_rank = (
+            estimate.simulate_step(fake, [Example(ids, ids)], checkpointed=True, sharded=sharded)
+            for sharded in (False, True)
+        )
+        steps = {n: of_one if n == 1 else of_rank for n in GPUS}
         return {
             "parameters": sum(parameter.numel() for parameter in fake.base.parameters()),
             "trained": estimate.trained_bytes(fake) // 4,
-            "operators": step.operators,
-            "memory": {n: asdict(estimate.memory_of_step(config, fake, step, CONTEXT, n)) for n in GPUS},
+            "operators": of_one.operators,
+            "memory": {n: asdict(estimate.memory_of_step(config, fake, steps[n], CONTEXT, n)) for n in GPUS},
             "loading": {n: estimate.memory_of_loading(fake, CONTEXT, n) for n in GPUS},
             "sent": {
                 (n, sharded): estimate.sent_bytes(fake, n, 1, sharded=sharded)

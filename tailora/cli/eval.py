@@ -139,11 +139,11 @@ def eval(
     defaults = {"max_length": target.settings.get("max_length")}
     config = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model})
 
-    if nproc_per_node is not None:
+    if nproc_per_node is not None and not is_launched_by_tailora():
         processes = count_processes(nproc_per_node, device)
-        if processes > 1 and harness.names:
-            raise ConfigError(IN_ONE_PROCESS)
-        if processes > 1 and not is_launched_by_tailora():
+        if processes > 1:
+            if harness.names:
+                raise ConfigError(IN_ONE_PROCESS)
             log(f"starting {processes} processes")
             return launch(ARGUMENTS.get(), processes, results=[GATE_NOT_MET])
 

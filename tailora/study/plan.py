@@ -214,7 +214,13 @@ def plan(
         modules = adapted_modules(lora) if lora else []
         groups = trained_groups(lora) if lora else []
         left = unadapted_groups(lora) if lora else []
-        step = estimate.simulate_step(fake, batches.largest, checkpointed=config.gradient_checkpointing)
+        step = estimate.simulate_step(
+            fake,
+            batches.largest,
+            checkpointed=config.gradient_checkpointing,
+            sharded=place.shards > 1,
+            reshard=config.fsdp_reshard_after_forward,
+        )
         notes = [*place.notes, *batches.notes, *fake.notes]
         if asks_for_compiled_layers(config):
             step = estimate.with_compiled_layers(step, fake, config.activation_memory)
@@ -484,7 +490,9 @@ def full_fine_tuning(
     settings = config.model_dump(exclude_unset=True, exclude={*OF_ADAPTERS, *WITHOUT_FSDP})
     full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
     with estimate.fake_model(full, shape, place.device) as fake:
-        step = estimate.simulate_step(fake, batches.largest, checkpointed=full.gradient_checkpointing)
+        step = estimate.simulate_step(
+            fake, batches.largest, checkpointed=full.gradient_checkpointing, sharded=place.shards > 1
+        )
         memory = estimate.estimate_memory(full, fake, step, place.process, place.shards)
         parameters = fake.model.summary().trainable_parameters
     return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from statistics import median
 from typing import Any, cast
 
@@ -59,6 +59,7 @@ from tailora.train.kernel_choice import (
     use_kernels,
 )
 from tailora.train.loss import BatchLayout, make_batch
+from tailora.train.memory import MMAP_BYTES
 from tailora.train.model_loading import METHODS, Stored, check_unquantized, precision_of
 from tailora.train.setup import choose_layout
 from tailora.train.trainable import FullModel, Trainable, trained_module
@@ -105,6 +106,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     known: tensors whose storages are counted elsewhere.    lengths: of the documents of a packed row.
     now, peak: bytes of each part, at present and at the moment of the largest sum.    operators: how often each ran.
+    sum_of_peaks: the largest sum of the blocks that malloc maps on their own, plus that of all others, which may have
+    been at another moment: malloc returns only the former to the system.
     """
 
     def __init__(self, known: Iterable[Tensor], part_of: Callable[[Tensor], str], lengths: Sequence[int] = ()) -> None:
@@ -115,6 +118,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._part_of, self._lengths = part_of, lengths
         self._alive = {id(tensor.untyped_storage()): ("", 0) for tensor in known}
         self._largest = 0
+        self._blocks, self._most = Counter[bool](), Counter[bool]()  # whether mapped on its own -> bytes, and at most
+
+    @property
+    def sum_of_peaks(self) -> int:
+        return self._most.total()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -169,10 +177,14 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now[part] += size
         if self.now.total() > self._largest:
             self._largest, self.peak = self.now.total(), self.now.copy()
+        is_mapped = size >= MMAP_BYTES
+        self._blocks[is_mapped] += size
+        self._most[is_mapped] = max(self._most[is_mapped], self._blocks[is_mapped])
 
     def _subtract(self, key: int) -> None:
         part, size = self._alive.pop(key)
         self.now[part] -= size
+        self._blocks[size >= MMAP_BYTES] -= size
 
 
 class _RealInputsComputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -237,9 +249,21 @@ class Weights:
     while_read: int  # in addition, until all are read
     left_mapped: int  # in addition, afterwards: of a quantized base the files' weights that were quantized
     dense: int  # in addition, while a quantized layer computes: the largest dense weight
-    is_quantized: bool = False
-    layer: int = 0  # of `stored`, the parameters of the largest decoder layer, which FSDP2 shards
-    outside: int = 0  # of `stored`, what is no parameter of a decoder layer: embeddings, head, last norm; scales
+    is_quantized: bool
+    layers: tuple[tuple[int, ...], ...]  # of `stored`, the parameters of each decoder layer, which FSDP2 shards
+
+    @property
+    def sharded(self) -> int:
+        return sum(map(sum, self.layers))
+
+    @property
+    def outside(self) -> int:
+        """Of `stored`, what FSDP2 leaves whole on every rank: embeddings, head, last norm; scales of quantization."""
+        return self.stored - self.sharded
+
+    @property
+    def largest_layer(self) -> int:
+        return max(map(sum, self.layers), default=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,14 +371,10 @@ def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None) -
     tensors = [tensor for _, tensor, _ in named_stored_tensors(base)]
     total = sum(quantized.get(id(tensor), tensor.nbytes) for tensor in tensors)
     dense = max((tensor.nbytes for tensor in tensors if id(tensor) in quantized), default=0)
-    layers = [
-        sum(codes.get(id(tensor), tensor.nbytes) for tensor in layer.parameters()) for layer in decoder_layers(base)
-    ]
-    parts: dict[str, Any] = {
-        "is_quantized": bool(quantized),
-        "layer": max(layers, default=0),
-        "outside": max(total - sum(layers), 0),
-    }
+    layers = tuple(
+        tuple(codes.get(id(tensor), tensor.nbytes) for tensor in layer.parameters()) for layer in decoder_layers(base)
+    )
+    parts: dict[str, Any] = {"is_quantized": bool(quantized), "layers": layers}
     if base.dtype != files:  # converted, and the files are closed
         read = sum(parameter.numel() for parameter in base.parameters()) * files.itemsize
         return Weights(total, read, 0, dense, **parts)
@@ -396,13 +416,97 @@ def _quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"Quantized{cls.__name__}", (_QuantizedLinear, cls), {"__module__": __name__})
 
 
+class _GatheredLayers:
+    """Within the block, a step on tensors without contents gathers decoder layers from shards, as FSDP2 does.
+
+    The rows of all ranks arrive in a buffer, from which the whole weights are copied. In a forward the buffer stays
+    until the rows of the next layer have arrived, and the whole weights until the layer has computed. In a backward a
+    layer's rows arrive while the layer after it computes. gloo, on a CPU, receives into a buffer of its own.
+
+    sizes: of each layer's parameters.    reshard_after_forward: False keeps whole weights from forward to backward.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], sizes: Sequence[Sequence[int]], device: torch.device, reshard: bool
+    ) -> None:
+        self._layers, self._sizes, self._device, self._reshard = layers, sizes, device, reshard
+        self._buffers: dict[int, Tensor] = {}  # number of a layer -> its rows of all ranks
+        self._whole: dict[int, list[Tensor]] = {}
+        self._in_backward = False
+        self.allocates = False  # True while tensors for gathered layers are made
+
+    def __enter__(self) -> "_GatheredLayers":
+        self._hooks = [
+            handle
+            for number, layer in enumerate(self._layers)
+            for handle in (
+                layer.register_forward_pre_hook(partial(self._before_forward, number)),
+                layer.register_forward_hook(partial(self._after_forward, number)),
+            )
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._buffers.clear()
+        self._whole.clear()
+
+    def _before_forward(self, number: int, *_: Any) -> None:
+        if self._in_backward:  # checkpointing computes the layer again, which is whole now
+            return
+        self._receive(number)
+        self._buffers = {number: self._buffers[number]}
+        self._copy_out(number)
+
+    def _after_forward(self, number: int, _layer: nn.Module, _inputs: Any, output: Any) -> None:
+        if self._in_backward:
+            return
+        if self._reshard:
+            del self._whole[number]
+        if number == len(self._layers) - 1:
+            self._buffers.clear()
+        for tensor in _tensors((output,)):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._before_backward, number))  # type: ignore[no-untyped-call]
+
+    def _before_backward(self, number: int, _gradient: Tensor) -> None:
+        self._in_backward = True
+        self._whole = {other: whole for other, whole in self._whole.items() if other <= number}
+        if number not in self._whole:
+            self._receive(number)
+            self._copy_out(number)
+        self._buffers.clear()
+        if number > 0 and number - 1 not in self._whole:
+            self._receive(number - 1)
+
+    def _receive(self, number: int) -> None:
+        if number not in self._buffers:
+            size = sum(self._sizes[number])
+            self._buffers[number] = self._empty(size)
+            if self._device.type == "cpu":
+                self._empty(size)  # of gloo; freed at once
+
+    def _copy_out(self, number: int) -> None:
+        self._whole[number] = [self._empty(size) for size in self._sizes[number]]
+
+    def _empty(self, size: int) -> Tensor:
+        self.allocates = True
+        try:
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+        finally:
+            self.allocates = False
+
+
 MOMENTS = 2  # of AdamW
 # Of a process on a CPU, in addition to what torch allocates; benchmarks/plan.py compares the sums with whole runs:
-LIBRARIES = 90 * 10**6  # code that is loaded when it is first called, threads, caches
+LIBRARIES = 130 * 10**6  # code that is loaded when it is first called, threads, caches; holes left by loading
 LIBRARIES_16_BIT = 40 * 10**6  # code that oneDNN compiles for 16-bit products, at most 64 of them
 FRAGMENTATION = 0.1  # share of a step's memory that the allocator keeps in addition; on a device never measured
+# The same with sharded layers: buffers come and go between activations that stay, and leave holes of other sizes
+FRAGMENTATION_SHARDED = 0.2
 WORKSPACE = 32 * 2**20  # of a device, for products: what torch gives cuBLAS on an H100; others take less
-LOGITS, ACTIVATIONS, GRADIENTS = "logits", "activations", "gradients"
+LOGITS, ACTIVATIONS, GRADIENTS, GATHERED = "logits", "activations", "gradients", "gathered"
 
 
 @dataclass(frozen=True)
@@ -440,6 +544,8 @@ class StepCost:
     gradients: int  # of 16-bit weights, on their way to the float32 masters
     kept: int  # from the forward for the backward
     operators: Mapping[Operator, int]  # how often each runs
+    gathered: int = 0  # of sharded weights, what a rank has whole
+    malloc_overhead: int = 0  # because its small and its large blocks are not largest at the same moment
 
     @property
     def flops(self) -> float:
@@ -447,16 +553,25 @@ class StepCost:
 
     @property
     def bytes(self) -> int:
-        return self.activations + self.logits + self.gradients
+        return self.activations + self.logits + self.gradients + self.gathered
 
 
-def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed: bool) -> StepCost:
-    """Runs the forward and backward of these examples in one batch, within `fake_model`'s block."""
+def simulate_step(
+    fake: FakeModel, examples: Sequence[Example], *, checkpointed: bool, sharded: bool = False, reshard: bool = True
+) -> StepCost:
+    """Runs the forward and backward of these examples in one batch, within `fake_model`'s block.
+
+    sharded: the decoder layers, by FSDP2.    reshard: frees gathered layers after the forward.
+    """
+    layers = decoder_layers(fake.base) if sharded else []
+    gathered = _GatheredLayers(layers, fake.weights.layers, fake.base.device, reshard)
     model, base, trained = fake.model, fake.base, trained_module(fake.model)
     vocabulary = base.config.get_text_config().vocab_size
     trained_shapes = {parameter.shape for parameter in base.parameters() if parameter.requires_grad}
 
     def part_of(tensor: Tensor) -> str:
+        if gathered.allocates:
+            return GATHERED
         if tensor.ndim > 1 and tensor.shape[-1] == vocabulary:
             return LOGITS
         return GRADIENTS if tensor.shape in trained_shapes else ACTIVATIONS
@@ -468,14 +583,23 @@ def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed:
     weights = [tensor for module in (base, trained) for tensor in (*module.parameters(), *module.buffers())]
     tracker = MemoryTracker([*weights, *gradients], part_of, [len(example.input_ids) for example in examples])
     try:
-        with use_kernels(base, fake.layout, fake.kernels, checkpointed=checkpointed), torch.enable_grad(), tracker:
+        kernels = use_kernels(base, fake.layout, fake.kernels, checkpointed=checkpointed)
+        with kernels, torch.enable_grad(), gathered, tracker:
             loss = FORMS[fake.layout.loss](model, batch).sum()
             kept = tracker.now.total()
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
         trained.zero_grad()
     peak = tracker.peak
-    return StepCost(peak[ACTIVATIONS], peak[LOGITS], peak[GRADIENTS], kept, tracker.operators)
+    return StepCost(
+        activations=peak[ACTIVATIONS],
+        logits=peak[LOGITS],
+        gradients=peak[GRADIENTS],
+        kept=kept,
+        operators=tracker.operators,
+        gathered=peak[GATHERED],
+        malloc_overhead=tracker.sum_of_peaks - peak.total() if base.device.type == "cpu" else 0,
+    )
 
 
 def with_compiled_layers(step: StepCost, fake: FakeModel, activation_memory: float) -> StepCost:
@@ -493,7 +617,9 @@ def with_less_memory(step: StepCost, fake: FakeModel, tokens: int, *, checkpoint
     if checkpointed:
         layers = text.num_hidden_layers
         activations = activations // layers + layers * text.hidden_size * fake.base.dtype.itemsize * tokens
-    return replace(step, activations=activations + fake.weights.dense)
+    plain = max((sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(fake.base)), default=0)
+    gathered = step.gathered * fake.weights.largest_layer // max(plain, 1)
+    return replace(step, activations=activations + fake.weights.dense, gathered=gathered)
 
 
 def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, process: int, shards: int = 1) -> Memory:
@@ -503,28 +629,29 @@ def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, proces
     It also gets what libraries use and allocators keep, and the difference if loading the weights, or on a CPU reading
     back what was saved, takes more than a step.
     """
-    in_step = memory_of_step(config, fake, step, process, shards)
+    in_step, is_full = memory_of_step(config, fake, step, process, shards), isinstance(fake.model, FullModel)
     largest = max(in_step.total, memory_of_loading(fake, process, shards))
-    if fake.base.device.type == "cpu" and isinstance(fake.model, FullModel):
+    if fake.base.device.type == "cpu" and is_full:
         largest = max(largest, in_step.total - step.bytes + fake.weights.stored)
+    elif fake.base.device.type == "cpu":  # the adapter's file is mapped, while malloc holds what the steps needed
+        largest = max(largest, in_step.total + in_step.adapters)
     return in_step.with_total(largest)
 
 
 def memory_of_step(config: TrainConfig, fake: FakeModel, step: StepCost, process: int, shards: int = 1) -> Memory:
     """Returns the memory of a run in its largest step; arguments as of `estimate_memory`."""
-    memory, weights = _of_one_process(config, fake, step, process), fake.weights
+    memory = _of_one_process(config, fake, step, process)
     if shards > 1:
-        memory = _on_one_rank(memory, fake, shards)
-        if not config.fsdp_reshard_after_forward:  # gathered layers stay until the backward has used them
-            memory = replace(memory, gathered=weights.stored - weights.outside)
+        memory = _on_one_rank(memory, fake, step, shards)
         if config.fsdp_offload_params:
-            memory = replace(memory, weights=weights.outside)
-    kept_by_allocator = int(FRAGMENTATION * step.bytes)
-    if fake.base.device.type != "cpu":
+            memory = replace(memory, weights=fake.weights.outside)
+    is_on_cpu = fake.base.device.type == "cpu"
+    fragmentation = FRAGMENTATION_SHARDED if is_on_cpu and shards > 1 else FRAGMENTATION
+    kept_by_allocator = step.malloc_overhead + int(fragmentation * step.bytes)
+    if not is_on_cpu:
         return replace(memory, process=process + WORKSPACE + kept_by_allocator)
     libraries = LIBRARIES + (LIBRARIES_16_BIT if fake.base.dtype == torch.bfloat16 else 0)
-    left_mapped = weights.left_mapped
-    return replace(memory, process=process + left_mapped + libraries + kept_by_allocator)
+    return replace(memory, process=process + fake.weights.left_mapped + libraries + kept_by_allocator)
 
 
 def memory_of_loading(fake: FakeModel, process: int, shards: int = 1) -> int:
@@ -560,12 +687,7 @@ def _of_one_process(config: TrainConfig, fake: FakeModel, step: StepCost, proces
     )
 
 
-# Copies of a layer that a rank has at a time under FSDP2, measured with gloo (docs/distributed.md): gathered rows and
-# whole weights of the layer that computes and of its neighbours. On a card never measured
-GATHERED_LAYERS = 5
-
-
-def _on_one_rank(memory: Memory, fake: FakeModel, shards: int) -> Memory:
+def _on_one_rank(memory: Memory, fake: FakeModel, step: StepCost, shards: int) -> Memory:
     """Returns what one of `shards` ranks has of the memory of one process.
 
     FSDP2 shards the decoder layers (`train.parallel`). What is outside of them, adapters, their gradients and their
@@ -575,15 +697,15 @@ def _on_one_rank(memory: Memory, fake: FakeModel, shards: int) -> Memory:
     weights = fake.weights
     if isinstance(fake.model, FullModel):
         trained = trained_bytes(fake)
-        of_layers = _in_float32(weights.stored - weights.outside, fake)
+        of_layers = _in_float32(weights.sharded, fake)
         on_rank, outside = _share(of_layers, shards), trained - of_layers
         memory = replace(
             memory,
             adapters=on_rank + (outside if memory.adapters else 0),
-            gradients=on_rank + outside + weights.layer + _in_float32(weights.layer, fake),
+            gradients=on_rank + outside + weights.largest_layer + _in_float32(weights.largest_layer, fake),
             optimizer=memory.optimizer // trained * (on_rank + outside),
         )
-    return replace(memory, weights=_stored_on_rank(fake, shards), gathered=GATHERED_LAYERS * weights.layer)
+    return replace(memory, weights=_stored_on_rank(fake, shards), gathered=step.gathered)
 
 
 def _in_float32(size: int, fake: FakeModel) -> int:
@@ -595,7 +717,7 @@ def _in_float32(size: int, fake: FakeModel) -> int:
 def _stored_on_rank(fake: FakeModel, shards: int) -> int:
     """Returns the bytes of the base's weights that one of `shards` ranks keeps."""
     weights = fake.weights
-    return weights.outside + _share(weights.stored - weights.outside, shards)
+    return weights.outside + _share(weights.sharded, shards)
 
 
 def _share(size: int, shards: int) -> int:
@@ -614,7 +736,7 @@ def sent_bytes(fake: FakeModel, ranks: int, forwards: float, *, sharded: bool, g
     trained = trained_bytes(fake)
     if not sharded:
         return int(share * 2 * trained)
-    layers = weights.stored - weights.outside
+    layers = weights.sharded
     if isinstance(fake.model, FullModel):
         of_layers = _in_float32(layers, fake)
         return int(share * (forwards * (gathers * layers + of_layers) + 2 * (trained - of_layers)))
