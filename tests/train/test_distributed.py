@@ -135,6 +135,10 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded, one rank splits the loss": {"fsdp": True},
     "sharded, one rank has Llama kernels": {"fsdp": True},
 }
+FOUR_RANKS = {
+    "sharded, with all slots": "adapter/adapter_model.safetensors",
+    "full, sharded": "model/model.safetensors",
+}
 RESUMED = [case for case in CASES if "resumed" in case]
 IN_ONE = {"fsdp": False, "fsdp_reshard_after_forward": True, "gradient_accumulation_steps": 2}
 
@@ -207,6 +211,24 @@ def test_two_ranks_train_what_one_does(case: str, two_ranks: Ranks, settings: An
         "random-0.safetensors",
         "random-1.safetensors",
     }
+
+
+@pytest.mark.slow
+def test_four_ranks_train_what_one_does(make_settings: Any, tmp_path: Path) -> None:
+    cases = {case: {**SHARED, **CASES[case], "num_train_epochs": 10} for case in FOUR_RANKS}  # 20 steps
+    configs = {case: make_settings(output_dir=str(tmp_path / case), **cases[case]) for case in cases}
+    train_on_ranks(4, configs, tmp_path)
+    for case, file in FOUR_RANKS.items():
+        one = {**cases[case], **IN_ONE, "gradient_accumulation_steps": 4}
+        result = run(make_settings(output_dir=str(tmp_path / "one" / case), **one))
+        assert result.steps == 20
+        expected, tensors = (load_file(folder / case / file) for folder in (tmp_path / "one", tmp_path))
+        assert expected.keys() == tensors.keys()
+        for name, tensor in expected.items():
+            # 4 gradients are added in another order; DoRA's magnitudes are larger than 1
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-6, atol=1e-6)
+        record = json.loads((tmp_path / case / "run.json").read_text())["result"]
+        assert record["eval_loss_after"] == pytest.approx(result.eval_loss_after, abs=1e-6)
 
 
 @pytest.mark.slow
