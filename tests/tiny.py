@@ -23,6 +23,15 @@ VOCABULARY = 300  # the 256 bytes, the special tokens and a few merges
 SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED: dict[str, Any] = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 
+# of a well-known model, whose figures are known; without the number of its layers, 32
+LLAMA_3_8B: dict[str, Any] = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+
 
 def chat_tokenizer(texts: Iterable[str], **special: str) -> PreTrainedTokenizerFast:
     """Returns a byte-level tokenizer, as GPT-2's. `special`: which of SPECIAL is eos_token, pad_token or bos_token."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import LLAMA_3_8B
 from transformers import LlamaConfig
 
 from tailora.data.dataset import Example
@@ -125,10 +126,9 @@ def test_a_step_takes_the_longer_of_products_traffic_and_launches() -> None:
 def test_the_products_of_llama_8b_are_those_of_a_calculation_by_hand() -> None:
     """2,048 tokens on an H100 at 600 TFLOP/s: 4 operations a weight and token, forward and backward: about 110 ms."""
     ids = (np.arange(512) % 300).astype(np.int32)
-    sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8}
     times = []
     for layers in (1, 2):
-        shape = LlamaConfig(**sizes, num_hidden_layers=layers, num_attention_heads=32)
+        shape = LlamaConfig(**LLAMA_3_8B, num_hidden_layers=layers)
         with fake_model(TrainConfig(), shape, AbsentDevice("cuda", torch.bfloat16)) as fake:
             step = simulate_step(fake, [Example(ids, ids)] * 4, checkpointed=False)
         times.append(step_time(find_cards("h100")[0], step.operators))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import chat_tokenizer
+from tiny import LLAMA_3_8B, chat_tokenizer
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
@@ -49,9 +49,6 @@ from tailora.train.setup import memory_cost
 
 CPU = torch.device("cpu")
 LLAMA_2_7B = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
-LLAMA_3_8B = LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8
-)
 LLAMA_3_1B = LlamaConfig(
     vocab_size=128256,
     hidden_size=2048,
@@ -89,8 +86,8 @@ QV = ["q_proj", "v_proj"]
     [  # reference/science.md, "Exact counts of trainable parameters"
         (LLAMA_2_7B, {"r": 8, "target_modules": QV}, 4_194_304),
         (LLAMA_2_7B, {"r": 16}, 39_976_960),
-        (LLAMA_3_8B, {"r": 16}, 41_943_040),
-        (LLAMA_3_8B, {"r": 16, "use_dora": True}, 43_319_296),
+        (LlamaConfig(**LLAMA_3_8B, num_hidden_layers=32), {"r": 16}, 41_943_040),
+        (LlamaConfig(**LLAMA_3_8B, num_hidden_layers=32), {"r": 16, "use_dora": True}, 43_319_296),
         (LLAMA_3_1B, {"r": 16}, 11_272_192),
         (QWEN_HALF_B, {"r": 16}, 8_798_208),
         (SMOLLM2, {"r": 8}, 2_442_240),
