@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tailora.data.prepare import PreparedData
 from tailora.errors import INTERRUPTED, ProcessFailedError
-from tailora.train.launch import how_to_go_on, launcher_pid, show_by, world_size
+from tailora.train.launch import how_to_go_on, launcher_pid, show_by, shown_by, world_size
 from tailora.train.loss import Evaluation
 from tailora.train.trainable import Trainable
 
@@ -137,8 +137,8 @@ class StopSignals:
     signals to all processes, and the launcher among them passes them on. The end of the `with` block restores, too,
     when everything is cleaned up. Only the main thread receives signals.
 
-    When the run has stopped, or has failed as one of several processes, the handlers of before are told so: see
-    `announce_end`.
+    When the run has stopped, or has failed as one of several processes that know of each other, the handlers of before
+    are told so: see `announce_end`.
     """
 
     def __init__(self) -> None:
@@ -176,7 +176,7 @@ class StopSignals:
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, Interrupted) or (error is not None and world_size() > 1):
+        if isinstance(error, Interrupted) or (error is not None and shown_by(error) is not None):
             announce_end(self._handlers)
         self.restore()
 

@@ -3,6 +3,8 @@
     count_processes   `--nproc-per-node gpu` -> a number
     launch            starts the processes with torch's elastic launcher, which is torchrun's too
     command_line      the command that runs another one as this one was started
+    end_with_launcher a process does not outlive the one that started it
+    show_by           which rank shows an error
     leave_failure     what a process that fails leaves for the one that started it
 
 Rank 0 has the terminal. What the other ranks print goes to files, and is shown if one of them fails without a message
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 LAUNCHED_BY_TAILORA = "TAILORA_NPROC_PER_NODE"  # set for the processes that `launch` starts: their number
-LAUNCHER_PID, LAUNCHER_FOLDER = "TAILORA_LAUNCHER_PID", "TAILORA_LAUNCHER_FOLDER"  # the same, of `launch` itself
+LAUNCHER_PID, LAUNCHER_FOLDER = "TAILORA_LAUNCHER_PID", "TAILORA_LAUNCHER_FOLDER"  # where `launch` itself is
 TORCH_LAUNCHER = "TORCHELASTIC_RUN_ID"  # set by torch's launcher, and so by torchrun and accelerate
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torch's launcher reads why a process failed
 LAUNCHER_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -376,16 +378,16 @@ def leave_failure(error: BaseException, message: str, exit_code: int, traceback:
 
     traceback: of an error that is a bug of tailora.
     """
+    name = os.environ.get(ERROR_FILE)
+    if not name or not Path(name).parent.is_dir():  # the launcher has removed it
+        return False
     from tailora.formats.io import write_file
 
-    file = Path(os.environ.get(ERROR_FILE, ""))
-    if ERROR_FILE not in os.environ or not file.parent.is_dir():
-        return False
     for_torch = {"py_callstack": traceback or message or type(error).__name__, "timestamp": str(int(time.time()))}
     for_launch = {"type": type(error).__name__, "exit_code": exit_code, "time": time.time(), "traceback": traceback}
     extra = {**for_torch, **for_launch, "rank": rank()}
     try:
-        write_file(file, json.dumps({"message": {"message": message, "extraInfo": extra}}).encode())
+        write_file(Path(name), json.dumps({"message": {"message": message, "extraInfo": extra}}).encode())
     except WriteError:
         return False
     return True

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -711,9 +711,9 @@ def test_torch_and_tailora_read_the_same_file(tmp_path: Path, monkeypatch: pytes
 # ---- Signals
 
 
-def two_processes() -> Any:
-    """Returns what `fail_together` reads of accelerate, in the first of two processes."""
-    return SimpleNamespace(num_processes=2, process_index=0)
+def processes(count: int) -> Any:
+    """Returns what `fail_together` reads of accelerate, in the first of so many processes."""
+    return SimpleNamespace(num_processes=count, process_index=0)
 
 
 class Handler:
@@ -747,39 +747,70 @@ def test_one_of_several_processes_takes_a_signal_that_comes_twice_for_one(monkey
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.fixture
+def run_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], None]], Any]]:
+    """A function that runs the program with another command, and returns its exit code."""
+
+    def run(command: Callable[[], None]) -> Any:
+        monkeypatch.setattr("tailora.cli.main.app", lambda _: lambda *_, **__: command())
+        with pytest.raises(SystemExit) as end:
+            program.run()
+        return end.value.code
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
-    ("size", "block", "code", "message"),
+    ("size", "is_training", "code", "message"),
     [
-        ("1", StopSignals, 130, "interrupted\n"),
-        ("2", StopSignals, 2, "error: row 7\n"),
-        ("2", lambda: fail_together(two_processes()), 2, "error: row 7\n"),
+        ("1", True, 130, "interrupted\n"),
+        ("2", True, 2, "error: row 7\n"),
+        ("2", False, 2, "error: row 7\n"),
     ],
-    ids=["alone", "a run", "an evaluation"],
+    ids=["alone", "training", "loading"],
 )
 def test_a_launchers_signal_does_not_keep_a_process_from_saying_why_it_failed(
-    size: str, block: Any, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    size: str,
+    is_training: bool,
+    code: int,
+    message: str,
+    run_program: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def command(*_: object, **__: object) -> None:
+    def command() -> None:
         try:
-            with block():
+            with StopSignals() as signals, fail_together(processes(int(size))):
+                if is_training:
+                    signals.handle()
                 raise DataError("row 7")
         finally:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setenv("WORLD_SIZE", size)
-    monkeypatch.setattr("tailora.cli.main.app", lambda _: command)
     monkeypatch.setattr("tailora.train.events.distributed_c10d._get_default_store", HashStore)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as end:
-            program.run()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert end.value.code == code
+    assert run_program(command) == code
     assert capsys.readouterr().err == message
+
+
+def test_a_launchers_signal_ends_a_process_that_waits_for_rank_0_to_say_the_same(
+    run_program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        with StopSignals():
+            raise ConfigError("before the processes know of each other")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv(ERROR_FILE, raising=False)
+    monkeypatch.setattr("tailora.cli.main.time.sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert run_program(command) == 2
+    assert capsys.readouterr().err == ""
 
 
 DEAF = """
