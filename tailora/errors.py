@@ -22,11 +22,13 @@ A message says what was asked, what there is, and what to do. All problems of an
 """
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from errno import ENOMEM
 from importlib.util import find_spec
+from pathlib import Path
 
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
+MUCH_LESS = 0.15  # of difflib's ratio
 
 
 class TailoraError(Exception):
@@ -129,8 +131,32 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """Returns '; did you mean x, y?' with the known names closest to `name`, or '' when none is close."""
+    return _question(_close_names(name, known, limit))
+
+
+def nearest_path(path: Path, *, folders_only: bool = False) -> str:
+    """Returns what `nearest` does, with names in the folder of a path that does not exist.
+
+    An equal suffix says nothing about how close two names are, so names with the suffix of `path` compare without it.
+    """
+    entries = list(path.parent.iterdir()) if path.parent.is_dir() else []
+    if folders_only:
+        entries = [entry for entry in entries if entry.is_dir()]
+    names = {entry.stem: entry.name for entry in entries if entry.suffix == path.suffix}
+    alike = [names[stem] for stem in _close_names(path.stem, names)]
+    return _question(alike or _close_names(path.name, [entry.name for entry in entries if entry.suffix != path.suffix]))
+
+
+def _close_names(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """Returns the known names that are close to `name`, the closest first, without those that are much less close."""
     matches = get_close_matches(name, list(known), n=limit, cutoff=0.5)
-    return f"; did you mean {', '.join(matches)}?" if matches else ""
+    ratios = {match: SequenceMatcher(None, match, name).ratio() for match in matches}
+    return [match for match in matches if ratios[match] > max(ratios.values()) - MUCH_LESS]
+
+
+def _question(matches: Iterable[str]) -> str:
+    text = ", ".join(matches)
+    return f"; did you mean {text}?" if text else ""
 
 
 def listing(problems: list[str]) -> str:

@@ -16,9 +16,11 @@ from tailora.cli.main import log, note, print_json, stdout
 from tailora.cli.models import (
     ADAPTER_FLAG,
     DEVICE_HELP,
+    DEVICE_PARAMETER,
     BaseModel,
     Device,
     base_model_name,
+    check_sources,
     device_of_flag,
     find_adapter,
     load_model,
@@ -75,11 +77,11 @@ def combine(
     folders = parse_adapters(adapter)
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite, sources=folders.values())
     weights = parse_weights(weight or [], folders)
+    base = base_model_name(model, list(folders.values()))
     log("reading the model")
     from tailora.core.combine import Combination, check
 
     check(weights, Combination(method, r, density, drop, seed))
-    base = base_model_name(model, list(folders.values()))
     adapted = load_model(base, folders, quantize="none", dtype="stored", device=device).model
     report = adapted.combine(weights, RESULT, method, r=r, density=density, drop=drop, seed=seed)
     adapted.save_adapter(output_dir, RESULT)
@@ -113,7 +115,7 @@ def parse_weights(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str
 
 ShrinkFlags: Any = flags_of(TrainConfig, only=["field", "max_length"])
 ShrinkDevice = Annotated[
-    str | None, Parameter(name="--device", help=f"{DEVICE_HELP}; default: auto with --data, else cpu")
+    str | None, DEVICE_PARAMETER, Parameter(help=f"{DEVICE_HELP}; default: auto with --data, else cpu")
 ]
 SOURCE = "source"  # name of the adapter that is shrunk
 
@@ -142,13 +144,14 @@ def shrink(
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite, sources=[folder])
     if (data is None) != (max_loss_increase is None):
         raise ConfigError("--max-loss-increase and --data go together: the loss is measured on the data")
+    check_sources(data=[data])
+    base = base_model_name(model, [folder])
     log("reading the model")
     from tailora.core.compress import check
 
     check(
         r, energy, loss=None if data is None else len, budget=max_loss_increase
     )  # len stands for the loss, which needs the model
-    base = base_model_name(model, [folder])
     config = merge_settings(flags, None, arguments={"model": base, "data": data})
     device = device or ("cpu" if data is None else "auto")
     loaded = load_model(base, {SOURCE: folder}, quantize="none", dtype="stored", device=device)
@@ -203,6 +206,8 @@ def extract(
     """
     config = merge_settings(flags, None, arguments={"model": model}).lora()
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite)
+    for name in (model, tuned):
+        check_sources(model=name)
     log("reading the model")
     from tailora.core.compress import check
     from tailora.model import LoRAModel

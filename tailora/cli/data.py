@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import note, print_json, stdout
-from tailora.cli.models import fetch_demo
+from tailora.cli.models import check_sources, fetch_demo
 from tailora.data.dataset import held_out_of, warnings_of
 from tailora.errors import ConfigError
 from tailora.report.blocks import Code, Section
@@ -43,6 +43,7 @@ def data(
     settings = merge_settings(flags, config, arguments={"data": file})
     if "data" not in settings.model_fields_set:
         note("no file was given, so this is the demo's data; `tailora data FILE` shows yours")
+    check_sources(model=settings.model, data=(settings.data, settings.eval_data))
     fetch_demo(settings.model, settings.data, settings.eval_data)
     import torch
     from transformers import AutoModelForCausalLM

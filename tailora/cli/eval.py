@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from tailora.cli.flags import Json, NprocPerNode, flags_of, merge_settings
 from tailora.cli.main import ARGUMENTS, GATE_NOT_MET, log, note, print_json, print_text, stderr, stdout
-from tailora.cli.models import BaseModel, Device, Quantize, base_model_name, find_adapter, load_model
+from tailora.cli.models import BaseModel, Device, Quantize, base_model_name, check_sources, find_adapter, load_model
 from tailora.errors import ConfigError
 from tailora.evaluation.metrics import METRICS, QUOTES_HINT, Gate, check_gates, parse_gates, parse_metrics
 from tailora.formats.run_folder import REPORT, recorded_settings, write_report
@@ -132,6 +132,7 @@ def eval(
     if data is None and (data_gates or not harness.names):
         what = f"--gate {data_gates[0]} needs held-out data" if data_gates else "nothing to evaluate on"
         raise ConfigError(f"{what}: give --data FILE, or --tasks of lm-evaluation-harness and gates on TASK/METRIC")
+    check_sources(data=[data])
     target = find_target(adapter, model)
     base = base and target.folder is not None
     check_gates(data_gates, list(METRICS), base=base)
@@ -212,6 +213,7 @@ def find_target(adapter: str | None, model: str | None) -> EvalTarget:
     if adapter is None:
         if model is None:
             raise ConfigError("nothing to evaluate: give an ADAPTER, or --model M for a model without one")
+        check_sources(model=model)
         return EvalTarget(model, None, None)
     path = Path(adapter)
     model_folder = next((folder for folder in (path, path / "model") if (folder / "config.json").is_file()), None)

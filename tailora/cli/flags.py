@@ -149,16 +149,21 @@ def merge_settings(
         return _checked_config({**command_defaults, **in_file, **typed})
     except ConfigError as error:
         origin = _origin(str(error), {**command_defaults, **typed}, config_file)
-        raise ConfigError(origin + _with_flags(str(error), typed)) from None
+        raise ConfigError(origin + with_flags(str(error), typed)) from None
 
 
-def _with_flags(message: str, typed: Mapping[str, Any]) -> str:
-    """Returns the message with `--learning-rate fast` in place of `learning_rate = 'fast'`, for what was typed."""
+def with_flags(message: str, typed: Mapping[str, Any]) -> str:
+    """Returns the message with flags in place of settings, for what was typed.
+
+    `--learning-rate fast` takes the place of `learning_rate = 'fast'`, and `--space r=four` that of `space: r=four`.
+    """
     for name, value in typed.items():
         if isinstance(value, str):
             setting = rf"(?<![\w.]){name} = {re.escape(repr(value))}: "
             flag = f"--{name.replace('_', '-')} {value}: ".replace("\\", r"\\")  # re.sub reads escapes
             message = re.sub(setting, flag, message)
+        elif isinstance(value, dict):
+            message = re.sub(rf"(?m)^((?:  - )?){name}: ", rf"\1--{name.replace('_', '-')} ", message)
     return message
 
 

@@ -13,6 +13,7 @@ from tailora.cli.models import (
     Device,
     Quantize,
     base_model_name,
+    check_sources,
     device_of_flag,
     find_adapter,
     quantize_method,
@@ -69,8 +70,9 @@ def inspect(
     second = None if with_ is None else find_adapter(with_)
     if output_dir is not None:
         check_result_folder(output_dir, REPORT_FILES, overwrite=overwrite)
-    if data is not None or forgetting_data is not None:  # the loss needs the base model
+    if model is not None or data is not None or forgetting_data is not None:  # the loss needs the base model
         model = base_model_name(model, [folder])
+    check_sources(data=(data, forgetting_data))
     log("reading the adapter")
     from tailora.cli.progress import counter
     from tailora.report.pages.inspect import inspect_page

@@ -11,6 +11,7 @@ Of several processes of one run, rank 0 alone prints notes, and one prints the m
 import io
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -19,9 +20,17 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-from cyclopts import App, CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
+from cyclopts import (
+    App,
+    CoercionError,
+    CycloptsError,
+    MissingArgumentError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+    ValidationError,
+)
 from cyclopts.help import DefaultFormatter
 from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
 from cyclopts.utils import is_option_like
@@ -34,8 +43,10 @@ from tailora.errors import (
     ProcessFailedError,
     TailoraError,
     TailoraWarning,
+    TargetError,
     is_out_of_memory,
     listing,
+    nearest,
 )
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 from tailora.train import launch
@@ -75,6 +86,8 @@ GATE_NOT_MET = 4  # exit code
 ARGUMENTS: ContextVar[list[str]] = ContextVar("arguments")  # of the command line that `main` runs
 SECONDS_FOR_RANK_0 = 5.0  # in which it says what went wrong in all processes, before another one does
 MAX_LINES = 21  # of a message; --json prints all of it
+NUMBERS: dict[Any, str] = {int: "a valid integer", float: "a valid number"}  # type -> pydantic's words for it
+COMPARISONS = {">=": "greater than or equal to", "<=": "less than or equal to", ">": "greater than", "<": "less than"}
 BUG = "This is a bug in tailora: please report it with the lines below."
 MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
 
@@ -213,7 +226,38 @@ def message_of(error: BaseException) -> str:
         command, unused = error.command_chain[0], shlex.join(error.unused_tokens)
         hint = f". For data, write --data {unused}" if command in TAKE_DATA else ""
         return f"{command} takes no argument {unused}{hint}. `tailora {command} --help` lists all arguments"
+    if isinstance(error, CoercionError | ValidationError):
+        return _wrong_value(error)
+    if isinstance(error, TargetError):
+        return _with_flags(str(error))
     return str(error)
+
+
+def _wrong_value(error: CoercionError | ValidationError) -> str:
+    """Returns `--flag VALUE: what is needed`, as pydantic's messages on settings are shown."""
+    tokens = error.argument.tokens if error.argument else []
+    token = error.token if isinstance(error, CoercionError) else next(iter(tokens), None)
+    if token is None or token.keyword is None:
+        return str(error)
+    start = f"{token.keyword} {token.value}: "
+    if isinstance(error, ValidationError):
+        needed = error.exception_message.removesuffix(".").removeprefix(start)
+        for symbol, words in COMPARISONS.items():
+            needed = needed.replace(f"Must be {symbol} ", f"input should be {words} ")
+        return start + needed
+    if get_origin(error.target_type) is Literal:
+        known = list(map(str, get_args(error.target_type)))
+        return f"{start}give one of {', '.join(known)}{nearest(token.value, known)}"
+    needed = NUMBERS.get(error.target_type, "") if error.target_type else ""
+    return f"{start}input should be {needed}" if needed else str(error)
+
+
+def _with_flags(message: str) -> str:
+    """Returns the message with `--target-modules x` in place of `target_modules: 'x'`, if that flag was typed."""
+    for flag in (token.partition("=")[0] for token in ARGUMENTS.get([]) if is_option_like(token)):
+        name = flag.lstrip("-").replace("-", "_")
+        message = re.sub(rf"(?m)^((?:  - )?){re.escape(name)}: '([^']*)' ", rf"\1{flag} \2: it ", message)
+    return message
 
 
 def _unknown_flags(error: UnknownOptionError) -> list[str]:

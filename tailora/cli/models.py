@@ -1,6 +1,7 @@
 """Shared by the commands that take a model and adapters: flags, finding the adapters, loading them."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -13,20 +14,22 @@ from safetensors import SafetensorError, safe_open
 from tailora.cli.main import log, note, stderr
 from tailora.cli.progress import download_progress
 from tailora.data.demo import DEMO, data_folder, model_folder, name_of_model, resolve_demo
-from tailora.data.readers import check_model_exists
-from tailora.errors import ConfigError, FormatError, listing
+from tailora.data.readers import check_data_exists, check_model_exists
+from tailora.errors import ConfigError, FormatError, TailoraError, listing, nearest_path
 from tailora.formats.hub import local_folder
 from tailora.formats.io import read_json_object
 from tailora.formats.metadata import METADATA_KEY, parse_metadata
 from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder, recorded_settings
 from tailora.train.config import Quantize as QuantizeMethod
 from tailora.train.config import TrainConfig
+from tailora.train.launch import world_size
 
 if TYPE_CHECKING:
     import torch
 
 METHODS = f"{', '.join(get_args(QuantizeMethod))} or none"
 LORA_FILE = ".safetensors"
+ACCEPTED = f"\nan adapter is the folder of a run or of an adapter, a file {LORA_FILE}, or a Hub id such as owner/name"
 BASE_MODEL_KEYS = ("base_model_name_or_path", "model")  # in adapter_config.json of PEFT, of mlx-lm
 
 # ---- Flags
@@ -57,7 +60,23 @@ Quantize = Annotated[
     str | None, Parameter(help=f"quantization of the base model: {METHODS}; default: as in the adapter's run")
 ]
 DEVICE_HELP = TrainConfig.model_fields["device"].description
-Device = Annotated[str, Parameter(help=DEVICE_HELP)]
+DEVICE_NAME = re.compile(r"[a-z_]+(:\d+)?")  # auto, cpu, cuda:1; torch knows which are here
+
+
+def check_device_name(name: str) -> None:
+    """Raises ConfigError if no device can have this name. Needs no torch."""
+    if DEVICE_NAME.fullmatch(name) is None:
+        names = "auto, cpu, cuda, cuda:1, mps or xpu"
+        raise ConfigError(f"--device {name}: give {names}; `tailora plan` alone takes the name of a card")
+
+
+def _validate_device(_: Any, name: str | None) -> None:
+    if name is not None:
+        check_device_name(name)
+
+
+DEVICE_PARAMETER = Parameter(name="--device", help=DEVICE_HELP, validator=_validate_device)
+Device = Annotated[str, DEVICE_PARAMETER]
 MaxNewTokens = Annotated[PositiveInt, Parameter(help="longest answer, in tokens")]
 Temperature = Annotated[NonNegativeFloat, Parameter(help="sampling temperature; 0: always the likeliest token")]
 TopP = Annotated[
@@ -79,22 +98,24 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
     for text in texts:
         name, equals, folder = ("", "", text) if Path(text).exists() else text.partition("=")
         source = folder if equals else text
-        path = adapter_folder(local_folder(source))
+        is_misspelt = bool(nearest_path(Path(source)))  # then the Hub is not asked, as for data
+        path = adapter_folder(Path(source) if is_misspelt else local_folder(source))
         if not equals:
             resolved = path.resolve() if Path(source).exists() else Path(source)  # the Hub's folder is called by a hash
             name = resolved.parent.name if path.name == ADAPTER else resolved.name.removesuffix(LORA_FILE)
         pairs.append((name, path))
     names = [name for name, _ in pairs]
     problems = [
-        f"{path} is not a folder"
+        f"{path} is not a folder{nearest_path(path)}"
         for _, path in pairs
         if not (path.is_dir() or (path.is_file() and path.suffix == LORA_FILE))
     ]
+    accepted = ACCEPTED if problems else ""
     problems += [
         f"two adapters are called {name}: write NAME=FOLDER" for name in dict.fromkeys(names) if names.count(name) > 1
     ]
     if problems:
-        raise ConfigError(listing([f"adapter: {problem}" for problem in problems]))
+        raise ConfigError(listing([f"adapter: {problem}" for problem in problems]) + accepted)
     return dict(pairs)
 
 
@@ -166,9 +187,10 @@ def base_of(adapter: Path) -> BaseOfAdapter | None:
 def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
     """Returns the base model to load: `model` if given, else the one that all adapters name, with a note, or demo.
 
-    Raises ConfigError if the adapters name none or several, or if the one that they name is not to be found.
+    Raises ConfigError if the adapters name none or several, or if the model is not to be found.
     """
     if model is not None or not folders:
+        check_sources(model=model)
         return model or DEMO
     bases = {folder: base_of(folder) for folder in folders}
     names = {folder: base and name_of_model(base.location) for folder, base in bases.items()}
@@ -192,6 +214,46 @@ def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
             f"{adapter} names its base model {bases[adapter]}; give --model to use another.\n{error}"
         ) from None
     return str(name)
+
+
+# ---- Before anything is loaded
+
+
+def check_sources(
+    *,
+    model: str | None = None,
+    data: Iterable[str | None] = (),
+    adapter: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Raises ConfigError, DataError or FetchError with all of these that do not exist. Needs no torch.
+
+    device: its name alone is checked.
+    """
+    checks: list[tuple[Callable[[str], object], str | None]] = [(check_device_name, device)]
+    checks += [(check_model_exists, model), (find_adapter, adapter)]
+    checks += [(check_data_exists, source) for source in data]
+    errors: list[TailoraError] = []
+    for check, source in dict.fromkeys(checks):
+        if source is not None and not (source == DEMO and check in (check_model_exists, check_data_exists)):
+            try:
+                check(source)
+            except TailoraError as error:
+                errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ConfigError(listing(list(map(str, errors))))
+
+
+def check_sources_of_run(config: TrainConfig, *more_data: str | None) -> None:
+    """Does what `check_sources` does, for the settings of a run.
+
+    In a run of several processes, one that ended here would leave the others waiting: there the trainer alone checks.
+    """
+    if world_size() == 1:
+        data = (config.data, config.eval_data, *more_data)
+        check_sources(model=config.model, data=data, adapter=config.adapter, device=config.device)
 
 
 # ---- Loading

@@ -9,10 +9,11 @@ from cyclopts.types import PositiveInt
 
 from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import GATE_NOT_MET, log, print_json, stdout
-from tailora.cli.models import fetch_demo
+from tailora.cli.models import DEVICE_NAME, check_sources, fetch_demo
 from tailora.errors import ConfigError
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
+from tailora.study.cards import find_cards
 from tailora.train.config import TrainConfig
 
 LEFT_OUT = {"output_dir", "resume_from_checkpoint", "samples", "report_to"}
@@ -50,7 +51,11 @@ def plan(
     available = None if memory is None else bytes_of(memory)
     settings = merge_settings(flags, config)
     with_data = "data" in settings.model_fields_set
-    fetch_demo(settings.model, *((settings.data, settings.eval_data) if with_data else ()))
+    sources = (settings.data, settings.eval_data) if with_data else ()
+    check_sources(model=settings.model, data=sources, adapter=settings.adapter)
+    if DEVICE_NAME.fullmatch(settings.device) is None:
+        find_cards(settings.device)
+    fetch_demo(settings.model, *sources)
     log("reading model and data")
     from tailora.report.pages.plan import plan_page
     from tailora.study.plan import plan as run

@@ -2,16 +2,25 @@
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 
-from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, merge_settings, parse_pairs, parse_settings
+from tailora.cli.flags import (
+    FIELDS,
+    ConfigFile,
+    Json,
+    flags_of,
+    merge_settings,
+    parse_pairs,
+    parse_settings,
+    with_flags,
+)
 from tailora.cli.main import log, print_json, print_text, stderr, stdout
-from tailora.cli.models import fetch_demo
+from tailora.cli.models import check_sources_of_run, fetch_demo
 from tailora.core.config import StrictModel
 from tailora.errors import ConfigError, require_packages
 from tailora.formats.run_folder import REPORT, RUN
@@ -23,6 +32,8 @@ from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 
 LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method"} | STEP_CHOICE
+
+Schema = TypeVar("Schema", bound=StrictModel)
 
 # ---- `tailora compare`
 
@@ -64,11 +75,13 @@ def compare(
             raise ConfigError("two arms have the same name")
         in_file["arms"] = {**arms, **({FULL: {"method": FULL}} if full else {})}
     train = merge_settings(flags, config, defaults=COMPARE_DEFAULTS, ignore=CompareConfig.model_fields)
+    comparison = study_config(CompareConfig, in_file, study or {})
+    check_sources_of_run(train, comparison.forgetting_data)
     log("reading model and data")
     from tailora.report.pages.compare import compare_page
     from tailora.study.compare import compare as run
 
-    return run_study(run, train, CompareConfig(**{**in_file, **(study or {})}), compare_page, json)
+    return run_study(run, train, comparison, compare_page, json)
 
 
 def parse_arm(text: str) -> tuple[str, dict[str, Any]]:
@@ -100,10 +113,11 @@ def search(
     require_packages("optuna", "scipy", extra="study")
     in_file, typed = study_settings(config, SearchConfig), dict(study or {})
     if "space" in typed:
-        typed["space"] = {**in_file.get("space", {}), **parse_pairs("space", typed["space"])}
-    search_config = SearchConfig(**{**in_file, **typed})
+        typed["space"] = {**in_file.get("space", {}), **parse_pairs("--space", typed["space"])}
+    search_config = study_config(SearchConfig, in_file, typed)
     defaults = LR_ONLY_DEFAULTS if search_config.lr_only else SEARCH_DEFAULTS
     train = merge_settings(flags, config, defaults=defaults, ignore=SearchConfig.model_fields)
+    check_sources_of_run(train)
     if search_config.lr_only:
         log("reading model and data")
         from tailora.report.pages.lr_range import lr_range_page
@@ -123,6 +137,14 @@ def study_settings(config_file: Path | None, schema: type[StrictModel]) -> dict[
     """Returns the settings in the file that belong to the study itself, not to its training runs."""
     content = read_config_file(config_file) if config_file else {}
     return {name: value for name, value in content.items() if name in schema.model_fields}
+
+
+def study_config(schema: type[Schema], in_file: Mapping[str, Any], typed: Mapping[str, Any]) -> Schema:
+    """Returns the settings of the study itself. Raises ConfigError, which names the flag that was typed."""
+    try:
+        return schema(**{**in_file, **typed})
+    except ConfigError as error:
+        raise ConfigError(with_flags(str(error), typed)) from None
 
 
 def run_study(

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tailora.cli.flags import ConfigFile, Json, NprocPerNode, Overwrite, flags_of, merge_settings
 from tailora.cli.main import ARGUMENTS, is_rank_0, log, note, print_json, stderr, stdout
-from tailora.cli.models import fetch_demo
+from tailora.cli.models import check_sources_of_run, fetch_demo
 from tailora.cli.progress import counter, run_progress
 from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, WriteError
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES, checkpoints_in
@@ -186,6 +186,7 @@ def fit(
     Raises what `run` raises. The message of KeyboardInterrupt has the command that resumes the run.
     """
     run_log.check_before_loading(config, overwrite=overwrite)
+    check_sources_of_run(config)
     fetch_demo(config.model, config.data, config.eval_data)
     if nproc_per_node is not None and not is_launched_by_tailora():
         processes = count_processes(nproc_per_node, config.device)

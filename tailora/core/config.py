@@ -121,6 +121,7 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         return f"unknown setting {name!r}{suggestion(name, model.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to what our validators raise
+    message = message.partition(", unable to parse string")[0]  # which says it twice
     return f"{name} = {_shown(problem['input'])}: {message[:1].lower()}{message[1:]}" if name else message
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tailora.errors import ConfigError, DataError, listing, nearest
+from tailora.errors import ConfigError, DataError, listing, nearest, nearest_path
 
 MAX_SHOWN = 20  # problems
 MAX_LINE = 2**27  # bytes, and characters of a CSV field (Python's own limit is 131,072)
@@ -64,20 +64,29 @@ def read_rows(source: str, *, split: str = "train", streaming: bool = False) -> 
     streaming: Hub data is read while it is used, not downloaded first. Files are always read as they are used.
     Raises DataError if there is nothing to read from.
     """
+    check_data_exists(source)
     path = Path(source).expanduser()
     if not path.exists() and (match := WITH_SPLIT.fullmatch(source)):
         return read_rows(match["source"], split=match["split"], streaming=streaming)
     if path.is_file():
-        if path.suffix.lower() not in READERS:
-            suffix = path.suffix or "without a suffix"
-            raise DataError(f"data {path}: the file type {suffix} is unknown; readable are {', '.join(READERS)}")
         return read_file(path)
     if path.is_dir():
         return _read_folder(path, split)
-    hint = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
-    if hint or path.suffix.lower() in READERS or not HUB_ID.fullmatch(source):
-        raise DataError(f"data {source}: no such file or folder, and not a Hub id like owner/name{hint}")
     return read_hub(source, split, streaming)
+
+
+def check_data_exists(source: str) -> None:
+    """Raises DataError if `source` is no file that can be read, no folder and no Hub id. Does not ask the Hub."""
+    path = Path(source).expanduser()
+    if not path.exists() and (match := WITH_SPLIT.fullmatch(source)):
+        check_data_exists(match["source"])
+    elif path.is_file() and path.suffix.lower() not in READERS:
+        suffix = path.suffix or "without a suffix"
+        raise DataError(f"data {path}: the file type {suffix} is unknown; readable are {', '.join(READERS)}")
+    elif not path.exists():
+        hint = nearest_path(path)
+        if hint or path.suffix.lower() in READERS or not HUB_ID.fullmatch(source):
+            raise DataError(f"data {source}: no such file or folder, and not a Hub id like owner/name{hint}")
 
 
 def _read_folder(folder: Path, split: str) -> Rows:
@@ -364,8 +373,11 @@ def check_model_exists(name: str) -> None:
         RepositoryNotFoundError,
     )
 
-    if Path(name).is_dir():
+    path = Path(name)
+    if path.is_dir():
         return
+    if path.is_file():
+        raise ConfigError(f"model {name!r} is a file, not a model folder: give a folder, a Hub id, or 'demo'")
     token = "; HF_TOKEN opens private and gated models"
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
@@ -380,9 +392,7 @@ def check_model_exists(name: str) -> None:
     except (HTTPError, OfflineModeIsEnabled) as error:
         first_line = str(error).strip().partition("\n")[0]
         cause = f"the Hub cannot be reached ({first_line.rstrip('.')})"
-    path = Path(name)
-    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     raise ConfigError(
-        f"model {name!r}: no such folder here, and {cause}{nearest(path.name, siblings) or '.'} "
+        f"model {name!r}: no such folder here, and {cause}{nearest_path(path, folders_only=True) or '.'} "
         f"Give a folder, a Hub id such as owner/name, or 'demo'{token}"
     )

@@ -40,21 +40,29 @@ def check_result_folder(folder: Path, files: Collection[str], *, overwrite: bool
     files: names of the files of a result. A folder that holds anything else is never replaced, nor is the adapter of a
         run, nor one of `sources`, which the command reads.
     """
-    if not overwrite or not folder.is_dir():
+    with wrap_os_error(folder):
+        is_new = not folder.is_dir() or not any(folder.iterdir())
+    if is_new:
         check_new_folder(folder)
-        return
+    elif problem := _obstacle_to_overwrite(folder, files, sources):
+        start = f"--overwrite: {folder}" if overwrite else f"{folder} exists already and"
+        raise ConfigError(f"{start} {problem}; give another folder")
+    elif not overwrite:
+        check_new_folder(folder)
+
+
+def _obstacle_to_overwrite(folder: Path, files: Collection[str], sources: Iterable[Path]) -> str | None:
+    """Returns why `check_result_folder` never lets a folder be replaced; None if it may be."""
     with wrap_os_error(folder):
         target = folder.resolve()
         others = sorted(path.name for path in target.iterdir() if path.name not in files or not path.is_file())
     if others:
-        problem = f"holds {', '.join(others[:3])}{', ...' * (len(others) > 3)}; replaced are only {', '.join(files)}"
-    elif target.name == ADAPTER and (target.parent / RUN).exists():
-        problem = "is the adapter of a run"
-    elif any(target in (path, *path.parents) for path in map(Path.resolve, sources)):
-        problem = "holds what this command reads"
-    else:
-        return
-    raise ConfigError(f"--overwrite: {folder} {problem}; give another folder")
+        return f"holds {', '.join(others[:3])}{', ...' * (len(others) > 3)}; replaced are only {', '.join(files)}"
+    if target.name == ADAPTER and (target.parent / RUN).exists():
+        return "is the adapter of a run"
+    if any(target in (path, *path.parents) for path in map(Path.resolve, sources)):
+        return "holds what this command reads"
+    return None
 
 
 def recorded_settings(adapter: Path) -> dict[str, Any]:

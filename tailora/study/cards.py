@@ -9,9 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tailora.errors import ConfigError, nearest
-from tailora.train.estimate import Operator
+
+if TYPE_CHECKING:
+    from tailora.train.estimate import Operator  # which loads torch
 
 PRODUCTS_REACHED = 0.6  # of the peak, by large products: 600 of 989 TFLOP/s on an H100
 BANDWIDTH_REACHED = 0.9  # of the data sheet's, by large copies: 3 of 3.35 TB/s on an H100
@@ -182,7 +185,7 @@ class StepTime:
     launches: float
 
 
-def step_time(card: Card, operators: Mapping[Operator, int]) -> StepTime:
+def step_time(card: Card, operators: Mapping["Operator", int]) -> StepTime:
     """Returns the roofline time of operators: each takes as long as its products or its traffic, whichever is longer.
 
     operators: operator -> how often it runs.

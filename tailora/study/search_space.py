@@ -79,7 +79,7 @@ def read_space(given: Mapping[str, Any]) -> dict[str, Axis]:
             try:
                 axes[name] = _axis(name, values)
             except ConfigError as error:
-                problems.append(f"{written}={values}: {error}")
+                problems.append(f"{written}={values}: {str(error).removeprefix(f'{name} = {values!r}: ')}")
     if SCALE in axes and "lora_alpha" in axes:
         problems.append("scale is alpha/r: give one of scale and lora_alpha")
     if problems:

@@ -58,12 +58,10 @@ def test_a_merged_model_answers_without_tailora(run: Path, tmp_path: Path, tiny_
 @pytest.mark.parametrize(
     ("tokens", "code", "hint"),
     [
-        (["RUN", "--to", "ggml"], 2, 'Choose from: "peft", "portable", "gguf", "mlx", "merged"'),
-        (
-            ["RUN", "--to", "gguf", "--output", "OUT"],
-            2,
-            "exists already; give another folder, delete it, or replace it",
-        ),
+        (["RUN", "--to", "ggml"], 2, "--to ggml: give one of peft, portable, gguf, mlx, merged; did you mean"),
+        (["RUN", "--to", "gguf", "--output", "OUT"], 2, "exists already and holds mine.txt; replaced are only"),
+        (["RUN", "--to", "gguf", "--output", "RUN"], 2, "exists already and holds adapter; replaced are only"),
+        (["RUN", "--to", "gguf", "--output", "RUN/adapter"], 2, "exists already and holds what this command reads"),
         (["absent", "--to", "gguf"], 2, "absent is not a folder"),
         (["NAMELESS", "--to", "gguf"], 2, "does not name its base model in adapter_config.json: give --model"),
         (["RUN", "--to", "gguf", "--model", "absent"], 2, "no such folder here"),
@@ -76,11 +74,13 @@ def test_mistakes(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "nameless").mkdir()
-    places = {"RUN": str(run), "OUT": str(tmp_path / "full"), "NAMELESS": str(tmp_path / "nameless")}
-    given = [places.get(token, token) for token in tokens]
+    places = {"OUT": str(tmp_path / "full"), "NAMELESS": str(tmp_path / "nameless")}
+    given = [token.replace("RUN", str(run)) if "RUN" in token else places.get(token, token) for token in tokens]
     given += [] if "--output" in given else ["--output", str(tmp_path / "out")]
     assert main(["export", *given]) == code
-    assert hint in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert hint in shown
+    assert "--overwrite" not in shown
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
 

@@ -76,6 +76,59 @@ def test_a_mistaken_command_line_exits_with_2_and_a_hint_and_leaves_nothing(
     assert not shown.out
 
 
+WRONG = {
+    "data chat.jsonl --model demo": "not a Hub id like owner/name; did you mean chats.jsonl?\n",
+    "plan --model demo --data chat.jsonl": "did you mean chats.jsonl?",
+    "train --data chat.jsonl": "did you mean chats.jsonl?",
+    "train --model ./nomodel": "model './nomodel': no such folder here",
+    "train --adapter outt": "outt is not a folder; did you mean out?",
+    "train --device 'RTX 4900'": "--device RTX 4900: give auto, cpu, cuda, cuda:1, mps or xpu",
+    "compare --data nope.jsonl": "data nope.jsonl: no such file",
+    "compare --forgetting-data nope.jsonl": "data nope.jsonl: no such file",
+    "compare --minutes ten": "--minutes ten: input should be a valid number\n",
+    "search --data nope.jsonl": "data nope.jsonl: no such file",
+    "search --space r=four": "--space r=four: input should be a valid integer\n",
+    "search --space r=4,four": "--space r=4,four: r = 'four': input should be a valid integer\n",
+    "plan --device 'RTX 4900'": "no card 'RTX 4900' is known; did you mean rtx 4090",
+    "inspect out --model chats.jsonl": "model 'chats.jsonl' is a file, not a model folder",
+    "inspect out/adaptr": "out/adaptr is not a folder; did you mean adapter?",
+    "eval outt --data chats.jsonl": "outt is not a folder; did you mean out?\nan adapter is the folder of a run",
+    "eval --model ./nomodel --data chats.jsonl": "model './nomodel': no such folder here",
+    "shrink --adapter out --data nope.jsonl --max-loss-increase 1 --output-dir new": "data nope.jsonl: no such file",
+    "extract --model ./nomodel --tuned demo --output-dir new": "model './nomodel': no such folder here",
+    "chat --model chats.jsonl": "model 'chats.jsonl' is a file",
+    "chat --device 'RTX 4900'": "--device RTX 4900: give auto",
+    "chat --max-new-tokens x": "error: --max-new-tokens x: input should be a valid integer\n",
+    "chat --max-new-tokens 0": "error: --max-new-tokens 0: input should be greater than 0\n",
+    "chat --top-p 2": "error: --top-p 2: input should be less than or equal to 1\n",
+    "train --max-length lots": "error: --max-length lots: input should be a valid integer\n",
+    "train --model ./no --data no.csv --device 7": "3 problems:\n  - --device 7: ",
+}
+RUN_LINES = """
+import json, shlex, sys
+from tailora.cli.main import main
+for line in json.load(sys.stdin):
+    print(json.dumps([line, main(shlex.split(line)), "torch" in sys.modules]), flush=True)
+    sys.stderr.write("\\0")
+"""
+
+
+def test_a_wrong_value_or_path_is_noticed_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "out" / "adapter").mkdir(parents=True)
+    (tmp_path / "out" / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "demo"}')
+    for name in ("chats.jsonl", "held-out.jsonl"):
+        (tmp_path / name).touch()
+    before = sorted(tmp_path.rglob("*"))
+    process = subprocess.run(
+        [sys.executable, "-c", RUN_LINES], cwd=tmp_path, input=json.dumps(list(WRONG)), capture_output=True, text=True
+    )
+    assert list(map(json.loads, process.stdout.splitlines())) == [[line, 2, False] for line in WRONG], process.stderr
+    messages = dict(zip(WRONG, process.stderr.split("\0"), strict=False))
+    assert [line for line, hint in WRONG.items() if hint not in messages[line]] == [], process.stderr
+    assert "held-out" not in process.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_with_json_the_error_is_the_last_line_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--r", "0", "--json"]) == 2
     error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]

@@ -137,7 +137,10 @@ def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
     ("tokens", "said"),
     [
         (["--model", "no/such/model"], "no/such/model"),
-        (["--model", "MODEL", "--target-modules", "q_prj"], "q_proj"),
+        (
+            ["--model", "MODEL", "--target-modules", "q_prj"],
+            "--target-modules q_prj: it matches no layer; did you mean",
+        ),
         (["--model", "MODEL", "--method", "full", "--r", "4", "--learning-rate", "1e-4"], "no adapter"),
         (["--model", "MODEL", "--memory", "much"], "8GB"),
         (["--model", "MODEL", "--device", "h1000"], "did you mean h200, h100 sxm"),
