@@ -2,6 +2,7 @@
 
 import json as jsonlib
 import math
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -152,6 +153,7 @@ def eval(
     from tailora.cli.progress import counter
     from tailora.evaluation.lm_eval import evaluate_tasks, find_tasks
     from tailora.evaluation.scores import EvalOptions, Scores, normalizer, score, without_adapter
+    from tailora.train.events import SIGNALS, announce_end
     from tailora.train.memory import explain_out_of_memory
     from tailora.train.parallel import first_of_ranks
     from tailora.train.setup import launched_ranks
@@ -204,7 +206,9 @@ def eval(
         is_main, code = ranks is None or ranks.is_main_process, None
         if is_main:
             code = _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
-            sys.stdout.flush()  # launchers may end this process as soon as another has ended with this code
+            sys.stdout.flush()
+        if ranks is not None:  # launchers send SIGTERM as soon as another process has ended with this code
+            announce_end(map(signal.getsignal, SIGNALS))
         return first_of_ranks(code) or 0
 
 

@@ -51,13 +51,15 @@ class Checkpoint:
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Writes the folder and reads it back. Raises CheckpointError if the bytes differ."""
-    contents = {f"{name}.safetensors": safetensors_bytes(tensors, {}) for name, tensors in checkpoint.tensors.items()}
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    body = {**checkpoint.state, "files": sums}
-    contents[STATE] = (json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n").encode()
+    sums = {}
     with replace_folder(folder) as fresh:
-        for name, content in contents.items():
-            (fresh / name).write_bytes(content)
+        for name, tensors in checkpoint.tensors.items():  # the bytes of each are freed before the next
+            content = safetensors_bytes(tensors, {})
+            sums[f"{name}.safetensors"] = hashlib.sha256(content).hexdigest()
+            (fresh / f"{name}.safetensors").write_bytes(content)
+            del content
+        body = {**checkpoint.state, "files": sums}
+        (fresh / STATE).write_text(json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n")
         if problems := damage(fresh):
             raise CheckpointError(f"{folder} reads back wrong: {listing(problems)}; the disk may be failing")
 
@@ -141,9 +143,14 @@ def damage(folder: Path) -> list[str]:
         path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing")
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        elif _file_digest(path) != expected:
             problems.append(f"{name} is not what was written")
     return problems
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -192,7 +192,6 @@ def announce_end(handlers: Iterable[Any]) -> None:
             handler.is_ending = True
 
 
-FAILURE = "tailora.failure"  # where the first process that fails leaves its message for the others
 SECONDS_TO_END = 45.0  # for a process that waits in a collective with one that has failed
 
 
@@ -257,6 +256,8 @@ class FailureWatch(threading.Thread):
         super().__init__(daemon=True)
         self.store, self.rank, self.ended, self.seen = store, rank, threading.Event(), threading.Event()
         self.failure: dict[str, Any] = {}
+        # where the first process that fails leaves its message; another one for each block of a group's processes
+        self.key = f"tailora.failure.{store.add(f'tailora.blocks.{rank}', 1)}"
         self.has_store = True
         self.launcher = launcher_pid()
 
@@ -274,8 +275,8 @@ class FailureWatch(threading.Thread):
 
     def _look(self) -> None:
         try:
-            if self.has_store and self.store.check([FAILURE]):
-                self.failure = json.loads(self.store.get(FAILURE))
+            if self.has_store and self.store.check([self.key]):
+                self.failure = json.loads(self.store.get(self.key))
         except RuntimeError:  # the process that held it has ended
             self.has_store = False
 
@@ -284,7 +285,7 @@ class FailureWatch(threading.Thread):
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
         failure = {"rank": self.rank, "message": str(error), "exit_code": code}
         try:
-            first: dict[str, Any] = json.loads(self.store.compare_set(FAILURE, "", json.dumps(failure)))
+            first: dict[str, Any] = json.loads(self.store.compare_set(self.key, "", json.dumps(failure)))
         except RuntimeError:
             return self.failure or failure
         if first == failure:

@@ -223,8 +223,13 @@ class Trainer:
         stack.enter_context(seeded(config.seed))
 
         with explain_out_of_memory("loading", lambda: LOADING_REMEDIES):
-            how = config.fsdp_reshard_after_forward, config.fsdp_offload_params
-            sharding = Sharding(device, *how) if config.fsdp else None
+            sharding = None
+            if config.fsdp:
+                sharding = Sharding(
+                    device,
+                    reshard_after_forward=config.fsdp_reshard_after_forward,
+                    offload_params=config.fsdp_offload_params,
+                )
             self.base, self.tokenizer = load_base(
                 config.model, config.dtype, device, config.quantize, sharding=sharding
             )
@@ -440,7 +445,8 @@ class Trainer:
         """Evaluates the model as it is before the first step, unless that is known. Raises DivergedError."""
         state = self.state
         if state.before is None:
-            is_new = self.config.adapter is None  # a new adapter changes nothing: the base alone is faster
+            # a new adapter changes nothing: the base alone is faster
+            is_new = isinstance(self.model, LoRAModel) and self.config.adapter is None
             with self.model.disable_adapter() if is_new else nullcontext():
                 state.before = self.held_out_loss(may_be_kept=False)
         if state.before is not None and not math.isfinite(state.before.loss):

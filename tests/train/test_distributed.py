@@ -26,10 +26,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
 from tailora.cli.train import sample_answers
-from tailora.errors import CheckpointError, ConfigError
+from tailora.errors import CheckpointError, ConfigError, DataError
 from tailora.formats.run_folder import checkpoints_in
 from tailora.study.plan import plan
 from tailora.train.config import TrainConfig
+from tailora.train.events import FailureWatch
 from tailora.train.model_loading import load_base
 from tailora.train.parallel import Sharding
 from tailora.train.run_log import write_settings
@@ -619,6 +620,17 @@ def test_a_failure_of_one_process_ends_all_with_one_message_and_its_exit_code(
     assert told.count("error: row 7 is broken") == 1
     assert told.count("error:") == 1
     assert "Traceback" not in told
+
+
+def test_a_failure_is_not_that_of_the_next_run_in_the_same_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    store = dist.HashStore()
+    first = [FailureWatch(store, rank) for rank in range(2)]
+    assert first[1].report(DataError("row 7 is broken"))["rank"] == 1
+    assert first[0].report(ConfigError("another"))["message"] == "row 7 is broken"
+    second = [FailureWatch(store, rank) for rank in range(2)]
+    assert second[0].report(ConfigError("another"))["message"] == "another"
+    assert second[1].report(DataError("row 8 is broken"))["message"] == "another"
 
 
 @pytest.mark.slow
