@@ -6,8 +6,8 @@
 
 A comparison is fair only if every arm has its own best learning rate, so every arm gets the same number of tries. The
 examples and seeds that judge an arm are not those that chose its rate. The same call resumes an interrupted comparison;
-finished runs are read from their folders. With several workers the arms try their rates at the same time, and all runs
-that judge are made at the same time.
+finished runs are read from their folders. Several workers try the rates of the arms at the same time. Then they make
+the runs that judge: all at once, or with --minutes in waves.
 """
 
 import json
@@ -113,7 +113,7 @@ def _needed(costs: Sequence[Costs], extent: Extent, steps: int, workers: int) ->
     """Returns the seconds of all runs of the arms with these costs."""
     of_arms = [arm.on_part(extent.part) for arm in costs]
     tries = _seconds_of_tries(of_arms, steps, workers)
-    return extent.tries * tries + _seconds_of_judging(of_arms * extent.seeds, steps, workers)
+    return extent.tries * tries + _seconds_of_waves(of_arms, extent.seeds, steps, workers)
 
 
 def _seconds_of_tries(costs: Sequence[Costs], steps: int, workers: int) -> float:
@@ -122,6 +122,21 @@ def _seconds_of_tries(costs: Sequence[Costs], steps: int, workers: int) -> float
 
 def _seconds_of_judging(costs: Sequence[Costs], steps: int, workers: int) -> float:
     return seconds_of_workers(costs, lambda arm: arm.judging_run(steps), workers)
+
+
+def _seconds_of_waves(costs: Sequence[Costs], seeds: int, steps: int, workers: int) -> float:
+    """Returns the seconds of all runs that judge. A wave begins when all runs of the one before have ended.
+
+    costs: of each arm.
+    """
+    waves = _seeds_of_waves(range(seeds), len(costs), workers)
+    return sum(_seconds_of_judging([*costs] * len(wave), steps, workers) for wave in waves)
+
+
+def _seeds_of_waves(seeds: Sequence[int], arms: int, workers: int) -> list[list[int]]:
+    """Returns the seeds of each wave, with --minutes: no more than the workers need to have a run each."""
+    count = max(workers // max(arms, 1), 1)
+    return [list(seeds[start : start + count]) for start in range(0, len(seeds), count)]
 
 
 @dataclass(frozen=True)
@@ -333,7 +348,7 @@ class _Comparison:
             names = {arm: f"rate-{rate:.3g}" for arm, rate in rates.items()}
             missing = self._missing(names.items())
             needed = _seconds_of_tries(missing, self.steps, self._runs_at_a_time)
-            needed += _seconds_of_judging([*self.costs.values()] * self.seeds, self.steps, self._runs_at_a_time)
+            needed += _seconds_of_waves([*self.costs.values()], self.seeds, self.steps, self._runs_at_a_time)
             if missing and searches[next(iter(rates))].tried and self.session.seconds_left < needed:
                 self.session.note("the search for learning rates was cut short by --minutes")
                 break
@@ -366,9 +381,7 @@ class _Comparison:
             if done and self.session.seconds_left < needed:
                 self.session.note(f"--minutes left time for {done} of {self.study.seeds} seeds")
                 break
-            alone = 0 if done else 1  # the first run writes the texts that all others measure forgetting on
-            parts = (self._at_the_same_time(judge, part) for part in (wave[:alone], wave[alone:]))
-            for (arm, seed), trial in zip(wave, chain.from_iterable(parts), strict=True):
+            for (arm, seed), trial in zip(wave, self._at_the_same_time(judge, wave), strict=True):
                 runs[arm].append(trial)
                 self.session.log(f"{arm}: seed {seed} at its best rate {best[arm]:.2g}, {trial.summary}")
         return runs
@@ -376,7 +389,7 @@ class _Comparison:
     def _waves(self, best: Mapping[str, float]) -> list[list[tuple[str, int]]]:
         """Returns the runs that judge, arm and seed. A wave is of use only as a whole: equally many seeds of all arms.
 
-        With --minutes a wave has no more new seeds than the workers need to have a run each.
+        With --minutes there are several, since the time may be up after each.
         """
         if not best:
             return []
@@ -385,9 +398,7 @@ class _Comparison:
             return [[(arm, seed) for seed in seeds for arm in best]]
         paths = {seed: [self._path(arm, _name(seed, rate)) for arm, rate in best.items()] for seed in seeds}
         new = [seed for seed in seeds if not all(map(self.session.has_trial, paths[seed]))]
-        count = max(self._runs_at_a_time // len(best), 1)
-        groups = [[seed] for seed in seeds if seed not in new]
-        groups += [new[start : start + count] for start in range(0, len(new), count)]
+        groups = [[seed] for seed in seeds if seed not in new] + _seeds_of_waves(new, len(best), self._runs_at_a_time)
         return [[(arm, seed) for seed in group for arm in best] for group in groups]
 
 

@@ -210,9 +210,9 @@ class StudySession:
             self.note(f"{name}: {text}")
 
     def note_workers(self, trials: Iterable[Trial]) -> None:
-        """Notes that trials were made at the same time, if they were; they may have been made by an earlier call."""
+        """Notes that several workers made the trials, if it is so; it may have been in an earlier call."""
         if (most := max((trial.workers for trial in trials), default=1)) > 1:
-            self.note(f"up to {most} runs were made at a time, so what they took is not what one alone takes")
+            self.note(f"the runs were made by up to {most} workers, so a run may have taken longer than it takes alone")
 
     def plan(self, find: Callable[[], Plan], kind: type[Plan]) -> Plan:
         """The content of plan.json, a dataclass, which `find` returns when there is none yet."""

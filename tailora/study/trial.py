@@ -134,7 +134,7 @@ class Trial:
     sums, before: nats of each held-out example, of the trained model and of the base.    counts: learned tokens.
     bytes: size on disk of what was trained.    losses: of each step's examples, before the step.
     curve: (step, held-out loss).    parameters: how many are trained; 0 when the trial ended before its first step.
-    workers: how many there were, each with a trial of its own at the same time.
+    workers: how many the study had when this trial was made; at most so many trials were made at the same time.
     """
 
     outcome: str

@@ -10,11 +10,11 @@ import pytest
 
 from tailora.errors import ConfigError
 from tailora.report.files import write_page
-from tailora.study.budget import Extent
-from tailora.study.compare import _Comparison, compare
+from tailora.study.budget import Costs, Extent
+from tailora.study.compare import _Comparison, _needed, compare
 from tailora.study.config import CompareConfig, arm_settings
 from tailora.study.study_store import StudySession
-from tailora.study.trial import Listen, Trial, TrialEvent, TrialSpec, run_here
+from tailora.study.trial import Listen, Trial, TrialEvent, TrialSpec, Worker, run_here
 from tailora.train.config import TrainConfig
 
 SMALL = CompareConfig(seeds=2, rate_tries=1, arms={"r4": {"learning_rate": 1e-2}, "full": {"method": "full"}})
@@ -217,3 +217,25 @@ def test_what_the_user_gave_is_not_reduced(small_run: TrainConfig, tmp_path: Pat
     assert _Comparison(small_run, CompareConfig(**given), session).limit.fewest(part=0.4) == Extent(3, 2, 0.4)
     asked = CompareConfig(**given, seeds=5, rate_tries=7)
     assert _Comparison(small_run, asked, session).limit.fewest(part=0.4) == Extent(7, 5, 0.4)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("seconds", [(1.0, 3.0), (3.0, 1.0), (5.0, 1.0, 2.0)], ids=str)
+def test_waves_take_no_longer_than_planned(
+    seconds: tuple[float, ...], workers: int, small_run: TrainConfig, tmp_path: Path
+) -> None:
+    """Also with arms of unequal cost: a wave begins when the longest run of the one before has ended."""
+    costs = {f"r{number}": Costs(fixed=cost, step=0, evaluation=0) for number, cost in enumerate(seconds, start=1)}
+    study = CompareConfig(arms={arm: {"r": int(arm[1:])} for arm in costs}, seeds=5, minutes=5.0)
+    session = StudySession(tmp_path, 5.0, lambda _: None, None, not_run)
+    made = [Worker(number, workers, None) for number in range(1, workers + 1)] if workers > 1 else []
+    actual = 0.0
+    for wave in _Comparison(small_run, study, session, made)._waves(dict.fromkeys(costs, 1e-3)):
+        free_at = [0.0] * workers
+        for arm, _ in wave:
+            free_at[free_at.index(min(free_at))] += costs[arm].fixed
+        actual += max(free_at)
+    planned = _needed([*costs.values()], Extent(tries=0, seeds=study.seeds), 0, workers)
+    assert planned >= actual - 1e-9
+    if workers == 1:
+        assert planned == pytest.approx(actual)

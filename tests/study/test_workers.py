@@ -31,7 +31,7 @@ from tailora.train.config import TrainConfig
 
 SCRIPT = Path(__file__).with_name("made_up_trial.py")
 WORKERS, TRIALS = 3, 6
-SEVERAL = "up to 3 runs were made at a time, so what they took is not what one alone takes"
+SEVERAL = "the runs were made by up to 3 workers, so a run may have taken longer than it takes alone"
 STUDY = SearchConfig(
     trials=TRIALS, seeds=2, finalists=2, workers=WORKERS, space={"learning_rate": "1e-4..1e-1", "r": "2,4"}
 )
@@ -154,8 +154,6 @@ def test_workers_share_the_runs_of_a_comparison(
     assert (len(rates), most_at_a_time(rates)) == (2 * 3, 2)  # the next rate of an arm follows from its last
     assert (len(runs), most_at_a_time(runs)) == (2 * 3, WORKERS)
     assert SEVERAL in found.notes
-    first, second, *_ = sorted(runs, key=lambda fact: fact["from"])
-    assert first["to"] <= second["from"]  # it writes the texts that all share
     alone = compare(train, study.replaced(workers=1), run_trial=not_run)
     assert alone.arms == found.arms
     assert SEVERAL in alone.notes  # as was true when the runs were made
@@ -186,7 +184,7 @@ def test_workers_with_a_device_each_share_a_comparison_of_some_minutes(
     study = CompareConfig(arms={"a": {"r": 2}, "b": {"r": 4}}, seeds=3, rate_tries=3, workers=4, minutes=10)
     found = compare(train, study)
     runs = facts_of(tmp_path / "study", "runs/*/seed-*")
-    assert (len(runs), most_at_a_time(runs)) == (2 * 3, 3)  # of two seeds; then of the third
+    assert (len(runs), most_at_a_time(runs)) == (2 * 3, 4)  # of two seeds; then of the third
     assert {tuple(fact["device"]) for fact in runs} <= {(f"cuda:{number}",) for number in range(4)}
     assert found.seeds == [1, 2, 3]
     monkeypatch.setattr(StudySession, "seconds_left", 0.0)
