@@ -41,7 +41,7 @@ from tailora.train.dataloader import epoch_steps, largest_forward, read_data, sp
 from tailora.train.estimate import Memory
 from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, used_bytes
 from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config
-from tailora.train.setup import start_accelerator
+from tailora.train.setup import check_can_be_offloaded, start_accelerator
 from tailora.train.subprocess_worker import StepsMeasured, measure_steps
 
 # ---- The plan
@@ -193,6 +193,7 @@ def plan(
     Raises ConfigError, TargetError, DataError, FormatError; with `measure` whatever a run raises.
     """
     place = replace(place_of(config), shards=nproc if config.fsdp else 1)
+    check_can_be_offloaded(config, place.device.type)
     in_one = {**WITHOUT_FSDP, "report_to": [], **({"device": "cpu"} if place.card else {})}
     accelerator = start_accelerator(config.replaced(**in_one))
     if measure and place.card:
@@ -486,12 +487,16 @@ def full_fine_tuning(
     place: Place,
     available: int,
 ) -> FullFineTuning:
-    """The same run with all weights trained."""
-    settings = config.model_dump(exclude_unset=True, exclude={*OF_ADAPTERS, *WITHOUT_FSDP})
+    """The same run with all weights trained, and so without offloading, which is for frozen ones."""
+    settings = config.model_dump(exclude_unset=True, exclude={*OF_ADAPTERS, "fsdp_offload_params"})
     full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
     with estimate.fake_model(full, shape, place.device) as fake:
         step = estimate.simulate_step(
-            fake, batches.largest, checkpointed=full.gradient_checkpointing, sharded=place.shards > 1
+            fake,
+            batches.largest,
+            checkpointed=full.gradient_checkpointing,
+            sharded=place.shards > 1,
+            reshard=full.fsdp_reshard_after_forward,
         )
         memory = estimate.estimate_memory(full, fake, step, place.process, place.shards)
         parameters = fake.model.summary().trainable_parameters
@@ -535,7 +540,7 @@ def quantization(
 ) -> dict[str, Memory]:
     """Returns the memory with a base in 4 bits, without and with checkpointing, unless the run excludes it."""
     is_quantized = config.quantize or getattr(shape, "quantization_config", None) is not None
-    if config.method == FULL or is_quantized:
+    if config.method == FULL or is_quantized or config.fsdp_offload_params:
         return {}
     with estimate.fake_model(config.replaced(quantize="nf4"), shape, place.device) as fake:
         cheaper = estimate.with_less_memory(step, fake, 0, checkpointed=False)

@@ -70,11 +70,16 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             "--fsdp shards the base model over several processes, and this is one: leave it out, or start several with "
             "--nproc-per-node gpu"
         )
-    if config.fsdp_offload_params and accelerator.device.type == "cpu":
+    check_can_be_offloaded(config, accelerator.device.type)
+    return accelerator
+
+
+def check_can_be_offloaded(config: TrainConfig, device_type: str) -> None:
+    """Raises ConfigError if the settings offload weights from a CPU."""
+    if config.fsdp_offload_params and device_type == "cpu":
         raise ConfigError(
             "--fsdp-offload-params keeps weights in host memory, where they are on a CPU in any case: leave it out"
         )
-    return accelerator
 
 
 LAUNCHED_WITH = {  # variables of `accelerate launch` -> what to do instead

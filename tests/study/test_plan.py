@@ -178,10 +178,27 @@ def test_a_rank_has_a_share_of_what_fsdp2_shards(small_run: TrainConfig) -> None
     on_rank = trained - sum(sizes) + sum(sizes) // 4
     assert full.optimizer == whole.optimizer // trained * on_rank
     assert full.gradients == on_rank + 2 * max(sizes)  # a layer's gradient is whole until it is summed
+    kept = plan(config.replaced(fsdp=True, fsdp_reshard_after_forward=False), nproc=4)
+    assert kept.memory.gathered >= sum(sizes) > memory.gathered
+    assert kept.full is not None
+    assert kept.full.memory.gathered >= sum(sizes) > full.gathered  # this setting is for full fine-tuning, too
     with pytest.raises(ConfigError, match="give their number, --nproc"):
         plan(config.replaced(fsdp=True))
     with pytest.raises(ConfigError, match="in one process"):
         plan(config, measure=True, nproc=2)
+
+
+def test_weights_can_be_offloaded_from_a_card_alone(small_run: TrainConfig) -> None:
+    settings = small_run.model_dump(exclude_unset=True, exclude={"data", "eval_data"})
+    config = TrainConfig(**{**settings, "max_steps": 5, "fsdp": True, "device": "h100"})
+    offloaded = config.replaced(fsdp_offload_params=True)
+    sharded, found = plan(config, nproc=4), plan(offloaded, nproc=4)
+    assert found.memory.weights < sharded.memory.weights
+    assert found.full == sharded.full
+    with pytest.raises(
+        ConfigError, match="--fsdp-offload-params keeps weights in host memory, where they are on a CPU"
+    ):
+        plan(offloaded.replaced(device="cpu"), nproc=4)
 
 
 WITH_PEAK = """
