@@ -347,15 +347,16 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
     It is on the device that computes with it, also if the parts are kept in host memory.
     """
-    if not hasattr(tensor, "full_tensor"):  # of a DTensor, which is not imported here: that takes time
-        return tensor
-    parts: Any = tensor
-    device = computing_device(tensor)
-    if parts.device != device:
-        on_device = parts.to_local().to(device)
-        size = {"shape": parts.shape, "stride": parts.stride()}
-        parts = type(parts).from_local(on_device, parts.device_mesh, parts.placements, **size)
-    whole: Tensor = parts.full_tensor()
+    sharded: Any = tensor
+    # a DTensor, whose class is not imported here: that takes time
+    return gather_shards(sharded.to_local(), sharded) if hasattr(tensor, "to_local") else tensor
+
+
+def gather_shards(local: Tensor, like: Any) -> Tensor:
+    """Returns the whole tensor of which every rank gives its shard. like: a DTensor that is sharded in the same way."""
+    placed = local.to(computing_device(like))
+    size = {"shape": like.shape, "stride": like.stride()}
+    whole: Tensor = type(like).from_local(placed, like.device_mesh, like.placements, **size).full_tensor()
     return whole
 
 

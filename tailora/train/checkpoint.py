@@ -32,7 +32,7 @@ from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import FlatBuffer
 from tailora.train.loss import Evaluation
 from tailora.train.random_state import set_random_state
-from tailora.train.trainable import Trainable, own_tensors, sync_parameters, trained_module
+from tailora.train.trainable import Trainable, local_tensors, sync_parameters, trained_module
 
 # ---- The folder
 
@@ -317,7 +317,7 @@ def restore(
     rank: whose random states to take; None leaves them.
     """
     tensors = {
-        file: own_tensors(model, content) if file in BY_PARAMETER else content
+        file: local_tensors(model, content) if file in BY_PARAMETER else content
         for file, content in saved.tensors.items()
     }
     set_parameters(trained_module(model), tensors["adapter"])

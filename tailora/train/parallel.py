@@ -13,7 +13,7 @@ after every backward, and leaves each rank those of its part.
 """
 
 import atexit
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -131,7 +131,7 @@ class Sharding:
     def shard(self, base: PreTrainedModel) -> None:
         """Shards a base that is on `device`, or on meta; then weights are loaded afterwards.
 
-        Raises ConfigError for a model without decoder layers.
+        Raises ConfigError for a model without decoder layers, and if a rank would have no expert.
         """
         root = _root(base)
         layers = decoder_layers(root)
@@ -139,6 +139,7 @@ class Sharding:
             raise ConfigError(
                 f"--fsdp shards the layers of a decoder, and {type(base).__name__} has no list of layers; leave it out"
             )
+        check_every_rank_has_experts(layers, dist.get_world_size())
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         for layer in layers:
             fully_shard(
@@ -166,6 +167,21 @@ class Sharding:
                     module._parameters[name] = nn.Parameter(parameter.detach().cpu(), parameter.requires_grad)
 
 
+def check_every_rank_has_experts(layers: Iterable[nn.Module], ranks: int) -> None:
+    """Raises ConfigError if a rank would get none of the experts of a layer, (experts, rows, columns).
+
+    The loader of transformers puts the experts of a rank together, and cannot do that with none.
+    """
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            experts = len(parameter) if parameter.ndim == 3 else 0
+            if experts and len(torch.empty(experts).chunk(ranks)) < ranks:
+                raise ConfigError(
+                    f"--fsdp gives each of {ranks} processes its part of the {experts} experts of {name}, and some "
+                    f"would have none: start a number of processes that divides {experts}, or leave --fsdp out"
+                )
+
+
 def _copy_views(_root: nn.Module, _inputs: Any, output: Any) -> Any:
     """Returns the output without views, such as GPT-2's: in-place changes of them would lose FSDP2's hooks."""
     return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor._is_view() else tensor, output)
@@ -177,23 +193,15 @@ def _root(base: PreTrainedModel) -> nn.Module:
     return base if decoder is None or not decoder_layers(decoder) else decoder
 
 
-def part_of(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """Returns this rank's part of a sharded tensor, which shares its memory, or the tensor if it is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of_whole(whole: Tensor, sharded: DTensor) -> Tensor:
+def local_shard(whole: Tensor, sharded: DTensor) -> Tensor:
     """Returns the part of a whole tensor that this rank has of `sharded`, which has the same shape."""
     rank, parts = sharded.device_mesh.get_local_rank(), whole.chunk(sharded.device_mesh.size())
     return parts[rank] if rank < len(parts) else whole[:0]
-
-
-def whole_of_parts(part: Tensor, sharded: DTensor) -> Tensor:
-    """Returns the whole tensor of which each rank gives the part that it has of `sharded`."""
-    placed = part.to(sharded.device)
-    return DTensor.from_local(
-        placed, sharded.device_mesh, sharded.placements, shape=sharded.shape, stride=sharded.stride()
-    ).full_tensor()
 
 
 def free_gathered(model: nn.Module) -> None:

@@ -8,8 +8,8 @@ sec. 3.1):
 
 A float32 model is its own master.
 
-If FSDP2 has sharded the base, the masters are those of this rank's parts, also in float32. `FullModel.whole` and
-`parts` turn tensors of parts, as the optimizer has them, into whole ones, as files have them, and back.
+If FSDP2 has sharded the base, the masters are those of this rank's shards, also of a float32 base. `FullModel.gather`
+turns the shards that the optimizer has into the whole tensors that files have, and `local` turns them back.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,14 +26,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.adalora import RankAllocator
 from tailora.core.adapter import Summary, SummaryRow, adapter_dtype, parameter_count
-from tailora.core.layer_types import whole_tensor
+from tailora.core.layer_types import gather_shards, whole_tensor
 from tailora.formats import peft
 from tailora.formats.io import replace_folder
 from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.run_folder import ADAPTER, MODEL
 from tailora.model import LoRAModel
 from tailora.quiet import quiet_transformers
-from tailora.train.parallel import free_gathered, is_first_rank, part_of, part_of_whole, whole_of_parts
+from tailora.train.parallel import free_gathered, is_first_rank, local_shard, local_tensor
 
 
 class FullModel(nn.Module):
@@ -59,7 +59,7 @@ class FullModel(nn.Module):
         for name, weight in self._weights.items():
             key, wide = _key(name), adapter_dtype(weight.dtype)
             is_master = weight.dtype == wide and key not in self.sharded
-            self.trained[key] = weight if is_master else nn.Parameter(part_of(weight.detach()).to(wide, copy=True))
+            self.trained[key] = weight if is_master else nn.Parameter(local_tensor(weight.detach()).to(wide, copy=True))
         for weight, master in self._pairs():
             cast(Any, weight).register_post_accumulate_grad_hook(partial(_move_gradient, master))
 
@@ -84,7 +84,7 @@ class FullModel(nn.Module):
         """Rounds the masters into the weights; to be called after every change of the masters."""
         free_gathered(self.base_model)
         for weight, master in self._pairs():
-            part_of(weight).copy_(master)
+            local_tensor(weight).copy_(master)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -95,7 +95,7 @@ class FullModel(nn.Module):
         def exchange() -> None:
             free_gathered(self.base_model)
             for name, weight in self._weights.items():
-                now, other = part_of(weight), part_of(original[name])
+                now, other = local_tensor(weight), local_tensor(original[name])
                 kept = now.clone()
                 now.copy_(other)
                 other.copy_(kept)
@@ -106,7 +106,7 @@ class FullModel(nn.Module):
         finally:
             exchange()
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns tensors by parameter or `parameter|key` with what other ranks have of them, on the CPU.
 
         All ranks must call it; only the first gets the tensors.
@@ -114,20 +114,20 @@ class FullModel(nn.Module):
         result = {}
         for name, tensor in tensors.items():
             weight = self._sharded_weight(name, tensor)
-            whole = tensor if weight is None else whole_of_parts(tensor, weight)
+            whole = tensor if weight is None else gather_shards(tensor, weight)
             if is_first_rank():
                 result[name] = whole.cpu()
         return result
 
-    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns this rank's parts of what `whole` has returned on the first."""
+    def local(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns this rank's shards of what `gather` has returned on the first."""
         return {
-            name: tensor if (weight := self._sharded_weight(name, tensor)) is None else part_of_whole(tensor, weight)
+            name: tensor if (weight := self._sharded_weight(name, tensor)) is None else local_shard(tensor, weight)
             for name, tensor in tensors.items()
         }
 
     def _sharded_weight(self, name: str, tensor: Tensor) -> DTensor | None:
-        """Returns the weight whose parts a tensor with this name has; numbers, such as AdamW's step, have no parts."""
+        """Returns the weight of whose shard this is a tensor; None for numbers, such as AdamW's step."""
         return self.sharded.get(name.partition("|")[0]) if tensor.ndim else None
 
     def save(self, folder: Path) -> None:
@@ -171,7 +171,7 @@ def _key(name: str) -> str:
 
 def _move_gradient(master: nn.Parameter, weight: Tensor) -> None:
     """Adds the gradient of a weight to its master's."""
-    gradient = part_of(cast(Tensor, weight.grad))
+    gradient = local_tensor(cast(Tensor, weight.grad))
     if master.grad is None:
         master.grad = gradient.to(master.dtype)
     else:
@@ -195,14 +195,14 @@ def sharded_names(model: Trainable) -> set[str]:
     return set(model.sharded) if isinstance(model, FullModel) else set()
 
 
-def whole_tensors(model: Trainable, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_tensors(model: Trainable, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns tensors by parameter, or `parameter|key`, with the parts that other ranks have, for the first rank."""
-    return model.whole(tensors) if isinstance(model, FullModel) else dict(tensors)
+    return model.gather(tensors) if isinstance(model, FullModel) else dict(tensors)
 
 
-def own_tensors(model: Trainable, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns what this rank has of the tensors that `whole_tensors` has returned on the first."""
-    return model.parts(tensors) if isinstance(model, FullModel) else dict(tensors)
+def local_tensors(model: Trainable, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what this rank has of the tensors that `gather_tensors` has returned on the first."""
+    return model.local(tensors) if isinstance(model, FullModel) else dict(tensors)
 
 
 def adapter_settings(model: Trainable) -> dict[str, Any]:

@@ -529,7 +529,7 @@ class Trainer:
         }
         for file in checkpoint.BY_PARAMETER:
             if file in tensors:
-                tensors[file] = trainable.whole_tensors(self.model, tensors[file])
+                tensors[file] = trainable.gather_tensors(self.model, tensors[file])
         if broken := broadcast_object_list([checkpoint.not_finite(tensors)])[0]:
             raise self.diverged(f"in step {state.step}: it left values that are not finite ({'; '.join(broken)})")
         random_states = gather_object([random_state()])
