@@ -138,7 +138,7 @@ def run_command(session: ChatSession, line: str) -> str:
         case "/base":
             if names:
                 model.set_adapter(None)
-            return "no adapter"
+            return f"no adapter{'; the conversation is kept; /reset forgets it' if session.messages else ''}"
         case "/reset":
             session.messages.clear()
             return "the conversation starts again"

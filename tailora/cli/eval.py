@@ -279,8 +279,8 @@ def _finish(
     if as_json:
         print_json(payload)
     else:
-        print_page(stdout(), eval_page(report))
+        print_page(stdout(), eval_page(report))  # ends with the gates
     missed = [gate for gate in report.gates if not gate.met]
-    for missed_gate in missed:
+    for missed_gate in missed if as_json else ():
         print_text(stderr(), f"gate not met: {missed_gate}", "red")
     return GATE_NOT_MET if missed else 0

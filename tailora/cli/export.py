@@ -22,7 +22,7 @@ from tailora.cli.models import (
     quantize_method,
 )
 from tailora.data.demo import resolve_demo
-from tailora.formats.run_folder import ADAPTER_CONFIG, EXPORTED_FILES, check_result_folder
+from tailora.formats.run_folder import ADAPTER_CONFIG, EXPORTED_FILES, GGUF_WEIGHTS, check_result_folder
 from tailora.report.blocks import Block, Code, Column, Paragraph, Section, Table
 from tailora.report.terminal import print_section
 
@@ -96,11 +96,21 @@ def show(console: Console, result: "ExportReport", base: str, seconds: float) ->
     )
     contents: list[Block] = [
         Table([Column(""), Column("", numeric=True)], files),
-        Paragraph(f"{changes[:1].upper()}{changes[1:]}."),
         Paragraph(comparison),
+        Paragraph(f"{changes[:1].upper()}{changes[1:]}."),  # of mlx-lm it says what to do before the command below
         Code(next_command(result, base), title="To use it:"),
     ]
+    if result.format == "gguf":
+        contents.append(Code(llama_cpp_commands(result, base), title="Or with llama.cpp, which has both programs:"))
     print_section(console, Section(f"Written in {seconds:.1f} s", "", contents))
+
+
+def llama_cpp_commands(result: "ExportReport", base: str) -> str:
+    """Returns the commands that convert the base model to GGUF and run it with the adapter."""
+    convert = ["python", "convert_hf_to_gguf.py", resolve_demo(base, "model"), "--outfile", "BASE.gguf"]
+    return "\n".join(
+        map(shlex.join, [convert, ["llama-cli", "-m", "BASE.gguf", "--lora", str(result.folder / GGUF_WEIGHTS)]])
+    )
 
 
 def next_command(result: "ExportReport", base: str) -> str:

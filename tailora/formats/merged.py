@@ -68,7 +68,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     del changes
     spill.unlink(missing_ok=True)
     dtype = str(common_dtype(base)).removeprefix("torch.")
-    notes = [f"rounding to {dtype} changes the update by at most {report.worst:.2g} of its size in a layer"]
+    notes = [f"rounding to {dtype} changes the update by at most {report.worst:.2g} of its size in the worst layer"]
     if report.worst > LARGE_ERROR:
         notes[0] += f". To keep all of it, {ROUNDING_REMEDY}"
     if errors := sorted(report.quantization_error.values()):

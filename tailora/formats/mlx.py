@@ -71,7 +71,9 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     base_settings = read_json_object(file) if file.is_file() else {}
     theta = (base_settings.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None and "rope_theta" not in base_settings:
-        changes.append(f'mlx-lm needs "rope_theta": {theta} at the top of {file}, or its results are wrong')
+        changes.append(
+            f'before mlx-lm is used, write "rope_theta": {theta}, at the top of {file}: its results are wrong without'
+        )
     return changes
 
 

@@ -256,8 +256,8 @@ def plan(
     largest = batches.at(batches.most)
     if len(largest) < batches.most:
         notes.append(
-            f"with any batch size, at most {tokens_of(largest):,} tokens go through the model at once: a larger batch "
-            "is split, and needs no more memory"
+            f"a larger batch is split: with any batch size, at most {tokens_of(largest):,} tokens go through the model "
+            "at once, so it needs little more memory than this one"
         )
     batch_size = batch_size_that_fits(available, needed, batches)
     result = Plan(

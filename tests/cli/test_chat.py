@@ -55,6 +55,15 @@ def test_replies_go_to_stdout_and_switching_changes_them(
     assert "adapter run at 0" in shown.err
 
 
+def test_base_says_that_the_conversation_is_kept(
+    tiny_model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ["--model", str(tiny_model), "--adapter", str(adapter)]
+    assert talk(["/base", "hello", "/base"], tokens, monkeypatch) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told[-2:] == ["no adapter", "no adapter; the conversation is kept; /reset forgets it"]
+
+
 def test_the_conversation_is_remembered_until_reset(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,6 +42,11 @@ def test_every_format_with_its_figures_and_the_next_command(
     assert re.search(r"Read back: the logits (are equal to|differ by \S+ of their size from) the live", shown.out)
     programs = {"peft": "tailora", "portable": "vllm", "gguf": "ollama", "mlx": "mlx_lm.generate", "merged": "tailora"}
     assert re.search(rf"^{programs[to]} .*{re.escape(str(tmp_path / 'b'))}", shown.out, re.MULTILINE)
+    assert ("llama-cli -m BASE.gguf --lora" in shown.out) == (to == "gguf")
+    assert ("convert_hf_to_gguf.py" in shown.out) == (to == "gguf")
+    assert ('"rope_theta"' in shown.out) == (to == "mlx")
+    what_to_do = shown.out.find("before mlx-lm is used" if to == "mlx" else "To use it:")
+    assert shown.out.index("Read back: the logits") < what_to_do <= shown.out.index("To use it:")
     assert "it/s" not in shown.err
 
 

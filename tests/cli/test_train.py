@@ -88,7 +88,7 @@ def test_it_ends_with_what_changed_and_what_comes_next(
     for part in (
         "held-out loss before",
         "perplexity",
-        "over 6 held-out examples",
+        "over 6 held-out examples). That is too few to tell",
         "base",
         "tuned",
         "tailora chat",

@@ -79,7 +79,7 @@ def test_a_merge_in_16_bits_that_loses_much_of_an_update_says_what_keeps_it(tmp_
     layer = next(iter(model.lora_layers.values()))
     layer.scaling /= 8
     (note,) = [text for text in model.export(tmp_path / "out", "merged").changes if text.startswith("rounding")]
-    assert note.endswith(f"in a layer. To keep all of it, {merged.ROUNDING_REMEDY}")
+    assert note.endswith(f"in the worst layer. To keep all of it, {merged.ROUNDING_REMEDY}")
 
 
 def test_a_merge_in_16_bits_that_loses_the_adapter_is_refused(tmp_path: Path) -> None:

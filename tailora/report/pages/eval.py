@@ -70,11 +70,6 @@ def eval_page(report: EvalReport) -> Page:
         tokens = f"; {data['supervised_tokens']:,} tokens are judged" if "supervised_tokens" in data else ""
         rows = distinct_of(data["rows"], data["rows"] - data.get("copies", 0), "row")
         lead = f"{evaluated} on {data['source']}: {rows}, read as {data['shape']}{tokens}."
-    missed = [gate.gate for gate in report.gates if not gate.met]
-    if missed:
-        lead += f" Gates not met: {', '.join(missed)}."
-    elif report.gates:
-        lead += " All gates are met."
     numbers = [
         Number(name.replace("_", " "), value.shown(), value.ends(), detail="page")
         for name, value in report.metrics.items()

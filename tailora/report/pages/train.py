@@ -22,6 +22,7 @@ from tailora.report.pages.shared import settings_table
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import EXAMPLES, METRICS
 
+FEW_EXAMPLES = 20  # held-out examples; with fewer, an interval says little about others
 MOST_MARKS = 1000  # of a scatter plot
 COLUMNS = [  # of metrics.jsonl -> unit, caption
     ("learning_rate", "learning rate", "Learning rate of each step."),
@@ -112,6 +113,8 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         data = header.get("data") or {}
         rows = data["eval"] if data.get("eval", 0) - data.get("eval_copies", 0) == len(examples) else len(examples)
         verdict = describe_change(losses["change"], distinct_of(rows, len(examples), "held-out example"))
+        if len(examples) < FEW_EXAMPLES:
+            verdict += f" That is too few to tell how others fare: hold out at least {FEW_EXAMPLES} examples."
     elif result["eval_loss_after"] is None:
         verdict = "There was no held-out data, so nothing can be said about whether it worked: give --eval-data FILE."
     else:
