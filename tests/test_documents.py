@@ -62,7 +62,7 @@ def test_the_exports_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert program == "tailora"
         assert main(tokens) == 0
     with_peft = load_file("outputs/demo-peft/adapter_model.safetensors")
-    for key, tensor in load_file("demo-portable/adapter_model.safetensors").items():
+    for key, tensor in load_file("outputs/demo-portable/adapter_model.safetensors").items():
         torch.testing.assert_close(with_peft[key], tensor[: len(with_peft[key]), : with_peft[key].shape[1]])
 
 
