@@ -55,16 +55,17 @@ class Costs:
 
 
 def seconds_of_workers(costs: Sequence[Costs], seconds: Callable[[Costs], float], workers: int) -> float:
-    """Returns how long workers take at most for runs of these costs, if each begins the next when it is free.
+    """Returns the most seconds that workers need for runs of these costs, if each begins the next when it is free.
 
-    seconds: of one run. That is the mean load of a worker, and what the last run takes while others have none (Graham's
-    bound); of that run every part counts as that of the dearest, so that the result grows evenly with the steps.
+    seconds: of one run. This is Graham's bound on list scheduling: with W workers, the sum of all runs divided by W,
+    and (1 - 1 / W) times the longest run. The longest run is taken to have the highest of each cost (fixed, step, ...),
+    so that the bound is linear in the steps, which `fit` needs.
     """
     if not costs:
         return 0.0
     parts = zip(*map(astuple, costs), strict=True)
-    dearest = seconds(Costs(*map(max, parts)))
-    return sum(map(seconds, costs)) / workers + (1 - 1 / workers) * dearest
+    longest = seconds(Costs(*map(max, parts)))
+    return sum(map(seconds, costs)) / workers + (1 - 1 / workers) * longest
 
 
 START = Costs(fixed=2, step=0, evaluation=0)  # no run takes less: a new process loads torch and the model

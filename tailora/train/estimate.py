@@ -106,8 +106,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     known: tensors whose storages are counted elsewhere.    lengths: of the documents of a packed row.
     now, peak: bytes of each part, at present and at the moment of the largest sum.    operators: how often each ran.
-    sum_of_peaks: the largest sum of the blocks that malloc maps on their own, plus that of all others, which may have
-    been at another moment: malloc returns only the former to the system.
+    sum_of_peaks: the most bytes that malloc has from the system. It gives large blocks (MMAP_BYTES or more) back when
+    they are freed, and keeps the memory of all others. So this is the largest sum of the large blocks, plus the largest
+    sum of the others, also if these were at different moments.
     """
 
     def __init__(self, known: Iterable[Tensor], part_of: Callable[[Tensor], str], lengths: Sequence[int] = ()) -> None:
@@ -118,7 +119,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._part_of, self._lengths = part_of, lengths
         self._alive = {id(tensor.untyped_storage()): ("", 0) for tensor in known}
         self._largest = 0
-        self._blocks, self._most = Counter[bool](), Counter[bool]()  # whether mapped on its own -> bytes, and at most
+        self._blocks, self._most = Counter[bool](), Counter[bool]()  # whether large -> bytes, and at most
 
     @property
     def sum_of_peaks(self) -> int:
@@ -177,9 +178,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now[part] += size
         if self.now.total() > self._largest:
             self._largest, self.peak = self.now.total(), self.now.copy()
-        is_mapped = size >= MMAP_BYTES
-        self._blocks[is_mapped] += size
-        self._most[is_mapped] = max(self._most[is_mapped], self._blocks[is_mapped])
+        is_large = size >= MMAP_BYTES
+        self._blocks[is_large] += size
+        self._most[is_large] = max(self._most[is_large], self._blocks[is_large])
 
     def _subtract(self, key: int) -> None:
         part, size = self._alive.pop(key)

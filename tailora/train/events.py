@@ -245,11 +245,11 @@ def lost_process(error: BaseException, output_dir: Path | None) -> ProcessFailed
 
 
 class FailureWatch(threading.Thread):
-    """Looks every second whether another process has failed, and ends this one if it does not notice.
+    """Looks every second whether another process has failed. Then it ends this one, if that has not ended soon.
 
-    It may not, in a collective of NCCL. The first failure is kept here, because the store may end with its process.
-    If the launcher has ended, as when it is killed, nobody else ends this process: then it gets a SIGTERM, so that it
-    saves a checkpoint.
+    A process that waits in NCCL does not notice. The first failure is kept here, because the store may end with the
+    process that holds it. If the launcher has ended, as when it is killed, nobody else ends this process: then it gets
+    a SIGTERM, so that it saves a checkpoint.
     """
 
     def __init__(self, store: distributed_c10d.Store, rank: int) -> None:

@@ -1,11 +1,11 @@
 """Several processes of one run: how they are started, how this one was, and the command that starts them again.
 
-    count_processes   `--nproc-per-node gpu` -> a number
-    launch            starts the processes with torch's elastic launcher, which is torchrun's too
-    command_line      the command that runs another one as this one was started
-    end_with_launcher a process does not outlive the one that started it
-    show_by           which rank shows an error
-    leave_failure     what a process that fails leaves for the one that started it
+    count_processes    turns the value of --nproc-per-node, such as "gpu", into a number
+    launch             starts the processes, with torch's elastic launcher, as torchrun does
+    command_line       returns the line that starts a command in as many processes, and with the same launcher
+    end_with_launcher  ends this process soon after its launcher has ended
+    show_by            sets which rank shows an error
+    leave_failure      writes why this process fails, for its launcher
 
 Rank 0 has the terminal. What the other ranks print goes to files, and is shown if one of them fails without a message
 of ours. `launch` raises the one error of the run: that of the process that failed first. Importing this needs no torch.
