@@ -11,9 +11,12 @@ search at a third of their steps, and half of the rest at two thirds, so a trial
 """
 
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from statistics import median
+
+import psutil
 
 from tailora.errors import ConfigError
 from tailora.study.study_store import StudySession
@@ -27,6 +30,8 @@ FEWEST_STEPS = 9  # 3 at the first rung
 FEWEST_SEEDS = 2  # one seed does not show how much results change from seed to seed
 FEWEST_HELD_OUT = 40  # examples, half of which judge
 SAFETY = 0.9  # share of the time that is planned, since a few steps measure it roughly
+MARGIN = 4 / 3  # of the minutes that are advised: a few steps differ by that from one start to the next
+BUSY = "other programs use this machine's cores"
 SHARE = 7 / 12  # of its steps that a trial takes on average
 
 
@@ -200,14 +205,20 @@ def fewest_part(held_out: int) -> float:
 
 def too_short(session: StudySession, seconds: float, what: str, given: Sequence[str]) -> ConfigError:
     """seconds: that the least takes from now on.    what: the least, in the plural.
-    given: flags that the user gave, of which less would do.
+    given: flags of which less would do.
     """
-    minutes = math.ceil((session.seconds + seconds / SAFETY) / 60)
+    needed = (session.seconds + seconds / SAFETY) / 60
+    minutes, enough = math.ceil(needed), math.ceil(MARGIN * needed)
     return ConfigError(
         f"--minutes {session.minutes:g} is too short: {what} take about {minutes} "
-        f"minute{'s' * (minutes > 1)} or more. Use --minutes {minutes}, "
-        f"{''.join(f'fewer {flag}, ' for flag in given)}or a smaller --max-length"
+        f"minute{'s' * (minutes > 1)} or more{f' ({BUSY})' * is_busy()}. Use --minutes {enough}, since "
+        f"the next start measures anew, {''.join(f'fewer {flag}, ' for flag in given)}or a smaller --max-length"
     )
+
+
+def is_busy() -> bool:
+    """True if other programs seem to use the cores: more processes want one than there are, beside our own."""
+    return psutil.getloadavg()[0] > (os.cpu_count() or 1) + 1
 
 
 @dataclass(frozen=True)
@@ -217,7 +228,7 @@ class TimeLimit:
     wanted: everything.    fewest_tries: that allow a verdict.
     fixed: of 'tries' and 'seeds' what the user has given; it is not reduced.
     describe: extent, steps of a run -> the runs of that extent in words, in the plural.
-    given: flags that the user gave, of which less would do.
+    given: flags of which less would do.
     """
 
     session: StudySession
@@ -259,7 +270,8 @@ class TimeLimit:
         return choice
 
     def _too_short(self, seconds: float, steps: int) -> ConfigError:
-        return too_short(self.session, seconds, self.describe(self.fewest(), steps), self.given)
+        given = [*self.given, f"--max-steps than {steps}"]
+        return too_short(self.session, seconds, self.describe(self.fewest(), steps), given)
 
 
 def held_out_in_use(extent: Extent, held_out: int) -> int | None:

@@ -323,7 +323,7 @@ class _Comparison:
                 f"{len(study.arms)} arms with {extent.tries} learning rates and {extent.seeds} seeds each, and "
                 f"{steps} steps a run,"
             ),
-            [f"--{name.replace('_', '-')}" for name in given],
+            [flag for flag, count in (("--rate-tries", study.rate_tries), ("--seeds", study.seeds)) if count > 1],
         )
 
     def _check_time(self, timed: Mapping[str, Costs], costs: Costs) -> None:

@@ -76,11 +76,15 @@ def test_less_is_done_before_the_time_is_refused() -> None:
     assert [fewest_part(count) for count in (10, 40, 100)] == [1, 1, 0.4]
 
 
-def test_too_little_time_is_refused_with_what_it_needs(tmp_path: Path) -> None:
-    error = too_short(session(tmp_path, 3), 500, "6 runs", ["--seeds"])
+@pytest.mark.parametrize(("load", "cause"), [(0.5, ""), (1e6, " (other programs use this machine's cores)")])
+def test_too_little_time_is_refused_with_what_it_needs(
+    load: float, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.getloadavg", lambda: (load, 0, 0))
+    error = too_short(session(tmp_path, 3), 500, "6 runs", ["--seeds", "--max-steps than 9"])
     assert str(error) == (
-        "--minutes 3 is too short: 6 runs take about 10 minutes or more. Use --minutes 10, fewer --seeds, or a smaller "
-        "--max-length"
+        f"--minutes 3 is too short: 6 runs take about 10 minutes or more{cause}. Use --minutes 13, since the next "
+        "start measures anew, fewer --seeds, fewer --max-steps than 9, or a smaller --max-length"
     )
 
 
