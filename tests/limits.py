@@ -1,6 +1,8 @@
 """Limits for a test with hostile input: how much memory one input may take, and how long."""
 
+import ctypes
 import faulthandler
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +32,16 @@ def limited(most_bytes: int = MOST_BYTES, hang_seconds: float = HANG_SECONDS) ->
 
 def _start_new_peak() -> int:
     """Returns the resident memory in bytes, which is the peak from now on."""
+    give_back_freed_memory()
     if CLEAR.exists():
         CLEAR.write_text("5")  # proc(5): resets VmHWM
     return _peak()
+
+
+def give_back_freed_memory() -> None:
+    """Returns what malloc has kept to the system, as after a run; else new blocks would take no memory."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _peak() -> int:

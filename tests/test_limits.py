@@ -9,6 +9,8 @@ import pytest
 import torch
 from limits import CLEAR, limited
 
+from tailora.train.memory import keep_freed_memory
+
 HANG = "import limits, time\nwith limits.limited(hang_seconds=0.2):\n    time.sleep(60)\n"
 
 
@@ -18,6 +20,15 @@ def test_memory_of_torch_counts_even_if_it_is_free_again() -> None:
         torch.ones(10_000_000)  # 40 MB
     with pytest.raises(AssertionError, match="the limit is 100 MB"), limited(most_bytes=100_000_000):
         torch.ones(50_000_000)
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="only Linux tells the peak of a block")
+def test_memory_that_malloc_has_kept_counts_again() -> None:
+    keep_freed_memory(torch.device("cpu"))
+    blocks = [torch.ones(2_000_000) for _ in range(25)]  # 8 MB each, which malloc keeps when they are free
+    del blocks
+    with pytest.raises(AssertionError, match="the limit is 100 MB"), limited(most_bytes=100_000_000):
+        torch.ones(40_000_000)
 
 
 def test_a_hang_ends_the_process_and_shows_where_it_is() -> None:
