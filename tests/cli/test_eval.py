@@ -237,7 +237,7 @@ def on_two_processes(way: str, *tokens: object) -> "subprocess.CompletedProcess[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["tailora", "torchrun"])
+@pytest.mark.parametrize("way", ["tailora", pytest.param("torchrun", marks=pytest.mark.exhaustive)])
 def test_two_processes_share_the_examples_and_print_one_result(
     way: str, adapter: Path, quiz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

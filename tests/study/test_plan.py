@@ -212,7 +212,7 @@ sys.exit(code)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_the_peak_of_a_rank_is_foreseen(tmp_path: Path) -> None:
     """Of few large layers: whole ones are a third of a rank's memory, and its share of all is a sixth."""
