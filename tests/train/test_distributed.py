@@ -517,7 +517,7 @@ def test_engines_that_accelerate_would_bring_are_refused(
 def test_a_cpu_has_nothing_to_offload(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     with pytest.raises(ConfigError, match="--fsdp-offload-params keeps weights in host memory, where they are"):
-        start_accelerator(settings(fsdp=True, fsdp_offload_params=True))
+        start_accelerator(settings(device="cpu", fsdp=True, fsdp_offload_params=True))
 
 
 def test_one_process_has_nothing_to_shard(settings: Any) -> None:

@@ -430,6 +430,12 @@ def test_one_process_of_accelerate_that_should_be_several_is_refused(monkeypatch
 # ---- How many processes
 
 
+def forget_accelerates_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removes what tests or the pretend accelerator have set."""
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.parametrize(
     ("asked", "name", "names", "expected"),
     [
@@ -450,7 +456,7 @@ def test_one_process_of_accelerate_that_should_be_several_is_refused(monkeypatch
 def test_the_number_of_processes(
     asked: str, name: str, names: list[str], expected: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    forget_accelerates_device(monkeypatch)
     monkeypatch.setattr(device, "devices", lambda: [device.torch.device(name) for name in names])
     if isinstance(expected, int):
         assert count_processes(asked, name) == expected
@@ -466,7 +472,7 @@ def test_the_number_of_processes(
 def test_accelerates_variables_decide_first(
     variables: dict[str, str], expected: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    forget_accelerates_device(monkeypatch)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(device, "devices", lambda: [device.torch.device(name) for name in ("cuda:0", "cpu")])
