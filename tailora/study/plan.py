@@ -215,13 +215,7 @@ def plan(
         modules = adapted_modules(lora) if lora else []
         groups = trained_groups(lora) if lora else []
         left = unadapted_groups(lora) if lora else []
-        step = estimate.simulate_step(
-            fake,
-            batches.largest,
-            checkpointed=config.gradient_checkpointing,
-            sharded=place.shards > 1,
-            reshard=config.fsdp_reshard_after_forward,
-        )
+        step = largest_step(config, fake, batches, place)
         notes = [*place.notes, *batches.notes, *fake.notes]
         if asks_for_compiled_layers(config):
             step = estimate.with_compiled_layers(step, fake, config.activation_memory)
@@ -480,6 +474,17 @@ def ranks_of(config: TrainConfig, fake: estimate.FakeModel, batches: Batches, np
     return Ranks(nproc, config.fsdp, sent)
 
 
+def largest_step(config: TrainConfig, fake: estimate.FakeModel, batches: Batches, place: Place) -> estimate.StepCost:
+    """Returns what the largest forward of the run costs, simulated."""
+    return estimate.simulate_step(
+        fake,
+        batches.largest,
+        checkpointed=config.gradient_checkpointing,
+        sharded=place.shards > 1,
+        reshard=config.fsdp_reshard_after_forward,
+    )
+
+
 def full_fine_tuning(
     config: TrainConfig,
     shape: PretrainedConfig,
@@ -491,13 +496,7 @@ def full_fine_tuning(
     settings = config.model_dump(exclude_unset=True, exclude={*OF_ADAPTERS, "fsdp_offload_params"})
     full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
     with estimate.fake_model(full, shape, place.device) as fake:
-        step = estimate.simulate_step(
-            fake,
-            batches.largest,
-            checkpointed=full.gradient_checkpointing,
-            sharded=place.shards > 1,
-            reshard=full.fsdp_reshard_after_forward,
-        )
+        step = largest_step(full, fake, batches, place)
         memory = estimate.estimate_memory(full, fake, step, place.process, place.shards)
         parameters = fake.model.summary().trainable_parameters
     return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))
