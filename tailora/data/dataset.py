@@ -14,6 +14,7 @@ IGNORED = -100  # the label of a token that is read but not trained
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +22,15 @@ class Example:
     """labels[i] is input_ids[i], or -100 if it is not trained; not shifted, and labels[0] is always -100.
 
     source_index: its index among the usable rows of its source.
+    second_start: where its second sequence begins, such as the rejected reply after the chosen one; 0: it has one.
+    target: what is learned about it as a whole, for tasks that learn more than its tokens.
     """
 
     input_ids: Int32  # (length,)
     labels: Int32  # (length,)
     source_index: int = 0
+    second_start: int = 0
+    target: Float64 | None = None  # (targets,)
 
     @property
     def supervised(self) -> int:
@@ -34,8 +39,32 @@ class Example:
 
     @property
     def hash(self) -> bytes:
-        """Equal for copies: examples with the same ids and labels."""
-        return hashlib.sha256(self.input_ids.tobytes() + self.labels.tobytes()).digest()
+        """Equal for copies: examples with the same ids, labels, sequences and targets."""
+        content = self.input_ids.tobytes() + self.labels.tobytes()
+        if self.second_start:
+            content += self.second_start.to_bytes(8, "little")
+        if self.target is not None:
+            content += self.target.tobytes()
+        return hashlib.sha256(content).digest()
+
+    @property
+    def sequences(self) -> tuple["Example", ...]:
+        """The one or two sequences that the model reads, as examples without targets."""
+        if not self.second_start:
+            return (self,)
+        parts = slice(self.second_start), slice(self.second_start, None)
+        return tuple(Example(self.input_ids[part], self.labels[part], self.source_index) for part in parts)
+
+    @classmethod
+    def of_two(cls, first: "Example", second: "Example", target: Float64 | None = None) -> "Example":
+        """Returns both as one example with two sequences."""
+        return cls(
+            np.concatenate([first.input_ids, second.input_ids]),
+            np.concatenate([first.labels, second.labels]),
+            first.source_index,
+            len(first.input_ids),
+            target,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +75,8 @@ class Examples:
     labels: Int32  # (tokens,)
     starts: Int64  # (examples + 1,)
     source_indices: Int64  # (examples,)
+    second_starts: Int64  # (examples,)
+    targets: Float64 | None  # (examples, targets)
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> Self:
@@ -56,6 +87,8 @@ class Examples:
             labels=np.concatenate([empty, *(example.labels for example in examples)], dtype=np.int32),
             starts=np.cumsum([0, *(len(example.input_ids) for example in examples)], dtype=np.int64),
             source_indices=np.array([example.source_index for example in examples], dtype=np.int64),
+            second_starts=np.array([example.second_start for example in examples], dtype=np.int64),
+            targets=np.stack(targets) if (targets := [e.target for e in examples if e.target is not None]) else None,
         )
 
     def __len__(self) -> int:
@@ -66,7 +99,13 @@ class Examples:
             raise IndexError(f"example {index} of {len(self)}")
         index %= len(self)
         tokens = slice(self.starts[index], self.starts[index + 1])
-        return Example(self.input_ids[tokens], self.labels[tokens], int(self.source_indices[index]))
+        return Example(
+            self.input_ids[tokens],
+            self.labels[tokens],
+            int(self.source_indices[index]),
+            int(self.second_starts[index]),
+            None if self.targets is None else self.targets[index],
+        )
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -220,6 +259,10 @@ def dataset_hash(*parts: Examples) -> str:
     for part in parts:
         for array in (part.starts, part.input_ids, part.labels):
             digest.update(np.ascontiguousarray(array).tobytes())
+        if part.second_starts.any():
+            digest.update(part.second_starts.tobytes())
+        if part.targets is not None:
+            digest.update(part.targets.tobytes())
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ The second part of the file chooses one of these for a model: `choose_form`.
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -197,9 +197,10 @@ class Batch:
     targets: Tensor  # (supervised,), the tokens to predict there
     columns: Tensor  # (columns,), positions in a row that have a loss in some row of the batch
     within_columns: Tensor | None  # (supervised,), positions in (batch * columns); None if all have a loss, in order
-    owners: NDArray[np.int64]  # (supervised,), on the host: which example each belongs to
+    owners: NDArray[np.int64]  # (losses,), on the host: which example each belongs to
     weight: float = 1.0  # 0: computed to keep step with other ranks, not counted
     expected_gradient: float | Tensor = 1.0  # of each loss, if known; not 0
+    extras: dict[str, Tensor] = field(default_factory=dict)  # what the loss of a task needs besides
 
     @classmethod
     def of(cls, inputs: dict[str, Any], next_tokens: NDArray[np.int64], owners: NDArray[np.int64]) -> "Batch":
@@ -229,7 +230,8 @@ class Batch:
             return value.to(device)
 
         moved = {name: copy(getattr(self, name)) for name in ("supervised", "targets", "columns", "within_columns")}
-        return replace(self, inputs={name: copy(value) for name, value in self.inputs.items()}, **moved)
+        inputs, extras = ({name: copy(value) for name, value in part.items()} for part in (self.inputs, self.extras))
+        return replace(self, inputs=inputs, extras=extras, **moved)
 
 
 Model = Any  # of transformers, or a LoRAModel around one

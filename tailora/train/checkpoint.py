@@ -195,7 +195,8 @@ class TrainState:
             f"{name}.{part}": torch.from_numpy(getattr(evaluation, part))
             for name, evaluation in evaluations.items()
             if evaluation is not None
-            for part in ("sums", "counts")
+            for part in ("sums", "counts", "scores")
+            if getattr(evaluation, part) is not None
         }
 
     @classmethod
@@ -205,7 +206,11 @@ class TrainState:
         state = cls(**{name: counters[name] for name in COUNTERS})
         state.history = [(step, loss) for step, loss in counters["history"]]
         evaluations = {
-            name: Evaluation(tensors[f"{name}.sums"].numpy(), tensors[f"{name}.counts"].numpy())
+            name: Evaluation(
+                tensors[f"{name}.sums"].numpy(),
+                tensors[f"{name}.counts"].numpy(),
+                tensors[f"{name}.scores"].numpy() if f"{name}.scores" in tensors else None,
+            )
             for name in ("before", "best")
             if f"{name}.sums" in tensors
         }

@@ -34,6 +34,7 @@ from tailora.data.prepare import PreparedData, RowCounts, prepare, stream_exampl
 from tailora.errors import DataError
 from tailora.kernels.loss import Batch
 from tailora.train.config import TrainConfig
+from tailora.train.loss import CAUSAL_LM, Task
 from tailora.train.memory import ForwardSize
 
 # Of one forward on a CPU: 430 tokens/s at 380, 480 at 730, and no more at 1500, which takes twice the memory.
@@ -172,12 +173,13 @@ class Step:
     micro_batches: list[MicroBatch]
     tokens: int
     supervised: int  # tokens with a loss
+    divisor: float  # of the summed loss
 
     @classmethod
-    def of(cls, micro_batches: list[MicroBatch], examples: Iterable[Example]) -> "Step":
+    def of(cls, micro_batches: list[MicroBatch], examples: Iterable[Example], task: Task) -> "Step":
         """examples: those of all ranks."""
-        sizes = [(len(example.input_ids), example.supervised) for example in examples]
-        return cls(micro_batches, sum(tokens for tokens, _ in sizes), sum(supervised for _, supervised in sizes))
+        sizes = [(len(example.input_ids), example.supervised, task.divisor(example)) for example in examples]
+        return cls(micro_batches, *map(sum, zip(*sizes, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +189,7 @@ class CollatedStep:
     batches: list[Batch]
     tokens: int
     supervised: int
+    divisor: float
 
 
 @contextmanager
@@ -224,6 +227,7 @@ class StepShape:
     world: int = 1
     token_limit: int | None = None  # of one forward; a longer example goes alone
     checkpointed: bool = False  # with gradient checkpointing
+    task: Task = CAUSAL_LM
 
     @property
     def examples_per_step(self) -> int:
@@ -299,7 +303,7 @@ def _share_of_rank(batches: list[list[Example]], shape: StepShape) -> Step:
     share = shares[shape.rank]
     missing = max(map(len, shares)) - len(share)
     share += [MicroBatch(shares[0][0].examples, weight=0.0)] * missing
-    return Step.of(share, chain.from_iterable(batches))
+    return Step.of(share, chain.from_iterable(batches), shape.task)
 
 
 def split_by_tokens(lengths: Sequence[int], limit: int | None) -> list[range]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.attach import evaluating
-from tailora.kernels.loss import FORMS, Batch
+from tailora.kernels.loss import Batch
+from tailora.train.loss import BatchLayout
 from tailora.train.parallel import first_of_ranks, is_sharded
 
 REMEDIES = (
@@ -35,18 +36,18 @@ def _not_finite(parameters: Mapping[str, nn.Parameter]) -> list[str] | None:
     return names or None
 
 
-def broken_loss(model: nn.Module, batches: Sequence[Batch], form: str) -> str:
+def broken_loss(model: nn.Module, batches: Sequence[Batch], layout: BatchLayout) -> str:
     """Computes the step's losses again and returns which module's output is not finite, for a message.
 
     All ranks call it with their batches, and all get the module of the first rank that has one.
     """
-    module = first_of_ranks(_broken_module(model, batches, form))
+    module = first_of_ranks(_broken_module(model, batches, layout))
     if module is None:
         return "the loss is not finite, though the output of every module that ran is: the logits are too large"
     return f"the loss is not finite; the first module with such an output is {module}"
 
 
-def _broken_module(model: nn.Module, batches: Sequence[Batch], form: str) -> str | None:
+def _broken_module(model: nn.Module, batches: Sequence[Batch], layout: BatchLayout) -> str | None:
     modules: list[str] = []
 
     def check(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -58,7 +59,7 @@ def _broken_module(model: nn.Module, batches: Sequence[Batch], form: str) -> str
             if name:
                 hooks.enter_context(module.register_forward_hook(partial(check, name)))
         for batch in batches:
-            FORMS[form](model, batch)
+            layout.task.outputs(model, batch, layout)
             if modules and not is_sharded(model):  # ranks with a sharded base run the same forwards
                 break
     return next(iter(modules), None)

@@ -1,16 +1,18 @@
-"""Losses in nats at the supervised positions of examples, for training and for held-out evaluation.
+"""Losses of examples, for training and for held-out evaluation.
 
     examples -> `make_batch`: one packed row (1, total), or padded rows (batch, longest)
-             -> `ModelWithLoss`: one loss per supervised token, for the backward
+             -> `ModelWithLoss`: the losses of the task, for the backward
              -> `evaluate`: the loss of every held-out example
 
-Position i predicts token i + 1. The first label of each document is -100, so no prediction crosses a boundary.
+A `Task` says what an example's tensors and losses are. `CausalLM`, the usual one, has a loss in nats for each
+supervised token: position i predicts token i + 1. The first label of each document is -100, so no prediction crosses a
+boundary. Other tasks are in train/preference.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +28,75 @@ from tailora.kernels.attention import packed_rows, padded_rows
 from tailora.kernels.loss import FORMS, Batch
 from tailora.train.trainable import Trainable
 
+Sums = npt.NDArray[np.float64]  # (examples,), of the losses of each example
+Scores = npt.NDArray[np.float64]  # (losses, numbers)
 READ_EVERY = 32  # batches of an evaluation: the host waits for the device only then
+
+
+class Outputs(NamedTuple):
+    """losses: (losses,), at least float32.    scores: (losses, numbers), what else an evaluation keeps of each."""
+
+    losses: Tensor
+    scores: Tensor | None = None
+
+
+class Task(Protocol):
+    """What is learned from examples.
+
+    The loss of a step is the sum of all its losses, divided by the sum of `divisor` over its examples.
+    """
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """What the columns of `Outputs.scores` are; () if there are none."""
+
+    def make_batch(self, examples: Sequence[Example], layout: "BatchLayout") -> Batch:
+        """Returns what the model reads and its losses need, on the CPU."""
+
+    def outputs(self, model: nn.Module, batch: Batch, layout: "BatchLayout") -> Outputs:
+        """Returns the losses of a batch, in the order of its `owners`."""
+
+    def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
+        """Returns how many losses each example has, (examples,)."""
+
+    def evaluation(self, examples: Examples, sums: Sums, scores: Scores | None) -> "Evaluation":
+        """Returns what the outputs of all examples come to."""
+
+    def divisor(self, example: Example) -> float:
+        """Returns what an example adds to the number that the loss of its step is divided by."""
+
+
+class CausalLM:
+    """Predicts the next token: a loss for each supervised token."""
+
+    score_names = ()
+
+    def make_batch(self, examples: Sequence[Example], layout: "BatchLayout") -> Batch:
+        if layout.packed:
+            inputs: dict[str, Any] = collate_packed(examples)
+            owners = np.repeat(np.arange(len(examples)), inputs["cu_seq_lens_q"].diff().numpy())[None]  # (1, total)
+        else:
+            inputs = dict(collate_padded(examples, layout.pad_id))
+            owners = np.broadcast_to(np.arange(len(examples))[:, None], inputs["labels"].shape)
+        labels = inputs.pop("labels").numpy()
+        next_tokens = np.full_like(labels, IGNORED)
+        next_tokens[:, :-1] = labels[:, 1:]
+        return Batch.of(inputs, next_tokens, owners)
+
+    def outputs(self, model: nn.Module, batch: Batch, layout: "BatchLayout") -> Outputs:
+        return Outputs(FORMS[layout.loss](model, batch))
+
+    def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
+        return examples.supervised.astype(np.int64)
+
+    def evaluation(self, examples: Examples, sums: Sums, scores: Scores | None) -> "Evaluation":
+        return Evaluation(sums, self.counts(examples), scores)
+
+    def divisor(self, example: Example) -> float:
+        return example.supervised
+
+
+CAUSAL_LM = CausalLM()
 
 
 @dataclass(frozen=True)
@@ -37,6 +107,7 @@ class BatchLayout:
     loss: str  # a key of kernels.loss.FORMS
     pad_id: int
     attention: str | None = None  # what computes it for packed rows: see `kernels.attention.packed_rows`
+    task: Task = CAUSAL_LM
 
     def used_by(self, base: PreTrainedModel) -> AbstractContextManager[None]:
         """Within the block the model's attention reads batches of this layout; afterwards it is restored."""
@@ -51,41 +122,36 @@ class ModelWithLoss(nn.Module):
         self.model, self.layout = model, layout
 
     def forward(self, batch: Batch) -> Tensor:
-        return FORMS[self.layout.loss](self.model, batch)
+        return self.layout.task.outputs(self.model, batch, self.layout).losses
 
 
 def token_losses(
     model: nn.Module, examples: Sequence[Example], layout: BatchLayout
 ) -> tuple[Tensor, npt.NDArray[np.int64]]:
     """Returns the loss of every supervised token, (supervised,), at least float32, and the index of its example."""
-    batch = make_batch(examples, layout, next(model.parameters()).device)
+    batch = CAUSAL_LM.make_batch(examples, layout).to(next(model.parameters()).device)
     return FORMS[layout.loss](model, batch), batch.owners
 
 
 def make_batch(examples: Sequence[Example], layout: BatchLayout, device: torch.device) -> Batch:
-    """Returns the model's input and the tokens to predict. All that depends on them is computed on the host."""
-    if layout.packed:
-        inputs: dict[str, Any] = collate_packed(examples)
-        owners = np.repeat(np.arange(len(examples)), inputs["cu_seq_lens_q"].diff().numpy())[None]  # (1, total)
-    else:
-        inputs = dict(collate_padded(examples, layout.pad_id))
-        owners = np.broadcast_to(np.arange(len(examples))[:, None], inputs["labels"].shape)
-    labels = inputs.pop("labels").numpy()
-    next_tokens = np.full_like(labels, IGNORED)
-    next_tokens[:, :-1] = labels[:, 1:]
-    return Batch.of(inputs, next_tokens, owners).to(device)
+    """Returns the model's input and what its losses need. All that depends on them is computed on the host."""
+    return layout.task.make_batch(examples, layout).to(device)
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Summed loss in nats and number of supervised tokens of every example."""
+    """Summed losses, and their number, of every example: nats and supervised tokens, unless the task says otherwise.
 
-    sums: npt.NDArray[np.float64]
+    scores: (losses, numbers), in the order of the examples; see `Task.score_names`.
+    """
+
+    sums: Sums
     counts: npt.NDArray[np.int64]
+    scores: Scores | None = None
 
     @property
     def loss(self) -> float:
-        """Nats per supervised token over all examples."""
+        """The mean of all losses."""
         return float(self.sums.sum() / self.counts.sum())
 
 
@@ -105,24 +171,38 @@ def evaluate(
     forwards: the least number of them, for ranks with a sharded base; one without examples left repeats one.
     progress: called with the number of examples done and their total.
     """
-    done = 0
+    done, task, device = 0, layout.task, next(model.parameters()).device
     sums = np.zeros(len(examples))
-    unread: list[tuple[npt.NDArray[np.int64], Tensor]] = []  # index of the example of each loss; the losses
+    unread: list[tuple[npt.NDArray[np.int64], Outputs]] = []  # index of the example of each loss; the losses
+    owners: list[npt.NDArray[np.int64]] = []
+    scores: list[Scores] = []
     base = cast(PreTrainedModel, model.base_model)
     with torch.no_grad(), evaluating(model), constant_adapters(base), layout.used_by(base):
-        for batch in batches_within(token_budget, examples.lengths, layout.packed):
-            losses, owners = token_losses(model, [examples[i] for i in batch], layout)
-            unread.append((batch[owners], losses))
-            done += len(batch)
+        for indices in batches_within(token_budget, examples.lengths, layout.packed):
+            batch = make_batch([examples[i] for i in indices], layout, device)
+            unread.append((indices[batch.owners], task.outputs(model, batch, layout)))
+            done += len(indices)
             if len(unread) == READ_EVERY or done == len(examples):
-                values = torch.cat([losses for _, losses in unread]).cpu().double().numpy()
-                np.add.at(sums, np.concatenate([indices for indices, _ in unread]), values)
+                of_losses = np.concatenate([indices for indices, _ in unread])
+                np.add.at(sums, of_losses, _numbers([outputs.losses for _, outputs in unread]))
+                if task.score_names:
+                    owners.append(of_losses)
+                    scores.append(_numbers([cast(Tensor, outputs.scores) for _, outputs in unread]))
                 unread.clear()
             progress(done, len(examples))
             forwards -= 1
         for _ in range(forwards):
-            token_losses(model, [examples[0]], layout)
-    return Evaluation(sums, examples.supervised.astype(np.int64))
+            task.outputs(model, make_batch([examples[0]], layout, device), layout)
+    if not scores:
+        return task.evaluation(examples, sums, None)
+    order = np.argsort(np.concatenate(owners), kind="stable")
+    return task.evaluation(examples, sums, np.concatenate(scores)[order])
+
+
+def _numbers(tensors: Sequence[Tensor]) -> npt.NDArray[np.float64]:
+    """Returns the tensors one after another, read from the device."""
+    numbers: npt.NDArray[np.float64] = torch.cat(list(tensors)).cpu().double().numpy()
+    return numbers
 
 
 def batches_within(token_budget: int, lengths: npt.NDArray[np.int64], packed: bool) -> Iterator[npt.NDArray[np.int64]]:

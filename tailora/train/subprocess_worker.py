@@ -105,7 +105,7 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
         trainer.setup(stack)
         stack.enter_context(explain_out_of_memory("measuring steps", trainer.memory_remedies))
         stack.enter_context(trainer.use_kernels())
-        largest = Step.of([MicroBatch(trainer.data.largest)], trainer.data.largest)
+        largest = Step.of([MicroBatch(trainer.data.largest)], trainer.data.largest, trainer.layout.task)
         start_seconds = time.perf_counter() - started
         seconds, tokens = [], []
         for step in [largest, *islice(trainer.data.steps(0), STEPS), largest]:

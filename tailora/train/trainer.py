@@ -6,8 +6,8 @@
     loop      forward and backward of each micro-batch -> clip -> AdamW -> evaluate -> save a checkpoint
     finish    best adapter -> write it, read it back -> run.json
 
-The loss of a step is the summed loss of all micro-batches and ranks, divided by the number of supervised tokens. Ranks
-add up their gradients once a step (`train.parallel`).
+The loss of a step is the summed loss of all micro-batches and ranks, divided by the number of supervised tokens (or by
+what the task counts). Ranks add up their gradients once a step (`train.parallel`).
 
 On a device the host queues a step before it reads the loss of the one before, so that the device never waits. What
 depends on numbers is decided there (`FiniteUpdates`). The queue is empty whenever something is evaluated or saved.
@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tailora.core.device import AsyncCopy, as_current, copies_by_itself, device_name, wide_dtype
 from tailora.core.quantization import stored_bytes
+from tailora.data.dataset import Examples
 from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError, DivergedError, WriteError
 from tailora.formats.fingerprint import model_fingerprint
@@ -57,7 +58,7 @@ from tailora.train.dataloader import (
 )
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.kernel_choice import Work, choose_kernels, has_dropout, share_kept_instead, use_kernels
-from tailora.train.loss import Evaluation, ModelWithLoss, batches_within, evaluate, make_batch
+from tailora.train.loss import BatchLayout, Evaluation, ModelWithLoss, batches_within, evaluate, make_batch
 from tailora.train.memory import (
     check_fits,
     explain_out_of_memory,
@@ -248,7 +249,7 @@ class Trainer:
             work = Work(data.tokens(0 if saved is None else saved.state["progress"]["step"]), data.longest)
             self.kernels = choose_kernels(config, self.model, self.layout, work, recorded)
             self.cost = setup.memory_cost(self.model, self.layout, self.kernels, data.longest)
-        counts = None if data.held_out is None else data.held_out.supervised
+        counts = None if data.held_out is None else self.layout.task.counts(data.held_out)
         if self.before is not None and not np.array_equal(self.before.counts, counts):  # type: ignore[arg-type]
             raise ConfigError("the held-out examples are not those of the base's evaluation: the data has changed")
         self.compiled_share = share_kept_instead(config, self.base, self.kernels)
@@ -366,7 +367,7 @@ class Trainer:
         batches = [
             replace(make_batch(part.examples, self.layout, device), weight=part.weight) for part in step.micro_batches
         ]
-        return CollatedStep(batches, step.tokens, step.supervised)
+        return CollatedStep(batches, step.tokens, step.supervised, step.divisor)
 
     def step(self, step: CollatedStep, stop: bool = False) -> None:
         """Takes one optimizer step and reports it; on a device, queues it and reports the one before.
@@ -391,7 +392,7 @@ class Trainer:
     def compute_gradients(self, step: CollatedStep, loss_scale: Tensor | None = None) -> Tensor:
         """Fills the buffers with the gradients of a step, of all ranks; returns this rank's share of its loss."""
         self.optimizer.zero_grad(set_to_none=False)
-        share = accumulate_gradients(self.forward, step.batches, step.supervised, loss_scale)
+        share = accumulate_gradients(self.forward, step.batches, step.divisor, loss_scale)
         sum_over_ranks(self.buffers)
         return share
 
@@ -468,43 +469,53 @@ class Trainer:
         self.save_model()
 
     def held_out_loss(self, *, may_be_kept: bool) -> Evaluation | None:
-        """Evaluates this rank's share of the held-out examples and joins the shares; None if there are none.
+        """Evaluates the held-out examples; None if there are none.
 
         may_be_kept: the adapter is kept if this is its best loss, which the event says.
         """
-        held_out, accelerator = self.data.held_out, self.accelerator
+        held_out = self.data.held_out
         if held_out is None or len(held_out) == 0:
             return None
         started = time.perf_counter()
-        budget, ranks = self.data.largest_size.tokens, accelerator.num_processes
-        shares = [np.arange(rank, len(held_out), ranks) for rank in range(min(ranks, len(held_out)))]
-        forwards = 0
-        if self.config.fsdp:  # every forward needs all ranks
-            batches = [list(batches_within(budget, held_out.lengths[share], self.layout.packed)) for share in shares]
-            forwards = max(map(len, batches))
-        sums = np.zeros(len(held_out))
-        has_share = accelerator.process_index < len(shares)
-        if has_share or forwards:
-            share = shares[accelerator.process_index if has_share else 0]
-            part = evaluate(
-                self.model,
-                held_out.select(share),
-                layout=self.layout,
-                token_budget=budget,
-                forwards=forwards,
-                progress=lambda done, total: self.report(events.EvaluationProgress(done, total)),
-            )
-            sums[share] = part.sums if has_share else 0
-        if accelerator.num_processes > 1:
-            wide = wide_dtype(accelerator.device)
-            joined = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device, wide), reduction="sum")
-            sums = joined.cpu().double().numpy()
-        evaluation = Evaluation(sums, held_out.supervised.astype(np.int64))
+        evaluation = self.evaluate(held_out, self.layout)
         self.state.history.append((self.state.step, evaluation.loss))
         self.log(self.state.step, {"eval_loss": evaluation.loss})
         best = may_be_kept and self.is_best(evaluation)
         self.report(events.Evaluated(self.state.step, evaluation.loss, time.perf_counter() - started, best))
         return evaluation
+
+    def evaluate(self, examples: Examples, layout: BatchLayout) -> Evaluation:
+        """Evaluates this rank's share of the examples and joins the shares."""
+        accelerator, counts = self.accelerator, layout.task.counts(examples)
+        budget, ranks = self.data.largest_size.tokens, accelerator.num_processes
+        shares = [np.arange(rank, len(examples), ranks) for rank in range(min(ranks, len(examples)))]
+        forwards = 0
+        if self.config.fsdp:  # every forward needs all ranks
+            batches = [list(batches_within(budget, examples.lengths[share], layout.packed)) for share in shares]
+            forwards = max(map(len, batches))
+        sums = np.zeros(len(examples))
+        scores = np.zeros((int(counts.sum()), len(layout.task.score_names)))
+        has_share = accelerator.process_index < len(shares)
+        if has_share or forwards:
+            share = shares[accelerator.process_index if has_share else 0]
+            part = evaluate(
+                self.model,
+                examples.select(share),
+                layout=layout,
+                token_budget=budget,
+                forwards=forwards,
+                progress=lambda done, total: self.report(events.EvaluationProgress(done, total)),
+            )
+            if has_share:
+                sums[share] = part.sums
+                if part.scores is not None:
+                    scores[np.isin(np.repeat(np.arange(len(examples)), counts), share)] = part.scores
+        if accelerator.num_processes > 1:
+            wide = wide_dtype(accelerator.device)
+            numbers = torch.from_numpy(np.concatenate([sums, scores.ravel()])).to(accelerator.device, wide)
+            joined = accelerator.reduce(numbers, reduction="sum").cpu().double().numpy()
+            sums, scores = joined[: len(sums)], joined[len(sums) :].reshape(scores.shape)
+        return layout.task.evaluation(examples, sums, scores if scores.size else None)
 
     def is_best(self, evaluation: Evaluation) -> bool:
         return self.state.best is None or evaluation.loss < self.state.best.evaluation.loss
@@ -638,7 +649,7 @@ class Trainer:
         """Returns the error for a step whose loss or gradient is not finite, with the module where that began."""
         where = f"in step {self.state.step + 1} (learning rate {queued.rate:.3g})"
         if not math.isfinite(loss):
-            cause = broken_loss(self.base, queued.step.batches, self.layout.loss)
+            cause = broken_loss(self.base, queued.step.batches, self.layout)
             return self.diverged(f"{where}: {cause}")
         if self.queue:  # the gradients are those of a later step by now; the parameters are still the same
             self.compute_gradients(queued.step)
@@ -674,18 +685,18 @@ class Trainer:
 
 
 def accumulate_gradients(
-    forward: nn.Module, batches: Sequence[Batch], supervised: int, loss_scale: Tensor | None = None
+    forward: nn.Module, batches: Sequence[Batch], divisor: float, loss_scale: Tensor | None = None
 ) -> Tensor:
     """Runs forward and backward of a rank's micro-batches; returns its share of the step's loss, 0-dimensional.
 
     forward: `ModelWithLoss`, as accelerate prepared it.
-    supervised: tokens with a loss in the whole step, over all micro-batches and ranks.
+    divisor: of the summed loss of the whole step: for language models its supervised tokens, on all ranks.
     loss_scale: what the gradients are multiplied by, 0-dimensional; nothing if it is None.
     """
     factor = 1.0 if loss_scale is None else loss_scale
 
     def backward(batch: Batch) -> Tensor:  # a function, so that no batch's graph outlives it
-        scale = batch.weight / supervised
+        scale = batch.weight / divisor
         losses = forward(replace(batch, expected_gradient=scale * factor if batch.weight else 1.0))
         share: Tensor = losses.sum() * scale
         torch.autograd.backward(share * factor)

@@ -209,8 +209,8 @@ class BreakingTrainer(Trainer):
 
 def test_what_the_data_raises_is_raised_when_its_step_has_come(device: torch.device) -> None:
     def steps() -> Iterator[CollatedStep]:
-        yield CollatedStep([], 1, 1)
-        yield CollatedStep([], 2, 2)
+        yield CollatedStep([], 1, 1, 1)
+        yield CollatedStep([], 2, 2, 2)
         raise DataError("row 7 is broken")
 
     with one_ahead(steps(), device) as loaded:

@@ -18,6 +18,7 @@ from tailora.kernels.loss import FORMS
 from tailora.train import divergence
 from tailora.train.divergence import broken_gradients, broken_loss
 from tailora.train.events import Event, Interrupted, Note, Stepped
+from tailora.train.loss import BatchLayout
 from tailora.train.run_log import has_diverged, lock
 from tailora.train.trainer import Trainer, run
 
@@ -76,9 +77,8 @@ def test_the_first_broken_batch_is_enough_to_name_the_module(monkeypatch: pytest
 
     monkeypatch.setitem(FORMS, "of a test", losses)
     batches: list[Any] = ["first", "second"]
-    assert (
-        broken_loss(model, batches, "of a test") == "the loss is not finite; the first module with such an output is 0"
-    )
+    layout = BatchLayout(True, "of a test", 0)
+    assert broken_loss(model, batches, layout) == "the loss is not finite; the first module with such an output is 0"
     assert computed == ["first"]
 
 
