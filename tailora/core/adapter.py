@@ -49,6 +49,11 @@ class Adapter:
         return any(layer.has_start for layer in self.low_rank.values())
 
     @property
+    def waits_for_ranks(self) -> bool:
+        """True if it has AdaLoRA, whose ranks nothing moves yet."""
+        return self.config.adalora is not None and not self.has_allocator
+
+    @property
     def parts(self) -> dict[str, nn.Module]:
         return {**self.low_rank, **self.saved, **self.extras}
 
@@ -65,7 +70,7 @@ class Adapter:
         """Raises AdapterError if it is not complete yet, FormatError for a name that cannot be a folder's."""
         if reason := self.missing_data(name):
             raise AdapterError(reason)
-        if self.config.adalora is not None and not self.has_allocator:
+        if self.waits_for_ranks:
             raise AdapterError(f"the ranks of {name!r} were never moved: allocate_ranks(optimizer, steps) and train")
         if name in (".", "..") or "\0" in name or Path(name).name != name:
             raise FormatError(f"adapter name {name!r} cannot name a folder; add it under a plain name")

@@ -2,14 +2,28 @@
 
 The trainer is initialized with the base model, whose class and signature it inspects, and then trains the LoRAModel. It
 saves the adapter only: checkpoints hold the PEFT folder, optimizer, scheduler and random states, and no base weights.
+
+Losses that compare with a reference model (DPO, KTO; GRPO and RLOO with beta) get a `ReferenceModel`, where TRL would
+load the base a second time: its own way to switch an adapter off is for PEFT's classes only.
 """
 
-from collections.abc import Callable
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
-from tailora.errors import ConfigError, FormatError
+from torch import nn
+
+from tailora.core.adapter import Adapter
+from tailora.core.attach import evaluating
+from tailora.core.layer_types import layer_path_of
+from tailora.errors import ConfigError, FormatError, TailoraWarning
+from tailora.kernels.attention import packed_rows
 from tailora.model import LoRAModel
+from tailora.train.packing import choose_packing
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -17,8 +31,48 @@ if TYPE_CHECKING:
 SPARE = "read from the checkpoint"
 
 
+REFERENCE = "{}_reference"  # the adapter that keeps the values that the one of this name starts from
+MASKED = {"sdpa", "eager"}  # attention that keeps packed documents apart by a mask of all pairs of tokens
+LOADS_REFERENCE = {"GRPOTrainer", "RLOOTrainer"}  # have no argument `ref_model`, and load one if beta is not 0
+
+
+class ReferenceModel(nn.Module):
+    """The model as it is before training, in evaluation mode. It shares the base with the model that is trained.
+
+    An adapter that changes nothing yet is switched off. One that was trained before is copied, under another name.
+    """
+
+    def __init__(self, model: LoRAModel) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.names: list[str] = []
+        for name in model.active_adapters:
+            adapter = model.adapter(name)
+            if not _changes_nothing(adapter):
+                self.names.append(REFERENCE.format(name))
+                model._adapter_set.add(self.names[-1], copy.deepcopy(adapter))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes the place of `forward`, which TRL replaces by one that calls parts of the model."""
+        with self.model._activated(self.names), evaluating(self.model):
+            return self.model(*args, **kwargs)
+
+
+def _changes_nothing(adapter: Adapter) -> bool:
+    """True if it is plain LoRA with a factor of zeros. False is right for every adapter."""
+    if adapter.saved or adapter.extras or adapter.has_start:
+        return False
+    return all(
+        not (layer.lora_A.any() and layer.lora_B.any())
+        and all(part is None for part in (layer.lora_magnitude_vector, layer.lora_bias, layer.bias))
+        for layer in adapter.low_rank.values()
+    )
+
+
 class AdapterTraining:
     """Comes before a `Trainer` class in the bases and overrides its methods that save and load a model."""
+
+    _packing: tuple[str | None, str | None] | None = None  # what `choose_packing` returned
 
     def __init__(self, model: LoRAModel, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, LoRAModel):
@@ -26,7 +80,12 @@ class AdapterTraining:
         if not model.active_adapters or model.is_merged:
             raise ConfigError("no adapter to train: set_adapter(name), and unmerge() what is merged")
         trainer = cast(Any, super())
-        trainer.__init__(model.base_model, *args, **kwargs)
+        given = inspect.signature(trainer.__init__).bind_partial(model, *args, **kwargs).arguments
+        _check_arguments(model, given)
+        if "ref_model" in inspect.signature(trainer.__init__).parameters and given.get("ref_model") is None:
+            kwargs["ref_model"] = ReferenceModel(model)
+        with self._without_reference(model, given.get("args")):
+            trainer.__init__(model.base_model, *args, **kwargs)
         me = cast("Trainer", self)
         if me.is_fsdp_enabled or me.is_deepspeed_enabled:
             raise ConfigError("adapter checkpoints are not written under FSDP or DeepSpeed: use DDP or `tailora train`")
@@ -35,10 +94,55 @@ class AdapterTraining:
                 f"the trainer would split batches over {me.args.n_gpu} GPUs by nn.DataParallel, whose copies do not "
                 "take adapters along: start it with torchrun, a process for each GPU, or set CUDA_VISIBLE_DEVICES=0"
             )
+        _check_output_head(model)
+        if getattr(me.args, "disable_dropout", False):  # the trainer has done it for modules of the class Dropout
+            for name in model.active_adapters:
+                for layer in model.adapter(name).low_rank.values():
+                    layer.lora_dropout = 0.0
         me._set_signature_columns_if_needed()  # of the base's forward
         me.model = me.model_wrapped = model.to(me.args.device)
         if (me.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             model.enable_input_require_grads()  # or reentrant blocks would compute no gradients
+
+    @contextmanager
+    def _without_reference(self, model: LoRAModel, args: Any) -> Iterator[None]:
+        """Within the block a trainer of LOADS_REFERENCE is initialized as if beta were 0; then it gets a reference."""
+        beta = getattr(args, "beta", 0.0)
+        if not beta or LOADS_REFERENCE.isdisjoint(base.__name__ for base in type(self).__mro__):
+            yield
+            return
+        args.beta = 0.0
+        try:
+            yield
+        finally:
+            args.beta = beta
+        me: Any = self
+        me.beta, me.ref_model = beta, ReferenceModel(model)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with self._attention(inputs):
+            return cast(Any, super()).training_step(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with self._attention(inputs):
+            return cast(Any, super()).prediction_step(model, inputs, *args, **kwargs)
+
+    def _attention(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Packed rows get the attention of `kernels.attention`, if the model's own would be made with masks.
+
+        What computes it is tried on the model at the first packed batch, as in `tailora train`.
+        """
+        model = self._adapted()
+        base: Any = model.base_model
+        if "cu_seq_lens_q" not in inputs or base.config._attn_implementation not in MASKED:
+            return nullcontext()
+        if self._packing is None:
+            with evaluating(model):
+                self._packing = choose_packing(base, "auto")
+            if self._packing[1]:
+                warnings.warn(self._packing[1], TailoraWarning, stacklevel=2)
+        provider, _ = self._packing
+        return nullcontext() if provider is None else packed_rows(base, provider)
 
     def _adapted(self) -> LoRAModel:
         me = cast("Trainer", self)
@@ -85,6 +189,39 @@ class AdapterTraining:
             model.delete_adapter(SPARE)
             model.lora_layers.load_state_dict(saved)
         model.set_adapter(active)
+
+
+def _check_arguments(model: LoRAModel, given: dict[str, Any]) -> None:
+    """Raises ConfigError for what a trainer of TRL would do wrong, since it knows adapters of PEFT only."""
+    args = given.get("args")
+    if given.get("peft_config") is not None:
+        raise ConfigError("the model has its adapter: leave out peft_config, and give LoRAModel the LoRAConfig")
+    if getattr(args, "use_vllm", False):
+        raise ConfigError("use_vllm = True would generate without the adapter, whose weights TRL does not send to vLLM")
+    if getattr(args, "sync_ref_model", False):
+        raise ConfigError(
+            "sync_ref_model = True needs a reference model with weights of its own, and here it shares the base: give "
+            "a model as ref_model, or leave it out"
+        )
+    if unallocated := [name for name in model.active_adapters if model.adapter(name).waits_for_ranks]:
+        raise ConfigError(
+            f"adapter {unallocated[0]!r} moves its ranks, which trainers of transformers do not: call "
+            "allocate_ranks(optimizer, total_steps) and give them optimizers=(optimizer, None), or leave out adalora"
+        )
+
+
+def _check_output_head(model: LoRAModel) -> None:
+    """Raises ConfigError if a trainer of TRL multiplies by the output head's weight and the head is adapted."""
+    base: Any = model.base_model
+    if "fused_lm_head" not in inspect.signature(base.forward, follow_wrapped=False).parameters:
+        return
+    head = base.get_output_embeddings()
+    adapted = {layer_path_of(base, path) for name in model.active_adapters for path in model.adapter(name).parts}
+    if heads := [path for path in adapted if base.get_submodule(path) is head]:
+        raise ConfigError(
+            f"{heads[0]} is adapted, and the trainer computes log-probabilities with its weight alone, so that it "
+            "would not be trained: leave it out of target_modules, modules_to_save and trainable_token_indices"
+        )
 
 
 def _adapting(trainer: type[Any]) -> type[Any]:

@@ -12,10 +12,12 @@ import torch
 from datasets import Dataset
 from tiny import chat_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError
+from tailora.kernels import cpu_attention
+from tailora.train import huggingface
 from tailora.train.huggingface import adapting
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -33,7 +35,7 @@ def rows(count: int = 16) -> Dataset:
     return Dataset.from_list([{"input_ids": row, "labels": row, "note": "not for the model"} for row in ids])
 
 
-def trainer(folder: Path, config: LoRAConfig = CONFIGS["plain"], **settings: Any) -> Any:
+def trainer(folder: Path, config: LoRAConfig = CONFIGS["plain"], data_collator: Any = None, **settings: Any) -> Any:
     torch.manual_seed(0)
     arguments = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "seed": 0}
     arguments |= {"per_device_train_batch_size": 4, "report_to": [], "disable_tqdm": True, "use_cpu": True}
@@ -42,6 +44,7 @@ def trainer(folder: Path, config: LoRAConfig = CONFIGS["plain"], **settings: Any
         args=TrainingArguments(output_dir=str(folder), **{**arguments, **settings}),
         train_dataset=rows(),
         eval_dataset=rows(4),
+        data_collator=data_collator,
     )
 
 
@@ -105,6 +108,29 @@ def test_the_best_checkpoint_comes_back_at_the_end(tmp_path: Path) -> None:
     for name, value in numbers(tuner.model).items():
         assert torch.equal(value, numbers(kept)[name])
     assert tuner.evaluate()["eval_loss"] == pytest.approx(tuner.state.best_metric, rel=1e-5)
+
+
+def test_packed_rows_get_our_attention_and_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradient checkpointing, whose backward calls the attention again."""
+    calls = []
+
+    def attention(*args: Any) -> torch.Tensor:
+        calls.append(len(args[3]) - 1)  # documents
+        return own(*args)
+
+    own = cpu_attention.attention
+    monkeypatch.setattr(cpu_attention, "attention", attention)
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    curves = []
+    for is_ours in (True, False):
+        tuner = trainer(tmp_path, data_collator=collator, activation_checkpointing=True)
+        if not is_ours:
+            monkeypatch.setattr(huggingface, "MASKED", set())
+        calls.clear()
+        tuner.train()
+        curves.append([*losses(tuner), tuner.evaluate()["eval_loss"]])
+        assert (calls.count(4) > 0) == is_ours
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
 @pytest.mark.slow
