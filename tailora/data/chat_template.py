@@ -1,15 +1,18 @@
 """Renders a sample to text with the chat template, and finds the spans of the text that are trained.
 
-The replies of the assistant are found from the template itself:
+The replies of the assistant, which may be tool calls, are found from the template itself:
   - a template with {% generation %} marks them;
   - any other is rendered twice per reply: up to the reply (as `generate` would begin) and up to its end. Both must be
     prefixes of the whole text. Where a template rewrites earlier turns they are not, and that reply is read but not
     trained.
 A reply's span ends with its end-of-turn token; the model never generates what the template writes after it.
+
+Templates leave out what they do not know. Tools, calls and results that a template does not write are an error.
 """
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
@@ -18,7 +21,7 @@ from jinja2.exceptions import TemplateError
 from tokenizers.models import BPE, WordLevel, WordPiece
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tailora.data.schemas import SURROGATE, Conversation, Messages, Pair, Sample, Text
+from tailora.data.schemas import REASONING, SURROGATE, Conversation, Messages, Pair, Sample, Text, Tools
 from tailora.errors import DataError
 
 # ---- A tokenizer and its chat template
@@ -94,23 +97,29 @@ class ChatTokenizer:
                 self.cache[text] = ids
         return ids
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Messages, *, tools: Tools | None = None, add_generation_prompt: bool = False) -> str:
         """Returns the template's text for the messages. Raises DataError with the template's own words if it fails."""
         with _template_errors():
-            options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-            return _checked(str(self.tokenizer.apply_chat_template(messages, **options)))
+            options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "tools": tools}
+            return _checked(str(self.tokenizer.apply_chat_template(_with_thinking(messages), **options)))
 
-    def render_generation_spans(self, messages: Messages) -> tuple[str, list["Span"]]:
+    def render_generation_spans(self, chat: Conversation) -> tuple[str, list["Span"]]:
         """Returns the template's text, and the spans between {% generation %} and {% endgeneration %}."""
         with _template_errors():
             (text,), (spans,) = render_jinja_template(
-                conversations=[messages],
+                conversations=[_with_thinking(chat.messages)],
+                tools=chat.tools,
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
             text = _checked(str(text))
         return text, [(start, end) for start, end in spans]
+
+
+def _with_thinking(messages: Messages) -> Messages:
+    """Returns messages with their reasoning under both names that templates read."""
+    return [{"thinking": message[REASONING], **message} if REASONING in message else message for message in messages]
 
 
 @contextmanager
@@ -191,23 +200,22 @@ def _check_eos(tokenizer: ChatTokenizer) -> None:
 
 
 def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
-    replies = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    if GENERATION_MARK.search(tokenizer.template or ""):
-        text, spans = tokenizer.render_generation_spans(chat.messages)
-        earlier = sum(index < chat.first for index in replies)
-        if earlier and len(spans) != len(replies):
-            raise DataError(f"the chat template marks {len(spans)} replies where the conversation has {len(replies)}")
-        spans = spans[earlier:]
+    chat = fit_to_template(chat, tokenizer)
+    if _marks_replies(tokenizer):
+        text, marked = tokenizer.render_generation_spans(chat)
+        spans = _marked_reply_spans(chat, text, marked, tokenizer)
     else:
-        text = tokenizer.render(chat.messages)
-        spans_or_none = (_reply_span(chat.messages, index, text, tokenizer) for index in replies if index >= chat.first)
-        spans = [span for span in spans_or_none if span is not None]
+        text = tokenizer.render(chat.messages, tools=chat.tools)
+        spans = [
+            span for index in chat.trained_replies if (span := _reply_span(chat, index, text, tokenizer)) is not None
+        ]
     all_turns = (_end_turn(text, span, tokenizer) for span in spans)
     turns = [(start, end, has_end) for start, end, has_end in all_turns if start < end]
-    if not turns and any(replies):
+    if not turns and any(chat.replies):
         raise DataError(
-            "no reply can be located: the chat template writes replies in another form than its generation prompt; "
-            "put {% generation %} ... {% endgeneration %} around the reply in the template"
+            "no reply can be located: with the reply in place, the chat template no longer begins with the prompt that "
+            "generation begins with (some drop the system message then, or a thought that they have opened); leave out "
+            "the system message, or put {% generation %} ... {% endgeneration %} around the reply in the template"
         )
     if not turns:
         raise DataError("nothing to learn: the conversation has no reply, or only one that it begins with")
@@ -218,28 +226,78 @@ def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample
         text=text[:last_end],  # nothing is trained after it
         trained_spans=[(start, end) for start, end, _ in turns],
         add_eos=not has_end,
-        untrained_replies=max(0, sum(index >= chat.first for index in replies) - len(turns)),
+        untrained_replies=max(0, len(chat.trained_replies) - len(turns)),
     )
 
 
-def _reply_span(messages: Messages, index: int, text: str, tokenizer: ChatTokenizer) -> Span | None:
+def _marks_replies(tokenizer: ChatTokenizer) -> bool:
+    return GENERATION_MARK.search(tokenizer.template or "") is not None
+
+
+def _marked_reply_spans(chat: Conversation, text: str, spans: list[Span], tokenizer: ChatTokenizer) -> list[Span]:
+    """Returns the spans of the replies that are trained, of those that the template marks."""
+    if len(spans) != len(chat.replies):
+        if len(chat.trained_replies) < len(chat.replies):
+            raise DataError(
+                f"the chat template marks {len(spans)} replies where the conversation has {len(chat.replies)}"
+            )
+        return [_with_next_special(text, span, tokenizer) for span in spans]
+    by_reply = dict(zip(chat.replies, spans, strict=True))
+    trained = []
+    for index in chat.trained_replies:
+        start, end = by_reply[index]
+        if _has_reasoning(chat.messages[index], text[start:end]):
+            trained.append(_with_next_special(text, (start, end), tokenizer))
+        elif index == len(chat.messages) - 1:
+            raise DataError(_reasoning_left_out(index))
+    return trained
+
+
+def _reply_span(chat: Conversation, index: int, text: str, tokenizer: ChatTokenizer) -> Span | None:
     """Returns the span of message `index` in the text, found by rendering the messages before it and up to its end.
 
-    None if the template rewrites it when the chat goes on.
+    None if the template rewrites it when the chat goes on. Raises DataError if the template leaves its reasoning out.
     """
+    messages = chat.messages
     if index == 0:
         return None  # no model is ever asked to speak first
-    before = tokenizer.render(messages[:index], add_generation_prompt=True)
+    before = tokenizer.render(messages[:index], tools=chat.tools, add_generation_prompt=True)
     if not text.startswith(before):
         return None
-    if index == len(messages) - 1:
-        return len(before), len(text)
-    up_to_end = tokenizer.render(messages[: index + 1])
+    is_last = index == len(messages) - 1
+    up_to_end = text if is_last else tokenizer.render(messages[: index + 1], tools=chat.tools)
     # Some templates close the whole chat, not the turn, with EOS.
     for prefix in (up_to_end, up_to_end.removesuffix(tokenizer.eos or "")):
         if text.startswith(prefix) and len(prefix) >= len(before):
-            return len(before), len(prefix)
+            if not _has_reasoning(messages[index], prefix[len(before) :]):
+                raise DataError(_reasoning_left_out(index))
+            span = len(before), len(prefix)
+            return _with_next_special(text, span, tokenizer) if prefix == up_to_end else span
     return None
+
+
+def _has_reasoning(message: dict[str, Any], reply: str) -> bool:
+    return str(message.get(REASONING, "")).strip() in reply
+
+
+def _reasoning_left_out(index: int) -> str:
+    return (
+        f"the chat template does not write the {REASONING} of message {index}, so it could not be learned: write it "
+        "into the content, in the form in which the model is to think, or remove it"
+    )
+
+
+def _with_next_special(text: str, span: Span, tokenizer: ChatTokenizer) -> Span:
+    """Returns a span that has no special token at its end up to the end of the one that follows, if any.
+
+    It may stand outside of {% generation %}, or begin the next turn: GLM's replies end with the <|user|> after them.
+    """
+    start, end = span
+    if text[start:end].rstrip().endswith(tokenizer.special_tokens):
+        return span
+    candidates = (token for token in tokenizer.special_tokens if token != tokenizer.tokenizer.bos_token)
+    following = max((token for token in candidates if text.startswith(token, end)), key=len, default="")
+    return start, end + len(following)
 
 
 def _end_turn(text: str, span: Span, tokenizer: ChatTokenizer) -> tuple[int, int, bool]:
@@ -258,6 +316,109 @@ def _end_turn(text: str, span: Span, tokenizer: ChatTokenizer) -> tuple[int, int
     if closing:
         eos_ends = [token_end for token, token_end in closing if token == tokenizer.eos]
         return start, min(eos_ends or [token_end for _, token_end in closing]), True
-    if tokenizer.eos and text.startswith(tokenizer.eos, end):
-        return start, end + len(tokenizer.eos), True  # {% generation %} around the words alone
     return start, end, False
+
+
+# ---- Tools: arguments in the form that the template reads, and whether it writes all of them
+
+MARK = "zqx{}xqz"  # stands in no template; numbered, and the number cannot be the beginning of another one
+
+
+def fit_to_template(chat: Conversation, tokenizer: ChatTokenizer) -> Conversation:
+    """Returns the conversation with the arguments of tool calls as the template reads them: objects, or JSON text.
+
+    Raises DataError if the template does not write its tools, calls or results, or the calls are outside of the spans
+    that it marks as generated.
+    """
+    is_tool_message = (message["role"] == "tool" or "tool_calls" in message for message in chat.messages)
+    if not chat.tools and not any(is_tool_message):
+        return chat
+    problems = []
+    for convert in (_arguments_as_objects, _arguments_as_text):
+        candidate = replace(chat, messages=_convert_arguments(chat.messages, convert))
+        try:
+            missing = _not_written(candidate, convert, tokenizer)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if not missing:
+            return candidate
+        problems.insert(0, f"the chat template does not write {missing}: {NO_TOOLS}")
+    raise DataError(problems[0])
+
+
+NO_TOOLS = (
+    "take a model whose template supports tools, or write tools and calls into the contents, in the form in which the "
+    "model is to call them"
+)
+
+
+def _arguments_as_objects(arguments: Any) -> Any:
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+def _arguments_as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _convert_arguments(messages: Messages, convert: Callable[[Any], Any]) -> Messages:
+    def converted(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": convert(function["arguments"])}}
+
+    return [
+        {**message, "tool_calls": [converted(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def _not_written(chat: Conversation, convert: Callable[[Any], Any], tokenizer: ChatTokenizer) -> str:
+    """Returns which tool, call or result the template leaves out, or writes as Python; "" if it writes all as they are.
+
+    Each gets a mark, and the marks are looked for: a name or result may stand elsewhere in the text, too.
+    """
+    names: list[str] = []  # of what mark number i stands in
+
+    def mark(name: str) -> str:
+        names.append(name)
+        return MARK.format(len(names) - 1)
+
+    def marked_call(call: dict[str, Any], name: str) -> dict[str, Any]:
+        function = call["function"]
+        new_name, key = function["name"] + mark(name), mark(f"the arguments of {name}")
+        arguments = convert({**_arguments_as_objects(function["arguments"]), key: key})
+        return {**call, "function": {**function, "name": new_name, "arguments": arguments}}
+
+    messages, of_calls = [], set[int]()
+    for index, message in enumerate(chat.messages):
+        if "tool_calls" in message:
+            first = len(names)
+            calls = [
+                marked_call(call, f"tool call {i} of message {index}") for i, call in enumerate(message["tool_calls"])
+            ]
+            of_calls |= set(range(first, len(names))) if index in chat.trained_replies else set()
+            messages.append({**message, "tool_calls": calls})
+        elif message["role"] == "tool":
+            messages.append({**message, "content": message["content"] + mark(f"the tool result, message {index}")})
+        else:
+            messages.append(message)
+    tools = [
+        {**tool, "function": {**tool["function"], "name": tool["function"]["name"] + mark(f"tool {index}")}}
+        for index, tool in enumerate(chat.tools or [])
+    ]
+    marked = replace(chat, messages=messages, tools=tools or None)
+    generated = None
+    if _marks_replies(tokenizer):
+        text, spans = tokenizer.render_generation_spans(marked)
+        generated = "".join(text[start:end] for start, end in spans)
+    else:
+        text = tokenizer.render(messages, tools=marked.tools)
+    for number, name in enumerate(names):
+        written = MARK.format(number)
+        if written not in text or f"'{written}': '{written}'" in text:
+            return name
+        if generated is not None and number in of_calls and written not in generated:
+            return f"{name} between {{% generation %}} and {{% endgeneration %}}"
+    return ""

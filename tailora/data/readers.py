@@ -283,9 +283,23 @@ def read_parquet(path: Path) -> Rows:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
             for fields in batch.to_pylist():
                 number += 1
-                yield Row(str(path), number, fields)
+                yield _arrow_row(str(path), number, fields)
     except pyarrow.ArrowException as error:
         yield RowProblem(str(path), number, f"not Parquet: {str(error).splitlines()[0]}")
+
+
+def _arrow_row(file: str, number: int, fields: dict[str, Any]) -> Row:
+    """Returns a row without the nulls within its values.
+
+    Arrow gives an object all keys that any object of the column has: the arguments of a tool call, those of all tools.
+    """
+
+    def without_nulls(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+        return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+    return Row(file, number, {key: without_nulls(value) for key, value in fields.items()})
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
@@ -315,7 +329,7 @@ def read_hub(source: str, split: str, streaming: bool) -> Iterator[Row]:
     with _datasets_errors(source, name):
         rows = datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
         for number, fields in enumerate(rows, 1):
-            yield Row(f"{source}[{split}]", number, fields)
+            yield _arrow_row(f"{source}[{split}]", number, fields)
 
 
 def read_saved(folder: Path, split: str) -> Iterator[Row]:
@@ -328,7 +342,7 @@ def read_saved(folder: Path, split: str) -> Iterator[Row]:
             raise DataError(f"data {folder}: no split {split!r}{nearest(split, saved)}; there are {', '.join(saved)}")
         rows = saved[split] if isinstance(saved, dict) else saved
         for number, fields in enumerate(rows, 1):
-            yield Row(str(folder), number, fields)
+            yield _arrow_row(str(folder), number, fields)
 
 
 @contextmanager

@@ -1,16 +1,21 @@
 """The schemas that rows come in, recognised by their keys, and the conversion of a row to a sample.
 
-    schema              required keys           optional     becomes
-    messages            messages                             Conversation
-    sharegpt            conversations           system       Conversation
-    prompt/completion   prompt, completion                   Pair, or Conversation if the two are lists of messages
-    alpaca              instruction, output     input        Pair
-    choices             prompt, choices, answer              Choices: a Pair or Conversation for every choice
-    text                text                                 Text
+    schema              required keys           optional         becomes
+    messages            messages                tools            Conversation
+    sharegpt            conversations           system, tools    Conversation
+    prompt/completion   prompt, completion      tools            Pair, or Conversation if one of the two is a list of
+                                                                 messages or there are tools
+    alpaca              instruction, output     input            Pair
+    choices             prompt, choices, answer                  Choices: a Pair or Conversation for every choice
+    text                text                                     Text
 
 In choices, prompt may be called question, and answer label.
+
+Messages have OpenAI's form: role, content, tool_calls, tool_call_id, name. Reasoning is reasoning_content here,
+whatever name the row has for it. `train: false` or `weight: 0` marks a reply that is read but not trained.
 """
 
+import json
 import re
 import reprlib
 import string
@@ -25,15 +30,31 @@ from tailora.errors import DataError, listing, nearest
 
 # ---- Samples: what a row becomes
 
-Messages: TypeAlias = list[dict[str, str]]  # role and content
+Messages: TypeAlias = list[dict[str, Any]]  # role and content, and what else the chat template may read
+Tools: TypeAlias = list[dict[str, Any]]  # functions in OpenAI's form: type, and function with name and parameters
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Chat messages. Those of the assistant are trained, from the message number `first` on."""
+    """Chat messages. Those of the assistant are trained.
+
+    first: the number of the message at which the completion begins; the prompt before it is not trained.
+    untrained: numbers of messages that the row marks as not trained.
+    """
 
     messages: Messages
     first: int = 0
+    untrained: frozenset[int] = frozenset()
+    tools: Tools | None = None
+
+    @property
+    def replies(self) -> list[int]:
+        """The numbers of all messages of the assistant."""
+        return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    @property
+    def trained_replies(self) -> list[int]:
+        return [index for index in self.replies if index >= self.first and index not in self.untrained]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,29 +97,29 @@ SHAREGPT_ROLES = {
     "bot": "assistant",
     "model": "assistant",
     "function": "tool",
+    "function_call": "assistant",
+    "observation": "tool",
 }
-# These change what should be trained, so ignoring them would silently train on something else.
-UNSUPPORTED_KEYS = ("tool_calls", "function_call", "weight")
 
 
 def from_messages(values: dict[str, Any]) -> Conversation:
-    return _with_reply(Conversation(_messages(values["messages"], "messages")))
+    return _conversation(_messages(values["messages"], "messages"), values)
 
 
 def from_sharegpt(values: dict[str, Any]) -> Conversation:
     messages = _messages(values["conversations"], "conversations", _sharegpt_message)
     if system := _optional_text(values, "system"):
-        messages.insert(0, {"role": "system", "content": system})
-    return _with_reply(Conversation(messages))
+        messages.insert(0, ({"role": "system", "content": system}, None))
+    return _conversation(messages, values)
 
 
 def from_prompt(values: dict[str, Any]) -> Sample:
     prompt, completion = values["prompt"], values["completion"]
-    if not isinstance(prompt, list) and not isinstance(completion, list):
+    if not isinstance(prompt, list) and not isinstance(completion, list) and not _tools(values):
         return _pair(_text(prompt, "prompt"), _text(completion, "completion"))
     before = _as_messages(prompt, "prompt", "user")
     after = _as_messages(completion, "completion", "assistant")
-    return _with_reply(Conversation(before + after, first=len(before)))
+    return _conversation(before + after, values, first=len(before))
 
 
 def from_alpaca(values: dict[str, Any]) -> Pair:
@@ -127,6 +148,7 @@ def from_choices(values: dict[str, Any]) -> Choices:
 
 # ---- Values of a row: checked, or DataError
 
+ReadMessage: TypeAlias = tuple[dict[str, Any], bool | None]  # a message, and whether the row says to train it
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -136,10 +158,15 @@ def _pair(prompt: str, completion: str) -> Pair:
     return Pair(prompt, completion)
 
 
-def _with_reply(conversation: Conversation) -> Conversation:
-    trained = [message for message in conversation.messages[conversation.first :] if message["role"] == "assistant"]
-    if not any(message["content"].strip() for message in trained):
-        raise DataError("nothing to learn: no assistant message with content")
+def _conversation(read: list[ReadMessage], values: dict[str, Any], first: int = 0) -> Conversation:
+    """values: those of the row, for its tools."""
+    messages = [message for message, _ in read]
+    untrained = frozenset(index for index, (_, is_trained) in enumerate(read) if is_trained is False)
+    conversation = Conversation(messages, first, untrained, _tools(values))
+    trained = [messages[index] for index in conversation.trained_replies]
+    if not any(message["content"].strip() or message.keys() & {"tool_calls", REASONING} for message in trained):
+        marked = " that is to be trained" if untrained else ""
+        raise DataError(f"nothing to learn: no assistant message with content{marked}")
     return conversation
 
 
@@ -184,43 +211,140 @@ def _answer_index(value: Any, texts: list[str], labels: list[str]) -> int:
     raise DataError(f"answer {_short_repr(value)} is none of the choices; write {possible} or the text of a choice")
 
 
-def _as_messages(value: Any, name: str, role: str) -> Messages:
-    return _messages(value, name) if isinstance(value, list) else [{"role": role, "content": _text(value, name)}]
+def _as_messages(value: Any, name: str, role: str) -> list[ReadMessage]:
+    return (
+        _messages(value, name) if isinstance(value, list) else [({"role": role, "content": _text(value, name)}, None)]
+    )
 
 
-def _message(message: Any, name: str) -> dict[str, str]:
+REASONING = "reasoning_content"
+REASONING_KEYS = (REASONING, "thinking", "reasoning")  # of vLLM and most templates; of gpt-oss; of OpenRouter
+
+
+def _message(message: Any, name: str) -> ReadMessage:
+    """Returns the message, and whether it is to be trained; None if it does not say."""
     if not isinstance(message, dict):
         raise DataError(f"{name} is {_short_repr(message)} where an object with role and content is needed")
-    role = message.get("role")
+    message = {key: value for key, value in message.items() if value is not None}
+    role = "tool" if message.get("role") == "function" else message.get("role")
     if role not in ROLES:
         hint = nearest(role, ROLES) if isinstance(role, str) else ""
         raise DataError(f"{name}: role {_short_repr(role)} is unknown{hint}; roles are {', '.join(ROLES)}")
-    for key in UNSUPPORTED_KEYS:
-        if message.get(key) not in (None, [], {}, 1):
-            raise DataError(f"{name}: {key} cannot be learned from yet; remove it or the row")
+    is_trained = _train_flag(message, role, name)
+    special: dict[str, Any] = {"role": role}
+    if calls := _tool_calls(message, name):
+        if role != "assistant":
+            raise DataError(f"{name}: only the assistant calls tools, and the role is {role}")
+        special["tool_calls"] = calls
+    special["content"] = "" if calls and message.get("content") is None else _content(message, name)
+    if reasoning := [message[key] for key in REASONING_KEYS if message.get(key)]:
+        special[REASONING] = _text(reasoning[0], f"{name}.{REASONING}")
+    used = {"tool_calls", "function_call", "train", "weight", *special, *REASONING_KEYS}
+    # What else there is, such as name and tool_call_id, is left to the chat template.
+    other = {
+        key: _text(value, f"{name}.{key}") if isinstance(value, str) else value
+        for key, value in message.items()
+        if key not in used
+    }
+    return {**other, **special}, is_trained
+
+
+def _content(message: dict[str, Any], name: str) -> str:
     content = message.get("content")
-    if isinstance(content, list):  # of text parts
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text":
-                raise DataError(f"{name}.content holds {_short_repr(part)}; only text parts can be learned from")
-        content = "".join(_text(part.get("text"), f"{name}.content") for part in content)
-    # Other text, such as reasoning_content, is left to the chat template.
-    other = {key: _text(value, f"{name}.{key}") for key, value in message.items() if isinstance(value, str)}
-    return {**other, "role": role, "content": _text(content, f"{name}.content")}
+    if not isinstance(content, list):
+        return _text(content, f"{name}.content")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise DataError(f"{name}.content holds {_short_repr(part)}; only text parts can be learned from")
+    return "".join(_text(part.get("text"), f"{name}.content") for part in content)
 
 
-def _sharegpt_message(turn: Any, name: str) -> dict[str, str]:
+def _train_flag(message: dict[str, Any], role: str, name: str) -> bool | None:
+    """Returns what `train`, or OpenAI's `weight`, says about the message."""
+    flags = []
+    for key, possible in (("train", (True, False)), ("weight", (1, 0))):
+        value = message.get(key)
+        if value is None:
+            continue
+        if value not in possible or (key == "train" and type(value) is not bool):
+            what = "true or false" if key == "train" else "0 or 1; the weight of a whole row is a key beside messages"
+            raise DataError(f"{name}: {key} is {_short_repr(value)} where a message has {what}")
+        flags.append(bool(value))
+    if len(set(flags)) > 1:
+        raise DataError(f"{name}: train and weight contradict each other; give one")
+    if True in flags and role != "assistant":
+        raise DataError(f"{name}: only replies of the assistant are trained, and the role is {role}; leave out train")
+    return flags[0] if flags else None
+
+
+def _tool_calls(message: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Returns the calls in OpenAI's form; [] if there are none."""
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise DataError(f"{name}.tool_calls is {_short_repr(calls)} where a list of calls is needed")
+    if message.get("function_call"):  # OpenAI's older form, with one call
+        calls = [*calls, message["function_call"]]
+    return [_tool_call(call, f"{name}.tool_calls[{index}]") for index, call in enumerate(calls)]
+
+
+def _tool_call(call: Any, name: str) -> dict[str, Any]:
+    """Accepts a call with or without the object `function` around its name and arguments."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise DataError(f"{name} is {_short_repr(call)} where a function with name and arguments is needed")
+    arguments = function.get("arguments")
+    arguments = {} if arguments in (None, "") else arguments
+    parsed = _parsed(arguments, f"{name}.arguments") if isinstance(arguments, str) else arguments
+    if not isinstance(parsed, dict):
+        raise DataError(f"{name}.arguments is {_short_repr(arguments)} where an object, or its JSON text, is needed")
+    outer = {key: value for key, value in call.items() if value is not None} if function is not call else {}
+    return {**outer, "type": "function", "function": {**function, "arguments": arguments}}
+
+
+def _parsed(text: str, name: str) -> Any:
+    """Reads JSON text within a row."""
+    try:
+        return json.loads(_text(text, name))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} is no JSON text: {error}") from None
+
+
+def _tools(values: dict[str, Any]) -> Tools | None:
+    """Returns the functions that the row offers the assistant, in OpenAI's form; None if there are none."""
+    tools = values.get("tools")
+    tools = _parsed(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise DataError(f"tools is {_short_repr(tools)} where a list of functions, or its JSON text, is needed")
+    for index, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(
+                f"tools[{index}] is {_short_repr(tool)} where a function with name and parameters is needed"
+            )
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _sharegpt_message(turn: Any, name: str) -> ReadMessage:
     if isinstance(turn, dict) and "role" in turn:
         return _message(turn, name)
     if not isinstance(turn, dict) or "from" not in turn:
         raise DataError(f"{name} is {_short_repr(turn)} where an object with from and value is needed")
-    sender = turn["from"]
+    sender, value = turn["from"], turn.get("value")
     if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
         raise DataError(f"{name}: from {_short_repr(sender)} is unknown; values are {', '.join(SHAREGPT_ROLES)}")
-    return {"role": SHAREGPT_ROLES[sender], "content": _text(turn.get("value"), f"{name}.value")}
+    message = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    message["role"] = SHAREGPT_ROLES[sender]
+    if sender == "function_call":
+        calls = _parsed(_text(value, f"{name}.value"), f"{name}.value")
+        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
+    else:
+        message["content"] = _text(value, f"{name}.value")
+    return _message(message, name)
 
 
-def _messages(value: Any, name: str, read: Callable[[Any, str], dict[str, str]] = _message) -> Messages:
+def _messages(value: Any, name: str, read: Callable[[Any, str], ReadMessage] = _message) -> list[ReadMessage]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{name} is {_short_repr(value)} where a list of messages is needed")
     return [read(message, f"{name}[{index}]") for index, message in enumerate(value)]
@@ -273,9 +397,9 @@ class Schema:
 
 # If several fit, the first wins: `messages` says more than the `prompt` that often comes with it.
 SCHEMAS = (
-    Schema("messages", from_messages, ("messages",)),
-    Schema("sharegpt", from_sharegpt, ("conversations",), ("system",)),
-    Schema("prompt/completion", from_prompt, ("prompt", "completion")),
+    Schema("messages", from_messages, ("messages",), ("tools",)),
+    Schema("sharegpt", from_sharegpt, ("conversations",), ("system", "tools")),
+    Schema("prompt/completion", from_prompt, ("prompt", "completion"), ("tools",)),
     Schema("alpaca", from_alpaca, ("instruction", "output"), ("input",)),
     *(
         Schema("choices", from_choices, (prompt, "choices", answer))

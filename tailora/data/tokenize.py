@@ -2,13 +2,20 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from tailora.data.chat_template import ChatTokenizer, RenderedSample, Tokens, render_sample, to_conversation
+from tailora.data.chat_template import (
+    ChatTokenizer,
+    RenderedSample,
+    Tokens,
+    fit_to_template,
+    render_sample,
+    to_conversation,
+)
 from tailora.data.dataset import IGNORED, Example
 from tailora.data.loss_mask import loss_mask
 from tailora.data.schemas import Conversation, Pair, Sample, Text
@@ -86,17 +93,29 @@ def prompt_ids(sample: Conversation | Pair, tokenizer: Any) -> list[int]:
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     if chat_tokenizer.template is None and isinstance(sample, Pair):
         return chat_tokenizer.bos_ids + chat_tokenizer.token_ids(sample.prompt)
-    messages = to_conversation(sample).messages
-    replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    before_reply = messages[: replies[-1]] if replies else messages
-    return chat_tokenizer.token_ids(chat_tokenizer.render(before_reply, add_generation_prompt=True))
+    chat = fit_to_template(to_conversation(sample), chat_tokenizer)
+    before_reply = chat.messages[: last_reply(chat)]
+    return chat_tokenizer.token_ids(chat_tokenizer.render(before_reply, tools=chat.tools, add_generation_prompt=True))
 
 
-def reply_text(sample: Sample) -> str:
-    """Returns the last text that is trained."""
-    if isinstance(sample, Conversation):
-        return next(message["content"] for message in reversed(sample.messages) if message["role"] == "assistant")
-    return sample.text if isinstance(sample, Text) else sample.completion
+def last_reply(chat: Conversation) -> int | None:
+    """Returns the number of the last reply that is trained; None if the conversation has no reply."""
+    return max(chat.trained_replies or chat.replies, default=None)
+
+
+def reply_text(sample: Sample, tokenizer: Any) -> str:
+    """Returns the last text that is trained; of tool calls, what the template writes for them."""
+    if isinstance(sample, Text):
+        return sample.text
+    if isinstance(sample, Pair):
+        return sample.completion
+    index = last_reply(sample)
+    assert index is not None  # rows without a reply are refused
+    message = sample.messages[index]
+    if "tool_calls" not in message:
+        return str(message["content"])
+    ids = encode_sample(replace(sample, messages=sample.messages[: index + 1]), tokenizer, sys.maxsize).input_ids
+    return str(tokenizer.decode(ids[len(prompt_ids(sample, tokenizer)) :].tolist(), skip_special_tokens=True))
 
 
 def preview(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

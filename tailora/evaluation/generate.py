@@ -19,7 +19,7 @@ from transformers import GenerationConfig, TextIteratorStreamer
 from tailora.core.attach import evaluating
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.schemas import Conversation, Messages, Pair, Sample, Text
-from tailora.data.tokenize import encode_sample, prompt_ids
+from tailora.data.tokenize import encode_sample, last_reply, prompt_ids
 from tailora.errors import DataError
 from tailora.train.parallel import is_sharded
 from tailora.train.random_state import seeded
@@ -46,10 +46,9 @@ def make_prompt(question: str | Sample, tokenizer: Any) -> Prompt:
         return Prompt(opening, plain_ids(opening, tokenizer))
     if isinstance(question, Pair):
         return Prompt(question.prompt, prompt_ids(question, tokenizer))
-    messages = question.messages
-    replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    last = messages[replies[-1] - 1] if replies else messages[-1]
-    return Prompt(last["content"], prompt_ids(question, tokenizer))
+    reply = last_reply(question)
+    asked = question.messages[-1 if reply is None else reply - 1]
+    return Prompt(asked["content"], prompt_ids(question, tokenizer))
 
 
 def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:

@@ -58,7 +58,7 @@ def tokenize_choices(questions: Sequence[Choices], tokenizer: Any, max_length: i
         if any(result.length > max_length for result in encoded):
             continue
         examples += [_without_end_of_turn(result.example, chat_tokenizer) for result in encoded]
-        sizes += [len(reply_text(option).strip().encode()) for option in question.options]
+        sizes += [len(reply_text(option, tokenizer).strip().encode()) for option in question.options]
         starts.append(len(examples))
         answers.append(question.answer)
     return TokenizedChoices(

@@ -360,7 +360,7 @@ def match_answer(
     prompt = make_prompt(sample, tokenizer)
     if free_positions(model, len(prompt.ids)) < 1:
         return None
-    expected = normalize(reply_text(sample))
+    expected = normalize(reply_text(sample, tokenizer))
 
     def answer_in(output: Tensor) -> str:
         new = output[0, len(prompt.ids) :]
@@ -374,7 +374,7 @@ def match_answer(
     with evaluating(model), torch.no_grad():
         arguments = generation_arguments(model, tokenizer, prompt.ids, max_new_tokens=max_new_tokens)
         answer = answer_in(model.generate(**arguments, stopping_criteria=[is_wrong]))
-    return Match(prompt.text, reply_text(sample).strip(), answer.strip(), normalize(answer) == expected)
+    return Match(prompt.text, reply_text(sample, tokenizer).strip(), answer.strip(), normalize(answer) == expected)
 
 
 # ---- From totals to scores

@@ -1,8 +1,9 @@
 """What is learned under the templates that models really have, written as text with the learned spans in [[ ]]."""
 
 import pytest
+from brackets import with_brackets
 
-from tailora.data.chat_template import ChatTokenizer, RenderedSample, render_sample
+from tailora.data.chat_template import ChatTokenizer, render_sample
 from tailora.data.schemas import Conversation, Pair, Text
 from tailora.errors import DataError
 
@@ -47,14 +48,6 @@ def chat(*contents: str, system: str | None = None, first: int = 0) -> Conversat
     roles = ("user", "assistant")
     messages = [{"role": roles[place % 2], "content": content} for place, content in enumerate(contents)]
     return Conversation([{"role": "system", "content": system}, *messages] if system else messages, first)
-
-
-def with_brackets(rendered: RenderedSample) -> str:
-    text, done = "", 0
-    for start, stop in rendered.trained_spans:
-        text += f"{rendered.text[done:start]}[[{rendered.text[start:stop]}]]"
-        done = stop
-    return text + rendered.text[done:] + ("[[EOS]]" if rendered.add_eos else "")
 
 
 @pytest.mark.parametrize(

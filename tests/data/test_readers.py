@@ -169,6 +169,17 @@ def test_a_huge_json_value_is_not_read(tmp_path: Path) -> None:
     assert "more than 2 GiB: write JSON lines" in problem.cause
 
 
+def test_arguments_of_tool_calls_keep_only_their_own_keys_in_arrow(tmp_path: Path) -> None:
+    """A column of objects has the keys of all of them, and null where one has none."""
+    rows = [{"text": None, "calls": [{"arguments": arguments}]} for arguments in ({"city": "Rome"}, {"day": 1})]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for source in ("a.parquet", "saved"):
+        assert [row.fields for row in read_rows(str(tmp_path / source)) if isinstance(row, Row)] == rows
+    (tmp_path / "a.jsonl").write_text('{"arguments": {"day": null}}')
+    assert [row.fields for row in read_rows(str(tmp_path / "a.jsonl"))] == [{"arguments": {"day": None}}]
+
+
 def test_good_lines_around_a_bad_one_are_still_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\nbad\n{"text": "b"}\nworse\n')

@@ -1,5 +1,7 @@
 """Schemas are detected by their keys, and rows become samples."""
 
+import json
+
 import pytest
 
 from tailora.data.readers import Row, RowProblem
@@ -94,6 +96,19 @@ def test_a_mistyped_mapping_names_the_nearest(field, message) -> None:
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+
+
+def called(name: str, arguments: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calling(*calls: dict[str, object]) -> dict[str, object]:
+    return {"role": "assistant", "content": "", "tool_calls": list(calls)}
+
+
+CALL = {"id": "1", **called("f", '{"a": 1}')}
+
 
 def chat_reply(text: str) -> Conversation:
     return Conversation([USER, {"role": "assistant", "content": text}], first=1)
@@ -125,6 +140,67 @@ def converted(fields: dict[str, object]) -> object:
             Conversation([{"role": "system", "content": "be"}, USER, REPLY]),
         ),
         ({"conversations": [USER, REPLY]}, Conversation([USER, REPLY])),
+        (  # content may be null beside calls
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+            Conversation([USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}]),
+        ),
+        (  # without the object around the function, and with arguments that are an object or absent
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}}, {"name": "g"}]},
+                ]
+            },
+            Conversation([USER, calling(called("f", {"a": 1}), called("g", {}))]),
+        ),
+        (  # OpenAI's older form
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+                ]
+            },
+            Conversation([USER, calling(called("f", "{}"))]),
+        ),
+        (
+            {"messages": [USER, calling(CALL), {"role": "function", "name": "f", "content": "1"}, REPLY]},
+            Conversation([USER, calling(CALL), {"role": "tool", "name": "f", "content": "1"}, REPLY]),
+        ),
+        (
+            {"messages": [USER, REPLY], "tools": [TOOL, {"name": "g", "parameters": {}}]},
+            Conversation(
+                [USER, REPLY], tools=[TOOL, {"type": "function", "function": {"name": "g", "parameters": {}}}]
+            ),
+        ),
+        ({"messages": [USER, REPLY], "tools": json.dumps([TOOL])}, Conversation([USER, REPLY], tools=[TOOL])),
+        ({"messages": [USER, REPLY], "tools": []}, Conversation([USER, REPLY])),
+        ({"prompt": "hi", "completion": "hello", "tools": [TOOL]}, Conversation([USER, REPLY], first=1, tools=[TOOL])),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "hi"},
+                    {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+                    {"from": "observation", "value": "1"},
+                    {"from": "gpt", "value": "hello", "weight": 0},
+                ],
+                "tools": json.dumps([TOOL]),
+            },
+            Conversation(
+                [USER, calling(called("f", {"a": 1})), {"role": "tool", "content": "1"}, REPLY],
+                untrained=frozenset({3}),
+                tools=[TOOL],
+            ),
+        ),
+        (
+            {"messages": [{**USER, "train": False}, {**REPLY, "train": False}, USER, {**REPLY, "weight": 1}]},
+            Conversation([USER, REPLY, USER, REPLY], untrained=frozenset({0, 1})),
+        ),
+        (
+            {"conversations": [{**USER, "id": 7}, {**REPLY, "thinking": "hm"}], "system": "be"},
+            Conversation(
+                [{"role": "system", "content": "be"}, {**USER, "id": 7}, {**REPLY, "reasoning_content": "hm"}]
+            ),
+        ),
         (
             {"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]},
             Conversation([USER, REPLY]),
@@ -162,8 +238,39 @@ def test_a_row_becomes_a_sample(fields, sample) -> None:
         ),
         ({"messages": [{"content": "x"}]}, "messages[0]: role None is unknown"),
         ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content is None where text is needed"),
-        ({"messages": [USER, {**REPLY, "tool_calls": [1]}]}, "messages[1]: tool_calls cannot be learned from yet"),
-        ({"messages": [USER, {**REPLY, "weight": 0}]}, "messages[1]: weight cannot be learned from yet"),
+        (
+            {"messages": [USER, {**REPLY, "tool_calls": [1]}]},
+            "messages[1].tool_calls[0] is 1 where a function with name",
+        ),
+        (
+            {"messages": [USER, {**REPLY, "tool_calls": {"name": "f"}}]},
+            "tool_calls is {'name': 'f'} where a list of calls",
+        ),
+        (
+            {"messages": [USER, calling({"name": "f", "arguments": "{"})]},
+            "tool_calls[0].arguments is no JSON text: Expec",
+        ),
+        (
+            {"messages": [USER, calling({"name": "f", "arguments": "[1]"})]},
+            "arguments is '[1]' where an object, or its",
+        ),
+        ({"messages": [{**USER, "tool_calls": [CALL]}, REPLY]}, "messages[0]: only the assistant calls tools, and the"),
+        (
+            {"messages": [USER, REPLY], "tools": {"f": 1}},
+            "tools is {'f': 1} where a list of functions, or its JSON text",
+        ),
+        ({"messages": [USER, REPLY], "tools": "f"}, "tools is no JSON text: Expecting value"),
+        ({"messages": [USER, REPLY], "tools": [{"f": 1}]}, "tools[0] is {'f': 1} where a function with name"),
+        ({"messages": [USER, {**REPLY, "weight": 0.5}]}, "messages[1]: weight is 0.5 where a message has 0 or 1"),
+        ({"messages": [USER, {**REPLY, "train": 0}]}, "messages[1]: train is 0 where a message has true or false"),
+        ({"messages": [USER, {**REPLY, "train": True, "weight": 0}]}, "messages[1]: train and weight contradict"),
+        ({"messages": [{**USER, "train": True}, REPLY]}, "messages[0]: only replies of the assistant are trained"),
+        ({"messages": [USER, {**REPLY, "train": False}]}, "no assistant message with content that is to be trained"),
+        (
+            {"messages": [USER, {**REPLY, "reasoning_content": ["hm"]}]},
+            "messages[1].reasoning_content is ['hm'] where text",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "conversations[0].value is no JSON text"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]},
             "only text parts can be learned from",

@@ -163,8 +163,8 @@ def test_a_sample_without_trained_tokens_is_refused(bytes_tokenizer) -> None:
 
 
 @pytest.mark.parametrize(("sample", "reply"), [(CHAT, "fine, thanks"), (Pair("a", "b"), "b"), (Text("c"), "c")])
-def test_the_reply_is_the_last_trained_text(sample: Sample, reply: str) -> None:
-    assert reply_text(sample) == reply
+def test_the_reply_is_the_last_trained_text(bytes_tokenizer, sample: Sample, reply: str) -> None:
+    assert reply_text(sample, bytes_tokenizer()) == reply
 
 
 def test_the_first_token_is_never_trained_since_nothing_predicts_it(bytes_tokenizer) -> None:

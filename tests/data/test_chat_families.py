@@ -1,0 +1,484 @@
+"""What is trained under the chat templates of the model families, whose formats stand in chat_templates/ as Jinja.
+
+Learned spans are in [[ ]]. They are checked twice: against the formats as they are written here, and token by token
+against the prompt that generation would begin with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from brackets import with_brackets
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from tailora.data.chat_template import ChatTokenizer, fit_to_template, render_sample
+from tailora.data.dataset import IGNORED
+from tailora.data.schemas import Conversation, from_messages
+from tailora.data.tokenize import encode_sample
+from tailora.errors import DataError
+
+TEMPLATES = Path(__file__).parent / "chat_templates"
+TRL_TEMPLATES = {  # the originals of some, in TRL
+    "llama3": "llama3_1",
+    "qwen2_5": "qwen2_5",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3",
+    "phi3": "phi3",
+    "glm4_5": "glm4moe",
+    "cohere": "cohere",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """special: the special tokens; eos is one of them. added: tokens that are not special, though they look so."""
+
+    special: tuple[str, ...]
+    eos: str
+    bos: str | None = None
+    added: tuple[str, ...] = ()
+
+
+CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+DEEPSEEK = tuple(
+    f"<｜{name}｜>"
+    for name in (
+        "begin▁of▁sentence",
+        "end▁of▁sentence",
+        *("tool▁calls▁begin", "tool▁call▁begin", "tool▁sep", "tool▁call▁end", "tool▁calls▁end"),
+        *("tool▁outputs▁begin", "tool▁output▁begin", "tool▁output▁end", "tool▁outputs▁end"),
+    )
+)
+FAMILIES = {
+    "llama3": Family(
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
+        eos="<|eot_id|>",
+        bos="<|begin_of_text|>",
+    ),
+    "qwen2_5": Family(CHATML, eos="<|im_end|>", added=TAGS[2:4]),
+    "qwen3": Family(CHATML, eos="<|im_end|>", added=TAGS),
+    "mistral": Family(
+        (
+            *("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]"),
+            *("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+        ),
+        eos="</s>",
+        bos="<s>",
+    ),
+    "gemma3": Family(("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), eos="<eos>", bos="<bos>"),
+    "phi3": Family(
+        ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"), eos="<|endoftext|>", bos="<s>"
+    ),
+    "deepseek_v3": Family(
+        DEEPSEEK, eos="<｜end▁of▁sentence｜>", bos="<｜begin▁of▁sentence｜>", added=("<｜User｜>", "<｜Assistant｜>")
+    ),
+    "smollm2": Family(CHATML, eos="<|im_end|>"),
+    "glm4_5": Family(
+        ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+        eos="<|endoftext|>",
+        added=(*TAGS, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    ),
+    "granite3_3": Family(
+        ("<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"), eos="<|end_of_text|>"
+    ),
+    "cohere": Family(
+        (
+            *("<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
+            *("<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
+        ),
+        eos="<|END_OF_TURN_TOKEN|>",
+        bos="<BOS_TOKEN>",
+    ),
+    "gpt_oss": Family(
+        ("<|startoftext|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>"),
+        eos="<|return|>",
+        bos="<|startoftext|>",
+    ),
+}
+R1 = Family(DEEPSEEK, eos="<｜end▁of▁sentence｜>", bos="<｜begin▁of▁sentence｜>")
+
+
+def template_of(name: str) -> str:
+    return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
+
+
+@pytest.fixture
+def tokenizer_of(bytes_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Callable[..., PreTrainedTokenizerFast]:
+    def make(name: str, family: Family | None = None) -> PreTrainedTokenizerFast:
+        family = family or FAMILIES[name]
+        special = {"bos_token": family.bos} if family.bos else {}
+        tokenizer = bytes_tokenizer(template_of(name), eos_token=family.eos, pad_token=family.eos, **special)
+        tokenizer.add_special_tokens({"additional_special_tokens": list(family.special)})
+        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.added])
+        return tokenizer
+
+    return make
+
+
+def row(*messages: dict[str, Any], **keys: Any) -> Conversation:
+    return from_messages({"messages": list(messages), **keys})
+
+
+def system(content: str) -> dict[str, Any]:
+    return {"role": "system", "content": content}
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str | None, **keys: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **keys}
+
+
+# ---- Several turns
+
+
+CHAT = row(system("s"), user("a"), assistant("b"), user("c"), assistant("d"))
+HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+ROLE = "<|start_of_role|>{}<|end_of_role|>"
+TURN = "<|START_OF_TURN_TOKEN|>"
+END = "<|END_OF_TURN_TOKEN|>"
+GPT_OSS = (
+    "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
+    "Reasoning: medium\n\n# Valid channels: analysis, commentary, final. Channel must be included for every message."
+)
+FINAL = "<|channel|>final<|message|>"
+SEVERAL_TURNS = {  # the text of CHAT, and how many of its two replies the template rewrites
+    "llama3": (
+        "<|begin_of_text|>" + HEADER.format("system") + "Cutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\ns<|eot_id|>"
+        + HEADER.format("user") + "a<|eot_id|>" + HEADER.format("assistant") + "[[b<|eot_id|>]]"
+        + HEADER.format("user") + "c<|eot_id|>" + HEADER.format("assistant") + "[[d<|eot_id|>]]",
+        0,
+    ),
+    "qwen2_5": (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]",
+        0,
+    ),
+    "qwen3": (  # as a last reply, b would have had an empty thought
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\nd<|im_end|>]]",
+        1,
+    ),
+    "mistral": ("<s>[INST] a[/INST][[ b</s>]][INST] c[/INST][[ d</s>]]", 0),  # drops the system message: see below
+    "gemma3": (
+        "<bos><start_of_turn>user\ns\n\na<end_of_turn>\n<start_of_turn>model\n[[b<end_of_turn>]]\n"
+        "<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n[[d<end_of_turn>]]",
+        0,
+    ),
+    "phi3": (
+        "<|system|>\ns<|end|>\n<|user|>\na<|end|>\n<|assistant|>\n[[b<|end|>]]\n"
+        "<|user|>\nc<|end|>\n<|assistant|>\n[[d<|end|>\n<|endoftext|>]]",
+        0,
+    ),
+    "deepseek_v3": (
+        "<｜begin▁of▁sentence｜>s<｜User｜>a<｜Assistant｜>[[b<｜end▁of▁sentence｜>]]"
+        "<｜User｜>c<｜Assistant｜>[[d<｜end▁of▁sentence｜>]]",
+        0,
+    ),
+    "smollm2": (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]",
+        0,
+    ),
+    "glm4_5": (  # the next role ends a reply
+        "[gMASK]<sop><|system|>\ns<|user|>\na<|assistant|>[[\n<think></think>\nb<|user|>]]\n"
+        "c<|assistant|>[[\n<think></think>\nd]][[EOS]]",
+        0,
+    ),
+    "granite3_3": (
+        ROLE.format("system") + "s<|end_of_text|>\n"
+        + ROLE.format("user") + "a<|end_of_text|>\n" + ROLE.format("assistant") + "[[b<|end_of_text|>]]\n"
+        + ROLE.format("user") + "c<|end_of_text|>\n" + ROLE.format("assistant") + "[[d<|end_of_text|>]]",
+        0,
+    ),
+    "cohere": (
+        f"<BOS_TOKEN>{TURN}<|SYSTEM_TOKEN|>s{END}{TURN}<|USER_TOKEN|>a{END}{TURN}<|CHATBOT_TOKEN|>[[b{END}]]"
+        f"{TURN}<|USER_TOKEN|>c{END}{TURN}<|CHATBOT_TOKEN|>[[d{END}]]",
+        0,
+    ),
+    "gpt_oss": (  # generation ends with <|return|>, which the rest of a chat does not have: <|end|> is not trained
+        f"{GPT_OSS}<|end|><|start|>developer<|message|># Instructions\n\ns\n\n<|end|><|start|>user<|message|>a<|end|>"
+        f"<|start|>assistant[[{FINAL}b]]<|end|><|start|>user<|message|>c<|end|>"
+        f"<|start|>assistant[[{FINAL}d<|return|>]]",
+        0,
+    ),
+}  # fmt: skip
+
+
+def test_every_family_has_its_format_written_down() -> None:
+    assert SEVERAL_TURNS.keys() == FAMILIES.keys()
+    assert {path.stem for path in TEMPLATES.iterdir()} == {*FAMILIES, "deepseek_r1"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_replies_of_several_turns_and_their_ends_are_trained(tokenizer_of, name: str) -> None:
+    chat = Conversation(CHAT.messages[1:]) if name == "mistral" else CHAT
+    rendered = render_sample(chat, ChatTokenizer.of(tokenizer_of(name)))
+    assert (with_brackets(rendered), rendered.untrained_replies) == SEVERAL_TURNS[name]
+
+
+# ---- Tools
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Returns the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def call(arguments: Any, name: str = "weather") -> dict[str, Any]:
+    return {"id": "call12345", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def with_call(arguments: Any, **keys: Any) -> Conversation:
+    result = {"role": "tool", "tool_call_id": "call12345", "name": "weather", "content": "18"}
+    messages = [user("a"), assistant(None, tool_calls=[call(arguments)]), result, assistant("mild")]
+    return row(*messages, **keys)
+
+
+WITH_CALL = {  # the trained parts of a call and the reply to its result; an earlier reply may be rewritten
+    "llama3": ['{"name": "weather", "parameters": {"city": "Köln"}}<|eot_id|>', "mild<|eot_id|>"],
+    "qwen2_5": [
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call><|im_end|>',
+        "mild<|im_end|>",
+    ],
+    "qwen3": ["<think>\n\n</think>\n\nmild<|im_end|>"],  # as a last message the call has an empty thought
+    "mistral": [
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Köln"}, "id": "call12345"}]</s>',
+        " mild</s>",
+    ],
+    "deepseek_v3": [
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n"
+        '```json\n{"city": "Köln"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>',
+        "mild<｜end▁of▁sentence｜>",
+    ],
+    "glm4_5": [
+        "\n<think></think>\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Köln</arg_value>\n"
+        "</tool_call><|observation|>",
+        "\n<think></think>\nmild",
+    ],
+    "gpt_oss": [
+        ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Köln"}<|call|>',
+        f"{FINAL}mild<|return|>",
+    ],
+}
+
+
+def trained_texts(chat: Conversation, tokenizer: Any) -> list[str]:
+    rendered = render_sample(chat, ChatTokenizer.of(tokenizer))
+    return [rendered.text[start:end] for start, end in rendered.trained_spans]
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Köln"}, '{"city": "Köln"}'], ids=["object", "text"])
+@pytest.mark.parametrize("name", WITH_CALL)
+def test_calls_are_trained_in_the_form_of_the_template(tokenizer_of, name: str, arguments: Any) -> None:
+    tools = {} if name == "deepseek_v3" else {"tools": [TOOL]}
+    chat = with_call(arguments, **tools)
+    tokenizer = tokenizer_of(name)
+    assert trained_texts(chat, tokenizer) == WITH_CALL[name]
+    rendered = render_sample(chat, ChatTokenizer.of(tokenizer))
+    assert "18" in rendered.text
+    assert ("Returns the weather." in rendered.text) == bool(tools)
+    assert rendered.untrained_replies == 2 - len(WITH_CALL[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "tools", "missing"),
+    [
+        ("gemma3", False, "refuses this conversation: Conversation roles must alternate"),
+        ("cohere", False, "refuses this conversation: Conversation roles must alternate"),
+        ("phi3", False, "does not write tool call 0 of message 1: take a model whose template supports tools"),
+        ("smollm2", False, "does not write tool call 0 of message 1"),
+        ("granite3_3", True, "does not write tool call 0 of message 1"),
+        ("deepseek_v3", True, "does not write tool 0"),
+    ],
+)
+def test_what_a_template_would_leave_out_is_refused(tokenizer_of, name: str, tools: bool, missing: str) -> None:
+    chat = with_call({"city": "Rome"}, **({"tools": [TOOL]} if tools else {}))
+    with pytest.raises(DataError, match=missing):
+        render_sample(chat, ChatTokenizer.of(tokenizer_of(name)))
+
+
+@pytest.mark.parametrize("name", ["smollm2", "phi3", "gemma3", "cohere"])
+def test_tools_without_a_call_are_not_dropped_either(tokenizer_of, name: str) -> None:
+    with pytest.raises(DataError, match="does not write tool 0"):
+        render_sample(row(user("a"), assistant("b"), tools=[TOOL]), ChatTokenizer.of(tokenizer_of(name)))
+
+
+def test_a_second_call_that_a_template_leaves_out_is_named(tokenizer_of) -> None:
+    calls = [call({"city": "Rome"}), call({"city": "Bonn"}, "time")]
+    chat = row(user("a"), assistant(None, tool_calls=calls), tools=[TOOL])
+    with pytest.raises(DataError, match="does not write tool call 1 of message 1"):
+        render_sample(chat, ChatTokenizer.of(tokenizer_of("gpt_oss")))
+    with pytest.raises(DataError, match="only supports single tool-calls at once"):
+        render_sample(chat, ChatTokenizer.of(tokenizer_of("llama3")))
+    (trained,) = trained_texts(chat, tokenizer_of("qwen2_5"))
+    assert trained.count("<tool_call>") == 2
+
+
+def test_a_template_that_writes_objects_as_python_gets_json_text(tokenizer_of) -> None:
+    """Jinja would write {{ call.function.arguments }} of an object with single quotes."""
+    tokenizer = tokenizer_of("qwen2_5")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{- call.function.arguments | tojson + '}", "{{- call.function.arguments }}{{- '}"
+    )
+    (trained,) = trained_texts(row(user("a"), assistant(None, tool_calls=[call({"city": "Köln"})])), tokenizer)
+    assert '"arguments": {"city": "Köln"}}' in trained
+
+
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_marks_of_a_template_must_hold_the_call(tokenizer_of, is_marked: bool) -> None:
+    begin, end = "{% generation %}", "{% endgeneration %}"
+    calls = "{{ message.tool_calls | tojson }}"
+    marked = f"{begin}{{{{ message.content }}}}{calls}{end}" if is_marked else f"{begin}.{end}{calls}"
+    tokenizer = tokenizer_of("smollm2")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'assistant' %}"
+        + marked
+        + "{% else %}{{ message.content }}{% endif %}<|im_end|>{% endfor %}"
+    )
+    chat = row(user("a"), assistant(None, tool_calls=[call({"city": "Rome"})]))
+    if is_marked:
+        assert '"Rome"' in trained_texts(chat, tokenizer)[0]
+    else:
+        with pytest.raises(DataError, match=r"does not write tool call 0 of message 1 between {% generation %}"):
+            trained_texts(chat, tokenizer)
+
+
+# ---- Reasoning
+
+
+def thought(content: str, reasoning: str = "hm", name: str = "reasoning_content") -> dict[str, Any]:
+    return assistant(content, **{name: reasoning})
+
+
+WITH_THOUGHT = {
+    "qwen3": "<think>\nhm\n</think>\n\nb<|im_end|>",
+    "glm4_5": "\n<think>hm</think>\nb",
+    "gpt_oss": f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant{FINAL}b<|return|>",
+}
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("name", WITH_THOUGHT)
+def test_the_reasoning_of_the_last_reply_is_trained_under_each_of_its_names(tokenizer_of, name: str, key: str) -> None:
+    assert trained_texts(row(user("a"), thought("b", name=key)), tokenizer_of(name)) == [WITH_THOUGHT[name]]
+
+
+@pytest.mark.parametrize("name", WITH_THOUGHT)
+def test_earlier_replies_whose_reasoning_is_dropped_are_counted_and_not_trained(tokenizer_of, name: str) -> None:
+    chat = row(user("a"), thought("b", "zz"), user("c"), thought("b"))
+    rendered = render_sample(chat, ChatTokenizer.of(tokenizer_of(name)))
+    assert "zz" not in rendered.text
+    assert [rendered.text[start:end] for start, end in rendered.trained_spans] == [WITH_THOUGHT[name]]
+    assert rendered.untrained_replies == 1
+
+
+@pytest.mark.parametrize("name", ["llama3", "smollm2", "gemma3", "mistral"])
+def test_reasoning_that_a_template_leaves_out_is_refused(tokenizer_of, name: str) -> None:
+    with pytest.raises(
+        DataError, match="does not write the reasoning_content of message 1, so it could not be learned"
+    ):
+        render_sample(row(user("a"), thought("b")), ChatTokenizer.of(tokenizer_of(name)))
+
+
+def test_replies_that_cannot_follow_their_prompt_are_refused_with_the_cause(tokenizer_of) -> None:
+    with pytest.raises(DataError, match=r"no reply can be located: .*a thought that they have opened"):
+        render_sample(row(user("a"), assistant("b")), ChatTokenizer.of(tokenizer_of("deepseek_r1", R1)))
+    with pytest.raises(DataError, match=r"no reply can be located: .*drop the system message"):
+        render_sample(CHAT, ChatTokenizer.of(tokenizer_of("mistral")))
+
+
+# ---- Messages that are not trained
+
+
+def test_marked_messages_are_read_but_not_trained(tokenizer_of) -> None:
+    tokenizer = tokenizer_of("llama3")
+    for key, value in (("train", False), ("weight", 0)):
+        chat = row(user("a"), assistant("b", **{key: value}), user("c"), assistant("d"))
+        assert trained_texts(chat, tokenizer) == ["d<|eot_id|>"]
+        assert "b<|eot_id|>" in render_sample(chat, ChatTokenizer.of(tokenizer)).text
+        assert render_sample(chat, ChatTokenizer.of(tokenizer)).untrained_replies == 0
+    chat = row(user("a"), assistant("b"), user("c"), assistant("d", train=False))
+    assert trained_texts(chat, tokenizer) == ["b<|eot_id|>"]
+
+
+# ---- Token by token
+
+
+LONG = row(
+    user("hello how are you today?"),
+    assistant("fine, thanks  "),
+    user("what is the weather like\n in the north 🙂"),
+    assistant("one two\n\nthree é"),
+    user("system user assistant"),
+    assistant("  seven"),
+)
+CHATS = {
+    **{(name, "turns"): LONG for name in FAMILIES},
+    **{
+        (name, "call"): with_call({"city": "Köln"}, **({} if name == "deepseek_v3" else {"tools": [TOOL]}))
+        for name in WITH_CALL
+    },
+    **{(name, "thought"): row(*LONG.messages[:-1], thought("seven", "one two\n")) for name in WITH_THOUGHT},
+}
+
+
+@pytest.mark.parametrize("case", CHATS, ids=" ".join)
+def test_the_trained_tokens_are_those_that_generation_would_produce(tokenizer_of, case: tuple[str, str]) -> None:
+    """The prompt of every trained reply is a prefix of the tokens; what is trained follows it, up to an end token."""
+    tokenizer = tokenizer_of(case[0])
+    chat_tokenizer = ChatTokenizer.of(tokenizer)
+    chat = fit_to_template(CHATS[case], chat_tokenizer)
+    example = encode_sample(CHATS[case], tokenizer, 10_000)
+    ids, is_trained = example.input_ids.tolist(), example.labels != IGNORED
+    expected = [False] * len(ids)
+    replies = 0
+    for index in chat.replies:
+        prompt = tokenizer.apply_chat_template(
+            chat.messages[:index], tools=chat.tools, add_generation_prompt=True, return_dict=False
+        )
+        if ids[: len(prompt)] != prompt or not is_trained[len(prompt)]:
+            continue  # a reply that the template rewrites
+        replies += 1
+        end = next((i for i in range(len(prompt), len(ids)) if not is_trained[i]), len(ids))
+        expected[len(prompt) : end] = [True] * (end - len(prompt))
+        reply = tokenizer.decode(ids[len(prompt) : end])
+        assert chat.messages[index]["content"].strip() in reply
+        if not (case[0] == "gpt_oss" and index < chat.replies[-1] and "tool_calls" not in chat.messages[index]):
+            assert ids[end - 1] in chat_tokenizer.special_ids
+    assert is_trained.tolist() == expected
+    assert replies == len(render_sample(chat, chat_tokenizer).trained_spans) > 0
+
+
+# ---- The formats are those of the original templates
+
+
+@pytest.mark.parametrize("name", TRL_TEMPLATES)
+def test_the_formats_are_those_of_the_templates_in_trl(tokenizer_of, name: str) -> None:
+    trl = pytest.importorskip("trl")
+    original = Path(trl.__file__).parent / "chat_templates" / f"{TRL_TEMPLATES[name]}.jinja"
+    if not original.exists():
+        pytest.skip(f"this version of TRL has no {original.name}")
+    ours, theirs = tokenizer_of(name), tokenizer_of(name)
+    theirs.chat_template = original.read_text(encoding="utf-8")
+    cases = [(CHAT.messages, None), (CHAT.messages[1:], None), (LONG.messages[:3], None)]
+    if name in WITH_CALL:
+        chat = with_call({"city": "Köln"})
+        cases += [(chat.messages, [TOOL]), (chat.messages[:2], [TOOL]), (chat.messages[:3], [TOOL])]
+    if name in WITH_THOUGHT:
+        cases += [(row(*LONG.messages[:-1], thought("seven")).messages, None)]
+    for messages, tools in cases:
+        for prompt in (True, False):
+            options = {"tools": tools, "add_generation_prompt": prompt, "tokenize": False}
+            assert ours.apply_chat_template(messages, **options) == theirs.apply_chat_template(messages, **options)
