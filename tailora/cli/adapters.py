@@ -113,7 +113,7 @@ def parse_weights(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str
 # ---- `tailora shrink`
 
 
-ShrinkFlags: Any = flags_of(TrainConfig, only=["field", "max_length"])
+ShrinkFlags: Any = flags_of(TrainConfig, only=["field", "system", "max_length"])
 ShrinkDevice = Annotated[
     str | None, DEVICE_PARAMETER, Parameter(help=f"{DEVICE_HELP}; default: auto with --data, else cpu")
 ]

@@ -21,7 +21,8 @@ from tailora.report.format import printable
 from tailora.report.terminal import print_rich_table, print_section
 from tailora.train.config import TrainConfig
 
-Flags: Any = flags_of(TrainConfig, only=["model", "eval_data", "field", "max_length", "validation_split", "seed"])
+SHOWN = ["model", "eval_data", "field", "system", "assistant_only_loss", "completion_only_loss", "max_length"]
+Flags: Any = flags_of(TrainConfig, only=[*SHOWN, "validation_split", "seed"])
 BAR = 40  # characters of the longest bar
 
 Pieces = list[tuple[str, bool]]  # text, learned
@@ -72,10 +73,13 @@ def data(
     return 0
 
 
-def train_command(source: str, config: Path | None, flags: Mapping[str, str | list[str]]) -> list[str]:
+def train_command(source: str, config: Path | None, flags: Mapping[str, str | bool | list[str]]) -> list[str]:
     """Returns the command that trains on what was shown, with the flags that were typed."""
     command = ["tailora", "train", "--data", source, *(["--config", str(config)] if config else [])]
     for name, value in flags.items():
+        if isinstance(value, bool):
+            command.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+            continue
         command += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else ",".join(value)]
     return command
 

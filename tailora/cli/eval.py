@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tailora.evaluation.scores import Scores
 
 
-Flags: Any = flags_of(TrainConfig, only=["field", "max_length", "dtype"])
+Flags: Any = flags_of(TrainConfig, only=["field", "system", "max_length", "dtype"])
 KIND = "eval"  # of report.json
 IN_ONE_PROCESS = "--tasks runs in one process: leave --nproc-per-node or torchrun out, or give --data alone"
 MEMORY_ADVICE = "what helps: a smaller --max-length, --quantize nf4, --dtype bfloat16, closing other programs"
@@ -138,7 +138,7 @@ def eval(
     base = base and target.folder is not None
     check_gates(data_gates, list(METRICS), base=base)
     _check_output_dir(output_dir)
-    defaults = {"max_length": target.settings.get("max_length")}
+    defaults = {name: target.settings.get(name) for name in ("max_length", "system")}
     config = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model})
 
     if nproc_per_node is not None and not is_launched_by_tailora():
@@ -185,6 +185,7 @@ def eval(
             with counter(stderr(), "rows") if shown else nullcontext(lambda *_: None) as progress:
                 arguments: Any = {
                     "field": config.field,
+                    "system": config.system,
                     "base": base,
                     "log": note,
                     "progress": progress,

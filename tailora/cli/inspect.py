@@ -23,7 +23,7 @@ from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.train.config import TrainConfig
 
-Flags: Any = flags_of(TrainConfig, only=["field", "max_length"])
+Flags: Any = flags_of(TrainConfig, only=["field", "system", "max_length"])
 
 Model = Annotated[
     str | None,
@@ -81,7 +81,9 @@ def inspect(
 
     defaults = {"max_length": recorded_settings(folder).get("max_length")}
     settings = merge_settings(flags, None, defaults=defaults, arguments={"data": data})
-    options = InspectOptions(data, settings.field, settings.max_length, forgetting_data, intruders, seed)
+    options = InspectOptions(
+        data, settings.field, settings.max_length, forgetting_data, intruders, seed, settings.system
+    )
     folders = [folder] if second is None else [folder, second]
     method = None if model is None else quantize_method(folders, quantize)
     chosen = None if model is None else device_of_flag(device)

@@ -37,8 +37,28 @@ class Tokens(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class SampleOptions:
+    """How samples are written, and what of them is trained. The names are those of `TrainConfig`, and of TRL.
+
+    system: the system message of conversations that have none.
+    assistant_only_loss: train the replies of a conversation, not all of it. completion_only_loss: train completions,
+    not their prompts. None: yes to both, except that completion_only_loss=False trains everything.
+    """
+
+    system: str | None = None
+    assistant_only_loss: bool | None = None
+    completion_only_loss: bool | None = None
+
+    @property
+    def trains_replies_alone(self) -> bool:
+        if self.assistant_only_loss is not None:
+            return self.assistant_only_loss
+        return self.completion_only_loss is not False
+
+
+@dataclass(frozen=True, slots=True)
 class ChatTokenizer:
-    """What the steps below need to know about a tokenizer, looked up once.
+    """What the steps below need to know about a tokenizer, looked up once, and how samples are to be written.
 
     bos_ids: what the tokenizer writes before a text, [BOS] or nothing.
     special_tokens: special tokens, which may end a turn.
@@ -54,10 +74,11 @@ class ChatTokenizer:
     special_ids: frozenset[int]
     special_tokens: tuple[str, ...]
     is_local: bool
+    options: SampleOptions = SampleOptions()
     cache: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Self:
+    def of(cls, tokenizer: Any, options: SampleOptions | None = None) -> Self:
         """Raises DataError if the tokenizer has several chat templates and no default."""
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
@@ -76,6 +97,7 @@ class ChatTokenizer:
             special_ids=frozenset(special),
             special_tokens=tuple(sorted({str(name) for name in tokenizer.convert_ids_to_tokens(sorted(special))})),
             is_local=tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.model, BPE | WordPiece | WordLevel),
+            options=options or SampleOptions(),
         )
 
     def tokenize(self, texts: list[str]) -> list[Tokens]:
@@ -169,6 +191,7 @@ class RenderedSample:
 
 def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> RenderedSample:
     """Raises DataError with the cause if the sample cannot be rendered or nothing of it can be trained."""
+    _check_loss_options(sample, tokenizer)
     if isinstance(sample, Text):
         return RenderedSample(sample.text, [(0, len(sample.text))], add_bos=True, add_eos=tokenizer.eos is not None)
     if tokenizer.template is not None:
@@ -180,7 +203,20 @@ def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> RenderedSample:
         )
     _check_eos(tokenizer)
     text = sample.prompt + sample.completion
-    return RenderedSample(text, [(len(sample.prompt), len(text))], add_bos=True, add_eos=True)
+    start = 0 if tokenizer.options.completion_only_loss is False else len(sample.prompt)
+    return RenderedSample(text, [(start, len(text))], add_bos=True, add_eos=True)
+
+
+def _check_loss_options(sample: Sample, tokenizer: ChatTokenizer) -> None:
+    """Raises DataError if the row has no part that the options ask to train alone."""
+    options = tokenizer.options
+    is_chat = isinstance(sample, Conversation) or (isinstance(sample, Pair) and tokenizer.template is not None)
+    if options.assistant_only_loss and not is_chat:
+        what = "text" if isinstance(sample, Text) else "prompt and completion, for which there is no chat template"
+        raise DataError(f"--assistant-only-loss needs messages, and the row is {what}: leave it out")
+    has_completion = isinstance(sample, Pair) or (isinstance(sample, Conversation) and sample.first > 0)
+    if options.completion_only_loss and not has_completion:
+        raise DataError("--completion-only-loss needs rows of prompt and completion, and this is another: leave it out")
 
 
 def to_conversation(sample: Conversation | Pair) -> Conversation:
@@ -191,7 +227,29 @@ def to_conversation(sample: Conversation | Pair) -> Conversation:
         {"role": "user", "content": sample.prompt.strip()},
         {"role": "assistant", "content": sample.completion.strip()},
     ]
-    return Conversation(messages)
+    return Conversation(messages, first=1)
+
+
+def with_system(sample: Sample, tokenizer: ChatTokenizer) -> Sample:
+    """Returns the sample with the system message of the options, unless it has one of its own.
+
+    Raises DataError if it has no place for one.
+    """
+    system = tokenizer.options.system
+    if system is None:
+        return sample
+    if isinstance(sample, Text) or tokenizer.template is None:
+        cause = "the row is text" if isinstance(sample, Text) else "the tokenizer has no chat template"
+        raise DataError(f"--system needs a conversation, and {cause}: leave it out")
+    chat = to_conversation(sample)
+    if any(message["role"] in ("system", "developer") for message in chat.messages):
+        return chat
+    return replace(
+        chat,
+        messages=[{"role": "system", "content": system}, *chat.messages],
+        first=chat.first + (chat.first > 0),
+        untrained=frozenset(index + 1 for index in chat.untrained),
+    )
 
 
 def _check_eos(tokenizer: ChatTokenizer) -> None:
@@ -201,6 +259,10 @@ def _check_eos(tokenizer: ChatTokenizer) -> None:
 
 def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
     chat = fit_to_template(chat, tokenizer)
+    if tokenizer.options.completion_only_loss is False:
+        chat = replace(chat, first=0)
+    if not tokenizer.options.trains_replies_alone:
+        return _render_all(chat, tokenizer)
     if _marks_replies(tokenizer):
         text, marked = tokenizer.render_generation_spans(chat)
         spans = _marked_reply_spans(chat, text, marked, tokenizer)
@@ -228,6 +290,27 @@ def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample
         add_eos=not has_end,
         untrained_replies=max(0, len(chat.trained_replies) - len(turns)),
     )
+
+
+def _render_all(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
+    """Returns a conversation of which everything is trained, from its completion on if it has one."""
+    if chat.untrained:
+        raise DataError(
+            f"message {min(chat.untrained)} is not to be trained, which is possible only where replies alone are: "
+            "leave out --no-assistant-only-loss, or train and weight"
+        )
+    text = tokenizer.render(chat.messages, tools=chat.tools)
+    if chat.messages[-1]["role"] == "assistant" and not _has_reasoning(chat.messages[-1], text):
+        raise DataError(_reasoning_left_out(len(chat.messages) - 1))
+    begins_with_reply = chat.messages[chat.first]["role"] == "assistant"
+    before = chat.messages[: chat.first]
+    prompt = tokenizer.render(before, tools=chat.tools, add_generation_prompt=begins_with_reply) if before else ""
+    if not text.startswith(prompt):
+        raise DataError("the chat template rewrites the prompt once the completion is there: it cannot be told apart")
+    start, end, has_end = _end_turn(text, (len(prompt), len(text)), tokenizer)
+    if not has_end:
+        _check_eos(tokenizer)
+    return RenderedSample(text=text[:end], trained_spans=[(start, end)], add_eos=not has_end)
 
 
 def _marks_replies(tokenizer: ChatTokenizer) -> bool:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tailora.data import dataset
-from tailora.data.chat_template import ChatTokenizer
+from tailora.data.chat_template import ChatTokenizer, SampleOptions, with_system
 from tailora.data.dataset import DataReport, Example, Examples
 from tailora.data.readers import Row, RowProblem, Rows, data_error, read_rows
-from tailora.data.schemas import Choices, ColumnMapping, Sample, convert_row, detect_schema
+from tailora.data.schemas import Choices, ColumnMapping, Sample, Text, convert_row, detect_schema
 from tailora.data.tokenize import EncodedSample, encode_samples
 from tailora.errors import DataError
 
@@ -62,7 +62,7 @@ def _encode_rows(
 ) -> Iterator[EncodedRow | RowProblem]:
     numbered = enumerate(items)
     while chunk := list(islice(numbered, CHUNK)):
-        converted = [convert_row(item, mapping) if isinstance(item, Row) else item for _, item in chunk]
+        converted = [_sample_of(item, mapping, tokenizer) if isinstance(item, Row) else item for _, item in chunk]
         samples = [_right_choice(sample) for sample in converted if not isinstance(sample, RowProblem)]
         results = iter(encode_samples(samples, tokenizer, max_length))
         for (index, item), sample in zip(chunk, converted, strict=True):
@@ -75,6 +75,20 @@ def _encode_rows(
                 continue
             encoded = replace(result, example=replace(result.example, source_index=index))
             yield EncodedRow(_right_choice(sample), encoded, sample if isinstance(sample, Choices) else None)
+
+
+def _sample_of(row: Row, mapping: ColumnMapping, tokenizer: ChatTokenizer) -> Sample | Choices | RowProblem:
+    """Returns the row's sample as the options of the tokenizer want it, or why it has none."""
+    sample = convert_row(row, mapping)
+    if isinstance(sample, RowProblem) or tokenizer.options.system is None:
+        return sample
+    try:
+        if isinstance(sample, Choices):
+            options = (with_system(option, tokenizer) for option in sample.options)
+            return replace(sample, options=tuple(option for option in options if not isinstance(option, Text)))
+        return with_system(sample, tokenizer)
+    except DataError as error:
+        return RowProblem(row.file, row.number, str(error))
 
 
 def _right_choice(sample: Sample | Choices) -> Sample:
@@ -116,7 +130,9 @@ class RowCounts:
             self.duplicates += bool(self.held_out) and example.hash in self.held_out
 
 
-def checked_tokenizer(tokenizer: Any, embedding_rows: int | None) -> ChatTokenizer:
+def checked_tokenizer(
+    tokenizer: Any, embedding_rows: int | None, options: SampleOptions | None = None
+) -> ChatTokenizer:
     """Raises DataError if the tokenizer has ids that the model's embedding lacks; None: there is no model."""
     if embedding_rows is not None:
         token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
@@ -126,7 +142,7 @@ def checked_tokenizer(tokenizer: Any, embedding_rows: int | None) -> ChatTokeniz
                 f"the embedding has {embedding_rows} rows; take the model's own tokenizer, or first resize the model: "
                 f"model.resize_token_embeddings({last + 1})"
             )
-    return ChatTokenizer.of(tokenizer)
+    return ChatTokenizer.of(tokenizer, options)
 
 
 def _all_cut(source: str, max_length: int, counts: RowCounts, use: str = "learned") -> DataError:
@@ -160,13 +176,14 @@ def prepare(
     validation_split: float = 0.05,
     seed: int = 0,
     embedding_rows: int | None = None,
+    options: SampleOptions | None = None,
 ) -> PreparedData:
     """Reads, checks and tokenises everything; holds out a part unless there is an `eval_source`.
 
     embedding_rows: rows of the model's embedding, which must have every token id.
     Raises DataError that names every problem with file, row and cause.
     """
-    chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows)
+    chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows, options)
     data = _load_source(source, "train", chat_tokenizer, field, max_length)
     counts = [data.counts]
     if eval_source is not None:
@@ -245,6 +262,7 @@ def stream_examples(
     field: Mapping[str, str] | None = None,
     max_length: int = 1024,
     embedding_rows: int | None = None,
+    options: SampleOptions | None = None,
     counts: RowCounts | None = None,
 ) -> Iterator[Example]:
     """Yields examples in order, while they are read, without those whose trained tokens are all cut off.
@@ -252,7 +270,7 @@ def stream_examples(
     counts: is updated with every row; pass the same one when the stream is read again.
     Raises DataError at the first unusable row, or at the end if no row was usable.
     """
-    chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows)
+    chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows, options)
     _, rows = encode_source(source, read_rows(source, streaming=True), field, chat_tokenizer, max_length)
     counts, is_empty = counts or RowCounts(), True
     for row in rows:
@@ -296,16 +314,21 @@ class EvalSource:
     field: Mapping[str, str]
     max_length: int
     limit: int | None = None
+    options: SampleOptions | None = None
+
+    @property
+    def chat_tokenizer(self) -> ChatTokenizer:
+        return ChatTokenizer.of(self.tokenizer, self.options)
 
     def read(self) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
         """Raises DataError if there is no row of a known schema."""
         items = islice(read_rows(self.name, split="validation"), self.limit)
-        return encode_source(self.name, items, self.field, ChatTokenizer.of(self.tokenizer), self.max_length)
+        return encode_source(self.name, items, self.field, self.chat_tokenizer, self.max_length)
 
 
 def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport:
     """Reads all of it. Raises DataError that names every problem with file, row and cause."""
-    tokenizer = checked_tokenizer(source.tokenizer, embedding_rows)
+    tokenizer = checked_tokenizer(source.tokenizer, embedding_rows, source.options)
     mapping, results = source.read()
     problems, counts, seen, judged = [], RowCounts(), set[bytes](), 0
     for result in results:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
+from tailora.data.chat_template import SampleOptions
 from tailora.data.dataset import Examples, distinct_of
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import EncodedRow, EvalDataReport, EvalSource, check_eval_source, prepare, read_eval_chunks
@@ -39,7 +40,7 @@ from tailora.evaluation.multiple_choice import (
 from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import CPU_TOKENS
+from tailora.train.dataloader import CPU_TOKENS, sample_options
 from tailora.train.loss import Evaluation, evaluate
 from tailora.train.setup import choose_layout
 from tailora.train.trainable import Trainable
@@ -148,6 +149,7 @@ def score(
     options: EvalOptions | None = None,
     *,
     field: Mapping[str, str] | None = None,
+    system: str | None = None,
     base: bool = True,
     log: Log = lambda _: None,
     progress: Progress = lambda *_: None,
@@ -157,14 +159,16 @@ def score(
 
     Copies of a row are evaluated once: they would count as independent examples in the intervals.
     data: whatever training reads, or 'demo'.
-    field: columns of the data, key -> column.
+    field: columns of the data, key -> column.    system: system message of conversations that have none.
     log: called with notes on how the scores are computed.
     ranks: of the processes that call this together, each with the same model; None for one process.
     Raises DataError if the data lacks what a metric needs, ConfigError for an unknown normalization.
     """
     options = options or EvalOptions()
     max_length = min(options.max_length, getattr(model.config, "max_position_embeddings", None) or options.max_length)
-    source = EvalSource(resolve_demo(data, "eval_data"), tokenizer, field or {}, max_length, options.limit)
+    source = EvalSource(
+        resolve_demo(data, "eval_data"), tokenizer, field or {}, max_length, options.limit, SampleOptions(system=system)
+    )
     facts = check_eval_source(source, model.get_input_embeddings().weight.shape[0])
     metrics = choose_metrics(facts, options.metrics, options.extra_metrics)
     evaluator = _Evaluator(model, tokenizer, replace(options, max_length=max_length), metrics, log)
@@ -428,6 +432,7 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
         max_length=config.max_length,
         validation_split=0.0,
         embedding_rows=model.get_input_embeddings().weight.shape[0],
+        options=sample_options(config),
     )
     examples = prepared.train.distinct()
     if len(examples) < len(prepared.train):

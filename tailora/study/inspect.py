@@ -59,7 +59,7 @@ Evaluate = Callable[[], Evaluation]  # the held-out losses of a model as it is n
 class InspectOptions:
     """What is measured with a model, in addition. Paths and names are those of the command line.
 
-    data: held-out data, or 'demo'.    field, max_length: as in training.
+    data: held-out data, or 'demo'.    field, max_length, system: as in training.
     forgetting_data: texts of other tasks; by default texts that the base itself writes.
     intruders: whether intruder dimensions are counted, by far the slowest part.
     seed: of the random updates that they are compared with, and of the texts.
@@ -71,6 +71,7 @@ class InspectOptions:
     forgetting_data: str | None = None
     intruders: bool = True
     seed: int = 0
+    system: str | None = None
 
     @property
     def uses_data(self) -> bool:
@@ -213,7 +214,7 @@ def _measure_on_data(
     evaluate, pair = None, inspection.pair
     if options.data is not None:
         settings = {"model": inspection.model or NAME, "data": options.data}
-        config = TrainConfig(**settings, field=options.field, max_length=options.max_length)
+        config = TrainConfig(**settings, field=options.field, system=options.system, max_length=options.max_length)
         evaluate = loss_on_data(config, model, tokenizer, log)
         inspection = replace(
             inspection, held_out=_held_out_losses(inspection, model, name, options.data, evaluate, log)

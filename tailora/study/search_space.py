@@ -25,6 +25,7 @@ SHARED = {"model", "data", "eval_data", "output_dir", "seed", "split_seed", "val
 SHARED |= {"max_steps", "num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps"}
 SHARED |= {"save_total_limit", "eval_steps", "early_stopping_patience", "adapter", "method", "max_length", "quantize"}
 SHARED |= {"dtype", "packing"}  # which would change the base
+SHARED |= {"system", "assistant_only_loss", "completion_only_loss"}  # which would change what is judged
 SCALE = "scale"  # alpha/r, in place of alpha
 TARGETS = ("all-linear", "attention", "mlp")  # words whose meaning depends on the model
 SHORT_NAMES = ("rank", "alpha", "lr", "dropout", "targets")  # also taken, since a space is often typed by hand

@@ -77,6 +77,13 @@ class TrainConfig(StrictModel):
     init_batches: PositiveInt = Field(4, description="batches for the initialisations lora_ga, lora_one and eva")
     # data
     field: dict[str, str] = Field({}, description="columns of the data: prompt=COLUMN,completion=COLUMN")
+    system: str | None = Field(None, description="system message of conversations that have none")
+    assistant_only_loss: bool | None = Field(
+        None, description="learn only the replies of conversations; default: yes, and with 'no' all of them"
+    )
+    completion_only_loss: bool | None = Field(
+        None, description="learn only completions, not their prompts; default: yes, and with 'no' both"
+    )
     max_length: int = Field(
         1024, ge=8, lt=COUNT, description="longest example in tokens; longer ones are truncated and counted"
     )

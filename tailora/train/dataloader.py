@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from itertools import chain, count, islice
 from typing import Any
@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tailora.core.device import copies_by_itself
 from tailora.core.init import DATA_INITS
+from tailora.data.chat_template import SampleOptions
 from tailora.data.collate import plan_batches
 from tailora.data.dataset import Example, Examples
 from tailora.data.demo import resolve_demo
@@ -109,7 +110,13 @@ def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embeddin
         validation_split=config.validation_split,
         seed=config.seed if config.split_seed is None else config.split_seed,
         embedding_rows=embedding_rows,
+        options=sample_options(config),
     )
+
+
+def sample_options(config: TrainConfig) -> SampleOptions:
+    """Returns the settings that say how samples are written and what of them is trained."""
+    return SampleOptions(**{field.name: getattr(config, field.name) for field in fields(SampleOptions)})
 
 
 def _streamed(
@@ -117,6 +124,7 @@ def _streamed(
 ) -> TrainingData:
     """Returns data that is read while training; only its first batches are read now."""
     common: dict[str, Any] = {"field": config.field, "max_length": config.max_length, "embedding_rows": embedding_rows}
+    common["options"] = sample_options(config)
     eval_data = held_out = None
     if config.eval_data is not None:
         source = resolve_demo(config.eval_data, "eval_data")

@@ -112,6 +112,18 @@ def test_the_next_command_repeats_the_flags(
     assert words[6:] == ["--model", str(tiny_model), "--field", "prompt=q,completion=a", "--validation-split", "0.3"]
 
 
+def test_the_settings_of_what_is_learned_are_shown_and_repeated(
+    chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--system", "be brief", "--no-assistant-only-loss"]
+    assert main(["data", str(chats), "--model", str(tiny_model), "--rows", "1", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "<|im_start|>[[system\nbe brief<|im_end|>\n<|im_start|>user" in shown
+    assert shlex.split(shown.strip().splitlines()[-1])[-3:] == flags
+    assert main(["data", str(chats), "--model", str(tiny_model), "--completion-only-loss"]) == 2
+    assert "--completion-only-loss needs rows of prompt and completion" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "cause"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -83,6 +84,18 @@ def test_without_the_base(adapter: Path, chats: Path, capsys: pytest.CaptureFixt
     alone = found(capsys, "eval", adapter, "--data", chats, "--no-base")
     assert alone["base"] is alone["change"] is None
     assert alone["metrics"] == found(capsys, "eval", adapter, "--data", chats)["metrics"]
+
+
+def test_rows_get_the_system_message_that_the_run_trained_with(
+    adapter: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(adapter, tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {"system": "be brief"}}))
+
+    def tokens(*words: object) -> int:
+        return int(found(capsys, "eval", *words, "--data", chats, "--no-base", "--limit", 2)["data"]["tokens"])
+
+    assert tokens(tmp_path / "run") == tokens(adapter, "--system", "be brief") > tokens(adapter)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 from brackets import with_brackets
 
-from tailora.data.chat_template import ChatTokenizer, render_sample
+from tailora.data.chat_template import ChatTokenizer, SampleOptions, render_sample, with_system
 from tailora.data.schemas import Conversation, Pair, Text
 from tailora.errors import DataError
 
@@ -226,3 +226,101 @@ def test_several_templates_without_a_default_are_refused(bytes_tokenizer) -> Non
     tokenizer.chat_template = {"rag": CHATML, "tools": CHATML}
     with pytest.raises(DataError, match="several chat templates and no default"):
         ChatTokenizer.of(tokenizer)
+
+
+# ---- What of a sample is trained, and --system
+
+ALL = "[[<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>{}]]"
+TURN_2 = "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>"
+REPLY_2 = ALL.format(TURN_2)[2:-2].replace("d<|im_end|>", "[[d<|im_end|>]]")
+BOTH = REPLY_2.replace("b<|im_end|>", "[[b<|im_end|>]]")
+ALL_2 = ALL.format(TURN_2)
+AFTER_1 = ALL_2[2:].replace("assistant\nb", "assistant\n[[b")
+PAIR = Pair("a", "b")
+MARKED_1 = Conversation(chat("a", "b", "c", "d").messages, untrained=frozenset({1}))
+TEXT_TEMPLATE = CHATML + HEADER
+
+
+@pytest.mark.parametrize(
+    ("template", "sample", "options", "expected"),
+    [
+        (TEXT_TEMPLATE, chat("a", "b", "c", "d"), {"assistant_only_loss": True}, BOTH),
+        (TEXT_TEMPLATE, chat("a", "b", "c", "d"), {"assistant_only_loss": False}, ALL_2),
+        (TEXT_TEMPLATE, chat("a", "b", "c", "d"), {"completion_only_loss": False}, ALL_2),
+        (MARKED, chat("a", "b", "c", "d"), {"assistant_only_loss": False}, ALL_2),
+        # of a prompt and completion of messages
+        (TEXT_TEMPLATE, chat("a", "b", "c", "d", first=3), {"completion_only_loss": True}, REPLY_2),
+        (TEXT_TEMPLATE, chat("a", "b", "c", "d", first=3), {"completion_only_loss": False}, ALL_2),
+        (
+            TEXT_TEMPLATE,
+            chat("a", "b", "c", "d", first=3),
+            {"completion_only_loss": False, "assistant_only_loss": True},
+            BOTH,
+        ),
+        (TEXT_TEMPLATE, chat("a", "b", "c", "d", first=1), {"assistant_only_loss": False}, AFTER_1),
+        # of a prompt and completion of text
+        (TEXT_TEMPLATE, PAIR, {"completion_only_loss": True}, ALL.format("")[2:].replace("\nb", "\n[[b")),
+        (TEXT_TEMPLATE, PAIR, {"completion_only_loss": False}, ALL.format("")),
+        (TEXT_TEMPLATE, PAIR, {"assistant_only_loss": False}, ALL.format("")[2:].replace("\nb", "\n[[b")),
+        (None, PAIR, {"completion_only_loss": True}, "a[[b]][[EOS]]"),
+        (None, PAIR, {"completion_only_loss": False}, "[[ab]][[EOS]]"),
+        # without a token at its end
+        (SECTIONS, chat("a", "b"), {"assistant_only_loss": False}, "[[### user:\na\n\n### assistant:\nb\n\n]][[EOS]]"),
+        (None, Text("a"), {"completion_only_loss": False, "assistant_only_loss": False}, "[[a]][[EOS]]"),
+    ],
+)
+def test_what_is_trained_is_a_choice(bytes_tokenizer, template, sample, options, expected) -> None:
+    tokenizer = ChatTokenizer.of(bytes_tokenizer(template), SampleOptions(**options))
+    assert with_brackets(render_sample(sample, tokenizer)) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "sample", "options", "message"),
+    [
+        (None, Text("a"), {"assistant_only_loss": True}, "--assistant-only-loss needs messages, and the row is text"),
+        (
+            None,
+            PAIR,
+            {"assistant_only_loss": True},
+            "the row is prompt and completion, for which there is no chat temp",
+        ),
+        (None, Text("a"), {"completion_only_loss": True}, "--completion-only-loss needs rows of prompt and completion"),
+        (
+            CHATML,
+            chat("a", "b"),
+            {"completion_only_loss": True},
+            "--completion-only-loss needs rows of prompt and comp",
+        ),
+        (CHATML, MARKED_1, {"assistant_only_loss": False}, "message 1 is not to be trained, which is possible only"),
+        (LAST_SYSTEM, chat("a", "b", system="s", first=2), {"assistant_only_loss": False}, "rewrites the prompt once"),
+    ],
+)
+def test_a_choice_that_a_row_cannot_follow_is_refused(bytes_tokenizer, template, sample, options, message) -> None:
+    if template == LAST_SYSTEM:
+        template = template.replace("loop.revindex <= 2", "loop.last")
+    with pytest.raises(DataError, match=message):
+        render_sample(sample, ChatTokenizer.of(bytes_tokenizer(template), SampleOptions(**options)))
+
+
+def test_conversations_without_a_system_message_get_the_one_of_the_options(bytes_tokenizer) -> None:
+    tokenizer = ChatTokenizer.of(bytes_tokenizer(CHATML + HEADER), SampleOptions(system="be"))
+    be = {"role": "system", "content": "be"}
+    marked = Conversation(chat("a", "b", "c", "d").messages, first=1, untrained=frozenset({3}))
+    assert with_system(marked, tokenizer) == Conversation([be, *marked.messages], first=2, untrained=frozenset({4}))
+    assert with_system(chat("a", "b"), tokenizer) == Conversation([be, *chat("a", "b").messages])
+    assert with_system(PAIR, tokenizer) == Conversation([be, *chat("a", "b").messages], first=2)
+    developer = Conversation([{"role": "developer", "content": "d"}, *chat("a", "b").messages])
+    for sample in (chat("a", "b", system="own"), developer):
+        assert with_system(sample, tokenizer) == sample
+
+
+@pytest.mark.parametrize(
+    ("template", "sample", "message"),
+    [
+        (CHATML, Text("a"), "--system needs a conversation, and the row is text"),
+        (None, PAIR, "--system needs a conversation, and the tokenizer has no chat template"),
+    ],
+)
+def test_a_system_message_that_has_no_place_is_refused(bytes_tokenizer, template, sample, message) -> None:
+    with pytest.raises(DataError, match=message):
+        with_system(sample, ChatTokenizer.of(bytes_tokenizer(template), SampleOptions(system="be")))

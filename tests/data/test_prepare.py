@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tailora.data.chat_template import SampleOptions
 from tailora.data.dataset import warnings_of
 from tailora.data.prepare import RowCounts, prepare, stream_examples
 from tailora.data.schemas import Conversation, Pair
@@ -232,6 +233,24 @@ def test_chats_in_every_schema_become_the_same_examples(bytes_tokenizer, jsonl, 
     ]
     hashes = {prepare(jsonl([form]), bytes_tokenizer(chatml), validation_split=0).report.sha256 for form in forms}
     assert len(hashes) == 1
+
+
+def test_the_system_message_is_in_examples_samples_and_the_stream(bytes_tokenizer, jsonl, chatml) -> None:
+    rows = [{"question": f"hello {n}", "choices": ["you", "me"], "answer": 0} for n in range(4)]
+    for path in (jsonl(rows, "choices.jsonl"), jsonl([chat_row(f"hello {n}", "you") for n in range(4)], "chats.jsonl")):
+        tokenizer, options = bytes_tokenizer(chatml), SampleOptions(system="be")
+        prepared = prepare(path, tokenizer, validation_split=0.25, options=options)
+        start = "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhello"
+        examples = [*prepared.train, *prepared.eval, *stream_examples(path, tokenizer, options=options)]
+        assert all(tokenizer.decode(example.input_ids.tolist()).startswith(start) for example in examples)
+        assert len(examples) == 8
+        (sample,) = prepared.eval_samples
+        assert sample.messages[0] == {"role": "system", "content": "be"}
+
+
+def test_rows_without_a_place_for_the_system_message_are_named(bytes_tokenizer, jsonl) -> None:
+    with pytest.raises(DataError, match=r"rows.jsonl:1: --system needs a conversation, and the row is text"):
+        prepare(jsonl([{"text": "a"}]), bytes_tokenizer(), options=SampleOptions(system="be"))
 
 
 def test_held_out_conversations_are_returned_as_samples(bytes_tokenizer, jsonl, chatml) -> None:
