@@ -277,7 +277,8 @@ class LoRAModel(nn.Module):
     def export(
         self, folder: str | Path, to: str, name: str = "default", *, tokenizer: Any = None, overwrite: bool = False
     ) -> "ExportReport":
-        """Writes an adapter for other tools into a new folder: "peft", "portable", "gguf", "mlx" or "merged".
+        """Writes an adapter for other tools into a new folder: "peft", "portable", "gguf", "mlx", "merged" or,
+        for models of diffusers, "diffusers".
 
         The files are read back and their logits compared with this model's; if they differ, nothing is
         left. `tokenizer` is saved with a merged model. `overwrite` replaces a folder that holds nothing but an

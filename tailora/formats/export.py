@@ -4,9 +4,10 @@
     portable   a PEFT folder for servers that ignore many of its settings: vLLM, SGLang, LMDeploy
     gguf       llama.cpp and Ollama: gguf.py
     mlx        mlx-lm: mlx.py
+    diffusers  pipelines of diffusers: kohya_diffusers.py
     merged     a Hugging Face folder without an adapter: merged.py
 
-`low_rank_export.fold_scale` puts the whole scale into B for portable, gguf and mlx.
+`low_rank_export.fold_scale` puts the whole scale into B for portable, gguf, mlx and diffusers.
 
 Below: `export`, the comparison, the formats peft and portable, and the table of all formats.
 """
@@ -30,7 +31,7 @@ from tailora.core.device import wide_dtype
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_path_of
 from tailora.core.quantization import quantized_layers
 from tailora.errors import ConfigError, FormatError, nearest
-from tailora.formats import gguf, low_rank_export, merged, mlx, peft
+from tailora.formats import gguf, kohya_diffusers, low_rank_export, merged, mlx, peft
 from tailora.formats.fingerprint import fingerprint, vocabulary_size
 from tailora.formats.hub import model_card
 from tailora.formats.io import replace_folder, safetensors_bytes
@@ -39,7 +40,14 @@ from tailora.formats.low_rank_export import ExportSource
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata
 from tailora.formats.peft_config import to_peft_config
 from tailora.formats.peft_paths import peft_layers
-from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, EXPORTED_FILES, check_result_folder
+from tailora.formats.run_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CARD,
+    DIFFUSERS_WEIGHTS,
+    EXPORTED_FILES,
+    check_result_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class ExportReport:
 def export(source: ExportSource, folder: Path, to: str, *, overwrite: bool = False) -> ExportReport:
     """Writes a new `folder` completely or not at all, after reading it back and comparing its logits with the model's.
 
+    Of models of diffusers, whose inputs differ, the updates are compared instead.
     overwrite: as in `run_folder.check_result_folder`.
     Raises ConfigError for an unknown format or a folder that is not empty, FormatError with all that the format cannot
     hold and for a difference above the tolerance, MergeError, WriteError.
@@ -68,6 +77,21 @@ def export(source: ExportSource, folder: Path, to: str, *, overwrite: bool = Fal
     check_result_folder(folder, EXPORTED_FILES, overwrite=overwrite)
     export_format = FORMATS[to]
     low_rank_export.raise_problems(f"{to} cannot hold this adapter", export_format.problems(source))
+    compare = _updates_compared(source) if to == "diffusers" else _logits_compared(source, to)
+    with replace_folder(folder) as temporary:
+        changes = export_format.write(temporary, source)
+        content = export_format.read(temporary, source)
+        comparison = compare(content, f"{folder} ({to})")
+        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+    return ExportReport(folder, to, files, changes, comparison)
+
+
+Content = peft.StoredAdapter | nn.Module
+Compare = Callable[[Any, str], "LogitComparison"]  # what was read back, and the name of the folder -> the comparison
+
+
+def _logits_compared(source: ExportSource, to: str) -> Compare:
+    """Computes the live model's logits, before anything is written, and returns what compares others with them."""
     ids = comparison_ids(source.base_model)
 
     def logits_with(adapter: Adapter | None) -> Tensor:
@@ -75,17 +99,33 @@ def export(source: ExportSource, folder: Path, to: str, *, overwrite: bool = Fal
             return float32_logits(model, ids)
 
     live, base = logits_with(source.adapter), logits_with(None)
-    with replace_folder(folder) as temporary:
-        changes = export_format.write(temporary, source)
-        content = export_format.read(temporary, source)
+
+    def compare(content: Content, exported: str) -> LogitComparison:
         if isinstance(content, nn.Module):
             reloaded = float32_logits(content, ids)
         else:
             reloaded = logits_with(restore(content, source.base_model))
         rounded = to == "merged" and common_dtype(source.base_model).itemsize == 2
-        comparison = compare_logits(live, base, reloaded, f"{folder} ({to})", rounded=rounded)
-        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-    return ExportReport(folder, to, files, changes, comparison)
+        return compare_logits(live, base, reloaded, exported, rounded=rounded)
+
+    return compare
+
+
+def _updates_compared(source: ExportSource) -> Compare:
+    """Returns what compares the updates of all layers, B A, with those of the live model."""
+
+    def compare(content: peft.StoredAdapter, exported: str) -> LogitComparison:
+        reloaded = low_rank_export.fold_scale(ExportSource(restore(content, source.base_model), source.base_model))
+        squares, difference = 0.0, 0.0
+        for path, (A, B) in low_rank_export.fold_scale(source).items():
+            update, read_back = B @ A.flatten(1), reloaded[path][1] @ reloaded[path][0].flatten(1)
+            squares += float(update.square().sum())
+            difference += float((read_back - update).square().sum())
+        if not difference <= TOLERANCE**2 * squares:  # or not a number
+            raise FormatError(f"{exported}: read back, its updates differ from the live model's; please report it")
+        return LogitComparison(math.sqrt(difference / squares) if squares else 0.0, 1.0, TOLERANCE)
+
+    return compare
 
 
 # ---- Comparing the logits of the files, read back, with those of the live model
@@ -100,7 +140,7 @@ BATCH, LENGTH = 2, 16
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """Root mean squares over all logits of a small batch, relative to the live model's.
+    """Root mean squares over all logits of a small batch, or all updates, relative to the live model's.
 
     difference: between the file and the live model.    effect: between the live model and its base.
     """
@@ -290,7 +330,7 @@ class Format:
 
     problems: Callable[[ExportSource], list[str]]
     write: Callable[[Path, ExportSource], list[str]]
-    read: Callable[[Path, ExportSource], peft.StoredAdapter | nn.Module]
+    read: Callable[[Path, ExportSource], Content]
 
 
 FORMATS = {
@@ -299,4 +339,9 @@ FORMATS = {
     "gguf": Format(gguf.problems, gguf.write, lambda folder, source: gguf.read(folder, source.base_model)),
     "mlx": Format(mlx.problems, mlx.write, lambda folder, _: mlx.read(folder)),
     "merged": Format(merged.problems, merged.write, merged.load),
+    "diffusers": Format(
+        kohya_diffusers.problems,
+        kohya_diffusers.write,
+        lambda folder, source: kohya_diffusers.read(folder / DIFFUSERS_WEIGHTS, source.base_model),
+    ),
 }

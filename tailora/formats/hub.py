@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tailora.errors import ConfigError, FetchError, WriteError, listing, nearest
-from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, GGUF_WEIGHTS, MLX_WEIGHTS
+from tailora.formats.run_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CARD,
+    DIFFUSERS_WEIGHTS,
+    GGUF_WEIGHTS,
+    MLX_WEIGHTS,
+)
 
 # What save_pretrained of PEFT and transformers takes: argument -> values that change nothing here, and what to do
 # instead of another value. None instead of values: all.
@@ -23,7 +30,7 @@ SAVE_ARGUMENTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
 }
 UPLOAD_OPTIONS = {"private", "token", "revision", "create_pr", "commit_message", "commit_description"}
 # The files of an adapter's folder: of PEFT, mlx-lm, `export` to GGUF and diffusers. A pickle is not even downloaded.
-WEIGHTS_OF_FORMATS = (ADAPTER_WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, "pytorch_lora_weights.safetensors")
+WEIGHTS_OF_FORMATS = (ADAPTER_WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, DIFFUSERS_WEIGHTS)
 FILES_OF_MODELS = ("config.json", "model_index.json")  # beside them, a file of any other name is no adapter
 OF_HUB = "HF_TOKEN opens private and gated repositories"
 

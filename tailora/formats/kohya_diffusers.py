@@ -6,6 +6,8 @@
 
 lora_down is A, lora_up is B, and the scale is alpha / r; without an alpha it is 1. A file may hold layers of several
 models ("components"), each under a prefix; those of the given model are read.
+
+What is written is diffusers' file of one component, with scale 1 and the whole scale in B.
 """
 
 import json
@@ -17,11 +19,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tailora.core.layer_types import layer_type_of
+from tailora.core.layer_types import CONVOLUTION, LINEAR, layer_type_of, qualified_name
 from tailora.errors import FormatError, TailoraWarning, nearest
-from tailora.formats.io import read_safetensors
-from tailora.formats.low_rank_export import as_stored_adapter, raise_problems
+from tailora.formats.io import read_safetensors, safetensors_bytes
+from tailora.formats.low_rank_export import (
+    ExportSource,
+    as_stored_adapter,
+    fold_changes,
+    fold_scale,
+    low_rank_problems,
+    pad_ranks,
+    raise_problems,
+)
 from tailora.formats.peft import KEY_PREFIX, StoredAdapter
+from tailora.formats.run_folder import DIFFUSERS_WEIGHTS
 
 SUFFIXES = {
     "A": (".lora_A", ".lora_down", ".lora.down", ".lora_linear_layer.down", "_lora.down"),
@@ -78,6 +89,39 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
     factors = {path: (layer["A"], layer["B"]) for path, layer in layers.items()}
     settings = _diffusers_settings(metadata.get(METADATA_KEY), components, file)
     return as_stored_adapter(file, factors, scales, **settings)
+
+
+# ---- Writing
+
+
+def problems(source: ExportSource) -> list[str]:
+    """Returns a message for each part of the adapter that the format cannot hold."""
+    if _component(source.base_model) is None:
+        return [f"{type(source.base_model).__name__} is no model of diffusers"]
+    return low_rank_problems(source, (LINEAR, CONVOLUTION))
+
+
+def write(folder: Path, source: ExportSource) -> list[str]:
+    """Writes the file into `folder`. Returns what differs from the adapter as trained, in words.
+
+    One rank for all layers: earlier versions of diffusers take the rank of one of them as alpha of all.
+    """
+    component, factors = _component(source.base_model), fold_scale(source)
+    factors, padding = pad_ranks(factors, max(len(A) for A, _ in factors.values()))
+    tensors: dict[str, Tensor] = {}
+    for path, (A, B) in factors.items():
+        tensors[f"{component}.{path}.lora_A.weight"] = A
+        tensors[f"{component}.{path}.lora_B.weight"] = B[(..., *[None] * (A.ndim - 2))]  # convolutions have a kernel
+    (folder / DIFFUSERS_WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "pt"}))
+    return [*fold_changes(source), *padding]
+
+
+def _component(model: nn.Module) -> str | None:
+    """Returns the name of the pipeline's part that this model is; None if it is not of diffusers."""
+    names = [qualified_name(base) for base in type(model).__mro__]
+    if not any(name.startswith("diffusers.") for name in names):
+        return None
+    return "unet" if any("UNet" in name for name in names) else "transformer"
 
 
 # ---- Keys and layers

@@ -46,9 +46,8 @@ from tailora.formats import kohya_diffusers, mlx, peft, peft_config
 from tailora.formats.fingerprint import fingerprint, fingerprint_differences, input_embedding
 from tailora.formats.hub import local_folder
 from tailora.formats.peft_paths import PeftLayer, peft_layers
-from tailora.formats.run_folder import ADAPTER_WEIGHTS, GGUF_WEIGHTS
+from tailora.formats.run_folder import ADAPTER_WEIGHTS, DIFFUSERS_WEIGHTS, GGUF_WEIGHTS
 
-DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 SLOT_NAMES = {
     "A": "lora_A",
     "B": "lora_B",

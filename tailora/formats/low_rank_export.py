@@ -86,7 +86,10 @@ def pad_ranks(
     factors: Mapping[str, tuple[Tensor, Tensor]], r: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
     """Returns the same products, padded with zeros to rank r, and a message about it."""
-    padded = {path: (F.pad(A, (0, 0, 0, r - len(A))), F.pad(B, (0, r - len(A)))) for path, (A, B) in factors.items()}
+    padded = {
+        path: (torch.cat([A, A.new_zeros(r - len(A), *A.shape[1:])]), F.pad(B, (0, r - len(A))))
+        for path, (A, B) in factors.items()
+    }
     lower = sum(len(A) < r for A, _ in factors.values())
     return padded, [f"{lower} of {len(factors)} layers are padded with zeros to rank {r}"] if lower else []
 

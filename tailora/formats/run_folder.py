@@ -13,11 +13,18 @@ ADAPTER, MODEL, RUN = "adapter", "model", "run.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as in PEFT
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS = "adapter.gguf", "Modelfile", "adapters.safetensors"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
 SAMPLES = "samples.json"
 CARD = "README.md"
 ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD)
-EXPORTED_FILES = (*ADAPTER_FILES, GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS)  # a merged model looks like any other
+EXPORTED_FILES = (
+    *ADAPTER_FILES,
+    GGUF_WEIGHTS,
+    MODELFILE,
+    MLX_WEIGHTS,
+    DIFFUSERS_WEIGHTS,
+)  # a merged model looks like any other
 REPORT_FILES = (REPORT, PAGE)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import chat_model
+from tiny import chat_model, stir
 from tiny_adapters import adapted, logits
 from torch import Tensor, nn
 
@@ -198,3 +198,55 @@ def test_several_files_in_a_folder_are_refused(tmp_path: Path, live: LoRAModel) 
         save_file(kohya(live), tmp_path / f"{name}.safetensors")
     with pytest.raises(FormatError, match=r"several files.*a\.safetensors, b\.safetensors"):
         LoRAModel.from_pretrained(chat_model(), tmp_path)
+
+
+# ---- What is written for diffusers
+
+
+def unet() -> Any:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    ).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of diffusers, while it is imported
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"conv1": 3}},
+        pytest.param({"init_lora_weights": "pissa", "target_modules": ["to_q"]}, marks=pytest.mark.exhaustive),
+    ],
+    ids=["patterns", "pissa"],
+)
+def test_diffusers_loads_what_is_exported_for_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Pipeline
+
+    live = LoRAModel(unet(), LoRAConfig(**{"r": 4, "target_modules": ["to_q", "to_k", "conv1"], **settings})).eval()
+    stir(live)
+    images, texts = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 8)
+    inputs = {"sample": images, "timestep": torch.tensor([3, 700]), "encoder_hidden_states": texts}
+    expected = live(**inputs).sample
+    report = live.export(tmp_path / "out", "diffusers")
+    assert [*report.files] == ["pytorch_lora_weights.safetensors"]
+    assert report.logits.difference < 1e-6
+    theirs = unet()
+    state, alphas = Pipeline.lora_state_dict(tmp_path / "out")  # as `pipeline.load_lora_weights(folder)` does
+    Pipeline.load_lora_into_unet(state, alphas, theirs)
+    torch.testing.assert_close(theirs(**inputs).sample, expected, rtol=1e-4, atol=1e-4)
+    assert (unet()(**inputs).sample - expected).abs().max() > 0.1
+    torch.testing.assert_close(LoRAModel.from_pretrained(unet(), tmp_path / "out")(**inputs).sample, expected)
+
+
+def test_what_diffusers_would_not_read_is_refused(tmp_path: Path, live: LoRAModel) -> None:
+    with pytest.raises(FormatError, match="LlamaForCausalLM is no model of diffusers"):
+        live.export(tmp_path / "out", "diffusers")
