@@ -130,7 +130,7 @@ def run_progress(console: Console) -> Iterator["Listener"]:
                     text, done, total = f"step {event.step}/{event.max_steps}", event.step, event.max_steps
                     bar.update(task, description=text, completed=done, total=total, figures=figures(event))
                 case EvaluationProgress():
-                    text, done, total = "held-out examples", event.done, event.total
+                    text, done, total = event.what, event.done, event.total
                     bar.update(task, description=text, completed=done, total=total, figures=f"{done:,}/{total:,}")
                 case _:
                     _print(bar.console, event)
@@ -152,7 +152,7 @@ def _line_listener(console: Console) -> "Listener":
                 text = f"step {event.step}/{event.max_steps}  {figures(event)}"
             case EvaluationProgress():
                 is_due &= event.done < event.total
-                text = f"{event.done:,} of {event.total:,} held-out examples"
+                text = f"{event.done:,} of {event.total:,} {event.what}"
             case _:
                 _print(console, event)
                 return
@@ -214,6 +214,8 @@ def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
             lines["start"] = header["start"]
         if (ratio := settings.get("loraplus_lr_ratio", 1)) != 1:
             lines["rates"] = f"B learns {ratio:g} times as fast as the rest (LoRA+)"
+    if header.get("task"):
+        lines["task"] = header["task"]
     if data is None or settings["streaming"]:  # streamed data is not known yet
         lines["data"] = f"streamed; {held_out_of(data)}" if data else "streamed"
     else:

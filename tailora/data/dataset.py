@@ -132,6 +132,29 @@ class Examples:
         return [example.hash for example in self]
 
 
+def with_other_replies(examples: Examples, seed: int) -> Examples:
+    """Returns examples whose second sequence is their prompt with the reply to another one, which is not trained on.
+
+    Each reply is used once. KTO estimates with these how far the model is from its reference.
+    """
+    order = np.random.default_rng(seed).permutation(len(examples))
+    other = np.empty(len(examples), dtype=np.int64)
+    other[order] = np.roll(order, 1)
+    starts = [int(np.argmax(example.labels != IGNORED)) for example in examples]  # of the replies
+    return Examples.of(
+        Example.of_two(example, _with_reply(example, examples[int(j)], starts[i], starts[int(j)]), example.target)
+        for i, (example, j) in enumerate(zip(examples, other, strict=True))
+    )
+
+
+def _with_reply(example: Example, other: Example, start: int, other_start: int) -> Example:
+    reply = slice(other_start, None)
+    return Example(
+        np.concatenate([example.input_ids[:start], other.input_ids[reply]]),
+        np.concatenate([example.labels[:start], other.labels[reply]]),
+    )
+
+
 # ---- The split
 
 
@@ -205,6 +228,7 @@ class DataReport:
     source: str
     eval_source: str | None
     shape: str  # name of the schema
+    task: str
     mapping: dict[str, str]  # key of the schema -> column
     ignored: list[str]  # columns that are not used
     chat_template: bool

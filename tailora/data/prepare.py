@@ -4,7 +4,7 @@ readers -> schemas -> chat_template -> tokenize -> dataset, 1000 rows at a time;
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -13,11 +13,27 @@ import numpy as np
 
 from tailora.data import dataset
 from tailora.data.chat_template import ChatTokenizer, SampleOptions, with_system
-from tailora.data.dataset import DataReport, Example, Examples
+from tailora.data.dataset import IGNORED, DataReport, Example, Examples, with_other_replies
 from tailora.data.readers import Row, RowProblem, Rows, data_error, read_rows
-from tailora.data.schemas import Choices, ColumnMapping, Sample, Text, convert_row, detect_schema
+from tailora.data.schemas import (
+    AUTO,
+    CAUSAL_LM,
+    FEEDBACK,
+    PREFERENCE,
+    AnySample,
+    Choices,
+    ColumnMapping,
+    Conversation,
+    Feedback,
+    Pair,
+    Preference,
+    Sample,
+    Text,
+    convert_row,
+    detect_schema,
+)
 from tailora.data.tokenize import EncodedSample, encode_samples
-from tailora.errors import DataError
+from tailora.errors import ConfigError, DataError
 
 CHUNK = 1000  # rows tokenised at a time
 
@@ -25,7 +41,10 @@ CHUNK = 1000  # rows tokenised at a time
 
 
 class EncodedRow(NamedTuple):
-    """choices: the choices whose right answer is `sample`; None for other schemas."""
+    """choices: the choices whose right answer is `sample`; None for other schemas.
+
+    sample: of two replies the better one.
+    """
 
     sample: Sample
     encoded: EncodedSample
@@ -39,6 +58,7 @@ def encode_source(
     tokenizer: ChatTokenizer,
     max_length: int,
     detect_from: int | None = CHUNK,
+    task: str = AUTO,
 ) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
     """Returns how the columns are read, and the encoded row or the problem for every item, in order.
 
@@ -51,7 +71,7 @@ def encode_source(
         problems = [item for item in first if isinstance(item, RowProblem)]
         raise data_error(problems or [RowProblem(source, 0, "no rows: there is nothing to learn from")])
     try:
-        mapping = detect_schema(rows, field)
+        mapping = detect_schema(rows, field, task)
     except DataError as error:
         raise DataError(f"data {source}: {error}") from None
     return mapping, _encode_rows(chain(first, items), mapping, tokenizer, max_length)
@@ -63,36 +83,76 @@ def _encode_rows(
     numbered = enumerate(items)
     while chunk := list(islice(numbered, CHUNK)):
         converted = [_sample_of(item, mapping, tokenizer) if isinstance(item, Row) else item for _, item in chunk]
-        samples = [_right_choice(sample) for sample in converted if not isinstance(sample, RowProblem)]
+        samples = [part for sample in converted if not isinstance(sample, RowProblem) for part in _parts(sample)]
         results = iter(encode_samples(samples, tokenizer, max_length))
         for (index, item), sample in zip(chunk, converted, strict=True):
             if isinstance(sample, RowProblem):
                 yield sample
                 continue
-            result = next(results)
+            result = _join(sample, [next(results) for _ in _parts(sample)])
             if isinstance(result, DataError):
                 yield RowProblem(item.file, item.number, str(result))
                 continue
             encoded = replace(result, example=replace(result.example, source_index=index))
-            yield EncodedRow(_right_choice(sample), encoded, sample if isinstance(sample, Choices) else None)
+            yield EncodedRow(_parts(sample)[0], encoded, sample if isinstance(sample, Choices) else None)
 
 
-def _sample_of(row: Row, mapping: ColumnMapping, tokenizer: ChatTokenizer) -> Sample | Choices | RowProblem:
+def _sample_of(row: Row, mapping: ColumnMapping, tokenizer: ChatTokenizer) -> AnySample | RowProblem:
     """Returns the row's sample as the options of the tokenizer want it, or why it has none."""
     sample = convert_row(row, mapping)
     if isinstance(sample, RowProblem) or tokenizer.options.system is None:
         return sample
+
+    def reply(part: Conversation | Pair) -> Conversation | Pair:
+        result = with_system(part, tokenizer)
+        assert not isinstance(result, Text)
+        return result
+
     try:
-        if isinstance(sample, Choices):
-            options = (with_system(option, tokenizer) for option in sample.options)
-            return replace(sample, options=tuple(option for option in options if not isinstance(option, Text)))
+        match sample:
+            case Choices():
+                return replace(sample, options=tuple(map(reply, sample.options)))
+            case Preference():
+                return Preference(reply(sample.chosen), reply(sample.rejected))
+            case Feedback():
+                return replace(sample, reply=reply(sample.reply))
         return with_system(sample, tokenizer)
     except DataError as error:
         return RowProblem(row.file, row.number, str(error))
 
 
-def _right_choice(sample: Sample | Choices) -> Sample:
-    return sample.options[sample.answer] if isinstance(sample, Choices) else sample
+def _parts(sample: AnySample) -> list[Sample]:
+    """Returns what is tokenised of a sample."""
+    match sample:
+        case Choices():
+            return [sample.options[sample.answer]]
+        case Preference():
+            return [sample.chosen, sample.rejected]
+        case Feedback():
+            return [sample.reply]
+    return [sample]
+
+
+def _join(sample: AnySample, parts: Sequence[EncodedSample | DataError]) -> EncodedSample | DataError:
+    """Returns a sample from its encoded parts. Where the cut takes a whole reply of two, nothing of it is trained."""
+    encoded = [part for part in parts if isinstance(part, EncodedSample)]
+    if errors := [part for part in parts if isinstance(part, DataError)]:
+        return errors[0]
+    first, last = encoded[0], encoded[-1]
+    if isinstance(sample, Feedback):
+        return replace(first, example=replace(first.example, target=np.array([float(sample.desirable)])))
+    if not isinstance(sample, Preference):
+        return first
+    example = Example.of_two(first.example, last.example)
+    is_usable = first.example.supervised and last.example.supervised and first.example.hash != last.example.hash
+    if not is_usable:
+        example = replace(example, labels=np.full_like(example.labels, IGNORED))
+    return EncodedSample(
+        example,
+        max(first.length, last.length),
+        first.is_whole and last.is_whole,
+        first.untrained_replies + last.untrained_replies,
+    )
 
 
 @dataclass(slots=True)
@@ -177,17 +237,25 @@ def prepare(
     seed: int = 0,
     embedding_rows: int | None = None,
     options: SampleOptions | None = None,
+    task: str = AUTO,
 ) -> PreparedData:
     """Reads, checks and tokenises everything; holds out a part unless there is an `eval_source`.
 
+    task: what is trained; "auto" finds it from the rows.
     embedding_rows: rows of the model's embedding, which must have every token id.
     Raises DataError that names every problem with file, row and cause.
     """
     chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows, options)
-    data = _load_source(source, "train", chat_tokenizer, field, max_length)
+    data = _load_source(source, "train", chat_tokenizer, field, max_length, task)
     counts = [data.counts]
     if eval_source is not None:
-        eval_data = _load_source(eval_source, "validation", chat_tokenizer, field, max_length)
+        schema = data.mapping.schema
+        eval_data = _load_source(eval_source, "validation", chat_tokenizer, field, max_length, schema.task)
+        if schema.task != CAUSAL_LM and eval_data.mapping.schema.name != schema.name:
+            raise DataError(
+                f"data {eval_source}: its rows are {eval_data.mapping.schema.name}, and those of {source} are "
+                f"{schema.name}; the held-out rows must have the same keys as the others"
+            )
         counts.append(eval_data.counts)
         train, held_out, samples = data.examples, eval_data.examples, eval_data.samples
     else:
@@ -201,6 +269,7 @@ def prepare(
         source=source,
         eval_source=eval_source,
         shape=data.mapping.schema.name,
+        task=data.mapping.schema.task,
         mapping=data.mapping.columns,
         ignored=list(data.mapping.ignored),
         chat_template=chat_tokenizer.template is not None,
@@ -220,7 +289,10 @@ def prepare(
         lengths=dataset.length_histogram(lengths),
         sha256=dataset.dataset_hash(train, held_out),
     )
-    return PreparedData(train, held_out.select(distinct), report, [samples[index] for index in distinct])
+    held_out, samples = held_out.select(distinct), [samples[index] for index in distinct]
+    if data.mapping.schema.name == FEEDBACK:
+        train, held_out = (with_other_replies(part, seed) for part in (train, held_out))
+    return PreparedData(train, held_out, report, samples)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -234,10 +306,10 @@ class LoadedSource:
 
 
 def _load_source(
-    source: str, split: str, tokenizer: ChatTokenizer, field: Mapping[str, str] | None, max_length: int
+    source: str, split: str, tokenizer: ChatTokenizer, field: Mapping[str, str] | None, max_length: int, task: str
 ) -> LoadedSource:
     rows = read_rows(source, split=split)
-    mapping, encoded = encode_source(source, rows, field, tokenizer, max_length, detect_from=None)
+    mapping, encoded = encode_source(source, rows, field, tokenizer, max_length, detect_from=None, task=task)
     results = list(encoded)
     if problems := [result for result in results if isinstance(result, RowProblem)]:
         raise data_error(problems)
@@ -264,6 +336,7 @@ def stream_examples(
     embedding_rows: int | None = None,
     options: SampleOptions | None = None,
     counts: RowCounts | None = None,
+    task: str = AUTO,
 ) -> Iterator[Example]:
     """Yields examples in order, while they are read, without those whose trained tokens are all cut off.
 
@@ -271,9 +344,14 @@ def stream_examples(
     Raises DataError at the first unusable row, or at the end if no row was usable.
     """
     chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows, options)
-    _, rows = encode_source(source, read_rows(source, streaming=True), field, chat_tokenizer, max_length)
+    rows = read_rows(source, streaming=True)
+    mapping, encoded = encode_source(source, rows, field, chat_tokenizer, max_length, task=task)
+    if mapping.schema.task == PREFERENCE:
+        raise ConfigError(
+            f"data {source} holds preferences, for which the whole data is read before training: leave --streaming out"
+        )
     counts, is_empty = counts or RowCounts(), True
-    for row in rows:
+    for row in encoded:
         if isinstance(row, RowProblem):
             raise data_error([row])
         counts.add(row.encoded, max_length)
@@ -323,7 +401,7 @@ class EvalSource:
     def read(self) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
         """Raises DataError if there is no row of a known schema."""
         items = islice(read_rows(self.name, split="validation"), self.limit)
-        return encode_source(self.name, items, self.field, self.chat_tokenizer, self.max_length)
+        return encode_source(self.name, items, self.field, self.chat_tokenizer, self.max_length, task=CAUSAL_LM)
 
 
 def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport:

@@ -8,8 +8,11 @@
     alpaca              instruction, output     input            Pair
     choices             prompt, choices, answer                  Choices: a Pair or Conversation for every choice
     text                text                                     Text
+    preference          chosen, rejected        prompt, tools    Preference
+    feedback            prompt, completion, label   tools        Feedback
 
-In choices, prompt may be called question, and answer label.
+In choices, prompt may be called question, and answer label. Rows are read as feedback if their labels are true and
+false, or for --task preference.
 
 Messages have OpenAI's form: role, content, tool_calls, tool_call_id, name. Reasoning is reasoning_content here,
 whatever name the row has for it. `train: false` or `weight: 0` marks a reply that is read but not trained.
@@ -20,7 +23,7 @@ import re
 import reprlib
 import string
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias
@@ -86,6 +89,25 @@ class Choices:
     answer: int
 
 
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two replies to the same prompt, of which one is better. Both are trained."""
+
+    chosen: Conversation | Pair
+    rejected: Conversation | Pair
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """A reply, and whether it is wanted."""
+
+    reply: Conversation | Pair
+    desirable: bool
+
+
+AnySample: TypeAlias = Sample | Choices | Preference | Feedback
+
+
 # ---- From a row to a sample: one function per schema. Each raises DataError with the cause; callers add file and row.
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -146,9 +168,68 @@ def from_choices(values: dict[str, Any]) -> Choices:
     return Choices(tuple(option for option in options if not isinstance(option, Text)), answer)
 
 
+def from_preference(values: dict[str, Any]) -> Preference:
+    chosen, rejected = values["chosen"], values["rejected"]
+    prompt = values.get("prompt")
+    # As in TRL, a text beside lists of messages is only a name for what both lists begin with.
+    is_implicit = prompt is None or (isinstance(prompt, str) and isinstance(chosen, list))
+    if is_implicit:
+        shared, *rests = _shared_prompt(chosen, rejected)
+        if shared or prompt is None:
+            prompt, (chosen, rejected) = shared, rests
+    sides = {}
+    for name, completion in (("chosen", chosen), ("rejected", rejected)):
+        try:
+            sides[name] = _as_reply(prompt, completion, values)
+        except DataError as error:
+            raise DataError(str(error).replace("completion", name)) from None
+    if sides["chosen"] == sides["rejected"]:
+        raise DataError("nothing to learn: chosen and rejected are the same")
+    return Preference(**sides)
+
+
+def from_feedback(values: dict[str, Any]) -> Feedback:
+    label = values["label"]
+    if label not in (True, False):  # 1 and 0 are equal to them
+        raise DataError(f"label is {_short_repr(label)} where true (a wanted completion) or false is needed")
+    return Feedback(_as_reply(values["prompt"], values["completion"], values), bool(label))
+
+
+def _as_reply(prompt: Any, completion: Any, values: dict[str, Any]) -> Conversation | Pair:
+    """values: of the row, which may have tools."""
+    tools = {"tools": values["tools"]} if "tools" in values else {}
+    sample = from_prompt({"prompt": prompt, "completion": completion, **tools})
+    assert not isinstance(sample, Text)
+    return sample
+
+
+def _shared_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Returns what both begin with, messages or text up to a space between words, and the rest of each.
+
+    Raises DataError if they have no prompt in common, or are of different types.
+    """
+    if not (isinstance(chosen, str | list) and type(chosen) is type(rejected)):
+        raise DataError(
+            f"chosen is {_short_repr(chosen)} and rejected {_short_repr(rejected)} where two texts or two lists of "
+            "messages are needed"
+        )
+    pairs = zip(chosen, rejected, strict=False)
+    end = next((index for index, (left, right) in enumerate(pairs) if left != right), min(len(chosen), len(rejected)))
+    if isinstance(chosen, str):
+        text: str = chosen[:end]
+        end = max((match.end() for match in BETWEEN_WORDS.finditer(text)), default=0)
+        if end and text[end - 1] == " ":
+            end -= 1  # most tokenizers put the space before a word into its token
+    if not end and isinstance(chosen, str):
+        raise DataError("chosen and rejected do not begin with the same prompt, and there is no prompt beside them")
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
 # ---- Values of a row: checked, or DataError
 
 ReadMessage: TypeAlias = tuple[dict[str, Any], bool | None]  # a message, and whether the row says to train it
+
+BETWEEN_WORDS = re.compile(r"\s+")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -381,22 +462,46 @@ def _short_repr(value: Any) -> str:
 # ---- The schema of a source
 
 
+AUTO, CAUSAL_LM, PREFERENCE = "auto", "causal-lm", "preference"  # tasks
+FOUND_FROM_ROWS = (CAUSAL_LM, PREFERENCE)
+FEEDBACK = "feedback"  # a schema whose examples are completed by those of others
+
+
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """convert: from the values by key to the sample; raises DataError with the cause."""
+    """convert: from the values by key to the sample; raises DataError with the cause.
+
+    task: which trains on it.    fits: whether a row with the required keys is read so where no task is given.
+    """
 
     name: str
-    convert: Callable[[dict[str, Any]], Sample | Choices]
+    convert: Callable[[dict[str, Any]], AnySample]
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    task: str = CAUSAL_LM
+    fits: Callable[[Mapping[str, Any]], bool] = lambda _: True
 
     @property
     def keys(self) -> tuple[str, ...]:
         return self.required + self.optional
 
 
-# If several fit, the first wins: `messages` says more than the `prompt` that often comes with it.
+def _has_truth_value(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("label"), bool)
+
+
+# If several fit, the first wins: `messages` says more than the `prompt` that often comes with it, and two replies say
+# more than one.
 SCHEMAS = (
+    Schema("preference", from_preference, ("chosen", "rejected"), ("prompt", "tools"), task=PREFERENCE),
+    Schema(
+        FEEDBACK,
+        from_feedback,
+        ("prompt", "completion", "label"),
+        ("tools",),
+        task=PREFERENCE,
+        fits=_has_truth_value,
+    ),
     Schema("messages", from_messages, ("messages",), ("tools",)),
     Schema("sharegpt", from_sharegpt, ("conversations",), ("system", "tools")),
     Schema("prompt/completion", from_prompt, ("prompt", "completion"), ("tools",)),
@@ -412,7 +517,9 @@ KNOWN_KEYS = tuple(dict.fromkeys(key for schema in SCHEMAS for key in schema.key
 SYNONYMS = {  # only for the hint in an error: no column is renamed without --field
     "messages": ("chat", "dialogue", "dialog", "conversation", "turns"),
     "prompt": ("question", "query", "input", "source", "user", "problem", "instruction", "ctx"),
-    "completion": ("answer", "response", "output", "target", "reply", "assistant", "solution", "chosen"),
+    "completion": ("answer", "response", "output", "target", "reply", "assistant", "solution"),
+    "chosen": ("preferred", "winner", "accepted", "better", "positive", "response_chosen"),
+    "rejected": ("dispreferred", "loser", "worse", "negative", "response_rejected"),
     "choices": ("options", "endings", "candidates", "alternatives"),
     "answer": ("label", "answerkey", "answer_idx", "answer_index", "gold", "correct", "correct_answer", "target"),
     "text": ("content", "document", "body", "article", "passage"),
@@ -436,13 +543,22 @@ class ColumnMapping:
         return {key: fields[column] for key, column in self.columns.items() if column in fields}
 
 
-def detect_schema(rows: Iterable[Mapping[str, Any]], field: Mapping[str, str] | None = None) -> ColumnMapping:
+def detect_schema(
+    rows: Iterable[Mapping[str, Any]], field: Mapping[str, str] | None = None, task: str = AUTO
+) -> ColumnMapping:
     """Returns the schema whose keys most rows have, after renaming by `field` (key of the schema -> column).
 
+    task: the schemas are those of this task.
     Raises DataError that lists the keys present, the known schemas, and how to map the keys.
     """
     field = dict(field or {})
-    key_sets = Counter(frozenset(row) for row in rows)
+    schemas = [schema for schema in SCHEMAS if schema.task in (FOUND_FROM_ROWS if task == AUTO else (task,))]
+    not_fitting = Counter[tuple[frozenset[str], Schema]]()
+    key_sets = Counter[frozenset[str]]()
+    for row in rows:
+        key_sets[frozenset(row)] += 1
+        renamed_row = dict(row) | {key: row[column] for key, column in field.items() if column in row}
+        not_fitting.update((frozenset(row), s) for s in schemas if task == AUTO and not s.fits(renamed_row))
     columns = sorted({column for keys in key_sets for column in keys})  # sorted: sets change their order between runs
     problems = [
         f"--field {key}={column}: no schema has the key {key!r}{nearest(key, KNOWN_KEYS)}"
@@ -458,28 +574,28 @@ def detect_schema(rows: Iterable[Mapping[str, Any]], field: Mapping[str, str] | 
     if problems:
         raise DataError(listing(problems))
     renamed = {column: key for key, column in field.items()}
-    counts = dict.fromkeys(SCHEMAS, 0)
+    counts = dict.fromkeys(schemas, 0)
     for keys, count in key_sets.items():
         row_keys = {renamed.get(key, key) for key in keys}
-        for schema in SCHEMAS:
+        for schema in schemas:
             if row_keys.issuperset(schema.required) and set(schema.keys).issuperset(field):
-                counts[schema] += count
-    best = max(SCHEMAS, key=lambda schema: counts[schema])
+                counts[schema] += count - not_fitting[keys, schema]
+    best = max(schemas, key=lambda schema: counts[schema])
     if not counts[best]:
-        raise DataError(_unknown_schema(columns, field))
+        raise DataError(_unknown_schema(columns, field, schemas, task))
     used = {key: field.get(key, key) for key in best.keys if field.get(key, key) in columns}
     return ColumnMapping(best, used, tuple(column for column in columns if column not in used.values()))
 
 
-def _unknown_schema(columns: list[str], field: Mapping[str, str]) -> str:
+def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Sequence[Schema], task: str) -> str:
     required: dict[str, str] = {}
-    for schema in SCHEMAS:
+    for schema in schemas:
         required.setdefault(schema.name, ", ".join(schema.required))
     known = "; ".join(f"{name} ({keys})" for name, keys in required.items())
     flags = "".join(f" --field {key}={column}" for key, column in field.items())
     hint = "Name the columns, for instance: --field prompt=question --field completion=answer"
     lower = {column.lower(): column for column in columns}
-    for schema in SCHEMAS:
+    for schema in schemas:
         guess = {
             key: field.get(key) or next((lower[name] for name in (key, *SYNONYMS.get(key, ())) if name in lower), None)
             for key in schema.required
@@ -489,11 +605,11 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str]) -> str:
             break
     return (
         f"the rows have the keys {_names(columns) or '(none)'}, which fit no known schema"
-        f"{flags and f' with{flags}'}.\nKnown: {known}.\n{hint}"
+        f"{'' if task == AUTO else f' of --task {task}'}{flags and f' with{flags}'}.\nKnown: {known}.\n{hint}"
     )
 
 
-def convert_row(row: Row, mapping: ColumnMapping) -> Sample | Choices | RowProblem:
+def convert_row(row: Row, mapping: ColumnMapping) -> AnySample | RowProblem:
     """Returns the row's sample, or why it has none."""
     try:
         return mapping.schema.convert(mapping.values(row.fields))

@@ -58,7 +58,7 @@ def read_texts(source: str, model: Any, tokenizer: Any, *, count: int = 64, leng
     embedding_rows = model.get_input_embeddings().weight.shape[0]
     data = resolve_demo(source, "eval_data")
     examples = prepare(data, tokenizer, eval_source=data, max_length=length, embedding_rows=embedding_rows).eval
-    return [examples[i].input_ids.tolist() for i in range(min(count, len(examples)))]
+    return [examples[i].sequences[0].input_ids.tolist() for i in range(min(count, len(examples)))]
 
 
 def forgetting(model: Any, texts: Sequence[Sequence[int]]) -> Forgetting:

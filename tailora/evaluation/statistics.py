@@ -215,14 +215,14 @@ def before_and_after(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> 
     }
 
 
-def describe_change(change: Interval, examples: str) -> str:
+def describe_change(change: Interval, examples: str, unit: str = "nats per token") -> str:
     """Returns the change in words; an interval that contains 0 shows none. examples: "10 held-out examples"."""
     value, low, high = change
     where = f"over {examples}"
     if math.isnan(low):
         return f"Loss changed by {value:+.3f} {where}: too little to tell whether it worked."
     if low <= 0 <= high:
-        return f"No change shown: {value:+.3f} nats per token (95% interval {low:+.3f} to {high:+.3f}, {where})."
+        return f"No change shown: {value:+.3f} {unit} (95% interval {low:+.3f} to {high:+.3f}, {where})."
     direction, small, large = ("down", -high, -low) if value < 0 else ("UP", low, high)
     interval = f"95% interval {small:.3f} to {large:.3f}"
-    return f"Held-out loss went {direction} by {abs(value):.3f} nats per token ({interval}, {where})."
+    return f"Held-out loss went {direction} by {abs(value):.3f} {unit} ({interval}, {where})."

@@ -16,6 +16,7 @@ GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS = "adapter.gguf", "Modelfile", "adapters.sa
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
 SAMPLES = "samples.json"
+REFERENCE = "reference.safetensors"  # what the model gave examples before training, for losses that need it
 CARD = "README.md"
 ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD)
 EXPORTED_FILES = (

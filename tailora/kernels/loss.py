@@ -201,6 +201,7 @@ class Batch:
     weight: float = 1.0  # 0: computed to keep step with other ranks, not counted
     expected_gradient: float | Tensor = 1.0  # of each loss, if known; not 0
     extras: dict[str, Tensor] = field(default_factory=dict)  # what the loss of a task needs besides
+    other: "Batch | None" = None  # what is computed without gradients for it
 
     @classmethod
     def of(cls, inputs: dict[str, Any], next_tokens: NDArray[np.int64], owners: NDArray[np.int64]) -> "Batch":
@@ -231,7 +232,8 @@ class Batch:
 
         moved = {name: copy(getattr(self, name)) for name in ("supervised", "targets", "columns", "within_columns")}
         inputs, extras = ({name: copy(value) for name, value in part.items()} for part in (self.inputs, self.extras))
-        return replace(self, inputs=inputs, extras=extras, **moved)
+        other = None if self.other is None else self.other.to(device)
+        return replace(self, inputs=inputs, extras=extras, other=other, **moved)
 
 
 Model = Any  # of transformers, or a LoRAModel around one

@@ -8,11 +8,13 @@ from pydantic import ConfigDict, Field, model_validator
 from tailora.core.config import AdaLoRA, Init, LoRAConfig, StrictModel
 from tailora.errors import ConfigError, listing
 
+PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 Quantize = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 SHARDED_QUANTIZE = ("nf4", "fp4")  # which FSDP2 can shard: it would lose the scales of the others with the whole weight
 COUNT = 2**31  # above any count that makes sense, and well below what numpy and torch can hold
 PositiveInt = Annotated[int, Field(ge=1, lt=COUNT)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=COUNT)]
+PREFERENCE_FIELDS = ("loss", "beta", "label_smoothing", "simpo_gamma", "sft_weight")
 REMOVED = {"prefix_cache_gb"}  # settings of earlier versions, which changed the speed of a run and not its results
 
 
@@ -33,6 +35,25 @@ class TrainConfig(StrictModel):
     output_dir: str = Field("outputs/run", description="folder for the adapter, checkpoints and metrics")
     adapter: str | None = Field(None, description="folder of an adapter to train further, instead of a new one")
     method: Literal["lora", "full"] = Field("lora", description="train an adapter (lora) or all weights (full)")
+    # task
+    task: Literal["auto", "causal-lm", "preference"] = Field(
+        "auto", description="what to learn; auto: found from the rows, causal-lm or preference"
+    )
+    loss: PreferenceLoss | None = Field(
+        None, description="loss of preferences; default: dpo for pairs of replies, kto for single ones"
+    )
+    beta: float | None = Field(
+        None,
+        gt=0,
+        description="weight of the reward in the loss of preferences; default: 0.1, for simpo 2 (see docs/tasks.md)",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="dpo and simpo: assumed share of pairs whose replies are interchanged"
+    )
+    simpo_gamma: float = Field(1.0, ge=0, description="simpo: margin by which the chosen reward should be larger")
+    sft_weight: float = Field(
+        0.0, ge=0, description="weight of the loss per token of the chosen reply, added to that of preferences"
+    )
     # adapter
     r: PositiveInt = Field(16, description="rank of the update")
     lora_alpha: float = Field(32, gt=0, description="the update is scaled by alpha / r")
@@ -155,6 +176,7 @@ class TrainConfig(StrictModel):
         }
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         adalora_names = ", ".join(name for name in changed if name in AdaLoRA.model_fields)
+        preference_names = ", ".join(name for name in PREFERENCE_FIELDS if name in self.model_fields_set)
         full, names = self.method == "full", ", ".join(changed or ["adapter"])
         rules = [
             (
@@ -164,6 +186,18 @@ class TrainConfig(StrictModel):
             (
                 self.fast == "compile" and self.gradient_checkpointing,
                 "compiled layers exclude --gradient-checkpointing: take --activation-memory 0.4 instead",
+            ),
+            (
+                self.task not in ("auto", "preference") and preference_names,
+                f"{preference_names} belong to --task preference: leave them out, or give that task",
+            ),
+            (
+                self.label_smoothing and self.loss not in (None, "dpo", "simpo"),
+                f"label_smoothing is for --loss dpo and simpo, not {self.loss}: leave it out",
+            ),
+            (
+                "simpo_gamma" in self.model_fields_set and self.loss != "simpo",
+                "simpo_gamma belongs to --loss simpo: leave it out",
             ),
             (self.streaming and self.max_steps is None, "streaming reads without end: give --max-steps"),
             (

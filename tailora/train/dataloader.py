@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import chain, count, islice
 from typing import Any
@@ -29,14 +29,16 @@ from tailora.core.device import copies_by_itself
 from tailora.core.init import DATA_INITS
 from tailora.data.chat_template import SampleOptions
 from tailora.data.collate import plan_batches
-from tailora.data.dataset import Example, Examples
+from tailora.data.dataset import DataReport, Example, Examples
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import PreparedData, RowCounts, prepare, stream_examples
-from tailora.errors import DataError
+from tailora.data.schemas import PREFERENCE
+from tailora.errors import ConfigError, DataError
 from tailora.kernels.loss import Batch
-from tailora.train.config import TrainConfig
+from tailora.train.config import PREFERENCE_FIELDS, TrainConfig
 from tailora.train.loss import CAUSAL_LM, Task
 from tailora.train.memory import ForwardSize
+from tailora.train.preference import preference_task
 
 # Of one forward on a CPU: 430 tokens/s at 380, 480 at 730, and no more at 1500, which takes twice the memory.
 CPU_TOKENS = 768
@@ -72,7 +74,19 @@ class TrainingData:
 
     @property
     def longest(self) -> Example:
-        return self.known[int(self.known.lengths.argmax())]
+        """The longest sequence; of two in one example, which are about equally long, the first."""
+        return self.known[int(self.known.lengths.argmax())].sequences[0]
+
+    @property
+    def task(self) -> Task:
+        return self.shape.task
+
+    def trained_on(self) -> Examples:
+        """Returns the examples of all steps, of all ranks; not of a stream."""
+        shape = self.shape
+        batches = plan_batches(self.known.lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=0)
+        needed = self.max_steps * shape.accumulation * shape.world
+        return self.known if needed >= len(batches) else self.known.select(np.concatenate(batches[:needed]))
 
     def tokens(self, first_step: int) -> float:
         """Returns about how many tokens this rank will train on from a step to the end of the run."""
@@ -80,8 +94,12 @@ class TrainingData:
         return examples * float(self.known.lengths.mean())
 
     def first_batches(self, count: int) -> list[list[Example]]:
-        """Returns the examples of each forward of the first batches of the first epoch, of all ranks."""
-        return [[self.known[int(i)] for i in forward] for forward in _forwards(self.known, self.shape, count)]
+        """Returns the examples of each forward of the first batches of the first epoch, of all ranks.
+
+        Of two sequences, the first.
+        """
+        forwards = _forwards(self.known, self.shape, count)
+        return [[self.known[int(i)].sequences[0] for i in forward] for forward in forwards]
 
 
 ReadData = Callable[[TrainConfig, int, PreTrainedTokenizerBase, Accelerator], TrainingData]
@@ -95,6 +113,7 @@ def read_data(
     if config.streaming:
         return _streamed(config, tokenizer, embedding_rows, shape)
     data = read_whole(config, tokenizer, embedding_rows)
+    shape = replace(shape, task=task_of(config, data.report))
     max_steps = config.max_steps or epoch_steps(config, len(data.train), shape.world)
     return TrainingData(data, data.eval, partial(dataset_steps, data.train, shape), max_steps, data.train, shape)
 
@@ -111,6 +130,7 @@ def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embeddin
         seed=config.seed if config.split_seed is None else config.split_seed,
         embedding_rows=embedding_rows,
         options=sample_options(config),
+        task=config.task,
     )
 
 
@@ -119,12 +139,29 @@ def sample_options(config: TrainConfig) -> SampleOptions:
     return SampleOptions(**{field.name: getattr(config, field.name) for field in fields(SampleOptions)})
 
 
+def task_of(config: TrainConfig, report: DataReport) -> Task:
+    """Returns what is learned from such data. Raises ConfigError if the loss asked for is not for these rows."""
+    if report.task == PREFERENCE:
+        return preference_task(config, report)
+    if given := [name for name in PREFERENCE_FIELDS if name in config.model_fields_set]:
+        raise ConfigError(
+            f"{', '.join(given)} belong to preferences, and the rows of data {report.source} are {report.shape}: "
+            "rows with chosen and rejected are needed, or with prompt, completion and label (true, false)"
+        )
+    return CAUSAL_LM
+
+
 def _streamed(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int, shape: "StepShape"
 ) -> TrainingData:
     """Returns data that is read while training; only its first batches are read now."""
-    common: dict[str, Any] = {"field": config.field, "max_length": config.max_length, "embedding_rows": embedding_rows}
-    common["options"] = sample_options(config)
+    common: dict[str, Any] = {
+        "field": config.field,
+        "max_length": config.max_length,
+        "embedding_rows": embedding_rows,
+        "task": config.task,
+        "options": sample_options(config),
+    }
     eval_data = held_out = None
     if config.eval_data is not None:
         source = resolve_demo(config.eval_data, "eval_data")

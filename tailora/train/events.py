@@ -43,10 +43,11 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class EvaluationProgress:
-    """So many of this rank's held-out examples are evaluated."""
+    """So many of this rank's examples are evaluated. what: they are."""
 
     done: int
     total: int
+    what: str = "held-out examples"
 
 
 @dataclass(frozen=True)

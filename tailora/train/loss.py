@@ -9,14 +9,18 @@ supervised token: position i predicts token i + 1. The first label of each docum
 boundary. Other tasks are in train/preference.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,6 +28,9 @@ from tailora.core.attach import evaluating
 from tailora.core.inference import constant_adapters
 from tailora.data.collate import collate_packed, collate_padded
 from tailora.data.dataset import IGNORED, Example, Examples
+from tailora.errors import CheckpointError
+from tailora.formats.io import write_file
+from tailora.formats.run_folder import REFERENCE
 from tailora.kernels.attention import packed_rows, padded_rows
 from tailora.kernels.loss import FORMS, Batch
 from tailora.train.trainable import Trainable
@@ -40,36 +47,100 @@ class Outputs(NamedTuple):
     scores: Tensor | None = None
 
 
-class Task(Protocol):
+Reduce = Callable[[Tensor], Tensor]  # numbers of this rank -> their sums over all ranks
+
+
+class Task(ABC):
     """What is learned from examples.
 
     The loss of a step is the sum of all its losses, divided by the sum of `divisor` over its examples.
+
+    description: for people; "" of the usual one.    loss_unit: what a loss is measured in.
+    score_names: what the columns of `Outputs.scores` are.
+    reference: what the model gave examples before training, for losses that compare with it.
     """
 
-    @property
-    def score_names(self) -> tuple[str, ...]:
-        """What the columns of `Outputs.scores` are; () if there are none."""
+    description: str
+    loss_unit: str
+    score_names: tuple[str, ...] = ()
+    reference: "Reference | None" = None
 
+    @abstractmethod
     def make_batch(self, examples: Sequence[Example], layout: "BatchLayout") -> Batch:
         """Returns what the model reads and its losses need, on the CPU."""
 
+    @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch, layout: "BatchLayout") -> Outputs:
         """Returns the losses of a batch, in the order of its `owners`."""
 
+    @abstractmethod
     def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
         """Returns how many losses each example has, (examples,)."""
 
-    def evaluation(self, examples: Examples, sums: Sums, scores: Scores | None) -> "Evaluation":
-        """Returns what the outputs of all examples come to."""
-
+    @abstractmethod
     def divisor(self, example: Example) -> float:
         """Returns what an example adds to the number that the loss of its step is divided by."""
 
+    def complete_step(
+        self, model: nn.Module, batches: Sequence[Batch], layout: "BatchLayout", reduce: Reduce
+    ) -> Sequence[Batch]:
+        """Returns this rank's batches of a step with what their losses need of the whole step; no gradients."""
+        del model, layout, reduce
+        return batches
 
-class CausalLM:
+    def evaluation(self, examples: Examples, sums: Sums, scores: Scores | None) -> "Evaluation":
+        """Returns what the outputs of all examples come to."""
+        return Evaluation(sums, self.counts(examples), scores)
+
+    def evaluation_before_training(self, examples: Examples) -> "Evaluation":
+        """Returns the same of the model before training, from the reference."""
+        raise NotImplementedError(f"{type(self).__name__} has no reference")
+
+
+class Reference:
+    """What the model gave examples before training: the log-probabilities of both sequences, by the example's hash."""
+
+    def __init__(self) -> None:
+        self._values: dict[bytes, npt.NDArray[np.float64]] = {}  # (2,) each
+
+    def add(self, examples: Examples, values: Scores) -> None:
+        """values: (examples, 2)."""
+        self._values |= dict(zip(examples.hashes(), values, strict=True))
+
+    def missing(self, examples: Examples) -> Examples:
+        """Returns the examples that were not added."""
+        return examples.select(i for i, key in enumerate(examples.hashes()) if key not in self._values)
+
+    def of(self, examples: Iterable[Example]) -> Scores:
+        """Returns (examples, 2). Raises KeyError for an example that was not added."""
+        return np.array([self._values[example.hash] for example in examples])
+
+    def write(self, folder: Path) -> None:
+        """Raises WriteError."""
+        hashes = np.frombuffer(b"".join(self._values), dtype=np.uint8).reshape(-1, 32)
+        tensors = {"hashes": hashes, "log_probabilities": np.array([*self._values.values()])}
+        write_file(folder / REFERENCE, save(tensors))
+
+    def read(self, folder: Path) -> None:
+        """Reads what `write` has written, if it is there. Raises CheckpointError if it cannot be read."""
+        path = folder / REFERENCE
+        if not path.exists():
+            return
+        try:
+            tensors = load_file(path)
+            hashes, values = tensors["hashes"], tensors["log_probabilities"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error}); delete it, and what it holds is computed again"
+            ) from None
+        self._values = dict(zip((row.tobytes() for row in hashes), values, strict=True))
+
+
+class CausalLM(Task):
     """Predicts the next token: a loss for each supervised token."""
 
-    score_names = ()
+    description = ""
+    loss_unit = "nats per token"
 
     def make_batch(self, examples: Sequence[Example], layout: "BatchLayout") -> Batch:
         if layout.packed:
@@ -88,9 +159,6 @@ class CausalLM:
 
     def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
         return examples.supervised.astype(np.int64)
-
-    def evaluation(self, examples: Examples, sums: Sums, scores: Scores | None) -> "Evaluation":
-        return Evaluation(sums, self.counts(examples), scores)
 
     def divisor(self, example: Example) -> float:
         return example.supervised

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,17 @@ from filelock import FileLock, Timeout
 import tailora
 from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.io import create_output_folder, remove_leftovers, wrap_os_error, write_file
-from tailora.formats.run_folder import ADAPTER, CHECKPOINT, MODEL, PAGE, REPORT, RUN, SAMPLES, checkpoints_in
+from tailora.formats.run_folder import (
+    ADAPTER,
+    CHECKPOINT,
+    MODEL,
+    PAGE,
+    REFERENCE,
+    REPORT,
+    RUN,
+    SAMPLES,
+    checkpoints_in,
+)
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
 from tailora.train.launch import world_size
@@ -27,7 +37,7 @@ if TYPE_CHECKING:
     from tailora.train.loss import Evaluation
 
 CONFIG, METRICS, EXAMPLES = "config.yaml", "metrics.jsonl", "examples.jsonl"
-FILES = (ADAPTER, MODEL, RUN, CONFIG, METRICS, EXAMPLES, SAMPLES, REPORT, PAGE)  # and checkpoint-N
+FILES = (ADAPTER, MODEL, RUN, CONFIG, METRICS, EXAMPLES, REFERENCE, SAMPLES, REPORT, PAGE)  # and checkpoint-N
 RESULTS = {ADAPTER: "an adapter", MODEL: "a model"}
 LOCK, HOLDER = ".lock", ".lock-holder"  # the second says who holds the first
 EARLIER = "earlier-run"
@@ -163,19 +173,27 @@ def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, 
     write_file(output_dir / RUN, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def write_examples(output_dir: Path, before: "Evaluation | None", after: "Evaluation | None") -> None:
-    """Writes examples.jsonl: the supervised tokens of each held-out example, and its loss in nats before and after.
+def write_examples(
+    output_dir: Path, before: "Evaluation | None", after: "Evaluation | None", score_names: Sequence[str] = ()
+) -> None:
+    """Writes examples.jsonl: the number of losses of each held-out example, and their sum before and after.
 
+    Of a language model these are supervised tokens and nats. score_names: of what else is known of each example, which
+    then has one loss.
     Without held-out examples there is no file.
     """
     if before is None or after is None:
         return
     columns = after.counts.tolist(), before.sums.tolist(), after.sums.tolist()
-    lines = (
-        json.dumps({"tokens": tokens, "before": loss_before, "after": loss_after})
+    rows: list[dict[str, Any]] = [
+        {"tokens": tokens, "before": loss_before, "after": loss_after}
         for tokens, loss_before, loss_after in zip(*columns, strict=True)
-    )
-    write_file(output_dir / EXAMPLES, "".join(f"{line}\n" for line in lines).encode())
+    ]
+    for when, evaluation in (("before", before), ("after", after)):
+        if evaluation.scores is not None:
+            for row, values in zip(rows, evaluation.scores.tolist(), strict=True):
+                row[f"scores_{when}"] = dict(zip(score_names, values, strict=True))
+    write_file(output_dir / EXAMPLES, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
 def environment() -> dict[str, Any]:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ from tailora.train.dataloader import (
 )
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.kernel_choice import Work, choose_kernels, has_dropout, share_kept_instead, use_kernels
-from tailora.train.loss import BatchLayout, Evaluation, ModelWithLoss, batches_within, evaluate, make_batch
+from tailora.train.loss import BatchLayout, Evaluation, ModelWithLoss, Scores, batches_within, evaluate, make_batch
 from tailora.train.memory import (
     check_fits,
     explain_out_of_memory,
@@ -165,6 +165,7 @@ class Trainer:
             stack.enter_context(explain_out_of_memory("training", self.memory_remedies))
             signals.handle()
             with self.use_kernels():
+                self.compute_reference()
                 self.evaluate_before_training()
                 steps = stack.enter_context(self.collated_steps())
                 while self.queued_steps < max_steps and not self.is_out_of_patience():
@@ -190,7 +191,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             try:
                 run_log.write_run(self.output_dir, self.header, result.to_dict())
-                run_log.write_examples(self.output_dir, state.before, after)
+                run_log.write_examples(self.output_dir, state.before, after, self.layout.task.score_names)
             except WriteError as error:  # what was trained is whole, so the run has not failed
                 self.note(str(error))
         for text in stream_notes(self.data, config.max_length):
@@ -249,6 +250,7 @@ class Trainer:
             work = Work(data.tokens(0 if saved is None else saved.state["progress"]["step"]), data.longest)
             self.kernels = choose_kernels(config, self.model, self.layout, work, recorded)
             self.cost = setup.memory_cost(self.model, self.layout, self.kernels, data.longest)
+            self.layout = replace(self.layout, task=data.task)
         counts = None if data.held_out is None else self.layout.task.counts(data.held_out)
         if self.before is not None and not np.array_equal(self.before.counts, counts):  # type: ignore[arg-type]
             raise ConfigError("the held-out examples are not those of the base's evaluation: the data has changed")
@@ -325,6 +327,8 @@ class Trainer:
             "base_bytes": stored_bytes(self.base),
             "packed": self.layout.packed,
             "kernels": self.kernels.description,
+            "task": self.layout.task.description,
+            "loss_unit": self.layout.task.loss_unit,
             "start": setup.describe_init(config),
             "adapted_layers": len(summary.rows),
             "trainable_parameters": summary.trainable_parameters,
@@ -392,7 +396,8 @@ class Trainer:
     def compute_gradients(self, step: CollatedStep, loss_scale: Tensor | None = None) -> Tensor:
         """Fills the buffers with the gradients of a step, of all ranks; returns this rank's share of its loss."""
         self.optimizer.zero_grad(set_to_none=False)
-        share = accumulate_gradients(self.forward, step.batches, step.divisor, loss_scale)
+        batches = self.layout.task.complete_step(self.model, step.batches, self.layout, self.accelerator.reduce)
+        share = accumulate_gradients(self.forward, batches, step.divisor, loss_scale)
         sum_over_ranks(self.buffers)
         return share
 
@@ -442,13 +447,42 @@ class Trainer:
 
     # ---- Evaluation
 
+    def compute_reference(self) -> None:
+        """Computes what the task compares with, of the model as it is before training, and keeps it in a file."""
+        task = self.layout.task
+        if task.reference is None:
+            return
+        resumed = self.config.resume_from_checkpoint
+        if resumed is not None:
+            task.reference.read(self.output_dir if resumed == "latest" else Path(resumed).parent)
+        parts = [part for part in (self.data.trained_on(), self.data.held_out) if part is not None]
+        examples = Examples.of(example for part in parts for example in part).distinct()
+        if not len(missing := task.reference.missing(examples)):
+            return
+        if resumed is not None and not self.adapter_is_new:
+            raise CheckpointError(
+                f"{len(missing):,} examples were not needed when this run began, and what the model was then is not "
+                "known for them: keep --max-steps and --num-train-epochs, or start again in another --output-dir"
+            )
+        layout = replace(self.layout, task=replace(cast(Any, task), reference=None))
+        with self.model.disable_adapter() if self.adapter_is_new else nullcontext():
+            scores = self.evaluate(missing, layout, "examples before training").scores
+        task.reference.add(missing, cast(Scores, scores)[:, :2])
+        if self.accelerator.is_main_process:
+            task.reference.write(self.output_dir)
+
+    @property
+    def adapter_is_new(self) -> bool:
+        """True if the adapter changed nothing at the start of training: then the base alone is faster."""
+        return isinstance(self.model, LoRAModel) and self.config.adapter is None
+
     def evaluate_before_training(self) -> None:
         """Evaluates the model as it is before the first step, unless that is known. Raises DivergedError."""
-        state = self.state
-        if state.before is None:
-            # a new adapter changes nothing: the base alone is faster
-            is_new = isinstance(self.model, LoRAModel) and self.config.adapter is None
-            with self.model.disable_adapter() if is_new else nullcontext():
+        state, task, held_out = self.state, self.layout.task, self.data.held_out
+        if state.before is None and task.reference is not None and held_out:
+            state.before = self.record(task.evaluation_before_training(held_out), 0.0, may_be_kept=False)
+        elif state.before is None:
+            with self.model.disable_adapter() if self.adapter_is_new else nullcontext():
                 state.before = self.held_out_loss(may_be_kept=False)
         if state.before is not None and not math.isfinite(state.before.loss):
             raise DivergedError(f"the held-out loss is {state.before.loss} before any training; {REMEDIES}")
@@ -478,14 +512,18 @@ class Trainer:
             return None
         started = time.perf_counter()
         evaluation = self.evaluate(held_out, self.layout)
+        return self.record(evaluation, time.perf_counter() - started, may_be_kept=may_be_kept)
+
+    def record(self, evaluation: Evaluation, seconds: float, *, may_be_kept: bool) -> Evaluation:
+        """Logs and reports an evaluation of the held-out examples, and returns it."""
         self.state.history.append((self.state.step, evaluation.loss))
         self.log(self.state.step, {"eval_loss": evaluation.loss})
         best = may_be_kept and self.is_best(evaluation)
-        self.report(events.Evaluated(self.state.step, evaluation.loss, time.perf_counter() - started, best))
+        self.report(events.Evaluated(self.state.step, evaluation.loss, seconds, best))
         return evaluation
 
-    def evaluate(self, examples: Examples, layout: BatchLayout) -> Evaluation:
-        """Evaluates this rank's share of the examples and joins the shares."""
+    def evaluate(self, examples: Examples, layout: BatchLayout, what: str = "held-out examples") -> Evaluation:
+        """Evaluates this rank's share of the examples and joins the shares. what: they are, for the progress."""
         accelerator, counts = self.accelerator, layout.task.counts(examples)
         budget, ranks = self.data.largest_size.tokens, accelerator.num_processes
         shares = [np.arange(rank, len(examples), ranks) for rank in range(min(ranks, len(examples)))]
@@ -504,7 +542,7 @@ class Trainer:
                 layout=layout,
                 token_budget=budget,
                 forwards=forwards,
-                progress=lambda done, total: self.report(events.EvaluationProgress(done, total)),
+                progress=lambda done, total: self.report(events.EvaluationProgress(done, total, what)),
             )
             if has_share:
                 sums[share] = part.sums

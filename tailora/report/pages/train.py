@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,19 @@ import numpy as np
 from tailora.data.dataset import distinct_of
 from tailora.errors import FormatError
 from tailora.evaluation.generate import Answer
-from tailora.evaluation.statistics import before_and_after, describe_change
+from tailora.evaluation.preferences import describe_preferences, preference_metrics
+from tailora.evaluation.statistics import Interval, before_and_after, describe_change
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
-from tailora.report.blocks import Answers, Block, Figure, Number, Page, Paragraph, Section
+from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
-from tailora.report.format import count, duration, interval, plural, share
+from tailora.report.format import count, decimals, duration, interval, plural, share
 from tailora.report.pages.shared import settings_table
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import EXAMPLES, METRICS
 
 FEW_EXAMPLES = 20  # held-out examples; with fewer, an interval says little about others
 MOST_MARKS = 1000  # of a scatter plot
+WHEN = ("before", "after")
 COLUMNS = [  # of metrics.jsonl -> unit, caption
     ("learning_rate", "learning rate", "Learning rate of each step."),
     ("grad_norm", "gradient norm", "Norm of the gradient of each step, before clipping."),
@@ -63,6 +65,17 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """Of the held-out examples, before and after training, with 95% intervals."""
+
+    name: str
+    before: float
+    before_95: tuple[float, float] | None
+    after: float
+    after_95: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
 class Result:
     """The numbers of a finished run (`train.events.TrainResult`), with 95% intervals."""
 
@@ -92,6 +105,7 @@ class TrainReport:
     result: Result | None  # None if the run was interrupted or diverged
     held_out: HeldOut | None
     verdict: str
+    metrics: list[Metric] = field(default_factory=list)  # of the task, besides the loss
 
 
 def write_train_report(folder: Path) -> dict[str, Any]:
@@ -103,27 +117,48 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{folder / RUN} lacks {missing}; it was not written by a run") from None
     metrics = _read(folder / METRICS)
     examples = _read(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
-    held_out, losses = None, {}
+    held_out, losses, metrics, change_of_metrics = None, {}, list[dict[str, Any]](), ""
+    unit = header.get("loss_unit", "nats per token")
     if examples:
         held_out = {name: [row[name] for row in examples] for name in ("tokens", "before", "after")}
         losses = before_and_after(held_out["before"], held_out["after"], held_out["tokens"])
+        if {"chosen_reward", "desirable"} & examples[0].get("scores_after", {}).keys():
+            before, after = (preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN)
+            metrics = [
+                {
+                    "name": name,
+                    "before": before[name].value,
+                    "before_95": _ends(before[name]),
+                    "after": after[name].value,
+                    "after_95": _ends(after[name]),
+                }
+                for name in after
+            ]
+            change_of_metrics = describe_preferences(before, after)
     if result is None:
         verdict = "The run has not finished: it was interrupted, failed, or is still running."
     elif losses:
         data = header.get("data") or {}
         rows = data["eval"] if data.get("eval", 0) - data.get("eval_copies", 0) == len(examples) else len(examples)
-        verdict = describe_change(losses["change"], distinct_of(rows, len(examples), "held-out example"))
+        verdict = describe_change(losses["change"], distinct_of(rows, len(examples), "held-out example"), unit)
+        if change_of_metrics:
+            verdict += f" {change_of_metrics}"
         if len(examples) < FEW_EXAMPLES:
             verdict += f" That is too few to tell how others fare: hold out at least {FEW_EXAMPLES} examples."
     elif result["eval_loss_after"] is None:
         verdict = "There was no held-out data, so nothing can be said about whether it worked: give --eval-data FILE."
     else:
         change = f"{result['eval_loss_before']:.3f} to {result['eval_loss_after']:.3f}"
-        verdict = f"Held-out loss went from {change} nats per token; its interval was not recorded."
+        verdict = f"Held-out loss went from {change} {unit}; its interval was not recorded."
     if result is not None and losses:
         result["eval_loss_change"] = losses["change"].value
         for name, loss in losses.items():
-            result[f"eval_loss_{name}_95"] = None if math.isnan(loss.low) else (loss.low, loss.high)
+            result[f"eval_loss_{name}_95"] = _ends(loss)
+    if result is not None:
+        for metric in metrics:
+            result |= {
+                f"eval_{metric['name']}_{key}": metric[key] for key in ("before", "before_95", "after", "after_95")
+            }
     content = {
         "verdict": verdict,
         "settings": settings,
@@ -133,9 +168,14 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         "samples": _read(folder / SAMPLES) if (folder / SAMPLES).exists() else [],
         "result": result,
         "held_out": held_out,
+        "metrics": metrics,
     }
     write_report(folder, "train", content)
     return content
+
+
+def _ends(estimate: Interval) -> tuple[float, float] | None:
+    return None if math.isnan(estimate.low) else (estimate.low, estimate.high)
 
 
 def _read(path: Path) -> Any:
@@ -154,10 +194,12 @@ def train_page(report: TrainReport) -> Page:
     result, run = report.result, report.run
     model = str(report.settings["model"]).rstrip("/").rpartition("/")[2]
     numbers: list[Number] = []
-    loss_text = "Nats per learned token: of each step's examples, before the step, and of the held-out examples."
+    unit = str(run.get("loss_unit", "nats per token"))
+    per = "Nats per learned token" if unit == "nats per token" else f"Loss {unit}"
+    loss_text = f"{per}: of each step's examples, before the step, and of the held-out examples."
     answers: Block | None = None
     if result is not None:
-        numbers = _numbers(result)
+        numbers = [*_metric_numbers(report.metrics), *_numbers(result, unit)]
         if report.evaluations:
             loss_text += f" The weights of step {result.best_step} are kept."
         answers = Paragraph("No answers were compared: there was no held-out prompt, or --samples is 0.")
@@ -173,8 +215,9 @@ def train_page(report: TrainReport) -> Page:
         "Machine": run.get("machine") or {},
     }
     sections = [
-        Section("Loss", loss_text, [_loss(report)]),
-        *([_examples(report.held_out)] if report.held_out else []),
+        *([_metrics(report.metrics)] if report.metrics else []),
+        Section("Loss", loss_text, [_loss(report, unit)]),
+        *([_examples(report.held_out, unit)] if report.held_out else []),
         Section("Answers before and after", "Greedy answers to the same prompts.", [answers]),
         Section("The course of the run", "Schedule, gradients, speed and memory of every step.", _course(report.steps)),
         Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
@@ -182,15 +225,15 @@ def train_page(report: TrainReport) -> Page:
     return Page("train", f"{model}, fine-tuned", report.verdict, numbers, sections)
 
 
-def _numbers(result: Result) -> list[Number]:
+def _numbers(result: Result, unit: str) -> list[Number]:
     numbers = []
     for when, loss, ends in (
         ("before", result.eval_loss_before, result.eval_loss_before_95),
         ("after", result.eval_loss_after, result.eval_loss_after_95),
     ):
         if loss is not None:
-            note = f"perplexity {math.exp(min(loss, 700)):,.1f}"
-            note = f"{interval(ends)}; {note}" if ends else note
+            perplexity = f"perplexity {math.exp(min(loss, 700)):,.1f}" if unit == "nats per token" else unit
+            note = f"{interval(ends)}; {perplexity}" if ends else perplexity
             numbers.append(Number(f"held-out loss {when}", f"{loss:.3f}", note))
     of_all = f"{share(result.trainable_parameters, result.total_parameters)} of {count(result.total_parameters)}"
     kept = f"{count(result.train_tokens)} tokens; step {result.best_step:,} is kept"
@@ -203,13 +246,29 @@ def _numbers(result: Result) -> list[Number]:
     ]
 
 
-def _loss(report: TrainReport) -> Figure | None:
+def _metric_numbers(metrics: Sequence[Metric]) -> list[Number]:
+    """The two metrics that say most."""
+    return [
+        Number(f"{metric.name} after", decimals(metric.after), f"before {decimals(metric.before)}")
+        for metric in metrics[:2]
+    ]
+
+
+def _metrics(metrics: Sequence[Metric]) -> Section:
+    columns = [Column(name) for name in ("metric", "before", "95% interval", "after", "95% interval")]
+    rows = [
+        (m.name, decimals(m.before), interval(m.before_95), decimals(m.after), interval(m.after_95)) for m in metrics
+    ]
+    return Section("Metrics", "Of the held-out examples.", [Table(columns, rows)])
+
+
+def _loss(report: TrainReport, unit: str) -> Figure | None:
     steps, evaluations = report.steps, report.evaluations
     if not steps:
         return None
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(320 if canvas.wide else 280, "step", "loss, nats per token", whole_numbers="x")
+        axes = canvas.new_axes(320 if canvas.wide else 280, "step", f"loss, {unit}", whole_numbers="x")
         canvas.losses([[step.loss for step in steps]], SERIES[0], "training, running mean")
         if evaluations:
             x, y = [point.step for point in evaluations], [point.loss for point in evaluations]
@@ -223,9 +282,9 @@ def _loss(report: TrainReport) -> Figure | None:
     return Figure("loss", draw, alt, caption, wide=True)
 
 
-def _examples(held_out: HeldOut) -> Section:
+def _examples(held_out: HeldOut, unit: str) -> Section:
     examples = zip(held_out.before, held_out.after, held_out.tokens, strict=True)
-    pairs = [(before / tokens, after / tokens) for before, after, tokens in examples if tokens > 0]  # nats per token
+    pairs = [(before / tokens, after / tokens) for before, after, tokens in examples if tokens > 0]
 
     def draw_examples(canvas: Canvas) -> None:
         axes = canvas.new_axes(330, "loss before", "loss after")
@@ -236,7 +295,7 @@ def _examples(held_out: HeldOut) -> Section:
         axes.plot(ends, ends, color=SOFT, linewidth=1.2, linestyle=DASHED)
 
     def draw_changes(canvas: Canvas) -> None:
-        axes = canvas.new_axes(330, "change, nats per token", "examples", whole_numbers="y")
+        axes = canvas.new_axes(330, f"change, {unit}", "examples", whole_numbers="y")
         bins = min(30, max(5, len(pairs) // 4))
         changes = [after - before for before, after in pairs]
         axes.hist(changes, bins=bins, color=SERIES[0], alpha=0.85, rwidth=0.92)
