@@ -176,7 +176,7 @@ class TrainConfig(StrictModel):
         }
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         adalora_names = ", ".join(name for name in changed if name in AdaLoRA.model_fields)
-        preference_names = ", ".join(name for name in PREFERENCE_FIELDS if name in self.model_fields_set)
+        preference_names = ", ".join(self.preference_settings())
         full, names = self.method == "full", ", ".join(changed or ["adapter"])
         rules = [
             (
@@ -196,7 +196,7 @@ class TrainConfig(StrictModel):
                 f"label_smoothing is for --loss dpo and simpo, not {self.loss}: leave it out",
             ),
             (
-                "simpo_gamma" in self.model_fields_set and self.loss != "simpo",
+                "simpo_gamma" in self.preference_settings() and self.loss != "simpo",
                 "simpo_gamma belongs to --loss simpo: leave it out",
             ),
             (self.streaming and self.max_steps is None, "streaming reads without end: give --max-steps"),
@@ -240,6 +240,10 @@ class TrainConfig(StrictModel):
         if problems := [text for broken, text in rules if broken]:
             raise ConfigError(listing(problems))
         return self
+
+    def preference_settings(self) -> list[str]:
+        """Returns the names of those settings for preferences that are not the default."""
+        return [name for name in PREFERENCE_FIELDS if getattr(self, name) != type(self).model_fields[name].default]
 
     def lora(self) -> LoRAConfig:
         shared = LoRAConfig.model_fields.keys() & type(self).model_fields.keys()

@@ -35,7 +35,7 @@ from tailora.data.prepare import PreparedData, RowCounts, prepare, stream_exampl
 from tailora.data.schemas import PREFERENCE
 from tailora.errors import ConfigError, DataError
 from tailora.kernels.loss import Batch
-from tailora.train.config import PREFERENCE_FIELDS, TrainConfig
+from tailora.train.config import TrainConfig
 from tailora.train.loss import CAUSAL_LM, Task
 from tailora.train.memory import ForwardSize
 from tailora.train.preference import preference_task
@@ -143,7 +143,7 @@ def task_of(config: TrainConfig, report: DataReport) -> Task:
     """Returns what is learned from such data. Raises ConfigError if the loss asked for is not for these rows."""
     if report.task == PREFERENCE:
         return preference_task(config, report)
-    if given := [name for name in PREFERENCE_FIELDS if name in config.model_fields_set]:
+    if given := config.preference_settings():
         raise ConfigError(
             f"{', '.join(given)} belong to preferences, and the rows of data {report.source} are {report.shape}: "
             "rows with chosen and rejected are needed, or with prompt, completion and label (true, false)"

@@ -117,14 +117,14 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{folder / RUN} lacks {missing}; it was not written by a run") from None
     metrics = _read(folder / METRICS)
     examples = _read(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
-    held_out, losses, metrics, change_of_metrics = None, {}, list[dict[str, Any]](), ""
+    held_out, losses, task_metrics, change_of_metrics = None, {}, list[dict[str, Any]](), ""
     unit = header.get("loss_unit", "nats per token")
     if examples:
         held_out = {name: [row[name] for row in examples] for name in ("tokens", "before", "after")}
         losses = before_and_after(held_out["before"], held_out["after"], held_out["tokens"])
         if {"chosen_reward", "desirable"} & examples[0].get("scores_after", {}).keys():
             before, after = (preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN)
-            metrics = [
+            task_metrics = [
                 {
                     "name": name,
                     "before": before[name].value,
@@ -155,7 +155,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         for name, loss in losses.items():
             result[f"eval_loss_{name}_95"] = _ends(loss)
     if result is not None:
-        for metric in metrics:
+        for metric in task_metrics:
             result |= {
                 f"eval_{metric['name']}_{key}": metric[key] for key in ("before", "before_95", "after", "after_95")
             }
@@ -168,7 +168,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         "samples": _read(folder / SAMPLES) if (folder / SAMPLES).exists() else [],
         "result": result,
         "held_out": held_out,
-        "metrics": metrics,
+        "metrics": task_metrics,
     }
     write_report(folder, "train", content)
     return content
