@@ -42,6 +42,36 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 pairs of replies: the words in the opposite order are better than a repeated word."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(f"{json.dumps(pair(i))}\n" for i in range(30)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def feedback_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The replies of the pairs in single rows."""
+    path = tmp_path_factory.mktemp("data") / "feedback.jsonl"
+    rows = []
+    for i in range(30):
+        row = pair(i)
+        completion = row["rejected" if i % 3 == 0 else "chosen"]
+        rows.append({"prompt": row["prompt"], "completion": completion, "label": i % 3 != 0})
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def pair(i: int) -> dict[str, str]:
+    asked = [WORDS[(i + k) % len(WORDS)] for k in range(1 + i % 7)]
+    return {
+        "prompt": f"{i}: {' '.join(asked)}",
+        "chosen": " ".join(reversed(asked)),
+        "rejected": " ".join([asked[0]] * (2 + i % 4)),
+    }
+
+
 @pytest.fixture(scope="module")
 def make_settings(model_folder: Path, data_file: Path) -> Settings:
     """Makes settings of a run on the tiny model; `output_dir` must be given."""

@@ -13,14 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -118,8 +118,9 @@ class Reference:
     def write(self, folder: Path) -> None:
         """Raises WriteError."""
         hashes = np.frombuffer(b"".join(self._values), dtype=np.uint8).reshape(-1, 32)
-        tensors = {"hashes": hashes, "log_probabilities": np.array([*self._values.values()])}
-        write_file(folder / REFERENCE, save(tensors))
+        file = BytesIO()
+        np.savez(file, hashes=hashes, log_probabilities=np.array([*self._values.values()]))
+        write_file(folder / REFERENCE, file.getvalue())
 
     def read(self, folder: Path) -> None:
         """Reads what `write` has written, if it is there. Raises CheckpointError if it cannot be read."""
@@ -127,9 +128,9 @@ class Reference:
         if not path.exists():
             return
         try:
-            tensors = load_file(path)
-            hashes, values = tensors["hashes"], tensors["log_probabilities"]
-        except (OSError, SafetensorError, KeyError) as error:
+            arrays = np.load(path)
+            hashes, values = arrays["hashes"], arrays["log_probabilities"]
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error}); delete it, and what it holds is computed again"
             ) from None

@@ -1,3 +1,11 @@
 """Settings of tiny runs, in one thread."""
 
-from tiny_run import data_file, make_settings, model_folder, one_thread, settings  # noqa: F401
+from tiny_run import (  # noqa: F401
+    data_file,
+    feedback_file,
+    make_settings,
+    model_folder,
+    one_thread,
+    pairs_file,
+    settings,
+)

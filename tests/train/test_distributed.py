@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -132,6 +132,8 @@ CASES: dict[str, dict[str, Any]] = {
         "fsdp_reshard_after_forward": False,
         **FULL,
     },
+    "dpo": {"data": "pairs"},
+    "kto, sharded": {"data": "feedback", "fsdp": True},
     "sharded, one rank packs": {"fsdp": True},
     "sharded, one rank splits the loss": {"fsdp": True},
     "sharded, one rank has Llama kernels": {"fsdp": True},
@@ -166,9 +168,21 @@ def train_on_ranks(count: int, configs: dict[str, TrainConfig], folder: Path, pr
 
 
 @pytest.fixture(scope="module")
-def two_ranks(make_settings: Any, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+def settings_of(pairs_file: Path, feedback_file: Path) -> Callable[[str], dict[str, Any]]:
+    """Returns the settings of a case, with the files of its data."""
+    files = {"pairs": str(pairs_file), "feedback": str(feedback_file)}
+
+    def settings_of(case: str) -> dict[str, Any]:
+        settings = {**SHARED, **CASES[case]}
+        return {**settings, "data": files[settings["data"]]} if "data" in settings else settings
+
+    return settings_of
+
+
+@pytest.fixture(scope="module")
+def two_ranks(make_settings: Any, settings_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ranks")
-    configs = {name: make_settings(output_dir=str(folder / name), **{**SHARED, **CASES[name]}) for name in CASES}
+    configs = {name: make_settings(output_dir=str(folder / name), **settings_of(name)) for name in CASES}
     diverging = {"fsdp": True, "validation_split": 0, "max_steps": 1, "gradient_accumulation_steps": 2}
     configs["broken on one rank"] = make_settings(output_dir=str(folder / "broken"), **diverging)
     for case in RESUMED:
@@ -180,8 +194,8 @@ def two_ranks(make_settings: Any, tmp_path_factory: pytest.TempPathFactory) -> R
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_train_what_one_does(case: str, two_ranks: Ranks, settings: Any) -> None:
-    one = settings(**{**SHARED, **CASES[case], **IN_ONE})
+def test_two_ranks_train_what_one_does(case: str, two_ranks: Ranks, settings: Any, settings_of: Any) -> None:
+    one = settings(**{**settings_of(case), **IN_ONE})
     two = two_ranks.folder / case
     result = run(one)
     file = "model/model.safetensors" if case.startswith("full") else "adapter/adapter_model.safetensors"

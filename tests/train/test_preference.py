@@ -1,0 +1,331 @@
+"""Training on preferences: equal to TRL, whatever the layout; from the rows to the report."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import adapter, changed, losses
+from tiny import chat_model
+from torch import Tensor
+
+from tailora.core.config import LoRAConfig
+from tailora.data.dataset import Example, Examples, with_other_replies
+from tailora.errors import CheckpointError, ConfigError, DataError
+from tailora.evaluation.preferences import preference_metrics
+from tailora.kernels.loss import FROZEN, WHOLE
+from tailora.model import LoRAModel
+from tailora.report.pages.train import write_train_report
+from tailora.train.loss import BatchLayout, ModelWithLoss, Reference, Task, evaluate, make_batch
+from tailora.train.preference import KTO, LOSSES, Pairs
+from tailora.train.trainer import Trainer, accumulate_gradients, run
+
+CPU = torch.device("cpu")
+BETA = 0.2
+STEPS, BATCH = 10, 3
+
+
+def sequence(random: np.random.Generator, prompt: Sequence[int]) -> Example:
+    reply = random.integers(300, size=random.integers(2, 9))
+    ids = np.array([*prompt, *reply], dtype=np.int32)
+    return Example(ids, np.where(np.arange(len(ids)) < len(prompt), -100, ids).astype(np.int32))
+
+
+def pairs(count: int = STEPS * BATCH) -> Examples:
+    random = np.random.default_rng(0)
+    prompts = [random.integers(300, size=random.integers(3, 12)).tolist() for _ in range(count)]
+    return Examples.of(Example.of_two(sequence(random, prompt), sequence(random, prompt)) for prompt in prompts)
+
+
+def feedback(count: int = STEPS * BATCH) -> Examples:
+    """As TRL pairs them: the other reply is that of the example before, within a batch."""
+    random, examples = np.random.default_rng(1), []
+    for _ in range(count // BATCH):
+        prompts = [random.integers(300, size=random.integers(3, 12)).tolist() for _ in range(BATCH)]
+        own = [sequence(random, prompt) for prompt in prompts]
+        for i, prompt in enumerate(prompts):
+            ids = np.array([*prompt, *own[i - 1].input_ids[len(prompts[i - 1]) :]], dtype=np.int32)
+            other = Example(ids, np.where(np.arange(len(ids)) < len(prompt), -100, ids).astype(np.int32))
+            examples.append(Example.of_two(own[i], other, np.array([float(i % 2 == 0)])))
+    return Examples.of(examples)
+
+
+def lora_model() -> LoRAModel:
+    model = LoRAModel(chat_model(initializer_range=0.2), LoRAConfig(r=4))
+    torch.manual_seed(1)
+    for layer in model.lora_layers.values():
+        torch.nn.init.normal_(layer.lora_A, std=0.1)
+    return model
+
+
+def with_reference(task: Any, model: LoRAModel, examples: Examples, layout: BatchLayout) -> Any:
+    """Returns the task with the log-probabilities of the model as it is."""
+    reference = Reference()
+    scores = evaluate(model, examples, layout=replace(layout, task=task), token_budget=64).scores
+    assert scores is not None
+    reference.add(examples, scores[:, :2])
+    return replace(task, reference=reference)
+
+
+# ---- TRL
+
+
+def ids_of(example: Example) -> dict[str, Any]:
+    own, other = example.sequences
+    start = int(np.argmax(own.labels != -100))
+    ids = {"prompt_ids": own.input_ids[:start].tolist()}
+    if example.target is None:
+        return ids | {
+            "chosen_ids": own.input_ids[start:].tolist(),
+            "rejected_ids": other.input_ids[start:].tolist(),
+        }
+    return ids | {
+        "completion_ids": own.input_ids[start:].tolist(),
+        "KL_completion_ids": other.input_ids[start:].tolist(),
+        "label": bool(example.target[0]),
+    }
+
+
+def trl_trainer(kind: str, folder: Path, adapter_folder: Path, **settings: Any) -> Any:
+    """A trainer of TRL around PEFT's model with the adapter in this folder."""
+    trl = pytest.importorskip("trl", exc_type=ImportError)
+    import peft
+    from datasets import Dataset
+    from tiny import chat_tokenizer
+
+    model = peft.PeftModel.from_pretrained(chat_model(initializer_range=0.2), adapter_folder, is_trainable=True)
+    config = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder), report_to=[], use_cpu=True, beta=BETA, disable_dropout=False, bf16=False, **settings
+    )
+    row = {"prompt": "a b", "chosen": " c", "rejected": " d"} if kind == "DPO" else None
+    row = row or {"prompt": "a b", "completion": " c", "label": True}
+    tokenizer = chat_tokenizer(["a b c d"], eos_token="<|im_end|>", pad_token="<|im_end|>")
+    return getattr(trl, f"{kind}Trainer")(
+        model=model, args=config, train_dataset=Dataset.from_list([row] * 4), processing_class=tokenizer
+    )
+
+
+TRL_CASES: dict[str, tuple[str, Callable[[], Examples], Task, dict[str, Any]]] = {
+    "dpo": ("DPO", pairs, Pairs("dpo", BETA), {"loss_type": ["sigmoid"]}),
+    "ipo": ("DPO", pairs, Pairs("ipo", BETA), {"loss_type": ["ipo"]}),
+    "kto": ("KTO", feedback, KTO(BETA), {"per_device_train_batch_size": 3, "train_sampling_strategy": "sequential"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # TRL's and PEFT's own
+@pytest.mark.parametrize("case", TRL_CASES)
+def test_ten_steps_equal_those_of_trl(case: str, tmp_path: Path) -> None:
+    kind, make_examples, task, settings = TRL_CASES[case]
+    model, layout, examples = lora_model(), BatchLayout(True, FROZEN, 0), make_examples()
+    model.save_adapter(tmp_path / "adapter")
+    trainer = trl_trainer(kind, tmp_path / "trl", tmp_path / "adapter", **settings)
+    layout = replace(layout, task=with_reference(task, model, examples, layout))
+    forward, theirs = ModelWithLoss(model.train(), layout), trainer.model.train()
+    names = {"base_model.model." + path.replace("/", "."): layer for path, layer in model.lora_layers.items()}
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (model, theirs)]
+    for step in range(STEPS):
+        batch = [examples[i] for i in range(step * BATCH, (step + 1) * BATCH)]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = trainer.compute_loss(theirs, trainer.data_collator([ids_of(example) for example in batch]))
+        loss.backward()
+        made = layout.task.complete_step(model, [make_batch(batch, layout, CPU)], layout, lambda sums: sums)
+        own = accumulate_gradients(forward, made, len(batch))
+        assert float(own) == pytest.approx(float(loss), rel=1e-5, abs=1e-6)
+        gradients: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for path, layer in names.items():
+            for name in ("lora_A", "lora_B"):
+                gradients[0].append(getattr(layer, name).grad.flatten())
+                gradients[1].append(getattr(theirs.get_submodule(path), name).default.weight.grad.flatten())
+        actual, expected = map(torch.cat, gradients)
+        assert float((actual - expected).norm() / expected.norm()) < 1e-5
+        for optimizer in optimizers:
+            optimizer.step()
+    assert float(own) != pytest.approx(float(np.log(2)), abs=0.01)  # it has learned something
+
+
+# ---- One result in every layout
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "kto"])
+def test_packed_and_padded_batches_and_parts_give_one_gradient(loss: str) -> None:
+    examples = feedback(6) if loss == "kto" else pairs(6)
+    task: Any = KTO(BETA) if loss == "kto" else Pairs(loss, BETA, sft_weight=0.3)
+    model, gradients = lora_model(), []
+    plain = with_reference(task, model, examples, BatchLayout(False, WHOLE, 0))
+    for layer in model.lora_layers.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    for packed, form, parts in ((True, FROZEN, [6]), (False, WHOLE, [6]), (True, FROZEN, [1, 3, 2])):
+        layout = BatchLayout(packed, form, 0, task=plain)
+        starts = np.cumsum([0, *parts])
+        batches = [make_batch([examples[i] for i in range(start, end)], layout, CPU) for start, end in pairwise(starts)]
+        model.zero_grad()
+        made = layout.task.complete_step(model, batches, layout, lambda sums: sums)
+        accumulate_gradients(ModelWithLoss(model, layout), made, 6)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.lora_layers.parameters() if p.grad is not None]))
+    for other in gradients[1:]:
+        assert float((other - gradients[0]).norm() / gradients[0].norm()) < 1e-4
+
+
+def test_each_reply_is_the_other_reply_once() -> None:
+    own = Examples.of(replace(example.sequences[0], target=np.ones(1)) for example in pairs(9))
+    combined = with_other_replies(own, seed=0)
+
+    def reply(example: Example) -> bytes:
+        return example.input_ids[example.labels != -100].tobytes()
+
+    assert [example.sequences[0].hash for example in combined] == [replace(e, target=None).hash for e in own]
+    assert sorted(reply(e.sequences[1]) for e in combined) == sorted(reply(e) for e in own)
+    assert all(reply(e.sequences[1]) != reply(e.sequences[0]) for e in combined)
+    for example in combined:
+        first, second = (part.input_ids[part.labels == -100].tolist() for part in example.sequences)
+        assert first == second  # the prompt
+
+
+# ---- Runs
+
+LONG = {"num_train_epochs": 2, "eval_steps": 4, "save_steps": 4, "learning_rate": 5e-3}
+
+
+def test_a_run_on_pairs_begins_at_log_2_and_learns_the_order(settings: Any, pairs_file: Path) -> None:
+    config = settings(data=str(pairs_file), **LONG)
+    result = run(config)
+    folder = Path(config.output_dir)
+    assert losses(config)[:2] == [(0, pytest.approx(np.log(2), abs=1e-6)), (1, pytest.approx(np.log(2), abs=1e-5))]
+    report = write_train_report(folder)
+    numbers = report["result"]
+    assert (numbers["eval_accuracy_before"], numbers["eval_margin_before"]) == (0.5, 0)
+    assert numbers["eval_accuracy_after"] > 0.8
+    assert numbers["eval_margin_after"] > 0.1
+    assert numbers["eval_loss_after"] == result.eval_loss_after < 0.6
+    assert {metric["name"] for metric in report["metrics"]} == {"accuracy", "margin", "chosen", "rejected"}
+    assert "right order" in report["verdict"]
+    rows = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
+    changes = [row["scores_after"]["chosen"] - row["scores_before"]["chosen"] for row in rows]
+    rewards = [row["scores_after"]["chosen_reward"] for row in rows]
+    assert rewards == pytest.approx([0.1 * change for change in changes], abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["ipo", "simpo", "orpo", "kto"])
+def test_runs_with_the_other_losses_learn_the_order(
+    loss: str, settings: Any, pairs_file: Path, feedback_file: Path
+) -> None:
+    data = feedback_file if loss == "kto" else pairs_file
+    config = settings(data=str(data), loss=loss, **LONG)
+    run(config)
+    numbers = write_train_report(Path(config.output_dir))["result"]
+    assert numbers["eval_accuracy_after"] > max(0.6, numbers["eval_accuracy_before"] - 0.1)
+    assert numbers["eval_margin_after"] > numbers["eval_margin_before"]
+    assert (Path(config.output_dir) / "reference.npz").exists() == (loss in ("ipo", "kto"))
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_run_that_goes_on_gives_the_same_bytes(
+    loss: str, settings: Any, tmp_path: Path, pairs_file: Path, feedback_file: Path
+) -> None:
+    data = str(feedback_file if loss == "kto" else pairs_file)
+    whole, parts = (settings(data=data, output_dir=str(tmp_path / name), **LONG) for name in ("whole", "parts"))
+    run(whole)
+    run(parts)
+    before = adapter(parts)
+    again = changed(parts, resume_from_checkpoint=f"{parts.output_dir}/checkpoint-8")
+    run(again)
+    assert adapter(whole) == before == adapter(again)
+    assert losses(whole) == losses(again)
+
+
+def test_what_the_model_was_is_the_reference_of_an_adapter_that_is_trained_further(
+    settings: Any, tmp_path: Path, pairs_file: Path
+) -> None:
+    first = settings(data=str(pairs_file), output_dir=str(tmp_path / "first"), **LONG)
+    run(first)
+    further = {
+        "data": str(pairs_file),
+        "adapter": f"{first.output_dir}/adapter",
+        "r": 16,
+        "save_steps": 2,
+        "max_steps": 4,
+        "warmup_ratio": 0,
+    }
+    second = settings(output_dir=str(tmp_path / "second"), **{**further, "lr_scheduler_type": "constant"})
+    run(second)
+    assert losses(second)[0] == (0, pytest.approx(np.log(2), abs=1e-6))
+    longer = changed(second, max_steps=20, resume_from_checkpoint=f"{second.output_dir}/checkpoint-2")
+    with pytest.raises(CheckpointError, match="what the model was then is not known"):
+        run(longer)
+
+
+def test_full_fine_tuning_compares_with_the_original_weights(settings: Any, pairs_file: Path) -> None:
+    config = settings(data=str(pairs_file), method="full", r=16, **{**LONG, "learning_rate": 1e-3})
+    run(config)
+    assert losses(config)[0] == (0, pytest.approx(np.log(2), abs=1e-6))
+    assert write_train_report(Path(config.output_dir))["result"]["eval_accuracy_after"] > 0.8
+
+
+# ---- Mistakes
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([{"prompt": "a", "chosen": "b"}], {}, "fit no known schema"),
+        (
+            [{"prompt": "a", "chosen": "b"}],
+            {"task": "preference"},
+            r"of --task preference(.|\n)*preference \(chosen, rej",
+        ),
+        (
+            [pair := {"prompt": "a", "chosen": " b", "rejected": " c"}, {"prompt": "a", "chosen": "b"}],
+            {},
+            "no rejected",
+        ),
+        ([{"prompt": "a", "chosen": " b", "rejected": " b"}], {}, "chosen and rejected are the same"),
+        ([{"prompt": "a", "chosen": " b", "rejected": ""}], {}, "the rejected is empty"),
+        ([{"chosen": "one", "rejected": "two"}], {}, "do not begin with the same prompt"),
+        ([{"prompt": "a", "completion": "b", "label": 3}], {"task": "preference"}, "label is 3 where true"),
+        ([pair], {"loss": "kto"}, "--loss kto needs rows with prompt, completion and label"),
+        ([{"prompt": "a", "completion": "b", "label": True}], {"loss": "ipo"}, "needs rows with chosen and rejected"),
+        ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "belong to preferences"),
+        ([pair], {"streaming": True, "max_steps": 2}, "leave --streaming out"),
+    ],
+)
+def test_rows_and_settings_that_do_not_fit_are_refused(
+    rows: list[dict[str, Any]], changes: dict[str, Any], message: str, settings: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises((DataError, ConfigError), match=message):
+        Trainer(settings(data=str(file), validation_split=0, **changes)).train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "causal-lm", "beta": 0.3}, "beta belong to --task preference"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is for --loss dpo and simpo, not ipo"),
+        ({"simpo_gamma": 0.5}, "simpo_gamma belongs to --loss simpo"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes: Any, message: str, settings: Any) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(**changes)
+
+
+def test_ties_count_as_half() -> None:
+    rows = [
+        {"chosen": -1.0, "rejected": -2.0, "chosen_reward": reward, "rejected_reward": 0.0} for reward in (0, 1, -1)
+    ]
+    assert preference_metrics(rows)["accuracy"].value == 0.5
+
+
+def test_the_margin_of_single_replies_is_the_difference_of_two_means() -> None:
+    rows = [{"reply": -1.0, "reward": r, "desirable": d} for r, d in ((3.0, 1.0), (1.0, 1.0), (-4.0, 0.0))]
+    metrics = preference_metrics(rows)
+    assert metrics["margin"].value == pytest.approx(2 - -4)
+    assert metrics["accuracy"].value == 1
