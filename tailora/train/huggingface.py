@@ -101,6 +101,8 @@ class AdapterTraining:
                     layer.lora_dropout = 0.0
         me._set_signature_columns_if_needed()  # of the base's forward
         me.model = me.model_wrapped = model.to(me.args.device)
+        if hasattr(me, "override_model_in_loss"):  # sentence-transformers: the optimizer gets the loss's parameters
+            _put_into_losses(me, model)
         if (me.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             model.enable_input_require_grads()  # or reentrant blocks would compute no gradients
 
@@ -118,6 +120,16 @@ class AdapterTraining:
             args.beta = beta
         me: Any = self
         me.beta, me.ref_model = beta, ReferenceModel(model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ConfigError for an optimizer that would train nothing of the adapter."""
+        optimizer = cast(Any, super()).create_optimizer(*args, **kwargs)
+        given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if given.isdisjoint(id(parameter) for parameter in self._adapted().lora_layers.parameters()):
+            raise ConfigError(
+                "the optimizer has none of the adapter's parameters: make it from model.lora_layers.parameters()"
+            )
+        return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with self._attention(inputs):
@@ -189,6 +201,14 @@ class AdapterTraining:
             model.delete_adapter(SPARE)
             model.lora_layers.load_state_dict(saved)
         model.set_adapter(active)
+
+
+def _put_into_losses(trainer: Any, model: LoRAModel) -> None:
+    """Lets the losses of a trainer of sentence-transformers call the LoRAModel, instead of the base model."""
+    if isinstance(trainer.loss, dict):
+        trainer.loss = {name: trainer.override_model_in_loss(loss, model) for name, loss in trainer.loss.items()}
+    else:
+        trainer.loss = trainer.override_model_in_loss(trainer.loss, model)
 
 
 def _check_arguments(model: LoRAModel, given: dict[str, Any]) -> None:

@@ -1,16 +1,12 @@
 """A LoRAModel in trainers of transformers and TRL."""
 
-import runpy
-import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from tiny import chat_model
+from tiny import chat_model, chat_tokenizer, tiny_model
 from torch import nn
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
@@ -20,7 +16,6 @@ from tailora.kernels import cpu_attention
 from tailora.train import huggingface
 from tailora.train.huggingface import adapting
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 KEPT = {"adapter_model.safetensors", "adapter_config.json", "README.md", "training_args.bin", "trainer_state.json"}
 CONFIGS: dict[str, LoRAConfig] = {
     "plain": LoRAConfig(r=4, lora_dropout=0.2),
@@ -162,43 +157,64 @@ def test_a_trainer_that_would_not_save_an_adapter_names_the_one_that_does(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_an_optimizer_that_trains_nothing_of_the_adapter_is_refused(tmp_path: Path) -> None:
+    tuner = trainer(tmp_path)
+    tuner.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ConfigError, match="none of the adapter's parameters"):
+        tuner.train()
+
+
+def embedding_model(folder: Path) -> Any:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    tiny_model("BertModel", vocab_size=300).save_pretrained(folder)
+    chat_tokenizer(["a b"], pad_token="<|im_end|>").save_pretrained(folder)
+    return SentenceTransformer(modules=[Transformer(str(folder)), Pooling(32)], device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of sentence-transformers
+def test_the_trainer_of_sentence_transformers_logs_the_losses_of_a_loop_and_resumes(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    columns = {"anchor": [f"question {i}" for i in range(8)], "positive": [f"answer {i}" for i in range(8)]}
+
+    def start() -> tuple[LoRAModel, Any]:
+        base = embedding_model(tmp_path / "base")
+        torch.manual_seed(0)
+        return LoRAModel(base, LoRAConfig(r=4)), MultipleNegativesRankingLoss(base)
+
+    def tuner() -> Any:
+        model, loss = start()
+        settings = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_grad_norm": 0, "report_to": []}
+        args = library.SentenceTransformerTrainingArguments(
+            str(tmp_path / "out"), max_steps=4, save_steps=2, logging_steps=1, use_cpu=True, **settings
+        )
+        return adapting(library.SentenceTransformerTrainer)(
+            model=model, args=args, train_dataset=Dataset.from_dict(columns), loss=loss
+        )
+
+    whole = tuner()
+    whole.train()
+    model, loss = start()
+    optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=1e-2, weight_decay=0)
+    expected = []
+    for _ in range(4):  # every batch holds all rows, whose order makes no difference
+        value = loss([model.tokenize(texts) for texts in columns.values()], None)
+        expected.append(value.item())
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert expected[-1] < expected[0]
+    assert losses(whole) == pytest.approx(expected, rel=1e-4)
+    assert {path.name for path in (tmp_path / "out" / "checkpoint-2").iterdir()} >= KEPT
+    resumed = tuner()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert losses(resumed) == pytest.approx(expected, rel=1e-4)
+
+
 def test_an_adapting_trainer_is_the_trainer() -> None:
     assert adapting(Trainer) is adapting(Trainer)
     assert issubclass(adapting(Trainer), Trainer)
-
-
-@pytest.fixture
-def run_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a file as a program, in this process, and returns the last line that it prints."""
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-
-    def run(name: str, *tokens: object) -> str:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, tokens)])
-        with warnings.catch_warnings(action="ignore"):
-            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out.splitlines()[-1]
-
-    return run
-
-
-@pytest.mark.slow
-def test_the_example_of_transformers_runs(run_example: Callable[..., str], model_folder: Path, tmp_path: Path) -> None:
-    given = ["--model", model_folder, "--output-dir", tmp_path, "--max-steps"]
-    assert run_example("transformers_trainer.py", *given, 4).startswith("held-out loss ")
-    assert (tmp_path / "adapter_model.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_the_example_of_trl_runs(
-    run_example: Callable[..., str], model_folder: Path, data_file: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("trl", exc_type=ImportError)
-    given = ["--model", model_folder, "--data", data_file, "--output-dir", tmp_path / "out", "--max-steps", 3]
-    assert run_example("trl_sft.py", *given).startswith("loss ")
-    ids = torch.arange(12).view(2, 6)
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(model_folder)
-    expected = base(ids).logits
-    loaded = LoRAModel.from_pretrained(base, tmp_path / "out")
-    assert (loaded(ids).logits - expected).abs().max() > 1e-4
