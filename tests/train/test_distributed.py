@@ -360,7 +360,7 @@ def test_a_rank_reads_its_own_rows_of_the_files(model_folder: Path) -> None:
 
 @pytest.mark.usefixtures("second_of_three")
 def test_a_rank_without_experts_is_refused() -> None:
-    model = tiny_model("Qwen3MoeForCausalLM", num_experts=4)  # two for each of two ranks, none for the third
+    model = tiny_model("Qwen3MoeForCausalLM", num_local_experts=4)  # two for each of two ranks, none for the third
     with pytest.raises(ConfigError, match=r"part of the 4 experts of .*: start a number of processes that divides 4"):
         Sharding(torch.device("cpu")).shard(model)
 
@@ -432,7 +432,7 @@ def save_tiny(architecture: str, model_folder: Path, folder: Path) -> str:
     path = folder / f"model {architecture}"
     shutil.copytree(model_folder, path)
     sizes = {"vocab_size": 320, "hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
-    experts = {"num_experts": 12} if "Moe" in architecture else {}  # for 2, 3 and 4 ranks
+    experts = {"num_local_experts": 12} if "Moe" in architecture else {}  # for 2, 3 and 4 ranks
     tiny_model(architecture, **sizes, **experts).save_pretrained(path)
     return str(path)
 
