@@ -3,35 +3,40 @@
 The first signal raises KeyboardInterrupt, so that files are cleaned up; a second of the same kind ends the process at
 once. One of the other kind changes nothing: launchers such as torchrun send SIGTERM after a Ctrl-C. While it trains,
 a run handles the first signal itself (`train.events.StopSignals`). A process that is ending for another reason is not
-interrupted any more: the launcher that ends it must not keep it from saying why.
+interrupted any more: the launcher that ends it must not keep it from saying why. Nor does a second signal within a
+few seconds, which may be the same one, from Slurm and from the launcher.
 """
 
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 from tailora.errors import INTERRUPTED
-from tailora.train.launch import is_launched_by_tailora, rank, world_size
+from tailora.train.launch import SECONDS_FOR_ONE_SIGNAL, end_process, is_launched_by_tailora, rank, world_size
 
 
 class InterruptSignals:
     """Handles SIGINT and SIGTERM, unless they are ignored, as SIGINT is in the background of a shell script."""
 
     def __init__(self) -> None:
-        self.received: set[int] = set()
+        self.received: dict[int, float] = {}  # number of a signal -> when it came first
         self.has_interrupted = False  # True if a signal has raised KeyboardInterrupt
         self.is_ending = False  # set when a run has stopped or failed and is about to say why
         sys.unraisablehook = self._on_unraisable
         self.handle_with(self)
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
         if number in self.received:
+            if self.is_ending and now - self.received[number] < SECONDS_FOR_ONE_SIGNAL:
+                return
             end_now()
         interrupts = not self.received and not self.is_ending
-        self.received.add(number)
+        self.received[number] = now
         if interrupts:
             self.has_interrupted = True
             raise KeyboardInterrupt
@@ -67,11 +72,7 @@ def run() -> NoReturn:
         end_now()
     signals.handle_with(signal.SIG_IGN)  # all is done; Python removes its modules, and takes its handlers back first
     if world_size() > 1:
-        # gloo's threads outlive a process group that something still refers to, as after a run with --fsdp. If one of
-        # them asks for Python's lock while Python ends, the process aborts or waits for ever.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_process(code)
     sys.exit(code)
 
 

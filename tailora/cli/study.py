@@ -13,6 +13,7 @@ from tailora.cli.flags import (
     FIELDS,
     ConfigFile,
     Json,
+    NprocPerNode,
     flags_of,
     merge_settings,
     parse_pairs,
@@ -30,6 +31,7 @@ from tailora.report.terminal import print_page
 from tailora.study.config import FULL, LORA, STEP_CHOICE, CompareConfig, SearchConfig
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
+from tailora.train.launch import count_processes, world_size
 
 LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method"} | STEP_CHOICE
 
@@ -61,6 +63,7 @@ def compare(
     full: Annotated[bool, Parameter(group=STUDY, help="also compare full fine-tuning")] = True,
     study: StudyFlags = None,
     json: Json = False,
+    nproc_per_node: NprocPerNode = None,
     flags: CompareFlags = None,
 ) -> int:
     """Compare LoRA with full fine-tuning on your model and data.
@@ -81,7 +84,7 @@ def compare(
     from tailora.report.pages.compare import compare_page
     from tailora.study.compare import compare as run
 
-    return run_study(run, train, comparison, compare_page, json)
+    return run_study(run, train, comparison, compare_page, json, nproc_per_node)
 
 
 def parse_arm(text: str) -> tuple[str, dict[str, Any]]:
@@ -101,7 +104,12 @@ SearchFlags: Any = flags_of(SearchConfig, sections={"trials": "Search"})
 
 
 def search(
-    *, config: ConfigFile = None, study: SearchFlags = None, json: Json = False, flags: TrainFlags = None
+    *,
+    config: ConfigFile = None,
+    study: SearchFlags = None,
+    json: Json = False,
+    nproc_per_node: NprocPerNode = None,
+    flags: TrainFlags = None,
 ) -> int:
     """Search for the best settings, and the cheapest that are as good.
 
@@ -123,11 +131,11 @@ def search(
         from tailora.report.pages.lr_range import lr_range_page
         from tailora.study.lr_range import find_range
 
-        return run_study(find_range, train, search_config, lr_range_page, json)
+        return run_study(find_range, train, search_config, lr_range_page, json, nproc_per_node)
     from tailora.report.pages.search import search_page
     from tailora.study.search import search as run  # loads Optuna
 
-    return run_study(run, train, search_config, search_page, json)
+    return run_study(run, train, search_config, search_page, json, nproc_per_node)
 
 
 # ---- What both share
@@ -153,15 +161,22 @@ def run_study(
     study: CompareConfig | SearchConfig,
     make_page: Callable[[Any], Page],
     as_json: bool,
+    nproc_per_node: str | None,
 ) -> int:
     """Runs a study and prints its result. After Ctrl-C the message has the command that resumes."""
     from tailora.cli.progress import step_counter
 
+    if world_size() > 1:
+        raise ConfigError(
+            f"a launcher has started {world_size()} processes, each of which would make all runs: start one, with "
+            "--nproc-per-node for the processes of each run"
+        )
+    processes = 1 if nproc_per_node is None else count_processes(nproc_per_node, train.device)
     fetch_demo(train.model, train.data, train.eval_data)
     console = stderr()
     try:
         progress = step_counter(console, study.workers)
-        result = run(train, study, log=partial(print_text, console), progress=progress)
+        result = run(train, study, log=partial(print_text, console), progress=progress, processes=processes)
     except KeyboardInterrupt:
         command = shlex.join(["tailora", *sys.argv[1:]])
         raise KeyboardInterrupt(f"finished runs are in {train.output_dir}; to resume:\n{command}") from None

@@ -93,7 +93,7 @@ class Extent:
 class Budget:
     """steps: of a whole trial.    longest: how many the run's settings ask for.
     seeds: that time is kept for.    held_out: number of held-out examples that are used; None for all.
-    minutes: that this was planned for.
+    minutes: that this was planned for.    processes: of the runs that were timed.
     """
 
     steps: int
@@ -102,6 +102,7 @@ class Budget:
     seeds: int = FEWEST_SEEDS
     held_out: int | None = None
     minutes: float | None = None
+    processes: int = 1
 
     @property
     def rung(self) -> int:

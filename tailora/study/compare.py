@@ -46,9 +46,11 @@ from tailora.study.study_store import (
     Log,
     Settings,
     StudySession,
+    launch_settings,
     locked,
     make_workers,
     open_folder,
+    same_steps,
     threads_of,
 )
 from tailora.study.trial import (
@@ -77,36 +79,42 @@ def compare(
     log: Log = lambda _: None,
     progress: Progress | None = None,
     run_trial: RunTrial = run_in_subprocess,
+    *,
+    processes: int = 1,
 ) -> Comparison:
     """Runs what is missing of the comparison in `train.output_dir`, and judges.
 
+    processes: that train together in each run.
     Raises ConfigError; whatever a run raises that is neither divergence nor lack of memory.
     """
     folder = Path(train.output_dir)
     settings = {
         "train": train.model_dump(mode="json", exclude={"output_dir"}),
         "compare": study.model_dump(mode="json"),
+        **launch_settings(processes),
     }
     if names := sorted(name for name in STEP_CHOICE if getattr(train, name)):
         raise ConfigError(f"a comparison judges every run at its end: leave {' and '.join(names)} out")
     for arm in study.arms:
         arm_settings(train, study, arm, learning_rate=study.first_rate(arm))  # raises ConfigError for contradictions
-    workers = make_workers(study.workers, train.device, study.minutes)
+    workers = make_workers(study.workers, train.device, study.minutes, processes)
     busy = f"another comparison is writing to {folder} now; give another --output-dir"
     with locked(folder, STUDY, "comparison", busy=busy):
         begun = any((folder / RUNS).glob(f"*/[!p]*/{RESULT}"))  # without the timing runs
         open_folder(folder, STUDY, settings, "comparison", begun=begun, discard=[RUNS, PLAN], identity=_identity)
-        session = StudySession(folder, study.minutes, log, progress, run_trial)
+        session = StudySession(folder, study.minutes, log, progress, run_trial, processes)
         comparison = _Comparison(train, study, session, workers).run(settings)
     write_report(folder, "compare", comparison.to_dict())
     return comparison
 
 
 def _identity(settings: Settings) -> Settings:
-    """What makes two comparisons different. With minutes the steps are planned."""
+    """What makes two comparisons different. With minutes the steps are planned, by the time that runs take."""
     study = settings.get("compare", {})
     fixed = {name: value for name, value in study.items() if name not in LATER}
-    return {**settings, "compare": {**fixed, "minutes": "given" if study.get("minutes") is not None else "not given"}}
+    has_minutes = study.get("minutes") is not None
+    compared = {**settings, "compare": {**fixed, "minutes": "given" if has_minutes else "not given"}}
+    return same_steps(compared)
 
 
 def _needed(costs: Sequence[Costs], extent: Extent, steps: int, workers: int) -> float:
@@ -145,7 +153,7 @@ class ComparisonPlan:
 
     max_steps: of each run.    costs: of each arm.    seeds: that time is kept for.
     held_out: number of held-out examples that are used, None for all; of so many `examples`.
-    minutes: that this was planned for.
+    minutes: that this was planned for.    processes: of the runs that were timed.
     """
 
     max_steps: int
@@ -154,6 +162,7 @@ class ComparisonPlan:
     held_out: int | None = None
     examples: int | None = None
     minutes: float | None = None
+    processes: int = 1
 
 
 class _Comparison:
@@ -260,6 +269,7 @@ class _Comparison:
     def _plan(self) -> None:
         """Sets the length of the runs, what they cost, and the base's losses, from a few steps of each arm."""
         plan = self.session.plan(self._measure, ComparisonPlan)
+        self.session.check_processes(plan.processes)
         timed = {arm: self._timing(arm) for arm in self.study.arms}
         self.steps, self.held_out, self.costs = plan.max_steps, plan.held_out, plan.costs
         self.seeds = self.study.seeds if plan.seeds is None else plan.seeds
@@ -309,6 +319,7 @@ class _Comparison:
             held_out=held_out_in_use(extent, held_out),
             examples=held_out,
             minutes=session.minutes,
+            processes=session.processes,
         )
 
     def _time_limit(self) -> TimeLimit:

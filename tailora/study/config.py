@@ -19,6 +19,7 @@ SHARED_BY_ARMS = STEP_CHOICE | {
     *("system", "assistant_only_loss", "completion_only_loss"),
 }
 OF_ADAPTERS = {*LoRAConfig.model_fields, *AdaLoRA.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
+OF_ADAPTERS |= {"fsdp_offload_params"}  # of a frozen base
 TRIALS = 20
 FIRST_RATES = {
     LORA: 5e-4,

@@ -19,7 +19,7 @@ from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
 from tailora.study.budget import SAFETY, START, TIMING_RATE, TIMING_STEPS, Costs, measure_costs, too_short
 from tailora.study.config import SearchConfig, trial_settings
-from tailora.study.study_store import PLAN, TIMING, Log, StudySession, locked, open_folder
+from tailora.study.study_store import PLAN, TIMING, Log, StudySession, launch_settings, locked, open_folder, same_steps
 from tailora.study.trial import RESULT, Progress, RunTrial, Trial, TrialEvent, TrialSpec, run_in_subprocess
 from tailora.train.config import TrainConfig
 
@@ -77,9 +77,12 @@ def find_range(
     log: Log = lambda _: None,
     progress: Progress | None = None,
     run_trial: RunTrial = run_in_subprocess,
+    *,
+    processes: int = 1,
 ) -> RateRange:
     """Finds the range by a run in `train.output_dir`, unless it was done before.
 
+    processes: that train together in the run.
     Raises ConfigError, also if no rate lowers the loss, and whatever else a run raises.
     """
     if "learning_rate" in train.model_fields_set:
@@ -89,8 +92,9 @@ def find_range(
         "train": train.model_dump(mode="json", exclude={"output_dir"}),
         "minutes": study.minutes,
         "lr_only": True,
+        **launch_settings(processes),
     }
-    session = StudySession(folder, study.minutes, log, progress, run_trial)
+    session = StudySession(folder, study.minutes, log, progress, run_trial, processes)
     losses: list[float] = []
 
     def stop(event: TrialEvent) -> str | None:
@@ -103,7 +107,8 @@ def find_range(
 
     with locked(folder, STUDY, "search"):
         begun = (folder / RISING / RESULT).exists()
-        open_folder(folder, STUDY, settings, "search", begun=begun, discard=[TIMING, PLAN, RISING])
+        discard = [TIMING, PLAN, RISING]
+        open_folder(folder, STUDY, settings, "search", begun=begun, discard=discard, identity=same_steps)
         steps = session.plan(lambda: RangePlan(_steps_that_fit(train, session)), RangePlan).steps
         log(f"up to {steps} steps, at learning rates from {LOWEST:g} to {HIGHEST:g}, until the gain is lost")
         spec = _spec(train, rising=(LOWEST, HIGHEST), max_steps=steps, eval_steps=EVAL_STEPS)

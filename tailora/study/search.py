@@ -54,9 +54,11 @@ from tailora.study.study_store import (
     TIMING,
     Log,
     StudySession,
+    launch_settings,
     locked,
     make_workers,
     open_folder,
+    same_steps,
     threads_of,
 )
 from tailora.study.trial import (
@@ -90,12 +92,15 @@ def search(
     log: Log = lambda _: None,
     progress: Progress | None = None,
     run_trial: RunTrial = run_in_subprocess,
+    *,
+    processes: int = 1,
 ) -> SearchResult:
     """Runs what is missing of the search in `train.output_dir`, and judges. Joins a search that is under way.
 
+    processes: that train together in each run.
     Raises ConfigError; whatever a run raises that is neither divergence nor lack of memory.
     """
-    workers = make_workers(study.workers, train.device, study.minutes)
+    workers = make_workers(study.workers, train.device, study.minutes, processes)
     if study.lr_only:
         raise ConfigError("lr_only is for study.lr_range.find_range, which finds the learning rate alone")
     folder = Path(train.output_dir)
@@ -103,10 +108,12 @@ def search(
     settings = {
         "train": train.model_dump(mode="json", exclude={"output_dir"}),
         "space": {name: list(axis) if isinstance(axis, tuple) else str(axis) for name, axis in space.items()},
+        **launch_settings(processes),
     }
     with locked(folder, STUDY, "search"):
-        open_folder(folder, STUDY, settings, "search", begun=(folder / PLAN).exists(), discard=[TIMING])
-    session = StudySession(folder, study.minutes, log, progress, run_trial)
+        begun = (folder / PLAN).exists()
+        open_folder(folder, STUDY, settings, "search", begun=begun, discard=[TIMING], identity=same_steps)
+    session = StudySession(folder, study.minutes, log, progress, run_trial, processes)
     with optuna_study.explained_errors(folder, study.storage):
         result = _Search(train, study, space, session).run(settings, workers)
     write_report(folder, "search", result.to_dict())
@@ -184,7 +191,7 @@ class _Search:
 
     def _open_study(self) -> None:
         stored = read_own_json(self.folder / STUDY, dict[str, Any], DAMAGED)  # as the first worker wrote them
-        self.optuna = optuna_study.open_study(self.folder, self.study.storage, stored)
+        self.optuna = optuna_study.open_study(self.folder, self.study.storage, same_steps(stored))
 
     def _work(self) -> None:
         self.optuna.pruner = SuccessiveHalvingPruner(min_resource=self.budget.rung, reduction_factor=2)
@@ -210,6 +217,7 @@ class _Search:
         """Sets the budget, groups of layers and the base's losses, measured once for all workers, under the lock."""
         plan = self.session.plan(self._measure, SearchPlan)
         budget = plan.plan
+        self.session.check_processes(budget.processes)
         self.budget, self.groups, self.held_out = budget, plan.parts, budget.held_out
         self.base = {True: on_choosing_half(plan.base), False: plan.base}
         of = f" of the {budget.longest:,} that the settings ask for" if budget.steps < budget.longest else ""
@@ -241,6 +249,7 @@ class _Search:
             seeds=extent.seeds,
             held_out=held_out_in_use(extent, examples),
             minutes=self.session.minutes,
+            processes=self.session.processes,
         )
         self.session.note_data(trial)
         base = trial.base if len(trial.counts) == (budget.held_out or examples) else None

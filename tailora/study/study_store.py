@@ -12,13 +12,12 @@ import json
 import math
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -27,12 +26,14 @@ from filelock import BaseFileLock, FileLock, Timeout
 from tailora.errors import ConfigError, FormatError
 from tailora.formats.io import TEMPORARY, create_output_folder, read_own_json, write_file
 from tailora.study.trial import RESULT, Listen, Progress, RunTrial, Trial, TrialSpec, Worker, get_trial
-from tailora.train.config import without_removed
-from tailora.train.launch import device_asked_for
+from tailora.train.config import ACCUMULATION, batches_per_step, without_removed
+from tailora.train.launch import device_asked_for, threads_per_process
 
 PLAN, LOCK, TIMING = "plan.json", ".lock", "probe"
 EARLIER_LOCK = ".claim"  # of earlier versions
+LAUNCH, PROCESSES = "launch", "nproc_per_node"  # in a study's settings: section and name of the number of processes
 DAMAGED = "give another --output-dir, or delete this folder and start again"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 Log = Callable[[str], None]
 Settings = Mapping[str, Any]
@@ -90,7 +91,10 @@ def open_folder(
         if wrong := [name for name in sections if not isinstance(stored.get(name), dict)]:
             raise FormatError(f"{file} is damaged ({' and '.join(wrong)} should hold settings): {DAMAGED}")
         stored["train"] = without_removed(stored["train"])
-        if changes := differences(identity(stored), identity(content)):
+        then, now = identity(stored), identity(content)
+        if changes := differences(then, now):
+            if LAUNCH in {*stored, *content} - {*then, *now}:
+                changes.append(f"{ACCUMULATION} is counted here for all processes together")
             raise ConfigError(
                 f"{folder} holds a {study} with other settings: {'; '.join(changes)}. Give the former settings to "
                 "continue it, or another --output-dir"
@@ -105,13 +109,32 @@ def open_folder(
     write_file(file, json.dumps(settings, indent=1).encode())
 
 
+def launch_settings(processes: int) -> dict[str, Any]:
+    """Returns the section of a study's settings that says of how many processes a run has; none for one."""
+    return {LAUNCH: {PROCESSES: processes}} if processes > 1 else {}
+
+
+def same_steps(settings: Settings) -> Settings:
+    """Returns the settings with the number of batches in a step in place of what it is the product of.
+
+    So a study goes on with another number of processes if --gradient-accumulation-steps makes up for it, unless the
+    arms or trials themselves differ in that setting.
+    """
+    processes = settings.get(LAUNCH, {}).get(PROCESSES, 1)
+    changes = [settings.get("space", {}), *settings.get("compare", {}).get("arms", {}).values()]
+    if any(ACCUMULATION in changed for changed in changes):
+        return settings
+    rest = {name: value for name, value in settings.items() if name != LAUNCH}
+    return {**rest, "train": {**settings["train"], ACCUMULATION: batches_per_step(settings["train"], processes)}}
+
+
 def differences(stored: Settings, asked: Settings) -> list[str]:
     """Returns a line for each setting that differs; settings stand in sections."""
     lines = []
     for name in dict.fromkeys([*stored, *asked]):
         before, now = stored.get(name), asked.get(name)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            lines += differences(before, now)
+        if isinstance(before, Mapping) or isinstance(now, Mapping):
+            lines += differences(before or {}, now or {})
         elif before != now:
             lines.append(f"{name} was {json.dumps(before)}, and is now {json.dumps(now)}")
     return lines
@@ -120,10 +143,11 @@ def differences(stored: Settings, asked: Settings) -> list[str]:
 # ---- Workers
 
 
-def make_workers(count: int, device: str, minutes: float | None = None) -> list[Worker]:
+def make_workers(count: int, device: str, minutes: float | None = None, processes: int = 1) -> list[Worker]:
     """Returns workers for the devices of the kind that `device` names; none for a count of 1, which needs no worker.
 
-    minutes: of the study. They are planned by what a run takes alone, so each worker needs a device of its own.
+    minutes: of the study. They are planned by what a run takes alone, so each worker needs devices of its own.
+    processes: of a run, each of which takes a device.
     Raises ConfigError for more workers than devices, and for minutes on a CPU.
     """
     if count == 1:
@@ -138,17 +162,29 @@ def make_workers(count: int, device: str, minutes: float | None = None) -> list[
                 f"--minutes {minutes:g} plans runs by what one takes alone, and --workers {count} on a CPU share its "
                 "cores: leave one of the two out; --max-steps and --seeds limit a study too"
             )
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        return [Worker(number, count, None, max(cores // count, 1)) for number in range(1, count + 1)]
+        return [Worker(number, count, None, threads_per_process(count * processes)) for number in range(1, count + 1)]
     if ":" in name:
         raise ConfigError(f"--workers {count} take a device each, and --device {name} is one: give --device {kind}")
     there = [str(device) for device in devices() if device.type == kind]
-    if count > len(there):
+    if count * processes > len(there):
+        share = "a device" if processes == 1 else f"{processes} devices"
         raise ConfigError(
-            f"--workers {count} take a device each, and there {'are' if len(there) > 1 else 'is'} {', '.join(there)}: "
-            f"give --workers {len(there)}"
+            f"--workers {count} take {share} each, and there {'are' if len(there) > 1 else 'is'} {', '.join(there)}: "
+            f"give --workers {max(len(there) // processes, 1)}"
         )
-    return [Worker(number, count, name) for number, name in enumerate(there[:count], start=1)]
+    if processes == 1:
+        return [Worker(number, count, name) for number, name in enumerate(there[:count], start=1)]
+    if kind != "cuda":
+        raise ConfigError(
+            f"--workers {count} with --nproc-per-node {processes}: only CUDA devices can be shared out to runs of "
+            f"several processes, and the device is {kind}; leave --workers out"
+        )
+    visible = os.environ.get(VISIBLE) or ",".join(map(str, range(len(there))))
+    names = visible.split(",")
+    return [
+        Worker(number, count, None, variables={VISIBLE: ",".join(names[(number - 1) * processes : number * processes])})
+        for number in range(1, count + 1)
+    ]
 
 
 @contextmanager
@@ -168,9 +204,16 @@ class StudySession:
     """One process's work on a study: the time left, its notes, and the trials that it runs."""
 
     def __init__(
-        self, folder: Path, minutes: float | None, log: Log, progress: Progress | None, run_trial: RunTrial
+        self,
+        folder: Path,
+        minutes: float | None,
+        log: Log,
+        progress: Progress | None,
+        run_trial: RunTrial,
+        processes: int = 1,
     ) -> None:
-        self.folder, self.minutes, self.log = folder, minutes, log
+        """processes: of each trial."""
+        self.folder, self.minutes, self.log, self.processes = folder, minutes, log, processes
         self.notes: list[str] = []
         self._notes_lock = threading.Lock()
         self._started, self._progress, self._run_trial = time.monotonic(), progress, run_trial
@@ -210,9 +253,16 @@ class StudySession:
             self.note(f"{name}: {text}")
 
     def note_workers(self, trials: Iterable[Trial]) -> None:
-        """Notes that several workers made the trials, if it is so; it may have been in an earlier call."""
+        """Notes how many workers and processes made the trials, if several; it may have been in an earlier call."""
+        trials = list(trials)
         if (most := max((trial.workers for trial in trials), default=1)) > 1:
             self.note(f"the runs were made by up to {most} workers, so a run may have taken longer than it takes alone")
+        counts = sorted({trial.processes for trial in trials})
+        if len(counts) > 1:
+            numbers = " and ".join(map(str, counts))
+            self.note(f"the runs had {numbers} processes, so their times and memory cannot be compared")
+        elif counts and counts[0] > 1:
+            self.note(f"each run had {counts[0]} processes; the memory is that of the first of them")
 
     def plan(self, find: Callable[[], Plan], kind: type[Plan]) -> Plan:
         """The content of plan.json, a dataclass, which `find` returns when there is none yet."""
@@ -221,9 +271,18 @@ class StudySession:
             write_file(file, json.dumps(asdict(cast(Any, find()))).encode())
         return read_own_json(file, kind, DAMAGED)
 
+    def check_processes(self, planned: int) -> None:
+        """Raises ConfigError if the minutes were planned by the time of runs in another number of processes."""
+        if self.minutes is not None and planned != self.processes:
+            raise ConfigError(
+                f"--minutes {self.minutes:g} with --nproc-per-node {self.processes}: {self.folder} holds the time that "
+                f"runs of {planned} processes take; give --nproc-per-node {planned}, or another --output-dir"
+            )
+
     def has_trial(self, path: Path) -> bool:
         return (path / RESULT).exists()
 
     def trial(self, spec: TrialSpec, path: Path, stop: Listen | None = None) -> Trial:
         self.check_stopped()
+        spec = replace(spec, processes=self.processes)
         return get_trial(spec, path, progress=self._progress, stop=stop, run_trial=self._run_trial, worker=self.worker)

@@ -2,39 +2,49 @@
 
     get_trial             reads the trial of a folder, or runs it and writes it there
       run_in_subprocess     in a separate process, whose peak memory is the trial's, and whose crash ends only the trial
-        main                  that process
-          run_here              trains; calls `listen` with every step and evaluation
+        main                  that process: trains, or starts several processes, the ranks, each of which does
+      run_here              in this process
 
 A trial that diverges or does not fit into memory is a result, not an error: both say something about its settings.
+
+Of several ranks the first writes events and the result to stdout, which is a pipe to the study. All of them have the
+same stdin, a pipe from the study, and end with it.
 """
 
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from tailora.errors import ConfigError, DivergedError, MemoryLimitError, TailoraError
+from tailora.errors import ConfigError, DivergedError, MemoryLimitError, ProcessFailedError, TailoraError
 from tailora.formats.io import read_own_json, write_file
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 from tailora.train import subprocess_worker
-from tailora.train.config import TrainConfig, without_removed
+from tailora.train.config import ACCUMULATION, TrainConfig, batches_per_step, without_removed
+from tailora.train.launch import end_process, failure_left_for_launcher, is_launched_by_tailora, launch, rank
 
 DONE, PRUNED, DIVERGED, OUT_OF_MEMORY = "done", "pruned", "diverged", "out of memory"
 SPEC, RESULT, RUN = "spec.json", "trial.json", "run"  # in the folder of a trial
-COMMAND = (sys.executable, "-m", "tailora.study.trial")  # and a folder
-NOT_SETTINGS = ("before", "texts")  # fields of a TrialSpec that save time and change no result
+OF_RANKS = "ranks"  # the folder there with the temporary files of their launcher
+MODULE = "tailora.study.trial"
+COMMAND = (sys.executable, "-m", MODULE)  # and a folder
+NOT_SETTINGS = ("before", "texts", "processes")  # fields of a TrialSpec that save time and change no result
+SECONDS_TO_END = 10.0  # for processes that are killed
 
 Indices = NDArray[np.int64]
 BaseLosses = tuple[list[float], list[int]]  # of each held-out example: nats by the base, and learned tokens
@@ -94,7 +104,7 @@ class TrialSpec:
     describe: also return the model's `target_groups`.
     before: the base's losses on the held-out examples, if another trial has computed them.
     texts: file for the texts that the base writes, shared by all trials of a study; the first trial writes it.
-    held_out: number of held-out examples that are used, if not all.
+    held_out: number of held-out examples that are used, if not all.    processes: that train together.
     """
 
     settings: dict[str, Any]
@@ -106,6 +116,7 @@ class TrialSpec:
     before: BaseLosses | None = None
     texts: str | None = None
     held_out: int | None = None
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,7 @@ class Trial:
     bytes: size on disk of what was trained.    losses: of each step's examples, before the step.
     curve: (step, held-out loss).    parameters: how many are trained; 0 when the trial ended before its first step.
     workers: how many the study had when this trial was made; at most so many trials were made at the same time.
+    processes: that trained together. Memory in the numbers is that of the first.
     """
 
     outcome: str
@@ -151,6 +163,7 @@ class Trial:
     step_seconds: list[float] = field(default_factory=list)
     evaluation_seconds: list[float] = field(default_factory=list)
     workers: int = 1
+    processes: int = 1
 
     @property
     def done(self) -> bool:
@@ -208,38 +221,69 @@ Listen = Callable[[TrialEvent], str | None]  # returns why the trial is to end n
 class Worker:
     """Runs trials beside other workers, one at a time.
 
-    number: from 1 to `count`.    device: its own, such as cuda:1.    threads: of its trials on a CPU, its share of the
-    cores.
+    number: from 1 to `count`.    device: its own, such as cuda:1.    threads: of each process on a CPU, its share of
+    the cores.    variables: of the environment of its processes.
     """
 
-    def __init__(self, number: int, count: int, device: str | None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        number: int,
+        count: int,
+        device: str | None,
+        threads: int | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.number, self.count, self.device, self.threads = number, count, device, threads
+        self.variables = variables or {}
         self.stopped = False
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, command: list[str], **options: Any) -> "subprocess.Popen[str]":
         """Starts the process of a trial. A Ctrl-C does not reach it, since a trial that it ends has not failed."""
-        variables = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+        threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+        environment = {**threads, **os.environ, **self.variables}
         if self.device is not None:
             command = [*command, self.device]
         if sys.platform != "win32":
             options["process_group"] = 0
         self.check()
-        process = self._process = subprocess.Popen(command, env={**variables, **os.environ}, **options)
+        process = self._process = subprocess.Popen(command, env=environment, **options)
         if self.stopped:
-            process.kill()
+            kill(process)
         return process
 
     def stop(self) -> None:
         """Ends the trial under way, from another thread; the worker begins no other."""
         self.stopped = True
         if self._process is not None:
-            self._process.kill()
+            kill(self._process)
 
     def check(self) -> None:
         """Raises KeyboardInterrupt after `stop`."""
         if self.stopped:
             raise KeyboardInterrupt
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    """Kills the process of a trial and all that it has started, and waits until these have ended."""
+    if process.poll() is not None:  # another process may have its number by now
+        return
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in started:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    end = time.monotonic() + SECONDS_TO_END
+    while not all(map(_has_ended, started)) and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Also true of a process whose parent has not asked for its exit code, as where that was killed."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 class Progress(Protocol):
@@ -257,10 +301,45 @@ class RunTrial(Protocol):
     def __call__(self, spec: TrialSpec, folder: Path, listen: Listen, worker: Worker | None = None) -> Trial: ...
 
 
-def run_in_subprocess(spec: TrialSpec, folder: Path, listen: Listen, worker: Worker | None = None) -> Trial:
-    """Runs the trial of this folder, which has its spec.json, in a separate process. Raises what the run raises."""
-    log = folder / "log.txt"
+class _Stopped(Exception):
+    """Raised where a trial runs when `listen` ends it."""
+
+
+Record = Callable[[TrialEvent], None]
+
+
+def _outcome(run: Callable[[Record], Trial], spec: TrialSpec, listen: Listen) -> Trial:
+    """Returns the trial that `run` returns, or that of a run which `listen` or its own settings have ended."""
     events: list[TrialEvent] = []
+
+    def record(event: TrialEvent) -> None:
+        events.append(event)
+        if (reason := listen(event)) is not None:
+            raise _Stopped(reason)
+
+    try:
+        return run(record)
+    except _Stopped as stopped:
+        return _trial(PRUNED, str(stopped), events, spec.before)
+    except DivergedError as error:
+        return _trial(DIVERGED, str(error), events, spec.before)
+    except MemoryLimitError as error:
+        return _trial(OUT_OF_MEMORY, str(error), events, spec.before)
+
+
+def run_here(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
+    """Runs the trial in this process. Raises what the run raises, but for divergence and lack of memory."""
+    return _outcome(lambda record: _train(spec, folder, record), spec, listen)
+
+
+def run_in_subprocess(spec: TrialSpec, folder: Path, listen: Listen, worker: Worker | None = None) -> Trial:
+    """Runs the trial of this folder, which has its spec.json, in a separate process. Raises as `run_here` does."""
+    return _outcome(lambda record: _follow_subprocess(folder, record, worker), spec, listen)
+
+
+def _follow_subprocess(folder: Path, record: Record, worker: Worker | None) -> Trial:
+    """Starts the process of the trial and reads what it writes. Raises what its run raises."""
+    log = folder / "log.txt"
     start = subprocess.Popen if worker is None else worker.start
     with (
         log.open("w") as stderr,
@@ -274,16 +353,12 @@ def run_in_subprocess(spec: TrialSpec, folder: Path, listen: Listen, worker: Wor
                 content = json.loads(line)
                 if "outcome" in content:
                     return Trial(**content)
-                events.append(TrialEvent(**content))
-                if (reason := listen(events[-1])) is not None:
-                    return _trial(PRUNED, reason, events, spec.before)
+                record(TrialEvent(**content))
             process.wait()
         finally:
-            process.kill()  # has no effect on a process that has ended
+            kill(process)
     if worker is not None:
         worker.check()
-    if process.returncode == subprocess_worker.KILLED:
-        return _trial(OUT_OF_MEMORY, "killed by the system, most likely for memory", events, spec.before)
     raise subprocess_worker.error_of(folder, process.returncode, log.read_text(), f"the run in {folder}")
 
 
@@ -307,7 +382,8 @@ def get_trial(
         if _identity(read_own_json(folder / SPEC, TrialSpec, remedy)) != _identity(spec):
             raise ConfigError(f"{folder} holds a trial with other settings; give another --output-dir")
         return read_own_json(folder / RESULT, Trial, remedy)
-    shutil.rmtree(folder / RUN, ignore_errors=True)  # of a trial that was interrupted
+    for name in (RUN, OF_RANKS):
+        shutil.rmtree(folder / name, ignore_errors=True)  # of a trial that was interrupted
     write_file(folder / SPEC, json.dumps(asdict(spec), indent=1).encode())
 
     number, count = (1, 1) if worker is None else (worker.number, worker.count)
@@ -320,9 +396,10 @@ def get_trial(
     try:
         trial = run_trial(spec, folder, listen) if worker is None else run_trial(spec, folder, listen, worker=worker)
     finally:
+        shutil.rmtree(folder / OF_RANKS, ignore_errors=True)  # of ranks that were killed
         if progress is not None:
             progress.end(worker=number)
-    trial = replace(trial, workers=count)
+    trial = replace(trial, workers=count, processes=spec.processes)
     if not (spec.keep and trial.done):
         shutil.rmtree(folder / RUN, ignore_errors=True)
     write_file(folder / RESULT, json.dumps(asdict(trial)).encode())
@@ -330,79 +407,88 @@ def get_trial(
 
 
 def _identity(spec: TrialSpec) -> dict[str, Any]:
-    """What makes two specs different trials, as it is read from a file."""
+    """What makes two specs different trials, as it is read from a file.
+
+    The number of processes changes no result if --gradient-accumulation-steps keeps the batches of a step the same.
+    """
     content: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
     identity = {name: value for name, value in content.items() if name not in NOT_SETTINGS}
-    return {**identity, "settings": without_removed(identity["settings"])}
+    settings = without_removed(identity["settings"])
+    return {**identity, "settings": {**settings, ACCUMULATION: batches_per_step(settings, spec.processes)}}
 
 
 def main(folder: Path, device: str | None = None) -> int:
     """The process of a trial: writes events, and at the end the trial, as lines of JSON to stdout.
 
+    If the trial has several processes, this one starts them and waits. Each of them runs this function, too.
     device: of its worker, in place of that in the settings.
     """
     spec = TrialSpec(**json.loads((folder / SPEC).read_text()))
     if device is not None:
         spec = replace(spec, settings={**spec.settings, "device": device})
 
-    def listen(event: TrialEvent) -> None:
+    def write(event: TrialEvent) -> None:
         print(json.dumps(asdict(event)), flush=True)
 
     try:
-        trial = run_here(spec, folder, listen)
+        if spec.processes > 1 and not is_launched_by_tailora():
+            temporary = folder / OF_RANKS
+            temporary.mkdir()
+            launch([str(folder)], spec.processes, module=MODULE, temporary=temporary)
+            return 0
+        with failure_left_for_launcher():
+            trial = _train(spec, folder, write)
     except TailoraError as error:
-        subprocess_worker.leave_error(folder, error)
+        if isinstance(error, ProcessFailedError) and error.traceback:  # of a bug in a rank
+            sys.stderr.write(error.traceback)
+        elif not is_launched_by_tailora():
+            subprocess_worker.leave_error(folder, error)
         return 1
-    print(json.dumps(asdict(trial)), flush=True)
+    if rank() == 0 or not is_launched_by_tailora():
+        print(json.dumps(asdict(trial)), flush=True)
     return 0
 
 
 def _exit_with_parent() -> None:
-    """Ends this process when the one that started it is killed: until then stdin, a pipe from it, has no end."""
+    """Ends this process when the study is killed: until then stdin, a pipe from it, has no end."""
     os.read(sys.stdin.fileno(), 1)
     os._exit(1)
+
+
+class EndAtOnce:
+    """Handles the SIGTERM that torch's launcher sends to a rank when another one has ended.
+
+    is_ending: set by `train.events` when this rank has failed, too, and is about to say why.
+    """
+
+    is_ending = False
+
+    def __call__(self, *_: object) -> None:
+        if not self.is_ending:
+            os._exit(1)
 
 
 # ---- The training itself
 
 
-class _Stopped(Exception):
-    """Raised through the training loop when `listen` ends a trial."""
+def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
+    """Trains and measures. The trial that the first of several ranks returns is whole."""
+    from accelerate import PartialState
 
-
-def run_here(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
-    """Runs the trial in this process. Raises what the run raises, but for divergence and lack of memory."""
-    events: list[TrialEvent] = []
-
-    def record(event: TrialEvent) -> None:
-        events.append(event)
-        if (reason := listen(event)) is not None:
-            raise _Stopped(reason)
-
-    try:
-        results = _train(spec, folder, record)
-    except _Stopped as stopped:
-        return _trial(PRUNED, str(stopped), events, spec.before)
-    except DivergedError as error:
-        return _trial(DIVERGED, str(error), events, spec.before)
-    except MemoryLimitError as error:
-        return _trial(OUT_OF_MEMORY, str(error), events, spec.before)
-    return _trial(DONE, "", events, spec.before, **results)
-
-
-def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) -> dict[str, Any]:
-    """The fields of a Trial that is done."""
     from tailora.data.dataset import warnings_of
     from tailora.study.model_layout import target_groups  # torch from here on
     from tailora.train.dataloader import epoch_steps
-    from tailora.train.events import Evaluated, Event, Prepared, Stepped
+    from tailora.train.events import Evaluated, Event, Prepared, Stepped, fail_together
     from tailora.train.loss import Evaluation
+    from tailora.train.memory import explain_out_of_memory
     from tailora.train.optimizer import lr_range_test
+    from tailora.train.parallel import is_first_rank
     from tailora.train.trainable import folder_of
     from tailora.train.trainer import run
 
     config = TrainConfig(**{**spec.settings, "output_dir": str(folder / RUN)})
     header = {"steps": 0, "parameters": 0}
+    events: list[TrialEvent] = []
     parts: dict[str, Any] = {}
     held_out: list[int] = []
 
@@ -411,7 +497,10 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
             header.update(steps=event.header["max_steps"], parameters=event.header["trainable_parameters"])
         if isinstance(event, Stepped | Evaluated):
             of_held_out = isinstance(event, Evaluated)
-            record(TrialEvent(event.step, loss=event.loss, held_out=of_held_out, seconds=event.seconds, **header))
+            events.append(
+                TrialEvent(event.step, loss=event.loss, held_out=of_held_out, seconds=event.seconds, **header)
+            )
+            record(events[-1])
 
     def on_ready(model: Any, *_: Any) -> None:
         if spec.describe:
@@ -432,6 +521,13 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
     )
     if result.before is None or result.after is None:
         raise ConfigError("there is no held-out data to judge by: give --eval-data or --validation-split")
+    forgotten, seconds = None, dict[str, float]()
+    if spec.forgetting is not None and (config.fsdp or is_first_rank()):  # a sharded model needs all ranks
+        with (
+            fail_together(PartialState()) if config.fsdp else nullcontext(),
+            explain_out_of_memory("measuring forgetting", lambda: FORGETTING_ADVICE),
+        ):
+            forgotten, seconds = _forgetting(result, spec, together=config.fsdp)
     numbers = {
         **result.to_dict(),
         "seed": config.seed,
@@ -441,19 +537,28 @@ def _train(spec: TrialSpec, folder: Path, record: Callable[[TrialEvent], None]) 
         "data_warnings": {} if result.data is None else warnings_of(result.data.report.to_dict()),
     }
     files = folder_of(result.model, Path(result.output_dir)).rglob("*")
-    forgotten, seconds = (None, {}) if spec.forgetting is None else _forgetting(result, spec)
-    return {
-        "numbers": {**numbers, **seconds},
-        "sums": result.after.sums.tolist(),
-        "before": result.before.sums.tolist(),
-        "counts": result.after.counts.tolist(),
-        "forgetting": forgotten,
-        "bytes": sum(file.stat().st_size for file in files if file.is_file()),
-    }
+    return _trial(
+        DONE,
+        "",
+        events,
+        spec.before,
+        numbers={**numbers, **seconds},
+        sums=result.after.sums.tolist(),
+        before=result.before.sums.tolist(),
+        counts=result.after.counts.tolist(),
+        forgetting=forgotten,
+        bytes=sum(file.stat().st_size for file in files if file.is_file()),
+    )
 
 
-def _forgetting(result: Any, spec: TrialSpec) -> tuple[dict[str, Any], dict[str, float]]:
-    """What was forgotten; and the seconds of writing texts, which the first trial of a study does, and of the rest."""
+FORGETTING_ADVICE = "what was trained fits: closing other programs helps, or fewer and shorter --forgetting-data"
+
+
+def _forgetting(result: Any, spec: TrialSpec, *, together: bool) -> tuple[dict[str, Any], dict[str, float]]:
+    """What was forgotten; and the seconds of writing texts, which the first trial of a study does, and of the rest.
+
+    together: whether all ranks do this, else only the first.
+    """
     from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
 
     started = time.monotonic()
@@ -462,17 +567,38 @@ def _forgetting(result: Any, spec: TrialSpec) -> tuple[dict[str, Any], dict[str,
     elif spec.texts is None:
         texts = sample_texts(result.model, result.tokenizer)
     else:
-        shared = Path(spec.texts)
-        with FileLock(shared.with_suffix(".lock")):  # trials of other workers may need the same texts
-            if not shared.exists():
-                write_file(shared, json.dumps(sample_texts(result.model, result.tokenizer)).encode())
-        texts = json.loads(shared.read_text())
+        texts = _shared_texts(result, Path(spec.texts), together=together)
     written = time.monotonic()
     forgotten = asdict(forgetting(result.model, texts))
     return forgotten, {"writing_seconds": written - started, "forgetting_seconds": time.monotonic() - written}
 
 
+def _shared_texts(result: Any, file: Path, *, together: bool) -> list[list[int]]:
+    """Returns the texts in this file, which all trials of a study share. If it is not there, the base writes them now.
+
+    together: whether all ranks call this.
+    """
+    from tailora.evaluation.forgetting import sample_texts
+    from tailora.train.parallel import first_of_ranks, is_first_rank
+
+    is_first = is_first_rank()
+    with FileLock(file.with_suffix(".lock")) if is_first else nullcontext():  # other workers may need the same texts
+        texts: list[list[int]] | None = json.loads(file.read_text()) if is_first and file.exists() else None
+        if together:
+            texts = first_of_ranks(texts)
+        if texts is None:
+            texts = sample_texts(result.model, result.tokenizer)
+            if is_first:
+                write_file(file, json.dumps(texts).encode())
+    return texts
+
+
 if __name__ == "__main__":
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if is_launched_by_tailora():
+        signal.signal(signal.SIGTERM, EndAtOnce())
     with quiet_loggers(*TORCHAO_LOGGERS):
-        sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
+        code = main(Path(sys.argv[1]), *sys.argv[2:])
+    if is_launched_by_tailora():
+        end_process(code)
+    sys.exit(code)

@@ -30,6 +30,7 @@ from tailora.formats.io import read_safetensors, replace_folder, safetensors_byt
 from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import FlatBuffer
+from tailora.train.config import ACCUMULATION, batches_per_step
 from tailora.train.loss import Evaluation
 from tailora.train.random_state import set_random_state
 from tailora.train.trainable import Trainable, local_tensors, sync_parameters, trained_module
@@ -239,7 +240,6 @@ FREE = {
     "eval_steps",
     "early_stopping_patience",
 }
-ACCUMULATION = "gradient_accumulation_steps"
 LENGTH = {"max_steps", "num_train_epochs"}
 FACTS = {  # what else the exact results of a run depend on -> its name in a message
     "data": "content (SHA-256) of the data",
@@ -271,8 +271,9 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, dive
     facts = (saved.keys() & current.keys()) - {"settings", "base"}  # earlier versions recorded fewer
     remedy = ""
     if saved.get("processes") != current["processes"]:
-        batches, rest = divmod(batches_per_step(saved), current["processes"])
-        if batches_per_step(saved) == batches_per_step(current):
+        batches_then = batches_per_step(then, saved.get("processes", 1))
+        batches, rest = divmod(batches_then, current["processes"])
+        if batches_then == batches_per_step(now, current["processes"]):
             facts, free = facts - {"processes"}, free | {ACCUMULATION}
         elif not rest:
             remedy = f"\nthe same steps on {current['processes']} processes: --gradient-accumulation-steps {batches}"
@@ -285,11 +286,6 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, dive
             f"{listing(changes)}{remedy}\nTo go on, give the earlier values (config.yaml beside the checkpoint has "
             "them: --config); to train with the new ones, start again in another --output-dir"
         )
-
-
-def batches_per_step(run: Mapping[str, Any]) -> int:
-    """Returns how many batches all processes of a run compute in a step."""
-    return int(run["settings"][ACCUMULATION]) * int(run.get("processes", 1))
 
 
 def _base_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -15,12 +15,18 @@ COUNT = 2**31  # above any count that makes sense, and well below what numpy and
 PositiveInt = Annotated[int, Field(ge=1, lt=COUNT)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=COUNT)]
 PREFERENCE_FIELDS = ("loss", "beta", "label_smoothing", "simpo_gamma", "sft_weight")
+ACCUMULATION = "gradient_accumulation_steps"
 REMOVED = {"prefix_cache_gb"}  # settings of earlier versions, which changed the speed of a run and not its results
 
 
 def without_removed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings that an earlier version wrote, without those that no longer exist."""
     return {name: value for name, value in settings.items() if name not in REMOVED}
+
+
+def batches_per_step(settings: Mapping[str, Any], processes: int) -> int:
+    """Returns how many batches all processes of a run compute in a step. settings: of `TrainConfig`, all or some."""
+    return int(settings.get(ACCUMULATION, 1)) * processes
 
 
 class TrainConfig(StrictModel):

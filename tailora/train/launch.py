@@ -6,6 +6,7 @@
     end_with_launcher  ends this process soon after its launcher has ended
     show_by            sets which rank shows an error
     leave_failure      writes why this process fails, for its launcher
+    end_process        ends this process
 
 Rank 0 has the terminal. What the other ranks print goes to files, and is shown if one of them fails without a message
 of ours. `launch` raises the one error of the run: that of the process that failed first. Importing this needs no torch.
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -29,7 +31,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tailora import errors
-from tailora.errors import INTERRUPTED, ConfigError, ProcessFailedError, TailoraError, WriteError
+from tailora.errors import (
+    INTERRUPTED,
+    ConfigError,
+    MemoryLimitError,
+    ProcessFailedError,
+    TailoraError,
+    WriteError,
+)
 from tailora.quiet import silent_loggers
 
 if TYPE_CHECKING:
@@ -44,6 +53,7 @@ NODE_RANK_FLAGS = ("--node-rank", "--node_rank", "--machine-rank", "--machine_ra
 PROGRAM = ("tailora", "tailora.cli")  # names of the module, and of the script
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 MAX_SIGNALS = 3  # of one kind; then the processes are killed
+SECONDS_FOR_ONE_SIGNAL = 5.0  # in which one of several processes may get it twice
 TAIL = 20  # lines of a process that failed without a message
 SHOWN_BY = "shown_by_rank"  # attribute of an error
 
@@ -247,10 +257,19 @@ def threads_per_process(count: int) -> int:
     return max(cores // count, 1)
 
 
-def launch(arguments: Sequence[str], count: int, output_dir: Path | None = None, results: Collection[int] = ()) -> int:
-    """Runs `python -m tailora ARGUMENTS` in `count` processes on this machine, until all have ended.
+def launch(
+    arguments: Sequence[str],
+    count: int,
+    output_dir: Path | None = None,
+    results: Collection[int] = (),
+    *,
+    module: str = "tailora",
+    temporary: Path | None = None,
+) -> int:
+    """Runs `python -m MODULE ARGUMENTS` in `count` processes on this machine, until all have ended.
 
     output_dir: of a run, which a message says how to resume.    results: exit codes that are no failures.
+    temporary: folder for temporary files, which stay there if this process is killed; by default the system's.
     Signals are passed on to the processes. Returns 0, or the one of `results` that the first process had.
     Raises the error of the process that failed first, with its exit code.
     """
@@ -260,7 +279,7 @@ def launch(arguments: Sequence[str], count: int, output_dir: Path | None = None,
 
     threads = os.environ.get("OMP_NUM_THREADS", str(threads_per_process(count)))
     with (
-        tempfile.TemporaryDirectory(prefix="tailora-") as name,
+        tempfile.TemporaryDirectory(prefix="tailora-", dir=temporary) as name,
         silent_loggers("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"),
         _environment(
             {
@@ -286,7 +305,7 @@ def launch(arguments: Sequence[str], count: int, output_dir: Path | None = None,
             logs_specs=DefaultLogsSpecs(name, redirects=dict.fromkeys(range(1, count), Std.ALL)),
         )
         # In a thread torch's launcher leaves signals to us: it would kill the processes 30 s after the first.
-        future = executor.submit(elastic_launch(config, sys.executable), "-m", "tailora", *arguments)
+        future = executor.submit(elastic_launch(config, sys.executable), "-m", module, *arguments)
         signals.forward_until_done(future)
         try:
             future.result()
@@ -393,9 +412,33 @@ def leave_failure(error: BaseException, message: str, exit_code: int, traceback:
     return True
 
 
+def end_process(code: int) -> NoReturn:
+    """Ends this process, one of several of a run, as soon as its output is written.
+
+    gloo's threads outlive a process group that something still refers to, as after a run with --fsdp. If one of them
+    asks for Python's lock while Python ends, the process aborts or waits for ever.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def remove_launcher_folder() -> None:
     """Removes the temporary folder of a launcher that has ended without doing so."""
     shutil.rmtree(os.environ[LAUNCHER_FOLDER], ignore_errors=True)  # another process may do the same
+
+
+@contextmanager
+def failure_left_for_launcher() -> Iterator[None]:
+    """An error within the block is left for the launcher of this process, if it has one, and raised."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TailoraError):
+            leave_failure(error, str(error), error.exit_code)
+        else:
+            leave_failure(error, str(error), 1, traceback.format_exc())
+        raise
 
 
 def _failure_in(file: Path) -> dict[str, Any]:
@@ -433,7 +476,8 @@ def _cause(
         name = signal.Signals(-first.exitcode).name
         why = ", most likely for memory" if name == "SIGKILL" else ""
         next_step = "" if output_dir is None else f"; {how_to_go_on(output_dir)}"
-        return ProcessFailedError(f"{who} was ended by {name}{why}{next_step}")
+        error_type = MemoryLimitError if name == "SIGKILL" else ProcessFailedError
+        return error_type(f"{who} was ended by {name}{why}{next_step}")
     for failure in of_others:
         if failure["rank"] == number:
             return _error(failure, count)

@@ -44,7 +44,7 @@ def error_of(folder: Path, code: int, stderr: str, task: str) -> Exception:
         error: Exception = getattr(errors, content["type"])(content["message"])
         return error
     if code == KILLED:
-        return MemoryLimitError(f"{task} was killed, most likely for memory: take a smaller batch size")
+        return MemoryLimitError(f"{task} was killed by the system, most likely for memory: take a smaller batch size")
     return RuntimeError(f"{task} ended with code {code}: {stderr.strip()[-2000:]}")
 
 

@@ -107,6 +107,16 @@ def test_the_same_numbers_give_the_same_page(page: tuple[str, str], tmp_path: Pa
     assert made(CONTENTS[kind](), tmp_path) == text
 
 
+@pytest.mark.parametrize("kind", ["search", "learning-rates"])
+def test_the_command_that_trains_has_the_processes_of_the_study(kind: str, tmp_path: Path) -> None:
+    content = CONTENTS[kind]()
+    content["settings"]["launch"] = {"nproc_per_node": 2}
+    text = Outline(made(content, tmp_path)).text
+    assert "tailora train --nproc-per-node 2 --" in text
+    assert "tailora train --config" not in text
+    assert "tailora train --learning-rate" not in text
+
+
 def test_a_folder_without_a_report_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no report\.json; give the folder of a plan, train"):
         write_page(tmp_path)

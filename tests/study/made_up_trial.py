@@ -35,6 +35,7 @@ def main(template: str, seconds: str, crashes: str, folder: Path, *device: str) 
         "numbers": {**trial["numbers"], "seed": settings.get("seed", 0)},
     }
     facts = {"from": STARTED, "to": time.time(), "threads": os.environ.get("OMP_NUM_THREADS"), "device": device}
+    facts["cards"] = os.environ.get("CUDA_VISIBLE_DEVICES")
     (folder / "facts.json").write_text(json.dumps(facts))
     print(json.dumps(trial), flush=True)
 

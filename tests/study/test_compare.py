@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tailora.cli.main import main
 from tailora.errors import ConfigError
 from tailora.report.files import write_page
 from tailora.study.budget import Costs, Extent
@@ -67,6 +68,28 @@ def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: 
         compare(train.replaced(r=2, max_steps=7), SMALL)
     with pytest.raises(ConfigError, match='minutes was "not given", and is now "given"'):
         compare(train, SMALL.replaced(minutes=5.0))
+
+
+@pytest.mark.exhaustive
+def test_runs_of_two_processes_compare_lora_with_sharded_full_fine_tuning(
+    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As runs of one process do, whose steps have the same examples."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    train = small_run.replaced(device="cpu", max_steps=3, output_dir=str(tmp_path / "two"), fsdp=True)
+    two = compare(train, SMALL, processes=2)
+    alone = train.replaced(fsdp=False, gradient_accumulation_steps=2, output_dir=str(tmp_path / "one"))
+    one = compare(alone, SMALL, run_trial=run_here)
+    assert [arm.name for arm in two.arms] == ["r4", "full"]
+    for of_one, of_two in zip(one.arms, two.arms, strict=True):
+        assert of_two.outcome == "done"
+        assert of_two.seed_losses == pytest.approx(of_one.seed_losses, abs=1e-5)
+        assert np.array(of_two.train_losses) == pytest.approx(np.array(of_one.train_losses), abs=1e-5)
+        assert of_two.forgetting == pytest.approx(of_one.forgetting, abs=1e-5)
+    timed = compare(train.replaced(output_dir=str(tmp_path / "timed")), SMALL.replaced(minutes=30.0), processes=2)
+    plan = json.loads((tmp_path / "timed" / "plan.json").read_text())
+    assert plan["max_steps"] == timed.steps == 3
+    assert min(costs["fixed"] for costs in plan["costs"].values()) > 4  # a launcher loads torch, and then each process
 
 
 @pytest.mark.slow
@@ -134,6 +157,10 @@ def test_full_fine_tuning_takes_nothing_of_the_adapters_and_their_frozen_base(sm
     assert TrainConfig(**of_full).quantize is None
     of_lora = TrainConfig(**arm_settings(train, SMALL, "r4"))
     assert {name: getattr(of_lora, name) for name in asked} == asked
+    sharded = small_run.replaced(fsdp=True, fsdp_offload_params=True)
+    of_full, of_lora = (TrainConfig(**arm_settings(sharded, SMALL, arm, learning_rate=1e-4)) for arm in ("full", "r4"))
+    assert (of_full.fsdp, of_full.fsdp_offload_params) == (True, False)
+    assert (of_lora.fsdp, of_lora.fsdp_offload_params) == (True, True)
 
 
 def test_a_step_chosen_by_the_examples_that_judge_is_refused(small_run: TrainConfig, tmp_path: Path) -> None:
@@ -239,3 +266,27 @@ def test_waves_take_no_longer_than_planned(
     assert planned >= actual - 1e-9
     if workers == 1:
         assert planned == pytest.approx(actual)
+
+
+def test_the_command_passes_on_how_many_processes_a_run_has(
+    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, processes: int, **__: object) -> None:
+        raise ConfigError(f"each run has {processes}")
+
+    words = ["--model", small_run.model, "--data", small_run.data, "--device", "cpu", "--output-dir", str(tmp_path)]
+    for command, found in (
+        ("compare", "compare.compare"),
+        ("search", "search.search"),
+        ("search --lr-only", "lr_range.find_range"),
+    ):
+        monkeypatch.setattr(f"tailora.study.{found}", refuse)
+        assert main([*command.split(), *words, "--nproc-per-node", "2"]) == 2
+        assert "each run has 2" in capsys.readouterr().err
+        assert main([*command.split(), *words]) == 2
+        assert "each run has 1" in capsys.readouterr().err
+        assert main([*command.split(), *words, "--nproc-per-node", "two"]) == 2
+        assert "--nproc-per-node two: give a number" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["compare", *words]) == 2
+    assert "a launcher has started 2 processes, each of which would make all runs" in capsys.readouterr().err

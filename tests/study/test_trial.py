@@ -1,11 +1,13 @@
-"""One trial: in a process of its own and in this one, ended early, failed, and read again."""
+"""One trial: in a process of its own, in several and in this one, ended early, failed, and read again."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from inspect import signature
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tailora.errors import ConfigError, DataError
+from tailora.errors import ConfigError, DataError, ProcessFailedError, TargetError
 from tailora.study import trial as trial_module
 from tailora.study.compare import compare
 from tailora.study.config import trial_settings
@@ -157,9 +159,14 @@ def test_a_process_that_is_stopped_keeps_what_it_reported(endless: TrialSpec, tm
     assert get_trial(endless, tmp_path, run_trial=not_run) == trial
 
 
-@pytest.mark.slow
-def test_a_process_ends_when_the_one_that_started_it_is_killed(small_run: TrainConfig, tmp_path: Path) -> None:
-    spec = TrialSpec(settings(small_run, max_steps=1_000_000))
+@pytest.mark.parametrize(
+    "processes",
+    [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.exhaustive)],
+)
+def test_a_trial_ends_when_the_study_that_started_it_is_killed(
+    processes: int, small_run: TrainConfig, tmp_path: Path
+) -> None:
+    spec = TrialSpec(settings(small_run, max_steps=1_000_000), processes=processes)
     (tmp_path / "spec.json").write_text(json.dumps(asdict(spec)))
     pipe = subprocess.PIPE
     with (
@@ -169,8 +176,12 @@ def test_a_process_ends_when_the_one_that_started_it_is_killed(small_run: TrainC
         assert process.stdin is not None
         assert process.stdout is not None
         assert b"loss" in process.stdout.readline()
+        started = psutil.Process(process.pid).children(recursive=True)
+        ranks = [child for child in started if child.environ().get("RANK")]
+        assert len(ranks) == (processes if processes > 1 else 0)
         process.stdin.close()  # as the system does
         assert process.wait(timeout=60) == 1
+        assert not [child for child in psutil.wait_procs(started, timeout=10)[1] if child.status() != "zombie"]
     assert not (tmp_path / "log.txt").read_text()  # no warnings of the packages that transformers imports
 
 
@@ -187,6 +198,166 @@ def test_a_process_that_the_system_kills_is_a_result(endless: TrialSpec, tmp_pat
     assert len(trial.curve) == 1  # what was reported before
     assert not (tmp_path / "run").exists()
     assert get_trial(endless, tmp_path, run_trial=not_run) == trial
+
+
+# ---- Several processes
+
+
+def of_two(train: TrainConfig, **changes: Any) -> TrialSpec:
+    return TrialSpec(settings(train, device="cpu", **changes), processes=2)
+
+
+def losses_of_examples(trial: Trial) -> Any:
+    return np.array([trial.before, trial.sums]) / trial.counts
+
+
+TOGETHER: dict[str, dict[str, Any]] = {
+    "copied": {},
+    "sharded": {"fsdp": True},
+    "full": {"method": "full", "r": 16},
+    "full, sharded": {"method": "full", "r": 16, "fsdp": True},
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case == "full, sharded" else pytest.mark.exhaustive)
+        for case in TOGETHER
+    ],
+)
+def test_two_processes_give_the_trial_of_one(
+    case: str, small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batches of a step are the same. What is forgotten is measured, by all ranks together if it is sharded."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    train, texts = small_run.replaced(device="cpu"), str(tmp_path / "texts.json")
+    asked = settings(train, **TOGETHER[case])
+    of_one = TrialSpec({**asked, "fsdp": False, "gradient_accumulation_steps": 2}, forgetting="", texts=texts)
+    one = get_trial(of_one, tmp_path / "one", run_trial=run_here)
+    spec = replace(of_one, settings=asked, processes=2, texts=str(tmp_path / "others.json"))
+    two = get_trial(spec, tmp_path / "two")
+    assert (two.outcome, two.processes, one.processes) == ("done", 2, 1)
+    assert json.loads((tmp_path / "two" / "run" / "run.json").read_text())["processes"] == 2
+    for trial_losses in (attrgetter("losses"), attrgetter("curve"), losses_of_examples):  # nats per token
+        assert np.array(trial_losses(two)) == pytest.approx(np.array(trial_losses(one)), abs=1e-5)
+    assert two.forgetting == pytest.approx(one.forgetting, abs=1e-5)
+    assert (two.counts, two.bytes, two.parameters) == (one.counts, one.bytes, one.parameters)
+    assert (tmp_path / "others.json").read_text() == (tmp_path / "texts.json").read_text()
+    assert not (tmp_path / "two" / "ranks").exists()
+    assert not (tmp_path / "two" / "log.txt").read_text()
+
+
+FAILING = """
+import os, runpy, signal
+from tailora.errors import DataError
+from tailora.train import trainer
+
+def failing_step(self, *arguments, step=trainer.Trainer.step):
+    if os.environ["RANK"] == "1" and self.queued_steps == 1:
+        FAILURE
+    return step(self, *arguments)
+
+trainer.Trainer.step = failing_step
+runpy.run_module("tailora.study.trial", run_name="__main__")
+"""
+LAUNCHER = """
+import sys
+from pathlib import Path
+from tailora.study import trial
+trial.MODULE = "failing"
+sys.exit(trial.main(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "outcome", "message"),
+    [
+        pytest.param("raise MemoryError", "out of memory", "out of memory while training", marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (
+                ("os.kill(os.getpid(), signal.SIGKILL)", "out of memory", "process 1 of 2 was ended by SIGKILL"),
+                ("os.kill(os.getpid(), signal.SIGSEGV)", ProcessFailedError, "process 1 of 2 was ended by SIGSEGV"),
+                ("raise DataError('row 7 is broken')", DataError, "^row 7 is broken$"),
+                ("1 / 0", RuntimeError, r"(?s)ended with code 1: .*in failing_step.*ZeroDivisionError: div"),
+            )
+        ),
+    ],
+)
+def test_a_process_that_fails_ends_the_trial_with_its_cause(
+    failure: str,
+    outcome: Any,
+    message: str,
+    small_run: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "failing.py").write_text(FAILING.replace("FAILURE", failure))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.getcwd()}")
+    monkeypatch.setattr(trial_module, "COMMAND", (sys.executable, "-c", LAUNCHER))
+    others = psutil.Process().children()  # of other tests
+    if isinstance(outcome, str):
+        trial = get_trial(of_two(small_run, max_steps=3), tmp_path / "trial")
+        assert trial.outcome == outcome
+        assert message in trial.message
+        assert len(trial.losses) == 1  # of the step before
+    else:
+        with pytest.raises(outcome, match=message):
+            get_trial(of_two(small_run, max_steps=3), tmp_path / "trial")
+    assert psutil.Process().children() == others
+    assert not (tmp_path / "trial" / "ranks").exists()
+
+
+@pytest.mark.exhaustive
+def test_a_mistake_that_all_processes_notice_keeps_its_type(small_run: TrainConfig, tmp_path: Path) -> None:
+    """While the first waits for the others to notice, torch's launcher sends it SIGTERM."""
+    with pytest.raises(TargetError, match="nosuch"):
+        get_trial(of_two(small_run, target_modules="nosuch"), tmp_path)
+
+
+@pytest.mark.exhaustive
+def test_several_processes_that_diverge_are_a_result(small_run: TrainConfig, tmp_path: Path) -> None:
+    trial = get_trial(of_two(small_run, learning_rate=1e30, max_steps=4), tmp_path)
+    assert (trial.outcome, trial.processes) == ("diverged", 2)
+    assert "training diverged in step" in trial.message
+
+
+RANKS = """
+import subprocess, sys
+rank = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"  # it does not look at stdin
+for number in range(2):
+    process = subprocess.Popen([sys.executable, "-c", rank], stdout=subprocess.PIPE, start_new_session=True)
+    with open(sys.argv[1] + "/ranks.txt", "a") as file:
+        file.write(process.stdout.readline().decode())
+"""
+
+
+def test_a_trial_that_is_stopped_ends_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them leads a session of its own, as those that torch's launcher starts."""
+    monkeypatch.setattr(trial_module, "COMMAND", (sys.executable, "-c", f"{RANKS}\n{EVENTS}"))
+    trial = get_trial(TrialSpec({}, processes=2), tmp_path, stop=lambda event: "bad" if event.step == 2 else None)
+    assert trial.outcome == "pruned"
+    ranks = [int(line) for line in (tmp_path / "ranks.txt").read_text().split()]
+    remaining = [pid for pid in ranks if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    for pid in remaining:
+        psutil.Process(pid).kill()
+    assert (len(ranks), remaining) == (2, [])
+
+
+def test_the_number_of_processes_may_change_if_the_batches_of_a_step_stay_the_same(
+    small_run: TrainConfig, tmp_path: Path
+) -> None:
+    def none_done(*_: Any) -> Trial:
+        return Trial("diverged", "")
+
+    made = get_trial(of_two(small_run, gradient_accumulation_steps=2), tmp_path, run_trial=none_done)
+    assert made.processes == 2
+    for processes, accumulation in ((1, 4), (4, 1)):
+        asked = settings(small_run, device="cpu", gradient_accumulation_steps=accumulation)
+        assert get_trial(TrialSpec(asked, processes=processes), tmp_path, run_trial=not_run) == made
+    with pytest.raises(ConfigError, match="a trial with other settings"):
+        get_trial(of_two(small_run), tmp_path, run_trial=not_run)
 
 
 def test_an_error_of_the_process_is_raised_here(

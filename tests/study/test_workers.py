@@ -9,10 +9,12 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ from tailora.study import trial as trial_module
 from tailora.study.compare import compare
 from tailora.study.config import CompareConfig, SearchConfig, trial_settings
 from tailora.study.search import search
-from tailora.study.study_store import StudySession, make_workers
+from tailora.study.study_store import StudySession, make_workers, same_steps
 from tailora.study.trial import TrialSpec, run_here
 from tailora.train.config import TrainConfig
 
@@ -211,6 +213,116 @@ def test_each_worker_has_a_device_of_its_own() -> None:
         make_workers(2, "cuda:1")
 
 
+@pytest.mark.usefixtures("four_cards")
+def test_each_worker_has_as_many_devices_as_its_runs_have_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cards(count: int, processes: int) -> list[dict[str, str]]:
+        return [dict(worker.variables) for worker in make_workers(count, "auto", minutes=5, processes=processes)]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert cards(2, 2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,GPU-8932f937,4")
+    assert cards(2, 2) == [{"CUDA_VISIBLE_DEVICES": "7,5"}, {"CUDA_VISIBLE_DEVICES": "GPU-8932f937,4"}]
+    with pytest.raises(ConfigError, match=r"--workers 3 take 2 devices each, and there are .*: give --workers 2"):
+        cards(3, 2)
+
+
+def test_devices_that_no_variable_hides_are_not_shared_out_to_several_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cards = [torch.device("xpu", index) for index in range(4)]
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(device, "devices", lambda: cards)
+    monkeypatch.setattr(device, "choose_device", lambda _: cards[0])
+    with pytest.raises(ConfigError, match=r"--workers 2 with --nproc-per-node 2: .* the device is xpu; leave"):
+        make_workers(2, "auto", processes=2)
+
+
+def test_the_processes_of_all_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailora.study.study_store.threads_per_process", lambda count: 24 // count)
+    assert [worker.threads for worker in make_workers(3, "cpu")] == [8] * 3
+    assert [worker.threads for worker in make_workers(3, "cpu", processes=2)] == [4] * 3
+    assert make_workers(1, "cpu", processes=2) == []
+
+
+# ---- Several processes in each run, of which only the one that would start them is real
+
+
+TWO_ARMS = CompareConfig(arms={"a": {"r": 2}, "b": {"r": 4}}, seeds=2, rate_tries=3)
+
+
+@pytest.mark.usefixtures("four_cards")
+def test_workers_show_each_run_its_own_devices(
+    train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_made_up_trials(monkeypatch, template, seconds=0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
+    compare(train, TWO_ARMS.replaced(workers=2), processes=2)
+    facts = facts_of(tmp_path / "study", "runs/*/*")
+    assert {fact["cards"] for fact in facts} == {"7,5", "3,1"}
+    assert [fact["device"] for fact in facts] == [[]] * len(facts)  # each process takes that of its rank
+
+
+def test_a_comparison_says_how_many_processes_its_runs_had(
+    train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_made_up_trials(monkeypatch, template, seconds=0)
+    found = compare(train, TWO_ARMS, processes=2)
+    specs = [json.loads(path.read_text()) for path in (tmp_path / "study").glob("runs/*/*/spec.json")]
+    assert [spec["processes"] for spec in specs] == [2] * len(specs)
+    assert found.settings["launch"] == {"nproc_per_node": 2}
+    assert found.notes == ["each run had 2 processes; the memory is that of the first of them"]
+
+
+def test_a_comparison_goes_on_in_another_number_of_processes_with_the_same_steps(
+    train: TrainConfig, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_made_up_trials(monkeypatch, template, seconds=0)
+    found = compare(train, TWO_ARMS, processes=2)
+    with pytest.raises(
+        ConfigError,
+        match="gradient_accumulation_steps was 2, and is now 1; gradient_accumulation_steps is counted here for all",
+    ):
+        compare(train, TWO_ARMS, run_trial=not_run)
+    alone = train.replaced(gradient_accumulation_steps=2)
+    assert compare(alone, TWO_ARMS, run_trial=not_run).arms == found.arms
+    more = compare(alone, TWO_ARMS.replaced(seeds=3))
+    assert "the runs had 1 and 2 processes, so their times and memory cannot be compared" in more.notes
+
+
+def test_a_search_goes_on_in_another_number_of_processes_with_the_same_steps(
+    train: TrainConfig, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_made_up_trials(monkeypatch, template, seconds=0)
+    study = STUDY.replaced(workers=1, trials=2)
+    found = search(train, study, processes=2)
+    assert "each run had 2 processes; the memory is that of the first of them" in found.notes
+    alone = train.replaced(gradient_accumulation_steps=2)
+    assert search(alone, study, run_trial=not_run).best == found.best
+    assert len(optuna.get_all_study_names(f"sqlite:///{train.output_dir}/study.db")) == 1
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps was 2, and is now 1"):
+        search(train, study, run_trial=not_run)
+    with pytest.raises(ConfigError, match=r"--minutes 5 .* runs of 2 processes take; give --nproc-per-node 2"):
+        search(alone, study.replaced(minutes=5), run_trial=not_run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"compare": {"arms": {"a": {"gradient_accumulation_steps": 2}, "b": {}}}},
+        {"space": {"gradient_accumulation_steps": [1, 2]}},
+    ],
+)
+def test_arms_and_trials_with_steps_of_their_own_keep_the_number_of_processes(changes: dict[str, Any]) -> None:
+    settings = {"train": {"gradient_accumulation_steps": 1}, "launch": {"nproc_per_node": 2}, **changes}
+    assert same_steps(settings) == settings
+
+
+def test_the_settings_of_one_process_stay_as_they_were_stored(train: TrainConfig) -> None:
+    """By them a search finds its trials in a database."""
+    settings = {"train": train.model_dump(mode="json"), "space": {"r": [2, 4]}}
+    assert same_steps(settings) == settings
+
+
 def test_workers_cannot_share_one_run() -> None:
     with pytest.raises(ConfigError, match="lr_only is one run"):
         SearchConfig(workers=2, lr_only=True)
@@ -250,7 +362,8 @@ def test_one_of_several_trials_writes_the_texts(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(forgetting, "forgetting", lambda _, texts: read.append(texts) or Forgetting(0.0, 0.0, 0.0, 1))
     spec = TrialSpec({}, forgetting="", texts=str(tmp_path / "texts.json"))
     result = SimpleNamespace(model=None, tokenizer=None)
-    threads = [threading.Thread(target=trial_module._forgetting, args=[result, spec]) for _ in range(3)]
+    measure = partial(trial_module._forgetting, result, spec, together=False)
+    threads = [threading.Thread(target=measure) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

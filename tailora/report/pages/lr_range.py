@@ -3,7 +3,7 @@
 from tailora.report.blocks import Code, Figure, Number, Page, Section, Table
 from tailora.report.charts import DASHED, SERIES, SOFT, Canvas
 from tailora.report.format import learning_rate
-from tailora.report.pages.shared import numeric, settings_table
+from tailora.report.pages.shared import numeric, settings_table, train_command
 from tailora.study.lr_range import RateRange
 
 
@@ -46,5 +46,6 @@ def lr_range_page(rates: RateRange) -> Page:
         Number("held-out loss, base", f"{rates.base_loss:.3f}", "before any training"),
         Number("steps", f"{rates.steps:,}"),
     ]
-    conclusion = Section("To train with it", "", [Code(f"tailora train --learning-rate {rates.suggestion:.1e}")])
+    command = f"{train_command(rates.settings)} --learning-rate {rates.suggestion:.1e}"
+    conclusion = Section("To train with it", "", [Code(command)])
     return Page("learning rates", "Learning rates", rates.verdict, numbers, sections, conclusion=conclusion)

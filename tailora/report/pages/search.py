@@ -10,7 +10,15 @@ import numpy as np
 from tailora.report.blocks import Block, Code, Column, Figure, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import INK, PAPER, SERIES, SOFT, Canvas, Estimate
 from tailora.report.format import count, duration, interval, one_line, plural, setting
-from tailora.report.pages.shared import INTERVAL, bar_figure, difference_cells, judged_figures, numeric, settings_table
+from tailora.report.pages.shared import (
+    INTERVAL,
+    bar_figure,
+    difference_cells,
+    judged_figures,
+    numeric,
+    settings_table,
+    train_command,
+)
 from tailora.study.results import Candidate, SearchResult
 from tailora.train.memory import format_bytes
 
@@ -60,12 +68,13 @@ def search_page(search: SearchResult) -> Page:
         Number("trials", str(len(search.trials)), f"{plural(search.steps, 'step')} each", "page"),
         Number("time of all runs", duration(search.seconds)),
     ]
-    commands = [f"tailora train --config {search.config}  # the best"]
+    train = train_command(search.settings)
+    commands = [f"{train} --config {search.config}  # the best"]
     if cheapest.number != best.number:
         label = f"held-out loss, trial {cheapest.number} (cheapest)"
         numbers.insert(1, Number(label, f"{cheapest.eval_loss:.3f}", interval(cheapest.interval)))
         path = Path(search.config).with_name("cheapest.yaml")
-        commands.append(f"tailora train --config {path}  # the cheapest")
+        commands.append(f"{train} --config {path}  # the cheapest")
     conclusion = Section("To train with the result", "", [Code("\n".join(commands))])
     title = f"{plural(len(search.trials), 'trial')} searched"
     return Page("search", title, search.verdict, numbers, sections, search.notes, conclusion)

@@ -1,11 +1,13 @@
 """Columns, tables and figures that several pages have."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tailora.evaluation.statistics import Difference
 from tailora.report.blocks import Column, Figure, Table
 from tailora.report.charts import GRID, Canvas, Estimate
 from tailora.report.format import interval, one_line, p_value, setting, signed
+from tailora.study.study_store import LAUNCH, PROCESSES
 
 INTERVAL = Column("95% interval", numeric=True, interval=True)
 
@@ -40,6 +42,12 @@ def settings_table(title: str, *groups: tuple[str, Mapping[str, object]]) -> Tab
     if not any(group for group, *_ in rows):
         columns, rows = columns[1:], [row[1:] for row in rows]
     return Table(columns, rows, title, folded=True, detail="page")
+
+
+def train_command(settings: Mapping[str, Any]) -> str:
+    """Returns the start of a command that trains in as many processes as the runs of the study with these settings."""
+    processes = settings.get(LAUNCH, {}).get(PROCESSES)
+    return "tailora train" if processes is None else f"tailora train --nproc-per-node {processes}"
 
 
 # ---- Losses, and differences from one of them: of a comparison's arms and of a search's finalists
