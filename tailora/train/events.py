@@ -21,7 +21,14 @@ from transformers import PreTrainedTokenizerBase
 
 from tailora.data.prepare import PreparedData
 from tailora.errors import INTERRUPTED, ProcessFailedError
-from tailora.train.launch import how_to_go_on, launcher_pid, show_by, shown_by, world_size
+from tailora.train.launch import (
+    SECONDS_FOR_ONE_SIGNAL,
+    how_to_go_on,
+    launcher_pid,
+    show_by,
+    shown_by,
+    world_size,
+)
 from tailora.train.loss import Evaluation
 from tailora.train.trainable import Trainable
 
@@ -127,7 +134,6 @@ class TrainResult:
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SECONDS_FOR_ONE_SIGNAL = 5.0  # in which one of several processes may get it twice
 
 
 class StopSignals:

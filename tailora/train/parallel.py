@@ -14,7 +14,7 @@ after every backward, and leaves each rank those of its part.
 
 import atexit
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -48,15 +48,23 @@ def own_process_group(*, until_exit: bool = False) -> Iterator[None]:
     """Ends the process group that is started within the block. One that was there before is left alone.
 
     A process that ends with an open group of gloo aborts, more often than not.
-    until_exit: ends the group when Python ends, unless the block raises. Until then a sharded model needs it for every
-    call, and a further run of the same script: with torchrun a process can start a group only once.
+    until_exit: ends the group when Python ends. Until then a sharded model needs it for every call, and a further run
+    of the same script: with torchrun a process can start a group only once. After an error the group is ended then,
+    too, because NCCL may wait for the other ranks, and the error is not shown yet.
     """
-    with ExitStack() as stack:
-        if not dist.is_initialized():
-            stack.callback(_end_process_group)
+    if dist.is_initialized():
         yield
+        return
+    try:
+        yield
+    except BaseException:
+        until_exit = True
+        raise
+    finally:
         if until_exit:
-            atexit.register(stack.pop_all().close)
+            atexit.register(_end_process_group)
+        else:
+            _end_process_group()
 
 
 def _end_process_group() -> None:

@@ -3,10 +3,14 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,6 +292,37 @@ def test_all_processes_end_with_the_exit_code_of_an_unmet_gate(adapter: Path, ch
     assert [process.returncode for process in processes] == [4, 4], outputs
     assert outputs[0].count("gate NOT MET: loss<0.001") == 1
     assert "gate" not in outputs[1].lower()
+
+
+class Handler:
+    """Handles signals as the program does, which ends at those of launchers unless it is about to say something."""
+
+    is_ending = False
+
+    def __call__(self, *_: object) -> None:
+        if not self.is_ending:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("has_ranks", [True, False])
+def test_a_launchers_signal_does_not_replace_the_exit_code_of_an_unmet_gate(
+    has_ranks: bool, adapter: Path, quiz: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It comes as soon as another process has ended with that code."""
+
+    @contextmanager
+    def ranks(_: str) -> Iterator[Any]:
+        first = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device="cpu")
+        yield first if has_ranks else None
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("tailora.train.setup.launched_ranks", ranks)
+    before = signal.signal(signal.SIGTERM, Handler())
+    try:
+        tokens = ["eval", adapter, "--data", quiz, "--field", "prompt=question", "--gate", "accuracy>1", "--no-base"]
+        assert run(capsys, *tokens)[0] == (4 if has_ranks else 130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -32,7 +33,7 @@ from tailora.study.plan import plan
 from tailora.train.config import TrainConfig
 from tailora.train.events import FailureWatch
 from tailora.train.model_loading import load_base
-from tailora.train.parallel import Sharding
+from tailora.train.parallel import Sharding, own_process_group
 from tailora.train.run_log import write_settings
 from tailora.train.setup import start_accelerator
 from tailora.train.trainer import run
@@ -326,6 +327,23 @@ def test_a_script_runs_twice_uses_the_sharded_model_and_ends_the_group_at_its_en
         for name in ("copied", "sharded")
     }
     assert train_on_ranks(2, configs, tmp_path, SCRIPT).process.stdout.count("open at the end: False") == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_group_of_a_failed_run_stays_open_until_the_error_is_shown(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With NCCL its end may wait for the other ranks."""
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    with suppress(DataError), own_process_group():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        if fails:
+            raise DataError("row 7 is broken")
+    assert dist.is_initialized() == fails
+    for function in at_exit:
+        function()
+    assert not dist.is_initialized()
 
 
 @pytest.fixture

@@ -29,10 +29,11 @@ from tailora.quiet import silent_loggers
 from tailora.train import launch
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
-from tailora.train.events import SECONDS_FOR_ONE_SIGNAL, Interrupted, StopSignals, fail_together
+from tailora.train.events import Interrupted, StopSignals, fail_together
 from tailora.train.launch import (
     ERROR_FILE,
     LAUNCHED_BY_TAILORA,
+    SECONDS_FOR_ONE_SIGNAL,
     SignalForwarder,
     check_all_started,
     count_processes,
@@ -802,6 +803,27 @@ def test_a_launchers_signal_does_not_keep_a_process_from_saying_why_it_failed(
     monkeypatch.setattr("tailora.train.events.distributed_c10d._get_default_store", HashStore)
     assert run_program(command) == code
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(1, 2), (SECONDS_FOR_ONE_SIGNAL + 1, 130)])
+def test_a_signal_that_comes_twice_at_once_does_not_keep_a_process_from_saying_why_it_failed(
+    seconds: float, code: int, run_program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from Slurm and from the launcher. Later it ends a process that takes too long."""
+
+    def command() -> None:
+        try:
+            with fail_together(processes(2)):
+                raise DataError("row 7")
+        finally:
+            first = time.monotonic()
+            signal.raise_signal(signal.SIGTERM)
+            monkeypatch.setattr(time, "monotonic", lambda: first + seconds)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("tailora.train.events.distributed_c10d._get_default_store", HashStore)
+    assert run_program(command) == code
 
 
 def test_a_launchers_signal_ends_a_process_that_waits_for_rank_0_to_say_the_same(
