@@ -30,7 +30,7 @@ from tailora.cli.models import (
     load_model,
     parse_adapters,
 )
-from tailora.data.readers import READERS, Row, RowProblem, data_error, read_file
+from tailora.data.readers import READERS, TXT, Row, RowProblem, data_error, read_file
 from tailora.errors import AdapterError, ConfigError, DataError, MemoryLimitError, nearest
 from tailora.formats.io import check_new_file, partial_file, write_lines
 
@@ -255,7 +255,7 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises ConfigError or DataError with all problems.
     """
-    if path.suffix.lower() not in READERS:
+    if path.suffix.lower() not in READERS.keys() - {TXT}:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeError) as error:

@@ -15,6 +15,7 @@ from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import note, print_json, stdout
 from tailora.cli.models import check_sources, fetch_demo
 from tailora.data.dataset import held_out_of, warnings_of
+from tailora.data.readers import parse_sources, source_names
 from tailora.errors import ConfigError
 from tailora.report.blocks import Code, Section
 from tailora.report.format import printable
@@ -29,23 +30,23 @@ Pieces = list[tuple[str, bool]]  # text, learned
 
 
 def data(
-    file: Annotated[str | None, Parameter(help="JSONL, JSON, CSV, Parquet, folder, Hub id; default: 'demo'")] = None,
-    /,
-    *,
+    *files: Annotated[str, Parameter(help="JSONL, JSON, CSV, Parquet, text, folder, Hub id, or FILE=WEIGHT")],
     config: ConfigFile = None,
     rows: Annotated[NonNegativeInt, Parameter(help="number of examples to show")] = 3,
     json: Json = False,
     flags: Flags = None,
 ) -> int:
-    """Show what training would learn from a file.
+    """Show what training would learn from a file, or from several.
 
-    Shows columns, counts, lengths, and in some examples which tokens are learned and which are only read.
+    Without a file, the data is the demo's. Shows columns, counts, lengths, and in some examples which tokens are
+    learned and which are only read.
     """
-    settings = merge_settings(flags, config, arguments={"data": file})
+    settings = merge_settings(flags, config, arguments={"data": files[0] if len(files) == 1 else [*files] or None})
     if "data" not in settings.model_fields_set:
         note("no file was given, so this is the demo's data; `tailora data FILE` shows yours")
-    check_sources(model=settings.model, data=(settings.data, settings.eval_data))
-    fetch_demo(settings.model, settings.data, settings.eval_data)
+    sources = (*source_names(settings.data), settings.eval_data)
+    check_sources(model=settings.model, data=sources)
+    fetch_demo(settings.model, *sources)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -68,14 +69,17 @@ def data(
         print_json({**report, "examples": shown})
     else:
         show(stdout(), report, examples)
-        command = train_command(settings.data, config, flags or {})
+        command = train_command(list(map(str, parse_sources(settings.data))), config, flags or {})
         print_section(stdout(), Section("Next", "", [Code(shlex.join(command))]))
     return 0
 
 
-def train_command(source: str, config: Path | None, flags: Mapping[str, str | bool | list[str]]) -> list[str]:
+def train_command(
+    sources: Sequence[str], config: Path | None, flags: Mapping[str, str | bool | list[str]]
+) -> list[str]:
     """Returns the command that trains on what was shown, with the flags that were typed."""
-    command = ["tailora", "train", "--data", source, *(["--config", str(config)] if config else [])]
+    command = ["tailora", "train", *(word for source in sources for word in ("--data", source))]
+    command += ["--config", str(config)] if config else []
     for name, value in flags.items():
         if isinstance(value, bool):
             command.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
@@ -104,6 +108,7 @@ def facts(report: dict[str, Any]) -> Table:
         "read as": report["shape"] if mapping == report["shape"] else f"{report['shape']} ({mapping})",
         "not used": ", ".join(report["ignored"]),
         "format": "the model's chat template" if report["chat_template"] else "plain text, without a chat template",
+        **mixture(report["sources"]),
         "rows": f"{report['rows']:,}: {report['train']:,} to train on, {held_out_of(report)}",
         "tokens": f"{report['tokens']:,}, {learned}",
         "longest": f"{'at least ' * (report['read_in_part'] > 0)}{report['longest']:,} tokens",
@@ -115,6 +120,17 @@ def facts(report: dict[str, Any]) -> Table:
         if value:
             table.add_row(name, Text(printable(value)))
     return table
+
+
+def mixture(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns the share of each source in an epoch, of several or where it is not one pass."""
+    if len(sources) == 1 and sources[0]["weight"] == 1:
+        return {}
+    return {
+        source["name"]: f"{source['rows']:,} rows read as {source['shape']}, {source['train']:,} examples to train on; "
+        f"{source['weight']:g} passes in an epoch, {source['epoch']:,} examples"
+        for source in sources
+    }
 
 
 def histogram(bins: Sequence[dict[str, int]]) -> Table:

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from tailora.cli.flags import Json, NprocPerNode, flags_of, merge_settings
 from tailora.cli.main import ARGUMENTS, GATE_NOT_MET, log, note, print_json, print_text, stderr, stdout
 from tailora.cli.models import BaseModel, Device, Quantize, base_model_name, check_sources, find_adapter, load_model
+from tailora.data.readers import source_names
 from tailora.errors import ConfigError
 from tailora.evaluation.metrics import METRICS, QUOTES_HINT, Gate, check_gates, parse_gates, parse_metrics
 from tailora.formats.run_folder import REPORT, recorded_settings, write_report
@@ -245,13 +246,12 @@ def _check_output_dir(folder: Path | None) -> None:
 def _warn_of_training_data(target: EvalTarget, data: str) -> None:
     from tailora.data.demo import resolve_demo
 
-    recorded_data = target.settings.get("data")
-    if not isinstance(recorded_data, str):
-        return
-    given, trained_on = resolve_demo(data, "eval_data"), resolve_demo(recorded_data, "data")
-    both_exist = Path(given).exists() and Path(trained_on).exists()
-    if given == trained_on or (both_exist and Path(given).samefile(trained_on)):
-        note(f"the adapter was trained on {data}, so its scores there will look too good")
+    given, recorded = resolve_demo(data, "eval_data"), target.settings.get("data") or []
+    for name in source_names(recorded):
+        trained_on = resolve_demo(name, "data")
+        both_exist = Path(given).exists() and Path(trained_on).exists()
+        if given == trained_on or (both_exist and Path(given).samefile(trained_on)):
+            note(f"the adapter was trained on {data}, so its scores there will look too good")
 
 
 def _finish(

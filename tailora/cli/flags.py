@@ -95,6 +95,7 @@ def _flag(name: str, field: FieldInfo, default: Any, group: Group | None) -> Any
         value_type = first
     elif get_origin(first) in (list, dict):
         value_type, metavar = list[str], "A,B" if get_origin(first) is list else "KEY=VALUE,..."
+        metavar = "DATA[=WEIGHT]" if name == "data" else metavar
     else:
         metavar = first.__name__.upper()
     parameter = Parameter(
@@ -223,6 +224,8 @@ def _plain(name: str, value: Any) -> Any:
         return parse_pairs(name, value, split_last=get_args(types[0])[1] is not str)
     if get_origin(types[0]) is not list:
         return value
+    if name == "data":  # a name may hold commas
+        return value[0] if len(value) == 1 else value
     if name == "target_modules" and value == ["none"]:
         return []
     if str in types and (value == ["all-linear"] or not all(map(MODULE_NAMES.fullmatch, value))):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from tailora.cli.main import log, note, stderr
 from tailora.cli.progress import download_progress
 from tailora.data.demo import DEMO, data_folder, model_folder, name_of_model, resolve_demo
-from tailora.data.readers import check_data_exists, check_model_exists
+from tailora.data.readers import check_data_exists, check_model_exists, source_names
 from tailora.errors import ConfigError, FormatError, TailoraError, listing, nearest_path
 from tailora.formats.hub import local_folder
 from tailora.formats.io import read_json_object
@@ -252,7 +252,7 @@ def check_sources_of_run(config: TrainConfig, *more_data: str | None) -> None:
     In a run of several processes, one that ended here would leave the others waiting: there the trainer alone checks.
     """
     if world_size() == 1:
-        data = (config.data, config.eval_data, *more_data)
+        data = (*source_names(config.data), config.eval_data, *more_data)
         check_sources(model=config.model, data=data, adapter=config.adapter, device=config.device)
 
 

@@ -10,6 +10,7 @@ from cyclopts.types import PositiveInt
 from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import GATE_NOT_MET, log, print_json, stdout
 from tailora.cli.models import DEVICE_NAME, check_sources, fetch_demo
+from tailora.data.readers import source_names
 from tailora.errors import ConfigError
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
@@ -51,7 +52,7 @@ def plan(
     available = None if memory is None else bytes_of(memory)
     settings = merge_settings(flags, config)
     with_data = "data" in settings.model_fields_set
-    sources = (settings.data, settings.eval_data) if with_data else ()
+    sources = (*source_names(settings.data), settings.eval_data) if with_data else ()
     check_sources(model=settings.model, data=sources, adapter=settings.adapter)
     if DEVICE_NAME.fullmatch(settings.device) is None:
         find_cards(settings.device)

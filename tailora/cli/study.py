@@ -23,6 +23,7 @@ from tailora.cli.flags import (
 from tailora.cli.main import log, print_json, print_text, stderr, stdout
 from tailora.cli.models import check_sources_of_run, fetch_demo
 from tailora.core.config import StrictModel
+from tailora.data.readers import source_names
 from tailora.errors import ConfigError, require_packages
 from tailora.formats.run_folder import REPORT, RUN
 from tailora.report.blocks import Page
@@ -172,7 +173,7 @@ def run_study(
             "--nproc-per-node for the processes of each run"
         )
     processes = 1 if nproc_per_node is None else count_processes(nproc_per_node, train.device)
-    fetch_demo(train.model, train.data, train.eval_data)
+    fetch_demo(train.model, *source_names(train.data), train.eval_data)
     console = stderr()
     try:
         progress = step_counter(console, study.workers)

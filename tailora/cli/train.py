@@ -15,6 +15,7 @@ from tailora.cli.flags import ConfigFile, Json, NprocPerNode, Overwrite, flags_o
 from tailora.cli.main import ARGUMENTS, is_rank_0, log, note, print_json, stderr, stdout
 from tailora.cli.models import check_sources_of_run, fetch_demo
 from tailora.cli.progress import counter, run_progress
+from tailora.data.readers import source_names
 from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, WriteError
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES, checkpoints_in
 from tailora.report.blocks import Code, Column, Page, Section, Table
@@ -187,7 +188,7 @@ def fit(
     """
     run_log.check_before_loading(config, overwrite=overwrite)
     check_sources_of_run(config)
-    fetch_demo(config.model, config.data, config.eval_data)
+    fetch_demo(config.model, *source_names(config.data), config.eval_data)
     if nproc_per_node is not None and not is_launched_by_tailora():
         processes = count_processes(nproc_per_node, config.device)
         if processes > 1:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from jinja2.exceptions import TemplateError
 from tokenizers.models import BPE, WordLevel, WordPiece
@@ -40,6 +40,7 @@ class Tokens(NamedTuple):
 class SampleOptions:
     """How samples are written, and what of them is trained. The names are those of `TrainConfig`, and of TRL.
 
+    documents: whether examples of plain texts hold one text each, or what lies side by side when all are joined.
     system: the system message of conversations that have none.
     assistant_only_loss: train the replies of a conversation, not all of it. completion_only_loss: train completions,
     not their prompts. None: yes to both, except that completion_only_loss=False trains everything.
@@ -48,6 +49,7 @@ class SampleOptions:
     system: str | None = None
     assistant_only_loss: bool | None = None
     completion_only_loss: bool | None = None
+    documents: Literal["isolated", "concatenated"] = "isolated"
 
     @property
     def trains_replies_alone(self) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -67,6 +67,36 @@ class Example:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """How often the examples of several sources, which lie one after another, are seen in an epoch.
+
+    sizes: examples of each source.    weights: passes over it in an epoch: 2 shows every example twice; 0.5 shows one
+    half, and the other half in the next epoch.
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many examples of each source an epoch has."""
+        return [max(1, round(size * weight)) for size, weight in zip(self.sizes, self.weights, strict=True)]
+
+    def epoch(self, number: int, seed: int) -> Int64:
+        """Returns the indices of the examples in an epoch: for each source the next part of its endless passes."""
+        chosen = []
+        first = 0
+        for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+            start = number * count
+            passes = range(start // size, (start + count - 1) // size + 1)
+            order = np.concatenate([np.random.default_rng([seed, source, i]).permutation(size) for i in passes])
+            skipped = start - passes.start * size
+            chosen.append(first + np.sort(order[skipped : skipped + count]))
+            first += size
+        return np.concatenate(chosen)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Examples:
     """A sequence of examples: `examples[i]` is a view into the flat arrays."""
@@ -77,6 +107,7 @@ class Examples:
     source_indices: Int64  # (examples,)
     second_starts: Int64  # (examples,)
     targets: Float64 | None  # (examples, targets)
+    mixture: Mixture | None = None  # None: an epoch has each example once
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> Self:
@@ -121,6 +152,15 @@ class Examples:
         trained[self.starts[:-1][self.lengths > 0]] = False
         return np.diff(np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])[self.starts])
 
+    @property
+    def epoch_size(self) -> int:
+        """The number of examples in an epoch."""
+        return len(self) if self.mixture is None else sum(self.mixture.counts)
+
+    def epoch(self, number: int, seed: int) -> Int64:
+        """Returns the indices of the examples in an epoch."""
+        return np.arange(len(self)) if self.mixture is None else self.mixture.epoch(number, seed)
+
     def select(self, indices: Iterable[int] | Int64) -> "Examples":
         return Examples.of(self[int(index)] for index in indices)
 
@@ -141,10 +181,11 @@ def with_other_replies(examples: Examples, seed: int) -> Examples:
     other = np.empty(len(examples), dtype=np.int64)
     other[order] = np.roll(order, 1)
     starts = [int(np.argmax(example.labels != IGNORED)) for example in examples]  # of the replies
-    return Examples.of(
+    pairs = Examples.of(
         Example.of_two(example, _with_reply(example, examples[int(j)], starts[i], starts[int(j)]), example.target)
         for i, (example, j) in enumerate(zip(examples, other, strict=True))
     )
+    return replace(pairs, mixture=examples.mixture)
 
 
 def _with_reply(example: Example, other: Example, start: int, other_start: int) -> Example:
@@ -153,6 +194,34 @@ def _with_reply(example: Example, other: Example, start: int, other_start: int) 
         np.concatenate([example.input_ids[:start], other.input_ids[reply]]),
         np.concatenate([example.labels[:start], other.labels[reply]]),
     )
+
+
+def cut_into_blocks(documents: Iterable[Example], length: int, *, concatenated: bool) -> Iterator[Example]:
+    """Yields the tokens of documents, all of which are trained, in examples of at most `length`.
+
+    A block begins with the last token of the one before it, so that each token is predicted once.
+    concatenated: the documents follow one another as one, and all blocks but the last are full.
+    """
+    rest: Int32 | None = None
+    source_index = 0
+    for document in documents:
+        source_index = document.source_index
+        ids = document.input_ids if rest is None else np.concatenate([rest, document.input_ids])
+        while len(ids) > length:
+            yield _block(ids[:length], source_index)
+            ids = ids[length - 1 :]
+        if concatenated:
+            rest = ids
+        else:
+            yield _block(ids, source_index)
+    if rest is not None:
+        yield _block(rest, source_index)
+
+
+def _block(ids: Int32, source_index: int) -> Example:
+    labels = ids.copy()
+    labels[:1] = IGNORED
+    return Example(ids, labels, source_index)
 
 
 # ---- The split
@@ -222,12 +291,26 @@ class Bin:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceReport:
+    """Counts of one of the sources that are trained on."""
+
+    name: str
+    weight: float
+    shape: str
+    rows: int
+    train: int  # examples
+    eval: int
+    epoch: int  # examples to train on in an epoch
+
+
+@dataclass(frozen=True, slots=True)
 class DataReport:
     """Counts of what training uses. The names are the keys of report.json."""
 
-    source: str
+    source: str  # with weights, of several sources with commas between
+    sources: list[SourceReport]
     eval_source: str | None
-    shape: str  # name of the schema
+    shape: str  # name of the schema, of several with commas between
     task: str
     mapping: dict[str, str]  # key of the schema -> column
     ignored: list[str]  # columns that are not used

@@ -4,6 +4,7 @@ readers -> schemas -> chat_template -> tokenize -> dataset, 1000 rows at a time;
 """
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -13,13 +14,14 @@ import numpy as np
 
 from tailora.data import dataset
 from tailora.data.chat_template import ChatTokenizer, SampleOptions, with_system
-from tailora.data.dataset import IGNORED, DataReport, Example, Examples, with_other_replies
-from tailora.data.readers import Row, RowProblem, Rows, data_error, read_rows
+from tailora.data.dataset import IGNORED, DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
+from tailora.data.readers import Row, RowProblem, Rows, Source, data_error, read_rows
 from tailora.data.schemas import (
     AUTO,
     CAUSAL_LM,
     FEEDBACK,
     PREFERENCE,
+    TEXT,
     AnySample,
     Choices,
     ColumnMapping,
@@ -33,7 +35,7 @@ from tailora.data.schemas import (
     detect_schema,
 )
 from tailora.data.tokenize import EncodedSample, encode_samples
-from tailora.errors import ConfigError, DataError
+from tailora.errors import ConfigError, DataError, listing
 
 CHUNK = 1000  # rows tokenised at a time
 
@@ -59,10 +61,12 @@ def encode_source(
     max_length: int,
     detect_from: int | None = CHUNK,
     task: str = AUTO,
+    whole_texts: bool = False,
 ) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
     """Returns how the columns are read, and the encoded row or the problem for every item, in order.
 
     detect_from: how many of the first items decide on the schema; None: all.
+    whole_texts: plain texts are not cut at max_length.
     Raises DataError if these hold no row, or no row of a known schema.
     """
     first = list(islice(items, detect_from))
@@ -74,7 +78,8 @@ def encode_source(
         mapping = detect_schema(rows, field, task)
     except DataError as error:
         raise DataError(f"data {source}: {error}") from None
-    return mapping, _encode_rows(chain(first, items), mapping, tokenizer, max_length)
+    longest = sys.maxsize if whole_texts and mapping.schema.name == TEXT else max_length
+    return mapping, _encode_rows(chain(first, items), mapping, tokenizer, longest)
 
 
 def _encode_rows(
@@ -227,7 +232,7 @@ class PreparedData:
 
 
 def prepare(
-    source: str,
+    source: str | Sequence[Source],
     tokenizer: Any,
     *,
     eval_source: str | None = None,
@@ -239,46 +244,61 @@ def prepare(
     options: SampleOptions | None = None,
     task: str = AUTO,
 ) -> PreparedData:
-    """Reads, checks and tokenises everything; holds out a part unless there is an `eval_source`.
+    """Reads, checks and tokenises everything; holds out a part of all sources unless there is an `eval_source`.
 
     task: what is trained; "auto" finds it from the rows.
     embedding_rows: rows of the model's embedding, which must have every token id.
     Raises DataError that names every problem with file, row and cause.
     """
     chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows, options)
-    data = _load_source(source, "train", chat_tokenizer, field, max_length, task)
-    counts = [data.counts]
-    if eval_source is not None:
-        schema = data.mapping.schema
-        eval_data = _load_source(eval_source, "validation", chat_tokenizer, field, max_length, schema.task)
-        if schema.task != CAUSAL_LM and eval_data.mapping.schema.name != schema.name:
-            raise DataError(
-                f"data {eval_source}: its rows are {eval_data.mapping.schema.name}, and those of {source} are "
-                f"{schema.name}; the held-out rows must have the same keys as the others"
-            )
-        counts.append(eval_data.counts)
-        train, held_out, samples = data.examples, eval_data.examples, eval_data.samples
+    sources = [Source(source)] if isinstance(source, str) else list(source)
+    loaded = _load_sources(sources, "train", chat_tokenizer, field, max_length, task)
+    if eval_source is None:
+        everything = loaded
+        trained, held_out = _split(loaded, validation_split, seed, max_length)
     else:
-        split = dataset.split_examples(data.examples.hashes(), validation_split, seed, data.counts.cut_away)
-        train, held_out = data.examples.select(split.train), data.examples.select(split.held_out)
-        samples = [data.samples[index] for index in split.held_out]
-    distinct = [copies[0] for copies in dataset.group_equal(held_out.hashes())]
-    lengths = np.concatenate([train.lengths, held_out.lengths])
-    repeated, duplicates = dataset.count_repeats(train.hashes(), held_out.hashes())
+        task = loaded[0].mapping.schema.task
+        trained = loaded
+        held_out = _load_sources([Source(eval_source)], "validation", chat_tokenizer, field, max_length, task)
+        everything = [*trained, *held_out]
+    _check_same_task(everything)
+    trained, held_out = ([part.in_blocks(max_length) for part in side] for side in (trained, held_out))
+    train, judged = (Examples.of(chain.from_iterable(part.examples for part in side)) for side in (trained, held_out))
+    if any(part.source.weight != 1 for part in trained):
+        sizes, weights = zip(*((len(part.examples), part.source.weight) for part in trained), strict=True)
+        train = replace(train, mixture=Mixture(sizes, weights))
+    distinct = [copies[0] for copies in dataset.group_equal(judged.hashes())]
+    lengths = np.concatenate([train.lengths, judged.lengths])
+    repeated, duplicates = dataset.count_repeats(train.hashes(), judged.hashes())
+    counts = [part.counts for part in everything]
+    mappings = [part.mapping for part in loaded]
+    per_epoch = train.mixture.counts if train.mixture else [len(part.examples) for part in trained]
     report = DataReport(
-        source=source,
+        source=", ".join(map(str, sources)),
+        sources=[
+            SourceReport(
+                name=part.source.name,
+                weight=part.source.weight,
+                shape=part.mapping.schema.name,
+                rows=part.counts.rows,
+                train=len(part.examples),
+                eval=0 if eval_source else len(other.examples),
+                epoch=count,
+            )
+            for part, other, count in zip(trained, trained if eval_source else held_out, per_epoch, strict=True)
+        ],
         eval_source=eval_source,
-        shape=data.mapping.schema.name,
-        task=data.mapping.schema.task,
-        mapping=data.mapping.columns,
-        ignored=list(data.mapping.ignored),
+        task=loaded[0].mapping.schema.task,
+        shape=", ".join(dict.fromkeys(mapping.schema.name for mapping in mappings)),
+        mapping={key: column for mapping in mappings for key, column in mapping.columns.items()},
+        ignored=list(dict.fromkeys(column for mapping in mappings for column in mapping.ignored)),
         chat_template=chat_tokenizer.template is not None,
         rows=sum(part.rows for part in counts),
         train=len(train),
-        eval=len(held_out),
-        eval_copies=len(held_out) - len(distinct),
+        eval=len(judged),
+        eval_copies=len(judged) - len(distinct),
         tokens=int(lengths.sum()),
-        supervised_tokens=int(train.supervised.sum() + held_out.supervised.sum()),
+        supervised_tokens=int(train.supervised.sum() + judged.supervised.sum()),
         longest=max(part.longest for part in counts),
         truncated=sum(part.truncated for part in counts),
         read_in_part=sum(part.read_in_part for part in counts),
@@ -287,41 +307,134 @@ def prepare(
         repeated=repeated,
         duplicates=duplicates,
         lengths=dataset.length_histogram(lengths),
-        sha256=dataset.dataset_hash(train, held_out),
+        sha256=dataset.dataset_hash(train, judged),
     )
-    held_out, samples = held_out.select(distinct), [samples[index] for index in distinct]
-    if data.mapping.schema.name == FEEDBACK:
-        train, held_out = (with_other_replies(part, seed) for part in (train, held_out))
-    return PreparedData(train, held_out, report, samples)
+    samples = [sample for part in held_out for sample in part.samples or part.decoded(tokenizer)]
+    judged, samples = judged.select(distinct), [samples[index] for index in distinct]
+    if loaded[0].mapping.schema.name == FEEDBACK:
+        train, judged = (with_other_replies(part, seed) for part in (train, judged))
+    return PreparedData(train, judged, report, samples)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedSource:
-    """samples[i] became examples[i]."""
+    """samples[i] became examples[i]; [] for blocks of texts.
 
+    documents: how the texts of the source become examples, while they are still whole; None if its rows are examples.
+    """
+
+    source: Source
     mapping: ColumnMapping
     examples: Examples
     samples: list[Sample]
     counts: RowCounts
+    documents: str | None
+
+    def select(self, indices: Sequence[int]) -> "LoadedSource":
+        samples = [self.samples[index] for index in indices] if self.samples else []
+        return replace(self, examples=self.examples.select(indices), samples=samples)
+
+    def in_blocks(self, max_length: int) -> "LoadedSource":
+        """Returns texts in examples of at most max_length tokens; other sources as they are."""
+        if self.documents is None:
+            return self
+        blocks = dataset.cut_into_blocks(self.examples, max_length, concatenated=self.documents == "concatenated")
+        return replace(self, examples=Examples.of(blocks), samples=[], documents=None)
+
+    def decoded(self, tokenizer: Any) -> list[Sample]:
+        return [Text(tokenizer.decode(example.input_ids.tolist())) for example in self.examples]
+
+
+def _load_sources(
+    sources: Sequence[Source],
+    split: str,
+    tokenizer: ChatTokenizer,
+    field: Mapping[str, str] | None,
+    max_length: int,
+    task: str,
+) -> list[LoadedSource]:
+    """Raises DataError that names the problems of all sources."""
+    loaded, problems = [], []
+    for source in sources:
+        try:
+            loaded.append(_load_source(source, split, tokenizer, field, max_length, task))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError(problems[0] if len(problems) == 1 else listing(problems))
+    if split == "train" and tokenizer.options.documents == "concatenated":
+        check_are_texts([part.mapping for part in loaded])
+    return loaded
+
+
+def _check_same_task(sources: Sequence[LoadedSource]) -> None:
+    """Raises DataError if sources are for different tasks, or have different rows for one that needs the same."""
+    first = sources[0]
+    schema = first.mapping.schema
+    for other in sources[1:]:
+        its_schema = other.mapping.schema
+        if its_schema.task != schema.task or (schema.task != CAUSAL_LM and its_schema.name != schema.name):
+            raise DataError(
+                f"data {other.source}: its rows are {its_schema.name}, and those of {first.source} are {schema.name}; "
+                "all sources, and the held-out rows, must have the same keys for this task"
+            )
+
+
+def check_are_texts(mappings: Sequence[ColumnMapping]) -> None:
+    """Raises DataError if there are no texts to concatenate."""
+    if not any(mapping.schema.name == TEXT for mapping in mappings):
+        names = ", ".join(dict.fromkeys(mapping.schema.name for mapping in mappings))
+        raise DataError(f"--documents concatenated is for plain texts, and the rows are read as {names}: leave it out")
 
 
 def _load_source(
-    source: str, split: str, tokenizer: ChatTokenizer, field: Mapping[str, str] | None, max_length: int, task: str
+    source: Source,
+    split: str,
+    tokenizer: ChatTokenizer,
+    field: Mapping[str, str] | None,
+    max_length: int,
+    task: str,
 ) -> LoadedSource:
-    rows = read_rows(source, split=split)
-    mapping, encoded = encode_source(source, rows, field, tokenizer, max_length, detect_from=None, task=task)
+    rows = read_rows(source.name, split=split)
+    mapping, encoded = encode_source(
+        source.name, rows, field, tokenizer, max_length, detect_from=None, task=task, whole_texts=True
+    )
+    is_text = mapping.schema.name == TEXT
     results = list(encoded)
     if problems := [result for result in results if isinstance(result, RowProblem)]:
         raise data_error(problems)
     counts, usable = RowCounts(), []
     for row in results:
         if isinstance(row, EncodedRow):
-            counts.add(row.encoded, max_length)
+            counts.add(row.encoded, sys.maxsize if is_text else max_length)
             usable += [row] if row.encoded.example.supervised else []
-    if not usable:
-        raise _all_cut(source, max_length, counts)
+    if not usable or max_length < 2:
+        raise _all_cut(source.name, max_length, counts)
     examples = Examples.of(row.encoded.example for row in usable)
-    return LoadedSource(mapping, examples, [row.sample for row in usable], counts)
+    samples = [row.sample for row in usable]
+    return LoadedSource(source, mapping, examples, samples, counts, tokenizer.options.documents if is_text else None)
+
+
+def _split(
+    loaded: list[LoadedSource], share: float, seed: int, max_length: int
+) -> tuple[list[LoadedSource], list[LoadedSource]]:
+    """Returns what is trained and what is held out of each source. Texts stay whole, unless there is only one."""
+    hashes = [part.examples.hashes() for part in loaded]
+    if share and len(set(chain.from_iterable(hashes))) < 2:
+        loaded = [part.in_blocks(max_length) for part in loaded]
+        hashes = [part.examples.hashes() for part in loaded]
+    left_out = sum(part.counts.cut_away for part in loaded)
+    split = dataset.split_examples(list(chain.from_iterable(hashes)), share, seed, left_out)
+    sides: tuple[list[LoadedSource], list[LoadedSource]] = ([], [])
+    first = 0
+    for part in loaded:
+        end = first + len(part.examples)
+        for side, indices in zip(sides, split, strict=True):
+            side.append(part.select([index - first for index in indices if first <= index < end]))
+        first = end
+    if empty := [str(part.source) for part in sides[0] if not len(part.examples)]:
+        raise DataError(f"data {', '.join(empty)}: all examples are held out; add data, or use --validation-split 0")
+    return sides
 
 
 # ---- Training data as a stream
@@ -344,22 +457,31 @@ def stream_examples(
     Raises DataError at the first unusable row, or at the end if no row was usable.
     """
     chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows, options)
-    rows = read_rows(source, streaming=True)
-    mapping, encoded = encode_source(source, rows, field, chat_tokenizer, max_length, task=task)
+    items = read_rows(source, streaming=True)
+    mapping, rows = encode_source(source, items, field, chat_tokenizer, max_length, task=task, whole_texts=True)
     if mapping.schema.task == PREFERENCE:
         raise ConfigError(
             f"data {source} holds preferences, for which the whole data is read before training: leave --streaming out"
         )
-    counts, is_empty = counts or RowCounts(), True
-    for row in encoded:
-        if isinstance(row, RowProblem):
-            raise data_error([row])
-        counts.add(row.encoded, max_length)
-        if row.encoded.example.supervised:
-            is_empty = False
-            yield row.encoded.example
-    if is_empty:
-        raise _all_cut(source, max_length, counts)
+    is_text, concatenated = mapping.schema.name == TEXT, chat_tokenizer.options.documents == "concatenated"
+    if concatenated:
+        check_are_texts([mapping])
+    known_counts = counts or RowCounts()
+
+    def usable_examples() -> Iterator[Example]:
+        is_empty = True
+        for row in rows:
+            if isinstance(row, RowProblem):
+                raise data_error([row])
+            known_counts.add(row.encoded, sys.maxsize if is_text else max_length)
+            if row.encoded.example.supervised and max_length > 1:
+                is_empty = False
+                yield row.encoded.example
+        if is_empty:
+            raise _all_cut(source, max_length, known_counts)
+
+    examples = usable_examples()
+    yield from dataset.cut_into_blocks(examples, max_length, concatenated=concatenated) if is_text else examples
 
 
 # ---- Evaluation data of any size: read once to check all of it, and again in chunks to be scored

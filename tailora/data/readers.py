@@ -1,7 +1,11 @@
-"""Rows of a file, a folder of files, a folder that `datasets` saved, or a data set of the Hub."""
+"""Rows of a file, a folder of files, a folder that `datasets` saved, or a data set of the Hub.
+
+A text file is one row, {"text": ...}.
+"""
 
 import csv
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from tailora.errors import ConfigError, DataError, listing, nearest, nearest_path
 
@@ -56,6 +60,43 @@ def data_error(problems: Sequence[RowProblem]) -> DataError:
     return DataError(f"{len(problems)} problems:\n{listed}\n  and {len(problems) - MAX_SHOWN} more")
 
 
+class Source(NamedTuple):
+    """weight: how often its examples are seen in an epoch."""
+
+    name: str
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return self.name if self.weight == 1 else f"{self.name}={self.weight:g}"
+
+
+def parse_sources(data: str | Sequence[str]) -> list[Source]:
+    """Returns the sources that `a.jsonl=2` and `b.jsonl` name, with their weights. Raises DataError.
+
+    What exists under the whole name, such as a file `lr=2`, is that.
+    """
+    sources = []
+    for text in [data] if isinstance(data, str) else data:
+        name, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            name = ""
+        if not name or Path(text).expanduser().exists():
+            sources.append(Source(text))
+        elif math.isfinite(weight) and weight > 0:
+            sources.append(Source(name, weight))
+        else:
+            raise DataError(f"data {text}: a weight is a number above 0, such as {name}=0.5; leave out what has none")
+    if repeated := sorted(name for name, count in Counter(source.name for source in sources).items() if count > 1):
+        raise DataError(f"data {', '.join(repeated)} is given twice: give it once, with a weight")
+    return sources
+
+
+def source_names(data: str | Sequence[str]) -> list[str]:
+    return [source.name for source in parse_sources(data)]
+
+
 def read_rows(source: str, *, split: str = "train", streaming: bool = False) -> Rows:
     """Yields the rows of `source` in order, and a RowProblem for each that cannot be read.
 
@@ -93,6 +134,8 @@ def _read_folder(folder: Path, split: str) -> Rows:
     if any((folder / name).exists() for name in SAVED_BY_DATASETS):
         return read_saved(folder, split)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS and path.is_file())
+    # A README.txt beside other files is no data.
+    files = [path for path in files if path.suffix.lower() != TXT] or files
     if not files:
         raise DataError(f"data {folder}: the folder holds no data file; readable are {', '.join(READERS)}")
     splits = {path: _split_of(path.relative_to(folder)) for path in files}
@@ -112,7 +155,7 @@ def _split_of(path: Path) -> str | None:
     return None
 
 
-# ---- Files: JSON lines, JSON, CSV, Parquet
+# ---- Files: JSON lines, JSON, CSV, Parquet, text
 
 
 def read_file(path: Path) -> Rows:
@@ -309,6 +352,23 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     )
 
 
+def read_text(path: Path) -> Rows:
+    """The whole file as one row."""
+    with path.open("rb") as file:
+        content = file.read(MAX_LINE + 1)
+    if len(content) > MAX_LINE:
+        cause = f"the file has more than {MAX_LINE // 2**20} MiB: split it, or write JSON lines with a document in each"
+        yield RowProblem(str(path), 0, cause)
+        return
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield RowProblem(str(path), 0, _not_utf8(error))
+    else:
+        yield Row(str(path), 1, {"text": text.replace("\r\n", "\n")})
+
+
+TXT = ".txt"
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
@@ -316,6 +376,7 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".csv": read_csv,
     ".tsv": partial(read_csv, delimiter="\t"),
     ".parquet": read_parquet,
+    TXT: read_text,
 }
 
 # ---- Hugging Face data sets

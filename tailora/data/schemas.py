@@ -490,6 +490,7 @@ def _has_truth_value(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("label"), bool)
 
 
+TEXT = "text"  # the schema whose rows are documents of any length
 # If several fit, the first wins: `messages` says more than the `prompt` that often comes with it, and two replies say
 # more than one.
 SCHEMAS = (
@@ -511,7 +512,7 @@ SCHEMAS = (
         for prompt in ("prompt", "question")
         for answer in ("answer", "label")
     ),
-    Schema("text", from_text, ("text",)),
+    Schema(TEXT, from_text, ("text",)),
 )
 KNOWN_KEYS = tuple(dict.fromkeys(key for schema in SCHEMAS for key in schema.keys))
 SYNONYMS = {  # only for the hint in an error: no column is renamed without --field

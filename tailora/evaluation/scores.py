@@ -40,7 +40,7 @@ from tailora.evaluation.multiple_choice import (
 from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import CPU_TOKENS, sample_options
+from tailora.train.dataloader import CPU_TOKENS, resolved_sources, sample_options
 from tailora.train.loss import Evaluation, evaluate
 from tailora.train.setup import choose_layout
 from tailora.train.trainable import Trainable
@@ -426,7 +426,7 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
     'demo' is the held-out part of the demo's data. Raises DataError with all that is wrong with the data.
     """
     prepared = prepare(
-        resolve_demo(config.data, "eval_data"),
+        resolved_sources(config, "eval_data"),
         tokenizer,
         field=config.field,
         max_length=config.max_length,

@@ -16,7 +16,7 @@ STEP_CHOICE = {"eval_steps", "early_stopping_patience"}  # these would choose a 
 SHARED_BY_ARMS = STEP_CHOICE | {
     *("model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "max_steps"),
     *("num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps", "streaming"),
-    *("system", "assistant_only_loss", "completion_only_loss"),
+    *("system", "assistant_only_loss", "completion_only_loss", "documents"),
 }
 OF_ADAPTERS = {*LoRAConfig.model_fields, *AdaLoRA.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
 OF_ADAPTERS |= {"fsdp_offload_params"}  # of a frozen base

@@ -435,8 +435,8 @@ def read_batches(
             notes=["the data is streamed: lengths are those of its first batch"],
         )
     train = data.prepared.train
-    steps = config.max_steps or epoch_steps(config, len(train), nproc)
-    per_rank = min(step.examples_per_step, len(train) / nproc)  # examples
+    steps = config.max_steps or epoch_steps(config, train.epoch_size, nproc)
+    per_rank = min(step.examples_per_step, train.epoch_size / nproc)  # examples
     tokens_per_step = float(train.lengths.mean()) * per_rank
     return Batches(
         largest=data.largest,

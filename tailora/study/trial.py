@@ -533,7 +533,9 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         "seed": config.seed,
         "held_out": sum(held_out),
         "parts": parts,
-        "all_steps": None if result.data is None else epoch_steps(config, len(result.data.train)),  # not of a stream
+        "all_steps": None
+        if result.data is None
+        else epoch_steps(config, result.data.train.epoch_size),  # not of a stream
         "data_warnings": {} if result.data is None else warnings_of(result.data.report.to_dict()),
     }
     files = folder_of(result.model, Path(result.output_dir)).rglob("*")

@@ -30,7 +30,7 @@ from tailora.formats.io import read_safetensors, replace_folder, safetensors_byt
 from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import FlatBuffer
-from tailora.train.config import ACCUMULATION, batches_per_step
+from tailora.train.config import ACCUMULATION, TrainConfig, batches_per_step
 from tailora.train.loss import Evaluation
 from tailora.train.random_state import set_random_state
 from tailora.train.trainable import Trainable, local_tensors, sync_parameters, trained_module
@@ -277,7 +277,8 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, dive
             facts, free = facts - {"processes"}, free | {ACCUMULATION}
         elif not rest:
             remedy = f"\nthe same steps on {current['processes']} processes: --gradient-accumulation-steps {batches}"
-    compared = [(name, then.get(name), now.get(name)) for name in sorted((then.keys() | now.keys()) - free)]
+    names = sorted((then.keys() | now.keys()) - free)
+    compared = [(name, then.get(name, _default(name)), now.get(name)) for name in names]
     compared += [(FACTS.get(name, name), saved[name], current[name]) for name in sorted(facts)]
     changes = [f"{name} was {old!r}, now is {new!r}" for name, old, new in compared if old != new]
     if changes := changes + _base_changes(saved.get("base", {}), current["base"]):
@@ -286,6 +287,12 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, dive
             f"{listing(changes)}{remedy}\nTo go on, give the earlier values (config.yaml beside the checkpoint has "
             "them: --config); to train with the new ones, start again in another --output-dir"
         )
+
+
+def _default(setting: str) -> Any:
+    """Returns what a run of an earlier version, which had no such setting, did."""
+    field = TrainConfig.model_fields.get(setting)
+    return None if field is None else field.default
 
 
 def _base_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

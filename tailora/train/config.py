@@ -36,7 +36,11 @@ class TrainConfig(StrictModel):
 
     # what
     model: str = Field("demo", description="model to train: Hugging Face folder or Hub id, or 'demo'")
-    data: str = Field("demo", description="training data: JSONL, JSON, CSV, Parquet, folder or Hub id, or 'demo'")
+    data: list[str] | str = Field(
+        "demo",
+        description="training data: JSONL, JSON, CSV, Parquet, text, folder or Hub id, or 'demo'; may be given several "
+        "times, as DATA=WEIGHT with the passes over it in an epoch",
+    )
     eval_data: str | None = Field(None, description="held-out data; by default a part of --data (--validation-split)")
     output_dir: str = Field("outputs/run", description="folder for the adapter, checkpoints and metrics")
     adapter: str | None = Field(None, description="folder of an adapter to train further, instead of a new one")
@@ -110,6 +114,10 @@ class TrainConfig(StrictModel):
     )
     completion_only_loss: bool | None = Field(
         None, description="learn only completions, not their prompts; default: yes, and with 'no' both"
+    )
+    documents: Literal["isolated", "concatenated"] = Field(
+        "isolated",
+        description="plain texts: each in examples of its own, or all joined; both are cut every --max-length tokens",
     )
     max_length: int = Field(
         1024, ge=8, lt=COUNT, description="longest example in tokens; longer ones are truncated and counted"
@@ -204,6 +212,10 @@ class TrainConfig(StrictModel):
             (
                 "simpo_gamma" in self.preference_settings() and self.loss != "simpo",
                 "simpo_gamma belongs to --loss simpo: leave it out",
+            ),
+            (
+                self.streaming and (isinstance(self.data, list) and len(self.data) > 1),
+                "streaming reads one source: join the files in a folder, or leave out --streaming",
             ),
             (self.streaming and self.max_steps is None, "streaming reads without end: give --max-steps"),
             (

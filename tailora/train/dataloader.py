@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import chain, count, islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from tailora.data.collate import plan_batches
 from tailora.data.dataset import DataReport, Example, Examples
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import PreparedData, RowCounts, prepare, stream_examples
+from tailora.data.readers import Source, parse_sources
 from tailora.data.schemas import PREFERENCE
 from tailora.errors import ConfigError, DataError
 from tailora.kernels.loss import Batch
@@ -83,10 +84,15 @@ class TrainingData:
 
     def trained_on(self) -> Examples:
         """Returns the examples of all steps, of all ranks; not of a stream."""
-        shape = self.shape
-        batches = plan_batches(self.known.lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=0)
-        needed = self.max_steps * shape.accumulation * shape.world
-        return self.known if needed >= len(batches) else self.known.select(np.concatenate(batches[:needed]))
+        needed = self.max_steps * self.shape.accumulation * self.shape.world  # batches
+        seen = np.zeros(0, np.int64)
+        for epoch in count():
+            batches = epoch_batches(self.known, self.shape, epoch)
+            seen = np.union1d(seen, np.concatenate(batches[:needed]))
+            needed -= len(batches)
+            if needed <= 0 or len(seen) == len(self.known):
+                return self.known.select(seen)
+        raise AssertionError  # the epochs have no end
 
     def tokens(self, first_step: int) -> float:
         """Returns about how many tokens this rank will train on from a step to the end of the run."""
@@ -114,14 +120,14 @@ def read_data(
         return _streamed(config, tokenizer, embedding_rows, shape)
     data = read_whole(config, tokenizer, embedding_rows)
     shape = replace(shape, task=task_of(config, data.report))
-    max_steps = config.max_steps or epoch_steps(config, len(data.train), shape.world)
+    max_steps = config.max_steps or epoch_steps(config, data.train.epoch_size, shape.world)
     return TrainingData(data, data.eval, partial(dataset_steps, data.train, shape), max_steps, data.train, shape)
 
 
 def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> PreparedData:
     """Reads, checks and tokenizes data that is not streamed. Raises DataError with all its problems."""
     return prepare(
-        resolve_demo(config.data, "data"),
+        resolved_sources(config, "data"),
         tokenizer,
         eval_source=None if config.eval_data is None else resolve_demo(config.eval_data, "eval_data"),
         field=config.field,
@@ -132,6 +138,11 @@ def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embeddin
         options=sample_options(config),
         task=config.task,
     )
+
+
+def resolved_sources(config: TrainConfig, demo: Literal["data", "eval_data"]) -> list[Source]:
+    """Returns the sources of the training data. demo: which data 'demo' stands for."""
+    return [source._replace(name=resolve_demo(source.name, demo)) for source in parse_sources(config.data)]
 
 
 def sample_options(config: TrainConfig) -> SampleOptions:
@@ -168,7 +179,12 @@ def _streamed(
         eval_data = prepare(source, tokenizer, eval_source=source, **common)
         held_out = eval_data.eval
     counts = RowCounts(held_out=frozenset(held_out.hashes() if held_out else ()))
-    read = partial(stream_examples, resolve_demo(config.data, "data"), tokenizer, counts=counts, **common)
+    (data,) = resolved_sources(config, "data")  # TrainConfig allows one
+    if data.weight != 1:
+        raise DataError(
+            f"data {data}: a weight is the passes over a source in an epoch; a stream has none: leave it out"
+        )
+    read = partial(stream_examples, data.name, tokenizer, counts=counts, **common)
     assert config.max_steps is not None  # TrainConfig requires it
     batches = config.init_batches if config.init_lora_weights in DATA_INITS else 1
     first = Examples.of(islice(read(), shape.batch_size * batches))
@@ -309,13 +325,20 @@ def steps_per_epoch(examples: int, shape: StepShape) -> int:
 
 def dataset_steps(examples: Examples, shape: StepShape, start: int = 0) -> Iterator[Step]:
     """Yields the steps from number `start` on, epoch after epoch, without end."""
-    first_epoch, skipped = divmod(start, steps_per_epoch(len(examples), shape))
+    first_epoch, skipped = divmod(start, steps_per_epoch(examples.epoch_size, shape))
     size = shape.accumulation * shape.world
     for epoch in count(first_epoch):
-        batches = plan_batches(examples.lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=epoch)
+        batches = epoch_batches(examples, shape, epoch)
         steps = [batches[first : first + size] for first in range(0, len(batches), size)]
         for step in steps[skipped if epoch == first_epoch else 0 :]:
             yield _share_of_rank([[examples[int(i)] for i in batch] for batch in step], shape)
+
+
+def epoch_batches(examples: Examples, shape: StepShape, epoch: int) -> list[NDArray[np.int64]]:
+    """Returns the indices of the examples in every batch of an epoch."""
+    indices = examples.epoch(epoch, shape.seed)
+    batches = plan_batches(examples.lengths[indices], batch_size=shape.batch_size, seed=shape.seed, epoch=epoch)
+    return [indices[batch] for batch in batches]
 
 
 def stream_steps(read: Callable[[], Iterable[Example]], shape: StepShape, start: int = 0) -> Iterator[Step]:
@@ -378,6 +401,6 @@ def _forwards(examples: Examples, shape: StepShape, batches: int | None = None) 
     lengths = examples.lengths
     return [
         batch[list(part)]
-        for batch in plan_batches(lengths, batch_size=shape.batch_size, seed=shape.seed, epoch=0)[:batches]
+        for batch in epoch_batches(examples, shape, 0)[:batches]
         for part in split_by_tokens(lengths[batch].tolist(), shape.token_limit)
     ]

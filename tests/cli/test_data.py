@@ -124,6 +124,30 @@ def test_the_settings_of_what_is_learned_are_shown_and_repeated(
     assert "--completion-only-loss needs rows of prompt and completion" in capsys.readouterr().err
 
 
+def test_a_mixture_is_shown_by_source(
+    chats: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    notes = tmp_path / "notes, lr=2.txt"
+    notes.write_text("What colour? " * 200)
+    flags = ["--model", str(tiny_model), "--validation-split", "0", "--max-length", "64"]
+    assert main(["data", f"{chats}=2", str(notes), *flags, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(part["name"], part["weight"], part["rows"]) for part in report["sources"]] == [
+        (str(chats), 2, 24),
+        (str(notes), 1, 1),
+    ]
+    assert main(["data", f"{chats}=2", str(notes), *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "24 rows read as messages, 24 examples to train on; 2 passes in an epoch, 48 examples" in shown
+    words = shlex.split(shown.strip().splitlines()[-1])
+    assert words[:6] == ["tailora", "train", "--data", f"{chats}=2", "--data", str(notes)]
+
+
 @pytest.mark.parametrize(
     ("content", "cause"),
     [

@@ -1,6 +1,7 @@
 """Examples in flat arrays, the split, the report."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from tailora.data.dataset import (
     IGNORED,
     Example,
     Examples,
+    Mixture,
     count_repeats,
+    cut_into_blocks,
     dataset_hash,
     group_equal,
     length_histogram,
@@ -61,6 +64,71 @@ def test_hashes_are_equal_if_ids_and_labels_are(examples: Examples) -> None:
     assert first == other != last
     relabelled = Example(examples[0].input_ids, examples[0].input_ids)
     assert Examples.of([relabelled]).hashes() != [first]
+
+
+# ---- Mixtures of sources
+
+EPOCHS = 12
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "counts"),
+    [((6, 4), (2, 0.5), [12, 2]), ((5,), (0.7,), [4]), ((3, 7, 1), (1.4, 1, 0.1), [4, 7, 1])],
+)
+def test_every_example_of_a_source_is_seen_equally_often(sizes, weights, counts) -> None:
+    mixture = Mixture(sizes, weights)
+    assert mixture.counts == counts
+    epochs = [mixture.epoch(number, seed=3) for number in range(EPOCHS)]
+    first = 0
+    for size, count in zip(sizes, counts, strict=True):
+        chosen = [epoch[(epoch >= first) & (epoch < first + size)] - first for epoch in epochs]
+        assert {len(part) for part in chosen} == {count}
+        for number in range(1, EPOCHS + 1):
+            seen = np.bincount(np.concatenate(chosen[:number]), minlength=size)
+            assert seen.max() - seen.min() <= 1
+        first += size
+    assert all(epoch.max() < sum(sizes) for epoch in epochs)
+
+
+def test_a_half_is_followed_by_the_other_half_and_drawn_with_the_seed() -> None:
+    mixture = Mixture((20,), (0.5,))
+    halves = [mixture.epoch(number, seed=0) for number in range(4)]
+    for first, second in (halves[:2], halves[2:]):
+        assert sorted([*first, *second]) == list(range(20))
+    assert halves[0].tolist() != halves[2].tolist()
+    assert halves[0].tolist() == mixture.epoch(0, seed=0).tolist() != mixture.epoch(0, seed=1).tolist()
+
+
+def test_an_epoch_without_weights_has_every_example_once(examples: Examples) -> None:
+    assert (examples.epoch_size, examples.epoch(5, seed=1).tolist()) == (3, [0, 1, 2])
+
+
+# ---- Documents in blocks
+
+
+def document(*ids: int, row: int = 0) -> Example:
+    return Example(np.array(ids, np.int32), np.array([IGNORED, *ids[1:]], np.int32), row)
+
+
+@pytest.mark.parametrize("concatenated", [False, True])
+@pytest.mark.parametrize("sizes", [[2], [9], [4, 2, 11, 5], [5, 5, 5], [2] * 20, [40, 3]])
+@pytest.mark.parametrize("length", [2, 5, 8])
+def test_every_token_of_a_document_is_learned_once(sizes: list[int], length: int, concatenated: bool) -> None:
+    ends = np.cumsum([0, *sizes])
+    documents = [document(*range(start, end), row=i) for i, (start, end) in enumerate(pairwise(ends))]
+    blocks = list(cut_into_blocks(documents, length, concatenated=concatenated))
+    learned = np.concatenate([block.labels[block.labels != IGNORED] for block in blocks]).tolist()
+    first = [0] if concatenated else ends[:-1].tolist()  # nothing predicts these
+    assert learned == [token for token in range(ends[-1]) if token not in first]
+    assert all(2 <= len(block.input_ids) <= length for block in blocks)
+    for block in blocks:
+        assert block.input_ids.tolist() == list(range(block.input_ids[0], block.input_ids[-1] + 1))
+        assert block.labels.tolist() == [IGNORED, *block.input_ids[1:].tolist()]
+    if concatenated:
+        assert {len(block.input_ids) for block in blocks[:-1]} <= {length}
+    else:
+        assert all(ends[block.source_index] <= block.input_ids[0] for block in blocks)
+        assert all(block.input_ids[-1] < ends[block.source_index + 1] for block in blocks)
 
 
 # ---- Split

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from tailora.data.chat_template import SampleOptions
-from tailora.data.dataset import warnings_of
+from tailora.data.dataset import IGNORED, Examples, Mixture, warnings_of
 from tailora.data.prepare import RowCounts, prepare, stream_examples
-from tailora.data.schemas import Conversation, Pair
+from tailora.data.readers import Source
+from tailora.data.schemas import Conversation, Pair, Text
 from tailora.errors import DataError
 
 PAIRS = [{"prompt": f"hello {number}", "completion": f" {number} you"} for number in range(40)]
@@ -251,6 +252,122 @@ def test_the_system_message_is_in_examples_samples_and_the_stream(bytes_tokenize
 def test_rows_without_a_place_for_the_system_message_are_named(bytes_tokenizer, jsonl) -> None:
     with pytest.raises(DataError, match=r"rows.jsonl:1: --system needs a conversation, and the row is text"):
         prepare(jsonl([{"text": "a"}]), bytes_tokenizer(), options=SampleOptions(system="be"))
+
+
+# ---- Several sources
+
+SEED = 2  # which holds out both rows of one of two sources
+
+
+def test_several_sources_are_read_held_out_and_reported_together(bytes_tokenizer, jsonl, chatml) -> None:
+    chats = jsonl([chat_row(f"hello {n}", "you") for n in range(10)], "chats.jsonl")
+    texts = jsonl([{"text": f"one two {n}", "id": n} for n in range(6)], "texts.jsonl")
+    sources = [Source(chats, 2), Source(texts, 0.5), Source(jsonl(PAIRS[:4], "pairs.jsonl"))]
+    prepared = prepare(sources, bytes_tokenizer(chatml), validation_split=0.2)
+    report = prepared.report
+    assert report.source == f"{chats}=2, {texts}=0.5, {sources[2].name}"
+    assert (report.shape, report.ignored) == ("messages, text, prompt/completion", ["id"])
+    assert [(part.name, part.weight, part.rows) for part in report.sources] == [
+        (chats, 2, 10),
+        (texts, 0.5, 6),
+        (sources[2].name, 1, 4),
+    ]
+    assert [part.train + part.eval for part in report.sources] == [10, 6, 4]
+    assert (report.train, report.eval, report.rows) == (16, 4, 20)
+    sizes = tuple(part.train for part in report.sources)
+    assert prepared.train.mixture == Mixture(sizes, (2, 0.5, 1))
+    assert (
+        [part.epoch for part in report.sources]
+        == prepared.train.mixture.counts
+        == [2 * sizes[0], round(sizes[1] / 2), sizes[2]]
+    )
+    assert len(prepared.eval) == len(prepared.eval_samples) == 4
+    for sample, example in zip(prepared.eval_samples, prepared.eval, strict=True):
+        written = (
+            sample.messages[0]["content"] if isinstance(sample, Conversation) else getattr(sample, "prompt", "one")
+        )
+        assert written.strip() in bytes_tokenizer().decode(example.input_ids.tolist())
+
+
+def test_sources_without_weights_have_no_mixture(bytes_tokenizer, jsonl) -> None:
+    parts = [jsonl(PAIRS[:25], "a.jsonl"), jsonl(PAIRS[25:], "b.jsonl")]
+    together = prepare([Source(part) for part in parts], bytes_tokenizer())
+    assert together.train.mixture is None
+    assert together.report.sha256 == prepare(jsonl(PAIRS), bytes_tokenizer()).report.sha256
+
+
+def test_copies_in_other_sources_are_on_the_same_side(bytes_tokenizer, jsonl) -> None:
+    sources = [Source(jsonl(PAIRS[:20], "a.jsonl")), Source(jsonl(PAIRS[10:], "b.jsonl"), 3)]
+    assert prepare(sources, bytes_tokenizer(), validation_split=0.3).report.duplicates == 0
+
+
+def test_the_problems_of_all_sources_are_named(bytes_tokenizer, jsonl) -> None:
+    sources = [Source(jsonl([row], name)) for name, row in (("a.jsonl", {"text": ""}), ("b.jsonl", {"x": 1}))]
+    with pytest.raises(
+        DataError, match=r"(?s)2 problems:.*a.jsonl:1: nothing to learn.*b.jsonl: the rows have the keys x"
+    ):
+        prepare(sources, bytes_tokenizer())
+
+
+def test_a_source_of_which_all_is_held_out_is_refused(bytes_tokenizer, jsonl) -> None:
+    sources = [Source(jsonl(PAIRS[:2], "a.jsonl")), Source(jsonl(PAIRS[2:4], "b.jsonl"))]
+    with pytest.raises(DataError, match=r"[ab].jsonl: all examples are held out; add data"):
+        prepare(sources, bytes_tokenizer(), validation_split=0.5, seed=SEED)
+
+
+# ---- Texts
+
+
+def texts_of(*lengths: int) -> list[dict[str, str]]:
+    return [{"text": " ".join(f"{n}.{k}" for k in range(length))} for n, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("documents", ["isolated", "concatenated"])
+def test_long_texts_are_divided_and_nothing_is_cut_away(words_tokenizer, jsonl, documents: str) -> None:
+    tokenizer, options = words_tokenizer(), SampleOptions(documents=documents)
+    rows = texts_of(3, 90, 1, 40, 2)
+    prepared = prepare(jsonl(rows), tokenizer, max_length=16, validation_split=0, options=options)
+    report = prepared.report
+    assert (report.rows, report.truncated, report.cut_away) == (5, 0, 0)
+    assert prepared.train.lengths.max() == 16 < report.longest
+    ids = [tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id] for row in rows]
+    learned = sum(map(len, ids)) - (1 if documents == "concatenated" else len(rows))
+    assert report.supervised_tokens == learned == prepared.train.supervised.sum()
+    joined = [token for text in ids for token in text]
+    if documents == "concatenated":
+        assert (prepared.train.lengths[:-1] == 16).all()
+        assert [ids[0][0], *prepared.train.labels[prepared.train.labels != IGNORED].tolist()] == joined
+    streamed = list(stream_examples(jsonl(rows), tokenizer, max_length=16, options=options))
+    assert Examples.of(streamed).hashes() == prepared.train.hashes()
+
+
+def test_texts_are_held_out_whole(bytes_tokenizer, jsonl) -> None:
+    rows = texts_of(*[30] * 10)
+    prepared = prepare(jsonl(rows), bytes_tokenizer(), max_length=16, validation_split=0.2)
+    sides = [{example.source_index for example in side} for side in (prepared.train, prepared.eval)]
+    assert (len(sides[0]), len(sides[1]), sides[0] & sides[1]) == (8, 2, set())
+    assert len(prepared.eval) == len(prepared.eval_samples) > 2
+    for sample, example in zip(prepared.eval_samples, prepared.eval, strict=True):
+        assert sample == Text(bytes_tokenizer().decode(example.input_ids.tolist()))
+
+
+@pytest.mark.parametrize("documents", ["isolated", "concatenated"])
+def test_of_a_single_text_blocks_are_held_out(bytes_tokenizer, tmp_path: Path, documents: str) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text(texts_of(200)[0]["text"])
+    options = SampleOptions(documents=documents)
+    prepared = prepare(str(path), bytes_tokenizer(), max_length=16, validation_split=0.2, options=options)
+    whole = prepare(str(path), bytes_tokenizer(), max_length=16, validation_split=0, options=options)
+    assert sorted(prepared.train.hashes() + prepared.eval.hashes()) == sorted(whole.train.hashes())
+    assert (prepared.report.rows, prepared.report.shape) == (1, "text")
+
+
+@pytest.mark.parametrize("read", [prepare, lambda *args, **options: next(stream_examples(*args, **options))])
+def test_rows_that_are_no_texts_cannot_be_concatenated(bytes_tokenizer, jsonl, read) -> None:
+    with pytest.raises(
+        DataError, match="--documents concatenated is for plain texts, and the rows are read as prompt/c"
+    ):
+        read(jsonl(PAIRS), bytes_tokenizer(), options=SampleOptions(documents="concatenated"))
 
 
 def test_held_out_conversations_are_returned_as_samples(bytes_tokenizer, jsonl, chatml) -> None:

@@ -15,7 +15,17 @@ import pyarrow.parquet
 import pytest
 
 from tailora.data import readers
-from tailora.data.readers import Row, RowProblem, check_model_exists, data_error, read_file, read_hub, read_rows
+from tailora.data.readers import (
+    Row,
+    RowProblem,
+    Source,
+    check_model_exists,
+    data_error,
+    parse_sources,
+    read_file,
+    read_hub,
+    read_rows,
+)
 from tailora.errors import ConfigError, DataError
 
 # ---- Files
@@ -250,6 +260,55 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
         texts(str(tmp_path / "two"), split="tests")
 
 
+def test_a_text_file_is_one_row(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "a.TXT"
+    path.write_bytes("\ufeffhello\r\n\r\nyou é".encode())
+    assert list(read_file(path)) == [Row(str(path), 1, {"text": "hello\n\nyou é"})]
+    path.write_bytes(b"\xff")
+    assert next(str(item) for item in read_file(path)).startswith(f"{path}: not UTF-8: byte 0 is 0xff")
+    path.write_text("x" * 101)
+    monkeypatch.setattr(readers, "MAX_LINE", 100)
+    (problem,) = read_file(path)
+    assert "split it, or write JSON lines" in problem.cause
+
+
+def test_text_files_are_data_where_no_other_is(folder: Path, tmp_path: Path) -> None:
+    (folder / "train.txt").write_text("a note on the data")
+    assert texts(str(folder)) == ["train.jsonl"]
+    for name in ("b/2.txt", "a.txt"):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text(name)
+    assert texts(str(tmp_path / "texts")) == ["a.txt", "b/2.txt"]
+
+
+@pytest.mark.parametrize(
+    ("data", "sources"),
+    [
+        ("a.jsonl", [Source("a.jsonl")]),
+        (["a.jsonl=2", "b.jsonl"], [Source("a.jsonl", 2), Source("b.jsonl")]),
+        (["owner/name[test]=0.5", "demo=1e1"], [Source("owner/name[test]", 0.5), Source("demo", 10)]),
+        ("lr=a,b.jsonl", [Source("lr=a,b.jsonl")]),
+        (["{folder}/r=2", "{folder}/r=2=3"], [Source("{folder}/r=2"), Source("{folder}/r=2", 3)]),
+    ],
+)
+def test_a_number_after_the_last_equals_sign_is_a_weight_unless_a_file_has_that_name(
+    tmp_path: Path, data: str | list[str], sources: list[Source]
+) -> None:
+    (tmp_path / "r=2").touch()
+    if "{folder}/r=2=3" in data:  # the same source twice
+        with pytest.raises(DataError, match=r"r=2 is given twice: give it once, with a weight"):
+            parse_sources([text.format(folder=tmp_path) for text in data])
+        data, sources = data[1], sources[1:]
+    given = data.format(folder=tmp_path) if isinstance(data, str) else [text.format(folder=tmp_path) for text in data]
+    assert parse_sources(given) == [Source(name.format(folder=tmp_path), weight) for name, weight in sources]
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
+def test_a_weight_is_above_0(weight: str) -> None:
+    with pytest.raises(DataError, match=f"data a.jsonl={weight}: a weight is a number above 0, such as a.jsonl=0.5"):
+        parse_sources(f"a.jsonl={weight}")
+
+
 @pytest.fixture
 def hub(folder: Path, tmp_path: Path, monkeypatch) -> str:
     """A folder that `datasets` reads as it reads a Hub repository; its cache stays in the test."""
@@ -289,7 +348,7 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch) -> None:
         ("not an id", "no such file or folder"),
         (
             "{folder}/README.md",
-            r"the file type .md is unknown; readable are .jsonl, .ndjson, .json, .csv, .tsv, .parquet",
+            r"the file type .md is unknown; readable are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt",
         ),
         ("{folder}/empty", "the folder holds no data file; readable are"),
     ],

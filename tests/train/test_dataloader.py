@@ -1,13 +1,16 @@
+from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
 import pytest
 
-from tailora.data.dataset import Example, Examples
+from tailora.data.dataset import Example, Examples, Mixture
 from tailora.errors import DataError
 from tailora.train.dataloader import (
     Step,
     StepShape,
+    TrainingData,
     dataset_steps,
     split_by_tokens,
     steps_per_epoch,
@@ -42,6 +45,28 @@ def test_every_epoch_sees_every_example_once_over_all_ranks(world: int) -> None:
         assert sorted(seen) == list(range(23))
 
 
+MIXED = replace(DATA, mixture=Mixture((10, 13), (1.5, 0.5)))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_two_epochs_of_a_mixture_see_its_sources_as_often_as_they_weigh(world: int) -> None:
+    shapes = [StepShape(batch_size=2, accumulation=2, rank=rank, world=world) for rank in range(world)]
+    count = steps_per_epoch(MIXED.epoch_size, shapes[0])
+    steps = [step for shape in shapes for step in islice(dataset_steps(MIXED, shape), 2 * count)]
+    seen = np.bincount([number for step in steps for batch in numbers(step) for number in batch], minlength=23)
+    assert seen[:10].tolist() == [3] * 10
+    assert sorted(seen[10:]) == [0] + [1] * 12  # round(13 / 2) = 6 in an epoch
+
+
+@pytest.mark.parametrize(("data", "steps", "seen"), [(DATA, 2, 8), (DATA, 90, 23), (MIXED, 6, 16), (MIXED, 90, 23)])
+def test_the_examples_of_a_run_are_those_of_its_steps(data: Examples, steps: int, seen: int) -> None:
+    shape = StepShape(batch_size=2, accumulation=2)
+    read = TrainingData(None, None, partial(dataset_steps, data, shape), steps, data, shape)
+    trained_on = {int(example.input_ids[0]) for example in read.trained_on()}
+    assert trained_on == {n for step in islice(read.steps(0), steps) for part in numbers(step) for n in part}
+    assert len(trained_on) == seen
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_all_ranks_take_part_in_every_forward(world: int) -> None:
     ranks = [islice(dataset_steps(DATA, StepShape(4, 2, rank=rank, world=world)), 6) for rank in range(world)]
@@ -56,8 +81,9 @@ def test_all_ranks_take_part_in_every_forward(world: int) -> None:
 @pytest.mark.parametrize("start", [1, 5, 6, 7, 13])
 def test_steps_from_the_middle_are_those_of_the_whole(start: int) -> None:
     shape = StepShape(batch_size=2, accumulation=2, seed=3)
-    whole = [numbers(step) for step in islice(dataset_steps(DATA, shape), 15)]
-    assert [numbers(step) for step in islice(dataset_steps(DATA, shape, start), 15 - start)] == whole[start:]
+    for data in (DATA, MIXED):
+        whole = [numbers(step) for step in islice(dataset_steps(data, shape), 15)]
+        assert [numbers(step) for step in islice(dataset_steps(data, shape, start), 15 - start)] == whole[start:]
     read = lambda: iter(DATA)  # noqa: E731
     whole = [numbers(step) for step in islice(stream_steps(read, shape), 15)]
     assert [numbers(step) for step in islice(stream_steps(read, shape, start), 15 - start)] == whole[start:]

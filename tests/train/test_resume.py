@@ -104,6 +104,21 @@ def test_a_run_interrupted_before_its_first_step_goes_on(settings: Any, tmp_path
     assert adapter(stopped) == adapter(whole)
 
 
+def test_a_mixture_continues_where_it_was(settings: Any, data_file: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("north south one two three " * 30)
+    mixture = {"data": [f"{data_file}=0.4", f"{texts}=1.5"], "max_length": 64, "max_steps": 9}  # more than two epochs
+    whole, stopped = (settings(output_dir=str(tmp_path / name), **mixture) for name in ("whole", "stopped"))
+    run(whole)
+    with pytest.raises(events.Interrupted):
+        run(stopped, on_event=stopping_at(5, signal.SIGINT))
+    other = changed(stopped, resume_from_checkpoint="latest", data=[f"{data_file}=0.4", f"{texts}=2"])
+    with pytest.raises(CheckpointError, match=r"data was \[.*=1.5'\], now is \[.*=2'\]"):
+        run(other)
+    run(changed(stopped, resume_from_checkpoint="latest"))
+    assert adapter(stopped) == adapter(whole)
+
+
 def test_a_stream_continues_where_it_was(settings: Any, tmp_path: Path) -> None:
     stream = {"streaming": True, "max_steps": 9, "save_steps": 8, "per_device_train_batch_size": 4}
     whole, stopped = (settings(output_dir=str(tmp_path / name), **stream) for name in ("whole", "stopped"))
@@ -277,6 +292,16 @@ def test_a_checkpoint_of_an_earlier_version_resumes_if_it_trained_without_cached
     before = adapter(two_checkpoints)
     rewrite_recorded(two_checkpoints, prefix=None)
     run(changed(two_checkpoints, prefix_cache_gb=None))  # as config.yaml of that version has it
+    assert adapter(two_checkpoints) == before
+
+
+def test_a_checkpoint_of_a_version_without_a_setting_resumes_with_its_default(two_checkpoints: TrainConfig) -> None:
+    folder = checkpoints_in(Path(two_checkpoints.output_dir))[-1]
+    settings = checkpoint.load(str(folder), folder.parent, print).state["run"]["settings"]
+    assert settings.pop("documents") == "isolated"
+    rewrite_recorded(two_checkpoints, settings=settings)
+    before = adapter(two_checkpoints)
+    run(two_checkpoints)
     assert adapter(two_checkpoints) == before
 
 

@@ -206,7 +206,7 @@ def train_page(report: TrainReport) -> Page:
     if report.samples:
         answers = Answers(("base", "tuned"), [(answer.prompt, answer.base, answer.tuned) for answer in report.samples])
     decided = {name: value for name, value in run.items() if not isinstance(value, dict | list)}
-    data = {name: value for name, value in (run.get("data") or {}).items() if name != "lengths"}
+    data = {name: value for name, value in (run.get("data") or {}).items() if name not in ("lengths", "sources")}
     tables = {
         "Settings": report.settings,
         "Data": data,
