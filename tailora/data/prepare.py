@@ -33,6 +33,7 @@ from tailora.data.schemas import (
     Text,
     convert_row,
     detect_schema,
+    judged,
 )
 from tailora.data.tokenize import EncodedSample, encode_samples
 from tailora.errors import ConfigError, DataError, listing
@@ -62,9 +63,11 @@ def encode_source(
     detect_from: int | None = CHUNK,
     task: str = AUTO,
     whole_texts: bool = False,
+    is_judged: bool = False,
 ) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
     """Returns how the columns are read, and the encoded row or the problem for every item, in order.
 
+    is_judged: a pair of replies becomes choices, of which the chosen reply is right.
     detect_from: how many of the first items decide on the schema; None: all.
     whole_texts: plain texts are not cut at max_length.
     Raises DataError if these hold no row, or no row of a known schema.
@@ -76,6 +79,8 @@ def encode_source(
         raise data_error(problems or [RowProblem(source, 0, "no rows: there is nothing to learn from")])
     try:
         mapping = detect_schema(rows, field, task)
+        if is_judged:
+            mapping = replace(mapping, schema=judged(mapping.schema))
     except DataError as error:
         raise DataError(f"data {source}: {error}") from None
     longest = sys.maxsize if whole_texts and mapping.schema.name == TEXT else max_length
@@ -523,7 +528,7 @@ class EvalSource:
     def read(self) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
         """Raises DataError if there is no row of a known schema."""
         items = islice(read_rows(self.name, split="validation"), self.limit)
-        return encode_source(self.name, items, self.field, self.chat_tokenizer, self.max_length, task=CAUSAL_LM)
+        return encode_source(self.name, items, self.field, self.chat_tokenizer, self.max_length, is_judged=True)
 
 
 def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport:

@@ -24,7 +24,7 @@ import reprlib
 import string
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -484,6 +484,21 @@ class Schema:
     @property
     def keys(self) -> tuple[str, ...]:
         return self.required + self.optional
+
+
+def judged(schema: Schema) -> Schema:
+    """Returns the schema as evaluation reads it: a pair of replies as choices. Raises DataError if it cannot be."""
+
+    def from_pair(values: dict[str, Any]) -> Choices:
+        pair = from_preference(values)
+        return Choices((pair.chosen, pair.rejected), 0)
+
+    if schema.name == FEEDBACK:
+        raise DataError(
+            "single replies with a label cannot be compared: give rows with chosen and rejected, or only the wanted "
+            "replies, without the label"
+        )
+    return replace(schema, convert=from_pair) if schema.task == PREFERENCE else schema
 
 
 def _has_truth_value(row: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 A reply's reward is what `train.preference` says: beta times its log-probability relative to that before training, or
 per token for losses without a reference. Before training, rewards of the first kind are all 0.
 
+    likelier   share of pairs whose chosen reply has the larger log-probability: `tailora eval` calls it accuracy
     accuracy   share of pairs whose chosen reply has the larger reward; of single replies, share of the right sign.
                Equal rewards, and rewards of 0, count as half.
     margin     mean reward of chosen (or wanted) replies minus that of rejected (unwanted) ones
@@ -16,16 +17,21 @@ from numpy.typing import NDArray
 
 from tailora.evaluation.statistics import Interval, mean_interval
 
-METRICS = ("accuracy", "margin", "chosen", "rejected")
+LOG_PROBABILITIES = ("chosen", "rejected")
 Scores = Sequence[Mapping[str, float]]  # of each example, by `score_names` of its task
 
 
 def preference_metrics(scores: Scores) -> dict[str, Interval]:
-    """Returns METRICS with bootstrap intervals over examples; those of wanted replies alone if there are no others."""
+    """Returns the metrics with bootstrap intervals over examples; of one kind of replies only what they allow."""
     columns = {name: np.array([row[name] for row in scores]) for name in scores[0]}
     if "desirable" not in columns:
         margin = columns["chosen_reward"] - columns["rejected_reward"]
-        means = {"accuracy": _share(margin), "margin": margin, **{name: columns[name] for name in METRICS[2:]}}
+        means = {
+            "accuracy": _share(margin),
+            "margin": margin,
+            "likelier": _share(columns["chosen"] - columns["rejected"]),
+            **{name: columns[name] for name in LOG_PROBABILITIES},
+        }
         return {name: _mean(values) for name, values in means.items()}
     wanted = columns["desirable"] > 0
     metrics = {"accuracy": _mean(_share(np.where(wanted, 1, -1) * columns["reward"]))}
@@ -33,7 +39,7 @@ def preference_metrics(scores: Scores) -> dict[str, Interval]:
         # the mean of these is the difference of the two means
         weights = np.where(wanted, 1 / wanted.mean(), -1 / (~wanted).mean())
         metrics["margin"] = _mean(weights * columns["reward"])
-    for name, part in (("chosen", wanted), ("rejected", ~wanted)):
+    for name, part in zip(LOG_PROBABILITIES, (wanted, ~wanted), strict=True):
         if part.any():
             metrics[name] = _mean(columns["reply"][part])
     return metrics
@@ -45,7 +51,7 @@ def describe_preferences(before: Mapping[str, Interval], after: Mapping[str, Int
     text = f"Rewards put {accuracy.value:.0%} of the replies in the right order"
     if not np.isnan(accuracy.low):
         text += f" (95% interval {accuracy.low:.0%} to {accuracy.high:.0%}; before {before['accuracy'].value:.0%})"
-    changes = [after[name].value - before[name].value for name in ("chosen", "rejected") if name in after]
+    changes = [after[name].value - before[name].value for name in LOG_PROBABILITIES if name in after]
     if len(changes) == 2:
         chosen, rejected = (f"{'fell' if change < 0 else 'rose'} by {abs(change):.1f} nats" for change in changes)
         text += f". The log-probability of chosen replies {chosen}, that of rejected ones {rejected}"

@@ -206,7 +206,7 @@ def choose_metrics(facts: EvalDataReport, metrics: Sequence[str], extra: Sequenc
 
     Raises DataError if the data lacks what a metric needs.
     """
-    has_choices = facts.shape == "choices"
+    has_choices = facts.shape in ("choices", "preference")  # of a pair of replies the chosen one is right
     default = ("accuracy", "accuracy_norm") if has_choices else ("loss", "perplexity")
     wanted = {name.removesuffix(CHANGE) for name in (*(metrics or default), *extra)}
     has_reply = has_choices or facts.shape != "text"

@@ -204,7 +204,7 @@ def test_a_run_on_pairs_begins_at_log_2_and_learns_the_order(settings: Any, pair
     assert numbers["eval_accuracy_after"] > 0.8
     assert numbers["eval_margin_after"] > 0.1
     assert numbers["eval_loss_after"] == result.eval_loss_after < 0.6
-    assert {metric["name"] for metric in report["metrics"]} == {"accuracy", "margin", "chosen", "rejected"}
+    assert {metric["name"] for metric in report["metrics"]} == {"accuracy", "margin", "likelier", "chosen", "rejected"}
     assert "right order" in report["verdict"]
     rows = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
     changes = [row["scores_after"]["chosen"] - row["scores_before"]["chosen"] for row in rows]
