@@ -14,7 +14,7 @@ from rich.text import Text
 from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import note, print_json, stdout
 from tailora.cli.models import check_sources, fetch_demo
-from tailora.data.dataset import held_out_of, warnings_of
+from tailora.data.dataset import Example, held_out_of, warnings_of
 from tailora.data.readers import parse_sources, source_names
 from tailora.errors import ConfigError
 from tailora.report.blocks import Code, Section
@@ -63,9 +63,13 @@ def data(
     embedding_rows = empty.get_input_embeddings().weight.shape[0]
     prepared = read_whole(settings, tokenizer, embedding_rows)
     report = prepared.report.to_dict()
-    examples = [preview(prepared.train[index], tokenizer) for index in range(min(rows, len(prepared.train)))]
+    examples = {
+        f"example {index + 1}{name}": preview(sequence, tokenizer)
+        for index in range(min(rows, len(prepared.train)))
+        for name, sequence in named_sequences(prepared.train[index])
+    }
     if json:
-        shown = [[{"text": text, "learned": learned} for text, learned in pieces] for pieces in examples]
+        shown = [[{"text": text, "learned": learned} for text, learned in pieces] for pieces in examples.values()]
         print_json({**report, "examples": shown})
     else:
         show(stdout(), report, examples)
@@ -88,14 +92,22 @@ def train_command(
     return command
 
 
-def show(console: Console, report: dict[str, Any], examples: Sequence[Pieces]) -> None:
+def named_sequences(example: Example) -> list[tuple[str, Example]]:
+    """Returns the sequences that are learned, with their role if there are several."""
+    if example.target is not None:
+        return [(", wanted" if example.target[0] else ", unwanted", example.sequences[0])]
+    names = (", chosen", ", rejected") if example.second_start else ("",)
+    return list(zip(names, example.sequences, strict=True))
+
+
+def show(console: Console, report: dict[str, Any], examples: Mapping[str, Pieces]) -> None:
     print_rich_table(console, facts(report))
     console.print()
     print_rich_table(console, histogram(report["lengths"]))
     in_colour = console.color_system is not None and not console.no_color
     legend = highlighted([("learned", True), (" and only read", False)], in_colour)
-    for number, pieces in enumerate(examples, 1):
-        console.print(Text.assemble((f"\nexample {number}: ", "bold"), legend))
+    for name, pieces in examples.items():
+        console.print(Text.assemble((f"\n{name}: ", "bold"), legend))
         console.print(highlighted(pieces, in_colour), soft_wrap=not console.is_terminal)
 
 
