@@ -16,6 +16,7 @@ from tailora.cli.main import ARGUMENTS, is_rank_0, log, note, print_json, stderr
 from tailora.cli.models import check_sources_of_run, fetch_demo
 from tailora.cli.progress import counter, run_progress
 from tailora.data.readers import source_names
+from tailora.data.schemas import PREFERENCE
 from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, WriteError
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES, checkpoints_in
 from tailora.report.blocks import Code, Column, Page, Section, Table
@@ -119,6 +120,7 @@ def latest_demo_folder(folder: Path) -> Path:
 # ---- What a finished run prints: its page, its files, and what to do next
 
 
+KL_TEXTS = 16  # held-out conversations on which the distance from the base is measured
 PROMPT_LENGTH = 60  # characters of the prompt in the commands to try next
 FILES = {
     PAGE: "all of this and more, to look at in a browser",
@@ -213,14 +215,17 @@ def fit(
                 message = f"the run so far is saved in {interrupted.folder}; {how_to_resume(interrupted.folder)}"
                 raise KeyboardInterrupt(message) from interrupted
         folder, numbers, report, page = Path(result.output_dir), result.to_dict(), None, ""
-        is_main, answers = PartialState().is_main_process, list["Answer"]()
+        is_main, answers, kl = PartialState().is_main_process, list["Answer"](), None
         if config.fsdp:  # all processes compute an answer together
             stack.enter_context(fail_together(PartialState(), folder))
         if config.fsdp or is_main:
             answers = answer_samples(result, config.samples, questions)
+            kl = kl_of_preferences(result, config)
     if not is_main:
         return 0
     try:
+        if kl is not None:
+            run_log.add_result(folder, "eval_kl", kl)
         write_samples(folder, answers)
         report = write_train_report(folder)
         page = write_page_if_possible(folder)
@@ -254,6 +259,20 @@ def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] |
     console = stderr() if is_rank_0() else Console(quiet=True)
     with explain_out_of_memory("comparing answers", lambda: advice), counter(console, "answers") as progress:
         return sample_answers(result, count, questions, progress=progress)
+
+
+def kl_of_preferences(result: "TrainResult", config: TrainConfig) -> float | None:
+    """Returns KL(base || tuned) in nats per token of held-out chosen conversations; None for other tasks.
+
+    Also None for an adapter that was trained further, whose reference is not the base.
+    """
+    from tailora.evaluation.forgetting import forgetting
+
+    data = result.data
+    if data is None or data.report.task != PREFERENCE or config.adapter is not None or not len(data.eval):
+        return None
+    texts = [data.eval[i].sequences[0].input_ids.tolist() for i in range(min(len(data.eval), KL_TEXTS))]
+    return forgetting(result.model, texts).kl
 
 
 def write_samples(folder: Path, answers: Sequence["Answer"]) -> None:

@@ -173,6 +173,13 @@ def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, 
     write_file(output_dir / RUN, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def add_result(output_dir: Path, name: str, value: float) -> None:
+    """Adds a number to the result in run.json."""
+    content = _read_run(output_dir)
+    content["result"][name] = value
+    write_file(output_dir / RUN, (json.dumps(content, indent=2) + "\n").encode())
+
+
 def write_examples(
     output_dir: Path, before: "Evaluation | None", after: "Evaluation | None", score_names: Sequence[str] = ()
 ) -> None:

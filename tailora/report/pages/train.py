@@ -89,6 +89,7 @@ class Result:
     total_parameters: int
     peak_memory_bytes: int
     seconds: float
+    eval_kl: float | None = None  # KL(base || tuned) in nats per token of held-out conversations, for preferences
     eval_loss_before_95: tuple[float, float] | None = None
     eval_loss_after_95: tuple[float, float] | None = None
 
@@ -237,6 +238,8 @@ def _numbers(result: Result, unit: str) -> list[Number]:
             numbers.append(Number(f"held-out loss {when}", f"{loss:.3f}", note))
     of_all = f"{share(result.trainable_parameters, result.total_parameters)} of {count(result.total_parameters)}"
     kept = f"{count(result.train_tokens)} tokens; step {result.best_step:,} is kept"
+    if result.eval_kl is not None:
+        numbers.append(Number("KL from the base", f"{result.eval_kl:.3f}", "nats per token of held-out conversations"))
     return [
         *numbers,
         Number("trained parameters", count(result.trainable_parameters), of_all),
