@@ -16,7 +16,7 @@ from tailora.data.chat_template import (
     render_sample,
     to_conversation,
 )
-from tailora.data.dataset import IGNORED, Example
+from tailora.data.dataset import IGNORED, Example, Int32, Int64
 from tailora.data.loss_mask import loss_mask
 from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.errors import DataError
@@ -25,6 +25,12 @@ from tailora.errors import DataError
 # of the text gives the same tokens, but for the last few: 5 at most, in random and in periodic texts.
 CHARACTERS = 64  # of a text, read at first for each token that is needed; where they do not suffice, more is read
 MARGIN = 256  # last tokens of such a beginning, which are not used
+
+# A document of many megabytes is tokenised in windows: as one text it takes minutes, and gigabytes.
+WINDOW = 2**16  # characters
+OVERLAP = 2**11  # characters that two neighbours share
+AGREEING = 16  # tokens before and after the seam of two windows, which must be the same in both
+WINDOWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +64,73 @@ def encode_samples(
         except DataError as error:
             rendered.append(error)
     size = (max_length + MARGIN) * CHARACTERS if tokenizer.is_local else sys.maxsize
-    beginnings = [result.beginning(size) for result in rendered if isinstance(result, RenderedSample)]
-    tokens = iter(tokenizer.tokenize([beginning.text for beginning in beginnings]))
-    return [
-        result if isinstance(result, DataError) else _encode(result, size, next(tokens), tokenizer, max_length)
-        for result in rendered
-    ]
+    chosen = [result for result in rendered if isinstance(result, RenderedSample)]
+    at_once = [result for result in chosen if not _is_long_text(result, size, tokenizer)]
+    tokens = iter(tokenizer.tokenize([result.beginning(size).text for result in at_once]))
+    encoded: list[EncodedSample | DataError] = []
+    for result in rendered:
+        if isinstance(result, DataError):
+            encoded.append(result)
+        elif _is_long_text(result, size, tokenizer):
+            encoded.append(_encode_long_text(result, tokenizer))
+        else:
+            encoded.append(_encode(result, size, next(tokens), tokenizer, max_length))
+    return encoded
+
+
+def _is_long_text(rendered: RenderedSample, size: int, tokenizer: ChatTokenizer) -> bool:
+    """Returns whether all of a long text is needed and trained, so that it is read window by window."""
+    is_whole = rendered.trained_spans == [(0, len(rendered.text))] and len(rendered.text) <= size
+    return is_whole and tokenizer.is_local and len(rendered.text) > 2 * WINDOW
+
+
+def _encode_long_text(rendered: RenderedSample, tokenizer: ChatTokenizer) -> EncodedSample:
+    ids = ids_by_windows(rendered.text, tokenizer)
+    has_bos = not rendered.add_bos or ids[: len(tokenizer.bos_ids)].tolist() == tokenizer.bos_ids
+    bos = np.array([] if has_bos else tokenizer.bos_ids, dtype=np.int32)
+    has_eos = not rendered.add_eos or tokenizer.eos_id in (None, ids[-1])
+    eos = np.array([] if has_eos else [tokenizer.eos_id], dtype=np.int32)
+    input_ids = np.concatenate([bos, ids, eos])
+    labels = input_ids.copy()
+    labels[: max(1, len(bos))] = IGNORED
+    return EncodedSample(Example(input_ids, labels), len(input_ids), is_whole=True, untrained_replies=0)
+
+
+def ids_by_windows(text: str, tokenizer: ChatTokenizer) -> Int32:
+    """Returns the ids of a text, which is tokenised in windows that overlap, by a tokenizer that is local.
+
+    Neighbours are joined in the middle of their overlap, at a token that both have, as the tokens around it.
+    """
+    starts = range(0, len(text) - OVERLAP, WINDOW - OVERLAP)
+    parts: list[Int32] = []
+    ids, offsets = np.zeros(0, np.int32), np.zeros(0, np.int64)
+    for number in range(0, len(starts), WINDOWS_AT_ONCE):
+        batch = starts[number : number + WINDOWS_AT_ONCE]
+        windows = tokenizer.tokenize([text[start : start + WINDOW] for start in batch])
+        for start, window in zip(batch, windows, strict=True):
+            next_ids = np.array(window.ids, dtype=np.int32)
+            next_offsets = np.array([first for first, _ in window.offsets or []], dtype=np.int64) + start
+            if start:
+                seam = _seam((ids, offsets), (next_ids, next_offsets), start + OVERLAP // 2)
+                if seam is None:
+                    return np.array(tokenizer.token_ids(text), dtype=np.int32)
+                parts.append(ids[: seam[0]])
+                next_ids, next_offsets = next_ids[seam[1] :], next_offsets[seam[1] :]
+            ids, offsets = next_ids, next_offsets
+    return np.concatenate([*parts, ids])
+
+
+def _seam(before: tuple[Int32, Int64], after: tuple[Int32, Int64], middle: int) -> tuple[int, int] | None:
+    """Returns the index in both of a token near the character `middle` around which they agree; None if none does."""
+    (ids, offsets), (next_ids, next_offsets) = before, after
+    first = int(np.searchsorted(offsets, middle))
+    for i in range(first, min(first + AGREEING, len(ids))):
+        j = int(np.searchsorted(next_offsets, offsets[i]))
+        is_first = offsets[i - 1] < offsets[i]  # of the tokens of one character
+        around = slice(max(0, i - AGREEING), i + AGREEING), slice(max(0, j - AGREEING), j + AGREEING)
+        if is_first and j >= AGREEING and np.array_equal(ids[around[0]], next_ids[around[1]]):
+            return i, j
+    return None
 
 
 def _encode(

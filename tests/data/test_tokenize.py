@@ -1,5 +1,6 @@
 """Token ids, and which of them are trained."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -243,6 +244,36 @@ def test_a_text_of_megabytes_is_not_tokenized_whole(bytes_tokenizer, chatml, mon
     assert result.example.supervised == (0 if at == "prompt" else 64 - int(np.argmax(result.example.labels != IGNORED)))
     assert sum(sizes) < 100_000
     assert max(map(len, tokenizer.cache), default=0) <= 100
+
+
+@pytest.mark.parametrize("family", ["bytes", "words"])
+def test_a_document_read_in_windows_has_the_tokens_of_the_whole(
+    bytes_tokenizer, words_tokenizer, monkeypatch, family: str
+) -> None:
+    tokenizer = ChatTokenizer.of((bytes_tokenizer if family == "bytes" else words_tokenizer)())
+    random = np.random.default_rng(0)
+    texts = ["".join(random_text(random, 200) for _ in range(40)) for _ in range(20)]
+    texts += ["<s>" + texts[0], "a" * 3000, ("ab" * 7 + " ") * 300, "🙂🙃" * 2000, texts[1] + "</s>"]
+    whole = encode_samples(list(map(Text, texts)), tokenizer, sys.maxsize)
+    calls: list[int] = []
+    original = ChatTokenizer.tokenize
+
+    def counted(self: ChatTokenizer, parts: list[str]) -> Any:
+        calls.extend(map(len, parts))
+        return original(self, parts)
+
+    monkeypatch.setattr(ChatTokenizer, "tokenize", counted)
+    for name, value in {"WINDOW": 400, "OVERLAP": 100, "AGREEING": 4, "WINDOWS_AT_ONCE": 3}.items():
+        monkeypatch.setattr(tokenize, name, value)
+    parts = encode_samples(list(map(Text, texts)), tokenizer, sys.maxsize)
+    assert max(calls) == 400
+    assert len(calls) > 25 * 8
+    for one, other in zip(whole, parts, strict=True):
+        assert isinstance(one, EncodedSample)
+        assert isinstance(other, EncodedSample)
+        assert one.example.input_ids.tolist() == other.example.input_ids.tolist()
+        assert one.example.labels.tolist() == other.example.labels.tolist()
+        assert one.length == other.length == len(other.example.input_ids)
 
 
 def test_a_unigram_model_reads_the_whole_text() -> None:
