@@ -4,7 +4,7 @@ The first signal raises KeyboardInterrupt, so that files are cleaned up; a secon
 once. One of the other kind changes nothing: launchers such as torchrun send SIGTERM after a Ctrl-C. While it trains,
 a run handles the first signal itself (`train.events.StopSignals`). A process that is ending for another reason is not
 interrupted any more: the launcher that ends it must not keep it from saying why. Nor does a second signal within a
-few seconds, which may be the same one, from Slurm and from the launcher.
+few seconds end one of several processes then: it may be the same one, from Slurm and from the launcher.
 """
 
 import os
@@ -32,7 +32,8 @@ class InterruptSignals:
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         if number in self.received:
-            if self.is_ending and now - self.received[number] < SECONDS_FOR_ONE_SIGNAL:
+            is_same = world_size() > 1 and now - self.received[number] < SECONDS_FOR_ONE_SIGNAL
+            if self.is_ending and is_same:
                 return
             end_now()
         interrupts = not self.received and not self.is_ending
