@@ -268,7 +268,9 @@ def kill(process: "subprocess.Popen[str]") -> None:
     """Kills the process of a trial and all that it has started, and waits until these have ended."""
     if process.poll() is not None:  # another process may have its number by now
         return
-    started = psutil.Process(process.pid).children(recursive=True)
+    started: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):  # another thread has killed it meanwhile
+        started = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     for child in started:
         with suppress(psutil.NoSuchProcess):
